@@ -19,7 +19,7 @@ KERNEL_ORDER = (
 )
 BACKENDS = ("cpu", "cuda", "triton")  # packages of mft_kernels/backends, none of which knows another
 RECIPE_ORDER = (
-    *("checks", "contention", "files", "number_formats", "config", "config_file", "memory", "data", "models"),
+    *("checks", "contention", "files", "number_formats", "config", "config_file", "memory", "data", "models", "budget"),
     *("surrogate", "masks", "objectives", "engines", "importance", "evaluation", "tracking", "training", "rewards"),
     *("publishing", "serving", "study", "study.report", "cli", "__main__"),
 )

@@ -109,6 +109,8 @@ Layers = Annotated[
     Text(r"^\s*[0-9]+\s*(-\s*[0-9]+\s*)?(,\s*[0-9]+\s*(-\s*[0-9]+\s*)?)*$", parse_layers),
 ]
 
+BUDGET = Rule("lie in (0, 1) (or null)", exclusiveMinimum=0, exclusiveMaximum=1)
+
 # One number, or that at the start and that at the end; or none.
 Sharpness = Annotated[float | tuple[float, float] | None, POSITIVE_OR_NULL]
 
@@ -161,6 +163,9 @@ class MaskConfig:
     exclude_modules: str | list[str] | None = None  # Names of linear layers that get no mask, or a pattern
     modules_to_save: list[str] | None = None  # Modules that are trained in full, and saved with the masks
     keep_ratio: Annotated[float, SHARE] = 0.99  # Share of each matrix's weights that is kept
+    # Share of all masked weights together that is dropped, where their scores are smallest (null: keep_ratio decides)
+    budget: Annotated[float | None, BUDGET] = None
+    budget_ramp: Annotated[float, SHARE] = 0.67  # Share of the steps over which what is dropped grows to the budget
     mode: Annotated[str, one_of(MODES)] = "magnitude"  # Keep a weight by its score's magnitude or by its value
     # How scores start: at random (normal), from weight magnitudes, all equal (constant) or from training data (wanda)
     init: Annotated[str, one_of((*INITS, *DATA_INITS))] = "magnitude"
@@ -188,8 +193,20 @@ class MaskConfig:
             (sharp or not self.deletion_penalty, "deletion_penalty", "be 0 where sharpness is null"),
         ):
             check_rule(holds, name, rule, getattr(self, name))
+        self._check_budget()
         if self.threshold is not None and self.mode == "magnitude":
             check_rule(self.threshold >= 0, "threshold", "be at least 0 in magnitude mode", self.threshold)
+
+    def _check_budget(self) -> None:
+        """A budget alone says what is dropped."""
+        if self.budget is None:
+            default = type(self).budget_ramp
+            check_rule(self.budget_ramp == default, "budget_ramp", "be left out without budget", self.budget_ramp)
+            return
+        beside = f"be left out beside budget = {self.budget:g}, which is of all layers together"
+        check_rule(self.keep_ratio == type(self).keep_ratio, "keep_ratio", beside, self.keep_ratio)
+        beside = f"be null beside budget = {self.budget:g}, which finds one"
+        check_rule(self.threshold is None, "threshold", beside, self.threshold)
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:

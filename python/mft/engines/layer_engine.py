@@ -131,6 +131,9 @@ class LayerEngine:
 
     def relearned(self) -> None:
         """After a change of the scores: the masks follow."""
+        if self._states is not None and self._states.budget is not None:
+            self._states.select()
+            return
         for mask, selected in zip(self.masks, current_masks({mask.name: mask.module for mask in self.masks})):
             mask.packed.copy_(selected.packed)
             mask.threshold = selected.threshold.to(self.mover.device)

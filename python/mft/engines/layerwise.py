@@ -67,6 +67,9 @@ class Layerwise(LayerEngine):
             grads = self._back(layer, batches, boundaries.pop(), grads, lr)
         for _ in visits:
             raise AssertionError("a layer was not visited")
+        if lr is not None:
+            with self._at("the selection of the masks"):
+                self.states.select()
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
         referring = [batch for batch in batches if self.objective.remembers and self.objective.needs_reference(batch)]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mft.budget.budget import budget_of
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
@@ -54,6 +55,7 @@ class Plain:
         self._stepper = make_stepper(model, train)
         self._stepper.__enter__()
         self._before_update = before_update
+        self._masked = [module for module in model.modules() if isinstance(module, MaskedLayer)]
 
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
@@ -79,6 +81,7 @@ class Plain:
             if max_norm is not None:
                 self._stepper.clip(max_norm)
             self._stepper.step()
+            self._select()
 
     def check(self) -> None:
         """Nothing: a masked layer finds non-finite scores in its next forward."""
@@ -135,15 +138,21 @@ class Plain:
 
     def packed_masks(self) -> list[Tensor]:
         """See step.Runner. What is selected here is remembered for the next forward."""
-        masked = [module for module in self._model.modules() if isinstance(module, MaskedLayer)]
-        return [current_mask(m.scores, m.keep_ratio, m.threshold, m.mode).packed for m in masked]
+        return [current_mask(m.scores, m.keep_ratio, m.threshold, m.mode).packed for m in self._masked]
 
     def relearned(self) -> None:
         """After a change of what is learned: the model computes with it."""
         self._stepper.copy_masters()
+        self._select()
 
     def close(self) -> None:
         self._stepper.__exit__()
+
+    def _select(self) -> None:
+        """Of masks under a budget the threshold that they share; others find theirs in the next forward."""
+        budget = budget_of(self._model)
+        if budget is not None:
+            budget.select(self._masked)
 
     def _at(self, place: str) -> AbstractContextManager:
         return naming_lack_of_memory(

@@ -47,6 +47,7 @@ class Resident(LayerEngine):
             return
         with self._at("the optimiser step"):
             self.states.update(masks, lr, max_norm)
+            self.states.select()
 
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
         for batch in batches:

@@ -6,12 +6,13 @@ scores, moments of matrix 3  -- on its way --
 scores, moments of matrix 1  <------  done
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mft.budget.budget import Budget, naming_layer
 from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
@@ -20,7 +21,7 @@ from mft.number_formats import MOMENT_FORMATS
 from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer, pack_mask
 from mft_kernels.mask.masking import outdate
-from mft_kernels.reference.fixed_point import selectable
+from mft_kernels.reference.fixed_point import code_at_least, selectable
 
 _CLIP_ROWS = 256  # of a gradient squared at once
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
@@ -88,6 +89,7 @@ class ScoreStates:
         processes: those whose gradients make up a step; each then takes the same one, rounding included.
         surrogate: what scores learn by, if not by the straight-through gradient. It is written over a layer's buffer,
             so that no matrix more is needed; moments in 8 bits then know the weight.
+        budget: of these masks, which are then selected together, by select().
     """
 
     def __init__(
@@ -97,8 +99,10 @@ class ScoreStates:
         mover: Mover,
         processes: Processes = ALONE,
         surrogate: Surrogate | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._mover, self._masks, self.processes, self._surrogate = mover, masks, processes, surrogate
+        self.budget = budget
         for mask in masks:
             mask.module.scores.requires_grad_(False)
             mask.module.scores.data = mover.rest(mask.module.scores.data)
@@ -142,6 +146,8 @@ class ScoreStates:
     def update(self, masks: Sequence[HeldMask], lr: float, max_norm: float | None = None) -> None:
         """One optimiser step of these layers from their buffers, summed over processes; their next masks are held then.
 
+        Under a budget they hold their masks until all layers have taken the step, and select() is called.
+
         A matrix takes its step while the next one is summed, unless max_norm, which is of all layers' gradients, needs
         every sum first.
         """
@@ -156,12 +162,32 @@ class ScoreStates:
                     self._replace(mask, *self._mover.bring([mask.module.scores]).wait())
             factor = self.clip_factor(max_norm)
         for mask, _ in zip(masks, summed, strict=True):
-            mask.packed.copy_(self._step(mask, factor))
+            packed = self._step(mask, factor)
+            if packed is not None:
+                mask.packed.copy_(packed)
             self._mover.let_go()
+
+    def select(self) -> None:
+        """Under a budget: the masks of all layers, by the threshold that their scores share now.
+
+        Raises: NonFiniteScores, naming the layer.
+        """
+        if self.budget is None:
+            return
+        self._mover.finish()
+        with naming_layer([mask.module for mask in self._masks]):
+            threshold = self.budget.threshold(self._brought)
+        for mask, scores in zip(self._masks, self._brought()):
+            mask.module.threshold = threshold
+            fixed_point = scores.dtype == torch.int16
+            mask.threshold = scores.new_full((), code_at_least(threshold) if fixed_point else threshold)
+            mask.packed.copy_(pack_mask(scores, mask.threshold, mode=mask.module.mode))
 
     def check(self) -> None:
         """Raise NonFiniteScores if a score has become NaN or infinite; the one synchronisation of a step."""
         found, self._found_bad = self._found_bad, []
+        if not found:  # select() has looked
+            return
         for (mask, _), is_bad in zip(found, torch.stack([bad for _, bad in found]).tolist()):
             if is_bad:
                 self._mover.finish()
@@ -175,10 +201,20 @@ class ScoreStates:
         assert grad is not None, "a step needs the gradient"
         surrogate.replace(grad, scores.detach(), threshold=module.threshold, mode=module.mode, weight=mask.weight())
 
-    def _step(self, mask: HeldMask, grad_scale: Tensor | None) -> Tensor:
+    def _brought(self) -> Iterator[Tensor]:
+        """The scores, on the device, the next ones on their way while some are read."""
+        arriving = self._mover.bring([self._masks[0].module.scores])
+        for following in (*self._masks[1:], None):
+            (scores,) = arriving.wait()
+            if following is not None:
+                arriving = self._mover.bring([following.module.scores])
+            yield scores.detach()
+
+    def _step(self, mask: HeldMask, grad_scale: Tensor | None) -> Tensor | None:
+        """The next mask; None under a budget."""
         module, resting = mask.module, self.optimizer.tensors(mask.module.scores)
         tensors = dict(zip(resting, self._mover.bring(list(resting.values())).wait()))
-        fixed = module.threshold is not None
+        given = module.threshold is not None or self.budget is not None
         assert mask.grad is not None, "a step needs the gradient"
         if self._surrogate is not None and grad_scale is None:  # else it was there before the norm
             self._replace(mask, tensors["scores"])
@@ -188,13 +224,14 @@ class ScoreStates:
             mask.weight() if self._surrogate is None else None,
             tensors=tensors,
             grad_scale=grad_scale,
-            keep_ratio=None if fixed else module.keep_ratio,
-            threshold=None if fixed else mask.threshold,
+            keep_ratio=None if given else module.keep_ratio,
+            threshold=None if given else mask.threshold,
         )
-        if selected is None:
+        packed = None
+        if self.budget is None and selected is None:
             packed = pack_mask(tensors["scores"], mask.threshold, mode=module.mode)
             self._found_bad.append((mask, ~selectable(tensors["scores"]).isfinite().all()))
-        else:
+        elif selected is not None:
             mask.threshold, packed = selected
             self._found_bad.append((mask, selectable(mask.threshold).isnan().any()))
         for name, tensor in tensors.items():

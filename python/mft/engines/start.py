@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mft.budget.budget import budget_of
 from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.layer_calls import LayerCalls
@@ -109,7 +110,7 @@ def start_engine(
         calls = LayerCalls(model, run)
         calls.check(few)
         mover = Mover(device, separate=separate)
-        states = None if train is None else ScoreStates(masks, train, mover, processes, surrogate)
+        states = None if train is None else ScoreStates(masks, train, mover, processes, surrogate, budget_of(model))
         dtype = None if train is None or train.grad_dtype is None else getattr(torch, train.grad_dtype)
         engine = ENGINES[way](
             calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory, objective=objective

@@ -27,7 +27,8 @@ def said_of_cost(model: nn.Module, config: MaskConfig, dataset, **options) -> st
         unmasked = evaluate(model, few, **options).loss
     if not masked > unmasked + WELL_ABOVE:  # of a loss that is NaN the first step speaks
         return None
-    cut = f"keep_ratio={config.keep_ratio:g}" if config.threshold is None else f"threshold={config.threshold:g}"
+    name = next((name for name in ("budget", "threshold") if getattr(config, name) is not None), "keep_ratio")
+    cut = f"{name}={getattr(config, name):g}"
     return (
         f"the masks alone cost {masked - unmasked:.2f} nats a token: the loss is {masked:.2f} before the first step, "
         f"{unmasked:.2f} without them ({len(few)} rows of validation). mask.init={config.init} mask.{cut} on "
@@ -36,7 +37,7 @@ def said_of_cost(model: nn.Module, config: MaskConfig, dataset, **options) -> st
 
 
 def _remedy(config: MaskConfig) -> str:
-    ours = ("init", "threshold", "sharpness", "deletion_penalty")  # the last two count from a threshold
+    ours = ("init", "budget_ramp", "threshold", "sharpness", "deletion_penalty")  # the last two count from a threshold
     harmless = dataclasses.replace(config, **{name: getattr(MaskConfig(), name) for name in ours})
     harmless.keep_ratio = max(config.keep_ratio, MaskConfig().keep_ratio)
     was, better = (dataclasses.asdict(value) for value in (config, harmless))

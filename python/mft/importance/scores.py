@@ -1,11 +1,13 @@
 """Scores that begin in the order of importance, to be trained from there."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mft.budget.budget import budget_of
 from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
 from mft.engines.distributed import ALONE, Processes
@@ -21,8 +23,9 @@ def initialise_scores(
 ) -> nn.Module:
     """Begin the scores of a masked model where ``method`` would mask it: positive, root mean square 0.02, none 0.
 
-    In proportion to importance; for wanda to importance over that of the row's last kept weight, so that each row keeps
-    its share; for gradient and fisher, whose importance has both signs, to its rank within the matrix.
+    In proportion to importance; for wanda, but under a budget, to importance over that of the row's last kept weight,
+    so that each row keeps its share; for gradient and fisher, whose importance has both signs, to its rank within the
+    matrix.
 
     Returns: the same model. Raises: as importance; ValueError if nothing is masked.
     """
@@ -30,11 +33,12 @@ def initialise_scores(
     found = importance(model, masked, method, dataset, rows=rows, batch_size=batch_size, seed=seed)
     for name, module in masked.items():
         values = found.pop(name).double()
-        if method == "wanda":
+        if method == "wanda" and budget_of(model) is None:
             values /= _last_kept(values, module.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
         elif method in SIGNED:
             values = dense_ranks(values).double() + 1
         _begin(module, _scaled(values))
+    _select(model, masked)
     return model
 
 
@@ -57,8 +61,8 @@ def init_from_data(
     """Set the scores of a masked model to begin as mask.init says, by mask.calibration_rows rows of dataset.
 
     wanda, with v = |w_ij| * ||x_j||_2 scaled to a root mean square of 0.02 in each matrix: threshold + v where there is
-    one, so that everything is kept and what matters most lies farthest from being dropped; else as initialise_scores.
-    Of an expert that no row reached v = |w_ij|.
+    one, so that everything is kept and what matters most lies farthest from being dropped; v alone under a budget; else
+    as initialise_scores. Of an expert that no row reached v = |w_ij|.
 
     Args:
         model: masked by mask, whose init is another (see drawn); its base may be quantised.
@@ -82,6 +86,7 @@ def init_from_data(
     norms = processes.gather({name: norm.cpu() for name, norm in norms.items()})[0]
     for name, module in masked.items():
         _begin(module, wanda_scores(name, matrix_of(module), norms[name], mask))
+    _select(model, masked)
     return model
 
 
@@ -95,6 +100,8 @@ def wanda_scores(name: str, weight: Tensor, norms: Tensor, mask: MaskConfig) -> 
     reached = torch.where((norms != 0).any(-1, keepdim=True), norms, 1.0)
     values = (weight.abs().float() * reached.to(weight.device)).double()
     check_tells_apart(name, mask.init, values)
+    if mask.budget is not None:
+        return _scaled(values)
     if mask.threshold is None:
         values = values / _last_kept(values, mask.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
         return _scaled(values)
@@ -127,6 +134,13 @@ def _scaled(values: Tensor) -> Tensor:
 def _begin(module: Any, scores: Tensor) -> None:
     """scores (N, K) or (E, N, K) become the masked layer's."""
     set_scores(module, as_stored(module, scores))
+
+
+def _select(model: nn.Module, masked: Mapping[str, Any]) -> None:
+    """Under a budget: the masks that the new scores make."""
+    budget = budget_of(model)
+    if budget is not None and budget.quota:
+        budget.select(list(masked.values()))
 
 
 def _last_kept(values: Tensor, keep_ratio: float) -> Tensor:

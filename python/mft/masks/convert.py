@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mft.budget.budget import keep_budget, load_with_threshold, magnitude_scores, make_budget
 from mft.config import DATA_INITS, INITS, MaskConfig
 from mft.masks.experts import mask_experts, unmask_experts
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
@@ -89,6 +90,7 @@ def merge_model(model: nn.Module, *, alpha: float = 1.0) -> nn.Module:
     forget_in_one_piece(model)
     forget_saved_modules(model)
     forget_surrogate(model)
+    keep_budget(model, None)
     before = getattr(model, _TRAINABLE_BEFORE, None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() if before is None else name in before)
@@ -161,8 +163,11 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
             mask_experts(parent, part, functools.partial(masked_grouped_layer, name=name, config=config))
         else:
             replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
-    weights = sum(module.scores.numel() for module in masked_modules(model).values())
+    masked = list(masked_modules(model).values())
+    weights = sum(module.scores.numel() for module in masked)
     keep_surrogate(model, config, weights)
+    if config.budget is not None:
+        _begin_budget(model, masked, config, weights)
     train_whole(model, select_saved_modules(model, config.modules_to_save))
     _prepare_checkpointing(model, names)
 
@@ -296,13 +301,31 @@ def check_unmasked(model: nn.Module) -> None:
 
 def _scores_options(name: str, config: MaskConfig, weight: Tensor) -> dict[str, Any]:
     return {
-        "keep_ratio": config.keep_ratio,
+        "keep_ratio": config.keep_ratio if config.budget is None else 1.0,  # until something is selected
         "mode": config.mode,
         "init": config.init,
         "threshold": config.threshold,
         "scores_dtype": torch.float64 if weight.dtype == torch.float64 else getattr(torch, config.scores_dtype),
         "generator": _generator(config.seed, name, weight.device),
     }
+
+
+@torch.no_grad()
+def _begin_budget(model: nn.Module, masked: list[MaskedLayer], config: MaskConfig, weights: int) -> None:
+    """Scores by magnitude in one scale, and the masks of before the first step."""
+    budget = make_budget(config, weights)
+    assert budget is not None, "asked for where there is one"
+    budget.grow(0, 1)
+    keep_budget(model, budget)
+    for module in masked:
+        load_with_threshold(module)
+    if any(module.weight.is_meta for module in masked):
+        return
+    if config.init == "magnitude":
+        for module, scores in zip(masked, magnitude_scores([module.weight for module in masked])):
+            set_scores(module, scores)
+    if budget.quota:
+        budget.select(masked)
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:

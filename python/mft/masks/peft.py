@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from mft.budget.budget import Budget, SharedThreshold, budget_of, keep_budget, magnitude_scores, make_budget
 from mft.checks import check_rule, nearest
 from mft.config import MaskConfig
 from mft.files.hub import HubError, asking_hub, split_hub_id
@@ -40,7 +42,7 @@ try:
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
 
-    from mft.masks.peft_layer import MaskExperts, MaskLinear, MaskTunerLayer
+    from mft.masks.peft_layer import TRL_REFERENCE, MaskExperts, MaskLinear, MaskTunerLayer
 except ImportError as error:
     raise ImportError(f"mft.masks.peft needs peft >= {_TRIED[0]}: {_REMEDY}. {error}") from error
 
@@ -124,6 +126,8 @@ class MaskModel(BaseTuner):
         layers = [layer for layer in _mask_layers(model) if adapter_name in layer.mft_scores]
         weights = sum(scores.numel() for layer in layers for scores in layer.scores_of(adapter_name).values())
         keep_surrogate(config, config, weights)
+        if (budget := make_budget(config, weights)) is not None:
+            _begin_budget(layers, adapter_name, config, budget)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
@@ -254,8 +258,12 @@ def to_masked_model(model: PeftModel) -> nn.Module:
             scores |= {layer.names[part]: learned for part, learned in layer.scores_of(active).items()}
     base = model.unload()
     convert(base, scores, config)
-    for name, masked in masked_modules(base).items():
+    modules = masked_modules(base)
+    for name, masked in modules.items():
         masked.scores = scores[name]
+    if (budget := budget_of(config)) is not None:
+        keep_budget(base, budget)
+        budget.select(list(modules.values()))
     return base
 
 
@@ -264,6 +272,28 @@ def to_masked_model(model: PeftModel) -> nn.Module:
 
 def _mask_layers(model: nn.Module) -> list[MaskTunerLayer]:
     return [module for module in model.modules() if isinstance(module, MaskTunerLayer)]
+
+
+@torch.no_grad()
+def _begin_budget(layers: list[MaskTunerLayer], name: str, config: MaskPeftConfig, budget: Budget) -> None:
+    """The layers share a threshold, and scores by magnitude begin in one scale.
+
+    What TRL calls its reference has scores already, and a budget that no callback moves.
+    """
+    pairs = [pair for layer in layers for pair in layer.learned_on(name)]
+    if name != TRL_REFERENCE:
+        keep_budget(config, budget)
+        if config.init == "magnitude" and not any(weight.is_meta for _, weight in pairs):
+            for (scores, _), begun in zip(pairs, magnitude_scores([weight for _, weight in pairs])):
+                scores.copy_(begun)
+    shared = SharedThreshold(budget, partial(_scores_of, layers, name))
+    for layer in layers:
+        layer.shared_thresholds[name] = shared
+
+
+def _scores_of(layers: list[MaskTunerLayer], name: str) -> list[nn.Parameter]:
+    """All of the mask of this name, as they are now: PEFT replaces them."""
+    return [scores for layer in layers for scores in layer.scores_of(name).values()]
 
 
 def _parameters_of_modules(model: nn.Module, names: list[str]) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mft.budget.budget import SharedThreshold
 from mft.config import MaskConfig
 from mft.masks.banked_experts import grouped_product, mixed_experts
 from mft.masks.banked_linear import TaskPerRow
@@ -52,6 +53,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._taken_out: dict[str, tuple[Tensor, Tensor]] = {}  # while merged: packed masks, dropped weights
+        self.shared_thresholds: dict[str, SharedThreshold] = {}  # of masks under a budget
 
     def add_mask(self, adapter_name: str, config: MaskConfig, parameters: Collection[str] | None = None) -> None:
         """Add the scores that mask_model would draw for these parameters, by default all that can be masked.
@@ -74,6 +76,11 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
     @abstractmethod
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Of the mask of this name, by parameter: those that it has scores for."""
+
+    def learned_on(self, adapter_name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The scores of the mask of this name, each with the weight that it lies on."""
+        for part, scores in self.scores_of(adapter_name).items():
+            yield scores, self._weight(part)
 
     @torch.no_grad()
     def current_mask(self, adapter_name: str, parameter: str) -> Tensor:
@@ -184,14 +191,15 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         if surrogate is not None and scores.requires_grad:
             hook_scores(scores, surrogate, threshold=config.threshold, mode=config.mode)
 
-    def _selection(self, adapter_name: str) -> dict[str, Any]:
-        config = self.mft_config[adapter_name]
-        return {"keep_ratio": config.keep_ratio, "threshold": config.threshold, "mode": config.mode}
+    def _selection(self, adapter_name: str, scores: nn.Parameter, *, anew: bool = False) -> dict[str, Any]:
+        config, shared = self.mft_config[adapter_name], self.shared_thresholds.get(adapter_name)
+        threshold = config.threshold if shared is None else shared.value(scores, look_at_all=anew)
+        return {"keep_ratio": config.keep_ratio, "threshold": threshold, "mode": config.mode}
 
     def _selected(self, adapter_name: str, parameter: str, anew: bool) -> Tensor:
-        config, scores = self.mft_config[adapter_name], self.scores_of(adapter_name)[parameter]
+        scores = self.scores_of(adapter_name)[parameter]
         try:
-            return current_mask(scores, config.keep_ratio, config.threshold, config.mode, anew=anew).packed
+            return current_mask(scores, **self._selection(adapter_name, scores, anew=anew), anew=anew).packed
         except NonFiniteScores:
             raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
 
@@ -231,7 +239,7 @@ class MaskLinear(MaskTunerLayer):
         scores = self.mft_scores[name]
         self._attend(name, scores)
         try:
-            return masked_linear_by_ratio(x, self._weight("weight"), scores, self.bias, **self._selection(name))
+            return masked_linear_by_ratio(x, self._weight("weight"), scores, self.bias, **self._selection(name, scores))
         except NonFiniteScores:
             raise NonFiniteScores(scores.detach(), self.module_name) from None
 
@@ -312,7 +320,7 @@ class MaskExperts(MaskTunerLayer):
                 offsets,
                 self._bias(parameter),
                 transposed=transposed,
-                **self._selection(adapter_name),
+                **self._selection(adapter_name, scores),
             )
         except NonFiniteScores:
             raise NonFiniteScores(scores.detach(), self.names[parameter]) from None

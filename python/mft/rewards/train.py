@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mft.budget.trainer import BudgetCallback
 from mft.checks import check_rule
 from mft.engines.plain import make_stepper, replace_gradients
 from mft.engines.randomness import seeded
@@ -153,6 +154,7 @@ def train_rewards(
             if on_step is not None:
                 on_step(reports[-1])
 
+        trainer.add_callback(BudgetCallback())
         trainer.add_callback(trainer_module.Reporting(report))
         with warnings.catch_warnings():
             # TODO: drop when the Trainer and TRL call them by their new names

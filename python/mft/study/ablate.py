@@ -32,13 +32,15 @@ _COLOURS = {
 
 
 def ratio_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
-    """Masks at every keep ratio: trained, by magnitude, random; those that a threshold decides stand beside them."""
+    """Masks at every keep ratio: trained, by magnitude, random; those that have none stand beside them."""
     ratios = [_number("values", value) for value in values] or list(RATIOS)
     masks = _masks(study)
-    arms = _prototypes(study, Full, Control) | {name: arm for name, arm in masks.items() if arm.threshold is not None}
-    by_ratio = {name: arm for name, arm in masks.items() if arm.threshold is None}
+    by_ratio = {name: arm for name, arm in masks.items() if arm.choices(study.mask).get("keep_ratio")}
+    arms = _prototypes(study, Full, Control) | {name: arm for name, arm in masks.items() if name not in by_ratio}
     if not by_ratio:
-        raise ValueError(f"arms must hold a mask without a threshold to be ablated by ratio, got {', '.join(masks)}")
+        raise ValueError(
+            f"arms must hold a mask without a threshold or a budget to be ablated by ratio, got {', '.join(masks)}"
+        )
     for ratio in ratios:
         for name, arm in by_ratio.items():
             arms[f"{name} {ratio:g}"] = dataclasses.replace(arm, keep_ratios=[ratio])

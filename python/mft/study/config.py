@@ -122,7 +122,9 @@ class StudyConfig:
             _check_not_evaluated(f"{name}.", getattr(self, name))
         annealed = self.full.schedule != "constant"
         check_rule(annealed, "full.schedule", "fall to 0 (linear or cosine): arms start at its end", self.full.schedule)
-        check_rule(self.mask.threshold is None, "mask.threshold", "be null: an arm has it", self.mask.threshold)
+        for name in ("threshold", "budget"):
+            value = getattr(self.mask, name)
+            check_rule(value is None, f"mask.{name}", "be null: an arm has it", value)
         for name in self.answers:
             check_one_of("answers", name, tuple(self.domains))
         if self.objective == REWARDS:

@@ -52,6 +52,10 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
             values[section].pop(key, None)
     if study.objective == CROSS_ENTROPY:  # as a study of before had it
         del values["objective"], values["rewards"], values["questions"]
+    for keys in (values["mask"], *values["arms"].values()):
+        if keys.get("budget") is None:  # so too
+            for key in ("budget", "budget_ramp"):
+                keys.pop(key, None)
     return values
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mft.budget.budget import budget_of
 from mft.engines.step import Runner
 from mft.masks.convert import masked_modules, set_scores
 from mft.training.checkpoint import BadCheckpoint, checkpoint_at, write_checkpoint
 from mft_kernels import MaskedLayer, unpack_mask
 
 _KEPT, _DROPPED = 0.03, 0.01  # scores, where a share is kept: any two that differ in every dtype of scores
+_CUT = 0.02  # between them
 _MARGIN = 0.01  # of scores from a fixed threshold, where it is near 0
 _REMEDY = "export the last step instead, with train.keep_best=false --force"
 
@@ -55,6 +57,9 @@ def put_result(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises: ValueError, naming a tensor that the model has no place for.
     """
     masked, parameters = masked_modules(model), dict(model.named_parameters())
+    if budget_of(model) is not None:  # that of another step may be too near 0 for scores on both sides
+        for module in masked.values():
+            module.threshold = _CUT
     for name, tensor in tensors.items():
         layer = name.removesuffix(".mask")
         if layer in masked:

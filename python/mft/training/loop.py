@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from mft.budget.budget import budget_of
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
@@ -156,6 +157,7 @@ def train_loop(
     few = first_row[:, :FEW].to(next(model.parameters()).device)
     processes.check_model(model, few)
     counted_weights = _weights_of_free_masks(model)
+    budget = budget_of(model)
     reports: list[StepReport] = []
     with (
         seeded(train.seed),
@@ -176,6 +178,9 @@ def train_loop(
             if saver is not None:
                 with processes.together():
                     reports += saver.begin(runner, rows)
+            if budget is not None:
+                budget.grow(len(reports), steps)
+                runner.relearned()
             processes.agree_on(runner.learned())
             ended = False
             if validation is not None:
@@ -192,6 +197,8 @@ def train_loop(
                 lr = train.lr * schedule_factor(step, steps, train)
                 if surrogate is not None:
                     surrogate.sharpen(step, steps)
+                if budget is not None:
+                    budget.grow(step, steps)
                 runner.step(batches, 1 / max(count, 1), lr, train.max_grad_norm, losses)
                 runner.check()
                 (loss,) = processes.sum(losses.total)
@@ -217,9 +224,10 @@ def train_loop(
 
 
 def _weights_of_free_masks(model: nn.Module) -> int:
-    """Of masks whose share is free, with a threshold that stays; 0 where a ratio says it."""
+    """Of masks whose share is free, with a threshold that stays or a budget that grows; 0 where a ratio says it."""
     masked = masked_modules(model).values()
-    return sum(m.scores.numel() for m in masked) if any(m.threshold is not None for m in masked) else 0
+    free = budget_of(model) is not None or any(m.threshold is not None for m in masked)
+    return sum(m.scores.numel() for m in masked) if free else 0
 
 
 def _check_objective(objective: Objective, model: nn.Module, dataset) -> None:

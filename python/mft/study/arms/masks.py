@@ -1,13 +1,14 @@
 """Masks: MFT, whose scores are trained, and those that are found in one shot."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from mft.config import DATA_INITS, INITS, MaskConfig, TrainConfig
+from mft.checks import SHARE, check_rule
+from mft.config import BUDGET, DATA_INITS, INITS, MaskConfig, TrainConfig
 from mft.importance.scores import initialise_scores, mask_from_data
 from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
 from mft.masks.export_format import coded_size
@@ -34,8 +35,12 @@ class _AnyMask(Arm):
         return sum(map(coded_size, _kept(ground, model)))
 
 
+@dataclass
 class Mask(_AnyMask):
     """Scores trained."""
+
+    budget: Annotated[float | None, BUDGET] = None  # in place of keep_ratios: as mask.budget of a run
+    budget_ramp: Annotated[float | None, SHARE] = None  # null: as mask.budget_ramp of a run
 
     takes = _AnyMask.takes | LEARNING | {"init", "mode", "threshold", "sharpness", "deletion_penalty"}
     needs = frozenset({"lrs"})
@@ -45,6 +50,25 @@ class Mask(_AnyMask):
     may_teach = True
     near = True
     colour = "#c1121f"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            for name in ("keep_ratios", "threshold"):
+                check_rule(not getattr(self, name), name, "be left out beside budget", getattr(self, name))
+        else:
+            check_rule(self.budget_ramp is None, "budget_ramp", "be left out without budget", self.budget_ramp)
+
+    def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:
+        found = super().choices(mask)
+        return found if self.budget is None else found | {"keep_ratio": []}
+
+    def mask_config(self, mask: MaskConfig) -> MaskConfig:
+        found = super().mask_config(mask)
+        if self.budget is None:
+            return found
+        ramp = found.budget_ramp if self.budget_ramp is None else self.budget_ramp
+        return replace(found, keep_ratio=MaskConfig.keep_ratio, budget=self.budget, budget_ramp=ramp)
 
     def untrained(self, ground: Ground) -> nn.Module:
         model = self._masked(ground).requires_grad_(False)

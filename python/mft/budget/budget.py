@@ -1,0 +1,156 @@
+"""A budget: of all masked weights of a model a share is dropped, wherever in it their scores are the smallest.
+
+    quota     = share * weights, and over the first ``ramp`` of a run's steps less: it grows from 0 by the same a step
+    threshold = the (quota + 1)-th smallest |score| over all layers together (score in mode "value")
+    keep      = |score| >= threshold, in every layer
+
+The threshold is found anew after each optimiser step; meanwhile every layer works with it as with a given one.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mft.config import MaskConfig
+from mft_kernels import MaskedLayer
+from mft_kernels.mask.scores import Scores, State, state, still, watch
+from mft_kernels.mask.shared_threshold import shared_threshold
+from mft_kernels.ops.checks import NonFiniteScores
+
+_BUDGET = "_mft_budget"  # an attribute of a model, or of PEFT's configuration
+_SCALE = 0.02  # root mean square of scores that will be trained, as MaskedLinear's own
+
+
+@dataclass
+class Budget:
+    """Of one model's masks. share: of their ``weights`` together; quota: how many may be dropped now, at first all."""
+
+    share: float
+    ramp: float
+    mode: str
+    weights: int
+    quota: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.grow(1, 1)
+
+    def grow(self, step: int, steps: int) -> None:
+        """What may be dropped after so many steps of a run; after 0 nothing, unless there is no ramp."""
+        ramp = self.ramp * steps
+        self.quota = int(self.share * self.weights * (1.0 if step >= ramp else step / ramp))
+
+    def threshold(self, read: Callable[[], Iterable[Tensor]]) -> float:
+        """By which the quota is dropped. read: gives the scores of all layers, as shared_threshold takes them."""
+        return shared_threshold(read, self.quota, mode=self.mode)
+
+    def select(self, masked: Sequence[MaskedLayer]) -> None:
+        """Give the layers, all that the budget is of, the threshold that their scores share now.
+
+        Raises: NonFiniteScores, naming the layer.
+        """
+        with naming_layer(masked):
+            threshold = self.threshold(lambda: (module.scores for module in masked))
+        for module in masked:
+            module.threshold = threshold
+
+
+@contextlib.contextmanager
+def naming_layer(masked: Iterable[MaskedLayer]) -> Iterator[None]:
+    """Around a selection over all of them: scores that are not finite are told with the name of their layer."""
+    try:
+        yield
+    except NonFiniteScores:
+        for module in masked:
+            module.current_mask()  # which raises, naming the layer
+        raise
+
+
+class SharedThreshold:
+    """The threshold of an adapter's layers under PEFT, found again when their scores or the quota have changed.
+
+    Any loop may train these, and PEFT replaces them when it loads, so each layer asks in each forward. What counts as a
+    change is what does for one layer's mask (mft_kernels/mask/scores.py).
+
+    Args: scores: gives those of all layers, as they are now.
+    """
+
+    def __init__(self, budget: Budget, scores: Callable[[], list[nn.Parameter]]) -> None:
+        self.budget, self._scores = budget, scores
+        self._found: _Found | None = None
+
+    def value(self, asking: Tensor, *, look_at_all: bool = False) -> float:
+        """The threshold, for the layer with these scores.
+
+        look_at_all: for a change of any layer's; else of these alone, which is as much as a forward has time for.
+        """
+        found, quota = self._found, self.budget.quota
+        asked = self._scores() if look_at_all else [asking]
+        if found is None or found.quota != quota or not all(map(found.holds_for, asked)):
+            scores = self._scores()
+            for each in scores:
+                watch(each)
+            states = {id(each): (each, state(cast(Scores, each))) for each in scores}
+            found = self._found = _Found(self.budget.threshold(lambda: scores), quota, states)
+        return found.threshold
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_found": None}  # states are of this process's memory
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A threshold, and what it was found for."""
+
+    threshold: float
+    quota: int
+    states: Mapping[int, tuple[Tensor, State | None]]  # by id, with the scores of that id
+
+    def holds_for(self, scores: Tensor) -> bool:
+        known, before = self.states.get(id(scores), (None, None))
+        return known is scores and before is not None and still(cast(Scores, scores), before)
+
+
+def budget_of(holder: Any) -> Budget | None:
+    """Of a masked model, or of an adapter's configuration in PEFT; None: each layer keeps a share of its own."""
+    return getattr(holder, _BUDGET, None)
+
+
+def keep_budget(holder: Any, budget: Budget | None) -> None:
+    """budget_of(holder) is this from now on."""
+    if budget is not None or hasattr(holder, _BUDGET):
+        setattr(holder, _BUDGET, budget)
+
+
+def make_budget(mask: MaskConfig, weights: int) -> Budget | None:
+    """What mask asks for on so many masked weights."""
+    return None if mask.budget is None else Budget(mask.budget, mask.budget_ramp, mask.mode, weights)
+
+
+def load_with_threshold(module: MaskedLayer) -> None:
+    """Let the layer take over the threshold that its scores were saved with, whichever it has: it was not given it."""
+    module.register_load_state_dict_pre_hook(_take_rule)
+
+
+def _take_rule(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    rule = state_dict.get(f"{prefix}_extra_state")
+    if rule is not None:
+        keep_ratio, _, fixed, threshold = rule.tolist()
+        module.keep_ratio, module.threshold = keep_ratio, threshold if fixed else None
+
+
+@torch.no_grad()
+def magnitude_scores(weights: Sequence[Tensor]) -> Iterator[Tensor]:
+    """fp32 scores |weight| of each matrix, all in one scale: root mean square 0.02 over the weights of all together.
+
+    So the smallest weights of the model are dropped first. (MaskedLinear's own have that root mean square in each
+    matrix, which would drop the same share of each.) Weights of 0 are kept, as there.
+    """
+    squares = sum(float(weight.float().square().sum(dtype=torch.float64)) for weight in weights)
+    scale = _SCALE / max(squares / sum(weight.numel() for weight in weights), torch.finfo(torch.float32).tiny) ** 0.5
+    for weight in weights:
+        scores = (weight.abs().float() * scale).clamp_(min=torch.finfo(torch.float32).tiny)
+        yield scores.masked_fill_(weight == 0, _SCALE)

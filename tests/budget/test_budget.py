@@ -1,0 +1,176 @@
+"""Masks under a budget: what is dropped, from which layers, and one result of it in every way of running a step."""
+
+import copy
+
+import pytest
+import torch
+from tiny import make_llama, make_rows
+
+import mft.engines.start
+from mft.budget.budget import Budget, budget_of
+from mft.config import MaskConfig, TrainConfig
+from mft.engines.offload import Mover
+from mft.masks.convert import keeping_all, mask_model, masked_modules, merge_model
+from mft.masks.quantize import quantize_model
+from mft.training.loop import train_masks
+from mft_kernels import float_from_fixed
+from mft_kernels.ops.checks import NonFiniteScores
+
+WAYS = ["resident", "layerwise"]
+EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what differs
+BUDGET = 0.03
+
+
+def masked(dtype=torch.float32, **changes):
+    layers = {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1, 2, 3]}
+    return mask_model(make_llama(dtype), MaskConfig(**layers | {"budget": BUDGET} | changes))
+
+
+def train(way, model=None, rows=None, **options):
+    model = masked() if model is None else model
+    settings = TrainConfig(**{"lr": 1e-3, "steps": 4, "batch_size": 2, "accumulation": 2} | options)
+    return model, train_masks(model, make_rows() if rows is None else rows, settings, way=way)
+
+
+def scores_of(model):
+    """Of all layers, one after another, in fp64."""
+    scores = [m.scores.detach() for m in masked_modules(model).values()]
+    return torch.cat([(float_from_fixed(s) if s.dtype == torch.int16 else s).double().flatten() for s in scores])
+
+
+def masks_of(model):
+    return torch.cat([module.mask().flatten() for module in masked_modules(model).values()])
+
+
+def smallest(values, count):
+    """False where one of the ``count`` smallest lies; none of these may tie with others."""
+    ordered = values.sort().values
+    assert ordered[count - 1] < ordered[count]
+    return values >= ordered[count]
+
+
+def test_the_quota_grows_evenly_over_the_ramp():
+    budget = Budget(0.1, 0.5, "magnitude", 1000)
+    assert budget.quota == 100  # without a run
+    found = []
+    for step in range(9):
+        budget.grow(step, 8)
+        found.append(budget.quota)
+    assert found == [0, 25, 50, 75, 100, 100, 100, 100, 100]
+    at_once = Budget(0.1, 0.0, "magnitude", 1000)
+    at_once.grow(0, 8)
+    assert at_once.quota == 100
+
+
+def test_a_model_begins_as_it_is():
+    model = masked()
+    assert masks_of(model).all()
+    assert budget_of(model).quota == 0
+    assert all(module.keep_ratio == 1 for module in masked_modules(model).values())
+
+
+def test_without_a_ramp_the_smallest_weights_of_the_model_are_dropped():
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(10)  # in which none is small, then
+    weight = model.model.layers[2].mlp.up_proj.weight.data
+    weight[0, :5] = 0.0
+    before = copy.deepcopy(model)
+    config = MaskConfig(target_modules=["up_proj"], layers_to_transform=[1, 2, 3], budget=BUDGET, budget_ramp=0)
+    mask_model(model, config)
+    values = torch.cat([before.model.layers[i].mlp.up_proj.weight.detach().abs().flatten() for i in (1, 2, 3)])
+    kept = smallest(values.masked_fill(values == 0, torch.inf), int(BUDGET * len(values)))
+    assert torch.equal(masks_of(model), kept)
+    first, second, third = (m.mask().float().mean().item() for m in masked_modules(model).values())
+    assert first > 0.99 > max(second, third)
+    scores = scores_of(model)[values != 0]
+    assert scores.square().mean().sqrt() == pytest.approx(0.02, rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize("way", ["plain", *WAYS])
+def test_the_budget_is_dropped_where_the_scores_of_all_layers_are_smallest(way, mode):
+    model, reports = train(way, masked(mode=mode))
+    scores = scores_of(model)
+    assert torch.equal(masks_of(model), smallest(scores.abs() if mode == "magnitude" else scores, int(0.03 * 12288)))
+    shares = [report.dropped for report in reports]
+    assert shares == pytest.approx([BUDGET * min(1, step / (4 * 0.67)) for step in (1, 2, 3, 4)], abs=1e-4)
+    thresholds = {module.threshold for module in masked_modules(model).values()}
+    assert len(thresholds) == 1
+    by_layer = [int((~module.mask()).sum()) for module in masked_modules(model).values()]
+    assert len(set(by_layer)) > 1  # a share of each would be as many in each
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train("plain")
+
+
+@pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
+def separate(request, monkeypatch):
+    """Runs on the CPU as if it were, or were not, a device with a memory of its own."""
+    monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
+
+
+def assert_equal(ours, theirs, exact=EXACT):
+    assert (scores_of(ours[0]) - scores_of(theirs[0])).abs().max() <= exact
+    assert [r.loss for r in ours[1]] == pytest.approx([r.loss for r in theirs[1]], abs=exact)
+    assert [r.dropped for r in ours[1]] == [r.dropped for r in theirs[1]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_plain_update(way, separate, plain):
+    ours = train(way)
+    assert_equal(ours, plain)
+    assert torch.equal(masks_of(ours[0]), masks_of(plain[0]))
+
+
+def test_clipping(separate):
+    assert_equal(train("resident", max_grad_norm=1e-4), train("plain", max_grad_norm=1e-4))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int16"])
+def test_sixteen_bit_scores_share_a_threshold(dtype):
+    """Ties are kept, so somewhat less than the budget is dropped."""
+    one, other = (train(way, masked(torch.bfloat16, scores_dtype=dtype), moments="8bit") for way in WAYS)
+    assert_equal(one, other)
+    assert torch.equal(masks_of(one[0]), masks_of(other[0]))
+    assert 0.02 < one[1][-1].dropped <= BUDGET
+
+
+def test_a_quantised_base_learns_as_its_weights_do():
+    models = [quantize_model(masked(), "int8", masked=True) for _ in range(2)]
+    assert_equal(train("quantized", models[0]), train("plain", models[1]))
+
+
+def test_scores_that_are_not_finite_name_their_layer():
+    model = masked(budget_ramp=0)
+    bad = model.model.layers[2].mlp.up_proj
+    bad.scores.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteScores, match=r"'model\.layers\.2\.mlp\.up_proj'"):
+        budget_of(model).select(list(masked_modules(model).values()))
+
+
+def test_a_merged_model_has_its_budget_dropped_and_none_any_more(plain):
+    model = copy.deepcopy(plain[0])
+    kept = masks_of(model)
+    base = make_llama()
+    names = list(masked_modules(model))
+    merged = merge_model(model)
+    assert budget_of(merged) is None
+    weights = torch.cat([merged.get_submodule(name).weight.flatten() for name in names])
+    assert torch.equal(weights != 0, kept)
+    expected = torch.cat([base.get_submodule(name).weight.flatten() for name in names])
+    assert torch.equal(weights, torch.where(kept, expected, 0))
+
+
+def test_saved_scores_select_in_a_new_model_what_they_did(plain):
+    model = masked()
+    model.load_state_dict(plain[0].state_dict())
+    assert torch.equal(masks_of(model), masks_of(plain[0]))
+
+
+def test_a_model_without_its_masks_has_them_again_afterwards(plain):
+    before = masks_of(plain[0])
+    with keeping_all(plain[0]):
+        assert masks_of(plain[0]).all()
+    assert torch.equal(masks_of(plain[0]), before)

@@ -1,0 +1,54 @@
+"""One threshold for several score matrices, against a sort of all of them together."""
+
+import pytest
+import torch
+
+from mft_kernels.mask import shared_threshold as module
+from mft_kernels.mask.shared_threshold import shared_threshold
+from mft_kernels.ops.checks import NonFiniteScores
+from mft_kernels.reference.fixed_point import fixed_from_float, float_from_fixed
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int16]
+
+
+def matrices(dtype):
+    """Of different scales, an expert's among them, with ties and zeros."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(37, 11, generator=generator) * scale for scale in (0.02, 0.03, 0.001)]
+    drawn.append(torch.randint(-3, 4, (2, 9, 5), generator=generator) * 0.005)
+    return [fixed_from_float(scores) if dtype == torch.int16 else scores.to(dtype) for scores in drawn]
+
+
+def in_order(scores, mode):
+    values = torch.cat([(float_from_fixed(s) if s.dtype == torch.int16 else s).double().flatten() for s in scores])
+    return (values.abs() if mode == "magnitude" else values).sort().values
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 18])
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_the_next_larger_score_after_those_that_are_dropped(dtype, mode, chunk, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    scores = matrices(dtype)
+    ordered = in_order(scores, mode)
+    for dropped in (0, 1, 5, 400, len(ordered) - 1):
+        assert shared_threshold(lambda: iter(scores), dropped, mode=mode) == ordered[dropped]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_are_not_finite_are_refused(dtype, bad):
+    scores = matrices(dtype)
+    scores[1][3, 4] = fixed_from_float(torch.tensor(bad)) if dtype == torch.int16 else bad
+    for mode in ("magnitude", "value"):
+        with pytest.raises(NonFiniteScores, match=r"got 1 NaN or Inf among \(37, 11\)"):
+            shared_threshold(lambda: iter(scores), 5, mode=mode)
+
+
+def test_what_cannot_be_dropped_is_refused():
+    scores = [torch.ones(2, 3), torch.ones(4)]
+    for dropped in (-1, 10):
+        with pytest.raises(ValueError, match=rf"dropped must be at least 0 and below the 10 scores, got {dropped}"):
+            shared_threshold(lambda: iter(scores), dropped)
+    with pytest.raises(ValueError, match=r"scores must be of one dtype .* got torch\.float32 and torch\.float64"):
+        shared_threshold(lambda: iter([*scores, torch.ones(2, dtype=torch.float64)]), 1)
