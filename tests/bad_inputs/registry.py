@@ -29,9 +29,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 import pytest
 
-from . import data, deletion, environment, experts, files, hub, objectives, rewards, serving, studies, tensors, training
+from . import (
+    budgets,
+    data,
+    deletion,
+    environment,
+    experts,
+    files,
+    hub,
+    objectives,
+    rewards,
+    serving,
+    studies,
+    tensors,
+    training,
+)
 
-GROUPS = (tensors, experts, files, hub, data, training, deletion, objectives, rewards, studies, environment, serving)
+GROUPS = (
+    *(tensors, experts, files, hub, data, training, deletion, budgets),
+    *(objectives, rewards, studies, environment, serving),
+)
 
 
 @dataclass(frozen=True)

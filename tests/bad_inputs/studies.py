@@ -21,7 +21,7 @@ fine tunes of what is no study
     -> ValueError: --fine-tunes-of | must be the output_dir of a study | got runs/nowhere without a study.yaml
 an ablation of keep ratios of a mask that has none
     derive(load_study("small"), "ratio", masks=["MFT"])
-    -> ValueError: arms | must hold a mask without a threshold to be ablated by ratio | got MFT
+    -> ValueError: arms | must hold a mask without a threshold or a budget to be ablated by ratio | got MFT
 an ablation of data of a fine tune with one number of epochs
     study = load_study("moe")
     assert study.arms["full fine-tune"].epochs == [4]

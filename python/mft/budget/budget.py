@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mft.checks import check_rule
 from mft.config import MaskConfig
 from mft_kernels import MaskedLayer
 from mft_kernels.mask.scores import Scores, State, state, still, watch
@@ -37,6 +38,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         self.grow(1, 1)
+        least = f"be at least {1 / self.weights:.2g}, one of the {self.weights} masked weights"
+        check_rule(self.quota > 0, "budget", least, self.share)
 
     def grow(self, step: int, steps: int) -> None:
         """What may be dropped after so many steps of a run; after 0 nothing, unless there is no ramp."""

@@ -1,0 +1,72 @@
+"""mft train under a budget: shown, gone on with bit for bit, exported in few bytes, evaluated and merged."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import LEARN, assert_same_masks, events_of, killed_after
+
+from mft.masks.export_format import coded_size, read_export
+
+BUDGET = [*LEARN, "mask.budget=0.04", "train.steps=6"]
+WEIGHTS = 2 * 9216  # of layers 2 and 3
+
+
+def dropped(directory):
+    """By layer."""
+    export = read_export(directory)[0]
+    return {entry.name: math.prod(entry.shape) - entry.kept for entry in export.modules}
+
+
+@pytest.mark.parametrize("memory", ["plain", "resident", "layerwise"])
+def test_a_killed_run_goes_on_bit_for_bit(cli, tmp_path, memory):
+    """From a step within the ramp."""
+    few = [*BUDGET, f"memory={memory}", "checkpoint_minutes=0", "mask.budget_ramp=0.9"]
+    code, output = cli("train", *few, "output_dir=straight")
+    assert code == 0, output
+    killed_after(cli, 3, "train", *few)
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
+    assert events_of(tmp_path / "run", timed=False) == events_of(tmp_path / "straight", timed=False)
+    assert_same_masks(tmp_path / "run", tmp_path / "straight")
+
+
+def test_what_is_dropped_is_shown_exported_evaluated_and_merged(cli, tmp_path):
+    code, output = cli("train", *BUDGET)
+    assert code == 0, output
+    quota = int(0.04 * WEIGHTS)
+    assert "4 % dropped" in output
+    shares = [event["dropped"] for event in events_of(tmp_path / "run") if "lr" in event]
+    assert shares == pytest.approx([0.04 * min(1, step / (0.67 * 6)) for step in range(1, 7)], abs=1e-4)
+    by_layer = dropped(tmp_path / "run" / "masks")
+    assert sum(by_layer.values()) == quota
+    assert len(set(by_layer.values())) > 3
+    assert json.loads((tmp_path / "run" / "masks" / "adapter_config.json").read_text())["keep_ratio"] is None
+    code, output = cli("inspect", "run")
+    assert code == 0, output
+    assert "flips are unknown" not in output
+    code, output = cli("evaluate", "--masks", "run")
+    assert code == 0, output
+    code, output = cli("merge", "run", "merged", "--dtype", "float32")
+    assert code == 0, output
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert sum(int((merged[f"{name}.weight"] == 0).sum()) for name in by_layer) == quota
+
+
+def test_the_best_step_has_what_was_dropped_then(cli, tmp_path):
+    """Within the ramp, with the threshold of another step since."""
+    few = [*BUDGET, "train.lr=1", "train.eval_every=1", "train.keep_best=true", "mask.budget_ramp=1"]
+    code, output = cli("train", *few)
+    assert code == 0, output
+    best = json.loads((tmp_path / "run" / "table.json").read_text())["step"]
+    assert best < 6
+    assert sum(dropped(tmp_path / "run" / "masks").values()) == int(0.04 * WEIGHTS * best / 6)
+
+
+def test_few_dropped_weights_take_about_their_entropy():
+    mask = torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0)) >= 0.006
+    share = 1 - mask.float().mean().item()
+    entropy = -(share * math.log2(share) + (1 - share) * math.log2(1 - share))
+    assert coded_size(mask) <= 1.01 * entropy * mask.numel() / 8
