@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ..ops.checks import NonFiniteScores, check_mode
+from ..ops.checks import NonFiniteScores, check_mode, check_whole
 from ..reference.fixed_point import float_from_fixed, selectable
 
 _DIGIT = 16  # bits
@@ -66,6 +66,7 @@ def _histogram(keys: Iterable[Tensor], place: int, found: int | None) -> Tensor:
 def _keys(matrices: Iterable[Tensor], mode: str, dtype: torch.dtype) -> Iterator[Tensor]:
     """Signed integers in the order of the scores, or of their magnitudes; some at a time."""
     for scores in matrices:
+        check_whole("scores", scores)
         if scores.dtype != dtype:
             raise ValueError(f"scores must be of one dtype to share a threshold, got {dtype} and {scores.dtype}")
         for some in selectable(scores.detach()).flatten().split(_CHUNK):

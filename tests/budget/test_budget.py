@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import make_llama, make_rows
+from tiny_architectures import MIXTURES
 
 import mft.engines.start
 from mft.budget.budget import Budget, budget_of
@@ -13,7 +14,7 @@ from mft.engines.offload import Mover
 from mft.masks.convert import keeping_all, mask_model, masked_modules, merge_model
 from mft.masks.quantize import quantize_model
 from mft.training.loop import train_masks
-from mft_kernels import float_from_fixed
+from mft_kernels import MaskedGroupedLinear, float_from_fixed
 from mft_kernels.ops.checks import NonFiniteScores
 
 WAYS = ["resident", "layerwise"]
@@ -140,6 +141,19 @@ def test_sixteen_bit_scores_share_a_threshold(dtype):
 def test_a_quantised_base_learns_as_its_weights_do():
     models = [quantize_model(masked(), "int8", masked=True) for _ in range(2)]
     assert_equal(train("quantized", models[0]), train("plain", models[1]))
+
+
+@pytest.mark.parametrize("way", ["plain", *WAYS])
+def test_experts_share_the_threshold_of_the_other_layers(way, separate):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MIXTURES["olmoe"]().eval()
+    mask_model(model, MaskConfig(budget=BUDGET))
+    found = [module for module in masked_modules(model).values() if isinstance(module, MaskedGroupedLinear)]
+    assert found
+    train(way, model)
+    assert torch.equal(masks_of(model), smallest(scores_of(model).abs(), int(BUDGET * len(scores_of(model)))))
+    assert len({int((~mask).sum()) for module in found for mask in module.mask()}) > 1
 
 
 def test_scores_that_are_not_finite_name_their_layer():

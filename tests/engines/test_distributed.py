@@ -92,6 +92,7 @@ RECIPES = {
     "fp32": (masked, train_masks, {}, True),
     "a row at a time": (masked, train_masks, {"batch_size": 1}, True),
     "16 and 8 bits": (lambda: masked(scores_dtype="bfloat16"), train_masks, {"moments": "8bit"}, True),
+    "a budget": (lambda: mask_model(make_llama(), MaskConfig(budget=0.03)), train_masks, {}, True),
     "clipped": (masked, train_masks, {"max_grad_norm": 0.1}, True),
     "uneven shares": (masked, train_masks, {"accumulation": 3}, False),
     "remembered layers": (masked_llama, train_masks, {}, False),

@@ -153,6 +153,19 @@ def test_scores_learn_by_the_sharpness_and_the_penalty_of_their_mask(base, token
         train_rewards(free, tokenizer, rows, config())
 
 
+@pytest.mark.parametrize("ramp", [0, 1])
+def test_scores_under_a_budget_share_a_threshold_after_each_step(base, tokenizer, rows, ramp):
+    model, shares = masked(copy.deepcopy(base), keep_ratio=0.99, budget=0.04, budget_ramp=ramp), []
+
+    def look(report):
+        modules = list(masked_modules(model).values())
+        assert len({module.threshold for module in modules}) == 1
+        shares.append(1 - torch.cat([module.mask().flatten() for module in modules]).float().mean().item())
+
+    train_rewards(model, tokenizer, rows, config(seed=1), on_step=look)
+    assert shares == pytest.approx([0.04 if ramp == 0 else 0.02, 0.04], abs=1e-3)
+
+
 def test_a_model_in_peft_learns_in_place(base, tokenizer, rows):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["down_proj"]))

@@ -1,0 +1,51 @@
+"""A study's arm under a budget: what its runs drop and store, whatever keep ratio the study has."""
+
+import io
+
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_study import FULL, make_study, write_ground
+
+from mft.config import MaskConfig
+from mft.study.load import study_values
+from mft.study.report.table import study_numbers
+from mft.study.report.write import write_study_report
+from mft.study.run import run_study
+
+ARMS = FULL + "  control: {kind: control, lrs: [1e-2]}\n  budget: {kind: mask, lrs: [1e-2, 3e-2], budget: 0.02}\n"
+WEIGHTS = 2 * 9216  # of layers 2 and 3
+
+
+def test_an_arm_drops_its_budget_of_all_its_layers(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    write_ground(tmp_path)
+    study = make_study(tmp_path, ARMS, ["checkpoints=1"])
+    findings = run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    write_study_report(findings, tmp_path / "run", {})
+    row = next(row for row in study_numbers(findings)["domains"]["count"]["rows"] if row["arm"] == "budget")
+    assert row["setting"]["keep_ratio"] is None
+    trained = list((tmp_path / "run").rglob("trained/count/budget/*.safetensors"))
+    assert len(trained) == 2  # a seed each
+    for path in trained:
+        assert sum(int((weight == 0).sum()) for weight in load_file(path).values()) == int(0.02 * WEIGHTS)
+    assert 0 < row["bytes"] < 0.25 * WEIGHTS / 8
+
+
+def test_its_mask_is_the_study_s_but_for_what_is_dropped(tmp_path):
+    arms = ARMS + "  slow: {kind: mask, lrs: [1e-2], budget: 0.02, budget_ramp: 0.9, mode: value}\n"
+    study = make_study(tmp_path, arms)
+    assert study.mask.keep_ratio == 0.9
+    expected = MaskConfig(layers_to_transform=[2, 3], budget=0.02)
+    assert study.mask_of(study.arms["budget"]) == expected
+    assert study.mask_of(study.arms["slow"]) == MaskConfig(
+        layers_to_transform=[2, 3], budget=0.02, budget_ramp=0.9, mode="value"
+    )
+    for name in ("budget", "slow"):
+        assert all(setting.keep_ratio is None for setting in study.arms[name].settings(study.mask))
+
+
+def test_a_stored_study_has_the_budget_again(tmp_path):
+    study = make_study(tmp_path, ARMS)
+    values = study_values(study)
+    assert values["arms"]["budget"]["budget"] == 0.02
+    assert "budget" not in values["mask"]
