@@ -15,9 +15,10 @@ from ..reference.fixed_point import float_from_fixed, selectable
 _DIGIT = 16  # bits
 _BINS, _MIDDLE = 1 << _DIGIT, 1 << _DIGIT - 1
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Scores at once: keys and digits then stay in a core's cache. With one thread of a Zen 4 the threshold of 106 M fp32
-# scores took 0.53 s by 2^18, 0.93 by 2^15 and 1.5 by 2^20 (2026-11-30).
+# Scores at once on a CPU: keys and digits then stay in a core's cache. With one thread of a Zen 4 the threshold of
+# 106 M fp32 scores took 0.53 s by 2^18, 0.93 by 2^15 and 1.5 by 2^20 (2026-11-30).
 _CHUNK = 1 << 18
+_DEVICE_CHUNK = 1 << 22  # elsewhere: 80 MB of keys and digits, and few launches; not measured
 
 
 def shared_threshold(read: Callable[[], Iterable[Tensor]], dropped: int, *, mode: str = "magnitude") -> float:
@@ -69,7 +70,7 @@ def _keys(matrices: Iterable[Tensor], mode: str, dtype: torch.dtype) -> Iterator
         check_whole("scores", scores)
         if scores.dtype != dtype:
             raise ValueError(f"scores must be of one dtype to share a threshold, got {dtype} and {scores.dtype}")
-        for some in selectable(scores.detach()).flatten().split(_CHUNK):
+        for some in selectable(scores.detach()).flatten().split(_CHUNK if scores.is_cpu else _DEVICE_CHUNK):
             values = some if mode == "value" else some.abs()
             yield _keys_of_bits(values.view(_INTEGERS[dtype.itemsize]))
 

@@ -7,6 +7,7 @@ from runpy import run_path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .budget.trainer import BudgetCallback
     from .config import DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
     from .config_file import load_config
     from .data.splits import load_splits
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 # Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
 _HOMES = {
+    "budget.trainer": ("BudgetCallback",),
     "config": ("DataConfig", "MaskConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainConfig"),
     "config_file": ("load_config",),
     "data.splits": ("load_splits",),
@@ -94,6 +96,7 @@ __all__ = [
     "DPO",
     "KL",
     "Begin",
+    "BudgetCallback",
     "DataConfig",
     "Distillation",
     "LogProbObjective",

@@ -559,6 +559,7 @@ def estimate(
     quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="The masked weights too.")] = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Of plain.")] = False,
     target_modules: Annotated[str | None, typer.Option(help="Linear layers, such as up_proj,down_proj.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Share of all masked weights that is dropped.")] = None,
     objective: Annotated[str, typer.Option(help="kl, distill (its teacher not counted) or dpo.")] = "cross_entropy",
     as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
 ) -> None:
@@ -601,6 +602,7 @@ def estimate(
         quantization=quantization,
         quantize_masked=quantize_masked,
         gradient_checkpointing=gradient_checkpointing,
+        budget=budget,
         objective=objective,
         device=device,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Collection
@@ -14,6 +15,7 @@ from mft.config import layer_ranges
 from mft.memory.fit import RESERVE, Choice, choose, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import ModelShape, shape_from_config
+from mft.memory.sizes import RunSizes
 from mft.memory.step_time import SPEEDS
 from mft.memory.ways import WAYS
 from mft.memory.workload import Workload
@@ -144,6 +146,7 @@ def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
         refusal = choice.refusals.get("quantized")
         would = f"cannot be taken: {refusal}" if refusal else f"would fit in {gigabytes(quantized.device_peak)}"
         lines.append(f"quantized, which auto leaves alone since it changes the base, {would}")
+    lines += _of_budget(shape, workload)
     lines += _of_mixture(shape, choice)
     reserve = RESERVE[workload.device]
     if reserve:
@@ -225,6 +228,19 @@ def _nothing(shape: ModelShape, workload: Workload, choice: Choice) -> str:
     if shape.mixture is not None:
         fewer += " or attention alone (--target-modules q_proj,k_proj,v_proj,o_proj)"
     return f"{said}; {fewer}, or take a smaller model"
+
+
+def _of_budget(shape: ModelShape, workload: Workload) -> list[str]:
+    """How large a file the masks make under a budget: about their entropy, which its coding comes near to."""
+    share = workload.budget
+    if share is None:
+        return []
+    weights = RunSizes(shape, WAYS["plain"].of(workload)).masked_weights
+    bits = -(share * math.log2(share) + (1 - share) * math.log2(1 - share))
+    return [
+        f"a budget of {share:g} drops {int(share * weights):,d} of {weights:,d} masked weights: a file of about "
+        f"{bits * weights / 8e6:.2g} MB ({bits:.2g} bits a weight)"
+    ]
 
 
 def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:

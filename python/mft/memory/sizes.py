@@ -10,6 +10,8 @@ from mft.number_formats import DTYPE_BYTES, QUANTIZED_FORMATS, SCORE_FORMATS
 
 Sizes = dict[str, int]
 
+_SELECTION_WORKSPACE = 80 << 20  # keys and digits of _DEVICE_CHUNK scores in mft_kernels/mask/shared_threshold.py
+
 
 class RunSizes:
     """A model under a workload.
@@ -116,6 +118,15 @@ class RunSizes:
             for name, other in pairs
         ]
         return max(steps, key=lambda sizes: sum(sizes.values()))
+
+    def selection(self, held: Sizes) -> dict[str, Sizes]:
+        """Under a budget the phase after the last layer's step, beside what is held: by name, none without a budget."""
+        if self.workload.budget is None:
+            return {}
+        scores = [int(self._size(name) * SCORE_FORMATS[self.workload.scores].bytes) for name in self.named]
+        arriving = max(map(sum, zip(scores, [*scores[1:], 0])))
+        staging = arriving + max(map(self.mask_of, self.named))
+        return {"selection": held | {"staging": staging, "workspace": _SELECTION_WORKSPACE}}
 
     def sum_of(self, name: str, grad_bytes: float) -> int:
         """Where several processes sum gradients of 16 bits, one matrix's in fp32."""

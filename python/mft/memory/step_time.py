@@ -10,15 +10,20 @@ from mft.memory.shapes import ModelShape
 from mft.memory.sizes import RunSizes
 from mft.memory.ways import Way
 from mft.memory.workload import Workload
+from mft.number_formats import SCORE_FORMATS
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Sustained: flops a second in the products, bytes a second in the device's memory and across its link."""
+    """Sustained: flops a second in the products, bytes a second in the device's memory and across its link.
+
+    selection: scores a second of which one threshold is found over all layers (mask.budget).
+    """
 
     flops: float
     memory: float
     link: float
+    selection: float
 
     def __str__(self) -> str:
         link = "" if self.link == float("inf") else f" and {self.link / 1e9:g} GB/s to the host"
@@ -26,8 +31,10 @@ class Speeds:
 
 
 SPEEDS = {
-    "cuda": Speeds(flops=150e12, memory=0.8e12, link=20e9),  # an RTX 4090 at its best; PCIe 4 x16
-    "cpu": Speeds(flops=0.5e12, memory=50e9, link=float("inf")),
+    # An RTX 4090 at its best; PCIe 4 x16; a selection passes over some 60 bytes a score.
+    "cuda": Speeds(flops=150e12, memory=0.8e12, link=20e9, selection=13e9),
+    # A selection has one thread, whose speed was measured (mft_kernels/mask/shared_threshold.py).
+    "cpu": Speeds(flops=0.5e12, memory=50e9, link=float("inf"), selection=0.2e9),
 }
 
 
@@ -63,7 +70,15 @@ def step_seconds(run: RunSizes, way: Way) -> float:
     update = trained * (2 * workload.state_bytes + 2 * shape.dtype_bytes) / speeds.memory
     travels = way.traffic(run, tokens * shape.hidden * shape.dtype_bytes)
     states = 2 * trained * workload.state_bytes if way.offloads else 0
-    return max(compute, travels / speeds.link) + max(update, states / speeds.link)
+    step = max(compute, travels / speeds.link) + max(update, states / speeds.link)
+    return step if workload.budget is None else step + _selection_seconds(trained, workload, way)
+
+
+def _selection_seconds(trained: int, workload: Workload, way: Way) -> float:
+    """Of one threshold for so many scores: read 2 bytes at a time, and once more for the masks; they may be apart."""
+    speeds, size = SPEEDS[workload.device], SCORE_FORMATS[workload.scores].bytes
+    travels = trained * size * (size / 2 + 1) if way.offloads else 0
+    return max(trained / speeds.selection, travels / speeds.link)
 
 
 def _routed_seconds(shape: ModelShape, workload: Workload, name: str, touched: int = 1) -> float:

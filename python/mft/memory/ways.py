@@ -92,6 +92,7 @@ class Plain(Way):
             "loss": resident | {"activations": sum(kept), "logits": run.loss, "reference": run.reference(1)},
             "backward": resident | {"activations": max(peaks), "reference": run.reference(1)},
             "optimiser": resident | {"sums": max(run.sum_of(name, score) for name in run.named)},
+            **run.selection(resident),
         }
 
     def host(self, run: RunSizes) -> Sizes:
@@ -125,6 +126,7 @@ class Resident(Way):
             "backward": resident
             | {"activations": max(run.layer(i).peak for i in above), "boundaries": _RESIDENT_BOUNDARIES * run.hidden},
             "optimiser": resident | run.updating(run.named),
+            **run.selection(resident),
         }
 
     def host(self, run: RunSizes) -> Sizes:
@@ -178,7 +180,7 @@ class Layerwise(Way):
             larger("backward", held | {"activations": run.layer(i).peak, "boundaries": boundaries})
             if run.named_in[i]:
                 larger("optimiser", held | run.updating(run.named_in[i]) | {"boundaries": boundaries})
-        return phases
+        return phases | run.selection({})
 
     def host(self, run: RunSizes) -> Sizes:
         workload = run.workload

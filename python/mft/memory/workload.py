@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mft.checks import check_one_of, check_rule
-from mft.config import DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS
+from mft.config import BUDGET, DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS
 from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS
 
 
@@ -20,6 +20,7 @@ class Workload:
         quantization: of the base, None for none. quantize_masked: the masked layers' weights too.
         gradient_checkpointing: of plain; the other ways recompute every layer anyhow.
         clipping: of the gradients' global norm, which layerwise does not have.
+        budget: share of all masked weights that is dropped by one threshold, None for one each layer.
         objective: cross_entropy, kl, distill or dpo. teacher_bytes: of a teacher's weights on the device.
         device: "cuda", which has a memory of its own, or "cpu", which shares the host's.
     """
@@ -38,6 +39,7 @@ class Workload:
     quantize_masked: bool = False
     gradient_checkpointing: bool = False
     clipping: bool = False
+    budget: float | None = None
     objective: str = "cross_entropy"
     teacher_bytes: int = 0
     device: str = "cuda"
@@ -48,6 +50,8 @@ class Workload:
         check_one_of("moments", self.moments, MOMENTS)
         check_one_of("objective", self.objective, tuple(OBJECTIVES))
         check_one_of("device", self.device, ("cuda", "cpu"))
+        if self.budget is not None:
+            BUDGET.check("budget", self.budget)
         if self.grad_dtype is not None:
             check_one_of("grad_dtype", self.grad_dtype, DTYPES)
         if self.quantization is not None:
