@@ -7,6 +7,7 @@ from runpy import run_path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .budget.budget import grow_budget
     from .budget.trainer import BudgetCallback
     from .config import DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
     from .config_file import load_config
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 # Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
 _HOMES = {
+    "budget.budget": ("grow_budget",),
     "budget.trainer": ("BudgetCallback",),
     "config": ("DataConfig", "MaskConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainConfig"),
     "config_file": ("load_config",),
@@ -120,6 +122,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "gathered",
+    "grow_budget",
     "init_adapter_from_data",
     "init_from_data",
     "load_config",

@@ -8,7 +8,7 @@ from tiny import make_llama, make_rows
 from tiny_architectures import MIXTURES
 
 import mft.engines.start
-from mft.budget.budget import Budget, budget_of
+from mft.budget.budget import Budget, budget_of, grow_budget
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.offload import Mover
 from mft.masks.convert import keeping_all, mask_model, masked_modules, merge_model
@@ -188,3 +188,22 @@ def test_a_model_without_its_masks_has_them_again_afterwards(plain):
     with keeping_all(plain[0]):
         assert masks_of(plain[0]).all()
     assert torch.equal(masks_of(plain[0]), before)
+
+
+def test_a_loop_of_one_s_own_learns_as_train_masks():
+    model, steps = masked(), 4
+    model.requires_grad_(False)
+    scores = [module.scores.requires_grad_() for module in masked_modules(model).values()]
+    optimizer = torch.optim.AdamW(scores, lr=1e-3, weight_decay=0.0)
+    rows = make_rows(4)
+    ids = torch.tensor(rows["input_ids"])
+    grow_budget(model, 0, steps)
+    for step in range(1, steps + 1):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        grow_budget(model, step, steps)
+    ours, _ = train("plain", rows=rows, schedule="constant", warmup_ratio=0, batch_size=4, accumulation=1)
+    assert (scores_of(model) - scores_of(ours)).abs().max() <= EXACT
+    assert torch.equal(masks_of(model), masks_of(ours))
+    grow_budget(make_llama(), 1, steps)  # has none

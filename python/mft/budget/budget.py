@@ -117,6 +117,22 @@ class _Found:
         return known is scores and before is not None and still(cast(Scores, scores), before)
 
 
+def grow_budget(model: nn.Module, step: int, steps: int) -> None:
+    """Before the first step of a loop of your own (step 0), and after each one: drop what the budget allows by then.
+
+    Args: model: of mask_model; or a PeftModel, whose adapters select by themselves, and drop their whole budget from
+        the first step where nobody calls this. One without a budget is left alone.
+    Raises: NonFiniteScores, naming the layer.
+    """
+    for holder in (model, *getattr(model, "peft_config", {}).values()):
+        budget = budget_of(holder)
+        if budget is None:
+            continue
+        budget.grow(step, steps)
+        if holder is model:
+            budget.select([module for module in model.modules() if isinstance(module, MaskedLayer)])
+
+
 def budget_of(holder: Any) -> Budget | None:
     """Of a masked model, or of an adapter's configuration in PEFT; None: each layer keeps a share of its own."""
     return getattr(holder, _BUDGET, None)
