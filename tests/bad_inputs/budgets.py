@@ -11,6 +11,7 @@ from mft.masks.peft import MaskPeftConfig
 from mft.study.ablate import derive
 from mft.study.arms.kinds import make_arm
 from mft.study.load import load_study
+from mft.study.one_shot import one_shot_mask
 from mft.training.loop import train_masks
 from mft_kernels.ops.checks import NonFiniteScores
 
@@ -59,6 +60,9 @@ scores under a budget that are not finite
     train_masks(model, make_rows(), TrainConfig(steps=1), way="layerwise")
     -> NonFiniteScores: scores of module 'model.layers.3.mlp.up_proj' | must be finite | got 1 NaN or Inf
         | lower the learning rate
+a mask found in one shot under a budget
+    one_shot_mask(make_llama(), MaskConfig(budget=0.01), "magnitude", None)
+    -> ValueError: mask.budget | must be null for a one-shot mask: give keep_ratio | got 0.01
 a study whose arms would all have a budget
     study = load_study("small")
     dataclasses.replace(study, mask=dataclasses.replace(study.mask, keep_ratio=0.99, budget=0.006))

@@ -29,7 +29,7 @@ def test_scores_travel_once_a_pass_and_once_for_the_masks(way, scores, passes):
     largest = 576 * 1536
     held = {"layerwise": 0, "resident": WEIGHTS / 8 + WEIGHTS * 2 + SHAPE.parameters * 2}
     if way in held:
-        staging = 2 * largest * (4 if scores == "float32" else 2) + largest / 8
+        staging = largest * (4 if scores == "float32" else 2) + largest / 8
         assert with_it.phases["selection"] == held[way] + staging + (80 << 20)
 
 

@@ -52,7 +52,7 @@ def test_an_ablation_of_some_masks_leaves_the_others_out(tmp_path):
     assert list(derive(study, "data", ["1"], masks=["MFT"]).arms) == ["full", "control", "MFT"]
     with pytest.raises(ValueError, match="--arm must be one of MFT, free, got 'fre'; did you mean free"):
         derive(study, "layers", ["3"], masks=["fre"])
-    with pytest.raises(ValueError, match="arms must hold a mask without a threshold to be ablated by ratio, got free"):
+    with pytest.raises(ValueError, match="arms must hold a mask without a threshold or a budget to be ablated"):
         derive(study, "ratio", masks=["free"])
 
 

@@ -202,13 +202,9 @@ class ScoreStates:
         surrogate.replace(grad, scores.detach(), threshold=module.threshold, mode=module.mode, weight=mask.weight())
 
     def _brought(self) -> Iterator[Tensor]:
-        """The scores, on the device, the next ones on their way while some are read."""
-        arriving = self._mover.bring([self._masks[0].module.scores])
-        for following in (*self._masks[1:], None):
-            (scores,) = arriving.wait()
-            if following is not None:
-                arriving = self._mover.bring([following.module.scores])
-            yield scores.detach()
+        """The scores of each layer, on the device while they are read."""
+        for mask in self._masks:
+            yield from self._mover.bring([mask.module.scores]).wait()
 
     def _step(self, mask: HeldMask, grad_scale: Tensor | None) -> Tensor | None:
         """The next mask; None under a budget."""

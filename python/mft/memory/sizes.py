@@ -123,9 +123,8 @@ class RunSizes:
         """Under a budget the phase after the last layer's step, beside what is held: by name, none without a budget."""
         if self.workload.budget is None:
             return {}
-        scores = [int(self._size(name) * SCORE_FORMATS[self.workload.scores].bytes) for name in self.named]
-        arriving = max(map(sum, zip(scores, [*scores[1:], 0])))
-        staging = arriving + max(map(self.mask_of, self.named))
+        score = SCORE_FORMATS[self.workload.scores].bytes
+        staging = max(int(self._size(name) * score) + self.mask_of(name) for name in self.named)
         return {"selection": held | {"staging": staging, "workspace": _SELECTION_WORKSPACE}}
 
     def sum_of(self, name: str, grad_bytes: float) -> int:

@@ -24,9 +24,12 @@ def one_shot_mask(
     keeps exactly K - int((1 - keep_ratio) * K) weights. The scores are ranks, not for training
     (see initialise_scores); init, mode and scores_dtype of ``mask`` play no part.
 
-    Returns: the same model. Raises: ValueError as importance and mask_model do, or if mask.threshold is given.
+    Returns: the same model. Raises: ValueError as importance and mask_model do, or if mask.threshold or mask.budget is
+        given.
     """
-    check_rule(mask.threshold is None, "mask.threshold", "be null for a one-shot mask: give keep_ratio", mask.threshold)
+    for name in ("threshold", "budget"):
+        value = getattr(mask, name)
+        check_rule(value is None, f"mask.{name}", "be null for a one-shot mask: give keep_ratio", value)
     check_unmasked(model)
     names = select_targets(model, mask)
     found = importance(model, names, method, dataset, rows=rows, batch_size=batch_size, seed=mask.seed)
