@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz architectures cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -143,6 +143,10 @@ fuzz: dev
 # ONLY="speech falcon"
 architectures: dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m architectures $(ONLY)
+
+# docs/peft-methods.md: which methods of the installed PEFT a study can run, each tried small; a minute.
+peft-methods: dev
+	PYTHONPATH=tests:tests/study/adapters $(BIN)/python -W ignore -m method_sweep
 
 cuda-tools: install
 	packages="$$($(BIN)/python -m building.missing)" && test -z "$$packages" || \

@@ -205,6 +205,8 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
         pairs = [_match(item, arguments[1]) for item in value.values()]
         named = all(isinstance(key, arguments[0]) for key in value)
         return named and all(ok for ok, _ in pairs), dict(zip(value, (item for _, item in pairs)))
+    if hint is Any:
+        return True, value
     if isinstance(value, bool) and hint in (int, float):
         return False, value
     if hint is float and isinstance(value, int):
@@ -219,7 +221,7 @@ def _hint_words(hint: Any) -> str:
         return " or ".join(_hint_words(option) for option in typing.get_args(hint))
     words = {str: "a string", int: "an int", float: "a number", bool: "true or false", type(None): "null"}
     if typing.get_origin(hint) is dict:
-        return f"a mapping of names to {typing.get_args(hint)[1].__name__}"
+        return f"a mapping of names to {getattr(typing.get_args(hint)[1], '__name__', 'values')}"
     if typing.get_origin(hint) is list:
         return f"a list of {typing.get_args(hint)[0].__name__}"
     if typing.get_origin(hint) is tuple:

@@ -29,7 +29,7 @@ from mft.files.cache import cache_root
 from mft.masks.export import save_masks
 from mft.models import quantized_weight, smollm2
 from mft.models.pretrained import load_model
-from mft.study import lora
+from mft.study import peft_methods
 from mft.tracking.trackers import check_trackers
 from mft.training.loop import train_masks
 from mft.training.run_lock import hold
@@ -183,8 +183,8 @@ nf4 without bitsandbytes
         | pip install "bitsandbytes>=0.50", or choose int8, which needs nothing
 lora without peft
     patch.setitem(sys.modules, "peft", None)
-    lora.merge_lora(masked_llama())
-    -> RuntimeError: LoRA | needs peft | which is not installed | pip install 'mft_kernels[compare]'
+    peft_methods.add_adapter(masked_llama(), ["model"], peft_methods.lora_options(8))
+    -> RuntimeError: adapters | need peft | which is not installed | pip install 'mft_kernels[compare]'
 benchmarks without lm eval
     patch.setitem(sys.modules, "lm_eval", None)
     lm_eval_tasks.load_tasks(["gsm8k"])

@@ -69,8 +69,9 @@ model(input_ids=ids, labels=ids).loss.backward()
 """,
     "compare": f"""
 {MODEL}
-from mft.study.lora import add_lora
-add_lora(model, ["model.layers.0.mlp.up_proj"])(input_ids=ids, labels=ids).loss.backward()
+from mft.study.peft_methods import add_adapter, lora_options
+adapted = add_adapter(model, ["model.layers.0.mlp.up_proj"], lora_options(8))
+adapted(input_ids=ids, labels=ids).loss.backward()
 import mft.study.run
 """,
     "peft": f"""

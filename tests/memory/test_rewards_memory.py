@@ -22,7 +22,7 @@ def tracked(learns, generations):
     from mft.masks.convert import mask_model, masked_modules
     from mft.rewards.log_probs import token_log_probs
     from mft.rewards.shared_prompts import states_before_answers
-    from mft.study.lora import add_lora
+    from mft.study.peft_methods import add_adapter, lora_options
 
     values = {name: value for name, value in CONFIG.items() if name != "model_type"}
     with torch.random.fork_rng():
@@ -30,7 +30,8 @@ def tracked(learns, generations):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).bfloat16()
     model.requires_grad_(learns == "everything")
     if learns == "adapters":
-        add_lora(model, [name for name, _ in model.named_modules() if name.endswith("gate_proj")], 8)
+        names = [name for name, _ in model.named_modules() if name.endswith("gate_proj")]
+        add_adapter(model, names, lora_options(8))
     if learns == "scores":
         mask_model(model, MaskConfig(target_modules=["gate_proj"]))
         for module in masked_modules(model).values():

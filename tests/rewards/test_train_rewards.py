@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mft.config import MaskConfig
 from mft.evaluation.exact_match import exact_matches
 from mft.masks.convert import mask_model, masked_modules
-from mft.study.lora import add_lora
+from mft.study.peft_methods import add_adapter, lora_options
 from mft.surrogate.surrogate import Surrogate
 
 pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
@@ -60,7 +60,7 @@ TRAINED = {
     "weights of a layer": lambda model: learning(model, "model.layers.1.mlp."),
     "all weights": lambda model: learning(model, ""),
     "weights of 16 bits": lambda model: learning(model.bfloat16(), "model.layers.1.mlp."),
-    "LoRA": lambda model: add_lora(model, ["model.layers.1.mlp.down_proj"], 2),
+    "LoRA": lambda model: add_adapter(model, ["model.layers.1.mlp.down_proj"], lora_options(2)).get_base_model(),
 }
 
 

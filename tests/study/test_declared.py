@@ -177,7 +177,7 @@ def test_a_mistake_says_which_key_and_what(load, override, message):
     [
         (
             "  mean: {kind: average, of: contrl}\n",
-            "arms.mean.of must name an arm of the kinds continued, control, lora, mask: control, MFT 0.9; did you",
+            "arms.mean.of must name an arm of the kinds continued, control, lora, peft, mask: control, MFT 0.9",
         ),
         (
             "  mean: {kind: average}\n",

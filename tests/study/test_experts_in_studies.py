@@ -14,8 +14,8 @@ from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.experts import expert_projections
 from mft.study.arms.weights import with_weights
-from mft.study.lora import add_lora, merge_lora
 from mft.study.one_shot import one_shot_mask
+from mft.study.peft_methods import add_adapter, lora_options, merge_adapter
 from mft.training.loop import train_loop, train_weights
 
 SIZES = {
@@ -140,14 +140,15 @@ def test_lora_on_experts_and_its_merge(model):
     base, q = clone_with_own_weights(model), "model.layers.1.self_attn.q_proj"
     ids = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(0))
     plain = model(ids).logits
-    adapted = add_lora(base, [q, UP, DOWN], rank=2)
+    around = add_adapter(base, [q, UP, DOWN], lora_options(2))
+    adapted = around.get_base_model()
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trained) == 6
     assert torch.equal(adapted(ids).logits, plain)
     train_loop(adapted, _padded_rows(), TrainConfig(steps=2, lr=1e-2, batch_size=2))
     out = adapted(ids).logits
     assert not torch.allclose(out, plain, atol=1e-3)
-    merged = merge_lora(adapted)
+    merged, _ = merge_adapter(around)
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in model.named_parameters()}
     assert [type(m) for m in merged.modules()] == [type(m) for m in model.modules()]
     torch.testing.assert_close(merged(ids).logits, out, rtol=1e-4, atol=1e-5)

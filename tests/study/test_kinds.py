@@ -138,12 +138,12 @@ def test_a_kind_needs_only_keys_that_it_takes_and_says_what_it_is(kind):
 @pytest.mark.parametrize(
     ("what", "kinds"),
     [
-        ("fades", "continued control lora bitdelta"),
+        ("fades", "continued control lora peft bitdelta"),
         ("may_start", "base full continued control mask quantized"),
         ("may_teach", "base full continued control mask"),
         ("compressible", "full continued control"),
-        ("near", "continued control lora mask average interpolated"),
-        ("learns", "continued control lora mask"),
+        ("near", "continued control lora peft mask average interpolated"),
+        ("learns", "continued control lora peft mask"),
         ("whole_model", "base full continued quantized"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from mft.study.plan import (
     source_of,
     start_of,
     starts_of,
+    without_result,
     work_of,
 )
 
@@ -186,12 +188,19 @@ def test_a_part_that_diverges_takes_its_arm_to_another_setting_too():
     assert chosen["MFT"] == chosen["mean"] == Setting(1e-2, 1.0, 0.9)
 
 
-def test_an_arm_that_always_diverges_is_an_error_that_names_it():
-    def loss(unit):
-        return math.inf if unit.arm == "control" else 2.0
+def test_a_study_goes_on_without_an_arm_that_always_diverges_unless_others_begin_there():
+    def lost(arm):
+        return lambda unit: math.inf if unit.arm == arm else 2.0
 
-    with pytest.raises(RuntimeError, match=r"code, control must stay finite in one of its settings.*arms.control.lrs"):
-        play(make(), loss)
+    study = make()
+    done = play(study, lost("MFT"))
+    (why,) = (words for arm, words in without_result(study, done)["code"].items() if arm == "MFT")
+    assert re.match(r"code, MFT must stay finite in one of its settings.*arms.MFT.lrs", why)
+    assert without_result(study, done)["code"]["mean"] == "code, mean must have what it needs, MFT, which has no result"
+    assert {unit.arm for unit in chosen_units(study, done)} == {"base", "full", "control", "random", "temperature"}
+    assert left_to_do(study, done, chosen_units(study, done)) == (0, 0)
+    with pytest.raises(RuntimeError, match=r"code, full must stay finite in one of its settings.*arms.full.lrs"):
+        play(make(), lost("full"))
 
 
 @settings(max_examples=30, deadline=None)

@@ -14,7 +14,6 @@ from mft.memory.fit import RESERVE, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.rewards import Sizes, rewards_memory, rewards_peak
 from mft.memory.shapes import ModelShape, shape_from_config
-from mft.study.arms.arm import Arm
 from mft.study.arms.full import Full
 from mft.study.config import REWARDS, StudyConfig
 from mft.study.load import load_study
@@ -90,7 +89,7 @@ def arms_memory(study: StudyConfig, shape: ModelShape) -> dict[str, dict[str, Si
                 target_modules=mask.target_modules,
                 layers=[layers] if isinstance(layers, int) else layers,
                 gradient_checkpointing=study.rewards.gradient_checkpointing,
-                rank=_rank(arm),
+                rank=arm.largest_rank(),
                 others=base + (copy if arm.teacher is not None else 0),
             )
     return found
@@ -135,7 +134,3 @@ def as_dictionary(
 def _prompt(study: StudyConfig) -> int:
     """A row holds prompt and answer, and often several: the most that a prompt can be."""
     return max(study.questions.get(domain, data).sequence_length for domain, data in study.domains.items())
-
-
-def _rank(arm: Arm) -> int:
-    return max(arm.lora_ranks or [arm.lora_rank])

@@ -21,6 +21,7 @@ from mft.tracking.console import console, say
 _NO_BOUND = 2**32  # a seed's, which no reader needs
 NAME = "NAME"  # stands for a name that the file chooses, as in data.sources.NAME.weight
 _TYPES = {"integer": "int", "number": "float", "boolean": "true or false", "string": "text", "null": "null"}
+_TYPES["object"] = "mapping"
 
 
 @dataclass(frozen=True)

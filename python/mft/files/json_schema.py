@@ -61,6 +61,8 @@ def _value(annotation: Any, rules: dict[str, Any], definitions: dict[str, Any]) 
             definitions[hint.__name__] = _section(hint, definitions)
         optional = not definitions[hint.__name__]["required"]  # "mask:" with nothing below it
         return _any_of([{"$ref": f"#/$defs/{hint.__name__}"}] + [{"type": "null"}] * optional)
+    if hint is Any:
+        return {}
     if hint is type(None):
         rules = {}
     return {"type": _TYPES[hint]} | ({"minLength": 1} if hint is str else {}) | rules

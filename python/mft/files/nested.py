@@ -182,8 +182,9 @@ def _below(cls: type, name: str) -> _Below | None:
 
 
 def _holds_names(cls: type, name: str) -> bool:
-    """Whether a value is a mapping of names or null, such as data.sources."""
-    return any(typing.get_origin(option) is dict for option in typing.get_args(typing.get_type_hints(cls)[name]))
+    """Whether a value is a mapping of names, or such a one or null, such as data.sources."""
+    hint = typing.get_type_hints(cls)[name]
+    return any(typing.get_origin(option) is dict for option in (hint, *typing.get_args(hint)))
 
 
 def _name_in(names: list[str], rest: str, path: str) -> str:

@@ -77,7 +77,8 @@ class General:
 
 @dataclass
 class Outcome:
-    """A finished run, as validation saw it. diverged says why training did not stay finite; then measured is None."""
+    """A finished run, as validation saw it. diverged says why there is nothing to measure: training did not
+    stay finite, say."""
 
     unit: Unit
     measured: Measured | None
@@ -94,6 +95,7 @@ class Outcome:
     memory: int | None = None  # bytes while it trained, without activations (see arms/memory.py)
     general: dict[str, "General"] = field(default_factory=dict)  # on validation, by the name of the text
     diverged: str | None = None
+    fails: bool = False  # at any rate: its method cannot be run, loaded again or merged; diverged says why
 
     @property
     def loss(self) -> float:
@@ -131,6 +133,7 @@ class Findings:
     # By domain, split and text (the domain itself, or a general text): a hash by number of a document (see sums.py).
     documents: dict[tuple[str, str, str], dict[int, int]] = field(default_factory=dict)
     test_openings: int = 1  # how often test was evaluated with other arms or settings than before, this time included
+    without_result: dict[str, dict[str, str]] = field(default_factory=dict)  # by domain and arm: why it has none
 
     def rates(self, domain: str, arm: str) -> int | None:
         """How many rates the first seed tried of an arm, or of the one that it is made of; None: it learns at none."""

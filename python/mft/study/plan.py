@@ -8,8 +8,10 @@ trained.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mft.config import DataConfig
+from mft.study.arms.full import Full
 from mft.study.arms.means import Average
 from mft.study.arms.setting import Setting
 from mft.study.config import LEAST_RATES, REWARDS, StudyConfig
@@ -33,15 +35,17 @@ class Selection:
 def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
     """The units that can run now, those from one fine-tune next to each other; none when all is trained.
 
-    Raises: RuntimeError if an arm diverged in every setting, or stores more than its max_bytes in each.
+    Raises: RuntimeError if no setting of the full fine-tune, where others begin, came to an end.
     """
     found = _Found(study, done)
     units: list[Unit] = []
     for domain in study.domains:
+        if why := found.why_none(domain, str(study.named(Full))):
+            raise RuntimeError(why)
         waiting = [
             unit
             for arm in study.arms
-            if not any(found.next_of(domain, needed) for needed in study.needs(arm))
+            if not found.why_none(domain, arm) and not any(found.next_of(domain, needed) for needed in study.needs(arm))
             for unit in found.next_of(domain, arm)
         ]
         units += sorted(waiting, key=lambda unit: (study.start_of(unit.arm) or "", study.seeds.index(unit.seed)))
@@ -57,10 +61,28 @@ def selection(study: StudyConfig, outcomes: Iterable[Outcome]) -> Selection:
         for arm in study.arms:
             source = study.chooser(arm)
             best = found.best(domain, source)
-            if best is not None and not found.unexplored(domain, source):
+            if best is not None and not found.unexplored(domain, source) and not found.why_none(domain, arm):
                 chosen[domain][arm] = best
             tried[domain][arm] = len(found.losses(domain, source))
     return Selection(chosen, tried)
+
+
+def without_result(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[str, dict[str, str]]:
+    """By domain and arm, why an arm has no setting that can be chosen; the study goes on without it."""
+    found = _Found(study, outcomes)
+    why = {domain: {arm: found.why_none(domain, arm) for arm in study.arms} for domain in study.domains}
+    return {domain: {arm: words for arm, words in arms.items() if words} for domain, arms in why.items()}
+
+
+def units_declared(study: StudyConfig) -> dict[str, int]:
+    """By arm, how many units of a domain its grid takes: each setting with the first seed, the best with the others."""
+    units = {}
+    for name, arm in study.arms.items():
+        others = len(study.seeds_of(name)) - 1
+        units[name] = len(set(arm.settings(study.mask))) + others
+        if isinstance(arm, Average):
+            units[name] = arm.runs * (1 + others)  # the mean, and the runs that are of no other arm
+    return units
 
 
 def best_so_far(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[tuple[str, str], Setting]:
@@ -78,7 +100,7 @@ def chosen_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
         for domain in study.domains
         for seed in study.seeds
         for arm in study.arms
-        if seed in study.seeds_of(arm)
+        if seed in study.seeds_of(arm) and arm in chosen[domain]
     ]
 
 
@@ -126,6 +148,8 @@ def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
     found, left = _Found(study, outcomes), []
     for domain in study.domains:
         for arm, config in study.arms.items():
+            if found.why_none(domain, arm):
+                continue
             source = study.chooser(arm)
             grid = study.arms[source].settings(study.mask)
             likely = found.best(domain, source) or grid[len(grid) // 2]
@@ -141,10 +165,11 @@ def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
 
 def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable[Unit]) -> tuple[int, float]:
     """How many units and evaluations on test there will be yet, as far as can be known, and their work."""
-    units, seen = units_left(study, outcomes), list(tested)
+    outcomes = list(outcomes)
+    units, seen, without = units_left(study, outcomes), list(tested), without_result(study, outcomes)
     number, work = len(units), sum(work_of(study, unit) for unit in units)
     for domain, data in study.domains.items():
-        tests = sum(len(study.seeds_of(arm)) for arm in study.arms)
+        tests = sum(len(study.seeds_of(arm)) for arm in study.arms if arm not in without[domain])
         tests -= sum(unit.domain == domain for unit in seen)
         number, work = (
             number + tests,
@@ -177,7 +202,7 @@ def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
     outcomes = list(outcomes)
     found, lines = _Found(study, outcomes), []
     for outcome in sorted_outcomes(study, outcomes):
-        if outcome.diverged is not None:
+        if outcome.diverged is not None and not found.why_none(outcome.unit.domain, outcome.unit.arm):
             lines.append(f"{outcome.unit}: {outcome.diverged}")
     for domain in study.domains:
         for arm, config in study.arms.items():
@@ -252,8 +277,17 @@ class _Found:
         self.diverged = {
             (unit.domain, source[unit.arm], unit.setting)
             for unit, outcome in self.by_unit.items()
-            if outcome.measured is None
+            if outcome.measured is None and not self._is_mean(outcome)
         }
+        # Of averages, whose runs came to an end and cannot be averaged: why.
+        self._not_averaged = {
+            (unit.domain, unit.arm): outcome.diverged or ""
+            for unit, outcome in self.by_unit.items()
+            if outcome.measured is None and self._is_mean(outcome)
+        }
+
+    def _is_mean(self, outcome: Outcome) -> bool:
+        return isinstance(self.study.arms[outcome.unit.arm], Average) and not outcome.unit.part
 
     def losses(self, domain: str, arm: str) -> dict[Setting, float]:
         """What validation chooses the least of (see Measured.choice), with the first seed, of every setting tried;
@@ -282,7 +316,7 @@ class _Found:
         """Settings of the grid that were not tried yet; once all were, one beside the best if it lies at an end."""
         losses = self.losses(domain, arm)
         waiting = [setting for setting in self._grids[arm] if setting not in losses]
-        if waiting or self.is_spent(domain, arm):
+        if waiting or self.is_spent(domain, arm) or self._fails(domain, arm):
             return waiting
         most = self.study.max_epochs
         further = (one for one in self.growth(domain, arm) if one.name != "epochs" or one.value <= most)
@@ -330,9 +364,24 @@ class _Found:
         if waiting:
             return [Unit(domain, arm, self.study.seeds[0], setting) for setting in waiting]
         best = self.best(domain, arm)
-        if best is None:
-            raise RuntimeError(self._why_none(domain, arm))
-        return self.missing(domain, arm, best, self.study.seeds_of(arm))
+        return [] if best is None else self.missing(domain, arm, best, self.study.seeds_of(arm))
+
+    def why_none(self, domain: str, arm: str) -> str:
+        """Why no setting of the arm can be chosen, whatever is run yet; "" if one can, or may yet."""
+        for needed in self.study.needs(arm):
+            if self.why_none(domain, needed):
+                return f"{domain}, {arm} must have what it needs, {needed}, which has no result"
+        if (domain, arm) in self._not_averaged:
+            return f"{domain}, {arm}: {self._not_averaged[domain, arm]}"
+        source = self.study.chooser(arm)
+        if not self.losses(domain, source) or self.best(domain, source) or self.unexplored(domain, source):
+            return ""
+        return self._why_none(domain, source)
+
+    def _fails(self, domain: str, arm: str) -> bool:
+        """Whether its method can be run in no setting: then it cannot at other rates."""
+        first = self._first.get((domain, arm), ())
+        return bool(first) and all(outcome.fails for outcome in first)
 
     def _why_none(self, domain: str, arm: str) -> str:
         finite = [outcome for outcome in self._first[domain, arm] if outcome.measured is not None]
@@ -343,6 +392,8 @@ class _Found:
                 f"{domain}, {arm} must have a setting that stores at most arms.{arm}.max_bytes = {most} bytes, the "
                 f"smallest ({least.unit.setting}) stores {least.bytes}: add smaller ones to its grid, or raise it"
             )
+        if self._fails(domain, arm):
+            return f"{domain}, {arm}: {self._first[domain, arm][0].diverged}"
         tried = "; ".join(str(setting) for setting in self.losses(domain, arm))
         return (
             f"{domain}, {arm} must stay finite in one of its settings, it diverged in each ({tried}): "
@@ -351,10 +402,9 @@ class _Found:
 
     def _next_of_average(self, domain: str, arm: str) -> list[Unit]:
         config = self.study.arms[arm]
-        if self.next_of(domain, str(config.of)):
-            return []
         setting = self.best(domain, str(config.of))
-        assert setting is not None  # next_of raises otherwise
+        if self.next_of(domain, str(config.of)) or setting is None:
+            return []
         units = []
         for seed in self.study.seeds:
             whole = Unit(domain, arm, seed, setting)
@@ -367,5 +417,5 @@ class _Found:
         return [unit for unit in units if unit not in self.by_unit]
 
 
-def _order(setting: Setting) -> tuple[float, ...]:
+def _order(setting: Setting) -> tuple[Any, ...]:
     return tuple(value or 0.0 for value in vars(setting).values())

@@ -27,6 +27,8 @@ from mft.study.plan import (
     source_of,
     starts_of,
     teachers_of,
+    units_declared,
+    without_result,
     work_of,
 )
 from mft.study.power import power_lines
@@ -63,7 +65,7 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
             notes_of_train = [note for note in workspace.questions(domain).notes if not note.startswith(SPLITS[1:])]
             lines += [f"{domain}, questions: {note}" for note in notes_of_train]
         documents = {domain: len(set(workspace.splits(domain).test["document"])) for domain in study.domains}
-        for line in [*lines, *power_lines(study, documents, store.directory)]:
+        for line in [*lines, _units_words(study), *power_lines(study, documents, store.directory)]:
             console.print(line, style="dim", highlight=False, soft_wrap=True)
         with start_workers(study, base, workspace) as workers, shown_progress(console) as shown:
             run = _Run(study, store, workers, shown)
@@ -217,6 +219,16 @@ def _base_model(study: StudyConfig, directory: Path, console: Console) -> ModelC
     return ModelConfig(name=str(base), dtype="float32")
 
 
+def _units_words(study: StudyConfig) -> str:
+    """How long the grids are."""
+    units = units_declared(study)
+    each = f" in each of {len(study.domains)} domains" if len(study.domains) > 1 else ""
+    return (
+        f"units{each}: {sum(units.values())} ({', '.join(f'{arm} {count}' for arm, count in units.items())}), and at "
+        f"most {study.extensions} more for an arm whose best lies at an end of its grid"
+    )
+
+
 def _found_words(result: Result) -> str:
     if isinstance(result, Tested):
         return "evaluated"
@@ -246,15 +258,17 @@ def _findings(
     lines: list[str],
     documents: dict[tuple[str, str, str], dict[int, int]],
 ) -> Findings:
-    validation: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
-    test: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
-    general: dict = {domain: {arm: {} for arm in study.arms} for domain in study.domains}
+    outcomes = sorted_outcomes(study, run.outcomes.values())
+    without = without_result(study, outcomes)
+    present = {domain: [arm for arm in study.arms if arm not in without[domain]] for domain in study.domains}
+    validation: dict = {domain: {arm: {} for arm in arms} for domain, arms in present.items()}
+    test: dict = {domain: {arm: {} for arm in arms} for domain, arms in present.items()}
+    general: dict = {domain: {arm: {} for arm in arms} for domain, arms in present.items()}
     for tested in run.tested.values():
         unit = tested.unit
         for seed in study.seeds if study.is_base(unit.arm) else [unit.seed]:  # the base knows no seed
             validation[unit.domain][unit.arm][seed] = tested.validation
             test[unit.domain][unit.arm][seed] = tested.test
             general[unit.domain][unit.arm][seed] = tested.general
-    outcomes = sorted_outcomes(study, run.outcomes.values())
     said, ends = lines + notes(study, outcomes), open_ends(study, outcomes)
-    return Findings(study, outcomes, run.chosen, validation, test, said, general, ends, documents, openings)
+    return Findings(study, outcomes, run.chosen, validation, test, said, general, ends, documents, openings, without)

@@ -46,6 +46,7 @@ _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers")  # change no result
 _OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
 _OF_ANSWERS = ("max_completion_tokens", "verifier")  # of rewards: how a model's answers to the questions are read
+_OPTIONS = "config"  # of a method of PEFT: a setting holds those that it was run with
 _CHOOSES = ("max_bytes",)  # decides which setting is chosen, and no result of one
 
 Chosen = dict[str, dict[str, Setting]]
@@ -131,7 +132,7 @@ class Store:
             "format": FORMAT,
             "domain": values["domains"][unit.domain],
             "arm": {key: value for key, value in _without_grid(arm).items() if key not in _OF_OTHERS},
-            "unit": {"seed": unit.seed, "setting": dataclasses.asdict(unit.setting), "part": unit.part},
+            "unit": {"seed": unit.seed, "setting": _setting_values(unit.setting), "part": unit.part},
             "of": _without_grid(values["arms"][arm["of"]]) if isinstance(config, Average) else None,
             "start": None if start is None else self.key(start, chosen),
             "source": None if source is None else self.key(source, chosen),
@@ -221,7 +222,13 @@ class Store:
 
 
 def _without_grid(arm: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arm.items() if key not in (*CHOICES, *_CHOOSES)}
+    return {key: value for key, value in arm.items() if key not in (*CHOICES, _OPTIONS, *_CHOOSES)}
+
+
+def _setting_values(setting: Setting) -> dict[str, Any]:
+    """As before there were options, where there are none."""
+    values = dataclasses.asdict(setting)
+    return values if setting.config is not None else {key: values[key] for key in values if key != _OPTIONS}
 
 
 def _digest(parts: Any) -> str:
@@ -284,11 +291,17 @@ def _is_addition(key: str, old: dict[str, Any], new: dict[str, Any], before: dic
         return False
     if parts[0] in ("extensions", "max_epochs"):
         return new[key] >= old[key]
+    if parts[0] == "arms" and parts[2] == _OPTIONS:  # further values to choose from
+        return isinstance(new[key], list) and all(one in new[key] for one in _listed(old[key]))
     if parts[0] == "seeds":
         return new[key][0] == old[key][0] and set(new[key]) >= set(old[key])
     if parts[0] == "answers" or (parts[0] == "arms" and parts[-1] in CHOICES):
         return set(new[key]) >= set(old[key])
     return False
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ Results must not depend on which units ran before in the same process. A product
 another batch, so remembered outputs are all made in one way before a unit sees them: in order, so many rows at once.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,14 @@ from mft.config import ModelConfig
 from mft.data.batches import take_rows
 from mft.data.splits import Splits, load_splits
 from mft.masks.quantize import coded_shapes
-from mft.masks.targets import select_targets
-from mft.models.causal_lm import (
-    FEW,
-    clone_with_own_weights,
-    decoder_layers,
-    first_trainable_layer,
-    split_at_head,
-)
+from mft.models.causal_lm import FEW, decoder_layers, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
-from mft.models.linears import weight_name
 from mft.models.longrope import inputs_of
 from mft.models.packed_rows import keeping_apart
 from mft.models.pretrained import load_model
 from mft.models.quantized_weight import check_library
 from mft.study.arms.arm import Arm
+from mft.study.arms.setting import Setting
 from mft.study.arms.weights import with_weights
 from mft.study.config import StudyConfig
 from mft.study.teacher import RememberedTeacher
@@ -58,9 +52,11 @@ class Workspace:
         self._memories: dict[tuple[str, tuple[Path, ...]], dict[tuple[str | None, str, int], PrefixMemory]] = {}
         self._teacher: tuple[tuple[str, tuple[Path, ...]], RememberedTeacher] | None = None
         self._teaching: tuple[tuple[str, tuple[Path, ...]], nn.Module] | None = None
-        self._layers: dict[str, tuple[list[str], int]] = {}
+        self._layers: dict[tuple[str, str | None], tuple[list[str], int]] = {}
         for arm in study.arms.values():
-            self.layers_of(arm)  # raises before anything is trained
+            if arm.of is None:
+                for setting in _by_config(arm.settings(study.mask)):
+                    arm.targets(self.base, study.mask, setting)  # raises before anything is trained
             if arm.quantization is not None:
                 check_library(arm.quantization)
                 coded_shapes(self.base)
@@ -106,17 +102,23 @@ class Workspace:
             self._teacher = (domain, ends), teacher
         return self._teacher[1]
 
-    def layers_of(self, arm: Arm) -> tuple[list[str], int]:
-        """The linears that the arm's mask, adapters or control train, and how many layers lie below all of them.
+    def layers_of(self, arm: Arm, setting: Setting | None = None) -> tuple[list[str], int]:
+        """The linears that the arm's mask, adapters or control train, and how many layers lie below all that they do.
 
-        Of a derived arm those of the arm that it is of.
+        Of a derived arm those of the arm that it is of; of a setting that does not say them those of all settings.
         """
-        mask = self.study.mask_of(self.study.arms[arm.of] if arm.of is not None else arm)
-        key = f"{mask.layers_to_transform} {mask.target_modules}"
-        if key not in self._layers:
-            names = select_targets(self.base, mask)
-            self._layers[key] = names, self._layers_below(names)
-        return self._layers[key]
+        source, mask = self.study.arms[arm.of] if arm.of is not None else arm, self.study.mask
+        settings = _by_config(source.settings(mask))
+        if setting is not None and setting.config is not None:
+            settings = [setting]
+        found = []
+        for each in settings:
+            key = repr(source), each.config
+            if key not in self._layers:
+                names = source.targets(self.base, mask, each)
+                self._layers[key] = names, source.frozen_below(self.base, mask, each)
+            found.append(self._layers[key])
+        return list(dict.fromkeys(name for names, _ in found for name in names)), min(first for _, first in found)
 
     def memory(self, split: str, first: int, general: str | None = None) -> PrefixMemory | None:
         """What the first layers of model make of every row of a split, of a general text's if one is named; None for no
@@ -141,12 +143,6 @@ class Workspace:
             model = with_weights(model, load_file(path))
         return model
 
-    def _layers_below(self, names: list[str]) -> int:
-        clone = clone_with_own_weights(self.base, names)
-        for name in names:
-            clone.get_parameter(weight_name(clone, name)).requires_grad_(True)
-        return first_trainable_layer(clone)
-
 
 def with_layers_remembered(
     model: nn.Module, dataset, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
@@ -155,6 +151,11 @@ def with_layers_remembered(
     depth = len(decoder_layers(model))
     whole = _remembered(model, dataset, depth, batch_size=batch_size, first=first, memory=memory)
     return {"batch_size": batch_size, "first": depth, "memory": whole}
+
+
+def _by_config(settings: Iterable[Setting]) -> Iterable[Setting]:
+    """The first of those that are on the same layers."""
+    return {setting.config: setting for setting in reversed(list(settings))}.values()
 
 
 def _remembered(

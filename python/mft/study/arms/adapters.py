@@ -1,60 +1,167 @@
-"""LoRA on the layers where masks would go (study/lora.py)."""
+"""Adapters of PEFT: any method with any of its options, and LoRA on the layers where masks would go.
+
+What a method draws and does not train comes from the run's seed, so that a file holds what was trained alone.
+"""
+
+import itertools
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from mft.config import TrainConfig
-from mft.models.causal_lm import clone_with_own_weights
-from mft.models.linears import weight_name
-from mft.study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground
+from mft.checks import check_rule
+from mft.config import MaskConfig, TrainConfig
+from mft.masks.targets import select_targets
+from mft.models.causal_lm import FEW, clone_with_own_weights, evaluating, first_trainable_layer
+from mft.study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground, parse_arm_layers
 from mft.study.arms.memory import ADAPTER_BYTES
-from mft.study.arms.size import NUMBER, adapter_sides
+from mft.study.arms.setting import Setting
+from mft.study.arms.size import NUMBER
 from mft.study.arms.weights import Weights
-from mft.study.lora import add_lora, import_peft, merge_lora
+from mft.study.peft_methods import (
+    BESIDE_LINEARS,
+    PLACES,
+    MethodFailsError,
+    add_adapter,
+    check_options,
+    import_peft,
+    lora_options,
+    merge_adapter,
+    values_to_choose_from,
+)
+
+_SAME = 1e-3  # of the largest logit: what an adapter that is loaded again may move one by
 
 
-class Lora(Arm):
-    """Adapters on the same layers."""
+class Adapters(Arm):
+    """What is trained beside the weights, by a method of PEFT."""
 
-    takes = LEARNING | ON_LAYERS | {"lora_ranks"}
+    takes = LEARNING
     needs = frozenset({"lrs"})
     learns = "adapters"
     fades = True
     near = True
     colour = "#0072b2"
 
+    def options(self, setting: Setting) -> dict[str, Any]:
+        """Those of PEFT's configuration."""
+        raise NotImplementedError
+
     def check_installed(self) -> None:
         import_peft()
 
+    def targets(self, model: nn.Module, mask: MaskConfig, setting: Setting) -> list[str]:
+        """As masks choose them; of a method that is on no linear layers its target_modules, or none for PEFT's own."""
+        options, mask = self.options(setting), self.mask_config(mask)
+        if options["peft_type"] in BESIDE_LINEARS:
+            return options.get("target_modules") or []
+        places = {name: options[name] for name in PLACES if name in options}
+        if "layers_to_transform" in places:
+            places["layers_to_transform"] = _layers(places["layers_to_transform"])
+        return select_targets(model, replace(mask, **places))
+
+    def frozen_below(self, model: nn.Module, mask: MaskConfig, setting: Setting) -> int:
+        return first_trainable_layer(self._put_on(model, mask, setting, seed=0).get_base_model())
+
     def untrained(self, ground: Ground) -> nn.Module:
-        return self._with_adapters(ground, ground.seed)
+        return self._adapted(ground).get_base_model()
+
+    def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
+        """What was trained, once it is known to give the same model again."""
+        weights, device = super().trained_weights(model, ground), next(model.parameters()).device
+        again, few = self.model_with(ground, weights), torch.arange(FEW, device=device)[None]
+        with torch.no_grad(), evaluating(model):
+            own, other = (each(input_ids=few, use_cache=False).logits for each in (model, again))
+        moved = (own - other).abs().max() / own.abs().max()
+        if moved > _SAME:
+            raise MethodFailsError(
+                f"{self.options(ground.setting)['peft_type']} cannot be loaded again: what it trained, and its seed, "
+                f"give logits that differ by {moved:.2g} of the largest"
+            )
+        return weights
 
     def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
-        return self._loaded(ground, weights).eval()
+        return self._loaded(ground, weights).get_base_model().eval()
 
     def merged(self, ground: Ground, weights: Weights) -> Weights:
-        merged = merge_lora(self._loaded(ground, weights))
-        return {(own := weight_name(merged, name)): merged.get_parameter(own).detach() for name in ground.layers}
+        model, names = merge_adapter(self._loaded(ground, weights))
+        return {name: model.get_parameter(name).detach() for name in names}
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
-        return NUMBER * self._rank(ground) * adapter_sides(ground.shapes())
+        return NUMBER * self._numbers(ground)
 
     def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
         """Of all adapters, or of the weights where these are fewer."""
-        return min(super().bytes_of_mean(ground, model, runs), runs * self.stored_bytes(ground, model))
+        adapters = runs * self.stored_bytes(ground, model)
+        return min(super().bytes_of_mean(ground, model, runs) or adapters, adapters)
 
     def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
-        return int(ADAPTER_BYTES * self._rank(ground) * adapter_sides(ground.shapes()))
+        return int(ADAPTER_BYTES * self._numbers(ground))
 
-    def _rank(self, ground: Ground) -> int:
-        return ground.setting.rank or self.lora_rank
+    def _numbers(self, ground: Ground) -> int:
+        """How many are trained."""
+        return sum(p.numel() for p in self.untrained(ground).parameters() if p.requires_grad)
 
-    def _with_adapters(self, ground: Ground, seed: int) -> nn.Module:
-        return add_lora(clone_with_own_weights(ground.start), ground.layers, self._rank(ground), seed)
+    def _adapted(self, ground: Ground) -> Any:
+        return self._put_on(ground.start, ground.mask, ground.setting, ground.seed)
 
-    def _loaded(self, ground: Ground, weights: Weights) -> nn.Module:
-        model = self._with_adapters(ground, 0)
+    def _put_on(self, model: nn.Module, mask: MaskConfig, setting: Setting, seed: int) -> Any:
+        """A clone of model, whose weights it may write to, in a PeftModel."""
+        options, names = self.options(setting), self.targets(model, mask, setting)
+        clone = clone_with_own_weights(model, () if options["peft_type"] in BESIDE_LINEARS else names)
+        return add_adapter(clone, names, {k: v for k, v in options.items() if k not in PLACES}, seed)
+
+    def _loaded(self, ground: Ground, weights: Weights) -> Any:
+        adapted = self._adapted(ground)
+        model = adapted.get_base_model()
         with torch.no_grad():
             for name, weight in weights.items():
                 model.get_parameter(name).copy_(weight)
-        return model
+        return adapted
+
+
+class Lora(Adapters):
+    """LoRA on the same layers, with alpha = 2 * rank."""
+
+    takes = Adapters.takes | ON_LAYERS | {"lora_ranks"}
+
+    def options(self, setting: Setting) -> dict[str, Any]:
+        return lora_options(setting.rank or self.lora_rank)
+
+
+@dataclass
+class Peft(Adapters):
+    """Any method of PEFT: config has its peft_type and options."""
+
+    # An option with a list of values is one to choose from, all with all: r: [4, 16]. One that takes a list, such as
+    # target_modules, is chosen from a list of lists. Layers and modules are those of mask unless they are given.
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self.config)
+        kind, layers = self.config["peft_type"], self.config.get("layers_to_transform")
+        for one in values_to_choose_from(self.config).get("layers_to_transform", ()):
+            _layers(one)
+        rule = f"be left out for {kind}, which is on no linear layers: its target_modules name what it is on"
+        check_rule(kind not in BESIDE_LINEARS or layers is None, "config.layers_to_transform", rule, layers)
+
+    def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:
+        """Of config each combination, whole and as JSON."""
+        axes = values_to_choose_from(self.config)
+        combined = (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
+        return super().choices(mask) | {"config": [json.dumps(one, sort_keys=True) for one in combined]}
+
+    def options(self, setting: Setting) -> dict[str, Any]:
+        assert setting.config is not None  # of an arm with options
+        return json.loads(setting.config)
+
+    def largest_rank(self) -> int:
+        return max(values_to_choose_from(self.config).get("r", [self.lora_rank]))
+
+
+def _layers(given: int | list[int] | str | None) -> int | list[int] | None:
+    """As a MaskConfig has them; None: every layer."""
+    return (parse_arm_layers(given) if isinstance(given, str) else given) or (0 if given == 0 else None)

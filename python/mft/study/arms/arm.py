@@ -40,6 +40,8 @@ from mft.config import (
     parse_layers,
 )
 from mft.importance.importance import METHODS
+from mft.masks.targets import select_targets
+from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
 from mft.models.linears import weight_name
 from mft.rewards.teacher import check_prompt
 from mft.study.arms.memory import trained_weight_bytes
@@ -176,6 +178,10 @@ class Arm:
         """Why reports hold it against nothing, though the study has this control; "" if they do."""
         return ""
 
+    def largest_rank(self) -> int:
+        """Of adapters, among those that validation chooses from."""
+        return max(self.lora_ranks or [self.lora_rank])
+
     def check_installed(self) -> None:
         """Raise RuntimeError if a library is missing: asked before anything is trained."""
 
@@ -183,6 +189,20 @@ class Arm:
     def leaves_weights(self) -> bool:
         """Whether its runs leave a file of weights."""
         return bool(self.lrs)
+
+    # ------------------------------------------------------------------------------- its layers
+
+    def targets(self, model: nn.Module, mask: MaskConfig, setting: Setting) -> list[str]:
+        """The linears that it changes. mask: the study's. Raises: ValueError if there are none."""
+        return select_targets(model, self.mask_config(mask))
+
+    def frozen_below(self, model: nn.Module, mask: MaskConfig, setting: Setting) -> int:
+        """How many of the model's layers lie below all that it changes."""
+        names = self.targets(model, mask, setting)
+        clone = clone_with_own_weights(model, names)
+        for name in names:
+            clone.get_parameter(weight_name(clone, name)).requires_grad_(True)
+        return first_trainable_layer(clone)
 
     # ------------------------------------------------------------------------------- its models
 

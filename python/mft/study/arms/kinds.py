@@ -5,7 +5,7 @@ from typing import Any
 
 from mft.checks import check_one_of
 from mft.importance.importance import METHODS
-from mft.study.arms.adapters import Lora
+from mft.study.arms.adapters import Lora, Peft
 from mft.study.arms.arm import Arm
 from mft.study.arms.compressed import BitDelta, SparseDelta, Ternary
 from mft.study.arms.full import Base, Continued, Control, Full
@@ -20,6 +20,7 @@ KINDS: dict[str, type[Arm]] = {
     "continued": Continued,
     "control": Control,
     "lora": Lora,
+    "peft": Peft,
     "mask": Mask,
     **dict.fromkeys(METHODS, OneShot),  # random, magnitude, magnitude_rows, wanda, gradient, fisher
     "temperature": Temperature,

@@ -1,6 +1,8 @@
 """One configuration of an arm, of those that validation chooses from."""
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,7 @@ class Setting:
     alpha: float | None = None
     rank: int | None = None
     share: float | None = None
+    config: str | None = None  # of a method of PEFT all options, as JSON
 
     def __str__(self) -> str:
         parts = (
@@ -22,7 +25,15 @@ class Setting:
             ("rank", self.rank),
             ("share", self.share),
         )
-        return ", ".join(f"{name} {value:g}" for name, value in parts if value is not None)
+        options = {} if self.config is None else json.loads(self.config)
+        words = [f"{name} {value:g}" for name, value in parts if value is not None]
+        words += [f"{name} {_word(value)}" for name, value in options.items() if name != "peft_type"]
+        return ", ".join(words)
+
+
+def _word(value: Any) -> str:
+    """Without commas, which stand between values."""
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # Keys of an arm that hold values to choose from, each with the field of Setting that one of them becomes.

@@ -6,7 +6,7 @@ such pairs in all domains, and validation agree. Else the difference is not show
 
 from collections.abc import Mapping
 
-from mft.study.arms.adapters import Lora
+from mft.study.arms.adapters import Adapters
 from mft.study.outcome import Findings
 from mft.study.report.judge import side
 from mft.study.report.statistics import Difference, Paired, differences, paired, with_holm
@@ -43,7 +43,7 @@ def _rivals(findings: Findings, table: DomainTable, place: tuple[str, str]) -> l
     """Each mask that was trained, and each arm of adapters, of one quantized start."""
     domain, name = place
     rows = [row for row in table.rows if findings.study.codes_under(row.arm) == name]
-    adapters = [row.arm for row in rows if isinstance(findings.study.arms[row.arm], Lora)]
+    adapters = [row.arm for row in rows if isinstance(findings.study.arms[row.arm], Adapters)]
     return [(domain, row.arm, lora) for row in rows if row.masked for lora in adapters]
 
 

@@ -59,7 +59,7 @@ def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable
                 f"Warning: {domain} has {table.documents} test documents, fewer than {LEAST_DOCUMENTS}: "
                 "its intervals are rough, and nothing can be concluded."
             )
-        if missing := [arm for arm in study.arms if table.row(arm) is None]:
+        if missing := [arm for arm in study.arms if table.row(arm) is None and arm not in table.without_result]:
             yield f"Warning: {domain} was not tested for {', '.join(missing)}."
         for row in table.rows:
             difference = row.minus_control.get(row.decides, row.minus_full)

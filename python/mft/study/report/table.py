@@ -84,6 +84,7 @@ class DomainTable:
     general: list[str] = field(default_factory=list)  # texts by which forgetting is measured
     comparisons: list[Comparison] = field(default_factory=list)  # of MFT arms with rivals, a text after the other
     equal_budgets: list[EqualBudget] = field(default_factory=list)
+    without_result: dict[str, str] = field(default_factory=dict)  # by arm, why it has no row
 
     def row(self, arm: str | None) -> Row | None:
         return next((row for row in self.rows if row.arm == arm), None)
@@ -201,7 +202,8 @@ def _table(findings: Findings, domain: str) -> DomainTable:
     questions = 0 if one.questions is None else int(one.questions.sum())
     tokens = int(one.evaluation.tokens.sum())
     present = control if control in test else None
-    return DomainTable(full, present, len(test[full]), len(one.evaluation.documents), tokens, questions, rows)
+    documents, without = len(one.evaluation.documents), findings.without_result.get(domain, {})
+    return DomainTable(full, present, len(test[full]), documents, tokens, questions, rows, without_result=without)
 
 
 def _means(findings: Findings, domain: str, arm: str) -> Row:

@@ -102,6 +102,7 @@ def console_report(findings: Findings) -> list[RenderableType]:
     for domain, table in tables.items():
         parts.append(_fitted(Text(f"{domain}: {_counts(table)}", style="bold")))
         parts += [_console_table(table, columns) for columns in _shown_groups(table)]
+        parts += [_fitted(Text(f"without a result: {why}")) for why in table.without_result.values()]
     said, known, _ = _words_of(findings, tables)
     parts += [_fitted(Text(error, style="bold red")) for error in errors(findings)]
     parts += [_fitted(Text(paragraph, style="bold")) for paragraph in said]
@@ -189,6 +190,9 @@ def _markdown(table: DomainTable) -> list[str]:
     for row in table.rows:
         arm = f"**{row.arm}**" if row.masked else row.arm
         lines.append(f"| {' | '.join((arm, *(column.cell(row) for column in columns)))} |")
+    for arm, why in table.without_result.items():
+        words = re.sub(r"\s*[|\n]\s*", " ", why)
+        lines.append(f"| {' | '.join((arm, f'no result: {words}', *(len(columns) - 1) * ['-']))} |")
     return lines
 
 

@@ -38,7 +38,7 @@ def ground_of(workspace: Workspace, job: Job) -> Ground:
     return Ground(
         workspace.model,
         workspace.base,
-        workspace.layers_of(arm)[0],
+        workspace.layers_of(arm, unit.setting)[0],
         mask if keep_ratio is None else replace(mask, keep_ratio=keep_ratio),
         unit.setting,
         unit.seed,

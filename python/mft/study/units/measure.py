@@ -9,7 +9,6 @@ from torch import nn
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.kl_divergence import kl_divergence
-from mft.study.arms.arm import Arm
 from mft.study.config import REWARDS
 from mft.study.outcome import General, Measured, Unit
 from mft.study.units.job import arm_of
@@ -17,13 +16,14 @@ from mft.study.workspace import ROWS, Workspace, with_layers_remembered
 from mft.training.loop import NonFiniteLoss
 
 
-def evaluation_options(workspace: Workspace, arm: Arm, general: str | None = None) -> Callable[[str], dict[str, Any]]:
+def evaluation_options(workspace: Workspace, unit: Unit, general: str | None = None) -> Callable[[str], dict[str, Any]]:
     """Options of evaluate, for a split of the domain or of a general text: what the layers below the arm's make of it
     is remembered."""
+    arm = arm_of(workspace, unit)
     source = arm if arm.of is None else workspace.study.arms[arm.of]
     if source.whole_model:
         return lambda split: {"batch_size": ROWS}
-    _, first = workspace.layers_of(arm)
+    _, first = workspace.layers_of(arm, unit.setting)
     return lambda split: {"batch_size": ROWS, "first": first, "memory": workspace.memory(split, first, general)}
 
 
@@ -45,7 +45,7 @@ def answer(workspace: Workspace, model: nn.Module, dataset, measured: Measured) 
 
 
 def _evaluated(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation:
-    options = evaluation_options(workspace, arm_of(workspace, unit))
+    options = evaluation_options(workspace, unit)
     evaluation = evaluate(model, workspace.splits(unit.domain).validation, **options("validation"))
     if not math.isfinite(evaluation.loss):
         raise NonFiniteLoss(f"the loss must stay finite, got {evaluation.loss} on validation: lower the rate")
@@ -62,7 +62,7 @@ def on_general(
     found = {}
     for name in workspace.study.general_of(unit.domain):
         dataset = getattr(workspace.general(name), split)
-        options = evaluation_options(workspace, arm_of(workspace, unit), name)(split)
+        options = evaluation_options(workspace, unit, name)(split)
         if start is None:
             found[name] = General(evaluate(model, dataset, **options))
             continue

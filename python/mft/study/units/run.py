@@ -4,6 +4,7 @@ from mft.evaluation.temperature import evaluate_tempered, fit_temperature
 from mft.study.arms.full import Full
 from mft.study.arms.weights import save_weights
 from mft.study.outcome import Measured, Outcome, Tested
+from mft.study.peft_methods import MethodFailsError
 from mft.study.units.job import Job, arm_of, ground_of, model_of, stored_bytes
 from mft.study.units.measure import answer, evaluation_options, on_general, on_validation
 from mft.study.units.train import train_unit
@@ -13,7 +14,8 @@ from mft_kernels.ops.checks import NonFiniteScores
 
 
 def run_unit(workspace: Workspace, job: Job) -> Outcome:
-    """Train what the unit trains, and see it on validation. A run that does not stay finite is an outcome too."""
+    """Train what the unit trains, and see it on validation. A run that does not stay finite, and a method
+    that cannot be run so, are outcomes too."""
     unit, arm = job.unit, arm_of(workspace, job.unit)
     workspace.begin(unit.domain, job.starts)
     try:
@@ -26,15 +28,15 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
         if arm.tempered:
             validation, options = (
                 workspace.splits(unit.domain).validation,
-                evaluation_options(workspace, arm)("validation"),
+                evaluation_options(workspace, unit)("validation"),
             )
             temperature = fit_temperature(model, validation, **options)
             _, tempered = evaluate_tempered(model, validation, temperature, **options)
             measured = Measured(tempered, tempered, temperature)
         else:
             measured = on_validation(workspace, unit, model)
-    except (NonFiniteLoss, NonFiniteScores) as error:
-        return Outcome(unit, None, diverged=str(error))
+    except (NonFiniteLoss, NonFiniteScores, MethodFailsError) as error:
+        return Outcome(unit, None, diverged=str(error), fails=isinstance(error, MethodFailsError))
     return Outcome(
         unit,
         measured,
@@ -50,7 +52,7 @@ def run_test(workspace: Workspace, job: Job) -> Tested:
     is_full = isinstance(arm, Full)  # where others begin: it is run from the base model, and its model is kept
     workspace.begin(unit.domain, (job.trained,) if is_full else job.starts)
     model, splits = model_of(workspace, job), workspace.splits(unit.domain)
-    options, temperature = evaluation_options(workspace, arm), 0.0
+    options, temperature = evaluation_options(workspace, unit), 0.0
     measured = {}
     for split in ("validation", "test"):
         dataset = getattr(splits, split)

@@ -44,7 +44,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
     )
     options: dict[str, Any] = {"on_step": checkpoints.on_step}
     if config is None and not arm.whole_model:
-        options["memory"] = workspace.memory("train", workspace.layers_of(arm)[1])
+        options["memory"] = workspace.memory("train", workspace.layers_of(arm, unit.setting)[1])
     if config is None and job.teacher is not None:
         options["objective"] = Distillation(workspace.teacher(unit.domain, job.teacher), weight=0.0)
     reports: Sequence[StepReport | RewardReport]

@@ -1,10 +1,12 @@
-"""LoRA beside the weights: what it trains, what it leaves alone, and that merging changes nothing."""
+"""Methods of PEFT on a model: what an adapter trains and leaves alone, its merge, and the options that are refused."""
 
 import copy
+import re
 import sys
 
 import pytest
 import torch
+from method_sweep import PAGE, attempt, line
 from rich.console import Console
 from tiny import make_llama, make_rows, masked_llama
 from tiny_study import FEW, make_study, write_ground
@@ -13,7 +15,14 @@ from mft.config import TrainConfig
 from mft.evaluation.evaluate import evaluate
 from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
 from mft.models.frozen_layers import PrefixMemory
-from mft.study.lora import add_lora, merge_lora
+from mft.study.peft_methods import (
+    MethodFailsError,
+    add_adapter,
+    check_options,
+    lora_options,
+    merge_adapter,
+    methods,
+)
 from mft.study.run import run_study
 from mft.training.loop import train_loop
 
@@ -26,21 +35,25 @@ def logits(model):
         return model(make_rows(4).with_format("torch")[:]["input_ids"]).logits
 
 
-def trained_lora(model, seed=0):
-    add_lora(model, NAMES, rank=4, seed=seed)
-    return model, train_loop(model, make_rows(16), TRAIN)
+def add_lora(model, seed=0, **options):
+    return add_adapter(model, NAMES, lora_options(4) | options, seed)
+
+
+def trained_lora(model, **options):
+    adapted = add_lora(model, **options)
+    return adapted, train_loop(adapted.get_base_model(), make_rows(16), TRAIN)
 
 
 def test_adapters_begin_as_the_model_itself():
     model = make_llama()
     before = logits(model)
-    assert add_lora(model, NAMES, 4, 0) is model
+    assert add_lora(model).get_base_model() is model
     assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_adapters_of_the_named_layers_train_in_fp32(dtype):
-    model = add_lora(make_llama(dtype), NAMES, rank=4, seed=0)
+    model = add_lora(make_llama(dtype)).get_base_model()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert sorted(trained) == sorted(f"{name}.lora_{part}.default.weight" for name in NAMES for part in "AB")
     assert {p.dtype for p in trained.values()} == {torch.float32}
@@ -53,18 +66,19 @@ def test_training_lowers_the_loss_and_leaves_the_weights():
     start = make_llama()
     model = clone_with_own_weights(start)
     before = copy.deepcopy(start.state_dict())
-    _, reports = trained_lora(model)
+    adapted, reports = trained_lora(model)
     assert reports[-1].loss < reports[0].loss - 0.05
-    merge_lora(model)
-    assert evaluate(model, make_rows(8, seed=1)).loss < evaluate(start, make_rows(8, seed=1)).loss
+    merged, _ = merge_adapter(adapted)
+    assert evaluate(merged, make_rows(8, seed=1)).loss < evaluate(start, make_rows(8, seed=1)).loss
     for name, weight in start.state_dict().items():
         assert torch.equal(weight, before[name]), name
 
 
 def test_the_merged_model_is_the_adapted_one_under_its_old_names():
-    model, _ = trained_lora(make_llama())
-    adapted, start = logits(model), logits(make_llama())
-    merge_lora(model)
+    around, _ = trained_lora(make_llama())
+    adapted, start = logits(around), logits(make_llama())
+    model, names = merge_adapter(around)
+    assert names == [f"{name}.weight" for name in NAMES]
     assert (adapted - start).abs().max() > 0.01  # so that the next line tells something
     assert (logits(model) - adapted).abs().max() <= 1e-5
     assert list(model.state_dict()) == list(make_llama().state_dict())
@@ -73,17 +87,17 @@ def test_the_merged_model_is_the_adapted_one_under_its_old_names():
 
 
 def test_merged_16_bit_weights_are_rounded_once():
-    model, _ = trained_lora(make_llama(torch.bfloat16))
-    layer = model.get_submodule(NAMES[0])
+    adapted, _ = trained_lora(make_llama(torch.bfloat16))
+    layer = adapted.get_base_model().get_submodule(NAMES[0])
     product = layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
     expected = (layer.base_layer.weight.float() + 2 * product).bfloat16()
-    assert torch.equal(merge_lora(model).get_submodule(NAMES[0]).weight, expected)
+    assert torch.equal(merge_adapter(adapted)[0].get_submodule(NAMES[0]).weight, expected)
 
 
 def test_remembering_frozen_layers_changes_no_update():
     runs = []
     for options in ({"remember": False}, {"memory": PrefixMemory()}):
-        model = add_lora(make_llama(), NAMES, 4, 0)
+        model = add_lora(make_llama()).get_base_model()
         runs.append([report.loss for report in train_loop(model, make_rows(4), TRAIN, **options)])
     assert runs[0] == runs[1]
 
@@ -92,7 +106,7 @@ def test_adapters_follow_the_seed_and_draw_from_no_other_generator():
     torch.manual_seed(5)
     drawn = torch.rand(1)
     torch.manual_seed(5)
-    first = [dict(add_lora(make_llama(), NAMES, 4, seed).named_parameters()) for seed in (1, 1, 2)]
+    first = [dict(add_lora(make_llama(), seed).get_base_model().named_parameters()) for seed in (1, 1, 2)]
     assert torch.equal(torch.rand(1), drawn)
     a = f"{NAMES[0]}.lora_A.default.weight"
     assert torch.equal(first[0][a], first[1][a])
@@ -104,35 +118,57 @@ def test_conv1d_is_adapted_and_merged_too():
 
     config = {"vocab_size": 61, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **config)).eval()
-    add_lora(model, ["transformer.h.1.mlp.c_fc"], 2, 0)
+    around = add_adapter(model, ["transformer.h.1.mlp.c_fc"], lora_options(2))
     with torch.no_grad():
         model.get_submodule("transformer.h.1.mlp.c_fc").lora_B["default"].weight.normal_()
     adapted = logits(model)
-    assert (logits(merge_lora(model)) - adapted).abs().max() < 1e-5
+    assert (logits(merge_adapter(around)[0]) - adapted).abs().max() < 1e-5
 
 
-def test_wrong_arguments_are_told(monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "names", "message"),
+    [
+        (make_llama, ["up_proj"], "no linear layer named 'up_proj'"),
+        (make_llama, [], "names must hold at least one linear layer"),
+        (masked_llama, NAMES, "cannot mask model.layers.2.mlp.up_proj: it is a mft_kernels.layers.linear.MaskedLinear"),
+    ],
+)
+def test_layers_that_are_none_are_told(model, names, message):
+    with pytest.raises(ValueError, match=message):
+        add_adapter(model(), names, lora_options(4))
+
+
+def test_a_rank_below_1_and_no_peft_are_told(monkeypatch):
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        add_lora(make_llama(), NAMES, 0, 0)
-    with pytest.raises(ValueError, match="no linear layer named 'up_proj'"):
-        add_lora(make_llama(), ["up_proj"], 4, 0)
-    with pytest.raises(ValueError, match="names must hold at least one linear layer"):
-        add_lora(make_llama(), [], 4, 0)
-    with pytest.raises(
-        ValueError, match=r"cannot mask model.layers.2.mlp.up_proj: it is a mft_kernels.layers.linear.MaskedLinear"
-    ):
-        add_lora(masked_llama(), NAMES, 4, 0)
-    with pytest.raises(ValueError, match="model must hold LoRA adapters, found none"):
-        merge_lora(make_llama())
+        lora_options(0)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(RuntimeError, match=r"needs peft, which is not installed: pip install 'mft_kernels\[compare\]'"):
-        add_lora(make_llama(), NAMES, 4, 0)
+    with pytest.raises(RuntimeError, match=r"need peft, which is not installed: pip install 'mft_kernels\[compare\]'"):
+        add_lora(make_llama())
+
+
+@pytest.mark.parametrize("method", ["SHIRA", "LN_TUNING", "BEFT"])
+def test_the_page_of_methods_has_what_becomes_of_each(method):
+    assert line(attempt(method)) in PAGE.read_text().splitlines()
+
+
+def test_the_page_of_methods_has_all_of_the_installed_peft():
+    listed = re.findall(r"^\| ([A-Z0-9_]+) \|", PAGE.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(methods())
+
+
+def test_options_that_the_study_decides_and_methods_that_it_cannot_run_are_refused():
+    with pytest.raises(ValueError, match="config.peft_type must be a method of PEFT .* got 'lor'; did you mean LORA"):
+        check_options({"peft_type": "lor"})
+    with pytest.raises(
+        MethodFailsError, match="C3A cannot be used here: ValueError: The block size should be a factor"
+    ):
+        add_adapter(make_llama(), NAMES, {"peft_type": "C3A"})
 
 
 def test_a_study_with_lora_and_without_peft_says_so_before_it_trains(tmp_path, monkeypatch):
     write_ground(tmp_path)
     study = make_study(tmp_path, FEW + "  LoRA: {kind: lora, lrs: [1e-2]}\n")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(RuntimeError, match="needs peft, which is not installed"):
+    with pytest.raises(RuntimeError, match="need peft, which is not installed"):
         run_study(study, tmp_path / "run", console=Console(quiet=True))
     assert not list((tmp_path / "run").glob("units/*"))
