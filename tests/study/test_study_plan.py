@@ -14,7 +14,7 @@ from mft.config import DataConfig
 from mft.evaluation.evaluate import Evaluation
 from mft.study.arms.kinds import make_arm
 from mft.study.arms.setting import Setting
-from mft.study.config import StudyConfig
+from mft.study.config import LeadersConfig, StudyConfig
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import (
     best_so_far,
@@ -44,9 +44,9 @@ ARMS = {
 }
 
 
-def make(arms=ARMS, seeds=(0, 1), extensions=2, domains=("code",)):
+def make(arms=ARMS, seeds=(0, 1), extensions=2, domains=("code",), **options):
     domains = {name: DataConfig() for name in domains}
-    return StudyConfig(arms=dict(arms), domains=domains, seeds=list(seeds), extensions=extensions)
+    return StudyConfig(arms=dict(arms), domains=domains, seeds=list(seeds), extensions=extensions, **options)
 
 
 def outcome(unit, loss, size=None):
@@ -341,3 +341,48 @@ def test_starts_lead_from_the_base_to_where_a_unit_begins_and_a_source_is_the_ch
 def test_what_an_arm_is_made_of_must_be_there(arms, message):
     with pytest.raises(ValueError, match=message):
         make({**ARMS, **arms})
+
+
+# ------------------------------------------------------------------------------------------ leaders
+
+
+LEADING = ARMS | {"LoRA": make_arm("lora", lrs=RATES), "small": make_arm("lora", lrs=RATES)}
+RANK = {"LoRA": 1.0, "control": 1.1, "small": 1.2, "mean": 1.3, "MFT": 1.4}  # less is better
+SIZES = {"LoRA": 900, "control": 9_000, "small": 100, "mean": 300, "MFT": 100}
+
+
+def seeds_that_ran(leaders, workers=1, **options):
+    study = make(LEADING, seeds=(0, 2), leaders=leaders, **options)
+    loss = lambda unit: bowl(1e-3)(unit) + 10 * RANK.get(unit.arm, 5.0)  # noqa: E731
+    done = play(study, loss, workers=workers, size=lambda unit: SIZES.get(unit.arm))
+    seeds = {}
+    for unit in chosen_units(study, done):
+        seeds.setdefault(unit.arm, []).append(unit.seed)
+    ran = {(o.unit.arm, o.unit.seed) for o in done if not o.unit.part}
+    assert {(arm, seed) for arm, each in seeds.items() for seed in each} <= ran
+    order = [o.unit.seed in study.further_seeds for o in done]
+    assert order == sorted(order)  # the leaders are known when all have run
+    assert sorted_outcomes(study, done)
+    return {arm for arm, each in seeds.items() if each == [0, 2, 1, 3]}, study
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("leaders", "expected"),
+    [
+        (LeadersConfig(seeds=4), {"LoRA", "control", "MFT", "full"}),
+        (LeadersConfig(seeds=4, arms=1), {"LoRA", "MFT", "full"}),
+        (LeadersConfig(seeds=4, arms=4), {"LoRA", "control", "small", "mean", "MFT", "full"}),
+        (LeadersConfig(seeds=4, arms=1, max_bytes=[100, 1_000]), {"small", "LoRA", "MFT", "full"}),
+        (LeadersConfig(seeds=4, arms=1, max_bytes=[10]), set()),
+    ],
+)
+def test_what_leads_on_validation_runs_with_further_seeds(leaders, expected, workers):
+    found, study = seeds_that_ran(leaders, workers)
+    assert found == expected
+    assert (study.further_seeds, study.all_seeds) == ([1, 3], [0, 2, 1, 3])
+
+
+def test_leaders_must_have_more_seeds_than_the_others():
+    with pytest.raises(ValueError, match=r"leaders.seeds must be more than the study's own 2, got 2"):
+        make(leaders=LeadersConfig(seeds=2))

@@ -20,7 +20,9 @@ from mft.cli.app import app
 from mft.study import run, workers
 from mft.study.arms.setting import Setting
 from mft.study.outcome import Unit
+from mft.study.report.write import write_study_report
 from mft.study.run import run_study
+from mft.study.sums import read_sums
 from mft.study.units.job import Job
 
 UNTRAINED = FULL + "  random: {kind: random}\n  temperature: {kind: temperature}\n"
@@ -113,6 +115,22 @@ def test_a_seed_that_is_added_later_finds_what_it_would_have_found_at_once(study
     later = study("seeds=[0,1]")
     assert later.test_openings == 2
     assert equal(facts(later), done.found)  # its seeds were 0 and 1
+
+
+def test_leaders_can_be_asked_for_when_all_has_run(study, done, tmp_path):
+    shutil.copytree(done.directory, study.directory)
+    later = study("leaders.seeds=3", "leaders.arms=1")
+    assert all(", seed 2" in line for line in study.lines)
+    assert len(study.lines) == 2 * 2  # fine-tune and mask, trained and tested
+    assert {arm: sorted(seeds) for arm, seeds in later.test["count"].items()} == {
+        **{"full": [0, 1, 2], "MFT": [0, 1, 2], "control": [0, 1]}
+    }
+    write_study_report(later, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "8 documents, " in text
+    assert ", 2 seeds (3 of full, MFT)\n" in text
+    assert "What led on validation ran with 3 seeds" in text
+    assert read_sums(tmp_path / "sums.npz").arrays["count/test/count/MFT/seeds"].tolist() == [0, 1, 2]
 
 
 def test_a_wider_grid_of_the_fine_tune_takes_up_what_still_holds(study, done):

@@ -4,6 +4,7 @@ A file of it is strict YAML (see configs/compare/small.yaml); whatever is unknow
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -73,6 +74,23 @@ class ScratchConfig:
 
 
 @dataclass
+class LeadersConfig:
+    """The arms that run with more seeds, once validation has seen all arms with the study's seeds.
+
+    Validation ranks the tuned arms that train no whole model, by their mean over seeds. Those that lead are its first
+    ``arms`` and the best mask, and what they begin at or are made of.
+    """
+
+    seeds: Annotated[int, at_least(2)] = 5  # in all, those of the study first; 5 tell a p of 0.001, 3 one of 0.01
+    arms: Annotated[int, at_least(1)] = 2  # the leader and its nearest rival
+    # Arms are ranked once for each of these limits, among those that store at most so many bytes; none: once, all.
+    max_bytes: Annotated[list[int], at_least(1)] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+
+
+@dataclass
 class StudyConfig:
     """Everything that `mft compare` runs."""
 
@@ -89,6 +107,7 @@ class StudyConfig:
     # By domain: the data whose training rows are asked instead of the domain's own, on which it was fine-tuned.
     questions: dict[str, DataConfig] = field(default_factory=dict)
     seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
+    leaders: LeadersConfig | None = None  # what is ahead on validation runs with more seeds; null: nothing does
     # Further settings that an arm may try, one at a time, while its best lies at an end of its grid (grid.py): a step
     # of epochs and the rates beside it are three.
     extensions: Annotated[int, at_least(0)] = 6
@@ -105,6 +124,9 @@ class StudyConfig:
         coerce_fields(self)
         check_rule(bool(self.seeds), "seeds", "hold at least one int", self.seeds)
         check_rule(len(set(self.seeds)) == len(self.seeds), "seeds", "be different ints", self.seeds)
+        if self.leaders is not None:
+            rule = f"be more than the study's own {len(self.seeds)}"
+            check_rule(self.leaders.seeds > len(self.seeds), "leaders.seeds", rule, self.leaders.seeds)
         check_not_empty(self, "output_dir")
         expand_home(self, "output_dir")
         check_rule(bool(self.domains), "domains", "hold at least one data set", self.domains)
@@ -212,9 +234,15 @@ class StudyConfig:
         return self.seeds[:1] if self.is_base(arm) else self.seeds
 
     @property
+    def further_seeds(self) -> list[int]:
+        """Those of the leaders alone: the first whole numbers that are no seeds of the study."""
+        more = 0 if self.leaders is None else self.leaders.seeds - len(self.seeds)
+        return list(itertools.islice((seed for seed in itertools.count() if seed not in self.seeds), more))
+
+    @property
     def all_seeds(self) -> list[int]:
         """Those that any arm may run with."""
-        return self.seeds
+        return [*self.seeds, *self.further_seeds]
 
     def needs(self, arm: str) -> list[str]:
         """The arms whose chosen runs must be there before this one's begin."""

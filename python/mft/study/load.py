@@ -56,6 +56,8 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
         if keys.get("budget") is None:  # so too
             for key in ("budget", "budget_ramp"):
                 keys.pop(key, None)
+    if study.leaders is None:
+        del values["leaders"]
     return values
 
 

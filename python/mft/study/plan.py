@@ -1,8 +1,8 @@
 """What a study runs next, as a function of what it has found so far: nothing here trains, reads or writes.
 
 An arm goes through its grid with the first seed, then its chosen setting with every seed. It waits until the arm at
-whose end it begins, the full fine-tune as a rule, and the one that it is made of have done so. Test follows when all is
-trained.
+whose end it begins, the full fine-tune as a rule, and the one that it is made of have done so. Once all have, those
+that lead on validation run with further seeds if study.leaders asks for it. Test follows when all is trained.
 """
 
 import math
@@ -16,6 +16,7 @@ from mft.study.arms.means import Average
 from mft.study.arms.setting import Setting
 from mft.study.config import LEAST_RATES, REWARDS, StudyConfig
 from mft.study.grid import DIRECTIONS, Neighbour, OpenEnd, neighbours
+from mft.study.leaders import leading_arms
 from mft.study.outcome import Outcome, Unit
 
 _WHOLE_MODEL = 1.7  # times as long a token as half of its layers, measured in the small study
@@ -48,7 +49,7 @@ def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
             if not found.why_none(domain, arm) and not any(found.next_of(domain, needed) for needed in study.needs(arm))
             for unit in found.next_of(domain, arm)
         ]
-        units += sorted(waiting, key=lambda unit: (study.start_of(unit.arm) or "", study.seeds.index(unit.seed)))
+        units += sorted(waiting, key=lambda unit: (study.start_of(unit.arm) or "", study.all_seeds.index(unit.seed)))
     return units
 
 
@@ -94,13 +95,14 @@ def best_so_far(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[tuple[s
 
 def chosen_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
     """The unit of every domain, arm and seed that test will see; call it when ready() is empty."""
-    chosen = selection(study, outcomes).chosen
+    outcomes = list(outcomes)
+    chosen, found = selection(study, outcomes).chosen, _Found(study, outcomes)
     return [
         Unit(domain, arm, seed, chosen[domain][arm])
         for domain in study.domains
-        for seed in study.seeds
+        for seed in study.all_seeds
         for arm in study.arms
-        if seed in study.seeds_of(arm) and arm in chosen[domain]
+        if seed in found.seeds_of(domain, arm) and arm in chosen[domain]
     ]
 
 
@@ -153,7 +155,7 @@ def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
             source = study.chooser(arm)
             grid = study.arms[source].settings(study.mask)
             likely = found.best(domain, source) or grid[len(grid) // 2]
-            seeds = study.seeds_of(arm)
+            seeds = found.seeds_of(domain, arm)
             units = [Unit(domain, arm, seed, likely) for seed in seeds]
             if isinstance(config, Average):
                 units += [part for unit in units for part in parts_of(study, unit)[1:]]
@@ -166,10 +168,10 @@ def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
 def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable[Unit]) -> tuple[int, float]:
     """How many units and evaluations on test there will be yet, as far as can be known, and their work."""
     outcomes = list(outcomes)
-    units, seen, without = units_left(study, outcomes), list(tested), without_result(study, outcomes)
-    number, work = len(units), sum(work_of(study, unit) for unit in units)
+    units, found, seen = units_left(study, outcomes), _Found(study, outcomes), list(tested)
+    number, work, without = len(units), sum(work_of(study, unit) for unit in units), without_result(study, outcomes)
     for domain, data in study.domains.items():
-        tests = sum(len(study.seeds_of(arm)) for arm in study.arms if arm not in without[domain])
+        tests = sum(len(found.seeds_of(domain, arm)) for arm in study.arms if arm not in without[domain])
         tests -= sum(unit.domain == domain for unit in seen)
         number, work = (
             number + tests,
@@ -243,7 +245,7 @@ def sorted_outcomes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Out
 
     def place(outcome: Outcome) -> tuple:
         unit = outcome.unit
-        where = (domains.index(unit.domain), arms.index(unit.arm), study.seeds.index(unit.seed))
+        where = (domains.index(unit.domain), arms.index(unit.arm), study.all_seeds.index(unit.seed))
         return (*where, _order(unit.setting), unit.part)
 
     return sorted(outcomes, key=place)
@@ -270,6 +272,7 @@ class _Found:
         self._first: dict[tuple[str, str], list[Outcome]] = {}  # with the first seed, by domain and arm
         self._grids = {name: dict.fromkeys(arm.settings(study.mask)) for name, arm in study.arms.items()}
         self._losses: dict[tuple[str, str], dict[Setting, float]] = {}
+        self._leading: dict[str, set[str]] = {}
         for unit, outcome in self.by_unit.items():
             if (unit.seed, unit.part) == (study.seeds[0], 0):
                 self._first.setdefault((unit.domain, unit.arm), []).append(outcome)
@@ -358,13 +361,38 @@ class _Found:
 
     def next_of(self, domain: str, arm: str) -> list[Unit]:
         """The arm's units that are not done, as far as is known, whatever they wait for."""
+        waiting = self._next_with(domain, arm, self.study.seeds_of(arm))
+        return waiting or self._next_with(domain, arm, self.seeds_of(domain, arm))
+
+    def seeds_of(self, domain: str, arm: str) -> list[int]:
+        """Those that an arm runs with: of the leaders, once they are known, the further ones too."""
+        leads = not self.study.is_base(arm) and arm in self._leading_of(domain)
+        return self.study.all_seeds if leads else self.study.seeds_of(arm)
+
+    def _leading_of(self, domain: str) -> set[str]:
+        """None until all arms have run with the study's own seeds."""
+        study = self.study
+        if study.leaders is None or domain in self._leading:
+            return self._leading.get(domain, set())
+        if any(self._next_with(domain, arm, study.seeds_of(arm)) for arm in study.arms):
+            return set()
+        runs = {}
+        for arm in study.arms:
+            setting = self.best(domain, study.chooser(arm))
+            if setting is None or self.why_none(domain, arm):
+                continue
+            runs[arm] = [self.by_unit[Unit(domain, arm, seed, setting)] for seed in study.seeds_of(arm)]
+        self._leading[domain] = leading_arms(study, study.leaders, runs)
+        return self._leading[domain]
+
+    def _next_with(self, domain: str, arm: str, seeds: list[int]) -> list[Unit]:
         if isinstance(self.study.arms[arm], Average):
-            return self._next_of_average(domain, arm)
+            return self._next_of_average(domain, arm, seeds)
         waiting = self.unexplored(domain, arm)
         if waiting:
             return [Unit(domain, arm, self.study.seeds[0], setting) for setting in waiting]
         best = self.best(domain, arm)
-        return [] if best is None else self.missing(domain, arm, best, self.study.seeds_of(arm))
+        return [] if best is None else self.missing(domain, arm, best, seeds)
 
     def why_none(self, domain: str, arm: str) -> str:
         """Why no setting of the arm can be chosen, whatever is run yet; "" if one can, or may yet."""
@@ -400,13 +428,13 @@ class _Found:
             f"add lower rates to arms.{arm}.lrs"
         )
 
-    def _next_of_average(self, domain: str, arm: str) -> list[Unit]:
+    def _next_of_average(self, domain: str, arm: str, seeds: list[int]) -> list[Unit]:
         config = self.study.arms[arm]
         setting = self.best(domain, str(config.of))
-        if self.next_of(domain, str(config.of)) or setting is None:
+        if self._next_with(domain, str(config.of), seeds) or setting is None:
             return []
         units = []
-        for seed in self.study.seeds:
+        for seed in seeds:
             whole = Unit(domain, arm, seed, setting)
             missing = [part for part in parts_of(self.study, whole) if part not in self.by_unit]
             units += missing or [unit for unit in [whole] if unit not in self.by_unit]

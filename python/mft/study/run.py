@@ -266,7 +266,7 @@ def _findings(
     general: dict = {domain: {arm: {} for arm in arms} for domain, arms in present.items()}
     for tested in run.tested.values():
         unit = tested.unit
-        for seed in study.seeds if study.is_base(unit.arm) else [unit.seed]:  # the base knows no seed
+        for seed in study.all_seeds if study.is_base(unit.arm) else [unit.seed]:  # the base knows no seed
             validation[unit.domain][unit.arm][seed] = tested.validation
             test[unit.domain][unit.arm][seed] = tested.test
             general[unit.domain][unit.arm][seed] = tested.general

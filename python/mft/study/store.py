@@ -43,7 +43,7 @@ _OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JS
 BYTES = "bytes.png"
 _OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
 _OPENINGS = "openings.json"
-_FREE = ("output_dir", "workers")  # change no result
+_FREE = ("output_dir", "workers", "leaders")  # change no result of a run
 _OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
 _OF_ANSWERS = ("max_completion_tokens", "verifier")  # of rewards: how a model's answers to the questions are read
 _OPTIONS = "config"  # of a method of PEFT: a setting holds those that it was run with
@@ -204,7 +204,7 @@ class Store:
         return len(openings)
 
     def _is_declared(self, unit: Unit) -> bool:
-        return unit.domain in self.study.domains and unit.arm in self.study.arms and unit.seed in self.study.seeds
+        return unit.domain in self.study.domains and unit.arm in self.study.arms and unit.seed in self.study.all_seeds
 
     def _of_key(self, arm: str) -> list[str]:
         """The arms whose chosen settings are in an arm's keys: not that of an average, whose own it is."""

@@ -56,7 +56,7 @@ def on_test(findings: Findings, domain: str, arm: str | None, text: str) -> Runs
     found = findings.general.get(domain, {}).get(arm, {}) if arm is not None else {}
     runs = {seed: texts[text] for seed, texts in found.items() if text in texts}
     if runs and arm is not None and findings.study.is_base(arm):
-        return dict.fromkeys(findings.study.seeds, next(iter(runs.values())))
+        return dict.fromkeys(findings.study.all_seeds, next(iter(runs.values())))
     return runs
 
 
@@ -65,7 +65,7 @@ def on_validation(findings: Findings, domain: str, arm: str, text: str) -> Runs:
     setting = findings.chosen.get(domain, {}).get(arm)
     if setting is None:
         return {}
-    units = {Unit(domain, arm, seed, setting): seed for seed in findings.study.seeds}
+    units = {Unit(domain, arm, seed, setting): seed for seed in findings.study.all_seeds}
     return {
         units[outcome.unit]: outcome.general[text]
         for outcome in findings.outcomes

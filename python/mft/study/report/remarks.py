@@ -88,6 +88,14 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
     if family := family_size(table.comparisons for table in tables.values()):
         yield dominance_remark(family)
     yield p_remark(seeds)
+    if study.leaders is not None:
+        yield (
+            f"What led on validation ran with {study.leaders.seeds} seeds, as the headings say: the first "
+            f"{study.leaders.arms} of the tuned arms that train no whole model"
+            f"{_of_each_size(study.leaders.max_bytes)}, the best mask, and what they need. A difference is of the "
+            f"seeds that both arms have; {study.leaders.seeds} seeds cannot tell a p below "
+            f"{smallest_p(study.leaders.seeds):g}."
+        )
     for domain, table in tables.items():
         tried = [f"{row.arm} {row.tried}" for row in table.rows if not isinstance(study.arms[row.arm], Average)]
         total = sum(row.tried for row in table.rows)
@@ -109,3 +117,7 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
         )
     if findings.test_openings == 1:
         yield "The test split was opened once, after every choice."
+
+
+def _of_each_size(limits: list[int]) -> str:
+    return f" within each of {', '.join(f'{most:,}' for most in limits)} bytes" if limits else ""

@@ -67,6 +67,7 @@ class Row:
     recovered: float | None = None  # of what rounding its start cost, the share that it took back (see recovered_share)
     bytes: float | None = None  # of what must be stored beside the start, mean over seeds
     general: dict[str, OnText] = field(default_factory=dict)  # by text
+    seeds: int = 0  # of its runs on test; more than the table's of what led on validation
     unsettled: list[str] = field(default_factory=list)  # choices at an end of their grid, of the arm or of its start
 
 
@@ -88,6 +89,11 @@ class DomainTable:
 
     def row(self, arm: str | None) -> Row | None:
         return next((row for row in self.rows if row.arm == arm), None)
+
+    @property
+    def leaders(self) -> list[Row]:
+        """Those that ran with more seeds than the others, as they led on validation."""
+        return [row for row in self.rows if row.seeds > self.seeds]
 
 
 def study_tables(findings: Findings) -> dict[str, DomainTable]:
@@ -203,7 +209,8 @@ def _table(findings: Findings, domain: str) -> DomainTable:
     tokens = int(one.evaluation.tokens.sum())
     present = control if control in test else None
     documents, without = len(one.evaluation.documents), findings.without_result.get(domain, {})
-    return DomainTable(full, present, len(test[full]), documents, tokens, questions, rows, without_result=without)
+    seeds = len(test[full].keys() & set(study.seeds))
+    return DomainTable(full, present, seeds, documents, tokens, questions, rows, without_result=without)
 
 
 def _means(findings: Findings, domain: str, arm: str) -> Row:
@@ -252,6 +259,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         flips=_mean(flips) if flips else None,
         memory=_mean(memory) if memory else None,
         bytes=_mean([float(size) for size in stored]) if stored else None,
+        seeds=len(runs),
         unsettled=_unsettled(findings, domain, arm),
     )
 

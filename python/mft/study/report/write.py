@@ -234,4 +234,6 @@ def _words(value: Any) -> str:
 def _counts(table: DomainTable) -> str:
     questions = f", {table.questions} questions" if table.questions else ""
     seeds = "1 seed" if table.seeds == 1 else f"{table.seeds} seeds"
+    if table.leaders:
+        seeds += f" ({table.leaders[0].seeds} of {', '.join(row.arm for row in table.leaders)})"
     return f"test split, {table.documents} documents, {table.tokens} tokens{questions}, {seeds}"
