@@ -63,7 +63,7 @@ demo: install
 # quick-start. .ci/run runs both.
 test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/grouped tests/kernels/test_ops.py tests/kernels/test_repeatability.py -k "triton and not ($(SLOW_INTERPRETED))"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops tests/grouped tests/kernels/test_ops.py tests/kernels/test_repeatability.py -k "triton and not ($(SLOW_INTERPRETED))"
 # Of the ops over experts, whose kernels tests/triton_kernels has in every form.
 SLOW_INTERPRETED := grouped_ops and (random or values and not (bfloat16 and 45 and magnitude) or add_up and not (bfloat16 and signs))
 
@@ -225,7 +225,7 @@ kernels-report: dev
 OLDEST := .venv-triton-3.6
 kernels-report-3.6: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m benchmarks.kernel_code --only triton
-	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -o addopts= tests/triton_kernels
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -o addopts= tests/triton_kernels tests/ops -k triton
 
 $(OLDEST)/.installed:
 	$(PYTHON) -m venv $(OLDEST)

@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: backends, threads, the real SmolLM2-135M and its tokenizer, a tiny Llama."""
+"""Fixtures that several tests share: backends and their machines, threads, SmolLM2-135M and its tokenizer, a Llama."""
 
 import atexit
 import gc
@@ -17,7 +17,8 @@ TOKENS_OF_SMOLLM2 = 49152
 # Tests are small: a second thread gains nothing, and waiting for it on a busy machine costs a factor of five.
 torch.set_num_threads(1)
 
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING and importlib.util.find_spec("triton"):
     import quick_interpreter  # noqa: F401
 
 atexit.register(gc.unfreeze)  # or Triton's bindings count what is frozen as leaked
@@ -42,6 +43,50 @@ def backend(request):
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def triton_device():
+    """Where Triton's kernels run: in its interpreter, in a process with TRITON_INTERPRET=1, or on a GPU; else skips."""
+    if INTERPRETING:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU; TRITON_INTERPRET=1 runs these tests in the interpreter (make test does both)")
+    return torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def poisoned_outputs():
+    """What Triton's ops allocate begins as NaN, so that an element that no tile writes is seen."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*args, **kwargs):
+        memory = new_empty(*args, **kwargs)
+        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", poisoned)
+        yield
+
+
+@pytest.fixture(scope="session")
+def built_emulator():
+    """The CUDA kernels on the host: built before the first test that asks for them; skips where they cannot be."""
+    import emulated
+
+    try:
+        emulated.library()
+    except emulated.NotBuilt as reason:
+        pytest.skip(str(reason))
+    return emulated
+
+
+@pytest.fixture
+def emulator(built_emulator):
+    """The module emulated; the settings of one test are not those of the next."""
+    built_emulator.set_settings()
+    yield built_emulator
+    built_emulator.set_settings()
 
 
 @pytest.fixture

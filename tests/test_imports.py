@@ -119,10 +119,11 @@ def test_tests_of_kernels_are_collected_where_pytest_torch_triton_and_numpy_are_
     tests = ROOT / "tests"
     files = [
         path
-        for name in ("kernels", "cpu_kernels", "cuda_kernels", "triton_kernels")
+        for name in ("ops", "kernels", "cpu_kernels", "cuda_kernels", "triton_kernels")
         for path in (tests / name).glob("*.py")
     ]
     ours = {path.stem: path for folder in {tests, *(path.parent for path in files)} for path in folder.glob("*.py")}
+    ours["emulated"] = tests / "emulated" / "__init__.py"
     allowed = sys.stdlib_module_names | EXTERNAL | {"pytest", "mft_kernels", "building", "benchmarks"}
     seen: set[Path] = set()
     while files:

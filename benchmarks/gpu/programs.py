@@ -1,4 +1,4 @@
-"""What runs in a process of its own: tests/triton_kernels on this device, and compute-sanitizer over csrc/cuda.
+"""What runs in a process of its own: Triton's kernels' tests on this device, and compute-sanitizer over csrc/cuda.
 
 The sanitizer's memcheck and racecheck look into layouts.few. Where the tool is missing, or cannot serve the GPU, or has
 no time to end, nothing is proven: the record says "unproven", and the suite's exit code says so too.
@@ -20,7 +20,7 @@ from ..records import ROOT
 from .results import FAILED, MEASURED, NOT_MEASURED
 
 SANITIZER = "compute-sanitizer"
-_TESTS = "tests/triton_kernels"
+_TESTS = ("tests/triton_kernels", "tests/ops")
 _OUTCOME = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 #: Only kernels in namespace mft::cuda are looked into; torch's own would take most of the time.
 _OURS = "kns=3mft4cuda"
@@ -57,11 +57,11 @@ def run_for(
 
 def run_tests(seconds: float, *, dry: bool = False) -> dict[str, Any]:
     """status, counts and complaints of a case; what was cut off still counts as far as it came."""
-    if not list(Path(ROOT, _TESTS).rglob("test_*.py")):
-        return {"status": NOT_MEASURED, "reason": f"no tests in {_TESTS}"}
+    if missing := [folder for folder in _TESTS if not Path(ROOT, folder).is_dir()]:
+        return {"status": NOT_MEASURED, "reason": f"no tests in {missing[0]}"}
     if dry:
-        return {"status": NOT_MEASURED, "reason": f"a dry run leaves {_TESTS} to make test"}
-    command = [sys.executable, "-m", "pytest", _TESTS, "-v", "--tb=short", "-p", "no:cacheprovider"]
+        return {"status": NOT_MEASURED, "reason": f"a dry run leaves {' and '.join(_TESTS)} to make test"}
+    command = [sys.executable, "-m", "pytest", *_TESTS, "-k", "triton", "-v", "--tb=short", "-p", "no:cacheprovider"]
     # What the project's own options need may be missing here, and what else is installed may warn.
     command += ["-o", "addopts=--strict-markers"]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}

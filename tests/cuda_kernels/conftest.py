@@ -1,24 +1,8 @@
-"""The CUDA kernels run on the host, in the emulator; the tests skip where it cannot be built."""
+"""The CUDA kernels run on the host, in the emulator."""
 
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="session")
-def emulator():
-    """Builds the library once, before the first test."""
-    import emulated
-
-    try:
-        emulated.library()
-    except emulated.NotBuilt as reason:
-        pytest.skip(str(reason))
-
-
 @pytest.fixture(autouse=True)
-def settings_of_the_emulator(emulator):
-    """Those of one test are not those of the next."""
-    import emulated
-
-    emulated.set_settings()
-    yield
-    emulated.set_settings()
+def every_test_runs_in_the_emulator(emulator):
+    """Or skips where it cannot be built."""

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import emulated
-import emulated_grouped
 import pytest
 import torch
+from emulated import grouped as emulated_grouped
 from guarded import guarded
 from test_products_sm80 import same
 from torch import Tensor

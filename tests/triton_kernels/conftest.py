@@ -3,19 +3,14 @@
 import os
 
 import pytest
-import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(scope="session")
-def device():
-    """Where the kernels run here; skips with the reason where they cannot."""
-    if INTERPRETING:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU; TRITON_INTERPRET=1 runs these tests in the interpreter (make test does both)")
-    return torch.device("cuda")
+def device(triton_device):
+    """Where the kernels run here."""
+    return triton_device
 
 
 @pytest.fixture(scope="session")
@@ -41,14 +36,5 @@ def target(request, targets):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def poisoned_outputs():
-    """What the ops allocate begins as NaN, so that an element that no tile writes is seen."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(*args, **kwargs):
-        memory = new_empty(*args, **kwargs)
-        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", poisoned)
-        yield
+def outputs_begin_as_nan(poisoned_outputs):
+    """In every test here."""

@@ -26,11 +26,11 @@ from torch import Tensor
 from mft_kernels.reference.linear import Gradients, kept_count
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
-PROGRAMS = HERE / "programs"
+SOURCES = ROOT / "tests" / "cuda_kernels"
+PROGRAMS = SOURCES / "programs"
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
 NUMBERS = "-ffp-contract=off"  # products and sums are rounded one by one, also where the host could fuse them
-INCLUDE = [f"-I{folder}" for folder in (ROOT / "csrc/cuda", PROGRAMS, HERE)]
+INCLUDE = [f"-I{folder}" for folder in (ROOT / "csrc/cuda", PROGRAMS, SOURCES)]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
 NOT_EMULATED = (
     "score_grad_sm90_",
@@ -247,7 +247,7 @@ def library() -> ctypes.CDLL:
     kernels = [s for s in sources if not s.name.startswith(NOT_EMULATED) and s.name.startswith(wanted or "")]
     path = _build(
         ROOT / "build" / "-".join(["cuda_emulated", *wanted]),
-        [*kernels, HERE / "emulator/machine.cpp", PROGRAMS / "emulated.cpp"],
+        [*kernels, SOURCES / "emulator/machine.cpp", PROGRAMS / "emulated.cpp"],
     )
     loaded = ctypes.CDLL(str(path))
     for name, struct in _STRUCTS.items():

@@ -3,7 +3,9 @@
 import ctypes
 
 import torch
-from emulated import (
+from torch import Tensor
+
+from . import (
     GroupedProduct,
     GroupedScoreGrad,
     Keep,
@@ -18,7 +20,6 @@ from emulated import (
     _words,
     library,
 )
-from torch import Tensor
 
 
 def grouped_product(
