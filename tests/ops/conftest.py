@@ -71,9 +71,10 @@ def _on_triton(request: pytest.FixtureRequest) -> Kernels:
     """In the interpreter or on a GPU; what the ops allocate begins as NaN."""
     device = request.getfixturevalue("triton_device")
     request.getfixturevalue("poisoned_outputs")
-    from mft_kernels.backends.triton import ops
+    from mft_kernels.backends import triton
 
-    return Kernels("triton", ByName(ops), device)
+    by_name, _ = triton.functions()
+    return Kernels("triton", ByName(by_name), device)
 
 
 def _in_emulator(emulated: Any) -> Kernels:
