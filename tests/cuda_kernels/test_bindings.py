@@ -338,13 +338,6 @@ def test_matrices_without_elements(n, k):
         assert_same(g, e)
 
 
-@pytest.fixture
-def correctly_rounded_sqrt(monkeypatch):
-    """As the kernels' and torch's on a GPU; on a CPU torch's is not."""
-    sqrt = torch.Tensor.sqrt
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda t: sqrt(t.double()).to(t.dtype))
-
-
 def steps_of(scores_dtype, *, eight_bit, with_weight=True, grad_dtype=torch.float32):
     """Arguments of score_step: tensors, and the rest with values that all matter."""
     generator = torch.Generator().manual_seed(0)

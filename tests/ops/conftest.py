@@ -5,7 +5,7 @@ instructions, schedules, the choice of a plan) is tested in cpu_kernels, triton_
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ class Kernels:
     ops: Any
     device: torch.device = CPU
     dtypes: tuple[torch.dtype, ...] = DTYPES  # which it takes for activations and weight
+    interpreted: bool = False  # a launch takes up to a tenth of a second
 
     def __getattr__(self, op: str) -> Callable:
         if not hasattr(self.ops, op) and hasattr(ByName, op):
@@ -39,6 +40,10 @@ class Kernels:
         """Skip the test if the backend refuses activations and weights of one of them."""
         if refused := set(dtypes).difference(self.dtypes):
             pytest.skip(f"{self.name} takes no {', '.join(map(str, refused))}")
+
+    def fewer(self, cases: Sequence, every: int) -> Sequence:
+        """The cases; where each would take long, the first and every so many after it."""
+        return cases[::every] if self.interpreted else cases
 
 
 @pytest.fixture(params=[*INSTRUCTION_SETS, "triton", "cuda", *os.environ.get("MFT_TEST_BACKENDS", "").split()])
@@ -74,7 +79,7 @@ def _on_triton(request: pytest.FixtureRequest) -> Kernels:
     from mft_kernels.backends import triton
 
     by_name, _ = triton.functions()
-    return Kernels("triton", ByName(by_name), device)
+    return Kernels("triton", ByName(by_name), device, interpreted=device.type == "cpu")
 
 
 def _in_emulator(emulated: Any) -> Kernels:
