@@ -1,9 +1,13 @@
-"""Inputs of score_step that meet every corner of a format, and the arguments that most tests leave alone."""
+"""Inputs of score_step that meet every corner of a format, and its comparison with the reference's bit for bit."""
+
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
+from mft_kernels.by_name import oracle
 from mft_kernels.reference import step as reference_step
-from mft_kernels.reference.fixed_point import fixed_from_float
+from mft_kernels.reference.fixed_point import fixed_from_float, selectable
 
 DEFAULTS = {
     "step": 1,
@@ -18,6 +22,9 @@ DEFAULTS = {
     "keep_ratio": 0.9,
     "threshold": None,
 }
+STATE = ("scores", "exp_avg", "exp_avg_sq", "scales")  # what a step writes
+
+Tensors = Mapping[str, Tensor | None]
 
 
 def normal(*shape, seed=0):
@@ -44,3 +51,55 @@ def arguments(shape, dtype, eight_bit, weight_dtype=torch.bfloat16, grad_dtype=t
         "exp_avg_sq": torch.zeros(shape, dtype=moments),
         "scales": torch.zeros(2, -(-scores.numel() // reference_step.BLOCK)) if eight_bit else None,
     }
+
+
+def copied(tensors: Tensors, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
+    return {name: None if t is None else t.to(device, copy=True) for name, t in tensors.items()}
+
+
+def assert_same(name: str, got: Tensor, expected: Tensor) -> None:
+    """Equal in dtype, shape and every bit; NaN equals NaN, and -0 is not 0."""
+    got = got.cpu()
+    assert got.dtype == expected.dtype, name
+    assert got.shape == expected.shape, name
+    got, expected = selectable(got), selectable(expected)  # codes as fp16, in which some are NaN or infinite
+    if got.is_floating_point():
+        assert torch.equal(got.isnan(), expected.isnan()), name
+        bits = {4: torch.int32, 2: torch.int16}[got.element_size()]
+        got, expected = (t.masked_fill(t.isnan(), 0).view(bits) for t in (got, expected))
+    assert torch.equal(got, expected), (name, (got != expected).nonzero()[:5])
+
+
+def assert_steps_equal_the_reference(
+    score_step: Callable[..., tuple[Tensor, Tensor]],
+    tensors: Tensors,
+    *,
+    steps: int = 2,
+    device: torch.device | str = "cpu",
+    message: str = "",
+    **options,
+) -> tuple[dict[str, Tensor | None], tuple[Tensor, Tensor]]:
+    """Both from the same start, each handing its threshold to its next step.
+
+    Args: score_step: a backend's score_step, of tensors on ``device``. options: beside DEFAULTS.
+    Returns: its tensors, and its last result.
+    """
+    ours, theirs = copied(tensors, device), copied(tensors)
+    options = DEFAULTS | options
+    moved = copied({name: options[name] for name in ("grad_scale", "threshold")}, device)
+    got, expected = (moved["threshold"],), (options["threshold"],)
+    for number in range(options["step"], options["step"] + steps):
+        hints = (got[0], expected[0]) if options["keep_ratio"] is not None else (None, None)
+        now = options | {"step": number}
+        got = score_step(**ours, **now | {"grad_scale": moved["grad_scale"], "threshold": hints[0]})
+        expected = oracle.score_step(**theirs, **now | {"threshold": hints[1]})
+        assert_state_is_the_same(ours, theirs, message)
+        assert_same(f"threshold {message}", got[0], expected[0])
+        assert_same(f"packed {message}", got[1], expected[1])
+    return ours, got
+
+
+def assert_state_is_the_same(ours: Tensors, theirs: Tensors, message: str = "") -> None:
+    for name in STATE:
+        if theirs[name] is not None:
+            assert_same(f"{name} {message}", ours[name], theirs[name])

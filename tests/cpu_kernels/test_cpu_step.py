@@ -1,0 +1,37 @@
+"""score_step of the cpu backend by what only it has: chunks on threads, and bins of keys near the threshold before.
+
+What every backend gives is in tests/ops/test_step.py.
+"""
+
+import pytest
+import torch
+from score_steps import arguments, assert_steps_equal_the_reference
+
+from mft_kernels.backends import cpu
+from mft_kernels.by_name import ByName
+
+flat = ByName(cpu)
+
+pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
+
+FORMATS = (torch.float32, torch.bfloat16, torch.int16)
+MODES = ("magnitude", "value")
+
+
+@pytest.mark.parametrize("eight_bit", [True, False], ids=["8bit", "exact"])
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_chunks_on_several_threads_meet_without_a_seam(dtype, eight_bit, threads):
+    """Three of 2^18, the last one cut within a block."""
+    threads(2)
+    assert_steps_equal_the_reference(flat.score_step, arguments((601, 901), dtype, eight_bit))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lower", [0, 0x7FFF])
+def test_the_first_and_the_last_value_of_a_bin_are_found_near_the_hint(mode, lower):
+    tensors = arguments((20, 40), torch.float32, False)
+    tensors["scores"].view(torch.int32).fill_(0x3C238000 + lower)  # about 0.01; few enough to be candidates all
+    hint = tensors["scores"][0, 0].clone()
+    options = {"lr": 0.0, "keep_ratio": 0.9, "mode": mode, "threshold": hint}
+    _, (threshold, _) = assert_steps_equal_the_reference(flat.score_step, tensors, steps=1, **options)
+    assert torch.equal(threshold, hint)
