@@ -255,14 +255,6 @@ def test_emulated_tiles_give_the_bits_of_real_ones(monkeypatch, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_at_the_threshold_are_all_kept(capability, dtype):
-    scores = torch.tensor([[0.5, -0.5, 0.25, 0.5], [0.5, 0.0, -1.0, 0.25]]).to(dtype)
-    threshold = flat.kept_threshold(scores, 0.25, "magnitude")  # k = 2 falls among the four 0.5
-    assert threshold.item() == 0.5
-    assert flat.pack_mask(scores, threshold, "magnitude").tolist() == [[0b1011], [0b0101]]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_dropped_nan_and_inf_weights_contribute_a_positive_zero(capability, dtype):
     weight = torch.tensor([[torch.nan, 2.0, torch.inf], [-torch.inf, torch.nan, -torch.nan]]).to(dtype)
     scores = torch.tensor([[0.1, 1.0, -0.2], [0.1, 0.1, 0.1]]).to(dtype)
@@ -348,34 +340,6 @@ def test_misaligned_pointers_are_read(capability):
         shifted = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view_as(value)
         setattr(t, name, shifted.copy_(value))
     assert_matches_reference(t, torch.tensor(2, dtype=torch.bfloat16), "magnitude")
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keep_ratio", [0, 1e-4, 0.3, 0.5, 0.9, 1])
-def test_kept_threshold_is_the_kth_largest_of_random_scores(dtype, mode, keep_ratio):
-    scores = (0.02 * torch.randn(64, 999, generator=torch.Generator().manual_seed(1))).to(dtype)
-    assert_same(flat.kept_threshold(scores, keep_ratio, mode), reference.kept_threshold(scores, keep_ratio, mode))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("mode", MODES)
-def test_one_non_finite_score_makes_the_threshold_nan(dtype, bad, mode):
-    scores = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
-    scores[3, 5] = torch.finfo(dtype).max
-    scores[0, 0] = torch.finfo(dtype).min
-    assert flat.kept_threshold(scores, 0.01, mode).isfinite()
-    scores[6, 8] = bad
-    for keep_ratio in (0, 0.5, 1):
-        assert flat.kept_threshold(scores, keep_ratio, mode).isnan()
-
-
-def test_subnormal_scores_are_ordered(capability):
-    tiny = torch.tensor([[1.0, -2.0, 3.0, 0.0]]) * 2.0**-140
-    threshold = flat.kept_threshold(tiny, 0.5, "magnitude")
-    assert threshold == 2.0**-139
-    assert flat.pack_mask(tiny, threshold, "magnitude").item() == 0b0110
 
 
 def test_thread_count_changes_no_bit(threads):

@@ -1,0 +1,53 @@
+"""pack_mask and pack_signs of the CUDA kernels by what only they have: groups of words, blocks, warps, addresses.
+
+What every backend gives is in tests/ops/test_pack.py.
+"""
+
+import emulated
+import pytest
+import torch
+from guarded import guarded
+
+from mft_kernels import reference
+from mft_kernels.testing import integer_inputs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_matches_reference(scores, threshold, mode, **device):
+    """Mask and signs, against the reference."""
+    got = emulated.pack_mask(scores, threshold, mode, **device), *emulated.pack_signs(scores, **device)
+    expected = reference.pack_mask(scores, threshold, mode), *reference.pack_signs(scores)
+    for one, other in zip(got, expected):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert torch.equal(one, other), (one, other)
+
+
+def integer_scores(rows, columns, dtype):
+    return integer_inputs(1, rows, columns, scores_dtype=dtype).scores
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+def test_long_rows_are_taken_in_groups_of_words(multiprocessors):
+    for columns in (1023, 1024, 1025, 1056, 2048, 3333):
+        scores = integer_scores(70, columns, torch.bfloat16)
+        threshold = torch.tensor(1.0).bfloat16()
+        assert_matches_reference(scores, threshold, "magnitude", multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("at_end", [True, False])
+def test_nothing_outside_the_scores_is_touched(dtype, at_end):
+    for shape in ((1, 1), (3, 33), (5, 257), (2, 1030)):
+        scores = guarded(integer_scores(*shape, dtype), at_end=at_end)
+        thresholds = guarded(torch.arange(shape[0]).to(dtype), at_end=at_end)
+        with emulated.outputs_at_guard_pages(at_end=at_end):
+            assert_matches_reference(scores, thresholds, "magnitude")
+
+
+def test_the_order_of_the_warps_changes_nothing():
+    scores = integer_scores(100, 1111, torch.float16)
+    for seed in range(5):
+        emulated.set_settings(seed=seed)
+        assert_matches_reference(scores, torch.tensor(1).half(), "value", multiprocessors=seed + 1)
