@@ -63,9 +63,9 @@ demo: install
 # quick-start. .ci/run runs both.
 test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops tests/grouped tests/kernels/test_ops.py tests/kernels/test_repeatability.py -k "triton and not ($(SLOW_INTERPRETED))"
-# Of the ops over experts, whose kernels tests/triton_kernels has in every form.
-SLOW_INTERPRETED := grouped_ops and (random or values and not (bfloat16 and 45 and magnitude) or add_up and not (bfloat16 and signs))
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops tests/kernels/test_ops.py tests/kernels/test_repeatability.py -k "triton and not ($(SLOW_INTERPRETED))"
+# Of the public ops over experts, whose kernels test_experts.py and tests/triton_kernels have in every form.
+SLOW_INTERPRETED := grouped_ops and (random or (packed or own_threshold) and not bfloat16 or values and not (bfloat16 and 45 and magnitude) or add_up and not (bfloat16 and signs))
 
 test-slow: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
@@ -115,7 +115,7 @@ docs: dev $(WRITTEN) build/pages/kernels-compiled.md
 sanitize: dev
 	$(BIN)/python -m building.sanitized address $(if $(QUICK),$(SLIM_SANITIZED))
 	$(if $(QUICK),,$(BIN)/python -m building.sanitized thread)
-SLIM_SANITIZED := tests/cpu_kernels/test_cpu.py tests/grouped/test_grouped_cpu.py -k "seam or beyond or misaligned or empty"
+SLIM_SANITIZED := tests/cpu_kernels/test_cpu.py tests/cpu_kernels/test_grouped_cpu.py tests/ops/test_experts.py tests/ops/test_step.py -k "cpu and (seam or beyond or misaligned or empty or exceed)"
 
 # The CPU library by each g++ and clang++ of this machine, with its tests, 2 minutes each; and for aarch64, its kernels
 # executed under qemu. Says which of these tools are missing, and installs none. make ports ONLY="clang++-22 aarch64"

@@ -1,4 +1,4 @@
-"""Inputs of the ops over experts, and the same expert by expert by the ops of one matrix."""
+"""Inputs of the ops over experts, their comparison with the reference, and the same by the ops of one matrix."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 import mft_kernels
+from mft_kernels import reference
+from mft_kernels.by_name import oracle
 
 #: Rows an expert: none at the ends and between, one, a tile's edge; 3 rows are nobody's.
 ROWS = (0, 1, 7, 0, 33, 16, 0)
@@ -25,6 +27,16 @@ class Experts:
     grad_output: Tensor
     threshold: Tensor  # (E,)
     transposed: bool
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(left, right) of left.T @ right, which has the form of the weight."""
+        return (self.x, self.grad_output) if self.transposed else (self.grad_output, self.x)
+
+    def words(self, mode: str = "magnitude") -> Tensor:
+        """The mask of the scores as bits."""
+        each = zip(self.scores.cpu(), self.threshold.cpu())
+        return torch.stack([reference.pack_mask(s, t, mode) for s, t in each]).to(self.scores.device)
 
     def groups(self) -> list[slice]:
         ends = [0, *self.offsets.tolist()]
@@ -70,3 +82,38 @@ def one_by_one(t: Experts, x: Tensor, weight: Tensor, scores: Tensor, bias: Tens
         parts.append(mft_kernels.masked_linear(x[rows], w, s, t.threshold[e], bias[e], mode=mode, backend="reference"))
     nobodys = len(x) - int(t.offsets[-1])
     return torch.cat([*parts, x.new_zeros(nobodys, bias.shape[1])])
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    """Equal in dtype, shape and every element; NaN equals NaN."""
+    got = got.cpu()
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num()), (got != expected).nonzero()[:5]
+
+
+def assert_product_equals_reference(by, *arguments) -> None:
+    """by: what has the ops of a backend by name."""
+    assert_same(by.grouped_product(*arguments), oracle.grouped_product(*_on_cpu(arguments)))
+
+
+def assert_sums_equal_reference(
+    by, t: Experts, source: str | None, out_dtype: torch.dtype, *, accumulate: bool, mode: str = "magnitude"
+) -> None:
+    """source: of the sign, "scores" or "signs"; None: there is neither weight nor sign."""
+    scores = t.scores if source == "scores" else t.scores.masked_fill(t.scores == 0, 1)  # 0 has no sign bit
+    signs = torch.stack([reference.pack_signs(one)[0] for one in scores.cpu()]).to(scores.device)
+    sign = {"scores": (scores, None), "signs": (None, signs), None: (None, None)}[source]
+    out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(t.weight.device, out_dtype)
+    if not accumulate:
+        out.fill_(torch.nan)
+    arguments = (out, *t.factors, t.offsets, None if source is None else t.weight, *sign, mode, accumulate)
+    expected = _on_cpu(arguments)
+    by.grouped_score_grad(*arguments)
+    oracle.grouped_score_grad(*expected)
+    assert_same(out, expected[0])
+
+
+def _on_cpu(arguments):
+    return [a.cpu().clone() if isinstance(a, Tensor) else a for a in arguments]

@@ -1,4 +1,7 @@
-"""The cpu backend's products over experts, on every instruction set, by every path, on several threads."""
+"""The cpu backend's products over experts by each of its paths, on several threads, of any layout.
+
+What every backend gives is in tests/ops/test_experts.py.
+"""
 
 import pytest
 import torch
@@ -198,24 +201,3 @@ def test_new_gradients_too_large_for_a_cache_are_whole(threads):
     expected = torch.zeros_like(out)
     _score_grad(expected, grad, x, offsets, weight, None, signs, True, "auto")
     assert torch.equal(out, expected)
-
-
-@LAYOUTS
-@pytest.mark.parametrize(("n", "k"), [(5, 0), (0, 7), (1, 1)])
-def test_matrices_without_rows_or_columns_equal_the_reference(capability, n, k, transposed):
-    t = integer_experts(n, k, rows=(2, 0, 1), transposed=transposed)
-    mask = t.scores, t.threshold, None
-    got = _product(t.x, t.weight, mask, t.offsets, t.bias, transposed, "auto")
-    expected = oracle.grouped_product(t.x, t.weight, *mask, t.offsets, t.bias, "magnitude", transposed)
-    assert torch.equal(got, expected)
-
-
-def test_offsets_that_nobody_checked_reach_no_row_beyond_the_tokens():
-    t = integer_experts(16, 32, rows=(2, 3), nobodys=0)
-    for ends in ((9, 12), (4, 1), (-3, 5)):
-        offsets = torch.tensor(ends, dtype=torch.int32)
-        got = _product(t.x, t.weight, (t.scores, t.threshold, None), offsets, None, False, "auto")
-        assert torch.equal(
-            got,
-            oracle.grouped_product(t.x, t.weight, t.scores, t.threshold, None, offsets, None, "magnitude", False),
-        )
