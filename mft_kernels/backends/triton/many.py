@@ -120,7 +120,8 @@ def _many_masks_kernel(
     column = tile // tiles_m * BLOCK_N
     start = split * K_SPLIT
     m = row + tl.arange(0, BLOCK_M)
-    task = tl.load(tasks + m // EACH, mask=m < M, other=-2).to(tl.int32)
+    task = tl.load(tasks + m // EACH, mask=m < M, other=-2)
+    task = tl.where((task >= -1) & (task < MASKS), task, -2).to(tl.int32)  # 2^32 is no task either
     words = tl.cdiv(K, 32)
     taken = 0  # a bit a mask that a row takes; the last is the whole weight
     for i in tl.static_range(COUNT + 1):
@@ -146,8 +147,7 @@ def _many_masks_kernel(
     if HAS_BIAS:
         n = column + tl.arange(0, BLOCK_N)
         sums += tl.load(bias + n, mask=n < tl.where(SPLITS == 1, N, 0), other=0).to(tl.float32)[None, :]
-    there = (task >= -1) & (task < MASKS)
-    sums = tl.where(there[:, None], sums, float("nan"))
+    sums = tl.where((task >= -1)[:, None], sums, float("nan"))
     if SPLITS == 1:
         store_tile(y, sums, row, column, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N)
     else:
