@@ -45,6 +45,21 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture
+def take_path(monkeypatch):
+    """A function of "few", "fused" or "slabs": the cpu backend takes it from there on, wherever it can serve."""
+    from mft_kernels.backends import cpu
+
+    def take(path):
+        def taken(product, prepare):
+            return path if path in product.paths(torch.ops.mft_cpu.capability()) else "auto"
+
+        monkeypatch.setattr(cpu, "measuring", lambda: True)
+        monkeypatch.setattr(cpu, "measured_path", taken)
+
+    return take
+
+
 @pytest.fixture(scope="session")
 def triton_device():
     """Where Triton's kernels run: in its interpreter, in a process with TRITON_INTERPRET=1, or on a GPU; else skips."""

@@ -7,6 +7,9 @@ import ctypes
 import mmap
 import os
 import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,7 +21,6 @@ from mft_kernels.testing import random_inputs
 flat = ByName(cpu)
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_maps: list[mmap.mmap] = []  # keeps the memory while tensors lie in it
 
 
 def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
@@ -26,7 +28,6 @@ def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
     page = mmap.PAGESIZE
     size = -(-tensor.nbytes // page) * page
     memory = mmap.mmap(-1, size + 2 * page)
-    _maps.append(memory)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for forbidden in (start, start + page + size):
         if _libc.mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(page), 0) != 0:
@@ -36,6 +37,22 @@ def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
         return torch.empty_like(tensor)
     copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
     return copy.copy_(tensor)
+
+
+def guarded_allocation(at_end: bool) -> ExitStack:
+    """Within the context, what Python allocates by these functions is guarded."""
+    stack = ExitStack()
+    for owner, name in ((torch.Tensor, "new_empty"), (torch.Tensor, "new_zeros"), (torch, "empty"), (torch, "zeros")):
+        stack.enter_context(patch.object(owner, name, _guarding(getattr(owner, name), at_end)))
+    return stack
+
+
+def _guarding(allocate: Callable[..., Tensor], at_end: bool) -> Callable[..., Tensor]:
+    def allocate_guarded(*args, **kwargs) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        return guarded(tensor, at_end=at_end) if tensor.numel() else tensor
+
+    return allocate_guarded
 
 
 def check_that_the_guard_bites() -> None:
@@ -103,7 +120,6 @@ def check_that_experts_without_rows_are_not_read() -> None:
     """The middle one of three, a page each, may not be read; transposed the others are copied first."""
     size = mmap.PAGESIZE // 128
     memory = mmap.mmap(-1, 3 * mmap.PAGESIZE)
-    _maps.append(memory)
     weight = torch.frombuffer(memory, dtype=torch.float32).view(3, size, 32)
     middle = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + mmap.PAGESIZE
     assert _libc.mprotect(ctypes.c_void_p(middle), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0

@@ -7,8 +7,9 @@ import emulated
 import pytest
 import torch
 from guarded import guarded
+from products import assert_same as same
+from products import row_thresholds, within
 from test_plans import A100, H100, H200, HOPPERS, NVIDIAS, SHAPES, device_of, planned
-from test_products_sm80 import row_thresholds, same, within
 
 from mft_kernels import reference
 from mft_kernels.by_name import oracle

@@ -1,8 +1,8 @@
 """The CUDA kernels on CPU tensors: every kernel's file compiled with g++ for the emulator, called like the reference.
 
 The functions have the names and arguments of ``mft_kernels.reference``, and as keywords what a device would decide:
-``arch`` ("sm_80" or "sm_90"; "decode" or "general", one of sm_80's two products), ``multiprocessors``, ``capability``
-and ``shared_bytes``. Rows may have any stride.
+``arch`` ("sm_80" or "sm_90"; "decode" or "general", one of sm_80's two products; "hopper", sm_90's where that takes the
+operands, else sm_80's), ``multiprocessors``, ``capability`` and ``shared_bytes``. Rows may have any stride.
 
 Outputs begin as NaN or as bits of alternating sign, so that an element that nobody writes is seen; with
 ``outputs_at_guard_pages()`` they lie between pages that may not be touched. A fault of the emulator is a RuntimeError.
@@ -601,6 +601,8 @@ def _product(
         assert bias.dtype == weight.dtype
         asked.bias = bias.data_ptr()
     kernel = f"product_{device.get('arch', usual_arch).replace('_', '')}"
+    if kernel == "product_hopper":  # its own where it takes the operands, as the bindings do
+        kernel = "product_sm90" if plan("product_sm90", asked, device).tokens else "product_sm80"
     workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
     asked.workspace = workspace.data_ptr() or None
     _call(kernel, asked, device)
@@ -705,7 +707,7 @@ def _call(function: str, asked: ctypes.Structure, device: dict) -> None:
 def _device(asked: dict) -> Device:
     settings = dict(asked)
     arch = settings.pop("arch", usual_arch)
-    of_arch = (90, 228 * 1024) if arch == "sm_90" else (80, 164 * 1024)
+    of_arch = (90, 228 * 1024) if arch in ("sm_90", "hopper") else (80, 164 * 1024)
     usual = {"multiprocessors": 4, "l2_bytes": 40 << 20}
     settings = usual | dict(zip(("capability", "shared_bytes"), of_arch, strict=True)) | settings
     return Device(None, **settings)

@@ -1,17 +1,16 @@
-"""Each op: value, gradient, opcheck, fullgraph compile, autocast, and what the public door refuses."""
+"""Each op at its public door: value and gradient, opcheck, fullgraph compile, autocast, and what it refuses.
 
-import functools
-from types import SimpleNamespace
+What its kernels have to do is tested in tests/ops.
+"""
 
 import pytest
 import torch
-from pitched import OPERANDS, assert_no_pitch_is_read, assert_rows_are_independent
 from torch.library import opcheck
 
 import mft_kernels
 from mft_kernels import reference
 from mft_kernels.by_name import oracle
-from mft_kernels.testing import assert_within_budget, detached_masked_linear, integer_inputs, random_inputs
+from mft_kernels.testing import detached_masked_linear, integer_inputs, random_inputs
 
 MODES = ("magnitude", "value")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,25 +36,6 @@ def test_masked_linear_equals_the_detach_formulation_on_integers(mode, dtype, ba
     expected.backward(t.grad_output)
     for name, a, b in zip(("x", "weight", "scores", "bias"), ours, theirs):
         assert torch.equal(a.grad, b.grad), name
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_random_errors_stay_within_twice_those_of_pytorch(dtype, backend):
-    t = random_inputs(64, 48, 96, dtype)
-    threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
-
-    def run(function, cast):
-        leaves = [v.detach().to(cast).requires_grad_() for v in (t.x, t.weight)]
-        scores = t.scores.to(cast if cast == torch.float64 else torch.float32).requires_grad_()
-        y = function(*leaves, scores, threshold.to(scores.dtype))
-        y.backward(t.grad_output.to(cast))
-        return y.detach(), leaves[0].grad, scores.grad
-
-    exact = run(detached_masked_linear, torch.float64)
-    plain = run(detached_masked_linear, dtype)
-    ours = run(functools.partial(mft_kernels.masked_linear, backend=backend), dtype)
-    for got, same_dtype, truth in zip(ours, plain, exact):
-        assert_within_budget(got, same_dtype, truth)
 
 
 @pytest.mark.parametrize("shape", [(45,), (1, 45), (2, 3, 45), (0, 45), (2, 0, 45)], ids=str)
@@ -90,36 +70,6 @@ def test_strided_and_expanded_inputs_equal_their_contiguous_copies():
     )
 
 
-def served_by(backend):
-    """The ops by name, in the arguments of the reference."""
-
-    def op(name):
-        return lambda *arguments: getattr(torch.ops.mft, name)(*arguments, backend)
-
-    names = ("masked_linear", "masked_linear_packed", "accumulate_score_grad")
-    ops = {name: op(name) for name in (*names, *(f"{name}_backward" for name in names[:2]))}
-    return SimpleNamespace(
-        **ops, accumulate_product=lambda *arguments: ops["accumulate_score_grad"](*arguments, None, None, None, "value")
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_behind_the_rows_of_an_operand_reaches_no_result(dtype, backend):
-    ops = served_by(backend)
-    assert_no_pitch_is_read(ops, 37, dtype, *OPERANDS)
-    if backend == "triton":  # its interpreter takes seconds, and tests/triton_kernels has more
-        return
-    for length in (*range(1, 9), *range(33, 61)):
-        assert_no_pitch_is_read(ops, length, dtype, *OPERANDS)
-    for operand in OPERANDS:
-        assert_no_pitch_is_read(ops, 37, dtype, operand)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_token_of_nan_reaches_its_own_row_alone(dtype, backend):
-    assert_rows_are_independent(served_by(backend), 33, dtype)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_threshold_may_be_given_for_each_row(mode, backend):
     t = integer_inputs(6, 5, 37)
@@ -139,18 +89,15 @@ def test_a_threshold_may_be_given_for_each_row(mode, backend):
     assert torch.equal(mft_kernels.unpack_mask(packed, (5, 37)), reference.keep_mask(t.scores, thresholds, mode))
 
 
-def many_masks(dtype=torch.float32, rows=6):
-    """x (rows, 3, K), weight, three masks, a task for each row, bias and grad_output."""
-    t = integer_inputs(3 * rows, 17, 45, dtype)
+def many_masks():
+    """x (6, 3, K), weight, three masks, a task for each row, bias and grad_output."""
+    t = integer_inputs(18, 17, 45)
     masks = [reference.pack_bits(t.scores.roll(shift) > 0) for shift in range(3)]
-    tasks = torch.tensor([2, -1, 0, 2, 1, 0])[torch.arange(rows) % 6]
-    return t.x.view(rows, 3, 45), t.weight, masks, tasks, t.bias, t.grad_output.view(rows, 3, 17)
+    return t.x.view(6, 3, 45), t.weight, masks, torch.tensor([2, -1, 0, 2, 1, 0]), t.bias, t.grad_output.view(6, 3, 17)
 
 
-@pytest.mark.parametrize("rows", [1, 6, 60])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_row_takes_its_own_of_many_masks(dtype, rows, backend):
-    x, weight, masks, tasks, bias, grad = many_masks(dtype, rows)
+def test_each_row_takes_its_own_of_many_masks(backend):
+    x, weight, masks, tasks, bias, grad = many_masks()
     x.requires_grad_()
     y = mft_kernels.masked_linear_many(x, weight, masks, tasks, bias, backend=backend)
     y.backward(grad)
@@ -411,26 +358,15 @@ def test_accumulate_score_grad_refuses_what_it_cannot_add_into():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_a_weight_the_product_alone_is_added(dtype, out_dtype, mode, backend):
-    t = integer_inputs(33, 17, 45, dtype)
-    out = torch.full((17, 45), 2.0, dtype=out_dtype)
+def test_without_a_weight_the_product_alone_is_added(mode, backend):
+    t = integer_inputs(33, 17, 45)
+    out = torch.full((17, 45), 2.0)
     x, grad = t.x.view(3, 11, 45), t.grad_output.view(3, 11, 17)
     returned = mft_kernels.accumulate_score_grad(out, grad, x, None, mode=mode, backend=backend)
     assert returned is out
-    assert torch.equal(out, (2 + t.grad_output.double().T @ t.x.double()).to(out_dtype))
+    assert torch.equal(out, 2 + t.grad_output.T @ t.x)
     mft_kernels.accumulate_score_grad(out, grad[:0], x[:0], None, mode=mode, backend=backend)  # no tokens
-    assert torch.equal(out, (2 + t.grad_output.double().T @ t.x.double()).to(out_dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_a_weight_errors_stay_within_twice_those_of_pytorch(dtype, backend):
-    t = random_inputs(64, 48, 97, dtype)
-    out = torch.ones(48, 97)
-    mft_kernels.accumulate_score_grad(out, t.grad_output, t.x, None, backend=backend)
-    exact = 1 + t.grad_output.double().T @ t.x.double()
-    assert_within_budget(out, 1 + (t.grad_output.T @ t.x).float(), exact)
+    assert torch.equal(out, 2 + t.grad_output.T @ t.x)
 
 
 def test_without_a_weight_nothing_else_is_taken_and_shapes_come_from_out():

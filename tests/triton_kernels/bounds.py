@@ -7,11 +7,9 @@ guarded, and wrong kernels show first that the guard bites.
 import os
 import signal
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import triton
@@ -20,7 +18,7 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import quick_interpreter  # noqa: F401
-from guarded import guarded
+from guarded import guarded, guarded_allocation
 
 from mft_kernels.backends.triton import bits, ops, score_step, select, target
 from mft_kernels.backends.triton.launch import launch
@@ -109,22 +107,6 @@ def run_score_steps(t: Inputs, at_end: bool) -> None:
         threshold = guard(torch.zeros((), dtype=dtype))
         adam = (1, 1e-3, 0.9, 0.999, 1e-8, 0.0, guard(torch.ones(())), 0, "magnitude", 0.7, threshold)
         score_step.score_step(Update(scores, guard(like.float()), weight, means, squares, scales, *adam))
-
-
-def guarded_allocation(at_end: bool) -> ExitStack:
-    """Within the context, what the ops allocate is guarded."""
-    stack = ExitStack()
-    for owner, name in ((torch.Tensor, "new_empty"), (torch.Tensor, "new_zeros"), (torch, "empty"), (torch, "zeros")):
-        stack.enter_context(patch.object(owner, name, _guarding(getattr(owner, name), at_end)))
-    return stack
-
-
-def _guarding(allocate, at_end: bool):
-    def allocate_guarded(*args, **kwargs) -> torch.Tensor:
-        tensor = allocate(*args, **kwargs)
-        return guarded(tensor, at_end=at_end) if tensor.numel() else tensor
-
-    return allocate_guarded
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
 """Tiles of the matrix kernels: they meet without a seam, their sums in parts are whole, and come as the plan says.
 
-As in test_matrix_kernels.py, inputs are small integers, and results are compared bit for bit with the reference's.
+In the interpreter with the form and tiles of each card, on a GPU with its own. That results are the reference's,
+whatever the operands, is tested in tests/ops.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from exact import (
-    ALL,
     ARITHMETIC,
     HALF,
     arguments_of_backward,
@@ -18,11 +19,11 @@ from exact import (
     launches_of,
     threshold_of,
 )
+from products import ALL, MODES, assert_same
 
 from mft_kernels.backends.triton import ops
-from mft_kernels.backends.triton.product import new_parts, sum_splits
 from mft_kernels.backends.triton.target import assume, interpreting
-from mft_kernels.by_name import ByName
+from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import Inputs, random_inputs
 
 flat = ByName(ops)
@@ -92,12 +93,65 @@ def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
         assert_equals_reference("masked_linear_packed", t.x, t.weight, packed, t.bias)
 
 
-def test_two_parts_larger_than_a_block_are_summed_whole(device):
-    bias, out = torch.arange(300.0, device=device), torch.empty(5, 300, device=device)
-    parts = new_parts(out, 2, 5, 300)
-    parts.copy_(torch.arange(3000.0, device=device).view(2, 5, 300))
-    sum_splits(parts, bias, out)
-    assert torch.equal(out, parts.sum(0) + bias)
+def test_a_sum_in_parts_counts_every_element_and_the_bias_once_for_many_masks(device, target):
+    for rows in (3, 20):  # a tile of 16 and of 64 tokens of two a row
+        t = integers(device, 2 * rows, 24, 1640, HALF)
+        masks = [bits_of(t.scores.roll(shift), threshold_of(t.scores), "magnitude")[0] for shift in range(3)]
+        tasks = (torch.arange(rows, dtype=torch.int32) * 7 % 4 - 1).to(device)
+        tasks[0] = 3  # there is no such task, in no part: three masks take the binary of four
+        arguments = (t.x.view(rows, 2, 1640), t.weight, masks, tasks, t.bias)
+        with assume(replace(target, multiprocessors=1000)):
+            names = [
+                one.kernel.__name__ for one in launches_of(lambda given=arguments: flat.masked_linear_many(*given))
+            ]
+            assert names == ["_many_masks_kernel", "_sum_splits_kernel"]
+            y = flat.masked_linear_many(*arguments)
+        on_cpu = (arguments[0].cpu(), t.weight.cpu(), [mask.cpu() for mask in masks], tasks.cpu(), t.bias.cpu())
+        assert_same(y[1:], oracle.masked_linear_many(*on_cpu)[1:])
+        assert y[0].isnan().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_row_of_a_later_tile_has_its_own_threshold(device, target, mode):
+    n = 70 if target.backend == "interpreter" else 141  # more than a tile
+    t = integers(device, 17, n, 40, HALF, torch.bfloat16)
+    thresholds = (torch.arange(n) % 6 - 1).to(device, torch.bfloat16)
+    arguments = (t.x, t.weight, t.scores, thresholds, t.bias, mode)
+    only_d_x = arguments_of_backward(t, thresholds, mode, [True, False, False, False])
+    with assume(replace(target, multiprocessors=1)):
+        assert_equals_reference("masked_linear", *arguments)
+        assert_equals_reference("masked_linear", *arguments, choose=ops.always_scratch)
+        assert_equals_reference("masked_linear_backward", *only_d_x)
+        assert_equals_reference("masked_linear_backward", *arguments_of_backward(t, thresholds, mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_pass_through_scratch_is_one_launch_over_several_tiles(device, mode):
+    t = integers(device, 19, 70, 72, HALF, torch.bfloat16)
+    threshold = threshold_of(t.scores)
+    packed, signs = bits_of(t.scores, threshold, mode)
+    for op, arguments in (
+        ("masked_linear", (t.x, t.weight, t.scores, threshold, t.bias, mode)),
+        ("masked_linear_packed", (t.x, t.weight, packed, None)),
+        ("masked_linear_backward", arguments_of_backward(t, threshold, mode, [True, False, False, False])),
+        (
+            "masked_linear_packed_backward",
+            (t.grad_output, t.x, t.weight, packed, None, signs, mode, [True, False, False, False]),
+        ),
+    ):
+        through_scratch = partial(getattr(flat, op), choose=ops.always_scratch)
+        entries = launches_of(lambda run=through_scratch, arguments=arguments: run(*arguments))
+        assert [entry.kernel.__name__ for entry in entries] == ["_masked_weight_kernel"]
+        assert_equals_reference(op, *arguments, choose=ops.always_scratch)
+
+
+def test_x_is_not_read_where_no_weight_or_score_asks_for_a_gradient(device, target):
+    t = integers(device, 20, 40, 72, HALF)
+    arguments = (t.grad_output, t.grad_output, t.weight, t.scores, threshold_of(t.scores), "value")
+    d_x, _, _, d_bias = flat.masked_linear_backward(*arguments, [True, False, False, True])
+    expected = oracle.masked_linear_backward(*(a.cpu() for a in arguments[:-1]), "value", [True, False, False, True])
+    assert_same(d_x, expected[0])
+    assert_same(d_bias, expected[3])
 
 
 @pytest.mark.parametrize(("m", "count"), [(513, 1), (512, 2)])

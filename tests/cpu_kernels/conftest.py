@@ -1,0 +1,18 @@
+"""The instruction sets of the cpu backend; tests/ops has what every backend's kernels have to do."""
+
+import pytest
+import torch
+
+from mft_kernels.backends import cpu
+
+
+@pytest.fixture(params=["amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable"])
+def capability(request, monkeypatch):
+    """Each one; skips those that cannot run here."""
+    if cpu.unavailable is not None:
+        pytest.skip(f"cpu backend: {cpu.unavailable}")
+    if request.param not in cpu.capabilities():
+        pytest.skip(f"{request.param} is not among {cpu.capabilities()} of this machine and build")
+    monkeypatch.setenv("MFT_CPU_CAPABILITY", request.param)
+    assert torch.ops.mft_cpu.capability() == request.param
+    return request.param

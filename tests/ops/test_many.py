@@ -1,0 +1,130 @@
+"""The product with a mask per row: every backend's equals the reference, a row at a time."""
+
+import pytest
+import torch
+from guarded import guarded
+from products import DTYPES, assert_same, column_major, every_second_row, pitched
+
+from mft_kernels import reference
+from mft_kernels.by_name import oracle
+from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
+
+
+def masks_of(t, count):
+    """Bits of ``count`` masks; those of the padding are set, which no kernel may mind."""
+    masks = [reference.pack_bits(t.scores.roll(shift) > 0) for shift in range(count)]
+    if t.scores.shape[1] % 32:
+        for mask in masks:
+            mask[:, -1] |= -1 << t.scores.shape[1] % 32
+    return masks
+
+
+def tasks_of(rows, count):
+    """Tasks of neighbours differ; all of them and -1 are there if there are rows enough."""
+    return torch.arange(rows) * 7 % (count + 1) - 1
+
+
+def assert_equals_reference(kernels, x, weight, masks, tasks, bias, grad_output=None):
+    """The product with a bias and without, and d_x where the backend has it; operands on the CPU, in any layout."""
+    given = [weight, masks, tasks]
+    there = [_to(kernels, value) for value in given]
+    for b in (bias, None):
+        expected = oracle.masked_linear_many(x, *given, b)
+        assert_same(kernels.masked_linear_many(_to(kernels, x), *there, _to(kernels, b)), expected)
+    if grad_output is not None and hasattr(kernels.ops, "masked_linear_many_backward"):
+        expected = oracle.masked_linear_many_backward(grad_output, *given)
+        assert_same(kernels.masked_linear_many_backward(_to(kernels, grad_output), *there), expected)
+
+
+def _to(kernels, value):
+    if isinstance(value, list):
+        return [each.to(kernels.device) for each in value]
+    return value if value is None else value.to(kernels.device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 3, 16])
+def test_every_shape_equals_the_reference(kernels, count, dtype):
+    """Up to 16 tokens, up to 64 and more; axes of nothing; whole words and a last part; several tokens of a task."""
+    kernels.need(dtype)
+    shapes = [(1, 1, 1, 1), (7, 33, 45, 2), (16, 17, 64, 1), (33, 8, 31, 3), (84, 19, 59, 7), (130, 24, 40, 1)]
+    if kernels.name == "triton":  # its interpreter takes seconds
+        shapes = shapes[: 2 if count == 16 else 4]
+    for i, (tokens, n, k, each) in enumerate([*shapes, (0, 5, 8, 1), (3, 0, 8, 1), (3, 5, 0, 1)]):
+        t = integer_inputs(tokens, n, k, dtype)
+        rows = tokens // each
+        tasks = tasks_of(rows, count).to(torch.int64 if i % 2 else torch.int32)
+        x, grad = t.x[: rows * each].view(rows, each, k), t.grad_output[: rows * each].view(rows, each, n)
+        assert_equals_reference(kernels, x, t.weight, masks_of(t, count), tasks, t.bias, grad)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "cuda"], indirect=True)  # elsewhere the op looks, and refuses it
+@pytest.mark.parametrize("rows", [9, 100])
+def test_a_task_that_there_is_not_is_nan_and_touches_nobody(kernels, rows):
+    """Also one whose lower half would be a task."""
+    t = integer_inputs(rows, 24, 72, torch.bfloat16, torch.bfloat16)
+    tasks = tasks_of(rows, 3)
+    tasks[::4] = torch.tensor([3, -2, 2**32, -(2**40)]).repeat(rows)[: len(tasks[::4])]
+    masks, known = masks_of(t, 3), (tasks >= -1) & (tasks < 3)
+    given = [_to(kernels, value) for value in (t.x, t.weight, masks, tasks, t.bias)]
+    y = kernels.masked_linear_many(*given).cpu()
+    assert y[~known].isnan().all()
+    assert_same(y[known], oracle.masked_linear_many(t.x[known], t.weight, masks, tasks[known], t.bias))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_with_its_row_and_its_mask(kernels, dtype):
+    kernels.need(dtype)
+    t = integer_inputs(20, 24, 40, dtype)
+    masks = [torch.full((24, 2), -1, dtype=torch.int32) for _ in range(3)]
+    masks[0][4, 1] = ~1  # drops weight (4, 32)
+    masks[2][5, 0] = ~2  # drops weight (5, 1)
+    t.weight[4, 32], t.weight[5, 1] = torch.nan, torch.inf
+    t.x = t.x.abs() + 1
+    t.x[3, 7], t.x[11] = torch.nan, torch.inf
+    tasks = tasks_of(20, 3)
+    expected = oracle.masked_linear_many(t.x, t.weight, masks, tasks, None)
+    fine = (tasks == 0) & t.x.isfinite().all(1)
+    assert fine.any()
+    assert expected[fine, 4].isfinite().all()
+    assert_equals_reference(kernels, t.x, t.weight, masks, tasks, t.bias)
+
+
+def test_strides_are_read_as_they_are(kernels):
+    t, tasks = integer_inputs(12, 17, 45, torch.float16), tasks_of(6, 3)
+    masks = masks_of(t, 3)
+    x, weight = pitched(t.x).unflatten(0, (6, 2)), every_second_row(t.weight)
+    assert_equals_reference(kernels, x, weight, masks, tasks, t.bias)
+    if kernels.any_strides:
+        masks = [pitched(mask) for mask in masks]
+        assert_equals_reference(
+            kernels, x.transpose(0, 1).contiguous().transpose(0, 1), column_major(weight), masks, pitched(tasks), t.bias
+        )
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 37, 40), (70, 24, 72), (20, 24, 45)], ids=str)
+def test_nothing_outside_the_operands_is_touched(kernels, shape, at_end):
+    t = integer_inputs(*shape, torch.bfloat16, torch.bfloat16)
+    given = (t.x, t.weight, masks_of(t, 3), tasks_of(shape[0], 3), t.bias)
+    x, weight, masks, tasks, bias = (
+        [guarded(v, at_end=at_end) for v in value] if isinstance(value, list) else guarded(value, at_end=at_end)
+        for value in given
+    )
+    with kernels.guarded_outputs(at_end=at_end):
+        y = kernels.masked_linear_many(*(_to(kernels, value) for value in (x, weight, masks, tasks, bias)))
+    assert_same(y, oracle.masked_linear_many(*given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_errors_stay_within_twice_those_of_pytorch(kernels, dtype):
+    kernels.need(dtype)
+    t, tasks = random_inputs(14, 40, 136, dtype), tasks_of(14, 4)
+    masks = masks_of(t, 4)
+    there = [_to(kernels, value) for value in (t.x, t.weight, masks, tasks, t.bias)]
+    y = kernels.masked_linear_many(*there).cpu()
+    exact = oracle.masked_linear_many(t.x.double(), t.weight.double(), masks, tasks, t.bias.double())
+    assert_within_budget(y, oracle.masked_linear_many(t.x, t.weight, masks, tasks, t.bias), exact)
+    for _ in range(2):
+        assert torch.equal(kernels.masked_linear_many(*there).cpu(), y)

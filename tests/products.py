@@ -1,0 +1,211 @@
+"""Every product of a backend on the same operands, in any layout, and the reference's, which it equals bit for bit.
+
+Operands are small integers: sums are exact in any order, so an element that is dropped, taken twice or taken from
+elsewhere is seen. The reference always runs on the CPU.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mft_kernels import reference
+from mft_kernels.by_name import oracle
+from mft_kernels.testing import Inputs, integer_inputs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("magnitude", "value")
+GRADIENTS = ("d_x", "d_weight", "d_scores", "d_bias")
+ALL = [True, True, True, True]
+D_X = [True, False, False, False]
+D_SCORES = [False, False, True, False]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """x (M, K), weight and scores (N, K), bias (N,), grad_output (M, N), and the same mask as bits (N, K / 32)."""
+
+    x: Tensor
+    weight: Tensor
+    scores: Tensor
+    bias: Tensor
+    grad_output: Tensor
+    threshold: Tensor
+    mode: str
+    packed: Tensor
+    signs: Tensor
+
+    @classmethod
+    def of(cls, t: Inputs, threshold: float | Tensor, mode: str = "magnitude") -> "Operands":
+        """With one threshold, or one per row."""
+        threshold = torch.as_tensor(threshold, dtype=t.scores.dtype)
+        packed, signs = reference.pack_mask(t.scores, threshold, mode), reference.pack_signs(t.scores)[0]
+        return cls(**vars(t), threshold=threshold, mode=mode, packed=packed, signs=signs)
+
+    def change(self, function: Callable[[Tensor], Tensor], *names: str) -> "Operands":
+        """``function`` of the tensors of these names; without names, of all."""
+        names = names or TENSORS
+        return replace(self, **{name: function(getattr(self, name)) for name in names})
+
+    def to(self, device: torch.device) -> "Operands":
+        """The same on a device."""
+        return self.change(lambda tensor: tensor.to(device))
+
+    def exact(self) -> "Operands":
+        """In float64, with the same mask."""
+        return self.change(Tensor.double, "x", "weight", "bias", "grad_output", "scores", "threshold")
+
+
+TENSORS = tuple(field.name for field in fields(Operands) if field.name != "mode")
+
+
+def integers(
+    *shape: int,
+    dtype: torch.dtype = torch.float16,
+    scores_dtype: torch.dtype = torch.float32,
+    threshold: float = 2.0,
+    mode: str = "magnitude",
+    device: torch.device | None = None,
+) -> Operands:
+    """Operands of (M, N, K), with ties at the threshold and scores of 0."""
+    o = Operands.of(integer_inputs(*shape, dtype, scores_dtype, seed=sum(shape)), threshold, mode)
+    return o if device is None else o.to(device)
+
+
+def row_thresholds(t: Inputs | Operands) -> Tensor:
+    """Different from row to row: a row's neighbour keeps something else."""
+    return (torch.arange(len(t.weight)) % 7 - 3).to(t.scores.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+def column_major(value: Tensor) -> Tensor:
+    return value.T.contiguous().T
+
+
+def every_second_column(value: Tensor) -> Tensor:
+    return torch.stack([value, _not_a_number(value.shape, value)], 2).flatten(1)[:, ::2]
+
+
+def every_second_row(value: Tensor) -> Tensor:
+    return torch.stack([value, _not_a_number(value.shape, value)], 1).flatten(0, 1)[::2]
+
+
+def misaligned(value: Tensor) -> Tensor:
+    """Contiguous, from one element behind an aligned address on."""
+    return _not_a_number((value.numel() + 1,), value)[1:].view_as(value).copy_(value)
+
+
+def inside_a_larger_one(value: Tensor) -> Tensor:
+    """Rows and columns within a larger matrix of NaN, at an odd offset and with an odd pitch."""
+    rows, columns = value.shape
+    return _not_a_number((rows + 2, columns + 5), value)[1:-1, 3:-2].copy_(value)
+
+
+def pitched(value: Tensor) -> Tensor:
+    """Each row, or each element of a vector, followed by NaN."""
+    columns = 1 if value.dim() == 1 else value.shape[-1]
+    memory = _not_a_number((*value.shape[: value.dim() - (value.dim() > 1)], columns + 3), value)
+    return (memory[:, 0] if value.dim() == 1 else memory[..., :columns]).copy_(value)
+
+
+def within(value: Tensor, before: int, stride: int) -> Tensor:
+    """Rows ``stride`` apart, behind ``before`` elements; all around is NaN."""
+    rows, columns = value.shape
+    memory = _not_a_number((before + (rows + 1) * stride,), value)
+    return memory.as_strided((rows, columns), (stride, 1), before).copy_(value)
+
+
+#: Whose rows are contiguous, and the others.
+BY_ROWS = (every_second_row, misaligned, inside_a_larger_one, pitched)
+BY_COLUMNS = (column_major, every_second_column)
+
+
+def _not_a_number(shape: Any, like: Tensor) -> Tensor:
+    """Of NaN; of -1, all bits, in integers."""
+    return like.new_full(shape, torch.nan if like.is_floating_point() else -1)
+
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+
+def every_product(by: Any, o: Operands, *, gradients: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name, result) of each product that ``by`` has; without ``gradients``: the forward pass and d_x alone."""
+    yield "y with bias by scores", by.masked_linear(o.x, o.weight, o.scores, o.threshold, o.bias, o.mode)
+    yield "y with bias by bits", by.masked_linear_packed(o.x, o.weight, o.packed, o.bias)
+    yield "y by bits", by.masked_linear_packed(o.x, o.weight, o.packed, None)
+    given = (o.grad_output, o.x, o.weight)
+    by_scores, by_bits = (*given, o.scores, o.threshold, o.mode), (*given, o.packed, None, o.signs, o.mode)
+    yield "d_x by scores", by.masked_linear_backward(*by_scores, D_X)[0]
+    yield "d_x by bits", by.masked_linear_packed_backward(*by_bits, D_X)[0]
+    if not gradients:
+        return
+    for mask, results in (
+        ("scores", by.masked_linear_backward(*by_scores, ALL)),
+        ("bits", by.masked_linear_packed_backward(*by_bits, ALL)),
+    ):
+        yield from ((f"{name} of all by {mask}", result) for name, result in zip(GRADIENTS, results, strict=True))
+    by_both = (*given, o.packed, o.scores, None, o.mode)
+    yield "d_scores by bits and scores", by.masked_linear_packed_backward(*by_both, D_SCORES)[2]
+    yield from every_sum(by, o, before(o, o.scores.dtype))
+
+
+def every_sum(by: Any, o: Operands, out: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(name, what lay in ``out`` with d_scores added), by each kind of sign, and the product without a weight."""
+    given = (o.grad_output, o.x, o.weight)
+    for name, sign in (
+        ("scores", (o.scores, None, o.mode)),
+        ("signs", (None, o.signs, o.mode)),
+        ("no sign", (None, None, "value")),
+    ):
+        added = out.clone()
+        by.accumulate_score_grad(added, *given, *sign)
+        yield f"d_scores added by {name}", added
+    added = out.clone()
+    by.accumulate_product(added, o.grad_output, o.x)
+    yield "product added", added
+
+
+def before(o: Operands, dtype: torch.dtype) -> Tensor:
+    """What lies in a buffer before a gradient is added: integers from -2 to 2."""
+    integers = torch.arange(o.weight.numel(), device=o.weight.device).view(o.weight.shape) % 5 - 2
+    return integers.to(dtype)
+
+
+def assert_same(got: Tensor, expected: Tensor, what: str = "") -> None:
+    """Equal in dtype, shape and every element; NaN equals NaN."""
+    got = got.cpu()
+    assert got.dtype == expected.dtype, what
+    assert got.shape == expected.shape, what
+    finite = expected[expected.isfinite()]
+    if expected.dtype == torch.bfloat16 and finite.numel():
+        assert finite.abs().max() <= 256, f"{what}: operands too large for an exact comparison"
+    assert torch.equal(got.isnan(), expected.isnan()), f"{what}: NaN where there is none, or none where there is"
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num()), (what, (got != expected).nonzero()[:5])
+
+
+def assert_equals_reference(by: Any, o: Operands, *, gradients: bool = True) -> None:
+    """Every product of ``by`` on ``o``, wherever it lies."""
+    expected = every_product(oracle, o.to(torch.device("cpu")), gradients=gradients)
+    for (name, got), (_, right) in zip(every_product(by, o, gradients=gradients), expected, strict=True):
+        assert_same(got, right, name)
+
+
+def assert_no_pitch_is_read(by: Any, length: int, dtype: torch.dtype, *strided: str, gradients: bool = True) -> None:
+    """The products of matrices with a pitch are those of contiguous ones, multiplied in fp32; all axes ``length``."""
+    o = integers(length, length, length, dtype=dtype)
+    exact = o.change(Tensor.float, "x", "weight", "bias", "grad_output")
+    expected = dict(every_product(oracle, exact))
+    for name, got in every_product(by, o.change(pitched, *strided), gradients=gradients):
+        assert torch.equal(got, expected[name].to(got.dtype)), (name, length, strided)
+
+
+def assert_rows_are_independent(by: Any, length: int, dtype: torch.dtype) -> None:
+    """A token of NaN is NaN in its own row of the result, and one of grad_output in its own row of d_x."""
+    o, token = integers(length, length, length, dtype=dtype), length // 2
+    o.x[token] = o.grad_output[token] = torch.nan
+    for name, got in every_product(by, o, gradients=False):
+        assert got.isnan().any(1).nonzero().tolist() == [[token]], (name, length)
