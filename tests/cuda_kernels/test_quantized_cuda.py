@@ -8,7 +8,7 @@ import pytest
 import torch
 from coded_weights import Coded, coded
 from guarded import guarded
-from test_products_sm80 import same, within
+from products import assert_same, within
 
 from mft_kernels import reference
 from mft_kernels.by_name import oracle
@@ -30,8 +30,9 @@ def check(x, grad, w: Coded, packed, bias, **device):
     """Forward and d_x."""
     of_weight = w.codes, w.absmax, packed
     forward, d_x = (x, *of_weight, bias, w.shape, w.kind), (grad, *of_weight, w.shape, w.kind)
-    same(emulated.masked_linear_quantized(*forward, **device), oracle.masked_linear_quantized(*forward))
-    same(emulated.masked_linear_quantized_d_x(*d_x, **device), oracle.masked_linear_quantized_d_x(*d_x))
+    y, of_grad = oracle.masked_linear_quantized(*forward), oracle.masked_linear_quantized_d_x(*d_x)
+    assert_same(emulated.masked_linear_quantized(*forward, **device), y, "y", small=False)
+    assert_same(emulated.masked_linear_quantized_d_x(*d_x, **device), of_grad, "d_x", small=False)
 
 
 def check_integers(m, n, k, kind, dtype, **device):
@@ -98,17 +99,17 @@ def test_random_floats_give_what_the_product_of_the_decoded_weight_gives(k, kind
     x, grad = (torch.randn(m, size, generator=generator).bfloat16() for size in (k, n))
     dense = w.dense(BF16)
     y = emulated.masked_linear_quantized(x, w.codes, w.absmax, packed, None, w.shape, w.kind, **ONE_PART)
-    same(y, emulated.masked_linear_packed(x, dense, packed, None, **ONE_PART))
+    assert_same(y, emulated.masked_linear_packed(x, dense, packed, None, **ONE_PART))
     d_x = emulated.masked_linear_quantized_d_x(grad, w.codes, w.absmax, packed, w.shape, w.kind, **ONE_PART)
     backward = (grad, x, dense, packed, None, None, "value", [True, False, False, False])
-    same(d_x, emulated.masked_linear_packed_backward(*backward, **ONE_PART)[0])
+    assert_same(d_x, emulated.masked_linear_packed_backward(*backward, **ONE_PART)[0])
     found = []
     for seed, asynchrony in enumerate(emulated.ASYNCHRONIES):
         emulated.set_settings(seed, asynchrony, emulated.SCHEDULES[seed % 2])
         arguments = x, w.codes, w.absmax, packed, None, w.shape, w.kind
         found.append(emulated.masked_linear_quantized(*arguments, multiprocessors=132))
-    same(found[1], found[0])
-    same(found[2], found[0])
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
 
 
 def test_fp32_tokens_are_refused():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from score_matrix import MEAN, SQUARE, Matrix
+from score_steps import MEAN, SQUARE, Matrix
 
 from mft_kernels import float_from_fixed
 from mft_kernels.reference.step import decode, encode, narrow_scores, philox, random_words

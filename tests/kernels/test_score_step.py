@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from score_matrix import Matrix
-from score_steps import assert_same
+from score_steps import Matrix, assert_same
 from torch.library import opcheck
 
 from mft_kernels import float_from_fixed, reference, score_step

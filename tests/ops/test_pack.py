@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from products import assert_same
 
 from mft_kernels import reference
 from mft_kernels.by_name import oracle
@@ -14,14 +15,6 @@ SHAPES = (
     *((1, 1), (1, 31), (3, 32), (2, 33), (15, 64), (16, 255), (17, 256), (5, 257), (33, 520), (70, 1)),
     *((0, 5), (5, 0)),
 )
-
-
-def assert_same(got, expected):
-    """Equal in dtype, shape and every element."""
-    got = got.cpu()
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    assert torch.equal(got, expected), (got, expected)
 
 
 def assert_matches_reference(kernels, scores, threshold, mode):

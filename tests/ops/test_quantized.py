@@ -6,6 +6,7 @@ test_quantized_ops.py has the public ops; tests/models has NF4 beside bitsandbyt
 import pytest
 import torch
 from coded_weights import KINDS, Coded, coded
+from products import assert_same
 
 from mft_kernels import reference
 from mft_kernels.by_name import oracle
@@ -47,13 +48,6 @@ def both(by, device, x, grad, weight, packed, bias):
     codes, absmax, shape, kind = weight.to(device)
     y = by.masked_linear_quantized(x, codes, absmax, packed, bias, shape, kind)
     return y.cpu(), by.masked_linear_quantized_d_x(grad, codes, absmax, packed, shape, kind).cpu()
-
-
-def assert_same(got, expected):
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert torch.equal(got.nan_to_num(), expected.nan_to_num()), (got != expected).nonzero()[:5]
 
 
 def assert_equals_reference(kernels, *operands):
