@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from amx_gemm import amx_gemm
-from products import TENSORS, assert_no_pitch_is_read, assert_rows_are_independent
+from products import TENSORS, assert_no_pitch_is_read, assert_rows_are_independent, integers
 
 from mft_kernels import reference
 from mft_kernels.by_name import oracle
@@ -148,7 +148,7 @@ def test_a_layer_without_inputs_or_outputs_has_a_value_and_gradients(n, k):
 def test_nothing_behind_the_rows_of_an_operand_is_multiplied(gemm, operand):
     with gemm():
         for length in (*range(1, 9), *range(33, 61)):
-            assert_no_pitch_is_read(oracle, length, torch.bfloat16, operand)
+            assert_no_pitch_is_read(oracle, integers(length, length, length, dtype=torch.bfloat16), operand)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -156,8 +156,9 @@ def test_nothing_behind_the_rows_of_an_operand_is_multiplied(gemm, operand):
 def test_all_rows_may_have_a_pitch_and_a_token_of_nan_stays_in_its_row(gemm, dtype):
     with gemm():
         for length in range(1, 61):
-            assert_no_pitch_is_read(oracle, length, dtype, *OPERANDS)
-            assert_rows_are_independent(oracle, length, dtype)
+            o = integers(length, length, length, dtype=dtype)
+            assert_no_pitch_is_read(oracle, o, *OPERANDS)
+            assert_rows_are_independent(oracle, o)
 
 
 @pytest.mark.parametrize("length", [40, 70])

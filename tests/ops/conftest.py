@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forms import CARDS, INSTRUCTION_SETS, OTHERS, Emulated, Kernels, OnCard, OnInstructionSet
+from forms import CARDS, DTYPES, INSTRUCTION_SETS, OTHERS, Emulated, Kernels, OnCard, OnInstructionSet
 
 from mft_kernels.backends import cpu
+from mft_kernels.backends.table import registered
 from mft_kernels.by_name import ByName, backend
 
 
@@ -25,7 +26,10 @@ def kernels(request):
     """
     name, _, form = request.param.partition("-")
     if request.param in OTHERS:
-        yield Kernels(request.param, backend(request.param))
+        dtypes = registered(request.param).dtypes
+        yield Kernels(
+            request.param, backend(request.param), dtypes=tuple(d for d in DTYPES if not dtypes or d in dtypes)
+        )
     elif name == "cpu":
         yield _on_instruction_set(form, request)
     elif name == "cuda":

@@ -9,6 +9,8 @@ from mft_kernels import reference
 from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
+CPU = torch.device("cpu")
+
 
 def masks_of(t, count):
     """Bits of ``count`` masks; those of the padding are set, which no kernel may mind."""
@@ -24,22 +26,25 @@ def tasks_of(rows, count):
     return torch.arange(rows) * 7 % (count + 1) - 1
 
 
-def assert_equals_reference(kernels, x, weight, masks, tasks, bias, grad_output=None):
-    """The product with a bias and without, and d_x where the backend has it; operands on the CPU, in any layout."""
-    given = [weight, masks, tasks]
-    there = [_to(kernels, value) for value in given]
-    for b in (bias, None):
-        expected = oracle.masked_linear_many(x, *given, b)
-        assert_same(kernels.masked_linear_many(_to(kernels, x), *there, _to(kernels, b)), expected)
-    if grad_output is not None and hasattr(kernels.ops, "masked_linear_many_backward"):
-        expected = oracle.masked_linear_many_backward(grad_output, *given)
-        assert_same(kernels.masked_linear_many_backward(_to(kernels, grad_output), *there), expected)
+def operands(kernels, t, count, rows):
+    """x (rows, tokens of a row, K), weight, masks, tasks and bias on the device of the kernels."""
+    x = t.x.view(rows, len(t.x) // max(1, rows), t.x.shape[1])
+    return [moved(value, kernels.device) for value in (x, t.weight, masks_of(t, count), tasks_of(rows, count), t.bias)]
 
 
-def _to(kernels, value):
+def moved(value, device):
+    """The tensor, or each of a list, on the device; None stays."""
     if isinstance(value, list):
-        return [each.to(kernels.device) for each in value]
-    return value if value is None else value.to(kernels.device)
+        return [each.to(device) for each in value]
+    return value if value is None else value.to(device)
+
+
+def assert_equals_reference(kernels, x, weight, masks, tasks, bias):
+    """The product with the bias and without."""
+    for b in (bias, None):
+        given = (x, weight, masks, tasks, b)
+        expected = oracle.masked_linear_many(*(moved(value, CPU) for value in given))
+        assert_same(kernels.masked_linear_many(*given), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,11 +56,15 @@ def test_every_shape_equals_the_reference(kernels, count, dtype):
     if kernels.name == "triton":  # its interpreter takes seconds
         shapes = shapes[: 2 if count == 16 else 4]
     for i, (tokens, n, k, each) in enumerate([*shapes, (0, 5, 8, 1), (3, 0, 8, 1), (3, 5, 0, 1)]):
-        t = integer_inputs(tokens, n, k, dtype)
-        rows = tokens // each
-        tasks = tasks_of(rows, count).to(torch.int64 if i % 2 else torch.int32)
-        x, grad = t.x[: rows * each].view(rows, each, k), t.grad_output[: rows * each].view(rows, each, n)
-        assert_equals_reference(kernels, x, t.weight, masks_of(t, count), tasks, t.bias, grad)
+        t = integer_inputs(tokens // each * each, n, k, dtype)
+        x, weight, masks, tasks, bias = operands(kernels, t, count, tokens // each)
+        tasks = tasks.to(torch.int64 if i % 2 else torch.int32)
+        assert_equals_reference(kernels, x, weight, masks, tasks, bias)
+        if hasattr(kernels.ops, "masked_linear_many_backward"):
+            grad = t.grad_output.view(*x.shape[:-1], n)
+            expected = oracle.masked_linear_many_backward(grad, *(moved(v, CPU) for v in (weight, masks, tasks)))
+            d_x = kernels.masked_linear_many_backward(grad.to(kernels.device), weight, masks, tasks)
+            assert_same(d_x, expected)
 
 
 @pytest.mark.parametrize("kernels", ["triton", "cuda"], indirect=True)  # elsewhere the op looks, and refuses it
@@ -66,7 +75,7 @@ def test_a_task_that_there_is_not_is_nan_and_touches_nobody(kernels, rows):
     tasks = tasks_of(rows, 3)
     tasks[::4] = torch.tensor([3, -2, 2**32, -(2**40)]).repeat(rows)[: len(tasks[::4])]
     masks, known = masks_of(t, 3), (tasks >= -1) & (tasks < 3)
-    given = [_to(kernels, value) for value in (t.x, t.weight, masks, tasks, t.bias)]
+    given = [moved(value, kernels.device) for value in (t.x, t.weight, masks, tasks, t.bias)]
     y = kernels.masked_linear_many(*given).cpu()
     assert y[~known].isnan().all()
     assert_same(y[known], oracle.masked_linear_many(t.x[known], t.weight, masks, tasks[known], t.bias))
@@ -88,24 +97,23 @@ def test_what_is_not_finite_stays_with_its_row_and_its_mask(kernels, dtype):
     fine = (tasks == 0) & t.x.isfinite().all(1)
     assert fine.any()
     assert expected[fine, 4].isfinite().all()
-    assert_equals_reference(kernels, t.x, t.weight, masks, tasks, t.bias)
+    assert_equals_reference(kernels, *(moved(v, kernels.device) for v in (t.x, t.weight, masks, tasks, t.bias)))
 
 
 def test_strides_are_read_as_they_are(kernels):
-    t, tasks = integer_inputs(12, 17, 45, torch.float16), tasks_of(6, 3)
-    masks = masks_of(t, 3)
-    x, weight = pitched(t.x).unflatten(0, (6, 2)), every_second_row(t.weight)
-    assert_equals_reference(kernels, x, weight, masks, tasks, t.bias)
+    x, weight, masks, tasks, bias = operands(kernels, integer_inputs(12, 17, 45, torch.float16), 3, 6)
+    x, weight = pitched(x), every_second_row(weight)
+    assert_equals_reference(kernels, x, weight, masks, tasks, bias)
     if kernels.any_strides:
-        masks = [pitched(mask) for mask in masks]
-        assert_equals_reference(
-            kernels, x.transpose(0, 1).contiguous().transpose(0, 1), column_major(weight), masks, pitched(tasks), t.bias
-        )
+        masks, tasks, weight = [pitched(mask) for mask in masks], pitched(tasks), column_major(weight)
+        assert_equals_reference(kernels, x.transpose(0, 1).contiguous().transpose(0, 1), weight, masks, tasks, bias)
 
 
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (13, 37, 40), (70, 24, 72), (20, 24, 45)], ids=str)
 def test_nothing_outside_the_operands_is_touched(kernels, shape, at_end):
+    if kernels.device.type != "cpu":
+        pytest.skip("the pages are those of the CPU's memory")
     t = integer_inputs(*shape, torch.bfloat16, torch.bfloat16)
     given = (t.x, t.weight, masks_of(t, 3), tasks_of(shape[0], 3), t.bias)
     x, weight, masks, tasks, bias = (
@@ -113,18 +121,17 @@ def test_nothing_outside_the_operands_is_touched(kernels, shape, at_end):
         for value in given
     )
     with kernels.guarded_outputs(at_end=at_end):
-        y = kernels.masked_linear_many(*(_to(kernels, value) for value in (x, weight, masks, tasks, bias)))
+        y = kernels.masked_linear_many(x, weight, masks, tasks, bias)
     assert_same(y, oracle.masked_linear_many(*given))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_errors_stay_within_twice_those_of_pytorch(kernels, dtype):
     kernels.need(dtype)
-    t, tasks = random_inputs(14, 40, 136, dtype), tasks_of(14, 4)
-    masks = masks_of(t, 4)
-    there = [_to(kernels, value) for value in (t.x, t.weight, masks, tasks, t.bias)]
+    there = operands(kernels, random_inputs(14, 40, 136, dtype), 4, 14)
+    x, weight, masks, tasks, bias = (moved(value, CPU) for value in there)
     y = kernels.masked_linear_many(*there).cpu()
-    exact = oracle.masked_linear_many(t.x.double(), t.weight.double(), masks, tasks, t.bias.double())
-    assert_within_budget(y, oracle.masked_linear_many(t.x, t.weight, masks, tasks, t.bias), exact)
+    exact = oracle.masked_linear_many(x.double(), weight.double(), masks, tasks, bias.double())
+    assert_within_budget(y, oracle.masked_linear_many(x, weight, masks, tasks, bias), exact)
     for _ in range(2):
         assert torch.equal(kernels.masked_linear_many(*there).cpu(), y)
