@@ -7,8 +7,8 @@ from tiny_study import write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
+from mft.study.evidence.sums import read_sums
 from mft.study.load import load_study
-from mft.study.sums import read_sums
 
 TRAINED = ("control", "MFT", "LoRA", "LoRA-all")
 

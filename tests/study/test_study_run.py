@@ -19,10 +19,10 @@ from benchmarks import recompute
 from mft.cli.app import app
 from mft.study import run, workers
 from mft.study.arms.setting import Setting
+from mft.study.evidence.sums import read_sums
 from mft.study.outcome import Unit
 from mft.study.report.write import write_study_report
 from mft.study.run import run_study
-from mft.study.sums import read_sums
 from mft.study.units.job import Job
 
 UNTRAINED = FULL + "  random: {kind: random}\n  temperature: {kind: temperature}\n"

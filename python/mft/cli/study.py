@@ -18,7 +18,7 @@ from mft.study.report.pictures.plots import plot_summary
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
 from mft.study.store import FORGETTING, STUDY, copy_fine_tunes, fine_tunes_in
-from mft.study.sums import FILE as SUMS
+from mft.study.evidence.sums import FILE as SUMS
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS

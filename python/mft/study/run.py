@@ -13,6 +13,8 @@ from mft.evaluation.evaluated_base import check_exact
 from mft.rewards.questions import questions_of
 from mft.rewards.train import check_installed
 from mft.study.config import REWARDS, StudyConfig
+from mft.study.evidence.power import power_lines
+from mft.study.evidence.sums import document_hashes
 from mft.study.from_scratch import train_from_scratch
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
@@ -31,10 +33,8 @@ from mft.study.plan import (
     without_result,
     work_of,
 )
-from mft.study.power import power_lines
 from mft.study.progress import Shown, shown_progress
 from mft.study.store import BASE_MODEL, Store, open_store
-from mft.study.sums import document_hashes
 from mft.study.units.job import Job
 from mft.study.workers import Result, Workers, job_words, start_workers
 from mft.study.workspace import Workspace

@@ -28,10 +28,10 @@ from mft.study.arms.full import Full
 from mft.study.arms.means import Average
 from mft.study.arms.setting import CHOICES, Setting
 from mft.study.config import CROSS_ENTROPY, StudyConfig
+from mft.study.evidence.sums import FILE as SUMS
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, selection, source_of, start_of, teachers_of
-from mft.study.sums import FILE as SUMS
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mft.study.config import REWARDS, StudyConfig
+from mft.study.evidence.power import degrees_of_freedom, squared_errors
+from mft.study.evidence.sums import NATS_DECIMALS
 from mft.study.outcome import General, Measured
-from mft.study.power import degrees_of_freedom, squared_errors
-from mft.study.sums import NATS_DECIMALS
 
 METRICS = ("loss", "tempered", "accuracy", "answers")
 WRONG = "wrong"  # questions less exact answers: what rewards make smaller

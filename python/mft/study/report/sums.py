@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mft.study.evidence.sums import Run, Sums
 from mft.study.outcome import Findings
 from mft.study.report.equal_budgets import EqualBudget, outcome_within
 from mft.study.report.general import on_test, on_validation
 from mft.study.report.statistics import DRAWS, Difference, differences, paired
 from mft.study.report.table import DomainTable
-from mft.study.sums import Run, Sums
 
 
 def sums_of(findings: Findings, tables: Mapping[str, DomainTable]) -> Sums:

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from mft.files.atomic import write_whole
 from mft.study.config import REWARDS
+from mft.study.evidence.sums import FILE as SUMS
+from mft.study.evidence.sums import write_sums
 from mft.study.outcome import Findings
 from mft.study.report.at_equal_bytes import AtEqualBytes, at_equal_bytes, bytes_values, remark_on_bytes, said_of_bytes
 from mft.study.report.equal_budgets import budget_sentences
@@ -29,8 +31,6 @@ from mft.study.report.sums import sums_of
 from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
 from mft.study.report.verdict import conclusion_of, errors, shown_interval, shown_p, study_verdicts
 from mft.study.store import BYTES, FORGETTING
-from mft.study.sums import FILE as SUMS
-from mft.study.sums import write_sums
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
 

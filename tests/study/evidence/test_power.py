@@ -8,10 +8,18 @@ import torch
 from tiny_study import make_study
 
 from mft.evaluation.evaluate import Evaluation
+from mft.study.evidence.power import (
+    SMALL_HEADERS,
+    SMOLLM2_CODE,
+    UNKNOWN,
+    Spread,
+    power_lines,
+    smallest_difference,
+    spread_in,
+)
+from mft.study.evidence.sums import Sums, write_sums
 from mft.study.outcome import Measured
-from mft.study.power import SMALL_HEADERS, SMOLLM2_CODE, UNKNOWN, Spread, power_lines, smallest_difference, spread_in
 from mft.study.report.statistics import Paired, differences
-from mft.study.sums import Sums, write_sums
 
 KNOWN = Spread(0.003, 0.02, "a test")
 

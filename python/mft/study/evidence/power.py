@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mft.study.config import CROSS_ENTROPY, StudyConfig
-from mft.study.sums import FILE, Sums, read_sums
+from mft.study.evidence.sums import FILE, Sums, read_sums
 
 ALPHA, POWER = 0.05, 0.8
 _DRAWS = 200_000  # of Student's t: its quantiles to about 1 %
