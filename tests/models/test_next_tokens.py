@@ -19,10 +19,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mft.config import MaskConfig, ModelConfig, TrainConfig
+from mft.config import MaskConfig, TrainConfig
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model
 from mft.models.next_tokens import check_next_tokens, longest_row
+from mft.study.bases import Bases
 from mft.study.workspace import Workspace
 from mft.training.loop import finetune, train_masks
 
@@ -129,4 +130,4 @@ def test_a_study_refuses_before_it_reads_a_weight(tmp_path):
     longer = {"sequence_length": 4096, "max_train_tokens": 8192, "max_eval_tokens": 4096}
     study = make_study(tmp_path, overrides=[f"domains.count.{key}={tokens}" for key, tokens in longer.items()])
     with pytest.raises(ValueError, match="must be at most 2048, .* got 4096"):
-        Workspace(study, ModelConfig(str(tmp_path / "model")))
+        Workspace(study, Bases(study, tmp_path))

@@ -15,6 +15,7 @@ from mft.rewards.config import RewardsConfig
 from mft.rewards.questions import count_questions, questions_of
 from mft.study.arms.kinds import make_arm
 from mft.study.arms.setting import Setting
+from mft.study.bases import Bases
 from mft.study.load import load_study, study_values
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import selection
@@ -138,7 +139,7 @@ def test_what_arms_learn_by_is_said_where_all_are_taught_and_where_none_is(done)
 
 
 def test_plain_text_is_refused_before_a_base_is_trained_from_scratch(tmp_path, monkeypatch):
-    monkeypatch.setattr("mft.study.run.train_from_scratch", pytest.fail)
+    monkeypatch.setattr("mft.study.bases.train_from_scratch", pytest.fail)
     study = load_study("small", ["objective=rewards", f"output_dir={tmp_path / 'run'}"])
     rule = "domains.headers.source must have questions with answers for objective: rewards, got plain text in 'headers'"
     with pytest.raises(ValueError, match=rule):
@@ -253,8 +254,8 @@ def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path
     assert before.key(control, chosen) != now.key(control, chosen)
 
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    workspace, given = Workspace(study, study.model), []
-    workspace.begin("next", ())
+    workspace, given = Workspace(study, Bases(study, tmp_path)), []
+    workspace.begin("next", (), 0)
     monkeypatch.setattr("mft.study.units.train.train_rewards", lambda *args, **options: given.append(args) or [])
     with pytest.raises(AssertionError):  # no checkpoint is seen, as nothing is trained
         train_unit(workspace, Job(control, (), tmp_path / "control.safetensors"))

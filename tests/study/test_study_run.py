@@ -19,6 +19,7 @@ from benchmarks import recompute
 from mft.cli.app import app
 from mft.study import run, workers
 from mft.study.arms.setting import Setting
+from mft.study.bases import Bases
 from mft.study.evidence.sums import read_sums
 from mft.study.outcome import Unit
 from mft.study.report.write import write_study_report
@@ -181,7 +182,7 @@ def process(study, monkeypatch):
     get_context = multiprocessing.get_context
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: get_context("fork"))
     declared = make_study(study.ground)
-    processes = workers._Processes(declared, declared.model)
+    processes = workers._Processes(declared, Bases(declared, study.directory))
     yield processes, Job(Unit("count", "control", 0, Setting(1e-2, 1.0)), (study.directory / "x",), study.directory)
     processes.close()
     assert not any(worker.is_alive() for worker in processes._workers.values())
@@ -215,7 +216,7 @@ def test_processes_end_with_the_one_that_began_them(study, monkeypatch):
 
     def parent():
         job = Job(Unit("count", "control", 0, Setting(1e-2, 1.0)), (), study.directory)
-        workers._Processes(declared, declared.model).submit(job)
+        workers._Processes(declared, Bases(declared, study.directory)).submit(job)
         os.write(begin, b".")
         time.sleep(60)
 

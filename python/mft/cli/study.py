@@ -10,6 +10,7 @@ from mft.files.json_file import read_object
 from mft.study.ablate import derive, plot_ablation
 from mft.study.arms.full import Full
 from mft.study.config import StudyConfig
+from mft.study.evidence.sums import FILE as SUMS
 from mft.study.report.environment import environment
 from mft.study.report.pictures.by_bytes import plot_bytes
 from mft.study.report.pictures.figures import draw_overlap, draw_surface
@@ -18,7 +19,6 @@ from mft.study.report.pictures.plots import plot_summary
 from mft.study.report.write import console_report, write_study_report
 from mft.study.run import run_study
 from mft.study.store import FORGETTING, STUDY, copy_fine_tunes, fine_tunes_in
-from mft.study.evidence.sums import FILE as SUMS
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS

@@ -34,6 +34,8 @@ from mft.study.arms.setting import Setting
 
 # What the arms after the full fine-tune make smaller: the loss, or the share of wrong answers, by rewards.
 OBJECTIVES = CROSS_ENTROPY, REWARDS = ("cross_entropy", "rewards")
+# What a seed draws besides the order of the data: the model from scratch, and which documents are trained on.
+VARIES = VARY_BASE, VARY_DATA = ("base", "data")
 _NAME = re.compile(r"\w[\w .()+-]*")
 LEAST_RATES = 3  # of which a trained arm may choose: the best of fewer cannot lie between two that are worse
 
@@ -107,6 +109,7 @@ class StudyConfig:
     # By domain: the data whose training rows are asked instead of the domain's own, on which it was fine-tuned.
     questions: dict[str, DataConfig] = field(default_factory=dict)
     seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
+    vary: Annotated[list[str], one_of(VARIES)] = field(default_factory=list)  # with the seed, see VARIES
     leaders: LeadersConfig | None = None  # what is ahead on validation runs with more seeds; null: nothing does
     # Further settings that an arm may try, one at a time, while its best lies at an end of its grid (grid.py): a step
     # of epochs and the rates beside it are three.
@@ -124,6 +127,13 @@ class StudyConfig:
         coerce_fields(self)
         check_rule(bool(self.seeds), "seeds", "hold at least one int", self.seeds)
         check_rule(len(set(self.seeds)) == len(self.seeds), "seeds", "be different ints", self.seeds)
+        if VARY_BASE in self.vary:
+            rule = f"leave out {VARY_BASE} without scratch: a model that is loaded is the same for every seed"
+            check_rule(self.scratch is not None, "vary", rule, self.vary)
+        if VARY_DATA in self.vary:
+            for name, data in self.domains.items():
+                rule = f"say how much of the data a seed draws, as vary has {VARY_DATA}"
+                check_rule(data.max_train_tokens is not None, f"domains.{name}.max_train_tokens", rule, None)
         if self.leaders is not None:
             rule = f"be more than the study's own {len(self.seeds)}"
             check_rule(self.leaders.seeds > len(self.seeds), "leaders.seeds", rule, self.leaders.seeds)
@@ -230,8 +240,8 @@ class StudyConfig:
         return str(config.of) if isinstance(config, Average) else arm
 
     def seeds_of(self, arm: str) -> list[int]:
-        """Those that an arm runs with: the base model knows none, and runs once."""
-        return self.seeds[:1] if self.is_base(arm) else self.seeds
+        """Those that an arm runs with, before any leads; what is one model runs once."""
+        return self.seeds[:1] if self.is_one_model(arm) else self.seeds
 
     @property
     def further_seeds(self) -> list[int]:
@@ -253,6 +263,10 @@ class StudyConfig:
     def is_base(self, arm: str) -> bool:
         """Of which there are no runs: the model is there."""
         return isinstance(self.arms.get(arm), Base)
+
+    def is_one_model(self, arm: str) -> bool:
+        """Whether an arm is the same model whatever the seed: the base, unless each seed has its own."""
+        return self.is_base(arm) and VARY_BASE not in self.vary
 
     def general_of(self, domain: str) -> list[str]:
         """The texts by which forgetting is measured on a domain: all but the one of its own name."""

@@ -56,8 +56,9 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
         if keys.get("budget") is None:  # so too
             for key in ("budget", "budget_ramp"):
                 keys.pop(key, None)
-    if study.leaders is None:
-        del values["leaders"]
+    for name in ("vary", "leaders"):  # as a study of before had it
+        if not values[name]:
+            del values[name]
     return values
 
 

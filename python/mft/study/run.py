@@ -3,19 +3,17 @@
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from mft.config import ModelConfig
 from mft.data.formats import PREFERENCE
 from mft.data.sources import SPLITS, form_of, open_source
 from mft.evaluation.evaluated_base import check_exact
 from mft.rewards.questions import questions_of
 from mft.rewards.train import check_installed
+from mft.study.bases import Bases
 from mft.study.config import REWARDS, StudyConfig
 from mft.study.evidence.power import power_lines
 from mft.study.evidence.sums import document_hashes
-from mft.study.from_scratch import train_from_scratch
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
     chosen_units,
@@ -34,7 +32,7 @@ from mft.study.plan import (
     work_of,
 )
 from mft.study.progress import Shown, shown_progress
-from mft.study.store import BASE_MODEL, Store, open_store
+from mft.study.store import Store, open_store
 from mft.study.units.job import Job
 from mft.study.workers import Result, Workers, job_words, start_workers
 from mft.study.workspace import Workspace
@@ -55,8 +53,11 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
         if study.objective == REWARDS:
             check_installed()
             _check_forms(study)
-        base = _base_model(study, store.directory, console)
-        workspace = Workspace(study, base)
+        bases = Bases(study, store.directory)
+        if not bases.is_made(study.seeds[0]):
+            with shown_progress(console) as shown:
+                bases.make(study.seeds[0], shown.step)
+        workspace = Workspace(study, bases)
         if study.objective == REWARDS:
             for domain in study.domains:
                 questions_of(workspace.questions(domain).train, workspace.tokenizer, study.rewards)
@@ -67,8 +68,8 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
         documents = {domain: len(set(workspace.splits(domain).test["document"])) for domain in study.domains}
         for line in [*lines, _units_words(study), *power_lines(study, documents, store.directory)]:
             console.print(line, style="dim", highlight=False, soft_wrap=True)
-        with start_workers(study, base, workspace) as workers, shown_progress(console) as shown:
-            run = _Run(study, store, workers, shown)
+        with start_workers(study, bases, workspace) as workers, shown_progress(console) as shown:
+            run = _Run(study, store, workers, shown, bases)
             try:
                 run.train()
                 openings = run.test()
@@ -85,8 +86,8 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
 class _Run:
     """One pass of the scheduler; outcomes and tested hold what is known, by unit."""
 
-    def __init__(self, study: StudyConfig, store: Store, workers: Workers, shown: Shown) -> None:
-        self.study, self.store, self.workers, self.shown = study, store, workers, shown
+    def __init__(self, study: StudyConfig, store: Store, workers: Workers, shown: Shown, bases: Bases) -> None:
+        self.study, self.store, self.workers, self.shown, self.bases = study, store, workers, shown, bases
         self.outcomes = {outcome.unit: outcome for outcome in store.outcomes()}
         self.tested: dict[Unit, Tested] = {}
         self._running: dict[Unit, float] = {}  # with the time at which it began
@@ -138,6 +139,7 @@ class _Run:
             for read in lost:
                 self._submit(read, False)
             return
+        self.bases.make(unit.seed, self.shown.step)
         self._running[unit] = time.perf_counter()
         self.workers.submit(job)
 
@@ -203,22 +205,6 @@ def _check_forms(study: StudyConfig) -> None:
             )
 
 
-def _base_model(study: StudyConfig, directory: Path, console: Console) -> ModelConfig:
-    """The declared model, or the one that is trained from scratch first."""
-    if study.scratch is None:
-        return study.model
-    base = directory / BASE_MODEL
-    if not base.exists():
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as all that follows
-        try:
-            with shown_progress(console) as shown:
-                train_from_scratch(study.scratch, base, progress=shown.step)
-        finally:
-            torch.set_num_threads(threads)
-    return ModelConfig(name=str(base), dtype="float32")
-
-
 def _units_words(study: StudyConfig) -> str:
     """How long the grids are."""
     units = units_declared(study)
@@ -266,7 +252,7 @@ def _findings(
     general: dict = {domain: {arm: {} for arm in arms} for domain, arms in present.items()}
     for tested in run.tested.values():
         unit = tested.unit
-        for seed in study.all_seeds if study.is_base(unit.arm) else [unit.seed]:  # the base knows no seed
+        for seed in study.all_seeds if study.is_one_model(unit.arm) else [unit.seed]:
             validation[unit.domain][unit.arm][seed] = tested.validation
             test[unit.domain][unit.arm][seed] = tested.test
             general[unit.domain][unit.arm][seed] = tested.general

@@ -2,6 +2,7 @@
 
     output_dir/study.yaml                             what was declared
                base/                                  the model from scratch, if there is one
+               bases/<seed>/                          or one of each seed
                units/<domain>/<arm>/<key>.json        an Outcome
                trained/<domain>/<arm>/<key>.safetensors
                test/<domain>/<arm>/<key>.json         a Tested; test/openings.json: each set of models that test saw
@@ -37,9 +38,23 @@ from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold
 
 FORMAT = 2  # counts up when the same declaration gives other results
-STUDY, BASE_MODEL, UNITS, TRAINED, TEST = "study.yaml", "base", "units", "trained", "test"
+STUDY, BASE_MODEL, BASES, UNITS, TRAINED, TEST = "study.yaml", "base", "bases", "units", "trained", "test"
 FORGETTING = "forgetting.png"
-_OURS = {STUDY, BASE_MODEL, UNITS, TRAINED, TEST, LOCK, TABLE_MARKDOWN, TABLE_JSON, SUMS, PLOT, FORGETTING, ABLATION}
+_OURS = {
+    STUDY,
+    BASE_MODEL,
+    BASES,
+    UNITS,
+    TRAINED,
+    TEST,
+    LOCK,
+    TABLE_MARKDOWN,
+    TABLE_JSON,
+    SUMS,
+    PLOT,
+    FORGETTING,
+    ABLATION,
+}
 BYTES = "bytes.png"
 _OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
 _OPENINGS = "openings.json"
@@ -89,7 +104,7 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
     values, now = parse_yaml((source / STUDY).read_text(encoding="utf-8"), str(source / STUDY)), study_values(study)
     if any(values.get(name) != now[name] for name in ("model", "scratch")):
         return 0
-    shared = [path for path in source.glob(f"{BASE_MODEL}/**/*") if path.is_file()]
+    shared = [path for folder in (BASE_MODEL, BASES) for path in source.glob(f"{folder}/**/*") if path.is_file()]
     for folder in (UNITS, TRAINED):
         for name in _starts(study):
             shared += source.glob(f"{folder}/*/{name}/[!.]*")  # names with a dot are being written
@@ -141,6 +156,8 @@ class Store:
         }
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
         parts["general"] = {name: values["general"][name] for name in self.study.general_of(unit.domain)}
+        if self.study.vary:
+            parts["vary"] = sorted(self.study.vary)
         if self.study.objective != CROSS_ENTROPY:
             learns = config.follows  # the others answer alone
             rewards = {name: value for name, value in values["rewards"].items() if learns or name in _OF_ANSWERS}

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mft.config import ModelConfig
+from mft.study.bases import Bases
 from mft.study.config import StudyConfig
 from mft.study.outcome import Outcome, Tested, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.units.job import Job
@@ -41,7 +41,7 @@ class Workers(Protocol):
 
 
 @contextlib.contextmanager
-def start_workers(study: StudyConfig, base: ModelConfig, workspace: Workspace) -> Iterator[Workers]:
+def start_workers(study: StudyConfig, bases: Bases, workspace: Workspace) -> Iterator[Workers]:
     """study.workers of them; a single one is this process, with workspace."""
     threads = torch.get_num_threads()
     if study.workers == 1:
@@ -51,7 +51,7 @@ def start_workers(study: StudyConfig, base: ModelConfig, workspace: Workspace) -
         finally:
             torch.set_num_threads(threads)
         return
-    processes = _Processes(study, base)
+    processes = _Processes(study, bases)
     try:
         yield processes
     finally:
@@ -81,14 +81,14 @@ class _Here:
 
 
 class _Processes:
-    def __init__(self, study: StudyConfig, base: ModelConfig) -> None:
+    def __init__(self, study: StudyConfig, bases: Bases) -> None:
         self.count = study.workers
         context = multiprocessing.get_context("spawn")
         self._workers: dict[Connection, Any] = {}
         self._jobs: dict[Connection, Job] = {}
         for _ in range(study.workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, study, base), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, study, bases), daemon=True)
             process.start()
             theirs.close()  # so that a process that dies closes the pipe
             self._workers[ours] = process
@@ -130,7 +130,7 @@ class _Processes:
             process.join()
 
 
-def _serve(connection: Connection, study: StudyConfig, base: ModelConfig) -> None:
+def _serve(connection: Connection, study: StudyConfig, bases: Bases) -> None:
     """A worker process: jobs come in, plain values go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # semaphores of libraries are given back
@@ -144,7 +144,7 @@ def _serve(connection: Connection, study: StudyConfig, base: ModelConfig) -> Non
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself; a SystemExit in some __del__ would show
             return
         try:
-            workspace = workspace or Workspace(study, base)
+            workspace = workspace or Workspace(study, bases)
             result = _run(workspace, job)
         except _TOLD as error:
             connection.send((None, str(error)))

@@ -4,6 +4,7 @@ Results must not depend on which units ran before in the same process. A product
 another batch, so remembered outputs are all made in one way before a unit sees them: in order, so many rows at once.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mft.config import ModelConfig
+from mft.config import DataConfig
 from mft.data.batches import take_rows
 from mft.data.splits import Splits, load_splits
 from mft.masks.quantize import coded_shapes
@@ -25,10 +26,12 @@ from mft.models.quantized_weight import check_library
 from mft.study.arms.arm import Arm
 from mft.study.arms.setting import Setting
 from mft.study.arms.weights import with_weights
-from mft.study.config import StudyConfig
+from mft.study.bases import Bases
+from mft.study.config import VARY_DATA, StudyConfig
 from mft.study.teacher import RememberedTeacher
 
 ROWS = 8  # that are evaluated together
+_Begun = tuple[str, tuple[Path, ...], int]  # a domain, what leads from the base model, and the seed of that one
 _EARLIER = 1 << 30  # bytes of the frozen layers' outputs from earlier starts, to which a study's units return
 
 
@@ -38,20 +41,20 @@ class Workspace:
     model: where the units that begin() was told of begin, the fine-tune as a rule, frozen; they take clones.
     """
 
-    def __init__(self, study: StudyConfig, base: ModelConfig) -> None:
-        self.study = study
-        texts = (*study.domains.values(), *study.general.values(), *study.questions.values())
-        longest = max(data.sequence_length for data in texts)
-        self.base, self.tokenizer = load_model(base, sequence_length=longest)
-        self.base.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, study: StudyConfig, bases: Bases) -> None:
+        self.study, self._bases = study, bases
+        self._loaded: dict[str, Any] = {}  # base models by name
+        self.tokenizer: Any = None
+        self._seed = self._varying(study.seeds[0])  # what was begun is of
+        self.base: Any = self._base_of(study.seeds[0])
         self.model: Any = self.base
-        self._begun: tuple[str, tuple[Path, ...]] | None = None
-        self._splits: dict[str, Splits] = {}
+        self._begun: _Begun | None = None
+        self._splits: dict[tuple[str, int], Splits] = {}
         self._general: dict[str, Splits] = {}
-        self._questions: dict[str, Splits] = {}
-        self._memories: dict[tuple[str, tuple[Path, ...]], dict[tuple[str | None, str, int], PrefixMemory]] = {}
-        self._teacher: tuple[tuple[str, tuple[Path, ...]], RememberedTeacher] | None = None
-        self._teaching: tuple[tuple[str, tuple[Path, ...]], nn.Module] | None = None
+        self._questions: dict[tuple[str, int], Splits] = {}
+        self._memories: dict[_Begun, dict[tuple[str | None, str, int], PrefixMemory]] = {}
+        self._teacher: tuple[_Begun, RememberedTeacher] | None = None
+        self._teaching: tuple[_Begun, nn.Module] | None = None
         self._layers: dict[tuple[str, str | None], tuple[list[str], int]] = {}
         for arm in study.arms.values():
             if arm.of is None:
@@ -62,9 +65,8 @@ class Workspace:
                 coded_shapes(self.base)
 
     def splits(self, domain: str) -> Splits:
-        if domain not in self._splits:
-            self._splits[domain] = load_splits(self.study.domains[domain], self.tokenizer)
-        return self._splits[domain]
+        """Of a domain; the training rows may be those of the seed that was begun."""
+        return self._drawn_splits(self._splits, domain, self.study.domains[domain])
 
     def general(self, name: str) -> Splits:
         if name not in self._general:
@@ -75,31 +77,32 @@ class Workspace:
         """Those whose training rows answers are sampled to: the domain's own unless others are declared."""
         if domain not in self.study.questions:
             return self.splits(domain)
-        if domain not in self._questions:
-            self._questions[domain] = load_splits(self.study.questions[domain], self.tokenizer)
-        return self._questions[domain]
+        return self._drawn_splits(self._questions, domain, self.study.questions[domain])
 
-    def begin(self, domain: str, starts: tuple[Path, ...]) -> None:
-        """Take the model to which these trained weights lead from the base model, one after the other."""
-        if self._begun == (domain, starts):
+    def begin(self, domain: str, starts: tuple[Path, ...], seed: int) -> None:
+        """Take the model to which these trained weights lead from the seed's base model, one after the other."""
+        begun = domain, starts, self._varying(seed)
+        if self._begun == begun:
             return
+        self.base, self._seed = self._base_of(seed), self._varying(seed)
         self.model = self._after(starts)
-        self._begun = domain, starts
+        self._begun = begun
         self._memories[self._begun] = self._memories.pop(self._begun, {})  # the latest is the last
         while len(self._memories) > 1 and self._remembered_bytes() > _EARLIER:
             del self._memories[next(iter(self._memories))]
 
     def teaching_model(self, domain: str, ends: tuple[Path, ...]) -> nn.Module:
         """The model to which these trained weights lead, for a teacher of what nobody has said yet."""
-        if self._teaching is None or self._teaching[0] != (domain, ends):
-            self._teaching = (domain, ends), self._after(ends)
+        key = domain, ends, self._seed
+        if self._teaching is None or self._teaching[0] != key:
+            self._teaching = key, self._after(ends)
         return self._teaching[1]
 
     def teacher(self, domain: str, ends: tuple[Path, ...]) -> RememberedTeacher:
         """The model to which these trained weights lead, on the training rows."""
-        if self._teacher is None or self._teacher[0] != (domain, ends):
-            teacher = RememberedTeacher(self._after(ends), self.splits(domain).train, batch_size=ROWS)
-            self._teacher = (domain, ends), teacher
+        key = domain, ends, self._seed
+        if self._teacher is None or self._teacher[0] != key:
+            self._teacher = key, RememberedTeacher(self._after(ends), self.splits(domain).train, batch_size=ROWS)
         return self._teacher[1]
 
     def layers_of(self, arm: Arm, setting: Setting | None = None) -> tuple[list[str], int]:
@@ -132,6 +135,28 @@ class Workspace:
             splits = self.splits(self._begun[0]) if general is None else self.general(general)
             memories[key] = _remembered(self.model, getattr(splits, split), first, batch_size=ROWS)
         return memories[key]
+
+    def _varying(self, seed: int) -> int:
+        """The seed, or 0 where seeds share base models and training rows."""
+        return seed if self.study.vary else 0
+
+    def _base_of(self, seed: int) -> Any:
+        """The base model of a seed, frozen; it is loaded once."""
+        config = self._bases.of(seed)
+        if config.name not in self._loaded:
+            texts = (*self.study.domains.values(), *self.study.general.values(), *self.study.questions.values())
+            longest = max(data.sequence_length for data in texts)
+            model, self.tokenizer = load_model(config, sequence_length=longest)
+            model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+            self._loaded[config.name] = model
+        return self._loaded[config.name]
+
+    def _drawn_splits(self, held: dict[tuple[str, int], Splits], name: str, data: DataConfig) -> Splits:
+        """The splits of data; if seeds draw the training rows, those of the seed that was begun."""
+        drawn = self._seed if VARY_DATA in self.study.vary else 0
+        if (name, drawn) not in held:
+            held[name, drawn] = load_splits(dataclasses.replace(data, seed=data.seed + drawn), self.tokenizer)
+        return held[name, drawn]
 
     def _remembered_bytes(self) -> int:
         return sum(memory.nbytes for memories in self._memories.values() for memory in memories.values())

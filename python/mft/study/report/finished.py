@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mft.checks import nearest
-from mft.config import ModelConfig
 from mft.study.arms.arm import Arm
 from mft.study.arms.kinds import name_of
 from mft.study.arms.masks import Mask
 from mft.study.arms.setting import Setting
 from mft.study.arms.weights import with_weights
+from mft.study.bases import Bases
 from mft.study.load import load_study
 from mft.study.outcome import Unit
 from mft.study.plan import selection, starts_of
 from mft.study.report.table import reference_of
-from mft.study.store import BASE_MODEL, STUDY, Store, open_store
+from mft.study.store import STUDY, Store, open_store
 from mft.study.units.job import Job
 from mft.study.workspace import Workspace
 
@@ -39,9 +39,7 @@ class Finished:
 
     def __init__(self, store: Store) -> None:
         self.study, self._store = store.study, store
-        base = store.directory / BASE_MODEL
-        model = self.study.model if self.study.scratch is None else ModelConfig(str(base), dtype="float32")
-        self.workspace = Workspace(self.study, model)
+        self.workspace = Workspace(self.study, Bases(self.study, store.directory))
         self.outcomes = store.outcomes()
         self._chosen = selection(self.study, self.outcomes).chosen
 
@@ -69,11 +67,13 @@ class Finished:
 
     def model(self, domain: str, arm: str, seed: int):
         job = self.job(domain, arm, seed)
-        self.workspace.begin(domain, job.starts or (job.trained,))
+        self.workspace.begin(domain, job.starts or (job.trained,), seed)
         return with_weights(self.workspace.model, load_file(job.trained)) if job.starts else self.workspace.model
 
     def dropped(self, domain: str, arm: str, seed: int) -> dict[str, Tensor]:
         job = self.job(domain, arm, seed)
+        if not job.starts:
+            self.workspace.begin(domain, (), seed)
         before = load_file(job.starts[-1]) if job.starts else dict(self.workspace.base.named_parameters())
         return {name: (weight == 0) & (before[name] != 0) for name, weight in load_file(job.trained).items()}
 

@@ -55,7 +55,7 @@ def on_test(findings: Findings, domain: str, arm: str | None, text: str) -> Runs
     """An arm's models on a text, by seed; the base model is one for all."""
     found = findings.general.get(domain, {}).get(arm, {}) if arm is not None else {}
     runs = {seed: texts[text] for seed, texts in found.items() if text in texts}
-    if runs and arm is not None and findings.study.is_base(arm):
+    if runs and arm is not None and findings.study.is_one_model(arm):
         return dict.fromkeys(findings.study.all_seeds, next(iter(runs.values())))
     return runs
 

@@ -4,13 +4,15 @@ from collections.abc import Iterable, Mapping
 
 from mft.study.arms.full import Control
 from mft.study.arms.means import Average
-from mft.study.config import REWARDS
+from mft.study.config import REWARDS, VARY_BASE, VARY_DATA
 from mft.study.outcome import Findings
 from mft.study.report.dominance import draws_of, family_size
 from mft.study.report.judge import LEAST_DOCUMENTS, MARGIN
 from mft.study.report.rewards import rewards_remark
 from mft.study.report.statistics import CONFIDENCE, DRAWS, LEVEL, smallest_p
 from mft.study.report.table import DomainTable
+
+_VARIES = {VARY_BASE: "base model, trained from scratch", VARY_DATA: "documents to train on"}
 
 
 def remarks(findings: Findings, tables: Mapping[str, DomainTable]) -> list[str]:
@@ -88,6 +90,9 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
     if family := family_size(table.comparisons for table in tables.values()):
         yield dominance_remark(family)
     yield p_remark(seeds)
+    if study.vary:
+        drawn = [_VARIES[what] for what in study.vary]
+        yield f"Each seed has its own {' and its own '.join(drawn)}: intervals over seeds know of these too."
     if study.leaders is not None:
         yield (
             f"What led on validation ran with {study.leaders.seeds} seeds, as the headings say: the first "

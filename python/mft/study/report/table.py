@@ -278,7 +278,7 @@ def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[st
     test, found = findings.test[domain], dict[tuple[str, str, str], Paired | None]()
     for row in table.rows:
         runs = test[row.arm]
-        if findings.study.is_base(row.arm) and len(runs) == 1:  # the same model whatever the seed
+        if findings.study.is_one_model(row.arm) and len(runs) == 1:
             runs = dict.fromkeys(test[table.full], next(iter(runs.values())))
         if row.arm != table.full:
             found[row.arm, FULL, "loss"] = paired(runs, test[table.full])

@@ -17,7 +17,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
     """Train what the unit trains, and see it on validation. A run that does not stay finite, and a method
     that cannot be run so, are outcomes too."""
     unit, arm = job.unit, arm_of(workspace, job.unit)
-    workspace.begin(unit.domain, job.starts)
+    workspace.begin(unit.domain, job.starts, unit.seed)
     try:
         if arm.lrs:
             return train_unit(workspace, job)
@@ -50,7 +50,7 @@ def run_test(workspace: Workspace, job: Job) -> Tested:
     """Evaluate a unit's model on validation again, and on test; each also at the temperature that validation likes."""
     unit, arm = job.unit, arm_of(workspace, job.unit)
     is_full = isinstance(arm, Full)  # where others begin: it is run from the base model, and its model is kept
-    workspace.begin(unit.domain, (job.trained,) if is_full else job.starts)
+    workspace.begin(unit.domain, (job.trained,) if is_full else job.starts, unit.seed)
     model, splits = model_of(workspace, job), workspace.splits(unit.domain)
     options, temperature = evaluation_options(workspace, unit), 0.0
     measured = {}
