@@ -20,7 +20,7 @@ setup(
     packages=[*find_packages(include=["mft_kernels", "mft_kernels.*"]), *find_packages("python")],
     package_dir={"mft_kernels": "mft_kernels", "mft": "python/mft"},
     package_data={
-        "mft": ["configs/*.yaml", "configs/compare/*.yaml", "py.typed"],
+        "mft": ["configs/*.yaml", "configs/compare/*.yaml", "data/reserve.txt", "py.typed"],
         "mft.memory": ["known_models/*.json"],
         "mft.models": ["templates/*.jinja"],
         "mft_kernels": ["py.typed", "cubins/*.zip"],  # PEP 561: type checkers read our annotations

@@ -18,7 +18,7 @@ from .records import RESULTS, ROOT, question_of
 
 # What can change a result. Of the recipe: not what prints, publishes or serves.
 KERNELS = ("mft_kernels", "csrc/cpu")
-_NO_RESULT = ("cli", "publishing", "serving", "tracking", "study/report", "memory")
+_NO_RESULT = ("cli", "publishing", "serving", "tracking", "study/report", "study/evidence", "memory")
 RECIPE = (*KERNELS, "python/mft", *(f":!python/mft/{folder}" for folder in _NO_RESULT))
 SIMULATED = ("python/mft", "mft_kernels", "benchmarks/memory")
 

@@ -237,7 +237,7 @@ class DataConfig:
 
     # Built in: stdlib, headers, problems. Your own: hub id, directory, *.jsonl, *.parquet, *.csv
     source: str = "stdlib"
-    # Subset of a hub data set, or of stdlib (pretrain, finetune) or problems (finetune, rewards)
+    # Subset of a hub data set, of stdlib (pretrain, finetune), problems (finetune, rewards) or headers (reserve)
     subset: str | None = None
     split: str = "train"  # Split of the source to train on
     validation_split: str | None = None  # Split of the source to validate on (null: its own, or a tenth of split)

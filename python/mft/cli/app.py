@@ -234,13 +234,14 @@ def compare(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that output_dir holds.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Open the reserve though this study has opened it.")] = False,
 ) -> None:
     """MFT against honest baselines, chosen on validation, reported on test; continues where it was interrupted."""
     from mft.cli.study import run_compare
     from mft.study.load import load_study
 
     study = load_study(config, [*(overrides or []), *(sets or [])])
-    run_compare(study, overwrite=overwrite, fine_tunes_of=fine_tunes_of)
+    run_compare(study, overwrite=overwrite, fine_tunes_of=fine_tunes_of, again=again)
 
 
 @app.command(cls=StudyKeys)

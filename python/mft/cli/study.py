@@ -10,8 +10,8 @@ from mft.files.json_file import read_object
 from mft.study.ablate import derive, plot_ablation
 from mft.study.arms.full import Full
 from mft.study.config import StudyConfig
+from mft.study.evidence.environment import environment
 from mft.study.evidence.sums import FILE as SUMS
-from mft.study.report.environment import environment
 from mft.study.report.pictures.by_bytes import plot_bytes
 from mft.study.report.pictures.figures import draw_overlap, draw_surface
 from mft.study.report.pictures.forgetting import plot_forgetting
@@ -30,12 +30,12 @@ PLOTS = ("summary", "bytes", "forgetting", "surface", "overlap", "flips")
 _LARGEST_TABLE = 1 << 28  # bytes
 
 
-def run_compare(study: StudyConfig, *, overwrite: bool, fine_tunes_of: Path | None = None) -> None:
-    """mft compare; fine_tunes_of: the directory of another study."""
+def run_compare(study: StudyConfig, *, overwrite: bool, fine_tunes_of: Path | None = None, again: bool = False) -> None:
+    """mft compare; fine_tunes_of: the directory of another study; again: see run_study."""
     directory = Path(study.output_dir)
     if fine_tunes_of is not None:
         _take_fine_tunes(fine_tunes_of, study, directory, overwrite)
-    findings = run_study(study, directory, console=console, overwrite=overwrite)
+    findings = run_study(study, directory, console=console, overwrite=overwrite, again=again)
     write_study_report(findings, directory, environment())
     for part in console_report(findings):
         console.print(part)

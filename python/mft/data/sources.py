@@ -18,6 +18,7 @@ from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
 from mft.data.problems import PROBLEM_SUBSETS, Problem, describe_problems, fingerprint_of, make_problems
 from mft.data.record_files import FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files, type_of
 from mft.data.record_streams import RecordStream, stream_files, stream_hub, stream_records
+from mft.data.reserve import RESERVE, RESERVED_SOURCE, reserved
 from mft.files.cache import sha256_of
 from mft.files.hub import hub_is_reachable
 
@@ -36,6 +37,7 @@ class Source:
     hash finds the fingerprint again, where others may write the files meanwhile.
     parts: the sources of a mix by name, which itself loads nothing.
     streams: of a source that is read as training goes on; fingerprint then stands for names and sizes.
+    reserved: by split, the documents that no run reads but one that asks for them (see reserve.py).
     counts_padding: whether padding fills data.max_eval_tokens, as it does in the stored studies of problems.
     """
 
@@ -45,6 +47,7 @@ class Source:
     hash: Callable[[], str] | None = None
     parts: dict[str, "Source"] = field(default_factory=dict)
     streams: dict[str, RecordStream] = field(default_factory=dict)
+    reserved: dict[str, frozenset[int]] = field(default_factory=dict)
     counts_padding: bool = False
 
     def open_streams(self) -> dict[str, RecordStream]:
@@ -126,7 +129,8 @@ def _stdlib(config: DataConfig) -> Source:
 
 
 def _headers(config: DataConfig) -> Source:
-    _only_defaults(config, "the corpus of headers is split by file hash")
+    _only_defaults(config, "the corpus of headers is split by file hash", but=("subset",))
+    _check_subset(config.subset, (RESERVE,), "the corpus of headers")
     return _installed(config, header_files(), describe_headers(), "install a torch that has its include directory")
 
 
@@ -138,8 +142,12 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
     rows, paths = [{"text": text} for text in sources.values()], list(sources)
     everything = Records(rows, paths.__getitem__, ["text"], range(len(rows)))
     splits = _split_off(everything, ["validation", "test"])
-    part = ""
-    if config.subset is not None:
+    part, held = "", reserved(list(sources.values())) if config.source == RESERVED_SOURCE else frozenset()
+    left_out = dict.fromkeys(SPLITS[1:], held)
+    if config.subset == RESERVE:
+        splits["test"], left_out["test"] = everything.select(sorted(held)), frozenset()
+        part = " (test is the reserve, files that no study has read)"
+    elif config.subset is not None:
         splits["train"] = _part_of(splits["train"], config.subset)
         part = f" (train is the {config.subset} subset of the training files)"
     for split, records in splits.items():
@@ -148,7 +156,7 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
     files = " / ".join(f"{len(records.rows)} {split}" for split, records in splits.items())
     digest = hashlib.sha256("\0".join(text for item in sources.items() for text in item).encode())
     note = f"{config.source}: {what}, split by file hash into {files} files{part}"
-    return Source(digest.hexdigest(), lambda: splits, [note])
+    return Source(digest.hexdigest(), lambda: splits, [note], reserved=left_out if held else {})
 
 
 def _part_of(train: Records, subset: str) -> Records:

@@ -85,8 +85,13 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
     notes = json.loads((directory / NOTES_FILE).read_text(encoding="utf-8"))
     for note in notes:
         logger.info(note)
-    train, validation, test = (datasets.Dataset.from_file(str(directory / f"{split}.arrow")) for split in SPLITS)
-    return Splits(train, validation, test, notes, directory.name)
+    found = {split: datasets.Dataset.from_file(str(directory / f"{split}.arrow")) for split in SPLITS}
+    for split, documents in source.reserved.items():
+        kept = [row for row, document in enumerate(found[split]["document"]) if document not in documents]
+        if len(kept) < len(found[split]):
+            notes.append(f"{split}: {len(found[split]) - len(kept)} rows are of the reserve and were left out")
+            found[split] = found[split].select(kept)
+    return Splits(found["train"], found["validation"], found["test"], notes, directory.name)
 
 
 def _streamed(config: DataConfig, tokenizer: Any, source: Source) -> Splits:

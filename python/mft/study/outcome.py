@@ -132,6 +132,7 @@ class Findings:
     open_ends: list[OpenEnd] = field(default_factory=list)  # choices that lie at an end of their grid
     # By domain, split and text (the domain itself, or a general text): a hash by number of a document (see sums.py).
     documents: dict[tuple[str, str, str], dict[int, int]] = field(default_factory=dict)
+    reserve_openings: list[str] = field(default_factory=list)  # the studies that opened the reserve, if it is the test
     test_openings: int = 1  # how often test was evaluated with other arms or settings than before, this time included
     without_result: dict[str, dict[str, str]] = field(default_factory=dict)  # by domain and arm: why it has none
 

@@ -1,5 +1,6 @@
 """Runs a study to its end: units as they become ready, then test; an interrupted one continues where it stopped."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -40,10 +41,12 @@ from mft.study.workspace import Workspace
 _SAME = 0.01  # nats a token: what rounding may move a model's loss by between its training and its file
 
 
-def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrite: bool = False) -> Findings:
+def run_study(
+    study: StudyConfig, directory: Path, *, console: Console, overwrite: bool = False, again: bool = False
+) -> Findings:
     """Run what directory does not hold yet of the study, and gather all that it found.
 
-    Results depend neither on study.workers nor on interruptions.
+    Results depend neither on study.workers nor on interruptions. again: open the reserve though this study has.
     Raises: RuntimeError that names the unit if one fails; what was done before is kept. ValueError as open_store.
     """
     check_exact(study.model, "compare")
@@ -72,7 +75,7 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
             run = _Run(study, store, workers, shown, bases)
             try:
                 run.train()
-                openings = run.test()
+                openings, reserve = run.test(again=again)
             except KeyboardInterrupt:
                 console.print(
                     f"interrupted: {len(run.outcomes)} units are kept in {directory}, the same command continues",
@@ -80,7 +83,8 @@ def run_study(study: StudyConfig, directory: Path, *, console: Console, overwrit
                     soft_wrap=True,
                 )
                 raise
-        return _findings(study, run, openings, lines, _hashes(study, workspace))
+        found = _findings(study, run, lines, _hashes(study, workspace))
+        return dataclasses.replace(found, test_openings=openings, reserve_openings=reserve)
 
 
 class _Run:
@@ -99,9 +103,11 @@ class _Run:
         while self._step(ready(self.study, self.outcomes.values())):
             pass
 
-    def test(self) -> int:
-        """Evaluate what was chosen on test; how many different sets of models test has seen by now."""
+    def test(self, *, again: bool) -> tuple[int, list[str]]:
+        """Evaluate what was chosen on test. Returns how many different sets of models test has seen by now, and which
+        studies have opened the reserve, if it is the test."""
         units = chosen_units(self.study, self.outcomes.values())
+        reserve = self.store.open_reserve(units, self.chosen, again=again)
         openings = self.store.open_test(units, self.chosen)
         for unit in units:
             tested = self.store.tested(unit, self.chosen)
@@ -110,7 +116,7 @@ class _Run:
         self.shown.kept(len(self.tested))
         while self._step([unit for unit in units if unit not in self.tested], on_test=True):
             pass
-        return openings
+        return openings, reserve
 
     def _step(self, waiting: list[Unit], *, on_test: bool = False) -> bool:
         """Give units to idle workers and wait for one result; False if there was nothing to do."""
@@ -240,7 +246,6 @@ def _hashes(study: StudyConfig, workspace: Workspace) -> dict[tuple[str, str, st
 def _findings(
     study: StudyConfig,
     run: _Run,
-    openings: int,
     lines: list[str],
     documents: dict[tuple[str, str, str], dict[int, int]],
 ) -> Findings:
@@ -257,4 +262,5 @@ def _findings(
             test[unit.domain][unit.arm][seed] = tested.test
             general[unit.domain][unit.arm][seed] = tested.general
     said, ends = lines + notes(study, outcomes), open_ends(study, outcomes)
-    return Findings(study, outcomes, run.chosen, validation, test, said, general, ends, documents, openings, without)
+    found = Findings(study, outcomes, run.chosen, validation, test, said, general, ends, documents)
+    return dataclasses.replace(found, without_result=without)

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mft.data.reserve import RESERVE
 from mft.files.atomic import sweep, target_of, write_whole
 from mft.files.json_file import parse_value
 from mft.files.yaml_file import dump_yaml, parse_yaml
@@ -29,6 +30,7 @@ from mft.study.arms.full import Full
 from mft.study.arms.means import Average
 from mft.study.arms.setting import CHOICES, Setting
 from mft.study.config import CROSS_ENTROPY, StudyConfig
+from mft.study.evidence.reserve import open_reserve, opened_by
 from mft.study.evidence.sums import FILE as SUMS
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
@@ -145,7 +147,7 @@ class Store:
         teachers = teachers_of(self.study, chosen, unit)
         parts: dict[str, Any] = {
             "format": FORMAT,
-            "domain": values["domains"][unit.domain],
+            "domain": _as_trained(values["domains"][unit.domain]),
             "arm": {key: value for key, value in _without_grid(arm).items() if key not in _OF_OTHERS},
             "unit": {"seed": unit.seed, "setting": _setting_values(unit.setting), "part": unit.part},
             "of": _without_grid(values["arms"][arm["of"]]) if isinstance(config, Average) else None,
@@ -155,7 +157,7 @@ class Store:
             "stage": values["stage"] if config.follows else None,
         }
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
-        parts["general"] = {name: values["general"][name] for name in self.study.general_of(unit.domain)}
+        parts["general"] = {name: _as_trained(values["general"][name]) for name in self.study.general_of(unit.domain)}
         if self.study.vary:
             parts["vary"] = sorted(self.study.vary)
         if self.study.objective != CROSS_ENTROPY:
@@ -212,13 +214,23 @@ class Store:
 
     def open_test(self, units: list[Unit], chosen: Chosen) -> int:
         """Note that test will see the models of these units; how many different sets of models it has seen then."""
-        keys = sorted(self.key(unit, chosen) for unit in units)
+        keys = self._keys(units, chosen)
         path = self.directory / TEST / _OPENINGS
         openings = _read(path) if path.is_file() else []
         if keys not in openings:
             openings.append(keys)
             write_whole(path, json.dumps(openings))
         return len(openings)
+
+    def open_reserve(self, units: list[Unit], chosen: Chosen, *, again: bool) -> list[str]:
+        """The same of the reserve, if it is the test: the studies that have opened it. Raises: as open_reserve."""
+        if not opened_by(self.study):
+            return []
+        models = _digest(self._keys(units, chosen))
+        return [entry["study"] for entry in open_reserve(self.study, self.directory, models, again=again)]
+
+    def _keys(self, units: list[Unit], chosen: Chosen) -> list[str]:
+        return sorted(self.key(unit, chosen) for unit in units)
 
     def _is_declared(self, unit: Unit) -> bool:
         return unit.domain in self.study.domains and unit.arm in self.study.arms and unit.seed in self.study.all_seeds
@@ -231,11 +243,17 @@ class Store:
         return self.directory / folder / unit.domain / unit.arm / f"{key}.{suffix}"
 
     def _test_path(self, unit: Unit, chosen: Chosen) -> Path:
-        parts = [self.key(unit, chosen), unit.domain in self.study.answers]
+        parts: list[Any] = [self.key(unit, chosen), unit.domain in self.study.answers]
+        parts += [opened] if (opened := opened_by(self.study)) else []
         return self._path(TEST, unit, _digest(parts), "json")
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _as_trained(data: dict[str, Any]) -> dict[str, Any]:
+    """Data as training and validation know them, of which the reserve changes nothing."""
+    return data | {"subset": None} if data["subset"] == RESERVE else data
 
 
 def _without_grid(arm: dict[str, Any]) -> dict[str, Any]:
@@ -306,6 +324,8 @@ def _is_addition(key: str, old: dict[str, Any], new: dict[str, Any], before: dic
         return True
     if key not in old or key not in new:
         return False
+    if parts[0] in ("domains", "general") and parts[-1] == "subset":
+        return {old[key], new[key]} == {None, RESERVE}
     if parts[0] in ("extensions", "max_epochs"):
         return new[key] >= old[key]
     if parts[0] == "arms" and parts[2] == _OPTIONS:  # further values to choose from

@@ -55,6 +55,12 @@ def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable
             f"Warning: the test split was opened {findings.test_openings} times, each time with other arms or "
             "settings: the p-values are optimistic."
         )
+    if len(findings.reserve_openings) > 1:
+        studies = ", ".join(dict.fromkeys(findings.reserve_openings))
+        yield (
+            f"Warning: the reserve was opened {len(findings.reserve_openings)} times, by {studies}: what was learned "
+            "there may have led to what is tested here."
+        )
     for domain, table in tables.items():
         if table.documents < LEAST_DOCUMENTS:
             yield (
@@ -120,7 +126,9 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
             f"{stage.schedule} schedule, as many epochs as validation chose of its grid; the best of "
             f"{study.checkpoints} checkpoints on validation is kept."
         )
-    if findings.test_openings == 1:
+    if findings.reserve_openings:
+        yield "Test is the reserve, documents that no study before its first opening has read."
+    elif findings.test_openings == 1:
         yield "The test split was opened once, after every choice."
 
 

@@ -1,0 +1,62 @@
+"""The ledger of the reserve: which studies have opened it, counted across all of them.
+
+In a checkout it is benchmarks/reserve.json, to be committed with the results; else reserve.json in the cache. It has an
+entry per opening: the study (the name of its output_dir), what it opened, a digest of the models that saw it, date and
+commit.
+"""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from mft.data.reserve import RESERVE
+from mft.files.atomic import write_whole
+from mft.files.cache import cache_root
+from mft.files.json_file import parse_value
+from mft.study.config import StudyConfig
+from mft.study.evidence.environment import environment
+
+NAME = "reserve.json"
+_ROOT = Path(__file__).parents[4]  # of a checkout
+
+
+def opened_by(study: StudyConfig) -> list[str]:
+    """The domains and general texts whose test a study has declared to be the reserve."""
+    texts = [*study.domains.items(), *study.general.items()]
+    return list(dict.fromkeys(name for name, data in texts if data.subset == RESERVE))
+
+
+def open_reserve(study: StudyConfig, directory: Path, models: str, *, again: bool) -> list[dict[str, Any]]:
+    """Note that a study opens the reserve; all openings until now, this one included.
+
+    Args: directory: the study's output_dir. models: a digest of those that will see the reserve; an opening that was
+        interrupted goes on with the same ones. again: open it though this study has.
+    Raises: ValueError if the study has opened it with other models, unless again.
+    """
+    path = ledger_path()
+    with FileLock(cache_root() / "reserve.lock"):
+        openings = parse_value(path.read_bytes(), path) if path.is_file() else []
+        own = [entry for entry in openings if entry["study"] == directory.name]
+        if any(entry["models"] == models for entry in own):
+            return openings
+        if own and not again:
+            raise ValueError(
+                f"the reserve must be opened once by a study, {directory.name} has opened it on {own[-1]['date']} with "
+                "other models: what is chosen after that has seen it. Pass --again to open it all the same, which is "
+                f"counted in {path}"
+            )
+        entry = {"study": directory.name, "opened": opened_by(study), "models": models}
+        entry |= {"date": datetime.date.today().isoformat(), "commit": environment()["commit"]}
+        openings.append(entry)
+        write_whole(path, json.dumps(openings, indent=2) + "\n")
+    return openings
+
+
+def ledger_path() -> Path:
+    """Where the openings are counted."""
+    benchmarks = _ROOT / "benchmarks"
+    is_checkout = (benchmarks / "results").is_dir() and (_ROOT / ".git").exists()
+    return (benchmarks if is_checkout else cache_root()) / NAME

@@ -1,0 +1,147 @@
+"""The reserve: no other run reads it, a study that asks for it trains nothing again, and each opening is counted."""
+
+import io
+import json
+import random
+
+import pytest
+from rich.console import Console
+from tiny import WORDS
+from tiny_study import FEW, make_study, write_ground
+from typer.testing import CliRunner
+
+from mft.cli.app import app
+from mft.config import DataConfig
+from mft.data import reserve as documents
+from mft.data import sources
+from mft.data.splits import load_splits
+from mft.models.pretrained import load_model
+from mft.study.evidence import reserve
+from mft.study.report.write import write_study_report
+from mft.study.run import run_study
+
+HELD = 20  # files in the reserve
+SOURCE = "domains.count.source=headers"
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """The tiny model, and headers of numbers, of which the last files of each split are the reserve."""
+    directory = tmp_path_factory.mktemp("ground")
+    write_ground(directory)
+    draw = random.Random(0)
+    texts = {f"{n}.h": " ".join(str(draw.randrange(1, WORDS)) for _ in range(20)) for n in range(700)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", str(directory / "cache"))
+        patch.setattr(sources, "header_files", lambda: texts)
+        patch.setattr(documents, "_hashes", frozenset)
+        held_out = sources.open_source(DataConfig(source="headers")).load()
+        last = [held_out[split].rows[i]["text"] for split in ("validation", "test") for i in range(-HELD // 2, 0)]
+        hashes = frozenset(map(documents._hash, last))
+        patch.setattr(documents, "_hashes", lambda: hashes)
+        yield directory
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    path = tmp_path / "reserve.json"
+    monkeypatch.setattr(reserve, "ledger_path", lambda: path)
+    return path
+
+
+def study(ground, *overrides):
+    make_study(ground, FEW)
+    return make_study(ground, FEW, [SOURCE, *overrides])
+
+
+def run(ground, directory, *overrides, **options):
+    said = io.StringIO()
+    found = run_study(study(ground, *overrides), directory, console=Console(file=said, width=200), **options)
+    return found, [line for line in said.getvalue().splitlines() if line.startswith("[")]
+
+
+def rows(ground, subset, **options):
+    tokenizer = load_model(study(ground).model)[1]
+    splits = load_splits(DataConfig(source="headers", subset=subset, sequence_length=12, **options), tokenizer)
+    held = documents.reserved(list(sources.header_files().values()))
+    return splits, {split: set(getattr(splits, split)["document"]) & held for split in sources.SPLITS}, held
+
+
+def test_no_run_reads_the_reserve_that_does_not_ask_for_it(ground):
+    splits, read, held = rows(ground, None)
+    assert len(held) == HELD
+    assert read == {"train": set(), "validation": set(), "test": set()}
+    assert any("test: 10 rows are of the reserve and were left out" in note for note in splits.notes)
+    own, read, _ = rows(ground, "reserve")
+    assert read == {"train": set(), "validation": set(), "test": held}
+    assert set(own.test["document"]) == held
+    assert own.validation["input_ids"] == splits.validation["input_ids"]
+    assert own.train["input_ids"] == splits.train["input_ids"]
+
+
+def test_rows_do_not_change_where_nothing_of_the_reserve_is_among_them(ground, monkeypatch):
+    """As with the stored studies, of whose order of documents the reserve is the end."""
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "_hashes", frozenset)
+        before = rows(ground, None, max_eval_tokens=240)[0]
+    texts, read = list(sources.header_files().values()), {*before.validation["document"], *before.test["document"]}
+    held_out = sources.open_source(DataConfig(source="headers")).load()
+    unread = {n for split in ("validation", "test") for n in held_out[split].numbers} - read
+    hashes = frozenset(documents._hash(texts[n]) for n in unread)
+    monkeypatch.setattr(documents, "_hashes", lambda: hashes)
+    now, _, held = rows(ground, None, max_eval_tokens=240)
+    assert held == unread
+    assert now.validation["input_ids"] == before.validation["input_ids"]
+    assert now.test["input_ids"] == before.test["input_ids"]
+
+
+def test_a_finished_study_is_tested_on_the_reserve_without_training(ground, tmp_path, ledger):
+    before, lines = run(ground, tmp_path / "run")
+    assert not ledger.exists()
+    found, lines = run(ground, tmp_path / "run", "domains.count.subset=reserve")
+    assert [", on test: evaluated" in line for line in lines] == [True] * 6
+    assert found.test["count"]["MFT"][0].evaluation.documents.tolist() != (
+        before.test["count"]["MFT"][0].evaluation.documents.tolist()
+    )
+    (entry,) = json.loads(ledger.read_text())
+    assert (entry["study"], entry["opened"]) == ("run", ["count"])
+    write_study_report(found, tmp_path)
+    assert "Test is the reserve, documents that no study before its first opening has read." in (
+        (tmp_path / "table.md").read_text()
+    )
+    _, lines = run(ground, tmp_path / "run", "domains.count.subset=reserve")
+    assert (len(json.loads(ledger.read_text())), lines) == (1, [])  # the same opening
+
+
+def test_a_study_opens_the_reserve_once_and_openings_count_across_studies(ground, tmp_path, ledger):
+    asked = ("domains.count.subset=reserve", "seeds=[0]")
+    assert run(ground, tmp_path / "one", *asked)[0].reserve_openings == ["one"]
+    second, _ = run(ground, tmp_path / "two", *asked)
+    assert second.reserve_openings == ["one", "two"]
+    write_study_report(second, tmp_path)
+    assert "Warning: the reserve was opened 2 times, by one, two: what" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match=r"must be opened once by a study, two has opened it on .* Pass --again"):
+        run(ground, tmp_path / "two", *asked, "seeds=[0,1]")
+    third, _ = run(ground, tmp_path / "two", *asked, "seeds=[0,1]", again=True)
+    assert third.reserve_openings == ["one", "two", "two"]
+
+
+def test_the_command_says_how_to_open_it_again(ground, tmp_path, ledger):
+    study(ground)
+    call = ["compare", "--config", str(ground / "study.yaml"), SOURCE, "domains.count.subset=reserve", "seeds=[0]"]
+    ledger.write_text(json.dumps([{"study": "run", "models": "others", "date": "2026-01-01"}]))
+    refused = CliRunner().invoke(app, [*call, f"output_dir={tmp_path}/run"])
+    assert refused.exit_code == 2
+    assert "run has opened it on 2026-01-01" in refused.output
+    assert CliRunner().invoke(app, [*call, f"output_dir={tmp_path}/run", "--again"]).exit_code == 0
+
+
+def test_the_library_source_has_no_reserve():
+    with pytest.raises(
+        ValueError, match="data.subset must be pretrain, finetune or null for the stdlib corpus, got 'res"
+    ):
+        sources.open_source(DataConfig(source="stdlib", subset="reserve"))
+
+
+def test_the_ledger_is_in_the_repository_of_a_checkout():
+    assert reserve.ledger_path().parent.name in ("benchmarks", "mft")
