@@ -92,6 +92,7 @@ class Outcome:
     seconds: float = 0.0
     flips: float | None = None  # share of mask bits that differ from the initial ones, for mask
     bytes: int | None = None  # of what must be stored beside the start (see arms/size.py)
+    resident: int | None = None  # bytes beside the start where the model runs
     memory: int | None = None  # bytes while it trained, without activations (see arms/memory.py)
     general: dict[str, "General"] = field(default_factory=dict)  # on validation, by the name of the text
     diverged: str | None = None

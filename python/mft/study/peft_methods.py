@@ -195,6 +195,26 @@ def merge_adapter(adapted: Any) -> tuple[nn.Module, list[str]]:
     return merged, names
 
 
+def resident_bytes(adapted: Any, number: int) -> int:
+    """All that the adapter's layers hold beside their weights, each tensor once, so many bytes a floating number."""
+    tensors: dict[int, Tensor] = {}
+    for module in _adapters(adapted):
+        for name in (*module.adapter_layer_names, *module.other_param_names):
+            tensors |= {each.data_ptr(): each for each in _tensors_of(getattr(module, name, None))}
+    return sum(each.numel() * (number if each.is_floating_point() else each.itemsize) for each in tensors.values())
+
+
+def _tensors_of(held: Any) -> Iterator[Tensor]:
+    """Of a module, a dictionary or a tensor."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, nn.Module):
+        yield from (*held.parameters(), *held.buffers())
+    elif isinstance(held, Mapping):
+        for each in held.values():
+            yield from _tensors_of(each)
+
+
 def _places_of(model: nn.Module, names: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say on what the adapter goes."""
     targets = find_targets(model, names)

@@ -63,7 +63,7 @@ _OPENINGS = "openings.json"
 _FREE = ("output_dir", "workers", "leaders")  # change no result of a run
 _OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
 _OF_ANSWERS = ("max_completion_tokens", "verifier")  # of rewards: how a model's answers to the questions are read
-_OPTIONS = "config"  # of a method of PEFT: a setting holds those that it was run with
+_OPTIONS = ("config", "formats")  # of an arm: a setting holds those that it was run with
 _CHOOSES = ("max_bytes",)  # decides which setting is chosen, and no result of one
 
 Chosen = dict[str, dict[str, Setting]]
@@ -257,13 +257,13 @@ def _as_trained(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_grid(arm: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arm.items() if key not in (*CHOICES, _OPTIONS, *_CHOOSES)}
+    return {key: value for key, value in arm.items() if key not in (*CHOICES, *_OPTIONS, *_CHOOSES)}
 
 
 def _setting_values(setting: Setting) -> dict[str, Any]:
     """As before there were options, where there are none."""
     values = dataclasses.asdict(setting)
-    return values if setting.config is not None else {key: values[key] for key in values if key != _OPTIONS}
+    return values if setting.config is not None else {key: values[key] for key in values if key != "config"}
 
 
 def _digest(parts: Any) -> str:
@@ -328,7 +328,7 @@ def _is_addition(key: str, old: dict[str, Any], new: dict[str, Any], before: dic
         return {old[key], new[key]} == {None, RESERVE}
     if parts[0] in ("extensions", "max_epochs"):
         return new[key] >= old[key]
-    if parts[0] == "arms" and parts[2] == _OPTIONS:  # further values to choose from
+    if parts[0] == "arms" and parts[2] in _OPTIONS:  # further values to choose from
         return isinstance(new[key], list) and all(one in new[key] for one in _listed(old[key]))
     if parts[0] == "seeds":
         return new[key][0] == old[key][0] and set(new[key]) >= set(old[key])

@@ -29,6 +29,7 @@ from mft.study.peft_methods import (
     import_peft,
     lora_options,
     merge_adapter,
+    resident_bytes,
     values_to_choose_from,
 )
 
@@ -85,12 +86,19 @@ class Adapters(Arm):
     def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
         return self._loaded(ground, weights).get_base_model().eval()
 
+    def decoded(self, ground: Ground, weights: Weights) -> nn.Module:
+        return self.model_with(ground, weights)
+
     def merged(self, ground: Ground, weights: Weights) -> Weights:
         model, names = merge_adapter(self._loaded(ground, weights))
         return {name: model.get_parameter(name).detach() for name in names}
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return NUMBER * self._numbers(ground)
+
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        """With what the method draws and does not train."""
+        return resident_bytes(self._adapted(ground), NUMBER)
 
     def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
         """Of all adapters, or of the weights where these are fewer."""

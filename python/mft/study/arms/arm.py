@@ -44,6 +44,7 @@ from mft.masks.targets import select_targets
 from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
 from mft.models.linears import weight_name
 from mft.rewards.teacher import check_prompt
+from mft.study.arms.fp32_steps import compute_in_fp32
 from mft.study.arms.memory import trained_weight_bytes
 from mft.study.arms.setting import CHOICES, Setting
 from mft.study.arms.size import NUMBER, model_numbers
@@ -218,6 +219,13 @@ class Arm:
         """The same from the weights that trained_weights gave."""
         return with_weights(ground.start, weights).eval()
 
+    def decoded(self, ground: "Ground", weights: Weights) -> nn.Module:
+        """The same from weights in fp32, which a narrower model is given in fp32 too."""
+        model = ground.start
+        if not self.whole_model:  # then weights are nowhere tied
+            model = compute_in_fp32(clone_with_own_weights(model), weights)
+        return with_weights(model, weights).eval()
+
     def merged(self, ground: "Ground", weights: Weights) -> Weights:
         """The same weights in the names of the ordinary model."""
         return weights
@@ -234,6 +242,10 @@ class Arm:
         """Train model, which untrained gave, in place; options as of train_loop."""
         return train_loop(model, rows, train, **options)
 
+    def begun(self, ground: "Ground") -> Weights:
+        """What trained_weights would give before any training."""
+        return {name: p.detach() for name, p in self.untrained(ground).named_parameters() if p.requires_grad}
+
     def trained_weights(self, model: nn.Module, ground: "Ground") -> Weights:
         """What was trained, on the CPU."""
         return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
@@ -246,6 +258,10 @@ class Arm:
 
     def bytes_of_mean(self, ground: "Ground", model: nn.Module, runs: int) -> int:
         """The same of a model whose weights are the mean of so many runs of this arm."""
+        return NUMBER * ground.numbers()
+
+    def resident_bytes(self, ground: "Ground", model: nn.Module) -> int:
+        """What must be in memory beside the start, which stays as it is, where the model runs."""
         return NUMBER * ground.numbers()
 
     def training_bytes(self, ground: "Ground", train: TrainConfig) -> int:
@@ -265,9 +281,21 @@ class Source:
         """In the names of the ordinary model; ground: of the arm that is made of it."""
         return self.arm.merged(self._ground(ground), load_file(self.path))
 
+    def begun(self, ground: "Ground") -> Weights:
+        """What it trained, as it was before."""
+        return self.arm.begun(self._ground(ground))
+
+    def model_with(self, ground: "Ground", weights: Weights) -> nn.Module:
+        """Its model with others of its weights, in fp32."""
+        return self.arm.decoded(self._ground(ground), weights)
+
     def stored_bytes(self, ground: "Ground", model: nn.Module) -> int:
         """As if model were this run's."""
         return self.arm.stored_bytes(self._ground(ground), model)
+
+    def resident_bytes(self, ground: "Ground", model: nn.Module) -> int:
+        """The same."""
+        return self.arm.resident_bytes(self._ground(ground), model)
 
     def _ground(self, ground: "Ground") -> "Ground":
         return dataclasses.replace(ground, setting=self.setting)

@@ -27,7 +27,7 @@ from mft.models.causal_lm import clone_with_own_weights
 from mft.study.arms.arm import TRAINING, Arm, Ground
 from mft.study.arms.fp32_steps import compute_in_fp32, factors_of, learn_factors
 from mft.study.arms.size import NUMBER
-from mft.study.arms.weights import Weights, with_weights
+from mft.study.arms.weights import Weights
 
 
 class _Compressed(Arm):
@@ -62,19 +62,22 @@ class _Compressed(Arm):
 
     def with_factors(self, ground: Ground, factors: Mapping[str, Tensor]) -> nn.Module:
         """start + what is left of trained - start, in fp32."""
-        (source,), model, weights = ground.sources, ground.start, dict[str, Tensor]()
+        (source,), weights = ground.sources, dict[str, Tensor]()
         for name, (start, end) in _starts_and_ends(ground).items():
             left = self.of_delta(end.float() - start.float(), ground.setting.share, factors.get(name))
             weights[name] = start.float() + left
-        if not source.arm.whole_model:  # then weights are nowhere tied
-            model = compute_in_fp32(clone_with_own_weights(model), weights)
-        return with_weights(model, weights).eval()
+        return source.model_with(ground, weights)
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         whole = ground.sources[0].arm.whole_model
         names = [name for name, _ in ground.start.named_parameters()] if whole else ground.weight_names()
         weights = [[each.get_parameter(name).detach() for each in (model, ground.start)] for name in names]
         return sum(self._bytes(weight, start) for weight, start in weights)
+
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        """As its source's: here no kernel multiplies by what is stored."""
+        (source,) = ground.sources
+        return source.resident_bytes(ground, model)
 
     def _bytes(self, weight: Tensor, start: Tensor) -> int:
         if weight.dim() < 2:

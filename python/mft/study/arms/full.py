@@ -28,6 +28,9 @@ class Base(Arm):
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return 0
 
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        return 0
+
 
 class _AllWeights(Arm):
     takes = TRAINING
@@ -41,6 +44,9 @@ class _AllWeights(Arm):
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return NUMBER * model_numbers(model)
+
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        return self.stored_bytes(ground, model)
 
     def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
         return NUMBER * model_numbers(model)

@@ -7,6 +7,7 @@ from mft.checks import check_one_of
 from mft.importance.importance import METHODS
 from mft.study.arms.adapters import Lora, Peft
 from mft.study.arms.arm import Arm
+from mft.study.arms.coded import Coded
 from mft.study.arms.compressed import BitDelta, SparseDelta, Ternary
 from mft.study.arms.full import Base, Continued, Control, Full
 from mft.study.arms.masks import Mask, OneShot
@@ -30,6 +31,7 @@ KINDS: dict[str, type[Arm]] = {
     "bitdelta": BitDelta,
     "ternary": Ternary,
     "sparse_delta": SparseDelta,
+    "coded": Coded,
 }
 
 

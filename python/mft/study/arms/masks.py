@@ -1,5 +1,6 @@
 """Masks: MFT, whose scores are trained, and those that are found in one shot."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,10 @@ class _AnyMask(Arm):
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return sum(map(coded_size, _kept(ground, model)))
+
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        """A bit a weight, as masks are packed beside a base."""
+        return math.ceil(ground.numbers() / 8)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import nn
 from mft.checks import check_rule
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.full import Full
-from mft.study.arms.size import NUMBER
+from mft.study.arms.size import NUMBER, model_numbers
 from mft.study.arms.weights import with_weights
 
 
@@ -46,6 +46,10 @@ class Average(Between):
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return ground.sources[0].arm.bytes_of_mean(ground, model, self.runs)
 
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        whole = ground.sources[0].arm.whole_model
+        return NUMBER * model_numbers(model) if whole else super().resident_bytes(ground, model)
+
 
 class Interpolated(Between):
     """Start + alpha * (trained - start), trained being what the arm `of` made of its start."""
@@ -73,3 +77,7 @@ class Interpolated(Between):
         """Alpha, beside what it is of."""
         (source,) = ground.sources
         return NUMBER + source.stored_bytes(ground, model)
+
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        (source,) = ground.sources
+        return NUMBER + source.resident_bytes(ground, model)

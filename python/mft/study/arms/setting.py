@@ -16,7 +16,7 @@ class Setting:
     alpha: float | None = None
     rank: int | None = None
     share: float | None = None
-    config: str | None = None  # of a method of PEFT all options, as JSON
+    config: str | None = None  # of a method of PEFT all options, of what is coded its format, as JSON
 
     def __str__(self) -> str:
         parts = (

@@ -66,6 +66,7 @@ class Row:
     memory: float | None = None  # bytes in training, without activations
     recovered: float | None = None  # of what rounding its start cost, the share that it took back (see recovered_share)
     bytes: float | None = None  # of what must be stored beside the start, mean over seeds
+    resident: float | None = None  # of what must be in memory beside it where the model runs, mean over seeds
     general: dict[str, OnText] = field(default_factory=dict)  # by text
     seeds: int = 0  # of its runs on test; more than the table's of what led on validation
     unsettled: list[str] = field(default_factory=list)  # choices at an end of their grid, of the arm or of its start
@@ -234,7 +235,9 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         seconds = _seconds_of_parts(findings, domain, arm, len(runs))
     flips = [o.flips for o in chosen if o.flips is not None]
     memory = [float(o.memory) for o in chosen if o.memory is not None]
-    stored = [o.bytes for o in outcomes if (o.unit.setting, o.unit.part) == (setting, 0) and o.bytes is not None]
+    first = [o for o in outcomes if (o.unit.setting, o.unit.part) == (setting, 0)]
+    stored = [float(o.bytes) for o in first if o.bytes is not None]
+    resident = [float(o.resident) for o in first if o.resident is not None]
     return Row(
         arm=arm,
         kind=study.arms[arm].kind,
@@ -259,6 +262,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         flips=_mean(flips) if flips else None,
         memory=_mean(memory) if memory else None,
         bytes=_mean([float(size) for size in stored]) if stored else None,
+        resident=_mean([float(size) for size in resident]) if resident else None,
         seeds=len(runs),
         unsettled=_unsettled(findings, domain, arm),
     )

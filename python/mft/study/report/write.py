@@ -158,6 +158,7 @@ _GROUPS = (
         _Column("MB in training", lambda row: "-" if row.memory is None else f"{row.memory / _MEGA:.1f}"),
         _Column("recovered %", lambda row: "-" if row.recovered is None else f"{_PERCENT * row.recovered:.0f}"),
         _Column("bytes", lambda row: "-" if row.bytes is None else f"{row.bytes:,.0f}"),
+        _Column("resident bytes", lambda row: "-" if row.resident is None else f"{row.resident:,.0f}"),
     ),
 )
 

@@ -57,6 +57,11 @@ def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
     return arm_of(workspace, job.unit).stored_bytes(ground_of(workspace, job), model)
 
 
+def resident_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
+    """What must be in memory beside the unit's start where its model runs."""
+    return arm_of(workspace, job.unit).resident_bytes(ground_of(workspace, job), model)
+
+
 def training_bytes(workspace: Workspace, job: Job) -> int:
     """Of a trained arm; where it begins over codes, its start in codes, which its model here is only equal to."""
     study, codes = workspace.study, workspace.study.codes_under(job.unit.arm)

@@ -5,7 +5,7 @@ from mft.study.arms.full import Full
 from mft.study.arms.weights import save_weights
 from mft.study.outcome import Measured, Outcome, Tested
 from mft.study.peft_methods import MethodFailsError
-from mft.study.units.job import Job, arm_of, ground_of, model_of, stored_bytes
+from mft.study.units.job import Job, arm_of, ground_of, model_of, resident_bytes, stored_bytes
 from mft.study.units.measure import answer, evaluation_options, on_general, on_validation
 from mft.study.units.train import train_unit
 from mft.study.workspace import Workspace, with_layers_remembered
@@ -42,6 +42,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
         measured,
         [(1.0, measured.evaluation.loss)],
         bytes=stored_bytes(workspace, job, model),
+        resident=resident_bytes(workspace, job, model),
         general=on_general(workspace, unit, model, "validation"),
     )
 

@@ -17,7 +17,7 @@ from mft.rewards.train import RewardReport, train_rewards
 from mft.study.arms.weights import Weights, save_weights
 from mft.study.config import REWARDS
 from mft.study.outcome import Measured, Outcome
-from mft.study.units.job import Job, arm_of, ground_of, stored_bytes, training_bytes
+from mft.study.units.job import Job, arm_of, ground_of, resident_bytes, stored_bytes, training_bytes
 from mft.study.units.measure import on_general, on_validation
 from mft.study.workspace import Workspace
 from mft.training.loop import StepReport
@@ -71,6 +71,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         seconds=checkpoints.seconds,
         flips=flips,
         bytes=stored_bytes(workspace, job, best),
+        resident=resident_bytes(workspace, job, best),
         memory=training_bytes(workspace, job),
         general=on_general(workspace, unit, best, "validation"),
     )

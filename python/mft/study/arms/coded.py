@@ -1,0 +1,87 @@
+"""What another arm trained in few bits a number, entropy-coded (study/number_codes.py); decoded, it is evaluated.
+
+What is coded is the difference from where the training began: of weights from the start, of adapters from what the
+method drew from the seed, which is drawn again.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mft.checks import check_rule, one_of
+from mft.config import MaskConfig
+from mft.study.arms.adapters import Adapters
+from mft.study.arms.arm import Arm, Ground
+from mft.study.arms.weights import Weights
+from mft.study.number_codes import FORMATS, decode, encode
+from mft.study.peft_methods import MethodFailsError
+
+_STREAM = "stream"  # of its file
+
+
+@dataclass
+class Coded(Arm):
+    """What the arm `of` trained, in one of `formats` and entropy-coded; with `shares` its largest numbers alone."""
+
+    # bf16, int8 (blocks of 64), nf4 or int4; validation chooses.
+    formats: Annotated[list[str], one_of(tuple(FORMATS))] = field(default_factory=list)
+
+    takes = frozenset({"of", "shares"})
+    needs = frozenset({"of"})
+    near = True
+    colour = "#d55e00"
+    joined = False  # they are of different arms
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rule(bool(self.formats), "formats", f"hold at least one of {', '.join(FORMATS)}", self.formats)
+
+    def may_be_of(self, source: type[Arm]) -> bool:
+        return source.compressible or issubclass(source, Adapters)
+
+    def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:
+        formats = dict.fromkeys(self.formats)
+        return super().choices(mask) | {"config": [json.dumps({"format": one}) for one in formats]}
+
+    @property
+    def leaves_weights(self) -> bool:
+        return True
+
+    def made(self, ground: Ground) -> Weights:
+        return {_STREAM: torch.frombuffer(bytearray(self._stream(ground)), dtype=torch.uint8)}
+
+    def model(self, ground: Ground, path: Path) -> nn.Module:
+        return self.model_with(ground, load_file(path))
+
+    def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
+        (source,) = ground.sources
+        begun, stream = source.begun(ground), weights[_STREAM].numpy().tobytes()
+        steps = decode(stream, begun, _format(ground), ground.setting.share)
+        return source.model_with(ground, {name: begun[name].float().cpu() + step for name, step in steps.items()})
+
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
+        return len(self._stream(ground))
+
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        """As its source's: it is decoded before it is run."""
+        (source,) = ground.sources
+        return source.resident_bytes(ground, model)
+
+    def _stream(self, ground: Ground) -> bytes:
+        (source,) = ground.sources
+        begun, ended = source.begun(ground), load_file(source.path)
+        steps: dict[str, Tensor] = {name: ended[name].float() - begun[name].float().cpu() for name in begun}
+        try:
+            return encode(steps, _format(ground), ground.setting.share)
+        except ValueError as error:
+            raise MethodFailsError(f"{source.arm.kind} cannot be coded: {error}") from None
+
+
+def _format(ground: Ground) -> str:
+    assert ground.setting.config is not None  # choices says one
+    return json.loads(ground.setting.config)["format"]
