@@ -1,5 +1,6 @@
 """Arms by bytes: compressed ones by hand and as units, the ranks of adapters, and settings that store too much."""
 
+import dataclasses
 import io
 import math
 import re
@@ -21,6 +22,7 @@ from mft.study.arms.fp32_steps import compute_in_fp32, learn_factors
 from mft.study.arms.kinds import KINDS, make_arm
 from mft.study.arms.setting import Setting
 from mft.study.arms.weights import with_weights
+from mft.study.bases import Bases
 from mft.study.plan import best_so_far, selection, without_result
 from mft.study.run import run_study
 from mft.study.units.job import model_of, stored_bytes
@@ -125,7 +127,9 @@ def test_a_delta_does_not_vanish_in_bfloat16_weights():
 
 @pytest.mark.parametrize("arm", ["ternary", "bitdelta trained"])
 def test_a_bfloat16_control_is_compressed_beside_its_start(ground, arm):
-    workspace = Workspace(ground.workspace.study, ModelConfig(str(ground.directory / "model"), dtype="bfloat16"))
+    model = ModelConfig(str(ground.directory / "model"), dtype="bfloat16")
+    study = dataclasses.replace(ground.workspace.study, model=model)
+    workspace = Workspace(study, Bases(study, ground.directory))
     job = job_of(ground, arm)
     found = run_unit(workspace, job)
     model = model_of(workspace, job)

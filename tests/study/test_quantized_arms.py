@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_study import equal, make_study, write_ground
 
-from mft.config import MaskConfig, ModelConfig, TrainConfig
+from mft.config import MaskConfig, TrainConfig
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.quantize import quantize_model
 from mft.models.causal_lm import clone_with_own_weights
@@ -20,6 +20,7 @@ from mft.models.quantized_weight import quantized_weights
 from mft.study import workspace as workspaces
 from mft.study.arms.memory import ADAPTER_BYTES, equal_memory_rank, score_bytes
 from mft.study.arms.weights import with_weights
+from mft.study.bases import Bases
 from mft.study.load import load_study
 from mft.study.outcome import Unit
 from mft.study.plan import starts_of, teachers_of
@@ -63,7 +64,7 @@ class Done:
         self.loss = {arm: one[0].evaluation.loss for arm, one in self.findings.test["count"].items()}
         self.outcome = {one.unit.arm: one for one in self.findings.outcomes}
         self.store = Store(self.study, directory / "run")
-        self.workspace = Workspace(self.study, ModelConfig(str(directory / "model"), dtype="float32"))
+        self.workspace = Workspace(self.study, Bases(self.study, directory))
 
     def run(self):
         said = io.StringIO()
@@ -286,7 +287,7 @@ def test_the_report_says_what_rounding_cost_and_holds_masks_against_adapters(don
 def test_what_rounding_needs_is_asked_for_before_anything_is_trained(done, monkeypatch):
     monkeypatch.setattr(workspaces, "check_library", lambda kind: (_ for _ in ()).throw(RuntimeError(f"no {kind}")))
     with pytest.raises(RuntimeError, match="^no nf4$"):
-        Workspace(done.study, ModelConfig(str(done.directory / "model"), dtype="float32"))
+        Workspace(done.study, Bases(done.study, done.directory))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from tiny_study import equal, make_study, write_ground
 
-from mft.config import ModelConfig
 from mft.evaluation.evaluate import evaluate
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.convert import masked_modules
@@ -18,6 +17,7 @@ from mft.masks.export_format import coded_size
 from mft.models.frozen_layers import PrefixMemory
 from mft.study.arms.setting import Setting
 from mft.study.arms.weights import with_weights
+from mft.study.bases import Bases
 from mft.study.outcome import Unit
 from mft.study.units import measure
 from mft.study.units.job import Job, model_of
@@ -82,7 +82,7 @@ class Ground:
             ARMS.replace("DIRECTORY", str(self.directory)),
             [f"{key}={value}" for key, value in options.items()],
         )
-        return Workspace(study, ModelConfig(str(self.directory / "model"), dtype="float32"))
+        return Workspace(study, Bases(study, self.directory))
 
     def job(self, arm, *, part=0, seed=0, keep=0.9, lr=1e-2, alpha=None, share=None, rank=None, on_test=False) -> Job:
         kind = self.workspace.study.arms[arm].kind
@@ -119,7 +119,7 @@ def ground(tmp_path_factory):
 
 
 def fine_tune(ground):
-    ground.workspace.begin("count", (ground.directory / "full 0.safetensors",))
+    ground.workspace.begin("count", (ground.directory / "full 0.safetensors",), 0)
     return ground.workspace.model
 
 
@@ -138,17 +138,17 @@ def test_every_kind_runs_and_its_files_give_on_test_what_validation_saw(ground, 
 
 def test_layers_below_an_earlier_start_stay_remembered_while_there_is_room(ground, monkeypatch):
     workspace, ends = ground.fresh(), (ground.directory / "full 0.safetensors",)
-    workspace.begin("count", ends)
+    workspace.begin("count", ends, 0)
     seen = workspace.memory("validation", 2), workspace.memory("validation", 2, "other")
-    workspace.begin("count", ())
+    workspace.begin("count", (), 0)
     of_base = workspace.memory("validation", 2)
     assert not torch.equal(of_base.states[0], seen[0].states[0])
-    workspace.begin("count", ends)
+    workspace.begin("count", ends, 0)
     assert (workspace.memory("validation", 2), workspace.memory("validation", 2, "other")) == seen
     monkeypatch.setattr("mft.study.workspace._EARLIER", of_base.nbytes + sum(memory.nbytes for memory in seen) - 1)
-    workspace.begin("count", ())  # of two starts the one that was left before goes first
+    workspace.begin("count", (), 0)  # of two starts the one that was left before goes first
     assert workspace.memory("validation", 2) is of_base
-    workspace.begin("count", ends)
+    workspace.begin("count", ends, 0)
     again = workspace.memory("validation", 2)
     assert again is not seen[0]
     assert torch.equal(again.states[0], seen[0].states[0])
@@ -331,7 +331,7 @@ def test_a_mask_with_a_fixed_threshold_begins_at_the_fine_tune_and_drops_what_it
 def test_what_is_kept_is_the_settings_share_not_the_studys(ground, arm):
     job = ground.job(arm, keep=0.6)
     run_unit(ground.workspace, job)
-    ground.workspace.begin("count", job.starts)
+    ground.workspace.begin("count", job.starts, 0)
     model = model_of(ground.workspace, job)
     names, _ = ground.workspace.layers_of(ground.workspace.study.arms[arm])
     for name in names:
@@ -353,7 +353,7 @@ def test_an_interpolated_arm_lies_between_where_another_began_and_ended(ground, 
     assert near.mean_kl == 0
     assert min(middle.mean_kl, far.mean_kl) > 0
     if of != "lora":
-        ground.workspace.begin("count", ground.job(f"part of {of}").starts)
+        ground.workspace.begin("count", ground.job(f"part of {of}").starts, 0)
         model, trained = model_of(ground.workspace, ground.job(f"part of {of}", alpha=0.5)), ground.weights(of)
         for name, weight in trained.items():
             before = ground.workspace.model.get_parameter(name)

@@ -16,7 +16,7 @@ def sums_of(findings: Findings, tables: Mapping[str, DomainTable]) -> Sums:
     sums, study = Sums(), findings.study
 
     def add(domain: str, split: str, text: str, arm: str, runs: Mapping[int, Run]) -> None:
-        if study.is_one_model(arm) and runs:
+        if study.is_one_model(arm) and len(runs) == 1:
             runs = dict.fromkeys(study.all_seeds, next(iter(runs.values())))
         if runs:
             sums.add(f"{domain}/{split}/{text}", arm, runs, findings.documents.get((domain, split, text), {}))
