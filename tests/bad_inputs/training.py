@@ -27,7 +27,8 @@ from mft.masks.unmasked import unmasked_model
 from mft.models.longrope import refuse_long_batches
 from mft.models.packed_rows import check_kept_apart
 from mft.study.arms.kinds import make_arm
-from mft.study.config import StudyConfig
+from mft.study.config import LeadersConfig, StudyConfig
+from mft.study.evidence.sums import read_sums
 from mft.training import plan
 from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
@@ -336,6 +337,17 @@ a summary of a run
     plot(tmp, "summary", {"before": {"loss": 1.44}})
     -> ValueError: directory | must be a finished study's | with a table of no domains
         | a run of mft train has its curves in plot.png, and mft plot flips draws how its masks moved
+a study whose leaders run with no more seeds than the others
+    arms = {"full": make_arm("full", lrs=[1.0])}
+    StudyConfig(arms, {"code": DataConfig()}, leaders=LeadersConfig(seeds=3))
+    -> ValueError: leaders.seeds | must be more than the study's own 3 | got 3
+a study whose seeds draw a model that is loaded
+    StudyConfig({"full": make_arm("full", lrs=[1.0])}, {"code": DataConfig()}, vary=["base"])
+    -> ValueError: vary | must leave out base without scratch | got ['base']
+a study's sums in a file that is none
+    (tmp / "sums.npz").write_text("loss")
+    read_sums(tmp / "sums.npz")
+    -> ValueError: sums.npz | must be the sums.npz of a study | got no archive of arrays
 a study that trains weights in codes
     codes = make_arm("quantized", quantization="nf4")
     arms = {"full": make_arm("full", lrs=[1.0]), "NF4": codes, "control": make_arm("control", lrs=[1.0], start="NF4")}
