@@ -16,6 +16,7 @@ from mft.masks.peft import MaskPeftConfig, to_masked_model
 from mft.masks.peft_layer import MaskTunerLayer
 from mft.training.loop import train_masks
 from mft_kernels import unpack_mask
+from mft_kernels.ops.checks import NonFiniteScores
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
 
@@ -124,3 +125,10 @@ def test_a_copy_has_a_threshold_of_its_own():
     other(**BATCH)
     assert dropped(other)[0] == 0
     assert dropped(model)[0] > 0
+
+
+def test_scores_that_are_not_finite_name_their_layer_whichever_asks():
+    model = adapted()
+    layers_of(model)[-1].mft_scores["default"].data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteScores, match=r"'model\.layers\.3\.mlp\.up_proj' must be finite, got 1 NaN"):
+        model(**BATCH)

@@ -78,10 +78,10 @@ class SharedThreshold:
     Any loop may train these, and PEFT replaces them when it loads, so each layer asks in each forward. What counts as a
     change is what does for one layer's mask (mft_kernels/mask/scores.py).
 
-    Args: scores: gives those of all layers, as they are now.
+    Args: scores: gives those of all layers by name, as they are now.
     """
 
-    def __init__(self, budget: Budget, scores: Callable[[], list[nn.Parameter]]) -> None:
+    def __init__(self, budget: Budget, scores: Callable[[], dict[str, nn.Parameter]]) -> None:
         self.budget, self._scores = budget, scores
         self._found: _Found | None = None
 
@@ -89,16 +89,23 @@ class SharedThreshold:
         """The threshold, for the layer with these scores.
 
         look_at_all: for a change of any layer's; else of these alone, which is as much as a forward has time for.
+        Raises: NonFiniteScores, naming the layer.
         """
         found, quota = self._found, self.budget.quota
-        asked = self._scores() if look_at_all else [asking]
+        asked = self._scores().values() if look_at_all else [asking]
         if found is None or found.quota != quota or not all(map(found.holds_for, asked)):
-            scores = self._scores()
-            for each in scores:
-                watch(each)
-            states = {id(each): (each, state(cast(Scores, each))) for each in scores}
-            found = self._found = _Found(self.budget.threshold(lambda: scores), quota, states)
+            found = self._found = self._find(self._scores(), quota)
         return found.threshold
+
+    def _find(self, scores: dict[str, nn.Parameter], quota: int) -> "_Found":
+        for each in scores.values():
+            watch(each)
+        states = {id(each): (each, state(cast(Scores, each))) for each in scores.values()}
+        try:
+            return _Found(self.budget.threshold(scores.values), quota, states)
+        except NonFiniteScores:
+            name = next(name for name, each in scores.items() if not each.isfinite().all())
+            raise NonFiniteScores(scores[name].detach(), name) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_found": None}  # states are of this process's memory

@@ -291,9 +291,9 @@ def _begin_budget(layers: list[MaskTunerLayer], name: str, config: MaskPeftConfi
         layer.shared_thresholds[name] = shared
 
 
-def _scores_of(layers: list[MaskTunerLayer], name: str) -> list[nn.Parameter]:
+def _scores_of(layers: list[MaskTunerLayer], name: str) -> dict[str, nn.Parameter]:
     """All of the mask of this name, as they are now: PEFT replaces them."""
-    return [scores for layer in layers for scores in layer.scores_of(name).values()]
+    return {layer.names[part]: scores for layer in layers for part, scores in layer.scores_of(name).items()}
 
 
 def _parameters_of_modules(model: nn.Module, names: list[str]) -> dict[str, list[str]]:

@@ -198,8 +198,9 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     def _selected(self, adapter_name: str, parameter: str, anew: bool) -> Tensor:
         scores = self.scores_of(adapter_name)[parameter]
+        selection = self._selection(adapter_name, scores, anew=anew)
         try:
-            return current_mask(scores, **self._selection(adapter_name, scores, anew=anew), anew=anew).packed
+            return current_mask(scores, **selection, anew=anew).packed
         except NonFiniteScores:
             raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
 
@@ -238,8 +239,9 @@ class MaskLinear(MaskTunerLayer):
             return self.base_layer(x)
         scores = self.mft_scores[name]
         self._attend(name, scores)
+        selection = self._selection(name, scores)
         try:
-            return masked_linear_by_ratio(x, self._weight("weight"), scores, self.bias, **self._selection(name, scores))
+            return masked_linear_by_ratio(x, self._weight("weight"), scores, self.bias, **selection)
         except NonFiniteScores:
             raise NonFiniteScores(scores.detach(), self.module_name) from None
 
@@ -312,6 +314,7 @@ class MaskExperts(MaskTunerLayer):
             return project(self.base_layer, parameter, x, offsets)
         scores, transposed = self.mft_scores[adapter_name][parameter], self._projections[parameter].transposed
         self._attend(adapter_name, scores)
+        selection = self._selection(adapter_name, scores)
         try:
             return masked_linear_grouped_by_ratio(
                 x,
@@ -320,7 +323,7 @@ class MaskExperts(MaskTunerLayer):
                 offsets,
                 self._bias(parameter),
                 transposed=transposed,
-                **self._selection(adapter_name, scores),
+                **selection,
             )
         except NonFiniteScores:
             raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
