@@ -28,7 +28,7 @@ _STREAM = "stream"  # of its file
 class Coded(Arm):
     """What the arm `of` trained, in one of `formats` and entropy-coded; with `shares` its largest numbers alone."""
 
-    # bf16, int8 (blocks of 64), nf4 or int4; validation chooses.
+    # to choose from: bf16, int8 (in blocks of 64), nf4, int4
     formats: Annotated[list[str], one_of(tuple(FORMATS))] = field(default_factory=list)
 
     takes = frozenset({"of", "shares"})
