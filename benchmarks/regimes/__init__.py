@@ -1,0 +1,6 @@
+"""Regimes in which something else than gain decides; one command each, an hour on two cores.
+
+mft compare --config benchmarks/studies/little-data.yaml     little data, trained on for long
+python -m benchmarks.regimes.sequential_tasks                five tasks, learned one after the other
+python -m benchmarks.regimes.federated                       ten clients that send at most 1 bit per weight
+"""

@@ -1,0 +1,179 @@
+"""The runs of a regime: two at a time, each on disk once it is finished; validation chooses the rate of every arm.
+
+    DIRECTORY/regime.json           what was declared
+              base/                 the model from scratch
+              runs/<name>.json      what a run found
+              result.json, table.md
+
+A command that was interrupted goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mft.engines.step import NonFiniteLoss
+from mft.files.atomic import write_whole
+from mft.study.arms.setting import Setting
+from mft.study.config import ScratchConfig
+from mft.study.from_scratch import train_from_scratch
+from mft.study.grid import neighbours
+from mft_kernels.ops.checks import NonFiniteScores
+
+REGIME, BASE, RUNS, RESULT, TABLE = "regime.json", "base", "runs", "result.json", "table.md"
+CHOICE, DIVERGED, SECONDS = "choice", "diverged", "seconds"  # keys of what a run found
+Found = dict[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm at a rate, with a seed."""
+
+    arm: str
+    lr: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.arm}, lr {self.lr:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What is declared before the first run."""
+
+    rates: dict[str, list[float]]  # by arm, at least two
+    seeds: list[int]  # the first chooses the rates
+    scratch: ScratchConfig = dataclasses.field(default_factory=ScratchConfig)
+    extensions: int = 2  # further rates that an arm may try while its best one lies at an end
+    workers: int = 2  # processes of one thread each
+
+    def run(self, base: Path, run: Run) -> Found:
+        """What a run finds, as JSON: under CHOICE what validation chooses the least of."""
+        raise NotImplementedError
+
+
+def prepare(regime: Regime, directory: Path, say: Say = print) -> Path:
+    """Declare the regime in directory and make its base model; returns where that is.
+
+    Raises: ValueError if directory holds another regime.
+    """
+    declared, path, base = json.dumps(dataclasses.asdict(regime), indent=1), directory / REGIME, directory / BASE
+    if path.is_file() and path.read_text(encoding="utf-8") != declared:
+        raise ValueError(f"{path} must be what runs, got another regime: name another directory with --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(path, declared)
+    if not base.exists():
+        say("the base model is trained from scratch first")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as all that follows
+        train_from_scratch(regime.scratch, base)
+        torch.set_num_threads(threads)
+    return base
+
+
+def complete(regime: Regime, directory: Path, say: Say = print) -> dict[Run, Found]:
+    """All runs that the regime needs: every rate with the first seed, then the best one of each arm with every seed.
+
+    After prepare. Raises: RuntimeError if an arm diverges at every rate.
+    """
+    found, first = dict[Run, Found](), regime.seeds[0]
+
+    def finish(runs: Iterable[Run]) -> None:
+        missing = [run for run in runs if run not in found]
+        kept = {run: _path(directory, run) for run in missing if _path(directory, run).is_file()}
+        found.update({run: json.loads(path.read_text(encoding="utf-8")) for run, path in kept.items()})
+        missing, begin = [run for run in missing if run not in kept], time.perf_counter()
+        for number, (run, one) in enumerate(_carried_out(regime, directory / BASE, missing), start=1):
+            found[run] = one
+            write_whole(_path(directory, run), json.dumps(one, allow_nan=False))
+            left = (time.perf_counter() - begin) / number * (len(missing) - number) / 60
+            words = one.get(DIVERGED) or f"validation {one[CHOICE]:.4f}"
+            say(f"{run}: {words}, {one[SECONDS]:.0f} s ({number}/{len(missing)}, {left:.0f} minutes left of these)")
+
+    (directory / RUNS).mkdir(exist_ok=True)
+    finish(Run(arm, lr, first) for arm, rates in regime.rates.items() for lr in rates)
+    for _ in range(regime.extensions):
+        finish([Run(arm, lr, first) for arm in regime.rates for lr in _beside(regime, found, arm)[:1]])
+    chosen = {arm: best_rate(regime, found, arm) for arm in regime.rates}
+    finish(Run(arm, lr, seed) for seed in regime.seeds for arm, lr in chosen.items())
+    return found
+
+
+def best_rate(regime: Regime, found: dict[Run, Found], arm: str) -> float:
+    """The one that validation likes best with the first seed. Raises: RuntimeError if the arm diverged at each."""
+    losses = _losses(regime, found, arm)
+    if not losses:
+        raise RuntimeError(f"{arm} must stay finite at one of its rates, it diverged at each: add smaller ones")
+    return min(losses, key=losses.__getitem__)
+
+
+def chosen_runs(regime: Regime, found: dict[Run, Found], arm: str) -> dict[int, Found]:
+    """By seed, what the runs at the chosen rate found; without those that diverged."""
+    lr = best_rate(regime, found, arm)
+    return {seed: one for seed in regime.seeds if DIVERGED not in (one := found[Run(arm, lr, seed)])}
+
+
+def open_ends(regime: Regime, found: dict[Run, Found]) -> list[str]:
+    """A line for each arm whose best rate lies at the end of those that were tried, or that diverged with a seed."""
+    lines = []
+    for arm in regime.rates:
+        lr = best_rate(regime, found, arm)
+        if _beside(regime, found, arm):
+            lines.append(f"{arm}: its best rate, {lr:g}, lies at the end of those that were tried")
+        if lost := [seed for seed in regime.seeds if DIVERGED in found[Run(arm, lr, seed)]]:
+            lines.append(f"{arm}: diverged at its chosen rate with the seeds {', '.join(map(str, lost))}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _losses(regime: Regime, found: dict[Run, Found], arm: str) -> dict[float, float]:
+    """By rate, of the runs with the first seed that stayed finite."""
+    runs = {run: one for run, one in found.items() if (run.arm, run.seed) == (arm, regime.seeds[0])}
+    return {run.lr: one[CHOICE] for run, one in runs.items() if DIVERGED not in one}
+
+
+def _beside(regime: Regime, found: dict[Run, Found], arm: str) -> list[float]:
+    """The rates beside the best one that were not tried, the smaller one first."""
+    grid = [Setting(lr=lr) for lr in regime.rates[arm]]
+    tried = [Setting(lr=run.lr) for run in found if (run.arm, run.seed) == (arm, regime.seeds[0])]
+    losses = _losses(regime, found, arm)
+    best = Setting(lr=min(losses, key=losses.__getitem__) if losses else min(regime.rates[arm]))
+    return [one.value for one in neighbours(best, grid, tried)]
+
+
+def _path(directory: Path, run: Run) -> Path:
+    return directory / RUNS / f"{run}.json"
+
+
+def _carried_out(regime: Regime, base: Path, runs: list[Run]) -> Iterator[tuple[Run, Found]]:
+    """In the order in which they end: in this process, or in several that are started fresh."""
+    if regime.workers == 1:
+        for run in runs:
+            yield run, _result(regime, base, run)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(regime.workers, context, torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(_result, regime, base, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _result(regime: Regime, base: Path, run: Run) -> Found:
+    """What it found, and how long it took; a run that does not stay finite is a result too."""
+    begin = time.perf_counter()
+    try:
+        found = regime.run(base, run)
+    except (NonFiniteLoss, NonFiniteScores) as error:
+        found = {DIVERGED: str(error)}
+    return found | {SECONDS: round(time.perf_counter() - begin, 1)}

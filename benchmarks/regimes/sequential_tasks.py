@@ -1,0 +1,329 @@
+"""Five tasks, learned one after the other: what each way of learning still knows of the first when the last is learned.
+
+    python -m benchmarks.regimes.sequential_tasks [--out runs/sequential-tasks]     about an hour on two cores
+    python -m benchmarks.regimes.sequential_tasks --quick                           minutes; not for the record
+
+A small Llama, trained from scratch on Python's library, learns C++ headers, problems with exact answers, numpy's
+docstrings, sympy and transformers. Seed s begins with task s and goes round, so that with as many seeds as tasks each
+task stands once at every place. After each task the test loss of every task is measured.
+
+    control                    the weights, trained on
+    control, 0.8 of the way    after each task, start + 0.8 (end - start)
+    LoRA merged                an adapter, merged into the weights after each task
+    mask on mask               a mask per task, on what the masks before it left
+    mask trained on            one mask, whose scores go on: what was dropped may come back
+    masks united               a mask per task from the base, then what all of them keep
+    LoRAs added                an adapter per task from the base, then the sum of all
+    a mask per task            the same masks, each task under its own: it must be known which task a text is of
+    joint                      the weights, on all tasks at once: a bound
+
+All change the linears of all layers, with the same steps. Validation chooses each arm's rate with the first seed, by
+the mean loss of the five tasks at the end.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from torch import nn
+
+from mft.config import DataConfig, MaskConfig, ModelConfig, TrainConfig
+from mft.data.splits import Splits, load_splits
+from mft.evaluation.evaluate import evaluate
+from mft.files.atomic import write_whole
+from mft.masks.targets import select_targets
+from mft.models.pretrained import load_model
+from mft.study.arms.adapters import Lora
+from mft.study.arms.arm import Arm, Ground
+from mft.study.arms.full import Control
+from mft.study.arms.masks import Mask
+from mft.study.arms.setting import Setting
+from mft.study.config import ScratchConfig
+from mft.study.report.environment import environment
+from mft.study.report.statistics import Difference, differences, with_holm
+
+from ..tables import markdown
+from .findings import ROWS, Documents, interval, nats_of, power_line, spreads
+from .learners import AdaptersAdded, AtOnce, Learner, MasksUnited, OneOnAnother, PerTask, TrainedOn
+from .runs import (
+    CHOICE,
+    RESULT,
+    SECONDS,
+    TABLE,
+    Found,
+    Regime,
+    Run,
+    best_rate,
+    chosen_runs,
+    complete,
+    open_ends,
+    prepare,
+)
+from .texts import docstrings_of, sources_of, write_texts
+
+COMMAND = "benchmarks.regimes.sequential_tasks"
+ORDER, NATS = "order", "nats"  # keys of what a run found
+END, LEARNED, FORGOTTEN = "loss at the end", "just learned", "forgotten"
+REFERENCE = "control"  # that every other arm is compared with
+BOUND = "joint"
+# Before any run nothing is known of how these differences vary; the table says how they did.
+ASSUMED = (0.05, 0.2, "as a guess before any run")
+
+
+def _control(lrs: list[float]) -> Arm:
+    return Control("control", lrs=lrs)
+
+
+def _lora(lrs: list[float]) -> Arm:
+    return Lora("lora", lrs=lrs)
+
+
+def _mask(lrs: list[float]) -> Arm:
+    """With a free threshold, the best of the stored studies."""
+    return Mask("mask", lrs=lrs, mode="value", threshold=0.0)
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is trained, how tasks follow each other, and the rates to choose from."""
+
+    arm: Callable[[list[float]], Arm]
+    learner: Callable[..., Learner]
+    rates: list[float]
+
+
+_WEIGHT_RATES, _ADAPTER_RATES, _SCORE_RATES = [1e-3, 2e-3, 4e-3], [4e-3, 8e-3, 1.6e-2], [4e-3, 8e-3, 1.6e-2]
+WAYS = {
+    REFERENCE: Way(_control, OneOnAnother, _WEIGHT_RATES),
+    "control, 0.8 of the way": Way(_control, functools.partial(OneOnAnother, alpha=0.8), _WEIGHT_RATES),
+    "LoRA merged": Way(_lora, OneOnAnother, _ADAPTER_RATES),
+    "mask on mask": Way(_mask, OneOnAnother, _SCORE_RATES),
+    "mask trained on": Way(_mask, TrainedOn, _SCORE_RATES),
+    "masks united": Way(_mask, MasksUnited, _SCORE_RATES),
+    "LoRAs added": Way(_lora, AdaptersAdded, _ADAPTER_RATES),
+    "a mask per task": Way(_mask, PerTask, _SCORE_RATES),
+    BOUND: Way(_control, AtOnce, _WEIGHT_RATES),
+}
+
+
+def _train() -> TrainConfig:
+    return TrainConfig(epochs=2.0, batch_size=4, warmup_ratio=0.05, betas=(0, 0.99))
+
+
+@dataclass(frozen=True)
+class SequentialTasks(Regime):
+    """Of each way of learning that rates names."""
+
+    tasks: dict[str, DataConfig] = field(default_factory=dict)
+    train: TrainConfig = field(default_factory=_train)  # of a task; the rate is a run's
+
+    def order(self, seed: int) -> list[str]:
+        """In which a seed learns the tasks."""
+        tasks = list(self.tasks)
+        first = seed % len(tasks)
+        return [*tasks[first:], *tasks[:first]]
+
+    def splits(self, tokenizer: Any, seed: int) -> dict[str, Splits]:
+        """By task; the seed decides which of the training rows there are."""
+        return {task: load_splits(dataclasses.replace(data, seed=seed), tokenizer) for task, data in self.tasks.items()}
+
+    def run(self, base: Path, run: Run) -> Found:
+        """NATS: by task, before the first stage and after each, the nats of each test document; ORDER: of the tasks."""
+        model, tokenizer = load(base, self)
+        splits, order, way = self.splits(tokenizer, run.seed), self.order(run.seed), WAYS[run.arm]
+        arm = way.arm(self.rates[run.arm])
+        mask = dataclasses.replace(arm.mask_config(MaskConfig()), seed=run.seed)
+        layers = select_targets(model, mask)
+        ground = Ground(model, model, layers, mask, Setting(lr=run.lr), run.seed, lambda: None)
+        train = dataclasses.replace(self.train, lr=run.lr, seed=run.seed)
+        learner = way.learner(arm, ground, train)
+        nats: dict[str, list[list[float]]] = {task: [] for task in order}
+        for learned in [[], *([order] if learner.at_once else [[task] for task in order])]:
+            if learned:
+                learner.learn(learned[0], datasets.concatenate_datasets([splits[task].train for task in learned]))
+            for task in order:
+                nats[task].append(nats_of(learner.model(task), splits[task].test))
+        validation = [evaluate(learner.model(task), splits[task].validation, batch_size=ROWS).loss for task in order]
+        return {CHOICE: float(np.mean(validation)), ORDER: order, NATS: nats}
+
+
+def load(base: Path, regime: SequentialTasks) -> tuple[nn.Module, Any]:
+    """The base model, frozen, and its tokenizer."""
+    longest = max(data.sequence_length for data in regime.tasks.values())
+    model, tokenizer = load_model(ModelConfig(name=str(base), dtype="float32"), sequence_length=longest)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+# ---------------------------------------------------------------------------------------------- what it shows
+
+
+def findings_of(regime: SequentialTasks, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
+    """By arm the mean loss of all tasks at the end, of each just after it was learned, and what was forgotten since."""
+    runs = {arm: chosen_runs(regime, found, arm) for arm in regime.rates}
+    arms: dict[str, Any] = {}
+    for arm, own in runs.items():
+        lr, spent = best_rate(regime, found, arm), [one[SECONDS] for one in own.values()]
+        arms[arm] = {"lr": lr, "seconds": float(np.mean(spent)), "seeds": list(own)}
+        for name, nats_in in _MEASURES.items():
+            losses = [nats for one in own.values() if (nats := nats_in(one))]
+            arms[arm][name] = float(np.mean([documents.mean_loss(nats) for nats in losses])) if losses else None
+        if arms[arm][LEARNED] is not None:
+            arms[arm]["matrix"] = matrix(list(own.values()), documents)
+    for name, nats_in in _MEASURES.items():
+        compared, pairs, varied = [], [], []
+        for arm, own in runs.items():
+            seeds = [seed for seed in own if seed in runs[REFERENCE]]
+            both = [(nats_in(own[seed]), nats_in(runs[REFERENCE][seed])) for seed in seeds]
+            if arm == REFERENCE or not both or not all(nats for nats, _ in both):
+                continue
+            pair = documents.paired([{t: _minus(nats[t], other[t]) for t in nats} for nats, other in both])
+            compared.append(arm)
+            pairs.append(pair)
+            varied.append(spreads(pair))
+        for arm, difference, spread in zip(compared, with_holm(differences(pairs)), varied):
+            arms[arm][f"{name} - {REFERENCE}"] = dataclasses.asdict(difference)
+            arms[arm][f"{name}, spread over seeds and documents"] = spread
+    return arms
+
+
+def matrix(runs: Sequence[Found], documents: Documents) -> list[list[float]]:
+    """[k][j]: the loss of the task that is learned j-th, after k tasks were learned; mean over seeds; 0: the base."""
+    losses = []
+    for one in runs:
+        by_task = [[sum(nats) / sum(documents.tokens[task]) for nats in one[NATS][task]] for task in one[ORDER]]
+        losses.append(np.array(by_task).T)
+    return np.mean(losses, axis=0).round(4).tolist()
+
+
+def report(regime: SequentialTasks, arms: dict[str, Any], said: Sequence[str]) -> str:
+    """Markdown."""
+    header = ["arm", "rate", "loss at the end", f"- {REFERENCE}", "just learned", "forgotten", f"- {REFERENCE}", "s"]
+    rows = []
+    for arm, one in sorted(arms.items(), key=lambda item: item[1][END]):
+        columns = [f"{one['lr']:g}", f"{one[END]:.3f}", _interval(one, END)]
+        columns += ["" if one[name] is None else f"{one[name]:.3f}" for name in (LEARNED, FORGOTTEN)]
+        rows.append([arm, *columns, _interval(one, FORGOTTEN), f"{one['seconds']:.0f}"])
+    parts = [
+        f"# {len(regime.tasks)} tasks, one after the other",
+        f"Mean test loss over {', '.join(regime.tasks)}, nats per token; {len(regime.seeds)} seeds; 95 % intervals; * "
+        "where p < 0.05 after Holm's correction over the arms. *Forgotten*: the loss of a task at the end less that "
+        "just after it was learned, mean over all tasks; nothing of the last one.",
+        markdown(header, rows),
+        *said,
+    ]
+    places = [str(place) for place in range(1, len(regime.tasks) + 1)]
+    for arm, one in arms.items():
+        if "matrix" in one:
+            lines = [[str(k), *(f"{loss:.3f}" for loss in row)] for k, row in enumerate(one["matrix"])]
+            parts.append(f"**{arm}**: loss of the task at each place\n\n" + markdown(["tasks learned", *places], lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def at_the_end(one: Found) -> dict[str, list[float]]:
+    return {task: nats[-1] for task, nats in one[NATS].items()}
+
+
+def just_learned(one: Found) -> dict[str, list[float]]:
+    """Empty where tasks were learned at once."""
+    if len(one[NATS][one[ORDER][0]]) <= len(one[ORDER]):
+        return {}
+    return {task: one[NATS][task][place] for place, task in enumerate(one[ORDER], start=1)}
+
+
+def forgotten(one: Found) -> dict[str, list[float]]:
+    """Since each task was learned: nothing of the last one. Empty where tasks were learned at once."""
+    before, after = just_learned(one), at_the_end(one)
+    return {task: _minus(after[task], own) for task, own in before.items()}
+
+
+_MEASURES = {END: at_the_end, LEARNED: just_learned, FORGOTTEN: forgotten}
+
+
+def _minus(nats: Sequence[float], others: Sequence[float]) -> list[float]:
+    return (np.array(nats) - np.array(others)).tolist()
+
+
+def _interval(one: dict[str, Any], measure: str) -> str:
+    difference = one.get(f"{measure} - {REFERENCE}")
+    return "" if difference is None else interval(Difference(**difference))
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def default_tasks(directory: Path, train_tokens: int, eval_tokens: int) -> dict[str, DataConfig]:
+    """The five, of which three are texts of installed packages; their files are written into directory unless there."""
+    texts = {
+        "docstrings": lambda: docstrings_of("numpy"),
+        "sympy": lambda: sources_of("sympy"),
+        "transformers": lambda: sources_of("transformers"),
+    }
+    sources = {"headers": "headers", "problems": "problems"}
+    for name, read in texts.items():
+        path = directory / f"{name}.jsonl"
+        sources[name] = str(path if path.is_file() else write_texts(path, read()))
+    return {
+        name: DataConfig(source=source, sequence_length=256, max_train_tokens=train_tokens, max_eval_tokens=eval_tokens)
+        for name, source in sources.items()
+    }
+
+
+def quick(tasks: dict[str, DataConfig]) -> SequentialTasks:
+    """A tenth of the work, two seeds and two rates: a look, not for the record."""
+    scratch = ScratchConfig(hidden_size=64, intermediate_size=176, layers=2)
+    scratch.data.max_train_tokens = 262_144
+    rates = {arm: way.rates[:2] for arm, way in WAYS.items()}
+    return SequentialTasks(rates=rates, seeds=[0, 1], scratch=scratch, extensions=0, tasks=tasks)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m {COMMAND}", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/sequential-tasks"))
+    parser.add_argument("--quick", action="store_true", help="a smaller model, little text, two seeds: minutes")
+    asked = parser.parse_args(arguments)
+    if asked.quick:
+        regime = quick(default_tasks(asked.out / "texts", 8_192, 4_096))
+    else:
+        tasks = default_tasks(asked.out / "texts", 32_768, 8_192)
+        regime = SequentialTasks(
+            rates={arm: way.rates for arm, way in WAYS.items()}, seeds=[0, 1, 2, 3, 4], tasks=tasks
+        )
+    carry_out(regime, asked.out)
+
+
+def carry_out(regime: SequentialTasks, directory: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """All runs, RESULT and TABLE in directory; returns the result."""
+    model, tokenizer = load(prepare(regime, directory, say), regime)
+    splits = regime.splits(tokenizer, regime.seeds[0])
+    documents = Documents.of(model, {task: one.test for task, one in splits.items()})
+    power = power_line(len(regime.seeds), documents.number, *ASSUMED)
+    say(power)
+    found = complete(regime, directory, say)
+    arms, ends = findings_of(regime, found, documents), open_ends(regime, found)
+    result = {
+        "environment": environment()
+        | {"command": " ".join(["python -m benchmarks.regimes.sequential_tasks", *sys.argv[1:]])},
+        "declared": dataclasses.asdict(regime),
+        "power": power,
+        "notes": ends,
+        "documents": dataclasses.asdict(documents),
+        "arms": arms,
+        "runs": [dataclasses.asdict(run) | one for run, one in found.items()],
+    }
+    table = report(regime, arms, [power, *ends])
+    write_whole(directory / RESULT, json.dumps(result, allow_nan=False))
+    write_whole(directory / TABLE, table)
+    say(table)
+    return result
+
+
+if __name__ == "__main__":
+    main()
