@@ -1,0 +1,33 @@
+"""The study of little data: what it declares, and that it fits an hour on two cores."""
+
+from benchmarks.records import ROOT
+from mft.study.load import load_study
+from mft.study.outcome import Unit
+from mft.study.plan import left_to_do, work_of
+
+STUDY = ROOT / "benchmarks" / "studies" / "little-data.yaml"
+TOKENS_PER_SECOND = 6_000  # that one core of a busy Zen 4 trained of this model, all layers, weights or scores
+BASE_MINUTES = 9  # 3 M tokens of the base model from scratch, on one core
+
+
+def test_each_trained_arm_meets_both_sizes_and_three_lengths_with_five_seeds():
+    study = load_study(STUDY)
+    assert [data.max_train_tokens for data in study.domains.values()] == [4096, 16384]
+    assert {tuple(arm.epochs) for arm in study.arms.values() if arm.lrs} == {(4, 16, 64)}
+    assert len(study.seeds) == 5
+    assert study.max_epochs == 64
+
+
+def test_it_fits_an_hour_on_two_cores():
+    study = load_study(STUDY)
+    _, work = left_to_do(study, [], [])
+    longest = [
+        work_of(study, Unit(domain, name, 0, max(arm.settings(study.mask), key=lambda setting: setting.epochs or 0)))
+        for domain in study.domains
+        for name, arm in study.arms.items()
+        if arm.lrs
+    ]
+    checkpoints = (study.checkpoints - 1) * 2 * 3 * 13 * 16384 / 2  # looks at validation; forward alone, twice as fast
+    grown = study.extensions / 2 * sum(longest)  # half of what the grids may grow by, at the longest
+    minutes = BASE_MINUTES + (work + checkpoints + grown) / TOKENS_PER_SECOND / study.workers / 60
+    assert minutes < 60
