@@ -12,14 +12,8 @@ from mft.files import rice
 SHARES = (0.0, 0.0005, 0.01, 0.025, 0.1, 0.2, 0.38, 0.5, 0.7, 0.99, 1.0)
 
 
-def words_of(bits):
-    """(rows, columns) of booleans as the words that the codes are of."""
-    packed = np.packbits(bits, axis=1, bitorder="little")
-    return np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4))).view("<u4")
-
-
 def drawn(rows, columns, share, seed=0):
-    return words_of(np.random.default_rng(seed).random((rows, columns)) < share)
+    return rice.words_of(np.random.default_rng(seed).random((rows, columns)) < share)
 
 
 def decoded(stream, rows, columns):
@@ -44,10 +38,10 @@ def test_a_stream_is_these_bytes_for_ever():
     """Two dropped of 40 columns, then two kept of 33, padding in between, and words as they are."""
     dropped = np.ones((2, 40), bool)
     dropped[0, 3] = dropped[1, 17] = False
-    assert rice.encode(words_of(dropped), 40).hex() == "0402000000" + "53" + "11"  # gaps 3 = 0|3, 53 = 3|5
+    assert rice.encode(rice.words_of(dropped), 40).hex() == "0402000000" + "53" + "11"  # gaps 3 = 0|3, 53 = 3|5
     kept = ~np.ones((2, 33), bool)
     kept[0, 32] = kept[1, 0] = True
-    assert rice.encode(words_of(kept), 33).hex() == "2402000000" + "00" + "0c"  # gaps 32 = 2|0, 0 = 0|0
+    assert rice.encode(rice.words_of(kept), 33).hex() == "2402000000" + "00" + "0c"  # gaps 32 = 2|0, 0 = 0|0
     raw = np.frombuffer(b"\x35\xc9\x5a\x96", "<u4")[None]
     assert rice.encode(raw, 32).hex() == "4000000000" + "35c95a96"
 

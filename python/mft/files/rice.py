@@ -32,6 +32,18 @@ _MOST_K = 22  # a block of 2^22 bits has no longer gap
 _MOST_EXPANSION = 1024
 
 
+def words_of(bits: NDArray[np.bool_]) -> Words:
+    """(rows, columns) as encode takes it."""
+    packed = np.packbits(bits, axis=1, bitorder="little")
+    return np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4))).view("<u4")
+
+
+def bits_of(words: Words, columns: int) -> NDArray[np.bool_]:
+    """(rows, columns) of what decode gives."""
+    flat = np.unpackbits(np.ascontiguousarray(words, "<u4").view(np.uint8), axis=1, bitorder="little")
+    return flat[:, :columns].view(np.bool_)
+
+
 def encode(words: Words, columns: int) -> bytes:
     """The stream of a matrix (rows, ceil(columns / 32)): bit j % 32 of word j // 32 is column j, or 0 past the last."""
     rows, width = words.shape

@@ -136,15 +136,13 @@ def coded_size(mask: Tensor) -> int:
 def coded_mask(mask: Tensor) -> bytes:
     """A boolean mask (N, K), or of experts (E, N, K), as an export of coding rice has it."""
     bits = mask.detach().to("cpu", torch.bool).flatten(0, -2).numpy()
-    words = np.packbits(np.pad(bits, ((0, 0), (0, -bits.shape[1] % 32))), axis=1, bitorder="little").view("<u4")
-    return rice.encode(words, bits.shape[1])
+    return rice.encode(rice.words_of(bits), bits.shape[1])
 
 
 def decoded_mask(stream: bytes, shape: tuple[int, int]) -> Tensor:
     """The mask (N, K) of what coded_mask gave. Raises: ValueError if no mask of this shape has it."""
     words = rice.decode(np.frombuffer(stream, np.uint8), *shape)
-    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : shape[1]]
-    return torch.from_numpy(bits.astype(np.bool_))
+    return torch.from_numpy(rice.bits_of(words, shape[1]).copy())
 
 
 def is_export(directory: Path) -> bool:
