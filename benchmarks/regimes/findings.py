@@ -7,7 +7,7 @@ compute every interval again.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mft.evaluation.evaluate import evaluate
-from mft.study.report.statistics import NATS_DECIMALS, Difference, Paired
+from mft.study.report.statistics import NATS_DECIMALS, Paired, differences, with_holm
 
 ALPHA, POWER = 0.05, 0.8
+Nats = Mapping[str, Sequence[float]]  # by text, of each document
+SPREADS = ("over_seeds", "over_documents")  # standard deviations
 ROWS = 8  # that are evaluated together
 _DRAWS = 200_000  # of Student's t: its quantiles to about 1 %
 Floats = NDArray[np.float64]
@@ -43,22 +45,21 @@ class Documents:
     def number(self) -> int:
         return sum(map(len, self.tokens.values()))
 
-    def paired(self, differences: Sequence[Mapping[str, Sequence[float]]]) -> Paired:
+    def paired(self, changes: Sequence[Nats]) -> Paired:
         """Of a difference in nats per document, by text, for each seed: every text counts as much as any other.
 
         Sums and counts of a text are divided by its tokens, so the estimate is the mean over texts of nats per token.
         """
-        texts = list(differences[0])
+        texts = list(changes[0])
         counts = [np.array(self.tokens[text], float) for text in texts]
         shares = np.concatenate([count / count.sum() for count in counts])
         sums = [
-            np.concatenate([np.array(one[text]) / count.sum() for text, count in zip(texts, counts)])
-            for one in differences
+            np.concatenate([np.array(one[text]) / count.sum() for text, count in zip(texts, counts)]) for one in changes
         ]
         scored = shares > 0
         return Paired(np.stack(sums)[:, scored], shares[scored])
 
-    def mean_loss(self, nats: Mapping[str, Sequence[float]]) -> float:
+    def mean_loss(self, nats: Nats) -> float:
         """The mean over texts of nats per token."""
         return float(np.mean([sum(own) / sum(self.tokens[text]) for text, own in nats.items()]))
 
@@ -66,6 +67,26 @@ class Documents:
 def nats_of(model: nn.Module, dataset: Any) -> list[float]:
     """Of each document, in order of number, rounded as every interval takes them."""
     return evaluate(model, dataset, batch_size=ROWS).loss_sums.double().numpy().round(NATS_DECIMALS).tolist()
+
+
+def minus(nats: Nats, others: Nats) -> dict[str, list[float]]:
+    """By text, of each document."""
+    return {text: (np.array(own) - np.array(others[text])).tolist() for text, own in nats.items()}
+
+
+def compared(nats: Mapping[str, Mapping[int, Nats]], reference: str, documents: Documents) -> dict[str, dict[str, Any]]:
+    """Every other arm less the reference, in the seeds that both have: a Difference, adjusted for how many there are.
+
+    Args: nats: by arm and seed.
+    Returns: by arm the fields of the difference, and how it varies over seeds and documents.
+    """
+    pairs = {}
+    for arm, runs in nats.items():
+        both = [minus(own, nats[reference][seed]) for seed, own in runs.items() if seed in nats[reference]]
+        if arm != reference and both:
+            pairs[arm] = documents.paired(both)
+    found = zip(pairs, with_holm(differences(list(pairs.values()))), pairs.values())
+    return {arm: asdict(one) | dict(zip(SPREADS, spreads(pair))) for arm, one, pair in found}
 
 
 def smallest_difference(over_seeds: float, over_documents: float, seeds: int, documents: int) -> float:
@@ -102,11 +123,12 @@ def power_line(seeds: int, documents: int, over_seeds: float, over_documents: fl
     )
 
 
-def interval(difference: Difference) -> str:
-    """ "-0.123 [-0.2, -0.1]", and * where p stays below 0.05 after Holm's correction."""
-    p = difference.p if difference.p_holm is None else difference.p_holm
-    star = " *" if p < ALPHA else ""
-    return f"{difference.estimate:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{star}"
+def interval(compared: Mapping[str, Any] | None) -> str:
+    """ "-0.123 [-0.200, -0.100]", and * where p stays below 0.05 after Holm's correction; "" for no comparison."""
+    if compared is None:
+        return ""
+    star = " *" if (compared["p"] if compared["p_holm"] is None else compared["p_holm"]) < ALPHA else ""
+    return f"{compared['estimate']:+.3f} [{compared['low']:+.3f}, {compared['high']:+.3f}]{star}"
 
 
 def _hashes(dataset: Any) -> list[str]:

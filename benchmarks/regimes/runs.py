@@ -1,11 +1,11 @@
-"""The runs of a regime: two at a time, each on disk once it is finished; validation chooses the rate of every arm.
+"""A regime from its declaration to its table: runs, two at a time, each on disk once it is finished.
 
     DIRECTORY/regime.json           what was declared
               base/                 the model from scratch
               runs/<name>.json      what a run found
               result.json, table.md
 
-A command that was interrupted goes on where it stopped.
+Validation chooses the rate of every arm with the first seed. A command that was interrupted goes on where it stopped.
 """
 
 import dataclasses
@@ -19,14 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from mft.config import ModelConfig
 from mft.engines.step import NonFiniteLoss
 from mft.files.atomic import write_whole
+from mft.models.pretrained import load_model
 from mft.study.arms.setting import Setting
 from mft.study.config import ScratchConfig
 from mft.study.from_scratch import train_from_scratch
 from mft.study.grid import neighbours
+from mft.study.report.environment import environment
 from mft_kernels.ops.checks import NonFiniteScores
+
+from .findings import Documents, power_line
 
 REGIME, BASE, RUNS, RESULT, TABLE = "regime.json", "base", "runs", "result.json", "table.md"
 CHOICE, DIVERGED, SECONDS = "choice", "diverged", "seconds"  # keys of what a run found
@@ -56,9 +62,56 @@ class Regime:
     extensions: int = 2  # further rates that an arm may try while its best one lies at an end
     workers: int = 2  # processes of one thread each
 
+    assumed = (0.05, 0.2, "as a guess before any run")  # how differences vary over seeds and documents, and whence
+
     def run(self, base: Path, run: Run) -> Found:
         """What a run finds, as JSON: under CHOICE what validation chooses the least of."""
         raise NotImplementedError
+
+    def tests(self, tokenizer: Any) -> dict[str, Any]:
+        """By text, the rows of test."""
+        raise NotImplementedError
+
+    def arms(self, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
+        """What each arm came to, as JSON."""
+        raise NotImplementedError
+
+    def table(self, arms: dict[str, Any]) -> str:
+        """Markdown."""
+        raise NotImplementedError
+
+
+def carry_out(regime: Regime, directory: Path, command: str, say: Say = print) -> dict[str, Any]:
+    """All runs, and RESULT and TABLE in directory; returns the result.
+
+    Raises: ValueError if directory holds another regime; RuntimeError if an arm diverges at every rate.
+    """
+    model, tokenizer = load_base(prepare(regime, directory, say))
+    documents = Documents.of(model, regime.tests(tokenizer))
+    power = power_line(len(regime.seeds), documents.number, *regime.assumed)
+    say(power)
+    found = complete(regime, directory, say)
+    arms, notes = regime.arms(found, documents), open_ends(regime, found)
+    result = {
+        "environment": environment() | {"command": command},
+        "declared": dataclasses.asdict(regime),
+        "power": power,
+        "notes": notes,
+        "documents": dataclasses.asdict(documents),
+        "arms": arms,
+        "runs": [dataclasses.asdict(run) | one for run, one in found.items()],
+    }
+    table = "\n\n".join([regime.table(arms), power, *notes]) + "\n"
+    write_whole(directory / RESULT, json.dumps(result, allow_nan=False))
+    write_whole(directory / TABLE, table)
+    say(table)
+    return result
+
+
+def load_base(base: Path) -> tuple[nn.Module, Any]:
+    """The base model, frozen, and its tokenizer."""
+    model, tokenizer = load_model(ModelConfig(name=str(base), dtype="float32"))
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def prepare(regime: Regime, directory: Path, say: Say = print) -> Path:

@@ -24,7 +24,6 @@ the mean loss of the five tasks at the end.
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,40 +32,22 @@ from typing import Any
 
 import datasets
 import numpy as np
-from torch import nn
 
-from mft.config import DataConfig, MaskConfig, ModelConfig, TrainConfig
+from mft.config import DataConfig, MaskConfig, TrainConfig
 from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluate import evaluate
-from mft.files.atomic import write_whole
 from mft.masks.targets import select_targets
-from mft.models.pretrained import load_model
 from mft.study.arms.adapters import Lora
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.full import Control
 from mft.study.arms.masks import Mask
 from mft.study.arms.setting import Setting
 from mft.study.config import ScratchConfig
-from mft.study.report.environment import environment
-from mft.study.report.statistics import Difference, differences, with_holm
 
 from ..tables import markdown
-from .findings import ROWS, Documents, interval, nats_of, power_line, spreads
+from .findings import ROWS, Documents, compared, interval, minus, nats_of
 from .learners import AdaptersAdded, AtOnce, Learner, MasksUnited, OneOnAnother, PerTask, TrainedOn
-from .runs import (
-    CHOICE,
-    RESULT,
-    SECONDS,
-    TABLE,
-    Found,
-    Regime,
-    Run,
-    best_rate,
-    chosen_runs,
-    complete,
-    open_ends,
-    prepare,
-)
+from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, carry_out, chosen_runs, load_base
 from .texts import docstrings_of, sources_of, write_texts
 
 COMMAND = "benchmarks.regimes.sequential_tasks"
@@ -74,8 +55,6 @@ ORDER, NATS = "order", "nats"  # keys of what a run found
 END, LEARNED, FORGOTTEN = "loss at the end", "just learned", "forgotten"
 REFERENCE = "control"  # that every other arm is compared with
 BOUND = "joint"
-# Before any run nothing is known of how these differences vary; the table says how they did.
-ASSUMED = (0.05, 0.2, "as a guess before any run")
 
 
 def _control(lrs: list[float]) -> Arm:
@@ -137,7 +116,7 @@ class SequentialTasks(Regime):
 
     def run(self, base: Path, run: Run) -> Found:
         """NATS: by task, before the first stage and after each, the nats of each test document; ORDER: of the tasks."""
-        model, tokenizer = load(base, self)
+        model, tokenizer = load_base(base)
         splits, order, way = self.splits(tokenizer, run.seed), self.order(run.seed), WAYS[run.arm]
         arm = way.arm(self.rates[run.arm])
         mask = dataclasses.replace(arm.mask_config(MaskConfig()), seed=run.seed)
@@ -154,44 +133,50 @@ class SequentialTasks(Regime):
         validation = [evaluate(learner.model(task), splits[task].validation, batch_size=ROWS).loss for task in order]
         return {CHOICE: float(np.mean(validation)), ORDER: order, NATS: nats}
 
+    def tests(self, tokenizer: Any) -> dict[str, Any]:
+        return {task: splits.test for task, splits in self.splits(tokenizer, self.seeds[0]).items()}
 
-def load(base: Path, regime: SequentialTasks) -> tuple[nn.Module, Any]:
-    """The base model, frozen, and its tokenizer."""
-    longest = max(data.sequence_length for data in regime.tasks.values())
-    model, tokenizer = load_model(ModelConfig(name=str(base), dtype="float32"), sequence_length=longest)
-    return model.requires_grad_(False).eval(), tokenizer
-
-
-# ---------------------------------------------------------------------------------------------- what it shows
-
-
-def findings_of(regime: SequentialTasks, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
-    """By arm the mean loss of all tasks at the end, of each just after it was learned, and what was forgotten since."""
-    runs = {arm: chosen_runs(regime, found, arm) for arm in regime.rates}
-    arms: dict[str, Any] = {}
-    for arm, own in runs.items():
-        lr, spent = best_rate(regime, found, arm), [one[SECONDS] for one in own.values()]
-        arms[arm] = {"lr": lr, "seconds": float(np.mean(spent)), "seeds": list(own)}
-        for name, nats_in in _MEASURES.items():
-            losses = [nats for one in own.values() if (nats := nats_in(one))]
-            arms[arm][name] = float(np.mean([documents.mean_loss(nats) for nats in losses])) if losses else None
-        if arms[arm][LEARNED] is not None:
-            arms[arm]["matrix"] = matrix(list(own.values()), documents)
-    for name, nats_in in _MEASURES.items():
-        compared, pairs, varied = [], [], []
+    def arms(self, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
+        """The mean loss of all tasks at the end, of each just after it was learned, and what was forgotten since."""
+        runs = {arm: chosen_runs(self, found, arm) for arm in self.rates}
+        arms: dict[str, Any] = {
+            arm: {"lr": best_rate(self, found, arm), SECONDS: float(np.mean([one[SECONDS] for one in own.values()]))}
+            for arm, own in runs.items()
+        }
+        for measure, nats_in in _MEASURES.items():
+            nats = {arm: {seed: nats_in(one) for seed, one in own.items()} for arm, own in runs.items()}
+            nats = {arm: by_seed for arm, by_seed in nats.items() if all(by_seed.values())}
+            differences = compared(nats, REFERENCE, documents)
+            for arm, by_seed in nats.items():
+                arms[arm][measure] = float(np.mean([documents.mean_loss(one) for one in by_seed.values()]))
+                arms[arm][f"{measure} - {REFERENCE}"] = differences.get(arm)
         for arm, own in runs.items():
-            seeds = [seed for seed in own if seed in runs[REFERENCE]]
-            both = [(nats_in(own[seed]), nats_in(runs[REFERENCE][seed])) for seed in seeds]
-            if arm == REFERENCE or not both or not all(nats for nats, _ in both):
-                continue
-            pair = documents.paired([{t: _minus(nats[t], other[t]) for t in nats} for nats, other in both])
-            compared.append(arm)
-            pairs.append(pair)
-            varied.append(spreads(pair))
-        for arm, difference, spread in zip(compared, with_holm(differences(pairs)), varied):
-            arms[arm][f"{name} - {REFERENCE}"] = dataclasses.asdict(difference)
-            arms[arm][f"{name}, spread over seeds and documents"] = spread
-    return arms
+            if LEARNED in arms[arm]:
+                arms[arm]["matrix"] = matrix(list(own.values()), documents)
+        return arms
+
+    def table(self, arms: dict[str, Any]) -> str:
+        less = f"- {REFERENCE}"
+        rows = []
+        for arm, one in sorted(arms.items(), key=lambda item: item[1][END]):
+            learned, lost = (f"{one[name]:.3f}" if name in one else "" for name in (LEARNED, FORGOTTEN))
+            intervals = [interval(one.get(f"{name} {less}")) for name in (END, FORGOTTEN)]
+            columns = [f"{one[END]:.3f}", intervals[0], learned, lost, intervals[1], f"{one[SECONDS]:.0f}"]
+            rows.append([arm, f"{one['lr']:g}", *columns])
+        parts = [
+            f"# {len(self.tasks)} tasks, one after the other",
+            f"Mean test loss over {', '.join(self.tasks)}, nats per token; {len(self.seeds)} seeds; 95 % intervals; * "
+            "where p < 0.05 after Holm's correction over the arms. *Forgotten*: the loss of a task at the end less "
+            "that just after it was learned, mean over all tasks; nothing of the last one.",
+            markdown(["arm", "rate", END, less, LEARNED, FORGOTTEN, less, "s a run"], rows),
+        ]
+        places = [str(place) for place in range(1, len(self.tasks) + 1)]
+        for arm, one in arms.items():
+            if "matrix" in one:
+                losses = [[str(k), *(f"{loss:.3f}" for loss in row)] for k, row in enumerate(one["matrix"])]
+                told = markdown(["tasks learned", *places], losses)
+                parts.append(f"**{arm}**: loss of the task at each place\n\n{told}")
+        return "\n\n".join(parts)
 
 
 def matrix(runs: Sequence[Found], documents: Documents) -> list[list[float]]:
@@ -201,30 +186,6 @@ def matrix(runs: Sequence[Found], documents: Documents) -> list[list[float]]:
         by_task = [[sum(nats) / sum(documents.tokens[task]) for nats in one[NATS][task]] for task in one[ORDER]]
         losses.append(np.array(by_task).T)
     return np.mean(losses, axis=0).round(4).tolist()
-
-
-def report(regime: SequentialTasks, arms: dict[str, Any], said: Sequence[str]) -> str:
-    """Markdown."""
-    header = ["arm", "rate", "loss at the end", f"- {REFERENCE}", "just learned", "forgotten", f"- {REFERENCE}", "s"]
-    rows = []
-    for arm, one in sorted(arms.items(), key=lambda item: item[1][END]):
-        columns = [f"{one['lr']:g}", f"{one[END]:.3f}", _interval(one, END)]
-        columns += ["" if one[name] is None else f"{one[name]:.3f}" for name in (LEARNED, FORGOTTEN)]
-        rows.append([arm, *columns, _interval(one, FORGOTTEN), f"{one['seconds']:.0f}"])
-    parts = [
-        f"# {len(regime.tasks)} tasks, one after the other",
-        f"Mean test loss over {', '.join(regime.tasks)}, nats per token; {len(regime.seeds)} seeds; 95 % intervals; * "
-        "where p < 0.05 after Holm's correction over the arms. *Forgotten*: the loss of a task at the end less that "
-        "just after it was learned, mean over all tasks; nothing of the last one.",
-        markdown(header, rows),
-        *said,
-    ]
-    places = [str(place) for place in range(1, len(regime.tasks) + 1)]
-    for arm, one in arms.items():
-        if "matrix" in one:
-            lines = [[str(k), *(f"{loss:.3f}" for loss in row)] for k, row in enumerate(one["matrix"])]
-            parts.append(f"**{arm}**: loss of the task at each place\n\n" + markdown(["tasks learned", *places], lines))
-    return "\n\n".join(parts) + "\n"
 
 
 def at_the_end(one: Found) -> dict[str, list[float]]:
@@ -241,19 +202,10 @@ def just_learned(one: Found) -> dict[str, list[float]]:
 def forgotten(one: Found) -> dict[str, list[float]]:
     """Since each task was learned: nothing of the last one. Empty where tasks were learned at once."""
     before, after = just_learned(one), at_the_end(one)
-    return {task: _minus(after[task], own) for task, own in before.items()}
+    return minus({task: after[task] for task in before}, before)
 
 
 _MEASURES = {END: at_the_end, LEARNED: just_learned, FORGOTTEN: forgotten}
-
-
-def _minus(nats: Sequence[float], others: Sequence[float]) -> list[float]:
-    return (np.array(nats) - np.array(others)).tolist()
-
-
-def _interval(one: dict[str, Any], measure: str) -> str:
-    difference = one.get(f"{measure} - {REFERENCE}")
-    return "" if difference is None else interval(Difference(**difference))
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -296,33 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         regime = SequentialTasks(
             rates={arm: way.rates for arm, way in WAYS.items()}, seeds=[0, 1, 2, 3, 4], tasks=tasks
         )
-    carry_out(regime, asked.out)
-
-
-def carry_out(regime: SequentialTasks, directory: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """All runs, RESULT and TABLE in directory; returns the result."""
-    model, tokenizer = load(prepare(regime, directory, say), regime)
-    splits = regime.splits(tokenizer, regime.seeds[0])
-    documents = Documents.of(model, {task: one.test for task, one in splits.items()})
-    power = power_line(len(regime.seeds), documents.number, *ASSUMED)
-    say(power)
-    found = complete(regime, directory, say)
-    arms, ends = findings_of(regime, found, documents), open_ends(regime, found)
-    result = {
-        "environment": environment()
-        | {"command": " ".join(["python -m benchmarks.regimes.sequential_tasks", *sys.argv[1:]])},
-        "declared": dataclasses.asdict(regime),
-        "power": power,
-        "notes": ends,
-        "documents": dataclasses.asdict(documents),
-        "arms": arms,
-        "runs": [dataclasses.asdict(run) | one for run, one in found.items()],
-    }
-    table = report(regime, arms, [power, *ends])
-    write_whole(directory / RESULT, json.dumps(result, allow_nan=False))
-    write_whole(directory / TABLE, table)
-    say(table)
-    return result
+    carry_out(regime, asked.out, " ".join([f"python -m {COMMAND}", *(arguments or sys.argv[1:])]))
 
 
 if __name__ == "__main__":

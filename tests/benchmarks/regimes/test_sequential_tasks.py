@@ -10,8 +10,8 @@ from small_regime import counting, scratch
 
 from benchmarks.regimes import sequential_tasks
 from benchmarks.regimes.learners import AdaptersAdded, MasksUnited
-from benchmarks.regimes.runs import RESULT, RUNS, TABLE
-from benchmarks.regimes.sequential_tasks import FORGOTTEN, NATS, REFERENCE, WAYS, SequentialTasks, carry_out
+from benchmarks.regimes.runs import RESULT, RUNS, TABLE, carry_out
+from benchmarks.regimes.sequential_tasks import FORGOTTEN, NATS, REFERENCE, WAYS, SequentialTasks
 from mft.config import TrainConfig
 
 
@@ -33,7 +33,7 @@ def regime(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(regime, tmp_path_factory):
     directory, lines = tmp_path_factory.mktemp("out"), []
-    return directory, carry_out(regime, directory, lines.append), lines
+    return directory, carry_out(regime, directory, "test", lines.append), lines
 
 
 def test_power_is_said_before_the_first_run(finished):
@@ -67,7 +67,7 @@ def test_a_mask_per_task_forgets_nothing_and_is_compared_with_the_control(finish
 def test_a_finished_regime_runs_nothing_again_and_gives_the_same_result(finished, regime):
     directory, result, _ = finished
     lines = []
-    again = carry_out(regime, directory, lines.append)
+    again = carry_out(regime, directory, "test", lines.append)
     assert not [line for line in lines if "validation" in line]
     assert again["arms"] == result["arms"]
     assert json.loads((directory / RESULT).read_text())["arms"] == json.loads(json.dumps(result["arms"]))
@@ -77,12 +77,12 @@ def test_a_finished_regime_runs_nothing_again_and_gives_the_same_result(finished
 def test_another_regime_in_the_same_directory_is_refused(finished, regime):
     directory, _, _ = finished
     with pytest.raises(ValueError, match="regime.json must be what runs.*--out"):
-        carry_out(dataclasses.replace(regime, seeds=[0, 1, 2]), directory, lambda line: None)
+        carry_out(dataclasses.replace(regime, seeds=[0, 1, 2]), directory, "test", lambda line: None)
 
 
 def test_a_run_that_diverges_is_a_note_and_not_the_end(regime, tmp_path):
     rates = {REFERENCE: [1e-2, 1e20], "LoRA merged": [1e-2, 2e-2]}
-    result = carry_out(dataclasses.replace(regime, rates=rates, seeds=[0]), tmp_path, lambda line: None)
+    result = carry_out(dataclasses.replace(regime, rates=rates, seeds=[0]), tmp_path, "test", lambda line: None)
     assert result["arms"][REFERENCE]["lr"] == 1e-2
     assert [run["lr"] for run in result["runs"] if "diverged" in run] == [1e20]
     assert len(list((tmp_path / RUNS).iterdir())) == 4
