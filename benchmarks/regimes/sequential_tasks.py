@@ -33,18 +33,14 @@ from typing import Any
 import datasets
 import numpy as np
 
-from mft.config import DataConfig, MaskConfig, TrainConfig
+from mft.config import DataConfig, TrainConfig
 from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluate import evaluate
-from mft.masks.targets import select_targets
-from mft.study.arms.adapters import Lora
-from mft.study.arms.arm import Arm, Ground
-from mft.study.arms.full import Control
-from mft.study.arms.masks import Mask
-from mft.study.arms.setting import Setting
+from mft.study.arms.arm import Arm
 from mft.study.config import ScratchConfig
 
 from ..tables import markdown
+from .arms import control_arm, ground_of, lora_arm, mask_arm
 from .findings import ROWS, Documents, compared, interval, minus, nats_of
 from .learners import AdaptersAdded, AtOnce, Learner, MasksUnited, OneOnAnother, PerTask, TrainedOn
 from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, carry_out, chosen_runs, load_base
@@ -55,19 +51,6 @@ ORDER, NATS = "order", "nats"  # keys of what a run found
 END, LEARNED, FORGOTTEN = "loss at the end", "just learned", "forgotten"
 REFERENCE = "control"  # that every other arm is compared with
 BOUND = "joint"
-
-
-def _control(lrs: list[float]) -> Arm:
-    return Control("control", lrs=lrs)
-
-
-def _lora(lrs: list[float]) -> Arm:
-    return Lora("lora", lrs=lrs)
-
-
-def _mask(lrs: list[float]) -> Arm:
-    """With a free threshold, the best of the stored studies."""
-    return Mask("mask", lrs=lrs, mode="value", threshold=0.0)
 
 
 @dataclass(frozen=True)
@@ -81,15 +64,15 @@ class Way:
 
 _WEIGHT_RATES, _ADAPTER_RATES, _SCORE_RATES = [1e-3, 2e-3, 4e-3], [4e-3, 8e-3, 1.6e-2], [4e-3, 8e-3, 1.6e-2]
 WAYS = {
-    REFERENCE: Way(_control, OneOnAnother, _WEIGHT_RATES),
-    "control, 0.8 of the way": Way(_control, functools.partial(OneOnAnother, alpha=0.8), _WEIGHT_RATES),
-    "LoRA merged": Way(_lora, OneOnAnother, _ADAPTER_RATES),
-    "mask on mask": Way(_mask, OneOnAnother, _SCORE_RATES),
-    "mask trained on": Way(_mask, TrainedOn, _SCORE_RATES),
-    "masks united": Way(_mask, MasksUnited, _SCORE_RATES),
-    "LoRAs added": Way(_lora, AdaptersAdded, _ADAPTER_RATES),
-    "a mask per task": Way(_mask, PerTask, _SCORE_RATES),
-    BOUND: Way(_control, AtOnce, _WEIGHT_RATES),
+    REFERENCE: Way(control_arm, OneOnAnother, _WEIGHT_RATES),
+    "control, 0.8 of the way": Way(control_arm, functools.partial(OneOnAnother, alpha=0.8), _WEIGHT_RATES),
+    "LoRA merged": Way(lora_arm, OneOnAnother, _ADAPTER_RATES),
+    "mask on mask": Way(mask_arm, OneOnAnother, _SCORE_RATES),
+    "mask trained on": Way(mask_arm, TrainedOn, _SCORE_RATES),
+    "masks united": Way(mask_arm, MasksUnited, _SCORE_RATES),
+    "LoRAs added": Way(lora_arm, AdaptersAdded, _ADAPTER_RATES),
+    "a mask per task": Way(mask_arm, PerTask, _SCORE_RATES),
+    BOUND: Way(control_arm, AtOnce, _WEIGHT_RATES),
 }
 
 
@@ -119,11 +102,8 @@ class SequentialTasks(Regime):
         model, tokenizer = load_base(base)
         splits, order, way = self.splits(tokenizer, run.seed), self.order(run.seed), WAYS[run.arm]
         arm = way.arm(self.rates[run.arm])
-        mask = dataclasses.replace(arm.mask_config(MaskConfig()), seed=run.seed)
-        layers = select_targets(model, mask)
-        ground = Ground(model, model, layers, mask, Setting(lr=run.lr), run.seed, lambda: None)
         train = dataclasses.replace(self.train, lr=run.lr, seed=run.seed)
-        learner = way.learner(arm, ground, train)
+        learner = way.learner(arm, ground_of(model, arm, run), train)
         nats: dict[str, list[list[float]]] = {task: [] for task in order}
         for learned in [[], *([order] if learner.at_once else [[task] for task in order])]:
             if learned:

@@ -1,0 +1,223 @@
+"""Ways of learning together: what a client trains and sends in a round, and what the server makes of it.
+
+A federation holds what server and clients know. Messages are those of mft.federated: all that a client sends is their
+bytes. What goes down is not limited: the server sends what it holds.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mft.config import TrainConfig
+from mft.federated.aggregate import (
+    keep_probabilities,
+    majority_mask,
+    majority_sign,
+    sample_mask,
+    weighted_mean,
+)
+from mft.federated.messages import Message, decode_mask, decode_signs, encode_mask, encode_signs, encode_with_feedback
+from mft.masks.convert import masked_modules, set_scores
+from mft.study.arms.arm import Arm, Ground
+from mft.study.arms.weights import with_weights
+
+Messages = dict[str, Message]  # by matrix
+
+
+class Federation:
+    """What is learned together; clients are known by their names."""
+
+    def __init__(self, arm: Arm, ground: Ground) -> None:
+        self.arm, self.ground = arm, ground
+        self.trained = arm.untrained(ground)  # where clients train, one after the other
+
+    def send(self, client: str, rows: Any, train: TrainConfig) -> Messages:
+        """What the client sends, once it has trained from where the round began."""
+        raise NotImplementedError
+
+    def receive(self, messages: Sequence[Messages]) -> None:
+        """The server's part; the next round begins with what it makes of a round's messages."""
+        raise NotImplementedError
+
+    def model(self) -> nn.Module:
+        """The server's, in eval mode."""
+        raise NotImplementedError
+
+
+class Updates(Federation):
+    """Weights or adapters; clients send how theirs moved. Here in 32 bits per number: FedAvg."""
+
+    def __init__(self, arm: Arm, ground: Ground) -> None:
+        super().__init__(arm, ground)
+        parameters = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
+        self.held = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def send(self, client: str, rows: Any, train: TrainConfig) -> Messages:
+        self._begin()
+        self.arm.train(self.trained, self.ground, rows, train)
+        moved = {name: self.trained.get_parameter(name).detach() - held for name, held in self.held.items()}
+        return {name: self.encode(client, name, update.numpy()) for name, update in moved.items()}
+
+    def receive(self, messages: Sequence[Messages]) -> None:
+        for name, held in self.held.items():
+            updates = [self.decode(one[name], tuple(held.shape)) for one in messages]
+            held += torch.from_numpy(self.joined(updates)).to(held.dtype)
+
+    def model(self) -> nn.Module:
+        self._begin()
+        return self.trained.eval()
+
+    def encode(self, client: str, name: str, update: NDArray) -> Message:
+        return np.frombuffer(update.tobytes(), np.uint8)
+
+    def decode(self, message: Message, shape: tuple[int, ...]) -> NDArray:
+        return message.view(np.float32).reshape(shape)
+
+    def joined(self, updates: Sequence[NDArray]) -> NDArray:
+        return weighted_mean(updates)
+
+    def _begin(self) -> None:
+        with torch.no_grad():
+            for name, held in self.held.items():
+                self.trained.get_parameter(name).copy_(held)
+
+
+class MajorityOfSigns(Updates):
+    """signSGD with majority vote (arXiv 1810.05291), a step of the clients' mean length."""
+
+    def encode(self, client: str, name: str, update: NDArray) -> Message:
+        return encode_signs(update)
+
+    def decode(self, message: Message, shape: tuple[int, ...]) -> NDArray:
+        return decode_signs(message, shape)
+
+    def joined(self, updates: Sequence[NDArray]) -> NDArray:
+        return np.mean([np.abs(update).mean() for update in updates]) * majority_sign(updates)
+
+
+class MeanOfSigns(MajorityOfSigns):
+    """Signs with a scale, whose mean is taken; each client keeps what they leave out for its next update."""
+
+    def __init__(self, arm: Arm, ground: Ground) -> None:
+        super().__init__(arm, ground)
+        self.errors: dict[tuple[str, str], NDArray] = {}
+
+    def encode(self, client: str, name: str, update: NDArray) -> Message:
+        error = self.errors.get((client, name), np.zeros_like(update))
+        message, self.errors[client, name] = encode_with_feedback(update, error)
+        return message
+
+    def joined(self, updates: Sequence[NDArray]) -> NDArray:
+        return weighted_mean(updates)
+
+
+class MaskVotes(Federation):
+    """Clients train a mask and send it; the server takes how many keep a weight for the probability that it stays.
+
+    A round begins with the scores s (2 p - 1), s those of the magnitudes: what all keep has its first score again, what
+    half of the clients keep lies at the threshold.
+    """
+
+    def __init__(self, arm: Arm, ground: Ground) -> None:
+        super().__init__(arm, ground)
+        self.masked = masked_modules(self.trained)
+        self.first = {name: module.scores.detach().clone() for name, module in self.masked.items()}
+        self.kept: dict[str, NDArray] = {name: np.ones(scores.shape) for name, scores in self.first.items()}
+
+    def send(self, client: str, rows: Any, train: TrainConfig) -> Messages:
+        for name, module in self.masked.items():
+            set_scores(module, self.scores(name))
+        with self.training() as options:
+            self.arm.train(self.trained, self.ground, rows, train, **options)
+        known = self.known()
+        return {
+            name: encode_mask(self.vote(module.scores.detach()), known[name]) for name, module in self.masked.items()
+        }
+
+    def receive(self, messages: Sequence[Messages]) -> None:
+        known = self.known()
+        for name, before in self.kept.items():
+            masks = [decode_mask(one[name], before.shape, known[name]) for one in messages]
+            self.kept[name] = self.joined(masks, before)
+
+    def model(self) -> nn.Module:
+        """Of the majority's mask."""
+        for name, keeps in self.known().items():
+            set_scores(self.masked[name], torch.from_numpy(np.where(keeps, 1.0, -1.0)).float())
+        weights = self.arm.trained_weights(self.trained, self.ground)
+        return with_weights(self.ground.start, weights).eval()
+
+    def known(self) -> dict[str, NDArray]:
+        """The mask that server and clients hold both: messages say what differs from it."""
+        return {name: majority_mask(kept) for name, kept in self.kept.items()}
+
+    def scores(self, name: str) -> Tensor:
+        """With which a round begins."""
+        return self.first[name] * torch.from_numpy(2 * self.kept[name] - 1).float()
+
+    def vote(self, scores: Tensor) -> NDArray:
+        return (scores >= 0).numpy()
+
+    def joined(self, masks: Sequence[NDArray], before: NDArray) -> NDArray:
+        return keep_probabilities(masks)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[dict[str, Any]]:
+        """Options of train_loop."""
+        yield {}
+
+
+class StochasticMasks(MaskVotes):
+    """FedPM (arXiv 2209.15328): a weight stays with the probability sigmoid(score / TEMPERATURE), in training too.
+
+    Each step and each vote draws its mask. At first probabilities follow from the magnitudes, so that few weights, and
+    the smallest, are left out at random.
+    """
+
+    TEMPERATURE = 2e-3  # a tenth of the scores' mean square: at first 6 % of the weights are left out, the smallest
+    LEAST = 1e-3  # probabilities keep this distance from 0 and 1, so that no weight is decided for ever
+    STRENGTH = 1.0  # of what came before, in votes of the clients that vote now
+
+    def __init__(self, arm: Arm, ground: Ground) -> None:
+        super().__init__(arm, ground)
+        self.kept = {name: self.chances(scores).numpy() for name, scores in self.first.items()}
+        self.generator = np.random.default_rng(ground.seed)
+
+    def chances(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid(scores.double() / self.TEMPERATURE)
+
+    def scores(self, name: str) -> Tensor:
+        kept = torch.from_numpy(self.kept[name]).clamp(self.LEAST, 1 - self.LEAST)
+        return (self.TEMPERATURE * torch.logit(kept)).float()
+
+    def vote(self, scores: Tensor) -> NDArray:
+        return sample_mask(self.chances(scores).numpy(), self.generator)
+
+    def joined(self, masks: Sequence[NDArray], before: NDArray) -> NDArray:
+        return keep_probabilities(masks, before=before, strength=self.STRENGTH * len(masks))
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[dict[str, Any]]:
+        """Scores bear logistic noise while gradients are computed: score + noise >= 0 has just that probability."""
+        noise: dict[str, Tensor] = {}
+
+        @torch.no_grad()
+        def add() -> None:
+            for name, module in self.masked.items():
+                drawn = self.generator.logistic(0, self.TEMPERATURE, module.scores.shape)
+                noise[name] = torch.from_numpy(drawn).float()
+                module.scores.add_(noise[name])
+
+        @torch.no_grad()
+        def take_away() -> None:
+            for name, drawn in noise.items():
+                self.masked[name].scores.sub_(drawn)
+
+        add()
+        yield {"before_update": lambda step, steps: take_away(), "on_step": lambda report: add()}
+        take_away()
