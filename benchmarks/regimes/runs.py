@@ -81,7 +81,12 @@ class Regime:
         raise NotImplementedError
 
 
-def carry_out(regime: Regime, directory: Path, command: str, say: Say = print) -> dict[str, Any]:
+def say_now(line: str) -> None:
+    """Also into a file, which a reader follows."""
+    print(line, flush=True)
+
+
+def carry_out(regime: Regime, directory: Path, command: str, say: Say = say_now) -> dict[str, Any]:
     """All runs, and RESULT and TABLE in directory; returns the result.
 
     Raises: ValueError if directory holds another regime; RuntimeError if an arm diverges at every rate.
@@ -114,7 +119,7 @@ def load_base(base: Path) -> tuple[nn.Module, Any]:
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def prepare(regime: Regime, directory: Path, say: Say = print) -> Path:
+def prepare(regime: Regime, directory: Path, say: Say) -> Path:
     """Declare the regime in directory and make its base model; returns where that is.
 
     Raises: ValueError if directory holds another regime.
@@ -133,7 +138,7 @@ def prepare(regime: Regime, directory: Path, say: Say = print) -> Path:
     return base
 
 
-def complete(regime: Regime, directory: Path, say: Say = print) -> dict[Run, Found]:
+def complete(regime: Regime, directory: Path, say: Say) -> dict[Run, Found]:
     """All runs that the regime needs: every rate with the first seed, then the best one of each arm with every seed.
 
     After prepare. Raises: RuntimeError if an arm diverges at every rate.
