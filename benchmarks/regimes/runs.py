@@ -56,7 +56,7 @@ class Run:
 class Regime:
     """What is declared before the first run."""
 
-    rates: dict[str, list[float]]  # by arm, at least two
+    rates: dict[str, list[float]]  # by arm; of several the best is chosen, and more are tried beside it
     seeds: list[int]  # the first chooses the rates
     scratch: ScratchConfig = dataclasses.field(default_factory=ScratchConfig)
     extensions: int = 2  # further rates that an arm may try while its best one lies at an end

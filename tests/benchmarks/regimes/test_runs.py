@@ -1,0 +1,105 @@
+"""Which runs a regime needs, and that what was finished is not run again; and what could be shown at all."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from benchmarks.regimes.findings import Documents, compared, interval, smallest_difference, spreads
+from benchmarks.regimes.runs import CHOICE, Regime, Run, best_rate, complete, open_ends
+from mft.engines.step import NonFiniteLoss
+from mft.study.report.statistics import Paired
+
+BEST = {"low": 1e-3, "high": 8e-3}
+
+
+@dataclass(frozen=True)
+class Bowls(Regime):
+    """A loss that is least at BEST, without any model."""
+
+    asked: ClassVar[list[Run]] = []
+    stops_at: ClassVar[list[Run | None]] = [None]
+
+    def run(self, base, run):
+        if run == self.stops_at[0]:
+            raise KeyboardInterrupt
+        self.asked.append(run)
+        if run.lr > 1:
+            raise NonFiniteLoss("the loss must stay finite")
+        return {CHOICE: abs(math.log(run.lr / BEST[run.arm])) + run.seed}
+
+
+@pytest.fixture
+def bowls(tmp_path):
+    Bowls.asked.clear()
+    Bowls.stops_at[0] = None
+    return lambda **changes: Bowls(**{"rates": {"low": [1e-3, 2e-3], "high": [1e-3, 2e-3]}, "seeds": [0, 1]} | changes)
+
+
+def test_an_arm_tries_rates_beyond_its_grid_until_the_best_lies_inside(bowls, tmp_path):
+    regime = bowls(workers=1, extensions=4)
+    found = complete(regime, tmp_path, lambda line: None)
+    assert best_rate(regime, found, "low") == 1e-3
+    assert best_rate(regime, found, "high") == 8e-3
+    tried = sorted(run.lr for run in found if run.arm == "high" and run.seed == 0)
+    assert tried == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    assert [run for run in found if run.seed == 1] == [Run("low", 1e-3, 1), Run("high", 8e-3, 1)]
+    assert open_ends(regime, found) == []
+
+
+def test_a_best_rate_at_the_end_of_what_was_tried_is_said(bowls, tmp_path):
+    regime = bowls(workers=1, extensions=1)
+    found = complete(regime, tmp_path, lambda line: None)
+    assert open_ends(regime, found) == ["high: its best rate, 0.004, lies at the end of those that were tried"]
+
+
+def test_what_was_finished_before_an_interruption_is_not_run_again(bowls, tmp_path):
+    regime = bowls(workers=1, extensions=0)
+    Bowls.stops_at[0] = Run("high", 2e-3, 0)
+    with pytest.raises(KeyboardInterrupt):
+        complete(regime, tmp_path, lambda line: None)
+    before = list(Bowls.asked)
+    assert len(before) == 3
+    Bowls.stops_at[0] = None
+    found = complete(regime, tmp_path, lambda line: None)
+    assert len(Bowls.asked) == len(set(Bowls.asked)) == len(found) == 6
+
+
+def test_an_arm_that_diverges_at_every_rate_is_named(bowls, tmp_path):
+    regime = bowls(rates={"low": [2.0, 4.0]}, workers=1, extensions=0)
+    with pytest.raises(RuntimeError, match="low must stay finite at one of its rates"):
+        complete(regime, tmp_path, lambda line: None)
+
+
+def test_every_text_counts_as_much_as_any_other_in_a_difference():
+    documents = Documents({"long": ["a", "b"], "short": ["c", "d"]}, {"long": [900, 100], "short": [6, 4]})
+    nats = {"control": {0: {"long": [1000, 100], "short": [6, 4]}}, "mask": {0: {"long": [1900, 200], "short": [6, 4]}}}
+    found = compared(nats, "control", documents)
+    assert found["mask"]["estimate"] == pytest.approx(0.5)
+    assert list(found) == ["mask"]
+    assert documents.mean_loss(nats["mask"][0]) == pytest.approx((2.1 + 1) / 2)
+
+
+def test_the_smallest_difference_falls_with_seeds_and_documents():
+    few, many = (smallest_difference(0.1, 0.01, seeds, 80) for seeds in (3, 12))
+    assert few > 2 * many
+    assert smallest_difference(0.0, 0.1, 1000, 1000) == pytest.approx(2.8 * 0.1 / 1000**0.5, rel=0.02)
+    assert smallest_difference(0.01, 0.1, 1, 80) == math.inf
+
+
+def test_spreads_are_those_that_a_difference_was_drawn_with():
+    generator = np.random.default_rng(0)
+    by_document = 0.3 * generator.standard_normal(400)
+    sums = np.stack([by_document + 0.05 * seed for seed in generator.standard_normal(200)])
+    over_seeds, over_documents = spreads(Paired(sums, np.ones(400)))
+    assert over_seeds == pytest.approx(0.05, rel=0.15)
+    assert over_documents == pytest.approx(0.3, rel=0.1)
+
+
+def test_an_interval_has_a_star_where_holms_correction_leaves_it():
+    one = {"estimate": -0.15, "low": -0.2, "high": -0.1, "p": 0.01, "p_holm": 0.04}
+    assert interval(one) == "-0.150 [-0.200, -0.100] *"
+    assert interval(one | {"p_holm": 0.06}) == "-0.150 [-0.200, -0.100]"
+    assert interval(None) == ""
