@@ -12,8 +12,8 @@ from .layers.attention import MaskedMultiheadAttention
 from .layers.grouped_linear import MaskedGroupedLinear
 from .layers.linear import MaskedLinear
 from .layers.masked_layer import MaskedLayer
-from .mask.grouped_masking import masked_linear_grouped_by_ratio
-from .mask.masking import masked_linear_by_ratio, outdate
+from .mask.by_ratio import masked_linear_by_ratio, masked_linear_grouped_by_ratio
+from .mask.masking import outdate
 from .ops.grouped import accumulate_score_grad_grouped, masked_linear_grouped, masked_linear_grouped_packed
 from .ops.linear import accumulate_score_grad, masked_linear, masked_linear_packed
 from .ops.many import masked_linear_many

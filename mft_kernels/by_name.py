@@ -10,7 +10,7 @@ from torch import Tensor
 from .backends.gradients import by_two_functions
 from .backends.table import registered
 from .codes import FORMATS
-from .operands import Experts, Keep, KeepByTask, Update
+from .operands import Backward, Experts, Keep, KeepByTask, Sums, Update
 
 
 class ByName:
@@ -27,14 +27,14 @@ class ByName:
 
     def masked_linear_backward(self, grad_output, x, weight, scores, threshold, mode, output_mask, **how):
         keep, sign = Keep(scores, threshold, mode), _sign(scores, None, mode)
-        return self._f.gradients(grad_output, x, weight, keep, sign, scores.dtype, output_mask, **how)
+        return self._f.gradients(Backward(grad_output, x, weight, keep, sign, scores.dtype, output_mask), **how)
 
     def masked_linear_packed(self, x, weight, packed, bias, **how):
         return self._f.product(x, weight, Keep(packed), bias, **how)
 
     def masked_linear_packed_backward(self, grad_output, x, weight, packed, scores, signs, mode, output_mask, **how):
         sign, dtype = _sign(scores, signs, mode), torch.float32 if scores is None else scores.dtype
-        return self._f.gradients(grad_output, x, weight, Keep(packed), sign, dtype, output_mask, **how)
+        return self._f.gradients(Backward(grad_output, x, weight, Keep(packed), sign, dtype, output_mask), **how)
 
     def masked_linear_many(self, x, weight, masks, tasks, bias):
         return self._f.product(x, weight, KeepByTask(masks, tasks), bias)
@@ -43,10 +43,10 @@ class ByName:
         return self._f.product(grad_output, weight, KeepByTask(masks, tasks), None, transposed=True)
 
     def accumulate_score_grad(self, out, grad_output, x, weight, scores, signs, mode):
-        self._f.score_grad(grad_output, x, weight, _sign(scores, signs, mode), out, accumulate=True)
+        self._f.score_grad(Sums(grad_output, x, weight, _sign(scores, signs, mode), out, accumulate=True))
 
     def accumulate_product(self, out, grad_output, x):
-        self._f.score_grad(grad_output, x, None, None, out, accumulate=True)
+        self._f.score_grad(Sums(grad_output, x, None, None, out, accumulate=True))
 
     def kept_threshold(self, scores, keep_ratio, mode):
         return self._f.select(scores, keep_ratio, mode)
@@ -80,7 +80,7 @@ class ByName:
 
     def grouped_score_grad(self, out, grad_output, x, offsets, weight, scores, signs, mode, accumulate):
         sign = None if weight is None else _sign(scores, signs, mode)
-        self._f.score_grad(grad_output, x, weight, sign, out, accumulate=accumulate, offsets=offsets)
+        self._f.score_grad(Sums(grad_output, x, weight, sign, out, accumulate, offsets))
 
 
 def _sign(scores: Tensor | None, signs: Tensor | None, mode: str) -> Tensor | None:

@@ -5,7 +5,9 @@ A weight is a matrix (a tensor), codes that stand for one (codes.py), or the mat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .codes import Codes
@@ -90,6 +92,50 @@ def dtypes_of(tokens: Tensor, weight: Weight, keep: Keep | KeepByTask | None) ->
     return (first,) if scores is None else (first, scores.dtype)
 
 
+class Backward(NamedTuple):
+    """The gradients of product(x, weight, keep, bias, transposed=transposed) that a backend's ``gradients`` makes.
+
+    Attributes:
+        sign: as of Sums.
+        score_dtype: of d_scores.
+        output_mask: which of d_x, d_weight, d_scores and d_bias are wanted; the others are (0,).
+    """
+
+    grad_output: Tensor
+    x: Tensor
+    weight: Tensor | Experts
+    keep: Keep
+    sign: Tensor | None
+    score_dtype: torch.dtype
+    output_mask: Sequence[bool]
+    transposed: bool = False
+
+
+class Sums(NamedTuple):
+    """Sums over the tokens, grad_output.T @ x, and what a backend's ``score_grad`` makes of them.
+
+    Attributes:
+        grad_output: (..., N). x: (..., K).
+        weight: (N, K), a factor of d_scores, or None.
+        sign: another factor: scores (N, K), whose sign is taken; their bits int32 (N, ceil(K / 32)), 1 for +; or None.
+        d_scores, d_weight: (N, K) contiguous, written in place, each only where it is given.
+        accumulate: add to d_scores instead of replacing them.
+        offsets: then all matrices are those of experts, (E, N, K), and d_scores[e] is that of the rows of expert e: 0,
+            or as it was, if there are none. d_weight must be None.
+        keep: of d_weight, which is 0 where a weight is dropped.
+    """
+
+    grad_output: Tensor
+    x: Tensor
+    weight: Tensor | None
+    sign: Tensor | None
+    d_scores: Tensor | None
+    accumulate: bool = False
+    offsets: Tensor | None = None
+    d_weight: Tensor | None = None
+    keep: Keep | None = None
+
+
 @dataclass(frozen=True)
 class Update:
     """One optimiser step on a matrix of scores, in place; see score_step for each field.
@@ -130,15 +176,15 @@ class Update:
         """What the scores are multiplied by."""
         return 1 - self.lr * self.weight_decay
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Scores, gradient, weight, moments and scales, all contiguous."""
+        weight = None if self.weight is None else self.weight.contiguous()
+        return self.scores, self.grad.contiguous(), weight, self.exp_avg, self.exp_avg_sq, self.scales
+
     def until_seed(self) -> tuple:
         """The first fifteen arguments of score_step_ in both C++ libraries."""
         return (
-            self.scores,
-            self.grad.contiguous(),
-            None if self.weight is None else self.weight.contiguous(),
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.scales,
+            *self.tensors(),
             self.step,
             self.step_size,
             self.beta1,

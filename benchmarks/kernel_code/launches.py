@@ -81,7 +81,7 @@ def entries(target: Target, *, few: bool = False) -> list[Entry]:
 def _both_gradients(one_launch: bool) -> Iterator[None]:
     """From one launch, where they can be; else from two."""
     chosen = ops.one_launch
-    ops.one_launch = lambda target, m, n, k, operands: one_launch and operands.element < 4
+    ops.one_launch = lambda problem: one_launch and problem.operands.element < 4
     try:
         yield
     finally:

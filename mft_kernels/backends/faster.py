@@ -47,9 +47,10 @@ def where_faster(
 
 def size_of(function: str, first: Any) -> int:
     """Tokens of a call, or scores, from its first argument."""
-    if function == "step":
-        return first.scores.numel()
-    return first.shape[:-1].numel() if function in OF_TOKENS else first.numel()
+    if function not in OF_TOKENS:
+        return first.scores.numel() if function == "step" else first.numel()
+    tokens = first if function == "product" else first.grad_output
+    return tokens.shape[:-1].numel()
 
 
 def _is_faster(size: int, measured: list[int], sizes: Mapping[int, bool]) -> bool:

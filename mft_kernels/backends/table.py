@@ -59,11 +59,7 @@ class Backend:
         return issubclass(operand, tuple(self.takes))
 
     def refusal(
-        self,
-        function: str,
-        device: torch.device,
-        dtypes: Dtypes,
-        operands: frozenset[type] = frozenset(),
+        self, function: str, device: torch.device, dtypes: Dtypes, operands: frozenset[type] = frozenset()
     ) -> str | None:
         """Why this backend cannot serve ``function`` there; None when it can."""
         if self.unavailable is not None:

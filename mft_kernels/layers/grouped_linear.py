@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..mask.grouped_held import masked_linear_grouped_held
-from ..mask.grouped_masking import masked_linear_grouped_by_ratio
+from ..mask.by_ratio import masked_linear_grouped_by_ratio
+from ..mask.held import masked_linear_grouped_held
 from ..ops.checks import NonFiniteScores, check_floating, check_tensor
 from .masked_layer import MaskedLayer
 

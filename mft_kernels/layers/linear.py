@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..mask.by_ratio import masked_linear_by_ratio
 from ..mask.held import masked_linear_held
-from ..mask.masking import masked_linear_by_ratio
 from ..ops.checks import NonFiniteScores
 from .maskable import why_no_mask
 from .masked_layer import MaskedLayer

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..mask.by_ratio import masked_linear_by_ratio
 from ..mask.held import masked_linear_held
-from ..mask.masking import masked_linear_by_ratio
 
 
 class MaskedLinear(nn.Module):

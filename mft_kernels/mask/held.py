@@ -9,35 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ops.grouped import GRADIENTS_OF_GROUPED_PACKED, accumulate_score_grad_grouped, masked_linear_grouped_packed
 from ..ops.linear import GRADIENTS_OF_PACKED, accumulate_score_grad, masked_linear_packed
 from ..ops.quantized import QuantizedMatrix
 
 # A function makes the weight anew for each product; a quantised matrix is decoded in it.
 Weight = Tensor | Callable[[], Tensor] | QuantizedMatrix
-
-
-class _HeldLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, anchor, weight: Weight, packed, bias, grad_buffer):
-        ctx.save_for_backward(x)  # alone: weight and mask are the module's
-        ctx.held = weight, packed, grad_buffer
-        ctx.versions = version(weight), version(packed)
-        return _product(x, weight, packed, bias)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        (x,) = ctx.saved_tensors
-        weight, packed, grad_buffer = ctx.held
-        check_versions(ctx.versions, weight, packed)
-        d_x = None
-        if ctx.needs_input_grad[0] and isinstance(weight, QuantizedMatrix):
-            d_x = weight.masked_d_x(grad_output, packed)
-        elif ctx.needs_input_grad[0]:
-            d_x = GRADIENTS_OF_PACKED(
-                grad_output, x, dense(weight), packed, None, None, "value", [True, False, False, False], "auto"
-            )[0]
-        accumulate_score_grad(grad_buffer, grad_output, x, None)
-        return d_x, None, None, None, None, None
 
 
 def masked_linear_held(
@@ -54,46 +31,110 @@ def masked_linear_held(
         grad_buffer: (N, K) contiguous, fp32 or a 16-bit float; None: nothing is accumulated.
     Returns: (..., N) in x's dtype.
     """
-    if not torch.is_grad_enabled():
-        return _product(x, weight, packed, bias)
-    if grad_buffer is None:
+    return _held(x, weight, packed, bias, grad_buffer)
+
+
+def masked_linear_grouped_held(
+    x: Tensor,
+    weight: Weight,
+    packed: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    grad_buffer: Tensor | None = None,
+) -> Tensor:
+    """masked_linear_held of each expert on its own rows; x and offsets are all that is saved.
+
+    The buffer of an expert without rows is not touched.
+
+    Args:
+        x: (T, K). weight: (E, N, K), transposed (E, K, N), a function that returns it, called again in the backward
+            pass, or codes, decoded for each product. packed: its mask as bits. offsets: int32 (E,). bias: (E, N).
+        grad_buffer: of the weight's shape, contiguous, fp32 or a 16-bit float; None: nothing is accumulated.
+    Returns: (T, N) in x's dtype.
+    """
+    return _held(x, weight, packed, bias, grad_buffer, offsets, transposed)
+
+
+# ---------------------------------------------------------------------------------------------- below: private
+
+
+class _HeldLinear(torch.autograd.Function):
+    """``experts``: offsets and transposed; nothing for one matrix."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, weight, packed, bias, grad_buffer, *experts):
+        ctx.save_for_backward(x, *experts[:1])  # alone: weight and mask are the module's
+        ctx.held = weight, packed, grad_buffer, experts[1:]
+        ctx.versions = _version(weight), _version(packed)
+        return _product(x, weight, packed, bias, *experts)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, *offsets = ctx.saved_tensors
+        weight, packed, grad_buffer, transposed = ctx.held
+        experts = *offsets, *transposed
+        _check_versions(ctx.versions, weight, packed)
+        d_x = _d_x(grad_output, x, weight, packed, *experts) if ctx.needs_input_grad[0] else None
+        _add_sums(grad_buffer, grad_output, x, *experts)
+        return d_x, *(None for _ in ctx.needs_input_grad[1:])
+
+
+def _held(x, weight, packed, bias, grad_buffer, *experts) -> Tensor:
+    if grad_buffer is None or not torch.is_grad_enabled():
         # Detached, so that the packed op's own backward makes d_x alone.
-        weight = detached(weight) if isinstance(weight, Tensor) else weight
-        return _product(x, weight, packed, None if bias is None else detached(bias))
+        weight = _detached(weight) if isinstance(weight, Tensor) else weight
+        return _product(x, weight, packed, None if bias is None else _detached(bias), *experts)
     anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
-    return _HeldLinear.apply(x, anchor, weight, packed, bias, grad_buffer)
+    return _HeldLinear.apply(x, anchor, weight, packed, bias, grad_buffer, *experts)
 
 
-def _product(x: Tensor, weight: Weight, packed: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Weight, packed: Tensor, bias: Tensor | None, *experts) -> Tensor:
+    if experts:
+        offsets, transposed = experts
+        return masked_linear_grouped_packed(x, _dense(weight), packed, offsets, bias, transposed=transposed)
     if isinstance(weight, QuantizedMatrix):
         return weight.masked_linear(x, packed, bias)
-    return masked_linear_packed(x, dense(weight), packed, bias)
+    return masked_linear_packed(x, _dense(weight), packed, bias)
 
 
-# ---------------------------------------------------------------------------------------------- for experts too
+def _d_x(grad_output: Tensor, x: Tensor, weight: Weight, packed: Tensor, *experts) -> Tensor:
+    gradients, wanted = GRADIENTS_OF_GROUPED_PACKED if experts else GRADIENTS_OF_PACKED, [True, False, False, False]
+    if not experts and isinstance(weight, QuantizedMatrix):
+        return weight.masked_d_x(grad_output, packed)
+    return gradients(grad_output, x, _dense(weight), packed, None, None, *experts, "value", wanted, "auto")[0]
 
 
-def dense(weight: Weight) -> Tensor:
+def _add_sums(grad_buffer: Tensor, grad_output: Tensor, x: Tensor, *experts) -> None:
+    if experts:
+        offsets, transposed = experts
+        accumulate_score_grad_grouped(grad_buffer, grad_output, x, offsets, transposed=transposed)
+    else:
+        accumulate_score_grad(grad_buffer, grad_output, x, None)
+
+
+def _dense(weight: Weight) -> Tensor:
     """The weight, made where it has to be."""
     if isinstance(weight, QuantizedMatrix):
         return weight.dense()
     return weight if isinstance(weight, Tensor) else weight()
 
 
-def detached(tensor: Tensor) -> Tensor:
+def _detached(tensor: Tensor) -> Tensor:
     """Without a way to a gradient; itself where there is none."""
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def version(tensor: Weight) -> int | None:
+def _version(tensor: Weight) -> int | None:
     """What a change in place raises; None of what has none: a function, and an inference tensor."""
     return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else None
 
 
-def check_versions(before: tuple[int | None, int | None], weight: Weight, packed: Tensor) -> None:
+def _check_versions(before: tuple[int | None, int | None], weight: Weight, packed: Tensor) -> None:
     """Raise RuntimeError if weight or packed was changed since these were their versions."""
     for name, tensor, was in zip(("weight", "packed"), (weight, packed), before):
-        if version(tensor) != was:
+        if _version(tensor) != was:
             assert isinstance(tensor, Tensor), "what has no version keeps it"
             raise RuntimeError(
                 f"{name} must stay as it is until the backward pass, got {tuple(tensor.shape)} modified by an "

@@ -6,7 +6,6 @@ remembered, and no graph remembers what is selected in it. On an accelerator a s
 the host waits for the device once; see companions.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
-from ..ops.linear import GRADIENTS_OF_PACKED, MASKED_LINEAR_PACKED
-from ..ops.route import Gradient, Op, is_called_by_graph, is_seen_by_others
 from ..ops.select import kept_threshold, kept_thresholds, pack_mask, pack_signs
-from ..ops.straight_through import straight_through
 from ..reference.fixed_point import code_at_least, selectable
 from . import companions
 from .scores import Scores, State, forget_states, state, still
@@ -182,95 +178,3 @@ def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
     if mode != "value" and not fixed_point:
         signs, zeros = pack_signs(scores.flatten(0, -2))
     return CurrentMask(threshold, packed, None if signs is None else signs.view(packed.shape)), bad, zeros
-
-
-# ---------------------------------------------------------------------------------------------- the op
-
-
-def masked_linear_by_ratio(
-    x: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    bias: Tensor | None = None,
-    *,
-    keep_ratio: float,
-    threshold: float | None = None,
-    mode: str = "magnitude",
-    backend: str = "auto",
-) -> Tensor:
-    """masked_linear with the threshold that keeps ``keep_ratio`` of the scores, or a fixed one; same gradients.
-
-    Of a MaskedLinear's scores, threshold and bits are found when they have changed; other forwards and backwards read
-    2 bits a weight instead. Of any other tensor's they are found in each. int16 scores (see fixed_point.py) get no
-    gradient.
-    """
-    return _BY_RATIO(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
-
-
-def _check(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
-    checks.check_mode(mode)
-    checks.check_linear(x, weight, bias)
-    checks.check_scores(selectable(scores), weight)
-    checks.check_keep_ratio(keep_ratio)
-    checks.check_fixed_threshold(threshold)
-    return x, weight, scores, bias, keep_ratio, threshold, mode, backend
-
-
-def _by_memo(x, weight, scores, bias, keep_ratio, threshold, mode):
-    """The short way of the packed mask, where one is remembered."""
-    mask = remembered_mask(scores, (keep_ratio, threshold, mode))
-    return None if mask is None else MASKED_LINEAR_PACKED.by_short_way((x, weight, mask.packed, bias, "auto"))
-
-
-def _product(x, weight, scores, bias, keep_ratio, threshold, mode, backend):
-    mask = current_mask(scores, keep_ratio, threshold, mode, remember=not is_called_by_graph())
-    return MASKED_LINEAR_PACKED.compute(x, weight, mask.packed, bias, backend)
-
-
-def _gradients(grad_output, x, weight, scores, keep_ratio, threshold, mode, *rest):
-    mask = current_mask(scores, keep_ratio, threshold, mode, remember=False)
-    return _gradients_of(mask, grad_output, x, weight, scores, keep_ratio, threshold, mode, *rest)
-
-
-def _gradients_of(mask, grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend):
-    sign = sign_scores(scores)
-    given = grad_output, x, weight, mask.packed, sign, mask.signs, mode, output_mask, backend
-    return GRADIENTS_OF_PACKED.compute(*given)
-
-
-def sign_scores(scores: Tensor) -> Tensor | None:
-    """The scores that a sign may be taken from: int16 scores have no gradient."""
-    return scores.detach() if scores.is_floating_point() else None
-
-
-def by_the_forwards_mask(run: Op, with_mask: Callable, *, bias: int) -> Gradient:
-    """straight_through by the mask that the forward pass has just selected, else by ``run``, which selects."""
-
-    def gradients(grad_output, x, weight, scores, *rest):
-        *between, mask, output_mask, backend = rest
-        rest = (*between, output_mask, backend)
-        # A trace would keep this mask, whatever the scores become; a second derivative is refused by the op.
-        if mask is None or torch.is_grad_enabled() or is_seen_by_others(grad_output):
-            return run(grad_output, x, weight, scores, *rest)
-        return with_mask(mask, grad_output, x, weight, scores, *rest)
-
-    plain = straight_through(gradients, scores=2, bias=bias)
-
-    def setup_context(ctx, inputs, output):
-        plain.setup_context(ctx, inputs, output)
-        keep_ratio, threshold, *_, mode, backend = ctx.settings
-        ctx.settings = (*ctx.settings[:-1], remembered_mask(inputs[2], (keep_ratio, threshold, mode)), backend)
-
-    return Gradient(plain.backward, setup_context)
-
-
-_BY_RATIO_BACKWARD = Op("masked_linear_by_ratio_backward", _gradients, is_gradient=True)
-_BY_RATIO = Op(
-    "masked_linear_by_ratio",
-    _product,
-    check=_check,
-    gradient=by_the_forwards_mask(_BY_RATIO_BACKWARD, _gradients_of, bias=3),
-    casts=(0, 1, 3),
-    short=(3, 1),
-    by=_by_memo,
-)

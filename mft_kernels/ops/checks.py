@@ -1,5 +1,7 @@
 """What the public functions refuse, checked once at the door: argument, rule, value received, remedy."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # torch.func has no public question whether it tracks a tensor
@@ -97,14 +99,32 @@ def check_packed(name: str, packed: Tensor, shape: tuple[int, ...] | torch.Size)
         raise ValueError(f"{name} must be {words}, 1 bit a weight of {tuple(shape)}, got {tuple(packed.shape)}")
 
 
+def check_factors(call: Any) -> None:
+    """Raise unless scores or signs, where a call of sums needs them, fit the weight that they are a factor beside."""
+    weight, scores, signs = call.weight, call.scores, call.signs
+    if weight is None:
+        if scores is not None or signs is not None:
+            given = "scores" if scores is not None else "signs"
+            raise ValueError(f"{given} must be None where weight is (score_step applies sign and weight), got a tensor")
+        return
+    if call.mask_mode == "magnitude" and scores is None and signs is None:
+        raise ValueError('mode "magnitude" needs scores or signs, got neither')
+    if scores is not None:
+        check_scores(scores, weight)
+    if signs is not None:
+        check_packed("signs", signs, weight.shape)
+        check_device("signs", signs, "weight", weight)
+
+
 def check_mode(mode: str) -> None:
     """Raise unless mode is "magnitude" or "value"."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise unless x (..., K), weight (N, K) and bias (N,) fit each other as in nn.Linear."""
+def check_linear(call: Any) -> None:
+    """Raise unless a call's x (..., K), weight (N, K) and bias (N,) fit each other as in nn.Linear."""
+    x, weight, bias = call.x, call.weight, call.bias
     check_tensor("x", x)
     check_tensor("weight", weight)
     if weight.dim() != 2:
@@ -113,18 +133,29 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"x must end in in_features = {weight.shape[1]} of weight {tuple(weight.shape)}, got shape {tuple(x.shape)}"
         )
+    check_multiplied(x, weight)
+    check_bias(bias, x, weight, (weight.shape[0],))
+
+
+def check_multiplied(x: Tensor, weight: Tensor) -> None:
+    """Raise unless x and weight are of one floating dtype, or autocast makes them, and on one device."""
     check_device("x", x, "weight", weight)
     check_floating("x", x)
     check_floating("weight", weight)
     if x.dtype != weight.dtype and not autocasts(x):
         raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}; convert x or use torch.autocast")
-    if bias is not None:
-        check_tensor("bias", bias)
-        if bias.shape != (weight.shape[0],):
-            raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-        check_device("bias", bias, "weight", weight)
-        if bias.dtype != weight.dtype and not autocasts(x):
-            raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+
+
+def check_bias(bias: Tensor | None, x: Tensor, weight: Tensor, shape: tuple[int, ...], meaning: str = "") -> None:
+    """Raise unless bias is None, or of this shape and weight's dtype, on its device."""
+    if bias is None:
+        return
+    check_tensor("bias", bias)
+    if bias.shape != shape:
+        raise ValueError(f"bias must be {meaning}{shape}, got {tuple(bias.shape)}")
+    check_device("bias", bias, "weight", weight)
+    if bias.dtype != weight.dtype and not autocasts(x):
+        raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
 
 
 def autocasts(x: Tensor) -> bool:

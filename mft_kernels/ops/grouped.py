@@ -4,17 +4,16 @@ Rows lie sorted by expert, and ``offsets`` says where those of each end, as torc
 store the transposed matrices, (E, K, N): their forward product is the other layout's d_x.
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from ..operands import Experts, Keep
+from ..operands import Experts
 from . import served
-from .checks import check_device, check_floating, check_mode, check_packed, check_scores, check_tensor, check_threshold
+from .checks import check_device, check_factors, check_floating, check_mode, check_tensor
 from .grouped_checks import check_grouped, check_grouped_sums, check_offset_values
-from .linear import check_factors
+from .products import masked_products
 from .route import Op
-from .served import sign_of
-from .straight_through import straight_through
 
 
 def masked_linear_grouped(
@@ -97,102 +96,35 @@ def accumulate_score_grad_grouped(
     return out
 
 
-# ---------------------------------------------------------------------------------------------- from scores
+# ---------------------------------------------------------------------------------------------- their definition
 
 
-def _check(x, weight, scores, threshold, offsets, bias, transposed, mode, backend):
-    check_mode(mode)
-    check_grouped(x, weight, offsets, bias, transposed)
-    check_scores(scores, weight)
-    check_threshold(threshold, scores)
-    return x, weight, scores, threshold.to(scores.dtype), offsets, bias, transposed, mode, backend
-
-
-def _keep(scores, threshold, mode) -> Keep:
-    return Keep(scores, threshold.expand(scores.shape[0]).contiguous(), mode)
-
-
-def _product(x, weight, scores, threshold, offsets, bias, transposed, mode, backend):
-    check_offset_values(offsets, len(x))
-    experts, keep = Experts(weight, offsets), _keep(scores, threshold, mode)
-    return served.product("masked_linear_grouped", x, experts, keep, bias, backend, transposed=transposed)
-
-
-def _gradients(grad_output, x, weight, scores, threshold, offsets, transposed, mode, output_mask, backend):
-    op, experts, keep = "masked_linear_grouped_backward", Experts(weight, offsets), _keep(scores, threshold, mode)
-    how = scores.dtype, output_mask, backend
-    return served.gradients(op, grad_output, x, experts, keep, sign_of(scores, None, mode), *how, transposed=transposed)
-
-
-_GROUPED_BACKWARD = Op("masked_linear_grouped_backward", _gradients, is_gradient=True)
-_GROUPED = Op(
+#: GRADIENTS_OF_GROUPED_PACKED: as GRADIENTS_OF_PACKED.
+_GROUPED, GROUPED_PACKED, GRADIENTS_OF_GROUPED_PACKED = masked_products(
     "masked_linear_grouped",
-    _product,
-    check=_check,
-    gradient=straight_through(_GROUPED_BACKWARD, scores=2, bias=5),
-    casts=(0, 1, 5),
+    lambda call: Experts(call.weight, call.offsets),
+    check=check_grouped,
+    check_values=check_offset_values,
 )
 
-# ---------------------------------------------------------------------------------------------- from packed masks
 
-
-def _check_of_packed(x, weight, packed, offsets, bias, transposed, backend):
-    check_grouped(x, weight, offsets, bias, transposed)
-    check_packed("packed", packed, weight.shape)
-    check_device("packed", packed, "weight", weight)
-    return x, weight, packed, offsets, bias, transposed, backend
-
-
-def _product_of_packed(x, weight, packed, offsets, bias, transposed, backend):
-    check_offset_values(offsets, len(x))
-    op, experts = "masked_linear_grouped_packed", Experts(weight, offsets)
-    return served.product(op, x, experts, Keep(packed), bias, backend, transposed=transposed)
-
-
-def _gradients_of_packed(
-    grad_output, x, weight, packed, scores, signs, offsets, transposed, mode, output_mask, backend
-):
-    op, experts, sign = "masked_linear_grouped_packed_backward", Experts(weight, offsets), sign_of(scores, signs, mode)
-    how = torch.float32 if scores is None else scores.dtype, output_mask, backend
-    return served.gradients(op, grad_output, x, experts, Keep(packed), sign, *how, transposed=transposed)
-
-
-def _arranged(tensors, settings):
-    packed, offsets = tensors
-    return packed, None, None, offsets, *settings, "value"
-
-
-#: d_x, d_weight, d_scores and d_bias of masked_linear_grouped_packed, from the arguments of its schema.
-GRADIENTS_OF_GROUPED_PACKED = Op("masked_linear_grouped_packed_backward", _gradients_of_packed, is_gradient=True)
-GROUPED_PACKED = Op(
-    "masked_linear_grouped_packed",
-    _product_of_packed,
-    check=_check_of_packed,
-    gradient=straight_through(GRADIENTS_OF_GROUPED_PACKED, bias=4, arrange=_arranged),
-    casts=(0, 1, 4),
-)
-
-# ---------------------------------------------------------------------------------------------- sums
-
-
-def _check_sums(out, grad_output, x, offsets, weight, scores, signs, transposed, mode, backend):
-    check_mode(mode)
-    check_grouped_sums(out, grad_output, x, offsets, transposed)
+def _check_sums(call: Any) -> Any:
+    out, weight = call.out, call.weight
+    check_mode(call.mask_mode)
+    check_grouped_sums(call)
     if weight is not None:
         check_tensor("weight", weight)
         check_floating("weight", weight)
         if weight.shape != out.shape:
             raise ValueError(f"weight must match out {tuple(out.shape)}, got {tuple(weight.shape)}")
         check_device("weight", weight, "out", out)
-    check_factors(weight, scores, signs, mode)
-    return out, grad_output, x, offsets, weight, scores, signs, transposed, mode, backend
+    check_factors(call)
+    return call
 
 
-def _accumulate(out, grad_output, x, offsets, weight, scores, signs, transposed, mode, backend):
-    check_offset_values(offsets, len(x))
-    left, right = (x, grad_output) if transposed else (grad_output, x)  # (grad_output.T @ x).T
-    sign = None if weight is None else sign_of(scores, signs, mode)
-    served.accumulate("accumulate_score_grad_grouped", out, left, right, weight, sign, offsets, backend)
+def _accumulate(call: Any) -> None:
+    check_offset_values(call)
+    served.accumulate(call, call.offsets)
 
 
-_ACCUMULATE = Op("accumulate_score_grad_grouped", _accumulate, check=_check_sums, writes=(0,))
+_ACCUMULATE = Op("accumulate_score_grad_grouped", _accumulate, check=_check_sums)

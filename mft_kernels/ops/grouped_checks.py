@@ -1,13 +1,16 @@
 """What the public functions over experts refuse; see checks.py."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .checks import autocasts, check_device, check_floating, check_tensor
+from .checks import check_bias, check_device, check_floating, check_multiplied, check_tensor
 
 
-def check_grouped(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool) -> None:
+def check_grouped(call: Any) -> None:
     """Raise unless x (T, K), weight (E, N, K) or transposed (E, K, N), offsets (E,) and bias (E, N) fit each other."""
+    x, weight, transposed = call.x, call.weight, call.transposed
     check_tensor("x", x)
     check_tensor("weight", weight)
     layout = "(E, K, N)" if transposed else "(E, N, K)"
@@ -22,19 +25,9 @@ def check_grouped(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | Non
             f"x must be (rows, {k}), with in_features of weight {layout} = {tuple(weight.shape)}, got shape "
             f"{tuple(x.shape)}{other}"
         )
-    check_device("x", x, "weight", weight)
-    check_floating("x", x)
-    check_floating("weight", weight)
-    if x.dtype != weight.dtype and not autocasts(x):
-        raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}; convert x or use torch.autocast")
-    check_offsets(offsets, weight.shape[0], x)
-    if bias is not None:
-        check_tensor("bias", bias)
-        if bias.shape != (weight.shape[0], n):
-            raise ValueError(f"bias must be one a row and expert ({weight.shape[0]}, {n}), got {tuple(bias.shape)}")
-        check_device("bias", bias, "weight", weight)
-        if bias.dtype != weight.dtype and not autocasts(x):
-            raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+    check_multiplied(x, weight)
+    check_offsets(call.offsets, weight.shape[0], x)
+    check_bias(call.bias, x, weight, (weight.shape[0], n), "one a row and expert ")
 
 
 def check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
@@ -50,8 +43,9 @@ def check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
     check_device("offsets", offsets, "x", x)
 
 
-def check_offset_values(offsets: Tensor, rows: int) -> None:
-    """Raise unless offsets rise from 0 to at most ``rows``, where looking at them does not wait for an accelerator."""
+def check_offset_values(call: Any) -> None:
+    """Raise unless offsets rise from 0 to the rows of x at most, where looking at them waits for no accelerator."""
+    offsets, rows = call.offsets, len(call.x)
     if offsets.device.type != "cpu" or offsets.numel() == 0:
         return
     ends = offsets.tolist()
@@ -67,11 +61,12 @@ def check_offset_values(offsets: Tensor, rows: int) -> None:
         raise ValueError(f"offsets must end within the {rows} rows of x, got {begin}")
 
 
-def check_grouped_sums(out: Tensor, grad_output: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> None:
+def check_grouped_sums(call: Any) -> None:
     """Raise unless the sums over each expert's rows of grad_output (T, N) and x (T, K) can be added into out (E, N, K).
 
     transposed: (E, K, N).
     """
+    out, grad_output, x, transposed = call.out, call.grad_output, call.x, call.transposed
     for name, tensor in (("out", out), ("grad_output", grad_output), ("x", x)):
         check_tensor(name, tensor)
     layout = "(E, K, N)" if transposed else "(E, N, K)"
@@ -88,4 +83,4 @@ def check_grouped_sums(out: Tensor, grad_output: Tensor, x: Tensor, offsets: Ten
         raise TypeError(f"grad_output must have x's dtype {x.dtype}, got {grad_output.dtype}; convert one of them")
     check_device("x", x, "out", out)
     check_device("grad_output", grad_output, "out", out)
-    check_offsets(offsets, out.shape[0], x)
+    check_offsets(call.offsets, out.shape[0], x)

@@ -1,6 +1,7 @@
 """Many masks on one weight, a mask a row: the op masked_linear_many, for inference."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,36 +88,33 @@ def _check_values(tasks: Tensor, masks: Sequence[Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------- their definition
 
 
-def _check(x, weight, masks, tasks, bias, backend):
-    check_linear(x, weight, bias)
-    _check_masks(masks, weight)
-    _check_tasks(tasks, x)
-    _check_frozen(weight=weight, bias=bias)
-    return x, weight, masks, tasks, bias, backend
+def _check(call: Any) -> Any:
+    check_linear(call)
+    _check_masks(call.masks, call.weight)
+    _check_tasks(call.tasks, call.x)
+    _check_frozen(weight=call.weight, bias=call.bias)
+    return call
 
 
-def _product(x, weight, masks, tasks, bias, backend):
-    _check_values(tasks, masks)
-    return served.product("masked_linear_many", x, weight, KeepByTask(masks, tasks), bias, backend)
+def _product(call: Any) -> Tensor:
+    _check_values(call.tasks, call.masks)
+    return served.product(call, call.weight, KeepByTask(call.masks, call.tasks))
 
 
-def _grad_x(grad_output, weight, masks, tasks, backend):
-    keep = KeepByTask(masks, tasks)
-    return served.product("masked_linear_many_backward", grad_output, weight, keep, None, backend, transposed=True)
+class _ToTokens(Gradient):
+    def save(self, ctx: Any, call: Any) -> None:
+        ctx.backend = call.backend
+        ctx.save_for_backward(call.weight, call.tasks, *call.masks)
+
+    def backward(self, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        weight, tasks, *masks = unchanged(ctx)
+        d_x = _MANY_BACKWARD(grad_output, weight, masks, tasks, ctx.backend) if ctx.needs_input_grad[0] else None
+        return d_x, None, [None] * len(masks), None, None, None
 
 
-def _save(ctx, inputs, output):
-    _, weight, masks, tasks, _, ctx.backend = inputs
-    ctx.save_for_backward(weight, tasks, *masks)
-
-
-def _backward(ctx, grad_output):
-    weight, tasks, *masks = unchanged(ctx)
-    d_x = _MANY_BACKWARD(grad_output, weight, masks, tasks, ctx.backend) if ctx.needs_input_grad[0] else None
-    return d_x, None, [None] * len(masks), None, None, None
-
-
-_MANY_BACKWARD = Op("masked_linear_many_backward", _grad_x, is_gradient=True)
-_MANY = Op(
-    "masked_linear_many", _product, check=_check, gradient=Gradient(_backward, _save), casts=(0, 1, 4), short=(2, 1)
+_MANY_BACKWARD = Op(
+    "masked_linear_many_backward",
+    lambda call: served.d_x(call, call.weight, KeepByTask(call.masks, call.tasks)),
+    is_gradient=True,
 )
+_MANY = Op("masked_linear_many", _product, check=_check, gradient=_ToTokens(), short=True)

@@ -5,6 +5,7 @@ the mask. Where there are scores, pack_mask makes the bits. dequantize makes the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,8 +178,9 @@ def _check_tokens(name: str, x: Tensor, codes: Tensor, columns: int) -> None:
 # ---------------------------------------------------------------------------------------------- their definition
 
 
-def _check(x, codes, absmax, packed, bias, shape, kind, backend):
-    absmax = _check_codes(codes, absmax, shape, kind)
+def _check(call: Any) -> Any:
+    x, codes, packed, bias, shape = call.x, call.codes, call.packed, call.bias, call.shape
+    absmax = _check_codes(codes, call.absmax, shape, call.kind)
     _check_tokens("x", x, codes, shape[1])
     if packed is not None:
         check_packed("packed", packed, shape)
@@ -190,42 +192,45 @@ def _check(x, codes, absmax, packed, bias, shape, kind, backend):
         check_device("bias", bias, "codes", codes)
         if bias.dtype != x.dtype and not autocasts(x):
             raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
-    return x, codes, absmax, packed, bias, list(shape), kind, backend
+    return call._replace(absmax=absmax, shape=list(shape))
 
 
-def _product(x, codes, absmax, packed, bias, shape, kind, backend):
-    weight, keep = FORMATS[kind](codes, absmax, shape), None if packed is None else Keep(packed)
-    return served.product("masked_linear_quantized", x, weight, keep, bias, backend)
+def _weight(call: Any) -> Codes:
+    return FORMATS[call.kind](call.codes, call.absmax, call.shape)
 
 
-def _d_x(grad_output, codes, absmax, packed, shape, kind, backend):
-    weight, keep = FORMATS[kind](codes, absmax, shape), None if packed is None else Keep(packed)
-    return served.product("masked_linear_quantized_d_x", grad_output, weight, keep, None, backend, transposed=True)
+def _keep(call: Any) -> Keep | None:
+    return None if call.packed is None else Keep(call.packed)
 
 
-def _dequantize(codes, absmax, shape, kind, dtype, backend):
-    weight = FORMATS[kind](codes, absmax, shape)
-    run = choose("decode", codes.device, (dtype,), backend, op="dequantize", operands=frozenset({type(weight)}))
-    return run(weight, dtype)
+def _decoded(call: Any) -> Tensor:
+    weight, device = _weight(call), call.codes.device
+    run = choose("decode", device, (call.dtype,), call.backend, op="dequantize", operands=frozenset({type(weight)}))
+    return run(weight, call.dtype)
 
 
-def _save(ctx, inputs, output):
-    _, codes, absmax, packed, _, *ctx.settings = inputs
-    ctx.save_for_backward(codes, packed, *absmax)
+class _ToTokensAndBias(Gradient):
+    def save(self, ctx: Any, call: Any) -> None:
+        ctx.settings = call.shape, call.kind, call.backend
+        ctx.save_for_backward(call.codes, call.packed, *call.absmax)
+
+    def backward(self, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        codes, packed, *absmax = unchanged(ctx)
+        d_x = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = _QUANTIZED_D_X(grad_output, codes, absmax, packed, *ctx.settings)
+        if ctx.needs_input_grad[4]:
+            d_bias = grad_output.reshape(grad_output.shape[:-1].numel(), grad_output.shape[-1]).sum(0)
+        return d_x, None, [None] * len(absmax), None, d_bias, None, None, None
 
 
-def _differentiate(ctx, grad_output):
-    codes, packed, *absmax = unchanged(ctx)
-    d_x = d_bias = None
-    if ctx.needs_input_grad[0]:
-        d_x = _QUANTIZED_D_X(grad_output, codes, absmax, packed, *ctx.settings)
-    if ctx.needs_input_grad[4]:
-        d_bias = grad_output.reshape(grad_output.shape[:-1].numel(), grad_output.shape[-1]).sum(0)
-    return d_x, None, [None] * len(absmax), None, d_bias, None, None, None
-
-
-_DEQUANTIZE = Op("dequantize", _dequantize)
-_QUANTIZED_D_X = Op("masked_linear_quantized_d_x", _d_x, is_gradient=True)
+_DEQUANTIZE = Op("dequantize", _decoded)
+_QUANTIZED_D_X = Op(
+    "masked_linear_quantized_d_x", lambda call: served.d_x(call, _weight(call), _keep(call)), is_gradient=True
+)
 _QUANTIZED = Op(
-    "masked_linear_quantized", _product, check=_check, gradient=Gradient(_differentiate, _save), casts=(0, 4)
+    "masked_linear_quantized",
+    lambda call: served.product(call, _weight(call), _keep(call)),
+    check=_check,
+    gradient=_ToTokensAndBias(),
 )

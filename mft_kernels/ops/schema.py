@@ -1,11 +1,14 @@
-"""Every op of namespace ``mft``: its flat schema, and its fake, which gives shapes and dtypes alone.
+"""Every op of namespace ``mft``: its flat schema, its call, and its fake, which gives shapes and dtypes alone.
 
 No argument of a schema has a default: the dispatcher drops trailing arguments that equal theirs, and needs_input_grad
 would lose their places. In ops that write in place the mode is called "mask_mode": the functionalisation of such ops
 (torch 2.13) trips over an argument called "mode".
 """
 
+import operator
+from collections import namedtuple
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,56 +19,62 @@ from ..reference.linear import Gradients
 library = torch.library.Library(ops.name, "DEF")
 
 
-def _define(schema: str, fake: Callable) -> None:
+class Call:
+    """An op's arguments: a tuple with the names of its schema. What a schema does not name has the value given here."""
+
+    __slots__ = ()
+    transposed: Any = False
+    bias: Any = None
+    scores: Any = None
+    signs: Any = None
+    mode: Any = "value"
+
+
+#: By op, the class of its calls. Any: mypy knows no field of a class that is made from a schema.
+calls: dict[str, Any] = {}
+
+
+def arguments_of(op: str, names: Sequence[str]) -> Callable[[tuple], tuple]:
+    """A function from values with these names to the arguments of ``op``; what it takes besides is Call's."""
+    besides = [name for name in calls[op]._fields if name not in names]
+    places = [[*names, *besides].index(name) for name in calls[op]._fields]
+    values = tuple(getattr(Call, name) for name in besides)
+    pick = operator.itemgetter(*places)
+    return (lambda given: pick(given + values)) if values else pick
+
+
+def _define(schema: str, fake: Callable[[Any], Any]) -> None:
+    name = schema.split("(", 1)[0]
     library.define(schema)
-    torch.library.register_fake(add_op_namespace_prefix(schema.split("(", 1)[0]), fake, lib=library)
+    arguments = getattr(ops, name).default._schema.arguments
+    calls[name] = type(name, (namedtuple(name, [a.name for a in arguments]), Call), {"__slots__": ()})
+    torch.library.register_fake(
+        add_op_namespace_prefix(name), lambda *given: fake(calls[name]._make(given)), lib=library
+    )
 
 
-def _product(x, weight, *_):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _product(call: Any) -> Tensor:
+    return call.x.new_empty((*call.x.shape[:-1], call.weight.shape[-1 if call.transposed else -2]))
 
 
-def _grouped_product(x, weight, transposed):
-    return x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
-
-
-def _words(scores):
-    return scores.new_empty((scores.shape[0], (scores.shape[1] + 31) // 32), dtype=torch.int32)
-
-
-def _gradients(
-    output_mask: list[bool],
-    grad_output: Tensor,
-    x_shape: Sequence[int],
-    weight: Tensor,
-    score_dtype: torch.dtype,
-    bias_shape: Sequence[int] | None = None,
-) -> Gradients:
-    """(d_x, d_weight, d_scores, d_bias), (0,) where not wanted; bias_shape: (N,) unless given."""
+def _gradients(call: Any) -> Gradients:
+    """(d_x, d_weight, d_scores, d_bias), (0,) where not wanted."""
+    grad, weight = call.grad_output, call.weight
     wanted = (
-        (x_shape, grad_output.dtype),
+        ((*grad.shape[:-1], weight.shape[-2 if call.transposed else -1]), grad.dtype),
         (weight.shape, weight.dtype),
-        (weight.shape, score_dtype),
-        (weight.shape[:1] if bias_shape is None else bias_shape, grad_output.dtype),
+        (weight.shape, torch.float32 if call.scores is None else call.scores.dtype),
+        ((*weight.shape[:-2], grad.shape[-1]), grad.dtype),
     )
     empty = [
-        grad_output.new_empty(shape, dtype=dtype) if wants else grad_output.new_empty(0)
-        for wants, (shape, dtype) in zip(output_mask, wanted)
+        grad.new_empty(shape, dtype=dtype) if wants else grad.new_empty(0)
+        for wants, (shape, dtype) in zip(call.output_mask, wanted)
     ]
     return empty[0], empty[1], empty[2], empty[3]
 
 
-def _matrix_gradients(grad_output, weight, score_dtype, output_mask):
-    return _gradients(output_mask, grad_output, (*grad_output.shape[:-1], weight.shape[1]), weight, score_dtype)
-
-
-def _grouped_gradients(grad_output, weight, score_dtype, transposed, output_mask):
-    x_shape = (grad_output.shape[0], weight.shape[1 if transposed else 2])
-    return _gradients(output_mask, grad_output, x_shape, weight, score_dtype, (weight.shape[0], grad_output.shape[1]))
-
-
-def _dtype_of(scores):
-    return torch.float32 if scores is None else scores.dtype
+def _words(scores: Tensor) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], (scores.shape[-1] + 31) // 32), dtype=torch.int32)
 
 
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
@@ -80,9 +89,7 @@ _define(
 _define(
     "masked_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, "
     f"str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    lambda grad_output, x, weight, scores, threshold, mode, output_mask, backend: _matrix_gradients(
-        grad_output, weight, scores.dtype, output_mask
-    ),
+    _gradients,
 )
 _define(
     "masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, str backend) -> Tensor",
@@ -91,9 +98,7 @@ _define(
 _define(
     "masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, "
     f"Tensor? signs, str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    lambda grad_output, x, weight, packed, scores, signs, mode, output_mask, backend: _matrix_gradients(
-        grad_output, weight, _dtype_of(scores), output_mask
-    ),
+    _gradients,
 )
 _define(
     "masked_linear_by_ratio(Tensor x, Tensor weight, Tensor scores, Tensor? bias, float keep_ratio, "
@@ -103,9 +108,7 @@ _define(
 _define(
     "masked_linear_by_ratio_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, float keep_ratio, "
     f"float? threshold, str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    lambda grad_output, x, weight, scores, keep_ratio, threshold, mode, output_mask, backend: _matrix_gradients(
-        grad_output, weight, scores.dtype, output_mask
-    ),
+    _gradients,
 )
 _define(
     "masked_linear_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str backend) -> Tensor",
@@ -114,12 +117,12 @@ _define(
 _define(
     "masked_linear_many_backward(Tensor grad_output, Tensor weight, Tensor[] masks, Tensor tasks, str backend) "
     "-> Tensor",
-    lambda grad_output, weight, *_: grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1])),
+    lambda call: call.grad_output.new_empty((*call.grad_output.shape[:-1], call.weight.shape[1])),
 )
 _define(
     "accumulate_score_grad(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? scores, "
     "Tensor? signs, str mask_mode, str backend) -> ()",
-    lambda *_: None,
+    lambda call: None,
 )
 
 # ---------------------------------------------------------------------------------------------- codes
@@ -127,16 +130,16 @@ _define(
 _define(
     "masked_linear_quantized(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, SymInt[] shape, "
     "str kind, str backend) -> Tensor",
-    lambda x, codes, absmax, packed, bias, shape, *_: x.new_empty((*x.shape[:-1], shape[0])),
+    lambda call: call.x.new_empty((*call.x.shape[:-1], call.shape[0])),
 )
 _define(
     "masked_linear_quantized_d_x(Tensor grad_output, Tensor codes, Tensor[] absmax, Tensor? packed, SymInt[] shape, "
     "str kind, str backend) -> Tensor",
-    lambda grad_output, codes, absmax, packed, shape, *_: grad_output.new_empty((*grad_output.shape[:-1], shape[1])),
+    lambda call: call.grad_output.new_empty((*call.grad_output.shape[:-1], call.shape[1])),
 )
 _define(
     "dequantize(Tensor codes, Tensor[] absmax, SymInt[] shape, str kind, ScalarType dtype, str backend) -> Tensor",
-    lambda codes, absmax, shape, kind, dtype, backend: codes.new_empty(shape, dtype=dtype),
+    lambda call: call.codes.new_empty(call.shape, dtype=call.dtype),
 )
 
 # ---------------------------------------------------------------------------------------------- experts
@@ -144,83 +147,72 @@ _define(
 _define(
     "masked_linear_grouped(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Tensor offsets, Tensor? bias, "
     "bool transposed, str mode, str backend) -> Tensor",
-    lambda x, weight, scores, threshold, offsets, bias, transposed, *_: _grouped_product(x, weight, transposed),
+    _product,
 )
 _define(
     "masked_linear_grouped_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, "
     f"Tensor offsets, bool transposed, str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    lambda grad_output, x, weight, scores, threshold, offsets, transposed, mode, output_mask, backend: (
-        _grouped_gradients(grad_output, weight, scores.dtype, transposed, output_mask)
-    ),
+    _gradients,
 )
 _define(
     "masked_linear_grouped_packed(Tensor x, Tensor weight, Tensor packed, Tensor offsets, Tensor? bias, "
     "bool transposed, str backend) -> Tensor",
-    lambda x, weight, packed, offsets, bias, transposed, backend: _grouped_product(x, weight, transposed),
+    _product,
 )
 _define(
     "masked_linear_grouped_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, "
     f"Tensor? signs, Tensor offsets, bool transposed, str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    lambda grad_output, x, weight, packed, scores, signs, offsets, transposed, mode, output_mask, backend: (
-        _grouped_gradients(grad_output, weight, _dtype_of(scores), transposed, output_mask)
-    ),
+    _gradients,
 )
 _define(
     "masked_linear_grouped_by_ratio(Tensor x, Tensor weight, Tensor scores, Tensor offsets, Tensor? bias, "
     "float keep_ratio, float? threshold, bool transposed, str mode, str backend) -> Tensor",
-    lambda x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, *_: _grouped_product(
-        x, weight, transposed
-    ),
+    _product,
 )
 _define(
     "masked_linear_grouped_by_ratio_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, "
     "Tensor offsets, float keep_ratio, float? threshold, bool transposed, str mode, bool[4] output_mask, str backend) "
     f"-> {_GRADIENTS}",
-    lambda grad_output, x, weight, scores, offsets, keep_ratio, threshold, transposed, mode, output_mask, backend: (
-        _grouped_gradients(grad_output, weight, scores.dtype, transposed, output_mask)
-    ),
+    _gradients,
 )
 _define(
     "accumulate_score_grad_grouped(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor offsets, Tensor? weight, "
     "Tensor? scores, Tensor? signs, bool transposed, str mask_mode, str backend) -> ()",
-    lambda *_: None,
+    lambda call: None,
 )
 
 # ---------------------------------------------------------------------------------------------- scores
 
 _define(
     "kept_threshold(Tensor scores, float keep_ratio, str mode, str backend) -> Tensor",
-    lambda scores, *_: scores.new_empty(()),
+    lambda call: call.scores.new_empty(()),
 )
 _define(
     "kept_thresholds(Tensor scores, float keep_ratio, str mode, str backend) -> Tensor",
-    lambda scores, *_: scores.new_empty(scores.shape[:1]),
+    lambda call: call.scores.new_empty(call.scores.shape[:1]),
 )
 _define(
     "pack_mask(Tensor scores, Tensor threshold, str mode, str backend) -> Tensor",
-    lambda scores, *_: _words(scores),
+    lambda call: _words(call.scores),
 )
 _define(
     "pack_signs(Tensor scores, str backend) -> (Tensor, Tensor)",
-    lambda scores, backend: (_words(scores), scores.new_empty((), dtype=torch.int64)),
+    lambda call: (_words(call.scores), call.scores.new_empty((), dtype=torch.int64)),
 )
 _define(
     "unpack_mask(Tensor packed, SymInt[] shape) -> Tensor",
-    lambda packed, shape: packed.new_empty(shape, dtype=torch.bool),
+    lambda call: call.packed.new_empty(call.shape, dtype=torch.bool),
 )
 _define(
     "select_each(Tensor scores, float keep_ratio, str mode) -> (Tensor, Tensor)",
-    lambda scores, keep_ratio, mode: (
-        scores.new_empty(scores.shape[:1]),
-        scores.new_empty((*scores.shape[:2], (scores.shape[2] + 31) // 32), dtype=torch.int32),
-    ),
+    lambda call: (call.scores.new_empty(call.scores.shape[:1]), _words(call.scores)),
 )
 
 
-def _step(scores, *rest):
-    if rest[14] is None:  # keep_ratio
-        return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
-    return scores.new_empty(()), _words(scores)
+def _step(call: Any) -> tuple[Tensor, Tensor]:
+    if call.keep_ratio is None:
+        return call.scores.new_empty(0), call.scores.new_empty(0, dtype=torch.int32)
+    return call.scores.new_empty(()), _words(call.scores)
 
 
 _define(

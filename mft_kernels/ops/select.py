@@ -145,9 +145,9 @@ def _select_each(scores, keep_ratio, mode):
     return found.view(scores.dtype), packed.unflatten(0, keys.shape[:2])
 
 
-_KEPT_THRESHOLD = Op("kept_threshold", _kept_threshold)
-_KEPT_THRESHOLDS = Op("kept_thresholds", lambda scores, *rest: _finite(_thresholds(scores, *rest), scores))
-_PACK_MASK = Op("pack_mask", _pack)
-_PACK_SIGNS = Op("pack_signs", _signs)
-_UNPACK_MASK = Op("unpack_mask", lambda packed, shape: reference.unpack_mask(packed, shape).contiguous())
-_SELECT_EACH = Op("select_each", _select_each)
+_KEPT_THRESHOLD = Op("kept_threshold", lambda call: _kept_threshold(*call))
+_KEPT_THRESHOLDS = Op("kept_thresholds", lambda call: _finite(_thresholds(*call), call.scores))
+_PACK_MASK = Op("pack_mask", lambda call: _pack(*call))
+_PACK_SIGNS = Op("pack_signs", lambda call: _signs(*call))
+_UNPACK_MASK = Op("unpack_mask", lambda call: reference.unpack_mask(*call).contiguous())
+_SELECT_EACH = Op("select_each", lambda call: _select_each(*call))

@@ -1,5 +1,7 @@
 """One optimiser step on scores, and the mask that they select next."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,8 +74,8 @@ def score_step(
     return None if keep_ratio is None else (found, packed)
 
 
-def _check(*given):
-    update = Update(*given[:-1])
+def _check(call: Any) -> Any:
+    update = Update(*call[:-1])
     check_mode(update.mode)
     check_step_inputs(update.scores, update.grad, update.weight, update.grad_scale, update.threshold)
     check_moments(update.scores, update.exp_avg, update.exp_avg_sq, update.scales)
@@ -84,15 +86,15 @@ def _check(*given):
         raise ValueError(f"seed must be an integer in [0, 2^63), got {update.seed!r}")
     if update.keep_ratio is not None:
         check_keep_ratio(update.keep_ratio)
-    return given
+    return call
 
 
-def _step(*given):
-    update = Update(*given[:-1])
+def _step(call: Any) -> tuple[Tensor, Tensor]:
+    update = Update(*call[:-1])
     # Fixed-point scores are no dtype of the table: whoever serves the function serves them.
     tensors = (update.scores, update.grad, update.weight)
     dtypes = tuple(t.dtype for t in tensors if t is not None and t.dtype != torch.int16)
-    return choose("step", update.scores.device, dtypes, given[-1], op="score_step")(update)
+    return choose("step", update.scores.device, dtypes, call.backend, op="score_step")(update)
 
 
-_SCORE_STEP = Op("score_step", _step, check=_check, writes=(0, 3, 4, 5))
+_SCORE_STEP = Op("score_step", _step, check=_check)

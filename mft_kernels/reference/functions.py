@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..codes import Codes
-from ..operands import Experts, Keep, KeepByTask, Weight
+from ..operands import Experts, Keep, KeepByTask, Sums, Weight
 from .linear import (
     grad_of_linear,
     keep_mask,
@@ -53,44 +53,24 @@ def product(
     return _multiply(a, masked, bias, transposed)
 
 
-def score_grad(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    sign: Tensor | None,
-    d_scores: Tensor | None,
-    *,
-    accumulate: bool,
-    offsets: Tensor | None = None,
-    d_weight: Tensor | None = None,
-    keep: Keep | None = None,
-) -> None:
-    """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], d_weight = where(keep, grad_output.T @ x, 0).
-
-    Args:
-        grad_output: (..., N). x: (..., K).
-        weight: (N, K), or None: no such factor.
-        sign: scores (N, K), whose sign is taken; their bits int32 (N, ceil(K / 32)), 1 for +; or None: no such factor.
-        d_scores, d_weight: (N, K) contiguous, written in place, each only where it is given.
-        offsets: then all matrices are those of experts, (E, N, K), and d_scores[e] is that of the rows of expert e: 0,
-            or as it was, if there are none. d_weight must be None.
-        keep: of d_weight.
-    """
+def score_grad(sums: Sums) -> None:
+    """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], d_weight = where(keep, grad_output.T @ x, 0)."""
+    weight, sign, d_scores, offsets = sums.weight, sums.sign, sums.d_scores, sums.offsets
     if offsets is None:
-        product_of_both = weight_gradient(grad_output, x)
-        if d_weight is not None:
-            assert keep is not None
-            d_weight.copy_(torch.where(kept(keep, d_weight.shape), product_of_both, 0))
+        product_of_both = weight_gradient(sums.grad_output, sums.x)
+        if sums.d_weight is not None:
+            assert sums.keep is not None
+            sums.d_weight.copy_(torch.where(kept(sums.keep, sums.d_weight.shape), product_of_both, 0))
         if d_scores is not None:
             found = _score_grad(product_of_both, weight, sign, d_scores.dtype)
-            d_scores.add_(found) if accumulate else d_scores.copy_(found)
+            d_scores.add_(found) if sums.accumulate else d_scores.copy_(found)
         return
     assert d_scores is not None
-    if not accumulate:
+    if not sums.accumulate:
         d_scores.zero_()
-    for e, rows in _groups(offsets, len(x)):
+    for e, rows in _groups(offsets, len(sums.x)):
         factor, own_sign = (None if t is None else t[e] for t in (weight, sign))
-        score_grad(grad_output[rows], x[rows], factor, own_sign, d_scores[e], accumulate=accumulate)
+        score_grad(Sums(sums.grad_output[rows], sums.x[rows], factor, own_sign, d_scores[e], sums.accumulate))
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:

@@ -20,6 +20,7 @@ from mft_kernels import MaskedLinear
 from mft_kernels.by_name import oracle
 from mft_kernels.mask.held import masked_linear_held
 from mft_kernels.ops.route import is_seen_by_others
+from mft_kernels.ops.schema import arguments_of, calls
 from mft_kernels.testing import integer_inputs
 
 OPS = ("masked_linear", "masked_linear_packed", "masked_linear_by_ratio")
@@ -362,3 +363,19 @@ def test_parameters_and_buffers_are_plain(layer):
     with torch.inference_mode():
         made = torch.ones(2)
     assert not is_seen_by_others(made, layer.x)
+
+
+def test_a_call_has_the_names_of_its_schema_and_the_usual_value_for_what_that_lacks():
+    for name, kind in calls.items():
+        arguments = getattr(torch.ops.mft, name).default._schema.arguments
+        assert kind._fields == tuple(argument.name for argument in arguments), name
+    call = calls["masked_linear_packed"]("x", "weight", "packed", "bias", "auto")
+    assert (call.packed, call.transposed, call.scores, call.signs, call.mode) == ("packed", False, None, None, "value")
+
+
+def test_arguments_are_found_by_name_in_any_order_and_the_others_are_the_usual_ones():
+    pick = arguments_of(
+        "masked_linear_packed_backward", ("backend", "output_mask", "packed", "weight", "x", "grad_output")
+    )
+    assert pick((1, 2, 3, 4, 5, 6)) == (6, 5, 4, 3, None, None, "value", 2, 1)
+    assert arguments_of("pack_signs", ("backend", "mode", "scores"))((1, 2, 3)) == (3, 1)

@@ -9,7 +9,7 @@ import pytest
 from mft_kernels.backends.triton import plan, target
 from mft_kernels.backends.triton.cards import CARDS, H100, H100_PCIE, H200, RTX_4090, card_of
 from mft_kernels.backends.triton.cost import L2_BYTES, LATENCY, MASKING, Jobs, busy_cycles, seconds, sum_seconds
-from mft_kernels.backends.triton.plan import MOST_SPLITS, Operands
+from mft_kernels.backends.triton.plan import MOST_SPLITS, Operands, Problem
 
 #: N and K, from a layer of a model of 135 million parameters to one of 8 billion.
 SHAPES = ((576, 1536), (1536, 576), (1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336))
@@ -65,14 +65,14 @@ def test_the_losses_do_not_hang_on_what_l2_gives_exactly(monkeypatch, bytes_a_cy
 
 
 def test_on_132_multiprocessors_1024_tokens_take_one_wave_of_256():
-    chosen = plan.product_tiles(target.H100, 1024, 4096, 4096, Operands(2, 2))
+    chosen = plan.product_tiles(Problem(target.H100, 1024, 4096, 4096, Operands(2, 2)))
     assert (chosen.rows, chosen.splits) == (256, 1)
     assert math.ceil(1024 / 256) * math.ceil(4096 / 128) == 128  # below 132, for which 128 rows were taken: two waves
 
 
 def test_d_scores_of_1024_x_4096_take_one_wave_of_128_x_256():
     for m in TOKENS[2:]:
-        assert plan.outer_tiles(target.H100, m, 1024, 4096, Operands(2)).columns == 256
+        assert plan.outer_tiles(Problem(target.H100, m, 1024, 4096, Operands(2))).columns == 256
     assert math.ceil(1024 / 128) * math.ceil(4096 / 256) == 128  # below 132, for which 128 x 128 were taken: two waves
 
 
@@ -134,27 +134,28 @@ def test_bytes_that_memory_has_to_give_bound_a_launch():
 
 def test_a_step_reads_activations_weight_and_mask_and_a_job_writes_its_tile():
     tiles = plan.Tiles(64, 128, 32, 8, 4)
-    read = {keep: plan._products(tiles, 4096, 4096, 4096, Operands(2, keep)).read for keep in (0, 2, 4)}
+    problem = Problem(target.H100, 4096, 4096, 4096, Operands(2, 2))
+    read = {keep: plan._products(problem._replace(operands=Operands(2, keep)), tiles).read for keep in (0, 2, 4)}
     assert read == {0: 32 * (64 * 2 + 128 * 2.125), 2: 32 * (64 * 2 + 128 * 4), 4: 32 * (64 * 2 + 128 * 6)}
-    assert plan._products(tiles, 1, 4096, 4096, Operands(2, 2)).read == 32 * (1 * 2 + 128 * 4)
-    split = plan._products(replace(tiles, splits=3), 4096, 4096, 4096, Operands(2, 2))
+    assert plan._products(problem._replace(m=1), tiles).read == 32 * (1 * 2 + 128 * 4)
+    split = plan._products(problem, replace(tiles, splits=3))
     assert (split.count, split.steps, split.written) == (64 * 32 * 3, 43, 64 * 128 * 4)
-    outer = plan._outer(plan.Tiles(128, 256, 64, 8, 3), 100, 1024, 4096, Operands(2))
+    outer = plan._outer(Problem(target.H100, 100, 1024, 4096, Operands(2)), plan.Tiles(128, 256, 64, 8, 3))
     assert outer == Jobs(8 * 16, 2, 128 * 256 * 64, 64 * (128 + 256) * 2, 128 * 256 * 6)
 
 
 def test_the_sum_of_the_parts_is_counted(monkeypatch):
     choose = plan.product_tiles.__wrapped__  # without its memory
-    assert choose(target.H100, 1, 1024, 4096, Operands(2, 2)).splits > 1
+    assert choose(Problem(target.H100, 1, 1024, 4096, Operands(2, 2))).splits > 1
     monkeypatch.setattr(plan, "sum_seconds", lambda card, parts, elements: float(parts > 1))
-    assert choose(target.H100, 1, 1024, 4096, Operands(2, 2)).splits == 1
+    assert choose(Problem(target.H100, 1, 1024, 4096, Operands(2, 2))).splits == 1
 
 
 def test_tf32_has_half_the_rate_and_ordinary_cores_little(monkeypatch):
     rates = []
     monkeypatch.setattr(plan, "seconds", lambda *args, rate, **others: rates.append(rate) or 0.0)
     for operands in (Operands(2), Operands(4), Operands(4, exact=True)):
-        plan.outer_tiles.__wrapped__(target.H100, 64, 64, 64, operands)
+        plan.outer_tiles.__wrapped__(Problem(target.H100, 64, 64, 64, operands))
     assert sorted(set(rates)) == [64, 1024, 2048]
 
 
@@ -187,9 +188,9 @@ def test_dense_rates_are_those_of_the_data_sheets():
 # ---------------------------------------------------------------------------------------------------- cards and shapes
 
 
-def expected(card, tiles, m, p, q, operands):
+def expected(problem, tiles):
     """Seconds of a product."""
-    return plan._seconds(card, tiles, operands, [plan._products(tiles, m, p, q, operands)], m, p, q)
+    return plan._seconds(problem, tiles, [plan._products(problem, tiles)])
 
 
 def product_jobs(tiles, m, p, q):
@@ -200,7 +201,7 @@ def product_jobs(tiles, m, p, q):
 def test_no_card_is_left_half_idle_where_splitting_could_fill_it(name):
     card = TARGETS[name]
     for (p, q), m, operands in itertools.product(SHAPES, TOKENS, OPERANDS):
-        tiles = plan.product_tiles(card, m, p, q, operands)
+        tiles = plan.product_tiles(Problem(card, m, p, q, operands))
         jobs, whole = product_jobs(tiles, m, p, q), product_jobs(replace(tiles, splits=1), m, p, q)
         most = whole * min(MOST_SPLITS, q // (4 * tiles.inner))
         # A sum of less than 4096 may be over before a second launch has begun.
@@ -213,8 +214,8 @@ def test_parts_of_a_sum_stay_in_half_of_l2(name):
     l2 = card_of(card.arch, card.multiprocessors, card.shared_memory).l2
     for (p, q), m, operands in itertools.product(SHAPES, TOKENS, OPERANDS):
         for tiles, out in (
-            (plan.product_tiles(card, m, p, q, operands), p),
-            (plan.backward_tiles(card, m, p, q, operands, weight_grad=False), q),
+            (plan.product_tiles(Problem(card, m, p, q, operands)), p),
+            (plan.backward_tiles(Problem(card, m, p, q, operands), weight_grad=False), q),
         ):
             assert tiles.splits == 1 or tiles.splits * m * out * 4 <= l2 / 2
 
@@ -222,7 +223,7 @@ def test_parts_of_a_sum_stay_in_half_of_l2(name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_tile_is_taller_than_its_tokens_need(name):
     for (p, q), operands in itertools.product(SHAPES, OPERANDS):
-        heights = [plan.product_tiles(TARGETS[name], m, p, q, operands).rows for m in (1, 16, 17, 64, 65, 128)]
+        heights = [plan.product_tiles(Problem(TARGETS[name], m, p, q, operands)).rows for m in (1, 16, 17, 64, 65, 128)]
         assert heights[0] == heights[1] == min(heights)
         assert max(heights[:4]) <= 64
         assert max(heights) <= 128
@@ -232,10 +233,8 @@ def test_no_tile_is_taller_than_its_tokens_need(name):
 def test_more_tokens_are_never_expected_to_take_less_time(name):
     card = TARGETS[name]
     for (p, q), operands in itertools.product(SHAPES, OPERANDS):
-        times = [
-            expected(card, plan.product_tiles(card, m, p, q, operands), m, p, q, operands)
-            for m in (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
-        ]
+        problems = [Problem(card, m, p, q, operands) for m in (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)]
+        times = [expected(problem, plan.product_tiles(problem)) for problem in problems]
         # Tiles of 16 tokens read activations more often than those of 64: on an H200, 16 take 0.05 % longer than 64.
         assert all(few < 1.001 * more for few, more in itertools.pairwise(times)), (p, q, operands)
 
@@ -243,10 +242,7 @@ def test_more_tokens_are_never_expected_to_take_less_time(name):
 def test_a_decoded_token_is_bound_by_memory_on_every_card():
     """With every multiprocessor at work, reading weight and scores once is most of what is expected."""
     for card in TARGETS.values():
-        operands = Operands(2, 2)
-        tiles = plan.product_tiles(card, 1, 14336, 4096, operands)
-        expected = plan._seconds(
-            card, tiles, operands, [plan._products(tiles, 1, 14336, 4096, operands)], 1, 14336, 4096
-        )
+        problem = Problem(card, 1, 14336, 4096, Operands(2, 2))
+        seconds = expected(problem, plan.product_tiles(problem))
         bandwidth = card_of(card.arch, card.multiprocessors, card.shared_memory, card.bandwidth).bandwidth
-        assert 1 < expected / (14336 * 4096 * 4 / bandwidth) < 1.8, card
+        assert 1 < seconds / (14336 * 4096 * 4 / bandwidth) < 1.8, card

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mft_kernels.backends.triton import launch, ops, plan, target
-from mft_kernels.backends.triton.plan import Operands
+from mft_kernels.backends.triton.plan import Operands, Problem
 from mft_kernels.by_name import ByName
 
 flat = ByName(ops)
@@ -50,7 +50,7 @@ def test_one_launch_or_two_make_d_x_and_d_scores_whichever_is_expected_to_take_l
     seen = set()
     for card, m in itertools.product(TARGETS, (1, 64, 512, 2048)):
         names = [entry.kernel.__name__ for entry in launches_of(card, lambda m=m: backward(m))]
-        one = plan.one_launch(card, m, 4096, 4096, Operands(2, 4))
+        one = plan.one_launch(Problem(card, m, 4096, 4096, Operands(2, 4)))
         expected = ["_backward_kernel"] if one else ["_masked_product_kernel", "_score_grad_kernel"]
         assert [n for n in names if n != "_sum_splits_kernel"] == expected, (card, m)
         seen.add(one)
@@ -59,7 +59,9 @@ def test_one_launch_or_two_make_d_x_and_d_scores_whichever_is_expected_to_take_l
 
 def test_small_layers_and_few_tokens_take_one_launch_large_layers_on_fast_cards_two():
     def most(card, n, k):
-        return max((m for m in (2**i for i in range(12)) if plan.one_launch(card, m, n, k, Operands(2, 2))), default=0)
+        return max(
+            (m for m in (2**i for i in range(12)) if plan.one_launch(Problem(card, m, n, k, Operands(2, 2)))), default=0
+        )
 
     found = {card: (most(card, 576, 1536), most(card, 4096, 4096)) for card in TARGETS}
     assert found == {
@@ -69,19 +71,19 @@ def test_small_layers_and_few_tokens_take_one_launch_large_layers_on_fast_cards_
         target.B200: (1024, 16),
         target.MI300X: (1024, 256),
     }
-    assert not any(plan.one_launch(card, 1, 576, 1536, Operands(4, 4)) for card in TARGETS)  # fp32 spills
+    assert not any(plan.one_launch(Problem(card, 1, 576, 1536, Operands(4, 4))) for card in TARGETS)  # fp32 spills
 
 
 def test_few_tokens_split_the_sum_and_the_parts_cover_it_once():
     for card, (n, k), m in itertools.product(TARGETS, SHAPES, TOKENS):
-        tiles = plan.product_tiles(card, m, n, k, Operands(2, 2, aligned=True))
+        tiles = plan.product_tiles(Problem(card, m, n, k, Operands(2, 2, aligned=True)))
         size = tiles.part(k)
         parts = -(-k // size)
         assert size % tiles.inner == 0
         assert (parts - 1) * size < k <= parts * size
         assert parts <= tiles.splits
-    assert plan.product_tiles(target.H100, 1, 1024, 4096, Operands(2, 2, aligned=True)).splits > 1
-    assert plan.product_tiles(target.H100, 4096, 4096, 4096, Operands(2, 2, aligned=True)).splits == 1
+    assert plan.product_tiles(Problem(target.H100, 1, 1024, 4096, Operands(2, 2, aligned=True))).splits > 1
+    assert plan.product_tiles(Problem(target.H100, 4096, 4096, 4096, Operands(2, 2, aligned=True))).splits == 1
 
 
 #: N and K, from which a decoded token is bound by memory, and one whose launch takes longer than its bytes.
@@ -144,9 +146,11 @@ def test_a_decoded_token_of_experts_fills_the_card_in_one_launch_of_tiles_of_16(
 
 def test_rows_an_expert_and_not_rows_in_all_choose_the_tile():
     for card in (target.A100, target.H100):
-        heights = [plan.product_tiles(card, 4096 // e, 4096, 4096, Operands(2), e).rows for e in (1, 8, 128, 1024)]
+        heights = [
+            plan.product_tiles(Problem(card, 4096 // e, 4096, 4096, Operands(2), e)).rows for e in (1, 8, 128, 1024)
+        ]
         assert heights[0] == heights[1] > heights[2] > heights[3] == 16
-    of_one, of_two = (plan.product_tiles(target.H100, 1, 1024, 4096, Operands(2), e) for e in (None, 1))
+    of_one, of_two = (plan.product_tiles(Problem(target.H100, 1, 1024, 4096, Operands(2), e)) for e in (None, 1))
     assert of_one.splits > of_two.splits == 1
 
 
@@ -154,7 +158,7 @@ def test_tiles_fit_shared_memory_with_at_least_two_stages():
     smaller = target.make_target("cuda", 89, 128, 101376, (3, 9), (12, 9))
     for card, element, keep in itertools.product((*TARGETS, smaller), (2, 4), (0, 2, 4)):
         operands = Operands(element, keep, aligned=True)
-        tiles = plan.product_tiles(card, 4096, 4096, 4096, operands)
+        tiles = plan.product_tiles(Problem(card, 4096, 4096, 4096, operands))
         activations, masked = tiles.inner * tiles.rows * element, tiles.inner * tiles.columns * (element + keep)
         assert tiles.stages >= 2
         # On sm_90 and sm_100 the newest activations wait in shared memory, what is masked in registers; on gfx942 both.

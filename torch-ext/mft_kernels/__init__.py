@@ -6,7 +6,7 @@ It takes the place of mft_kernels/__init__.py; building/hub_kernel.py puts besid
 from .backends import cpu, cuda, triton  # noqa: F401  (they enter themselves into the table)
 from .backends.table import backend_report
 from .layers import stateless as layers
-from .mask.masking import masked_linear_by_ratio
+from .mask.by_ratio import masked_linear_by_ratio
 from .mask.scores import watch
 from .ops.linear import accumulate_score_grad, masked_linear, masked_linear_packed
 from .ops.select import kept_threshold, pack_mask, unpack_mask

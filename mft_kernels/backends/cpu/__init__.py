@@ -13,61 +13,30 @@ from torch import Tensor
 
 from ... import reference
 from ...codes import Codes, Int8, Table
-from ...operands import MODES, MOST_MASKS, Experts, Keep, KeepByTask, Update, Weight
+from ...operands import MODES, MOST_MASKS, Experts, Keep, KeepByTask, Sums, Update
 from ...reference.linear import kept_count
 from .. import built
 from ..autotune import AUTOTUNE, measuring
 from ..built import load
+from ..by_kind import product_by_kind
 from ..table import Backend, register
 from .choice import grad_product_of, measured_path, product_of
 
 
-def product(
-    a: Tensor, weight: Weight, keep: Keep | KeepByTask | None, bias: Tensor | None, *, transposed: bool = False
-) -> Tensor:
-    """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
-    bias = _contiguous(bias)
-    if isinstance(keep, KeepByTask):
-        assert isinstance(weight, Tensor), "a mask per row is one on a dense matrix"
-        return _d_x_by_task(a, weight, keep) if transposed else _product_by_task(a, weight, keep, bias)
-    if isinstance(weight, Codes):
-        return _product_of_codes(a, weight, keep, bias, transposed)
-    assert keep is not None, "only codes are multiplied without a mask"
-    if isinstance(weight, Experts):
-        return _product_of_experts(a, weight, keep, bias, transposed)
-    weight = weight.contiguous()
-    if transposed:
-        d_x = _by_path("d_x", built.cpu_ops.grad_x, (_rows(a), weight, *_mask(keep), keep.magnitude), keep.source)
-        return d_x.view(*a.shape[:-1], weight.shape[1])
-    operands = (a.contiguous(), weight, *_mask(keep), bias, keep.magnitude)
-    return _by_path("forward", built.cpu_ops.masked_linear, operands, keep.source)
-
-
-def score_grad(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    sign: Tensor | None,
-    d_scores: Tensor | None,
-    *,
-    accumulate: bool,
-    offsets: Tensor | None = None,
-    d_weight: Tensor | None = None,
-    keep: Keep | None = None,
-) -> None:
+def score_grad(sums: Sums) -> None:
     """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign]; no temporary of that size. See the reference."""
-    grad, x, sign = _rows(grad_output), _rows(x), _contiguous(sign)
-    scores, signs = (None, sign) if sign is not None and sign.dtype == torch.int32 else (sign, None)
-    if offsets is not None:
+    grad, x, weight, d_scores = _rows(sums.grad_output), _rows(sums.x), sums.weight, sums.d_scores
+    sign = _by_kind(_contiguous(sums.sign))
+    if sums.offsets is not None:
         built.cpu_ops.grouped_score_grad_(
-            d_scores, grad, x, offsets.contiguous(), weight, scores, signs, accumulate, "auto"
+            d_scores, grad, x, sums.offsets.contiguous(), weight, *sign, sums.accumulate, "auto"
         )
         return
-    if d_weight is not None:
-        assert keep is not None
-        d_weight.copy_(built.cpu_ops.grad_weight(grad, x, *_mask(keep), keep.magnitude))
+    if sums.d_weight is not None:
+        assert sums.keep is not None
+        sums.d_weight.copy_(built.cpu_ops.grad_weight(grad, x, *_mask(sums.keep), sums.keep.magnitude))
     if d_scores is not None:
-        _grad_scores(d_scores, grad, x, _contiguous(weight), scores, signs, accumulate=accumulate)
+        _grad_scores(d_scores, (grad, x, _contiguous(weight), *sign), accumulate=sums.accumulate)
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
@@ -175,6 +144,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
+def _by_kind(sign: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(scores, signs) as the library takes them."""
+    return (None, sign) if sign is not None and sign.dtype == torch.int32 else (sign, None)
+
+
 def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(scores, threshold, packed) as the library takes them for one matrix; thresholds by row go through their bits."""
     if keep.thresholds is not None and keep.by_row and keep.source.dim() == 2:
@@ -191,31 +165,42 @@ def _table(weight: Codes) -> tuple[Tensor | None, int]:
     return (weight.levels_on(weight.codes.device), weight.block) if isinstance(weight, Table) else (None, 0)
 
 
+def _product_of_matrix(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
+    weight = weight.contiguous()
+    if transposed:
+        d_x = _by_path("d_x", built.cpu_ops.grad_x, (_rows(a), weight, *_mask(keep), keep.magnitude), keep.source)
+        return d_x.view(*a.shape[:-1], weight.shape[1])
+    operands = (a.contiguous(), weight, *_mask(keep), _contiguous(bias), keep.magnitude)
+    return _by_path("forward", built.cpu_ops.masked_linear, operands, keep.source)
+
+
 def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     """Each expert's product is that of a matrix, by the path that the library's model chooses for its rows.
 
     Several experts are shared out over the threads whole, so that none is waited for. A weight with gaps or transposed
     is made contiguous one expert at a time, and only where there are rows.
     """
-    offsets = weight.offsets.contiguous()
+    mask, offsets, bias = _mask(keep), weight.offsets.contiguous(), _contiguous(bias)
     return built.cpu_ops.grouped_product(
-        a.contiguous(), weight.matrices, *_mask(keep), offsets, bias, keep.magnitude, transposed, "auto"
+        a.contiguous(), weight.matrices, *mask, offsets, bias, keep.magnitude, transposed, "auto"
     )
 
 
 def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
     """The product over the decoded weight, to the bit; it is decoded in parts where it is masked."""
-    rest = (None if keep is None else _contiguous(keep.words), *(() if transposed else (bias,)), *weight.shape)
-    how = *_table(weight), "auto"
+    words = None if keep is None else _contiguous(keep.words)
+    how = *weight.shape, *_table(weight), "auto"
     if not transposed:
-        return built.cpu_ops.masked_linear_quantized(a.contiguous(), *_codes(weight), *rest, *how)
-    return built.cpu_ops.grad_x_quantized(_rows(a), *_codes(weight), *rest, *how).view(*a.shape[:-1], weight.shape[1])
+        return built.cpu_ops.masked_linear_quantized(a.contiguous(), *_codes(weight), words, _contiguous(bias), *how)
+    return built.cpu_ops.grad_x_quantized(_rows(a), *_codes(weight), words, *how).view(*a.shape[:-1], weight.shape[1])
 
 
-def _product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None) -> Tensor:
+def _product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
     """Few rows in one pass over the weight, else one product per mask."""
+    if transposed:
+        return _d_x_by_task(a, weight, keep)
     masks, tasks = [packed.contiguous() for packed in keep.masks], keep.tasks.to(torch.int64).contiguous()
-    y = built.cpu_ops.try_masked_linear_many(a.contiguous(), weight, masks, tasks, bias, "auto")
+    y = built.cpu_ops.try_masked_linear_many(a.contiguous(), weight, masks, tasks, _contiguous(bias), "auto")
     return reference.product(a, weight, KeepByTask(masks, tasks), bias) if y is None else y  # None: it is empty
 
 
@@ -230,7 +215,7 @@ def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask) -> Tenso
         if task < 0:
             of_task = reference.grad_of_linear(rows, weight)
         else:
-            of_task = product(rows, weight, Keep(keep.masks[task]), None, transposed=True)
+            of_task = _product_of_matrix(rows, weight, Keep(keep.masks[task]), None, True)
         if len(places) == 1:
             return of_task
         d_x[torch.tensor(each)] = of_task
@@ -246,20 +231,23 @@ def _by_path(name: str, op: Callable[..., Tensor], operands: tuple, mask: Tensor
     return op(*operands, path)
 
 
-def _grad_scores(out, grad, x, weight, scores, signs, *, accumulate: bool) -> None:
+def _grad_scores(out: Tensor, operands: tuple, *, accumulate: bool) -> None:
+    """``operands``: grad_output, x, weight, scores, signs."""
     path = "auto"
     if measuring():
 
         def prepare() -> Callable[[str], None]:
             aside = torch.zeros_like(out)  # out itself gets its sum once
-            return lambda path: built.cpu_ops.grad_scores_(aside, grad, x, weight, scores, signs, accumulate, path)
+            return lambda path: built.cpu_ops.grad_scores_(aside, *operands, accumulate, path)
 
+        _, x, weight, scores, signs = operands
         sign = scores if signs is None else signs
         path = measured_path(grad_product_of(out, x, weight, sign, accumulate=accumulate), prepare)
-    built.cpu_ops.grad_scores_(out, grad, x, weight, scores, signs, accumulate, path)
+    built.cpu_ops.grad_scores_(out, *operands, accumulate, path)
 
 
-def _try_accumulate_product(out, grad_output, x, weight, scores, signs, mode) -> bool:
+def _try_accumulate_product(out, grad_output, x, *rest) -> bool:
+    weight, scores, signs, mode = rest
     usual = weight is scores is signs is None and mode in MODES
     return usual and built.cpu_ops.try_accumulate_product.default(out, grad_output, x)
 
@@ -284,6 +272,7 @@ def _short() -> dict[str, Callable]:
     }
 
 
+product = product_by_kind(_product_of_matrix, _product_of_experts, _product_of_codes, _product_by_task)
 unavailable = load("cpu")
 
 register(

@@ -10,55 +10,32 @@ import torch
 from torch import Tensor
 
 from ...codes import Codes, Int8, Nf4
-from ...operands import Experts, Keep, KeepByTask, Update, Weight
+from ...operands import Experts, Keep, KeepByTask, Sums, Update
 from ...reference.linear import kept_count
 from .. import built
 from ..built import load, report
+from ..by_kind import product_by_kind
 from ..table import Backend, Dtypes, register
 
 _OLDEST = 80
 
 
-def product(
-    a: Tensor, weight: Weight, keep: Keep | KeepByTask | None, bias: Tensor | None, *, transposed: bool = False
-) -> Tensor:
-    """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
-    bias = _contiguous(bias)
-    if isinstance(keep, KeepByTask):
-        assert isinstance(weight, Tensor), "a mask per row is one on a dense matrix"
-        return _d_x_by_task(a, weight, keep) if transposed else _product_by_task(a, weight, keep, bias)
-    if isinstance(weight, Codes):
-        return _product_of_codes(a, weight, keep, bias, transposed)
-    assert keep is not None, "only codes are multiplied without a mask"
-    if isinstance(weight, Experts):
-        return _product_of_experts(a, weight, keep, bias, transposed)
-    y = built.cuda_ops.product(_rows(a), _matrix(weight), *_mask(keep), bias, keep.magnitude, transposed)
-    return y.view(*a.shape[:-1], weight.shape[transposed])
-
-
-def score_grad(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    sign: Tensor | None,
-    d_scores: Tensor | None,
-    *,
-    accumulate: bool,
-    offsets: Tensor | None = None,
-    d_weight: Tensor | None = None,
-    keep: Keep | None = None,
-) -> None:
+def score_grad(sums: Sums) -> None:
     """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], in the epilogue; no temporary of that size."""
+    d_scores, sign, keep = sums.d_scores, sums.sign, sums.keep
     if sign is not None and sign.dtype == torch.int32:
         of_sign: tuple[Tensor | None, Tensor | None] = (None, sign.contiguous())
     else:
         of_sign = (None if sign is None else _matrix(sign), None)
-    operands, factor = (_rows(grad_output), _rows(x)), None if weight is None else _matrix(weight)
-    if offsets is not None:
-        built.cuda_ops.grouped_score_grad_(d_scores, *operands, offsets.contiguous(), factor, *of_sign, accumulate)
+    weight = None if sums.weight is None else _matrix(sums.weight)
+    operands = _rows(sums.grad_output), _rows(sums.x)
+    if sums.offsets is not None:
+        offsets = sums.offsets.contiguous()
+        built.cuda_ops.grouped_score_grad_(d_scores, *operands, offsets, weight, *of_sign, sums.accumulate)
         return
     mask, magnitude = ((None, None, None), False) if keep is None else (_mask(keep), keep.magnitude)
-    built.cuda_ops.score_grad_(d_scores, d_weight, *operands, factor, *of_sign, *mask, magnitude, accumulate)
+    outputs = d_scores, sums.d_weight
+    built.cuda_ops.score_grad_(*outputs, *operands, weight, *of_sign, *mask, magnitude, sums.accumulate)
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
@@ -119,6 +96,12 @@ def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return scores, keep.thresholds, _contiguous(keep.words)
 
 
+def _product_of_matrix(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
+    bias = _contiguous(bias)
+    y = built.cuda_ops.product(_rows(a), _matrix(weight), *_mask(keep), bias, keep.magnitude, transposed)
+    return y.view(*a.shape[:-1], weight.shape[transposed])
+
+
 def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     """One launch for all experts, nothing waited for: the kernel reads from the offsets which rows are whose.
 
@@ -133,7 +116,7 @@ def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | N
         _contiguous(thresholds),
         packed,
         weight.offsets.contiguous(),
-        bias,
+        _contiguous(bias),
         keep.magnitude,
         transposed,
     )
@@ -146,7 +129,7 @@ def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor 
         weight.codes.contiguous(),
         [scale.contiguous() for scale in weight.scales],
         None if keep is None else _contiguous(keep.words),
-        bias,
+        _contiguous(bias),
         *weight.shape,
         isinstance(weight, Nf4),
         transposed,
@@ -154,12 +137,16 @@ def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor 
     return out.view(*a.shape[:-1], weight.shape[transposed])
 
 
-def _product_by_task(x: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None) -> Tensor:
+def _product_by_task(x: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
     """The weight is read once for each 64 rows, whatever the masks are."""
+    if transposed:
+        return _d_x_by_task(x, weight, keep)
     rows, tasks = _rows(x), keep.tasks
     tasks = (tasks if tasks.dtype in (torch.int64, torch.int32) else tasks.int()).contiguous()
     masks = [packed.contiguous() for packed in keep.masks]
-    y = built.cuda_ops.product_many(rows, _matrix(weight), masks, tasks, bias, _rows_of_a_task(rows, tasks))
+    y = built.cuda_ops.product_many(
+        rows, _matrix(weight), masks, tasks, _contiguous(bias), _rows_of_a_task(rows, tasks)
+    )
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -170,7 +157,7 @@ def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask) -> Tenso
     everything = weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
     d_x = grad.new_full((len(grad), weight.shape[1]), torch.nan)
     for place, packed in enumerate([everything, *keep.masks], start=-1):
-        d_x = torch.where(task == place, product(grad, weight, Keep(packed), None, transposed=True), d_x)
+        d_x = torch.where(task == place, _product_of_matrix(grad, weight, Keep(packed), None, True), d_x)
     return d_x.view(*grad_output.shape[:-1], weight.shape[1])
 
 
@@ -186,11 +173,7 @@ class _Cuda(Backend):
     """Refuses more: products in float32, and single GPUs that the library has no code for."""
 
     def refusal(
-        self,
-        function: str,
-        device: torch.device,
-        dtypes: Dtypes,
-        operands: frozenset[type] = frozenset(),
+        self, function: str, device: torch.device, dtypes: Dtypes, operands: frozenset[type] = frozenset()
     ) -> str | None:
         if reason := super().refusal(function, device, dtypes, operands):
             return reason
@@ -246,6 +229,7 @@ def _detail() -> str:
     return f"CUDA C++, {targets.replace('.', ' ')}{''.join(f', {name}' for name in kernels)}{without}"
 
 
+product = product_by_kind(_product_of_matrix, _product_of_experts, _product_of_codes, _product_by_task)
 _not_loaded = load("cuda")
 unavailable = _not_loaded or _unavailable()
 

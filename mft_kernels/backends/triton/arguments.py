@@ -53,6 +53,11 @@ def tiled(tensor: Tensor, block: list[int], described: bool) -> Tensor | TensorD
     return TensorDescriptor.from_tensor(tensor, block) if described else tensor
 
 
+def strides(tensor: Tensor | None, axes: int = 2) -> tuple[int, ...]:
+    """Of a tensor, or of none, which a kernel does not read."""
+    return (0,) * axes if tensor is None else tensor.stride()
+
+
 def _precision() -> str:
     # PyTorch's own setting, which torch.set_float32_matmul_precision changes.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -20,12 +20,12 @@ import math
 
 from torch import Tensor
 
-from ...operands import Keep
-from .arguments import aligned, arithmetic, describable, operands, sign_kind, tiled
+from ...operands import Sums
+from .arguments import aligned, arithmetic, describable, operands, sign_kind, strides, tiled
 from .language import tl, triton
 from .launch import by_cubins_or_compiled, launch
-from .plan import EPILOGUE_COLUMNS, backward_tiles
-from .product import new_parts, product_tile, store_part, sum_splits
+from .plan import EPILOGUE_COLUMNS, Problem, backward_tiles
+from .product import Split, product_tile, store_part
 from .score_grad import outer_tile, store_gradients
 from .target import Target
 from .tiles import store_tile
@@ -78,42 +78,24 @@ def _backward_kernel(
             )  # fmt: skip
 
 
-def both(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    keep: Keep,
-    sign: Tensor | None,
-    d_scores: Tensor,
-    d_weight: Tensor | None,
-) -> Tensor:
+def both(sums: Sums) -> Tensor:
     """Fill d_scores (and d_weight), (N, K) contiguous, and return d_x (M, K). No axis is empty."""
-    return by_cubins_or_compiled(
-        grad.device, lambda target: _both_on(target, grad, x, weight, keep, sign, d_scores, d_weight)
-    )
+    return by_cubins_or_compiled(sums.x.device, lambda target: _both_on(target, sums))
 
 
-def _both_on(
-    target: Target,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    keep: Keep,
-    sign: Tensor | None,
-    d_scores: Tensor,
-    d_weight: Tensor | None,
-) -> Tensor:
+def _both_on(target: Target, sums: Sums) -> Tensor:
+    grad, x, weight, sign, d_scores, _, _, d_weight, keep = sums
+    assert weight is not None
+    assert keep is not None
     (n, k), m = weight.shape, grad.shape[0]
     given = operands(weight, keep, aligned(grad, x, weight, *keep.tiled))
     described = describable(target, given)
-    tiles = backward_tiles(target, m, n, k, given, weight_grad=d_weight is not None)
-    part = tiles.part(n)
-    splits = math.ceil(n / part)
+    tiles = backward_tiles(Problem(target, m, n, k, given), weight_grad=d_weight is not None)
     d_x = grad.new_empty((m, k))
-    parts = new_parts(grad, splits, m, k)
+    split = Split.of(tiles, d_x, n)
     tokens = min(tiles.inner, max(16, tiles.rows))  # of one step of the sum over M
     weight_block = [tiles.inner, tiles.columns]
-    jobs = math.ceil(k / tiles.columns) * (math.ceil(m / tiles.rows) * splits + math.ceil(n / tiles.columns))
+    jobs = math.ceil(k / tiles.columns) * (math.ceil(m / tiles.rows) * split.splits + math.ceil(n / tiles.columns))
     launch(
         _backward_kernel,
         (min(tiles.blocks * target.multiprocessors, jobs),),
@@ -127,38 +109,32 @@ def _both_on(
         keep.thresholds,
         sign,
         d_x,
-        parts,
+        split.parts,
         d_scores,
         d_weight,
         m,
         n,
         k,
-        splits,
-        part,
+        split.splits,
+        split.part,
         *grad.stride(),
         *x.stride(),
         *weight.stride(),
         *keep.source.stride(),
         keep.threshold_stride,
-        *(sign.stride() if sign is not None else (0, 0)),
+        *strides(sign),
         SIGN=sign_kind(sign),
         MODE=keep.mode,
         BY_ROW=keep.by_row,
         WRITE_WEIGHT=d_weight is not None,
         MASK_ON_A=target.swapped,
         DESCRIPTORS=described,
-        BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns,
-        BLOCK_K=tiles.columns,
-        BLOCK_Q=tiles.inner,
         BLOCK_S=tokens,
-        WHOLE=splits == 1,
-        STAGES=tiles.stages,
+        WHOLE=split.splits == 1,
         PIECES=tiles.columns // EPILOGUE_COLUMNS,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        **tiles.options("MKQ"),
         **arithmetic(weight),
     )
-    if splits > 1:
-        sum_splits(parts, None, d_x)
+    split.add_up(None, d_x)
     return d_x

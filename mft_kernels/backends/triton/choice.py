@@ -17,7 +17,7 @@ import torch
 
 from ..autotune import Choices, fastest, measuring
 from .language import INSTALLED, triton
-from .plan import Operands, fused_seconds, scratch_seconds
+from .plan import Operands, Problem, fused_seconds, scratch_seconds
 from .target import Target
 
 logger = logging.getLogger("mft_kernels")
@@ -52,8 +52,8 @@ def by_model(product: Product, target: Target) -> str:
         return FUSED if product.m <= _MOST_TOKENS_SLOW else SCRATCH
     p, q = (product.k, product.n) if product.transposed else (product.n, product.k)
     operands = Operands(_bytes(product.dtype), 0 if product.mask == "packed" else _bytes(product.mask))
-    sizes = (target, product.m, p, q, operands)
-    return FUSED if fused_seconds(*sizes) <= scratch_seconds(*sizes) else SCRATCH
+    problem = Problem(target, product.m, p, q, operands)
+    return FUSED if fused_seconds(problem) <= scratch_seconds(problem) else SCRATCH
 
 
 def _bytes(dtype: str) -> int:

@@ -11,21 +11,19 @@ import math
 
 from torch import Tensor
 
-from ...operands import Experts, Keep
-from .arguments import aligned, arithmetic, describable, operands, sign_kind, tiled
+from ...operands import Experts, Keep, Sums
+from .arguments import aligned, arithmetic, describable, operands, sign_kind, strides, tiled
 from .experts import block_of, expert_of, readable, rows_as_experts, rows_each, rows_of_experts, tiled_matrices
 from .language import tl, triton
 from .launch import by_cubins_or_compiled, launch
-from .plan import EPILOGUE_COLUMNS, outer_tiles, product_tiles
+from .plan import EPILOGUE_COLUMNS, Problem, outer_tiles, product_tiles
 from .product import product_tile
 from .score_grad import outer_tile, store_gradients
 from .target import Target, target_of
 from .tiles import grouped, store_tile
 
 
-def product_of_experts(
-    a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, *, transposed: bool = False
-) -> Tensor:
+def product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     """The product of each expert's rows; nobody's rows are 0."""
     matrices, thresholds = weight.matrices, keep.thresholds
     source = keep.source.contiguous() if thresholds is None else keep.source
@@ -53,7 +51,7 @@ def _product_on(
     given = operands(weight, keep, aligned(a) and readable(target, weight, *keep.tiled))
     described = describable(target, given)
     busy, each = rows_each(rows, experts)
-    tiles = product_tiles(target, each, p, q, given, busy)
+    tiles = product_tiles(Problem(target, each, p, q, given, busy))
     block = [tiles.inner, tiles.columns] if transposed else [tiles.columns, tiles.inner]
     most = (rows // tiles.rows + busy) * math.ceil(p / tiles.columns)
     launch(
@@ -79,13 +77,8 @@ def _product_on(
         DESCRIPTORS=described,
         HAS_BIAS=bias is not None,
         BLOCK_E=block_of(experts),
-        BLOCK_M=tiles.rows,
-        BLOCK_P=tiles.columns,
-        BLOCK_Q=tiles.inner,
         GROUP=tiles.group,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        **tiles.options("MPQ"),
         **arithmetic(weight),
     )
     return out
@@ -144,20 +137,14 @@ def _grouped_product_kernel(
         store_tile(out, zeros, row, tile % tiles_p * BLOCK_P, T, P, P, 1, BLOCK_M, BLOCK_P)
 
 
-def score_grad_of_experts(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    sign: Tensor | None,
-    out: Tensor,
-    offsets: Tensor,
-    *,
-    accumulate: bool,
-) -> None:
-    """out[e] = [out[e] +] (grad_output.T @ x of the rows of e) [* weight[e]] [* sign[e]]; out is contiguous.
+def score_grad_of_experts(sums: Sums) -> None:
+    """d_scores[e] = [d_scores[e] +] (grad_output.T @ x of the rows of e) [* weight[e]] [* sign[e]].
 
     An expert without rows has exactly 0, or stays as it is.
     """
+    grad_output, x, weight, sign, out, accumulate, offsets, *_ = sums
+    assert out is not None
+    assert offsets is not None
     (experts, n, k), rows = out.shape, len(x)
     if rows == 0 or out.numel() == 0:
         if not accumulate:
@@ -167,7 +154,7 @@ def score_grad_of_experts(
     # No descriptor: what it reads beyond an expert's rows would have to be taken out of both operands again.
     given = operands(x, None, aligned(grad_output, x))
     busy, each = rows_each(rows, experts)
-    tiles = outer_tiles(target, each, n, k, given, busy)
+    tiles = outer_tiles(Problem(target, each, n, k, given, busy))
     of_each = math.ceil(n / tiles.rows) * math.ceil(k / tiles.columns)
     launch(
         _grouped_score_grad_kernel,
@@ -184,19 +171,14 @@ def score_grad_of_experts(
         k,
         *grad_output.stride(),
         *x.stride(),
-        *(weight.stride() if weight is not None else (0, 0, 0)),
-        *(sign.stride() if sign is not None else (0, 0, 0)),
+        *strides(weight, 3),
+        *strides(sign, 3),
         SIGN=sign_kind(sign),
         ACCUMULATE=accumulate,
         BLOCK_E=block_of(experts),
-        BLOCK_N=tiles.rows,
-        BLOCK_K=tiles.columns,
-        BLOCK_M=tiles.inner,
         GROUP=tiles.group,
-        STAGES=tiles.stages,
         PIECES=tiles.columns // EPILOGUE_COLUMNS,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        **tiles.options("NKM"),
         **arithmetic(x),
     )
 

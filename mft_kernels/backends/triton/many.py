@@ -19,15 +19,13 @@ from . import planned
 from .arguments import arithmetic, operands
 from .language import tl, triton
 from .launch import launch
-from .plan import many_tiles
-from .product import fused_product, new_parts, store_part, sum_splits
+from .plan import Problem, many_tiles
+from .product import Split, fused_product, store_part
 from .target import target_of
 from .tiles import load_tile, load_words, spread, store_tile
 
 
-def product_by_task(
-    a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, *, transposed: bool = False
-) -> Tensor:
+def product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
     """The product with a mask per row: forward in one pass over the weight; NaN for a task that there is not."""
     if transposed:
         return _d_x(a, weight, keep.masks, keep.tasks)
@@ -42,46 +40,38 @@ def _forward(x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, 
     y = x.new_empty((rows, n))
     a = x.reshape(rows, k)
     least = max(1, rows), max(1, n), max(1, k)
-    tiles = many_tiles(target_of(x.device), *least, operands(weight, None, True), len(masks))
-    part = max(tiles.inner, tiles.part(k))
-    splits = max(1, math.ceil(k / part))
-    parts = new_parts(a, splits, rows, n)
+    tiles = many_tiles(Problem(target_of(x.device), *least, operands(weight, None, True)), len(masks))
+    split = Split.of(tiles, y, k)
     every = [packed.contiguous() for packed in masks]
     # One binary for 3 and 4 masks, and so on: serving does not stop to compile when a task comes.
     unused = (1 << (len(every) - 1).bit_length()) - len(every) if every else 0
     bias = bias if bias is None else bias.contiguous()
     launch(
         _many_masks_kernel,
-        (math.ceil(rows / tiles.rows) * math.ceil(n / tiles.columns) * splits,),
+        (math.ceil(rows / tiles.rows) * math.ceil(n / tiles.columns) * split.splits,),
         a,
         weight,
         tuple(every + every[:1] * unused),
         tasks.contiguous(),
         bias,
         y,
-        parts,
+        split.parts,
         rows,
         n,
         k,
         max(1, rows // max(1, len(tasks))),
         len(masks),
-        splits,
-        part,
+        split.splits,
+        split.part,
         *a.stride(),
         *weight.stride(),
         *y.stride(),
         COUNT=len(masks) + unused,
         HAS_BIAS=bias is not None,
-        BLOCK_M=tiles.rows,
-        BLOCK_N=tiles.columns,
-        BLOCK_K=tiles.inner,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        **tiles.options("MNK"),
         **arithmetic(weight),
     )
-    if splits > 1 and y.numel():
-        sum_splits(parts, bias, y)
+    split.add_up(bias, y)
     return y.view(*x.shape[:-1], n)
 
 

@@ -5,14 +5,16 @@ merge. ``choose`` decides between the fused product and a pass into scratch: alw
 backend by name, ``choice.automatic`` under "auto".
 """
 
+import functools
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ...codes import Codes
-from ...operands import Experts, Keep, KeepByTask, Weight
+from ...operands import Backward, Experts, Keep, KeepByTask, Sums, Weight
 from ...reference.linear import Gradients
+from ..by_kind import product_by_kind
 from ..gradients import by_two_functions
 from . import planned
 from .arguments import aligned, is_exact, operands
@@ -21,13 +23,14 @@ from .choice import FUSED, SCRATCH, Product, automatic
 from .cubins import noting
 from .grouped import product_of_experts, score_grad_of_experts
 from .many import product_by_task
-from .plan import one_launch
+from .plan import Problem, one_launch
 from .product import fused_product
 from .quantized import product_of_codes
 from .score_grad import fill_gradients
 from .scratch import product_through_scratch
 from .target import Target, target_of
 
+Asked = TypeVar("Asked", Backward, Sums)
 Choose = Callable[[Product, Target, Mapping[str, Callable[[int], object]]], str]
 
 
@@ -51,65 +54,25 @@ def product(
     choose: Choose = always_fused,
 ) -> Tensor:
     """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
-    if isinstance(keep, KeepByTask):
-        assert isinstance(weight, Tensor), "a mask per row is one on a dense matrix"
-        return product_by_task(a, weight, keep, bias, transposed=transposed)
-    if isinstance(weight, Codes):
-        return product_of_codes(a, weight, keep, bias, transposed=transposed)
-    assert keep is not None, "only codes are multiplied without a mask"
-    if isinstance(weight, Experts):
-        return product_of_experts(a, weight, keep, bias, transposed=transposed)
-    if transposed:
-        return _backward(a, a, weight, keep, None, torch.float32, [True, False, False, False], choose)[0]
-    return _forward(a, weight, _with_whole_words(keep), bias, choose)
+    return _product_as(choose)(a, weight, keep, bias, transposed=transposed)
 
 
-def gradients(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor | Experts,
-    keep: Keep,
-    sign: Tensor | None,
-    score_dtype: torch.dtype,
-    output_mask: list[bool],
-    *,
-    transposed: bool = False,
-    choose: Choose = always_fused,
-) -> Gradients:
+def gradients(asked: Backward, *, choose: Choose = always_fused) -> Gradients:
     """d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
-    if isinstance(weight, Experts):
-        how = (score_dtype, output_mask)
-        return _of_experts(grad_output, x, weight, keep, sign, *how, transposed=transposed)
-    return _backward(grad_output, x, weight, keep, sign, score_dtype, output_mask, choose)
+    if isinstance(asked.weight, Experts):
+        return _of_experts(asked)
+    return _backward(asked, choose)
 
 
-def score_grad(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    sign: Tensor | None,
-    d_scores: Tensor | None,
-    *,
-    accumulate: bool,
-    offsets: Tensor | None = None,
-    d_weight: Tensor | None = None,
-    keep: Keep | None = None,
-) -> None:
+def score_grad(sums: Sums) -> None:
     """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], in the epilogue; no temporary of that size."""
-    if offsets is not None:
-        assert d_scores is not None
-        score_grad_of_experts(grad_output, x, weight, _whole_words(sign), d_scores, offsets, accumulate=accumulate)
-    elif accumulate:
-        assert d_scores is not None
-        _add_sums(d_scores, grad_output, x, weight, _whole_words(sign))
+    sums = _with_whole_words(sums)
+    if sums.offsets is not None:
+        score_grad_of_experts(sums)
+    elif sums.accumulate:
+        _add_sums(sums)
     else:
-        of_weight = None if keep is None else _with_whole_words(keep)
-        fill_gradients(
-            _rows(grad_output), _rows(x), weight, of_weight, _whole_words(sign), d_scores=d_scores, d_weight=d_weight
-        )
-
-
-_of_experts = by_two_functions(product, score_grad)
+        fill_gradients(_by_rows(sums))
 
 
 # ---------------------------------------------------------------------------------------------- below: private
@@ -119,12 +82,32 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _whole_words(sign: Tensor | None) -> Tensor | None:
-    return sign.contiguous() if sign is not None and sign.dtype == torch.int32 else sign
+def _by_rows(sums: Sums) -> Sums:
+    return sums._replace(grad_output=_rows(sums.grad_output), x=_rows(sums.x))
 
 
-def _with_whole_words(keep: Keep) -> Keep:
-    return keep if keep.words is None else Keep(keep.words.contiguous())
+def _has_gaps(tensor: Tensor | None) -> bool:
+    """Whether these are words, of a mask or of signs, that no kernel reads as they lie."""
+    return tensor is not None and tensor.dtype == torch.int32 and not tensor.is_contiguous()
+
+
+def _with_whole_words(asked: Asked) -> Asked:
+    if asked.sign is not None and _has_gaps(asked.sign):
+        asked = asked._replace(sign=asked.sign.contiguous())
+    if asked.keep is not None and _has_gaps(asked.keep.source):
+        asked = asked._replace(keep=Keep(asked.keep.source.contiguous()))
+    return asked
+
+
+@functools.cache
+def _product_as(choose: Choose) -> Callable[..., Tensor]:
+    def of_matrix(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
+        if transposed:
+            asked = Backward(a, a, weight, keep, None, torch.float32, [True, False, False, False])
+            return _backward(asked, choose)[0]
+        return _forward(a, weight, Keep(keep.source.contiguous()) if _has_gaps(keep.source) else keep, bias, choose)
+
+    return product_by_kind(of_matrix, product_of_experts, product_of_codes, product_by_task)
 
 
 def _forward(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, choose: Choose) -> Tensor:
@@ -138,61 +121,49 @@ def _forward(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, choose:
     return y
 
 
-def _backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    keep: Keep,
-    sign: Tensor | None,
-    score_dtype: torch.dtype,
-    output_mask: list[bool],
-    choose: Choose,
-) -> Gradients:
-    keep, sign = _with_whole_words(keep), _whole_words(sign)
-    reads_x, own_sign = output_mask[1] or output_mask[2], None if sign is keep.source else sign
-    given = (grad_output, x if reads_x else None, weight, keep.source, keep.thresholds, own_sign)
-    kind = _kind(planned.GRADIENTS, weight, keep.mode, *output_mask[:3], score_dtype, choose=choose)
+def _backward(asked: Backward, choose: Choose) -> Gradients:
+    asked = _with_whole_words(asked)
+    grad_output, weight, keep, wanted = asked.grad_output, asked.weight, asked.keep, asked.output_mask
+    assert isinstance(weight, Tensor)
+    own_sign = None if asked.sign is keep.source else asked.sign
+    given = (grad_output, asked.x if wanted[1] or wanted[2] else None, weight, keep.source, keep.thresholds, own_sign)
+    kind = _kind(planned.GRADIENTS, weight, keep.mode, *wanted[:3], asked.score_dtype, choose=choose)
     grads = planned.gradients(given, kind)
     if grads is None:
         with noting() as launched:
-            grads = _gradients(grad_output, x, weight, keep, sign, score_dtype, output_mask, choose)
+            grads = _gradients(asked, choose)
         planned.remember(given, kind, grads, launched)
-    return grads[0], grads[1], grads[2], _rows(grad_output).sum(0) if output_mask[3] else grads[3]
+    return grads[0], grads[1], grads[2], _rows(grad_output).sum(0) if wanted[3] else grads[3]
 
 
-def _gradients(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    keep: Keep,
-    sign: Tensor | None,
-    score_dtype: torch.dtype,
-    output_mask: list[bool],
-    choose: Choose,
-) -> list[Tensor]:
+def _gradients(asked: Backward, choose: Choose) -> list[Tensor]:
     """Those of _backward but d_bias."""
-    grad, rows = _rows(grad_output), _rows(x)
+    grad, weight, keep = _rows(asked.grad_output), asked.weight, asked.keep
+    assert isinstance(weight, Tensor)
+    wants_x, wants_weight, wants_scores, _ = asked.output_mask
     d_x = None
-    d_weight = weight.new_empty(weight.shape) if output_mask[1] else None
-    d_scores = weight.new_empty(weight.shape, dtype=score_dtype) if output_mask[2] else None
-    if output_mask[0] and d_scores is not None and _is_one_launch(grad, rows, weight, keep, sign, score_dtype, choose):
-        d_x = both(grad, rows, weight, keep, sign, d_scores, d_weight)
+    d_weight = weight.new_empty(weight.shape) if wants_weight else None
+    d_scores = weight.new_empty(weight.shape, dtype=asked.score_dtype) if wants_scores else None
+    sums = Sums(grad, _rows(asked.x), weight, asked.sign, d_scores, d_weight=d_weight, keep=keep)
+    if wants_x and wants_scores and _is_one_launch(sums, choose):
+        d_x = both(sums)
     else:
-        if output_mask[0]:
+        if wants_x:
             d_x = _product(grad, weight, keep, None, True, choose)
-        if d_scores is not None or d_weight is not None:
-            fill_gradients(grad, rows, weight, keep, sign, d_scores=d_scores, d_weight=d_weight)
+        if wants_weight or wants_scores:
+            fill_gradients(sums)
     if d_x is not None:
-        d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
+        d_x = d_x.view(*asked.grad_output.shape[:-1], weight.shape[1])
     return [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, None)]
 
 
-def _add_sums(out: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor | None, sign: Tensor | None) -> None:
-    given = (out, grad_output, x, weight, sign, None)
-    kind = planned.kind(planned.SUMS, x)
+def _add_sums(sums: Sums) -> None:
+    out = sums.d_scores
+    given = (out, sums.grad_output, sums.x, sums.weight, sums.sign, None)
+    kind = planned.kind(planned.SUMS, sums.x)
     if not planned.sums(given, kind):
         with noting() as launched:
-            fill_gradients(_rows(grad_output), _rows(x), weight, None, sign, d_scores=out, accumulate=True)
+            fill_gradients(_by_rows(sums))
         planned.remember(given, kind, [], launched)
 
 
@@ -203,29 +174,31 @@ def _kind(what: str, weight: Tensor, *decide: object, choose: Choose) -> int | N
     return planned.kind(what, weight, *decide, automatic=choose is automatic)
 
 
-def _is_one_launch(
-    grad: Tensor, x: Tensor, weight: Tensor, keep: Keep, sign: Tensor | None, score_dtype: torch.dtype, choose: Choose
-) -> bool:
+def _is_one_launch(sums: Sums, choose: Choose) -> bool:
     """Whether d_x and d_scores come from one launch; the other choice is d_x through scratch, then d_scores."""
-    (n, k), m = weight.shape, grad.shape[0]
-    if m == 0 or weight.numel() == 0:
+    grad, x, weight, keep = sums.grad_output, sums.x, sums.weight, sums.keep
+    assert weight is not None
+    assert keep is not None
+    assert sums.d_scores is not None
+    if len(grad) == 0 or weight.numel() == 0:
         return False
+    target, dtype = target_of(grad.device), sums.d_scores.dtype
     given = operands(weight, keep, aligned(grad, x, weight, *keep.tiled))
-    if not one_launch(target_of(grad.device), m, n, k, given):
+    if not one_launch(Problem(target, len(grad), weight.shape[0], weight.shape[1], given)):
         return False
 
     def run(tokens: int, fused: bool) -> None:
-        g, a = _tokens_like(grad, tokens, n), _tokens_like(grad, tokens, k)
-        d_scores = weight.new_empty(weight.shape, dtype=score_dtype)
+        g, a = (_tokens_like(t, tokens, t.shape[1]) for t in (grad, x))
+        aside = sums._replace(grad_output=g, x=a, d_scores=weight.new_empty(weight.shape, dtype=dtype), d_weight=None)
         if fused:
-            both(g, a, weight, keep, sign, d_scores, None)
+            both(aside)
         else:
             product_through_scratch(g, weight, keep, None, True)
-            fill_gradients(g, a, weight, keep, sign, d_scores=d_scores)
+            fill_gradients(aside)
 
     product = _describe(grad, weight, keep, transposed=True, with_scores=True)
     candidates = {FUSED: lambda tokens: run(tokens, True), SCRATCH: lambda tokens: run(tokens, False)}
-    return choose(product, target_of(grad.device), candidates) == FUSED
+    return choose(product, target, candidates) == FUSED
 
 
 def _product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool, choose: Choose) -> Tensor:
@@ -263,3 +236,6 @@ def _tokens_like(tensor: Tensor, tokens: int, features: int) -> Tensor:
     """(tokens, features) to measure with: not zeros, which cost a GPU less power, and nothing from the user's RNG."""
     values = torch.arange(tokens * features, device=tensor.device) * 7919 % 257 / 128 - 1
     return values.view(tokens, features).to(tensor.dtype)
+
+
+_of_experts = by_two_functions(product, score_grad)

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from .cards import Card, card_of
 from .cost import LAUNCH, Jobs, seconds, sum_seconds
@@ -32,6 +33,22 @@ class Operands:
     aligned: bool = True  # loads of 16 bytes and more
 
 
+class Problem(NamedTuple):
+    """Products to be made on a target: m tokens each, by matrices of p x q elements (P x Q, or N x K)."""
+
+    target: Target
+    m: int
+    p: int
+    q: int
+    operands: Operands
+    experts: int | None = None  # that many of them; None: a matrix that is no expert's
+
+    @property
+    def flipped(self) -> "Problem":
+        """The product of the other direction: P and Q change places."""
+        return self._replace(p=self.q, q=self.p)
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Tile sizes of a launch. ``inner`` is the step along the summed axis; ``blocks`` share a multiprocessor."""
@@ -50,6 +67,11 @@ class Tiles:
     def registers(self) -> int:
         """That a thread may have, so that ``blocks`` fit."""
         return min(255, 65536 // (32 * self.warps * self.blocks) // 8 * 8)
+
+    def options(self, axes: str) -> dict[str, int]:
+        """Of a launch: BLOCK_x of the three axes that rows, columns and inner are of, stages, warps and registers."""
+        blocks = dict(zip((f"BLOCK_{axis}" for axis in axes), (self.rows, self.columns, self.inner)))
+        return {**blocks, "STAGES": self.stages, "num_warps": self.warps, "maxnreg": self.registers}
 
     def part(self, summed: int) -> int:
         """Of a summed axis, what each of the splits sums: whole steps, and so whole words of a packed mask."""
@@ -133,9 +155,10 @@ _MEMORY = 2**14
 
 
 @functools.lru_cache(_MEMORY)
-def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands, experts: int | None = None) -> Tiles:
-    """rows: tokens, columns: of P, inner: of Q. Of experts, each with m tokens, no sum is split."""
-    form = _form(target, operands)
+def product_tiles(problem: Problem) -> Tiles:
+    """rows: tokens, columns: of P, inner: of Q. Of experts no sum is split."""
+    operands, experts = problem.operands, problem.experts
+    form = _form(problem)
     known = _PRODUCT[form]
     if form == "sm_80" and operands.element == 4:
         known = tuple(t for t in known if t.rows <= 64)  # 128 rows of fp32 spill
@@ -147,127 +170,129 @@ def product_tiles(target: Target, m: int, p: int, q: int, operands: Operands, ex
         known = tuple(t for t in known if t.rows <= 128)  # 256 spill on sm_90, which takes them of one matrix
     elif experts is not None and form == "hip" and operands.keep == 4:
         known = tuple(t for t in known if t.rows <= 64)  # 128 spill
-    choices = [t for t in _choices(known, target, m, p, q, operands) if t.splits == 1 or experts is None]
-    return min(choices, key=lambda tiles: product_seconds(target, m, p, q, operands, tiles, matrices=experts or 1))
+    choices = [t for t in _choices(known, problem) if t.splits == 1 or experts is None]
+    return min(choices, key=lambda tiles: product_seconds(problem, tiles))
 
 
-def product_seconds(
-    target: Target, m: int, p: int, q: int, operands: Operands, tiles: Tiles, *, share: float = 1.0, matrices: int = 1
-) -> float:
+def product_seconds(problem: Problem, tiles: Tiles, *, share: float = 1.0) -> float:
     """What the model expects products to take that reach a share of the rate that the makers promise."""
-    jobs = [_products(tiles, m, p, q, operands)]
-    return _seconds(target, tiles, operands, jobs, m, p, q, share=share, matrices=matrices)
+    return _seconds(problem, tiles, [_products(problem, tiles)], share=share)
 
 
 @functools.lru_cache(_MEMORY)
-def many_tiles(target: Target, m: int, n: int, k: int, operands: Operands, masks: int) -> Tiles:
+def many_tiles(problem: Problem, masks: int) -> Tiles:
     """Of a product with a mask a row. rows: tokens, columns: of N, inner: of K."""
-    if target.backend == "interpreter":
+    if problem.target.backend == "interpreter":
         known = tuple(replace(_INTERPRETED[0], rows=tiles.rows) for tiles in _MANY)
-    elif operands.exact:
+    elif problem.operands.exact:
         known = (Tiles(16, 32, 32, 4, 2),)  # 64 columns spilled on sm_100 and sm_120
     else:
         known = _MANY
-    tallest = [next((tiles for tiles in known if tiles.rows >= m), known[-1])]
-    choices = _choices(tallest, target, m, n, k, operands)
-    return min(choices, key=lambda tiles: _many_seconds(target, tiles, m, n, k, operands, masks))
+    tallest = [next((tiles for tiles in known if tiles.rows >= problem.m), known[-1])]
+    return min(_choices(tallest, problem), key=lambda tiles: _many_seconds(problem, tiles, masks))
 
 
-def _many_seconds(target: Target, tiles: Tiles, m: int, n: int, k: int, operands: Operands, masks: int) -> float:
+def _many_seconds(problem: Problem, tiles: Tiles, masks: int) -> float:
     """Each mask is loaded, and multiplies once more: all of them where rows are enough to take them."""
-    one, taken = _products(tiles, m, n, k, operands), min(masks, m)
+    one, taken = _products(problem, tiles), min(masks, problem.m)
     jobs = replace(
         one,
         multiply_adds=one.multiply_adds * max(1, taken),
         read=one.read + one.masked / 8 * taken,
         masked=one.masked * taken,
     )
-    return _seconds(target, tiles, operands, [jobs], m, n, k, beside=taken / 8)
+    return _seconds(problem, tiles, [jobs], beside=taken / 8)
 
 
 @functools.lru_cache(_MEMORY)
-def quantized_tiles(target: Target, m: int, p: int, q: int, operands: Operands) -> Tiles:
+def quantized_tiles(problem: Problem) -> Tiles:
     """Of a product over codes, the weight taken for a dense one. rows: tokens, columns: of P, inner: of Q."""
-    if target.backend == "interpreter":
+    if problem.target.backend == "interpreter":
         known = tuple(replace(_INTERPRETED[0], rows=tiles.rows) for tiles in _QUANTIZED)
-    elif operands.exact or not operands.aligned:
+    elif problem.operands.exact or not problem.operands.aligned:
         known = _QUANTIZED_NARROW
     else:
         known = _QUANTIZED
-    choices = _choices(known, target, m, p, q, operands)
-    return min(choices, key=lambda tiles: product_seconds(target, m, p, q, operands, tiles))
+    return min(_choices(known, problem), key=lambda tiles: product_seconds(problem, tiles))
 
 
-def fused_seconds(target: Target, m: int, p: int, q: int, operands: Operands) -> float:
+def fused_seconds(problem: Problem) -> float:
     """What the model expects the fused product to take: as product_seconds, masking between multiplications."""
-    tiles = product_tiles(target, m, p, q, operands)
-    return product_seconds(target, m, p, q, operands, tiles, share=_SHARES[_form(target, operands)])
+    share = _SHARES[_form(problem)]
+    return product_seconds(problem, product_tiles(problem), share=share)
 
 
-def scratch_seconds(target: Target, m: int, p: int, q: int, operands: Operands) -> float:
+def scratch_seconds(problem: Problem) -> float:
     """What the model expects of a mask pass into scratch and a GEMM at the makers' rate.
 
     Its blocks share what they read in clusters of two, where there are clusters.
     """
-    mask = LAUNCH + p * q * (2 * operands.element + (operands.keep or 1 / 8)) / _card(target).bandwidth
-    maskless = replace(operands, keep=0)
-    tiles = product_tiles(target, m, p, q, maskless)
-    jobs = replace(_products(tiles, m, p, q, maskless), masked=0)
+    target, operands = problem.target, problem.operands
+    moved = 2 * operands.element + (operands.keep or 1 / 8)
+    mask = LAUNCH + problem.p * problem.q * moved / _card(target).bandwidth
+    maskless = _maskless(problem)
+    tiles = product_tiles(maskless)
+    jobs = replace(_products(maskless, tiles), masked=0)
     if target.hopper_or_newer:
         jobs = replace(jobs, read=jobs.read / 2)
-    return mask + _seconds(target, tiles, maskless, [jobs], m, p, q)
+    return mask + _seconds(maskless, tiles, [jobs])
 
 
 @functools.lru_cache(_MEMORY)
-def outer_tiles(target: Target, m: int, n: int, k: int, operands: Operands, experts: int | None = None) -> Tiles:
-    """rows: of N, columns: of K, inner: of M. Of experts, each with m tokens, no descriptor reads them."""
-    known = [t for t in _OUTER[_form(target, operands)] if experts is None or t.columns <= 128]  # 256 spill on sm_90
-    fitted = [_fit_memory(tiles, target, operands, masks=False) for tiles in known]
-    return min(fitted, key=lambda tiles: outer_seconds(target, m, n, k, operands, tiles, experts or 1))
+def outer_tiles(problem: Problem) -> Tiles:
+    """rows: of N, columns: of K, inner: of M. Of experts no descriptor reads the tokens."""
+    known = _OUTER[_form(problem)]
+    if problem.experts is not None:
+        known = tuple(t for t in known if t.columns <= 128)  # 256 spill on sm_90
+    fitted = [_fit_memory(tiles, problem, masks=False) for tiles in known]
+    return min(fitted, key=lambda tiles: outer_seconds(problem, tiles))
 
 
-def outer_seconds(target: Target, m: int, n: int, k: int, operands: Operands, tiles: Tiles, matrices: int = 1) -> float:
+def outer_seconds(problem: Problem, tiles: Tiles) -> float:
     """What the model expects d_scores to take."""
-    jobs, beside = [_outer(tiles, m, n, k, operands)], _EPILOGUE_BYTES - 2  # the weight
-    return _seconds(target, tiles, operands, jobs, m, n, k, beside=beside, matrices=matrices)
+    return _seconds(problem, tiles, [_outer(problem, tiles)], beside=_EPILOGUE_BYTES - 2)  # the weight
 
 
 @functools.lru_cache(_MEMORY)
-def one_launch(target: Target, m: int, n: int, k: int, operands: Operands) -> bool:
-    """Whether one launch is expected to make d_x and d_scores in less than two; fp32 takes two, its tiles fill the
-    registers."""
-    if operands.element == 4:
+def one_launch(problem: Problem) -> bool:
+    """Whether one launch is expected to make d_x and d_scores of N x K in less than two; fp32 takes two, its tiles
+    fill the registers."""
+    if problem.operands.element == 4:
         return False
-    tiles = backward_tiles(target, m, n, k, operands, weight_grad=False)
-    both = backward_seconds(target, m, n, k, operands, tiles)
-    d_x = product_seconds(target, m, k, n, operands, product_tiles(target, m, k, n, operands))
-    maskless = replace(operands, keep=0)
-    d_scores = outer_seconds(target, m, n, k, maskless, outer_tiles(target, m, n, k, maskless))
+    both = backward_seconds(problem, backward_tiles(problem, weight_grad=False))
+    d_x = product_seconds(problem.flipped, product_tiles(problem.flipped))
+    maskless = _maskless(problem)
+    d_scores = outer_seconds(maskless, outer_tiles(maskless))
     return both <= d_x + LAUNCH + d_scores
 
 
 @functools.lru_cache(_MEMORY)
-def backward_tiles(target: Target, m: int, n: int, k: int, operands: Operands, *, weight_grad: bool) -> Tiles:
+def backward_tiles(problem: Problem, *, weight_grad: bool) -> Tiles:
     """Of the launch that makes d_x and d_scores: rows: tokens, columns: of K and of N, inner: of N and of M."""
-    form = _form(target, operands)
+    operands = problem.operands
+    form = _form(problem)
     known = _BACKWARD[form]
     # Two blocks leave 128 registers a thread: enough for up to 64 tokens, 16-bit scores or a packed mask (with the
     # addresses of two stages, not three), and d_scores alone.
     if form == "swapped sm_90" and operands.keep <= 2 and not weight_grad:
         known = tuple(replace(t, blocks=2, stages=2 if operands.keep == 0 else 3) if t.rows <= 64 else t for t in known)
-    choices = _choices(known, target, m, k, n, operands)
-    return min(choices, key=lambda tiles: backward_seconds(target, m, n, k, operands, tiles))
+    return min(_choices(known, problem.flipped), key=lambda tiles: backward_seconds(problem, tiles))
 
 
-def backward_seconds(target: Target, m: int, n: int, k: int, operands: Operands, tiles: Tiles) -> float:
+def backward_seconds(problem: Problem, tiles: Tiles) -> float:
     """What the model expects that launch to take."""
     outer = replace(tiles, rows=tiles.columns, inner=min(tiles.inner, max(16, tiles.rows)))
-    jobs = [_products(tiles, m, k, n, operands), _outer(outer, m, n, k, operands)]
-    return _seconds(target, tiles, operands, jobs, m, k, n, beside=operands.keep or 4)  # d_scores
+    jobs = [_products(problem.flipped, tiles), _outer(problem, outer)]
+    return _seconds(problem.flipped, tiles, jobs, beside=problem.operands.keep or 4)  # d_scores
 
 
-def _form(target: Target, operands: Operands) -> str:
+def _maskless(problem: Problem) -> Problem:
+    return problem._replace(operands=replace(problem.operands, keep=0))
+
+
+def _form(problem: Problem) -> str:
     """How a product is made: what of target and operands decides which tiles compile well."""
+    target, operands = problem.target, problem.operands
     if target.backend == "interpreter":
         return "interpreter"
     if operands.exact:
@@ -285,8 +310,9 @@ def _card(target: Target) -> Card:
     return card_of(target.arch, target.multiprocessors, target.shared_memory, target.bandwidth)
 
 
-def _fit_memory(tiles: Tiles, target: Target, operands: Operands, *, masks: bool) -> Tiles:
+def _fit_memory(tiles: Tiles, problem: Problem, *, masks: bool) -> Tiles:
     """fp32 takes half the step; then as many stages as shared memory holds, at most the table's, at least 2."""
+    target, operands = problem.target, problem.operands
     if operands.element == 4 and not operands.exact:
         tiles = replace(tiles, inner=max(32 if masks else 16, tiles.inner // 2), columns=min(tiles.columns, 128))
     step = tiles.inner * operands.element
@@ -307,16 +333,17 @@ def _fit_memory(tiles: Tiles, target: Target, operands: Operands, *, masks: bool
     return replace(tiles, stages=max(2, min(tiles.stages, room // stage)))
 
 
-def _choices(known: Sequence[Tiles], target: Target, m: int, p: int, q: int, operands: Operands) -> Iterator[Tiles]:
+def _choices(known: Sequence[Tiles], problem: Problem) -> Iterator[Tiles]:
     """Known tiles, each with every number of parts that leaves a part four steps at least and all of them in L2.
 
     Half of L2, for the rest is the operands'. Of up to 16 tokens, what is moved beside weight and mask is a tenth of
     them at most, or too little to matter. A tile has no more rows than m tokens need.
     """
+    target, m, p, q, operands, _ = problem
     need = min((t.rows for t in known if t.rows >= m), default=m)
     for each in known:
         if each.rows <= need:
-            fitted = _fit_memory(each, target, operands, masks=True)
+            fitted = _fit_memory(each, problem, masks=True)
             most = min(MOST_SPLITS, q // (4 * fitted.inner), _card(target).l2 // 2 // (4 * m * p))
             if m <= 16 and each.plain:
                 tenth = p * q * (operands.element + (operands.keep or 1 / 8)) / 10 - m * (p + q) * operands.element
@@ -324,7 +351,8 @@ def _choices(known: Sequence[Tiles], target: Target, m: int, p: int, q: int, ope
             yield from (replace(fitted, splits=splits) for splits in range(1, max(1, most) + 1))
 
 
-def _products(tiles: Tiles, m: int, p: int, q: int, operands: Operands) -> Jobs:
+def _products(problem: Problem, tiles: Tiles) -> Jobs:
+    _, m, p, q, operands, _ = problem
     part = tiles.part(q)
     parts = math.ceil(q / part)
     weight = operands.element + (operands.keep or 1 / 8)
@@ -339,7 +367,8 @@ def _products(tiles: Tiles, m: int, p: int, q: int, operands: Operands) -> Jobs:
     )
 
 
-def _outer(tiles: Tiles, m: int, n: int, k: int, operands: Operands) -> Jobs:
+def _outer(problem: Problem, tiles: Tiles) -> Jobs:
+    _, m, n, k, operands, _ = problem
     return Jobs(
         count=math.ceil(n / tiles.rows) * math.ceil(k / tiles.columns),
         steps=math.ceil(m / tiles.inner),
@@ -349,24 +378,11 @@ def _outer(tiles: Tiles, m: int, n: int, k: int, operands: Operands) -> Jobs:
     )
 
 
-def _seconds(
-    target: Target,
-    tiles: Tiles,
-    operands: Operands,
-    jobs: list[Jobs],
-    m: int,
-    p: int,
-    q: int,
-    *,
-    share: float = 1.0,
-    beside: float = 0,
-    matrices: int = 1,
-) -> float:
-    """Of the launch, and of the one that adds up the parts; tokens m, the weight has p x q elements.
-
-    ``beside``: bytes of each of them that move beside weight and mask. ``matrices``: that many of all of this.
-    """
-    card = _card(target)
+def _seconds(problem: Problem, tiles: Tiles, jobs: list[Jobs], *, share: float = 1.0, beside: float = 0) -> float:
+    """Of the launch, and of the one that adds up the parts. ``beside``: bytes of each element of the weight that move
+    beside it and its mask."""
+    target, m, p, q, operands, experts = problem
+    card, matrices = _card(target), experts or 1
     memory = matrices * (m * (p + q) * operands.element + p * q * (operands.element + operands.keep + beside))
     jobs = [replace(kind, count=matrices * kind.count) for kind in jobs]
     rate = _rate(card, operands) * share

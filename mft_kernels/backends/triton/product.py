@@ -13,6 +13,7 @@ BLOCK_M x BLOCK_P, and for each walks along Q:
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from ...operands import Keep
 from .arguments import aligned, arithmetic, describable, operands, tiled
 from .language import tl, triton
 from .launch import by_cubins_or_compiled, launch
-from .plan import MOST_SPLITS, product_tiles
+from .plan import MOST_SPLITS, Problem, Tiles, product_tiles
 from .target import Target
 from .tiles import grouped, is_kept, load_bits, load_thresholds, load_tile, store_tile
 
@@ -152,30 +153,25 @@ def _product_on(target: Target, a: Tensor, weight: Tensor, keep: Keep, bias: Ten
     bias = None if bias is None else bias.contiguous()
     given = operands(weight, keep, aligned(a, weight, *keep.tiled))
     described = describable(target, given)
-    tiles = product_tiles(target, m, p, q, given)
-    part = tiles.part(q)
-    splits = math.ceil(q / part)
-    parts = new_parts(a, splits, m, p)
+    tiles = product_tiles(Problem(target, m, p, q, given))
+    split = Split.of(tiles, out, q)
+    tiles_of_all = math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns) * split.splits
     weight_block = [tiles.inner, tiles.columns] if transposed else [tiles.columns, tiles.inner]
     launch(
         _masked_product_kernel,
-        (
-            min(
-                tiles.blocks * target.multiprocessors, math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns) * splits
-            ),
-        ),
+        (min(tiles.blocks * target.multiprocessors, tiles_of_all),),
         tiled(a, [tiles.rows, tiles.inner], described),
         tiled(weight, weight_block, described),
         tiled(keep.source, weight_block, described and keep.mode != "packed"),
         keep.thresholds,
         bias,
         out,
-        parts,
+        split.parts,
         m,
         n,
         k,
-        splits,
-        part,
+        split.splits,
+        split.part,
         *a.stride(),
         *weight.stride(),
         *keep.source.stride(),
@@ -187,27 +183,35 @@ def _product_on(target: Target, a: Tensor, weight: Tensor, keep: Keep, bias: Ten
         BY_ROW=keep.by_row,
         DESCRIPTORS=described,
         HAS_BIAS=bias is not None,
-        BLOCK_M=tiles.rows,
-        BLOCK_P=tiles.columns,
-        BLOCK_Q=tiles.inner,
         GROUP=tiles.group,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        **tiles.options("MPQ"),
         **arithmetic(weight),
     )
-    if splits > 1:
-        sum_splits(parts, bias, out)
+    split.add_up(bias, out)
     return out
 
 
-def new_parts(a: Tensor, splits: int, m: int, p: int) -> Tensor:
-    """(splits, M, P) in fp32, or nothing where the sum is whole."""
-    return a.new_empty((splits if splits > 1 else 0, m, p), dtype=torch.float32)
+class Split(NamedTuple):
+    """A sum along Q in so many splits, each of ``part`` elements of the axis, of which the last may have fewer."""
+
+    part: int
+    splits: int
+    parts: Tensor  # (splits, M, P) in fp32, or nothing where the sum is whole
+
+    @classmethod
+    def of(cls, tiles: Tiles, out: Tensor, q: int) -> "Split":
+        """As the tiles say, of sums that become out (M, P)."""
+        part = max(tiles.inner, tiles.part(q))
+        splits = max(1, math.ceil(q / part))
+        return cls(part, splits, out.new_empty((splits if splits > 1 else 0, *out.shape), dtype=torch.float32))
+
+    def add_up(self, bias: Tensor | None, out: Tensor) -> None:
+        """out (M, P) = sum of the parts + bias, where there are several."""
+        if self.splits > 1 and out.numel():
+            _sum_splits(self.parts, bias, out)
 
 
-def sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out (M, P) = sum of parts (SPLITS, M, P) + bias."""
+def _sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     block = 512  # 4 elements a thread: with 8, sixteen loads under way spill
     launch(
         _sum_splits_kernel,

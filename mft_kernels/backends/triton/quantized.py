@@ -27,45 +27,40 @@ from . import planned
 from .arguments import arithmetic, is_exact
 from .language import tl, triton
 from .launch import launch
-from .plan import Operands, quantized_tiles
-from .product import new_parts, store_part, sum_splits
+from .plan import Operands, Problem, quantized_tiles
+from .product import Split, store_part
 from .target import target_of
 from .tiles import load_bits, load_tile, store_tile
 
 
-def product_of_codes(
-    a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, *, transposed: bool = False
-) -> Tensor:
+def product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
     """a @ where(keep, decoded, 0).T + bias; transposed: without the .T."""
     packed = None if keep is None else keep.source
     levels = weight.levels_on(a.device) if isinstance(weight, Table) else None
     number = planned.kind("codes", a, weight.name, *weight.shape, transposed)
 
     def run() -> list[Tensor]:
-        return [_launch(a, weight, levels, packed, bias, transposed=transposed)]
+        return [_launch(a, weight, packed, bias, transposed)]
 
     return planned.by_plan((a, weight.codes, levels, packed, bias, *weight.scales), number, run)[0]
 
 
-def _launch(
-    given: Tensor, weight: Codes, levels: Tensor | None, packed: Tensor | None, bias: Tensor | None, *, transposed: bool
-) -> Tensor:
+def _launch(given: Tensor, weight: Codes, packed: Tensor | None, bias: Tensor | None, transposed: bool) -> Tensor:
     (n, k), m = weight.shape, given.shape[:-1].numel()
     p, q = (k, n) if transposed else (n, k)
     a = given.reshape(m, q)
     out = a.new_empty((m, p))
     bias = None if bias is None else bias.contiguous()
     packed = None if packed is None else packed.contiguous()
+    levels = weight.levels_on(a.device) if isinstance(weight, Table) else None
     block = weight.block if isinstance(weight, Table) else 0
     whole = k % (block or 16) == 0
     asked = Operands(a.element_size(), 0, is_exact(a), whole)
-    tiles = quantized_tiles(target_of(a.device), max(1, m), max(1, p), max(1, q), asked)
-    part = max(tiles.inner, tiles.part(q))
-    splits = max(1, math.ceil(q / part))
-    parts = new_parts(a, splits, m, p)
+    tiles = quantized_tiles(Problem(target_of(a.device), max(1, m), max(1, p), max(1, q), asked))
+    split = Split.of(tiles, out, q)
     launch(
         _quantized_product_kernel,
-        (math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns) * splits,),
+        (math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns) * split.splits,),
         a,
         weight.codes.contiguous(),
         tuple(scale.contiguous() for scale in weight.scales),
@@ -73,12 +68,12 @@ def _launch(
         packed,
         bias,
         out,
-        parts,
+        split.parts,
         m,
         n,
         k,
-        splits,
-        part,
+        split.splits,
+        split.part,
         *a.stride(),
         *out.stride(),
         TRANSPOSED=transposed,
@@ -87,17 +82,11 @@ def _launch(
         NESTED=NESTED_BLOCK if len(weight.scales) > 1 else 0,
         PACKED=packed is not None,
         HAS_BIAS=bias is not None,
-        BLOCK_M=tiles.rows,
-        BLOCK_P=tiles.columns,
-        BLOCK_Q=tiles.inner,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        **tiles.options("MPQ"),
         enable_fp_fusion=False,  # the reference rounds the product of double quantisation before it adds
         **arithmetic(a),
     )
-    if splits > 1 and out.numel():
-        sum_splits(parts, bias, out)
+    split.add_up(bias, out)
     return out.view(*given.shape[:-1], p)
 
 

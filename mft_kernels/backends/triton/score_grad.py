@@ -10,13 +10,11 @@ grad_output (M, N), x (M, K) -> (N, K). One program takes tiles of BLOCK_N x BLO
 
 import math
 
-from torch import Tensor
-
-from ...operands import Keep
-from .arguments import aligned, arithmetic, describable, operands, sign_kind, tiled
+from ...operands import Sums
+from .arguments import aligned, arithmetic, describable, operands, sign_kind, strides, tiled
 from .language import tl, triton
 from .launch import launch
-from .plan import EPILOGUE_COLUMNS, outer_tiles
+from .plan import EPILOGUE_COLUMNS, Problem, outer_tiles
 from .target import target_of
 from .tiles import grouped, is_kept, load_bits, load_thresholds, load_tile, store_tile
 
@@ -141,34 +139,21 @@ def _score_grad_kernel(
         )  # fmt: skip
 
 
-def fill_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    keep: Keep | None,
-    sign: Tensor | None,
-    *,
-    d_scores: Tensor | None = None,
-    d_weight: Tensor | None = None,
-    accumulate: bool = False,
-) -> None:
-    """Fill d_scores and d_weight, (N, K) contiguous, where given; ``keep`` is read for d_weight alone.
-
-    ``weight`` None: d_scores without that factor.
-    """
+def fill_gradients(sums: Sums) -> None:
+    """Fill d_scores and d_weight, where given; tokens are (M, N) and (M, K), ``keep`` is read for d_weight alone."""
+    grad, x, weight, sign, d_scores, accumulate, _, d_weight, keep = sums
     m, n, k = *grad.shape, x.shape[1]
-    outputs = [g for g in (d_scores, d_weight) if g is not None]
     if n == 0 or k == 0:
         return
     if m == 0:
-        for g in outputs:
-            if not accumulate:
+        for g in (d_scores, d_weight):
+            if g is not None and not accumulate:
                 g.zero_()
         return
     target = target_of(grad.device)
     given = operands(x, None, aligned(grad, x))
     described = describable(target, given)
-    tiles = outer_tiles(target, m, n, k, given)
+    tiles = outer_tiles(Problem(target, m, n, k, given))
     launch(
         _score_grad_kernel,
         (min(tiles.blocks * target.multiprocessors, math.ceil(n / tiles.rows) * math.ceil(k / tiles.columns)),),
@@ -185,23 +170,18 @@ def fill_gradients(
         k,
         *grad.stride(),
         *x.stride(),
-        *(weight.stride() if weight is not None else (0, 0)),
-        *(keep.source.stride() if keep else (0, 0)),
+        *strides(weight),
+        *strides(keep.source if keep else None),
         keep.threshold_stride if keep else 0,
-        *(sign.stride() if sign is not None else (0, 0)),
+        *strides(sign),
         SIGN=sign_kind(sign),
         MODE=keep.mode if keep else "packed",
         ACCUMULATE=accumulate,
         WRITE_SCORES=d_scores is not None,
         WRITE_WEIGHT=d_weight is not None,
         DESCRIPTORS=described,
-        BLOCK_N=tiles.rows,
-        BLOCK_K=tiles.columns,
-        BLOCK_M=tiles.inner,
         GROUP=tiles.group,
-        STAGES=tiles.stages,
         PIECES=tiles.columns // EPILOGUE_COLUMNS,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        **tiles.options("NKM"),
         **arithmetic(x),
     )

@@ -301,7 +301,7 @@ class _GroupedMaskedProduct(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[1]
         ctx.save_for_backward(x if needs_x else None, scores, offsets)
         ctx.layer, ctx.mask = layer, mask
-        return GROUPED_PACKED.compute(x, layer.weight, mask.packed, offsets, bias, layer.transposed, "auto")
+        return GROUPED_PACKED.compute((x, layer.weight, mask.packed, offsets, bias, layer.transposed, "auto"))
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,26 @@
+"""The function "product" of a backend, from one function for each kind of weight and of mask."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..codes import Codes
+from ..operands import Experts, Keep, KeepByTask, Weight
+
+
+def product_by_kind(matrix: Callable, experts: Callable, codes: Callable, by_task: Callable) -> Callable[..., Tensor]:
+    """Each takes (a, weight, keep, bias, transposed): a matrix, experts, codes (keep may be None), or masks by task."""
+
+    def product(
+        a: Tensor, weight: Weight, keep: Keep | KeepByTask | None, bias: Tensor | None, *, transposed: bool = False
+    ) -> Tensor:
+        """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
+        if isinstance(keep, KeepByTask):
+            assert isinstance(weight, Tensor), "a mask per row is one on a dense matrix"
+            return by_task(a, weight, keep, bias, transposed)
+        if isinstance(weight, Codes):
+            return codes(a, weight, keep, bias, transposed)
+        assert keep is not None, "only codes are multiplied without a mask"
+        return (experts if isinstance(weight, Experts) else matrix)(a, weight, keep, bias, transposed)
+
+    return product

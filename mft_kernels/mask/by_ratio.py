@@ -1,0 +1,124 @@
+"""The masked products from scores alone, of a matrix and of experts: by the mask that holds now, see masking.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import checks
+from ..ops.grouped import GRADIENTS_OF_GROUPED_PACKED, GROUPED_PACKED
+from ..ops.grouped_checks import check_grouped
+from ..ops.linear import GRADIENTS_OF_PACKED, MASKED_LINEAR_PACKED
+from ..ops.route import Op, is_called_by_graph, is_seen_by_others
+from ..ops.schema import arguments_of, calls
+from ..ops.straight_through import StraightThrough
+from ..reference.fixed_point import selectable
+from .masking import CurrentMask, current_mask, remembered_mask
+
+
+def masked_linear_by_ratio(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    bias: Tensor | None = None,
+    *,
+    keep_ratio: float,
+    threshold: float | None = None,
+    mode: str = "magnitude",
+    backend: str = "auto",
+) -> Tensor:
+    """masked_linear with the threshold that keeps ``keep_ratio`` of the scores, or a fixed one; same gradients.
+
+    Of a MaskedLinear's scores, threshold and bits are found when they have changed; other forwards and backwards read
+    2 bits a weight instead. Of any other tensor's they are found in each. int16 scores (see fixed_point.py) get no
+    gradient.
+    """
+    return _BY_RATIO(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
+
+
+def masked_linear_grouped_by_ratio(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    keep_ratio: float,
+    threshold: float | None = None,
+    transposed: bool = False,
+    mode: str = "magnitude",
+    backend: str = "auto",
+) -> Tensor:
+    """masked_linear_grouped with the thresholds that keep ``keep_ratio`` of each expert's scores, or one fixed for all.
+
+    Scores as of masked_linear_by_ratio, other arguments as of masked_linear_grouped.
+    """
+    return _GROUPED_BY_RATIO(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend)
+
+
+# ---------------------------------------------------------------------------------------------- their definition
+
+
+class _ByTheForwardsMask(StraightThrough):
+    """By the mask that the forward pass has just selected, else by the op that selects."""
+
+    def __init__(self, of: str, by: Op, with_mask: Callable) -> None:
+        super().__init__(of, by)
+        self._with_mask = with_mask
+
+    def save(self, ctx: Any, call: Any) -> None:
+        super().save(ctx, call)
+        ctx.mask = remembered_mask(call.scores, (call.keep_ratio, call.threshold, call.mode))
+
+    def _gradients(self, ctx: Any, given: tuple) -> tuple[Tensor, ...]:
+        # A trace would keep this mask, whatever the scores become; a second derivative is refused by the op.
+        if ctx.mask is None or torch.is_grad_enabled() or is_seen_by_others(given[0]):
+            return super()._gradients(ctx, given)
+        return self._with_mask(self._by.call_of(given), ctx.mask)
+
+
+def _op(name: str, packed: Op, gradients: Op, check: Callable[[Any], None], by: Callable | None = None) -> Op:
+    """The op ``name``, which finds the mask and leaves the rest to the op ``packed`` and that of its gradients."""
+    backward = f"{name}_backward"
+    of_product = arguments_of(packed.name, (*calls[name]._fields, "packed"))
+    given = ("all scores" if field == "scores" else field for field in calls[backward]._fields)
+    of_gradients = arguments_of(gradients.name, (*given, "packed", "scores", "signs"))  # scores: where a sign is asked
+
+    def checked(call: Any) -> Any:
+        checks.check_mode(call.mode)
+        check(call)
+        checks.check_scores(selectable(call.scores), call.weight)
+        checks.check_keep_ratio(call.keep_ratio)
+        checks.check_fixed_threshold(call.threshold)
+        return call
+
+    def product(call: Any) -> Tensor:
+        mask = current_mask(call.scores, call.keep_ratio, call.threshold, call.mode, remember=not is_called_by_graph())
+        return packed.compute(of_product((*call, mask.packed)))
+
+    def with_mask(call: Any, mask: CurrentMask) -> tuple[Tensor, ...]:
+        sign = call.scores.detach() if call.scores.is_floating_point() else None  # int16 scores have no gradient
+        return gradients.compute(of_gradients((*call, mask.packed, sign, mask.signs)))
+
+    def select_again(call: Any) -> tuple[Tensor, ...]:
+        return with_mask(call, current_mask(call.scores, call.keep_ratio, call.threshold, call.mode, remember=False))
+
+    gradient = _ByTheForwardsMask(name, Op(backward, select_again, is_gradient=True), with_mask)
+    return Op(name, product, check=checked, gradient=gradient, short=by is not None, by=by)
+
+
+def _by_memo(x, weight, scores, bias, *rule):
+    """The short way of the packed mask, where one is remembered."""
+    mask = remembered_mask(scores, rule)
+    return None if mask is None else MASKED_LINEAR_PACKED.by_short_way((x, weight, mask.packed, bias, "auto"))
+
+
+_BY_RATIO = _op(
+    "masked_linear_by_ratio",
+    MASKED_LINEAR_PACKED,
+    GRADIENTS_OF_PACKED,
+    checks.check_linear,
+    by=_by_memo,
+)
+_GROUPED_BY_RATIO = _op("masked_linear_grouped_by_ratio", GROUPED_PACKED, GRADIENTS_OF_GROUPED_PACKED, check_grouped)
