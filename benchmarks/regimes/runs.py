@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mft.study.report.environment import environment
 from torch import nn
 
 from mft.config import ModelConfig
@@ -29,7 +30,6 @@ from mft.study.arms.setting import Setting
 from mft.study.config import ScratchConfig
 from mft.study.from_scratch import train_from_scratch
 from mft.study.grid import neighbours
-from mft.study.report.environment import environment
 from mft_kernels.ops.checks import NonFiniteScores
 
 from .findings import Documents, power_line
