@@ -87,6 +87,8 @@ class SequentialTasks(Regime):
     tasks: dict[str, DataConfig] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=_train)  # of a task; the rate is a run's
 
+    assumed = (0.1, 0.4, "as in a look at a smaller model")
+
     def order(self, seed: int) -> list[str]:
         """In which a seed learns the tasks."""
         tasks = list(self.tasks)
