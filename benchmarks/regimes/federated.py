@@ -36,6 +36,7 @@ from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluate import evaluate
 from mft.study.arms.arm import Arm, Ground
 from mft.study.config import ScratchConfig
+from mft.study.evidence.power import Spread
 
 from ..tables import markdown
 from .arms import control_arm, ground_of, lora_arm, mask_arm
@@ -88,7 +89,7 @@ class Federated(Regime):
     looks: int = 4  # at validation, at equal distances
     local: TrainConfig = field(default_factory=_local)  # of a client in a round; the rate is a run's, and falls to 0
 
-    assumed = (0.01, 0.1, "as in a look at a smaller model for four rounds")
+    assumed = Spread(0.01, 0.1, "a smaller model after four rounds")
 
     def splits(self, tokenizer: Any, seed: int) -> dict[str, Splits]:
         """By client; the seed decides which of the training rows there are."""

@@ -4,38 +4,36 @@ Sums stay whole: nats of each document, with a hash of the tokens that were scor
 compute every interval again.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from mft.evaluation.evaluate import evaluate
-from mft.study.report.statistics import NATS_DECIMALS, Paired, differences, with_holm
+from mft.study.evidence.power import ALPHA, POWER, Spread, smallest_difference, squared_errors
+from mft.study.evidence.sums import NATS_DECIMALS, document_hashes
+from mft.study.report.statistics import Paired, differences, with_holm
 
-ALPHA, POWER = 0.05, 0.8
 Nats = Mapping[str, Sequence[float]]  # by text, of each document
 SPREADS = ("over_seeds", "over_documents")  # standard deviations
 ROWS = 8  # that are evaluated together
-_DRAWS = 200_000  # of Student's t: its quantiles to about 1 %
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Documents:
     """Of several texts, the documents that were scored: a hash and a number of tokens each."""
 
-    hashes: dict[str, list[str]]
+    hashes: dict[str, list[int]]
     tokens: dict[str, list[int]]
 
     @classmethod
     def of(cls, model: nn.Module, texts: Mapping[str, Any]) -> "Documents":
         """Of datasets by text, with columns input_ids, labels and document; model says how many tokens it predicts."""
-        hashes = {text: _hashes(dataset) for text, dataset in texts.items()}
+        found = {text: document_hashes(dataset) for text, dataset in texts.items()}
+        hashes = {text: [own[number] for number in sorted(own)] for text, own in found.items()}
         tokens = {
             text: evaluate(model, dataset, batch_size=ROWS).tokens.int().tolist() for text, dataset in texts.items()
         }
@@ -89,37 +87,23 @@ def compared(nats: Mapping[str, Mapping[int, Nats]], reference: str, documents: 
     return {arm: asdict(one) | dict(zip(SPREADS, spreads(pair))) for arm, one, pair in found}
 
 
-def smallest_difference(over_seeds: float, over_documents: float, seeds: int, documents: int) -> float:
-    """What is shown with the chance POWER at the level ALPHA, in the unit of the two standard deviations.
-
-    (t_v(1 - ALPHA / 2) + t_v(POWER)) sqrt(V_S + V_D) with V_S = over_seeds^2 / S, V_D = over_documents^2 / D, and
-    Satterthwaite's v, as the intervals have it; infinite for one seed.
-    """
-    if seeds < 2 or documents < 2:
-        return math.inf
-    of_seeds, of_documents = over_seeds**2 / seeds, over_documents**2 / documents
-    total = of_seeds + of_documents
-    freedom = total**2 / (of_seeds**2 / (seeds - 1) + of_documents**2 / (documents - 1))
-    drawn = np.random.default_rng(0).standard_t(freedom, _DRAWS)
-    return float(np.quantile(drawn, (1 - ALPHA / 2, POWER)).sum() * math.sqrt(total))
-
-
 def spreads(pair: Paired) -> tuple[float, float]:
     """The standard deviations of a difference over seeds and over documents, nats per token."""
-    total, (seeds, documents) = pair.counts.sum(), pair.sums.shape
-    by_seed = pair.sums.sum(-1) / total
+    seeds, documents = pair.sums.shape
+    by_seed = pair.sums.sum(-1) / pair.counts.sum()
     residuals = (pair.sums - by_seed[:, None] * pair.counts).mean(0)
-    over_documents = math.sqrt((residuals**2).sum() * documents**2 / (documents - 1)) / total
-    return float(by_seed.std(ddof=1)) if seeds > 1 else 0.0, float(over_documents)
+    errors = squared_errors((by_seed - by_seed.mean())[None], residuals[None], pair.counts[None])
+    over_seeds, over_documents = (float(error[0]) for error in errors)
+    return math.sqrt(over_seeds * seeds), math.sqrt(over_documents * documents)
 
 
-def power_line(seeds: int, documents: int, over_seeds: float, over_documents: float, source: str) -> str:
+def power_line(seeds: int, documents: int, spread: Spread) -> str:
     """Said before a regime begins."""
-    least = smallest_difference(over_seeds, over_documents, seeds, documents)
+    least = smallest_difference(spread, seeds, documents)
     return (
         f"{seeds} seeds and {documents} test documents can show a difference of {least:.3f} nats per token "
         f"(p < {ALPHA}, power {POWER}, one comparison; more comparisons need more), if differences vary by "
-        f"{over_seeds:.3f} over seeds and {over_documents:.3f} over documents, {source}"
+        f"{spread.seeds:.3f} over seeds and {spread.documents:.3f} over documents, as for {spread.source}"
     )
 
 
@@ -129,11 +113,3 @@ def interval(compared: Mapping[str, Any] | None) -> str:
         return ""
     star = " *" if (compared["p"] if compared["p_holm"] is None else compared["p_holm"]) < ALPHA else ""
     return f"{compared['estimate']:+.3f} [{compared['low']:+.3f}, {compared['high']:+.3f}]{star}"
-
-
-def _hashes(dataset: Any) -> list[str]:
-    """Of each document, in order of number: of the tokens that are scored."""
-    found: dict[int, Any] = {}
-    for row in dataset.with_format("numpy"):
-        found.setdefault(int(row["document"]), hashlib.sha256()).update(row["labels"][row["labels"] >= 0].tobytes())
-    return [found[number].hexdigest()[:16] for number in sorted(found)]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mft.study.report.environment import environment
 from torch import nn
 
 from mft.config import ModelConfig
@@ -28,6 +27,8 @@ from mft.files.atomic import write_whole
 from mft.models.pretrained import load_model
 from mft.study.arms.setting import Setting
 from mft.study.config import ScratchConfig
+from mft.study.evidence.environment import environment
+from mft.study.evidence.power import Spread
 from mft.study.from_scratch import train_from_scratch
 from mft.study.grid import neighbours
 from mft_kernels.ops.checks import NonFiniteScores
@@ -62,7 +63,7 @@ class Regime:
     extensions: int = 2  # further rates that an arm may try while its best one lies at an end
     workers: int = 2  # processes of one thread each
 
-    assumed = (0.05, 0.2, "as a guess before any run")  # how differences vary over seeds and documents, and whence
+    assumed = Spread(0.05, 0.2, "a guess before any run")  # of differences
 
     def run(self, base: Path, run: Run) -> Found:
         """What a run finds, as JSON: under CHOICE what validation chooses the least of."""
@@ -93,7 +94,7 @@ def carry_out(regime: Regime, directory: Path, command: str, say: Say = say_now)
     """
     model, tokenizer = load_base(prepare(regime, directory, say))
     documents = Documents.of(model, regime.tests(tokenizer))
-    power = power_line(len(regime.seeds), documents.number, *regime.assumed)
+    power = power_line(len(regime.seeds), documents.number, regime.assumed)
     say(power)
     found = complete(regime, directory, say)
     arms, notes = regime.arms(found, documents), open_ends(regime, found)

@@ -38,6 +38,7 @@ from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluate import evaluate
 from mft.study.arms.arm import Arm
 from mft.study.config import ScratchConfig
+from mft.study.evidence.power import Spread
 
 from ..tables import markdown
 from .arms import control_arm, ground_of, lora_arm, mask_arm
@@ -87,7 +88,7 @@ class SequentialTasks(Regime):
     tasks: dict[str, DataConfig] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=_train)  # of a task; the rate is a run's
 
-    assumed = (0.1, 0.4, "as in a look at a smaller model")
+    assumed = Spread(0.1, 0.4, "a smaller model")
 
     def order(self, seed: int) -> list[str]:
         """In which a seed learns the tasks."""

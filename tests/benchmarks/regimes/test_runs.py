@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from benchmarks.regimes.findings import Documents, compared, interval, smallest_difference, spreads
+from benchmarks.regimes.findings import Documents, compared, interval, spreads
 from benchmarks.regimes.runs import CHOICE, Regime, Run, best_rate, complete, open_ends
 from mft.engines.step import NonFiniteLoss
 from mft.study.report.statistics import Paired
@@ -80,13 +80,6 @@ def test_every_text_counts_as_much_as_any_other_in_a_difference():
     assert found["mask"]["estimate"] == pytest.approx(0.5)
     assert list(found) == ["mask"]
     assert documents.mean_loss(nats["mask"][0]) == pytest.approx((2.1 + 1) / 2)
-
-
-def test_the_smallest_difference_falls_with_seeds_and_documents():
-    few, many = (smallest_difference(0.1, 0.01, seeds, 80) for seeds in (3, 12))
-    assert few > 2 * many
-    assert smallest_difference(0.0, 0.1, 1000, 1000) == pytest.approx(2.8 * 0.1 / 1000**0.5, rel=0.02)
-    assert smallest_difference(0.01, 0.1, 1, 80) == math.inf
 
 
 def test_spreads_are_those_that_a_difference_was_drawn_with():
