@@ -1,6 +1,6 @@
 """The cpu backend's products over experts by each of its paths, on several threads, of any layout.
 
-What every backend gives is in tests/ops/test_experts.py.
+What every backend gives is in tests/ops/test_expert_products.py.
 """
 
 import pytest

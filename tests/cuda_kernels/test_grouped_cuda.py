@@ -1,6 +1,6 @@
 """Products over experts in the emulator by what only it has: tiles, warps, guard pages, schedules, odd strides.
 
-What every backend gives is in tests/ops/test_experts.py.
+What every backend gives is in tests/ops/test_expert_products.py.
 """
 
 import emulated

@@ -64,6 +64,8 @@ def test_whatever_value_a_run_takes_is_valid(validators, cls, name):
         values = {name: value} if section is None else {section: {name: value}}
         if cls is TrainConfig:
             values[section] = ({"epochs": 1} if name != "steps" or value is None else {}) | values[section]
+        if name == "budget_ramp":
+            values[section]["budget"] = 0.1
         if cls is ObjectiveConfig and name != "name":
             reader = next(objective for objective, kind in OBJECTIVES.items() if name in kind.keys)
             values[section] = {"name": reader} | ({"teacher": "a"} if reader == "distill" else {}) | values[section]

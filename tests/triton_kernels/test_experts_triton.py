@@ -1,6 +1,6 @@
 """The kernels over experts in the form and with the tiles of each card, whatever the rows.
 
-What every backend gives is in tests/ops/test_experts.py.
+What every backend gives is in tests/ops/test_expert_products.py.
 """
 
 from dataclasses import replace
