@@ -63,12 +63,13 @@ demo: install
 # quick-start. .ci/run runs both.
 test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops tests/kernels/test_ops.py tests/kernels/test_repeatability.py -k "triton and not ($(SLOW_INTERPRETED))"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops tests/kernels/test_ops.py tests/kernels/test_repeatability.py -m "not slow" -k "triton and not ($(SLOW_INTERPRETED))"
 # Of the public ops over experts, whose kernels test_expert_products.py and tests/triton_kernels have in every form.
 SLOW_INTERPRETED := grouped_ops and (random or (packed or own_threshold) and not bfloat16 or values and not (bfloat16 and 45 and magnitude) or add_up and not (bfloat16 and signs))
 
 test-slow: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels -m slow
 
 lint: dev
 	$(BIN)/ruff check .

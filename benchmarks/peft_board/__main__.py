@@ -10,7 +10,7 @@ where PEFT's script puts them, below --out.
 
 --small replaces what cannot be had offline: the model by SmolLM2-135M-Instruct, the training and test questions by
 short problems with exact answers, the text for forgetting by Python files. Its figures say that an entry runs and how
-two entries compare there. They cannot stand beside PEFT's board.
+two entries compare there. They cannot be compared with PEFT's board.
 """
 
 import argparse

@@ -31,7 +31,7 @@ class Documents:
 
     @classmethod
     def of(cls, model: nn.Module, texts: Mapping[str, Any]) -> "Documents":
-        """Of datasets by text, with columns input_ids, labels and document; model says how many tokens it predicts."""
+        """Documents of datasets by text (columns input_ids, labels, document); model counts the predicted tokens."""
         found = {text: document_hashes(dataset) for text, dataset in texts.items()}
         hashes = {text: [own[number] for number in sorted(own)] for text, own in found.items()}
         tokens = {
@@ -63,7 +63,7 @@ class Documents:
 
 
 def nats_of(model: nn.Module, dataset: Any) -> list[float]:
-    """Of each document, in order of number, rounded as every interval takes them."""
+    """The loss of each document in nats, in order of number, rounded as every interval takes them."""
     return evaluate(model, dataset, batch_size=ROWS).loss_sums.double().numpy().round(NATS_DECIMALS).tolist()
 
 

@@ -176,7 +176,7 @@ def best_rate(regime: Regime, found: dict[Run, Found], arm: str) -> float:
 
 
 def chosen_runs(regime: Regime, found: dict[Run, Found], arm: str) -> dict[int, Found]:
-    """By seed, what the runs at the chosen rate found; without those that diverged."""
+    """What the runs at the chosen rate found, by seed; without those that diverged."""
     lr = best_rate(regime, found, arm)
     return {seed: one for seed in regime.seeds if DIVERGED not in (one := found[Run(arm, lr, seed)])}
 
@@ -197,13 +197,13 @@ def open_ends(regime: Regime, found: dict[Run, Found]) -> list[str]:
 
 
 def _losses(regime: Regime, found: dict[Run, Found], arm: str) -> dict[float, float]:
-    """By rate, of the runs with the first seed that stayed finite."""
+    """The validation losses of the first seed by rate, without runs that diverged."""
     runs = {run: one for run, one in found.items() if (run.arm, run.seed) == (arm, regime.seeds[0])}
     return {run.lr: one[CHOICE] for run, one in runs.items() if DIVERGED not in one}
 
 
 def _beside(regime: Regime, found: dict[Run, Found], arm: str) -> list[float]:
-    """The rates beside the best one that were not tried, the smaller one first."""
+    """The neighbours of the best rate that were not tried, the smaller one first."""
     grid = [Setting(lr=lr) for lr in regime.rates[arm]]
     tried = [Setting(lr=run.lr) for run in found if (run.arm, run.seed) == (arm, regime.seeds[0])]
     losses = _losses(regime, found, arm)

@@ -61,7 +61,7 @@ def masked_linear_grouped_by_ratio(
 
 
 class _ByTheForwardsMask(StraightThrough):
-    """By the mask that the forward pass has just selected, else by the op that selects."""
+    """Gradients with the mask that the forward pass has just selected, or else by the op that selects."""
 
     def __init__(self, of: str, by: Op, with_mask: Callable) -> None:
         super().__init__(of, by)

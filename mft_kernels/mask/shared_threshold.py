@@ -76,7 +76,7 @@ def _keys(matrices: Iterable[Tensor], mode: str, dtype: torch.dtype) -> Iterator
 
 
 def _keys_of_bits(bits: Tensor) -> Tensor:
-    """Of negative floats all bits but the sign turn round: the larger the magnitude, the smaller the integer."""
+    """Flip all bits of negative floats but the sign, so that integers have the order of the floats. Its own inverse."""
     return bits ^ (bits >> 8 * bits.itemsize - 1 & torch.iinfo(bits.dtype).max)
 
 

@@ -203,10 +203,10 @@ class MaskConfig:
             default = type(self).budget_ramp
             check_rule(self.budget_ramp == default, "budget_ramp", "be left out without budget", self.budget_ramp)
             return
-        beside = f"be left out beside budget = {self.budget:g}, which is of all layers together"
-        check_rule(self.keep_ratio == type(self).keep_ratio, "keep_ratio", beside, self.keep_ratio)
-        beside = f"be null beside budget = {self.budget:g}, which finds one"
-        check_rule(self.threshold is None, "threshold", beside, self.threshold)
+        rule = f"be left out when budget = {self.budget:g} is set, which counts over all layers"
+        check_rule(self.keep_ratio == type(self).keep_ratio, "keep_ratio", rule, self.keep_ratio)
+        rule = f"be null when budget = {self.budget:g} is set, which finds one"
+        check_rule(self.threshold is None, "threshold", rule, self.threshold)
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:

@@ -35,10 +35,10 @@ a budget for each layer
     -> ValueError: budget | must be a number or null | got [0.01, 0.02] (list)
 a budget beside a keep ratio
     MaskConfig(budget=0.006, keep_ratio=0.9)
-    -> ValueError: keep_ratio | must be left out beside budget = 0.006 | got 0.9
+    -> ValueError: keep_ratio | must be left out when budget = 0.006 is set | got 0.9
 a budget beside a threshold
     MaskConfig(budget=0.006, mode="value", threshold=0)
-    -> ValueError: threshold | must be null beside budget = 0.006, which finds one | got 0.0
+    -> ValueError: threshold | must be null when budget = 0.006 is set, which finds one | got 0.0
 a budget beside a sharpness
     MaskConfig(budget=0.006, sharpness=50)
     -> ValueError: sharpness | must be null where threshold is null, from which it counts | got 50.0
@@ -50,7 +50,7 @@ a ramp longer than the run
     -> ValueError: budget_ramp | must lie in [0, 1] | got 1.5
 an adapter under a budget beside a keep ratio
     MaskPeftConfig(budget=0.006, keep_ratio=0.9)
-    -> ValueError: keep_ratio | must be left out beside budget = 0.006 | got 0.9
+    -> ValueError: keep_ratio | must be left out when budget = 0.006 is set | got 0.9
 a budget of less than a weight
     budgeted(budget=1e-9)
     -> ValueError: budget | must be at least 0.00011, one of the 9216 masked weights | got 1e-09
@@ -69,10 +69,10 @@ a study whose arms would all have a budget
     -> ValueError: mask.budget | must be null: an arm has it | got 0.006
 an arm with a budget and keep ratios
     make_arm("mask", lrs=[1e-3], budget=0.006, keep_ratios=[0.9])
-    -> ValueError: keep_ratios | must be left out beside budget | got [0.9]
+    -> ValueError: keep_ratios | must be left out when budget is set | got [0.9]
 an arm with a budget and a threshold
     make_arm("mask", lrs=[1e-3], budget=0.006, mode="value", threshold=0.1)
-    -> ValueError: threshold | must be left out beside budget | got 0.1
+    -> ValueError: threshold | must be left out when budget is set | got 0.1
 an arm with a ramp of no budget
     make_arm("mask", lrs=[1e-3], budget_ramp=0.5)
     -> ValueError: budget_ramp | must be left out without budget | got 0.5

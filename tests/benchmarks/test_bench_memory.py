@@ -11,6 +11,7 @@ from mft_kernels.backends import built
 ASKED = ("amx", "avx512_bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["op", "packed op + accumulate_score_grad"])
 def test_a_step_takes_no_more_than_is_asked(name):
     capability = built.cpu_ops.capability()

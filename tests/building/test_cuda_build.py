@@ -375,6 +375,7 @@ def test_no_gpu_is_present_without_a_driver(monkeypatch):
     assert not gpu.gpu_is_present()
 
 
+@pytest.mark.slow
 def test_an_nvcc_is_not_run_without_a_gpu_unless_mft_cuda_asks(tmp_path):
     environment = driver_with(tmp_path, gpus=0) | {"MFT_NVCC": str(toolkit(tmp_path / "cuda", "13.0"))}
     result = setup_in(tmp_path, **environment)
@@ -451,6 +452,7 @@ def test_a_wheel_is_for_every_python(tmp_path, kernels, tag):
         assert ("mft_kernels/libmft_cpu.so" in archive.namelist()) == (kernels == "1")
 
 
+@pytest.mark.slow
 def test_the_switches_skip_or_demand_the_library(tmp_path):
     assert setup_in(tmp_path, MFT_CUDA="0").returncode == 0
     report = json.loads((tmp_path / "mft_kernels" / "_build.json").read_text())

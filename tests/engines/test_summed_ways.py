@@ -264,6 +264,7 @@ def assert_equal(ours, theirs):
     assert all(torch.equal(ours["scores"][name], scores) for name, scores in theirs["scores"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "name"), RUNS)
 def test_two_processes_learn_what_one_does(found, way, name):
     (one, other), alone = (each[way, name] for each in found), trained(way, name)

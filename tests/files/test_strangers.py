@@ -372,6 +372,7 @@ def test_any_text_as_a_configuration(tmp_path_factory, text):
         assert_named(error, path)
 
 
+@pytest.mark.slow
 @trials
 @given(path=st.lists(st.integers(0, 99), min_size=1, max_size=2), value=values)
 @example(path=[2, 2], value=2.0**64)  # a whole number of more bits than a written configuration may have

@@ -174,6 +174,7 @@ def exported(model):
     return torch.export.export(Logits(model), (tokens(),), dynamic_shapes=(any_size,), strict=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True], ids=["masked", "merged"])
 def test_an_exported_model_computes_the_same_on_any_batch(merged, tmp_path):
     model = tiny().eval().requires_grad_(False)
@@ -190,6 +191,7 @@ def test_an_exported_model_computes_the_same_on_any_batch(merged, tmp_path):
                 torch.testing.assert_close(again.module()(ids), expected)
 
 
+@pytest.mark.slow
 def test_loading_a_masked_program_needs_mft_kernels_imported_and_nothing_more(tmp_path):
     model = tiny(layers=1).eval()
     torch.export.save(exported(model), tmp_path / "model.pt2")

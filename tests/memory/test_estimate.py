@@ -58,6 +58,7 @@ def test_other_settings(way, changes):
     assert_as_simulated(SMALL, Workload(memory=way, sequence=512, accumulation=2, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "masked", "kind"),
     [
@@ -77,6 +78,7 @@ def test_a_quantised_base(way, masked, kind):
     assert_as_simulated(SMALL, replace(workload, quantize_masked=masked))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"grad_dtype": "float32"}], ids=str)
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_gradients_of_several_processes_are_summed_in_memory_that_is_counted(way, changes):
@@ -107,6 +109,7 @@ def test_plain_with_states_in_few_bits():
     )
 
 
+@pytest.mark.slow
 def test_a_published_model_is_as_simulated():
     """In its width; of its depth, layers before the masked ones and behind them. `make simulate` has all of it."""
     workload = Workload(memory="resident", layers=(2, 3), accumulation=2)

@@ -45,6 +45,7 @@ def test_an_explicit_way_is_refused_if_it_does_not_fit():
     assert choose(SEVEN, Workload(layers=LOCAL, memory="resident"), 24e9).way == "resident"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gigabytes", "host"), [(24, 64), (12, 32), (8, 32), (6, 48)])
 def test_the_nearest_setting_fits(gigabytes, host):
     workload = Workload(micro_batch=4, accumulation=32)

@@ -29,6 +29,7 @@ def assert_as_simulated(config, workload, tolerance):
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "way", "changes"),
     [

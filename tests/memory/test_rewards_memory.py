@@ -55,6 +55,7 @@ def tracked(learns, generations):
     return tracker.device_peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learns", ["scores", "adapters", "everything"])
 def test_a_step_holds_no_more_than_is_estimated_and_not_much_less(learns):
     phases = rewards_memory(

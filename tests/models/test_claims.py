@@ -63,6 +63,7 @@ CLAIMED = [
 ]
 
 
+@pytest.mark.slow
 def test_small_files_that_claim_a_large_model_are_refused_in_little_time_and_memory(small, tmp_path):
     expected = {claiming(small, tmp_path / str(i), **claimed): said for i, (claimed, said) in enumerate(CLAIMED)}
     write_tiny_gguf(tmp_path / "large.gguf", feed_forward=5_000_000)

@@ -46,6 +46,7 @@ def finish(process, code):
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "own"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)], ids=["SIGTERM", "SIGINT"]
 )

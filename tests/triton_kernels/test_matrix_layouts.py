@@ -75,6 +75,7 @@ def test_more_than_2_to_the_31_results_are_written(device):
     assert_same(y[-1:], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreting(), reason="the guard is a page of the CPU's memory")
 def test_no_kernel_reads_or_writes_beyond_its_tensors():
     # In a process of its own, which such an access kills.

@@ -28,7 +28,7 @@ _SCALE = 0.02  # root mean square of scores that will be trained, as MaskedLinea
 
 @dataclass
 class Budget:
-    """Of one model's masks. share: of their ``weights`` together; quota: how many may be dropped now, at first all."""
+    """The budget of one model. share: of its masked ``weights``. quota: how many may be dropped now; at first all."""
 
     share: float
     ramp: float
@@ -47,7 +47,7 @@ class Budget:
         self.quota = int(self.share * self.weights * (1.0 if step >= ramp else step / ramp))
 
     def threshold(self, read: Callable[[], Iterable[Tensor]]) -> float:
-        """By which the quota is dropped. read: gives the scores of all layers, as shared_threshold takes them."""
+        """The threshold that drops the quota. read: gives the scores of all layers, see shared_threshold."""
         return shared_threshold(read, self.quota, mode=self.mode)
 
     def select(self, masked: Sequence[MaskedLayer]) -> None:
@@ -141,7 +141,7 @@ def grow_budget(model: nn.Module, step: int, steps: int) -> None:
 
 
 def budget_of(holder: Any) -> Budget | None:
-    """Of a masked model, or of an adapter's configuration in PEFT; None: each layer keeps a share of its own."""
+    """The budget of a masked model or of an adapter's configuration in PEFT; None if each layer keeps its own share."""
     return getattr(holder, _BUDGET, None)
 
 

@@ -149,7 +149,7 @@ class Plain:
         self._stepper.__exit__()
 
     def _select(self) -> None:
-        """Of masks under a budget the threshold that they share; others find theirs in the next forward."""
+        """Select the shared threshold of masks under a budget; other masks find theirs in the next forward."""
         budget = budget_of(self._model)
         if budget is not None:
             budget.select(self._masked)

@@ -120,7 +120,7 @@ class RunSizes:
         return max(steps, key=lambda sizes: sum(sizes.values()))
 
     def selection(self, held: Sizes) -> dict[str, Sizes]:
-        """Under a budget the phase after the last layer's step, beside what is held: by name, none without a budget."""
+        """The bytes of the phase after the last layer's step under a budget, by name; empty without a budget."""
         if self.workload.budget is None:
             return {}
         score = SCORE_FORMATS[self.workload.scores].bytes

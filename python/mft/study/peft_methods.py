@@ -83,7 +83,7 @@ def values_to_choose_from(options: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def methods() -> dict[str, str]:
-    """By peft_type, why no study can run it; "" for those that may."""
+    """Each peft_type with the reason why no study can run it; "" if one can."""
     peft = import_peft()
     found = {}
     for kind, config in sorted((str(kind.value), one) for kind, one in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()):
@@ -97,7 +97,7 @@ def methods() -> dict[str, str]:
 
 
 def _hints_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """By name the type of each option of the method. Raises: ValueError for one that PEFT does not have."""
+    """The type of each option of the method, by name. Raises: ValueError for a method that PEFT does not have."""
     peft, known, kind = import_peft(), methods(), options.get("peft_type")
     if kind not in known:
         given = ", ".join(name for name, why in known.items() if not why)
@@ -196,7 +196,7 @@ def merge_adapter(adapted: Any) -> tuple[nn.Module, list[str]]:
 
 
 def resident_bytes(adapted: Any, number: int) -> int:
-    """All that the adapter's layers hold beside their weights, each tensor once, so many bytes a floating number."""
+    """Bytes of all tensors of the adapter's layers but their weights, with so many bytes per floating number."""
     tensors: dict[int, Tensor] = {}
     for module in _adapters(adapted):
         for name in (*module.adapter_layer_names, *module.other_param_names):

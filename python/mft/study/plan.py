@@ -69,14 +69,14 @@ def selection(study: StudyConfig, outcomes: Iterable[Outcome]) -> Selection:
 
 
 def without_result(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[str, dict[str, str]]:
-    """By domain and arm, why an arm has no setting that can be chosen; the study goes on without it."""
+    """Why an arm has no setting that can be chosen, by domain and arm; the study goes on without it."""
     found = _Found(study, outcomes)
     why = {domain: {arm: found.why_none(domain, arm) for arm in study.arms} for domain in study.domains}
     return {domain: {arm: words for arm, words in arms.items() if words} for domain, arms in why.items()}
 
 
 def units_declared(study: StudyConfig) -> dict[str, int]:
-    """By arm, how many units of a domain its grid takes: each setting with the first seed, the best with the others."""
+    """How many units of a domain each arm takes: every setting with the first seed, the best with the others."""
     units = {}
     for name, arm in study.arms.items():
         others = len(study.seeds_of(name)) - 1
@@ -282,7 +282,7 @@ class _Found:
             for unit, outcome in self.by_unit.items()
             if outcome.measured is None and not self._is_mean(outcome)
         }
-        # Of averages, whose runs came to an end and cannot be averaged: why.
+        # Why averages failed whose runs came to an end but cannot be averaged.
         self._not_averaged = {
             (unit.domain, unit.arm): outcome.diverged or ""
             for unit, outcome in self.by_unit.items()

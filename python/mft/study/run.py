@@ -231,7 +231,7 @@ def _found_words(result: Result) -> str:
 
 
 def _hashes(study: StudyConfig, workspace: Workspace) -> dict[tuple[str, str, str], dict[int, int]]:
-    """Of the documents of validation and test, see Findings."""
+    """Hashes of the documents of validation and test, see Findings."""
     found = {}
     for domain in study.domains:
         texts = {domain: workspace.splits(domain)} | {

@@ -65,7 +65,7 @@ class Workspace:
                 coded_shapes(self.base)
 
     def splits(self, domain: str) -> Splits:
-        """Of a domain; the training rows may be those of the seed that was begun."""
+        """The splits of a domain; the training rows may be those of the seed that was begun."""
         return self._drawn_splits(self._splits, domain, self.study.domains[domain])
 
     def general(self, name: str) -> Splits:

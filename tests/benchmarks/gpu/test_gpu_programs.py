@@ -46,6 +46,7 @@ def test_tests_that_time_does_not_suffice_for_have_not_failed():
     assert programs.summarise(_PARALLEL, None, 60) == {"status": NOT_MEASURED, "reason": reason, "passed": 1}
 
 
+@pytest.mark.slow
 def test_a_program_that_runs_out_of_time_ends_with_its_children(tmp_path):
     code = f"import os, time; os.fork() or time.sleep(2) or open({str(tmp_path / 'late')!r}, 'w'); time.sleep(60)"
     before = time.monotonic()

@@ -195,6 +195,7 @@ def test_a_cuda_check_that_hangs_is_not_followed_by_others(tmp_path):
     assert "hung" in records[0, "cuda layouts"]["left_out"][CUDA]
 
 
+@pytest.mark.slow
 def test_what_overruns_the_time_is_ended_and_nothing_else_begun(tmp_path):
     records, well = measured(tmp_path, "faulthandler.cancel_dump_traceback_later(); time.sleep(60)", seconds=5.0)
     assert records[16, ""]["status"] == NOT_MEASURED

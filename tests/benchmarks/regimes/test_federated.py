@@ -63,6 +63,7 @@ def test_arms_are_compared_with_the_bound_and_with_the_rival(result):
                 assert difference["estimate"] == pytest.approx(found[LOSS] - result["arms"][other][LOSS], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", WAYS)
 def test_rounds_bring_the_clients_text_nearer(regime, arm, tmp_path):
     """At a rate that a model of two steps can bear; the first look is after one round."""

@@ -358,6 +358,7 @@ def test_a_missing_peft_is_told(monkeypatch):
         importlib.import_module("mft.masks.peft")
 
 
+@pytest.mark.slow
 def test_our_own_api_does_without_peft():
     code = "import sys, mft; mft.mask_model; mft.save_masks; assert 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -157,7 +157,7 @@ class Peft(Adapters):
         check_rule(kind not in BESIDE_LINEARS or layers is None, "config.layers_to_transform", rule, layers)
 
     def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:
-        """Of config each combination, whole and as JSON."""
+        """Add each combination of config's options, as JSON."""
         axes = values_to_choose_from(self.config)
         combined = (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
         return super().choices(mask) | {"config": [json.dumps(one, sort_keys=True) for one in combined]}

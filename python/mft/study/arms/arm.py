@@ -180,7 +180,7 @@ class Arm:
         return ""
 
     def largest_rank(self) -> int:
-        """Of adapters, among those that validation chooses from."""
+        """The largest rank of adapters among those that validation chooses from."""
         return max(self.lora_ranks or [self.lora_rank])
 
     def check_installed(self) -> None:
@@ -261,7 +261,7 @@ class Arm:
         return NUMBER * ground.numbers()
 
     def resident_bytes(self, ground: "Ground", model: nn.Module) -> int:
-        """What must be in memory beside the start, which stays as it is, where the model runs."""
+        """Bytes in memory besides the start while the model runs; the start stays as it is."""
         return NUMBER * ground.numbers()
 
     def training_bytes(self, ground: "Ground", train: TrainConfig) -> int:

@@ -36,7 +36,7 @@ class _AnyMask(Arm):
         return sum(map(coded_size, _kept(ground, model)))
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        """A bit a weight, as masks are packed beside a base."""
+        """One bit per weight: masks stay packed while a model runs."""
         return math.ceil(ground.numbers() / 8)
 
 
@@ -60,7 +60,7 @@ class Mask(_AnyMask):
         super().__post_init__()
         if self.budget is not None:
             for name in ("keep_ratios", "threshold"):
-                check_rule(not getattr(self, name), name, "be left out beside budget", getattr(self, name))
+                check_rule(not getattr(self, name), name, "be left out when budget is set", getattr(self, name))
         else:
             check_rule(self.budget_ramp is None, "budget_ramp", "be left out without budget", self.budget_ramp)
 

@@ -106,7 +106,7 @@ def degrees_of_freedom(over_seeds: Floats, over_documents: Floats, seeds: int, d
 
 
 def _known(study: StudyConfig, domain: str) -> Spread:
-    """Of the stored studies on the same kind of model and text."""
+    """The spread in the stored studies on the same kind of model and text."""
     sources = study.domains[domain].every_source
     if study.scratch is not None and sources == ["headers"]:
         return SMALL_HEADERS

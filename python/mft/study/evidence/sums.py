@@ -74,7 +74,7 @@ class Sums:
             self.arrays[f"{place}/questions"] = _whole(asked.questions)
 
     def add_bytes(self, domain: str, arm: str, size: float) -> None:
-        """What an arm must store beside its start."""
+        """Add the bytes that an arm stores besides its start."""
         self.arrays[f"{domain}/bytes/{arm}"] = np.array(size)
 
     def runs(self, domain: str, arm: str, *, text: str | None = None, split: str = "test") -> dict[int, Run]:
@@ -145,7 +145,7 @@ def read_sums(path: str | os.PathLike) -> Sums:
 
 
 def document_hashes(dataset: Any) -> dict[int, int]:
-    """By number of a document in dataset (rows in order, none of two documents): a hash of its scored rows.
+    """A hash of the scored rows of each document in dataset, by its number (rows in order, none of two documents).
 
     Two documents have one hash if the same tokens of them are scored after the same tokens, whatever the padding.
     """

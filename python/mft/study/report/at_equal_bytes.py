@@ -119,7 +119,7 @@ def _may_store(stores: str, rival: Row, mask: Row) -> bool:
 
 
 def _rivals(findings: Findings, domain: str, table: DomainTable, mask: Row) -> Iterator[_Rival]:
-    """Of every size, where both were tested in some seed."""
+    """Pairs of arms at every size that were both tested with some seed."""
     test, validation = findings.test[domain], findings.validation.get(domain, {})
     for row in table.rows:
         if row.start != mask.start or row.bytes is None or _is_of_a_mask(findings.study, row.arm):

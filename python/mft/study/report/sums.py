@@ -12,7 +12,7 @@ from mft.study.report.table import DomainTable
 
 
 def sums_of(findings: Findings, tables: Mapping[str, DomainTable]) -> Sums:
-    """Of every tested run on validation and test, of every domain and general text; and what equal budgets compared."""
+    """The sums of every tested run on validation and test, on each domain and general text, and of equal budgets."""
     sums, study = Sums(), findings.study
 
     def add(domain: str, split: str, text: str, arm: str, runs: Mapping[int, Run]) -> None:

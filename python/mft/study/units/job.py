@@ -58,7 +58,7 @@ def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
 
 
 def resident_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
-    """What must be in memory beside the unit's start where its model runs."""
+    """Bytes in memory besides the unit's start while its model runs."""
     return arm_of(workspace, job.unit).resident_bytes(ground_of(workspace, job), model)
 
 
