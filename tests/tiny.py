@@ -77,3 +77,15 @@ def evaluation(tokens, loss_sums, correct=None):
     tokens = torch.tensor(tokens, dtype=torch.float64)
     correct = torch.zeros_like(tokens) if correct is None else torch.tensor(correct, dtype=torch.float64)
     return Evaluation(torch.arange(len(tokens)), tokens, torch.tensor(loss_sums, dtype=torch.float64), correct)
+
+
+def train_by_trainer(model, directory, *callbacks, **arguments):
+    """The model after transformers' Trainer has trained it: each step takes all four rows, at a constant rate."""
+    from transformers import Trainer, TrainingArguments
+
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}
+    quiet = {"save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    training = TrainingArguments(str(directory), **settings, **quiet, **arguments)
+    rows = make_rows(4).remove_columns("document")
+    Trainer(model=model, args=training, train_dataset=rows, callbacks=list(callbacks)).train()
+    return model

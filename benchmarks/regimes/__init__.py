@@ -1,4 +1,4 @@
-"""Regimes in which something else than gain decides; one command each, an hour on two cores.
+"""Regimes in which something else than gain decides; one command each, an estimated hour on two cores.
 
 mft compare --config benchmarks/studies/little-data.yaml     little data, trained on for long
 python -m benchmarks.regimes.sequential_tasks                five tasks, learned one after the other

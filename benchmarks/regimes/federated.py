@@ -1,6 +1,6 @@
 """Ten clients learn together and send at most 1 bit per weight in a round: masks, signs, adapters in signs.
 
-    python -m benchmarks.regimes.federated [--out runs/federated]     about an hour on two cores
+    python -m benchmarks.regimes.federated [--out runs/federated]     an estimated hour on two cores
     python -m benchmarks.regimes.federated --quick                    minutes; not for the record
 
 A small Llama, trained from scratch on Python's library, learns C++ headers. A client has those of one part of torch, so
@@ -19,10 +19,8 @@ All change the linears of all layers. Bits per weight are those of the messages'
 layers. Validation chooses each arm's rate with the first seed.
 """
 
-import argparse
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,17 +33,15 @@ from mft.data.corpora import header_files
 from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluate import evaluate
 from mft.study.arms.arm import Arm, Ground
-from mft.study.config import ScratchConfig
 from mft.study.evidence.power import Spread
 
 from ..tables import markdown
 from .arms import control_arm, ground_of, lora_arm, mask_arm
 from .federations import Federation, MajorityOfSigns, MaskVotes, MeanOfSigns, StochasticMasks, Updates
 from .findings import ROWS, Documents, compared, interval, nats_of
-from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, carry_out, chosen_runs, load_base
+from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 from .texts import write_texts
 
-COMMAND = "benchmarks.regimes.federated"
 NATS, CURVE, UP = "nats", "validation by round", "bytes up"  # keys of what a run found
 LOSS, BITS = "loss", "bits per weight up"
 BOUND, RIVAL = "FedAvg", "signSGD"  # that every other arm is compared with
@@ -182,27 +178,14 @@ def default_clients(directory: Path, train_tokens: int, eval_tokens: int) -> dic
     return found
 
 
-def quick(clients: dict[str, DataConfig]) -> Federated:
-    """A small model, four rounds, two rates and one seed: a look, not for the record."""
-    scratch = ScratchConfig(hidden_size=64, intermediate_size=176, layers=2)
-    scratch.data.max_train_tokens = 262_144
-    rates = {arm: way.rates[1:] for arm, way in WAYS.items()}
-    return Federated(rates=rates, seeds=[0, 1], scratch=scratch, extensions=0, clients=clients, rounds=4)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {COMMAND}", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/federated"))
-    parser.add_argument("--quick", action="store_true", help="a smaller model, four rounds: minutes")
-    asked = parser.parse_args(arguments)
-    if asked.quick:
-        regime = quick(default_clients(asked.out / "texts", 8_192, 2_048))
-    else:
-        clients = default_clients(asked.out / "texts", 32_768, 2_048)
-        rates = {arm: way.rates for arm, way in WAYS.items()}
-        regime = Federated(rates=rates, seeds=[0, 1, 2], extensions=1, clients=clients)
-    carry_out(regime, asked.out, " ".join([f"python -m {COMMAND}", *(arguments or sys.argv[1:])]))
+def declare(texts: Path, *, quick: bool) -> Federated:
+    """The regime; quick: a small model, four rounds, two seeds and two rates. texts: where the clients' files go."""
+    if quick:
+        rates, clients = {arm: way.rates[1:] for arm, way in WAYS.items()}, default_clients(texts, 8_192, 2_048)
+        return Federated(rates=rates, seeds=[0, 1], scratch=quick_scratch(), extensions=0, clients=clients, rounds=4)
+    rates, clients = {arm: way.rates for arm, way in WAYS.items()}, default_clients(texts, 32_768, 2_048)
+    return Federated(rates=rates, seeds=[0, 1, 2], extensions=1, clients=clients)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(__doc__, "federated", declare)

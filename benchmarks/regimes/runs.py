@@ -8,11 +8,13 @@
 Validation chooses the rate of every arm with the first seed. A command that was interrupted goes on where it stopped.
 """
 
+import argparse
 import dataclasses
 import json
 import multiprocessing
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ class Run:
 class Regime:
     """What is declared before the first run."""
 
-    rates: dict[str, list[float]]  # by arm; of several the best is chosen, and more are tried beside it
+    rates: dict[str, list[float]]  # by arm; validation chooses the best, and its untried neighbours run too
     seeds: list[int]  # the first chooses the rates
     scratch: ScratchConfig = dataclasses.field(default_factory=ScratchConfig)
     extensions: int = 2  # further rates that an arm may try while its best one lies at an end
@@ -85,6 +87,28 @@ class Regime:
 def say_now(line: str) -> None:
     """Also into a file, which a reader follows."""
     print(line, flush=True)
+
+
+def run_command(
+    description: str, name: str, declare: Callable[..., Regime], given: Sequence[str] | None = None
+) -> None:
+    """The command of a regime: python -m benchmarks.regimes.NAME [--out DIRECTORY] [--quick]."""
+    command = f"python -m benchmarks.regimes.{name}"
+    parser = argparse.ArgumentParser(
+        prog=command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs") / name.replace("_", "-"))
+    parser.add_argument("--quick", action="store_true", help="a smaller model, little text, two seeds: minutes")
+    asked = parser.parse_args(given)
+    regime = declare(asked.out / "texts", quick=asked.quick)
+    carry_out(regime, asked.out, " ".join([command, *(sys.argv[1:] if given is None else given)]))
+
+
+def quick_scratch() -> ScratchConfig:
+    """The base model of a quick look."""
+    scratch = ScratchConfig(hidden_size=64, intermediate_size=176, layers=2)
+    scratch.data.max_train_tokens = 262_144
+    return scratch
 
 
 def carry_out(regime: Regime, directory: Path, command: str, say: Say = say_now) -> dict[str, Any]:

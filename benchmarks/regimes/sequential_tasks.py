@@ -1,6 +1,6 @@
 """Five tasks, learned one after the other: what each way of learning still knows of the first when the last is learned.
 
-    python -m benchmarks.regimes.sequential_tasks [--out runs/sequential-tasks]     about an hour on two cores
+    python -m benchmarks.regimes.sequential_tasks [--out runs/sequential-tasks]     an estimated hour on two cores
     python -m benchmarks.regimes.sequential_tasks --quick                           minutes; not for the record
 
 A small Llama, trained from scratch on Python's library, learns C++ headers, problems with exact answers, numpy's
@@ -21,10 +21,8 @@ All change the linears of all layers, with the same steps. Validation chooses ea
 the mean loss of the five tasks at the end.
 """
 
-import argparse
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,17 +35,15 @@ from mft.config import DataConfig, TrainConfig
 from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluate import evaluate
 from mft.study.arms.arm import Arm
-from mft.study.config import ScratchConfig
 from mft.study.evidence.power import Spread
 
 from ..tables import markdown
 from .arms import control_arm, ground_of, lora_arm, mask_arm
 from .findings import ROWS, Documents, compared, interval, minus, nats_of
 from .learners import AdaptersAdded, AtOnce, Learner, MasksUnited, OneOnAnother, PerTask, TrainedOn
-from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, carry_out, chosen_runs, load_base
+from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 from .texts import docstrings_of, sources_of, write_texts
 
-COMMAND = "benchmarks.regimes.sequential_tasks"
 ORDER, NATS = "order", "nats"  # keys of what a run found
 END, LEARNED, FORGOTTEN = "loss at the end", "just learned", "forgotten"
 REFERENCE = "control"  # that every other arm is compared with
@@ -195,7 +191,7 @@ _MEASURES = {END: at_the_end, LEARNED: just_learned, FORGOTTEN: forgotten}
 
 
 def default_tasks(directory: Path, train_tokens: int, eval_tokens: int) -> dict[str, DataConfig]:
-    """The five, of which three are texts of installed packages; their files are written into directory unless there."""
+    """The five tasks. Three are texts of installed packages, written into directory if their files are missing."""
     texts = {
         "docstrings": lambda: docstrings_of("numpy"),
         "sympy": lambda: sources_of("sympy"),
@@ -211,28 +207,14 @@ def default_tasks(directory: Path, train_tokens: int, eval_tokens: int) -> dict[
     }
 
 
-def quick(tasks: dict[str, DataConfig]) -> SequentialTasks:
-    """A tenth of the work, two seeds and two rates: a look, not for the record."""
-    scratch = ScratchConfig(hidden_size=64, intermediate_size=176, layers=2)
-    scratch.data.max_train_tokens = 262_144
-    rates = {arm: way.rates[:2] for arm, way in WAYS.items()}
-    return SequentialTasks(rates=rates, seeds=[0, 1], scratch=scratch, extensions=0, tasks=tasks)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {COMMAND}", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/sequential-tasks"))
-    parser.add_argument("--quick", action="store_true", help="a smaller model, little text, two seeds: minutes")
-    asked = parser.parse_args(arguments)
-    if asked.quick:
-        regime = quick(default_tasks(asked.out / "texts", 8_192, 4_096))
-    else:
-        tasks = default_tasks(asked.out / "texts", 32_768, 8_192)
-        regime = SequentialTasks(
-            rates={arm: way.rates for arm, way in WAYS.items()}, seeds=[0, 1, 2, 3, 4], tasks=tasks
-        )
-    carry_out(regime, asked.out, " ".join([f"python -m {COMMAND}", *(arguments or sys.argv[1:])]))
+def declare(texts: Path, *, quick: bool) -> SequentialTasks:
+    """The regime; quick: a tenth of the work, two seeds and two rates. texts: where the tasks' files go."""
+    if quick:
+        rates, tasks = {arm: way.rates[:2] for arm, way in WAYS.items()}, default_tasks(texts, 8_192, 4_096)
+        return SequentialTasks(rates=rates, seeds=[0, 1], scratch=quick_scratch(), extensions=0, tasks=tasks)
+    rates, tasks = {arm: way.rates for arm, way in WAYS.items()}, default_tasks(texts, 32_768, 8_192)
+    return SequentialTasks(rates=rates, seeds=[0, 1, 2, 3, 4], tasks=tasks)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(__doc__, "sequential_tasks", declare)

@@ -1,4 +1,4 @@
-"""One threshold for several score matrices: that which drops so many of all their weights; exact, without a copy.
+"""One threshold for several score matrices that drops a given number of all their weights; exact, without a copy.
 
 A radix select: a histogram of the highest 16 bits, added up over all matrices, says in which bin the threshold lies,
 and one of the next 16 bits within that bin says it exactly. Scores of 4 bytes are so read twice, of 2 bytes once.
@@ -24,13 +24,13 @@ _DEVICE_CHUNK = 1 << 22  # elsewhere: 80 MB of keys and digits, and few launches
 def shared_threshold(read: Callable[[], Iterable[Tensor]], dropped: int, *, mode: str = "magnitude") -> float:
     """The (dropped + 1)-th smallest |score| (score in mode "value") of all matrices together.
 
-    What is at least that is kept: so ``dropped`` weights are dropped, or fewer where scores tie.
+    Scores of at least the threshold are kept, so ``dropped`` weights are dropped, or fewer if scores tie.
 
     Args:
         read: gives the matrices, floating or int16 (see fixed_point.py), all of one dtype; it is called once a pass.
         dropped: at least 0, and below the number of all scores.
     Returns: a number that scores of this dtype hold exactly; of int16 codes the score.
-    Raises: NonFiniteScores; ValueError for another dropped, or for dtypes that differ.
+    Raises: NonFiniteScores; ValueError if dropped is out of range, or if dtypes differ.
     """
     check_mode(mode)
     dtype = next(iter(read())).dtype
@@ -45,7 +45,7 @@ def shared_threshold(read: Callable[[], Iterable[Tensor]], dropped: int, *, mode
         before -= int(reached[digit - 1]) if digit else 0
         found = found << _DIGIT | digit if place < top else digit - _MIDDLE  # keys are signed
         place -= _DIGIT
-    bits = _keys_of_bits(torch.tensor(found, dtype=_INTEGERS[dtype.itemsize]))  # which is its own inverse
+    bits = _keys_of_bits(torch.tensor(found, dtype=_INTEGERS[dtype.itemsize]))  # its own inverse
     return float(float_from_fixed(bits) if dtype == torch.int16 else bits.view(dtype))
 
 
@@ -65,7 +65,7 @@ def _histogram(keys: Iterable[Tensor], place: int, found: int | None) -> Tensor:
 
 
 def _keys(matrices: Iterable[Tensor], mode: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Signed integers in the order of the scores, or of their magnitudes; some at a time."""
+    """Signed integers in the order of the scores, or of their magnitudes; a chunk at a time."""
     for scores in matrices:
         check_whole("scores", scores)
         if scores.dtype != dtype:

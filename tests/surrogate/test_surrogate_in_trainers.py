@@ -3,8 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import make_llama, make_rows
-from transformers import Trainer, TrainingArguments
+from tiny import make_llama, make_rows, train_by_trainer
 
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules
@@ -35,22 +34,7 @@ def ours(**changes):
 
 
 def by_trainer(model, directory, *callbacks):
-    arguments = TrainingArguments(
-        str(directory),
-        max_steps=STEPS,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        max_grad_norm=NORM,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    rows = make_rows(4).remove_columns("document")
-    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks)).train()
-    return model
+    return train_by_trainer(model, directory, *callbacks, max_steps=STEPS, learning_rate=LR, max_grad_norm=NORM)
 
 
 def adapted(**changes):

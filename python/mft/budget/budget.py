@@ -1,10 +1,10 @@
-"""A budget: of all masked weights of a model a share is dropped, wherever in it their scores are the smallest.
+"""A budget: a share of all masked weights of a model is dropped, those with the smallest scores in any layer.
 
-    quota     = share * weights, and over the first ``ramp`` of a run's steps less: it grows from 0 by the same a step
+    quota     = share * weights, which it reaches after ``ramp`` of a run's steps, growing evenly from 0
     threshold = the (quota + 1)-th smallest |score| over all layers together (score in mode "value")
     keep      = |score| >= threshold, in every layer
 
-The threshold is found anew after each optimiser step; meanwhile every layer works with it as with a given one.
+The threshold is found again after each optimiser step. Between two steps it is a fixed threshold of every layer.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Budget:
         check_rule(self.quota > 0, "budget", least, self.share)
 
     def grow(self, step: int, steps: int) -> None:
-        """What may be dropped after so many steps of a run; after 0 nothing, unless there is no ramp."""
+        """Set the quota for after ``step`` of ``steps``; after step 0 it is 0, unless there is no ramp."""
         ramp = self.ramp * steps
         self.quota = int(self.share * self.weights * (1.0 if step >= ramp else step / ramp))
 
@@ -51,7 +51,7 @@ class Budget:
         return shared_threshold(read, self.quota, mode=self.mode)
 
     def select(self, masked: Sequence[MaskedLayer]) -> None:
-        """Give the layers, all that the budget is of, the threshold that their scores share now.
+        """Give all layers of the budget the threshold that their scores share now.
 
         Raises: NonFiniteScores, naming the layer.
         """
@@ -63,7 +63,7 @@ class Budget:
 
 @contextlib.contextmanager
 def naming_layer(masked: Iterable[MaskedLayer]) -> Iterator[None]:
-    """Around a selection over all of them: scores that are not finite are told with the name of their layer."""
+    """Let an error about scores that are not finite, raised within, name their layer."""
     try:
         yield
     except NonFiniteScores:
@@ -75,8 +75,8 @@ def naming_layer(masked: Iterable[MaskedLayer]) -> Iterator[None]:
 class SharedThreshold:
     """The threshold of an adapter's layers under PEFT, found again when their scores or the quota have changed.
 
-    Any loop may train these, and PEFT replaces them when it loads, so each layer asks in each forward. What counts as a
-    change is what does for one layer's mask (mft_kernels/mask/scores.py).
+    Any loop may train these, and PEFT replaces them when it loads, so each layer asks in each forward. The same
+    changes are seen as for the mask of one layer (mft_kernels/mask/scores.py).
 
     Args: scores: gives those of all layers by name, as they are now.
     """
@@ -88,7 +88,7 @@ class SharedThreshold:
     def value(self, asking: Tensor, *, look_at_all: bool = False) -> float:
         """The threshold, for the layer with these scores.
 
-        look_at_all: for a change of any layer's; else of these alone, which is as much as a forward has time for.
+        look_at_all: check the scores of every layer for changes, not these alone. A forward has no time for that.
         Raises: NonFiniteScores, naming the layer.
         """
         found, quota = self._found, self.budget.quota
@@ -125,7 +125,7 @@ class _Found:
 
 
 def grow_budget(model: nn.Module, step: int, steps: int) -> None:
-    """Before the first step of a loop of your own (step 0), and after each one: drop what the budget allows by then.
+    """Drop what the budget allows after ``step``. Call it before the first step of a loop (step 0) and after each one.
 
     Args: model: of mask_model; or a PeftModel, whose adapters select by themselves, and drop their whole budget from
         the first step where nobody calls this. One without a budget is left alone.
@@ -152,12 +152,12 @@ def keep_budget(holder: Any, budget: Budget | None) -> None:
 
 
 def make_budget(mask: MaskConfig, weights: int) -> Budget | None:
-    """What mask asks for on so many masked weights."""
+    """The budget that ``mask`` asks for on so many masked weights, or None."""
     return None if mask.budget is None else Budget(mask.budget, mask.budget_ramp, mask.mode, weights)
 
 
 def load_with_threshold(module: MaskedLayer) -> None:
-    """Let the layer take over the threshold that its scores were saved with, whichever it has: it was not given it."""
+    """Let the layer load the threshold that was saved with its scores, in place of its own."""
     module.register_load_state_dict_pre_hook(_take_rule)
 
 

@@ -1,4 +1,4 @@
-"""Masks under a budget where another loop owns the optimiser: a callback that grows the quota, and selects.
+"""A callback that grows a budget and selects the masks, for trainers that own the optimiser.
 
     Trainer(..., callbacks=[BudgetCallback()])         # transformers' Trainer, and TRL's
 

@@ -30,7 +30,7 @@ BESIDE_LINEARS = frozenset({LN_TUNING, "TRAINABLE_TOKENS"})
 _INCOMPLETE = {
     "ADALORA": "its ranks are shared out by calls between the steps of a training loop of its own",
     "POLY": "it routes by the task of each row, and rows here have none",
-    "SHADOW": "it trains a second model beside the first, not weights of it",
+    "SHADOW": "it trains a second model, not weights of the first",
     "XLORA": "it mixes adapters that were trained before",
 }
 # What the study says, or the model: none of them is an option here.

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from benchmarks.regimes import runs
 from benchmarks.regimes.findings import Documents, compared, interval, spreads
 from benchmarks.regimes.runs import CHOICE, Regime, Run, best_rate, complete, open_ends
 from mft.engines.step import NonFiniteLoss
@@ -96,3 +98,14 @@ def test_an_interval_has_a_star_where_holms_correction_leaves_it():
     assert interval(one) == "-0.150 [-0.200, -0.100] *"
     assert interval(one | {"p_holm": 0.06}) == "-0.150 [-0.200, -0.100]"
     assert interval(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "quick", "out"), [([], False, "runs/a-regime"), (["--quick", "--out", "x"], True, "x")]
+)
+def test_a_command_declares_its_regime_and_carries_it_out(given, quick, out, monkeypatch):
+    carried = []
+    monkeypatch.setattr(runs, "carry_out", lambda *arguments: carried.append(arguments))
+    runs.run_command("What it shows.", "a_regime", lambda texts, *, quick: (texts, quick), given)
+    words = " ".join(["python -m benchmarks.regimes.a_regime", *given])
+    assert carried == [((Path(out) / "texts", quick), Path(out), words)]

@@ -43,7 +43,7 @@ once with weights in fp32 and once in bf16, with PEFT's defaults and the options
 | column | means |
 |---|---|
 | numbers | that are trained there; LoRA of rank 1 trains 1024 |
-| bf16 | whether it runs beside weights in bf16 |
+| bf16 | whether it also runs with weights in bf16 |
 | merges | whether its weights can be averaged and interpolated; if not, such an arm is a row with that reason |
 """
 
