@@ -141,9 +141,12 @@ def check_multiplied(x: Tensor, weight: Tensor) -> None:
     """Raise unless x and weight are of one floating dtype, or autocast makes them, and on one device."""
     check_device("x", x, "weight", weight)
     check_floating("x", x)
-    check_floating("weight", weight)
-    if x.dtype != weight.dtype and not autocasts(x):
-        raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}; convert x or use torch.autocast")
+    if x.dtype != weight.dtype:
+        check_floating("weight", weight)
+        if not autocasts(x):
+            raise TypeError(
+                f"x must have weight's dtype {weight.dtype}, got {x.dtype}; convert x or use torch.autocast"
+            )
 
 
 def check_bias(bias: Tensor | None, x: Tensor, weight: Tensor, shape: tuple[int, ...], meaning: str = "") -> None:

@@ -113,6 +113,8 @@ class Op:
         arguments = getattr(ops, name).default._schema.arguments
         #: The places of what is written in place; such an op has no gradient.
         self._writes = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        #: Before this place stand all arguments that are tensors, or may be.
+        self._past_tensors = 1 + max(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
         names = [a.name for a in itertools.takewhile(lambda a: str(a.type) == "Tensor", arguments)]
         #: How many of the first arguments must be tensors, and which of them chooses the short way by its dtype.
         self._required = len(names)
@@ -134,7 +136,7 @@ class Op:
         call = self.call_of(given)
         if self._check is not None:
             call = self._check(call)
-        if not seen and _are_plain(call):
+        if not seen and _are_plain(call[: self._past_tensors]):
             if not asks:
                 return self.compute(call)
             if self._differentiate is not None:
