@@ -1,0 +1,37 @@
+"""The boards' page: what stands at a budget, from a stored study."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.board import board, main
+
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-all-layers-smollm2.json"
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return json.loads(RESULT.read_text(encoding="utf-8"))
+
+
+def _rows(text):
+    return {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+
+
+def test_a_table_has_the_arms_of_about_as_many_bytes_and_the_bounds_best_first(numbers):
+    rows = _rows(board("study", numbers))
+    assert list(rows) == ["arm", "full fine-tune", "LoRA (rank 1 on all layers)", "**MFT**", "LoRA (rank 6)", "base"]
+
+
+def test_differences_are_the_reports_from_the_arm_to_the_mask(numbers):
+    (one,) = (one for one in numbers["domains"]["code"]["comparisons"] if one["rival"] == "LoRA (rank 6)")
+    found = one["domain"]["difference"]
+    expected = f"{-found['estimate']:+.4f} [{-found['high']:+.4f}, {-found['low']:+.4f}]"
+    assert expected in _rows(board("study", numbers))["LoRA (rank 6)"]
+
+
+def test_the_command_writes_tables_and_a_picture(capsys, tmp_path):
+    main([str(RESULT), "--picture", str(tmp_path / "board.png")])
+    assert "about 737,704 bytes" in capsys.readouterr().out
+    assert (tmp_path / "board.png").read_bytes().startswith(b"\x89PNG")
