@@ -171,8 +171,21 @@ def test_accumulation_shows_in_the_version_of_its_buffer(with_weight, backend):
 # ------------------------------------------------------------------------------------------------ PyTorch's machinery
 
 
+def test_opcheck_of_every_op_without_a_mode(backend):
+    t = integer_inputs(6, 5, 37)
+    x, weight, scores, bias = _leaves(t, "x", "weight", "scores", "bias")
+    packed = mft_kernels.pack_mask(scores, torch.tensor(2.0))
+    mft = torch.ops.mft
+    opcheck(mft.masked_linear_packed.default, (x, weight, packed, bias, backend))
+    many = many_masks()
+    opcheck(mft.masked_linear_many.default, (many[0].requires_grad_(), *many[1:5], backend))
+    opcheck(mft.masked_linear_many_backward.default, (many[5], *many[1:4], backend))
+    opcheck(mft.pack_signs.default, (scores.detach(), backend))
+    opcheck(mft.unpack_mask.default, (packed, [5, 37]))
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_opcheck_of_every_op(mode, backend):
+def test_opcheck_of_every_op_in_each_mode(mode, backend):
     t = integer_inputs(6, 5, 37)
     t.scores[t.scores == 0] = 1
     x, weight, scores, bias = _leaves(t, "x", "weight", "scores", "bias")
@@ -183,15 +196,9 @@ def test_opcheck_of_every_op(mode, backend):
     mft = torch.ops.mft
     want = [True, True, True, True]
     opcheck(mft.masked_linear.default, (x, weight, scores, threshold, bias, mode, backend))
-    opcheck(mft.masked_linear_packed.default, (x, weight, packed, bias, backend))
-    many = many_masks()
-    opcheck(mft.masked_linear_many.default, (many[0].requires_grad_(), *many[1:5], backend))
-    opcheck(mft.masked_linear_many_backward.default, (many[5], *many[1:4], backend))
     opcheck(mft.masked_linear_by_ratio.default, (x, weight, scores, bias, 0.9, None, mode, backend))
     opcheck(mft.kept_threshold.default, (detached, 0.9, mode, backend))
     opcheck(mft.pack_mask.default, (detached, threshold, mode, backend))
-    opcheck(mft.pack_signs.default, (detached, backend))
-    opcheck(mft.unpack_mask.default, (packed, [5, 37]))
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     out = torch.zeros(5, 37)
     opcheck(mft.accumulate_score_grad.default, (out, t.grad_output, x, weight, detached, None, mode, backend))
