@@ -25,7 +25,7 @@ from mft.training.run_lock import hold
 from mft.training.saver import Saver, Stopped
 from mft_kernels import MaskAdamW, MaskedLinear, kept_threshold
 
-COUNT, STEPS, STOP = 2, 6, 3
+COUNT, STEPS, STOP = 2, 4, 2
 HEAVY = "model.layers.1.mlp.down_proj"
 
 # ---------------------------------------------------------------------------------------------- what is computed
