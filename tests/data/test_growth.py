@@ -1,5 +1,6 @@
 """Small files that stand for gigabytes: refused before these are taken. Ordinary files of any size are read."""
 
+import functools
 import gzip
 import json
 import struct
@@ -37,22 +38,27 @@ for path in sorted(Path({0!r}).iterdir()):
     except ValueError as error:
         print(path.name, error)
 """
-HOLLOW = {
-    "nulls.parquet": parquet(2**29, nulls(2**29)),
-    "same.parquet": parquet(10**6, dictionary(b"ab" * 100), same(10**6)),
-    "dictionary.parquet": parquet(3, dictionary(b"a" * 300_000_000), same(3), unpacked=100),
-    "long.parquet": parquet(1000, dictionary(b"a" * 300_000), same(1000)),
-    "rows.jsonl.gz": gzip.compress((b'{"text": "a"}\n' * 1000) * 1000),
-    "brackets.jsonl.gz": gzip.compress(b'{"messages": [' + b"{}," * 4_000_000 + b"{}]}\n"),
-    "record.csv.gz": gzip.compress(b'text,more\n"' + (b"a" * 1_000_000 + b"\n") * 80),
-    "line.jsonl.gz": gzip.compress(b"a" * 80_000_000),
-}
+
+
+@functools.cache
+def hollow():
+    """{file: its bytes}, made when the first test asks: it takes a second, and every process collects this file."""
+    return {
+        "nulls.parquet": parquet(2**29, nulls(2**29)),
+        "same.parquet": parquet(10**6, dictionary(b"ab" * 100), same(10**6)),
+        "dictionary.parquet": parquet(3, dictionary(b"a" * 300_000_000), same(3), unpacked=100),
+        "long.parquet": parquet(1000, dictionary(b"a" * 300_000), same(1000)),
+        "rows.jsonl.gz": gzip.compress((b'{"text": "a"}\n' * 1000) * 1000),
+        "brackets.jsonl.gz": gzip.compress(b'{"messages": [' + b"{}," * 4_000_000 + b"{}]}\n"),
+        "record.csv.gz": gzip.compress(b'text,more\n"' + (b"a" * 1_000_000 + b"\n") * 80),
+        "line.jsonl.gz": gzip.compress(b"a" * 80_000_000),
+    }
 
 
 def said_of(directory, call, *, without=()):
     """{file: what the call said of it}, if that took little."""
-    for file in HOLLOW.keys() - without:
-        (directory / file).write_bytes(HOLLOW[file])
+    for file in hollow().keys() - without:
+        (directory / file).write_bytes(hollow()[file])
     taken = peak_of(READ.format(bound=BOUND), EACH.format(str(directory), call=call))
     assert taken.bytes < MOST
     assert taken.seconds < 30
@@ -61,7 +67,7 @@ def said_of(directory, call, *, without=()):
 
 def test_small_files_that_stand_for_gigabytes_are_refused_before_these_are_taken(tmp_path):
     said = said_of(tmp_path, "read_files([path])")
-    assert said.keys() == HOLLOW.keys()
+    assert said.keys() == hollow().keys()
     for file, words in said.items():
         assert str(tmp_path / file) in words
         assert "must " in words
