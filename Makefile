@@ -61,6 +61,9 @@ demo: install
 # slow to make. The Triton kernels run in the interpreter, which has to be chosen before they are imported.
 # Tests marked slow are left to test-slow: what takes seconds and seldom breaks, and the code of every page but README and
 # quick-start. .ci/run runs both.
+# Byte-code is written, whatever PYTHONDONTWRITEBYTECODE says: else every process of a test compiles all that it imports,
+# and pytest rewrites 300 files of tests again (9 s for each of its processes).
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
 test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops tests/kernels/test_ops.py tests/kernels/test_repeatability.py -m "not slow" -k "triton and not ($(SLOW_INTERPRETED))"
