@@ -45,7 +45,7 @@ LONG = {"compare", "ablate", "demo", "plot", "serve"}  # serve: it does not end
 SHORT = {
     verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
     for verb in ("finetune", "train", "evaluate", "sensitivity")
-}
+} | {"generate": ["--max-tokens", "8"]}
 OF_THE_SHELL = {
     "cd",
     "export",
