@@ -6,6 +6,7 @@ from torch import Tensor
 from ..mask.by_ratio import masked_linear_grouped_by_ratio
 from ..mask.held import masked_linear_grouped_held
 from ..ops.checks import NonFiniteScores, check_floating, check_tensor
+from ..ops.grouped import masked_linear_grouped
 from .masked_layer import MaskedLayer
 
 
@@ -60,6 +61,9 @@ class MaskedGroupedLinear(MaskedLayer):
             return masked_linear_grouped_held(
                 x, given, packed, offsets, self.bias, transposed=self.transposed, grad_buffer=grad_buffer
             )
+        if self._moving_threshold is not None and torch.compiler.is_dynamo_compiling():
+            threshold, options = self._moving_threshold, {"transposed": self.transposed, "mode": self.mode}
+            return masked_linear_grouped(x, self.weight, self.scores, threshold, offsets, self.bias, **options)
         try:
             return masked_linear_grouped_by_ratio(
                 x,
@@ -68,7 +72,7 @@ class MaskedGroupedLinear(MaskedLayer):
                 offsets,
                 self.bias,
                 keep_ratio=self.keep_ratio,
-                threshold=self.threshold,
+                threshold=self._threshold,
                 transposed=self.transposed,
                 mode=self.mode,
             )

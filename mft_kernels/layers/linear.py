@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..mask.by_ratio import masked_linear_by_ratio
 from ..mask.held import masked_linear_held
 from ..ops.checks import NonFiniteScores
+from ..ops.linear import masked_linear
 from .maskable import why_no_mask
 from .masked_layer import MaskedLayer
 from .shells import linear_on
@@ -85,6 +86,8 @@ class MaskedLinear(MaskedLayer):
             packed, grad_buffer, weight = self._held
             weight = self.weight if weight is None else weight
             return masked_linear_held(x, weight, packed, self.bias, grad_buffer=grad_buffer)
+        if self._moving_threshold is not None and torch.compiler.is_dynamo_compiling():
+            return masked_linear(x, self.weight, self.scores, self._moving_threshold, self.bias, mode=self.mode)
         try:
             return masked_linear_by_ratio(
                 x,
@@ -92,7 +95,7 @@ class MaskedLinear(MaskedLayer):
                 self.scores,
                 self.bias,
                 keep_ratio=self._keep_ratio,
-                threshold=self.threshold,
+                threshold=self._threshold,
                 mode=self.mode,
             )
         except NonFiniteScores as error:

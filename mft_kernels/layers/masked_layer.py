@@ -38,6 +38,7 @@ class MaskedLayer(nn.Module):
     """
 
     masks_weight = True  # see maskable.py
+    _moving_threshold: Tensor | None = None  # of a threshold that moves: what a graph reads
     in_features: int
     out_features: int
     weight: Any
@@ -74,6 +75,25 @@ class MaskedLayer(nn.Module):
     def keep_ratio(self, value: float) -> None:
         check_keep_ratio(value)
         self._keep_ratio = value
+
+    @property
+    def threshold(self) -> float | None:
+        """A fixed threshold in place of keep_ratio, or None. May be changed at any time."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self._threshold, self._moving_threshold = value, None
+
+    def move_threshold(self, value: float) -> None:
+        """Set a threshold that changes often, for instance once per optimiser step.
+
+        torch.compile makes a number part of its graph, so that each new ``threshold`` compiles the model again. One
+        that moves is an input of the graph. The caller checks that scores are finite, as such a graph does not.
+        """
+        self.threshold = value
+        if self.scores.is_floating_point():  # autograd, and so a training graph, has no other
+            self._moving_threshold = self.scores.detach().new_full((), value)
 
     @torch.no_grad()
     def reset_scores(self, init: str = "magnitude", *, generator: torch.Generator | None = None) -> None:
@@ -203,6 +223,9 @@ class MaskedLayer(nn.Module):
             )
 
     def __setstate__(self, state: dict) -> None:
+        if "threshold" in state:  # of before it was a property
+            state = state | {"_threshold": state["threshold"]}
+            del state["threshold"]
         super().__setstate__(state)
         watch(self.scores)  # a pickle holds an ordinary Parameter
 
@@ -219,4 +242,6 @@ class MaskedLayer(nn.Module):
 
         super()._apply(keep_scores_dtype, recurse)
         watch(self.scores)  # which another Parameter may have replaced
+        if self._moving_threshold is not None:
+            self._moving_threshold = self._moving_threshold.to(self.scores.device)
         return self

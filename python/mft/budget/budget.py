@@ -58,7 +58,7 @@ class Budget:
         with naming_layer(masked):
             threshold = self.threshold(lambda: (module.scores for module in masked))
         for module in masked:
-            module.threshold = threshold
+            module.move_threshold(threshold)
 
 
 @contextlib.contextmanager

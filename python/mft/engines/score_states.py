@@ -199,6 +199,7 @@ class ScoreStates:
         module, surrogate, grad = mask.module, self._surrogate, mask.grad
         assert surrogate is not None, "asked for where there is one"
         assert grad is not None, "a step needs the gradient"
+        assert module.threshold is not None, "train_masks has checked it"
         surrogate.replace(grad, scores.detach(), threshold=module.threshold, mode=module.mode, weight=mask.weight())
 
     def _brought(self) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -183,6 +183,19 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         """The name of the active mask, if it has scores here."""
         return next((name for name in self.active_adapters if name in self.mft_scores), None)
 
+    @abstractmethod
+    def _product(self, adapter_name: str, *given: Any) -> Tensor:
+        """By the mask of this name."""
+
+    def _product_by(self, adapter_name: str) -> Callable[..., Tensor]:
+        """_product; under a budget outside of torch.compile's graphs, which cannot see changes of other scores."""
+        is_outside = adapter_name in self.shared_thresholds and torch.compiler.is_dynamo_compiling()
+        return self._product_outside_graphs if is_outside else self._product
+
+    @torch.compiler.disable
+    def _product_outside_graphs(self, *given: Any) -> Tensor:
+        return self._product(*given)
+
     def _attend(self, adapter_name: str, scores: nn.Parameter) -> None:
         """In each forward, as PEFT replaces parameters when it loads them: watch, and learn by what was asked for."""
         watch(scores)
@@ -237,18 +250,21 @@ class MaskLinear(MaskTunerLayer):
         name = self._active()
         if self.disable_adapters or self.merged or name is None:
             return self.base_layer(x)
-        scores = self.mft_scores[name]
-        self._attend(name, scores)
-        selection = self._selection(name, scores)
-        try:
-            return masked_linear_by_ratio(x, self._weight("weight"), scores, self.bias, **selection)
-        except NonFiniteScores:
-            raise NonFiniteScores(scores.detach(), self.module_name) from None
+        return self._product_by(name)(name, x)
 
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         return {"weight": self.mft_scores[adapter_name]}
 
     # ------------------------------------------------------------------------------------------ private
+
+    def _product(self, adapter_name: str, x: Tensor) -> Tensor:
+        scores = self.mft_scores[adapter_name]
+        self._attend(adapter_name, scores)
+        selection = self._selection(adapter_name, scores)
+        try:
+            return masked_linear_by_ratio(x, self._weight("weight"), scores, self.bias, **selection)
+        except NonFiniteScores:
+            raise NonFiniteScores(scores.detach(), self.module_name) from None
 
     def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
         return masked_layer(self.base_layer, self.module_name, config).scores
@@ -292,7 +308,7 @@ class MaskExperts(MaskTunerLayer):
         name = self._active()
         if self.disable_adapters or self.merged or name is None:
             return self.base_layer(*args, **kwargs)
-        return experts_forward(self.base_layer, functools.partial(self._product, name), *args, **kwargs)
+        return experts_forward(self.base_layer, functools.partial(self._product_by(name), name), *args, **kwargs)
 
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         scores = self.mft_scores[adapter_name]  # which sorts them
