@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny import make_llama, make_rows, train_by_trainer
 
-from mft.budget.budget import budget_of
+from mft.budget.budget import budget_of, grow_budget
 from mft.budget.trainer import BudgetCallback
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules
@@ -116,3 +116,14 @@ def test_scores_that_are_not_finite_name_their_layer_whichever_asks():
     layers_of(model)[-1].mft_scores["default"].data[0, 0] = torch.nan
     with pytest.raises(NonFiniteScores, match=r"'model\.layers\.3\.mlp\.up_proj' must be finite, got 1 NaN"):
         model(**BATCH)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+@pytest.mark.parametrize("make", [lambda: mask_model(make_llama(), MaskConfig(**MASK)), adapted])
+def test_the_budget_of_a_wrapped_model_grows(make, wrap):
+    model = make()
+    quota = []
+    for step in range(3):
+        grow_budget(wrap(model), step, 2)
+        quota.append(budget_of(getattr(model, "peft_config", {}).get("default", model)).quota)
+    assert quota == [0, int(0.03 * 4 * 2048 / (2 * 0.67)), QUOTA]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mft.checks import check_rule
 from mft.config import MaskConfig
+from mft.models.parallel import unwrapped
 from mft_kernels import MaskedLayer
 from mft_kernels.mask.scores import Scores, State, state, still, watch
 from mft_kernels.mask.shared_threshold import shared_threshold
@@ -128,9 +129,11 @@ def grow_budget(model: nn.Module, step: int, steps: int) -> None:
     """Drop what the budget allows after ``step``. Call it before the first step of a loop (step 0) and after each one.
 
     Args: model: of mask_model; or a PeftModel, whose adapters select by themselves, and drop their whole budget from
-        the first step where nobody calls this. One without a budget is left alone.
+        the first step where nobody calls this; also in torch.compile, DistributedDataParallel or DataParallel. One
+        without a budget is left alone.
     Raises: NonFiniteScores, naming the layer.
     """
+    model = unwrapped(model)
     for holder in (model, *getattr(model, "peft_config", {}).values()):
         budget = budget_of(holder)
         if budget is None:
