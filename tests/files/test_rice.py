@@ -26,7 +26,7 @@ def entropy(share):
 
 @pytest.mark.parametrize("share", SHARES)
 def test_every_bit_comes_back_whatever_the_shape_and_wherever_blocks_end(share, monkeypatch):
-    monkeypatch.setattr(rice, "_BLOCK", 7)
+    monkeypatch.setattr(rice, "BLOCK", 7)
     for rows, columns in ((1, 1), (1, 31), (3, 32), (5, 33), (40, 40), (2, 700), (9, 224), (64, 96)):
         words = drawn(rows, columns, share, seed=rows)
         stream = rice.encode(words, columns)
@@ -54,6 +54,16 @@ def test_a_stream_is_about_as_long_as_the_entropy_of_independent_bits(share, mos
         assert 8 * len(rice.encode(matrix, 2048)) < most * 2**21 * entropy(share)
 
 
+def test_blocks_of_agreed_lengths_suit_bits_that_are_rarer_in_some_places():
+    dense, sparse = drawn(4, 4096, 0.3, seed=1), drawn(60, 4096, 0.001, seed=2)
+    words, blocks = np.concatenate([dense, sparse]), [4 * 128, 60 * 128]
+    stream = rice.encode(words, 4096, blocks)
+    assert np.array_equal(rice.decode(np.frombuffer(stream, np.uint8), 64, 4096, blocks), words)
+    assert len(stream) < 0.6 * len(rice.encode(words, 4096))
+    with pytest.raises(ValueError, match="^stream must "):
+        decoded(stream, 64, 4096)
+
+
 def test_a_matrix_of_one_value_takes_a_1024th_of_its_words():
     for words in (np.zeros((4096, 64), "<u4"), np.full((4096, 64), 2**32 - 1, "<u4")):
         stream = rice.encode(words, 2048)
@@ -65,7 +75,7 @@ def test_a_matrix_of_one_value_takes_a_1024th_of_its_words():
 
 
 def test_a_stream_cut_off_anywhere_is_refused(monkeypatch):
-    monkeypatch.setattr(rice, "_BLOCK", 40)  # of 192 words
+    monkeypatch.setattr(rice, "BLOCK", 40)  # of 192 words
     stream = rice.encode(drawn(64, 96, 0.1), 96)
     for length in range(len(stream)):
         with pytest.raises(ValueError, match="^stream must "):

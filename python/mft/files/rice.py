@@ -7,7 +7,8 @@ matrix: 0.4 % more than the entropy H(p) at p = 0.01, at most 5 % more, and neve
 An arithmetic coder would save these per cents. But a library of one would be asked for wherever masks are read, has
 wheels for fewer machines than masks are used on, and may code in other bits in its next version, which a file may not.
 
-A stream has a block for each 131,072 of the matrix's words of 32 bits, in their order:
+A stream has blocks of the matrix's words of 32 bits, in their order: by default one for each 131,072 words. Both sides
+may agree on shorter ones, which suit a matrix whose bits are rarer in some places than in others. A block has:
 
     kind   1 byte: k, the bits that are 0 are coded; 32 + k, those that are 1; 64, words follow as they are
     count  4 bytes, little endian: of how many bits the gaps follow; of kind 64 it is 0
@@ -19,13 +20,16 @@ padding of a row's last word is no column. Zeros at its end make a stream at lea
 file cannot ask for much memory.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 Words = NDArray[np.uint32]
 Bytes = NDArray[np.uint8]
 
-_BLOCK = 1 << 17  # words: half a megabyte, whose bits one by one take 4
+BLOCK = 1 << 17  # most words of a block: half a megabyte, whose bits one by one take 4
 _HEAD = 5  # bytes of kind and count
 _ONES, _RAW = 32, 64  # kinds
 _MOST_K = 22  # a block of 2^22 bits has no longer gap
@@ -44,35 +48,42 @@ def bits_of(words: Words, columns: int) -> NDArray[np.bool_]:
     return flat[:, :columns].view(np.bool_)
 
 
-def encode(words: Words, columns: int) -> bytes:
-    """The stream of a matrix (rows, ceil(columns / 32)): bit j % 32 of word j // 32 is column j, or 0 past the last."""
+def encode(words: Words, columns: int, blocks: Sequence[int] | None = None) -> bytes:
+    """The stream of a matrix.
+
+    Args:
+        words: Shape (rows, ceil(columns / 32)). Bit j % 32 of word j // 32 is column j, or 0 past the last.
+        blocks: how many words each block has: at most BLOCK, and all words together; by default BLOCK, but the last.
+    """
     rows, width = words.shape
     flat = np.ascontiguousarray(words, "<u4").reshape(-1)
-    blocks = [_encode_block(flat[i : i + _BLOCK], i, width, columns) for i in range(0, len(flat), _BLOCK)]
-    return b"".join(blocks).ljust(fewest_bytes(rows, columns), b"\0")
+    coded = [_encode_block(flat[begin:end], begin, width, columns) for begin, end in _places(len(flat), blocks)]
+    return b"".join(coded).ljust(fewest_bytes(rows, columns), b"\0")
 
 
-def decode(stream: Bytes, rows: int, columns: int) -> Words:
-    """The matrix of a stream. Raises: ValueError if no matrix of this shape has it.
+def decode(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None = None) -> Words:
+    """The matrix of a stream, with the blocks that encode was given. Raises: ValueError if no such matrix has it.
 
     Of words as they are, the padding is as it is too.
     """
-    check_length(len(stream), rows, columns)
+    check_length(len(stream), rows, columns, None if blocks is None else len(blocks))
     width = -(-columns // 32)
     flat = np.empty(rows * width, "<u4")
     place = 0
-    for start in range(0, len(flat), _BLOCK):
-        block = flat[start : start + _BLOCK]
-        place += _decode_block(stream[place:], block, start, width, columns)
+    for begin, end in _places(len(flat), blocks):
+        place += _decode_block(stream[place:], flat[begin:end], begin, width, columns)
     end = max(place, fewest_bytes(rows, columns))
     if len(stream) != end or stream[place:].any():
         raise ValueError(f"stream must end after {end} bytes, with 0 from {place} on, got {len(stream)}")
     return flat.reshape(rows, width)
 
 
-def check_length(length: int, rows: int, columns: int) -> None:
-    """Raise ValueError if no stream of a matrix of this shape has so many bytes: before memory is asked for."""
-    fewest, most = fewest_bytes(rows, columns), most_bytes(rows, columns)
+def check_length(length: int, rows: int, columns: int, blocks: int | None = None) -> None:
+    """Raise ValueError if no stream of a matrix of this shape, in so many blocks, has so many bytes.
+
+    Before memory is asked for. blocks: by default as many as encode makes by default.
+    """
+    fewest, most = fewest_bytes(rows, columns), most_bytes(rows, columns, blocks)
     if not fewest <= length <= most:
         raise ValueError(f"stream must have {fewest} to {most} bytes for {rows} x {columns} bits, got {length}")
 
@@ -82,10 +93,10 @@ def fewest_bytes(rows: int, columns: int) -> int:
     return -(-_raw_bytes(rows, columns) // _MOST_EXPANSION)
 
 
-def most_bytes(rows: int, columns: int) -> int:
-    """Of a stream of a matrix of this shape."""
+def most_bytes(rows: int, columns: int, blocks: int | None = None) -> int:
+    """Of a stream of a matrix of this shape; blocks: as for check_length."""
     raw = _raw_bytes(rows, columns)
-    return raw + _HEAD * -(-raw // (4 * _BLOCK))
+    return raw + _HEAD * (-(-raw // (4 * BLOCK)) if blocks is None else blocks)
 
 
 # ---------------------------------------------------------------------------------------------- private
@@ -93,6 +104,12 @@ def most_bytes(rows: int, columns: int) -> int:
 
 def _raw_bytes(rows: int, columns: int) -> int:
     return 4 * rows * -(-columns // 32)
+
+
+def _places(words: int, blocks: Sequence[int] | None) -> Iterator[tuple[int, int]]:
+    """Where each block begins and ends."""
+    sizes = [min(BLOCK, words - begin) for begin in range(0, words, BLOCK)] if blocks is None else blocks
+    return itertools.pairwise(itertools.accumulate(sizes, initial=0))
 
 
 def _columns_before(word: int, width: int, columns: int) -> int:
@@ -130,7 +147,7 @@ def _encode_block(words: Words, start: int, width: int, columns: int) -> bytes:
 def _decode_block(stream: Bytes, words: Words, start: int, width: int, columns: int) -> int:
     """Fill words from the begin of stream; returns how many bytes of it they took."""
     if len(stream) < _HEAD:
-        raise ValueError(f"stream must have a block for each {_BLOCK} words, got an end before word {start}")
+        raise ValueError(f"stream must have a block from word {start} on, got its end")
     kind, count = int(stream[0]), int.from_bytes(stream[1:_HEAD].tobytes(), "little")
     first = _columns_before(start, width, columns)
     total = _columns_before(start + len(words), width, columns) - first
