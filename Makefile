@@ -138,7 +138,7 @@ faults: dev
 
 # The same readers under a coverage-guided fuzzer, each for so many seconds; fetches atheris.
 FUZZ_SECONDS ?= 60
-FUZZED := export-config export-masks coded-masks checkpoint checkpoint-facts checkpoint-tensors config paper-masks gguf model-config
+FUZZED := export-config export-masks coded-masks masks-by-weight checkpoint checkpoint-facts checkpoint-tensors config paper-masks gguf model-config
 fuzz: dev
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris
 	for reader in $(FUZZED); do $(BIN)/python tests/fuzz_readers.py $$reader $(FUZZ_SECONDS) || exit 1; done

@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["mft"]):
     from mft.config_file import load_config, save_config
     from mft.files.gguf_file import check_gguf
     from mft.masks.export import save_masks
-    from mft.masks.export_format import CONFIG_FILE, MASK_FILE, read_export
+    from mft.masks.export_format import CONFIG_FILE, MASK_FILE, read_export, read_tensors
     from mft.masks.paper_masks import read_paper_masks, write_paper_masks
     from mft.memory.model_config import read_model_config
     from mft.training.checkpoint import Checkpoint, verify_checkpoint, write_checkpoint
@@ -88,6 +88,10 @@ def _make_coded_export(directory: Path) -> None:
     save_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks", coding="rice")
 
 
+def _make_export_by_weight(directory: Path) -> None:
+    save_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks", coding="by_weight")
+
+
 def _make_paper_masks(directory: Path) -> None:
     write_paper_masks(masked_llama(layers=(3,), target_modules=["q_proj"]), directory / "masks.pt")
 
@@ -137,10 +141,16 @@ def _read_export(directory: Path) -> None:
     read_export(directory / "masks")
 
 
+def _read_export_by_weight(directory: Path) -> None:
+    export = read_export(directory / "masks")
+    read_tensors(directory / "masks", export, lambda name: make_llama().get_parameter(f"{name}.weight"))
+
+
 READERS = {
     "export-config": Reader(_make_export, f"masks/{CONFIG_FILE}", _read_export),
     "export-masks": Reader(_make_export, f"masks/{MASK_FILE}", _read_export),
     "coded-masks": Reader(_make_coded_export, f"masks/{MASK_FILE}", _read_export),
+    "masks-by-weight": Reader(_make_export_by_weight, f"masks/{MASK_FILE}", _read_export_by_weight),
     "checkpoint": Reader(_make_checkpoint, "step-00000003/manifest.json", _read_checkpoint),
     "checkpoint-facts": Reader(_make_checkpoint, "step-00000003/state.json", lambda root: _checkpoint(root).facts()),
     "checkpoint-tensors": Reader(

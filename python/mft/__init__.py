@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config_file import load_config
     from .data.splits import load_splits
     from .evaluation.evaluate import evaluate
+    from .files.mask_coding import coded_size
     from .importance.adapters import init_adapter_from_data
     from .importance.scores import init_from_data, mask_from_data
     from .masks.bank import MaskBank, load_mask_bank
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from .masks.export import load_masks, recode_masks, save_masks
-    from .masks.export_format import coded_size
     from .masks.merged_weights import merged_weights
     from .masks.peft import MaskPeftConfig, to_masked_model
     from .masks.quantize import quantize_model
@@ -66,8 +66,8 @@ _HOMES = {
         *("mask_model", "masked_modules", "merge_model"),
         *("print_trainable_parameters", "trainable_parameters"),
     ),
+    "files.mask_coding": ("coded_size",),
     "masks.export": ("load_masks", "recode_masks", "save_masks"),
-    "masks.export_format": ("coded_size",),
     "masks.merged_weights": ("merged_weights",),
     "masks.peft": ("MaskPeftConfig", "to_masked_model"),
     "masks.quantize": ("quantize_model",),

@@ -36,7 +36,7 @@ DATA_INITS = ("wanda",)  # scores begin where rows of the training data say
 SCHEDULES = ("linear", "constant", "cosine")
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # as of datasets.interleave_datasets
 SCORES_DTYPES, MOMENTS, QUANTIZATIONS = tuple(SCORE_FORMATS), tuple(MOMENT_FORMATS), tuple(QUANTIZED_FORMATS)
-CODINGS = ("packed", "rice")  # of masks in an export: 1 bit a weight, or about their entropy (files/rice.py)
+CODINGS = ("packed", "rice", "by_weight")  # of masks in an export (files/mask_coding.py)
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("plain", "resident", "quantized", "layerwise")  # or auto
@@ -424,7 +424,8 @@ class RunConfig:
     # Minutes between two checkpoints for --resume (null: no checkpoints)
     checkpoint_minutes: Annotated[float | None, Rule("be at least 0 (or null)", minimum=0)] = 10.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    # Format of the mask file: rice is compressed; packed has 1 bit per weight and every version reads it
+    # Format of the mask file: rice is compressed; by_weight is smaller, but is read with the base's weights at hand;
+    # packed has 1 bit per weight and every version reads it
     coding: Annotated[str, one_of(CODINGS)] = "rice"
     report_to: Trackers = field(default_factory=list)  # Trackers that get the metrics, besides metrics.jsonl
     project: str = "mft"  # Project name in trackio and wandb
@@ -437,6 +438,8 @@ class RunConfig:
         plain = "be plain (or auto) with mask.modules_to_save, as the other ways train scores alone"
         check_rule(alone or self.memory in ("auto", "plain"), "memory", plain, self.memory)
         check_rule(alone or not of_base, "mask.modules_to_save", unsaved, mask.modules_to_save)
+        exact = "be rice (or packed) with model.quantize_masked, as by_weight takes the exact weights"
+        check_rule(self.coding != "by_weight" or not self.model.quantize_masked, "coding", exact, self.coding)
         check_rule(mask.init in INITS or not self.data.streaming, "mask.init", unread, mask.init)
         check_not_empty(self, "output_dir", "project")
         expand_home(self, "output_dir")

@@ -162,11 +162,23 @@ a small coded export that says that it is large
     path = recode_masks(masks_in(tmp), tmp / "coded") / CONFIG
     modules = json.loads(path.read_text())["modules"]
     large = [m | {"shape": [2**18, 2**18], "kept": 0} if m["name"] == UP else m for m in modules]
-    load_masks(make_llama(), edit(path, modules=large))
+    recode_masks(edit(path, modules=large), tmp / "again")
     -> ValueError: model.layers.2.mlp.up_proj.mask | stream must have 8388608 to | got 127 | copy the export again
 masks saved in an unknown coding
     save_masks(masked_llama(), tmp / "masks", coding="rise")
-    -> ValueError: coding | must be one of packed, rice | got 'rise' | did you mean rice?
+    -> ValueError: coding | must be one of packed, rice, by_weight | got 'rise' | did you mean rice?
+masks coded by weight, and no weights
+    save_masks(masked_llama(), tmp / "masks", base_model_name_or_path="base", coding="by_weight")
+    recode_masks(tmp / "masks", tmp / "again")
+    -> ValueError: masks | in coding by_weight are read with the weights of their base, base | got none
+        | mft recode
+masks coded by weight, and the weights of another base
+    save_masks(masked_llama(), tmp / "masks", coding="by_weight")
+    load_masks(make_llama(initializer_range=0.3), tmp / "masks", force=True)
+    -> ValueError: masks | expected base sha256: | the model's is sha256: | mft recode
+masks to be coded by weight, and no weights
+    recode_masks(masks_in(tmp), tmp / "again", coding="by_weight")
+    -> ValueError: coding | takes the base's weights | got masks alone | mft recode loads the base
 an export changed by hand
     load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, keep_ratio=0.8))
     -> ValueError: adapter_config.json | expected content_hash sha256: | got sha256: | copy the export again
@@ -174,8 +186,8 @@ an export with an unknown key
     load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, keep_raito=0.5))
     -> ValueError: adapter_config.json | unknown key | 'keep_raito' | did you mean keep_ratio?
 an export of a newer format
-    load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, format_version=4))
-    -> ValueError: adapter_config.json | expected format_version 3 | got 4 | upgrade mft
+    load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, format_version=5))
+    -> ValueError: adapter_config.json | expected format_version 4 | got 5 | upgrade mft
 an export with a key twice
     path = masks_in(tmp) / CONFIG
     path.write_text(path.read_text().replace("{", '{"mode": "value",', 1))

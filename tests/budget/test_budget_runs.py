@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import LEARN, assert_same_masks, events_of, killed_after
 
-from mft.masks.export_format import coded_size, read_export
+from mft.files.mask_coding import coded_size
+from mft.masks.export_format import read_export
 
 BUDGET = [*LEARN, "mask.budget=0.04", "train.steps=6"]
 WEIGHTS = 2 * 9216  # of layers 2 and 3
@@ -16,7 +17,7 @@ WEIGHTS = 2 * 9216  # of layers 2 and 3
 
 def dropped(directory):
     """By layer."""
-    export = read_export(directory)[0]
+    export = read_export(directory)
     return {entry.name: math.prod(entry.shape) - entry.kept for entry in export.modules}
 
 

@@ -1,6 +1,7 @@
 """Entropy-coded masks from the command line: trained, read by every verb, and coded anew by mft recode."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -44,3 +45,24 @@ def test_recoding_in_place_replaces_the_export_and_nothing_else(run, cli):
     code, output = cli("recode", "run", "other")
     assert code == 2
     assert "adapter_config.json: missing" in output.replace("\n", "")
+
+
+def test_masks_by_weight_are_read_by_every_verb_that_loads_the_base(run, cli, tmp_path):
+    code, output = cli("recode", "run", "coded", "--coding", "by_weight")
+    assert code == 0, output
+    assert json.loads((tmp_path / "coded" / "adapter_config.json").read_text())["format_version"] == 4
+    code, output = cli("verify", "coded")
+    assert (code, "the masks that it reads have their content hash" in " ".join(output.split())) == (0, True), output
+    code, output = cli("verify", "coded", "--no-base")
+    assert (code, "masks are not checked without the base" in " ".join(output.split())) == (0, True), output
+    shown = [re.findall(r"total of 14 .*? %", cli("inspect", masks)[1]) for masks in ("coded", "run")]
+    assert shown[0] == shown[1] != []
+    for verb in (("evaluate", "--masks", "coded"), ("generate", "coded", "def"), ("export-masks", "coded", "masks.pt")):
+        code, output = cli(*verb)
+        assert code == 0, output
+    assert cli("merge", "run", "merged")[0] == cli("merge", "coded", "again")[0] == 0
+    own, again = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
+    assert all(torch.equal(own[name], again[name]) for name in again)
+    assert cli("recode", "coded", "back")[0] == 0
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "back" / file).read_bytes() == (run / "masks" / file).read_bytes()

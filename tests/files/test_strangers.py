@@ -20,7 +20,7 @@ from tiny import masked_llama
 from mft.config import RunConfig
 from mft.config_file import load_config, save_config
 from mft.masks.export import recode_masks, save_masks
-from mft.masks.export_format import CONFIG_FILE, MASK_FILE, is_export, read_export
+from mft.masks.export_format import CONFIG_FILE, MASK_FILE, is_export, read_export, read_whole_export
 from mft.masks.paper_masks import read_paper_masks, write_paper_masks
 from mft.memory.model_config import read_model_config
 from mft.models.pretrained import load_model, read_chat_template
@@ -103,11 +103,11 @@ def export(tmp_path_factory):
 
 def assert_reads_what_was_written_or_refuses(directory, original):
     try:
-        found, masks = read_export(directory)
+        found, masks, _ = read_whole_export(directory)
     except (ValueError, FileNotFoundError) as error:
         assert_named(error, directory)
         return
-    expected, expected_masks = read_export(original)
+    expected, expected_masks, _ = read_whole_export(original)
     assert found == expected
     assert masks.keys() == expected_masks.keys()
     assert all(torch.equal(masks[name], expected_masks[name]) for name in masks)
@@ -123,7 +123,7 @@ def assert_reads_what_was_written_or_refuses(directory, original):
         (b"{\n,}", ":2: expected JSON"),
         (b'{"a": 1, "a": 1}', "the key 'a' twice: leave one out"),
         (b'{"modules": [{"name": "a", "b": 1, "name": "c"}]}', "the key 'name' twice"),
-        (b'{"peft_type": "MFT", "format_version": true}', "expected format_version 3, got True"),
+        (b'{"peft_type": "MFT", "format_version": true}', "expected format_version 4, got True"),
         (b'{"' + b"k" * 10**6 + b'": 1, "peft_type": "MFT", "format_version": 2}', "unknown key 'kkk.*k[.]{3}$"),
     ],
 )

@@ -19,7 +19,7 @@ from mft.config import CODINGS, MaskConfig
 from mft.masks import export as export_module
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import base_hash, load_masks, save_masks
-from mft.masks.export_format import read_export
+from mft.masks.export_format import read_export, read_whole_export
 from mft.masks.saved_modules import train_whole
 
 
@@ -160,37 +160,66 @@ def test_a_merged_model_is_an_ordinary_one_that_transformers_reloads_bit_equal(m
 def test_a_new_export_is_entropy_coded_unless_packed_is_asked_for(masked, tmp_path):
     assert mft.RunConfig().coding == "rice"
     assert contents(save_masks(masked, tmp_path / "new")) == contents(save_masks(masked, tmp_path / "c", coding="rice"))
-    assert read_export(tmp_path / "new")[0].coding == "rice"
+    assert read_export(tmp_path / "new").coding == "rice"
 
 
 @pytest.mark.parametrize("base", [*BASES, "experts"])
 def test_coded_masks_come_back_exactly_and_are_the_same_content(base, tmp_path):
     make = BASES.get(base, lambda: mixture("Olmoe"))
     model = mask_model(make(), MaskConfig.paper(layers_to_transform=[1], keep_ratio=0.97))
-    packed, coded = (save_masks(model, tmp_path / coding, coding=coding) for coding in CODINGS)
-    assert_same_tensors(masks(load_masks(make(), coded)), masks(model))
-    described, words = read_export(packed)
-    assert read_export(coded)[0] == dataclasses.replace(described, coding="rice")  # by the same content_hash
-    assert_same_tensors(read_export(coded)[1], words)
+    packed, coded, by_weight = (save_masks(model, tmp_path / coding, coding=coding) for coding in CODINGS)
+    for directory in (coded, by_weight):
+        assert_same_tensors(masks(load_masks(make(), directory)), masks(model))
+    described, words, _ = read_whole_export(packed)
+    assert read_export(coded) == dataclasses.replace(described, coding="rice")  # by the same content_hash
+    assert_same_tensors(read_whole_export(coded)[1], words)
     sizes = {key: t.numel() for key, t in safetensors.torch.load_file(coded / MASKS).items()}
     assert sizes == {f"{name}.mask": mft.coded_size(mask) for name, mask in masks(model).items()}
     assert sum(sizes.values()) < 0.4 * sum(w.nbytes for w in words.values())
+    assert read_export(by_weight) == dataclasses.replace(described, coding="by_weight")
+    sizes = {key: t.numel() for key, t in safetensors.torch.load_file(by_weight / MASKS).items()}
+    layers = masked_modules(model)
+    assert sizes == {f"{name}.mask": mft.coded_size(layer.mask(), layer.weight) for name, layer in layers.items()}
 
 
-def test_coded_exports_are_of_format_3_and_others_as_they_were(masked, tmp_path):
-    packed, coded = (json.loads((save_masks(masked, tmp_path / c, coding=c) / CONFIG).read_text()) for c in CODINGS)
-    assert coded == packed | {"format_version": 3, "coding": "rice"}
-    assert packed["format_version"] == 2
+def test_coded_exports_are_of_formats_3_and_4_and_others_as_they_were(masked, tmp_path):
+    found = {c: json.loads((save_masks(masked, tmp_path / c, coding=c) / CONFIG).read_text()) for c in CODINGS}
+    assert found["packed"]["format_version"] == 2
+    assert found["rice"] == found["packed"] | {"format_version": 3, "coding": "rice"}
+    assert found["by_weight"] == found["packed"] | {"format_version": 4, "coding": "by_weight"}
 
 
 def test_recoding_gives_what_saving_would_have_given_and_needs_no_base(masked, tmp_path):
     train_whole(masked, ["model.norm"])
-    packed, coded = (contents(save_masks(masked, tmp_path / coding, coding=coding)) for coding in CODINGS)
+    packed, coded, by_weight = (contents(save_masks(masked, tmp_path / c, coding=c)) for c in CODINGS)
     assert contents(mft.recode_masks(tmp_path / "packed", tmp_path / "other")) == coded
     assert contents(mft.recode_masks(tmp_path / "other", tmp_path / "other", coding="packed")) == packed
     assert contents(mft.recode_masks(tmp_path / "other", tmp_path / "other", coding="packed")) == packed
     with pytest.raises(ValueError, match="directory must be new, empty or an earlier export of masks"):
         mft.recode_masks(tmp_path / "other", tmp_path)
+    other, base = tmp_path / "other", llama()  # by_weight alone takes the base
+    assert contents(mft.recode_masks(other, other, coding="by_weight", model=base)) == by_weight
+    assert contents(mft.recode_masks(other, other, model=base)) == coded
+
+
+def test_masks_by_weight_are_read_and_written_with_the_weights_that_they_were_learned_on(masked, tmp_path):
+    path = save_masks(masked, tmp_path / "masks", coding="by_weight", base_model_name_or_path="org/base")
+    assert_same_tensors(masks(load_masks(masked, path)), masks(masked))  # of a masked model too
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 1
+    for force in (False, True):
+        with pytest.raises(ValueError, match=r"expected base sha256:.*read with the very weights alone: mft recode"):
+            load_masks(other, path, force=force)
+        assert not masked_modules(other)
+    with pytest.raises(ValueError, match="expected base sha256"):
+        mft.recode_masks(path, tmp_path / "new", model=other)
+    with pytest.raises(ValueError, match="weights of their base, org/base, and got none: mft recode .*--coding rice"):
+        mft.recode_masks(path, tmp_path / "new")
+    alone = mft.recode_masks(path, tmp_path / "alone", model=llama())
+    with pytest.raises(ValueError, match="coding by_weight takes the base's weights to write, got masks alone"):
+        mft.recode_masks(alone, tmp_path / "new", coding="by_weight")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_old_export_has_a_content_hash_once_it_is_recoded(saved, tmp_path):

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import resource
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +11,14 @@ from tiny_mixtures import mixture
 import mft
 from mft.config import CODINGS, MaskConfig
 from mft.files import rice
+from mft.files.mask_coding import BY_NAME
 from mft.files.safetensors_file import MOST_HEADER
 from mft.masks import export_format
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import load_masks, save_masks
 from mft.masks.export_format import read_config
+
+UP_SHAPE = (48, 40)
 
 
 @pytest.mark.parametrize("name", [CONFIG, MASKS])
@@ -50,15 +52,18 @@ def test_a_truncated_file_tells_its_size(saved, length):
     ("changes", "message"),
     [
         ({"peft_type": "LORA"}, "expected peft_type 'MFT', got 'LORA': not our masks"),
-        ({"format_version": 4}, "expected format_version 3, got 4: upgrade mft"),
+        ({"format_version": 5}, "expected format_version 4, got 5: upgrade mft"),
         (
             {"format_version": True},
-            "expected format_version 3, got True: use the version",
+            "expected format_version 4, got True: use the version",
         ),
-        ({"format_version": 0}, "expected format_version 3, got 0: use the version"),
+        ({"format_version": 0}, "expected format_version 4, got 0: use the version"),
         ({"format_version": 3}, "missing key 'coding'"),
         ({"format_version": 3, "coding": "packed"}, "coding must be rice, got 'packed'"),
         ({"format_version": 3, "coding": ["rice"]}, r"coding must be rice, got \['rice'\]"),
+        ({"format_version": 3, "coding": "by_weight"}, "coding must be rice, got 'by_weight'"),
+        ({"format_version": 4}, "missing key 'coding'"),
+        ({"format_version": 4, "coding": "rice"}, "coding must be by_weight, got 'rice'"),
         ({"coding": "rice"}, "unknown key 'coding'"),
         ({"content_hash": KeyError}, "missing key 'content_hash'"),
         ({"content_hash": None}, 'content_hash must be a string "sha256:" and 64 hexadecimal digits, got None'),
@@ -160,40 +165,47 @@ def test_wrong_masks_name_file_and_tensor(saved, change, message):
     assert not masked_modules(model)
 
 
-@pytest.fixture
-def coded(masked, tmp_path):
-    return save_masks(masked, tmp_path / "export", coding="rice")
+@pytest.fixture(params=CODINGS[1:])
+def coded(request, masked, tmp_path):
+    return save_masks(masked, tmp_path / "export", coding=request.param)
 
 
-def cut(tensors):
+def cut(tensors, _):
     tensors[f"{UP}.mask"] = tensors[f"{UP}.mask"][:-1].clone()
 
 
-def drop_another(tensors):
+def edit_packed(tensors, coding, change):
+    weight = llama().get_parameter(f"{UP}.weight")
+    packed = BY_NAME[coding].restore(tensors[f"{UP}.mask"], UP_SHAPE, weight)
+    change(packed)
+    tensors[f"{UP}.mask"] = BY_NAME[coding].store(packed, UP_SHAPE, weight)
+
+
+def drop_another(tensors, coding):
     """A mask of as many weights."""
-    stream = rice.decode(tensors[f"{UP}.mask"].numpy(), 48, 40)
-    row = next(i for i, word in enumerate(stream[:, 0] & 3) if word in (1, 2))
-    stream[row, 0] ^= 3
-    tensors[f"{UP}.mask"] = torch.frombuffer(bytearray(rice.encode(stream, 40)), dtype=torch.uint8)
+
+    def swap(packed):
+        row = next(i for i, word in enumerate((packed[:, 0] & 3).tolist()) if word in (1, 2))
+        packed[row, 0] ^= 3
+
+    edit_packed(tensors, coding, swap)
 
 
-def drop_one_more(tensors):
-    stream = rice.decode(tensors[f"{UP}.mask"].numpy(), 48, 40)
-    stream[7] = 0
-    tensors[f"{UP}.mask"] = torch.frombuffer(bytearray(rice.encode(stream, 40)), dtype=torch.uint8)
+def drop_one_more(tensors, coding):
+    edit_packed(tensors, coding, lambda packed: packed[7].zero_())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{UP}.mask"), f"{MASKS}: missing tensor '{UP}.mask'"),
+        (lambda t, _: t.pop(f"{UP}.mask"), f"{MASKS}: missing tensor '{UP}.mask'"),
         (
-            lambda t: t.update({f"{UP}.mask": torch.zeros(48, 2, dtype=torch.int32)}),
-            rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) for coding rice, got I32 \(48, 2\)",
+            lambda t, _: t.update({f"{UP}.mask": torch.zeros(48, 2, dtype=torch.int32)}),
+            rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) as its coding says, got I32 \(48, 2\)",
         ),
         (
-            lambda t: t.update({f"{UP}.mask": torch.zeros(99)}),
-            rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) for coding rice, got F32 \(99,\)",
+            lambda t, _: t.update({f"{UP}.mask": torch.zeros(99)}),
+            rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) as its coding says, got F32 \(99,\)",
         ),
         (cut, f"{MASKS}: {UP}.mask: stream must .*: damaged; copy the export again"),
         (drop_one_more, rf"{MASKS}: {UP}.mask must keep \d+ weights as {CONFIG} says, got \d+"),
@@ -201,7 +213,8 @@ def drop_one_more(tensors):
     ],
 )
 def test_wrong_coded_masks_name_file_and_tensor(coded, change, message):
-    edit_masks(coded, change)
+    coding = read_config(coded / CONFIG).coding
+    edit_masks(coded, lambda tensors: change(tensors, coding))
     model = llama()
     with pytest.raises(ValueError, match=f"export/{message}"):
         load_masks(model, coded)
@@ -214,8 +227,8 @@ def test_a_small_coded_file_cannot_ask_for_much_memory(coded, monkeypatch):
     entry = {"name": UP, "shape": [2**31 - 1, 2**31 - 1], "dtype": "float32", "kept": 0}
     edit_config(coded, modules=[entry])
     edit_masks(coded, lambda t: [t.pop(key) for key in list(t) if key != f"{UP}.mask"])
-    with pytest.raises(ValueError, match=rf"{UP}.mask: stream must have \d+ to \d+ bytes for 2147483647 x 2147483647"):
-        load_masks(llama(), coded)
+    with pytest.raises(ValueError, match=rf"{UP}.mask: stream must have \d+ to \d+ bytes for \d+ x \d+ bits"):
+        export_format.read_export(coded)
 
 
 def swap_layers(tensors):
@@ -227,7 +240,7 @@ def swap_layers(tensors):
 
 @pytest.mark.parametrize("coding", CODINGS)
 def test_swapped_layers_are_told_by_the_content_hash(saved, coding):
-    mft.recode_masks(saved, saved, coding=coding)
+    mft.recode_masks(saved, saved, coding=coding, model=llama())
     edit_masks(saved, swap_layers)
     with pytest.raises(ValueError, match=f"{CONFIG}: expected content_hash sha256:.*: damaged, or changed by hand"):
         load_masks(llama(), saved)
@@ -250,7 +263,7 @@ def test_an_old_export_without_a_content_hash_loads_and_it_is_said_what_that_can
 def peak_of_check(packed, entry, answers):
     """Put how many bytes the check took at most beside those that were there."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    export_format._checked_mask(Path("file"), "key", packed, entry)
+    export_format._checked_mask("file: key", packed, entry)
     answers.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
@@ -278,7 +291,13 @@ def test_no_pickle_is_read(saved, monkeypatch):
 
 def test_what_is_fetched_of_experts_has_room_for_the_words_of_each(tmp_path):
     directory = save_masks(mask_model(mixture("Olmoe"), MaskConfig()), tmp_path / "masks", coding="packed")
-    export, packed = export_format.read_export(directory)
+    export, packed, _ = export_format.read_whole_export(directory)
     assert export_format.most_bytes(export) == MOST_HEADER + 8 + sum(words.nbytes for words in packed.values())
-    coded = read_config(mft.recode_masks(directory, tmp_path / "coded") / CONFIG)
-    assert export_format.most_bytes(coded) == export_format.most_bytes(export) + 5 * len(packed)
+    base = mixture("Olmoe")
+    coded, by_weight = (mft.recode_masks(directory, tmp_path / c, coding=c, model=base) for c in CODINGS[1:])
+    assert export_format.most_bytes(read_config(coded / CONFIG)) == export_format.most_bytes(export) + 5 * len(packed)
+    assert (by_weight / MASKS).stat().st_size < export_format.most_bytes(read_config(by_weight / CONFIG))
+
+
+def test_every_coding_of_the_configuration_is_made():
+    assert tuple(BY_NAME) == CODINGS

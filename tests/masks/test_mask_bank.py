@@ -70,6 +70,14 @@ def test_a_task_computes_what_its_masks_alone_do_bit_for_bit(exports, bank, task
         assert torch.equal(logits(bank.model), logits(with_masks_of(exports, task)))
 
 
+def test_masks_by_weight_are_read_with_the_weights_that_a_bank_holds_already(exports, bank, tmp_path):
+    base_again = mft.recode_masks(exports["math"], tmp_path / "masks", coding="by_weight", model=base())
+    bank.add("again", base_again)
+    for task in ("math", "again"):
+        with bank.use(task):
+            assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "math")))
+
+
 def test_a_bfloat16_base_too(tmp_path):
     for task, mask in TASKS.items():
         save_masks(masked(mask, torch.bfloat16), tmp_path / task)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import mft.config
 import mft.engines.start
 from benchmarks.memory.tracker import MemoryTracker
-from mft.config import QUANTIZATIONS, MaskConfig, ModelConfig, TrainConfig
+from mft.config import QUANTIZATIONS, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.engines.offload import Mover
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules, merge_model
@@ -316,7 +316,7 @@ def test_an_export_says_on_which_base_the_masks_were_learned(kind, masked, tmp_p
     if kind is not None:
         quantize_model(model, kind, masked=masked)
     expected = {name: module.mask() for name, module in masked_modules(model).items()}
-    export, _ = read_export(save_masks(model, tmp_path / "export"))
+    export = read_export(save_masks(model, tmp_path / "export"))
     assert (export.base_quantization, export.quantize_masked, export.base_hash) == (kind, masked, exact)
     loaded = masked_modules(load_masks(make_llama(), tmp_path / "export"))
     assert {name: module.mask().tolist() for name, module in loaded.items()} == {
@@ -325,12 +325,24 @@ def test_an_export_says_on_which_base_the_masks_were_learned(kind, masked, tmp_p
     assert not quantized_weights(make_llama())
 
 
+def test_masks_by_weight_take_exact_weights(tmp_path):
+    path = save_masks(quantize_model(masked_llama(), masked=False), tmp_path / "exact", coding="by_weight")
+    assert read_export(path).base_quantization == "nf4"
+    quantized = quantize_model(masked_llama(), masked=True)
+    with pytest.raises(ValueError, match="coding by_weight takes the exact weights, got .* choose coding rice or pack"):
+        save_masks(quantized, tmp_path / "codes", coding="by_weight")
+    with pytest.raises(ValueError, match="takes the exact weights, .* to read them, load the unquantised model"):
+        load_masks(quantized, path)
+    with pytest.raises(ValueError, match="coding must be rice .or packed. with model.quantize_masked"):
+        RunConfig(model=ModelConfig(quantization="nf4", quantize_masked=True), coding="by_weight")
+
+
 def test_an_export_of_before_quantisation_still_loads(tmp_path):
     path = save_masks(masked_llama(), tmp_path / "export", coding="packed") / "adapter_config.json"
     values = json.loads(path.read_text())
     del values["base_quantization"], values["quantize_masked"]
     path.write_text(json.dumps(values | {"format_version": 1}))
-    export, _ = read_export(path.parent)
+    export = read_export(path.parent)
     assert (export.base_quantization, export.quantize_masked) == (None, False)
     assert masked_modules(load_masks(make_llama(), path.parent))
 

@@ -83,7 +83,7 @@ def test_it_is_saved_with_the_masks_and_comes_back_on_a_base_with_another_head(t
     again = mask_model(classifier(), MaskConfig(**MASK))
     assert torch.equal(logits(load_masks(again, tmp_path / "masks")), logits(model))
     assert save_masks(again, tmp_path / "again").is_dir()
-    assert read_export(tmp_path / "again")[0].modules_to_save == ["score"]
+    assert read_export(tmp_path / "again").modules_to_save == ["score"]
 
 
 def test_after_merging_it_is_an_ordinary_module():

@@ -44,7 +44,7 @@ def test_the_text_says_setting_results_and_configuration_and_no_directory_of_thi
     assert "secret" not in card
     assert "| before | 2.5000 | 25.00 % |\n| after | 2.2500 | 37.50 % |" in card
     assert "Loss after - before: -0.2500 ± 0.0312" in card
-    export = mft.masks.export_format.read_export(run / "masks")[0]
+    export = mft.masks.export_format.read_export(run / "masks")
     kept, weights = sum(m.kept for m in export.modules), sum(m.shape[0] * m.shape[1] for m in export.modules)
     for row in (
         f"| kept | {100 * kept / weights:.2f} % of {weights} weights |",

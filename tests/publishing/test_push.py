@@ -20,7 +20,7 @@ from mft.cli.app import app
 from mft.files.hub import HubError, hub_is_reachable
 from mft.masks.convert import masked_modules
 from mft.masks.export import load_masks, save_masks
-from mft.masks.export_format import read_export
+from mft.masks.export_format import read_whole_export
 from mft.models.pretrained import save_model
 from mft.publishing.push import push_to_hub
 
@@ -28,9 +28,9 @@ NAME = "user/masks"
 CONFIG, MASKS = "adapter_config.json", "adapter_model.safetensors"
 READ = """
 import sys, torch
-from mft.masks.export_format import read_export
+from mft.masks.export_format import read_whole_export
 from mft.masks.location import masks_directory
-torch.save(read_export(masks_directory(sys.argv[1]))[1], sys.argv[2])
+torch.save(read_whole_export(masks_directory(sys.argv[1]))[1], sys.argv[2])
 """
 
 
@@ -98,9 +98,9 @@ def test_the_name_of_the_base_on_the_hub_goes_into_card_and_export(hub, tmp_path
     (tmp_path / "got").mkdir()
     for name in (CONFIG, MASKS):
         (tmp_path / "got" / name).write_bytes(contents(hub)[name])
-    export, masks = read_export(tmp_path / "got")  # its hash agrees
+    export, masks, _ = read_whole_export(tmp_path / "got")  # its hash agrees
     assert export.base_model_name_or_path == "user/my-base"
-    assert masks.keys() == read_export(directory)[1].keys()
+    assert masks.keys() == read_whole_export(directory)[1].keys()
 
 
 def test_masks_are_entropy_coded_on_the_way_and_the_card_says_what_they_weigh(hub, run):
@@ -124,11 +124,25 @@ def test_masks_are_entropy_coded_on_the_way_and_the_card_says_what_they_weigh(hu
     assert f"| size | {size} bytes, {8 * size / weights:.3g} bits a weight |\n".encode() in contents(hub)["README.md"]
 
 
+def test_masks_by_weight_are_pushed_as_they_lie_there_and_not_made_on_the_way(hub, tmp_path):
+    path = save_masks(masked_llama(), tmp_path / "masks", base_model_name_or_path="user/base", coding="by_weight")
+    push_to_hub(path, NAME)
+    assert contents(hub)[MASKS] == (path / MASKS).read_bytes()
+    assert b"entropy-coded, which mft of format 4 reads" in contents(hub)["README.md"]
+    loaded, expected = masked_modules(load_masks(make_llama(), NAME)), masked_modules(masked_llama())
+    assert all(torch.equal(loaded[name].mask(), module.mask()) for name, module in expected.items())
+    for change in ({"coding": "rice"}, {"base": "user/other"}):
+        with pytest.raises(ValueError, match="masks in coding by_weight are read with the weights of their base"):
+            push_to_hub(path, NAME, **change)
+    with pytest.raises(ValueError, match="coding by_weight takes the base's weights to write, got masks alone"):
+        push_to_hub(save_masks(masked_llama(), tmp_path / "rice"), NAME, coding="by_weight")
+
+
 def test_only_masks_have_a_coding(hub, tmp_path):
     save_llama(tmp_path / "model")
     with pytest.raises(ValueError, match="coding must be None for model, got rice"):
         push_to_hub(tmp_path / "model", NAME, coding="rice")
-    with pytest.raises(ValueError, match="coding must be one of packed, rice, got 'rar'"):
+    with pytest.raises(ValueError, match="coding must be one of packed, rice, by_weight, got 'rar'"):
         push_to_hub(tmp_path / "model", NAME, coding="rar")
     assert not writes(hub)
 

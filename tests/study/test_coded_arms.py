@@ -13,7 +13,7 @@ from test_study_plan import ARMS, make
 from tiny_study import FULL, equal, make_study
 
 from mft.evaluation.evaluate import evaluate
-from mft.masks.export_format import coded_mask, coded_size, decoded_mask
+from mft.files.mask_coding import coded_mask, coded_size, decoded_mask
 from mft.study.arms.kinds import make_arm
 from mft.study.arms.setting import Setting
 from mft.study.number_codes import FORMATS, decode, encode

@@ -12,8 +12,8 @@ from tiny_study import equal, make_study, write_ground
 
 from mft.evaluation.evaluate import evaluate
 from mft.evaluation.kl_divergence import kl_divergence
+from mft.files.mask_coding import coded_size
 from mft.masks.convert import masked_modules
-from mft.masks.export_format import coded_size
 from mft.models.frozen_layers import PrefixMemory
 from mft.study.arms.setting import Setting
 from mft.study.arms.weights import with_weights

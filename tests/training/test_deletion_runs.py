@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from tiny_run import LEARN, assert_same_masks, events_of, killed_after
 
 from mft.importance.scores import init_from_data
-from mft.masks.export_format import read_export
+from mft.masks.export_format import read_whole_export
 
 FREE = ["mask.mode=value", "mask.threshold=0", "mask.init=wanda", "mask.calibration_rows=5"]
 ASKED = [*LEARN, *FREE, "mask.sharpness=[20,200]", "mask.deletion_penalty=0.1", "train.steps=6"]
@@ -50,7 +50,7 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
     assert begun == [(5, "plain")]
     steps = {event["step"]: event["dropped"] for event in events_of(tmp_path / "run") if "lr" in event}
     assert steps.keys() == {3, 6}
-    masks = read_export(tmp_path / "run" / "masks")[1].values()
+    masks = read_whole_export(tmp_path / "run" / "masks")[1].values()
     words = torch.cat([mask.flatten() for mask in masks]).tolist()  # full ones: rows are of 32 or 64 weights
     share = 1 - sum((word & 0xFFFFFFFF).bit_count() for word in words) / (32 * len(words))
     assert steps[6] == pytest.approx(share)

@@ -455,13 +455,18 @@ def recode(
     masks: Masks,
     output: Annotated[Path, typer.Argument(help="Where they go; may be the directory that they come from.")],
     coding: Annotated[
-        str, typer.Option(help="rice: about their entropy, for format 3's readers; packed: 1 bit a weight.")
+        str,
+        typer.Option(
+            help="rice: about their entropy; by_weight: smaller, read with the base alone; packed: 1 bit each."
+        ),
     ] = "rice",
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
 ) -> None:
-    """Write masks anew, entropy-coded or not: the same masks, by the same content hash. No base is loaded."""
+    """Write masks again in another coding: the same masks and content hash. by_weight loads the base, others do not."""
     from mft.cli.masks import run_recode
 
-    run_recode(masks, output, coding)
+    run_recode(masks, output, coding, model, dtype)
 
 
 @app.command()
@@ -481,7 +486,7 @@ def push(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base's name on the hub, if it is named by a path here.")] = None,
     coding: Annotated[
-        str | None, typer.Option(help="Of masks: rice, entropy-coded, or packed; as they lie here if not given.")
+        str | None, typer.Option(help="For masks: rice, entropy-coded, or packed; as they lie here if not given.")
     ] = None,
     overwrite_card: Annotated[
         bool, typer.Option("--overwrite-card", help="Replace a README.md on the hub, whoever wrote it.")

@@ -80,7 +80,7 @@ class _Stages:
 
     def __init__(self, model: ModelConfig, masks: Path | None, *, unquantized: bool) -> None:
         self._directory = masks
-        export = None if masks is None else read_export(masks)[0]
+        export = None if masks is None else read_export(masks)
         self._kind, self._quantize_masked = evaluated_base(model, export, unquantized)
         self._base = model.name if self._kind is None else f"{model.name} in {self._kind}"
         self.words = base_words(self._kind, self._quantize_masked, export)

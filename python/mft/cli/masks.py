@@ -9,12 +9,14 @@ import torch
 from rich import box
 from rich.table import Column, Table
 
-from mft.config import CONFIG, DATA_INITS, ModelConfig
+from mft.checks import check_one_of
+from mft.config import CODINGS, CONFIG, DATA_INITS, ModelConfig
 from mft.config_file import load_config
 from mft.evaluation.evaluated_base import config_of_run
+from mft.files.mask_coding import BY_NAME
 from mft.masks.convert import check_interpolable, mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, recode_masks, save_masks
-from mft.masks.export_format import MASK_FILE, MaskExport, read_export
+from mft.masks.export_format import MASK_FILE, MaskExport, read_description, read_export
 from mft.masks.inspection import (
     MaskStatistics,
     by_kind,
@@ -37,7 +39,7 @@ def run_merge(
     """mft merge"""
     check_merged("output", output)
     directory = masks_directory(masks)
-    export = read_export(directory)[0]
+    export = read_export(directory)
     check_interpolable(alpha, export.modules_to_save or ())  # before the base is loaded
     model, tokenizer = read_base(directory, model_name, dtype)
     load_masks(model, directory, force=force)
@@ -83,12 +85,16 @@ def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force:
         say(f"flips are unknown: {why}")
 
 
-def run_recode(masks: str, output: Path, coding: str) -> None:
+def run_recode(masks: str, output: Path, coding: str, model_name: str | None, dtype: str | None) -> None:
     """mft recode"""
+    check_one_of("coding", coding, CODINGS)
     directory = masks_directory(masks)
-    before = (directory / MASK_FILE).stat().st_size if (directory / MASK_FILE).is_file() else 0
-    path = recode_masks(directory, output, coding=coding)
-    export = read_export(path)[0]
+    found = read_export(directory)
+    before, model = (directory / MASK_FILE).stat().st_size, None
+    if any(BY_NAME[name].needs_weight for name in (found.coding, coding)):
+        model, _ = read_base(directory, model_name, dtype)
+    path = recode_masks(directory, output, coding=coding, model=model)
+    export = read_description(path)
     weights = sum(math.prod(entry.shape) for entry in export.modules)
     size = said_of_size((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
     say(f"{coding}: {size}, after {before} bytes; content hash {export.content_hash} stays; {path}")

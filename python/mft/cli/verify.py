@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from mft.masks.export import base_hash
+from mft.files.mask_coding import BY_NAME
+from mft.masks.export import base_hash, read_learned
 from mft.masks.export_format import CONFIG_FILE, MASK_FILE, UNVERIFIED, MaskExport, read_export
 from mft.masks.inspection import said_of_size
 from mft.masks.location import MASKS, local_directory
@@ -23,7 +24,8 @@ def run_verify(directory: str, model_name: str | None, dtype: str | None, *, bas
         if found.export is not None and base:
             model, _ = read_base(found.path, model_name, dtype)
             check_base(model, found)
-            say(f"base: {found.export.base_hash} agrees")
+            whole = ", and the masks that it reads have their content hash" if _takes_weights(found.export) else ""
+            say(f"base: {found.export.base_hash} agrees{whole}")
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,17 @@ def verify_directory(directory: Path) -> list[Verified]:
 
 
 def check_base(model: nn.Module, found: Verified) -> None:
-    """Raise ValueError unless model has the weights that the masks were learned on."""
+    """Raise ValueError unless model has the weights that the masks were learned on; masks that take these are read."""
     assert found.export is not None
     expected, got = found.export.base_hash, base_hash(model, [entry.name for entry in found.export.modules])
     if got != expected:
         raise ValueError(f"{found.path}: expected a base with {expected}, the model's is {got}: another base")
+    if _takes_weights(found.export):
+        read_learned(model, found.export, found.path, force=False)
+
+
+def _takes_weights(export: MaskExport) -> bool:
+    return BY_NAME[export.coding].needs_weight
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -68,10 +76,12 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _verified_export(path: Path) -> Verified:
-    export, _ = read_export(path)
+    export = read_export(path)
     weights = sum(math.prod(entry.shape) for entry in export.modules)
     kept = sum(entry.kept for entry in export.modules)
     hashed = "content hash agrees" if export.content_hash else UNVERIFIED
+    if _takes_weights(export):
+        hashed = "masks are not checked without the base"
     layers = f"{len(export.modules)} masked layers, {100 * kept / weights:.2f} % of {weights} weights kept"
     size = said_of_size((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
     return Verified(path, "masks", f"{layers}; {export.coding}, {size}; {hashed}", export)

@@ -37,7 +37,7 @@ def config_of_run(masks: Path) -> Path | None:
     path = masks.parent / CONFIG
     if masks.name != MASKS or not path.is_file():
         return None
-    named = read_export(masks)[0].base_model_name_or_path
+    named = read_export(masks).base_model_name_or_path
     return path if named in (None, load_config(path).model.name) else None
 
 
@@ -110,7 +110,7 @@ def _known(masks: Path) -> tuple[Path | None, list[str]]:
             for key, place in places.items()
             if place is not None
         ]
-    export, _ = read_export(masks)
+    export = read_export(masks)
     if export.base_model_name_or_path is None:
         return None, []
     return None, [

@@ -63,7 +63,7 @@ def load_masked(
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of MaskedLM."""
     path = masks_directory(directory)
-    export, _ = read_export(path)
+    export = read_export(path)
     name = base or export.base_model_name_or_path
     if name is None:
         raise ValueError(f"base must name the model that the masks are for, {path} does not: --model_args base=...")

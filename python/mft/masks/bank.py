@@ -26,8 +26,8 @@ from mft.masks.banked_experts import bank_experts, note_shapes
 from mft.masks.banked_linear import BankedLayer, BankedLinear, Choice, OneTask, TaskPerRow
 from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module, split_attentions
 from mft.masks.experts import beside
-from mft.masks.export import check_learned_on, check_shapes
-from mft.masks.export_format import check_masks_alone, read_export
+from mft.masks.export import read_learned
+from mft.masks.export_format import check_masks_alone, read_description
 from mft.masks.location import masks_directory
 from mft.models.experts import expert_projections
 from mft.models.linears import find_targets
@@ -159,13 +159,11 @@ class MaskBank:
         """A task's masks by layer, checked against the bank and the model, which stay as they are."""
         self._check_new(task)
         path = masks_directory(directory)
-        export, masks = read_export(path)
+        export = read_description(path)
         check_masks_alone(export, path, "a bank, whose tasks share all but the masks")
-        modules = dict(self.model.named_modules())
-        find_targets(self.model, [name for name in masks if not isinstance(modules.get(name), BankedLayer)])
-        check_shapes(self.model, {entry.name: entry.shape for entry in export.modules})
-        check_learned_on(self.model, export, path, force=force)
-        return masks
+        modules, names = dict(self.model.named_modules()), [entry.name for entry in export.modules]
+        find_targets(self.model, [name for name in names if not isinstance(modules.get(name), BankedLayer)])
+        return read_learned(self.model, export, path, force=force)[0]
 
     def _put(self, task: str, masks: Mapping[str, Tensor]) -> None:
         with self._lock:

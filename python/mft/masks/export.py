@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.checks import check_one_of
 from mft.config import CODINGS, MaskConfig
 from mft.files.atomic import atomic_directory
+from mft.files.mask_coding import BY_NAME
 from mft.masks.convert import check_unwrapped, convert, masked_modules, set_scores
 from mft.masks.export_format import (
     CONFIG_FILE,
@@ -25,9 +27,12 @@ from mft.masks.export_format import (
     UNVERIFIED,
     MaskEntry,
     MaskExport,
+    Weights,
     content_hash,
     export_files,
     is_export,
+    read_description,
+    read_tensors,
     read_whole_export,
 )
 from mft.masks.location import masks_directory
@@ -61,9 +66,11 @@ def save_masks(
             gathered(model). One process writes.
         directory: new, empty, or an earlier export, which is replaced. Anything else is refused.
         base_model_name_or_path: noted for the reader; by default the name that the model was loaded from.
-        coding: "rice", about the entropy of the masks (0.08 bit per weight where 99 % are kept); or "packed", 1 bit per
-            weight, which versions that know format 2 alone can read too.
+        coding: "rice", about the entropy of the masks (0.08 bit per weight where 99 % are kept); "by_weight", a sixth
+            less where small weights are dropped first, but only a reader with the base's weights at hand can use it;
+            or "packed", 1 bit per weight, which versions that know format 2 alone can read too.
     Returns: the directory.
+    Raises: ValueError for a wrong argument, or by_weight where the masked layers are quantised.
     """
     check_one_of("coding", coding, CODINGS)
     model = unwrapped(model)
@@ -78,27 +85,44 @@ def save_masks(
     packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
     saved = saved_tensors(model)
     export = _describe(model, masked, packed, saved, base_model_name_or_path)
-    return _write(target, dataclasses.replace(export, coding=coding), packed, saved)
+    return _write(target, dataclasses.replace(export, coding=coding), packed, saved, partial(_exact_weight, model))
 
 
-def recode_masks(source: str | os.PathLike, directory: str | os.PathLike, *, coding: str = "rice") -> Path:
+@torch.no_grad()
+def recode_masks(
+    source: str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    coding: str = "rice",
+    model: nn.Module | None = None,
+) -> Path:
     """Write an export once more, its masks stored in another way: the same content, by the same content_hash.
 
     Args:
         source: as load_masks takes it.
         directory, coding: as of save_masks; directory may be source.
+        model: the base that the masks were learned on, which coding by_weight takes to read and to write.
     Returns: the directory.
     Raises: as load_masks; ValueError for another coding, or a directory that holds anything else.
     """
     check_one_of("coding", coding, CODINGS)
     target = Path(directory)
     _check_replaceable(target)
-    return _write(target, *recoded(masks_directory(source), coding))
+    inner = None if model is None else uncompiled(model)
+    weights = None if inner is None else partial(_exact_weight, inner)
+    return _write(target, *recoded(masks_directory(source), coding, inner), weights)
 
 
-def recoded(directory: Path, coding: str) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
-    """read_whole_export, described as what export_files writes in another coding."""
-    export, masks, saved = read_whole_export(directory)
+def recoded(
+    directory: Path, coding: str, model: nn.Module | None = None
+) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
+    """An export's description, masks and saved tensors, described as what export_files writes in another coding."""
+    if model is None:
+        export, masks, saved = read_whole_export(directory)
+    else:
+        export = read_description(directory)
+        _check_fit(model, {entry.name: entry.shape for entry in export.modules})
+        masks, saved = read_learned(model, export, directory, force=False)
     hashed = export.content_hash or content_hash(export, masks, saved)  # of version 1, which may lack it
     return dataclasses.replace(export, coding=coding, content_hash=hashed), masks, saved
 
@@ -117,7 +141,7 @@ def load_masks(
         directory: what save_masks wrote, or a run of mft train; a string may be a repository of the hub, user/name or
             user/name@revision, where no directory is called so.
         revision: of a repository: a branch, a tag, or a commit's hash, which pins it.
-        force: accept other base weights of the same shapes.
+        force: accept other base weights of the same shapes; coding by_weight cannot be read with others.
     Returns: the same model.
     Raises: FileNotFoundError; OSError if the hub cannot be asked; ValueError if the export is damaged, does not fit the
         model, or (without force) was learned on other weights. The model is then unchanged.
@@ -126,12 +150,12 @@ def load_masks(
     check_unwrapped(inner)
     check_unsharded(inner)
     path = masks_directory(directory, revision)
-    export, masks, saved = read_whole_export(path)
+    export = read_description(path)
     kept_whole = export.modules_to_save or []
     shapes = {entry.name: entry.shape for entry in export.modules}
     _check_fit(inner, shapes)
+    masks, saved = read_learned(inner, export, path, force=force)
     check_saved_tensors(inner, kept_whole, saved)
-    check_learned_on(inner, export, path, force=force)
     put_masks(inner, masks, shapes, mode=export.mode, keep_ratio=export.keep_ratio)
     put_saved_tensors(inner, kept_whole, saved)
     return model
@@ -203,16 +227,25 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def check_learned_on(model: nn.Module, export: MaskExport, directory: Path, *, force: bool) -> None:
-    """Raise ValueError unless the masks of export, read from directory, were learned on model's weights, or force.
+@torch.no_grad()
+def read_learned(
+    model: nn.Module, export: MaskExport, directory: Path, *, force: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """read_tensors of an export that was learned on model's weights, or (with force) on others of the same shapes.
 
     A warning says if nothing tells whether they are still the masks that were learned.
+    Args: export: read_description of directory; model has all its layers.
+    Raises: ValueError if these have other shapes or (without force, or in a coding that takes them) weights; or as
+        read_tensors.
     """
+    check_shapes(model, {entry.name: entry.shape for entry in export.modules})
+    found = base_hash(model, [entry.name for entry in export.modules])
+    if found != export.base_hash and (not force or BY_NAME[export.coding].needs_weight):
+        raise ValueError(_other_base(model, export, found, directory))
+    masks, saved = read_tensors(directory, export, partial(_exact_weight, model))
     if export.content_hash is None:
         logger.warning("%s: %s", directory, UNVERIFIED)
-    found = base_hash(model, [entry.name for entry in export.modules])
-    if found != export.base_hash and not force:
-        raise ValueError(_other_base(model, export, found, directory))
+    return masks, saved
 
 
 def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -237,6 +270,11 @@ def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Pat
     stored = sorted({entry.dtype for entry in export.modules})
     if dtypes != stored:
         message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
+    if BY_NAME[export.coding].needs_weight:
+        return (
+            f"{message}. Masks in coding {export.coding} are read with the very weights alone: mft recode {directory} "
+            "DIRECTORY on that base writes masks that --force takes"
+        )
     return message + ". To use the masks on this model all the same, pass force=True to load_masks (--force)"
 
 
@@ -283,10 +321,12 @@ def _describe(
     return dataclasses.replace(export, content_hash=content_hash(export, packed, saved))
 
 
-def _write(target: Path, export: MaskExport, packed: dict[str, Tensor], saved: dict[str, Tensor]) -> Path:
+def _write(
+    target: Path, export: MaskExport, packed: dict[str, Tensor], saved: dict[str, Tensor], weights: Weights | None
+) -> Path:
     """Both files, or nothing."""
     with atomic_directory(target) as scratch:
-        for name, content in export_files(export, packed, saved).items():
+        for name, content in export_files(export, packed, saved, weights).items():
             (scratch / name).write_bytes(content)
     return target
 
@@ -311,6 +351,16 @@ def _set_mask(module: MaskedLayer, packed: Tensor, mode: str, keep_ratio: float 
         module.keep_ratio = keep_ratio
     scores = scores_of_mask(packed.to(module.scores.device), module.scores.shape, mode)
     set_scores(module, scores)
+
+
+def _exact_weight(model: nn.Module, name: str) -> Tensor:
+    """_weight, which must not be what codes stand for."""
+    if name in quantized_weights(model):
+        raise ValueError(
+            f"coding by_weight takes the exact weights, got {name} quantised: choose coding rice or packed to save "
+            "masks here; to read them, load the unquantised model"
+        )
+    return _weight(model, name)
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -1,11 +1,12 @@
-"""The format of an export of masks, version 3, read with suspicion: every key, shape, bit and byte count is checked.
+"""The format of an export of masks, version 4, read with suspicion: every key, shape, bit and byte count is checked.
 
 adapter_config.json: the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors: for each
 module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept, of
 experts in one parameter (E, N, ceil(K / 32)); and what the modules of modules_to_save hold, by its name in the model.
-Version 3 has a key coding, "rice": each mask is uint8 (bytes,), as files/rice.py codes the bits that it has in version
-2, its experts' rows after each other. Masks that are not coded are written as version 2, which older readers know.
-Version 1 is as version 2, but content_hash and what is said of quantisation may be missing.
+Versions 3 and 4 have a key coding, which says in what other tensor the same mask lies (files/mask_coding.py): "rice" in
+version 3, "by_weight" in version 4, which is read with the base's weights at hand. Masks that are not coded are written
+as version 2, which older readers know. Version 1 is as version 2, but content_hash and what is said of quantisation may
+be missing.
 """
 
 import contextlib
@@ -15,36 +16,36 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from mft.config import CODINGS, QUANTIZATIONS
-from mft.files import rice
 from mft.files.json_file import check_keys, expect, is_list_of, is_number, read_object, short
+from mft.files.mask_coding import BY_NAME, damaged, of_version
 from mft.files.safetensors_file import MOST_HEADER, open_tensors
 from mft.masks.saved_modules import is_inside
 
 CONFIG_FILE = "adapter_config.json"
 MASK_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "MFT"
-FORMAT_VERSION = 3
-_PACKED_VERSION = 2  # of exports that are not coded
+FORMAT_VERSION = max(coding.version for coding in BY_NAME.values())
 _UNHASHED_VERSION = 1  # may lack content_hash
 MOST_CONFIG = 1 << 24  # bytes: 120,000 masked layers; 100 layers of 256 experts with 3 matrices each have 76,800
 _CHUNK = 1 << 22  # words of a mask whose bits are counted at once
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _HASH_RULE = 'a string "sha256:" and 64 hexadecimal digits'
+_ALONE = CODINGS[1]  # the coding for readers without the weights
 _MODES = ("magnitude", "value")
 _COPY_BOTH = "the two files are not of one export, or damaged; copy both again"
 _MASKED_RULE = "true or false, and false where base_quantization is null"
 UNVERIFIED = "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one"
+Weights = Callable[[str], Tensor]  # the base's weight of a masked layer, (N, K) or of experts (E, N, K), by its name
 _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
 
 
@@ -59,16 +60,6 @@ class MaskEntry:
     shape: tuple[int, ...]
     dtype: str
     kept: int
-
-    @property
-    def words(self) -> tuple[int, ...]:
-        """Shape of the packed mask."""
-        return *self.shape[:-1], -(-self.shape[-1] // 32)
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the mask, of all experts together."""
-        return math.prod(self.shape[:-1]), self.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -99,9 +90,9 @@ class MaskExport:
         """One module a line."""
         fields = _said(self)
         modules = [json.dumps(entry) for entry in fields.pop("modules")]
-        version: dict[str, Any] = {"format_version": _PACKED_VERSION}
+        version: dict[str, Any] = {"format_version": BY_NAME[self.coding].version}
         if self.coding != CODINGS[0]:
-            version = {"format_version": FORMAT_VERSION, "coding": self.coding}
+            version["coding"] = self.coding
         head = json.dumps({**_FIXED, **version, **fields}, indent=2)
         return head.removesuffix("\n}") + ',\n  "modules": [\n    ' + ",\n    ".join(modules) + "\n  ]\n}\n"
 
@@ -120,29 +111,27 @@ def content_hash(export: MaskExport, masks: Mapping[str, Tensor], saved: Mapping
 
 
 def export_files(
-    export: MaskExport, masks: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None
+    export: MaskExport,
+    masks: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> dict[str, bytes]:
-    """What the two files hold, by their names: of packed masks, and the saved tensors. read_whole_export reads them."""
-    stored = {f"{entry.name}.mask": _stored(masks[entry.name], entry, export.coding) for entry in export.modules}
+    """What the two files hold, by their names: of packed masks, and the saved tensors. read_tensors reads them.
+
+    Raises: ValueError if the coding needs weights, and there are none.
+    """
+    coding = BY_NAME[export.coding]
+    if coding.needs_weight and weights is None:
+        raise ValueError(
+            f"coding {export.coding} takes the base's weights to write, got masks alone: mft recode loads the base, as "
+            "does mft.recode_masks(..., model=base)"
+        )
+    stored = {
+        f"{entry.name}.mask": coding.store(masks[entry.name], entry.shape, _weight_for(export, entry, weights))
+        for entry in export.modules
+    }
     tensors = stored | dict(saved or {})
     return {CONFIG_FILE: export.to_json().encode(), MASK_FILE: safetensors.torch.save(tensors, {"format": "pt"})}
-
-
-def coded_size(mask: Tensor) -> int:
-    """Bytes that a boolean mask (N, K), or of experts (E, N, K), takes in an export of coding rice, its name apart."""
-    return len(coded_mask(mask))
-
-
-def coded_mask(mask: Tensor) -> bytes:
-    """A boolean mask (N, K), or of experts (E, N, K), as an export of coding rice has it."""
-    bits = mask.detach().to("cpu", torch.bool).flatten(0, -2).numpy()
-    return rice.encode(rice.words_of(bits), bits.shape[1])
-
-
-def decoded_mask(stream: bytes, shape: tuple[int, int]) -> Tensor:
-    """The mask (N, K) of what coded_mask gave. Raises: ValueError if no mask of this shape has it."""
-    words = rice.decode(np.frombuffer(stream, np.uint8), *shape)
-    return torch.from_numpy(rice.bits_of(words, shape[1]).copy())
 
 
 def is_export(directory: Path) -> bool:
@@ -154,16 +143,27 @@ def is_export(directory: Path) -> bool:
     return values.get("peft_type") == PEFT_TYPE and not _is_of_peft(values)
 
 
-def read_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor]]:
-    """read_whole_export without the saved tensors."""
-    return read_whole_export(directory)[:2]
-
-
-def read_whole_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
-    """The description, the packed mask of each module by name, and what the modules of modules_to_save hold.
+def read_export(directory: Path) -> MaskExport:
+    """The description of an export whose other file is checked too: masks, unless these take weights, and all else.
 
     Raises: FileNotFoundError, or ValueError naming the file, what it holds and what was expected.
     """
+    export = read_description(directory)
+    if BY_NAME[export.coding].needs_weight:
+        with _open_checked(directory / MASK_FILE, export):
+            return export
+    read_tensors(directory, export)
+    return export
+
+
+def read_whole_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
+    """read_description and what read_tensors gives without weights."""
+    export = read_description(directory)
+    return export, *read_tensors(directory, export)
+
+
+def read_description(directory: Path) -> MaskExport:
+    """The description of an export whose files are both there. Raises: as read_export."""
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory}: expected a directory with {CONFIG_FILE} and {MASK_FILE}, got "
@@ -174,14 +174,32 @@ def read_whole_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor], d
             raise FileNotFoundError(
                 f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}: copy both"
             )
-    export = read_config(directory / CONFIG_FILE)
-    masks, saved = _read_tensors(directory / MASK_FILE, export)
+    return read_config(directory / CONFIG_FILE)
+
+
+def read_tensors(
+    directory: Path, export: MaskExport, weights: Weights | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The packed mask of each module by name, and what the modules of modules_to_save hold.
+
+    Args:
+        export: read_description of directory.
+        weights: those that the masks were learned on, by base_hash; only a coding that takes them asks for them.
+    Raises: as read_export; ValueError if the coding takes weights, and there are none.
+    """
+    if BY_NAME[export.coding].needs_weight and weights is None:
+        raise ValueError(
+            f"{directory}: masks in coding {export.coding} are read with the weights of their base, "
+            f"{export.base_model_name_or_path or 'which has no name'}, and got none: mft recode {directory} DIRECTORY "
+            f"--coding {_ALONE} loads it, and writes what is read without"
+        )
+    masks, saved = _read_tensors(directory / MASK_FILE, export, weights)
     if export.content_hash is not None and (found := content_hash(export, masks, saved)) != export.content_hash:
         raise ValueError(
             f"{directory / CONFIG_FILE}: expected content_hash {found}, as the two files together give, got "
             f"{export.content_hash}: damaged, or changed by hand; copy the export again"
         )
-    return export, masks, saved
+    return masks, saved
 
 
 def check_masks_alone(export: MaskExport, directory: Path, reader: str) -> None:
@@ -197,16 +215,14 @@ def most_bytes(export: MaskExport) -> int | None:
     """More than the file of its masks has; None if modules_to_save lie in it too, whose sizes it does not say."""
     if export.modules_to_save:
         return None
-    coded = export.coding != CODINGS[0]
-    masks = sum(rice.most_bytes(*e.matrix) if coded else 4 * math.prod(e.words) for e in export.modules)
-    return MOST_HEADER + 8 + masks
+    return MOST_HEADER + 8 + sum(BY_NAME[export.coding].most_bytes(entry.shape) for entry in export.modules)
 
 
 # ---------------------------------------------------------------------------------------------- the description
 
 
 def read_config(path: Path) -> MaskExport:
-    """The description alone, from a CONFIG_FILE. Raises: as read_whole_export."""
+    """The description alone, from a CONFIG_FILE. Raises: as read_export."""
     values = read_object(path, MOST_CONFIG)
     if values.get("peft_type") != PEFT_TYPE:
         raise ValueError(
@@ -228,7 +244,7 @@ def read_config(path: Path) -> MaskExport:
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
     if version > _UNHASHED_VERSION:
         optional = ["modules_to_save"]
-    if version < FORMAT_VERSION:
+    if CODINGS[0] in of_version(version):
         known.remove("coding")
     check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
     modules = values["modules"]
@@ -273,7 +289,7 @@ def _check_fields(path: Path, export: MaskExport, version: int) -> None:
     expect(path, "layers_to_transform", layers, layers is None or is_list_of(layers, int), "a list of ints or null")
     saved = export.modules_to_save
     expect(path, "modules_to_save", saved, saved is None or is_list_of(saved, str), "a list of strings or null")
-    coded = CODINGS[1:] if version == FORMAT_VERSION else CODINGS[:1]
+    coded = of_version(version)
     expect(path, "coding", export.coding, export.coding in coded, " or ".join(coded))
     kind, masked = export.base_quantization, export.quantize_masked
     expect(path, "base_quantization", kind, kind in (*QUANTIZATIONS, None), f"{' or '.join(QUANTIZATIONS)}, or null")
@@ -311,8 +327,21 @@ def _is_hash(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------- the masks
 
 
-def _read_tensors(path: Path, export: MaskExport) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _read_tensors(
+    path: Path, export: MaskExport, weights: Weights | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Masks by module, saved tensors by their name."""
+    with _open_checked(path, export) as (file, saved):
+        masks = {}
+        for entry in export.modules:
+            key = f"{entry.name}.mask"
+            masks[entry.name] = _read_mask(f"{path}: {key}", file.get_tensor(key), export, entry, weights)
+        return masks, {key: file.get_tensor(key) for key in saved}
+
+
+@contextlib.contextmanager
+def _open_checked(path: Path, export: MaskExport) -> Iterator[tuple[Any, set[str]]]:
+    """The file, whose tensors are those that export describes, and the names of what modules_to_save hold."""
     expected = {f"{entry.name}.mask": entry for entry in export.modules}
     with open_tensors(path, "copy the export again") as file:
         stored = set(file.keys())
@@ -328,61 +357,34 @@ def _read_tensors(path: Path, export: MaskExport) -> tuple[dict[str, Tensor], di
                 f"{path}: missing tensor {short(missing[0])}, a module that {CONFIG_FILE} lists: {_COPY_BOTH}"
             )
         for key, entry in expected.items():  # before anything is allocated
-            _check_declared(path, key, file.get_slice(key), entry, export.coding)
-        masks = {e.name: _read_mask(path, key, file.get_tensor(key), e, export.coding) for key, e in expected.items()}
-        return masks, {key: file.get_tensor(key) for key in saved}
+            declared = file.get_slice(key)
+            shape = tuple(declared.get_shape())
+            BY_NAME[export.coding].check_declared(f"{path}: {key}", declared.get_dtype(), shape, entry.shape)
+        yield file, saved
 
 
-def _check_declared(path: Path, key: str, declared: Any, entry: MaskEntry, coding: str) -> None:
-    """Raise ValueError unless a tensor of this dtype and shape may be the mask of entry."""
-    dtype, shape = declared.get_dtype(), tuple(declared.get_shape())
-    if coding == CODINGS[0]:
-        if dtype != "I32" or shape != entry.words:
-            raise ValueError(
-                f"{path}: {key} must be int32 {entry.words} for a weight of {entry.shape}, got {dtype} {shape}"
-            )
-        return
-    if dtype != "U8" or len(shape) != 1:
-        raise ValueError(f"{path}: {key} must be uint8 (bytes,) for coding {coding}, got {dtype} {shape}")
-    with _of_tensor(path, key):
-        rice.check_length(shape[0], *entry.matrix)
-
-
-def _read_mask(path: Path, key: str, stored: Tensor, entry: MaskEntry, coding: str) -> Tensor:
-    """Packed."""
-    if coding != CODINGS[0]:
-        with _of_tensor(path, key):
-            words = rice.decode(stored.numpy(), *entry.matrix)
-        stored = torch.from_numpy(words.view(np.int32)).view(entry.words)
-    return _checked_mask(path, key, stored, entry)
-
-
-@contextlib.contextmanager
-def _of_tensor(path: Path, key: str) -> Iterator[None]:
-    """What is wrong with a stream, with its place."""
+def _read_mask(key: str, stored: Tensor, export: MaskExport, entry: MaskEntry, weights: Weights | None) -> Tensor:
+    """Packed. key: its place, for the messages."""
+    weight = _weight_for(export, entry, weights)
     try:
-        yield
+        packed = BY_NAME[export.coding].restore(stored, entry.shape, weight)
     except ValueError as error:
-        raise ValueError(f"{path}: {key}: {error}: damaged; copy the export again") from None
+        raise damaged(key, error) from None
+    return _checked_mask(key, packed, entry)
 
 
-def _stored(packed: Tensor, entry: MaskEntry, coding: str) -> Tensor:
-    """The tensor of a file that _read_mask reads."""
-    if coding == CODINGS[0]:
-        return packed
-    stream = rice.encode(packed.numpy().view(np.uint32).reshape(-1, packed.shape[-1]), entry.shape[-1])
-    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+def _weight_for(export: MaskExport, entry: MaskEntry, weights: Weights | None) -> Tensor | None:
+    """None if the coding does without."""
+    return weights(entry.name) if weights is not None and BY_NAME[export.coding].needs_weight else None
 
 
-def _checked_mask(path: Path, key: str, packed: Tensor, entry: MaskEntry) -> Tensor:
+def _checked_mask(key: str, packed: Tensor, entry: MaskEntry) -> Tensor:
     used = entry.shape[-1] % 32
     if used and (packed[..., -1] >> used & (1 << 32 - used) - 1).any():
-        raise ValueError(f"{path}: {key} must have 0 in each row's last {32 - used} bits, its padding: damaged")
+        raise ValueError(f"{key} must have 0 in each row's last {32 - used} bits, its padding: damaged")
     kept = _count_bits(packed)
     if kept != entry.kept:
-        raise ValueError(
-            f"{path}: {key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: {_COPY_BOTH}"
-        )
+        raise ValueError(f"{key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: {_COPY_BOTH}")
     return packed
 
 

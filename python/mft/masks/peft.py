@@ -23,7 +23,7 @@ from mft.files.hub import HubError, asking_hub, split_hub_id
 from mft.masks.banked_experts import note_shapes
 from mft.masks.banked_linear import TaskPerRow
 from mft.masks.convert import check_drawn, convert, masked_modules, pack_attentions, split_attentions
-from mft.masks.export import check_learned_on, loaded_config, scores_of_mask
+from mft.masks.export import loaded_config, read_learned, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetched_masks
 from mft.masks.targets import select_targets
@@ -85,7 +85,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
         directory = _export_directory(pretrained_model_name_or_path, subfolder, kwargs)
         if directory is None:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        export, _ = read_export(directory)
+        export = read_export(directory)
         check_masks_alone(export, directory, "PEFT, which keeps such modules in files of its own")
         config = cls(
             **vars(loaded_config(export.mode, export.keep_ratio))
@@ -344,10 +344,9 @@ def _scores_of_export(model: Any, config: PeftConfig) -> dict[str, Tensor]:
             f"{config.peft_type} masks with a config of their own"
         )
     directory, export = getattr(config, _EXPORT)
-    _, masks = read_export(directory)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with _unwrapped(base):
-        check_learned_on(base, export, directory, force=False)
+        masks, _ = read_learned(base, export, directory, force=False)
     found = {}
     for entry in export.modules:
         path, _, part = entry.name.rpartition(".")

@@ -10,6 +10,7 @@ from mft.checks import nearest_path
 from mft.config import CODINGS, CONFIG
 from mft.config_file import load_config
 from mft.files.json_file import read_object
+from mft.files.mask_coding import BY_NAME
 from mft.files.safetensors_file import open_tensors
 from mft.masks.export import recoded
 from mft.masks.export_format import (
@@ -21,7 +22,7 @@ from mft.masks.export_format import (
     content_hash,
     export_files,
     is_export,
-    read_whole_export,
+    read_export,
 )
 from mft.masks.inspection import said_of_size
 from mft.models.pretrained import MODEL_FILES
@@ -72,7 +73,7 @@ class MaskContents(Contents):
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        export = read_whole_export(directory)[0]
+        export = read_export(directory)
         facts = facts_of_masks(directory, export)
         note = UNVERIFIED if facts.content_hash is None else None
         size = (directory / MASK_FILE).stat().st_size
@@ -99,7 +100,8 @@ class MaskContents(Contents):
     def size(self) -> str | None:
         if not self.facts.weights:
             return None
-        coded = "" if self.coding == CODINGS[0] else "; entropy-coded, which mft of format 3 reads"
+        version = BY_NAME[self.coding].version
+        coded = "" if self.coding == CODINGS[0] else f"; entropy-coded, which mft of format {version} reads"
         beside = self.facts.modules_to_save
         return said_of_size(self.file_bytes, self.facts.weights, beside and [text(", ".join(beside))]) + coded
 

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mft.masks.export_format import coded_mask, decoded_mask
+from mft.files.mask_coding import coded_mask, decoded_mask
 from mft.study.arms.weights import Weights
 from mft_kernels.codes import INT8_LARGEST, Int4, Nf4, Table
 

@@ -260,7 +260,7 @@ def test_the_active_mask_becomes_a_masked_model_and_an_export(tmp_path):
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
-@pytest.mark.parametrize(("mode", "coding"), [("magnitude", "packed"), ("value", "rice")])
+@pytest.mark.parametrize(("mode", "coding"), [("magnitude", "packed"), ("value", "rice"), ("value", "by_weight")])
 def test_an_export_of_masks_is_loaded_by_peft(tmp_path, make, mode, coding):
     save_masks(mask_model(make(), MaskConfig(**SETTING, mode=mode)), tmp_path / "masks", coding=coding)
     model = PeftModel.from_pretrained(make(), tmp_path / "masks")

@@ -171,7 +171,7 @@ def test_an_export_says_on_which_base_the_masks_were_learned(tmp_path):
     exact = base_hash(model)
     quantize_model(model, "int8", masked=True)
     out = logits(model)
-    export, _ = read_export(save_masks(model, tmp_path / "export"))
+    export = read_export(save_masks(model, tmp_path / "export"))
     assert (export.base_quantization, export.quantize_masked, export.base_hash) == ("int8", True, exact)
     loaded = load_masks(mixture(), tmp_path / "export").requires_grad_(False)
     assert torch.equal(logits(quantize_model(loaded, "int8", masked=True)), out)

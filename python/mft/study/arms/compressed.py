@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mft.masks.export_format import coded_size
+from mft.files.mask_coding import coded_size
 from mft.models.causal_lm import clone_with_own_weights
 from mft.study.arms.arm import TRAINING, Arm, Ground
 from mft.study.arms.fp32_steps import compute_in_fp32, factors_of, learn_factors

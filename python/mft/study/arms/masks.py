@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mft.checks import SHARE, check_rule
 from mft.config import BUDGET, DATA_INITS, INITS, MaskConfig, TrainConfig
+from mft.files.mask_coding import coded_size
 from mft.importance.scores import initialise_scores, mask_from_data
 from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
-from mft.masks.export_format import coded_size
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.linears import weight_name
 from mft.study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground
