@@ -1,7 +1,7 @@
 """Masks: MFT, whose scores are trained, and those that are found in one shot."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +33,7 @@ class _AnyMask(Arm):
         return found
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
-        return sum(map(coded_size, _kept(ground, model)))
+        return _export_bytes(_kept(ground, model))
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
         """One bit per weight: masks stay packed while a model runs."""
@@ -105,7 +105,7 @@ class Mask(_AnyMask):
 
     def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
         """How many runs keep a weight, or the weights where these are fewer bytes."""
-        return min(super().bytes_of_mean(ground, model, runs), sum(map(coded_size, _kept_by_runs(ground, model, runs))))
+        return min(super().bytes_of_mean(ground, model, runs), _export_bytes(_kept_by_runs(ground, model, runs)))
 
     def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
         return int(score_bytes(ground.mask, train) * ground.numbers())
@@ -121,20 +121,29 @@ class OneShot(_AnyMask):
         return one_shot_mask(clone, ground.mask, self.kind, ground.rows()).eval()
 
 
-def _kept(ground: Ground, model: nn.Module) -> Iterator[Tensor]:
-    """True where a weight stays."""
+def _export_bytes(masks: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """Bytes of an export of masks, each with its weight, in the coding that makes it smallest."""
+    alone = by_weight = 0
+    for mask, weight in masks:
+        alone += coded_size(mask)
+        by_weight += coded_size(mask, weight)
+    return min(alone, by_weight)
+
+
+def _kept(ground: Ground, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """True where a weight stays, and the weight, by layer."""
     masked = masked_modules(model)
     for name in ground.layers:
         if name in masked:
-            yield masked[name].mask()
+            yield masked[name].mask(), masked[name].weight.detach()
             continue
-        weight, start = (each.get_parameter(weight_name(each, name)) for each in (model, ground.start))
-        yield weight.detach() == start.detach()
+        weight, start = (each.get_parameter(weight_name(each, name)).detach() for each in (model, ground.start))
+        yield weight == start, start
 
 
-def _kept_by_runs(ground: Ground, model: nn.Module, runs: int) -> Iterator[Tensor]:
-    """Of a mean of masks: True where one run at least keeps a weight, where two do, and so on."""
+def _kept_by_runs(ground: Ground, model: nn.Module, runs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of a mean of masks: True where one run at least keeps a weight, where two do, and so on; and the weight."""
     for name in ground.layers:
         weight, start = (each.get_parameter(weight_name(each, name)).detach() for each in (model, ground.start))
         kept = (weight / start * runs).nan_to_num(runs).round()  # a weight that is 0 does not tell
-        yield from (kept >= count for count in range(1, runs + 1))
+        yield from ((kept >= count, start) for count in range(1, runs + 1))
