@@ -193,6 +193,8 @@ STUDY = (
   MFT: {kind: mask, lrs: [1e-2]}
   LoRA: {kind: lora, lrs: [1e-2]}
   LoRA in 4 bits: {kind: coded, of: LoRA, formats: [nf4]}
+  attention: {kind: peft, lrs: [1e-2], config: {peft_type: LORA, r: 2, target_modules: [[q_proj, v_proj], [q_proj]]}}
+  attention in 4 bits: {kind: coded, of: attention, formats: [nf4]}
   part of control: {kind: coded, of: control, formats: [int8, nf4], shares: [0.03, 0.1], max_bytes: 4000}
 """
 )
@@ -207,6 +209,7 @@ def test_a_study_of_them_chooses_formats_and_shares_and_shows_both_sizes(ground,
     by_arm = {row["arm"]: row for row in rows}
     assert by_arm["LoRA in 4 bits"]["bytes"] < 0.3 * by_arm["LoRA"]["bytes"]
     assert by_arm["LoRA in 4 bits"]["resident"] == by_arm["LoRA"]["resident"]
+    assert by_arm["attention in 4 bits"]["bytes"] < 0.4 * by_arm["attention"]["bytes"]
     assert by_arm["part of control"]["bytes"] <= 4000
     assert "resident bytes" in (tmp_path / "run" / "table.md").read_text()
     chosen = found.chosen["count"]["part of control"]

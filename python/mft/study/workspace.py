@@ -112,10 +112,9 @@ class Workspace:
         """
         source, mask = self.study.arms[arm.of] if arm.of is not None else arm, self.study.mask
         settings = _by_config(source.settings(mask))
-        if setting is not None and setting.config is not None:
-            settings = [setting]
+        own = [each for each in settings if setting is not None and each.config == setting.config]
         found = []
-        for each in settings:
+        for each in own or settings:
             key = repr(source), each.config
             if key not in self._layers:
                 names = source.targets(self.base, mask, each)
