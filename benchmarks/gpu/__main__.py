@@ -4,9 +4,9 @@ python -m benchmarks.gpu --report DIR   gpu.md and gpu-faster.json of the result
 This process measures nothing: it starts the one that does (worker.py), and another where a kernel took that down.
 
 Exit code: 0 done, also if a goal is missed, the time left cases out, or without libmft_cuda.so Triton alone was
-measured; 1 something failed or is wrong; 2 no GPU, or a bad argument; 3 nothing failed, but compute-sanitizer, which
-should have looked into the CUDA kernels, is missing or gave no verdict, or the library was built without this card's
-own kernels: all else is measured and written.
+measured; 1 something failed or is wrong; 2 no GPU, or a bad argument; 3 nothing failed, but something was slow, or
+compute-sanitizer, which should have looked into the CUDA kernels, complains, is missing or gave no verdict, or the
+library was built without this card's own kernels: all else is measured and written.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from ..records import RESULTS
 from . import report
 from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, EVERY_SHAPE, SHAPES, TOKENS, WHATS, is_beside_others, plan
 from .programs import run_for
-from .results import FAILED, NOT_MEASURED, WAITING, Results
+from .results import FAILED, NOT_MEASURED, SLOW, WAITING, Results
 
 BUDGET = 500
 #: Beyond the budget, for a case that takes longer than was expected.
@@ -105,19 +105,20 @@ def measure(command: Sequence[str], out: Path, deadline: float, *, dry: bool = F
                 print(f"the process that measures died between two cases, exit code {code}", file=sys.stderr)
             return not code
         record = results.of(case)
-        running, failures = record["running"], record["failures"]
+        running, blamed = record["running"], results.blamed(case)
         hung = code is not None and time.time() - running["since"] >= running["patience"]
-        why = f"hung: no end after {running['patience']:.0f} s" if hung else f"the process died, exit code {code}"
+        why = f"no end after {running['patience']:.0f} s: it hangs, or is slow"
+        why = why if hung else f"the process died, exit code {code}"
         why = running.get("lost", why) if code is not None else "the time was up while it ran"
         print(f"{case}: {why}", flush=True)
         kind = "" if hung else case.what
         if code is not None and is_beside_others(case) and not {"", case.what} & without_cuda.keys():
             without_cuda[kind] = f"not tried again after {case}: {why}"
-            results.set(case, NOT_MEASURED, reason=WAITING, failures={CUDA: why})
+            results.set(case, NOT_MEASURED, reason=WAITING, **{"slow" if hung else "failures": {CUDA: why}})
             continue
         if hung and case.detail.startswith(CUDA):
             without_cuda[kind] = f"not tried again after {case}: {why}"
-        results.set(case, NOT_MEASURED if code is None else FAILED, reason=why, failures=failures)
+        results.set(case, NOT_MEASURED if code is None else SLOW if hung else FAILED, reason=why, **blamed)
         if code is None:
             return True
 

@@ -1,5 +1,6 @@
 """From a run to the table by which "auto" takes CUDA's kernels (backends/faster.py), once they were correct."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -94,9 +95,11 @@ def _ops(records: Sequence[Record]) -> Iterable[tuple[str, list[str], list[_Time
 def _pairs(
     records: Iterable[Record], what: str, auto: str, cuda: str, only: Callable[[Record], bool] = lambda _: True
 ) -> dict[tuple[int, int, int], tuple[float, float]]:
-    """{(n, k, m): medians of both} of the cases in which both were timed."""
-    return {
-        (record["n"], record["k"], record["m"]): (samples[auto]["ms"]["median"], samples[cuda]["ms"]["median"])
-        for record in records
-        if record["what"] == what and only(record) and {auto, cuda} <= (samples := record.get("samples", {})).keys()
-    }
+    """{(n, k, m): medians of both} of the cases in which both were timed; no end of CUDA's kernels is infinite."""
+    found = {}
+    for record in records:
+        times = {name: sample["ms"]["median"] for name, sample in record.get("samples", {}).items() if "ms" in sample}
+        times |= dict.fromkeys([cuda] if CUDA in record.get("slow", {}) else [], math.inf)
+        if record["what"] == what and only(record) and {auto, cuda} <= times.keys():
+            found[record["n"], record["k"], record["m"]] = times[auto], times[cuda]
+    return found

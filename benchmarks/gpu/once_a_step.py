@@ -40,7 +40,7 @@ def time_threshold(case: Case, bench: Bench) -> dict[str, Any]:
     copies = [first, *(first.clone() for _ in range(bench.inputs.copies(first.nbytes) - 1))]
     dropped = int((1 - KEEP_RATIO) * first.numel())
     kept = first.numel() - dropped
-    threshold = first.abs().flatten().sort().values[dropped]
+    threshold = first.abs().flatten().sort().values[dropped].clone()  # aligned, as a threshold of its own is
     found: dict[str, Competitor] = {}
 
     def add(name: str, run: Callable[[Tensor], Any], *, written: float, selects: bool, how: str = GRAPH) -> None:

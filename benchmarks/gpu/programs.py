@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records import ROOT
-from .results import FAILED, MEASURED, NOT_MEASURED
+from .results import FAILED, MEASURED, NOT_MEASURED, REPORTED
 
 SANITIZER = "compute-sanitizer"
 _TESTS = ("tests/triton_kernels", "tests/ops")
@@ -101,7 +101,7 @@ def summarise(output: str, code: int | None, seconds: float) -> dict[str, Any]:
 
 
 def sanitize(tool: str, seconds: float, *, dry: bool = False) -> dict[str, Any]:
-    """status, counts and complaints of "memcheck" or "racecheck"; failed counts what the tool reports."""
+    """status, counts and complaints of "memcheck" or "racecheck": see judge."""
     if dry:
         return {"status": NOT_MEASURED, "reason": f"a dry run has no GPU for {SANITIZER}"}
     program, missing = find_sanitizer()
@@ -140,7 +140,9 @@ def sanitizer_command(program: str, tool: str) -> list[str]:
 
 
 def judge(tool: str, output: str, code: int | None, seconds: float) -> dict[str, Any]:
-    """What the sanitizer says; ``code`` is None if it ran out of time."""
+    """Two verdicts: "failed" counts wrong results of its program, which make the case FAILED; "reports" counts what the
+    tool complains of, which alone makes it REPORTED. ``code`` is None if it ran out of time.
+    """
     reports = [line.lstrip("= ").rstrip() for line in output.splitlines() if line.startswith("=========")]
     verdict, checked = _VERDICT[tool].search(output), _CHECKED.search(output)
     found = _FOUND.search(output) or (checked and int(checked[2]))
@@ -157,12 +159,13 @@ def judge(tool: str, output: str, code: int | None, seconds: float) -> dict[str,
     complaints += [line for line in reports if line][:20] if errors or warnings else []
     if not checked:
         complaints.insert(0, f"its program did not end: {'out of time' if code is None else f'exit code {code}'}")
-    failed, complete = errors + (int(checked[2]) if checked else 0), bool(verdict and checked)
+    failed, complete = int(checked[2]) if checked else 0, bool(verdict and checked)
     return {
-        "status": FAILED if failed or not complete else MEASURED,
+        "status": FAILED if failed else REPORTED if errors or not complete else MEASURED,
         "passed": int(checked[1]) if checked else 0,
         "failed": failed,
         "skipped": 0,
+        "reports": errors,
         "warnings": warnings,
         "complaints": complaints,
         "complete": complete,

@@ -8,7 +8,7 @@ from ..tables import markdown
 from .cases import AUTO, COMPILED, CUDA, DENSE, EAGER, FUSED, HELD, KEPT, LAYER, PACKED, PAPER, PASS, Case
 from .faster_table import FASTER, is_wrong, table
 from .goals import goals, no_cuda
-from .results import FAILED, MEASURED, NOT_MEASURED, Document, Record, figures, read, write_whole
+from .results import FAILED, MEASURED, NOT_MEASURED, REPORTED, SLOW, Document, Record, figures, read, write_whole
 
 _COLUMNS = (DENSE, CUDA, FUSED, PACKED, AUTO, LAYER, HELD, PASS, KEPT, COMPILED, EAGER, PAPER)
 #: Begins a line of what is missing and costs no exit code.
@@ -104,7 +104,16 @@ def gaps(documents: Sequence[Document]) -> list[str]:
             f"LACKING: this card's own {why}; the general kernels were measured in their place"
             for why in environment.get("cuda_lacks", [])
         ]
-    return [*lines, *(f"UNPROVEN: {r['detail']}: {r['reason']}" for _, r in _records(documents) if r.get("unproven"))]
+    for case, record in _records(documents):
+        lines += [f"SLOW: {case}: {name}: {why}" for name, why in record.get("slow", {}).items()]
+        if record["status"] == SLOW:
+            lines.append(f"SLOW: {case}: {record['reason']}")
+        if record["status"] == REPORTED:
+            lines.append(f"THE SANITIZER SAYS: {case}: {record['reports']} errors, and no result was wrong")
+            lines += [f"{case}: {complaint}" for complaint in record["complaints"]]
+        if record.get("unproven"):
+            lines.append(f"UNPROVEN: {record['detail']}: {record['reason']}")
+    return lines
 
 
 def _records(documents: Iterable[Document]) -> Iterable[tuple[Case, Record]]:
@@ -154,7 +163,7 @@ def _timed(document: Document) -> Iterable[str]:
         groups.setdefault((detail, record["n"], record["k"]), []).append(record)
     for key, records in groups.items():
         found = dict.fromkeys(
-            name for record in records for name in [*record.get("samples", {}), *record.get("failures", {})]
+            name for record in records for kind in ("samples", "failures", "slow") for name in record.get(kind, {})
         )
         names = sorted(found, key=lambda name: _COLUMNS.index(name) if name in _COLUMNS else len(_COLUMNS))
         detail, n, k = key
@@ -173,6 +182,8 @@ def _timed(document: Document) -> Iterable[str]:
 def _cell(record: Record, name: str) -> str:
     if name in record.get("failures", {}):
         return "FAILED"
+    if name in record.get("slow", {}):
+        return SLOW
     if name in record.get("samples", {}):
         return figures(record["samples"][name])
     return record["status"] if not record.get("samples") else ""
@@ -189,7 +200,7 @@ def _remarks(document: Document) -> str:
         for name, sample in record.get("samples", {}).items():
             if "note" in sample:
                 places.setdefault(f"{name} was not captured: {sample['note']}", [])
-        if record["status"] != FAILED:
+        if record["status"] not in (FAILED, REPORTED):
             for remark in record.get("complaints", []):
                 places.setdefault(remark, []).append(case.place)
     lines = [f"- {remark}" + (f" ({'; '.join(at)})" if at else "") for remark, at in places.items()]

@@ -14,7 +14,9 @@ from typing import Any
 
 from .cases import WHATS, Case
 
-MEASURED, NOT_MEASURED, FAILED = "measured", "not measured", "failed"
+#: FAILED: a result is wrong, or something raised or died. The other two say nothing of results: SLOW took longer than
+#: its patience, or hangs; of REPORTED compute-sanitizer complains, whose racecheck may do so of a right kernel.
+MEASURED, NOT_MEASURED, FAILED, SLOW, REPORTED = "measured", "not measured", "failed", "slow", "reported"
 WAITING = "the run ended before its turn"
 
 Document = dict[str, Any]
@@ -49,9 +51,12 @@ class Results:
 
     def start(self, case: Case, patience: float) -> None:
         """Write a case as failed, since a process that ends from here on has ended while it ran."""
-        failures = self.of(case).get("failures", {})
         running = {"since": time.time(), "patience": patience}
-        self.set(case, FAILED, reason="the process ended while it ran", running=running, failures=failures)
+        self.set(case, FAILED, reason="the process ended while it ran", running=running, **self.blamed(case))
+
+    def blamed(self, case: Case) -> dict[str, dict[str, str]]:
+        """Who has taken a process down in this very case, and why: in "failures", or in "slow" of those that hung."""
+        return {kind: named for kind in ("failures", "slow") if (named := self.of(case).get(kind))}
 
     def lose(self, case: Case, why: str) -> None:
         """Add to a case that runs why its process is about to end."""

@@ -35,7 +35,7 @@ def run_cases(
         before, left = clock(), deadline - clock()
         if not results.is_waiting(case) or left <= 0:
             continue
-        blamed = results.of(case).get("failures", {})
+        blamed = results.blamed(case)
         seconds = left if case == cases[-1] else min(left, SECONDS_OF.get(case.detail, left))
         patience = seconds + _MORE if case.detail in SECONDS_OF else case.patience
         results.start(case, patience)
@@ -47,9 +47,9 @@ def run_cases(
             raise
         finally:
             faulthandler.cancel_dump_traceback_later()
-        if blamed:  # who took a process down in this very case was left out of it since
-            fields["failures"] = fields.get("failures", {}) | blamed
-            fields["left_out"] = {name: why for name, why in fields.get("left_out", {}).items() if name not in blamed}
+        for kind, named in blamed.items():  # who was left out of it since
+            fields[kind] = fields.get(kind, {}) | named
+            fields["left_out"] = {name: why for name, why in fields.get("left_out", {}).items() if name not in named}
         status, took = fields.pop("status", FAILED if fields.get("failures") else MEASURED), clock() - before
         results.set(case, status, seconds=round(took, 2), **fields)
         say(f"[{place}/{len(cases)}] {case}: {_in_short(status, fields)}; {took:.1f} s, at {clock() - start:.0f} s")

@@ -142,6 +142,24 @@ def test_poisoned_memory_begins_as_nan_and_the_setting_is_put_back():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_every_threshold_lies_where_one_of_a_layer_does(changes, here, monkeypatch):
+    """A view into what was sorted begins at any multiple of 2 bytes: no cubin is made for that, and Triton compiles."""
+    monkeypatch.setattr(correctness, "DRY_SHAPE", (24, 41))  # 984 scores, of which the 99th decides
+    monkeypatch.setattr(once_a_step, "KEEP_RATIO", 0.899)
+    seen = []
+
+    def note(result, *arguments):
+        seen.extend(each for each in arguments if isinstance(each, torch.Tensor) and each.dim() == 0)
+        return result
+
+    changes |= dict.fromkeys(("masked_linear", "masked_linear_backward", "pack_mask"), note)
+    for detail in ("cuda exact", "cuda random", "cuda repeats"):
+        complaints_of(detail, here)
+    once_a_step.time_threshold(Case("threshold", 24, 41, detail="bfloat16"), timing.Bench(here, CEILINGS))
+    assert len(seen) >= 20
+    assert all(threshold.data_ptr() % 16 == 0 for threshold in seen)
+
+
 def test_thresholds_by_row_are_asked_for(changes, here):
     right = torch.ops.mft.masked_linear
 

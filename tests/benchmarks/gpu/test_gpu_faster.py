@@ -13,7 +13,7 @@ from gpu_records import HERE, check, documents_of, record, results_of, sample
 
 from benchmarks.gpu import faster_table, report
 from benchmarks.gpu.cases import AUTO, CUDA, CUDA_CHECKS, FUSED, SQUARE, Case
-from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED
+from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED, REPORTED, SLOW
 from mft_kernels.backends import faster
 from mft_kernels.backends import table as backends
 
@@ -72,6 +72,27 @@ def test_there_is_no_table_of_kernels_that_were_not_found_right():
         assert faster_table.table(documents_of(*checks(**states), fast)) is None
     wrong = timed("d_x", 64, 1.0, 0.5) | {"failures": {CUDA: "wrong: 0.5 from the eager form"}}
     assert faster_table.table(documents_of(*checks(), fast, wrong)) is None
+
+
+def test_what_the_sanitizer_says_and_what_is_slow_forbid_no_kernel(tmp_path):
+    fast = timed("forward", 2048, 1.0, 0.5)
+    said = documents_of(*checks(cuda_memcheck=REPORTED), fast)
+    assert faster_table.table(said)["ops"][0]["sizes"] == {"2048": True}
+    slow = record("forward", 1024, {AUTO: sample(1.0)}) | {"slow": {CUDA: "no end after 60 s"}}
+    assert sizes_of([timed("forward", 512, 1.0, 0.5), slow, fast]) == {"512": True, "1024": False, "2048": True}
+    (tmp_path / faster_table.FASTER).write_text("{}")
+    checked = [Case.of(each) for each in checks()]
+    results = results_of(tmp_path, checked)
+    for one, status in zip(checked, (SLOW, *[REPORTED] * len(checked))):
+        results.set(
+            one, status, reason="no end after 60 s", passed=1, failed=0, skipped=0, reports=2, complaints=["a race"]
+        )
+    report.write(tmp_path)
+    assert (tmp_path / faster_table.FASTER).exists()  # what an earlier run has measured
+    top = (tmp_path / "gpu.md").read_text().split("## Goals")[0]
+    assert "Nothing.\n" in top
+    assert "- SLOW: correctness cuda exact: no end after 60 s" in top
+    assert "- THE SANITIZER SAYS: correctness cuda memcheck: 2 errors, and no result was wrong" in top
 
 
 @pytest.mark.parametrize("other", [{"device": "another card"}, {"sources": "4567"}])

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 
 from benchmarks.gpu import programs
-from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED
+from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED, REPORTED
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -86,22 +86,22 @@ _RACES = _END + "========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 wa
 
 
 @pytest.mark.parametrize(
-    ("tool", "output", "code", "status", "failed", "complaint"),
+    ("tool", "output", "code", "status", "reports", "complaint"),
     [
         ("memcheck", _CLEAN, 0, MEASURED, 0, None),
-        ("memcheck", _INVALID + _END + "========= ERROR SUMMARY: 2 errors\n", 9, FAILED, 2, "Invalid __global__ read"),
-        ("memcheck", _INVALID, None, FAILED, 1, "its program did not end: out of time"),
-        ("memcheck", _INVALID + "========= ERROR SUMMARY: 1 error\n", 9, FAILED, 1, "did not end: exit code 9"),
-        ("memcheck", "wrong: masked_linear: 1 of 9\n" + _CLEAN.replace("240 passed, 0", "239 passed, 1"), 1, FAILED, 1,
+        ("memcheck", _INVALID + _END + "========= ERROR SUMMARY: 2 errors\n", 9, REPORTED, 2, "Invalid __global__"),
+        ("memcheck", _INVALID, None, REPORTED, 1, "its program did not end: out of time"),
+        ("memcheck", _INVALID + "========= ERROR SUMMARY: 1 error\n", 9, REPORTED, 1, "did not end: exit code 9"),
+        ("memcheck", "wrong: masked_linear: 1 of 9\n" + _CLEAN.replace("240 passed, 0", "239 passed, 1"), 1, FAILED, 0,
          "wrong: masked_linear"),
-        ("racecheck", _RACES, 9, FAILED, 1, "RACECHECK SUMMARY"),
+        ("racecheck", _RACES, 9, REPORTED, 1, "RACECHECK SUMMARY"),
         ("racecheck", _RACES.replace("(1 error,", "(0 errors,"), 0, MEASURED, 0, "2 warnings"),
         ("racecheck", _RACES.replace("(1 error, 2", "(0 errors, 0"), 0, MEASURED, 0, None),
     ],
 )  # fmt: skip
-def test_the_sanitizer_s_verdict(tool, output, code, status, failed, complaint):
+def test_what_the_sanitizer_says_is_not_what_is_wrong(tool, output, code, status, reports, complaint):
     found = programs.judge(tool, output, code, 60)
-    assert (found["status"], found["failed"]) == (status, failed)
+    assert (found["status"], found["failed"], found["reports"]) == (status, status == FAILED, reports)
     assert found["complete"] != ("did not end" in str(found["complaints"]))
     assert any(complaint in c for c in found["complaints"]) if complaint else found["complaints"] == []
 

@@ -17,7 +17,7 @@ from gpu_records import results_of
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.cases import CUDA, SQUARE, Case, plan
-from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED, WAITING, Results, read
+from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED, SLOW, WAITING, Results, read
 from benchmarks.gpu.worker import run_cases
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -154,19 +154,28 @@ _CRASH, _HANG = "os.kill(os.getpid(), signal.SIGSEGV)", "time.sleep(60)"
 
 
 @pytest.mark.parametrize(
-    ("ending", "reason"),
+    ("ending", "reason", "verdict", "kind"),
     [
-        (_CRASH, "the process died, exit code -11"),
-        ("raise RuntimeError('illegal address')", "illegal address"),
-        (_HANG, "hung: no end after "),
+        (_CRASH, "the process died, exit code -11", FAILED, "failures"),
+        ("raise RuntimeError('illegal address')", "illegal address", FAILED, "failures"),
+        (_HANG, "no end after ", SLOW, "slow"),  # which says nothing of its results
     ],
 )
-def test_a_process_that_dies_or_hangs_loses_one_case(tmp_path, ending, reason):
+def test_a_process_that_dies_or_hangs_loses_one_case(tmp_path, ending, reason, verdict, kind):
     records, well = measured(tmp_path, ending)
-    assert statuses(records) == [MEASURED, FAILED, MEASURED]
+    assert statuses(records) == [MEASURED, verdict, MEASURED]
     assert records[16, ""]["reason"].startswith(reason)
-    assert records[16, ""]["failures"][CUDA].startswith(reason)  # without it the case ended the same way
+    assert records[16, ""][kind][CUDA].startswith(reason)  # without it the case ended the same way
+    assert {"failures", "slow"} & records[16, ""].keys() == {kind}
     assert well
+
+
+def test_what_is_slow_is_said_and_costs_an_exit_code_of_its_own(tmp_path, capsys):
+    measured(tmp_path, _UNLESS_WITHOUT_CUDA + _HANG)
+    assert command.main(["--report", str(tmp_path)]) == 3
+    said = capsys.readouterr().out
+    assert "## What failed\n\nNothing." in said
+    assert "- SLOW: d_x 1024 x 4096, M = 16: cuda: no end after 0 s: it hangs, or is slow" in said
 
 
 def test_a_case_that_fails_with_cuda_is_measured_once_more_without(tmp_path):
@@ -191,8 +200,8 @@ def test_cuda_is_left_out_of_its_kind_of_case_and_after_a_hang_of_every_kind(tmp
 def test_a_cuda_check_that_hangs_is_not_followed_by_others(tmp_path):
     cases = [Case("correctness", detail="cuda exact"), Case("correctness", detail="cuda layouts")]
     records, _ = measured(tmp_path, _UNLESS_WITHOUT_CUDA + _HANG, cases)
-    assert records[0, "cuda exact"]["status"] == FAILED
-    assert "hung" in records[0, "cuda layouts"]["left_out"][CUDA]
+    assert records[0, "cuda exact"]["status"] == SLOW
+    assert "it hangs, or is slow" in records[0, "cuda layouts"]["left_out"][CUDA]
 
 
 @pytest.mark.slow
