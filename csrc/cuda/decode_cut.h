@@ -70,8 +70,9 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
   cut.all_work = jobs.count >= device.multiprocessors >> clusters << clusters;
   const int64_t waves = quotient(jobs.count, static_cast<int64_t>(multiprocessors) * size.blocks);
   const int64_t waits = quotient(cut.part_units, cut.slab_units) - 1 + (cut.cluster_bits > 0);  // slabs; the cluster
+  const Rates rates = rates_of(device.capability);
   const double busy =
-      busy_cycles(jobs, multiprocessors, size.blocks, size.ahead + 1, rates_of(device.capability).multiply_adds) +
+      busy_cycles(jobs, multiprocessors, size.blocks, size.ahead + 1, rates.multiply_adds, rates.l2) +
       waves * waits * kLatency;
   const double results = static_cast<double>(size.tokens) * size.groups * size.features;
   const double of_parts = in_memory > 1 ? 8 * in_memory * results : 0;

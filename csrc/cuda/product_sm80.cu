@@ -16,8 +16,8 @@ double cycles_of(const Product& p, int tokens, int parts, const Device& device) 
   jobs.read = sm80::kTileDepth * (2 * tokens + sm80::kTileFeatures * (2 + mask));
   jobs.written = sm80::kTileFeatures * tokens * (parts > 1 ? 4 : 2);
   const int stages = sm80::stages_of(static_cast<int>(jobs.read), device);
-  const double busy =
-      busy_cycles(jobs, device.multiprocessors, 2, stages, rates_of(device.capability).multiply_adds);
+  const Rates rates = rates_of(device.capability);
+  const double busy = busy_cycles(jobs, device.multiprocessors, 2, stages, rates.multiply_adds, rates.l2);
   return launch_cycles(busy, bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }

@@ -84,7 +84,8 @@ double cycles_of_tile(const Product& p, int parts, const Device& device) {
   jobs.read = Kernel::kWeightStageBytes + Kernel::kInputBytes / Kernel::kCluster;
   jobs.written = (parts > 1 ? 4 : 2) * Kernel::kFeatures * kTokens;
   const int clusters = std::max(1, device.multiprocessors / Kernel::kCluster);
-  const double busy = busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kWgmma);
+  const double busy = busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kWgmma,
+                                  rates_of(device.capability).l2);
   return launch_cycles(busy, bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }

@@ -16,7 +16,8 @@ double weight_bytes(const QuantizedProduct& p) {
 int64_t part_stride(const QuantizedProduct& p) { return quotient(p.out.columns, sm80::kTileFeatures) * sm80::kTileFeatures; }
 
 double cycles_of(const QuantizedProduct& p, int tokens, int parts, const Device& device) {
-  const double rate = rates_of(device.capability).multiply_adds;
+  const Rates rates = rates_of(device.capability);
+  const double rate = rates.multiply_adds;
   Jobs jobs;
   jobs.count = quotient(p.out.columns, sm80::kTileFeatures) * quotient(p.out.rows, tokens) * parts;
   jobs.steps = quotient(quotient(p.in.columns, sm80::kQuantizedDepth), parts);
@@ -28,7 +29,7 @@ double cycles_of(const QuantizedProduct& p, int tokens, int parts, const Device&
   const double bytes = static_cast<double>(p.weight.rows) * p.weight.columns * weight_bytes(p) +
                        2.0 * p.out.rows * (p.out.columns + p.in.columns);
   const int blocks = tokens == 128 && !p.weight.nf4 ? 1 : 2;  // as the kernels ask
-  return launch_cycles(busy_cycles(jobs, device.multiprocessors, blocks, stages, rate), bytes, device) +
+  return launch_cycles(busy_cycles(jobs, device.multiprocessors, blocks, stages, rate, rates.l2), bytes, device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
 

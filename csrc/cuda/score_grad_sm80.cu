@@ -24,9 +24,10 @@ double cycles_of(const ScoreGrad& p, int parts, const Device& device) {
   jobs.read = Chunked::kStageBytes;
   jobs.written = kTile * kTile * (parts > 1 ? 4 : kEpilogueBytes);
   const int stages = std::clamp(sm80::stages_of(Chunked::kStageBytes, device), 3, Chunked::kMostStages);
+  const Rates rates = rates_of(device.capability);
   const double busy = busy_cycles(jobs, device.multiprocessors, Chunked::kBlocksPerMultiprocessor, stages,
-                                  rates_of(device.capability).multiply_adds);
-  const double finished = parts > 1 ? kEpilogueBytes * elements / (kL2Bytes * device.multiprocessors) : 0;
+                                  rates.multiply_adds, rates.l2);
+  const double finished = parts > 1 ? kEpilogueBytes * elements / (rates.l2 * device.multiprocessors) : 0;
   return launch_cycles(busy, bytes_of(p), device) + sum_cycles(parts, elements, device) + finished;
 }
 

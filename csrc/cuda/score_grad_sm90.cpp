@@ -48,7 +48,8 @@ Plan plan_sm90(const ScoreGrad& problem, const Device& device) {
   jobs.multiply_adds = kRows * kColumns * kDepth;
   jobs.read = 2 * kDepth * (kRows + kColumns / kCluster);
   jobs.written = kEpilogueBytes * kRows * kColumns;
-  const double busy = busy_cycles(jobs, std::max(1, device.multiprocessors / kCluster), 1, kStages, kWgmma);
+  const double busy = busy_cycles(jobs, std::max(1, device.multiprocessors / kCluster), 1, kStages, kWgmma,
+                                  rates_of(device.capability).l2);
   return {launch_cycles(busy, bytes_of(problem), device), kDepth};
 }
 

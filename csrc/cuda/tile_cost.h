@@ -9,7 +9,6 @@
 
 namespace mft::cuda {
 
-constexpr double kL2Bytes = 40;  // a cycle, from L2 to a multiprocessor
 constexpr double kLatency = 900;  // cycles from a request to memory until its bytes are there
 constexpr double kWgmma = 2048;   // multiply-adds a cycle and multiprocessor: 989 TFLOP/s of an H100's 132 at 1.83 GHz
 constexpr int kMostParts = 16;    // of a sum
@@ -20,12 +19,15 @@ struct Rates {
   double multiply_adds;  // of mma.sync, 16-bit; on 9.0 and 10.x an estimate, half of wgmma's and a quarter of tcgen05's
   double memory;         // bytes
   double launch;         // cycles of one launch more: 2 us
+  // Bytes from L2. On 9.0: 6.2 TB/s of an H100, what a plain GEMM that reaches 790 TFLOP/s reads there in tiles of
+  // 128 x 256 whose columns two blocks of a cluster share. Its white paper gives no figure.
+  double l2 = 40;
 };
 
 inline Rates rates_of(int capability) {
   if (capability >= 120) return {256, 4.4, 4800};
   if (capability >= 100) return {1024, 29, 3700};
-  if (capability >= 90) return {1024, 14, 3700};
+  if (capability >= 90) return {1024, 14, 3700, 25.6};
   return capability == 80 ? Rates{1024, 13.4, 2800} : Rates{256, 3.1, 5000};
 }
 
@@ -37,14 +39,14 @@ struct Jobs {
 
 constexpr int64_t quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Of the multiprocessor that has most to do. `rate`: multiply-adds a cycle and multiprocessor. `blocks` share one, and
-// each holds the bytes of `stages` steps.
-inline double busy_cycles(const Jobs& jobs, int multiprocessors, int blocks, int stages, double rate) {
+// Of the multiprocessor that has most to do. `rate`: multiply-adds a cycle and multiprocessor. `l2`: see Rates.
+// `blocks` share one, and each holds the bytes of `stages` steps.
+inline double busy_cycles(const Jobs& jobs, int multiprocessors, int blocks, int stages, double rate, double l2) {
   const int64_t places = static_cast<int64_t>(multiprocessors) * blocks;
   const int64_t at_work = std::min<int64_t>(blocks, quotient(jobs.count, multiprocessors));
-  const double bytes = std::min(kL2Bytes, at_work * (stages - 1) * jobs.read / kLatency);
+  const double bytes = std::min(l2, at_work * (stages - 1) * jobs.read / kLatency);
   const double cycles =
-      jobs.steps * std::max(jobs.multiply_adds / rate, jobs.read / bytes) + jobs.written / kL2Bytes;
+      jobs.steps * std::max(jobs.multiply_adds / rate, jobs.read / bytes) + jobs.written / l2;
   const int64_t most = jobs.count / places * blocks + quotient(jobs.count % places, multiprocessors);
   return most * cycles + quotient(most, blocks) * 2 * kLatency;
 }
@@ -58,7 +60,8 @@ inline double launch_cycles(double busy, double bytes, const Device& device) {
 // Of the launch that adds up the parts.
 inline double sum_cycles(int parts, double elements, const Device& device) {
   if (parts == 1) return 0;
-  return rates_of(device.capability).launch + 2 * parts * 4 * elements / (kL2Bytes * device.multiprocessors);
+  const Rates rates = rates_of(device.capability);
+  return rates.launch + 2 * parts * 4 * elements / (rates.l2 * device.multiprocessors);
 }
 
 // Bytes that a product reads and writes, once each.

@@ -233,7 +233,7 @@ def test_every_multiprocessor_has_a_block_and_little_more_is_read_than_the_weigh
             assert of[1][1] <= 1.1, (card.name, n, k)
             if min(n, k) >= 4096:
                 assert of[16][1] <= (1.13 if clusters else 1.3), (card.name, n, k)
-                assert of[64][1] <= (1.25 if clusters else 1.85), (card.name, n, k)
+                assert of[64][1] <= (1.5 if clusters else 1.85), (card.name, n, k)
                 assert (
                     card not in (H100, H200) or max(ratio for tokens, (_, ratio) in of.items() if tokens <= 16) <= 1.07
                 )
@@ -258,13 +258,13 @@ _KERNELS = ("sm80", "decode", "general")
 
 @pytest.mark.parametrize("card", HOPPERS, ids=lambda card: card.name)
 def test_on_hopper_the_model_finds_no_faster_way_than_this(card):
-    """Up to 16 tokens: its own product is expected to take as long at best (within 2 %)."""
+    """Up to 16 tokens: its own product is expected to take as long at best (within 4 %)."""
     for shape, mask, tokens in itertools.product(SHAPES, ("bf16", "words"), (1, 8, 16)):
         own = planned("product_sm90", card, tokens, shape, mask)
         few = planned("product_sm80", card, tokens, shape, mask)
         assert few.tokens == (8 if tokens <= 8 else 16)
         assert few.workspace == 0
-        assert own.tokens == 0 or few.cycles < 1.02 * own.cycles, (shape, mask, tokens)
+        assert own.tokens == 0 or few.cycles < 1.04 * own.cycles, (shape, mask, tokens)
 
 
 def test_every_part_has_something_to_sum_and_clusters_are_whole():

@@ -7,7 +7,7 @@ import emulated
 import pytest
 
 from mft_kernels.backends.triton.cards import A100, CARDS, H100, H100_PCIE, H200
-from mft_kernels.backends.triton.cost import L2_BYTES, LAUNCH, Jobs, seconds, sum_seconds
+from mft_kernels.backends.triton.cost import LAUNCH, Jobs, seconds, sum_seconds
 
 HOPPERS = (H100, H100_PCIE, H200)
 #: P and Q of a product, from a layer of a model of 135 million parameters to the head of one of 8 billion.
@@ -49,9 +49,9 @@ def device_of(card):
 
 def known(card):
     """The card with the figures that tile_cost.h has of its architecture."""
-    _, memory, launch = emulated.rates(card.arch)
+    _, memory, launch, l2 = emulated.rates(card.arch)
     clock = launch / LAUNCH
-    return replace(card, clock=clock, bandwidth=memory * card.multiprocessors * clock)
+    return replace(card, clock=clock, bandwidth=memory * card.multiprocessors * clock, l2_rate=l2)
 
 
 def planned(kernel, card, m, shape, mask):
@@ -254,7 +254,7 @@ def grad_seconds(card, m, shape, parts, rate):
     )
     stages = 4 if card.shared // 2 - 1024 >= 4 * jobs.read else 3
     launch = seconds(card, [jobs], memory=2 * m * (n + k) + 6 * n * k, blocks=2, stages=stages, rate=rate)
-    finished = (parts > 1) * 6 * n * k / (L2_BYTES * card.multiprocessors * card.clock)
+    finished = (parts > 1) * 6 * n * k / (card.l2_rate * card.multiprocessors * card.clock)
     return launch + sum_seconds(card, parts, n * k) + finished
 
 
@@ -316,9 +316,17 @@ def test_on_hopper_the_general_d_scores_serves_small_weights(card):
     assert general.parts > 1
 
 
+def test_an_h100_s_l2_gives_what_a_plain_gemm_of_790_tflops_needs():
+    """Tiles of 128 x 256 and 64 of K a step, of which two blocks of a cluster share the 256."""
+    step_flops, step_bytes = 2 * 128 * 256 * 64, 2 * 64 * (128 + 256 // 2)
+    needed = 790e12 / step_flops * step_bytes
+    assert emulated.rates(90)[3] * H100.multiprocessors * H100.clock == pytest.approx(needed, rel=0.01)
+
+
 def test_what_is_known_of_an_architecture_is_what_is_published_of_its_cards():
     for card in NVIDIAS:
-        multiply_adds, memory, launch = emulated.rates(card.arch)
+        multiply_adds, memory, launch, l2 = emulated.rates(card.arch)
         assert multiply_adds == card.multiply_adds * {90: 1 / 2, 100: 1 / 4}.get(card.arch, 1)
         assert memory == pytest.approx(card.bandwidth / card.clock / card.multiprocessors, rel=0.3), card.name
         assert launch == pytest.approx(LAUNCH * card.clock, rel=0.15), card.name
+        assert l2 == (25.6 if card.arch == 90 else card.l2_rate)

@@ -574,9 +574,10 @@ def decodes(asked: Product, device: dict) -> bool:
     return asks(ctypes.byref(asked), ctypes.byref(_device(device)))
 
 
-def rates(capability: int) -> tuple[float, float, float]:
-    """What tile_cost.h knows of a card: multiply-adds and bytes a cycle and multiprocessor, cycles of a launch."""
-    found = (ctypes.c_double * 3)()
+def rates(capability: int) -> tuple[float, float, float, float]:
+    """What tile_cost.h knows of a card: multiply-adds and bytes a cycle and multiprocessor, cycles of a launch, bytes
+    from L2."""
+    found = (ctypes.c_double * 4)()
     library().emulated_rates(capability, found)
     return tuple(found)
 

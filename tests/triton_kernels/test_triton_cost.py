@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mft_kernels.backends.triton import plan, target
-from mft_kernels.backends.triton.cards import CARDS, H100, H100_PCIE, H200, RTX_4090, card_of
-from mft_kernels.backends.triton.cost import L2_BYTES, LATENCY, MASKING, Jobs, busy_cycles, seconds, sum_seconds
+from mft_kernels.backends.triton.cards import CARDS, H100, H100_PCIE, H200, L2_RATE, RTX_4090, card_of
+from mft_kernels.backends.triton.cost import LATENCY, MASKING, Jobs, busy_cycles, seconds, sum_seconds
 from mft_kernels.backends.triton.plan import MOST_SPLITS, Operands, Problem
 
 #: N and K, from a layer of a model of 135 million parameters to one of 8 billion.
@@ -38,9 +38,9 @@ def cuda_jobs(m, tokens, n=4096, k=4096):
     )
 
 
-def cuda_cycles(m, tokens):
+def cuda_cycles(m, tokens, l2_rate=L2_RATE):
     stages = {64: 5, 128: 4, 256: 3}[tokens]
-    return busy_cycles([cuda_jobs(m, tokens)], 132 // 2, blocks=1, stages=stages, rate=2048)
+    return busy_cycles([cuda_jobs(m, tokens)], 132 // 2, blocks=1, stages=stages, rate=2048, l2_rate=l2_rate)
 
 
 # ----------------------------------------------------------------------------------------------- what the review found
@@ -58,10 +58,10 @@ def test_on_132_multiprocessors_128_token_tiles_lose_1_7_times_at_1024_tokens():
 
 
 @pytest.mark.parametrize("bytes_a_cycle", [24, 32, 48])
-def test_the_losses_do_not_hang_on_what_l2_gives_exactly(monkeypatch, bytes_a_cycle):
-    monkeypatch.setattr("mft_kernels.backends.triton.cost.L2_BYTES", bytes_a_cycle)
-    assert cuda_cycles(512, 64) / cuda_cycles(512, 128) == pytest.approx(1.8, abs=0.05)
-    assert cuda_cycles(1024, 128) / cuda_cycles(1024, 256) == pytest.approx(1.7, abs=0.05)
+def test_the_losses_do_not_hang_on_what_l2_gives_exactly(bytes_a_cycle):
+    at = {"l2_rate": bytes_a_cycle}
+    assert cuda_cycles(512, 64, **at) / cuda_cycles(512, 128, **at) == pytest.approx(1.8, abs=0.05)
+    assert cuda_cycles(1024, 128, **at) / cuda_cycles(1024, 256, **at) == pytest.approx(1.7, abs=0.05)
 
 
 def test_on_132_multiprocessors_1024_tokens_take_one_wave_of_256():
@@ -109,7 +109,7 @@ def test_few_bytes_under_way_leave_l2_waiting():
 
     assert cycles(2) == 9000 / (9000 / LATENCY)
     assert cycles(3) == cycles(2, blocks=2) == cycles(2) / 2
-    assert cycles(9) == 9000 / L2_BYTES
+    assert cycles(9) == 9000 / L2_RATE
 
 
 def test_unlike_jobs_last_between_their_mean_and_the_longest_more():

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, replace
 
 KIB, MIB = 1024, 1024**2
+#: Bytes a cycle from L2 to a multiprocessor. NVIDIA's A100 white paper: 5,120 a cycle, which are 47 for each of 108.
+#: TODO: 25.6 on sm_90, as csrc/cuda/tile_cost.h has it, when the sizes of building/cubin_calls.py are searched again:
+#: it moves choices of tiles, and so which binaries there must be.
+L2_RATE = 40
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Card:
     bandwidth: float  # of its memory
     clock: float  # at which the makers' dense rate holds
     multiply_adds: int
+    l2_rate: float = L2_RATE
 
 
 #: Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". The rest: NVIDIA's

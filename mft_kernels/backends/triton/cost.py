@@ -16,11 +16,8 @@ its scheduler idle between two instructions.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cards import Card
+from .cards import L2_RATE, Card
 
-#: Bytes a cycle from L2 to a multiprocessor. NVIDIA's A100 white paper: 5,120 a cycle, which are 47 for each of 108
-#: multiprocessors and 39 for each of an H100's 132, if its L2 is no faster.
-L2_BYTES = 40
 #: Cycles from a request to memory until its bytes are there, 0.5 us. An estimate.
 LATENCY = 900
 #: Instructions of a warp for each weight that is masked: 0.19 to 0.24 have the loops of products of up to 16 tokens on
@@ -58,17 +55,20 @@ def seconds(card: Card, jobs: Sequence[Jobs], *, memory: float, blocks: int, sta
         stages: steps whose bytes a block holds; all but one are under way.
         rate: multiply-adds a cycle and multiprocessor.
     """
-    busy = busy_cycles(jobs, card.multiprocessors, blocks=blocks, stages=stages, rate=rate) / card.clock
+    places = {"blocks": blocks, "stages": stages}
+    busy = busy_cycles(jobs, card.multiprocessors, **places, rate=rate, l2_rate=card.l2_rate) / card.clock
     waiting = memory / card.bandwidth
     return max(waiting, busy) + UNHIDDEN * min(waiting, busy)
 
 
-def busy_cycles(jobs: Sequence[Jobs], multiprocessors: int, *, blocks: int, stages: int, rate: float) -> float:
+def busy_cycles(
+    jobs: Sequence[Jobs], multiprocessors: int, *, blocks: int, stages: int, rate: float, l2_rate: float = L2_RATE
+) -> float:
     """Of the multiprocessor that has most to do. csrc/cuda/tile_cost.h has the same for one kind of jobs."""
     count = sum(kind.count for kind in jobs)
     places = multiprocessors * blocks
     at_work = min(blocks, _quotient(count, multiprocessors))
-    cycles = [_cycles(kind, at_work, stages, rate) for kind in jobs]
+    cycles = [_cycles(kind, at_work, stages, rate, l2_rate) for kind in jobs]
     if len(jobs) == 1:  # whole waves, and of the last one its share
         most = count // places * blocks + _quotient(count % places, multiprocessors)
         return most * cycles[0] + _quotient(most, blocks) * 2 * LATENCY
@@ -81,14 +81,14 @@ def sum_seconds(card: Card, parts: int, elements: int) -> float:
     """Of the launch that adds up the parts: they are written before and read now, in fp32 and through L2."""
     if parts == 1:
         return 0.0
-    return LAUNCH + (2 * parts * 4 * elements) / (L2_BYTES * card.multiprocessors * card.clock)
+    return LAUNCH + (2 * parts * 4 * elements) / (card.l2_rate * card.multiprocessors * card.clock)
 
 
-def _cycles(jobs: Jobs, at_work: int, stages: int, rate: float) -> float:
-    under_way = min(L2_BYTES, at_work * (stages - 1) * jobs.read / LATENCY)
+def _cycles(jobs: Jobs, at_work: int, stages: int, rate: float, l2_rate: float) -> float:
+    under_way = min(l2_rate, at_work * (stages - 1) * jobs.read / LATENCY)
     issued = min(4, at_work * jobs.warps / WARP_CYCLES)
     step = max(jobs.multiply_adds / rate, jobs.read / under_way, MASKING * jobs.masked / issued)
-    return jobs.steps * step + jobs.written / L2_BYTES
+    return jobs.steps * step + jobs.written / l2_rate
 
 
 def _quotient(a: int, b: int) -> int:

@@ -165,7 +165,7 @@ bool emulated_decodes(const Product& p, const Device& d) { return decodes(p, d);
 
 void emulated_rates(int capability, double* rates) {
   const Rates found = rates_of(capability);
-  rates[0] = found.multiply_adds, rates[1] = found.memory, rates[2] = found.launch;
+  rates[0] = found.multiply_adds, rates[1] = found.memory, rates[2] = found.launch, rates[3] = found.l2;
 }
 
 // By which Python checks its copies of the structs.
