@@ -1,12 +1,14 @@
 """Every op of csrc/cuda on small, odd and strided shapes, and in a graph, against the reference, bit for bit.
 
-On compute capability 9.0 everything runs twice: as it is, and by the general kernels (MFT_CUDA_CAPABILITY=80).
+On compute capability 9.0 everything runs twice: as it is, and by the general kernels (MFT_CUDA_CAPABILITY=80). There
+product_sm90 also runs in each of its tiles and in sums of one part and several, whatever its plan would choose.
 
 python -m benchmarks.gpu.layouts runs a part of it, for compute-sanitizer (programs.py); its last line counts. Without
 a GPU the kernels are emulated.
 """
 
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from mft_kernels import reference
+from mft_kernels.backends import built
 from mft_kernels.testing import Inputs, integer_inputs
 
 from . import on_host
@@ -52,9 +56,10 @@ SMALL: tuple[Size, ...] = (
     (17, 1, 1),
     (0, 16, 32),  # no tokens
 )
-#: Wide enough that product_sm90 takes tiles of 256 and of 128 tokens, in the forward and, turned round, in d_x: it
-#: takes the most tokens that give each cluster a tile, of 256 features; an H100 has 66 clusters.
-WIDE: tuple[Size, ...] = ((500, 8448, 64), (160, 8448, 64), (500, 64, 8448), (160, 64, 8448))
+#: Tokens of a tile of product_sm90, parts of a sum, and what tells the mask; and a product that is ragged in each: one
+#: to four tiles of tokens, two of features, three and five pairs of steps.
+TILES, PARTS, MASKED_BY = (64, 128, 256), (1, 2, 3), ("words", MODE, "value")
+_TILED: Size = (200, 264, 640)
 _CUT: Size = (64, 256, 128)  # of a wider matrix
 #: (N, K) of experts. One kernel serves every capability. The second's rows are whole chunks, tiles are more
 #: than one in every direction.
@@ -71,10 +76,10 @@ _ALL: tuple[Kind, ...] = tuple(
     for mode in (MODE, "value")
     for by_row in (False, True)
 )
-_ALL_SIZES = [*((size, _ALL) for size in SMALL), *((size, _FEW[:1]) for size in WIDE)]
+_ALL_SIZES = [(size, _ALL) for size in SMALL]
 _DRY_SIZES = [(SMALL[1], _FEW)]
 #: One a kernel; the fourth's sum is in parts.
-_FEW_SIZES = [*((size, _FEW) for size in (SMALL[1], SMALL[3], SMALL[2])), (SMALL[5], _FEW[:1]), (WIDE[1], _FEW[:1])]
+_FEW_SIZES = [*((size, _FEW) for size in (SMALL[1], SMALL[3], SMALL[2])), (SMALL[5], _FEW[:1])]
 
 
 def checks(device: Device) -> Iterator[Check]:
@@ -85,6 +90,7 @@ def checks(device: Device) -> Iterator[Check]:
     for capability in capabilities(on):
         for name, run in (*_strided(cut, on, backend), ("in a graph", functools.partial(in_a_graph, cut, device))):
             yield f"{name}, {capability}", functools.partial(_by, capability, run)
+    yield from tile_checks((_BF16,) if dry else (_BF16, _FP16), on)
     for n, k in _EXPERTS[: 1 if dry else None]:
         for dtype in (_BF16, _FP16):
             yield from expert_checks(f"experts of {(n, k)}", n, k, dtype, backend, on)
@@ -93,8 +99,39 @@ def checks(device: Device) -> Iterator[Check]:
 def few(on: torch.device, backend: str) -> Iterator[Check]:
     """One check a kernel and kind of memory access: compute-sanitizer takes a hundred times as long."""
     yield from _by_each_capability(_FEW_SIZES, on, backend)
+    yield from tile_checks((_BF16,), on, PARTS[:2])
     for n, k in _EXPERTS:
         yield from expert_checks(f"experts of {(n, k)}", n, k, _BF16, backend, on)
+
+
+def tile_checks(dtypes: Sequence[torch.dtype], on: torch.device, parts: Sequence[int] = PARTS) -> Iterator[Check]:
+    """product_sm90 in each tile, by each mask, in both directions, its sum in so many parts."""
+    if "90" not in capabilities(on) or "product_sm90" not in built.cuda_ops.contents():
+        return
+    for way in itertools.product(dtypes, MASKED_BY, (False, True), TILES, parts):
+        dtype, masked_by, transposed, tokens, count = way
+        name = f"product_sm90, {name_of(dtype)}, {masked_by}, {'d_x' if transposed else 'forward'}"
+        yield (
+            f"{name}, tiles of {tokens}, parts {count}",
+            functools.partial(_by, "90", lambda way=way: _in_tile(*way, on)),
+        )
+
+
+def _in_tile(dtype: torch.dtype, masked_by: str, transposed: bool, tokens: int, parts: int, on: torch.device) -> None:
+    t, by_words = _inputs(_TILED, on, dtype, dtype), masked_by == "words"
+    threshold = _threshold(t.scores, False)
+    a, bias = (t.grad_output, None) if transposed else (t.x, t.bias)
+    packed = reference.pack_mask(t.scores, threshold, MODE if by_words else masked_by)
+    mask = (None, None, packed) if by_words else (t.scores, threshold, None)
+    weight = torch.where(reference.unpack_mask(packed, t.weight.shape), t.weight, 0).float()
+
+    def product() -> list[Tensor]:
+        return [built.cuda_ops.product(a, t.weight, *mask, bias, masked_by == MODE, transposed, tokens, parts)]
+
+    def expected() -> list[Tensor]:
+        return [a.float() @ weight if transposed else a.float() @ weight.T + t.bias.float()]
+
+    assert_equal(product, expected, poison=True)
 
 
 def capabilities(device: torch.device) -> tuple[str, ...]:

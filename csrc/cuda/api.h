@@ -42,6 +42,7 @@ struct Product {
   const void* bias = nullptr;  // (N,), of weight's type
   bool transposed = false;
   void* workspace = nullptr;  // as many bytes as the kernel's plan says, of any content; null: the sum is in one part
+  int tokens = 0, parts = 0;  // of product_sm90's tile and sum, where they are not to be planned; else 0
 };
 
 constexpr int kMostMasks = 16;

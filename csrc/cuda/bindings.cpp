@@ -91,8 +91,20 @@ std::pair<bool, Plan> chosen_plan(const Problem& problem, const Device& device) 
   return {false, general};
 }
 
+// Of Hopper's product, in the tile and parts that p has.
+Plan plan_as_asked(const mft::cuda::Product& p, const Device& device) {
+  const std::string refusal = device.capability == 90 ? mft::cuda::refusal_sm90(p) : "the device must be of 9.0";
+  STD_TORCH_CHECK(refusal.empty(), "tokens and parts are those of Hopper's product: ", refusal);
+  const Plan plan = p.parts > 0 ? mft::cuda::plan_sm90(p, device) : Plan{};
+  STD_TORCH_CHECK(plan.tokens == p.tokens && plan.parts == p.parts,
+                  "tokens must be 64, 128 or 256, and each of parts must have steps to sum, got ", p.tokens, " and ",
+                  p.parts);
+  return plan;
+}
+
 Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
-               std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, bool transposed) {
+               std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, bool transposed,
+               int64_t tokens, int64_t parts) {
   const Place place(weight);
   mft::cuda::Product p;
   p.weight = weight_of(weight, place);
@@ -110,7 +122,8 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optio
     p.keep = {};
     p.keep.words = words(*bits, place, p.weight, "packed");
   }
-  const auto [hopper, plan] = chosen_plan(p, place.device);
+  p.tokens = static_cast<int>(tokens), p.parts = static_cast<int>(parts);
+  const auto [hopper, plan] = tokens > 0 ? std::pair(true, plan_as_asked(p, place.device)) : chosen_plan(p, place.device);
   const std::optional<Tensor> workspace = workspace_of(x, plan);
   if (workspace.has_value()) p.workspace = workspace->mutable_data_ptr();
   check_launch(hopper ? mft::cuda::product_sm90(p, place.device) : mft::cuda::product_sm80(p, place.device));
@@ -308,7 +321,7 @@ std::tuple<int64_t, int64_t> versions() {
 MFT_OPS(m) {
   m.def(
       "product(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
-      "bool magnitude, bool transposed) -> Tensor");
+      "bool magnitude, bool transposed, int tokens=0, int parts=0) -> Tensor");
   m.def(
       "score_grad_(Tensor(a!)? d_scores, Tensor(b!)? d_weight, Tensor grad_output, Tensor x, Tensor? weight, "
       "Tensor? sign_scores, Tensor? sign_words, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, "

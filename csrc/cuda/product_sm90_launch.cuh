@@ -92,10 +92,12 @@ double cycles_of_tile(const Product& p, int parts, const Device& device) {
 
 template <class Kernel, int kTokens>
 void try_tile(Plan& best, const Product& p, const Device& device, bool in_parts) {
-  if (kTokens > 64 && p.out.rows <= kTokens / 2) return;  // no more tokens than there are need
-  const int most = in_parts ? most_parts<Kernel, kTokens>(p, device) : 1;
+  const bool is_asked = p.tokens > 0;
+  // No more tokens than there are need.
+  if (is_asked ? p.tokens != kTokens : kTokens > 64 && p.out.rows <= kTokens / 2) return;
+  const int most = is_asked ? p.parts : in_parts ? most_parts<Kernel, kTokens>(p, device) : 1;
   const int64_t pairs = part_steps(p.in.columns, Kernel::kStep, 1) / 2;
-  for (int parts = 1; parts <= std::max(1, most); ++parts) {
+  for (int parts = is_asked ? p.parts : 1; parts <= std::max(1, most); ++parts) {
     if (quotient(pairs, quotient(pairs, parts)) != parts) continue;  // one would be empty
     const double cycles = cycles_of_tile<Kernel, kTokens>(p, parts, device);
     const int64_t row_bytes = 4 * part_stride_sm90(p.out.columns);

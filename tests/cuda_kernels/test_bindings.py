@@ -4,6 +4,7 @@ The library of the ops is compiled here from the same bindings, with the emulate
 What the kernels compute has tests of its own; here every argument must arrive where it belongs.
 """
 
+import functools
 from pathlib import Path
 
 import bindings_on_host
@@ -600,6 +601,31 @@ def test_what_does_not_fit_is_refused(ops):
         with pytest.raises(RuntimeError, match=message):
             product(**arguments)
     assert product().shape == (5, 12)
+
+
+def test_hopper_s_product_takes_the_tile_and_parts_that_it_is_given(ops, monkeypatch):
+    """Every tile, in one part and several, by words and in both modes, forward and d_x: as `make gpu` checks it."""
+    layouts = pytest.importorskip("benchmarks.gpu.layouts", reason="it measures Triton kernels", exc_type=ImportError)
+    monkeypatch.setenv("MFT_CUDA_CAPABILITY", "90")
+    checks = dict(layouts.tile_checks([torch.bfloat16], torch.device("cpu")))
+    assert len(checks) == 3 * 2 * 3 * 3
+    for run in checks.values():
+        run()
+    t, one = inputs(n=16), torch.tensor(1.0).bfloat16()
+    product = functools.partial(ops.product, t.x, t.weight, t.scores, one, None, t.bias, True, False)
+    assert_same(product(64, 1), product())
+    for tile, message in {
+        (96, 1): "tokens must be 64, 128 or 256, and each of parts must have steps to sum, got 96 and 1",
+        (64, 0): "got 64 and 0",
+        (64, 2): "got 64 and 2",  # of a sum of one pair of steps
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            product(*tile)
+    with pytest.raises(RuntimeError, match="Hopper's product: scores must be of weight's type"):
+        ops.product(t.x, t.weight, t.scores.float(), one.float(), None, None, True, False, 64, 1)
+    monkeypatch.setenv("MFT_CUDA_CAPABILITY", "80")
+    with pytest.raises(RuntimeError, match=r"Hopper's product: the device must be of 9\.0"):
+        product(64, 1)
 
 
 KERNELS = """

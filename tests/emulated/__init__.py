@@ -85,6 +85,8 @@ class Product(ctypes.Structure):
         ("bias", Pointer),
         ("transposed", ctypes.c_bool),
         ("workspace", Pointer),
+        ("tokens", ctypes.c_int),
+        ("parts", ctypes.c_int),
     )
 
 

@@ -1,12 +1,14 @@
 """The CUDA kernels in the GPU suite: an op that is wrong in one element is found, and a missing library is said."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mft_kernels.backends import table
+from mft_kernels.backends import built, table
 from mft_kernels.backends.table import Backend, registered
+from mft_kernels.operands import Keep
 
 pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 
@@ -50,6 +52,17 @@ def changes(monkeypatch):
 
     for name in OPS:
         monkeypatch.setattr(torch.ops.mft, name, replaced(name))
+
+    def in_tile(a, weight, scores, threshold, packed, bias, magnitude, transposed, tokens, parts):
+        keep = Keep(packed) if scores is None else Keep(scores, threshold, "magnitude" if magnitude else "value")
+        made = registered("reference").function("product")(
+            a.float(), weight.float(), keep, equality.widened(bias), transposed=transposed
+        )
+        made, way = made.to(a.dtype), (tokens, parts, keep.mode, transposed)
+        return found["product"](made, way) if "product" in found else made
+
+    library = SimpleNamespace(contents=lambda: "sm_90 product_sm90", product=in_tile)
+    monkeypatch.setattr(built, "cuda_ops", library)
     monkeypatch.setitem(table._TABLE, BACKEND, Backend(BACKEND, frozenset({"cpu"}), frozenset(), {"step": step}))
     monkeypatch.setattr(table, "_chosen", {})
     return found
@@ -112,6 +125,28 @@ def test_one_wrong_element_of_any_op_is_found(op, changes, here):
     assert any("1 of" in c for c in found)
     of_a_layer = [c for detail in ("cuda exact", "cuda other ops") for c in complaints_of(detail, here)["complaints"]]
     assert any(c.startswith(f"{op}, ") for c in of_a_layer)
+
+
+def test_every_tile_and_sum_of_hopper_s_product_is_asked_for_and_a_wrong_one_is_found(changes, here):
+    every = {
+        (tokens, parts, mode, transposed)
+        for tokens in (64, 128, 256) for parts in (1, 2, 3)
+        for mode in ("packed", "magnitude", "value") for transposed in (False, True)
+    }  # fmt: skip
+    seen, wrong = [], (128, 2, "value", True)
+    changes["product"] = lambda made, way: seen.append(way) or (flip_last(made) if way == wrong else made)
+    assert complaints_of("cuda layouts", here)["complaints"] == [
+        "product_sm90, bfloat16, value, d_x, tiles of 128, parts 2: "
+        "AssertionError: output 0: 1 of 128000 elements differ"
+    ]
+    assert {*seen} == every
+    seen.clear()
+    for name, run in layouts.few(torch.device("cpu"), BACKEND):
+        if name.startswith("product_sm90"):
+            run() if "value, d_x, tiles of 128, parts 2" not in name else None
+    assert {*seen} == {way for way in every if way[1] < 3} - {wrong}  # under compute-sanitizer
+    built.cuda_ops.contents = lambda: "sm_80"  # a library without it
+    assert not [name for name, _ in layouts.few(torch.device("cpu"), BACKEND) if name.startswith("product_sm90")]
 
 
 def test_a_wrong_step_is_found(changes, here):
