@@ -9,6 +9,7 @@ report.py     gpu.md: what failed first, then goals (goals.py) and all figures; 
 correctness.py   ops on real shapes, equality.py bit for bit; layouts.py: CUDA's on small and odd shapes
 programs.py      what runs in a process of its own: Triton's tests, compute-sanitizer
 timing.py        competitors on rotated inputs (operands.py), in CUDA graphs, in interleaved rounds
+forms.py         whether what is timed came from the binary and form that the record names
 ways.py, products.py, two_passes.py   a layer's products in every way; once_a_step.py, codes.py, experts.py: other ops
 train.py         whole optimiser steps, compared with what mft estimate says
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from mft_kernels import backend_report
 from mft_kernels.backends.built import report
+from mft_kernels.backends.triton.target import target_of
 
 from . import on_host
 from .cases import AUTO, CUDA, FUSED
+from .forms import Form
 from .results import first_line
 
 #: How a competitor is timed: captured in a CUDA graph; queued behind a spin, where its host code cannot be captured; or
@@ -66,6 +68,11 @@ class Gpu:
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
 
+    @property
+    def form(self) -> Form:
+        """Which of Triton's binaries are timed."""
+        return Form.of(target_of(self.torch_device))
+
     def environment(self) -> dict[str, Any]:
         """The card and what drives it."""
         backends = backend_report()["backends"]
@@ -78,6 +85,7 @@ class Gpu:
             "cuda": torch.version.cuda or f"hip {torch.version.hip}",
             "triton": triton.__version__,
             "triton_kernels": backends["triton"]["detail"],
+            "triton_form": str(self.form),
             "cuda_library": cuda if CUDA in self.without else f"{cuda}; {report('cuda').get('nvcc', 'nvcc unknown')}",
             "cuda_lacks": [] if CUDA in self.without else lacking(capability),
             "multiprocessors": properties.multi_processor_count,
@@ -210,6 +218,7 @@ class Interpreter:
     backends = {FUSED: "triton", AUTO: "auto", CUDA: on_host.BACKEND}  # noqa: RUF012
     torch_device = torch.device("cpu")
     l2_bytes = 768  # two copies of the dry shape
+    form = Form()
 
     def __init__(self) -> None:
         torch.set_num_threads(1)  # so small that a second one only waits
@@ -241,7 +250,8 @@ class Interpreter:
         return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
 
     def timer(self, run: Run, copies: int, how: str = GRAPH) -> Timer:
-        """By the clock, each copy once."""
+        """By the clock, each copy once; it has run once before, as on a GPU, whose estimate takes a run."""
+        run(0)
 
         def replay() -> float:
             start = time.perf_counter()

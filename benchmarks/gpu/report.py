@@ -41,7 +41,19 @@ _TITLES = {
     "host": "What a caller waits for at few tokens",
     "train": "Whole optimiser steps",
 }
-_WHERE = ("device", "driver", "torch", "triton", "cuda_library", "python", "commit", "tree_is_dirty", "sources", "date")
+_WHERE = (
+    "device",
+    "driver",
+    "torch",
+    "triton",
+    "triton_form",
+    "cuda_library",
+    "python",
+    "commit",
+    "tree_is_dirty",
+    "sources",
+    "date",
+)
 
 
 def write(out: Path) -> list[Document]:

@@ -17,6 +17,7 @@ from mft_kernels.timing import Samples, time_told
 from ..harness import Spread
 from .cases import CUDA, DENSE
 from .device import GRAPH, Device, Timer
+from .forms import watched
 from .operands import Inputs
 from .results import first_line
 
@@ -63,6 +64,7 @@ class Bench:
         """samples: times and shares of the floors, by name; failures: why others have none; left_out."""
         timers: dict[str, Timer] = {}
         failures: dict[str, str] = {}
+        kernels: dict[str, list[str]] = {}
         for name, one in competitors.items():
             if why := self._wrong(one):
                 failures[name] = why
@@ -70,12 +72,20 @@ class Bench:
         # A capture empties the allocator's cache: those that allocate while they are timed come after all captures.
         for name, one in sorted(right.items(), key=lambda item: item[1].how != GRAPH):
             try:
-                timers[name] = self.device.timer(one.run, copies, one.how)
+                with watched() as launches:
+                    timer = self.device.timer(one.run, copies, one.how)
             except FAILURES as error:
                 failures[name] = reason(error, self.device)
+                continue
+            if stray := launches.stray(self.device.form):
+                failures[name] = stray
+            else:
+                timers[name], kernels[name] = timer, launches.names()
         rounds = _in_rounds(timers, 2 if self.device.dry else _ROUNDS)
         samples = {
-            name: self._sample(timers[name], rounds[name], one.phases) for name, one in right.items() if name in timers
+            name: self._sample(timers[name], rounds[name], one.phases) | {"kernels": kernels[name]}
+            for name, one in right.items()
+            if name in timers
         }
         for name, sample in samples.items() if DENSE in samples else ():
             shares = [100 * dense / own for dense, own in zip(rounds[DENSE], rounds[name])]

@@ -13,7 +13,7 @@ import struct
 import threading
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ class Cubin:
         about = bundle.cubins[key]
         with zipfile.ZipFile(bundle.path) as archive:
             image = bytearray(archive.read(about["file"]))
+        self._name, self._swapped = about["name"], "MASK_ON_A=True" in key
         layout = [number for p in about["parameters"] for number in p.get("map", [0] * 5)]
         self._number = built.cuda_ops.add_cubin(
             torch.frombuffer(image, dtype=torch.uint8), about["name"], about["warps"], about["shared"], layout
@@ -104,7 +105,7 @@ class Cubin:
         values, addresses, numbers = values_of(kernel, args)
         whole = [*grid, 1, 1][:3]
         built.cuda_ops.launch_cubin(self._number, device, whole, values)
-        note(Launched(self._number, whole, values, addresses, numbers))
+        note(Launched(self._name, self._swapped, self._number, whole, values, addresses, numbers))
 
 
 def bits_of(number: float) -> int:
@@ -142,23 +143,41 @@ def values_of(
 
 @dataclass(frozen=True)
 class Launched:
-    """A cubin's launch: its number, grid and values, and which values are addresses and numbers, see values_of."""
+    """A launch of a kernel, and whether it is one whose masked weight is the first operand.
 
-    cubin: int
-    grid: list[int]
-    values: list[int]
-    addresses: list[tuple[int, str, torch.Tensor]]
-    numbers: dict[str, int]
+    cubin: its number; None: compiled by the installed Triton, and the rest is empty. The rest: grid and values, and
+    which values are addresses and numbers, see values_of.
+    """
+
+    kernel: str
+    swapped: bool = False
+    cubin: int | None = None
+    grid: Sequence[int] = ()
+    values: Sequence[int] = ()
+    addresses: Sequence[tuple[int, str, torch.Tensor]] = ()
+    numbers: dict[str, int] = field(default_factory=dict)
 
 
 _noted = threading.local()
+_watched: list[Launched] | None = None
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[list[Launched | None]]:
-    """Within the context, this thread's launches: of cubins, and None for any other."""
+def watching() -> Iterator[list[Launched]]:
+    """Within the context, all launches that Python makes, in every thread; what is remembered C++ launches unseen."""
+    global _watched
+    before, _watched = _watched, []
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Launched]]:
+    """Within the context, this thread's launches, but those within another noting."""
     before = getattr(_noted, "launches", None)
-    found: list[Launched | None] = []
+    found: list[Launched] = []
     _noted.launches = found
     try:
         yield found
@@ -171,8 +190,10 @@ def is_noting() -> bool:
     return getattr(_noted, "launches", None) is not None
 
 
-def note(launched: Launched | None) -> None:
-    """To whom it may concern, see noting."""
+def note(launched: Launched) -> None:
+    """Append the launch to the lists of noting and watching, if any."""
+    if _watched is not None:
+        _watched.append(launched)
     if (launches := getattr(_noted, "launches", None)) is not None:
         launches.append(launched)
 

@@ -48,7 +48,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
                 return
             if reason := _not_compiled_here(target, options):
                 raise cubins.NoCubin(f"{cubins.missing(str(target), kernel, args, options)}, and {reason}")
-        cubins.note(None)
+        cubins.note(cubins.Launched(kernel.__name__, bool(options.get("MASK_ON_A"))))
         # Triton launches on the current device, which need not be that of the tensors.
         elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
         with torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext():

@@ -87,7 +87,7 @@ def remember(
     given: Sequence[Tensor | None],
     number: int | None,
     results: Sequence[Tensor],
-    launched: Sequence[Launched | None],
+    launched: Sequence[Launched],
     numbers: Mapping[str, float] | None = None,
 ) -> None:
     """What a call has launched, if that was cubins alone, and all addresses are of its own tensors.
@@ -95,7 +95,7 @@ def remember(
     ``numbers``: those that another call alike may give other values, by the parameters of the kernels that take them.
     """
     global _any
-    if number is None or not launched or None in launched:
+    if number is None or not launched:
         return
     known = [(slot, t) for slot, t in enumerate((*given, *results)) if t is not None and t.numel() > 0]
     slots = {t.data_ptr(): slot for slot, t in known}
@@ -106,7 +106,8 @@ def remember(
     zeros: set[int] = set()
     taken: set[str] = set()
     for one in launched:
-        assert one is not None
+        if one.cubin is None:
+            return
         places = [(at, order[name]) for name, at in one.numbers.items() if name in order]
         for at, name, tensor in one.addresses:
             if tensor.numel() == 0:
