@@ -10,7 +10,8 @@ correctness.py   ops on real shapes, equality.py bit for bit; layouts.py: CUDA's
 programs.py      what runs in a process of its own: Triton's tests, compute-sanitizer
 timing.py        competitors on rotated inputs (operands.py), in CUDA graphs, in interleaved rounds
 forms.py         whether what is timed came from the binary and form that the record names
-ways.py, products.py, two_passes.py   a layer's products in every way; once_a_step.py, codes.py, experts.py: other ops
+ways.py, products.py, two_passes.py   a layer's products in every way
+once_a_step.py, codes.py, many.py, experts.py   other ops
 train.py         whole optimiser steps, compared with what mft estimate says
 
 bundle.py     what it needs elsewhere, in one folder (`make gpu-bundle`)

@@ -18,12 +18,13 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..records import RESULTS
 from . import report
-from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, EVERY_SHAPE, SHAPES, TOKENS, WHATS, is_beside_others, plan
+from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, EVERY_SHAPE, SHAPES, TOKENS, WHATS, is_beside_others, plan, within
 from .programs import run_for
 from .results import FAILED, NOT_MEASURED, SLOW, WAITING, Results
 
@@ -42,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help=f"NxK, or {' or '.join(SHAPES)}")  # fmt: skip
     parser.add_argument("--tokens", type=_list_of(_positive), default=list(TOKENS), help="values of M")
     parser.add_argument("--budget", type=_positive, default=BUDGET, help="seconds")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where gpu-*.json and gpu.md go")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where gpu-*.json and gpu.md go; *.zip: into one")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, kernels emulated, no GPU needed")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write gpu.md of the results that lie there")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # what work() takes, of this process
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
     if asked.report:
         return _reported(asked.report, WHATS)
-    cases = plan(asked.what, asked.shapes, asked.tokens)
+    every = plan(asked.what, asked.shapes, asked.tokens)
+    cases = every if asked.dry_run else within(every, asked.budget)
     if asked.worker:
         from .worker import work
 
@@ -75,12 +77,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         print("nothing to measure: no case has such a shape and M", file=sys.stderr)
         return 2
-    asked.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--out", str(asked.out.absolute())]
+    if len(cases) < len(every):
+        needed, left_out = sum(case.guess for case in every), len(every) - len(cases)
+        print(
+            f"{left_out} of {len(every)} cases are left out: all are expected to take {needed:.0f} s, "
+            f"and --budget is {asked.budget}; a slice takes others: --what, --shapes, --tokens",
+            flush=True,
+        )
+    archive = asked.out if asked.out.suffix == ".zip" else None
+    out = Path(tempfile.mkdtemp(prefix="gpu-")) if archive else asked.out
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--out", str(out.absolute())]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is started ends too
-    ended_well = measure(command, asked.out, time.time() + asked.budget, dry=asked.dry_run)
-    code = _reported(asked.out, asked.what)
+    try:
+        ended_well = measure(command, out, time.time() + asked.budget, dry=asked.dry_run)
+        code = _reported(out, asked.what)
+    finally:
+        if archive:
+            _pack(out, archive)
     return code if ended_well else 1
+
+
+def _pack(folder: Path, archive: Path) -> None:
+    """All results in one file, for machines that give few back."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for path in sorted(folder.glob("gpu*")):
+            packed.write(path, path.name)
+    print(f"packed into {archive}", flush=True)
 
 
 def measure(command: Sequence[str], out: Path, deadline: float, *, dry: bool = False, grace: float = _GRACE) -> bool:

@@ -1,6 +1,7 @@
 """What is measured, by whom and in which order: what is worth most comes first, and whatever ends a run leaves that.
 
-The first minutes are the checks that a wrong kernel hardly passes, then a figure for each goal (HEADLINE).
+First come the checks, a figure for each goal (HEADLINE), and the sanitizer's memcheck. Of all that is asked for, what
+is expected to fit the time is planned (within); the rest needs a longer budget or a slice of its own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +17,13 @@ SHAPES = {  # (N, K) of the linear layers; both models have 4096 x 4096
 EVERY_SHAPE = tuple(shape for shapes in SHAPES.values() for shape in shapes)
 TOKENS = (1, 16, 64, 512, 1024, 2048, 4096, 8192, 16384)
 PRODUCTS = ("step", "forward", "d_x", "d_scores", "accumulate", "accumulate_product")
-WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "score_step", "codes", "experts", "host", "train")
+WHATS = ("correctness", *PRODUCTS, "memory", "threshold", "score_step", "codes", "many", "experts", "host", "train")
 
 DENSE = "cuBLAS, unmasked"
 FUSED = "fused"
 CUDA = "cuda"
-PACKED = "fused, packed"
 AUTO = "auto"
+PACKED, CUDA_PACKED, AUTO_PACKED = "fused, packed", "cuda, packed", "auto, packed"
 PASS = "mask pass + cuBLAS"
 KEPT = "mask pass + cuBLAS, kept"
 LAYER, HELD = "MaskedLinear", "MaskedLinear, held"
@@ -31,17 +32,18 @@ EAGER = "eager"
 PAPER = "paper's layer"
 
 SQUARE = (4096, 4096)
-COMPILED_TOKENS = (16, 512, 2048)
+COMPILED_TOKENS = 2048
 DRY_SHAPE, DRY_TOKENS = (24, 40), 3
-_COMPILED = {*((*SQUARE, m) for m in COMPILED_TOKENS), (*DRY_SHAPE, DRY_TOKENS)}
+_COMPILED = {(*SQUARE, COMPILED_TOKENS), (*DRY_SHAPE, DRY_TOKENS)}
 PAPER_MOST_TOKENS = 2048
-WHY_NOT_COMPILED = f"compiled for 4096 x 4096 and M in {COMPILED_TOKENS} alone: each compilation takes 5 to 20 s"
+WHY_NOT_COMPILED = f"compiled for a step of 4096 x 4096, M = {COMPILED_TOKENS} alone: a compilation takes 5 to 20 s"
 WHY_NOT_PAPER = f"left out above M = {PAPER_MOST_TOKENS}: there the products hide more and more of its sort"
 
-#: Those of every op, which a wrong kernel hardly passes, come before anything is timed. Those of csrc/cuda are cases of
-#: their own, so that one backend's fault is not the other's.
-_FIRST_CHECKS = ("exact", "cuda exact", "random", "cuda random", "other ops", "cuda other ops")
-_OTHER_CHECKS = ("repeats", "cuda repeats", "cuda layouts")
+#: Before anything is timed. Those of csrc/cuda are cases of their own, so that one backend's fault is not the other's.
+_FIRST_CHECKS = (
+    "cuda layouts", "exact", "cuda exact", "random", "cuda random", "other ops", "cuda other ops", "repeats",
+    "cuda repeats",
+)  # fmt: skip
 SANITIZERS = ("cuda memcheck", "cuda racecheck")
 TESTS = "tests"
 CUDA_CHECKS = ("cuda exact", "cuda random", "cuda other ops", "cuda repeats", "cuda layouts")
@@ -63,6 +65,10 @@ _PRODUCT_TOKENS = (2048,)
 #: Products over codes (codes.py), and tokens: one and few, where codes are a quarter of the bytes, and many.
 CODES = ("nf4, forward", "nf4, d_x", "int8, forward", "int8, d_x")
 _CODED_TOKENS = (1, 64, 512)
+#: Few tokens by words and by scores: where CUDA's decode kernel may be what "auto" should take.
+_FEW_TOKENS = (1, 16, 64)
+#: Rows with a mask each (many.py): tokens that are generated for as many users.
+MANY_ROWS = (1, 16, 64)
 #: Products over experts (experts.py), of a mixture's gate and up: 128 experts, eight for each of 2048 and of 64 tokens.
 OVER_EXPERTS = ("forward", "d_x", "d_scores")
 EXPERTS, _EXPERT_SHAPE, _EXPERT_ROWS = 128, (1536, 2048), (16384, 512)
@@ -80,6 +86,17 @@ _PATIENCE_COMPILED = 90.0
 _PATIENCE_OF = {"exact": 225.0, "other ops": 225.0, "cuda layouts": 120.0}
 #: Seconds that programs get which take what they get; all that is left where nothing comes behind them.
 SECONDS_OF = {TESTS: 40.0, "cuda memcheck": 100.0, "cuda racecheck": 100.0}
+
+#: Seconds that the start and a case are expected to take: guesses, of which nothing was measured. Most of a check is
+#: the reference, most of a timed case its competitors, each checked, captured and replayed.
+_GUESS_START = 20.0
+_GUESS = 4.0
+_GUESS_COMPILED = 20.0
+_GUESSES = {"train": 25.0, "experts": 8.0, "threshold": 6.0}
+_GUESSES_OF_CHECKS = {
+    "cuda layouts": 45.0, "exact": 30.0, "cuda exact": 30.0, "other ops": 30.0, "cuda other ops": 30.0, "random": 10.0,
+    "cuda random": 10.0, "repeats": 10.0, "cuda repeats": 10.0, **SECONDS_OF,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,8 +126,18 @@ class Case:
     @property
     def patience(self) -> float:
         """Seconds after which it counts as hung."""
-        compiles = self.what in PRODUCTS and COMPILED in competitors(self)
-        return _PATIENCE_OF.get(self.detail, _PATIENCE_COMPILED if compiles else _PATIENCE)
+        return _PATIENCE_OF.get(self.detail, _PATIENCE_COMPILED if self._compiles else _PATIENCE)
+
+    @property
+    def guess(self) -> float:
+        """Seconds that it is expected to take."""
+        if self.what == "correctness":
+            return _GUESSES_OF_CHECKS[self.detail]
+        return _GUESSES.get(self.what, _GUESS) + (_GUESS_COMPILED if self._compiles else 0.0)
+
+    @property
+    def _compiles(self) -> bool:
+        return self.what in PRODUCTS and COMPILED in competitors(self)
 
 
 #: A figure for each goal, on the layer that both models have.
@@ -134,14 +161,16 @@ def competitors(case: Case) -> tuple[str, ...]:
         return DENSE, FUSED, CUDA, PASS, EAGER
     if case.what == "accumulate_product":
         return DENSE, FUSED, CUDA
-    names = [DENSE, FUSED, CUDA, PACKED, AUTO, PASS, EAGER]
-    if case.what == "d_scores":
-        names.remove(AUTO)
+    names = [DENSE, FUSED, CUDA, PACKED, PASS, EAGER]
+    if case.what in ("forward", "d_x", "step"):
+        names[names.index(PASS) : names.index(PASS)] = [CUDA_PACKED, AUTO, AUTO_PACKED]
+    elif case.what == "memory":
+        names.insert(names.index(PASS), AUTO)
     if case.what in ("step", "memory"):
         names.insert(names.index(PASS) + 1, KEPT)
         names += [PAPER] if case.m <= PAPER_MOST_TOKENS else []
-    if (case.n, case.k, case.m) in _COMPILED and case.what != "memory":
-        names += [COMPILED, LAYER, HELD] if case.what == "step" else [COMPILED]
+    if case.what == "step" and (case.n, case.k, case.m) in _COMPILED:
+        names += [COMPILED, LAYER, HELD]
     return tuple(names)
 
 
@@ -161,7 +190,7 @@ def is_beside_others(case: Case) -> bool:
 
 
 def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> list[Case]:
-    """Every case asked for: first checks, headline, other checks, goals (CUDA's hardest first), sanitizer, the rest."""
+    """Every case asked for: checks, headline, memcheck, few tokens, goals (CUDA's hardest first), the rest."""
     shapes, tokens = tuple(shapes), set(tokens)
     by_worth = [m for m in _TOKENS_BY_WORTH if m in tokens] + sorted(tokens - set(_TOKENS_BY_WORTH))
     is_whole = set(shapes) == set(EVERY_SHAPE)
@@ -176,18 +205,20 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
     ordered = [
         *_cases(["correctness"], details=_FIRST_CHECKS),
         *(case for case in HEADLINE if (case.n, case.k) in shapes and (not case.m or case.m in tokens)),
-        *_cases(["correctness"], details=_OTHER_CHECKS),
+        *_cases(["correctness"], details=SANITIZERS[:1]),
+        *_cases(["forward", "step"], square, [m for m in _FEW_TOKENS if m in tokens]),
+        *_cases(["many"], square, MANY_ROWS if tokens == set(TOKENS) else _those(by_worth, MANY_ROWS)),
         *hardest,
-        *_cases(["host"], _those(shapes, _HOST_SHAPES), host_tokens),
         *_cases(["score_step"], square),
         *_cases(["accumulate_product"], square, _those(by_worth, _PRODUCT_TOKENS)),
         *_cases(["codes"], square, _those(by_worth, _CODED_TOKENS), CODES),
+        *_cases(["host"], _those(shapes, _HOST_SHAPES), host_tokens),
         *_cases(["experts"], experts, _those(by_worth, _EXPERT_ROWS), OVER_EXPERTS),
         *_cases(["train"], tokens=_those(by_worth, _TRAIN_TOKENS),
                 details=[f"{model}, {way}" for model in TRAINED for way in _WAYS]),
         *_cases(products, goal_shapes, [m for m in _GOAL_TOKENS if m in tokens]),
         *(case for cases in cuda_goals for case in cases),
-        *_cases(["correctness"], details=(*SANITIZERS, TESTS)),
+        *_cases(["correctness"], details=(*SANITIZERS[1:], TESTS)),
         *_cases(["accumulate"], _those(shapes, _ACCUMULATE_SHAPES), _those(by_worth, _ACCUMULATE_TOKENS)),
         *_cases(["memory"], _those(shapes, _MEMORY_SHAPES), _those(by_worth, _MEMORY_TOKENS)),
         *(case for dtype in ("bfloat16", "float32")
@@ -196,6 +227,16 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
     ]  # fmt: skip
     asked = set(whats)
     return list(dict.fromkeys(case for case in ordered if case.what in asked))
+
+
+def within(cases: Sequence[Case], seconds: float) -> list[Case]:
+    """Of the cases, in order, those whose guesses fit into so many seconds together."""
+    taken, left = [], seconds - _GUESS_START
+    for case in cases:
+        if case.guess < left:
+            taken.append(case)
+            left -= case.guess
+    return taken
 
 
 def _cases(

@@ -1,10 +1,9 @@
 """The products over experts: checks in every bit, and forward, d_x and d_scores timed.
 
-fused, cuda   the kernels by scores, and by packed masks
+fused, cuda   the kernels by scores, and by packed masks; "auto" takes CUDA's by the number of rows (faster_table.py)
 cuBLAS        torch's grouped_mm on the unmasked weight, whatever it runs; of d_scores without the factor
 
-Rows are drawn unevenly, and some experts have few or none. No table takes "auto" to CUDA's kernels (faster_table.py):
-which is faster depends on more than the number of rows.
+Rows are drawn unevenly, and some experts have few or none.
 """
 
 import functools
@@ -19,13 +18,12 @@ from torch.nn import functional as F
 from mft_kernels import reference
 
 from ..rivals import KEEP_RATIO
-from .cases import CUDA, DENSE, EXPERTS, FUSED, PACKED, Case
+from .cases import CUDA, CUDA_PACKED, DENSE, EXPERTS, FUSED, PACKED, Case
 from .device import Device
 from .equality import EVERYTHING, REFERENCE, Call, Check, equal, name_of, named, results, thresholds_check
 from .operands import MODE
 from .timing import Bench, Competitor
 
-CUDA_PACKED = f"{CUDA}, packed"
 _BY = {FUSED: FUSED, PACKED: FUSED, CUDA: CUDA, CUDA_PACKED: CUDA}
 _D_SCORES = [False, False, True, False]
 #: Of the checks: none at the ends and between, one, a tile's edge, more than one tile; the last are nobody's.

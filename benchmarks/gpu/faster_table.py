@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .cases import AUTO, CUDA, CUDA_CHECKS, FUSED, SANITIZERS
+from .cases import AUTO, AUTO_PACKED, CUDA, CUDA_CHECKS, CUDA_PACKED, FUSED, PACKED, SANITIZERS
 from .once_a_step import SCHEMES, TRITON
 from .results import FAILED, MEASURED, Document, Record
 
@@ -70,26 +70,52 @@ def _is_check(record: Record) -> bool:
 
 
 def _ops(records: Sequence[Record]) -> Iterable[tuple[str, list[str], list[_Times]]]:
-    both = [_BF16, _BF16]
-    forward = _pairs(records, "forward", AUTO, CUDA)
-    yield "masked_linear", both, [(m, *times) for (_, _, m), times in forward.items()]
-    # A step is a forward and a backward.
-    steps = _pairs(records, "step", AUTO, CUDA)
-    backward = {key: [a - b for a, b in zip(steps[key], forward[key])] for key in steps.keys() & forward.keys()}
-    yield "masked_linear_backward", both, [(m, by_auto, by_cuda) for (_, _, m), (by_auto, by_cuda) in backward.items()]
+    for op, dtypes, names in (
+        ("masked_linear", [_BF16, _BF16], (AUTO, CUDA)),
+        ("masked_linear_packed", [_BF16], (AUTO_PACKED, CUDA_PACKED)),
+    ):
+        forward, steps = _pairs(records, "forward", *names), _pairs(records, "step", *names)
+        yield op, dtypes, _of_tokens(forward)
+        # A step is a forward and a backward.
+        both = steps.keys() & forward.keys()
+        yield f"{op}_backward", dtypes, _of_tokens({key: _minus(steps[key], forward[key]) for key in both})
+    yield "masked_linear_many", [_BF16], _of_tokens(_pairs(records, "many", FUSED, CUDA))
+    # By the op alone "auto" does not know NF4 from int8: a size is faster where it is over both.
+    for op, product in (("masked_linear_quantized", "forward"), ("masked_linear_quantized_d_x", "d_x")):
+        over = [_pairs(records, "codes", FUSED, CUDA, _with_detail(f"{kind}, {product}")) for kind in ("nf4", "int8")]
+        yield op, [_BF16], [times for found in over for times in _of_tokens(found)]
+    # Both directions are one op.
+    for op, dtypes, names in (
+        ("masked_linear_grouped", [_BF16, _BF16], (FUSED, CUDA)),
+        ("masked_linear_grouped_packed", [_BF16], (PACKED, CUDA_PACKED)),
+    ):
+        over = [_pairs(records, "experts", *names, _with_detail(way)) for way in ("forward", "d_x")]
+        yield op, dtypes, [times for found in over for times in _of_tokens(found)]
     accumulate = _pairs(records, "accumulate", FUSED, CUDA)
-    yield "accumulate_score_grad", [_BF16, "float32"], [(m, *times) for (_, _, m), times in accumulate.items()]
+    yield "accumulate_score_grad", [_BF16, "float32"], _of_tokens(accumulate)
     for op in ("kept_threshold", "pack_mask", "pack_signs"):
         for dtype in (_BF16, "float32"):
-            found = _pairs(records, "threshold", op, f"{op}, {CUDA}", lambda r, dtype=dtype: r["detail"] == dtype)
+            found = _pairs(records, "threshold", op, f"{op}, {CUDA}", _with_detail(dtype))
             yield op, [dtype], [(n * k, *times) for (n, k, _), times in found.items()]
     added = _pairs(records, "accumulate_product", FUSED, CUDA)
-    yield "accumulate_product", [_BF16, "float32"], [(m, *times) for (_, _, m), times in added.items()]
+    yield "accumulate_product", [_BF16, "float32"], _of_tokens(added)
     for scheme, (scores, _) in SCHEMES.items():
         # int16 is no dtype of the table of backends.
         dtypes = [*(["float32"] if scores.is_floating_point else []), "float32", _BF16]
         steps = _pairs(records, "score_step", f"{scheme}, {TRITON}", f"{scheme}, {CUDA}")
         yield "score_step", dtypes, [(n * k, *times) for (n, k, _), times in steps.items()]
+
+
+def _with_detail(detail: str) -> Callable[[Record], bool]:
+    return lambda record: record["detail"] == detail
+
+
+def _of_tokens(found: Mapping[tuple[int, int, int], tuple[float, float]]) -> list[_Times]:
+    return [(m, *times) for (_, _, m), times in found.items()]
+
+
+def _minus(whole: tuple[float, float], part: tuple[float, float]) -> tuple[float, float]:
+    return whole[0] - part[0], whole[1] - part[1]
 
 
 def _pairs(

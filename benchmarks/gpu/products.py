@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .cases import DENSE, HELD, LAYER, PACKED, PAPER, Case, competitors, left_out
+from .cases import AUTO_PACKED, CUDA, CUDA_PACKED, DENSE, HELD, LAYER, PACKED, PAPER, Case, competitors, left_out
 from .device import CLOCK, GRAPH, QUEUED, Device
 from .operands import Operands
 from .timing import FAILURES, MOST_APART, Bench, Competitor, Phases, reason
@@ -21,7 +21,7 @@ _LAYERS: dict[str, Callable[[], Way]] = {
     OP: Op,
 }
 #: Bytes that tell one weight's mask, of a competitor.
-_KEEP_BYTES = {DENSE: 0.0, PACKED: 1 / 8}
+_KEEP_BYTES = {DENSE: 0.0} | dict.fromkeys((PACKED, CUDA_PACKED, AUTO_PACKED), 1 / 8)
 _SCORE_BYTES = 2.0
 #: The paper's sort drops some of the scores that tie with the threshold and are kept here, about one weight in 300.
 _MOST_APART_OF = {PAPER: 0.25}
@@ -124,4 +124,5 @@ def _expected(case: Case, o: Operands) -> Any:
 
 
 def _ways(case: Case, device: Device) -> dict[str, Way]:
-    return {name: way_of(name, device) for name in competitors(case) if name not in device.without}
+    left_out = (CUDA, CUDA_PACKED) if CUDA in device.without else ()
+    return {name: way_of(name, device) for name in competitors(case) if name not in left_out}

@@ -5,12 +5,30 @@ from pathlib import Path
 from typing import Any
 
 from ..tables import markdown
-from .cases import AUTO, COMPILED, CUDA, DENSE, EAGER, FUSED, HELD, KEPT, LAYER, PACKED, PAPER, PASS, Case
+from .cases import (
+    AUTO,
+    AUTO_PACKED,
+    COMPILED,
+    CUDA,
+    CUDA_PACKED,
+    DENSE,
+    EAGER,
+    FUSED,
+    HELD,
+    KEPT,
+    LAYER,
+    PACKED,
+    PAPER,
+    PASS,
+    Case,
+)  # fmt: skip
 from .faster_table import FASTER, is_wrong, table
 from .goals import goals, no_cuda
 from .results import FAILED, MEASURED, NOT_MEASURED, REPORTED, SLOW, Document, Record, figures, read, write_whole
 
-_COLUMNS = (DENSE, CUDA, FUSED, PACKED, AUTO, LAYER, HELD, PASS, KEPT, COMPILED, EAGER, PAPER)
+_COLUMNS = (
+    DENSE, CUDA, CUDA_PACKED, FUSED, PACKED, AUTO, AUTO_PACKED, LAYER, HELD, PASS, KEPT, COMPILED, EAGER, PAPER,
+)  # fmt: skip
 #: Begins a line of what is missing and costs no exit code.
 WARNING = "WARNING"
 _OPENING = """# Measured on a GPU
@@ -37,6 +55,7 @@ _TITLES = {
     "accumulate_product": "grad.T @ x, added to an fp32 buffer",
     "score_step": "score_step",
     "codes": "Products over codes",
+    "many": "A mask for each row",
     "experts": "Products over experts",
     "host": "What a caller waits for at few tokens",
     "train": "Whole optimiser steps",

@@ -11,7 +11,22 @@ from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear, eag
 
 from ..rivals import KEEP_RATIO, paper_linear
 from . import two_passes
-from .cases import AUTO, COMPILED, CUDA, DENSE, EAGER, FUSED, HELD, KEPT, LAYER, PACKED, PAPER, PASS
+from .cases import (
+    AUTO,
+    AUTO_PACKED,
+    COMPILED,
+    CUDA,
+    CUDA_PACKED,
+    DENSE,
+    EAGER,
+    FUSED,
+    HELD,
+    KEPT,
+    LAYER,
+    PACKED,
+    PAPER,
+    PASS,
+)
 from .device import Device
 from .operands import MODE, Operands
 
@@ -211,7 +226,10 @@ def way_of(name: str, device: Device) -> Way:
     made: dict[str, Callable[[], Way]] = {
         DENSE: Dense,
         **{by: lambda by=by: Ours(device.backends[by]) for by in (FUSED, AUTO, CUDA)},
-        PACKED: lambda: Packed(device.backends[FUSED]),
+        **{
+            name: lambda by=by: Packed(device.backends[by])
+            for name, by in ((PACKED, FUSED), (CUDA_PACKED, CUDA), (AUTO_PACKED, AUTO))
+        },
         PASS: Passes,
         KEPT: lambda: Passes(keep=True),
         LAYER: lambda: Layer(masked_layer),

@@ -65,7 +65,7 @@ def work(
 
     from ..harness import environment
     from ..records import ROOT
-    from . import codes, correctness, experts, once_a_step, products, train
+    from . import codes, correctness, experts, many, once_a_step, products, train
     from .bundle import commit_of
     from .device import Device, Gpu, Interpreter
     from .timing import Bench
@@ -83,6 +83,7 @@ def work(
         "threshold": once_a_step.time_threshold,
         "score_step": once_a_step.time_score_step,
         "codes": codes.time_codes,
+        "many": many.time_many,
         "experts": experts.time_experts,
         "train": train.time_train,
     }

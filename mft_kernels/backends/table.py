@@ -187,9 +187,11 @@ def _usual(device: torch.device) -> Request:
 def _find(call: Request, requested: str, source: str) -> Callable:
     if requested == "auto":
         backend = _automatic(call)
-        if call.op in backend.short:
+        run = backend.function(call.function, automatic=True)
+        chosen = _or_faster(call, run)
+        if chosen is run and call.op in backend.short:  # which knows nothing of CUDA's kernels
             short_ways[call.op, call.dtypes[0]] = backend.short[call.op]
-        return _or_faster(call, backend.function(call.function, automatic=True))
+        return chosen
     if requested not in _names():
         raise ValueError(
             f"{source} must be one of {('auto', *_names())}, got {requested!r}; one from elsewhere is there once the "

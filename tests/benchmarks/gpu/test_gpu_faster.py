@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,11 @@ pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 from gpu_records import HERE, check, documents_of, record, results_of, sample
 
 from benchmarks.gpu import faster_table, report
-from benchmarks.gpu.cases import AUTO, CUDA, CUDA_CHECKS, FUSED, SQUARE, Case
+from benchmarks.gpu.cases import AUTO, AUTO_PACKED, CUDA, CUDA_CHECKS, CUDA_PACKED, FUSED, PACKED, SQUARE, Case
 from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED, REPORTED, SLOW
 from mft_kernels.backends import faster
 from mft_kernels.backends import table as backends
+from mft_kernels.ops.schema import calls
 
 BF16 = torch.bfloat16
 
@@ -61,6 +63,33 @@ def test_selections_and_steps_are_told_by_scores_and_accumulation_by_tokens():
         ("accumulate_product", ["bfloat16", "float32"], {"2048": True}),
         ("score_step", ["float32", "bfloat16"], {str(4096 * 4096): True}),
     ]
+
+
+def test_words_rows_codes_and_experts_have_entries_of_their_own():
+    def both(what, m, by_auto, by_cuda, names=(FUSED, CUDA), detail=""):
+        return record(what, m, dict(zip(names, map(sample, (by_auto, by_cuda)))), detail=detail)
+
+    by_words, experts = (AUTO_PACKED, CUDA_PACKED), (PACKED, CUDA_PACKED)
+    found = faster_table.table(documents_of(
+        *checks(),
+        both("forward", 1, 1.0, 0.5, by_words), both("forward", 64, 1.0, 2.0, by_words),
+        both("step", 1, 3.0, 2.0, by_words),
+        both("many", 16, 1.0, 0.5),
+        *(both("codes", 1, 1.0, by, detail=f"{kind}, forward") for kind, by in (("nf4", 0.5), ("int8", 2.0))),
+        *(both("codes", 1, 1.0, 0.5, detail=f"{kind}, d_x") for kind in ("nf4", "int8")),
+        both("experts", 512, 1.0, 0.5, detail="forward"), both("experts", 512, 1.0, 2.0, detail="d_x"),
+        *(both("experts", 512, 1.0, 0.5, experts, detail=way) for way in ("forward", "d_x")),
+    ))  # fmt: skip
+    assert {entry["op"]: (entry["dtypes"], entry["sizes"]) for entry in found["ops"]} == {
+        "masked_linear_packed": (["bfloat16"], {"1": True, "64": False}),
+        "masked_linear_packed_backward": (["bfloat16"], {"1": True}),
+        "masked_linear_many": (["bfloat16"], {"16": True}),
+        "masked_linear_quantized": (["bfloat16"], {"1": False}),  # over NF4 alone, which "auto" cannot tell from int8
+        "masked_linear_quantized_d_x": (["bfloat16"], {"1": True}),
+        "masked_linear_grouped": (["bfloat16", "bfloat16"], {"512": False}),  # forward and d_x are one op
+        "masked_linear_grouped_packed": (["bfloat16"], {"512": True}),
+    }
+    assert {entry["op"] for entry in found["ops"]} <= calls.keys()
 
 
 def test_there_is_no_table_of_kernels_that_were_not_found_right():
@@ -183,6 +212,19 @@ def test_auto_takes_cuda_at_the_sizes_at_which_it_is_faster_and_between_them(car
     assert "masked_linear on cuda: cuda where faster.json says" in caplog.text
     assert card(2048, requested="triton") == "triton"
     assert card(2048, dtypes=(BF16, torch.float32)) == "triton"  # another mask was not timed
+
+
+def test_the_short_way_of_few_tokens_does_not_pass_by_the_table(card, stored, monkeypatch):
+    """Triton's short way takes every call of an op, and CUDA's decode kernel would never be asked."""
+    triton = replace(backends._TABLE["triton"], short={"masked_linear": lambda *_: None})
+    monkeypatch.setitem(backends._TABLE, "triton", triton)
+    monkeypatch.setattr(backends, "short_ways", {})
+    assert card(1024) == "triton"
+    assert ("masked_linear", BF16) in backends.short_ways
+    backends.short_ways.clear()
+    stored({"1024": True, "4096": True})
+    assert (card(2), card(1024)) == ("triton", "cuda")
+    assert not backends.short_ways
 
 
 @pytest.mark.parametrize("changes", [{"capability": [8, 0]}, {"capability": None}, {"triton": "3.0"}])

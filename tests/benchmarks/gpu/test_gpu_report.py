@@ -10,7 +10,7 @@ from gpu_records import HERE, check, documents_of, record, results_of, sample, s
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import report
-from benchmarks.gpu.cases import AUTO, CUDA, DENSE, FUSED, PAPER, SQUARE, Case, plan
+from benchmarks.gpu.cases import AUTO, CUDA, CUDA_PACKED, DENSE, FUSED, PAPER, SQUARE, Case, plan
 from benchmarks.gpu.goals import MET, NOT_APPLICABLE, NOT_MET
 from benchmarks.gpu.goals import goals as goals_of
 from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED
@@ -25,9 +25,9 @@ def states(what, cases, environment=HERE):
 
 
 def test_a_goal_takes_the_worst_case():
-    found = goals("step", [step(2048, 1.0, 1.5, 1.4), step(2048, 1.0, 1.4, 1.2, paper=4.0, shape=(1024, 4096))])
+    found = goals("step", [step(2048, 1.0, 1.5, 1.4), step(2048, 1.0, 1.4, 1.05, paper=4.0, shape=(1024, 4096))])
     assert [goal.state for goal in found] == [MET, NOT_MET, MET, NOT_MET]
-    assert found[1].measured.median == pytest.approx(1.2)
+    assert found[1].measured.median == pytest.approx(1.05)
     assert "worst of 2, 1024 x 4096, M = 2048" in found[1].quantity
 
 
@@ -58,7 +58,7 @@ def test_a_goal_follows_the_form_that_ran():
         found = goals("forward", at, environment)[0]
         assert (found.state, found.bound) == (state, bound)
         assert f"{form} form" in found.quantity
-    slow = [step(2048, 1.0, 1.0, 1.1)]  # auto takes the passes themselves
+    slow = [step(2048, 1.0, 1.0, 1.05)]  # auto takes the passes themselves
     assert states("step", slow) == [NOT_MET, NOT_MET, MET, MET]
     assert states("step", slow, plain) == [NOT_APPLICABLE, NOT_APPLICABLE, MET, MET]
 
@@ -77,6 +77,7 @@ def test_the_form_is_told_as_the_backend_tells_it(monkeypatch):
 
 def test_a_goal_of_a_kernel_that_cannot_run_there_is_not_applicable():
     poor = {DENSE: sample(1.0), FUSED: sample(1.0, floor=0.5), CUDA: sample(2.0, of_cublas=50, floor=0.5)}
+    poor |= {CUDA_PACKED: poor[CUDA]}
     at = {what: [record(what, 4096, poor)] for what in ("forward", "d_scores")}
     assert [states(what, at[what])[1] for what in at] == [NOT_MET, NOT_MET]
     absent = HERE | {"cuda_library": "none: its library is not built"}
@@ -105,17 +106,22 @@ def test_a_dry_run_judges_correctness_alone():
 def test_cuda_is_judged_on_llama2_7b_from_4096_tokens_on():
     def of_cublas(percent, m, shape):
         cuda = sample(1.0, of_cublas=percent, floor=0.5)
-        return record("forward", m, {DENSE: sample(1.0), FUSED: sample(1.0, floor=0.5), CUDA: cuda}, shape)
+        others = {DENSE: sample(1.0), FUSED: sample(1.0, floor=0.5)}
+        return record("forward", m, others | {CUDA: cuda, CUDA_PACKED: cuda}, shape)
 
     elsewhere = [of_cublas(10, 2048, SQUARE), of_cublas(10, 4096, (14336, 4096))]
     good, better = of_cublas(95.5, 4096, (11008, 4096)), of_cublas(99, 16384, SQUARE)
-    for what, state in (("forward", MET), ("d_x", MET), ("d_scores", NOT_MET)):  # 95, 95 and 97 %
+    for what, state in (("forward", MET), ("d_x", NOT_MET), ("d_scores", MET)):  # 94, 97 and 90 %
         _, goal = goals(what, [*elsewhere, good, better])
         assert goal.state == state
         assert goal.measured.median == 95.5
         assert "worst of 2, 11008 x 4096, M = 4096" in goal.quantity
     assert states("forward", elsewhere)[1] == NOT_MEASURED
-    wrong = good | {"m": 8192, "samples": {DENSE: sample(1.0)}, "failures": {CUDA: "wrong: 0.5 from the eager form"}}
+    wrong = good | {
+        "m": 8192,
+        "samples": {DENSE: sample(1.0)},
+        "failures": {CUDA_PACKED: "wrong: 0.5 from the eager form"},
+    }
     for cases in ([good, better, wrong], [wrong]):  # what was fast elsewhere does not make up for it
         _, goal = goals("forward", cases)
         assert goal.state == NOT_MET
@@ -259,8 +265,8 @@ def test_tables_come_from_the_files_alone(tmp_path):
         "| 0123456789ab |",
         "| 3.00 | 800 |",
         "| mask pass + cuBLAS / auto, M = 2048: worst of 1, 4096 x 4096, M = 2048 | 1.500 [1.500, 1.500] x |",
-        "| exact | measured | 7 | 0 | 1 |",
-        "- 2 warnings (exact)",
+        "| cuda layouts | measured | 7 | 0 | 1 |",
+        "- 2 warnings (cuda layouts)",
         "### step 4096 x 4096\n",
         "| M = 8192 | not measured | not measured |",
         "100 (q), 100 %, 50 / 60 |",

@@ -1,14 +1,18 @@
 """What the GPU suite measures and in which order, its command line, and a dry run of it all."""
 
 import json
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
+
+from gpu_records import results_of
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cases, products, timing
@@ -26,38 +30,52 @@ def test_every_case_is_planned_once():
     assert len(timed) == 4 * 6 * 9 + 2 * 2 + 1  # accumulate: two shapes, two M; accumulate_product: one of each
 
 
-def test_the_first_cases_are_correctness_and_a_figure_for_each_goal():
-    planned = plan(WHATS, EVERY_SHAPE, TOKENS)
-    first = [check for kind in ("exact", "random", "other ops") for check in (kind, f"cuda {kind}")]
-    assert [case.detail for case in planned[:6]] == first
-    assert planned[6:11] == list(cases.HEADLINE)
+def test_the_first_lease_holds_checks_headline_and_memcheck_and_fits_its_time():
+    every = plan(WHATS, EVERY_SHAPE, TOKENS)
+    first = cases.within(every, command.BUDGET)
+    assert sum(case.guess for case in first) < command.BUDGET < sum(case.guess for case in every)
+    assert first[0].detail == "cuda layouts"
+    assert {case.detail for case in first[:9]} == {
+        f"{by}{kind}" for by in ("", "cuda ") for kind in ("exact", "random", "other ops", "repeats")
+    } | {"cuda layouts"}
+    assert first[9:14] == list(cases.HEADLINE)
+    assert first[14].detail == "cuda memcheck"
+    assert [case for case in first if cases.COMPILED in cases.competitors(case)] == [cases.HEADLINE[0]]
+    assert not {"train", "experts", "memory"} & {case.what for case in first}  # slices of their own
+    # What decodes, by words too, and a mask for each row; then the hardest goals of CUDA's kernels.
+    few = {(case.what, case.m) for case in first[15:24]}
+    assert few == {(what, m) for what in ("forward", "step", "many") for m in (1, 16, 64)}
+    assert {(c.m, c.n, c.k) for c in first[24:30]} == {(4096, *s) for s in SHAPES["llama2-7b"][1:]}
 
 
-def test_then_come_the_other_checks_the_goals_and_the_rest():
-    behind = plan(WHATS, EVERY_SHAPE, TOKENS)[11:]
+def test_a_longer_time_or_a_slice_takes_the_rest(monkeypatch, capsys, tmp_path):
+    every = plan(WHATS, EVERY_SHAPE, TOKENS)
+    assert cases.within(every, sum(case.guess for case in every) + 60) == every
+    assert {case.what for case in every} == {*WHATS}
+    assert {case.what for case in cases.within(plan(["train"], EVERY_SHAPE, TOKENS), command.BUDGET)} == {"train"}
+    monkeypatch.setattr(command, "_has_gpu", lambda: True)
+    monkeypatch.setattr(command, "measure", lambda *_, **__: True)
+    command.main(["--out", str(tmp_path), "--what", "train,step"])
+    said = capsys.readouterr().out
+    assert re.match(r"\d+ of 66 cases are left out: all are expected to take \d+ s, and --budget is 500; a slice", said)
 
-    def next_ones(count):
-        found, behind[:count] = behind[:count], []
-        return found
 
-    assert [case.detail for case in next_ones(3)] == ["repeats", "cuda repeats", "cuda layouts"]
-    # CUDA's hardest goals: forward, d_x and d_scores on three shapes, one of which is in the headline.
-    assert {(c.m, c.n, c.k) for c in next_ones(3 * 2)} == {(4096, *s) for s in SHAPES["llama2-7b"][1:]}
-    few = next_ones(2 * 7)
-    assert {(case.what, case.m) for case in few} == {("host", m) for m in (1, 2, 4, 8, 16, 32, 64)}
-    assert [case.what for case in next_ones(2)] == ["score_step", "accumulate_product"]
-    assert [(case.m, case.detail) for case in next_ones(12)] == [(m, d) for m in (1, 64, 512) for d in cases.CODES]
-    assert [(case.m, case.detail) for case in next_ones(6)] == [
-        (m, d) for m in (16384, 512) for d in cases.OVER_EXPERTS
-    ]
-    assert {case.what for case in next_ones(3 * 4)} == {"train"}  # models, ways of running
-    assert behind[0] == Case("forward", 4096, 4096, 2048)
-    assert {case.m for case in next_ones(5 * 2 * 4 - 1)} == {2048, 512}  # shapes, tokens, products
-    assert {case.m for case in next_ones(2 * 9)} == {8192, 16384}
-    assert [case.detail for case in next_ones(3)] == ["cuda memcheck", "cuda racecheck", "tests"]
-    whats = [case.what for case in next_ones(11)]
-    assert whats == ["accumulate"] * 4 + ["memory"] * 4 + ["threshold"] * 3
-    assert behind[0] == Case("step", 4096, 4096, 1024)
+def test_results_go_into_one_archive(monkeypatch, tmp_path):
+    """A machine may give back fewer files than there are kinds of cases."""
+
+    def measured(line, out, deadline, **how):
+        assert line[-2:] == ["--out", str(out)]
+        results_of(out, plan(["d_x"], [SQUARE], [64]))
+        (out / "else").write_text("")
+        raise KeyboardInterrupt  # a lease that ends
+
+    monkeypatch.setattr(command, "_has_gpu", lambda: True)
+    monkeypatch.setattr(command, "measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--out", str(tmp_path / "a" / "results.zip"), "--what", "d_x"])
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["results.zip"]
+    with zipfile.ZipFile(tmp_path / "a" / "results.zip") as packed:
+        assert packed.namelist() == ["gpu-d_x.json"]
 
 
 def test_cuda_takes_part_beside_triton_wherever_something_is_timed():
@@ -149,7 +167,7 @@ def test_a_dry_run_walks_through_everything(tmp_path):
                 assert not case.get("failures"), case
     (timed,) = written["gpu-step.json"]["cases"]
     expected = {*cases.competitors(Case("step", *cases.DRY_SHAPE, cases.DRY_TOKENS))}
-    assert timed["samples"].keys() == expected - ({CUDA} if without_cuda else set())
+    assert timed["samples"].keys() == expected - ({CUDA, cases.CUDA_PACKED} if without_cuda else set())
     assert "## Goals" in (tmp_path / "gpu.md").read_text()
     if without_cuda:
         pytest.skip(f"walked without the CUDA kernels: {cuda}")

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 
 from gpu_records import CEILINGS, documents_of, on_host
 
-from benchmarks.gpu import cases, once_a_step, products, report, timing, train, ways
+from benchmarks.gpu import cases, many, once_a_step, products, report, timing, train, ways
 from benchmarks.gpu.cases import CUDA, DENSE, DRY_SHAPE, EAGER, FUSED, HELD, LAYER, Case
 from benchmarks.gpu.results import FAILED, NOT_MEASURED
 
@@ -60,13 +60,20 @@ def test_a_layer_that_computes_something_else_is_not_timed(bench, monkeypatch):
 
 @pytest.mark.parametrize("what", ["forward", "d_x", "d_scores", "accumulate", "accumulate_product", "step"])
 def test_products_are_checked_and_timed_by_every_way(what, bench):
-    names = [DENSE, FUSED] if what == "accumulate_product" else [DENSE, EAGER, FUSED, "fused, packed"]
+    names = [DENSE, FUSED] if what == "accumulate_product" else [DENSE, EAGER, FUSED, "fused, packed", "auto, packed"]
     names += [LAYER, HELD] if what == "step" else []
     fields = timed(what, bench, *names)
     assert fields["failures"] == {}
     assert list(fields["samples"]) == names
     assert fields["samples"][FUSED]["floor_ms"] > 0
     assert "percent_of_cublas" in fields["samples"][FUSED]
+
+
+def test_rows_with_a_mask_each_are_timed_by_both_backends(bench):
+    bench.device.without, bench.device.backends = {}, bench.device.backends | {CUDA: "reference"}
+    fields = many.time_many(Case("many", *DRY_SHAPE, 3), bench)
+    assert (list(fields["samples"]), fields["failures"]) == ([DENSE, FUSED, CUDA], {})
+    assert fields["samples"][CUDA]["floor_ms"] > fields["samples"][DENSE]["floor_ms"]  # three masks
 
 
 def test_a_way_that_is_wrong_is_not_timed(bench, monkeypatch):
