@@ -4,7 +4,8 @@ exact     products and selection of small integers: every sum is exact, so resul
 other ops   the same over codes, over experts, with a mask a row; and score_step
 random    error against float64 at most twice PyTorch's own in the same dtype
 repeats   the same call gives the same bits, 100 times
-tests     tests/triton_kernels and, of tests/ops, those of Triton, in a process of its own
+tests     tests/triton_kernels and, of tests/ops, those of Triton, in a process of its own; in a dry run what a GPU does
+          and the interpreter does not, on a driver that launches nothing
 
 "cuda exact" and so on are the same for csrc/cuda; "cuda layouts" (layouts.py) is in the place of its tests, which run
 in an emulator, and "cuda memcheck" and "cuda racecheck" (programs.py) repeat a part of that under compute-sanitizer.

@@ -1,4 +1,6 @@
-"""What tests of the GPU suite share: records and documents as a worker writes them, and a device without a GPU."""
+"""What tests of the GPU suite share: records and documents as a worker writes them, devices without a GPU."""
+
+import torch
 
 from benchmarks.gpu.cases import AUTO, CUDA, DENSE, FUSED, KEPT, PAPER, PASS, SQUARE, WHATS
 from benchmarks.gpu.results import MEASURED, Results
@@ -63,3 +65,76 @@ def on_host(**changes):
     made = OnHost()
     vars(made).update(changes)
     return made
+
+
+class Card:
+    """Stands in for torch.cuda: every call on a stream takes ``ms`` of its time."""
+
+    def __init__(self, monkeypatch, capture_fails=False):
+        self.now, card = 0.0, self
+        self.log: list = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = card.now
+
+            def synchronize(self):
+                card.log.append("wait")
+
+            def elapsed_time(self, end):
+                return end.at - self.at or 1.0
+
+        class Graph:
+            calls: list = []  # noqa: RUF012
+
+            def replay(self):
+                card.log.append(f"replay {len(self.calls)}")
+                for ms in self.calls:
+                    card.now += ms
+
+        class Capture:
+            def __init__(self, graph, *, stream, capture_error_mode):
+                self.graph = graph
+
+            def __enter__(self):
+                self.before, card.recorded = card.now, []
+
+            def __exit__(self, *error):
+                self.graph.calls, card.recorded = card.recorded, None
+                if capture_fails:
+                    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+        self.recorded = None
+        for name, value in {
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device: type(
+                "Properties", (), {"L2_cache_size": 1 << 20, "multi_processor_count": 132, "total_memory": 80 << 30}
+            ),
+            "Stream": object,
+            "set_stream": lambda stream: card.log.append("own stream"),
+            "synchronize": lambda: None,
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "graph": Capture,
+            "_sleep": lambda cycles: None,
+            "get_device_name": lambda device: "a card",
+            "get_device_capability": lambda device: (9, 0),
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": lambda: None,
+            "memory_allocated": lambda: 1000,
+            "max_memory_allocated": lambda: 1500,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def work(self, ms):
+        def call(copy):
+            self.log.append(copy)
+            if self.recorded is None:
+                self.now += ms
+            else:
+                self.recorded.append(ms)
+
+        return call
