@@ -40,9 +40,11 @@ class Launches:
         """Each kernel once, and what it came from."""
         return sorted({f"{one.kernel}: {_named(one.cubin is not None, one.swapped)}" for one in self.seen})
 
-    def stray(self, form: Form) -> str:
-        """The first that did not come from what the record names, in words; "" if none."""
-        for one in self.seen:
+    def stray(self, form: Form, *, ahead: bool = True) -> str:
+        """The first that did not come from what the record names, in words; "" if none. ``ahead``: whether cubins are
+        made of these kernels; else the installed Triton compiles them, in its own form, which their names tell.
+        """
+        for one in self.seen if ahead else ():
             if (one.cubin is not None) != form.by_cubins or (one.swapped and not form.swapped):
                 came = _named(one.cubin is not None, one.swapped)
                 return f"not what the record names: {one.kernel} came from {came}, and the record says {form}"

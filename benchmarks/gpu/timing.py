@@ -40,7 +40,7 @@ class Competitor:
     """One way to compute a thing. ``run`` takes the index of a copy of the operands.
 
     expected: what it must give, by copy 0; None: there is nothing to compare. apart: in its place, how far it is from
-    what it must be. clear: called before it is checked.
+    what it must be. clear: called before it is checked. ahead: whether Triton's kernels in it are among the cubins.
     """
 
     run: Callable[[int], Any]
@@ -50,6 +50,7 @@ class Competitor:
     most_apart: float = MOST_APART
     phases: Phases = ()
     how: str = GRAPH
+    ahead: bool = True
 
 
 class Bench:
@@ -77,7 +78,7 @@ class Bench:
             except FAILURES as error:
                 failures[name] = reason(error, self.device)
                 continue
-            if stray := launches.stray(self.device.form):
+            if stray := launches.stray(self.device.form, ahead=right[name].ahead):
                 failures[name] = stray
             else:
                 timers[name], kernels[name] = timer, launches.names()

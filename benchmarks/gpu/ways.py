@@ -104,7 +104,7 @@ class Ours(Way):
         return self._gradients(o, [False, False, True, False])[2]
 
     def accumulate(self, o: Operands) -> Tensor:
-        return self._add(o, o.weight, o.scores)
+        return self._add(o, o.weight, o.signs)
 
     def accumulate_product(self, o: Operands) -> Tensor:
         return self._add(o, None, None)
@@ -118,9 +118,10 @@ class Ours(Way):
         by = (o.scores, o.threshold, MODE, wanted, self._backend)
         return torch.ops.mft.masked_linear_backward(o.grad, o.x, o.weight, *by)
 
-    def _add(self, o: Operands, weight: Tensor | None, scores: Tensor | None) -> Tensor:
+    def _add(self, o: Operands, weight: Tensor | None, signs: Tensor | None) -> Tensor:
+        """Into fp32 sums: as layers have it, by packed signs."""
         sums = o.to_add_to()
-        torch.ops.mft.accumulate_score_grad(sums, o.grad, o.x, weight, scores, None, MODE, self._backend)
+        torch.ops.mft.accumulate_score_grad(sums, o.grad, o.x, weight, None, signs, MODE, self._backend)
         return sums
 
 

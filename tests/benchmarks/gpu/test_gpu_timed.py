@@ -77,7 +77,7 @@ def test_rows_with_a_mask_each_are_timed_by_both_backends(bench):
 
 
 def test_a_way_that_is_wrong_is_not_timed(bench, monkeypatch):
-    def twice(self, o, weight, scores):
+    def twice(self, o, weight, signs):
         return o.sums.add_(o.grad.T.float() @ o.x.float(), alpha=2)
 
     monkeypatch.setattr(ways.Ours, "_add", twice)

@@ -116,6 +116,14 @@ def test_what_did_not_come_from_what_the_record_names_is_not_timed(form, launche
         assert fields["samples"]["ours"]["kernels"] == sorted(came)
 
 
+def test_what_no_cubin_is_made_of_says_what_it_came_from():
+    """Experts: the installed Triton compiles them for every user."""
+    bench = Bench(on_host(form=BY_CUBINS), CEILINGS)
+    fields = bench.compare({"ours": Competitor(lambda copy: cubins.note(HERE), ahead=False)}, 1)
+    assert fields["failures"] == {}
+    assert fields["samples"]["ours"]["kernels"] == ["product: the installed Triton, plain form"]
+
+
 def test_a_device_s_form_is_that_of_its_cubins(monkeypatch):
     monkeypatch.setattr(cubins, "bundle", lambda name: (name, "") if name == "sm_90" else (None, "none"))
     monkeypatch.delenv("MFT_TRITON", raising=False)
