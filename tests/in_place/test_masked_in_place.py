@@ -1,0 +1,85 @@
+"""A mask in its weight's own memory: what lies there and aside, and that the weight comes back bit for bit."""
+
+import pytest
+import torch
+
+import mft_kernels.mask.in_place
+from mft_kernels import pack_mask
+from mft_kernels.mask.in_place import MaskedInPlace
+
+SPECIAL = [torch.nan, -torch.nan, torch.inf, -torch.inf, -0.0, 0.0]
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def weight_of(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight.view(-1)[: 2 * len(SPECIAL)] = torch.tensor(2 * SPECIAL, dtype=dtype)
+    return weight
+
+
+def mask_of(shape, seed, keep=0.7):
+    """(packed, bool)"""
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return pack_mask(scores, torch.tensor(1 - keep)), scores >= 1 - keep
+
+
+def bits(tensor):
+    return tensor.view(BITS[tensor.itemsize])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 33), (8, 64), (3, 4, 40)], ids=str)
+def test_a_weight_holds_one_mask_after_another_and_comes_back(shape, dtype):
+    whole, weight = weight_of(shape, dtype), weight_of(shape, dtype)
+    masks = [mask_of(shape, seed) for seed in range(3)]
+    held = MaskedInPlace(weight, masks[0][0])
+    for packed, keep in masks:
+        held.change(packed)
+        assert torch.equal(bits(weight), bits(torch.where(keep, whole, 0)))
+        assert torch.equal(bits(held.aside), bits(whole[~keep]))
+        assert torch.equal(bits(held.whole()), bits(whole))
+        assert held.packed is packed
+    held.lift()
+    held.lift()
+    assert torch.equal(bits(weight), bits(whole))
+    assert (held.packed, held.aside) == (None, None)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_all_and_nothing_dropped(keep):
+    whole, weight = weight_of((4, 40), torch.float32), weight_of((4, 40), torch.float32)
+    held = MaskedInPlace(weight, mask_of((4, 40), 0, keep)[0])
+    assert held.aside.numel() == (0 if keep else weight.numel())
+    held.lift()
+    assert torch.equal(bits(weight), bits(whole))
+
+
+@pytest.mark.parametrize("place", ["put_back", "dropped_values", "drop"])
+@pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
+def test_an_exception_anywhere_in_a_change_loses_nothing(place, early, monkeypatch):
+    whole, weight = weight_of((6, 40), torch.float32), weight_of((6, 40), torch.float32)
+    held = MaskedInPlace(weight, mask_of((6, 40), 0)[0])
+    real = getattr(mft_kernels.mask.in_place, place)
+
+    def interrupted(*arguments):
+        if not early:
+            real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mft_kernels.mask.in_place, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            held.change(mask_of((6, 40), 1)[0])
+    assert torch.equal(bits(held.whole()), bits(whole))
+    held.lift()
+    assert torch.equal(bits(weight), bits(whole))
+
+
+def test_a_change_between_forward_and_backward_is_an_error():
+    weight = torch.nn.Parameter(weight_of((4, 40), torch.float32).nan_to_num(0, 0, 0))
+    held = MaskedInPlace(weight.detach(), mask_of((4, 40), 0)[0])
+    x = torch.randn(2, 40, requires_grad=True)
+    y = x @ weight.T
+    held.change(mask_of((4, 40), 1)[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
