@@ -26,7 +26,7 @@ from mft.engines.distributed import Processes
 from mft.engines.layer_calls import LayerCalls
 from mft.engines.offload import Mover
 from mft.engines.plain import Plain
-from mft.engines.score_states import HeldMask, ScoreStates
+from mft.engines.score_states import HeldMask, ScoreStates, score_optimizer
 from mft.engines.start import ENGINES
 from mft.masks.convert import convert, masked_modules
 from mft.masks.experts import mask_experts
@@ -189,7 +189,8 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
         HeldMask(name, module, _packed(module.scores), torch.zeros((), dtype=module.scores.dtype))
         for name, module in masked_modules(model).items()
     ]
-    states = ScoreStates(masks, train, mover, SimulatedProcesses(count=workload.processes))
+    optimizer = score_optimizer([mask.module for mask in masks], train)
+    states = ScoreStates(masks, optimizer, mover, SimulatedProcesses(count=workload.processes))
     with tracker.host():
         for mask in masks:
             states.optimizer.tensors(mask.module.scores)

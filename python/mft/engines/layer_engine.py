@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from mft.data.batches import MicroBatch
 from mft.engines.layer_calls import Call, LayerCalls
 from mft.engines.offload import Mover
-from mft.engines.score_states import HeldMask, ScoreStates, current_masks
+from mft.engines.score_states import HeldMask, ScoreStates
 from mft.engines.step import OnLoss, naming_lack_of_memory
 from mft.masks.base_pass import as_base
 from mft.models.frozen_layers import PrefixMemory
@@ -115,28 +115,16 @@ class LayerEngine:
         return self.states.optimizer
 
     def learned(self) -> dict[str, Tensor]:
-        """The scores, as they rest, by the parameter's name; copies of them have arrived."""
-        self.mover.finish()
-        return {f"{mask.name}.scores": mask.module.scores for mask in self.masks}
+        return self.states.learned()
 
     def result(self) -> dict[str, Tensor]:
-        """The masks, as a finished run saves them: see step.Runner."""
-        self.mover.finish()
-        return {f"{mask.name}.mask": mask.packed for mask in self.masks}
+        return self.states.result()
 
     def packed_masks(self) -> list[Tensor]:
-        """See step.Runner."""
-        self.mover.finish()
-        return [mask.packed for mask in self.masks]
+        return self.states.packed_masks()
 
     def relearned(self) -> None:
-        """After a change of the scores: the masks follow."""
-        if self._states is not None and self._states.budget is not None:
-            self._states.select()
-            return
-        for mask, selected in zip(self.masks, current_masks({mask.name: mask.module for mask in self.masks})):
-            mask.packed.copy_(selected.packed)
-            mask.threshold = selected.threshold.to(self.mover.device)
+        self.states.relearned()
 
     def close(self) -> None:
         """Layers compute with their scores again, and these can be read."""

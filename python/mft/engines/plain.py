@@ -1,7 +1,6 @@
 """The ordinary step: autograd over the model's own forward, then AdamW; what every other way of running must equal."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,15 +8,13 @@ from torch import Tensor, nn
 
 from mft.budget.budget import budget_of
 from mft.config import TrainConfig
-from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.master_weights import MasterAdamW
+from mft.engines.own_forward import OwnForward
 from mft.engines.score_states import score_optimizer
-from mft.engines.step import NonFiniteLoss, OnLoss, naming_lack_of_memory
-from mft.masks.base_pass import as_base
-from mft.models.causal_lm import Run, evaluating
-from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
-from mft.models.longrope import inputs_of
+from mft.engines.step import NonFiniteLoss
+from mft.models.causal_lm import Run
+from mft.models.frozen_layers import PrefixMemory
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.surrogate.surrogate import Surrogate
@@ -25,12 +22,11 @@ from mft_kernels import MaskedLayer
 from mft_kernels.mask.masking import current_mask
 
 
-class Plain:
+class Plain(OwnForward):
     """Trains what requires grad: weights by AdamW on fp32 masters, scores that are not fp32 by MaskAdamW.
 
-    Args: run, head: see causal_lm.split_at_head. memory: of the frozen layers' outputs, or None. processes: those whose
-        gradients make up a step. before_update: called when these are complete and not yet clipped or applied.
-        objective: what is made smaller. surrogate: what scores learn by, if not by the straight-through gradient.
+    Args: as OwnForward's. before_update: called when a step's gradients are complete and not yet clipped or applied.
+        surrogate: what scores learn by, if not by the straight-through gradient.
     """
 
     way = "plain"
@@ -47,41 +43,11 @@ class Plain:
         objective: Objective = CROSS_ENTROPY,
         surrogate: Surrogate | None = None,
     ) -> None:
-        self._surrogate = surrogate
-        self._model, self._processes, self._run = model, processes, run
-        self.head, self._objective = head, objective
-        self._prefix = FrozenPrefix(model, memory=memory, run=run)
-        self._device = next(model.parameters()).device
+        super().__init__(model, run, head, memory, processes, objective)
+        self._surrogate, self._before_update = surrogate, before_update
         self._stepper = make_stepper(model, train)
         self._stepper.__enter__()
-        self._before_update = before_update
         self._masked = [module for module in model.modules() if isinstance(module, MaskedLayer)]
-
-    def step(
-        self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
-    ) -> None:
-        """See step.Runner."""
-        assert lr is not None, "plain has no rehearsal"
-        with self._processes.together():
-            self._objective.prepare(batches)
-            for batch in batches:
-                with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
-                    base = self._base(batch) if self._objective.needs_reference(batch) else None
-                    ids, positions = inputs_of(batch, self._model, self._device)
-                    hidden = self._prefix(ids, batch.rows, positions)
-                    total = self._objective.backward(self.head, hidden, batch, scale, base)
-                    on_loss(batch, total)
-        with self._at("the optimiser step"):
-            self._processes.sum_gradients(self._stepper.masters)
-            if self._surrogate is not None:
-                replace_gradients(self._model, self._stepper, self._surrogate)
-            if self._before_update is not None:
-                self._before_update()
-            self._stepper.set_lr(lr)
-            if max_norm is not None:
-                self._stepper.clip(max_norm)
-            self._stepper.step()
-            self._select()
 
     def check(self) -> None:
         """Nothing: a masked layer finds non-finite scores in its next forward."""
@@ -96,21 +62,6 @@ class Plain:
                     "NaN or Inf in the model's weights"
                 )
 
-    def recall(self, batches: Sequence[MicroBatch]) -> None:
-        """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
-        for batch in batches:
-            ids, positions = inputs_of(batch, self._model, self._device)
-            self._prefix.recall(ids, batch.rows, positions)
-            if self._objective.remembers and self._objective.needs_reference(batch):
-                self._objective.remember(self.head, self._base(batch), batch)
-
-    @torch.no_grad()
-    def _base(self, batch: MicroBatch) -> Tensor:
-        """(B, T, D): what the head reads with every weight kept, and without dropout."""
-        ids, positions = inputs_of(batch, self._model, self._device)
-        with evaluating(self._model), as_base(self._model):
-            return self._prefix(ids, batch.rows, positions)
-
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self._stepper.optimizer
@@ -119,13 +70,6 @@ class Plain:
         """What is trained, by the parameter's name: fp32 masters of 16-bit weights, else the parameters themselves."""
         masters = {id(p): master for p, master in zip(self._stepper.parameters, self._stepper.masters)}
         return {name: masters[id(p)] for name, p in self._model.named_parameters() if id(p) in masters}
-
-    @torch.no_grad()
-    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """What the head reads (B, T, D) for each batch, by what is learned so far, without gradients."""
-        for batch in batches:
-            ids, positions = inputs_of(batch, self._model, self._device)
-            yield self._run(self._model, ids, positions)
 
     def result(self) -> dict[str, Tensor]:
         """What a finished run saves: see step.Runner."""
@@ -148,21 +92,23 @@ class Plain:
     def close(self) -> None:
         self._stepper.__exit__()
 
+    def _update(self, lr: float, max_norm: float | None) -> None:
+        self._processes.sum_gradients(self._stepper.masters)
+        if self._surrogate is not None:
+            replace_gradients(self._model, self._stepper, self._surrogate)
+        if self._before_update is not None:
+            self._before_update()
+        self._stepper.set_lr(lr)
+        if max_norm is not None:
+            self._stepper.clip(max_norm)
+        self._stepper.step()
+        self._select()
+
     def _select(self) -> None:
         """Select the shared threshold of masks under a budget; other masks find theirs in the next forward."""
         budget = budget_of(self._model)
         if budget is not None:
             budget.select(self._masked)
-
-    def _at(self, place: str) -> AbstractContextManager:
-        return naming_lack_of_memory(
-            place,
-            lambda: (
-                f"all weights and activations are live on {self._device} under memory: plain. Set train.batch_size or "
-                "data.sequence_length lower, or train.gradient_checkpointing; for masks set memory: layerwise; `mft "
-                "estimate` tells what fits"
-            ),
-        )
 
 
 class _ScoreAdamW:

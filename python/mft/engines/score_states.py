@@ -54,6 +54,10 @@ class HeldMask:
         self.grad = grad
         self.module.hold(self.packed, grad, weight=self.quantized)
 
+    def take(self, packed: Tensor) -> None:
+        """From now on this is the mask."""
+        self.packed.copy_(packed)
+
 
 def current_masks(masked: dict[str, MaskedLayer]) -> list[HeldMask]:
     """The masks that the layers' scores select now, of which they may be changed in place.
@@ -86,6 +90,7 @@ class ScoreStates:
     The scores are moved to (pinned) host memory, and learn through this alone.
 
     Args:
+        optimizer: of the layers' scores, in the order of masks; see score_optimizer.
         processes: those whose gradients make up a step; each then takes the same one, rounding included.
         surrogate: what scores learn by, if not by the straight-through gradient. It is written over a layer's buffer,
             so that no matrix more is needed; moments in 8 bits then know the weight.
@@ -95,24 +100,46 @@ class ScoreStates:
     def __init__(
         self,
         masks: Sequence[HeldMask],
-        train: TrainConfig,
+        optimizer: MaskAdamW,
         mover: Mover,
         processes: Processes = ALONE,
         surrogate: Surrogate | None = None,
         budget: Budget | None = None,
     ) -> None:
         self._mover, self._masks, self.processes, self._surrogate = mover, masks, processes, surrogate
-        self.budget = budget
+        self.optimizer, self.budget = optimizer, budget
         for mask in masks:
             mask.module.scores.requires_grad_(False)
             mask.module.scores.data = mover.rest(mask.module.scores.data)
-        self.optimizer = score_optimizer([mask.module for mask in masks], train)
         self._found_bad: list[tuple[HeldMask, Tensor]] = []
 
     def close(self) -> None:
         """The scores may learn by autograd again, those that it can reach."""
         for mask in self._masks:
             mask.module.scores.requires_grad_(mask.module.scores.is_floating_point())
+
+    def learned(self) -> dict[str, Tensor]:
+        """The scores, as they rest, by the parameter's name; copies of them have arrived."""
+        self._mover.finish()
+        return {f"{mask.name}.scores": mask.module.scores for mask in self._masks}
+
+    def result(self) -> dict[str, Tensor]:
+        """The masks, as a finished run saves them: see step.Runner."""
+        return {f"{mask.name}.mask": packed for mask, packed in zip(self._masks, self.packed_masks())}
+
+    def packed_masks(self) -> list[Tensor]:
+        """See step.Runner."""
+        self._mover.finish()
+        return [mask.packed for mask in self._masks]
+
+    def relearned(self) -> None:
+        """After a change of the scores: the masks follow."""
+        if self.budget is not None:
+            self.select()
+            return
+        for mask, selected in zip(self._masks, current_masks({mask.name: mask.module for mask in self._masks})):
+            mask.take(selected.packed)
+            mask.threshold = selected.threshold.to(self._mover.device)
 
     def new_buffer(self, mask: HeldMask, dtype: torch.dtype | None) -> Tensor:
         """Zeros for one layer's gradient, in dtype or the weight's.
@@ -143,15 +170,17 @@ class ScoreStates:
                 total += (grad.float() * weight.float()).square_().sum()
         return (max_norm / (total.sqrt() + _EPSILON)).clamp_(max=1.0)
 
-    def update(self, masks: Sequence[HeldMask], lr: float, max_norm: float | None = None) -> None:
+    def update(self, masks: Sequence[HeldMask], lr: float | None = None, max_norm: float | None = None) -> None:
         """One optimiser step of these layers from their buffers, summed over processes; their next masks are held then.
+
+        lr: None for the one that each group of the optimizer has.
 
         Under a budget they hold their masks until all layers have taken the step, and select() is called.
 
         A matrix takes its step while the next one is summed, unless max_norm, which is of all layers' gradients, needs
         every sum first.
         """
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         buffers = [mask.grad for mask in masks if mask.grad is not None]
         summed, factor = self.processes.summed(buffers), None
@@ -164,7 +193,7 @@ class ScoreStates:
         for mask, _ in zip(masks, summed, strict=True):
             packed = self._step(mask, factor)
             if packed is not None:
-                mask.packed.copy_(packed)
+                mask.take(packed)
             self._mover.let_go()
 
     def select(self) -> None:
@@ -181,7 +210,7 @@ class ScoreStates:
             mask.module.threshold = threshold
             fixed_point = scores.dtype == torch.int16
             mask.threshold = scores.new_full((), code_at_least(threshold) if fixed_point else threshold)
-            mask.packed.copy_(pack_mask(scores, mask.threshold, mode=mask.module.mode))
+            mask.take(pack_mask(scores, mask.threshold, mode=mask.module.mode))
 
     def check(self) -> None:
         """Raise NonFiniteScores if a score has become NaN or infinite; the one synchronisation of a step."""

@@ -16,7 +16,7 @@ from mft.engines.offload import Mover
 from mft.engines.plain import Plain
 from mft.engines.randomness import draws_at_random
 from mft.engines.resident import Resident
-from mft.engines.score_states import ScoreStates, current_masks
+from mft.engines.score_states import ScoreStates, current_masks, score_optimizer
 from mft.engines.step import Runner
 from mft.masks.convert import masked_modules
 from mft.models.causal_lm import split_at_head
@@ -110,7 +110,10 @@ def start_engine(
         calls = LayerCalls(model, run)
         calls.check(few)
         mover = Mover(device, separate=separate)
-        states = None if train is None else ScoreStates(masks, train, mover, processes, surrogate, budget_of(model))
+        states = None
+        if train is not None:
+            optimizer = score_optimizer([mask.module for mask in masks], train)
+            states = ScoreStates(masks, optimizer, mover, processes, surrogate, budget_of(model))
         dtype = None if train is None or train.grad_dtype is None else getattr(torch, train.grad_dtype)
         engine = ENGINES[way](
             calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory, objective=objective
