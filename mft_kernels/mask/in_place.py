@@ -29,20 +29,18 @@ def put_back(weight: Tensor, aside: Tensor, packed: Tensor) -> None:
 
 
 class MaskedInPlace:
-    """A weight that holds its mask, from the start until lift().
+    """A weight that holds its mask, from change() until lift().
 
     An exception, wherever it comes from, leaves a weight that lift() makes whole: each write is done with what undoes
     it stored already, and may be done twice.
 
     Args:
         weight: (N, K), or of experts (E, N, K), floating; written in place.
-        packed: the mask as bits, which nobody else may write; see pack_mask.
     """
 
-    def __init__(self, weight: Tensor, packed: Tensor) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self._held: tuple[Tensor, Tensor] | None = None  # (aside, packed), one attribute: they change together
-        self.change(packed)
 
     @property
     def packed(self) -> Tensor | None:
@@ -56,7 +54,7 @@ class MaskedInPlace:
 
     @torch.no_grad()
     def change(self, packed: Tensor) -> None:
-        """Hold this mask from now on."""
+        """Hold this mask from now on: bits as of pack_mask, which nobody else may write."""
         if self._held is not None:
             put_back(self.weight, *self._held)
         self._held = dropped_values(self.weight, packed), packed

@@ -23,6 +23,12 @@ def mask_of(shape, seed, keep=0.7):
     return pack_mask(scores, torch.tensor(1 - keep)), scores >= 1 - keep
 
 
+def held_by(weight, packed):
+    held = MaskedInPlace(weight)
+    held.change(packed)
+    return held
+
+
 def bits(tensor):
     return tensor.view(BITS[tensor.itemsize])
 
@@ -32,7 +38,7 @@ def bits(tensor):
 def test_a_weight_holds_one_mask_after_another_and_comes_back(shape, dtype):
     whole, weight = weight_of(shape, dtype), weight_of(shape, dtype)
     masks = [mask_of(shape, seed) for seed in range(3)]
-    held = MaskedInPlace(weight, masks[0][0])
+    held = MaskedInPlace(weight)
     for packed, keep in masks:
         held.change(packed)
         assert torch.equal(bits(weight), bits(torch.where(keep, whole, 0)))
@@ -48,7 +54,7 @@ def test_a_weight_holds_one_mask_after_another_and_comes_back(shape, dtype):
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 def test_all_and_nothing_dropped(keep):
     whole, weight = weight_of((4, 40), torch.float32), weight_of((4, 40), torch.float32)
-    held = MaskedInPlace(weight, mask_of((4, 40), 0, keep)[0])
+    held = held_by(weight, mask_of((4, 40), 0, keep)[0])
     assert held.aside.numel() == (0 if keep else weight.numel())
     held.lift()
     assert torch.equal(bits(weight), bits(whole))
@@ -58,7 +64,7 @@ def test_all_and_nothing_dropped(keep):
 @pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
 def test_an_exception_anywhere_in_a_change_loses_nothing(place, early, monkeypatch):
     whole, weight = weight_of((6, 40), torch.float32), weight_of((6, 40), torch.float32)
-    held = MaskedInPlace(weight, mask_of((6, 40), 0)[0])
+    held = held_by(weight, mask_of((6, 40), 0)[0])
     real = getattr(mft_kernels.mask.in_place, place)
 
     def interrupted(*arguments):
@@ -77,7 +83,7 @@ def test_an_exception_anywhere_in_a_change_loses_nothing(place, early, monkeypat
 
 def test_a_change_between_forward_and_backward_is_an_error():
     weight = torch.nn.Parameter(weight_of((4, 40), torch.float32).nan_to_num(0, 0, 0))
-    held = MaskedInPlace(weight.detach(), mask_of((4, 40), 0)[0])
+    held = held_by(weight.detach(), mask_of((4, 40), 0)[0])
     x = torch.randn(2, 40, requires_grad=True)
     y = x @ weight.T
     held.change(mask_of((4, 40), 1)[0])

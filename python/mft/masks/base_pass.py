@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mft.masks.in_place import masks_in_place
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
 from mft.models.causal_lm import replaced_forwards
 from mft.models.experts import unmasked_product
@@ -17,11 +18,15 @@ def as_base(*modules: nn.Module) -> Iterator[None]:
     """Masked layers in these modules compute with their whole weight meanwhile, whatever they hold or have learned.
 
     For passes without gradients. As convert.keeping_all up to the order of sums, but the scores are not looked at, so
-    that the selection of the mask, which is remembered between changes of the scores, stays remembered.
+    that the selection of the mask, which is remembered between changes of the scores, stays remembered. Of a model
+    whose masks are in place (modules: the model itself), the weights are whole meanwhile.
     """
     masked = [layer for module in modules for layer in module.modules() if isinstance(layer, MaskedLayer)]
-    with replaced_forwards(masked, _whole):
-        yield
+    with contextlib.ExitStack() as lifted:
+        for found in filter(None, map(masks_in_place, modules)):
+            lifted.enter_context(found.lifted())
+        with replaced_forwards(masked, _whole):
+            yield
 
 
 def _whole(layer: nn.Module) -> Callable[..., Tensor]:

@@ -30,6 +30,8 @@ from mft_kernels.ops.checks import check_alpha
 _TRAINABLE_BEFORE = "_mft_trainable_before"
 # What a masked layer stands for, without its weights, if that is no nn.Linear; in a tuple, so that it is no child.
 _ORIGINAL = "_mft_original"
+# What has a model's masks in its weights (in_place.py); an attribute of the model.
+IN_PLACE = "_mft_in_place"
 
 
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
@@ -100,7 +102,15 @@ def merge_model(model: nn.Module, *, alpha: float = 1.0) -> nn.Module:
 
 
 def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
-    """The masked layers by name, in the model's order; those of experts in one parameter by the parameter's name."""
+    """The masked layers by name, in the model's order; those of experts in one parameter by the parameter's name.
+
+    Raises: RuntimeError while the masks are in place, where no layer is a masked one.
+    """
+    if hasattr(model, IN_PLACE):
+        raise RuntimeError(
+            f"model must not have its masks in place here, got a {type(model).__name__} whose layers are ordinary ones "
+            "meanwhile: leave mft.in_place(model) first"
+        )
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 

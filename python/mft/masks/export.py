@@ -35,6 +35,7 @@ from mft.masks.export_format import (
     read_tensors,
     read_whole_export,
 )
+from mft.masks.in_place import as_masked
 from mft.masks.location import masks_directory
 from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
 from mft.models.linears import find_targets, layer_index, layer_stacks, linear_named
@@ -75,17 +76,8 @@ def save_masks(
     check_one_of("coding", coding, CODINGS)
     model = unwrapped(model)
     check_unwrapped(model)
-    masked = masked_modules(model)
-    if not masked:
-        raise ValueError(f"model has no masked layers to save, got a plain {type(model).__name__}: mask_model it first")
-    target = Path(directory)
-    _check_replaceable(target)
-    if base_model_name_or_path is None:
-        base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
-    saved = saved_tensors(model)
-    export = _describe(model, masked, packed, saved, base_model_name_or_path)
-    return _write(target, dataclasses.replace(export, coding=coding), packed, saved, partial(_exact_weight, model))
+    with as_masked(model):
+        return _save_masks(model, Path(directory), base_model_name_or_path, coding)
 
 
 @torch.no_grad()
@@ -204,27 +196,8 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
     Args: names: the layers, by default the masked ones. Weights are read in chunks, never copied whole.
     Raises: ValueError if a layer's exact weight is gone, quantised without keep_base_hash.
     """
-    names = set(masked_modules(model) if names is None else names)
-    quantized = sorted(names & quantized_weights(model).keys())
-    if quantized:
-        known, found = getattr(model, _EXACT_BASE, (set(), ""))
-        if names != known:
-            raise ValueError(
-                f"model must hold the exact weights that are hashed, got {len(quantized)} that are quantised "
-                f"({quantized[0]}, ...): load the unquantised model"
-            )
-        return found
-    digest = hashlib.sha256()
-    count = 0
-    for name in sorted(names):
-        weight = _weight(model, name)
-        digest.update(f"{name}\0{_dtype_name(weight)}\0{tuple(weight.shape)}\0".encode())
-        for chunk in _chunks(weight):
-            digest.update(chunk)
-        count += 1
-    if not count:
-        raise ValueError("model has no masked layers whose base could be hashed: give their names")
-    return f"sha256:{digest.hexdigest()}"
+    with as_masked(model):
+        return _base_hash(model, set(masked_modules(model) if names is None else names))
 
 
 @torch.no_grad()
@@ -286,6 +259,42 @@ def keep_base_hash(model: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _save_masks(model: nn.Module, target: Path, base_model_name_or_path: str | None, coding: str) -> Path:
+    masked = masked_modules(model)
+    if not masked:
+        raise ValueError(f"model has no masked layers to save, got a plain {type(model).__name__}: mask_model it first")
+    _check_replaceable(target)
+    if base_model_name_or_path is None:
+        base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
+    saved = saved_tensors(model)
+    export = _describe(model, masked, packed, saved, base_model_name_or_path)
+    return _write(target, dataclasses.replace(export, coding=coding), packed, saved, partial(_exact_weight, model))
+
+
+def _base_hash(model: nn.Module, names: set[str]) -> str:
+    quantized = sorted(names & quantized_weights(model).keys())
+    if quantized:
+        known, found = getattr(model, _EXACT_BASE, (set(), ""))
+        if names != known:
+            raise ValueError(
+                f"model must hold the exact weights that are hashed, got {len(quantized)} that are quantised "
+                f"({quantized[0]}, ...): load the unquantised model"
+            )
+        return found
+    digest = hashlib.sha256()
+    count = 0
+    for name in sorted(names):
+        weight = _weight(model, name)
+        digest.update(f"{name}\0{_dtype_name(weight)}\0{tuple(weight.shape)}\0".encode())
+        for chunk in _chunks(weight):
+            digest.update(chunk)
+        count += 1
+    if not count:
+        raise ValueError("model has no masked layers whose base could be hashed: give their names")
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _describe(

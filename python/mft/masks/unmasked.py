@@ -8,6 +8,7 @@ from torch import nn
 from mft.masks.convert import masked_modules
 from mft.masks.experts import MaskedExperts, unmasked_experts
 from mft.masks.gradient_checkpointing import remove_checkpointing_hooks
+from mft.masks.in_place import lend_weights
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_experts import QuantizedGroupedLinear
@@ -53,6 +54,7 @@ def unmasked_model(model: nn.Module) -> nn.Module:
     made: Any = copy.deepcopy(model, shared)
     vars(made).pop("forward", None)  # which trainers replace by one that is bound to the masked model
     remove_checkpointing_hooks(made)
+    lend_weights(model)
     return made.eval()
 
 

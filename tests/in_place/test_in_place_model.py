@@ -1,0 +1,286 @@
+"""A model whose masks are in place: what stands in it, what it saves, and that it comes back bit for bit."""
+
+import copy
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_llama, masked_llama
+from tiny_mixtures import IDS, KINDS, mixture
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mft.config import MaskConfig
+from mft.masks.convert import mask_model, masked_modules
+from mft.masks.export import base_hash, save_masks
+from mft.masks.in_place import InPlaceLayer, MasksInPlace, layers_to_copy, masks_in_place
+from mft.masks.quantize import quantize_model
+from mft.masks.unmasked import unmasked_model
+from mft_kernels import MaskedGroupedLinear, MaskedLinear
+
+TOKENS = torch.arange(12).unsqueeze(0)
+SPECIAL = torch.tensor([torch.nan, -torch.inf, -0.0, 0.0])
+
+
+def bits(state):
+    """Of a state_dict, whatever the values are."""
+    return {name: tensor.detach().contiguous().view(torch.uint8).clone() for name, tensor in state.items()}
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def gpt2():
+    return mask_model(GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2)), MaskConfig.paper())
+
+
+def attention():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
+    return mask_model(model, MaskConfig.paper(target_modules=["in_proj", "out_proj"]))
+
+
+MODELS = {
+    "llama": masked_llama,
+    "bfloat16": lambda: masked_llama(dtype=torch.bfloat16),
+    "a threshold": lambda: masked_llama(threshold=0.01),
+    "int16 scores": lambda: masked_llama(scores_dtype="int16"),
+    "gpt2": gpt2,
+    "attention": attention,
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_layers_are_ordinary_meanwhile_and_the_model_comes_back(make):
+    model = make()
+    masked = masked_modules(model)
+    weights = {name: module.weight.clone() for name, module in masked.items()}
+    before, whole = bits(model.state_dict()), base_hash(model)
+    held = MasksInPlace(model)
+    assert masks_in_place(model) is held
+    for name, module in masked.items():
+        layer = model.get_submodule(name)
+        assert type(layer) is nn.Linear
+        assert layer.weight.requires_grad
+        assert torch.equal(layer.weight, torch.where(module.mask(), weights[name], 0))
+        assert layer.weight.data_ptr() == module.weight.data_ptr()
+    assert not any(isinstance(module, MaskedLinear) for module in model.modules())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{name}.weight" for name in masked}
+    assert_same_bits(bits(model.state_dict()), before)
+    assert base_hash(model, masked) == whole
+    held.close()
+    assert masked_modules(model) == masked
+    assert_same_bits(bits(model.state_dict()), before)
+
+
+def test_it_computes_as_the_masked_model():
+    model = masked_llama(layers=(0, 1, 2, 3)).train()
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        held = MasksInPlace(model)
+        inside = model(TOKENS).logits
+        with held.lifted():
+            base = model(TOKENS).logits
+        again = model(TOKENS).logits
+        held.close()
+        dense = make_llama().train()(TOKENS).logits
+    assert torch.allclose(inside, before, atol=1e-5)
+    assert torch.equal(base, dense)
+    assert torch.equal(again, inside)
+    assert not torch.allclose(inside, base, atol=1e-5)
+
+
+def test_weights_that_are_not_numbers_come_back():
+    model = masked_llama()
+    for module in masked_modules(model).values():
+        module.weight.data.view(-1)[:8] = SPECIAL.repeat(2)
+    before = bits(model.state_dict())
+    held = MasksInPlace(model)
+    assert_same_bits(bits(model.state_dict()), before)
+    held.close()
+    assert_same_bits(bits(model.state_dict()), before)
+
+
+def test_masks_are_saved_meanwhile_as_they_are_outside(tmp_path):
+    model = masked_llama()
+    outside = save_masks(model, tmp_path / "outside")
+    held = MasksInPlace(model)
+    weights = bits(dict(model.named_parameters()))
+    inside = save_masks(model, tmp_path / "inside")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (inside / name).read_bytes() == (outside / name).read_bytes()
+    assert_same_bits(bits(dict(model.named_parameters())), weights)
+    held.close()
+
+
+def test_a_part_of_the_model_saves_its_base_too():
+    model = masked_llama()
+    before = bits(model.model.layers[3].mlp.state_dict())
+    held = MasksInPlace(model)
+    assert_same_bits(bits(model.model.layers[3].mlp.state_dict()), before)
+    assert_same_bits(bits(copy.deepcopy(model).model.layers[3].mlp.state_dict()), before)
+    held.close()
+
+
+def test_training_mode_of_meanwhile_stays():
+    model = masked_llama()
+    held = MasksInPlace(model)
+    model.train()
+    held.close()
+    assert all(module.training for module in masked_modules(model).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_the_parameters_that_they_were(kind):
+    model = mixture(kind)
+    parameters, classes = [name for name, _ in model.named_parameters()], [type(module) for module in model.modules()]
+    mask_model(model, MaskConfig.paper(keep_ratio=0.7))
+    masked = masked_modules(model)
+    assert any(isinstance(module, MaskedGroupedLinear) for module in masked.values())
+    before, whole = bits(model.state_dict()), base_hash(model)
+    with torch.no_grad():
+        expected = model(input_ids=IDS, use_cache=False).logits
+        held = MasksInPlace(model)
+        found = model(input_ids=IDS, use_cache=False).logits
+    assert sorted(name for name, _ in model.named_parameters()) == sorted(parameters)
+    assert [type(module) for module in model.modules()] == classes
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert_same_bits(bits(model.state_dict()), before)
+    assert base_hash(model, masked) == whole
+    held.close()
+    assert masked_modules(model) == masked
+    assert_same_bits(bits(model.state_dict()), before)
+
+
+# ---------------------------------------------------------------------------------------------- memory of others
+
+
+def tied(model, tmp_path):
+    model.also = nn.Linear(1, 1)
+    model.also.weight = model.model.layers[2].mlp.up_proj.weight
+
+
+def part_of_another(model, tmp_path):
+    model.register_buffer("rows", model.model.layers[2].mlp.up_proj.weight.detach()[3:5])
+
+
+def mapped(model, tmp_path):
+    weight = model.model.layers[2].mlp.up_proj.weight
+    save_file({"weight": torch.randn(256, 256)}, tmp_path / "file")  # one that is worth mapping
+    weight.data = load_file(tmp_path / "file")["weight"][: weight.shape[0], : weight.shape[1]]
+
+
+def mapped_for_writing(model, tmp_path):
+    weight = model.model.layers[2].mlp.up_proj.weight
+    numbers = numpy.memmap(tmp_path / "file", dtype=numpy.float32, mode="w+", shape=tuple(weight.shape))
+    numbers[:] = 0.1
+    weight.data = torch.from_numpy(numbers)
+
+
+def of_processes(model, tmp_path):
+    weight = model.model.layers[2].mlp.up_proj.weight
+    weight.data = weight.data.clone().share_memory_()
+
+
+OTHERS = [tied, part_of_another, mapped, mapped_for_writing, of_processes]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda each: each.__name__)
+def test_memory_of_others_is_copied_before_it_is_written(other, tmp_path):
+    model = masked_llama()
+    assert layers_to_copy(model, masked_modules(model)) == set()
+    other(model, tmp_path)
+    assert layers_to_copy(model, masked_modules(model)) == {"model.layers.2.mlp.up_proj"}
+    weight = model.model.layers[2].mlp.up_proj.weight
+    before, file = weight.clone(), (tmp_path / "file").read_bytes() if (tmp_path / "file").exists() else b""
+    saved = bits(model.state_dict())
+    held = MasksInPlace(model)
+    assert torch.equal(weight, before)
+    assert (model.model.layers[2].mlp.up_proj.weight == 0).any()
+    assert_same_bits(bits(model.state_dict()), saved)
+    held.close()
+    assert torch.equal(weight, before)
+    assert not file or (tmp_path / "file").read_bytes() == file
+
+
+def test_a_reference_on_the_same_memory_keeps_the_base():
+    model = masked_llama()
+    reference = unmasked_model(model)
+    with torch.no_grad():
+        before = reference(TOKENS).logits
+        held = MasksInPlace(model)
+        assert torch.equal(reference(TOKENS).logits, before)
+        held.close()
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def quantised():
+    return quantize_model(masked_llama(), "int8", masked=True)
+
+
+def hooked():
+    model = masked_llama()
+    model.model.layers[2].mlp.up_proj.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (make_llama, "model must have masked layers, got a LlamaForCausalLM without: mask_model or load_masks first"),
+        (quantised, "masks must lie on exact weights to be in place, got model.layers.2.self_attn.q_proj"),
+        (hooked, "model.layers.2.mlp.up_proj must have no hooks of its own"),
+    ],
+)
+def test_what_cannot_be_in_place_is_left_alone(make, words):
+    model = make()
+    before = bits(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        MasksInPlace(model)
+    assert masks_in_place(model) is None
+    assert_same_bits(bits(model.state_dict()), before)
+
+
+def test_functions_of_masked_models_refuse_it_meanwhile():
+    model = masked_llama()
+    held = MasksInPlace(model)
+    for function in (masked_modules, MasksInPlace, unmasked_model, lambda m: mask_model(m, MaskConfig.paper())):
+        with pytest.raises(RuntimeError, match="model must not have its masks in place here, got a LlamaForCausalLM"):
+            function(model)
+    with pytest.raises(RuntimeError, match="state_dict must be loaded before masks are in place"):
+        model.load_state_dict(model.state_dict())
+    held.close()
+
+
+def test_an_optimiser_that_writes_the_weights_is_found_out():
+    model = masked_llama()
+    held = MasksInPlace(model)
+    model.model.layers[2].mlp.up_proj.weight.data.add_(1)
+    with pytest.raises(RuntimeError, match=r"the weight of model.layers.2.mlp.up_proj must not be written while masks"):
+        held.close()
+    assert len(masked_modules(model)) == 14
+
+
+def test_an_exception_on_the_way_in_leaves_the_model_as_it_was(monkeypatch):
+    model = masked_llama()
+    before, masked = bits(model.state_dict()), masked_modules(model)
+    entered = []
+
+    def fail_at_the_third(layer):
+        entered.append(layer)
+        if len(entered) == 3:
+            raise KeyboardInterrupt
+        real(layer)
+
+    real = InPlaceLayer.enter
+    monkeypatch.setattr(InPlaceLayer, "enter", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        MasksInPlace(model)
+    assert masked_modules(model) == masked
+    assert_same_bits(bits(model.state_dict()), before)
