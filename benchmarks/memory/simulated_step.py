@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from benchmarks.memory.tracker import MemoryTracker
 from mft.config import MaskConfig, TrainConfig, parse_layers
 from mft.data.batches import Labelled, MicroBatch
 from mft.engines.distributed import Processes
+from mft.engines.in_place import InPlace, InPlaceStates
 from mft.engines.layer_calls import LayerCalls
 from mft.engines.offload import Mover
 from mft.engines.plain import Plain
@@ -59,7 +61,7 @@ def simulate_step(config: Mapping[str, Any], workload: Workload, *, steps: int =
         workload: memory must not be auto, and quantization be given where it is quantized.
     """
     tracker = MemoryTracker()
-    with FakeTensorMode(), tracker:
+    with FakeTensorMode(), tracker, _known_number_aside(workload):
         model = _masked_model(config, workload)
         batches = [fake_batch(workload) for _ in range(workload.own_accumulation)]
         runner = _runner(model, workload, tracker)
@@ -184,20 +186,33 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
     train = TrainConfig(steps=1, moments=workload.moments, grad_dtype=workload.grad_dtype)
     if workload.memory == "plain":
         return Plain(model, train, run_decoder, head_of(model), None, objective=_OBJECTIVES[workload.objective])
-    mover = SimulatedMover(tracker)
     masks = [
         HeldMask(name, module, _packed(module.scores), torch.zeros((), dtype=module.scores.dtype))
         for name, module in masked_modules(model).items()
     ]
     optimizer = score_optimizer([mask.module for mask in masks], train)
-    states = ScoreStates(masks, optimizer, mover, SimulatedProcesses(count=workload.processes))
+    processes, objective = SimulatedProcesses(count=workload.processes), _OBJECTIVES[workload.objective]
+    dtype = None if workload.grad_dtype is None else getattr(torch, workload.grad_dtype)
+    if workload.memory == "in_place":
+        in_place = InPlaceStates(model, optimizer, processes, masks=masks, copied=(), grad_dtype=dtype)
+        return InPlace(model, in_place, run_decoder, head_of(model), None, objective)
+    mover = SimulatedMover(tracker)
+    states = ScoreStates(masks, optimizer, mover, processes)
     with tracker.host():
         for mask in masks:
             states.optimizer.tensors(mask.module.scores)
-    dtype = None if workload.grad_dtype is None else getattr(torch, workload.grad_dtype)
     calls = LayerCalls(model, run_decoder)
-    options = {"states": states, "grad_dtype": dtype, "objective": _OBJECTIVES[workload.objective]}
+    options = {"states": states, "grad_dtype": dtype, "objective": objective}
     return ENGINES[workload.memory](calls, head_of(model), masks, mover, **options)
+
+
+def _known_number_aside(workload: Workload) -> AbstractContextManager[Any]:
+    """How many weights are dropped, which fake masks do not say."""
+    share = 1 - workload.keep_ratio
+    return patch(
+        "mft_kernels.mask.in_place.dropped_values",
+        lambda weight, packed: weight.new_empty(math.ceil(share * weight.numel())),
+    )
 
 
 def _packed(scores: Tensor) -> Tensor:

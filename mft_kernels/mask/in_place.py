@@ -77,4 +77,4 @@ class MaskedInPlace:
 
 
 def _dropped(weight: Tensor, packed: Tensor) -> Tensor:
-    return ~unpack_mask(packed, weight.shape)
+    return unpack_mask(packed, weight.shape).logical_not_()

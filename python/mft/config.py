@@ -39,7 +39,7 @@ SCORES_DTYPES, MOMENTS, QUANTIZATIONS = tuple(SCORE_FORMATS), tuple(MOMENT_FORMA
 CODINGS = ("packed", "rice", "by_weight")  # of masks in an export (files/mask_coding.py)
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
-WAYS = ("plain", "resident", "quantized", "layerwise")  # or auto
+WAYS = ("plain", "in_place", "resident", "quantized", "layerwise")  # or auto
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 

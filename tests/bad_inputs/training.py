@@ -182,7 +182,7 @@ training a masked language model on next tokens
         | name a decoder, or set is_decoder to true in its config.json if it is one
 training in an unknown way
     train_masks(masked_llama(), make_rows(), steps(), way="fast")
-    -> ValueError: way | must be one of plain, resident, quantized, layerwise | 'fast'
+    -> ValueError: way | must be one of plain, in_place, resident, quantized, layerwise | 'fast'
 training fixed point scores by autograd
     train_masks(masked_llama(scores_dtype="int16"), make_rows(), steps())
     -> ValueError: memory | must not be plain | int16 scores | set memory: resident

@@ -17,8 +17,10 @@ from mft.training.loop import train_masks
 from mft_kernels import MaskedGroupedLinear, float_from_fixed
 from mft_kernels.ops.checks import NonFiniteScores
 
-WAYS = ["resident", "layerwise"]
+WAYS = ["in_place", "resident", "layerwise"]
 EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what differs
+# Dense products sum in an order of their own. Adam's first steps make the last bits of a gradient near 0 large.
+TOLERANCE = dict.fromkeys(WAYS, EXACT) | {"in_place": 2e-5}
 BUDGET = 0.03
 
 
@@ -121,18 +123,19 @@ def assert_equal(ours, theirs, exact=EXACT):
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_plain_update(way, separate, plain):
     ours = train(way)
-    assert_equal(ours, plain)
+    assert_equal(ours, plain, TOLERANCE[way])
     assert torch.equal(masks_of(ours[0]), masks_of(plain[0]))
 
 
 def test_clipping(separate):
-    assert_equal(train("resident", max_grad_norm=1e-4), train("plain", max_grad_norm=1e-4))
+    for way in ("in_place", "resident"):
+        assert_equal(train(way, max_grad_norm=1e-4), train("plain", max_grad_norm=1e-4), TOLERANCE[way])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int16"])
 def test_sixteen_bit_scores_share_a_threshold(dtype):
     """Ties are kept, so somewhat less than the budget is dropped."""
-    one, other = (train(way, masked(torch.bfloat16, scores_dtype=dtype), moments="8bit") for way in WAYS)
+    one, other = (train(way, masked(torch.bfloat16, scores_dtype=dtype), moments="8bit") for way in WAYS[1:])
     assert_equal(one, other)
     assert torch.equal(masks_of(one[0]), masks_of(other[0]))
     assert 0.02 < one[1][-1].dropped <= BUDGET

@@ -37,7 +37,7 @@ from mft.training.run import run_train
 from mft.training.saver import Saver, Stopped
 
 COUNT, STEPS, STOP = 2, 4, 2
-WAYS = ("resident", "quantized", "layerwise")
+WAYS = ("in_place", "resident", "quantized", "layerwise")
 
 # ---------------------------------------------------------------------------------------------- what is computed
 
@@ -88,7 +88,12 @@ CASES = {
 }
 # Over codes it is resident's engine, which here reads its weights elsewhere: whatever the dtype, and of a mixture too.
 OVER_CODES = ("fp32", "int16 scores, 8-bit moments", "bf16, sums in fp32", "a mixture")
-LEFT_OUT = {("layerwise", "clipped"), *(("quantized", name) for name in CASES if name not in OVER_CODES)}
+IN_PLACE = ("fp32", "bf16, sums in fp32", "clipped")
+LEFT_OUT = {
+    ("layerwise", "clipped"),
+    *(("quantized", name) for name in CASES if name not in OVER_CODES),
+    *(("in_place", name) for name in CASES if name not in IN_PLACE),
+}
 RUNS = [(way, name) for way in WAYS for name in CASES if (way, name) not in LEFT_OUT]
 
 
@@ -122,7 +127,7 @@ def work(rank, folder, port):
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=COUNT, timeout=timedelta(seconds=60))
     processes = Processes(rank, COUNT)
     found |= {run: trained(*run, processes=processes) for run in RUNS}
-    for way in ("plain", "resident", "layerwise"):
+    for way in ("plain", "in_place", "resident", "layerwise"):
         found["not finite", way] = one_row_is_not_finite(way, processes)
     for way in ("resident", "layerwise"):
         found["stopped", way] = stopped(way, folder / way, processes)

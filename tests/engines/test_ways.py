@@ -8,6 +8,7 @@ import torch
 from tiny import make_llama, make_rows, masked_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import mft.config
 import mft.engines.start
 from mft.config import MaskConfig, TrainConfig
 from mft.data.batches import take_rows
@@ -17,8 +18,11 @@ from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules, merge_model, trainable_parameters
 from mft.training.loop import NonFiniteLoss, train_masks
 
-WAYS = ["resident", "layerwise"]
+BY_LAYERS = ["resident", "layerwise"]
+WAYS = ["in_place", *BY_LAYERS]
 EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what differs
+# Dense products sum in an order of their own. Adam's first steps make the last bits of a gradient near 0 large.
+TOLERANCE = dict.fromkeys(mft.config.WAYS, EXACT) | {"in_place": 2e-5}
 
 
 @pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
@@ -53,16 +57,25 @@ def assert_same_training(one, other, tolerance=EXACT):
 def test_every_way_gives_the_plain_update(way, accumulation, separate):
     start = scores_of(masked_llama(layers=(1, 2, 3)))
     plain = train("plain", accumulation=accumulation)
-    assert_same_training(train(way, accumulation=accumulation), plain)
+    assert_same_training(train(way, accumulation=accumulation), plain, TOLERANCE[way])
     moved = [(scores_of(plain[0])[name] - start[name]).abs().max() for name in start]
     assert min(moved) > 1e-3
+
+
+def test_all_ways_select_the_same_masks():
+    models = [train(way, steps=8, accumulation=2)[0] for way in mft.config.WAYS]
+    first, *others = [{n: m.packed_mask() for n, m in masked_modules(model).items()} for model in models]
+    for masks in others:
+        assert all(torch.equal(masks[name], packed) for name, packed in first.items())
+    begun = {n: m.packed_mask() for n, m in masked_modules(masked_llama(layers=(1, 2, 3))).items()}
+    assert all(not torch.equal(begun[name], packed) for name, packed in first.items())
 
 
 @pytest.mark.parametrize("mask", [{"mode": "value"}, {"threshold": 0.01}, {"keep_ratio": 0.5, "init": "magnitude"}])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_kind_of_mask(way, mask, separate):
     models = [masked_llama(layers=(0, 2), **mask) for _ in range(2)]
-    assert_same_training(train(way, models[0]), train("plain", models[1]))
+    assert_same_training(train(way, models[0]), train("plain", models[1]), TOLERANCE[way])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -72,13 +85,14 @@ def test_rows_that_score_different_numbers_of_tokens(way, separate):
     labels[0] = [-100] * len(labels[0])
     rows = rows.remove_columns("labels").add_column("labels", labels)
     options = {"rows": rows, "accumulation": 3, "batch_size": 1}
-    assert_same_training(train(way, **options), train("plain", **options))
+    assert_same_training(train(way, **options), train("plain", **options), TOLERANCE[way])
 
 
-def test_clipping_by_the_global_norm(separate):
-    clipped = train("resident", max_grad_norm=1e-3)
-    assert_same_training(clipped, train("plain", max_grad_norm=1e-3))
-    free = scores_of(train("resident")[0])
+@pytest.mark.parametrize("way", ["in_place", "resident"])
+def test_clipping_by_the_global_norm(way, separate):
+    clipped = train(way, max_grad_norm=1e-3)
+    assert_same_training(clipped, train("plain", max_grad_norm=1e-3), TOLERANCE[way])
+    free = scores_of(train(way)[0])
     assert any((free[name] - ours).abs().max() > 10 * EXACT for name, ours in scores_of(clipped[0]).items())
 
 
@@ -109,7 +123,7 @@ def test_the_mask_held_after_the_last_step_is_the_scores(way, separate):
     assert held.loss == pytest.approx(evaluate(model, rows).loss, abs=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BY_LAYERS)
 def test_evaluation_in_every_way(way, separate):
     rows = make_rows(7)
     for model in (make_llama(), masked_llama()):
@@ -122,13 +136,14 @@ def test_evaluation_in_every_way(way, separate):
 @pytest.mark.parametrize("scores_dtype", ["bfloat16", "int16"])
 @pytest.mark.parametrize("way", WAYS)
 def test_scores_and_moments_in_few_bits_learn_the_same(way, scores_dtype, separate):
-    """Bit for bit in both ways, and near to fp32: rounding is a function of step and place alone."""
+    """Bit for bit layer by layer, and near to fp32: rounding is a function of step and place alone."""
     ours = [
         train(w, masked_llama(layers=(1, 2), scores_dtype=scores_dtype), moments="8bit", steps=12)
         for w in ("resident", way)
     ]
     for name, scores in scores_of(ours[0][0]).items():
-        assert torch.equal(scores, scores_of(ours[1][0])[name])
+        same = (scores == scores_of(ours[1][0])[name]).float().mean()
+        assert same == 1 if way in BY_LAYERS else same > 0.99, name
     exact = train("plain", masked_llama(layers=(1, 2)), steps=12)
     for name, module in masked_modules(ours[1][0]).items():
         agree = (module.mask() == masked_modules(exact[0])[name].mask()).float().mean()
@@ -171,7 +186,7 @@ def test_plain_refuses_scores_that_autograd_cannot_reach():
         train("plain", masked_llama(scores_dtype="int16"))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BY_LAYERS)
 def test_frozen_layers_are_run_once_a_row(way, separate):
     model = masked_llama(layers=(2, 3))
     calls = []
@@ -203,7 +218,7 @@ def test_scores_that_are_not_finite_are_named(way, separate):
         train(way, model)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BY_LAYERS)
 def test_lack_of_memory_names_layer_contents_and_remedy(way, monkeypatch):
     model = masked_llama()
 
@@ -227,7 +242,7 @@ def test_lack_of_memory_names_layer_contents_and_remedy(way, monkeypatch):
     assert ("memory: layerwise" in message) or way == "layerwise"
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BY_LAYERS)
 def test_dropout_is_refused_in_training_and_plays_no_part_in_evaluation(way):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2, n_positions=32))
     mask_model(model, MaskConfig.paper())
@@ -237,7 +252,7 @@ def test_dropout_is_refused_in_training_and_plays_no_part_in_evaluation(way):
     assert evaluate(model, rows, way=way).loss == pytest.approx(evaluate(model, rows).loss, abs=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BY_LAYERS)
 def test_noise_that_no_configuration_names_is_refused_like_dropout(way):
     """Of a router, say: the layer is run twice, and its gradient would be of another pass than its output."""
     model = masked_llama()
@@ -275,7 +290,7 @@ def test_other_architectures(way, separate):
         models.append(copy.deepcopy(models[0]))
         for model in models:
             mask_model(model, MaskConfig.paper(layers_to_transform=[1, 2]))
-        assert_same_training(train(way, models[0]), train("plain", models[1]))
+        assert_same_training(train(way, models[0]), train("plain", models[1]), TOLERANCE[way])
 
 
 def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):

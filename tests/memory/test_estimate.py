@@ -6,7 +6,6 @@ import pytest
 from known_shapes import LOCAL, SEVEN, SEVENTY, SMALL
 
 from benchmarks.memory.simulated_step import simulate_step
-from mft.config import WAYS
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
 from mft.memory.workload import Workload
@@ -25,7 +24,7 @@ def assert_as_simulated(config, workload, tolerance=0.05):
 
 
 @pytest.mark.parametrize("layers", [None, (1, 2), pytest.param((0,), marks=pytest.mark.slow), (3,)], ids=str)
-@pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
+@pytest.mark.parametrize("way", ["plain", "in_place", "resident", "layerwise"])
 def test_each_way_is_as_simulated(way, layers):
     assert_as_simulated(SMALL, Workload(memory=way, layers=layers, sequence=512, accumulation=2))
 
@@ -169,7 +168,9 @@ def test_checkpointing_holds_boundaries_alone():
 def test_the_weights_are_read_before_they_are_anywhere_else():
     """Plain moves them to the device before it makes scores; the others make them on the host."""
     weights, masked = 2 * SEVEN.parameters, 4 * 202_375_168
-    plain, resident, quantized = (estimate(SEVEN, Workload(memory=way, layers=LOCAL)) for way in WAYS[:3])
+    plain, resident, quantized = (
+        estimate(SEVEN, Workload(memory=way, layers=LOCAL)) for way in ("plain", "resident", "quantized")
+    )
     assert (plain.loading, plain.host_peak, plain.host_needed) == (weights, 0, weights)
     assert resident.loading == resident.host_needed == weights + masked // 8 + 4 * masked > resident.host_peak
     assert quantized.loading == resident.loading

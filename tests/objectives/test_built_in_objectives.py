@@ -15,7 +15,7 @@ from whole_logits import WAYS, assert_same, by_hand, make_masked, step
 from mft.config import TrainConfig
 from mft.data.batches import take_rows
 from mft.engines.layerwise import Layerwise
-from mft.engines.start import start_runner
+from mft.engines.start import OWN_FORWARD, start_runner
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import keeping_all, masked_modules
 from mft.objectives.cross_entropy import CrossEntropy
@@ -116,7 +116,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(way, name, monkeypatch):
     count = sum(map(make().count, batches))
     assert count == (6 if name == "dpo" else sum(len(batch.labelled.targets) for batch in batches))
     expected = by_hand(make_masked(way), batches, count, formula)
-    for separate in {False, way != "plain"}:
+    for separate in {False, way not in OWN_FORWARD}:
         assert_same(step(make_masked(way), way, make(), batches, monkeypatch, separate=separate), expected, 2e-5)
 
 
@@ -178,7 +178,7 @@ def test_dpo_asks_the_base_once_a_row(monkeypatch):
     assert sorted(asked) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
+@pytest.mark.parametrize("way", ["plain", "in_place", "resident", "layerwise"])
 def test_rows_that_are_recalled_ask_the_base_no_more(way, monkeypatch):
     """In the groups of then: on these the last bits may depend."""
     batches, known = [take_rows(make_pairs(), [0, 1]), take_rows(make_pairs(), [2, 3])], []
@@ -197,7 +197,8 @@ def test_rows_that_are_recalled_ask_the_base_no_more(way, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("make", "way"), [(DPO, "plain"), (DPO, "resident"), (DPO, "layerwise"), (KL, "plain"), (KL, "layerwise")]
+    ("make", "way"),
+    [(DPO, "plain"), (DPO, "in_place"), (DPO, "resident"), (DPO, "layerwise"), (KL, "plain"), (KL, "layerwise")],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, make, way):
     train, rows = TrainConfig(steps=9, batch_size=2, lr=1e-2, seed=3), make_pairs(10, 40)

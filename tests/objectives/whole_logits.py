@@ -13,7 +13,7 @@ from mft.engines.start import start_runner
 from mft.masks.convert import keeping_all, mask_model, masked_modules
 from mft.masks.quantize import quantize_model
 
-WAYS = ["plain", "resident", "quantized", "layerwise"]
+WAYS = ["plain", "in_place", "resident", "quantized", "layerwise"]
 
 
 def make_masked(way, layers=(1, 3)):

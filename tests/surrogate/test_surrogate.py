@@ -12,8 +12,10 @@ from mft.masks.quantize import quantize_model
 from mft.surrogate.surrogate import Surrogate, make_surrogate, surrogate_of
 from mft.training.loop import train_masks
 
-WAYS = ["resident", "layerwise"]
+WAYS = ["in_place", "resident", "layerwise"]
 EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what differs
+# Dense products sum in an order of their own. Adam's first steps make the last bits of a gradient near 0 large.
+TOLERANCE = dict.fromkeys(WAYS, EXACT) | {"in_place": 2e-5}
 ASKED = {"mode": "value", "threshold": 0.0, "init": "magnitude", "sharpness": [30.0, 300.0], "deletion_penalty": 0.5}
 OFF = {"sharpness": None, "deletion_penalty": 0.0}
 
@@ -92,8 +94,10 @@ def separate(request, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_plain_update(way, separate, plain):
     ours, reports = train(way)
-    assert farthest(ours, plain[0]) <= EXACT
-    assert [report.loss for report in reports] == pytest.approx([report.loss for report in plain[1]], abs=EXACT)
+    assert farthest(ours, plain[0]) <= TOLERANCE[way]
+    assert [report.loss for report in reports] == pytest.approx(
+        [report.loss for report in plain[1]], abs=TOLERANCE[way]
+    )
     assert [report.dropped for report in reports] == [report.dropped for report in plain[1]]
 
 
@@ -112,7 +116,8 @@ def test_without_sharpness_no_gradient_is_touched(way, monkeypatch):
 
 def test_clipping_is_of_what_scores_learn_by():
     clipped = train("plain", max_grad_norm=1e-4)[0]
-    assert farthest(train("resident", max_grad_norm=1e-4)[0], clipped) <= EXACT
+    for way in ("in_place", "resident"):
+        assert farthest(train(way, max_grad_norm=1e-4)[0], clipped) <= TOLERANCE[way]
     assert farthest(train("plain")[0], clipped) > 10 * EXACT
 
 
@@ -120,7 +125,7 @@ def test_clipping_is_of_what_scores_learn_by():
 def test_the_signs_of_magnitude_mode(way):
     """Scores of both signs, and the penalty away from the threshold on both sides of 0."""
     asked = {"mode": "magnitude", "threshold": 0.005, "init": "normal"}
-    assert farthest(train(way, masked(**asked))[0], train("plain", masked(**asked))[0]) <= EXACT
+    assert farthest(train(way, masked(**asked))[0], train("plain", masked(**asked))[0]) <= TOLERANCE[way]
 
 
 @pytest.mark.parametrize("way", WAYS)

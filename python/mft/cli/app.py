@@ -553,7 +553,7 @@ def estimate(
     micro_batch: Annotated[int, typer.Option(help="Rows at once.")] = _DEFAULTS.train.batch_size,
     accumulation: Annotated[int, typer.Option(help="Micro-batches per step.")] = _DEFAULTS.train.accumulation,
     processes: Annotated[int, typer.Option(help="That torchrun starts on the machine, a GPU each.")] = 1,
-    memory: Annotated[str, typer.Option(help="auto, plain, resident, quantized or layerwise.")] = "auto",
+    memory: Annotated[str, typer.Option(help="auto, plain, in_place, resident, quantized or layerwise.")] = "auto",
     gpu: Annotated[str | None, typer.Option(help="Its memory, such as 24GB or 24GiB.")] = None,
     cpu: Annotated[str | None, typer.Option(help="Without a GPU: memory; this machine's if not given.")] = None,
     host: Annotated[str | None, typer.Option(help="Memory beside the GPU; this machine's if not given.")] = None,

@@ -1,1 +1,1 @@
-"""One optimiser step, in four ways."""
+"""One optimiser step, in five ways."""

@@ -36,14 +36,15 @@ class Mover:
     """Copies to and from ``device``.
 
     Args:
-        separate: whether the device has a memory of its own; None: unless it is the CPU. With True a run on the CPU
-            copies as one on a GPU does, for tests and for the simulation of memory.
+        separate: whether what rests lies in another memory than the device's; None: unless it is the CPU. With True a
+            run on the CPU copies as one on a GPU does, for tests and for the simulation of memory. With False nothing
+            is copied, on a GPU either.
     """
 
     def __init__(self, device: torch.device | str, *, separate: bool | None = None) -> None:
         self.device = torch.device(device)
         self.separate = self.device.type != "cpu" if separate is None else separate
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" and self.separate else None
         self._free: dict[tuple, list[Tensor]] = {}  # host buffers that may be written again
         self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
 
@@ -83,8 +84,8 @@ class Mover:
             self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
 
     def rest(self, tensor: Tensor) -> Tensor:
-        """``tensor`` in host memory from which copies overlap with work: pinned, where there is a GPU."""
-        if self.device.type != "cuda":
+        """``tensor`` in host memory from which copies overlap with work: pinned; itself where nothing is copied."""
+        if self.device.type != "cuda" or not self.separate:
             return tensor
         return tensor if tensor.is_pinned() else tensor.cpu().pin_memory()
 

@@ -6,8 +6,9 @@ scores, moments of matrix 3  -- on its way --
 scores, moments of matrix 1  <------  done
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,10 +73,15 @@ def current_masks(masked: dict[str, MaskedLayer]) -> list[HeldMask]:
     return found
 
 
-def score_optimizer(masked: Sequence[MaskedLayer], train: TrainConfig) -> MaskAdamW:
+def score_groups(masked: Iterable[MaskedLayer]) -> list[dict[str, Any]]:
+    """The groups of MaskAdamW over their scores."""
+    return [{"params": [module.scores], "mode": module.mode} for module in masked]
+
+
+def score_optimizer(masked: Iterable[MaskedLayer], train: TrainConfig) -> MaskAdamW:
     """Of their scores, as train says."""
     return MaskAdamW(
-        [{"params": [module.scores], "mode": module.mode} for module in masked],
+        score_groups(masked),
         lr=train.lr,
         betas=train.betas,
         weight_decay=train.weight_decay,
@@ -141,8 +147,8 @@ class ScoreStates:
             mask.take(selected.packed)
             mask.threshold = selected.threshold.to(self._mover.device)
 
-    def new_buffer(self, mask: HeldMask, dtype: torch.dtype | None) -> Tensor:
-        """Zeros for one layer's gradient, in dtype or the weight's.
+    def buffer_dtype(self, mask: HeldMask, dtype: torch.dtype | None) -> torch.dtype:
+        """Of one layer's gradient: dtype, or the weight's.
 
         Raises: ValueError in fp16 with a surrogate: products with weights would be rounded to 0.
         """
@@ -152,6 +158,11 @@ class ScoreStates:
                 "train.grad_dtype must be float32 or bfloat16 with mask.sharpness, whose gradients float16 rounds to "
                 f"0, got float16 for {mask.name}"
             )
+        return dtype
+
+    def new_buffer(self, mask: HeldMask, dtype: torch.dtype | None) -> Tensor:
+        """Zeros for one layer's gradient, in buffer_dtype(mask, dtype)."""
+        dtype = self.buffer_dtype(mask, dtype)
         return torch.zeros(mask.module.scores.shape, dtype=dtype, device=self._mover.device)
 
     def clip_factor(self, max_norm: float) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mft.budget.budget import budget_of
 from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
+from mft.engines.in_place import InPlace, InPlaceStates
 from mft.engines.layer_calls import LayerCalls
 from mft.engines.layer_engine import LayerEngine
 from mft.engines.layerwise import Layerwise
@@ -27,6 +28,8 @@ from mft.surrogate.surrogate import Surrogate
 
 Device = torch.device | str | None
 
+# The ways that run the model's own forward, and those that run its layers one by one.
+OWN_FORWARD = ("plain", "in_place")
 ENGINES: dict[str, type[LayerEngine]] = {"resident": Resident, "quantized": Resident, "layerwise": Layerwise}
 
 
@@ -50,10 +53,10 @@ def start_runner(
 ) -> Runner:
     """What trains model; close() gives it back.
 
-    Args: as of start_engine; way: also "plain", where the model stays on its device, alone of which before_update is,
-        called when a step's gradients are complete.
+    Args: as of start_engine; way: also "plain" and "in_place", where the model stays on its device. before_update: of
+        "plain" alone, called when a step's gradients are complete.
     """
-    if way != "plain":
+    if way not in OWN_FORWARD:
         return start_engine(
             *(model, few, way, device),
             train=train,
@@ -64,7 +67,16 @@ def start_runner(
         )
     if memory is not None and draws_at_random(model, few):
         memory = None
-    return Plain(model, train, *split_at_head(model, few), memory, processes, before_update, objective, surrogate)
+    run, head = split_at_head(model, few)
+    if way == "in_place":
+        optimizer = score_optimizer(masked_modules(model).values(), train)
+        states = InPlaceStates(model, optimizer, processes, surrogate, grad_dtype=_grad_dtype(train))
+        with contextlib.ExitStack() as undo:
+            undo.callback(states.close)
+            runner = InPlace(model, states, run, head, memory, objective)
+            undo.pop_all()
+        return runner
+    return Plain(model, train, run, head, memory, processes, before_update, objective, surrogate)
 
 
 def start_engine(
@@ -91,7 +103,7 @@ def start_engine(
         separate: see Mover. objective: what is made smaller. surrogate: of the scores' gradients; see ScoreStates.
     """
     if way not in ENGINES:
-        raise ValueError(f"way must be one of plain, {', '.join(ENGINES)}, got {way!r}")
+        raise ValueError(f"way must be one of {', '.join((*OWN_FORWARD, *ENGINES))}, got {way!r}")
     device = default_device() if device is None else torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that torch finds, got {device} and no GPU: leave it out, or say cpu")
@@ -114,9 +126,13 @@ def start_engine(
         if train is not None:
             optimizer = score_optimizer([mask.module for mask in masks], train)
             states = ScoreStates(masks, optimizer, mover, processes, surrogate, budget_of(model))
-        dtype = None if train is None or train.grad_dtype is None else getattr(torch, train.grad_dtype)
+        dtype = None if train is None else _grad_dtype(train)
         engine = ENGINES[way](
             calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory, objective=objective
         )
         undo.pop_all()
     return engine
+
+
+def _grad_dtype(train: TrainConfig) -> torch.dtype | None:
+    return None if train.grad_dtype is None else getattr(torch, train.grad_dtype)

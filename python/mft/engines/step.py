@@ -17,15 +17,15 @@ OnLoss = Callable[[MicroBatch, Tensor], None]  # may raise, before any score has
 
 
 class Runner(Protocol):
-    """Plain, Resident or Layerwise on one model, as start.start_runner makes it."""
+    """Plain, InPlace, Resident or Layerwise on one model, as start.start_runner makes it."""
 
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
     ) -> None:
         """One optimiser step; on_loss hears each micro-batch's sum of losses before anything learned changes.
 
-        Args: scale: of the gradients. lr: None, of ways other than plain, is a rehearsal: gradients are made, and
-            nothing is updated.
+        Args: scale: of the gradients. lr: None, of ways that run layer by layer, is a rehearsal: gradients are made,
+            and nothing is updated.
         Raises: whatever on_loss raises; RuntimeError for a lack of memory, naming rows or layer.
         """
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from mft.checks import check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows, without_trailing_padding
 from mft.engines.distributed import ALONE, Processes
-from mft.engines.start import Device, start_engine
+from mft.engines.start import OWN_FORWARD, Device, start_engine
 from mft.engines.step import Runner
 from mft.masks.base_pass import as_base
 from mft.masks.convert import masked_modules
+from mft.masks.in_place import masks_in_place
 from mft.models.causal_lm import FEW, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import inputs_of
@@ -93,7 +94,8 @@ def evaluate(
 
     Args:
         first, memory: the first ``first`` layers' outputs are remembered there, or taken from there (see FrozenPrefix).
-        way, device: where the model's weights are meanwhile; see train_masks. first and memory belong to "plain".
+        way, device: where the model's weights are meanwhile; see train_masks. first and memory belong to "plain" (and
+            "in_place", which is the same here).
         on_batch: called with the numbers of rows and of tokens after each batch; it may raise.
         objective: what else is measured.
         runner: what trains the model, and runs it meanwhile; way, device, first and memory are then its business.
@@ -206,7 +208,7 @@ def _runner(
     if runner is not None:
         yield _hidden_of(runner.hidden_states, model, objective, _TOGETHER), runner.head
         return
-    if way == "plain":
+    if way in OWN_FORWARD:
         run, head = split_at_head(model, few)
         prefix = FrozenPrefix(model, first, memory, run)
 
@@ -230,7 +232,7 @@ def _hidden_of(
     objective: Objective,
     together: int,
 ) -> HiddenOf:
-    is_base = not masked_modules(model)
+    is_base = masks_in_place(model) is None and not masked_modules(model)
 
     def hidden_of(
         batches: Iterable[MicroBatch],

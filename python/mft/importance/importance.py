@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mft.checks import check_one_of, check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows
-from mft.engines.start import Device, start_engine
+from mft.engines.start import OWN_FORWARD, Device, start_engine
 from mft.masks.convert import keeping_all, masked_modules
 from mft.masks.experts import watching_experts
 from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
@@ -106,7 +106,7 @@ def input_norms(
     batches = list(_calibration(dataset, rows, batch_size, seed))
     few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
     with keeping_all(model), evaluating(model), keeping_apart(model, dataset, few, batch_size):
-        if way == "plain":
+        if way in OWN_FORWARD:
             return _input_norms(model, modules, batches, lambda batch: _read(model, batch))
         engine = start_engine(model, few, way, device)
         try:

@@ -1,5 +1,6 @@
 """Sizes of a model's weights, masks, states and activations under a workload; bytes, pure Python."""
 
+import math
 from collections.abc import Sequence
 
 from mft.checks import check_rule
@@ -103,6 +104,12 @@ class RunSizes:
     def states(self) -> int:
         return int(self.masked_weights * self.workload.state_bytes)
 
+    @property
+    def aside(self) -> int:
+        """Dropped weights that lie outside the weights."""
+        dropped = 1 - self.workload.keep_ratio if self.workload.budget is None else self.workload.budget
+        return math.ceil(dropped * self.masked_weights) * self.shape.dtype_bytes
+
     def weights_masked_in(self, layer: int) -> int:
         return sum(map(self._size, self.named_in[layer]))
 
@@ -118,6 +125,11 @@ class RunSizes:
             for name, other in pairs
         ]
         return max(steps, key=lambda sizes: sum(sizes.values()))
+
+    def flipping(self, names: Sequence[str]) -> Sizes:
+        """One matrix's step in place: a copy of its whole weight, a byte a weight of what is dropped, its bits."""
+        staging = max(self._size(name) * (self.shape.dtype_bytes + 1) + self.mask_of(name) for name in names)
+        return {"staging": staging, "sums": max(self.sum_of(name, self.grad_bytes) for name in names)}
 
     def selection(self, held: Sizes) -> dict[str, Sizes]:
         """The bytes of the phase after the last layer's step under a budget, by name; empty without a budget."""

@@ -22,6 +22,7 @@ class Way:
     over_codes = False  # whether it trains over a quantised base
     offloads = True  # whether scores, moments and the boundaries between layers rest in host memory
     holds_all_rows = False  # whether its memory grows with a step's micro-batches
+    of_auto = True  # whether auto takes it
 
     def base(self, asked: str | None) -> str | None:
         """The format of the base that it trains over where this one is asked for; None for exact weights."""
@@ -77,22 +78,29 @@ class Plain(Way):
         return super().obstacle(workload, quantized)
 
     def phases(self, run: RunSizes) -> dict[str, Sizes]:
-        workload, shape, score = run.workload, run.shape, SCORE_FORMATS[run.workload.scores].bytes
+        score = SCORE_FORMATS[run.workload.scores].bytes
         resident = {
             "weights": run.outside + sum(run.weights_of_layer),
             "masks": 2 * sum(run.mask_bytes),  # bits and signs
             "gradients": run.scores,
             "states": run.states,
         }
-        added = score if workload.own_accumulation > 1 else 0
+        added = score if run.workload.own_accumulation > 1 else 0
+        return {
+            **self.autograd(run, resident, added),
+            "optimiser": resident | {"sums": max(run.sum_of(name, score) for name in run.named)},
+            **run.selection(resident),
+        }
+
+    def autograd(self, run: RunSizes, resident: Sizes, added: int) -> dict[str, Sizes]:
+        """The phases of one micro-batch. Args: added: bytes a weight of a gradient that is about to be added to one."""
+        workload, shape = run.workload, run.shape
         above = [run.layer(i, score_bytes=added) for i in range(run.first, shape.layers)]
         kept = [layer.hidden if workload.gradient_checkpointing else layer.saved for layer in above]
         peaks = [sum(kept[:i]) + layer.peak for i, layer in enumerate(above)]
         return {
             "loss": resident | {"activations": sum(kept), "logits": run.loss, "reference": run.reference(1)},
             "backward": resident | {"activations": max(peaks), "reference": run.reference(1)},
-            "optimiser": resident | {"sums": max(run.sum_of(name, score) for name in run.named)},
-            **run.selection(resident),
         }
 
     def host(self, run: RunSizes) -> Sizes:
@@ -107,6 +115,33 @@ class Plain(Way):
 
     def traffic(self, run: RunSizes, boundary: int) -> int:
         return 0
+
+
+class InPlace(Plain):
+    """Plain over weights that hold their masks: what is dropped lies aside, and gradients are the weights'."""
+
+    name = "in_place"
+    of_auto = False  # TODO: when it has been timed beside plain
+
+    def obstacle(self, workload: Workload, quantized: int) -> str | None:
+        return Way.obstacle(self, workload, quantized)  # autograd need not reach the scores
+
+    def phases(self, run: RunSizes) -> dict[str, Sizes]:
+        workload, dtype = run.workload, run.shape.dtype_bytes
+        # On a CPU the loaded weights are mapped from their file, so masked ones are copied before they are written.
+        copies = run.masked_weights * dtype if workload.device == "cpu" else 0
+        resident = {
+            "weights": run.outside + sum(run.weights_of_layer) + copies,
+            "masks": sum(run.mask_bytes) + run.aside,
+            "gradients": run.masked_weights * run.grad_bytes,
+            "states": run.states,
+        }
+        added = dtype if workload.own_accumulation > 1 or workload.grad_dtype is not None else 0
+        return {
+            **self.autograd(run, resident, added),
+            "optimiser": resident | run.flipping(run.named),
+            **run.selection(resident),
+        }
 
 
 class Resident(Way):
@@ -197,9 +232,11 @@ class Layerwise(Way):
         return weights + (2 * run.shape.layers + 4 * run.above) * boundary
 
 
-WAYS: dict[str, Way] = {way.name: way for way in (Plain(), Resident(), Quantized(), Layerwise())}  # the fastest first
+# The fastest first.
+WAYS: dict[str, Way] = {way.name: way for way in (Plain(), InPlace(), Resident(), Quantized(), Layerwise())}
 
 
 def ways_over(quantization: str | None) -> list[Way]:
-    """Those that train over a base of this format, None for exact weights; the fastest first."""
-    return [way for way in WAYS.values() if (way.over_exact if quantization is None else way.over_codes)]
+    """Those of auto that train over a base of this format, None for exact weights; the fastest first."""
+    ways = [way for way in WAYS.values() if way.of_auto]
+    return [way for way in ways if (way.over_exact if quantization is None else way.over_codes)]

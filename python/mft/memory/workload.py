@@ -12,14 +12,15 @@ class Workload:
     """One way to train; the fields are named as in the run's configuration.
 
     Args:
-        memory: plain, resident, quantized, layerwise; auto where the choice is asked for.
+        memory: plain, in_place, resident, quantized, layerwise; auto where the choice is asked for.
         layers: that are masked, None for all. target_modules: linears in them, None for all.
         sequence: tokens a row. micro_batch: rows at once. accumulation: micro-batches a step, of all processes.
         processes: that train together, each with a memory of its own or its share of one.
         scores, moments: dtypes at rest. grad_dtype: of the gradient buffers, None for the weights'.
         quantization: of the base, None for none. quantize_masked: the masked layers' weights too.
-        gradient_checkpointing: of plain; the other ways recompute every layer anyhow.
+        gradient_checkpointing: of plain and in_place; the other ways recompute every layer anyhow.
         clipping: of the gradients' global norm, which layerwise does not have.
+        keep_ratio: share of the masked weights that is kept; 0 where a fixed threshold leaves it open.
         budget: share of all masked weights that is dropped by one threshold, None for one each layer.
         objective: cross_entropy, kl, distill or dpo. teacher_bytes: of a teacher's weights on the device.
         device: "cuda", which has a memory of its own, or "cpu", which shares the host's.
@@ -39,6 +40,7 @@ class Workload:
     quantize_masked: bool = False
     gradient_checkpointing: bool = False
     clipping: bool = False
+    keep_ratio: float = 0.9
     budget: float | None = None
     objective: str = "cross_entropy"
     teacher_bytes: int = 0

@@ -16,7 +16,7 @@ from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.randomness import seeded
-from mft.engines.start import Device, start_runner
+from mft.engines.start import OWN_FORWARD, Device, start_runner
 from mft.engines.step import NonFiniteLoss, Runner, StepReport
 from mft.masks.convert import masked_modules
 from mft.masks.inspection import dropped_share
@@ -49,7 +49,7 @@ def train_masks(
     (surrogate.py), whatever way is taken; clipping is of what they learn by.
 
     Args:
-        way: "plain", "resident", "quantized" or "layerwise" (see docs/memory.md); all give the same update.
+        way: "plain", "in_place", "resident", "quantized" or "layerwise" (see docs/memory.md); all give the same update.
         device: of the three latter; None: the first GPU, or the CPU. model lies on the CPU, or there.
         options: as of train_loop.
     """
@@ -162,7 +162,7 @@ def train_loop(
     with (
         seeded(train.seed),
         keeping_apart(model, dataset, few, train.batch_size),
-        training_mode(model, checkpointed=way == "plain" and train.gradient_checkpointing),
+        training_mode(model, checkpointed=way in OWN_FORWARD and train.gradient_checkpointing),
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):
         updated = None if before_update is None else lambda: before_update(len(reports) + 1, steps)
@@ -173,7 +173,7 @@ def train_loop(
             surrogate=surrogate,
         )
         try:
-            if way != "plain":
+            if way not in OWN_FORWARD:
                 _rehearse(runner, rows, train)
             if saver is not None:
                 with processes.together():

@@ -108,6 +108,7 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
         quantize_masked=config.model.quantize_masked,
         gradient_checkpointing=train.gradient_checkpointing,
         clipping=train.max_grad_norm is not None,
+        keep_ratio=mask.keep_ratio if mask.threshold is None else 0.0,
         budget=mask.budget,
         objective=config.objective.name,
         teacher_bytes=_teacher_bytes(config),

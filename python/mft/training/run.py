@@ -24,6 +24,7 @@ from mft.config_file import config_values, save_config
 from mft.data.splits import Splits
 from mft.data.streams import count_rows
 from mft.engines.distributed import Processes, joined
+from mft.engines.start import OWN_FORWARD
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft.evaluation.evaluated_base import check_exact
@@ -184,7 +185,7 @@ def _base_model(config: RunConfig, plan: Plan) -> nn.Module:
     """The model that is to be masked; nothing has been written when this raises."""
     select_targets(load_outline(config.model), config.mask)  # before the weights are read, which may take minutes
     model, _ = load_model(config.model)
-    if plan.way == "plain":
+    if plan.way in OWN_FORWARD:
         model.to(plan.device)
     select_targets(model, config.mask)
     return model
@@ -193,7 +194,7 @@ def _base_model(config: RunConfig, plan: Plan) -> nn.Module:
 def _evaluated(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Options of evaluate: where the model runs."""
     where: dict[str, Any] = {"way": plan.way, "device": plan.device}
-    return where if plan.way == "plain" else where | {"batch_size": config.train.batch_size}
+    return where if plan.way in OWN_FORWARD else where | {"batch_size": config.train.batch_size}
 
 
 def _mask(

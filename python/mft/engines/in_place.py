@@ -1,0 +1,172 @@
+"""The step in place: autograd over a model whose weights hold their masks, then the optimiser step of the scores.
+
+forward, backward   the model's own, on dense weights; weight.grad is the sum of grad.T @ x over micro-batches
+the step            d_scores = weight.grad * whole weight * sign(scores), MaskAdamW, the next mask
+the flips           what is dropped now goes aside, what is kept again comes back
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mft.budget.budget import budget_of
+from mft.engines.distributed import ALONE, Processes
+from mft.engines.offload import Mover
+from mft.engines.own_forward import OwnForward
+from mft.engines.score_states import HeldMask, ScoreStates, current_masks
+from mft.masks.convert import masked_modules
+from mft.masks.in_place import InPlaceLayer, MasksInPlace
+from mft.models.causal_lm import Run
+from mft.models.frozen_layers import PrefixMemory
+from mft.objectives.cross_entropy import CROSS_ENTROPY
+from mft.objectives.objective import Objective
+from mft.surrogate.surrogate import Surrogate
+from mft_kernels import MaskAdamW
+
+
+@dataclass(eq=False)
+class InPlaceMask(HeldMask):
+    """A mask that lies in its layer's weight; its gradient is that weight's."""
+
+    layer: InPlaceLayer = field(kw_only=True)
+
+    def weight(self) -> Tensor:
+        """(N, K), of experts (E, N, K): whole, a copy."""
+        return self.layer.held.whole()
+
+    def take(self, packed: Tensor) -> None:
+        self.layer.held.change(packed)
+        self.packed = packed
+
+
+class InPlaceStates(ScoreStates):
+    """Scores whose masks lie in the weights of a model from here on, until close(); on its device, as the moments.
+
+    Args:
+        optimizer: of the scores of model's masked layers, in their order.
+        masks: those that the layers hold at first; None: what the scores select now. copied: see MasksInPlace.
+        grad_dtype: that micro-batches are summed in; None: the weights', by autograd itself.
+    Others as of ScoreStates. Raises: as MasksInPlace.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: MaskAdamW,
+        processes: Processes = ALONE,
+        surrogate: Surrogate | None = None,
+        *,
+        masks: Sequence[HeldMask] | None = None,
+        copied: Collection[str] | None = None,
+        grad_dtype: torch.dtype | None = None,
+    ) -> None:
+        masks = current_masks(masked_modules(model)) if masks is None else masks
+        self._in_place = MasksInPlace(model, {mask.name: mask.packed for mask in masks}, copied)
+        self._in_layers = [
+            InPlaceMask(mask.name, mask.module, mask.packed, mask.threshold, layer=layer)
+            for mask, layer in zip(masks, self._in_place.layers, strict=True)
+        ]
+        device = self._in_layers[0].layer.parameter.device
+        mover = Mover(device, separate=False)
+        super().__init__(self._in_layers, optimizer, mover, processes, surrogate, budget_of(model))
+        self._grad_dtype = grad_dtype
+        for mask in self._in_layers:
+            if self.buffer_dtype(mask, grad_dtype) != mask.weight_dtype():
+                mask.layer.parameter.register_post_accumulate_grad_hook(_sum_in(mask, grad_dtype))
+
+    def step(self, lr: float | None = None, max_norm: float | None = None) -> None:
+        """One optimiser step from the weights' gradients, and the flips. A layer without a gradient has one of 0."""
+        for mask in self._in_layers:
+            grad = mask.layer.parameter.grad if mask.grad is None else mask.grad
+            mask.grad = self.new_buffer(mask, self._grad_dtype) if grad is None else grad.contiguous()
+        try:
+            self.update(self._in_layers, lr, max_norm)
+            self.select()
+        finally:
+            for mask in self._in_layers:
+                mask.grad = None
+
+    def zero_grad(self) -> None:
+        """No weight has a gradient."""
+        for mask in self._in_layers:
+            mask.grad = mask.layer.parameter.grad = None
+
+    def has_gradients(self) -> bool:
+        """Whether any weight has one."""
+        return any(mask.layer.parameter.grad is not None for mask in self._in_layers)
+
+    def check_there(self) -> None:
+        """Raise RuntimeError if a weight was moved away from its mask."""
+        for mask in self._in_layers:
+            mask.layer.check_there()
+
+    def close(self) -> None:
+        """The model is the masked one again, with what its scores have learned."""
+        try:
+            self._in_place.close()
+        finally:
+            super().close()
+
+
+class InPlace(OwnForward):
+    """Trains scores alone, in any format; the model computes with weights that hold their masks.
+
+    Args: states: of model's scores. Others as OwnForward's.
+    """
+
+    way = "in_place"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        states: InPlaceStates,
+        run: Run,
+        head: nn.Module,
+        memory: PrefixMemory | None,
+        objective: Objective = CROSS_ENTROPY,
+    ) -> None:
+        super().__init__(model, run, head, memory, states.processes, objective)
+        self.states = states
+
+    def check(self) -> None:
+        """Raise NonFiniteScores, naming the layer, if the last step has made a score NaN or infinite."""
+        self.states.check()
+
+    def check_learned(self) -> None:
+        """Nothing: check() has looked at every step."""
+
+    @property
+    def optimizer(self) -> MaskAdamW:
+        return self.states.optimizer
+
+    def learned(self) -> dict[str, Tensor]:
+        return self.states.learned()
+
+    def result(self) -> dict[str, Tensor]:
+        return self.states.result()
+
+    def packed_masks(self) -> list[Tensor]:
+        return self.states.packed_masks()
+
+    def relearned(self) -> None:
+        self.states.relearned()
+
+    def close(self) -> None:
+        self.states.close()
+
+    def _update(self, lr: float, max_norm: float | None) -> None:
+        self.states.step(lr, max_norm)
+        self.states.zero_grad()
+
+
+def _sum_in(mask: InPlaceMask, dtype: torch.dtype | None) -> Callable[[Tensor], None]:
+    """A hook: each gradient of the weight is added to mask.grad in dtype, and freed."""
+
+    def add(parameter: Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None, "autograd has just made it"
+        mask.grad = grad.to(dtype) if mask.grad is None else mask.grad.add_(grad)
+
+    return add
