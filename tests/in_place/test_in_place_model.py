@@ -14,7 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mft.config import MaskConfig
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import base_hash, save_masks
-from mft.masks.in_place import InPlaceLayer, MasksInPlace, layers_to_copy, masks_in_place
+from mft.masks.in_place.layer import InPlaceLayer
+from mft.masks.in_place.model import MasksInPlace, masks_in_place
+from mft.masks.in_place.others_memory import layers_to_copy
 from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
 from mft_kernels import MaskedGroupedLinear, MaskedLinear

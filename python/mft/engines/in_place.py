@@ -17,7 +17,8 @@ from mft.engines.offload import Mover
 from mft.engines.own_forward import OwnForward
 from mft.engines.score_states import HeldMask, ScoreStates, current_masks
 from mft.masks.convert import masked_modules
-from mft.masks.in_place import InPlaceLayer, MasksInPlace
+from mft.masks.in_place.layer import InPlaceLayer
+from mft.masks.in_place.model import MasksInPlace
 from mft.models.causal_lm import Run
 from mft.models.frozen_layers import PrefixMemory
 from mft.objectives.cross_entropy import CROSS_ENTROPY

@@ -19,7 +19,7 @@ from mft.engines.start import OWN_FORWARD, Device, start_engine
 from mft.engines.step import Runner
 from mft.masks.base_pass import as_base
 from mft.masks.convert import masked_modules
-from mft.masks.in_place import masks_in_place
+from mft.masks.in_place.model import masks_in_place
 from mft.models.causal_lm import FEW, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import inputs_of

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mft.masks.in_place import masks_in_place
+from mft.masks.in_place.model import masks_in_place
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
 from mft.models.causal_lm import replaced_forwards
 from mft.models.experts import unmasked_product

@@ -30,7 +30,7 @@ from mft_kernels.ops.checks import check_alpha
 _TRAINABLE_BEFORE = "_mft_trainable_before"
 # What a masked layer stands for, without its weights, if that is no nn.Linear; in a tuple, so that it is no child.
 _ORIGINAL = "_mft_original"
-# What has a model's masks in its weights (in_place.py); an attribute of the model.
+# What has a model's masks in its weights (in_place/); an attribute of the model.
 IN_PLACE = "_mft_in_place"
 
 

@@ -35,7 +35,7 @@ from mft.masks.export_format import (
     read_tensors,
     read_whole_export,
 )
-from mft.masks.in_place import as_masked
+from mft.masks.in_place.model import as_masked
 from mft.masks.location import masks_directory
 from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
 from mft.models.linears import find_targets, layer_index, layer_stacks, linear_named

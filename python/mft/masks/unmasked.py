@@ -8,7 +8,7 @@ from torch import nn
 from mft.masks.convert import masked_modules
 from mft.masks.experts import MaskedExperts, unmasked_experts
 from mft.masks.gradient_checkpointing import remove_checkpointing_hooks
-from mft.masks.in_place import lend_weights
+from mft.masks.in_place.others_memory import lend_weights
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_experts import QuantizedGroupedLinear

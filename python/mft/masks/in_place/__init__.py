@@ -1,0 +1,1 @@
+"""Masks in the weights of a model: its layers are ordinary ones meanwhile."""

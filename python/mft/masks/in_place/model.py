@@ -1,0 +1,115 @@
+"""Masks in place: a masked model whose masked layers are ordinary ones, with the mask in the weight itself.
+
+    masked model     MaskedLinear(weight, scores)    its forward masks
+    in place         nn.Linear(where(keep, weight, 0)), trainable; dropped values and scores lie aside
+
+Autograd, torch.compile, fused modules and inference engines then see an ordinary dense layer. The base is not lost:
+state_dict() has the whole weight and the scores, as the masked model has, and close() gives back that model, bit for
+bit. What is no memory of this model's alone is copied before it is written.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from mft.masks.convert import IN_PLACE, check_unwrapped, masked_modules
+from mft.masks.in_place.layer import InPlaceLayer, check_layer
+from mft.masks.in_place.others_memory import layers_to_copy
+from mft.models.parallel import check_unsharded
+
+
+class MasksInPlace:
+    """The masks of a model in its weights, until close().
+
+    Args:
+        model: of mask_model, over exact weights; what masked_modules takes.
+        packed: the masks by layer's name; None: those that the scores select now.
+        copied: the layers whose weight is copied before it is written; None: those of layers_to_copy.
+    Raises: ValueError if nothing is masked, or a layer cannot be in place; NonFiniteScores. The model is then
+        unchanged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        packed: Mapping[str, Tensor] | None = None,
+        copied: Collection[str] | None = None,
+    ) -> None:
+        check_unwrapped(model)
+        check_unsharded(model)
+        masked = masked_modules(model)
+        if not masked:
+            raise ValueError(
+                f"model must have masked layers, got a {type(model).__name__} without: mask_model or load_masks first"
+            )
+        for name, module in masked.items():
+            check_layer(name, module)
+        self.model = model
+        copied = layers_to_copy(model, masked) if copied is None else copied
+        bits = {name: module.packed_mask() for name, module in masked.items()} if packed is None else packed
+        self.layers: list[InPlaceLayer] = []
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            setattr(model, IN_PLACE, self)
+            for name, module in masked.items():
+                layer = InPlaceLayer(model, name, module, is_copy=name in copied)
+                self.layers.append(layer)
+                layer.held.change(bits[name])
+                layer.enter()
+            undo.pop_all()
+
+    def close(self) -> None:
+        """The model is the masked one again, on the weights that it had.
+
+        Raises: RuntimeError if somebody has written them; all layers are back all the same.
+        """
+        if masks_in_place(self.model) is self:
+            delattr(self.model, IN_PLACE)
+        back: list[InPlaceLayer] = []
+        while self.layers:
+            self.layers[-1].held.lift()
+            self.layers[-1].leave()
+            back.append(self.layers.pop())
+        for layer in back:
+            layer.check_whole()
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Meanwhile the ordinary layers compute with their whole weights: the base."""
+        packed = [layer.held.packed for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.held.lift()
+            yield
+        finally:
+            for layer, bits in zip(self.layers, packed):
+                assert bits is not None, "a layer in place holds a mask"
+                layer.held.change(bits)
+
+    @contextlib.contextmanager
+    def masked_again(self) -> Iterator[None]:
+        """Meanwhile the model is the masked one, on its whole weights."""
+        with self.lifted():
+            delattr(self.model, IN_PLACE)
+            try:
+                for layer in self.layers:
+                    layer.leave()
+                yield
+            finally:
+                for layer in self.layers:
+                    layer.enter()
+                setattr(self.model, IN_PLACE, self)
+
+
+def masks_in_place(model: nn.Module) -> MasksInPlace | None:
+    """What has model's masks in place; None if nothing has."""
+    return getattr(model, IN_PLACE, None)
+
+
+@contextlib.contextmanager
+def as_masked(model: nn.Module) -> Iterator[None]:
+    """Meanwhile model is the masked one on its whole base, if its masks are in place; else it is what it is."""
+    found = masks_in_place(model)
+    with contextlib.nullcontext() if found is None else found.masked_again():
+        yield

@@ -1,0 +1,49 @@
+"""Which weights lie in memory that is not their model's alone: they are copied before a mask is written into them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mft.files.mapped import Mappings
+from mft_kernels import MaskedLayer
+
+_LENT = "_mft_lent"  # whether another model lies on the same memory; an attribute of the model
+
+
+def layers_to_copy(model: nn.Module, masked: Mapping[str, MaskedLayer]) -> set[str]:
+    """Those whose weight is not this model's alone: mapped from a file, shared with processes, modules or models."""
+    if getattr(model, _LENT, False):
+        return set(masked)
+    mappings = Mappings()
+    others = [
+        (module, *_span(tensor))
+        for module in model.modules()
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
+    found = set()
+    for name, layer in masked.items():
+        weight = layer.weight
+        device, start, end = _span(weight)
+        tied = any(
+            module is not layer and other == device and start < its_end and its_start < end
+            for module, other, its_start, its_end in others
+        )
+        if tied or (weight.is_cpu and (weight.is_shared() or mappings.hold(start))):
+            found.add(name)
+    return found
+
+
+def lend_weights(model: nn.Module) -> None:
+    """From now on another model lies on the same memory."""
+    setattr(model, _LENT, True)
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _span(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """Device, first address and the one behind the last."""
+    elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+    start = tensor.data_ptr()
+    return tensor.device, start, start + (elements * tensor.itemsize if tensor.numel() else 0)
