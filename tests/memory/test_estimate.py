@@ -46,6 +46,8 @@ def test_other_shapes(way, config):
     [
         ("resident", {"scores": "bfloat16", "moments": "8bit"}),
         ("layerwise", {"scores": "int16", "moments": "8bit"}),
+        ("in_place", {"scores": "int16", "moments": "8bit"}),
+        ("in_place", {"grad_dtype": "float32"}),
         ("resident", {"grad_dtype": "float32"}),
         ("layerwise", {"grad_dtype": "float32"}),
         ("resident", {"target_modules": ("down_proj",)}),
@@ -144,6 +146,20 @@ def test_the_parts_by_hand():
     assert found.device["masks"] == masked // 8
     assert found.host == {"weights": 2 * embedding, "states": 12 * masked, "boundaries": 28 * 4096 * 4096 * 2}
     assert found.device_peak == sum(found.device.values()) == found.phases[found.phase] == max(found.phases.values())
+
+
+def test_in_place_by_hand():
+    """Bits, and a tenth of the masked weights aside; on a CPU, where weights are mapped, a copy of the masked ones."""
+    workload = Workload(memory="in_place", layers=LOCAL)
+    found, masked = estimate(SEVEN, workload), 4 * 202_375_168
+    assert found.device["masks"] == pytest.approx(masked / 8 + 0.1 * 2 * masked, abs=4)
+    assert found.device["gradients"] == 2 * masked
+    assert found.device["weights"] == 2 * SEVEN.parameters
+    together = estimate(SEVEN, replace(workload, device="cpu"))
+    assert together.device["weights"] == 2 * (SEVEN.parameters + masked)
+    shares = {"keep_ratio": 0.5}, {"budget": 0.01}, {"keep_ratio": 0.0}
+    aside = [estimate(SEVEN, replace(workload, **share)).device["masks"] - masked // 8 for share in shares]
+    assert aside == pytest.approx([masked, 0.02 * masked, 2 * masked], abs=4)
 
 
 def test_bases_in_few_bits():
