@@ -6,12 +6,13 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_llama, masked_llama
+from tiny import make_llama, make_rows, masked_llama
 from tiny_mixtures import IDS, KINDS, mixture
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mft.config import MaskConfig
+from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import base_hash, save_masks
 from mft.masks.in_place.layer import InPlaceLayer
@@ -19,6 +20,7 @@ from mft.masks.in_place.model import MasksInPlace, masks_in_place
 from mft.masks.in_place.others_memory import layers_to_copy
 from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
+from mft.objectives.kl import KL
 from mft_kernels import MaskedGroupedLinear, MaskedLinear
 
 TOKENS = torch.arange(12).unsqueeze(0)
@@ -126,6 +128,17 @@ def test_a_part_of_the_model_saves_its_base_too():
     assert_same_bits(bits(model.model.layers[3].mlp.state_dict()), before)
     assert_same_bits(bits(copy.deepcopy(model).model.layers[3].mlp.state_dict()), before)
     held.close()
+
+
+def test_evaluation_knows_the_masked_model_and_its_base():
+    model, rows = masked_llama(layers=(0, 1, 2, 3)), make_rows()
+    outside = evaluate(model, rows, objective=KL())
+    held = MasksInPlace(model)
+    inside = evaluate(model, rows, objective=KL())
+    held.close()
+    assert inside.loss == pytest.approx(outside.loss, abs=1e-5)
+    assert inside.figures == pytest.approx(outside.figures, abs=1e-5)
+    assert outside.figures["kl"] > 1e-4
 
 
 def test_training_mode_of_meanwhile_stays():
@@ -285,4 +298,5 @@ def test_an_exception_on_the_way_in_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         MasksInPlace(model)
     assert masked_modules(model) == masked
+    assert not any(module.training for module in model.modules())
     assert_same_bits(bits(model.state_dict()), before)

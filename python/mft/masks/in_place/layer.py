@@ -25,7 +25,9 @@ class InPlaceLayer:
         self._hash = None if is_copy else torch.hash_tensor(weight)
         self.parameter = nn.Parameter(weight.clone() if is_copy else weight, requires_grad=True)
         self.held = MaskedInPlace(self.parameter.detach())
-        self._linear = linear_on(self.parameter, module.bias) if isinstance(module, MaskedLinear) else None
+        self._linear: nn.Linear | None = None
+        if isinstance(module, MaskedLinear):
+            self._linear = linear_on(self.parameter, module.bias).train(module.training)
         self.own: tuple[str | None, ...] = ("weight", "bias")  # what its holder calls the ordinary layer's parameters
         self._hooks: list[Any] = []
 
@@ -33,7 +35,7 @@ class InPlaceLayer:
         """The ordinary layer stands in the model."""
         holder: Any = self._linear
         if holder is not None:
-            replace_module(self._model, self.name, holder.train(self.module.training))
+            replace_module(self._model, self.name, holder)
         else:
             holder, part = self._place()
             self.own = (part, holder._projections[part].bias)
