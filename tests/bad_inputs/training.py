@@ -17,6 +17,7 @@ from mft.cli.study import run_plot
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.config_file import load_config, save_config
 from mft.engines.distributed import Processes, joined
+from mft.engines.in_place_adamw import in_place
 from mft.engines.step import NonFiniteLoss
 from mft.evaluation.evaluate import evaluate, paired_difference
 from mft.evaluation.evaluated_base import check_exact
@@ -186,6 +187,26 @@ training in an unknown way
 training fixed point scores by autograd
     train_masks(masked_llama(scores_dtype="int16"), make_rows(), steps())
     -> ValueError: memory | must not be plain | int16 scores | set memory: resident
+putting masks in place that are not there
+    in_place(make_llama())
+    -> ValueError: model | must have masked layers | a LlamaForCausalLM without | mask_model or load_masks first
+putting masks in place over codes
+    in_place(quantize_model(masked_llama(), "int8", masked=True))
+    -> ValueError: masks | must lie on exact weights to be in place | model.layers.2.self_attn.q_proj
+        | or train with memory: quantized
+merging masks that are in place
+    model = masked_llama()
+    in_place(model)
+    merge_model(model)
+    -> RuntimeError: model | must not have its masks in place here | LlamaForCausalLM | leave mft.in_place(model) first
+stepping in place without a gradient
+    in_place(masked_llama()).step()
+    -> RuntimeError: step | must follow a backward() | no gradient | call loss.backward() first
+stepping in place after the end
+    optimizer = in_place(masked_llama())
+    optimizer.close()
+    optimizer.step()
+    -> RuntimeError: step | must come before close() | a closed optimiser | call mft.in_place(model) again
 training with dropout layer by layer
     train_masks(with_dropout(), make_rows(), steps(), way="resident")
     -> ValueError: memory | must be plain for a model with dropout, or other noise in training | got resident
