@@ -105,6 +105,14 @@ MFT_DEVICE uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(0
 
 // ------------------------------------------------------------------------------------------------------- memory
 
+// A word that a load brings. The emulator follows it from the load to what consumes it.
+using Register = uint32_t;
+
+template <class T>
+MFT_DEVICE Register load_shared(const T* p) {
+  return *p;
+}
+
 // Both return what was there.
 MFT_DEVICE uint32_t add_shared(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 MFT_DEVICE uint32_t add_global(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }

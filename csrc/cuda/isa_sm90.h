@@ -1,7 +1,8 @@
 // The instructions of sm_90a: barriers in shared memory, TMA, wgmma. On a GPU they are CuTe's and CUTLASS's
 // wrappers; in the tests the emulator's.
 //
-//   barriers   init_barrier(b, arrivals) publish_barriers() arrive(b, rank) arrive_expecting(b, bytes) wait(b, parity)
+//   barriers   init_barrier(b, arrivals) publish_barriers() arrive(b, rank) arrive_after(registers, b, rank)
+//              arrive_expecting(b, bytes) wait(b, parity)
 //   TMA        TensorMap make_tensor_map(...) prefetch(map) load_tile(map, b, shared, column, row)
 //              load_tile_multicast(map, b, ranks, shared, column, row) store_tile(map, shared, column, row)
 //              commit_stores() wait_stores_read<N>() fence_shared_for_tma()

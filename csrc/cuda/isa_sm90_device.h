@@ -31,6 +31,17 @@ MFT_DEVICE void arrive(TransactionBarrier* b, int rank) {
   cutlass::arch::ClusterBarrier::arrive(b, static_cast<uint32_t>(rank), 1u);
 }
 
+// The same, by the first lane of a warp, once the registers are there: ptxas moves arithmetic behind an arrival, and with
+// it the wait for loads. So the address depends on them, by bits that are 0 in this lane, which ptxas does not know.
+template <int kRows, int kColumns>
+MFT_DEVICE void arrive_after(const Register (&registers)[kRows][kColumns], TransactionBarrier* b, int rank) {
+  uint32_t any = 0, lower_lanes;
+#pragma unroll
+  for (int i = 0; i < kRows * kColumns; ++i) any |= registers[i / kColumns][i % kColumns];
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(lower_lanes));
+  arrive(b + (any & lower_lanes), rank);
+}
+
 MFT_DEVICE void arrive_expecting(TransactionBarrier* b, int bytes) {
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(b, static_cast<uint32_t>(bytes));
 }
@@ -162,7 +173,7 @@ MFT_DEVICE void product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, 
 // d (64, N) += a (64, 16) @ b (N, 16).T by the four warps of a warpgroup, asynchronously: d and a belong to it until a
 // wait. Warp w holds rows 16 w to 16 w + 15 of a and d, laid out as in multiply_16x8x16; d[4 j ...] are columns 8 j on.
 template <class T, int kN>
-MFT_DEVICE void product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+MFT_DEVICE void product(float (&d)[kN / 2], const Register (&a)[4], uint64_t b) {
   detail::product<T, kN>(d, a, b, std::make_index_sequence<kN / 2>());
 }
 

@@ -36,16 +36,18 @@ struct KeepPair {
   }
 
   // Bit 15 and bit 31: whether the scores in the lower and upper half are kept.
-  MFT_DEVICE uint32_t bits(uint32_t scores) const {
+  template <class Register>
+  MFT_DEVICE Register bits(Register scores) const {
     constexpr uint32_t kNotANumber = 0x7fff - kInfinity<T>;
-    const uint32_t m = scores & ~kSigns;
-    const uint32_t kept = (m + low) & ~(m + (kNotANumber | kNotANumber << 16));
+    const Register m = scores & ~kSigns;
+    const Register kept = (m + low) & ~(m + (kNotANumber | kNotANumber << 16));
     if constexpr (kMagnitude) return kept;
     return (scores & ~(m + high)) | (~scores & kept);
   }
 
   // The two weights, +0 where the score drops one.
-  MFT_DEVICE uint32_t select(uint32_t weights, uint32_t scores) const {
+  template <class Register>
+  MFT_DEVICE Register select(Register weights, Register scores) const {
     return weights & isa::spread_signs(bits(scores));
   }
 

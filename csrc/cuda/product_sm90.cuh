@@ -18,7 +18,7 @@
 // Two rings of the same depth: one holds steps of W with their scores (or packed words) under one barrier, the other
 // steps of `in`. A consumer reads W and scores as fragments, selects (keep.h), and multiplies from registers: neither
 // mask nor masked weight is ever written. Two sets of registers alternate: while the tensor cores work on one, the next
-// is masked into the other. A stage of W is free as soon as it is in registers, one of `in` after its product; under one
+// is masked into the other. A stage of W is free as soon as it is masked, one of `in` after its product; under one
 // barrier, W would come free two steps later, and of three stages only one would be loading.
 // The steps are a whole number of pairs, the last one perhaps outside of the matrices, where TMA reads zeros: an odd
 // step behind the loop would make ptxas wait for each wgmma (its warning C7514).
@@ -199,7 +199,7 @@ struct ProductSm90 {
 
   // The masked weights of one step, as wgmma wants its first operand.
   struct Fragments {
-    uint32_t of[kStep / 16][4];
+    isa::Register of[kStep / 16][4];
   };
 
   // What a lane needs for them, from tile to tile.
@@ -275,7 +275,7 @@ struct ProductSm90 {
     for (int i = 0; i < kStep / 16; ++i) {
       load_rows(fragments.of[i], weight_of(place.stage) + lane.rows[i]);
       if constexpr (kMask != MaskKind::kWords) {
-        uint32_t scores[4];
+        isa::Register scores[4];
         load_rows(scores, mask + lane.rows[i]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) fragments.of[i][j] = lane.keep[j % 2].select(fragments.of[i][j], scores[j]);
@@ -284,7 +284,7 @@ struct ProductSm90 {
       }
     }
     isa::sync_warp();
-    if (isa::lane() == 0) isa::arrive(weight_empty(place.stage), isa::rank_in_cluster());
+    if (isa::lane() == 0) isa::arrive_after(fragments.of, weight_empty(place.stage), isa::rank_in_cluster());
   }
 
   // Where the row of 16 bytes lies that this lane names to ldmatrix for the 16 x 16 block i of a step.
@@ -297,7 +297,7 @@ struct ProductSm90 {
     }
   }
 
-  MFT_DEVICE static void load_rows(uint32_t (&r)[4], const char* row) {
+  MFT_DEVICE static void load_rows(isa::Register (&r)[4], const char* row) {
     if constexpr (kTransposed) {
       isa::load_matrices_transposed(r, row);
     } else {
@@ -305,7 +305,7 @@ struct ProductSm90 {
     }
   }
 
-  MFT_DEVICE static void select_by_words(uint32_t (&weights)[4], const uint32_t* words, const Lane& lane, int i,
+  MFT_DEVICE static void select_by_words(isa::Register (&weights)[4], const uint32_t* words, const Lane& lane, int i,
                                          int step) {
     if constexpr (kTransposed) {
       // Rows of weight c, c + 1 (and + 8) of this block of 16; of each the half word with this warp's 16 columns.
@@ -313,7 +313,8 @@ struct ProductSm90 {
                          4 * lane.group + lane.warp;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // j % 2: columns + 8, j / 2: rows + 8
-        const uint32_t low = half[(j / 2 * 8) * 2 * kWordsOfTile], high = half[(j / 2 * 8 + 1) * 2 * kWordsOfTile];
+        const isa::Register low = isa::load_shared(half + j / 2 * 8 * 2 * kWordsOfTile);
+        const isa::Register high = isa::load_shared(half + (j / 2 * 8 + 1) * 2 * kWordsOfTile);
         const int column = lane.g + j % 2 * 8;
         weights[j] &= isa::spread_signs(low << (15 - column), high << (31 - column));
       }
@@ -323,9 +324,9 @@ struct ProductSm90 {
           words + (64 * lane.group + 16 * lane.warp + lane.g) * kWordsOfTile + step % 2 * 2 + i / 2;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // j % 2: rows + 8, j / 2: columns + 8
-        const uint32_t bits = word[j % 2 * 8 * kWordsOfTile] >> lane.c;
+        const isa::Register bits = isa::load_shared(word + j % 2 * 8 * kWordsOfTile) >> lane.c;
         const int column = i % 2 * 16 + j / 2 * 8;  // its bit, and the next one
-        const uint32_t low = column < 16 ? bits << (15 - column) : bits >> (column - 15);
+        const isa::Register low = column < 16 ? bits << (15 - column) : bits >> (column - 15);
         weights[j] &= isa::spread_signs(low, bits << (30 - column));
       }
     }

@@ -23,6 +23,10 @@ def test_the_emulator_converts_numbers_as_cuda_does():
     run("test_numbers.cpp", flags=cuda_headers())
 
 
+def test_the_emulator_notices_a_write_into_what_is_being_read():
+    run("test_reads.cpp", [built("machine.cpp")])
+
+
 def test_an_absmax_is_divided_by_127_without_a_division():
     run("test_over_127.cpp")
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "machine.h"
+#include "reads.h"
 
 #define MFT_DEVICE inline
 
@@ -87,16 +87,22 @@ inline float root(float a) { return std::sqrt(a); }
 inline uint32_t byte_of(uint32_t word, int i) { return word >> (8 * i) & 0xff; }
 inline uint32_t spread_signs(uint32_t pair) { return (pair >> 31) * 0xffff0000u | (pair >> 15 & 1) * 0xffffu; }
 inline uint32_t spread_signs(uint32_t low, uint32_t high) { return spread_signs((low & 0x8000) | (high & 0x80000000u)); }
+inline Register spread_signs(const Register& pair) { return pair.with(spread_signs(pair.bits)); }
+inline Register spread_signs(const Register& low, const Register& high) {
+  return low.with(spread_signs(low.bits, high.bits), high);
+}
 
 // --------------------------------------------------------------------------------------------- warps and blocks
 
 inline void sync_block() {
+  emulator::end_reads_at_barrier();
   emulator::Block& block = *emulator::this_thread().block;
   emulator::sync(block.barriers[0], emulator::current_launch().threads, "sync_block");
 }
 
 inline void sync_threads(int barrier, int threads) {
   if (barrier < 1 || barrier > 15) emulator::fault("barriers are 1 to 15");
+  emulator::end_reads_at_barrier();
   emulator::sync(emulator::this_thread().block->barriers[barrier], threads, "sync_threads");
 }
 
@@ -210,6 +216,7 @@ template <int kBytes>
 void copy_async(void* shared, const void* global, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   emulator::shared_offset(shared, kBytes, kBytes, "copy_async");
+  emulator::check_no_read_until_barrier(shared);
   if (valid && reinterpret_cast<uintptr_t>(global) % kBytes != 0) emulator::fault("copy_async from a misaligned address");
   auto copy = [=] {
     if (valid) {
@@ -246,7 +253,7 @@ void wait_copies() {
 
 namespace detail {
 
-inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+inline void collect_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   emulator::shared_offset(row, 16, 16, "load_matrices");
   emulator::collective(transposed ? "load_matrices_transposed" : "load_matrices", &row, r,
                        [transposed](const void* const* in, void* const* out) {
@@ -267,6 +274,19 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
                        });
 }
 
+// Followed from here on.
+inline void load_matrices(Register (&r)[4], const void* row, bool transposed) {
+  uint32_t words[4];
+  collect_matrices(words, row, transposed);
+  const int number = emulator::begin_read(row);
+  for (int i = 0; i < 4; ++i) r[i] = Register::of_read(words[i], number);
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+  collect_matrices(r, row, transposed);
+  emulator::read_until_barrier(row);
+}
+
 template <class T>
 float half_of(uint32_t pair, int half) {
   return widen(T{static_cast<uint16_t>(pair >> (16 * half))});
@@ -276,6 +296,8 @@ float half_of(uint32_t pair, int half) {
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) { detail::load_matrices(r, row, false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { detail::load_matrices(r, row, true); }
+inline void load_matrices(Register (&r)[4], const void* row) { detail::load_matrices(r, row, false); }
+inline void load_matrices_transposed(Register (&r)[4], const void* row) { detail::load_matrices(r, row, true); }
 
 template <class T>
 void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -323,6 +345,7 @@ struct ClusterBarrier {
 }  // namespace detail
 
 inline void sync_cluster() {
+  emulator::end_reads_at_barrier();
   emulator::sync(emulator::cluster_state<detail::ClusterBarrier>().barrier,
                  emulator::cluster_size() * emulator::current_launch().threads, "sync_cluster");
 }

@@ -39,7 +39,7 @@ struct ProductOperation {
   bool adds = true;           // else the sum begins here
   bool late = false;          // only when all threads wait for it
   float* d[128] = {};
-  const uint32_t* a[128] = {};
+  const Register* a[128] = {};
   int issued = 0, demanded = 0;  // by how many threads
 };
 
@@ -188,6 +188,18 @@ inline void arrive(TransactionBarrier* b, int rank) {
   detail::complete_if_due(barrier);
 }
 
+// The lane's registers tell of its warp's loads.
+template <int kRows, int kColumns>
+void arrive_after(const Register (&registers)[kRows][kColumns], TransactionBarrier* b, int rank) {
+  if (lane() != 0) emulator::fault("arrive_after is for the first lane of a warp");
+  for (const auto& row : registers) {
+    for (const Register& r : row) {
+      for (int i = 0; i < r.count; ++i) emulator::end_read(r.reads[i], 32);
+    }
+  }
+  arrive(b, rank);
+}
+
 inline void arrive_expecting(TransactionBarrier* b, int bytes) {
   detail::BarrierState& barrier = detail::barrier_at(b, rank_in_cluster());
   barrier.bytes += bytes;
@@ -273,6 +285,7 @@ inline void load_tile_multicast(const TensorMap& map, TransactionBarrier* b, uin
     char* target = detail::at_rank(shared, rank, bytes, alignment, "load_tile");
     const emulator::Block& owner = emulator::block_of_rank(rank);
     char* block = owner.shared;
+    emulator::check_no_read(rank, target, bytes);
     const TensorMap copy = map;
     emulator::defer([=, &owner, &state = detail::state()] {
       const int size = copy.bytes;
@@ -427,7 +440,7 @@ void execute(ProductOperation& operation, const char* block) {
   for (int t = 0; t < 128; ++t) {
     for (int i = 0; i < 4; ++i) {
       for (int half = 0; half < 2; ++half) {
-        a[t / 32 * 16 + t % 32 / 4 + i % 2 * 8][t % 4 * 2 + i / 2 * 8 + half] = half_of<T>(operation.a[t][i], half);
+        a[t / 32 * 16 + t % 32 / 4 + i % 2 * 8][t % 4 * 2 + i / 2 * 8 + half] = half_of<T>(operation.a[t][i].bits, half);
       }
     }
   }
@@ -446,8 +459,15 @@ void execute(ProductOperation& operation, const char* block) {
 
 namespace detail {
 
+// For this lane; registers that come from one read end it once.
+inline void end_reads(const Register* registers, int count) {
+  std::set<int> reads;
+  for (int i = 0; i < count; ++i) reads.insert(registers[i].reads, registers[i].reads + registers[i].count);
+  for (const int read : reads) emulator::end_read(read, 1);
+}
+
 // The thread's share of it: accumulators, and A where it comes from registers.
-inline void issue_product(ProductOperation asked, float* d, const uint32_t* a) {
+inline void issue_product(ProductOperation asked, float* d, const Register* a) {
   WarpGroup& group = warp_group();
   ThreadState& self = thread_state();
   if (!self.begun) emulator::fault("a wgmma without begin_products since the last commit");
@@ -463,6 +483,7 @@ inline void issue_product(ProductOperation asked, float* d, const uint32_t* a) {
   }
   operation.d[thread() % 128] = d;
   operation.a[thread() % 128] = a;
+  if (a != nullptr) end_reads(a, 4);
   ++operation.issued;
   group.advance();
 }
@@ -470,7 +491,7 @@ inline void issue_product(ProductOperation asked, float* d, const uint32_t* a) {
 }  // namespace detail
 
 template <class T, int kN>
-void product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+void product(float (&d)[kN / 2], const Register (&a)[4], uint64_t b) {
   detail::issue_product({kN, b, &detail::execute<T>}, d, a);
 }
 

@@ -125,12 +125,14 @@ void check_product(const char* what) {
       for (int k = 0; k < 64; ++k) put(address_of(tile, n, k), bits_of<T>(small(n, k, 1)));
     }
     isa::sync_block();
-    uint32_t a[4][4];
+    isa::Register a[4][4];
     float d[kN / 2];
     fill_sums(d, typename Traits::CLayout{}, 64);
     isa::begin_products();
     for (int i = 0; i < 4; ++i) {
-      fill<T>(a[i], typename Traits::ALayout{}, 64, 0, 16 * i);
+      uint32_t words[4];
+      fill<T>(words, typename Traits::ALayout{}, 64, 0, 16 * i);
+      for (int j = 0; j < 4; ++j) a[i][j] = words[j];
       isa::product<T, kN>(d, a[i], isa::descriptor(shared) + (i * 32 >> 4));
     }
     isa::commit_products();

@@ -19,6 +19,7 @@ size_t __cvta_generic_to_shared(const void*);  // an offset in the emulator's sh
 #include <vector>
 
 namespace mft::cuda::isa_of_the_device {
+using Register = uint32_t;
 inline uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 }  // namespace mft::cuda::isa_of_the_device
 #define isa isa_of_the_device
