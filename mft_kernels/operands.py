@@ -4,8 +4,8 @@ A weight is a matrix (a tensor), codes that stand for one (codes.py), or the mat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,8 +149,8 @@ class Update:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     scales: Tensor | None
-    step: int
-    lr: float
+    step: Any  # and lr: numbers, or tensors () on the scores' device
+    lr: Any
     beta1: float
     beta2: float
     eps: float
@@ -195,6 +195,25 @@ class Update:
             self.grad_scale,
             self.seed,
         )
+
+    def on_host(self) -> "Update":
+        """With numbers for step and lr, where the host may wait for them."""
+        if not isinstance(self.step, Tensor):
+            return self
+        return replace(self, step=int(self.step), lr=float(self.lr))
+
+    def by_clock(self) -> tuple["Update", Tensor | None]:
+        """(with numbers for step and lr, which count for nothing where there is a clock; the clock, or None).
+
+        The clock is what changes from step to step, as kernels read it from memory: int32 (4,), the step's number and
+        the bits of decay, -step_size and correction in fp32. They are computed in double, as the numbers are.
+        """
+        if not isinstance(self.step, Tensor):
+            return self, None
+        now: Any = replace(self, step=self.step.double(), lr=self.lr.double())
+        factors = torch.stack((now.decay, -now.step_size, now.correction)).float()
+        clock = torch.cat((self.step.to(torch.int32).view(1), factors.view(torch.int32)))
+        return replace(self, step=1, lr=0.0), clock
 
     @property
     def magnitude(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .mask.scores import Scores
 from .ops.checks import BLOCK, check_adam, check_mode, check_stepped
 from .ops.select import select_each
 from .ops.step import score_step
@@ -31,14 +32,17 @@ class MaskAdamW(Optimizer):
             torch.optim.AdamW(foreach=False) bit for bit.
         mode: "magnitude" or "value"; for step_one.
         seed: in [0, 2^31).
-    lr, betas, eps, weight_decay, moments, mode and seed are options of each group.
+        capturable: count the steps on the device, so that a CUDA graph that captured a step counts on in each replay.
+            lr may then be a tensor () on that device, which replays read; a number is that of the capture. Each
+            parameter takes a step before the capture, which makes its moments.
+    lr, betas, eps, weight_decay, moments, mode, seed and capturable are options of each group.
     Raises: ValueError or TypeError, naming the option. ValueError for parameters that fully_shard has spread.
     """
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 3e-4,
+        lr: float | Tensor = 3e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -46,14 +50,22 @@ class MaskAdamW(Optimizer):
         moments: str = "8bit",
         mode: str = "magnitude",
         seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, options | {"moments": moments, "mode": mode, "seed": seed})
+        super().__init__(params, options | {"moments": moments, "mode": mode, "seed": seed, "capturable": capturable})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of an optimiser that was saved before there was ``capturable``."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group's options and dtypes, then add it."""
         options = {**self.defaults, **param_group}
-        check_adam(options["lr"], options["betas"], options["eps"], options["weight_decay"])
+        lr = 0.0 if options["capturable"] and isinstance(options["lr"], Tensor) else options["lr"]
+        check_adam(lr, options["betas"], options["eps"], options["weight_decay"])
         check_mode(options["mode"])
         if options["moments"] not in MOMENTS:
             raise ValueError(f"moments must be one of {MOMENTS}, got {options['moments']!r}")
@@ -122,7 +134,12 @@ class MaskAdamW(Optimizer):
         if not state:
             zeros = functools.partial(torch.zeros, device=p.device, pin_memory=p.is_pinned())
             in_8_bits = group["moments"] == "8bit"
-            state["step"] = 0
+            if _is_captured():
+                raise RuntimeError(
+                    "params must have taken a step before one is captured into a CUDA graph, got one of shape "
+                    f"{tuple(p.shape)} without moments, which each replay would set to 0; take a few steps first"
+                )
+            state["step"] = torch.zeros((), dtype=torch.int64, device=p.device) if group["capturable"] else 0
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = zeros(p.shape, dtype=torch.uint8 if in_8_bits else torch.float32)
             if in_8_bits:
@@ -131,13 +148,24 @@ class MaskAdamW(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take options and states, which are copied and keep their dtypes: torch's own method casts them to p's."""
+        """Take options and states, which are copied and keep their dtypes: torch's own method casts them to p's.
+
+        Where steps are counted is not taken: it stays as each group has it.
+        """
+        capturable = [group["capturable"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, capturable):
+            group["capturable"] = own
+            if not own:
+                group["lr"] = float(group["lr"])
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for place, p in zip(places, params):
             for name, value in state_dict["state"].get(place, {}).items():
-                if isinstance(value, Tensor):
+                if name == "step":
+                    on_device = self._place(p)[0]["capturable"]
+                    self.state[p][name] = torch.tensor(int(value), device=p.device) if on_device else int(value)
+                elif isinstance(value, Tensor):
                     value = value.to(p.device, copy=True)
                     self.state[p][name] = value.pin_memory() if p.is_pinned() else value
 
@@ -155,6 +183,14 @@ class MaskAdamW(Optimizer):
         self, p: Tensor, grad: Tensor, weight: Tensor | None, tensors: dict[str, Tensor], asked: dict[str, Any]
     ) -> tuple[Tensor, Tensor] | None:
         group, place = self._place(p)
+        if _is_captured():
+            if not group["capturable"]:
+                raise RuntimeError(
+                    "capturable must be True where a CUDA graph captures a step, got False: each replay would take the "
+                    "number and the rate of this step; use MaskAdamW(..., capturable=True)"
+                )
+            if isinstance(p, Scores):
+                p.in_graph = True  # as after Optimizer.step, for step_one
         if grad.is_sparse:
             raise TypeError("grad must be dense, got a sparse tensor; a score gradient has no zeros to leave out")
         state = self.state[p]
@@ -179,6 +215,10 @@ class MaskAdamW(Optimizer):
         )
         state["step"] += 1
         return result if of_each is None else select_each(tensors["scores"].detach(), of_each, group["mode"])
+
+
+def _is_captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

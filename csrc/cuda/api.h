@@ -154,6 +154,7 @@ struct ScoreStep {
   uint32_t* words = nullptr;            // (rows, ceil(columns / 32))
   void* workspace = nullptr;            // step_workspace() bytes, of any content; the first word becomes 0 if the hint
                                         // spared a pass over the scores
+  const void* clock = nullptr;          // step, decay, minus_step_size and correction in memory, or null: those above
 };
 
 // words (N, ceil(K / 32)): keep as bits.

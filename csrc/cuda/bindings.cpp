@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor> score_step_(Tensor scores, Tensor grad, std::optional
                                        Tensor exp_avg_sq, std::optional<Tensor> scales, int64_t step, double step_size,
                                        double beta1, double beta2, double correction, double eps, double decay,
                                        std::optional<Tensor> grad_scale, int64_t seed, bool magnitude, int64_t k,
-                                       std::optional<Tensor> threshold) {
+                                       std::optional<Tensor> threshold, std::optional<Tensor> clock) {
   const Place place(scores);
   mft::cuda::ScoreStep s;
   s.format = format_of(scores);
@@ -275,6 +275,12 @@ std::tuple<Tensor, Tensor> score_step_(Tensor scores, Tensor grad, std::optional
   s.step = static_cast<uint32_t>(step);
   s.seed = static_cast<uint64_t>(seed);
   s.magnitude = magnitude;
+  if (clock.has_value()) {
+    check_device(*clock, place, "clock");
+    STD_TORCH_CHECK(clock->numel() == 4 && clock->is_contiguous() && clock->scalar_type() == ScalarType::Int,
+                    "clock must be int32, contiguous and (4,)");
+    s.clock = clock->const_data_ptr();
+  }
   if (k < 0) {
     check_launch(mft::cuda::score_step(s, place.device));
     const int64_t none[] = {0};
@@ -332,7 +338,8 @@ MFT_OPS(m) {
   m.def(
       "score_step_(Tensor(a!) scores, Tensor grad, Tensor? weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!)? scales, int step, float step_size, float beta1, float beta2, float correction, float eps, "
-      "float decay, Tensor? grad_scale, int seed, bool magnitude, int k, Tensor? threshold) -> (Tensor, Tensor)");
+      "float decay, Tensor? grad_scale, int seed, bool magnitude, int k, Tensor? threshold, "
+      "Tensor? clock) -> (Tensor, Tensor)");
   m.def("contents() -> str");
   m.def("versions() -> (int, int)");
 }

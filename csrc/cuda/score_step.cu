@@ -70,12 +70,12 @@ std::string step(const ScoreStep& s, const uint16_t* hint, uint32_t* counts, con
   a.weight_is_bfloat16 = s.weight_type == Type::kBFloat16;
   a.magnitude = s.magnitude;
   a.sign = s.magnitude && s.weight != nullptr;
-  a.step = s.step;
   a.seed_low = static_cast<uint32_t>(s.seed);
   a.seed_high = static_cast<uint32_t>(s.seed >> 32);
-  a.decay = s.decay;
   a.beta1 = s.beta1, a.rest1 = s.rest1, a.beta2 = s.beta2, a.rest2 = s.rest2;
-  a.minus_step_size = s.minus_step_size, a.correction = s.correction, a.eps = s.eps;
+  a.eps = s.eps;
+  a.clock = {s.step, s.decay, s.minus_step_size, s.correction};
+  a.clock_in_memory = static_cast<const StepClock*>(s.clock);
   switch (s.format) {
     case ScoreFormat::kFloat32:
       return step<ScoreFormat::kFloat32>(s, a, device);

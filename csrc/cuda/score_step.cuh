@@ -43,6 +43,12 @@ MFT_DEVICE uint32_t window_start(uint32_t hint, bool magnitude) {
   return key > kWindow / 2 ? key - kWindow / 2 : 0;
 }
 
+// What changes from step to step.
+struct StepClock {
+  uint32_t step;
+  float decay, minus_step_size, correction;
+};
+
 struct ScoreStepArguments {
   char *scores, *exp_avg, *exp_avg_sq;
   const char *grad, *weight;
@@ -54,8 +60,10 @@ struct ScoreStepArguments {
   bool aligned;  // four neighbours lie at a multiple of their size, in each tensor
   bool grad_is_bfloat16, weight_is_bfloat16;  // of those of 16 bits
   bool magnitude, sign;                       // sign: a factor of the gradient
-  uint32_t step, seed_low, seed_high;
-  float decay, beta1, rest1, beta2, rest2, minus_step_size, correction, eps;  // rest: 1 - beta
+  uint32_t seed_low, seed_high;
+  float beta1, rest1, beta2, rest2, eps;  // rest: 1 - beta
+  StepClock clock;
+  const StepClock* clock_in_memory;  // in its place, or null
 };
 
 // Grad, Weight: an unsigned word of an element's size; void: no weight. kCoded: moments in 8 bits.
@@ -113,6 +121,12 @@ struct ScoreStepKernel {
     uint32_t above, not_finite;  // of this thread: nine in ten scores are above, too many for one place of the block
   };
 
+  // Read where it is needed: in registers all along, one kernel would spill.
+  template <class Value>
+  MFT_DEVICE static Value now(const Arguments& a, Value StepClock::*field) {
+    return a.clock_in_memory == nullptr ? a.clock.*field : a.clock_in_memory->*field;
+  }
+
   template <bool kWhole>
   MFT_DEVICE static void step_chunk(const Arguments& a, int64_t chunk, int pair, uint32_t* largest, Counts& counts) {
     const int own = isa::thread() % kPairThreads;
@@ -121,7 +135,7 @@ struct ScoreStepKernel {
       const int64_t counter = chunk * kStepBlock + 4 * own;  // a multiple of 4: the lower half carries nothing
       const uint32_t low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) philox(words[e], low + e, high, a.step, a.seed_low, a.seed_high);
+      for (int e = 0; e < 4; ++e) philox(words[e], low + e, high, now(a, &StepClock::step), a.seed_low, a.seed_high);
     }
     // A loop that stays one: unrolled, it would load four blocks ahead, for which there are no registers.
 #pragma unroll 1
@@ -171,7 +185,7 @@ struct ScoreStepKernel {
         if (a.sign) g = isa::multiply(g, Codec::sign(score, word));
       }
       if (a.grad_scale != nullptr) g = isa::multiply(g, *a.grad_scale);
-      score = isa::multiply(score, a.decay);
+      score = isa::multiply(score, now(a, &StepClock::decay));
       if constexpr (kCoded) {
         m[e] = Mean::decode(get<Moment>(mean, e), scale[0]);
         v[e] = Square::decode(get<Moment>(square, e), scale[1]);
@@ -226,8 +240,8 @@ struct ScoreStepKernel {
     const float way = isa::add(g, -m);
     m = a.rest1 < 0.5f ? isa::fused(a.rest1, way, m) : isa::fused(isa::add(a.rest1, -1.0f), way, g);
     v = isa::fused(isa::multiply(a.rest2, g), g, isa::multiply(v, a.beta2));
-    const float denominator = isa::add(isa::divide(isa::root(v), a.correction), a.eps);
-    s = isa::add(s, isa::divide(isa::multiply(a.minus_step_size, m), denominator));
+    const float denominator = isa::add(isa::divide(isa::root(v), now(a, &StepClock::correction)), a.eps);
+    s = isa::add(s, isa::divide(isa::multiply(now(a, &StepClock::minus_step_size), m), denominator));
   }
 
   MFT_DEVICE static void step_coded(const Arguments& a, float& s, float& m, float& v, float h, float w) {
@@ -238,8 +252,8 @@ struct ScoreStepKernel {
       moved = isa::multiply(m, w);
       root = isa::multiply(root, isa::magnitude(w));
     }
-    const float denominator = isa::add(isa::multiply(root, a.correction), a.eps);
-    s = isa::add(s, isa::divide(isa::multiply(moved, a.minus_step_size), denominator));
+    const float denominator = isa::add(isa::multiply(root, now(a, &StepClock::correction)), a.eps);
+    s = isa::add(s, isa::divide(isa::multiply(moved, now(a, &StepClock::minus_step_size)), denominator));
   }
 
   // The larger of both warps' tops, for both.

@@ -215,10 +215,11 @@ def _step(call: Any) -> tuple[Tensor, Tensor]:
     return call.scores.new_empty(()), _words(call.scores)
 
 
-_define(
-    "score_step(Tensor(a!) scores, Tensor grad, Tensor? weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-    "Tensor(d!)? scales, int step, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "Tensor? grad_scale, int seed, str mask_mode, float? keep_ratio, Tensor? threshold, str backend) "
-    "-> (Tensor, Tensor)",
-    _step,
-)
+for _name, _counted in (("score_step", "int step, float lr"), ("score_step_on_device", "Tensor step, Tensor lr")):
+    _define(
+        f"{_name}(Tensor(a!) scores, Tensor grad, Tensor? weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+        f"Tensor(d!)? scales, {_counted}, float beta1, float beta2, float eps, float weight_decay, "
+        "Tensor? grad_scale, int seed, str mask_mode, float? keep_ratio, Tensor? threshold, str backend) "
+        "-> (Tensor, Tensor)",
+        _step,
+    )

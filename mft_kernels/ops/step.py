@@ -7,7 +7,17 @@ from torch import Tensor
 
 from ..backends.table import choose
 from ..operands import Update
-from .checks import check_adam, check_betas, check_keep_ratio, check_mode, check_moments, check_step_inputs
+from .checks import (
+    check_adam,
+    check_betas,
+    check_device,
+    check_keep_ratio,
+    check_mode,
+    check_moments,
+    check_number,
+    check_step_inputs,
+    check_tensor,
+)
 from .route import Op
 
 
@@ -19,8 +29,8 @@ def score_step(
     exp_avg_sq: Tensor,
     scales: Tensor | None = None,
     *,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -43,7 +53,8 @@ def score_step(
         exp_avg, exp_avg_sq: (N, K), contiguous, changed in place: fp32 for the exact scheme (scales None), which is
             torch.optim.AdamW bit for bit; uint8 for the 8-bit scheme, whose moments are free of the factor weight.
         scales: fp32 (2, ceil(N * K / 256)), of exp_avg and exp_avg_sq: one a block of 256 elements in a row.
-        step: the number of this step, from 1. lr: score units a step.
+        step: the number of this step, from 1. lr: score units a step. Either may be a tensor () on the scores' device,
+            which kernels read when they run: a CUDA graph that captured the step replays it with what lies there then.
         grad_scale: () fp32 on grad's device, a factor of grad, as gradient clipping finds one.
         seed: of the stochastic rounding, in [0, 2^63): equal arguments give equal results, matrices want unequal seeds.
         keep_ratio: asks for a result. threshold: the one that held before the step, where known; it saves a pass.
@@ -52,7 +63,10 @@ def score_step(
         is not finite makes the threshold NaN (0x7e00 for int16), and nothing is kept.
     Raises: ValueError for shapes, devices or values, TypeError for dtypes, RuntimeError for a refusing backend.
     """
-    found, packed = _SCORE_STEP(
+    op = _SCORE_STEP
+    if isinstance(step, Tensor) or isinstance(lr, Tensor):
+        op, step, lr = _ON_DEVICE, _scalar("step", step, scores), _scalar("lr", lr, scores)
+    found, packed = op(
         scores,
         grad,
         weight,
@@ -79,8 +93,9 @@ def _check(call: Any) -> Any:
     check_mode(update.mode)
     check_step_inputs(update.scores, update.grad, update.weight, update.grad_scale, update.threshold)
     check_moments(update.scores, update.exp_avg, update.exp_avg_sq, update.scales)
-    check_adam(update.lr, (update.beta1, update.beta2), update.eps, update.weight_decay)
-    if not isinstance(update.step, int) or update.step < 1:
+    counted = isinstance(update.step, Tensor)
+    check_adam(0.0 if counted else update.lr, (update.beta1, update.beta2), update.eps, update.weight_decay)
+    if not counted and (not isinstance(update.step, int) or update.step < 1):
         raise ValueError(f"step must be an integer from 1, got {update.step!r}; it counts the steps of this matrix")
     if not isinstance(update.seed, int) or not 0 <= update.seed < 2**63:
         raise ValueError(f"seed must be an integer in [0, 2^63), got {update.seed!r}")
@@ -97,4 +112,18 @@ def _step(call: Any) -> tuple[Tensor, Tensor]:
     return choose("step", update.scores.device, dtypes, call.backend, op="score_step")(update)
 
 
+def _scalar(name: str, value: float | Tensor, scores: Tensor) -> Tensor:
+    """A number in memory of the scores' device. Raises: TypeError or ValueError, naming the argument."""
+    if not isinstance(value, Tensor):
+        check_number(name, value)
+        dtype = torch.int64 if isinstance(value, int) else torch.float64
+        return torch.full((), value, dtype=dtype, device=scores.device)
+    check_tensor(name, value)
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a scalar (), got {tuple(value.shape)}")
+    check_device(name, value, "scores", scores)
+    return value
+
+
 _SCORE_STEP = Op("score_step", _step, check=_check)
+_ON_DEVICE = Op("score_step_on_device", _step, check=_check)

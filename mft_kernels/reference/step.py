@@ -39,6 +39,7 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
 
     Returns: (() in the scores' dtype, int32 (N, ceil(K / 32))); two empty tensors without a keep_ratio.
     """
+    update = update.on_host()
     scores, weight, scales = update.scores, update.weight, update.scales
     exp_avg, exp_avg_sq, beta1, beta2 = update.exp_avg, update.exp_avg_sq, update.beta1, update.beta2
     words = None

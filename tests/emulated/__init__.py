@@ -23,6 +23,7 @@ import torch
 from guarded import guarded
 from torch import Tensor
 
+from mft_kernels.operands import Update
 from mft_kernels.reference.linear import Gradients, kept_count
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,6 +194,7 @@ class ScoreStep(ctypes.Structure):
         ("hint", Pointer),
         ("words", Pointer),
         ("workspace", Pointer),
+        ("clock", Pointer),
     )
 
 
@@ -463,8 +465,8 @@ def score_step(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     scales: Tensor | None,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -479,6 +481,8 @@ def score_step(
     **device,
 ) -> tuple[Tensor, Tensor]:
     """``workspace``: of ``step_workspace``, for those who look into it afterwards."""
+    fields = (scores, grad, weight, exp_avg, exp_avg_sq, scales, step, lr, beta1, beta2, eps, weight_decay)
+    update, clock = Update(*fields, grad_scale, seed, mode, keep_ratio, threshold).by_clock()
     given = [scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, threshold]
     assert all(t is None or t.is_contiguous() for t in given)
     workspace = step_workspace(scores.dtype) if workspace is None else workspace
@@ -500,15 +504,15 @@ def score_step(
         exp_avg_sq=data[4],
         scales=data[5],
         grad_scale=data[6],
-        decay=1 - lr * weight_decay,
+        decay=update.decay,
         beta1=beta1,
         rest1=1 - beta1,
         beta2=beta2,
         rest2=1 - beta2,
-        minus_step_size=-(lr / (1 - beta1**step)),
-        correction=(1 - beta2**step) ** (0.5 if scales is None else -0.5),
+        minus_step_size=-update.step_size,
+        correction=update.correction,
         eps=eps,
-        step=step,
+        step=update.step,
         seed=seed,
         magnitude=mode == "magnitude",
         k=0 if keep_ratio is None else kept_count(scores.numel(), keep_ratio),
@@ -516,6 +520,7 @@ def score_step(
         hint=data[7],
         words=packed.data_ptr() or _nowhere(),
         workspace=workspace.data_ptr(),
+        clock=None if clock is None else clock.data_ptr(),
     )
     _call("score_step", asked, device)
     return found, packed if keep_ratio is not None else packed.int()

@@ -171,7 +171,10 @@ OK = {"step": 1, "lr": 1e-3}
     [
         ({"step": 0}, ValueError, "step must be an integer from 1, got 0"),
         ({"lr": -1.0}, ValueError, "lr must be finite and at least 0, got -1.0"),
-        ({"lr": torch.tensor(1.0)}, TypeError, "lr must be a number, got Tensor; use float(lr)"),
+        ({"lr": "1"}, TypeError, "lr must be a number, got str; use float(lr)"),
+        ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a scalar (), got (2,)"),
+        ({"step": torch.ones(1)}, ValueError, "step must be a number or a scalar (), got (1,)"),
+        ({"step": torch.tensor(1), "lr": None}, TypeError, "lr must be a number, got NoneType; use float(lr)"),
         ({"betas": (0.9, 1.0)}, ValueError, "betas[1] must lie in [0, 1), got 1.0"),
         ({"eps": math.nan}, ValueError, "eps must be finite and at least 0, got nan"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be finite and at least 0, got -0.1"),

@@ -65,6 +65,19 @@ def test_every_format_equals_the_reference(kernels, dtype, eight_bit):
 
 
 @SCHEMES
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_number_and_rate_may_lie_in_memory(kernels, dtype, eight_bit):
+    def step_by_tensors(*, step, lr, **given):
+        step = torch.tensor(step, device=kernels.device)
+        return kernels.score_step(step=step, lr=torch.tensor(lr, dtype=torch.float64, device=kernels.device), **given)
+
+    for first in kernels.fewer((1, 9, 1000), 2):
+        tensors = arguments((23, 45), dtype, eight_bit)
+        options = {"step": first, "lr": 3e-3 / first, "weight_decay": 0.01}
+        assert_steps_equal_the_reference(step_by_tensors, tensors, device=kernels.device, message=f"{first}", **options)
+
+
+@SCHEMES
 def test_blocks_and_chunks_meet_without_a_seam(kernels, eight_bit):
     for i, numel in enumerate(kernels.fewer((1, 3, 255, 256, 257, 1023, 1024, 1025, 2051), 2)):
         tensors = arguments((1, numel), FORMATS[i % 3], eight_bit)

@@ -65,7 +65,7 @@ def step(update: Update) -> tuple[Tensor, Tensor]:
     """
     scores = update.scores
     found = built.cpu_ops.score_step_(
-        *update.until_seed(),
+        *update.on_host().until_seed(),
         update.magnitude and update.weight is not None,
         -1 if update.keep_ratio is None else kept_count(scores.numel(), update.keep_ratio),
         update.magnitude,

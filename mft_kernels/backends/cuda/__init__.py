@@ -64,11 +64,13 @@ def step(update: Update) -> tuple[Tensor, Tensor]:
 
     fp32 scores take three more passes, others one or two where the threshold before is not given or far from the next.
     """
+    update, clock = update.by_clock()
     return built.cuda_ops.score_step_(
         *update.until_seed(),
         update.magnitude,
         -1 if update.keep_ratio is None else kept_count(update.scores.numel(), update.keep_ratio),
         update.threshold,
+        clock,
     )
 
 

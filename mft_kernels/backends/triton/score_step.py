@@ -41,6 +41,7 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
 
     Without a ratio they are empty. Gradient and weight are copied where they are not contiguous.
     """
+    update, clock = update.by_clock()
     scores, beta1, beta2 = update.scores, update.beta1, update.beta2
     numbers = {
         "step": _signed(update.step),
@@ -61,13 +62,13 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
     kind = planned.kind("step", None, update.mode, kept is None, 1 - beta1 >= 0.5) if scores.numel() < 2**31 else None
     given = (
         *(scores, update.grad, update.weight, update.exp_avg, update.exp_avg_sq, update.scales),
-        *(update.grad_scale, update.threshold),
+        *(update.grad_scale, update.threshold, clock),
     )
-    found, packed = planned.by_plan(given, kind, lambda: _score_step(update, numbers), numbers | from_selection)
+    found, packed = planned.by_plan(given, kind, lambda: _score_step(update, clock, numbers), numbers | from_selection)
     return found, packed
 
 
-def _score_step(update: Update, numbers: dict[str, float]) -> list[Tensor]:
+def _score_step(update: Update, clock: Tensor | None, numbers: dict[str, float]) -> list[Tensor]:
     scores, keep_ratio, mode = update.scores, update.keep_ratio, update.mode
     target = target_of(scores.device)
     # As integers: the interpreter knows no arithmetic on bf16, and int16 is no float.
@@ -87,6 +88,7 @@ def _score_step(update: Update, numbers: dict[str, float]) -> list[Tensor]:
         update.grad_scale,
         hint,
         counts,
+        clock,
         scores.numel(),
         *numbers.values(),
         FORMAT={torch.float32: "fp32", torch.bfloat16: "bf16", torch.int16: "fixed"}[scores.dtype],
@@ -390,13 +392,18 @@ def _step_chunks(
 # Counts of one program are int32: it would take 2^31 scores a program to overrun them.
 @triton.jit(do_not_specialize=["numel", "step", "seed_low", "seed_high"])
 def _score_step_kernel(
-    scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, hint, counts, numel, step, seed_low, seed_high,
-    decay, beta1, minus_beta1, beta2, minus_beta2, minus_step_size, correction, eps,
+    scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, hint, counts, clock, numel,
+    step, seed_low, seed_high, decay, beta1, minus_beta1, beta2, minus_beta2, minus_step_size, correction, eps,
     FORMAT: tl.constexpr, FROM_END: tl.constexpr, MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, BIASES: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """A program takes every num_programs-th group of CHUNKS chunks; whole groups without a mask, as select.py does."""
     COUNTED: tl.constexpr = counts is not None
+    if clock is not None:  # see Update.by_clock
+        step = tl.load(clock)
+        decay = tl.load(clock + 1).to(tl.float32, bitcast=True)
+        minus_step_size = tl.load(clock + 2).to(tl.float32, bitcast=True)
+        correction = tl.load(clock + 3).to(tl.float32, bitcast=True)
     groups = numel // (CHUNKS * 4 * BLOCK)
     start = 0
     if COUNTED:
