@@ -10,7 +10,7 @@
 //              multiply(a, b) add(a, b) fused(a, b, c) divide(a, b) root(a), rounded to nearest and never contracted
 //   warps      sync_warp() shuffle(v, lane) shuffle_xor(v, mask) ballot(predicate) largest_of_warp(v)
 //   blocks     sync_block() sync_threads(barrier, threads)
-//   memory     Register load_shared(p)
+//   memory     Register load_shared(p) note_read(p)
 //              add_shared(p, v) add_global(p, v) fence_device() load_streaming(p) load_volatile(p)
 //              load_words<1 | 2 | 4>(p) store_words(p, words)
 //   sm_80      copy_async<16 | 8 | 4>(shared, global, valid) commit_copies() wait_copies<N>()

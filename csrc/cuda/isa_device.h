@@ -108,6 +108,8 @@ MFT_DEVICE uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(0
 // A word that a load brings. The emulator follows it from the load to what consumes it.
 using Register = uint32_t;
 
+MFT_DEVICE void note_read(const void*) {}  // for the emulator, if it is of shared memory
+
 template <class T>
 MFT_DEVICE Register load_shared(const T* p) {
   return *p;

@@ -20,6 +20,7 @@ constexpr int64_t kLongestSide = 0x7fff0000;
 
 template <class V>
 MFT_DEVICE V load(const char* p) {
+  isa::note_read(p);
   V v;
   __builtin_memcpy(&v, __builtin_assume_aligned(p, sizeof(V)), sizeof(V));
   return v;

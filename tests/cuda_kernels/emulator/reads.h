@@ -26,8 +26,8 @@ struct ReadUnderWay {
 struct ReadsUnderWay {
   std::map<std::pair<int, int>, std::map<int, ReadUnderWay>> of;  // rank and warp; by number
   std::map<std::pair<int, int>, int> issued;                      // by rank and thread: the number of its next read
-  std::map<const char*, uint32_t> readers;                        // of a chunk into plain words: a bit for each warp
-  std::map<std::pair<int, int>, std::vector<const char*>> until_barrier;  // rank and warp
+  std::vector<std::vector<uint32_t>> readers;  // into plain words: by rank and chunk, a bit for each warp
+  std::map<std::pair<int, int>, int> at_barrier;  // by rank and warp: how often lanes have come to one
 };
 
 inline const char* chunk_at(const void* p) {
@@ -71,26 +71,34 @@ inline void check_no_read(int rank, const char* begin, int64_t bytes) {
   }
 }
 
-inline void read_until_barrier(const void* p) {
-  ReadsUnderWay& reads = cluster_state<ReadsUnderWay>();
-  reads.readers[chunk_at(p)] |= 1u << this_warp().second;
-  reads.until_barrier[this_warp()].push_back(chunk_at(p));
+// The warps that read each chunk of this block's shared memory into plain words.
+inline std::vector<uint32_t>& readers() {
+  auto& readers = cluster_state<ReadsUnderWay>().readers;
+  readers.resize(static_cast<size_t>(cluster_size()));
+  auto& of_block = readers[static_cast<size_t>(this_thread().block->rank)];
+  of_block.resize(static_cast<size_t>(this_thread().block->shared_bytes + 15) / 16);
+  return of_block;
 }
 
-// The first lane to come: all have read by then.
+// Other memory than this block's shared one is not followed.
+inline void read_until_barrier(const void* p) {
+  const ptrdiff_t offset = static_cast<const char*>(p) - this_thread().block->shared;
+  if (offset < 0 || offset >= this_thread().block->shared_bytes) return;
+  readers()[static_cast<size_t>(offset / 16)] |= 1u << this_warp().second;
+}
+
+// Once all lanes have come.
 inline void end_reads_at_barrier() {
-  ReadsUnderWay& reads = cluster_state<ReadsUnderWay>();
-  std::vector<const char*>& chunks = reads.until_barrier[this_warp()];
-  for (const char* chunk : chunks) reads.readers[chunk] &= ~(1u << this_warp().second);
-  chunks.clear();
+  if (++cluster_state<ReadsUnderWay>().at_barrier[this_warp()] % 32 != 0) return;
+  for (uint32_t& warps : readers()) warps &= ~(1u << this_warp().second);
 }
 
 inline void check_no_read_until_barrier(const void* p) {
-  const auto& readers = cluster_state<ReadsUnderWay>().readers;
-  const auto found = readers.find(chunk_at(p));
-  if (found == readers.end() || found->second == 0) return;
-  fault("copy_async into shared offset " + std::to_string(shared_offset(p, 1, 1, "copy_async")) + ", which " +
-        name_of({this_warp().first, __builtin_ctz(found->second)}) + " has read since its last barrier");
+  const int64_t offset = shared_offset(p, 1, 1, "copy_async");
+  const uint32_t warps = readers()[static_cast<size_t>(offset / 16)];
+  if (warps == 0) return;
+  fault("copy_async into shared offset " + std::to_string(offset) + ", which " +
+        name_of({this_warp().first, __builtin_ctz(warps)}) + " has read since its last barrier");
 }
 
 }  // namespace mft::cuda::emulator
@@ -139,6 +147,8 @@ inline Register operator+(const Register& a, const Register& b) { return a.with(
 inline Register operator~(const Register& a) { return a.with(~a.bits); }
 inline Register operator<<(const Register& a, int places) { return a.with(a.bits << places); }
 inline Register operator>>(const Register& a, int places) { return a.with(a.bits >> places); }
+
+inline void note_read(const void* p) { emulator::read_until_barrier(p); }
 
 template <class T>
 Register load_shared(const T* p) {
