@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 
 #include "tile_cost.h"
 
@@ -89,7 +90,7 @@ inline int decode_slab(int64_t tokens, int blocks, const Device& device) {
 }
 
 // in_parts: whether there is a workspace for more than one.
-inline DecodeCut decode_cut(const DecodeSize& size, const Device& device, bool in_parts) {
+inline DecodeCut find_decode_cut(const DecodeSize& size, const Device& device, bool in_parts) {
   DecodeCut best;
   const int64_t units = std::max<int64_t>(size.units, 1);
   for (int slice_bits = 0; slice_bits <= 3; ++slice_bits) {
@@ -124,6 +125,44 @@ inline DecodeCut decode_cut(const DecodeSize& size, const Device& device, bool i
     }
   }
   return best;
+}
+
+// What was found, by all that it depends on: a token's product asks twice at least, for the workspace and for the launch.
+class DecodeCuts {
+ public:
+  int64_t searches = 0;
+
+  const DecodeCut& find(const DecodeSize& size, const Device& device, bool in_parts) {
+    const Key key = key_of(size, device, in_parts);
+    const auto place = static_cast<uint64_t>(size.tokens + 67 * size.features + 257 * size.units + 2 * in_parts);
+    Entry& entry = entries_[(place + static_cast<uint64_t>(size.row_bits)) % entries_.size()];
+    if (entry.key != key) {
+      entry = {key, find_decode_cut(size, device, in_parts)};
+      ++searches;
+    }
+    return entry.cut;
+  }
+
+ private:
+  using Key = std::array<double, 17>;  // which holds every number here exactly
+  struct Entry {
+    Key key{};  // no cut's: none is for 0 multiprocessors
+    DecodeCut cut;
+  };
+
+  static Key key_of(const DecodeSize& s, const Device& d, bool in_parts) {
+    const auto exact = [](int64_t number) { return static_cast<double>(number); };
+    return {exact(s.tokens), exact(s.groups), exact(s.tiles), exact(s.features), exact(s.units), s.weight_bytes, s.bytes,
+            exact(s.row_bits), exact(s.blocks), exact(s.ahead), exact(s.most_slab), exact(s.clusters),
+            exact(d.multiprocessors), exact(d.capability), exact(d.shared_bytes), exact(d.l2_bytes), exact(in_parts)};
+  }
+
+  std::array<Entry, 127> entries_;  // a model's matrices, by a few numbers of tokens: 30 KiB a thread; a prime
+};
+
+inline const DecodeCut& decode_cut(const DecodeSize& size, const Device& device, bool in_parts) {
+  static thread_local DecodeCuts cuts;
+  return cuts.find(size, device, in_parts);
 }
 
 DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts);  // of what takes_decode

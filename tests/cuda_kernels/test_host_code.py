@@ -27,6 +27,10 @@ def test_the_emulator_notices_a_write_into_what_is_being_read():
     run("test_reads.cpp", [built("machine.cpp")])
 
 
+def test_a_cut_is_searched_for_once():
+    run("test_decode_cut.cpp")
+
+
 def test_an_absmax_is_divided_by_127_without_a_division():
     run("test_over_127.cpp")
 
