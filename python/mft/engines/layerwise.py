@@ -10,16 +10,28 @@ step; there weights learn, here scores). The weights of a layer travel three tim
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mft.data.batches import MicroBatch
 from mft.engines.layer_engine import LayerEngine, tensors_of
+from mft.engines.offload import Arrival
 from mft.engines.score_states import HeldMask
 from mft.engines.step import OnLoss
 
-Resting = deque[Tensor]  # a micro-batch each, in host memory
+Resting = deque[list[Tensor]]  # in host memory; what is in one list travels together, such as a micro-batch's
+
+
+@dataclass
+class _Top:
+    """Micro-batches above the last layer: what their way down needs, and takes up."""
+
+    batches: Sequence[MicroBatch]
+    visits: Iterator[int]  # of the layers, from the last down to the first masked one
+    boundaries: list[Resting]  # what each of these layers reads, by micro-batch
+    grads: Resting  # of what the layer above read, by micro-batch
 
 
 class Layerwise(LayerEngine):
@@ -47,26 +59,14 @@ class Layerwise(LayerEngine):
             )
         with self.states.processes.together():
             self.objective.prepare(batches)
-            start = self._remembered_all(batches)
-            below = [] if start is not None else [self._outside, *range(self.first)]
-            order = [*below, *range(self.first, self.depth), self._outside, *reversed(range(self.first, self.depth))]
-            visits = self._visit(order)
-            hidden = start if start is not None else self._below(batches, visits)
-            referring = [batch for batch in batches if self.objective.needs_reference(batch)]
-            base = Resting()
-            boundaries: list[Resting] = []
-            for _ in range(self.first, self.depth):
-                layer = next(visits)
-                boundaries.append(hidden)
-                base = self._through_base(layer, base, hidden, batches, referring)
-                hidden = self._through(layer, hidden, batches, keep=True)
-            next(visits)
-            grads = self._losses(batches, hidden, base, referring, scale, on_loss)
-        for _ in range(self.first, self.depth):
-            layer = next(visits)
-            grads = self._back(layer, batches, boundaries.pop(), grads, lr)
-        for _ in visits:
-            raise AssertionError("a layer was not visited")
+            top = self._climb(batches, scale, on_loss)
+        for layer in reversed(range(self.first, self.depth)):
+            with self.states.processes.together():
+                buffers = [self.states.new_buffer(mask, self.grad_dtype) for mask in self.masks_of_layer[layer]]
+                self._descend(layer, top, buffers)
+                del buffers
+            self._update(layer, lr)
+        _check_done(top.visits)
         if lr is not None:
             with self._at("the selection of the masks"):
                 self.states.select()
@@ -79,10 +79,9 @@ class Layerwise(LayerEngine):
         if self.memory is None or self._remembered_all(batches) is not None:
             return
         visits = self._visit([self._outside, *range(self.first)])
-        for hidden in self._below(batches, visits):
+        for (hidden,) in self._below(batches, visits):
             self.mover.give_back(hidden)
-        for _ in visits:
-            raise AssertionError("a layer was not visited")
+        _check_done(visits)
 
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
         visits = self._visit([self._outside, *range(self.depth), self._outside])
@@ -90,17 +89,35 @@ class Layerwise(LayerEngine):
         for _ in range(self.depth):
             hidden = self._through(next(visits), hidden, batches)
         next(visits)
-        for batch, state in zip(batches, self._taken(hidden)):
+        for batch, (state,) in zip(batches, self._taken(hidden)):
             with torch.no_grad():
                 yield self.calls.leave(batch.input_ids.to(self.mover.device), state)
-        for _ in visits:
-            raise AssertionError("a layer was not visited")
+        _check_done(visits)
 
     # ------------------------------------------------------------------------------------------ a layer at a time
 
+    def _climb(self, batches: Sequence[MicroBatch], scale: float, on_loss: OnLoss) -> _Top:
+        """All of batches from their tokens to their losses."""
+        start = self._remembered_all(batches)
+        below = [] if start is not None else [self._outside, *range(self.first)]
+        order = [*below, *range(self.first, self.depth), self._outside, *reversed(range(self.first, self.depth))]
+        visits = self._visit(order)
+        hidden = start if start is not None else self._below(batches, visits)
+        referring = [batch for batch in batches if self.objective.needs_reference(batch)]
+        base = Resting()
+        boundaries: list[Resting] = []
+        for _ in range(self.first, self.depth):
+            layer = next(visits)
+            boundaries.append(hidden)
+            base = self._through_base(layer, base, hidden, batches, referring)
+            hidden = self._through(layer, hidden, batches, keep=True)
+        next(visits)
+        grads = self._losses(batches, hidden, base, referring, scale, on_loss)
+        return _Top(batches, visits, boundaries, grads)
+
     def _enter(self, batches: Sequence[MicroBatch], visits: Iterator[int]) -> Resting:
         next(visits)
-        return deque(self.mover.store(self.enter(batch)) for batch in batches)
+        return deque(self._rest(self.enter(batch)) for batch in batches)
 
     def _below(self, batches: Sequence[MicroBatch], visits: Iterator[int]) -> Resting:
         """What reaches the first masked layer."""
@@ -109,14 +126,14 @@ class Layerwise(LayerEngine):
             hidden = self._through(next(visits), hidden, batches)
         if self.memory is not None:
             self.mover.finish()
-            for batch, state in zip(batches, hidden):
+            for batch, (state,) in zip(batches, hidden):
                 self.remember(batch, state.clone() if self.mover.separate else state)  # its memory is used again
         return hidden
 
     def _through(self, layer: int, hidden: Resting, batches: Sequence[MicroBatch], *, keep: bool = False) -> Resting:
         """hidden of all micro-batches through one layer; the inputs' memory is used again unless they are kept."""
         states = self._arriving(hidden) if keep else self._taken(hidden)
-        return deque(self.mover.store(self.up(layer, state, batch)) for batch, state in zip(batches, states))
+        return deque(self._rest(self.up(layer, state, batch)) for batch, (state,) in zip(batches, states))
 
     def _through_base(
         self, layer: int, base: Resting, hidden: Resting, batches: Sequence[MicroBatch], referring: list[MicroBatch]
@@ -128,7 +145,7 @@ class Layerwise(LayerEngine):
             states = self._arriving([state for batch, state in zip(batches, hidden) if batch in referring])
         else:
             states = self._taken(base)
-        return deque(self.mover.store(self.up_base(layer, state, batch)) for batch, state in zip(referring, states))
+        return deque(self._rest(self.up_base(layer, state, batch)) for batch, (state,) in zip(referring, states))
 
     def _recall_base(self, batches: Sequence[MicroBatch], referring: list[MicroBatch]) -> None:
         start = self._remembered_all(batches)
@@ -139,12 +156,11 @@ class Layerwise(LayerEngine):
         for _ in range(self.first, self.depth):
             base = self._through_base(next(visits), base, hidden, batches, referring)
         next(visits)
-        for batch, state in zip(referring, self._taken(base)):
+        for batch, (state,) in zip(referring, self._taken(base)):
             self.remember_base(batch, state)
-        for state in hidden:
+        for (state,) in hidden:
             self.mover.give_back(state)
-        for _ in visits:
-            raise AssertionError("a layer was not visited")
+        _check_done(visits)
 
     def _losses(
         self,
@@ -156,65 +172,72 @@ class Layerwise(LayerEngine):
         on_loss: OnLoss,
     ) -> Resting:
         totals, grads, bases = [], Resting(), self._taken(base)
-        for batch, state in zip(batches, self._taken(hidden)):
-            total, grad = self.loss(batch, state, scale, next(bases) if batch in referring else None)
+        for batch, (state,) in zip(batches, self._taken(hidden)):
+            total, grad = self.loss(batch, state, scale, *(next(bases) if batch in referring else ()))
             totals.append(total)
-            grads.append(self.mover.store(grad))
+            grads.append(self._rest(grad))
         for batch, total in zip(batches, totals):
             on_loss(batch, total)
         return grads
 
-    def _back(
-        self, layer: int, batches: Sequence[MicroBatch], boundaries: Resting, grads: Resting, lr: float | None
-    ) -> Resting:
-        masks = self.masks_of_layer[layer]
-        for mask in masks:
-            mask.hold(self.states.new_buffer(mask, self.grad_dtype))
+    def _descend(self, layer: int, top: _Top, buffers: Sequence[Tensor]) -> None:
+        """All of top's micro-batches down through one layer, whose masks add into these buffers and hold them then."""
+        next(top.visits)
+        for mask, buffer in zip(self.masks_of_layer[layer], buffers, strict=True):
+            mask.hold(buffer)
         inputs = Resting()
-        with self.states.processes.together():
-            for batch, hidden, grad in zip(batches, self._taken(boundaries), self._taken(grads)):
-                d_hidden = self.down(layer, hidden, grad, batch)
-                if d_hidden is not None:
-                    inputs.append(self.mover.store(d_hidden))
+        arriving = self._taken(top.boundaries.pop()), self._taken(top.grads)
+        for batch, (hidden,), (grad,) in zip(top.batches, *arriving):
+            d_hidden = self.down(layer, hidden, grad, batch)
+            if d_hidden is not None:
+                inputs.append(self._rest(d_hidden))
+        top.grads = inputs
+
+    def _update(self, layer: int, lr: float | None) -> None:
+        """The layer's optimiser step, unless lr is None; its buffers are given up."""
+        masks = self.masks_of_layer[layer]
         if masks and lr is not None:
             with self._at(f"the optimiser step of layer {layer}"):
                 self.states.update(masks, lr)
             self._updated = masks
         for mask in masks:
             mask.hold(None)
-        return inputs
 
-    def _arriving(self, resting: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The tensors on the device, the next one on its way while one is worked on."""
-        ahead = None
-        for tensor in resting:
-            current, ahead = ahead, self.mover.bring([tensor])
-            if current is not None:
-                yield current.wait()[0]
+    def _rest(self, *tensors: Tensor) -> list[Tensor]:
+        """The device's tensors in host memory."""
+        return [self.mover.store(tensor) for tensor in tensors]
+
+    def _arriving(self, resting: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+        """Each list's tensors on the device, the next ones on their way while some are worked on."""
+        ahead: Arrival | None = None
+        for tensors in resting:
+            if ahead is None:
+                ahead = self.mover.bring(tensors)
+                continue
+            arrived = ahead.wait()
+            ahead = self.mover.bring(tensors)
+            yield arrived
+            del arrived  # these make room before the next ones are asked for
         if ahead is not None:
-            yield ahead.wait()[0]
+            yield ahead.wait()
 
-    def _taken(self, resting: Resting) -> Iterator[Tensor]:
+    def _taken(self, resting: Resting) -> Iterator[list[Tensor]]:
         """As _arriving; each one's memory may be used again, and resting ends empty."""
 
-        def take() -> Iterator[Tensor]:
+        def take() -> Iterator[list[Tensor]]:
             while resting:
-                tensor = resting.popleft()
-                yield tensor
-                self.mover.give_back(tensor)
+                tensors = resting.popleft()
+                yield tensors
+                for tensor in tensors:
+                    self.mover.give_back(tensor)
 
         return self._arriving(take())
 
     def _visit(self, order: list[int]) -> Iterator[int]:
         """Each group's tensors lie on the device while it is visited; the next group's are on their way."""
-        if not order:
-            return
-        arriving = self.mover.bring(self._groups[order[0]])
-        for place, number in enumerate(order):
-            group = self._groups[number]
-            arrived = arriving.wait()
-            if place + 1 < len(order):
-                arriving = self.mover.bring(self._groups[order[place + 1]])
+        arriving = self._arriving(self._groups[number] for number in order)
+        for number in order:
+            group, arrived = self._groups[number], next(arriving)
             resting = [tensor.data for tensor in group]
             for tensor, copy in zip(group, arrived):
                 tensor.data = copy
@@ -234,9 +257,7 @@ class Layerwise(LayerEngine):
             for batch in lacking:
                 self.enter(batch)
         states = [self.remembered(batch) for batch in batches]
-        return (
-            deque(self.mover.store(s) for s in states if s is not None) if all(s is not None for s in states) else None
-        )
+        return deque(self._rest(s) for s in states if s is not None) if all(s is not None for s in states) else None
 
     def _tensors_of_layer(self, index: int) -> list[Tensor]:
         masks = self.masks_of_layer[index]
@@ -248,3 +269,9 @@ class Layerwise(LayerEngine):
         inside = {id(t) for layer in self.calls.layers for t in tensors_of(layer)}
         inside |= {id(t) for t in self.embedding_alone()}
         return [t for t in tensors_of(self.calls.model) if id(t) not in inside]
+
+
+def _check_done(visits: Iterator[int]) -> None:
+    """What was visited last rests again."""
+    for number in visits:
+        raise AssertionError(f"group {number} was not visited")
