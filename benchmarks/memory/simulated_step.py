@@ -203,6 +203,7 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
             states.optimizer.tensors(mask.module.scores)
     calls = LayerCalls(model, run_decoder)
     options = {"states": states, "grad_dtype": dtype, "objective": objective}
+    options |= {"at_once": workload.batches_at_once}
     return ENGINES[workload.memory](calls, head_of(model), masks, mover, **options)
 
 

@@ -310,6 +310,8 @@ class TrainConfig:
     epochs: Annotated[float | None, POSITIVE_OR_NULL] = None
     batch_size: Annotated[int, at_least(1)] = 1  # Rows per batch
     accumulation: Annotated[int, at_least(1)] = 1  # Batches per optimiser step
+    # Batches of a step whose hidden states memory: layerwise holds together (null: as many as fit in host memory)
+    batches_at_once: Annotated[int | None, at_least(1)] = None
     warmup_ratio: Annotated[float, SHARE] = 0.03  # Share of the steps in which the learning rate rises to lr
     schedule: Annotated[str, one_of(SCHEDULES)] = "linear"  # How the learning rate falls after the warm-up
     max_grad_norm: Annotated[float | None, POSITIVE_OR_NULL] = None  # Clip gradients to this norm (null: no clipping)

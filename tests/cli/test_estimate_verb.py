@@ -45,10 +45,11 @@ def test_the_verb_prints_a_table_and_the_choice():
     assert "quantized, which auto leaves alone since it changes the base, would fit in 7.8 GB" in output
     assert "are not measured: they assume a card that sustains 150 TFLOP/s" in output
     rows = {line[:16].strip(): line[16:].split() for line in output.splitlines()}
-    assert rows["device peak"] == ["42.84", "41.28", "15.91", "7.77", "2.31", "24.00"]
-    assert rows["host peak"] == ["13.48", "13.48", "16.82", "16.82", "147.85", "64.00"]
+    assert rows["device peak"] == ["42.84", "41.28", "15.91", "7.77", "2.71", "24.00"]
+    assert rows["host peak"] == ["13.48", "13.48", "16.82", "16.82", "56.05", "64.00"]
+    assert rows["batches at once"] == ["32"]
     assert rows["linears in nf4"] == ["none", "none", "none", "196", "none", "224"]
-    assert rows["fits"] == ["no", "no", "yes", "yes", "no"]
+    assert rows["fits"] == ["no", "no", "yes", "yes", "yes"]
 
 
 @pytest.mark.parametrize(
@@ -97,9 +98,12 @@ def test_processes_share_the_machine_and_a_step():
     """With fewer micro-batches each needs less for boundaries, and has less than one alone would have."""
     asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "layerwise", "--gpu", "24GB", "--host", "200GB")
     assert call_paper(*asked)[0] == 0
-    code, output = call_paper(*asked, "--processes", "4")
+    code, output = call_paper(*asked, "--processes", "4", "--batches-at-once", "128")
     assert code == 2
     assert "needs 54.4 GB of the host's 50.0 GB" in output
+    code, output = call_paper(*asked, "--processes", "4")
+    assert code == 0
+    assert "16 of a step's 32 batches at once: the hidden states of more do not fit" in output
     assert "on a GPU, each of 4 processes; in GB" in output
     assert "4 processes on one machine: each runs at most 32 of a step's 128 micro-batches" in output
     assert "seconds, for 32 micro-batches a step, are not measured" in output
@@ -111,10 +115,14 @@ def test_processes_share_the_machine_and_a_step():
 
 
 def test_what_the_host_must_hold_is_part_of_what_fits():
-    asked = ("--model", "llama3.1-8b", "--gpu", "12GB")
+    asked = ("--model", "llama3.1-8b", "--gpu", "12GB", "--scores", "float32", "--moments", "float32")
     code, output = call_paper(*asked)
     assert code == 2
+    assert "layerwise: needs 115.8 GB of the host's 64.0 GB" in output
+    code, output = call_paper(*asked, "--batches-at-once", "128")
+    assert code == 2
     assert "layerwise: needs 242.4 GB of the host's 64.0 GB" in output
+    assert "nearest that fits: --memory layerwise without --batches-at-once --scores bfloat16 --moments 8bit" in output
     assert "this machine has 64.0 GB (--host for another)" in output
     code, output = call_paper(*asked, "--host", "256GB")
     assert code == 0, output
@@ -122,7 +130,7 @@ def test_what_the_host_must_hold_is_part_of_what_fits():
     assert "this machine" not in output
     found = json.loads(call_paper(*asked, "--json")[1])
     assert (found["memory"], found["host_limit_gb"]) == (None, 64)
-    assert found["ways"]["layerwise"]["host_peak_gb"] == pytest.approx(242.4, abs=0.1)
+    assert found["ways"]["layerwise"]["host_peak_gb"] == pytest.approx(115.8, abs=0.1)
     assert "an RTX 4090" in found["seconds_assume"]
 
 
@@ -144,8 +152,9 @@ def test_json_has_the_numbers_of_the_estimate():
     assert found["memory"] == "resident"
     assert found["device_peak_gb"] == expected.device_peak / 1e9
     assert found["host_peak_gb"] == expected.host_needed / 1e9
-    assert found["ways"]["layerwise"]["refusal"] == "needs 147.8 GB of the host's 64.0 GB"
-    assert found["ways"]["quantized"]["refusal"] is None
+    assert found["ways"]["layerwise"]["batches_at_once"] == 32
+    assert (found["ways"]["layerwise"]["refusal"], found["ways"]["quantized"]["refusal"]) == (None, None)
+    assert found["ways"]["plain"]["refusal"].startswith("needs 42.8 GB (and 0.6 GB for the context) of 24.0 GB")
     assert found["ways"]["resident"]["device_gb"]["gradients"] == pytest.approx(1.619, abs=1e-3)
 
 

@@ -82,6 +82,7 @@ CASES = {
     "bf16, sums in bf16": ({"dtype": torch.bfloat16}, rows, {}, SIXTEEN_BITS),
     "clipped": ({}, rows, {"max_grad_norm": 1e-3}, BITS),
     "uneven shares": ({}, rows, {"accumulation": 3}, LAST_BITS),
+    "uneven portions": ({}, rows, {"accumulation": 3, "batches_at_once": 1}, LAST_BITS),  # two, and one
     "remembered layers": ({"layers": (2, 3)}, rows, {"batch_size": 3, "steps": 6}, LAST_BITS),
     "packed rows": ({}, packed_rows, {}, BITS),
     "a mixture": ({"mixture": True}, rows, {}, BITS),
@@ -91,6 +92,7 @@ OVER_CODES = ("fp32", "int16 scores, 8-bit moments", "bf16, sums in fp32", "a mi
 IN_PLACE = ("fp32", "bf16, sums in fp32", "clipped")
 LEFT_OUT = {
     ("layerwise", "clipped"),
+    ("resident", "uneven portions"),
     *(("quantized", name) for name in CASES if name not in OVER_CODES),
     *(("in_place", name) for name in CASES if name not in IN_PLACE),
 }

@@ -16,6 +16,7 @@ from mft.engines.offload import Mover
 from mft.engines.start import start_engine
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules, merge_model, trainable_parameters
+from mft.objectives.kl import KL
 from mft.training.loop import NonFiniteLoss, train_masks
 
 BY_LAYERS = ["resident", "layerwise"]
@@ -69,6 +70,57 @@ def test_all_ways_select_the_same_masks():
         assert all(torch.equal(masks[name], packed) for name, packed in first.items())
     begun = {n: m.packed_mask() for n, m in masked_modules(masked_llama(layers=(1, 2, 3))).items()}
     assert all(not torch.equal(begun[name], packed) for name, packed in first.items())
+
+
+PORTIONS = {  # (model, settings, options) of a step that layerwise takes in portions
+    "fp32": ({}, {}, {}),
+    "sums in bf16": ({"dtype": torch.bfloat16}, {}, {}),
+    "int16 scores, 8-bit moments": ({"scores_dtype": "int16"}, {"moments": "8bit"}, {}),
+    "remembered layers": ({"layers": (2, 3)}, {"steps": 4}, {}),
+    "held to the base": ({"layers": (1, 2)}, {}, {"objective": KL()}),
+}
+
+
+@pytest.mark.parametrize("case", PORTIONS)
+def test_a_step_in_portions_is_the_same_step(case, separate):
+    """Bit for bit: sums of gradients go on in the same dtype and order; 5 batches are 2, 2 and 1, or each its own."""
+    mask, settings, options = PORTIONS[case]
+
+    def trained(at_once):
+        model = masked_llama(**{"layers": (1, 2, 3)} | mask)
+        train_settings = {"accumulation": 5, "batch_size": 1, "batches_at_once": at_once} | settings
+        train = TrainConfig(**{"lr": 1e-3, "steps": 2} | train_settings)
+        reports = train_masks(model, make_rows(), train, way="layerwise", **options)
+        return [report.loss for report in reports], masked_modules(model)
+
+    losses, whole = trained(None)
+    for at_once in (2, 1, 9):
+        again, portions = trained(at_once)
+        assert again == losses
+        for name, module in whole.items():
+            assert torch.equal(portions[name].scores, module.scores), (at_once, name)
+            assert torch.equal(portions[name].packed_mask(), module.packed_mask()), (at_once, name)
+
+
+@pytest.mark.parametrize("way", ["plain", "resident"])
+def test_ways_of_one_batch_at_a_time_refuse_portions(way):
+    with pytest.raises(ValueError, match=f"train.batches_at_once must be null with memory: {way}.*got 2"):
+        train(way, batches_at_once=2)
+
+
+def test_portions_leave_one_layers_gradients_on_the_device():
+    """And the next one's sums, which are on their way; those of all layers rest on the host."""
+    model = masked_llama(layers=(0, 1, 2, 3))
+    batch = take_rows(make_rows(), [0, 1])
+    settings = TrainConfig(steps=1, batches_at_once=1)
+    engine = start_engine(model, batch.input_ids[:1, :8], "layerwise", train=settings, separate=True)
+    held = []
+    down = engine.down
+    engine.down = lambda layer, *args: (held.append([m.grad is not None for m in engine.masks]), down(layer, *args))[1]
+    engine.step([batch, batch], 1.0, 1e-3, None, lambda *_: None)
+    assert [sum(flags) for flags in held] == [7] * 8
+    assert not any(m.grad is not None for m in engine.masks)
+    engine.close()
 
 
 @pytest.mark.parametrize("mask", [{"mode": "value"}, {"threshold": 0.01}, {"keep_ratio": 0.5, "init": "magnitude"}])

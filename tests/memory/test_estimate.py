@@ -40,6 +40,25 @@ def test_other_shapes(way, config):
     assert_as_simulated(config, Workload(memory=way, sequence=256, micro_batch=2, accumulation=3))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batches_at_once": 2},
+        pytest.param({"batches_at_once": 2, "objective": "kl", "layers": (1, 2)}, marks=pytest.mark.slow),
+        pytest.param({"batches_at_once": 2, "sequence": 16}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_layerwise_in_portions_is_as_simulated(changes):
+    """Of 5 batches; the sums of gradients of all masked layers rest on the host, two layers' are on the device."""
+    workload = Workload(**{"memory": "layerwise", "sequence": 512, "accumulation": 5} | changes)
+    assert_as_simulated(SMALL, workload, tolerance=0.02)
+    found = estimate(shape_from_config(SMALL), workload)
+    masked = sum(n * k for n, k in shape_from_config(SMALL).linears.values())
+    assert found.host["gradients"] == 2 * masked * len(workload.layers or range(4))
+    assert found.device["gradients"] == 2 * 2 * masked
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "changes"),

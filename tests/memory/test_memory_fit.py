@@ -31,9 +31,33 @@ def test_auto_takes_a_quantised_base_only_if_asked():
 def test_the_host_has_to_hold_its_part():
     workload = Workload(layers=LOCAL)
     assert choose(SEVEN, workload, 8e9).way == "layerwise"
-    refused = choose(SEVEN, workload, 8e9, 64e9)
+    refused = choose(SEVEN, workload, 8e9, 24e9)
     assert refused.way is None
-    assert refused.refusals["layerwise"] == "needs 147.8 GB of the host's 64.0 GB"
+    assert refused.refusals["layerwise"] == "needs 25.9 GB of the host's 24.0 GB"
+    whole = choose(SEVEN, replace(workload, batches_at_once=128), 8e9, 64e9)
+    assert whole.refusals["layerwise"] == "needs 147.8 GB of the host's 64.0 GB"
+
+
+def test_layerwise_takes_as_many_batches_at_once_as_the_host_holds():
+    """The paper's step of all layers; boundaries of 128 batches would be 142 GB."""
+    workload = Workload(memory="layerwise", scores="int16", moments="8bit")
+    sizes = [choose(SEVEN, workload, 24e9, gb * 1e9).chosen for gb in (256, 128, 64, 56, 48)]
+    assert [None if chosen is None else chosen.batches_at_once for chosen in sizes] == [None, 64, 8, 2, None]
+    choice = choose(SEVEN, workload, 24e9, 64e9)
+    found = choice.estimates["layerwise"]
+    assert found.host_peak <= 64e9
+    assert found.device_peak <= 3e9
+    assert found == estimate(SEVEN, choice.chosen)
+    assert found.seconds < 1.1 * estimate(SEVEN, workload).seconds
+    assert "8 of a step's 128 batches at once: the hidden states of more do not fit" in choice.reason
+
+
+def test_what_is_asked_for_at_once_is_never_changed():
+    asked = Workload(scores="int16", moments="8bit", batches_at_once=16)
+    refused = choose(SEVEN, asked, 24e9, 64e9)
+    assert (refused.way, refused.nearest.batches_at_once) == (None, None)
+    assert refused.refusals["resident"].endswith("and batches_at_once=16 asks for layerwise")
+    assert choose(SEVEN, asked, 80e9, 72e9).chosen == replace(asked, memory="layerwise")
 
 
 def test_an_explicit_way_is_refused_if_it_does_not_fit():
@@ -57,7 +81,7 @@ def test_the_nearest_setting_fits(gigabytes, host):
     assert again.way == near.memory
     assert near.layers == workload.layers
     assert near.sequence <= workload.sequence
-    found = estimate(SEVEN, near)
+    found = again.estimates[near.memory]
     assert found.device_peak + RESERVE["cuda"] <= gigabytes * 1e9
     assert found.host_peak <= host * 1e9
 

@@ -552,6 +552,9 @@ def estimate(
     sequence: Annotated[int, typer.Option(help="Tokens per row.")] = _DEFAULTS.data.sequence_length,
     micro_batch: Annotated[int, typer.Option(help="Rows at once.")] = _DEFAULTS.train.batch_size,
     accumulation: Annotated[int, typer.Option(help="Micro-batches per step.")] = _DEFAULTS.train.accumulation,
+    batches_at_once: Annotated[
+        int | None, typer.Option(help="Of layerwise: micro-batches whose boundaries the host holds; those that fit.")
+    ] = None,
     processes: Annotated[int, typer.Option(help="That torchrun starts on the machine, a GPU each.")] = 1,
     memory: Annotated[str, typer.Option(help="auto, plain, in_place, resident, quantized or layerwise.")] = "auto",
     gpu: Annotated[str | None, typer.Option(help="Its memory, such as 24GB or 24GiB.")] = None,
@@ -601,6 +604,7 @@ def estimate(
         sequence=sequence,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        batches_at_once=batches_at_once,
         processes=processes,
         scores=scores,
         moments=moments,

@@ -28,7 +28,7 @@ ASSUMED = {
     "cuda": f"they assume a card that sustains {SPEEDS['cuda']}, as an RTX 4090 may at its best",
     "cpu": f"they assume a processor that sustains {SPEEDS['cpu']}, more than most have",
 }
-_OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked"}
+_OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked", "batches_at_once": "batches-at-once"}
 STEP = ("sequence", "micro_batch", "accumulation")  # what a step is: its numbers hold for these alone
 _KINDS = (
     *("weights", "masks", "gradients", "states", "activations"),
@@ -129,6 +129,8 @@ def table(
     base, linears = WAYS["quantized"].base(workload.quantization), shape.layers * len(shape.matrices)
     counts = ("all" if one.quantized == linears else str(one.quantized or "none") for one in ways.values())
     found.add_row(f"linears in {base}", *counts, str(linears))
+    if any(one.batches_at_once for one in ways.values()):
+        found.add_row("batches at once", *(str(one.batches_at_once or "") for one in ways.values()))
     found.add_row("seconds a step", *(_seconds(one.seconds) for one in ways.values()))
     return found
 
@@ -171,7 +173,8 @@ def difference(workload: Workload, near: Workload) -> str:
         value = getattr(near, item.name)
         if value != getattr(workload, item.name):
             option = _option(item.name)
-            changed.append(f"without {option}" if value is False else option if value is True else f"{option} {value}")
+            taken_back = value is False or value is None
+            changed.append(f"without {option}" if taken_back else option if value is True else f"{option} {value}")
     return " ".join(changed)
 
 
@@ -189,6 +192,7 @@ def as_dictionary(
             "host_gb": {kind: size / 1e9 for kind, size in one.host.items()},
             "host_loading_gb": one.loading / 1e9,
             "quantized_linears": one.quantized,
+            "batches_at_once": one.batches_at_once,
             "peak_in": one.phase,
             "seconds_a_step": one.seconds,
             "fits": way not in choice.refusals,

@@ -38,6 +38,7 @@ class LayerEngine:
         calls, head: how the model is run; see LayerCalls and causal_lm.split_at_head.
         masks: of the masked layers; states: of their scores, None for evaluation alone.
         grad_dtype: of the gradient buffers; None: the weights' dtype.
+        at_once: micro-batches whose boundaries exist together, of layerwise; None: all of a step's.
         memory: remembers what the layers below the first masked one make of a row.
         objective: what is made smaller.
     """
@@ -53,12 +54,13 @@ class LayerEngine:
         *,
         states: ScoreStates | None = None,
         grad_dtype: torch.dtype | None = None,
+        at_once: int | None = None,
         memory: PrefixMemory | None = None,
         objective: Objective = CROSS_ENTROPY,
     ) -> None:
         self.calls, self.head, self.mover, self.objective = calls, head, mover, objective
         calls.device = mover.device
-        self._states, self.grad_dtype, self.memory = states, grad_dtype, memory
+        self._states, self.grad_dtype, self.at_once, self.memory = states, grad_dtype, at_once, memory
         for mask in masks:
             mask.threshold = mask.threshold.to(mover.device)
         self.masks_of_layer = [

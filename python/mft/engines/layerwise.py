@@ -6,6 +6,10 @@
 
 Boundaries and their gradients rest in host memory, as do weights and masks (L2L, arXiv 2002.05645, for one optimiser
 step; there weights learn, here scores). The weights of a layer travel three times a step, however many micro-batches.
+
+Where boundaries of so many micro-batches do not fit, a portion of them goes up and down, then the next one. In between
+the sums of gradients rest on the host, too; they go on in the same dtype and order, so no bit changes. The last portion
+updates.
 """
 
 from collections import deque
@@ -57,16 +61,25 @@ class Layerwise(LayerEngine):
                 f"train.max_grad_norm must be null with memory: layerwise, got {max_norm:g}: a layer's scores are "
                 "updated before the gradients below it exist, so there is no global norm; memory: resident has one"
             )
+        *earlier, last = self._portions(batches)
+        sums = Resting()
         with self.states.processes.together():
             self.objective.prepare(batches)
-            top = self._climb(batches, scale, on_loss)
+            for portion in earlier:
+                top = self._climb(portion, scale, on_loss)
+                buffers, sums = self._buffers(sums), Resting()
+                for layer in reversed(range(self.first, self.depth)):
+                    self._descend(layer, top, next(buffers))
+                    sums.append(self._set_aside(layer))
+                _check_done(top.visits)
+                _check_done(buffers)
+            top, buffers = self._climb(last, scale, on_loss), self._buffers(sums)
         for layer in reversed(range(self.first, self.depth)):
             with self.states.processes.together():
-                buffers = [self.states.new_buffer(mask, self.grad_dtype) for mask in self.masks_of_layer[layer]]
-                self._descend(layer, top, buffers)
-                del buffers
+                self._descend(layer, top, next(buffers))
             self._update(layer, lr)
         _check_done(top.visits)
+        _check_done(buffers)
         if lr is not None:
             with self._at("the selection of the masks"):
                 self.states.select()
@@ -180,6 +193,18 @@ class Layerwise(LayerEngine):
             on_loss(batch, total)
         return grads
 
+    def _portions(self, batches: Sequence[MicroBatch]) -> list[Sequence[MicroBatch]]:
+        size = self.at_once or len(batches)
+        return [batches[i : i + size] for i in range(0, len(batches), size)]
+
+    def _buffers(self, sums: Resting) -> Iterator[list[Tensor]]:
+        """Each layer's gradient buffers on the device, from the last layer down: sums as they rest, or zeros."""
+        if sums:
+            yield from self._taken(sums)
+            return
+        for layer in reversed(range(self.first, self.depth)):
+            yield [self.states.new_buffer(mask, self.grad_dtype) for mask in self.masks_of_layer[layer]]
+
     def _descend(self, layer: int, top: _Top, buffers: Sequence[Tensor]) -> None:
         """All of top's micro-batches down through one layer, whose masks add into these buffers and hold them then."""
         next(top.visits)
@@ -192,6 +217,16 @@ class Layerwise(LayerEngine):
             if d_hidden is not None:
                 inputs.append(self._rest(d_hidden))
         top.grads = inputs
+
+    def _set_aside(self, layer: int) -> list[Tensor]:
+        """What the layer's buffers hold, in host memory until the next portion of micro-batches."""
+        grads = []
+        for mask in self.masks_of_layer[layer]:
+            assert mask.grad is not None, "_descend has given it a buffer"
+            grads += self._rest(mask.grad)
+            mask.hold(None)
+        self.mover.let_go()
+        return grads
 
     def _update(self, layer: int, lr: float | None) -> None:
         """The layer's optimiser step, unless lr is None; its buffers are given up."""
@@ -271,7 +306,7 @@ class Layerwise(LayerEngine):
         return [t for t in tensors_of(self.calls.model) if id(t) not in inside]
 
 
-def _check_done(visits: Iterator[int]) -> None:
-    """What was visited last rests again."""
-    for number in visits:
-        raise AssertionError(f"group {number} was not visited")
+def _check_done(visits: Iterator[object]) -> None:
+    """What was visited last rests again, or is let go."""
+    for _ in visits:
+        raise AssertionError("a layer was not visited")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.budget.budget import budget_of
+from mft.checks import check_rule
 from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.in_place import InPlace, InPlaceStates
@@ -56,6 +57,12 @@ def start_runner(
     Args: as of start_engine; way: also "plain" and "in_place", where the model stays on its device. before_update: of
         "plain" alone, called when a step's gradients are complete.
     """
+    check_rule(
+        train.batches_at_once is None or way == "layerwise",
+        "train.batches_at_once",
+        f"be null with memory: {way}, which runs one batch at a time",
+        train.batches_at_once,
+    )
     if way not in OWN_FORWARD:
         return start_engine(
             *(model, few, way, device),
@@ -128,7 +135,12 @@ def start_engine(
             states = ScoreStates(masks, optimizer, mover, processes, surrogate, budget_of(model))
         dtype = None if train is None else _grad_dtype(train)
         engine = ENGINES[way](
-            calls, head, masks, mover, states=states, grad_dtype=dtype, memory=memory, objective=objective
+            *(calls, head, masks, mover),
+            states=states,
+            grad_dtype=dtype,
+            at_once=None if train is None else train.batches_at_once,
+            memory=memory,
+            objective=objective,
         )
         undo.pop_all()
     return engine

@@ -24,8 +24,8 @@ class Estimate:
 
     loading: what the host holds before the first step, when the exact weights have been read and the scores made.
     On a CPU device is all there is: host is empty, and loading is one of the phases.
-    seconds: of an optimiser step, roughly. quantized: how many linears of the base lie in few bits,
-    all experts of a projection being one.
+    seconds: of an optimiser step, roughly. quantized: how many linears of the base lie in few bits, all experts of a
+    projection being one. batches_at_once: in layerwise, where these are not all of a step's.
     """
 
     way: str
@@ -35,6 +35,7 @@ class Estimate:
     phase: str
     seconds: float
     quantized: int
+    batches_at_once: int | None = None
     phases: dict[str, int] = field(default_factory=dict)  # the device's peak in each
 
     @property
@@ -76,4 +77,5 @@ def estimate(shape: ModelShape, workload: Workload) -> Estimate:
     found = {kind: size for kind, size in phases[phase].items() if size}
     there = {kind: size for kind, size in host.items() if size}
     seconds = step_seconds(run, way)
-    return Estimate(way.name, found, there, sum(loading.values()), phase, seconds, run.quantized, peaks)
+    at_once = run.workload.together if way.holds_all_rows and run.workload.portions > 1 else None
+    return Estimate(way.name, found, there, sum(loading.values()), phase, seconds, run.quantized, at_once, peaks)

@@ -16,14 +16,16 @@ RESERVE = {"cuda": 600_000_000, "cpu": 0}
 _SHORTEST = 512  # tokens; the search for a setting goes no lower
 # How little a change is wanted. Smaller micro-batches change no result, and another base the most.
 _COSTS = {"memory": 4, "micro_batch": 1, "moments": 2, "scores": 3, "accumulation": 4, "sequence": 5, "quantization": 9}
+_COSTS |= {"batches_at_once": 1}
 
 
 @dataclass(frozen=True)
 class Choice:
     """What choose found.
 
-    estimates: of all ways. refusals: why a way cannot be had, those that do not fit included.
-    way: the chosen one, None if nothing fits; reason: why, in a sentence.
+    estimates: of all ways, where layerwise takes as many batches at once as fit, or the fewest if none do.
+    refusals: why a way cannot be had, those that do not fit included.
+    chosen: the workload as it will run, None if nothing fits; reason: why, in a sentence.
     nearest: where nothing fits, the setting closest to the one asked for that does; None if there is none.
     least: where none does either, what is short in every setting, "device" or "host", and the least bytes needed of it:
         of the device by any setting, else of the host by those that fit the device.
@@ -31,10 +33,14 @@ class Choice:
 
     estimates: dict[str, Estimate]
     refusals: dict[str, str]
-    way: str | None
+    chosen: Workload | None
     reason: str
     nearest: Workload | None = None
     least: tuple[str, int] | None = None
+
+    @property
+    def way(self) -> str | None:
+        return None if self.chosen is None else self.chosen.memory
 
 
 def choose(
@@ -49,7 +55,8 @@ def choose(
         host_bytes: of host memory for this; None for no limit.
     Raises: ValueError as estimate does.
     """
-    estimates = {name: estimate(shape, way.of(workload)) for name, way in WAYS.items()}
+    fitted = {name: _fitted(shape, way.of(workload), device_bytes, host_bytes) for name, way in WAYS.items()}
+    estimates = {name: found for name, (_, found) in fitted.items()}
     refusals = {}
     for name, found in estimates.items():
         obstacle = WAYS[name].obstacle(workload, found.quantized)
@@ -57,12 +64,19 @@ def choose(
         if obstacle is not None:
             refusals[name] = obstacle
     asked = _candidates(workload)
-    chosen = next((way for way in asked if way not in refusals), None)
-    if chosen is not None:
-        if workload.memory != "auto":
-            return Choice(estimates, refusals, chosen, "it was asked for, and fits")
-        slower = [f"{other} cannot be taken: {refusals[other]}" for other in asked[: asked.index(chosen)]]
-        return Choice(estimates, refusals, chosen, "; ".join(["it is the fastest way that fits", *slower]))
+    way = next((way for way in asked if way not in refusals), None)
+    if way is not None:
+        chosen, _ = fitted[way]
+        reasons = ["it was asked for, and fits"]
+        if workload.memory == "auto":
+            reasons = ["it is the fastest way that fits"]
+            reasons += [f"{other} cannot be taken: {refusals[other]}" for other in asked[: asked.index(way)]]
+        if chosen.batches_at_once != workload.batches_at_once:
+            reasons.append(
+                f"{chosen.batches_at_once} of a step's {chosen.own_accumulation} batches at once: the hidden states of "
+                "more do not fit"
+            )
+        return Choice(estimates, refusals, chosen, "; ".join(reasons))
     reason = "; ".join(f"{way}: {refusals[way]}" for way in asked)
     nearest, least = _nearest(shape, workload, device_bytes, host_bytes)
     return Choice(estimates, refusals, None, f"nothing fits: {reason}", nearest, least)
@@ -79,6 +93,31 @@ def _candidates(workload: Workload) -> list[str]:
     if workload.memory != "auto":
         return [workload.memory]
     return [way.name for way in ways_over(workload.quantization)]
+
+
+def _fitted(
+    shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None
+) -> tuple[Workload, Estimate]:
+    """With as many batches at once as fit, if that is left open; where none do, with what needs least."""
+
+    def needed(at_once: int | None) -> tuple[Workload, Estimate]:
+        changed = replace(workload, batches_at_once=at_once)
+        return changed, estimate(shape, changed)
+
+    def fits(found: Estimate) -> bool:
+        return _shortage(found, workload.device, device_bytes, host_bytes) is None
+
+    whole = needed(workload.batches_at_once)
+    is_open = workload.batches_at_once is None and WAYS[workload.memory].holds_all_rows
+    fewer = _halvings(workload.own_accumulation, 1)[1:]
+    # Where the device has its own memory, fewer batches at once need no less of it.
+    lacks_device = workload.device == "cuda" and _shortage(whole[1], "cuda", device_bytes, None) is not None
+    if fits(whole[1]) or not is_open or not fewer or lacks_device:
+        return whole
+    least = needed(fewer[-1])
+    if not fits(least[1]):
+        return min(whole, least, key=lambda one: one[1].device_peak + one[1].host_needed)
+    return next(one for one in (*map(needed, fewer[:-1]), least) if fits(one[1]))
 
 
 def _shortage(found: Estimate, device: str, device_bytes: float | None, host_bytes: float | None) -> str | None:
@@ -99,7 +138,7 @@ def _nearest(
     workloads = sorted(_variants(workload), key=lambda pair: pair[0])
     needed: list[tuple[int, int]] = []
     for _, changed in workloads:
-        found = estimate(shape, changed)
+        _, found = _fitted(shape, changed, device_bytes, host_bytes)
         if WAYS[changed.memory].obstacle(changed, found.quantized):
             continue
         if _shortage(found, workload.device, device_bytes, host_bytes) is None:
@@ -119,12 +158,14 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
     rows = _halvings(workload.micro_batch, 1)
     accumulations = _halvings(workload.accumulation, workload.processes)
     lengths = _halvings(workload.sequence, min(_SHORTEST, workload.sequence))
-    for row, kind, score, (base, masked), shorter, length in product(
-        range(len(rows)), moments, scores, bases, range(len(accumulations)), range(len(lengths))
+    at_onces = dict.fromkeys((workload.batches_at_once, None))
+    for row, kind, score, (base, masked), shorter, length, at_once in product(
+        range(len(rows)), moments, scores, bases, range(len(accumulations)), range(len(lengths)), at_onces
     ):
         cost = _COSTS["micro_batch"] * row + _COSTS["sequence"] * length + _COSTS["accumulation"] * shorter
         cost += _COSTS["moments"] * (kind != workload.moments) + _COSTS["scores"] * (score != workload.scores)
         cost += _COSTS["quantization"] * (base != workload.quantization) + (masked != workload.quantize_masked)
+        cost += _COSTS["batches_at_once"] * (at_once != workload.batches_at_once)
         # A smaller micro-batch comes with more of them: the step stays what it is.
         steps = max(workload.processes, workload.accumulation * workload.micro_batch // rows[row] >> shorter)
         ways = [way.name for way in ways_over(base) if way.holds_all_rows or not shorter]
@@ -134,6 +175,7 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
                 memory=way,
                 micro_batch=rows[row],
                 accumulation=steps,
+                batches_at_once=at_once,
                 sequence=lengths[length],
                 moments=kind,
                 scores=score,

@@ -40,6 +40,8 @@ class Way:
         """Why the engines refuse the way, whatever the memory. Args: quantized: how many linears are, in this way."""
         if workload.quantization is not None and not self.over_codes:
             return f"quantization={workload.quantization} asks for a quantised base"
+        if workload.batches_at_once is not None and not self.holds_all_rows:
+            return f"it runs one batch at a time, and batches_at_once={workload.batches_at_once} asks for layerwise"
         if not quantized and (workload.quantization is not None or not self.over_exact):
             return "every linear layer is masked, so nothing would be quantised without quantize_masked"
         return None
@@ -64,6 +66,10 @@ class Way:
     def traffic(self, run: RunSizes, boundary: int) -> int:
         """Bytes across the link in a step, but for the states. Args: boundary: of all of a step's micro-batches."""
         raise NotImplementedError
+
+    def waited_for(self, run: RunSizes) -> int:
+        """Bytes across the link, beside that traffic, during which the device does nothing else."""
+        return 0
 
 
 class Plain(Way):
@@ -203,6 +209,11 @@ class Layerwise(Way):
             weights, masks = (sum(sizes[i] for i in both) for sizes in (run.weights_of_layer, run.mask_bytes))
             return {"weights": weights, "masks": masks}
 
+        def gradients(one: int, other: int | None) -> int:
+            """The layer's at work; of sums that rest on the host, also the next one's, which are on their way."""
+            coming = 0 if other is None or run.workload.portions == 1 else run.weights_masked_in(other)
+            return (run.weights_masked_in(one) + coming) * run.grad_bytes
+
         boundaries = _LAYERWISE_BOUNDARIES * run.hidden
         top = {"weights": run.weights_of_layer[-1] + run.outside - run.embedding_alone, "masks": run.mask_bytes[-1]}
         larger("forward", top | {"activations": run.layer(depth - 1).forward_peak, "boundaries": boundaries})
@@ -210,8 +221,8 @@ class Layerwise(Way):
             larger("forward", two(i, i + 1) | {"activations": run.layer(i).forward_peak, "boundaries": boundaries})
         larger("loss", top | {"logits": run.loss, "boundaries": boundaries, "reference": run.reference(3)})
         for i in range(run.first, depth):
-            gradients = run.weights_masked_in(i) * run.grad_bytes
-            held = two(i, i - 1 if i > run.first else None) | {"gradients": gradients}
+            following = i - 1 if i > run.first else None
+            held = two(i, following) | {"gradients": gradients(i, following)}
             larger("backward", held | {"activations": run.layer(i).peak, "boundaries": boundaries})
             if run.named_in[i]:
                 larger("optimiser", held | run.updating(run.named_in[i]) | {"boundaries": boundaries})
@@ -219,17 +230,24 @@ class Layerwise(Way):
 
     def host(self, run: RunSizes) -> Sizes:
         workload = run.workload
-        return {
+        sums = {} if workload.portions == 1 else {"gradients": run.masked_weights * run.grad_bytes}
+        return sums | {
             "weights": run.outside + sum(run.weights_of_layer),
             "masks": sum(run.mask_bytes),
             "states": run.states,
-            "boundaries": (run.above + 1 + workload.of_base) * workload.own_accumulation * run.hidden,
+            "boundaries": (run.above + 1 + workload.of_base) * workload.together * run.hidden,
         }
 
     def traffic(self, run: RunSizes, boundary: int) -> int:
-        """Weights up, and down again; below the first masked layer a boundary goes and comes, above a gradient too."""
+        """Weights up, and down again, in each portion; below the first masked layer a boundary goes and comes, above a
+        gradient too. Sums of gradients come back."""
         weights = sum(run.weights_of_layer) + sum(run.weights_of_layer[run.first :])
-        return weights + (2 * run.shape.layers + 4 * run.above) * boundary
+        boundaries = (2 * run.shape.layers + 4 * run.above) * boundary
+        return run.workload.portions * weights + boundaries + self.waited_for(run)
+
+    def waited_for(self, run: RunSizes) -> int:
+        """Sums of gradients that leave: their memory is needed for the next ones."""
+        return (run.workload.portions - 1) * run.masked_weights * run.grad_bytes
 
 
 # The fastest first.

@@ -15,6 +15,8 @@ class Workload:
         memory: plain, in_place, resident, quantized, layerwise; auto where the choice is asked for.
         layers: that are masked, None for all. target_modules: linears in them, None for all.
         sequence: tokens a row. micro_batch: rows at once. accumulation: micro-batches a step, of all processes.
+        batches_at_once: micro-batches whose boundaries layerwise holds together, None for all of a step (or, for
+            fit.choose, for as many as fit).
         processes: that train together, each with a memory of its own or its share of one.
         scores, moments: dtypes at rest. grad_dtype: of the gradient buffers, None for the weights'.
         quantization: of the base, None for none. quantize_masked: the masked layers' weights too.
@@ -32,6 +34,7 @@ class Workload:
     sequence: int = 4096
     micro_batch: int = 1
     accumulation: int = 128
+    batches_at_once: int | None = None
     processes: int = 1
     scores: str = "float32"
     moments: str = "float32"
@@ -78,6 +81,8 @@ class Workload:
             f"be at least {self.processes}, the number of processes, each of which takes whole micro-batches",
             self.accumulation,
         )
+        at_once = self.batches_at_once
+        check_rule(at_once is None or at_once >= 1, "batches_at_once", "be at least 1", at_once)
         check_rule(self.sequence >= 2, "sequence", "be at least 2", self.sequence)
 
     @property
@@ -94,6 +99,16 @@ class Workload:
     def own_accumulation(self) -> int:
         """Micro-batches a step of the process that takes most."""
         return -(-self.accumulation // self.processes)
+
+    @property
+    def together(self) -> int:
+        """Micro-batches whose boundaries layerwise holds together."""
+        return min(self.batches_at_once or self.own_accumulation, self.own_accumulation)
+
+    @property
+    def portions(self) -> int:
+        """In how many parts layerwise takes a step."""
+        return -(-self.own_accumulation // self.together)
 
     @property
     def state_bytes(self) -> float:

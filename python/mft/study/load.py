@@ -50,7 +50,10 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
     for section in ("full", "stage", "rewards"):
         for key in _FROM_ARMS:
             values[section].pop(key, None)
-    if study.objective == CROSS_ENTROPY:  # as a study of before had it
+    for section in ("full", "stage"):
+        if values[section]["batches_at_once"] is None:  # as a study of before had it
+            del values[section]["batches_at_once"]
+    if study.objective == CROSS_ENTROPY:  # so too
         del values["objective"], values["rewards"], values["questions"]
     for keys in (values["mask"], *values["arms"].values()):
         if keys.get("budget") is None:  # so too

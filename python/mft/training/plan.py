@@ -24,6 +24,7 @@ _KEYS = {
     "sequence": "data.sequence_length",
     "micro_batch": "train.batch_size",
     "accumulation": "train.accumulation",
+    "batches_at_once": "train.batches_at_once",
     "scores": "mask.scores_dtype",
     "moments": "train.moments",
     "quantization": "model.quantization",
@@ -35,12 +36,14 @@ _KEYS = {
 class Plan:
     """How a run will train.
 
-    quantization is that of the base, None for exact weights; remember: whether the frozen layers' outputs are kept.
+    quantization is that of the base, None for exact weights; batches_at_once: as of train; remember: whether the frozen
+    layers' outputs are kept.
     """
 
     way: str
     device: torch.device
     quantization: str | None
+    batches_at_once: int | None
     remember: bool
     reason: str
 
@@ -73,15 +76,16 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
     _check_disk(config, shape, workload)
     device_bytes, host_bytes = _free_memory(device)
     choice = choose(shape, workload, device_bytes, host_bytes)
-    if choice.way is None:
+    if choice.chosen is None:
         raise ValueError(_refusal(choice, workload))
-    found = choice.estimates[choice.way]
+    found = choice.estimates[choice.chosen.memory]
     needs = f"{gigabytes(found.device_peak)} of {gigabytes(device_bytes)} on {device}"
     if host_bytes is not None:
         needs += f", {gigabytes(found.host_needed)} of {gigabytes(host_bytes)} in host memory"
     free, held = (device_bytes, found.device_peak) if host_bytes is None else (host_bytes, found.host_peak)
     remember = free - held >= PrefixMemory.max_bytes and _saves_a_tenth(shape, workload)
-    return _plan(config, choice.way, device, remember, f"memory: {choice.way}, an estimated {needs}; {choice.reason}")
+    reason = f"memory: {choice.way}, an estimated {needs}; {choice.reason}"
+    return _plan(config, choice.chosen.memory, device, remember, reason, choice.chosen.batches_at_once)
 
 
 def replan(config: RunConfig, *, way: str, remember: bool) -> Plan:
@@ -100,6 +104,7 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
         sequence=config.data.sequence_length,
         micro_batch=train.batch_size,
         accumulation=train.accumulation,
+        batches_at_once=train.batches_at_once,
         processes=processes,
         scores=mask.scores_dtype,
         moments=train.moments,
@@ -119,8 +124,11 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _plan(config: RunConfig, way: str, device: torch.device, remember: bool, reason: str) -> Plan:
-    return Plan(way, device, WAYS[way].base(config.model.quantization), remember, reason)
+def _plan(
+    config: RunConfig, way: str, device: torch.device, remember: bool, reason: str, at_once: int | None = None
+) -> Plan:
+    at_once = config.train.batches_at_once if at_once is None else at_once
+    return Plan(way, device, WAYS[way].base(config.model.quantization), at_once, remember, reason)
 
 
 def _named(mask: MaskConfig) -> tuple[str, ...] | None:
@@ -184,7 +192,7 @@ def _refusal(choice: Choice, workload: Workload) -> str:
     if near is None:
         return f"{choice.reason}; no setting was found that fits: mask fewer layers, or take a smaller model"
     changes = [
-        f"{_KEYS[item.name]}={str(getattr(near, item.name)).lower()}"
+        f"{_KEYS[item.name]}={'null' if getattr(near, item.name) is None else str(getattr(near, item.name)).lower()}"
         for item in fields(Workload)
         if item.name in _KEYS and getattr(near, item.name) != getattr(workload, item.name)
     ]

@@ -19,6 +19,7 @@ from mft.training.run_directory import CHECKPOINTS, check_run_directory, holding
 
 # They change nothing of what is learned.
 _FREE = ("output_dir", "checkpoint_minutes", "train.log_every", "coding", "report_to", "project")
+_FREE += ("train.batches_at_once",)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Resume:
         asked.output_dir = str(self.directory)
         if asked.model.quantization is None:  # memory: quantized has chosen it
             asked.model.quantization = own.model.quantization
+        if asked.train.batches_at_once is None:  # the host's memory has chosen it
+            asked.train.batches_at_once = own.train.batches_at_once
         was, now = flat(own), flat(asked)
         changed = [f"{key} was {was[key]}, now {now[key]}" for key in was if was[key] != now[key] and key not in _FREE]
         if changed and not self.force:

@@ -137,7 +137,7 @@ def _train(run: "_Run") -> Path:
     config = run.config
     plan = _plan(run)
     say(plan.reason)
-    config.model.quantization = plan.quantization
+    config.model.quantization, config.train.batches_at_once = plan.quantization, plan.batches_at_once
     splits = read_data(config)
     model = _base_model(config, plan)
     objective = make_objective(config)
