@@ -1,6 +1,8 @@
 """One training step of a masked model under FakeTensorMode: what the engines hold at their peak, without the memory.
 
     python -m benchmarks.memory.simulated_step llama2-7b --layers 4-7    # or make simulate
+    python -m benchmarks.memory.simulated_step llama2-7b --ways layerwise --accumulation 128 --batches-at-once 8 \
+        --scores int16 --moments 8bit --steps 1    # the paper's step in 64 GB of host memory: 5 minutes
 
 The engines run as they are, on the fake CPU, with a mover that copies as to a device and marks what rests on the host.
 """
@@ -222,22 +224,35 @@ def _packed(scores: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """The estimate beside the simulation, for the three exact ways."""
+    """The estimate beside the simulation."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("model", help=f"one of {', '.join(known_models())}")
     parser.add_argument("--layers", default="all", help="masked layers, such as 4-7")
     parser.add_argument("--sequence", type=int, default=4096)
+    parser.add_argument("--ways", default="plain,resident,layerwise")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
+    parser.add_argument("--batches-at-once", type=int, help="of these, in layerwise; all if not given")
+    parser.add_argument("--scores", default="float32")
+    parser.add_argument("--moments", default="float32")
+    parser.add_argument("--steps", type=int, default=2, help="plain makes its moments in the first")
     asked = parser.parse_args()
     config = known_config(asked.model)
     layers = None if asked.layers == "all" else tuple(parse_layers(asked.layers))
-    print(
-        f"{asked.model}, layers {asked.layers}, 2 micro-batches of 1 x {asked.sequence} tokens; peaks in GB = 1e9 bytes"
-    )
+    step = f"{asked.accumulation} micro-batches of 1 x {asked.sequence} tokens"
+    print(f"{asked.model}, layers {asked.layers}, {step}; peaks in GB = 1e9 bytes")
     print(f"{'way':10} {'estimate':>9} {'simulated':>9} {'host':>9} {'simulated':>9}")
-    for way in ("plain", "resident", "layerwise"):
-        workload = Workload(memory=way, layers=layers, sequence=asked.sequence, accumulation=2)
+    for way in asked.ways.split(","):
+        workload = Workload(
+            memory=way,
+            layers=layers,
+            sequence=asked.sequence,
+            accumulation=asked.accumulation,
+            batches_at_once=asked.batches_at_once,
+            scores=asked.scores,
+            moments=asked.moments,
+        )
         expected = estimate(shape_from_config(config, asked.model), workload)
-        found = simulate_step(config, workload, steps=2)
+        found = simulate_step(config, workload, steps=asked.steps)
         peaks = (expected.device_peak, found.device_peak, expected.host_peak, found.host_peak)
         print(f"{way:10}", *(f"{peak / 1e9:9.3f}" for peak in peaks), f" in {expected.phase}")
 

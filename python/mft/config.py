@@ -27,7 +27,7 @@ from mft.checks import (
     read_named,
     shown,
 )
-from mft.number_formats import DTYPE_BYTES, MOMENT_FORMATS, QUANTIZED_FORMATS, SCORE_FORMATS
+from mft.number_formats import AUTO, DTYPE_BYTES, MOMENT_FORMATS, QUANTIZED_FORMATS, SCORE_FORMATS, unless_auto
 
 DTYPES = tuple(DTYPE_BYTES)
 MODES = ("magnitude", "value")
@@ -175,8 +175,8 @@ class MaskConfig:
     sharpness: Sharpness = None
     # Nats added to the loss if all weights are dropped, in proportion to the dropped share
     deletion_penalty: Annotated[float, at_least(0)] = 0.0
-    # Data type of the scores; the 16-bit ones round stochastically
-    scores_dtype: Annotated[str, one_of(SCORES_DTYPES)] = "float32"
+    # Data type of the scores; the 16-bit ones round stochastically. auto: as of train.moments
+    scores_dtype: Annotated[str, one_of((AUTO, *SCORES_DTYPES))] = "float32"
     seed: Annotated[int, SEED] = 0  # Seed of random initial scores
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class MaskConfig:
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = sorted(set(self.layers_to_transform))
         fixed, sharp = self.threshold is not None, self.sharpness is not None
-        has_gradient = SCORE_FORMATS[self.scores_dtype].has_gradient
+        has_gradient = SCORE_FORMATS[unless_auto(self.scores_dtype)].has_gradient
         for holds, name, rule in (
             (has_gradient or not fixed, "threshold", f"be null with {self.scores_dtype}"),
             (fixed or not sharp, "sharpness", "be null where threshold is null, from which it counts"),
@@ -317,7 +317,8 @@ class TrainConfig:
     max_grad_norm: Annotated[float | None, POSITIVE_OR_NULL] = None  # Clip gradients to this norm (null: no clipping)
     weight_decay: Annotated[float, at_least(0)] = 0.0  # Weight decay of AdamW
     betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)  # Betas of AdamW
-    moments: Annotated[str, one_of(MOMENTS)] = "float32"  # Format of the optimiser's moments
+    # Format of the optimiser's moments. auto: mft train takes the widest with which a step fits in memory
+    moments: Annotated[str, one_of((AUTO, *MOMENTS))] = "float32"
     # Data type of the gradient buffers (null: that of the weights)
     grad_dtype: Annotated[str | None, one_of(DTYPES)] = None
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, more time
@@ -419,8 +420,8 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))
+    mask: MaskConfig = field(default_factory=lambda: MaskConfig(scores_dtype=AUTO))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0, moments=AUTO))
     output_dir: str = "runs/mft"  # Directory of the run's files; it must be new
     memory: Annotated[str, one_of(("auto", *WAYS))] = "auto"  # Memory mode: auto takes the fastest that fits
     # Minutes between two checkpoints for --resume (null: no checkpoints)

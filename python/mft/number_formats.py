@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+AUTO = "auto"  # of scores and moments: the widest that fit, of a run; where nothing chooses, float32
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float16": 2}  # of weights and gradients
 
 
@@ -47,6 +48,16 @@ QUANTIZED_FORMATS = {
     "nf4-dq": QuantizedFormat(0.5 + (1 + 4 / 256) / 64),  # double quantisation: a byte for that, and an fp32 for 256
     "int8": QuantizedFormat(1, bytes_a_row=4),
 }
+
+
+def unless_auto(name: str) -> str:
+    """The format of scores or moments where nothing has chosen one."""
+    return "float32" if name == AUTO else name
+
+
+def state_bytes(scores: str, moments: str) -> float:
+    """A score with its moments, at rest."""
+    return SCORE_FORMATS[scores].bytes + MOMENT_FORMATS[moments].bytes
 
 
 def at_most_as_wide(name: str, formats: Mapping[str, ScoreFormat] | Mapping[str, MomentsFormat]) -> list[str]:

@@ -140,14 +140,15 @@ a step that needs more memory than there is
         | (...DefaultCPUAllocator: can't allocate memory: you tried to allocate 1152921504606846976 bytes
         | Set train.batch_size or data.sequence_length lower, or train.gradient_checkpointing
 a model that does not fit
-    plan_on(patch, "cpu", (17e9, None), "model.name=llama2-7b", "mask.layers_to_transform=[4, 5]")
+    wide = "mask.scores_dtype=float32", "train.moments=float32"
+    plan_on(patch, "cpu", (17e9, None), "model.name=llama2-7b", "mask.layers_to_transform=[4, 5]", *wide)
     -> ValueError: plain: needs | nothing fits
         | needs ... GB of 17.0 GB, in loss; resident: needs ... GB of 17.0 GB, in backward; layerwise: needs ... GB of
         | the nearest setting that fits: memory=layerwise train.moments=8bit
 a model whose states the host cannot hold
-    sizes = "data.sequence_length=4096", "train.accumulation=128"
+    sizes = "data.sequence_length=4096", "train.accumulation=128", "mask.scores_dtype=float32", "train.moments=float32"
     plan_on(patch, "cuda", (12e9, 64e9), "model.name=llama3.1-8b", *sizes)
-    -> ValueError: layerwise: needs 242.4 GB of the host's 64.0 GB | nothing fits
+    -> ValueError: layerwise: needs 115.8 GB of the host's 64.0 GB | nothing fits
         | resident: needs 30.9 GB (and 0.6 GB for the context) of 12.0 GB
         | the nearest setting that fits: memory=layerwise
 a quantised base of which nothing is quantised

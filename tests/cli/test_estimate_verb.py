@@ -97,6 +97,7 @@ def test_what_is_said_of_experts():
 def test_processes_share_the_machine_and_a_step():
     """With fewer micro-batches each needs less for boundaries, and has less than one alone would have."""
     asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "layerwise", "--gpu", "24GB", "--host", "200GB")
+    asked += ("--scores", "float32", "--moments", "float32")
     assert call_paper(*asked)[0] == 0
     code, output = call_paper(*asked, "--processes", "4", "--batches-at-once", "128")
     assert code == 2
@@ -112,6 +113,25 @@ def test_processes_share_the_machine_and_a_step():
     code, output = call(*asked, "--processes", "4", "--accumulation", "3")
     assert code == 2
     assert "accumulation must be at least 4, the number of processes, each of which takes whole micro-batches" in output
+
+
+def test_the_default_is_what_fits_a_workstation():
+    """The paper's step of all layers; an explicit format is kept, or refused."""
+    asked = ("--model", "llama2-7b", "--gpu", "4GB")
+    code, output = call_paper(*asked)
+    assert code == 0, output
+    assert "memory: layerwise" in output
+    assert "8 of a step's 128 batches at once: the hidden states of more do not fit" in output
+    assert (
+        "scores in int16 and moments in 8bit: with wider ones layerwise needs 106.1 GB of the host's 64.0 GB" in output
+    )
+    found = json.loads(call_paper(*asked, "--json")[1])
+    assert (found["setting"]["scores"], found["chosen"]["scores"], found["chosen"]["batches_at_once"]) == (
+        *("auto", "int16", 8),
+    )
+    code, output = call_paper(*asked, "--moments", "float32")
+    assert code == 2
+    assert "nothing fits" in output
 
 
 def test_what_the_host_must_hold_is_part_of_what_fits():
@@ -224,7 +244,10 @@ def test_a_config_file_and_a_directory(tmp_path):
         (["--model", "llama2-7b", "--gpu", "1GB", "--cpu", "1GB"], "--gpu or --cpu must be given, got both"),
         (["--model", "llama2-7b", "--host", "1GB"], "--host must come with --gpu, got 1GB alone"),
         (["--model", "llama2-7b", "--layers", "4-70"], "layers must lie in 0 to 31"),
-        (["--model", "llama2-7b", "--scores", "int8"], "scores must be one of float32, bfloat16, int16, got 'int8'"),
+        (
+            ["--model", "llama2-7b", "--scores", "int8"],
+            "scores must be one of auto, float32, bfloat16, int16, got 'int8'",
+        ),
         (
             ["--model", "llama2-7b", "--target-modules", "q"],
             "target_modules and target_parameters must name linear layers of llama2-7b",

@@ -23,13 +23,14 @@ def write(tmp_path):
 
 
 def test_without_a_file_the_defaults_hold():
-    assert load_config(None) == RunConfig(train=TrainConfig(epochs=1.0))
+    assert load_config(None) == RunConfig(train=TrainConfig(epochs=1.0, moments="auto"))
+    assert RunConfig().mask == MaskConfig(scores_dtype="auto")
 
 
 def test_a_file_fills_the_sections_and_overrides_come_last(write):
     path = write("model: {dtype: float32}\ntrain: {lr: 3e-4, steps: 1e2, betas: [0.9, 0.95]}\nmask:\noutput_dir: out\n")
     config = load_config(path, ["train.lr=1e-3", "train.lr=2e-3", "mask.target_modules=[q_proj, v_proj]"])
-    assert config.train == TrainConfig(lr=2e-3, steps=100, betas=(0.9, 0.95))
+    assert config.train == TrainConfig(lr=2e-3, steps=100, betas=(0.9, 0.95), moments="auto")
     assert config.mask.target_modules == ["q_proj", "v_proj"]
     assert (config.model.dtype, config.output_dir) == ("float32", "out")
 
@@ -145,7 +146,7 @@ def test_a_wrong_file_says_where_and_what(write, text, message):
 @pytest.mark.parametrize("text", [None, "train: {lr: 1e-3}", "train: {lr: 1e-3, epochs: 1}"])
 def test_a_run_is_one_epoch_long_unless_the_file_or_an_override_says_how_long(write, text):
     path = None if text is None else write(text)
-    assert load_config(path, ["train.lr=1e-3"]).train == TrainConfig(lr=1e-3, epochs=1)
+    assert load_config(path, ["train.lr=1e-3"]).train == TrainConfig(lr=1e-3, epochs=1, moments="auto")
     assert load_config(path, ["train.steps=5", "train.epochs=null"]).train.steps == 5
 
 

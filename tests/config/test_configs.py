@@ -1,5 +1,6 @@
 """The shipped configurations: each loads by its name, says what the paper's code says, and leans on no default."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,18 +43,19 @@ def test_values_are_the_papers(model, task):
 @pytest.mark.parametrize("model", MODELS)
 def test_masks_and_rates_do_not_lean_on_defaults(model, task):
     config = load_config(str(CONFIGS / f"{model}_{task}.yaml"))
-    assert config.mask == MaskConfig.paper(layers_to_transform=LAYERS[task], seed=42)
+    assert config.mask == MaskConfig.paper(layers_to_transform=LAYERS[task], scores_dtype="auto", seed=42)
     assert {"keep_ratio", "mode", "init"} <= read_mapping(CONFIGS / f"{model}_{task}.yaml")["mask"].keys()
     assert config.train == TrainConfig(
-        lr=2e-5, steps=STEPS[task], accumulation=128, gradient_checkpointing=True, seed=42
+        lr=2e-5, steps=STEPS[task], accumulation=128, moments="auto", gradient_checkpointing=True, seed=42
     )
 
 
 def test_the_papers_setting_has_a_name_in_files_and_in_python():
     config = load_config("paper", ["mask.layers_to_transform=4-7"])
-    assert config.mask == MaskConfig.paper(layers_to_transform=[4, 5, 6, 7])
-    assert config.mask == MaskConfig(layers_to_transform=[4, 5, 6, 7], keep_ratio=0.9, mode="magnitude", init="normal")
-    assert config.train == TrainConfig(lr=2e-5, epochs=2.0, accumulation=128)
+    ours = MaskConfig.paper(layers_to_transform=[4, 5, 6, 7])
+    assert ours == MaskConfig(layers_to_transform=[4, 5, 6, 7], keep_ratio=0.9, mode="magnitude", init="normal")
+    assert config.mask == replace(ours, scores_dtype="auto")
+    assert config.train == TrainConfig(lr=2e-5, epochs=2.0, accumulation=128, moments="auto")
     assert (config.model, config.data) == (ModelConfig(), DataConfig())
     assert MaskConfig.paper(keep_ratio=0.8).keep_ratio == 0.8
 

@@ -52,6 +52,40 @@ def test_layerwise_takes_as_many_batches_at_once_as_the_host_holds():
     assert "8 of a step's 128 batches at once: the hidden states of more do not fit" in choice.reason
 
 
+@pytest.mark.parametrize(
+    ("changes", "host", "chosen"),
+    [
+        ({}, 128, ("float32", "float32")),
+        ({}, 88, ("float32", "8bit")),
+        ({}, 64, ("int16", "8bit")),
+        ({"fixed_threshold": True}, 64, ("bfloat16", "8bit")),
+        ({"moments": "float32"}, 128, ("float32", "float32")),
+        ({"moments": "float32"}, 100, ("int16", "float32")),
+        ({"scores": "bfloat16"}, 64, ("bfloat16", "8bit")),
+        ({"scores": "float32", "moments": "float32"}, 64, None),
+        ({}, 48, None),
+    ],
+    ids=str,
+)
+def test_scores_and_moments_left_open_are_the_widest_that_fit(changes, host, chosen):
+    workload = Workload(**{"scores": "auto", "moments": "auto"} | changes)
+    choice = choose(SEVEN, workload, 24e9, host * 1e9)
+    assert (None if choice.chosen is None else (choice.chosen.scores, choice.chosen.moments)) == chosen
+    if (changes, host) == ({}, 64):
+        said = "scores in int16 and moments in 8bit: with wider ones layerwise needs 106.1 GB of the host's 64.0 GB"
+        assert choice.reason.endswith(said)
+
+
+def test_plain_takes_narrow_scores_that_autograd_reaches():
+    chosen = choose(SEVEN, Workload(memory="plain", scores="auto", moments="auto"), 100e9).chosen
+    assert (chosen.scores, chosen.moments) == ("bfloat16", "8bit")
+
+
+def test_an_estimate_needs_formats():
+    with pytest.raises(ValueError, match="scores must be a format here: see choose, got auto"):
+        estimate(SEVEN, Workload(memory="resident", scores="auto"))
+
+
 def test_what_is_asked_for_at_once_is_never_changed():
     asked = Workload(scores="int16", moments="8bit", batches_at_once=16)
     refused = choose(SEVEN, asked, 24e9, 64e9)

@@ -8,6 +8,7 @@ import torch
 import mft.training.plan
 import mft.training.run
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
+from mft.config_file import load_config
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
 from mft.training.plan import plan_training, workload_of
@@ -42,6 +43,28 @@ def test_auto_takes_the_fastest_that_fits_and_says_why(with_free, free, way):
     assert f"of {free:.1f} GB on cpu" in plan.reason
     if way != "plain":
         assert "plain cannot be taken: needs " in plan.reason
+
+
+def test_formats_that_are_left_open_are_those_that_fit(with_free):
+    sizes = ["model.name=llama2-7b", "mask.layers_to_transform=4-7", "data.sequence_length=4096"]
+    for free, found in ((400, ("float32", "float32")), (24, ("float32", "8bit")), (20, ("int16", "8bit"))):
+        with_free(free)
+        config = load_config(None, sizes)
+        plan = plan_training(config)
+        assert (plan.scores, plan.moments) == found
+        assert (f"scores in {found[0]} and moments in {found[1]}" in plan.reason) == (free != 400)
+        plan.write_into(config)
+        assert (config.mask.scores_dtype, config.train.moments) == found
+    with pytest.raises(ValueError, match="nothing fits"):
+        plan_training(load_config(None, [*sizes, "mask.scores_dtype=float32", "train.moments=float32"]))
+
+
+def test_a_run_takes_as_many_batches_at_once_as_fit(with_free):
+    config = config_of(train={"accumulation": 128})
+    for free, at_once in ((400, None), (80, 32)):
+        with_free(free)
+        config.memory = "layerwise"
+        assert plan_training(config).batches_at_once == at_once
 
 
 def test_processes_on_one_machine_share_its_memory(with_free, monkeypatch):

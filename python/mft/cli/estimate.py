@@ -213,6 +213,7 @@ def as_dictionary(
         "host_limit_gb": None if host_bytes is None else host_bytes / 1e9,
         "reserve_gb": RESERVE[workload.device] / 1e9,
         "setting": dataclasses.asdict(workload),
+        "chosen": None if choice.chosen is None else dataclasses.asdict(choice.chosen),
         "ways": ways,
     }
 

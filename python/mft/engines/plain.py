@@ -15,6 +15,7 @@ from mft.engines.score_states import score_optimizer
 from mft.engines.step import NonFiniteLoss
 from mft.models.causal_lm import Run
 from mft.models.frozen_layers import PrefixMemory
+from mft.number_formats import unless_auto
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.surrogate.surrogate import Surrogate
@@ -149,11 +150,12 @@ def make_stepper(model: nn.Module, train: TrainConfig) -> Stepper:
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     masked = [m for m in model.modules() if isinstance(m, MaskedLayer) and m.scores.requires_grad]
+    moments = unless_auto(train.moments)
     if len(masked) != len(trained) or not masked:
-        if train.moments != "float32":
-            raise ValueError(f"train.moments must be float32 where weights are trained, got {train.moments}")
+        if moments != "float32":
+            raise ValueError(f"train.moments must be float32 where weights are trained, got {moments}")
         return MasterAdamW(trained, train)
-    if train.moments == "float32" and all(module.scores.dtype == torch.float32 for module in masked):
+    if moments == "float32" and all(module.scores.dtype == torch.float32 for module in masked):
         return MasterAdamW(trained, train)
     return _ScoreAdamW(masked, train)
 

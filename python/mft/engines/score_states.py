@@ -18,7 +18,7 @@ from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
 from mft.models.quantized_weight import QuantizedWeight
-from mft.number_formats import MOMENT_FORMATS
+from mft.number_formats import MOMENT_FORMATS, unless_auto
 from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer, pack_mask
 from mft_kernels.mask.masking import outdate
@@ -85,7 +85,7 @@ def score_optimizer(masked: Iterable[MaskedLayer], train: TrainConfig) -> MaskAd
         lr=train.lr,
         betas=train.betas,
         weight_decay=train.weight_decay,
-        moments=MOMENT_FORMATS[train.moments].name,
+        moments=MOMENT_FORMATS[unless_auto(train.moments)].name,
         seed=train.seed,
     )
 

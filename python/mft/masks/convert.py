@@ -21,6 +21,7 @@ from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.models.quantized_weight import quantized_weights
+from mft.number_formats import unless_auto
 from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
 from mft_kernels.layers.shells import filled, linear_on, without
@@ -310,12 +311,13 @@ def check_unmasked(model: nn.Module) -> None:
 
 
 def _scores_options(name: str, config: MaskConfig, weight: Tensor) -> dict[str, Any]:
+    dtype = torch.float64 if weight.dtype == torch.float64 else getattr(torch, unless_auto(config.scores_dtype))
     return {
         "keep_ratio": config.keep_ratio if config.budget is None else 1.0,  # until something is selected
         "mode": config.mode,
         "init": config.init,
         "threshold": config.threshold,
-        "scores_dtype": torch.float64 if weight.dtype == torch.float64 else getattr(torch, config.scores_dtype),
+        "scores_dtype": dtype,
         "generator": _generator(config.seed, name, weight.device),
     }
 

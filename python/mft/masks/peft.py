@@ -29,7 +29,7 @@ from mft.masks.location import fetched_masks
 from mft.masks.targets import select_targets
 from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
-from mft.number_formats import SCORE_FORMATS
+from mft.number_formats import SCORE_FORMATS, unless_auto
 from mft.surrogate.surrogate import keep_surrogate
 
 _TRIED = "0.21", "0.22"  # from the first version to before the last
@@ -61,6 +61,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
         PeftConfig.__post_init__(self)
         self.peft_type = PeftType(PEFT_TYPE)
         MaskConfig.__post_init__(self)
+        self.scores_dtype = unless_auto(self.scores_dtype)  # nothing here knows of memory
         check_rule(
             SCORE_FORMATS[self.scores_dtype].has_gradient,
             "scores_dtype",

@@ -6,11 +6,13 @@ engines. Sizes are bytes of what is allocated; a CUDA context and the allocator'
 
 from dataclasses import dataclass, field
 
+from mft.checks import check_rule
 from mft.memory.shapes import ModelShape
 from mft.memory.sizes import RunSizes, Sizes
 from mft.memory.step_time import step_seconds
 from mft.memory.ways import WAYS
 from mft.memory.workload import Workload
+from mft.number_formats import AUTO
 
 # On a CPU the kernels' own scratch counts: slabs of 2 MiB, histograms of 0.5 MiB a thread, pages of code. Measured
 # peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory.worker, 128 to 1024
@@ -59,6 +61,8 @@ def estimate(shape: ModelShape, workload: Workload) -> Estimate:
     """
     if workload.memory not in WAYS:
         raise ValueError(f"memory must be one of {', '.join(WAYS)} here, got {workload.memory}: see choose")
+    for name in ("scores", "moments"):
+        check_rule(getattr(workload, name) != AUTO, name, "be a format here: see choose", AUTO)
     way = WAYS[workload.memory]
     run = RunSizes(shape, way.of(workload))
     phases, host, loading = way.phases(run), way.host(run), way.loading(run)

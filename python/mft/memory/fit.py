@@ -8,11 +8,14 @@ from mft.memory.estimate import Estimate, estimate
 from mft.memory.shapes import ModelShape
 from mft.memory.ways import WAYS, ways_over
 from mft.memory.workload import Workload
-from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS, at_most_as_wide
+from mft.number_formats import AUTO, MOMENT_FORMATS, SCORE_FORMATS, at_most_as_wide
 
 # Of the device, beside what is allocated: a CUDA context (some 0.4 GB), cuBLAS's workspace (up to 32 MiB) and the
 # allocator's fragments. Not measured.
 RESERVE = {"cuda": 600_000_000, "cpu": 0}
+# Scores and moments where these are left open. int16 flips fewer bits wrongly than bfloat16 (docs/memory.md), which
+# autograd reaches, and which have fixed thresholds.
+_FORMATS = (("float32", "float32"), ("float32", "8bit"), ("int16", "8bit"), ("bfloat16", "8bit"))
 _SHORTEST = 512  # tokens; the search for a setting goes no lower
 # How little a change is wanted. Smaller micro-batches change no result, and another base the most.
 _COSTS = {"memory": 4, "micro_batch": 1, "moments": 2, "scores": 3, "accumulation": 4, "sequence": 5, "quantization": 9}
@@ -48,6 +51,8 @@ def choose(
 ) -> Choice:
     """The way that workload.memory names if it fits, or for "auto" the fastest that does: plain, resident, layerwise.
 
+    Formats of scores and moments that are "auto" are the widest with which any of these ways fits.
+
     quantized changes the base, so auto takes it only where workload.quantization asks for a quantised base.
 
     Args:
@@ -55,6 +60,46 @@ def choose(
         host_bytes: of host memory for this; None for no limit.
     Raises: ValueError as estimate does.
     """
+    widest, *narrower = _formats(workload)
+    choice = first = _choose_way(shape, widest, device_bytes, host_bytes)
+    last = _candidates(workload)[-1]
+    if all(WAYS[name].obstacle(widest, first.estimates[name].quantized) for name in _candidates(workload)):
+        narrower = []  # memory is not what is short
+    for formats in narrower:
+        if choice.chosen is not None:
+            break
+        choice = _choose_way(shape, formats, device_bytes, host_bytes)
+        said = f"scores in {formats.scores} and moments in {formats.moments}"
+        said += f": with wider ones {last} {first.refusals[last]}" if choice.chosen else ", the narrowest"
+        choice = replace(choice, reason=f"{choice.reason}; {said}")
+    if choice.chosen is not None:
+        return choice
+    nearest, least = _nearest(shape, workload, device_bytes, host_bytes)
+    return replace(choice, nearest=nearest, least=least)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _formats(workload: Workload) -> list[Workload]:
+    """With each format of scores and moments that is left open, the widest first."""
+    found = [
+        replace(
+            workload,
+            scores=scores if workload.scores == AUTO else workload.scores,
+            moments=moments if workload.moments == AUTO else workload.moments,
+        )
+        for scores, moments in _FORMATS
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _choose_way(shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None) -> Choice:
+    """With these formats."""
     fitted = {name: _fitted(shape, way.of(workload), device_bytes, host_bytes) for name, way in WAYS.items()}
     estimates = {name: found for name, (_, found) in fitted.items()}
     refusals = {}
@@ -65,28 +110,20 @@ def choose(
             refusals[name] = obstacle
     asked = _candidates(workload)
     way = next((way for way in asked if way not in refusals), None)
-    if way is not None:
-        chosen, _ = fitted[way]
-        reasons = ["it was asked for, and fits"]
-        if workload.memory == "auto":
-            reasons = ["it is the fastest way that fits"]
-            reasons += [f"{other} cannot be taken: {refusals[other]}" for other in asked[: asked.index(way)]]
-        if chosen.batches_at_once != workload.batches_at_once:
-            reasons.append(
-                f"{chosen.batches_at_once} of a step's {chosen.own_accumulation} batches at once: the hidden states of "
-                "more do not fit"
-            )
-        return Choice(estimates, refusals, chosen, "; ".join(reasons))
-    reason = "; ".join(f"{way}: {refusals[way]}" for way in asked)
-    nearest, least = _nearest(shape, workload, device_bytes, host_bytes)
-    return Choice(estimates, refusals, None, f"nothing fits: {reason}", nearest, least)
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
-
-
-# ---------------------------------------------------------------------------------------------- private
+    if way is None:
+        reason = "; ".join(f"{way}: {refusals[way]}" for way in asked)
+        return Choice(estimates, refusals, None, f"nothing fits: {reason}")
+    chosen, _ = fitted[way]
+    reasons = ["it was asked for, and fits"]
+    if workload.memory == "auto":
+        reasons = ["it is the fastest way that fits"]
+        reasons += [f"{other} cannot be taken: {refusals[other]}" for other in asked[: asked.index(way)]]
+    if chosen.batches_at_once != workload.batches_at_once:
+        reasons.append(
+            f"{chosen.batches_at_once} of a step's {chosen.own_accumulation} batches at once: the hidden states of "
+            "more do not fit"
+        )
+    return Choice(estimates, refusals, chosen, "; ".join(reasons))
 
 
 def _candidates(workload: Workload) -> list[str]:
@@ -142,7 +179,8 @@ def _nearest(
         if WAYS[changed.memory].obstacle(changed, found.quantized):
             continue
         if _shortage(found, workload.device, device_bytes, host_bytes) is None:
-            return changed, None
+            scores = AUTO if workload.scores == AUTO else changed.scores
+            return replace(changed, scores=scores, moments=AUTO if workload.moments == AUTO else changed.moments), None
         needed.append((found.device_peak + RESERVE[workload.device], found.host_needed))
     hosts = [host for device, host in needed if device_bytes is None or device <= device_bytes]
     if hosts:
@@ -152,7 +190,8 @@ def _nearest(
 
 def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
     """(cost, workload) of every combination of changes, each with a way."""
-    moments, scores = at_most_as_wide(workload.moments, MOMENT_FORMATS), at_most_as_wide(workload.scores, SCORE_FORMATS)
+    moments = ["8bit"] if workload.moments == AUTO else at_most_as_wide(workload.moments, MOMENT_FORMATS)
+    scores = ["int16", "bfloat16"] if workload.scores == AUTO else at_most_as_wide(workload.scores, SCORE_FORMATS)
     bases = [(workload.quantization, workload.quantize_masked and workload.quantization is not None)]
     bases += [base for base in (("nf4", False), ("nf4", True)) if base not in bases]
     rows = _halvings(workload.micro_batch, 1)
@@ -163,7 +202,8 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
         range(len(rows)), moments, scores, bases, range(len(accumulations)), range(len(lengths)), at_onces
     ):
         cost = _COSTS["micro_batch"] * row + _COSTS["sequence"] * length + _COSTS["accumulation"] * shorter
-        cost += _COSTS["moments"] * (kind != workload.moments) + _COSTS["scores"] * (score != workload.scores)
+        cost += _COSTS["moments"] * (kind != workload.moments != AUTO)
+        cost += _COSTS["scores"] * (score != workload.scores != AUTO)
         cost += _COSTS["quantization"] * (base != workload.quantization) + (masked != workload.quantize_masked)
         cost += _COSTS["batches_at_once"] * (at_once != workload.batches_at_once)
         # A smaller micro-batch comes with more of them: the step stays what it is.

@@ -42,6 +42,8 @@ class Way:
             return f"quantization={workload.quantization} asks for a quantised base"
         if workload.batches_at_once is not None and not self.holds_all_rows:
             return f"it runs one batch at a time, and batches_at_once={workload.batches_at_once} asks for layerwise"
+        if workload.fixed_threshold and not SCORE_FORMATS[workload.scores].has_gradient:
+            return f"{workload.scores} scores have no fixed threshold"
         if not quantized and (workload.quantization is not None or not self.over_exact):
             return "every linear layer is masked, so nothing would be quantised without quantize_masked"
         return None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mft.checks import check_one_of, check_rule
 from mft.config import BUDGET, DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS
-from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS
+from mft.number_formats import AUTO, state_bytes
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Workload:
         batches_at_once: micro-batches whose boundaries layerwise holds together, None for all of a step (or, for
             fit.choose, for as many as fit).
         processes: that train together, each with a memory of its own or its share of one.
-        scores, moments: dtypes at rest. grad_dtype: of the gradient buffers, None for the weights'.
+        scores, moments: dtypes at rest; auto where the choice is asked for.
+        grad_dtype: of the gradient buffers, None for the weights'.
         quantization: of the base, None for none. quantize_masked: the masked layers' weights too.
         gradient_checkpointing: of plain and in_place; the other ways recompute every layer anyhow.
         clipping: of the gradients' global norm, which layerwise does not have.
         keep_ratio: share of the masked weights that is kept; 0 where a fixed threshold leaves it open.
+        fixed_threshold: whether masks keep what lies above a given one, which int16 scores do not have.
         budget: share of all masked weights that is dropped by one threshold, None for one each layer.
         objective: cross_entropy, kl, distill or dpo. teacher_bytes: of a teacher's weights on the device.
         device: "cuda", which has a memory of its own, or "cpu", which shares the host's.
@@ -44,6 +46,7 @@ class Workload:
     gradient_checkpointing: bool = False
     clipping: bool = False
     keep_ratio: float = 0.9
+    fixed_threshold: bool = False
     budget: float | None = None
     objective: str = "cross_entropy"
     teacher_bytes: int = 0
@@ -51,8 +54,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         check_one_of("memory", self.memory, ("auto", *WAYS))
-        check_one_of("scores", self.scores, SCORES_DTYPES)
-        check_one_of("moments", self.moments, MOMENTS)
+        check_one_of("scores", self.scores, (AUTO, *SCORES_DTYPES))
+        check_one_of("moments", self.moments, (AUTO, *MOMENTS))
         check_one_of("objective", self.objective, tuple(OBJECTIVES))
         check_one_of("device", self.device, ("cuda", "cpu"))
         if self.budget is not None:
@@ -113,4 +116,4 @@ class Workload:
     @property
     def state_bytes(self) -> float:
         """A score with its moments, at rest."""
-        return SCORE_FORMATS[self.scores].bytes + MOMENT_FORMATS[self.moments].bytes
+        return state_bytes(self.scores, self.moments)

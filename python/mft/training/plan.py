@@ -16,6 +16,7 @@ from mft.memory.shapes import ModelShape, shape_from_config
 from mft.memory.ways import WAYS, ways_over
 from mft.memory.workload import Workload
 from mft.models.frozen_layers import PrefixMemory
+from mft.number_formats import unless_auto
 
 _LOGS = 100_000_000  # bytes: metrics, tables, plot
 # Where a field of Workload stands in a run's configuration.
@@ -36,16 +37,23 @@ _KEYS = {
 class Plan:
     """How a run will train.
 
-    quantization is that of the base, None for exact weights; batches_at_once: as of train; remember: whether the frozen
-    layers' outputs are kept.
+    quantization is that of the base, None for exact weights; scores, moments: their formats; batches_at_once: as of
+    train; remember: whether the frozen layers' outputs are kept.
     """
 
     way: str
     device: torch.device
     quantization: str | None
+    scores: str
+    moments: str
     batches_at_once: int | None
     remember: bool
     reason: str
+
+    def write_into(self, config: RunConfig) -> None:
+        """What config left open becomes what was chosen."""
+        config.model.quantization, config.train.batches_at_once = self.quantization, self.batches_at_once
+        config.mask.scores_dtype, config.train.moments = self.scores, self.moments
 
 
 def plan_training(config: RunConfig, processes: int = 1) -> Plan:
@@ -85,7 +93,7 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
     free, held = (device_bytes, found.device_peak) if host_bytes is None else (host_bytes, found.host_peak)
     remember = free - held >= PrefixMemory.max_bytes and _saves_a_tenth(shape, workload)
     reason = f"memory: {choice.way}, an estimated {needs}; {choice.reason}"
-    return _plan(config, choice.chosen.memory, device, remember, reason, choice.chosen.batches_at_once)
+    return _plan(config, choice.chosen.memory, device, remember, reason, choice.chosen)
 
 
 def replan(config: RunConfig, *, way: str, remember: bool) -> Plan:
@@ -96,6 +104,9 @@ def replan(config: RunConfig, *, way: str, remember: bool) -> Plan:
 def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> Workload:
     """What of a run's configuration decides its memory."""
     mask, train = config.mask, config.train
+    scores, moments = mask.scores_dtype, train.moments
+    if mask.modules_to_save:  # weights are trained beside scores, by AdamW in fp32
+        scores, moments = unless_auto(scores), unless_auto(moments)
     layers = mask.layers_to_transform
     return Workload(
         memory=config.memory,
@@ -106,14 +117,15 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
         accumulation=train.accumulation,
         batches_at_once=train.batches_at_once,
         processes=processes,
-        scores=mask.scores_dtype,
-        moments=train.moments,
+        scores=scores,
+        moments=moments,
         grad_dtype=train.grad_dtype,
         quantization=config.model.quantization,
         quantize_masked=config.model.quantize_masked,
         gradient_checkpointing=train.gradient_checkpointing,
         clipping=train.max_grad_norm is not None,
         keep_ratio=mask.keep_ratio if mask.threshold is None else 0.0,
+        fixed_threshold=mask.threshold is not None,
         budget=mask.budget,
         objective=config.objective.name,
         teacher_bytes=_teacher_bytes(config),
@@ -125,10 +137,13 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
 
 
 def _plan(
-    config: RunConfig, way: str, device: torch.device, remember: bool, reason: str, at_once: int | None = None
+    config: RunConfig, way: str, device: torch.device, remember: bool, reason: str, chosen: Workload | None = None
 ) -> Plan:
-    at_once = config.train.batches_at_once if at_once is None else at_once
-    return Plan(way, device, WAYS[way].base(config.model.quantization), at_once, remember, reason)
+    """chosen: None where nothing was estimated; what is left open is then the default."""
+    formats = unless_auto(config.mask.scores_dtype), unless_auto(config.train.moments), config.train.batches_at_once
+    if chosen is not None:
+        formats = chosen.scores, chosen.moments, chosen.batches_at_once
+    return Plan(way, device, WAYS[way].base(config.model.quantization), *formats, remember, reason)
 
 
 def _named(mask: MaskConfig) -> tuple[str, ...] | None:

@@ -13,13 +13,16 @@ from typing import Any, ClassVar
 from mft.config import CONFIG, RunConfig
 from mft.config_file import config_from, config_values, load_config
 from mft.engines.distributed import Processes
+from mft.number_formats import AUTO
 from mft.tracking.console import say
 from mft.training.checkpoint import Checkpoint, newest_checkpoint
 from mft.training.run_directory import CHECKPOINTS, check_run_directory, holding, result_of
 
 # They change nothing of what is learned.
-_FREE = ("output_dir", "checkpoint_minutes", "train.log_every", "coding", "report_to", "project")
-_FREE += ("train.batches_at_once",)
+_FREE = (
+    *("output_dir", "checkpoint_minutes", "train.log_every", "coding", "report_to", "project"),
+    "train.batches_at_once",
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,12 @@ class Resume:
         asked.output_dir = str(self.directory)
         if asked.model.quantization is None:  # memory: quantized has chosen it
             asked.model.quantization = own.model.quantization
-        if asked.train.batches_at_once is None:  # the host's memory has chosen it
+        if asked.train.batches_at_once is None:  # memory has chosen it, and these
             asked.train.batches_at_once = own.train.batches_at_once
+        if asked.mask.scores_dtype == AUTO:
+            asked.mask.scores_dtype = own.mask.scores_dtype
+        if asked.train.moments == AUTO:
+            asked.train.moments = own.train.moments
         was, now = flat(own), flat(asked)
         changed = [f"{key} was {was[key]}, now {now[key]}" for key in was if was[key] != now[key] and key not in _FREE]
         if changed and not self.force:

@@ -39,6 +39,7 @@ from mft.masks.location import MASKS
 from mft.masks.quantize import quantize_model
 from mft.masks.targets import select_targets
 from mft.models.pretrained import load_model, load_outline, save_model
+from mft.number_formats import state_bytes
 from mft.objectives.objective import Objective
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
@@ -137,7 +138,7 @@ def _train(run: "_Run") -> Path:
     config = run.config
     plan = _plan(run)
     say(plan.reason)
-    config.model.quantization, config.train.batches_at_once = plan.quantization, plan.batches_at_once
+    plan.write_into(config)
     splits = read_data(config)
     model = _base_model(config, plan)
     objective = make_objective(config)
@@ -164,6 +165,12 @@ def _plan(run: "_Run") -> Plan:
     else:
         with processes.together():
             plan = _planned(config, processes.count)
+        formats = min(processes.gather((plan.scores, plan.moments)), key=lambda pair: state_bytes(*pair))
+        if formats != (plan.scores, plan.moments):
+            config = copy.deepcopy(config)
+            config.mask.scores_dtype, config.train.moments = formats
+        with processes.together():
+            plan = plan if config is run.config else _planned(config, processes.count)
         ways = processes.gather(plan.way)
         slowest = max(ways, key=WAYS.index)  # each process has found other memory free
         with processes.together():

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from mft.config import MaskConfig, TrainConfig
-from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS
+from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS, unless_auto
 from mft.study.arms.size import adapter_sides
 
 ADAPTER_BYTES = 4 + 4 + 8.0  # a number of an adapter, its gradient, two moments: all fp32
@@ -24,7 +24,7 @@ def trained_weight_bytes(base: nn.Module, numbers: int) -> int:
 
 def score_bytes(mask: MaskConfig, train: TrainConfig) -> float:
     """A score, its gradient and its two moments."""
-    return 2 * SCORE_FORMATS[mask.scores_dtype].bytes + MOMENT_FORMATS[train.moments].bytes
+    return 2 * SCORE_FORMATS[unless_auto(mask.scores_dtype)].bytes + MOMENT_FORMATS[unless_auto(train.moments)].bytes
 
 
 def equal_memory_rank(shapes: Iterable[tuple[int, ...]], score: float = ADAPTER_BYTES) -> int:
