@@ -136,7 +136,7 @@ def parts(monkeypatch):
         ((64, 1032, 1256), 132, {(64, 4), (64, 3)}),  # 10 pairs in parts of 3, the last has one; d_x 9
         ((1, 264, 4352), 6, {(64, 3), (64, 1)}),  # more tiles than clusters: the rings run on from part to part
         ((70, 264, 1256), 16, {(128, 4), (128, 1)}),
-        ((130, 264, 1256), 16, {(256, 4), (256, 1), (64, 1)}),
+        ((130, 264, 1256), 16, {(256, 4), (256, 1), (128, 2)}),
     ],
 )
 def test_sums_in_parts_are_exact(shape, multiprocessors, expected, parts):

@@ -212,13 +212,16 @@ def goes_on(way, root, new_root, processes):
     return trained(way, "int16 scores, 8-bit moments", saver=saver, processes=processes)
 
 
+WIDEST = {"scores": "float32", "moments": "float32"}
+
+
 def run_until_a_signal(rank, folder):
     """mft train with memory: auto, where the second process has memory for no faster way than resident."""
     config = load_config(folder / "config.yaml")
     peaks = [
         estimate(
             shape_from_config(read_model_config(config.model.name), "tiny", dtype="float32"),
-            replace(mft.training.plan.workload_of(config, torch.device("cpu"), COUNT), memory=way),
+            replace(mft.training.plan.workload_of(config, torch.device("cpu"), COUNT), memory=way, **WIDEST),
         ).device_peak
         for way in ("plain", "resident")
     ]

@@ -82,14 +82,14 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
             torch.ones(shape[1:]), t.grad_output, t.x, weight, backend=backend, **signs
         )
 
-    def stepped(scores_dtype, moments_dtype):
+    def stepped(scores_dtype, moments_dtype, number=int):
         """What a step leaves behind of scores and of moments that are not zero."""
         fixed_point = scores_dtype == torch.int16
         scores = mft_kernels.fixed_from_float(t.scores) if fixed_point else t.scores.to(scores_dtype, copy=True)
         moments = [(2000 * t.weight.abs()).to(moments_dtype) for _ in range(2)]
         scales = torch.full((2, -(-scores.numel() // 256)), 0.01) if moments_dtype == torch.uint8 else None
         before = mft_kernels.kept_threshold(scores, KEPT)
-        options = {"step": 3, "lr": 1e-2, "keep_ratio": KEPT, "threshold": before, "backend": backend}
+        options = {"step": number(3), "lr": 1e-2, "keep_ratio": KEPT, "threshold": before, "backend": backend}
         found = mft_kernels.score_step(scores, t.weight.flip(0), t.weight, *moments, scales, **options)
         return scores, *moments, *([] if scales is None else [scales]), *found
 
@@ -146,6 +146,7 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         "pack_mask": lambda: mft_kernels.pack_mask(t.scores, threshold, backend=backend),
         "unpack_mask": lambda: mft_kernels.unpack_mask(packed, t.weight.shape),
         "pack_signs": lambda: torch.ops.mft.pack_signs(t.scores, backend),
+        "score_step_on_device": lambda: stepped(torch.bfloat16, torch.uint8, number=torch.tensor),
     } | {f"score_step of {name}": lambda name=name: stepped(*STEPS[name]) for name in STEPS}
 
 

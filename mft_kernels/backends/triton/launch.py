@@ -48,11 +48,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
                 return
             if reason := _not_compiled_here(target, options):
                 raise cubins.NoCubin(f"{cubins.missing(str(target), kernel, args, options)}, and {reason}")
-        cubins.note(cubins.Launched(kernel.__name__, bool(options.get("MASK_ON_A"))))
         # Triton launches on the current device, which need not be that of the tensors.
         elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
         with torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext():
             kernel[grid](*args, **options)
+        cubins.note(cubins.Launched(kernel.__name__, bool(options.get("MASK_ON_A"))))
 
 
 def by_cubins_or_compiled(device: torch.device, run: Callable[[Target], T]) -> T:

@@ -50,9 +50,9 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
     for section in ("full", "stage", "rewards"):
         for key in _FROM_ARMS:
             values[section].pop(key, None)
-    for section in ("full", "stage"):
-        if values[section]["batches_at_once"] is None:  # as a study of before had it
-            del values[section]["batches_at_once"]
+    for train in (values["full"], values["stage"], (values["scratch"] or {}).get("train", {})):
+        if train.get("batches_at_once", 0) is None:  # as a study of before had it
+            del train["batches_at_once"]
     if study.objective == CROSS_ENTROPY:  # so too
         del values["objective"], values["rewards"], values["questions"]
     for keys in (values["mask"], *values["arms"].values()):

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -72,7 +72,9 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
         way = config.memory
         if way == "auto":
             ways = ways_over(config.model.quantization)
-            way = next(one.name for one in ways if one.obstacle(workload, quantized=1) is None)
+            formats = {"scores": unless_auto(workload.scores), "moments": unless_auto(workload.moments)}
+            known = replace(workload, **formats)
+            way = next(one.name for one in ways if one.obstacle(known, quantized=1) is None)
         return _plan(config, way, device, True, f"memory: {way}, not estimated: {error}")
     for layer in workload.layers or ():
         check_rule(
