@@ -90,7 +90,7 @@ def test_a_loss_of_hidden_states(way, monkeypatch):
     count = sum(len(batch.labelled.targets) for batch in batches(12))
     theirs = by_hand(model, batches(12), count, expected)
     ours = step(make_masked(way), way, Small(), batches(12), monkeypatch)
-    # Dense products sum in an order of their own, and the norm makes this loss almost a constant: little is left of sums.
+    # Dense products sum in an order of their own, and the norm makes this loss almost a constant.
     assert_same(ours, theirs, 2e-4 if way == "in_place" else 1e-5)
 
 
