@@ -169,7 +169,9 @@ def unlisted(some: list, target: str) -> list[str]:
     return [each for each in made_for if each not in known(target)]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(one, marks=pytest.mark.slow) for one in TARGETS if one != "sm_90")]
+)
 def test_every_op_is_listed_or_left_out_with_a_reason(target):
     wrong, left_out = [], set()
     for asked, call in every_call():

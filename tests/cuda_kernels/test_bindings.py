@@ -603,6 +603,7 @@ def test_what_does_not_fit_is_refused(ops):
     assert product().shape == (5, 12)
 
 
+@pytest.mark.slow
 def test_hopper_s_product_takes_the_tile_and_parts_that_it_is_given(ops, monkeypatch):
     """Every tile, in one part and several, by words and in both modes, forward and d_x: as `make gpu` checks it."""
     layouts = pytest.importorskip("benchmarks.gpu.layouts", reason="it measures Triton kernels", exc_type=ImportError)

@@ -179,6 +179,7 @@ def test_without_a_workspace_the_sum_is_in_one(monkeypatch):
     check(33, 264, 1096, multiprocessors=132)
 
 
+@pytest.mark.slow
 def test_many_schedules_give_one_result():
     x, grad, weight, scores, threshold = problem(130, 256, 384)
     for settings in itertools.product(range(3), emulated.ASYNCHRONIES, emulated.SCHEDULES):

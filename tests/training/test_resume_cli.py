@@ -67,7 +67,13 @@ def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code, own):
     assert (tmp_path / "run" / "table.json").read_text() == (tmp_path / "straight" / "table.json").read_text()
 
 
-@pytest.mark.parametrize("way", ["plain", "in_place", "resident", "quantized", "layerwise"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "plain",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("in_place", "resident", "quantized", "layerwise")),
+    ],
+)
 def test_the_metrics_of_a_run_that_goes_on_are_those_of_a_straight_one(cli, tmp_path, monkeypatch, way):
     """Flips included: every third step counts, from the one that counted before, which lies before the checkpoint."""
     monkeypatch.setattr("mft.training.run.POINTS", 4)

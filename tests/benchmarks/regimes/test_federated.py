@@ -34,6 +34,7 @@ def result(regime, tmp_path_factory):
     return carry_out(regime, tmp_path_factory.mktemp("out"), "test", lambda line: None)
 
 
+@pytest.mark.slow
 def test_every_way_but_the_bounds_sends_at_most_a_bit_per_weight(result):
     heads = 8 * 5 * 14 / (2 * (4 * 16 * 16 + 3 * 16 * 32))  # 5 bytes for each of the 14 small matrices
     for arm, found in result["arms"].items():
@@ -44,6 +45,7 @@ def test_every_way_but_the_bounds_sends_at_most_a_bit_per_weight(result):
             assert found[f"most {BITS}"] <= (1 if "LoRA" not in arm else 1.5) + heads
 
 
+@pytest.mark.slow
 def test_each_run_has_the_bytes_of_each_round_and_client_and_the_nats_of_each_document(result):
     assert len(result["runs"]) == 2 * len(WAYS)
     for run in result["runs"]:
@@ -53,6 +55,7 @@ def test_each_run_has_the_bytes_of_each_round_and_client_and_the_nats_of_each_do
             assert len(nats) == len(result["documents"]["tokens"][client])
 
 
+@pytest.mark.slow
 def test_arms_are_compared_with_the_bound_and_with_the_rival(result):
     for arm, found in result["arms"].items():
         for other in (BOUND, RIVAL):

@@ -36,6 +36,7 @@ def finished(regime, tmp_path_factory):
     return directory, carry_out(regime, directory, "test", lines.append), lines
 
 
+@pytest.mark.slow
 def test_power_is_said_before_the_first_run(finished):
     _, _, lines = finished
     said = [number for number, line in enumerate(lines) if "can show a difference of" in line]
@@ -44,6 +45,7 @@ def test_power_is_said_before_the_first_run(finished):
     assert said[0] < runs[0]
 
 
+@pytest.mark.slow
 def test_each_run_has_the_nats_of_each_document_before_and_after_each_task(finished):
     _, result, _ = finished
     assert {run["arm"] for run in result["runs"]} == set(WAYS)
@@ -56,6 +58,7 @@ def test_each_run_has_the_nats_of_each_document_before_and_after_each_task(finis
     assert next(run["order"] for run in result["runs"] if run["seed"] == 1) == ["by threes", "up"]
 
 
+@pytest.mark.slow
 def test_a_mask_per_task_forgets_nothing_and_is_compared_with_the_control(finished):
     _, result, _ = finished
     arm = result["arms"]["a mask per task"]
@@ -64,6 +67,7 @@ def test_a_mask_per_task_forgets_nothing_and_is_compared_with_the_control(finish
     assert difference["estimate"] == pytest.approx(-result["arms"][REFERENCE][FORGOTTEN], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_finished_regime_runs_nothing_again_and_gives_the_same_result(finished, regime):
     directory, result, _ = finished
     lines = []
@@ -74,12 +78,14 @@ def test_a_finished_regime_runs_nothing_again_and_gives_the_same_result(finished
     assert "mask trained on" in (directory / TABLE).read_text()
 
 
+@pytest.mark.slow
 def test_another_regime_in_the_same_directory_is_refused(finished, regime):
     directory, _, _ = finished
     with pytest.raises(ValueError, match="regime.json must be what runs.*--out"):
         carry_out(dataclasses.replace(regime, seeds=[0, 1, 2]), directory, "test", lambda line: None)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_note_and_not_the_end(regime, tmp_path):
     rates = {REFERENCE: [1e-2, 1e20], "LoRA merged": [1e-2, 2e-2]}
     result = carry_out(dataclasses.replace(regime, rates=rates, seeds=[0]), tmp_path, "test", lambda line: None)
