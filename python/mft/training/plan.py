@@ -72,8 +72,8 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
         way = config.memory
         if way == "auto":
             ways = ways_over(config.model.quantization)
-            formats = {"scores": unless_auto(workload.scores), "moments": unless_auto(workload.moments)}
-            known = replace(workload, **formats)
+            scores, moments = unless_auto(workload.scores), unless_auto(workload.moments)
+            known = replace(workload, scores=scores, moments=moments)
             way = next(one.name for one in ways if one.obstacle(known, quantized=1) is None)
         return _plan(config, way, device, True, f"memory: {way}, not estimated: {error}")
     for layer in workload.layers or ():
