@@ -16,6 +16,7 @@ from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
 from mft.engines.own_forward import OwnForward
 from mft.engines.score_states import HeldMask, ScoreStates, current_masks
+from mft.engines.trains_scores import TrainsScores
 from mft.masks.convert import masked_modules
 from mft.masks.in_place.layer import InPlaceLayer
 from mft.masks.in_place.model import MasksInPlace
@@ -111,7 +112,7 @@ class InPlaceStates(ScoreStates):
             super().close()
 
 
-class InPlace(OwnForward):
+class InPlace(TrainsScores, OwnForward):
     """Trains scores alone, in any format; the model computes with weights that hold their masks.
 
     Args: states: of model's scores. Others as OwnForward's.
@@ -129,30 +130,11 @@ class InPlace(OwnForward):
         objective: Objective = CROSS_ENTROPY,
     ) -> None:
         super().__init__(model, run, head, memory, states.processes, objective)
-        self.states = states
-
-    def check(self) -> None:
-        """Raise NonFiniteScores, naming the layer, if the last step has made a score NaN or infinite."""
-        self.states.check()
-
-    def check_learned(self) -> None:
-        """Nothing: check() has looked at every step."""
+        self._states = states
 
     @property
-    def optimizer(self) -> MaskAdamW:
-        return self.states.optimizer
-
-    def learned(self) -> dict[str, Tensor]:
-        return self.states.learned()
-
-    def result(self) -> dict[str, Tensor]:
-        return self.states.result()
-
-    def packed_masks(self) -> list[Tensor]:
-        return self.states.packed_masks()
-
-    def relearned(self) -> None:
-        self.states.relearned()
+    def states(self) -> InPlaceStates:
+        return self._states
 
     def close(self) -> None:
         self.states.close()

@@ -23,15 +23,15 @@ from mft.engines.layer_calls import Call, LayerCalls
 from mft.engines.offload import Mover
 from mft.engines.score_states import HeldMask, ScoreStates
 from mft.engines.step import OnLoss, naming_lack_of_memory
+from mft.engines.trains_scores import TrainsScores
 from mft.masks.base_pass import as_base
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.longrope import inputs_of
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
-from mft_kernels import MaskAdamW
 
 
-class LayerEngine:
+class LayerEngine(TrainsScores):
     """Runs steps of a masked causal LM.
 
     Args:
@@ -101,32 +101,9 @@ class LayerEngine:
         """What the head reads (B, T, D) for each batch, without gradients."""
         raise NotImplementedError
 
-    def check(self) -> None:
-        """Raise NonFiniteScores, naming the layer, if the last step has made a score NaN or infinite."""
-        self.states.check()
-
-    def check_learned(self) -> None:
-        """Nothing: check() has looked at every step."""
-
     def recall(self, batches: Sequence[MicroBatch]) -> None:
         """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
         raise NotImplementedError
-
-    @property
-    def optimizer(self) -> MaskAdamW:
-        return self.states.optimizer
-
-    def learned(self) -> dict[str, Tensor]:
-        return self.states.learned()
-
-    def result(self) -> dict[str, Tensor]:
-        return self.states.result()
-
-    def packed_masks(self) -> list[Tensor]:
-        return self.states.packed_masks()
-
-    def relearned(self) -> None:
-        self.states.relearned()
 
     def close(self) -> None:
         """Layers compute with their scores again, and these can be read."""
