@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mft.checks import check_one_of, check_rule
-from mft.config import BUDGET, DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS
+from mft.config import BUDGET, DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS, MaskConfig
 from mft.number_formats import AUTO, state_bytes
 
 
@@ -45,7 +45,7 @@ class Workload:
     quantize_masked: bool = False
     gradient_checkpointing: bool = False
     clipping: bool = False
-    keep_ratio: float = 0.9
+    keep_ratio: float = MaskConfig.keep_ratio
     fixed_threshold: bool = False
     budget: float | None = None
     objective: str = "cross_entropy"
