@@ -87,8 +87,8 @@ _PATIENCE_OF = {"exact": 225.0, "other ops": 225.0, "cuda layouts": 225.0}
 #: Seconds that programs get which take what they get; all that is left where nothing comes behind them.
 SECONDS_OF = {TESTS: 60.0, "cuda memcheck": 100.0, "cuda racecheck": 100.0}
 
-#: Seconds that the start and a case are expected to take: guesses, of which nothing was measured. Most of a check is
-#: the reference, most of a timed case its competitors, each checked, captured and replayed.
+#: Seconds that the start and a case may take. They are guesses: none was measured. The reference takes most of a check.
+#: The competitors take most of a timed case, as each is checked, captured and replayed.
 _GUESS_START = 20.0
 _GUESS = 4.0
 _GUESS_COMPILED = 20.0

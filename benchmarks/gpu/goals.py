@@ -37,8 +37,8 @@ _FORMS = {"register-fed": 90, "plain": 60}
 #: What share of cuBLAS the model of csrc/cuda/tile_cost.h expects at the worst of these shapes, in percent: of products
 #: by words, which scores are packed into first where tokens are many. By scores it expects 67, for L2 brings no more.
 _EXPECTED = {"forward": 94, "d_x": 97, "d_scores": 90}
-#: What mask passes take beside auto in a step of 2048 tokens, by the model of triton/cost.py, where auto keeps the
-#: masked weight from forward to d_x. Where it masks twice, 1.12 and 1.03.
+#: The time of a mask pass divided by that of auto, for a step of 2048 tokens, as triton/cost.py predicts it. Here auto
+#: keeps the masked weight from forward to d_x. If it masks twice, the model says 1.12 and 1.03.
 _PASS_BY_AUTO, _KEPT_BY_AUTO = 1.2, 1.1
 #: Without which groups of csrc/cuda the general kernels run in the place of those that were asked.
 _CUDA_KERNELS = {"forward": "product_sm90", "d_x": "product_sm90", "d_scores": "score_grad_sm90"}

@@ -224,7 +224,7 @@ def _packed(scores: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """The estimate beside the simulation."""
+    """Print the estimate and the simulation."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("model", help=f"one of {', '.join(known_models())}")
     parser.add_argument("--layers", default="all", help="masked layers, such as 4-7")

@@ -129,7 +129,7 @@ class InPlace(Plain):
     """Plain over weights that hold their masks: what is dropped lies aside, and gradients are the weights'."""
 
     name = "in_place"
-    of_auto = False  # TODO: when it has been timed beside plain
+    of_auto = False  # it has not been timed yet
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
         return Way.obstacle(self, workload, quantized)  # autograd need not reach the scores

@@ -19,10 +19,8 @@ from mft.training.checkpoint import Checkpoint, newest_checkpoint
 from mft.training.run_directory import CHECKPOINTS, check_run_directory, holding, result_of
 
 # They change nothing of what is learned.
-_FREE = (
-    *("output_dir", "checkpoint_minutes", "train.log_every", "coding", "report_to", "project"),
-    "train.batches_at_once",
-)
+_FREE = {"output_dir", "checkpoint_minutes", "train.log_every", "train.batches_at_once"}
+_FREE |= {"coding", "report_to", "project"}
 
 
 @dataclass(frozen=True)
