@@ -320,6 +320,18 @@ def test_subclasses_see_a_call_and_are_what_it_returns(layer, dispatched):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("place", range(5))
+def test_a_subclass_sees_a_call_whichever_argument_it_is(place):
+    t = integer_inputs(3, 5, 7)
+    given = [t.x, t.weight, t.scores, torch.tensor(0.1), t.bias]
+    expected = mft_kernels.masked_linear(*given)
+    given[place] = Wrapped(given[place])
+    Wrapped.seen.clear()
+    assert torch.equal(mft_kernels.masked_linear(*given), expected)
+    assert torch.ops.mft.masked_linear.default in Wrapped.seen
+
+
+@torch.no_grad()
 def test_fakes_and_batches_see_a_call(layer, dispatched):
     for op, call in layer.ways:
         dispatched.clear()

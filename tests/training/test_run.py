@@ -1,6 +1,7 @@
 """run_train and run_finetune, as Python users call them with a configuration."""
 
 import copy
+import dataclasses
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_run import LEARN
 
 import mft
+import mft.training.run
 
 
 @pytest.fixture
@@ -29,6 +31,14 @@ def test_a_run_from_python_is_that_of_the_command_line(cli, config, tmp_path):
     assert own.keys() == other.keys()
     assert all(torch.equal(own[name], other[name]) for name in own)
     assert sorted(os.listdir("run")) == sorted(os.listdir("other"))
+
+
+def test_formats_that_are_chosen_are_those_of_the_run(config, monkeypatch):
+    planned, chosen = mft.training.run._planned, {"way": "resident", "scores": "int16", "moments": "8bit"}
+    monkeypatch.setattr(mft.training.run, "_planned", lambda *args: dataclasses.replace(planned(*args), **chosen))
+    mft.run_train(config)
+    saved = mft.load_config("run/config.yaml")
+    assert (saved.mask.scores_dtype, saved.train.moments) == ("int16", "8bit")
 
 
 def test_a_full_fine_tune_gives_a_model_directory(config):
