@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mft.config import DataConfig, TrainConfig
+from mft.config import DataConfig, MaskConfig, TrainConfig
 from mft.data.splits import Splits, load_splits
+from mft.masks.convert import masked_modules
+from mft.masks.inspection import dropped_share
 from mft.study.arms.masks import Mask
 from mft.study.evidence.power import Spread
 
@@ -24,7 +26,7 @@ from .arms import ground_of
 from .findings import Documents, compared, interval, nats_of
 from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 
-NATS, BYTES, LOSS, TEXT = "nats", "bytes", "validation loss", "headers"
+NATS, BYTES, DROPPED, LOSS, TEXT = "nats", "bytes", "dropped", "validation loss", "headers"
 SHARE = 0.006  # that is dropped
 USUAL = "usual"
 _RATES = [8e-3, 1.6e-2]
@@ -46,8 +48,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def mask_arm(variant: str, lrs: list[float]) -> Mask:
     values: dict[str, Any] = {"mode": "value", "budget": SHARE, "epochs": [4], "lrs": lrs} | VARIANTS[variant]
-    if values["budget"] is None:
-        values["keep_ratios"] = [1 - SHARE]
     return Mask("mask", **values)
 
 
@@ -68,18 +68,18 @@ class BudgetSearch(Regime):
         return load_splits(dataclasses.replace(self.data, seed=seed), tokenizer)
 
     def run(self, base: Path, run: Run) -> Found:
-        """NATS: of each document of validation. BYTES: of the masks, coded."""
+        """NATS: of each document of validation. BYTES: of the masks, coded. DROPPED: share of the weights."""
         model, tokenizer = load_base(base)
         splits, arm = self.splits(tokenizer, run.seed), mask_arm(run.arm, self.rates[run.arm])
-        ground = dataclasses.replace(ground_of(model, arm, run), rows=lambda: splits.train)
-        if arm.keep_ratios:
-            ground = dataclasses.replace(ground, mask=dataclasses.replace(ground.mask, keep_ratio=arm.keep_ratios[0]))
+        ground = ground_of(model, arm, run, MaskConfig(keep_ratio=1 - SHARE))  # which a budget overrides
+        ground = dataclasses.replace(ground, rows=lambda: splits.train)
         betas = arm.betas or self.train.betas
         train = dataclasses.replace(self.train, lr=run.lr, seed=run.seed, epochs=arm.epochs[0], betas=betas)
         trained = arm.untrained(ground)
         arm.train(trained, ground, splits.train, train)
         nats = nats_of(trained, splits.validation)
-        return {CHOICE: sum(nats), NATS: {TEXT: nats}, BYTES: arm.stored_bytes(ground, trained)}
+        dropped = dropped_share([module.packed_mask() for module in masked_modules(trained).values()], ground.numbers())
+        return {CHOICE: sum(nats), NATS: {TEXT: nats}, BYTES: arm.stored_bytes(ground, trained), DROPPED: dropped}
 
     def tests(self, tokenizer: Any) -> dict[str, Any]:
         """Of validation: no search opens the test files."""
