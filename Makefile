@@ -72,7 +72,7 @@ SLOW_INTERPRETED := grouped_ops and (random or (packed or own_threshold) and not
 
 test-slow: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels -m slow
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops -m slow -k triton
 
 lint: dev
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ Operands are small integers: sums are exact in any order, so an element that is 
 elsewhere is seen. The reference always runs on the CPU.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +23,15 @@ GRADIENTS = ("d_x", "d_weight", "d_scores", "d_bias")
 ALL = [True, True, True, True]
 D_X = [True, False, False, False]
 D_SCORES = [False, False, True, False]
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+#: In the interpreter, whose tiles and form Triton's products take; on a GPU its own.
+CARDS = ("INTERPRETER", "A100", "H100", "H100_OLD_TRITON", "B200", "MI300X") if INTERPRETING else ("GPU",)
+_USUAL = ("INTERPRETER", "H100", "GPU")  # the smallest tiles, and those of a card
+
+
+def by_card(prefix: str = "") -> list:
+    """A parameter for each card, the prefix and its name; make test-slow has those whose tiles differ in size alone."""
+    return [pytest.param(prefix + card, marks=() if card in _USUAL else pytest.mark.slow) for card in CARDS]
 
 
 @dataclass(frozen=True)

@@ -376,6 +376,7 @@ def test_every_group_is_compiled_for_hopper_and_the_general_kernels_for_every_ta
         assert targets(OF_HOPPER[group]) == {"sm_90a"}
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_as_they_should_be(library, monkeypatch):
     """Of every kind of code the smaller files, and of those that differ in their type bf16's.
 

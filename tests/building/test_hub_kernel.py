@@ -295,6 +295,7 @@ def hub_cache(folder, repo_id, variant):
     (repository / "refs" / f"v{BUILD['general']['version']}").write_text(commit)
 
 
+@pytest.mark.slow
 def test_the_page_is_followed_with_a_kernel_from_the_hubs_cache(variants, tmp_path):
     kernels_tool()
     page = (ROOT / "docs" / "kernel-hub.md").read_text()

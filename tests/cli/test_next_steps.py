@@ -116,6 +116,7 @@ def demo_ground(tmp_path, monkeypatch, tokenizer, tiny_llama):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_run_and_ends_with_three_commands_that_work_as_printed(demo_ground, monkeypatch):
     output = mft_runs("demo")
     train, compare, serve = printed_commands(output[output.index("Done in ") :])

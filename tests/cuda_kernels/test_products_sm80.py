@@ -3,6 +3,8 @@
 That their results are the reference's, whatever the operands, is tested in tests/ops.
 """
 
+from functools import partial
+
 import emulated
 import pytest
 import torch
@@ -22,6 +24,7 @@ SCORES = (FP32, BF16, FP16)
 MODES = ("magnitude", "value")
 ALL = [True, True, True, True]
 D_X = [True, False, False, False]
+slow = partial(pytest.param, marks=pytest.mark.slow)  # seconds in the emulator
 
 
 @pytest.fixture(autouse=True)
@@ -231,13 +234,13 @@ def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
 @pytest.mark.parametrize(
     ("scores_dtype", "shape", "device", "expected"),
     [
-        (FP32, (33, 1040, 1096), {}, {(64, 4)}),  # 35 and 33 steps of 32 in parts of 9: the last is shorter
+        slow(FP32, (33, 1040, 1096), {}, {(64, 4)}),  # 35 and 33 steps of 32 in parts of 9: the last is shorter
         (FP16, (64, 264, 552), {}, {(64, 2), (64, 1)}),  # and d_x, of 9 steps, in one
         (FP32, (17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),  # and words in one: less to read
-        (FP16, (17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),
+        slow(FP16, (17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),
         (FP16, (18, 16, 4352), {}, {(64, 16), (64, 1)}),  # 136 steps in parts of 9: the last has one
-        (FP32, (65, 136, 1096), {"multiprocessors": 6}, {(128, 3), (128, 1)}),
-        (FP16, (65, 1096, 136), {"multiprocessors": 6}, {(128, 1), (128, 3)}),  # d_x
+        slow(FP32, (65, 136, 1096), {"multiprocessors": 6}, {(128, 3), (128, 1)}),
+        slow(FP16, (65, 1096, 136), {"multiprocessors": 6}, {(128, 1), (128, 3)}),  # d_x
         (FP32, (130, 136, 1096), {}, {(64, 4), (64, 1)}),  # more tiles of 64 tokens, and more of them at work
         (FP16, (33, 1040, 1096), {"l2_bytes": 2 * 3 * 33 * 1152 * 4 - 1}, {(64, 2)}),  # half of L2 lacks a byte of 3
         (FP32, (17, 136, 1097), {}, {(128, 1)}),  # rows that are no chunks

@@ -4,6 +4,7 @@ That their results are the reference's, whatever the values, is tested in tests/
 """
 
 import itertools
+from functools import partial
 
 import emulated
 import pytest
@@ -15,6 +16,7 @@ from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, random_inputs
 
 D_X = [True, False, False, False]
+slow = partial(pytest.param, marks=pytest.mark.slow)  # seconds in the emulator
 
 
 def integers(*shape: int, dtype: torch.dtype, low: int = -2, high: int = 3) -> torch.Tensor:
@@ -72,7 +74,7 @@ def test_results_are_exact_however_the_background_work_is_timed(dtype, mode, see
     check(40, 256, 256, dtype, mode)
 
 
-@pytest.mark.parametrize(("tokens", "multiprocessors"), [(70, 2), (70, 6), (130, 4), (300, 2), (300, 6)])
+@pytest.mark.parametrize(("tokens", "multiprocessors"), [(70, 2), (70, 6), (130, 4), slow(300, 2), slow(300, 6)])
 def test_every_tile_is_made_once_by_any_number_of_clusters(tokens, multiprocessors):
     """And the ring runs on from tile to tile: more steps than it has stages."""
     check(tokens, 520, 640, multiprocessors=multiprocessors)
@@ -132,9 +134,9 @@ def parts(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "multiprocessors", "expected"),
     [
-        ((33, 264, 1096), 132, {(64, 3), (64, 1)}),  # 9 pairs of steps; d_x, of 3, in one
+        slow((33, 264, 1096), 132, {(64, 3), (64, 1)}),  # 9 pairs of steps; d_x, of 3, in one
         ((64, 1032, 1256), 132, {(64, 4), (64, 3)}),  # 10 pairs in parts of 3, the last has one; d_x 9
-        ((1, 264, 4352), 6, {(64, 3), (64, 1)}),  # more tiles than clusters: the rings run on from part to part
+        slow((1, 264, 4352), 6, {(64, 3), (64, 1)}),  # more tiles than clusters: the rings run on from part to part
         ((70, 264, 1256), 16, {(128, 4), (128, 1)}),
         ((130, 264, 1256), 16, {(256, 4), (256, 1), (128, 2)}),
     ],

@@ -65,6 +65,7 @@ def said_of(directory, call, *, without=()):
     return dict(line.split(" ", 1) for line in taken.said.splitlines()[:-1])
 
 
+@pytest.mark.slow
 def test_small_files_that_stand_for_gigabytes_are_refused_before_these_are_taken(tmp_path):
     said = said_of(tmp_path, "read_files([path])")
     assert said.keys() == hollow().keys()

@@ -129,6 +129,7 @@ def torchrun(monkeypatch):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_blocks_of_readme_and_quick_start_run(ground):
     """The ground is what they leave."""
     for run in ("mine", "masks"):

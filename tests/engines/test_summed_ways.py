@@ -290,6 +290,7 @@ def test_two_processes_learn_what_one_does(found, way, name):
         assert (one["scores"][module].float() - scores.float()).norm() <= tolerance * moved, module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
 def test_a_loss_that_is_not_finite_in_one_process_stops_both_before_a_score_changes(found, way):
     (kind, words), (other_kind, other) = sorted(each["not finite", way][:2] for each in found)
@@ -299,6 +300,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_before_a_score_chan
     assert all(each["not finite", way][2] for each in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["rows", "make_rows"])
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_a_lack_of_memory_in_one_process_stops_both(found, way, data):
@@ -308,18 +310,21 @@ def test_a_lack_of_memory_in_one_process_stops_both(found, way, data):
     assert first == ("RuntimeError", f"process 1 of 2 has stopped, and so do all: {': '.join(error)}")
 
 
+@pytest.mark.slow
 def test_a_writer_without_room_stops_both_before_the_first_step(found, folder):
     error = ("OSError", f"{folder / 'full'} is full")
     assert found[0]["no disk"] == error
     assert found[1]["no disk"] == ("RuntimeError", f"process 0 of 2 has stopped, and so do all: {': '.join(error)}")
 
 
+@pytest.mark.slow
 def test_a_process_that_is_gone_ends_the_step_of_the_other(found):
     kind, words = found[0]["alone"]
     assert kind in ("RuntimeError", "DistBackendError")
     assert "Connection closed by peer" in words or "Connection reset by peer" in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_a_stopped_run_goes_on_with_two_processes_or_one(found, folder, tmp_path, way):
     straight = trained(way, "int16 scores, 8-bit moments")
@@ -330,6 +335,7 @@ def test_a_stopped_run_goes_on_with_two_processes_or_one(found, folder, tmp_path
     assert_equal(goes_on(way, folder / way, tmp_path, Processes()), straight)
 
 
+@pytest.mark.slow
 def test_auto_is_the_way_that_every_process_has_memory_for(found, folder):
     told = "".join((folder / f"told by {rank}").read_text() for rank in range(COUNT))
     assert "memory: resident, an estimated" in told
@@ -338,6 +344,7 @@ def test_auto_is_the_way_that_every_process_has_memory_for(found, folder):
     assert [each["run"] for each in found] == [128 + signal.SIGTERM] * COUNT
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_the_run_of_two_and_ends_as_if_it_had_begun(found, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     run = shutil.copytree(folder / "run", tmp_path / "run")

@@ -88,6 +88,7 @@ def log_likelihood_in_fp32(model, tokenizer, question, answer):
     return sum(shares[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
 
 
+@pytest.mark.slow
 def test_evaluate_prints_and_writes_the_scores_without_and_with_masks(tiny_llama, tokenizer, tasks_dir, tmp_path):
     model_dir, masks, output = tmp_path / "model", tmp_path / "masks", tmp_path / "scores.json"
     tiny_llama.save_pretrained(model_dir)

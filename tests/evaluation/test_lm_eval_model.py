@@ -30,6 +30,7 @@ def masks(tiny_llama, tokenizer, tmp_path):
     return save_masks(mask_model(tiny_llama, MASK), tmp_path / "run" / "masks", base_model_name_or_path=str(base))
 
 
+@pytest.mark.slow
 def test_the_command_line_of_lm_eval_scores_a_directory_of_masks(masks, tiny_llama, tokenizer, tmp_path, monkeypatch):
     # Without lm-eval's own 14,684 tasks, which take 17 s to read.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forms import CARDS, DTYPES, INSTRUCTION_SETS, OTHERS, Emulated, Kernels, OnCard, OnInstructionSet
+from forms import DTYPES, INSTRUCTION_SETS, OTHERS, Emulated, Kernels, OnCard, OnInstructionSet
+from products import CARDS
 
 from mft_kernels.backends import cpu
 from mft_kernels.backends.table import registered

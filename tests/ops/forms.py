@@ -11,17 +11,14 @@ from typing import Any
 import pytest
 import torch
 from guarded import guarded_allocation
-from products import Operands, assert_equals_reference
+from products import INTERPRETING, Operands, assert_equals_reference, by_card
 
 from mft_kernels.by_name import ByName
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 INSTRUCTION_SETS = ("cpu-amx", "cpu-amx_emulated", "cpu-avx512_bf16", "cpu-avx512", "cpu-avx2", "cpu-portable")
-#: In the interpreter, whose tiles and form Triton's products take; on a GPU its own.
-CARDS = ("INTERPRETER", "A100", "H100", "H100_OLD_TRITON", "B200", "MI300X") if INTERPRETING else ("GPU",)
 #: Of other packages; docs/adding-a-kernel.md.
 OTHERS = tuple(os.environ.get("MFT_TEST_BACKENDS", "").split())
 
@@ -30,7 +27,7 @@ FORMS = (*INSTRUCTION_SETS, "triton-a_card", "cuda", *OTHERS)
 every_form = pytest.mark.parametrize("kernels", FORMS, indirect=True)
 #: On each of the cards.
 every_form_and_card = pytest.mark.parametrize(
-    "kernels", [*INSTRUCTION_SETS, *(f"triton-{card}" for card in CARDS), "cuda", *OTHERS], indirect=True
+    "kernels", [*INSTRUCTION_SETS, *by_card("triton-"), "cuda", *OTHERS], indirect=True
 )
 #: Also by Hopper's own kernel, which takes rows of a few lengths alone: kernels.columns.
 every_form_and_hopper = pytest.mark.parametrize("kernels", [*FORMS, "cuda-sm_90"], indirect=True)

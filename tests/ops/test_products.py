@@ -9,7 +9,6 @@ import pytest
 import torch
 from amx_gemm import amx_gemm
 from forms import (
-    INTERPRETING,
     assert_every_way_equals_the_reference,
     every_form,
     every_form_and_card,
@@ -20,6 +19,7 @@ from products import (
     BY_COLUMNS,
     BY_ROWS,
     DTYPES,
+    INTERPRETING,
     MODES,
     TENSORS,
     Operands,

@@ -156,6 +156,7 @@ def test_each_mask_has_a_line_of_its_own_over_the_layers():
     }
 
 
+@pytest.mark.slow
 def test_an_ablation_runs_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     write_ground(tmp_path)

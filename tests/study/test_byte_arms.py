@@ -263,6 +263,7 @@ BY_BYTES = (
 )
 
 
+@pytest.mark.slow
 def test_a_study_of_them_runs_to_its_end_and_makes_lost_files_again(ground, tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(ground.directory / "cache"))
     rank_2 = run_unit(ground.workspace, ground.job("lora", rank=2)).bytes

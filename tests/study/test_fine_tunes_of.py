@@ -27,6 +27,7 @@ def compare(directory, *more):
     return CliRunner().invoke(app, ["compare", *config, *map(str, more)])
 
 
+@pytest.mark.slow
 def test_the_fine_tunes_of_another_study_are_taken_up(finished, monkeypatch, tmp_path):
     monkeypatch.setenv("MFT_CACHE", str(finished / "cache"))
     (tmp_path / "other").mkdir()  # an empty one is as good as none

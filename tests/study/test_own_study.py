@@ -35,6 +35,7 @@ def test_data_stands_for_the_only_domain():
         load_study("own", ["data.sorce=my.jsonl"])
 
 
+@pytest.mark.slow
 def test_one_command_runs_it_on_a_model_and_a_file_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     write_ground(tmp_path)

@@ -76,6 +76,7 @@ def done(tmp_path_factory):
     return findings, directory / "run"
 
 
+@pytest.mark.slow
 def test_every_arm_after_the_fine_tune_learns_by_rewards_and_answers_on_validation(done):
     findings, _ = done
     trained = {"control", "LoRA", "MFT", "taught"}

@@ -203,6 +203,7 @@ def test_a_study_goes_on_without_an_arm_that_always_diverges_unless_others_begin
         play(make(), lost("full"))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**30), st.integers(1, 5), st.data())
 def test_what_is_chosen_depends_neither_on_order_nor_on_interruptions_nor_on_workers(seed, workers, data):

@@ -111,6 +111,7 @@ def test_two_processes_find_what_one_finds(study, done):
     assert equal(two, done.found)
 
 
+@pytest.mark.slow
 def test_a_seed_that_is_added_later_finds_what_it_would_have_found_at_once(study, done):
     study("seeds=[0]")
     later = study("seeds=[0,1]")

@@ -1,10 +1,7 @@
 """The kernels run in Triton's interpreter, in a process of its own, or on a GPU: TRITON_INTERPRET=1 chooses."""
 
-import os
-
 import pytest
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+from products import CARDS, INTERPRETING, by_card
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +20,7 @@ def targets(device):
     return {name: getattr(target, name) for name in CARDS}
 
 
-CARDS = ("INTERPRETER", "A100", "H100", "H100_OLD_TRITON", "B200", "MI300X")
-
-
-@pytest.fixture(params=CARDS if INTERPRETING else ["GPU"])
+@pytest.fixture(params=by_card())
 def target(request, targets):
     """The target whose form and tiles the test runs."""
     from mft_kernels.backends.triton.target import assume

@@ -319,6 +319,7 @@ def log_probs(model, batch):
     return (each * batch["completion_mask"][:, 1:]).sum(1)
 
 
+@pytest.mark.slow
 def test_the_reference_of_dpo_is_the_base_and_stays_it(tmp_path, words):
     """By PEFT, by unmasked_model, and by a second copy, all three bit for bit."""
     masked = ours()

@@ -55,6 +55,7 @@ def test_each_picture_is_drawn_from_the_command_line(study, tmp_path, what):
     assert picture.read_bytes()[:4] == PNG
 
 
+@pytest.mark.slow
 def test_a_study_that_ran_has_its_curves_and_a_verdict_of_dominance(study):
     _, findings = study
     (curve,) = curves(study_numbers(findings)["domains"]["count"], "other", 0)
