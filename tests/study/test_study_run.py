@@ -211,6 +211,7 @@ def test_a_process_that_is_killed_names_its_unit(process, before):
 def test_processes_end_with_the_one_that_began_them(study, monkeypatch):
     declared, fork = make_study(study.ground), multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(workers, "Workspace", lambda *_: None)  # a fork of a process with threads cannot load a model
     monkeypatch.setattr(workers, "_run", lambda *_: time.sleep(60))
     began, begin = os.pipe()
     ended, end = os.pipe()
