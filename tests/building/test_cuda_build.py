@@ -404,6 +404,7 @@ def test_the_install_goes_on_without_an_nvcc_and_keeps_the_reason(tmp_path):
     assert report["cuda"]["reason"].startswith(f"{tmp_path}/nvcc does not run")
 
 
+@pytest.mark.slow
 def test_without_a_compiler_only_a_package_without_kernels_can_be_built(tmp_path):
     refused = setup_in(tmp_path, CXX="nowhere-g++")
     assert refused.returncode == 1
@@ -433,6 +434,7 @@ def test_an_isolated_build_says_first_that_it_hides_torch(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_compile_error_ends_the_build(tmp_path):
     setup_in(tmp_path, "--version")
     (tmp_path / "csrc" / "cpu" / "two.cpp").write_text("int two() { return }\n")

@@ -113,6 +113,7 @@ def test_inductor_changes_nothing_but_rounding():
     assert_close(got, loss_and_gradients(model, model), ROUNDING[torch.float32])
 
 
+@pytest.mark.slow
 def test_a_mixture_is_one_graph_whatever_tokens_its_router_sends_to_which_expert():
     model = mask_model(mixture("Qwen3Moe"), MaskConfig.paper(keep_ratio=0.7))
     batches = [torch.randint(3, WORDS, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

@@ -63,6 +63,7 @@ def test_a_trainable_embedding_still_gets_its_gradient_under_checkpointing(token
     assert all(layer.gradient_checkpointing for layer in model.model.layers)  # the prefix has a backward pass too
 
 
+@pytest.mark.slow
 def test_a_masked_model_compiles_as_one_graph_and_checkpointing_switches_off_again(tokens):
     model = mask_model(llama().train(), MaskConfig.paper(layers_to_transform=[1]))
     expected = score_grads(model, tokens)

@@ -126,6 +126,7 @@ def test_smaller_micro_batches_are_the_first_thing_to_change():
     assert near == replace(workload, micro_batch=2, accumulation=64)
 
 
+@pytest.mark.slow
 def test_nothing_at_all_fits():
     choice = choose(SEVENTY, Workload(), 1e9)
     assert (choice.way, choice.nearest) == (None, None)

@@ -47,6 +47,7 @@ def writes(hub):
     return [request for request in hub.requests if "/commit/" in request or request.startswith("PUT")]
 
 
+@pytest.mark.slow
 def test_masks_come_back_bit_for_bit_in_a_new_process_with_an_empty_cache(hub, run, tmp_path):
     code, output = push(run, NAME)
     assert code == 0, output

@@ -169,6 +169,7 @@ def test_an_ablation_runs_from_the_command_line(tmp_path, monkeypatch):
     assert (directory / "ablation.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_an_ablation_takes_the_fine_tunes_of_its_study(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     write_ground(tmp_path)

@@ -200,6 +200,7 @@ STUDY = (
 )
 
 
+@pytest.mark.slow
 def test_a_study_of_them_chooses_formats_and_shares_and_shows_both_sizes(ground, tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(ground.directory / "cache"))
     study = make_study(ground.directory, STUDY, ["seeds=[0]"])

@@ -101,6 +101,7 @@ def codes_of(done, weights, kind):
     return {weight_name(model, name): weight.dense() for name, weight in found.items()}
 
 
+@pytest.mark.slow
 def test_a_quantized_arm_holds_to_the_bit_what_the_codes_of_its_start_do(done):
     for arm, start, kind in (("NF4", "full", "nf4"), ("NF4 of control", "control", "nf4")):
         before = done.weights("full") | done.weights(start)

@@ -26,6 +26,7 @@ EXACT = pytest.param(False, marks=needs_exact_fma, id="exact")
 SCHEMES = pytest.mark.parametrize("eight_bit", [pytest.param(True, id="8bit"), EXACT])
 
 
+@pytest.mark.slow
 @SCHEMES
 def test_the_number_of_programs_changes_no_bit(device, eight_bit):
     """Less than a group of chunks, whole ones, and a last part."""

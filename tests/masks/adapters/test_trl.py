@@ -338,6 +338,7 @@ def test_the_reference_of_dpo_is_the_base_and_stays_it(tmp_path, words):
         assert (of_policy - of_reference).abs().min() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_model_that_comes_with_a_mask_is_that_mask_and_stays_it(tmp_path, words):
     first = sft(tmp_path, words)
     first.train()

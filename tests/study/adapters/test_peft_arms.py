@@ -187,6 +187,7 @@ ARMS = (
 )
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_past_what_fails_and_reports_it_as_a_row_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     write_ground(tmp_path)

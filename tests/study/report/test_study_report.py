@@ -392,6 +392,7 @@ def test_the_console_report_fits_100_columns():
     assert "lr 0.001, epochs 1, keep 0.9" in text
 
 
+@pytest.mark.slow
 def test_a_summary_is_drawn_from_findings_numbers_and_files(tmp_path):
     study = findings(domains=("code", "text"))
     write_study_report(study, tmp_path)
