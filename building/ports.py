@@ -31,7 +31,7 @@ TESTS = ["tests/ops", "tests/cpu_kernels/test_cpu.py", "tests/kernels/test_refer
 TESTS += ["-k", "not cuda and not triton and not _ops"]
 # In the driver torch_on_host.cpp stands in for them.
 KNOWS_TORCH = (
-    *("bindings.cpp", "grouped_bindings.cpp", "quantized_bindings.cpp", "short_bindings.cpp"),
+    *(f"{of}bindings.cpp" for of in ("", "grouped_", "in_place_", "quantized_", "short_")),
     "torch_matmul.cpp",
 )
 

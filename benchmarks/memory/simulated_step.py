@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
@@ -48,6 +48,8 @@ from mft.objectives.kl import KL
 from mft.objectives.log_prob_objective import LogProbObjective
 from mft.objectives.objective import Objective
 from mft_kernels import MaskedGroupedLinear, MaskedLinear
+from mft_kernels.mask.in_place import MaskedInPlace
+from mft_kernels.reference import functions as reference
 
 DTYPE = torch.bfloat16
 # sdpa without a mask, as real tensors of whole rows get it; for fake ones transformers makes a mask of T x T.
@@ -210,12 +212,15 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
 
 
 def _known_number_aside(workload: Workload) -> AbstractContextManager[Any]:
-    """How many weights are dropped, which fake masks do not say."""
+    """Flips in plain PyTorch, as on a GPU, and how many weights are dropped, which fake masks do not say."""
     share = 1 - workload.keep_ratio
-    return patch(
-        "mft_kernels.mask.in_place.dropped_values",
-        lambda weight, packed: weight.new_empty(math.ceil(share * weight.numel())),
-    )
+
+    def run(held: MaskedInPlace, function: str) -> Callable:
+        if function == "put_aside":
+            return lambda weight, packed, before: weight.new_empty(math.ceil(share * weight.numel()))
+        return getattr(reference, function)
+
+    return patch.object(MaskedInPlace, "_run", run)
 
 
 def _packed(scores: Tensor) -> Tensor:

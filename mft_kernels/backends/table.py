@@ -28,8 +28,11 @@ ENTRY_POINTS = "mft_kernels.backends"
 
 Dtypes = tuple[torch.dtype, ...]
 #: What a backend may serve; functions.py of the reference says what each computes. A backend without "gradients" makes
-#: them by "product" and "score_grad".
-FUNCTIONS = ("product", "score_grad", "gradients", "select", "pack", "signs", "step", "decode")
+#: them by "product" and "score_grad"; the last three, of masks in place, are passes that the reference makes too.
+FUNCTIONS = (
+    *("product", "score_grad", "gradients", "select", "pack", "signs", "step", "decode"),
+    *("put_aside", "put_back", "drop"),
+)
 #: What a function may be given instead of a matrix, scores or one packed mask; each backend says which it takes.
 OPERANDS = frozenset({Codes, Experts, KeepByTask})
 

@@ -3,29 +3,16 @@
     weight  1.5  NaN  2.0  -0.0        keep  1  0  1  0
     becomes 1.5  0    2.0   0          aside NaN -0.0, in row-major order
 
-Whatever reads the weight meanwhile reads an ordinary dense one, which costs nothing. A change of the mask costs a pass
-over its bits and values. The three functions are plain PyTorch; a backend's kernels take their place.
+Whatever reads the weight meanwhile reads an ordinary dense one, which costs nothing. A change of the mask costs passes
+over its bits, and touches the weight where bits flip.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..ops.select import unpack_mask
-
-
-def dropped_values(weight: Tensor, packed: Tensor) -> Tensor:
-    """(D,): the D elements of a whole weight (N, K), or of experts (E, N, K), whose bits are 0; a copy."""
-    return weight[_dropped(weight, packed)]
-
-
-def drop(weight: Tensor, packed: Tensor) -> None:
-    """Let +0 lie where bits are 0."""
-    weight.masked_fill_(_dropped(weight, packed), 0)
-
-
-def put_back(weight: Tensor, aside: Tensor, packed: Tensor) -> None:
-    """Write what dropped_values gave where it came from."""
-    weight.masked_scatter_(_dropped(weight, packed), aside)
+from ..backends.table import choose
 
 
 class MaskedInPlace:
@@ -41,6 +28,7 @@ class MaskedInPlace:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self._held: tuple[Tensor, Tensor] | None = None  # (aside, packed), one attribute: they change together
+        self._zeros: Tensor | None = None  # a mask for whose dropped elements 0 surely lies there
 
     @property
     def packed(self) -> Tensor | None:
@@ -55,16 +43,19 @@ class MaskedInPlace:
     @torch.no_grad()
     def change(self, packed: Tensor) -> None:
         """Hold this mask from now on: bits as of pack_mask, which nobody else may write."""
-        if self._held is not None:
-            put_back(self.weight, *self._held)
-        self._held = dropped_values(self.weight, packed), packed
-        drop(self.weight, packed)
+        held, zeros, self._zeros = self._held, self._zeros, None
+        if held is not None:
+            self._run("put_back")(self.weight, *held, packed)
+        self._held = self._run("put_aside")(self.weight, packed, held), packed
+        self._run("drop")(self.weight, packed, zeros)
+        self._zeros = packed
 
     @torch.no_grad()
     def lift(self) -> None:
         """The weight is whole again, bit for bit."""
         if self._held is not None:
-            put_back(self.weight, *self._held)
+            self._zeros = None
+            self._run("put_back")(self.weight, *self._held)
             self._held = None
 
     @torch.no_grad()
@@ -72,9 +63,9 @@ class MaskedInPlace:
         """A copy of the weight as it is without the mask."""
         copy = self.weight.clone()
         if self._held is not None:
-            put_back(copy, *self._held)
+            self._run("put_back")(copy, *self._held)
         return copy
 
-
-def _dropped(weight: Tensor, packed: Tensor) -> Tensor:
-    return unpack_mask(packed, weight.shape).logical_not_()
+    def _run(self, function: str) -> Callable:
+        """What serves one of put_aside, put_back and drop, of reference/in_place.py, on this weight."""
+        return choose(function, self.weight.device, (self.weight.dtype,), "auto", op=function)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..codes import Codes
 from ..operands import Experts, Keep, KeepByTask, Sums, Weight
+from .in_place import drop, put_aside, put_back
 from .linear import (
     grad_of_linear,
     keep_mask,
@@ -24,7 +25,19 @@ from .linear import (
 )
 from .step import score_step
 
-__all__ = ["decode", "kept", "pack", "product", "score_grad", "select", "signs", "step"]
+__all__ = [
+    "decode",
+    "drop",
+    "kept",
+    "pack",
+    "product",
+    "put_aside",
+    "put_back",
+    "score_grad",
+    "select",
+    "signs",
+    "step",
+]
 
 pack = pack_mask
 signs = pack_signs

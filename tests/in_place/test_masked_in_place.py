@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import mft_kernels.mask.in_place
 from mft_kernels import pack_mask
 from mft_kernels.mask.in_place import MaskedInPlace
 
@@ -60,23 +59,29 @@ def test_all_and_nothing_dropped(keep):
     assert torch.equal(bits(weight), bits(whole))
 
 
-@pytest.mark.parametrize("place", ["put_back", "dropped_values", "drop"])
+@pytest.mark.parametrize("place", ["put_back", "put_aside", "drop"])
 @pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
 def test_an_exception_anywhere_in_a_change_loses_nothing(place, early, monkeypatch):
     whole, weight = weight_of((6, 40), torch.float32), weight_of((6, 40), torch.float32)
     held = held_by(weight, mask_of((6, 40), 0)[0])
-    real = getattr(mft_kernels.mask.in_place, place)
+    real = held._run
 
-    def interrupted(*arguments):
-        if not early:
-            real(*arguments)
-        raise KeyboardInterrupt
+    def run(function):
+        def interrupted(*arguments):
+            if not early:
+                real(function)(*arguments)
+            raise KeyboardInterrupt
+
+        return interrupted if function == place else real(function)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mft_kernels.mask.in_place, place, interrupted)
+        patch.setattr(held, "_run", run)
         with pytest.raises(KeyboardInterrupt):
             held.change(mask_of((6, 40), 1)[0])
     assert torch.equal(bits(held.whole()), bits(whole))
+    packed, keep = mask_of((6, 40), 2)
+    held.change(packed)
+    assert torch.equal(bits(weight), bits(torch.where(keep, whole, 0)))
     held.lift()
     assert torch.equal(bits(weight), bits(whole))
 

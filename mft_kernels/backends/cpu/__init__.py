@@ -21,6 +21,7 @@ from ..built import load
 from ..by_kind import product_by_kind
 from ..table import Backend, register
 from .choice import grad_product_of, measured_path, product_of
+from .in_place import drop, put_aside, put_back
 
 
 def score_grad(sums: Sums) -> None:
@@ -280,7 +281,9 @@ register(
         name="cpu",
         device_types=frozenset({"cpu"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-        functions={f.__name__: f for f in (product, score_grad, select, pack, signs, step, decode)},
+        functions={
+            f.__name__: f for f in (product, score_grad, select, pack, signs, step, decode, put_aside, put_back, drop)
+        },
         takes=frozenset({Table, Int8, Experts, KeepByTask}),
         short={} if unavailable else _short(),
         unavailable=unavailable,
