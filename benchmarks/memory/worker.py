@@ -34,6 +34,7 @@ COMPACT = {"scores": "int16", "moments": "8bit"}
 # competitor: (way, quantised base, masked layers quantised too, states as they rest)
 WAYS = {
     "plain": ("plain", None, False, {"scores": "float32", "moments": "float32"}),
+    "in_place": ("in_place", None, False, COMPACT),
     "resident": ("resident", None, False, COMPACT),
     "quantized": ("quantized", "nf4", True, COMPACT),
     "layerwise": ("layerwise", None, False, COMPACT),

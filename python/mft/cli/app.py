@@ -219,7 +219,10 @@ def show(
 @app.command(cls=StudyKeys)
 def compare(
     config: Annotated[
-        str, typer.Option("--config", "-c", help="A study: own (your data), demo, small, smollm2, moe, or a YAML file.")
+        str,
+        typer.Option(
+            "--config", "-c", help="own (your data), demo, small, smollm2, board-small, board-smollm2, or a YAML file."
+        ),
     ] = "small",
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
