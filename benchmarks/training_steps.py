@@ -17,12 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mft.config import MaskConfig, TrainConfig
 from mft.data.batches import MicroBatch, take_rows
-from mft.engines.plain import Plain
-from mft.engines.start import start_engine
+from mft.engines.start import start_runner
 from mft.masks.convert import mask_model
 from mft.masks.quantize import quantize_model
 from mft.memory.shapes import known_config
-from mft.models.causal_lm import FEW, split_at_head
+from mft.models.causal_lm import FEW
 
 from .layer_competitors import LORA, LORA_RANK
 from .memory.rivals import RIVALS, RivalLoop
@@ -101,10 +100,7 @@ class TrainingStep:
                 quantize_model(model, quantization, masked=quantize_masked)
         else:
             raise ValueError(f"competitor must be among {', '.join(COMPETITORS)}, got {competitor!r}")
-        if way == "plain":
-            runner: Any = Plain(model, train, *split_at_head(model, few), None)
-        else:
-            runner = start_engine(model, few, way, "cpu", train=train)
+        runner = start_runner(model, few, way, "cpu", train)
         self._closing.callback(runner.close)
         return lambda batches: _run(runner, batches, train.lr)
 

@@ -86,11 +86,12 @@ def test_without_a_gpu_a_request_raises_and_the_report_says_why():
         mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), backend="cuda")
 
 
-def test_every_function_of_the_reference_but_decode_is_served_with_its_arguments():
+def test_every_function_of_the_reference_that_computes_is_served_with_its_arguments():
     import inspect
 
     functions = backends._TABLE["cuda"].functions
-    assert backends._TABLE["reference"].functions.keys() - {"decode"} == functions.keys()
+    others = {"decode", "put_aside", "put_back", "drop"}  # by Triton and by torch
+    assert backends._TABLE["reference"].functions.keys() - others == functions.keys()
     for name, function in functions.items():
         expected = inspect.signature(backends._TABLE["reference"].functions[name])
         assert list(inspect.signature(function).parameters) == list(expected.parameters)
