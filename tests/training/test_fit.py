@@ -197,7 +197,7 @@ def test_shapes_that_are_not_known_are_not_refused(with_free, tmp_path):
     assert plan.way == "plain"
     assert plan.reason.startswith("memory: plain, not estimated: model must be of a family")
     assert plan_training(config_of(name=str(tmp_path), memory="layerwise")).way == "layerwise"
-    assert plan_training(config_of(name=str(tmp_path), mask={"scores_dtype": "int16"})).way == "resident"
+    assert plan_training(config_of(name=str(tmp_path), mask={"scores_dtype": "int16"})).way == "in_place"
     assert plan_training(config_of(name=str(tmp_path), quantization="nf4")).way == "quantized"
 
 

@@ -129,7 +129,7 @@ def _choose_way(shape: ModelShape, workload: Workload, device_bytes: float | Non
 def _candidates(workload: Workload) -> list[str]:
     if workload.memory != "auto":
         return [workload.memory]
-    return [way.name for way in ways_over(workload.quantization)]
+    return [way.name for way in ways_over(workload.quantization, workload.device)]
 
 
 def _fitted(
@@ -208,7 +208,7 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
         cost += _COSTS["batches_at_once"] * (at_once != workload.batches_at_once)
         # A smaller micro-batch comes with more of them: the step stays what it is.
         steps = max(workload.processes, workload.accumulation * workload.micro_batch // rows[row] >> shorter)
-        ways = [way.name for way in ways_over(base) if way.holds_all_rows or not shorter]
+        ways = [way.name for way in ways_over(base, workload.device) if way.holds_all_rows or not shorter]
         for place, way in enumerate(ways):
             changed = replace(
                 workload,

@@ -22,7 +22,6 @@ class Way:
     over_codes = False  # whether it trains over a quantised base
     offloads = True  # whether scores, moments and the boundaries between layers rest in host memory
     holds_all_rows = False  # whether its memory grows with a step's micro-batches
-    of_auto = True  # whether auto takes it
 
     def base(self, asked: str | None) -> str | None:
         """The format of the base that it trains over where this one is asked for; None for exact weights."""
@@ -35,6 +34,10 @@ class Way:
         quantization = self.base(workload.quantization)
         masked = workload.quantize_masked and quantization is not None
         return replace(workload, memory=self.name, quantization=quantization, quantize_masked=masked)
+
+    def of_auto(self, device: str) -> bool:
+        """Whether auto takes it on a device of this type."""
+        return True
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
         """Why the engines refuse the way, whatever the memory. Args: quantized: how many linears are, in this way."""
@@ -129,7 +132,9 @@ class InPlace(Plain):
     """Plain over weights that hold their masks: what is dropped lies aside, and gradients are the weights'."""
 
     name = "in_place"
-    of_auto = False  # it has not been timed yet
+
+    def of_auto(self, device: str) -> bool:
+        return device == "cpu"  # elsewhere it has not been timed yet
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
         return Way.obstacle(self, workload, quantized)  # autograd need not reach the scores
@@ -256,7 +261,7 @@ class Layerwise(Way):
 WAYS: dict[str, Way] = {way.name: way for way in (Plain(), InPlace(), Resident(), Quantized(), Layerwise())}
 
 
-def ways_over(quantization: str | None) -> list[Way]:
+def ways_over(quantization: str | None, device: str) -> list[Way]:
     """Those of auto that train over a base of this format, None for exact weights; the fastest first."""
-    ways = [way for way in WAYS.values() if way.of_auto]
+    ways = [way for way in WAYS.values() if way.of_auto(device)]
     return [way for way in ways if (way.over_exact if quantization is None else way.over_codes)]

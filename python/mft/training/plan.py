@@ -71,7 +71,7 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
     except ValueError as error:
         way = config.memory
         if way == "auto":
-            ways = ways_over(config.model.quantization)
+            ways = ways_over(config.model.quantization, workload.device)
             scores, moments = unless_auto(workload.scores), unless_auto(workload.moments)
             known = replace(workload, scores=scores, moments=moments)
             way = next(one.name for one in ways if one.obstacle(known, quantized=1) is None)
