@@ -18,13 +18,13 @@ from . import layer_competitors as layers
 from .cpu_ceilings import DTYPES, CpuCeilings
 from .cpu_targets import EAGER_BOUND, NARROW, SQUARE, bound
 from .harness import Finding, Spread, instruction_set, ratio, report
-from .layer_competitors import DENSE, EAGER, FROM_SCORES, HELD, LayerCompetitors, inputs_of
+from .layer_competitors import DENSE, EAGER, FROM_SCORES, HELD, IN_PLACE, LayerCompetitors, inputs_of
 from .plots import draw_cpu
 from .roofline import count_work
 from .side_by_side import SideBySide
 from .tables import cpu_tables
 
-COMPETITORS = (DENSE, FROM_SCORES, HELD, EAGER)
+COMPETITORS = (DENSE, IN_PLACE, FROM_SCORES, HELD, EAGER)
 Cases = tuple[tuple[tuple[int, int], tuple[tuple[str, int], ...]], ...]  # (N, K), (op, M)
 # Most tokens last: a matrix of 4096 x 4096 and its gradients then lie where they will.
 MANY_THREADS: Cases = (

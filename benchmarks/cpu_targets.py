@@ -6,7 +6,7 @@ no forward pass and no step may take more than 1.05 times eager PyTorch's, whate
 
 from dataclasses import dataclass
 
-from .layer_competitors import FROM_SCORES, HELD
+from .layer_competitors import FROM_SCORES, HELD, IN_PLACE
 
 SQUARE, NARROW = (4096, 4096), (576, 1536)
 AMX, AVX512_BF16, FP32 = "AMX", "AVX512-BF16", "fp32 (AVX-512)"
@@ -36,6 +36,9 @@ TARGETS = (
     Target("forward", SQUARE, 16, HELD, (0.6, 0.8, 0.9)),
     Target("step", NARROW, 512, FROM_SCORES, (1.15, 1.15, 1.15)),
     Target("step", NARROW, 512, HELD, (1.15, 1.15, 1.15)),
+    *(Target(op, SQUARE, m, IN_PLACE, (1.02, 1.02, 1.02)) for op in ("forward", "d_x") for m in (1, 16)),
+    *(Target("step", SQUARE, m, IN_PLACE, (1.02, 1.02, 1.02)) for m in (64, 512, 4096)),
+    Target("step", NARROW, 512, IN_PLACE, (1.02, 1.02, 1.02)),
 )
 
 

@@ -4,6 +4,7 @@ dense                 nn.Linear, whose weight learns: the bound
 ours, from scores     mft_kernels.masked_linear from scores and a threshold, as the eager formulations
 ours, module          MaskedLinear as autograd trains it: fp32 scores, whose mask is found once a step
 ours, held mask       as the engines train it: the mask as bits, gradients added to a buffer that exists
+in place              nn.Linear, whose weight holds the mask and has a gradient; what is dropped lies aside
 eager                 the fastest formulation of PyTorch's own ops; see rivals.eager_fast
 compiled              the same under torch.compile
 the paper's layer     a sort in every forward
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 import mft_kernels
 from mft_kernels.mask.held import masked_linear_held
+from mft_kernels.mask.in_place import MaskedInPlace
 from mft_kernels.testing import Inputs, random_inputs
 
 from .rivals import KEEP_RATIO, eager_fast, paper_linear
@@ -31,14 +33,16 @@ from .side_by_side import SideBySide
 
 DENSE, PAPER, LORA = "dense", "the paper's layer", "LoRA"
 FROM_SCORES, MODULE, HELD = "ours, from scores", "ours, module", "ours, held mask"
+IN_PLACE = "in place"
 EAGER, COMPILED = "eager", "compiled"
-OURS = (FROM_SCORES, MODULE, HELD)
+OURS = (FROM_SCORES, MODULE, HELD)  # by kernels of a backend
 # What each has to read and write, in roofline's terms; LoRA's d_A and d_B are another product than counted there.
 FORMS = {
     DENSE: "dense",
     FROM_SCORES: "scores",
     MODULE: "module",
     HELD: "held",
+    IN_PLACE: "dense",
     EAGER: "scores",
     COMPILED: "scores",
     PAPER: "scores",
@@ -80,7 +84,7 @@ class LayerCompetitors:
 
     def names(self) -> list[str]:
         """All that may be asked for."""
-        return self._backends.competitors([DENSE, *OURS, EAGER, COMPILED, PAPER, LORA])
+        return self._backends.competitors([DENSE, IN_PLACE, *OURS, EAGER, COMPILED, PAPER, LORA])
 
     def call(self, name: str, op: str, inputs: Inputs) -> Call:
         """One op of a formulation.
@@ -129,8 +133,10 @@ class LayerCompetitors:
         if name == LORA:
             lora = make_lora(weight)
             return Formulation(lora, tuple(p for p in lora.parameters() if p is not lora.weight), lora)
-        if name == DENSE:
+        if name in (DENSE, IN_PLACE):
             dense = weight.clone()  # which learns: the others' does not
+            if name == IN_PLACE:
+                MaskedInPlace(dense).change(self._packed)
             return _learning(lambda x: F.linear(x, dense), dense)
         scores = self.scores.clone()
         if name == PAPER:

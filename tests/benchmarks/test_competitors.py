@@ -9,6 +9,7 @@ from benchmarks.layer_competitors import (
     EAGER,
     FROM_SCORES,
     HELD,
+    IN_PLACE,
     LORA,
     MODULE,
     PAPER,
@@ -20,7 +21,7 @@ from mft_kernels import kept_threshold, pack_mask, score_step
 
 
 @pytest.mark.parametrize("op", ["d_x", "d_scores", "step"])
-@pytest.mark.parametrize("name", [DENSE, FROM_SCORES, MODULE, HELD, EAGER, PAPER, LORA])
+@pytest.mark.parametrize("name", [DENSE, IN_PLACE, FROM_SCORES, MODULE, HELD, EAGER, PAPER, LORA])
 def test_every_competitor_makes_the_gradients_that_are_asked(name, op):
     n, k, m = 24, 40, 3
     found = LayerCompetitors(n, k).call(name, op, inputs_of(m, n, k))()
@@ -56,9 +57,10 @@ def test_the_formulations_from_scores_agree():
             torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
     held = made.call(HELD, "forward", inputs)()
     torch.testing.assert_close(held, made.call(FROM_SCORES, "forward", inputs)(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(held, made.call(IN_PLACE, "forward", inputs)(), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("name", [DENSE, FROM_SCORES, MODULE, HELD, EAGER, LORA])
+@pytest.mark.parametrize("name", [DENSE, IN_PLACE, FROM_SCORES, MODULE, HELD, EAGER, LORA])
 def test_every_competitor_runs_in_fp32_too(name):
     call = LayerCompetitors(24, 40, torch.float32).call(name, "step", inputs_of(3, 24, 40, torch.float32))
     assert all(grad.dtype == torch.float32 for grad in call() or [])

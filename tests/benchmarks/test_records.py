@@ -164,7 +164,8 @@ def test_the_targets_and_the_machines_stand_side_by_side(two_machines, capsys):
     table = measured.cpu_table(records)
     assert table.splitlines()[0].count(FROM_SCORES) == 2
     (line,) = [line for line in table.splitlines() if "| step, bf16, 4 x 64, M = 3 |" in line]
-    scores, held, _, scores_elsewhere, *_ = [cell.strip() for cell in line.split("|")[2:]]
+    in_place, scores, held, _, _, scores_elsewhere, *_ = [cell.strip() for cell in line.split("|")[2:]]
+    assert re.fullmatch(r"[\d.]+", in_place)
     assert re.fullmatch(r"\*\*[\d.]+\*\* \(0\.00\)", scores)  # missed
     assert re.fullmatch(r"[\d.]+ \(1000\.00\)", held)
     assert scores_elsewhere == scores.split()[0].strip("*")  # where nothing is asked

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import bench_cpu, bench_ops, harness, layer_competitors, matrix_competitors, rivals, roofline
-from benchmarks.layer_competitors import DENSE, FROM_SCORES, HELD, MODULE, LayerCompetitors, inputs_of
+from benchmarks.layer_competitors import DENSE, FROM_SCORES, HELD, IN_PLACE, MODULE, LayerCompetitors, inputs_of
 from benchmarks.side_by_side import OURS, SideBySide
 from benchmarks.tables import cpu_tables, ops_tables, origin
 from mft_kernels.backends import table as backends
@@ -131,7 +131,7 @@ def test_cpu_measures_both_and_asks_nothing_of_another_backend(called, tmp_path,
     bench_cpu.main(quick=True, budget=small)
     record = json.loads((tmp_path / "cpu-mine.json").read_text())
     names = [case["competitor"] for case in record["cases"] if case["dtype"] == "fp32"]
-    assert names == [DENSE, FROM_SCORES, "mine, from scores", HELD, "mine, held mask", "eager"]
+    assert names == [DENSE, IN_PLACE, FROM_SCORES, "mine, from scores", HELD, "mine, held mask", "eager"]
     asked = {finding["quantity"]: finding["rule"] for finding in record["findings"]}
     assert asked["ours, held mask / eager: forward, fp32, 24 x 64, M = 1, 1 thread"] == "at most"
     assert asked["mine, held mask / eager: forward, fp32, 24 x 64, M = 1, 1 thread"] is None

@@ -49,7 +49,7 @@ class Choice:
 def choose(
     shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None = None
 ) -> Choice:
-    """The way that workload.memory names if it fits, or for "auto" the fastest that does: plain, resident, layerwise.
+    """The way that workload.memory names if it fits, or for "auto" the fastest that does.
 
     Formats of scores and moments that are "auto" are the widest with which any of these ways fits.
 
