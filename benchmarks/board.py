@@ -28,7 +28,6 @@ _HEADER = [
     "other text",
     "KL",
     "exact",
-    "s a run",
     "MB in training",
 ]
 
@@ -55,7 +54,7 @@ def _masks(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     masks = [row for row in table["rows"] if row["kind"] == "mask" and row["bytes"] is not None]
     for mask in sorted(masks, key=lambda row: row["bytes"]):
         if found and mask["bytes"] <= _SAME * found[-1]["bytes"]:
-            found[-1] = max(found[-1], mask, key=lambda row: row["seeds"])
+            found[-1] = max(found[-1], mask, key=lambda row: row.get("seeds", 0))
         else:
             found.append(mask)
     return found
@@ -80,7 +79,6 @@ def _cells(table: Mapping[str, Any], mask: Mapping[str, Any], row: Mapping[str, 
         "-" if text is None or text["minus_start"] is None else f"{text['minus_start']['estimate']:+.4f}",
         "-" if text is None or text["kl"] is None else f"{text['kl']:.4f}",
         "-" if row["exact"] is None else f"{100 * row['exact']:.0f} %",
-        "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
         "-" if row["memory"] is None else f"{row['memory'] / 1e6:.0f}",
     ]
 
@@ -105,7 +103,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--picture", type=Path)
     asked = parser.parse_args(given)
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in asked.results}
+    results = {
+        path.stem.removeprefix("compare-"): json.loads(path.read_text(encoding="utf-8")) for path in asked.results
+    }
     print("\n\n".join(board(name, numbers) for name, numbers in results.items()))
     if asked.picture is not None:
         picture(results, asked.picture)

@@ -31,6 +31,18 @@ def test_differences_are_the_reports_from_the_arm_to_the_mask(numbers):
     assert expected in _rows(board("study", numbers))["LoRA (rank 6)"]
 
 
+def test_masks_of_about_as_many_bytes_have_one_table_with_the_one_of_most_seeds(numbers):
+    domain = numbers["domains"]["code"]
+    (mask,) = (row for row in domain["rows"] if row["kind"] == "mask")
+    other = mask | {"arm": "another", "bytes": 1.04 * mask["bytes"], "seeds": 5}
+    larger = mask | {"arm": "a larger one", "bytes": 1.2 * mask["bytes"]}
+    rows = {"rows": [*domain["rows"], other, larger]}
+    first, second = board("study", {"domains": {"code": domain | rows}}).split("### ")[1:]
+    assert first.startswith("study, code: about 767,212 bytes")
+    assert {"**another**", "MFT", "a larger one"} <= _rows(first).keys()
+    assert "**a larger one**" in _rows(second)
+
+
 def test_the_command_writes_tables_and_a_picture(capsys, tmp_path):
     main([str(RESULT), "--picture", str(tmp_path / "board.png")])
     assert "about 737,704 bytes" in capsys.readouterr().out
