@@ -8,12 +8,14 @@ it best, are those of the report, paired by seed and document. Others are differ
 """
 
 import argparse
+import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft.study.report.pictures.by_bytes import plot_bytes
+from mft.files.figure import new_figure, save_figure
 
 from .tables import markdown
 
@@ -43,9 +45,33 @@ def board(name: str, numbers: Mapping[str, Any]) -> str:
 
 
 def picture(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """A row for each domain of each study."""
-    rows = {f"{name}, {domain}": table for name, of in results.items() for domain, table in of["domains"].items()}
-    plot_bytes({"domains": rows}, path)
+    """A panel for each domain of each study: loss over bytes, a line for each family of arms."""
+    panels = {f"{name}, {domain}": table for name, of in results.items() for domain, table in of["domains"].items()}
+    figure = new_figure(9, 4.6 * len(panels))
+    for axes, (title, table) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items()):
+        stored = sorted((row for row in table["rows"] if row["bytes"]), key=lambda row: row["bytes"])
+        for row in table["rows"]:
+            if row["kind"] in ("base", "full"):
+                axes.axhline(row["loss"], color="0.6", linestyle="--", linewidth=1)
+                side = "bottom" if row["kind"] == "base" else "top"
+                axes.annotate(row["arm"], (1, row["loss"]), xycoords=("axes fraction", "data"), ha="right", va=side)
+        families = {family(row) for row in stored if row["kind"] != "full"}
+        in_order = sorted(families, key=lambda name: ("mask" not in name, name))
+        for name, (marker, number) in zip(in_order, itertools.product("os^D", range(10))):
+            own = [row for row in stored if row["kind"] != "full" and family(row) == name]
+            style = {"color": f"C{number}", "marker": marker, "linewidth": 2.5 if "mask" in name else 1}
+            axes.plot([row["bytes"] for row in own], [row["loss"] for row in own], label=name, **style)
+        axes.set(xscale="log", xlabel="bytes beside the base", ylabel="test loss, nats per token")
+        axes.set_title(title, loc="left")
+        axes.grid(color="0.92")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    save_figure(figure, path, dpi=100)
+
+
+def family(row: Mapping[str, Any]) -> str:
+    """What an arm is but for its size: "LoRA in few bits" of LoRA 7 in 4 bits, "mask" of mask (33 kB)."""
+    name = re.split(r" \(| \d", row["arm"])[0]
+    return f"{name} in few bits" if row["kind"] == "coded" and " bits" in row["arm"] else name
 
 
 def _masks(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:

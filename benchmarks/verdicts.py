@@ -32,7 +32,7 @@ from .tables import markdown
 
 Kind = TypeVar("Kind")
 _P_IN_WORDS = re.compile(r"Holm-adjusted p (<?0\.\d+)")
-_OF_DOMINANCE, _OF_P = "An MFT arm dominates a rival", "cannot tell a p below"
+_OF_DOMINANCE, _OF_P = "An MFT arm dominates a rival", re.compile(r"\d+ seeds cannot tell a p below")
 
 
 def tables_in(numbers: Mapping[str, Any]) -> dict[str, DomainTable]:
@@ -72,7 +72,7 @@ def _verdicts(numbers: Mapping[str, Any], tables: Mapping[str, DomainTable]) -> 
 def _remarks(numbers: Mapping[str, Any], tables: Mapping[str, DomainTable]) -> list[str]:
     family, found = family_size(table.comparisons for table in tables.values()), []
     for remark in numbers["remarks"]:
-        if _OF_P in remark:
+        if _OF_P.match(remark):
             continue
         found.append(dominance_remark(family) if remark.startswith(_OF_DOMINANCE) else remark)
         if remark.startswith((_OF_DOMINANCE, "p is two-sided")):

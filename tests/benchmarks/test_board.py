@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.board import board, main
+from benchmarks.board import board, family, main
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-all-layers-smollm2.json"
 
@@ -43,7 +43,27 @@ def test_masks_of_about_as_many_bytes_have_one_table_with_the_one_of_most_seeds(
     assert "**a larger one**" in _rows(second)
 
 
+def test_arms_of_other_sizes_are_one_family():
+    arms = {
+        "LoRA 1 (attention) in 4 bits": "coded",
+        "LoRA 7 in 4 bits": "coded",
+        "LoRA 2": "lora",
+        "mask (33 kB)": "mask",
+    }
+    arms |= {"sparse fine-tune (2.1 kB)": "coded", "norm gains": "peft"}
+    expected = ["LoRA in few bits", "LoRA in few bits", "LoRA", "mask", "sparse fine-tune", "norm gains"]
+    assert [family({"arm": arm, "kind": kind}) for arm, kind in arms.items()] == expected
+
+
 def test_the_command_writes_tables_and_a_picture(capsys, tmp_path):
     main([str(RESULT), "--picture", str(tmp_path / "board.png")])
     assert "about 737,704 bytes" in capsys.readouterr().out
     assert (tmp_path / "board.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_the_tables_of_the_stored_board():
+    stored = RESULT.with_name("compare-board-small.json")
+    page = (RESULT.parents[2] / "docs" / "board.md").read_text(encoding="utf-8")
+    tables = board("board-small", json.loads(stored.read_text(encoding="utf-8"))).split("\n\n")
+    assert len(tables) == 12
+    assert [table for table in tables if table not in page] == []
