@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft_kernels.backends.triton import bits, ops, score_step, scratch, select
+from mft_kernels.backends.triton import bits, in_place, ops, score_step, scratch, select
 from mft_kernels.by_name import ByName
 from mft_kernels.codes import FORMATS
 from mft_kernels.operands import Keep, Update
@@ -46,6 +46,7 @@ def calls() -> Calls:
     for n, k in {(n, k): None for _, n, k in SIZES}:
         yield from (partial(selection, n, k, *which) for which in itertools.product(DTYPES, MODES))
         yield from (partial(masked_weight, n, k, *which) for which in itertools.product(DTYPES, MASKS))
+        yield from (partial(flips, n, k, *which) for which in itertools.product((FP32, BF16), (False, True)))
         for scores, mode, stepped, moments, scaled in itertools.product(
             (*SCORES, torch.int16), MODES, STEPPED, MOMENTS, (False, True)
         ):
@@ -82,6 +83,16 @@ def selection(n: int, k: int, dtype: torch.dtype, mode: str, by_row: bool = Fals
     select.kept_threshold(scores, 0.9, mode)
     bits.pack_mask(scores, empty(*[n] * by_row, dtype=dtype), mode)
     bits.pack_signs(scores)
+
+
+def flips(n: int, k: int, dtype: torch.dtype, held: bool) -> None:
+    """Of a mask in place, from another one or from none."""
+    weight, aside, ends = empty(n, k, dtype=dtype), empty(n, dtype=dtype), empty(n, dtype=torch.int64)
+    before = words(n, k) if held else None
+    in_place.count_dropped(weight, words(n, k))
+    in_place.launch_put_aside(aside, weight, words(n, k), ends, (aside, before, ends) if before is not None else None)
+    in_place.launch_put_back(weight, aside, words(n, k), ends, before)
+    in_place.drop(weight, words(n, k), before)
 
 
 def forward(m: int, n: int, k: int, dtype: torch.dtype, mask: Mask, bias: bool, by_row: bool = False) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mft_kernels import backend_report
+from mft_kernels.backends.table import registered
 from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
 
 from ..rivals import KEEP_RATIO
@@ -33,6 +34,7 @@ from .equality import (
     accumulating_calls,
     dense_calls,
     equal,
+    flips_check,
     many_calls,
     name_of,
     results,
@@ -99,6 +101,8 @@ def _exact(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> It
         label = f"{own}, M = {m}, scores {name_of(scores_dtype)}"
         yield from equal(backend, f"dense integers, {label}", [*dense_calls(t, threshold), *accumulating_calls(t)])
         yield from selection_checks(label, t.scores, threshold, backend)
+        if "drop" in registered(backend).functions:
+            yield flips_check(label, t, threshold, backend)
         for v in (t.x, t.grad_output):
             v *= (torch.arange(v.numel(), device=v.device).view_as(v) % _SPARSE == 0).to(v.dtype)
         yield from equal(backend, label, [*dense_calls(t, threshold), *accumulating_calls(t)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mft_kernels import reference
+from mft_kernels.backends.table import registered
 from mft_kernels.testing import Inputs
 
 from .operands import MODE
@@ -96,6 +97,25 @@ def selection_checks(
             yield named("kept_threshold", how, mode, label), check
     masks: list[Call] = [("pack_mask", "", (scores, threshold, MODE)), ("pack_signs", "", (scores,))]
     yield from equal(backend, label, masks, poison=poison)
+
+
+def flips_check(label: str, t: Inputs, threshold: Tensor, backend: str) -> Check:
+    """From one mask in place to another and back, by the functions of one backend or of none."""
+    masks = [reference.pack_mask(t.scores, each, MODE) for each in (threshold, threshold - 1)]
+
+    def changed(by: str) -> list[Tensor]:
+        weight, serves = t.weight.clone(), registered(by).function
+        first = serves("put_aside")(weight, masks[0])
+        serves("drop")(weight, masks[0])
+        serves("put_back")(weight, first, masks[0], masks[1])
+        second = serves("put_aside")(weight, masks[1], (first, masks[0]))
+        serves("drop")(weight, masks[1], masks[0])
+        held = weight.clone()
+        serves("put_back")(weight, second, masks[1])
+        return [first, second, held, weight]
+
+    got, expected = functools.partial(changed, backend), functools.partial(changed, REFERENCE)
+    return named("mask in place", label), functools.partial(assert_equal, got, expected, poison=True)
 
 
 def thresholds_check(label: str, scores: Tensor, backend: str) -> Check:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from building.ahead import recorded
-from mft_kernels.backends.triton import bits, ops, score_step, select
+from mft_kernels.backends.triton import bits, in_place, ops, score_step, select
 from mft_kernels.backends.triton.launch import Launch
 from mft_kernels.backends.triton.specialise import identity
 from mft_kernels.backends.triton.target import (
@@ -109,6 +109,7 @@ def _calls(few: bool) -> Calls:
     if few:
         return
     yield from _of_selection(fp32)
+    yield from (*_of_flips(bf16), *_of_flips(fp32))
     for scores_dtype in (fp32, bf16, torch.int16):
         for eight_bit in (True, False):
             for weight_dtype in (bf16, fp16, fp32, None):
@@ -189,6 +190,17 @@ def _of_selection(dtype: torch.dtype) -> Calls:
         yield f"kept_threshold, {mode}, {_name(dtype)}", lambda mode=mode: select.kept_threshold(scores, 0.9, mode)
         yield f"pack_mask, {mode}, {_name(dtype)}", lambda mode=mode: bits.pack_mask(scores, threshold, mode)
     yield f"pack_signs, {_name(dtype)}", lambda: bits.pack_signs(scores)
+
+
+def _of_flips(dtype: torch.dtype) -> Calls:
+    weight, aside = _empty(FEATURES, FEATURES, dtype=dtype), _empty(FEATURES, dtype=dtype)
+    words, ends = _empty(FEATURES, FEATURES // 32, dtype=torch.int32), _empty(FEATURES, dtype=torch.int64)
+    held, name = (aside, words, ends), f"mask in place, {_name(dtype)}"
+    yield f"{name}: count", lambda: in_place.count_dropped(weight, words)
+    yield f"{name}: put aside", lambda: in_place.launch_put_aside(aside, weight, words, ends)
+    yield f"{name}: put aside, after another", lambda: in_place.launch_put_aside(aside, weight, words, ends, held)
+    yield f"{name}: put back", lambda: in_place.launch_put_back(weight, aside, words, ends, words)
+    yield f"{name}: drop", lambda: in_place.drop(weight, words, words)
 
 
 def _of_many(m: int, masks: int, dtype: torch.dtype) -> Calls:

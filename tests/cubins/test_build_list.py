@@ -42,6 +42,7 @@ BOTH, KINDS = (False, True), ("nf4", "nested", "int8", "int4")
 #: All that each op can be asked for.
 OPTIONS: dict[str, dict[str, tuple]] = {
     "selection": {"dtype": DTYPES, "mode": MODES, "by_row": BOTH},
+    "flips": {"dtype": DTYPES, "held": BOTH},
     "masked_weight": {"dtype": DTYPES, "mask": ("words", *itertools.product(DTYPES, MODES)), "by_row": BOTH},
     "forward": {
         "dtype": DTYPES,
@@ -175,7 +176,7 @@ def unlisted(some: list, target: str) -> list[str]:
 def test_every_op_is_listed_or_left_out_with_a_reason(target):
     wrong, left_out = [], set()
     for asked, call in every_call():
-        without_tokens = asked["op"] in ("selection", "experts_selection", "masked_weight", "step")
+        without_tokens = asked["op"] in ("selection", "experts_selection", "flips", "masked_weight", "step")
         sizes = [size[1:] for size in SIZES[:3]] if without_tokens else SIZES
         lacks = {lack for size in sizes for lack in missing(call, size, target)}
         reasons = {why for why, is_left_out in LEFT_OUT.items() if is_left_out(asked)}

@@ -73,7 +73,7 @@ def _interpreting() -> bool:
 
 def functions() -> tuple[dict[str, Callable], dict[str, Callable]]:
     """(what a request by name runs, what "auto" runs in its place)."""
-    from . import bits, choice, language, ops, score_step, select
+    from . import bits, choice, in_place, language, ops, score_step, select
 
     by_name: dict[str, Callable] = {
         "product": ops.product,
@@ -83,6 +83,9 @@ def functions() -> tuple[dict[str, Callable], dict[str, Callable]]:
         "pack": bits.pack_mask,
         "signs": bits.pack_signs,
         "step": score_step.score_step,
+        "put_aside": in_place.put_aside,
+        "put_back": in_place.put_back,
+        "drop": in_place.drop,
     }
     automatic: dict[str, Callable] = {
         name: functools.partial(by_name[name], choose=choice.automatic) for name in ("product", "gradients")

@@ -9,6 +9,7 @@ import torch
 from mft_kernels.backends import built, table
 from mft_kernels.backends.table import Backend, registered
 from mft_kernels.operands import Keep
+from mft_kernels.testing import integer_inputs
 
 pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 
@@ -102,6 +103,27 @@ def test_right_kernels_pass_every_check(detail, least, changes, here):
 def test_a_result_of_another_shape_is_found():
     with pytest.raises(AssertionError, match=r"output 0: shape \(1, 3\), not \(2, 3\)"):
         equality.assert_equal(lambda: [torch.ones(1, 3)], lambda: [torch.ones(2, 3)])
+
+
+@pytest.mark.parametrize("wrong", [None, "put_aside", "put_back", "drop"])
+def test_a_mask_in_place_that_changes_wrongly_is_found(wrong, monkeypatch):
+    t, threshold = integer_inputs(4, 33, 72, torch.bfloat16, torch.float32), torch.tensor(2.0)
+    reference = registered("reference").functions
+
+    def mistaken(weight, *rest):
+        found = reference[wrong](weight, *rest)
+        (weight if found is None else found).view(-1)[-1] += 1
+        return found
+
+    functions = reference | ({} if wrong is None else {wrong: mistaken})
+    other = Backend(BACKEND, frozenset({"cpu"}), frozenset(), functions)
+    monkeypatch.setitem(table._TABLE, BACKEND, other)
+    name, check = equality.flips_check("M = 4", t, threshold, BACKEND)
+    assert name.startswith("mask in place")
+    if wrong is None:
+        return check()
+    with pytest.raises(AssertionError, match="elements differ"):
+        check()
 
 
 def flip_last(result, *arguments):

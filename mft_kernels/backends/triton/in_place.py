@@ -1,0 +1,190 @@
+"""A mask in its weight's own memory: what it drops goes aside, comes back, or becomes 0. See reference/in_place.py.
+
+weight (N, K), or of experts (E, N, K), contiguous  ->  a program for each row, of bits that nothing computes with
+
+Dropped elements lie aside in row-major order. Where those of a row begin is a sum over the rows before it, counted in a
+launch of its own; where one lies in its row, a running sum.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ...reference import in_place as reference
+from .language import tl, triton
+from .launch import launch
+
+_BLOCK = 1024  # elements of a row at a time, 8 a thread
+
+
+def put_aside(weight: Tensor, packed: Tensor, held: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """What packed drops of a weight that may hold a mask already. The host waits for their number."""
+    if not weight.is_contiguous() or weight.numel() == 0:
+        return reference.put_aside(weight, packed, held)
+    ends = ends_of(weight, packed)
+    out = weight.new_empty(int(ends[-1]))
+    if held is None:
+        launch_put_aside(out, weight, packed, ends)
+    else:
+        launch_put_aside(out, weight, packed, ends, (*held, ends_of(weight, held[1])))
+    return out
+
+
+def put_back(weight: Tensor, aside: Tensor, held: Tensor, wanted: Tensor | None = None) -> None:
+    """Write aside to where it came from, but for what wanted drops as well."""
+    if not weight.is_contiguous() or weight.numel() == 0:
+        return reference.put_back(weight, aside, held, wanted)
+    launch_put_back(weight, aside, held, ends_of(weight, held), wanted)
+
+
+def drop(weight: Tensor, packed: Tensor, held: Tensor | None = None) -> None:
+    """Let +0 lie where packed drops; it does already where held does."""
+    if not weight.is_contiguous() or weight.numel() == 0:
+        return reference.drop(weight, packed, held)
+    before = None if held is None else held.contiguous()
+    launch(
+        _drop_kernel,
+        _grid(weight),
+        _as_bits(weight),
+        packed.contiguous(),
+        before,
+        weight.shape[-1],
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    increment_version(weight)
+
+
+# ---------------------------------------------------------------------------------------------- below: the launches
+
+
+def ends_of(weight: Tensor, packed: Tensor) -> Tensor:
+    """int64 (rows,): where the dropped elements of each row end, among all."""
+    return count_dropped(weight, packed).cumsum(0, dtype=torch.int64)
+
+
+def count_dropped(weight: Tensor, packed: Tensor) -> Tensor:
+    """int32 (rows,)."""
+    counts = torch.empty(_grid(weight), dtype=torch.int32, device=weight.device)
+    launch(_count_kernel, _grid(weight), counts, packed.contiguous(), weight.shape[-1], BLOCK=_BLOCK, num_warps=4)
+    return counts
+
+
+def launch_put_aside(
+    out: Tensor, weight: Tensor, packed: Tensor, ends: Tensor, held: tuple[Tensor, Tensor, Tensor] | None = None
+) -> None:
+    """Fill ``out``. held: the aside, the mask and its ends of what the weight holds already."""
+    aside, before, first = (None, None, None) if held is None else held
+    launch(
+        _put_aside_kernel,
+        _grid(weight),
+        _as_bits(out),
+        _as_bits(weight),
+        packed.contiguous(),
+        ends,
+        None if aside is None else _as_bits(aside),
+        None if before is None else before.contiguous(),
+        first,
+        weight.shape[-1],
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+
+
+def launch_put_back(weight: Tensor, aside: Tensor, held: Tensor, ends: Tensor, wanted: Tensor | None) -> None:
+    """With the ends of ``held``."""
+    launch(
+        _put_back_kernel,
+        _grid(weight),
+        _as_bits(weight),
+        _as_bits(aside),
+        held.contiguous(),
+        ends,
+        None if wanted is None else wanted.contiguous(),
+        weight.shape[-1],
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    increment_version(weight)
+
+
+def _grid(weight: Tensor) -> tuple[int]:
+    return (weight.numel() // weight.shape[-1],)
+
+
+def _as_bits(values: Tensor) -> Tensor:
+    """Integers, which are moved as they are: NaN keeps its payload."""
+    return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
+
+
+@triton.jit
+def _dropped(words, row, c, K):
+    """Of columns ``c`` of a row, those that are dropped."""
+    word = tl.load(words + row.to(tl.int64) * tl.cdiv(K, 32) + c // 32, mask=c < K, other=-1)
+    return (((word >> (c % 32)) & 1) == 0) & (c < K)
+
+
+@triton.jit
+def _first_place(ends, row):
+    """Where the dropped elements of a row begin."""
+    return tl.load(ends + row - 1, mask=row > 0, other=0)
+
+
+@triton.jit
+def _count_kernel(counts, words, K, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    count = 0
+    for first in range(0, K, BLOCK):
+        count += tl.sum(_dropped(words, row, first + tl.arange(0, BLOCK), K).to(tl.int32), 0)
+    tl.store(counts + row, count)
+
+
+@triton.jit
+def _put_aside_kernel(out, weight, words, ends, aside, held, held_ends, K, BLOCK: tl.constexpr):
+    """held: a mask that the weight holds already, with its aside; or None."""
+    row = tl.program_id(0)
+    place = _first_place(ends, row)
+    held_place = place
+    if held is not None:
+        held_place = _first_place(held_ends, row)
+    for first in range(0, K, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        now = _dropped(words, row, c, K)
+        if held is None:
+            values = tl.load(weight + row.to(tl.int64) * K + c, mask=now, other=0)
+        else:
+            before = _dropped(held, row, c, K)
+            inside = tl.load(weight + row.to(tl.int64) * K + c, mask=now & (before == 0), other=0)
+            places = held_place + tl.cumsum(before.to(tl.int32), 0) - 1
+            values = tl.where(before, tl.load(aside + places, mask=now & before, other=0), inside)
+            held_place += tl.sum(before.to(tl.int32), 0)
+        tl.store(out + place + tl.cumsum(now.to(tl.int32), 0) - 1, values, mask=now)
+        place += tl.sum(now.to(tl.int32), 0)
+
+
+@triton.jit
+def _put_back_kernel(weight, aside, held, ends, wanted, K, BLOCK: tl.constexpr):
+    """wanted: another mask, whose dropped elements stay as they are; or None."""
+    row = tl.program_id(0)
+    place = _first_place(ends, row)
+    for first in range(0, K, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        before = _dropped(held, row, c, K)
+        back = before
+        if wanted is not None:
+            back = before & (_dropped(wanted, row, c, K) == 0)
+        values = tl.load(aside + place + tl.cumsum(before.to(tl.int32), 0) - 1, mask=back, other=0)
+        tl.store(weight + row.to(tl.int64) * K + c, values, mask=back)
+        place += tl.sum(before.to(tl.int32), 0)
+
+
+@triton.jit
+def _drop_kernel(weight, words, held, K, BLOCK: tl.constexpr):
+    """held: a mask for whose dropped elements 0 lies there already; or None."""
+    row = tl.program_id(0)
+    for first in range(0, K, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        now = _dropped(words, row, c, K)
+        if held is not None:
+            now = now & (_dropped(held, row, c, K) == 0)
+        tl.store(weight + row.to(tl.int64) * K + c, tl.zeros((BLOCK,), weight.dtype.element_ty), mask=now)
