@@ -43,6 +43,7 @@ class MaskedInPlace:
     @torch.no_grad()
     def change(self, packed: Tensor) -> None:
         """Hold this mask from now on: bits as of pack_mask, which nobody else may write."""
+        packed = packed.contiguous()
         held, zeros, self._zeros = self._held, self._zeros, None
         if held is not None:
             self._run("put_back")(self.weight, *held, packed)

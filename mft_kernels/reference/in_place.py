@@ -1,7 +1,7 @@
 """A mask in its weight's own memory, in plain PyTorch: what it drops lies aside, bit for bit, and +0 in its place.
 
-weight is whole, (N, K), or of experts (E, N, K), and floating; masks are bits, as of pack_mask. aside is (D,): the D
-dropped elements in row-major order, in the weight's dtype.
+weight is whole, (N, K), or of experts (E, N, K), and floating. Masks are bits, as of pack_mask, and contiguous. aside
+is (D,): the D dropped elements in row-major order, in the weight's dtype.
 """
 
 import torch

@@ -11,14 +11,14 @@ def put_aside(weight: Tensor, packed: Tensor, held: tuple[Tensor, Tensor] | None
     """What packed drops of a weight that may hold a mask already, row by row. See the reference."""
     if not weight.is_contiguous():
         return reference.put_aside(weight, packed, held)
-    return built.cpu_ops.put_aside(weight, packed.contiguous(), *((None, None) if held is None else held))
+    return built.cpu_ops.put_aside(weight, packed, *((None, None) if held is None else held))
 
 
 def put_back(weight: Tensor, aside: Tensor, held: Tensor, wanted: Tensor | None = None) -> None:
     """Write aside to where it came from, but for what wanted drops as well."""
     if not weight.is_contiguous():
         return reference.put_back(weight, aside, held, wanted)
-    built.cpu_ops.put_back_(weight, aside, held.contiguous(), None if wanted is None else wanted.contiguous())
+    built.cpu_ops.put_back_(weight, aside, held, wanted)
     increment_version(weight)
 
 
@@ -26,5 +26,5 @@ def drop(weight: Tensor, packed: Tensor, held: Tensor | None = None) -> None:
     """Let +0 lie where packed drops."""
     if not weight.is_contiguous():
         return reference.drop(weight, packed, held)
-    built.cpu_ops.drop_(weight, packed.contiguous(), None if held is None else held.contiguous())
+    built.cpu_ops.drop_(weight, packed, held)
     increment_version(weight)

@@ -41,13 +41,12 @@ def drop(weight: Tensor, packed: Tensor, held: Tensor | None = None) -> None:
     """Let +0 lie where packed drops; it does already where held does."""
     if not weight.is_contiguous() or weight.numel() == 0:
         return reference.drop(weight, packed, held)
-    before = None if held is None else held.contiguous()
     launch(
         _drop_kernel,
         _grid(weight),
         _as_bits(weight),
-        packed.contiguous(),
-        before,
+        packed,
+        held,
         weight.shape[-1],
         BLOCK=_BLOCK,
         num_warps=4,
@@ -66,7 +65,7 @@ def ends_of(weight: Tensor, packed: Tensor) -> Tensor:
 def count_dropped(weight: Tensor, packed: Tensor) -> Tensor:
     """int32 (rows,)."""
     counts = torch.empty(_grid(weight), dtype=torch.int32, device=weight.device)
-    launch(_count_kernel, _grid(weight), counts, packed.contiguous(), weight.shape[-1], BLOCK=_BLOCK, num_warps=4)
+    launch(_count_kernel, _grid(weight), counts, packed, weight.shape[-1], BLOCK=_BLOCK, num_warps=4)
     return counts
 
 
@@ -80,10 +79,10 @@ def launch_put_aside(
         _grid(weight),
         _as_bits(out),
         _as_bits(weight),
-        packed.contiguous(),
+        packed,
         ends,
         None if aside is None else _as_bits(aside),
-        None if before is None else before.contiguous(),
+        before,
         first,
         weight.shape[-1],
         BLOCK=_BLOCK,
@@ -98,9 +97,9 @@ def launch_put_back(weight: Tensor, aside: Tensor, held: Tensor, ends: Tensor, w
         _grid(weight),
         _as_bits(weight),
         _as_bits(aside),
-        held.contiguous(),
+        held,
         ends,
-        None if wanted is None else wanted.contiguous(),
+        wanted,
         weight.shape[-1],
         BLOCK=_BLOCK,
         num_warps=4,
