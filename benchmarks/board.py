@@ -129,6 +129,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--picture", type=Path)
     asked = parser.parse_args(given)
+    if missing := [path for path in asked.results if not path.is_file()]:
+        parser.error(f"RESULT.json must be the table.json of a study, got {missing[0]}, which is no file")
     results = {
         path.stem.removeprefix("compare-"): json.loads(path.read_text(encoding="utf-8")) for path in asked.results
     }

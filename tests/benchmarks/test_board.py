@@ -61,6 +61,14 @@ def test_the_command_writes_tables_and_a_picture(capsys, tmp_path):
     assert (tmp_path / "board.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_result_that_is_not_there_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["nowhere.json"])
+    assert (
+        "RESULT.json must be the table.json of a study, got nowhere.json, which is no file" in capsys.readouterr().err
+    )
+
+
 def test_the_page_has_the_tables_of_the_stored_board():
     stored = RESULT.with_name("compare-board-small.json")
     page = (RESULT.parents[2] / "docs" / "board.md").read_text(encoding="utf-8")
