@@ -212,7 +212,7 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
 
 
 def _known_number_aside(workload: Workload) -> AbstractContextManager[Any]:
-    """Flips in plain PyTorch, which need the most memory, and how many weights are dropped, which fake masks do not say."""
+    """Flips by plain PyTorch, which takes the most memory, and how many weights are dropped: fake masks do not say."""
     share = 1 - workload.keep_ratio
 
     def run(held: MaskedInPlace, function: str) -> Callable:
