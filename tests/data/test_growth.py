@@ -74,6 +74,7 @@ def test_small_files_that_stand_for_gigabytes_are_refused_before_these_are_taken
         assert "must " in words
 
 
+@pytest.mark.slow
 def test_a_stream_refuses_what_it_would_hold_at_once_and_reads_the_rest(tmp_path):
     said = said_of(tmp_path, "stream(path)", without={"same.parquet", "rows.jsonl.gz"})  # a million rows take long
     assert [file for file, words in said.items() if words == "read"] == ["long.parquet"]

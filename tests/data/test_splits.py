@@ -62,6 +62,7 @@ def test_what_is_too_little_to_judge_a_model_by_is_warned_of(tokenizer, write):
     assert not [note for note in splits.notes if note.startswith("warning")]
 
 
+@pytest.mark.slow
 def test_evaluation_rows_are_the_same_for_every_seed(tokenizer):
     config = {"sequence_length": 128, "max_train_tokens": 1280, "max_eval_tokens": 1280}
     one, two = (load_splits(DataConfig(seed=seed, **config), tokenizer) for seed in (0, 1))

@@ -38,6 +38,7 @@ def page():
     return module
 
 
+@pytest.mark.slow
 def test_every_public_name_has_a_section_and_links_lead_somewhere(page):
     text = page.reference()
     for objects in page.public_objects().values():

@@ -26,6 +26,7 @@ def tasks_dir(tmp_path):
     return write_tasks(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_masked_model_is_what_is_scored(tiny_llama, tokenizer, tasks_dir):
     tasks = load_tasks(["sums_choice", "sums_likelihood"], tasks_dir=tasks_dir, run_task_code=True)
     found = []

@@ -92,6 +92,7 @@ def test_a_run_is_loaded_by_its_directory_too(masked, tmp_path):
     assert_same_tensors(masks(load_masks(llama(), tmp_path / "run")), masks(masked))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_saved_loaded_and_merged_as_what_it_holds(masked, tmp_path):
     ids = torch.arange(12).view(1, -1)
 

@@ -214,6 +214,7 @@ def test_flips_count_from_the_initial_mask(ground):
     assert run_unit(ground.workspace, ground.job("control")).flips is None
 
 
+@pytest.mark.slow
 def test_evaluating_on_the_way_leaves_training_as_it_was(ground):
     ends = []
     for checkpoints in (1, 3):

@@ -95,6 +95,7 @@ def test_rows_do_not_change_where_nothing_of_the_reserve_is_among_them(ground, m
     assert now.test["input_ids"] == before.test["input_ids"]
 
 
+@pytest.mark.slow
 def test_a_finished_study_is_tested_on_the_reserve_without_training(ground, tmp_path, ledger):
     before, lines = run(ground, tmp_path / "run")
     assert not ledger.exists()

@@ -97,6 +97,7 @@ def test_sums_give_back_the_means_of_the_table_on_both_splits(with_texts):
     assert sorted(on_validation) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_document_is_named_by_its_hash_so_that_studies_can_be_joined(tmp_path):
     one = findings_with_texts()
     one.documents = {("code", "test", "code"): {n: 1000 - n for n in range(30)}}
