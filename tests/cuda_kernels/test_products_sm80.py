@@ -141,7 +141,7 @@ def test_score_gradients_equal_the_reference(shape, dtype, scores_dtype, mode):
     check_score_grad(t, row_thresholds(t), mode)
 
 
-@pytest.mark.parametrize("shared_kib", [100, 164, 228])
+@pytest.mark.parametrize("shared_kib", [100, slow(164), 228])
 def test_two_blocks_of_score_gradients_share_what_a_gpu_has(shared_kib):
     t = integer_inputs(200, 136, 264, BF16, BF16)  # 7 steps: more than there are stages
     check_score_grad(t, row_thresholds(t), "magnitude", shared_bytes=shared_kib * 1024)
@@ -160,7 +160,7 @@ def test_shapes_round_the_tiles(shape):
     check_score_grad(t, row_thresholds(t), "value")
 
 
-@pytest.mark.parametrize("tokens", [1, 1200])
+@pytest.mark.parametrize("tokens", [1, slow(1200)])
 def test_more_tiles_than_one_band(tokens):
     t = integer_inputs(tokens, 1160, 272, FP16, FP16)
     threshold = torch.tensor(1.0).half()
@@ -298,10 +298,10 @@ def test_without_a_workspace_the_depth_is_in_one(monkeypatch):
     ("scores_dtype", "shape", "multiprocessors", "expected"),
     [
         (FP32, (1096, 40, 72), 132, {4, 1}),  # 35 steps of 32 tokens in parts of 9, the last of 7 and a bit; d_x in one
-        (FP16, (520, 136, 72), 132, {2, 1}),  # 17 steps: 9 and 8
+        slow(FP16, (520, 136, 72), 132, {2, 1}),  # 17 steps: 9 and 8
         (FP16, (1096, 40, 72), 2, {2, 1}),  # as many as the multiprocessors gain from
         (FP32, (511, 40, 72), 132, {1}),  # a part would have less than 256 tokens
-        (FP16, (1096, 45, 72), 132, {1}),  # rows that are no chunks
+        slow(FP16, (1096, 45, 72), 132, {1}),  # rows that are no chunks
     ],
 )
 def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocessors, expected, scores_dtype, ways):
