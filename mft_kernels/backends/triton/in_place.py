@@ -118,9 +118,9 @@ def _as_bits(values: Tensor) -> Tensor:
 
 @triton.jit
 def _dropped(words, row, c, K):
-    """Of columns ``c`` of a row, those that are dropped."""
+    """Of columns ``c`` of a row, those that are dropped; beyond the row none."""
     word = tl.load(words + row.to(tl.int64) * tl.cdiv(K, 32) + c // 32, mask=c < K, other=-1)
-    return (((word >> (c % 32)) & 1) == 0) & (c < K)
+    return ((word >> (c % 32)) & 1) == 0
 
 
 @triton.jit
