@@ -1,6 +1,7 @@
 #include "in_place.h"
 
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
