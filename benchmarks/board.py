@@ -1,10 +1,10 @@
 """The boards' page in pieces: a table for each budget, and a picture of loss over bytes, from table.json of studies.
 
-    python -m benchmarks.board RESULT.json [RESULT.json ...] [--picture docs/board.png]
+    python -m benchmarks.board RESULT.json [RESULT.json ...] [--picture docs/images/board.png]
 
-A budget is that of masks of about as many bytes. Its table has every arm that stores from half to 1.25 times as many,
-and the bounds that store none or all. Differences from the mask in bold, which had the most seeds, as validation liked
-it best, are those of the report, paired by seed and document. Others are differences of means.
+Each table belongs to one budget: the masks of about as many bytes. It lists every arm that stores 0.5 to 1.25 times as
+many bytes, the base and the full fine-tune. The mask in bold ran with the most seeds, because it was the best on
+validation. Differences from it with an interval are those of the report. Others are differences of means.
 """
 
 import argparse
@@ -49,16 +49,17 @@ def picture(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     panels = {f"{name}, {domain}": table for name, of in results.items() for domain, table in of["domains"].items()}
     figure = new_figure(9, 4.6 * len(panels))
     for axes, (title, table) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items()):
-        stored = sorted((row for row in table["rows"] if row["bytes"]), key=lambda row: row["bytes"])
+        adapters = (row for row in table["rows"] if row["bytes"] and row["kind"] != "full")
+        stored = sorted(adapters, key=lambda row: row["bytes"])
         for row in table["rows"]:
             if row["kind"] in ("base", "full"):
                 axes.axhline(row["loss"], color="0.6", linestyle="--", linewidth=1)
                 side = "bottom" if row["kind"] == "base" else "top"
                 axes.annotate(row["arm"], (1, row["loss"]), xycoords=("axes fraction", "data"), ha="right", va=side)
-        families = {family(row) for row in stored if row["kind"] != "full"}
+        families = set(map(family, stored))
         in_order = sorted(families, key=lambda name: ("mask" not in name, name))
         for name, (marker, number) in zip(in_order, itertools.product("os^D", range(10))):
-            own = [row for row in stored if row["kind"] != "full" and family(row) == name]
+            own = [row for row in stored if family(row) == name]
             style = {"color": f"C{number}", "marker": marker, "linewidth": 2.5 if "mask" in name else 1}
             axes.plot([row["bytes"] for row in own], [row["loss"] for row in own], label=name, **style)
         axes.set(xscale="log", xlabel="bytes beside the base", ylabel="test loss, nats per token")
