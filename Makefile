@@ -132,7 +132,7 @@ ports: dev
 KILLS ?= 1000
 EDITS ?= 20000
 faults: dev
-	$(BIN)/python tests/file_faults.py
+	$(BIN)/python tests/files/file_faults.py
 	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= \
 	  tests/training/test_checkpoint.py tests/files/test_strangers.py tests/files/test_gguf_file.py
 

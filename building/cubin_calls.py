@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from mft_kernels.backends.triton import bits, in_place, ops, score_step, scratch, select
-from mft_kernels.by_name import ByName
-from mft_kernels.codes import FORMATS
-from mft_kernels.operands import Keep, Update
+from mft_kernels.codes import FORMATS, Codes
+from mft_kernels.operands import Backward, Keep, KeepByTask, Sums, Update
 from mft_kernels.reference.step import BLOCK
 
-flat = ByName(ops)
 Calls = Iterator[Callable[[], object]]
 #: "words", as layers have it, or dtype of the scores and mode.
 Mask = str | tuple[torch.dtype, str]
@@ -97,13 +95,7 @@ def flips(n: int, k: int, dtype: torch.dtype, held: bool) -> None:
 
 def forward(m: int, n: int, k: int, dtype: torch.dtype, mask: Mask, bias: bool, by_row: bool = False) -> None:
     x, _, weight = _operands(m, n, k, dtype)
-    added = empty(n, dtype=dtype) if bias else None
-    if mask == "words":
-        flat.masked_linear_packed(x, weight, words(n, k), added)
-    else:
-        keep = _keep(n, k, mask, by_row)
-        assert keep.thresholds is not None
-        flat.masked_linear(x, weight, keep.source, keep.thresholds, added, keep.mode)
+    ops.product(x, weight, _keep(n, k, mask, by_row), empty(n, dtype=dtype) if bias else None)
 
 
 def masked_weight(n: int, k: int, dtype: torch.dtype, mask: Mask, by_row: bool = False) -> None:
@@ -117,14 +109,9 @@ def backward(
     """Gradients of what ``wanted`` names. ``sign``: what tells that of d_scores; ``scores``: their dtype."""
     x, grad, weight = _operands(m, n, k, dtype)
     output_mask = [name in wanted.split() for name in ("x", "weight", "scores", "bias")]
-    if mask == "words":
-        mode, signs = "value" if sign == "none" else "magnitude", words(n, k) if sign == "bits" else None
-        given = None if scores is None else empty(n, k, dtype=scores)
-        flat.masked_linear_packed_backward(grad, x, weight, words(n, k), given, signs, mode, output_mask)
-    else:
-        keep = _keep(n, k, mask)
-        assert keep.thresholds is not None
-        flat.masked_linear_backward(grad, x, weight, keep.source, keep.thresholds, keep.mode, output_mask)
+    keep = _keep(n, k, mask)
+    told = _sign(n, k, sign, scores) if keep.scores is None or sign == "none" else keep.source
+    ops.gradients(Backward(grad, x, weight, keep, told, scores or FP32, output_mask))
 
 
 def sums(m: int, n: int, k: int, dtype: torch.dtype, of_sums: torch.dtype, sign: str | None) -> None:
@@ -132,24 +119,21 @@ def sums(m: int, n: int, k: int, dtype: torch.dtype, of_sums: torch.dtype, sign:
     x, grad, weight = _operands(m, n, k, dtype)
     out = empty(n, k, dtype=of_sums)
     if sign is None:
-        flat.accumulate_product(out, grad, x)
+        ops.score_grad(Sums(grad, x, None, None, out, accumulate=True))
     else:
-        told = {"bits": (None, words(n, k)), "scores": (empty(n, k, dtype=FP32), None), "none": (None, None)}[sign]
-        flat.accumulate_score_grad(out, grad, x, weight, *told, "value" if sign == "none" else "magnitude")
+        ops.score_grad(Sums(grad, x, weight, _sign(n, k, sign, FP32), out, accumulate=True))
 
 
 def codes_forward(m: int, n: int, k: int, dtype: torch.dtype, kind: str, masked: bool, bias: bool) -> None:
     """``kind`` "nested": NF4 whose absmax are codes too. A frozen layer has no mask."""
-    codes, absmax, levels = _codes(n, k, kind)
-    packed, added = words(n, k) if masked else None, empty(n, dtype=dtype) if bias else None
-    flat.masked_linear_quantized(empty(m, k, dtype=dtype), codes, absmax, packed, added, [n, k], levels)
+    added = empty(n, dtype=dtype) if bias else None
+    ops.product(empty(m, k, dtype=dtype), _codes(n, k, kind), Keep(words(n, k)) if masked else None, added)
 
 
 def codes_d_x(m: int, n: int, k: int, dtype: torch.dtype, kind: str, masked: bool, bias: bool = False) -> None:
     """Whatever the bias."""
-    codes, absmax, levels = _codes(n, k, kind)
-    packed = words(n, k) if masked else None
-    flat.masked_linear_quantized_d_x(empty(m, n, dtype=dtype), codes, absmax, packed, [n, k], levels)
+    keep = Keep(words(n, k)) if masked else None
+    ops.product(empty(m, n, dtype=dtype), _codes(n, k, kind), keep, None, transposed=True)
 
 
 def many_masks(
@@ -158,7 +142,7 @@ def many_masks(
     """A mask a row. 16 masks take the longest to compile."""
     x, _, weight = _operands(m, n, k, dtype)
     added = empty(n, dtype=dtype) if bias else None
-    flat.masked_linear_many(x, weight, [words(n, k)] * masks, empty(m, dtype=tasks), added)
+    ops.product(x, weight, KeepByTask([words(n, k)] * masks, empty(m, dtype=tasks)), added)
 
 
 def step(
@@ -221,9 +205,15 @@ def _operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return empty(m, k, dtype=dtype), empty(m, n, dtype=dtype), empty(n, k, dtype=dtype)
 
 
-def _codes(n: int, k: int, kind: str) -> tuple[Tensor, list[Tensor], str]:
-    """Codes, absmax, and what the kernels call the kind."""
+def _sign(n: int, k: int, told_by: str, dtype: torch.dtype | None) -> Tensor | None:
+    """What d_scores takes the sign of the scores from."""
+    if told_by == "none":
+        return None
+    return words(n, k) if told_by == "bits" or dtype is None else empty(n, k, dtype=dtype)
+
+
+def _codes(n: int, k: int, kind: str) -> Codes:
     name, scales = ("nf4", 4) if kind == "nested" else (kind, 1)
     form = FORMATS[name]
     absmax = [empty(*size, dtype=dtype) for _, size, dtype in form.scales_expected((n, k), scales)]
-    return empty(*form.code_shape((n, k)), dtype=form.code_dtype), absmax, name
+    return form(empty(*form.code_shape((n, k)), dtype=form.code_dtype), absmax, (n, k))

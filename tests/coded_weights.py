@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import torch
+from by_name import oracle
 from torch import Tensor
 
-from mft_kernels.by_name import oracle
 from mft_kernels.codes import FORMATS, Table
 
 #: "nf4-dq" is nf4 of double quantisation.

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from by_name import oracle
 from products import assert_same
 from torch import Tensor
 
 import mft_kernels
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 
 #: Rows an expert: none at the ends and between, one, a tile's edge; 3 rows are nobody's.
 ROWS = (0, 1, 7, 0, 33, 16, 0)

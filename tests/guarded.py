@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
+from by_name import ByName
 from torch import Tensor
 
 from mft_kernels.backends import cpu
-from mft_kernels.by_name import ByName
 from mft_kernels.testing import random_inputs
 
 flat = ByName(cpu)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from by_name import oracle
 from torch import Tensor
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import Inputs, integer_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 
 import torch
+from by_name import oracle
 from torch import Tensor
 
 from mft_kernels import float_from_fixed, score_step
-from mft_kernels.by_name import oracle
 from mft_kernels.reference import step as reference_step
 from mft_kernels.reference.fixed_point import fixed_from_float, selectable
 

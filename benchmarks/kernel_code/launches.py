@@ -25,11 +25,8 @@ from mft_kernels.backends.triton.target import (
     installed_triton,
     make_target,
 )
-from mft_kernels.by_name import ByName
-from mft_kernels.operands import Update
+from mft_kernels.operands import Backward, Experts, Keep, KeepByTask, Sums, Update
 from mft_kernels.reference.step import BLOCK
-
-flat = ByName(ops)
 
 FEATURES = 4096  # N and K
 #: One for each height of a tile, and where one launch makes both gradients and where two do.
@@ -144,17 +141,20 @@ class _Layer:
         self.sums = _empty(n, k, dtype=torch.float32)
 
     def forward(self, threshold: Tensor, mode: str = _MAGNITUDE, **choice: ops.Choose) -> None:
-        flat.masked_linear(self.x, self.weight, self.scores, threshold, self.bias, mode, **choice)
+        ops.product(self.x, self.weight, Keep(self.scores, threshold, mode), self.bias, **choice)
 
     def backward(self, threshold: Tensor, wanted: list[bool], mode: str = _MAGNITUDE) -> None:
-        flat.masked_linear_backward(self.grad, self.x, self.weight, self.scores, threshold, mode, wanted)
+        keep, sign = Keep(self.scores, threshold, mode), None if mode == "value" else self.scores
+        self._gradients(keep, sign, wanted)
 
     def packed_backward(self, wanted: list[bool]) -> None:
-        arguments = (self.grad, self.x, self.weight, self.packed, self.scores, self.packed)
-        flat.masked_linear_packed_backward(*arguments, _MAGNITUDE, wanted)
+        self._gradients(Keep(self.packed), self.packed, wanted)
 
-    def accumulate(self, scores: Tensor | None, signs: Tensor | None) -> None:
-        flat.accumulate_score_grad(self.sums, self.grad, self.x, self.weight, scores, signs, _MAGNITUDE)
+    def _gradients(self, keep: Keep, sign: Tensor | None, wanted: list[bool]) -> None:
+        ops.gradients(Backward(self.grad, self.x, self.weight, keep, sign, self.scores.dtype, wanted))
+
+    def accumulate(self, weight: Tensor | None, sign: Tensor | None) -> None:
+        ops.score_grad(Sums(self.grad, self.x, weight, sign, self.sums, accumulate=True))
 
 
 def _usual(
@@ -163,12 +163,12 @@ def _usual(
     """What MaskedLinear and the op do in training."""
     o = _Layer(m, dtype, scores_dtype, odd, features)
     yield f"forward, {o.name}", lambda: o.forward(o.threshold)
-    yield f"forward, packed, {o.name}", lambda: flat.masked_linear_packed(o.x, o.weight, o.packed, o.bias)
+    yield f"forward, packed, {o.name}", lambda: ops.product(o.x, o.weight, Keep(o.packed), o.bias)
     for name, wanted in (("d_x", _D_X), ("d_x, d_scores", _BOTH), ("all gradients", _ALL)):
         yield f"{name}, {o.name}", functools.partial(o.backward, o.threshold, wanted)
     yield f"d_x, d_scores, packed, {o.name}", lambda: o.packed_backward(_BOTH)
-    yield f"accumulate by bits, {o.name}", lambda: o.accumulate(None, o.packed)
-    yield f"accumulate without weight, {o.name}", lambda: flat.accumulate_product(o.sums, o.grad, o.x)
+    yield f"accumulate by bits, {o.name}", lambda: o.accumulate(o.weight, o.packed)
+    yield f"accumulate without weight, {o.name}", lambda: o.accumulate(None, None)
 
 
 def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False) -> Calls:
@@ -180,7 +180,7 @@ def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = 
     yield f"forward, by value, {o.name}", lambda: o.forward(o.threshold, "value")
     yield f"d_x, d_scores, by value, {o.name}", lambda: o.backward(o.threshold, _BOTH, "value")
     yield f"all gradients, packed, {o.name}", lambda: o.packed_backward(_ALL)
-    yield f"accumulate by scores, {o.name}", lambda: o.accumulate(o.scores, None)
+    yield f"accumulate by scores, {o.name}", lambda: o.accumulate(o.weight, o.scores)
     yield f"forward through scratch, {o.name}", lambda: o.forward(o.threshold, choose=ops.always_scratch)
 
 
@@ -207,7 +207,7 @@ def _of_many(m: int, masks: int, dtype: torch.dtype) -> Calls:
     x, weight, bias = (_empty(*shape, dtype=dtype) for shape in ((m, FEATURES), (FEATURES, FEATURES), (FEATURES,)))
     packed, tasks = [_empty(FEATURES, FEATURES // 32, dtype=torch.int32)] * masks, _empty(m, dtype=torch.int32)
     name = f"{masks} masks, M = {m}, {_name(dtype)}"
-    yield name, lambda: flat.masked_linear_many(x, weight, packed, tasks, bias)
+    yield name, lambda: ops.product(x, weight, KeepByTask(packed, tasks), bias)
 
 
 def over_experts() -> Calls:
@@ -232,17 +232,16 @@ def of_experts(
     scores, thresholds = (_empty(*shape, dtype=scores_dtype) for shape in ((EXPERTS, n, k), (EXPERTS,)))
     words, bias = _empty(EXPERTS, n, -(-k // 32), dtype=torch.int32), _empty(EXPERTS, n, dtype=dtype)
     offsets = _empty(EXPERTS, dtype=torch.int32)
-    for kind, mask in (("packed", (None, None, words)), ("by scores", (scores, thresholds, None))):
-        run = functools.partial(flat.grouped_product, weight=weight, offsets=offsets, mode=_MAGNITUDE)
-        run = functools.partial(run, **dict(zip(("scores", "threshold", "packed"), mask)))
-        yield f"forward, {kind}, {name}", functools.partial(run, x, bias=bias, transposed=False)
-        yield f"d_x, {kind}, {name}", functools.partial(run, grad, bias=None, transposed=True)
+    experts = Experts(weight, offsets)
+    for kind, keep in (("packed", Keep(words)), ("by scores", Keep(scores, thresholds, _MAGNITUDE))):
+        yield f"forward, {kind}, {name}", functools.partial(ops.product, x, experts, keep, bias)
+        yield f"d_x, {kind}, {name}", functools.partial(ops.product, grad, experts, keep, None, transposed=True)
     for out in {dtype: None, torch.float32: None}:
-        sums = functools.partial(flat.grouped_score_grad, _empty(EXPERTS, n, k, dtype=out), grad, x, offsets)
-        yield f"sums in {_name(out)}, {name}", functools.partial(sums, None, None, None, _MAGNITUDE, True)
-    d_scores = functools.partial(flat.grouped_score_grad, _empty(EXPERTS, n, k, dtype=scores_dtype), grad, x, offsets)
-    yield f"d_scores by scores, {name}", functools.partial(d_scores, weight, scores, None, _MAGNITUDE, False)
-    yield f"d_scores by bits, {name}", functools.partial(d_scores, weight, None, words, _MAGNITUDE, False)
+        sums = Sums(grad, x, None, None, _empty(EXPERTS, n, k, dtype=out), True, offsets)
+        yield f"sums in {_name(out)}, {name}", functools.partial(ops.score_grad, sums)
+    for told_by, sign in (("scores", scores), ("bits", words)):
+        sums = Sums(grad, x, weight, sign, _empty(EXPERTS, n, k, dtype=scores_dtype), offsets=offsets)
+        yield f"d_scores by {told_by}, {name}", functools.partial(ops.score_grad, sums)
 
 
 def _of_steps(

@@ -6,6 +6,7 @@ place, `learning(tensor)` one that requires grad, `attend(...)` self-attention o
 import warnings
 
 import torch
+from by_name import oracle
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -22,7 +23,6 @@ from mft_kernels import (
     score_step,
     unpack_mask,
 )
-from mft_kernels.by_name import oracle
 from mft_kernels.ops.checks import NonFiniteScores
 from mft_kernels.testing import integer_inputs
 

@@ -15,13 +15,14 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from by_name import ByName
+
 from benchmarks.kernel_code import launches, report
 from benchmarks.kernel_code.__main__ import main, summary
 from building import ahead
 from building.machine_code import sass
 from mft_kernels.backends.triton import launch, ops, target
 from mft_kernels.backends.triton.specialise import identity
-from mft_kernels.by_name import ByName
 
 flat = ByName(ops)
 

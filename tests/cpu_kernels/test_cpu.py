@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from amx_gemm import amx_gemm
+from by_name import ByName, oracle
 from products import Operands, assert_equals_reference, assert_same, before, every_product, every_sum
 
 from mft_kernels import reference
 from mft_kernels.backends import cpu
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import integer_inputs, random_inputs
 
 flat = ByName(cpu)

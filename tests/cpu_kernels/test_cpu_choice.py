@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_name import ByName, oracle
 
 from benchmarks.bench_paths import BOUND, behind
 from benchmarks.fit_choice import FILE, FORMATS, PATHS, PRODUCTS, measured_on, small_rows
@@ -18,7 +19,6 @@ from benchmarks.records import RESULTS, by_machine
 from mft_kernels import reference
 from mft_kernels.backends import cpu
 from mft_kernels.backends.cpu import choice as cpu_choice
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import integer_inputs
 
 flat = ByName(cpu)

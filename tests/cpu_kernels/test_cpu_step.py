@@ -5,10 +5,10 @@ What every backend gives is in tests/ops/test_step.py.
 
 import pytest
 import torch
+from by_name import ByName
 from score_steps import arguments, assert_steps_equal_the_reference
 
 from mft_kernels.backends import cpu
-from mft_kernels.by_name import ByName
 
 flat = ByName(cpu)
 

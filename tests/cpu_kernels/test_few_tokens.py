@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from by_name import ByName, oracle
 
 from mft_kernels import reference
 from mft_kernels.backends import cpu
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
 
 flat = ByName(cpu)

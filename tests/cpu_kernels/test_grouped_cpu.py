@@ -5,11 +5,11 @@ What every backend gives is in tests/ops/test_expert_products.py.
 
 import pytest
 import torch
+from by_name import ByName, oracle
 from experts import integer_experts
 
 from mft_kernels import reference
 from mft_kernels.backends import cpu
-from mft_kernels.by_name import ByName, oracle
 
 flat = ByName(cpu)
 

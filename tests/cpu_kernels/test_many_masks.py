@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from by_name import ByName, oracle
 
 from mft_kernels import masked_linear_many
 from mft_kernels.backends import cpu
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import integer_inputs, random_inputs
 
 flat = ByName(cpu)

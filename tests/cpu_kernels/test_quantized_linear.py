@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_name import ByName, oracle
 from coded_weights import KINDS, coded
 
 from benchmarks.bench_memory import process_bytes
 from mft_kernels import pack_mask
 from mft_kernels.backends import cpu
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.codes import FORMATS, Table
 
 flat = ByName(cpu)

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from by_name import ByName
 from torch import Tensor
 
 from mft_kernels.backends.triton import bits, ops, score_step, scratch, select
-from mft_kernels.by_name import ByName
 from mft_kernels.operands import Keep, Update
 from mft_kernels.reference.step import BLOCK
 

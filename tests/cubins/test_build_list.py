@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from by_name import ByName
 
 from building import cubin_calls as listed
 from building.ahead import recorded
@@ -25,7 +26,6 @@ from mft_kernels.backends.triton import ops, select
 from mft_kernels.backends.triton.launch import record
 from mft_kernels.backends.triton.specialise import identity
 from mft_kernels.backends.triton.target import assume
-from mft_kernels.by_name import ByName
 
 flat = ByName(ops)
 

@@ -35,7 +35,7 @@ KERNELS = {f"_{name}_kernel" for name in _NAMES.split()}
 
 def run(module: str, folder: Path, first: str = "") -> dict:
     """What its main prints, in a process whose driver is a stub and which runs ``first``."""
-    path = f"{ROOT}:{Path(__file__).parent}"
+    path = f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}"
     environment = os.environ | {"PYTHONPATH": path, "TRITON_DISABLE_LINE_INFO": "1"}
     code = f"import pathlib, sys; {first or 'pass'}; import {module}; {module}.main(pathlib.Path({str(folder)!r}))"
     command = [sys.executable, "-c", code]

@@ -15,11 +15,11 @@ from unittest import mock
 import calls
 import on_stub
 import torch
+from by_name import ByName
 
 from mft_kernels.backends import built
 from mft_kernels.backends.triton import bits, choice, cubins, language, ops, planned, select
 from mft_kernels.backends.triton.target import A100, B200, H100
-from mft_kernels.by_name import ByName
 
 flat = ByName(ops)
 

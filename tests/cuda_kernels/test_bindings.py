@@ -10,11 +10,11 @@ from pathlib import Path
 import bindings_on_host
 import pytest
 import torch
+from by_name import ByName, oracle
 
 from mft_kernels import MaskAdamW, MaskedGroupedLinear, MaskedLinear, kept_threshold, masked_linear_quantized, reference
 from mft_kernels.backends import built, cuda
 from mft_kernels.backends import table as backends
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.reference.fixed_point import fixed_from_float, selectable
 from mft_kernels.testing import integer_inputs
 

@@ -8,6 +8,7 @@ from functools import partial
 import emulated
 import pytest
 import torch
+from by_name import oracle
 from guarded import guarded
 from in_turn import in_turn
 from score_steps import (
@@ -19,8 +20,6 @@ from score_steps import (
     copied,
     scores_of,
 )
-
-from mft_kernels.by_name import oracle
 
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)
 EIGHT_BIT = (True, False)

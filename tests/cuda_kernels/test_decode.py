@@ -6,13 +6,13 @@ from typing import NamedTuple
 import emulated
 import pytest
 import torch
+from by_name import oracle
 from guarded import guarded
 from products import assert_same as same
 from products import row_thresholds, within
 from test_plans import A100, H100, H200, HOPPERS, NVIDIAS, SHAPES, device_of, planned
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -6,11 +6,11 @@ That its results are the reference's is tested in tests/ops.
 import emulated
 import pytest
 import torch
+from by_name import oracle
 from guarded import guarded
 from products import assert_same, within
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 BF16, FP16 = torch.bfloat16, torch.float16

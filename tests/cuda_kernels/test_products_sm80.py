@@ -8,6 +8,7 @@ from functools import partial
 import emulated
 import pytest
 import torch
+from by_name import oracle
 from guarded import guarded
 from host_program import built, run
 from in_turn import in_turn
@@ -15,7 +16,6 @@ from products import assert_same, row_thresholds, within
 from torch import Tensor
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -9,10 +9,10 @@ from functools import partial
 import emulated
 import pytest
 import torch
+from by_name import oracle
 from guarded import guarded
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, random_inputs
 
 D_X = [True, False, False, False]

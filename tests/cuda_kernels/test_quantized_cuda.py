@@ -6,12 +6,12 @@ What every backend gives is in tests/ops/test_quantized.py.
 import emulated
 import pytest
 import torch
+from by_name import oracle
 from coded_weights import Coded, coded
 from guarded import guarded
 from products import assert_same, within
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KINDS = ("nf4", "nf4-dq", "int8")

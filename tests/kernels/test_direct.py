@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from by_name import oracle
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, _check_for_subclass_arg
 from torch.autograd import forward_ad
@@ -17,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 
 import mft_kernels
 from mft_kernels import MaskedLinear
-from mft_kernels.by_name import oracle
 from mft_kernels.mask.held import masked_linear_held
 from mft_kernels.ops.route import is_seen_by_others
 from mft_kernels.ops.schema import arguments_of, calls

@@ -5,11 +5,11 @@ What its kernels have to do is tested in tests/ops.
 
 import pytest
 import torch
+from by_name import oracle
 from torch.library import opcheck
 
 import mft_kernels
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import detached_masked_linear, integer_inputs, random_inputs
 
 MODES = ("magnitude", "value")

@@ -5,10 +5,10 @@ import contextlib
 import pytest
 import torch
 from amx_gemm import amx_gemm
+from by_name import oracle
 from products import TENSORS, assert_no_pitch_is_read, assert_rows_are_independent, integers
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import detached_masked_linear, integer_inputs, random_inputs
 
 MODES = ("magnitude", "value")

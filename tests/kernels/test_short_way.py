@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from by_name import oracle
 from torch import Tensor
 
 import mft_kernels
 from mft_kernels import MaskedLinear, reference
 from mft_kernels.backends import cpu
 from mft_kernels.backends import table as backends
-from mft_kernels.by_name import oracle
 from mft_kernels.mask.held import masked_linear_held
 from mft_kernels.ops import served
 from mft_kernels.ops.linear import GRADIENTS_OF_PACKED

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from by_name import ByName, oracle
 from tiny import frozen_linear, normal
 from torch import nn
 
@@ -13,7 +14,6 @@ from mft.models import quantized_weight
 from mft.models.quantized_weight import BLOCK, QuantizedWeight
 from mft.number_formats import QUANTIZED_FORMATS
 from mft_kernels.backends import cpu
-from mft_kernels.by_name import ByName, oracle
 
 flat = ByName(cpu)
 

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from by_name import ByName, backend
 from forms import DTYPES, INSTRUCTION_SETS, OTHERS, Emulated, Kernels, OnCard, OnInstructionSet
 from products import CARDS
 
 from mft_kernels.backends import cpu
 from mft_kernels.backends.table import registered
-from mft_kernels.by_name import ByName, backend
 
 
 @pytest.fixture(params=[*INSTRUCTION_SETS, "triton", "cuda", *OTHERS])

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from by_name import ByName
 from guarded import guarded_allocation
 from products import INTERPRETING, Operands, assert_equals_reference, by_card
-
-from mft_kernels.by_name import ByName
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")

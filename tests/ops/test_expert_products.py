@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from by_name import oracle
 from experts import assert_product_equals_reference, assert_sums_equal_reference, integer_experts
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from by_name import oracle
 from guarded import guarded
 from products import DTYPES, assert_same, column_major, every_second_row, pitched
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 CPU = torch.device("cpu")

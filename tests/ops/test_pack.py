@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from by_name import oracle
 from products import assert_same
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import integer_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

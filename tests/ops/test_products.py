@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from amx_gemm import amx_gemm
+from by_name import oracle
 from forms import (
     assert_every_way_equals_the_reference,
     every_form,
@@ -32,7 +33,6 @@ from products import (
 )
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

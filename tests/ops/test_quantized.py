@@ -5,11 +5,11 @@ test_quantized_ops.py has the public ops; tests/models has NF4 beside bitsandbyt
 
 import pytest
 import torch
+from by_name import oracle
 from coded_weights import KINDS, Coded, coded
 from products import assert_same
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, random_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from by_name import oracle
 from forms import FORMS, OTHERS, every_form
 from products import DTYPES, MODES, Operands, assert_same, before, every_sum, integers
 
-from mft_kernels.by_name import oracle
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 HALF = torch.float16

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from by_name import oracle
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 
 WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 DTYPES = tuple(WORDS)

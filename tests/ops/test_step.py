@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from by_name import oracle
 from score_steps import (
     DEFAULTS,
     STATE,
@@ -17,7 +18,6 @@ from score_steps import (
 )
 
 from mft_kernels import reference
-from mft_kernels.by_name import oracle
 from mft_kernels.reference.fixed_point import LARGEST_CODE, selectable
 
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)

@@ -18,11 +18,11 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import quick_interpreter  # noqa: F401
+from by_name import ByName
 from guarded import guarded, guarded_allocation
 
 from mft_kernels.backends.triton import bits, ops, score_step, select, target
 from mft_kernels.backends.triton.launch import launch
-from mft_kernels.by_name import ByName
 from mft_kernels.operands import Update
 from mft_kernels.reference import step as reference_step
 from mft_kernels.reference.fixed_point import fixed_from_float

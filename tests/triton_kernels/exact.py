@@ -1,12 +1,12 @@
 """Integers whose products are exact, and the comparison with the reference bit for bit."""
 
 import torch
+from by_name import ByName, oracle
 from products import ALL, assert_same
 
 from mft_kernels import reference
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton.launch import record
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import Inputs, integer_inputs
 
 flat = ByName(ops)

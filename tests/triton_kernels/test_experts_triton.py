@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from by_name import ByName
 from exact import HALF
 from experts import assert_product_equals_reference, assert_sums_equal_reference, integer_experts
 
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton.launch import record
 from mft_kernels.backends.triton.target import assume
-from mft_kernels.by_name import ByName
 
 flat = ByName(ops)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_name import ByName, oracle
 from exact import HALF, arguments_of_backward, assert_equals_reference, integers, launches_of, threshold_of
 from products import assert_same
 
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton.launch import launch
 from mft_kernels.backends.triton.target import interpreting
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import integer_inputs
 
 flat = ByName(ops)

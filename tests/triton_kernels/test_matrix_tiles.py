@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from by_name import ByName, oracle
 from exact import (
     ARITHMETIC,
     HALF,
@@ -23,7 +24,6 @@ from products import ALL, MODES, assert_same
 
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton.target import assume, interpreting
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.testing import Inputs, random_inputs
 
 flat = ByName(ops)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+from by_name import ByName, oracle
 from coded_weights import coded
 
 from mft_kernels.backends import table as backends
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton import quantized as kernels
 from mft_kernels.backends.triton.launch import record
-from mft_kernels.by_name import ByName, oracle
 from mft_kernels.ops import quantized
 
 flat = ByName(ops)

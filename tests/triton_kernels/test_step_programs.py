@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from by_name import ByName
 from score_steps import arguments, assert_steps_equal_the_reference, normal
 
 from mft_kernels import reference
 from mft_kernels.backends.triton import score_step as kernels
 from mft_kernels.backends.triton import select
 from mft_kernels.backends.triton.target import assume, installed_triton, target_of
-from mft_kernels.by_name import ByName
 
 step = ByName({"step": kernels.score_step}).score_step
 

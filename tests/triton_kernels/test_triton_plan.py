@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from by_name import ByName
 
 from mft_kernels.backends.triton import launch, ops, plan, target
 from mft_kernels.backends.triton.plan import Operands, Problem
-from mft_kernels.by_name import ByName
 
 flat = ByName(ops)
 

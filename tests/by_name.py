@@ -1,4 +1,4 @@
-"""A backend's functions by the names and flat arguments of the ops, unchecked: for tests and benchmarks of kernels."""
+"""A backend's functions by the names and flat arguments of the ops, unchecked: for tests of kernels."""
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.gradients import by_two_functions
-from .backends.table import registered
-from .codes import FORMATS
-from .operands import Backward, Experts, Keep, KeepByTask, Sums, Update
+from mft_kernels.backends.gradients import by_two_functions
+from mft_kernels.backends.table import registered
+from mft_kernels.codes import FORMATS
+from mft_kernels.operands import Backward, Experts, Keep, KeepByTask, Sums, Update
 
 
 class ByName:

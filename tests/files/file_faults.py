@@ -1,8 +1,8 @@
 """A run whose process dies, or whose disk fails, at each call that touches its files, and that goes on afterwards.
 
-    python tests/file_faults.py               every call, every fault; some minutes
-    python tests/file_faults.py --cases 20    as many, spread over all
-    python tests/file_faults.py --only "mft train, call 39 "
+    python tests/files/file_faults.py               every call, every fault; some minutes
+    python tests/files/file_faults.py --cases 20    as many, spread over all
+    python tests/files/file_faults.py --only "mft train, call 39 "
 
 A short mft train, mft finetune and what resumes or overwrites one run in children of this process, which has torch and
 transformers loaded already. file_faults.c, preloaded, counts their calls below the run's directory: opening, reading,
