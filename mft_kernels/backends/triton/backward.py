@@ -26,7 +26,7 @@ from .language import tl, triton
 from .launch import by_cubins_or_compiled, launch
 from .plan import EPILOGUE_COLUMNS, Problem, backward_tiles
 from .product import Split, product_tile, store_part
-from .score_grad import outer_tile, store_gradients
+from .score_grad import gradients_of_tile
 from .target import Target
 from .tiles import store_tile
 
@@ -67,14 +67,11 @@ def _backward_kernel(
                 store_part(parts, split, product, token, column, M, K, BLOCK_M, BLOCK_K)
         else:
             row = (within - products) * BLOCK_N
-            sums = outer_tile(
-                grad_columns, x, row, column, M, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
-                DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_S, STAGES,
-            )  # fmt: skip
-            store_gradients(
-                sums, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
-                stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
-                SIGN, MODE, False, True, WRITE_WEIGHT, BLOCK_N, BLOCK_K, PIECES,
+            gradients_of_tile(
+                grad_columns, x, weight, keep, thresholds, signs, d_scores, d_weight, row, column, M, N, K,
+                stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
+                stride_kn, stride_kk, stride_t, stride_sn, stride_sk, SIGN, MODE, False, True, WRITE_WEIGHT,
+                DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_S, STAGES, PIECES,
             )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from .language import tl, triton
 from .launch import by_cubins_or_compiled, launch
 from .plan import EPILOGUE_COLUMNS, Problem, outer_tiles, product_tiles
 from .product import product_tile
-from .score_grad import outer_tile, store_gradients
+from .score_grad import gradients_of_tile
 from .target import Target, target_of
 from .tiles import grouped, store_tile
 
@@ -217,14 +217,11 @@ def _grouped_score_grad_kernel(
             s = signs + expert.to(tl.int64) * stride_se
         o = out + expert.to(tl.int64) * N * K
         if rows > 0:
-            sums = outer_tile(
-                g, b, row, column, rows, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
-                False, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
-            )  # fmt: skip
-            store_gradients(
-                sums, w, None, None, s, o, None, row, column, N, K,
-                stride_wn, stride_wk, 0, 0, 0, stride_sn, stride_sk,
-                SIGN, "packed", ACCUMULATE, True, False, BLOCK_N, BLOCK_K, PIECES,
+            gradients_of_tile(
+                g, b, w, None, None, s, o, None, row, column, rows, N, K,
+                stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk, 0, 0, 0, stride_sn, stride_sk,
+                SIGN, "packed", ACCUMULATE, True, False,
+                False, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES, PIECES,
             )  # fmt: skip
         elif not ACCUMULATE:
             store_tile(o, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), row, column, N, K, K, 1, BLOCK_N, BLOCK_K)

@@ -6,6 +6,8 @@ Dropped elements lie aside in row-major order. Where those of a row begin is a s
 launch of its own; where one lies in its row, a running sum.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -41,16 +43,7 @@ def drop(weight: Tensor, packed: Tensor, held: Tensor | None = None) -> None:
     """Let +0 lie where packed drops; it does already where held does."""
     if not weight.is_contiguous() or weight.numel() == 0:
         return reference.drop(weight, packed, held)
-    launch(
-        _drop_kernel,
-        _grid(weight),
-        _as_bits(weight),
-        packed,
-        held,
-        weight.shape[-1],
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    _launch_by_row(_drop_kernel, weight, _as_bits(weight), packed, held)
     increment_version(weight)
 
 
@@ -65,7 +58,7 @@ def ends_of(weight: Tensor, packed: Tensor) -> Tensor:
 def count_dropped(weight: Tensor, packed: Tensor) -> Tensor:
     """int32 (rows,)."""
     counts = torch.empty(_grid(weight), dtype=torch.int32, device=weight.device)
-    launch(_count_kernel, _grid(weight), counts, packed, weight.shape[-1], BLOCK=_BLOCK, num_warps=4)
+    _launch_by_row(_count_kernel, weight, counts, packed)
     return counts
 
 
@@ -73,38 +66,19 @@ def launch_put_aside(
     out: Tensor, weight: Tensor, packed: Tensor, ends: Tensor, held: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> None:
     """Fill ``out``. held: the aside, the mask and its ends of what the weight holds already."""
-    aside, before, first = (None, None, None) if held is None else held
-    launch(
-        _put_aside_kernel,
-        _grid(weight),
-        _as_bits(out),
-        _as_bits(weight),
-        packed,
-        ends,
-        None if aside is None else _as_bits(aside),
-        before,
-        first,
-        weight.shape[-1],
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    before = (None, None, None) if held is None else (_as_bits(held[0]), *held[1:])
+    _launch_by_row(_put_aside_kernel, weight, _as_bits(out), _as_bits(weight), packed, ends, *before)
 
 
 def launch_put_back(weight: Tensor, aside: Tensor, held: Tensor, ends: Tensor, wanted: Tensor | None) -> None:
     """With the ends of ``held``."""
-    launch(
-        _put_back_kernel,
-        _grid(weight),
-        _as_bits(weight),
-        _as_bits(aside),
-        held,
-        ends,
-        wanted,
-        weight.shape[-1],
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    _launch_by_row(_put_back_kernel, weight, _as_bits(weight), _as_bits(aside), held, ends, wanted)
     increment_version(weight)
+
+
+def _launch_by_row(kernel: Any, weight: Tensor, *arguments: Tensor | None) -> None:
+    """A program for each row of the weight."""
+    launch(kernel, _grid(weight), *arguments, weight.shape[-1], BLOCK=_BLOCK, num_warps=4)
 
 
 def _grid(weight: Tensor) -> tuple[int]:

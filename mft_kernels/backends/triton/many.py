@@ -20,9 +20,9 @@ from .arguments import arithmetic, operands
 from .language import tl, triton
 from .launch import launch
 from .plan import Problem, many_tiles
-from .product import Split, fused_product, store_part
+from .product import Split, fused_product, store_product
 from .target import target_of
-from .tiles import load_tile, load_words, spread, store_tile
+from .tiles import load_tile, load_words, spread
 
 
 def product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -134,11 +134,7 @@ def _many_masks_kernel(
                 # Select, never multiply by 0: what another mask keeps may be Inf.
                 mine = task == (i if i < COUNT else -1)
                 sums = tl.where(mine[:, None], tl.dot(a, masked.T, sums, input_precision=PRECISION), sums)
-    if HAS_BIAS:
-        n = column + tl.arange(0, BLOCK_N)
-        sums += tl.load(bias + n, mask=n < tl.where(SPLITS == 1, N, 0), other=0).to(tl.float32)[None, :]
     sums = tl.where((task >= -1)[:, None], sums, float("nan"))
-    if SPLITS == 1:
-        store_tile(y, sums, row, column, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N)
-    else:
-        store_part(parts, split, sums, row, column, M, N, BLOCK_M, BLOCK_N)
+    store_product(
+        y, parts, split, SPLITS, sums, bias, row, column, M, N, stride_ym, stride_yn, HAS_BIAS, BLOCK_M, BLOCK_N
+    )

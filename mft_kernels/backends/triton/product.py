@@ -108,13 +108,24 @@ def _masked_product_kernel(
             stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
             TRANSPOSED, MODE, BY_ROW, DESCRIPTORS, MASK_ON_A, PRECISION, UPCAST, BLOCK_M, BLOCK_P, BLOCK_Q, STAGES,
         )  # fmt: skip
-        if HAS_BIAS:
-            p = column + tl.arange(0, BLOCK_P)
-            sums += tl.load(bias + p, mask=p < tl.where(SPLITS == 1, P, 0), other=0).to(tl.float32)[None, :]
-        if SPLITS == 1:
-            store_tile(out, sums, row, column, M, P, stride_om, stride_op, BLOCK_M, BLOCK_P)
-        else:
-            store_part(parts, split, sums, row, column, M, P, BLOCK_M, BLOCK_P)
+        store_product(
+            out, parts, split, SPLITS, sums, bias, row, column, M, P, stride_om, stride_op, HAS_BIAS, BLOCK_M, BLOCK_P
+        )
+
+
+@triton.jit
+def store_product(
+    out, parts, split, SPLITS, sums, bias, row, column, M, P, stride_om, stride_op,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A tile of out (M, P), with the bias, if SPLITS is 1; else of a part, without."""
+    if HAS_BIAS:
+        p = column + tl.arange(0, BLOCK_P)
+        sums += tl.load(bias + p, mask=p < tl.where(SPLITS == 1, P, 0), other=0).to(tl.float32)[None, :]
+    if SPLITS == 1:
+        store_tile(out, sums, row, column, M, P, stride_om, stride_op, BLOCK_M, BLOCK_P)
+    else:
+        store_part(parts, split, sums, row, column, M, P, BLOCK_M, BLOCK_P)
 
 
 @triton.jit

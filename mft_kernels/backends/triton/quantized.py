@@ -28,9 +28,9 @@ from .arguments import arithmetic, is_exact
 from .language import tl, triton
 from .launch import launch
 from .plan import Operands, Problem, quantized_tiles
-from .product import Split, store_part
+from .product import Split, store_product
 from .target import target_of
-from .tiles import load_bits, load_tile, store_tile
+from .tiles import load_bits, load_tile
 
 
 def product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -140,13 +140,9 @@ def _quantized_product_kernel(
         if not TRANSPOSED:
             w = w.T
         sums = tl.dot(tokens, w, sums, input_precision=PRECISION)
-    if HAS_BIAS:
-        p = column + tl.arange(0, BLOCK_P)
-        sums += tl.load(bias + p, mask=p < tl.where(SPLITS == 1, P, 0), other=0).to(tl.float32)[None, :]
-    if SPLITS == 1:
-        store_tile(out, sums, row, column, M, P, stride_om, stride_op, BLOCK_M, BLOCK_P)
-    else:
-        store_part(parts, split, sums, row, column, M, P, BLOCK_M, BLOCK_P)
+    store_product(
+        out, parts, split, SPLITS, sums, bias, row, column, M, P, stride_om, stride_op, HAS_BIAS, BLOCK_M, BLOCK_P
+    )
 
 
 @triton.jit

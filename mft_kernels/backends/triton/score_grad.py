@@ -16,7 +16,7 @@ from .language import tl, triton
 from .launch import launch
 from .plan import EPILOGUE_COLUMNS, Problem, outer_tiles
 from .target import target_of
-from .tiles import grouped, is_kept, load_bits, load_thresholds, load_tile, store_tile
+from .tiles import grouped, load_bits, load_tile, store_kept, store_tile
 
 
 @triton.jit
@@ -63,17 +63,24 @@ def store_score_grad(
 
 
 @triton.jit
-def store_weight_grad(
-    sums, keep, thresholds, d_weight, row, column, N, K, stride_kn, stride_kk, stride_t,
-    MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def gradients_of_tile(
+    grad, x, weight, keep, thresholds, signs, d_scores, d_weight, row, column, M, N, K,
+    stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
+    SIGN: tl.constexpr, MODE: tl.constexpr, ACCUMULATE: tl.constexpr, WRITE_SCORES: tl.constexpr,
+    WRITE_WEIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """d_weight (N, K) contiguous, from the sums of one tile."""
-    if MODE == "packed":
-        kept = load_bits(keep, row, column, N, K, stride_kn, BLOCK_N, BLOCK_K)
-    else:
-        scores = load_tile(keep, row, column, N, K, stride_kn, stride_kk, BLOCK_N, BLOCK_K, False)
-        kept = is_kept(scores, load_thresholds(thresholds, row, N, stride_t, BLOCK_N), MODE)
-    store_tile(d_weight, tl.where(kept, sums, 0.0), row, column, N, K, K, 1, BLOCK_N, BLOCK_K)
+    """One tile of d_scores and d_weight (N, K), each if it is to be written."""
+    sums = outer_tile(
+        grad, x, row, column, M, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
+        DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
+    )  # fmt: skip
+    store_gradients(
+        sums, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
+        stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
+        SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT, BLOCK_N, BLOCK_K, PIECES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -92,8 +99,8 @@ def store_gradients(
                 SIGN, ACCUMULATE, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         if WRITE_WEIGHT:
-            store_weight_grad(
-                sums, keep, thresholds, d_weight, row, column, N, K, stride_kn, stride_kk, stride_t,
+            store_kept(
+                d_weight, sums, keep, thresholds, row, column, N, K, stride_kn, stride_kk, stride_t,
                 MODE, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
@@ -128,14 +135,12 @@ def _score_grad_kernel(
         tile_n, tile_k = grouped(tile, tiles_n, tiles_k, GROUP)
         row = tile_n * BLOCK_N
         column = tile_k * BLOCK_K
-        sums = outer_tile(
-            grad, x, row, column, M, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
-            DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
-        )  # fmt: skip
-        store_gradients(
-            sums, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
-            stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
-            SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT, BLOCK_N, BLOCK_K, PIECES,
+        gradients_of_tile(
+            grad, x, weight, keep, thresholds, signs, d_scores, d_weight, row, column, M, N, K,
+            stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
+            stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
+            SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT,
+            DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES, PIECES,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from ...operands import Keep
 from ...reference.linear import filled
 from .language import tl, triton
 from .launch import launch
-from .tiles import is_kept, load_bits, load_thresholds, load_tile, store_tile
+from .tiles import load_tile, store_kept
 
 #: 64 x 64: two loads of 16 bytes a thread from each 16-bit matrix, and enough tiles for every multiprocessor.
 _BLOCK = 64
@@ -26,12 +26,9 @@ def _masked_weight_kernel(
     row = tl.program_id(1) * BLOCK_N
     column = tl.program_id(0) * BLOCK_K
     w = load_tile(weight, row, column, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False)
-    if MODE == "packed":
-        kept = load_bits(keep, row, column, N, K, stride_kn, BLOCK_N, BLOCK_K)
-    else:
-        scores = load_tile(keep, row, column, N, K, stride_kn, stride_kk, BLOCK_N, BLOCK_K, False)
-        kept = is_kept(scores, load_thresholds(thresholds, row, N, stride_t, BLOCK_N), MODE)
-    store_tile(out, tl.where(kept, w, 0.0), row, column, N, K, K, 1, BLOCK_N, BLOCK_K)
+    store_kept(
+        out, w, keep, thresholds, row, column, N, K, stride_kn, stride_kk, stride_t, MODE, BLOCK_N, BLOCK_K
+    )  # fmt: skip
 
 
 def product_through_scratch(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -88,6 +88,20 @@ def is_kept(scores, threshold, MODE: tl.constexpr):
 
 
 @triton.jit
+def store_kept(
+    out, values, keep, thresholds, row, column, N, K, stride_kn, stride_kk, stride_t,
+    MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of out (N, K), contiguous: the values where the mask keeps them, else 0."""
+    if MODE == "packed":
+        kept = load_bits(keep, row, column, N, K, stride_kn, BLOCK_N, BLOCK_K)
+    else:
+        scores = load_tile(keep, row, column, N, K, stride_kn, stride_kk, BLOCK_N, BLOCK_K, False)
+        kept = is_kept(scores, load_thresholds(thresholds, row, N, stride_t, BLOCK_N), MODE)
+    store_tile(out, tl.where(kept, values, 0.0), row, column, N, K, K, 1, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
 def grouped(tile, tiles_slow, tiles_fast, GROUP: tl.constexpr):
     """(slow, fast) index of a tile: GROUP slow ones side by side for each fast one, so that both operands stay in L2.
 
