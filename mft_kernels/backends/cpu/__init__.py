@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import reference
 from ...codes import Codes, Int8, Table
 from ...operands import MODES, MOST_MASKS, Experts, Keep, KeepByTask, Sums, Update
-from ...reference.linear import kept_count
+from ...reference.linear import grad_of_linear, kept_count
 from .. import built
 from ..autotune import AUTOTUNE, measuring
 from ..built import load
@@ -214,7 +214,7 @@ def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask) -> Tenso
     for task, each in places.items():
         rows = grad_output if len(places) == 1 else grad_output[torch.tensor(each)]
         if task < 0:
-            of_task = reference.grad_of_linear(rows, weight)
+            of_task = grad_of_linear(rows, weight)
         else:
             of_task = _product_of_matrix(rows, weight, Keep(keep.masks[task]), None, True)
         if len(places) == 1:
