@@ -4,6 +4,7 @@ Each table stands between two comments that name it, <!-- step --> and <!-- /ste
 hand. A machine has its column or group of rows once it has answered the question.
 """
 
+import argparse
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -168,6 +169,7 @@ def written(document: str, results: Path = RESULTS) -> str:
 
 def main() -> None:
     """Rewrite the document."""
+    argparse.ArgumentParser(prog="python -m benchmarks.measured", description=__doc__).parse_args()
     DOCUMENT.write_text(written(DOCUMENT.read_text()))
     print(f"written to {DOCUMENT.relative_to(ROOT)}")
 
