@@ -30,6 +30,12 @@ class Buffer {
 
 inline char* at(const Matrix& m, int64_t row, int64_t column = 0) { return m.row(row) + column * bytes_of(m.format); }
 
+// The length of pieces of nearly equal size, of whole units and at most `largest`, a multiple of these: a short last piece
+// would cost nearly as much as a long one.
+inline int64_t nearly_equal(int64_t total, int64_t largest, int64_t unit) {
+  return round_up(divide_up(total, std::max<int64_t>(1, divide_up(total, largest))), unit);
+}
+
 // A dimension cut into blocks of nearly equal size, as many for each thread.
 struct Cut {
   int64_t total, blocks, unit;
