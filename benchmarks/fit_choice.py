@@ -65,13 +65,14 @@ class Cells:
         return np.where(predicted <= CLOSE * predicted.min(1, keepdims=True), self.behind, 0).max(1)
 
 
-def cells_of(rows: Sequence[Mapping]) -> Cells:
-    """Of rows of records."""
+def cells_of(name: str, rows: Sequence[Mapping]) -> Cells:
+    """Of rows of an instruction set's records."""
     paths = tuple(path for path in PATHS if any(path in row["ms"] for row in rows))
     work, took = [], []
     for row in rows:
         case = (row["product"], str(DTYPES[row["dtype"]]).removeprefix("torch."), row["m"], row["n"], row["k"])
-        told = [torch.ops.mft_cpu.path_work(path, *case, row["weight_bytes"], row["mask_bytes"]) for path in paths]
+        size = (row["weight_bytes"], row["mask_bytes"])
+        told = [torch.ops.mft_cpu.path_work(name, path, *case, *size) for path in paths]
         work.append([[float(term) * 1e-6 for term in terms.split(",")] for terms in told])
         took.append([row["ms"][path]["median"] * 1e3 if path in row["ms"] else np.inf for path in paths])
     return Cells(paths, np.array(work), np.array(took))
@@ -166,7 +167,7 @@ def lines_of(name: str, records: Mapping[str, Mapping], small: Mapping[str, Mapp
         if not rows:
             print(f"{name}, {dtype}, {product}: not measured", file=sys.stderr)
             continue
-        cells = cells_of(rows)
+        cells = cells_of(name, rows)
         first = fitted(cells)
         costs = moved(first, cells)
         late = cells.taken(costs)

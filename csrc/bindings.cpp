@@ -234,11 +234,11 @@ double weight_bytes(Text product, int64_t weight, double mask, int64_t out, bool
 }
 
 // How much there is to do on a path, in the terms of the model: numbers, with commas. `paths` says which is the fastest.
-std::string path_work(Text path, Text product, Text dtype, int64_t m, int64_t n, int64_t k,
+std::string path_work(Text capability, Text path, Text product, Text dtype, int64_t m, int64_t n, int64_t k,
                       double weight_bytes, double mask_bytes) {
   const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes, mask_bytes};
   std::string numbers;
-  for (const double term : mft::work_of(call, mft::path_of(path))) {
+  for (const double term : mft::work_of(std::string(capability), call, mft::path_of(path))) {
     if (!numbers.empty()) numbers += ",";
     numbers += std::to_string(term);
   }
@@ -278,7 +278,7 @@ MFT_OPS(m) {
       "-> str");
   m.def("weight_bytes(str product, int weight, float mask, int out, bool accumulate) -> float");
   m.def(
-      "path_work(str path, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) -> str");
+      "path_work(str capability, str path, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) -> str");
   m.def("capability() -> str");
   m.def("capabilities() -> str");
   m.def("missing_capabilities() -> str");

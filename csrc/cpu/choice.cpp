@@ -103,7 +103,7 @@ double weight_bytes(Product product, int weight, double mask, int out, bool accu
   return weight + mask + times * out;
 }
 
-Work work_of(const Call& call, Path path) {
+Work work_of(const std::string& capability, const Call& call, Path path) {
   const bool grad_x = call.product == Product::kGradX;
   const double elements = static_cast<double>(call.rows) * call.columns, bytes = elements * call.weight_bytes;
   const double mask = elements * call.mask_bytes;
@@ -114,8 +114,10 @@ Work work_of(const Call& call, Path path) {
     const double turns = divide_up(call.tokens, kFewTokens);
     return {bytes * turns, mask * turns, elements * call.tokens, common + other};
   }
-  if (path == Path::kFused) {  // has tiles of 16 tokens
-    return {bytes, mask, elements * (divide_up(call.tokens, 16) * 16), common + other};
+  if (path == Path::kFused) {  // has tiles of 16 tokens, but vectors cut those of d_x into nearly equal ones
+    const bool cut = grad_x && index_of(capability) > 0;
+    const int64_t tokens = cut ? std::max<int64_t>(call.tokens, 16) : divide_up(call.tokens, 16) * 16;
+    return {bytes, mask, elements * tokens, common + other};
   }
   const int64_t length = grad_x ? call.columns : call.rows, across = grad_x ? call.rows : call.columns;
   const int64_t width = bytes_of(call.format), each = across * width;
@@ -125,7 +127,7 @@ Work work_of(const Call& call, Path path) {
 
 double microseconds(const std::string& capability, const Call& call, Path path) {
   const Cost& cost = cost_of(capability, call, path);
-  const Work work = work_of(call, path);
+  const Work work = work_of(capability, call, path);
   const double reading = cost.reading * work[0];
   const double working = cost.byte * work[0] + cost.mask * work[1] + cost.product * work[2] + cost.number * work[3];
   return std::max(reading, working) * 1e-6 + cost.call;

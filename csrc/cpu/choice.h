@@ -44,7 +44,7 @@ Format format_of(const std::string& name);
 
 // How much there is to do: bytes of the weight, of these of its mask, products of two numbers, numbers of the operands.
 using Work = std::array<double, 4>;
-Work work_of(const Call& call, Path path);
+Work work_of(const std::string& capability, const Call& call, Path path);
 
 // How long a path takes by the model, on two threads; endless where there is no such path.
 double microseconds(const std::string& capability, const Call& call, Path path);

@@ -93,8 +93,18 @@ def test_there_are_costs_of_each_path_that_was_measured_and_of_no_other():
 @pytest.mark.parametrize(("tokens", "slabs"), [(64, 32), (512, 32), (1024, 16), (4096, 4), (2**20, 4)])
 def test_a_slab_takes_a_quarter_of_the_tokens_at_most_and_of_the_weight(tokens, slabs):
     """2 MiB at least: 128 rows of 4096 fp32 numbers. The tokens' numbers are counted once a slab."""
-    work = torch.ops.mft_cpu.path_work("slabs", "forward", "float32", tokens, 4096, 4096, 8.0, 4.0)
+    work = torch.ops.mft_cpu.path_work("avx2", "slabs", "forward", "float32", tokens, 4096, 4096, 8.0, 4.0)
     assert float(work.split(",")[3]) == tokens * 4096 * (slabs + 1)
+
+
+def test_only_amx_multiplies_whole_tiles_of_tokens_in_d_x():
+    def products(capability, product, tokens):
+        work = torch.ops.mft_cpu.path_work(capability, "fused", product, "bfloat16", tokens, 10, 10, 2.0, 0.0)
+        return float(work.split(",")[2]) / 100
+
+    assert [products("avx512_bf16", "d_x", tokens) for tokens in (5, 16, 24)] == [16, 16, 24]
+    assert [products("amx", "d_x", tokens) for tokens in (5, 16, 24)] == [16, 16, 32]
+    assert products("avx512_bf16", "forward", 24) == 32
 
 
 def test_no_path_is_lost_and_none_is_made_up():
