@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "operands.h"
+#include "tile_cost.h"
 
 #define MFT_TEXT(x) #x
 #define MFT_EXPANDED(x) MFT_TEXT(x)
@@ -61,25 +62,6 @@ using mft::cuda::workspace_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Hopper's kernel reads scores of weight's type, and for d_x one threshold. Anything else is packed first, 1 bit a
-// weight, where there are so many tokens that its speed is worth more than the pass. An estimate, not measured: at 400
-// against 700 TFLOP/s it wins 2.1e-15 s a token and weight, and reading an fp32 score at 3 TB/s costs 1.3e-12 s.
-std::optional<Tensor> bits_for_hopper(const mft::cuda::Product& p, const Place& place, const Tensor& weight) {
-  constexpr int64_t kTokensWorthBits = 512;
-  if (place.device.capability != 90 || p.keep.words || p.in.rows < kTokensWorthBits) return std::nullopt;
-  if (mft::cuda::refusal_sm90(p).empty()) return std::nullopt;
-  Tensor packed = empty_words(weight, p.weight);
-  mft::cuda::PackMask mask;
-  mask.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  mask.keep = p.keep;
-  mft::cuda::Product by_bits = p;
-  by_bits.keep = {};
-  by_bits.keep.words = mask.words;
-  if (!mft::cuda::refusal_sm90(by_bits).empty()) return std::nullopt;
-  check_launch(mft::cuda::pack_mask(mask, place.device));
-  return packed;
-}
-
 // Whether Hopper's kernel is expected to take no longer than the general one, and the plan of the one that is taken.
 template <class Problem>
 std::pair<bool, Plan> chosen_plan(const Problem& problem, const Device& device) {
@@ -89,6 +71,25 @@ std::pair<bool, Plan> chosen_plan(const Problem& problem, const Device& device) 
     if (own.cycles <= general.cycles) return {true, own};
   }
   return {false, general};
+}
+
+// The mask as bits, where packing it first is expected to save a twentieth, more than the model can tell apart: a tile then
+// reads 1 bit for each weight, and Hopper's kernel can take scores of other types, and for d_x a threshold for each row.
+std::optional<Tensor> packed_first(const mft::cuda::Product& p, const Place& place, const Tensor& weight) {
+  constexpr int64_t kFewest = 256;  // tokens: memory bounds the product of fewer, and packing reads more of it
+  if (p.keep.words != nullptr || p.tokens > 0 || p.in.rows < kFewest) return std::nullopt;
+  Tensor packed = empty_words(weight, p.weight);
+  mft::cuda::PackMask mask;
+  mask.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  mask.keep = p.keep;
+  mft::cuda::Product by_bits = p;
+  by_bits.keep = {};
+  by_bits.keep.words = mask.words;
+  const double packing = mft::cuda::pack_cycles(p.keep.scores, place.device);
+  const double after = chosen_plan(by_bits, place.device).second.cycles;
+  if (packing + after > 0.95 * chosen_plan(p, place.device).second.cycles) return std::nullopt;
+  check_launch(mft::cuda::pack_mask(mask, place.device));
+  return packed;
 }
 
 // Of Hopper's product, in the tile and parts that p has.
@@ -117,12 +118,12 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optio
   const int64_t sizes[] = {p.in.rows, transposed ? p.weight.columns : p.weight.rows};
   Tensor out = torch::stable::new_empty(x, {sizes, 2});
   p.out = output(out, place, "out");
-  const std::optional<Tensor> bits = bits_for_hopper(p, place, weight);
+  p.tokens = static_cast<int>(tokens), p.parts = static_cast<int>(parts);
+  const std::optional<Tensor> bits = packed_first(p, place, weight);
   if (bits.has_value()) {
     p.keep = {};
     p.keep.words = words(*bits, place, p.weight, "packed");
   }
-  p.tokens = static_cast<int>(tokens), p.parts = static_cast<int>(parts);
   const auto [hopper, plan] = tokens > 0 ? std::pair(true, plan_as_asked(p, place.device)) : chosen_plan(p, place.device);
   const std::optional<Tensor> workspace = workspace_of(x, plan);
   if (workspace.has_value()) p.workspace = workspace->mutable_data_ptr();

@@ -75,15 +75,19 @@ def test_forward_and_backward(dtype, scores_dtype, mode, capability):
             assert_same(g, e)
 
 
-def test_scores_that_hopper_does_not_read_become_bits(monkeypatch):
-    """fp32 ones, and for d_x a threshold a row, from 512 tokens on."""
-    monkeypatch.setenv("MFT_CUDA_CAPABILITY", "90")
-    t = inputs(scores_dtype=torch.float32, m=512, n=16, k=128)
-    threshold = (torch.arange(16) % 3).float()
-    forward = (t.x, t.weight, t.scores, threshold, t.bias, "value")
-    assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
-    backward = (t.grad_output, t.x, t.weight, t.scores, threshold, "value", [True, False, False, False])
-    assert_same(flat.masked_linear_backward(*backward)[0], oracle.masked_linear_backward(*backward)[0])
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("scores_dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_would_be_read_one_by_one_become_bits(scores_dtype, capability, monkeypatch):
+    """From 256 tokens on; with a threshold a row, which Hopper's d_x takes by bits alone."""
+    monkeypatch.setenv("MFT_CUDA_CAPABILITY", capability)
+    for tokens in (255, 256):
+        t = inputs(scores_dtype=scores_dtype, m=tokens, n=16, k=128)
+        scores = torch.nn.functional.pad(t.scores, (0, 1))[:, :-1]  # rows begin between 16 bytes
+        threshold = (torch.arange(16) % 3).to(scores_dtype)
+        forward = (t.x, t.weight, scores, threshold, t.bias, "value")
+        assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
+        backward = (t.grad_output, t.x, t.weight, scores, threshold, "value", [True, False, False, False])
+        assert_same(flat.masked_linear_backward(*backward)[0], oracle.masked_linear_backward(*backward)[0])
 
 
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
@@ -638,11 +642,14 @@ std::string product_sm80(const Product& p, const Device& d) {
 std::string product_sm90(const Product& p, const Device&) {
   return p.keep.words ? "Hopper's, by bits" : p.workspace ? "Hopper's in parts" : "Hopper's";
 }
-// By the number of features: 256 general in parts, 257 Hopper's in parts.
-Plan plan_sm80(const Product& p, const Device&) { return {1, 64, 1, p.in.rows == 2 && p.out.rows == 2 ? 64 : 0}; }
+// By the number of features: 256 general in parts, 257 Hopper's in parts, 258 much slower by scores.
+double by_scores(const Product& p) { return p.out.columns == 258 && !p.keep.words ? 1e6 : 0; }
+Plan plan_sm80(const Product& p, const Device&) {
+  return {1 + by_scores(p), 64, 1, p.in.rows == 2 && p.out.rows == 2 ? 64 : 0};
+}
 Plan plan_sm80(const ScoreGrad&, const Device&) { return {}; }
 Plan plan_sm90(const Product& p, const Device&) {
-  return {p.out.columns == 256 ? 2.0 : 1.0, 64, 1, p.out.columns == 257 ? 64 : 0};
+  return {(p.out.columns == 256 ? 2.0 : 1.0) + by_scores(p), 64, 1, p.out.columns == 257 ? 64 : 0};
 }
 std::string refusal_sm90(const Product& p) {
   const bool other_scores = !p.keep.words && p.keep.scores.type != p.weight.type;
@@ -683,10 +690,15 @@ def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path,
         with pytest.raises(RuntimeError, match="the cuda backend: general"):  # there is no other one in this build
             flat.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, None, None, "value")
     monkeypatch.setenv("MFT_CUDA_CAPABILITY", "90")
-    for tokens, k, runs in ((512, 40, "Hopper's, by bits"), (511, 40, "general, 90"), (512, 39, "general, 90")):
-        t = inputs(scores_dtype=torch.float32, m=tokens, k=k)
+    # The mask is packed first where that saves more than it takes; Hopper's kernel does not take fp32 scores.
+    for tokens, n, k, dtype, runs in (
+        (256, 258, 40, torch.bfloat16, "Hopper's, by bits"), (255, 258, 40, torch.bfloat16, "Hopper's$"),
+        (256, 258, 40, torch.float32, "Hopper's, by bits"), (256, 12, 40, torch.float32, "general, 90"),
+        (256, 258, 39, torch.float32, "general, 90"),
+    ):  # fmt: skip
+        t = inputs(scores_dtype=dtype, m=tokens, n=n, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
-            flat.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
+            flat.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0).to(dtype), None, "magnitude")
     # Whose plan takes fewer cycles, and in parts where it asks for a workspace.
     for n, k, runs in (
         (255, 40, "Hopper's"), (256, 40, "general in parts, 90"), (257, 40, "Hopper's in parts"),
