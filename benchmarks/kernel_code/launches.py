@@ -140,8 +140,8 @@ class _Layer:
         self.packed = _empty(n, -(-k // 32), dtype=torch.int32)
         self.sums = _empty(n, k, dtype=torch.float32)
 
-    def forward(self, threshold: Tensor, mode: str = _MAGNITUDE, **choice: ops.Choose) -> None:
-        ops.product(self.x, self.weight, Keep(self.scores, threshold, mode), self.bias, **choice)
+    def forward(self, threshold: Tensor, mode: str = _MAGNITUDE, choose: ops.Choose = ops.always_fused) -> None:
+        ops.product(self.x, self.weight, Keep(self.scores, threshold, mode), self.bias, choose=choose)
 
     def backward(self, threshold: Tensor, wanted: list[bool], mode: str = _MAGNITUDE) -> None:
         keep, sign = Keep(self.scores, threshold, mode), None if mode == "value" else self.scores
@@ -151,7 +151,8 @@ class _Layer:
         self._gradients(Keep(self.packed), self.packed, wanted)
 
     def _gradients(self, keep: Keep, sign: Tensor | None, wanted: list[bool]) -> None:
-        ops.gradients(Backward(self.grad, self.x, self.weight, keep, sign, self.scores.dtype, wanted))
+        asked = Backward(self.grad, self.x, self.weight, keep, sign, self.scores.dtype, wanted)
+        ops.gradients(asked, choose=ops.always_fused)
 
     def accumulate(self, weight: Tensor | None, sign: Tensor | None) -> None:
         ops.score_grad(Sums(self.grad, self.x, weight, sign, self.sums, accumulate=True))

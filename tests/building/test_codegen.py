@@ -70,17 +70,20 @@ LAYERS = ((4096, 4096), (14336, 4096), (576, 1536), (1000, 1000))
 
 @pytest.mark.parametrize("card", [*launches.targets(), target.H100_OLD_TRITON], ids=str)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_any_number_of_tokens_takes_at_most_four_binaries_of_the_product(card, layer):
+def test_any_number_of_tokens_takes_at_most_four_binaries_of_the_product_by_scores_and_by_bits(card, layer):
     n, k = layer
     empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     weight, scores, threshold, bias = empty(n, k), empty(n, k), empty(()), empty(n)
     with target.assume(card), launch.record() as launched:
         for m in [*range(1, 130), *range(130, 4097, 13), 4096]:  # every remainder by 16, everywhere
             flat.masked_linear(empty(m, k), weight, scores, threshold, bias, "magnitude")
-    binaries = Counter(key.split("(")[0] for key in {identity(one.kernel, one.args, one.options) for one in launched})
-    assert binaries.pop("_sum_splits_kernel", 0) <= 1
-    assert list(binaries) == ["_masked_product_kernel"]
-    assert binaries["_masked_product_kernel"] <= 4
+    keys = {(identity(one.kernel, one.args, one.options), one.options.get("MODE")) for one in launched}
+    binaries = Counter((key.split("(")[0], mode) for key, mode in keys)
+    assert binaries.pop(("_sum_splits_kernel", None), 0) <= 1
+    assert binaries.pop(("_pack_kernel", "magnitude"), 0) <= 1
+    assert 0 < binaries.pop(("_masked_product_kernel", "magnitude")) <= 4
+    assert binaries.pop(("_masked_product_kernel", "packed"), 0) <= 4
+    assert not binaries
 
 
 def tiles_of(launched):

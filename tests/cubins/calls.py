@@ -91,6 +91,7 @@ def every_call() -> dict[str, Callable[[], Tensor]]:
         "packed, a single part": packed_forward(600, 4096, 128),
         "packed, words at no multiple of 16": packed_forward(20, 256, 576, True),
         "scores": scores_forward(70, 512, 1024),
+        "scores, packed first": scores_forward(4096, 4096, 4096),
         "both gradients": both_gradients(32, 512, 1024),
         "threshold": lambda: select.kept_threshold(torch.empty(64, 512, dtype=BF16), 0.9, "magnitude"),
         "rows of many masks": rows_of_many_masks(8, 512, 1024, 3),

@@ -141,7 +141,7 @@ def test_gradients_are_planned_once_a_layout_and_setting(alone):
 
 def test_rows_of_many_masks_codes_selections_and_steps_are_planned_once(alone):
     """Another number of masks, kind of codes, direction, shape and mode are planned anew."""
-    assert alone["in Python"]["others"] == [True, False] * 7
+    assert alone["in Python"]["others"] == [True, False] * 8
     assert alone["in Python"]["other others"] == [True] * 5
 
 

@@ -107,8 +107,17 @@ def fp32_gradients(leading: tuple[int, ...] = (16,), turned: bool = False) -> Ca
 
 
 def others() -> dict[str, Callable[[], object]]:
-    """Calls that are no product of one mask."""
-    names = "rows of many masks", "nested nf4, d_x", "int8", "threshold", "mask", "signs", "step"
+    """Calls that are no product of one mask, and one that packs its mask first."""
+    names = (
+        "rows of many masks",
+        "nested nf4, d_x",
+        "int8",
+        "threshold",
+        "mask",
+        "signs",
+        "step",
+        "scores, packed first",
+    )
     every = calls.every_call()
     return {name: every[name] for name in names}
 

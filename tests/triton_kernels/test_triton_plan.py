@@ -52,7 +52,7 @@ def test_one_launch_or_two_make_d_x_and_d_scores_whichever_is_expected_to_take_l
         names = [entry.kernel.__name__ for entry in launches_of(card, lambda m=m: backward(m))]
         one = plan.one_launch(Problem(card, m, 4096, 4096, Operands(2, 4)))
         expected = ["_backward_kernel"] if one else ["_masked_product_kernel", "_score_grad_kernel"]
-        assert [n for n in names if n != "_sum_splits_kernel"] == expected, (card, m)
+        assert [n for n in names if n not in ("_sum_splits_kernel", "_pack_kernel")] == expected, (card, m)
         seen.add(one)
     assert seen == {False, True}
 
@@ -168,7 +168,8 @@ def test_tiles_fit_shared_memory_with_at_least_two_stages():
 
 def test_a_tensor_that_tma_cannot_read_takes_the_pointer_path():
     def forward(x, weight, scores):
-        return flat.masked_linear(x, weight, scores, empty(dtype=scores.dtype), None, "magnitude")
+        threshold = empty(dtype=scores.dtype)
+        return flat.masked_linear(x, weight, scores, threshold, None, "magnitude", choose=ops.always_fused)
 
     def described(*tensors):
         (entry,) = launches_of(target.H100, lambda: forward(*tensors))
@@ -181,10 +182,20 @@ def test_a_tensor_that_tma_cannot_read_takes_the_pointer_path():
     assert not described(x, weight, empty(1, 512).expand(4096, 512))  # one row again and again
 
 
+def test_many_tokens_of_hopper_read_a_mask_that_is_packed_first():
+    """Of d_x here; d_scores takes the signs from the scores."""
+
+    def names(m):
+        return [entry.kernel.__name__ for entry in launches_of(target.H100, lambda: backward(m))]
+
+    assert names(2048) == ["_pack_kernel", "_masked_product_kernel", "_score_grad_kernel"]
+    assert "_pack_kernel" not in names(512)
+
+
 def test_precision_of_fp32_follows_torchs_setting():
     def precision():
         entries = launches_of(target.H100, lambda: backward(2048, dtype=torch.float32))
-        return {entry.options["PRECISION"] for entry in entries}
+        return {entry.options["PRECISION"] for entry in entries if entry.kernel.__name__ != "_pack_kernel"}
 
     before = torch.get_float32_matmul_precision()
     try:

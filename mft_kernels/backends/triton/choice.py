@@ -1,5 +1,5 @@
-"""Fused kernel, or one mask pass into scratch and then torch's GEMM: by the model of the card (cost.py), or measured
-once and remembered.
+"""Fused kernel, the same with the mask packed first, or one mask pass into scratch and then torch's GEMM: by the model
+of the card (cost.py), or measured once and remembered.
 
 The same sizes on the same device give the same kernel. A measurement (MFT_AUTOTUNE=1) runs on sizes of its own, the
 next power of two in M, so that it does not depend on which batch came first; it is kept on disk, and
@@ -17,16 +17,19 @@ import torch
 
 from ..autotune import Choices, fastest, measuring
 from .language import INSTALLED, triton
-from .plan import Operands, Problem, fused_seconds, scratch_seconds
+from .plan import Operands, Problem, fused_seconds, packed_seconds, scratch_seconds
 from .target import Target
 
 logger = logging.getLogger("mft_kernels")
 
-FUSED, SCRATCH = "fused", "scratch"
+FUSED, PACKED, SCRATCH = "fused", "packed", "scratch"
 
 #: fp32 in full precision runs on ordinary cores, and rows that are not aligned are read element by element: there
 #: torch's GEMM is far ahead of Triton's, and of neither does the model know. An estimate.
 _MOST_TOKENS_SLOW = 64
+#: Packing first has to save a twentieth, which is more than the model can tell apart. Of few tokens it cannot: memory
+#: bounds their product, and packing reads more of it.
+_WORTH_PACKING, _FEWEST_PACKED = 0.95, 256
 _MEMORY = 2**14  # as in plan.py
 
 
@@ -46,14 +49,20 @@ class Product:
 
 
 @functools.lru_cache(_MEMORY)
-def by_model(product: Product, target: Target) -> str:
-    """FUSED or SCRATCH: what the model of the card expects to take less."""
+def by_model(product: Product, target: Target, *, own: bool = False) -> str:
+    """FUSED, PACKED or SCRATCH: what the model of the card expects to take least. ``own``: not torch's GEMM."""
     if product.exact or not product.aligned:
-        return FUSED if product.m <= _MOST_TOKENS_SLOW else SCRATCH
+        return FUSED if own or product.m <= _MOST_TOKENS_SLOW else SCRATCH
     p, q = (product.k, product.n) if product.transposed else (product.n, product.k)
     operands = Operands(_bytes(product.dtype), 0 if product.mask == "packed" else _bytes(product.mask))
     problem = Problem(target, product.m, p, q, operands)
-    return FUSED if fused_seconds(problem) <= scratch_seconds(problem) else SCRATCH
+    expected = {FUSED: fused_seconds(problem)}
+    packed = packed_seconds(problem)
+    if product.m >= _FEWEST_PACKED and packed <= _WORTH_PACKING * expected[FUSED] and not product.with_scores:
+        expected[PACKED] = packed
+    if not own:
+        expected[SCRATCH] = scratch_seconds(problem)
+    return min(expected, key=expected.__getitem__)
 
 
 def _bytes(dtype: str) -> int:
@@ -61,10 +70,10 @@ def _bytes(dtype: str) -> int:
 
 
 def automatic(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
-    """FUSED or SCRATCH: what was measured if MFT_AUTOTUNE=1, else by_model.
+    """Which of the candidates: what was measured if MFT_AUTOTUNE=1, else by_model.
 
     Args:
-        candidates: for FUSED and SCRATCH, a function that runs the product on M tokens; called to measure only.
+        candidates: by name, functions that run the product on M tokens; called to measure only.
     """
     if not measuring() or not INSTALLED:  # what times is Triton's
         chosen = by_model(product, target)
@@ -102,7 +111,7 @@ def _time(run: Callable[[], object]) -> float:
 
 @functools.cache
 def _choices() -> Choices:
-    return Choices(_made_for(), lambda product, chosen: chosen in (FUSED, SCRATCH))
+    return Choices(_made_for(), lambda product, chosen: chosen in (FUSED, PACKED, SCRATCH))
 
 
 def _made_for() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The triton backend's products and gradients: each a launch or two, by the kind of weight and of mask.
 
 Strides, alignment and 2^31 elements are the kernels' business; nothing is copied here but leading axes that no view can
-merge. ``choose`` decides between the fused product and a pass into scratch: always FUSED where a caller asked for this
-backend by name, ``choice.automatic`` under "auto".
+merge. ``choose`` decides between the fused product, the same with the mask packed first, and a pass into scratch: never
+the last where a caller asked for this backend by name, ``choice.automatic`` under "auto".
 """
 
 import functools
@@ -19,7 +19,8 @@ from ..gradients import by_two_functions
 from . import planned
 from .arguments import aligned, is_exact, operands
 from .backward import both
-from .choice import FUSED, SCRATCH, Product, automatic
+from .bits import pack_mask
+from .choice import FUSED, PACKED, SCRATCH, Product, automatic, by_model
 from .cubins import noting
 from .grouped import product_of_experts, score_grad_of_experts
 from .many import product_by_task
@@ -34,8 +35,13 @@ Asked = TypeVar("Asked", Backward, Sums)
 Choose = Callable[[Product, Target, Mapping[str, Callable[[int], object]]], str]
 
 
+def own_kernels(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
+    """FUSED or PACKED, by the model of the card."""
+    return by_model(product, target, own=True)
+
+
 def always_fused(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
-    """FUSED, whatever the sizes."""
+    """FUSED, whatever the sizes: to compile, check and time these kernels alone."""
     return FUSED
 
 
@@ -51,13 +57,13 @@ def product(
     bias: Tensor | None,
     *,
     transposed: bool = False,
-    choose: Choose = always_fused,
+    choose: Choose = own_kernels,
 ) -> Tensor:
     """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
     return _product_as(choose)(a, weight, keep, bias, transposed=transposed)
 
 
-def gradients(asked: Backward, *, choose: Choose = always_fused) -> Gradients:
+def gradients(asked: Backward, *, choose: Choose = own_kernels) -> Gradients:
     """d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
     if isinstance(asked.weight, Experts):
         return _of_experts(asked)
@@ -169,7 +175,7 @@ def _add_sums(sums: Sums) -> None:
 
 def _kind(what: str, weight: Tensor, *decide: object, choose: Choose) -> int | None:
     """planned.kind, for what is chosen as a user may ask for it."""
-    if choose is not automatic and choose is not always_fused:
+    if choose is not automatic and choose is not own_kernels:
         return None
     return planned.kind(what, weight, *decide, automatic=choose is automatic)
 
@@ -209,6 +215,8 @@ def _product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transpo
         empty = a.new_zeros((m, p))
         return empty if bias is None else empty.add_(bias)
     runs = {FUSED: fused_product, SCRATCH: product_through_scratch}
+    if keep.scores is not None:
+        runs[PACKED] = _packed_product
 
     def candidate(name: str) -> Callable[[int], Tensor]:
         return lambda tokens: runs[name](_tokens_like(a, tokens, q), weight, keep, bias, transposed)
@@ -216,6 +224,12 @@ def _product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transpo
     product = _describe(a, weight, keep, transposed=transposed, with_scores=False)
     chosen = choose(product, target_of(a.device), {name: candidate(name) for name in runs})
     return runs[chosen](a, weight, keep, bias, transposed)
+
+
+def _packed_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
+    assert keep.scores is not None
+    assert keep.thresholds is not None
+    return fused_product(a, weight, Keep(pack_mask(keep.scores, keep.thresholds, keep.mode)), bias, transposed)
 
 
 def _describe(a: Tensor, weight: Tensor, keep: Keep, *, transposed: bool, with_scores: bool) -> Product:

@@ -222,6 +222,15 @@ def fused_seconds(problem: Problem) -> float:
     return product_seconds(problem, product_tiles(problem), share=share)
 
 
+def packed_seconds(problem: Problem) -> float:
+    """What the model expects of a launch that packs the mask and of the fused product by bits; endless by bits."""
+    keep = problem.operands.keep
+    if keep == 0:
+        return math.inf
+    moved = problem.p * problem.q * (keep + 1 / 8)
+    return LAUNCH + moved / _card(problem.target).bandwidth + fused_seconds(_maskless(problem))
+
+
 def scratch_seconds(problem: Problem) -> float:
     """What the model expects of a mask pass into scratch and a GEMM at the makers' rate.
 

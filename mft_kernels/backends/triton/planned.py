@@ -22,7 +22,7 @@ FORWARD, GRADIENTS, SUMS = "forward", "gradients", "sums"
 Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 #: By parameter: scratch, which a launch writes before one reads it, or which begins as zeros, as a result may too.
-_SCRATCH, _ZEROS = {"parts", "missed", "histograms", "counts"}, {"histograms", "counts", "zeros"}
+_SCRATCH, _ZEROS = {"parts", "words", "missed", "histograms", "counts"}, {"histograms", "counts", "zeros"}
 
 _numbers = itertools.count()
 #: 0 is that of the short way of masked_linear_packed, for 16-bit weights: their products depend on no setting.
