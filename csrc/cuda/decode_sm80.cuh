@@ -309,8 +309,8 @@ struct DecodeKernel {
     }
   }
 
-  // Slice by slice from shared memory, which `in` has left, and so of each block of the cluster, which share the results;
-  // then a part, or the results.
+  // Slice by slice from shared memory, which `in` has left; then block by block of the cluster, which share the results; then
+  // a part, or the results.
   MFT_DEVICE static void write(const Arguments& a, const float (&sums)[kTiles][4], char* shared) {
     const auto [group, slice] = DecodeWarp::of(a);
     const auto [tile, part] = DecodeBlock::of(a);
@@ -323,22 +323,32 @@ struct DecodeKernel {
       if (token < tokens) to[(slice * tokens + token) * stride + 16 * group + i % 4 / 2 * 8 + g] = sums[i / 4][i % 4];
     }
     isa::sync_block();
-    const int ranks = 1 << a.cluster_bits;
-    if (ranks > 1) isa::sync_cluster();
-    for (int at = isa::rank_in_cluster() * kThreads + isa::thread(); at < tokens * features; at += ranks * kThreads) {
-      const int token = at >> a.feature_bits, place = at & (features - 1);
-      const int feature = first_feature + place;
-      float of_ranks[isa::kMostCluster] = {};
-      for (int i = 0; i < 1 << a.slice_bits; ++i) {
-        const float* const from = to + (i * tokens + token) * stride + place;
-#pragma unroll
-        for (int rank = 0; rank < isa::kMostCluster; ++rank) {
-          if (rank < ranks) of_ranks[rank] += ranks == 1 ? *from : isa::load_of_rank(from, rank);
-        }
-      }
+    const int ranks = 1 << a.cluster_bits, slices = 1 << a.slice_bits;
+    const auto place_of = [&](int at) { return to + (at >> a.feature_bits) * stride + (at & (features - 1)); };
+    const auto sum_of_slices = [&](const float* from) {
       float sum = 0;
+      for (int i = 0; i < slices; ++i) sum += from[i * tokens * stride];
+      return sum;
+    };
+    if (ranks > 1) {  // its own slices first, so that a block reads one number of each other block for a result
+      for (int at = isa::thread(); slices > 1 && at < tokens * features; at += kThreads) {
+        *place_of(at) = sum_of_slices(place_of(at));
+      }
+      isa::sync_cluster();
+    }
+    for (int at = isa::rank_in_cluster() * kThreads + isa::thread(); at < tokens * features; at += ranks * kThreads) {
+      const int token = at >> a.feature_bits, feature = first_feature + (at & (features - 1));
+      float of_ranks[isa::kMostCluster] = {}, sum = 0;
+      if (ranks == 1) {
+        sum = sum_of_slices(place_of(at));
+      } else {
 #pragma unroll
-      for (int rank = 0; rank < isa::kMostCluster; ++rank) sum += of_ranks[rank];
+        for (int rank = 0; rank < isa::kMostCluster; ++rank) {  // all of them on their way before one is waited for
+          if (rank < ranks) of_ranks[rank] = isa::load_of_rank(place_of(at), rank);
+        }
+#pragma unroll
+        for (int rank = 0; rank < isa::kMostCluster; ++rank) sum += of_ranks[rank];
+      }
       if (a.parts != nullptr) {
         a.parts[(static_cast<int64_t>(part) * tokens + token) * a.part_stride + feature] = sum;
       } else if (feature < a.out.columns) {
