@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -92,6 +93,15 @@ def test_every_stored_answer_of_a_processor_has_its_instruction_set_in_its_name(
 def test_the_page_shows_what_is_stored():
     page = measured.DOCUMENT.read_text()
     assert measured.written(page) == page, "python -m benchmarks.measured"
+
+
+def test_help_writes_no_page(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(measured, "DOCUMENT", tmp_path / "measured.md")
+    monkeypatch.setattr(sys, "argv", ["measured", "--help"])
+    with pytest.raises(SystemExit):
+        measured.main()
+    assert "Writes the tables of docs/measured.md" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_page_without_a_table_is_refused():
