@@ -349,6 +349,7 @@ def _mft(command: tuple[str, ...]) -> int:
 
 def _warm_up(work: Path) -> None:
     """Do once what every child would have to: import, compile, fill caches. No thread is started: a fork is safe."""
+    sys.path.append(str(Path(__file__).parents[1]))
     import torch
     from tiny import WORDS, save_llama
 
