@@ -114,8 +114,9 @@ Work work_of(const std::string& capability, const Call& call, Path path) {
     const double turns = divide_up(call.tokens, kFewTokens);
     return {bytes * turns, mask * turns, elements * call.tokens, common + other};
   }
-  if (path == Path::kFused) {  // has tiles of 16 tokens, but vectors cut those of d_x into nearly equal ones
-    const bool cut = grad_x && index_of(capability) > 0;
+  if (path == Path::kFused) {  // has tiles of 16 tokens, but d_x by vectors cuts tokens into nearly equal tiles
+    const bool by_amx = index_of(capability) == 0 && call.format == Format::kBFloat16;  // all else is done by vectors
+    const bool cut = grad_x && !by_amx;
     const int64_t tokens = cut ? std::max<int64_t>(call.tokens, 16) : divide_up(call.tokens, 16) * 16;
     return {bytes, mask, elements * tokens, common + other};
   }

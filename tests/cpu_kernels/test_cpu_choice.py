@@ -98,12 +98,13 @@ def test_a_slab_takes_a_quarter_of_the_tokens_at_most_and_of_the_weight(tokens, 
 
 
 def test_only_amx_multiplies_whole_tiles_of_tokens_in_d_x():
-    def products(capability, product, tokens):
-        work = torch.ops.mft_cpu.path_work(capability, "fused", product, "bfloat16", tokens, 10, 10, 2.0, 0.0)
+    def products(capability, product, tokens, dtype="bfloat16"):
+        work = torch.ops.mft_cpu.path_work(capability, "fused", product, dtype, tokens, 10, 10, 2.0, 0.0)
         return float(work.split(",")[2]) / 100
 
     assert [products("avx512_bf16", "d_x", tokens) for tokens in (5, 16, 24)] == [16, 16, 24]
     assert [products("amx", "d_x", tokens) for tokens in (5, 16, 24)] == [16, 16, 32]
+    assert products("amx", "d_x", 24, "float32") == 24  # AMX multiplies bf16 alone
     assert products("avx512_bf16", "forward", 24) == 32
 
 
