@@ -73,8 +73,8 @@ std::pair<bool, Plan> chosen_plan(const Problem& problem, const Device& device) 
   return {false, general};
 }
 
-// The mask as bits, where packing it first is expected to save a twentieth, more than the model can tell apart: a tile then
-// reads 1 bit for each weight, and Hopper's kernel can take scores of other types, and for d_x a threshold for each row.
+// The mask as bits, where packing it first is expected to save a twentieth: the model cannot tell smaller differences. A tile
+// then reads 1 bit for each weight, and Hopper's kernel can take scores of other types, and for d_x a threshold for each row.
 std::optional<Tensor> packed_first(const mft::cuda::Product& p, const Place& place, const Tensor& weight) {
   constexpr int64_t kFewest = 256;  // tokens: memory bounds the product of fewer, and packing reads more of it
   if (p.keep.words != nullptr || p.tokens > 0 || p.in.rows < kFewest) return std::nullopt;

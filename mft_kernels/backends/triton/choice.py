@@ -27,8 +27,8 @@ FUSED, PACKED, SCRATCH = "fused", "packed", "scratch"
 #: fp32 in full precision runs on ordinary cores, and rows that are not aligned are read element by element: there
 #: torch's GEMM is far ahead of Triton's, and of neither does the model know. An estimate.
 _MOST_TOKENS_SLOW = 64
-#: Packing first has to save a twentieth, which is more than the model can tell apart. Of few tokens it cannot: memory
-#: bounds their product, and packing reads more of it.
+#: Packing first has to save a twentieth: the model cannot tell smaller differences. With few tokens it saves nothing:
+#: memory bounds their product, and packing reads more of it.
 _WORTH_PACKING, _FEWEST_PACKED = 0.95, 256
 _MEMORY = 2**14  # as in plan.py
 
