@@ -186,8 +186,13 @@ def loaded_config(mode: str, keep_ratio: float | None) -> MaskConfig:
 
 def scores_of_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size, mode: str) -> Tensor:
     """fp32 scores (N, K) that select exactly this mask, all at one distance from the threshold of loaded_config."""
+    return scores_of_keep(unpack_mask(packed, shape), mode)
+
+
+def scores_of_keep(keep: Tensor, mode: str) -> Tensor:
+    """The same for a mask of booleans, of any shape."""
     threshold = _THRESHOLD[mode]
-    return torch.where(unpack_mask(packed, shape), threshold + _MARGIN, threshold - _MARGIN)
+    return torch.where(keep, threshold + _MARGIN, threshold - _MARGIN)
 
 
 def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:

@@ -5,7 +5,7 @@ weight, which PeftModel.from_pretrained loads too. docs/peft.md tells them apart
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +22,9 @@ from mft.config import MaskConfig
 from mft.files.hub import HubError, asking_hub, split_hub_id
 from mft.masks.banked_experts import note_shapes
 from mft.masks.banked_linear import TaskPerRow
+from mft.masks.combination import check_combination, combine
 from mft.masks.convert import check_drawn, convert, masked_modules, pack_attentions, split_attentions
-from mft.masks.export import loaded_config, read_learned, scores_of_mask
+from mft.masks.export import loaded_config, read_learned, scores_of_keep, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetched_masks
 from mft.masks.targets import select_targets
@@ -198,11 +199,13 @@ class MaskModel(BaseTuner):
         if not isinstance(adapter_names, list | tuple):
             raise TypeError(f"adapter_names must be a list with one a row of the batch, got {adapter_names!r}")
         for name in adapter_names:
-            if name not in (*self.peft_config, _BASE):
-                raise ValueError(
-                    f"adapter_names must be among {', '.join(self.peft_config)} and {_BASE}, got {name!r}"
-                    f"{nearest(str(name), list(self.peft_config))}"
-                )
+            self._check_known("adapter_names", name, (*self.peft_config, _BASE))
+
+    def _check_known(self, argument: str, name: str, known: Collection[str]) -> None:
+        if name not in known:
+            raise ValueError(
+                f"{argument} must be among {', '.join(known)}, got {name!r}{nearest(str(name), list(self.peft_config))}"
+            )
 
     # ------------------------------------------------------------------------------------------ merging
 
@@ -231,6 +234,44 @@ class MaskModel(BaseTuner):
             names = [name for name in wanted if name in layer.mft_scores and name not in layer.merged_adapters]
             if names:
                 layer.baked(names, safe_merge)
+
+    # ---------------------------------------------------------------------------------------- combining
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float] | None = None,
+        adapter_name: str = "combined",
+        combination_type: str = "vote",
+    ) -> None:
+        """Add the frozen mask that these adapters' masks make together, on all layers that any of them masks.
+
+        Args:
+            adapters: Names of masks on this model. One without scores for a layer keeps all of that layer.
+            weights: One positive number per adapter; only ``vote`` takes different ones. Default: 1 each.
+            adapter_name: The new adapter's, not yet taken.
+            combination_type: ``union`` keeps what any mask keeps, ``intersection`` what all masks keep, and ``vote``
+                what masks with at least half of the sum of ``weights`` keep.
+        Raises: ValueError for a wrong argument; the model is then unchanged.
+        """
+        check_rule(len(adapters) > 0, "adapters", "name at least one adapter", list(adapters))
+        for name in adapters:
+            self._check_known("adapters", name, self.peft_config)
+        check_rule(adapter_name not in self.peft_config, "adapter_name", "be a new name", repr(adapter_name))
+        shares = check_combination(combination_type, weights, len(adapters))
+        keeps: dict[str, Tensor] = {}
+        for layer in _mask_layers(self.model):
+            for part, shape in layer.shapes_of(adapters).items():
+                masks = [layer.keep(name, part, shape) for name in adapters]
+                keeps[layer.names[part]] = combine(masks, combination_type, shares)
+        settings = vars(loaded_config("value", None)) | {"target_modules": list(keeps)}
+        self.peft_config[adapter_name] = MaskPeftConfig(**settings, task_type=self.peft_config[adapters[0]].task_type)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in _mask_layers(self.model):
+            for part, scores in layer.scores_of(adapter_name).items() if adapter_name in layer.mft_scores else ():
+                scores.copy_(scores_of_keep(keeps[layer.names[part]], "value"))
+                scores.requires_grad_(False)
 
     # ------------------------------------------------------------------------------------------ loading
 

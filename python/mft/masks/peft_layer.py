@@ -82,6 +82,17 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         for part, scores in self.scores_of(adapter_name).items():
             yield scores, self._weight(part)
 
+    def shapes_of(self, adapter_names: Collection[str]) -> dict[str, torch.Size]:
+        """By parameter, the shape of the scores that any of these masks has here."""
+        with_scores = [name for name in adapter_names if name in self.mft_scores]
+        return {part: scores.shape for name in with_scores for part, scores in self.scores_of(name).items()}
+
+    def keep(self, adapter_name: str, parameter: str, shape: torch.Size) -> Tensor:
+        """The mask of this name as booleans; without scores for the parameter, all True."""
+        if adapter_name not in self.mft_scores or parameter not in self.scores_of(adapter_name):
+            return torch.ones(shape, dtype=torch.bool, device=self._weight(parameter).device)
+        return unpack_mask(self.packed_mask(adapter_name, parameter), shape)
+
     @torch.no_grad()
     def current_mask(self, adapter_name: str, parameter: str) -> Tensor:
         """The mask of this name as bits, selected again where its scores have changed."""
@@ -254,6 +265,40 @@ class MaskLinear(MaskTunerLayer):
 
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         return {"weight": self.mft_scores[adapter_name]}
+
+    # ------------------------------------------------------------------------------------------ as a sum
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What must be added to the weight: minus the dropped weights, 0 elsewhere; in the base layer's layout.
+
+        Raises: ValueError if the mask drops a weight that is not finite, which no sum turns into 0.
+        """
+        weight = self._weight("weight").detach()
+        delta = torch.where(self.keep(adapter_name, "weight", weight.shape), 0, -weight)
+        if not delta.isfinite().all():
+            raise ValueError(
+                f"the dropped weights must be finite for get_delta_weight, got NaN or Inf in {self.module_name}: "
+                "use merge_adapter, which sets them to 0"
+            )
+        return self._as_stored(delta)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True, with a warning: a LoRA of low rank holds a part of the mask only.
+
+        Raises: ValueError if the configuration leaves target_modules to its default, which LoRA would read as another.
+        """
+        config: Any = self.mft_config.get(adapter_name)
+        if config is not None and config.target_modules is None:
+            raise ValueError(
+                "target_modules must be given to convert a mask to LoRA, got null, which means other layers there: "
+                "name them in MaskPeftConfig"
+            )
+        warnings.warn(
+            "A LoRA approximates a mask: what a mask drops has nearly full rank. mft.save_masks keeps the mask itself.",
+            stacklevel=2,
+        )
+        return True
 
     # ------------------------------------------------------------------------------------------ private
 

@@ -10,7 +10,14 @@ import copy
 
 import pytest
 import torch
-from peft import get_base_model_state_dict, get_peft_model, inject_adapter_in_model
+from peft import (
+    PeftModel,
+    convert_to_lora,
+    get_base_model_state_dict,
+    get_peft_model,
+    inject_adapter_in_model,
+    save_as_lora,
+)
 from peft_masks import STILL_CALLED, TOKENS, UP, assert_same, config, layers, logits, state, two_masks, with_masks
 from tiny import make_llama
 from torch import nn
@@ -94,7 +101,7 @@ def test_rows_with_masks_of_their_own_generate_what_each_alone_does():
 
 def test_rows_name_masks_that_there_are_of_a_model_that_infers():
     model, names = two_masks(), ["default", "other", "othre"]
-    with pytest.raises(ValueError, match="among default, other and __base__, got 'othre'; did you mean other"):
+    with pytest.raises(ValueError, match="among default, other, __base__, got 'othre'; did you mean other"):
         model(input_ids=TOKENS, adapter_names=names)
     with pytest.raises(ValueError, match=r"adapter_names must be one a row of a batch .*, got 2 of them"):
         model(input_ids=TOKENS, adapter_names=names[:2])
@@ -271,3 +278,94 @@ def test_a_reference_by_the_configuration_of_a_mask_begins_as_its_copy():
     model.delete_adapter("ref")
     model.add_adapter("ref", copy.copy(model.peft_config["default"]))  # equal, but no mask's own
     assert all(torch.equal(layer.mft_scores["ref"], layer.mft_scores["fresh"]) for layer in layers(model))
+
+
+# ---------------------------------------------------------------------------------------------- combined masks
+
+
+def kept(model, name):
+    """By module, what the mask of this name keeps; all where it has no scores."""
+    return {layer.module_name: layer.keep(name, "weight", layer.base_layer.weight.shape) for layer in layers(model)}
+
+
+@pytest.mark.parametrize(
+    ("how", "weights", "expected"),
+    [
+        ("union", None, lambda a, b, c: a | b | c),
+        ("intersection", [1, 1, 1], lambda a, b, c: a & b & c),
+        ("vote", None, lambda a, b, c: (a & b) | (a & c) | (b & c)),
+        ("vote", [1, 1, 2], lambda a, b, c: c | (a & b)),  # a tie keeps
+    ],
+)
+def test_adapters_are_combined_into_a_frozen_mask(how, weights, expected):
+    model = two_masks()
+    model.add_adapter("third", config(layers_to_transform=[1, 2], keep_ratio=0.5, seed=2))
+    names = ["default", "other", "third"]
+    model.add_weighted_adapter(names, weights, "combined", how)
+    masks = [kept(model, name) for name in names]
+    found = kept(model, "combined")
+    assert all(torch.equal(found[layer], expected(*(mask[layer] for mask in masks))) for layer in found)
+    assert not all(keep.all() for keep in found.values())
+    model.set_adapter("combined")
+    merged = model.merge_and_unload()
+    weight = make_llama().get_submodule(UP).weight
+    assert torch.equal(merged.get_submodule(UP).weight, torch.where(found[UP], weight, 0))
+
+
+def test_a_combined_mask_is_saved_and_loaded(tmp_path):
+    model = two_masks()
+    model.add_weighted_adapter(["default", "other"], None, "both", "intersection")
+    model.set_adapter("both")
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    assert torch.equal(logits(PeftModel.from_pretrained(make_llama(), tmp_path / "both").eval()), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["default", "othre"],), "adapters must be among default, other, got 'othre'; did you mean other"),
+        (([],), "adapters must name at least one adapter"),
+        ((["default"], None, "other"), "adapter_name must be a new name, got 'other'"),
+        ((["default", "other"], [1]), "weights must have one number per adapter, 2 of them"),
+        ((["default", "other"], [1, -1]), "weights must be positive and finite"),
+        ((["default", "other"], [1, 2], "new", "union"), "weights must be equal for union, where they have no effect"),
+        ((["default", "other"], None, "new", "svd"), "combination_type must be one of union, intersection, vote"),
+    ],
+)
+def test_a_wrong_combination_leaves_the_model_as_it_is(arguments, message):
+    model = two_masks()
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert list(model.peft_config) == ["default", "other"]
+    assert torch.equal(logits(model), before)
+
+
+# ---------------------------------------------------------------------------------------------- as a sum
+
+
+def test_the_delta_added_to_the_weight_is_the_merged_weight():
+    model = with_masks()
+    layer = model.get_submodule(f"base_model.model.{UP}")
+    total = layer.base_layer.weight + layer.get_delta_weight("default")
+    model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight, total)
+    model.unmerge_adapter()
+    layer.base_layer.weight.data[~layer.keep("default", "weight", total.shape)] = torch.inf
+    with pytest.raises(ValueError, match=f"the dropped weights must be finite for get_delta_weight, got .* in {UP}"):
+        layer.get_delta_weight("default")
+
+
+def test_a_mask_becomes_lora_of_full_rank_and_a_warning_says_that_less_is_a_part_of_it(tmp_path):
+    model = with_masks(target_modules=["up_proj"], layers_to_transform=None)
+    expected, base = logits(model), logits(make_llama())
+    errors = []
+    for rank in (1, 8, min(model.get_submodule(f"base_model.model.{UP}").base_layer.weight.shape)):
+        with pytest.warns(UserWarning, match="A LoRA approximates a mask: .* mft.save_masks keeps the mask itself"):
+            save_as_lora(tmp_path / str(rank), model, rank=rank)
+        found = logits(PeftModel.from_pretrained(make_llama(), tmp_path / str(rank)).eval())
+        errors.append((found - expected).norm() / (base - expected).norm())
+    assert errors[0] > errors[1] > 0.1
+    assert errors[2] < 1e-4
+    with pytest.raises(ValueError, match="target_modules must be given to convert a mask to LoRA, got null"):
+        convert_to_lora(with_masks(), rank=1)

@@ -1,0 +1,57 @@
+"""One mask made of several on the same weights: what any of them keeps, what all of them keep, or what most keep."""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from mft.checks import check_one_of, check_rule
+
+
+def _union(keeps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return reduce(torch.logical_or, keeps)
+
+
+def _intersection(keeps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return reduce(torch.logical_and, keeps)
+
+
+def _vote(keeps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    in_favour = torch.zeros(keeps[0].shape, dtype=torch.float64, device=keeps[0].device)
+    for keep, weight in zip(keeps, weights):
+        in_favour.add_(keep, alpha=weight)
+    return in_favour >= sum(weights) / 2
+
+
+COMBINATIONS: dict[str, Callable[[Sequence[Tensor], Sequence[float]], Tensor]] = {
+    "union": _union,
+    "intersection": _intersection,
+    "vote": _vote,
+}
+
+
+def check_combination(how: str, weights: Sequence[float] | None, masks: int) -> list[float]:
+    """The weights, 1 each if none are given. Raises ValueError if they do not fit this way of combining masks."""
+    check_one_of("combination_type", how, tuple(COMBINATIONS))
+    found = [1.0] * masks if weights is None else [float(weight) for weight in weights]
+    check_rule(len(found) == masks, "weights", f"have one number per adapter, {masks} of them", weights)
+    check_rule(all(0 < weight < float("inf") for weight in found), "weights", "be positive and finite", weights)
+    check_rule(
+        how == "vote" or len(set(found)) == 1, "weights", f"be equal for {how}, where they have no effect", weights
+    )
+    return found
+
+
+def combine(keeps: Sequence[Tensor], how: str, weights: Sequence[float]) -> Tensor:
+    """Which weights stay.
+
+    union: those that any mask keeps, so that only what all masks drop is dropped. intersection: those that all masks
+    keep. vote: those that masks with at least half of the sum of ``weights`` keep; a tie keeps.
+
+    Args:
+        keeps: Boolean tensors of one shape, True where a weight stays.
+        how, weights: As check_combination returns and accepts them.
+    Returns: Boolean, the same shape.
+    """
+    return COMBINATIONS[how](keeps, weights)
