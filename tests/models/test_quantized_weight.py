@@ -184,3 +184,16 @@ def test_casting_a_model_changes_the_dense_dtype_and_no_code(kind):
     assert torch.equal(quantized.dense(), dense.bfloat16())
     assert quantized.to("meta").codes.is_meta
     assert quantized.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (5, 7), (4, 130)], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
+def test_dropped_weights_get_the_level_0_and_come_back(kind, shape):
+    generator = torch.Generator().manual_seed(0)
+    weight = QuantizedWeight.quantize(torch.randn(shape, generator=generator), kind)
+    keep = torch.rand(shape, generator=generator) > 0.3
+    dense, codes = weight.dense(), weight.codes.clone()
+    weight.codes, taken = weight.dropped(keep)
+    assert torch.equal(weight.dense(), torch.where(keep, dense, 0))
+    assert len(taken) == int((~keep).sum())
+    assert torch.equal(weight.put_back(keep, taken), codes)

@@ -28,6 +28,7 @@ from mft.masks.export import loaded_config, read_learned, scores_of_keep, scores
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetched_masks
 from mft.masks.targets import select_targets
+from mft.models.coded_linear import holds_codes
 from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.number_formats import SCORE_FORMATS, unless_auto
@@ -43,6 +44,7 @@ try:
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
 
+    from mft.masks.peft_codes import MaskCodes
     from mft.masks.peft_layer import TRL_REFERENCE, MaskExperts, MaskLinear, MaskTunerLayer
 except ImportError as error:
     raise ImportError(f"mft.masks.peft needs peft >= {_TRIED[0]}: {_REMEDY}. {error}") from error
@@ -112,7 +114,7 @@ class MaskModel(BaseTuner):
         masks_alone = copy.copy(config)
         masks_alone.modules_to_save = None  # PEFT's own business; it names heads that a model may lack
         with _unwrapped(model):
-            names = select_targets(model, masks_alone)
+            names = select_targets(model, masks_alone, codes=True)
             saved = config.modules_to_save or []
             names = [name for name in names if not any(f".{module}." in f".{name}." for module in saved)]
             chosen = _parameters_of_modules(model, names)
@@ -147,13 +149,15 @@ class MaskModel(BaseTuner):
     ) -> None:
         layer: Any = target
         if not isinstance(target, MaskTunerLayer):
-            layer = (MaskExperts if expert_projections(target) else MaskLinear)(target, current_key)
+            kind = MaskExperts if expert_projections(target) else MaskCodes if holds_codes(target) else MaskLinear
+            layer = kind(target, current_key)
         layer.add_mask(adapter_name, peft_config, getattr(peft_config, _CHOSEN).get(current_key))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, MaskExperts):  # PEFT looks for its one weight
+        if any(isinstance(module, MaskExperts | MaskCodes) for module in (child, new_module)):
+            # PEFT looks for a weight, where there may be several or codes.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -292,6 +296,11 @@ def to_masked_model(model: PeftModel) -> nn.Module:
     (active,) = model.active_adapters
     config: Any = model.peft_config[active]
     check_rule(not config.modules_to_save, "modules_to_save", "be null (masks alone are kept)", config.modules_to_save)
+    if coded := [layer.module_name for layer in _mask_layers(model) if isinstance(layer, MaskCodes)]:
+        raise ValueError(
+            f"masks must lie on exact weights to be exported, got {coded[0]} over codes: save_pretrained, and load the "
+            "adapter on the unquantised model by PeftModel.from_pretrained"
+        )
     scores: dict[str, nn.Parameter] = {}
     for layer in _mask_layers(model):
         if layer.merged:

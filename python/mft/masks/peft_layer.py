@@ -52,7 +52,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self._taken_out: dict[str, tuple[Tensor, Tensor]] = {}  # while merged: packed masks, dropped weights
+        self._taken_out: dict[str, tuple[Tensor, Tensor]] = {}  # while merged: packed masks, what they dropped
         self.shared_thresholds: dict[str, SharedThreshold] = {}  # of masks under a budget
 
     def add_mask(self, adapter_name: str, config: MaskConfig, parameters: Collection[str] | None = None) -> None:
@@ -120,9 +120,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mft_scores]
         if names:
             for part, (packed, merged) in self.baked(names, safe_merge).items():
-                weight = self._weight(part)
-                self._taken_out[part] = packed, weight[~unpack_mask(packed, weight.shape)]
-                self._set_weight(part, merged)
+                self._taken_out[part] = packed, self._take_out(part, unpack_mask(packed, merged.shape), merged)
             self.merged_adapters.append(names[0])
 
     @torch.no_grad()
@@ -161,10 +159,9 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for part, (packed, dropped) in self._taken_out.items():
+        for part, (packed, taken) in self._taken_out.items():
             weight = self._weight(part)
-            keep = unpack_mask(packed.to(weight.device), weight.shape)
-            self._set_weight(part, weight.masked_scatter(~keep, dropped.to(weight)))
+            self._put_back(part, unpack_mask(packed.to(weight.device), weight.shape), taken.to(weight.device))
         self._taken_out.clear()
         self.merged_adapters.clear()
 
@@ -185,6 +182,16 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
     def _as_stored(self, weight: Tensor) -> Tensor:
         """A weight of scores' shape as the base layer has it."""
         return weight
+
+    def _take_out(self, parameter: str, keep: Tensor, merged: Tensor) -> Tensor:
+        """Put the merged weight in the weight's place. Returns what _put_back takes."""
+        taken = self._weight(parameter)[~keep]
+        self._set_weight(parameter, merged)
+        return taken
+
+    def _put_back(self, parameter: str, keep: Tensor, taken: Tensor) -> None:
+        weight = self._weight(parameter)
+        self._set_weight(parameter, weight.masked_scatter(~keep, taken.to(weight)))
 
     def _set_weight(self, parameter: str, weight: Tensor) -> None:
         """A new tensor, so that whoever shares the old one keeps it."""
@@ -260,7 +267,7 @@ class MaskLinear(MaskTunerLayer):
             return self._mixed(x, rows)
         name = self._active()
         if self.disable_adapters or self.merged or name is None:
-            return self.base_layer(x)
+            return self._unmasked(x)
         return self._product_by(name)(name, x)
 
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -301,6 +308,9 @@ class MaskLinear(MaskTunerLayer):
         return True
 
     # ------------------------------------------------------------------------------------------ private
+
+    def _unmasked(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
 
     def _product(self, adapter_name: str, x: Tensor) -> Tensor:
         scores = self.mft_scores[adapter_name]

@@ -114,6 +114,11 @@ def _coded(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]
     return found
 
 
+def quantized_product(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """``x @ dense().T + bias``, as QuantizedLinear computes it."""
+    return _QuantizedProduct.apply(x, bias, quantized)
+
+
 class QuantizedLinear(nn.Module):
     """y = x @ dense().T + bias, in nn.Linear's place, over a frozen weight that is held quantised.
 
@@ -136,10 +141,27 @@ class QuantizedLinear(nn.Module):
         return cls(QuantizedWeight.quantize(weight.detach(), kind), linear.bias).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _QuantizedProduct.apply(x, self.bias, self.quantized)
+        return quantized_product(x, self.quantized, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def can_skip_dense(quantized: QuantizedWeight, x: Tensor, scores: Tensor) -> bool:
+    """Whether masked_product can serve: a kernel decodes, and nobody but autograd has to see the call."""
+    return quantized.is_fused(x) and not is_seen_by_others(x, scores, quantized.codes)
+
+
+def masked_product(
+    x: Tensor, quantized: QuantizedWeight, mask: CurrentMask, scores: Tensor, bias: Tensor | None, *, mode: str
+) -> Tensor:
+    """``x @ where(mask, dense(), 0).T + bias``; a dense weight is made for the scores' gradient alone.
+
+    Args: mask: of these scores, as current_mask returns it. The rest as of MaskedLinear.
+    """
+    if not torch.is_grad_enabled():
+        return quantized.masked_linear(x, mask.packed, bias)
+    return _QuantizedMaskedProduct.apply(x, scores, bias, quantized, mask, mode)
 
 
 class QuantizedMaskedLinear(MaskedLinear):
@@ -158,17 +180,14 @@ class QuantizedMaskedLinear(MaskedLinear):
         return self.quantized.dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        quantized = self.quantized
         plain = self._held is None and not x.is_nested
-        if not (plain and quantized.is_fused(x) and not is_seen_by_others(x, self.scores, quantized.codes)):
+        if not (plain and can_skip_dense(self.quantized, x, self.scores)):
             return super().forward(x)
         try:
             mask = current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
         except NonFiniteScores as error:
             raise self._named(error) from None
-        if not torch.is_grad_enabled():
-            return quantized.masked_linear(x, mask.packed, self.bias)
-        return _QuantizedMaskedProduct.apply(x, self.scores, self.bias, quantized, mask, self.mode)
+        return masked_product(x, self.quantized, mask, self.scores, self.bias, mode=self.mode)
 
     def merge(self, *, alpha: float = 1.0) -> nn.Linear:
         raise ValueError(

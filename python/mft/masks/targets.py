@@ -31,9 +31,10 @@ _ROUTERS = {"gate", "router", "shared_expert_gate"}  # of tokens to experts;
 _INDEXER = "indexer"  # of queries to the keys that they attend to, by a choice through which no gradient comes
 
 
-def select_targets(model: nn.Module, config: MaskConfig) -> list[str]:
+def select_targets(model: nn.Module, config: MaskConfig, *, codes: bool = False) -> list[str]:
     """Names of the linear layers that config chooses, in the model's order.
 
+    Args: codes: whether layers that hold NF4 or int8 codes can be masked.
     Raises: ValueError if nothing is chosen, a pattern adds nothing, a layer is out of range, or a chosen module cannot
         be masked.
     """
@@ -58,7 +59,7 @@ def select_targets(model: nn.Module, config: MaskConfig) -> list[str]:
         if not kept:
             raise ValueError(_why_nothing(pattern, matches, config))
         chosen.update({c.name: c for c in kept})
-    check_maskable(model, chosen.values())
+    check_maskable(model, chosen.values(), codes=codes)
     if config.target_modules is None and config.target_parameters is None:
         in_layers = [c for c in candidates if c.layer is not None and not c.is_head and allowed(c)]
         _tell_left_out([c for c in in_layers if _default(c, stacks) == "other"])

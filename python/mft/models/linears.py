@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mft.checks import nearest
+from mft.models.coded_linear import holds_codes, why_no_codes
 from mft.models.experts import expert_projections
 from mft.models.quantized_weight import QuantizedWeight
 from mft.models.weight_readers import why_read
 from mft_kernels import MaskedLayer
 from mft_kernels.layers.attention import projections, why_not_split
-from mft_kernels.layers.maskable import has_slow_path, why_no_mask, why_no_scores, why_not_there
+from mft_kernels.layers.maskable import has_slow_path, why_lost, why_no_mask, why_no_scores, why_not_there
 
 _HEADS = {"lm_head", "embed_out"}
 _SHOWN = 3  # names a message lists
@@ -38,6 +39,7 @@ class Candidate:
     is_parameter: bool = False  # not a module of its own but a parameter of module, such as all experts in one
     is_head: bool = False
     own_name: str = ""  # of the parameter that is its weight, where nothing else says it
+    holds_codes: bool = False  # which are all that keeps it from being masked: see coded_linear.py
 
     @property
     def suffix(self) -> str:
@@ -67,7 +69,11 @@ def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[
             is_head = id(module) in heads or name.rpartition(".")[2] in _HEADS
             owner = next((type(m).__name__ for outer, m in wrappers.items() if name.startswith(f"{outer}.")), None)
             obstacle = f"it belongs to the {owner} around it" if owner else _obstacle(model, name, module)
-            found.append(Candidate(name, module, layer, obstacle, is_head=is_head))
+            is_coded = not owner and holds_codes(module)
+            if is_coded:
+                why = _obstacle_of_codes(model, name, module)
+                is_coded, obstacle = why is None, why or obstacle
+            found.append(Candidate(name, module, layer, obstacle, is_head=is_head, holds_codes=is_coded))
             if next(module.children(), None) is not None:
                 wrappers[name] = module
         if isinstance(module, nn.MultiheadAttention) and "in_proj_weight" in module._parameters:
@@ -96,10 +102,13 @@ def find_targets(model: nn.Module, names: Iterable[str]) -> list[Candidate]:
     return found
 
 
-def check_maskable(model: nn.Module, chosen: Iterable[Candidate]) -> None:
-    """Raise ValueError naming those of chosen that cannot be masked, or whose weight something else uses too."""
+def check_maskable(model: nn.Module, chosen: Iterable[Candidate], *, codes: bool = False) -> None:
+    """Raise ValueError naming those of chosen that cannot be masked, or whose weight something else uses too.
+
+    Args: codes: whether layers that hold codes can be masked.
+    """
     chosen = list(chosen)
-    blocked = [c for c in chosen if c.obstacle]
+    blocked = [c for c in chosen if c.obstacle and not (codes and c.holds_codes)]
     if blocked:
         also = f" ({len(blocked) - 1} more cannot be masked either)" if len(blocked) > 1 else ""
         suffixes = sorted({c.suffix for c in blocked})
@@ -111,6 +120,8 @@ def check_maskable(model: nn.Module, chosen: Iterable[Candidate]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         sharers[_memory(parameter)].append(name)
     for candidate in chosen:
+        if candidate.holds_codes:
+            continue
         others = [n for n in sharers[_memory(candidate.weight)] if n != candidate.weight_name]
         if others:
             raise ValueError(
@@ -228,6 +239,14 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return _attention_obstacle(model, path, parent, child) or why_no_mask(module)
     kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
     why = why_not_there(parent, child) or why_no_mask(module, kind)
+    return why if why or has_slow_path(parent, child) else why_read(parent, child)
+
+
+def _obstacle_of_codes(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why a layer of codes cannot be masked, also where codes can."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    why = why_not_there(parent, child) or why_no_codes(module) or why_lost(module)
     return why if why or has_slow_path(parent, child) else why_read(parent, child)
 
 

@@ -21,7 +21,7 @@ from mft_kernels.backends import cpu
 from mft_kernels.ops.quantized import QuantizedMatrix
 
 BLOCK = 64  # weights that share an absmax in NF4
-_NESTED_BLOCK = 256  # of these that share one in turn
+NESTED_BLOCK = 256  # of these that share one in turn
 _LARGEST_CODE = 127
 _QUANTIZED_AT_ONCE = 1 << 20  # weights: bitsandbytes' temporaries take some 20 bytes of each
 # Weights whose fp32 temporaries on a CPU, 8 bytes of each, stay in the cache: on a Zen 5 4 times faster than 2^20.
@@ -101,7 +101,32 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
                 setattr(self, name, tensor.to(found.device))
         return self
 
+    @torch.no_grad()
+    def dropped(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes with the level 0 where ``keep`` is False, and the codes that were there, in order.
+
+        Args: keep: Boolean, (N, K).
+        Returns: New codes, which decode to the masked weight to the bit, and what put_back takes.
+        """
+        single = self.single_codes()
+        return self.packed_codes(torch.where(keep.flatten(), single, self.zero_code)), single[~keep.flatten()]
+
+    @torch.no_grad()
+    def put_back(self, keep: Tensor, taken: Tensor) -> Tensor:
+        """The codes before dropped(keep) took these out."""
+        return self.packed_codes(self.single_codes().masked_scatter(~keep.flatten(), taken))
+
     # What a format says:
+
+    zero_code: ClassVar[int]
+
+    def single_codes(self) -> Tensor:
+        """(N * K,): one code per element."""
+        raise NotImplementedError
+
+    def packed_codes(self, single: Tensor) -> Tensor:
+        """The same codes as ``codes`` holds them."""
+        raise NotImplementedError
 
     @staticmethod
     def check_library() -> None:
@@ -134,9 +159,19 @@ class Nf4Weight(QuantizedWeight):
     """codes: the first of two in the high bits. absmax: of each block of 64 weights."""
 
     kind = "nf4"
+    zero_code = 7  # of the 16 levels
 
     def levels(self) -> str:
         return "nf4"
+
+    def single_codes(self) -> Tensor:
+        codes = self.codes.flatten()
+        return torch.stack((codes >> 4, codes & 15), 1).flatten()[: self.shape.numel()]
+
+    def packed_codes(self, single: Tensor) -> Tensor:
+        behind_the_last = self.codes.flatten()[-1:] & 15  # where their number is odd
+        pairs = torch.cat((single, behind_the_last[: len(single) % 2])).view(-1, 2)
+        return (pairs[:, 0] << 4 | pairs[:, 1]).view(self.codes.shape)
 
     @staticmethod
     def check_library() -> None:
@@ -194,7 +229,7 @@ class Nf4DqWeight(Nf4Weight):
         (blocks,), _ = plain["absmax"]
         return plain | {
             "absmax": ((blocks,), torch.uint8),
-            "nested_absmax": ((-(-blocks // _NESTED_BLOCK),), torch.float32),
+            "nested_absmax": ((-(-blocks // NESTED_BLOCK),), torch.float32),
             "nested_quant_map": ((256,), torch.float32),
             "nested_offset": ((), torch.float32),
         }
@@ -204,13 +239,13 @@ class Nf4DqWeight(Nf4Weight):
         plain = Nf4Weight.encode(weight)
         # As quantize_4bit(compress_statistics=True) makes them of the whole matrix.
         offset = plain.absmax.mean()
-        absmax, state = _bitsandbytes().quantize_blockwise(plain.absmax - offset, blocksize=_NESTED_BLOCK)
+        absmax, state = _bitsandbytes().quantize_blockwise(plain.absmax - offset, blocksize=NESTED_BLOCK)
         nested = {"nested_absmax": state.absmax, "nested_quant_map": state.code, "nested_offset": offset}
         return cls((weight.shape[0], weight.shape[1]), plain.dtype, {"codes": plain.codes, "absmax": absmax} | nested)
 
     def _nested(self) -> dict[str, Any]:
         state2 = _bitsandbytes().QuantState(
-            absmax=self.nested_absmax, code=self.nested_quant_map, blocksize=_NESTED_BLOCK, dtype=torch.float32
+            absmax=self.nested_absmax, code=self.nested_quant_map, blocksize=NESTED_BLOCK, dtype=torch.float32
         )
         return {"offset": self.nested_offset, "state2": state2}
 
@@ -219,9 +254,16 @@ class Int8Weight(QuantizedWeight):
     """absmax: of each row."""
 
     kind = "int8"
+    zero_code = 0
 
     def levels(self) -> str:
         return "int8"
+
+    def single_codes(self) -> Tensor:
+        return self.codes.flatten()
+
+    def packed_codes(self, single: Tensor) -> Tensor:
+        return single.view(self.codes.shape)
 
     @staticmethod
     def layout(rows: int, columns: int) -> Layout:

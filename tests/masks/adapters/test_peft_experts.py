@@ -257,3 +257,16 @@ def test_safe_merge_refuses_a_kept_infinity_and_names_the_parameter(olmoe):
 def test_the_base_beside_a_peft_model_is_its_own_with_masks_off(olmoe):
     with pytest.raises(ValueError, match=r"a PeftModel has disable_adapter\(\)"):
         unmasked_model(adapted(olmoe))
+
+
+def test_masks_of_experts_are_combined(olmoe):
+    model = two_masks(olmoe)
+    model.add_weighted_adapter(["default", "other"], None, "both", "intersection")
+    model.set_adapter("both")
+    merged = model.merge_and_unload().get_submodule(EXPERTS)
+    one, other = two_masks(olmoe), two_masks(olmoe)
+    other.set_adapter("other")
+    expected = one.merge_and_unload().get_submodule(EXPERTS)
+    expected.down_proj.data[other.merge_and_unload().get_submodule(EXPERTS).down_proj == 0] = 0
+    assert torch.equal(merged.down_proj, expected.down_proj)
+    assert torch.equal(merged.gate_up_proj, expected.gate_up_proj)

@@ -1,0 +1,91 @@
+"""A masked layer under PEFT whose base holds NF4 or int8 codes, as QLoRA's does."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mft.config import MaskConfig
+from mft.masks.banked_linear import TaskPerRow
+from mft.masks.convert import masked_layer
+from mft.masks.peft_layer import MaskLinear
+from mft.masks.quantize import can_skip_dense, masked_product, quantized_product
+from mft.models.coded_linear import codes_of, set_codes
+from mft.models.quantized_weight import QuantizedWeight
+from mft_kernels import masked_linear_by_ratio
+from mft_kernels.layers.shells import linear_on
+from mft_kernels.mask.masking import current_mask
+from mft_kernels.ops.checks import NonFiniteScores
+
+
+class MaskCodes(MaskLinear):
+    """MaskLinear over codes: y = x @ where(keep, dense, 0).T + bias, dense being what the codes stand for.
+
+    Where a kernel decodes, neither the product nor its d_x makes a dense weight; d_scores makes one. Merging is exact:
+    a dropped weight gets the code of level 0, and unmerging puts the old codes back.
+    """
+
+    # ------------------------------------------------------------------------------------------ private
+
+    @property
+    def _quantized(self) -> QuantizedWeight:
+        """Read anew, as moving the model replaces the tensors."""
+        return codes_of(self.base_layer)
+
+    def _unmasked(self, x: Tensor) -> Tensor:
+        # bitsandbytes' own forward pass would repack the codes on a CPU, and round absmax to bf16.
+        quantized, given = self._quantized, self._given(x)
+        bias = self._bias_for(given)
+        if given.dtype == quantized.dtype:
+            return quantized_product(given, quantized, bias).to(x.dtype)
+        return F.linear(given, quantized.dense().to(given.dtype), bias).to(x.dtype)
+
+    def _product(self, adapter_name: str, x: Tensor) -> Tensor:
+        scores, quantized, given = self.mft_scores[adapter_name], self._quantized, self._given(x)
+        self._attend(adapter_name, scores)
+        selection, bias = self._selection(adapter_name, scores), self._bias_for(given)
+        try:
+            if can_skip_dense(quantized, given, scores):
+                mask = current_mask(scores, **selection)
+                y = masked_product(given, quantized, mask, scores, bias, mode=selection["mode"])
+            else:
+                y = masked_linear_by_ratio(given, quantized.dense().to(given.dtype), scores, bias, **selection)
+        except NonFiniteScores:
+            raise NonFiniteScores(scores.detach(), self.module_name) from None
+        return y.to(x.dtype)
+
+    def _mixed(self, x: Tensor, rows: TaskPerRow) -> Tensor:
+        return super()._mixed(x.to(self._quantized.dtype), rows).to(x.dtype)
+
+    def _given(self, x: Tensor) -> Tensor:
+        """x in the dtype that the base layer computes in."""
+        return x if (dtype := getattr(self.base_layer, "compute_dtype", None)) is None else x.to(dtype)
+
+    def _bias_for(self, x: Tensor) -> Tensor | None:
+        return None if self.base_layer.bias is None else self.base_layer.bias.to(x.dtype)
+
+    def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
+        weight = nn.Parameter(self._weight(parameter), requires_grad=False)
+        return masked_layer(linear_on(weight, None), self.module_name, config).scores
+
+    def _weight(self, parameter: str) -> Tensor:
+        """Made by each call."""
+        return self._quantized.dense()
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def merged_weight(self, parameter: str) -> Tensor:
+        name = self._active()
+        if self.disable_adapters or self.merged or name is None:
+            return self._weight(parameter)
+        return self.baked([name], safe_merge=False)[parameter][1]
+
+    @torch.no_grad()
+    def _take_out(self, parameter: str, keep: Tensor, merged: Tensor) -> Tensor:
+        codes, taken = self._quantized.dropped(keep)
+        set_codes(self.base_layer, codes)
+        return taken
+
+    @torch.no_grad()
+    def _put_back(self, parameter: str, keep: Tensor, taken: Tensor) -> None:
+        set_codes(self.base_layer, self._quantized.put_back(keep, taken))

@@ -1,0 +1,68 @@
+"""Linear layers that hold NF4 or int8 codes in place of a weight: bitsandbytes' 4-bit layers, and QuantizedLinear.
+
+Transformers makes bitsandbytes' for ``BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")``. Their codes
+are read where they lie; nothing is copied.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mft.models.quantized_weight import BLOCK, NESTED_BLOCK, Nf4DqWeight, Nf4Weight, QuantizedWeight
+
+_REMEDY = 'load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")'
+
+
+def holds_codes(module: nn.Module) -> bool:
+    """Whether module is a linear layer of one of these kinds, whatever its codes are."""
+    return isinstance(getattr(module, "quantized", None), QuantizedWeight) or _is_bitsandbytes(module)
+
+
+def why_no_codes(module: nn.Module) -> str | None:
+    """Why codes_of cannot read a layer that holds_codes; None if it can."""
+    if not _is_bitsandbytes(module):
+        return None
+    state = getattr(module._parameters["weight"], "quant_state", None)
+    if state is None:
+        name = type(module).__name__
+        return f"it is a {name} of bitsandbytes whose weight is not quantised to 4 bits, or not yet: {_REMEDY}"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "a forward pass on the CPU has repacked its codes: load the model again, and add the mask first"
+    nested = state.state2.blocksize if state.nested else NESTED_BLOCK
+    if (state.quant_type, state.blocksize, nested) != ("nf4", BLOCK, NESTED_BLOCK) or len(state.shape) != 2:
+        return (
+            f"its codes are {state.quant_type} in blocks of {state.blocksize}, not nf4 in blocks of {BLOCK}: {_REMEDY}"
+        )
+    return None
+
+
+def codes_of(module: nn.Module) -> QuantizedWeight:
+    """The layer's weight, on the memory of its codes; why_no_codes has returned None."""
+    if not _is_bitsandbytes(module):
+        return module.quantized  # type: ignore[return-value]
+    weight: Any = module._parameters["weight"]
+    state = weight.quant_state
+    shape = int(state.shape[0]), int(state.shape[1])
+    tensors = {"codes": weight.data.view(torch.uint8), "absmax": state.absmax}
+    if not state.nested:
+        return Nf4Weight(shape, state.dtype, tensors)
+    nested = {
+        "nested_absmax": state.state2.absmax,
+        "nested_quant_map": state.state2.code,
+        "nested_offset": state.offset,
+    }
+    return Nf4DqWeight(shape, state.dtype, tensors | nested)
+
+
+def set_codes(module: nn.Module, codes: Tensor) -> None:
+    """Replace the layer's codes by others of the same shape; whoever shares the old ones keeps them."""
+    if _is_bitsandbytes(module):
+        weight: Any = module._parameters["weight"]
+        weight.data = codes.view(weight.dtype)
+    else:
+        module.quantized.codes = codes  # type: ignore[union-attr]
+
+
+def _is_bitsandbytes(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes.") and isinstance(module, nn.Linear)
