@@ -40,7 +40,7 @@ CODINGS = ("packed", "rice", "by_weight")  # of masks in an export (files/mask_c
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
 WAYS = ("plain", "in_place", "resident", "quantized", "layerwise")  # or auto
-TRACKERS = ("tensorboard", "trackio", "wandb")
+TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
 
 
 @dataclass(frozen=True)
@@ -431,7 +431,7 @@ class RunConfig:
     # packed has 1 bit per weight and every version reads it
     coding: Annotated[str, one_of(CODINGS)] = "rice"
     report_to: Trackers = field(default_factory=list)  # Trackers that get the metrics, besides metrics.jsonl
-    project: str = "mft"  # Project name in trackio and wandb
+    project: str = "mft"  # Project name in trackio and wandb, experiment in mlflow
 
     def __post_init__(self) -> None:
         coerce_fields(self)

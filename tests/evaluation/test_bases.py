@@ -57,6 +57,25 @@ def test_another_base_than_the_masks_is_refused(trained):
     assert "leave it out, or pass --unquantized" in output
 
 
+def test_several_masks_are_evaluated_in_turn_on_one_base(cli):
+    for run, rate in (("run", 1e-2), ("other", 3e-2)):
+        code, output = cli("train", *LEARN, f"train.lr={rate}", f"output_dir={run}")
+        assert code == 0, output
+    alone = [losses(cli("evaluate", "--masks", run)[1]) for run in ("run", "other")]
+    code, output = cli("evaluate", "--masks", "run", "--masks", "other")
+    assert code == 0, output
+    assert losses(output) == [*alone[0], alone[1][1]]
+    assert len(set(losses(output))) == 3
+
+
+def test_several_masks_on_a_quantised_base_are_refused(trained):
+    assert trained("train", *LEARN, "output_dir=exact")[0] == 0
+    code, output = trained("evaluate", "--masks", "exact", "--masks", "run")
+    assert code == 2
+    assert "--masks must be learned on exact weights where there are several, got 2 of which some" in output
+    assert trained("evaluate", "--masks", "exact", "--masks", "run", "--unquantized")[0] == 0
+
+
 def test_merging_uses_the_exact_weights_and_says_so(trained):
     code, output = trained("merge", "run", "merged", "--dtype", "float32")
     assert code == 0, output

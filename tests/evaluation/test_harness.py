@@ -1,5 +1,7 @@
 """lm-eval scores the live, masked model; tasks that are missing are told before a model is run."""
 
+import copy
+import dataclasses
 import json
 import logging
 import math
@@ -108,6 +110,26 @@ def test_evaluate_prints_and_writes_the_scores_without_and_with_masks(tiny_llama
     assert base == pytest.approx(expected, rel=1e-3)
     assert masked == pytest.approx(expected_scores(tiny_llama, tokenizer), rel=1e-3)
     assert f"{masked['sums_choice']:.4f} ± " in result.output
+
+
+@pytest.mark.slow
+def test_several_masks_are_scored_in_one_run(tiny_llama, tokenizer, tasks_dir, tmp_path):
+    model_dir, output = tmp_path / "model", tmp_path / "scores.json"
+    tiny_llama.save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
+    arguments, expected = [f"model.name={model_dir}", "model.dtype=float32", "--output", str(output)], []
+    for seed in (0, 1):
+        masked = mask_model(copy.deepcopy(tiny_llama), dataclasses.replace(MASK, seed=seed))
+        save_masks(masked, tmp_path / f"masks{seed}", base_model_name_or_path=str(model_dir))
+        arguments += ["--masks", str(tmp_path / f"masks{seed}")]
+        expected.append(expected_scores(masked, tokenizer))
+    arguments += ["--lm-eval", "sums_choice,sums_likelihood", "--lm-eval-tasks", str(tasks_dir), "--run-task-code"]
+    result = CliRunner().invoke(app, ["evaluate", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    written = json.loads(output.read_text())["results"]
+    assert list(written) == [str(model_dir), *(str(tmp_path / f"masks{seed}") for seed in (0, 1))]
+    for scores, theirs in zip(list(written.values())[1:], expected):
+        assert {score["task"]: score["value"] for score in scores} == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.parametrize("way", ["function", "template"])

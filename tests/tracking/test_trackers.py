@@ -178,7 +178,7 @@ def test_a_tracker_that_cannot_begin_ends_the_run_before_it_trains(cli, tmp_path
     assert "report_to: tensorboard could not begin (ModuleNotFoundError: No module named 'no_such_package')" in output
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "mlflow", "wandb"])
 def test_a_missing_package_is_told_before_anything_is_written(cli, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     code, output = cli("train", *LEARN, f"report_to={name}")
@@ -261,3 +261,45 @@ def test_wandb_takes_a_run_offline(cli, tmp_path, monkeypatch):
     content = written.read_bytes()
     for word in (b"train/loss", b"validation/accuracy", b"mask.keep_ratio"):
         assert word in content
+
+
+def in_mlflow(name):
+    """{metric: [(step, value)]} of the one run, and its parameters."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    points = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+    return {key: [(p.step, p.value) for p in found] for key, found in points.items()}, run
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # mlflow's, of its own files
+def test_mlflow_takes_a_run_and_what_it_lacks_once_that_goes_on(cli, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+
+    def die():
+        """Told of step 6, without a checkpoint of it."""
+        with pytest.MonkeyPatch.context() as patch:
+
+            def write(root, step, *arguments, **options):
+                if step == 6 and root.name == "checkpoints":
+                    os._exit(9)
+                return write_checkpoint(root, step, *arguments, **options)
+
+            patch.setattr("mft.training.saver.write_checkpoint", write)
+            return cli("train", *LONG, "train.eval_every=2", "checkpoint_minutes=0", "report_to=mlflow", "project=p")[0]
+
+    assert in_a_fork(die) == 9
+    assert in_mlflow("p")[0]["train/loss"][-1][0] == 6
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
+    assert "mlflow: experiment p, run run-" in output
+    assert "has failed" not in output
+    found, run = in_mlflow("p")
+    for key, points in expected(tmp_path / "run").items():
+        assert found[key] == [(step, pytest.approx(value)) for step, value in points], key
+    assert run.data.params["mask.keep_ratio"] == "0.8"
+    assert run.info.status == "FINISHED"

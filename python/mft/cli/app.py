@@ -143,7 +143,10 @@ def evaluate(
     config: Config = None,
     overrides: Overrides = None,
     sets: Set = None,
-    masks: Annotated[str | None, typer.Option(help="Masks to put on the model: as for mft merge.")] = None,
+    masks: Annotated[
+        list[str] | None,
+        typer.Option(help="Masks to put on the model: as for mft merge. Several are taken in turn."),
+    ] = None,
     split: Annotated[str, typer.Option(help="validation or test; of the held-out loss.")] = "validation",
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, such as gsm8k,humaneval.")
@@ -171,9 +174,9 @@ def evaluate(
     from mft.cli.evaluate import masks_config, run_evaluate, run_lm_eval
     from mft.masks.location import masks_directory
 
-    directory = None if masks is None else masks_directory(masks)
-    if config is None and directory is not None:
-        run_config = masks_config(directory, [*(overrides or []), *(sets or [])])
+    directories = {name: masks_directory(name) for name in masks or ()}
+    if config is None and directories:
+        run_config = masks_config(next(iter(directories.values())), [*(overrides or []), *(sets or [])])
     else:
         run_config = _read(config, overrides, sets)
     if run_task_code and lm_eval_tasks is None:
@@ -181,7 +184,7 @@ def evaluate(
     if lm_eval is not None:
         run_lm_eval(
             run_config,
-            directory,
+            directories,
             [name.strip() for name in lm_eval.split(",")],
             tasks_dir=lm_eval_tasks,
             run_task_code=run_task_code,
@@ -195,7 +198,7 @@ def evaluate(
     for option, value in (("--lm-eval-tasks", lm_eval_tasks), ("--limit", limit), ("--output", output)):
         if value is not None:
             raise ValueError(f"{option} must come with --lm-eval, got {value} alone")
-    run_evaluate(run_config, directory, split, force=force, unquantized=unquantized)
+    run_evaluate(run_config, directories, split, force=force, unquantized=unquantized)
 
 
 data = typer.Typer(no_args_is_help=True, help="Look at the rows that training and evaluation are given.")

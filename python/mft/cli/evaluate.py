@@ -1,6 +1,6 @@
 """What mft evaluate does: held-out loss, or lm-eval's tasks, of a model without masks and with them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from mft.config import ModelConfig, RunConfig
 from mft.evaluation.evaluated_base import base_words, evaluated_base, evaluated_config
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
 from mft.evaluation.table import evaluation_tables, figure_lines
+from mft.masks.bank import load_mask_bank
 from mft.masks.convert import keeping_all
 from mft.masks.export import load_masks
 from mft.masks.export_format import read_export
@@ -26,7 +27,7 @@ def masks_config(masks: Path, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bool, unquantized: bool) -> None:
+def run_evaluate(config: RunConfig, masks: Mapping[str, Path], split: str, *, force: bool, unquantized: bool) -> None:
     """mft evaluate"""
     if split not in ("validation", "test"):
         raise ValueError(f"--split must be validation or test, got {split!r}")
@@ -47,7 +48,7 @@ def run_evaluate(config: RunConfig, masks: Path | None, split: str, *, force: bo
 
 def run_lm_eval(
     config: RunConfig,
-    masks: Path | None,
+    masks: Mapping[str, Path],
     names: Sequence[str],
     *,
     tasks_dir: Path | None,
@@ -73,27 +74,41 @@ def run_lm_eval(
 
 
 class _Stages:
-    """The states in which a model is evaluated: without masks, then with those of a directory, on the base that is due.
+    """The states in which a model is evaluated: without masks, then with those of each directory, on one base.
 
+    masks: directories by name; their names tell them apart if there are several.
     words: a line on that base.
     """
 
-    def __init__(self, model: ModelConfig, masks: Path | None, *, unquantized: bool) -> None:
-        self._directory = masks
-        export = None if masks is None else read_export(masks)
-        self._kind, self._quantize_masked = evaluated_base(model, export, unquantized)
+    def __init__(self, model: ModelConfig, masks: Mapping[str, Path], *, unquantized: bool) -> None:
+        self._masks = masks
+        exports = [read_export(directory) for directory in masks.values()]
+        first = exports[0] if exports else None
+        bases = {evaluated_base(model, export, unquantized) for export in (first, *exports[1:])}
+        if len(masks) > 1 and bases != {(None, False)}:
+            raise ValueError(
+                f"--masks must be learned on exact weights where there are several, got {len(masks)} of which some "
+                "were learned on a quantised base: pass --unquantized, or evaluate one at a time"
+            )
+        ((self._kind, self._quantize_masked),) = bases
         self._base = model.name if self._kind is None else f"{model.name} in {self._kind}"
-        self.words = base_words(self._kind, self._quantize_masked, export)
+        self.words = base_words(self._kind, self._quantize_masked, first)
 
     def reached(self, model: Any, *, force: bool) -> Iterator[str]:
         """The name of each state, while model is in it."""
         if self._kind is None:
             yield self._base
-        if self._directory is not None:
-            load_masks(model, self._directory, force=force)
+        if len(self._masks) > 1:
+            bank = load_mask_bank(model, self._masks, force=force)
+            for name in self._masks:
+                with bank.use(name):
+                    yield name
+            return
+        for directory in self._masks.values():
+            load_masks(model, directory, force=force)
         if self._kind is not None:
             quantize_model(model.requires_grad_(False), self._kind, masked=self._quantize_masked)
             with keeping_all(model):
                 yield self._base
-        if self._directory is not None:
+        if self._masks:
             yield "with masks"

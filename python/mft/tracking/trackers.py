@@ -1,4 +1,4 @@
-"""Where a run reports to beside metrics.jsonl: TensorBoard, trackio, Weights & Biases, by their own writers.
+"""Where a run reports to beside metrics.jsonl: TensorBoard, trackio, MLflow, Weights & Biases, by their own writers.
 
     an event of metrics.jsonl              scalars, at its step
     a training step                        train/loss, train/lr, train/tokens_per_second, and mask/dropped where masks
@@ -19,6 +19,7 @@ import io
 import json
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,11 +30,14 @@ from mft.files.json_file import read_object
 TENSORBOARD, WANDB, IDENTITY = "tensorboard", "wandb", "trackers.json"  # in the directory of a run
 EXTRA = "mft_kernels[trackers]"
 _MOST_IDENTITY = 1 << 12  # bytes
+_MLFLOW_TAG, _MLFLOW_AT_ONCE = "mft_run", 100  # parameters that one call takes
 _WORDS = {
     "tensorboard": "tensorboard --logdir {directory}",
     "trackio": 'trackio show --project "{project}", run {run}',
+    "mlflow": "experiment {project}, run {run}",
     "wandb": "project {project}, run {run}",
 }
+_PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}  # of those that the extra leaves out
 
 
 class Tracker(Protocol):
@@ -53,7 +57,7 @@ def check_trackers(names: Iterable[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"report_to must name trackers that are installed, got {name}, whose package is missing: pip install "
-                f"'{EXTRA if name != 'wandb' else 'wandb'}', or leave it out"
+                f"'{_PACKAGES.get(name, EXTRA)}', or leave it out"
             )
 
 
@@ -221,6 +225,39 @@ class _Trackio:
             self._trackio.finish()  # the run's own would be called again when the process ends
 
 
+class _Mlflow:
+    """Where MLFLOW_TRACKING_URI says: a server, or a database that mlflow opens itself."""
+
+    def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        self._client = MlflowClient()
+        known = self._client.get_experiment_by_name(project)
+        experiment = self._client.create_experiment(project) if known is None else known.experiment_id
+        found = self._client.search_runs([experiment], f"tags.{_MLFLOW_TAG} = '{run}'")
+        is_new = not found
+        begun = self._client.create_run(experiment, tags={_MLFLOW_TAG: run}, run_name=run) if is_new else found[0]
+        self._run, self._told = begun.info.run_id, dict[str, set[int]]()
+        params = [Param(key, str(value)) for key, value in config.items()] if is_new else []
+        for first in range(0, len(params), _MLFLOW_AT_ONCE):
+            self._client.log_batch(self._run, params=params[first : first + _MLFLOW_AT_ONCE])
+
+    def has(self, step: int, key: str) -> bool:
+        if key not in self._told:
+            self._told[key] = {point.step for point in self._client.get_metric_history(self._run, key)}
+        return step in self._told[key]
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._run, [Metric(key, value, now, step) for key, value in scalars.items()])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
 class _Wandb:
     def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
         import wandb
@@ -247,7 +284,12 @@ class _Wandb:
         self._run.finish()
 
 
-_START: dict[str, Callable[..., Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
+_START: dict[str, Callable[..., Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "trackio": _Trackio,
+    "mlflow": _Mlflow,
+    "wandb": _Wandb,
+}
 
 
 @contextlib.contextmanager
