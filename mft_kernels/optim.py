@@ -12,6 +12,7 @@ from .mask.scores import Scores
 from .ops.checks import BLOCK, check_adam, check_mode, check_stepped
 from .ops.select import select_each
 from .ops.step import score_step
+from .page_locked import empty_locked, zeros_locked
 
 MOMENTS = ("8bit", "fp32")
 
@@ -132,7 +133,7 @@ class MaskAdamW(Optimizer):
         group, _ = self._place(p)
         state = self.state[p]
         if not state:
-            zeros = functools.partial(torch.zeros, device=p.device, pin_memory=p.is_pinned())
+            zeros = zeros_locked if p.is_pinned() else functools.partial(torch.zeros, device=p.device)
             in_8_bits = group["moments"] == "8bit"
             if _is_captured():
                 raise RuntimeError(
@@ -166,8 +167,8 @@ class MaskAdamW(Optimizer):
                     on_device = self._place(p)[0]["capturable"]
                     self.state[p][name] = torch.tensor(int(value), device=p.device) if on_device else int(value)
                 elif isinstance(value, Tensor):
-                    value = value.to(p.device, copy=True)
-                    self.state[p][name] = value.pin_memory() if p.is_pinned() else value
+                    copy = empty_locked(value.shape, value.dtype).copy_(value) if p.is_pinned() else None
+                    self.state[p][name] = value.to(p.device, copy=True) if copy is None else copy
 
     def _place(self, p: Tensor) -> tuple[dict[str, Any], int]:
         """p's group, and its place among all parameters."""

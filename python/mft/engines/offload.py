@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mft_kernels.page_locked import empty_locked, page_locked
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -87,7 +89,7 @@ class Mover:
         """``tensor`` in host memory from which copies overlap with work: pinned; itself where nothing is copied."""
         if self.device.type != "cuda" or not self.separate:
             return tensor
-        return tensor if tensor.is_pinned() else tensor.cpu().pin_memory()
+        return page_locked(tensor)
 
     def finish(self) -> None:
         """Wait until every copy is done: before the host reads what was stored."""
@@ -103,7 +105,7 @@ class Mover:
         if free:
             return free.pop()
         with self.host():
-            return torch.empty(like.shape, dtype=like.dtype, pin_memory=self._stream is not None)
+            return (empty_locked if self._stream else torch.empty)(like.shape, dtype=like.dtype)
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
