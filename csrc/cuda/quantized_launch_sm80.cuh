@@ -5,25 +5,6 @@
 
 namespace mft::cuda::sm80 {
 
-constexpr float kNf4Levels[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
-
 // Rows of the weight are whole groups with aligned codes, and those of in chunks.
 inline bool is_whole(const QuantizedProduct& p) {
   return p.weight.columns % kGroup == 0 && reinterpret_cast<uintptr_t>(p.weight.codes) % kChunkBytes == 0 &&
@@ -38,11 +19,8 @@ constexpr int quantized_stage(int tokens, bool nf4) {
 template <class T, bool kNf4, bool kTransposed>
 std::string launch_quantized(const QuantizedProduct& p, const Plan& plan, const Device& device) {
   auto a = tile_arguments<QuantizedArguments>(p, plan, kQuantizedDepth);
-  const Quantized& w = p.weight;
-  a.codes = static_cast<const char*>(w.codes), a.absmax = w.absmax, a.absmax_codes = w.absmax_codes;
-  a.nested = w.nested, a.map = w.map, a.offset = w.offset, a.words = p.words;
-  a.rows = static_cast<int>(w.rows), a.columns = static_cast<int>(w.columns);
-  std::copy(kNf4Levels, kNf4Levels + 16, a.levels);
+  a.weight = codes_arguments(p);
+  a.rows = static_cast<int>(p.weight.rows), a.columns = static_cast<int>(p.weight.columns);
   const auto start = [&](auto kernel) {
     using Kernel = decltype(kernel);
     a.tile_rows = tiles_of(p.out.rows, plan.tokens);

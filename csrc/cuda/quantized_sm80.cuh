@@ -1,11 +1,5 @@
 // out = in @ where(keep, w, 0).T + bias, and with the weight transposed (d_x), w decoded from codes where it is masked: for
-// any GPU from sm_80 on.
-//
-//   nf4    w[i] = level[code[i]] * absmax[i / 64], i over the whole matrix; two codes a byte, the first in the high bits;
-//          absmax may be codes itself: map[code] * nested[code's place / 256] + offset
-//   int8   w[n, k] = code[n, k] * (absmax[n] / 127)
-//
-// in fp32 and rounded once to T, as mft_kernels/codes.py says.
+// any GPU from sm_80 on. codes_sm80.h says what codes stand for.
 //
 //            64 depths                   A step of a block: 128 features of 64 depths are 256 groups of 32 neighbours, a thread
 //          +---+---+                     each: 16 bytes of codes (32 in int8), one absmax and one word of the mask. They
@@ -20,30 +14,17 @@
 // depth are product_sm80's. Speed: not measured.
 #pragma once
 
+#include "codes_sm80.h"
 #include "product_tile_sm80.h"
 
 namespace mft::cuda::sm80 {
 
 constexpr int kQuantizedDepth = 64, kGroup = 32;  // of a step; neighbours that a thread decodes
-constexpr int kNf4Block = 64, kNestedBlock = 256;
 
 struct QuantizedArguments : ProductTileArguments {
-  const char* codes;
-  const float* absmax;  // or null: nested
-  const uint8_t* absmax_codes;
-  const float *nested, *map, *offset;
-  const uint32_t* words;  // or null: all is kept
-  int rows, columns;      // of the weight
-  float levels[16];
+  CodesArguments weight;
+  int rows, columns;  // of the weight
 };
-
-// a / 127, rounded to nearest. No quotient lies nearer than 1/254 of its last place to where rounding turns, so that one
-// correction by the rest, which is exact, suffices; the division in its place is a function that loops call.
-MFT_DEVICE float over_127(float a) {
-  constexpr float kInverse = 1.0f / 127;
-  const float quotient = isa::multiply(a, kInverse), rest = isa::fused(-127.0f, quotient, a);
-  return isa::magnitude(rest) > 0 ? isa::fused(rest, kInverse, quotient) : quotient;  // an infinite one leaves NaN
-}
 
 // The groups of one step after the other, downwards or to the right. kWhole: each is 32 weights, its codes aligned.
 template <class T, bool kNf4, bool kTransposed, bool kWhole>
@@ -69,15 +50,16 @@ class QuantizedReader {
     if constexpr (kWhole) {
       const bool there = left_ > 0;
       for (int i = 0; i < kChunks; ++i) {
-        isa::copy_async<kChunkBytes>(codes_of(stage, i), a_.codes + (kNf4 ? place_ / 2 : place_ + kChunkBytes * i), there);
+        const char* const from = a_.weight.codes + (kNf4 ? place_ / 2 : place_ + kChunkBytes * i);
+        isa::copy_async<kChunkBytes>(codes_of(stage, i), from, there);
       }
-      if (!kNf4 || a_.absmax != nullptr) {
-        isa::copy_async<4>(scale_of(stage), a_.absmax + (kNf4 ? place_ / kNf4Block : row_), there);
+      if (!kNf4 || a_.weight.absmax != nullptr) {
+        isa::copy_async<4>(scale_of(stage), a_.weight.absmax + (kNf4 ? place_ / kNf4Block : row_), there);
       } else {
-        store(scale_of(stage), there ? nested_absmax(absmax_code_, place_ / kNf4Block) : 0.0f);
+        store(scale_of(stage), there ? nested_of(absmax_code_, place_ / kNf4Block) : 0.0f);
       }
-      if (a_.words != nullptr) {
-        isa::copy_async<4>(word_of(stage), a_.words + place_ / 32, there);
+      if (a_.weight.words != nullptr) {
+        isa::copy_async<4>(word_of(stage), a_.weight.words + place_ / 32, there);
       } else {
         store(word_of(stage), there ? ~0u : 0u);
       }
@@ -103,10 +85,11 @@ class QuantizedReader {
       float scale = 0, next = 0;
       uint32_t word = 0;
       if (count > 0) {
-        scale = kNf4 ? absmax_of(place_ / kNf4Block) : scale_from(a_.absmax[row_]);
+        scale = kNf4 ? absmax_of(place_ / kNf4Block) : scale_from(a_.weight.absmax[row_]);
         next = kNf4 && first < count ? absmax_of(place_ / kNf4Block + 1) : scale;
         word = count < kGroup ? (1u << count) - 1 : ~0u;
-        if (a_.words != nullptr) word &= a_.words[static_cast<int64_t>(row_) * tiles_of(a_.columns, 32) + column_ / 32];
+        const uint32_t* const words = a_.weight.words;
+        if (words != nullptr) word &= words[static_cast<int64_t>(row_) * tiles_of(a_.columns, 32) + column_ / 32];
       }
       write(tile, codes, scale, next, first, word);
       advance();
@@ -135,23 +118,24 @@ class QuantizedReader {
   // A code of an absmax comes from memory one step ahead of its use.
   MFT_DEVICE void prefetch() {
     if constexpr (kNf4 && kWhole) {
-      if (a_.absmax == nullptr && left_ > 0) absmax_code_ = a_.absmax_codes[place_ / kNf4Block];
+      if (a_.weight.absmax == nullptr && left_ > 0) absmax_code_ = a_.weight.absmax_codes[place_ / kNf4Block];
     }
   }
 
-  MFT_DEVICE float nested_absmax(uint32_t code, uint64_t block) const {
-    return isa::add(isa::multiply(a_.map[code], a_.nested[block / kNestedBlock]), a_.offset[0]);
+  MFT_DEVICE float nested_of(uint32_t code, uint64_t block) const {
+    const CodesArguments& w = a_.weight;
+    return nested_absmax(w.map[code], w.nested[block / kNestedBlock], w.offset[0]);
   }
 
   MFT_DEVICE float absmax_of(uint64_t block) const {
-    return a_.absmax != nullptr ? a_.absmax[block] : nested_absmax(a_.absmax_codes[block], block);
+    return a_.weight.absmax != nullptr ? a_.weight.absmax[block] : nested_of(a_.weight.absmax_codes[block], block);
   }
 
   MFT_DEVICE static float scale_from(float absmax) { return kNf4 ? absmax : over_127(absmax); }
 
   // Into the place that it would have in a chunk.
   MFT_DEVICE void put_code(isa::Words4 (&codes)[kChunks], int i, uint64_t place) const {
-    const auto byte = static_cast<uint8_t>(a_.codes[kNf4 ? place / 2 : place]);
+    const auto byte = static_cast<uint8_t>(a_.weight.codes[kNf4 ? place / 2 : place]);
     if constexpr (kNf4) {
       const uint32_t code = place % 2 == 0 ? byte >> 4 : byte & 15;
       codes[0].words[i / 8] |= code << (8 * (i / 2 % 4) + (i % 2 == 0 ? 4 : 0));
@@ -168,7 +152,7 @@ class QuantizedReader {
     for (int chunk = 0; chunk < kGroup / 8; ++chunk) {
       float levels[8];
       if constexpr (kNf4) {
-        levels_of(levels, codes[0].words[chunk]);
+        levels_of(levels, table(), codes[0].words[chunk]);
       } else {
         numbers_of(levels, codes[chunk / 2].words[chunk % 2 * 2], codes[chunk / 2].words[chunk % 2 * 2 + 1]);
       }
@@ -186,22 +170,6 @@ class QuantizedReader {
         weights.words[pair] = isa::round_pair<T>(two[0], two[1]) & isa::spread_signs(tops);
       }
       store(tile + row() * Weight::kRowBytes + (at ^ chunk * kChunkBytes), weights);
-    }
-  }
-
-  // By a table of 16 in shared memory, in as many banks: no two lanes wait for each other.
-  MFT_DEVICE static void levels_of(float (&levels)[8], uint32_t codes) {
-    for (int i = 0; i < 4; ++i) {
-      levels[2 * i] = load<float>(table() + (codes >> (8 * i + 2) & 0x3c));
-      levels[2 * i + 1] = load<float>(table() + ((i == 0 ? codes << 2 : codes >> (8 * i - 2)) & 0x3c));
-    }
-  }
-
-  // A byte in the mantissa of 2^23 is 2^23 more; its sign bit is turned, so that it is 128 more, too.
-  MFT_DEVICE static void numbers_of(float (&numbers)[8], uint32_t low, uint32_t high) {
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t byte = isa::byte_of((i < 4 ? low : high) ^ 0x80808080, i % 4);
-      numbers[i] = isa::add(isa::as_float(0x4b000000 | byte), -8388736.0f);
     }
   }
 
@@ -238,7 +206,7 @@ struct QuantizedKernel {
     const int depth = static_cast<int>(isa::block(1)) * a.part_depth, rest = a.in.columns - depth;
     const int length = a.part_depth < rest ? a.part_depth : rest;
     char *const tiles = isa::shared_memory(), *const stages = tiles + kBeside;
-    if (isa::thread() < 16) store(Reader::table() + 4 * isa::thread(), a.levels[isa::thread()]);
+    if (isa::thread() < 16) store(Reader::table() + 4 * isa::thread(), a.weight.levels[isa::thread()]);
 
     TileReader<In, false, kWhole, kThreads> in(a.in, place.token, depth, length);
     Reader weight(a, place.feature, depth, length);

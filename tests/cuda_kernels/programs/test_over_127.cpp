@@ -1,7 +1,7 @@
 // over_127 is the division: every mantissa, of subnormal, least and usual numbers, and what is no number.
 #include <cstdio>
 
-#include "quantized_sm80.cuh"
+#include "codes_sm80.h"
 
 using namespace mft::cuda;
 
