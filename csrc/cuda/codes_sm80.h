@@ -64,19 +64,37 @@ MFT_DEVICE float nested_absmax(float level, float nested, float offset) {
   return isa::add(isa::multiply(level, nested), offset);
 }
 
-// Of 8 codes, by a table of 16 in shared memory, in as many banks: no two lanes wait for each other.
+// Of 8 codes, by a table of 16 in shared memory, in as many banks: no two lanes wait for each other. Two shifts bring all
+// codes to where they are offsets into it, a byte each.
 MFT_DEVICE void levels_of(float (&levels)[8], const char* table, uint32_t codes) {
+  const uint32_t even = codes >> 2 & 0x3c3c3c3c, odd = codes << 2 & 0x3c3c3c3c;
   for (int i = 0; i < 4; ++i) {
-    levels[2 * i] = load<float>(table + (codes >> (8 * i + 2) & 0x3c));
-    levels[2 * i + 1] = load<float>(table + ((i == 0 ? codes << 2 : codes >> (8 * i - 2)) & 0x3c));
+    levels[2 * i] = isa::load_at_byte(table, even, i);
+    levels[2 * i + 1] = isa::load_at_byte(table, odd, i);
   }
 }
 
 // A byte in the mantissa of 2^23 is 2^23 more; its sign bit is turned, so that it is 128 more, too.
 MFT_DEVICE void numbers_of(float (&numbers)[8], uint32_t low, uint32_t high) {
   for (int i = 0; i < 8; ++i) {
-    const uint32_t byte = isa::byte_of((i < 4 ? low : high) ^ 0x80808080, i % 4);
-    numbers[i] = isa::add(isa::as_float(0x4b000000 | byte), -8388736.0f);
+    const uint32_t bits = isa::byte_of((i < 4 ? low : high) ^ 0x80808080, i % 4, 0x4b000000);
+    numbers[i] = isa::add(isa::as_float(bits), -8388736.0f);
+  }
+}
+
+// Of a pair of weights, each of which has a bit in byte `byte` of the word: 2 * pair and the next. The shifts are the same
+// for every byte of the word, and the compiler makes them once.
+MFT_DEVICE uint32_t select_pair(uint32_t weights, uint32_t word, int byte, int pair) {
+  return weights & isa::spread_signs(word << (7 - 2 * pair), word << (6 - 2 * pair), byte);
+}
+
+// 8 weights as T: number i times scale(i), and +0 where byte `byte` of the word has no bit.
+template <class T, class Scale>
+MFT_DEVICE void select_eight(uint32_t (&pairs)[4], const float (&numbers)[8], const Scale& scale, uint32_t word,
+                             int byte) {
+  for (int i = 0; i < 8; i += 2) {
+    const float low = isa::multiply(numbers[i], scale(i)), high = isa::multiply(numbers[i + 1], scale(i + 1));
+    pairs[i / 2] = select_pair(isa::round_pair<T>(low, high), word, byte, i / 2);
   }
 }
 

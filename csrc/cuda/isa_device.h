@@ -64,8 +64,8 @@ MFT_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MFT_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 MFT_DEVICE float root(float a) { return __fsqrt_rn(a); }
 
-// The compiler would shift and mask where this is one instruction.
-MFT_DEVICE uint32_t byte_of(uint32_t word, int i) { return __byte_perm(word, 0, 0x4440 | i); }
+// Byte i, and above it the upper three bytes of `above`. The compiler would shift and mask where this is one instruction.
+MFT_DEVICE uint32_t byte_of(uint32_t word, int i, uint32_t above = 0) { return __byte_perm(word, above, 0x7650 | i); }
 
 // Each half 0xffff if its top bit is set, else 0. Selector digits 9 and b repeat the sign of bytes 1 and 3.
 MFT_DEVICE uint32_t spread_signs(uint32_t pair) {
@@ -78,6 +78,13 @@ MFT_DEVICE uint32_t spread_signs(uint32_t pair) {
 MFT_DEVICE uint32_t spread_signs(uint32_t low, uint32_t high) {
   uint32_t mask;
   asm("prmt.b32 %0, %1, %2, 0xff99;" : "=r"(mask) : "r"(low), "r"(high));
+  return mask;
+}
+
+// The lower half by the top bit of that byte of `low`, the upper one by that of `high`.
+MFT_DEVICE uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
+  uint32_t mask;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(mask) : "r"(low), "r"(high), "r"(0xcc88 | byte * 0x1111));
   return mask;
 }
 
@@ -113,6 +120,14 @@ MFT_DEVICE void note_read(const void*) {}  // for the emulator, if it is of shar
 template <class T>
 MFT_DEVICE Register load_shared(const T* p) {
   return *p;
+}
+
+// The number in shared memory that lies so many bytes behind `table` as byte i of `offsets` says. The table begins at a
+// multiple of 256: one instruction puts the byte into its address.
+MFT_DEVICE float load_at_byte(const char* table, uint32_t offsets, int i) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(byte_of(offsets, i, shared_address(table))));
+  return value;
 }
 
 // Both return what was there.

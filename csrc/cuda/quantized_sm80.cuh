@@ -150,25 +150,15 @@ class QuantizedReader {
     const int at = Weight::offset(row(), 4 * group()) - row() * Weight::kRowBytes;
 #pragma unroll
     for (int chunk = 0; chunk < kGroup / 8; ++chunk) {
-      float levels[8];
+      float numbers[8];
       if constexpr (kNf4) {
-        levels_of(levels, table(), codes[0].words[chunk]);
+        levels_of(numbers, table(), codes[0].words[chunk]);
       } else {
-        numbers_of(levels, codes[chunk / 2].words[chunk % 2 * 2], codes[chunk / 2].words[chunk % 2 * 2 + 1]);
+        numbers_of(numbers, codes[chunk / 2].words[chunk % 2 * 2], codes[chunk / 2].words[chunk % 2 * 2 + 1]);
       }
-      const uint32_t byte = isa::byte_of(word, chunk);
+      const auto scale_at = [&](int i) { return kWhole || 8 * chunk + i < first ? scale : next; };
       isa::Words4 weights;
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        float two[2];
-        for (int i = 0; i < 2; ++i) {
-          const int in_group = 8 * chunk + 2 * pair + i;
-          two[i] = isa::multiply(levels[2 * pair + i], kWhole || in_group < first ? scale : next);
-        }
-        // A product puts bits 2 pair and 2 pair + 1 of a byte to the tops of both halves.
-        const uint32_t tops = byte * (1u << (15 - 2 * pair) | 1u << (30 - 2 * pair));
-        weights.words[pair] = isa::round_pair<T>(two[0], two[1]) & isa::spread_signs(tops);
-      }
+      select_eight<T>(weights.words, numbers, scale_at, word, chunk);
       store(tile + row() * Weight::kRowBytes + (at ^ chunk * kChunkBytes), weights);
     }
   }

@@ -84,9 +84,13 @@ inline float add(float a, float b) { return a + b; }
 inline float fused(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float divide(float a, float b) { return a / b; }
 inline float root(float a) { return std::sqrt(a); }
-inline uint32_t byte_of(uint32_t word, int i) { return word >> (8 * i) & 0xff; }
+inline uint32_t byte_of(uint32_t word, int i, uint32_t above = 0) { return (word >> (8 * i) & 0xff) | (above & ~0xffu); }
 inline uint32_t spread_signs(uint32_t pair) { return (pair >> 31) * 0xffff0000u | (pair >> 15 & 1) * 0xffffu; }
 inline uint32_t spread_signs(uint32_t low, uint32_t high) { return spread_signs((low & 0x8000) | (high & 0x80000000u)); }
+inline uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
+  const int top = 8 * byte + 7;
+  return (low >> top & 1) * 0xffffu | (high >> top & 1) * 0xffff0000u;
+}
 inline Register spread_signs(const Register& pair) { return pair.with(spread_signs(pair.bits)); }
 inline Register spread_signs(const Register& low, const Register& high) {
   return low.with(spread_signs(low.bits, high.bits), high);
@@ -163,6 +167,15 @@ inline void sync_warp() {
 }
 
 // ------------------------------------------------------------------------------------------------------- memory
+
+inline float load_at_byte(const char* table, uint32_t offsets, int i) {
+  emulator::shared_offset(table, 4, 256, "load_at_byte's table");
+  const char* const from = table + byte_of(offsets, i);
+  note_read(from);
+  float value;
+  std::memcpy(&value, from, 4);
+  return value;
+}
 
 inline uint32_t add_shared(uint32_t* p, uint32_t v) {
   emulator::shared_offset(p, 4, 4, "add_shared");
