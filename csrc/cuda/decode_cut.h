@@ -15,7 +15,7 @@
 namespace mft::cuda {
 
 constexpr int kDecodeRowBits = 7;     // 128 of the weight, in a block of 8 warps that share none; one of 16 has 256
-constexpr int kDecodeUnit = 32;       // columns: a word of the mask
+constexpr int kDecodePiece = 32;      // columns that two mma.sync multiply: a unit, or a part of one
 constexpr int kMostClusterBits = 3;   // 8 blocks
 constexpr int kMostDecodeParts = 32;  // a thread of sum_parts reads them one after another
 
@@ -35,11 +35,13 @@ struct DecodeSize {
   int64_t tokens, groups;        // of a block; of blocks along the tokens
   int tiles;                     // of 8 tokens, which are multiplied
   int64_t features, units;
+  int pieces = 1;                // of a unit
   double weight_bytes;           // of a weight and its masks
   double bytes;                  // of all operands, once each
   int row_bits, blocks, ahead;   // of a block; that share a multiprocessor; units of a warp on their way
   int most_slab;                 // units of `in` that fit shared memory
   bool clusters = false;         // whether the parts may be a cluster's blocks
+  int table_bytes = 0;           // of shared memory, besides `in`
 };
 
 struct DecodeCut {
@@ -58,14 +60,15 @@ struct DecodeCut {
 
 // tiles: blocks of a part.
 inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, const Device& device) {
+  const int unit = kDecodePiece * size.pieces;
   const int rows = 1 << cut.row_bits, slices = 1 << cut.slice_bits, in_memory = cut.parts_in_memory();
   // Those that clusters of so many can fill.
   const int multiprocessors = std::max(1, device.multiprocessors >> cut.cluster_bits) << cut.cluster_bits;
   Jobs jobs;
   jobs.count = tiles * cut.parts;
   jobs.steps = quotient(cut.part_units, slices);
-  jobs.multiply_adds = static_cast<double>(rows) * kDecodeUnit * size.tiles * 8;
-  jobs.read = kDecodeUnit * (rows * size.weight_bytes + 2.0 * size.tokens * slices);
+  jobs.multiply_adds = static_cast<double>(rows) * unit * size.tiles * 8;
+  jobs.read = unit * (rows * size.weight_bytes + 2.0 * size.tokens * slices);
   jobs.written = static_cast<double>(cut.features()) * size.tokens * (cut.parts > 1 ? 4 : 2);
   const int clusters = cut.cluster_bits > 0 ? kMostClusterBits : 0;  // which of 132 leave 4 without work
   cut.all_work = jobs.count >= device.multiprocessors >> clusters << clusters;
@@ -77,16 +80,19 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
       waves * waits * kLatency;
   const double results = static_cast<double>(size.tokens) * size.groups * size.features;
   const double of_parts = in_memory > 1 ? 8 * in_memory * results : 0;
-  const double again = 2.0 * kDecodeUnit * size.units * size.tokens * tiles + of_parts;
+  const double again = 2.0 * unit * size.units * size.tokens * tiles + of_parts;
   const double sum = sum_cycles(in_memory, results, device);
   cut.cycles = launch_cycles(busy, size.bytes, device) + sum;
   cut.cost = launch_cycles(busy, size.bytes + again, device) + sum;
 }
 
-// How many units of `in` a block has room for in shared memory, where so many share it; 4: of a warp's round at least.
-inline int decode_slab(int64_t tokens, int blocks, const Device& device) {
-  const int64_t room = device.shared_bytes / blocks - 1024 - 64 * tokens;  // 1 KiB: the system's; 64: see row_stride
-  return static_cast<int>(std::max<int64_t>(4, room / (64 * tokens)));
+// How many units of `in` a block has room for in shared memory, with as many rows as it keeps there; a warp's round at
+// least.
+inline int decode_slab(int64_t rows, const DecodeSize& size, const Device& device) {
+  constexpr int kReserved = 1024;  // the system's
+  const int64_t piece = 2 * kDecodePiece * rows;
+  const int64_t room = device.shared_bytes / size.blocks - kReserved - size.table_bytes - piece;  // see row_stride
+  return static_cast<int>(std::max<int64_t>(size.ahead, room / (piece * size.pieces)));
 }
 
 // in_parts: whether there is a workspace for more than one.
@@ -144,7 +150,7 @@ class DecodeCuts {
   }
 
  private:
-  using Key = std::array<double, 17>;  // which holds every number here exactly
+  using Key = std::array<double, 18>;  // which holds every number here exactly
   struct Entry {
     Key key{};  // no cut's: none is for 0 multiprocessors
     DecodeCut cut;
@@ -152,8 +158,8 @@ class DecodeCuts {
 
   static Key key_of(const DecodeSize& s, const Device& d, bool in_parts) {
     const auto exact = [](int64_t number) { return static_cast<double>(number); };
-    return {exact(s.tokens), exact(s.groups), exact(s.tiles), exact(s.features), exact(s.units), s.weight_bytes, s.bytes,
-            exact(s.row_bits), exact(s.blocks), exact(s.ahead), exact(s.most_slab), exact(s.clusters),
+    return {exact(s.tokens), exact(s.groups), exact(s.tiles), exact(s.features), exact(s.units), exact(s.pieces),
+            s.weight_bytes, s.bytes, exact(s.row_bits), exact(s.blocks), exact(s.ahead), exact(s.most_slab), exact(s.clusters),
             exact(d.multiprocessors), exact(d.capability), exact(d.shared_bytes), exact(d.l2_bytes), exact(in_parts)};
   }
 

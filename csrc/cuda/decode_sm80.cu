@@ -8,7 +8,7 @@ constexpr int64_t kMostTokens = 64;
 
 template <class T, class S, bool kMagnitude, int kTiles, int kRowBits>
 std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
-  using Kernel = sm80::DecodeKernel<T, S, kMagnitude, kTiles, kRowBits>;
+  using Kernel = sm80::DecodeKernel<T, sm80::WeightSource<S, kMagnitude>, kTiles, kRowBits>;
   auto a = sm80::decode_arguments<sm80::DecodeArguments>(p, cut);
   a.keep = sm80::keep_arguments(p.keep, p.weight);
   LaunchShape shape;
@@ -51,7 +51,7 @@ DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
   const bool words = p.keep.words != nullptr;
   DecodeSize size;
   size.tokens = p.out.rows, size.groups = 1, size.tiles = decode_tiles(p.out.rows);
-  size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodeUnit);
+  size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodePiece);
   size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
   size.bytes = bytes_of(p);
   size.ahead = decode_ahead(words);
@@ -60,7 +60,7 @@ DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
   for (int wide = 0; wide <= (size.tiles > 1); ++wide) {
     size.row_bits = kDecodeRowBits + wide;
     size.blocks = decode_blocks(words, size.tiles, size.row_bits);
-    size.most_slab = decode_slab(size.tiles == 1 ? size.tokens : 8 * size.tiles, size.blocks, device);
+    size.most_slab = decode_slab(size.tiles == 1 ? size.tokens : 8 * size.tiles, size, device);
     const DecodeCut cut = decode_cut(size, device, in_parts);
     if (cut.better_than(best)) best = cut;
   }

@@ -42,23 +42,23 @@ struct DecodeArguments {
   int in_stride;                      // bytes from one token to the next in shared memory
 };
 
-// An odd number of 64 bytes: the units of two tokens, which 8 lanes read, lie in different banks.
-inline int decode_row_stride(int slab_units) { return (slab_units | 1) * 64; }
+// An odd number of 64 bytes: the pieces of two tokens, which 8 lanes read, lie in different banks.
+inline int decode_row_stride(int slab_pieces) { return (slab_pieces | 1) * 64; }
 
-// Arguments of a product, Product or ManyProduct, but for the mask.
+// Arguments of a product, Product or ManyProduct, but for the mask. pieces: of a unit.
 template <class Arguments, class P>
-Arguments decode_arguments(const P& p, const DecodeCut& cut) {
+Arguments decode_arguments(const P& p, const DecodeCut& cut, int pieces = 1) {
   Arguments a = {};
   a.out = view_of(p.out), a.in = view_of(p.in), a.weight = view_of(p.weight);
   a.bias = static_cast<const char*>(p.bias);
   a.part_stride = cut.part_stride(p.out.columns);
   if (cut.parts_in_memory() > 1) a.parts = static_cast<float*>(p.workspace);
-  a.units = static_cast<int>(quotient(p.in.columns, kDecodeUnit));
+  a.units = static_cast<int>(quotient(p.in.columns, kDecodePiece * pieces));
   a.part_units = cut.part_units, a.slab_units = cut.slab_units, a.slice_bits = cut.slice_bits;
   a.feature_bits = cut.row_bits - cut.slice_bits, a.cluster_bits = cut.cluster_bits;
-  a.step_columns = kDecodeUnit << cut.slice_bits, a.step_bytes = 2 * a.step_columns;
+  a.step_columns = kDecodePiece * pieces << cut.slice_bits, a.step_bytes = 2 * a.step_columns;
   a.slab_steps = static_cast<int>(quotient(cut.slab_units, int64_t{1} << cut.slice_bits));
-  a.in_stride = decode_row_stride(cut.slab_units);
+  a.in_stride = decode_row_stride(cut.slab_units * pieces);
   return a;
 }
 
@@ -105,10 +105,12 @@ struct DecodeWarp {
 struct DecodePlace {
   int rows[2];
   int unit, count;  // the first, and how many
-  int end;          // of the columns
+  int column, end;  // the lane's first, and of all
 
   // Behind the last row is that one again, and nobody writes its sums; a warp that has only such rows reads none.
+  template <int kPieces = 1>
   MFT_DEVICE static DecodePlace of(const DecodeArguments& a) {
+    constexpr int kColumns = kDecodePiece * kPieces;  // of a unit
     const auto [group, slice] = DecodeWarp::of(a);
     const auto [tile, part] = DecodeBlock::of(a);
     const int feature = (tile << a.feature_bits) + 16 * group;
@@ -118,12 +120,11 @@ struct DecodePlace {
     for (int i = 0; i < 2; ++i) place.rows[i] = feature + g + 8 * i < last ? feature + g + 8 * i : last;
     place.unit = first + slice;
     place.count = feature <= last ? (units - slice + (1 << a.slice_bits) - 1) >> a.slice_bits : 0;
-    const int end = kDecodeUnit * (first + units);
+    place.column = kColumns * place.unit + 8 * kPieces * (isa::lane() % 4);
+    const int end = kColumns * (first + units);
     place.end = place.count == 0 ? 0 : end < a.weight.columns ? end : a.weight.columns;
     return place;
   }
-
-  MFT_DEVICE int column() const { return kDecodeUnit * unit + 8 * (isa::lane() % 4); }  // the lane's first
 };
 
 // The lane's 16 bytes of both rows, unit after unit.
@@ -131,7 +132,7 @@ template <bool kChunked>
 class UnitReader {
  public:
   MFT_DEVICE UnitReader(const View& matrix, const DecodePlace& place) {
-    for (int i = 0; i < 2; ++i) from_[i] = at_16(matrix, place.rows[i], place.column());
+    for (int i = 0; i < 2; ++i) from_[i] = at_16(matrix, place.rows[i], place.column);
   }
 
   // left: columns from the lane's first in this unit on.
@@ -214,32 +215,60 @@ class DecodeMask<Words, kMagnitude, kAhead> {
   uint32_t now_[2] = {}, next_[2] = {};
 };
 
-// T: of in, weight and out. S: of the scores, or Words. kTiles: of 8 tokens, 1 or 2, or 8 for up to so many.
-// kRowBits: 16 rows a warp.
-template <class T, class S, bool kMagnitude, int kTiles, int kRowBits>
+// A weight of 16 bits, and its mask by scores S or Words.
+//
+// A source gives DecodeKernel the units of a warp, and has kAhead of them on their way. A unit has kPieces pieces of 32
+// columns. The columns of a lane are neighbours in the unit, and 8 of them are its share of each piece.
+template <class S, bool kMagnitude>
+class WeightSource {
+  static constexpr bool kWords = std::is_same_v<S, Words>;
+
+ public:
+  using Arguments = DecodeArguments;
+  static constexpr int kPieces = 1, kAhead = decode_ahead(kWords);
+  static constexpr int kTableBytes = 0;  // of shared memory that the source has for itself, in front
+  static constexpr int blocks(int tiles, int row_bits) { return decode_blocks(kWords, tiles, row_bits); }
+
+  MFT_DEVICE WeightSource(const Arguments& a, const DecodePlace& place)
+      : reader_(a.weight, place), mask_(a, place), left_(place.end - place.column) {}
+
+  // Asks for the warp's next unit, the j-th of kAhead.
+  MFT_DEVICE void load(int j, const Arguments& a) {
+    reader_.load(weights_[j], left_, a);
+    mask_.load(j, left_, a);
+    left_ -= a.step_columns;
+  }
+
+  // Before the kAhead units in front of this one are selected from.
+  MFT_DEVICE void ask(int unit, const DecodePlace& place, const Arguments& a) {
+    mask_.ask(a.keep.words, unit, place, a);
+  }
+
+  // Of rows g and g + 8 the lane's share of a piece, +0 where the mask drops.
+  MFT_DEVICE void select(uint32_t (&kept)[2][4], int j, int) const { mask_.select(kept, weights_[j], j); }
+
+ private:
+  UnitReader<true> reader_;
+  DecodeMask<S, kMagnitude, kAhead> mask_;
+  isa::Words4 weights_[kAhead][2];
+  int left_;  // columns from the lane's first in the next unit on
+};
+
+// T: of in, weight and out. kTiles: of 8 tokens, 1 or 2, or 8 for up to so many. kRowBits: 16 rows a warp.
+template <class T, class Source, int kTiles, int kRowBits>
 struct DecodeKernel {
   static constexpr int kThreads = 2 << kRowBits;
-  static constexpr bool kWords = std::is_same_v<S, Words>;
-  static constexpr int kBlocksPerMultiprocessor = decode_blocks(kWords, kTiles, kRowBits);
-  static constexpr int kAhead = decode_ahead(kWords);
-  using Arguments = DecodeArguments;
+  static constexpr int kBlocksPerMultiprocessor = Source::blocks(kTiles, kRowBits);
+  static constexpr int kAhead = Source::kAhead, kPieces = Source::kPieces, kUnitBytes = 64 * kPieces;
+  using Arguments = typename Source::Arguments;
 
   MFT_DEVICE static void run(const Arguments& a) {
-    const DecodePlace place = DecodePlace::of(a);
-    char* const shared = isa::shared_memory();
-
-    UnitReader<true> reader(a.weight, place);
-    DecodeMask<S, kMagnitude, kAhead> mask(a, place);
-    isa::Words4 weights[kAhead][2];
-    int left = place.end - place.column();
-    const auto load = [&](int j) {
-      reader.load(weights[j], left, a);
-      mask.load(j, left, a);
-      left -= a.step_columns;
-    };
+    const DecodePlace place = DecodePlace::of<kPieces>(a);
+    char* const shared = isa::shared_memory() + Source::kTableBytes;
+    Source source(a, place);
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) load(j);
-    mask.ask(a.keep.words, 0, place, a);
+    for (int j = 0; j < kAhead; ++j) source.load(j, a);
+    source.ask(0, place, a);
 
     float sums[kTiles][4] = {};
     for (int slab = 0, unit = 0; slab < a.part_units; slab += a.slab_units) {
@@ -248,16 +277,20 @@ struct DecodeKernel {
       isa::wait_copies<0>();
       isa::sync_block();
       const int end = unit + a.slab_steps < place.count ? unit + a.slab_steps : place.count;
-      const char* x = shared + lane_row(a.out.rows) * a.in_stride + 64 * DecodeWarp::of(a).slice + 16 * (isa::lane() % 4);
+      const char* x = shared + lane_row(a.out.rows) * a.in_stride + kUnitBytes * DecodeWarp::of(a).slice +
+                      16 * (isa::lane() % 4);
       for (; unit < end; unit += kAhead) {
-        mask.ask(a.keep.words, unit + kAhead, place, a);
+        source.ask(unit + kAhead, place, a);
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
           if (unit + j >= end) break;
-          uint32_t kept[2][4];
-          mask.select(kept, weights[j], j);
-          load(j);
-          multiply(sums, kept, x, a.in_stride, a.out.rows);
+#pragma unroll
+          for (int piece = 0; piece < kPieces; ++piece) {
+            uint32_t kept[2][4];
+            source.select(kept, j, piece);
+            if (piece == kPieces - 1) source.load(j, a);
+            multiply(sums, kept, x + 64 * piece, a.in_stride, a.out.rows);
+          }
           x += a.step_bytes;
         }
       }
@@ -268,7 +301,8 @@ struct DecodeKernel {
 
   static int shared_bytes(int tokens, int slab_units, int slice_bits) {
     const int rows = kTiles == 1 ? tokens : 8 * decode_tiles(tokens);  // the last ones may hold anything: see multiply()
-    return std::max(rows * decode_row_stride(slab_units), 4 * tokens * sum_stride(kRowBits - slice_bits) << slice_bits);
+    return Source::kTableBytes + std::max(rows * decode_row_stride(slab_units * kPieces),
+                                          4 * tokens * sum_stride(kRowBits - slice_bits) << slice_bits);
   }
 
  private:
@@ -280,15 +314,22 @@ struct DecodeKernel {
   // 4 more than there are features: the 8 x 4 sums that a warp writes at once lie in different banks.
   static constexpr MFT_DEVICE int sum_stride(int feature_bits) { return (1 << feature_bits) + 4; }
 
+  // A lane's chunks of a unit are neighbours in memory. Here the chunks are that the four lanes read of one piece.
+  MFT_DEVICE static int place_of_chunk(int chunk) {
+    const int in_unit = chunk % (4 * kPieces);
+    return kPieces == 1 ? chunk : chunk - in_unit + in_unit % kPieces * 4 + in_unit / kPieces;
+  }
+
   MFT_DEVICE static void copy_in(const Arguments& a, char* shared, int slab) {
     const int left = a.part_units - slab, units = left < a.slab_units ? left : a.slab_units;
-    const int first = kDecodeUnit * (DecodeBlock::of(a).part * a.part_units + slab);
+    const int first = kDecodePiece * kPieces * (DecodeBlock::of(a).part * a.part_units + slab);
     constexpr bool kByWarp = kTiles > 1;  // a token each
+    const int chunks = 4 * kPieces * units;
     for (int token = kByWarp ? isa::warp() : 0; token < a.out.rows; token += kByWarp ? kThreads / 32 : 1) {
 #pragma unroll 1
-      for (int chunk = kByWarp ? isa::lane() : isa::thread(); chunk < 4 * units; chunk += kByWarp ? 32 : kThreads) {
-        isa::copy_async<kChunkBytes>(shared + token * a.in_stride + kChunkBytes * chunk,
-                                     at_16(a.in, token, first + 8 * chunk), first + 8 * chunk < a.in.columns);
+      for (int chunk = kByWarp ? isa::lane() : isa::thread(); chunk < chunks; chunk += kByWarp ? 32 : kThreads) {
+        char* const to = shared + token * a.in_stride + kChunkBytes * place_of_chunk(chunk);
+        isa::copy_async<kChunkBytes>(to, at_16(a.in, token, first + 8 * chunk), first + 8 * chunk < a.in.columns);
       }
     }
     isa::commit_copies();

@@ -11,12 +11,12 @@ DecodeCut cut_of(const ManyProduct& p, const Device& device, bool in_parts) {
   DecodeSize size;
   size.tokens = std::min(p.out.rows, kTokens), size.groups = quotient(p.out.rows, kTokens);
   size.tiles = static_cast<int>(quotient(size.tokens, 8));
-  size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodeUnit);
+  size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodePiece);
   size.weight_bytes = 2 + std::min<int64_t>(p.count, size.tokens) / 8.0;  // each mask that tokens may have
   size.bytes = weights * size.weight_bytes * size.groups + 2.0 * p.out.rows * (p.out.columns + p.in.columns);
   size.row_bits = kDecodeRowBits;
   size.blocks = sm80::ManyKernel<BFloat16, 8, true>::kBlocksPerMultiprocessor, size.ahead = decode_ahead(true);
-  size.most_slab = decode_slab(size.tiles * 8, size.blocks, device);
+  size.most_slab = decode_slab(size.tiles * 8, size, device);
   return decode_cut(size, device, in_parts);
 }
 

@@ -74,7 +74,7 @@ struct ManyKernel {
     UnitReader<kChunked> reader(a.weight, place);
     DecodeMask<Words, true, kAhead> mask(a, place);
     isa::Words4 weights[kAhead][2];
-    int left = place.end - place.column();
+    int left = place.end - place.column;
     const auto load = [&](int j) {
       reader.load(weights[j], left, a);
       left -= a.step_columns;
@@ -137,7 +137,7 @@ struct ManyKernel {
 
   MFT_DEVICE static void copy_in(const Arguments& a, const TaskTable& table, int slab) {
     const int left = a.part_units - slab, units = left < a.slab_units ? left : a.slab_units;
-    const int first = kDecodeUnit * (static_cast<int>(isa::block(1)) * a.part_units + slab);
+    const int first = kDecodePiece * (static_cast<int>(isa::block(1)) * a.part_units + slab);
     for (int at = isa::warp(); at < tokens(a); at += kThreads / 32) {
       const int token = first_token() + table.token[at];
 #pragma unroll 1

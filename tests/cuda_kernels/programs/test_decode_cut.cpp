@@ -13,7 +13,7 @@ DecodeSize size_of(int64_t tokens, int64_t features, int64_t units, bool words) 
   size.tokens = tokens, size.groups = 1, size.tiles = decode_tiles(tokens);
   size.features = features, size.units = units;
   size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
-  size.bytes = features * units * kDecodeUnit * size.weight_bytes;
+  size.bytes = features * units * kDecodePiece * size.weight_bytes;
   size.row_bits = kDecodeRowBits, size.ahead = decode_ahead(words);
   size.blocks = decode_blocks(words, size.tiles, size.row_bits);
   size.clusters = !words;
@@ -35,7 +35,7 @@ int main() {
   for (int i = 0; i < 20000; ++i) {  // of some hundred sizes on three cards: entries give way to others
     device.multiprocessors = 1 << random() % 3;
     DecodeSize size = size_of(1 + random() % 4, 128 * (1 + random() % 4), 1 + random() % 3, random() % 2);
-    size.most_slab = decode_slab(8, size.blocks, device);
+    size.most_slab = decode_slab(8, size, device);
     const bool in_parts = random() % 2;
     mistakes += !same(cuts.find(size, device, in_parts), find_decode_cut(size, device, in_parts));
   }
@@ -45,7 +45,7 @@ int main() {
   for (int token = 0; token < 10; ++token) {
     for (const auto& [features, units] : matrices) {
       DecodeSize size = size_of(1, features, units, true);
-      size.most_slab = decode_slab(8, size.blocks, device);
+      size.most_slab = decode_slab(8, size, device);
       for (const bool in_parts : {true, false}) of_model.find(size, device, in_parts);
     }
   }
