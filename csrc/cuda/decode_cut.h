@@ -17,6 +17,7 @@ namespace mft::cuda {
 constexpr int kDecodeRowBits = 7;     // 128 of the weight, in a block of 8 warps that share none; one of 16 has 256
 constexpr int kDecodePiece = 32;      // columns that two mma.sync multiply: a unit, or a part of one
 constexpr int kMostClusterBits = 3;   // 8 blocks
+constexpr int kMostDecodeTokens = 64;
 constexpr int kMostDecodeParts = 32;  // a thread of sum_parts reads them one after another
 
 // Of tokens, 8 each: one, or pairs.
@@ -41,7 +42,6 @@ struct DecodeSize {
   int row_bits, blocks, ahead;   // of a block; that share a multiprocessor; units of a warp on their way
   int most_slab;                 // units of `in` that fit shared memory
   bool clusters = false;         // whether the parts may be a cluster's blocks
-  int table_bytes = 0;           // of shared memory, besides `in`
 };
 
 struct DecodeCut {
@@ -67,7 +67,6 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
   Jobs jobs;
   jobs.count = tiles * cut.parts;
   jobs.steps = quotient(cut.part_units, slices);
-  jobs.multiply_adds = static_cast<double>(rows) * unit * size.tiles * 8;
   jobs.read = unit * (rows * size.weight_bytes + 2.0 * size.tokens * slices);
   jobs.written = static_cast<double>(cut.features()) * size.tokens * (cut.parts > 1 ? 4 : 2);
   const int clusters = cut.cluster_bits > 0 ? kMostClusterBits : 0;  // which of 132 leave 4 without work
@@ -75,6 +74,8 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
   const int64_t waves = quotient(jobs.count, static_cast<int64_t>(multiprocessors) * size.blocks);
   const int64_t waits = quotient(cut.part_units, cut.slab_units) - 1 + (cut.cluster_bits > 0);  // slabs; the cluster
   const Rates rates = rates_of(device.capability);
+  const double weights = static_cast<double>(rows) * unit;
+  jobs.multiply_adds = weights * 8 * size.tiles;
   const double busy =
       busy_cycles(jobs, multiprocessors, size.blocks, size.ahead + 1, rates.multiply_adds, rates.l2) +
       waves * waits * kLatency;
@@ -91,7 +92,7 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
 inline int decode_slab(int64_t rows, const DecodeSize& size, const Device& device) {
   constexpr int kReserved = 1024;  // the system's
   const int64_t piece = 2 * kDecodePiece * rows;
-  const int64_t room = device.shared_bytes / size.blocks - kReserved - size.table_bytes - piece;  // see row_stride
+  const int64_t room = device.shared_bytes / size.blocks - kReserved - piece;  // see row_stride
   return static_cast<int>(std::max<int64_t>(size.ahead, room / (piece * size.pieces)));
 }
 
@@ -159,8 +160,8 @@ class DecodeCuts {
   static Key key_of(const DecodeSize& s, const Device& d, bool in_parts) {
     const auto exact = [](int64_t number) { return static_cast<double>(number); };
     return {exact(s.tokens), exact(s.groups), exact(s.tiles), exact(s.features), exact(s.units), exact(s.pieces),
-            s.weight_bytes, s.bytes, exact(s.row_bits), exact(s.blocks), exact(s.ahead), exact(s.most_slab), exact(s.clusters),
-            exact(d.multiprocessors), exact(d.capability), exact(d.shared_bytes), exact(d.l2_bytes), exact(in_parts)};
+            s.weight_bytes, s.bytes, exact(s.row_bits), exact(s.blocks), exact(s.ahead),
+            exact(s.most_slab), exact(s.clusters), exact(d.multiprocessors), exact(d.capability), exact(d.shared_bytes), exact(d.l2_bytes), exact(in_parts)};
   }
 
   std::array<Entry, 127> entries_;  // a model's matrices, by a few numbers of tokens: 30 KiB a thread; a prime
@@ -171,6 +172,29 @@ inline const DecodeCut& decode_cut(const DecodeSize& size, const Device& device,
   return cuts.find(size, device, in_parts);
 }
 
+// The better one of blocks of 8 warps and, with more than one tile, of 16. blocks: how many share a multiprocessor, by the
+// bits of their rows.
+template <class Blocks>
+DecodeCut decode_cut(DecodeSize size, const Blocks& blocks, const Device& device, bool in_parts) {
+  DecodeCut best;
+  for (int wide = 0; wide <= (size.tiles > 1); ++wide) {
+    size.row_bits = kDecodeRowBits + wide;
+    size.blocks = blocks(size.row_bits);
+    size.most_slab = decode_slab(size.tiles == 1 ? size.tokens : 8 * size.tiles, size, device);
+    const DecodeCut& cut = decode_cut(size, device, in_parts);
+    if (cut.better_than(best)) best = cut;
+  }
+  return best;
+}
+
 DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts);  // of what takes_decode
+
+template <class P>
+Plan plan_of_cut(const P& p, const Device& device) {
+  const DecodeCut cut = decode_cut(p, device, true);
+  const int parts = cut.parts_in_memory();
+  const int64_t bytes = parts > 1 ? parts * p.out.rows * cut.part_stride(p.out.columns) * 4 : 0;
+  return {cut.cycles, 8 * decode_tiles(p.out.rows), parts, bytes};
+}
 
 }  // namespace mft::cuda

@@ -245,7 +245,9 @@ class WeightSource {
   }
 
   // Of rows g and g + 8 the lane's share of a piece, +0 where the mask drops.
-  MFT_DEVICE void select(uint32_t (&kept)[2][4], int j, int) const { mask_.select(kept, weights_[j], j); }
+  MFT_DEVICE void select(uint32_t (&kept)[2][4], int j, int, const Arguments&) const {
+    mask_.select(kept, weights_[j], j);
+  }
 
  private:
   UnitReader<true> reader_;
@@ -287,7 +289,7 @@ struct DecodeKernel {
 #pragma unroll
           for (int piece = 0; piece < kPieces; ++piece) {
             uint32_t kept[2][4];
-            source.select(kept, j, piece);
+            source.select(kept, j, piece, a);
             if (piece == kPieces - 1) source.load(j, a);
             multiply(sums, kept, x + 64 * piece, a.in_stride, a.out.rows);
           }
@@ -401,5 +403,33 @@ struct DecodeKernel {
     if (ranks > 1) isa::sync_cluster();  // no block ends while another may still read from it
   }
 };
+
+// The kernel for so many tokens and the cut, and sum_parts behind it. p: what it makes, and the workspace.
+template <class T, class Source, int kTiles, int kRowBits>
+std::string launch_decode(const Product& p, const typename Source::Arguments& a, const DecodeCut& cut,
+                          const Device& device) {
+  using Kernel = DecodeKernel<T, Source, kTiles, kRowBits>;
+  LaunchShape shape;
+  shape.cluster = 1 << cut.cluster_bits;
+  shape.x = cut.blocks(p.out.columns) * shape.cluster;
+  shape.y = cut.parts_in_memory();
+  shape.shared_bytes = Kernel::shared_bytes(a.out.rows, cut.slab_units, cut.slice_bits);
+  const std::string error = isa::launch<Kernel>(shape, device.stream, a);
+  return error.empty() && shape.y > 1 ? sum_parts(p, cut.parts, a.part_stride, device) : error;
+}
+
+template <class T, class Source>
+std::string launch_decode(const Product& p, const typename Source::Arguments& a, const DecodeCut& cut,
+                          const Device& device) {
+  constexpr int kUsual = kDecodeRowBits, kWide = kDecodeRowBits + 1;
+  const bool wide = cut.row_bits > kUsual;
+  if (p.out.rows <= 8) return launch_decode<T, Source, 1, kUsual>(p, a, cut, device);
+  if (p.out.rows <= 16) {
+    return wide ? launch_decode<T, Source, 2, kWide>(p, a, cut, device)
+                : launch_decode<T, Source, 2, kUsual>(p, a, cut, device);
+  }
+  return wide ? launch_decode<T, Source, 8, kWide>(p, a, cut, device)
+              : launch_decode<T, Source, 8, kUsual>(p, a, cut, device);
+}
 
 }  // namespace mft::cuda::sm80
