@@ -27,7 +27,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 USUAL = (80, 90)  # the driver makes code for newer ones from compute_80's, once, and keeps it
 GROUPS = ("product_sm90", "score_grad_sm90")  # what bindings.cpp can do without
 REGISTER_FED = "product_sm90"
-CLUSTERED = ("decode_sm80.cu",)  # has on sm_90 instructions that compute_80 has not
+CLUSTERED = ("decode_codes_sm80.cu", "decode_sm80.cu")  # have on sm_90 instructions that compute_80 has not
 
 NVCC_FLAGS = [
     "-O3",

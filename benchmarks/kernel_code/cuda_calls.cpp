@@ -90,22 +90,27 @@ void many_masks() {
   }
 }
 
+void quantized(bool nf4, bool nested, Type type, int64_t tokens, bool aligned) {
+  QuantizedProduct p;
+  p.in = p.out = matrix(type, tokens, kFeatures, aligned);
+  p.weight = {nf4, kFeatures, kFeatures, kMemory};
+  if (!nested) p.weight.absmax = reinterpret_cast<const float*>(kMemory);
+  p.words = words();
+  p.workspace = kMemory;
+  for (const bool transposed : {false, true}) {
+    p.transposed = transposed;
+    check(product_general(p, device));
+    if (takes_decode(p)) check(decode_sm80(p, device));
+  }
+}
+
 void quantized() {
   for (const Type type : kShortTypes) {
     for (const bool aligned : {true, false}) {
-      for (const int64_t tokens : {16, 64, 4096}) {
-        for (const bool nf4 : {true, false}) {
-          QuantizedProduct p;
-          p.in = p.out = matrix(type, tokens, kFeatures, aligned);
-          p.weight = {nf4, kFeatures, kFeatures, kMemory};
-          p.weight.absmax = reinterpret_cast<const float*>(kMemory);
-          p.words = words();
-          p.workspace = kMemory;
-          for (const bool transposed : {false, true}) {
-            p.transposed = transposed;
-            check(product_quantized(p, device));
-          }
-        }
+      for (const int64_t tokens : {1, 16, 64, 4096}) {
+        quantized(true, false, type, tokens, aligned);
+        quantized(true, true, type, tokens, aligned);
+        quantized(false, false, type, tokens, aligned);
       }
     }
   }

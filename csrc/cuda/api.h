@@ -210,6 +210,15 @@ Plan plan_many(const ManyProduct&, const Device&);
 std::string product_many(const ManyProduct&, const Device&);
 Plan plan_quantized(const QuantizedProduct&, const Device&);
 std::string product_quantized(const QuantizedProduct&, const Device&);
+
+// The two that product_quantized and plan_quantized choose from, of products with results.
+bool takes_decode(const QuantizedProduct&);
+bool decodes(const QuantizedProduct&, const Device&);
+Plan plan_decode(const QuantizedProduct&, const Device&);
+Plan plan_general(const QuantizedProduct&, const Device&);
+std::string decode_sm80(const QuantizedProduct&, const Device&);
+std::string product_general(const QuantizedProduct&, const Device&);
+
 int grouped_tokens(const GroupedProduct&);  // of a tile
 bool reads_scores(const GroupedProduct&);   // else it takes words alone
 std::string grouped_product(const GroupedProduct&, const Device&);

@@ -13,6 +13,7 @@
 
 namespace mft::cuda::sm80 {
 
+constexpr int kGroup = 32;  // neighbours of a row that are 16 bytes of codes in nf4, and 32 in int8
 constexpr int kNf4Block = 64, kNestedBlock = 256;
 
 constexpr float kNf4Levels[16] = {
@@ -33,6 +34,24 @@ constexpr float kNf4Levels[16] = {
     0.7229568362236023f,
     1.0f,
 };
+
+// Rows of the weight are whole groups with aligned codes, and those of in chunks.
+inline bool is_whole(const QuantizedProduct& p) {
+  return p.weight.columns % kGroup == 0 && reinterpret_cast<uintptr_t>(p.weight.codes) % kChunkBytes == 0 &&
+         view_of(p.in).chunked;
+}
+
+// Of a weight and its bit of the mask.
+inline double weight_bytes(const QuantizedProduct& p) {
+  const double scale = !p.weight.nf4 ? 0 : p.weight.absmax != nullptr ? 4.0 / kNf4Block : 1.0 / kNf4Block;
+  return (p.weight.nf4 ? 0.5 : 1) + scale + (p.words != nullptr ? 1.0 / 8 : 0);
+}
+
+// Of all operands and results, once each.
+inline double bytes_of(const QuantizedProduct& p) {
+  return static_cast<double>(p.weight.rows) * p.weight.columns * weight_bytes(p) +
+         2.0 * p.out.rows * (p.out.columns + p.in.columns);
+}
 
 struct CodesArguments {
   const char* codes;

@@ -31,6 +31,13 @@ constexpr int decode_blocks(bool words, int tiles, int row_bits) {
 // Units of a warp on their way: 4 KiB.
 constexpr int decode_ahead(bool words) { return words ? 4 : 2; }
 
+// The same of codes, whose unit is 16 bytes of each of four lanes: 1 KiB of a warp.
+constexpr int decode_codes_pieces(bool nf4) { return nf4 ? 4 : 2; }
+constexpr int kDecodeCodesAhead = 2;
+constexpr int decode_codes_blocks(bool nf4, int tiles, int row_bits) {
+  return row_bits > kDecodeRowBits ? 1 : tiles <= (nf4 ? 1 : 2) ? 3 : 2;
+}
+
 // What is cut.
 struct DecodeSize {
   int64_t tokens, groups;        // of a block; of blocks along the tokens
@@ -38,10 +45,12 @@ struct DecodeSize {
   int64_t features, units;
   int pieces = 1;                // of a unit
   double weight_bytes;           // of a weight and its masks
+  double weight_cycles = 0;      // that a multiprocessor takes to decode one
   double bytes;                  // of all operands, once each
   int row_bits, blocks, ahead;   // of a block; that share a multiprocessor; units of a warp on their way
   int most_slab;                 // units of `in` that fit shared memory
   bool clusters = false;         // whether the parts may be a cluster's blocks
+  int table_bytes = 0;           // of shared memory, besides `in`
 };
 
 struct DecodeCut {
@@ -75,7 +84,7 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
   const int64_t waits = quotient(cut.part_units, cut.slab_units) - 1 + (cut.cluster_bits > 0);  // slabs; the cluster
   const Rates rates = rates_of(device.capability);
   const double weights = static_cast<double>(rows) * unit;
-  jobs.multiply_adds = weights * 8 * size.tiles;
+  jobs.multiply_adds = weights * std::max(8.0 * size.tiles, size.weight_cycles * rates.multiply_adds);
   const double busy =
       busy_cycles(jobs, multiprocessors, size.blocks, size.ahead + 1, rates.multiply_adds, rates.l2) +
       waves * waits * kLatency;
@@ -92,7 +101,7 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
 inline int decode_slab(int64_t rows, const DecodeSize& size, const Device& device) {
   constexpr int kReserved = 1024;  // the system's
   const int64_t piece = 2 * kDecodePiece * rows;
-  const int64_t room = device.shared_bytes / size.blocks - kReserved - piece;  // see row_stride
+  const int64_t room = device.shared_bytes / size.blocks - kReserved - size.table_bytes - piece;  // see row_stride
   return static_cast<int>(std::max<int64_t>(size.ahead, room / (piece * size.pieces)));
 }
 
@@ -151,7 +160,7 @@ class DecodeCuts {
   }
 
  private:
-  using Key = std::array<double, 18>;  // which holds every number here exactly
+  using Key = std::array<double, 19>;  // which holds every number here exactly
   struct Entry {
     Key key{};  // no cut's: none is for 0 multiprocessors
     DecodeCut cut;
@@ -160,8 +169,9 @@ class DecodeCuts {
   static Key key_of(const DecodeSize& s, const Device& d, bool in_parts) {
     const auto exact = [](int64_t number) { return static_cast<double>(number); };
     return {exact(s.tokens), exact(s.groups), exact(s.tiles), exact(s.features), exact(s.units), exact(s.pieces),
-            s.weight_bytes, s.bytes, exact(s.row_bits), exact(s.blocks), exact(s.ahead),
-            exact(s.most_slab), exact(s.clusters), exact(d.multiprocessors), exact(d.capability), exact(d.shared_bytes), exact(d.l2_bytes), exact(in_parts)};
+            s.weight_bytes, s.weight_cycles, s.bytes, exact(s.row_bits), exact(s.blocks), exact(s.ahead),
+            exact(s.most_slab), exact(s.clusters), exact(d.multiprocessors), exact(d.capability),
+            exact(d.shared_bytes), exact(d.l2_bytes), exact(in_parts)};
   }
 
   std::array<Entry, 127> entries_;  // a model's matrices, by a few numbers of tokens: 30 KiB a thread; a prime
@@ -187,8 +197,11 @@ DecodeCut decode_cut(DecodeSize size, const Blocks& blocks, const Device& device
   return best;
 }
 
-DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts);  // of what takes_decode
+// Of what takes_decode.
+DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts);
+DecodeCut decode_cut(const QuantizedProduct& p, const Device& device, bool in_parts);
 
+// P: Product or QuantizedProduct.
 template <class P>
 Plan plan_of_cut(const P& p, const Device& device) {
   const DecodeCut cut = decode_cut(p, device, true);

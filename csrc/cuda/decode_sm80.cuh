@@ -1,5 +1,6 @@
 // out = in @ where(keep, weight, 0).T + bias for few tokens, as in decoding: the weight goes from memory to registers, once,
-// 16 bytes a load, and is an operand of mma.sync there. For any GPU from sm_80 on.
+// 16 bytes a load, and is an operand of mma.sync there. For any GPU from sm_80 on. WeightSource brings a weight of 16 bits,
+// which is described here; decode_codes_sm80.cuh has the source of weights in codes.
 //
 //                32 columns a unit          A of mma.sync, 16 x 16, are 16 features; tokens are its columns, 8 a tile. Of a
 //              +----+----+----+----+-       unit, lane (g, q) holds columns 8 q to 8 q + 7 of features g and g + 8. Two

@@ -5,12 +5,6 @@
 
 namespace mft::cuda::sm80 {
 
-// Rows of the weight are whole groups with aligned codes, and those of in chunks.
-inline bool is_whole(const QuantizedProduct& p) {
-  return p.weight.columns % kGroup == 0 && reinterpret_cast<uintptr_t>(p.weight.codes) % kChunkBytes == 0 &&
-         view_of(p.in).chunked;
-}
-
 // Bytes of a stage, of which there are so many tokens.
 constexpr int quantized_stage(int tokens, bool nf4) {
   return 2 * tokens * kQuantizedDepth + kThreads * ((nf4 ? 1 : 2) * kChunkBytes + 8);

@@ -1,4 +1,4 @@
-// quantized_sm80: what none of its kernels takes, and of which tile and how many parts a product is.
+// quantized_sm80: decode_sm80 over codes or a general kernel, which of those, and what none of them takes.
 #include "quantized_launch_sm80.cuh"
 #include "tile_cost.h"
 
@@ -7,11 +7,6 @@ namespace {
 
 // Of a step of a block: 8 warps issue so many instructions each (SASS of nvcc 13.0, 16 tokens), 4 a cycle.
 double decode_cycles(bool nf4) { return 2 * (nf4 ? 310 : 275); }
-
-double weight_bytes(const QuantizedProduct& p) {
-  const double scale = !p.weight.nf4 ? 0 : p.weight.absmax != nullptr ? 4.0 / 64 : 1.0 / 64;
-  return (p.weight.nf4 ? 0.5 : 1) + scale + (p.words != nullptr ? 1.0 / 8 : 0);
-}
 
 int64_t part_stride(const QuantizedProduct& p) { return quotient(p.out.columns, sm80::kTileFeatures) * sm80::kTileFeatures; }
 
@@ -23,13 +18,12 @@ double cycles_of(const QuantizedProduct& p, int tokens, int parts, const Device&
   jobs.steps = quotient(quotient(p.in.columns, sm80::kQuantizedDepth), parts);
   const double products = sm80::kTileFeatures * tokens * sm80::kQuantizedDepth;
   jobs.multiply_adds = std::max(products, decode_cycles(p.weight.nf4) * rate);
-  jobs.read = sm80::kQuantizedDepth * (2 * tokens + sm80::kTileFeatures * weight_bytes(p));
+  jobs.read = sm80::kQuantizedDepth * (2 * tokens + sm80::kTileFeatures * sm80::weight_bytes(p));
   jobs.written = sm80::kTileFeatures * tokens * (parts > 1 ? 4 : 2);
   const int stages = sm80::stages_of(sm80::quantized_stage(tokens, p.weight.nf4), device, 2 * 16384 + 128);
-  const double bytes = static_cast<double>(p.weight.rows) * p.weight.columns * weight_bytes(p) +
-                       2.0 * p.out.rows * (p.out.columns + p.in.columns);
   const int blocks = tokens == 128 && !p.weight.nf4 ? 1 : 2;  // as the kernels ask
-  return launch_cycles(busy_cycles(jobs, device.multiprocessors, blocks, stages, rate, rates.l2), bytes, device) +
+  const double busy = busy_cycles(jobs, device.multiprocessors, blocks, stages, rate, rates.l2);
+  return launch_cycles(busy, sm80::bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
 
@@ -65,13 +59,24 @@ std::string product_quantized(const QuantizedProduct& p, const Device& device) {
     return "x and weight must have sides below 2^31 - 2^16; split them";
   }
   if (p.out.rows == 0 || p.out.columns == 0) return "";
+  return decodes(p, device) ? decode_sm80(p, device) : product_general(p, device);
+}
+
+std::string product_general(const QuantizedProduct& p, const Device& device) {
   const Plan plan = plan_of(p, device, p.workspace != nullptr);
   if (p.out.type == Type::kBFloat16) return sm80::quantized_of<BFloat16>(p, plan, device);
   return sm80::quantized_of<Float16>(p, plan, device);
 }
 
-Plan plan_quantized(const QuantizedProduct& p, const Device& device) {
-  return p.out.rows == 0 || p.out.columns == 0 ? Plan{} : plan_of(p, device, true);
+bool decodes(const QuantizedProduct& p, const Device& device) {
+  return takes_decode(p) && plan_decode(p, device).cycles <= plan_general(p, device).cycles;
 }
+
+Plan plan_quantized(const QuantizedProduct& p, const Device& device) {
+  if (p.out.rows == 0 || p.out.columns == 0) return {};
+  return decodes(p, device) ? plan_decode(p, device) : plan_general(p, device);
+}
+
+Plan plan_general(const QuantizedProduct& p, const Device& device) { return plan_of(p, device, true); }
 
 }  // namespace mft::cuda

@@ -19,7 +19,7 @@
 
 namespace mft::cuda::sm80 {
 
-constexpr int kQuantizedDepth = 64, kGroup = 32;  // of a step; neighbours that a thread decodes
+constexpr int kQuantizedDepth = 64;  // of a step, of which a thread decodes a group
 
 struct QuantizedArguments : ProductTileArguments {
   CodesArguments weight;

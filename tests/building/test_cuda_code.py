@@ -284,7 +284,9 @@ std::string product_general(const Product& p, const Device&) {
   return launch(p.transposed ? 65536 : 512);
 }
 std::string product_many(const ManyProduct&, const Device&) { return ""; }
-std::string product_quantized(const QuantizedProduct&, const Device&) { return ""; }
+bool takes_decode(const QuantizedProduct&) { return false; }
+std::string decode_sm80(const QuantizedProduct&, const Device&) { return ""; }
+std::string product_general(const QuantizedProduct&, const Device&) { return ""; }
 bool reads_scores(const GroupedProduct&) { return true; }
 std::string grouped_product(const GroupedProduct&, const Device&) { return ""; }
 std::string grouped_score_grad(const GroupedScoreGrad&, const Device&) { return ""; }

@@ -1,4 +1,5 @@
-"""The product over codes in the emulator by what only it has: parts of the sum, addresses, schedules, a launch's width.
+"""The general product over codes in the emulator by what only it has: parts of the sum, addresses, schedules, and the
+width of a launch. test_decode_codes.py has the product of few tokens.
 
 What every backend gives is in tests/ops/test_quantized.py.
 """
@@ -15,7 +16,8 @@ from mft_kernels import reference
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KINDS = ("nf4", "nf4-dq", "int8")
-ONE_PART = {"l2_bytes": 0}  # parts lie in half of it
+GENERAL = {"arch": "general"}
+ONE_PART = GENERAL | {"l2_bytes": 0}  # parts lie in half of it
 
 
 def integers_like(*shape, dtype, seed=1):
@@ -28,6 +30,7 @@ def mask_of(n, k, seed=2):
 
 def check(x, grad, w: Coded, packed, bias, **device):
     """Forward and d_x."""
+    device = GENERAL | device
     of_weight = w.codes, w.absmax, packed
     forward, d_x = (x, *of_weight, bias, w.shape, w.kind), (grad, *of_weight, w.shape, w.kind)
     y, of_grad = oracle.masked_linear_quantized(*forward), oracle.masked_linear_quantized_d_x(*d_x)
@@ -54,7 +57,7 @@ def test_the_depth_in_parts(shape, tokens, device, kind):
     """Two to four stages, and steps and parts that are not whole."""
     m, n, k = shape
     asked = emulated.quantized_product(*_operands(m, n, k, kind), transposed=False)[0]
-    plan = emulated.plan("product_quantized", asked, device)
+    plan = emulated.plan("product_quantized_general", asked, device)
     assert plan.parts > 1
     assert plan.tokens == tokens
     assert plan.workspace == 4 * plan.parts * m * -(-n // 128) * 128
@@ -107,7 +110,7 @@ def test_random_floats_give_what_the_product_of_the_decoded_weight_gives(k, kind
     for seed, asynchrony in enumerate(emulated.ASYNCHRONIES):
         emulated.set_settings(seed, asynchrony, emulated.SCHEDULES[seed % 2])
         arguments = x, w.codes, w.absmax, packed, None, w.shape, w.kind
-        found.append(emulated.masked_linear_quantized(*arguments, multiprocessors=132))
+        found.append(emulated.masked_linear_quantized(*arguments, multiprocessors=132, **GENERAL))
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
 
@@ -127,6 +130,6 @@ def test_of_one_token_most_multiprocessors_have_work(multiprocessors, kind):
             asked = emulated.QuantizedProduct(weight=emulated.Quantized(kind == "nf4", n, k), transposed=transposed)
             for name, side in zip(("in", "out"), sides):
                 setattr(asked, name, emulated.Matrix(None, 1, 1, side, side))
-            plan = emulated.plan("product_quantized", asked, {"multiprocessors": multiprocessors})
+            plan = emulated.plan("product_quantized_general", asked, {"multiprocessors": multiprocessors})
             assert plan.tokens == 16
             assert plan.parts * -(-sides[1] // 128) >= 0.8 * multiprocessors

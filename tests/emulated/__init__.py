@@ -566,17 +566,17 @@ def quantized_product(
     return asked, out
 
 
-def decode_cut(asked: Product, device: dict) -> tuple[int, ...]:
+def decode_cut(asked: Product | QuantizedProduct, device: dict) -> tuple[int, ...]:
     """How decode_sm80 cuts a product with a workspace: slices, parts, units of a part and of a slab,
     blocks of a cluster, features of a block."""
     found = (ctypes.c_int * 6)()
-    library().emulated_decode_cut(ctypes.byref(asked), ctypes.byref(_device(device)), found)
+    _of_product(asked, "decode_cut")(ctypes.byref(asked), ctypes.byref(_device(device)), found)
     return tuple(found)
 
 
-def decodes(asked: Product, device: dict) -> bool:
-    """Whether product_sm80 gives it to decode_sm80."""
-    asks = library().emulated_decodes
+def decodes(asked: Product | QuantizedProduct, device: dict) -> bool:
+    """Whether product_sm80, or product_quantized, gives it to decode_sm80."""
+    asks = _of_product(asked, "decodes")
     asks.restype = ctypes.c_bool
     return asks(ctypes.byref(asked), ctypes.byref(_device(device)))
 
@@ -590,6 +590,10 @@ def rates(capability: int) -> tuple[float, float, float, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------- private
+
+
+def _of_product(asked: Product | QuantizedProduct, function: str):
+    return getattr(library(), f"emulated_{'quantized_' * isinstance(asked, QuantizedProduct)}{function}")
 
 
 def _linear(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, device: dict) -> Tensor:
@@ -617,9 +621,11 @@ def _product(
 
 
 def _quantized(given: Tensor, asked: QuantizedProduct, out: Tensor, device: dict) -> Tensor:
-    workspace = _new((plan("product_quantized", asked, device).workspace // 4,), torch.float32)
+    arch = device.get("arch", usual_arch)
+    kernel = f"product_quantized_{arch}" if arch in ("decode", "general") else "product_quantized"
+    workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
     asked.workspace = workspace.data_ptr() or None
-    _call("product_quantized", asked, device)
+    _call(kernel, asked, device)
     return out.view(*given.shape[:-1], out.shape[1])
 
 

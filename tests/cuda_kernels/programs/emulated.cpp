@@ -22,6 +22,13 @@ MFT_WEAK Plan plan_many(const ManyProduct&, const Device&);
 MFT_WEAK std::string product_many(const ManyProduct&, const Device&);
 MFT_WEAK Plan plan_quantized(const QuantizedProduct&, const Device&);
 MFT_WEAK std::string product_quantized(const QuantizedProduct&, const Device&);
+MFT_WEAK bool takes_decode(const QuantizedProduct&);
+MFT_WEAK bool decodes(const QuantizedProduct&, const Device&);
+MFT_WEAK Plan plan_decode(const QuantizedProduct&, const Device&);
+MFT_WEAK Plan plan_general(const QuantizedProduct&, const Device&);
+MFT_WEAK std::string decode_sm80(const QuantizedProduct&, const Device&);
+MFT_WEAK std::string product_general(const QuantizedProduct&, const Device&);
+MFT_WEAK DecodeCut decode_cut(const QuantizedProduct&, const Device&, bool);
 MFT_WEAK std::string grouped_product(const GroupedProduct&, const Device&);
 MFT_WEAK std::string grouped_score_grad(const GroupedScoreGrad&, const Device&);
 MFT_WEAK int grouped_tokens(const GroupedProduct&);
@@ -90,7 +97,7 @@ const char* emulated_product_decode(const Product& p, const Device& d) {
 }
 // What decode_sm80 does not take is the general kernel's, or refused, in any case.
 const char* emulated_product_general(const Product& p, const Device& d) {
-  return call(takes_decode(p) ? &product_general : &product_sm80, p, d);
+  return takes_decode(p) ? call(&product_general, p, d) : call(&product_sm80, p, d);
 }
 const char* emulated_score_grad_sm80(const ScoreGrad& p, const Device& d) {
   return call(&score_grad_sm80, p, d, half_of_shared(d));
@@ -148,6 +155,19 @@ const char* emulated_product_quantized(const QuantizedProduct& p, const Device& 
 void emulated_plan_product_quantized(const QuantizedProduct& p, const Device& d, Plan* plan) {
   *plan = plan_of(&plan_quantized, p, d);
 }
+const char* emulated_product_quantized_decode(const QuantizedProduct& p, const Device& d) {
+  return takes_decode(p) ? call(&decode_sm80, p, d) : "decode_sm80 does not take it";
+}
+void emulated_plan_product_quantized_decode(const QuantizedProduct& p, const Device& d, Plan* plan) {
+  *plan = takes_decode(p) ? plan_of(&plan_decode, p, d) : Plan{};
+}
+// What decode_sm80 does not take is the general kernel's, or refused, in any case.
+const char* emulated_product_quantized_general(const QuantizedProduct& p, const Device& d) {
+  return takes_decode(p) ? call(&product_general, p, d) : call(&product_quantized, p, d);
+}
+void emulated_plan_product_quantized_general(const QuantizedProduct& p, const Device& d, Plan* plan) {
+  *plan = takes_decode(p) ? plan_of(&plan_general, p, d) : plan_of(&plan_quantized, p, d);
+}
 
 const char* emulated_grouped_product(const GroupedProduct& p, const Device& d) { return call(&grouped_product, p, d); }
 const char* emulated_grouped_score_grad(const GroupedScoreGrad& p, const Device& d) {
@@ -155,13 +175,18 @@ const char* emulated_grouped_score_grad(const GroupedScoreGrad& p, const Device&
 }
 int emulated_grouped_tokens(const GroupedProduct& p) { return &grouped_tokens == nullptr ? 0 : grouped_tokens(p); }
 
-void emulated_decode_cut(const Product& p, const Device& d, int* cut) {
-  const DecodeCut found = decode_cut(p, d, true);
+static void tell(const DecodeCut& found, int* cut) {
   cut[0] = 1 << found.slice_bits, cut[1] = found.parts, cut[2] = found.part_units, cut[3] = found.slab_units;
   cut[4] = 1 << found.cluster_bits, cut[5] = found.features();
 }
 
+void emulated_decode_cut(const Product& p, const Device& d, int* cut) { tell(decode_cut(p, d, true), cut); }
+void emulated_quantized_decode_cut(const QuantizedProduct& p, const Device& d, int* cut) {
+  tell(decode_cut(p, d, true), cut);
+}
+
 bool emulated_decodes(const Product& p, const Device& d) { return decodes(p, d); }
+bool emulated_quantized_decodes(const QuantizedProduct& p, const Device& d) { return decodes(p, d); }
 
 void emulated_rates(int capability, double* rates) {
   const Rates found = rates_of(capability);
