@@ -184,6 +184,24 @@ def test_an_h100_is_expected_to_gain_by_it(tokens, kind):
         assert few < general * (0.99 if kind == "int8" else 0.85), (n, k)
 
 
+#: In us, of 1, 8 and 16 tokens: docs/cuda-kernels.md.
+EXPECTED = {
+    ("nf4", 4096): (6.2, 6.8, 7.3),
+    ("nf4", 11008): (16.2, 16.9, 19.2),
+    ("nf4-dq", 4096): (6.1, 6.7, 7.2),
+    ("nf4-dq", 11008): (15.8, 16.6, 18.9),
+    ("int8", 4096): (8.1, 8.2, 8.4),
+    ("int8", 11008): (21.1, 21.2, 24.1),
+}
+
+
+@pytest.mark.parametrize(("kind", "n"), EXPECTED)
+def test_the_page_states_what_the_model_expects_of_an_h100(kind, n):
+    for tokens, expected in zip((1, 8, 16), EXPECTED[kind, n]):
+        plan = emulated.plan("product_quantized", asked(tokens, n, 4096, kind), device_of(H100))
+        assert plan.cycles / H100.clock * 1e6 == pytest.approx(expected, abs=0.06)
+
+
 @BY_KIND
 def test_the_model_chooses_the_kernel_that_it_expects_to_be_faster(kind):
     chosen = set()
