@@ -17,9 +17,10 @@
 //
 // Two rings of the same depth: one holds steps of W with their scores (or packed words) under one barrier, the other
 // steps of `in`. A consumer reads W and scores as fragments, selects (keep.h), and multiplies from registers: neither
-// mask nor masked weight is ever written. Two sets of registers alternate: while the tensor cores work on one, the next
-// is masked into the other. A stage of W is free as soon as it is masked, one of `in` after its product; under one
-// barrier, W would come free two steps later, and of three stages only one would be loading.
+// mask nor masked weight is ever written. A source (weight_sm90.h) says how W and mask are brought and read. Two sets of
+// registers alternate: while the tensor cores work on one, the next is masked into the other. A stage of W is free as
+// soon as it is masked, one of `in` after its product; under one barrier, W would come free two steps later, and of
+// three stages only one would be loading.
 // The steps are a whole number of pairs, the last one perhaps outside of the matrices, where TMA reads zeros: an odd
 // step behind the loop would make ptxas wait for each wgmma (its warning C7514).
 //
@@ -30,30 +31,21 @@
 // product_sm90_launch.cuh says.
 #pragma once
 
-#include "isa_sm90.h"
-#include "keep.h"
-#include "tile_sm90.h"
+#include "weight_sm90.h"
 
 namespace mft::cuda {
 
-enum class MaskKind { kWords, kMagnitude, kValue };  // packed; or from scores of the weight's type
-
-template <class T, MaskKind kMask, bool kTransposed, int kTokens>
+template <class Source, int kTokens>
 struct ProductSm90 {
-  static constexpr int kConsumers = 2;  // warpgroups
+  using T = typename Source::Number;
+  static constexpr int kConsumers = sm90::kConsumers, kFeatures = sm90::kFeatures, kStep = sm90::kStep;
   static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kTileTokens = kTokens;
   static constexpr int kBlocksPerMultiprocessor = 1;
   static constexpr int kCluster = 2;
 
-  static constexpr int kFeatures = 64 * kConsumers;  // of a block
-  static constexpr int kStep = 64;                   // of Q: a swizzled row of 128 bytes
-  static constexpr int kWordsOfTile = 4;             // 16 bytes, the least that TMA reads: 128 columns
-
-  static constexpr int kWeightBytes = kFeatures * kStep * 2;
-  static constexpr int kMaskRows = kTransposed ? kStep : kFeatures;  // of weight
-  static constexpr int kMaskBytes = kMask == MaskKind::kWords ? kMaskRows * kWordsOfTile * 4 : kWeightBytes;
   static constexpr int kInputBytes = kTokens * kStep * 2;
-  static constexpr int kWeightStageBytes = kWeightBytes + kMaskBytes;
+  static constexpr int kWeightStageBytes = Source::kStageBytes;
   static constexpr int kStageBytes = kWeightStageBytes + kInputBytes;
 
   // Results leave through buffers of 32 tokens x 64 features for each warpgroup.
@@ -69,12 +61,9 @@ struct ProductSm90 {
   static constexpr int kSharedBytes = kStages * kStageBytes + kStoresBytes + kBarrierBytes;
   static_assert(kStages >= 3 && kWeightStageBytes % 1024 == 0);
 
-  using KeepOfScores = KeepPair<T, kMask == MaskKind::kMagnitude>;
-
   struct Arguments {
-    isa::TensorMap weight, mask, in, out;
-    const uint16_t* thresholds;
-    int64_t threshold_stride;
+    typename Source::Arguments weight;
+    isa::TensorMap in, out;
     const T* bias;  // (P,) or null
     int features, tokens;
     int steps;  // of Q, even
@@ -97,7 +86,6 @@ struct ProductSm90 {
   };
 
   MFT_DEVICE static char* weight_of(int stage) { return isa::shared_memory() + stage * kWeightStageBytes; }
-  MFT_DEVICE static char* mask_of(int stage) { return weight_of(stage) + kWeightBytes; }
   MFT_DEVICE static char* input_of(int stage) {
     return isa::shared_memory() + kStages * kWeightStageBytes + stage * kInputBytes;
   }
@@ -113,8 +101,7 @@ struct ProductSm90 {
   MFT_DEVICE static void run(const Arguments& a) {
     const int rank = isa::rank_in_cluster();
     if (isa::thread() == 0) {
-      isa::prefetch(a.weight);
-      isa::prefetch(a.mask);
+      Source::prefetch(a.weight);
       isa::prefetch(a.in);
       isa::prefetch(a.out);
       for (int stage = 0; stage < kStages; ++stage) {
@@ -160,16 +147,9 @@ struct ProductSm90 {
       for (int step = first; step < end; ++step, place.advance()) {
         isa::TransactionBarrier* b = weight_full(place.stage);
         isa::wait(weight_empty(place.stage), place.parity ^ 1);  // true at once on the first round
-        isa::arrive_expecting(b, kWeightStageBytes);
+        isa::arrive_expecting(b, Source::bytes_of_step(a.weight));
         const int q = step * kStep;
-        load_weight(a.weight, b, weight_of(place.stage), feature, q);
-        if constexpr (kMask == MaskKind::kWords) {
-          // The four words that hold this step's columns: TMA wants them at multiples of 16 bytes.
-          const int column = kTransposed ? feature : q, row = kTransposed ? q : feature;
-          isa::load_tile(a.mask, b, mask_of(place.stage), column / 128 * kWordsOfTile, row);
-        } else {
-          load_weight(a.mask, b, mask_of(place.stage), feature, q);
-        }
+        Source::bring(a.weight, b, weight_of(place.stage), feature, q);
         constexpr int kHalf = kTokens / kCluster;
         b = input_full(place.stage);
         isa::wait(input_empty(place.stage), place.parity ^ 1);
@@ -185,16 +165,6 @@ struct ProductSm90 {
     return left < a.part_steps ? left : a.part_steps;
   }
 
-  // 128 features x 64 of Q; transposed, a tile for each consumer.
-  MFT_DEVICE static void load_weight(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature,
-                                     int q) {
-    if constexpr (kTransposed) {
-      for (int i = 0; i < kConsumers; ++i) isa::load_tile(map, b, shared + i * kStep * kRowBytes, feature + 64 * i, q);
-    } else {
-      isa::load_tile(map, b, shared, q, feature);
-    }
-  }
-
   // ----------------------------------------------------------------------------------------------- consumers
 
   // The masked weights of one step, as wgmma wants its first operand.
@@ -202,17 +172,10 @@ struct ProductSm90 {
     isa::Register of[kStep / 16][4];
   };
 
-  // What a lane needs for them, from tile to tile.
-  struct Lane {
-    int group, warp, g, c;   // of the fragment layout (isa.h): row lane / 4, column 2 (lane % 4)
-    int rows[kStep / 16];    // offset in a stage of what this lane names to ldmatrix
-    KeepOfScores keep[2];    // of features g and g + 8 of this warp
-  };
+  using Lane = typename Source::Lane;
 
   MFT_DEVICE static void consume(const Arguments& a, int rank, int group) {
-    Lane lane{group, isa::warp() % 4, isa::lane() / 4, isa::lane() % 4 * 2, {}, {}};
-#pragma unroll
-    for (int i = 0; i < kStep / 16; ++i) lane.rows[i] = matrix_row(lane, i);
+    Lane lane(group);
     Place place;
     int buffer = 0;
     for_each_tile(a, rank, [&](int first_feature, int token, int part) {
@@ -220,7 +183,7 @@ struct ProductSm90 {
       float sums[kTokens / 2];
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
-      find_keep(lane, a, feature);
+      Source::begin_tile(lane, a.weight, a.features, feature);
       Fragments even, odd;
       int before = place.stage;  // what the product under way reads
       const int steps = steps_of(a, part);
@@ -256,80 +219,12 @@ struct ProductSm90 {
     if (thread < kCluster) isa::arrive(input_empty(stage), thread);
   }
 
-  MFT_DEVICE static void find_keep(Lane& lane, const Arguments& a, int feature) {
-    if constexpr (kMask != MaskKind::kWords) {
-      for (int i = 0; i < 2; ++i) {
-        // Transposed, thresholds by row would vary along Q: there is one for the matrix.
-        int row = feature + 16 * lane.warp + lane.g + 8 * i;
-        row = kTransposed ? 0 : row < a.features ? row : a.features - 1;
-        const uint32_t threshold = a.thresholds[row * a.threshold_stride];
-        lane.keep[i] = KeepOfScores::of(threshold | threshold << 16);
-      }
-    }
-  }
-
   MFT_DEVICE static void load(Fragments& fragments, const Lane& lane, const Place& place, int step) {
     isa::wait(weight_full(place.stage), place.parity);
-    const char* mask = mask_of(place.stage);
 #pragma unroll
-    for (int i = 0; i < kStep / 16; ++i) {
-      load_rows(fragments.of[i], weight_of(place.stage) + lane.rows[i]);
-      if constexpr (kMask != MaskKind::kWords) {
-        isa::Register scores[4];
-        load_rows(scores, mask + lane.rows[i]);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) fragments.of[i][j] = lane.keep[j % 2].select(fragments.of[i][j], scores[j]);
-      } else {
-        select_by_words(fragments.of[i], reinterpret_cast<const uint32_t*>(mask), lane, i, step);
-      }
-    }
+    for (int i = 0; i < kStep / 16; ++i) Source::read(fragments.of[i], weight_of(place.stage), lane, i, step);
     isa::sync_warp();
     if (isa::lane() == 0) isa::arrive_after(fragments.of, weight_empty(place.stage), isa::rank_in_cluster());
-  }
-
-  // Where the row of 16 bytes lies that this lane names to ldmatrix for the 16 x 16 block i of a step.
-  MFT_DEVICE static int matrix_row(const Lane& lane, int i) {
-    const int matrix = isa::lane() / 8, row = isa::lane() % 8;
-    if constexpr (kTransposed) {  // tile (64 of Q, 64 features): matrices go through the features first
-      return lane.group * kStep * kRowBytes + swizzled(16 * i + matrix / 2 * 8 + row, 2 * lane.warp + matrix % 2);
-    } else {  // tile (128 features, 64 of Q)
-      return swizzled(64 * lane.group + 16 * lane.warp + matrix % 2 * 8 + row, 2 * i + matrix / 2);
-    }
-  }
-
-  MFT_DEVICE static void load_rows(isa::Register (&r)[4], const char* row) {
-    if constexpr (kTransposed) {
-      isa::load_matrices_transposed(r, row);
-    } else {
-      isa::load_matrices(r, row);
-    }
-  }
-
-  MFT_DEVICE static void select_by_words(isa::Register (&weights)[4], const uint32_t* words, const Lane& lane, int i,
-                                         int step) {
-    if constexpr (kTransposed) {
-      // Rows of weight c, c + 1 (and + 8) of this block of 16; of each the half word with this warp's 16 columns.
-      const auto* half = reinterpret_cast<const uint16_t*>(words) + (16 * i + lane.c) * 2 * kWordsOfTile +
-                         4 * lane.group + lane.warp;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {  // j % 2: columns + 8, j / 2: rows + 8
-        const isa::Register low = isa::load_shared(half + j / 2 * 8 * 2 * kWordsOfTile);
-        const isa::Register high = isa::load_shared(half + (j / 2 * 8 + 1) * 2 * kWordsOfTile);
-        const int column = lane.g + j % 2 * 8;
-        weights[j] &= isa::spread_signs(low << (15 - column), high << (31 - column));
-      }
-    } else {
-      // Rows g and g + 8; the word with columns 16 i to 16 i + 15 of this step.
-      const uint32_t* word =
-          words + (64 * lane.group + 16 * lane.warp + lane.g) * kWordsOfTile + step % 2 * 2 + i / 2;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {  // j % 2: rows + 8, j / 2: columns + 8
-        const isa::Register bits = isa::load_shared(word + j % 2 * 8 * kWordsOfTile) >> lane.c;
-        const int column = i % 2 * 16 + j / 2 * 8;  // its bit, and the next one
-        const isa::Register low = column < 16 ? bits << (15 - column) : bits >> (column - 15);
-        weights[j] &= isa::spread_signs(low, bits << (30 - column));
-      }
-    }
   }
 
   MFT_DEVICE static void multiply(float (&sums)[kTokens / 2], Fragments& fragments, const Place& place) {

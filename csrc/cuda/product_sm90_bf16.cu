@@ -3,8 +3,8 @@
 
 namespace mft::cuda {
 
-Plan plan_sm90_bf16(const Product& p, const Device& device) { return plan_product_sm90<BFloat16>(p, device); }
+Plan plan_sm90_bf16(const Product& p, const Device& device) { return plan_dense<BFloat16>(p, device); }
 
-std::string product_sm90_bf16(const Product& p, const Device& device) { return launch_product_sm90<BFloat16>(p, device); }
+std::string product_sm90_bf16(const Product& p, const Device& device) { return launch_dense<BFloat16>(p, device); }
 
 }  // namespace mft::cuda

@@ -3,8 +3,8 @@
 
 namespace mft::cuda {
 
-Plan plan_sm90_fp16(const Product& p, const Device& device) { return plan_product_sm90<Float16>(p, device); }
+Plan plan_sm90_fp16(const Product& p, const Device& device) { return plan_dense<Float16>(p, device); }
 
-std::string product_sm90_fp16(const Product& p, const Device& device) { return launch_product_sm90<Float16>(p, device); }
+std::string product_sm90_fp16(const Product& p, const Device& device) { return launch_dense<Float16>(p, device); }
 
 }  // namespace mft::cuda

@@ -18,15 +18,39 @@ constexpr int part_steps(int64_t q, int step, int parts) {
 // A row of the workspace: whole tiles.
 constexpr int64_t part_stride_sm90(int64_t features) { return quotient(features, 256) * 256; }
 
-template <class T, MaskKind kMask, bool kTransposed, int kTokens>
-std::string launch_product_sm90(const Product& p, int parts, const Device& device) {
-  using Kernel = ProductSm90<T, kMask, kTransposed, kTokens>;
+inline std::string make_matrix_map(isa::TensorMap* map, const Matrix& matrix, int rows) {
+  return isa::make_tensor_map(map, matrix.data, 2, matrix.rows, matrix.columns, 2 * matrix.stride, rows, kRowBytes / 2,
+                              true);
+}
+
+inline std::string make_words_map(isa::TensorMap* map, const uint32_t* words, int64_t rows, int64_t columns,
+                                  int box_rows) {
+  const int64_t row_words = quotient(columns, 32);
+  return isa::make_tensor_map(map, words, 4, rows, row_words, 4 * row_words, box_rows, sm90::kWordsOfTile, false);
+}
+
+// What the kernel is told of the weight. Returns "" or what went wrong.
+template <class T, MaskKind kMask, bool kTransposed>
+std::string tell(sm90::DenseWeight<T, kMask, kTransposed>, sm90::DenseArguments& a, const Product& p) {
+  constexpr int kRows = sm90::DenseWeight<T, kMask, kTransposed>::kRows;
+  a.thresholds = static_cast<const uint16_t*>(p.keep.thresholds);
+  a.threshold_stride = p.keep.threshold_stride;
+  const std::string failure = make_matrix_map(&a.weight, p.weight, kRows);
+  if (!failure.empty()) return failure;
+  if constexpr (kMask == MaskKind::kWords) {
+    return make_words_map(&a.mask, p.keep.words, p.weight.rows, p.weight.columns, kRows);
+  } else {
+    return make_matrix_map(&a.mask, p.keep.scores, kRows);
+  }
+}
+
+template <class Source, int kTokens, class Problem>
+std::string launch_tile(const Problem& p, int parts, const Device& device) {
+  using Kernel = ProductSm90<Source, kTokens>;
   static_assert(Kernel::kCluster * Kernel::kFeatures == 256);
   typename Kernel::Arguments a{};
   const int64_t q = p.in.columns;
-  a.thresholds = static_cast<const uint16_t*>(p.keep.thresholds);
-  a.threshold_stride = p.keep.threshold_stride;
-  a.bias = static_cast<const T*>(p.bias);
+  a.bias = static_cast<const typename Kernel::T*>(p.bias);
   a.features = static_cast<int>(p.out.columns);
   a.tokens = static_cast<int>(p.out.rows);
   a.steps = part_steps(q, Kernel::kStep, 1);
@@ -37,22 +61,9 @@ std::string launch_product_sm90(const Product& p, int parts, const Device& devic
   if (parts > 1) a.parts = static_cast<float*>(p.workspace);
   a.part_stride = part_stride_sm90(a.features);
 
-  const auto map = [](isa::TensorMap* m, const Matrix& matrix, int rows) {
-    return isa::make_tensor_map(m, matrix.data, 2, matrix.rows, matrix.columns, 2 * matrix.stride, rows,
-                                kRowBytes / 2, true);
-  };
-  const int weight_rows = kTransposed ? Kernel::kStep : Kernel::kFeatures;
-  std::string failure = map(&a.weight, p.weight, weight_rows);
-  if (failure.empty()) failure = map(&a.in, p.in, kTokens / Kernel::kCluster);
-  if (failure.empty()) failure = map(&a.out, p.out, Kernel::kStoreTokens);
-  if (!failure.empty()) return failure;
-  if constexpr (kMask == MaskKind::kWords) {
-    const int64_t words = (p.weight.columns + 31) / 32;
-    failure = isa::make_tensor_map(&a.mask, p.keep.words, 4, p.weight.rows, words, 4 * words, Kernel::kMaskRows,
-                                   Kernel::kWordsOfTile, false);
-  } else {
-    failure = map(&a.mask, p.keep.scores, weight_rows);
-  }
+  std::string failure = tell(Source{}, a.weight, p);
+  if (failure.empty()) failure = make_matrix_map(&a.in, p.in, kTokens / Kernel::kCluster);
+  if (failure.empty()) failure = make_matrix_map(&a.out, p.out, Kernel::kStoreTokens);
   if (!failure.empty()) return failure;
 
   const int64_t tiles = static_cast<int64_t>(a.feature_tiles) * a.token_tiles * parts;
@@ -66,17 +77,18 @@ std::string launch_product_sm90(const Product& p, int parts, const Device& devic
 
 // What parts of Q are worth trying: four steps at least, no more than there are places for in two waves, and all of
 // them in half of L2.
-template <class Kernel, int kTokens>
-int most_parts(const Product& p, const Device& device) {
-  const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens);
+template <class Kernel, class Problem>
+int most_parts(const Problem& p, const Device& device) {
+  const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, Kernel::kTileTokens);
   const int64_t of_l2 = device.l2_bytes / 2 / (4 * p.out.rows * part_stride_sm90(p.out.columns));
   return static_cast<int>(std::min<int64_t>(
       {kMostParts, p.in.columns / (4 * Kernel::kStep), device.multiprocessors / tiles, of_l2}));
 }
 
 // A cluster's two blocks, each on its multiprocessor, read half of the tokens from L2.
-template <class Kernel, int kTokens>
-double cycles_of_tile(const Product& p, int parts, const Device& device) {
+template <class Kernel, class Problem>
+double cycles_of_tile(const Problem& p, int parts, const Device& device) {
+  constexpr int kTokens = Kernel::kTileTokens;
   Jobs jobs;
   jobs.count = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens) * parts;
   jobs.steps = part_steps(p.in.columns, Kernel::kStep, parts);
@@ -90,60 +102,64 @@ double cycles_of_tile(const Product& p, int parts, const Device& device) {
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
 
-template <class Kernel, int kTokens>
-void try_tile(Plan& best, const Product& p, const Device& device, bool in_parts) {
+template <class Kernel, class Problem>
+void try_tile(Plan& best, const Problem& p, const Device& device, bool in_parts) {
+  constexpr int kTokens = Kernel::kTileTokens;
   const bool is_asked = p.tokens > 0;
   // No more tokens than there are need.
   if (is_asked ? p.tokens != kTokens : kTokens > 64 && p.out.rows <= kTokens / 2) return;
-  const int most = is_asked ? p.parts : in_parts ? most_parts<Kernel, kTokens>(p, device) : 1;
+  const int most = is_asked ? p.parts : in_parts ? most_parts<Kernel>(p, device) : 1;
   const int64_t pairs = part_steps(p.in.columns, Kernel::kStep, 1) / 2;
   for (int parts = is_asked ? p.parts : 1; parts <= std::max(1, most); ++parts) {
     if (quotient(pairs, quotient(pairs, parts)) != parts) continue;  // one would be empty
-    const double cycles = cycles_of_tile<Kernel, kTokens>(p, parts, device);
+    const double cycles = cycles_of_tile<Kernel>(p, parts, device);
     const int64_t row_bytes = 4 * part_stride_sm90(p.out.columns);
     if (cycles < best.cycles) best = {cycles, kTokens, parts, parts > 1 ? parts * p.out.rows * row_bytes : 0};
   }
 }
 
 // The fastest by that estimate.
-template <class T, MaskKind kMask, bool kTransposed>
-Plan plan_product_sm90(const Product& p, const Device& device, bool in_parts) {
+template <class Source, class Problem>
+Plan plan_source(const Problem& p, const Device& device, bool in_parts) {
   Plan best{kNever};
-  try_tile<ProductSm90<T, kMask, kTransposed, 64>, 64>(best, p, device, in_parts);
-  try_tile<ProductSm90<T, kMask, kTransposed, 128>, 128>(best, p, device, in_parts);
-  try_tile<ProductSm90<T, kMask, kTransposed, 256>, 256>(best, p, device, in_parts);
+  try_tile<ProductSm90<Source, 64>>(best, p, device, in_parts);
+  try_tile<ProductSm90<Source, 128>>(best, p, device, in_parts);
+  try_tile<ProductSm90<Source, 256>>(best, p, device, in_parts);
   return best;
 }
 
-template <class T>
-Plan plan_product_sm90(const Product& p, const Device& device) {
-  if (p.keep.words == nullptr) return plan_product_sm90<T, MaskKind::kMagnitude, false>(p, device, true);
-  return p.transposed ? plan_product_sm90<T, MaskKind::kWords, true>(p, device, true)
-                      : plan_product_sm90<T, MaskKind::kWords, false>(p, device, true);
-}
-
-template <class T, MaskKind kMask, bool kTransposed>
-std::string launch_product_sm90(const Product& p, const Device& device) {
-  const Plan plan = plan_product_sm90<T, kMask, kTransposed>(p, device, p.workspace != nullptr);
-  const auto launch = plan.tokens == 256   ? launch_product_sm90<T, kMask, kTransposed, 256>
-                      : plan.tokens == 128 ? launch_product_sm90<T, kMask, kTransposed, 128>
-                                           : launch_product_sm90<T, kMask, kTransposed, 64>;
+template <class Source, class Problem>
+std::string launch_source(const Problem& p, const Device& device) {
+  const Plan plan = plan_source<Source>(p, device, p.workspace != nullptr);
+  const auto launch = plan.tokens == 256   ? launch_tile<Source, 256, Problem>
+                      : plan.tokens == 128 ? launch_tile<Source, 128, Problem>
+                                           : launch_tile<Source, 64, Problem>;
   const std::string error = launch(p, plan.parts, device);
-  return error.empty() && plan.parts > 1 ? sum_parts(p, plan.parts, part_stride_sm90(p.out.columns), device) : error;
+  if (!error.empty() || plan.parts == 1) return error;
+  Product sum;
+  sum.out = p.out, sum.bias = p.bias, sum.workspace = p.workspace;
+  return sum_parts(sum, plan.parts, part_stride_sm90(p.out.columns), device);
 }
 
 template <class T>
-std::string launch_product_sm90(const Product& p, const Device& device) {
-  if (p.keep.words != nullptr) {
-    return p.transposed ? launch_product_sm90<T, MaskKind::kWords, true>(p, device)
-                        : launch_product_sm90<T, MaskKind::kWords, false>(p, device);
-  }
-  if (p.keep.magnitude) {
-    return p.transposed ? launch_product_sm90<T, MaskKind::kMagnitude, true>(p, device)
-                        : launch_product_sm90<T, MaskKind::kMagnitude, false>(p, device);
-  }
-  return p.transposed ? launch_product_sm90<T, MaskKind::kValue, true>(p, device)
-                      : launch_product_sm90<T, MaskKind::kValue, false>(p, device);
+Plan plan_dense(const Product& p, const Device& device) {
+  using sm90::DenseWeight;
+  if (p.keep.words == nullptr) return plan_source<DenseWeight<T, MaskKind::kMagnitude, false>>(p, device, true);
+  return p.transposed ? plan_source<DenseWeight<T, MaskKind::kWords, true>>(p, device, true)
+                      : plan_source<DenseWeight<T, MaskKind::kWords, false>>(p, device, true);
+}
+
+template <class T, MaskKind kMask>
+std::string launch_dense(const Product& p, const Device& device) {
+  return p.transposed ? launch_source<sm90::DenseWeight<T, kMask, true>>(p, device)
+                      : launch_source<sm90::DenseWeight<T, kMask, false>>(p, device);
+}
+
+template <class T>
+std::string launch_dense(const Product& p, const Device& device) {
+  if (p.keep.words != nullptr) return launch_dense<T, MaskKind::kWords>(p, device);
+  return p.keep.magnitude ? launch_dense<T, MaskKind::kMagnitude>(p, device)
+                          : launch_dense<T, MaskKind::kValue>(p, device);
 }
 
 }  // namespace mft::cuda

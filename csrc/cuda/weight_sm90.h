@@ -1,0 +1,178 @@
+// Where the masked weight of product_sm90.cuh comes from. A source says how one step, 128 features x 64 of Q, is brought
+// into a stage of shared memory, and how the lanes of a consumer read it from there as wgmma's first operand.
+//
+//   DenseWeight   16-bit weights, masked by packed words or by scores; below
+//
+//   Number, kTransposed   type of the product; whether d_x is computed
+//   kStageBytes           of a stage, a multiple of 1024
+//   Arguments             what the kernel is told of the weight
+//   prefetch(a)           the tensor maps, once for each block
+//   bytes_of_step(a)      what TMA brings into a stage
+//   bring(a, b, stage, feature, q)            issue those copies; one thread
+//   Lane, begin_tile(lane, a, features, feature)  what a lane keeps, from tile to tile
+//   read(registers, stage, lane, i, step)     16 of Q of the masked weight; `stage` holds step `step`
+#pragma once
+
+#include "isa_sm90.h"
+#include "keep.h"
+#include "tile_sm90.h"
+
+namespace mft::cuda {
+
+enum class MaskKind { kWords, kMagnitude, kValue };  // packed; or from scores of the weight's type
+
+namespace sm90 {
+
+constexpr int kConsumers = 2;               // warpgroups of a block
+constexpr int kFeatures = 64 * kConsumers;  // of a block
+constexpr int kStep = 64;                   // of Q: a swizzled row of 128 bytes
+constexpr int kWordsOfTile = 4;             // 16 bytes, the least that TMA reads: 128 columns
+
+// Of the fragment layout (isa.h): row lane / 4, column 2 (lane % 4), in one of four warps of one of two warpgroups.
+struct LanePlace {
+  int group, warp, g, c;
+
+  MFT_DEVICE static LanePlace here(int group) {
+    return {group, isa::warp() % 4, isa::lane() / 4, isa::lane() % 4 * 2};
+  }
+};
+
+// Drops from the 16 x 16 block i of a step what the words do not keep: for each row of the weight, the four words that
+// hold the step's columns.
+template <bool kTransposed>
+MFT_DEVICE void select_by_words(isa::Register (&weights)[4], const uint32_t* words, const LanePlace& lane, int i,
+                                int step) {
+  if constexpr (kTransposed) {
+    // Rows of weight c, c + 1 (and + 8) of this block of 16; of each the half word with this warp's 16 columns.
+    const auto* half = reinterpret_cast<const uint16_t*>(words) + (16 * i + lane.c) * 2 * kWordsOfTile +
+                       4 * lane.group + lane.warp;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // j % 2: columns + 8, j / 2: rows + 8
+      const isa::Register low = isa::load_shared(half + j / 2 * 8 * 2 * kWordsOfTile);
+      const isa::Register high = isa::load_shared(half + (j / 2 * 8 + 1) * 2 * kWordsOfTile);
+      const int column = lane.g + j % 2 * 8;
+      weights[j] &= isa::spread_signs(low << (15 - column), high << (31 - column));
+    }
+  } else {
+    // Rows g and g + 8; the word with columns 16 i to 16 i + 15 of this step.
+    const uint32_t* word = words + (64 * lane.group + 16 * lane.warp + lane.g) * kWordsOfTile + step % 2 * 2 + i / 2;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // j % 2: rows + 8, j / 2: columns + 8
+      const isa::Register bits = isa::load_shared(word + j % 2 * 8 * kWordsOfTile) >> lane.c;
+      const int column = i % 2 * 16 + j / 2 * 8;  // its bit, and the next one
+      const isa::Register low = column < 16 ? bits << (15 - column) : bits >> (column - 15);
+      weights[j] &= isa::spread_signs(low, bits << (30 - column));
+    }
+  }
+}
+
+// The words that hold the columns of a step: TMA wants them at multiples of 16 bytes.
+template <bool kTransposed>
+MFT_DEVICE void bring_words(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature, int q) {
+  const int column = kTransposed ? feature : q, row = kTransposed ? q : feature;
+  isa::load_tile(map, b, shared, column / 128 * kWordsOfTile, row);
+}
+
+struct DenseArguments {
+  isa::TensorMap weight, mask;
+  const uint16_t* thresholds;
+  int64_t threshold_stride;
+};
+
+template <class T, MaskKind kMask, bool kIsTransposed>
+struct DenseWeight {
+  using Number = T;
+  static constexpr bool kTransposed = kIsTransposed;
+  static constexpr int kWeightBytes = kFeatures * kStep * 2;
+  static constexpr int kRows = kTransposed ? kStep : kFeatures;  // of the weight, in a tile
+  static constexpr int kMaskBytes = kMask == MaskKind::kWords ? kRows * kWordsOfTile * 4 : kWeightBytes;
+  static constexpr int kStageBytes = kWeightBytes + kMaskBytes;
+  static_assert(kStageBytes % 1024 == 0);
+
+  using KeepOfScores = KeepPair<T, kMask == MaskKind::kMagnitude>;
+
+  using Arguments = DenseArguments;
+
+  struct Lane : LanePlace {
+    int rows[kStep / 16];  // offset in a stage of what this lane names to ldmatrix
+    KeepOfScores keep[2];  // of features g and g + 8 of this warp
+
+    MFT_DEVICE explicit Lane(int group) : LanePlace(here(group)) {
+#pragma unroll
+      for (int i = 0; i < kStep / 16; ++i) rows[i] = matrix_row(*this, i);
+    }
+  };
+
+  MFT_DEVICE static void prefetch(const Arguments& a) {
+    isa::prefetch(a.weight);
+    isa::prefetch(a.mask);
+  }
+
+  MFT_DEVICE static int bytes_of_step(const Arguments&) { return kStageBytes; }
+
+  MFT_DEVICE static void bring(const Arguments& a, isa::TransactionBarrier* b, char* stage, int feature, int q) {
+    bring_tile(a.weight, b, stage, feature, q);
+    if constexpr (kMask == MaskKind::kWords) {
+      bring_words<kTransposed>(a.mask, b, stage + kWeightBytes, feature, q);
+    } else {
+      bring_tile(a.mask, b, stage + kWeightBytes, feature, q);
+    }
+  }
+
+  MFT_DEVICE static void begin_tile(Lane& lane, const Arguments& a, int features, int feature) {
+    if constexpr (kMask != MaskKind::kWords) {
+      for (int i = 0; i < 2; ++i) {
+        // Transposed, thresholds by row would vary along Q: there is one for the matrix.
+        int row = feature + 16 * lane.warp + lane.g + 8 * i;
+        row = kTransposed ? 0 : row < features ? row : features - 1;
+        const uint32_t threshold = a.thresholds[row * a.threshold_stride];
+        lane.keep[i] = KeepOfScores::of(threshold | threshold << 16);
+      }
+    }
+  }
+
+  MFT_DEVICE static void read(isa::Register (&r)[4], const char* stage, const Lane& lane, int i, int step) {
+    const char* mask = stage + kWeightBytes;
+    load_rows(r, stage + lane.rows[i]);
+    if constexpr (kMask != MaskKind::kWords) {
+      isa::Register scores[4];
+      load_rows(scores, mask + lane.rows[i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) r[j] = lane.keep[j % 2].select(r[j], scores[j]);
+    } else {
+      select_by_words<kTransposed>(r, reinterpret_cast<const uint32_t*>(mask), lane, i, step);
+    }
+  }
+
+ private:
+  // 128 features x 64 of Q; transposed, a tile for each consumer.
+  MFT_DEVICE static void bring_tile(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature,
+                                    int q) {
+    if constexpr (kTransposed) {
+      for (int i = 0; i < kConsumers; ++i) isa::load_tile(map, b, shared + i * kStep * kRowBytes, feature + 64 * i, q);
+    } else {
+      isa::load_tile(map, b, shared, q, feature);
+    }
+  }
+
+  // Where the row of 16 bytes lies that this lane names to ldmatrix for the 16 x 16 block i of a step.
+  MFT_DEVICE static int matrix_row(const LanePlace& lane, int i) {
+    const int matrix = isa::lane() / 8, row = isa::lane() % 8;
+    if constexpr (kTransposed) {  // tile (64 of Q, 64 features): matrices go through the features first
+      return lane.group * kStep * kRowBytes + swizzled(16 * i + matrix / 2 * 8 + row, 2 * lane.warp + matrix % 2);
+    } else {  // tile (128 features, 64 of Q)
+      return swizzled(64 * lane.group + 16 * lane.warp + matrix % 2 * 8 + row, 2 * i + matrix / 2);
+    }
+  }
+
+  MFT_DEVICE static void load_rows(isa::Register (&r)[4], const char* row) {
+    if constexpr (kTransposed) {
+      isa::load_matrices_transposed(r, row);
+    } else {
+      isa::load_matrices(r, row);
+    }
+  }
+};
+
+}  // namespace sm90
+}  // namespace mft::cuda
