@@ -1,39 +1,14 @@
-// Weights in codes, and the numbers that they stand for. Two kernels decode them: quantized_sm80 and decode_codes_sm80.
-//
-//   nf4    w[i] = level[code[i]] * absmax[i / 64], i over the whole matrix; two codes a byte, the first in the high bits;
-//          absmax may be codes itself: map[code] * nested[code's place / 256] + offset
-//   int8   w[n, k] = code[n, k] * (absmax[n] / 127)
-//
-// in fp32 and rounded once to T, as mft_kernels/codes.py says.
+// Weights in codes, as quantized_sm80 and decode_codes_sm80 decode them; code_levels.h says what they stand for.
 #pragma once
 
 #include <algorithm>
 
+#include "code_levels.h"
 #include "tile_sm80.h"
 
 namespace mft::cuda::sm80 {
 
 constexpr int kGroup = 32;  // neighbours of a row that are 16 bytes of codes in nf4, and 32 in int8
-constexpr int kNf4Block = 64, kNestedBlock = 256;
-
-constexpr float kNf4Levels[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
 
 // Rows of the weight are whole groups with aligned codes, and those of in chunks.
 inline bool is_whole(const QuantizedProduct& p) {
@@ -68,19 +43,6 @@ inline CodesArguments codes_arguments(const QuantizedProduct& p) {
   CodesArguments a = {codes, w.absmax, w.absmax_codes, w.nested, w.map, w.offset, p.words, {}};
   std::copy(kNf4Levels, kNf4Levels + 16, a.levels);
   return a;
-}
-
-// a / 127, rounded to nearest. No quotient lies nearer than 1/254 of its last place to where rounding turns, so that one
-// correction by the rest, which is exact, suffices; the division in its place is a function that loops call.
-MFT_DEVICE float over_127(float a) {
-  constexpr float kInverse = 1.0f / 127;
-  const float quotient = isa::multiply(a, kInverse), rest = isa::fused(-127.0f, quotient, a);
-  return isa::magnitude(rest) > 0 ? isa::fused(rest, kInverse, quotient) : quotient;  // an infinite one leaves NaN
-}
-
-// level: of the map. nested: of the block's 256.
-MFT_DEVICE float nested_absmax(float level, float nested, float offset) {
-  return isa::add(isa::multiply(level, nested), offset);
 }
 
 // Of 8 codes, by a table of 16 in shared memory, in as many banks: no two lanes wait for each other. Two shifts bring all

@@ -1,5 +1,5 @@
 // Weights in codes as a source for decode_sm80: they go from memory to registers, are decoded there, and are an operand of
-// mma.sync. For any GPU from sm_80 on. codes_sm80.h says what codes stand for.
+// mma.sync. For any GPU from sm_80 on. code_levels.h says what codes stand for.
 //
 //            128 columns a unit (nf4)       A lane loads 16 bytes of codes from row g and 16 from row g + 8: 32 columns of
 //          +-------+-----+-----+-----+      nf4, or 16 of int8. So four lanes have a unit of 128 or 64 columns.

@@ -17,9 +17,9 @@
 //
 // Two rings of the same depth: one holds steps of W with their scores (or packed words) under one barrier, the other
 // steps of `in`. A consumer reads W and scores as fragments, selects (keep.h), and multiplies from registers: neither
-// mask nor masked weight is ever written. A source (weight_sm90.h) says how W and mask are brought and read. Two sets of
-// registers alternate: while the tensor cores work on one, the next is masked into the other. A stage of W is free as
-// soon as it is masked, one of `in` after its product; under one barrier, W would come free two steps later, and of
+// mask nor masked weight is ever written. A source (weight_sm90.h) says how W and mask are brought and read. Two sets
+// of registers alternate: while the tensor cores work on one, the next is masked into the other. A stage of W is free
+// as soon as it is masked, one of `in` after its product; under one barrier, W would come free two steps later, and of
 // three stages only one would be loading.
 // The steps are a whole number of pairs, the last one perhaps outside of the matrices, where TMA reads zeros: an odd
 // step behind the loop would make ptxas wait for each wgmma (its warning C7514).

@@ -1,5 +1,5 @@
 // out = in @ where(keep, w, 0).T + bias, and with the weight transposed (d_x), w decoded from codes where it is masked: for
-// any GPU from sm_80 on. codes_sm80.h says what codes stand for.
+// any GPU from sm_80 on. code_levels.h says what codes stand for.
 //
 //            64 depths                   A step of a block: 128 features of 64 depths are 256 groups of 32 neighbours, a thread
 //          +---+---+                     each: 16 bytes of codes (32 in int8), one absmax and one word of the mask. They

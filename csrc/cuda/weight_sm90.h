@@ -1,5 +1,5 @@
-// Where the masked weight of product_sm90.cuh comes from. A source says how one step, 128 features x 64 of Q, is brought
-// into a stage of shared memory, and how the lanes of a consumer read it from there as wgmma's first operand.
+// Where the masked weight of product_sm90.cuh comes from. A source says how one step, 128 features x 64 of Q, is
+// brought into a stage of shared memory, and how the lanes of a consumer read it as wgmma's first operand.
 //
 //   DenseWeight   16-bit weights, masked by packed words or by scores; below
 //
