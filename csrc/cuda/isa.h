@@ -6,11 +6,13 @@
 //
 //   where      thread() block(axis) blocks(axis) lane() warp() shared_memory()
 //   numbers    widen(T) round_to<T>(float) round_pair<T>(low, high) magnitude(float) as_bits(float) as_float(bits)
-//              byte_of(word, i, above) spread_signs(pair) spread_signs(low, high) spread_signs(low, high, byte)
+//              byte_of(word, i, above) rotate_right(word, places) permute_bytes(a, b, selector)
+//              spread_signs(pair) spread_signs(low, high) spread_signs(low, high, byte)
 //              multiply(a, b) add(a, b) fused(a, b, c) divide(a, b) root(a), rounded to nearest and never contracted
 //   warps      sync_warp() shuffle(v, lane) shuffle_xor(v, mask) ballot(predicate) largest_of_warp(v)
 //   blocks     sync_block() sync_threads(barrier, threads)
-//   memory     Register load_shared(p) load_at_byte(table, offsets, i) note_read(p)
+//   memory     Register load_shared(p) load_shared(registers, p) load_at_byte(table, offsets, i) look_up(table, r)
+//              store_shared(p, v) note_read(p)
 //              add_shared(p, v) add_global(p, v) fence_device() load_streaming(p) load_volatile(p)
 //              load_words<1 | 2 | 4>(p) store_words(p, words)
 //   sm_80      copy_async<16 | 8 | 4>(shared, global, valid) commit_copies() wait_copies<N>()

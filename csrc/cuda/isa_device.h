@@ -67,6 +67,11 @@ MFT_DEVICE float root(float a) { return __fsqrt_rn(a); }
 // Byte i, and above it the upper three bytes of `above`. The compiler would shift and mask where this is one instruction.
 MFT_DEVICE uint32_t byte_of(uint32_t word, int i, uint32_t above = 0) { return __byte_perm(word, above, 0x7650 | i); }
 
+MFT_DEVICE uint32_t rotate_right(uint32_t word, int places) { return __funnelshift_r(word, word, places); }
+
+// Byte i of the result is the byte of (b, a), of which a's are the lower four, that digit i of the selector names.
+MFT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
 // Each half 0xffff if its top bit is set, else 0. Selector digits 9 and b repeat the sign of bytes 1 and 3.
 MFT_DEVICE uint32_t spread_signs(uint32_t pair) {
   uint32_t mask;
@@ -130,6 +135,12 @@ MFT_DEVICE float load_at_byte(const char* table, uint32_t offsets, int i) {
   return value;
 }
 
+// For other warps to read.
+MFT_DEVICE void store_shared(float* p, float value) { *p = value; }
+
+// The float of a table in shared memory that lies so many bytes on.
+MFT_DEVICE float look_up(const char* table, Register offset) { return *reinterpret_cast<const float*>(table + offset); }
+
 // Both return what was there.
 MFT_DEVICE uint32_t add_shared(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 MFT_DEVICE uint32_t add_global(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
@@ -145,6 +156,14 @@ struct alignas(4 * kCount) Words {
 };
 
 using Words4 = Words<4>;
+
+// Words that one load brings, from a multiple of their size.
+template <int kCount>
+MFT_DEVICE void load_shared(Register (&r)[kCount], const void* p) {
+  const auto v = *static_cast<const Words<kCount>*>(p);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) r[i] = v.words[i];
+}
 
 // By one instruction, from and to a multiple of their size.
 template <int kCount>

@@ -13,6 +13,14 @@
 
 #include "isa.h"
 
+namespace mft::cuda::isa {
+
+// Which bits of the number of a 128-byte row TMA adds (exclusive or) to the number of a 16-byte chunk, so that chunks
+// of neighbouring rows lie in different banks.
+enum class Swizzle : int { kNone = 0, k64 = 3, k128 = 7 };
+
+}  // namespace mft::cuda::isa
+
 #ifdef __CUDACC__
 #include "isa_sm90_device.h"
 #else

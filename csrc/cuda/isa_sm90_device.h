@@ -53,10 +53,11 @@ MFT_DEVICE void wait(TransactionBarrier* b, uint32_t parity) { cutlass::arch::Cl
 
 using TensorMap = CUtensorMap;
 
-// Rows of 2- or 4-byte elements in boxes (box_rows, box_columns); elements outside the matrix read as 0 and are not
-// written. With `swizzled`, box_columns are 128 bytes and the 16-byte chunk c of row r lies at c ^ (r % 8).
+// Rows of 1-, 2- or 4-byte elements in boxes (box_rows, box_columns); elements outside the matrix read as 0 and are not
+// written. Rows of a swizzled box are 64 or 128 bytes: the 16-byte chunk c of row r lies at c ^ (r / 2 % 4) of 64 bytes,
+// at c ^ (r % 8) of 128.
 inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, int64_t rows, int64_t columns,
-                                   int64_t row_bytes, int box_rows, int box_columns, bool swizzled) {
+                                   int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -70,11 +71,15 @@ inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, 
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[] = {1, 1};
-  const CUresult result = encode(
-      map, bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_UINT32, 2, const_cast<void*>(data),
-      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUtensorMapDataType type = bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
+                                                : CU_TENSOR_MAP_DATA_TYPE_UINT32;
+  const CUtensorMapSwizzle pattern = swizzle == Swizzle::k128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : swizzle == Swizzle::k64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                               : CU_TENSOR_MAP_SWIZZLE_NONE;
+  const CUresult result =
+      encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, pattern,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? "" : "cuTensorMapEncodeTiled failed with " + std::to_string(result);
 }
 

@@ -20,13 +20,14 @@ constexpr int64_t part_stride_sm90(int64_t features) { return quotient(features,
 
 inline std::string make_matrix_map(isa::TensorMap* map, const Matrix& matrix, int rows) {
   return isa::make_tensor_map(map, matrix.data, 2, matrix.rows, matrix.columns, 2 * matrix.stride, rows, kRowBytes / 2,
-                              true);
+                              isa::Swizzle::k128);
 }
 
 inline std::string make_words_map(isa::TensorMap* map, const uint32_t* words, int64_t rows, int64_t columns,
                                   int box_rows) {
   const int64_t row_words = quotient(columns, 32);
-  return isa::make_tensor_map(map, words, 4, rows, row_words, 4 * row_words, box_rows, sm90::kWordsOfTile, false);
+  return isa::make_tensor_map(map, words, 4, rows, row_words, 4 * row_words, box_rows, sm90::kWordsOfTile,
+                              isa::Swizzle::kNone);
 }
 
 // What the kernel is told of the weight. Returns "" or what went wrong.

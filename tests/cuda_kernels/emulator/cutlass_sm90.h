@@ -431,7 +431,7 @@ extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* descriptor, CUte
   const std::string refusal = mft::cuda::isa::make_tensor_map(
       &map, data, type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2, static_cast<int64_t>(sizes[1]),
       static_cast<int64_t>(sizes[0]), static_cast<int64_t>(strides[0]), static_cast<int>(box[1]),
-      static_cast<int>(box[0]), true);
+      static_cast<int>(box[0]), mft::cuda::isa::Swizzle::k128);
   if (!refusal.empty() || rank != 3 || sizes[2] != 1 || box[2] != 1) return CUDA_ERROR_INVALID_VALUE;
   map.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 7 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 3 : 0;
   std::memcpy(static_cast<void*>(descriptor), &map, sizeof map);

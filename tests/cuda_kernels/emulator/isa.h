@@ -91,6 +91,43 @@ inline uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
   const int top = 8 * byte + 7;
   return (low >> top & 1) * 0xffffu | (high >> top & 1) * 0xffff0000u;
 }
+
+inline uint32_t rotate_right(uint32_t word, int places) { return word >> (places & 31) | word << (-places & 31); }
+
+// Byte i of the result is the byte of (b, a), of which a's are the lower four, that digit i of the selector names.
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> (4 * i) & 15;
+    if (digit > 7) emulator::fault("permute_bytes repeats no signs here");
+    result |= static_cast<uint32_t>(both >> (8 * digit) & 0xff) << (8 * i);
+  }
+  return result;
+}
+
+inline Register rotate_right(const Register& word, int places) { return word.with(rotate_right(word.bits, places)); }
+inline Register permute_bytes(const Register& a, const Register& b, uint32_t selector) {
+  return a.with(permute_bytes(a.bits, b.bits, selector), b);
+}
+inline Number as_float(const Register& bits) { return {as_float(bits.bits), bits}; }
+inline Number add(const Number& a, float b) { return {a.value + b, a.from}; }
+inline Number multiply(const Number& a, const Number& b) {
+  return {a.value * b.value, a.from.with(0, b.from)};
+}
+
+template <class T>
+Register round_pair(const Number& low, const Number& high) {
+  return low.from.with(round_pair<T>(low.value, high.value), high.from);
+}
+
+inline Number look_up(const char* table, const Register& offset) {
+  emulator::shared_offset(table + offset.bits, 4, 4, "look_up");
+  float value;
+  std::memcpy(&value, table + offset.bits, 4);
+  return {value, offset};
+}
+
 inline Register spread_signs(const Register& pair) { return pair.with(spread_signs(pair.bits)); }
 inline Register spread_signs(const Register& low, const Register& high) {
   return low.with(spread_signs(low.bits, high.bits), high);

@@ -237,14 +237,16 @@ struct TensorMap {
 
 // Refuses what the driver refuses.
 inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, int64_t rows, int64_t columns,
-                                   int64_t row_bytes, int box_rows, int box_columns, bool swizzled) {
+                                   int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle) {
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return "TMA: the address must be a multiple of 16";
   if (row_bytes % 16 != 0 || row_bytes >= int64_t{1} << 40) return "TMA: the stride must be a multiple of 16";
   if (rows < 1 || columns < 1 || rows > int64_t{1} << 32 || columns > int64_t{1} << 32) return "TMA: sizes";
   if (box_rows < 1 || box_rows > 256 || box_columns < 1 || box_columns > 256) return "TMA: boxes are 1 to 256";
   if (box_columns * bytes % 16 != 0) return "TMA: rows of a box must be multiples of 16 bytes";
-  if (swizzled && box_columns * bytes > 128) return "TMA: swizzled rows are at most 128 bytes";
-  *map = {static_cast<char*>(const_cast<void*>(data)), bytes, rows, columns, row_bytes, box_rows, box_columns, swizzled ? 7 : 0};
+  const int most = swizzle == Swizzle::k64 ? 64 : 128;
+  if (swizzle != Swizzle::kNone && box_columns * bytes > most) return "TMA: swizzled rows are at most 64 or 128 bytes";
+  *map = {static_cast<char*>(const_cast<void*>(data)), bytes, rows, columns, row_bytes, box_rows, box_columns,
+          static_cast<int>(swizzle)};
   return "";
 }
 
@@ -285,7 +287,7 @@ inline void load_tile_multicast(const TensorMap& map, TransactionBarrier* b, uin
     char* target = detail::at_rank(shared, rank, bytes, alignment, "load_tile");
     const emulator::Block& owner = emulator::block_of_rank(rank);
     char* block = owner.shared;
-    emulator::check_no_read(rank, target, bytes);
+    emulator::check_no_read(rank, target, bytes, "TMA loads");
     const TensorMap copy = map;
     emulator::defer([=, &owner, &state = detail::state()] {
       const int size = copy.bytes;

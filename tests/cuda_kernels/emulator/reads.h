@@ -2,7 +2,7 @@
 // needs them has waited: an arrival may be seen before that, and TMA may fill the stage that is still being read.
 //
 //   load ----> Register ----> Register ----> wgmma of all lanes, or an arrival that depends on it: the read has ended
-//                      & | + ~ << >>
+//                      & | ^ + ~ << >>, bytes, levels, products
 //
 // So a Register knows the reads that it comes from, and a TMA load into what one of them reads is a fault, however the
 // background work is timed. A warp's read ends for all of its lanes: they share one instruction.
@@ -57,15 +57,15 @@ inline void end_read(int number, int lanes) {
   if (read != of_warp.end() && (read->second.lanes_done += lanes) >= 32) of_warp.erase(read);
 }
 
-// Of TMA into the shared memory of that rank.
-inline void check_no_read(int rank, const char* begin, int64_t bytes) {
+// Of what TMA or a thread writes into the shared memory of that rank.
+inline void check_no_read(int rank, const char* begin, int64_t bytes, const char* what) {
   for (const auto& [warp, reads] : cluster_state<ReadsUnderWay>().of) {
     if (warp.first != rank) continue;
     for (const auto& [number, read] : reads) {
       for (const char* chunk : read.chunks) {
         if (chunk + 16 <= begin || chunk >= begin + bytes) continue;
-        fault("TMA loads into shared offset " + std::to_string(chunk - block_of_rank(rank).shared) + ", which " +
-              name_of(warp) + " still reads");
+        fault(what + std::string(" into shared offset ") + std::to_string(chunk - block_of_rank(rank).shared) +
+              ", which " + name_of(warp) + " still reads");
       }
     }
   }
@@ -106,7 +106,7 @@ inline void check_no_read_until_barrier(const void* p) {
 namespace mft::cuda::isa {
 
 struct Register {
-  static constexpr int kMost = 3;
+  static constexpr int kMost = 6;
   uint32_t bits = 0;
   int reads[kMost] = {};
   int count = 0;
@@ -143,6 +143,7 @@ struct Register {
 
 inline Register operator&(const Register& a, const Register& b) { return a.with(a.bits & b.bits, b); }
 inline Register operator|(const Register& a, const Register& b) { return a.with(a.bits | b.bits, b); }
+inline Register operator^(const Register& a, const Register& b) { return a.with(a.bits ^ b.bits, b); }
 inline Register operator+(const Register& a, const Register& b) { return a.with(a.bits + b.bits, b); }
 inline Register operator~(const Register& a) { return a.with(~a.bits); }
 inline Register operator<<(const Register& a, int places) { return a.with(a.bits << places); }
@@ -155,5 +156,28 @@ Register load_shared(const T* p) {
   emulator::shared_offset(p, sizeof(T), sizeof(T), "load_shared");
   return Register::of_read(*p, emulator::begin_read(p));
 }
+
+template <int kCount>
+void load_shared(Register (&r)[kCount], const void* p) {
+  const auto* words = static_cast<const uint32_t*>(p);
+  emulator::shared_offset(p, 4 * kCount, 4 * kCount, "load_shared");
+  const int number = emulator::begin_read(p);
+  for (int i = 0; i < kCount; ++i) r[i] = Register::of_read(words[i], number);
+}
+
+inline void store_shared(float* p, float value) {
+  emulator::shared_offset(p, 4, 4, "store_shared");
+  emulator::check_no_read(emulator::this_thread().block->rank, reinterpret_cast<const char*>(p), 4, "a thread stores");
+  *p = value;
+}
+
+// A float that comes of registers.
+struct Number {
+  float value;
+  Register from;
+
+  Number(float value) : value(value) {}
+  Number(float value, const Register& from) : value(value), from(from) {}
+};
 
 }  // namespace mft::cuda::isa

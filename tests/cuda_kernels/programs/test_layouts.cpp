@@ -151,7 +151,7 @@ void check_tma() {
   for (int i = 0; i < kRows * kStride; ++i) from[i] = static_cast<uint16_t>(i + 1);
   isa::TensorMap source, target;
   const auto map = [](isa::TensorMap* m, void* data) {
-    return isa::make_tensor_map(m, data, 2, kRows, kColumns, 2 * kStride, 256, 64, true);
+    return isa::make_tensor_map(m, data, 2, kRows, kColumns, 2 * kStride, 256, 64, isa::Swizzle::k128);
   };
   if (!map(&source, from).empty() || !map(&target, to).empty()) ++mistakes;
   const auto loaded = [](int r, int c) {

@@ -20,6 +20,7 @@ size_t __cvta_generic_to_shared(const void*);  // an offset in the emulator's sh
 
 namespace mft::cuda::isa_of_the_device {
 using Register = uint32_t;
+using isa::Swizzle;
 inline uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 }  // namespace mft::cuda::isa_of_the_device
 #define isa isa_of_the_device
@@ -80,13 +81,13 @@ void check_operands() {
 std::vector<std::vector<uint64_t>> tensor_maps;
 
 template <class Element, class Layout>
-void check_tensor_map(const Layout& box, bool swizzled) {
-  constexpr int kRows = 300, kColumns = 100, kStride = 104;
+void check_tensor_map(const Layout& box, isa::Swizzle swizzle) {
+  constexpr int kRows = 300, kColumns = 100, kStride = 112;
   alignas(16) static Element data[kRows * kStride];
   CUtensorMap map;
   tensor_maps.clear();
   isa_of_the_device::make_tensor_map(&map, data, sizeof(Element), kRows, kColumns, kStride * sizeof(Element),
-                                     cute::size<0>(box), cute::size<1>(box), swizzled);
+                                     cute::size<0>(box), cute::size<1>(box), swizzle);
   const auto rows = cute::make_layout(cute::make_shape(kRows, kColumns), cute::make_stride(kStride, Int<1>{}));
   cute::make_tma_copy(cute::SM90_TMA_LOAD{}, cute::make_tensor(cute::make_gmem_ptr(data), rows), box);
   if (tensor_maps.size() != 2 || tensor_maps[0].size() != tensor_maps[1].size()) {
@@ -134,8 +135,12 @@ int main() {
   check_operands<Float16, 128>();
   check_operands<Float16, 256>();
   const gmma::Layout_K_SW128_Atom<cute::bfloat16_t> rows_of_8;
-  check_tensor_map<cute::bfloat16_t>(cute::tile_to_shape(rows_of_8, cute::Shape<Int<256>, Int<64>>{}), true);
-  check_tensor_map<uint32_t>(cute::Layout<cute::Shape<Int<128>, Int<4>>, cute::Stride<Int<4>, Int<1>>>{}, false);
+  check_tensor_map<cute::bfloat16_t>(cute::tile_to_shape(rows_of_8, cute::Shape<Int<256>, Int<64>>{}),
+                                    isa::Swizzle::k128);
+  check_tensor_map<uint32_t>(cute::Layout<cute::Shape<Int<128>, Int<4>>, cute::Stride<Int<4>, Int<1>>>{},
+                             isa::Swizzle::kNone);
+  const gmma::Layout_K_SW64_Atom<uint8_t> rows_of_64_bytes;
+  check_tensor_map<uint8_t>(cute::tile_to_shape(rows_of_64_bytes, cute::Shape<Int<64>, Int<64>>{}), isa::Swizzle::k64);
   std::printf("%d mistakes\n", mistakes);
   return mistakes != 0;
 }

@@ -7,7 +7,16 @@
 namespace mft::cuda {
 namespace {
 
-enum class Writes { kTmaAtOnce, kTmaAfterOtherRegisters, kTmaAfterArrival, kTmaAfterProduct, kCopyAtOnce, kCopyAfterBarrier };
+enum class Writes {
+  kTmaAtOnce,
+  kTmaAfterOtherRegisters,
+  kTmaAfterArrival,
+  kTmaAfterProduct,
+  kStoreAtOnce,
+  kStoreAfterArrival,
+  kCopyAtOnce,
+  kCopyAfterBarrier
+};
 
 // A warp reads one of two stages, then writes into it. Four warps do, as wgmma asks.
 template <Writes kWrites>
@@ -49,13 +58,15 @@ struct Reader {
       isa::commit_products();
       isa::wait_products<0>();
     }
-    if (kWrites == Writes::kTmaAtOnce || kWrites == Writes::kTmaAfterProduct) {
+    constexpr bool kStores = kWrites == Writes::kStoreAtOnce || kWrites == Writes::kStoreAfterArrival;
+    if (kWrites == Writes::kTmaAtOnce || kWrites == Writes::kTmaAfterProduct || kWrites == Writes::kStoreAtOnce) {
       if (isa::lane() == 0) isa::arrive(barriers + 1, 0);
     } else if (isa::lane() == 0) {
       isa::arrive_after(arrived, barriers + 1, 0);
     }
     if (isa::thread() == 0) {
       isa::wait(barriers + 1, 0);
+      if (kStores) isa::store_shared(reinterpret_cast<float*>(stage), 0);
       isa::arrive_expecting(barriers, kBytes);
       isa::load_tile(a.map, barriers, stage, 0, 0);
     }
@@ -69,7 +80,8 @@ int check(const std::string& expected) {
   alignas(16) static char source[Kernel::kBytes];
   typename Kernel::Arguments a;
   a.source = source;
-  std::string error = isa::make_tensor_map(&a.map, source, 2, Kernel::kRows, 64, 128, Kernel::kRows, 64, true);
+  std::string error = isa::make_tensor_map(&a.map, source, 2, Kernel::kRows, 64, 128, Kernel::kRows, 64,
+                                          isa::Swizzle::k128);
   LaunchShape shape;
   shape.shared_bytes = 2 * Kernel::kBytes + 64;
   if (error.empty()) error = isa::launch<Kernel>(shape, nullptr, a);
@@ -85,5 +97,6 @@ int main() {
   using namespace mft::cuda;
   return check<Writes::kTmaAtOnce>("still reads") + check<Writes::kTmaAfterOtherRegisters>("still reads") +
          check<Writes::kTmaAfterArrival>("") + check<Writes::kTmaAfterProduct>("") +
+         check<Writes::kStoreAtOnce>("a thread stores into") + check<Writes::kStoreAfterArrival>("") +
          check<Writes::kCopyAtOnce>("has read since its last barrier") + check<Writes::kCopyAfterBarrier>("");
 }
