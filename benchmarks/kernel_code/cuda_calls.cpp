@@ -18,6 +18,11 @@ __attribute__((weak)) std::string refusal_sm90(const ScoreGrad&);
 __attribute__((weak)) std::string product_sm90(const Product&, const Device&);
 __attribute__((weak)) std::string score_grad_sm90(const ScoreGrad&, const Device&);
 
+// Those that quantized_sm80.cu calls itself.
+__attribute__((weak)) std::string refusal_sm90(const QuantizedProduct&) { return "left out"; }
+__attribute__((weak)) Plan plan_sm90(const QuantizedProduct&, const Device&) { return {}; }
+__attribute__((weak)) std::string product_sm90(const QuantizedProduct& p, const Device&) { return refusal_sm90(p); }
+
 namespace {
 
 constexpr int64_t kFeatures = 4096;
@@ -101,6 +106,12 @@ void quantized(bool nf4, bool nested, Type type, int64_t tokens, bool aligned) {
     p.transposed = transposed;
     check(product_general(p, device));
     if (takes_decode(p)) check(decode_sm80(p, device));
+    p.parts = 1;
+    for (const int tile : {128, 256}) {
+      p.tokens = tile;
+      if (hopper_takes(p)) check(product_sm90(p, device));
+    }
+    p.tokens = p.parts = 0;
   }
 }
 

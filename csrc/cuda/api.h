@@ -78,6 +78,7 @@ struct QuantizedProduct {
   const void* bias = nullptr;
   bool transposed = false;
   void* workspace = nullptr;
+  int tokens = 0, parts = 0;  // of product_sm90's, as Product's
 };
 
 // G = grad_output.T @ x (N, K), never stored: d_scores = [d_scores +] G [* weight] * sign;
@@ -189,12 +190,15 @@ struct Plan {
 // Each launches and returns what went wrong, "" if nothing did. Matrices have unit column stride; they may be empty.
 // The sm_90 functions take what their `refusal` returns "" for, the others everything above.
 std::string refusal_sm90(const Product&);
+std::string refusal_sm90(const QuantizedProduct&);
 std::string refusal_sm90(const ScoreGrad&);
 Plan plan_sm90(const Product&, const Device&);
 Plan plan_sm80(const Product&, const Device&);
+Plan plan_sm90(const QuantizedProduct&, const Device&);
 Plan plan_sm90(const ScoreGrad&, const Device&);
 Plan plan_sm80(const ScoreGrad&, const Device&);
 std::string product_sm90(const Product&, const Device&);
+std::string product_sm90(const QuantizedProduct&, const Device&);
 std::string score_grad_sm90(const ScoreGrad&, const Device&);
 std::string product_sm80(const Product&, const Device&);
 
@@ -208,7 +212,7 @@ std::string product_general(const Product&, const Device&);
 
 Plan plan_many(const ManyProduct&, const Device&);
 std::string product_many(const ManyProduct&, const Device&);
-Plan plan_quantized(const QuantizedProduct&, const Device&);
+Plan plan_quantized(const QuantizedProduct&, const Device&);  // of the one that product_quantized chooses
 std::string product_quantized(const QuantizedProduct&, const Device&);
 
 // The two that product_quantized and plan_quantized choose from, of products with results.

@@ -16,18 +16,6 @@ inline bool is_whole(const QuantizedProduct& p) {
          view_of(p.in).chunked;
 }
 
-// Of a weight and its bit of the mask.
-inline double weight_bytes(const QuantizedProduct& p) {
-  const double scale = !p.weight.nf4 ? 0 : p.weight.absmax != nullptr ? 4.0 / kNf4Block : 1.0 / kNf4Block;
-  return (p.weight.nf4 ? 0.5 : 1) + scale + (p.words != nullptr ? 1.0 / 8 : 0);
-}
-
-// Of all operands and results, once each.
-inline double bytes_of(const QuantizedProduct& p) {
-  return static_cast<double>(p.weight.rows) * p.weight.columns * weight_bytes(p) +
-         2.0 * p.out.rows * (p.out.columns + p.in.columns);
-}
-
 struct CodesArguments {
   const char* codes;
   const float* absmax;  // or null: nested

@@ -42,7 +42,7 @@ DecodeCut decode_cut(const QuantizedProduct& p, const Device& device, bool in_pa
   size.tokens = p.out.rows, size.groups = 1, size.tiles = decode_tiles(p.out.rows);
   size.pieces = decode_codes_pieces(p.weight.nf4);
   size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodePiece * size.pieces);
-  size.weight_bytes = sm80::weight_bytes(p), size.bytes = sm80::bytes_of(p);
+  size.weight_bytes = weight_bytes(p), size.bytes = bytes_of(p);
   // A lane's instructions for a weight (SASS of nvcc 13.0): 6.1 to 6.6 with one tile or two, 8.4 to 8.8 with eight. 32
   // lanes a warp, and four warps issue at once.
   size.weight_cycles = (6 + 0.3 * size.tiles) / (32 * 4);

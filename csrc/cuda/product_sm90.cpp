@@ -9,20 +9,53 @@ Plan plan_sm90_fp16(const Product&, const Device&);
 std::string product_sm90_bf16(const Product&, const Device&);
 std::string product_sm90_fp16(const Product&, const Device&);
 
+Plan plan_codes_bf16(const QuantizedProduct&, const Device&);
+Plan plan_codes_fp16(const QuantizedProduct&, const Device&);
+std::string codes_bf16(const QuantizedProduct&, const Device&);
+std::string codes_fp16(const QuantizedProduct&, const Device&);
+
+namespace {
+
+std::string refusal_of_words(const uint32_t* words, int64_t rows, int64_t columns) {
+  const int64_t row_words = (columns + 31) / 32;
+  return refusal_of_tma("the packed mask",
+                        {const_cast<uint32_t*>(words), Type::kFloat32, rows, row_words, row_words});
+}
+
+}  // namespace
+
 std::string refusal_sm90(const Product& p) {
   if (p.weight.type == Type::kFloat32) return "weight must be of a 16-bit type";
   if (p.out.rows == 0 || p.out.columns == 0 || p.in.columns == 0) return "the product is empty";
   for (const auto& [name, matrix] : {std::pair{"weight", &p.weight}, {"the input", &p.in}, {"the output", &p.out}}) {
     if (std::string reason = refusal_of_tma(name, *matrix); !reason.empty()) return reason;
   }
-  if (p.keep.words != nullptr) {
-    const Matrix words{const_cast<uint32_t*>(p.keep.words), Type::kFloat32, p.weight.rows,
-                       (p.weight.columns + 31) / 32, (p.weight.columns + 31) / 32};
-    return refusal_of_tma("the packed mask", words);
-  }
+  if (p.keep.words != nullptr) return refusal_of_words(p.keep.words, p.weight.rows, p.weight.columns);
   if (p.keep.scores.type != p.weight.type) return "scores must be of weight's type, or packed";
   if (p.transposed && p.keep.threshold_stride != 0) return "thresholds by row must be packed for d_x";
   return refusal_of_tma("scores", p.keep.scores);
+}
+
+std::string refusal_sm90(const QuantizedProduct& p) {
+  if (p.out.type == Type::kFloat32) return "x must be of a 16-bit type";
+  if (p.out.rows == 0 || p.out.columns == 0 || p.in.columns == 0) return "the product is empty";
+  const int64_t rows = p.weight.rows, columns = p.weight.columns;
+  if (columns % 64 != 0) return "in_features must be a multiple of 64, got " + std::to_string(columns);
+  // Its codes as 32-bit words: contiguous rows of whole words.
+  const int64_t row_words = columns / (p.weight.nf4 ? 8 : 4);
+  const Matrix codes{const_cast<void*>(p.weight.codes), Type::kFloat32, rows, row_words, row_words};
+  for (const auto& [name, matrix] : {std::pair{"the codes", &codes}, {"the input", &p.in}, {"the output", &p.out}}) {
+    if (std::string reason = refusal_of_tma(name, *matrix); !reason.empty()) return reason;
+  }
+  return p.words == nullptr ? "" : refusal_of_words(p.words, rows, columns);
+}
+
+Plan plan_sm90(const QuantizedProduct& p, const Device& device) {
+  return p.out.type == Type::kBFloat16 ? plan_codes_bf16(p, device) : plan_codes_fp16(p, device);
+}
+
+std::string product_sm90(const QuantizedProduct& p, const Device& device) {
+  return p.out.type == Type::kBFloat16 ? codes_bf16(p, device) : codes_fp16(p, device);
 }
 
 Plan plan_sm90(const Product& p, const Device& device) {

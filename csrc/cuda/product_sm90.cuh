@@ -4,7 +4,8 @@
 //   transposed   out.T (K, M) = Wm.T (K, N) @ in.T (N, M)      P = K, Q = N
 //
 // A tile of out.T is 128 features x kTokens tokens; two blocks of a cluster take neighbouring features and the same
-// tokens. Each block: one producer thread and two consumer warpgroups, 64 features each.
+// tokens. Each block: one producer thread, two warps for the scales of codes, and two consumer warpgroups, 64 features
+// each.
 //
 //                      Q, 64 a step                       tokens
 //              +----------------------+            +---------------------+
@@ -40,7 +41,6 @@ struct ProductSm90 {
   using T = typename Source::Number;
   static constexpr int kConsumers = sm90::kConsumers, kFeatures = sm90::kFeatures, kStep = sm90::kStep;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kTileTokens = kTokens;
   static constexpr int kBlocksPerMultiprocessor = 1;
   static constexpr int kCluster = 2;
 
@@ -105,19 +105,24 @@ struct ProductSm90 {
       isa::prefetch(a.in);
       isa::prefetch(a.out);
       for (int stage = 0; stage < kStages; ++stage) {
-        isa::init_barrier(weight_full(stage), 1);
+        isa::init_barrier(weight_full(stage), 1 + Source::kScaleWarps);
         isa::init_barrier(weight_empty(stage), kConsumers * 4);  // warps
         isa::init_barrier(input_full(stage), 1);
         isa::init_barrier(input_empty(stage), kConsumers * kCluster);  // both blocks write into each other's ring
       }
       isa::publish_barriers();
     }
+    Source::prepare(a.weight, kStages);
     isa::sync_warp();  // sync_cluster is for whole warps
     isa::sync_cluster();
     const int group = isa::warp() / 4;
     if (group == kConsumers) {
       isa::give_registers<40>();
       if (isa::thread() == kConsumers * 128) produce(a, rank);
+      if constexpr (Source::kScaleWarps > 0) {
+        const int warp = isa::warp() - kConsumers * 4 - 1;
+        if (warp >= 0 && warp < Source::kScaleWarps) produce_scales(a, rank, warp * 32 + isa::lane());
+      }
       isa::sync_warp();
     } else {
       isa::claim_registers<232>();
@@ -158,6 +163,33 @@ struct ProductSm90 {
                                  token + rank * kHalf);
       }
     });
+  }
+
+  // By Source::kScaleWarps, of whose threads this is `thread`. Scales are asked for two steps ahead: they may come from
+  // memory.
+  MFT_DEVICE static void produce_scales(const Arguments& a, int rank, int thread) {
+    Place place;
+    for_each_tile(a, rank, [&](int feature, int, int part) {
+      const int first = part * a.part_steps, end = first + steps_of(a, part);
+      auto even = Source::fetch_scales(a.weight, thread, feature, first * kStep);
+      auto odd = Source::fetch_scales(a.weight, thread, feature, (first + 1) * kStep);
+      for (int step = first; step < end; step += 2) {
+        write_scales(a, rank, thread, even, place);
+        even = Source::fetch_scales(a.weight, thread, feature, (step + 2) * kStep);
+        write_scales(a, rank, thread, odd, place);
+        odd = Source::fetch_scales(a.weight, thread, feature, (step + 3) * kStep);
+      }
+    });
+  }
+
+  template <class Scales>
+  MFT_DEVICE static void write_scales(const Arguments& a, int rank, int thread, const Scales& scales,
+                                      Place& place) {
+    isa::wait(weight_empty(place.stage), place.parity ^ 1);
+    Source::write_scales(a.weight, thread, scales, weight_of(place.stage));
+    isa::sync_warp();
+    if (isa::lane() == 0) isa::arrive(weight_full(place.stage), rank);
+    place.advance();
   }
 
   MFT_DEVICE static int steps_of(const Arguments& a, int part) {
@@ -221,8 +253,7 @@ struct ProductSm90 {
 
   MFT_DEVICE static void load(Fragments& fragments, const Lane& lane, const Place& place, int step) {
     isa::wait(weight_full(place.stage), place.parity);
-#pragma unroll
-    for (int i = 0; i < kStep / 16; ++i) Source::read(fragments.of[i], weight_of(place.stage), lane, i, step);
+    Source::read(fragments.of, weight_of(place.stage), lane, step);
     isa::sync_warp();
     if (isa::lane() == 0) isa::arrive_after(fragments.of, weight_empty(place.stage), isa::rank_in_cluster());
   }

@@ -45,6 +45,17 @@ std::string tell(sm90::DenseWeight<T, kMask, kTransposed>, sm90::DenseArguments&
   }
 }
 
+// What a step of the weight takes a block: bytes that it reads, and cycles in which it issues instructions. wgmma hides
+// those of a dense weight.
+struct StepCost {
+  double bytes, cycles = 0;
+};
+
+template <class T, MaskKind kMask, bool kTransposed>
+StepCost step_cost(sm90::DenseWeight<T, kMask, kTransposed>, const Product&) {
+  return {sm90::DenseWeight<T, kMask, kTransposed>::kStageBytes};
+}
+
 template <class Source, int kTokens, class Problem>
 std::string launch_tile(const Problem& p, int parts, const Device& device) {
   using Kernel = ProductSm90<Source, kTokens>;
@@ -78,23 +89,24 @@ std::string launch_tile(const Problem& p, int parts, const Device& device) {
 
 // What parts of Q are worth trying: four steps at least, no more than there are places for in two waves, and all of
 // them in half of L2.
-template <class Kernel, class Problem>
-int most_parts(const Problem& p, const Device& device) {
-  const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, Kernel::kTileTokens);
+template <class Problem>
+int most_parts(const Problem& p, int tokens, const Device& device) {
+  const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, tokens);
   const int64_t of_l2 = device.l2_bytes / 2 / (4 * p.out.rows * part_stride_sm90(p.out.columns));
   return static_cast<int>(std::min<int64_t>(
-      {kMostParts, p.in.columns / (4 * Kernel::kStep), device.multiprocessors / tiles, of_l2}));
+      {kMostParts, p.in.columns / (4 * sm90::kStep), device.multiprocessors / tiles, of_l2}));
 }
 
 // A cluster's two blocks, each on its multiprocessor, read half of the tokens from L2.
-template <class Kernel, class Problem>
+template <class Source, int kTokens, class Problem>
 double cycles_of_tile(const Problem& p, int parts, const Device& device) {
-  constexpr int kTokens = Kernel::kTileTokens;
+  using Kernel = ProductSm90<Source, kTokens>;
+  const StepCost step = step_cost(Source{}, p);
   Jobs jobs;
   jobs.count = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens) * parts;
   jobs.steps = part_steps(p.in.columns, Kernel::kStep, parts);
-  jobs.multiply_adds = Kernel::kFeatures * kTokens * Kernel::kStep;
-  jobs.read = Kernel::kWeightStageBytes + Kernel::kInputBytes / Kernel::kCluster;
+  jobs.multiply_adds = std::max<double>(Kernel::kFeatures * kTokens * Kernel::kStep, step.cycles * kWgmma);
+  jobs.read = step.bytes + Kernel::kInputBytes / Kernel::kCluster;
   jobs.written = (parts > 1 ? 4 : 2) * Kernel::kFeatures * kTokens;
   const int clusters = std::max(1, device.multiprocessors / Kernel::kCluster);
   const double busy = busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kWgmma,
@@ -103,17 +115,16 @@ double cycles_of_tile(const Problem& p, int parts, const Device& device) {
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
 
-template <class Kernel, class Problem>
+template <class Source, int kTokens, class Problem>
 void try_tile(Plan& best, const Problem& p, const Device& device, bool in_parts) {
-  constexpr int kTokens = Kernel::kTileTokens;
   const bool is_asked = p.tokens > 0;
   // No more tokens than there are need.
-  if (is_asked ? p.tokens != kTokens : kTokens > 64 && p.out.rows <= kTokens / 2) return;
-  const int most = is_asked ? p.parts : in_parts ? most_parts<Kernel>(p, device) : 1;
-  const int64_t pairs = part_steps(p.in.columns, Kernel::kStep, 1) / 2;
+  if (is_asked ? p.tokens != kTokens : kTokens > Source::kFewestTokens && p.out.rows <= kTokens / 2) return;
+  const int most = is_asked ? p.parts : in_parts ? most_parts(p, kTokens, device) : 1;
+  const int64_t pairs = part_steps(p.in.columns, sm90::kStep, 1) / 2;
   for (int parts = is_asked ? p.parts : 1; parts <= std::max(1, most); ++parts) {
     if (quotient(pairs, quotient(pairs, parts)) != parts) continue;  // one would be empty
-    const double cycles = cycles_of_tile<Kernel>(p, parts, device);
+    const double cycles = cycles_of_tile<Source, kTokens>(p, parts, device);
     const int64_t row_bytes = 4 * part_stride_sm90(p.out.columns);
     if (cycles < best.cycles) best = {cycles, kTokens, parts, parts > 1 ? parts * p.out.rows * row_bytes : 0};
   }
@@ -123,19 +134,23 @@ void try_tile(Plan& best, const Problem& p, const Device& device, bool in_parts)
 template <class Source, class Problem>
 Plan plan_source(const Problem& p, const Device& device, bool in_parts) {
   Plan best{kNever};
-  try_tile<ProductSm90<Source, 64>>(best, p, device, in_parts);
-  try_tile<ProductSm90<Source, 128>>(best, p, device, in_parts);
-  try_tile<ProductSm90<Source, 256>>(best, p, device, in_parts);
+  if constexpr (Source::kFewestTokens <= 64) try_tile<Source, 64>(best, p, device, in_parts);
+  try_tile<Source, 128>(best, p, device, in_parts);
+  try_tile<Source, 256>(best, p, device, in_parts);
   return best;
 }
 
 template <class Source, class Problem>
 std::string launch_source(const Problem& p, const Device& device) {
   const Plan plan = plan_source<Source>(p, device, p.workspace != nullptr);
-  const auto launch = plan.tokens == 256   ? launch_tile<Source, 256, Problem>
-                      : plan.tokens == 128 ? launch_tile<Source, 128, Problem>
-                                           : launch_tile<Source, 64, Problem>;
-  const std::string error = launch(p, plan.parts, device);
+  std::string error;
+  if (plan.tokens == 256) {
+    error = launch_tile<Source, 256>(p, plan.parts, device);
+  } else if (plan.tokens == 128) {
+    error = launch_tile<Source, 128>(p, plan.parts, device);
+  } else if constexpr (Source::kFewestTokens <= 64) {
+    error = launch_tile<Source, 64>(p, plan.parts, device);
+  }
   if (!error.empty() || plan.parts == 1) return error;
   Product sum;
   sum.out = p.out, sum.bias = p.bias, sum.workspace = p.workspace;

@@ -1,4 +1,5 @@
-// quantized_sm80: decode_sm80 over codes or a general kernel, which of those, and what none of them takes.
+// Products over codes: what no kernel takes, which of the others is launched, and for quantized_sm80 the tile and how many
+// parts the sum has.
 #include "quantized_launch_sm80.cuh"
 #include "tile_cost.h"
 
@@ -18,12 +19,12 @@ double cycles_of(const QuantizedProduct& p, int tokens, int parts, const Device&
   jobs.steps = quotient(quotient(p.in.columns, sm80::kQuantizedDepth), parts);
   const double products = sm80::kTileFeatures * tokens * sm80::kQuantizedDepth;
   jobs.multiply_adds = std::max(products, decode_cycles(p.weight.nf4) * rate);
-  jobs.read = sm80::kQuantizedDepth * (2 * tokens + sm80::kTileFeatures * sm80::weight_bytes(p));
+  jobs.read = sm80::kQuantizedDepth * (2 * tokens + sm80::kTileFeatures * weight_bytes(p));
   jobs.written = sm80::kTileFeatures * tokens * (parts > 1 ? 4 : 2);
   const int stages = sm80::stages_of(sm80::quantized_stage(tokens, p.weight.nf4), device, 2 * 16384 + 128);
   const int blocks = tokens == 128 && !p.weight.nf4 ? 1 : 2;  // as the kernels ask
   const double busy = busy_cycles(jobs, device.multiprocessors, blocks, stages, rate, rates.l2);
-  return launch_cycles(busy, sm80::bytes_of(p), device) +
+  return launch_cycles(busy, bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
 
@@ -51,6 +52,17 @@ Plan plan_of(const QuantizedProduct& p, const Device& device, bool in_parts) {
   return best;
 }
 
+// Of Hopper's kernel, where it takes the product.
+double hopper_cycles(const QuantizedProduct& p, const Device& device) {
+  return device.capability == 90 && refusal_sm90(p).empty() ? plan_sm90(p, device).cycles : kNever;
+}
+
+// Whether that is expected to take no longer than quantized_sm80.
+bool is_hopper_s(const QuantizedProduct& p, const Device& device, bool in_parts) {
+  const double cycles = hopper_cycles(p, device);
+  return cycles < kNever && cycles <= plan_of(p, device, in_parts).cycles;
+}
+
 }  // namespace
 
 std::string product_quantized(const QuantizedProduct& p, const Device& device) {
@@ -59,7 +71,9 @@ std::string product_quantized(const QuantizedProduct& p, const Device& device) {
     return "x and weight must have sides below 2^31 - 2^16; split them";
   }
   if (p.out.rows == 0 || p.out.columns == 0) return "";
-  return decodes(p, device) ? decode_sm80(p, device) : product_general(p, device);
+  if (decodes(p, device)) return decode_sm80(p, device);
+  if (is_hopper_s(p, device, p.workspace != nullptr)) return product_sm90(p, device);
+  return product_general(p, device);
 }
 
 std::string product_general(const QuantizedProduct& p, const Device& device) {
@@ -68,15 +82,18 @@ std::string product_general(const QuantizedProduct& p, const Device& device) {
   return sm80::quantized_of<Float16>(p, plan, device);
 }
 
+Plan plan_general(const QuantizedProduct& p, const Device& device) {
+  return p.out.rows == 0 || p.out.columns == 0 ? Plan{} : plan_of(p, device, true);
+}
+
 bool decodes(const QuantizedProduct& p, const Device& device) {
-  return takes_decode(p) && plan_decode(p, device).cycles <= plan_general(p, device).cycles;
+  if (!takes_decode(p)) return false;
+  return plan_decode(p, device).cycles <= std::min(plan_general(p, device).cycles, hopper_cycles(p, device));
 }
 
 Plan plan_quantized(const QuantizedProduct& p, const Device& device) {
-  if (p.out.rows == 0 || p.out.columns == 0) return {};
-  return decodes(p, device) ? plan_decode(p, device) : plan_general(p, device);
+  if (decodes(p, device)) return plan_decode(p, device);
+  return is_hopper_s(p, device, true) ? plan_sm90(p, device) : plan_general(p, device);
 }
-
-Plan plan_general(const QuantizedProduct& p, const Device& device) { return plan_of(p, device, true); }
 
 }  // namespace mft::cuda

@@ -2,15 +2,19 @@
 // brought into a stage of shared memory, and how the lanes of a consumer read it as wgmma's first operand.
 //
 //   DenseWeight   16-bit weights, masked by packed words or by scores; below
+//   CodedWeight   codes, masked by packed words or not at all; codes_sm90.h
 //
 //   Number, kTransposed   type of the product; whether d_x is computed
 //   kStageBytes           of a stage, a multiple of 1024
+//   kFewestTokens         of the smallest tile: 64 or 128
+//   kScaleWarps           how many warps of their own write scales into each stage: fetch_scales, write_scales
 //   Arguments             what the kernel is told of the weight
-//   prefetch(a)           the tensor maps, once for each block
+//   prefetch(a)           the tensor maps, once for each block; one thread
+//   prepare(a, stages)    what stays in shared memory, before the block begins; all threads
 //   bytes_of_step(a)      what TMA brings into a stage
 //   bring(a, b, stage, feature, q)            issue those copies; one thread
 //   Lane, begin_tile(lane, a, features, feature)  what a lane keeps, from tile to tile
-//   read(registers, stage, lane, i, step)     16 of Q of the masked weight; `stage` holds step `step`
+//   read(registers, stage, lane, step)        the masked weight of a step, 16 of Q for each four registers
 #pragma once
 
 #include "isa_sm90.h"
@@ -87,6 +91,8 @@ struct DenseWeight {
   static constexpr int kRows = kTransposed ? kStep : kFeatures;  // of the weight, in a tile
   static constexpr int kMaskBytes = kMask == MaskKind::kWords ? kRows * kWordsOfTile * 4 : kWeightBytes;
   static constexpr int kStageBytes = kWeightBytes + kMaskBytes;
+  static constexpr int kScaleWarps = 0;
+  static constexpr int kFewestTokens = 64;
   static_assert(kStageBytes % 1024 == 0);
 
   using KeepOfScores = KeepPair<T, kMask == MaskKind::kMagnitude>;
@@ -107,6 +113,8 @@ struct DenseWeight {
     isa::prefetch(a.weight);
     isa::prefetch(a.mask);
   }
+
+  MFT_DEVICE static void prepare(const Arguments&, int) {}
 
   MFT_DEVICE static int bytes_of_step(const Arguments&) { return kStageBytes; }
 
@@ -131,16 +139,19 @@ struct DenseWeight {
     }
   }
 
-  MFT_DEVICE static void read(isa::Register (&r)[4], const char* stage, const Lane& lane, int i, int step) {
+  MFT_DEVICE static void read(isa::Register (&r)[kStep / 16][4], const char* stage, const Lane& lane, int step) {
     const char* mask = stage + kWeightBytes;
-    load_rows(r, stage + lane.rows[i]);
-    if constexpr (kMask != MaskKind::kWords) {
-      isa::Register scores[4];
-      load_rows(scores, mask + lane.rows[i]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) r[j] = lane.keep[j % 2].select(r[j], scores[j]);
-    } else {
-      select_by_words<kTransposed>(r, reinterpret_cast<const uint32_t*>(mask), lane, i, step);
+    for (int i = 0; i < kStep / 16; ++i) {
+      load_rows(r[i], stage + lane.rows[i]);
+      if constexpr (kMask != MaskKind::kWords) {
+        isa::Register scores[4];
+        load_rows(scores, mask + lane.rows[i]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) r[i][j] = lane.keep[j % 2].select(r[i][j], scores[j]);
+      } else {
+        select_by_words<kTransposed>(r[i], reinterpret_cast<const uint32_t*>(mask), lane, i, step);
+      }
     }
   }
 

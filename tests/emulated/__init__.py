@@ -2,7 +2,8 @@
 
 The functions have the names and arguments of ``mft_kernels.reference``, and as keywords what a device would decide:
 ``arch`` ("sm_80" or "sm_90"; "decode" or "general", one of sm_80's two products; "hopper", sm_90's where that takes the
-operands, else sm_80's), ``multiprocessors``, ``capability`` and ``shared_bytes``. Rows may have any stride.
+operands, else sm_80's; over codes "sm_90" is Hopper's kernel, and the others leave the choice to the op),
+``multiprocessors``, ``capability`` and ``shared_bytes``. Rows may have any stride.
 
 Outputs begin as NaN or as bits of alternating sign, so that an element that nobody writes is seen; with
 ``outputs_at_guard_pages()`` they lie between pages that may not be touched. A fault of the emulator is a RuntimeError.
@@ -124,6 +125,8 @@ class QuantizedProduct(ctypes.Structure):
         ("bias", Pointer),
         ("transposed", ctypes.c_bool),
         ("workspace", Pointer),
+        ("tokens", ctypes.c_int),
+        ("parts", ctypes.c_int),
     )
 
 
@@ -623,6 +626,8 @@ def _product(
 def _quantized(given: Tensor, asked: QuantizedProduct, out: Tensor, device: dict) -> Tensor:
     arch = device.get("arch", usual_arch)
     kernel = f"product_quantized_{arch}" if arch in ("decode", "general") else "product_quantized"
+    if device.get("arch") == "sm_90":
+        kernel = "product_quantized_sm90"
     workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
     asked.workspace = workspace.data_ptr() or None
     _call(kernel, asked, device)

@@ -46,6 +46,11 @@ MFT_WEAK std::string score_step(const ScoreStep&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
 MFT_WEAK int64_t step_workspace(ScoreFormat);
 
+// Of codes on sm_90, where quantized_sm80.cu is compiled without them.
+MFT_WEAK std::string refusal_sm90(const QuantizedProduct&) { return "no compiled file has this function"; }
+MFT_WEAK Plan plan_sm90(const QuantizedProduct&, const Device&) { return {}; }
+MFT_WEAK std::string product_sm90(const QuantizedProduct& p, const Device&) { return refusal_sm90(p); }
+
 // CUTLASS's; what is not CUTLASS's of score_grad_sm90 is compiled.
 std::string score_grad_sm90_bf16(const ScoreGrad&, const Device&) { return "CUTLASS's kernels are not executed"; }
 std::string score_grad_sm90_fp16(const ScoreGrad&, const Device&) { return "CUTLASS's kernels are not executed"; }
@@ -161,12 +166,22 @@ const char* emulated_product_quantized_decode(const QuantizedProduct& p, const D
 void emulated_plan_product_quantized_decode(const QuantizedProduct& p, const Device& d, Plan* plan) {
   *plan = takes_decode(p) ? plan_of(&plan_decode, p, d) : Plan{};
 }
-// What decode_sm80 does not take is the general kernel's, or refused, in any case.
+// What no kernel takes is refused, or needs none, in any case.
 const char* emulated_product_quantized_general(const QuantizedProduct& p, const Device& d) {
-  return takes_decode(p) ? call(&product_general, p, d) : call(&product_quantized, p, d);
+  const bool none = p.out.type == Type::kFloat32 || p.out.rows == 0 || p.out.columns == 0;
+  return none ? call(&product_quantized, p, d) : call(&product_general, p, d);
 }
 void emulated_plan_product_quantized_general(const QuantizedProduct& p, const Device& d, Plan* plan) {
-  *plan = takes_decode(p) ? plan_of(&plan_general, p, d) : plan_of(&plan_quantized, p, d);
+  *plan = plan_of(&plan_general, p, d);
+}
+
+const char* emulated_product_quantized_sm90(const QuantizedProduct& p, const Device& d) {
+  static std::string refusal;
+  refusal = refusal_sm90(p);
+  return refusal.empty() ? call(&product_sm90, p, d) : refusal.c_str();
+}
+void emulated_plan_product_quantized_sm90(const QuantizedProduct& p, const Device& d, Plan* plan) {
+  *plan = refusal_sm90(p).empty() ? plan_of(&plan_sm90, p, d) : Plan{};
 }
 
 const char* emulated_grouped_product(const GroupedProduct& p, const Device& d) { return call(&grouped_product, p, d); }
