@@ -55,9 +55,10 @@ using TensorMap = CUtensorMap;
 
 // Rows of 1-, 2- or 4-byte elements in boxes (box_rows, box_columns); elements outside the matrix read as 0 and are not
 // written. Rows of a swizzled box are 64 or 128 bytes: the 16-byte chunk c of row r lies at c ^ (r / 2 % 4) of 64 bytes,
-// at c ^ (r % 8) of 128.
+// at c ^ (r % 8) of 128. With `experts` there are so many matrices, expert_bytes apart, each with its own edges.
 inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, int64_t rows, int64_t columns,
-                                   int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle) {
+                                   int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle,
+                                   int64_t experts = 0, int64_t expert_bytes = 0) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -67,10 +68,11 @@ inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, 
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled; CUDA 12 is needed";
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[] = {1, 1};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                              static_cast<cuuint64_t>(experts)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(expert_bytes)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1};
+  const cuuint32_t steps[] = {1, 1, 1};
   const CUtensorMapDataType type = bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
                                                 : CU_TENSOR_MAP_DATA_TYPE_UINT32;
@@ -78,8 +80,9 @@ inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, 
                                      : swizzle == Swizzle::k64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                                : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult result =
-      encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, pattern,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(map, type, experts > 0 ? 3 : 2, const_cast<void*>(data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, pattern, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? "" : "cuTensorMapEncodeTiled failed with " + std::to_string(result);
 }
 
@@ -91,6 +94,12 @@ MFT_DEVICE void prefetch(const TensorMap& map) {
 MFT_DEVICE void load_tile(const TensorMap& map, TransactionBarrier* b, void* shared, int column, int row) {
   cute::SM90_TMA_LOAD_2D::copy(&map, b, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, column,
                                row);
+}
+
+// Of one expert.
+MFT_DEVICE void load_tile(const TensorMap& map, TransactionBarrier* b, void* shared, int column, int row, int expert) {
+  cute::SM90_TMA_LOAD_3D::copy(&map, b, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, column,
+                               row, expert);
 }
 
 // The same into every block whose rank is a bit of `ranks`, at the same offset, arriving at that block's barrier.
