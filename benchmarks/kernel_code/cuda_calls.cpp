@@ -18,10 +18,13 @@ __attribute__((weak)) std::string refusal_sm90(const ScoreGrad&);
 __attribute__((weak)) std::string product_sm90(const Product&, const Device&);
 __attribute__((weak)) std::string score_grad_sm90(const ScoreGrad&, const Device&);
 
-// Those that quantized_sm80.cu calls itself.
+// Those that quantized_sm80.cu and grouped_sm80.cu call themselves.
 __attribute__((weak)) std::string refusal_sm90(const QuantizedProduct&) { return "left out"; }
 __attribute__((weak)) Plan plan_sm90(const QuantizedProduct&, const Device&) { return {}; }
 __attribute__((weak)) std::string product_sm90(const QuantizedProduct& p, const Device&) { return refusal_sm90(p); }
+__attribute__((weak)) std::string refusal_sm90(const GroupedProduct&) { return "left out"; }
+__attribute__((weak)) Plan plan_sm90(const GroupedProduct&, const Device&) { return {}; }
+__attribute__((weak)) std::string product_sm90(const GroupedProduct& g, const Device&) { return refusal_sm90(g); }
 
 namespace {
 
@@ -139,6 +142,10 @@ void grouped(Matrix weight, Keep keep, int64_t tokens) {
     g.offsets = reinterpret_cast<const int32_t*>(kMemory);
     g.experts = kExperts, g.weight_stride = g.score_stride = kElements;
     if (keep.words != nullptr || reads_scores(g)) check(grouped_product(g, device));
+    for (const int tile : {128, 256}) {
+      g.of.tokens = tile;
+      if (hopper_takes(g)) check(product_sm90(g, device));
+    }
   }
 }
 

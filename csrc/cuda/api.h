@@ -191,14 +191,18 @@ struct Plan {
 // The sm_90 functions take what their `refusal` returns "" for, the others everything above.
 std::string refusal_sm90(const Product&);
 std::string refusal_sm90(const QuantizedProduct&);
+std::string refusal_sm90(const GroupedProduct&);
 std::string refusal_sm90(const ScoreGrad&);
 Plan plan_sm90(const Product&, const Device&);
 Plan plan_sm80(const Product&, const Device&);
 Plan plan_sm90(const QuantizedProduct&, const Device&);
+Plan plan_sm90(const GroupedProduct&, const Device&);  // by the number of all rows, which is what the host knows
+Plan plan_sm80(const GroupedProduct&, const Device&);
 Plan plan_sm90(const ScoreGrad&, const Device&);
 Plan plan_sm80(const ScoreGrad&, const Device&);
 std::string product_sm90(const Product&, const Device&);
 std::string product_sm90(const QuantizedProduct&, const Device&);
+std::string product_sm90(const GroupedProduct&, const Device&);
 std::string score_grad_sm90(const ScoreGrad&, const Device&);
 std::string product_sm80(const Product&, const Device&);
 

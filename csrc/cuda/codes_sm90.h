@@ -5,8 +5,8 @@
 //   forward      128, 32 or 64 bytes     one for each row
 //   transposed    64, 64 or 128 bytes    nf4: for each row and each 64 columns; int8: for each row
 //
-// The bits are those of quantized_sm80.cuh: level x scale in fp32, rounded once. Rows are whole blocks of 64 weights, so
-// that one step of a row has one scale. refusal_sm90 (product_sm90.cpp) says what else TMA asks for.
+// The bits are those of quantized_sm80.cuh: level x scale in fp32, rounded once. Rows are whole blocks of 64 weights,
+// so that one step of a row has one scale. refusal_sm90 (product_sm90.cpp) says what else TMA asks for.
 #pragma once
 
 #include "code_levels.h"
@@ -28,7 +28,8 @@ template <class T, bool kNf4, bool kIsTransposed>
 struct CodedWeight {
   using Number = T;
   using Arguments = CodedArguments;
-  static constexpr bool kTransposed = kIsTransposed;
+  using Groups = OneMatrix;
+  static constexpr bool kTransposed = kIsTransposed, kGrouped = false;
   static constexpr int kScaleWarps = 2;  // one has not the registers for all scales of a step
   static constexpr int kFewestTokens = 128;  // of fewer, decoding takes longer than their wgmma
   static constexpr int kRows = kTransposed ? kStep : kFeatures;  // of the weight, in a tile
@@ -83,10 +84,11 @@ struct CodedWeight {
 
   MFT_DEVICE static int bytes_of_step(const Arguments& a) { return kCodeBytes + (a.masked ? kMaskBytes : 0); }
 
-  MFT_DEVICE static void bring(const Arguments& a, isa::TransactionBarrier* b, char* stage, int feature, int q) {
+  MFT_DEVICE static void bring(const Arguments& a, isa::TransactionBarrier* b, char* stage, int feature, int q,
+                               int expert) {
     const int column = kTransposed ? feature : q, row = kTransposed ? q : feature;
     isa::load_tile(a.codes, b, stage, column / (kNf4 ? 2 : 1), row);
-    if (a.masked) bring_words<kTransposed>(a.mask, b, stage + kCodeBytes, feature, q);
+    if (a.masked) bring_words<kTransposed, kGrouped>(a.mask, b, stage + kCodeBytes, feature, q, expert);
   }
 
   // ------------------------------------------------------------------------------------------------ scales
@@ -132,7 +134,7 @@ struct CodedWeight {
 
   // ----------------------------------------------------------------------------------------------- consumers
 
-  MFT_DEVICE static void begin_tile(Lane&, const Arguments&, int, int) {}
+  MFT_DEVICE static void begin_tile(Lane&, const Arguments&, int, int, int) {}
 
   MFT_DEVICE static void read(isa::Register (&r)[kStep / 16][4], const char* stage, const Lane& lane, int step) {
     if constexpr (kTransposed) {

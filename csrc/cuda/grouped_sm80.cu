@@ -108,6 +108,23 @@ sm80::View view_of_experts(const Matrix& m, int64_t stride, int64_t experts) {
 // Their number alone is known: they count as equal.
 int grouped_tokens(const GroupedProduct& g) { return g.of.out.rows <= 64 * g.experts ? 64 : 128; }
 
+// As product_sm80.cu's.
+Plan plan_sm80(const GroupedProduct& g, const Device& device) {
+  const Product& p = g.of;
+  const int tokens = grouped_tokens(g);
+  const double mask = p.keep.words != nullptr ? 1.0 / 8 : bytes_of(p.keep.scores.type);
+  Jobs jobs;
+  jobs.count = quotient(p.out.columns, sm80::kTileFeatures) * usual_tiles(g, tokens);
+  jobs.steps = quotient(p.in.columns, sm80::kTileDepth);
+  jobs.multiply_adds = sm80::kTileFeatures * tokens * sm80::kTileDepth;
+  jobs.read = sm80::kTileDepth * (2 * tokens + sm80::kTileFeatures * (2 + mask));
+  jobs.written = 2 * sm80::kTileFeatures * tokens;
+  const int stages = sm80::stages_of(static_cast<int>(jobs.read), device);
+  const Rates rates = rates_of(device.capability);
+  const double busy = busy_cycles(jobs, device.multiprocessors, 2, stages, rates.multiply_adds, rates.l2);
+  return {launch_cycles(busy, bytes_of(g), device), tokens, 1, 0};
+}
+
 bool reads_scores(const GroupedProduct& g) {
   const Type type = g.of.keep.scores.type;
   return (type == Type::kFloat32 || type == g.of.weight.type) && sm80::is_chunked(g);
@@ -118,6 +135,12 @@ std::string grouped_product(const GroupedProduct& g, const Device& device) {
   const std::string error = refusal_of(p.weight, p.out.rows, g.experts);
   if (!error.empty() || p.out.rows == 0 || p.out.columns == 0) return error;
   if (p.keep.words == nullptr && !reads_scores(g)) return "scores like these must be packed first";
+  // Experts of fewer rows on average leave most of Hopper's tiles empty.
+  constexpr int64_t kFewestOnAverage = 128;
+  if (device.capability == 90 && p.out.rows >= kFewestOnAverage * g.experts && refusal_sm90(g).empty() &&
+      plan_sm90(g, device).cycles <= plan_sm80(g, device).cycles) {
+    return product_sm90(g, device);
+  }
   const int tokens = grouped_tokens(g);
   return p.weight.type == Type::kBFloat16 ? sm80::grouped_of<BFloat16>(g, tokens, device)
                                           : sm80::grouped_of<Float16>(g, tokens, device);

@@ -41,6 +41,10 @@ struct ProductSm90 {
   using T = typename Source::Number;
   static constexpr int kConsumers = sm90::kConsumers, kFeatures = sm90::kFeatures, kStep = sm90::kStep;
   static constexpr int kThreads = 128 * (kConsumers + 1);
+  // Of a thread. A block begins with 168 for each; whoever looks up experts needs more than 40.
+  static constexpr int kProducerRegisters = Source::kGrouped ? 56 : 40;
+  static constexpr int kConsumerRegisters = Source::kGrouped ? 224 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * 168);
   static constexpr int kBlocksPerMultiprocessor = 1;
   static constexpr int kCluster = 2;
 
@@ -71,6 +75,15 @@ struct ProductSm90 {
     int part_count, part_steps;      // even
     float* parts;                    // (part_count, tokens, part_stride), or null: one part, and `out` is written
     int64_t part_stride;
+    typename Source::Groups groups;
+    T* result;  // with experts: `out`, and from row to row
+    int64_t result_stride;
+  };
+
+  // A tile of the output, of one part.
+  struct Job {
+    int feature, token, part;  // the first ones
+    int rows, expert;          // with experts: how many tokens are of this one; `experts` if nobody's
   };
 
   struct Place {  // in the ring
@@ -117,50 +130,64 @@ struct ProductSm90 {
     isa::sync_cluster();
     const int group = isa::warp() / 4;
     if (group == kConsumers) {
-      isa::give_registers<40>();
-      if (isa::thread() == kConsumers * 128) produce(a, rank);
+      isa::give_registers<kProducerRegisters>();
+      if (Source::kGrouped ? isa::warp() == kConsumers * 4 : isa::thread() == kConsumers * 128) produce(a, rank);
       if constexpr (Source::kScaleWarps > 0) {
         const int warp = isa::warp() - kConsumers * 4 - 1;
         if (warp >= 0 && warp < Source::kScaleWarps) produce_scales(a, rank, warp * 32 + isa::lane());
       }
       isa::sync_warp();
     } else {
-      isa::claim_registers<232>();
+      isa::claim_registers<kConsumerRegisters>();
       consume(a, rank, group);
     }
     isa::sync_cluster();  // no block ends while the other may still write to it
   }
 
  private:
-  // body(its first feature, its first token, the part).
+  // Whose rows a tile has a whole warp looks up.
   template <class Body>
   MFT_DEVICE static void for_each_tile(const Arguments& a, int rank, Body body) {
     const int clusters = static_cast<int>(isa::blocks(0)) / kCluster;
     const int tiles = a.feature_tiles * a.token_tiles;
     for (int i = static_cast<int>(isa::block(0)) / kCluster; i < tiles * a.part_count; i += clusters) {
       const Tile tile = tile_at(i % tiles, a.feature_tiles, a.token_tiles);
-      body((tile.feature * kCluster + rank) * kFeatures, tile.token * kTokens, i / tiles);
+      Job job{(tile.feature * kCluster + rank) * kFeatures, tile.token * kTokens, i / tiles, kTokens, 0};
+      if constexpr (Source::kGrouped) {
+        const auto found = sm80::GroupTile::of<kTokens>(a.groups, tile.token);
+        if (found.rows == 0) continue;
+        job.token = found.first, job.rows = found.rows, job.expert = found.expert;
+      }
+      body(job);
     }
+  }
+
+  // Rows behind the last offset, whose results are 0.
+  MFT_DEVICE static bool is_nobodys(const Arguments& a, const Job& job) {
+    if constexpr (Source::kGrouped) return job.expert == a.groups.experts;
+    return false;
   }
 
   // ------------------------------------------------------------------------------------------------ producer
 
+  // By one thread; with experts by its warp, whose first lane copies.
   MFT_DEVICE static void produce(const Arguments& a, int rank) {
     Place place;
-    for_each_tile(a, rank, [&](int feature, int token, int part) {
-      const int first = part * a.part_steps, end = first + steps_of(a, part);
+    for_each_tile(a, rank, [&](const Job& job) {
+      if (Source::kGrouped && (isa::lane() != 0 || is_nobodys(a, job))) return;
+      const int first = job.part * a.part_steps, end = first + steps_of(a, job.part);
       for (int step = first; step < end; ++step, place.advance()) {
         isa::TransactionBarrier* b = weight_full(place.stage);
         isa::wait(weight_empty(place.stage), place.parity ^ 1);  // true at once on the first round
         isa::arrive_expecting(b, Source::bytes_of_step(a.weight));
         const int q = step * kStep;
-        Source::bring(a.weight, b, weight_of(place.stage), feature, q);
+        Source::bring(a.weight, b, weight_of(place.stage), job.feature, q, job.expert);
         constexpr int kHalf = kTokens / kCluster;
         b = input_full(place.stage);
         isa::wait(input_empty(place.stage), place.parity ^ 1);
         isa::arrive_expecting(b, kInputBytes);
         isa::load_tile_multicast(a.in, b, (1 << kCluster) - 1, input_of(place.stage) + rank * kHalf * kRowBytes, q,
-                                 token + rank * kHalf);
+                                 job.token + rank * kHalf);
       }
     });
   }
@@ -169,15 +196,15 @@ struct ProductSm90 {
   // memory.
   MFT_DEVICE static void produce_scales(const Arguments& a, int rank, int thread) {
     Place place;
-    for_each_tile(a, rank, [&](int feature, int, int part) {
-      const int first = part * a.part_steps, end = first + steps_of(a, part);
-      auto even = Source::fetch_scales(a.weight, thread, feature, first * kStep);
-      auto odd = Source::fetch_scales(a.weight, thread, feature, (first + 1) * kStep);
+    for_each_tile(a, rank, [&](const Job& job) {
+      const int first = job.part * a.part_steps, end = first + steps_of(a, job.part);
+      auto even = Source::fetch_scales(a.weight, thread, job.feature, first * kStep);
+      auto odd = Source::fetch_scales(a.weight, thread, job.feature, (first + 1) * kStep);
       for (int step = first; step < end; step += 2) {
         write_scales(a, rank, thread, even, place);
-        even = Source::fetch_scales(a.weight, thread, feature, (step + 2) * kStep);
+        even = Source::fetch_scales(a.weight, thread, job.feature, (step + 2) * kStep);
         write_scales(a, rank, thread, odd, place);
-        odd = Source::fetch_scales(a.weight, thread, feature, (step + 3) * kStep);
+        odd = Source::fetch_scales(a.weight, thread, job.feature, (step + 3) * kStep);
       }
     });
   }
@@ -210,15 +237,16 @@ struct ProductSm90 {
     Lane lane(group);
     Place place;
     int buffer = 0;
-    for_each_tile(a, rank, [&](int first_feature, int token, int part) {
-      const int feature = first_feature + 64 * group;  // of this warpgroup
+    for_each_tile(a, rank, [&](const Job& job) {
+      const int feature = job.feature + 64 * group;  // of this warpgroup
       float sums[kTokens / 2];
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
-      Source::begin_tile(lane, a.weight, a.features, feature);
+      const bool nobodys = is_nobodys(a, job);
+      if (!nobodys) Source::begin_tile(lane, a.weight, a.features, feature, job.expert);
       Fragments even, odd;
       int before = place.stage;  // what the product under way reads
-      const int steps = steps_of(a, part);
+      const int steps = nobodys ? 0 : steps_of(a, job.part);
       for (int step = 0; step < steps; step += 2) {
         load(even, lane, place, step);
         multiply(sums, even, place);
@@ -235,11 +263,11 @@ struct ProductSm90 {
       }
       isa::wait_products<0>();
       isa::fence_registers(sums);
-      release_input(before);
+      if (!nobodys) release_input(before);
       if (a.parts != nullptr) {
-        store_part(a, lane, sums, feature, token, part);
+        store_part(a, lane, sums, feature, job.token, job.part);
       } else {
-        store(a, lane, sums, feature, token, buffer);
+        store(a, lane, sums, feature, job, buffer);
       }
     });
     isa::wait_stores_read<0>();
@@ -282,19 +310,22 @@ struct ProductSm90 {
     }
   }
 
-  // out (tokens, features): each 32 tokens of the sums are transposed into a buffer, and TMA stores it.
+  // out (tokens, features): each 32 tokens of the sums are transposed into a buffer, and TMA stores it. The last ones of
+  // an expert may be fewer, and the rows behind them are the next expert's: threads copy those before.
   MFT_DEVICE static void store(const Arguments& a, const Lane& lane, const float (&sums)[kTokens / 2], int feature,
-                               int token, int& buffer) {
+                               const Job& job, int& buffer) {
     float bias[2] = {0, 0};
-    if (a.bias != nullptr) {
+    if (a.bias != nullptr && !is_nobodys(a, job)) {
+      const T* const of_expert = a.bias + static_cast<int64_t>(job.expert) * a.features;
       for (int i = 0; i < 2; ++i) {
         const int f = feature + 16 * lane.warp + lane.g + 8 * i;
-        bias[i] = f < a.features ? isa::widen(a.bias[f]) : 0;
+        bias[i] = f < a.features ? isa::widen(of_expert[f]) : 0;
       }
     }
     const bool leader = isa::thread() % 128 == 0;
 #pragma unroll
     for (int t = 0; t < kTokens; t += kStoreTokens) {
+      if (Source::kGrouped && t >= job.rows) break;
       char* shared = stores_of(lane.group) + buffer * kStoreBytes;
       if (leader) isa::wait_stores_read<kStoreBuffers - 1>();
       isa::sync_threads(1 + lane.group, 128);  // the buffer is free
@@ -309,11 +340,24 @@ struct ProductSm90 {
       }
       isa::fence_shared_for_tma();
       isa::sync_threads(1 + lane.group, 128);  // the buffer is full
-      if (leader) {
-        isa::store_tile(a.out, shared, feature, token + t);
+      if (Source::kGrouped && t + kStoreTokens > job.rows) {
+        copy_rows(a, shared, feature, job.token + t, job.rows - t);
+      } else if (leader) {
+        isa::store_tile(a.out, shared, feature, job.token + t);
         isa::commit_stores();
       }
       buffer = buffer + 1 == kStoreBuffers ? 0 : buffer + 1;
+    }
+  }
+
+  // The first rows of a buffer, 16 bytes a thread.
+  MFT_DEVICE static void copy_rows(const Arguments& a, const char* shared, int feature, int token, int rows) {
+    const int thread = isa::thread() % 128, chunk = thread % 8, first = feature + 8 * chunk;
+    if (first >= a.features) return;  // which are whole chunks
+#pragma unroll 1
+    for (int row = thread / 8; row < rows; row += 16) {
+      isa::store_words(a.result + (token + row) * a.result_stride + first,
+                       isa::load_words<4>(shared + swizzled(row, chunk)));
     }
   }
 };

@@ -22,8 +22,8 @@ std::string tell(sm90::CodedWeight<T, kNf4, kTransposed>, sm90::CodedArguments& 
   return make_words_map(&a.mask, p.words, w.rows, w.columns, Source::kRows);
 }
 
-// Two of eight warps share a scheduler. Each issues up to 654 instructions in a pass of the loop, two steps (SASS of nvcc
-// 13.0: nf4 597, transposed 654; int8 610 and 624), so a step takes as many cycles.
+// Two of eight warps share a scheduler. Each issues up to 654 instructions in a pass of the loop, two steps (SASS of
+// nvcc 13.0: nf4 597, transposed 654; int8 610 and 624), so a step takes as many cycles.
 constexpr double kDecodingCycles = 654;
 
 template <class T, bool kNf4, bool kTransposed>

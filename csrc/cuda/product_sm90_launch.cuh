@@ -18,16 +18,18 @@ constexpr int part_steps(int64_t q, int step, int parts) {
 // A row of the workspace: whole tiles.
 constexpr int64_t part_stride_sm90(int64_t features) { return quotient(features, 256) * 256; }
 
-inline std::string make_matrix_map(isa::TensorMap* map, const Matrix& matrix, int rows) {
+// experts: how many matrices lie so many elements apart; 0: one.
+inline std::string make_matrix_map(isa::TensorMap* map, const Matrix& matrix, int rows, int64_t experts = 0,
+                                   int64_t apart = 0) {
   return isa::make_tensor_map(map, matrix.data, 2, matrix.rows, matrix.columns, 2 * matrix.stride, rows, kRowBytes / 2,
-                              isa::Swizzle::k128);
+                              isa::Swizzle::k128, experts, 2 * apart);
 }
 
 inline std::string make_words_map(isa::TensorMap* map, const uint32_t* words, int64_t rows, int64_t columns,
-                                  int box_rows) {
+                                  int box_rows, int64_t experts = 0) {
   const int64_t row_words = quotient(columns, 32);
   return isa::make_tensor_map(map, words, 4, rows, row_words, 4 * row_words, box_rows, sm90::kWordsOfTile,
-                              isa::Swizzle::kNone);
+                              isa::Swizzle::kNone, experts, 4 * rows * row_words);
 }
 
 // What the kernel is told of the weight. Returns "" or what went wrong.
@@ -56,8 +58,14 @@ StepCost step_cost(sm90::DenseWeight<T, kMask, kTransposed>, const Product&) {
   return {sm90::DenseWeight<T, kMask, kTransposed>::kStageBytes};
 }
 
+// The sides of the product.
+inline const Product& sides_of(const Product& p) { return p; }
+inline const QuantizedProduct& sides_of(const QuantizedProduct& p) { return p; }
+inline const Product& sides_of(const GroupedProduct& g) { return g.of; }
+
 template <class Source, int kTokens, class Problem>
-std::string launch_tile(const Problem& p, int parts, const Device& device) {
+std::string launch_tile(const Problem& problem, int parts, const Device& device) {
+  const auto& p = sides_of(problem);
   using Kernel = ProductSm90<Source, kTokens>;
   static_assert(Kernel::kCluster * Kernel::kFeatures == 256);
   typename Kernel::Arguments a{};
@@ -73,7 +81,14 @@ std::string launch_tile(const Problem& p, int parts, const Device& device) {
   if (parts > 1) a.parts = static_cast<float*>(p.workspace);
   a.part_stride = part_stride_sm90(a.features);
 
-  std::string failure = tell(Source{}, a.weight, p);
+  if constexpr (Source::kGrouped) {
+    a.groups = {problem.offsets, static_cast<int>(problem.experts), a.tokens};
+    a.token_tiles = static_cast<int>(sm80::most_tiles(a.tokens, problem.experts, kTokens));
+    a.result = static_cast<typename Kernel::T*>(p.out.data);
+    a.result_stride = p.out.stride;
+  }
+
+  std::string failure = tell(Source{}, a.weight, problem);
   if (failure.empty()) failure = make_matrix_map(&a.in, p.in, kTokens / Kernel::kCluster);
   if (failure.empty()) failure = make_matrix_map(&a.out, p.out, Kernel::kStoreTokens);
   if (!failure.empty()) return failure;
@@ -97,20 +112,26 @@ int most_parts(const Problem& p, int tokens, const Device& device) {
       {kMostParts, p.in.columns / (4 * sm90::kStep), device.multiprocessors / tiles, of_l2}));
 }
 
-// A cluster's two blocks, each on its multiprocessor, read half of the tokens from L2.
-template <class Source, int kTokens, class Problem>
-double cycles_of_tile(const Problem& p, int parts, const Device& device) {
+// Of tiles with so many tokens. A cluster's two blocks, each on its multiprocessor, read half of the tokens from L2.
+template <class Source, int kTokens>
+double busy_cycles_of(int64_t token_tiles, const Matrix& out, const Matrix& in, const StepCost& step, int parts,
+                      const Device& device) {
   using Kernel = ProductSm90<Source, kTokens>;
-  const StepCost step = step_cost(Source{}, p);
   Jobs jobs;
-  jobs.count = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens) * parts;
-  jobs.steps = part_steps(p.in.columns, Kernel::kStep, parts);
+  jobs.count = quotient(out.columns, 256) * token_tiles * parts;
+  jobs.steps = part_steps(in.columns, Kernel::kStep, parts);
   jobs.multiply_adds = std::max<double>(Kernel::kFeatures * kTokens * Kernel::kStep, step.cycles * kWgmma);
   jobs.read = step.bytes + Kernel::kInputBytes / Kernel::kCluster;
   jobs.written = (parts > 1 ? 4 : 2) * Kernel::kFeatures * kTokens;
   const int clusters = std::max(1, device.multiprocessors / Kernel::kCluster);
-  const double busy = busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kWgmma,
-                                  rates_of(device.capability).l2);
+  return busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kWgmma,
+                     rates_of(device.capability).l2);
+}
+
+template <class Source, int kTokens, class Problem>
+double cycles_of_tile(const Problem& p, int parts, const Device& device) {
+  const double busy = busy_cycles_of<Source, kTokens>(quotient(p.out.rows, kTokens), p.out, p.in,
+                                                      step_cost(Source{}, p), parts, device);
   return launch_cycles(busy, bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }

@@ -78,6 +78,18 @@ inline double bytes_of(const Product& p) {
   return 2.0 * p.out.rows * (p.out.columns + p.in.columns) + elements * (2 + keep);
 }
 
+// Of all rows in tiles of so many: an expert's last one is half full.
+inline int64_t usual_tiles(const GroupedProduct& g, int tokens) {
+  return std::min(g.of.out.rows, quotient(g.of.out.rows, tokens) + g.experts / 2);
+}
+
+inline double bytes_of(const GroupedProduct& g) {
+  const Product& p = g.of;
+  const double elements = static_cast<double>(g.experts) * p.weight.rows * p.weight.columns;
+  const double keep = p.keep.words != nullptr ? 1.0 / 8 : bytes_of(p.keep.scores.type);
+  return 2.0 * p.out.rows * (p.out.columns + p.in.columns) + elements * (2 + keep);
+}
+
 // Of a weight in codes, with its scale and its bit of the mask.
 inline double weight_bytes(const QuantizedProduct& p) {
   const double scale = !p.weight.nf4 ? 0 : p.weight.absmax != nullptr ? 4.0 / 64 : 1.0 / 64;

@@ -5,6 +5,7 @@
 //   CodedWeight   codes, masked by packed words or not at all; codes_sm90.h
 //
 //   Number, kTransposed   type of the product; whether d_x is computed
+//   kGrouped, Groups      whether rows belong to experts, with a weight each; whose rows are which
 //   kStageBytes           of a stage, a multiple of 1024
 //   kFewestTokens         of the smallest tile: 64 or 128
 //   kScaleWarps           how many warps of their own write scales into each stage: fetch_scales, write_scales
@@ -12,11 +13,14 @@
 //   prefetch(a)           the tensor maps, once for each block; one thread
 //   prepare(a, stages)    what stays in shared memory, before the block begins; all threads
 //   bytes_of_step(a)      what TMA brings into a stage
-//   bring(a, b, stage, feature, q)            issue those copies; one thread
-//   Lane, begin_tile(lane, a, features, feature)  what a lane keeps, from tile to tile
+//   bring(a, b, stage, feature, q, expert)    issue those copies; one thread
+//   Lane, begin_tile(lane, a, features, feature, expert)  what a lane keeps, from tile to tile
 //   read(registers, stage, lane, step)        the masked weight of a step, 16 of Q for each four registers
 #pragma once
 
+#include <type_traits>
+
+#include "groups_sm80.h"
 #include "isa_sm90.h"
 #include "keep.h"
 #include "tile_sm90.h"
@@ -70,11 +74,24 @@ MFT_DEVICE void select_by_words(isa::Register (&weights)[4], const uint32_t* wor
   }
 }
 
+struct OneMatrix {};  // all rows have one weight
+
+template <bool kGrouped>
+MFT_DEVICE void load_tile_of(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int column, int row,
+                             int expert) {
+  if constexpr (kGrouped) {
+    isa::load_tile(map, b, shared, column, row, expert);
+  } else {
+    isa::load_tile(map, b, shared, column, row);
+  }
+}
+
 // The words that hold the columns of a step: TMA wants them at multiples of 16 bytes.
-template <bool kTransposed>
-MFT_DEVICE void bring_words(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature, int q) {
+template <bool kTransposed, bool kGrouped>
+MFT_DEVICE void bring_words(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature, int q,
+                            int expert) {
   const int column = kTransposed ? feature : q, row = kTransposed ? q : feature;
-  isa::load_tile(map, b, shared, column / 128 * kWordsOfTile, row);
+  load_tile_of<kGrouped>(map, b, shared, column / 128 * kWordsOfTile, row, expert);
 }
 
 struct DenseArguments {
@@ -83,16 +100,17 @@ struct DenseArguments {
   int64_t threshold_stride;
 };
 
-template <class T, MaskKind kMask, bool kIsTransposed>
+template <class T, MaskKind kMask, bool kIsTransposed, bool kIsGrouped = false>
 struct DenseWeight {
   using Number = T;
-  static constexpr bool kTransposed = kIsTransposed;
+  using Groups = std::conditional_t<kIsGrouped, sm80::Groups, OneMatrix>;
+  static constexpr bool kTransposed = kIsTransposed, kGrouped = kIsGrouped;
   static constexpr int kWeightBytes = kFeatures * kStep * 2;
   static constexpr int kRows = kTransposed ? kStep : kFeatures;  // of the weight, in a tile
   static constexpr int kMaskBytes = kMask == MaskKind::kWords ? kRows * kWordsOfTile * 4 : kWeightBytes;
   static constexpr int kStageBytes = kWeightBytes + kMaskBytes;
   static constexpr int kScaleWarps = 0;
-  static constexpr int kFewestTokens = 64;
+  static constexpr int kFewestTokens = kGrouped ? 128 : 64;
   static_assert(kStageBytes % 1024 == 0);
 
   using KeepOfScores = KeepPair<T, kMask == MaskKind::kMagnitude>;
@@ -118,21 +136,22 @@ struct DenseWeight {
 
   MFT_DEVICE static int bytes_of_step(const Arguments&) { return kStageBytes; }
 
-  MFT_DEVICE static void bring(const Arguments& a, isa::TransactionBarrier* b, char* stage, int feature, int q) {
-    bring_tile(a.weight, b, stage, feature, q);
+  MFT_DEVICE static void bring(const Arguments& a, isa::TransactionBarrier* b, char* stage, int feature, int q,
+                               int expert) {
+    bring_tile(a.weight, b, stage, feature, q, expert);
     if constexpr (kMask == MaskKind::kWords) {
-      bring_words<kTransposed>(a.mask, b, stage + kWeightBytes, feature, q);
+      bring_words<kTransposed, kGrouped>(a.mask, b, stage + kWeightBytes, feature, q, expert);
     } else {
-      bring_tile(a.mask, b, stage + kWeightBytes, feature, q);
+      bring_tile(a.mask, b, stage + kWeightBytes, feature, q, expert);
     }
   }
 
-  MFT_DEVICE static void begin_tile(Lane& lane, const Arguments& a, int features, int feature) {
+  MFT_DEVICE static void begin_tile(Lane& lane, const Arguments& a, int features, int feature, int expert) {
     if constexpr (kMask != MaskKind::kWords) {
       for (int i = 0; i < 2; ++i) {
-        // Transposed, thresholds by row would vary along Q: there is one for the matrix.
+        // Transposed, thresholds by row would vary along Q: there is one for the matrix. Experts have one each.
         int row = feature + 16 * lane.warp + lane.g + 8 * i;
-        row = kTransposed ? 0 : row < features ? row : features - 1;
+        row = kGrouped ? expert : kTransposed ? 0 : row < features ? row : features - 1;
         const uint32_t threshold = a.thresholds[row * a.threshold_stride];
         lane.keep[i] = KeepOfScores::of(threshold | threshold << 16);
       }
@@ -158,11 +177,13 @@ struct DenseWeight {
  private:
   // 128 features x 64 of Q; transposed, a tile for each consumer.
   MFT_DEVICE static void bring_tile(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature,
-                                    int q) {
+                                    int q, int expert) {
     if constexpr (kTransposed) {
-      for (int i = 0; i < kConsumers; ++i) isa::load_tile(map, b, shared + i * kStep * kRowBytes, feature + 64 * i, q);
+      for (int i = 0; i < kConsumers; ++i) {
+        load_tile_of<kGrouped>(map, b, shared + i * kStep * kRowBytes, feature + 64 * i, q, expert);
+      }
     } else {
-      isa::load_tile(map, b, shared, q, feature);
+      load_tile_of<kGrouped>(map, b, shared, q, feature, expert);
     }
   }
 

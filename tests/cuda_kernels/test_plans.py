@@ -218,6 +218,34 @@ def test_prefill_over_codes_takes_wgmma_on_an_h100(kind):
             assert own.cycles < 0.6 * general.cycles
 
 
+# ------------------------------------------------------------------------------------------------ over experts on sm_90
+
+
+def planned_experts(arch, rows, experts, shape, transposed):
+    """By packed words; ``rows`` of each expert."""
+    p, q = shape
+    n, k = (q, p) if transposed else (p, q)
+    of = {"out": emulated.Matrix(128, 1, rows * experts, p, p), "weight": emulated.Matrix(128, 1, n, k, k)}
+    asked = emulated.Product(**of, transposed=transposed)
+    setattr(asked, "in", emulated.Matrix(128, 1, rows * experts, q, q))
+    asked.keep.words = 128
+    groups = emulated.GroupedProduct(asked, 128, experts, n * k, n * k)
+    return emulated.plan(f"grouped_product_{arch}", groups, device_of(H100))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("experts", "shape"), [(8, (14336, 4096)), (128, (768, 2048)), (64, (1024, 2048))])
+def test_prefill_over_experts_is_expected_to_gain_by_wgmma_on_an_h100(experts, shape, transposed):
+    """With 128 rows per expert, from where it is taken, and most with many."""
+    ratio = {
+        rows: planned_experts("sm90", rows, experts, shape, transposed).cycles
+        / planned_experts("sm80", rows, experts, shape, transposed).cycles
+        for rows in (128, 512, 2048)
+    }
+    assert max(ratio.values()) < 0.85
+    assert ratio[2048] < 0.65
+
+
 # ------------------------------------------------------------------------------------------------- the general product
 
 

@@ -36,7 +36,8 @@ def grouped_product(
 ) -> Tensor:
     out = _new((len(x), weight.shape[2 if transposed else 1]), x.dtype)
     asked = product(x, weight, scores, threshold, packed, offsets, bias, mode, transposed, out)
-    _call("grouped_product", asked, device)
+    asked.of.tokens = device.pop("tokens", 0)
+    _call("grouped_product_sm90" if device.get("arch") == "sm_90" else "grouped_product", asked, device)
     return out
 
 

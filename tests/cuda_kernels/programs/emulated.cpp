@@ -46,10 +46,14 @@ MFT_WEAK std::string score_step(const ScoreStep&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
 MFT_WEAK int64_t step_workspace(ScoreFormat);
 
-// Of codes on sm_90, where quantized_sm80.cu is compiled without them.
+// On sm_90, where quantized_sm80.cu or grouped_sm80.cu is compiled without them.
 MFT_WEAK std::string refusal_sm90(const QuantizedProduct&) { return "no compiled file has this function"; }
 MFT_WEAK Plan plan_sm90(const QuantizedProduct&, const Device&) { return {}; }
 MFT_WEAK std::string product_sm90(const QuantizedProduct& p, const Device&) { return refusal_sm90(p); }
+MFT_WEAK std::string refusal_sm90(const GroupedProduct&) { return "no compiled file has this function"; }
+MFT_WEAK Plan plan_sm90(const GroupedProduct&, const Device&) { return {}; }
+MFT_WEAK std::string product_sm90(const GroupedProduct& g, const Device&) { return refusal_sm90(g); }
+MFT_WEAK Plan plan_sm80(const GroupedProduct&, const Device&);
 
 // CUTLASS's; what is not CUTLASS's of score_grad_sm90 is compiled.
 std::string score_grad_sm90_bf16(const ScoreGrad&, const Device&) { return "CUTLASS's kernels are not executed"; }
@@ -187,6 +191,17 @@ void emulated_plan_product_quantized_sm90(const QuantizedProduct& p, const Devic
 const char* emulated_grouped_product(const GroupedProduct& p, const Device& d) { return call(&grouped_product, p, d); }
 const char* emulated_grouped_score_grad(const GroupedScoreGrad& p, const Device& d) {
   return call(&grouped_score_grad, p, d, half_of_shared(d));
+}
+const char* emulated_grouped_product_sm90(const GroupedProduct& p, const Device& d) {
+  static std::string refusal;
+  refusal = refusal_sm90(p);
+  return refusal.empty() ? call(&product_sm90, p, d) : refusal.c_str();
+}
+void emulated_plan_grouped_product_sm90(const GroupedProduct& p, const Device& d, Plan* plan) {
+  *plan = refusal_sm90(p).empty() ? plan_of(&plan_sm90, p, d) : Plan{};
+}
+void emulated_plan_grouped_product_sm80(const GroupedProduct& p, const Device& d, Plan* plan) {
+  *plan = plan_of(&plan_sm80, p, d);
 }
 int emulated_grouped_tokens(const GroupedProduct& p) { return &grouped_tokens == nullptr ? 0 : grouped_tokens(p); }
 
