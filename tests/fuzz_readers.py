@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["mft"]):
 
     from mft.config import RunConfig
     from mft.config_file import load_config, save_config
-    from mft.files.gguf_file import check_gguf
+    from mft.files.gguf_file import read_gguf_header
     from mft.masks.export import save_masks
     from mft.masks.export_format import CONFIG_FILE, MASK_FILE, read_export, read_tensors
     from mft.masks.paper_masks import read_paper_masks, write_paper_masks
@@ -159,7 +159,9 @@ READERS = {
     "config": Reader(_make_config, "config.yaml", lambda root: load_config(root / "config.yaml"), _aliases),
     "paper-masks": Reader(_make_paper_masks, "masks.pt", lambda root: read_paper_masks(root / "masks.pt"), _odd_masks),
     "gguf": Reader(
-        lambda root: write_tiny_gguf(root / "model.gguf"), "model.gguf", lambda root: check_gguf(root / "model.gguf")
+        lambda root: write_tiny_gguf(root / "model.gguf"),
+        "model.gguf",
+        lambda root: read_gguf_header(root / "model.gguf"),
     ),
     "model-config": Reader(
         lambda root: make_llama().config.save_pretrained(root),

@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,48 @@ _FORMS = {
 }
 
 
-def check_gguf(path: Path) -> None:
-    """Raise ValueError, naming the file and what is wrong, unless all that its header names lies in it; OSError."""
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of a file; its shape has the rows' length last, as in torch."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int  # its type, by ggml's number
+    start: int  # of its bytes, in the file
+    size: int  # bytes
+    entry: int  # where the header says its type, 4 bytes, and its offset, 8 bytes
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a file says of itself; of an array in ``metadata`` its length alone."""
+
+    metadata: dict[str, Any]
+    pairs: dict[str, tuple[int, int]]  # where each key with its value begins and ends; without arrays of texts
+    tensors: dict[str, GgufTensor]
+    data: int  # where the tensors' bytes begin
+
+    @property
+    def architecture(self) -> str:
+        return self.metadata["general.architecture"]
+
+    @property
+    def alignment(self) -> int:
+        return self.metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """The header of a file in which all that it names lies.
+
+    Raises: ValueError that names the file and what is wrong; OSError.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size < _SHORTEST:
             raise _error(path, f"{size} bytes")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
-                _check(Cursor(content))
+                return _read(Cursor(content))
             except Damaged as error:
                 raise _error(path, str(error)) from None
 
@@ -53,71 +87,82 @@ def _error(path: Path, problem: str) -> ValueError:
     return ValueError(f"{path}: expected a GGUF file, got one with {problem}: damaged or cut off, copy it again")
 
 
-def _check(cursor: Cursor) -> None:
-    magic, version, tensors, pairs = cursor.numbers("4sIQQ")
+def _read(cursor: Cursor) -> GgufHeader:
+    magic, version, tensors, count = cursor.numbers("4sIQQ")
     if magic != MAGIC or version not in _VERSIONS:
         raise Damaged(f"magic {magic!r} and version {version}, which must be {MAGIC!r} and 2 or 3")
     metadata: dict[str, Any] = {}
-    for _ in range(pairs):
+    pairs: dict[str, tuple[int, int]] = {}
+    for _ in range(count):
+        start = cursor.place
         key = cursor.text()
         if key in metadata:
             raise Damaged(f"the key {key[:80]!r} twice")
-        metadata[key] = _value(cursor)
+        metadata[key], is_short = _value(cursor)
+        if is_short:
+            pairs[key] = (start, cursor.place)
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise Damaged(f"general.architecture {architecture!r}, which must be a text")
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment.bit_count() != 1:
         raise Damaged(f"general.alignment {alignment!r}, which must be a power of two")
-    names = _check_tensors(cursor, tensors, alignment)
-    found = {name.split(".")[1] for name in names if name.startswith("blk.")}
+    found, data = _read_tensors(cursor, tensors, alignment)
+    numbers = {name.split(".")[1] for name in found if name.startswith("blk.")}
     blocks = metadata.get(f"{architecture}.block_count")
-    if type(blocks) is not int or blocks != len(found):  # transformers makes as many as it says
-        raise Damaged(f"{architecture}.block_count {blocks!r} beside the tensors of {len(found)} blocks")
+    if type(blocks) is not int or blocks != len(numbers):  # transformers makes as many as it says
+        raise Damaged(f"{architecture}.block_count {blocks!r} beside the tensors of {len(numbers)} blocks")
+    return GgufHeader(metadata, pairs, found, data)
 
 
-def _value(cursor: Cursor) -> Any:
-    """A number or a text; of an array its length."""
+def _value(cursor: Cursor) -> tuple[Any, bool]:
+    """(a number or a text, or of an array its length; whether it is no array of texts)"""
     kind = cursor.number("I")
     if kind in _FORMS:
-        return cursor.number(_FORMS[kind])
+        return cursor.number(_FORMS[kind]), True
     if kind == GGUFValueType.STRING:
-        return cursor.text()
+        return cursor.text(), True
     if kind != GGUFValueType.ARRAY:
         raise Damaged(f"a value of type {kind} at byte {cursor.place}, which there is not")
     kind, length = cursor.numbers("IQ")
     if kind in _FORMS:
         cursor.skip(length * struct.calcsize(f"<{_FORMS[kind]}"))
-    elif kind == GGUFValueType.STRING:
-        for _ in range(length):
-            cursor.skip(cursor.number("Q"))
-    else:
+        return length, True
+    if kind != GGUFValueType.STRING:
         raise Damaged(f"an array of type {kind} at byte {cursor.place}, which must be of numbers or texts")
-    return length
+    cursor.skip_texts(length)
+    return length, False
 
 
-def _check_tensors(cursor: Cursor, count: int, alignment: int) -> set[str]:
-    """The tensors' names."""
-    ends, total = 0, 0
-    names: set[str] = set()
+def _read_tensors(cursor: Cursor, count: int, alignment: int) -> tuple[dict[str, GgufTensor], int]:
+    """(the tensors by name, where their bytes begin)"""
+    found: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {}
     for _ in range(count):
         name, dimensions = cursor.text(), cursor.number("I")
-        if name in names:
+        if name in found:
             raise Damaged(f"the tensor {name[:80]!r} twice")
-        names.add(name)
         if not 0 < dimensions <= _MOST_DIMENSIONS:
             raise Damaged(f"{dimensions} dimensions of {name[:80]!r}, which must be 1 to {_MOST_DIMENSIONS}")
         shape = cursor.numbers(f"{dimensions}Q")
+        entry = cursor.place
         kind, offset = cursor.numbers("IQ")
         if kind not in GGML_QUANT_SIZES:
             raise Damaged(f"the type {kind} of {name[:80]!r}, which there is not")
         values, stored = GGML_QUANT_SIZES[kind]
         if not math.prod(shape) or shape[0] % values:
             raise Damaged(f"the shape {shape} of {name[:80]!r}, whose rows are of {values} values at a time")
-        size = math.prod(shape) // values * stored
-        ends, total = max(ends, offset + size), total + size
-    cursor.skip(-cursor.place % alignment)
-    left = len(cursor.content) - cursor.place
-    if max(ends, total) > left:
-        raise Damaged(f"{max(ends, total)} bytes of tensors, where {left} are left")
-    return names
+        found[name] = (shape[::-1], kind, offset, math.prod(shape) // values * stored, entry)
+    data = cursor.place + -cursor.place % alignment
+    left = len(cursor.content) - data
+    needed = max([sum(size for *_, size, _ in found.values()), *(o + size for _, _, o, size, _ in found.values())])
+    if needed > left:
+        raise Damaged(f"{needed} bytes of tensors, where {max(left, 0)} are left")
+    end, before = 0, ""
+    for name, (_, _, offset, size, _) in sorted(found.items(), key=lambda item: item[1][2]):
+        if offset < end:
+            raise Damaged(f"the tensors {before[:80]!r} and {name[:80]!r} in the same bytes")
+        end, before = offset + size, name
+    return {
+        name: GgufTensor(name, shape, kind, data + offset, size, entry)
+        for name, (shape, kind, offset, size, entry) in found.items()
+    }, data

@@ -21,7 +21,7 @@ from mft.checks import nearest, nearest_path
 from mft.config import ModelConfig
 from mft.files.atomic import atomic_directory
 from mft.files.cache import cache_root, sha256_of
-from mft.files.gguf_file import MAGIC, check_gguf
+from mft.files.gguf_file import MAGIC, read_gguf_header
 from mft.files.hub import HubError, hub_is_reachable
 from mft.files.json_file import read_object
 from mft.files.regular_file import check_regular, open_regular, read_regular
@@ -54,7 +54,7 @@ _OBJECTS = (
     *(_CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # for transformers: as it lies here
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # for transformers: as it lies here
 _MOST_JSON = 1 << 28  # bytes: a tokenizer of 262,144 tokens has 33 MB
 _MOST_TEMPLATE = 1 << 20  # bytes: a hundred times the longest of published models
 # What transformers raises on files of a right form whose values make no sense to it.
@@ -153,16 +153,16 @@ def _reached(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, we
 @contextmanager
 def _loading(config: ModelConfig, what: str) -> Iterator[None]:
     """transformers' errors as one that names the model."""
-    with _refusing(f"model.name {config.name!r} cannot be loaded as a {what}"), _quiet_progress():
+    with refusing(f"model.name {config.name!r} cannot be loaded as a {what}"), _quiet_progress():
         yield
 
 
 def _load_tokenizer(source: str, config: ModelConfig, *, sequence_length: int | None) -> Any:
     with _loading(config, "model"):
-        architecture = transformers.AutoConfig.from_pretrained(source, **_LOCAL)
+        architecture = transformers.AutoConfig.from_pretrained(source, **LOCAL)
     check_next_tokens(architecture, config.name, sequence_length)
     with _loading(config, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_LOCAL)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **LOCAL)
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)
     return _padding(tokenizer, config.name)
@@ -170,10 +170,10 @@ def _load_tokenizer(source: str, config: ModelConfig, *, sequence_length: int | 
 
 def _load_outline(source: str, config: ModelConfig) -> Any:
     with _loading(config, "causal language model"):
-        return _outline(transformers.AutoConfig.from_pretrained(source, **_LOCAL), config.dtype)
+        return outline_of(transformers.AutoConfig.from_pretrained(source, **LOCAL), config.dtype)
 
 
-def _outline(settings: Any, dtype: str) -> Any:
+def outline_of(settings: Any, dtype: str) -> Any:
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(
             settings, dtype=getattr(torch, dtype), trust_remote_code=False
@@ -196,7 +196,7 @@ def _load(source: str, config: ModelConfig, *, sequence_length: int | None) -> t
             use_safetensors=True,
             output_loading_info=True,
             **attention,
-            **_LOCAL,
+            **LOCAL,
         )
     _check_whole(model, info, config.name)
     return _prepared(model, tokenizer, config.name)
@@ -279,18 +279,18 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     gguf = gguf or fetch_smollm2()
     logger.warning("dequantising %s to %s, once; kept in %s", gguf.name, dtype, target)
     begin = time.monotonic()
-    options = {**_LOCAL, "gguf_file": gguf.name}
+    options = {**LOCAL, "gguf_file": gguf.name}
     dense = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed, in layers that are not nn.Linear
         dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     model: Any
     info: Any
     refusal = f"model.name must be a GGUF file that transformers can read, got {gguf}"
-    with _refusing(refusal):
+    with refusing(refusal):
         settings = transformers.AutoConfig.from_pretrained(gguf.parent, **options)
-        outline = _outline(settings, dtype)
+        outline = outline_of(settings, dtype)
     check_parameters(outline, gguf.stat().st_size, str(gguf))
-    with _refusing(refusal), _quiet_progress(), _bar_on_a_terminal():
+    with refusing(refusal), _quiet_progress(), _bar_on_a_terminal():
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             gguf.parent, config=settings, dtype=getattr(torch, dtype), output_loading_info=True, **dense, **options
@@ -322,7 +322,7 @@ def _gguf_hash(path: Path) -> str:
             f"model.name must be a GGUF file if it is a file, got {path}, which begins with {magic!r}: "
             "name the directory of an ordinary model"
         )
-    check_gguf(path)
+    read_gguf_header(path)
     return sha256_of(path)
 
 
@@ -356,7 +356,7 @@ def _check_files(directory: Path) -> None:
 
 
 @contextmanager
-def _refusing(words: str) -> Iterator[None]:
+def refusing(words: str) -> Iterator[None]:
     """What transformers raises while it reads a model's files, as a ValueError that begins with these words."""
     try:
         yield
