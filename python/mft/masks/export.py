@@ -205,6 +205,34 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
         return _base_hash(model, set(masked_modules(model) if names is None else names))
 
 
+def hash_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """base_hash of layers whose weights, (N, K), come with their names in alphabetical order.
+
+    Raises: ValueError if there are none.
+    """
+    digest = hashlib.sha256()
+    count = 0
+    for name, weight in weights:
+        digest.update(f"{name}\0{_dtype_name(weight)}\0{tuple(weight.shape)}\0".encode())
+        for chunk in _chunks(weight):
+            digest.update(chunk)
+        count += 1
+    if not count:
+        raise ValueError("model has no masked layers whose base could be hashed: give their names")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def weight_named(model: nn.Module, name: str) -> Tensor:
+    """The weight that a mask of this name is for: (N, K), also of a Conv1D; of experts in one parameter this."""
+    path, _, part = name.rpartition(".")
+    alone = model.get_submodule(path)._parameters.get(part)
+    if alone is not None:
+        return alone.detach()
+    module = linear_named(model, name)
+    weight = module.weight.detach()
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
 @torch.no_grad()
 def read_learned(
     model: nn.Module, export: MaskExport, directory: Path, *, force: bool
@@ -229,7 +257,7 @@ def read_learned(
 def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError unless the layers of these names have weights of these shapes (N, K)."""
     for name, expected in shapes.items():
-        shape = tuple(_weight(model, name).shape)
+        shape = tuple(weight_named(model, name).shape)
         if shape != expected:
             raise ValueError(
                 f"{name}: the mask is for a weight of {expected}, the model's is {shape}: load the base that it was "
@@ -244,7 +272,7 @@ def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Pat
         f"{directory}: the masks were learned on other weights of the same shapes ({learned_on}): expected base "
         f"{export.base_hash}, the model's is {found}"
     )
-    dtypes = sorted({_dtype_name(_weight(model, entry.name)) for entry in export.modules})
+    dtypes = sorted({_dtype_name(weight_named(model, entry.name)) for entry in export.modules})
     stored = sorted({entry.dtype for entry in export.modules})
     if dtypes != stored:
         message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
@@ -289,17 +317,7 @@ def _base_hash(model: nn.Module, names: set[str]) -> str:
                 f"({quantized[0]}, ...): load the unquantised model"
             )
         return found
-    digest = hashlib.sha256()
-    count = 0
-    for name in sorted(names):
-        weight = _weight(model, name)
-        digest.update(f"{name}\0{_dtype_name(weight)}\0{tuple(weight.shape)}\0".encode())
-        for chunk in _chunks(weight):
-            digest.update(chunk)
-        count += 1
-    if not count:
-        raise ValueError("model has no masked layers whose base could be hashed: give their names")
-    return f"sha256:{digest.hexdigest()}"
+    return hash_of_weights((name, weight_named(model, name)) for name in sorted(names))
 
 
 def _describe(
@@ -368,24 +386,13 @@ def _set_mask(module: MaskedLayer, packed: Tensor, mode: str, keep_ratio: float 
 
 
 def _exact_weight(model: nn.Module, name: str) -> Tensor:
-    """_weight, which must not be what codes stand for."""
+    """weight_named, which must not be what codes stand for."""
     if name in quantized_weights(model):
         raise ValueError(
             f"coding by_weight takes the exact weights, got {name} quantised: choose coding rice or packed to save "
             "masks here; to read them, load the unquantised model"
         )
-    return _weight(model, name)
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """(N, K), also of a Conv1D; of experts in one parameter that parameter."""
-    path, _, part = name.rpartition(".")
-    alone = model.get_submodule(path)._parameters.get(part)
-    if alone is not None:
-        return alone.detach()
-    module = linear_named(model, name)
-    weight = module.weight.detach()
-    return weight.t() if isinstance(module, Conv1D) else weight
+    return weight_named(model, name)
 
 
 def _chunks(weight: Tensor) -> Iterator[bytes]:
