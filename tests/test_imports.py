@@ -21,7 +21,7 @@ BACKENDS = ("cpu", "cuda", "triton")  # packages of mft_kernels/backends, none o
 RECIPE_ORDER = (
     *("checks", "contention", "files", "number_formats", "config", "config_file", "memory", "data", "models", "budget"),
     *("surrogate", "masks", "federated", "objectives", "engines", "importance", "evaluation", "tracking", "training"),
-    *("rewards", "publishing", "serving", "study", "study.report", "cli", "__main__"),
+    *("rewards", "publishing", "patching", "serving", "study", "study.report", "cli", "__main__"),
 )
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
 

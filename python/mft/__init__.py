@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .objectives.log_prob_objective import LogProbObjective
     from .objectives.objective import Objective
     from .objectives.token_objective import TokenObjective
+    from .patching.lora import write_gguf_lora
+    from .patching.patch import patch_gguf, patch_gguf_in_place, undo_gguf_patch, undo_gguf_patch_in_place
     from .publishing.push import push_to_hub
     from .rewards.config import RewardsConfig
     from .rewards.teacher import OnPolicyTeacher
@@ -82,6 +84,8 @@ _HOMES = {
     "objectives.log_prob_objective": ("LogProbObjective",),
     "objectives.objective": ("Objective",),
     "objectives.token_objective": ("TokenObjective",),
+    "patching.lora": ("write_gguf_lora",),
+    "patching.patch": ("patch_gguf", "patch_gguf_in_place", "undo_gguf_patch", "undo_gguf_patch_in_place"),
     "publishing.push": ("push_to_hub",),
     "rewards.config": ("RewardsConfig",),
     "rewards.teacher": ("OnPolicyTeacher",),
@@ -140,6 +144,8 @@ __all__ = [
     "merge_model",
     "merged_weights",
     "newest_checkpoint",
+    "patch_gguf",
+    "patch_gguf_in_place",
     "print_trainable_parameters",
     "push_to_hub",
     "quantize_model",
@@ -152,7 +158,10 @@ __all__ = [
     "train_masks",
     "train_rewards",
     "trainable_parameters",
+    "undo_gguf_patch",
+    "undo_gguf_patch_in_place",
     "unmasked_model",
+    "write_gguf_lora",
 ]
 
 

@@ -1,0 +1,74 @@
+"""One process at a time changes a file: locks that the system drops when the process dies."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from mft.checks import nearest_path
+from mft.files.atomic import naming
+from mft.files.regular_file import check_regular
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While the block runs, no patch in place changes the file. Raises: RuntimeError if one is doing so; OSError."""
+    with _locked(path, os.O_RDONLY, fcntl.LOCK_SH):
+        yield
+
+
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """While the block runs, no other patch reads or changes the file. Raises: RuntimeError if one does; OSError."""
+    with _locked(path, os.O_RDWR, fcntl.LOCK_EX):
+        yield
+
+
+@contextlib.contextmanager
+def claiming(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write to, which no other process has; if the block fails, it goes again.
+
+    Raises: RuntimeError if another process holds it; ValueError if something else lies there; OSError.
+    """
+    while True:
+        with _locked(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, fcntl.LOCK_EX) as descriptor:
+            if not _is_at(path, descriptor):  # its last holder has removed it
+                continue
+            if os.fstat(descriptor).st_size:  # an empty one is a killed process's
+                raise ValueError(f"{path} must not exist, got the undo file of another patch: move it, or delete it")
+            try:
+                with os.fdopen(descriptor, "wb", closefd=False) as file:
+                    yield file
+                    file.flush()
+                    os.fsync(descriptor)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+        return
+
+
+@contextlib.contextmanager
+def _locked(path: Path, flags: int, kind: int) -> Iterator[int]:
+    if not flags & os.O_CREAT:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} must be a GGUF file that exists, got nothing there{nearest_path(path)}")
+        check_regular(path)
+    with naming(path, "opened"):
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{path} must be free, got one that another mft patch works on: wait for it") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,167 @@
+"""Write masks into a GGUF file: dropped weights become exact zeros in their own codes, and every other bit stays."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from mft.files.atomic import atomic_file, naming, sweep, write_whole
+from mft.patching.codes import CODES, code_of
+from mft.patching.locks import changing, claiming, reading
+from mft.patching.plan import LoadBase, Plan, plan_patch
+from mft.patching.rewrite import Rewrite
+from mft.patching.undo_file import read_undo, undo_path
+
+_WINDOW = 1 << 20  # bytes of a file that are written in place at once
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What a patch did."""
+
+    path: Path
+    undo: Path  # with it undo_gguf_patch gives the original back
+    dropped: int  # weights
+    changed: int  # bytes of codes; what was dropped may have been 0 before
+    grown: int  # bytes that the file is longer than the original
+    base: str  # a sentence on whether the file was the masks' base
+
+
+def patch_gguf(
+    model: str | os.PathLike,
+    masks: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    widen: str | None = None,
+    load_base: LoadBase | None = None,
+    force: bool = False,
+) -> Patched:
+    """Write a GGUF file in which the weights that masks drop are exact zeros; every other weight keeps its bits.
+
+    ``decode(output) == where(mask, decode(model), 0)``, element by element. output appears whole or not at all, and
+    beside it output.undo, with which undo_gguf_patch gives the original back.
+
+    Args:
+        model: a GGUF file, in which each masked layer has tensors of its own, of the types F32, F16, BF16, Q8_0, Q4_0,
+            Q5_0, Q6_K, Q3_K, TQ1_0, TQ2_0 or MXFP4. Other types have no exact zero.
+        masks: as of load_masks.
+        output: a new file.
+        widen: "f32" stores the masked tensors of other types in float32, which makes the file longer.
+        load_base: gives the model that the masks were learned on. It is called if the file's weights are not that
+            model's to the bit; then shapes and correlation are checked.
+        force: take other weights of the same shapes, unchecked.
+    Raises: FileNotFoundError; ValueError if model or masks are damaged, do not fit each other, or a type has no zero;
+        RuntimeError if another patch works on one of the files; OSError if output cannot be written. Nothing is left
+        behind then.
+    """
+    path, target = Path(model), Path(output)
+    _check_new(target)
+    with reading(path):
+        plan = plan_patch(path, masks, load_base=load_base, force=force)
+        widened = _to_widen(plan, widen)
+        beside = undo_path(target)
+        with naming(beside), claiming(beside) as undo:
+            _check_new(target)
+            sweep(target.parent, lambda name: name == target.name)
+            with atomic_file(target) as scratch:
+                with scratch.open("wb") as sink:
+                    rewrite = Rewrite(plan, sink, widened).run()
+                undo.write(rewrite.undo().to_bytes())
+                undo.flush()
+                os.fsync(undo.fileno())  # before the file that it is for appears
+    grown = rewrite.bytes_after - rewrite.bytes_before
+    return Patched(target, beside, plan.count, len(rewrite.places), grown, plan.base)
+
+
+def patch_gguf_in_place(
+    model: str | os.PathLike, masks: str | os.PathLike, *, load_base: LoadBase | None = None, force: bool = False
+) -> Patched:
+    """patch_gguf in the file itself. A running llama.cpp maps the file, and computes with the new codes at once.
+
+    model.undo is written first: with it undo_gguf_patch_in_place gives the original back, also after a patch that was
+    broken off.
+    """
+    path, beside = Path(model), undo_path(model)
+    with changing(path):
+        if os.path.lexists(beside):
+            raise ValueError(
+                f"{path} must not have been patched before, got {beside.name} beside it: undo that patch first (--undo "
+                "--in-place)"
+            )
+        plan = plan_patch(path, masks, load_base=load_base, force=force)
+        _to_widen(plan, None)
+        rewrite = Rewrite(plan, None).run()
+        write_whole(beside, rewrite.undo().to_bytes())
+        _overwrite(path, rewrite.places, rewrite.new)
+    return Patched(path, beside, plan.count, len(rewrite.places), 0, plan.base)
+
+
+def undo_gguf_patch(patched: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """Write the file that was patched, byte for byte, as output.
+
+    Args: patched: what patch_gguf wrote, with its undo file beside it; output: a new file.
+    Returns: output.
+    Raises: FileNotFoundError; ValueError if either file has been changed since; OSError. output is then not written.
+    """
+    path, target = Path(patched), Path(output)
+    _check_new(target)
+    with reading(path):
+        undo = read_undo(path)
+        with atomic_file(target) as scratch, scratch.open("wb") as sink:
+            undo.restore(path, sink)
+    return target
+
+
+def undo_gguf_patch_in_place(patched: str | os.PathLike) -> Path:
+    """undo_gguf_patch in the file itself, whose undo file is then deleted. Raises: as undo_gguf_patch."""
+    path = Path(patched)
+    with changing(path):
+        undo = read_undo(path)
+        if not undo.is_in_order:
+            raise ValueError(
+                f"{path} must hold its tensors where the original has them to be restored in place, got a file that is "
+                "widened: name a new file for the original"
+            )
+        undo.restore(path)  # to nowhere: it is held against its hash
+        _overwrite(path, undo.places, undo.old)
+        undo_path(path).unlink()
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _check_new(target: Path) -> None:
+    if os.path.lexists(target):
+        raise ValueError(f"output must be a new file, got {target}, which exists: name another one, or delete it")
+
+
+def _to_widen(plan: Plan, widen: str | None) -> frozenset[str]:
+    """Names of the masked tensors without a zero. Raises: ValueError if there are some, and they may not be widened."""
+    if widen not in (None, "f32"):
+        raise ValueError(f"widen must be f32 (or not be given), got {widen!r}")
+    names = [name for name in plan.dropped if code_of(plan.tensor(name).kind) is None]
+    if names and widen is None:
+        kind = GGMLQuantizationType(plan.tensor(names[0]).kind).name
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"{plan.path}: masked tensors must be of a type with an exact zero ({', '.join(CODES)}), got {kind} of "
+            f"{names[0]}{others}: --widen f32 stores them in float32, or quantise the model to Q8_0 or Q4_0"
+        )
+    return frozenset(names)
+
+
+def _overwrite(path: Path, places: np.ndarray, new: np.ndarray) -> None:
+    """Make these bytes of a file, at ascending places, new."""
+    with naming(path), path.open("r+b") as file:
+        for start in range(0, os.fstat(file.fileno()).st_size, _WINDOW):
+            first, last = np.searchsorted(places, [start, start + _WINDOW])
+            if first < last:
+                window = np.fromfile(path, np.uint8, _WINDOW, offset=start)
+                window[places[first:last] - start] = new[first:last]
+                file.seek(start)
+                file.write(window.data)
+        file.flush()
+        os.fsync(file.fileno())

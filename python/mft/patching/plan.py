@@ -1,0 +1,161 @@
+"""What a patch changes: which elements of which tensors, and whether the file is the base that the masks are for."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import dequantize
+from gguf.constants import GGMLQuantizationType
+from torch import Tensor, nn
+
+from mft.files.gguf_file import GgufHeader, GgufTensor, read_gguf_header
+from mft.masks.export import check_shapes, hash_of_weights, weight_named
+from mft.masks.export_format import (
+    MaskEntry,
+    MaskExport,
+    check_masks_alone,
+    content_hash,
+    read_description,
+    read_tensors,
+)
+from mft.masks.location import masks_directory
+from mft.models.gguf_outline import gguf_outline
+from mft.patching.layout import Layout
+from mft.patching.threads import made_ahead
+
+LoadBase = Callable[[], nn.Module]
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Of a layer's weights in the file and in the base: below it they are those of another model, or in another order, which
+# correlate at about 0. A ternary quantisation of ordinary weights has 0.75, 3 bits 0.98.
+_LEAST_CORRELATION = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What masks drop of a file's weights."""
+
+    path: Path
+    header: GgufHeader
+    export: MaskExport
+    masks_hash: str  # content_hash of the export
+    dropped: dict[str, np.ndarray]  # of each tensor with masked weights, by name: which elements are dropped, ascending
+    base: str  # a sentence on whether the file is the masks' base
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.dropped.values()))
+
+    def tensor(self, name: str) -> GgufTensor:
+        return self.header.tensors[name]
+
+
+def plan_patch(
+    model: str | os.PathLike, masks: str | os.PathLike, *, load_base: LoadBase | None = None, force: bool = False
+) -> Plan:
+    """Read a GGUF file and masks, and find the weights that they drop.
+
+    Args:
+        model: a GGUF file.
+        masks: as of load_masks.
+        load_base: gives the model that the masks were learned on, and is called if the file's weights are not that
+            model's to the bit: somebody's own quantisation is held against it.
+        force: take the file whatever its weights are, if their shapes are those of the masks.
+    Raises: FileNotFoundError; ValueError if either is damaged, or the file is another model's.
+    """
+    path, directory = Path(model), masks_directory(masks)
+    header = read_gguf_header(path)
+    export = read_description(directory)
+    check_masks_alone(export, directory, "mft patch")
+    layers = {entry.name: entry.shape for entry in export.modules}
+    layout = Layout(path, header, gguf_outline(path, header), layers)
+    base = _Base(path, layout, export, load_base)
+    words = base.judge(directory, force=force)
+    read, _ = read_tensors(directory, export, base.weight)
+    parts: dict[str, list[np.ndarray]] = {}
+    for entry in export.modules:
+        for tensor, elements in layout.elements(entry.name, _dropped(read[entry.name], entry)):
+            parts.setdefault(tensor.name, []).append(elements)
+    dropped = {name: np.unique(np.concatenate(found)) if len(found) > 1 else found[0] for name, found in parts.items()}
+    return Plan(path, header, export, export.content_hash or content_hash(export, read), dropped, words)
+
+
+def tensor_values(path: Path, tensor: GgufTensor) -> np.ndarray:
+    """What a tensor of a file decodes to, float32 in its shape. Raises: ValueError if gguf cannot decode its type."""
+    return decoded(path, tensor, np.fromfile(path, np.uint8, tensor.size, offset=tensor.start))
+
+
+def decoded(path: Path, tensor: GgufTensor, stored: np.ndarray) -> np.ndarray:
+    """tensor_values of a tensor's bytes; path: for the message."""
+    kind = GGMLQuantizationType(tensor.kind)
+    try:
+        with np.errstate(all="ignore"):  # of scales that are no numbers
+            values = dequantize(stored.reshape(math.prod(tensor.shape[:-1]), -1), kind)
+    except NotImplementedError:
+        raise ValueError(f"{path}: {tensor.name} must be of a type that gguf decodes, got {kind.name}") from None
+    return values.reshape(tensor.shape)
+
+
+def _dropped(packed: Tensor, entry: MaskEntry) -> np.ndarray:
+    """Where a packed mask has no bit, flat. By numpy: torch's threads wait for each other on a busy machine."""
+    kept = np.unpackbits(packed.numpy().view(np.uint8), axis=-1, count=entry.shape[-1], bitorder="little")
+    return np.flatnonzero(kept == 0)
+
+
+class _Base:
+    """Whether a file holds the weights that masks were learned on, and these weights."""
+
+    def __init__(self, path: Path, layout: Layout, export: MaskExport, load: LoadBase | None) -> None:
+        self.path, self.layout, self.export, self.load = path, layout, export, load
+        self.entries = {entry.name: entry for entry in export.modules}
+        self.model: nn.Module | None = None  # of weights that the file does not hold to the bit
+
+    def judge(self, directory: Path, *, force: bool) -> str:
+        """A sentence on it. Raises: ValueError if it is another model, and not force."""
+        names = sorted(self.entries)
+        weights = made_ahead(lambda name: self._of_file(self.entries[name]), names)
+        found = hash_of_weights(zip(names, weights))
+        if found == self.export.base_hash:
+            return f"{self.path} is the base of the masks: its weights have their hash"
+        if force:
+            self.model = self.load() if self.load is not None and self.export.coding == "by_weight" else None
+            return f"{self.path} is not the base of the masks to the bit, and was not held against it (force)"
+        if self.load is None:
+            raise ValueError(
+                f"{self.path} must hold the weights that the masks in {directory} were learned on, "
+                f"{self.export.base_hash}, got {found}: name that file; if it is a quantisation of that model, "
+                "give the model to compare it with (load_base), or take it as it is (force=True, --force)"
+            )
+        self.model = self.load()
+        check_shapes(self.model, {name: entry.shape for name, entry in self.entries.items()})
+        name, least = min(((name, self._correlation(name)) for name in self.entries), key=lambda pair: pair[1])
+        if not least >= _LEAST_CORRELATION:
+            raise ValueError(
+                f"{self.path} must be a quantisation of the model that the masks in {directory} were learned on, got "
+                f"weights of {name} whose correlation with its weights is {least:.2f}: name the file of that model, or "
+                "take it as it is (force, --force)"
+            )
+        return (
+            f"{self.path} is a quantisation of the base of the masks, not the base itself: shapes agree, and the "
+            f"correlation of weights is {least:.4f} or more (lowest in {name})"
+        )
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of a layer that the masks were learned on, for a coding that takes it."""
+        return self._of_file(self.entries[name]) if self.model is None else weight_named(self.model, name)
+
+    def _of_file(self, entry: MaskEntry) -> Tensor:
+        values = {tensor.name: tensor_values(self.path, tensor) for tensor in self.layout.tensors[entry.name]}
+        weight = torch.from_numpy(np.ascontiguousarray(self.layout.weight(entry.name, values)))
+        return weight.to(_DTYPES.get(entry.dtype, torch.float32))
+
+    def _correlation(self, name: str) -> float:
+        assert self.model is not None
+        ours = self._of_file(self.entries[name]).double().flatten()
+        theirs = weight_named(self.model, name).double().flatten().cpu()
+        ours, theirs = ours - ours.mean(), theirs - theirs.mean()
+        found = float(ours @ theirs / (ours.norm() * theirs.norm()))
+        return found if math.isfinite(found) else 0.0

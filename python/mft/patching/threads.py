@@ -1,0 +1,47 @@
+"""Work on a second core beside the one that reads: hashes, and the next layer's weights."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class Digest:
+    """SHA-256 of bytes that come in pieces, which must not change afterwards; a thread of its own computes it."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+
+    def update(self, piece: np.ndarray) -> None:
+        self._wait()  # one piece at a time: others would wait in memory
+        self._pending = self._pool.submit(self._digest.update, piece.data)
+
+    def hexdigest(self) -> str:
+        """Of all pieces. Ends the thread."""
+        self._wait()
+        self._pool.shutdown()
+        return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+
+def made_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """map(make, items), each made while the one before it is used."""
+    with ThreadPoolExecutor(1) as pool:
+        before: Future | None = None
+        for item in items:
+            now = pool.submit(make, item)
+            if before is not None:
+                yield before.result()
+            before = now
+        if before is not None:
+            yield before.result()
