@@ -476,6 +476,36 @@ def recode(
 
 
 @app.command()
+def patch(
+    model: Annotated[Path, typer.Argument(help="A GGUF file; with --undo one that was patched.")],
+    masks_and_output: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MASKS] [OUTPUT]", help="Masks as for mft merge, and the new GGUF file; with --undo OUTPUT alone."
+        ),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Give the original back, from MODEL and MODEL.undo.")] = False,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Change MODEL itself; a running llama.cpp sees it at once. No OUTPUT.")
+    ] = False,
+    widen: Annotated[
+        str | None, typer.Option(help="f32: store masked tensors in it whose type has no exact zero.")
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Write a LoRA adapter there instead, for what can only add. No OUTPUT.")
+    ] = None,
+    base: BaseModel = None,
+    dtype: BaseDtype = None,
+    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+) -> None:
+    """Put masks into a GGUF file: dropped weights become exact zeros, every other weight keeps its bits; and back."""
+    _let_waiting_threads_sleep()
+    from mft.cli.patch import Request, run_patch
+
+    run_patch(Request(model, tuple(masks_and_output or ()), undo, in_place, widen, lora, base, dtype, force))
+
+
+@app.command()
 def push(
     directory: Annotated[
         Path, typer.Argument(help="An output_dir or its masks/, what PEFT saved, or a model that was merged.")

@@ -1,0 +1,122 @@
+"""What mft patch does: masks into a GGUF file, out of it again, or into a LoRA adapter for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from mft.masks.location import masks_directory
+from mft.patching.lora import adapter_size, write_adapter
+from mft.patching.patch import (
+    Patched,
+    patch_gguf,
+    patch_gguf_in_place,
+    undo_gguf_patch,
+    undo_gguf_patch_in_place,
+)
+from mft.patching.plan import plan_patch
+from mft.tracking.console import say
+from mft.training.inputs import read_base
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of mft patch."""
+
+    model: Path
+    rest: tuple[str, ...]  # MASKS OUTPUT, with undo OUTPUT, in place without OUTPUT
+    undo: bool
+    in_place: bool
+    widen: str | None
+    lora: Path | None
+    base: str | None
+    dtype: str | None
+    force: bool
+
+
+def run_patch(request: Request) -> None:
+    """mft patch"""
+    if request.undo:
+        _undo(request)
+    elif request.lora is not None:
+        _write_lora(request)
+    else:
+        _patch(request)
+
+
+def _patch(request: Request) -> None:
+    if request.in_place:
+        if request.widen is not None:
+            raise ValueError("--widen must not come with --in-place: a wider tensor does not fit into its place")
+        (masks,) = _arguments(request, "MASKS")
+        say(
+            f"warning: a running llama.cpp that has {request.model} open computes with the new weights at once",
+            "yellow",
+        )
+        patched = patch_gguf_in_place(request.model, masks, load_base=_loader(request, masks), force=request.force)
+    else:
+        masks, output = _arguments(request, "MASKS", "OUTPUT")
+        patched = patch_gguf(
+            request.model,
+            masks,
+            output,
+            widen=request.widen,
+            load_base=_loader(request, masks),
+            force=request.force,
+        )
+    _report(request, patched)
+
+
+def _report(request: Request, patched: Patched) -> None:
+    say(patched.base)
+    grown = f"; it is {patched.grown} bytes longer, for tensors in float32" if patched.grown else ""
+    say(
+        f"patched: {patched.dropped} weights are 0 in {patched.path}, where {patched.changed} bytes of codes "
+        f"changed{grown}"
+    )
+    how = "--undo --in-place" if request.in_place else "ORIGINAL --undo"
+    say(f"the old bytes lie in {patched.undo}: mft patch {patched.path} {how} gives the original back")
+
+
+def _undo(request: Request) -> None:
+    for option, value in (("--widen", request.widen), ("--lora", request.lora), ("--base", request.base)):
+        if value is not None:
+            raise ValueError(f"{option} must not come with --undo, got {value}")
+    if request.in_place:
+        _arguments(request)
+        restored = undo_gguf_patch_in_place(request.model)
+    else:
+        restored = undo_gguf_patch(request.model, *_arguments(request, "OUTPUT"))
+    say(f"restored: {restored} has the SHA-256 of the file that was patched")
+
+
+def _write_lora(request: Request) -> None:
+    for option, given in (("--in-place", request.in_place), ("--widen", request.widen)):
+        if given:
+            raise ValueError(f"{option} must not come with --lora, which leaves the model as it is")
+    (masks,) = _arguments(request, "MASKS")
+    plan = plan_patch(request.model, masks, load_base=_loader(request, masks), force=request.force)
+    size = adapter_size(plan)
+    assert request.lora is not None
+    say(f"{plan.base}; the adapter takes {size} bytes, the model {request.model.stat().st_size}")
+    adapter = write_adapter(plan, request.lora)
+    exact = "float16 holds each of them exactly"
+    if not adapter.is_exact:
+        exact = f"float16 rounds {adapter.rounded} of them, by {adapter.largest_error:.2g} at the most"
+    say(f"adapter: minus {adapter.dropped} dropped weights in {adapter.path}; {exact}")
+
+
+def _arguments(request: Request, *names: str) -> tuple[str, ...]:
+    """The arguments after the model. Raises: ValueError unless there is one for each of these names."""
+    if len(request.rest) != len(names):
+        wanted = f"MODEL {' '.join(names)}".rstrip()
+        raise ValueError(
+            f"arguments must be {wanted} with these options, got {' '.join((str(request.model), *request.rest))}"
+        )
+    return request.rest
+
+
+def _loader(request: Request, masks: str) -> Callable[[], nn.Module]:
+    """Loads the base of the masks, as mft verify does."""
+    return lambda: read_base(masks_directory(masks), request.base, request.dtype)[0]
