@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz llama-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -138,10 +138,20 @@ faults: dev
 
 # The same readers under a coverage-guided fuzzer, each for so many seconds; fetches atheris.
 FUZZ_SECONDS ?= 60
-FUZZED := export-config export-masks coded-masks masks-by-weight checkpoint checkpoint-facts checkpoint-tensors config paper-masks gguf model-config
+FUZZED := export-config export-masks coded-masks masks-by-weight checkpoint checkpoint-facts checkpoint-tensors config paper-masks gguf undo model-config
 fuzz: dev
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris
 	for reader in $(FUZZED); do $(BIN)/python tests/fuzz_readers.py $$reader $(FUZZ_SECONDS) || exit 1; done
+
+# llama.cpp on patched GGUF files, beside torch; xllamacpp is a prebuilt wheel (35 MB), in an environment of its own. Minutes.
+LLAMA := .venv-llama
+llama-test: dev $(LLAMA)/.installed
+	MFT_LLAMA_PYTHON=$(LLAMA)/bin/python $(BIN)/python -m pytest -s -o addopts= tests/patching/test_smollm2.py
+
+$(LLAMA)/.installed:
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install --quiet xllamacpp numpy
+	@touch $@
 
 # tests/architectures/results.csv: which models of transformers can be masked, each made small and tried; 5 minutes. Some
 # alone, by model type or sweep (causal, encoder, seq2seq, vision, speech), the other rows stay: make architectures
@@ -239,5 +249,5 @@ $(OLDEST)/.installed:
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json mft_kernels/cubins .pytest_cache .mypy_cache .ruff_cache $(OLDEST)
+	rm -rf build dist *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json mft_kernels/cubins .pytest_cache .mypy_cache .ruff_cache $(OLDEST) $(LLAMA)
 	rm -f $(addprefix $(VENV)/.,torch packages kernels installed installed-dev)

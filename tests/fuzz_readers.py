@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import atheris
+import numpy as np
 import torch
 from torch._weights_only_unpickler import Unpickler
 
@@ -32,6 +33,7 @@ with atheris.instrument_imports(include=["mft"]):
     from mft.masks.export_format import CONFIG_FILE, MASK_FILE, read_export, read_tensors
     from mft.masks.paper_masks import read_paper_masks, write_paper_masks
     from mft.memory.model_config import read_model_config
+    from mft.patching.undo_file import Facts, Undo, read_undo
     from mft.training.checkpoint import Checkpoint, verify_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +148,15 @@ def _read_export_by_weight(directory: Path) -> None:
     read_tensors(directory / "masks", export, lambda name: make_llama().get_parameter(f"{name}.weight"))
 
 
+def _make_undo(directory: Path) -> None:
+    places = np.array([3, 4, 700])
+    facts = Facts("0" * 64, "1" * 64, 1000, "sha256:x", 3)
+    undo = Undo(
+        facts, np.array([[0, 0, 990], [1, 0, 10]]), np.arange(10, dtype=np.uint8), places, places.astype(np.uint8)
+    )
+    (directory / "model.gguf.undo").write_bytes(undo.to_bytes())
+
+
 READERS = {
     "export-config": Reader(_make_export, f"masks/{CONFIG_FILE}", _read_export),
     "export-masks": Reader(_make_export, f"masks/{MASK_FILE}", _read_export),
@@ -163,6 +174,7 @@ READERS = {
         "model.gguf",
         lambda root: read_gguf_header(root / "model.gguf"),
     ),
+    "undo": Reader(_make_undo, "model.gguf.undo", lambda root: read_undo(root / "model.gguf")),
     "model-config": Reader(
         lambda root: make_llama().config.save_pretrained(root),
         "config.json",

@@ -10,10 +10,11 @@ PAIRS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st"]
 TOKENS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, "Ġ", *PAIRS, "<|endoftext|>"]
 
 
-def write_tiny_gguf(path, feed_forward=INTERMEDIATE, tokenizer="gpt2"):
+def write_tiny_gguf(path, feed_forward=INTERMEDIATE, tokenizer="gpt2", down="F32"):
     """Returns the bytes of its header.
 
     feed_forward: what that claims, whatever the tensors' shapes are. tokenizer: gpt2, or llama (of sentencepiece).
+    down: the type of ffn_down, whose rows alone are a whole block; all else is F32.
     """
     chance = numpy.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
@@ -48,7 +49,12 @@ def write_tiny_gguf(path, feed_forward=INTERMEDIATE, tokenizer="gpt2"):
     named = {"token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,)}
     named |= {f"blk.{block}.{name}": shape for block in range(BLOCKS) for name, shape in shapes.items()}
     for name, shape in named.items():
-        writer.add_tensor(f"{name}.weight", chance.standard_normal(shape).astype(numpy.float32))
+        values = chance.standard_normal(shape).astype(numpy.float32)
+        if name.endswith("ffn_down") and down != "F32":
+            kind = gguf.GGMLQuantizationType[down]
+            writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{name}.weight", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -36,6 +36,7 @@ from . import (
     environment,
     experts,
     files,
+    gguf_files,
     hub,
     objectives,
     rewards,
@@ -46,7 +47,7 @@ from . import (
 )
 
 GROUPS = (
-    *(tensors, experts, files, hub, data, training, deletion, budgets),
+    *(tensors, experts, files, gguf_files, hub, data, training, deletion, budgets),
     *(objectives, rewards, studies, environment, serving),
 )
 

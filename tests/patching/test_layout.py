@@ -11,8 +11,8 @@ from mft.config import MaskConfig
 from mft.files.gguf_file import read_gguf_header
 from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
-from mft.models.gguf_outline import gguf_outline
 from mft.patching.layout import Layout
+from mft.patching.outline import gguf_outline
 from mft.patching.patch import patch_gguf
 from mft.patching.plan import plan_patch, tensor_values
 

@@ -48,7 +48,7 @@ def run_patch(request: Request) -> None:
 def _patch(request: Request) -> None:
     if request.in_place:
         if request.widen is not None:
-            raise ValueError("--widen must not come with --in-place: a wider tensor does not fit into its place")
+            raise ValueError(f"--widen must not come with --in-place, got {request.widen}: wider tensors do not fit")
         (masks,) = _arguments(request, "MASKS")
         say(
             f"warning: a running llama.cpp that has {request.model} open computes with the new weights at once",
@@ -94,7 +94,7 @@ def _undo(request: Request) -> None:
 def _write_lora(request: Request) -> None:
     for option, given in (("--in-place", request.in_place), ("--widen", request.widen)):
         if given:
-            raise ValueError(f"{option} must not come with --lora, which leaves the model as it is")
+            raise ValueError(f"{option} must not come with --lora, which leaves the model as it is, got both")
     (masks,) = _arguments(request, "MASKS")
     plan = plan_patch(request.model, masks, load_base=_loader(request, masks), force=request.force)
     size = adapter_size(plan)

@@ -23,8 +23,8 @@ from mft.masks.export_format import (
     read_tensors,
 )
 from mft.masks.location import masks_directory
-from mft.models.gguf_outline import gguf_outline
 from mft.patching.layout import Layout
+from mft.patching.outline import gguf_outline
 from mft.patching.threads import made_ahead
 
 LoadBase = Callable[[], nn.Module]
