@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -110,3 +111,20 @@ def test_a_mask_for_another_model_is_refused_by_its_layer(name, shape, message, 
     with pytest.raises(ValueError, match=message) as caught:
         plan_patch(path, masks, force=True)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen35"])
+def test_an_architecture_that_transformers_reads_otherwise_is_refused(architecture, tmp_path):
+    path = write_gguf(make("llama"), tmp_path / "model.gguf")
+    masks, _ = mask_of(path, tmp_path / "masks")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", architecture)
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((256, 256), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        ValueError, match=f"renames one by one, got '{architecture}': mft merge writes a model directory"
+    ):
+        plan_patch(tmp_path / "other.gguf", masks)

@@ -140,7 +140,7 @@ class _Base:
             )
         return (
             f"{self.path} is a quantisation of the base of the masks, not the base itself: shapes agree, and the "
-            f"correlation of weights is {least:.4f} or more (lowest in {name})"
+            f"correlation of weights is {math.floor(1e5 * least) / 1e5:.5f} or more (lowest in {name})"
         )
 
     def weight(self, name: str) -> Tensor:
