@@ -67,7 +67,7 @@ TABLE = r"""
 masks of another base
     load_masks(other_base(), masks_in(tmp))
     -> ValueError: masks | expected base sha256: | the model's is sha256:
-        | To use the masks on this model all the same, pass force=True to load_masks (--force)
+        | To use the masks on this model all the same, pass force=True (--force)
 masks of the base in another dtype
     load_masks(make_llama(torch.bfloat16), masks_in(tmp))
     -> ValueError: masks | those were float32 | The model's weights are bfloat16 | load it in that dtype

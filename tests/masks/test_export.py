@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import mft
 from mft.config import CODINGS, MaskConfig
-from mft.masks import export as export_module
+from mft.files import weights_hash
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import base_hash, load_masks, save_masks
 from mft.masks.export_format import read_export, read_whole_export
@@ -259,7 +259,7 @@ def test_the_hash_sees_weight_dtype_and_name_but_not_its_chunks(change, monkeypa
         others = ["model.layers.0.mlp.up_proj"]
         model.get_submodule(others[0]).weight.data.copy_(model.get_submodule(UP).weight)
     else:
-        monkeypatch.setattr(export_module, "_CHUNK", 500)
+        monkeypatch.setattr(weights_hash, "_CHUNK", 500)
     assert (base_hash(model, others) == expected) == (change == "chunks")
 
 

@@ -5,10 +5,9 @@ for further training. It knows the base weights that it was learned on by their 
 """
 
 import dataclasses
-import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.checks import check_one_of
 from mft.config import CODINGS, MaskConfig
 from mft.files.atomic import atomic_directory
-from mft.files.mask_coding import BY_NAME
+from mft.files.weights_hash import dtype_name, weights_hash
 from mft.masks.convert import check_unwrapped, convert, masked_modules, set_scores
 from mft.masks.export_format import (
     CONFIG_FILE,
@@ -28,6 +27,7 @@ from mft.masks.export_format import (
     MaskEntry,
     MaskExport,
     Weights,
+    check_base,
     content_hash,
     export_files,
     is_export,
@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 # A loaded mask's scores: as far above the threshold as below, at the scale that scores are initialised with.
 _THRESHOLD = {"magnitude": 0.02, "value": 0.0}
 _MARGIN = 0.01
-_CHUNK = 1 << 24  # bytes hashed at once
 # What keep_base_hash found: (names, hash); an attribute of the model.
 _EXACT_BASE = "_mft_exact_base"
 
@@ -205,23 +204,6 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
         return _base_hash(model, set(masked_modules(model) if names is None else names))
 
 
-def hash_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """base_hash of layers whose weights, (N, K), come with their names in alphabetical order.
-
-    Raises: ValueError if there are none.
-    """
-    digest = hashlib.sha256()
-    count = 0
-    for name, weight in weights:
-        digest.update(f"{name}\0{_dtype_name(weight)}\0{tuple(weight.shape)}\0".encode())
-        for chunk in _chunks(weight):
-            digest.update(chunk)
-        count += 1
-    if not count:
-        raise ValueError("model has no masked layers whose base could be hashed: give their names")
-    return f"sha256:{digest.hexdigest()}"
-
-
 def weight_named(model: nn.Module, name: str) -> Tensor:
     """The weight that a mask of this name is for: (N, K), also of a Conv1D; of experts in one parameter this."""
     path, _, part = name.rpartition(".")
@@ -246,8 +228,7 @@ def read_learned(
     """
     check_shapes(model, {entry.name: entry.shape for entry in export.modules})
     found = base_hash(model, [entry.name for entry in export.modules])
-    if found != export.base_hash and (not force or BY_NAME[export.coding].needs_weight):
-        raise ValueError(_other_base(model, export, found, directory))
+    check_base(export, directory, found, partial(weight_named, model), force=force)
     masks, saved = read_tensors(directory, export, partial(_exact_weight, model))
     if export.content_hash is None:
         logger.warning("%s: %s", directory, UNVERIFIED)
@@ -263,25 +244,6 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
                 f"{name}: the mask is for a weight of {expected}, the model's is {shape}: load the base that it was "
                 "learned on"
             )
-
-
-def _other_base(model: nn.Module, export: MaskExport, found: str, directory: Path) -> str:
-    """The message that the masks were learned on another base than the model, whose hash was found."""
-    learned_on = export.base_model_name_or_path or "a base without a name"
-    message = (
-        f"{directory}: the masks were learned on other weights of the same shapes ({learned_on}): expected base "
-        f"{export.base_hash}, the model's is {found}"
-    )
-    dtypes = sorted({_dtype_name(weight_named(model, entry.name)) for entry in export.modules})
-    stored = sorted({entry.dtype for entry in export.modules})
-    if dtypes != stored:
-        message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
-    if BY_NAME[export.coding].needs_weight:
-        return (
-            f"{message}. Masks in coding {export.coding} are read with the very weights alone: mft recode {directory} "
-            "DIRECTORY on that base writes masks that --force takes"
-        )
-    return message + ". To use the masks on this model all the same, pass force=True to load_masks (--force)"
 
 
 def keep_base_hash(model: nn.Module) -> None:
@@ -317,7 +279,7 @@ def _base_hash(model: nn.Module, names: set[str]) -> str:
                 f"({quantized[0]}, ...): load the unquantised model"
             )
         return found
-    return hash_of_weights((name, weight_named(model, name)) for name in sorted(names))
+    return weights_hash(names, partial(weight_named, model))
 
 
 def _describe(
@@ -335,7 +297,7 @@ def _describe(
     layers = sorted({index for name in masked if (index := layer_index(name, stacks)) is not None})
     quantized = quantized_weights(model)
     entries = [
-        MaskEntry(name, tuple(module.scores.shape), _dtype_name(module.weight), int(module.mask().sum()))
+        MaskEntry(name, tuple(module.scores.shape), dtype_name(module.weight), int(module.mask().sum()))
         for name, module in masked.items()
     ]
     export = MaskExport(
@@ -393,19 +355,6 @@ def _exact_weight(model: nn.Module, name: str) -> Tensor:
             "masks here; to read them, load the unquantised model"
         )
     return weight_named(model, name)
-
-
-def _chunks(weight: Tensor) -> Iterator[bytes]:
-    if weight.dim() > 2:
-        weight = weight.flatten(0, -2)
-    rows = max(1, _CHUNK // max(1, weight.shape[1] * weight.element_size()))
-    for start in range(0, weight.shape[0], rows):
-        # A copy: memory that numpy has seen cannot be resized, which is how FSDP2 frees gathered weights.
-        yield weight[start : start + rows].to("cpu", copy=True).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _dtype_name(weight: Tensor) -> str:
-    return str(weight.dtype).removeprefix("torch.")
 
 
 def _check_replaceable(target: Path) -> None:

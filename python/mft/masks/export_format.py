@@ -29,6 +29,7 @@ from mft.config import CODINGS, QUANTIZATIONS
 from mft.files.json_file import check_keys, expect, is_list_of, is_number, read_object, short
 from mft.files.mask_coding import BY_NAME, damaged, of_version
 from mft.files.safetensors_file import MOST_HEADER, open_tensors
+from mft.files.weights_hash import dtype_name
 from mft.masks.saved_modules import is_inside
 
 CONFIG_FILE = "adapter_config.json"
@@ -209,6 +210,30 @@ def check_masks_alone(export: MaskExport, directory: Path, reader: str) -> None:
             f"{directory}: expected masks alone, got modules_to_save too ({', '.join(export.modules_to_save)}): they "
             f"are not for {reader}; use load_masks"
         )
+
+
+def check_base(export: MaskExport, directory: Path, found: str, weights: Weights, *, force: bool) -> None:
+    """Raise ValueError unless found is the hash of the base that the masks were learned on, or force allows another.
+
+    Args: found: the hash of the model's weights.
+    """
+    if found == export.base_hash or (force and not BY_NAME[export.coding].needs_weight):
+        return
+    learned_on = export.base_model_name_or_path or "a base without a name"
+    message = (
+        f"{directory}: the masks were learned on other weights of the same shapes ({learned_on}): expected base "
+        f"{export.base_hash}, the model's is {found}"
+    )
+    dtypes = sorted({dtype_name(weights(entry.name)) for entry in export.modules})
+    stored = sorted({entry.dtype for entry in export.modules})
+    if dtypes != stored:
+        message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
+    if BY_NAME[export.coding].needs_weight:
+        raise ValueError(
+            f"{message}. Masks in coding {export.coding} are read with the very weights alone: mft recode {directory} "
+            "DIRECTORY on that base writes masks that --force takes"
+        )
+    raise ValueError(f"{message}. To use the masks on this model all the same, pass force=True (--force)")
 
 
 def most_bytes(export: MaskExport) -> int | None:

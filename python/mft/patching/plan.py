@@ -13,7 +13,8 @@ from gguf.constants import GGMLQuantizationType
 from torch import Tensor, nn
 
 from mft.files.gguf_file import GgufHeader, GgufTensor, read_gguf_header
-from mft.masks.export import check_shapes, hash_of_weights, weight_named
+from mft.files.weights_hash import weights_hash
+from mft.masks.export import check_shapes, weight_named
 from mft.masks.export_format import (
     MaskEntry,
     MaskExport,
@@ -116,8 +117,8 @@ class _Base:
     def judge(self, directory: Path, *, force: bool) -> str:
         """A sentence on it. Raises: ValueError if it is another model, and not force."""
         names = sorted(self.entries)
-        weights = made_ahead(lambda name: self._of_file(self.entries[name]), names)
-        found = hash_of_weights(zip(names, weights))
+        ahead = made_ahead(lambda name: self._of_file(self.entries[name]), names)
+        found = weights_hash(names, lambda _: next(ahead))  # which asks in this order
         if found == self.export.base_hash:
             return f"{self.path} is the base of the masks: its weights have their hash"
         if force:
