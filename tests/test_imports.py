@@ -21,7 +21,7 @@ BACKENDS = ("cpu", "cuda", "triton")  # packages of mft_kernels/backends, none o
 RECIPE_ORDER = (
     *("checks", "contention", "files", "number_formats", "config", "config_file", "memory", "data", "models", "budget"),
     *("surrogate", "masks", "federated", "objectives", "engines", "importance", "evaluation", "tracking", "training"),
-    *("rewards", "publishing", "patching", "serving", "study", "study.report", "cli", "__main__"),
+    *("rewards", "publishing", "patching", "serving", "vllm", "study", "study.report", "cli", "__main__"),
 )
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
 
@@ -57,7 +57,8 @@ def imported_modules(path: Path, folder: Path, modules: Collection[str]) -> set[
             module = ".".join([*above, *([node.module] if node.module else [])])
             found |= {module} if node.module else set()
             found |= {f"{module}.{alias.name}" for alias in node.names}
-    below = {name.removeprefix(f"{folder.name}.") for name in found}
+    prefix = f"{folder.name}."
+    below = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}  # vllm is another than mft.vllm
     return {name for name in below if name in modules and name != ""}
 
 

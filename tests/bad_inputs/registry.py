@@ -44,11 +44,12 @@ from . import (
     studies,
     tensors,
     training,
+    vllm,
 )
 
 GROUPS = (
     *(tensors, experts, files, gguf_files, hub, data, training, deletion, budgets),
-    *(objectives, rewards, studies, environment, serving),
+    *(objectives, rewards, studies, environment, serving, vllm),
 )
 
 

@@ -1,0 +1,66 @@
+"""Python's side: an LLM of vLLM with masks, and the switch of its task."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mft.vllm.failures import unmarked
+from mft.vllm.remote import Remote
+from mft.vllm.versions import NAME, check_vllm
+
+
+def load(
+    base: str | os.PathLike, tasks: Mapping[str, str | os.PathLike], *, force: bool = False, **options: Any
+) -> Any:
+    """vllm.LLM of a base, with the masks of tasks; it begins as the base.
+
+    Args:
+        base: an ordinary model, as vLLM takes it.
+        tasks, force: as directories of mft.load_mask_bank.
+        options: of vllm.LLM.
+    Raises: RuntimeError if vLLM is not installed, or of another version; ValueError as add_tasks.
+    """
+    check_vllm()
+    for key in ("quantization", "weight_transfer_config"):
+        if key in options:
+            raise ValueError(f"{key} must be left out, which masks in vLLM set themselves, got {options[key]!r}")
+    from vllm import LLM
+
+    llm = LLM(model=str(base), quantization=NAME, weight_transfer_config={"backend": NAME}, **options)
+    add_tasks(llm, tasks, force=force)
+    return llm
+
+
+def add_tasks(llm: Any, tasks: Mapping[str, str | os.PathLike], *, force: bool = False) -> None:
+    """Make the masks of more tasks known; what the weights hold stays as it is.
+
+    Raises: ValueError if masks cannot be read, do not fit, or were learned on another base: then no task is added.
+    """
+    places = {task: str(place) for task, place in tasks.items()}
+    with unmarked():
+        llm.init_weight_transfer_engine({"init_info": {"tasks": places, "force": force}})
+
+
+def use(llm: Any, task: str | None) -> None:
+    """From here on llm answers with the masks of this task; None: as the base.
+
+    Args: llm: of load, or the address of a server (python -m mft.vllm).
+    Raises: ValueError for an unknown task, or while llm answers; RuntimeError if the engine is dead.
+    """
+    change(llm, {"task": task})
+
+
+def change(llm: Any, update: dict[str, Any]) -> None:
+    """One update of the engine, after which no answer comes from the cache of other weights."""
+    if isinstance(llm, str):
+        Remote(llm).change(update)
+        return
+    engine = llm.llm_engine
+    if engine.has_unfinished_requests():
+        raise ValueError("llm must have answered all requests before its masks change: wait for them")
+    with unmarked():
+        llm.start_weight_update()
+        llm.update_weights({"update_info": update})
+        llm.finish_weight_update(update["task"] or "base")
+        if not llm.reset_prefix_cache():
+            raise RuntimeError("vLLM must empty its prefix cache after a switch, and did not: make a new LLM")

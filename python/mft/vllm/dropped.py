@@ -1,0 +1,67 @@
+"""What a mask drops of one weight: where, and the base's values there, by which it is taken back bit for bit."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mft.vllm.flips import Places
+
+Chosen = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Places, ascending in row-major order, and values of the weight's dtype, one for each."""
+
+    places: Places
+    values: Tensor
+
+    def put_back(self, weight: Tensor) -> None:
+        # index_copy_ runs on one thread. weight[places] = values waits at barriers: seconds, if the processor is busy.
+        weight.view(-1).index_copy_(0, _index(self.places).to(weight.device), self.values)
+
+    def drop(self, weight: Tensor) -> None:
+        weight.view(-1).index_fill_(0, _index(self.places).to(weight.device), 0)
+
+    def values_at(self, places: Places, weight: Tensor) -> Tensor:
+        """The base's values at these places, of a weight from which this is dropped."""
+        at, inside = self._find(places)
+        values = weight.view(-1)[_index(places)]
+        values[torch.from_numpy(inside)] = self.values[torch.from_numpy(at[inside])]
+        return values
+
+    def flipped(self, flips: "Dropped") -> tuple["Dropped", Chosen]:
+        """What is dropped after the bits at flips.places flip, and which of these are dropped then.
+
+        Args: flips: with the base's values at their places.
+        """
+        at, inside = self._find(flips.places)
+        stays = np.ones(len(self.places), np.bool_)
+        stays[at[inside]] = False
+        kept, came = self.places[stays], flips.places[~inside]
+        new = np.zeros(len(kept) + len(came), np.bool_)
+        new[np.searchsorted(kept, came) + np.arange(len(came))] = True
+        places = np.empty(len(new), np.int32)
+        places[new], places[~new] = came, kept
+        values = torch.empty(len(new), dtype=self.values.dtype, device=self.values.device)
+        values[torch.from_numpy(new)] = flips.values[torch.from_numpy(~inside)]
+        values[torch.from_numpy(~new)] = self.values[torch.from_numpy(stays)]
+        return Dropped(places, values), ~inside
+
+    def _find(self, places: Places) -> tuple[NDArray[np.intp], Chosen]:
+        """Where each of these places would stand among ours, and whether it does."""
+        at = np.searchsorted(self.places, places)
+        inside = at < len(self.places)
+        inside[inside] = self.places[at[inside]] == places[inside]
+        return at, inside
+
+
+def nothing_dropped(weight: Tensor) -> Dropped:
+    return Dropped(np.empty(0, np.int32), weight.new_empty(0))
+
+
+def _index(places: Places) -> Tensor:
+    return torch.from_numpy(places).long()

@@ -1,0 +1,43 @@
+"""What a worker refuses, told to whoever asked.
+
+vLLM hands on the text of an exception without its type, and puts text of its own around it.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+_MARK = "mft: "
+_SAID = re.compile(rf"{_MARK}(.*?)(?:', please check the stack trace above for the root cause)?\Z", re.DOTALL)
+
+
+@contextlib.contextmanager
+def marked() -> Iterator[None]:
+    """In a worker: what its caller can mend is marked."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_MARK}{error}") from error
+
+
+@contextlib.contextmanager
+def unmarked() -> Iterator[None]:
+    """Around a call of a worker. Raises: ValueError with the worker's sentence; RuntimeError if its process is dead."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "EngineDeadError":
+            raise RuntimeError(
+                "vLLM's engine must run, got a dead one (its log says why): start it again; base and masks on disk are "
+                "as they were"
+            ) from error
+        said = sentence_of(error)
+        if said is None:
+            raise
+        raise ValueError(said) from None
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """What marked() marked; None of any other error."""
+    found = _SAID.search(str(error))
+    return found.group(1) if found else None

@@ -1,0 +1,82 @@
+"""python -m mft.vllm: vLLM's own OpenAI server on one base, with the masks of many tasks and the routes of /v1/mft."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mft.masks.export_format import read_export
+from mft.masks.location import masks_directory
+from mft.vllm.failures import sentence_of
+from mft.vllm.versions import NAME, check_vllm
+
+USAGE = "python -m mft.vllm BASE --masks NAME=DIR [--masks NAME=DIR ...] [--force] [options of vLLM's server]"
+_OURS = ("--quantization", "-q", "--weight-transfer-config")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve until SIGINT or SIGTERM; exit code 2 and one line for what the caller can mend."""
+    try:
+        ours, rest = read_arguments(arguments)
+        check_vllm()
+        _serve(check_tasks(ours.masks), ours.force, rest)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {sentence_of(error) or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What is ours, and what vLLM reads."""
+    parser = argparse.ArgumentParser(prog="python -m mft.vllm", usage=USAGE, allow_abbrev=False)
+    parser.add_argument(
+        "--masks", action="append", default=[], help="a task: an output_dir of mft train, or its masks/"
+    )
+    parser.add_argument("--force", action="store_true", help="use masks that were learned on another base")
+    ours, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.partition("=")[0] in _OURS:
+            raise ValueError(
+                f"{word.partition('=')[0]} must be left out, which masks in vLLM set themselves, got {word!r}"
+            )
+    return ours, rest
+
+
+def check_tasks(given: Sequence[str]) -> dict[str, str]:
+    """{task: directory} of --masks, each of which is there and whole; before vLLM spends seconds on the base."""
+    tasks: dict[str, str] = {}
+    for each in given:
+        task, equals, place = each.partition("=")
+        if not (task and equals and place):
+            raise ValueError(f"--masks must be name=DIRECTORY, got {each!r}")
+        if task in tasks:
+            raise ValueError(f"--masks must name each task once, got {task!r} twice")
+        directory = masks_directory(os.path.expanduser(place))
+        read_export(directory)
+        tasks[task] = str(directory.resolve())
+    if not tasks:
+        raise ValueError("--masks must be given for each task, as name=DIRECTORY, got none")
+    return tasks
+
+
+def _serve(tasks: dict[str, str], force: bool, rest: list[str]) -> None:
+    allowed = os.environ.get("VLLM_PLUGINS")
+    os.environ["VLLM_PLUGINS"] = f"{allowed},{NAME}" if allowed else NAME
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="python -m mft.vllm", usage=USAGE))
+    words = [*rest, "--quantization", NAME, "--weight-transfer-config", f'{{"backend": "{NAME}"}}']
+    args: Any = parser.parse_args(words)
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    if args.api_server_count not in (None, 1):
+        raise ValueError(f"--api-server-count must be 1, which one process switches, got {args.api_server_count}")
+    args.mft_tasks, args.mft_force = tasks, force
+    validate_parsed_serve_args(args)
+    print(f"serving {args.model} with the masks of {', '.join(tasks)}", flush=True)
+    uvloop.run(run_server(args))

@@ -1,0 +1,92 @@
+"""Where the weight of a layer lies in a server's model, which fuses q, k and v, and gate and up, into one matrix.
+
+The model's own load_weights knows it. It is given a tensor without memory, and the copy that it then makes is noted
+and not done: its destination is the slice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Owner = tuple[str, nn.Module]
+
+
+class Slices:
+    """Finds the slices of a model's weights.
+
+    Args:
+        model: with load_weights, which takes (name, tensor) pairs by the checkpoint's names.
+        is_plain: whether a layer computes with its parameter as it lies in memory.
+    """
+
+    def __init__(self, model: nn.Module, is_plain: Callable[[nn.Module], bool]) -> None:
+        self._model, self._is_plain = model, is_plain
+        self._kind = type(model).__name__
+        self._owners = _owners(model)
+
+    def find(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The memory of the layer's weight: a view, of this shape, whose change changes the model.
+
+        Raises: ValueError if the model has no such weight, keeps it in another layout, or in more than one place.
+        """
+        if len(shape) != 2:
+            raise ValueError(
+                f"{name}: masks of experts in one parameter {shape} are not for vLLM, which repacks experts: mft merge "
+                "makes each task an ordinary model"
+            )
+        copies = self._copies(name, shape, dtype)
+        if len(copies) != 1:
+            raise ValueError(
+                f"{name}: its weight must go to one place of vLLM's {self._kind}, got {len(copies)}: mft merge makes "
+                "each task an ordinary model"
+            )
+        target = copies[0].detach().as_subclass(Tensor)  # of a parameter that is a subclass
+        owner, layer = self._owners.get(target.untyped_storage().data_ptr(), ("a temporary tensor", nn.Module()))
+        if not self._is_plain(layer) or tuple(target.shape) != shape or not target.is_contiguous():
+            raise ValueError(
+                f"{name}: its weight must lie in vLLM as an ordinary matrix {shape}, got a part of {owner} "
+                f"({type(layer).__name__}), which is repacked or no plain linear layer: mask other layers, or "
+                "make each task an ordinary model by mft merge"
+            )
+        return target
+
+    def _copies(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        weight = torch.empty(shape, dtype=dtype, device="meta")
+        load: Any = self._model.load_weights
+        try:
+            with torch.no_grad(), _NotedCopies() as noted:
+                load([(f"{name}.weight", weight)])
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{name}: the mask is for a weight of {shape}, which vLLM's {self._kind} does not take "
+                f"({reason[:200]}): serve the base that it was learned on"
+            ) from error
+        return noted.targets
+
+
+class _NotedCopies(TorchFunctionMode):
+    """Meanwhile copy_ copies nothing, and its destinations are noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.copy_:
+            self.targets.append(args[0])
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def _owners(model: nn.Module) -> dict[int, Owner]:
+    """Whose parameter lies at an address: its name, and its module."""
+    return {
+        parameter.untyped_storage().data_ptr(): (f"{path}.{name}" if path else name, module)
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.numel()
+    }

@@ -1,0 +1,228 @@
+"""The masks of tasks over the weights of a running model: one task's lie in the weights, and the base comes back.
+
+    weight  1.5  NaN  2.0  -0.0        mask  1  0  1  0
+    becomes 1.5  0    2.0   0          held  places 1, 3 and the base's values NaN, -0.0
+
+A switch writes the old task's values back and zeros at the new one's places: it touches what the two masks drop, and
+nothing else. Each task keeps its own values, so any switch can be done again from any state.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mft.checks import nearest
+from mft.files.weights_hash import weights_hash
+from mft.masks.export_format import (
+    UNVERIFIED,
+    MaskExport,
+    check_base,
+    check_masks_alone,
+    read_description,
+    read_tensors,
+)
+from mft.masks.location import masks_directory
+from mft.vllm.dropped import Dropped, nothing_dropped
+from mft.vllm.flips import Flips, Places, Shape, dropped_places, flipped_places
+
+logger = logging.getLogger(__name__)
+
+_MOST = 2**31  # weights of a layer, whose places are int32
+Find = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+
+
+Masks = dict[str, Dropped]  # by layer
+
+
+class Tasks:
+    """Masks by task, and the weights that hold those of one.
+
+    Args: find: the memory of a layer's weight (N, K) in the model, by the layer's name (slices.py).
+    """
+
+    def __init__(self, find: Find) -> None:
+        self._find = find
+        self._weights: dict[str, Tensor] = {}
+        self._tasks: dict[str, Masks] = {}
+        self._steps: dict[str, int] = {}  # of tasks that come as flips
+        self._task: str | None = None
+        self._hashes: dict[tuple[str, ...], str] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order in which they came."""
+        return tuple(self._tasks)
+
+    @property
+    def task(self) -> str | None:
+        """Whose masks lie in the weights; None: the base."""
+        return self._task
+
+    @torch.no_grad()
+    def add(self, directories: Mapping[str, str], *, force: bool = False) -> None:
+        """Read the masks of more tasks; the weights stay as they are.
+
+        Args: as of mft.load_mask_bank.
+        Raises: ValueError or OSError if one cannot be read, does not fit, or (without force) was learned on another
+            base: then none is added.
+        """
+        read: dict[str, Masks] = {}
+        for task, place in directories.items():
+            self._check_new(task)
+            directory = masks_directory(place)
+            export = read_description(directory)
+            check_masks_alone(export, directory, "a server, whose tasks share all but the masks")
+            read[task] = self._read(export, directory, force)
+        self._tasks |= read
+
+    @torch.no_grad()
+    def use(self, task: str | None) -> int:
+        """Let the weights hold this task's masks from here on; None: the base.
+
+        Returns: how many weights were written. Raises: ValueError for an unknown task.
+        """
+        before, after = self._masks(self._task), self._masks(task)
+        if self._task == task:
+            return 0
+        try:
+            self._switch(before, after)
+        except BaseException:  # also an interrupt: the weights hold the old task again, or nothing was lost
+            self._switch(after, before)
+            raise
+        self._task = task
+        return sum(len(dropped.places) for masks in (before, after) for dropped in masks.values())
+
+    @torch.no_grad()
+    def flip(self, task: str, flips: Flips) -> int:
+        """One step of a task whose masks come as flips; step 0 makes the task.
+
+        Returns: how many bits flipped. Raises: ValueError if the flips do not follow what came before; nothing has
+            changed then.
+        """
+        masks = self._begun(task, flips)
+        changed: Masks = {}
+        written: Masks = {}
+        for name, stream in flips.streams.items():
+            if name not in masks:
+                raise ValueError(
+                    f"flips must be of the task's {len(masks)} masked layers, got {name!r}: begin a new task"
+                )
+            flipped = self._with_values(name, flipped_places(name, stream, self._shape(name)))
+            changed[name], out = masks[name].flipped(flipped)
+            written[name] = Dropped(flipped.places, flipped.values.masked_fill(torch.from_numpy(out), 0))
+        after = masks | changed
+        dropped = sum(len(each.places) for each in after.values())
+        if dropped != flips.dropped:
+            raise ValueError(
+                f"flips of step {flips.step} must leave {flips.dropped} weights dropped, as the sender says, got "
+                f"{dropped}: begin a new task"
+            )
+        self._tasks[task], self._steps[task] = after, flips.step + 1  # first: they say how to take back what is written
+        if task == self._task:
+            self._write(written)
+        return sum(len(each.places) for each in written.values())
+
+    # ------------------------------------------------------------------------------------------ private
+
+    def _switch(self, before: Masks, after: Masks) -> None:
+        for name in before.keys() | after.keys():
+            weight = self._weights[name]
+            if name in before:
+                before[name].put_back(weight)
+            if name in after:
+                after[name].drop(weight)
+
+    def _read(self, export: MaskExport, directory: Path, force: bool) -> Masks:
+        for entry in export.modules:
+            self._weight(entry.name, entry.shape, entry.dtype)
+        check_base(export, directory, self._base_hash([e.name for e in export.modules]), self._base, force=force)
+        packed = read_tensors(directory, export, self._base)[0]
+        if export.content_hash is None:
+            logger.warning("%s: %s", directory, UNVERIFIED)
+        return {name: self._with_values(name, dropped_places(mask, self._shape(name))) for name, mask in packed.items()}
+
+    def _begun(self, task: str, flips: Flips) -> Masks:
+        """The masks that flips change, checked."""
+        if flips.step == 0:
+            self._check_new(task)
+            for name, shape in flips.shapes.items():
+                self._weight(name, shape, flips.dtypes.get(name, ""))
+            found = self._base_hash(list(flips.shapes))
+            if found != flips.base_hash:
+                raise ValueError(
+                    f"task {task!r} must be trained on the base that is served, whose masked weights have {found}, got "
+                    f"{flips.base_hash}: serve that base, in that dtype"
+                )
+            return {name: nothing_dropped(self._weights[name]) for name in flips.shapes}
+        known = self._steps.get(task)
+        if known != flips.step:
+            at = "is unknown" if known is None else f"is at step {known}"
+            raise ValueError(
+                f"flips must follow each other, got step {flips.step} of task {task!r}, which {at}: begin a new task"
+            )
+        return self._tasks[task]
+
+    def _write(self, written: Masks) -> None:
+        """The task in use holds these values; an interrupt comes after all are written."""
+        try:
+            for name, each in written.items():
+                each.put_back(self._weights[name])
+        except BaseException:
+            for name, each in written.items():
+                each.put_back(self._weights[name])
+            raise
+
+    def _with_values(self, name: str, places: Places) -> Dropped:
+        """The base's values at places, also while a task's masks lie in the weight."""
+        weight = self._weights[name]
+        held = self._masks(self._task).get(name, nothing_dropped(weight))
+        return Dropped(places, held.values_at(places, weight))
+
+    def _base(self, name: str) -> Tensor:
+        """The base's weight: the one in memory, or while masks lie in it a copy without them."""
+        held = self._masks(self._task).get(name)
+        if held is None:
+            return self._weights[name]
+        whole = self._weights[name].clone()
+        held.put_back(whole)
+        return whole
+
+    def _base_hash(self, names: list[str]) -> str:
+        key = tuple(sorted(names))
+        if key not in self._hashes:
+            self._hashes[key] = weights_hash(key, self._base)
+        return self._hashes[key]
+
+    def _weight(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        """Find a layer's weight, once."""
+        if np.prod(shape, dtype=np.int64) >= _MOST:
+            raise ValueError(
+                f"{name}: a masked weight must have fewer than 2**31 elements in vLLM, got {shape}: mft merge"
+            )
+        known = self._weights.get(name)
+        if known is None or tuple(known.shape) != shape:
+            self._weights[name] = self._find(name, shape, getattr(torch, dtype, torch.float32))
+
+    def _shape(self, name: str) -> Shape:
+        rows, columns = self._weights[name].shape
+        return rows, columns
+
+    def _masks(self, task: str | None) -> Masks:
+        if task is None:
+            return {}
+        if task not in self._tasks:
+            known = ", ".join(self._tasks) or "none"
+            raise ValueError(
+                f"task must be one of the server's ({known}), got {task!r}{nearest(str(task), self._tasks)}"
+            )
+        return self._tasks[task]
+
+    def _check_new(self, task: str) -> None:
+        if not isinstance(task, str) or not task:
+            raise ValueError(f"task must be a name, got {task!r}")
+        if task in self._tasks:
+            raise ValueError(f"task must be new to the server, got {task!r}: give it another name")

@@ -1,0 +1,59 @@
+"""What python -m mft.vllm is given: ours is read, vLLM's is handed on, and what is wrong is said before vLLM starts."""
+
+import pytest
+from served import save_scattered
+from tiny import make_llama
+
+import mft.vllm
+from mft.vllm import serve
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("exports") / "code"
+    save_scattered(make_llama, directory)
+    return directory
+
+
+def test_options_of_vllm_are_handed_on():
+    ours, rest = serve.read_arguments(["base", "--masks", "a=b", "--port", "1", "--masks", "c=d", "--force"])
+    assert (ours.masks, ours.force, rest) == (["a=b", "c=d"], True, ["base", "--port", "1"])
+
+
+def test_tasks_are_directories_of_masks(export):
+    assert serve.check_tasks([f"code={export}"]) == {"code": str(export)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["base"], "--masks must be given for each task, as name=DIRECTORY, got none"),
+        (["base", "--masks", "code"], "--masks must be name=DIRECTORY, got 'code'"),
+        (["base", "--masks", "code={}", "--masks", "code={}"], "--masks must name each task once, got 'code' twice"),
+        (["base", "--masks", "code={}/nothing"], "nothing: expected a directory with adapter_config.json"),
+        (["base", "--masks", "code={}", "-q", "fp8"], "-q must be left out, which masks in vLLM set themselves"),
+    ],
+)
+def test_what_is_wrong_ends_it_with_one_line(export, capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr(serve, "check_vllm", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        serve.main([word.format(export) for word in arguments])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_without_vllm_the_extra_is_named(export, capsys, monkeypatch):
+    monkeypatch.setattr("mft.vllm.versions.installed_version", lambda: None)
+    with pytest.raises(SystemExit):
+        serve.main(["base", "--masks", f"code={export}"])
+    assert "pip install 'mft_kernels[vllm]'" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="not installed here"):
+        mft.vllm.load("base", {"code": export})
+
+
+def test_options_that_masks_set_are_refused_in_python(monkeypatch):
+    monkeypatch.setattr("mft.vllm.client.check_vllm", lambda: None)
+    with pytest.raises(ValueError, match="quantization must be left out, .* got 'fp8'"):
+        mft.vllm.load("base", {}, quantization="fp8")

