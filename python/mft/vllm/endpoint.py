@@ -7,16 +7,19 @@ import asyncio
 import json
 import time
 from argparse import Namespace
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
 from mft.checks import nearest
-from mft.vllm.failures import unmarked
+from mft.vllm.failures import DEAD, unmarked
 from mft.vllm.versions import NAME
 
+Answer = TypeVar("Answer")
+_SECONDS = 0.5  # between two looks at the engine, which leaves a call unanswered if it dies meanwhile
 KEYS = {"use": {"task"}, "update": {"task", "flips"}}
 
 
@@ -40,6 +43,8 @@ class MaskEndpoint:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         tasks = getattr(args, "mft_tasks", {})
         self._engine = engine_client
+        if not tasks:  # a server of vLLM's own, which has other masks or none
+            return
         with unmarked():
             await engine_client.init_weight_transfer_engine(
                 WeightTransferInitRequest({"tasks": tasks, "force": getattr(args, "mft_force", False)})
@@ -63,12 +68,22 @@ class MaskEndpoint:
             if route == "use":
                 self._check_known(update["task"])
             async with self._switching:
-                waited, switched = await self._change(update)
+                waited, switched = await self._while_alive(self._change(update))
         except ValueError as error:
             return _refusal(400, error)
         except RuntimeError as error:
             return _refusal(503, error)
         return JSONResponse({"task": update["task"], "waited_seconds": waited, "switch_seconds": switched})
+
+    async def _while_alive(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """What work gives. Raises: RuntimeError if the engine dies meanwhile."""
+        task = asyncio.ensure_future(work)
+        while not (await asyncio.wait({task}, timeout=_SECONDS))[0]:
+            if self._engine.errored:
+                task.cancel()
+                await asyncio.wait({task})
+                raise RuntimeError(DEAD)
+        return await task
 
     async def _change(self, update: dict[str, Any]) -> tuple[float, float]:
         """Seconds until what was being answered had ended, and of the switch itself."""

@@ -7,6 +7,9 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+DEAD = (
+    "vLLM's engine must run, got a dead one (its log says why): start it again; base and masks on disk are as they were"
+)
 _MARK = "mft: "
 _SAID = re.compile(rf"{_MARK}(.*?)(?:', please check the stack trace above for the root cause)?\Z", re.DOTALL)
 
@@ -27,10 +30,7 @@ def unmarked() -> Iterator[None]:
         yield
     except Exception as error:
         if type(error).__name__ == "EngineDeadError":
-            raise RuntimeError(
-                "vLLM's engine must run, got a dead one (its log says why): start it again; base and masks on disk are "
-                "as they were"
-            ) from error
+            raise RuntimeError(DEAD) from error
         said = sentence_of(error)
         if said is None:
             raise

@@ -1,5 +1,6 @@
 """A server with masks (python -m mft.vllm), asked over HTTP."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -36,10 +37,9 @@ class Remote:
         except urllib.error.HTTPError as error:
             said = _message(error)
             raise (ValueError if error.code < 500 else RuntimeError)(said) from None
-        except urllib.error.URLError as error:
-            raise RuntimeError(
-                f"{self.address} must answer, got {error.reason}: is python -m mft.vllm running?"
-            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise RuntimeError(f"{self.address} must answer, got {reason}: is python -m mft.vllm running?") from None
 
 
 def _message(error: urllib.error.HTTPError) -> str:

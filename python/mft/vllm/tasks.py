@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 _MOST = 2**31  # weights of a layer, whose places are int32
 Find = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
-
-
 Masks = dict[str, Dropped]  # by layer
 
 
