@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz llama-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz llama-test vllm-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -162,6 +162,23 @@ architectures: dev
 # docs/peft-methods.md: which methods of the installed PEFT a study can run, each tried small; a minute.
 peft-methods: dev
 	PYTHONPATH=tests:tests/study/adapters $(BIN)/python -W ignore -m method_sweep
+
+# Masks in the real vLLM (docs/vllm.md), in an environment of its own: 3.4 GB, two minutes to install, then about five on 2
+# quiet cores. Elsewhere than in .venv-vllm: make vllm-test VLLM_VENV=a/folder; on another base than SmolLM2-135M:
+# MFT_VLLM_BASE=a/model. The package is installed for its entry points alone: what is tested are the files here.
+VLLM_VENV ?= .venv-vllm
+WHEELS_OF_TORCH := https://download.pytorch.org/whl/cpu
+vllm-test: $(VLLM_VENV)/.installed $(if $(MFT_VLLM_BASE),,install)
+	MFT_VLLM_BASE="$${MFT_VLLM_BASE:-$$($(BIN)/python -c 'from mft.models.pretrained import smollm2_directory; print(smollm2_directory())')}" \
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(VLLM_VENV)/bin/python -m pytest -o addopts= tests/vllm/test_real_*.py
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --extra-index-url $(WHEELS_OF_TORCH) pytest \
+	  $$($(PYTHON) -m building.requirements vllm)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	MFT_BUILD=0 $(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	@touch $@
 
 cuda-tools: install
 	packages="$$($(BIN)/python -m building.missing)" && test -z "$$packages" || \

@@ -1,0 +1,164 @@
+"""What tests with the real vLLM share: SmolLM2 as an ordinary model, masks at random, and merged models of them.
+
+MFT_VLLM_BASE names the base; make vllm-test sets it. Each vLLM runs in a process of its own: python real_base.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mft.config import MaskConfig
+from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import save_masks
+from mft.vllm.versions import reason_against
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # on a busy machine threads that spin take the time of those they wait for
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+OPTIONS = {"enforce_eager": True, "max_model_len": 1024}
+# The first is longer than a block of the prefix cache, whose answers of another task would be wrong.
+PROMPTS = [
+    "Count: " + ", ".join(map(str, range(70))) + ",",
+    "def add(a, b):",
+    "Q: What is 7 + 5?\nA:",
+    "Once upon a time",
+]
+TOKENS = 12
+SHARE = 0.03  # of the weights is dropped
+
+
+def missing():
+    """Why these tests cannot run here, in words; empty if they can."""
+    if reason := reason_against():
+        return f"{reason}; make vllm-test runs these tests"
+    return "" if os.environ.get("MFT_VLLM_BASE") else "MFT_VLLM_BASE names no base: make vllm-test"
+
+
+def masked_base(seed, dtype):
+    """SmolLM2 with random scores: a mask that drops SHARE of each linear layer."""
+    model = AutoModelForCausalLM.from_pretrained(os.environ["MFT_VLLM_BASE"], dtype=dtype)
+    masked = mask_model(model, MaskConfig(keep_ratio=1 - SHARE))
+    set_scores(masked, seed)
+    return masked
+
+
+def set_scores(masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for layer in masked_modules(masked).values():
+        layer.scores.data = torch.rand(layer.scores.shape, generator=generator) + 0.1
+
+
+def make_tasks(root, dtype, *, merged=True):
+    """{task: directory of its masks}; beside it merged-TASK, an ordinary model."""
+    directories = {}
+    tokenizer = AutoTokenizer.from_pretrained(os.environ["MFT_VLLM_BASE"])
+    for seed, task in enumerate(("code", "maths")):
+        model = masked_base(seed, dtype)
+        directories[task] = str(save_masks(model, root / task))
+        if merged:
+            merge_model(model).save_pretrained(root / f"merged-{task}")
+            tokenizer.save_pretrained(root / f"merged-{task}")
+    return directories
+
+
+def run_session(kind, *arguments):
+    """What python real_base.py KIND ARGUMENTS prints last, as JSON."""
+    command = [sys.executable, __file__, kind, *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------- in its process
+
+
+def look(llm):
+    """Greedy tokens, and the checksum of every tensor."""
+    from vllm import SamplingParams
+
+    made = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)
+    return {
+        "tokens": [list(each.outputs[0].token_ids) for each in made],
+        "checksums": llm.collective_rpc("compute_weight_checksums")[0],
+    }
+
+
+def plain_session(directory):
+    """A model as it is."""
+    from vllm import LLM
+
+    return look(LLM(model=directory, quantization="mft", **OPTIONS))
+
+
+def masks_session(root):
+    """A base, its tasks, what it refuses, a stream of flips, and the end of its engine."""
+    import psutil
+
+    import mft.vllm
+
+    root = Path(root)
+    llm = mft.vllm.load(os.environ["MFT_VLLM_BASE"], {"code": root / "code"}, **OPTIONS)
+    seen = {"base": look(llm)}
+    mft.vllm.use(llm, "code")
+    mft.vllm.add_tasks(llm, {"maths": root / "maths"})
+    seen["refused"] = {
+        "unknown task": refusal(lambda: mft.vllm.use(llm, "math")),
+        "wrong base": refusal(lambda: mft.vllm.add_tasks(llm, {"other": root / "other-base"})),
+        "other shapes": refusal(lambda: mft.vllm.add_tasks(llm, {"other": root / "other-shapes"})),
+    }
+    seen["code"] = look(llm)
+    for task in ("maths", None):
+        mft.vllm.use(llm, task)
+        seen[task or "base again"] = look(llm)
+    seen["milliseconds"] = timed(llm)
+    model = masked_base(0, torch.bfloat16)
+    stream = mft.vllm.MaskStream(llm, "policy", model)
+    seen["stream bytes"] = [stream.update()]
+    seen["stream"] = [look(llm)]
+    set_scores(model, 1)
+    seen["stream bytes"].append(stream.update())
+    seen["stream"].append(look(llm))
+    for process in psutil.Process().children(recursive=True):
+        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
+            process.kill()
+            process.wait(30)
+    seen["refused"]["killed engine"] = refusal(lambda: mft.vllm.use(llm, "code"))
+    return seen
+
+
+def timed(llm):
+    """Of each kind of switch, in milliseconds."""
+    import time
+
+    import mft.vllm
+
+    found = {"base to code": [], "code to maths": [], "maths to base": []}
+    for _ in range(10):
+        for kind in found:
+            task = kind.rpartition(" ")[2]
+            begin = time.perf_counter()
+            mft.vllm.use(llm, None if task == "base" else task)
+            found[kind].append(1e3 * (time.perf_counter() - begin))
+    return found
+
+
+def refusal(call):
+    try:
+        call()
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps({"plain": plain_session, "masks": masks_session}[sys.argv[1]](*sys.argv[2:])), flush=True)

@@ -1,0 +1,71 @@
+"""The routes of a vLLM server, on an engine that only notes its calls: the order of a switch, and its failures."""
+
+import asyncio
+import json
+from argparse import Namespace
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from real_base import missing
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+class Noted:
+    """An engine. fails: the call that raises; hangs: the one that is never answered, after which it is dead."""
+
+    def __init__(self, fails=None, hangs=None):
+        self.calls, self.errored, self._fails, self._hangs = [], False, fails, hangs
+
+    def __getattr__(self, name):
+        async def call(*_, **__):
+            self.calls.append(name)
+            if name == self._hangs:
+                self.errored = True
+                await asyncio.Event().wait()
+            if name == self._fails:
+                raise Exception("Call to update_weights method failed: mft: no such task")
+            return True
+
+        return call
+
+
+def ask(engine, task="code"):
+    """(status, body) of POST /v1/mft/use, and the task that the server then says."""
+    from mft.vllm.endpoint import MaskEndpoint
+
+    class Request:
+        async def body(self):
+            return json.dumps({"task": task}).encode()
+
+    async def asked():
+        endpoint = MaskEndpoint()
+        await endpoint.init_state(engine, None, Namespace(mft_tasks={"code": "runs/code"}))
+        answer = await endpoint.use(Request())
+        return answer.status_code, json.loads(answer.body), json.loads((await endpoint.tasks()).body)["task"]
+
+    return asyncio.run(asked())
+
+
+def test_a_switch_pauses_updates_empties_the_cache_and_goes_on():
+    engine = Noted()
+    status, _, task = ask(engine)
+    assert (status, task) == (200, "code")
+    update = ["start_weight_update", "update_weights", "finish_weight_update"]
+    assert engine.calls[1:] == ["pause_generation", *update, "reset_prefix_cache", "resume_generation"]
+
+
+def test_a_switch_that_fails_goes_on_with_the_old_task():
+    engine = Noted(fails="update_weights")
+    status, body, task = ask(engine)
+    assert (status, body["error"]["message"], task) == (400, "no such task", None)
+    assert engine.calls[-1] == "resume_generation"
+
+
+@pytest.mark.parametrize("call", ["pause_generation", "update_weights", "reset_prefix_cache"])
+def test_an_engine_that_dies_in_a_switch_is_said_and_not_waited_for(call):
+    status, body, task = ask(Noted(hangs=call))
+    assert (status, task) == (503, None)
+    assert body["error"]["message"].startswith("vLLM's engine must run, got a dead one")

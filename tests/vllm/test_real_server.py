@@ -1,0 +1,164 @@
+"""The real vLLM over HTTP: switches under load, of which each answer is of one task alone, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from real_base import PROMPTS, SETTINGS, TOKENS, make_tasks, masked_base, missing
+
+import mft.vllm
+from mft.masks.export import save_masks
+from mft.vllm.remote import Remote
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+PORT = 18731
+ADDRESS = f"http://127.0.0.1:{PORT}"
+BASE = os.environ.get("MFT_VLLM_BASE", "")
+
+
+def command(*arguments):
+    # fp32: the number of requests in a batch changes how bf16 rounds, and then a token now and then
+    words = [
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "1024",
+        "--port",
+        str(PORT),
+        "--host",
+        "127.0.0.1",
+    ]
+    return [sys.executable, "-m", "mft.vllm", BASE, *arguments, *words]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return make_tasks(tmp_path_factory.mktemp("real"), torch.float32, merged=False)
+
+
+@pytest.fixture(scope="module")
+def server(tasks, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    given = [word for task, place in tasks.items() for word in ("--masks", f"{task}={place}")]
+    with log.open("w") as sink:
+        process = subprocess.Popen(command(*given), env={**os.environ, **SETTINGS}, stdout=sink, stderr=sink)
+        try:
+            wait_until_up(process, log)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_until_up(process, log):
+    for _ in range(240):
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            urllib.request.urlopen(f"{ADDRESS}/health", timeout=5)
+        except OSError:
+            time.sleep(1)
+        else:
+            return
+    raise AssertionError(log.read_text()[-4000:])
+
+
+def complete(prompt):
+    body = {"model": BASE, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{ADDRESS}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)["choices"][0]["text"]
+
+
+def test_switches_under_load_lose_no_request_and_mix_no_tasks(server):
+    alone = {}
+    for task in ("code", "maths", None):
+        mft.vllm.use(ADDRESS, task)
+        assert Remote(ADDRESS).tasks() == {"tasks": ["code", "maths"], "task": task}
+        alone[task] = [complete(prompt) for prompt in PROMPTS]
+    assert len({tuple(texts) for texts in alone.values()}) == 3
+
+    answers, stopped = [], threading.Event()
+
+    def ask(number):
+        while not stopped.is_set():
+            at = number % len(PROMPTS)
+            answers.append((at, complete(PROMPTS[at])))
+            number += 1
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, number) for number in range(4)]
+        for turn in range(6):
+            mft.vllm.use(ADDRESS, ("code", "maths", None)[turn % 3])
+            time.sleep(1)
+        stopped.set()
+        for each in asked:
+            each.result()
+    assert len(answers) > 10
+    mixed = [text for at, text in answers if text not in {texts[at] for texts in alone.values()}]
+    assert mixed == []
+    for task in ("maths", "code", None):
+        mft.vllm.use(ADDRESS, task)
+        assert [complete(prompt) for prompt in PROMPTS] == alone[task]
+
+
+def test_a_stream_of_flips_comes_over_http(server, capsys):
+    model = masked_base(1, torch.float32)
+    mft.vllm.use(ADDRESS, "maths")
+    wanted = [complete(prompt) for prompt in PROMPTS]
+    size = mft.vllm.MaskStream(ADDRESS, "policy", model).update()
+    assert f"policy, step 0: {size:,d} bytes for 210 of 210 layers" in capsys.readouterr().out
+    assert Remote(ADDRESS).tasks()["task"] == "policy"
+    assert [complete(prompt) for prompt in PROMPTS] == wanted
+    mft.vllm.use(ADDRESS, None)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"task": "code", "more": 1}', b'{"task": 3}', b'{"task": "cod"}'])
+def test_what_is_wrong_is_refused_with_a_sentence_and_the_task_stays(server, body):
+    mft.vllm.use(ADDRESS, "code")
+    request = urllib.request.Request(f"{ADDRESS}/v1/mft/use", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    error = json.load(refused.value)["error"]
+    assert error["code"] == refused.value.code == 400
+    assert " must be " in error["message"]
+    assert Remote(ADDRESS).tasks()["task"] == "code"
+
+
+def test_a_killed_engine_is_said_and_the_server_ends(server):
+    """The last test: it takes the server with it."""
+    import psutil
+
+    [engine] = [each for each in psutil.Process(server.pid).children() if "EngineCore" in " ".join(each.cmdline())]
+    engine.kill()
+    with pytest.raises(RuntimeError, match=r"must run, got a dead one .*: start it again|must answer"):
+        mft.vllm.use(ADDRESS, "maths")
+    assert server.wait(60) is not None
+
+
+@pytest.mark.parametrize(
+    ("base_seed", "words"), [(None, "expected a directory with adapter_config.json"), (5, "expected base sha256:")]
+)
+def test_a_wrong_start_is_one_line_and_exit_code_2(tmp_path, base_seed, words):
+    if base_seed is not None:
+        model = masked_base(base_seed, torch.float32)
+        with torch.no_grad():
+            model.model.layers[3].mlp.up_proj.weight[0, 0] += 1
+        save_masks(model, tmp_path / "masks")
+    started = command("--masks", f"code={tmp_path / 'masks'}")
+    done = subprocess.run(started, env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
