@@ -39,8 +39,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
 # Run by test_doc_transformers.py, _trl.py, _serving.py and _gguf.py, on fewer layers, by test_adding_a_kernel.py and
-# test_hub_kernel.py, in processes of their own, and by the fixture ground.
-ELSEWHERE = {"transformers.md", "trl.md", "serving.md", "adding-a-kernel.md", "kernel-hub.md", "gguf.md", "README.md"}
+# test_hub_kernel.py, in processes of their own, by make vllm-test, and by the fixture ground.
+ELSEWHERE = {
+    *("transformers.md", "trl.md", "serving.md", "gguf.md", "vllm.md", "adding-a-kernel.md", "kernel-hub.md"),
+    "README.md",
+}
 LONG = {"compare", "ablate", "demo", "plot", "serve"}  # serve: it does not end
 SHORT = {
     verb: ["train.steps=2", "train.epochs=null", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
