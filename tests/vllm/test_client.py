@@ -24,9 +24,10 @@ WRAPPED = f"Call to collective_rpc method failed: Worker failed with error '{{}}
 class Noted:
     """An LLM that notes calls; its worker's answer to update_weights is given."""
 
-    def __init__(self, update=lambda info: None, busy=False, empties=True):
+    def __init__(self, update=lambda info: None, busy=False, empties=True, dead=False):
         self.calls, self._update, self._empties = [], update, empties
-        self.llm_engine = SimpleNamespace(has_unfinished_requests=lambda: busy)
+        core = SimpleNamespace(resources=SimpleNamespace(engine_dead=dead))
+        self.llm_engine = SimpleNamespace(has_unfinished_requests=lambda: busy, engine_core=core)
 
     def init_weight_transfer_engine(self, request):
         self.calls.append(("init", request["init_info"]))
@@ -69,6 +70,14 @@ def test_a_switch_while_it_answers_is_refused():
 def test_a_cache_that_stays_is_an_error():
     with pytest.raises(RuntimeError, match="must empty its prefix cache"):
         mft.vllm.use(Noted(empties=False), "code")
+
+
+def test_an_engine_that_dies_in_a_switch_is_said_and_not_waited_for():
+    """vLLM leaves the call unanswered."""
+    never = threading.Event()
+    with pytest.raises(RuntimeError, match="engine must run, got a dead one"):
+        mft.vllm.use(Noted(lambda info: never.wait(), dead=True), "code")
+    never.set()
 
 
 def test_what_a_worker_refuses_arrives_as_its_sentence():

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mft.vllm.failures import unmarked
+from mft.vllm.failures import unmarked, while_alive
 from mft.vllm.remote import Remote
 from mft.vllm.versions import NAME, check_vllm
 
@@ -58,9 +58,14 @@ def change(llm: Any, update: dict[str, Any]) -> None:
     engine = llm.llm_engine
     if engine.has_unfinished_requests():
         raise ValueError("llm must have answered all requests before its masks change: wait for them")
+    resources = getattr(engine.engine_core, "resources", None)  # of an engine in a process of its own
     with unmarked():
-        llm.start_weight_update()
-        llm.update_weights({"update_info": update})
-        llm.finish_weight_update(update["task"] or "base")
-        if not llm.reset_prefix_cache():
-            raise RuntimeError("vLLM must empty its prefix cache after a switch, and did not: make a new LLM")
+        while_alive(lambda: _switch(llm, update), lambda: resources is not None and resources.engine_dead)
+
+
+def _switch(llm: Any, update: dict[str, Any]) -> None:
+    llm.start_weight_update()
+    llm.update_weights({"update_info": update})
+    llm.finish_weight_update(update["task"] or "base")
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM must empty its prefix cache after a switch, and did not: make a new LLM")

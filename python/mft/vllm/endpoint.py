@@ -15,11 +15,10 @@ from fastapi.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
 from mft.checks import nearest
-from mft.vllm.failures import DEAD, unmarked
+from mft.vllm.failures import DEAD, SECONDS, unmarked
 from mft.vllm.versions import NAME
 
 Answer = TypeVar("Answer")
-_SECONDS = 0.5  # between two looks at the engine, which leaves a call unanswered if it dies meanwhile
 KEYS = {"use": {"task"}, "update": {"task", "flips"}}
 
 
@@ -78,7 +77,7 @@ class MaskEndpoint:
     async def _while_alive(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """What work gives. Raises: RuntimeError if the engine dies meanwhile."""
         task = asyncio.ensure_future(work)
-        while not (await asyncio.wait({task}, timeout=_SECONDS))[0]:
+        while not (await asyncio.wait({task}, timeout=SECONDS))[0]:
             if self._engine.errored:
                 task.cancel()
                 await asyncio.wait({task})

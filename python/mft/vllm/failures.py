@@ -5,11 +5,14 @@ vLLM hands on the text of an exception without its type, and puts text of its ow
 
 import contextlib
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 
 DEAD = (
     "vLLM's engine must run, got a dead one (its log says why): start it again; base and masks on disk are as they were"
 )
+SECONDS = 0.5  # between two looks at an engine, which leaves a call unanswered if it dies meanwhile
 _MARK = "mft: "
 _SAID = re.compile(rf"{_MARK}(.*?)(?:', please check the stack trace above for the root cause)?\Z", re.DOTALL)
 
@@ -35,6 +38,24 @@ def unmarked() -> Iterator[None]:
         if said is None:
             raise
         raise ValueError(said) from None
+
+
+def while_alive(call: Callable[[], None], is_dead: Callable[[], bool]) -> None:
+    """Do call, in a thread that nobody has to wait for. Raises: as call; RuntimeError if the engine dies meanwhile."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+            done.set_result(None)
+        except BaseException as error:  # noqa: BLE001  # whoever waits gets it
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not wait([done], SECONDS).done:
+        if is_dead():
+            raise RuntimeError(DEAD)
+    done.result()
 
 
 def sentence_of(error: BaseException) -> str | None:
