@@ -40,9 +40,9 @@ from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, known_models, shape_from_config
 from mft.memory.workload import Workload
 from mft.models.causal_lm import decoder_layers, head_of, run_decoder
+from mft.models.codes.experts import QuantizedGroupedLinear
+from mft.models.codes.weight import QuantizedWeight
 from mft.models.experts import expert_projections
-from mft.models.quantized_experts import QuantizedGroupedLinear
-from mft.models.quantized_weight import QuantizedWeight
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.kl import KL
 from mft.objectives.log_prob_objective import LogProbObjective

@@ -25,7 +25,7 @@ class MomentsFormat:
 
 @dataclass(frozen=True)
 class QuantizedFormat:
-    """Of a base's weights; models/quantized_weight.py encodes and decodes them."""
+    """Of a base's weights; models/codes/weight.py encodes and decodes them."""
 
     bytes_a_weight: float
     bytes_a_row: int = 0

@@ -27,7 +27,8 @@ from mft.evaluation import lm_eval_tasks
 from mft.files.atomic import NotWritten, atomic_directory
 from mft.files.cache import cache_root
 from mft.masks.export import save_masks
-from mft.models import quantized_weight, smollm2
+from mft.models import smollm2
+from mft.models.codes import weight as quantized_weight
 from mft.models.pretrained import load_model
 from mft.study import peft_methods
 from mft.tracking.trackers import check_trackers

@@ -341,7 +341,7 @@ an evaluation every so many steps and minutes
     -> ValueError: train.eval_minutes | must be null beside eval_every = 100 | got 5.0
 a tracker that is misspelt
     load_config(None, ["report_to=tensorbord"])
-    -> ValueError: report_to | must be one of tensorboard, trackio, wandb | got ['tensorbord']
+    -> ValueError: report_to | must be one of tensorboard, trackio, mlflow, wandb | got ['tensorbord']
         | did you mean tensorboard?
 an override in the words of transformers
     load_config(None, ["train.load_best_model_at_end=true"])

@@ -83,4 +83,11 @@ flips that are something else
 an address of a vLLM server without http
     Remote("localhost:8000")
     -> ValueError: llm | must be an LLM, or a server's address | got 'localhost:8000'
+
+a task in vLLM that is used twice in a row
+    tasks = tasks_of(make_llama())
+    tasks.add(exported(tmp))
+    assert tasks.use("code") > 0
+    assert tasks.use("code") == 0
+    -> accepted: the second call writes nothing
 """

@@ -12,7 +12,7 @@ from mft.budget.trainer import BudgetCallback
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.peft import MaskPeftConfig, to_masked_model
-from mft.masks.peft_layer import MaskTunerLayer
+from mft.masks.peft_layers.layer import MaskTunerLayer
 from mft.training.loop import train_masks
 from mft_kernels import unpack_mask
 from mft_kernels.ops.checks import NonFiniteScores

@@ -18,7 +18,7 @@ from building.cubin_calls import BF16, DTYPES, FP16, FP32, MODES
 from building.cubins import TARGETS, launches
 from mft.masks.banked_linear import BankedLinear, TaskPerRow
 from mft.masks.quantize import QuantizedLinear
-from mft.models.quantized_weight import QuantizedWeight
+from mft.models.codes.weight import QuantizedWeight
 from mft_kernels import MaskAdamW, MaskedLinear
 from mft_kernels.backends import table as backends
 from mft_kernels.backends.triton import functions as triton_functions

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import make_llama
 
-from mft.masks.peft_layer import MaskLinear
+from mft.masks.peft_layers.layer import MaskLinear
 from mft.models import pretrained
 
 pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")

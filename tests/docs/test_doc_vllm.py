@@ -1,4 +1,4 @@
-"""docs/vllm.md without vLLM: its Python compiles, its options are known. tests/vllm runs it with the real one."""
+"""docs/vllm.md without vLLM: its Python compiles, its options are known. masks_in_vllm has the real one."""
 
 import shlex
 from pathlib import Path

@@ -16,7 +16,7 @@ from mft.engines.offload import Mover
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.quantize import quantize_model
-from mft.models.quantized_weight import quantized_weights
+from mft.models.codes.weight import quantized_weights
 from mft.objectives.dpo import DPO
 from mft.objectives.kl import KL
 from mft.training.best import Best

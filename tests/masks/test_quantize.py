@@ -32,9 +32,9 @@ from mft.masks.quantize import (
     quantize_model,
     rounded_weights,
 )
-from mft.models import quantized_weight
+from mft.models.codes import weight as quantized_weight
+from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.linears import find_candidates, layer_stacks, weight_name
-from mft.models.quantized_weight import QuantizedWeight, quantized_weights
 from mft.training.loop import train_masks
 from mft_kernels import MaskedLinear, masked_linear_packed, pack_mask
 from mft_kernels.backends import cpu

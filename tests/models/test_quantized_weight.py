@@ -10,8 +10,8 @@ from torch import nn
 
 from mft.config import QUANTIZATIONS
 from mft.masks.quantize import QuantizedLinear
-from mft.models import quantized_weight
-from mft.models.quantized_weight import BLOCK, QuantizedWeight
+from mft.models.codes import weight as quantized_weight
+from mft.models.codes.weight import BLOCK, QuantizedWeight
 from mft.number_formats import QUANTIZED_FORMATS
 from mft_kernels.backends import cpu
 

@@ -15,8 +15,8 @@ from mft.config import MaskConfig, TrainConfig
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.quantize import quantize_model
 from mft.models.causal_lm import clone_with_own_weights
+from mft.models.codes.weight import quantized_weights
 from mft.models.linears import weight_name
-from mft.models.quantized_weight import quantized_weights
 from mft.study import workspace as workspaces
 from mft.study.arms.memory import ADAPTER_BYTES, equal_memory_rank, score_bytes
 from mft.study.arms.weights import with_weights

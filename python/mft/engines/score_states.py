@@ -17,7 +17,7 @@ from mft.budget.budget import Budget, naming_layer
 from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
-from mft.models.quantized_weight import QuantizedWeight
+from mft.models.codes.weight import QuantizedWeight
 from mft.number_formats import MOMENT_FORMATS, unless_auto
 from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer, pack_mask

@@ -9,7 +9,7 @@ from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
 from mft.importance.importance import input_norms, linear_modules, matrix_of
 from mft.importance.scores import as_stored, wanda_scores
-from mft.masks.peft_layer import MaskExperts, MaskTunerLayer
+from mft.masks.peft_layers.layer import MaskExperts, MaskTunerLayer
 
 
 @torch.no_grad()

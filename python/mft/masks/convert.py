@@ -16,11 +16,11 @@ from mft.masks.experts import mask_experts, unmask_experts
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
 from mft.masks.saved_modules import forget_saved_modules, saved_modules, select_saved_modules, train_whole
 from mft.masks.targets import select_targets
+from mft.models.codes.weight import quantized_weights
 from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_unsharded, unwrapped
-from mft.models.quantized_weight import quantized_weights
 from mft.number_formats import unless_auto
 from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float

@@ -38,9 +38,9 @@ from mft.masks.export_format import (
 from mft.masks.in_place.model import as_masked
 from mft.masks.location import masks_directory
 from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
+from mft.models.codes.weight import quantized_weights
 from mft.models.linears import find_targets, layer_index, layer_stacks, linear_named
 from mft.models.parallel import check_unsharded, uncompiled, unwrapped
-from mft.models.quantized_weight import quantized_weights
 from mft_kernels import MaskedLayer, unpack_mask
 
 logger = logging.getLogger(__name__)

@@ -22,13 +22,13 @@ from mft.config import MaskConfig
 from mft.files.hub import HubError, asking_hub, split_hub_id
 from mft.masks.banked_experts import note_shapes
 from mft.masks.banked_linear import TaskPerRow
-from mft.masks.combination import check_combination, combine
 from mft.masks.convert import check_drawn, convert, masked_modules, pack_attentions, split_attentions
 from mft.masks.export import loaded_config, read_learned, scores_of_keep, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetched_masks
+from mft.masks.peft_layers.combination import check_combination, combine
 from mft.masks.targets import select_targets
-from mft.models.coded_linear import holds_codes
+from mft.models.codes.linear import holds_codes
 from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.number_formats import SCORE_FORMATS, unless_auto
@@ -44,8 +44,8 @@ try:
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
 
-    from mft.masks.peft_codes import MaskCodes
-    from mft.masks.peft_layer import TRL_REFERENCE, MaskExperts, MaskLinear, MaskTunerLayer
+    from mft.masks.peft_layers.codes import MaskCodes
+    from mft.masks.peft_layers.layer import TRL_REFERENCE, MaskExperts, MaskLinear, MaskTunerLayer
 except ImportError as error:
     raise ImportError(f"mft.masks.peft needs peft >= {_TRIED[0]}: {_REMEDY}. {error}") from error
 

@@ -10,8 +10,8 @@ from mft.masks.experts import MaskedExperts, unmasked_experts
 from mft.masks.gradient_checkpointing import remove_checkpointing_hooks
 from mft.masks.in_place.others_memory import lend_weights
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
+from mft.models.codes.experts import QuantizedGroupedLinear
 from mft.models.parallel import check_unsharded, unwrapped
-from mft.models.quantized_experts import QuantizedGroupedLinear
 from mft_kernels import MaskedLinear
 from mft_kernels.layers.shells import linear_on
 

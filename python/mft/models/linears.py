@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mft.checks import nearest
-from mft.models.coded_linear import holds_codes, why_no_codes
+from mft.models.codes.linear import holds_codes, why_no_codes
+from mft.models.codes.weight import QuantizedWeight
 from mft.models.experts import expert_projections
-from mft.models.quantized_weight import QuantizedWeight
 from mft.models.weight_readers import why_read
 from mft_kernels import MaskedLayer
 from mft_kernels.layers.attention import projections, why_not_split
@@ -39,7 +39,7 @@ class Candidate:
     is_parameter: bool = False  # not a module of its own but a parameter of module, such as all experts in one
     is_head: bool = False
     own_name: str = ""  # of the parameter that is its weight, where nothing else says it
-    holds_codes: bool = False  # which are all that keeps it from being masked: see coded_linear.py
+    holds_codes: bool = False  # which are all that keeps it from being masked: see codes/linear.py
 
     @property
     def suffix(self) -> str:

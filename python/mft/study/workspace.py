@@ -18,11 +18,11 @@ from mft.data.batches import take_rows
 from mft.data.splits import Splits, load_splits
 from mft.masks.quantize import coded_shapes
 from mft.models.causal_lm import FEW, decoder_layers, split_at_head
+from mft.models.codes.weight import check_library
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import inputs_of
 from mft.models.packed_rows import keeping_apart
 from mft.models.pretrained import load_model
-from mft.models.quantized_weight import check_library
 from mft.study.arms.arm import Arm
 from mft.study.arms.setting import Setting
 from mft.study.arms.weights import with_weights

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from tiny import make_llama, make_rows
 
 from mft.masks.peft import MaskPeftConfig
-from mft.masks.peft_layer import MaskLinear
+from mft.masks.peft_layers.layer import MaskLinear
 
 # What PEFT 0.21 still calls in transformers 5.24.
 STILL_CALLED = pytest.mark.filterwarnings(

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mft import quantize_model
 from mft.masks.peft import to_masked_model
-from mft.masks.peft_codes import MaskCodes
-from mft.models.coded_linear import codes_of, holds_codes
+from mft.masks.peft_layers.codes import MaskCodes
+from mft.models.codes.linear import codes_of, holds_codes
 
 pytestmark = [
     STILL_CALLED,

@@ -22,7 +22,7 @@ from mft import (
     unmasked_model,
 )
 from mft.masks.peft import MaskPeftConfig, to_masked_model
-from mft.masks.peft_layer import MaskExperts
+from mft.masks.peft_layers.layer import MaskExperts
 from mft.publishing.kinds import read_contents
 
 pytestmark = STILL_CALLED

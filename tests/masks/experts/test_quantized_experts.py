@@ -17,9 +17,9 @@ from mft.masks.export import base_hash, load_masks, save_masks
 from mft.masks.export_format import read_export
 from mft.masks.quantize import QuantizedMaskedGroupedLinear, _quantize_masked, quantize_model
 from mft.masks.unmasked import unmasked_model
+from mft.models.codes.experts import QuantizedGroupedLinear, dense_experts
+from mft.models.codes.weight import quantized_weights
 from mft.models.experts import unmasked_product
-from mft.models.quantized_experts import QuantizedGroupedLinear, dense_experts
-from mft.models.quantized_weight import quantized_weights
 from mft_kernels import MaskedGroupedLinear
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))

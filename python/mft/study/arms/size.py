@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mft.masks.quantize import coded_shapes
-from mft.models.quantized_weight import QuantizedWeight
+from mft.models.codes.weight import QuantizedWeight
 
 NUMBER = 2
 

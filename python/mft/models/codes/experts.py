@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mft.models.codes.weight import QuantizedWeight
 from mft.models.experts import bias_of_rows, unmasked_product
-from mft.models.quantized_weight import QuantizedWeight
 
 
 class QuantizedGroupedLinear(nn.Module):

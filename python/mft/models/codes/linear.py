@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.models.quantized_weight import BLOCK, NESTED_BLOCK, Nf4DqWeight, Nf4Weight, QuantizedWeight
+from mft.models.codes.weight import BLOCK, NESTED_BLOCK, Nf4DqWeight, Nf4Weight, QuantizedWeight
 
 _REMEDY = 'load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")'
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from mft.config import MaskConfig
 from mft.masks.banked_linear import TaskPerRow
 from mft.masks.convert import masked_layer
-from mft.masks.peft_layer import MaskLinear
+from mft.masks.peft_layers.layer import MaskLinear
 from mft.masks.quantize import can_skip_dense, masked_product, quantized_product
-from mft.models.coded_linear import codes_of, set_codes
-from mft.models.quantized_weight import QuantizedWeight
+from mft.models.codes.linear import codes_of, set_codes
+from mft.models.codes.weight import QuantizedWeight
 from mft_kernels import masked_linear_by_ratio
 from mft_kernels.layers.shells import linear_on
 from mft_kernels.mask.masking import current_mask
