@@ -3,25 +3,25 @@
 import asyncio
 import copy
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
-from openai.types import CompletionUsage, Model
+from openai.types import Model
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from mft.checks import nearest, shown
 from mft.masks.bank import MaskBank
-from mft.serving.answer import END, ChatAnswer, TextAnswer, refusal_event
+from mft.serving.answer import ChatAnswer, TextAnswer
 from mft.serving.answer_text import AnswerText
 from mft.serving.body import Body, ChatBody, CompletionBody, most_bytes, read_body
 from mft.serving.generation import Generation, Piece
 from mft.serving.hosts import HostCheck
 from mft.serving.incoming import json_bytes
+from mft.serving.pieces import Pieces, Stream, events, unless_client_leaves, whole
 from mft.serving.prompt import Prompts
 from mft.serving.refusal import Refused, failure
 from mft.serving.sampling import Sampling
@@ -100,15 +100,15 @@ class Service:
             raise
         pieces.words = f"{answer.id} {body.model}"
         if body.stream:
-            return _Stream(pieces, _events(answer, pieces, with_usage=body.stream_options.include_usage))
-        return await _unless_client_leaves(request, pieces, _whole(answer, pieces))
+            return Stream(pieces, events(answer, pieces, with_usage=body.stream_options.include_usage))
+        return await unless_client_leaves(request, pieces, whole(answer, pieces))
 
     def _read(self, kind: type[Body], data: bytes) -> tuple[Body, str | None, list[int], int]:
         """(what is asked for, whose masks, the prompt's tokens, how many the answer may have). Raises: Refused."""
         body = read_body(kind, data)
         return body, self._task(body.model), *self._prompts.read(body)
 
-    def _begin(self, body: Body, task: str | None, prompt: list[int], most: int) -> "_Pieces":
+    def _begin(self, body: Body, task: str | None, prompt: list[int], most: int) -> Pieces:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece]()
         generation = Generation(
             task,
@@ -120,7 +120,7 @@ class Service:
             lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece),
         )
         self._scheduler.submit(generation)
-        return _Pieces(generation, queue, self._scheduler, self._log)
+        return Pieces(generation, queue, self._scheduler, self._log)
 
     def _task(self, model: str) -> str | None:
         if model == self._base:
@@ -137,95 +137,6 @@ class Service:
 
     def _card(self, name: str) -> dict[str, Any]:
         return Model(id=name, object="model", created=self._started, owned_by="mft").model_dump()
-
-
-class _Pieces:
-    """Of one generation, as they come; whoever leaves it has its place freed and its line written."""
-
-    def __init__(
-        self,
-        generation: Generation,
-        queue: "asyncio.Queue[Piece]",
-        scheduler: Scheduler,
-        log: Callable[[str], None],
-    ) -> None:
-        self._generation, self._queue, self._scheduler, self._log = generation, queue, scheduler, log
-        self._outcome = "499 cancelled"  # by the client, unless an end has come
-        self.words = ""
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """The last has a finish. Raises: Refused instead of the rest."""
-        while True:
-            piece = await self._queue.get()
-            if piece.refused is not None:
-                self._outcome = f"{piece.refused.status} {piece.refused.message}"
-                raise piece.refused
-            if piece.finish is not None:
-                self._outcome = f"200 {piece.finish}"
-            yield piece
-            if piece.finish is not None:
-                return
-
-    def usage(self) -> CompletionUsage:
-        prompt, made = len(self._generation.prompt), self._generation.tokens
-        return CompletionUsage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
-
-    def leave(self) -> None:
-        self._scheduler.cancel(self._generation)
-        it = self._generation
-        now = it.ended or time.monotonic()
-        first = f", first token after {it.first - it.began:.2f} s" if it.first else ""
-        self._log(
-            f"{self.words} {self._outcome}: {len(it.prompt)} + {it.tokens} tokens in {now - it.began:.2f} s{first}"
-        )
-
-
-class _Stream(StreamingResponse):
-    """Server-sent events, until the answer ends or the client leaves."""
-
-    def __init__(self, pieces: _Pieces, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._pieces = pieces
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._pieces.leave()
-
-
-async def _events(answer: TextAnswer, pieces: _Pieces, *, with_usage: bool) -> AsyncIterator[str]:
-    for text in answer.first():
-        yield text
-    try:
-        async for piece in pieces:
-            for text in answer.piece(piece.text, piece.finish):
-                yield text
-    except Refused as refused:
-        yield refusal_event(refused)
-        return
-    if with_usage:
-        for text in answer.usage(pieces.usage()):
-            yield text
-    yield END
-
-
-async def _whole(answer: TextAnswer, pieces: _Pieces) -> Response:
-    made = [piece async for piece in pieces]
-    finish = made[-1].finish
-    assert finish is not None
-    return JSONResponse(answer.whole("".join(piece.text for piece in made), finish, pieces.usage()))
-
-
-async def _unless_client_leaves(request: Request, pieces: _Pieces, answer: Any) -> Response:
-    made, gone = asyncio.ensure_future(answer), asyncio.ensure_future(request.receive())  # the body has been read
-    try:
-        await asyncio.wait((made, gone), return_when=asyncio.FIRST_COMPLETED)
-        return made.result() if made.done() else Response(status_code=499)
-    finally:
-        made.cancel()
-        gone.cancel()
-        pieces.leave()
 
 
 async def _refusal(_: Request, refused: Exception) -> Response:

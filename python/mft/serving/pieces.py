@@ -1,0 +1,105 @@
+"""The pieces of one answer on their way to its client: whole, or as a stream of events, for as long as it stays."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from openai.types import CompletionUsage
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from mft.serving.answer import END, TextAnswer, refusal_event
+from mft.serving.generation import Generation, Piece
+from mft.serving.refusal import Refused
+from mft.serving.scheduler import Scheduler
+
+
+class Pieces:
+    """Of one generation, as they come; whoever leaves it has its place freed and its line written."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        queue: "asyncio.Queue[Piece]",
+        scheduler: Scheduler,
+        log: Callable[[str], None],
+    ) -> None:
+        self._generation, self._queue, self._scheduler, self._log = generation, queue, scheduler, log
+        self._outcome = "499 cancelled"  # by the client, unless an end has come
+        self.words = ""
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """The last has a finish. Raises: Refused instead of the rest."""
+        while True:
+            piece = await self._queue.get()
+            if piece.refused is not None:
+                self._outcome = f"{piece.refused.status} {piece.refused.message}"
+                raise piece.refused
+            if piece.finish is not None:
+                self._outcome = f"200 {piece.finish}"
+            yield piece
+            if piece.finish is not None:
+                return
+
+    def usage(self) -> CompletionUsage:
+        prompt, made = len(self._generation.prompt), self._generation.tokens
+        return CompletionUsage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+
+    def leave(self) -> None:
+        self._scheduler.cancel(self._generation)
+        it = self._generation
+        now = it.ended or time.monotonic()
+        first = f", first token after {it.first - it.began:.2f} s" if it.first else ""
+        self._log(
+            f"{self.words} {self._outcome}: {len(it.prompt)} + {it.tokens} tokens in {now - it.began:.2f} s{first}"
+        )
+
+
+class Stream(StreamingResponse):
+    """Server-sent events, until the answer ends or the client leaves."""
+
+    def __init__(self, pieces: Pieces, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._pieces.leave()
+
+
+async def events(answer: TextAnswer, pieces: Pieces, *, with_usage: bool) -> AsyncIterator[str]:
+    for text in answer.first():
+        yield text
+    try:
+        async for piece in pieces:
+            for text in answer.piece(piece.text, piece.finish):
+                yield text
+    except Refused as refused:
+        yield refusal_event(refused)
+        return
+    if with_usage:
+        for text in answer.usage(pieces.usage()):
+            yield text
+    yield END
+
+
+async def whole(answer: TextAnswer, pieces: Pieces) -> Response:
+    made = [piece async for piece in pieces]
+    finish = made[-1].finish
+    assert finish is not None
+    return JSONResponse(answer.whole("".join(piece.text for piece in made), finish, pieces.usage()))
+
+
+async def unless_client_leaves(request: Request, pieces: Pieces, answer: Any) -> Response:
+    made, gone = asyncio.ensure_future(answer), asyncio.ensure_future(request.receive())  # the body has been read
+    try:
+        await asyncio.wait((made, gone), return_when=asyncio.FIRST_COMPLETED)
+        return made.result() if made.done() else Response(status_code=499)
+    finally:
+        made.cancel()
+        gone.cancel()
+        pieces.leave()
