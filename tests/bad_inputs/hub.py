@@ -8,11 +8,11 @@ from hub_stub.server import READS
 from huggingface_hub import constants
 from tiny import make_llama, masked_llama
 
-from mft.cli.serve import parse_masks
 from mft.files.hub import HubError, NotOnHub, hub_is_reachable
 from mft.masks.convert import masked_modules
 from mft.masks.export import load_masks, save_masks
 from mft.publishing.push import push_to_hub
+from mft.serving.task_list import parse_masks
 
 
 def masks_in(tmp):

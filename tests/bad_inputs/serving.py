@@ -15,6 +15,7 @@ from mft.serving.port import bind
 from mft.serving.refusal import Refused
 from mft.serving.running_batch import RunningBatch
 from mft.serving.sampling import Sampling
+from mft.serving.task_list import parse_masks
 
 
 def ask(**keys):
@@ -24,17 +25,17 @@ def ask(**keys):
 TABLE = r"""
 # the command
 serving without masks
-    serve.parse_masks([])
+    parse_masks([])
     -> ValueError: --masks | must be given for each task, as name=DIRECTORY | got none
 masks to serve without a name
-    serve.parse_masks(["runs/code"])
+    parse_masks(["runs/code"])
     -> ValueError: --masks | must be name=DIRECTORY | 'runs/code'
 two masks of one name
-    serve.parse_masks([f"code={tmp}", f"code={tmp}"])
+    parse_masks([f"code={tmp}", f"code={tmp}"])
     -> ValueError: --masks | must name each task once | 'code' twice
 masks to serve in a misspelt directory
     (tmp / "code").mkdir()
-    serve.parse_masks([f"code={tmp / 'cod'}"])
+    parse_masks([f"code={tmp / 'cod'}"])
     -> ValueError: --masks | must name a directory | 'code' is | did you mean
 serving without its packages
     patch.setattr(serve, "find_spec", lambda name: None)

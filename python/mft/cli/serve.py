@@ -1,11 +1,10 @@
-"""What mft serve is given: tasks by name, and the packages that it alone needs."""
+"""What mft serve is given, and the packages that it alone needs."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from mft.checks import nearest_path
+from mft.serving.task_list import parse_masks
 
 _NEEDED = ("openai", "starlette", "uvicorn")
 
@@ -21,23 +20,3 @@ def run_serve(masks: Sequence[str], model_name: str | None, dtype: str | None, *
     from mft.serving.run import serve
 
     serve(directories, model_name, dtype, **options)
-
-
-def parse_masks(given: Sequence[str]) -> dict[str, str]:
-    """{task: directory} of --masks task=directory, each there, or with the form of a repository on the hub."""
-    from mft.files.hub import split_hub_id
-
-    if not given:
-        raise ValueError("--masks must be given for each task, as name=DIRECTORY, got none")
-    directories: dict[str, str] = {}
-    for each in given:
-        task, equals, directory = each.partition("=")
-        if not (task and equals and directory):
-            raise ValueError(f"--masks must be name=DIRECTORY, got {each!r}")
-        if task in directories:
-            raise ValueError(f"--masks must name each task once, got {task!r} twice")
-        path = Path(directory).expanduser()
-        if not path.is_dir() and split_hub_id(directory) is None:
-            raise ValueError(f"--masks must name a directory, {task!r} is {path}{nearest_path(path)}")
-        directories[task] = str(path) if path.is_dir() else directory
-    return directories
