@@ -1,5 +1,6 @@
 """A service on a port of this machine, on the tiny Llama with two tasks whose masks drop half, for real clients."""
 
+import logging
 import threading
 import time
 from types import SimpleNamespace
@@ -23,6 +24,20 @@ TEMPLATE = (
 def base():
     """With weights so large that what masks do to them decides which word is the likeliest."""
     return make_llama(initializer_range=0.3)
+
+
+class Recorded(logging.Formatter):
+    """A line's message alone; what it knows beside goes into a list."""
+
+    def __init__(self, events):
+        super().__init__()
+        self._events = events
+
+    def format(self, record):
+        from mft.serving.log import one_line
+
+        self._events.append({"event": record.event, "level": record.levelname, **record.fields})
+        return one_line(record.getMessage())
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +68,8 @@ def serve(exports, words):
     """serve(rows=..., ...) -> what runs: client, bank, scheduler, server, lines of the log, address."""
     import openai
 
+    from mft.serving.journal import Journal
+    from mft.serving.log import Log
     from mft.serving.port import bind
     from mft.serving.server import Server
     from mft.serving.service import Service
@@ -64,8 +81,9 @@ def serve(exports, words):
         batch = RunningBatch(bank)
         batch.check_rows_apart()
         scheduler = Scheduler(batch, rows=rows, waiting=waiting)
-        lines = []
-        service = Service(bank, tokenizer, scheduler, base="tiny", length=length, log=lines.append, hosts=hosts)
+        lines, events = [], []
+        journal = Journal(Log(Recorded(events), "info", lines.append))
+        service = Service(bank, tokenizer, scheduler, base="tiny", length=length, journal=journal, hosts=hosts)
         bound = bind("127.0.0.1", 0)
         ready = threading.Event()
         server = Server(service.app, scheduler, grace=grace, connections=connections, ready=ready.set)
@@ -77,6 +95,7 @@ def serve(exports, words):
         running = SimpleNamespace(
             client=client, bank=bank, scheduler=scheduler, server=server, lines=lines, address=address, thread=thread
         )
+        running.events = events
         running.fails = False
         started.append(running)
         return running

@@ -359,6 +359,11 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=0, max=86400, help="Seconds for what is being answered, at SIGTERM or SIGINT.")
     ] = 30,
+    log_format: Annotated[str, typer.Option(help="Of the log: text, or json, an object per line.")] = "text",
+    log_level: Annotated[str, typer.Option(help="Of the log: debug, info, warning or error.")] = "info",
+    log_zone: Annotated[
+        str, typer.Option(help="Of times in the log: local, UTC, or a name like Europe/Berlin.")
+    ] = "local",
 ) -> None:
     """Many tasks' masks on one base over HTTP, as OpenAI's API: the model's name chooses the task."""
     from mft.cli.serve import run_serve
@@ -370,11 +375,14 @@ def serve(
         force=force,
         host=host,
         port=port,
-        allowed_hosts=allow_host or (),
+        allow_host=allow_host or (),
         rows=rows,
         waiting=waiting,
         length=length,
         grace=grace,
+        log_format=log_format,
+        log_level=log_level,
+        log_zone=log_zone,
     )
 
 

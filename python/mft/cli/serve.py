@@ -17,6 +17,7 @@ def run_serve(masks: Sequence[str], model_name: str | None, dtype: str | None, *
         raise RuntimeError(
             f"mft serve needs {', '.join(missing)}, not installed here: pip install 'mft_kernels[serve]'"
         )
+    from mft.serving.options import Options
     from mft.serving.run import serve
 
-    serve(directories, model_name, dtype, **options)
+    serve(directories, model_name, dtype, Options(**options))

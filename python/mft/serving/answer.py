@@ -2,7 +2,6 @@
 
 import json
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +23,8 @@ class TextAnswer:
 
     prefix = "cmpl"
 
-    def __init__(self, model: str) -> None:
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+    def __init__(self, model: str, request_id: str) -> None:
+        self.id = f"{self.prefix}-{request_id}"
         self._common: dict[str, Any] = {"id": self.id, "created": int(time.time()), "model": model}
 
     def whole(self, text: str, finish: Finish, usage: CompletionUsage) -> dict[str, Any]:

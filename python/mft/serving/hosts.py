@@ -10,10 +10,10 @@ import re
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mft.checks import shown
+from mft.serving.exchange import refuse
 from mft.serving.refusal import Refused
 
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?")  # a name or an IPv6 address in brackets, and perhaps a port
@@ -47,7 +47,7 @@ class HostCheck:
                     f"names, got {shown(given)}",
                     status=403,
                 )
-                app = JSONResponse(refused.body(), refused.status)
+                app = refuse(scope, refused)
         await app(scope, receive, send)
 
 

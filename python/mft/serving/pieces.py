@@ -1,7 +1,6 @@
 """The pieces of one answer on their way to its client: whole, or as a stream of events, for as long as it stays."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,28 +16,30 @@ from mft.serving.scheduler import Scheduler
 
 
 class Pieces:
-    """Of one generation, as they come; whoever leaves it has its place freed and its line written."""
+    """Of one generation, as they come; whoever leaves it has its place freed.
+
+    Args: tell: takes the generation, its status and how it ended, once.
+    """
 
     def __init__(
         self,
         generation: Generation,
         queue: "asyncio.Queue[Piece]",
         scheduler: Scheduler,
-        log: Callable[[str], None],
+        tell: Callable[[Generation, int, str], None],
     ) -> None:
-        self._generation, self._queue, self._scheduler, self._log = generation, queue, scheduler, log
-        self._outcome = "499 cancelled"  # by the client, unless an end has come
-        self.words = ""
+        self._generation, self._queue, self._scheduler, self._tell = generation, queue, scheduler, tell
+        self._status, self._ending = 499, "cancelled"  # by the client, unless an end has come
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """The last has a finish. Raises: Refused instead of the rest."""
         while True:
             piece = await self._queue.get()
             if piece.refused is not None:
-                self._outcome = f"{piece.refused.status} {piece.refused.message}"
+                self._status, self._ending = piece.refused.status, piece.refused.message
                 raise piece.refused
             if piece.finish is not None:
-                self._outcome = f"200 {piece.finish}"
+                self._status, self._ending = 200, piece.finish
             yield piece
             if piece.finish is not None:
                 return
@@ -49,12 +50,7 @@ class Pieces:
 
     def leave(self) -> None:
         self._scheduler.cancel(self._generation)
-        it = self._generation
-        now = it.ended or time.monotonic()
-        first = f", first token after {it.first - it.began:.2f} s" if it.first else ""
-        self._log(
-            f"{self.words} {self._outcome}: {len(it.prompt)} + {it.tokens} tokens in {now - it.began:.2f} s{first}"
-        )
+        self._tell(self._generation, self._status, self._ending)
 
 
 class Stream(StreamingResponse):

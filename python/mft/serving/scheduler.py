@@ -4,6 +4,7 @@ One thread runs the model. Between two tokens of the running rows it reads one p
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -95,6 +96,7 @@ class Scheduler:
             self._leave()
             joining = self._waiting.popleft() if self._waiting and len(self._running) < self._rows else None
             if joining is not None:
+                joining.joined = time.monotonic()
                 self._running.append(joining)
             elif not self._running:
                 return not self.is_closing

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from mft.serving.connection import Connection
 from mft.serving.scheduler import Scheduler
@@ -20,7 +20,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, app: Starlette, scheduler: Scheduler, *, grace: float, connections: int, ready: Callable[[], None]
+        self, app: ASGIApp, scheduler: Scheduler, *, grace: float, connections: int, ready: Callable[[], None]
     ) -> None:
 
         class Limited(Connection):
@@ -36,6 +36,7 @@ class Server(uvicorn.Server):
                 loop="asyncio",
                 ws="none",
                 lifespan="off",
+                log_config=None,  # its loggers are Python's, and what they say goes where the root's does
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=math.ceil(grace) + 5,  # for clients that do not take what they are refused

@@ -2,8 +2,10 @@
 
 import asyncio
 import copy
+import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from openai.types import Model
@@ -18,9 +20,11 @@ from mft.masks.bank import MaskBank
 from mft.serving.answer import ChatAnswer, TextAnswer
 from mft.serving.answer_text import AnswerText
 from mft.serving.body import Body, ChatBody, CompletionBody, most_bytes, read_body
+from mft.serving.exchange import Exchanges, exchange_of, refuse
 from mft.serving.generation import Generation, Piece
 from mft.serving.hosts import HostCheck
 from mft.serving.incoming import json_bytes
+from mft.serving.journal import Journal
 from mft.serving.pieces import Pieces, Stream, events, unless_client_leaves, whole
 from mft.serving.prompt import Prompts
 from mft.serving.refusal import Refused, failure
@@ -30,13 +34,23 @@ from mft.serving.scheduler import Scheduler
 READ_AT_ONCE = 2  # bodies that are JSON and tokens being made of; one more waits. Two: a long one holds no short one up
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request that was read: whose masks it takes, its prompt's tokens, how many its answer may have."""
+
+    body: Body
+    task: str | None
+    prompt: list[int]
+    most: int
+
+
 class Service:
     """The base and the bank's tasks, each by its name as a model's.
 
     Args:
         base: its name, by which no masks are taken.
         length: of prompt and answer together, in tokens.
-        log: takes a line a request.
+        journal: is told of each request.
         hosts: the names by which it may be asked besides loopback's, None for any (hosts.known_hosts).
     """
 
@@ -48,16 +62,16 @@ class Service:
         *,
         base: str,
         length: int,
-        log: Callable[[str], None],
+        journal: Journal,
         hosts: frozenset[str] | None = None,
     ) -> None:
-        self._bank, self._base, self._scheduler, self._log = bank, base, scheduler, log
+        self._bank, self._base, self._scheduler, self._journal = bank, base, scheduler, journal
         self._prompts = Prompts(tokenizer, length)
         self._most_bytes, self._reading = most_bytes(length), asyncio.Semaphore(READ_AT_ONCE)
         self._tokenizer = copy.deepcopy(tokenizer)  # the scheduler's thread decodes while others encode
         self._ends = _ends(bank.model, tokenizer)
         self._started = int(time.time())
-        self.app = Starlette(
+        app = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/v1/models", self._models),
@@ -68,6 +82,7 @@ class Service:
             middleware=[Middleware(HostCheck, hosts=hosts)],
             exception_handlers={Refused: _refusal, 404: _no_such_route, 405: _no_such_route, Exception: _failure},
         )
+        self.app = Exchanges(app, journal.responded)
 
     async def _health(self, _: Request) -> Response:
         running, waiting = self._scheduler.counts
@@ -89,38 +104,34 @@ class Service:
         return await self._answer(request, ChatBody, ChatAnswer)
 
     async def _answer(self, request: Request, kind: type[Body], form: type[TextAnswer]) -> Response:
-        try:
-            data = await json_bytes(request, self._most_bytes)
-            async with self._reading:
-                body, task, prompt, most = await asyncio.to_thread(self._read, kind, data)
-            answer = form(body.model)
-            pieces = self._begin(body, task, prompt, most)
-        except Refused as refused:
-            self._log(f"{form.prefix} {refused.status}: {_one_line(refused.message)}")
-            raise
-        pieces.words = f"{answer.id} {body.model}"
+        data = await json_bytes(request, self._most_bytes)
+        async with self._reading:
+            asked = await asyncio.to_thread(self._read, kind, data)
+        body, exchange = asked.body, exchange_of(request.scope)
+        answer = form(body.model, exchange.id)
+        pieces = self._begin(asked, functools.partial(self._journal.answered, exchange, answer.id, body.model))
         if body.stream:
             return Stream(pieces, events(answer, pieces, with_usage=body.stream_options.include_usage))
         return await unless_client_leaves(request, pieces, whole(answer, pieces))
 
-    def _read(self, kind: type[Body], data: bytes) -> tuple[Body, str | None, list[int], int]:
-        """(what is asked for, whose masks, the prompt's tokens, how many the answer may have). Raises: Refused."""
+    def _read(self, kind: type[Body], data: bytes) -> "_Asked":
+        """Raises: Refused."""
         body = read_body(kind, data)
-        return body, self._task(body.model), *self._prompts.read(body)
+        return _Asked(body, self._task(body.model), *self._prompts.read(body))
 
-    def _begin(self, body: Body, task: str | None, prompt: list[int], most: int) -> Pieces:
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+    def _begin(self, asked: "_Asked", tell: Callable[[Generation, int, str], None]) -> Pieces:
+        loop, queue, body = asyncio.get_running_loop(), asyncio.Queue[Piece](), asked.body
         generation = Generation(
-            task,
-            prompt,
-            most,
+            asked.task,
+            asked.prompt,
+            asked.most,
             Sampling(body.temperature, body.top_p, body.seed),
             AnswerText(self._tokenizer, body.stop),
             self._ends,
             lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece),
         )
         self._scheduler.submit(generation)
-        return Pieces(generation, queue, self._scheduler, self._log)
+        return Pieces(generation, queue, self._scheduler, tell)
 
     def _task(self, model: str) -> str | None:
         if model == self._base:
@@ -139,26 +150,21 @@ class Service:
         return Model(id=name, object="model", created=self._started, owned_by="mft").model_dump()
 
 
-async def _refusal(_: Request, refused: Exception) -> Response:
+async def _refusal(request: Request, refused: Exception) -> Response:
     assert isinstance(refused, Refused)
-    return JSONResponse(refused.body(), refused.status, {"Retry-After": "1"} if refused.status == 429 else None)
+    return refuse(request.scope, refused)
 
 
 async def _no_such_route(request: Request, error: Any) -> Response:
     routes = "GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health"
     got = shown(f"{request.method} {request.scope['path']}")
     message = f"the request must be one of {routes}, got {got}"
-    return JSONResponse(Refused(message, status=error.status_code).body(), error.status_code)
+    return refuse(request.scope, Refused(message, status=error.status_code))
 
 
-async def _failure(_: Request, error: Exception) -> Response:
+async def _failure(request: Request, error: Exception) -> Response:
     """What is not foreseen ends one request; uvicorn logs it."""
-    return JSONResponse(failure().body(), 500)
-
-
-def _one_line(text: str) -> str:
-    """Without what would break a line of the log, or steer a terminal."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return refuse(request.scope, failure())
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -1,0 +1,70 @@
+"""One request and its response: an id that the client finds in X-Request-Id and an operator in the log."""
+
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mft.serving.refusal import Refused
+
+_KEY = "exchange"  # in a scope's state
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # by a refusal's status
+
+
+@dataclass
+class Exchange:
+    """refused: why there is no answer, if there is none; is_told: the log has its line."""
+
+    id: str
+    method: str
+    path: str
+    refused: Refused | None = None
+    is_told: bool = False
+
+
+class Exchanges:
+    """ASGI middleware, around everything else: an Exchange per request.
+
+    Args: responded: is told the exchange and the status when a response begins.
+    """
+
+    def __init__(self, app: ASGIApp, responded: Callable[[Exchange, int], None]) -> None:
+        self._app, self._responded = app, responded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = Exchange(_request_id(scope), scope["method"], scope["path"])
+        scope.setdefault("state", {})[_KEY] = exchange
+
+        async def with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = exchange.id
+                self._responded(exchange, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, with_id)
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    return scope["state"][_KEY]
+
+
+def refuse(scope: Scope, refused: Refused) -> JSONResponse:
+    """The response with OpenAI's error object."""
+    exchange: Any = scope.get("state", {}).get(_KEY)
+    if exchange is not None:
+        exchange.refused = refused
+    return JSONResponse(refused.body(), refused.status, _HEADERS.get(refused.status))
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's or the proxy's own if it is short and plain, else a new one."""
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else uuid.uuid4().hex

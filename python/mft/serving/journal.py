@@ -1,0 +1,55 @@
+"""What is told of each request, once: how it was answered, or why it was refused."""
+
+import logging
+import time
+
+from mft.serving.exchange import Exchange
+from mft.serving.generation import Generation
+from mft.serving.log import Log
+
+
+class Journal:
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def answered(self, of: Exchange, answer_id: str, model: str, it: Generation, status: int, ending: str) -> None:
+        """A generation has ended, or nobody waits for it any more. ending: stop, length, or why there is no more."""
+        of.is_told = True
+        seconds = (it.ended or time.monotonic()) - it.began
+        first = it.first - it.began if it.first else None
+        after = f", first token after {first:.2f} s" if first is not None else ""
+        self.log.tell(
+            "answer",
+            f"{answer_id} {model} {status} {ending}: {len(it.prompt)} + {it.tokens} tokens in {seconds:.2f} s{after}",
+            level=logging.INFO if status < 500 else logging.ERROR,
+            request_id=of.id,
+            id=answer_id,
+            model=model,
+            status=status,
+            ending=ending,
+            prompt_tokens=len(it.prompt),
+            completion_tokens=it.tokens,
+            seconds=round(seconds, 4),
+            first_token_seconds=None if first is None else round(first, 4),
+            queue_seconds=round(it.joined - it.began, 4) if it.joined else None,
+        )
+
+    def responded(self, of: Exchange, status: int) -> None:
+        """The response of a request begins; nothing if it was told as an answer."""
+        if of.is_told:
+            return
+        known = {"request_id": of.id, "method": of.method, "path": of.path[:200], "status": status}
+        line = f"{of.id} {of.method} {of.path[:200]} {status}"
+        if of.refused is None:
+            self.log.tell("response", line, level=logging.DEBUG, **known)
+            return
+        of.is_told = True
+        self.log.tell(
+            "refusal",
+            f"{line}: {of.refused.message}",
+            level=logging.WARNING if status < 500 else logging.ERROR,
+            **known,
+            param=of.refused.param,
+            code=of.refused.code,
+            reason=of.refused.message,
+        )

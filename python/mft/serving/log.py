@@ -1,0 +1,113 @@
+"""The server's log: a line per event, as text or as JSON, from one level on, with times in one zone."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, tzinfo
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from mft.checks import one_of
+from mft.tracking.console import say
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class Lines(logging.Formatter):
+    """Args: zone: of the times; None for this machine's."""
+
+    def __init__(self, zone: tzinfo | None) -> None:
+        super().__init__()
+        self._zone = zone
+
+    def time(self, record: logging.LogRecord) -> datetime:
+        return datetime.fromtimestamp(record.created, UTC).astimezone(self._zone)
+
+
+class TextLines(Lines):
+    """2026-11-27 06:18:37+01:00 info the message"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = self.time(record).isoformat(" ", "seconds")
+        line = f"{time} {record.levelname.lower()} {one_line(record.getMessage())}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonLines(Lines):
+    """An object per line: time, level, event, message, and what the event knows, such as request_id."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.time(record).isoformat("T", "milliseconds"),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", record.name),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+FORMATS: dict[str, type[Lines]] = {"text": TextLines, "json": JsonLines}
+
+
+class Log(logging.Logger):
+    """One server's, apart from the process's other loggers. Args: write: takes each line."""
+
+    def __init__(self, lines: Lines, level: str = "info", write: Callable[[str], None] = say) -> None:
+        super().__init__("mft serve", level.upper())
+        self._handler = _Written(write)
+        self._handler.setFormatter(lines)
+        self.addHandler(self._handler)
+
+    def tell(self, event: str, message: str, *, level: int = logging.INFO, **fields: Any) -> None:
+        """One line. fields: what JSON has beside the message."""
+        self.log(level, "%s", message, extra={"event": event, "fields": fields})
+
+    @contextlib.contextmanager
+    def with_libraries(self) -> Iterator[None]:
+        """Meanwhile what libraries log, such as the traceback of an error, has its lines here too."""
+        root = logging.getLogger()
+        root.addHandler(self._handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(self._handler)
+
+
+def read_zone(name: str) -> tzinfo | None:
+    """Of --log-zone. Raises: ValueError if there is no such zone."""
+    if name == "local":
+        return None
+    if name == "UTC":
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):  # unknown, no name of a zone, a folder of zones
+        raise ValueError(
+            "--log-zone must be local, UTC or a name of the time zone database such as Europe/Berlin, got "
+            f"{name!r}; if the name is right, install the database: pip install tzdata"
+        ) from None
+
+
+def new_log(form: str, level: str, zone: str) -> Log:
+    """Of --log-format, --log-level and --log-zone. Raises: ValueError that names the option."""
+    one_of(tuple(FORMATS)).check("--log-format", form)
+    one_of(LEVELS).check("--log-level", level)
+    return Log(FORMATS[form](read_zone(zone)), level)
+
+
+def one_line(text: str) -> str:
+    """Without what would break a line of the log, or steer a terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+class _Written(logging.Handler):
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(self.format(record))
