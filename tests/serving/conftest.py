@@ -76,14 +76,16 @@ def serve(exports, words):
 
     started = []
 
-    def start(*, rows=4, waiting=8, length=64, grace=5.0, model=None, tokenizer=words, connections=64, hosts=None):
+    def start(
+        *, rows=4, waiting=8, length=64, grace=5.0, model=None, tokenizer=words, connections=64, timeout=None, **options
+    ):
         bank = load_mask_bank(model or base(), exports)
         batch = RunningBatch(bank)
         batch.check_rows_apart()
-        scheduler = Scheduler(batch, rows=rows, waiting=waiting)
+        scheduler = Scheduler(batch, rows=rows, waiting=waiting, timeout=timeout)
         lines, events = [], []
         journal = Journal(Log(Recorded(events), "info", lines.append))
-        service = Service(bank, tokenizer, scheduler, base="tiny", length=length, journal=journal, hosts=hosts)
+        service = Service(bank, tokenizer, scheduler, base="tiny", length=length, journal=journal, **options)
         bound = bind("127.0.0.1", 0)
         ready = threading.Event()
         server = Server(service.app, scheduler, grace=grace, connections=connections, ready=ready.set)

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -294,6 +295,44 @@ def test_one_request_too_many_is_refused_and_the_others_are_answered(serve, gate
         gate.set()
         assert len({each.result().choices[0].text for each in asked}) == 1
     assert complete(running).choices[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_takes_longer_than_a_request_may_is_refused_and_frees_its_place(serve, gate, until, stream):
+    running = serve(rows=1, timeout=0.5)
+    gate.clear()
+
+    def ask(_):
+        found = complete(running, max_tokens=60, stream=stream)
+        return [*found] if stream else found
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask, i) for i in range(2)]
+        until(lambda: running.scheduler.counts == (1, 1))
+        time.sleep(0.5)
+        gate.set()
+        for each in asked:
+            message = (
+                r"a request must be answered within 0\.5 s \(--timeout\), got \d tokens by then: ask for fewer by "
+            )
+            with pytest.raises(openai.APIError, match=message):
+                each.result()
+    until(lambda: running.scheduler.counts == (0, 0))
+    assert sorted(re.sub(r".* code (504 a request) .*: 3 \+ (\d) .*", r"\1 \2", line) for line in running.lines) == [
+        "504 a request 0",
+        "504 a request 2",
+    ]
+    assert complete(running).choices[0].text
+
+
+def test_an_answer_has_as_many_tokens_as_the_server_says_if_the_request_does_not(serve):
+    running = serve(max_tokens=20)
+    chat = running.client.chat.completions.create
+    messages = CHAT["messages"]
+    assert complete(running).usage.completion_tokens == 20
+    assert chat(model="code", messages=messages, temperature=0).usage.completion_tokens == 20
+    assert complete(running, max_tokens=21).usage.completion_tokens == 21
+    assert complete(running, prompt="3 " * 60).usage.completion_tokens == 4
 
 
 def test_logits_that_are_no_numbers_end_one_answer_and_not_the_service(serve, words):

@@ -356,6 +356,13 @@ def serve(
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer; by default the base's positions.")
     ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of an answer whose request names none; by default 16, and of a chat all there is."),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds for a request, waiting included; by default no limit.")
+    ] = None,
     grace: Annotated[
         float, typer.Option(min=0, max=86400, help="Seconds for what is being answered, at SIGTERM or SIGINT.")
     ] = 30,
@@ -379,6 +386,8 @@ def serve(
         rows=rows,
         waiting=waiting,
         length=length,
+        max_tokens=max_tokens,
+        timeout=timeout,
         grace=grace,
         log_format=log_format,
         log_level=log_level,

@@ -7,24 +7,27 @@ from jinja2 import TemplateError
 from mft.serving.body import Body, ChatBody, CompletionBody
 from mft.serving.refusal import Refused
 
-_MAX_TOKENS = 16  # of /v1/completions where nothing else is asked for, as with OpenAI
+_MAX_TOKENS = 16  # of /v1/completions, as with OpenAI
 
 
 class Prompts:
-    """Args: length: of prompt and answer together, in tokens."""
+    """Args:
+    length: of prompt and answer together, in tokens.
+    max_tokens: of an answer for which the request names none; None as with OpenAI: 16 of a text, all of a chat.
+    """
 
-    def __init__(self, tokenizer: Any, length: int) -> None:
-        self._tokenizer, self._length = tokenizer, length
+    def __init__(self, tokenizer: Any, length: int, max_tokens: int | None = None) -> None:
+        self._tokenizer, self._length, self._max_tokens = tokenizer, length, max_tokens
         self._longest = max(map(len, tokenizer.get_vocab()))  # characters of a token
 
     def read(self, body: Body) -> tuple[list[int], int]:
         """(tokens of the prompt, how many the answer may have). Raises: Refused if they are too many, or none."""
         if isinstance(body, ChatBody):
-            param, tokens = "messages", self._chat(body)
+            param, tokens, default = "messages", self._chat(body), self._length
             asked = body.max_completion_tokens or body.max_tokens
         else:
             assert isinstance(body, CompletionBody)
-            param, tokens = "prompt", self._completion(body)
+            param, tokens, default = "prompt", self._completion(body), _MAX_TOKENS
             asked = body.max_tokens
         if not tokens:
             raise Refused(f"{param} must hold at least one token, got none", param=param)
@@ -32,7 +35,7 @@ class Prompts:
         if room < 1:
             raise self._too_long(param, f"{len(tokens)}")
         if asked is None:
-            return tokens, room if isinstance(body, ChatBody) else min(room, _MAX_TOKENS)
+            return tokens, min(room, self._max_tokens or default)
         if asked > room:
             raise Refused(
                 f"max_tokens must be at most {room}, what the {len(tokens)} tokens of {param} leave of {self._length} "

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_KINDS = {429: "requests", 500: "server_error", 503: "server_error"}
+_KINDS = {429: "requests", 500: "server_error", 503: "server_error", 504: "server_error"}
 
 
 class Refused(Exception):

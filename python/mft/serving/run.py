@@ -57,13 +57,14 @@ def _serve(
         bank = load_mask_bank(model, directories, force=options.force)
         batch = RunningBatch(bank)
         batch.check_rows_apart()
-        scheduler = Scheduler(batch, rows=options.rows, waiting=options.waiting)
+        scheduler = Scheduler(batch, rows=options.rows, waiting=options.waiting, timeout=options.timeout)
         service = Service(
             bank,
             tokenizer,
             scheduler,
             base=base,
             length=most,
+            max_tokens=options.max_tokens,
             hosts=known_hosts(bound.getsockname()[0], options.host, options.allow_host),
             journal=Journal(log),
         )

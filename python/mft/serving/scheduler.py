@@ -14,10 +14,10 @@ from mft.serving.running_batch import RunningBatch
 
 
 class Scheduler:
-    """Args: rows: answered at once at most; waiting: beside them."""
+    """Args: rows: answered at once at most; waiting: beside them; timeout: seconds of a request, None for any."""
 
-    def __init__(self, batch: RunningBatch, *, rows: int, waiting: int) -> None:
-        self._batch, self._rows, self._most_waiting = batch, rows, waiting
+    def __init__(self, batch: RunningBatch, *, rows: int, waiting: int, timeout: float | None = None) -> None:
+        self._batch, self._rows, self._most_waiting, self._timeout = batch, rows, waiting, timeout
         self.on_end: Callable[[], None] = lambda: None  # is called when the thread ends
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []  # row i of the batch
@@ -93,6 +93,7 @@ class Scheduler:
             self._changed.wait_for(lambda: self._running or self._waiting or self.is_closing)
             if self.is_cut:
                 self._refuse_all(Refused("the server must be running, got one that is stopping", status=503))
+            self._refuse_late()
             self._leave()
             joining = self._waiting.popleft() if self._waiting and len(self._running) < self._rows else None
             if joining is not None:
@@ -119,6 +120,23 @@ class Scheduler:
         if len(stay) < len(self._running):
             self._batch.keep(stay)
             self._running = [self._running[row] for row in stay]
+
+    def _refuse_late(self) -> None:
+        """What has taken longer than a request may; its row leaves, and its place in the queue is free."""
+        if self._timeout is None:
+            return
+        began_before = time.monotonic() - self._timeout
+        for each in (*self._running, *self._waiting):
+            if each.began < began_before and not each.is_over:
+                each.refuse(
+                    Refused(
+                        f"a request must be answered within {self._timeout:g} s (--timeout), got {each.tokens} tokens "
+                        "by then: ask for fewer by max_tokens, or try again when fewer requests wait",
+                        status=504,
+                        code="timeout",
+                    )
+                )
+        self._waiting = deque(each for each in self._waiting if not each.is_over)
 
     def _refuse_all(self, refused: Refused) -> None:
         with self._changed:

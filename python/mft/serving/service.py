@@ -50,6 +50,7 @@ class Service:
     Args:
         base: its name, by which no masks are taken.
         length: of prompt and answer together, in tokens.
+        max_tokens: of an answer for which the request names none (Prompts).
         journal: is told of each request.
         hosts: the names by which it may be asked besides loopback's, None for any (hosts.known_hosts).
     """
@@ -62,11 +63,12 @@ class Service:
         *,
         base: str,
         length: int,
+        max_tokens: int | None = None,
         journal: Journal,
         hosts: frozenset[str] | None = None,
     ) -> None:
         self._bank, self._base, self._scheduler, self._journal = bank, base, scheduler, journal
-        self._prompts = Prompts(tokenizer, length)
+        self._prompts = Prompts(tokenizer, length, max_tokens)
         self._most_bytes, self._reading = most_bytes(length), asyncio.Semaphore(READ_AT_ONCE)
         self._tokenizer = copy.deepcopy(tokenizer)  # the scheduler's thread decodes while others encode
         self._ends = _ends(bank.model, tokenizer)
