@@ -202,8 +202,36 @@ REFUSED_CHATS = [
         *({"messages": [{"role": "system", "content": "3"}]}, 400, "messages"),
         "messages must be what the chat template takes: no system here",
     ),
-    ({"tools": [{}]}, 400, "tools", "tools must be left out"),
+    ({"tools": [{}]}, 400, "tools", "tools must have at most 0 items, got [{}] (list)"),
+    ({"tool_choice": "required"}, 400, "tool_choice", "tool_choice must be 'none' or 'auto', got 'required' (str)"),
+    (
+        *({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        "response_format.type must be 'text', got 'json_object' (str)",
+    ),
+    ({"modalities": ["audio"]}, 400, "modalities[0]", "modalities[0] must be 'text', got 'audio' (str)"),
+    ({"reasoning_effort": "low"}, 400, "reasoning_effort", "reasoning_effort must be left out"),
+    ({"top_logprobs": 3}, 400, "top_logprobs", "top_logprobs must be less than or equal to 0, got 3 (int)"),
 ]
+HARMLESS = {
+    "user": "me",
+    "metadata": {"a": "b"},
+    "store": True,
+    "service_tier": "flex",
+    "safety_identifier": "me",
+    "prompt_cache_key": "key",
+    "prompt_cache_retention": "24h",
+    "parallel_tool_calls": False,
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": [],
+    "function_call": "none",
+    "logprobs": False,
+    "top_logprobs": 0,
+    "n": 1,
+    "logit_bias": {},
+}
 
 
 def test_a_bad_request_is_told_the_parameter_the_rule_and_the_value(serve, until):
@@ -228,6 +256,12 @@ def test_a_bad_request_is_told_the_parameter_the_rule_and_the_value(serve, until
     assert post(running, {}, "/v1/models")[0] == 405
     assert post(running, COMPLETION | {"user": "u", "n": None})[0] == 200
     until(lambda: running.scheduler.counts == (0, 0))
+
+
+def test_keys_that_ask_for_nothing_change_no_answer(serve):
+    create = serve().client.chat.completions.create
+    options = {"model": "code", "messages": CHAT["messages"], "temperature": 0, "max_tokens": 8}
+    assert create(**options, **HARMLESS).choices == create(**options).choices
 
 
 def test_a_body_of_another_type_or_size_is_refused_before_it_is_read(serve):
@@ -312,9 +346,7 @@ def test_what_takes_longer_than_a_request_may_is_refused_and_frees_its_place(ser
         time.sleep(0.5)
         gate.set()
         for each in asked:
-            message = (
-                r"a request must be answered within 0\.5 s \(--timeout\), got \d tokens by then: ask for fewer by "
-            )
+            message = r"a request must be answered within 0\.5 s \(--timeout\), got \d tokens by then: ask for fewer"
             with pytest.raises(openai.APIError, match=message):
                 each.result()
     until(lambda: running.scheduler.counts == (0, 0))

@@ -75,11 +75,18 @@ class StreamOptions(Keys):
     include_obfuscation: Literal[False] = False
 
 
+class ResponseFormat(Keys):
+    type: Literal["text"]
+
+
 class Body(Keys):
     """What both have. Lists fail at the first item at fault: an error takes 700 bytes, an item may take 2."""
 
-    # Of OpenAI's keys, those that change no answer.
-    ignored = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+    # Of OpenAI's keys, those that change no answer; parallel_tool_calls says how to call tools, and there are none.
+    ignored = (
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("prompt_cache_retention", "prompt_cache_options", "parallel_tool_calls"),
+    )
 
     model: str = Field(max_length=256)
     max_tokens: int | None = Field(None, ge=1)
@@ -107,6 +114,7 @@ class CompletionBody(Body):
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
     best_of: int = Field(1, ge=1, le=1)
     echo: Literal[False] = False
+    suffix: str = Field("", max_length=0)
 
 
 class ChatBody(Body):
@@ -115,6 +123,13 @@ class ChatBody(Body):
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1)  # what OpenAI calls max_tokens by now
     logprobs: Literal[False] = False
+    top_logprobs: int = Field(0, ge=0, le=0)
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    modalities: Annotated[list[Literal["text"]], FailFast(), Field(max_length=1)] = ["text"]
+    tools: list[Any] = Field([], max_length=0)
+    tool_choice: Literal["none", "auto"] = "none"
+    functions: list[Any] = Field([], max_length=0)
+    function_call: Literal["none", "auto"] = "none"
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
