@@ -49,9 +49,12 @@ def load_mask_bank(
     Raises: as load_masks; the model is then unchanged.
     """
     bank = MaskBank(model)
-    read = {task: bank._read(task, directory, force) for task, directory in directories.items()}
+    read = {}
+    for task, directory in directories.items():
+        bank._check_new(task)
+        read[task] = bank.read(directory, force=force)
     for task, masks in read.items():
-        bank._put(task, masks)
+        bank.put(task, masks)
     return bank
 
 
@@ -110,7 +113,29 @@ class MaskBank:
 
     def add(self, task: str, directory: str | os.PathLike, *, force: bool = False) -> None:
         """One more task; arguments and errors as of load_mask_bank."""
-        self._put(task, self._read(task, directory, force))
+        self._check_new(task)
+        self.put(task, self.read(directory, force=force))
+
+    def read(self, directory: str | os.PathLike, *, force: bool = False) -> dict[str, Tensor]:
+        """Masks by layer for put, which is short: what takes long and what can fail is done here. Errors as of add."""
+        path = masks_directory(directory)
+        export = read_description(path)
+        check_masks_alone(export, path, "a bank, whose tasks share all but the masks")
+        modules, names = dict(self.model.named_modules()), [entry.name for entry in export.modules]
+        find_targets(self.model, [name for name in names if not isinstance(modules.get(name), BankedLayer)])
+        return read_learned(self.model, export, path, force=force)[0]
+
+    def put(self, task: str, masks: Mapping[str, Tensor]) -> None:
+        """One more task, of what read has returned. Raises: ValueError if the name is taken."""
+        with self._lock:
+            self._check_new(task)
+            split_attentions(self.model, masks)
+            for name, packed in masks.items():
+                layer = self._banked(name)
+                layer.masks = {**layer.masks, task: packed.to(layer.weight.device)}
+            self._tasks.append(task)
+            for layer in self._layers():
+                layer.tasks = frozenset(self._tasks)
 
     def union(self, *tasks: str, name: str | None = None) -> str:
         """One more task, which keeps what any of these keeps; exact, and of its own when they are removed.
@@ -136,14 +161,16 @@ class MaskBank:
             if self._in_use[task]:
                 raise RuntimeError(f"task must not be in use when it is removed, got {task!r}: leave bank.use first")
             self._tasks.remove(task)
+            del self._in_use[task]
             for layer in self._layers():
                 layer.masks = {name: packed for name, packed in layer.masks.items() if name != task}
                 layer.tasks = frozenset(self._tasks)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the masks, by task."""
-        layers = self._layers()
-        return {task: sum(each.masks[task].nbytes for each in layers if task in each.masks) for task in self.tasks}
+        with self._lock:
+            layers = self._layers()
+            return {task: sum(each.masks[task].nbytes for each in layers if task in each.masks) for task in self._tasks}
 
     def print_memory(self) -> None:
         """Print the bytes of the base and of each task's masks, beside those of as many merged models."""
@@ -154,27 +181,6 @@ class MaskBank:
             f"base: {base:,d} bytes || masks: {each or 'none'} || together: {base + sum(masks.values()):,d} || "
             f"as {len(masks)} merged models: {base * len(masks):,d}"
         )
-
-    def _read(self, task: str, directory: str | os.PathLike, force: bool) -> dict[str, Tensor]:
-        """A task's masks by layer, checked against the bank and the model, which stay as they are."""
-        self._check_new(task)
-        path = masks_directory(directory)
-        export = read_description(path)
-        check_masks_alone(export, path, "a bank, whose tasks share all but the masks")
-        modules, names = dict(self.model.named_modules()), [entry.name for entry in export.modules]
-        find_targets(self.model, [name for name in names if not isinstance(modules.get(name), BankedLayer)])
-        return read_learned(self.model, export, path, force=force)[0]
-
-    def _put(self, task: str, masks: Mapping[str, Tensor]) -> None:
-        with self._lock:
-            self._check_new(task)
-            split_attentions(self.model, masks)
-            for name, packed in masks.items():
-                layer = self._banked(name)
-                layer.masks = {**layer.masks, task: packed.to(layer.weight.device)}
-            self._tasks.append(task)
-            for layer in self._layers():
-                layer.tasks = frozenset(self._tasks)
 
     def _banked(self, name: str) -> BankedLayer:
         """The layer of this name in the model, which holds masks from here on.
@@ -221,7 +227,7 @@ class MaskBank:
                 if held and not (whole_wins and len(held) < len(tasks)):
                     masks[layer_name] = functools.reduce(join, held).clone()
             name = symbol.join(tasks) if name is None else name
-            self._put(name, masks)
+            self.put(name, masks)
         return name
 
     def _check_new(self, task: Any) -> None:
