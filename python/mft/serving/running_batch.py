@@ -29,7 +29,7 @@ class RunningBatch:
 
     def __init__(self, bank: MaskBank) -> None:
         model: Any = bank.model
-        self._bank, self._model = bank, model
+        self.bank, self._model = bank, model
         other = beside_keys_and_values(model)
         if other:
             raise ValueError(
@@ -49,6 +49,15 @@ class RunningBatch:
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in _filled(self._cache))
+
+    def knows(self, task: str | None) -> bool:
+        """Whether rows may take this task's masks."""
+        return task is None or task in self.bank.tasks
 
     def join(self, task: str | None, prompt: Sequence[int]) -> Tensor:
         """One more row, the last. Returns: its logits (V,) for the next token."""
@@ -76,7 +85,7 @@ class RunningBatch:
         """Raise ValueError if the model mixes its rows, whose tasks then cannot differ. Two calls of a few tokens."""
         try:
             self.join(None, [0])
-            self.join(next(iter(self._bank.tasks), None), [0, 0])
+            self.join(next(iter(self.bank.tasks), None), [0, 0])
             self.step([0, 0])
             if self._switch is not None:
                 with by_own_length(self._model):
@@ -138,7 +147,7 @@ class RunningBatch:
         if self._takes_positions:
             given["position_ids"] = (places - before)[:, -tokens.shape[1] :].clamp(min=0)
         one = len(set(tasks)) == 1
-        with self._bank.use(tasks[0] if one else tasks), by_own_length(self._model):
+        with self.bank.use(tasks[0] if one else tasks), by_own_length(self._model):
             result = self._model(
                 input_ids=tokens.to(device),
                 attention_mask=(places >= before).long(),

@@ -19,8 +19,10 @@ class Scheduler:
     def __init__(self, batch: RunningBatch, *, rows: int, waiting: int, timeout: float | None = None) -> None:
         self._batch, self._rows, self._most_waiting, self._timeout = batch, rows, waiting, timeout
         self.on_end: Callable[[], None] = lambda: None  # is called when the thread ends
+        self.on_step: Callable[[int], None] = lambda rows: None  # is told of each step's rows, on the thread
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []  # row i of the batch
+        self._retiring: dict[str, Callable[[], None]] = {}
         self.is_closing = self.is_cut = self.has_failed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="mft serve", daemon=True)
@@ -33,6 +35,11 @@ class Scheduler:
         """(running, waiting)"""
         with self._changed:
             return len(self._running), len(self._waiting)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the batch's keys and values."""
+        return self._batch.cache_bytes
 
     def submit(self, generation: Generation) -> None:
         """Raises: Refused if there is no place, or none will be any more."""
@@ -47,6 +54,13 @@ class Scheduler:
                     status=429,
                     code="rate_limit_exceeded",
                 )
+            if generation.task in self._retiring or not self._batch.knows(generation.task):  # since it was read
+                raise Refused(
+                    f"model must be loaded, got {generation.task!r}, which has just been unloaded: ask for another",
+                    status=404,
+                    param="model",
+                    code="model_not_found",
+                )
             self._waiting.append(generation)
             self._changed.notify()
 
@@ -56,6 +70,19 @@ class Scheduler:
             generation.is_cancelled = True
             if generation in self._waiting:
                 self._waiting.remove(generation)
+                self._tell_unused()
+
+    def retire(self, task: str, unused: Callable[[], None]) -> None:
+        """Take no more requests of this task.
+
+        Args: unused: is called once, as soon as none is left, on any thread; none is taken before it has returned.
+        """
+        with self._changed:
+            self._retiring[task] = unused
+            self._tell_unused()
+
+    def is_retiring(self, task: str) -> bool:
+        return task in self._retiring
 
     def close(self) -> None:
         """From now on nothing is taken; what was taken is answered, and then the thread ends."""
@@ -85,6 +112,9 @@ class Scheduler:
             self.has_failed = not is_done
             self.close()
             self._refuse_all(Refused("the server must be running, got one that failed", status=500))
+            with self._changed:
+                self._running = []
+                self._tell_unused()
             self.on_end()
 
     def _work(self) -> bool:
@@ -110,6 +140,7 @@ class Scheduler:
                 self._leave()
         if self._running:
             logits = self._batch.step([each.last for each in self._running])
+            self.on_step(len(self._running))
             for each, row in zip(self._running, logits, strict=True):
                 each.advance(row)
         return True
@@ -120,6 +151,15 @@ class Scheduler:
         if len(stay) < len(self._running):
             self._batch.keep(stay)
             self._running = [self._running[row] for row in stay]
+        self._tell_unused()
+
+    def _tell_unused(self) -> None:
+        if not self._retiring:
+            return
+        used = {each.task for each in (*self._running, *self._waiting)}
+        for task in [task for task in self._retiring if task not in used]:
+            self._retiring[task]()
+            del self._retiring[task]
 
     def _refuse_late(self) -> None:
         """What has taken longer than a request may; its row leaves, and its place in the queue is free."""
