@@ -1,26 +1,62 @@
-"""Tasks by name, each with the directory of its masks: name=DIRECTORY, as an option."""
+"""Tasks by name, each with the directory of its masks: name=DIRECTORY, as options or as the lines of a file."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mft.checks import nearest_path
+from mft.checks import check_rule, nearest_path
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")  # a name stands in logs, in metrics and in paths of URLs
+_MOST_BYTES = 1 << 20  # of a file
+
+
+def check_name(option: str, name: str) -> None:
+    """Raise ValueError unless a task may have this name."""
+    check_rule(
+        _NAME.fullmatch(name) is not None,
+        option,
+        "name a task by 1 to 128 letters, digits and . _ : / -, the first a letter or a digit",
+        repr(name[:200]),
+    )
 
 
 def parse_masks(given: Sequence[str]) -> dict[str, str]:
     """{task: directory} of --masks task=directory, each there, or with the form of a repository on the hub."""
-    from mft.files.hub import split_hub_id
-
     if not given:
         raise ValueError("--masks must be given for each task, as name=DIRECTORY, got none")
+    return _parse("--masks", ((each, "") for each in given))
+
+
+def read_masks_file(path: Path) -> dict[str, str]:
+    """The same of a file with an entry in each line. Empty lines and those that begin with # are left out.
+
+    Raises: ValueError that names the line; OSError if the file cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = file.read(_MOST_BYTES).splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--masks-file must be UTF-8 text, got byte {error.start} of {path}") from None
+    numbered = ((line.strip(), f" in line {number} of {path}") for number, line in enumerate(lines, 1))
+    found = _parse("--masks-file", (each for each in numbered if each[0] and not each[0].startswith("#")))
+    check_rule(bool(found), "--masks-file", "hold name=DIRECTORY in a line for each task", f"none in {path}")
+    return found
+
+
+def _parse(option: str, entries: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Of (entry, where it stands)."""
+    from mft.files.hub import split_hub_id
+
     directories: dict[str, str] = {}
-    for each in given:
-        task, equals, directory = each.partition("=")
+    for entry, where in entries:
+        task, equals, directory = (part.strip() for part in entry.partition("="))
         if not (task and equals and directory):
-            raise ValueError(f"--masks must be name=DIRECTORY, got {each!r}")
+            raise ValueError(f"{option} must be name=DIRECTORY, got {entry!r}{where}")
+        check_name(option, task)
         if task in directories:
-            raise ValueError(f"--masks must name each task once, got {task!r} twice")
+            raise ValueError(f"{option} must name each task once, got {task!r} twice{where}")
         path = Path(directory).expanduser()
         if not path.is_dir() and split_hub_id(directory) is None:
-            raise ValueError(f"--masks must name a directory, {task!r} is {path}{nearest_path(path)}")
+            raise ValueError(f"{option} must name a directory, {task!r} is {path}{nearest_path(path)}{where}")
         directories[task] = str(path) if path.is_dir() else directory
     return directories
