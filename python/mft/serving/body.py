@@ -132,7 +132,7 @@ class ChatBody(Body):
     function_call: Literal["none", "auto"] = "none"
 
 
-AnyBody = TypeVar("AnyBody", bound=Body)
+AnyBody = TypeVar("AnyBody", bound=Keys)
 
 
 def read_body(kind: type[AnyBody], data: bytes) -> AnyBody:

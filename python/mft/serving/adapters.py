@@ -1,0 +1,103 @@
+"""vLLM's routes for adapters: masks that clients load and unload while the service runs."""
+
+import logging
+import time
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from mft.checks import nearest_path
+from mft.serving.body import Keys, read_body
+from mft.serving.exchange import exchange_of
+from mft.serving.incoming import json_bytes
+from mft.serving.log import Log
+from mft.serving.refusal import Refused
+from mft.serving.tasks import Tasks
+
+_MOST_BYTES = 1 << 14  # of a body, which has a name and a path
+
+
+class LoadBody(Keys):
+    """POST /v1/load_lora_adapter. load_inplace: other masks for a name that is taken."""
+
+    lora_name: str = Field(max_length=256)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+
+
+class UnloadBody(Keys):
+    """POST /v1/unload_lora_adapter"""
+
+    ignored: ClassVar[tuple[str, ...]] = ("lora_int_id",)
+
+    lora_name: str = Field(max_length=256)
+
+
+class Adapters:
+    """Args: root: the directory below which masks lie that clients may load; None: clients change nothing."""
+
+    def __init__(self, tasks: Tasks, root: Path | None, log: Log) -> None:
+        self._tasks, self._root, self._log = tasks, None if root is None else root.resolve(), log
+
+    async def load(self, request: Request) -> Response:
+        root = self._allowed()
+        body = read_body(LoadBody, await json_bytes(request, _MOST_BYTES))
+        directory, began = directory_below(root, body.lora_path), time.monotonic()
+        try:
+            await self._tasks.load(body.lora_name, directory, replace=body.load_inplace)
+        except (ValueError, RuntimeError, OSError) as error:  # what whoever asks can mend
+            missing = isinstance(error, FileNotFoundError)
+            param = "lora_name" if str(error).startswith("lora_name ") else "lora_path"
+            raise Refused(str(error), status=404 if missing else 400, param=param) from error
+        return self._done(request, "loaded", body.lora_name, time.monotonic() - began, f" from {directory}")
+
+    async def unload(self, request: Request) -> Response:
+        self._allowed()
+        body, began = read_body(UnloadBody, await json_bytes(request, _MOST_BYTES)), time.monotonic()
+        await self._tasks.unload(body.lora_name)
+        return self._done(request, "unloaded", body.lora_name, time.monotonic() - began)
+
+    def _allowed(self) -> Path:
+        if self._root is None:
+            raise Refused(
+                "loading and unloading must be switched on at the server, got a server that is started without: "
+                "--load-from DIRECTORY",
+                status=403,
+                code="loading_is_off",
+            )
+        return self._root
+
+    def _done(self, request: Request, event: str, name: str, seconds: float, beside: str = "") -> Response:
+        exchange = exchange_of(request.scope)
+        self._log.tell(
+            event,
+            f"{exchange.id} {event} {name}{beside} in {seconds:.2f} s",
+            level=logging.INFO,
+            request_id=exchange.id,
+            model=name,
+            seconds=round(seconds, 4),
+        )
+        return PlainTextResponse(f"Success: {name} is {event}.")
+
+
+def directory_below(root: Path, path: str) -> Path:
+    """A client's path, relative to root or absolute, with its links followed.
+
+    Raises: Refused if it leads out of root, whether or not there is anything, or names no directory.
+    """
+    try:
+        found = (root / path).resolve()
+    except (ValueError, OSError):  # a null byte, a circle of links
+        found = root.parent
+    if not found.is_relative_to(root) or found == root:
+        raise Refused(
+            f"lora_path must be a directory below {root} (--load-from), got {path[:200]!r}", param="lora_path"
+        )
+    if not found.is_dir():
+        raise Refused(
+            f"lora_path must be a directory, got {path[:200]!r}{nearest_path(found)}", status=404, param="lora_path"
+        )
+    return found

@@ -1,0 +1,107 @@
+"""The tasks by the names that clients use, and how they come and go while the service runs."""
+
+import asyncio
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+from mft.checks import check_rule, nearest
+from mft.masks.bank import MaskBank
+from mft.serving.refusal import Refused
+from mft.serving.scheduler import Scheduler
+from mft.serving.task_list import check_name
+
+
+class Tasks:
+    """Of a bank, while the scheduler answers its requests. Coroutines run on one event loop.
+
+    Args:
+        base: the name by which no masks are taken.
+        force: whether masks may be loaded that were learned on another base.
+    """
+
+    def __init__(self, bank: MaskBank, scheduler: Scheduler, base: str, *, force: bool = False) -> None:
+        self.bank, self.base = bank, base
+        self._scheduler, self._force = scheduler, force
+        self.on_unload: Callable[[str], None] = lambda name: None
+        self._reading = asyncio.Lock()  # one export at a time: reading it takes a thread and memory
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """That a request may ask for now, the base first."""
+        return (self.base, *(task for task in self.bank.tasks if not self._scheduler.is_retiring(task)))
+
+    def find(self, model: str, *, param: str = "model") -> str | None:
+        """The task whose masks a request takes, None for the base. Raises: Refused if there is no such name."""
+        if model == self.base:
+            return None
+        if model not in self.names:
+            raise Refused(
+                f"{param} must be one of {', '.join(self.names)}, got {model!r}{nearest(model, self.names)}",
+                status=404,
+                param=param,
+                code="model_not_found",
+            )
+        return model
+
+    async def load(self, name: str, directory: str | PathLike, *, replace: bool = False) -> None:
+        """One more task, or other masks for one that there is, whose requests are waited for.
+
+        Raises: ValueError that names lora_name, the parameter, if the name is odd or taken; or as MaskBank.read. Tasks
+            are then as they were.
+        """
+        check_name("lora_name", name)
+        check_rule(name != self.base, "lora_name", "be another name than the base's", repr(name))
+        async with self._reading:
+            self._check_free(name, replace)
+            masks = await asyncio.to_thread(self.bank.read, directory, force=self._force)
+            self._check_free(name, replace)
+            if name not in self.bank.tasks:
+                await asyncio.to_thread(self.bank.put, name, masks)
+                return
+
+        def exchange() -> None:
+            self.bank.remove(name)
+            self.bank.put(name, masks)
+
+        await self._when_unused(name, exchange)
+
+    async def unload(self, name: str) -> None:
+        """Refuse a task's requests from now on, wait for those that were taken, and free its masks.
+
+        Raises: Refused if there is no such task.
+        """
+        if self.find(name, param="lora_name") is None:
+            raise Refused(f"lora_name must be a task's name, got the base's, {name!r}", param="lora_name")
+        await self._when_unused(name, lambda: self.bank.remove(name))
+        self.on_unload(name)
+
+    def _check_free(self, name: str, replace: bool) -> None:
+        if name not in self.bank.tasks:
+            return
+        if self._scheduler.is_retiring(name):
+            raise ValueError(f"lora_name must be free, got {name!r}, which is being unloaded: try again later")
+        if not replace:
+            raise ValueError(
+                f"lora_name must be new, got {name!r}, which has already been loaded: unload it first, or send "
+                "load_inplace"
+            )
+
+    async def _when_unused(self, name: str, then: Callable[[], None]) -> None:
+        """Call it when none of the task's requests is left."""
+        loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def set_done(error: Exception | None) -> None:
+            if not done.done():  # whoever waited may have been cancelled
+                done.set_result(None) if error is None else done.set_exception(error)
+
+        def unused() -> None:
+            failed: Any = None
+            try:
+                then()
+            except (ValueError, RuntimeError) as error:
+                failed = error
+            loop.call_soon_threadsafe(set_done, failed)
+
+        self._scheduler.retire(name, unused)
+        await done
