@@ -1,0 +1,86 @@
+"""API keys: whoever knows one of a file's keys may ask under /v1. Keys themselves are neither kept nor logged."""
+
+import hashlib
+import hmac
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mft.checks import check_rule
+from mft.serving.exchange import refuse
+from mft.serving.refusal import Refused
+
+GUARDED = "/v1"  # health and metrics are for whoever watches the machine
+_MOST_BYTES = 1 << 20  # of a file
+
+
+class ApiKeys:
+    """The keys of a file, one per line. Empty lines and those that begin with # are left out.
+
+    Args: warn: is told if others can read the file.
+    Raises: as read_again.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._path, self._warn = path, warn
+        self._digests: list[bytes] = []
+        self.read_again()
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def read_again(self) -> None:
+        """Raises: ValueError that names the line, not the key; OSError if the file cannot be read. Keys then stay."""
+        with self._path.open("rb") as file:
+            mode, lines = stat.S_IMODE(self._path.stat().st_mode), file.read(_MOST_BYTES).splitlines()
+        digests = []
+        for number, line in enumerate(lines, 1):
+            key = line.strip()
+            if not key or key.startswith(b"#"):
+                continue
+            check_rule(
+                all(33 <= byte <= 126 for byte in key),
+                "--api-keys-file",
+                "hold keys of printable ASCII characters without spaces, one per line",
+                f"others in line {number} of {self._path}",
+            )
+            digests.append(_digest(key))
+        check_rule(bool(digests), "--api-keys-file", "hold a key in a line of its own", f"none in {self._path}")
+        if mode & stat.S_IROTH:
+            self._warn(
+                f"--api-keys-file should be readable by its owner alone, got mode {mode:03o} for {self._path}: "
+                f"chmod 600 {self._path}"
+            )
+        self._digests = digests
+
+    def know(self, key: str) -> bool:
+        """Whether it is one of them, in a time that does not depend on how much of it is right."""
+        given, found = _digest(key.encode()), False
+        for digest in self._digests:
+            found |= hmac.compare_digest(given, digest)
+        return found
+
+
+class KeyCheck:
+    """ASGI middleware: refuses, with 401, whoever has none of the keys. keys: None for nobody."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and self._keys is not None and scope["path"].startswith(GUARDED):
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            is_bearer = scheme.lower() == "bearer"
+            if not (is_bearer and self._keys.know(key.strip())):
+                got = "another key" if is_bearer else "another scheme" if scheme else "none"
+                message = f"Authorization must be Bearer and one of the server's keys (--api-keys-file), got {got}"
+                app = refuse(scope, Refused(message, status=401, code="invalid_api_key"))
+        await app(scope, receive, send)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
