@@ -1,0 +1,115 @@
+"""What Prometheus reads at /metrics. What means the same as a metric of vLLM has its name, with mft_ before it."""
+
+from collections.abc import Iterable
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
+
+from mft.serving.generation import Generation
+from mft.serving.scheduler import Scheduler
+from mft.serving.tasks import Tasks
+from mft_kernels import __version__
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_MODEL = ("model_name",)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+_ABORTED = 499  # a status: the client has left
+
+
+class Metrics:
+    """Of one server, in a registry of its own. Requests, tokens and latencies count when a request ends."""
+
+    def __init__(self, tasks: Tasks, scheduler: Scheduler) -> None:
+        self._tasks = tasks
+        self._registry = registry = CollectorRegistry()
+        self._of_models: list[MetricWrapperBase] = []
+        self._success = self._counter(
+            "mft_request_success", "Requests that ended: stop, length, or abort, whose client left.", "finished_reason"
+        )
+        self._prompt = self._counter("mft_prompt_tokens", "Tokens of prompts that were read.")
+        self._generation = self._counter("mft_generation_tokens", "Tokens that were generated.")
+        self._first = self._seconds("mft_time_to_first_token_seconds", "From a request to its first token.")
+        self._each = self._seconds("mft_request_time_per_output_token_seconds", "Of a request, after the first token.")
+        self._queue = self._seconds("mft_request_queue_time_seconds", "Waiting for a place in the batch.")
+        self._whole = self._seconds("mft_e2e_request_latency_seconds", "From a request to the end of its answer.")
+        self._refused = Counter(
+            "mft_request_refused", "Requests that were refused, by HTTP status.", ("status",), registry=registry
+        )
+        self._rows = Histogram(
+            "mft_batch_rows", "Rows of a step, which makes a token for each.", buckets=_ROWS, registry=registry
+        )
+        Info("mft_build", "The version that runs.", registry=registry).info({"version": __version__})
+        ProcessCollector(registry=registry)
+        registry.register(_Now(tasks, scheduler))
+
+    def answered(self, model: str, it: Generation, status: int, ending: str, seconds: float) -> None:
+        """As Journal.answered."""
+        if status not in (200, _ABORTED):
+            self.refused(status)
+        if model != self._tasks.base and model not in self._tasks.bank.tasks:
+            return  # unloaded meanwhile, and forgotten
+        if status in (200, _ABORTED):
+            self._success.labels(model, ending if status == 200 else "abort").inc()
+        self._generation.labels(model).inc(it.tokens)
+        if it.joined:
+            self._queue.labels(model).observe(it.joined - it.began)
+        if it.first:
+            self._prompt.labels(model).inc(len(it.prompt))
+            self._first.labels(model).observe(it.first - it.began)
+        if it.tokens > 1:
+            self._each.labels(model).observe((seconds - (it.first - it.began)) / (it.tokens - 1))
+        if status == 200:
+            self._whole.labels(model).observe(seconds)
+
+    def refused(self, status: int) -> None:
+        self._refused.labels(str(status)).inc()
+
+    def stepped(self, rows: int) -> None:
+        self._rows.observe(rows)
+
+    def forget(self, model: str) -> None:
+        """What was counted of a task that is there no more: names that come and go take no memory."""
+        for metric in self._of_models:
+            metric.remove_by_labels({"model_name": model})
+
+    def page(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, says: str, *labels: str) -> Counter:
+        made = Counter(name, says, (*_MODEL, *labels), registry=self._registry)
+        self._of_models.append(made)
+        return made
+
+    def _seconds(self, name: str, says: str) -> Histogram:
+        made = Histogram(name, says, _MODEL, buckets=_SECONDS, registry=self._registry)
+        self._of_models.append(made)
+        return made
+
+
+class _Now(Collector):
+    """What is read when somebody asks."""
+
+    def __init__(self, tasks: Tasks, scheduler: Scheduler) -> None:
+        self._tasks, self._scheduler = tasks, scheduler
+        model = tasks.bank.model
+        self._base = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        running, waiting = self._scheduler.counts
+        masks = self._tasks.bank.nbytes()
+        yield GaugeMetricFamily("mft_num_requests_running", "Requests in the batch.", running)
+        yield GaugeMetricFamily("mft_num_requests_waiting", "Requests in the queue.", waiting)
+        yield GaugeMetricFamily("mft_masks_loaded", "Tasks that can be asked for, besides the base.", len(masks))
+        yield GaugeMetricFamily("mft_base_bytes", "The base's weights.", self._base)
+        by_task = GaugeMetricFamily("mft_mask_bytes", "A task's masks.", labels=_MODEL)
+        for task, size in masks.items():
+            by_task.add_metric([task], size)
+        yield by_task
+        yield GaugeMetricFamily("mft_kv_cache_bytes", "Keys and values of the batch.", self._scheduler.cache_bytes)
+        if torch.cuda.is_available():
+            yield GaugeMetricFamily("mft_gpu_memory_bytes", "Allocated by torch.", torch.cuda.memory_allocated())
