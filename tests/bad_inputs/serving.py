@@ -1,21 +1,38 @@
 """What `mft serve` is given, and what it is asked: what refuses a request comes as OpenAI's error object."""
 
+import asyncio
 import json
 import socket
 
 import torch
-from tiny import make_llama
+from tiny import make_llama, masked_llama
 from transformers import MambaConfig, MambaForCausalLM
 
 from mft.cli import serve
 from mft.masks.bank import MaskBank
+from mft.masks.export import save_masks
+from mft.serving import run
+from mft.serving.adapters import directory_below
 from mft.serving.body import ChatBody, CompletionBody, read_body
+from mft.serving.keys import ApiKeys
 from mft.serving.length import row_length
+from mft.serving.log import new_log
+from mft.serving.options import Options
 from mft.serving.port import bind
 from mft.serving.refusal import Refused
 from mft.serving.running_batch import RunningBatch
 from mft.serving.sampling import Sampling
-from mft.serving.task_list import parse_masks
+from mft.serving.scheduler import Scheduler
+from mft.serving.task_list import parse_masks, read_masks_file
+from mft.serving.tasks import Tasks
+
+
+def tasks(tmp, **changes):
+    """Of a bank with the task code, whose masks lie in tmp, on a base that may have changed since."""
+    save_masks(masked_llama(), tmp / "masks")
+    bank = MaskBank(make_llama(**changes))
+    bank.put("code", {})
+    return Tasks(bank, Scheduler(RunningBatch(bank), rows=1, waiting=0), "base")
 
 
 def ask(**keys):
@@ -39,9 +56,51 @@ masks to serve in a misspelt directory
     -> ValueError: --masks | must name a directory | 'code' is | did you mean
 serving without its packages
     patch.setattr(serve, "find_spec", lambda name: None)
-    serve.run_serve([f"code={tmp}"], None, None)
-    -> RuntimeError: mft serve | needs openai | openai, starlette, uvicorn, not installed here
+    serve.run_serve([f"code={tmp}"], None, None, masks_file=None, load_from=None)
+    -> RuntimeError: mft serve | needs openai | openai, prometheus_client, starlette, uvicorn, not installed here
         | pip install 'mft_kernels[serve]'
+a task with a space in its name
+    parse_masks([f"my task={tmp}"])
+    -> ValueError: --masks | must name a task by 1 to 128 letters, digits and . _ : / - | got 'my task'
+a list of masks that is empty
+    (tmp / "masks").write_text("# code=runs/code")
+    read_masks_file(tmp / "masks")
+    -> ValueError: --masks-file | must hold name=DIRECTORY in a line for each task | none in
+a list of masks with a misspelt directory
+    (tmp / "code").mkdir()
+    (tmp / "masks").write_text(f"code={tmp / 'code'}\nmath={tmp / 'cod'}")
+    read_masks_file(tmp / "masks")
+    -> ValueError: --masks-file | must name a directory | 'math' is | did you mean
+a list of masks and an option with the same task
+    (tmp / "code").mkdir()
+    (tmp / "masks").write_text(f"code={tmp / 'code'}")
+    run.serve({"code": tmp / "code"}, options=Options(masks_file=tmp / "masks"))
+    -> ValueError: --masks-file | must name no task of --masks | got 'code'
+a server without masks and without a base
+    run.serve({}, options=Options(load_from=tmp))
+    -> ValueError: --model | must name the base where no masks are given | got none
+masks to load from a directory that is not there
+    run.serve({}, options=Options(load_from=tmp / "masks"))
+    -> ValueError: --load-from | must name a directory | got .../masks
+a file of keys that is empty
+    (tmp / "keys").write_text("# sk-123")
+    ApiKeys(tmp / "keys", warn=print)
+    -> ValueError: --api-keys-file | must hold a key in a line of its own | got none in
+a file of keys with two in a line
+    (tmp / "keys").write_text("sk-123 sk-456")
+    ApiKeys(tmp / "keys", warn=print)
+    -> ValueError: --api-keys-file | must hold keys of printable ASCII characters without spaces, one per line
+        | got others in line 1 of
+a time zone of the log that there is not
+    new_log("text", "info", "Europe/Berlim")
+    -> ValueError: --log-zone | must be local, UTC or a name of the time zone database | got 'Europe/Berlim'
+        | pip install tzdata
+a level of the log that there is not
+    new_log("text", "warn", "UTC")
+    -> ValueError: --log-level | must be one of debug, info, warning, error | got 'warn' | warning?
+a form of the log that there is not
+    new_log("xml", "info", "UTC")
+    -> ValueError: --log-format | must be one of text, json | got 'xml'
 a port that is taken
     with socket.create_server(("127.0.0.1", 0)) as taken:
         bind("127.0.0.1", taken.getsockname()[1])
@@ -77,6 +136,21 @@ a request with five stop strings
 a message of a tool
     read_body(ChatBody, b'{"model": "code", "messages": [{"role": "tool", "content": "3"}]}')
     -> Refused: messages[0].role | must be 'system', 'user' or 'assistant' | got 'tool' (str)
+loading a mask whose name is taken
+    asyncio.run(tasks(tmp).load("code", tmp / "masks"))
+    -> ValueError: lora_name | must be new | got 'code', which has already been loaded | unload it first
+loading a mask under the base's name
+    asyncio.run(tasks(tmp).load("base", tmp / "masks"))
+    -> ValueError: lora_name | must be another name than the base's | got 'base'
+loading a mask of another base
+    asyncio.run(tasks(tmp, initializer_range=0.3).load("math", tmp / "masks"))
+    -> ValueError: the masks were learned on | expected base | the model's is | --force
+loading a mask from elsewhere
+    directory_below(tmp, "../masks")
+    -> Refused: lora_path | must be a directory below ... (--load-from) | got '../masks'
+unloading a mask that there is not
+    asyncio.run(tasks(tmp).unload("cod"))
+    -> Refused: lora_name | must be one of base, code | got 'cod' | code?
 a request that is no json
     read_body(CompletionBody, b"model=code")
     -> Refused: the body | must be JSON | Invalid JSON

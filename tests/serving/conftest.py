@@ -68,11 +68,11 @@ def serve(exports, words):
     """serve(rows=..., ...) -> what runs: client, bank, scheduler, server, lines of the log, address."""
     import openai
 
-    from mft.serving.journal import Journal
     from mft.serving.log import Log
     from mft.serving.port import bind
     from mft.serving.server import Server
-    from mft.serving.service import Service
+    from mft.serving.service import Access, Service
+    from mft.serving.tasks import Tasks
 
     started = []
 
@@ -84,8 +84,9 @@ def serve(exports, words):
         batch.check_rows_apart()
         scheduler = Scheduler(batch, rows=rows, waiting=waiting, timeout=timeout)
         lines, events = [], []
-        journal = Journal(Log(Recorded(events), "info", lines.append))
-        service = Service(bank, tokenizer, scheduler, base="tiny", length=length, journal=journal, **options)
+        access = Access(**{key: options.pop(key) for key in ("hosts", "keys", "load_from") if key in options})
+        log, tasks = Log(Recorded(events), "info", lines.append), Tasks(bank, scheduler, "tiny")
+        service = Service(tasks, tokenizer, scheduler, length=length, log=log, access=access, **options)
         bound = bind("127.0.0.1", 0)
         ready = threading.Event()
         server = Server(service.app, scheduler, grace=grace, connections=connections, ready=ready.set)
@@ -97,7 +98,7 @@ def serve(exports, words):
         running = SimpleNamespace(
             client=client, bank=bank, scheduler=scheduler, server=server, lines=lines, address=address, thread=thread
         )
-        running.events = events
+        running.events, running.log, running.tasks = events, log, tasks
         running.fails = False
         started.append(running)
         return running

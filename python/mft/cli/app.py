@@ -339,14 +339,21 @@ def serve(
         list[str] | None,
         typer.Option(help="name=DIR, an output_dir of mft train, its masks/, or user/repo[@revision]; repeatable."),
     ] = None,
+    masks_file: Annotated[
+        Path | None, typer.Option(help="A file with name=DIR in each line; SIGHUP reads it again.")
+    ] = None,
+    load_from: Annotated[
+        Path | None, typer.Option(help="Let clients load masks from below this directory, and unload masks.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "--base", help="The base; by default the one of the first masks.")
     ] = None,
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
-    host: Annotated[
-        str, typer.Option(help="Whom it listens to; 0.0.0.0 is everyone, unasked for a key.")
-    ] = "127.0.0.1",
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="A key per line, one of which clients must send; SIGHUP reads it again.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Whom it listens to; 0.0.0.0 is everyone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8000,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A name, or * for any, that clients may ask for besides loopback's.")
@@ -379,7 +386,10 @@ def serve(
         masks or [],
         model,
         dtype,
+        masks_file=masks_file,
+        load_from=load_from,
         force=force,
+        api_keys_file=api_keys_file,
         host=host,
         port=port,
         allow_host=allow_host or (),

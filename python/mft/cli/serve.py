@@ -6,12 +6,13 @@ from typing import Any
 
 from mft.serving.task_list import parse_masks
 
-_NEEDED = ("openai", "starlette", "uvicorn")
+_NEEDED = ("openai", "prometheus_client", "starlette", "uvicorn")
 
 
 def run_serve(masks: Sequence[str], model_name: str | None, dtype: str | None, **options: Any) -> None:
     """mft serve"""
-    directories = parse_masks(masks)
+    has_others = options["masks_file"] is not None or options["load_from"] is not None
+    directories = parse_masks(masks) if masks or not has_others else {}
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise RuntimeError(

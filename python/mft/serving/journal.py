@@ -6,16 +6,20 @@ import time
 from mft.serving.exchange import Exchange
 from mft.serving.generation import Generation
 from mft.serving.log import Log
+from mft.serving.metrics import Metrics
 
 
 class Journal:
-    def __init__(self, log: Log) -> None:
-        self.log = log
+    """In the log, and in the metrics."""
+
+    def __init__(self, log: Log, metrics: Metrics) -> None:
+        self.log, self._metrics = log, metrics
 
     def answered(self, of: Exchange, answer_id: str, model: str, it: Generation, status: int, ending: str) -> None:
         """A generation has ended, or nobody waits for it any more. ending: stop, length, or why there is no more."""
         of.is_told = True
         seconds = (it.ended or time.monotonic()) - it.began
+        self._metrics.answered(model, it, status, ending, seconds)
         first = it.first - it.began if it.first else None
         after = f", first token after {first:.2f} s" if first is not None else ""
         self.log.tell(
@@ -44,6 +48,7 @@ class Journal:
             self.log.tell("response", line, level=logging.DEBUG, **known)
             return
         of.is_told = True
+        self._metrics.refused(status)
         self.log.tell(
             "refusal",
             f"{line}: {of.refused.message}",

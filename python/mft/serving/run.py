@@ -1,23 +1,28 @@
 """What mft serve does, in order: a port, the base with its tasks' masks, a thread that runs it, the HTTP service."""
 
-import functools
+import dataclasses
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from mft.checks import check_rule
+from mft.checks import check_rule, nearest_path
+from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import learned_base
 from mft.masks.bank import load_mask_bank
 from mft.masks.location import masks_directory
 from mft.serving.hosts import known_hosts
-from mft.serving.journal import Journal
+from mft.serving.keys import ApiKeys
 from mft.serving.length import row_length
 from mft.serving.log import Log, new_log
 from mft.serving.options import Options
 from mft.serving.port import bind
+from mft.serving.reload import MasksFile, Reload
 from mft.serving.running_batch import RunningBatch
 from mft.serving.scheduler import Scheduler
 from mft.serving.server import Server
-from mft.serving.service import Service
+from mft.serving.service import Access, Service
+from mft.serving.tasks import Tasks
 from mft.training.inputs import read_model
 
 _READING = 128  # connections beside those of requests that are answered or wait, such as idle ones and half requests
@@ -39,48 +44,89 @@ def serve(
     """
     options = options or Options()
     log = new_log(options.log_format, options.log_level, options.log_zone)
-    with log.with_libraries():
-        _serve(masks, model_name, dtype, options, log)
+    reload = Reload(log)
+    with log.with_libraries(), reload.on_hang_up():
+        _serve(masks, _Base(model_name, dtype), options, log, reload)
 
 
-def _serve(
-    masks: Mapping[str, str | Path], model_name: str | None, dtype: str | None, options: Options, log: Log
-) -> None:
+@dataclass(frozen=True)
+class _Base:
+    """As it was asked for."""
+
+    name: str | None
+    dtype: str | None
+
+    def of(self, directories: Mapping[str, Path]) -> tuple[ModelConfig, str]:
+        """(the base, a line on where that was found): that of the first masks unless it is given."""
+        if directories:
+            return learned_base(next(iter(directories.values())), self.name, self.dtype)
+        if self.name is None:
+            raise ValueError("--model must name the base where no masks are given, got none")
+        config = ModelConfig(name=self.name) if self.dtype is None else ModelConfig(name=self.name, dtype=self.dtype)
+        return config, f"base {config.name} in {config.dtype}, and no masks yet"
+
+
+def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log: Log, reload: Reload) -> None:
+    access, masks_file = _access(options, log), None
+    if options.masks_file is not None:
+        masks_file = MasksFile(options.masks_file)
+        twice = next((task for task in masks_file.loaded if task in masks), None)
+        check_rule(twice is None, "--masks-file", "name no task of --masks", repr(twice))
+        masks = {**masks, **masks_file.loaded}
     directories = {task: masks_directory(place) for task, place in masks.items()}
-    config, words = learned_base(next(iter(directories.values())), model_name, dtype)
+    config, words = given.of(directories)
     base = _shown_name(config.name)
     check_rule(base not in masks, "--masks", "name tasks otherwise than the base", base)
     with bind(options.host, options.port) as bound:
         log.tell("loading", words)
         model, tokenizer = read_model(config)
         most = row_length(options.length, model.config, config.name)
-        bank = load_mask_bank(model, directories, force=options.force)
-        batch = RunningBatch(bank)
+        batch = RunningBatch(load_mask_bank(model, directories, force=options.force))
         batch.check_rows_apart()
         scheduler = Scheduler(batch, rows=options.rows, waiting=options.waiting, timeout=options.timeout)
+        tasks = Tasks(batch.bank, scheduler, base, force=options.force)
+        hosts = known_hosts(bound.getsockname()[0], options.host, options.allow_host)
         service = Service(
-            bank,
+            tasks,
             tokenizer,
             scheduler,
-            base=base,
             length=most,
             max_tokens=options.max_tokens,
-            hosts=known_hosts(bound.getsockname()[0], options.host, options.allow_host),
-            journal=Journal(log),
+            log=log,
+            access=dataclasses.replace(access, hosts=hosts),
         )
-        names = ", ".join((base, *bank.tasks))
         address = f"http://{_in_address(options.host)}:{bound.getsockname()[1]}"
+
+        def ready() -> None:
+            reload.begin(tasks, access.keys, masks_file)
+            log.tell("ready", f"serving {', '.join(tasks.names)} on {address}/v1", address=address)
+
         server = Server(
             service.app,
             scheduler,
             grace=options.grace,
             connections=options.rows + options.waiting + _READING,
-            ready=functools.partial(log.tell, "ready", f"serving {names} on {address}/v1", address=address),
+            ready=ready,
         )
         server.run_until_signal([bound])
     if scheduler.has_failed:
         raise RuntimeError("the thread that runs the model must not fail, and it did: the traceback stands above")
     log.tell("stopped", "stopped")
+
+
+def _access(options: Options, log: Log) -> Access:
+    """Without hosts, which depend on the port."""
+
+    def warn(message: str) -> None:
+        log.tell("warning", message, level=logging.WARNING)
+
+    root = options.load_from
+    if root is not None:
+        check_rule(root.is_dir(), "--load-from", "name a directory", f"{root}{nearest_path(root)}")
+    keys = None if options.api_keys_file is None else ApiKeys(options.api_keys_file, warn)
+    if root is not None and keys is None:
+        warn(f"--load-from lets every client load and unload masks, got {root} without --api-keys-file: give one")
+    return Access(keys=keys, load_from=root)
 
 
 def _in_address(host: str) -> str:

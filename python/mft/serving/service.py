@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from openai.types import Model
@@ -15,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mft.checks import nearest, shown
-from mft.masks.bank import MaskBank
+from mft.checks import shown
+from mft.serving.adapters import Adapters
 from mft.serving.answer import ChatAnswer, TextAnswer
 from mft.serving.answer_text import AnswerText
 from mft.serving.body import Body, ChatBody, CompletionBody, most_bytes, read_body
@@ -25,11 +26,15 @@ from mft.serving.generation import Generation, Piece
 from mft.serving.hosts import HostCheck
 from mft.serving.incoming import json_bytes
 from mft.serving.journal import Journal
+from mft.serving.keys import ApiKeys, KeyCheck
+from mft.serving.log import Log
+from mft.serving.metrics import CONTENT_TYPE, Metrics
 from mft.serving.pieces import Pieces, Stream, events, unless_client_leaves, whole
 from mft.serving.prompt import Prompts
 from mft.serving.refusal import Refused, failure
 from mft.serving.sampling import Sampling
 from mft.serving.scheduler import Scheduler
+from mft.serving.tasks import Tasks
 
 READ_AT_ONCE = 2  # bodies that are JSON and tokens being made of; one more waits. Two: a long one holds no short one up
 
@@ -44,59 +49,91 @@ class _Asked:
     most: int
 
 
+@dataclass(frozen=True)
+class Access:
+    """Who may ask, and for what.
+
+    hosts: the names by which the service may be asked besides loopback's, None for any (hosts.known_hosts).
+    keys: None if everyone may.
+    load_from: the directory below which masks lie that clients may load; None if they may not.
+    """
+
+    hosts: frozenset[str] | None = None
+    keys: ApiKeys | None = None
+    load_from: Path | None = None
+
+
 class Service:
     """The base and the bank's tasks, each by its name as a model's.
 
     Args:
-        base: its name, by which no masks are taken.
         length: of prompt and answer together, in tokens.
         max_tokens: of an answer for which the request names none (Prompts).
-        journal: is told of each request.
-        hosts: the names by which it may be asked besides loopback's, None for any (hosts.known_hosts).
+        log: has a line for each request.
     """
 
     def __init__(
         self,
-        bank: MaskBank,
+        tasks: Tasks,
         tokenizer: Any,
         scheduler: Scheduler,
         *,
-        base: str,
         length: int,
         max_tokens: int | None = None,
-        journal: Journal,
-        hosts: frozenset[str] | None = None,
+        log: Log,
+        access: Access | None = None,
     ) -> None:
-        self._bank, self._base, self._scheduler, self._journal = bank, base, scheduler, journal
+        access = access or Access()
+        self._tasks, self._scheduler, self._metrics = tasks, scheduler, Metrics(tasks, scheduler)
+        self._journal = Journal(log, self._metrics)
+        scheduler.on_step, tasks.on_unload = self._metrics.stepped, self._metrics.forget
         self._prompts = Prompts(tokenizer, length, max_tokens)
         self._most_bytes, self._reading = most_bytes(length), asyncio.Semaphore(READ_AT_ONCE)
         self._tokenizer = copy.deepcopy(tokenizer)  # the scheduler's thread decodes while others encode
-        self._ends = _ends(bank.model, tokenizer)
+        self._ends = _ends(tasks.bank.model, tokenizer)
         self._started = int(time.time())
+        adapters = Adapters(tasks, access.load_from, log)
         app = Starlette(
             routes=[
-                Route("/health", self._health),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
+                Route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
+                Route("/health", self._health),
+                Route("/health/live", self._live),
+                Route("/health/ready", self._ready),
+                Route("/metrics", self._page_of_metrics),
             ],
-            middleware=[Middleware(HostCheck, hosts=hosts)],
+            middleware=[Middleware(HostCheck, hosts=access.hosts), Middleware(KeyCheck, keys=access.keys)],
             exception_handlers={Refused: _refusal, 404: _no_such_route, 405: _no_such_route, Exception: _failure},
         )
-        self.app = Exchanges(app, journal.responded)
+        self.app = Exchanges(app, self._journal.responded)
 
     async def _health(self, _: Request) -> Response:
         running, waiting = self._scheduler.counts
         return JSONResponse({"running": running, "waiting": waiting})
 
+    async def _live(self, _: Request) -> Response:
+        if self._scheduler.has_failed:
+            raise Refused("the server must be running, got one that failed", status=503)
+        return JSONResponse({"status": "live"})
+
+    async def _ready(self, _: Request) -> Response:
+        if self._scheduler.is_closing:
+            raise Refused("the server must be running, got one that is stopping", status=503)
+        return JSONResponse({"status": "ready"})
+
+    async def _page_of_metrics(self, _: Request) -> Response:
+        return Response(self._metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+
     async def _models(self, _: Request) -> Response:
-        names = (self._base, *self._bank.tasks)
-        return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._tasks.names]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        self._task(name)
+        self._tasks.find(name)
         return JSONResponse(self._card(name))
 
     async def _completions(self, request: Request) -> Response:
@@ -119,7 +156,7 @@ class Service:
     def _read(self, kind: type[Body], data: bytes) -> "_Asked":
         """Raises: Refused."""
         body = read_body(kind, data)
-        return _Asked(body, self._task(body.model), *self._prompts.read(body))
+        return _Asked(body, self._tasks.find(body.model), *self._prompts.read(body))
 
     def _begin(self, asked: "_Asked", tell: Callable[[Generation, int, str], None]) -> Pieces:
         loop, queue, body = asyncio.get_running_loop(), asyncio.Queue[Piece](), asked.body
@@ -135,19 +172,6 @@ class Service:
         self._scheduler.submit(generation)
         return Pieces(generation, queue, self._scheduler, tell)
 
-    def _task(self, model: str) -> str | None:
-        if model == self._base:
-            return None
-        if model not in self._bank.tasks:
-            names = (self._base, *self._bank.tasks)
-            raise Refused(
-                f"model must be one of {', '.join(names)}, got {model!r}{nearest(model, names)}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
-        return model
-
     def _card(self, name: str) -> dict[str, Any]:
         return Model(id=name, object="model", created=self._started, owned_by="mft").model_dump()
 
@@ -158,9 +182,10 @@ async def _refusal(request: Request, refused: Exception) -> Response:
 
 
 async def _no_such_route(request: Request, error: Any) -> Response:
-    routes = "GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health"
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    known = ", ".join(f"{'POST' if 'POST' in (route.methods or ()) else 'GET'} {route.path}" for route in routes)
     got = shown(f"{request.method} {request.scope['path']}")
-    message = f"the request must be one of {routes}, got {got}"
+    message = f"the request must be one of {known}, got {got}"
     return refuse(request.scope, Refused(message, status=error.status_code))
 
 

@@ -1,0 +1,118 @@
+"""Who may ask: keys from a file, which are compared in constant time and stand in no line of the log."""
+
+import http.client
+import json
+import os
+
+import httpx
+import pytest
+
+from mft.serving.keys import ApiKeys
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+
+KEYS = ("sk-first-0123456789", "sk-second-0123456789")
+ASKED = {"model": "code", "prompt": "3 4", "max_tokens": 2, "temperature": 0}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"# of the team\n{KEYS[0]}\n\n  {KEYS[1]}  \r\n")
+    path.chmod(0o600)
+    return path
+
+
+def warnings_of(path):
+    found = []
+    ApiKeys(path, found.append)
+    return found
+
+
+def test_whoever_has_a_key_is_answered(serve, path):
+    running = serve(keys=ApiKeys(path, pytest.fail))
+    for key in KEYS:
+        client = openai.OpenAI(base_url=f"{running.address}/v1", api_key=key, max_retries=0)
+        assert client.completions.create(**ASKED).choices[0].text
+        client.close()
+    with pytest.raises(openai.AuthenticationError, match=r"got another key") as error:
+        running.client.models.list()
+    assert error.value.code == "invalid_api_key"
+    assert not any(key in str(part) for key in (*KEYS, "none") for part in (running.lines[:2], running.events[:2]))
+
+
+HEADERS = {
+    "none": None,
+    "another scheme": f"Basic {KEYS[0]}",
+    "another key": f"Bearer {KEYS[0]}x",
+}
+HEADERS |= {f"another key ({i})": header for i, header in enumerate(("Bearer ", "Bearer \xe9", f"Bearer x{KEYS[0]}"))}
+
+
+def test_others_get_401_on_every_route_of_the_api_and_the_log_names_no_key(serve, path):
+    running = serve(keys=ApiKeys(path, pytest.fail))
+    for got, header in HEADERS.items():
+        for route in ("/v1/models", "/v1/completions", "/v1/load_lora_adapter", "/v1", "/v1/nothing"):
+            connection = http.client.HTTPConnection(running.address.removeprefix("http://"), timeout=20)
+            connection.request("GET", route, headers={} if header is None else {"Authorization": header})
+            response = connection.getresponse()
+            message = json.loads(response.read())["error"]["message"]
+            connection.close()
+            assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+            assert message == (
+                "Authorization must be Bearer and one of the server's keys (--api-keys-file), got "
+                f"{got.partition(' (')[0]}"
+            )
+            assert running.lines[-1].endswith(f" GET {route} 401: {message}")
+    assert not any(key in line for key in KEYS for line in running.lines)
+    for route in ("/health", "/health/live", "/health/ready", "/metrics"):
+        assert httpx.get(f"{running.address}{route}").status_code == 200
+
+
+FAULTY = {
+    "": "--api-keys-file must hold a key in a line of its own, got none in ",
+    "\n# sk-old\n": "--api-keys-file must hold a key in a line of its own, got none in ",
+    "good-key\nsk secret": "--api-keys-file must hold keys of printable ASCII characters without spaces, one per line, "
+    "got others in line 2 of ",
+    "sk-\xe9": "got others in line 1 of ",
+}
+
+
+def test_a_faulty_file_is_refused_by_line_and_the_keys_stay(path):
+    keys = ApiKeys(path, pytest.fail)
+    for text, message in FAULTY.items():
+        path.write_text(text)
+        for read in (keys.read_again, lambda: ApiKeys(path, pytest.fail)):
+            with pytest.raises(ValueError, match="--api-keys-file") as error:
+                read()
+            assert message in str(error.value)
+            assert "secret" not in str(error.value)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        keys.read_again()
+    assert keys.know(KEYS[1])
+    assert len(keys) == 2
+
+
+def test_a_file_that_others_can_read_is_warned_of(path):
+    assert warnings_of(path) == []
+    os.chmod(path, 0o640)
+    assert warnings_of(path) == []
+    os.chmod(path, 0o644)
+    assert warnings_of(path) == [
+        f"--api-keys-file should be readable by its owner alone, got mode 644 for {path}: chmod 600 {path}"
+    ]
+
+
+def test_every_key_is_compared_whole(path, monkeypatch):
+    """However early a key differs, and whichever it equals."""
+    from mft.serving import keys as module
+
+    compared, compare = [], module.hmac.compare_digest
+    monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b: compared.append(len(a)) or compare(a, b))
+    keys = ApiKeys(path, pytest.fail)
+    assert [keys.know(key) for key in (*KEYS, "", "x" * 9999)] == [True, True, False, False]
+    assert compared == [32] * 8

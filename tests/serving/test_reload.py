@@ -1,0 +1,206 @@
+"""SIGHUP: keys and masks are read again; what is faulty in them changes nothing."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from tiny import make_llama
+
+from mft.serving.keys import ApiKeys
+from mft.serving.log import Log, TextLines
+from mft.serving.reload import MasksFile, Reload
+from mft.serving.task_list import read_masks_file
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+
+ASKED = {"prompt": "3 4 5", "temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture
+def listed(tmp_path, exports):
+    """A masks file with code and math, each with a directory of its own."""
+    for task, directory in exports.items():
+        shutil.copytree(directory, tmp_path / task)
+    path = tmp_path / "masks.txt"
+    path.write_text(f"# tasks\ncode={tmp_path / 'code'}\n\n  math = {tmp_path / 'math'}\n")
+    return path
+
+
+def text(running, model):
+    return running.client.completions.create(model=model, **ASKED).choices[0].text
+
+
+def hang_up(running, masks_file, keys=None):
+    """What a signal makes the server do."""
+    reload = Reload(running.log)
+
+    async def run():
+        reload.begin(running.tasks, keys, masks_file)
+        await reload.run()
+
+    asyncio.run_coroutine_threadsafe(run(), running.server.loop).result(20)
+
+
+@pytest.fixture
+def running(serve, monkeypatch):
+    """A server whose loop is known."""
+    from mft.serving.server import Server
+
+    startup = Server.startup
+
+    async def remember(server, sockets=None):
+        server.loop = asyncio.get_running_loop()
+        await startup(server, sockets)
+
+    monkeypatch.setattr(Server, "startup", remember)
+    return serve(rows=1)
+
+
+def test_masks_that_are_listed_otherwise_come_and_go(running, listed, tmp_path):
+    file, math, code = MasksFile(listed), text(running, "math"), text(running, "code")
+    listed.write_text(f"math={tmp_path / 'code'}\nnew={tmp_path / 'math'}")
+    hang_up(running, file)
+    assert set(running.tasks.names) == {"tiny", "math", "new"}
+    assert (text(running, "math"), text(running, "new")) == (code, math)
+    assert running.lines[-3].startswith("serving tiny, ")
+    before = list(running.lines)
+    hang_up(running, file)
+    assert running.lines[len(before) :][0].startswith("SIGHUP: ")
+    assert not any("loaded " in line for line in running.lines[len(before) :])  # nothing has changed
+
+
+FAULTY = {
+    "code=": "--masks-file must be name=DIRECTORY, got 'code=' in line 1 of ",
+    "# none\n": "--masks-file must hold name=DIRECTORY in a line for each task, got none in ",
+    "code={0}/code\ncode={0}/math": "--masks-file must name each task once, got 'code' twice in line 2 of ",
+    "code={0}/cod": "--masks-file must name a directory, 'code' is ",
+    "a b={0}/code": "--masks-file must name a task by 1 to 128 letters, digits and . _ : / -, ",
+}
+
+
+def test_a_faulty_list_changes_nothing(running, listed, tmp_path):
+    file, code = MasksFile(listed), text(running, "code")
+    for lines, message in FAULTY.items():
+        listed.write_text(lines.format(tmp_path))
+        with pytest.raises(ValueError, match="--masks-file must ") as error:
+            read_masks_file(listed)
+        assert str(error.value).startswith(message)
+        hang_up(running, file)
+        assert running.lines[-1].startswith(f"the masks stay as they were: {message[:20]}")
+        assert running.events[-1]["level"] == "ERROR"
+    listed.unlink()
+    hang_up(running, file)
+    assert running.tasks.names == ("tiny", "code", "math")
+    assert text(running, "code") == code
+
+
+def test_masks_that_cannot_be_read_leave_the_old_ones_and_the_others_are_loaded(running, listed, tmp_path):
+    file, math = MasksFile(listed), text(running, "math")
+    (tmp_path / "empty").mkdir()
+    listed.write_text(f"math={tmp_path / 'empty'}\nnew={tmp_path / 'math'}\ncode={tmp_path / 'code'}")
+    hang_up(running, file)
+    assert text(running, "math") == text(running, "new") == math
+    assert any(line.startswith("math stays as it was: ") for line in running.lines)
+    listed.write_text(f"math={tmp_path / 'empty'}\nnew={tmp_path / 'math'}\ncode={tmp_path / 'code'}")
+    shutil.copytree(tmp_path / "code", tmp_path / "empty", dirs_exist_ok=True)
+    hang_up(running, file)  # what failed before is tried again
+    assert text(running, "math") == text(running, "code") != math
+
+
+def test_keys_are_read_again_and_a_faulty_file_leaves_the_old_ones(running, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("sk-one")
+    path.chmod(0o600)
+    keys = ApiKeys(path, pytest.fail)
+    path.write_text("sk-two")
+    hang_up(running, None, keys)
+    assert (keys.know("sk-one"), keys.know("sk-two")) == (False, True)
+    path.write_text("")
+    hang_up(running, None, keys)
+    assert keys.know("sk-two")
+    assert running.lines[-1].startswith("the keys stay as they were: --api-keys-file must hold a key ")
+    assert "sk-two" not in "".join(running.lines)
+
+
+def test_a_signal_reaches_the_verb_whose_requests_go_on(cli, listed, tmp_path, words, until, gate):
+    """On this very process: SIGHUP with one row running, then SIGTERM."""
+    model, keys = tmp_path / "base", tmp_path / "keys"
+    make_llama(initializer_range=0.3).save_pretrained(model)
+    words.save_pretrained(model)
+    keys.write_text("sk-one\n")
+    keys.chmod(0o644)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+
+    def is_up():
+        with socket.socket() as attempt:
+            return attempt.connect_ex(("127.0.0.1", port)) == 0
+
+    def models(key):
+        response = httpx.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {key}"})
+        return [each["id"] for each in response.json()["data"]] if response.status_code == 200 else response.status_code
+
+    def ask():
+        until(is_up)
+        try:
+            assert models("sk-one") == ["base", "code", "math"]
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="sk-one", max_retries=0, timeout=20)
+            stream = client.completions.create(model="math", stream=True, **ASKED | {"max_tokens": 400})
+            next(stream)
+            gate.clear()
+            keys.write_text("sk-two\n")
+            listed.write_text(f"more={tmp_path / 'code'}\nmath={tmp_path / 'math'}")
+            os.kill(os.getpid(), signal.SIGHUP)
+            until(lambda: models("sk-two") == ["base", "math", "more"])
+            assert models("sk-one") == 401
+            gate.set()
+            finish = [chunk.choices[0].finish_reason for chunk in stream][-1]
+            client.close()
+            return finish
+        finally:
+            gate.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = ["--model", str(model), "--masks-file", str(listed), "--api-keys-file", str(keys)]
+    options += ["--dtype", "float32", "--port", str(port), "--log-format", "json", "--log-zone", "UTC"]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        code, output = cli("serve", *options)
+        assert asked.result() == "stop"
+    assert code == 0, output
+    lines = [json.loads(line) for line in output.splitlines()]
+    events = [line["event"] for line in lines]
+    assert events[:3] == ["warning", "loading", "ready"]
+    assert events[-1] == "stopped"
+    assert {"reloading", "reloaded", "loaded", "unloaded", "answer", "refusal"} <= set(events)
+    assert all(line["time"].endswith("+00:00") for line in lines)
+    assert not any(key in output for key in ("sk-one", "sk-two"))
+
+
+def test_a_signal_before_the_server_is_ready_is_kept():
+    """While the model loads there is nothing to change yet, and SIGHUP must not end the process."""
+    lines = []
+    reload = Reload(Log(TextLines(None), "info", lines.append))
+    with reload.on_hang_up():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.05)
+        assert lines == []
+
+        async def ready():
+            reload.begin(None, None, None)
+            await asyncio.sleep(0.05)
+
+        asyncio.run(ready())
+    assert len(lines) == 1
