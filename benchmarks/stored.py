@@ -43,6 +43,8 @@ def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """(the command that makes a file of results, the code that decides what it holds)."""
     if name.startswith(("compare-", "ablation-")):
         return record["environment"]["command"], RECIPE
+    if name == "serve-load.json":
+        return record["environment"]["command"], ("mft_kernels", "csrc/cpu", "python/mft/serving", "python/mft/masks")
     question = question_of(name) or name
     if question.startswith("memory_"):
         return f"python -m benchmarks.memory {question.removeprefix('memory_')}", SIMULATED

@@ -1,0 +1,342 @@
+"""mft serve under load, by openai's own client on loopback: python -m benchmarks.serve_load [--requests 10000]
+
+It starts a server of a tiny model with five tasks, and sends whole answers, streams, clients that leave, loads and
+unloads from several threads. At half of them keys and masks are reloaded by SIGHUP. It fails if an answer differs from
+the one that came alone, if the server refuses what it must not, if its log counts otherwise than the clients did, or if
+its peak memory grows. Linux only: it reads /proc.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from .harness import environment
+from .records import RESULTS
+
+TASKS = ("code", "math", "news", "mail", "song")
+WORDS = 512
+PROMPTS = ("3 4 5", "7", "1 2 3 4 5 6 7 8 9 10 11 12", "40 41 42 43", "9 9 9 9 9 9 9 9", "12 13 14")
+TEMPLATE = "{% for message in messages %}{{ message.content + ' 60 ' }}{% endfor %}"
+TOKENS = 16  # of an answer
+LONG = 200  # of one whose client leaves
+HASTY = 0.02  # seconds after which a client leaves that does not wait
+MOST_GROWTH = 16 << 20  # bytes of peak memory between a tenth of the requests and all of them
+SPREAD = 100  # one request of so many unloads a task and loads it again
+
+
+@dataclass
+class Target:
+    """A server. directories: of each task's masks, as a client names them."""
+
+    address: str
+    process: int
+    directories: dict[str, str]
+    key: str = "none"
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=self.key, max_retries=0, timeout=120)
+
+    def memory(self, name: str) -> int:
+        """VmRSS or VmHWM, in bytes."""
+        found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{self.process}/status").read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+@dataclass
+class Load:
+    """What was sent and what came. Threads share one; seconds: by what was timed."""
+
+    target: Target
+    alone: dict[tuple[str, str, bool], str] = field(default_factory=dict)
+    sent: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[int, int] = field(default_factory=dict)  # peak, by requests
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def prepare(self, models: Sequence[str]) -> None:
+        """Each answer alone, against which those beside others are held."""
+        with self.target.client() as client:
+            for model, prompt, chat in itertools.product(models, PROMPTS, (False, True)):
+                self.alone[model, prompt, chat] = "".join(ask(client, model, prompt, chat=chat))
+        self.sent["answered"] += len(self.alone)
+        if len({self.alone[model, PROMPTS[0], False] for model in models}) < len(models):
+            self.fail(f"each of {', '.join(models)} must have an answer of its own, got {self.alone}")
+
+    def send(self, client: openai.OpenAI, number: int) -> None:
+        models = list(dict.fromkeys(model for model, _, _ in self.alone))
+        model, prompt = models[number % len(models)], PROMPTS[number // len(models) % len(PROMPTS)]
+        if number % SPREAD == SPREAD - 1:
+            tasks = list(self.target.directories)
+            self.change(client, tasks[number // SPREAD % len(tasks)])
+            return
+        kind = KINDS[number % len(KINDS)]
+        try:
+            kind(self, client, model, prompt)
+        except openai.NotFoundError as error:
+            self.count("unloaded just then" if error.code == "model_not_found" else "")
+        except openai.APIError as error:
+            self.fail(f"{number}, {kind.__name__}: {error!r}")
+
+    def change(self, client: openai.OpenAI, task: str) -> None:
+        """Unload a task and load it again; another thread may be doing so."""
+        for route, keys in (("unload", {}), ("load", {"lora_path": self.target.directories[task]})):
+            began = time.monotonic()
+            try:
+                client.post(f"/{route}_lora_adapter", body={"lora_name": task, **keys}, cast_to=str)
+                self.took(route, began)
+            except (openai.NotFoundError, openai.BadRequestError):
+                self.count(f"{route} of a task that was changing")
+
+    def took(self, what: str, began: float) -> None:
+        with self.lock:
+            self.sent[what] += 1
+            self.seconds.setdefault(what, []).append(time.monotonic() - began)
+
+    def count(self, what: str) -> None:
+        with self.lock:
+            self.sent[what] += 1
+
+    def fail(self, message: str) -> None:
+        with self.lock:
+            self.wrong.append(message)
+
+    def hold(self, model: str, prompt: str, text: str, *, chat: bool) -> None:
+        self.count("answered")
+        if text != self.alone[model, prompt, chat]:
+            self.fail(f"{model} {prompt!r}: {text!r} for {self.alone[model, prompt, chat]!r}")
+
+
+def ask(client: Any, model: str, prompt: str, *, chat: bool, stream: bool = False, **options: Any) -> Iterator[str]:
+    """The text of a greedy answer, in pieces."""
+    given = {"model": model, "temperature": 0, "max_tokens": TOKENS, "stream": stream} | options
+    if chat:
+        made = client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **given)
+        for chunk in made if stream else (made,):
+            choice = chunk.choices[0]
+            yield (choice.delta if stream else choice.message).content or ""
+        return
+    made = client.completions.create(prompt=prompt, **given)
+    for chunk in made if stream else (made,):
+        yield chunk.choices[0].text
+
+
+def whole(load: Load, client: openai.OpenAI, model: str, prompt: str) -> None:
+    began = time.monotonic()
+    text = "".join(ask(client, model, prompt, chat=False))
+    load.took("whole answer", began)
+    load.hold(model, prompt, text, chat=False)
+
+
+def stream(load: Load, client: openai.OpenAI, model: str, prompt: str) -> None:
+    began, pieces = time.monotonic(), []
+    for piece in ask(client, model, prompt, chat=True, stream=True):
+        if piece and not "".join(pieces):
+            load.took("first piece of a stream", began)
+        pieces.append(piece)
+    load.took("whole stream", began)
+    load.hold(model, prompt, "".join(pieces), chat=True)
+
+
+def leave_stream(load: Load, client: Any, model: str, prompt: str) -> None:
+    options: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": LONG, "stream": True}
+    with client.completions.create(**options) as made:
+        next(iter(made))
+    load.count("left a stream")
+
+
+def leave_answer(load: Load, client: openai.OpenAI, model: str, prompt: str) -> None:
+    with contextlib.suppress(openai.APITimeoutError):
+        "".join(ask(client, model, prompt, chat=False, max_tokens=LONG, timeout=HASTY))
+    load.count("left an answer")
+
+
+# Of ten requests in turn.
+KINDS: tuple[Callable[[Load, openai.OpenAI, str, str], None], ...] = (
+    *(whole, whole, stream, whole, leave_stream, stream, whole, stream, leave_answer, stream),
+)
+
+
+def run(load: Load, requests: int, clients: int, halfway: Callable[[], None] = lambda: None) -> None:
+    """Send so many from so many threads."""
+    numbers, lock = iter(range(requests)), threading.Lock()
+
+    def work() -> None:
+        with load.target.client() as client:
+            while True:
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                if number % max(1, requests // 10) == 0 and number:
+                    load.memory[number] = load.target.memory("VmHWM")
+                    print(
+                        f"after {number:,} requests: peak memory {load.memory[number] / (1 << 20):.1f} MiB", flush=True
+                    )
+                if number == requests // 2:
+                    halfway()
+                load.send(client, number)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(clients)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    load.memory[requests] = load.target.memory("VmHWM")
+
+
+# ---------------------------------------------------------------------------------------------- the server
+
+
+def write_inputs(root: Path) -> dict[str, str]:
+    """A tiny base with five tasks' masks, a list of them and a file of keys. Returns: {task: directory}."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from mft.config import MaskConfig
+    from mft.masks.convert import mask_model
+    from mft.masks.export import save_masks
+
+    from .training_steps import build, small_config
+
+    def base() -> Any:
+        import torch
+
+        # Weights so large that what masks do to them decides which word is the likeliest.
+        return build(small_config(64, 4) | {"initializer_range": 0.3}, torch.float32)
+
+    words = Tokenizer(models.WordLevel({"<end>": 0} | {str(i): i for i in range(1, WORDS)}, unk_token="<end>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<end>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(root / "base")
+    base().save_pretrained(root / "base")
+    for seed, task in enumerate(TASKS):
+        save_masks(mask_model(base(), MaskConfig.paper(keep_ratio=0.5, seed=seed)), root / "masks" / task)
+    (root / "masks.txt").write_text("".join(f"{task}={root / 'masks' / task}\n" for task in TASKS))
+    (root / "keys").write_text("sk-load-test\n")
+    (root / "keys").chmod(0o600)
+    return {task: task for task in TASKS}
+
+
+@contextlib.contextmanager
+def server(root: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """(its address, the process) of mft serve, which must end by SIGTERM with exit code 0."""
+    files = ["--masks-file", root / "masks.txt", "--load-from", root / "masks", "--api-keys-file", root / "keys"]
+    options = ["--model", root / "base", "--dtype", "float32", "--length", "512", "--port", "0", "--log-format", "json"]
+    command = [sys.executable, "-m", "mft", "serve", *map(str, (*files, *options)), "--timeout", "120"]
+    with log.open("wb") as output:
+        # Warnings go to the same file, whose lines are JSON otherwise.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        )
+    try:
+        end = time.monotonic() + 300
+        while not (ready := re.search(r'"address": "([^"]+)"', log.read_text())):
+            if process.poll() is not None or time.monotonic() > end:
+                sys.exit(f"mft serve must start, got\n{log.read_text()}")
+            time.sleep(0.1)
+        yield ready[1], process
+        process.send_signal(signal.SIGTERM)
+        if process.wait(60) != 0:
+            sys.exit(f"mft serve must end with 0 by SIGTERM, got {process.returncode}\n{log.read_text()[-5000:]}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def check_log(load: Load, log: Path) -> list[dict[str, Any]]:
+    """Hold what the log says against what the clients counted. Returns: its answers."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    answers = [line for line in lines if line["event"] == "answer"]
+    counted = Counter(line["status"] for line in answers)
+    left = load.sent["left a stream"] + load.sent["left an answer"]
+    late = counted[200] - load.sent["answered"]  # that ended before their clients had left
+    if not 0 <= late <= left or late + counted[499] > left:
+        load.fail(f"the log must have {load.sent['answered']} answers and at most {left} cancelled, got {counted}")
+    if set(counted) - {200, 499} or '"traceback"' in log.read_text() or "Traceback" in log.read_text():
+        load.fail(f"the log must have no error, got {counted}")
+    if not any(line["event"] == "reloaded" for line in lines):
+        load.fail("the log must say that SIGHUP reloaded, got no such line")
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------- the record
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """In milliseconds."""
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {"requests": len(seconds), "p50_ms": round(cuts[49] * 1000, 1), "p99_ms": round(cuts[98] * 1000, 1)}
+
+
+def table(load: Load) -> str:
+    """Latencies, as Markdown."""
+    rows = ["| measured | requests | p50, ms | p99, ms |", "|---|---:|---:|---:|"]
+    for what, seconds in sorted(load.seconds.items()):
+        if len(seconds) > 1:
+            found = percentiles(seconds)
+            rows.append(f"| {what} | {found['requests']:,} | {found['p50_ms']} | {found['p99_ms']} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Run it, print and store what was found; exit code 1 if something was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--clients", type=int, default=16, help="threads, each with its own connection")
+    parser.add_argument("--out", type=Path, default=RESULTS / "serve-load.json")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        directories, log = write_inputs(root), root / "log"
+        with server(root, log) as (address, process):
+            load = Load(Target(address, process.pid, directories, "sk-load-test"))
+            load.prepare(("base", *TASKS))
+            loaded, began = load.target.memory("VmRSS"), time.monotonic()
+            run(load, given.requests, given.clients, lambda: process.send_signal(signal.SIGHUP))
+            took = time.monotonic() - began
+        check_log(load, log)
+    early = load.memory[min(load.memory)]
+    growth = load.memory[given.requests] - early
+    if growth > MOST_GROWTH:
+        load.fail(f"peak memory must grow by at most {MOST_GROWTH:,} bytes, got {growth:,}")
+    record = {
+        "environment": {**environment(), "command": "python -m benchmarks.serve_load"},
+        "requests": given.requests,
+        "clients": given.clients,
+        "tokens": TOKENS,
+        "seconds": round(took, 1),
+        "sent": dict(sorted(load.sent.items())),
+        "latencies": {what: percentiles(each) for what, each in sorted(load.seconds.items()) if len(each) > 1},
+        "bytes_after_loading": loaded,
+        "peak_bytes": {str(number): size for number, size in sorted(load.memory.items())},
+        "wrong": load.wrong[:20],
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{given.requests:,} requests in {took:.0f} s: {dict(load.sent)}\n{table(load)}")
+    print("\n".join((*load.wrong[:20], f"{len(load.wrong)} faults")))
+    sys.exit(bool(load.wrong))
+
+
+if __name__ == "__main__":
+    main()
