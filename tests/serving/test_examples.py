@@ -1,0 +1,138 @@
+"""examples/serving: what the container, the unit and the manifest start is what the command line takes."""
+
+import configparser
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from mft.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "serving"
+SERVE = typer.main.get_command(app).commands["serve"]
+
+
+def instructions():
+    """(instruction, the rest) of each line of the Containerfile."""
+    text = re.sub(r"\\\n\s*", "", (EXAMPLES / "Containerfile").read_text())
+    return [tuple(line.split(" ", 1)) for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def listed(name):
+    """A list in JSON, which no shell reads."""
+    (found,) = (rest for instruction, rest in instructions() if instruction == name)
+    return json.loads(found)
+
+
+def manifests():
+    return {each["kind"]: each for each in yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())}
+
+
+def pod():
+    return manifests()["Deployment"]["spec"]["template"]["spec"]
+
+
+def unit():
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str
+    parser.read(EXAMPLES / "mft-serve.service")
+    return parser["Service"]
+
+
+def by_entry_point(arguments):
+    command = [*listed("ENTRYPOINT"), *arguments]
+    assert command[:2] == ["mft", "serve"]
+    return command[2:]
+
+
+COMMANDS = {
+    "Containerfile": lambda: by_entry_point(listed("CMD")),
+    "kubernetes.yaml": lambda: by_entry_point(pod()["containers"][0]["args"]),
+    "mft-serve.service": lambda: shlex.split(unit()["ExecStart"])[2:],
+}
+
+
+@pytest.mark.parametrize("file", COMMANDS)
+def test_the_command_line_takes_what_an_example_starts(file):
+    given = SERVE.make_context("mft serve", COMMANDS[file]()).params
+    assert given["masks_file"] == Path("/etc/mft/masks.txt")
+    assert given["api_keys_file"].name == "api-keys"
+
+
+def test_an_option_that_there_is_not_is_noticed():
+    with pytest.raises(Exception, match="No such option"):
+        SERVE.make_context("mft serve", ["--mask-file", "masks.txt"])
+
+
+def test_the_container_is_made_of_the_wheel_and_its_user_has_no_rights():
+    names = [name for name, _ in instructions()]
+    assert names[0] == "FROM"
+    (user,) = (rest for name, rest in instructions() if name == "USER")
+    number = int(user.partition(":")[0])
+    assert number > 1000
+    assert names.index("USER") > max(at for at, name in enumerate(names) if name == "RUN")  # nothing is made after it
+    runs = " ".join(rest for name, rest in instructions() if name == "RUN")
+    assert "/dist/mft_kernels-*.whl" in runs
+    assert f"--uid {number}" in runs
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert re.search(r"whl\)\[(\w+)\]", runs)[1] in extras
+    assert pod()["securityContext"]["runAsUser"] == number
+
+
+def test_the_manifest_probes_routes_that_there_are():
+    pytest.importorskip("starlette")
+    pytest.importorskip("openai")
+    from mft.serving import service
+
+    text = Path(service.__file__).read_text()
+    container = pod()["containers"][0]
+    probes = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert probes == {
+        "startupProbe": "/health/ready",
+        "readinessProbe": "/health/ready",
+        "livenessProbe": "/health/live",
+    }
+    metrics = manifests()["Deployment"]["spec"]["template"]["metadata"]["annotations"]["prometheus.io/path"]
+    assert all(f'Route("{path}"' in text for path in (*probes.values(), metrics))
+
+
+def test_answers_have_their_time_before_a_server_is_killed():
+    """5 seconds more than --grace: uvicorn's own, which server.py names."""
+    grace = SERVE.make_context("mft serve", COMMANDS["kubernetes.yaml"]()).params["grace"]
+    (_, before) = pod()["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod()["terminationGracePeriodSeconds"] >= int(before) + grace + 5
+    grace = SERVE.make_context("mft serve", COMMANDS["mft-serve.service"]()).params["grace"]
+    assert int(unit()["TimeoutStopSec"]) >= grace + 5
+
+
+def test_every_volume_of_the_manifest_is_one_that_it_makes():
+    kinds, spec = manifests(), pod()
+    assert {each["name"] for each in spec["volumes"]} == {
+        each["name"] for each in spec["containers"][0]["volumeMounts"]
+    }
+    volumes = {each["name"]: each for each in spec["volumes"]}
+    assert volumes["list"]["configMap"]["name"] == kinds["ConfigMap"]["metadata"]["name"]
+    assert volumes["keys"]["secret"]["secretName"] == kinds["Secret"]["metadata"]["name"]
+    assert volumes["keys"]["secret"]["defaultMode"] & 0o007 == 0
+    assert volumes["masks"]["persistentVolumeClaim"]["claimName"] == kinds["PersistentVolumeClaim"]["metadata"]["name"]
+    labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert kinds["Service"]["spec"]["selector"] == labels
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_takes_the_unit(tmp_path):
+    unit = (EXAMPLES / "mft-serve.service").read_text().replace("/opt/mft/bin/mft", "/bin/true")
+    (tmp_path / "mft-serve.service").write_text(unit)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(tmp_path / "mft-serve.service")], capture_output=True, text=True
+    )
+    ours = [line for line in (done.stdout + done.stderr).splitlines() if "mft-serve" in line]
+    assert ours == []
