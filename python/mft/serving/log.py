@@ -110,4 +110,7 @@ class _Written(logging.Handler):
         self._write = write
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._write(self.format(record))
+        try:
+            self._write(self.format(record))
+        except OSError:  # a full disk, a pipe that nobody reads: no reason to refuse a request
+            self.handleError(record)

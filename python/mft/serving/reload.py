@@ -63,7 +63,7 @@ class Reload:
         if self._keys is not None:
             try:
                 self._keys.read_again()
-                self._log.tell("reloaded", f"{len(self._keys)} API keys are known", keys=len(self._keys))
+                self._log.tell("reloaded", f"API keys: {len(self._keys)}", keys=len(self._keys))
             except (ValueError, OSError) as error:
                 self._fail(f"the keys stay as they were: {error}")
         if self._masks_file is not None:

@@ -84,7 +84,7 @@ class Tasks:
         if not replace:
             raise ValueError(
                 f"lora_name must be new, got {name!r}, which has already been loaded: unload it first, or send "
-                "load_inplace"
+                "load_inplace: true"
             )
 
     async def _when_unused(self, name: str, then: Callable[[], None]) -> None:
