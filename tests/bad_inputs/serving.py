@@ -12,17 +12,17 @@ from mft.cli import serve
 from mft.masks.bank import MaskBank
 from mft.masks.export import save_masks
 from mft.serving import run
-from mft.serving.adapters import directory_below
-from mft.serving.body import ChatBody, CompletionBody, read_body
-from mft.serving.keys import ApiKeys
+from mft.serving.api.adapters import directory_below
+from mft.serving.api.body import ChatBody, CompletionBody, read_body
+from mft.serving.api.keys import ApiKeys
+from mft.serving.batch.running_batch import RunningBatch
+from mft.serving.batch.sampling import Sampling
+from mft.serving.batch.scheduler import Scheduler
 from mft.serving.length import row_length
 from mft.serving.log import new_log
 from mft.serving.options import Options
 from mft.serving.port import bind
 from mft.serving.refusal import Refused
-from mft.serving.running_batch import RunningBatch
-from mft.serving.sampling import Sampling
-from mft.serving.scheduler import Scheduler
 from mft.serving.task_list import parse_masks, read_masks_file
 from mft.serving.tasks import Tasks
 

@@ -30,7 +30,7 @@ from mft.models.longrope import by_own_length, inputs_of, refuse_long_batches, s
 from mft.models.next_tokens import longest_row
 from mft.models.packed_rows import check_kept_apart
 from mft.rewards.shared_prompts import states_before_answers
-from mft.serving.running_batch import RunningBatch
+from mft.serving.batch.running_batch import RunningBatch
 from mft.study.teacher import RememberedTeacher
 from mft.training.loop import train_masks
 from mft.training.teacher import ModelTeacher

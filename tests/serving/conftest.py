@@ -12,8 +12,8 @@ from mft.config import MaskConfig
 from mft.masks.bank import load_mask_bank
 from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
-from mft.serving.running_batch import RunningBatch
-from mft.serving.scheduler import Scheduler
+from mft.serving.batch.running_batch import RunningBatch
+from mft.serving.batch.scheduler import Scheduler
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
@@ -68,10 +68,10 @@ def serve(exports, words):
     """serve(rows=..., ...) -> what runs: client, bank, scheduler, server, lines of the log, address."""
     import openai
 
+    from mft.serving.api.service import Access, Service
     from mft.serving.log import Log
     from mft.serving.port import bind
     from mft.serving.server import Server
-    from mft.serving.service import Access, Service
     from mft.serving.tasks import Tasks
 
     started = []

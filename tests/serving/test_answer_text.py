@@ -2,7 +2,7 @@
 
 import pytest
 
-from mft.serving.answer_text import AnswerText
+from mft.serving.batch.answer_text import AnswerText
 
 
 def pieces(tokenizer, tokens, stops=()):

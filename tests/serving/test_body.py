@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from mft.serving.body import MOST_MESSAGES, ChatBody, CompletionBody, most_bytes, read_body
+from mft.serving.api.body import MOST_MESSAGES, ChatBody, CompletionBody, most_bytes, read_body
 from mft.serving.refusal import Refused
 
 COMPLETION = {"model": "code", "prompt": "3"}

@@ -12,7 +12,7 @@ pytest.importorskip("openai")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from mft.serving import connection
+from mft.serving.api import connection
 
 BODY = json.dumps({"model": "code", "prompt": "3 4", "max_tokens": 2, "temperature": 0}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

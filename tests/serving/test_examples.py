@@ -90,7 +90,7 @@ def test_the_container_is_made_of_the_wheel_and_its_user_has_no_rights():
 def test_the_manifest_probes_routes_that_there_are():
     pytest.importorskip("starlette")
     pytest.importorskip("openai")
-    from mft.serving import service
+    from mft.serving.api import service
 
     text = Path(service.__file__).read_text()
     container = pod()["containers"][0]

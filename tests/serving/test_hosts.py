@@ -9,7 +9,7 @@ pytest.importorskip("starlette")
 
 from starlette.responses import PlainTextResponse
 
-from mft.serving.hosts import HostCheck, known_hosts
+from mft.serving.api.hosts import HostCheck, known_hosts
 
 
 def asked(hosts, name):

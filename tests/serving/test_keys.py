@@ -7,7 +7,7 @@ import os
 import httpx
 import pytest
 
-from mft.serving.keys import ApiKeys
+from mft.serving.api.keys import ApiKeys
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -109,7 +109,7 @@ def test_a_file_that_others_can_read_is_warned_of(path):
 
 def test_every_key_is_compared_whole(path, monkeypatch):
     """However early a key differs, and whichever it equals."""
-    from mft.serving import keys as module
+    from mft.serving.api import keys as module
 
     compared, compare = [], module.hmac.compare_digest
     monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b: compared.append(len(a)) or compare(a, b))

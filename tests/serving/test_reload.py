@@ -13,7 +13,7 @@ import httpx
 import pytest
 from tiny import make_llama
 
-from mft.serving.keys import ApiKeys
+from mft.serving.api.keys import ApiKeys
 from mft.serving.log import Log, TextLines
 from mft.serving.reload import MasksFile, Reload
 from mft.serving.task_list import read_masks_file

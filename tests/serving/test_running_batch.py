@@ -21,7 +21,7 @@ from mft.config import MaskConfig
 from mft.masks.bank import MaskBank, load_mask_bank
 from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
-from mft.serving.running_batch import RunningBatch
+from mft.serving.batch.running_batch import RunningBatch
 
 SIZES = {"vocab_size": WORDS, "hidden_size": 32, "initializer_range": 0.3}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -16,9 +16,9 @@ import torch
 from tiny import make_llama
 
 from mft.masks.bank import load_mask_bank
-from mft.serving.body import read_body
+from mft.serving.api.body import read_body
+from mft.serving.batch.running_batch import RunningBatch
 from mft.serving.port import bind
-from mft.serving.running_batch import RunningBatch
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -291,7 +291,7 @@ def test_a_service_on_loopback_is_not_asked_by_the_name_of_a_strangers_site(serv
 
 def test_bodies_are_read_beside_the_event_loop(serve, monkeypatch):
     """While one takes long, another client is told that the service lives."""
-    from mft.serving import service
+    from mft.serving.api import service
 
     running, begun, go_on = serve(), threading.Event(), threading.Event()
 

@@ -3,8 +3,8 @@
 import logging
 import time
 
-from mft.serving.exchange import Exchange
-from mft.serving.generation import Generation
+from mft.serving.api.exchange import Exchange
+from mft.serving.batch.generation import Generation
 from mft.serving.log import Log
 from mft.serving.metrics import Metrics
 

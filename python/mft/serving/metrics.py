@@ -9,8 +9,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
-from mft.serving.generation import Generation
-from mft.serving.scheduler import Scheduler
+from mft.serving.batch.generation import Generation
+from mft.serving.batch.scheduler import Scheduler
 from mft.serving.tasks import Tasks
 from mft_kernels import __version__
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from mft.serving.body import Body, ChatBody, CompletionBody
+from mft.serving.api.body import Body, ChatBody, CompletionBody
 from mft.serving.refusal import Refused
 
 _MAX_TOKENS = 16  # of /v1/completions, as with OpenAI

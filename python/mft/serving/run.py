@@ -11,17 +11,17 @@ from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import learned_base
 from mft.masks.bank import load_mask_bank
 from mft.masks.location import masks_directory
-from mft.serving.hosts import known_hosts
-from mft.serving.keys import ApiKeys
+from mft.serving.api.hosts import known_hosts
+from mft.serving.api.keys import ApiKeys
+from mft.serving.api.service import Access, Service
+from mft.serving.batch.running_batch import RunningBatch
+from mft.serving.batch.scheduler import Scheduler
 from mft.serving.length import row_length
 from mft.serving.log import Log, new_log
 from mft.serving.options import Options
 from mft.serving.port import bind
 from mft.serving.reload import MasksFile, Reload
-from mft.serving.running_batch import RunningBatch
-from mft.serving.scheduler import Scheduler
 from mft.serving.server import Server
-from mft.serving.service import Access, Service
 from mft.serving.tasks import Tasks
 from mft.training.inputs import read_model
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import uvicorn
 from starlette.types import ASGIApp
 
-from mft.serving.connection import Connection
-from mft.serving.scheduler import Scheduler
+from mft.serving.api.connection import Connection
+from mft.serving.batch.scheduler import Scheduler
 
 
 class Server(uvicorn.Server):

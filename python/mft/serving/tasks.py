@@ -7,8 +7,8 @@ from typing import Any
 
 from mft.checks import check_rule, nearest
 from mft.masks.bank import MaskBank
+from mft.serving.batch.scheduler import Scheduler
 from mft.serving.refusal import Refused
-from mft.serving.scheduler import Scheduler
 from mft.serving.task_list import check_name
 
 

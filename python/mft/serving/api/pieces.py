@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mft.serving.answer import END, TextAnswer, refusal_event
-from mft.serving.generation import Generation, Piece
+from mft.serving.api.answer import END, TextAnswer, refusal_event
+from mft.serving.batch.generation import Generation, Piece
+from mft.serving.batch.scheduler import Scheduler
 from mft.serving.refusal import Refused
-from mft.serving.scheduler import Scheduler
 
 
 class Pieces:

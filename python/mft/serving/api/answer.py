@@ -12,7 +12,7 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import BaseModel
 
-from mft.serving.generation import Finish
+from mft.serving.batch.generation import Finish
 from mft.serving.refusal import Refused
 
 END = "data: [DONE]\n\n"

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mft.serving.answer_text import AnswerText
+from mft.serving.batch.answer_text import AnswerText
+from mft.serving.batch.sampling import Sampling
 from mft.serving.refusal import Refused, failure
-from mft.serving.sampling import Sampling
 
 Finish = Literal["stop", "length"]
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from mft.serving.generation import Generation
+from mft.serving.batch.generation import Generation
+from mft.serving.batch.running_batch import RunningBatch
 from mft.serving.refusal import Refused
-from mft.serving.running_batch import RunningBatch
 
 
 class Scheduler:

@@ -17,23 +17,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mft.checks import shown
-from mft.serving.adapters import Adapters
-from mft.serving.answer import ChatAnswer, TextAnswer
-from mft.serving.answer_text import AnswerText
-from mft.serving.body import Body, ChatBody, CompletionBody, most_bytes, read_body
-from mft.serving.exchange import Exchanges, exchange_of, refuse
-from mft.serving.generation import Generation, Piece
-from mft.serving.hosts import HostCheck
-from mft.serving.incoming import json_bytes
+from mft.serving.api.adapters import Adapters
+from mft.serving.api.answer import ChatAnswer, TextAnswer
+from mft.serving.api.body import Body, ChatBody, CompletionBody, most_bytes, read_body
+from mft.serving.api.exchange import Exchanges, exchange_of, refuse
+from mft.serving.api.hosts import HostCheck
+from mft.serving.api.incoming import json_bytes
+from mft.serving.api.keys import ApiKeys, KeyCheck
+from mft.serving.api.pieces import Pieces, Stream, events, unless_client_leaves, whole
+from mft.serving.batch.answer_text import AnswerText
+from mft.serving.batch.generation import Generation, Piece
+from mft.serving.batch.sampling import Sampling
+from mft.serving.batch.scheduler import Scheduler
 from mft.serving.journal import Journal
-from mft.serving.keys import ApiKeys, KeyCheck
 from mft.serving.log import Log
 from mft.serving.metrics import CONTENT_TYPE, Metrics
-from mft.serving.pieces import Pieces, Stream, events, unless_client_leaves, whole
 from mft.serving.prompt import Prompts
 from mft.serving.refusal import Refused, failure
-from mft.serving.sampling import Sampling
-from mft.serving.scheduler import Scheduler
 from mft.serving.tasks import Tasks
 
 READ_AT_ONCE = 2  # bodies that are JSON and tokens being made of; one more waits. Two: a long one holds no short one up

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mft.checks import shown
-from mft.serving.exchange import refuse
+from mft.serving.api.exchange import refuse
 from mft.serving.refusal import Refused
 
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?")  # a name or an IPv6 address in brackets, and perhaps a port

@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from mft.checks import nearest_path
-from mft.serving.body import Keys, read_body
-from mft.serving.exchange import exchange_of
-from mft.serving.incoming import json_bytes
+from mft.serving.api.body import Keys, read_body
+from mft.serving.api.exchange import exchange_of
+from mft.serving.api.incoming import json_bytes
 from mft.serving.log import Log
 from mft.serving.refusal import Refused
 from mft.serving.tasks import Tasks

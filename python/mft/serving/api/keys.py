@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mft.checks import check_rule
-from mft.serving.exchange import refuse
+from mft.serving.api.exchange import refuse
 from mft.serving.refusal import Refused
 
 GUARDED = "/v1"  # health and metrics are for whoever watches the machine

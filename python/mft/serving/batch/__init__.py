@@ -1,0 +1,1 @@
+"""The rows that are being answered: one batch, one cache, one thread."""
