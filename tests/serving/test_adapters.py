@@ -139,6 +139,7 @@ BAD = [
     ("new", "/nowhere", 400, "lora_path", "(--load-from), got '/nowhere'"),
     ("new", "a\0b", 400, "lora_path", "(--load-from), got 'a\\x00b'"),
     ("new", "link", 400, "lora_path", "(--load-from), got 'link'"),
+    ("new", "run", 400, "lora_path", "(--load-from), got 'run'"),
     ("new", "empty", 404, "lora_path", "empty"),
     ("new", "other", 400, "lora_path", "the masks were learned on other weights of the same shapes"),
 ]
@@ -147,6 +148,8 @@ BAD = [
 def test_what_cannot_be_loaded_is_one_message_and_nothing_is_lost(serve, root):
     (root / "empty").mkdir()
     (root / "link").symlink_to("/etc")
+    (root / "run").mkdir()
+    (root / "run" / "masks").symlink_to("/etc")
     running = serve(load_from=root)
     for name, path, status, param, message in BAD:
         found = told(load(running, name, path))

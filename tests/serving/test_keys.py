@@ -8,6 +8,8 @@ import httpx
 import pytest
 
 from mft.serving.api.keys import ApiKeys
+from mft.serving.options import Options
+from mft.serving.run import serve as serve_masks
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -105,6 +107,14 @@ def test_a_file_that_others_can_read_is_warned_of(path):
     assert warnings_of(path) == [
         f"--api-keys-file should be readable by its owner alone, got mode 644 for {path}: chmod 600 {path}"
     ]
+
+
+def test_a_server_that_everyone_may_change_is_warned_of(tmp_path, path, capsys):
+    for options in ({}, {"api_keys_file": path}):
+        with pytest.raises(ValueError, match="--model must name the base"):
+            serve_masks({}, options=Options(load_from=tmp_path, **options))
+        found = f"warning --load-from lets every client load and unload masks, got {tmp_path} without --api-keys-file"
+        assert (found in capsys.readouterr().out) == (not options)
 
 
 def test_every_key_is_compared_whole(path, monkeypatch):

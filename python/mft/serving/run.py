@@ -1,6 +1,7 @@
 """What mft serve does, in order: a port, the base with its tasks' masks, a thread that runs it, the HTTP service."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import learned_base
 from mft.masks.bank import load_mask_bank
 from mft.masks.location import masks_directory
-from mft.serving.api.hosts import known_hosts
+from mft.serving.api.hosts import is_loopback, known_hosts
 from mft.serving.api.keys import ApiKeys
 from mft.serving.api.service import Access, Service
 from mft.serving.batch.running_batch import RunningBatch
@@ -86,6 +87,8 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
         scheduler = Scheduler(batch, rows=options.rows, waiting=options.waiting, timeout=options.timeout)
         tasks = Tasks(batch.bank, scheduler, base, force=options.force)
         hosts = known_hosts(bound.getsockname()[0], options.host, options.allow_host)
+        if access.keys is None and not is_loopback(bound.getsockname()[0]):
+            _warn(log, f"--host {options.host} lets everyone ask who reaches it, got no --api-keys-file: give one")
         service = Service(
             tasks,
             tokenizer,
@@ -116,10 +119,7 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
 
 def _access(options: Options, log: Log) -> Access:
     """Without hosts, which depend on the port."""
-
-    def warn(message: str) -> None:
-        log.tell("warning", message, level=logging.WARNING)
-
+    warn = functools.partial(_warn, log)
     root = options.load_from
     if root is not None:
         check_rule(root.is_dir(), "--load-from", "name a directory", f"{root}{nearest_path(root)}")
@@ -127,6 +127,10 @@ def _access(options: Options, log: Log) -> Access:
     if root is not None and keys is None:
         warn(f"--load-from lets every client load and unload masks, got {root} without --api-keys-file: give one")
     return Access(keys=keys, load_from=root)
+
+
+def _warn(log: Log, message: str) -> None:
+    log.tell("warning", message, level=logging.WARNING)
 
 
 def _in_address(host: str) -> str:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from mft.checks import nearest_path
+from mft.masks.location import masks_directory
 from mft.serving.api.body import Keys, read_body
 from mft.serving.api.exchange import exchange_of
 from mft.serving.api.incoming import json_bytes
@@ -90,9 +91,10 @@ def directory_below(root: Path, path: str) -> Path:
     """
     try:
         found = (root / path).resolve()
+        masks = masks_directory(found).resolve()  # those of a run lie in a directory of it, which may be a link
     except (ValueError, OSError):  # a null byte, a circle of links
-        found = root.parent
-    if not found.is_relative_to(root) or found == root:
+        found = masks = root.parent
+    if found == root or not (found.is_relative_to(root) and masks.is_relative_to(root)):
         raise Refused(
             f"lora_path must be a directory below {root} (--load-from), got {path[:200]!r}", param="lora_path"
         )

@@ -24,7 +24,7 @@ def known_hosts(address: str, host: str, allowed: Collection[str]) -> frozenset[
 
     Args: address: that is listened on; host: as the user wrote it; allowed: by the user, * for any.
     """
-    if "*" in allowed or not (allowed or _is_loopback(address)):
+    if "*" in allowed or not (allowed or is_loopback(address)):
         return None
     return frozenset(name.lower() for name in (host, *allowed))
 
@@ -41,7 +41,7 @@ class HostCheck:
             given = Headers(scope=scope).get("host", "")
             matched = _HOST.fullmatch(given)
             name = matched[1].lower().removesuffix(".") if matched else ""
-            if not (_is_loopback(name.strip("[]")) or name in self._hosts):
+            if not (is_loopback(name.strip("[]")) or name in self._hosts):
                 refused = Refused(
                     "Host must be a name of this machine's loopback, such as localhost, or one that --allow-host "
                     f"names, got {shown(given)}",
@@ -51,7 +51,7 @@ class HostCheck:
         await app(scope, receive, send)
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
