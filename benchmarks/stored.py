@@ -43,7 +43,7 @@ def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """(the command that makes a file of results, the code that decides what it holds)."""
     if name.startswith(("compare-", "ablation-")):
         return record["environment"]["command"], RECIPE
-    if name == "serve-load.json":
+    if name.startswith("serve-load"):
         return record["environment"]["command"], ("mft_kernels", "csrc/cpu", "python/mft/serving", "python/mft/masks")
     question = question_of(name) or name
     if question.startswith("memory_"):
