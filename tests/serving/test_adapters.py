@@ -98,9 +98,9 @@ def test_unloading_waits_for_the_requests_of_the_task_and_takes_no_more(serve, r
 
 def test_a_client_that_leaves_is_not_waited_for(serve, root, gate, until):
     running = serve(rows=1, load_from=root)
+    gate.clear()
     stream = running.client.completions.create(model="code", **ASKED | {"max_tokens": 60}, stream=True)
     next(stream)
-    gate.clear()
     with ThreadPoolExecutor(1) as pool:
         unloading = pool.submit(unload, running, "code")
         until(lambda: "code" not in names(running))

@@ -157,9 +157,9 @@ def test_a_signal_reaches_the_verb_whose_requests_go_on(cli, listed, tmp_path, w
         try:
             assert models("sk-one") == ["base", "code", "math"]
             client = openai.OpenAI(base_url=f"{address}/v1", api_key="sk-one", max_retries=0, timeout=20)
+            gate.clear()
             stream = client.completions.create(model="math", stream=True, **ASKED | {"max_tokens": 400})
             next(stream)
-            gate.clear()
             keys.write_text("sk-two\n")
             listed.write_text(f"more={tmp_path / 'code'}\nmath={tmp_path / 'math'}")
             os.kill(os.getpid(), signal.SIGHUP)
