@@ -7,6 +7,7 @@ Rows are drawn unevenly, and some experts have few or none.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ _BY = {FUSED: FUSED, PACKED: FUSED, CUDA: CUDA, CUDA_PACKED: CUDA}
 _D_SCORES = [False, False, True, False]
 #: Of the checks: none at the ends and between, one, a tile's edge, more than one tile; the last are nobody's.
 ROWS, NOBODYS = (0, 1, 7, 0, 130, 64, 0), 3
+#: The same, and with so many on average that Hopper's kernel is chosen where the model agrees.
+MANY_ROWS = (0, 1, 259, 0, 640, 128, 300)
 _DRY_EXPERTS = 5
 
 
@@ -65,9 +68,9 @@ class Experts:
 
 def expert_checks(label: str, n: int, k: int, dtype: torch.dtype, backend: str, on: torch.device) -> Iterator[Check]:
     """Both directions, by scores and by bits, gradients, sums of every source, thresholds; of small integers."""
-    for scores_dtype in (dtype, torch.float32):
-        t = _integers(n, k, dtype, scores_dtype, on)
-        name = named(label, name_of(dtype), f"scores {name_of(scores_dtype)}")
+    for scores_dtype, rows in itertools.product((dtype, torch.float32), (ROWS, MANY_ROWS)):
+        t = _integers(n, k, dtype, scores_dtype, rows, on)
+        name = named(label, name_of(dtype), f"scores {name_of(scores_dtype)}", "many rows" if rows is MANY_ROWS else "")
         calls = [t.product(packed=packed, transposed=way) for way in (False, True) for packed in (False, True)]
         by_bits = (t.grad, t.x, t.weight, t.packed, t.scores, t.signs, t.offsets, False, MODE, EVERYTHING)
         calls += [t.gradients(EVERYTHING), ("masked_linear_grouped_packed_backward", "bits", by_bits)]
@@ -83,15 +86,17 @@ def expert_checks(label: str, n: int, k: int, dtype: torch.dtype, backend: str, 
         yield thresholds_check(name, t.scores, backend)
 
 
-def _integers(n: int, k: int, dtype: torch.dtype, scores_dtype: torch.dtype, on: torch.device) -> Experts:
-    generator, total, count = torch.Generator(on).manual_seed(0), sum(ROWS) + NOBODYS, len(ROWS)
+def _integers(
+    n: int, k: int, dtype: torch.dtype, scores_dtype: torch.dtype, rows: tuple[int, ...], on: torch.device
+) -> Experts:
+    generator, total, count = torch.Generator(on).manual_seed(0), sum(rows) + NOBODYS, len(rows)
 
     def values(most: int, *shape: int) -> Tensor:
         return torch.randint(-most, most + 1, shape, generator=generator, device=on).float()
 
     weight, scores = values(2, count, n, k).to(dtype), values(3, count, n, k)
     scores[scores == 0] = 1  # a zero has no sign bit
-    offsets = torch.tensor(ROWS, device=on).cumsum(0).int()
+    offsets = torch.tensor(rows, device=on).cumsum(0).int()
     return Experts(
         values(1, total, k).to(dtype),
         values(1, total, n).to(dtype),
