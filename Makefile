@@ -146,7 +146,7 @@ fuzz: dev
 # llama.cpp on patched GGUF files, beside torch; xllamacpp is a prebuilt wheel (35 MB), in an environment of its own. Minutes.
 LLAMA := .venv-llama
 llama-test: dev $(LLAMA)/.installed
-	MFT_LLAMA_PYTHON=$(abspath $(LLAMA))/bin/python $(BIN)/python -m pytest -s -o addopts= tests/patching/test_gguf_smollm2.py tests/docs/test_doc_gguf.py
+	MFT_LLAMA_PYTHON=$(abspath $(LLAMA))/bin/python $(BIN)/python -m pytest -s -o addopts= tests/patching/test_gguf_smollm2.py tests/docs/pages/test_doc_gguf.py
 
 $(LLAMA)/.installed:
 	$(PYTHON) -m venv $(LLAMA)

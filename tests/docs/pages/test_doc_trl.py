@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
 
 pytestmark = pytest.mark.slow
 
-DOC = Path(__file__).parents[2] / "docs" / "trl.md"
+DOC = Path(__file__).parents[3] / "docs" / "trl.md"
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning")

@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn")
 
 pytestmark = pytest.mark.slow
 
-DOC = Path(__file__).parents[2] / "docs" / "serving.md"
+DOC = Path(__file__).parents[3] / "docs" / "serving.md"
 SHORT = ["train.steps=2", "data.max_train_tokens=2048", "data.max_eval_tokens=1024", "data.sequence_length=64"]
 
 

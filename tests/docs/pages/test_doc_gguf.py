@@ -17,7 +17,7 @@ from mft.cli.app import app
 
 pytestmark = pytest.mark.slow
 
-DOC = Path(__file__).parents[2] / "docs" / "gguf.md"
+DOC = Path(__file__).parents[3] / "docs" / "gguf.md"
 SHORT = ["train.steps=2", "train.batch_size=2", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
 
 

@@ -12,7 +12,7 @@ import mft
 
 pytestmark = pytest.mark.slow
 
-DOC = Path(__file__).parents[2] / "docs" / "transformers.md"
+DOC = Path(__file__).parents[3] / "docs" / "transformers.md"
 
 
 def test_every_block_runs(tiny_llama, tokenizer, tmp_path, monkeypatch):
