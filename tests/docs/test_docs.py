@@ -38,8 +38,8 @@ from mft.models import pretrained
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
-# Run by pages/test_doc_transformers.py, _trl.py, _serving.py and _gguf.py, on fewer layers, by test_adding_a_kernel.py and
-# test_hub_kernel.py, in processes of their own, by make vllm-test, and by the fixture ground.
+# Run by pages/test_doc_transformers.py, _trl.py, _serving.py and _gguf.py, on fewer layers, by test_adding_a_kernel.py
+# and test_hub_kernel.py, in processes of their own, by make vllm-test, and by the fixture ground.
 ELSEWHERE = {
     *("transformers.md", "trl.md", "serving.md", "gguf.md", "vllm.md", "adding-a-kernel.md", "kernel-hub.md"),
     "README.md",
