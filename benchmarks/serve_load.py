@@ -77,7 +77,7 @@ class Load:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def prepare(self, models: Sequence[str]) -> None:
-        """Each answer alone, against which those beside others are held."""
+        """What each prompt is answered when it is asked alone. Answers under load must be equal."""
         with self.target.client() as client:
             for model, prompt, chat in itertools.product(models, PROMPTS, (False, True)):
                 self.alone[model, prompt, chat] = "".join(ask(client, model, prompt, chat=chat))

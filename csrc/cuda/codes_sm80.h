@@ -51,8 +51,8 @@ MFT_DEVICE void numbers_of(float (&numbers)[8], uint32_t low, uint32_t high) {
   }
 }
 
-// Of a pair of weights, each of which has a bit in byte `byte` of the word: 2 * pair and the next. The shifts are the same
-// for every byte of the word, and the compiler makes them once.
+// The pair of weights, with 0 where the mask drops one. Their bits are 2 * pair and the next one in byte `byte` of the word.
+// The shifts are the same for every byte, so the compiler makes them once.
 MFT_DEVICE uint32_t select_pair(uint32_t weights, uint32_t word, int byte, int pair) {
   return weights & isa::spread_signs(word << (7 - 2 * pair), word << (6 - 2 * pair), byte);
 }

@@ -42,7 +42,7 @@ struct CodedWeight {
   static constexpr int kTableBytes = 64;  // of the levels, which lie behind the first stage's scales
   static_assert(kStageBytes - kUsedBytes >= kTableBytes && kUsedBytes % kTableBytes == 0);
 
-  // Without it, four rows of which each lane reads one would lie in the same banks.
+  // Lanes read four rows at once. Without the swizzle these rows would lie in the same banks.
   static constexpr isa::Swizzle kSwizzle = !kTransposed ? isa::Swizzle::kNone
                                            : kNf4       ? isa::Swizzle::k64
                                                         : isa::Swizzle::k128;

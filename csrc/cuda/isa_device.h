@@ -69,7 +69,7 @@ MFT_DEVICE uint32_t byte_of(uint32_t word, int i, uint32_t above = 0) { return _
 
 MFT_DEVICE uint32_t rotate_right(uint32_t word, int places) { return __funnelshift_r(word, word, places); }
 
-// Byte i of the result is the byte of (b, a), of which a's are the lower four, that digit i of the selector names.
+// Digit i of the selector chooses byte i of the result: 0 to 3 are the bytes of a, 4 to 7 those of b.
 MFT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 // Each half 0xffff if its top bit is set, else 0. Selector digits 9 and b repeat the sign of bytes 1 and 3.

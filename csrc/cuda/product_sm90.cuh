@@ -41,7 +41,7 @@ struct ProductSm90 {
   using T = typename Source::Number;
   static constexpr int kConsumers = sm90::kConsumers, kFeatures = sm90::kFeatures, kStep = sm90::kStep;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // Of a thread. A block begins with 168 for each; whoever looks up experts needs more than 40.
+  // Registers of a thread. A block begins with 168 each. A producer that looks up experts needs more than 40.
   static constexpr int kProducerRegisters = Source::kGrouped ? 56 : 40;
   static constexpr int kConsumerRegisters = Source::kGrouped ? 224 : 232;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * 168);

@@ -19,7 +19,7 @@
 
 namespace mft::cuda::sm80 {
 
-constexpr int kQuantizedDepth = 64;  // of a step, of which a thread decodes a group
+constexpr int kQuantizedDepth = 64;  // of a step; each thread decodes one group of it
 
 struct QuantizedArguments : ProductTileArguments {
   CodesArguments weight;

@@ -94,7 +94,7 @@ inline uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
 
 inline uint32_t rotate_right(uint32_t word, int places) { return word >> (places & 31) | word << (-places & 31); }
 
-// Byte i of the result is the byte of (b, a), of which a's are the lower four, that digit i of the selector names.
+// Digit i of the selector chooses byte i of the result: 0 to 3 are the bytes of a, 4 to 7 those of b.
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;
