@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import register_hazards
 from .compile import CPP_FLAGS, CannotBuild, Link, Unit, build, find_compiler, find_torch, system_headers
-from .nvcc import Nvcc, find_cutlass, find_nvcc
+from .nvcc import Nvcc, Version, find_cutlass, find_nvcc
 from .older_systems import build_for_older
 from .ptxas_log import summary
 
@@ -38,6 +38,8 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "--ptxas-options=-v",
 ]
+#: From CUDA 13.0 on, whose drivers all unpack it, machine code is packed: the library takes a fifth.
+PACKED: tuple[Version, str] = ((13, 0), "--compress-mode=size")
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def kernel_units(
         include = system_headers([*nvcc.include, *headers])
         if source.suffix == ".cpp":
             return Unit(source, compiler, [*CPP_FLAGS, *include])
-        flags = [*NVCC_FLAGS, f"-ccbin={compiler}", *targets, *include]
+        packed = [PACKED[1]] if nvcc.version >= PACKED[0] else []
+        flags = [*NVCC_FLAGS, *packed, f"-ccbin={compiler}", *targets, *include]
         return Unit(source, str(nvcc.path), flags, [nvcc.root / "bin" / "ptxas"])
 
     # CUTLASS's first: they take longest, and would else end alone.

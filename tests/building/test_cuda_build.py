@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,10 @@ def test_each_file_is_compiled_for_its_own_gpus(sources):
     assert "-gencode=arch=compute_90a,code=sm_90a" in flags["product_sm90_bf16.cu"]
     assert "--ptxas-options=-v" in flags["product_sm90_bf16.cu"]
     assert not any(flag.startswith(("-gencode", "--")) for flag in flags["product_sm90.cpp"])
+    # Every driver of CUDA 13 unpacks code of this mode; older drivers may not.
+    assert "--compress-mode=size" in flags["select.cu"]
+    older = cuda.kernel_units(general, groups, cuda.Wanted(), replace(compiler(), version=(12, 9)), "g++", [])
+    assert not any("--compress-mode=size" in unit.flags for some in older.values() for unit in some)
     # Else all would be compiled again when CUTLASS is installed later.
     assert "/cutlass" in flags["product_sm90_bf16.cu"]
     assert "/cutlass" not in flags["select.cu"]
