@@ -70,9 +70,11 @@ test: dev
 # Of the public ops over experts, whose kernels test_expert_products.py and tests/triton_kernels have in every form.
 SLOW_INTERPRETED := grouped_ops and (random or (packed or own_threshold) and not bfloat16 or values and not (bfloat16 and 45 and magnitude) or add_up and not (bfloat16 and signs))
 
+# SLOW_SECONDS=300: those that begin within so many seconds, in an order that changes with the commit (tests/time_box.py).
+TIME_BOX := $(if $(SLOW_SECONDS),--seconds $(SLOW_SECONDS) --no-loadscope-reorder)
 test-slow: dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops -m slow -k triton
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(TIME_BOX)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops -m slow -k triton $(TIME_BOX)
 
 lint: dev
 	$(BIN)/ruff check .

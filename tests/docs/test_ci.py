@@ -3,7 +3,10 @@
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import time_box
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -50,3 +53,30 @@ def test_the_hooks_are_the_linters_of_make_lint_out_of_the_dev_extra():
     # The hook writes the format that make lint only asks for.
     assert hooks == [line.removesuffix(" .").removesuffix(" --check") for line in asked]
     assert {"pre-commit", *(hook.split()[0] for hook in hooks)} <= {*PROJECT["optional-dependencies"]["dev"]}
+
+
+def test_a_run_with_a_time_box_leaves_out_what_begins_too_late_and_says_so():
+    def item(seconds):
+        return SimpleNamespace(config=SimpleNamespace(getoption={"--seconds": seconds}.get))
+
+    for seconds in (None, 1e6):
+        time_box.pytest_runtest_setup(item(seconds))
+    with pytest.raises(pytest.skip.Exception, match="the time is up") as skipped:
+        time_box.pytest_runtest_setup(item(0.0))
+    lines = []
+    stats = {"skipped": [SimpleNamespace(longrepr=("file", 1, str(skipped.value))), SimpleNamespace(longrepr="no GPU")]}
+    time_box.pytest_terminal_summary(SimpleNamespace(stats=stats, write_line=lines.append), item(5.0).config)
+    assert lines == ["left out, because the time was up: 1 tests"]
+
+
+def test_a_time_box_changes_the_order_of_files_and_none_within_a_file(monkeypatch):
+    items = [SimpleNamespace(path=Path(f"test_{file}.py"), number=number) for file in range(20) for number in range(2)]
+    config = SimpleNamespace(getoption={"--seconds": 5.0}.get)
+    orders = set()
+    for commit in ("a", "b"):
+        monkeypatch.setattr(time_box, "_commit", lambda commit=commit: commit)
+        shuffled = list(items)
+        time_box.pytest_collection_modifyitems(config, shuffled)
+        assert [item.number for item in shuffled] == [0, 1] * 20
+        orders.add(tuple(item.path.name for item in shuffled))
+    assert len(orders) == 2
