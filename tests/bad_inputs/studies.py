@@ -16,6 +16,11 @@ fewer further settings than none
 a mask that the study does not have
     derive(load_study("small"), "layers", masks=["MTF"])
     -> ValueError: --arm | must be one of MFT (paper), MFT | got 'MTF' | did you mean MFT
+an arm in codes that is made of one without codes
+    study = load_study("quantised-patched")
+    study.arms["MFT on NF4"].start = None
+    dataclasses.replace(study)
+    -> ValueError: arms.MFT in NF4.of | must name an arm that begins at a quantized one | got MFT on NF4
 fine tunes of what is no study
     fine_tunes_in("runs/nowhere", load_study("small"))
     -> ValueError: --fine-tunes-of | must be the output_dir of a study | got runs/nowhere without a study.yaml

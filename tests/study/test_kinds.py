@@ -142,7 +142,7 @@ def test_a_kind_needs_only_keys_that_it_takes_and_says_what_it_is(kind):
         ("may_start", "base full continued control mask quantized"),
         ("may_teach", "base full continued control mask"),
         ("compressible", "full continued control"),
-        ("near", "continued control lora peft mask average interpolated coded"),
+        ("near", "continued control lora peft mask average interpolated coded in_codes"),
         ("learns", "continued control lora peft mask"),
         ("whole_model", "base full continued quantized"),
     ],

@@ -15,7 +15,7 @@ from mft.config import MaskConfig, TrainConfig
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.quantize import quantize_model
 from mft.models.causal_lm import clone_with_own_weights
-from mft.models.codes.weight import quantized_weights
+from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.linears import weight_name
 from mft.study import workspace as workspaces
 from mft.study.arms.memory import ADAPTER_BYTES, equal_memory_rank, score_bytes
@@ -31,6 +31,7 @@ from mft.study.run import run_study
 from mft.study.store import Store
 from mft.study.teacher import RememberedTeacher
 from mft.study.workspace import Workspace
+from mft_kernels.codes import Nf4
 
 FULL = "  base: {kind: base}\n  full: {kind: full, lrs: [1e-2]}\n"
 ARMS = (
@@ -42,6 +43,8 @@ ARMS = (
   NF4 of base: {kind: quantized, start: base, quantization: nf4}
   mask: {kind: mask, start: NF4, lrs: [1e-2], mode: value, threshold: 0}
   QLoRA: {kind: lora, start: NF4, lrs: [1e-2], lora_rank: 2}
+  mask in codes: {kind: in_codes, of: mask}
+  QLoRA in codes: {kind: in_codes, of: QLoRA}
   mask from base: {kind: mask, start: NF4 of base, lrs: [1e-2]}
   like base: {kind: lora, start: base, teacher: base, lrs: [1e-2], lora_rank: 2}
   like full: {kind: continued, start: base, teacher: full, lrs: [3e-3], epochs: [3]}
@@ -122,6 +125,42 @@ def test_adapters_lie_beside_the_codes(done):
     assert done.loss["QLoRA"] < done.loss["NF4"]
 
 
+def test_a_mask_in_codes_is_the_mask_and_its_codes_differ_where_it_drops(done):
+    assert equal(done.weights("mask in codes"), done.weights("mask"))
+    assert done.loss["mask in codes"] == done.loss["mask"]
+    before = done.weights("NF4")
+    for name, after in done.weights("mask in codes").items():
+        held, dropped = QuantizedWeight.quantize(before[name], "nf4"), (after != before[name]).flatten()
+        assert torch.equal(held.dense(), before[name])
+        assert dropped.any()
+        codes = torch.stack((held.codes.flatten() >> 4, held.codes.flatten() & 15), 1).flatten()
+        codes[: len(dropped)][dropped] = Nf4.levels.index(0.0)
+        held.codes = (codes[::2] << 4 | codes[1::2]).view_as(held.codes)
+        assert torch.equal(held.dense(), after), name
+
+
+def test_adapters_in_codes_are_merged_and_rounded_again(done):
+    assert done.loss["QLoRA in codes"] != done.loss["QLoRA"]
+    before = done.weights("full") | done.weights("NF4")
+    weights = done.weights("QLoRA in codes")
+    assert equal(weights, {name: codes_of(done, before | weights, "nf4")[name] for name in weights})
+    assert any((weights[name] != before[name]).any() for name in weights)
+
+
+def test_what_lies_in_codes_costs_no_memory_and_the_bytes_of_what_it_is_made_of(done):
+    for arm in ("mask", "QLoRA"):
+        made, source = done.outcome[f"{arm} in codes"], done.outcome[arm]
+        assert (made.bytes, made.resident) == (source.bytes, 0)
+        assert source.resident > 0
+
+
+def test_what_began_exact_has_no_codes_to_go_into(done):
+    with pytest.raises(ValueError, match=r"of must name an arm that begins at a quantized one, got .*like base"):
+        make_study(done.directory, ARMS + "  x: {kind: in_codes, of: like base}\n", [])
+    with pytest.raises(ValueError, match=r"of must name an arm of the kinds lora, peft, mask"):
+        make_study(done.directory, ARMS + "  x: {kind: in_codes, of: control}\n", [])
+
+
 def test_an_arm_with_a_teacher_learns_its_words_and_not_the_texts(done):
     base, rows = done.workspace.base, done.workspace.splits("count").train
     full, like = (with_weights(base, done.weights(arm)) for arm in ("full", "like full"))
@@ -172,9 +211,9 @@ def test_a_key_knows_the_codes_and_the_teacher_below_an_arm(done):
         store = Store(study, done.directory / "other")
         return {arm: store.key(Unit("count", arm, 0, chosen["count"][arm]), chosen) for arm in study.arms}
 
-    before = keys(done.declared())
+    before, over = keys(done.declared()), ["mask", "QLoRA"]
     for change, moved in {
-        "arms.NF4.quantization=nf4-dq": ["NF4", "mask", "QLoRA", "on mask", "taught"],
+        "arms.NF4.quantization=nf4-dq": ["NF4", *over, *(f"{arm} in codes" for arm in over), "on mask", "taught"],
         "arms.taught.teacher=control": ["taught"],
         "arms.taught.teacher=base": ["taught"],
         "arms.taught.teacher=null": ["taught"],
@@ -275,7 +314,7 @@ def test_the_report_says_what_rounding_cost_and_holds_masks_against_adapters(don
     row = tables["count"].row("mask")
     assert f"mask {100 * row.recovered:.0f} %" in of_full
     pairs = re.findall(r"([\w ]+) against ([\w ]+): (ahead|behind|not shown to differ \([^)]*\))\. [+-]", of_full)
-    assert [pair[:2] for pair in pairs] == [(" mask", "QLoRA")]
+    assert [pair[:2] for pair in pairs] == [(" mask", "QLoRA"), (" mask in codes", "QLoRA in codes")]
     assert f"and {row.memory / 1e6:.1f} MB in training against" in of_full
     assert of_base.startswith("count, over NF4 of base. ")
     write_study_report(findings, tmp_path)

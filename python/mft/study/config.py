@@ -190,6 +190,9 @@ class StudyConfig:
                 check_rule(before not in seen, f"arms.{name}.start", "lead back to the full fine-tune", before)
                 seen.append(before)
         for name, arm in self.arms.items():
+            if arm.needs_codes:
+                rule = "name an arm that begins at a quantized one"
+                check_rule(self.codes_under(name) is not None, f"arms.{name}.of", rule, arm.of)
             if not arm.over_codes and (codes := self.codes_under(name)) is not None:
                 rule = f"lead to no quantized arm{self._why_not_over(name, codes)}"
                 check_rule(False, f"arms.{name}.start", rule, arm.start)

@@ -13,13 +13,14 @@ from torch import nn
 
 from mft.checks import check_rule
 from mft.config import MaskConfig, TrainConfig
+from mft.masks.quantize import rounded_weights
 from mft.masks.targets import select_targets
 from mft.models.causal_lm import FEW, clone_with_own_weights, evaluating, first_trainable_layer
 from mft.study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground, parse_arm_layers
 from mft.study.arms.memory import ADAPTER_BYTES
 from mft.study.arms.setting import Setting
 from mft.study.arms.size import NUMBER
-from mft.study.arms.weights import Weights
+from mft.study.arms.weights import Weights, with_weights
 from mft.study.peft_methods import (
     BESIDE_LINEARS,
     PLACES,
@@ -92,6 +93,11 @@ class Adapters(Arm):
     def merged(self, ground: Ground, weights: Weights) -> Weights:
         model, names = merge_adapter(self._loaded(ground, weights))
         return {name: model.get_parameter(name).detach() for name in names}
+
+    def in_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
+        """Rounded again, by blocks' new scales."""
+        rounded = rounded_weights(with_weights(start, merged), codes)
+        return {name: rounded.get(name, weight) for name, weight in merged.items()}
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return NUMBER * self._numbers(ground)

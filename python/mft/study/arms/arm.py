@@ -116,6 +116,7 @@ class Arm:
     may_start = False  # its weights bear the model's own names: other arms may begin at its end
     may_teach = False  # other arms may learn its words
     over_codes = True  # it may begin at a quantized arm's end
+    needs_codes = False  # it must begin there, or what it is made of
     compressible = False  # its weights differ from its start's by what can be made small
     is_mask = False  # trained, or found in one shot
     is_mft = False  # a trained mask
@@ -230,6 +231,10 @@ class Arm:
         """The same weights in the names of the ordinary model."""
         return weights
 
+    def in_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
+        """What merged gave, as codes of this kind hold it; the weights of start are such already."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------------------- its training
 
     def untrained(self, ground: "Ground") -> nn.Module:
@@ -313,6 +318,7 @@ class Ground:
     seed: int
     rows: Callable[[], Any]  # loads the domain's training rows
     sources: tuple[Source, ...] = ()  # the runs that it is made of
+    codes: str | None = None  # those over which it begins, one of QUANTIZATIONS; None: its start is exact
 
     def weight_names(self) -> list[str]:
         """Of the weights of the layers."""

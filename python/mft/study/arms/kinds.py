@@ -10,6 +10,7 @@ from mft.study.arms.arm import Arm
 from mft.study.arms.coded import Coded
 from mft.study.arms.compressed import BitDelta, SparseDelta, Ternary
 from mft.study.arms.full import Base, Continued, Control, Full
+from mft.study.arms.in_codes import InCodes
 from mft.study.arms.masks import Mask, OneShot
 from mft.study.arms.means import Average, Interpolated
 from mft.study.arms.quantized import Quantized
@@ -32,6 +33,7 @@ KINDS: dict[str, type[Arm]] = {
     "ternary": Ternary,
     "sparse_delta": SparseDelta,
     "coded": Coded,
+    "in_codes": InCodes,
 }
 
 

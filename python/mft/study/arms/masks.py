@@ -103,6 +103,10 @@ class Mask(_AnyMask):
             weights[weight_name(ground.start, name)] = kept.cpu().contiguous()
         return weights
 
+    def in_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
+        """As they are: each weight is the start's or 0, and all codes have a 0."""
+        return merged
+
     def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
         """How many runs keep a weight, or the weights where these are fewer bytes."""
         return min(super().bytes_of_mean(ground, model, runs), _export_bytes(_kept_by_runs(ground, model, runs)))

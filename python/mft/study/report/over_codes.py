@@ -40,11 +40,15 @@ def verdicts_over_codes(findings: Findings, tables: Mapping[str, DomainTable]) -
 
 
 def _rivals(findings: Findings, table: DomainTable, place: tuple[str, str]) -> list[Pair]:
-    """Each mask that was trained, and each arm of adapters, of one quantized start."""
+    """Each mask that was trained, and each arm of adapters, of one quantized start; those in codes with each other."""
     domain, name = place
-    rows = [row for row in table.rows if findings.study.codes_under(row.arm) == name]
-    adapters = [row.arm for row in rows if isinstance(findings.study.arms[row.arm], Adapters)]
-    return [(domain, row.arm, lora) for row in rows if row.masked for lora in adapters]
+    study = findings.study
+    rows = [row for row in table.rows if study.codes_under(row.arm) == name]
+    in_codes = {row.arm: study.arms[row.arm].needs_codes for row in rows}
+    made_of = {arm: study.arms[str(study.arms[arm].of) if in_codes[arm] else arm] for arm in in_codes}
+    adapters = [arm for arm, source in made_of.items() if isinstance(source, Adapters)]
+    masks = [row.arm for row in rows if row.masked]
+    return [(domain, mask, lora) for mask in masks for lora in adapters if in_codes[mask] == in_codes[lora]]
 
 
 def _differences(findings: Findings, pairs: list[Pair]) -> dict[Pair, Difference]:

@@ -34,6 +34,7 @@ def ground_of(workspace: Workspace, job: Job) -> Ground:
     """After workspace.begin."""
     unit, arm = job.unit, arm_of(workspace, job.unit)
     mask, keep_ratio = replace(workspace.study.mask_of(arm), seed=unit.seed), unit.setting.keep_ratio
+    codes = workspace.study.codes_under(unit.arm)
     runs = job.parts or (() if job.source is None else (job.source,))
     return Ground(
         workspace.model,
@@ -44,6 +45,7 @@ def ground_of(workspace: Workspace, job: Job) -> Ground:
         unit.seed,
         lambda: workspace.splits(unit.domain).train,
         tuple(Source(arm_of(workspace, run), run.setting, path) for run, path in runs),
+        None if codes is None else workspace.study.arms[codes].quantization,
     )
 
 
@@ -64,6 +66,6 @@ def resident_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
 
 def training_bytes(workspace: Workspace, job: Job) -> int:
     """Of a trained arm; where it begins over codes, its start in codes, which its model here is only equal to."""
-    study, codes = workspace.study, workspace.study.codes_under(job.unit.arm)
-    start = weights_bytes(workspace.base, None if codes is None else study.arms[codes].quantization)
-    return start + arm_of(workspace, job.unit).training_bytes(ground_of(workspace, job), study.stage)
+    ground = ground_of(workspace, job)
+    start = weights_bytes(workspace.base, ground.codes)
+    return start + arm_of(workspace, job.unit).training_bytes(ground, workspace.study.stage)
