@@ -2,6 +2,8 @@
 data.source, and `read(kind, ...)` reads a record of that kind.
 """
 
+import json
+
 from mft.config import DataConfig, TrainConfig
 from mft.data.formats import read_example
 from mft.data.mixing import mix_order
@@ -96,9 +98,19 @@ data that cannot be split
     source(write(tmp / "data.jsonl", '{"text": "a"}\n' * 9)).load()
     -> ValueError: data.source | must have more than 2 different examples | got 1 | add examples, or give those splits
 data in another format
-    source(write(tmp / "data.json", '[{"text": "a"}]'))
-    -> ValueError: data.source | must be a .jsonl, .parquet or .csv file | data.json
-        | convert it, for JSONL to one JSON object a line
+    source(write(tmp / "data.xml", "<text>a</text>"))
+    -> ValueError: data.source | must be a .json, .jsonl, .parquet or .csv file if it is a file | data.xml
+        | convert it
+an array of examples
+    source(write(tmp / "data.json", json.dumps([{"text": f"Row {i}."} for i in range(9)]))).load()
+    -> accepted: a JSON array is read whole
+an object where examples should be
+    source(write(tmp / "data.json", '{"data": [{"text": "a"}]}')).load()
+    -> ValueError: data.json | must be an array of objects | got {'data': [{'text': 'a'}]}
+        | put examples alone into the file
+an array with something else in it
+    source(write(tmp / "data.json", '[{"text": "a"}, "b"]')).load()
+    -> ValueError: data.json item 1 | must be a JSON object | got 'b' | put examples alone into the file
 a conversation of someone unknown
     read("conversations", conversations=[{"from": "humam", "value": "Hi"}, {"from": "gpt", "value": "Hello."}])
     -> ValueError: data.jsonl:1: conversations[0].from | must be one of human, user, gpt | got 'humam'

@@ -32,6 +32,11 @@ def test_parquet_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
     assert rows_of(tmp_path / "data.parquet", tokenizer) == rows_of(write(chats()), tokenizer)
 
 
+def test_a_json_array_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps(chats(), indent=1))
+    assert rows_of(tmp_path / "data.json", tokenizer) == rows_of(write(chats()), tokenizer)
+
+
 def test_csv_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
     long = "word, " * 30_000  # longer than csv's own limit
     rows = [{"prompt": f'{i} "x",\r\n\n', "completion": long if i == 4 else f"é{i}"} for i in range(20)]
@@ -173,7 +178,7 @@ def test_a_file_without_line_ends_is_not_read_whole(tmp_path, monkeypatch):
         ("a.jsonl", b'{}\n{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "a.jsonl:2: JSON must nest a few levels deep"),
         ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl:1: broken JSON, must be one object a line: Exceeds the"),
         ("a.parquet", b"PAR1", "a.parquet must be a parquet file, and cannot be read as one"),
-        ("a.json", b"text", "data.source must be a .jsonl, .parquet or .csv file if it is a file, got "),
+        ("a.txt", b"text", "data.source must be a .json, .jsonl, .parquet or .csv file if it is a file, got "),
         ("a.csv", b'text,id\na,1\n\n"b\nc",2\nd\n', "a.csv:6: must have 2 values, as many as the header"),
         ("a.csv", b"text\n'a'\n\"b\" c\n", "a.csv:3: broken CSV: ',' expected after '\"': put quotes around"),
         ("a.csv", b"text\na\n\xe9\n", "a.csv:3: must be UTF-8 text, got 0xe9 at byte 7 of the file: convert it"),

@@ -102,7 +102,7 @@ def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path, monkeypatc
         ({"source": "./nowhere.jsonl"}, "data.source must be data that exists, got './nowhere.jsonl': no such file"),
         (
             {"source": "no data"},
-            "stdlib, headers, problems, a .jsonl, .parquet or .csv file, a directory or a hub id, got 'no data'",
+            "stdlib, headers, problems, a .json, .jsonl, .parquet or .csv file, a directory or a hub id, got 'no data'",
         ),
         ({"split": "test"}, "data.split must be left out for this source, got 'test': the stdlib corpus is split by"),
         ({"subset": "main"}, "data.subset must be pretrain, finetune or null for the stdlib corpus, got 'main'"),

@@ -63,7 +63,7 @@ def files(rows, directory):
     """The same records in every type of file, in two files each."""
     half = len(rows) // 2
     found = {}
-    for name, ending in {"jsonl": "jsonl", "zipped": "jsonl.gz", "csv": "csv", "parquet": "parquet"}.items():
+    for name, ending in {**{kind: kind for kind in ("jsonl", "csv", "parquet", "json")}, "zipped": "jsonl.gz"}.items():
         found[name] = [directory / f"{name}-{number}.{ending}" for number in range(2)]
         for path, part in zip(found[name], (rows[:half], rows[half:])):
             if name == "parquet":
@@ -74,12 +74,14 @@ def files(rows, directory):
                     writer = csv.DictWriter(file, list(part[0]))
                     writer.writeheader()
                     writer.writerows(part)
+                elif name == "json":
+                    json.dump(part, file)
                 else:
                     file.writelines(json.dumps(row) + "\n\n" for row in part)
     return found
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "zipped", "csv", "parquet", "saved", "hub", "memory"])
+@pytest.mark.parametrize("kind", ["jsonl", "zipped", "csv", "json", "parquet", "saved", "hub", "memory"])
 def test_records_go_on_from_any_position_that_json_has_kept(tmp_path, kind):
     rows = [{"text": f"{i}, é\nand\u2028more", "id": str(i)} for i in range(11)]
     found = files(rows, tmp_path)

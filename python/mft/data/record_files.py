@@ -1,4 +1,4 @@
-"""Records from data files: JSON lines, parquet, CSV, what datasets' save_to_disk wrote; of a directory nothing else.
+"""Records from data files: JSON lines, parquet, CSV, a JSON array, what datasets' save_to_disk wrote; nothing else.
 
 A data set's card, a loading script or the features that a file declares can name URLs and other people's files, and
 datasets follows them; so files are found by their names here, and read as plain columns.
@@ -25,11 +25,12 @@ from mft.data.formats import CONTENT_COLUMNS, FORMS, PREFERENCE, content_of
 from mft.data.growth import bytes_of_line, check_growth
 from mft.files.arrow_file import map_arrow
 from mft.files.cache import sha256_of
-from mft.files.json_file import read_object
+from mft.files.json_file import parse_value, read_object, short
 from mft.files.parquet_file import read_claims
 
 FILE_TYPES = (".jsonl", ".parquet", ".csv")
 TYPES = ".jsonl, .parquet or .csv"
+ARRAY = ".json"  # of a file alone: in a directory such files are about the data
 _ZIPPED = (".jsonl", ".csv")  # may end in .gz
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends must not fill the memory
 SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk: of several splits, of one
@@ -195,6 +196,16 @@ def read_csv(
         yield number, dict(zip(header, values)), end
 
 
+def read_array(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON array, which is read whole."""
+    rows = parse_value(path.read_bytes(), path)
+    for place, row in enumerate(rows) if isinstance(rows, list) else [(None, rows)]:
+        if place is None or not isinstance(row, dict):
+            where, rule = (path, "an array of objects") if place is None else (f"{path} item {place}", "a JSON object")
+            raise ValueError(f"{where}: must be {rule}, got {short(row)}: put examples alone into the file")
+    return rows
+
+
 def hash_splits(splits: Mapping[str, Sequence[Path]]) -> str:
     """SHA-256 of which bytes belong to which split."""
     lines = [f"{split} {sha256_of(path)}" for split, paths in sorted(splits.items()) for path in paths]
@@ -221,6 +232,12 @@ def _read_jsonl(path: Path) -> _File:
             rows.append(content_alone(row))
             lines.append(number)
     return _File(rows, lambda i: f"{path}:{lines[i]}", list(columns))
+
+
+def _read_array(path: Path) -> _File:
+    rows = read_array(path)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return _File([content_alone(row) for row in rows], lambda i: f"{path} item {i}", list(columns))
 
 
 def _decoded(line: bytes, place: str, start: int) -> str:
@@ -330,7 +347,13 @@ def _read_arrow(path: Path) -> _File:
     return _of_table(content, path, table.column_names)
 
 
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv, ".arrow": _read_arrow}
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ARRAY: _read_array,
+    ".arrow": _read_arrow,
+}
 
 
 def columns_to_read(names: list[str]) -> list[str]:

@@ -16,10 +16,12 @@ import pyarrow
 
 from mft.data.formats import without_filling
 from mft.data.record_files import (
+    ARRAY,
     Records,
     columns_to_read,
     content_alone,
     parse_line,
+    read_array,
     read_csv,
     read_lines,
     read_parquet,
@@ -136,6 +138,12 @@ def _read_csv(path: Path, start: Any) -> Found:
         yield content_alone(row), list(row), f"{path}:{number}", list(end)
 
 
+def _read_array(path: Path, start: Any) -> Found:
+    """start: objects that lie before."""
+    for number, row in enumerate(read_array(path)[start or 0 :], start or 0):
+        yield content_alone(row), list(row), f"{path} item {number}", number + 1
+
+
 def _read_parquet(path: Path, start: Any) -> Found:
     """start: [row group, rows of it that lie before]."""
     for (group, inside), number, batch, names in read_parquet(path, _BATCH, tuple(start or (0, 0))):
@@ -159,4 +167,10 @@ def _read_arrow(path: Path, start: Any) -> Found:
         raise ValueError(f"{path} must be an Arrow stream, and cannot be read as one: {error}") from None
 
 
-_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".arrow": _read_arrow}
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ARRAY: _read_array,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}

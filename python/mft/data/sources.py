@@ -16,7 +16,7 @@ from mft.config import DataConfig
 from mft.data.corpora import describe_headers, describe_stdlib, header_files, stdlib_files
 from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
 from mft.data.problems import PROBLEM_SUBSETS, Problem, describe_problems, fingerprint_of, make_problems
-from mft.data.record_files import FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files, type_of
+from mft.data.record_files import ARRAY, FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files, type_of
 from mft.data.record_streams import RecordStream, stream_files, stream_hub, stream_records
 from mft.data.reserve import RESERVE, RESERVED_SOURCE, reserved
 from mft.files.cache import sha256_of
@@ -193,10 +193,10 @@ def _problem_records(split: str, problems: Sequence[Problem]) -> Records:
 
 def _single_file(path: Path, config: DataConfig) -> Source:
     _only_defaults(config, f"the single file {path} has no splits, so name a directory with train and validation files")
-    if type_of(path) not in FILE_TYPES:
+    if type_of(path) not in (*FILE_TYPES, ARRAY):
         raise ValueError(
-            f"data.source must be a {TYPES} file if it is a file, got {path}: "
-            "convert it, for JSONL to one JSON object a line"
+            f"data.source must be a {ARRAY}, {TYPES} file if it is a file, got {path}: convert it; "
+            'datasets.load_dataset("KIND", data_files=FILE, split="train").to_json("FILE.jsonl") reads many kinds'
         )
     if config.streaming:
         return _stream_of({"train": [path]}, {"train": "train"})
@@ -265,7 +265,8 @@ def _load_from_hub(config: DataConfig) -> dict[str, Any]:
     """Every split of the source: a Dataset, or an IterableDataset of a stream."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
         raise ValueError(
-            f"data.source must be {', '.join(NAMED)}, a {TYPES} file, a directory or a hub id, got {config.source!r}"
+            f"data.source must be {', '.join(NAMED)}, a {ARRAY}, {TYPES} file, a directory or a hub id, "
+            f"got {config.source!r}"
         )
     online = hub_is_reachable()
     try:  # datasets answers an empty file with StopIteration
