@@ -207,7 +207,7 @@ wheel-test: wheel
 	$(BIN)/python -m building.wheel_test $(if $(SLIM),--slim)
 
 # Triton's kernels for sm_80, sm_90 and sm_100, compiled ahead into mft_kernels/cubins: by them a machine with an older
-# Triton, or with none, runs the code of this one (docs/kernels.md). The library of `make cuda` launches them.
+# Triton, or with none, runs the code of this one (docs/triton-kernels.md). The library of `make cuda` launches them.
 cubins: install
 	$(BIN)/python -m building.cubins
 
