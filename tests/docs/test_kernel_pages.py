@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = {
     "kernels.md": ("csrc", "mft_kernels"),
     "cpu-kernels.md": ("csrc",),
+    "triton-kernels.md": ("mft_kernels", "csrc", "building"),
 }
 PAGES = {name: (ROOT / "docs" / name).read_text() for name in SOURCES}
 FILE = re.compile(r"(?:mft_kernels|csrc)/[\w/]+\.\w+")
