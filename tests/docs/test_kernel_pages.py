@@ -11,6 +11,7 @@ SOURCES = {
     "kernels.md": ("csrc", "mft_kernels"),
     "cpu-kernels.md": ("csrc",),
     "triton-kernels.md": ("mft_kernels", "csrc", "building"),
+    "cuda-kernels.md": ("csrc", "mft_kernels"),
 }
 PAGES = {name: (ROOT / "docs" / name).read_text() for name in SOURCES}
 FILE = re.compile(r"(?:mft_kernels|csrc)/[\w/]+\.\w+")
