@@ -9,9 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+OVERVIEW = ROOT / "docs" / "evidence.md"
 STUDIES = sorted((ROOT / "docs" / "evidence").glob("*.md"))
 JUDGING = ["README.md", "docs/recipe.md", "docs/evidence.md", "docs/experts.md"]
 INTERVAL = re.compile(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]")
+P_VALUE = re.compile(rf"({INTERVAL.pattern})[^.;:|\[]{{0,20}}\bp (<? ?0\.\d+)")
 REBUILD = "+0.0026 [-0.0040, +0.0094]"  # of a study that is not stored, as the page says
 STEPS = re.compile(r"control (\d+) in ([\d.]+) s; mask (\d+) in ([\d.]+) s")
 
@@ -55,6 +57,31 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
     reports = "".join(path.read_text() for path in RESULTS.glob("*.md"))
     said = plain((ROOT / page).read_text())
     assert [found for found in INTERVAL.findall(said) if found not in reports + REBUILD] == []
+
+
+@pytest.mark.parametrize("page", STUDIES, ids=lambda page: page.stem)
+def test_the_p_of_an_interval_is_the_stored_one(page):
+    reports = plain("".join(path.read_text() for path in RESULTS.glob("*.md")))
+    for interval, p in P_VALUE.findall(plain(page.read_text())):
+        behind = re.escape(interval) + r"(?: nats a token,| % of questions answered exactly,)? (?:Holm-adjusted p|\|) "
+        assert re.search(rf"{behind}{p.replace(' ', '')}(?![\d.])", reports), (interval, p)
+
+
+def test_each_effect_of_the_overview_is_that_of_the_study_it_links_to():
+    rows = [line for line in OVERVIEW.read_text().splitlines() if "](evidence/" in line and INTERVAL.search(line)]
+    assert len(rows) >= 15
+    for row in rows:
+        linked = re.findall(r"\]\((evidence/[^)]+)\)", row)
+        studies = "".join(plain((OVERVIEW.parent / link).read_text()) for link in linked)
+        assert INTERVAL.search(row)[0] in studies, row
+
+
+def test_every_study_has_the_same_form_and_a_link_in_the_overview():
+    overview = OVERVIEW.read_text()
+    for page in STUDIES:
+        headings = re.findall("^## (.*)$", page.read_text(), re.MULTILINE)
+        assert headings == ["Question", "Setting", "Result", "Limits", "Command"], page.name
+        assert f"(evidence/{page.name})" in overview, page.name
 
 
 @pytest.mark.parametrize(
