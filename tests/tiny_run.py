@@ -3,7 +3,9 @@
 import json
 import os
 import socket
+import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,23 @@ def in_a_fork(work):
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run_main(command):
+    """The exit code of the command line's main, in a child of this process that ends afterwards."""
+    from mft.cli.app import main
+
+    sys.argv = ["mft", *command]
+    code = 1
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except BaseException:  # noqa: BLE001  (the child must end here, as the interpreter would)
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 class Killed(BaseException):

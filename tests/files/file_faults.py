@@ -28,10 +28,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # tiny_run, which loads torch, is imported where it is used
 
 SOURCE = Path(__file__).with_suffix(".c")
 COUNT, DIE, HALF, FAIL, FAIL_ON = range(5)  # as in file_faults.c
@@ -285,6 +286,8 @@ class Lab:
         self, case: Path, command: tuple[str, ...], call: int = 0, fault: Fault | None = None, log: Path | None = None
     ) -> tuple[int, str]:
         """(exit code, output) of mft with the command, in a child that works in the directory case."""
+        from tiny_run import run_main
+
         with (case / "output").open("w+b") as output:
             child = os.fork()
             if not child:
@@ -297,7 +300,7 @@ class Lab:
                 ctypes.CDLL(None).faults_arm(
                     os.fsencode(case / RUN), ctypes.c_long(call), fault.kind, fault.number, ctypes.c_int(to)
                 )
-                os._exit(_mft(command))
+                os._exit(run_main(command))
             _, status = os.waitpid(child, 0)
             output.seek(0)
             return os.waitstatus_to_exitcode(status), output.read().decode()
@@ -330,28 +333,11 @@ def contents(run: Path) -> dict[str, bytes]:
     return found | {"metrics.jsonl, but for seconds": "\n".join(lines).encode()}
 
 
-def _mft(command: tuple[str, ...]) -> int:
-    """The exit code of the command line's main."""
-    from mft.cli.app import main
-
-    sys.argv = ["mft", *command]
-    code = 1
-    try:
-        main()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    except BaseException:  # noqa: BLE001  (the child must end here, as the interpreter would)
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
-
-
 def _warm_up(work: Path) -> None:
     """Do once what every child would have to: import, compile, fill caches. No thread is started: a fork is safe."""
-    sys.path.append(str(Path(__file__).parents[1]))
     import torch
     from tiny import WORDS, save_llama
+    from tiny_run import run_main
 
     torch.set_num_threads(1)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
@@ -372,7 +358,7 @@ def _warm_up(work: Path) -> None:
     for verb in ("train", "finetune"):
         run = work / f"warm-{verb}"
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-            if _mft((verb, "--config", str(work / "config.yaml"), f"output_dir={run}")):
+            if run_main((verb, "--config", str(work / "config.yaml"), f"output_dir={run}")):
                 raise RuntimeError(said.getvalue())
     gc.collect()
     gc.freeze()  # or each child copies what its collector touches
