@@ -294,7 +294,7 @@ def test_two_processes_learn_what_one_does(found, way, name):
 @pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
 def test_a_loss_that_is_not_finite_in_one_process_stops_both_before_a_score_changes(found, way):
     (kind, words), (other_kind, other) = sorted(each["not finite", way][:2] for each in found)
-    assert (kind, other_kind) == ("NonFiniteLoss", "RuntimeError")
+    assert (kind, other_kind) == ("NonFiniteLoss", "OtherFailed")
     assert words.startswith("the loss must stay finite, got nan at step 1 of 4 in the batch of rows [0] (documents ")
     assert other in [f"process {rank} of 2 has stopped, and so do all: NonFiniteLoss: {words}" for rank in range(COUNT)]
     assert all(each["not finite", way][2] for each in found)
@@ -307,14 +307,14 @@ def test_a_lack_of_memory_in_one_process_stops_both(found, way, data):
     first, second = (each["no memory", way, data] for each in found)
     error = ("RuntimeError", "out of memory at layer 2")
     assert second == error
-    assert first == ("RuntimeError", f"process 1 of 2 has stopped, and so do all: {': '.join(error)}")
+    assert first == ("OtherFailed", f"process 1 of 2 has stopped, and so do all: {': '.join(error)}")
 
 
 @pytest.mark.slow
 def test_a_writer_without_room_stops_both_before_the_first_step(found, folder):
     error = ("OSError", f"{folder / 'full'} is full")
     assert found[0]["no disk"] == error
-    assert found[1]["no disk"] == ("RuntimeError", f"process 0 of 2 has stopped, and so do all: {': '.join(error)}")
+    assert found[1]["no disk"] == ("OtherFailed", f"process 0 of 2 has stopped, and so do all: {': '.join(error)}")
 
 
 @pytest.mark.slow

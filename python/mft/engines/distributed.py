@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mft.config import TrainConfig
+from mft.engines.failures import Failures, OtherFailed
 from mft.engines.randomness import draws_at_random
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ class Processes:
     def together(self) -> "contextlib.AbstractContextManager[Any]":
         """Around what is no business of the others: it ends in all processes, or in none.
 
-        Raises: what the block raised; in the others then RuntimeError, which says what and where.
+        Raises: what the block raised; in the others then OtherFailed, which says what and where.
         """
         return contextlib.nullcontext() if self.count == 1 else _Together(self)
 
@@ -180,7 +181,7 @@ class _Together:
         told = self._processes.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is None:
             rank, words = next((rank, words) for rank, words in enumerate(told) if words is not None)
-            raise RuntimeError(f"process {rank} of {len(told)} has stopped, and so do all: {words}")
+            raise OtherFailed([rank], len(told), words)
 
 
 ALONE = Processes()
@@ -190,21 +191,31 @@ ALONE = Processes()
 def joined() -> Iterator[Processes]:
     """The processes of this run: as many as torchrun started (WORLD_SIZE), else this one alone.
 
-    Of the others than the first, standard output is not shown.
+    All leave together. Of the others than the first, standard output is not shown.
+    Raises: what the block raises; OtherFailed, if the block failed because another process did.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    store, rank, count = next(dist.rendezvous("env://"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(_own_gpu())
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    processes = Processes(dist.get_rank(), dist.get_world_size(), device)
-    with contextlib.ExitStack() as silence:
-        if not processes.first:
-            nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-        yield processes
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=count)
+    processes = Processes(rank, count, device)
+    failures = Failures(store, rank, count)
+    try:
+        if device == "cuda":
+            torch.cuda.set_device(_own_gpu())
+        with contextlib.ExitStack() as silence:
+            if not processes.first:
+                nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                silence.enter_context(contextlib.redirect_stdout(nowhere))
+            yield processes
+        processes.wait()  # for the first one to have written the result
+    except BaseException as error:
+        failures.report(error)
+        raise
+    failures.close()
+    processes.wait()  # the store is in one of them, and may still be read
     dist.destroy_process_group()  # not after an error: it could wait for others, who wait for this one
 
 

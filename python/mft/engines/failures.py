@@ -1,0 +1,169 @@
+"""How the failure of one process reaches the others, in its own words.
+
+    process 1 fails          puts its words in the store, and leaves
+    the others               their collectives end when its sockets close, and they read the words;
+                             who has not left after GRACE seconds, in whatever it waits or computes, is ended
+
+A process that was killed leaves no words. Each process counts up a number in the store twice a second, so the others
+see whose has stopped.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch.distributed as dist
+
+BEAT = 0.5  # seconds between two looks at the store
+GRACE = 8.0  # seconds from hearing of a failure: for a checkpoint that is being written
+SILENCE = 3.0  # seconds without a beat, after a collective has failed: six beats
+_FAREWELL = 3.0  # seconds that the first process waits for the others
+_FIRST = "first failure"
+_EXIT_CODE = 2  # that of an error of the command line
+
+
+class OtherFailed(RuntimeError):
+    """Another process has failed, and so this one ends too.
+
+    Args: ranks: of the processes that failed; empty: it was torchrun. count: of all. words: the error; None: they were
+        killed.
+    """
+
+    def __init__(self, ranks: Sequence[int], count: int, words: str | None) -> None:
+        numbers = " and ".join(map(str, ranks))
+        who = f"process{'es' if len(ranks) > 1 else ''} {numbers} of {count}" if ranks else "torchrun"
+        super().__init__(
+            f"{who} ended without a word (killed? out of memory?), and so all end: look into the system's log (dmesg), "
+            "then go on with --resume"
+            if words is None
+            else f"{who} has stopped, and so do all: {words}"
+        )
+        self.ranks, self.words = tuple(ranks), words
+
+
+class Failures:
+    """Tells the other processes of this one's failure, and ends this one some time after theirs.
+
+    Args: store: that the processes met by. rank, count: of this process, and of all.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, count: int) -> None:
+        self._rank, self._count = rank, count
+        own = store.clone()  # type: ignore[attr-defined]  # (not in torch's stubs) the other connection may be waiting
+        self._store = dist.PrefixStore("mft", own)
+        self._first: OtherFailed | None = None  # as soon as it is known here
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="mft failures", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """This process leaves the others; no failure ends it any more."""
+        self._left.set()
+        self._thread.join()
+
+    def report(self, error: BaseException) -> None:
+        """Tell the others of error, which ends this process, unless another failed first.
+
+        Raises: OtherFailed, if error is but what another's failure looks like from here.
+        """
+        follows = isinstance(error, OtherFailed) or _is_of_a_collective(error)
+        try:
+            if self._first is None:
+                self._first = self._first_after(error, follows)
+            self._bid_farewell()
+        except dist.DistError:
+            if follows and self._first is None:
+                self._first = self._without_store()
+        self.close()
+        if follows and self._first is not None and self._rank not in self._first.ranks:
+            raise self._first from error
+        if isinstance(error, Exception):
+            _record(error)
+
+    # ---------------------------------------------------------------------------------------------- private
+
+    def _first_after(self, error: BaseException, follows: bool) -> OtherFailed:
+        """The first failure: error, unless another process has failed."""
+        if isinstance(error, OtherFailed):
+            return self._put(error.ranks, error.words)
+        words = f"{type(error).__name__}: {error}"
+        return (self._wait_for_words() if follows else None) or self._put([self._rank], words)
+
+    def _wait_for_words(self) -> OtherFailed | None:
+        """The first failure; if nobody tells of one, that of the processes which do not beat meanwhile."""
+        until, before = time.monotonic() + SILENCE, self._beats()
+        while time.monotonic() < until:
+            if (first := self._told()) is not None:
+                return first
+            time.sleep(BEAT / 10)
+        gone = [rank for rank, (old, new) in enumerate(zip(before, self._beats())) if old == new]
+        return self._put(gone, None) if gone else None
+
+    def _put(self, ranks: Sequence[int], words: str | None) -> OtherFailed:
+        """The first failure: this one, unless there is one in the store."""
+        self._store.compare_set(_FIRST, "", json.dumps([ranks, words]))
+        first = self._told()
+        assert first is not None, "it has just been put there"
+        return first
+
+    def _told(self) -> OtherFailed | None:
+        """The first failure, if there is one in the store."""
+        if not self._store.check([_FIRST]):
+            return None
+        ranks, words = json.loads(self._store.get(_FIRST))
+        return OtherFailed(ranks, self._count, words)
+
+    def _beats(self) -> list[int]:
+        return [self._store.add(f"beat {rank}", 0) for rank in range(self._count)]
+
+    def _without_store(self) -> OtherFailed:
+        """The failure of who held the store."""
+        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return OtherFailed([] if of_torchrun else [0], self._count, None)
+
+    def _watch(self) -> None:
+        """Beat, until this process leaves, or has had GRACE to do so since the first failure."""
+        while self._first is None and not self._left.wait(BEAT):
+            try:
+                self._store.add(f"beat {self._rank}", 1)
+                if (first := self._told()) is not None:
+                    self._first = first
+                    self._store.set(f"heard {self._rank}", "")
+            except dist.DistNetworkError:
+                self._first = self._without_store()
+        if self._first is not None and not self._left.wait(GRACE):
+            _end(self._first)
+
+    def _bid_farewell(self) -> None:
+        """The first process, with which the store may end, waits for the others to have read it; but not long."""
+        self._store.set(f"heard {self._rank}", "")
+        if self._rank > 0 or self._first is None:
+            return
+        others = [f"heard {rank}" for rank in range(1, self._count) if rank not in self._first.ranks]
+        until = time.monotonic() + _FAREWELL
+        while others and not self._store.check(others) and time.monotonic() < until:
+            time.sleep(BEAT / 10)
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    """Whether torch.distributed raised it: gloo has no class of its own, but names its source file."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
+
+
+def _record(error: Exception) -> None:
+    """For torchrun, which then shows it as what ended the run."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _end(first: OtherFailed) -> NoReturn:
+    """From a thread: the main one waits in C++, or computes, and hears nothing."""
+    sys.stderr.write(f"error: {first}\n")
+    sys.stderr.flush()
+    os._exit(_EXIT_CODE)

@@ -1,0 +1,297 @@
+"""Training among processes of which one is killed with -9 at a named stage of a step, and going on afterwards.
+
+    python tests/engines/lost_ranks.py                  each of three ranks, at each stage, of three steps: 63 kills
+    python tests/engines/lost_ranks.py --cases 10       as many, spread over all
+    python tests/engines/lost_ranks.py --only "rank 1"  those whose line holds this
+
+Each case is an mft train among three processes on the tiny model, which saves after every step and evaluates after
+every second one. When a process reaches the stage, the chosen rank is killed. The others must end with exit code 2
+within BOUND seconds, and name it. What is left goes on with --resume, and must end with the masks, losses and
+validation losses of a run that met nothing, bit for bit.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import torch
+from tiny import WORDS, save_llama
+from tiny_run import assert_same_masks, free_port, run_main, steps
+
+from mft.engines.distributed import Processes
+from mft.training.saver import Saver
+
+COUNT, STEPS = 3, 5
+BOUND = 10.0  # seconds in which the others end
+LEARN = (
+    *("train.lr=1e-2", "train.epochs=null", f"train.steps={STEPS}", "train.batch_size=2", "train.eval_every=2"),
+    *("mask.layers_to_transform=2-3", "mask.keep_ratio=0.8", "checkpoint_minutes=0"),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A place in a step: the function that is called there, and whether the first rank alone calls it."""
+
+    name: str
+    module: str
+    function: str
+    after: bool = False  # it has run, instead of: it is about to
+    first_alone: bool = False
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("before the forward", "mft.engines.own_forward", "OwnForward.step"),
+        Stage("in the backward", "mft.objectives.cross_entropy", "backward_labelled_loss"),
+        Stage("before the sum of gradients", "mft.engines.distributed", "Processes.sum_gradients"),
+        Stage("in the optimiser step", "mft.engines.master_weights", "MasterAdamW.copy_masters"),
+        Stage("in the validation", "mft.evaluation.evaluate", "token_losses"),
+        Stage("while a checkpoint is written", "mft.training.checkpoint", "save_file", after=True, first_alone=True),
+        Stage("before a checkpoint is renamed", "mft.files.atomic", "_move_into_place", first_alone=True),
+    )
+}
+
+
+class Ranks:
+    """Children of this process that work as ranks, where torchrun would start them.
+
+    Args: directory: where they work and print; pids lies there. count: of ranks. work: gets the rank, in the child, and
+        returns its exit code.
+    """
+
+    def __init__(self, directory: Path, count: int, work: Callable[[int], int]) -> None:
+        self.directory, self.count = directory, count
+        told = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        told["GLOO_SOCKET_IFNAME"] = "lo"
+        self.pids = []
+        for rank in range(count):
+            pid = os.fork()
+            if not pid:
+                self._be(rank, told | {"RANK": str(rank)}, work)
+            self.pids.append(pid)
+        (directory / "pids").write_text(json.dumps(self.pids))
+
+    def _be(self, rank: int, told: dict[str, str], work: Callable[[int], int]) -> None:
+        code = 1
+        try:
+            os.environ |= told
+            os.chdir(self.directory)
+            output = os.open(f"output of {rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(output, stream)
+            # Those of pytest are not these.
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            code = work(rank)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, seconds: float = 120.0) -> "list[Ended]":
+        """How each ended. Raises: TimeoutError if one has not after so many seconds; all are killed then."""
+        left, found = dict(enumerate(self.pids)), {}
+        until = time.monotonic() + seconds
+        while left:
+            late = time.monotonic() > until
+            for rank, pid in list(left.items()):
+                if late:
+                    os.kill(pid, signal.SIGKILL)
+                ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
+                if ended:
+                    del left[rank]
+                    found[rank] = Ended(os.waitstatus_to_exitcode(status), self._output_of(rank), time.time())
+            if late:
+                raise TimeoutError(f"ranks did not end within {seconds:g} seconds: {found}")
+            time.sleep(0.02)
+        return [found[rank] for rank in range(self.count)]
+
+    def _output_of(self, rank: int) -> str:
+        return (self.directory / f"output of {rank}").read_text()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """code: as of the shell, or minus the signal. when: time.time()."""
+
+    code: int
+    output: str
+    when: float
+
+    @property
+    def error(self) -> str:
+        """What mft said last."""
+        said = [line for line in self.output.splitlines() if line.startswith("error: ")]
+        return said[-1] if said else self.output[-2000:]
+
+
+class Lab:
+    """Data, model and configuration below one directory, for runs among COUNT processes that fork from this one."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        torch.set_num_threads(1)
+        os.environ["MFT_CACHE"] = str(work / "cache")
+        save_llama(work / "model")
+        lines = [
+            json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)
+        ]
+        (work / "data.jsonl").write_text("\n".join(lines) + "\n")
+        (work / "config.yaml").write_text(
+            f"model: {{name: {work / 'model'}, dtype: float32}}\n"
+            f"data: {{source: {work / 'data.jsonl'}, sequence_length: 12}}\noutput_dir: run\n"
+        )
+        self.begin = ("train", "--config", str(work / "config.yaml"), *LEARN, f"train.accumulation={COUNT}")
+        importlib.import_module("mft.training.run")  # once for all children
+        importlib.import_module("matplotlib.figure")
+
+    def run(self, directory: Path, *command: str, prepare: Callable[[int], None] = lambda rank: None) -> list["Ended"]:
+        """mft among COUNT processes in directory; prepare is called in each with its rank."""
+
+        def work(rank: int) -> int:
+            prepare(rank)
+            return run_main(command)
+
+        return Ranks(directory, COUNT, work).wait()
+
+    def failing(self, directory: Path, case: "Case", act: Callable[[], None]) -> list["Ended"]:
+        """mft train in directory, where act is called, once, at that stage and step."""
+
+        def prepare(rank: int) -> None:
+            if rank == (0 if STAGES[case.stage].first_alone else case.rank):
+                call_at(STAGES[case.stage], case.step, act)
+
+        return self.run(directory, *self.begin, prepare=prepare)
+
+    def straight(self) -> Path:
+        """The directory of a run that met nothing."""
+        directory = self.work / "straight"
+        if not directory.exists():
+            directory.mkdir()
+            for ended in self.run(directory, *self.begin):
+                assert ended.code == 0, ended.output
+        return directory / "run"
+
+    def kill(self, case: "Case") -> float:
+        """Kill one rank, go on, and compare; returns the seconds in which the others ended.
+
+        Raises: AssertionError for what must not be.
+        """
+        directory = Path(tempfile.mkdtemp(dir=self.work))
+
+        def act() -> None:
+            os.kill(json.loads(Path("pids").read_text())[case.rank], signal.SIGKILL)
+
+        found = self.failing(directory, case, act)
+        killed = found.pop(case.rank)
+        assert killed.code == -signal.SIGKILL, killed.output
+        failed = float((directory / FAILED).read_text())
+        for ended in found:
+            assert ended.code == 2, ended.output
+            assert f"process {case.rank} of {COUNT} ended without a word" in ended.error, ended.output
+            assert ended.when - failed < BOUND, f"ended after {ended.when - failed:.1f} s"
+        for ended in self.run(directory, "train", "--resume", "run"):
+            assert ended.code == 0, ended.output
+        run = directory / "run"
+        assert_same_masks(run, self.straight())
+        for phase in ("mask fine-tune", "validation"):
+            assert steps(run, phase) == steps(self.straight(), phase), phase
+        shutil.rmtree(directory)
+        return max(ended.when for ended in found) - failed
+
+
+FAILED = "failed at"  # a file in the run's working directory: time.time()
+
+
+@dataclass(frozen=True)
+class Case:
+    rank: int
+    stage: str
+    step: int  # from 1
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.stage} of step {self.step}"
+
+
+def call_at(stage: Stage, step: int, act: Callable[[], None]) -> None:
+    """Have this process call act at that stage of that step; it may return."""
+    holder = importlib.import_module(stage.module)
+    *classes, name = stage.function.split(".")
+    for each in classes:
+        holder = getattr(holder, each)
+    original, after_step, agree_on = getattr(holder, name), Saver.after_step, Processes.agree_on
+    training, done, now = False, False, 1
+
+    def begun(self, tensors):  # train_loop calls it before its first step
+        nonlocal training
+        training = True
+        agree_on(self, tensors)
+
+    def counted(self, runner, reports, ended=False):
+        nonlocal now
+        after_step(self, runner, reports, ended)
+        now = reports[-1].step + 1
+
+    def there(*arguments, **options):
+        nonlocal done
+        result = original(*arguments, **options) if stage.after else None
+        if training and now == step and not done:
+            done = True
+            Path(FAILED).write_text(str(time.time()))
+            act()
+        return result if stage.after else original(*arguments, **options)
+
+    Processes.agree_on, Saver.after_step = begun, counted
+    setattr(holder, name, there)
+
+
+def cases() -> list[Case]:
+    """Every rank at every stage, of three steps each; there is no validation after the odd ones but the last."""
+    return [
+        Case(rank, name, step)
+        for name in STAGES
+        for step in ((2, 4, STEPS) if name == "in the validation" else (1, 2, STEPS))
+        for rank in range(COUNT)
+    ]
+
+
+def main() -> int:
+    """Kill, and print a line for each case; 1 if one went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, help="only so many, spread over all")
+    parser.add_argument("--only", default="", help="those whose line holds this, such as 'rank 1 in the backward'")
+    options = parser.parse_args()
+    chosen = [case for case in cases() if options.only in str(case)]
+    if options.cases is not None:
+        chosen = [chosen[i * len(chosen) // options.cases] for i in range(options.cases)]
+    wrong = 0
+    with tempfile.TemporaryDirectory() as name:
+        lab = Lab(Path(name).resolve())
+        gc.collect()
+        gc.freeze()
+        for case in chosen:
+            try:
+                print(f"{case}: the others ended after {lab.kill(case):.1f} s, then went on bit-equal", flush=True)
+            except (AssertionError, TimeoutError) as error:
+                wrong += 1
+                print(f"{case}: WRONG: {error}", flush=True)
+    print(f"{len(chosen)} kills, {wrong} went wrong")
+    gc.unfreeze()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""One process of several fails, or is killed: the others end within a bounded time, with its words."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from lost_ranks import BOUND, COUNT, FAILED, STAGES, Case, Lab, Ranks, cases
+
+from mft.engines import failures
+from mft.engines.distributed import joined
+
+QUICK = {"BEAT": 0.1, "GRACE": 1.5, "SILENCE": 0.6}  # seconds
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Failures that wait for less long."""
+    for name, seconds in QUICK.items():
+        monkeypatch.setattr(failures, name, seconds)
+
+
+def fail(error):
+    raise error
+
+
+def meet(processes):
+    processes.wait()
+
+
+def forever(processes):
+    time.sleep(60)
+
+
+WITHOUT_A_WORD = "process {} of 2 ended without a word (killed? out of memory?), and so all end: look into"
+# name: what the failing rank does, what the other one does meanwhile, its words.
+ENDS = {
+    "an error": (lambda: fail(ValueError("a word")), meet, "process {} of 2 has stopped, and so do all: ValueError: a"),
+    "an error while the other computes": (lambda: fail(OSError("a word")), forever, "so do all: OSError: a word"),
+    "Ctrl-C": (lambda: fail(KeyboardInterrupt()), meet, "so do all: KeyboardInterrupt"),
+    "sys.exit": (lambda: sys.exit(7), meet, "so do all: SystemExit: 7"),
+    "kill -9": (lambda: os.kill(os.getpid(), signal.SIGKILL), meet, WITHOUT_A_WORD),
+    "an exit without a word": (lambda: os._exit(0), meet, WITHOUT_A_WORD),
+}
+
+
+def in_ranks(tmp_path, work, count=2):
+    """How processes end that are joined and do work(rank, processes), as mft would."""
+
+    def run(rank):
+        try:
+            with joined() as processes:
+                processes.wait()
+                work(rank, processes)
+        except (ValueError, RuntimeError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    return Ranks(tmp_path, count, run).wait(30)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("end", ENDS)
+def test_the_others_end_with_the_words_of_the_one_that_fails(tmp_path, quick, end, rank):
+    act, meanwhile, words = ENDS[end]
+    begin = time.time()
+    found = in_ranks(tmp_path, lambda own, processes: act() if own == rank else meanwhile(processes))
+    other = found[1 - rank]
+    assert other.code == 2, other.output
+    assert words.format(rank) in other.error
+    assert other.when - begin < sum(QUICK.values()) + 3
+
+
+def test_a_process_that_lives_on_after_its_error_does_not_keep_the_others(tmp_path, quick):
+    def run(rank):
+        try:
+            with joined() as processes:
+                processes.wait()
+                if rank == 0:
+                    processes.wait()  # the other one never comes
+                raise ValueError("a word")
+        except ValueError:
+            time.sleep(4)  # its sockets stay open
+        return 0
+
+    first, second = Ranks(tmp_path, 2, run).wait(30)
+    assert first.code == 2
+    assert first.error == "error: process 1 of 2 has stopped, and so do all: ValueError: a word"
+    assert first.when < second.when
+
+
+def test_nobody_leaves_before_all_are_done(tmp_path):
+    """The first process may fail while it writes the result."""
+
+    def work(rank, processes):
+        if rank == 0:
+            time.sleep(0.5)
+            fail(OSError("a full disk"))
+
+    first, second = in_ranks(tmp_path, work)
+    assert first.error == "error: a full disk"
+    assert second.error == "error: process 0 of 2 has stopped, and so do all: OSError: a full disk"
+
+
+def test_processes_killed_together_are_named_together(tmp_path, quick):
+    def work(rank, processes):
+        if rank > 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        processes.wait()
+
+    first, *_ = in_ranks(tmp_path, work, 3)
+    assert "processes 1 and 2 of 3 ended without a word" in first.error
+
+
+def test_torchrun_shows_the_error_of_the_one_that_failed(tmp_path, quick, monkeypatch):
+    """It reads it from a file for each process, as torch.distributed.elastic's record writes it."""
+
+    def work(rank, processes):
+        os.environ["TORCHELASTIC_ERROR_FILE"] = f"error of {rank}"
+        if rank == 1:
+            fail(ValueError("a word"))
+        processes.wait()
+
+    in_ranks(tmp_path, work)
+    assert json.loads((tmp_path / "error of 1").read_text())["message"]["message"] == "ValueError: a word"
+    assert not (tmp_path / "error of 0").exists()
+
+
+# ---------------------------------------------------------------------------------------------- mft train
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", "")  # which Lab sets, and which is what it was afterwards
+        yield Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_error_at_any_stage_of_a_step_ends_all_processes(lab, tmp_path, stage):
+    """In the second process, or in the first where it alone comes there."""
+    rank = 0 if STAGES[stage].first_alone else 1
+    found = lab.failing(tmp_path, Case(rank, stage, 2), lambda: fail(RuntimeError("out of memory")))
+    failed = float((tmp_path / FAILED).read_text())
+    assert found[rank].error == "error: out of memory"
+    for other in found[:rank] + found[rank + 1 :]:
+        assert other.code == 2
+        assert (
+            other.error == f"error: process {rank} of {COUNT} has stopped, and so do all: RuntimeError: out of memory"
+        )
+        assert other.when - failed < BOUND
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_a_checkpoint_ends_all_processes(lab, tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    first, *others = lab.failing(tmp_path, Case(0, "while a checkpoint is written", 2), lambda: fail(full))
+    assert first.error.startswith("error: run/checkpoints/step-00000002 could not be written (No space left on device)")
+    for other in others:
+        assert (
+            f"process 0 of {COUNT} has stopped, and so do all: OSError: {first.error[len('error: ') :]}" in other.error
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases()[4::22], ids=str)
+def test_a_killed_rank_is_named_and_the_run_goes_on_bit_equal(lab, case):
+    """Some of the 63; python tests/engines/lost_ranks.py tries all."""
+    lab.kill(case)
