@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import make_llama, make_rows, masked_llama
-from tiny_run import LEARN, Forked, free_port, steps, wait_for_checkpoint
+from tiny_run import LEARN, Forked, assert_same_masks, free_port, steps, wait_for_checkpoint
 
 import mft
 from mft.config import MaskConfig, TrainConfig
@@ -374,11 +374,31 @@ def test_what_several_processes_cannot_do_is_refused(make, changes, message):
 # ---------------------------------------------------------------------------------------------- torchrun
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={COUNT}"]
-    command += ["-m", "mft", "train", *arguments]
+    command += [f"--max-restarts={restarts}", "-m", "mft", "train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def kill_the_writer(run, process):
+    wait_for_checkpoint(run, process)
+    os.kill(json.loads((run / ".lock").read_text())["process"], signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_command_that_torchrun_starts_again_goes_on_to_the_single_process_result(cli, tmp_path):
+    learn = [*LEARN, "train.steps=16", f"train.accumulation={COUNT}", "mask.keep_ratio=0.8", "checkpoint_minutes=0"]
+    code, output = cli("train", *learn, "output_dir=straight")
+    assert code == 0, output
+    process = torchrun("--config", "config.yaml", *learn, restarts=1)
+    kill_the_writer(tmp_path / "run", process)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    for line in ("process 0 of 2 ended without a word", "goes on after step", "result: run/masks"):
+        assert output.count(line) == 1, output
+    assert [step for step, _ in steps(tmp_path / "run")] == list(range(1, 17))
+    assert_same_masks(tmp_path / "run", tmp_path / "straight")
 
 
 @pytest.mark.slow
@@ -389,8 +409,7 @@ def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_res
     assert code == 0, output
 
     process = torchrun("--config", "config.yaml", *learn)
-    wait_for_checkpoint(tmp_path / "run", process)
-    os.kill(json.loads((tmp_path / "run" / ".lock").read_text())["process"], signal.SIGKILL)
+    kill_the_writer(tmp_path / "run", process)
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in output
@@ -416,4 +435,4 @@ def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_res
     for (step, loss), (wanted_step, wanted) in zip(steps(tmp_path / "run"), steps(tmp_path / "straight"), strict=True):
         assert step == wanted_step
         assert loss == pytest.approx(wanted, rel=1e-5)
-    assert equal(exported(tmp_path / "run" / "masks"), exported(tmp_path / "straight" / "masks"))
+    assert_same_masks(tmp_path / "run", tmp_path / "straight")

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import LEARN
+from tiny_run import LEARN, killed_after
 
 import mft
 import mft.training.run
@@ -66,6 +66,23 @@ def test_a_finished_run_does_not_go_on(config):
     mft.run_train(config)
     with pytest.raises(ValueError, match="must name a run that is not finished, run has its masks/ already"):
         mft.run_train(mft.Resume("run"))
+
+
+def test_a_command_that_torchrun_starts_again_goes_on(config, monkeypatch, capsys):
+    """Even one that was to overwrite an older run: it has done so already."""
+    config.checkpoint_minutes = 0
+    straight = masks_of(mft.run_train(dataclasses.replace(config, output_dir="straight")))
+    killed_after(mft.run_train, 2, config)
+    with pytest.raises(ValueError, match="output_dir run already holds a run"):
+        mft.run_train(config)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=0.5))
+    with pytest.raises(ValueError, match=r"the configuration must be the run's own, .*; train.lr was .*, now 0.5"):
+        mft.run_train(other)
+    capsys.readouterr()
+    masks = masks_of(mft.run_train(mft.Begin(config, overwrite=True)))
+    assert "goes on after step 1" in capsys.readouterr().out
+    assert all(torch.equal(masks[name], straight[name]) for name in masks)
 
 
 def test_what_trains_weights_refuses_a_quantised_base_and_writes_nothing(config):

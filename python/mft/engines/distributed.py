@@ -197,14 +197,16 @@ def joined() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    store, rank, count = next(dist.rendezvous("env://"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(_own_gpu())
+    store, rank, count = next(dist.rendezvous("env://"))
+    # torchrun --max-restarts keeps the store, and with it the addresses of processes that are gone (pytorch#135712).
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=count)
     processes = Processes(rank, count, device)
     failures = Failures(store, rank, count)
     try:
-        if device == "cuda":
-            torch.cuda.set_device(_own_gpu())
         with contextlib.ExitStack() as silence:
             if not processes.first:
                 nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))

@@ -8,12 +8,14 @@ A process that was killed leaves no words. Each process counts up a number in th
 see whose has stopped.
 """
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -71,13 +73,14 @@ class Failures:
         Raises: OtherFailed, if error is but what another's failure looks like from here.
         """
         follows = isinstance(error, OtherFailed) or _is_of_a_collective(error)
-        try:
-            if self._first is None:
-                self._first = self._first_after(error, follows)
-            self._bid_farewell()
-        except dist.DistError:
-            if follows and self._first is None:
-                self._first = self._without_store()
+        with _deaf_to_torchrun():
+            try:
+                if self._first is None:
+                    self._first = self._first_after(error, follows)
+                self._bid_farewell()
+            except dist.DistError:
+                if follows and self._first is None:
+                    self._first = self._without_store()
         self.close()
         if follows and self._first is not None and self._rank not in self._first.ranks:
             raise self._first from error
@@ -152,6 +155,19 @@ class Failures:
 def _is_of_a_collective(error: BaseException) -> bool:
     """Whether torch.distributed raised it: gloo has no class of its own, but names its source file."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
+
+
+@contextlib.contextmanager
+def _deaf_to_torchrun() -> Iterator[None]:
+    """Ignore its SIGTERM, which comes as soon as one process has ended: this one ends too, and says why."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _record(error: Exception) -> None:

@@ -4,7 +4,9 @@ What there is to begin with is looked at under the lock of its directory, so tha
 """
 
 import contextlib
+import copy
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,22 +49,23 @@ class Begin:
 
 @dataclass(frozen=True)
 class Resume:
-    """The run in directory goes on, with its own configuration or the equal one at path, and overrides.
+    """The run in directory goes on, with its own configuration, or the equal one at path or in config, and overrides.
 
-    force: although configuration, data or base have changed.
+    force: although configuration, data or base have changed. config: in place of path and overrides.
     """
 
     directory: Path
     path: Path | None = None
     overrides: Sequence[str] = ()
     force: bool = False
+    config: RunConfig | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "directory", Path(self.directory))  # text from Python callers
 
     def check(self) -> None:
         """Raise ValueError if directory is no run's."""
-        if not any((self.directory / name).exists() for name in (CONFIG, CHECKPOINTS)):
+        if not _is_run(self.directory):
             raise ValueError(f"--resume must name the output_dir of a run, {self.directory} has no {CONFIG}")
 
     def look(self) -> tuple[RunConfig, Checkpoint | None]:
@@ -111,6 +114,8 @@ class Resume:
 
     def _asked(self, own: RunConfig) -> RunConfig:
         """What the file beside the checkpoint says now; if it is lost, what the checkpoint does."""
+        if self.config is not None:
+            return copy.deepcopy(self.config)
         if self.path is None and not self._has_config():
             return config_from(config_values(own), None, list(self.overrides))
         return load_config(self.path or self.directory / CONFIG, list(self.overrides))
@@ -121,6 +126,14 @@ class Resume:
 
 
 Start = Begin | Resume
+
+
+def after_restart(start: Start) -> Start:
+    """start; but a command that torchrun --max-restarts gives once more goes on with the run that it had begun."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if isinstance(start, Begin) and restarted and _is_run(start.directory):
+        return Resume(start.directory, config=start.config)
+    return start
 
 
 @contextlib.contextmanager
@@ -136,6 +149,10 @@ def started(start: Start, processes: Processes) -> Iterator[tuple[RunConfig, Che
         config, found = start.look()
         processes.agree(flat(config) | {"the checkpoint's step": None if found is None else found.step})
         yield config, found
+
+
+def _is_run(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (CONFIG, CHECKPOINTS))
 
 
 def find_checkpoint(directory: Path) -> Checkpoint | None:

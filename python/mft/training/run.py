@@ -55,7 +55,7 @@ from mft.training.inputs import read_data, read_model
 from mft.training.loop import finetune, train_masks
 from mft.training.objectives import facts_of, make_objective
 from mft.training.plan import Plan, plan_training, replan
-from mft.training.resume import Begin, Start, flat, started
+from mft.training.resume import Begin, Start, after_restart, flat, started
 from mft.training.run_directory import (
     BEST,
     CHECKPOINTS,
@@ -285,7 +285,7 @@ def _learn(
 @contextlib.contextmanager
 def _begun(start: RunConfig | Start) -> Iterator["_Run"]:
     """The run, its directory held until the block ends."""
-    start = Begin(start) if isinstance(start, RunConfig) else start
+    start = after_restart(Begin(start) if isinstance(start, RunConfig) else start)
     with joined() as processes, started(start, processes) as (config, found):
         check_trackers(config.report_to)
         if config.data.streaming:
