@@ -3,12 +3,16 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from lost_ranks import BOUND, COUNT, FAILED, STAGES, Case, Lab, Ranks, cases
+from tiny_run import run_main
 
 from mft.engines import failures
 from mft.engines.distributed import joined
@@ -172,3 +176,75 @@ def test_a_full_disk_under_a_checkpoint_ends_all_processes(lab, tmp_path):
 def test_a_killed_rank_is_named_and_the_run_goes_on_bit_equal(lab, case):
     """Some of the 63; python tests/engines/lost_ranks.py tries all."""
     lab.kill(case)
+
+
+# ---------------------------------------------------------------------------------------------- ranks that disagree
+
+
+def other_torch(rank):
+    torch.__version__ = "2.13.0" if rank == 0 else "2.14.1"
+
+
+def other_kernels(rank):
+    os.environ["MFT_KERNELS"] = "reference" if rank == 0 else "cpu"
+
+
+DISAGREE = {
+    "versions": (other_torch, "the version of torch is 2.14.1 in process 1, 2.13.0 in process 0"),
+    "kernels": (other_kernels, "MFT_KERNELS is cpu in process 1, reference in process 0"),
+}
+
+
+@pytest.mark.parametrize("kind", DISAGREE)
+def test_ranks_that_disagree_in_their_software_are_told_in_what(tmp_path, kind):
+    change, words = DISAGREE[kind]
+
+    def run(rank):
+        change(rank)
+        with pytest.raises(ValueError, match="every process must have the same versions, ") as caught, joined():
+            pass
+        print(f"error: {caught.value}")
+        return 2
+
+    for ended in Ranks(tmp_path, 2, run).wait(30):
+        assert words in ended.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("train", "train.lr=1e-3"), "train.lr is 0.001 in process 1, 0.01 in process 0"),
+        (("finetune",), "the command is mft finetune in process 1, mft train in process 0"),
+        (("train", "data.source={}/other.jsonl"), "data.source is "),
+    ],
+    ids=["configuration", "command", "data"],
+)
+def test_ranks_that_were_told_different_things_are_told_in_what(lab, tmp_path, command, words):
+    shutil.copy(lab.work / "data.jsonl", tmp_path / "other.jsonl")
+    verb, *changes = command
+
+    def run(rank):
+        verb_of, more = ("train", []) if rank != 1 else (verb, [change.format(tmp_path) for change in changes])
+        return run_main((verb_of, *lab.begin[1:], *more))
+
+    for ended in Ranks(tmp_path, COUNT, run).wait():
+        assert ended.code == 2
+        assert words in ended.error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ranks_whose_data_file_differs_are_told(lab, tmp_path):
+    """A file of one name, on machines without a common disk."""
+    lines = (lab.work / "data.jsonl").read_text().splitlines(keepends=True)
+
+    def run(rank):
+        os.mkdir(f"of {rank}")
+        Path(f"of {rank}/data.jsonl").write_text("".join(lines[: len(lines) - (rank == 1)]))
+        os.chdir(f"of {rank}")
+        return run_main((*lab.begin, "data.source=data.jsonl"))
+
+    for ended in Ranks(tmp_path, COUNT, run).wait():
+        assert ended.code == 2
+        assert "but data is " in ended.error

@@ -9,7 +9,9 @@ The processes are torch.distributed's, as torchrun starts them: gloo between CPU
 """
 
 import contextlib
+import importlib.metadata
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from mft.config import TrainConfig
 from mft.engines.failures import Failures, OtherFailed
 from mft.engines.randomness import draws_at_random
+from mft_kernels import __version__
 
 T = TypeVar("T")
 
@@ -147,14 +150,14 @@ class Processes:
         first, *others = self.gather(facts)
         for rank, other in enumerate(others, 1):
             differ = [
-                f"{key} is {other.get(key)} in process {rank}, {value} in process 0"
-                for key, value in first.items()
-                if other.get(key) != value
+                f"{key} is {other.get(key)} in process {rank}, {first.get(key)} in process 0"
+                for key in first | other
+                if other.get(key) != first.get(key)
             ]
             if differ:
                 raise ValueError(
-                    f"every process must have the same configuration, data and scores, but {'; '.join(differ[:3])}"
-                    ": start all with one command, on the same files and machines of one kind"
+                    f"every process must have the same versions, configuration, data and scores, but "
+                    f"{'; '.join(differ[:3])}: start all with one command, on the same files and machines of one kind"
                 )
 
     def agree_on(self, tensors: Mapping[str, Tensor]) -> None:
@@ -211,6 +214,7 @@ def joined() -> Iterator[Processes]:
             if not processes.first:
                 nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
+            processes.agree(_software())
             yield processes
         processes.wait()  # for the first one to have written the result
     except BaseException as error:
@@ -219,6 +223,14 @@ def joined() -> Iterator[Processes]:
     failures.close()
     processes.wait()  # the store is in one of them, and may still be read
     dist.destroy_process_group()  # not after an error: it could wait for others, who wait for this one
+
+
+def _software() -> dict[str, str]:
+    """What decides the bits that a process computes, and its machine may have another of."""
+    versions = {"Python": platform.python_version(), "torch": torch.__version__, "mft_kernels": __version__}
+    versions["transformers"] = importlib.metadata.version("transformers")
+    found = {f"the version of {name}": version for name, version in versions.items()}
+    return found | {"MFT_KERNELS": os.environ.get("MFT_KERNELS", "not set")}
 
 
 def _own_gpu() -> int:

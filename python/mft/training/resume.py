@@ -7,7 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,17 +137,20 @@ def after_restart(start: Start) -> Start:
 
 
 @contextlib.contextmanager
-def started(start: Start, processes: Processes) -> Iterator[tuple[RunConfig, Checkpoint | None]]:
+def started(
+    start: Start, processes: Processes, facts: Mapping[str, Any]
+) -> Iterator[tuple[RunConfig, Checkpoint | None]]:
     """Hold the run's directory until the block ends: the configuration, and the checkpoint to go on from, if any.
 
     Nothing is written yet but the lock, and nothing is loaded. Of several processes the first one holds it for all.
-    Raises: as look() does; RuntimeError if another process holds it.
+    Args: facts: that all processes must agree on, beside the configuration and the checkpoint.
+    Raises: as look() does; RuntimeError if another process holds it; ValueError if processes do not agree.
     """
     start.check()
     with holding(start.directory) if processes.first else contextlib.nullcontext():
         processes.wait()  # nobody looks before it is held
         config, found = start.look()
-        processes.agree(flat(config) | {"the checkpoint's step": None if found is None else found.step})
+        processes.agree({**facts, **flat(config), "the checkpoint's step": None if found is None else found.step})
         yield config, found
 
 

@@ -78,7 +78,7 @@ def run_finetune(start: RunConfig | Start) -> Path:
     Raises: ValueError for what the configuration, the data or the directory do not allow, before anything is written;
         OSError where the disk fails; SystemExit after SIGTERM or Ctrl-C, with a checkpoint.
     """
-    with _begun(start) as run:
+    with _begun("mft finetune", start) as run:
         check_exact(run.config.model, "finetune")
         if run.config.objective.of_base:
             raise ValueError(
@@ -94,7 +94,7 @@ def run_train(start: RunConfig | Start) -> Path:
     Args, Raises: as run_finetune.
     Returns: output_dir/masks.
     """
-    with _begun(start) as run:
+    with _begun("mft train", start) as run:
         return _train(run)
 
 
@@ -283,10 +283,10 @@ def _learn(
 
 
 @contextlib.contextmanager
-def _begun(start: RunConfig | Start) -> Iterator["_Run"]:
+def _begun(command: str, start: RunConfig | Start) -> Iterator["_Run"]:
     """The run, its directory held until the block ends."""
     start = after_restart(Begin(start) if isinstance(start, RunConfig) else start)
-    with joined() as processes, started(start, processes) as (config, found):
+    with joined() as processes, started(start, processes, {"the command": command}) as (config, found):
         check_trackers(config.report_to)
         if config.data.streaming:
             config.train.steps_for(None)  # or say so before anything is loaded
