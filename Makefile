@@ -135,6 +135,7 @@ KILLS ?= 1000
 EDITS ?= 20000
 faults: dev
 	$(BIN)/python tests/files/file_faults.py
+	$(BIN)/python tests/engines/lost_ranks.py
 	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= \
 	  tests/training/test_checkpoint.py tests/files/test_strangers.py tests/files/test_gguf_file.py
 
