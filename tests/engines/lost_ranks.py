@@ -59,7 +59,7 @@ STAGES = {
         Stage("in the backward", "mft.objectives.cross_entropy", "backward_labelled_loss"),
         Stage("before the sum of gradients", "mft.engines.distributed", "Processes.sum_gradients"),
         Stage("in the optimiser step", "mft.engines.master_weights", "MasterAdamW.copy_masters"),
-        Stage("in the validation", "mft.evaluation.evaluate", "token_losses"),
+        Stage("in the validation", "mft.training.validation", "evaluate"),
         Stage("while a checkpoint is written", "mft.training.checkpoint", "save_file", after=True, first_alone=True),
         Stage("before a checkpoint is renamed", "mft.files.atomic", "_move_into_place", first_alone=True),
     )
