@@ -93,6 +93,65 @@ def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
             scratch.write_bytes(content)
 
 
+def publish(target: str | os.PathLike, content: str | bytes) -> bool:
+    """Write a file of this content unless target is there, and tell whether it is ours.
+
+    Of any number of writers on any number of machines that share the disk one is told True, and its file stays.
+    Raises: NotWritten, also where the disk has no hard links.
+    """
+    target = Path(target)
+    content = content.encode() if isinstance(content, str) else content
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        scratch = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            _open_to_readers(scratch, 0o666)
+            return place(scratch, target)
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+
+
+def place(source: Path, target: Path) -> bool:
+    """Move a whole file on the same disk to target unless that is there, and tell whether it is ours.
+
+    Raises: NotWritten.
+    """
+    with naming(target):
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            # NFS may repeat a request whose answer was lost: then the file that was in the way is our own.
+            ours = target.exists() and os.path.samefile(source, target)
+        else:
+            ours = True
+            _sync(target.parent)
+        source.unlink()
+        return ours
+
+
+def place_directory(source: Path, target: Path) -> bool:
+    """Rename a directory to target unless that is there, and tell whether it is ours; else source is deleted.
+
+    Raises: NotWritten.
+    """
+    with naming(target):
+        try:
+            source.rename(target)  # onto a directory with anything in it this fails
+        except OSError:
+            if not target.is_dir():
+                raise
+            shutil.rmtree(source)
+            return False
+        _sync(target.parent)
+        return True
+
+
 def remove(path: Path) -> None:
     """Delete a file or a directory, of which no part is ever seen under its name. Raises: NotWritten."""
     with naming(path, "deleted"):

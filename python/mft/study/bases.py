@@ -1,6 +1,7 @@
 """The model at which the runs of a seed begin: one for all seeds, or with ``vary: [base]`` one of each seed."""
 
 import dataclasses
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mft.config import ModelConfig
+from mft.files.atomic import place_directory
 from mft.study.config import VARY_BASE, StudyConfig
 from mft.study.from_scratch import train_from_scratch
 from mft.study.store import BASE_MODEL, BASES
@@ -25,13 +27,16 @@ class Bases:
         """The declared model, or that from scratch, which make() has trained."""
         if self.study.scratch is None:
             return self.study.model
-        return ModelConfig(name=str(self._path(seed)), dtype="float32")
+        return ModelConfig(name=str(self.path(seed)), dtype="float32")
 
     def is_made(self, seed: int) -> bool:
-        return self.study.scratch is None or self._path(seed).exists()
+        return self.study.scratch is None or self.path(seed).exists()
 
     def make(self, seed: int, progress: Callable[[StepReport], None]) -> None:
-        """Train the model of a seed from scratch, unless it is there. All have one tokenizer."""
+        """Train the model of a seed from scratch, unless it is there. All have one tokenizer.
+
+        If two processes do so, the first one's stays.
+        """
         scratch = self.study.scratch
         if scratch is None or self.is_made(seed):
             return
@@ -39,16 +44,19 @@ class Bases:
             train = dataclasses.replace(scratch.train, seed=scratch.train.seed + seed)
             data = dataclasses.replace(scratch.data, seed=scratch.data.seed + seed)
             scratch = dataclasses.replace(scratch, train=train, data=data)
-        threads = torch.get_num_threads()
+        path, threads = self.path(seed), torch.get_num_threads()
         torch.set_num_threads(1)  # as all that follows
         try:
-            train_from_scratch(scratch, self._path(seed), progress=progress)
+            ours = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            train_from_scratch(scratch, ours, progress=progress)
+            place_directory(ours, path)
         finally:
             torch.set_num_threads(threads)
+
+    def path(self, seed: int) -> Path:
+        """Where the model from scratch of a seed lies, or will."""
+        return self.directory / BASES / str(seed) if self._varies else self.directory / BASE_MODEL
 
     @property
     def _varies(self) -> bool:
         return VARY_BASE in self.study.vary
-
-    def _path(self, seed: int) -> Path:
-        return self.directory / BASES / str(seed) if self._varies else self.directory / BASE_MODEL

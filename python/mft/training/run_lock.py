@@ -11,13 +11,15 @@ from datetime import datetime
 from pathlib import Path
 
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a disk that cannot lock, as some of NFS
 _MOST = 1000  # bytes of it that are shown
 
 
 @contextlib.contextmanager
-def hold(directory: Path) -> Iterator[None]:
+def hold(directory: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold directory, made if need be, until the block ends; made for nothing, it goes again.
 
+    shared: beside others that hold it so, and beside nobody else; on a disk without locks beside anybody.
     Raises: RuntimeError that names the process which holds it; OSError if nothing can be written there, or the lock is
         a symbolic link, through which another file would be emptied.
     """
@@ -27,7 +29,7 @@ def hold(directory: Path) -> Iterator[None]:
         descriptor = _open(path)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor, shared)
             except BlockingIOError:
                 holder = os.read(descriptor, _MOST).decode(errors="replace").strip() or "another process"
                 raise RuntimeError(
@@ -39,13 +41,22 @@ def hold(directory: Path) -> Iterator[None]:
                 _sign(descriptor, directory)
                 yield
             finally:
-                with contextlib.suppress(OSError):  # left behind, it holds nobody
+                with contextlib.suppress(OSError):  # left behind, it holds nobody; of several the last removes it
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
                     for parent in missing:
                         parent.rmdir()  # as far as they are empty
             return
         finally:
             os.close(descriptor)
+
+
+def _lock(descriptor: int, shared: bool) -> None:
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if not shared or error.errno not in _NO_LOCKS:
+            raise
 
 
 def _open(path: Path) -> int:
