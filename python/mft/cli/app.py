@@ -241,13 +241,26 @@ def compare(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that output_dir holds.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Open the reserve though this study has opened it.")] = False,
+    join: Annotated[
+        bool, typer.Option("--join", help="Work beside other processes with --join, on any machine of the same disk.")
+    ] = False,
+    same_processor: Annotated[
+        bool, typer.Option("--same-processor", help="Refuse units that ran on another kind of processor than this one.")
+    ] = False,
 ) -> None:
     """MFT against honest baselines, chosen on validation, reported on test; continues where it was interrupted."""
     from mft.cli.study import run_compare
     from mft.study.load import load_study
 
     study = load_study(config, [*(overrides or []), *(sets or [])])
-    run_compare(study, overwrite=overwrite, fine_tunes_of=fine_tunes_of, again=again)
+    run_compare(
+        study,
+        overwrite=overwrite,
+        fine_tunes_of=fine_tunes_of,
+        again=again,
+        joins=join,
+        same_processor=same_processor,
+    )
 
 
 @app.command(cls=StudyKeys)

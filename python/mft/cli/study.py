@@ -5,19 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mft.checks import check_rule, nearest
+from mft.checks import check_one_of, check_rule, nearest
 from mft.files.json_file import read_object
 from mft.study.ablate import derive, plot_ablation
 from mft.study.arms.full import Full
 from mft.study.config import StudyConfig
 from mft.study.evidence.environment import environment
 from mft.study.evidence.sums import FILE as SUMS
+from mft.study.outcome import Findings
 from mft.study.report.pictures.by_bytes import plot_bytes
 from mft.study.report.pictures.figures import draw_overlap, draw_surface
 from mft.study.report.pictures.forgetting import plot_forgetting
 from mft.study.report.pictures.plots import plot_summary
 from mft.study.report.write import console_report, write_study_report
-from mft.study.run import run_study
+from mft.study.run import LOCAL, ON, run_study
 from mft.study.store import FORGETTING, STUDY, copy_fine_tunes, fine_tunes_in
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
@@ -30,15 +31,45 @@ PLOTS = ("summary", "bytes", "forgetting", "surface", "overlap", "flips")
 _LARGEST_TABLE = 1 << 28  # bytes
 
 
-def run_compare(study: StudyConfig, *, overwrite: bool, fine_tunes_of: Path | None = None, again: bool = False) -> None:
-    """mft compare; fine_tunes_of: the directory of another study; again: see run_study."""
+def run_compare(
+    study: StudyConfig,
+    *,
+    overwrite: bool,
+    fine_tunes_of: Path | None = None,
+    again: bool = False,
+    joins: bool = False,
+    same_processor: bool = False,
+    on: str = LOCAL,
+) -> None:
+    """mft compare; fine_tunes_of: the directory of another study; the others: see run_study."""
+    check_one_of("--on", on, tuple(ON))
+    check_rule(on == LOCAL or not joins, "--join", "stand without --on, whose workers are in one cluster", on)
     directory = Path(study.output_dir)
     if fine_tunes_of is not None:
+        check_rule(not joins, "--fine-tunes-of", "stand without --join: begin the study with it alone", fine_tunes_of)
         _take_fine_tunes(fine_tunes_of, study, directory, overwrite)
-    findings = run_study(study, directory, console=console, overwrite=overwrite, again=again)
-    write_study_report(findings, directory, environment())
-    for part in console_report(findings):
-        console.print(part)
+    reported: list[Findings] = []
+
+    def report(findings: Findings) -> None:
+        write_study_report(findings, directory, environment())
+        reported.append(findings)
+
+    run_study(
+        study,
+        directory,
+        console=console,
+        overwrite=overwrite,
+        again=again,
+        joins=joins,
+        same_processor=same_processor,
+        on=on,
+        report=report,
+    )
+    for findings in reported:
+        for part in console_report(findings):
+            console.print(part)
+    if not reported:
+        say("the report was written by another process that joined")
     pictures = [PLOT, FORGETTING] if any(study.general_of(domain) for domain in study.domains) else [PLOT]
     say(f"files: {directory}/ ({', '.join((TABLE_MARKDOWN, TABLE_JSON, SUMS, *pictures))})")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from mft.evaluation.evaluate import Evaluation
 from mft.study.arms.setting import Setting
 from mft.study.config import StudyConfig
+from mft.study.evidence.host import Host, host_from, host_values
 from mft.study.grid import OpenEnd
 
 _SUMS = ("tokens", "loss_sums", "correct")  # of an Evaluation, a document each
@@ -97,6 +98,7 @@ class Outcome:
     general: dict[str, "General"] = field(default_factory=dict)  # on validation, by the name of the text
     diverged: str | None = None
     fails: bool = False  # at any rate: its method cannot be run, loaded again or merged; diverged says why
+    where: Host | None = None  # it ran; older files do not say
 
     @property
     def loss(self) -> float:
@@ -117,6 +119,7 @@ class Tested:
     validation: Measured
     test: Measured
     general: dict[str, General] = field(default_factory=dict)  # on its test split, by the name of the text
+    where: Host | None = None  # it was evaluated; older files do not say
 
 
 @dataclass
@@ -136,6 +139,7 @@ class Findings:
     reserve_openings: list[str] = field(default_factory=list)  # the studies that opened the reserve, if it is the test
     test_openings: int = 1  # how often test was evaluated with other arms or settings than before, this time included
     without_result: dict[str, dict[str, str]] = field(default_factory=dict)  # by domain and arm: why it has none
+    tested: list[Tested] = field(default_factory=list)  # of which validation, test and general are made
 
     def rates(self, domain: str, arm: str) -> int | None:
         """How many rates the first seed tried of an arm, or of the one that it is made of; None: it learns at none."""
@@ -183,7 +187,7 @@ def outcome_values(outcome: Outcome) -> dict[str, Any]:
     values = dict(vars(outcome))
     measured = None if outcome.measured is None else measured_values(outcome.measured)
     changed = {"unit": unit_values(outcome.unit), "measured": measured, "general": _general_values(outcome.general)}
-    return values | changed
+    return values | changed | {"where": _where_values(outcome.where)}
 
 
 def outcome_from(values: dict[str, Any]) -> Outcome:
@@ -194,18 +198,28 @@ def outcome_from(values: dict[str, Any]) -> Outcome:
         "curve": [(share, loss) for share, loss in values["curve"]],
         "answers_curve": [(share, exact) for share, exact in values.get("answers_curve", ())],
         "general": _general_from(values["general"]),
+        "where": _where_from(values),
     }
     return Outcome(**values | changed)
 
 
 def tested_values(tested: Tested) -> dict[str, Any]:
     splits = {"validation": measured_values(tested.validation), "test": measured_values(tested.test)}
-    return {"unit": unit_values(tested.unit), "general": _general_values(tested.general)} | splits
+    values = {"unit": unit_values(tested.unit), "general": _general_values(tested.general)} | splits
+    return values | {"where": _where_values(tested.where)}
 
 
 def tested_from(values: dict[str, Any]) -> Tested:
     validation, test = (measured_from(values[split]) for split in ("validation", "test"))
-    return Tested(unit_from(values["unit"]), validation, test, _general_from(values["general"]))
+    return Tested(unit_from(values["unit"]), validation, test, _general_from(values["general"]), _where_from(values))
+
+
+def _where_values(where: Host | None) -> dict[str, Any] | None:
+    return None if where is None else host_values(where)
+
+
+def _where_from(values: dict[str, Any]) -> Host | None:
+    return None if values.get("where") is None else host_from(values["where"])
 
 
 def _general_values(general: dict[str, General]) -> dict[str, Any]:

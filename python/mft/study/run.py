@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -33,24 +35,46 @@ from mft.study.plan import (
     work_of,
 )
 from mft.study.progress import Shown, shown_progress
+from mft.study.shared.alike import check_alike, check_processor
+from mft.study.shared.leases import Pace
 from mft.study.store import Store, open_store
 from mft.study.units.job import Job
-from mft.study.workers import Result, Workers, job_words, start_workers
+from mft.study.workers import JobFailed, Result, Workers, job_words, start_workers
 from mft.study.workspace import Workspace
 
+LOCAL = "local"
+ON = {LOCAL: start_workers}  # where the workers are, by name
 _SAME = 0.01  # nats a token: what rounding may move a model's loss by between its training and its file
 
 
 def run_study(
-    study: StudyConfig, directory: Path, *, console: Console, overwrite: bool = False, again: bool = False
+    study: StudyConfig,
+    directory: Path,
+    *,
+    console: Console,
+    overwrite: bool = False,
+    again: bool = False,
+    joins: bool = False,
+    same_processor: bool = False,
+    on: str = LOCAL,
+    pace: Pace | None = None,
+    report: Callable[[Findings], None] = lambda findings: None,
 ) -> Findings:
     """Run what directory does not hold yet of the study, and gather all that it found.
 
     Results depend neither on study.workers nor on interruptions. again: open the reserve though this study has.
-    Raises: RuntimeError that names the unit if one fails; what was done before is kept. ValueError as open_store.
+    joins: work beside other processes that join, on any machine that shares the disk; pace: theirs, for tests.
+    same_processor: refuse units that ran on another kind of processor. on: where the workers are, a name in ON.
+    report: called with what was found while directory is held; of several processes by one.
+    Raises: RuntimeError that names the unit if one fails; what was done before is kept. ValueError as open_store, and
+        if another process of the study has other packages, weights or data.
     """
     check_exact(study.model, "compare")
-    with open_store(study, directory, overwrite=overwrite) as store:
+
+    def say(words: str) -> None:
+        console.print(words, style="dim", highlight=False, soft_wrap=True, markup=False)
+
+    with open_store(study, directory, overwrite=overwrite, joins=joins, say=say, pace=pace) as store:
         for arm in study.arms.values():
             arm.check_installed()
         if study.objective == REWARDS:
@@ -59,8 +83,9 @@ def run_study(
         bases = Bases(study, store.directory)
         if not bases.is_made(study.seeds[0]):
             with shown_progress(console) as shown:
-                bases.make(study.seeds[0], shown.step)
+                _make_base(bases, store, study.seeds[0], shown)
         workspace = Workspace(study, bases)
+        check_alike(workspace, store.directory, store.claims)
         if study.objective == REWARDS:
             for domain in study.domains:
                 questions_of(workspace.questions(domain).train, workspace.tokenizer, study.rewards)
@@ -70,9 +95,9 @@ def run_study(
             lines += [f"{domain}, questions: {note}" for note in notes_of_train]
         documents = {domain: len(set(workspace.splits(domain).test["document"])) for domain in study.domains}
         for line in [*lines, _units_words(study), *power_lines(study, documents, store.directory)]:
-            console.print(line, style="dim", highlight=False, soft_wrap=True)
-        with start_workers(study, bases, workspace) as workers, shown_progress(console) as shown:
-            run = _Run(study, store, workers, shown, bases)
+            say(line)
+        with ON[on](study, bases, workspace) as workers, shown_progress(console) as shown:
+            run = _Run(study, store, workers, shown, bases, same_processor)
             try:
                 run.train()
                 openings, reserve = run.test(again=again)
@@ -84,19 +109,41 @@ def run_study(
                 )
                 raise
         found = _findings(study, run, lines, _hashes(study, workspace))
-        return dataclasses.replace(found, test_openings=openings, reserve_openings=reserve)
+        found = dataclasses.replace(found, test_openings=openings, reserve_openings=reserve)
+        store.report_once(list(run.tested), run.chosen, lambda: report(found))
+        return found
+
+
+def _make_base(bases: Bases, store: Store, seed: int, shown: Shown) -> None:
+    """In one process; others wait for it."""
+    name = f"base-{bases.path(seed).name}"
+    store.claims.once(name, lambda: bases.is_made(seed), lambda: bases.make(seed, shown.step))
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A job that a worker has, the name of the claim on it, and where its result goes, as it was chosen then."""
+
+    job: Job
+    claim: str
+    path: Path
+    trained: Path
+    reads: tuple[Path, ...]
+    at: float
 
 
 class _Run:
     """One pass of the scheduler; outcomes and tested hold what is known, by unit."""
 
-    def __init__(self, study: StudyConfig, store: Store, workers: Workers, shown: Shown, bases: Bases) -> None:
+    def __init__(
+        self, study: StudyConfig, store: Store, workers: Workers, shown: Shown, bases: Bases, same_processor: bool
+    ) -> None:
         self.study, self.store, self.workers, self.shown, self.bases = study, store, workers, shown, bases
-        self.outcomes = {outcome.unit: outcome for outcome in store.outcomes()}
+        self.claims, self._same_processor = store.claims, same_processor
+        self.outcomes: dict[Unit, Outcome] = {}
         self.tested: dict[Unit, Tested] = {}
-        self._running: dict[Unit, float] = {}  # with the time at which it began
-        self.chosen = selection(study, self.outcomes.values()).chosen
-        shown.kept(len(self.outcomes))
+        self._running: dict[Unit, _Begun] = {}
+        self._look()
 
     def train(self) -> None:
         """Run units until none is left."""
@@ -109,44 +156,95 @@ class _Run:
         units = chosen_units(self.study, self.outcomes.values())
         reserve = self.store.open_reserve(units, self.chosen, again=again)
         openings = self.store.open_test(units, self.chosen)
-        for unit in units:
-            tested = self.store.tested(unit, self.chosen)
-            if tested is not None:
-                self.tested[unit] = tested
-        self.shown.kept(len(self.tested))
+        self._look_at_tests(units)
         while self._step([unit for unit in units if unit not in self.tested], on_test=True):
-            pass
+            if self.claims.shares:
+                self._look_at_tests(units)
         return openings, reserve
 
+    def _look(self) -> None:
+        """Read what is found by now, and choose by it. _is_behind: since then another process has found more."""
+        known, self._is_behind = len(self.outcomes), False
+        self.outcomes = {outcome.unit: outcome for outcome in self.store.outcomes()}
+        if self._same_processor:
+            check_processor(list(self.outcomes.values()))
+        self.chosen = selection(self.study, self.outcomes.values()).chosen
+        self.shown.kept(len(self.outcomes) - known)
+
+    def _look_at_tests(self, units: list[Unit]) -> None:
+        known = len(self.tested)
+        for unit in units:
+            tested = self.tested.get(unit) or self.store.tested(unit, self.chosen)
+            if tested is not None:
+                self.tested[unit] = tested
+        if self._same_processor:
+            check_processor(list(self.tested.values()))
+        self.shown.kept(len(self.tested) - known)
+
     def _step(self, waiting: list[Unit], *, on_test: bool = False) -> bool:
-        """Give units to idle workers and wait for one result; False if there was nothing to do."""
+        """Give units to idle workers and wait for one result, or for others; False if there is nothing to do."""
         for unit in waiting:
             self._submit(unit, on_test)
         if not self._running:
-            return False
-        job, result = self.workers.next()
-        seconds = time.perf_counter() - self._running.pop(job.unit)
+            if not waiting:
+                return False
+            if not self._is_behind:
+                self.claims.wait()
+            self._look()
+            return True
+        try:
+            ended = self.workers.next(self.claims.look)
+        except JobFailed as error:
+            self._drop(error)
+            self._look()
+            return True
+        if ended is None:
+            self._look()
+            return True
+        job, result = ended
+        begun = self._running.pop(job.unit)
         if isinstance(result, Tested):
-            self._take_tested(result)
+            self._take_tested(result, begun)
         else:
-            self._take_outcome(result)
+            self._take_outcome(result, begun)
+        self.claims.release(begun.claim)
         self.shown.left(*left_to_do(self.study, self.outcomes.values(), self.tested))
         work = work_of(self.study, job.unit, on_test=on_test)
-        self.shown.finished(f"{job_words(job)}: {_found_words(result)}", seconds, work)
+        self.shown.finished(f"{job_words(job)}: {_found_words(result)}", time.perf_counter() - begun.at, work)
         return True
 
-    def _submit(self, unit: Unit, on_test: bool) -> None:
-        """To a worker if one is idle; what the job reads from disk and is not there is made again first."""
+    def _drop(self, error: JobFailed) -> None:
+        """A job whose files another process has deleted, as it chose by more, is planned again; others raise."""
+        begun = self._running.pop(error.job.unit)
+        if not self.claims.shares or all(path.is_file() for path in begun.reads):
+            raise error
+        self.claims.release(begun.claim)
+
+    def _submit(self, unit: Unit, on_test: bool, *, lost: bool = False) -> None:
+        """To a worker if one is idle and no other process has it; what it reads and is not there is made again first.
+
+        lost: its outcome is known, its weights are needed.
+        """
         if len(self._running) == self.workers.count or unit in self._running:
             return
         job = self._job(unit, on_test)
-        lost = [read for read in self._reads(job) if not self.store.trained(read, self.chosen).is_file()]
-        if lost:
-            for read in lost:
-                self._submit(read, False)
+        reads = self._reads(job)
+        if gone := [read for read in reads if not self._trained(read).is_file()]:
+            for read in gone:
+                self._submit(read, False, lost=True)
             return
-        self.bases.make(unit.seed, self.shown.step)
-        self._running[unit] = time.perf_counter()
+        path = self.store.test_path(unit, self.chosen) if on_test else self.store.path(unit, self.chosen)
+        result = job.trained if lost else path
+        claim = f"test-{path.stem}" if on_test else path.stem
+        if not self.claims.take(claim, result.is_file):
+            self._is_behind |= result.is_file()
+            return
+        _make_base(self.bases, self.store, unit.seed, self.shown)
+        trained = job.trained
+        if not on_test:
+            job = dataclasses.replace(job, trained=self.claims.own(trained))
+        paths = tuple(self._trained(read) for read in reads)
+        self._running[unit] = _Begun(job, claim, path, trained, paths, time.perf_counter())
         self.workers.submit(job)
 
     def _job(self, unit: Unit, on_test: bool) -> Job:
@@ -175,25 +273,25 @@ class _Run:
             units.append(job.unit)
         return units
 
-    def _take_outcome(self, outcome: Outcome) -> None:
-        self.store.save(outcome, self.chosen)
+    def _take_outcome(self, outcome: Outcome, begun: _Begun) -> None:
+        self.store.tell_outcome(outcome, begun.path, begun.job.trained, begun.trained)
         known = len(self.outcomes.keys() | {outcome.unit})
         self.outcomes[outcome.unit] = outcome
-        if any(outcome.unit.arm in self.study.needs(arm) for arm in self.study.arms):
+        if self.claims.shares or any(outcome.unit.arm in self.study.needs(arm) for arm in self.study.arms):
             # Which of its runs is chosen decides which outcomes of the arms that follow it are still this study's.
             self.outcomes = {kept.unit: kept for kept in self.store.outcomes()}
             self.shown.kept(len(self.outcomes) - known)
         self.chosen = selection(self.study, self.outcomes.values()).chosen
         self.store.prune(self.outcomes.values(), self.chosen)
 
-    def _take_tested(self, tested: Tested) -> None:
+    def _take_tested(self, tested: Tested, begun: _Begun) -> None:
         before, now = self.outcomes[tested.unit].loss, tested.validation.evaluation.loss
         if not abs(now - before) < _SAME:
             raise RuntimeError(
                 f"{tested.unit}: its file must give the validation loss that its run had, {before:.4f}, got {now:.4f}: "
-                f"delete {self.store.trained(tested.unit, self.chosen)}, and it is trained again"
+                f"delete {begun.trained}, and it is trained again"
             )
-        self.store.save_tested(tested, self.chosen)
+        self.store.tell_tested(tested, begun.path)
         self.tested[tested.unit] = tested
 
 
@@ -263,4 +361,4 @@ def _findings(
             general[unit.domain][unit.arm][seed] = tested.general
     said, ends = lines + notes(study, outcomes), open_ends(study, outcomes)
     found = Findings(study, outcomes, run.chosen, validation, test, said, general, ends, documents)
-    return dataclasses.replace(found, without_result=without)
+    return dataclasses.replace(found, without_result=without, tested=list(run.tested.values()))

@@ -6,6 +6,7 @@
                units/<domain>/<arm>/<key>.json        an Outcome
                trained/<domain>/<arm>/<key>.safetensors
                test/<domain>/<arm>/<key>.json         a Tested; test/openings.json: each set of models that test saw
+               leases/, alike.json                    who works on what, and what all must have alike (see shared/)
                table.md, table.json, sums.npz, plot.png, bytes.png, forgetting.png
 
 A unit's key is a hash of all that determines its result, so that what was found stays valid while arms, domains, seeds
@@ -18,10 +19,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mft.checks import check_rule
 from mft.data.reserve import RESERVE
 from mft.files.atomic import sweep, target_of, write_whole
 from mft.files.json_file import parse_value
@@ -35,12 +37,15 @@ from mft.study.evidence.sums import FILE as SUMS
 from mft.study.load import study_values
 from mft.study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.plan import best_so_far, selection, source_of, start_of, teachers_of
+from mft.study.shared.claims import Alone, Claims, Joined
+from mft.study.shared.leases import FOLDER, JOINED, Leases, Pace, open_leases
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold
 
 FORMAT = 2  # counts up when the same declaration gives other results
 STUDY, BASE_MODEL, BASES, UNITS, TRAINED, TEST = "study.yaml", "base", "bases", "units", "trained", "test"
+ALIKE = "alike.json"
 FORGETTING = "forgetting.png"
 _OURS = {
     STUDY,
@@ -56,11 +61,13 @@ _OURS = {
     PLOT,
     FORGETTING,
     ABLATION,
+    FOLDER,
+    ALIKE,
 }
 BYTES = "bytes.png"
 _OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
-_OPENINGS = "openings.json"
-_FREE = ("output_dir", "workers", "leaders")  # change no result of a run
+_OPENINGS, _REPORTED = "openings.json", "reported.json"
+_FREE = ("output_dir", "workers")  # change nothing that is found
 _OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
 _OF_ANSWERS = ("max_completion_tokens", "verifier")  # of rewards: how a model's answers to the questions are read
 _OPTIONS = ("config", "formats")  # of an arm: a setting holds those that it was run with
@@ -70,13 +77,24 @@ Chosen = dict[str, dict[str, Setting]]
 
 
 @contextlib.contextmanager
-def open_store(study: StudyConfig, directory: str | os.PathLike, *, overwrite: bool = False) -> Iterator["Store"]:
-    """The study's directory, made or taken up again; no other process may have it open meanwhile.
+def open_store(
+    study: StudyConfig,
+    directory: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    joins: bool = False,
+    say: Callable[[str], None] = lambda words: None,
+    pace: Pace | None = None,
+) -> Iterator["Store"]:
+    """The study's directory, made or taken up again; joins: beside other processes that join, on any machine.
 
+    say: told of waiting for others. pace: of all processes that join, for tests.
     Raises: ValueError if it holds anything else, or a study that differs in more than what was added;
-        RuntimeError if another process has it open.
+        RuntimeError if another process has it open that does not let this one.
     """
     path = Path(directory)
+    if joins:
+        check_rule(not overwrite, "--join", "stand without --overwrite, which deletes what others work on", path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {path}")
     names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
@@ -84,13 +102,19 @@ def open_store(study: StudyConfig, directory: str | os.PathLike, *, overwrite: b
         raise ValueError(
             f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
         )
-    with hold(path):
-        sweep(path, _OURS.__contains__)
-        if overwrite:
-            _empty(path)
-        _check_unchanged(path, study)
-        write_whole(path / STUDY, dump_yaml(study_values(study)))
-        yield Store(study, path)
+    with hold(path, shared=joins):
+        _check_unchanged(path, study, overwrite)
+        with open_leases(path, say, joins=joins, pace=pace) as leases:
+            if joins:
+                with leases.holding("study"):
+                    _declare_beside(path, study, leases)
+                yield Store(study, path, Joined(leases))
+                return
+            sweep(path, _OURS.__contains__)
+            if overwrite:
+                _empty(path)
+            write_whole(path / STUDY, dump_yaml(study_values(study)))
+            yield Store(study, path)
 
 
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
@@ -136,8 +160,9 @@ def _starts(study: StudyConfig) -> list[str]:
 class Store:
     """The files of one study."""
 
-    def __init__(self, study: StudyConfig, directory: Path) -> None:
-        self.study, self.directory = study, directory
+    def __init__(self, study: StudyConfig, directory: Path, claims: Claims | None = None) -> None:
+        self.study, self.directory, self.claims = study, directory, claims or Alone()
+        self._outcomes: dict[Path, Outcome] = {}
         self._values = study_values(study)
 
     def key(self, unit: Unit, chosen: Chosen) -> str:
@@ -170,7 +195,9 @@ class Store:
 
     def outcomes(self) -> list[Outcome]:
         """Those whose keys are still the ones that the study gives them."""
-        found = [(path.stem, outcome_from(_read(path))) for path in sorted(self.directory.glob(f"{UNITS}/*/*/*.json"))]
+        paths = sorted(self.directory.glob(f"{UNITS}/*/*/*.json"))
+        self._outcomes = {path: self._outcomes.get(path) or outcome_from(_read(path)) for path in paths}
+        found = [(path.stem, outcome) for path, outcome in self._outcomes.items()]
         known = [(key, outcome) for key, outcome in found if self._is_declared(outcome.unit)]
         valid: list[Outcome] = []
         chosen: Chosen = {}
@@ -188,9 +215,17 @@ class Store:
             arms = [arm for arm in arms if arm not in ready]
         return valid
 
+    def path(self, unit: Unit, chosen: Chosen) -> Path:
+        """Where a unit's outcome lies, or will."""
+        return self._path(UNITS, unit, self.key(unit, chosen), "json")
+
     def save(self, outcome: Outcome, chosen: Chosen) -> None:
-        path = self._path(UNITS, outcome.unit, self.key(outcome.unit, chosen), "json")
-        write_whole(path, json.dumps(outcome_values(outcome), allow_nan=False))
+        self.tell_outcome(outcome, self.path(outcome.unit, chosen))
+
+    def tell_outcome(self, outcome: Outcome, path: Path, own: Path | None = None, trained: Path | None = None) -> None:
+        """Write it to its path; own: where its weights are, if that is not where they belong."""
+        self.claims.tell(path, json.dumps(outcome_values(outcome), allow_nan=False), own, trained)
+        self._outcomes.pop(path, None)
 
     def trained(self, unit: Unit, chosen: Chosen) -> Path:
         """Where the trained weights of a unit lie, or will."""
@@ -206,28 +241,56 @@ class Store:
                 self.trained(unit, chosen).unlink(missing_ok=True)
 
     def tested(self, unit: Unit, chosen: Chosen) -> Tested | None:
-        path = self._test_path(unit, chosen)
+        path = self.test_path(unit, chosen)
         return tested_from(_read(path)) if path.is_file() else None
 
     def save_tested(self, tested: Tested, chosen: Chosen) -> None:
-        write_whole(self._test_path(tested.unit, chosen), json.dumps(tested_values(tested), allow_nan=False))
+        self.tell_tested(tested, self.test_path(tested.unit, chosen))
+
+    def tell_tested(self, tested: Tested, path: Path) -> None:
+        """Write it to its path."""
+        self.claims.tell(path, json.dumps(tested_values(tested), allow_nan=False))
 
     def open_test(self, units: list[Unit], chosen: Chosen) -> int:
         """Note that test will see the models of these units; how many different sets of models it has seen then."""
-        keys = self._keys(units, chosen)
-        path = self.directory / TEST / _OPENINGS
-        openings = _read(path) if path.is_file() else []
-        if keys not in openings:
-            openings.append(keys)
-            write_whole(path, json.dumps(openings))
-        return len(openings)
+        keys, path = self._keys(units, chosen), self.directory / TEST / _OPENINGS
+
+        def openings() -> list[list[str]]:
+            return _read(path) if path.is_file() else []
+
+        self.claims.once("test", lambda: keys in openings(), lambda: write_whole(path, json.dumps([*openings(), keys])))
+        return len(openings())
 
     def open_reserve(self, units: list[Unit], chosen: Chosen, *, again: bool) -> list[str]:
-        """The same of the reserve, if it is the test: the studies that have opened it. Raises: as open_reserve."""
+        """The same of the reserve, if it is the test: the studies that have opened it. Raises: as open_reserve.
+
+        Of several processes one opens it, in the ledger that it has.
+        """
         if not opened_by(self.study):
             return []
         models = _digest(self._keys(units, chosen))
-        return [entry["study"] for entry in open_reserve(self.study, self.directory, models, again=again)]
+        path = self.directory / TEST / f"reserve-{models}.json"
+
+        def open_it() -> None:
+            found = open_reserve(self.study, self.directory, models, again=again)
+            write_whole(path, json.dumps([entry["study"] for entry in found]))
+
+        self.claims.once("reserve", lambda: self.claims.shares and path.is_file(), open_it)
+        return _read(path)
+
+    def report_once(self, units: list[Unit], chosen: Chosen, report: Callable[[], None]) -> bool:
+        """Report what test found of these units, in one of the processes that join; whether it was this one."""
+        keys, path = self._keys(units, chosen), self.directory / TEST / _REPORTED
+
+        def is_done() -> bool:
+            tables = self.directory / TABLE_JSON
+            return self.claims.shares and tables.is_file() and path.is_file() and _read(path) == keys
+
+        def make() -> None:
+            report()
+            write_whole(path, json.dumps(keys))
+
+        return self.claims.once("report", is_done, make)
 
     def _keys(self, units: list[Unit], chosen: Chosen) -> list[str]:
         return sorted(self.key(unit, chosen) for unit in units)
@@ -242,7 +305,8 @@ class Store:
     def _path(self, folder: str, unit: Unit, key: str, suffix: str) -> Path:
         return self.directory / folder / unit.domain / unit.arm / f"{key}.{suffix}"
 
-    def _test_path(self, unit: Unit, chosen: Chosen) -> Path:
+    def test_path(self, unit: Unit, chosen: Chosen) -> Path:
+        """Where a unit's Tested lies, or will."""
         parts: list[Any] = [self.key(unit, chosen), unit.domain in self.study.answers]
         parts += [opened] if (opened := opened_by(self.study)) else []
         return self._path(TEST, unit, _digest(parts), "json")
@@ -277,9 +341,27 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} must be the JSON that was written, got {error}: delete it to run it again") from None
 
 
+def _declare_beside(path: Path, study: StudyConfig, leases: Leases) -> None:
+    """Write what was declared; while others work on it, it stays."""
+    _check_unchanged(path, study, False)
+    if not (path / STUDY).is_file():
+        write_whole(path / STUDY, dump_yaml(study_values(study)))
+        return
+    before = parse_yaml((path / STUDY).read_text(encoding="utf-8"), str(path / STUDY))
+    now = study_values(study)
+    differs = changed(before, now, additions=False)
+    if differs and leases.has_others(JOINED):
+        raise ValueError(
+            f"--join must declare what the processes that work there do, as {path / STUDY} has it; changed: "
+            f"{'; '.join(differs)}. Give the same configuration and overrides, or end the others first to add to it"
+        )
+    if differs:
+        write_whole(path / STUDY, dump_yaml(now))
+
+
 def _empty(directory: Path) -> None:
     for entry in sorted(directory.iterdir(), key=lambda entry: entry.name == STUDY):  # by which the rest is ours, last
-        if entry.name == LOCK:
+        if entry.name in (LOCK, FOLDER):
             continue
         if entry.is_dir():
             shutil.rmtree(entry)
@@ -287,7 +369,9 @@ def _empty(directory: Path) -> None:
             entry.unlink()
 
 
-def _check_unchanged(directory: Path, study: StudyConfig) -> None:
+def _check_unchanged(directory: Path, study: StudyConfig, overwrite: bool) -> None:
+    if overwrite:
+        return
     path = directory / STUDY
     if not path.is_file():
         if (directory / UNITS).exists():
@@ -301,12 +385,15 @@ def _check_unchanged(directory: Path, study: StudyConfig) -> None:
         )
 
 
-def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys, with old and new value, in which a study differs from what was begun by more than additions."""
+def changed(before: dict[str, Any], now: dict[str, Any], *, additions: bool = True) -> list[str]:
+    """The keys, with old and new value, in which a study differs from what was begun by more than additions, if these
+    may be."""
     old, new = _flat(before), _flat(now)
     lines = []
     for key in dict.fromkeys([*old, *new]):
-        if old.get(key, _ABSENT) == new.get(key, _ABSENT) or _is_addition(key, old, new, before):
+        if old.get(key, _ABSENT) == new.get(key, _ABSENT) or _is_free(key):
+            continue
+        if additions and _is_addition(key, old, new, before):
             continue
         name = key.replace("\0", ".")
         lines.append(f"{name}: {old.get(key, 'not there')} -> {new.get(key, 'not there')}")
@@ -316,9 +403,13 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 _ABSENT = object()
 
 
+def _is_free(key: str) -> bool:
+    return key.split("\0")[0] in _FREE
+
+
 def _is_addition(key: str, old: dict[str, Any], new: dict[str, Any], before: dict[str, Any]) -> bool:
     parts = key.split("\0")
-    if parts[0] in _FREE:
+    if parts[0] == "leaders":
         return True
     if parts[0] in ("arms", "domains") and parts[1] not in before[parts[0]]:
         return True

@@ -18,6 +18,7 @@ import torch
 
 from mft.study.bases import Bases
 from mft.study.config import StudyConfig
+from mft.study.evidence.host import this_host
 from mft.study.outcome import Outcome, Tested, outcome_from, outcome_values, tested_from, tested_values
 from mft.study.units.job import Job
 from mft.study.units.run import run_test, run_unit
@@ -35,9 +36,17 @@ class Workers(Protocol):
 
     def submit(self, job: Job) -> None: ...
 
-    def next(self) -> tuple[Job, Result]:
-        """Wait for a job to end. Raises: RuntimeError that names the job if it failed."""
+    def next(self, patience: float | None = None) -> tuple[Job, Result] | None:
+        """Wait for a job to end, or for so many seconds. Raises: JobFailed."""
         ...
+
+
+class JobFailed(RuntimeError):
+    """The message names the job."""
+
+    def __init__(self, job: Job, why: object) -> None:
+        super().__init__(f"{job_words(job)}: {why}")
+        self.job = job
 
 
 @contextlib.contextmanager
@@ -72,12 +81,12 @@ class _Here:
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
 
-    def next(self) -> tuple[Job, Result]:
+    def next(self, patience: float | None = None) -> tuple[Job, Result]:
         job = self._jobs.pop(0)
         try:
             return job, _run(self._workspace, job)
         except _TOLD as error:
-            raise RuntimeError(f"{job_words(job)}: {error}") from error
+            raise JobFailed(job, error) from error
 
 
 class _Processes:
@@ -101,24 +110,26 @@ class _Processes:
         except BrokenPipeError:
             raise self._ended(connection) from None
 
-    def next(self) -> tuple[Job, Result]:
-        connection: Any = wait(list(self._jobs))[0]
+    def next(self, patience: float | None = None) -> tuple[Job, Result] | None:
+        connection: Any = next(iter(wait(list(self._jobs), patience)), None)
+        if connection is None:
+            return None
         try:
             values, error = connection.recv()
         except (EOFError, ConnectionResetError):
             raise self._ended(connection) from None
         job = self._jobs.pop(connection)
         if error is not None:
-            raise RuntimeError(f"{job_words(job)}: {error}")
+            raise JobFailed(job, error)
         return job, tested_from(values) if job.on_test else outcome_from(values)
 
-    def _ended(self, connection: Connection) -> RuntimeError:
+    def _ended(self, connection: Connection) -> JobFailed:
         process = self._workers[connection]
         process.join()
-        return RuntimeError(
-            f"{job_words(self._jobs[connection])}: its process ended with exit code {process.exitcode}; a traceback "
-            "stands above, unless the system stopped it (-9: out of memory?): the same command continues, workers=1 "
-            "needs less"
+        return JobFailed(
+            self._jobs[connection],
+            f"its process ended with exit code {process.exitcode}; a traceback stands above, unless the system stopped "
+            "it (-9: out of memory?): the same command continues, workers=1 needs less",
         )
 
     def close(self) -> None:
@@ -161,4 +172,6 @@ def _end_with_parent() -> None:
 
 
 def _run(workspace: Workspace, job: Job) -> Result:
-    return run_test(workspace, job) if job.on_test else run_unit(workspace, job)
+    result: Result = run_test(workspace, job) if job.on_test else run_unit(workspace, job)
+    result.where = this_host()
+    return result

@@ -1,10 +1,12 @@
 """What a reader of the verdicts must know: warnings, how differences were judged, what was tried."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from mft.study.arms.full import Control
 from mft.study.arms.means import Average
 from mft.study.config import REWARDS, VARY_BASE, VARY_DATA
+from mft.study.evidence.host import Host
 from mft.study.outcome import Findings
 from mft.study.report.dominance import draws_of, family_size
 from mft.study.report.judge import LEAST_DOCUMENTS, MARGIN
@@ -48,8 +50,27 @@ def p_remark(seeds: int) -> str:
 # ---------------------------------------------------------------------------------------------- private
 
 
+def _places(findings: Findings) -> Iterable[str]:
+    """Where units ran, if that was not all alike."""
+    places = [*(one.where for one in findings.outcomes), *(one.where for one in findings.tested)]
+    hosts = [host for host in places if host is not None]
+    kinds, versions = Counter(host.kind for host in hosts), Counter(_versions_words(host) for host in hosts)
+    for what, counts in (("kinds of processor", kinds), ("sets of packages", versions)):
+        if len(counts) > 1:
+            shares = "; ".join(f"{name}: {count}" for name, count in counts.most_common())
+            yield (
+                f"Warning: runs and tests were made on {len(counts)} {what} ({shares}), which round sums differently: "
+                "a part of each difference between arms may come from that."
+            )
+
+
+def _versions_words(host: Host) -> str:
+    return ", ".join(f"{name} {version}" for name, version in host.versions.items())
+
+
 def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[str]:
     study = findings.study
+    yield from _places(findings)
     if findings.test_openings > 1:
         yield (
             f"Warning: the test split was opened {findings.test_openings} times, each time with other arms or "

@@ -1,5 +1,6 @@
 """A unit and the files that it needs; the arm that does it, and the ground on which."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,17 @@ class Job:
     source: tuple[Unit, Path] | None = None  # of other derived arms: what they are made of
     teacher: tuple[Path, ...] | None = None  # as starts, to the model whose words are learned; None: the text's are
     on_test: bool = False
+
+    def with_paths(self, moved: Callable[[Path], Path]) -> "Job":
+        """The same job with its files elsewhere."""
+        return replace(
+            self,
+            starts=tuple(map(moved, self.starts)),
+            trained=moved(self.trained),
+            parts=tuple((unit, moved(path)) for unit, path in self.parts),
+            source=None if self.source is None else (self.source[0], moved(self.source[1])),
+            teacher=None if self.teacher is None else tuple(map(moved, self.teacher)),
+        )
 
 
 def arm_of(workspace: Workspace, unit: Unit) -> Arm:

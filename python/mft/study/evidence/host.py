@@ -1,0 +1,57 @@
+"""Where a result was made: host, processor, its instruction sets, versions."""
+
+import functools
+import platform
+import socket
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from mft_kernels._version import __version__
+from mft_kernels.backends.processor import this_processor
+
+
+@dataclass(frozen=True)
+class Host:
+    """processor: the GPU's name, or the processor's. instructions: the best set that kernels here are written in, and
+    what torch's own use; of a GPU its capability. versions: of what may change a result, by name."""
+
+    host: str
+    processor: str
+    instructions: (
+        str  # the best set that kernels here are written in, and what torch's own use; of a GPU its capability
+    )
+    versions: dict[str, str]
+
+    @property
+    def kind(self) -> str:
+        """What results may depend on by rounding."""
+        return f"{self.processor} ({self.instructions})"
+
+
+@functools.cache
+def this_host() -> Host:
+    """Of this process."""
+    versions = {
+        "mft_kernels": __version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": torch.__version__,  # its metadata lack the build, such as +cpu
+        "transformers": version("transformers"),
+    }
+    if torch.cuda.is_available():
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        return Host(socket.gethostname(), torch.cuda.get_device_name(), capability, versions)
+    processor = this_processor()
+    best = next(iter(processor.features), "no instruction set of our kernels")
+    instructions = f"{best}, torch {torch.backends.cpu.get_cpu_capability()}"
+    return Host(socket.gethostname(), str(processor), instructions, versions)
+
+
+def host_values(host: Host) -> dict[str, Any]:
+    return asdict(host)
+
+
+def host_from(values: dict[str, Any]) -> Host:
+    return Host(**values)

@@ -1,0 +1,70 @@
+"""What all processes of a study must have alike besides its declaration: packages, the base's weights, rows of data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mft.files.atomic import write_whole
+from mft.files.json_file import parse_value
+from mft.files.weights_hash import weights_hash
+from mft.study.evidence.host import Host, this_host
+from mft.study.outcome import Outcome, Tested
+from mft.study.shared.claims import Claims
+from mft.study.store import ALIKE
+from mft.study.workspace import Workspace
+
+_REMEDY = {
+    "versions": "install those, or name another output_dir",
+    "base": "copy the same model to every machine, or name another output_dir",
+    "data": "copy the same data to every machine, or name another output_dir",
+}
+
+
+def check_alike(workspace: Workspace, directory: Path, claims: Claims) -> None:
+    """Note what this process has, if it is the first; a later one that joins must have the same.
+
+    Raises: ValueError that names the first thing that differs.
+    """
+    path = directory / ALIKE
+    if path.is_file() and not claims.shares:
+        return
+    ours = _ours(workspace)
+    claims.once("alike", path.is_file, lambda: write_whole(path, json.dumps(ours, indent=1) + "\n"))
+    noted = parse_value(path.read_bytes(), path)
+    for section, remedy in _REMEDY.items():
+        before, now = noted.get(section, {}), ours[section]
+        for name in (name for name in before if name in now and now[name] != before[name]):
+            raise ValueError(
+                f"--join must have the {section} of the process that began the study, noted in {path}: {name} "
+                f"{before[name]}; got {now[name]}: {remedy}"
+            )
+
+
+def check_processor(found: list[Outcome] | list[Tested]) -> None:
+    """Raise ValueError if any of these ran on another kind of processor than this process does, or does not say."""
+    ours = this_host().kind
+    for one in found:
+        theirs = "a processor that it does not name" if one.where is None else one.where.kind
+        if theirs != ours:
+            raise ValueError(
+                f"--same-processor must run where the study's units did: {one.unit} ran on {theirs}"
+                f"{_host_words(one.where)}, got {ours}: start it on such a machine, or leave --same-processor out"
+            )
+
+
+def _host_words(host: Host | None) -> str:
+    return "" if host is None else f", host {host.host}"
+
+
+def _ours(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    study, base = workspace.study, workspace.base
+    data = {name: workspace.splits(name).key for name in study.domains}
+    data |= {f"general.{name}": workspace.general(name).key for name in study.general}
+    data |= {f"questions.{name}": workspace.questions(name).key for name in study.questions}
+    weights = {name: weight for name, weight in base.named_parameters() if weight.dim() > 1}
+    name = study.model.name if study.scratch is None else "from scratch"
+    return {
+        "versions": this_host().versions,
+        "base": {name: weights_hash(weights, weights.__getitem__)},
+        "data": data,
+    }

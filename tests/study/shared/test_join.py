@@ -1,0 +1,142 @@
+"""Processes that join one study find what one process alone finds, each result once, also where some are killed."""
+
+import io
+import json
+import shutil
+
+import pytest
+from joiners import facts, finish, start, told
+from rich.console import Console
+from tiny_study import FEW, equal, make_study, write_ground
+
+from mft.study import workers
+from mft.study.arms.setting import Setting
+from mft.study.evidence.host import this_host
+from mft.study.outcome import Outcome, Unit, outcome_from, outcome_values
+from mft.study.report.remarks import _places
+from mft.study.run import run_study
+from mft.study.shared.leases import FOLDER, Pace
+from mft.study.store import ALIKE, open_store
+
+PACE = Pace(beat=0.1, expiry=1.0, look=0.1)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ground")
+    write_ground(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", str(directory / "cache"))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def alone(ground, tmp_path_factory):
+    """What one process finds, and its directory; tests that write there take a copy."""
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    return facts(ground, directory), directory
+
+
+def joined(ground, directory, *overrides, **options):
+    console = Console(file=io.StringIO(), width=200)
+    study = make_study(ground, FEW, overrides)
+    return run_study(study, directory, console=console, joins=True, pace=PACE, **options)
+
+
+@pytest.mark.slow
+def test_two_that_join_find_what_one_finds_with_clocks_that_differ_by_a_minute(ground, alone, tmp_path):
+    directory = tmp_path / "run"
+    finish(ground, directory, [start(ground, directory, skew=skew) for skew in (0.0, 60.0)])
+    assert equal(facts(ground, directory), alone[0])
+    assert len(told(directory)) == len(set(told(directory))) == 14
+    assert not (directory / FOLDER).exists()
+    assert (directory / "table.json").is_file()
+
+
+@pytest.mark.slow
+def test_one_killed_before_its_weights_are_in_place_is_replaced_to_the_same_bits(ground, alone, tmp_path):
+    """More kills are a command's: joiners.py."""
+    directory = tmp_path / "run"
+    killed = start(ground, directory, stage="after a result", call=2, foreign=True)
+    killed.join(120)
+    assert killed.exitcode == -9
+    finish(ground, directory, [start(ground, directory)])
+    assert equal(facts(ground, directory), alone[0])
+    assert len(told(directory)) == len(set(told(directory)))
+
+
+def test_one_that_joins_a_study_that_is_done_runs_nothing(ground, alone):
+    directory = alone[1]
+    before = {path: path.stat().st_mtime_ns for path in directory.glob("units/*/*/*")}
+    joined(ground, directory)
+    assert before == {path: path.stat().st_mtime_ns for path in directory.glob("units/*/*/*")}
+
+
+def test_another_declaration_is_refused_while_others_work(ground, alone, tmp_path):
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    with open_store(make_study(ground), directory, joins=True, pace=PACE):
+        with pytest.raises(ValueError, match=r"--join must declare .* as .*study.yaml has it; changed: seeds: "):
+            joined(ground, directory, "seeds=[0,1,2]")
+        joined(ground, directory, "workers=2")
+    assert len(joined(ground, directory, "seeds=[0,1,2]").tested) == 9
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "remedy"),
+    [
+        ("versions", "torch", "install those, or name another output_dir"),
+        ("data", "count", "copy the same data to every machine, or name another output_dir"),
+    ],
+)
+def test_other_packages_and_data_are_refused(ground, alone, tmp_path, section, name, remedy):
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    noted = json.loads((directory / ALIKE).read_text())
+    noted[section][name] = "another"
+    (directory / ALIKE).write_text(json.dumps(noted))
+    words = rf"--join must have the {section} of the process that began .*{name} another; got .*: {remedy}$"
+    with pytest.raises(ValueError, match=words):
+        joined(ground, directory)
+    facts(ground, directory)  # alone a study may go on elsewhere, and its report says it
+
+
+def test_a_study_from_another_processor_is_refused_if_it_is_to_be_the_same(ground, alone, tmp_path):
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    joined(ground, directory, same_processor=True)
+    path = next(directory.glob("units/*/control/*.json"))
+    values = json.loads(path.read_text())
+    values["where"]["instructions"] = "avx2"
+    path.write_text(json.dumps(values))
+    words = r"--same-processor must run where .*: count, control, .* ran on .* \(avx2\), host .*, got .*: start it on"
+    with pytest.raises(ValueError, match=words):
+        joined(ground, directory, same_processor=True)
+    (warning,) = _places(joined(ground, directory))
+    assert warning.startswith("Warning: runs and tests were made on 2 kinds of processor (")
+
+
+def test_where_a_unit_ran_is_kept_and_older_files_do_without(alone):
+    (path, *_) = alone[1].glob("units/*/*/*.json")
+    values = json.loads(path.read_text())
+    assert outcome_from(values).where == this_host()
+    del values["where"]
+    assert outcome_from(values).where is None
+    outcome = Outcome(Unit("count", "base", 0, Setting()), None)
+    assert outcome_from(outcome_values(outcome)) == outcome
+
+
+def test_weights_that_another_has_deleted_are_planned_again(ground, alone, tmp_path, monkeypatch):
+    """As by one that chose another setting meanwhile."""
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    for path in directory.glob("units/*/MFT/*.json"):
+        path.unlink()
+    real, deleted = workers._run, []
+
+    def run(workspace, job):
+        if not deleted:
+            deleted.append(job.starts[0])
+            job.starts[0].unlink()
+        return real(workspace, job)
+
+    monkeypatch.setattr(workers, "_run", run)
+    findings = joined(ground, directory)
+    assert deleted[0].is_file()
+    assert len(findings.outcomes) == len(alone[0]["outcomes"])

@@ -1,0 +1,182 @@
+"""Leases on one directory: who holds what, when a holder counts as dead, and what is refused."""
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+
+import pytest
+
+from mft.study.shared import leases as module
+from mft.study.shared.leases import ALONE, FOLDER, JOINED, Leases, Pace, open_leases
+
+PACE = Pace(beat=0.05, expiry=0.4, look=0.05)
+KEPT = Pace(beat=60.0, expiry=0.4, look=0.05)  # of a holder that does not beat
+
+
+@pytest.fixture
+def entered(tmp_path):
+    """Makes leases of other processes on one directory."""
+    made = []
+
+    def enter(pace=PACE):
+        made.append(Leases(tmp_path, pace=pace).__enter__())
+        return made[-1]
+
+    yield enter
+    for one in made:
+        one.__exit__()
+
+
+@pytest.fixture
+def foreign(monkeypatch):
+    """Nobody can be seen to be gone by the number of its process, as on another machine."""
+    monkeypatch.setattr(module, "_process", lambda process: ({}, ""))
+
+
+def until_taken(leases, name, seconds=10):
+    began = time.monotonic()
+    while not leases.take(name):
+        assert time.monotonic() - began < seconds, "nobody took over"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def test_one_of_many_takes_a_name(entered):
+    many, taken = [entered() for _ in range(16)], []
+    start = threading.Barrier(16)
+
+    def take(leases):
+        start.wait()
+        if leases.take("unit"):
+            taken.append(leases)
+
+    threads = [threading.Thread(target=take, args=(leases,)) for leases in many]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 1
+    taken[0].release("unit")
+    time.sleep(PACE.look)
+    assert many[0].take("unit")
+
+
+def test_a_holder_that_beats_is_never_taken_over(entered, foreign):
+    one, other = entered(), entered()
+    assert one.take("unit")
+    end = time.monotonic() + 4 * PACE.expiry
+    while time.monotonic() < end:
+        assert not other.take("unit")
+        time.sleep(0.02)
+
+
+def test_a_holder_that_stopped_is_taken_over_and_learns_it(entered, foreign, tmp_path):
+    one, other = entered(KEPT), entered()
+    assert one.take("unit")
+    assert until_taken(other, "unit") >= KEPT.expiry
+    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"unit.1", "unit.2"}
+    assert not one._beat(tmp_path / FOLDER / "unit.1")
+    one.release("unit")  # whose it is no more
+    assert not entered().take("unit")
+    other.release("unit")
+    assert not list((tmp_path / FOLDER).glob("unit.*"))
+
+
+def test_a_beat_neither_makes_a_lease_again_nor_writes_in_anothers(entered, tmp_path):
+    one, other = entered(KEPT), entered(KEPT)
+    assert one.take("unit")
+    path = tmp_path / FOLDER / "unit.1"
+    path.unlink()
+    assert not one._beat(path)
+    assert not path.exists()
+    assert other.take("unit")
+    before = path.read_bytes()
+    assert not one._beat(path)
+    one.release("unit")
+    assert path.read_bytes() == before
+
+
+def test_a_process_of_this_machine_that_was_killed_is_taken_over_at_once(entered, tmp_path):
+    def hold():
+        leases = Leases(tmp_path, pace=KEPT).__enter__()
+        leases.take("unit")
+        os.kill(os.getpid(), 9)
+
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    process.join()
+    assert (tmp_path / FOLDER / "unit.1").exists()
+    assert entered(Pace(expiry=3600.0)).take("unit")
+
+
+def test_no_clock_that_others_could_disagree_on_is_read(entered, foreign, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("a wall clock was read"))
+    one, other = entered(KEPT), entered()
+    assert one.take("unit")
+    for path in one._files():
+        os.utime(path, (0, 0))  # of 1970: a file's times are not looked at either
+    assert not other.take("unit")
+    until_taken(other, "unit")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe rubbish", b"[]\n", b'{"host": 1}\n', b"x" * 100_000])
+def test_a_lease_of_rubbish_is_told_and_expires(tmp_path, content):
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "unit.1").write_bytes(content)
+    said = []
+    with Leases(tmp_path, said.append, PACE) as leases:
+        until_taken(leases, "unit")
+    assert "leases/unit.1 must say who holds it, got b'" in said[0]
+    assert "taken over from somebody whom the file does not name" in said[1]
+
+
+def test_a_directory_in_place_of_a_lease_is_named(tmp_path):
+    (tmp_path / FOLDER / "unit.1").mkdir(parents=True)
+    with (
+        Leases(tmp_path, pace=PACE) as leases,
+        pytest.raises(OSError, match=r"unit\.1 must be a lease that can be read"),
+    ):
+        leases.take("unit")
+
+
+def test_those_that_join_stand_beside_each_other_and_one_alone_beside_nobody(tmp_path, foreign):
+    with open_leases(tmp_path, joins=True, pace=PACE), open_leases(tmp_path, joins=True, pace=PACE):
+        refused = pytest.raises(RuntimeError, match=r"in use by process \d+ on .*, one of several: pass --join too")
+        with refused, open_leases(tmp_path, joins=False, pace=PACE):
+            pass
+    with open_leases(tmp_path, joins=False, pace=PACE):
+        refused = pytest.raises(RuntimeError, match=r"works alone: wait for it, or stop it and pass --join to each")
+        with refused, open_leases(tmp_path, joins=True, pace=PACE):
+            pass
+    assert not (tmp_path / FOLDER).exists()
+
+
+@pytest.mark.parametrize(("joins", "left"), [(True, ALONE), (False, ALONE), (False, JOINED)])
+def test_what_killed_processes_left_on_another_machine_is_waited_for_and_cleared(tmp_path, joins, left):
+    (tmp_path / FOLDER).mkdir()
+    owner = {"host": "far", "process": 7, "nonce": "x"}
+    (tmp_path / FOLDER / f"{left}x.1").write_text(json.dumps(owner) + "\n1\n")
+    said = []
+    with open_leases(tmp_path, said.append, joins=joins, pace=PACE):
+        pass
+    assert said == [f"{tmp_path / FOLDER}: seeing for up to 0.4 s whether process 7 on far is alive"]
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_one_of_many_does_what_is_done_once(entered, tmp_path):
+    many, done = [entered() for _ in range(4)], tmp_path / "done"
+    made = []
+
+    def make():
+        made.append(1)
+        time.sleep(0.2)
+        done.write_text("")
+
+    threads = [threading.Thread(target=one.once, args=("what", done.exists, make)) for one in many]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [1]
