@@ -76,7 +76,7 @@ def facts(findings):
 
 def stop_after(monkeypatch, count, error):
     """Raise error instead of the count-th unit (from 0); returns the units that ran."""
-    ran, real = [], workers._run
+    ran, real = [], workers.run_job
 
     def run_or_stop(workspace, job):
         if len(ran) == count:
@@ -84,7 +84,7 @@ def stop_after(monkeypatch, count, error):
         ran.append(job.unit)
         return real(workspace, job)
 
-    monkeypatch.setattr(workers, "_run", run_or_stop)
+    monkeypatch.setattr(workers, "run_job", run_or_stop)
     return ran
 
 
@@ -143,8 +143,8 @@ def test_a_wider_grid_of_the_fine_tune_takes_up_what_still_holds(study, done):
 
 
 def test_nothing_sees_test_before_all_is_trained(study, monkeypatch):
-    order, real = [], workers._run
-    monkeypatch.setattr(workers, "_run", lambda workspace, job: order.append(job.on_test) or real(workspace, job))
+    order, real = [], workers.run_job
+    monkeypatch.setattr(workers, "run_job", lambda workspace, job: order.append(job.on_test) or real(workspace, job))
     findings = study()
     assert order == sorted(order)
     assert order.count(True) == 3 * 2
@@ -212,7 +212,7 @@ def test_processes_end_with_the_one_that_began_them(study, monkeypatch):
     declared, fork = make_study(study.ground), multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
     monkeypatch.setattr(workers, "Workspace", lambda *_: None)  # a fork of a process with threads cannot load a model
-    monkeypatch.setattr(workers, "_run", lambda *_: time.sleep(60))
+    monkeypatch.setattr(workers, "run_job", lambda *_: time.sleep(60))
     began, begin = os.pipe()
     ended, end = os.pipe()
 

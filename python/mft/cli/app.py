@@ -247,6 +247,9 @@ def compare(
     same_processor: Annotated[
         bool, typer.Option("--same-processor", help="Refuse units that ran on another kind of processor than this one.")
     ] = False,
+    on: Annotated[
+        str, typer.Option("--on", help="Where workers run: local, or ray (a Ray cluster, which needs no shared disk).")
+    ] = "local",
 ) -> None:
     """MFT against honest baselines, chosen on validation, reported on test; continues where it was interrupted."""
     from mft.cli.study import run_compare
@@ -260,6 +263,7 @@ def compare(
         again=again,
         joins=join,
         same_processor=same_processor,
+        on=on,
     )
 
 

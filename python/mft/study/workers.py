@@ -26,7 +26,7 @@ from mft.study.workspace import Workspace
 
 Result = Outcome | Tested
 _PATIENCE = 10.0  # seconds that a process may take to end
-_TOLD = (ValueError, RuntimeError, OSError)  # what a message tells; anything else is a bug, and shows its traceback
+TOLD = (ValueError, RuntimeError, OSError)  # what a message tells; anything else is a bug, and shows its traceback
 
 
 class Workers(Protocol):
@@ -84,8 +84,8 @@ class _Here:
     def next(self, patience: float | None = None) -> tuple[Job, Result]:
         job = self._jobs.pop(0)
         try:
-            return job, _run(self._workspace, job)
-        except _TOLD as error:
+            return job, run_job(self._workspace, job)
+        except TOLD as error:
             raise JobFailed(job, error) from error
 
 
@@ -156,8 +156,8 @@ def _serve(connection: Connection, study: StudyConfig, bases: Bases) -> None:
             return
         try:
             workspace = workspace or Workspace(study, bases)
-            result = _run(workspace, job)
-        except _TOLD as error:
+            result = run_job(workspace, job)
+        except TOLD as error:
             connection.send((None, str(error)))
             continue
         connection.send((tested_values(result) if isinstance(result, Tested) else outcome_values(result), None))
@@ -171,7 +171,8 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run(workspace: Workspace, job: Job) -> Result:
+def run_job(workspace: Workspace, job: Job) -> Result:
+    """Run a job in this process."""
     result: Result = run_test(workspace, job) if job.on_test else run_unit(workspace, job)
     result.where = this_host()
     return result

@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from tiny_study import FULL, equal, make_study, write_ground
 
+from mft.study.load import load_study
 from mft.study.report.write import write_study_report
 from mft.study.run import run_study
 from mft.study.shared import claims as claims_module
@@ -43,7 +44,7 @@ STAGES = {
     "while it is reported": (Store, "report_once", "before"),
     "after the report": (Store, "report_once", "after"),
 }
-_TOLD = "told.txt"
+_TOLD, _STUDY = "told.txt", "joined.yaml"
 _PRELOADED = ["mft.study.run", "mft.study.report.write", "transformers.models.llama.modeling_llama"]  # takes seconds
 
 
@@ -61,7 +62,7 @@ def join(ground, directory, stage=None, call=1, report=True, skew=0.0, foreign=F
         _die_at(stage, call)
     found = io.StringIO()
     try:
-        study = make_study(ground, ARMS, [f"workers={workers}"])
+        study = load_study(ground / _STUDY, [f"workers={workers}"])
         options = {"report": lambda findings: write_study_report(findings, directory)} if report else {}
         run_study(study, directory, console=Console(file=found, width=200), joins=True, pace=PACE, **options)
     finally:
@@ -86,6 +87,9 @@ def told(directory):
 
 
 def start(ground, directory, **options):
+    if not (ground / _STUDY).exists():  # before there are others that read it
+        make_study(ground, ARMS)
+        (ground / "study.yaml").rename(ground / _STUDY)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     process = context.Process(target=join, args=(ground, directory), kwargs=options)

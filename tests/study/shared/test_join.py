@@ -128,7 +128,7 @@ def test_weights_that_another_has_deleted_are_planned_again(ground, alone, tmp_p
     directory = shutil.copytree(alone[1], tmp_path / "run")
     for path in directory.glob("units/*/MFT/*.json"):
         path.unlink()
-    real, deleted = workers._run, []
+    real, deleted = workers.run_job, []
 
     def run(workspace, job):
         if not deleted:
@@ -136,7 +136,7 @@ def test_weights_that_another_has_deleted_are_planned_again(ground, alone, tmp_p
             job.starts[0].unlink()
         return real(workspace, job)
 
-    monkeypatch.setattr(workers, "_run", run)
+    monkeypatch.setattr(workers, "run_job", run)
     findings = joined(ground, directory)
     assert deleted[0].is_file()
     assert len(findings.outcomes) == len(alone[0]["outcomes"])

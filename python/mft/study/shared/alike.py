@@ -26,17 +26,20 @@ def check_alike(workspace: Workspace, directory: Path, claims: Claims) -> None:
     Raises: ValueError that names the first thing that differs.
     """
     path = directory / ALIKE
-    if path.is_file() and not claims.shares:
-        return
-    ours = _ours(workspace)
-    claims.once("alike", path.is_file, lambda: write_whole(path, json.dumps(ours, indent=1) + "\n"))
-    noted = parse_value(path.read_bytes(), path)
+    claims.once("alike", path.is_file, lambda: write_whole(path, json.dumps(_values(workspace), indent=1) + "\n"))
+    if claims.shares:
+        check_same(parse_value(path.read_bytes(), path), workspace, "--join")
+
+
+def check_same(noted: dict[str, Any], workspace: Workspace, what: str) -> None:
+    """Raise ValueError that names the first thing in which this process differs from what was noted; what: asks it."""
+    ours = _values(workspace)
     for section, remedy in _REMEDY.items():
         before, now = noted.get(section, {}), ours[section]
         for name in (name for name in before if name in now and now[name] != before[name]):
             raise ValueError(
-                f"--join must have the {section} of the process that began the study, noted in {path}: {name} "
-                f"{before[name]}; got {now[name]}: {remedy}"
+                f"{what} must have the {section} of the process that began the study, noted in its {ALIKE}: {name} "
+                f"{before[name]}; got {now[name]} on {this_host().host}: {remedy}"
             )
 
 
@@ -56,7 +59,7 @@ def _host_words(host: Host | None) -> str:
     return "" if host is None else f", host {host.host}"
 
 
-def _ours(workspace: Workspace) -> dict[str, dict[str, Any]]:
+def _values(workspace: Workspace) -> dict[str, dict[str, Any]]:
     study, base = workspace.study, workspace.base
     data = {name: workspace.splits(name).key for name in study.domains}
     data |= {f"general.{name}": workspace.general(name).key for name in study.general}

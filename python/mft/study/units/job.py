@@ -24,6 +24,13 @@ class Job:
     teacher: tuple[Path, ...] | None = None  # as starts, to the model whose words are learned; None: the text's are
     on_test: bool = False
 
+    @property
+    def reads(self) -> list[Path]:
+        """The files that it needs; on test that of its own weights, if it has any."""
+        paths = [*self.starts, *(path for _, path in self.parts), *(self.teacher or ())]
+        paths += [] if self.source is None else [self.source[1]]
+        return paths + ([self.trained] if self.on_test and self.trained.is_file() else [])
+
     def with_paths(self, moved: Callable[[Path], Path]) -> "Job":
         """The same job with its files elsewhere."""
         return replace(

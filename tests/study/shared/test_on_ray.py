@@ -1,0 +1,74 @@
+"""mft compare --on ray: actors find what local workers find, and one that is killed is replaced."""
+
+import io
+import os
+import signal
+import threading
+import time
+
+import pytest
+from joiners import facts
+from rich.console import Console
+from tiny_study import FEW, equal, make_study, write_ground
+
+from mft.study.run import run_study
+from mft.study.shared import on_ray as module
+
+ray = pytest.importorskip("ray", reason="pip install 'mft_kernels[ray]' runs this test")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own, of sockets and of the future
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ground")
+    write_ground(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", str(directory / "cache"))
+        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+        yield directory
+        ray.shutdown()
+
+
+def on_ray(ground, directory, said=None):
+    console = Console(file=said or io.StringIO(), width=200)
+    return run_study(make_study(ground, FEW, ["workers=2"]), directory, console=console, on="ray")
+
+
+def test_actors_find_what_one_process_finds_though_one_is_killed(ground, tmp_path, monkeypatch):
+    numbers, new = [], module._Actors._new
+
+    def new_and_noted(self):
+        actor = new(self)
+        numbers.append(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
+        return actor
+
+    def kill():
+        while not list((tmp_path / "ray" / "units").glob("*/*/*.json")):
+            time.sleep(0.02)
+        os.kill(numbers[0], signal.SIGKILL)
+
+    monkeypatch.setattr(module._Actors, "_new", new_and_noted)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    on_ray(ground, tmp_path / "ray")
+    killer.join()
+    assert len(numbers) == 3, "nobody replaced the actor that was killed"
+    assert equal(facts(ground, tmp_path / "ray"), facts(ground, tmp_path / "alone"))
+
+
+def test_an_interrupted_study_keeps_what_was_finished(ground, tmp_path):
+    said = io.StringIO()
+
+    def interrupt():
+        while not list((tmp_path / "run" / "units").glob("*/*/*.json")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        on_ray(ground, tmp_path / "run", said)
+    assert "units are kept in" in said.getvalue()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "units").glob("*/*/*.json")}
+    assert kept
+    on_ray(ground, tmp_path / "run")
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in kept}.items()
