@@ -1,10 +1,29 @@
-"""Studies: what mft compare and mft ablate refuse of arms, grids and budgets."""
+"""Studies: what mft compare and mft ablate refuse of arms, grids, budgets, and of processes that join."""
 
 import dataclasses
+import errno
+import os
+from pathlib import Path
 
+from mft.cli.study import run_compare
+from mft.files.atomic import NotWritten, publish
 from mft.study.ablate import derive
 from mft.study.load import load_study
-from mft.study.store import fine_tunes_in
+from mft.study.shared import on_ray
+from mft.study.shared.leases import Leases, Pace, open_leases
+from mft.study.store import fine_tunes_in, open_store
+
+
+def fail_with(code):
+    """Stands for a call of the system."""
+
+    def fail(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+PACE = Pace(beat=0.05, expiry=0.2, look=0.05)
 
 TABLE = r"""
 a bound of no epochs
@@ -32,4 +51,50 @@ an ablation of data of a fine tune with one number of epochs
     assert study.arms["full fine-tune"].epochs == [4]
     assert derive(study, "data").arms["full fine-tune"].epochs == [4, 8]
     -> accepted: each share's fine-tune may choose twice as many epochs too, and more while it wants them
+# processes that join
+a study that is to be joined and deleted
+    open_store(load_study("small"), "runs/small", joins=True, overwrite=True).__enter__()
+    -> ValueError: --join | must stand without --overwrite, which deletes what others work on | got runs/small
+workers on what there is not
+    run_compare(load_study("small"), overwrite=False, on="rya")
+    -> ValueError: --on | must be one of | got 'rya' | did you mean ray
+processes that join with workers of a cluster
+    run_compare(load_study("small"), overwrite=False, joins=True, on="ray")
+    -> ValueError: --join | must stand without --on, whose workers are in one cluster | got ray
+processes that join with another study's fine tunes
+    run_compare(load_study("small"), overwrite=False, joins=True, fine_tunes_of=Path("runs/other"))
+    -> ValueError: --fine-tunes-of | must stand without --join | got runs/other | begin the study with it alone
+workers on ray without ray
+    patch.setattr(on_ray, "find_spec", lambda name: None)
+    on_ray.start_on_ray(None, None, None).__enter__()
+    -> ValueError: --on ray | must find the package ray | got none | pip install 'mft_kernels[ray]'
+a result on a disk without hard links
+    patch.setattr(os, "link", fail_with(errno.EPERM))
+    publish(tmp / "result.json", "{}")
+    -> NotWritten: result.json | must be on a disk with hard links | got Operation not permitted
+        | name a directory on another disk
+a lease on a full disk
+    patch.setattr(os, "write", fail_with(errno.ENOSPC))
+    Leases(tmp).take("unit")
+    -> NotWritten: unit.1 | could not be written | No space left on device | see that the disk has room
+a lease on a disk that is mounted read only
+    patch.setattr(os, "open", fail_with(errno.EROFS))
+    Leases(tmp).take("unit")
+    -> NotWritten: unit.1 | could not be written | Read-only file system | may be written to
+a directory in place of a lease
+    (tmp / "leases" / "unit.1").mkdir(parents=True)
+    Leases(tmp).take("unit")
+    -> NotWritten: unit.1 | must be a lease that can be read | Is a directory
+        | remove it if no process of this study runs
+one that works alone where another joined
+    with open_leases(tmp, joins=True, pace=PACE), open_leases(tmp, joins=False, pace=PACE):
+        pass
+    -> RuntimeError: output_dir | is in use by process ... on ..., one of several | one of several | pass --join too
+a lease with rubbish in it
+    (tmp / "leases").mkdir()
+    (tmp / "leases" / "unit.1").write_bytes(b"rubbish")
+    said = []
+    with Leases(tmp, said.append, PACE) as leases, leases.holding("unit"):
+        assert "must say who holds it, got b'rubbish'" in said[0]
+    -> accepted: it is told, and taken over once it has not changed for so long
 """

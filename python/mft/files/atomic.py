@@ -5,6 +5,7 @@ before; sweep() clears it away.
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of FAT, of some network disks, of buckets that are mounted
 _SCRATCH = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.(?:tmp|old)")
 
 
@@ -128,6 +130,13 @@ def place(source: Path, target: Path) -> bool:
         except FileExistsError:
             # NFS may repeat a request whose answer was lost: then the file that was in the way is our own.
             ours = target.exists() and os.path.samefile(source, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise NotWritten(
+                f"{target} must be on a disk with hard links, by which one of several writers wins, got "
+                f"{error.strerror}: name a directory on another disk"
+            ) from error
         else:
             ours = True
             _sync(target.parent)
