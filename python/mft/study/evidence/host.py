@@ -20,9 +20,7 @@ class Host:
 
     host: str
     processor: str
-    instructions: (
-        str  # the best set that kernels here are written in, and what torch's own use; of a GPU its capability
-    )
+    instructions: str
     versions: dict[str, str]
 
     @property
