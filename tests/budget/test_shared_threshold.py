@@ -1,10 +1,13 @@
-"""One threshold for several score matrices, against a sort of all of them together."""
+"""One threshold for several score matrices, against a sort of all of them; those of parts, against the matrix's."""
+
+import threading
 
 import pytest
 import torch
 
+from mft_kernels import kept_threshold
 from mft_kernels.mask import shared_threshold as module
-from mft_kernels.mask.shared_threshold import shared_threshold
+from mft_kernels.mask.shared_threshold import part_thresholds, shared_threshold
 from mft_kernels.ops.checks import NonFiniteScores
 from mft_kernels.reference.fixed_point import fixed_from_float, float_from_fixed
 
@@ -52,3 +55,57 @@ def test_what_cannot_be_dropped_is_refused():
             shared_threshold(lambda: iter(scores), dropped)
     with pytest.raises(ValueError, match=r"scores must be of one dtype .* got torch\.float32 and torch\.float64"):
         shared_threshold(lambda: iter([*scores, torch.ones(2, dtype=torch.float64)]), 1)
+
+
+class Meeting:
+    """Adds up the counts of as many threads as there are parts, as an all-reduce adds up those of processes."""
+
+    def __init__(self, count):
+        self.barrier, self.lock, self.total = threading.Barrier(count), threading.Lock(), None
+
+    def add_up(self, counts):
+        with self.lock:
+            self.total = counts.clone() if self.total is None else self.total + counts
+        self.barrier.wait()
+        counts.copy_(self.total)
+        if self.barrier.wait() == 0:
+            self.total = None
+        self.barrier.wait()
+
+
+def by_parts(scores, keep_ratio, mode, count=3):
+    """What each of so many threads finds of the matrices, of which it holds some rows."""
+    meeting, found = Meeting(count), [None] * count
+    dropped = [int((1 - keep_ratio) * matrix.numel()) for matrix in scores]
+
+    def work(place):
+        parts = [matrix.tensor_split(count)[place] for matrix in scores]
+        found[place] = part_thresholds(parts, dropped, mode=mode, add_up=meeting.add_up)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("keep_ratio", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_threshold_of_parts_is_the_matrix_s_bit_for_bit(dtype, mode, keep_ratio):
+    scores = matrices(dtype)
+    expected = [kept_threshold(matrix, keep_ratio, mode=mode) for matrix in scores]
+    expected = [(float_from_fixed(t) if dtype == torch.int16 and keep_ratio else t).item() for t in expected]
+    if dtype == torch.int16 and not keep_ratio:
+        expected = [torch.inf] * len(scores)  # a code of its own stands for it
+    for found in by_parts(scores, keep_ratio, mode):
+        assert found == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_matrix_with_a_score_that_is_not_finite_has_the_threshold_nan_on_all(dtype):
+    scores = matrices(dtype)
+    scores[1][3, 4] = fixed_from_float(torch.tensor(torch.nan)) if dtype == torch.int16 else torch.nan
+    for found in by_parts(scores, 0.9, "magnitude"):
+        assert [number == number for number in found] == [True, False, True, True]
