@@ -1,7 +1,7 @@
 """MaskAdamW: AdamW over scores, its moments in 8 bits, through score_step."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from .ops.checks import BLOCK, check_adam, check_mode, check_stepped
 from .ops.select import select_each
 from .ops.step import score_step
 from .page_locked import empty_locked, zeros_locked
+from .shards import bands_of, check_spread, is_spread, rows_here, split_bands, spread_like
 
 MOMENTS = ("8bit", "fp32")
+_PLACE_BITS = 20  # of a key are a parameter's place; the 12 above are the band of one that is spread
 
 
 class MaskAdamW(Optimizer):
@@ -25,6 +27,10 @@ class MaskAdamW(Optimizer):
 
     A parameter's stochastic rounding takes seed * 2^32 + the parameter's place among all parameters, and its step. So
     a run that is resumed from state_dict repeats bit for bit, as long as parameters are given in the same order.
+
+    Parameters that fully_shard (FSDP2) has spread are DTensors, and so are their moments. Each process steps its own
+    rows, and the result is the same bits on any number of processes. With fp32 scores and moments they are those of
+    plain parameters too; else a matrix is rounded in bands of rows (shards.py), which has the same errors.
 
     Args:
         params: tensors or groups of them; float32, bfloat16, or int16 with requires_grad=False (those take step_one).
@@ -37,7 +43,8 @@ class MaskAdamW(Optimizer):
             lr may then be a tensor () on that device, which replays read; a number is that of the capture. Each
             parameter takes a step before the capture, which makes its moments.
     lr, betas, eps, weight_decay, moments, mode, seed and capturable are options of each group.
-    Raises: ValueError or TypeError, naming the option. ValueError for parameters that fully_shard has spread.
+    Raises: ValueError or TypeError, naming the option. ValueError for parameters that are not spread by rows, or not in
+        whole bands.
     """
 
     def __init__(
@@ -75,12 +82,9 @@ class MaskAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             for p in param_group["params"]:
-                if hasattr(p, "full_tensor"):  # a DTensor
-                    raise ValueError(
-                        f"params must be plain tensors, got a DTensor of shape {tuple(p.shape)} spread over processes: "
-                        "8-bit moments share scales, and stochastic rounding counts elements, over the whole "
-                        "matrix; take torch.optim.AdamW on fp32 scores, or DistributedDataParallel"
-                    )
+                if is_spread(p):
+                    narrow = p.dtype != torch.float32 or options["moments"] != "fp32"
+                    check_spread("params", p, in_bands=narrow)
                 check_stepped("params", p)
                 if not p.is_contiguous():
                     raise ValueError(f"params must be contiguous, got strides {p.stride()}; use p.contiguous()")
@@ -98,7 +102,7 @@ class MaskAdamW(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step(p, p.grad, None, self.tensors(p), {})
+                    self._step(p, rows_here(p.grad), None, self.tensors(p), {})
         return loss
 
     @torch.no_grad()
@@ -117,7 +121,9 @@ class MaskAdamW(Optimizer):
 
         Args:
             p: also of experts, (E, N, K), of each of which keep_ratio is kept then.
-            grad, weight, grad_scale, keep_ratio, threshold: see score_step; grad and weight are of p's shape.
+            grad, weight, grad_scale, keep_ratio, threshold: see score_step; grad and weight are of p's shape. For a
+                spread p grad and weight are plain tensors, this process's rows, and keep_ratio is None: no process
+                knows the threshold by itself.
             tensors: copies of tensors(p) on grad's device, updated in place of those at rest.
         Returns: (threshold, packed mask) of the new scores if keep_ratio is given; of experts (E,) and one each.
         Raises: ValueError if p is not one of params.
@@ -128,12 +134,14 @@ class MaskAdamW(Optimizer):
     def tensors(self, p: Tensor) -> dict[str, Tensor]:
         """What a step of p updates, as it rests: "scores" (p itself), "exp_avg", "exp_avg_sq" and, in 8 bits, "scales".
 
-        Moments begin at zero, on p's device and pinned where p is.
+        Moments begin at zero, on p's device and pinned where p is. Of a spread p all are this process's rows; scales
+        are (bands, 2, blocks of a band) then.
         """
         group, _ = self._place(p)
         state = self.state[p]
         if not state:
-            zeros = zeros_locked if p.is_pinned() else functools.partial(torch.zeros, device=p.device)
+            own = rows_here(p)
+            zeros = zeros_locked if own.is_pinned() else functools.partial(torch.zeros, device=p.device)
             in_8_bits = group["moments"] == "8bit"
             if _is_captured():
                 raise RuntimeError(
@@ -142,10 +150,17 @@ class MaskAdamW(Optimizer):
                 )
             state["step"] = torch.zeros((), dtype=torch.int64, device=p.device) if group["capturable"] else 0
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = zeros(p.shape, dtype=torch.uint8 if in_8_bits else torch.float32)
-            if in_8_bits:
+                moments = zeros(own.shape, dtype=torch.uint8 if in_8_bits else torch.float32)
+                state[name] = spread_like(moments, p, p.shape) if is_spread(p) else moments
+            if in_8_bits and not is_spread(p):
                 state["scales"] = zeros((2, -(-p.numel() // BLOCK)), dtype=torch.float32)
-        return {"scores": p, **{name: tensor for name, tensor in state.items() if name != "step"}}
+            elif in_8_bits:
+                bands = bands_of(p.shape)
+                each = (2, -(-p.numel() // bands // BLOCK))
+                scales = zeros((len(list(split_bands(p))), *each), dtype=torch.float32)
+                state["scales"] = spread_like(scales, p, (bands, *each))
+        own_state = {name: rows_here(tensor) for name, tensor in state.items() if name != "step"}
+        return {"scores": rows_here(p) if is_spread(p) else p, **own_state}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,6 +181,8 @@ class MaskAdamW(Optimizer):
                 if name == "step":
                     on_device = self._place(p)[0]["capturable"]
                     self.state[p][name] = torch.tensor(int(value), device=p.device) if on_device else int(value)
+                elif isinstance(value, Tensor) and is_spread(value):
+                    self.state[p][name] = spread_like(rows_here(value).to(p.device, copy=True), p, value.shape)
                 elif isinstance(value, Tensor):
                     copy = empty_locked(value.shape, value.dtype).copy_(value) if p.is_pinned() else None
                     self.state[p][name] = value.to(p.device, copy=True) if copy is None else copy
@@ -194,37 +211,56 @@ class MaskAdamW(Optimizer):
                 p.in_graph = True  # as after Optimizer.step, for step_one
         if grad.is_sparse:
             raise TypeError("grad must be dense, got a sparse tensor; a score gradient has no zeros to leave out")
+        if is_spread(p) and asked.get("keep_ratio") is not None:
+            raise ValueError(
+                f"keep_ratio must be None for scores that are spread over processes, got {asked['keep_ratio']}: a "
+                "threshold takes the scores of all; see mask/shared_threshold.py"
+            )
         state = self.state[p]
         of_each = asked.get("keep_ratio") if tensors["scores"].dim() == 3 else None
         if of_each is not None:
             asked = asked | {"keep_ratio": None, "threshold": None}
-        result = score_step(
-            _as_matrix(tensors["scores"].detach()),
-            _as_matrix(grad),
-            None if weight is None else _as_matrix(weight),
-            _as_matrix(tensors["exp_avg"]),
-            _as_matrix(tensors["exp_avg_sq"]),
-            tensors.get("scales"),
-            step=state["step"] + 1,
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            seed=group["seed"] << 32 | place,
-            mode=group["mode"],
-            **asked,
-        )
+        result = None
+        for key, of_part in _parts(p, place, (tensors["scores"].detach(), grad, weight), tensors):
+            result = score_step(
+                *of_part,
+                step=state["step"] + 1,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                seed=group["seed"] << 32 | key,
+                mode=group["mode"],
+                **asked,
+            )
         state["step"] += 1
         return result if of_each is None else select_each(tensors["scores"].detach(), of_each, group["mode"])
+
+
+def _parts(
+    p: Tensor, place: int, given: tuple[Tensor | None, ...], tensors: dict[str, Tensor]
+) -> Iterator[tuple[int, Any]]:
+    """(the lower half of its key; scores, gradient, weight, moments and scales) of each matrix of a step.
+
+    All of p is one, unless it is spread: then each band is one, or what is rounded nowhere, all rows here.
+    """
+    matrices, scales = (*given, tensors["exp_avg"], tensors["exp_avg_sq"]), tensors.get("scales")
+    if not is_spread(p) or (scales is None and p.dtype == torch.float32):
+        if tensors["scores"].numel() or not is_spread(p):
+            yield place, (*map(_as_matrix, matrices), scales)
+        return
+    for i, (band, rows) in enumerate(split_bands(p)):
+        of_band = (None if of is None else _as_matrix(of[rows]) for of in matrices)
+        yield band << _PLACE_BITS | place, (*of_band, None if scales is None else scales[i])
 
 
 def _is_captured() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _as_matrix(tensor: Tensor) -> Tensor:
+def _as_matrix(tensor: Tensor | None) -> Tensor | None:
     # An element-wise step does not ask for the shape; blocks of 256 run over the flattened tensor.
-    if tensor.dim() == 2:
+    if tensor is None or tensor.dim() == 2:
         return tensor
     if tensor.dim() == 3:  # rows of a length for which kernels are written
         return tensor.flatten(0, 1)

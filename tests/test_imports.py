@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # Of mft_kernels and of mft: a package may import those before it. In a package there is no order, and no circle.
 KERNEL_ORDER = (
-    *("_ops", "_version", "eager", "testing", "timing", "codes", "operands", "page_locked"),
+    *("_ops", "_version", "eager", "testing", "timing", "codes", "operands", "page_locked", "shards"),
     *("reference", "backends", "ops", "mask", "layers", "optim"),
 )
 BACKENDS = ("cpu", "cuda", "triton")  # packages of mft_kernels/backends, none of which knows another

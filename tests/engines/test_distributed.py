@@ -120,6 +120,7 @@ def work(rank, folder):
     processes = Processes(rank, COUNT)
     found = {f"DDP, {name}": in_ddp(rank, name, folder) for name in OPTIMIZERS}
     found["FSDP2"] = in_fsdp2(rank, folder)
+    found["FSDP2, MaskAdamW"] = by_mask_adamw_in_fsdp2(rank)
     found["uneven shards"] = in_uneven_shards()
     found["collectives"] = after_collectives(rank)
     found |= {name: recipe(name, processes=processes) for name in RECIPES}
@@ -181,7 +182,6 @@ def in_fsdp2(rank, folder):
     found["refusals"] = [
         refusal(module.mask),
         refusal(lambda: kept_threshold(module.scores, 0.9)),
-        refusal(lambda: MaskAdamW(scores)),
         refusal(lambda: mft.save_masks(model, folder / "nothing")),
         refusal(lambda: mft.merge_model(model)),
         refusal(lambda: mft.load_masks(model, folder / "nothing")),
@@ -195,6 +195,17 @@ def in_fsdp2(rank, folder):
         model.load_state_dict(before)
         found["loaded"] = model(input_ids=part, labels=part).loss.item()
     return found
+
+
+def by_mask_adamw_in_fsdp2(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = masked()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    losses = learn(model, OPTIMIZERS["MaskAdamW"][1](trained_scores(model)), [halves()[rank]])
+    return {"losses": losses, "scores": scores_of(model)}
 
 
 def five_by_eight():
@@ -290,13 +301,18 @@ def test_fsdp2_is_bit_equal_to_one_process(found, folder, tmp_path):
     assert equal(exported(folder / "FSDP2"), exported(tmp_path / "masks"))
 
 
+def test_mask_adamw_in_fsdp2_is_bit_equal_to_one_process(found):
+    losses, model = alone("MaskAdamW")
+    assert [sum(pair) / 2 for pair in zip(*(each["FSDP2, MaskAdamW"]["losses"] for each in found))] == losses
+    for each in found:
+        assert equal(each["FSDP2, MaskAdamW"]["scores"], scores_of(model))
+
+
 def test_what_would_read_a_part_of_a_matrix_is_refused(found, folder):
-    mask, threshold, optimizer, save, merge, load = found[1]["FSDP2"]["refusals"]
+    mask, threshold, save, merge, load = found[1]["FSDP2"]["refusals"]
     for message in (mask, threshold, save):
         assert "scores must be a plain tensor, got a DTensor of shape (32, " in message
         assert "spread over processes: unshard() its module on every process first" in message
-    assert "8-bit moments share scales" in optimizer
-    assert "take torch.optim.AdamW" in optimizer
     for message in (merge, load):
         assert "must not be sharded yet, got a FSDPLlamaForCausalLM that fully_shard has spread" in message
     assert not (folder / "nothing").exists()
