@@ -7,6 +7,7 @@ the flips           what is dropped now goes aside, what is kept again comes bac
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from mft.engines.own_forward import OwnForward
 from mft.engines.score_states import HeldMask, ScoreStates, current_masks
 from mft.engines.trains_scores import TrainsScores
 from mft.masks.convert import masked_modules
-from mft.masks.in_place.layer import InPlaceLayer
 from mft.masks.in_place.model import MasksInPlace
 from mft.models.causal_lm import Run
 from mft.models.frozen_layers import PrefixMemory
@@ -26,31 +26,73 @@ from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW
+from mft_kernels.mask.in_place import MaskedInPlace
+from mft_kernels.shards import rows_here
 
 
 @dataclass(eq=False)
 class InPlaceMask(HeldMask):
-    """A mask that lies in its layer's weight; its gradient is that weight's."""
+    """A mask that lies in its layer's weight; its gradient is that weight's.
 
-    layer: InPlaceLayer = field(kw_only=True)
+    held: the mask in the weight. parameter: what autograd leaves the weight's gradient in.
+    """
+
+    held: MaskedInPlace = field(kw_only=True)
+    parameter: nn.Parameter = field(kw_only=True)
 
     def weight(self) -> Tensor:
         """(N, K), of experts (E, N, K): whole, a copy."""
-        return self.layer.held.whole()
+        return self.held.whole()
 
     def take(self, packed: Tensor) -> None:
-        self.layer.held.change(packed)
+        self.held.change(packed)
         self.packed = packed
 
 
-class InPlaceStates(ScoreStates):
+class WeightStates(ScoreStates):
+    """Scores that learn by the gradients of weights that hold their masks.
+
+    Args: grad_dtype: that micro-batches are summed in; None: the weights', by autograd itself. Others as ScoreStates'.
+    """
+
+    def __init__(
+        self, masks: Sequence[InPlaceMask], *args: Any, grad_dtype: torch.dtype | None = None, **options: Any
+    ) -> None:
+        super().__init__(masks, *args, **options)
+        self._in_weights, self._grad_dtype = masks, grad_dtype
+        for mask in masks:
+            if self.buffer_dtype(mask, grad_dtype) != mask.weight_dtype():
+                mask.parameter.register_post_accumulate_grad_hook(_sum_in(mask, grad_dtype))
+
+    def step(self, lr: float | None = None, max_norm: float | None = None) -> None:
+        """One optimiser step from the weights' gradients, and the flips. A layer without a gradient has one of 0."""
+        for mask in self._in_weights:
+            grad = mask.parameter.grad if mask.grad is None else mask.grad
+            mask.grad = self.new_buffer(mask, self._grad_dtype) if grad is None else rows_here(grad).contiguous()
+        try:
+            self.update(self._in_weights, lr, max_norm)
+            self.select()
+        finally:
+            for mask in self._in_weights:
+                mask.grad = None
+
+    def zero_grad(self) -> None:
+        """No weight has a gradient."""
+        for mask in self._in_weights:
+            mask.grad = mask.parameter.grad = None
+
+    def has_gradients(self) -> bool:
+        """Whether any weight has one."""
+        return any(mask.parameter.grad is not None for mask in self._in_weights)
+
+
+class InPlaceStates(WeightStates):
     """Scores whose masks lie in the weights of a model from here on, until close(); on its device, as the moments.
 
     Args:
         optimizer: of the scores of model's masked layers, in their order.
         masks: those that the layers hold at first; None: what the scores select now. copied: see MasksInPlace.
-        grad_dtype: that micro-batches are summed in; None: the weights', by autograd itself.
-    Others as of ScoreStates. Raises: as MasksInPlace.
+    Others as of WeightStates. Raises: as MasksInPlace.
     """
 
     def __init__(
@@ -66,43 +108,20 @@ class InPlaceStates(ScoreStates):
     ) -> None:
         masks = current_masks(masked_modules(model)) if masks is None else masks
         self._in_place = MasksInPlace(model, {mask.name: mask.packed for mask in masks}, copied)
-        self._in_layers = [
-            InPlaceMask(mask.name, mask.module, mask.packed, mask.threshold, layer=layer)
-            for mask, layer in zip(masks, self._in_place.layers, strict=True)
+        self._layers = list(self._in_place.layers)
+        of_layers = [
+            InPlaceMask(
+                *(mask.name, mask.module, mask.packed, mask.threshold), held=layer.held, parameter=layer.parameter
+            )
+            for mask, layer in zip(masks, self._layers, strict=True)
         ]
-        device = self._in_layers[0].layer.parameter.device
-        mover = Mover(device, separate=False)
-        super().__init__(self._in_layers, optimizer, mover, processes, surrogate, budget_of(model))
-        self._grad_dtype = grad_dtype
-        for mask in self._in_layers:
-            if self.buffer_dtype(mask, grad_dtype) != mask.weight_dtype():
-                mask.layer.parameter.register_post_accumulate_grad_hook(_sum_in(mask, grad_dtype))
-
-    def step(self, lr: float | None = None, max_norm: float | None = None) -> None:
-        """One optimiser step from the weights' gradients, and the flips. A layer without a gradient has one of 0."""
-        for mask in self._in_layers:
-            grad = mask.layer.parameter.grad if mask.grad is None else mask.grad
-            mask.grad = self.new_buffer(mask, self._grad_dtype) if grad is None else grad.contiguous()
-        try:
-            self.update(self._in_layers, lr, max_norm)
-            self.select()
-        finally:
-            for mask in self._in_layers:
-                mask.grad = None
-
-    def zero_grad(self) -> None:
-        """No weight has a gradient."""
-        for mask in self._in_layers:
-            mask.grad = mask.layer.parameter.grad = None
-
-    def has_gradients(self) -> bool:
-        """Whether any weight has one."""
-        return any(mask.layer.parameter.grad is not None for mask in self._in_layers)
+        mover = Mover(self._layers[0].parameter.device, separate=False)
+        super().__init__(*(of_layers, optimizer, mover, processes, surrogate, budget_of(model)), grad_dtype=grad_dtype)
 
     def check_there(self) -> None:
         """Raise RuntimeError if a weight was moved away from its mask."""
-        for mask in self._in_layers:
-            mask.layer.check_there()
+        for layer in self._layers:
+            layer.check_there()
 
     def close(self) -> None:
         """The model is the masked one again, with what its scores have learned."""

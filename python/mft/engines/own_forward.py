@@ -48,12 +48,7 @@ class OwnForward:
         with self._processes.together():
             self._objective.prepare(batches)
             for batch in batches:
-                with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
-                    base = self._base(batch) if self._objective.needs_reference(batch) else None
-                    ids, positions = inputs_of(batch, self._model, self._device)
-                    hidden = self._prefix(ids, batch.rows, positions)
-                    total = self._objective.backward(self.head, hidden, batch, scale, base)
-                    on_loss(batch, total)
+                on_loss(batch, self._backward(batch, scale))
         with self._at("the optimiser step"):
             self._update(lr, max_norm)
 
@@ -71,6 +66,14 @@ class OwnForward:
         for batch in batches:
             ids, positions = inputs_of(batch, self._model, self._device)
             yield self._run(self._model, ids, positions)
+
+    def _backward(self, batch: MicroBatch, scale: float) -> Tensor:
+        """The sum of a micro-batch's losses, of which every gradient has been made."""
+        with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
+            base = self._base(batch) if self._objective.needs_reference(batch) else None
+            ids, positions = inputs_of(batch, self._model, self._device)
+            hidden = self._prefix(ids, batch.rows, positions)
+            return self._objective.backward(self.head, hidden, batch, scale, base)
 
     def _update(self, lr: float, max_norm: float | None) -> None:
         """The optimiser step, from the gradients that are complete but for other processes' share."""

@@ -23,6 +23,7 @@ from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer, pack_mask
 from mft_kernels.mask.masking import outdate
 from mft_kernels.reference.fixed_point import code_at_least, selectable
+from mft_kernels.shards import is_spread, rows_here
 
 _CLIP_ROWS = 256  # of a gradient squared at once
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
@@ -37,6 +38,11 @@ class HeldMask:
     packed: Tensor
     threshold: Tensor
     grad: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        """What learns: the module's."""
+        return self.module.scores
 
     @property
     def quantized(self) -> QuantizedWeight | None:
@@ -115,8 +121,9 @@ class ScoreStates:
         self._mover, self._masks, self.processes, self._surrogate = mover, masks, processes, surrogate
         self.optimizer, self.budget = optimizer, budget
         for mask in masks:
-            mask.module.scores.requires_grad_(False)
-            mask.module.scores.data = mover.rest(mask.module.scores.data)
+            mask.scores.requires_grad_(False)
+            if not is_spread(mask.scores):  # whose rows lie on the device already
+                mask.scores.data = mover.rest(mask.scores.data)
         self._found_bad: list[tuple[HeldMask, Tensor]] = []
 
     def close(self) -> None:
@@ -127,7 +134,7 @@ class ScoreStates:
     def learned(self) -> dict[str, Tensor]:
         """The scores, as they rest, by the parameter's name; copies of them have arrived."""
         self._mover.finish()
-        return {f"{mask.name}.scores": mask.module.scores for mask in self._masks}
+        return {f"{mask.name}.scores": mask.scores for mask in self._masks}
 
     def result(self) -> dict[str, Tensor]:
         """The masks, as a finished run saves them: see step.Runner."""
@@ -163,23 +170,31 @@ class ScoreStates:
     def new_buffer(self, mask: HeldMask, dtype: torch.dtype | None) -> Tensor:
         """Zeros for one layer's gradient, in buffer_dtype(mask, dtype)."""
         dtype = self.buffer_dtype(mask, dtype)
-        return torch.zeros(mask.module.scores.shape, dtype=dtype, device=self._mover.device)
+        return torch.zeros(rows_here(mask.scores).shape, dtype=dtype, device=self._mover.device)
 
     def clip_factor(self, max_norm: float) -> Tensor:
-        """min(1, max_norm / (norm + 1e-6)) of all scores' gradients together, 0-d on the device.
+        """min(1, max_norm / (norm + 1e-6)) of all scores' gradients together, fp32, 0-d on the device.
 
         |weight * sign(score)| = |weight|, so the scores are not needed; a surrogate's are in the buffers already.
+        Squares are added up in fp64, so that their order hardly matters.
         """
-        total = torch.zeros((), device=self._mover.device)
+        total = self._squares()
+        return (max_norm / (total.sqrt() + _EPSILON)).clamp_(max=1.0).float()
+
+    def _squares(self) -> Tensor:
+        """The sum of the squared gradients of all scores, fp64, 0-d on the device."""
+        total = torch.zeros((), dtype=torch.float64, device=self._mover.device)
         for mask in self._masks:
             assert mask.grad is not None, "clipping needs every gradient"
             if self._surrogate is not None:
-                total += sum(grad.float().square().sum() for grad in mask.grad.flatten(0, -2).split(_CLIP_ROWS))
+                for grad in mask.grad.flatten(0, -2).split(_CLIP_ROWS):
+                    total += grad.float().square().sum(dtype=torch.float64)
+                continue
                 continue
             rows = (mask.grad.flatten(0, -2), mask.weight().flatten(0, -2))
             for grad, weight in zip(*(tensor.split(_CLIP_ROWS) for tensor in rows)):
-                total += (grad.float() * weight.float()).square_().sum()
-        return (max_norm / (total.sqrt() + _EPSILON)).clamp_(max=1.0)
+                total += (grad.float() * weight.float()).square_().sum(dtype=torch.float64)
+        return total
 
     def update(self, masks: Sequence[HeldMask], lr: float | None = None, max_norm: float | None = None) -> None:
         """One optimiser step of these layers from their buffers, summed over processes; their next masks are held then.
@@ -199,13 +214,17 @@ class ScoreStates:
             summed = iter(list(summed))
             if self._surrogate is not None:
                 for mask in masks:
-                    self._replace(mask, *self._mover.bring([mask.module.scores]).wait())
+                    self._replace(mask, *self._mover.bring([rows_here(mask.scores)]).wait())
             factor = self.clip_factor(max_norm)
         for mask, _ in zip(masks, summed, strict=True):
             packed = self._step(mask, factor)
             if packed is not None:
                 mask.take(packed)
             self._mover.let_go()
+
+    def selects_later(self, mask: HeldMask) -> bool:
+        """Whether select() finds this mask, after the step of all layers."""
+        return self.budget is not None
 
     def select(self) -> None:
         """Under a budget: the masks of all layers, by the threshold that their scores share now.
@@ -245,18 +264,19 @@ class ScoreStates:
     def _brought(self) -> Iterator[Tensor]:
         """The scores of each layer, on the device while they are read."""
         for mask in self._masks:
-            yield from self._mover.bring([mask.module.scores]).wait()
+            yield from self._mover.bring([rows_here(mask.scores)]).wait()
 
     def _step(self, mask: HeldMask, grad_scale: Tensor | None) -> Tensor | None:
-        """The next mask; None under a budget."""
-        module, resting = mask.module, self.optimizer.tensors(mask.module.scores)
+        """The next mask; None if select() finds it later."""
+        module, resting = mask.module, self.optimizer.tensors(mask.scores)
         tensors = dict(zip(resting, self._mover.bring(list(resting.values())).wait()))
-        given = module.threshold is not None or self.budget is not None
+        later = self.selects_later(mask)
+        given = module.threshold is not None or later
         assert mask.grad is not None, "a step needs the gradient"
         if self._surrogate is not None and grad_scale is None:  # else it was there before the norm
             self._replace(mask, tensors["scores"])
         selected = self.optimizer.step_one(
-            module.scores,
+            mask.scores,
             mask.grad,
             mask.weight() if self._surrogate is None else None,
             tensors=tensors,
@@ -265,7 +285,7 @@ class ScoreStates:
             threshold=None if given else mask.threshold,
         )
         packed = None
-        if self.budget is None and selected is None:
+        if not later and selected is None:
             packed = pack_mask(tensors["scores"], mask.threshold, mode=module.mode)
             self._found_bad.append((mask, ~selectable(tensors["scores"]).isfinite().all()))
         elif selected is not None:
