@@ -28,12 +28,12 @@ _DEVICE_CHUNK = 1 << 22  # elsewhere: 80 MB of keys and digits, and few launches
 AddUp = Callable[[Tensor], None]  # int64 counts become, in place, the sums of all processes'
 
 
-def _alone(counts: Tensor) -> None:
+def one_process(counts: Tensor) -> None:
     """The sums of one process."""
 
 
 def shared_threshold(
-    read: Callable[[], Iterable[Tensor]], dropped: int, *, mode: str = "magnitude", add_up: AddUp = _alone
+    read: Callable[[], Iterable[Tensor]], dropped: int, *, mode: str = "magnitude", add_up: AddUp = one_process
 ) -> float:
     """The (dropped + 1)-th smallest |score| (score in mode "value") of all matrices together.
 
@@ -59,7 +59,7 @@ def shared_threshold(
 
 
 def part_thresholds(
-    parts: Sequence[Tensor], dropped: Sequence[int], *, mode: str = "magnitude", add_up: AddUp = _alone
+    parts: Sequence[Tensor], dropped: Sequence[int], *, mode: str = "magnitude", add_up: AddUp = one_process
 ) -> list[float]:
     """shared_threshold of each matrix by itself, of which this process holds a part; the same list on all of them.
 

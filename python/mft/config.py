@@ -39,7 +39,7 @@ SCORES_DTYPES, MOMENTS, QUANTIZATIONS = tuple(SCORE_FORMATS), tuple(MOMENT_FORMA
 CODINGS = ("packed", "rice", "by_weight")  # of masks in an export (files/mask_coding.py)
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
-WAYS = ("plain", "in_place", "resident", "quantized", "layerwise")  # or auto
+WAYS = ("plain", "in_place", "resident", "quantized", "layerwise", "sharded")  # or auto
 TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
 
 
@@ -321,6 +321,8 @@ class TrainConfig:
     moments: Annotated[str, one_of((AUTO, *MOMENTS))] = "float32"
     # Data type of the gradient buffers (null: that of the weights)
     grad_dtype: Annotated[str | None, one_of(DTYPES)] = None
+    # When memory: sharded sums gradients over processes. micro_batch: each time, so that no process holds whole ones
+    reduce_every: Annotated[str, one_of(("step", "micro_batch"))] = "step"
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, more time
     seed: Annotated[int, SEED] = 0  # Seed of the order of training rows, of dropout and of stochastic rounding
     log_every: Annotated[int, at_least(1)] = 1  # Steps between two lines of metrics.jsonl

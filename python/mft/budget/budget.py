@@ -20,7 +20,7 @@ from mft.config import MaskConfig
 from mft.models.parallel import unwrapped
 from mft_kernels import MaskedLayer
 from mft_kernels.mask.scores import Scores, State, state, still, watch
-from mft_kernels.mask.shared_threshold import shared_threshold
+from mft_kernels.mask.shared_threshold import AddUp, one_process, shared_threshold
 from mft_kernels.ops.checks import NonFiniteScores
 
 _BUDGET = "_mft_budget"  # an attribute of a model, or of PEFT's configuration
@@ -47,9 +47,10 @@ class Budget:
         ramp = self.ramp * steps
         self.quota = int(self.share * self.weights * (1.0 if step >= ramp else step / ramp))
 
-    def threshold(self, read: Callable[[], Iterable[Tensor]]) -> float:
-        """The threshold that drops the quota. read: gives the scores of all layers, see shared_threshold."""
-        return shared_threshold(read, self.quota, mode=self.mode)
+    def threshold(self, read: Callable[[], Iterable[Tensor]], add_up: AddUp = one_process) -> float:
+        """The threshold that drops the quota. read: gives the scores of all layers, or those that this process holds;
+        see shared_threshold."""
+        return shared_threshold(read, self.quota, mode=self.mode, add_up=add_up)
 
     def select(self, masked: Sequence[MaskedLayer]) -> None:
         """Give all layers of the budget the threshold that their scores share now.

@@ -4,6 +4,7 @@
     then on both               the sum of the gradients -> the same optimiser step -> the same scores
 
 layerwise sums a layer's gradients before that layer's scores change, the other ways those of all layers at the end.
+Under sharded (sharded.py) each process holds some rows of everything.
 
 The processes are torch.distributed's, as torchrun starts them: gloo between CPUs; nccl between GPUs, one a process.
 """
@@ -116,6 +117,18 @@ class Processes:
         Raises: what the block raised; in the others then OtherFailed, which says what and where.
         """
         return contextlib.nullcontext() if self.count == 1 else _Together(self)
+
+    def all_rows(self, rows: Tensor, count: int) -> Tensor:
+        """The whole tensor of so many rows, of which each process has ceil(count / processes), the last ones fewer."""
+        if self.count == 1:
+            return rows
+        most = -(-count // self.count)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        whole = padded.new_empty(most * self.count, *rows.shape[1:])
+        # As bytes: gloo does not send int16.
+        dist.all_gather(list(whole.view(torch.uint8).chunk(self.count)), padded.view(torch.uint8))
+        return whole[:count]
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in fp64."""

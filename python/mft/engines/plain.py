@@ -11,7 +11,7 @@ from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.master_weights import MasterAdamW
 from mft.engines.own_forward import OwnForward
-from mft.engines.score_states import score_optimizer
+from mft.engines.score_states import score_groups, score_optimizer
 from mft.engines.step import NonFiniteLoss
 from mft.models.causal_lm import Run
 from mft.models.frozen_layers import PrefixMemory
@@ -31,6 +31,7 @@ class Plain(OwnForward):
     """
 
     way = "plain"
+    in_lockstep = False
 
     def __init__(
         self,
@@ -52,6 +53,9 @@ class Plain(OwnForward):
 
     def check(self) -> None:
         """Nothing: a masked layer finds non-finite scores in its next forward."""
+
+    def finish(self) -> None:
+        """Nothing: what was learned is the model's own."""
 
     def check_learned(self) -> None:
         """Raise NonFiniteLoss if what is learned is not finite: before it is saved, where no later loss shows it."""
@@ -117,7 +121,7 @@ class _ScoreAdamW:
 
     def __init__(self, masked: Sequence[MaskedLayer], train: TrainConfig) -> None:
         self.parameters = self.masters = [module.scores for module in masked]
-        self.optimizer = score_optimizer(masked, train)
+        self.optimizer = score_optimizer(score_groups(masked), train)
 
     def __enter__(self) -> "_ScoreAdamW":
         return self

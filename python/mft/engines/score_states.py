@@ -84,10 +84,10 @@ def score_groups(masked: Iterable[MaskedLayer]) -> list[dict[str, Any]]:
     return [{"params": [module.scores], "mode": module.mode} for module in masked]
 
 
-def score_optimizer(masked: Iterable[MaskedLayer], train: TrainConfig) -> MaskAdamW:
-    """Of their scores, as train says."""
+def score_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> MaskAdamW:
+    """Of these scores, see score_groups, as train says."""
     return MaskAdamW(
-        score_groups(masked),
+        groups,
         lr=train.lr,
         betas=train.betas,
         weight_decay=train.weight_decay,
@@ -189,7 +189,6 @@ class ScoreStates:
             if self._surrogate is not None:
                 for grad in mask.grad.flatten(0, -2).split(_CLIP_ROWS):
                     total += grad.float().square().sum(dtype=torch.float64)
-                continue
                 continue
             rows = (mask.grad.flatten(0, -2), mask.weight().flatten(0, -2))
             for grad, weight in zip(*(tensor.split(_CLIP_ROWS) for tensor in rows)):

@@ -18,7 +18,8 @@ from mft.engines.offload import Mover
 from mft.engines.plain import Plain
 from mft.engines.randomness import draws_at_random
 from mft.engines.resident import Resident
-from mft.engines.score_states import ScoreStates, current_masks, score_optimizer
+from mft.engines.score_states import ScoreStates, current_masks, score_groups, score_optimizer
+from mft.engines.sharded import start_sharded
 from mft.engines.step import Runner
 from mft.masks.convert import masked_modules
 from mft.models.causal_lm import split_at_head
@@ -31,6 +32,7 @@ Device = torch.device | str | None
 
 # The ways that run the model's own forward, and those that run its layers one by one.
 OWN_FORWARD = ("plain", "in_place")
+SHARDED = "sharded"  # which runs a copy of the model by its own forward
 ENGINES: dict[str, type[LayerEngine]] = {"resident": Resident, "quantized": Resident, "layerwise": Layerwise}
 
 
@@ -54,8 +56,8 @@ def start_runner(
 ) -> Runner:
     """What trains model; close() gives it back.
 
-    Args: as of start_engine; way: also "plain" and "in_place", where the model stays on its device. before_update: of
-        "plain" alone, called when a step's gradients are complete.
+    Args: as of start_engine; way: also "plain" and "in_place", where the model stays on its device, and "sharded",
+        where it stays on the CPU. before_update: of "plain" alone, called when a step's gradients are complete.
     """
     check_rule(
         train.batches_at_once is None or way == "layerwise",
@@ -63,6 +65,8 @@ def start_runner(
         f"be null with memory: {way}, which runs one batch at a time",
         train.batches_at_once,
     )
+    if way == SHARDED:
+        return start_sharded(model, few, _device(device), train, processes, objective, surrogate)
     if way not in OWN_FORWARD:
         return start_engine(
             *(model, few, way, device),
@@ -76,7 +80,7 @@ def start_runner(
         memory = None
     run, head = split_at_head(model, few)
     if way == "in_place":
-        optimizer = score_optimizer(masked_modules(model).values(), train)
+        optimizer = score_optimizer(score_groups(masked_modules(model).values()), train)
         states = InPlaceStates(model, optimizer, processes, surrogate, grad_dtype=_grad_dtype(train))
         with contextlib.ExitStack() as undo:
             undo.callback(states.close)
@@ -110,10 +114,8 @@ def start_engine(
         separate: see Mover. objective: what is made smaller. surrogate: of the scores' gradients; see ScoreStates.
     """
     if way not in ENGINES:
-        raise ValueError(f"way must be one of {', '.join((*OWN_FORWARD, *ENGINES))}, got {way!r}")
-    device = default_device() if device is None else torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that torch finds, got {device} and no GPU: leave it out, or say cpu")
+        raise ValueError(f"way must be one of {', '.join((*OWN_FORWARD, *ENGINES, SHARDED))}, got {way!r}")
+    device = _device(device)
     masks = current_masks(masked_modules(model))
     with contextlib.ExitStack() as undo:
         for mask in masks:  # the scores may lie elsewhere than the weights, from an earlier engine
@@ -131,7 +133,7 @@ def start_engine(
         mover = Mover(device, separate=separate)
         states = None
         if train is not None:
-            optimizer = score_optimizer([mask.module for mask in masks], train)
+            optimizer = score_optimizer(score_groups(mask.module for mask in masks), train)
             states = ScoreStates(masks, optimizer, mover, processes, surrogate, budget_of(model))
         dtype = None if train is None else _grad_dtype(train)
         engine = ENGINES[way](
@@ -144,6 +146,14 @@ def start_engine(
         )
         undo.pop_all()
     return engine
+
+
+def _device(device: Device) -> torch.device:
+    """That of name, or the default one."""
+    device = default_device() if device is None else torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that torch finds, got {device} and no GPU: leave it out, or say cpu")
+    return device
 
 
 def _grad_dtype(train: TrainConfig) -> torch.dtype | None:

@@ -17,7 +17,10 @@ OnLoss = Callable[[MicroBatch, Tensor], None]  # may raise, before any score has
 
 
 class Runner(Protocol):
-    """Plain, InPlace, Resident or Layerwise on one model, as start.start_runner makes it."""
+    """Plain, InPlace, Resident, Layerwise or Sharded on one model, as start.start_runner makes it."""
+
+    # Whether each process holds a part of what is learned, so that all must call each method, and as often.
+    in_lockstep: bool
 
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
@@ -42,7 +45,10 @@ class Runner(Protocol):
     def optimizer(self) -> torch.optim.Optimizer: ...
 
     def learned(self) -> Mapping[str, Tensor]:
-        """What is trained, as it rests, by the parameter's name: scores, or fp32 masters of 16-bit weights."""
+        """What is trained, as it rests, by the parameter's name: scores, or fp32 masters of 16-bit weights.
+
+        DTensors where each process holds some rows.
+        """
 
     head: nn.Module  # hidden states -> logits
 
@@ -59,8 +65,11 @@ class Runner(Protocol):
     def relearned(self) -> None:
         """After a change of what is learned: the model computes with it."""
 
+    def finish(self) -> None:
+        """After the last step: the model has what was learned. All processes call it."""
+
     def close(self) -> None:
-        """The model is whole again."""
+        """The model is whole again, but for what finish() gives back."""
 
 
 @dataclass

@@ -9,6 +9,8 @@ from mft_kernels import MaskAdamW
 class TrainsScores:
     """The part of step.Runner that is about what is learned."""
 
+    in_lockstep = False
+
     @property
     def states(self) -> ScoreStates:
         raise NotImplementedError
@@ -19,6 +21,9 @@ class TrainsScores:
 
     def check_learned(self) -> None:
         """Nothing: check() has looked at every step."""
+
+    def finish(self) -> None:
+        """Nothing: the scores that learned are the model's own."""
 
     @property
     def optimizer(self) -> MaskAdamW:

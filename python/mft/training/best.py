@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from mft.budget.budget import budget_of
-from mft.engines.step import Runner
 from mft.masks.convert import masked_modules, set_scores
 from mft.training.checkpoint import BadCheckpoint, checkpoint_at, write_checkpoint
 from mft_kernels import MaskedLayer, unpack_mask
@@ -34,9 +33,9 @@ class Best:
         self.root = root
         self.resumed: int | None = None
 
-    def write(self, runner: Runner, step: int, loss: float) -> None:
-        """Keep what the runner has learned; earlier ones go. Raises: as write_checkpoint."""
-        write_checkpoint(self.root, step, runner.result(), {"validation loss": loss}, keep=self.resumed)
+    def write(self, result: Mapping[str, Tensor], step: int, loss: float) -> None:
+        """Keep a runner's result(); earlier ones go. Raises: as write_checkpoint."""
+        write_checkpoint(self.root, step, result, {"validation loss": loss}, keep=self.resumed)
 
     def put(self, model: nn.Module, step: int) -> None:
         """Make a model what it was at that step.

@@ -16,7 +16,7 @@ from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.randomness import seeded
-from mft.engines.start import OWN_FORWARD, Device, start_runner
+from mft.engines.start import OWN_FORWARD, SHARDED, Device, start_runner
 from mft.engines.step import NonFiniteLoss, Runner, StepReport
 from mft.masks.convert import masked_modules
 from mft.masks.inspection import dropped_share
@@ -49,8 +49,9 @@ def train_masks(
     (surrogate.py), whatever way is taken; clipping is of what they learn by.
 
     Args:
-        way: "plain", "in_place", "resident", "quantized" or "layerwise" (see docs/memory.md); all give the same update.
-        device: of the three latter; None: the first GPU, or the CPU. model lies on the CPU, or there.
+        way: "plain", "in_place", "resident", "quantized", "layerwise" or "sharded" (see docs/memory.md); all give the
+            same update.
+        device: of the four latter; None: the first GPU, or the CPU. model lies on the CPU, or there.
         options: as of train_loop.
     """
     masked = masked_modules(model)
@@ -162,7 +163,7 @@ def train_loop(
     with (
         seeded(train.seed),
         keeping_apart(model, dataset, few, train.batch_size),
-        training_mode(model, checkpointed=way in OWN_FORWARD and train.gradient_checkpointing),
+        training_mode(model, checkpointed=way in (*OWN_FORWARD, SHARDED) and train.gradient_checkpointing),
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):
         updated = None if before_update is None else lambda: before_update(len(reports) + 1, steps)
@@ -173,15 +174,16 @@ def train_loop(
             surrogate=surrogate,
         )
         try:
-            if way not in OWN_FORWARD:
+            if way not in (*OWN_FORWARD, SHARDED):
                 _rehearse(runner, rows, train)
             if saver is not None:
-                with processes.together():
+                with contextlib.nullcontext() if runner.in_lockstep else processes.together():
                     reports += saver.begin(runner, rows)
             if budget is not None:
                 budget.grow(len(reports), steps)
                 runner.relearned()
-            processes.agree_on(runner.learned())
+            if not runner.in_lockstep:
+                processes.agree_on(runner.learned())
             ended = False
             if validation is not None:
                 validation.begin(lambda: 0 if saver is None else saver.told)
@@ -217,7 +219,9 @@ def train_loop(
                 if ended:
                     break
             runner.check_learned()
-            processes.agree_on(runner.learned())  # else their machines compute differently
+            if not runner.in_lockstep:
+                processes.agree_on(runner.learned())  # else their machines compute differently
+            runner.finish()
         finally:
             runner.close()
     return reports

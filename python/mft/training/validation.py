@@ -142,7 +142,7 @@ class Validation:
                     batch_size=self._batch_size,
                     objective=self._objective,
                     runner=runner,
-                    processes=processes,
+                    processes=ALONE if runner.in_lockstep else processes,
                     on_batch=on_batch,
                 )
         finally:
@@ -154,8 +154,10 @@ class Validation:
                 f"lower train.lr (now {train.lr:g})"
             )
         self._judge(report.step, loss, train)
-        if self._best is not None and processes.first and self.standing.best == report.step:
-            self._best.write(runner, report.step, loss)
+        if self._best is not None and self.standing.best == report.step:
+            learned = runner.result() if processes.first or runner.in_lockstep else {}
+            if processes.first:
+                self._best.write(learned, report.step, loss)
         if self._on_result is not None:
             self._on_result(report.step, result, time.perf_counter() - begin, self.standing)
 

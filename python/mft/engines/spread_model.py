@@ -1,0 +1,144 @@
+"""A masked model spread over processes by FSDP2: a copy of it whose parameters lie in rows, each row on one process.
+
+    the model       whole, in host memory, untouched (on a CPU mapped from its file)
+    the copy        masked layers are ordinary ones; fully_shard gathers a decoder layer while it runs, and lets go
+
+The embedding and the head are gathered by themselves. Where they share one weight, each process keeps it whole.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from mft.engines.distributed import Processes
+from mft.masks.convert import masked_modules, replace_module
+from mft.masks.experts import unmask_experts
+from mft.masks.in_place.layer import check_layer
+from mft.models.causal_lm import Run, decoder_layers, decoder_of, run_decoder, split_at_head
+from mft_kernels import MaskedLayer, MaskedLinear
+from mft_kernels.layers.shells import linear_on
+
+# Gradients of 16 bits are summed in fp32, and rounded once.
+_POLICY = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class SpreadModel:
+    """A spread copy of a model, and how it is run.
+
+    weights: of the masked layers, by name: DTensors, which ask for a gradient. units: what is gathered together.
+    """
+
+    model: nn.Module
+    run: Run
+    head: nn.Module
+    weights: dict[str, nn.Parameter]
+    units: list[FSDPModule]
+    own_group: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def sum_gradients(self, wanted: bool) -> None:
+        """Whether the next backward passes sum gradients over processes, or keep them for a later one."""
+        for unit in self.units:
+            unit.set_requires_gradient_sync(wanted, recurse=False)
+
+    @contextlib.contextmanager
+    def whole_head(self) -> Iterator[None]:
+        """Meanwhile the head, which runs a chunk of tokens at a time, is gathered once. All processes enter."""
+        if not isinstance(self.head, FSDPModule):
+            yield
+            return
+        self.head.unshard()
+        try:
+            yield
+        finally:
+            self.head.reshard()
+
+    def close(self) -> None:
+        """The group of one process goes, if this made one."""
+        self.own_group.close()
+
+
+def spread(model: nn.Module, few: Tensor, device: torch.device, processes: Processes) -> SpreadModel:
+    """Spread a copy of model over processes; model stays as it is, in host memory.
+
+    Args: model: of mask_model, on the CPU. few: tokens (1, T), on which it is looked at. device: of this process.
+    Raises: ValueError if a masked layer has hooks of its own or a quantised weight, or fewer rows than processes.
+    """
+    masked = masked_modules(model)
+    for name, module in masked.items():
+        check_layer(name, module)
+        if len(module.weight) < processes.count:
+            rows = "experts" if module.weight.dim() == 3 else "rows"
+            raise ValueError(
+                f"memory: sharded takes at most as many processes as each masked layer has {rows}, got "
+                f"{processes.count} processes and {len(module.weight)} {rows} in {name}: start fewer processes, or "
+                "mask other layers"
+            )
+    with contextlib.ExitStack() as group:
+        if not dist.is_initialized():  # one process, which torchrun did not start
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            group.callback(dist.destroy_process_group)
+        mesh = init_device_mesh(device.type, (processes.count,))
+        own = _copy(model, masked)
+        places = {name: _make_ordinary(own, name, module) for name, module in masked.items()}
+        run, head = split_at_head(own, few)
+        units = _shard(own, run, head, mesh)
+        weights = {name: getattr(*place) for name, place in places.items()}
+        return SpreadModel(own, run, head, weights, units, group.pop_all())
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+def _copy(model: nn.Module, masked: dict[str, MaskedLayer]) -> nn.Module:
+    """A copy on the same memory, with parameters of its own: FSDP2 moves and replaces those."""
+    scores = {id(module.scores): module.scores for module in masked.values()}
+    fresh = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if id(p) not in scores}
+    memo: dict[int, Any] = {**fresh, **scores}
+    return copy.deepcopy(model, memo)
+
+
+def _make_ordinary(model: nn.Module, name: str, module: MaskedLayer) -> tuple[nn.Module, str]:
+    """Put an ordinary layer in the masked one's place; (what holds its weight, which learns, and that one's name)."""
+    weight = nn.Parameter(module.weight.detach(), requires_grad=True)
+    bias = None if module.bias is None else nn.Parameter(module.bias.detach(), requires_grad=False)
+    if isinstance(module, MaskedLinear):
+        linear = linear_on(weight, bias).train(module.training)
+        replace_module(model, name, linear)
+        return linear, "weight"
+    path, _, part = name.rpartition(".")
+    holder: Any = model.get_submodule(path)
+    unmask_experts(holder, part, weight, bias)
+    return holder, part
+
+
+def _shard(model: Any, run: Run, head: nn.Module, mesh: DeviceMesh) -> list[FSDPModule]:
+    """fully_shard of each decoder layer, of embedding and head, and of what is left."""
+    root = decoder_of(model) if run is run_decoder else model
+    shared = set(head.parameters()) & set(model.get_input_embeddings().parameters())
+    parts: list[Any] = list(decoder_layers(model))
+    if not shared:
+        parts.append(model.get_input_embeddings())
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": _POLICY}
+    for part in parts:
+        fully_shard(part, reshard_after_forward=True, **options)
+    fully_shard(root, ignored_params=shared, **options)
+    if run is run_decoder and not shared:
+        fully_shard(head, reshard_after_forward=False, **options)
+        head.set_reshard_after_backward(False)  # type: ignore[operator]  # whole_head() lets go
+    for p in shared:
+        p.data = p.data.to(mesh.device_type)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)  # gradients are sums: the loss is divided before
+        unit.set_force_sum_reduction_for_comms(True)
+    return units
