@@ -2,12 +2,14 @@
 
     checkpoints/step-00000120/state.safetensors   tensors
                               state.json          everything else
-                              manifest.json       sizes and SHA-256 of the other two; written last
+                              shard-*             rows of tensors that processes share (spread_rows.py)
+                              manifest.json       sizes and SHA-256 of the others; written last
 
 A checkpoint is written under another name, synced, renamed, and read again; only then the older ones go. Whoever is
 killed at any point leaves a directory that verifies. No pickle is written or read.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -21,10 +23,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mft.engines.distributed import ALONE, Processes
 from mft.files.atomic import atomic_directory, naming, remove, sweep
 from mft.files.cache import sha256_of
 from mft.files.json_file import read_object
 from mft.files.safetensors_file import open_tensors
+from mft.training.spread_rows import ROWS, write_rows
+from mft_kernels.shards import is_spread, rows_here
 
 FORMAT_VERSION = 1
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -71,28 +76,54 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, keep: int | None = None
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    keep: int | None = None,
+    processes: Processes = ALONE,
 ) -> Checkpoint:
     """Save as the newest under root, verify it, then delete the others, but for the one of step ``keep``.
 
-    Args: tensors: on any device. facts: what JSON can hold.
+    Args: tensors: on any device. facts: what JSON can hold. processes: those that share the tensors that are DTensors,
+        each of which calls this; the first one writes all else.
     Raises: OSError, if the disk has no room or cannot be written (NotWritten); what was there stays. BadCheckpoint, if
     what was written does not read back.
     """
-    prepare(root)
-    check_space(root, sum(tensor.nbytes for tensor in tensors.values()))
+    spread = {name: tensor for name, tensor in tensors.items() if is_spread(tensor)}
+    (needed,) = processes.sum(sum(rows_here(tensor).nbytes for tensor in spread.values()))
     target = _place(root, step)
-    with atomic_directory(target) as scratch:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, scratch / TENSORS)
-        (scratch / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        files = {name: _described(scratch / name) for name in (TENSORS, FACTS)}
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    written = verify_checkpoint(target)
-    for other in _found(root):
-        if other not in (target, None if keep is None else _place(root, keep)):
-            remove(other)
-    return written
+    with contextlib.ExitStack() as whole_or_absent:
+        scratch = None
+        with processes.together():
+            if processes.first:
+                prepare(root)
+                plain = {name: tensor for name, tensor in tensors.items() if name not in spread}
+                check_space(root, int(needed) + sum(tensor.nbytes for tensor in plain.values()))
+                scratch = whole_or_absent.enter_context(atomic_directory(target))
+        everywhere = processes.gather(scratch)[0]
+        if spread:
+            write_rows(spread, everywhere)
+        with processes.together():
+            if scratch is not None:
+                _write_files(scratch, step, plain, facts)
+    with processes.together():
+        if processes.first:
+            verify_checkpoint(target)
+            for other in _found(root):
+                if other not in (target, None if keep is None else _place(root, keep)):
+                    remove(other)
+    return Checkpoint(target, step)
+
+
+def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """All but the rows of processes, and the manifest of all."""
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    files = {name: _described(folder / name) for name in sorted(os.listdir(folder))}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def prepare(root: Path) -> None:
@@ -148,10 +179,11 @@ def _verified(path: Path) -> Checkpoint:
     _expect(manifest_path, "format_version", version, FORMAT_VERSION)
     _expect(manifest_path, "step", manifest["step"], int(named.group(1)) if named else None)
     files = manifest["files"]
-    _expect_keys(manifest_path, "files", files, [FACTS, TENSORS])
+    rows = [name for name in files if ROWS.fullmatch(name)] if isinstance(files, dict) else []
+    _expect_keys(manifest_path, "files", files, [FACTS, TENSORS, *rows])
     for name, described in files.items():
         _expect_keys(manifest_path, f"files.{name}", described, ["bytes", "sha256"])
-    _expect(path, "files", sorted(os.listdir(path)), sorted([FACTS, MANIFEST, TENSORS]))
+    _expect(path, "files", sorted(os.listdir(path)), sorted([FACTS, MANIFEST, TENSORS, *rows]))
     for name, described in files.items():
         with _blamed_on(path / name):
             _expect(path / name, "bytes", (path / name).stat().st_size, described["bytes"])

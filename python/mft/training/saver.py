@@ -50,7 +50,8 @@ class Saver:
         facts: kept in every checkpoint; those of found must be the same, unless force is True.
         run: gives what else every checkpoint keeps, for whoever goes on (Checkpoint.run).
         on_found: hears of the steps that found had done.
-        processes: those that train together; the first one writes, all go on from what it wrote.
+        processes: those that train together; the first one writes, each its rows where these are spread, and all go on
+            from what was written.
         counters: go on with the run; their tensors lie in the checkpoint too.
     """
 
@@ -81,7 +82,8 @@ class Saver:
         """
         if self._processes.first:
             prepare(self._root)
-            check_space(self._root, (1 if self._found else 2) * state_bytes(runner))
+            shares = self._processes.count if runner.in_lockstep else 1
+            check_space(self._root, (1 if self._found else 2) * shares * state_bytes(runner))
         self._last, self._rows = time.monotonic(), rows
         if self._found is None:
             return []
@@ -99,7 +101,7 @@ class Saver:
         tensors = self._found.tensors()
         for counter in self._counters:
             counter.put_state(tensors)
-        put_state(runner, tensors, found["numbers"])
+        put_state(runner, tensors, found["numbers"], self._found.path)
         rows.go_on(len(found["reports"]), found.get("rows"), runner.recall)
         reports = [StepReport(**report) for report in found["reports"]]
         if self._on_found is not None:
@@ -120,7 +122,10 @@ class Saver:
         told = self._processes.largest(self.told)
         due = time.monotonic() - self._last >= 60 * self._minutes
         where = self._root
-        if self._processes.first and (due or done or told):
+        writers = ALONE
+        if runner.in_lockstep:  # all write together, when the first one says so
+            writers, due = self._processes, bool(self._processes.largest(int(due and self._processes.first)))
+        if (self._processes.first or runner.in_lockstep) and (due or done or told):
             runner.check_learned()
             tensors, numbers = take_state(runner)
             for counter in self._counters:
@@ -132,7 +137,7 @@ class Saver:
             }
             facts["run"] = self._run()
             facts["rows"] = None if self._rows is None else self._rows.state()
-            where = write_checkpoint(self._root, reports[-1].step, tensors, facts).path
+            where = write_checkpoint(self._root, reports[-1].step, tensors, facts, processes=writers).path
             self._last = time.monotonic()
         if told:
             self._processes.wait()  # torchrun ends all as soon as one has left, and the first may be writing

@@ -3,9 +3,12 @@
 learned.NAME           fp32 masters of weights, or scores, as they rest
 optimizer.PLACE.KEY    moments and their scales; PLACE counts the learned tensors
 random.cpu, random.cuda.INDEX
+
+Under memory: sharded the first two are DTensors, which are read in place (spread_rows.py).
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +16,9 @@ from torch import Tensor
 
 from mft.engines.randomness import put_random_states, take_random_states
 from mft.engines.step import Runner
+from mft.training.spread_rows import read_rows, shapes_in
 from mft_kernels import MaskAdamW
+from mft_kernels.shards import is_spread
 
 _MOMENTS = 8  # bytes an element of torch's AdamW
 
@@ -32,26 +37,33 @@ def take_state(runner: Runner) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors | take_random_states(), numbers
 
 
-def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], folder: Path) -> None:
     """Continue from take_state's of a run with the same model and configuration.
 
+    Args: folder: where the tensors of a runner in lockstep lie.
     Raises: ValueError, naming a tensor that is missing, unknown or of another shape or dtype.
     """
     learned = {f"learned.{name}": tensor for name, tensor in runner.learned().items()}
-    found = {name for name in tensors if name.startswith("learned.")}
-    if found != learned.keys():
-        name = min(found ^ learned.keys())
+    own = _with_moments(runner, learned) if runner.in_lockstep else learned
+    there = shapes_in(folder) if runner.in_lockstep else {n: (t.shape, t.dtype) for n, t in tensors.items()}
+    found = {name for name in there if name.startswith("learned.")}
+    if found != learned.keys() or not own.keys() <= there.keys():
+        name = min(found ^ learned.keys() or own.keys() - there.keys())
         raise ValueError(f"the checkpoint must hold what this run trains, but {name} is {_where(name, found)}")
-    for name, tensor in learned.items():
-        saved = tensors[name]
-        if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
+    for name, tensor in own.items():
+        shape, dtype = there[name]
+        if (shape, dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(
-                f"{name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, the checkpoint has {saved.dtype} of "
-                f"shape {tuple(saved.shape)}"
+                f"{name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, the checkpoint has {dtype} of "
+                f"shape {tuple(shape)}"
             )
-    with torch.no_grad():
-        for name, tensor in learned.items():
-            tensor.copy_(tensors[name])
+    if runner.in_lockstep:
+        read_rows(own, folder)
+        tensors = {**tensors, **own}
+    else:
+        with torch.no_grad():
+            for name, tensor in learned.items():
+                tensor.copy_(tensors[name])
     states: dict[int, dict[str, Any]] = {}
     for name, value in (*tensors.items(), *numbers.items()):
         if name.startswith("optimizer."):
@@ -62,8 +74,17 @@ def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[st
     put_random_states(tensors)
 
 
+def _with_moments(runner: Runner, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is learned and the moments of it, which begin here if they have not yet."""
+    optimizer = runner.optimizer
+    assert isinstance(optimizer, MaskAdamW), "what steps scores that are spread"
+    for p in learned.values():
+        optimizer.tensors(p)
+    return {**learned, **{n: t for n, t in take_state(runner)[0].items() if is_spread(t)}}
+
+
 def state_bytes(runner: Runner) -> int:
-    """What take_state's tensors will take once every moment exists."""
+    """What take_state's tensors will take once every moment exists; of a runner in lockstep, this process's rows."""
     learned, optimizer = runner.learned().values(), runner.optimizer
     if isinstance(optimizer, MaskAdamW):
         return sum(tensor.nbytes for p in learned for tensor in optimizer.tensors(p).values())

@@ -1,0 +1,51 @@
+"""Tensors of which each process holds some rows, on disk: by torch.distributed.checkpoint, in safetensors files.
+
+    shard-00001-model-00001-of-00001.safetensors    rows of the first process, and where they belong
+    shard-00002-model-00001-of-00001.safetensors    of the second
+
+Any number of processes reads what any number wrote. No pickle is written or read.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as distributed
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+ROWS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+def write_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write DTensors into folder; every process calls this. Raises: OSError on all, if one cannot write."""
+    writer = distributed.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        distributed.save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:
+        raise OSError(_said(folder, "written", error)) from None
+
+
+def read_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Read DTensors in place, from what write_rows wrote; every process calls this.
+
+    Raises: OSError on all, if one cannot read.
+    """
+    try:
+        distributed.load(dict(tensors), storage_reader=distributed.HuggingFaceStorageReader(str(folder)))
+    except CheckpointException as error:
+        raise OSError(_said(folder, "read", error)) from None
+
+
+def shapes_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor in folder's files, whole."""
+    found = distributed.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    known = {name: of for name, of in found.items() if isinstance(of, TensorStorageMetadata)}
+    return {name: (of.size, of.properties.dtype) for name, of in known.items()}
+
+
+def _said(folder: Path, what: str, error: CheckpointException) -> str:
+    rank, (reason, _) = next(iter(error.failures.items()))
+    return f"{folder}: the rows of process {rank} could not be {what} ({reason}): see to the disk, which all must share"
