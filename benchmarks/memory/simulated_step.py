@@ -30,7 +30,7 @@ from mft.engines.in_place import InPlace, InPlaceStates
 from mft.engines.layer_calls import LayerCalls
 from mft.engines.offload import Mover
 from mft.engines.plain import Plain
-from mft.engines.score_states import HeldMask, ScoreStates, score_optimizer
+from mft.engines.score_states import HeldMask, ScoreStates, score_groups, score_optimizer
 from mft.engines.start import ENGINES
 from mft.masks.convert import convert, masked_modules
 from mft.masks.experts import mask_experts
@@ -194,7 +194,7 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
         HeldMask(name, module, _packed(module.scores), torch.zeros((), dtype=module.scores.dtype))
         for name, module in masked_modules(model).items()
     ]
-    optimizer = score_optimizer([mask.module for mask in masks], train)
+    optimizer = score_optimizer(score_groups(mask.module for mask in masks), train)
     processes, objective = SimulatedProcesses(count=workload.processes), _OBJECTIVES[workload.objective]
     dtype = None if workload.grad_dtype is None else getattr(torch, workload.grad_dtype)
     if workload.memory == "in_place":

@@ -32,7 +32,7 @@ _OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked", 
 STEP = ("sequence", "micro_batch", "accumulation")  # what a step is: its numbers hold for these alone
 _KINDS = (
     *("weights", "masks", "gradients", "states", "activations"),
-    *("logits", "boundaries", "staging", "sums", "workspace"),
+    *("logits", "boundaries", "staging", "sums", "gathered", "unsummed", "base", "workspace"),
 )
 
 

@@ -1,6 +1,6 @@
 """The ways to run a training step, a class each: over which base, what it holds where, what it moves; pure Python.
 
-Each way's step has phases. This is the list of the tensors of plain.py, layer_engine.py and layerwise.py.
+Each way's step has phases. This is the list of the tensors of plain.py, layer_engine.py, layerwise.py and sharded.py.
 """
 
 from dataclasses import replace
@@ -12,6 +12,8 @@ from mft.number_formats import SCORE_FORMATS
 # Boundaries on the device beside the layer's own input and its output's gradient: in resident the next input; in
 # layerwise that, the next gradient, and the one that leaves.
 _RESIDENT_BOUNDARIES, _LAYERWISE_BOUNDARIES = 1, 3
+
+_REDUCED = 4  # bytes of a gradient that processes sum under sharded: fp32
 
 
 class Way:
@@ -257,8 +259,55 @@ class Layerwise(Way):
         return (run.workload.portions - 1) * run.masked_weights * run.grad_bytes
 
 
+class Sharded(InPlace):
+    """In place over rows: a process holds its share of everything, and gathers the layer at work and the next one."""
+
+    name = "sharded"
+
+    def of_auto(self, device: str) -> bool:
+        return False  # it takes several processes, and is asked for
+
+    def obstacle(self, workload: Workload, quantized: int) -> str | None:
+        if workload.accumulation % workload.processes:
+            return f"accumulation={workload.accumulation} is no multiple of the {workload.processes} processes"
+        if workload.of_base:
+            return f"the objective {workload.objective} runs the base"
+        return super().obstacle(workload, quantized)
+
+    def phases(self, run: RunSizes) -> dict[str, Sizes]:
+        workload, parts = run.workload, run.workload.processes
+        # Embedding and head are gathered by themselves, one at a time; one that they share stays whole.
+        outside, whole = (run.outside, 0) if not run.shape.tied else (0, run.outside)
+        resident = {
+            "weights": (outside + sum(run.weights_of_layer)) // parts + whole,
+            "masks": (sum(run.mask_bytes) + run.aside) // parts,
+            "gradients": run.masked_weights * run.grad_bytes // parts,
+            "states": run.states // parts,
+        }
+        if workload.device == "cpu":
+            resident["base"] = run.outside + sum(run.weights_of_layer)  # at most: it is mapped
+        kept = not workload.reduces_every_batch and workload.own_accumulation > 1
+        unsummed = _REDUCED * run.masked_weights if kept else 0
+        layers = range(run.shape.layers)
+        largest = sorted((run.weights_of_layer[i] for i in layers), reverse=True)
+        gathered = sum(largest[:2])
+        # Of the layer at work: what autograd makes, and the fp32 copy that is sent, if it is not kept in fp32 already.
+        summed = max(run.weights_masked_in(i) for i in layers) * (run.shape.dtype_bytes + _REDUCED)
+        own = self.autograd(run, resident, 0)
+        own["loss"] |= {"gathered": gathered + run.embedding_alone, "unsummed": unsummed}
+        own["backward"] |= {"gathered": gathered, "unsummed": unsummed, "sums": summed}
+        flipping = {name: size // parts for name, size in run.flipping(run.named).items() if name != "sums"}
+        return {**own, "optimiser": resident | flipping, **run.selection(resident)}
+
+    def host(self, run: RunSizes) -> Sizes:
+        return {"weights": run.shape.parameters * run.shape.dtype_bytes // run.workload.processes}  # mapped once
+
+    def loading(self, run: RunSizes) -> Sizes:
+        return self.host(run) | {"states": run.scores}  # whole in each process, until it takes its rows
+
+
 # The fastest first.
-WAYS: dict[str, Way] = {way.name: way for way in (Plain(), InPlace(), Resident(), Quantized(), Layerwise())}
+WAYS: dict[str, Way] = {way.name: way for way in (Plain(), InPlace(), Resident(), Quantized(), Layerwise(), Sharded())}
 
 
 def ways_over(quantization: str | None, device: str) -> list[Way]:

@@ -12,13 +12,14 @@ class Workload:
     """One way to train; the fields are named as in the run's configuration.
 
     Args:
-        memory: plain, in_place, resident, quantized, layerwise; auto where the choice is asked for.
+        memory: plain, in_place, resident, quantized, layerwise, sharded; auto where the choice is asked for.
         layers: that are masked, None for all. target_modules: linears in them, None for all.
         sequence: tokens a row. micro_batch: rows at once. accumulation: micro-batches a step, of all processes.
         batches_at_once: micro-batches whose boundaries layerwise holds together, None for all of a step (or, for
             fit.choose, for as many as fit).
         processes: that train together, each with a memory of its own or its share of one.
         scores, moments: dtypes at rest; auto where the choice is asked for.
+        reduces_every_batch: whether sharded sums gradients in each micro-batch, and not once a step.
         grad_dtype: of the gradient buffers, None for the weights'.
         quantization: of the base, None for none. quantize_masked: the masked layers' weights too.
         gradient_checkpointing: of plain and in_place; the other ways recompute every layer anyhow.
@@ -51,6 +52,7 @@ class Workload:
     objective: str = "cross_entropy"
     teacher_bytes: int = 0
     device: str = "cuda"
+    reduces_every_batch: bool = False
 
     def __post_init__(self) -> None:
         check_one_of("memory", self.memory, ("auto", *WAYS))

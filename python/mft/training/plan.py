@@ -132,6 +132,7 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
         objective=config.objective.name,
         teacher_bytes=_teacher_bytes(config),
         device=device.type,
+        reduces_every_batch=train.reduce_every == "micro_batch",
     )
 
 

@@ -24,7 +24,7 @@ from mft.config_file import config_values, save_config
 from mft.data.splits import Splits
 from mft.data.streams import count_rows
 from mft.engines.distributed import Processes, joined
-from mft.engines.start import OWN_FORWARD
+from mft.engines.start import OWN_FORWARD, SHARDED
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft.evaluation.evaluated_base import check_exact
@@ -200,8 +200,11 @@ def _base_model(config: RunConfig, plan: Plan) -> nn.Module:
 
 def _evaluated(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Options of evaluate: where the model runs."""
-    where: dict[str, Any] = {"way": plan.way, "device": plan.device}
-    return where if plan.way in OWN_FORWARD else where | {"batch_size": config.train.batch_size}
+    way = plan.way
+    if way == SHARDED:  # the model lies whole in host memory then
+        way = "plain" if plan.device.type == "cpu" else "layerwise"
+    where: dict[str, Any] = {"way": way, "device": plan.device}
+    return where if way in OWN_FORWARD else where | {"batch_size": config.train.batch_size}
 
 
 def _mask(

@@ -1,0 +1,61 @@
+"""mft train memory=sharded: two processes write the run that one writes, stop, and go on as one."""
+
+import os
+
+import pytest
+from tiny_run import LEARN, Forked, assert_same_masks, free_port, steps
+
+from mft.training.checkpoint import newest_checkpoint
+
+COUNT = 2
+SHARDED = [*LEARN, f"train.accumulation={COUNT}", "memory=sharded", "mask.keep_ratio=0.8"]
+
+
+def on_two(cli, *arguments):
+    """(exit codes, what the first one said) of two processes, as torchrun starts them."""
+    told = {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    told |= {"GLOO_SOCKET_IFNAME": "lo"}
+    processes = [Forked(cli, "train", *arguments, RANK=str(rank), **told) for rank in range(COUNT)]
+    output = "".join(process.communicate()[0] for process in processes)
+    return [process.returncode for process in processes], output
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_run_of_one(cli, tmp_path):
+    more = ["train.eval_every=2", "train.keep_best=true", "checkpoint_minutes=0"]
+    code, output = cli("train", "--config", "config.yaml", *SHARDED, *more, "output_dir=one")
+    assert code == 0, output
+    assert "memory: sharded" in output
+    codes, output = on_two(cli, "--config", "config.yaml", *SHARDED, *more, "output_dir=two")
+    assert codes == [0, 0], output
+    assert output.count("result: two/masks") == 1
+    assert_same_masks(tmp_path / "one", tmp_path / "two")
+    assert steps(tmp_path / "one") == steps(tmp_path / "two")
+    assert steps(tmp_path / "one", "validation") == steps(tmp_path / "two", "validation")
+    assert sorted(os.listdir("one")) == sorted(os.listdir("two"))
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_two(cli, tmp_path, monkeypatch):
+    from mft.training.saver import Saver
+
+    code, output = cli("train", "--config", "config.yaml", *SHARDED, "output_dir=straight")
+    assert code == 0, output
+    after_step = Saver.after_step
+
+    def stopping(self, runner, reports, ended=False):
+        if reports[-1].step == 2:
+            self._told = 15
+        after_step(self, runner, reports, ended)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "after_step", stopping)
+        codes, output = on_two(cli, "--config", "config.yaml", *SHARDED, "checkpoint_minutes=0", "output_dir=run")
+    assert codes == [143, 143], output
+    checkpoint, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint.step == 2
+    assert len(list(checkpoint.path.glob("shard-*"))) == COUNT
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
+    assert "goes on after step 2" in output
+    assert_same_masks(tmp_path / "straight", tmp_path / "run")

@@ -1,0 +1,328 @@
+"""memory: sharded gives one result on one, two and four processes: that of the masks in place on one."""
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import in_processes
+from tiny import make_llama, make_rows
+from tiny_architectures import MIXTURES
+
+import mft
+from mft.config import MaskConfig, TrainConfig
+from mft.engines.distributed import Processes
+from mft.engines.spread_model import spread
+from mft.engines.start import start_runner
+from mft.engines.step import NonFiniteLoss
+from mft.masks.convert import mask_model, masked_modules
+from mft.objectives.kl import KL
+from mft.training.best import Best
+from mft.training.checkpoint import newest_checkpoint
+from mft.training.loop import train_masks
+from mft.training.saver import Saver, Stopped
+from mft.training.validation import Validation
+
+pytestmark = pytest.mark.slow  # test_sharded_quick.py has the first of it
+STEPS = 3
+BITS, LAST_BITS, SIXTEEN_BITS = 0.0, 1e-5, 0.05  # how far losses may be apart
+
+
+def rows():
+    """Ten, of which some score few tokens, and two none."""
+    found = make_rows(10)
+    labels = [[-100] * (i % 5 * 3) + row["labels"][i % 5 * 3 :] for i, row in enumerate(found)]
+    return found.remove_columns("labels").add_column("labels", labels)
+
+
+def llama(dtype=torch.float32, changes=None, **mask):
+    return mask_model(make_llama(dtype, **changes or {}), MaskConfig.paper(**mask))
+
+
+def mixture(**mask):
+    torch.manual_seed(0)
+    return mask_model(MIXTURES["gpt_oss"]().eval(), MaskConfig.paper(**mask))
+
+
+# name: (model, settings, how exactly two processes give one's result). Two terms have one sum, whoever adds them.
+CASES = {
+    "fp32": (llama, {}, BITS),
+    "some layers": (lambda: llama(layers_to_transform=[2, 3]), {}, BITS),
+    "a row at a time": (llama, {"batch_size": 1}, BITS),
+    "int16 scores, 8-bit moments": (lambda: llama(scores_dtype="int16"), {"moments": "8bit"}, BITS),
+    "bf16": (
+        lambda: llama(torch.bfloat16, scores_dtype="bfloat16"),
+        {"moments": "8bit", "grad_dtype": "float32"},
+        BITS,
+    ),
+    "clipped": (llama, {"max_grad_norm": 0.1}, BITS),
+    "a budget": (lambda: mask_model(make_llama(), MaskConfig(budget=0.03)), {}, BITS),
+    "a fixed threshold": (lambda: llama(mode="value", threshold=0.0), {}, BITS),
+    "checkpointed": (llama, {"gradient_checkpointing": True}, BITS),
+    "one weight for embedding and head": (lambda: llama(changes={"tie_word_embeddings": True}), {}, BITS),
+    "a mixture": (mixture, {}, BITS),
+    "accumulated": (llama, {"accumulation": 4}, LAST_BITS),
+    "summed every micro-batch": (llama, {"accumulation": 4, "reduce_every": "micro_batch"}, LAST_BITS),
+    "bf16, summed every micro-batch": (
+        lambda: llama(torch.bfloat16, scores_dtype="bfloat16"),
+        {"accumulation": 4, "moments": "8bit", "reduce_every": "micro_batch"},
+        SIXTEEN_BITS,
+    ),
+}
+IN_PLACE = (
+    "fp32",
+    "some layers",
+    "clipped",
+    "a budget",
+    "a fixed threshold",
+    "checkpointed",
+    "a mixture",
+    "accumulated",
+)
+OF_FOUR = ("fp32", "int16 scores, 8-bit moments", "clipped", "a mixture")
+
+
+def settings(**changes):
+    return TrainConfig(**{"lr": 1e-2, "steps": STEPS, "batch_size": 2, "accumulation": 2, "seed": 3} | changes)
+
+
+def trained(name, way="sharded", count=1, rank=0, changes=None, **options):
+    """(losses, scores, masks) of a run."""
+    make, own, _ = CASES[name]
+    model, processes = make(), Processes(rank, count)
+    train = settings(**own | (changes or {}))
+    reports = train_masks(model, rows(), train, way=way, processes=processes, **options)
+    return [report.loss for report in reports], scores_of(model), masks_of(model)
+
+
+def scores_of(model):
+    return {name: module.scores.detach().clone() for name, module in masked_modules(model).items()}
+
+
+def masks_of(model):
+    return {name: module.packed_mask() for name, module in masked_modules(model).items()}
+
+
+def refusal(call, kind=ValueError):
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- in each process
+
+
+def one(rank):
+    return {name: trained(name) for name in CASES} | {f"{name}, of four": four_of(name, 1, 0) for name in OF_FOUR}
+
+
+def two(rank, folder):
+    found = {name: trained(name, count=2, rank=rank) for name in CASES}
+    found["resumed"] = trained("fp32", count=2, rank=rank, changes={"accumulation": 4}, saver=saver_of(folder, rank, 2))
+    found["resumed, int16"] = trained(
+        *("int16 scores, 8-bit moments", "sharded", 2, rank, {"accumulation": 4}),
+        saver=saver_of(folder / "int16", rank, 2),
+    )
+    found["validated"] = validated(rank, 2, folder / "best of two")
+    found["at rest"] = at_rest(rank)
+    found["refusals"] = refusals(rank)
+    found["not finite"] = refusal(lambda: not_finite(rank), (NonFiniteLoss, RuntimeError))
+    return found
+
+
+def four(rank, folder):
+    found = {f"{name}, of four": four_of(name, 4, rank) for name in OF_FOUR}
+    stopped_at(2, folder, rank, "fp32")
+    stopped_at(2, folder / "int16", rank, "int16 scores, 8-bit moments")
+    return found
+
+
+def four_of(name, count, rank):
+    return trained(name, count=count, rank=rank, changes={"accumulation": 4})
+
+
+def saver_of(folder, rank, count):
+    checkpoint, _ = newest_checkpoint(folder / "checkpoints")
+    return Saver(folder / "checkpoints", math.inf, checkpoint, processes=Processes(rank, count))
+
+
+def stopped_at(step, folder, rank, name):
+    """A signal to the last process alone."""
+
+    def stop(report):
+        if (rank, report.step) == (3, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"on_step": stop, "saver": saver_of(folder, rank, 4)}
+    with pytest.raises(Stopped):
+        trained(name, count=4, rank=rank, changes={"accumulation": 4}, **options)
+
+
+def validated(rank, count, folder):
+    """What an evaluation within the run finds, and the best step's masks."""
+    model, found = llama(), []
+    validation = Validation(
+        rows(), best=Best(folder), on_result=lambda step, result, *_: found.append((step, result.loss))
+    )
+    train = settings(eval_every=2, keep_best=True)
+    train_masks(model, rows(), train, way="sharded", processes=Processes(rank, count), validation=validation)
+    if rank == 0:
+        validation._best.put(model, validation.standing.best)
+    return found, masks_of(model) if rank == 0 else {}
+
+
+def at_rest(rank):
+    """(elements of this process, of all) between two steps: weights, scores, moments and masks."""
+    model = llama(scores_dtype="bfloat16")
+    whole = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
+    masked = sum(module.scores.numel() for module in masked_modules(model).values())
+    few = torch.ones(1, 4, dtype=torch.int64)
+    runner = start_runner(model, few, "sharded", "cpu", settings(moments="8bit"), processes=Processes(rank, 2))
+    own, states = sum(p.to_local().numel() for p in runner._model.parameters()), runner.states
+    here = [runner.optimizer.tensors(scores) for scores in runner.learned().values()]
+    found = {"weights": (own, whole), "masks": (sum(m.packed.numel() for m in states._rows), 0)}
+    found |= {name: (sum(t[name].numel() for t in here), masked) for name in ("scores", "exp_avg", "exp_avg_sq")}
+    bytes_of_model = sum(m.scores.untyped_storage().nbytes() for m in masked_modules(model).values())
+    runner.close()
+    return found | {"the model's scores": (bytes_of_model, 2 * len(here))}
+
+
+def refusals(rank):
+    processes = Processes(rank, 2)
+    run = {"way": "sharded", "processes": processes}
+    other = mask_model(make_llama(), MaskConfig.paper(seed=rank))
+    hooked = llama()
+    hooked.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    return {
+        "uneven": refusal(lambda: train_masks(llama(), rows(), settings(accumulation=3), **run)),
+        "of the base": refusal(lambda: train_masks(llama(), rows(), settings(), objective=KL(), **run)),
+        "other scores": refusal(lambda: train_masks(other, rows(), settings(), **run)),
+        "hooks": refusal(lambda: train_masks(hooked, rows(), settings(), **run)),
+    }
+
+
+def not_finite(rank):
+    """A weight of a frozen layer that one process's rows alone meet, as the other's score nothing."""
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = math.nan
+    data = make_rows(4)
+    ids = [[7 if i in (0, 2) else 8 for _ in range(12)] for i in range(4)]
+    data = data.remove_columns(["input_ids", "labels"]).add_column("input_ids", ids).add_column("labels", ids)
+    train_masks(model, data, settings(batch_size=1), way="sharded", processes=Processes(rank, 2))
+
+
+# ---------------------------------------------------------------------------------------------- what they found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def of_one(folder):
+    (found,) = in_processes(one, 1, folder / "one")
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_four(folder):
+    return in_processes(four, 4, folder / "four", folder)
+
+
+@pytest.fixture(scope="module")
+def of_two(folder, of_four):
+    """They go on from what four have saved."""
+    return in_processes(two, 2, folder / "two", folder)
+
+
+def assert_same(found, expected, tolerance):
+    losses, scores, masks = found
+    wanted, wanted_scores, wanted_masks = expected
+    if tolerance == BITS:
+        assert losses == wanted
+        for name, tensor in wanted_scores.items():
+            assert torch.equal(scores[name], tensor), name
+        assert all(torch.equal(masks[name], words) for name, words in wanted_masks.items())
+        return
+    assert losses == pytest.approx(wanted, rel=tolerance)
+    for name, tensor in wanted_scores.items():
+        assert (scores[name].float() - tensor.float()).norm() <= 10 * tolerance * tensor.float().norm(), name
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_one_process_gives_the_masks_in_place(of_one, name):
+    assert_same(of_one[name], trained(name, way="in_place"), BITS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_one_s_result(of_one, of_two, name):
+    for each in of_two:
+        assert_same(each[name], of_one[name], CASES[name][-1])
+
+
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_processes_give_one_s_result(of_one, of_four, name):
+    for each in of_four:
+        assert_same(each[f"{name}, of four"], of_one[f"{name}, of four"], LAST_BITS if name != OF_FOUR[1] else 1e-3)
+
+
+def test_two_processes_go_on_from_what_four_have_saved(of_one, of_two):
+    for each in of_two:
+        assert_same(each["resumed"], of_one["fp32, of four"], LAST_BITS)
+        assert_same(each["resumed, int16"], of_one["int16 scores, 8-bit moments, of four"], 1e-3)
+        for name, words in of_one["fp32, of four"][-1].items():
+            assert torch.equal(each["resumed"][-1][name], words), name
+
+
+def test_evaluation_and_the_best_step_are_one_process_s(of_two, folder):
+    (expected, masks), *_ = in_processes(validated, 1, folder / "validated", 1, folder / "best of one")
+    for each in of_two:
+        assert each["validated"][0] == expected
+    assert all(torch.equal(of_two[0]["validated"][1][name], words) for name, words in masks.items())
+
+
+def test_nothing_is_whole_on_a_process_between_two_steps(of_two):
+    for each in of_two:
+        at_rest = each["at rest"]
+        for name in ("weights", "scores", "exp_avg", "exp_avg_sq"):
+            own, whole = at_rest[name]
+            assert own <= 0.51 * whole, name
+        assert at_rest["the model's scores"][0] == at_rest["the model's scores"][1]  # a number a layer
+
+
+def test_what_cannot_be_sharded_is_refused_on_all(of_two):
+    for each in of_two:
+        told = each["refusals"]
+        assert (
+            "train.accumulation must be a multiple of 2, the number of processes, with memory: sharded"
+            in told["uneven"]
+        )
+        assert "objective.name must be one that does not run the base" in told["of the base"]
+        assert "must have the same configuration, data and scores" in told["other scores"]
+        assert "must have no hooks of its own" in told["hooks"]
+
+
+def test_more_processes_than_a_layer_has_rows_are_refused():
+    few = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="as each masked layer has experts, got 5 processes and 4 experts in model"):
+        spread(mixture(), few, torch.device("cpu"), Processes(0, 5))
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes(of_two):
+    assert "the loss must stay finite, got nan at step 1" in "".join(each["not finite"] for each in of_two)
+
+
+def test_masks_of_any_number_of_processes_are_the_same_file(of_one, of_two, tmp_path):
+    for place, masks in enumerate((of_one["fp32"][1], of_two[0]["fp32"][1])):
+        model = llama()
+        with torch.no_grad():
+            for name, module in masked_modules(model).items():
+                module.scores.copy_(masks[name])
+        mft.save_masks(model, tmp_path / str(place))
+    files = [(tmp_path / place / "adapter_model.safetensors").read_bytes() for place in "01"]
+    assert files[0] == files[1]
+    assert Path(tmp_path / "0").is_dir()
