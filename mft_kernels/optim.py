@@ -82,6 +82,11 @@ class MaskAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             for p in param_group["params"]:
+                if hasattr(p, "ds_id"):
+                    raise ValueError(
+                        f"params must not be partitioned by DeepSpeed, whose parts are no rows, got one of shape "
+                        f"{tuple(getattr(p, 'ds_shape', p.shape))}: use FSDP2 (fully_shard)"
+                    )
                 if is_spread(p):
                     narrow = p.dtype != torch.float32 or options["moments"] != "fp32"
                     check_spread("params", p, in_bands=narrow)

@@ -41,6 +41,7 @@ from . import (
     objectives,
     rewards,
     serving,
+    sharding,
     studies,
     tensors,
     training,
@@ -49,7 +50,7 @@ from . import (
 
 GROUPS = (
     *(tensors, experts, files, gguf_files, hub, data, training, deletion, budgets),
-    *(objectives, rewards, studies, environment, serving, vllm),
+    *(objectives, rewards, studies, environment, serving, vllm, sharding),
 )
 
 

@@ -210,6 +210,11 @@ def joined() -> Iterator[Processes]:
     All leave together. Of the others than the first, standard output is not shown.
     Raises: what the block raises; OtherFailed, if the block failed because another process did.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "mft train must not be started with DeepSpeed's configuration, got ACCELERATE_USE_DEEPSPEED=true: start it "
+            "by torchrun with memory=sharded, which spreads the model by FSDP2"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return

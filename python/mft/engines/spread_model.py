@@ -23,6 +23,7 @@ from mft.masks.convert import masked_modules, replace_module
 from mft.masks.experts import unmask_experts
 from mft.masks.in_place.layer import check_layer
 from mft.models.causal_lm import Run, decoder_layers, decoder_of, run_decoder, split_at_head
+from mft.models.codes.weight import quantized_weights
 from mft_kernels import MaskedLayer, MaskedLinear
 from mft_kernels.layers.shells import linear_on
 
@@ -72,7 +73,13 @@ def spread(model: nn.Module, few: Tensor, device: torch.device, processes: Proce
     Args: model: of mask_model, on the CPU. few: tokens (1, T), on which it is looked at. device: of this process.
     Raises: ValueError if a masked layer has hooks of its own or a quantised weight, or fewer rows than processes.
     """
-    masked = masked_modules(model)
+    masked, quantized = masked_modules(model), quantized_weights(model)
+    if quantized:
+        raise ValueError(
+            f"the base must be exact with memory: sharded, got {len(quantized)} layers that are quantised "
+            f"({next(iter(quantized))}, ...): load it exactly, or set memory: quantized, where each process holds all "
+            "of the base in few bits"
+        )
     for name, module in masked.items():
         check_layer(name, module)
         if len(module.weight) < processes.count:

@@ -20,7 +20,7 @@ from mft.models.codes.weight import quantized_weights
 from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.models.linears import layer_index, layer_stacks
-from mft.models.parallel import check_unsharded, unwrapped
+from mft.models.parallel import check_no_deepspeed, check_unsharded, unwrapped
 from mft.number_formats import unless_auto
 from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
@@ -290,6 +290,7 @@ def check_unwrapped(model: nn.Module) -> None:
     """Raise TypeError or ValueError unless model is a module that is not compiled or distributed."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_no_deepspeed(model)
     if hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(
             f"model must be the plain model, got one wrapped in {type(model).__name__}: mask it before "

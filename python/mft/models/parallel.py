@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+# What to use in DeepSpeed's place.
+INSTEAD = "use FSDP2, by memory: sharded under torchrun, or by accelerate launch with fsdp_version: 2"
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model within torch.compile, DistributedDataParallel and DataParallel, else model itself."""
@@ -18,6 +21,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model within torch.compile, whose parameters and names it has, else model itself."""
     return getattr(model, "_orig_mod", model)
+
+
+def check_no_deepspeed(model: nn.Module) -> None:
+    """Raise ValueError if DeepSpeed runs the model, or (ZeRO-3) has partitioned its parameters."""
+    engine = type(model).__name__ == "DeepSpeedEngine"
+    if engine or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        what = "a DeepSpeedEngine" if engine else f"a {type(model).__name__} that its ZeRO-3 has partitioned"
+        raise ValueError(
+            f"model must not be DeepSpeed's, whose flat partitions hold no rows of a mask, got {what}: {INSTEAD}"
+        )
 
 
 def check_unsharded(model: nn.Module) -> None:
