@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from benchmarks.memory.simulated_shards import sharded_processes, sharded_runner
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import MaskConfig, TrainConfig, parse_layers
 from mft.data.batches import Labelled, MicroBatch
@@ -65,7 +66,7 @@ def simulate_step(config: Mapping[str, Any], workload: Workload, *, steps: int =
         workload: memory must not be auto, and quantization be given where it is quantized.
     """
     tracker = MemoryTracker()
-    with FakeTensorMode(), tracker, _known_number_aside(workload):
+    with FakeTensorMode(), tracker, _known_number_aside(workload), sharded_processes(workload, tracker):
         model = _masked_model(config, workload)
         batches = [fake_batch(workload) for _ in range(workload.own_accumulation)]
         runner = _runner(model, workload, tracker)
@@ -153,6 +154,8 @@ def _masked_model(config: Mapping[str, Any], workload: Workload) -> nn.Module:
     convert(model, names, mask)
     if workload.quantization is not None:
         _quantize(model, workload.quantization, masked=workload.quantize_masked)
+    if workload.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
@@ -188,6 +191,8 @@ def _empty(weight: Tensor, kind: str) -> QuantizedWeight:
 
 def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any:
     train = TrainConfig(steps=1, moments=workload.moments, grad_dtype=workload.grad_dtype)
+    if workload.memory == "sharded":
+        return sharded_runner(model, workload, train, _OBJECTIVES[workload.objective], tracker)
     if workload.memory == "plain":
         return Plain(model, train, run_decoder, head_of(model), None, objective=_OBJECTIVES[workload.objective])
     masks = [
@@ -237,6 +242,9 @@ def main() -> None:
     parser.add_argument("--ways", default="plain,resident,layerwise")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
     parser.add_argument("--batches-at-once", type=int, help="of these, in layerwise; all if not given")
+    parser.add_argument("--processes", type=int, default=1, help="of which one is simulated; sharded has several")
+    parser.add_argument("--reduce-every", choices=("step", "micro_batch"), default="step", help="of sharded")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--scores", default="float32")
     parser.add_argument("--moments", default="float32")
     parser.add_argument("--steps", type=int, default=2, help="plain makes its moments in the first")
@@ -255,6 +263,9 @@ def main() -> None:
             batches_at_once=asked.batches_at_once,
             scores=asked.scores,
             moments=asked.moments,
+            processes=asked.processes,
+            reduces_every_batch=asked.reduce_every == "micro_batch",
+            gradient_checkpointing=asked.gradient_checkpointing,
         )
         expected = estimate(shape_from_config(config, asked.model), workload)
         found = simulate_step(config, workload, steps=asked.steps)

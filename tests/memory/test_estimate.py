@@ -43,6 +43,30 @@ def test_other_shapes(way, config):
 
 
 @pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (SMALL, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (SMALL, {"accumulation": 8}),
+                (SMALL, {"accumulation": 8, "reduces_every_batch": True}),
+                (SMALL, {"gradient_checkpointing": True, "layers": (1, 2)}),
+                (SMALL, {"scores": "int16", "moments": "8bit", "sequence": 64}),
+                (GROUPED, {"sequence": 256}),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_sharded_is_as_simulated(config, changes):
+    """One of four processes; the rest of the base lies on the host, where all map the same file."""
+    workload = Workload(**{"memory": "sharded", "sequence": 512, "accumulation": 4, "processes": 4} | changes)
+    expected, found = estimate(shape_from_config(config), workload), simulate_step(config, workload, steps=2)
+    assert expected.device_peak == pytest.approx(found.device_peak, rel=0.06)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"batches_at_once": 2},

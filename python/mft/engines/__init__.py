@@ -1,1 +1,1 @@
-"""One optimiser step, in five ways."""
+"""One optimiser step, in six ways."""

@@ -8,7 +8,7 @@ The embedding and the head are gathered by themselves. Where they share one weig
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,10 +67,21 @@ class SpreadModel:
         self.own_group.close()
 
 
-def spread(model: nn.Module, few: Tensor, device: torch.device, processes: Processes) -> SpreadModel:
+def spread(
+    model: nn.Module,
+    few: Tensor,
+    device: torch.device,
+    processes: Processes,
+    *,
+    split: Callable[[nn.Module, Tensor], tuple[Run, nn.Module]] = split_at_head,
+) -> SpreadModel:
     """Spread a copy of model over processes; model stays as it is, in host memory.
 
-    Args: model: of mask_model, on the CPU. few: tokens (1, T), on which it is looked at. device: of this process.
+    Args:
+        model: of mask_model, on the CPU.
+        few: tokens (1, T), on which it is looked at.
+        device: of this process.
+        split: how the copy is run; a simulation, which cannot try it out, knows.
     Raises: ValueError if a masked layer has hooks of its own or a quantised weight, or fewer rows than processes.
     """
     masked, quantized = masked_modules(model), quantized_weights(model)
@@ -97,7 +108,7 @@ def spread(model: nn.Module, few: Tensor, device: torch.device, processes: Proce
         mesh = init_device_mesh(device.type, (processes.count,))
         own = _copy(model, masked)
         places = {name: _make_ordinary(own, name, module) for name, module in masked.items()}
-        run, head = split_at_head(own, few)
+        run, head = split(own, few)
         units = _shard(own, run, head, mesh)
         weights = {name: getattr(*place) for name, place in places.items()}
         return SpreadModel(own, run, head, weights, units, group.pop_all())
@@ -110,7 +121,8 @@ def _copy(model: nn.Module, masked: dict[str, MaskedLayer]) -> nn.Module:
     """A copy on the same memory, with parameters of its own: FSDP2 moves and replaces those."""
     scores = {id(module.scores): module.scores for module in masked.values()}
     fresh = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if id(p) not in scores}
-    memo: dict[int, Any] = {**fresh, **scores}
+    buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    memo: dict[int, Any] = {**fresh, **scores, **buffers}
     return copy.deepcopy(model, memo)
 
 

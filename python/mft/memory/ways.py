@@ -286,16 +286,28 @@ class Sharded(InPlace):
         }
         if workload.device == "cpu":
             resident["base"] = run.outside + sum(run.weights_of_layer)  # at most: it is mapped
-        kept = not workload.reduces_every_batch and workload.own_accumulation > 1
-        unsummed = _REDUCED * run.masked_weights if kept else 0
-        layers = range(run.shape.layers)
-        largest = sorted((run.weights_of_layer[i] for i in layers), reverse=True)
-        gathered = sum(largest[:2])
-        # Of the layer at work: what autograd makes, and the fp32 copy that is sent, if it is not kept in fp32 already.
-        summed = max(run.weights_masked_in(i) for i in layers) * (run.shape.dtype_bytes + _REDUCED)
-        own = self.autograd(run, resident, 0)
-        own["loss"] |= {"gathered": gathered + run.embedding_alone, "unsummed": unsummed}
-        own["backward"] |= {"gathered": gathered, "unsummed": unsummed, "sums": summed}
+        own = self.autograd(run, resident, 0)  # replaced but for the loss: gradients come layer by layer here
+        several = workload.own_accumulation > 1
+        unsummed = 0 if workload.reduces_every_batch or not several else _REDUCED * run.masked_weights
+        rows = resident["gradients"] if workload.reduces_every_batch and several else 0
+        own["loss"] |= {"gathered": run.embedding_alone, "unsummed": unsummed, "gradients": rows}
+        before = {name: size for name, size in resident.items() if name != "gradients"} | {"unsummed": unsummed}
+        found: list[Sizes] = []
+        for i in range(run.first, run.shape.layers):
+            below = run.weights_of_layer[i - 1] if i else 0  # which is gathered ahead
+            masked, layer = run.weights_masked_in(i), run.layer(i)
+            left = i - run.first  # layers that keep what autograd saved
+            saved = left * (layer.hidden if workload.gradient_checkpointing else layer.saved)
+            done = rows or sum(map(run.weights_masked_in, range(i + 1, run.shape.layers))) * run.grad_bytes // parts
+            made = masked * run.shape.dtype_bytes
+            above = run.weights_masked_in(i + 1) if i + 1 < run.shape.layers else 0
+            sending = _REDUCED * (above + above // parts)  # what of it is sent, and what comes back
+            at_work = {"activations": saved + layer.peak, "gathered": run.weights_of_layer[i] + below}
+            at_work["sums"] = made + sending
+            sent = masked * _REDUCED + (0 if unsummed else made)
+            summing = {"activations": saved, "gathered": below, "sums": sent}
+            found += [before | {"gradients": done} | sizes for sizes in (at_work, summing)]
+        own["backward"] = max(found, key=lambda sizes: sum(sizes.values()))
         flipping = {name: size // parts for name, size in run.flipping(run.named).items() if name != "sums"}
         return {**own, "optimiser": resident | flipping, **run.selection(resident)}
 
