@@ -27,6 +27,10 @@ def start(model, count=2, objective=None, **changes):
     )
 
 
+def start_plain(model, **changes):
+    return start_runner(model, FEW, "plain", None, TrainConfig(steps=1, **changes))
+
+
 def as_deepspeed(model):
     next(model.parameters()).ds_id = 0
     return model
@@ -41,6 +45,10 @@ TABLE = """
 micro-batches that the processes cannot share evenly
     start(masked_llama(), accumulation=3)
     -> ValueError: train.accumulation | must be a multiple of 2, the number of processes, with memory: sharded | 3
+
+sums of gradients in each micro-batch, in another way
+    start_plain(masked_llama(), reduce_every="micro_batch")
+    -> ValueError: train.reduce_every | must be step with memory: plain | micro_batch
 
 an objective that runs the base
     start(masked_llama(), accumulation=2, objective=KL())

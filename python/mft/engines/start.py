@@ -65,6 +65,12 @@ def start_runner(
         f"be null with memory: {way}, which runs one batch at a time",
         train.batches_at_once,
     )
+    check_rule(
+        train.reduce_every == "step" or way == SHARDED,
+        "train.reduce_every",
+        f"be step with memory: {way}, which sums gradients at its own time",
+        train.reduce_every,
+    )
     if way == SHARDED:
         return start_sharded(model, few, _device(device), train, processes, objective, surrogate)
     if way not in OWN_FORWARD:
