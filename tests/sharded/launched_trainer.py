@@ -34,7 +34,9 @@ def train(kind: str, directory: Path, rows_at_once: int, *, sharded: bool) -> No
         if kind == "trainer":
             arguments = TrainingArguments(**given | steps)
         else:
-            arguments = SFTConfig(**given | steps, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+            arguments = SFTConfig(
+                **given | steps, bf16=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+            )
         if sharded:
             assert arguments.device.type == "cpu"
             # accelerate takes FSDP between accelerators alone; nothing else of it asks.
