@@ -265,6 +265,21 @@ TABLES = (
             (1, "int8", ()),
         )
     ),
+    *(
+        Said(
+            "into-codes",
+            number,
+            "compare-quantised-patched",
+            "headers",
+            ("bytes", "resident bytes", "loss"),
+            tuple(
+                (f"{name}{said}", f"{arm} {place} {codes}")
+                for name, arm in (("mask", "MFT"), ("QLoRA, rank 4", "QLoRA 4"), ("QLoRA, rank 81", "QLoRA 81"))
+                for said, place in (("", "on"), (", in the codes", "in"))
+            ),
+        )
+        for number, codes in enumerate(("NF4", "NF4 of base"))
+    ),
     Said(
         "rewards",
         0,
