@@ -8,6 +8,7 @@ from pathlib import Path
 from mft.cli.study import run_compare
 from mft.files.atomic import NotWritten, publish
 from mft.study.ablate import derive
+from mft.study.arms.kinds import make_arm
 from mft.study.load import load_study
 from mft.study.shared import on_ray
 from mft.study.shared.leases import Leases, Pace, open_leases
@@ -36,10 +37,9 @@ a mask that the study does not have
     derive(load_study("small"), "layers", masks=["MTF"])
     -> ValueError: --arm | must be one of MFT (paper), MFT | got 'MTF' | did you mean MFT
 an arm in codes that is made of one without codes
-    study = load_study("quantised-patched")
-    study.arms["MFT on NF4"].start = None
-    dataclasses.replace(study)
-    -> ValueError: arms.MFT in NF4.of | must name an arm that begins at a quantized one | got MFT on NF4
+    study = load_study("small")
+    dataclasses.replace(study, arms=study.arms | {"MFT in NF4": make_arm("in_codes", of="MFT")})
+    -> ValueError: arms.MFT in NF4.of | must name an arm that begins at a quantized one | got MFT
 fine tunes of what is no study
     fine_tunes_in("runs/nowhere", load_study("small"))
     -> ValueError: --fine-tunes-of | must be the output_dir of a study | got runs/nowhere without a study.yaml

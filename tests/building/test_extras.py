@@ -120,6 +120,9 @@ except RuntimeError as error:  # what it brings is installed in no environment o
 else:
     raise AssertionError
 """,
+    "ray": """
+from mft.study.shared.on_ray import start_on_ray
+""",
     "trackers": """
 from pathlib import Path
 from mft.tracking.trackers import Trackers, check_trackers

@@ -105,8 +105,9 @@ def title(shape: ModelShape, workload: Workload) -> str:
 def table(
     shape: ModelShape, workload: Workload, choice: Choice, device_bytes: float, host_bytes: float | None
 ) -> Table:
-    """GB by kind when the device holds the most, and when the host does; a column a way, and one of what is there."""
-    ways = choice.estimates
+    """GB by kind when the device holds the most, and when the host does; a column per way, and one for the machine."""
+    alone = workload.processes == 1 and workload.memory == "auto"
+    ways = {name: one for name, one in choice.estimates.items() if not (alone and WAYS[name].spreads)}
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     found.add_column("")
     for way in ways:

@@ -24,6 +24,7 @@ class Way:
     over_codes = False  # whether it trains over a quantised base
     offloads = True  # whether scores, moments and the boundaries between layers rest in host memory
     holds_all_rows = False  # whether its memory grows with a step's micro-batches
+    spreads = False  # whether it spreads a model over processes
 
     def base(self, asked: str | None) -> str | None:
         """The format of the base that it trains over where this one is asked for; None for exact weights."""
@@ -263,6 +264,7 @@ class Sharded(InPlace):
     """In place over rows: a process holds its share of everything, and gathers the layer at work and the next one."""
 
     name = "sharded"
+    spreads = True
 
     def of_auto(self, device: str) -> bool:
         return False  # it takes several processes, and is asked for

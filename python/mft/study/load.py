@@ -53,6 +53,8 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
     for train in (values["full"], values["stage"], (values["scratch"] or {}).get("train", {})):
         if train.get("batches_at_once", 0) is None:  # as a study of before had it
             del train["batches_at_once"]
+        if train.get("reduce_every") == "step":  # so too
+            del train["reduce_every"]
     if study.objective == CROSS_ENTROPY:  # so too
         del values["objective"], values["rewards"], values["questions"]
     for keys in (values["mask"], *values["arms"].values()):
