@@ -80,6 +80,10 @@ lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	! git log --format=%s $(RULED) 2>/dev/null | grep "^Read once more"
+	for commit in $$(git rev-list $(RULED) 2>/dev/null); do $(BIN)/commit-check --message --no-banner --rev $$commit || exit 1; done
+# The last commits whose subjects have to follow the rules, which older ones did not know.
+RULED = -30 $$(git log --format=%h --diff-filter=A -- .github/commit-check.toml)..HEAD
 
 # Pages that a command can write are not in git. For each site anew: every bad input of tests/bad_inputs with what the code
 # says to it; every public name with signature and docstring; what the last `make architectures` found.

@@ -1,6 +1,8 @@
 """What machines run of ours: the workflow of continuous integration, and the hooks before a commit."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,12 +49,37 @@ def test_each_action_is_of_a_named_major_version():
 def test_the_hooks_are_the_linters_of_make_lint_out_of_the_dev_extra():
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert repository["repo"] == "local"
-    hooks = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in repository["hooks"]]
+    entries = [hook["entry"].removeprefix(".venv/bin/") for hook in repository["hooks"] if "stages" not in hook]
+    hooks = [entry.removesuffix(" --force-exclude") for entry in entries]
     lint = re.search(r"^lint: dev\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    asked = [line.removeprefix("\t$(BIN)/") for line in lint.splitlines()]
+    asked = [line.removeprefix("\t$(BIN)/") for line in lint.splitlines() if line.startswith("\t$(BIN)/")]
     # The hook writes the format that make lint only asks for.
     assert hooks == [line.removesuffix(" .").removesuffix(" --check") for line in asked]
-    assert {"pre-commit", *(hook.split()[0] for hook in hooks)} <= {*PROJECT["optional-dependencies"]["dev"]}
+    tools = {hook.split()[0] for hook in hooks}
+    dev = {re.match(r"[\w-]+", need)[0] for need in PROJECT["optional-dependencies"]["dev"]}
+    assert {"pre-commit", "commit-check", *tools} <= dev
+
+
+@pytest.mark.parametrize(
+    ("subject", "refused"),
+    [
+        ("Merge the fast-path lookups", False),
+        ("Fix the stride check of packed masks", False),
+        ("Let many processes work on one study", False),
+        ("Read once more: one function asks for a short way, a figure is gone", True),
+        ("Masks in place", True),
+        ("Added a test", True),
+        ("fix a typo", True),
+        ("Make the product of few tokens over codes faster by decoding them in registers", True),
+    ],
+)
+def test_a_subject_is_short_and_begins_with_an_imperative_verb(subject, refused, tmp_path):
+    (tmp_path / "message").write_text(subject + "\n")
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    check, grep = (hook["entry"] for hook in repository["hooks"] if hook.get("stages") == ["commit-msg"])
+    program = Path(sys.executable).with_name("commit-check")
+    run = subprocess.run([program, *check.split()[1:], tmp_path / "message"], cwd=ROOT, capture_output=True, text=True)
+    assert bool(run.returncode or re.search(grep, subject)) == refused, run.stdout + run.stderr
 
 
 def test_a_run_with_a_time_box_leaves_out_what_begins_too_late_and_says_so():
