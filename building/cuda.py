@@ -38,7 +38,7 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "--ptxas-options=-v",
 ]
-#: From CUDA 13.0 on, whose drivers all unpack it, machine code is packed: the library takes a fifth.
+#: From CUDA 13.0 on, whose drivers all unpack it, machine code is packed: the library takes a quarter.
 PACKED: tuple[Version, str] = ((13, 0), "--compress-mode=size")
 
 
