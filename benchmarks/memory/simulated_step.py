@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from benchmarks.memory.rivals import CHECKPOINTING
 from benchmarks.memory.simulated_shards import sharded_processes, sharded_runner
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import MaskConfig, TrainConfig, parse_layers
@@ -155,7 +156,8 @@ def _masked_model(config: Mapping[str, Any], workload: Workload) -> nn.Module:
     if workload.quantization is not None:
         _quantize(model, workload.quantization, masked=workload.quantize_masked)
     if workload.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, f"{CHECKPOINTING}_enable")
+        enable(**{f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}})
     return model.train()
 
 

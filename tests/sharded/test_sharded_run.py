@@ -302,7 +302,7 @@ def test_what_cannot_be_sharded_is_refused_on_all(of_two):
             in told["uneven"]
         )
         assert "objective.name must be one that does not run the base" in told["of the base"]
-        assert "must have the same configuration, data and scores" in told["other scores"]
+        assert "must have the same versions, configuration, data and scores" in told["other scores"]
         assert "must have no hooks of its own" in told["hooks"]
 
 
