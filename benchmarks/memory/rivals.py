@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.memory.simulated_step import fake_batch, fake_model
+from benchmarks.memory.simulated_step import checkpoint, fake_batch, fake_model
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch, take_rows
@@ -24,10 +23,6 @@ from mft.models.token_loss import backward_labelled_loss
 from mft_kernels import MaskAdamW
 
 from ..rivals import KEEP_RATIO, eager_lean, paper_linear
-
-# TODO: drop the old name when transformers >= 6 is the floor
-RENAMED = hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable")
-CHECKPOINTING = "activation_checkpointing" if RENAMED else "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class RivalLoop:
         scores = [linear.scores for linear in self._linears]
         if rival.careful:
             model.train()
-            getattr(model, f"{CHECKPOINTING}_enable")(**{f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}})
+            checkpoint(model)
             self._optimizer: torch.optim.Optimizer = MaskAdamW(scores, lr=train.lr, moments="8bit")
         else:
             self._optimizer = torch.optim.AdamW(scores, lr=train.lr)

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.memory.rivals import CHECKPOINTING
 from benchmarks.memory.simulated_shards import sharded_processes, sharded_runner
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import MaskConfig, TrainConfig, parse_layers
@@ -143,6 +142,13 @@ def fake_batch(workload: Workload) -> MicroBatch:
 # ---------------------------------------------------------------------------------------------- private
 
 
+def checkpoint(model: Any) -> None:
+    """Recompute activations in the backward, by the name that this transformers has for it."""
+    # TODO: drop the old name when transformers >= 6 is the floor
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+
+
 def _masked_model(config: Mapping[str, Any], workload: Workload) -> nn.Module:
     mask = MaskConfig.paper(  # its scores are drawn in place, without a temporary of a weight's size
         target_modules=None if workload.target_modules is None else list(workload.target_modules),
@@ -156,8 +162,7 @@ def _masked_model(config: Mapping[str, Any], workload: Workload) -> nn.Module:
     if workload.quantization is not None:
         _quantize(model, workload.quantization, masked=workload.quantize_masked)
     if workload.gradient_checkpointing:
-        enable = getattr(model, f"{CHECKPOINTING}_enable")
-        enable(**{f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}})
+        checkpoint(model)
     return model.train()
 
 
