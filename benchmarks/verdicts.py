@@ -70,9 +70,10 @@ def _verdicts(numbers: Mapping[str, Any], tables: Mapping[str, DomainTable]) -> 
 
 
 def _remarks(numbers: Mapping[str, Any], tables: Mapping[str, DomainTable]) -> list[str]:
-    family, found = family_size(table.comparisons for table in tables.values()), []
+    family, found, place = family_size(table.comparisons for table in tables.values()), list[str](), 0
     for remark in numbers["remarks"]:
         if _OF_P.match(remark):
+            place = len(found)
             continue
         found.append(dominance_remark(family) if remark.startswith(_OF_DOMINANCE) else remark)
         if remark.startswith((_OF_DOMINANCE, "p is two-sided")):
