@@ -1,8 +1,8 @@
 """A matrix of which each process holds some rows: a DTensor, as fully_shard makes it, and its rows here.
 
 What depends on the place in a matrix must not depend on how many processes hold it. So a spread matrix is stepped in
-bands, equal groups of rows, each as a matrix of its own: 8-bit blocks begin anew in a band, and its random words have a
-key of their own.
+bands, equal groups of rows, each as a matrix of its own: 8-bit blocks do not cross the border of a band, and its random
+words have a key of their own.
 
     64 rows, 4 processes     process 0: bands 0 to 15     process 1: bands 16 to 31     ...
     64 rows, 2 processes     process 0: bands 0 to 31     process 1: bands 32 to 63

@@ -1,7 +1,9 @@
 """A study small enough for a test: the tiny Llama on disk, rows of words that count, two or three settings an arm."""
 
+import contextlib
 import json
 
+import pytest
 import torch
 from tiny import WORDS, make_llama
 
@@ -22,6 +24,16 @@ arms:
 """
 FULL = "  full: {kind: full, lrs: [1e-3, 1e-2]}\n"
 FEW = FULL + "  control: {kind: control, lrs: [1e-2]}\n  MFT: {kind: mask, lrs: [1e-2, 3e-2]}\n"
+
+
+@contextlib.contextmanager
+def new_ground(tmp_path_factory):
+    """A directory with the model and the data, and a cache of its own, until the block ends."""
+    directory = tmp_path_factory.mktemp("ground")
+    write_ground(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", str(directory / "cache"))
+        yield directory
 
 
 def write_ground(directory):

@@ -38,7 +38,7 @@ class Found:
 @dataclass
 class Simulation:
     """workers processes; delay: seconds after which one sees what another wrote (NFS keeps directories for up to 60);
-    kills: expected number per process and hour, each of which is started again after START."""
+    kills: how many kills per process and hour to expect. A killed process starts again after START seconds."""
 
     workers: int
     delay: float = 0.0

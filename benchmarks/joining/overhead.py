@@ -1,5 +1,6 @@
-"""Measure what a unit costs beside its own work in a directory of the size of board-small's: python -m
-benchmarks.joining.overhead [DIRECTORY]. Medians in ms; the directory is made below DIRECTORY, such as a network disk.
+"""Measure what `mft compare --join` adds to each run: python -m benchmarks.joining.overhead [DIRECTORY].
+
+The study has as many results as board-small. It is made below DIRECTORY, for example on a network disk. Medians in ms.
 """
 
 import sys

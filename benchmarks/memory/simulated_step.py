@@ -249,7 +249,9 @@ def main() -> None:
     parser.add_argument("--ways", default="plain,resident,layerwise")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
     parser.add_argument("--batches-at-once", type=int, help="of these, in layerwise; all if not given")
-    parser.add_argument("--processes", type=int, default=1, help="of which one is simulated; sharded has several")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes; one of them is simulated (for --ways sharded)"
+    )
     parser.add_argument("--reduce-every", choices=("step", "micro_batch"), default="step", help="of sharded")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--scores", default="float32")

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny_study import FEW, FULL, equal, make_study, write_ground
+from tiny_study import FEW, FULL, equal, make_study, new_ground
 from typer.testing import CliRunner
 
 from benchmarks import recompute
@@ -31,10 +31,7 @@ UNTRAINED = FULL + "  random: {kind: random}\n  temperature: {kind: temperature}
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ground")
-    write_ground(directory)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFT_CACHE", str(directory / "cache"))
+    with new_ground(tmp_path_factory) as directory:
         yield directory
 
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from joiners import facts, finish, start, told
 from rich.console import Console
-from tiny_study import FEW, equal, make_study, write_ground
+from tiny_study import FEW, equal, make_study, new_ground
 
 from mft.study import workers
 from mft.study.arms.setting import Setting
@@ -23,10 +23,7 @@ PACE = Pace(beat=0.1, expiry=1.0, look=0.1)
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ground")
-    write_ground(directory)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFT_CACHE", str(directory / "cache"))
+    with new_ground(tmp_path_factory) as directory:
         yield directory
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from joiners import facts
 from rich.console import Console
-from tiny_study import FEW, equal, make_study, write_ground
+from tiny_study import FEW, equal, make_study, new_ground
 
 from mft.study.run import run_study
 from mft.study.shared import on_ray as module
@@ -20,10 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's o
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ground")
-    write_ground(directory)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFT_CACHE", str(directory / "cache"))
+    with new_ground(tmp_path_factory) as directory:
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
         yield directory
         ray.shutdown()
