@@ -10,6 +10,7 @@ from mft.files.atomic import NotWritten, publish
 from mft.study.ablate import derive
 from mft.study.arms.kinds import make_arm
 from mft.study.load import load_study
+from mft.study.run import run_study
 from mft.study.shared import on_ray
 from mft.study.shared.leases import Leases, Pace, open_leases
 from mft.study.store import fine_tunes_in, open_store
@@ -66,7 +67,7 @@ processes that join with another study's fine tunes
     -> ValueError: --fine-tunes-of | must stand without --join | got runs/other | begin the study with it alone
 workers on ray without ray
     patch.setattr(on_ray, "find_spec", lambda name: None)
-    on_ray.start_on_ray(None, None, None).__enter__()
+    run_study(load_study("small"), tmp / "run", console=None, on="ray")
     -> ValueError: --on ray | must find the package ray | got none | pip install 'mft_kernels[ray]'
 a result on a disk without hard links
     patch.setattr(os, "link", fail_with(errno.EPERM))

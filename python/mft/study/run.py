@@ -37,14 +37,14 @@ from mft.study.plan import (
 from mft.study.progress import Shown, shown_progress
 from mft.study.shared.alike import check_alike, check_processor
 from mft.study.shared.leases import Pace
-from mft.study.shared.on_ray import start_on_ray
+from mft.study.shared.on_ray import check_ray, start_on_ray
 from mft.study.store import Store, open_store
 from mft.study.units.job import Job
 from mft.study.workers import JobFailed, Result, Workers, job_words, start_workers
 from mft.study.workspace import Workspace
 
-LOCAL = "local"
-ON = {LOCAL: start_workers, "ray": start_on_ray}  # where the workers are, by name
+LOCAL, RAY = "local", "ray"
+ON = {LOCAL: start_workers, RAY: start_on_ray}  # where the workers are, by name
 _SAME = 0.01  # nats a token: what rounding may move a model's loss by between its training and its file
 
 
@@ -71,6 +71,8 @@ def run_study(
         if another process of the study has other packages, weights or data.
     """
     check_exact(study.model, "compare")
+    if on == RAY:
+        check_ray()
 
     def say(words: str) -> None:
         console.print(words, style="dim", highlight=False, soft_wrap=True, markup=False)

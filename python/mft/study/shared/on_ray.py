@@ -31,14 +31,15 @@ _TRIES = 3  # of a job whose actors die
 _Files = dict[str, Any]  # references to contents in the object store, by their path in the study's directory
 
 
-@contextlib.contextmanager
-def start_on_ray(study: StudyConfig, bases: Bases, workspace: Workspace) -> Iterator[Workers]:
-    """study.workers actors in the cluster of RAY_ADDRESS, or in one that is started here and ends with the block.
-
-    Raises: ValueError if ray is not installed.
-    """
+def check_ray() -> None:
+    """Raise ValueError if Ray is missing: asked before anything is trained."""
     if find_spec("ray") is None:
         raise ValueError("--on ray must find the package ray, got none: pip install 'mft_kernels[ray]'")
+
+
+@contextlib.contextmanager
+def start_on_ray(study: StudyConfig, bases: Bases, workspace: Workspace) -> Iterator[Workers]:
+    """study.workers actors in the cluster of RAY_ADDRESS, or in one that is started here and ends with the block."""
     import ray
 
     begun = not ray.is_initialized()
