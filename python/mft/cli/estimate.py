@@ -155,9 +155,11 @@ def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
     if reserve:
         lines.append(f"{gigabytes(reserve)} of the GPU are set aside for its context and the allocator's fragments")
     if workload.processes > 1:
+        spreads = choice.way is not None and WAYS[choice.way].spreads
+        weights = "a share of all weights" if spreads else "its own weights"
         lines.append(
             f"{workload.processes} processes on one machine: each runs at most {workload.own_accumulation} of a step's "
-            f"{workload.accumulation} micro-batches, holds its own weights, and has a share of the machine's memory; "
+            f"{workload.accumulation} micro-batches, holds {weights}, and has a share of the machine's memory; "
             "seconds are without the time in which gradients are summed"
         )
     lines.append(
