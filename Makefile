@@ -109,7 +109,7 @@ build/pages/kernels-compiled.md: | dev
 errors: build/pages/errors.md
 	PYTHONPATH=.:tests $(BIN)/python tests/docs/error_messages.py
 
-# The page of public names, and docs/configuration.md: every key of a run and a study, its default and its comment.
+# The page of public names, and docs/reference/configuration.md: every key of a run and a study, its default and its comment.
 reference: build/pages/reference.md
 	$(BIN)/python docs/configuration.py
 
@@ -166,11 +166,11 @@ $(LLAMA)/.installed:
 architectures: dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m architectures $(ONLY)
 
-# docs/peft-methods.md: which methods of the installed PEFT a study can run, each tried small; a minute.
+# docs/reference/peft-methods.md: which methods of the installed PEFT a study can run, each tried small; a minute.
 peft-methods: dev
 	PYTHONPATH=tests:tests/study/adapters $(BIN)/python -W ignore -m method_sweep
 
-# Masks in the real vLLM (docs/vllm.md), in an environment of its own: 3.4 GB, two minutes to install, then about five on 2
+# Masks in the real vLLM (docs/how-to/vllm.md), in an environment of its own: 3.4 GB, two minutes to install, then about five on 2
 # quiet cores. Elsewhere than in .venv-vllm: make vllm-test VLLM_VENV=a/folder; on another base than SmolLM2-135M:
 # MFT_VLLM_BASE=a/model. The package is installed for its entry points alone: what is tested are the files here.
 VLLM_VENV ?= .venv-vllm
@@ -212,16 +212,16 @@ wheel-test: wheel
 	$(BIN)/python -m building.wheel_test $(if $(SLIM),--slim)
 
 # Triton's kernels for sm_80, sm_90 and sm_100, compiled ahead into mft_kernels/cubins: by them a machine with an older
-# Triton, or with none, runs the code of this one (docs/triton-kernels.md). The library of `make cuda` launches them.
+# Triton, or with none, runs the code of this one (docs/explanation/triton-kernels.md). The library of `make cuda` launches them.
 cubins: install
 	$(BIN)/python -m building.cubins
 
-# The ops as a kernel of the Kernel Hub, build/hub-kernel, of the libraries that there are (docs/kernel-hub.md). Seconds.
+# The ops as a kernel of the Kernel Hub, build/hub-kernel, of the libraries that there are (docs/how-to/kernel-hub.md). Seconds.
 hub-kernel: install
 	$(BIN)/python -m building.hub_kernel $(OUT)
 
 # All questions, more than an hour on 2 cores; make bench WHAT=ops or WHAT="ops scaling"; QUICK=1: a few minutes, into
-# build/benchmarks. docs/benchmarks.md says what is measured.
+# build/benchmarks. docs/reference/benchmarks.md says what is measured.
 bench: dev
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(WHAT)
 

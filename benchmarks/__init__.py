@@ -1,1 +1,1 @@
-"""What kernels and training steps cost, one file a question: `make bench` answers all; see docs/benchmarks.md."""
+"""What kernels and training steps cost, one file per question (make bench): docs/reference/benchmarks.md."""

@@ -1,4 +1,6 @@
-"""Writes the tables of docs/measured.md, machines side by side, from the stored results: python -m benchmarks.measured
+"""Write the tables of docs/reference/measured.md, machines side by side, from the stored results.
+
+    python -m benchmarks.measured
 
 Each table stands between two comments that name it, <!-- step --> and <!-- /step -->; what is around them is written by
 hand. A machine has its column or group of rows once it has answered the question.
@@ -12,7 +14,7 @@ from pathlib import Path
 from .records import RESULTS, ROOT, Record, by_machine, machine
 from .tables import case_name, experts_tables, markdown
 
-DOCUMENT = ROOT / "docs" / "measured.md"
+DOCUMENT = ROOT / "docs" / "reference" / "measured.md"
 SQUARE = (4096, 4096)
 STEPS = {
     "ours, from scores": "ours, from bf16 scores",

@@ -3,8 +3,8 @@
 full fine-tune     all weights, bf16 with fp32 masters, AdamW
 LoRA               peft, rank 16, on every linear of the decoder; bf16 adapters with fp32 masters
 the paper's MFT    see memory/rivals.py
-ours, <way>        masks on every linear of the decoder, in each way of running (docs/memory.md); all but plain keep
-                   int16 scores and 8-bit moments at rest
+ours, <way>        masks on every linear of the decoder, in each way of running (docs/how-to/memory.md); all but plain
+                   keep int16 scores and 8-bit moments at rest
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -2,7 +2,7 @@
 
 Nothing is compiled: the libraries define their ops in whatever namespace they are asked to (csrc/registration.h), so
 that the hub has the very files that were tested. A variant is named after its contents, and so are its ops.
-docs/kernel-hub.md says what is in the folder.
+docs/how-to/kernel-hub.md says what is in the folder.
 """
 
 import ast

@@ -33,7 +33,7 @@ def main() -> None:
     for made in (staged, site):
         shutil.rmtree(made, ignore_errors=True)
     stage(ROOT, staged)
-    stage_written(BUILD / "pages", staged / "docs")
+    stage_written(BUILD / "pages", staged / "docs" / "reference")
     shutil.copy(ROOT / "docs" / "site.css", staged / "docs")
     shutil.copy(ROOT / "docs" / "zensical.toml", BUILD)  # whose folder has to hold the tree and the site
     build = ["build", "--strict", "--clean", "--config-file", BUILD / "zensical.toml"]
@@ -60,11 +60,11 @@ def stage(root: Path, staged: Path) -> None:
 
 
 def stage_written(pages: Path, staged: Path) -> None:
-    """Copy the pages that commands wrote; their links are those of pages in docs."""
+    """Copy the pages that commands wrote; their links are those of pages in docs/reference."""
     for name in WRITTEN:
         if not (pages / name).is_file():
             sys.exit(f"error: {pages / name} must be written before the site is built: make docs does both")
-        (staged / name).write_text(rewritten((pages / name).read_text(), ROOT / "docs"))
+        (staged / name).write_text(rewritten((pages / name).read_text(), ROOT / "docs" / "reference"))
 
 
 def source(path: Path, name: str) -> str:

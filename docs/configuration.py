@@ -1,4 +1,4 @@
-"""docs/configuration.md, from the JSON Schema of a run and of a study: make reference."""
+"""docs/reference/configuration.md, from the JSON Schema of a run and of a study: make reference."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from rich.table import Table
 from mft.cli.keys import Section, run_schema, sections, study_schema
 from mft.tracking.markdown import markdown_table
 
-PAGE = Path(__file__).parent / "configuration.md"
+PAGE = Path(__file__).parent / "reference" / "configuration.md"
 HEAD = """# Configuration
 
 Every key of a YAML file, and of an override such as `train.lr=3e-4` on the command line. `mft train --help` lists those
@@ -24,7 +24,7 @@ What `mft train`, `mft finetune`, `mft evaluate`, `mft sensitivity` and `mft dat
 """
 STUDY = """## A study
 
-What `mft compare` and `mft ablate` read ([comparison.md](comparison.md)).
+What `mft compare` and `mft ablate` read ([comparison.md](../how-to/comparison.md)).
 """
 # What Markdown would take for markup.
 MARKUP = re.compile(r"([*<])")

@@ -203,8 +203,8 @@ def prose(text: str, links: set[str]) -> str:
 
 
 def linked(text: str, links: set[str]) -> str:
-    """Public names lead to their entries, and docs/x.md to that page."""
-    text = re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", text)
+    """Public names lead to their entries, and docs/how-to/x.md to that page."""
+    text = re.sub(r"docs/([\w-]+/([\w-]+\.md))", r"[\2](../\1)", text)
     return re.sub(
         r"(?<![\w./])[A-Za-z_]+(?![\w/]|\.\w)",
         lambda word: f"[{word[0]}](#{anchor(word[0])})" if word[0] in links else word[0],

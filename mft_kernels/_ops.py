@@ -1,4 +1,4 @@
-"""The namespace of the ops: all that names it. A build for the Kernel Hub has another (docs/kernel-hub.md)."""
+"""The namespace of the ops: all that names it. A build for the Kernel Hub has another (docs/how-to/kernel-hub.md)."""
 
 import torch
 

@@ -99,7 +99,7 @@ def test_a_backend_knows_no_other():
 
 
 def test_the_kernel_package_names_itself_by_dots_alone():
-    """The Kernel Hub loads it under another name (docs/kernel-hub.md)."""
+    """The Kernel Hub loads it under another name (docs/how-to/kernel-hub.md)."""
     for path in (ROOT / "mft_kernels").rglob("*.py"):
         assert "mft_kernels" not in others_of(path, ""), path
 

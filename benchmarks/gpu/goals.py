@@ -31,8 +31,9 @@ MET, NOT_MET, NOT_APPLICABLE = "met", "NOT MET", "not applicable"
 _ASKED_OF = "sm_90"
 #: auto may choose the very passes that it is compared with, and two timings of one thing differ by about as much.
 _NOT_SLOWER = 0.99
-#: What share of cuBLAS each form of Triton's masked product (docs/triton-kernels.md) is held to, in percent: the plain
-#: one masks through shared memory, where masking and multiplying take turns. triton/choice.py rests on its 60 %.
+#: The share of cuBLAS, in percent, that each form of Triton's masked product (docs/explanation/triton-kernels.md) must
+#: reach. The plain one masks through shared memory, where masking and multiplying take turns. triton/choice.py rests on
+#: its 60 %.
 _FORMS = {"register-fed": 90, "plain": 60}
 #: What share of cuBLAS the model of csrc/cuda/tile_cost.h expects at the worst of these shapes, in percent: of products
 #: by words, which scores are packed into first where tokens are many. By scores it expects 67, for L2 brings no more.

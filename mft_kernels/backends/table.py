@@ -1,6 +1,6 @@
 """The table: which backend's function serves an op on a device, which one ``auto`` takes, and why not the others.
 
-Other packages enter theirs by ``register``; docs/adding-a-kernel.md shows how.
+Other packages enter theirs by ``register``; docs/how-to/adding-a-kernel.md shows how.
 """
 
 import logging

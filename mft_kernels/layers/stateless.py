@@ -1,6 +1,6 @@
 """Layers without state, as the Kernel Hub has them: a forward that a module of another class takes over by kernelize.
 
-Each is a forward alone, and its annotations are the members that the module must have (docs/kernel-hub.md).
+Each is a forward alone, and its annotations are the members that the module must have (docs/how-to/kernel-hub.md).
 """
 
 from typing import Any

@@ -89,7 +89,8 @@ def current_mask(
 def outdate(scores: Tensor | None = None) -> None:
     """Forget the mask that is remembered of ``scores``, or of all, after a write that nothing shows.
 
-    docs/concepts.md lists the writes that are seen. After any other one the old mask may stay in use until this call.
+    docs/explanation/concepts.md lists the writes that are seen. After any other write the old mask may stay in
+    use until this call.
     """
     if scores is None:
         forget_states()

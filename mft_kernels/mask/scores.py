@@ -1,7 +1,7 @@
 """Scores: a Parameter that can tell whether it was written, so that a mask is selected once per change.
 
-docs/concepts.md lists the writes that are seen, and those that need outdate(). A state of scores consists of
-
+docs/explanation/concepts.md lists the writes that are seen, and those that need outdate(). A state of scores consists
+of
 - their version, which PyTorch raises for an in-place operation on them or on a view of them;
 - the last access to ``.data``, as a write through it raises no version;
 - how many steps optimisers have made, as some write through pointers;

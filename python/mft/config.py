@@ -151,7 +151,7 @@ class ModelConfig:
 class MaskConfig:
     """Which linear layers get a mask, how much of each is kept, and how the scores begin.
 
-    The defaults begin near the model as it is, less the smallest hundredth of its weights (docs/recipe.md).
+    The defaults begin near the model as it is, less the smallest hundredth of its weights (docs/how-to/recipe.md).
     """
 
     # Names of the linear layers that get masks, or a pattern (null: those of attention and MLP, unless
@@ -378,7 +378,7 @@ class TrainConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """What training makes smaller (docs/objectives.md). A key that the named objective does not read must be null."""
+    """What training minimises (docs/how-to/objectives.md). Keys that the named objective does not read must be null."""
 
     name: Annotated[str, one_of(tuple(OBJECTIVES))] = "cross_entropy"  # Which loss
     beta: Annotated[float | None, POSITIVE_OR_NULL] = None  # For dpo and kl: weight of the KL term (null: 0.1)

@@ -71,7 +71,7 @@ def test_a_result_that_is_not_there_is_said(capsys):
 
 def test_the_page_has_the_tables_of_the_stored_board():
     stored = RESULT.with_name("compare-board-small.json")
-    page = (RESULT.parents[2] / "docs" / "board.md").read_text(encoding="utf-8")
+    page = (RESULT.parents[2] / "docs" / "explanation" / "board.md").read_text(encoding="utf-8")
     tables = board("board-small", json.loads(stored.read_text(encoding="utf-8"))).split("\n\n")
     assert len(tables) == 12
     assert [table for table in tables if table not in page] == []

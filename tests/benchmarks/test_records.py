@@ -100,7 +100,7 @@ def test_help_writes_no_page(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["measured", "--help"])
     with pytest.raises(SystemExit):
         measured.main()
-    assert "Writes the tables of docs/measured.md" in capsys.readouterr().out
+    assert "Write the tables of docs/reference/measured.md" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -298,7 +298,7 @@ def hub_cache(folder, repo_id, variant):
 @pytest.mark.slow
 def test_the_page_is_followed_with_a_kernel_from_the_hubs_cache(variants, tmp_path):
     kernels_tool()
-    page = (ROOT / "docs" / "kernel-hub.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "kernel-hub.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (repo_id,) = set(re.findall(r'"(\w+/mft-kernels)"', page))
     hub_cache(tmp_path, repo_id, variants["cpu"])

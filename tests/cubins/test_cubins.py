@@ -205,9 +205,16 @@ def test_the_report_says_who_compiles(folder, both, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     count = both["sm_90"]["cubins"]
     for asked, says in (
-        ("", f"{count} cubins of Triton 3.9.0, sm_90, swapped form (docs/triton-kernels.md); others by Triton 3.9.0"),
-        ("cubins", f"{count} cubins of Triton 3.9.0, sm_90, swapped form (docs/triton-kernels.md); no others"),
-        ("jit", "Triton 3.9.0, sm_90, swapped form (docs/triton-kernels.md); MFT_TRITON=jit"),
+        (
+            "",
+            f"{count} cubins of Triton 3.9.0, sm_90, swapped form (docs/explanation/triton-kernels.md); "
+            "others by Triton 3.9.0",
+        ),
+        (
+            "cubins",
+            f"{count} cubins of Triton 3.9.0, sm_90, swapped form (docs/explanation/triton-kernels.md); no others",
+        ),
+        ("jit", "Triton 3.9.0, sm_90, swapped form (docs/explanation/triton-kernels.md); MFT_TRITON=jit"),
     ):
         monkeypatch.setenv("MFT_TRITON", asked)
         assert backend._detail() == says

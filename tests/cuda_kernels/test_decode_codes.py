@@ -184,7 +184,7 @@ def test_an_h100_is_expected_to_gain_by_it(tokens, kind):
         assert few < general * (0.99 if kind == "int8" else 0.85), (n, k)
 
 
-#: In us, of 1, 8 and 16 tokens: docs/cuda-kernels.md.
+#: In us, of 1, 8 and 16 tokens: docs/explanation/cuda-kernels.md.
 EXPECTED = {
     ("nf4", 4096): (6.2, 6.8, 7.3),
     ("nf4", 11008): (16.2, 16.9, 19.2),

@@ -1,4 +1,4 @@
-"""docs/adding-a-kernel.md, followed by a new user: its files in a new folder, its own commands, in its order.
+"""docs/how-to/adding-a-kernel.md, followed by a new user: its files in a new folder, its own commands, in its order.
 
 The user's Python is a new virtual environment that sees what is installed here, as if `mine` were installed there too.
 """
@@ -21,7 +21,7 @@ from mft_kernels.backends import table as backends
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "adding-a-kernel.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "adding-a-kernel.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
 A_FEW = " and (behind or token or magnitude and (opcheck or detach))"  # of the tests: those that tell much

@@ -10,7 +10,7 @@ from bad_inputs.report import GROUPS, VERSIONS, report
 from dead_links import dead_links
 from error_messages import RECORD, messages
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "reference"
 
 
 def listed(cases):

@@ -1,4 +1,4 @@
-"""docs/concepts.md on when a mask is selected again: the writes that it promises to see, and outdate() for others."""
+"""When a mask is selected again: the writes that docs/explanation/concepts.md promises to see, and outdate()."""
 
 import ctypes
 

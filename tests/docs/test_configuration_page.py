@@ -1,4 +1,4 @@
-"""docs/configuration.md: the page that the keys of now make."""
+"""docs/reference/configuration.md: the page that the keys of now make."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,7 @@ def test_the_page_is_of_the_keys_of_now():
     spec = importlib.util.spec_from_file_location("configuration_page", DOCS / "configuration.py")
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
-    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
-    assert text == page.configuration(), "docs/configuration.md is stale: make reference"
+    text = (DOCS / "reference" / "configuration.md").read_text(encoding="utf-8")
+    assert text == page.configuration(), "docs/reference/configuration.md is stale: make reference"
     assert "| `train.lr` | float above 0 | `0.0003` | Learning rate. " in text
     assert "| `arms.NAME.kind` |" in text

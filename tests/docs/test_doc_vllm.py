@@ -1,4 +1,4 @@
-"""docs/vllm.md without vLLM: its Python compiles, its options are known. masks_in_vllm has the real one."""
+"""docs/how-to/vllm.md without vLLM: its Python compiles, its options are known. masks_in_vllm has the real one."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,7 @@ from dead_links import BLOCK
 
 from mft.vllm.serve import read_arguments
 
-DOC = Path(__file__).parents[2] / "docs" / "vllm.md"
+DOC = Path(__file__).parents[2] / "docs" / "how-to" / "vllm.md"
 
 
 def test_the_blocks_are_python_and_commands_that_mft_vllm_takes():

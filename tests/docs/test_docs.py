@@ -95,7 +95,7 @@ def ground(tmp_path_factory, tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         enter(directory, directory, patch)
         names = brought()
-        for language, block in [*blocks(ROOT / "README.md"), *blocks(ROOT / "docs" / "quick-start.md")]:
+        for language, block in [*blocks(ROOT / "README.md"), *blocks(ROOT / "docs" / "tutorials" / "quick-start.md")]:
             run_block(language, block, names)
     for made in ("masks", "runs/merged", "runs/short"):  # which other pages make again
         shutil.rmtree(directory / made)
@@ -258,7 +258,7 @@ def test_links_lead_somewhere(document):
 
 
 def test_every_document_is_in_the_index():
-    """That of docs, or the page that has the name of its folder: docs/evidence.md for docs/evidence."""
+    """That of docs, or the page that has the name of its folder: docs/explanation/evidence.md for docs/evidence."""
     top = ROOT / "docs" / "README.md"
     for page in set(PAGES) - {top}:
         index = page.parent.with_suffix(".md") if page.parent.with_suffix(".md").is_file() else top
@@ -266,7 +266,7 @@ def test_every_document_is_in_the_index():
 
 
 def test_the_page_of_the_command_line_lists_every_verb():
-    page = (ROOT / "docs" / "command-line.md").read_text()
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
     assert [verb for verb in typer.main.get_command(app).commands if f"`mft {verb}" not in page] == []
 
 

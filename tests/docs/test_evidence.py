@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-OVERVIEW = ROOT / "docs" / "evidence.md"
-STUDIES = sorted((ROOT / "docs" / "evidence").glob("*.md"))
-JUDGING = ["README.md", "docs/recipe.md", "docs/evidence.md", "docs/experts.md"]
+OVERVIEW = ROOT / "docs" / "explanation" / "evidence.md"
+STUDIES = sorted((ROOT / "docs" / "explanation" / "evidence").glob("*.md"))
+JUDGING = ["README.md", "docs/how-to/recipe.md", "docs/explanation/evidence.md", "docs/how-to/experts.md"]
 INTERVAL = re.compile(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]")
 P_VALUE = re.compile(rf"({INTERVAL.pattern})[^.;:|\[]{{0,20}}\bp (<? ?0\.\d+)")
 REBUILD = "+0.0026 [-0.0040, +0.0094]"  # of a study that is not stored, as the page says
@@ -36,7 +36,12 @@ def stored(study, domain):
 
 def tables(page, heading):
     """The tables in a section of a page of docs/evidence, each as the cells of its rows without the head."""
-    section = (ROOT / "docs" / "evidence" / f"{page}.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "docs" / "explanation" / "evidence" / f"{page}.md")
+        .read_text()
+        .split(f"\n## {heading}\n")[1]
+        .split("\n## ")[0]
+    )
     found = re.findall(r"^\|.*\n\|[-:|]+\|\n((?:\|.*\n)+)", section, re.MULTILINE)
     return [[cells(line) for line in rows.splitlines()] for rows in found]
 
@@ -115,7 +120,7 @@ def test_steps_and_seconds_on_experts_are_the_stored_ones():
     control, mask = rows["control"], rows["MFT"]
     assert control["steps"] == mask["steps"]
     said = f"({mask['steps']}; {mask['s a run']} and {control['s a run']} s a run)"
-    assert said in (ROOT / "docs" / "experts.md").read_text()
+    assert said in (ROOT / "docs" / "how-to" / "experts.md").read_text()
 
 
 def test_the_losses_by_keep_ratio_are_the_stored_ones():
@@ -397,12 +402,12 @@ def test_every_table_of_figures_is_held_against_the_stored_ones():
 
 def test_the_share_of_exact_answers_before_rewards_is_the_stored_one():
     fine_tune = stored("compare-rewards", "problems")["full fine-tune"]
-    page = plain((ROOT / "docs" / "evidence" / "rewards.md").read_text())
+    page = plain((ROOT / "docs" / "explanation" / "evidence" / "rewards.md").read_text())
     assert f"no arm leaves its start, {fine_tune['exact %']} % right" in page
 
 
 def test_the_bytes_of_a_task_follow_from_the_shapes():
-    page = (ROOT / "docs" / "many-masks.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "many-masks.md").read_text()
     shapes = [
         (576, 576),
         (192, 576),

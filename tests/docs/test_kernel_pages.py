@@ -13,7 +13,7 @@ SOURCES = {
     "triton-kernels.md": ("mft_kernels", "csrc", "building"),
     "cuda-kernels.md": ("csrc", "mft_kernels"),
 }
-PAGES = {name: (ROOT / "docs" / name).read_text() for name in SOURCES}
+PAGES = {name: (ROOT / "docs" / "explanation" / name).read_text() for name in SOURCES}
 FILE = re.compile(r"(?:mft_kernels|csrc)/[\w/]+\.\w+")
 STEPS = [line for line in PAGES["kernels.md"].splitlines() if line.startswith("    ") and FILE.search(line)]
 LABEL = re.compile(r"^.*?(?<!:):(?!:)")  # "cpu:" and the like, before what is called

@@ -1,4 +1,4 @@
-"""docs/map.md against what there is: it names every package and every module of the kernels, and nothing else."""
+"""docs/reference/map.md names every package and every module of the kernels that exists, and nothing else."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ BUILT = {"cubins/"}  # by `make cubins`
 def tables():
     """{folder: the names in the first column}, "elsewhere" for the root."""
     found, rows = {}, []
-    for line in (ROOT / "docs" / "map.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "reference" / "map.md").read_text().splitlines():
         if not line.startswith("|"):
             rows = None
         elif rows is None:
@@ -43,7 +43,7 @@ def test_the_map_names_folders_that_there_are():
 
 
 def test_the_map_is_one_screen():
-    assert len((ROOT / "docs" / "map.md").read_text().splitlines()) <= 50
+    assert len((ROOT / "docs" / "reference" / "map.md").read_text().splitlines()) <= 50
 
 
 def test_no_folder_is_crowded():

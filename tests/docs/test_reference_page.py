@@ -9,7 +9,7 @@ from dead_links import dead_links
 import mft
 
 pytest.importorskip("griffe", reason="needs griffelib, of the dev extra")
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "reference"
 DOCSTRING = """scores -= lr * step(scores), see masked_linear and ``a * b``.
 
 Of its own line:
@@ -32,7 +32,7 @@ Raises:
 @pytest.fixture(scope="module")
 def page():
     """The module docs/reference.py."""
-    spec = importlib.util.spec_from_file_location("reference_page", DOCS / "reference.py")
+    spec = importlib.util.spec_from_file_location("reference_page", DOCS.with_suffix(".py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

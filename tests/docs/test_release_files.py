@@ -24,7 +24,7 @@ def test_every_paper_that_is_to_be_cited_stands_among_the_papers_of_the_concepts
     assert citation["license"] == "Apache-2.0"
     assert citation["title"].startswith("mft_kernels")
     assert len(citation["references"]) == 3
-    concepts = (ROOT / "docs" / "concepts.md").read_text()
+    concepts = (ROOT / "docs" / "explanation" / "concepts.md").read_text()
     for paper in citation["references"]:
         line = next(line for line in concepts.splitlines() if f"*{paper['title']}*" in line)
         assert paper["url"].removeprefix("https://arxiv.org/abs/") in line

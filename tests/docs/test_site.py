@@ -48,7 +48,7 @@ def pages_of(nav):
 def test_every_page_is_in_the_navigation_once(site):
     folders = (ROOT / "docs", ROOT / "benchmarks" / "results")
     pages = [page.relative_to(ROOT).as_posix() for folder in folders for page in folder.rglob("*.md")]
-    written = [f"docs/{name}" for name in site.WRITTEN]
+    written = [f"docs/reference/{name}" for name in site.WRITTEN]
     assert sorted(pages_of(CONFIG["nav"])) == sorted([*site.FIRST, *pages, *written]), (
         "nav in docs/zensical.toml has each page once"
     )
@@ -66,7 +66,9 @@ def test_the_theme_asks_nobody_for_fonts():
 
 def test_every_link_of_the_pages_leads_into_the_staged_tree(site, tmp_path):
     site.stage(ROOT, tmp_path)
-    written = {f"docs/{name}" for name in site.WRITTEN}  # whose links test_reference_page.py and others follow
+    written = {
+        f"docs/reference/{name}" for name in site.WRITTEN
+    }  # whose links test_reference_page.py and others follow
     for name in set(pages_of(CONFIG["nav"])) - written:
         links = [
             link for part in site.FENCED.split((tmp_path / name).read_text())[::2] for link in site.LINK.findall(part)
@@ -95,14 +97,14 @@ def test_pages_that_commands_write_are_staged_beside_those_of_docs(site, tmp_pat
     pages.mkdir()
     staged.mkdir()
     for name in site.WRITTEN[1:]:
-        (pages / name).write_text("[concepts](concepts.md#masks) [source](../setup.py)\n")
+        (pages / name).write_text("[concepts](concepts.md#masks) [source](../../setup.py)\n")
     with pytest.raises(SystemExit, match=f"{site.WRITTEN[0]} must be written before .*: make docs does both"):
         site.stage_written(pages, staged)
     (pages / site.WRITTEN[0]).write_text("# First\n")
     site.stage_written(pages, staged)
     assert sorted(path.name for path in staged.iterdir()) == sorted(site.WRITTEN)
     linked = (staged / site.WRITTEN[1]).read_text()
-    assert linked == "[concepts](concepts.md#masks) [source](../setup.py.md)\n"
+    assert linked == "[concepts](concepts.md#masks) [source](../../setup.py.md)\n"
 
 
 def test_the_recipe_of_the_site_writes_the_pages_first(site):

@@ -190,7 +190,7 @@ def test_two_threads_that_race_give_the_same_bits_each_time(op, backend, threads
 def test_how_many_threads_changes_no_bit_but_where_torch_multiplies(op, backend, threads):
     multiplies = op.startswith(("masked_linear", "accumulate"))
     if multiplies and (backend == "reference" or cpu.capabilities()[0] in ("avx2", "portable")):
-        pytest.skip("torch's GEMM may cut its sums by threads (docs/kernels.md)")
+        pytest.skip("torch's GEMM may cut its sums by threads (docs/explanation/kernels.md)")
     call = calls(backend, LARGER, torch.bfloat16, learned=("x", "scores"))[op]
     expected = bits(call())
     for count in (2, 3):

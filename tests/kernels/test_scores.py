@@ -1,4 +1,4 @@
-"""No mask is stale after a write that docs/concepts.md promises to see, nor after any other and outdate()."""
+"""No mask is stale after a write that docs/explanation/concepts.md promises to see, or after outdate()."""
 
 import copy
 import ctypes

@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 
 INSTRUCTION_SETS = ("cpu-amx", "cpu-amx_emulated", "cpu-avx512_bf16", "cpu-avx512", "cpu-avx2", "cpu-portable")
-#: Of other packages; docs/adding-a-kernel.md.
+#: Of other packages; docs/how-to/adding-a-kernel.md.
 OTHERS = tuple(os.environ.get("MFT_TEST_BACKENDS", "").split())
 
 FORMS = (*INSTRUCTION_SETS, "triton-a_card", "cuda", *OTHERS)

@@ -1,4 +1,4 @@
-"""What the kernel of the Kernel Hub offers: ops on masked weights, and layers without state (docs/kernel-hub.md).
+"""The kernel of the Kernel Hub: ops on masked weights, and layers without state (docs/how-to/kernel-hub.md).
 
 It takes the place of mft_kernels/__init__.py; building/hub_kernel.py puts beside it what it imports from there.
 """

@@ -127,7 +127,7 @@ def _detail() -> str:
     from .target import target_of
 
     target = target_of(torch.device("cuda", torch.cuda.current_device()))
-    form = f"{target}, {'swapped' if target.swapped else 'plain'} form (docs/triton-kernels.md)"
+    form = f"{target}, {'swapped' if target.swapped else 'plain'} form (docs/explanation/triton-kernels.md)"
     ahead, reason = cubins.bundle(str(target))
     compiler = f"Triton {_version()}" if _no_compiler() is None else ""
     if ahead is None or cubins.asked() == cubins.JIT:

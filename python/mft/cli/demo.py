@@ -37,7 +37,8 @@ from mft.training.run_directory import MODEL, TABLE_JSON, check_run_directory
 ABOUT = "It is SmolLM2-135M-Instruct from a file of 4-bit weights, dequantised."
 PLOT_TITLE = "SmolLM2-135M on Python source: a mask on 6 of 30 layers is trained"
 CHOSEN = (
-    "The settings were chosen on these documents in an earlier study, which tested on others (docs/evidence.md, J)."
+    "The settings were chosen on these documents in an earlier study, which tested on others "
+    "(docs/explanation/evidence.md, J)."
 )
 # Of eleven prompts one where the mask's text follows the library's style clearly; after others the two differ less.
 PROMPT = "def parse_args("
@@ -183,10 +184,10 @@ def _next(directory: Path) -> list[str]:
     """Three commands, each with what it takes."""
     return [
         "Next:",
-        "   a mask from your own chats, a JSON object per line (docs/data.md):",
+        "   a mask from your own chats, a JSON object per line (docs/how-to/data.md):",
         "   mft train model.name=smollm2-135m data.source=chats.jsonl output_dir=runs/mine",
         "   compare the mask with LoRA and with training the weights, about 24 minutes on two cores; in our",
-        "   studies LoRA on all layers gained more than the mask (docs/evidence.md, N):",
+        "   studies LoRA on all layers gained more than the mask (docs/explanation/evidence.md, N):",
         "   mft compare --config demo",
         "   an HTTP server in OpenAI's form (pip install 'mft_kernels[serve]'); the model's name is demo:",
         f"   mft serve --masks {shlex.quote(f'demo={directory}')}",

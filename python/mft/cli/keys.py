@@ -1,4 +1,4 @@
-"""The keys of a configuration, by its JSON Schema: for --help, for --help KEY and for docs/configuration.md.
+"""The keys of a configuration, by its JSON Schema: for --help, for --help KEY and for docs/reference/configuration.md.
 
 `mft train --help` lists the keys by section, `mft train --help train.lr` explains one. Torch is not loaded for a run's.
 """
@@ -133,7 +133,7 @@ class StudyKeys(Keyed):
         return study_schema()
 
     def print_keys(self, verb: str) -> None:
-        say(f" {verb} --help KEY explains a key, or a section such as arms; docs/configuration.md has them all.")
+        say(f" {verb} --help KEY explains a key, or a section such as arms. All keys: docs/reference/configuration.md")
 
 
 # ---------------------------------------------------------------------------------------------- private

@@ -10,7 +10,7 @@ from mft.masks.convert import keeping_all, masked_modules
 
 ROWS = 4  # next to nothing beside a validation
 # Nats a token, a tenth in perplexity. On SmolLM2-135M masks by magnitude begin within 0.01 of it at 0.9 to 0.99 kept,
-# random ones 0.25 above at 0.99 and 7.3 above at 0.9 (docs/recipe.md).
+# random ones 0.25 above at 0.99 and 7.3 above at 0.9 (docs/how-to/recipe.md).
 WELL_ABOVE = 0.1
 
 

@@ -2,7 +2,7 @@
 
     magic, version, counts | key, type, value; ... | name, dimensions, type, offset; ... | padding | tensors' bytes
 
-(ggml's docs/gguf.md.) Readers of it believe the counts: of a damaged file transformers makes blocks without end.
+(ggml's docs/how-to/gguf.md.) Readers of it believe the counts: of a damaged file transformers makes blocks without end.
 """
 
 import math

@@ -257,7 +257,7 @@ def read_config(path: Path) -> MaskExport:
     if _is_of_peft(values):
         raise ValueError(
             f"{path}: expected an export of masks, got an adapter that PEFT saved, which holds scores: load it with "
-            "PeftModel.from_pretrained (docs/peft.md)"
+            "PeftModel.from_pretrained (docs/how-to/peft.md)"
         )
     version = values.get("format_version")
     if type(version) is not int or not _UNHASHED_VERSION <= version <= FORMAT_VERSION:  # True is an int, and equals 1

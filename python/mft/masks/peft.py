@@ -1,7 +1,7 @@
 """Masks as a method of PEFT: importing this registers it, so that get_peft_model takes a MaskPeftConfig.
 
 PEFT's adapters hold scores, from which training goes on; to_masked_model and save_masks give the export of 1 bit a
-weight, which PeftModel.from_pretrained loads too. docs/peft.md tells them apart.
+weight, which PeftModel.from_pretrained loads too. docs/how-to/peft.md tells them apart.
 """
 
 import copy

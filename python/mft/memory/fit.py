@@ -13,8 +13,8 @@ from mft.number_formats import AUTO, MOMENT_FORMATS, SCORE_FORMATS, at_most_as_w
 # Of the device, beside what is allocated: a CUDA context (some 0.4 GB), cuBLAS's workspace (up to 32 MiB) and the
 # allocator's fragments. Not measured.
 RESERVE = {"cuda": 600_000_000, "cpu": 0}
-# Scores and moments where these are left open. int16 flips fewer bits wrongly than bfloat16 (docs/memory.md), which
-# autograd reaches, and which have fixed thresholds.
+# Scores and moments where these are left open. int16 flips fewer bits wrongly than bfloat16 (docs/how-to/memory.md).
+# bfloat16 scores are reached by autograd and have fixed thresholds.
 _FORMATS = (("float32", "float32"), ("float32", "8bit"), ("int16", "8bit"), ("bfloat16", "8bit"))
 _SHORTEST = 512  # tokens; the search for a setting goes no lower
 # How little a change is wanted. Smaller micro-batches change no result, and another base the most.

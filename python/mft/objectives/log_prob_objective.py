@@ -18,7 +18,7 @@ from mft.objectives.objective import Objective
 class LogProbObjective(Objective):
     """A function of all scored tokens' log-probabilities in a micro-batch; autograd makes its gradient.
 
-    A subclass has a name and loss; docs/objectives.md has one that runs.
+    A subclass has a name and loss; docs/how-to/objectives.md has one that runs.
     """
 
     def loss(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ Chunk = tuple[slice, Tensor, Tensor, Tensor | None]
 class TokenObjective(Objective):
     """The sum over scored tokens of a function of one token's logits; autograd makes its gradient.
 
-    A subclass has a name and token_losses; docs/objectives.md has one that runs.
+    A subclass has a name and token_losses; docs/how-to/objectives.md has one that runs.
     """
 
     def token_losses(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:

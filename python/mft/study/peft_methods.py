@@ -4,7 +4,7 @@ LoRA (arXiv 2106.09685) is one of them: y = x @ W.T + lora_alpha / r * (x @ A.T)
 0 at first; experts in one parameter have an A and a B each, in two matrices of E * r. What a method draws and does not
 train, such as VeRA's projections and SHiRA's positions, is drawn again from the seed.
 
-`python -m peft_methods` (tests/peft_methods) tries every method that the installed PEFT has: docs/peft-methods.md.
+`make peft-methods` tries every method that the installed PEFT has: docs/reference/peft-methods.md.
 """
 
 import contextlib

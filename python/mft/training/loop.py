@@ -49,8 +49,8 @@ def train_masks(
     (surrogate.py), whatever way is taken; clipping is of what they learn by.
 
     Args:
-        way: "plain", "in_place", "resident", "quantized", "layerwise" or "sharded" (see docs/memory.md); all give the
-            same update.
+        way: "plain", "in_place", "resident", "quantized", "layerwise" or "sharded" (docs/how-to/memory.md). All give
+            the same update.
         device: of the four latter; None: the first GPU, or the CPU. model lies on the CPU, or there.
         options: as of train_loop.
     """
@@ -129,7 +129,7 @@ def train_loop(
             may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
         saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
         processes: those that train together, each of which calls this with the same arguments; see distributed.py.
-        objective: what is made smaller, cross entropy unless given; see docs/objectives.md.
+        objective: what is made smaller, cross entropy unless given; see docs/how-to/objectives.md.
         validation: evaluates as train says, and may end the run before its last step; it must be one of saver's
             counters to go on with the run.
         surrogate: what the scores of model learn by, in place of the straight-through gradient.

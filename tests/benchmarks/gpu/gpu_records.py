@@ -9,7 +9,7 @@ CEILINGS = {"bytes_per_second": 3e12, "flops_per_second": 8e14}
 #: As the suite's environment is on an H100.
 HERE = {
     "device": "a card", "date": "today", "sources": "0123", "triton": "3.6.1", "capability": [9, 0],
-    "triton_kernels": "Triton 3.6, sm_90, swapped form (docs/triton-kernels.md)",
+    "triton_kernels": "Triton 3.6, sm_90, swapped form (docs/explanation/triton-kernels.md)",
     "cuda_library": "CUDA C++, sm_80 sm_90",
 }  # fmt: skip
 

@@ -53,7 +53,7 @@ def test_cublas_is_the_goal_only_where_the_bytes_allow_it():
 def test_a_goal_follows_the_form_that_ran():
     """The plain form masks through shared memory: 70 % of cuBLAS is above what it is held to, and below the other's."""
     at = [record("forward", 2048, {DENSE: sample(1.0), FUSED: sample(1.4, of_cublas=70, floor=0.5)})]
-    plain = HERE | {"triton_kernels": "Triton 3.6, sm_90, plain form (docs/triton-kernels.md)"}
+    plain = HERE | {"triton_kernels": "Triton 3.6, sm_90, plain form (docs/explanation/triton-kernels.md)"}
     for environment, state, bound, form in ((HERE, NOT_MET, 90, "register-fed"), (plain, MET, 60, "plain")):
         found = goals("forward", at, environment)[0]
         assert (found.state, found.bound) == (state, bound)

@@ -1,4 +1,4 @@
-"""The blocks of docs/gguf.md run, in the order of the page, on a Llama of two blocks in a GGUF file.
+"""The blocks of docs/how-to/gguf.md run, in the order of the page, on a Llama of two blocks in a GGUF file.
 
 The block for llama.cpp runs in the environment of `make llama-test`, if there is one; those of Ollama do not run.
 """
@@ -17,7 +17,7 @@ from mft.cli.app import app
 
 pytestmark = pytest.mark.slow
 
-DOC = Path(__file__).parents[3] / "docs" / "gguf.md"
+DOC = Path(__file__).parents[3] / "docs" / "how-to" / "gguf.md"
 SHORT = ["train.steps=2", "train.batch_size=2", "data.max_train_tokens=2048", "data.max_eval_tokens=1024"]
 
 

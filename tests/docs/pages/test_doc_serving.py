@@ -1,4 +1,4 @@
-"""The blocks of docs/serving.md run: masks are trained, served until a signal comes, and asked by openai's client."""
+"""The blocks of docs/how-to/serving.md run: masks are trained, served until a signal, and asked by openai's client."""
 
 import os
 import re
@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn")
 
 pytestmark = pytest.mark.slow
 
-DOC = Path(__file__).parents[3] / "docs" / "serving.md"
+DOC = Path(__file__).parents[3] / "docs" / "how-to" / "serving.md"
 SHORT = ["train.steps=2", "data.max_train_tokens=2048", "data.max_eval_tokens=1024", "data.sequence_length=64"]
 
 

@@ -1,4 +1,4 @@
-"""The Python of docs/transformers.md runs, block after block, on a tiny model in place of SmolLM2."""
+"""The Python of docs/how-to/transformers.md runs, block after block, on a tiny model in place of SmolLM2."""
 
 import copy
 import functools
@@ -12,7 +12,7 @@ import mft
 
 pytestmark = pytest.mark.slow
 
-DOC = Path(__file__).parents[3] / "docs" / "transformers.md"
+DOC = Path(__file__).parents[3] / "docs" / "how-to" / "transformers.md"
 
 
 def test_every_block_runs(tiny_llama, tokenizer, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The Python of docs/trl.md runs, block after block, on a Llama of two layers in place of SmolLM2."""
+"""The Python of docs/how-to/trl.md runs, block after block, on a Llama of two layers in place of SmolLM2."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
 
 pytestmark = pytest.mark.slow
 
-DOC = Path(__file__).parents[3] / "docs" / "trl.md"
+DOC = Path(__file__).parents[3] / "docs" / "how-to" / "trl.md"
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning")

@@ -43,7 +43,7 @@ def assert_same(got, expected):
 
 
 def test_a_layer_is_a_forward_and_no_state():
-    """What the Kernel Hub asks of one, in its own words in docs/kernel-hub.md."""
+    """What the Kernel Hub asks of one, in its own words in docs/how-to/kernel-hub.md."""
     found = [c for _, c in inspect.getmembers(layers, inspect.isclass) if c.__module__ == layers.__name__]
     assert found == [layers.MaskedLinear]
     for layer in found:

@@ -1,4 +1,4 @@
-"""docs/peft-methods.md: every method of the installed PEFT on a tiny Llama, by the arm of studies: make peft-methods.
+"""Write docs/reference/peft-methods.md: try every method of the installed PEFT on a tiny Llama (make peft-methods).
 
 A method runs if it takes steps, what it trained gives the same model again, and the start keeps its weights.
 """
@@ -19,7 +19,7 @@ from mft.study.arms.kinds import make_arm
 from mft.study.arms.weights import with_weights
 from mft.study.peft_methods import MethodFailsError, methods
 
-PAGE = Path(__file__).parents[3] / "docs" / "peft-methods.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "peft-methods.md"
 MASK = MaskConfig.paper(layers_to_transform=[2, 3])
 TRAIN = TrainConfig(lr=1e-2, steps=3, batch_size=4)
 # What a method must be told, or the defaults of which are too large for layers of 16 to 64 numbers.
@@ -36,9 +36,10 @@ OPTIONS = {
 }
 HEAD = """# Methods of PEFT in studies
 
-What an arm `{{kind: peft, config: {{peft_type: ...}}}}` can be ([comparison.md](comparison.md#any-method-of-peft)). By
-`make peft-methods`, which tries every method of PEFT {version} on the attention and MLP of two layers of a tiny Llama,
-once with weights in fp32 and once in bf16, with PEFT's defaults and the options that are shown.
+The methods that an arm `{{kind: peft, config: {{peft_type: ...}}}}` of a study can use
+([comparison.md](../how-to/comparison.md#any-method-of-peft)). `make peft-methods` writes this page: it tries every
+method of PEFT {version} on the attention and MLP of two layers of a tiny Llama, once with weights in fp32 and once in
+bf16, with PEFT's defaults and the options that are shown.
 
 | column | means |
 |---|---|
