@@ -8,19 +8,21 @@ validation. Differences from it with an interval are those of the report. Others
 """
 
 import argparse
-import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mft.files.colours import COLOURS, shade
 from mft.files.figure import new_figure, save_figure
 
 from .tables import markdown
 
 LEAST, MOST = 0.5, 1.25  # times a mask's bytes
 _SAME = 1.05  # times the bytes of another mask of its budget, at most
+_FEW_BITS = " in few bits"
 _HEADER = [
     "arm",
     "bytes",
@@ -56,14 +58,12 @@ def picture(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 axes.axhline(row["loss"], color="0.6", linestyle="--", linewidth=1)
                 side = "bottom" if row["kind"] == "base" else "top"
                 axes.annotate(row["arm"], (1, row["loss"]), xycoords=("axes fraction", "data"), ha="right", va=side)
-        families = set(map(family, stored))
-        in_order = sorted(families, key=lambda name: ("mask" not in name, name))
-        for name, (marker, number) in zip(in_order, itertools.product("os^D", range(10))):
+        for name, style in _styles(map(family, stored)).items():
             own = [row for row in stored if family(row) == name]
-            style = {"color": f"C{number}", "marker": marker, "linewidth": 2.5 if "mask" in name else 1}
             axes.plot([row["bytes"] for row in own], [row["loss"] for row in own], label=name, **style)
-        axes.set(xscale="log", xlabel="bytes beside the base", ylabel="test loss, nats per token")
-        axes.set_title(title, loc="left")
+        axes.set(xscale="log", xlabel="bytes to store, the base not counted")
+        axes.set_ylabel("test loss, nats per token (lower is better)")
+        axes.set_title(_finding(title, stored), loc="left")
         axes.grid(color="0.92")
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     save_figure(figure, path, dpi=100)
@@ -72,7 +72,34 @@ def picture(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def family(row: Mapping[str, Any]) -> str:
     """What an arm is but for its size: "LoRA in few bits" of LoRA 7 in 4 bits, "mask" of mask (33 kB)."""
     name = re.split(r" \(| \d", row["arm"])[0]
-    return f"{name} in few bits" if row["kind"] == "coded" and " bits" in row["arm"] else name
+    return f"{name}{_FEW_BITS}" if row["kind"] == "coded" and " bits" in row["arm"] else name
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """By family, masks first: the colour of its method; dashed and hollow in few bits."""
+    found: dict[str, dict[str, Any]] = {}
+    of_method = Counter[str]()
+    for name in sorted(set(names), key=lambda name: ("mask" not in name, name)):
+        method = name.removesuffix(_FEW_BITS).replace("sparse fine-tune", "sparse delta")
+        colour = COLOURS["mask"] if "mask" in name else COLOURS.get(method)
+        if colour is None:  # a method without a colour of its own
+            colour, of_method["others"] = shade(COLOURS["ternary"], of_method["others"]), of_method["others"] + 1
+        elif "mask" in name:
+            colour, of_method["mask"] = shade(colour, of_method["mask"]), of_method["mask"] + 1
+        few = name.endswith(_FEW_BITS)
+        look = {"linestyle": "--" if few else "-", "markerfacecolor": "white" if few else colour}
+        found[name] = {"color": colour, "marker": "o", "linewidth": 2.5 if "mask" in name else 1.2, **look}
+    return found
+
+
+def _finding(title: str, stored: Sequence[Mapping[str, Any]]) -> str:
+    """At how many of the masks' sizes an arm of no more bytes has a lower loss."""
+    masks, rivals = _masks({"rows": stored}), [row for row in stored if "mask" not in row["arm"]]
+    behind = sum(
+        any(rival["loss"] < mask["loss"] and rival["bytes"] <= MOST * mask["bytes"] for rival in rivals)
+        for mask in masks
+    )
+    return f"{title}: masks are behind at {behind} of {len(masks)} sizes"
 
 
 def _masks(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -4,26 +4,37 @@ ops, train_step and scaling a machine each, named as the record; cpu.png has the
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .records import by_machine, machine
+from mft.files.colours import COLOURS as METHODS
+from mft.files.colours import PHASES, shade
 
+from .records import Record, by_machine, machine
+
+_MASK = METHODS["mask"]
+#: Each method as in the pictures of studies; our ways of running are shades of the mask's colour.
 COLOURS = {
-    "dense": "0.2",
-    "full fine-tune": "0.2",
-    "ours, from scores": "C3",
-    "ours, module": "C1",
-    "ours, held mask": "C0",
-    "eager": "C2",
-    "compiled": "C4",
-    "LoRA": "C5",
-    "the paper's layer": "C6",
-    "ours, plain": "C3",
-    "ours, resident": "C0",
-    "ours, layerwise": "C1",
+    "dense": METHODS["full fine-tune"],
+    "full fine-tune": METHODS["full fine-tune"],
+    "LoRA": METHODS["LoRA"],
+    "the paper's layer": METHODS["paper's mask"],
+    "the paper's MFT": METHODS["paper's mask"],
+    "eager": METHODS["eager mask"],
+    "compiled": METHODS["compiled mask"],
+    "ours, from scores": _MASK,
+    "ours, module": shade(_MASK, 1),
+    "ours, held mask": shade(_MASK, 2),
+    "ours, plain": _MASK,
+    "ours, in place": METHODS["mask in place"],
+    "in place": METHODS["mask in place"],
+    "ours, resident": shade(_MASK, 1),
+    "ours, quantized": shade(_MASK, 2),
+    "ours, layerwise": shade(_MASK, 3),
 }
+_OTHER = METHODS["one-shot mask"]
 ROOFED = ("dense", "ours, from scores", "ours, module", "ours, held mask")
 MARKERS = {"forward": "o", "d_x": "s", "d_scores": "^"}
 MATRIX_OPS = ("threshold", "packing", "optimiser")
@@ -41,12 +52,12 @@ def draw_ops(record_path: Path) -> None:
     for row, shape in zip(axes, chosen):
         for panel, op in zip(row, MARKERS):
             _draw_ratios(panel, [c for c in cases if (c["n"], c["k"]) == shape and c["op"] == op])
-            panel.set_title(f"{op}, {shape[0]} x {shape[1]}")
+            panel.set_title(_held(f"{op}, {shape[0]} x {shape[1]}", cases), fontsize=10)
     axes[0, 0].legend(fontsize=8)
     _draw_roofline(axes[2, 0], cases, record["ceilings"])
     _draw_shares(axes[2, 1], cases)
     _draw_matrix_ops(axes[2, 2], [c for c in cases if (c["n"], c["k"]) == chosen[-1] and c["op"] in MATRIX_OPS])
-    axes[2, 2].set_title(f"Once a step, {chosen[-1][0]} x {chosen[-1][1]}")
+    axes[2, 2].set_title(f"Once per step, {chosen[-1][0]} x {chosen[-1][1]}")
     _save(figure, record, picture_of(record_path))
 
 
@@ -60,15 +71,19 @@ def draw_train_step(record_path: Path) -> None:
         names = [row["competitor"] for row in rows]
         rates = [row["tokens_per_s"] for row in rows]
         errors = [[r["median"] - r["low"] for r in rates], [r["high"] - r["median"] for r in rates]]
-        colours = [COLOURS.get(name, "C7" if name.startswith("ours") else "C6") for name in names]
+        colours = [_look(name)["color"] for name in names]
         bars = panels[0].barh(names, [r["median"] for r in rates], xerr=errors, color=colours)
         panels[0].bar_label(bars, fmt="%.3g", padding=12)
-        panels[0].set_title(f"{model}: tokens/s")
+        panels[0].set_title(_fastest(model, rows))
+        panels[0].set_xlabel("tokens/s (higher is better)")
         bars = panels[1].barh(names, [row["peak_gb"] for row in rows], color=colours)
         panels[1].bar_label(bars, fmt="%.2f", padding=3)
-        panels[1].set_title("peak of resident memory, GB (1e9 bytes)")
+        least = min(rows, key=lambda row: row["peak_gb"])
+        panels[1].set_title(f"{least['competitor']} needs least memory")
+        panels[1].set_xlabel("peak of resident memory, GB of 1e9 bytes (lower is better)")
         _draw_kinds(panels[2], names, [row["ms_by_kind"] for row in rows])
-        panels[2].set_title("where one step's time goes, s (profiled)")
+        panels[2].set_title(_longest_phases(rows))
+        panels[2].set_xlabel("profiled time per step, s (lower is better)")
         for panel in panels:
             panel.invert_yaxis()
             panel.margins(x=0.15)
@@ -92,7 +107,7 @@ def draw_scaling(record_path: Path) -> None:
         _ticks(panel, {point["value"] for point in here})
         panel.set_yscale("log")
         panel.set_xlabel(axis)
-        panel.set_ylabel("s a step")
+        panel.set_ylabel("s per step (lower is better)")
     figure.axes[0].legend()
     _save(figure, record, picture_of(record_path))
 
@@ -109,9 +124,47 @@ def draw_cpu(record_path: Path) -> None:
             _draw_beside_dense(panel, [case for case in record["cases"] if case["dtype"] == dtype])
             where = record["environment"]
             panel.set_title(f"{machine(record)}, {dtype}, torch {where['torch']}, commit {where['commit'][:10]}")
-    axes[0, 0].legend(fontsize=8)
-    figure.suptitle("A masked layer's time / the dense layer's of the same dtype; dashes: the target")
+    handles = {name: bars for panel in axes.flat for bars, name in zip(*panel.get_legend_handles_labels())}
+    axes[0, 0].legend(handles.values(), handles, fontsize=8)
+    figure.suptitle(_cpu_title(records.values()))
     figure.savefig(record_path.parent / "cpu.png", dpi=100)
+
+
+def _held(what: str, cases: list[dict]) -> str:
+    """What a held mask costs over all M, compared with the dense layer."""
+    op, _, shape = what.partition(", ")
+    own = [
+        case["ratio"]["median"]
+        for case in cases
+        if (case["op"], f"{case['n']} x {case['k']}", case["competitor"]) == (op, shape, "ours, held mask")
+    ]
+    return f"{what}: held mask {min(own):.2f} to {max(own):.2f} x dense" if own else what
+
+
+def _fastest(model: str, rows: list[dict]) -> str:
+    """Which competitor does most tokens/s, and our best compared with the paper's formulation."""
+    rate = {row["competitor"]: row["tokens_per_s"]["median"] for row in rows}
+    best = max(rate, key=lambda name: rate[name])
+    ours = max((name for name in rate if name.startswith("ours")), key=lambda name: rate[name])
+    paper = rate.get("the paper's MFT")
+    beside = "" if paper is None else f",\n{ours} is {rate[ours] / paper:.1f} times as fast as the paper's MFT"
+    return f"{model}: {best} is fastest{beside}"
+
+
+def _longest_phases(rows: list[dict]) -> str:
+    """What takes most of a step of ours, and of the paper's formulation."""
+    longest = {row["competitor"]: max(row["ms_by_kind"], key=row["ms_by_kind"].get) for row in rows}
+    ours = next(name for name in longest if name.startswith("ours"))
+    paper = longest.get("the paper's MFT")
+    beside = "" if paper is None else f",\n{paper} in the paper's MFT"
+    return f"{longest[ours]} take most of a step{beside}"
+
+
+def _cpu_title(records: Iterable[Record]) -> str:
+    """How many cases meet their target, of those that have one."""
+    asked = [case for record in records for case in record["cases"] if case["target"] is not None]
+    met = sum(case["ratio"]["median"] <= case["target"] for case in asked)
+    return f"{met} of {len(asked)} masked layers meet their target (dashes), as multiples of the dense layer's time"
 
 
 def _draw_beside_dense(panel, cases: list[dict]) -> None:
@@ -134,7 +187,7 @@ def _draw_beside_dense(panel, cases: list[dict]) -> None:
     panel.minorticks_off()
     labels = [f"{op}\n{n} x {k}\nM = {m}" + ("\n1 thread" if t == 1 else "") for op, n, k, m, t in places]
     panel.set_xticks(range(len(places)), labels, fontsize=7)
-    panel.set_ylabel("time / dense")
+    panel.set_ylabel("time / time of the dense layer (lower is better)")
 
 
 def draw_experts(record_path: Path) -> None:
@@ -159,7 +212,7 @@ def draw_experts(record_path: Path) -> None:
         panel.axhline(1, color=COLOURS["dense"], lw=1)
         panel.set_xticks(range(len(places)), [f"{op}\n{experts} experts\nM = {m}" for op, experts, m in places])
         panel.set_title(dtype)
-        panel.set_ylabel("time / grouped_mm's")
+        panel.set_ylabel("time / time of grouped_mm (lower is better)")
         panel.legend(fontsize=8)
     _save(figure, record, picture_of(record_path))
 
@@ -175,7 +228,7 @@ def _look(name: str) -> dict[str, str]:
         return {"color": COLOURS[name]}
     _, _, what = name.partition(", ")
     alike = COLOURS.get(f"ours, {what}")
-    return {"color": "C7"} if alike is None else {"color": alike, "hatch": "//"}
+    return {"color": _OTHER} if alike is None else {"color": alike, "hatch": "//"}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -218,7 +271,7 @@ def _draw_ratios(panel, cases: list[dict]) -> None:
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     panel.set_xlabel("M, tokens")
-    panel.set_ylabel("time / the dense layer's")
+    panel.set_ylabel("time / time of the dense layer (lower is better)")
 
 
 def _draw_roofline(panel, cases: list[dict], ceilings: dict) -> None:
@@ -265,20 +318,20 @@ def _draw_shares(panel, cases: list[dict]) -> None:
 
 def _draw_matrix_ops(panel, cases: list[dict]) -> None:
     labels = [f"{case['op']}: {case['competitor']}" for case in cases]
-    colours = ["C3" if case["competitor"].startswith("ours") else "0.6" for case in cases]
+    colours = [_MASK if case["competitor"].startswith("ours") else _OTHER for case in cases]
     bars = panel.barh(labels, [case["ms"]["median"] for case in cases], color=colours)
     panel.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     panel.set_xscale("log")
     panel.margins(x=0.2)
     panel.tick_params(axis="y", labelsize=8)
     panel.invert_yaxis()
-    panel.set_xlabel("ms")
+    panel.set_xlabel("ms (lower is better)")
 
 
 def _draw_kinds(panel, names: list[str], times: list[dict[str, float]]) -> None:
     left = [0.0] * len(names)
     for number, kind in enumerate(times[0]):
         widths = [spent[kind] / 1e3 for spent in times]
-        panel.barh(names, widths, left=left, color=f"C{number}", label=kind)
+        panel.barh(names, widths, left=left, color=PHASES[number], label=kind)
         left = [a + b for a, b in zip(left, widths)]
     panel.legend(fontsize=8)

@@ -1,10 +1,12 @@
-"""Draws benchmarks/results/memory.png: bytes by kind, stacked, a bar a way; measured peaks as marks."""
+"""Draws benchmarks/results/memory.png: bytes by kind, stacked, one bar per memory mode; measured peaks as marks."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from mft.files.colours import PHASES
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
 from mft.memory.workload import Workload
@@ -12,7 +14,7 @@ from mft.memory.workload import Workload
 from ..records import Record, by_machine, machine
 
 KINDS = ("weights", "masks", "gradients", "states", "activations", "logits", "boundaries", "staging", "workspace")
-COLOURS = dict(zip(KINDS, [f"C{i}" for i in range(len(KINDS))]))
+COLOURS = dict(zip(KINDS, PHASES))
 LOCAL = (4, 5, 6, 7)
 
 
@@ -22,15 +24,16 @@ def draw(results: Path) -> None:
     axes = figure.subplots(1, 3)
     cards = _findings(results / "memory_cards-cpu.json")
     for place, (layers, title) in enumerate(((LOCAL, "4 of 32 layers masked"), (None, "all layers masked"))):
-        _draw_card(axes[place], layers, cards)
-        axes[place].set_title(f"LLaMA2-7B, {title}: GPU, estimated")
+        bars = _draw_card(axes[place], layers, cards)
+        axes[place].set_title(f"LLaMA2-7B, {title}, on a GPU (estimated):\n{_least(bars)}")
     _draw_blocks(axes[2], by_machine(results, "memory_blocks"))
     handles = {kind: axes[0].bar([0], [0], color=COLOURS[kind]) for kind in KINDS}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(KINDS))
     figure.savefig(results / "memory.png", dpi=110)
 
 
-def _draw_card(axes, layers: tuple[int, ...] | None, cards: dict[str, float]) -> None:
+def _draw_card(axes, layers: tuple[int, ...] | None, cards: dict[str, float]) -> dict[str, dict[str, int]]:
+    """Returns: bytes on the device by way and kind."""
     shape = shape_from_config(known_config("llama2-7b"))
     bars = {}
     for way in ("plain", "resident", "quantized", "layerwise"):
@@ -47,6 +50,13 @@ def _draw_card(axes, layers: tuple[int, ...] | None, cards: dict[str, float]) ->
             axes.annotate(
                 f"{label}, simulated: {cards[name]:.1f}", (3.45, cards[name]), ha="right", va="bottom", fontsize=8
             )
+    return bars
+
+
+def _least(bars: Mapping[str, Mapping[str, int]]) -> str:
+    totals = {way: sum(sizes.values()) / 1e9 for way, sizes in bars.items()}
+    way = min(totals, key=lambda way: totals[way])
+    return f"{way} needs {totals[way]:.1f} GB, plain {totals['plain']:.1f} GB"
 
 
 def _draw_blocks(axes, records: dict[str, Record]) -> None:
@@ -83,7 +93,7 @@ def _stack(axes, bars: dict[str, dict[str, float]], *, totals: bool = True) -> N
         if height and totals:
             axes.annotate(f"{height:.1f}", (place, height), xytext=(0, 3), textcoords="offset points", ha="center")
     axes.set_xticks(range(len(bars)), list(bars))
-    axes.set_ylabel("GB (1e9 bytes)")
+    axes.set_ylabel("GB of 1e9 bytes (lower is better)")
 
 
 def _findings(path: Path) -> dict[str, float]:

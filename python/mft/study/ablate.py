@@ -13,6 +13,7 @@ from typing import Any
 
 from mft.checks import check_rule, nearest
 from mft.config import parse_layers
+from mft.files.colours import COLOURS, shade
 from mft.files.figure import new_figure, save_figure
 from mft.study.arms.arm import Arm
 from mft.study.arms.full import Control, Full
@@ -22,12 +23,12 @@ from mft.study.config import StudyConfig
 
 RATIOS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 SHARES = (0.1, 0.25, 0.5, 1.0)
-# Of the kinds that are drawn, by their names in table.json.
+# The kinds that are drawn, by their names in table.json.
 _COLOURS = {
-    "mask": ["#c1121f", "#cc79a7", "#56b4e9"],
-    "control": ["#e69f00"],
-    "magnitude": ["#0072b2"],
-    "random": ["0.5"],
+    "mask": [shade(COLOURS["mask"], number) for number in range(4)],
+    "control": [COLOURS["control"]],
+    "magnitude": [shade(COLOURS["one-shot mask"], 2)],
+    "random": [shade(COLOURS["one-shot mask"], 1)],
 }
 
 
@@ -152,9 +153,16 @@ def plot_ablation(numbers: Mapping[str, Any], what: str, path: Path) -> None:
             axes.set_yscale("symlog", linthresh=2 * trained)  # random masks are far off
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlabel({"ratio": "keep ratio", "layers": "masked layers", "data": "share of the training data"}[what])
-        axes.set_title(domain, loc="left")
+        name, label, _ = min(
+            ((name, label, d["estimate"]) for name, line in lines.items() for label, d in line.points),
+            key=lambda found: found[2],
+        )
+        level = len({d["estimate"] for _, d in lines[name].points}) == 1  # it does not depend on what varies
+        axes.set_title(
+            f"{domain}: {name}{'' if level else f' at {label}'} has the lowest loss", loc="left", fontsize="medium"
+        )
         axes.legend()
-    figure.supylabel("test loss - fine-tune's, nats a token", fontsize="medium")
+    figure.supylabel("test loss - loss of the fine-tune\nnats per token (lower is better)", fontsize="medium")
     save_figure(figure, path, dpi=100)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from mft.checks import check_rule
 from mft.config import MaskConfig, TrainConfig, layer_ranges
 from mft.evaluation.evaluate import Evaluation, paired_difference
+from mft.files.colours import COLOURS
 from mft.files.figure import new_figure, save_figure
 from mft.masks.convert import check_unmasked, convert
 from mft.masks.inspection import flip_share, initial_masks
@@ -131,17 +132,21 @@ def sensitivity_markdown(rows: Sequence[Sensitivity]) -> str:
 
 
 def plot_sensitivity(rows: Sequence[Sensitivity], path: Path) -> None:
-    """Differences with two standard errors, in the order of the model; hollow: before training."""
+    """Differences with two standard errors, in the order of the model. Hollow points: before training."""
     figure = new_figure(7, 1.2 + 0.35 * len(rows))
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        axes.errorbar(row.difference, place, xerr=2 * row.error, fmt="o", color="C3", capsize=3)
+        axes.errorbar(row.difference, place, xerr=2 * row.error, fmt="o", color=COLOURS["mask"], capsize=3)
         axes.plot(row.first, place, "o", color="0.5", fillstyle="none")
-    axes.axvline(0, color="C0", linestyle="--")
+    axes.axvline(0, color=COLOURS["base"], linestyle="--")
     axes.set_yticks(range(len(rows)), [row.group.name for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("loss with a mask on this group alone - without (left is better)")
-    axes.set_title("Trained mask, 2 standard errors; hollow: before training")
+    axes.set_xlabel(
+        "loss with a mask on this group alone - loss without, nats per token (lower is better)\n"
+        "filled: after training, 2 standard errors; hollow: before training"
+    )
+    best = min(rows, key=lambda row: row.difference)
+    axes.set_title(f"A mask on {best.group.name} alone changes the loss by {best.difference:+.4f}, the lowest")
     save_figure(figure, path)
 
 

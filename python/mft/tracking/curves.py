@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.engines.step import StepReport
+from mft.files.colours import COLOURS, shade
 from mft.files.figure import new_figure, save_figure
 
 PLOT = "plot.png"  # in the directory of a run
@@ -47,7 +48,8 @@ def plot_curves(
     figure = new_figure(7 if sizes is None else 10, 4.4)
     axes, *others = figure.subplots(1, 2, width_ratios=(3, 1)) if sizes else [figure.subplots()]
     for number, (name, curve) in enumerate(curves.items()):
-        _draw_steps(axes, curve, f"C{number}", "training text" if len(curves) == 1 else f"training text, {name}")
+        label = "training text" if len(curves) == 1 else f"training text, {name}"
+        _draw_steps(axes, curve, shade(COLOURS["mask"], number), label)
     if validation:
         _draw_held_out(axes, validation, best, documents)
     axes.margins(y=0.12)  # for the words above and below the lines
@@ -94,7 +96,7 @@ def _write_beside(axes: Any, step: int, loss: float, words: str, *, right: bool)
 def _draw_sizes(axes: Any, sizes: Mapping[str, int]) -> None:
     """The numbers stand above the bars, as a mask's bar is too low to be seen."""
     megabytes = [nbytes / 1e6 for nbytes in sizes.values()]
-    bars = axes.bar(list(sizes), megabytes, color=["0.6", *("C0" for _ in megabytes[1:])])
+    bars = axes.bar(list(sizes), megabytes, color=[COLOURS["base"], *(COLOURS["mask"] for _ in megabytes[1:])])
     axes.bar_label(bars, [f"{size:.3g} MB" for size in megabytes], padding=3)
     axes.set_ylabel("MB")
     axes.set_title("Size on disk")

@@ -127,8 +127,10 @@ def plot_flips(curves: Mapping[str, FlipCurve], path: Path) -> None:
     for name, curve in curves.items():
         left.plot(curve.steps, [100 * share for share in curve.from_start], label=name)
         right.plot(curve.steps, [100 * share for share in curve.a_step], label=name)
+    ends = ", ".join(f"{100 * curve.from_start[-1]:.2g} %" for curve in curves.values())
+    left.set_title(f"{ends} of the mask's bits differ at the end", loc="left")
     left.set_ylabel("bits that differ from the first mask, %")
-    right.set_ylabel("bits that change a step, %")
+    right.set_ylabel("bits that change per step, %")
     right.set_yscale("log")
     for axes in (left, right):
         axes.set_xlabel("optimiser step")

@@ -186,12 +186,14 @@ def test_the_frontier_is_what_no_arm_of_as_few_bytes_reaches():
 def test_each_place_where_a_mask_began_is_a_panel(tmp_path, monkeypatch):
     table = json.loads((RESULTS / "compare-quantised-small.json").read_text())
     drawn = {}
-    monkeypatch.setattr(by_bytes_module, "_draw", lambda axes, found, level: drawn.update({axes: (found, level)}))
+    monkeypatch.setattr(by_bytes_module, "_draw", lambda axes, found, level: drawn.update({axes: (found, level)}) or [])
     plot_bytes(table, tmp_path / "bytes.png")
-    said = {(axes.get_title("left").split(",")[0], axes.get_xlabel()): of for axes, of in drawn.items()}
+    said = {(axes.get_title("left").split(":")[0], axes.get_xlabel()): of for axes, of in drawn.items()}
     starts = ("NF4", "int8", "NF4 of base")
-    assert list(said) == [(d, f"bytes beside {start}") for d in ("headers", "pretraining") for start in starts]
-    found, level = said["headers", "bytes beside NF4"]
+    assert list(said) == [
+        (d, f"bytes to store, {start} not counted") for d in ("headers", "pretraining") for start in starts
+    ]
+    found, level = said["headers", "bytes to store, NF4 not counted"]
     arms = {point.arm for point in found}
     assert {"MFT on NF4", "QLoRA 4 on NF4", "QLoRA 81 on NF4"} < arms
     assert not {"control", "NF4", "MFT on int8"} & arms

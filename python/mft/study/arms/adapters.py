@@ -13,6 +13,7 @@ from torch import nn
 
 from mft.checks import check_rule
 from mft.config import MaskConfig, TrainConfig
+from mft.files.colours import COLOURS
 from mft.masks.quantize import rounded_weights
 from mft.masks.targets import select_targets
 from mft.models.causal_lm import FEW, clone_with_own_weights, evaluating, first_trainable_layer
@@ -45,7 +46,7 @@ class Adapters(Arm):
     learns = "adapters"
     fades = True
     near = True
-    colour = "#0072b2"
+    colour = COLOURS["LoRA"]
 
     def options(self, setting: Setting) -> dict[str, Any]:
         """Those of PEFT's configuration."""
@@ -148,6 +149,8 @@ class Lora(Adapters):
 @dataclass
 class Peft(Adapters):
     """Any method of PEFT: config has its peft_type and options."""
+
+    colour = COLOURS["SHiRA"]
 
     # An option with a list of values is one to choose from, all with all: r: [4, 16]. One that takes a list, such as
     # target_modules, is chosen from a list of lists. Layers and modules are those of mask unless they are given.

@@ -39,6 +39,7 @@ from mft.config import (
     TrainConfig,
     parse_layers,
 )
+from mft.files.colours import COLOURS
 from mft.importance.importance import METHODS
 from mft.masks.targets import select_targets
 from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
@@ -125,9 +126,8 @@ class Arm:
     tempered = False  # its logits are scaled, by what validation likes best
     # How pictures show it.
     near = False  # they are as wide as all arms of such kinds need
-    colour = "0.5"  # in a plot by bytes
+    colour = COLOURS["one-shot mask"]  # the same in every picture
     joined = True  # by a line there, with others of its kind
-    label_below = False  # its name stands below its point there
 
     def __post_init__(self) -> None:
         coerce_fields(self)

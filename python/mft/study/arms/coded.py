@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mft.checks import check_rule, one_of
 from mft.config import MaskConfig
+from mft.files.colours import COLOURS
 from mft.study.arms.adapters import Adapters
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.weights import Weights
@@ -34,7 +35,7 @@ class Coded(Arm):
     takes = frozenset({"of", "shares"})
     needs = frozenset({"of"})
     near = True
-    colour = "#d55e00"
+    colour = COLOURS["coded"]
     joined = False  # they are of different arms
 
     def __post_init__(self) -> None:

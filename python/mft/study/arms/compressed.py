@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mft.files.colours import COLOURS
 from mft.files.mask_coding import coded_size
 from mft.models.causal_lm import clone_with_own_weights
 from mft.study.arms.arm import TRAINING, Arm, Ground
@@ -90,7 +91,7 @@ class BitDelta(_Compressed):
 
     takes = _Compressed.takes | TRAINING
     fades = True
-    colour = "#009e73"
+    colour = COLOURS["bitdelta"]
 
     def may_be_of(self, source: type[Arm]) -> bool:
         return super().may_be_of(source) and not (self.lrs and source.whole_model)
@@ -127,7 +128,7 @@ class _OfShare(_Compressed):
 class Ternary(_OfShare):
     """Start + scale * sign(trained - start) of a share of the weights, 0 of the others."""
 
-    colour = "#7a5195"
+    colour = COLOURS["ternary"]
 
     @classmethod
     def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
@@ -144,8 +145,7 @@ class Ternary(_OfShare):
 class SparseDelta(_OfShare):
     """Start + trained - start of a share of the weights, 0 of the others."""
 
-    colour = "#8c564b"
-    label_below = True  # it lies close to ternary
+    colour = COLOURS["sparse delta"]
 
     @classmethod
     def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from mft.config import TrainConfig
+from mft.files.colours import COLOURS
 from mft.models.causal_lm import clone_with_own_weights
 from mft.study.arms.arm import LEARNING, ON_LAYERS, TRAINING, Arm, Ground
 from mft.study.arms.memory import trained_weight_bytes
@@ -17,6 +18,7 @@ class Base(Arm):
     """Before the full fine-tune."""
 
     follows = False
+    colour = COLOURS["base"]
     whole_model = True
     may_start = True
     may_teach = True
@@ -34,6 +36,7 @@ class Base(Arm):
 
 class _AllWeights(Arm):
     takes = TRAINING
+    colour = COLOURS["full fine-tune"]
     whole_model = True
     may_start = True
     may_teach = True
@@ -80,7 +83,7 @@ class Continued(_AllWeights):
     over_codes = False
     fades = True
     near = True
-    colour = "#56b4e9"
+    colour = COLOURS["continued"]
 
 
 class Control(Arm):
@@ -95,8 +98,7 @@ class Control(Arm):
     over_codes = False
     fades = True
     near = True
-    colour = "#e69f00"
-    label_below = True  # it lies close to bitdelta
+    colour = COLOURS["control"]
 
     def untrained(self, ground: Ground) -> nn.Module:
         model = clone_with_own_weights(ground.start, ground.layers)

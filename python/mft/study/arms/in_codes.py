@@ -7,6 +7,7 @@ model is the mask's own, to the bit.
 
 from torch import nn
 
+from mft.files.colours import COLOURS
 from mft.study.arms.adapters import Adapters
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.masks import Mask
@@ -19,7 +20,7 @@ class InCodes(Arm):
     takes = frozenset({"of"})
     needs = frozenset({"of"})
     near = True
-    colour = "#56b4e9"
+    colour = COLOURS["in codes"]
     joined = False  # they are of different arms
     needs_codes = True
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mft.checks import SHARE, check_rule
 from mft.config import BUDGET, DATA_INITS, INITS, MaskConfig, TrainConfig
+from mft.files.colours import COLOURS
 from mft.files.mask_coding import coded_size
 from mft.importance.scores import initialise_scores, mask_from_data
 from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
@@ -54,7 +55,7 @@ class Mask(_AnyMask):
     may_start = True
     may_teach = True
     near = True
-    colour = "#c1121f"
+    colour = COLOURS["mask"]
 
     def __post_init__(self) -> None:
         super().__post_init__()

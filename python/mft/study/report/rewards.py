@@ -7,9 +7,9 @@ from typing import Any
 from mft.files.figure import new_figure, save_figure
 from mft.study.config import REWARDS
 from mft.study.outcome import Findings
+from mft.study.report.pictures.plots import colours_of
 
 REWARDS_PLOT = "rewards.png"
-_COLOURS = ("#c1121f", "#e69f00", "#0072b2", "#009e73", "#56b4e9", "#7a5195", "0.5", "#8f2d56")
 _WINDOW = 20  # steps of which the rewards shown are a mean
 
 
@@ -40,10 +40,12 @@ def plot_rewards(numbers: Mapping[str, Any], path: Path) -> None:
     figure = new_figure(12.5, 4.2 * len(domains))
     for (left, right), (domain, table) in zip(figure.subplots(len(domains), 2, squeeze=False), domains.items()):
         arms = list(dict.fromkeys(run["arm"] for run in table["by_rewards"]))
-        for arm, colour in zip(arms, _COLOURS * len(arms)):
-            runs = [run for run in table["by_rewards"] if run["arm"] == arm]
+        colours, ends = colours_of(table), dict[str, float]()
+        for arm in arms:
+            colour, runs = colours[arm], [run for run in table["by_rewards"] if run["arm"] == arm]
             places = [step for step, _ in runs[0]["answers"]]
             means = [_mean(100 * run["answers"][i][1] for run in runs) for i in range(len(places))]
+            ends[arm] = means[-1]
             left.plot(places, means, "o-", color=colour, label=arm, markersize=4)
             rewards = [_mean(step) for step in zip(*(run["rewards"] for run in runs))]
             shown = [_mean(rewards[max(0, i - _WINDOW + 1) : i + 1]) for i in range(len(rewards))]
@@ -53,8 +55,11 @@ def plot_rewards(numbers: Mapping[str, Any], path: Path) -> None:
             left.axhline(
                 100 * start["validation_exact"], color="0.25", linestyle="--", linewidth=1, label=table["full"]
             )
-        left.set_title(f"{domain}, validation: exact answers, %", loc="left")
-        right.set_title(f"{domain}, training: rewards, mean of {_WINDOW} steps", loc="left")
+        best, answered = max(ends.items(), key=lambda end: end[1])
+        left.set_title(f"{domain}: {best} answers most questions at the end, {answered:.0f} %", loc="left")
+        right.set_title("What the arms were rewarded while they learned", loc="left")
+        left.set_ylabel("right answers on validation, % (higher is better)")
+        right.set_ylabel(f"reward, mean of {_WINDOW} steps (higher is better)")
         for axes in (left, right):
             axes.set_xlabel("steps")
             axes.legend(frameon=False, fontsize=8)

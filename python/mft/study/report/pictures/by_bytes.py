@@ -8,6 +8,8 @@ from typing import Any
 
 from mft.files.figure import new_figure, save_figure
 from mft.study.arms.kinds import KINDS
+from mft.study.report.pictures import titles
+from mft.study.report.pictures.labels import Label, place_labels
 
 _FEW = 64  # bytes: what stores fewer, such as a temperature, lies on the left edge and does not widen the axis
 _REACH = 1.6  # a panel ends so many times as far above its lowest interval as most arms lie; arrows are farther
@@ -43,13 +45,14 @@ def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
     across = max(map(len, rows.values()))
     figure = new_figure(1.5 + 6 * across, 5.2 * len(rows))
     grid = figure.subplots(len(rows), across, squeeze=False)
+    labels: list[tuple[Any, list[Label]]] = []
     for line, (domain, panels) in zip(grid, rows.items()):
         table = numbers["domains"][domain]
         for axes, (start, found) in zip(line, panels.items()):
-            _draw(axes, found, _level(table, start))
-            axes.set_title(f"{domain}, test: loss - {table['full']}", loc="left")
-            axes.set_xlabel(f"bytes beside {'the full fine-tune' if start == table['full'] else start}")
-            axes.set_ylabel("nats a token, 95 % interval")
+            labels.append((axes, _draw(axes, found, _level(table, start))))
+            axes.set_title(titles.at_equal_bytes(domain, found), loc="left", fontsize="medium")
+            axes.set_xlabel(f"bytes to store, {'the full fine-tune' if start == table['full'] else start} not counted")
+            axes.set_ylabel(f"test loss - loss of {table['full']}\nnats per token with 95 % interval (lower is better)")
         for axes in line[len(panels) :]:
             axes.set_axis_off()
     last = grid[0][-1]
@@ -57,6 +60,9 @@ def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
         last.plot([], [], "o", color=KINDS[kind].colour, label=kind.replace("_", " "))
     last.plot([], [], "-", color="0.6", linewidth=3, alpha=0.5, label="frontier")
     last.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure.draw_without_rendering()  # gives the axes their places
+    for axes, written in labels:
+        place_labels(axes, written)
     save_figure(figure, path, dpi=100)
 
 
@@ -97,20 +103,22 @@ def _level(table: Mapping[str, Any], start: str) -> float:
     return 0.0 if row["minus_full"] is None else row["minus_full"]["estimate"]
 
 
-def _draw(axes, found: Sequence[Point], level: float) -> None:
+def _draw(axes, found: Sequence[Point], level: float) -> list[Label]:
+    """Returns: the labels that are to be placed when the figure has its layout."""
     floor = min(level, *(point.low for point in found))
     reach = max(level - floor, median(point.estimate for point in found) - floor, 1e-4)
     top = min(max(level, *(point.high for point in found)), floor + _REACH * reach)
     left = min((point.bytes for point in found if point.bytes >= _FEW), default=found[-1].bytes) / 3
     right = found[-1].bytes * 4
     axes.axhline(level, color="0.25", linestyle="--", linewidth=1)
+    labels: list[Label] = []
     for kind, teacher in dict.fromkeys((point.kind, point.teacher) for point in found):
         colour, joined = KINDS[kind].colour, KINDS[kind].joined
         of_kind = [point for point in found if (point.kind, point.teacher) == (kind, teacher)]
         lowest = min(of_kind, key=lambda point: point.estimate)
         for point in of_kind:  # the others of a line are known by its colour: names of all would lie on each other
             named = not joined or point is lowest or point.bytes < left or point.estimate > top
-            _draw_point(axes, point, colour, left, top, named=named)
+            labels += _draw_point(axes, point, colour, left, top)[: int(named)]
         if len(of_kind) > 1 and joined:
             ends = [min(point.estimate, top) for point in of_kind]
             axes.plot([max(point.bytes, left) for point in of_kind], ends, "-", color=colour, linewidth=1, alpha=0.6)
@@ -127,10 +135,11 @@ def _draw(axes, found: Sequence[Point], level: float) -> None:
     axes.set_xlim(left, right)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
+    return labels
 
 
-def _draw_point(axes, point: Point, colour: str, left: float, top: float, *, named: bool) -> None:
-    """left, top: the edges on which what lies beyond them is drawn."""
+def _draw_point(axes, point: Point, colour: str, left: float, top: float) -> list[Label]:
+    """Draw it, on the edge left or top if it lies beyond. Returns: its label."""
     x, y, label = max(point.bytes, left), min(point.estimate, top), point.arm
     if x > point.bytes:
         label += f" ({point.bytes:,.0f} bytes)"
@@ -140,13 +149,4 @@ def _draw_point(axes, point: Point, colour: str, left: float, top: float, *, nam
     else:
         axes.plot([x, x], [point.low, point.high], color=colour, linewidth=2, solid_capstyle="butt")
         axes.plot(x, y, "o" if x == point.bytes else "<", color=colour, markersize=6, clip_on=False)
-    if not named:
-        return
-    axes.annotate(
-        label,
-        (x, y),
-        xytext=(6, -9 if KINDS[point.kind].label_below else 4),
-        textcoords="offset points",
-        fontsize="x-small",
-        color=colour,
-    )
+    return [(x, y, label, colour)]

@@ -12,6 +12,7 @@ from mft.study.arms.arm import Arm
 from mft.study.arms.full import Base, Full
 from mft.study.arms.kinds import KINDS
 from mft.study.arms.means import Average, Interpolated
+from mft.study.report.pictures import titles
 from mft.study.report.pictures.plots import colours_of
 
 _OUTLIER = 5  # times the median distance of trained arms, beyond which an arm does not widen the panel near the start
@@ -84,18 +85,19 @@ def plot_forgetting(numbers: Mapping[str, Any], path: Path) -> None:
             "a study must have a general text for its forgetting to be drawn, got none: name one in its file, such as "
             "general: {stdlib: {source: stdlib}}"
         )
-    figure = new_figure(13.5, 4.6 * len(panels))
+    most = max(len(points(table, text)) for _, text, table in panels)
+    figure = new_figure(13.5, max(4.6, 1 + 0.22 * most) * len(panels))  # as high as the legend
     for (left, right), (domain, text, table) in zip(figure.subplots(len(panels), 2, squeeze=False), panels):
         found, lines = points(table, text), curves(table, text, numbers["seeds"][0])
         shown = [p for p in found if _is_shown(KINDS[p.kind])]
         ends = [both for line in lines for both in line.by_alpha.values()]
         _draw(left, table, found, lines, _box(shown, ends))
         _draw(right, table, found, lines, _box(_near(shown), []))
-        left.set_title(f"{domain} against {text}, test", loc="left")
-        right.set_title(f"the same near {table['full']}", loc="left")
+        left.set_title(titles.gains_and_forgets(domain, found), loc="left")
+        right.set_title(f"the same arms near {table['full']}", loc="left")
         for axes in (left, right):
-            axes.set_xlabel(f"loss on {text} - {table['full']}, nats a token (left: forgets less)")
-        left.set_ylabel(f"loss on {domain} - {table['full']}\nnats a token (down: gains more)")
+            axes.set_xlabel(f"test loss on {text} - loss of {table['full']}\nnats per token (left: forgets less)")
+        left.set_ylabel(f"test loss on {domain} - loss of {table['full']}\nnats per token (down: gains more)")
         handles, labels = left.get_legend_handles_labels()
         right.legend(handles, labels, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     save_figure(figure, path, dpi=100)

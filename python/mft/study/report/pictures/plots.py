@@ -1,20 +1,21 @@
 """A study's plots, drawn from the numbers of its table.json."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mft.files.colours import COLOURS, shade
 from mft.files.figure import new_figure, save_figure
-from mft.study.arms.full import Control, Full
+from mft.study.arms.full import Control
 from mft.study.arms.kinds import KINDS
 from mft.study.arms.means import Average, Interpolated
 from mft.study.outcome import Findings
+from mft.study.report.pictures import titles
 from mft.study.report.table import study_numbers
 
-_MASKED = ("#c1121f", "#e4572e", "#8f2d56", "#ff70a6")
-_FULL, _CONTROL, _PLAIN = "0.25", "#e69f00", "0.5"
-_OTHERS = ("#0072b2", "#009e73", "#56b4e9", "#7a5195")
+_FULL, _CONTROL, _PLAIN = COLOURS["full fine-tune"], COLOURS["control"], COLOURS["one-shot mask"]
 _REACH = 2.5  # axes end so many times beyond the span of the trained arms; what lies farther becomes an arrow
 
 
@@ -27,15 +28,15 @@ def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
     for (left, right), (domain, table) in zip(axes, domains.items()):
         _draw_differences(left, table, "minus_full")
         left.axvline(0, color=_FULL, linestyle="--", linewidth=1)
-        title = f"{domain}, test: loss - {table['full']}"
+        shown = f"loss - loss of {table['full']}"
         control = next((row for row in table["rows"] if row["arm"] == table["control"]), None)
         if control is not None and control["minus_full"] is not None:
             left.axvline(control["minus_full"]["estimate"], color=_CONTROL, linestyle=":", zorder=0)
-            title += f" (dotted: {control['arm']}'s)"
-        left.set_title(title, loc="left")
-        left.set_xlabel("nats a token, 95 % interval (left is better)")
+            shown += f" (dotted line: {control['arm']})"
+        left.set_title(titles.lowest_loss(domain, table, table["full"]), loc="left")
+        left.set_xlabel(f"test {shown}\nnats per token with 95 % interval (lower is better)")
         _draw_rates(right, table, numbers["seeds"][0])
-        right.set_title(f"{domain}, validation: each rate, the chosen one circled", loc="left")
+        right.set_title(_rates_title(domain, table, numbers["seeds"][0]), loc="left")
     save_figure(figure, path, dpi=100)
 
 
@@ -63,8 +64,8 @@ def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, pa
             axes.tick_params(labelleft=False)
         named = names
         axes.axvline(0, color=_CONTROL, linestyle="--", linewidth=1)
-        axes.set_title(f"{domain}: test loss - {table['control']}", loc="left")
-        axes.set_xlabel("nats a token, 95 % interval (left is better)")
+        axes.set_title(titles.lowest_loss(domain, table, table["full"]), loc="left")
+        axes.set_xlabel(f"test loss - loss of {table['control']}\nnats per token with 95 % interval (lower is better)")
     save_figure(figure, path, dpi=100)
 
 
@@ -127,14 +128,7 @@ def _limits(compared) -> tuple[float, float]:
 
 def _draw_rates(axes, table: Mapping[str, Any], first_seed: int) -> None:
     """The best loss at each rate over the other choices, as a line; each configuration faintly."""
-    colours, rows = colours_of(table), {row["arm"]: row for row in table["rows"]}
-    trials: dict[str, list[Mapping[str, Any]]] = {}
-    for trial in table["trials"]:
-        row = rows.get(trial["arm"])
-        if row is None or trial["lr"] is None or trial["seed"] != first_seed:
-            continue
-        if KINDS[row["kind"]] is not Average:
-            trials.setdefault(trial["arm"], []).append(trial)
+    colours, rows, trials = colours_of(table), _by_arm(table), _trials(table, first_seed)
     best = [min((_loss(trial) for trial in tried), default=float("inf")) for tried in trials.values()]
     best = [loss for loss in best if loss < float("inf")]
     if not best:
@@ -151,10 +145,33 @@ def _draw_rates(axes, table: Mapping[str, Any], first_seed: int) -> None:
         axes.plot([], [], "^", color=_PLAIN, label="worse than shown")
     axes.set_ylim(min(best) - 0.12 * span, top + 0.04 * (top - min(best)))
     axes.set_xscale("log")
-    axes.set_xlabel("rate")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_xlabel("learning rate (the chosen one is circled)")
+    axes.set_ylabel("validation loss, nats per token (lower is better)")
     axes.grid(color="0.92")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _rates_title(domain: str, table: Mapping[str, Any], first_seed: int) -> str:
+    trials, rows = _trials(table, first_seed), _by_arm(table)
+    tried = {arm: {trial["lr"] for trial in of} for arm, of in trials.items()}
+    chosen = {arm: setting["lr"] for arm in tried if (setting := rows[arm]["setting"]) is not None}
+    return titles.rates(domain, tried, chosen)
+
+
+def _by_arm(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {row["arm"]: row for row in table["rows"]}
+
+
+def _trials(table: Mapping[str, Any], first_seed: int) -> dict[str, list[Mapping[str, Any]]]:
+    """By arm, each setting that the first seed tried; averages are made of others' and have none."""
+    rows, found = _by_arm(table), dict[str, list[Mapping[str, Any]]]()
+    for trial in table["trials"]:
+        row = rows.get(trial["arm"])
+        if row is None or trial["lr"] is None or trial["seed"] != first_seed:
+            continue
+        if KINDS[row["kind"]] is not Average:
+            found.setdefault(trial["arm"], []).append(trial)
+    return found
 
 
 def _draw_arm(axes, arm: str, tried: list[Mapping[str, Any]], chosen, colour: str, top: float) -> None:
@@ -178,22 +195,21 @@ def _loss(trial: Mapping[str, Any]) -> float:
 
 
 def colours_of(table: Mapping[str, Any]) -> dict[str, str]:
-    """By arm; an interpolated one has its source's."""
-    colours, masked, others = dict[str, str](), 0, 0
+    """By arm: the colour of its method, in shades if there are several; an interpolated one has its source's."""
+    colours, of_colour = dict[str, str](), Counter[str]()
     controls = {row["against"] for row in table["rows"] if row["masked"]}  # averages of the control too
     for row in table["rows"]:
         kind = KINDS[row["kind"]]
         if kind is Interpolated:
             continue
         if row["masked"]:
-            colours[row["arm"]], masked = _MASKED[masked % len(_MASKED)], masked + 1
-        elif kind is Full:
-            colours[row["arm"]] = _FULL
+            colour = COLOURS["mask"]
         elif kind is Control or row["arm"] in controls:
-            colours[row["arm"]] = _CONTROL
-        elif kind.near:
-            colours[row["arm"]], others = _OTHERS[others % len(_OTHERS)], others + 1
+            colour = _CONTROL
         else:
-            colours[row["arm"]] = _PLAIN
+            colour = kind.colour
+        shaded = kind.near and colour != _CONTROL
+        colours[row["arm"]] = shade(colour, of_colour[colour]) if shaded else colour
+        of_colour[colour] += 1
     made = [row for row in table["rows"] if KINDS[row["kind"]] is Interpolated]
     return colours | {row["arm"]: colours.get(row["of"], _PLAIN) for row in made}

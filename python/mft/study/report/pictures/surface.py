@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from mft.checks import check_rule
 from mft.evaluation.evaluate import evaluate
+from mft.files.colours import COLOURS
 from mft.files.figure import new_figure, save_figure
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.frozen_layers import PrefixMemory
 from mft_kernels import MaskedLinear
 
 _LEVELS = 19
+_MARKS = [COLOURS[name] for name in ("full fine-tune", "control", "mask")]
 
 Weights = dict[str, Tensor]  # linear layer -> (N, K) fp32
 
@@ -142,13 +144,14 @@ def plot_surfaces(surfaces: Mapping[str, Surface], path: Path, *, above: float |
         filled = axes.contourf(*grid, levels=levels, cmap="viridis", extend="max")
         axes.contour(*grid, levels=levels, colors="white", linewidths=0.4)
         for number, (name, (x, y)) in enumerate(surface.marks.items()):
-            axes.plot(x, y, "o", color=f"C{(1, 3, 6)[number % 3]}", markeredgecolor="white", markersize=9, label=name)
+            axes.plot(x, y, "o", color=_MARKS[number % len(_MARKS)], markeredgecolor="white", markersize=9, label=name)
         axes.set_title(title)
         axes.set_xlabel(surface.unit)
         axes.set_ylabel(surface.unit)
         axes.set_aspect("equal")
         axes.legend(loc="upper right")
-    figure.colorbar(filled, ax=list(panels), label="held-out loss, nats a token", ticks=levels[::3], format="%.4f")
+    label = "held-out loss, nats per token (lower is better)"
+    figure.colorbar(filled, ax=list(panels), label=label, ticks=levels[::3], format="%.4f")
     save_figure(figure, path)
 
 

@@ -1,0 +1,76 @@
+"""Draw every stored picture again, from the stored results: python -m benchmarks.pictures
+
+Run it after a change of colours or titles.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mft.study.ablate import plot_ablation
+from mft.study.report.pictures.by_bytes import plot_bytes
+from mft.study.report.pictures.forgetting import plot_forgetting
+from mft.study.report.pictures.plots import plot_study
+from mft.study.report.rewards import plot_rewards
+
+from .board import picture
+from .memory.plot import draw as draw_memory
+from .plots import draw_cpu, draw_ops, draw_scaling, draw_train_step
+from .records import RESULTS, ROOT
+
+Numbers = Mapping[str, Any]
+
+
+def _ablation(what: str, numbers: Numbers, path: Path) -> None:
+    plot_ablation(numbers, what, path)
+
+
+def _board(numbers: Numbers, path: Path) -> None:
+    picture({"board-small": numbers}, path)
+
+
+#: By picture in benchmarks/results: the study whose numbers it shows, and what draws it.
+STUDIES: dict[str, tuple[str, Callable[[Numbers, Path], None]]] = {
+    "ablation-data-small": ("ablation-data-small", partial(_ablation, "data")),
+    "ablation-layers-small": ("ablation-layers-small", partial(_ablation, "layers")),
+    "ablation-ratio-small": ("ablation-ratio-small", partial(_ablation, "ratio")),
+    "bytes-all-layers-quantised": ("compare-all-layers-quantised", plot_bytes),
+    "bytes-all-layers-smollm2": ("compare-all-layers-smollm2", plot_bytes),
+    "bytes-headers": ("compare-bytes", plot_bytes),
+    "bytes-quantised": ("compare-quantised", plot_bytes),
+    "bytes-quantised-small": ("compare-quantised-small", plot_bytes),
+    "bytes-smollm2": ("compare-from-base-smollm2", plot_bytes),
+    "compare-small": ("compare-small", plot_study),
+    "compare-smollm2": ("compare-smollm2", plot_study),
+    "compare-smollm2-unfinished": ("compare-smollm2-unfinished", plot_study),
+    "forgetting-bytes": ("compare-bytes", plot_forgetting),
+    "forgetting-distillation-smollm2": ("compare-distillation-smollm2", plot_forgetting),
+    "forgetting-quantised-small": ("compare-quantised-small", plot_forgetting),
+    "forgetting-small": ("compare-small", plot_forgetting),
+    "rewards": ("compare-rewards", plot_rewards),
+    "rewards-distillation-smollm2": ("compare-distillation-smollm2", plot_rewards),
+    "rewards-smollm2": ("compare-rewards-smollm2", plot_rewards),
+}
+#: By question: what draws its records, each beside itself.
+MEASURED = {"ops": draw_ops, "train_step": draw_train_step, "scaling": draw_scaling}
+
+
+def main() -> None:
+    """Draw them, and print the path of each."""
+    for name, (study, draw) in STUDIES.items():
+        numbers = json.loads((RESULTS / f"{study}.json").read_text(encoding="utf-8"))
+        draw(numbers, RESULTS / f"{name}.png")
+        print(RESULTS / f"{name}.png")
+    for question, draw_record in MEASURED.items():
+        for record in sorted(RESULTS.glob(f"{question}-cpu-*.json")):
+            draw_record(record)
+            print(record)
+    draw_cpu(RESULTS / "cpu-amx.json")
+    draw_memory(RESULTS)
+    _board(json.loads((RESULTS / "compare-board-small.json").read_text()), ROOT / "docs" / "images" / "board.png")
+
+
+if __name__ == "__main__":
+    main()

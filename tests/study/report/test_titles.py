@@ -1,0 +1,59 @@
+"""Titles and labels of pictures: each says what the numbers say, and no name covers another."""
+
+import itertools
+
+import pytest
+
+from mft.files.colours import COLOURS, PHASES, shade
+from mft.files.figure import new_figure
+from mft.study.report.pictures import titles
+from mft.study.report.pictures.by_bytes import Point
+from mft.study.report.pictures.labels import place_labels
+
+
+def rows(**losses):
+    return {"rows": [{"arm": arm, "minus_full": {"estimate": loss}} for arm, loss in losses.items()]}
+
+
+def test_the_lowest_loss_is_named_if_it_is_below_the_reference():
+    assert titles.lowest_loss("code", rows(mask=-0.1, lora=-0.2), "full") == "code: lora has the lowest test loss"
+    assert titles.lowest_loss("code", rows(mask=0.1), "full") == "code: no arm has a lower test loss than full"
+
+
+def test_rates_at_the_end_of_a_grid_are_named():
+    tried = {"mask": {1.0, 2.0, 3.0}, "lora": {1.0, 2.0, 3.0}, "one": {1.0}}
+    inside = titles.rates("code", tried, {"mask": 2.0, "lora": 2.0, "one": 1.0})
+    assert inside == "code: the best rate of each arm lies inside its grid"
+    assert titles.rates("code", tried, {"mask": 3.0, "lora": 2.0}) == "code: mask best at an end of the grid"
+
+
+@pytest.mark.parametrize(
+    ("loss", "size", "said"),
+    [
+        (-0.2, 100, "lora is 0.100 lower than mask\nin no more bytes"),
+        (0.0, 100, "lora is 0.100 higher than mask\nin no more bytes"),
+        (-0.1001, 100, "lora is level with mask\nin no more bytes"),
+        (-0.2, 110, "nothing else is as small as mask"),
+    ],
+)
+def test_an_adapter_of_no_more_bytes_is_compared_with_the_mask(loss, size, said):
+    found = [Point("mask", "mask", 100, 0, -0.1, 0), Point("lora", "lora", size, 0, loss, 0)]
+    assert titles.at_equal_bytes("code", found) == f"code: {said}"
+
+
+def test_names_of_close_points_do_not_cover_each_other():
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    figure.draw_without_rendering()
+    place_labels(axes, [(0.5, 0.5 + 0.01 * number, f"a name {number}", "#000000") for number in range(4)])
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 4
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_no_method_has_the_colour_of_another_or_of_a_phase():
+    used = [*COLOURS.values(), *PHASES]
+    assert len({shade(colour, 0) for colour in used}) == len(used)
+    assert shade("#c1121f", 0) == "#c1121f"
+    assert len({shade("#c1121f", number) for number in range(4)}) == 4
