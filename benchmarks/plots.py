@@ -9,8 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mft.files.colours import COLOURS as METHODS
-from mft.files.colours import PHASES, shade
+from mft.files.figure import COLOURS as METHODS
+from mft.files.figure import PHASES, shade
 
 from .records import Record, by_machine, machine
 

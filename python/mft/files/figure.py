@@ -1,4 +1,4 @@
-"""Pictures as PNG files, each whole or absent."""
+"""Pictures as PNG files, each whole or absent, and their colours: one for each method, others for phases of a step."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +7,35 @@ from mft.files.atomic import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Those of Okabe and Ito, which colour-blind readers can tell apart, and a few more.
+COLOURS = {
+    "base": "0.6",
+    "full fine-tune": "0.25",
+    "continued": "#a6761d",
+    "control": "#e69f00",
+    "mask": "#c1121f",
+    "paper's mask": "#8f2d56",
+    "eager mask": "#ff8fab",
+    "compiled mask": "#c9a0dc",
+    "mask in place": "#f4a261",
+    "one-shot mask": "0.5",
+    "LoRA": "#0072b2",
+    "rsLoRA": "#56b4e9",
+    "DoRA": "#009e73",
+    "SHiRA": "#8c564b",
+    "norm gains": "#7f7f00",
+    "in codes": "#66a5ad",
+    "coded": "#d55e00",
+    "bitdelta": "#1b9e77",
+    "ternary": "#7a5195",
+    "sparse delta": "#bc8f6f",
+}
+# No method has one of these.
+PHASES = ("#2f6b5f", "#8fd0a5", "#d9c27a", "#5b5ea6", "#b9b3d9", "#9fc5c9", "#c7c7c7", "#6f6f6f", "#e3d5ca")
+
+# How far, and towards black or white, for each arm after the first.
+_TOWARDS = ((0.0, 0.0), (0.45, 1.0), (0.4, 0.0), (0.7, 1.0), (0.2, 0.0), (0.25, 1.0), (0.65, 0.0), (0.58, 1.0))
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -20,3 +49,12 @@ def save_figure(figure: "Figure", path: Path, *, dpi: int = 120) -> None:
     """Write it as a PNG file."""
     with atomic_file(path) as scratch:
         figure.savefig(scratch, format="png", dpi=dpi)
+
+
+def shade(colour: str, number: int) -> str:
+    """The colour for the arm of this number among those of one method: the colour itself, lighter, darker, pale."""
+    from matplotlib.colors import to_hex, to_rgb  # takes half a second: only who draws waits for it
+
+    share, end = _TOWARDS[number % len(_TOWARDS)]
+    red, green, blue = ((1 - share) * part + share * end for part in to_rgb(colour))
+    return to_hex((red, green, blue))

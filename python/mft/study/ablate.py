@@ -13,8 +13,7 @@ from typing import Any
 
 from mft.checks import check_rule, nearest
 from mft.config import parse_layers
-from mft.files.colours import COLOURS, shade
-from mft.files.figure import new_figure, save_figure
+from mft.files.figure import COLOURS, new_figure, save_figure, shade
 from mft.study.arms.arm import Arm
 from mft.study.arms.full import Control, Full
 from mft.study.arms.kinds import KINDS, make_arm, name_of

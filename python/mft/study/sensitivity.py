@@ -15,8 +15,7 @@ from torch import nn
 from mft.checks import check_rule
 from mft.config import MaskConfig, TrainConfig, layer_ranges
 from mft.evaluation.evaluate import Evaluation, paired_difference
-from mft.files.colours import COLOURS
-from mft.files.figure import new_figure, save_figure
+from mft.files.figure import COLOURS, new_figure, save_figure
 from mft.masks.convert import check_unmasked, convert
 from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.targets import select_targets

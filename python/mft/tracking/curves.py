@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.engines.step import StepReport
-from mft.files.colours import COLOURS, shade
-from mft.files.figure import new_figure, save_figure
+from mft.files.figure import COLOURS, new_figure, save_figure, shade
 
 PLOT = "plot.png"  # in the directory of a run
 # Of fewer steps the running mean shows which texts came when, and no trend.

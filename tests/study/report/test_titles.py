@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 
-from mft.files.colours import COLOURS, PHASES, shade
-from mft.files.figure import new_figure
+from mft.files.figure import COLOURS, PHASES, new_figure, shade
 from mft.study.report.pictures import titles
 from mft.study.report.pictures.by_bytes import Point
 from mft.study.report.pictures.labels import place_labels

@@ -13,7 +13,7 @@ from torch import nn
 
 from mft.checks import check_rule
 from mft.config import MaskConfig, TrainConfig
-from mft.files.colours import COLOURS
+from mft.files.figure import COLOURS
 from mft.masks.quantize import rounded_weights
 from mft.masks.targets import select_targets
 from mft.models.causal_lm import FEW, clone_with_own_weights, evaluating, first_trainable_layer

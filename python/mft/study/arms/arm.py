@@ -39,7 +39,7 @@ from mft.config import (
     TrainConfig,
     parse_layers,
 )
-from mft.files.colours import COLOURS
+from mft.files.figure import COLOURS
 from mft.importance.importance import METHODS
 from mft.masks.targets import select_targets
 from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mft.checks import check_rule, one_of
 from mft.config import MaskConfig
-from mft.files.colours import COLOURS
+from mft.files.figure import COLOURS
 from mft.study.arms.adapters import Adapters
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.weights import Weights

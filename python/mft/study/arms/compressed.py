@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mft.files.colours import COLOURS
+from mft.files.figure import COLOURS
 from mft.files.mask_coding import coded_size
 from mft.models.causal_lm import clone_with_own_weights
 from mft.study.arms.arm import TRAINING, Arm, Ground

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from mft.config import TrainConfig
-from mft.files.colours import COLOURS
+from mft.files.figure import COLOURS
 from mft.models.causal_lm import clone_with_own_weights
 from mft.study.arms.arm import LEARNING, ON_LAYERS, TRAINING, Arm, Ground
 from mft.study.arms.memory import trained_weight_bytes

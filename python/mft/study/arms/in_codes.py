@@ -7,7 +7,7 @@ model is the mask's own, to the bit.
 
 from torch import nn
 
-from mft.files.colours import COLOURS
+from mft.files.figure import COLOURS
 from mft.study.arms.adapters import Adapters
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.masks import Mask

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mft.checks import SHARE, check_rule
 from mft.config import BUDGET, DATA_INITS, INITS, MaskConfig, TrainConfig
-from mft.files.colours import COLOURS
+from mft.files.figure import COLOURS
 from mft.files.mask_coding import coded_size
 from mft.importance.scores import initialise_scores, mask_from_data
 from mft.masks.convert import came_from_conv1d, mask_model, masked_modules

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft.files.colours import COLOURS, shade
-from mft.files.figure import new_figure, save_figure
+from mft.files.figure import COLOURS, new_figure, save_figure, shade
 from mft.study.arms.full import Control
 from mft.study.arms.kinds import KINDS
 from mft.study.arms.means import Average, Interpolated

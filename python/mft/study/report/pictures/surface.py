@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mft.checks import check_rule
 from mft.evaluation.evaluate import evaluate
-from mft.files.colours import COLOURS
-from mft.files.figure import new_figure, save_figure
+from mft.files.figure import COLOURS, new_figure, save_figure
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.frozen_layers import PrefixMemory
 from mft_kernels import MaskedLinear
