@@ -29,13 +29,14 @@ void miss(Found& found, const char* name, const std::string& why) {
   found.missing += std::string(name) + ": " + why + "\n";
 }
 
-// Conversion of fp16. Every processor with AVX2 has it; __builtin_cpu_supports() does not know its name everywhere.
+// Whether the processor converts fp16. Every processor with AVX2 does, but not every compiler's
+// __builtin_cpu_supports() knows the name.
 bool has_f16c() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
 
-// Why tiles cannot be used, or "". The kernel keeps their 8 KiB of registers for those processes alone that ask.
+// Returns why tiles cannot be used, or "". The kernel grants their 8 KiB of registers only to processes that ask.
 std::string why_no_tiles() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   constexpr uint32_t kTile = 1u << 24, kBFloat16 = 1u << 22;

@@ -18,17 +18,18 @@ struct Capability {
   const StepKernels* step;
   const FewKernels* few;
   Decode decode;
-  const Gemm* gemms[3];  // by Format, of what the mask is fused with; nullptr: none, slabs go through torch's GEMM
+  const Gemm* gemms[3];  // by Format; the mask is fused into it. nullptr: none, slabs go through torch's GEMM
 };
 
-// The best one, or the one that the environment variable MFT_CPU_CAPABILITY names (read at every call).
+// Returns the best one, or the one that the environment variable MFT_CPU_CAPABILITY names (read at every call).
 // Throws std::runtime_error if it names one that is unknown or cannot run here.
 const Capability& chosen_capability();
 
-// All that can run here, best first, with commas; last the emulation of AMX, which is there to be tested.
+// Returns the names of all that can run here, best first, separated by commas. The last is the emulation of AMX, which
+// exists for tests.
 std::string available_capabilities();
 
-// A line "name: why not" for each that is better than the best one.
+// Returns a line "name: why not" for each that is better than the best one here.
 std::string missing_capabilities();
 
 }  // namespace mft

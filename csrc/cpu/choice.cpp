@@ -1,4 +1,4 @@
-// By which path a product is made.
+// The choice of a path for a product.
 #include "choice.h"
 
 #include <algorithm>
@@ -41,8 +41,8 @@ int index_of(const std::string& capability) {
   return kPortable;
 }
 
-// Picoseconds for a byte that is read; for a byte, one of the mask, a product and a number that are worked on; microseconds
-// for a call.
+// reading: picoseconds to read a byte. byte, mask, product, number: picoseconds of work on a byte, on a byte of the
+// mask, on a product and on a number. call: microseconds per call.
 struct Cost {
   float reading, byte, mask, product, number, call;
 };
@@ -59,13 +59,13 @@ constexpr Measured kMeasured[] = {
 #include "choice_costs.inl"
 };
 
-// By instruction set, format, product and path; endless where there is no such path.
+// Costs by instruction set, format, product and path; infinite if there is no such path.
 class Costs {
  public:
   Costs() {
     of_.fill({0, 0, 0, 0, 0, std::numeric_limits<float>::infinity()});
     for (const Measured& m : kMeasured) of_[place(index_of(m.capability), m.format, m.product, m.path)] = m.cost;
-    // What AMX or AVX512-BF16 have no costs of their own for is done by AVX-512: they multiply bf16 alone.
+    // AMX and AVX512-BF16 multiply only bf16. Where they have no costs of their own, AVX-512 does the work.
     for (const int lesser : {kAvx512, kAvx512 - 1}) {
       for (int i = 0; i < kEach; ++i) {
         Cost& cost = of_[(lesser - 1) * kEach + i];
@@ -107,15 +107,15 @@ Work work_of(const std::string& capability, const Call& call, Path path) {
   const bool grad_x = call.product == Product::kGradX;
   const double elements = static_cast<double>(call.rows) * call.columns, bytes = elements * call.weight_bytes;
   const double mask = elements * call.mask_bytes;
-  // Of the operand that meets every slab, and of the other one or the result.
+  // Numbers of the operand that meets every slab, and of the other operand or the result.
   const double common = static_cast<double>(call.tokens) * (grad_x ? call.rows : call.columns);
   const double other = static_cast<double>(call.tokens) * (grad_x ? call.columns : call.rows);
-  if (path == Path::kFew) {  // reads the weight once a turn
+  if (path == Path::kFew) {  // reads the weight once per turn
     const double turns = divide_up(call.tokens, kFewTokens);
     return {bytes * turns, mask * turns, elements * call.tokens, common + other};
   }
-  if (path == Path::kFused) {  // has tiles of 16 tokens, but d_x by vectors cuts tokens into nearly equal tiles
-    const bool by_amx = index_of(capability) == 0 && call.format == Format::kBFloat16;  // all else is done by vectors
+  if (path == Path::kFused) {  // has tiles of 16 tokens; d_x by vectors cuts tokens into nearly equal tiles
+    const bool by_amx = index_of(capability) == 0 && call.format == Format::kBFloat16;  // vectors do everything else
     const bool cut = grad_x && !by_amx;
     const int64_t tokens = cut ? std::max<int64_t>(call.tokens, 16) : divide_up(call.tokens, 16) * 16;
     return {bytes, mask, elements * tokens, common + other};

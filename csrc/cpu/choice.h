@@ -1,12 +1,13 @@
-// By which path a product is made: the kernels for few tokens, fused into a GEMM, or slabs through torch's GEMM.
+// The choice of a path for a product: the kernels for few tokens, a GEMM with the mask fused in, or slabs through
+// torch's GEMM.
 //
 //   time of a path = max(reading, work) + call
 //     reading   the weight's bytes, as fast as memory gives them
-//     work      what is done to those bytes, to those of the mask, to each product of two numbers and each number of the
-//               operands
+//     work      the processing of those bytes, of the mask's bytes, of each product of two numbers and of each operand
+//               number
 //
-// What each costs was measured, by instruction set, format, product and path (choice_costs.inl). The number of threads
-// does not enter, so that it changes no bit of a result.
+// The costs were fitted to measurements, by instruction set, format, product and path (choice_costs.inl). The number of
+// threads is not part of the model, so it changes no bit of a result.
 #pragma once
 
 #include <array>
@@ -21,17 +22,19 @@ namespace mft {
 enum class Path { kAuto, kFew, kFused, kSlabs };
 enum class Product { kForward, kGradX, kGradScores };
 
-// A product to be made: M tokens, N out_features, K in_features.
+// A product to compute: M tokens, N out_features, K in_features.
 struct Call {
   Product product;
   Format format;
   int64_t tokens, rows, columns;
-  // Of memory for each element of the weight: itself, its mask or sign, its gradient as often as it is read or written.
+  // Bytes of memory traffic per element of the weight: the weight, its mask or sign, and its gradient as often as it is
+  // read or written.
   double weight_bytes;
-  double mask_bytes;  // of these, of its mask or sign, which costs more than to be read
+  double mask_bytes;  // those of the mask or sign, which cost more than reading
 };
 
-// Call::weight_bytes, of an element's bytes: in the weight, 0 without that factor; in the mask or sign; in the gradient.
+// Returns Call::weight_bytes. The bytes of an element are: in the weight (0 without that factor), in the mask or sign,
+// in the gradient.
 double weight_bytes(Product product, int weight, double mask, int out = 0, bool accumulate = false);
 
 // "auto", "few", "fused" or "slabs". Throws std::invalid_argument for another name.
@@ -42,17 +45,17 @@ const char* name_of(Path path);
 Product product_of(const std::string& name);
 Format format_of(const std::string& name);
 
-// How much there is to do: bytes of the weight, of these of its mask, products of two numbers, numbers of the operands.
+// The amount of work: bytes of the weight, those of them in its mask, products of two numbers, numbers of the operands.
 using Work = std::array<double, 4>;
 Work work_of(const std::string& capability, const Call& call, Path path);
 
-// How long a path takes by the model, on two threads; endless where there is no such path.
+// Returns the time that the model predicts for a path on two threads; infinity if there is no such path.
 double microseconds(const std::string& capability, const Call& call, Path path);
 
-// The paths that an instruction set has for this call, the fastest first.
+// Returns the paths that an instruction set has for this call, fastest first.
 std::vector<Path> paths(const std::string& capability, const Call& call);
 
-// `asked`, or the fastest where that is kAuto. Throws std::invalid_argument if the call has no such path.
+// Returns `asked`, or the fastest path if that is kAuto. Throws std::invalid_argument if the call has no such path.
 Path choose(const std::string& capability, const Call& call, Path asked);
 
 }  // namespace mft

@@ -1,10 +1,11 @@
-// Weights that lie in codes, and how one instruction set decodes a part of a row.
+// Weights that are stored as codes, and how one instruction set decodes part of a row.
 //
-//   table  w[i] = level[code[i]] * absmax[i / block]   i over the whole matrix; two codes a byte, the first in the high bits
+//   table  w[i] = level[code[i]] * absmax[i / block]   i over the whole matrix; two codes per byte, the first
+//                                                      in the high bits
 //   int8   w[n, k] = code[n, k] * (absmax[n] / 127)
 //
-// Levels and block are the format's (mft_kernels/codes.py). In fp32, rounded once to the format that is asked for: of nf4
-// what bitsandbytes' dequantize_4bit gives, to the last bit. Its double quantisation:
+// The format defines levels and block (mft_kernels/codes.py). Products are computed in fp32 and rounded once to the
+// requested format. For nf4 the result equals bitsandbytes' dequantize_4bit bit for bit. With double quantisation,
 // absmax[b] = map[absmax_codes[b]] * nested[b / 256] + offset, in fp32, rounded twice.
 #pragma once
 
@@ -15,13 +16,13 @@
 namespace mft {
 
 constexpr int kLevels = 16;
-constexpr int64_t kNestedBlock = 256;  // codes of an absmax that share one
+constexpr int64_t kNestedBlock = 256;  // absmax codes that share one nested scale
 
 struct Quantized {
   int64_t block;  // weights that share an absmax, if levels[] decodes them; 0: int8
   int64_t rows, columns;
   const void* codes;
-  const float* absmax;  // nullptr: it is quantised itself
+  const float* absmax;  // nullptr: the absmax is quantised too
   const uint8_t* absmax_codes;
   const float *nested, *map;
   float offset;
@@ -38,7 +39,7 @@ struct Span {
   int64_t bytes;
 };
 
-// Where the codes of w[row, first .. first + count) lie.
+// Returns where the codes of w[row, first .. first + count) lie.
 inline Span codes_span(const Quantized& weight, int64_t row, int64_t first, int64_t count) {
   const int64_t index = row * weight.columns + first;
   const auto* codes = static_cast<const char*>(weight.codes);

@@ -1,7 +1,8 @@
-// decode.h, once: included by one source file per instruction set, which names MFT_DECODE and its flags. Only raw pointers
-// here, as in row_kernels.inl.
+// The decoders of decode.h. One source file per instruction set defines MFT_DECODE and includes this file. Only raw
+// pointers here, as in row_kernels.inl.
 //
-// Of each block of a table the sixteen values are made and rounded first; its codes then look them up, 32 at a time.
+// For each block of a table, the sixteen values are computed and rounded first. Its codes then look them up, 32 at a
+// time.
 
 #include <cstdint>
 #include <cstring>
@@ -31,9 +32,9 @@ inline void make_values(Element* values, const float* levels, float absmax, Form
 
 #if defined(__AVX512BW__)
 
-using Table = __m512i;  // the sixteen values: of 16 bits twice
+using Table = __m512i;  // the sixteen values; those of 16 bits twice
 
-// fp32 rounded to 16 bits. Of AVX512-BF16 this is the same as of to_bfloat16() for normal numbers and 0.
+// Rounds fp32 to 16 bits. With AVX512-BF16 the result equals to_bfloat16() for normal numbers and 0.
 inline __m256i rounded_vector(__m512 v, Format format) {
   if (format == Format::kFloat16) return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 #if defined(__AVX512BF16__)
@@ -46,7 +47,7 @@ inline __m256i rounded_vector(__m512 v, Format format) {
 #endif
 }
 
-// Whether rounded_vector() rounds the products of this with levels and codes as rounded() does.
+// Whether rounded_vector() rounds the products of absmax with levels and codes as rounded() does.
 inline bool is_usual(float absmax) { return absmax > 1e-30f && absmax < 1e30f; }
 
 inline Table table_of(const uint16_t* values) {
@@ -61,7 +62,7 @@ inline Table table_of(__m512 levels, float absmax, Format, uint32_t) {
   return _mm512_castps_si512(_mm512_mul_ps(levels, _mm512_set1_ps(absmax)));
 }
 
-// Bytes of 16 as words, each twice.
+// Indices that turn each of 16 bytes into two equal 16-bit words.
 alignas(64) constexpr uint16_t kEachTwice[] = {
     0x8000, 0x8000, 0x8001, 0x8001, 0x8002, 0x8002, 0x8003, 0x8003, 0x8004, 0x8004, 0x8005,
     0x8005, 0x8006, 0x8006, 0x8007, 0x8007, 0x8008, 0x8008, 0x8009, 0x8009, 0x800a, 0x800a,
@@ -71,21 +72,22 @@ alignas(64) constexpr uint16_t kEachTwice[] = {
 inline void look_up(uint16_t* out, const uint8_t* codes, Table table) {
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_load_si512(kEachTwice));
-  // Five bits choose one of 32, and the table is there twice: the fifth does not matter.
+  // Five bits choose one of 32 entries. The table is stored twice, so the fifth bit does not matter.
   const __m512i which = _mm512_srlv_epi16(words, _mm512_set1_epi32(4));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(which, table));
 }
 
 inline void look_up(uint32_t* out, const uint8_t* codes, Table table) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-  const __m128i even = _mm_srli_epi16(bytes, 4);  // four bits choose: what is above them does not matter
+  const __m128i even = _mm_srli_epi16(bytes, 4);  // four bits choose: the bits above them do not matter
   const __m512i low = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, bytes));
   const __m512i high = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(even, bytes));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi32(low, table));
   _mm512_storeu_si512(out + 16, _mm512_permutexvar_epi32(high, table));
 }
 
-// Whole blocks from this one on, as far as they end before `end`; returns how many. kSize: see decode_table().
+// Decodes whole blocks from `block` on that end at `end` or before, up to the first whose absmax is not usual. Returns
+// how many it decoded. kSize: see decode_table().
 template <int64_t kSize, typename Element>
 int64_t decode_blocks(Element* out, Format format, const Quantized& weight, int64_t block, int64_t end) {
   const int64_t size = kSize != 0 ? kSize : weight.block;
@@ -102,7 +104,7 @@ int64_t decode_blocks(Element* out, Format format, const Quantized& weight, int6
   return block - first;
 }
 
-// Codes times the scale; returns how many.
+// Decodes codes times the scale, 16 at a time. Returns how many it decoded.
 inline int64_t decode_codes(uint16_t* out, Format format, const int8_t* codes, float scale, int64_t count) {
   int64_t j = 0;
   const __m512 factor = _mm512_set1_ps(scale);
@@ -116,7 +118,7 @@ inline int64_t decode_codes(uint16_t* out, Format format, const int8_t* codes, f
 
 #elif defined(__AVX2__)
 
-// The 32 codes of 16 bytes in order, one a byte.
+// Returns the 32 codes of 16 bytes in order, one per byte.
 inline __m256i codes_in_order(const uint8_t* codes) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
   const __m128i low_bits = _mm_set1_epi8(15);
@@ -132,7 +134,7 @@ struct BytesOfValues {
 inline BytesOfValues table_of(const uint16_t* values) {
   const __m256i all = _mm256_load_si256(reinterpret_cast<const __m256i*>(values));
   const __m256i low = _mm256_and_si256(all, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(all, 8);
-  // Packed within halves: low and high bytes of the first eight, then those of the others.
+  // packus works within 128-bit lanes; 0xd8 puts the low bytes of all values first, then the high bytes.
   const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
   return {_mm256_permute2x128_si256(bytes, bytes, 0x00), _mm256_permute2x128_si256(bytes, bytes, 0x11)};
 }
@@ -189,7 +191,7 @@ inline int64_t decode_codes(uint16_t*, Format, const int8_t*, float, int64_t) { 
 
 #endif
 
-// kSize: of a block, where the compiler knows it; 0: weight.block.
+// kSize: the size of a block if the compiler knows it; 0: weight.block.
 template <int64_t kSize, typename Element>
 void decode_table(Element* out, Format format, const Quantized& weight, int64_t first, int64_t count) {
   const auto* codes = static_cast<const uint8_t*>(weight.codes);

@@ -1,3 +1,3 @@
-// How avx2 decodes a row; setup.py compiles this file with its flags.
+// The decoder for avx2; building/cpu.py compiles this file with its flags.
 #define MFT_DECODE avx2_decode
 #include "decode.inl"

@@ -1,3 +1,3 @@
-// How portable decodes a row; setup.py compiles this file with its flags.
+// The decoder for any machine.
 #define MFT_DECODE portable_decode
 #include "decode.inl"

@@ -1,4 +1,4 @@
-// The whole matrix that codes stand for.
+// Decodes a whole matrix of codes.
 #pragma once
 
 #include "capability.h"
@@ -6,7 +6,7 @@
 
 namespace mft {
 
-// out (N, K), contiguous, in its format.
+// Writes the decoded weight to out (N, K), which is contiguous, in the format of out.
 void dequantize(const Capability& cpu, const Matrix& out, const Quantized& weight);
 
 }  // namespace mft

@@ -1,5 +1,5 @@
-// The masked linear layer and its d_x for few tokens: the tokens are prepared once, then threads share the rows of the
-// weight (forward) or its columns (d_x), so that each sum belongs to one of them. More tokens go in turns.
+// The masked linear layer and its d_x for few tokens. The tokens are prepared once. Then threads share the rows of the
+// weight (forward) or its columns (d_x), so that one thread computes each sum. More than kFewTokens tokens go in turns.
 #include "few_linear.h"
 
 #include <algorithm>
@@ -52,7 +52,7 @@ FewTokens call_of(const Matrix& out, const Weight& weight, const MaskSource& mas
           weight.decode};
 }
 
-// A call with memory of its own for kDotRows parts of rows that are decoded.
+// A call with its own memory for kDotRows decoded parts of rows.
 class WithRoom {
  public:
   WithRoom(const FewTokens& call, const Weight& weight, int64_t columns)

@@ -9,19 +9,22 @@
 
 namespace mft {
 
-// masked_linear() and grad_x() of linear.h, nothing empty; of the part of the result's columns, the first a multiple of 32.
+// masked_linear() and grad_x() of linear.h for columns `part` of the result. No matrix is empty. part.first is a
+// multiple of 32.
 void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
                        const MaskSource& mask, const void* bias, Columns part);
 void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
                 const MaskSource& mask, const void* bias, Columns part);
 
-// Work is shared from this on, in bytes that one token makes a thread read (for more see few_work()); below, waking a second
-// one costs more than it saves. Twice this: as fast from the caches, and a third slower from memory (Xeon, 192 x 576 fp32).
+// The least work of a thread, in bytes that it reads for one token (for more tokens see few_work()). With less, waking
+// a second thread costs more than it saves. With twice as much, products were as fast from the caches and a third
+// slower from memory (Xeon, 192 x 576 fp32).
 constexpr int64_t kFewShare = 256 << 10;
 
 inline int64_t few_work(int64_t bytes, int64_t count) { return bytes * (3 + count) / 4; }
 
-// f(first, end) of spans of `all`, which begin at multiples of `unit` from there and are kFewShare of the work or more.
+// Calls f(first, end) for spans of `all`. They begin at multiples of `unit` from all.first and have at least kFewShare
+// of the work.
 template <typename F>
 void for_few_spans(Columns all, int64_t unit, int64_t work, const F& f) {
   const int64_t units = (all.end - all.first + unit - 1) / unit;

@@ -1,9 +1,9 @@
-// The kernels of few_tokens.h, once: included by one source file per instruction set, which names MFT_FEW_KERNELS and
-// its flags. Only raw pointers here, as in row_kernels.inl.
+// The kernels of few_tokens.h. One source file per instruction set defines MFT_FEW_KERNELS and includes this file. Only
+// raw pointers here, as in row_kernels.inl.
 //
-// 32 columns of a row and their word of the mask are taken in units of two vectors of fp32 (first, second). A unit of
-// bf16 is widened by a shift and a mask, so that `first` has its even columns and `second` its odd ones: the tokens of
-// dot() are laid out likewise, the sums of sum() put in order at the end. With AVX512-BF16 dot() takes a vector of bf16
+// 32 columns of a row and their word of the mask are processed in units of two fp32 vectors (first, second). A unit of
+// bf16 is widened by a shift and a mask, so that `first` has its even columns and `second` its odd ones. The tokens of
+// dot() have the same layout; sum() puts its sums in order at the end. With AVX512-BF16, dot() takes a vector of bf16
 // as it is, and sum() interleaves two rows so that vdpbf16ps adds both at once.
 
 #include <cstdint>
@@ -22,7 +22,7 @@ namespace {
 #include "formats.inl"
 
 #define MFT_UNROLL _Pragma("GCC unroll 16")
-#define MFT_INLINE inline __attribute__((always_inline))  // so that the sums are found to fit registers
+#define MFT_INLINE inline __attribute__((always_inline))  // so that the sums stay in registers
 
 // ------------------------------------------------------------------------------------------------ vectors
 
@@ -31,8 +31,8 @@ namespace {
 using Floats = __m512;
 constexpr int kLanes = 16;
 constexpr int kManyRows = 4;
-constexpr int kDotTokens = 6;   // with 4 rows 24 of 32 registers
-constexpr int kSumTokens = 12;  // with 2 vectors each the same
+constexpr int kDotTokens = 6;   // with 4 rows: 24 of 32 registers
+constexpr int kSumTokens = 12;  // with 2 vectors each: 24 of 32 registers
 constexpr bool kFloat16Alternates = false;
 
 inline Floats zeros() { return _mm512_setzero_ps(); }
@@ -68,7 +68,7 @@ inline Two interleaved(Two v) {
   return {_mm512_permutex2var_ps(v.first, low, v.second), _mm512_permutex2var_ps(v.first, high, v.second)};
 }
 
-// out[i] = the sum of v[i], in one order for each i.
+// out[i] = the sum of the lanes of v[i], in the same order for each i.
 inline void add_across(float out[4], const Floats v[4]) {
   __m256 half[4];
   for (int i = 0; i < 4; ++i) {
@@ -83,8 +83,8 @@ inline void add_across(float out[4], const Floats v[4]) {
 using Floats = __m256;
 constexpr int kLanes = 8;
 constexpr int kManyRows = 2;
-constexpr int kDotTokens = 6;  // with 2 rows 12 of 16 registers: a mask is costly here, and all tokens share it
-constexpr int kSumTokens = 6;  // with 2 vectors each the same
+constexpr int kDotTokens = 6;  // with 2 rows: 12 of 16 registers; a mask is costly here, and all tokens share it
+constexpr int kSumTokens = 6;  // with 2 vectors each: 12 of 16 registers
 constexpr bool kFloat16Alternates = false;
 
 inline Floats zeros() { return _mm256_setzero_ps(); }
@@ -97,7 +97,7 @@ struct Two {
   Floats first, second;
 };
 
-// Ones where bit i, or bit step * i + first, of `bits` is set.
+// Sets all bits of lane i if `bits` has the bit one_bit[i].
 inline __m256i lanes_of(uint32_t bits, __m256i one_bit) {
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), one_bit), one_bit);
 }
@@ -137,14 +137,14 @@ inline void add_across(float out[4], const Floats v[4]) {
 
 #else
 
-// The compiler's own vectors: SSE2, NEON, or what else the machine has.
+// The compiler's vector extensions: SSE2, NEON, or whatever else the machine has.
 typedef float Floats __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
 typedef int32_t Integers __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 constexpr int kManyRows = 2;
-constexpr int kDotTokens = 4;  // with 2 rows 8 of 16 registers; a product takes one more before it is added
-constexpr int kSumTokens = 4;  // with 2 vectors each the same
+constexpr int kDotTokens = 4;  // with 2 rows: 8 of 16 registers; a product takes one more before it is added
+constexpr int kSumTokens = 4;  // with 2 vectors each: 8 of 16 registers
 constexpr bool kFloat16Alternates = true;
 
 inline Floats zeros() { return Floats{}; }
@@ -178,11 +178,11 @@ inline Two kept_float32(const uint32_t* weight, uint32_t bits) {
 }
 
 inline Two kept_bfloat16(const uint16_t* weight, uint32_t bits) {
-  const Words both = load_words(weight);  // an even column below an odd one
+  const Words both = load_words(weight);  // even columns in the low halves, odd ones in the high halves
   return {kept_of(both << 16, bits, Words{1, 4, 16, 64}), kept_of(both & 0xffff0000u, bits, Words{2, 8, 32, 128})};
 }
 
-// from_float16(), whose comment says why so.
+// Does what from_float16() does; the reasons are there.
 inline Words widened(Words half) {
   const Words magnitude = half & 0x7fff;
   const Words small = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude + 0x3f000000u) - 0.5f);
@@ -212,19 +212,21 @@ inline void add_across(float out[4], const Floats v[4]) {
 #endif
 
 constexpr int kUnit = 2 * kLanes;      // columns
-constexpr int kUnits = kStep / kUnit;  // in a word of the mask
+constexpr int kUnits = kStep / kUnit;  // units in a word of the mask
 
-// Into L2. What the next rows need is asked for ahead whatever a layer's size: in a model even the weight of a small one has
-// left the caches when its turn comes. Scores always, since they are read row by row: without it a token of SmolLM2's linears
-// from fp32 scores took 2.6 dense times for 2.3 (Xeon with AMX); the weight as dot_rows() says.
+// Prefetches into L2. The next rows are prefetched whatever the size of a layer: in a model, even a small weight has
+// left the caches when its turn comes. Scores are always prefetched, because they are read row by row. Without this,
+// one token of SmolLM2's linears from fp32 scores took 2.6 times a dense product; with it, 2.3 (Xeon with AMX). For the
+// weight, see dot_rows().
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ------------------------------------------------------------------------------------------------ kinds of product
 
-// What dot() and sum() do with each format: how a unit of the weight is kept, and what it is multiplied with.
-// Element: of the weight. kPair: rows that sum() takes at once. kAlternates: `first` has the even columns.
+// How dot() and sum() treat each format. kept(): a masked unit of the weight. in_order(): a unit of sums with its
+// columns in order. Element: the type of a weight. kPair: rows that sum() takes at once. kAlternates: `first` has the
+// even columns.
 struct Float32 {
   using Element = uint32_t;
   static constexpr Format kFormat = Format::kFloat32;
@@ -252,7 +254,7 @@ struct Float16 {
   static Two in_order(Two sums) { return kAlternates ? interleaved(sums) : sums; }
 };
 
-// sums[row][token] += a unit of each row times one of each token.
+// sums[row][token] += a unit of each row times the same unit of each token.
 template <typename Kind, int kRows, int kTokens>
 struct Dot {
   MFT_INLINE static void add(Floats sums[kRows][kTokens], const typename Kind::Element* const* weight,
@@ -275,7 +277,8 @@ struct Dot {
   }
 };
 
-// One row of a unit for sum(), and how it is added to the sums of a token.
+// kept(): a masked unit of one row, or of a pair of rows, for sum(). add(): adds it, times a token, to the token's
+// sums.
 template <typename Kind>
 struct Sum {
   MFT_INLINE static Two kept(const typename Kind::Element* const* weight, const uint32_t* const* words, int64_t word,
@@ -344,7 +347,7 @@ using BFloat16Kind = PairsOfBFloat16;
 using BFloat16Kind = BFloat16;
 #endif
 
-// use(kind) with the kind of a format.
+// Calls use(kind) with the kind of a format.
 template <typename Use>
 inline void with_kind(Format format, Use use) {
   if (format == Format::kFloat32) {
@@ -396,8 +399,8 @@ inline const char* weight_row(const FewTokens& call, int64_t row) {
   return call.weight + row * call.columns * bytes_of(call.format);
 }
 
-// Columns `first` .. of a row: where they lie, or decoded to the place in the room of the i-th row at a time. The codes of the
-// row `rows` further on are brought into L2.
+// Returns `columns` columns of a row from `first` on: in place, or decoded into the i-th part of call.room. Prefetches
+// the codes of the row that is `rows` further on into L2.
 template <typename Element>
 inline const Element* weight_part(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t i,
                                   int64_t rows) {
@@ -409,8 +412,8 @@ inline const Element* weight_part(const FewTokens& call, int64_t row, int64_t fi
   return out;
 }
 
-// The words of columns `first` .. of a row: its own, or made of its scores in `scratch`. What the row `rows` further on
-// will need is brought into L2.
+// Returns the mask words of `columns` columns of a row from `first` on: in place, or computed from its scores into
+// `scratch`. Prefetches what the row that is `rows` further on will need into L2.
 inline const uint32_t* words_of(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t rows,
                                 uint32_t* scratch) {
   if (call.scores == nullptr) {
@@ -431,7 +434,7 @@ inline const uint32_t* words_of(const FewTokens& call, int64_t row, int64_t firs
 
 // ------------------------------------------------------------------------------------------------ dot
 
-// The sums of vectors become y of these rows and tokens.
+// Adds up the lanes of each sum and stores y for these rows and tokens.
 template <typename Kind, int kRows, int kTokens>
 MFT_INLINE void store_dots(const FewTokens& call, const Floats sums[kRows][kTokens], int64_t first_row, int64_t rows,
                            int64_t apart, int64_t first_token) {
@@ -448,7 +451,7 @@ MFT_INLINE void store_dots(const FewTokens& call, const Floats sums[kRows][kToke
     }
   }
   const int64_t width = bytes_of(call.format);
-  for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {  // else gcc warns of reads beyond y
+  for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {  // `rows` alone makes gcc warn of reads beyond y
     const int64_t row = first_row + r * apart;
     float bias = 0;
     if (call.bias != nullptr) widen(&bias, call.bias + row * width, call.format, 1);
@@ -460,12 +463,12 @@ MFT_INLINE void store_dots(const FewTokens& call, const Floats sums[kRows][kToke
   }
 }
 
-// Which lines of the next rows a block of tokens asks for while it works: one in `every`, each block others, so that memory is
-// as busy under the last tokens as under the first. Where the first asked for all of them, 8 to 32 tokens took 5 to 10 % longer
-// (bf16, 4096 x 4096, Zen 4).
+// Which cache lines of the next rows a block of tokens prefetches while it works: one in `every`, and each block
+// different ones. So memory is as busy during the last tokens as during the first. If the first block prefetched all
+// lines, 8 to 32 tokens took 5 to 10 % longer (bf16, 4096 x 4096, Zen 4).
 struct Fetch {
-  int64_t ahead = 0;            // bytes from a row to the next one; 0: nothing is asked for
-  int64_t every = 1, left = 1;  // steps between two lines, and to the first
+  int64_t ahead = 0;            // bytes from a row to the next one; 0: no prefetch
+  int64_t every = 1, left = 1;  // steps between two lines, and steps left to the next one
 
   bool due() {
     if (ahead == 0 || --left > 0) return false;
@@ -475,8 +478,8 @@ struct Fetch {
   void bring(const void* line) const { prefetch(static_cast<const char*>(line) + ahead); }
 };
 
-// kRows rows of the weight, `apart` from each other, at each of kTokens tokens; rows from `rows` on repeat the last one, and
-// are not stored.
+// Multiplies kRows rows of the weight, `apart` rows from each other, with each of kTokens tokens. Rows from `rows` on
+// repeat the last one and are not stored.
 template <typename Kind, int kRows, int kTokens>
 void dot_block(const FewTokens& call, const typename Kind::Element* const* weight, const uint32_t* const* words,
                int64_t first_row, int64_t rows, int64_t apart, int64_t first_token, Fetch fetch) {
@@ -502,7 +505,7 @@ void dot_block(const FewTokens& call, const typename Kind::Element* const* weigh
   uint32_t last[kRows];
   int64_t columns = whole;
   for (int pass = 0; pass < (left > 0 ? 2 : 1); ++pass) {
-    if (pass == 1) {  // the last columns, with zeros behind them
+    if (pass == 1) {  // the last columns, padded with zeros
       for (int r = 0; r < kRows; ++r) {
         std::memset(padded[r], 0, sizeof padded[r]);
         std::memcpy(padded[r], from[r] + whole, left * sizeof(Element));
@@ -553,17 +556,26 @@ void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weig
   }
 }
 
-// kRows rows at a time, each from a part of its own: the processor's prefetchers follow so many streams from page to page;
-// one stream, or rows beside each other, they lose at the end of each. SmolLM2's linears, weights cold, in dense times: one
-// token in fp32 1.05 (1.30 with rows beside each other) on 2 threads and 1.03 (1.22) on one, in bf16 0.56 (0.64) and 0.58
-// (0.73); 4 tokens 0.68 (0.86) in fp32, 0.56 (0.76) in bf16 (Xeon with AMX). To ask for the next row besides makes bf16 up
-// to a seventh faster, and fp32 slower: both ways wait for the same line buffers.
+// Takes kRows rows at a time, each from its own part of the rows. The processor's prefetchers follow several such
+// streams from page to page. They lose a single stream, or neighbouring rows, at the end of each page.
+// SmolLM2's linears with cold weights, time relative to a dense product (Xeon with AMX):
+//
+//                              one row of each part    neighbouring rows
+//   fp32, 1 token, 2 threads             1.05                  1.30
+//   fp32, 1 token, 1 thread              1.03                  1.22
+//   bf16, 1 token, 2 threads             0.56                  0.64
+//   bf16, 1 token, 1 thread              0.58                  0.73
+//   fp32, 4 tokens                       0.68                  0.86
+//   bf16, 4 tokens                       0.56                  0.76
+//
+// Prefetching the next row in addition makes bf16 up to a seventh faster, but fp32 slower: both kinds of prefetch wait
+// for the same line buffers.
 template <typename Kind, int kRows>
 void dot_rows(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch) {
   using Element = typename Kind::Element;
   const int64_t words_stride = (call.columns + kStep - 1) / kStep, part = (end_row - first_row + kRows - 1) / kRows;
   for (int64_t row = first_row; row < first_row + part; ++row) {
-    const int64_t rows = (end_row - row + part - 1) / part;  // kRows, or fewer where the last parts are shorter
+    const int64_t rows = (end_row - row + part - 1) / part;  // kRows, or fewer if the last parts are shorter
     const Element* weight[kRows];
     const uint32_t* words[kRows];
     for (int r = 0; r < kRows; ++r) {
@@ -591,7 +603,7 @@ void dot(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* sc
 
 // ------------------------------------------------------------------------------------------------ sum
 
-constexpr int kSumRows = 8;  // even: with PairsOfBFloat16 they are taken by twos
+constexpr int kSumRows = 8;  // even, because PairsOfBFloat16 takes two at once
 static_assert(kSumRows <= kDotRows, "what decodes has room for kDotRows");
 
 // sums[token][columns] += token[rows] @ rows, for kTokens tokens and kSumRows rows of a strip.
@@ -701,7 +713,7 @@ void sum_strip(const FewTokens& call, int64_t first, int64_t columns, int64_t su
     const Element* weight[kSumRows];
     const uint32_t* words[kSumRows];
     for (int64_t r = 0; r < kSumRows; ++r) {
-      const bool exists = r < rows;  // else nothing of it is kept, and 0 is added
+      const bool exists = r < rows;  // if not, its mask is empty and it adds 0
       weight[r] = exists ? weight_part<Element>(call, row + r, first, columns, r, kSumRows) : weight[rows - 1];
       words[r] = exists ? words_of(call, row + r, first, columns, kSumRows, scratch[r]) : kNone;
     }

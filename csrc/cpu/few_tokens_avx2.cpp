@@ -1,3 +1,3 @@
-// The kernels for few tokens for avx2; setup.py compiles this file with its flags.
+// The kernels for few tokens for avx2; building/cpu.py compiles this file with its flags.
 #define MFT_FEW_KERNELS avx2_few_kernels
 #include "few_tokens.inl"

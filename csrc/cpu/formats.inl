@@ -1,4 +1,4 @@
-// fp32 from and to the 16-bit formats, per instruction set.
+// Conversions between fp32 and the 16-bit formats, per instruction set.
 //
 // Included into an anonymous namespace of namespace mft, after row_kernels.h and <cstring>.
 
@@ -24,7 +24,8 @@ inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
 
 inline float from_float16(uint16_t h) {
   const uint32_t magnitude = h & 0x7fff;
-  // A subnormal counts steps of 2^-24, as the fraction of 0.5 does: no subnormal of fp32 arises, which may be taken for 0.
+  // A subnormal counts steps of 2^-24, as the fraction of 0.5 does. So no fp32 subnormal arises, which the processor
+  // might flush to 0.
   const uint32_t small = as_bits(as_float(magnitude + 0x3f000000) - 0.5f);
   const uint32_t finite = magnitude < 0x0400 ? small : (magnitude << 13) + 0x38000000;  // biases differ by 112
   const uint32_t bits = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : finite;

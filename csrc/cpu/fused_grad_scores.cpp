@@ -1,5 +1,6 @@
-// The score gradient by a GEMM of ours (gemm.h): a tile of grad_output.T @ x never leaves the cache; weight and sign are
-// multiplied in when its sum is complete. x is packed once a call, a block of grad_output's columns once a thread.
+// The score gradient by our own GEMM (gemm.h). A tile of grad_output.T @ x never leaves the cache: weight and sign are
+// multiplied in when its sum is complete. x is packed once per call. Each block of grad_output's columns is packed
+// once, by the thread that takes it.
 #include "fused_linear.h"
 
 #include "fused_parts.h"
@@ -8,12 +9,12 @@
 namespace mft {
 namespace {
 
-// An output beyond this is written around the cache, but for new memory, which the kernel has just brought there to clear it
-// (64 experts of 2048 x 2048 and 2048 x 1024, 64 tokens, from scores: 506 ms a step around the cache, 378 through it, 312 with
-// pages mapped block by block).
+// An output larger than this is written around the cache. New memory is not, because the operating system has just
+// brought it into the cache to clear it. 64 experts of 2048 x 2048 and 2048 x 1024, 64 tokens, from scores, ms per
+// step: 506 around the cache, 378 through it, 312 with pages mapped block by block.
 constexpr int64_t kCacheBytes = 16 << 20;
 
-// All of x as B panels of 32 columns, block by block of the depth, which is the tokens.
+// All of x as B panels of 32 columns, one block of the depth after the other. The depth is the tokens.
 class PackedTokens {
  public:
   PackedTokens(const Gemm& gemm, const Matrix& x)
@@ -40,11 +41,11 @@ class PackedTokens {
   const Buffer<uint32_t> panels_;
 };
 
-// In which order a thread makes the tiles of its rows: so many side by side, of some rows after others. Where the depth has
-// several blocks these may pass one after the other, and the tiles' sums are kept between them.
+// The order in which a thread computes the tiles of its rows: `abreast` tiles side by side, one group of rows after the
+// other. If the depth has several blocks, the thread may take block after block and keep the tiles' sums in between.
 struct Order {
   bool by_blocks;
-  int64_t abreast, ahead;  // tiles; columns, from a tile to what is brought in for a later one
+  int64_t abreast, ahead;  // tiles side by side; columns from a tile to what is prefetched for a later one
 
   Order(const Gemm& gemm, const Matrix& x, const PackedTokens& packed)
       : by_blocks(gemm.tiles_by_blocks > 0 && packed.depth.blocks() > 1) {
@@ -108,7 +109,7 @@ class Worker {
     }
   }
 
-  // The last block of the depth, or all of them where sums are not kept; then weight and sign.
+  // Adds the last block of the depth, or all blocks if sums are not kept. Then multiplies by weight and sign.
   void finish_tiles() {
     const int64_t blocks = x_.depth.blocks();
     ahead_.start_block(0, kDepth);
@@ -135,7 +136,7 @@ class Worker {
   const Order& order_;
   uint32_t* const blocks_;  // of grad_output, one for each block of the depth
   const int64_t block_size_;
-  float* const sums_;  // of one tile, or of order_.abreast tiles of sum_rows_
+  float* const sums_;  // of one tile, or of order_.abreast tiles with sum_rows_ rows each
   const int64_t sum_rows_;
   Ahead ahead_;
   const Session session_;

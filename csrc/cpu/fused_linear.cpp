@@ -1,7 +1,7 @@
-// The masked linear layer and its d_x, the mask fused into the packing of a GEMM (gemm.h).
+// The masked linear layer and its d_x, with the mask fused into the packing of a GEMM (gemm.h).
 //
-// The activations are packed once a call. Then each thread takes blocks of the weight: it masks a block of the weight
-// into its own cache while it packs it, multiplies, and meanwhile brings in the next block. Sums run in fp32 over the
+// The activations are packed once per call. Each thread then takes blocks of the weight. It masks and packs a block
+// into its own cache, multiplies it, and meanwhile prefetches the next block. Sums are accumulated in fp32 over the
 // whole inner dimension, in an order that depends on neither the threads nor the cut into blocks.
 #include "fused_linear.h"
 
@@ -12,12 +12,12 @@ namespace {
 
 #include "formats.inl"
 
-constexpr int64_t kSumBytes = 4 << 20;  // of the sums of d_x, a thread
-constexpr int64_t kFarBlock = 512;      // rows of the weight, of which kFarRows are read at once,
-constexpr int64_t kFarTurns = 16;       // and in how many such turns they are summed before they are stored
-constexpr int64_t kRowBytes = kDepth * 4;  // of a row of an A block, decoded to be packed
-constexpr int64_t kWordsAhead = 16;     // rows of the weight, from one that is packed to one whose words are asked for
-constexpr int64_t kNearColumns = 2048;  // of the weight, in a task of d_x: 1,024 of 4,096 took 1.3 times as long
+constexpr int64_t kSumBytes = 4 << 20;  // sums of d_x that one thread keeps
+constexpr int64_t kFarBlock = 512;      // rows of the weight in a task of multiply_few(), which reads kFarRows at once
+constexpr int64_t kFarTurns = 16;       // turns of kFarRows rows whose sums are kept before they are stored
+constexpr int64_t kRowBytes = kDepth * 4;  // one decoded row of an A block, before it is packed
+constexpr int64_t kWordsAhead = 16;     // rows from the one that is packed to the one whose words are prefetched
+constexpr int64_t kNearColumns = 2048;  // columns in a task of add_few(): 1,024 of 4,096 took 1.3 times as long
 
 // Prefetches part of a row of the weight, and of its scores.
 void prefetch_row(const Weight& weight, const MaskSource& mask, int64_t row, int64_t column, int64_t columns) {
@@ -29,9 +29,9 @@ void prefetch_row(const Weight& weight, const MaskSource& mask, int64_t row, int
   if (mask.scores != nullptr) bring(mask.row(row, column).scores, columns * bytes_of(mask.score_format));
 }
 
-// Prefetches the words of part of a row. From row to row their lines lie too far apart for the processor's prefetchers: unasked
-// for, words took longer than scores, 16 times their bytes (bf16, 4096 x 4096, 16 to 64 tokens: forward 5 to 11 % and d_x up to
-// 13 % faster with it, fp32's d_x of 16 tokens 28 %; Zen 4).
+// Prefetches the mask words of part of a row. The words of neighbouring rows lie too far apart for the processor's own
+// prefetchers. Without this, words took longer to read than scores, which have 16 times as many bytes.
+// Gain on Zen 4, 4096 x 4096, 16 to 64 tokens, bf16: forward 5 to 11 %, d_x up to 13 %. fp32, d_x of 16 tokens: 28 %.
 void prefetch_words(const MaskSource& mask, int64_t row, int64_t column, int64_t columns) {
   if (mask.scores != nullptr) return;
   const uint32_t* words = mask.row(row, column).words;
@@ -53,7 +53,7 @@ class ColumnBias {
   std::vector<float> widened_;
 };
 
-// The forward where all of packed x stays in the cache: as many rows of the weight as a tile has, for all tokens at once.
+// The forward if all of packed x stays in the cache. Multiplies one tile's rows of the weight with all tokens at once.
 template <typename PanelAt>
 void multiply_narrow(const Gemm& gemm, const Matrix& y, const Weight& weight, const MaskSource& mask, const void* bias,
                      const Depth& depth, const PanelAt& panel_at) {
@@ -71,7 +71,7 @@ void multiply_narrow(const Gemm& gemm, const Matrix& y, const Weight& weight, co
       const int64_t first = rows.begin(task), count = rows.end(task) - first;
       for (int64_t block = 0; block < depth.blocks(); ++block) {
         for (int64_t r = 0; r < count; ++r) {
-          const int64_t later = r + gemm.rows_ahead, over = later >= count;  // the same rows come in the next block
+          const int64_t later = r + gemm.rows_ahead, over = later >= count;  // over: a row of the next block
           if (block + over < depth.blocks()) {
             prefetch_row(weight, mask, first + later % count, depth.first(block + over), depth.length(block + over));
           }
@@ -90,8 +90,8 @@ void multiply_narrow(const Gemm& gemm, const Matrix& y, const Weight& weight, co
   });
 }
 
-// The forward of few tokens: a thread reads rows of the weight that lie far apart at once, since memory gives more through
-// several streams than through one.
+// The forward of few tokens. A thread reads rows of the weight that lie far apart at the same time, because several
+// streams give more memory bandwidth than one.
 void multiply_few(const Gemm& gemm, const Matrix& y, const Weight& weight, const MaskSource& mask, const void* bias,
                   const uint32_t* panels, int64_t panel_size) {
   const Cut rows(weight.rows, kFarBlock, kFarRows);
@@ -110,7 +110,7 @@ void multiply_few(const Gemm& gemm, const Matrix& y, const Weight& weight, const
         for (int64_t turn = 0; turn < turns; ++turn) {
           const void* from[kFarRows];
           MaskRow masks[kFarRows];
-          for (int64_t i = 0; i < kFarRows; ++i) {  // beyond the last row any other will do
+          for (int64_t i = 0; i < kFarRows; ++i) {  // past the end, repeat the last row: it is not stored
             const int64_t row = first + std::min(i * apart + begin + turn, count - 1);
             if (weight.codes != nullptr) prefetch_row(weight, mask, row + 1, 0, weight.columns);
             from[i] = weight.part(row, 0, weight.columns, decoded + i * row_bytes);
@@ -134,7 +134,8 @@ void multiply_few(const Gemm& gemm, const Matrix& y, const Weight& weight, const
   });
 }
 
-// d_x of few tokens: a thread adds rows of the weight to sums that L2 keeps, 32 streams of memory at once.
+// d_x of few tokens. A thread reads kNearRows rows of the weight at once, each a stream of memory, and adds their
+// products to sums that stay in L2.
 void add_few(const Gemm& gemm, const Matrix& d_x, const Weight& weight, const MaskSource& mask, const ColumnBias& bias,
              const Depth& depth, const uint32_t* blocks, int64_t block_size) {
   const int64_t tokens = d_x.rows;
@@ -154,7 +155,7 @@ void add_few(const Gemm& gemm, const Matrix& d_x, const Weight& weight, const Ma
       for (int64_t row = 0; row < weight.rows; row += kNearRows) {
         const void* from[kNearRows];
         const uint32_t* words[kNearRows];
-        for (int64_t i = 0; i < kNearRows; ++i) {  // beyond the last row another one, of which nothing is kept
+        for (int64_t i = 0; i < kNearRows; ++i) {  // past the end, the last row with an empty mask
           if (weight.codes != nullptr) prefetch_row(weight, mask, row + i + kNearRows, first, count);
           from[i] = weight.part(std::min(row + i, weight.rows - 1), first, count, decoded + i * row_bytes);
           words[i] = row + i < weight.rows ? mask.row(row + i, first).words : no_bits.data();
@@ -185,7 +186,7 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
   const auto panel_size = [&](int64_t block) { return depth.packed_groups(block) * kTileColumns; };
   const int64_t last = depth.blocks() - 1, whole = last * kDepth * kTileColumns + panel_size(last);
   const Buffer<uint32_t> panels(whole * token_tiles);
-  const auto panel_at = [&](int64_t block, int64_t tile) {  // of few tokens a panel goes through all blocks
+  const auto panel_at = [&](int64_t block, int64_t tile) {  // for few tokens, a panel has the whole depth
     const int64_t before = block * kDepth * kTileColumns;
     return panels.get() + (few ? tile * whole + before : token_tiles * before + tile * panel_size(block));
   };
@@ -208,7 +209,7 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
   const Cut rows(weight.rows, gemm.weight_rows, gemm.whole_tiles ? gemm.tile_rows : 1);
   const int64_t chunk = std::min(round_up(tokens, kTileColumns), gemm.tokens);
   const int64_t block_rows = round_up(rows.largest(), gemm.tile_rows);
-  const int64_t tiles_size = block_rows * kTileColumns;  // of the sums of 32 tokens, each row in 128 B
+  const int64_t tiles_size = block_rows * kTileColumns;  // sums of 32 tokens, 128 B per row
   const int64_t sums_size = divide_up(chunk, kTileColumns) * tiles_size, block_size = block_rows * kRowStride;
   const int64_t workers = num_threads();
   const Buffer<float> all_sums(workers * sums_size);
@@ -281,12 +282,13 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
     add_few(gemm, d_x, weight, mask, added, depth, blocks.get(), block_size);
     return;
   }
-  // A task takes whole pages of the weight's rows as long as its sums fit the cache; it masks them in pieces.
+  // A task takes whole memory pages of each row of the weight, as long as its sums fit the cache. It masks them in
+  // pieces.
   const int64_t chunk = std::max<int64_t>(1, std::min(tokens, gemm.grad_tokens));
   const int64_t fitting = kSumBytes / 4 / chunk / gemm.weight_columns * gemm.weight_columns;
   const Cut columns(weight.columns, std::min(gemm.task_columns, std::max(fitting, gemm.weight_columns)), kTileColumns);
   const int64_t panel = gemm.grad_depth * kTileColumns + kTileColumns;
-  const int64_t tiles_size = round_up(chunk, gemm.tile_rows) * kTileColumns;  // of the sums of 32 columns, each row in 128 B
+  const int64_t tiles_size = round_up(chunk, gemm.tile_rows) * kTileColumns;  // sums of 32 columns, 128 B per row
   const int64_t sums_size = divide_up(columns.largest(), kTileColumns) * tiles_size;
   const int64_t panels_size = gemm.weight_columns / kTileColumns * panel;
   const int64_t depth_rows = gemm.grad_depth * gemm.per_group;
@@ -303,8 +305,9 @@ void fused_grad_x(const Gemm& gemm, const Matrix& d_x, const Matrix& grad_output
     const Session session(gemm);
     for (int64_t task; (task = next()) < columns.blocks;) {
       const int64_t first = columns.begin(task), end_column = columns.end(task);
-      // 144 and 144 of 288 columns, where 256 and 32 took up to 9 % longer (bf16, 24 to 128 tokens, 1536 x 576 and, of
-      // 864 columns, 3072 x 5120; level where a task has whole blocks; Zen 4).
+      // Nearly equal pieces: 288 columns become 144 and 144. Pieces of 256 and 32 took up to 9 % longer (bf16, 24 to
+      // 128 tokens, 1536 x 576 and, with tasks of 864 columns, 3072 x 5120; Zen 4). There is no difference if a task
+      // has whole blocks.
       const int64_t piece = nearly_equal(end_column - first, gemm.weight_columns, kTileColumns);
       for (int64_t token = 0; token < tokens; token += chunk) {
         const int64_t here = std::min(chunk, tokens - token);

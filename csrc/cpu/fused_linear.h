@@ -1,6 +1,7 @@
-// The masked linear layer and its score gradient, the mask fused into the packing of a GEMM (gemm.h).
+// The masked linear layer and its gradients, with the mask fused into the packing of a GEMM (gemm.h).
 //
-// Same shapes and meaning as linear.h, every matrix but scores and out in the table's format, the weight not empty.
+// Shapes and meaning are those of linear.h. Every matrix except scores and out has the table's format. The weight is
+// not empty.
 #pragma once
 
 #include "gemm.h"

@@ -1,5 +1,4 @@
-// What the masked products and the score gradient have in common, where the mask is fused into the packing of a GEMM:
-// buffers, cuts, threads, and what is brought into the cache meanwhile.
+// Shared parts of fused_linear.cpp and fused_grad_scores.cpp: buffers, cuts into blocks, threads and prefetching.
 #pragma once
 
 #include <algorithm>
@@ -30,13 +29,13 @@ class Buffer {
 
 inline char* at(const Matrix& m, int64_t row, int64_t column = 0) { return m.row(row) + column * bytes_of(m.format); }
 
-// The length of pieces of nearly equal size, of whole units and at most `largest`, a multiple of these: a short last piece
-// would cost nearly as much as a long one.
+// Returns the length of nearly equal pieces of `total`: a multiple of `unit`, at most `largest`, which is also a
+// multiple of `unit`. A short last piece would cost nearly as much as a long one.
 inline int64_t nearly_equal(int64_t total, int64_t largest, int64_t unit) {
   return round_up(divide_up(total, std::max<int64_t>(1, divide_up(total, largest))), unit);
 }
 
-// A dimension cut into blocks of nearly equal size, as many for each thread.
+// A dimension cut into blocks of nearly equal size, with the same number of blocks for each thread.
 struct Cut {
   int64_t total, blocks, unit;
   Cut(int64_t total, int64_t largest, int64_t unit)
@@ -49,8 +48,9 @@ struct Cut {
   int64_t largest() const { return round_up(divide_up(total, blocks), unit) + unit; }
 };
 
-// f(worker, next) on all threads; next() hands out 0 .. tasks - 1, then `tasks`. A worker's first task is its own: one that
-// asks for two at once would else leave nothing to a thread that wakes up late.
+// Calls f(worker, next) on all threads. next() returns each task 0 .. tasks - 1 once, then `tasks`. A worker's first
+// task is reserved for it: otherwise a worker that asks for two tasks at once could leave none to a thread that starts
+// late.
 template <typename F>
 void for_workers(int64_t tasks, const F& f) {
   const int64_t threads = std::min<int64_t>(num_threads(), tasks);
@@ -63,7 +63,7 @@ void for_workers(int64_t tasks, const F& f) {
   });
 }
 
-// f(begin, end) of the rows of each tile: nearly equal numbers, or as many as a whole tile takes.
+// Calls f(begin, end) with the rows of each tile: whole tiles if gemm.whole_tiles, else nearly equal numbers of rows.
 template <typename F>
 void for_tile_rows(const Gemm& gemm, int64_t tile_rows, int64_t rows, const F& f) {
   const int64_t tiles = divide_up(rows, tile_rows);
@@ -71,13 +71,14 @@ void for_tile_rows(const Gemm& gemm, int64_t tile_rows, int64_t rows, const F& f
   for (int64_t t = 0; t < tiles; ++t) f(begin(t), begin(t + 1));
 }
 
-// The addresses that multiply() brings into L2 while it works on something else: what the next tiles read at once, and
-// the weight and scores of the next block towards the end of this one, lest the tiles between push them out again.
+// The addresses that multiply() prefetches into L2 while it works on something else. Soon: what the next tiles read.
+// Late: the weight and scores of the next block, towards the end of this block, so that the tiles in between do not
+// evict them.
 class Ahead {
  public:
   explicit Ahead(const Gemm& gemm) : gemm_(gemm) {}
 
-  // Before the first of `calls` multiplications of `groups` groups.
+  // Call before the first of `calls` multiplications of `groups` groups each.
   void start_block(int64_t calls, int64_t groups) {
     soon_.clear();
     late_.clear();
@@ -88,7 +89,7 @@ class Ahead {
 
   void add_soon(const void* from, int64_t bytes) { add(soon_, from, bytes); }
 
-  // Rows of the weight, and of the scores where the mask comes from them.
+  // Adds rows of the weight, and of the scores if the mask comes from them.
   void add_late(const Weight& weight, const MaskSource& mask, int64_t row, int64_t end_row, int64_t column,
                 int64_t columns) {
     for (int64_t r = row; r < end_row; ++r) {
@@ -98,12 +99,13 @@ class Ahead {
     }
   }
 
-  // What the next multiplication takes along, or nullptr.
+  // Returns the list for the next multiplication, or nullptr.
   const char* const* take() {
     const int64_t calls_left = calls_left_--;
     if (const auto* found = take(soon_, next_soon_)) return found;
     const int64_t late = static_cast<int64_t>(late_.size() - next_late_);
-    // With all threads at a line a group, memory is at its limit: ask at half that rate where there is time.
+    // If all threads prefetch one line per group, memory is at its limit. Prefetch at half that rate while there is
+    // time.
     return 2 * late >= calls_left * per_call_ ? take(late_, next_late_) : nullptr;
   }
 
@@ -127,7 +129,7 @@ class Ahead {
   int64_t calls_left_ = 0, per_call_ = 0;
 };
 
-// The depth of a product in groups, cut into blocks of kDepth; in packed operands each block is filled up with zeros.
+// The depth of a product in groups, cut into blocks of kDepth groups. Packed operands pad each block with zeros.
 struct Depth {
   int64_t elements, per_group;
   int64_t block_elements() const { return kDepth * per_group; }
@@ -138,7 +140,7 @@ struct Depth {
   int64_t packed_groups(int64_t block) const { return round_up(groups(block), kDepthStep); }
 };
 
-// Zeros for the groups from `groups` on up to a whole step, in panels that lie panel_stride apart.
+// Writes zeros from group `groups` up to a multiple of kDepthStep, in panels that lie panel_stride apart.
 inline void fill_depth(uint32_t* b, int64_t panel_stride, int64_t groups, int64_t columns) {
   const int64_t missing = round_up(groups, kDepthStep) - groups;
   for (int64_t c = 0; missing > 0 && c < columns; c += kTileColumns, b += panel_stride) {
@@ -146,7 +148,7 @@ inline void fill_depth(uint32_t* b, int64_t panel_stride, int64_t groups, int64_
   }
 }
 
-// A thread's turn at the table's instructions.
+// Calls gemm.begin() and gemm.end() around a thread's multiplications.
 class Session {
  public:
   explicit Session(const Gemm& gemm) : gemm_(gemm) {

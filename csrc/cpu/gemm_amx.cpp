@@ -1,6 +1,6 @@
 // The blocked GEMM of gemm.h in bf16 by tiles of AMX, packed by AVX-512.
 //
-// gemm_amx_emulated.cpp compiles this file once more, with the emulation of tiles.h.
+// gemm_amx_emulated.cpp compiles this file again with the emulation in tiles.h.
 #include <immintrin.h>
 
 #include <cstring>
@@ -66,12 +66,16 @@ void multiply(float* tile, int64_t tile_stride, const uint32_t* a, const uint32_
   kMultiplyTiles[rows > 16][columns > 16](tile, tile_stride, a, b, groups, add);
 }
 
-// 32 columns of each of 16 rows are masked into a tile of A in L1, some steps before it is multiplied: a tile can be loaded
-// only when what was stored there has left the store buffer. (Masked and multiplied at once, 4096 x 4096 took 1.80 ms on 16
-// tokens and 2.35 on 64, not 1.40 and 1.65; torch's dense product 1.75 and 2.75. Sapphire Rapids, 2 threads.)
+// 32 columns of each of 16 rows are masked into a tile of A in L1, some steps before it is multiplied. A tile can be
+// loaded only when what was stored there has left the store buffer. 4096 x 4096 on Sapphire Rapids, 2 threads, in ms:
+//
+//                                   16 tokens   64 tokens
+//   masked some steps before          1.40        1.65
+//   masked and multiplied at once     1.80        2.35
+//   torch's dense product             1.75        2.75
 constexpr int64_t kStepsAhead = 4, kRing = 2 * kStepsAhead;
 constexpr int64_t kTileGroups = kFarRows * kDepthStep;
-constexpr int64_t kBytesAhead = 512;  // of a row
+constexpr int64_t kBytesAhead = 512;  // from the columns that are masked to those that are prefetched
 
 template <int kTokenTiles, typename F>
 inline void for_token_tiles(F f) {
@@ -89,8 +93,8 @@ void multiply_far_tiles(float* sums, int64_t stride, const void* const* rows, co
     uint32_t* a = ring + step % kRing * kTileGroups;
     for (int64_t r = 0, column = 32 * step; r < kFarRows; ++r, a += kDepthStep) {
       const uint16_t* from = as<uint16_t>(rows[r]) + column;
-      // 5 % for 16 tokens. More take time enough for the processor's own prefetches: 10 % slower with these; so are small
-      // layers from scores, whose streams are twice as many.
+      // Gains 5 % for 16 tokens. With more tokens the processor's own prefetchers have time enough, and this makes it
+      // 10 % slower. It slows small layers from scores too, because they have twice as many streams.
       if constexpr (kTokenTiles == 1 && std::is_same_v<Keep, KeepWords>) {
         _mm_prefetch(reinterpret_cast<const char*>(from) + kBytesAhead, _MM_HINT_T1);
       }
@@ -121,9 +125,15 @@ void multiply_far_rows(float* sums, int64_t stride, const void* const* rows, con
   });
 }
 
-// The same for d_x by words: 32 columns of 32 rows become two tiles of B, and the gradients' tiles stay in registers for all
-// columns. (4096 x 4096 on 16 tokens: 1.8 ms, packed by blocks 3.0; on 64: 3.0 and 3.7; on 128, whose sums L2 cannot keep, 5.5
-// and 4.3. From scores the streams are too many: 5.8 and 6.3, but of a layer that is in L3 5.9 and 4.6.)
+// The same for d_x by words. 32 columns of 32 rows become two tiles of B, and the tiles of grad_output stay in
+// registers for all columns. 4096 x 4096, in ms:
+//
+//                                        this way   packed by blocks
+//   16 tokens                              1.8            3.0
+//   64 tokens                              3.0            3.7
+//   128 tokens: L2 cannot keep the sums    5.5            4.3
+//   from scores: too many streams          5.8            6.3
+//   from scores, a layer in L3             5.9            4.6
 template <int kTokenTiles>
 void add_near_tiles(float* tiles, int64_t tiles_size, const uint32_t* a, const void* const* rows,
                     const uint32_t* const* words, int64_t columns, bool add) {
@@ -175,7 +185,7 @@ const Gemm& amx_gemm() {
     Gemm gemm = gemm_of_pairs();
     gemm.tile_rows = 32;
     gemm.whole_tiles = true;
-    gemm.prefetch_groups = 0;  // loads of tiles and prefetches wait for the same line buffers (Sapphire Rapids)
+    gemm.prefetch_groups = 0;  // tile loads and prefetches wait for the same line buffers (Sapphire Rapids)
     gemm.rows_ahead = 8;
     gemm.narrow_bytes = 1 << 20;
     gemm.tokens = gemm.grad_tokens = 1024;
@@ -183,8 +193,13 @@ const Gemm& amx_gemm() {
     gemm.grad_depth = 128;
     gemm.weight_columns = 512;
     gemm.task_columns = 2048;
-    // Of 32 rows, 512 columns at a time, d_scores of 4096 x 4096 on 64 tokens took 4.7 ms, from fp32 scores 9.9, not 3.0 and
-    // 5.8; on 512 tokens 12.1 and 18.9, not 9.9 and 16.7.
+    // d_scores of 4096 x 4096, in ms:
+    //
+    //                             as here   32 rows, 512 columns at a time
+    //   64 tokens                   3.0        4.7
+    //   64 tokens, fp32 scores      5.8        9.9
+    //   512 tokens                  9.9       12.1
+    //   512 tokens, fp32 scores    16.7       18.9
     gemm.factor_rows = 16;
     gemm.factors_ahead = 128;
     gemm.panels_bytes = 1 << 20;  // half of L2

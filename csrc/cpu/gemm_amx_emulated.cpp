@@ -1,3 +1,3 @@
-// The kernel of gemm_amx.cpp with emulated tiles: what tests run where there are no real ones.
+// The kernel of gemm_amx.cpp with emulated tiles, for tests on machines without real ones.
 #define MFT_EMULATED_TILES
 #include "gemm_amx.cpp"

@@ -1,8 +1,8 @@
-// Packing in pairs of bf16, and the table of gemm.h without what multiplies them.
+// Packing of bf16 in pairs, and the table of gemm.h without its multiplication.
 //
 // Included into an anonymous namespace of namespace mft, after gemm_parts.inl.
 
-// 16 pairs each: the columns 0..15 and 16..31 of two rows, neighbours interleaved.
+// Interleaves two rows: writes 16 pairs of columns 0 .. 15, then 16 pairs of columns 16 .. 31.
 inline void interleave(uint32_t* out, int64_t halves_apart, __m512i even, __m512i odd) {
   alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -13,7 +13,7 @@ inline void interleave(uint32_t* out, int64_t halves_apart, __m512i even, __m512
 
 template <typename Keep>
 inline void pack_row_with(uint32_t* a, const void* row, Keep keep, int64_t depth) {
-  for (int64_t j = 0; j < depth; j += 32) {  // a has room for whole steps, and needs its padding zero
+  for (int64_t j = 0; j < depth; j += 32) {  // a has room for whole steps, and its padding must be zero
     _mm512_storeu_si512(a + j / 2, _mm512_maskz_loadu_epi16(keep(j, depth - j), as<uint16_t>(row) + j));
   }
 }

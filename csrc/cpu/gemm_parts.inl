@@ -1,4 +1,5 @@
-// What the tables of gemm.h share on AVX-512: masks of 32 columns, transposition, and what becomes of finished tiles.
+// Shared parts of the AVX-512 tables of gemm.h: masks of 32 columns, transposition, multiplication by vectors, and the
+// storing of finished tiles.
 //
 // Included into an anonymous namespace of namespace mft, after gemm.h, <cstring> and <immintrin.h>.
 
@@ -15,7 +16,7 @@ inline const Element* as(const void* memory) {
 
 // ------------------------------------------------------------------------------------------------ masks
 
-// What is kept of columns j .. j + 31 of a row, of which `left` exist: one type for each source of masks.
+// One type per source of masks. Each returns which of columns j .. j + 31 of a row are kept; `left` of them exist.
 struct KeepAll {
   __mmask32 operator()(int64_t, int64_t left) const { return first32(left); }
 };
@@ -92,7 +93,7 @@ inline void store_float(void* base, int64_t at, __mmask16 inside, __m512 value) 
   }
 }
 
-// 16 x 16 of 32 bits: out[j] has element j of each of the rows.
+// Transposes 16 x 16 elements of 32 bits in place: rows[j] becomes element j of each row.
 inline void transpose(__m512i rows[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -121,9 +122,10 @@ inline void transpose(__m512i rows[16]) {
 
 // ------------------------------------------------------------------------------------------------ multiplication
 
-constexpr int64_t kPrefetchGroups = 8;  // a line a group: 22 GB/s a core at full speed
+constexpr int64_t kPrefetchGroups = 8;  // one line per group: 22 GB/s per core at full speed
 
-// The sums of a tile stay in registers, 24 of 32 at 12 rows. Step::multiply(sum, a, b) adds one group's products.
+// The sums of a tile stay in registers, 24 of 32 at 12 rows. Step::add_product(sum, row, column) adds one group's
+// product.
 template <typename Step, int kRows, int kVectors, bool kPrefetch>
 void multiply_tile(float* tile, int64_t tile_stride, const uint32_t* a, const uint32_t* b, int64_t groups, bool add,
                    const char* const* prefetch) {
@@ -226,7 +228,7 @@ void store_transposed(void* out, int64_t out_stride, const float* tile, int64_t 
 
 enum class Sign { kNone, kWords, kHalf, kFloat };
 
-// Of 32 columns: which are negative and which have no sign, and 16 bits a column of which the highest is the sign.
+// The signs of 32 columns: which are negative, which have no sign, and 16 bits per column with the sign in the highest.
 struct Signs {
   __mmask32 negative, none;
   __m512i halves;
@@ -270,7 +272,7 @@ inline __m512 flipped(__m512 value, __mmask16 negative) {
       _mm512_mask_xor_epi32(bits, negative, bits, _mm512_set1_epi32(static_cast<int>(0x80000000))));
 }
 
-// Columns 0..15 and 16..31, 16 bits each.
+// Widens columns 0 .. 15 and 16 .. 31 from 16 bits to fp32.
 template <Format kFormat>
 inline void widen_columns(__m512i halves, __m512 (&wide)[2]) {
   if constexpr (kFormat == Format::kBFloat16) {
@@ -286,7 +288,7 @@ inline void widen_columns(__m512i halves, __m512 (&wide)[2]) {
   }
 }
 
-// weight * sign of 32 columns. What has no sign is left to who multiplies by it.
+// Loads weight * sign of 32 columns. The caller handles columns without a sign.
 template <Format kFormat, Sign kSign>
 inline void load_factors(const void* weight, int64_t at, __mmask32 inside, const Signs& signs, __m512 (&factor)[2]) {
   if constexpr (kFormat == Format::kFloat32) {

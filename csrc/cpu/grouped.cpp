@@ -14,20 +14,21 @@
 namespace mft {
 namespace {
 
-constexpr int64_t kUnit = 32;  // rows or columns of a weight, at multiples of which it is cut: a word of the mask
-// Multiplications, up to which one thread makes a product with torch's GEMM: by itself torch would share it, and pay for
-// that as much. Such products are never cut, and larger ones always shared, lest their bits depend on other experts.
+constexpr int64_t kUnit = 32;  // a weight is cut at multiples of this, by rows or columns: a word of the mask
+// Multiplications up to which one thread computes a product with torch's GEMM. On its own, torch would share the
+// product and pay as much for that. Such products are never cut, and larger ones are always shared, so that their bits
+// do not depend on other experts.
 constexpr double kSmallSlabs = 64 << 20;
-// Bytes beyond which glibc's malloc gives memory that the kernel has to make first.
+// Bytes above which glibc's malloc returns memory whose pages the operating system has yet to create.
 constexpr int64_t kAlwaysFresh = 32 << 20;
 constexpr int64_t kClearedAtOnce = 256 << 10;
-constexpr double kClearing = 100e-6;  // microseconds a byte that becomes 0, mostly in pages that are new
+constexpr double kClearing = 100e-6;  // microseconds per byte that becomes 0, mostly in new pages
 
 struct Group {
   int64_t expert, first, rows;  // rows of tokens
 };
 
-// The experts that have rows. Whatever the offsets say, no row beyond the tokens is named.
+// Returns the experts that have rows. No group has rows beyond the tokens, whatever the offsets say.
 std::vector<Group> groups_of(const int32_t* offsets, int64_t experts, int64_t tokens) {
   std::vector<Group> found;
   int64_t begin = 0;
@@ -39,7 +40,7 @@ std::vector<Group> groups_of(const int32_t* offsets, int64_t experts, int64_t to
   return found;
 }
 
-// The matrix of an expert without gaps: where it lies, or a copy.
+// The contiguous matrix of an expert: in place, or a copy.
 class Dense {
  public:
   Dense(const Experts& all, int64_t expert)
@@ -60,7 +61,7 @@ class Dense {
   const Matrix& get() const { return matrix_; }
 
  private:
-  // Some rows column by column, so that a transposed matrix is read along its memory.
+  // Copies some rows column by column, so that a transposed matrix is read in the order of its memory.
   void copy(const char* from, const Experts& all, int64_t first, int64_t end) {
     const auto copy_elements = [&](auto element) {
       using Element = decltype(element);
@@ -94,7 +95,7 @@ MaskSource mask_of(const ExpertMasks& all, const Experts& weight, int64_t expert
           all.ranges[expert], weight.columns};
 }
 
-// Of the part of a matrix that begins at that row and column.
+// Returns the mask of the part of a matrix that begins at this row and column.
 MaskSource narrowed(const MaskSource& mask, int64_t row, int64_t column) {
   MaskSource part = mask;
   const MaskRow first = mask.row(row, column);
@@ -143,7 +144,7 @@ void grouped_product(const Capability& cpu, const Matrix& y, const Matrix& x, co
     taken.push_back(served(cpu, call, asked));
     loads.push_back(load_of(cpu, call, taken.back(), y.columns));
   }
-  // Columns `part` of the rows of a group.
+  // Computes columns `part` of the rows of group i.
   const auto multiply = [&](int64_t i, Columns part) {
     const Group& group = groups[i];
     const Dense dense(weight, group.expert);
@@ -182,7 +183,7 @@ void grouped_grad_scores(const Capability& cpu, const Experts& out, const Matrix
     loads.push_back(load_of(cpu, call, taken.back(), out.rows));
   }
   const auto multiplied = static_cast<int64_t>(groups.size());
-  if (!accumulate) {  // the others, without rows
+  if (!accumulate) {  // the experts without rows
     for (int64_t e = 0, g = 0; e < out.count; ++e) {
       if (g < multiplied && groups[g].expert == e) {
         ++g;
@@ -192,7 +193,7 @@ void grouped_grad_scores(const Capability& cpu, const Experts& out, const Matrix
       loads.push_back({kClearing * static_cast<double>(bytes), out.rows, kUnit});
     }
   }
-  // Rows first .. end of the result of a group.
+  // Computes rows first .. end of the result of group i.
   const auto add_up = [&](int64_t i, int64_t first, int64_t end) {
     const Group& group = groups[i];
     char* result = static_cast<char*>(out.data) + group.expert * bytes + first * out.columns * bytes_of(out.format);

@@ -21,7 +21,7 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 void map_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
 #if !defined(MADV_POPULATE_WRITE)
-  constexpr int MADV_POPULATE_WRITE = 23;  // of Linux 5.14; an older one refuses, and nothing is lost
+  constexpr int MADV_POPULATE_WRITE = 23;  // since Linux 5.14; an older kernel refuses, and nothing is lost
 #endif
   constexpr uintptr_t kPage = 4096;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) / kPage * kPage;

@@ -9,7 +9,7 @@
 namespace mft {
 namespace {
 
-// Rows of about 32,768 elements are worth a thread.
+// Rows with about 32,768 elements are worth a thread.
 int64_t grain(const Bits& bits) { return 1 + 32768 / (bits.columns + 1); }
 
 int64_t count_in(const Bits& bits, int64_t r) {
@@ -18,7 +18,7 @@ int64_t count_in(const Bits& bits, int64_t r) {
   return count;
 }
 
-// Where each row's dropped elements begin among all; the last is their number.
+// Returns where each row's dropped elements begin among all dropped elements. The last entry is their total number.
 std::vector<int64_t> begins(const Bits& bits) {
   std::vector<int64_t> found(bits.rows + 1, 0);
   parallel_for(0, bits.rows, grain(bits), [&](int64_t begin, int64_t end) {
@@ -28,14 +28,14 @@ std::vector<int64_t> begins(const Bits& bits) {
   return found;
 }
 
-// f(pointer to an element's type) for elements of 2 or 4 bytes.
+// Calls f(pointer to an element's type) for elements of 2 or 4 bytes.
 template <typename F>
 void with_element(int64_t bytes, const F& f) {
   if (bytes == 2) return f(static_cast<uint16_t*>(nullptr));
   f(static_cast<uint32_t*>(nullptr));
 }
 
-// f(column of a set bit), from the lowest.
+// Calls f(column) for each set bit, from the lowest.
 template <typename F>
 void for_each_bit(uint32_t bits, int64_t first, const F& f) {
   for (; bits != 0; bits &= bits - 1) f(first + __builtin_ctz(bits));
@@ -56,7 +56,7 @@ void put_aside(void* to, const void* weight, int64_t element, const Bits& bits, 
         const T* in = static_cast<const T*>(aside) + (aside == nullptr ? 0 : theirs[r]);
         for (int64_t w = 0; w < bits.row_words(); ++w) {
           const uint32_t now = bits.dropped(r, w), before = aside == nullptr ? 0 : held.dropped(r, w);
-          if (now == before) {  // as in nearly all words, where few bits flip in a step
+          if (now == before) {  // so in nearly all words, because few bits flip in a step
             const int count = __builtin_popcount(now);
             std::memcpy(out, in, count * sizeof(T));
             out += count, in += count;

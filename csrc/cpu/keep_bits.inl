@@ -1,4 +1,5 @@
-// 32 columns at a time, per instruction set: keep_bits() makes a word of the packed mask from scores, select() spends it.
+// 32 columns at a time, per instruction set: keep_bits() computes a word of the packed mask from scores, select()
+// applies it to a weight.
 //
 // Included into an anonymous namespace of namespace mft, after row_kernels.h, <cstring> and <immintrin.h>.
 
@@ -143,7 +144,7 @@ inline void select(Bits* out, const Bits* weight, uint32_t bits) {
 
 inline uint32_t low_bits(int64_t n) { return n >= kStep ? ~0u : (1u << n) - 1; }
 
-// keep_bits of the last n < 32 columns, without reading beyond them.
+// keep_bits() for the last n < 32 columns, without reading beyond them.
 template <bool kMagnitude, typename Bits>
 inline uint32_t keep_bits_of_tail(const Bits* scores, KeepRange range, int64_t n) {
   Bits padded[kStep] = {};
@@ -151,7 +152,7 @@ inline uint32_t keep_bits_of_tail(const Bits* scores, KeepRange range, int64_t n
   return keep_bits<kMagnitude>(padded, range) & low_bits(n);
 }
 
-// visit(first column, columns, word) for each word of the row.
+// Calls visit(first column, columns, word) for each word of the row.
 template <bool kMagnitude, typename Bits, typename Visit>
 inline void visit_words(const Bits* scores, KeepRange range, int64_t columns, Visit visit) {
   int64_t j = 0;

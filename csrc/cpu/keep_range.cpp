@@ -1,4 +1,4 @@
-// From a threshold to the range of keys that are kept (see KeepRange).
+// The range of keys that a threshold keeps (see KeepRange).
 #include "keep_range.h"
 
 #include <cmath>
@@ -17,7 +17,7 @@ double value_of_key(int64_t key, Format format, bool magnitude) {
   const uint32_t bits = static_cast<uint32_t>(negative ? ~key : key);
   const uint32_t infinity = static_cast<uint32_t>(infinity_key(format));
   if (bits >= infinity) return bits > infinity ? NAN : negative ? -INFINITY : INFINITY;
-  // Not through float: a processor that takes subnormals for 0 would read them as 0. All are normal doubles.
+  // Not computed in float: a processor that flushes subnormals to 0 would read them as 0. As doubles, all are normal.
   const int fraction_bits = format == Format::kFloat32 ? 23 : format == Format::kBFloat16 ? 7 : 10;
   const int bias = format == Format::kFloat16 ? 15 : 127;
   const int exponent = static_cast<int>(bits >> fraction_bits);

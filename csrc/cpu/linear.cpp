@@ -1,9 +1,10 @@
-// The masked linear layer and its gradients, by slabs of the weight: neither a mask nor a masked weight is made whole.
+// The masked linear layer and its gradients, by slabs of the weight. Neither the whole mask nor the whole masked weight
+// is ever in memory.
 //
-// A slab is masked by all threads into a scratch (slab.h says how large), then torch's GEMM takes it. The forward and
-// the score gradient cut the weight by rows, d_x by columns: so no sum is split, and no rounding is added.
-// The other paths are fused_*.cpp and few_linear.cpp; choice.cpp says which is taken. d_weight, which is seldom asked
-// for, has this one alone.
+// All threads mask a slab into scratch memory (slab.h says how large it is), then torch's GEMM multiplies it. The
+// forward and the score gradient cut the weight by rows, d_x by columns. So no sum is split, and no rounding is added.
+// The other paths are in fused_*.cpp and few_linear.cpp; choice.cpp chooses the path. d_weight is seldom needed and has
+// only this path.
 #include "linear.h"
 
 #include <algorithm>
@@ -21,21 +22,22 @@
 namespace mft {
 namespace {
 
-// How long a row of an operand that torch's GEMM sums over has to be: oneDNN 3.12 on AMX reads 16-bit rows up to the next
-// multiple of 32 and multiplies what it finds there by 0, so NaN and Inf come out, of a pitch or of the next row.
+// Returns the length to which rows that torch's GEMM sums over must be padded. oneDNN 3.12 on AMX reads 16-bit rows up
+// to the next multiple of 32 and multiplies what it finds there by 0. So a NaN or Inf between two rows, or in the next
+// row, would reach the result.
 int64_t filled(int64_t columns, Format format) {
   return format == Format::kFloat32 ? columns : (columns + 31) / 32 * 32;
 }
 
-// Row by row on all threads; f(first row, end row).
+// Calls f(first row, end row) on all threads.
 template <typename F>
 void for_rows(int64_t rows, int64_t columns, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
   parallel_for(0, rows, grain, f);
 }
 
-// A 16-bit matrix without a pitch, its rows filled up with zeros to `columns`: itself where it is that, else a copy. A
-// matrix in fp32 is taken as it is.
+// A 16-bit matrix without gaps between its rows, which are padded with zeros to `columns`. It is a copy only if the
+// matrix is not so already. An fp32 matrix is taken as it is.
 class Dense {
  public:
   explicit Dense(const Matrix& m) : Dense(m, m.columns) {}
@@ -58,7 +60,7 @@ class Dense {
   Matrix matrix_;
 };
 
-// The masked weight of rows `first` .. and columns `first_column` .., as large as `out`.
+// Fills `out` with the masked weight, from row `first` and column `first_column` on.
 void mask_slab(const Capability& cpu, const Matrix& out, const Weight& weight, const MaskSource& mask, int64_t first,
                int64_t first_column) {
   const int width = bytes_of(weight.format);
@@ -72,7 +74,7 @@ void mask_slab(const Capability& cpu, const Matrix& out, const Weight& weight, c
 
 int64_t bytes_in(const Matrix& m) { return m.rows * m.columns * bytes_of(m.format); }
 
-// What the mask is fused with, where the choice fell on that.
+// Returns the GEMM of the fused path, if the choice fell on that path.
 const Gemm& fused(const Capability& cpu, Format format) { return *cpu.gemms[static_cast<int>(format)]; }
 
 double mask_bytes(const MaskSource& mask) { return mask.scores != nullptr ? bytes_of(mask.score_format) : 1.0 / 8; }

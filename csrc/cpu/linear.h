@@ -1,7 +1,7 @@
-// The masked linear layer and its gradients, by slabs of the weight: neither a mask nor a masked weight is made whole.
+// The masked linear layer and its gradients. Neither the whole mask nor the whole masked weight is ever in memory.
 //
-// Shapes: x (M, K), weight (N, K), grad_output (M, N). All rows contiguous. A path that is asked for and cannot serve is
-// an error (choice.h).
+// Shapes: x (M, K), weight (N, K), grad_output (M, N). All rows are contiguous. If the requested path cannot serve, it
+// is an error (choice.h).
 #pragma once
 
 #include "capability.h"
@@ -11,16 +11,16 @@
 
 namespace mft {
 
-// What the mask of the whole weight comes from: scores and a range, or packed words (N, ceil(K / 32)).
+// The source of the mask of the whole weight: scores and a range, or packed words (N, ceil(K / 32)).
 struct MaskSource {
-  const void* scores;  // nullptr: take the words
+  const void* scores;  // nullptr: use the words
   Format score_format;
   const uint32_t* words;
   KeepRange range;
   int64_t columns;
-  bool one_row = false;  // the words are those of one row, and all rows have them
+  bool one_row = false;  // the words are those of one row, shared by all rows
 
-  // The mask of row r from column `first`, a multiple of 32, on.
+  // Returns the mask of row r from column `first` on, which is a multiple of 32.
   MaskRow row(int64_t r, int64_t first = 0) const {
     if (scores != nullptr) {
       return {static_cast<const char*>(scores) + (r * columns + first) * bytes_of(score_format), nullptr, range};
@@ -29,7 +29,7 @@ struct MaskSource {
   }
 };
 
-// What the sign of the scores comes from; both nullptr: no sign factor.
+// The source of the sign of the scores. Both nullptr: no sign factor.
 struct SignSource {
   const void* scores;
   Format score_format;
@@ -43,12 +43,12 @@ struct SignSource {
   }
 };
 
-// Columns `first` .. of a result.
+// Columns first .. end of a result.
 struct Columns {
   int64_t first, end;
 };
 
-// What is to be made, as choice.h takes it: of the forward or d_x, and of the score gradient.
+// Returns the product as choice.h takes it: first for the forward and d_x, then for the score gradient.
 Call call_of(Product product, const Matrix& weight, const MaskSource& mask, int64_t tokens);
 Call call_of(const Matrix& out, const Matrix& weight, const SignSource& sign, bool accumulate, int64_t tokens);
 
@@ -56,7 +56,8 @@ Call call_of(const Matrix& out, const Matrix& weight, const SignSource& sign, bo
 void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
                    const MaskSource& mask, const void* bias, Path path = Path::kAuto);
 
-// d_x (M, K) = grad_output @ where(keep, weight, 0) [+ bias]; bias (K,), for a layer whose weight lies transposed.
+// d_x (M, K) = grad_output @ where(keep, weight, 0) [+ bias]; bias (K,) is for a layer whose weight is stored
+// transposed.
 void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output, const Weight& weight,
             const MaskSource& mask, Path path = Path::kAuto, const void* bias = nullptr);
 
@@ -64,8 +65,8 @@ void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output,
 void grad_weight(const Capability& cpu, const Matrix& d_weight, const Matrix& grad_output, const Matrix& x,
                  const MaskSource& mask);
 
-// out (N, K) = [out +] (grad_output.T @ x) [* weight] [* sign(scores)]; weight.data nullptr: without that factor.
-// fresh: nobody has written to out yet, and it is part of more than a cache holds.
+// out (N, K) = [out +] (grad_output.T @ x) [* weight] [* sign(scores)]; weight.data nullptr: no weight factor.
+// fresh: nobody has written to out yet, and it is part of a tensor that is larger than the cache.
 void grad_scores(const Capability& cpu, const Matrix& out, const Matrix& grad_output, const Matrix& x,
                  const Matrix& weight, const SignSource& sign, bool accumulate, Path path = Path::kAuto,
                  bool fresh = false);

@@ -1,5 +1,6 @@
-// The masked linear layer with a mask for each token. Few tokens are sorted by mask and prepared once, then threads share
-// the rows of the weight; more go in turns. Many are put together by mask, multiplied a mask at a time, and put back.
+// The masked linear layer with a mask for each token. Few tokens are sorted by mask and prepared once; then threads
+// share the rows of the weight. More tokens go in turns. Many tokens are gathered by mask, multiplied one mask at a
+// time, and scattered back.
 #include "many_linear.h"
 
 #include <algorithm>
@@ -27,7 +28,7 @@ struct Order {
   }
   int64_t size() const { return static_cast<int64_t>(places.size()); }
   int64_t task_of(int64_t token) const { return tasks[token / each]; }
-  // f(task, the first in this order, the end) for each task.
+  // Calls f(task, first, end) for each task, with its range of this order.
   template <typename F>
   void for_tasks(const F& f) const {
     for (int64_t first = 0, end = 0; first < size(); first = end) {
@@ -67,7 +68,7 @@ void in_one_pass(const Capability& cpu, const Matrix& y, const Matrix& x, const 
   });
 }
 
-// copy(token, its place in the order)
+// Calls copy(token, its place in the order) for all tokens.
 template <typename Copy>
 void for_places(const Order& order, int64_t bytes, const Copy& copy) {
   parallel_for(0, order.size(), 1 + (256 << 10) / (bytes + 1), [&](int64_t begin, int64_t end) {
@@ -75,7 +76,7 @@ void for_places(const Order& order, int64_t bytes, const Copy& copy) {
   });
 }
 
-// As words of a mask.
+// Returns the words of a mask that keeps everything.
 std::vector<uint32_t> everything(const Matrix& weight) {
   const int64_t words = (weight.columns + 31) / 32, left = weight.columns % 32;
   std::vector<uint32_t> all(weight.rows * words, ~0u);
@@ -105,9 +106,13 @@ void by_mask(const Capability& cpu, const Matrix& y, const Matrix& x, const Matr
   for_places(order, to, [&](int64_t token, int64_t place) { std::memcpy(y.row(token), out.row(place), to); });
 }
 
-// Whether one pass is faster than a product for each of the `used` masks: as long as these would read the weight once for
-// few tokens too, on average. SmolLM2's linears in bf16, 3 masks, in times of one product a mask: 12 rows 0.92, 24 rows
-// 0.92, 48 rows 1.16; 8 masks, 64 rows 0.86; in fp32 3 masks and 128 rows 0.91 (Xeon with AMX).
+// Whether one pass is faster than a product for each of the `used` masks. It is, as long as such a product, with the
+// average number of tokens, would take the path for few tokens and read the weight once too. SmolLM2's linears, time of
+// one pass relative to one product per mask (Xeon with AMX):
+//
+//   bf16, 3 masks: 12 rows 0.92, 24 rows 0.92, 48 rows 1.16
+//   bf16, 8 masks: 64 rows 0.86
+//   fp32, 3 masks: 128 rows 0.91
 bool is_one_pass(const Capability& cpu, const Matrix& x, const Matrix& weight, int64_t used) {
   constexpr double kMask = 1.0 / 8;
   const Call alone{Product::kForward, weight.format, (x.rows + used - 1) / used, weight.rows, weight.columns,

@@ -1,9 +1,9 @@
-// Rows of the weight meet the tokens of several masks, one mask after the other while they are in the caches: only the
-// first of them waits for memory. Included by few_tokens.inl, whose sums these are, bit for bit.
+// Rows of the weight meet the tokens of several masks, one mask after the other while the rows are in the caches. So
+// only the first mask waits for memory. Included by few_tokens.inl. The sums equal those of dot() bit for bit.
 
-// One token at kRows rows that are all there, no columns left over. Rows are told by their distance: pointers to 8 rows and
-// their masks are more than there are registers. 8 masks at 576 x 576 in bf16 took 125 us by dot_block(), 104 so (one thread
-// of a Xeon with AMX).
+// Multiplies one token with kRows rows. All rows exist, and no columns are left over. Rows are addressed by their
+// distance: pointers to 8 rows and their masks would need more registers than there are. 8 masks at 576 x 576 in bf16
+// took 104 us this way and 125 us by dot_block() (one thread of a Xeon with AMX).
 template <typename Kind, int kRows>
 void dot_one(const FewTokens& call, const typename Kind::Element* weight, const uint32_t* words, int64_t words_apart,
              int64_t first_row, int64_t apart) {
@@ -13,7 +13,7 @@ void dot_one(const FewTokens& call, const typename Kind::Element* weight, const 
   MFT_UNROLL
   for (int r = 0; r < kRows; ++r) sums[r][0] = zeros();
   for (int64_t j = 0; j < call.columns; j += kStep) {
-    asm("" : "+r"(weight), "+r"(words));  // or the compiler would make the pointers before the loop
+    asm("" : "+r"(weight), "+r"(words));  // else the compiler would compute all pointers before the loop
     const typename Kind::Element* from[kRows];
     uint32_t bits[kRows];
     MFT_UNROLL
@@ -34,7 +34,7 @@ void dot_many_rows(const FewTokens* calls, int64_t count, int64_t first_row, int
   using Element = typename Kind::Element;
   constexpr int64_t kRows = kDotRows, kLine = 64 / sizeof(Element);
   const int64_t columns = calls[0].columns, words_stride = (columns + kStep - 1) / kStep;
-  const int64_t part = (end_row - first_row + kRows - 1) / kRows;  // as dot_rows() says
+  const int64_t part = (end_row - first_row + kRows - 1) / kRows;  // see dot_rows()
   for (int64_t row = first_row; row < first_row + part; ++row) {
     const int64_t rows = (end_row - row + part - 1) / part;
     const Element* weight[kRows];
@@ -44,7 +44,7 @@ void dot_many_rows(const FewTokens* calls, int64_t count, int64_t first_row, int
     }
     for (int64_t c = 0; c < count; ++c) {
       const FewTokens& call = calls[c];
-      // Each mask asks for its share of the next rows, so that memory is busy all the time.
+      // Each mask prefetches its share of the next rows, so that memory is busy all the time.
       const int64_t share = (columns * (c + 1) / count + kLine - 1) / kLine * kLine;
       const auto fetch = [&](int64_t first, int64_t end) {
         if (sizeof(Element) == 4) return;

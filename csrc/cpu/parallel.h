@@ -1,5 +1,5 @@
-// Work on several threads: torch's, or with MFT_OWN_THREADS plain ones, whose start and end ThreadSanitizer sees (those of
-// OpenMP are hidden from it, so that every hand-over between them would be a race to it).
+// Work on several threads: torch's, or plain threads with MFT_OWN_THREADS. ThreadSanitizer sees when plain threads
+// start and end. It does not see this for OpenMP's threads, so it would report every hand-over between them as a race.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,8 @@ namespace mft {
 
 inline thread_local bool is_alone = false;
 
-// While it lives, its thread is one of several with work of their own each: whatever it calls stays on it.
+// While an Alone exists, its thread is one of several that each have their own work. Everything that it calls stays on
+// it.
 class Alone {
  public:
   Alone() : before_(is_alone) { is_alone = true; }
@@ -51,7 +52,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
 
 inline int64_t num_threads() { return is_alone ? 1 : torch::stable::get_num_threads(); }
 
-// f(first, end of a span) for spans of at least `grain`, as at::parallel_for.
+// Calls f(first, end) for spans of at least `grain`, like at::parallel_for.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (!is_alone) return torch::stable::parallel_for(begin, end, grain, f);

@@ -1,4 +1,4 @@
-// What one instruction set does to a row of a matrix, as a table of function pointers.
+// A table of function pointers: what one instruction set does to a row of a matrix.
 //
 // Every decision "is this weight kept?" is made on integers: a score's bits map to a key that orders like its value,
 // and keep is `key - low < count` in unsigned arithmetic. So NaN scores are dropped (their keys lie outside every
@@ -22,7 +22,7 @@ struct KeepRange {
 
 // Where the mask of a row comes from: scores and a range, or packed words (bit j % 32 of word j / 32).
 struct MaskRow {
-  const void* scores;     // nullptr: take the words
+  const void* scores;     // nullptr: use the words
   const uint32_t* words;
   KeepRange range;
 };
@@ -36,7 +36,7 @@ struct SignRow {
 struct RowKernels {
   const char* name;
 
-  // out[j] = keep[j] ? weight[j] : +0. out may be weight. score_format is not read where words are given.
+  // out[j] = keep[j] ? weight[j] : +0. out may be weight. score_format is not read if words are given.
   void (*mask)(void* out, const void* weight, int weight_bytes, MaskRow mask, Format score_format, int64_t columns);
 
   // out[j] = round(old + grad[j] * weight[j] * sign[j]), old = accumulate ? out[j] : 0, in fp32; weight nullptr: all 1.
@@ -50,7 +50,7 @@ struct RowKernels {
   int64_t (*count)(const void* scores, Format score_format, KeepRange range, int64_t columns);
 };
 
-// The tables; an instruction set that was not compiled in, or that this machine lacks, is not handed out by choose().
+// The tables. chosen_capability() returns none that was not compiled in or that this machine lacks.
 const RowKernels& portable_row_kernels();
 const RowKernels& avx2_row_kernels();
 const RowKernels& avx512_row_kernels();

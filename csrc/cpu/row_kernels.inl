@@ -1,4 +1,5 @@
-// The row kernels, once: included by one source file per instruction set, which names MFT_ROW_KERNELS and its flags.
+// The row kernels. One source file per instruction set defines MFT_ROW_KERNELS and MFT_ROW_KERNELS_NAME and includes
+// this file.
 //
 // Only raw pointers here: an inline function shared with other files could be linked from the wrong instruction set.
 
@@ -39,8 +40,8 @@ void mask_by_scores(Weight* out, const Weight* weight, MaskRow mask, Format scor
 
 #else
 
-// A loop that compilers make vectors of: where no instruction makes bits of comparisons, words took 4 to 18 times as long
-// (SSE2 on Sapphire Rapids, gcc 12 and clang 22).
+// A plain loop, which compilers vectorise. If no instruction turns comparisons into bits, masking by words took 4 to 18
+// times as long (SSE2 on Sapphire Rapids, gcc 12 and clang 22).
 template <bool kMagnitude, typename Weight, typename Bits>
 void mask_by(Weight* out, const Weight* weight, const Bits* scores, KeepRange range, int64_t columns) {
   for (int64_t j = 0; j < columns; ++j) {
@@ -102,7 +103,8 @@ inline const char* at(const void* base, Format format, int64_t column) {
   return static_cast<const char*>(base) + column * bytes_of(format);
 }
 
-// Word by word, else gcc makes no vectors of it (5 times as long); unrolled, clang 14 makes none.
+// Word by word, because gcc does not vectorise one long loop (5 times as long). Not unrolled, because clang 14 would
+// not vectorise it then.
 inline void multiply_by_words(float* product, const uint32_t* words, int64_t n) {
   for (int64_t j = 0; j < n; j += kStep) {
     const uint32_t clear = ~words[j / kStep];

@@ -11,8 +11,8 @@
 namespace mft {
 namespace {
 
-// Elements stepped before their keys are counted: their scores, gradients and moments (24 bytes each) stay in L2, and
-// torch's sqrt is called often enough not to be seen (1 us a call).
+// Elements that are stepped before their keys are counted. Their scores, gradients and moments (24 bytes each) stay in
+// L2, and the cost of calling torch's sqrt (1 us per call) does not show.
 constexpr int64_t kSpan = 8192;
 
 void step_span(const StepKernels& kernels, const StepTensors& t, const StepConstants& c, float* root, int64_t begin,

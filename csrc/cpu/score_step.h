@@ -5,7 +5,7 @@
 
 namespace mft {
 
-// Steps n elements. k >= 0: returns the k-th largest key's score as bits (see kth_largest); near as in Selection.
+// Steps n elements. If k >= 0, returns the k-th largest score as bits (see kth_largest()), else 0. near: see Selection.
 uint32_t score_step(const StepKernels& kernels, const StepTensors& t, const StepConstants& c, int64_t n, int64_t k,
                     bool magnitude, const void* near);
 

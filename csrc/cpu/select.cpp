@@ -14,9 +14,9 @@ namespace {
 
 constexpr int64_t kBins = 1 << 16;
 constexpr int64_t kChunk = 1 << 18;  // elements that a thread takes at a time
-constexpr int64_t kStep = 1024;      // elements whose candidates are held at once
+constexpr int64_t kStep = 1024;      // elements whose candidates are collected at once
 
-// Bins on either side of a known threshold, each 2^-8 of its value wide in magnitude mode: a step of the optimiser
+// Bins on either side of a known threshold. In magnitude mode each is 2^-8 of its value wide. A step of the optimiser
 // moves a threshold by far less than 3 %, and 0.6 % of N(0, sigma) scores lie this close to the 10 % cut.
 constexpr uint32_t kNear = 8;
 
@@ -43,7 +43,7 @@ auto with_type(const void* scores, Format format, bool magnitude, const Visit& v
 
 int lower_bit_count(Format format, bool magnitude) { return format != Format::kFloat32 ? 0 : magnitude ? 15 : 16; }
 
-// The bin that holds the k-th largest; k becomes its rank within the bin.
+// Returns the bin that holds the k-th largest. k becomes its rank within the bin.
 int64_t bin_of_rank(const Histogram& bins, int64_t& k) {
   int64_t bin = kBins - 1;
   while (bin > 0 && bins[bin] < k) k -= bins[bin--];
@@ -51,7 +51,8 @@ int64_t bin_of_rank(const Histogram& bins, int64_t& k) {
 }
 
 bool any_non_finite(const Histogram& upper, Format format, bool magnitude) {
-  // In 16 bits; fp32's upper 16 bits cut at infinity too: its key ends in zeros, minus infinity's in ones.
+  // The key of infinity in 16 bits. fp32's upper 16 bits cut at infinity too: its key ends in zeros, that of -infinity
+  // in ones.
   const int64_t infinity = format == Format::kFloat16 ? 0x7c00 : 0x7f80;
   const int64_t zero = magnitude ? 0 : 0x8000;
   const int64_t scale = magnitude && format == Format::kFloat32 ? 2 : 1;

@@ -3,7 +3,7 @@
 //     fp32   key = [ upper 16 bits | lower bits ]      16-bit scores: the key is the upper 16 bits
 //                        |              |
 //            bins of one pass     bins of a second pass over all scores, or over the candidates: the keys that the
-//                                 first pass found in the bins round a threshold that is known
+//                                 first pass found in the bins around a known threshold
 #pragma once
 
 #include <functional>
@@ -20,21 +20,21 @@ uint32_t kth_largest(const void* scores, Format format, int64_t n, int64_t k, bo
 
 using Histogram = std::vector<int64_t>;  // 2^16 bins
 
-// The sum over all chunks of [0, n) of the 32-bit bins that count(begin, end, bins) adds to, on all threads. Chunks are
-// multiples of 1024 long, but for the last.
+// Calls count(begin, end, bins) for all chunks of [0, n), on all threads. It adds to 32-bit bins, and their sum is
+// returned. All chunks but the last are multiples of 1024 long.
 Histogram histogram(int64_t n, const std::function<void(int64_t begin, int64_t end, uint32_t* bins)>& count);
 
-// The k-th largest of scores that a caller has at hand, chunk by chunk, in a pass of its own:
+// The k-th largest score, counted chunk by chunk in the caller's own pass over the scores:
 // kth_largest(histogram(n, [&](begin, end, bins) { ... count(bins, begin, end) ... })).
 class Selection {
  public:
   // near: the bits of a threshold that the k-th largest is expected to be close to, or nullptr.
   Selection(const void* scores, Format format, int64_t n, bool magnitude, const void* near);
 
-  // Adds scores [begin, end), as they are now. Any thread.
+  // Counts scores [begin, end) at their current values. Any thread may call it.
   void count(uint32_t* bins, int64_t begin, int64_t end);
 
-  uint32_t kth_largest(const Histogram& upper, int64_t k) const;  // when all are counted; bits as above
+  uint32_t kth_largest(const Histogram& upper, int64_t k) const;  // after all are counted; bits as above
 
  private:
   bool is_near(uint32_t bin) const { return bin - first_bin_ < near_bins_; }
@@ -46,7 +46,7 @@ class Selection {
   bool magnitude_;
   uint32_t first_bin_ = 0, near_bins_ = 0;
   std::mutex adding_;
-  int64_t most_candidates_ = 0;  // beyond which they are more work than a second pass, and incomplete
+  int64_t most_candidates_ = 0;  // above it, a second pass is less work, and candidates_ is incomplete
   std::vector<uint32_t> candidates_;
 };
 

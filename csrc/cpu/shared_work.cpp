@@ -1,4 +1,4 @@
-// Several products on the same threads (shared_work.h).
+// Shares several products among the same threads (shared_work.h).
 #include "shared_work.h"
 
 #include <algorithm>
@@ -9,10 +9,10 @@
 namespace mft {
 namespace {
 
-constexpr double kImbalance = 0.05;   // of the time of all, that threads may wait for each other in the end
-constexpr double kForkAndJoin = 200;  // microseconds of work, from which on two forks and joins cost little
+constexpr double kImbalance = 0.05;   // share of the total time that threads may wait for each other at the end
+constexpr double kForkAndJoin = 200;  // microseconds of work above which two forks and joins cost little
 
-// How long the longest thread has work when each takes the next of works[first ..] as soon as it is free.
+// Returns how long the longest thread works if each takes the next of works[first ..] as soon as it is free.
 double longest(const std::vector<double>& works, size_t first, int64_t threads) {
   std::priority_queue<double, std::vector<double>, std::greater<>> busy;
   for (int64_t t = 0; t < threads; ++t) busy.push(0);
@@ -26,7 +26,8 @@ double longest(const std::vector<double>& works, size_t first, int64_t threads) 
   return most;
 }
 
-// How many of works, the longest first, all threads have to share for the others to end at nearly one time.
+// Returns how many of works, the longest first, all threads must share so that they end the others at nearly the same
+// time.
 size_t head_of(const std::vector<double>& works, int64_t threads) {
   if (threads == 1) return 0;
   const double total = std::accumulate(works.begin(), works.end(), 0.0);

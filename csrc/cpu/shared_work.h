@@ -1,6 +1,6 @@
-// Several products on the same threads: which of them all threads make together, one after the other, and which parts
-// each thread takes alone. A thread that makes a product alone waits for nobody, and what it packs stays in its caches; but
-// three equal products on two threads would leave one of them idle for a quarter of the time.
+// Shares several products among the same threads: which of them all threads compute together, one after the other, and
+// which parts each thread computes alone. A thread that computes a product alone waits for no other, and what it packs
+// stays in its caches. But three equal products on two threads would leave a quarter of the threads' time idle.
 //
 //     together   | A: both threads | B: both threads |
 //     apart                                          | C      | E  |
@@ -16,12 +16,12 @@
 
 namespace mft {
 
-// A product, or whatever else is to be made.
+// A product, or other work.
 struct Load {
-  enum class Way { kAny, kTogether, kApart };  // the last: by one thread, and not in parts
+  enum class Way { kAny, kTogether, kApart };  // kApart: by one thread, and not in parts
 
   double work;     // microseconds of all threads
-  int64_t length;  // of what it is cut along, at multiples of `unit`
+  int64_t length;  // of the dimension that is cut, at multiples of `unit`
   int64_t unit;
   Way way = Way::kAny;
 };
@@ -37,7 +37,7 @@ struct Plan {
 
 Plan plan(const std::vector<Load>& loads, int64_t threads);
 
-// together(load) and alone(part) of everything.
+// Calls together(load) and alone(part) until everything is done.
 template <typename Together, typename Apart>
 void share(const std::vector<Load>& loads, const Together& together, const Apart& alone) {
   const Plan found = plan(loads, num_threads());

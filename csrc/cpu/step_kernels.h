@@ -1,6 +1,6 @@
-// What one instruction set does to a run of scores in an optimiser step, as a table of function pointers.
+// A table of function pointers: an optimiser step on a run of scores, for one instruction set.
 //
-// mft_kernels/reference/step.py defines formats and arithmetic; codes and scores equal it bit for bit.
+// mft_kernels/reference/step.py defines the formats and the arithmetic. Codes and scores equal it bit for bit.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace mft {
 
-// kFixed16 is read as fp16 where scores are selected.
+// The selection of the threshold reads kFixed16 as fp16.
 enum class ScoreFormat : int { kFloat32 = 0, kBFloat16 = 1, kFixed16 = 2 };
 
 constexpr Format selected_as(ScoreFormat format) {
@@ -19,9 +19,9 @@ constexpr Format selected_as(ScoreFormat format) {
 }
 
 constexpr int64_t kStepBlock = 256;   // elements that share a scale
-constexpr int64_t kStepChunk = 1024;  // elements that take the words of 256 counters
+constexpr int64_t kStepChunk = 1024;  // elements that use the words of 256 counters
 
-// The matrices of a step, from their first element on.
+// The matrices of a step. Each pointer is to the first element.
 struct StepTensors {
   void* scores;
   ScoreFormat score_format;
@@ -31,7 +31,7 @@ struct StepTensors {
   Format weight_format;
   void* exp_avg;       // fp32, or uint8 codes with scales
   void* exp_avg_sq;
-  float* mean_scales;  // one a block; nullptr: fp32 moments
+  float* mean_scales;  // one per block; nullptr: fp32 moments
   float* square_scales;
 };
 
@@ -39,8 +39,8 @@ struct StepConstants {
   float beta1, one_minus_beta1, beta2, one_minus_beta2;
   float decay;                   // 1 - lr * weight_decay
   float minus_step_size;         // -lr / (1 - beta1^step)
-  float correction;              // (1 - beta2^step)^0.5, by which fp32 moments' roots are divided; or its inverse, by
-                                 // which 8-bit moments' roots are multiplied
+  float correction;              // fp32 moments: (1 - beta2^step)^0.5, which divides the roots;
+                                 // 8-bit moments: its inverse, which multiplies the roots
   float eps;
   float grad_scale;
   bool decays, scales_grad;
@@ -49,13 +49,13 @@ struct StepConstants {
 };
 
 struct StepKernels {
-  // fp32 moments of elements [begin, begin + n) move; begin is a multiple of kStepChunk.
+  // Updates the fp32 moments of elements [begin, begin + n). begin is a multiple of kStepChunk.
   void (*moments)(const StepTensors& t, const StepConstants& c, int64_t begin, int64_t n);
 
-  // Then the scores; root (n) holds sqrt(exp_avg_sq).
+  // Then updates the scores of the same elements. root (n) holds sqrt(exp_avg_sq).
   void (*scores)(const StepTensors& t, const StepConstants& c, const float* root, int64_t begin, int64_t n);
 
-  // 8-bit moments and scores of [begin, begin + n), n <= kStepChunk.
+  // Updates the 8-bit moments and the scores of elements [begin, begin + n), n <= kStepChunk.
   void (*chunk)(const StepTensors& t, const StepConstants& c, int64_t begin, int64_t n);
 };
 

@@ -1,5 +1,5 @@
-// The kernels of an optimiser step, once: included by one source file per instruction set, which names MFT_STEP_KERNELS
-// and its flags. Plain loops over 256 elements that compilers make vectors of; 9 KB of them stay in L1.
+// The kernels of an optimiser step. One source file per instruction set defines MFT_STEP_KERNELS and includes this
+// file. The loops over 256 elements are plain, so that compilers vectorise them; their 9 KB of data stay in L1.
 //
 // Only raw pointers here: an inline function shared with other files could be linked from the wrong instruction set.
 
@@ -20,12 +20,12 @@ inline const char* at(const void* base, int64_t bytes) { return static_cast<cons
 
 // ------------------------------------------------------------------------------------------------ random words
 
-// One word an element of the chunk that begins at element `begin`: Philox 4x32-10.
+// Writes one word per element of the chunk that begins at element `begin`: Philox 4x32-10.
 void random_words(uint32_t* words, const StepConstants& c, int64_t begin) {
   const int64_t counter = begin / kStepChunk * kStepBlock;
   const auto low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
   for (uint32_t lane = 0; lane < kStepBlock; ++lane) {
-    uint32_t c0 = low + lane, c1 = high, c2 = c.step, c3 = 0;  // low is a multiple of 256: nothing is carried
+    uint32_t c0 = low + lane, c1 = high, c2 = c.step, c3 = 0;  // low is a multiple of 256: there is no carry
     uint32_t k0 = c.seed_low, k1 = c.seed_high;
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
@@ -70,7 +70,7 @@ void store_scores(const StepTensors& t, const float* in, const uint32_t* words, 
     auto* s = static_cast<uint16_t*>(t.scores) + begin;
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t bits = as_bits(in[i]);
-      const uint32_t rounded = bits + (words[i] & 0xffff);  // an infinity's lower half is 0: nothing is carried
+      const uint32_t rounded = bits + (words[i] & 0xffff);  // infinity's lower half is 0: there is no carry
       s[i] = static_cast<uint16_t>(((bits & kMagnitude) > kInfinity ? 0x7fc00000 : rounded) >> 16);
     }
   } else {
@@ -87,12 +87,13 @@ void store_scores(const StepTensors& t, const float* in, const uint32_t* words, 
   }
 }
 
-// out[i] *= sign(score[i]): 0 and NaN have none, a fixed-point 0 has the one that it carries.
+// Computes out[i] *= sign(score[i]). The sign of 0 and NaN is 0, but a fixed-point 0 has a sign bit, which counts as +1
+// or -1.
 void multiply_by_sign(float* out, const float* scores, ScoreFormat format, int64_t n) {
   if (format == ScoreFormat::kFixed16) {
     for (int64_t i = 0; i < n; ++i) out[i] = as_float(as_bits(out[i]) ^ (as_bits(scores[i]) & kTop));
   } else {
-    for (int64_t i = 0; i < n; ++i) {  // by bits: a comparison may take a subnormal for 0
+    for (int64_t i = 0; i < n; ++i) {  // by bits: a comparison may treat a subnormal as 0
       const uint32_t bits = as_bits(scores[i]), magnitude = bits & kMagnitude;
       out[i] *= as_float(magnitude - 1 < kInfinity ? (bits & kTop) | 0x3f800000 : 0);
     }
@@ -114,9 +115,9 @@ void load_gradient(float* out, float* factor, const StepTensors& t, const float*
   }
 }
 
-// As torch's kernels round: lerp_ and addcmul_ with a fused multiply-add.
+// Rounds as torch's lerp_ and addcmul_ do, with a fused multiply-add.
 void move_moments(float* m, float* v, const float* g, const StepConstants& c, int64_t n) {
-  const float rest1 = c.one_minus_beta1, beta2 = c.beta2, rest2 = c.one_minus_beta2;  // which a write of m cannot change
+  const float rest1 = c.one_minus_beta1, beta2 = c.beta2, rest2 = c.one_minus_beta2;  // copies: m cannot alias them
   if (rest1 < 0.5f) {
     for (int64_t i = 0; i < n; ++i) m[i] = __builtin_fmaf(rest1, g[i] - m[i], m[i]);
   } else {
@@ -155,7 +156,7 @@ void scores_of(const StepTensors& t, const StepConstants& c, const float* root, 
 
 // ------------------------------------------------------------------------------------------------ 8-bit moments
 
-// Minifloats with 3 mantissa bits. kCodes 128: a sign in bit 7; kCodes 256: no sign.
+// Decodes minifloats with 3 mantissa bits. kCodes 128: the sign is in bit 7. kCodes 256: no sign.
 template <int kBias, int kCodes>
 void decode(float* out, const uint8_t* codes, float scale, int64_t n) {
   const float least = as_float(static_cast<uint32_t>(127 - 2 - kBias) << 23);  // 2^(-2 - bias)
@@ -168,13 +169,14 @@ void decode(float* out, const uint8_t* codes, float scale, int64_t n) {
   }
 }
 
-// Returns the block's scale. words: of which the 8 bits from kShift on round.
+// Encodes a block with stochastic rounding and returns its scale. The 8 bits of each word from bit kShift on decide the
+// rounding.
 template <int kBias, int kCodes, int kShift>
 float encode(uint8_t* codes, const float* x, const uint32_t* words, int64_t n) {
   uint32_t top = 0;
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t magnitude = as_bits(x[i]) & kMagnitude;
-    top = magnitude > top ? magnitude : top;  // patterns order as their values, NaN above all
+    top = magnitude > top ? magnitude : top;  // bit patterns order like their values, NaN above all
   }
   if (top > kInfinity || top < as_bits(0x1p-125f)) {
     std::memset(codes, 0, n);
@@ -182,7 +184,7 @@ float encode(uint8_t* codes, const float* x, const uint32_t* words, int64_t n) {
   }
   const float largest = as_float(top) < 0x1p126f ? as_float(top) : 0x1p126f;
   const float inverse = 1.875f / largest;
-  const float least = as_float(static_cast<uint32_t>(127 + 1 - kBias) << 23);       // 2^(1 - bias), the least normal one
+  const float least = as_float(static_cast<uint32_t>(127 + 1 - kBias) << 23);       // 2^(1 - bias), least normal number
   const float fixed_point = as_float(static_cast<uint32_t>(127 + 22 + kBias) << 23);  // 2^(22 + bias)
   for (int64_t i = 0; i < n; ++i) {
     const float y = as_float(as_bits(x[i]) & kMagnitude) * inverse;
@@ -193,7 +195,7 @@ float encode(uint8_t* codes, const float* x, const uint32_t* words, int64_t n) {
     uint32_t code = (fixed + ((words[i] >> kShift & 0xff) << 12) + 2048) >> 20;
     code = code < kCodes - 1 ? code : kCodes - 1;
     const uint32_t bits = as_bits(x[i]), sign = kCodes == 128 ? bits >> 24 & 0x80 : 0;
-    if (kCodes == 256) code = code == 0 && bits != 0 ? 1 : code;  // squares are not negative, nor -0
+    if (kCodes == 256) code = code == 0 && bits != 0 ? 1 : code;  // squares > 0 never become 0; none is -0
     codes[i] = static_cast<uint8_t>(code | sign);
   }
   return largest / 1.875f;

@@ -1,8 +1,8 @@
-// The tiles of AMX by name: eight registers of 16 rows of 64 bytes each, of which every instruction takes whole ones.
+// The tiles of AMX: eight registers of 16 rows of 64 bytes each. Every instruction takes whole tiles.
 //
-// With MFT_EMULATED_TILES the same names are plain code, so that what is written in them runs on any machine. Sums are
-// formed as the instruction forms them: even and odd products apart from 0, then both added to the tile; subnormal
-// operands and results count as 0.
+// With MFT_EMULATED_TILES the same functions are plain code, so that their callers run on any machine. They form sums
+// as the instruction does: even and odd products are added separately from 0, then both are added to the tile.
+// Subnormal operands and results count as 0.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,10 @@ constexpr int kTileRegisters = 8, kTileRegisterRows = 16, kTileRegisterBytes = 6
 
 #if !defined(MFT_EMULATED_TILES)
 
-// Not the compiler's intrinsics: GCC 12's take literal numbers alone, and do not say that they read and write memory.
+// Not the compiler's intrinsics: those of GCC 12 take only literal numbers, and do not declare that they read and write
+// memory.
 
-// Every tile 16 rows of 64 bytes. Costs tens of cycles; tile_end() returns the thread to how it was.
+// Gives every tile 16 rows of 64 bytes. It costs tens of cycles. tile_end() restores the thread's state.
 inline void tile_begin() {
   struct alignas(64) Configuration {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -38,7 +39,7 @@ inline void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 
-// From rows `stride` bytes apart.
+// Loads rows that are `stride` bytes apart.
 template <int kTile>
 inline void tile_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");

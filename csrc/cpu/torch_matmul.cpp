@@ -20,7 +20,7 @@ ScalarType scalar_type(Format format) {
                                        : ScalarType::Half;
 }
 
-// A view of foreign memory: it requires no gradient, whatever the tensor does that owns the memory.
+// Returns a view of borrowed memory. It requires no gradient, even if the tensor that owns the memory does.
 Tensor view(const Matrix& m) {
   const std::array<int64_t, 2> sizes{m.rows, m.columns}, strides{m.row_stride, m.column_stride};
   return torch::stable::from_blob(m.data, {sizes.data(), 2}, {strides.data(), 2},

@@ -1,5 +1,5 @@
-// The weight of a masked product: a matrix, or codes (decode.h), of which a product decodes what it is about to mask into a
-// few rows of its own, in the cache. Whatever follows sees the numbers that the whole decoded matrix would have there.
+// The weight of a masked product: a matrix, or codes (decode.h). A product decodes the codes that it is about to mask
+// into a few rows of scratch memory in the cache. What follows sees the same numbers as in the whole decoded matrix.
 #pragma once
 
 #include "decode.h"
@@ -15,17 +15,17 @@ struct Weight : Matrix {
   Weight(const Quantized& codes, Decode decode, Format format)
       : Matrix{nullptr, format, codes.rows, codes.columns, codes.columns}, codes(&codes), decode(decode) {}
 
-  // Bytes of the caller's that part() needs for so many elements.
+  // Bytes that the caller must provide to part() for this number of elements.
   int64_t room(int64_t elements) const { return codes == nullptr ? 0 : elements * bytes_of(format); }
 
-  // `count` elements of a row from `column` on: where they lie, or decoded into `room`.
+  // Returns `count` elements of a row from `column` on: in place, or decoded into `room`.
   const void* part(int64_t row, int64_t column, int64_t count, void* room) const {
     if (codes == nullptr) return Matrix::row(row) + column * bytes_of(format);
     decode(room, format, *codes, row, column, count);
     return room;
   }
 
-  // What part() reads.
+  // Returns the memory that part() reads.
   Span span(int64_t row, int64_t column, int64_t count) const {
     if (codes != nullptr) return codes_span(*codes, row, column, count);
     return {Matrix::row(row) + column * bytes_of(format), count * bytes_of(format)};
