@@ -1,4 +1,4 @@
-"""The triton backend: enters the table of backends, or says there why it cannot run here."""
+"""The triton backend: register it in the table of backends, or the reason why it cannot run here."""
 
 import functools
 import importlib.util
@@ -22,7 +22,7 @@ OLDEST = (3, 6)
 
 
 def _unavailable() -> str | None:
-    # Triton takes a second to import, so it is imported where a kernel can run, and nowhere else.
+    # Triton takes a second to import, so it is imported only where a kernel can run.
     no_compiler, by = _no_compiler(), cubins.asked()
     if no_compiler is None and _interpreting():
         return None
@@ -42,7 +42,7 @@ def _unavailable() -> str | None:
 
 
 def _no_compiler() -> str | None:
-    """Why Triton compiles nothing here; None if it does."""
+    """Return why Triton cannot compile here; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (Linux only)"
     if tuple(int(part) for part in _version().split(".")[:2]) < OLDEST:
@@ -52,7 +52,7 @@ def _no_compiler() -> str | None:
 
 
 def _card() -> str:
-    """ "sm_90" and the like."""
+    """Return the name of the current GPU's target, such as "sm_90"."""
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
 
@@ -67,12 +67,12 @@ def _version() -> str:
 
 
 def _interpreting() -> bool:
-    # What Triton takes for true.
+    # The values that Triton reads as true.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def functions() -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """(what a request by name runs, what "auto" runs in its place)."""
+    """Return (the functions that a request by name runs, those that "auto" runs instead)."""
     from . import bits, choice, in_place, language, ops, score_step, select
 
     by_name: dict[str, Callable] = {
@@ -91,20 +91,20 @@ def functions() -> tuple[dict[str, Callable], dict[str, Callable]]:
         name: functools.partial(by_name[name], choose=choice.automatic) for name in ("product", "gradients")
     }
     if not language.INSTALLED:
-        del by_name["step"]  # it works in place, in launches of which a later one may have no cubin
+        del by_name["step"]  # it works in place, and a later one of its launches may have no cubin
         automatic = {name: _or_reference(name, automatic.get(name, f)) for name, f in by_name.items()}
     return by_name, automatic
 
 
 def _short() -> dict[str, Callable]:
-    """What declines a call but one that is remembered, see planned.py."""
+    """Return ops that serve only remembered calls (planned.py) and decline all others."""
     if torch.version.hip is not None or _interpreting() or cubins.bundle(_card())[0] is None or measuring():
         return {}
     return {"masked_linear_packed": built.cuda_ops.try_masked_linear_packed.default}
 
 
 def _or_reference(name: str, op: Callable) -> Callable:
-    """What "auto" runs where nothing can be compiled: a launch that has no cubin is the reference's."""
+    """Return what "auto" runs if nothing can be compiled: ``op``, or the reference if a launch has no cubin."""
 
     def run(*arguments, **named):
         try:
@@ -116,7 +116,7 @@ def _or_reference(name: str, op: Callable) -> Callable:
     return run
 
 
-@functools.cache  # once for each
+@functools.cache  # once for each op and reason
 def _say(op: str, reason: str) -> None:
     logger.warning("%s: the reference (not triton: %s)", op, reason)
 

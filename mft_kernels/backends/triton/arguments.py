@@ -1,4 +1,4 @@
-"""What the launchers of the matrix kernels share: what TMA can read, the arithmetic, the sign's source."""
+"""Functions that the launchers of the matrix kernels share: what TMA can read, the arithmetic, the sign's source."""
 
 import torch
 from torch import Tensor
@@ -10,25 +10,25 @@ from .target import Target, interpreting
 
 
 def sign_kind(sign: Tensor | None) -> str:
-    """Where the sign of d_scores comes from: "bits" (int32 words), "scores" or "none"."""
+    """Return where the sign of d_scores comes from: "bits" (int32 words), "scores" or "none"."""
     if sign is None:
         return "none"
     return "bits" if sign.dtype == torch.int32 else "scores"
 
 
 def is_exact(tensor: Tensor) -> bool:
-    """Whether its products are to be made in full fp32 precision."""
+    """Return whether the tensor's products are computed in full fp32 precision."""
     return tensor.dtype == torch.float32 and _precision() == "ieee"
 
 
 def operands(weight: Tensor, keep: Keep | None, is_aligned: bool) -> Operands:
-    """What of these tensors decides the tiles."""
+    """Return the properties of these tensors that decide the tiles."""
     keep_bytes = 0 if keep is None or keep.mode == "packed" else keep.source.element_size()
     return Operands(weight.element_size(), keep_bytes, is_exact(weight), is_aligned)
 
 
 def arithmetic(weight: Tensor) -> dict[str, str | bool]:
-    """Constexprs that say how tiles are multiplied."""
+    """Return the constexprs that say how tiles are multiplied."""
     return {
         "PRECISION": _precision() if weight.dtype == torch.float32 else "ieee",
         "UPCAST": interpreting() and weight.dtype == torch.bfloat16,
@@ -36,7 +36,7 @@ def arithmetic(weight: Tensor) -> dict[str, str | bool]:
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes and their elements lie without gaps: wide loads, and TMA, need it."""
+    """Return whether rows begin at multiples of 16 bytes and have no gaps. Wide loads and TMA need both."""
     return all(
         t.stride(1) == 1 and t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
         for t in tensors
@@ -44,17 +44,20 @@ def aligned(*tensors: Tensor) -> bool:
 
 
 def describable(target: Target, operands: Operands) -> bool:
-    """Whether tiles come through TMA descriptors. Exact fp32 multiplies in ordinary registers, which spill with it."""
+    """Return whether tiles are read through TMA descriptors.
+
+    Exact fp32 does not use them: it multiplies in ordinary registers, which would spill.
+    """
     return target.descriptors and operands.aligned and not operands.exact
 
 
 def tiled(tensor: Tensor, block: list[int], described: bool) -> Tensor | TensorDescriptor:
-    """The tensor, or its descriptor for tiles of ``block``."""
+    """Return the tensor, or its descriptor for tiles of ``block``."""
     return TensorDescriptor.from_tensor(tensor, block) if described else tensor
 
 
 def strides(tensor: Tensor | None, axes: int = 2) -> tuple[int, ...]:
-    """Of a tensor, or of none, which a kernel does not read."""
+    """Return the tensor's strides; zeros for None, which a kernel does not read."""
     return (0,) * axes if tensor is None else tensor.stride()
 
 

@@ -1,19 +1,19 @@
 """d_x and d_scores in one launch, for few tokens, where both are bound by reading weight and scores.
 
-The grid walks strips of BLOCK_K columns of the weight. A strip's jobs are its tiles of d_x, each a walk down the strip,
-and its tiles of d_scores, one a block of rows:
+The grid walks strips of BLOCK_K columns of the weight. A strip's jobs are its tiles of d_x, each of which walks down
+the strip, and its tiles of d_scores, one per block of rows:
 
               strip                       tokens |  memory in units of one weight matrix, 16-bit scores
         +-------+-------+---
         | d_s   |       |                 two launches   weight, scores; weight, scores, d_scores    5
       N | d_s   |       |                 one launch     weight, scores once from memory, once       3
-        | d_s   |       |                                from L2 (2 MiB a strip at N = 4096)
+        | d_s   |       |                                from L2 (2 MiB per strip at N = 4096)
         +-------+-------+---
-    M   | d_x   |       |                 The tiles of one kind wait for memory while the others multiply. Up to 64
-        +-------+-------+---              tokens two programs share a multiprocessor of sm_90 (not with fp32 scores).
+    M   | d_x   |       |                 Tiles of one kind wait for memory while the others multiply. With up to 64
+        +-------+-------+---              tokens, two programs share a multiprocessor of sm_90 (not with fp32 scores).
 
-Where the tensor cores bound both products there is nothing to share, and two launches allow each its best tile. From
-how many tokens on that is, plan.one_launch asks the model of the card: it hangs on the layer and on the card.
+If the tensor cores bound both products, there is nothing to share, and two launches give each product its best tile.
+The number of tokens from which that holds depends on the layer and the card; plan.one_launch asks the card's model.
 """
 
 import math
@@ -31,7 +31,7 @@ from .target import Target
 from .tiles import store_tile
 
 
-@triton.jit(do_not_specialize=["M", "SPLITS"])  # any number of tokens and of parts, two binaries a tile
+@triton.jit(do_not_specialize=["M", "SPLITS"])  # two binaries per tile size for any number of tokens and parts
 def _backward_kernel(
     grad_rows, grad_columns, x, weight_tiles, keep_tiles, weight, keep, thresholds, signs, d_x, parts, d_scores,
     d_weight, M, N, K, SPLITS, N_SPLIT, stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
@@ -41,9 +41,14 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of d_x are BLOCK_M x BLOCK_K, summed BLOCK_Q rows of N at a time, over N / SPLITS; those of d_scores
-    BLOCK_N x BLOCK_K, summed BLOCK_S tokens at a time. WHOLE: SPLITS is 1. Asked at run time, both ways of storing d_x
-    together spill where two programs share a multiprocessor of sm_90."""
+    """Compute tiles of d_x and of d_scores.
+
+    A tile of d_x is BLOCK_M x BLOCK_K, summed over N / SPLITS, BLOCK_Q rows of N at a time. A tile of d_scores is
+    BLOCK_N x BLOCK_K, summed over M, BLOCK_S tokens at a time.
+
+    WHOLE: SPLITS is 1. It is a constexpr, because a kernel with both ways of storing d_x spills if two programs share a
+    multiprocessor of sm_90.
+    """
     tl.assume(M > 0)
     tl.assume(N_SPLIT > 0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -52,7 +57,7 @@ def _backward_kernel(
     for job in tl.range(tl.program_id(0), tl.cdiv(K, BLOCK_K) * jobs, tl.num_programs(0)):
         column = job // jobs * BLOCK_K
         within = job % jobs
-        if within < products:  # the longer ones first
+        if within < products:  # the longer jobs first
             split = within // tiles_m
             token = within % tiles_m * BLOCK_M
             start = split * N_SPLIT
@@ -76,7 +81,7 @@ def _backward_kernel(
 
 
 def both(sums: Sums) -> Tensor:
-    """Fill d_scores (and d_weight), (N, K) contiguous, and return d_x (M, K). No axis is empty."""
+    """Fill d_scores (and d_weight), (N, K) contiguous, and return d_x (M, K). No axis may be empty."""
     return by_cubins_or_compiled(sums.x.device, lambda target: _both_on(target, sums))
 
 
@@ -90,7 +95,7 @@ def _both_on(target: Target, sums: Sums) -> Tensor:
     tiles = backward_tiles(Problem(target, m, n, k, given), weight_grad=d_weight is not None)
     d_x = grad.new_empty((m, k))
     split = Split.of(tiles, d_x, n)
-    tokens = min(tiles.inner, max(16, tiles.rows))  # of one step of the sum over M
+    tokens = min(tiles.inner, max(16, tiles.rows))  # per step of the sum over M
     weight_block = [tiles.inner, tiles.columns]
     jobs = math.ceil(k / tiles.columns) * (math.ceil(m / tiles.rows) * split.splits + math.ceil(n / tiles.columns))
     launch(

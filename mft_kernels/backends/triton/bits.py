@@ -1,4 +1,4 @@
-"""pack_mask and pack_signs: one bit a score, 32 columns a word, from one read of the scores.
+"""pack_mask and pack_signs: one bit per score, 32 columns per word, from one read of the scores.
 
 scores (N, K), any strides  ->  words int32 (N, ceil(K / 32)) contiguous; bit j % 32 of word j // 32 is column j
 """
@@ -11,20 +11,20 @@ from .language import tl, triton
 from .launch import launch
 from .tiles import is_kept, load_thresholds, load_tile
 
-# 16 x 256 scores a program, 32 a thread. The words of a row then fill a sector of 32 bytes; a row of scores fills lines
-# of 128 bytes, and where the scores are transposed a column of 16 still fills a sector.
+# 16 x 256 scores per program, 32 per thread. The words of a row then fill a sector of 32 bytes, and a row of scores
+# fills lines of 128 bytes. If the scores are transposed, a column of 16 still fills a sector.
 _BLOCK_N = 16
 _BLOCK_K = 256
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
-    """keep as bits, int32 (N, ceil(K / 32)); threshold () or (N,), one a row."""
+    """Return the mask as bits, int32 (N, ceil(K / 32)). threshold: () or (N,), one per row."""
     run = lambda: [_pack(scores, threshold, mode, None)]  # noqa: E731
     return planned.by_plan((scores, threshold), planned.kind("mask", None, mode), run)[0]
 
 
 def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(scores > 0 as bits, how many scores are exactly 0)."""
+    """Return (scores > 0 as bits, the number of scores that are exactly 0)."""
 
     def run() -> list[Tensor]:
         zeros = torch.zeros((), dtype=torch.int64, device=scores.device)
@@ -63,7 +63,7 @@ def _pack_kernel(
     scores, thresholds, words, zeros, N, K, stride_n, stride_k, stride_t,
     MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_N rows and BLOCK_K columns a program. MODE is that of the mask, or "signs"."""
+    """Pack one tile of BLOCK_N rows and BLOCK_K columns per program. MODE: the mode of the mask, or "signs"."""
     tiles_k = tl.cdiv(K, BLOCK_K)
     row = tl.program_id(0) // tiles_k * BLOCK_N
     column = tl.program_id(0) % tiles_k * BLOCK_K
@@ -78,7 +78,7 @@ def _pack_kernel(
         tl.atomic_add(zeros, found, mask=found > 0, sem="relaxed")
     else:
         bits = is_kept(tile, load_thresholds(thresholds, row, N, stride_t, BLOCK_N), MODE) & inside
-    # Distinct bits: their sum is their union, and that of bit 31 wraps into the sign.
+    # The bits are distinct, so their sum is their union; bit 31 wraps into the sign.
     shifted = bits.to(tl.int32).reshape(BLOCK_N, BLOCK_K // 32, 32) << tl.arange(0, 32)[None, None, :]
     w = column // 32 + tl.arange(0, BLOCK_K // 32)
     words_k = tl.cdiv(K, 32)

@@ -1,29 +1,29 @@
-"""What makers publish of the cards that tiles are planned for, and which of them stands for one that is not here."""
+"""Published figures of the cards that tiles are planned for, and the choice of the nearest one for any other card."""
 
 from dataclasses import dataclass, replace
 
 KIB, MIB = 1024, 1024**2
-#: Bytes a cycle from L2 to a multiprocessor. NVIDIA's A100 white paper: 5,120 a cycle, which are 47 for each of 108.
-#: On sm_90 csrc/cuda/tile_cost.h has 25.6. Here that would move choices of tiles, and so which binaries there must be:
-#: the sizes of building/cubin_calls.py have to be searched again first.
+#: Bytes per cycle from L2 to a multiprocessor. NVIDIA's A100 white paper has 5,120 per cycle, which is 47 for each of
+#: 108. For sm_90, csrc/cuda/tile_cost.h has 25.6. Here that would change which tiles are chosen, and so which binaries
+#: are needed. The sizes of building/cubin_calls.py have to be searched again first.
 L2_RATE = 40
 
 
 @dataclass(frozen=True)
 class Card:
-    """``arch`` as in target.Target; bytes, bytes a second and Hz.
+    """A card's figures, in bytes, bytes per second and Hz. ``arch`` is as in target.Target.
 
-    ``multiply_adds``: a cycle and multiprocessor, dense, of 16-bit operands with fp32 sums.
+    ``multiply_adds``: per cycle and multiprocessor, dense, for 16-bit operands with fp32 sums.
     """
 
     name: str
     arch: int | str
     multiprocessors: int
-    shared: int  # of a multiprocessor
-    block_shared: int  # of it, what one block may use
+    shared: int  # per multiprocessor
+    block_shared: int  # what one block may use of ``shared``
     l2: int
     bandwidth: float  # of its memory
-    clock: float  # at which the makers' dense rate holds
+    clock: float  # at which the data sheet's dense rate holds
     multiply_adds: int
     l2_rate: float = L2_RATE
 
@@ -31,8 +31,8 @@ class Card:
 #: Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". The rest: NVIDIA's
 #: architecture white papers (A100, H100, Ada, RTX Blackwell) and data sheets (H200, HGX B200), AMD's CDNA 3 white paper
 #: and MI300X data sheet. ``multiply_adds`` is the power of 2 that gives the sheet's dense TFLOP/s of bf16 at about the
-#: boost clock, and ``clock`` what gives it exactly: 312, 989, 756 (PCIe), 989, 2250, 165, 209.5, 1307. The L2 of B200
-#: is what its device reports.
+#: boost clock. ``clock`` is what gives it exactly: 312, 989, 756 (PCIe), 989, 2250, 165, 209.5, 1307. The L2 of B200 is
+#: what its device reports.
 A100 = Card("A100 80 GB SXM", 80, 108, 164 * KIB, 163 * KIB, 40 * MIB, 2.039e12, 1.41e9, 1024)
 H100 = Card("H100 SXM", 90, 132, 228 * KIB, 227 * KIB, 50 * MIB, 3.35e12, 1.83e9, 2048)
 H100_PCIE = Card("H100 PCIe", 90, 114, 228 * KIB, 227 * KIB, 50 * MIB, 2.0e12, 1.62e9, 2048)
@@ -46,11 +46,10 @@ CARDS = (A100, H100, H100_PCIE, H200, B200, RTX_4090, RTX_5090, MI300X)
 
 
 def card_of(arch: int | str, multiprocessors: int, block_shared: int, bandwidth: float = 0) -> Card:
-    """The card with these figures; ``bandwidth`` 0: not known.
+    """Return the card with these figures; ``bandwidth`` 0: not known.
 
-    One that is not in the table is taken for the nearest that is: first by architecture, then by a block's shared
-    memory, then by multiprocessors. What its device says of itself replaces the table's, and memory grows with the
-    multiprocessors where the device does not say.
+    The other figures come from the nearest card in the table: first by architecture, then by a block's shared memory,
+    then by multiprocessors. If the bandwidth is not known, the table's is scaled by the number of multiprocessors.
     """
 
     def distance(card: Card) -> tuple[bool, int, int]:

@@ -1,9 +1,10 @@
-"""Fused kernel, the same with the mask packed first, or one mask pass into scratch and then torch's GEMM: by the model
-of the card (cost.py), or measured once and remembered.
+"""Choose the way to a product by the model of the card (cost.py), or by a measurement that is made once and remembered.
 
-The same sizes on the same device give the same kernel. A measurement (MFT_AUTOTUNE=1) runs on sizes of its own, the
-next power of two in M, so that it does not depend on which batch came first; it is kept on disk, and
-torch.use_deterministic_algorithms(True) ignores it.
+The ways are the fused kernel, the fused kernel with the mask packed first, and a mask pass into scratch followed by
+torch's GEMM. The same sizes on the same device give the same way.
+
+A measurement (MFT_AUTOTUNE=1) rounds M up to a power of two, 16 at least, so that it does not depend on which batch
+came first. It is kept on disk, and torch.use_deterministic_algorithms(True) ignores it.
 """
 
 import functools
@@ -24,18 +25,19 @@ logger = logging.getLogger("mft_kernels")
 
 FUSED, PACKED, SCRATCH = "fused", "packed", "scratch"
 
-#: fp32 in full precision runs on ordinary cores, and rows that are not aligned are read element by element: there
-#: torch's GEMM is far ahead of Triton's, and of neither does the model know. An estimate.
+#: The most tokens that are fused in two cases: fp32 in full precision, which runs on ordinary cores, and rows that are
+#: not aligned, which are read element by element. There torch's GEMM is far faster than Triton's. The model covers
+#: neither case. An estimate.
 _MOST_TOKENS_SLOW = 64
-#: Packing first has to save a twentieth: the model cannot tell smaller differences. With few tokens it saves nothing:
-#: memory bounds their product, and packing reads more of it.
+#: Packing first has to save 5 %, because the model cannot tell smaller differences. With few tokens it saves nothing:
+#: memory bounds their product, and packing reads more memory.
 _WORTH_PACKING, _FEWEST_PACKED = 0.95, 256
 _MEMORY = 2**14  # as in plan.py
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product to be made. M tokens; forward (M, K) -> (M, N), transposed (M, N) -> (M, K)."""
+    """A product to compute. M tokens; forward (M, K) -> (M, N), transposed (M, N) -> (M, K)."""
 
     m: int
     n: int
@@ -50,7 +52,7 @@ class Product:
 
 @functools.lru_cache(_MEMORY)
 def by_model(product: Product, target: Target, *, own: bool = False) -> str:
-    """FUSED, PACKED or SCRATCH: what the model of the card expects to take least. ``own``: not torch's GEMM."""
+    """Return FUSED, PACKED or SCRATCH: what the model of the card expects to be fastest. ``own``: never SCRATCH."""
     if product.exact or not product.aligned:
         return FUSED if own or product.m <= _MOST_TOKENS_SLOW else SCRATCH
     p, q = (product.k, product.n) if product.transposed else (product.n, product.k)
@@ -70,12 +72,12 @@ def _bytes(dtype: str) -> int:
 
 
 def automatic(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
-    """Which of the candidates: what was measured if MFT_AUTOTUNE=1, else by_model.
+    """Return the chosen candidate's name: the measured one if MFT_AUTOTUNE=1, otherwise that of by_model.
 
     Args:
-        candidates: by name, functions that run the product on M tokens; called to measure only.
+        candidates: functions that run the product on M tokens, by name; called only to measure.
     """
-    if not measuring() or not INSTALLED:  # what times is Triton's
+    if not measuring() or not INSTALLED:  # Triton is needed to measure
         chosen = by_model(product, target)
         _say(product.n, product.k, product.transposed, chosen, str(target))
         return chosen
@@ -90,7 +92,7 @@ def automatic(product: Product, target: Target, candidates: Mapping[str, Callabl
     return measured
 
 
-@functools.cache  # once for each
+@functools.cache  # once for each combination
 def _say(n: int, k: int, transposed: bool, chosen: str, target: str) -> None:
     name = "d_x" if transposed else "forward"
     logger.info(

@@ -1,7 +1,7 @@
-"""Kernels that a newer Triton has compiled ahead of time (make cubins): found by what a launch is made for.
+"""Cubins: kernels compiled ahead of time by a newer Triton (make cubins), found by a launch's identity (specialise.py).
 
-MFT_TRITON says who compiles: "cubins" takes these alone, "jit" the installed Triton alone; unset, a cubin where there
-is one. The library of csrc/cuda launches them, as Triton's own launcher would.
+MFT_TRITON chooses who compiles: "cubins" allows only cubins, "jit" only the installed Triton. If it is not set, a
+launch takes its cubin if there is one. The library of csrc/cuda launches cubins as Triton's own launcher would.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ CUBINS, JIT = "cubins", "jit"
 
 
 class NoCubin(RuntimeError):
-    """There is none for a launch that only a cubin can serve."""
+    """There is no cubin for a launch that only a cubin can serve."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The cubins of one target, by what they are made for; ``path`` is the archive."""
+    """The cubins of one target, by the identity of their launches; ``path`` is the archive."""
 
     path: Path
     triton: str
@@ -55,7 +55,11 @@ class Bundle:
 
 
 def asked() -> str | None:
-    """What MFT_TRITON asks for: CUBINS, JIT, or None for whichever there is. Raises: ValueError for another word."""
+    """Return what MFT_TRITON asks for: CUBINS, JIT, or None for either.
+
+    Raises:
+        ValueError: MFT_TRITON is anything else.
+    """
     value = os.environ.get("MFT_TRITON") or None
     if value not in (None, "auto", CUBINS, JIT):
         raise ValueError(f"MFT_TRITON must be {CUBINS!r} or {JIT!r}, got {value!r}; unset it for whichever there is")
@@ -63,7 +67,7 @@ def asked() -> str | None:
 
 
 def bundle(target: str) -> tuple[Bundle | None, str]:
-    """(the cubins for "sm_90" and the like, why there are none or "")."""
+    """Return (the cubins, "") of a target such as "sm_90", or (None, why there are none)."""
     return _bundle(target, FOLDER)
 
 
@@ -82,7 +86,7 @@ def _bundle(target: str, folder: Path) -> tuple[Bundle | None, str]:
 
 
 def kernels_hash() -> str:
-    """Of the text of every file of kernels."""
+    """Return the SHA-256 of the text of every file that has kernels."""
     files = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"".join(text for text in files if b"\n@triton.jit" in text)).hexdigest()
 
@@ -101,7 +105,7 @@ class Cubin:
         )
 
     def launch(self, device: int, grid: tuple[int, ...], kernel: Any, args: Sequence[Any]) -> None:
-        """On the device's current stream; see launch.launch."""
+        """Launch on the device's current stream; see launch.launch."""
         values, addresses, numbers = values_of(kernel, args)
         whole = [*grid, 1, 1][:3]
         built.cuda_ops.launch_cubin(self._number, device, whole, values)
@@ -109,17 +113,20 @@ class Cubin:
 
 
 def bits_of(number: float) -> int:
-    """As a launch passes it: an integer itself, a float by its bits in fp32."""
+    """Return a number as a launch passes it: an integer as it is, a float as its bits in fp32."""
     return number if isinstance(number, int) else struct.unpack("<i", struct.pack("<f", number))[0]
 
 
 def values_of(
     kernel: Any, args: Sequence[Any]
 ) -> tuple[list[int], list[tuple[int, str, torch.Tensor]], dict[str, int]]:
-    """What a launch passes: (the bits of what is not compiled in, which of them are addresses: parameter and tensor,
-    which are numbers that no binary depends on: by parameter).
+    """Return what a launch passes: (values, addresses, numbers).
 
-    A descriptor is passed as a matrix (address, shape, stride), and its shape and strides.
+    Returns:
+        values: the bits of each argument that is not compiled in. A descriptor is passed as a matrix (address, shape,
+            stride), followed by its shape and strides.
+        addresses: which values are addresses: (index, parameter, tensor) for each.
+        numbers: which values are numbers that no binary depends on: index by parameter.
     """
     values: list[int] = []
     addresses: list[tuple[int, str, torch.Tensor]] = []
@@ -138,15 +145,18 @@ def values_of(
             shape, strides = argument.shape, argument.strides
             addresses.append((len(values), parameter.name, argument.base))
             values += [argument.base.data_ptr(), *shape, strides[0], *shape, *strides]
-    return [*values, 0, 0], addresses, numbers  # two scratches that these kernels do not have
+    return [*values, 0, 0], addresses, numbers  # two scratch addresses, which these kernels do not have
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A launch of a kernel, and whether it is one whose masked weight is the first operand.
+    """A launch of a kernel.
 
-    cubin: its number; None: compiled by the installed Triton, and the rest is empty. The rest: grid and values, and
-    which values are addresses and numbers, see values_of.
+    Attributes:
+        swapped: the masked weight is the first operand.
+        cubin: the cubin's number. None: the installed Triton compiled the kernel, and the attributes below are empty.
+        grid, values: as launched.
+        addresses, numbers: which values are addresses and numbers; see values_of.
     """
 
     kernel: str
@@ -164,7 +174,10 @@ _watched: list[Launched] | None = None
 
 @contextlib.contextmanager
 def watching() -> Iterator[list[Launched]]:
-    """Within the context, all launches that Python makes, in every thread; what is remembered C++ launches unseen."""
+    """Collect all launches that Python makes within the context, in every thread.
+
+    Remembered calls (planned.py) are launched by C++ and not collected.
+    """
     global _watched
     before, _watched = _watched, []
     try:
@@ -175,7 +188,7 @@ def watching() -> Iterator[list[Launched]]:
 
 @contextlib.contextmanager
 def noting() -> Iterator[list[Launched]]:
-    """Within the context, this thread's launches, but those within another noting."""
+    """Collect this thread's launches within the context, except those within a nested noting."""
     before = getattr(_noted, "launches", None)
     found: list[Launched] = []
     _noted.launches = found
@@ -186,7 +199,7 @@ def noting() -> Iterator[list[Launched]]:
 
 
 def is_noting() -> bool:
-    """Whether this thread is within noting."""
+    """Return whether this thread is within noting."""
     return getattr(_noted, "launches", None) is not None
 
 
@@ -199,7 +212,7 @@ def note(launched: Launched) -> None:
 
 
 def find(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Cubin | None:
-    """The cubin for a launch on a target, if there is one and MFT_TRITON does not forbid it."""
+    """Return the cubin for a launch on a target; None if there is none or MFT_TRITON forbids it."""
     if asked() == JIT:
         return None
     found, _ = bundle(target)
@@ -210,7 +223,7 @@ def find(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any])
 
 
 def missing(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> str:
-    """Why find finds nothing, in words."""
+    """Return the reason why find returned None."""
     if asked() == JIT:
         return f"MFT_TRITON={JIT} takes no cubin"
     _, reason = bundle(target)

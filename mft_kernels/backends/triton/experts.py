@@ -1,12 +1,14 @@
-"""What the kernels over experts share: whose rows are whose, read from offsets on the device, and how a launch of as
-many programs as fit the card takes all jobs of all experts, however many that are.
+"""Functions that the kernels over experts share: find each expert's rows, and hand out the jobs of all experts.
+
+A kernel reads from offsets, on the device, which rows belong to which expert. A launch has as many programs as fit on
+the card, and they take all jobs of all experts:
 
     offsets          3  3  8  9      where the rows of each expert end, T = 11
-    rows             0 1 2 | 3 4 5 6 7 | 8 | 9 10 nobody's
-    jobs, of 2 rows  2  0  3  1      those of an expert lie together, so that its weight stays in L2
+    rows             0 1 2 | 3 4 5 6 7 | 8 | 9 10 of no expert
+    jobs, of 2 rows  2  0  3  1      those of an expert are adjacent, so that its weight stays in L2
     last             2  2  5  6      job 3 is the second of expert 2
 
-An expert without rows has no job. The host waits for nothing: it knows T and E alone.
+In a product, an expert without rows has no job. The host never waits: it needs only T and E.
 """
 
 import math
@@ -31,9 +33,12 @@ def _largest(a, b, c, d, e, f, g, h):
 
 @triton.jit
 def rows_of_experts(offsets, T, E, BLOCK_E: tl.constexpr):
-    """Where the rows of each expert begin and end, (BLOCK_E,) each, within T whatever offsets are; none beyond E."""
+    """Return where the rows of each expert begin and end, (BLOCK_E,) each.
+
+    They stay within T for any offsets. Places beyond E have no rows.
+    """
     e = tl.arange(0, BLOCK_E)
-    # One that falls is taken for the largest before it, as the oracle takes it.
+    # An offset that falls counts as the largest before it, as in the oracle.
     begins = tl.load(offsets + e - 1, mask=(e > 0) & (e <= E), other=0)
     ends = tl.load(offsets + e, mask=e < E, other=0)
     begins = tl.associative_scan(tl.maximum(begins, 0), 0, _larger)
@@ -43,7 +48,7 @@ def rows_of_experts(offsets, T, E, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def expert_of(job, begins, ends, jobs, last, BLOCK_E: tl.constexpr):
-    """(expert, where its rows begin and end, its first job); jobs: how many each expert has, last: summed up."""
+    """Return (expert, begin and end of its rows, its first job). jobs: the number per expert; last: its running sum."""
     first = last - jobs
     mine = (first <= job) & (job < last)
     return tl.reduce(
@@ -59,29 +64,29 @@ def expert_of(job, begins, ends, jobs, last, BLOCK_E: tl.constexpr):
 
 
 def rows_each(rows: int, experts: int) -> tuple[int, int]:
-    """(experts, rows of each) that tiles are planned for: who has how many, the host does not know."""
+    """Return (experts, rows of each) to plan tiles for. The host does not know how many rows each expert really has."""
     busy = min(rows, experts)
     return busy, math.ceil(rows / busy)
 
 
 def block_of(experts: int) -> int:
-    """BLOCK_E: a place for each."""
+    """Return BLOCK_E: a power of 2 with a place for each expert."""
     return 1 << (experts - 1).bit_length()
 
 
 def readable(target: Target, *tensors: Tensor) -> bool:
-    """Whether matrices (E, N, K) are read by wide loads; by TMA as one matrix of E * N rows."""
+    """Return whether matrices (E, N, K) can be read by wide loads, or by TMA as one matrix of E * N rows."""
     one_matrix = all(len(t) == 1 or t.stride(0) == t.shape[1] * t.stride(1) for t in tensors)
     between = all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
     return aligned(*(t[0] for t in tensors)) and between and (one_matrix or not target.descriptors)
 
 
 def tiled_matrices(tensor: Tensor, block: list[int], described: bool) -> Tensor | TensorDescriptor:
-    """(E, N, K), or the descriptor of its E * N rows for tiles of ``block``."""
+    """Return the tensor (E, N, K), or the descriptor of its E * N rows for tiles of ``block``."""
     return tiled(tensor.view(-1, tensor.shape[2]), block, True) if described else tensor
 
 
 def rows_as_experts(offsets: Tensor, rows: int) -> Tensor:
-    """The expert of each row, (rows,); E for nobody's."""
+    """Return the expert of each row, (rows,); E for rows of no expert."""
     ends = offsets.clamp(0, rows).cummax(0).values
     return torch.searchsorted(ends, torch.arange(rows, dtype=ends.dtype, device=ends.device), right=True)

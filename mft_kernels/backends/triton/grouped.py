@@ -1,10 +1,10 @@
-"""The ops over experts, each in one launch, whatever rows each expert has; see experts.py.
+"""The ops over experts, each in one launch for any distribution of rows over experts; see experts.py.
 
-    product      out (T, P): the rows of expert e = a's @ Wm[e].T (P = N), or @ Wm[e] (P = K); nobody's rows are 0
-    score_grad   out (E, N, K): [out[e] +] (grad.T @ x of the rows of e) [* weight[e]] [* sign[e]]
+    product      out (T, P): the rows of expert e are a @ Wm[e].T (P = N) or a @ Wm[e] (P = K); rows of no expert are 0
+    score_grad   out (E, N, K): [out[e] +] (grad.T @ x over the rows of e) [* weight[e]] [* sign[e]]
 
-A tile of the product is one expert's: the last of its tiles may have fewer rows than BLOCK_M. No sum is split: E small
-products fill a card sooner than one does. No tile size was measured on a GPU.
+A tile of the product belongs to one expert, whose last tile may have fewer rows than BLOCK_M. No sum is split, because
+E small products fill a card sooner than one does. No tile size was measured on a GPU.
 """
 
 import math
@@ -24,7 +24,7 @@ from .tiles import grouped, store_tile
 
 
 def product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The product of each expert's rows; nobody's rows are 0."""
+    """Compute the product of each expert's rows; rows of no expert are 0."""
     matrices, thresholds = weight.matrices, keep.thresholds
     source = keep.source.contiguous() if thresholds is None else keep.source
     keep = Keep(source, None if thresholds is None else thresholds.contiguous(), keep.mode)
@@ -32,7 +32,7 @@ def product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | No
     p, q = (k, n) if transposed else (n, k)
     if rows == 0 or p == 0 or len(matrices) == 0:
         return a.new_zeros(rows, p)
-    if q == 0:  # the bias, where there is one
+    if q == 0:  # only the bias, if any
         y = a.new_zeros(len(matrices) + 1, p)
         if bias is not None:
             y[:-1] = bias
@@ -84,7 +84,7 @@ def _product_on(
     return out
 
 
-@triton.jit(do_not_specialize=["T", "E"])  # any number of rows, one binary a tile
+@triton.jit(do_not_specialize=["T", "E"])  # one binary per tile size for any number of rows
 def _grouped_product_kernel(
     a, weight, keep, thresholds, bias, out, offsets, T, E, N, K,
     stride_am, stride_aq, stride_we, stride_wn, stride_wk, stride_ke, stride_kn, stride_kk,
@@ -93,7 +93,7 @@ def _grouped_product_kernel(
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out (T, P)."""
+    """Write out (T, P)."""
     P = K if TRANSPOSED else N
     Q = N if TRANSPOSED else K
     tl.assume(Q > 0)  # see _masked_product_kernel
@@ -118,8 +118,8 @@ def _grouped_product_kernel(
         t = thresholds
         if MODE != "packed":
             t = thresholds + expert
-        # BY_ROW where there are descriptors: beyond the last of N they read what the next expert keeps, unless a
-        # threshold forbids it.
+        # BY_ROW with descriptors: beyond row N, a descriptor reads the next expert's rows. Thresholds per row drop
+        # them, because they are NaN there.
         sums = product_tile(
             a, w, k, t, row, column, 0, Q, end, N, K, origin,
             stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, 0,
@@ -138,9 +138,9 @@ def _grouped_product_kernel(
 
 
 def score_grad_of_experts(sums: Sums) -> None:
-    """d_scores[e] = [d_scores[e] +] (grad_output.T @ x of the rows of e) [* weight[e]] [* sign[e]].
+    """Write d_scores[e] = [d_scores[e] +] (grad_output.T @ x over the rows of e) [* weight[e]] [* sign[e]].
 
-    An expert without rows has exactly 0, or stays as it is.
+    For an expert without rows, d_scores[e] is exactly 0, or stays as it is if sums are accumulated.
     """
     grad_output, x, weight, sign, out, accumulate, offsets, *_ = sums
     assert out is not None
@@ -151,7 +151,7 @@ def score_grad_of_experts(sums: Sums) -> None:
             out.zero_()
         return
     target = target_of(x.device)
-    # No descriptor: what it reads beyond an expert's rows would have to be taken out of both operands again.
+    # No descriptors: they read beyond an expert's rows, which would then have to be masked in both operands.
     given = operands(x, None, aligned(grad_output, x))
     busy, each = rows_each(rows, experts)
     tiles = outer_tiles(Problem(target, each, n, k, given, busy))
@@ -191,7 +191,7 @@ def _grouped_score_grad_kernel(
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
     STAGES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """A job is a tile of one expert's matrix; where sums are added up, of an expert that has rows."""
+    """Compute one tile of one expert's matrix per job. If ACCUMULATE, only experts that have rows have jobs."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_k = tl.cdiv(K, BLOCK_K)
     begins, ends = rows_of_experts(offsets, T, E, BLOCK_E)

@@ -1,9 +1,9 @@
-"""A mask in its weight's own memory: what it drops goes aside, comes back, or becomes 0. See reference/in_place.py.
+"""A mask in its weight's own memory: put dropped elements aside, put them back, or write 0. See reference/in_place.py.
 
-weight (N, K), or of experts (E, N, K), contiguous  ->  a program for each row, of bits that nothing computes with
+weight (N, K), or (E, N, K) for experts, contiguous  ->  one program per row, which moves bits without computing
 
-Dropped elements lie aside in row-major order. Where those of a row begin is a sum over the rows before it, counted in a
-launch of its own; where one lies in its row, a running sum.
+Dropped elements are stored aside in row-major order. A row's elements begin after those of all rows before it, which a
+launch of its own counts. An element's place within its row is a running sum.
 """
 
 from typing import Any
@@ -16,11 +16,14 @@ from ...reference import in_place as reference
 from .language import tl, triton
 from .launch import launch
 
-_BLOCK = 1024  # elements of a row at a time, 8 a thread
+_BLOCK = 1024  # elements of a row at a time, 8 per thread
 
 
 def put_aside(weight: Tensor, packed: Tensor, held: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """What packed drops of a weight that may hold a mask already. The host waits for their number."""
+    """Return a copy of the elements that ``packed`` drops. The host waits for their number.
+
+    ``held``: (aside, mask) if the weight already holds a mask; aside has the elements that it dropped.
+    """
     if not weight.is_contiguous() or weight.numel() == 0:
         return reference.put_aside(weight, packed, held)
     ends = ends_of(weight, packed)
@@ -33,14 +36,14 @@ def put_aside(weight: Tensor, packed: Tensor, held: tuple[Tensor, Tensor] | None
 
 
 def put_back(weight: Tensor, aside: Tensor, held: Tensor, wanted: Tensor | None = None) -> None:
-    """Write aside to where it came from, but for what wanted drops as well."""
+    """Write ``aside`` to where ``held`` dropped it from, except the elements that ``wanted`` drops too."""
     if not weight.is_contiguous() or weight.numel() == 0:
         return reference.put_back(weight, aside, held, wanted)
     launch_put_back(weight, aside, held, ends_of(weight, held), wanted)
 
 
 def drop(weight: Tensor, packed: Tensor, held: Tensor | None = None) -> None:
-    """Let +0 lie where packed drops; it does already where held does."""
+    """Write +0 where ``packed`` drops. Where ``held`` drops, +0 is already there."""
     if not weight.is_contiguous() or weight.numel() == 0:
         return reference.drop(weight, packed, held)
     _launch_by_row(_drop_kernel, weight, _as_bits(weight), packed, held)
@@ -51,12 +54,12 @@ def drop(weight: Tensor, packed: Tensor, held: Tensor | None = None) -> None:
 
 
 def ends_of(weight: Tensor, packed: Tensor) -> Tensor:
-    """int64 (rows,): where the dropped elements of each row end, among all."""
+    """Return where the dropped elements of each row end among all dropped elements, int64 (rows,)."""
     return count_dropped(weight, packed).cumsum(0, dtype=torch.int64)
 
 
 def count_dropped(weight: Tensor, packed: Tensor) -> Tensor:
-    """int32 (rows,)."""
+    """Return how many elements of each row are dropped, int32 (rows,)."""
     counts = torch.empty(_grid(weight), dtype=torch.int32, device=weight.device)
     _launch_by_row(_count_kernel, weight, counts, packed)
     return counts
@@ -65,19 +68,19 @@ def count_dropped(weight: Tensor, packed: Tensor) -> Tensor:
 def launch_put_aside(
     out: Tensor, weight: Tensor, packed: Tensor, ends: Tensor, held: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> None:
-    """Fill ``out``. held: the aside, the mask and its ends of what the weight holds already."""
+    """Fill ``out``. held: (aside, mask, ends of the mask) if the weight already holds a mask."""
     before = (None, None, None) if held is None else (_as_bits(held[0]), *held[1:])
     _launch_by_row(_put_aside_kernel, weight, _as_bits(out), _as_bits(weight), packed, ends, *before)
 
 
 def launch_put_back(weight: Tensor, aside: Tensor, held: Tensor, ends: Tensor, wanted: Tensor | None) -> None:
-    """With the ends of ``held``."""
+    """Put ``aside`` back. ends: those of ``held``."""
     _launch_by_row(_put_back_kernel, weight, _as_bits(weight), _as_bits(aside), held, ends, wanted)
     increment_version(weight)
 
 
 def _launch_by_row(kernel: Any, weight: Tensor, *arguments: Tensor | None) -> None:
-    """A program for each row of the weight."""
+    """Launch one program for each row of the weight."""
     launch(kernel, _grid(weight), *arguments, weight.shape[-1], BLOCK=_BLOCK, num_warps=4)
 
 
@@ -86,20 +89,20 @@ def _grid(weight: Tensor) -> tuple[int]:
 
 
 def _as_bits(values: Tensor) -> Tensor:
-    """Integers, which are moved as they are: NaN keeps its payload."""
+    """View values as integers, which are moved unchanged: NaN keeps its payload."""
     return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
 
 
 @triton.jit
 def _dropped(words, row, c, K):
-    """Of columns ``c`` of a row, those that are dropped; beyond the row none."""
+    """Return which of columns ``c`` of a row are dropped. Beyond the row, none are."""
     word = tl.load(words + row.to(tl.int64) * tl.cdiv(K, 32) + c // 32, mask=c < K, other=-1)
     return ((word >> (c % 32)) & 1) == 0
 
 
 @triton.jit
 def _first_place(ends, row):
-    """Where the dropped elements of a row begin."""
+    """Return where the dropped elements of a row begin."""
     return tl.load(ends + row - 1, mask=row > 0, other=0)
 
 
@@ -114,7 +117,7 @@ def _count_kernel(counts, words, K, BLOCK: tl.constexpr):
 
 @triton.jit
 def _put_aside_kernel(out, weight, words, ends, aside, held, held_ends, K, BLOCK: tl.constexpr):
-    """held: a mask that the weight holds already, with its aside; or None."""
+    """Fill ``out`` from one row. held: a mask that the weight already holds, with its ``aside``; or None."""
     row = tl.program_id(0)
     place = _first_place(ends, row)
     held_place = place
@@ -137,7 +140,7 @@ def _put_aside_kernel(out, weight, words, ends, aside, held, held_ends, K, BLOCK
 
 @triton.jit
 def _put_back_kernel(weight, aside, held, ends, wanted, K, BLOCK: tl.constexpr):
-    """wanted: another mask, whose dropped elements stay as they are; or None."""
+    """Put one row's elements back. wanted: another mask, whose dropped elements stay as they are; or None."""
     row = tl.program_id(0)
     place = _first_place(ends, row)
     for first in range(0, K, BLOCK):
@@ -153,7 +156,7 @@ def _put_back_kernel(weight, aside, held, ends, wanted, K, BLOCK: tl.constexpr):
 
 @triton.jit
 def _drop_kernel(weight, words, held, K, BLOCK: tl.constexpr):
-    """held: a mask for whose dropped elements 0 lies there already; or None."""
+    """Write 0 into one row. held: a mask whose dropped elements are already 0; or None."""
     row = tl.program_id(0)
     for first in range(0, K, BLOCK):
         c = first + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""Triton where it is installed; else as much as naming its kernels takes, whose cubins are launched without it."""
+"""Triton if it is installed; otherwise only what names its kernels, so that cubins can be launched without it."""
 
 import importlib.util
 import inspect
@@ -15,17 +15,20 @@ if INSTALLED:
 else:
 
     class Constexpr:
-        """What a constexpr is annotated with."""
+        """The annotation of a constexpr parameter."""
 
     @dataclass(frozen=True)
     class Parameter:
-        """Of a kernel. Unless ``do_not_specialize``, an integer's 1 and multiples of 16 have binaries of their own."""
+        """A kernel's parameter.
+
+        Unless ``do_not_specialize``, integers that are 1 or a multiple of 16 have binaries of their own.
+        """
 
         name: str
         do_not_specialize: bool
 
     class Kernel:
-        """Of a function of Triton's language, which nothing here reads, its name and parameters."""
+        """The name and parameters of a function in Triton's language, whose body is never read."""
 
         def __init__(self, function: Callable, do_not_specialize: Sequence[str] = ()) -> None:
             self.__name__ = function.__name__
@@ -33,7 +36,7 @@ else:
             self.params = [Parameter(name, name in do_not_specialize) for name in names]
 
     class triton:  # type: ignore[no-redef]
-        """What launchers and decorators ask of the module."""
+        """The part of the module that launchers and decorators use."""
 
         @staticmethod
         def jit(function: Callable | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
@@ -46,7 +49,7 @@ else:
             return -(-a // b)
 
     class tl:  # type: ignore[no-redef]
-        """What the kernels' signatures ask of the language."""
+        """The part of the language that the kernels' signatures use."""
 
         constexpr = Constexpr
 

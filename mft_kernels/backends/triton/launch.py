@@ -1,4 +1,4 @@
-"""The one place that launches a Triton kernel, and the hook that takes launches down instead."""
+"""The one place that launches Triton kernels, and the hook that records launches instead."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with all that decides what is compiled: arguments, constexprs, warps and stages; and its grid."""
+    """A kernel, its grid, and all that decides what is compiled: arguments, constexprs, warps and stages."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -28,15 +28,21 @@ _recording: list[Launch] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """kernel[grid](*args, **options); an empty grid launches nothing. At least one argument is a tensor."""
+    """Run kernel[grid](*args, **options). An empty grid launches nothing. At least one argument must be a tensor.
+
+    If a launch is recorded (see record), it does not run.
+
+    Raises:
+        NoCubin: no cubin serves the launch, and the installed Triton may not compile it.
+    """
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
-    # Said aloud because its default changes with Triton 3.10. A fused multiply-add only spares a rounding here.
+    # Set explicitly, because its default changes with Triton 3.10. A fused multiply-add only saves a rounding here.
     options.setdefault("enable_fp_fusion", True)
     target = target_of(tensor.device)
     if target.backend == "cuda":
-        # Else ptxas spills a few registers where that lets one more block in. 255 x 256 threads still fit.
+        # Otherwise ptxas spills a few registers if that lets one more block in. 255 x 256 threads still fit.
         options.setdefault("maxnreg", 255)
-    else:  # no other compiler knows such a limit
+    else:  # no other compiler has such a limit
         options.pop("maxnreg", None)
     if _recording is not None:
         _recording.append(Launch(kernel, grid, args, options))
@@ -48,7 +54,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
                 return
             if reason := _not_compiled_here(target, options):
                 raise cubins.NoCubin(f"{cubins.missing(str(target), kernel, args, options)}, and {reason}")
-        # Triton launches on the current device, which need not be that of the tensors.
+        # Triton launches on the current device, which may differ from the tensors' device.
         elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
         with torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext():
             kernel[grid](*args, **options)
@@ -56,9 +62,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def by_cubins_or_compiled(device: torch.device, run: Callable[[Target], T]) -> T:
-    """run(target of the device); where its form has no cubin, run(target) with the form that is compiled here.
+    """Return run(target of the device); if its form has no cubin, run(target) with the form that is compiled here.
 
-    ``run`` launches nothing before the kernel that has a form, so that nothing is done twice.
+    ``run`` must launch nothing before the kernel that has a form, so that nothing is done twice.
     """
     try:
         return run(target_of(device))
@@ -69,7 +75,7 @@ def by_cubins_or_compiled(device: torch.device, run: Callable[[Target], T]) -> T
 
 
 def _not_compiled_here(target: Target, options: dict[str, Any]) -> str | None:
-    """Why the installed Triton may not compile this for the target; None if it may."""
+    """Return why the installed Triton may not compile this for the target; None if it may."""
     if cubins.asked() == cubins.CUBINS:
         return f"MFT_TRITON={cubins.CUBINS} allows no other; unset it"
     if not INSTALLED:
@@ -80,13 +86,13 @@ def _not_compiled_here(target: Target, options: dict[str, Any]) -> str | None:
 
 
 def recording() -> bool:
-    """Whether launches are taken down, see record."""
+    """Return whether launches are recorded; see record."""
     return _recording is not None
 
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Within the context nothing is launched; the list receives what would have been. For compiling ahead of time."""
+    """Within the context, record launches in the list instead of running them. For compiling ahead of time."""
     global _recording
     before, _recording = _recording, []
     try:

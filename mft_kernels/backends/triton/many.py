@@ -1,11 +1,11 @@
-"""Many masks on one weight, a mask a row: y[i] = x[i] @ where(masks[tasks[i]], weight, 0).T + bias; -1: all is kept.
+"""Many masks on one weight, one per row: y[i] = x[i] @ where(masks[tasks[i]], weight, 0).T + bias; task -1 keeps all.
 
-    x (M, K), weight (N, K), up to 16 masks (N, ceil(K / 32)), tasks one for every EACH rows
+    x (M, K), weight (N, K), up to 16 masks (N, ceil(K / 32)), one task for every EACH rows
 
-One program makes BLOCK_M x BLOCK_N of y, or of a part of its sum (product.py). A tile of the weight is read once,
-masked by each mask that a row of the program takes, and multiplied; of a product those rows alone are kept that take
-its mask. For few tokens, whose products should cost less than the weight takes to come. No tile size was measured on a
-GPU.
+One program makes a BLOCK_M x BLOCK_N tile of y, or of a part of its sum (product.py). It reads a tile of the weight
+once, and masks and multiplies it once for each mask that one of its rows takes. From each product it keeps only the
+rows that take that mask. This is meant for few tokens, whose products should take less time than loading the weight.
+No tile size was measured on a GPU.
 """
 
 import math
@@ -26,7 +26,7 @@ from .tiles import load_tile, load_words, spread
 
 
 def product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The product with a mask per row: forward in one pass over the weight; NaN for a task that there is not."""
+    """Compute the product with a mask per row, the forward in one pass over the weight. An unknown task gives NaN."""
     if transposed:
         return _d_x(a, weight, keep.masks, keep.tasks)
     kind = planned.kind("many", weight)
@@ -43,7 +43,7 @@ def _forward(x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, 
     tiles = many_tiles(Problem(target_of(x.device), *least, operands(weight, None, True)), len(masks))
     split = Split.of(tiles, y, k)
     every = [packed.contiguous() for packed in masks]
-    # One binary for 3 and 4 masks, and so on: serving does not stop to compile when a task comes.
+    # One binary for 3 and 4 masks, one for 5 to 8, and so on: serving does not compile for each new task.
     unused = (1 << (len(every) - 1).bit_length()) - len(every) if every else 0
     bias = bias if bias is None else bias.contiguous()
     launch(
@@ -76,7 +76,7 @@ def _forward(x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, 
 
 
 def _d_x(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
-    """A product of all rows for each mask, of which its rows are taken."""
+    """Compute d_x: for each mask the product of all rows, of which only the rows that take the mask are used."""
     (n, k), rows = weight.shape, grad_output.shape[:-1].numel()
     grad, task = grad_output.reshape(rows, n), tasks.repeat_interleave(max(1, rows // max(1, len(tasks)))).unsqueeze(1)
     d_x = grad.new_full((rows, k), torch.nan)
@@ -101,7 +101,10 @@ def _many_masks_kernel(
     COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y a program, if SPLITS is 1; else of one of the parts, see _masked_product_kernel. MASKS <= COUNT."""
+    """Compute one tile per program: of y if SPLITS is 1, otherwise of one of the parts. MASKS <= COUNT.
+
+    See _masked_product_kernel.
+    """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
     split = tl.program_id(0) // tiles
@@ -111,9 +114,9 @@ def _many_masks_kernel(
     start = split * K_SPLIT
     m = row + tl.arange(0, BLOCK_M)
     task = tl.load(tasks + m // EACH, mask=m < M, other=-2)
-    task = tl.where((task >= -1) & (task < MASKS), task, -2).to(tl.int32)  # 2^32 is no task either
+    task = tl.where((task >= -1) & (task < MASKS), task, -2).to(tl.int32)  # checked before the cast: 2^32 is not task 0
     words = tl.cdiv(K, 32)
-    taken = 0  # a bit a mask that a row takes; the last is the whole weight
+    taken = 0  # one bit per mask, set if a row takes it; the last bit is the whole weight
     for i in tl.static_range(COUNT + 1):
         taken |= tl.max((task == (i if i < COUNT else -1)).to(tl.int32), 0) << i
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -125,7 +128,7 @@ def _many_masks_kernel(
             w = w.to(tl.float32)
         for i in tl.static_range(COUNT + 1):
             takes = (taken >> i) & 1
-            if i < COUNT:  # outside of the branch: there no load is under way before it is waited for
+            if i < COUNT:  # outside the branch: inside it, a load starts only when it is waited for
                 word = load_words(masks[i], column, k, N * takes, K, words, BLOCK_N, BLOCK_K)
             if takes != 0:
                 masked = w

@@ -1,8 +1,10 @@
-"""The triton backend's products and gradients: each a launch or two, by the kind of weight and of mask.
+"""The triton backend's products and gradients: one or two launches each, by the kind of weight and of mask.
 
-Strides, alignment and 2^31 elements are the kernels' business; nothing is copied here but leading axes that no view can
-merge. ``choose`` decides between the fused product, the same with the mask packed first, and a pass into scratch: never
-the last where a caller asked for this backend by name, ``choice.automatic`` under "auto".
+Kernels handle strides, alignment and more than 2^31 elements. Copies are made here only of tensors whose leading axes
+no view can merge, and of packed words that are not contiguous.
+
+``choose`` decides between the fused product, the fused product with the mask packed first, and a pass into scratch. If
+a caller asks for this backend by name, it never takes scratch. Under "auto" it is ``choice.automatic``.
 """
 
 import functools
@@ -36,17 +38,17 @@ Choose = Callable[[Product, Target, Mapping[str, Callable[[int], object]]], str]
 
 
 def own_kernels(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
-    """FUSED or PACKED, by the model of the card."""
+    """Return FUSED or PACKED, by the model of the card."""
     return by_model(product, target, own=True)
 
 
 def always_fused(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
-    """FUSED, whatever the sizes: to compile, check and time these kernels alone."""
+    """Return FUSED for all sizes: to compile, check and time these kernels alone."""
     return FUSED
 
 
 def always_scratch(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
-    """SCRATCH, whatever the sizes: what the fused kernels are measured against."""
+    """Return SCRATCH for all sizes: the fused kernels are measured against it."""
     return SCRATCH
 
 
@@ -59,19 +61,19 @@ def product(
     transposed: bool = False,
     choose: Choose = own_kernels,
 ) -> Tensor:
-    """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
+    """Compute a @ where(keep, weight, 0).T + bias; if transposed, a @ where(keep, weight, 0). See the reference."""
     return _product_as(choose)(a, weight, keep, bias, transposed=transposed)
 
 
 def gradients(asked: Backward, *, choose: Choose = own_kernels) -> Gradients:
-    """d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
+    """Return d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
     if isinstance(asked.weight, Experts):
         return _of_experts(asked)
     return _backward(asked, choose)
 
 
 def score_grad(sums: Sums) -> None:
-    """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], in the epilogue; no temporary of that size."""
+    """Compute d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign] without a temporary of that size."""
     sums = _with_whole_words(sums)
     if sums.offsets is not None:
         score_grad_of_experts(sums)
@@ -93,7 +95,7 @@ def _by_rows(sums: Sums) -> Sums:
 
 
 def _has_gaps(tensor: Tensor | None) -> bool:
-    """Whether these are words, of a mask or of signs, that no kernel reads as they lie."""
+    """Return whether these are words, of a mask or of signs, that are not contiguous. No kernel reads such words."""
     return tensor is not None and tensor.dtype == torch.int32 and not tensor.is_contiguous()
 
 
@@ -143,7 +145,7 @@ def _backward(asked: Backward, choose: Choose) -> Gradients:
 
 
 def _gradients(asked: Backward, choose: Choose) -> list[Tensor]:
-    """Those of _backward but d_bias."""
+    """Return the gradients of _backward, without d_bias."""
     grad, weight, keep = _rows(asked.grad_output), asked.weight, asked.keep
     assert isinstance(weight, Tensor)
     wants_x, wants_weight, wants_scores, _ = asked.output_mask
@@ -174,14 +176,14 @@ def _add_sums(sums: Sums) -> None:
 
 
 def _kind(what: str, weight: Tensor, *decide: object, choose: Choose) -> int | None:
-    """planned.kind, for what is chosen as a user may ask for it."""
+    """Return planned.kind; None if ``choose`` is none that a user can ask for."""
     if choose is not automatic and choose is not own_kernels:
         return None
     return planned.kind(what, weight, *decide, automatic=choose is automatic)
 
 
 def _is_one_launch(sums: Sums, choose: Choose) -> bool:
-    """Whether d_x and d_scores come from one launch; the other choice is d_x through scratch, then d_scores."""
+    """Return whether one launch makes d_x and d_scores. The alternative is d_x through scratch, then d_scores."""
     grad, x, weight, keep = sums.grad_output, sums.x, sums.weight, sums.keep
     assert weight is not None
     assert keep is not None
@@ -208,7 +210,7 @@ def _is_one_launch(sums: Sums, choose: Choose) -> bool:
 
 
 def _product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool, choose: Choose) -> Tensor:
-    """a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed."""
+    """Compute a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed."""
     (n, k), m = weight.shape, a.shape[0]
     p, q = (k, n) if transposed else (n, k)
     if m == 0 or p == 0 or q == 0:
@@ -247,7 +249,7 @@ def _describe(a: Tensor, weight: Tensor, keep: Keep, *, transposed: bool, with_s
 
 
 def _tokens_like(tensor: Tensor, tokens: int, features: int) -> Tensor:
-    """(tokens, features) to measure with: not zeros, which cost a GPU less power, and nothing from the user's RNG."""
+    """Return (tokens, features) to measure with: not zeros, which take less power, and not from the user's RNG."""
     values = torch.arange(tokens * features, device=tensor.device) * 7919 % 257 / 128 - 1
     return values.view(tokens, features).to(tensor.dtype)
 

@@ -1,4 +1,4 @@
-"""Which tiles a product takes on a target: of those that compile well, what cost.py expects to be the fastest.
+"""Choose the tiles of a product on a target: those that cost.py expects to be fastest among those that compile well.
 
 Every entry compiles without a spill for each kind of mask (make kernels-report). Which is fastest was not measured.
 M tokens; P and Q as in product.py.
@@ -17,41 +17,41 @@ from .target import Target
 #: Columns of a tile that the epilogue of d_scores handles at a time. 64 spill with fp32 sums or a second output.
 EPILOGUE_COLUMNS = 32
 
-#: Into how many parts a sum is split at most.
+#: The largest number of parts that a sum is split into.
 MOST_SPLITS = 16
-#: Bytes of parts that up to 16 tokens may have in any case: L2 takes and gives them in 0.2 us, a tenth of a launch.
+#: Bytes that the parts of up to 16 tokens may always take. L2 writes and reads them in 0.2 us, a tenth of a launch.
 _FREE_PARTS = 2**19
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What of the arguments decides the tiles, besides their sizes."""
+    """The properties of the arguments that decide the tiles, besides their sizes."""
 
-    element: int  # bytes of an element of activations and weight
-    keep: int = 0  # bytes of what tells whether one weight is kept; 0 for a packed bit
-    exact: bool = False  # fp32 in full precision, which no tensor core does
-    aligned: bool = True  # loads of 16 bytes and more
+    element: int  # bytes per element of activations and weight
+    keep: int = 0  # bytes of the score that decides whether a weight is kept; 0 for a packed bit
+    exact: bool = False  # fp32 in full precision, which no tensor core computes
+    aligned: bool = True  # loads of 16 bytes and more are possible
 
 
 class Problem(NamedTuple):
-    """Products to be made on a target: m tokens each, by matrices of p x q elements (P x Q, or N x K)."""
+    """Products to compute on a target: m tokens each, by matrices of p x q elements (P x Q, or N x K)."""
 
     target: Target
     m: int
     p: int
     q: int
     operands: Operands
-    experts: int | None = None  # that many of them; None: a matrix that is no expert's
+    experts: int | None = None  # number of matrices; None: one matrix that belongs to no expert
 
     @property
     def flipped(self) -> "Problem":
-        """The product of the other direction: P and Q change places."""
+        """The product in the other direction: P and Q swapped."""
         return self._replace(p=self.q, q=self.p)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of a launch. ``inner`` is the step along the summed axis; ``blocks`` share a multiprocessor."""
+    """Tile sizes of a launch. ``inner`` is the step along the summed axis; ``blocks`` blocks share a multiprocessor."""
 
     rows: int
     columns: int
@@ -61,33 +61,37 @@ class Tiles:
     blocks: int = 1
     splits: int = 1
     group: int = 8
-    plain: bool = False  # the masked weight is the second operand, whatever the target's form
+    plain: bool = False  # the masked weight is the second operand in any form of the target
 
     @property
     def registers(self) -> int:
-        """That a thread may have, so that ``blocks`` fit."""
+        """Registers that a thread may use so that ``blocks`` blocks fit on a multiprocessor."""
         return min(255, 65536 // (32 * self.warps * self.blocks) // 8 * 8)
 
     def options(self, axes: str) -> dict[str, int]:
-        """Of a launch: BLOCK_x of the three axes that rows, columns and inner are of, stages, warps and registers."""
+        """Return a launch's options: BLOCK_x for each of the three axes, stages, warps and registers.
+
+        ``axes``: the letters of the axes of rows, columns and inner, such as "MPQ".
+        """
         blocks = dict(zip((f"BLOCK_{axis}" for axis in axes), (self.rows, self.columns, self.inner)))
         return {**blocks, "STAGES": self.stages, "num_warps": self.warps, "maxnreg": self.registers}
 
     def part(self, summed: int) -> int:
-        """Of a summed axis, what each of the splits sums: whole steps, and so whole words of a packed mask."""
+        """Return how much of a summed axis each split sums: whole steps, and so whole words of a packed mask."""
         return math.ceil(math.ceil(summed / self.splits) / self.inner) * self.inner
 
 
-#: For operands that are read element by element: addresses fill the registers, and larger tiles spill.
+#: For operands that are read element by element. Addresses fill the registers, and larger tiles spill.
 _NARROW = (Tiles(64, 64, 32, 4, 2),)
 _INTERPRETED = (Tiles(16, 32, 32, 4, 2),)
 
-#: Up to 16 tokens `mma.sync` multiplies on every card, whose first operand has 16 rows, and whose second has as few
-#: columns as one likes: so the weight goes second. Tiles of 32 of its rows fill a card with a quarter of the parts that
-#: 128 take, for which activations come four times from L2; 12 warps of a multiprocessor hide each other's masking.
+#: For up to 16 tokens, every card multiplies with `mma.sync`. Its first operand has 16 rows, and its second any number
+#: of columns, so the weight is the second. Tiles of 32 rows of the weight fill a card with a quarter of the parts that
+#: tiles of 128 rows need. In return, activations come from L2 four times as often. The 12 warps of a multiprocessor
+#: hide each other's masking.
 _FEW = Tiles(16, 32, 128, 4, 4, blocks=3, plain=True)
-#: By form. rows: tokens, columns: of P, inner: of Q. 128 rows of the weight feed two m64 instructions where the product
-#: is swapped; tokens are the free axis of the instruction.
+#: Tiles of a product, by form. rows: tokens; columns: of P; inner: of Q. In the swapped form, 128 rows of the weight
+#: feed two m64 instructions, and tokens are the free axis of the instruction.
 _SWAPPED = (
     _FEW,
     Tiles(64, 128, 64, 4, 4, blocks=2),
@@ -100,34 +104,34 @@ _PRODUCT: dict[str, tuple[Tiles, ...]] = {
     "narrow": _NARROW,
     "swapped sm_90": _SWAPPED,
     "swapped sm_100": _SWAPPED,
-    # Two blocks on a multiprocessor, so that one masks while the other multiplies.
+    # Two blocks per multiprocessor, so that one masks while the other multiplies.
     "plain sm_90": (_FEW, Tiles(64, 128, 64, 4, 2, blocks=2), Tiles(128, 128, 64, 4, 2, blocks=2)),
     "hip": (Tiles(16, 128, 64, 8, 2), Tiles(64, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 2)),
     "sm_80": (_FEW, Tiles(64, 128, 32, 8, 4), Tiles(128, 128, 32, 8, 4)),
 }
-#: Of a product with a mask a row, by mma.sync. With 16 masks a thread takes up to 225 registers; 4 warps of 64 rows
-#: spilled on sm_89.
+#: Tiles of a product with one mask per row, by mma.sync. With 16 masks, a thread takes up to 225 registers. On sm_89,
+#: 64 rows with 4 warps spilled.
 _MANY = (
     replace(_FEW, stages=3, blocks=2),
     Tiles(32, 64, 64, 4, 3, blocks=2, plain=True),
     Tiles(64, 64, 64, 8, 3, plain=True),
 )
-#: Of a product over codes: what decodes is shared by more tokens in a taller tile.
+#: Tiles of a product over codes. In a taller tile, more tokens share the work of decoding.
 _QUANTIZED = (*_MANY[:2], Tiles(64, 64, 64, 4, 3, blocks=2, plain=True), Tiles(128, 128, 64, 8, 3, plain=True))
 _QUANTIZED_NARROW = (Tiles(16, 64, 32, 4, 2), Tiles(64, 64, 32, 8, 2))
-#: rows: of N, columns: of K, inner: of M.
+#: Tiles of d_scores. rows: of N; columns: of K; inner: of M.
 _HOPPER_OUTER = (Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
 _OUTER: dict[str, tuple[Tiles, ...]] = {
     "interpreter": (Tiles(16, 64, 16, 4, 2),),
     "exact": (Tiles(64, 64, 16, 8, 2),),
-    "narrow": (replace(_NARROW[0], warps=8),),  # with 4, weight and scores beside d_weight spill on sm_89
+    "narrow": (replace(_NARROW[0], warps=8),),  # with 4 warps, weight and scores spill if d_weight is wanted (sm_89)
     "swapped sm_90": _HOPPER_OUTER,
     "swapped sm_100": _HOPPER_OUTER,
     "plain sm_90": _HOPPER_OUTER,
     "hip": (Tiles(128, 128, 32, 8, 2),),
     "sm_80": (Tiles(128, 128, 32, 8, 4),),
 }
-#: d_x and d_scores in one launch. rows: tokens, columns: of K and of N, inner: of N and of M.
+#: Tiles of d_x and d_scores in one launch. rows: tokens; columns: of K and of N; inner: of N and of M.
 _HOPPER_BACKWARD = (Tiles(64, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3))
 _BACKWARD: dict[str, tuple[Tiles, ...]] = {
     "interpreter": _INTERPRETED,
@@ -138,10 +142,11 @@ _BACKWARD: dict[str, tuple[Tiles, ...]] = {
     "hip": (Tiles(16, 128, 32, 8, 2), Tiles(64, 128, 32, 8, 2), Tiles(128, 128, 32, 8, 2)),
     "sm_80": (Tiles(16, 128, 32, 8, 3), Tiles(64, 128, 32, 8, 3), Tiles(128, 128, 32, 8, 3)),
 }
-#: Bytes that the epilogue of d_scores moves for one of them: weight, sign and result in 16 bits, or weight and fp32.
+#: Bytes that the epilogue of d_scores moves per element: weight, sign and result in 16 bits, or weight and fp32 result.
 _EPILOGUE_BYTES = 6
-#: Of a GEMM's rate, what masking between the multiplications leaves. Estimates: sm_90 masks one step while the tensor
-#: cores take the other, or sends it through shared memory; sm_100 through tensor memory; the others by the same warps.
+#: The share of a GEMM's rate that is left if weights are masked between the multiplications. Estimates. Swapped sm_90
+#: masks one step while the tensor cores multiply another. Plain sm_90 sends masked tiles through shared memory, sm_100
+#: through tensor memory. On the others, the same warps mask and multiply.
 _SHARES = {
     "interpreter": 0.7,
     "swapped sm_90": 0.84,
@@ -150,13 +155,13 @@ _SHARES = {
     "hip": 0.7,
     "sm_80": 0.7,
 }
-#: Choices that are remembered, for each takes some 0.15 ms of the host: more sizes than a process meets.
+#: How many choices each cache holds: more sizes than a process meets. Each choice takes about 0.15 ms on the host.
 _MEMORY = 2**14
 
 
 @functools.lru_cache(_MEMORY)
 def product_tiles(problem: Problem) -> Tiles:
-    """rows: tokens, columns: of P, inner: of Q. Of experts no sum is split."""
+    """Return the tiles of a product. rows: tokens; columns: of P; inner: of Q. For experts, no sum is split."""
     operands, experts = problem.operands, problem.experts
     form = _form(problem)
     known = _PRODUCT[form]
@@ -165,23 +170,23 @@ def product_tiles(problem: Problem) -> Tiles:
     if form == "plain sm_90" and operands.keep == 4:
         known = tuple(t if t.plain else replace(t, inner=32) for t in known)
     if experts is not None and form == "exact":
-        known = (Tiles(16, 64, 32, 8, 2),)  # 32 rows spill beside the places of 256 experts
+        known = (Tiles(16, 64, 32, 8, 2),)  # 32 rows spill together with the row ranges of 256 experts
     elif experts is not None and operands.element == 4:
-        known = tuple(t for t in known if t.rows <= 128)  # 256 spill on sm_90, which takes them of one matrix
+        known = tuple(t for t in known if t.rows <= 128)  # on sm_90, 256 rows spill for experts, not for one matrix
     elif experts is not None and form == "hip" and operands.keep == 4:
-        known = tuple(t for t in known if t.rows <= 64)  # 128 spill
+        known = tuple(t for t in known if t.rows <= 64)  # 128 rows spill
     choices = [t for t in _choices(known, problem) if t.splits == 1 or experts is None]
     return min(choices, key=lambda tiles: product_seconds(problem, tiles))
 
 
 def product_seconds(problem: Problem, tiles: Tiles, *, share: float = 1.0) -> float:
-    """What the model expects products to take that reach a share of the rate that the makers promise."""
+    """Return the expected seconds of products that reach ``share`` of the rate in the vendor's data sheet."""
     return _seconds(problem, tiles, [_products(problem, tiles)], share=share)
 
 
 @functools.lru_cache(_MEMORY)
 def many_tiles(problem: Problem, masks: int) -> Tiles:
-    """Of a product with a mask a row. rows: tokens, columns: of N, inner: of K."""
+    """Return the tiles of a product with one mask per row. rows: tokens; columns: of N; inner: of K."""
     if problem.target.backend == "interpreter":
         known = tuple(replace(_INTERPRETED[0], rows=tiles.rows) for tiles in _MANY)
     elif problem.operands.exact:
@@ -193,7 +198,10 @@ def many_tiles(problem: Problem, masks: int) -> Tiles:
 
 
 def _many_seconds(problem: Problem, tiles: Tiles, masks: int) -> float:
-    """Each mask is loaded, and multiplies once more: all of them where rows are enough to take them."""
+    """Return the expected seconds with ``masks`` masks, of which at most one per row is used.
+
+    Each used mask is loaded and costs one more multiplication.
+    """
     one, taken = _products(problem, tiles), min(masks, problem.m)
     jobs = replace(
         one,
@@ -206,7 +214,10 @@ def _many_seconds(problem: Problem, tiles: Tiles, masks: int) -> float:
 
 @functools.lru_cache(_MEMORY)
 def quantized_tiles(problem: Problem) -> Tiles:
-    """Of a product over codes, the weight taken for a dense one. rows: tokens, columns: of P, inner: of Q."""
+    """Return the tiles of a product over codes, as if they were a dense weight.
+
+    rows: tokens; columns: of P; inner: of Q.
+    """
     if problem.target.backend == "interpreter":
         known = tuple(replace(_INTERPRETED[0], rows=tiles.rows) for tiles in _QUANTIZED)
     elif problem.operands.exact or not problem.operands.aligned:
@@ -217,13 +228,13 @@ def quantized_tiles(problem: Problem) -> Tiles:
 
 
 def fused_seconds(problem: Problem) -> float:
-    """What the model expects the fused product to take: as product_seconds, masking between multiplications."""
+    """Return the expected seconds of the fused product: product_seconds with masking between the multiplications."""
     share = _SHARES[_form(problem)]
     return product_seconds(problem, product_tiles(problem), share=share)
 
 
 def packed_seconds(problem: Problem) -> float:
-    """What the model expects of a launch that packs the mask and of the fused product by bits; endless by bits."""
+    """Return the expected seconds to pack the mask and run the fused product by bits; infinity if already packed."""
     keep = problem.operands.keep
     if keep == 0:
         return math.inf
@@ -232,9 +243,9 @@ def packed_seconds(problem: Problem) -> float:
 
 
 def scratch_seconds(problem: Problem) -> float:
-    """What the model expects of a mask pass into scratch and a GEMM at the makers' rate.
+    """Return the expected seconds of a mask pass into scratch and a GEMM at the data sheet's rate.
 
-    Its blocks share what they read in clusters of two, where there are clusters.
+    On cards with clusters, the GEMM's blocks share what they read in clusters of two.
     """
     target, operands = problem.target, problem.operands
     moved = 2 * operands.element + (operands.keep or 1 / 8)
@@ -249,23 +260,28 @@ def scratch_seconds(problem: Problem) -> float:
 
 @functools.lru_cache(_MEMORY)
 def outer_tiles(problem: Problem) -> Tiles:
-    """rows: of N, columns: of K, inner: of M. Of experts no descriptor reads the tokens."""
+    """Return the tiles of d_scores. rows: of N; columns: of K; inner: of M.
+
+    For experts, the tokens are not read through descriptors.
+    """
     known = _OUTER[_form(problem)]
     if problem.experts is not None:
-        known = tuple(t for t in known if t.columns <= 128)  # 256 spill on sm_90
+        known = tuple(t for t in known if t.columns <= 128)  # 256 columns spill on sm_90
     fitted = [_fit_memory(tiles, problem, masks=False) for tiles in known]
     return min(fitted, key=lambda tiles: outer_seconds(problem, tiles))
 
 
 def outer_seconds(problem: Problem, tiles: Tiles) -> float:
-    """What the model expects d_scores to take."""
-    return _seconds(problem, tiles, [_outer(problem, tiles)], beside=_EPILOGUE_BYTES - 2)  # the weight
+    """Return the expected seconds of d_scores."""
+    return _seconds(problem, tiles, [_outer(problem, tiles)], beside=_EPILOGUE_BYTES - 2)  # _seconds counts the weight
 
 
 @functools.lru_cache(_MEMORY)
 def one_launch(problem: Problem) -> bool:
-    """Whether one launch is expected to make d_x and d_scores of N x K in less than two; fp32 takes two, its tiles
-    fill the registers."""
+    """Return whether one launch is expected to make d_x and d_scores (N x K) at least as fast as two launches.
+
+    fp32 takes two, because its tiles fill the registers.
+    """
     if problem.operands.element == 4:
         return False
     both = backward_seconds(problem, backward_tiles(problem, weight_grad=False))
@@ -277,22 +293,26 @@ def one_launch(problem: Problem) -> bool:
 
 @functools.lru_cache(_MEMORY)
 def backward_tiles(problem: Problem, *, weight_grad: bool) -> Tiles:
-    """Of the launch that makes d_x and d_scores: rows: tokens, columns: of K and of N, inner: of N and of M."""
+    """Return the tiles of the launch that makes d_x and d_scores.
+
+    rows: tokens; columns: of K and of N; inner: of N and of M.
+    """
     operands = problem.operands
     form = _form(problem)
     known = _BACKWARD[form]
-    # Two blocks leave 128 registers a thread: enough for up to 64 tokens, 16-bit scores or a packed mask (with the
-    # addresses of two stages, not three), and d_scores alone.
+    # Two blocks per multiprocessor leave 128 registers per thread. That is enough for up to 64 tokens with 16-bit
+    # scores or a packed mask, and d_scores without d_weight. With a packed mask, the addresses of two stages fit, but
+    # not those of three.
     if form == "swapped sm_90" and operands.keep <= 2 and not weight_grad:
         known = tuple(replace(t, blocks=2, stages=2 if operands.keep == 0 else 3) if t.rows <= 64 else t for t in known)
     return min(_choices(known, problem.flipped), key=lambda tiles: backward_seconds(problem, tiles))
 
 
 def backward_seconds(problem: Problem, tiles: Tiles) -> float:
-    """What the model expects that launch to take."""
+    """Return the expected seconds of the launch that makes d_x and d_scores."""
     outer = replace(tiles, rows=tiles.columns, inner=min(tiles.inner, max(16, tiles.rows)))
     jobs = [_products(problem.flipped, tiles), _outer(problem, outer)]
-    return _seconds(problem.flipped, tiles, jobs, beside=problem.operands.keep or 4)  # d_scores
+    return _seconds(problem.flipped, tiles, jobs, beside=problem.operands.keep or 4)  # bytes of d_scores
 
 
 def _maskless(problem: Problem) -> Problem:
@@ -300,7 +320,7 @@ def _maskless(problem: Problem) -> Problem:
 
 
 def _form(problem: Problem) -> str:
-    """How a product is made: what of target and operands decides which tiles compile well."""
+    """Return the key of the tile tables: what of target and operands decides which tiles compile well."""
     target, operands = problem.target, problem.operands
     if target.backend == "interpreter":
         return "interpreter"
@@ -320,21 +340,22 @@ def _card(target: Target) -> Card:
 
 
 def _fit_memory(tiles: Tiles, problem: Problem, *, masks: bool) -> Tiles:
-    """fp32 takes half the step; then as many stages as shared memory holds, at most the table's, at least 2."""
+    """Return the tiles with half the step for fp32, and as many stages as fit (at most the table's, at least 2)."""
     target, operands = problem.target, problem.operands
     if operands.element == 4 and not operands.exact:
         tiles = replace(tiles, inner=max(32 if masks else 16, tiles.inner // 2), columns=min(tiles.columns, 128))
     step = tiles.inner * operands.element
     stage = step * (tiles.rows + tiles.columns)
-    fixed = 2048  # barriers, and what the driver keeps
+    fixed = 2048  # barriers, and what the driver reserves
     if masks:
         weight = step * tiles.columns
         stage += tiles.inner * tiles.columns * operands.keep
-        # sm_90, swapped: the newest weight and scores are in registers, so they take one buffer less than there are
-        # stages. Else the masked tile goes through shared memory, or waits for tensor memory there, and takes one more.
+        # On sm_90 in the swapped form, the newest weight and scores are in registers, so they need one buffer less than
+        # there are stages. Otherwise the masked tile goes through shared memory, or waits there for tensor memory, and
+        # needs one buffer more.
         in_registers = target.swapped and target.arch == 90 and not tiles.plain
         fixed += -(weight + tiles.inner * tiles.columns * operands.keep) if in_registers else weight
-        if tiles.plain:  # a buffer less than stages, words among them; what they mask goes through shared memory
+        if tiles.plain:  # one buffer less than stages, also for words; the weight they mask goes through shared memory
             packed = operands.keep == 0
             stage += tiles.inner * tiles.columns // 8 * packed
             fixed = 1024 + weight * packed - stage
@@ -343,10 +364,11 @@ def _fit_memory(tiles: Tiles, problem: Problem, *, masks: bool) -> Tiles:
 
 
 def _choices(known: Sequence[Tiles], problem: Problem) -> Iterator[Tiles]:
-    """Known tiles, each with every number of parts that leaves a part four steps at least and all of them in L2.
+    """Yield the known tiles, each with every allowed number of parts.
 
-    Half of L2, for the rest is the operands'. Of up to 16 tokens, what is moved beside weight and mask is a tenth of
-    them at most, or too little to matter. A tile has no more rows than m tokens need.
+    A part has at least four steps, and all parts fit into half of L2; the other half is for the operands. For up to 16
+    tokens in plain tiles, activations and parts move at most a tenth of the bytes of weight and mask, or the parts move
+    no more than _FREE_PARTS. A tile has no more rows than m tokens need.
     """
     target, m, p, q, operands, _ = problem
     need = min((t.rows for t in known if t.rows >= m), default=m)
@@ -388,8 +410,10 @@ def _outer(problem: Problem, tiles: Tiles) -> Jobs:
 
 
 def _seconds(problem: Problem, tiles: Tiles, jobs: list[Jobs], *, share: float = 1.0, beside: float = 0) -> float:
-    """Of the launch, and of the one that adds up the parts. ``beside``: bytes of each element of the weight that move
-    beside it and its mask."""
+    """Return the expected seconds of the launch, and of the one that adds up the parts.
+
+    ``beside``: bytes per element of the weight that move in addition to the weight and its mask.
+    """
     target, m, p, q, operands, experts = problem
     card, matrices = _card(target), experts or 1
     memory = matrices * (m * (p + q) * operands.element + p * q * (operands.element + operands.keep + beside))
@@ -400,5 +424,8 @@ def _seconds(problem: Problem, tiles: Tiles, jobs: list[Jobs], *, share: float =
 
 
 def _rate(card: Card, operands: Operands) -> float:
-    """TF32 has half the rate, and ordinary cores have 64 multiply-adds a cycle (A100) or 128."""
+    """Return multiply-adds per cycle.
+
+    TF32 has half the 16-bit rate. Ordinary cores have 64 (A100, used here) or 128.
+    """
     return 64 if operands.exact else card.multiply_adds * 2 / operands.element

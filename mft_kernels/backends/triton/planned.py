@@ -1,8 +1,8 @@
-"""A call by cubins, remembered by the layout of its arguments: the next call alike is one op of csrc/cuda.
+"""Plans: calls that launch cubins, remembered by the layout of their arguments.
 
-What is remembered is what the first call launched: binaries, grids and values, of which some are put in anew: the
-addresses of what a call is given, and of what it makes, its results and its scratch; and the numbers that differ from
-call to call, as an optimiser's do.
+The next call with the same layout is one op of csrc/cuda. A plan holds what the first call launched: binaries, grids
+and values. Each call replaces some of the values: the addresses of its arguments, results and scratch, and the numbers
+that differ from call to call, such as an optimiser's.
 """
 
 import itertools
@@ -18,22 +18,23 @@ from .launch import recording
 from .target import is_assumed
 
 FORWARD, GRADIENTS, SUMS = "forward", "gradients", "sums"
-#: What a product is given, in the order of the op's arguments; as many as plan_bindings.cpp says.
+#: The tensors that a product is given, in the order of the op's arguments; kGiven of plan_bindings.cpp is their number.
 Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-#: By parameter: scratch, which a launch writes before one reads it, or which begins as zeros, as a result may too.
+#: Names of parameters. A launch writes scratch before another reads it, or scratch begins as zeros. A result may begin
+#: as zeros too.
 _SCRATCH, _ZEROS = {"parts", "words", "missed", "histograms", "counts"}, {"histograms", "counts", "zeros"}
 
 _numbers = itertools.count()
-#: 0 is that of the short way of masked_linear_packed, for 16-bit weights: their products depend on no setting.
+#: 0 belongs to the short path of masked_linear_packed for 16-bit weights, whose products depend on no setting.
 _kinds: dict[tuple[object, ...], int] = {(FORWARD, True, None, "packed"): next(_numbers)}
-_any = False  # remembered
+_any = False  # whether a call is remembered
 
 
 def kind(what: str, dtypes_of: Tensor | None, *decide: object, automatic: bool = False) -> int | None:
-    """A number for what decides beside the layout; None where this call may neither be remembered nor be served so.
+    """Return a number for what decides besides the layout; None if a plan may neither remember nor serve this call.
 
-    ``dtypes_of``: a matrix of the product, which PyTorch's setting of fp32 precision may concern; None: there is none.
+    ``dtypes_of``: a matrix of the product, if PyTorch's setting of fp32 precision may affect it; otherwise None.
     """
     if recording() or is_assumed() or (automatic and measuring()):
         return None
@@ -42,21 +43,21 @@ def kind(what: str, dtypes_of: Tensor | None, *decide: object, automatic: bool =
 
 
 def forward(given: Given, number: int | None) -> Tensor | None:
-    """y (..., N) by what an earlier call has launched; None where there was none alike."""
+    """Return y (..., N) by the plan of an earlier call; None if there is no such plan."""
     if not _any or number is None:
         return None
     return built.cuda_ops.planned_forward(*given[:-1], number)
 
 
 def gradients(given: Given, number: int | None) -> list[Tensor] | None:
-    """The gradients, as forward gives y."""
+    """Return the gradients by a plan, or None; as forward does for y."""
     if not _any or number is None:
         return None
     return built.cuda_ops.planned_gradients(*given, number) or None
 
 
 def sums(given: Given, number: int | None) -> bool:
-    """Whether sums have been added to the first tensor as by an earlier call."""
+    """Add sums to the first tensor by the plan of an earlier call; return whether there is such a plan."""
     return _any and number is not None and built.cuda_ops.planned_sums(*given[:-1], number)
 
 
@@ -66,9 +67,10 @@ def by_plan(
     run: Callable[[], list[Tensor]],
     numbers: Mapping[str, float] | None = None,
 ) -> list[Tensor]:
-    """What run() gives, one tensor at least, and by what an earlier call has launched where there was one alike.
+    """Return what run() returns (at least one tensor), by the plan of an earlier call if there is such a plan.
 
-    Within another call, whose plan has all that it launches, it runs. ``numbers``: see remember.
+    Within another remembered call, run() is called, because that call's plan holds all launches. ``numbers``: see
+    remember.
     """
     if number is None or is_noting():
         return run()
@@ -90,16 +92,16 @@ def remember(
     launched: Sequence[Launched],
     numbers: Mapping[str, float] | None = None,
 ) -> None:
-    """What a call has launched, if that was cubins alone, and all addresses are of its own tensors.
+    """Remember what a call launched, if it launched only cubins and all addresses belong to its own tensors.
 
-    ``numbers``: those that another call alike may give other values, by the parameters of the kernels that take them.
+    ``numbers``: those that may differ in the next call with the same layout, by the kernel parameters that take them.
     """
     global _any
     if number is None or not launched:
         return
     known = [(slot, t) for slot, t in enumerate((*given, *results)) if t is not None and t.numel() > 0]
     slots = {t.data_ptr(): slot for slot, t in known}
-    if len(slots) < len(known):  # two begin at one address: which one is meant is not known
+    if len(slots) < len(known):  # two tensors begin at one address: it is not known which one is meant
         return
     made, order = list(results), {name: -1 - i for i, name in enumerate(numbers or {})}
     steps: list[int] = []
@@ -129,7 +131,7 @@ def remember(
 
 
 def forget() -> None:
-    """All of it: what decides the tiles is about to change."""
+    """Forget all plans, because what decides the tiles is about to change."""
     global _any
     if _any:
         built.cuda_ops.forget_plans()

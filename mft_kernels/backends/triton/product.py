@@ -35,9 +35,9 @@ def product_tile(
     MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_P) in fp32 of a @ Wm.T, or a @ Wm if TRANSPOSED, summed over Q from start to stop.
+    """Return a tile (BLOCK_M, BLOCK_P) in fp32 of a @ Wm.T, or a @ Wm if TRANSPOSED, summed over Q from start to stop.
 
-    origin: the row of what is read in tiles, weight and scores, at which the matrix begins; words begin at theirs.
+    origin: the row at which the matrix begins in weight and scores. A pointer to packed words is already there.
     """
     Q = N if TRANSPOSED else K
     ROWS: tl.constexpr = BLOCK_Q if TRANSPOSED else BLOCK_P
@@ -81,7 +81,7 @@ def product_tile(
     return sums
 
 
-@triton.jit(do_not_specialize=["M", "SPLITS"])  # any number of tokens, one binary a tile
+@triton.jit(do_not_specialize=["M", "SPLITS"])  # one binary per tile size for any number of tokens
 def _masked_product_kernel(
     a, weight, keep, thresholds, bias, out, parts, M, N, K, SPLITS, Q_SPLIT,
     stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_om, stride_op,
@@ -89,10 +89,10 @@ def _masked_product_kernel(
     MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out (M, P), if SPLITS is 1; else parts (SPLITS, M, P) in fp32, and bias waits for their sum."""
+    """Write out (M, P) if SPLITS is 1; otherwise parts (SPLITS, M, P) in fp32, whose sum gets the bias later."""
     P = K if TRANSPOSED else N
     Q = N if TRANSPOSED else K
-    tl.assume(Q > 0)  # a loop that runs surely: else the first HGMMA waits for its accumulator (ptxas C7515)
+    tl.assume(Q > 0)  # the loop runs at least once; otherwise the first HGMMA waits for its accumulator (ptxas C7515)
     tl.assume(Q_SPLIT > 0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_p = tl.cdiv(P, BLOCK_P)
@@ -118,7 +118,7 @@ def store_product(
     out, parts, split, SPLITS, sums, bias, row, column, M, P, stride_om, stride_op,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out (M, P), with the bias, if SPLITS is 1; else of a part, without."""
+    """Store a tile of out (M, P) with the bias if SPLITS is 1; otherwise a tile of a part, without the bias."""
     if HAS_BIAS:
         p = column + tl.arange(0, BLOCK_P)
         sums += tl.load(bias + p, mask=p < tl.where(SPLITS == 1, P, 0), other=0).to(tl.float32)[None, :]
@@ -130,22 +130,25 @@ def store_product(
 
 @triton.jit
 def store_part(parts, split, sums, row, column, M, P, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
-    """A tile of one of the parts (splits, M, P). Its stride is made here: as an argument it would be specialised on."""
+    """Store a tile of one of the parts (splits, M, P).
+
+    The stride is computed here, because as an argument it would be specialised.
+    """
     store_tile(parts + split.to(tl.int64) * M * P, sums, row, column, M, P, P, 1, BLOCK_M, BLOCK_P)
 
 
-@triton.jit(do_not_specialize=["M", "SPLITS"])  # any number of tokens and of parts, one binary
+@triton.jit(do_not_specialize=["M", "SPLITS"])  # one binary for any number of tokens and parts
 def _sum_splits_kernel(parts, bias, out, M, P, SPLITS, HAS_BIAS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
-    """out (M, P) = sum of parts (SPLITS, M, P), always in the same order, + bias.
+    """Write out (M, P) = sum of parts (SPLITS, M, P), always in the same order, + bias.
 
-    The loop goes to MOST, so that all loads are under way at once; what is beyond SPLITS is not read and adds 0.
+    The loop runs to MOST, so that all loads are in flight at once. Parts beyond SPLITS are not read and add 0.
     """
     size = tl.full((), 1, tl.int64) * M * P  # M may be the constant 1, which has no dtype
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
     total = tl.zeros((BLOCK,), tl.float32)
     for split in tl.static_range(MOST):
-        there = element < tl.where(SPLITS > split, size, 0)  # noqa: SIM300  a constexpr has no number to its right
+        there = element < tl.where(SPLITS > split, size, 0)  # noqa: SIM300  the constexpr must be on the right
         total += tl.load(parts + split * size + element, mask=there, other=0)
     if HAS_BIAS:
         total += tl.load(bias + element % P, mask=inside, other=0).to(tl.float32)
@@ -153,7 +156,7 @@ def _sum_splits_kernel(parts, bias, out, M, P, SPLITS, HAS_BIAS: tl.constexpr, M
 
 
 def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
-    """a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed. No axis is empty."""
+    """Compute a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed. No axis may be empty."""
     return by_cubins_or_compiled(a.device, lambda target: _product_on(target, a, weight, keep, bias, transposed))
 
 
@@ -203,27 +206,27 @@ def _product_on(target: Target, a: Tensor, weight: Tensor, keep: Keep, bias: Ten
 
 
 class Split(NamedTuple):
-    """A sum along Q in so many splits, each of ``part`` elements of the axis, of which the last may have fewer."""
+    """A sum along Q in ``splits`` splits, each of ``part`` elements of the axis. The last one may have fewer."""
 
     part: int
     splits: int
-    parts: Tensor  # (splits, M, P) in fp32, or nothing where the sum is whole
+    parts: Tensor  # (splits, M, P) in fp32; empty if the sum is not split
 
     @classmethod
     def of(cls, tiles: Tiles, out: Tensor, q: int) -> "Split":
-        """As the tiles say, of sums that become out (M, P)."""
+        """Return the split that the tiles ask for, with parts that add up to out (M, P)."""
         part = max(tiles.inner, tiles.part(q))
         splits = max(1, math.ceil(q / part))
         return cls(part, splits, out.new_empty((splits if splits > 1 else 0, *out.shape), dtype=torch.float32))
 
     def add_up(self, bias: Tensor | None, out: Tensor) -> None:
-        """out (M, P) = sum of the parts + bias, where there are several."""
+        """Write out (M, P) = sum of the parts + bias, if there are several parts."""
         if self.splits > 1 and out.numel():
             _sum_splits(self.parts, bias, out)
 
 
 def _sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    block = 512  # 4 elements a thread: with 8, sixteen loads under way spill
+    block = 512  # 4 elements per thread; with 8, sixteen loads in flight spill
     launch(
         _sum_splits_kernel,
         (triton.cdiv(out.numel(), block),),

@@ -1,20 +1,20 @@
 """The masked product over codes: out = a @ Wm.T (forward) or a @ Wm (d_x), Wm = where(keep, decoded, 0), not in memory.
 
-    table  decoded[i] = levels[code[i]] * absmax[i // BLOCK]   i over the whole (N, K); two codes a byte, the first in
+    table  decoded[i] = levels[code[i]] * absmax[i // BLOCK]   i over the whole (N, K); two codes per byte, the first in
                                                                the high bits; absmax may be codes (double quantisation)
     int8   decoded[n, k] = code[n, k] * (absmax[n] / 127)
 
-In fp32 and rounded once to a's dtype, as codes.py does it, so Wm is the same to the bit. P is the
-axis of the result that comes from the weight, Q the one that is summed (product.py). One program makes BLOCK_M x
-BLOCK_P of out, or of a part of its sum:
+Weights are decoded in fp32 and rounded once to a's dtype, as in codes.py, so Wm has the same bits. P is the axis of the
+result that comes from the weight, Q the one that is summed (product.py). One program makes a BLOCK_M x BLOCK_P tile of
+out, or of a part of its sum:
 
              Q ->                          codes, absmax and words of the mask, BLOCK_Q at a time:
         +---+---+---+                      look up, scale, round, select, then multiply
       M | a | a | a |   x   [Wm][Wm][Wm]   = one tile of out
         +---+---+---+
 
-Where rows are whole blocks, a thread takes many codes by one load, and an absmax a block. Else, and of other odd
-rows, codes come one by one, by their place in the whole matrix: correct, not fast. No GPU has run this.
+If rows are whole blocks, a thread loads many codes at once, and one absmax per block. Codes of other rows are loaded
+one by one, by their place in the whole matrix: correct, but not fast. No GPU has run this.
 """
 
 import math
@@ -34,7 +34,7 @@ from .tiles import load_bits, load_tile
 
 
 def product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
-    """a @ where(keep, decoded, 0).T + bias; transposed: without the .T."""
+    """Compute a @ where(keep, decoded, 0).T + bias; if transposed, without the ``.T``."""
     packed = None if keep is None else keep.source
     levels = weight.levels_on(a.device) if isinstance(weight, Table) else None
     number = planned.kind("codes", a, weight.name, *weight.shape, transposed)
@@ -98,9 +98,9 @@ def _quantized_product_kernel(
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out (M, P) a program, if SPLITS is 1; else of one of the parts, see _masked_product_kernel.
+    """Compute one tile per program: of out (M, P) if SPLITS is 1, otherwise of one of the parts.
 
-    BLOCK: weights that share an absmax, if levels decode them; 0: int8.
+    See _masked_product_kernel. BLOCK: how many weights share an absmax, if a table of levels decodes them; 0 for int8.
     """
     P = K if TRANSPOSED else N
     Q = N if TRANSPOSED else K
@@ -150,13 +150,14 @@ def _table_tile(
     codes, absmax, table, row, column, rows, columns,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) in fp32 from (row, column) on; 0 beyond the edges, where absmax is.
+    """Return weights (ROWS, COLUMNS) in fp32 from (row, column) on. Beyond the edges absmax is 0, so they are 0.
 
-    Levels are looked up in shared memory. A tree of 15 selections takes twice the instructions of a whole step (sm_80,
-    16 x 32 x 128), and loads from memory half as many again, whose addresses fill the registers.
+    Levels are looked up in shared memory. Compared with that, a whole step (sm_80, 16 x 32 x 128) takes twice as many
+    instructions with a tree of 15 selections, and about 1.5 times as many with loads from memory, whose addresses fill
+    the registers.
     """
     r = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    if WHOLE:  # rows are whole blocks: two codes a byte, one absmax for up to BLOCK columns
+    if WHOLE:  # rows are whole blocks: two codes per byte, one absmax for up to BLOCK columns
         GROUPS: tl.constexpr = COLUMNS // BLOCK if COLUMNS > BLOCK else 1
         byte = column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
         both = tl.load(codes + r * (columns // 2) + byte, mask=(r < rows) & (byte < columns // 2), other=0)
@@ -177,7 +178,10 @@ def _table_tile(
 
 @triton.jit
 def _load_absmax(absmax, block, inside, NESTED: tl.constexpr):
-    """fp32, of these blocks; 0 where not inside. NESTED blocks share what their codes are multiplied by, if not 0."""
+    """Return absmax of these blocks in fp32; 0 where not inside.
+
+    If NESTED is not 0, absmax is stored as codes, and NESTED blocks share the factor of their codes.
+    """
     if NESTED:
         code = tl.load(absmax[0] + block, mask=inside, other=0)
         nested = tl.load(absmax[1] + block // NESTED, mask=inside, other=0)
@@ -190,14 +194,14 @@ def _load_absmax(absmax, block, inside, NESTED: tl.constexpr):
 
 @triton.jit
 def _int8_scale(absmax, row, rows, ROWS: tl.constexpr):
-    """(ROWS, 1)"""
+    """Return absmax / 127 of each row, (ROWS, 1)."""
     r = row + tl.arange(0, ROWS)
     return tl.div_rn(tl.load(absmax[0] + r, mask=r < rows, other=0), 127.0)[:, None]
 
 
 @triton.jit
 def _rounded_to_bf16(w):
-    """fp32 that bf16 holds: to the nearest, ties to even. For the interpreter, whose own cast cuts off."""
+    """Round fp32 to values that bf16 holds: to nearest, ties to even. For the interpreter, whose own cast truncates."""
     bits = w.to(tl.uint32, bitcast=True)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return tl.where(w == w, nearest.to(tl.float32, bitcast=True), w)

@@ -3,8 +3,8 @@
 grad_output (M, N), x (M, K) -> (N, K). One program takes tiles of BLOCK_N x BLOCK_K and sums over M:
 
        M ->                    K                      the epilogue multiplies by weight and sign while the
-    +----+----+             +-----+                   sums are in registers; nothing of the product's own
-  N | gT | gT |   x   M     | x   |                   size goes to memory
+    +----+----+             +-----+                   sums are in registers, so that grad_output.T @ x is
+  N | gT | gT |   x   M     | x   |                   never written to memory
     +----+----+             | x   |
 """
 
@@ -25,7 +25,7 @@ def outer_tile(
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N, BLOCK_K) in fp32 of grad.T @ x."""
+    """Return a tile (BLOCK_N, BLOCK_K) of grad.T @ x in fp32."""
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for m in tl.range(0, M, BLOCK_M, num_stages=STAGES):
         g = load_tile(grad, m, row, M, N, stride_gm, stride_gn, BLOCK_M, BLOCK_N, DESCRIPTORS)
@@ -43,9 +43,9 @@ def store_score_grad(
     stride_wn, stride_wk, stride_sn, stride_sk,
     SIGN: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_scores (N, K) contiguous, from the sums of one tile. SIGN: where it comes from, "scores", "bits" or "none".
+    """Store one tile of d_scores (N, K), contiguous, from its sums.
 
-    Without a weight (None) the sums are not multiplied by one.
+    SIGN: where the sign comes from, "scores", "bits" or "none". If weight is None, the sums are not multiplied by it.
     """
     value = sums
     if weight is not None:
@@ -71,7 +71,7 @@ def gradients_of_tile(
     WRITE_WEIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of d_scores and d_weight (N, K), each if it is to be written."""
+    """Compute and store one tile of d_scores and d_weight (N, K), if WRITE_SCORES and WRITE_WEIGHT respectively."""
     sums = outer_tile(
         grad, x, row, column, M, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
         DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
@@ -91,7 +91,7 @@ def store_gradients(
     WRITE_SCORES: tl.constexpr, WRITE_WEIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of one tile, in PIECES of its columns, so that weight, sign and old sums need few registers."""
+    """Store one tile in PIECES pieces of its columns, so that weight, sign and old sums need few registers."""
     if PIECES == 1:
         if WRITE_SCORES:
             store_score_grad(
@@ -117,7 +117,7 @@ def store_gradients(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])  # any number of tokens, one binary
+@triton.jit(do_not_specialize=["M"])  # one binary for any number of tokens
 def _score_grad_kernel(
     grad, x, weight, keep, thresholds, signs, d_scores, d_weight, M, N, K,
     stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
@@ -145,7 +145,7 @@ def _score_grad_kernel(
 
 
 def fill_gradients(sums: Sums) -> None:
-    """Fill d_scores and d_weight, where given; tokens are (M, N) and (M, K), ``keep`` is read for d_weight alone."""
+    """Fill d_scores and d_weight, each if given. Tokens are (M, N) and (M, K). ``keep`` is read only for d_weight."""
     grad, x, weight, sign, d_scores, accumulate, _, d_weight, keep = sums
     m, n, k = *grad.shape, x.shape[1]
     if n == 0 or k == 0:

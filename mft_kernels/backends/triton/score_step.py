@@ -1,16 +1,17 @@
 """score_step: one AdamW step on scores and moments in one pass over memory; the next threshold from a window.
 
-The flattened matrix falls into chunks of 1024, a chunk into four blocks of 256, each with a scale of its own in the
-8-bit scheme. A program takes two chunks at a time, two warps each, and walks their blocks side by side:
+The flattened matrix is divided into chunks of 1024 elements, and each chunk into four blocks of 256. In the 8-bit
+scheme, each block has its own scale. A program takes two chunks at a time, with two warps each, and walks their blocks
+side by side:
 
                block 0   block 1   block 2   block 3
-    chunk 0   | word 0  | word 1  | word 2  | word 3  |   a thread makes the four Philox words of 4 counters once, and
-    chunk 1   | word 0  | word 1  | word 2  | word 3  |   spends them on 4 neighbours of each block
+    chunk 0   | word 0  | word 1  | word 2  | word 3  |   a thread makes the four Philox words of 4 counters once and
+    chunk 1   | word 0  | word 1  | word 2  | word 3  |   uses them for 4 neighbouring elements of each block
 
-16-bit scores that come with their old threshold are counted in the same pass: how many new keys lie in a window round
-the old threshold, each of its values by itself, and how many above it. From these counts a small program reads the new
-threshold. Where it lies outside the window, it raises a flag, and only then do the kernels of select.py, launched in
-any case, read the scores again: the host waits for nothing.
+If 16-bit scores come with their old threshold, the same pass counts their new keys: each key value in a window around
+the old threshold, and all keys above the window. A small program reads the new threshold from these counts. If the
+threshold lies outside the window, the program sets a flag. The kernels of select.py are always launched, but they read
+the scores again only if the flag is set. So the host never waits.
 """
 
 import torch
@@ -26,20 +27,21 @@ from .launch import launch
 from .select import INFINITY, kept_threshold, many_bins, rank_of
 from .target import Target, target_of
 
-# Four elements a thread: fp32 in 16 bytes, the rest in 8 and 4, whole lines of 128 bytes a warp. With eight the 8-bit
-# scheme takes 230 registers (sm_90), and two programs would fill a multiprocessor.
+# Four elements per thread: 16 bytes of fp32, 8 and 4 bytes of the other dtypes, and whole lines of 128 bytes per warp.
+# With eight elements, the 8-bit scheme takes 230 registers (sm_90), and two programs would fill a multiprocessor.
 _CHUNKS, _WARPS = 2, 4
-_REGISTERS = 168  # three programs a multiprocessor; with 144 sm_100 spills
-_PROGRAMS = 6  # a multiprocessor; an estimate, not measured
-# 512 steps either way: 0.002 in fixed point, four octaves in bf16. No usual step moves a threshold that far. 2048 bins
-# spill (sm_90); where Triton counts bin by bin (see select.py), 1024 would cost more than they spare.
+_REGISTERS = 168  # three programs per multiprocessor; with 144 registers, sm_100 spills
+_PROGRAMS = 6  # per multiprocessor; an estimate, not measured
+# 512 key values in each direction: 0.002 in fixed point, four octaves in bf16. No usual optimiser step moves a
+# threshold that far. 2048 bins spill (sm_90). Where Triton counts bin by bin (see select.py), 1024 bins would cost more
+# than they save.
 _WINDOW, _NARROW_WINDOW = 1024, 256
 
 
 def score_step(update: Update) -> tuple[Tensor, Tensor]:
-    """The step of the reference, in place, and its results: threshold and packed mask.
+    """Run the reference's step in place, and return the next threshold and packed mask.
 
-    Without a ratio they are empty. Gradient and weight are copied where they are not contiguous.
+    Both are empty without a keep_ratio. Gradient and weight are copied if they are not contiguous.
     """
     update, clock = update.by_clock()
     scores, beta1, beta2 = update.scores, update.beta1, update.beta2
@@ -58,7 +60,7 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
     }
     kept = None if update.keep_ratio is None else kept_count(scores.numel(), update.keep_ratio)
     from_selection = {} if kept is None else {"kept": kept, "rank": rank_of(scores.numel(), kept)}
-    # A number that int32 does not hold makes another binary.
+    # A number outside int32 needs another binary, so such a call is not remembered.
     kind = planned.kind("step", None, update.mode, kept is None, 1 - beta1 >= 0.5) if scores.numel() < 2**31 else None
     given = (
         *(scores, update.grad, update.weight, update.exp_avg, update.exp_avg_sq, update.scales),
@@ -71,12 +73,12 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
 def _score_step(update: Update, clock: Tensor | None, numbers: dict[str, float]) -> list[Tensor]:
     scores, keep_ratio, mode = update.scores, update.keep_ratio, update.mode
     target = target_of(scores.device)
-    # As integers: the interpreter knows no arithmetic on bf16, and int16 is no float.
+    # As integers: the interpreter has no bf16 arithmetic, and int16 is not a float.
     words = scores if scores.dtype == torch.float32 else scores.view(torch.int16)
     hint = update.threshold if keep_ratio is not None and scores.dtype != torch.float32 else None
     window = window_of(target)
     counts = None
-    if hint is not None:  # the bins, how many keys above them, how many not finite
+    if hint is not None:  # the bins, the keys above them, the scores that are not finite
         counts = torch.zeros(window + 2, dtype=torch.int64, device=scores.device)
         hint = hint.view(torch.int16)
     keys: dict[str, str | int] = {"MODE": mode, "INFINITY": INFINITY[_floats(scores).dtype], "WINDOW": window}
@@ -109,14 +111,14 @@ def _score_step(update: Update, clock: Tensor | None, numbers: dict[str, float])
 
 
 def window_of(target: Target) -> int:
-    """How many keys round the old threshold are counted, each by itself."""
+    """Return the width of the window: how many key values around the old threshold are counted separately."""
     return _WINDOW if many_bins(target) else _NARROW_WINDOW
 
 
 def _next_threshold(
     scores: Tensor, hint: Tensor | None, counts: Tensor | None, keep_ratio: float, keys: dict[str, str | int]
 ) -> Tensor:
-    """kept_threshold of the scores, from the counts where the window holds it; 0-d, for int16 scores as fp16."""
+    """Return kept_threshold of the scores, 0-d, from the counts if the window holds it; as fp16 for int16 scores."""
     floats, mode = _floats(scores), str(keys["MODE"])
     if counts is None or scores.numel() == 0:
         return kept_threshold(floats, keep_ratio, mode)
@@ -137,12 +139,12 @@ def _next_threshold(
 
 
 def _floats(scores: Tensor) -> Tensor:
-    """Scores as the selection reads them: fixed point as fp16."""
+    """Return the scores as select.py reads them: fixed point as fp16."""
     return scores.view(torch.float16) if scores.dtype == torch.int16 else scores
 
 
 def _signed(word: int) -> int:
-    """The lower 32 bits as an int32, so that every number compiles to the same kernel."""
+    """Return the lower 32 bits as an int32, so that every number compiles to the same kernel."""
     return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
@@ -151,7 +153,7 @@ def _signed(word: int) -> int:
 
 @triton.jit
 def _widen(words, FORMAT: tl.constexpr):
-    """fp32 values of scores; a fixed-point code above the largest, 0x7bff, is NaN."""
+    """Return scores as fp32. A fixed-point code above the largest one, 0x7bff, is NaN."""
     if FORMAT == "fp32":
         values = words
     elif FORMAT == "bf16":
@@ -165,7 +167,7 @@ def _widen(words, FORMAT: tl.constexpr):
 
 @triton.jit
 def _narrow(values, old, word, FORMAT: tl.constexpr):
-    """Scores rounded stochastically by the lower 16 bits of a random word; see narrow_scores of reference/step.py."""
+    """Round scores stochastically by the lower 16 bits of a random word; see narrow_scores in reference/step.py."""
     if FORMAT == "fp32":
         words = values
     else:
@@ -191,7 +193,7 @@ def _narrow(values, old, word, FORMAT: tl.constexpr):
 
 @triton.jit
 def _signs(values, words, FORMAT: tl.constexpr):
-    """sign(score): 0 of 0 and NaN; a fixed-point 0 counts as the sign that it carries."""
+    """Return sign(score): 0 for 0 and NaN. A fixed-point 0 counts as +1 or -1, by its sign bit."""
     if FORMAT == "fixed":
         signs = tl.where(words < 0, -1.0, 1.0)
     else:
@@ -204,7 +206,7 @@ def _signs(values, words, FORMAT: tl.constexpr):
 
 @triton.jit
 def _decode(codes, scale, BIAS: tl.constexpr, CODES: tl.constexpr):
-    """fp32 values of minifloat codes, times their block's scale; see decode of reference/step.py."""
+    """Return minifloat codes as fp32, times their block's scale; see decode in reference/step.py."""
     code = codes.to(tl.uint32)
     magnitude = code & (CODES - 1)
     normal = ((magnitude + ((127 - BIAS) << 3)) << 20).to(tl.float32, bitcast=True)
@@ -217,12 +219,12 @@ def _decode(codes, scale, BIAS: tl.constexpr, CODES: tl.constexpr):
 
 @triton.jit
 def _encode(values, inside, bits, BIAS: tl.constexpr, CODES: tl.constexpr):
-    """(codes, scale of each row): minifloats rounded stochastically by 8 bits; see encode of reference/step.py."""
+    """Return (codes, scale of each row), rounded stochastically by 8 bits; see encode in reference/step.py."""
     pattern = values.to(tl.uint32, bitcast=True)
     magnitude = pattern & 0x7FFFFFFF
     if inside is not None:
         magnitude = tl.where(inside, magnitude, 0)
-    top = tl.max(magnitude.to(tl.int32), 1, keep_dims=True)  # patterns order as their values, NaN above all
+    top = tl.max(magnitude.to(tl.int32), 1, keep_dims=True)  # bit patterns order as their values do, with NaN on top
     coded = (top >= (2 << 23)) & (top <= 0x7F800000)  # 2^-125
     largest = tl.minimum(top, 253 << 23).to(tl.float32, bitcast=True)  # 2^126
     scale = tl.where(coded, tl.div_rn(largest, 1.875), tl.where(top > 0x7F800000, float("nan"), 0.0))
@@ -234,7 +236,7 @@ def _encode(values, inside, bits, BIAS: tl.constexpr, CODES: tl.constexpr):
     codes = tl.minimum((fixed + ((bits & 0xFF) << 12) + 2048) >> 20, CODES - 1)
     if CODES == 128:
         codes = codes | tl.where(coded, (pattern >> 24) & 0x80, 0)
-    else:  # a positive square stays one
+    else:  # a positive square stays positive
         codes = tl.where(coded & (magnitude > 0), tl.maximum(codes, 1), codes)
     return codes.to(tl.uint8), scale
 
@@ -244,7 +246,7 @@ def _encode(values, inside, bits, BIAS: tl.constexpr, CODES: tl.constexpr):
 
 @triton.jit
 def _keys(words, MODE: tl.constexpr):
-    """int32 that order as 16-bit scores, or their magnitudes, do; as select._keys."""
+    """Return int32 keys that order as 16-bit scores, or their magnitudes, do; as select._keys."""
     bits = words.to(tl.int32) & 0xFFFF
     if MODE == "magnitude":
         keys = bits & 0x7FFF
@@ -255,13 +257,13 @@ def _keys(words, MODE: tl.constexpr):
 
 @triton.jit
 def _window_start(hint, MODE: tl.constexpr, WINDOW: tl.constexpr):
-    """The lowest key of the window, in whose middle the old threshold lies."""
+    """Return the lowest key of the window. The old threshold lies in its middle."""
     return tl.maximum(_keys(tl.load(hint), MODE) - WINDOW // 2, 0)
 
 
 @triton.jit
 def _place(words, inside, start, MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr):
-    """Where a key lies: in 0 .. WINDOW - 1 its bin, -1 below, WINDOW above, WINDOW + 1 not finite."""
+    """Return each key's place: its bin, 0 .. WINDOW - 1; -1 below the window; WINDOW above; WINDOW + 1 not finite."""
     place = tl.minimum(tl.maximum(_keys(words, MODE) - start, -1), WINDOW)
     place = tl.where((words.to(tl.int32) & 0x7FFF) >= INFINITY, WINDOW + 1, place)
     if inside is not None:
@@ -274,10 +276,13 @@ def _window_kernel(
     counts, hint, threshold, missed, kept,
     MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The bits of the kept-th largest key, of +inf if nothing is kept, of NaN if a score is not finite; or a flag."""
+    """Write the bits of the kept-th largest key, or set the flag ``missed`` if the window does not hold it.
+
+    The bits are those of +inf if nothing is kept, and of NaN if a score is not finite.
+    """
     bins = tl.load(counts + tl.arange(0, WINDOW))
     above = tl.load(counts + WINDOW)
-    # How many keys lie in a bin or higher: falls from bin to bin. The last bin where it suffices holds the threshold.
+    # The number of keys in a bin or above falls from bin to bin. The last bin where it is >= kept holds the threshold.
     reached = above + tl.sum(bins, 0) - tl.cumsum(bins, 0) + bins >= kept
     count = tl.sum(reached.to(tl.int32), 0)
     key = _window_start(hint, MODE, WINDOW) + count - 1
@@ -303,7 +308,7 @@ def _step_block(
     FORMAT: tl.constexpr, FROM_END: tl.constexpr, MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, BIASES: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """Step the blocks of these numbers, (CHUNKS, 1); returns where their new keys lie, see _place."""
+    """Step the blocks numbered ``block``, (CHUNKS, 1), and return the places of their new keys; see _place."""
     offsets = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = None if WHOLE else offsets < numel
     blocks = tl.cdiv(numel, BLOCK)
@@ -324,7 +329,7 @@ def _step_block(
     m = tl.load(exp_avg + offsets, mask=inside, other=other)
     v = tl.load(exp_avg_sq + offsets, mask=inside, other=other)
     if scales is None:
-        # As torch's kernels round: lerp_ and addcmul_ with a fused multiply-add, addcdiv_ without.
+        # Round as torch's kernels do: lerp_ and addcmul_ with a fused multiply-add, addcdiv_ without.
         if FROM_END:
             m = tl.fma(g - m, tl.zeros_like(m) + (minus_beta1 - 1.0), g)
         else:
@@ -363,7 +368,7 @@ def _step_chunks(
     COUNTED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     BIASES: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """Step CHUNKS chunks from number ``chunk`` on; returns the counts with theirs added, if COUNTED."""
+    """Step CHUNKS chunks from number ``chunk`` on, and return the counts, to which theirs are added if COUNTED."""
     chunks = chunk + tl.arange(0, CHUNKS).to(tl.int64)[:, None]
     counter = chunks * BLOCK + tl.arange(0, BLOCK)[None, :]
     low = counter.to(tl.uint32)
@@ -373,7 +378,7 @@ def _step_chunks(
         w0, w1, w2, w3 = zero, zero, zero, zero
     else:
         w0, w1, w2, w3 = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero)
-    # A loop that stays one: unrolled, it loads four blocks ahead, and spills.
+    # The loop must not be unrolled: it would load four blocks ahead and spill.
     for i in tl.range(0, 4, loop_unroll_factor=1):
         word = tl.where(i < 2, tl.where(i == 0, w0, w1), tl.where(i == 2, w2, w3))
         place = _step_block(
@@ -389,7 +394,7 @@ def _step_chunks(
     return bins, above, bad
 
 
-# Counts of one program are int32: it would take 2^31 scores a program to overrun them.
+# One program counts in int32. An overflow would take 2^31 scores per program.
 @triton.jit(do_not_specialize=["numel", "step", "seed_low", "seed_high"])
 def _score_step_kernel(
     scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, hint, counts, clock, numel,
@@ -397,7 +402,7 @@ def _score_step_kernel(
     FORMAT: tl.constexpr, FROM_END: tl.constexpr, MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, BIASES: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every num_programs-th group of CHUNKS chunks; whole groups without a mask, as select.py does."""
+    """Step every num_programs-th group of CHUNKS chunks. Whole groups are loaded without a mask, as in select.py."""
     COUNTED: tl.constexpr = counts is not None
     if clock is not None:  # see Update.by_clock
         step = tl.load(clock)

@@ -1,18 +1,18 @@
-"""kept_threshold: the k-th largest key, exactly, from histograms of its digits; the host waits for nothing.
+"""kept_threshold: the exact k-th largest key, from histograms of its digits. The host never waits.
 
-A score's bits become an integer key that orders as the score does: without the sign bit ("magnitude"), or with negative
-scores turned round ("value"). The key is found digit by digit, highest first; pass p counts, among the keys that begin
-with the digits found so far, how often each value of the next digit occurs:
+A score's bits become an integer key that orders as the score does: without the sign bit ("magnitude"), or with the
+order of negative scores reversed ("value"). The key is found digit by digit, the highest first. Each pass counts how
+often each value of the next digit occurs, among the keys that begin with the digits found so far:
 
     fp32, "magnitude"        |  eeeeeeeemmm  mmmmmmmmmm  mmmmmmmmmm
     pass 0: 2048 counts      |  ^^^^^^^^^^^                           of all keys
-    pass 1: 1024 counts      |  found        ^^^^^^^^^^               of the keys that begin so
+    pass 1: 1024 counts      |  found        ^^^^^^^^^^               of the keys that begin with found
     pass 2: 1024 counts      |  found        found       ^^^^^^^^^^
     threshold: 1 program     |  found        found       found        back to a float
 
-A program finds the earlier digits anew from their histograms, a sum over 2048 counts at most, so that nothing runs
-between two passes. The scores are read once a pass: 2 x 2 bytes a score of 16 bits, 3 x 4 in fp32. Counts are integers,
-hence the same in any order.
+Each program finds the earlier digits again from their histograms, by a sum over at most 2048 counts. So nothing runs
+between two passes. Each pass reads the scores once: 2 x 2 bytes per 16-bit score, 3 x 4 bytes per fp32 score (4 x 4
+with the digits of _NARROW). Counts are integers, so their order does not change the result.
 """
 
 import math
@@ -26,21 +26,21 @@ from .language import tl, triton
 from .launch import launch
 from .target import Target, target_of
 
-# The first digit holds the exponent, and the sign in value mode: so its counts tell whether a score is not finite.
+# The first digit holds the exponent, and in value mode also the sign. So its counts tell whether a score is not finite.
 _WIDE = {(2, "magnitude"): (8, 7), (2, "value"): (9, 7), (4, "magnitude"): (11, 10, 10), (4, "value"): (11, 11, 10)}
 _NARROW = _WIDE | {(4, "magnitude"): (8, 8, 8, 7), (4, "value"): (9, 8, 8, 7)}
-# On CUDA, Triton 3.9 counts by one shared-memory atomic a score, however many bins there are. 3.6, and either on HIP,
-# votes and counts the votes, bin by bin: on sm_90 32 scores then take 16 clocks with 256 bins, 128 with 2048 (reckoned
-# from the SASS: a warp's POPC takes 2 clocks), which is 0.1 TB/s of fp32 scores.
+# On CUDA, Triton 3.9 counts with one shared-memory atomic per score, for any number of bins. Triton 3.6, and both
+# versions on HIP, vote and count the votes bin by bin. On sm_90, 32 scores then take 16 clocks with 256 bins, and 128
+# clocks with 2048 bins (computed from the SASS: a warp's POPC takes 2 clocks), which is 0.1 TB/s of fp32 scores.
 _WIDE_TRITON = (3, 9)
 
-# 16 scores a thread: two or four loads of 16 bytes, and three barriers for all of them. By magnitude a pass takes at
-# most 64 registers, so four programs of 8 warps fit a multiprocessor and keep 32 KiB of 16-bit scores in flight, twice
-# what an H100's 3.35 TB/s need at 700 ns. By value, and of fp32 on sm_120, it spills with 64. 32 scores a thread take
-# up to 112 and spill.
+# 16 scores per thread: two or four loads of 16 bytes, and three barriers for all of them. In magnitude mode, a pass
+# takes at most 64 registers. So four programs of 8 warps fit on a multiprocessor and keep 32 KiB of 16-bit scores in
+# flight, twice what an H100's 3.35 TB/s needs at 700 ns. In value mode, and for fp32 on sm_120, a pass spills with 64
+# registers. 32 scores per thread take up to 112 registers and spill.
 _BLOCK = 4096
 _WARPS = 8
-_PROGRAMS = 4  # a multiprocessor; each adds its counts to those in memory once
+_PROGRAMS = 4  # per multiprocessor; each adds its counts to memory once
 
 INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 
@@ -48,10 +48,10 @@ INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F80
 def kept_threshold(
     scores: Tensor, keep_ratio: float, mode: str, *, into: Tensor | None = None, only_if: Tensor | None = None
 ) -> Tensor:
-    """The k-th largest key, 0-d in the scores' dtype; +inf if nothing is kept, NaN if a score is not finite.
+    """Return the k-th largest key, 0-d in the scores' dtype; +inf if nothing is kept, NaN if a score is not finite.
 
-    A threshold of zero may be -0.0, by the scores alone and not by their order. Scores that are not contiguous are
-    copied. ``into`` receives the threshold. Where ``only_if``, an int32 on the device, is 0, the kernels do nothing.
+    A threshold of zero may be -0.0. That depends on the scores, not on their order. Scores that are not contiguous are
+    copied. ``into`` receives the threshold. If ``only_if``, an int32 on the device, is 0, the kernels do nothing.
     """
     target, kept = target_of(scores.device), kept_count(scores.numel(), keep_ratio)
 
@@ -67,13 +67,16 @@ def kept_threshold(
         )
         return [threshold]
 
-    # A number that int32 does not hold makes another binary.
+    # A number outside int32 needs another binary, so such a call is not remembered.
     number = planned.kind("threshold", None, mode) if into is None and scores.numel() < 2**31 else None
     return planned.by_plan((scores,), number, run, {"kept": kept, "rank": rank_of(scores.numel(), kept)})[0]
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
-    """kept_threshold of all scores, (); each: of each of scores (E, ...), in the same launches, (E,)."""
+    """Return kept_threshold of all scores, (); with ``each``, that of each matrix of scores (E, ...), (E,).
+
+    All matrices take the same launches.
+    """
     if not each:
         return kept_threshold(scores, keep_ratio, mode)
     target = target_of(scores.device)
@@ -88,17 +91,17 @@ def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) 
 
 
 def rank_of(numel: int, kept: int) -> int:
-    """Of the threshold among all keys, 1 is the smallest."""
+    """Return the threshold's rank among all keys. Rank 1 is the smallest key."""
     return numel - max(kept, 1) + 1
 
 
 def many_bins(target: Target) -> bool:
-    """Whether 2048 bins are counted as fast as 256."""
+    """Return whether 2048 bins are counted as fast as 256."""
     return target.compiler >= _WIDE_TRITON and target.backend != "hip"
 
 
 def _digits(target: Target) -> dict[tuple[int, str], tuple[int, ...]]:
-    """Bits of each digit, the highest first, by bytes of a score and mode."""
+    """Return the bits of each digit, the highest first, by bytes per score and mode."""
     return _WIDE if many_bins(target) else _NARROW
 
 
@@ -113,7 +116,7 @@ def _kth_largest(
     only_if: Tensor | None = None,
     matrices: int | None = None,
 ) -> Tensor:
-    """``matrices``: of each of so many, (matrices,); None: of all scores, 0-d."""
+    """Return the k-th largest key of each of ``matrices`` matrices, (matrices,); None: of all scores, 0-d."""
     count = matrices or 1
     numel = scores.numel() // count
     threshold = scores.new_empty(() if matrices is None else (matrices,)) if into is None else into
@@ -159,7 +162,10 @@ def _kth_largest(
 
 @triton.jit
 def _keys(bits, MODE: tl.constexpr, SIGN: tl.constexpr):
-    """uint32 that order as the scores of these bits do, or as their magnitudes; -0.0 right below +0.0."""
+    """Return uint32 keys that order as the scores of these bits, or their magnitudes, do.
+
+    By value, -0.0 is right below +0.0.
+    """
     bits = bits.to(tl.uint32)
     if MODE == "magnitude":
         keys = bits & (SIGN - 1)
@@ -170,7 +176,7 @@ def _keys(bits, MODE: tl.constexpr, SIGN: tl.constexpr):
 
 @triton.jit
 def _select(histograms, rank, COUNT: tl.constexpr, DIGITS: tl.constexpr, PITCH: tl.constexpr):
-    """The first COUNT digits, as one number, of the key of this rank (1 is the smallest)."""
+    """Return the first COUNT digits of the key of this rank (1 is the smallest), as one number."""
     found = tl.full((), 0, tl.uint32)
     for i in tl.static_range(COUNT):
         counts = tl.load(histograms + i * PITCH + tl.arange(0, 1 << DIGITS[i]))
@@ -185,7 +191,7 @@ def _count(
     bits, inside, found,
     MODE: tl.constexpr, SIGN: tl.constexpr, PASS: tl.constexpr, SHIFT: tl.constexpr, DIGIT: tl.constexpr,
 ):  # fmt: skip
-    """Histogram of a digit over the keys that begin with ``found``; ``inside`` is None or masks the load."""
+    """Return the histogram of a digit over the keys that begin with ``found``; ``inside`` is None or masks the load."""
     keys = _keys(tl.load(bits, mask=inside), MODE, SIGN)
     digits = ((keys >> SHIFT) & ((1 << DIGIT) - 1)).to(tl.int32)
     if PASS > 0:
@@ -194,18 +200,18 @@ def _count(
     return tl.histogram(digits, 1 << DIGIT, mask=inside)
 
 
-# Counts of one program are int32: it would take 2^31 scores a program, 2^40 on an H100, to overrun them.
+# One program counts in int32. An overflow would take 2^31 scores per program, 2^40 on an H100.
 @triton.jit(do_not_specialize=["numel", "rank"])
 def _histogram_kernel(
     bits, histograms, only_if, stride, numel, rank,
     MODE: tl.constexpr, SIGN: tl.constexpr, DIGITS: tl.constexpr, PITCH: tl.constexpr,
     PASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add to histograms[PASS] the digit above bit SHIFT of the keys whose higher digits are those found.
+    """Count the digit above bit SHIFT into histograms[PASS], for the keys whose higher digits are those found.
 
-    A program takes every num_programs-th block. Whole blocks are loaded without a mask: with one, a numel that 16 does
-    not divide would make every load one score wide. So would it as a stride, which is therefore another argument: that
-    from one matrix to the next, along the grid's second axis; None where there is one.
+    A program takes every num_programs-th block. Whole blocks are loaded without a mask. With a mask, a numel that is
+    not a multiple of 16 would make every load one score wide. So would numel as a stride. Therefore ``stride``, from
+    one matrix to the next along the grid's second axis, is an argument of its own; it is None for a single matrix.
     """
     if only_if is not None and tl.load(only_if) == 0:
         return
@@ -232,9 +238,9 @@ def _threshold_kernel(
     MODE: tl.constexpr, SIGN: tl.constexpr, DIGITS: tl.constexpr, PITCH: tl.constexpr,
     INFINITY: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """The bits of the key of this rank, of +inf if nothing is kept, of NaN if pass 0 saw a key that is not finite.
+    """Write the bits of the key of this rank: +inf if nothing is kept, NaN if pass 0 saw a key that is not finite.
 
-    A matrix a program.
+    One program per matrix.
     """
     if only_if is not None and tl.load(only_if) == 0:
         return
@@ -245,7 +251,7 @@ def _threshold_kernel(
     else:
         bits = tl.where((key & SIGN) != 0, key ^ SIGN, key ^ (2 * SIGN - 1))
     bits = tl.where(kept == 0, INFINITY, bits)
-    # Digits of keys: -NaN -Inf | finite | Inf NaN; in magnitude mode there is nothing on the left.
+    # First digits of keys, in order: -NaN -Inf | finite | Inf NaN. In magnitude mode, the left part is empty.
     digit = tl.arange(0, 1 << DIGITS[0])
     if MODE == "magnitude":
         finite = digit < (INFINITY >> SHIFT)

@@ -1,4 +1,4 @@
-"""What a binary of a kernel is made for: what Triton specialises on, as a text that is the same for every Triton."""
+"""The identity of a kernel's binary: what Triton specialises on, as a text that is the same in all its versions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,10 @@ import torch
 
 
 def specialisation(argument: Any, specialised: bool) -> str:
-    """Of one argument: its type, "/16" if it is a multiple of 16; "1" and "none" are compiled into the kernel.
+    """Return an argument's part of the identity: its type, with "/16" if it is a multiple of 16.
 
-    ``specialised``: whether the kernel asks for an integer's 1 and 16, see do_not_specialize.
+    "1" and "none" are compiled into the kernel. ``specialised``: whether the kernel distinguishes integers that are 1
+    or a multiple of 16; see do_not_specialize.
     """
     if argument is None:
         return "none"
@@ -28,7 +29,7 @@ def specialisation(argument: Any, specialised: bool) -> str:
 
 
 def identity(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> str:
-    """Of a launch: kernel, arguments, constexprs, warps and registers. Equal ones run one binary."""
+    """Return a launch's identity: kernel, arguments, constexprs, warps and registers. Equal ones run one binary."""
     parts = [specialisation(a, not p.do_not_specialize) for a, p in zip(args, kernel.params)]
     parts += [f"{name}={options[name]}" for name in sorted(options)]
     return f"{kernel.__name__}({', '.join(parts)})"

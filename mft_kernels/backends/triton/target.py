@@ -1,4 +1,4 @@
-"""What kernels are compiled for: architecture, multiprocessors, shared memory, and which form is safe there."""
+"""The targets of kernels: architecture, multiprocessors, shared memory, and the form that is safe there."""
 
 import contextlib
 import functools
@@ -11,23 +11,26 @@ import torch
 from . import cubins
 from .language import INSTALLED, triton
 
-#: Older ones let the sm_90 code overwrite registers that a matrix instruction still reads (Triton issue 9433): Triton
-#: 3.6 waits too late, and ptxas 12.9 folds away the copies that make the code of Triton 3.9 safe.
+#: Older versions let the sm_90 code overwrite registers that a matrix instruction still reads (Triton issue 9433).
+#: Triton 3.6 waits too late. ptxas 12.9 removes the copies that make the code of Triton 3.9 safe.
 _SAFE_TRITON = (3, 9)
 _SAFE_ASSEMBLER = (13, 3)
 
 
 @dataclass(frozen=True)
 class Target:
-    """``arch``: compute capability times ten ("cuda": 80, 90, 100) or a name ("hip": "gfx942")."""
+    """What kernels are compiled for.
+
+    ``arch``: compute capability times ten ("cuda": 80, 90, 100) or a name ("hip": "gfx942").
+    """
 
     backend: str
     arch: int | str
     multiprocessors: int
     shared_memory: int  # bytes that one block may use
-    swapped: bool = False  # the masked weight is the first operand of the product, which is transposed for it
-    descriptors: bool = False  # tiles come through TMA descriptors, where alignment allows
-    bandwidth: float = 0  # bytes a second of its memory; 0: not known
+    swapped: bool = False  # the product is transposed, so that the masked weight is its first operand
+    descriptors: bool = False  # tiles are read through TMA descriptors if alignment allows
+    bandwidth: float = 0  # of its memory, bytes per second; 0: not known
     compiler: tuple[int, int] = (0, 0)  # version of the Triton that compiles for it
 
     def __str__(self) -> str:
@@ -47,10 +50,10 @@ def make_target(
     compiler: tuple[int, int],
     assembler: tuple[int, int],
 ) -> Target:
-    """The target with the form that Triton ``compiler`` and ptxas ``assembler`` (versions) compile safely.
+    """Return the target with the form that Triton ``compiler`` and ptxas ``assembler`` (versions) compile safely.
 
-    sm_90 can multiply with a first operand that lies in registers, where the masked weight is made. Where that is not
-    safe, the masked weight is the second operand, which goes through shared memory.
+    sm_90 can read the first operand of a product from registers, where the masked weight is made. If that is not safe,
+    the masked weight is the second operand, which goes through shared memory.
     """
     target = Target(backend, arch, multiprocessors, shared_memory, compiler=compiler)
     if not target.hopper_or_newer:
@@ -60,7 +63,7 @@ def make_target(
 
 @functools.cache
 def compiles_safely(target: Target) -> bool:
-    """Whether the installed Triton and its ptxas compile the swapped form for the target without a hazard."""
+    """Return whether the installed Triton and its ptxas compile the swapped form for the target without a hazard."""
     return target.arch != 90 or _is_safe(installed_triton(), installed_assembler(90))
 
 
@@ -69,12 +72,15 @@ def _is_safe(compiler: tuple[int, int], assembler: tuple[int, int]) -> bool:
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 before they were imported."""
+    """Return whether kernels run in Triton's interpreter, on the CPU.
+
+    They do if TRITON_INTERPRET=1 was set before they were imported.
+    """
     return INSTALLED and triton.knobs.runtime.interpret
 
 
 def target_of(device: torch.device) -> Target:
-    """The target of a tensor's device."""
+    """Return the target of a tensor's device."""
     if _assumed is not None:
         return _assumed
     if interpreting():
@@ -83,7 +89,7 @@ def target_of(device: torch.device) -> Target:
 
 
 def compiled_here(device: torch.device) -> Target | None:
-    """The target with the form that the installed Triton compiles, where another form's cubins are taken; else None."""
+    """Return the target in the installed Triton's form, if the cubins in use have another form; otherwise None."""
     if _assumed is not None or interpreting():
         return None
     return _ask(device.index if device.index is not None else torch.cuda.current_device())[1]
@@ -91,7 +97,7 @@ def compiled_here(device: torch.device) -> Target | None:
 
 @contextlib.contextmanager
 def assume(target: Target) -> Iterator[None]:
-    """Within the context every device is taken for ``target``: to record launches, or interpret those of a GPU."""
+    """Treat every device as ``target`` within the context: to record launches, or to interpret those of a GPU."""
     global _assumed
     before, _assumed = _assumed, target
     try:
@@ -101,13 +107,17 @@ def assume(target: Target) -> Iterator[None]:
 
 
 def is_assumed() -> bool:
-    """Whether devices are taken for another target, see assume."""
+    """Return whether devices are treated as another target; see assume."""
     return _assumed is not None
 
 
 @functools.cache
 def _ask(index: int) -> tuple[Target, Target | None]:
-    """(the target by the cubins there are, else by the installed Triton; the latter, where it has another form)."""
+    """Return (the target in use, the installed Triton's target or None).
+
+    The target in use has the form of the cubins if there are any, otherwise that of the installed Triton. The second is
+    None if it has the same form.
+    """
     card = _card_by_triton(index) if INSTALLED else _card_by_torch(index)
     backend, arch, multiprocessors, shared_memory, bandwidth = card
 
@@ -133,25 +143,28 @@ def _card_by_triton(index: int) -> tuple[str, Any, int, int, float]:
     with torch.cuda.device(index):
         gpu = driver.active.get_current_target()
     found = driver.active.utils.get_device_properties(index)
-    # Two transfers a clock, in kHz, of a bus whose width is in bits. A driver that does not know says 0.
+    # Two transfers per clock. The clock is in kHz, the bus width in bits. A driver that does not know them says 0.
     bandwidth = 2e3 * found["mem_clock_rate"] * found["mem_bus_width"] / 8
     return gpu.backend, gpu.arch, found["multiprocessor_count"], found["max_shared_mem"], bandwidth
 
 
 def _card_by_torch(index: int) -> tuple[str, Any, int, int, float]:
     found = torch.cuda.get_device_properties(index)
-    shared = found.shared_memory_per_multiprocessor - 1024  # which the driver takes from each block
+    shared = found.shared_memory_per_multiprocessor - 1024  # the driver takes 1024 bytes from each block
     bandwidth = 2e3 * found.memory_clock_rate * found.memory_bus_width / 8
     return "cuda", 10 * found.major + found.minor, found.multi_processor_count, shared, bandwidth
 
 
 def installed_triton() -> tuple[int, int]:
-    """(major, minor) of Triton."""
+    """Return (major, minor) of the installed Triton."""
     return _version(triton.__version__)
 
 
 def installed_assembler(arch: int) -> tuple[int, int]:
-    """(major, minor) of the ptxas that Triton runs for an architecture; TRITON_PTXAS_PATH and its like change it."""
+    """Return (major, minor) of the ptxas that Triton runs for an architecture.
+
+    TRITON_PTXAS_PATH and similar variables change it.
+    """
     from triton.backends.nvidia.compiler import get_ptxas
 
     return _version(get_ptxas(arch).version)
@@ -162,7 +175,7 @@ def _version(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-#: Cards that stand for the targets that tests compile for and interpret. H100_OLD_TRITON is one under Triton 3.6.
+#: Cards that stand for the targets that tests compile for and interpret. H100_OLD_TRITON is an H100 with Triton 3.6.
 A100 = make_target("cuda", 80, 108, 166912, (3, 9), (13, 4))
 H100 = make_target("cuda", 90, 132, 232448, (3, 9), (13, 4))
 H100_OLD_TRITON = make_target("cuda", 90, 132, 232448, (3, 6), (12, 8))
@@ -170,7 +183,7 @@ B200 = make_target("cuda", 100, 148, 232448, (3, 9), (13, 4))
 RTX_4090 = make_target("cuda", 89, 128, 101376, (3, 9), (13, 4))
 RTX_5090 = make_target("cuda", 120, 170, 101376, (3, 9), (13, 4))
 MI300X = make_target("hip", "gfx942", 304, 65536, (3, 9), (0, 0))
-#: The interpreter runs one program after another: few of them, so that loops over tiles are walked.
+#: The interpreter runs one program after another. There are few of them, so that each loops over several tiles.
 INTERPRETER = Target("interpreter", 0, 3, 65536, compiler=installed_triton() if INSTALLED else (0, 0))
 
 _assumed: Target | None = None

@@ -1,7 +1,7 @@
 """Device functions that the matrix kernels share: tiles in and out, what is kept, the order of tiles.
 
-A tile is read through a TMA descriptor where the launcher made one, else through pointers and strides; a constexpr
-tells which. Offsets are int64 before they are multiplied, and both axes are masked.
+A tile is read through a TMA descriptor if the launcher made one, otherwise through pointers and strides; a constexpr
+says which. Offsets are int64 before they are multiplied, and both axes are masked.
 """
 
 from .language import tl, triton
@@ -12,7 +12,7 @@ def load_tile(
     source, row, column, rows, columns, stride_row, stride_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) of a (rows, columns) matrix from (row, column) on; 0 beyond its edges."""
+    """Return (ROWS, COLUMNS) of a (rows, columns) matrix from (row, column) on; 0 beyond its edges."""
     if DESCRIPTOR:
         tile = source.load([row, column])
     else:
@@ -28,7 +28,7 @@ def store_tile(
     target, tile, row, column, rows, columns, stride_row, stride_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The tile, cast to the target's dtype, into a (rows, columns) matrix from (row, column) on."""
+    """Store the tile, cast to the target's dtype, in a (rows, columns) matrix from (row, column) on."""
     r = row + tl.arange(0, ROWS)
     c = column + tl.arange(0, COLUMNS)
     offsets = r.to(tl.int64)[:, None] * stride_row + c.to(tl.int64)[None, :] * stride_column
@@ -40,7 +40,7 @@ def load_bits(
     words, row, column, rows, columns, stride_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) booleans from int32 words, 32 columns each; ``column`` and COLUMNS are multiples of 32."""
+    """Return (ROWS, COLUMNS) booleans from int32 words of 32 columns; ``column`` and COLUMNS are multiples of 32."""
     return spread(load_words(words, row, column, rows, columns, stride_row, ROWS, COLUMNS), ROWS, COLUMNS)
 
 
@@ -49,7 +49,7 @@ def load_words(
     words, row, column, rows, columns, stride_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS / 32) int32, 0 beyond the edges; none is loaded if ``rows`` is 0."""
+    """Return int32 words (ROWS, COLUMNS / 32), 0 beyond the edges. If ``rows`` is 0, none is loaded."""
     r = row + tl.arange(0, ROWS)
     c = column // 32 + tl.arange(0, COLUMNS // 32)
     inside = (r < rows)[:, None] & (c < tl.cdiv(columns, 32))[None, :]
@@ -58,10 +58,10 @@ def load_words(
 
 @triton.jit
 def spread(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) booleans: the bits of words (ROWS, COLUMNS / 32).
+    """Return the bits of words (ROWS, COLUMNS / 32) as (ROWS, COLUMNS) booleans.
 
-    A word a thread is loaded and then spread by a reshape. Loading the word of every element instead costs 96 copies
-    where this takes 3, and spills (sm_90, 128 x 64).
+    Each thread loads one word, and a reshape spreads it. Loading the word of every element instead takes 96 copies,
+    compared with 3, and spills (sm_90, 128 x 64).
     """
     bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
     return bits.reshape(ROWS, COLUMNS) != 0
@@ -69,10 +69,11 @@ def spread(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_thresholds(thresholds, row, rows, stride, ROWS: tl.constexpr):
-    """(ROWS, 1): the threshold of each row; stride 0 repeats that of the matrix.
+    """Return the threshold of each row, (ROWS, 1). Stride 0 repeats that of the matrix.
 
-    Loaded a row each even where all are equal: a scalar that is spread over the tile makes every HGMMA of the loop
-    wait for its operand (ptxas C7515), and thresholds by row come for nothing. NaN beyond the edge: nothing is kept.
+    Each row loads its own threshold, even if all are equal. A scalar that is broadcast over the tile would make every
+    HGMMA of the loop wait for its operand (ptxas C7515), and thresholds per row then cost nothing more. Beyond the edge
+    the threshold is NaN, so nothing is kept.
     """
     r = row + tl.arange(0, ROWS)
     return tl.load(thresholds + r.to(tl.int64) * stride, mask=r < rows, other=float("nan")).to(tl.float32)[:, None]
@@ -80,7 +81,7 @@ def load_thresholds(thresholds, row, rows, stride, ROWS: tl.constexpr):
 
 @triton.jit
 def is_kept(scores, threshold, MODE: tl.constexpr):
-    """|scores| >= threshold, or scores >= threshold; NaN is dropped. fp32 holds every 16-bit score exactly."""
+    """Return |scores| >= threshold, or scores >= threshold. NaN is dropped. fp32 holds every 16-bit score exactly."""
     key = scores.to(tl.float32)
     if MODE == "magnitude":
         key = tl.abs(key)
@@ -92,7 +93,7 @@ def store_kept(
     out, values, keep, thresholds, row, column, N, K, stride_kn, stride_kk, stride_t,
     MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out (N, K), contiguous: the values where the mask keeps them, else 0."""
+    """Store one tile of out (N, K), contiguous: the values that the mask keeps, and 0 elsewhere."""
     if MODE == "packed":
         kept = load_bits(keep, row, column, N, K, stride_kn, BLOCK_N, BLOCK_K)
     else:
@@ -103,7 +104,7 @@ def store_kept(
 
 @triton.jit
 def grouped(tile, tiles_slow, tiles_fast, GROUP: tl.constexpr):
-    """(slow, fast) index of a tile: GROUP slow ones side by side for each fast one, so that both operands stay in L2.
+    """Return the (slow, fast) index of a tile: GROUP slow ones in turn for each fast one, so both operands stay in L2.
 
     slow 0 | 0 2 4 ..        with GROUP = 2
     slow 1 | 1 3 5 ..
