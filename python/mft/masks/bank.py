@@ -1,12 +1,12 @@
-"""Many masks on one base: the masks of every task at 1 bit a weight beside one exact weight, chosen by request or row.
+"""Serve many masks on one base model, chosen per request or per row. Each task's masks take 1 bit per weight.
 
     bank = load_mask_bank(model, {"code": "runs/code", "math": "runs/math"})
     with bank.use("code"):
         model.generate(...)
-    with bank.use(["code", "math", None]):  # the task of each row of the batch; None: the bare base
+    with bank.use(["code", "math", None]):  # one task for each row of the batch; None: the bare base
         model(...)
 
-For inference: bits do not learn, and weights are frozen.
+For inference only: packed masks are not trained, and weights are frozen.
 """
 
 import contextlib
@@ -38,15 +38,16 @@ def load_mask_bank(
 ) -> "MaskBank":
     """Put the masks of several exports on one model, in place.
 
-    Tasks may mask different layers; what a task does not mask runs dense for it. Weights are shared, not copied (a
-    transposed copy for GPT-2's Conv1D), and are the exact ones, also for masks that were learned on a quantised base.
+    Tasks may mask different layers; a layer that a task does not mask runs dense for that task. Weights are shared, not
+    copied, except that GPT-2's Conv1D weights are copied as transposed. The weights are exact, also for masks that were
+    learned on a quantised base.
 
     Args:
         model: the base that all the masks were learned on, ordinary and unmasked.
-        directories: what save_masks wrote, a run of mft train, or a repository of the hub as for load_masks, by the
-            task's name.
+        directories: for each task's name, a directory of save_masks, a run of mft train, or a Hub repository as for
+            load_masks.
         force: accept other base weights of the same shapes.
-    Raises: as load_masks; the model is then unchanged.
+    Raises: the errors of load_masks; the model is then unchanged.
     """
     bank = MaskBank(model)
     read = {}
@@ -59,10 +60,11 @@ def load_mask_bank(
 
 
 class MaskBank:
-    """The tasks whose masks a model holds, and the choice among them.
+    """The tasks whose masks a model holds, and the choice of the task in use.
 
-    Threads may call the model with different tasks at once, and add tasks meanwhile: a choice holds in the thread, or
-    the asyncio task, that made it. A thread started under ``use`` has none, and a call without one is an error.
+    Threads may call the model with different tasks at the same time, and add tasks meanwhile. A choice holds in the
+    thread or asyncio task that made it. A thread started inside ``use`` has no choice, and calling the model without
+    one is an error.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,24 +76,24 @@ class MaskBank:
             raise ValueError(f"model must not hold a bank of masks already, got {len(held)} layers with one: add to it")
         self._tasks: list[str] = []
         self._in_use: Counter[str] = Counter()
-        self._noting: set[str] = set()  # modules around experts
+        self._noting: set[str] = set()  # modules around experts that note their input's shape, by name
         self._lock = threading.RLock()
         self._choice: ContextVar[Choice] = ContextVar("mft.MaskBank")
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Their names, in the order in which they came."""
+        """The tasks' names, in the order in which they were added."""
         return tuple(self._tasks)
 
     @contextlib.contextmanager
     def use(self, tasks: str | Sequence[str | None] | None) -> Iterator[None]:
-        """Meanwhile the model's calls take this task's masks; None: the bare base.
+        """Make the model's calls in this context use the masks of a task; None selects the bare base.
 
-        Of a sequence, row i of the batch takes the masks of tasks[i]: one product a task and layer. Masked layers must
-        see (rows, ..., K), as most models' do, and the module around experts too. Beams and num_return_sequences are
-        rows, next to each other.
-        Raises: TypeError or ValueError if tasks are none of these, or unknown; from the model's call, if the batch has
-            another number of rows.
+        If tasks is a sequence, row i of the batch uses the masks of tasks[i]; TaskPerRow says at what cost. The inputs
+        of masked layers must then have shape (rows, ..., K), as in most models; so must the input of the module around
+        experts. Beams and num_return_sequences count as rows, next to each other.
+        Raises: TypeError or ValueError if tasks has another type or names an unknown task. The model's call raises
+            ValueError if the batch has another number of rows.
         """
         one = tasks is None or isinstance(tasks, str)
         if not one and not isinstance(tasks, Iterable):
@@ -112,12 +114,12 @@ class MaskBank:
                 self._in_use.subtract(named)
 
     def add(self, task: str, directory: str | os.PathLike, *, force: bool = False) -> None:
-        """One more task; arguments and errors as of load_mask_bank."""
+        """Add a task. Arguments and errors are those of load_mask_bank."""
         self._check_new(task)
         self.put(task, self.read(directory, force=force))
 
     def read(self, directory: str | os.PathLike, *, force: bool = False) -> dict[str, Tensor]:
-        """Masks by layer for put, which is short: what takes long and what can fail is done here. Errors as of add."""
+        """Return an export's packed masks by layer, for put. All slow or failing work is here. Errors as for add."""
         path = masks_directory(directory)
         export = read_description(path)
         check_masks_alone(export, path, "a bank, whose tasks share all but the masks")
@@ -126,7 +128,7 @@ class MaskBank:
         return read_learned(self.model, export, path, force=force)[0]
 
     def put(self, task: str, masks: Mapping[str, Tensor]) -> None:
-        """One more task, of what read has returned. Raises: ValueError if the name is taken."""
+        """Add a task with the masks that read returned. Raises: ValueError if the name is taken."""
         with self._lock:
             self._check_new(task)
             split_attentions(self.model, masks)
@@ -138,19 +140,20 @@ class MaskBank:
                 layer.tasks = frozenset(self._tasks)
 
     def union(self, *tasks: str, name: str | None = None) -> str:
-        """One more task, which keeps what any of these keeps; exact, and of its own when they are removed.
+        """Add a task that keeps every weight that any of these tasks keeps.
 
-        A layer that one of them does not mask keeps everything.
-        Args: name: of the new task; by default "a | b".
-        Returns: the name.
-        Raises: ValueError for fewer than two tasks, an unknown one, or a name that is taken.
+        The union is exact, and stays if the tasks that it was made from are removed. A layer that one of them does not
+        mask keeps every weight.
+        Args: name: the new task's name; by default "a | b".
+        Returns: the new task's name.
+        Raises: ValueError for fewer than two tasks, an unknown task, or a name that is taken.
         """
         return self._combine(tasks, name, " | ", torch.bitwise_or, whole_wins=True)
 
     def intersection(self, *tasks: str, name: str | None = None) -> str:
-        """One more task, which keeps what all of these keep; as union, named "a & b".
+        """Add a task that keeps the weights that all of these tasks keep; as union, but named "a & b" by default.
 
-        A layer that some of them do not mask has the masks of the others.
+        A layer that only some of the tasks mask gets the intersection of their masks.
         """
         return self._combine(tasks, name, " & ", torch.bitwise_and, whole_wins=False)
 
@@ -167,13 +170,13 @@ class MaskBank:
                 layer.tasks = frozenset(self._tasks)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the masks, by task."""
+        """Return the bytes of each task's masks."""
         with self._lock:
             layers = self._layers()
             return {task: sum(each.masks[task].nbytes for each in layers if task in each.masks) for task in self._tasks}
 
     def print_memory(self) -> None:
-        """Print the bytes of the base and of each task's masks, beside those of as many merged models."""
+        """Print the bytes of the base and of each task's masks, compared with one merged model per task."""
         base = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
         masks = self.nbytes()
         each = ", ".join(f"{task} {size:,d} ({100 * size / base:.2f} %)" for task, size in masks.items())
@@ -183,9 +186,9 @@ class MaskBank:
         )
 
     def _banked(self, name: str) -> BankedLayer:
-        """The layer of this name in the model, which holds masks from here on.
+        """Return the layer of this name; replace it with one that can hold masks if it cannot yet.
 
-        What a thread may be computing with is replaced, not changed.
+        Modules are replaced, not changed, because another thread may be computing with them.
         """
         path, _, part = name.rpartition(".")
         parent: Any = self.model.get_submodule(path)
@@ -205,7 +208,7 @@ class MaskBank:
         return layer
 
     def _note_shapes(self, around: str) -> None:
-        """Let a choice of tasks see what the module of this name, around experts, is called with."""
+        """Let the chosen tasks see the input shape of the module named ``around``, which contains experts."""
         if around in self._noting:
             return
         self._noting.add(around)
@@ -215,7 +218,7 @@ class MaskBank:
     def _combine(
         self, tasks: tuple[str, ...], name: str | None, symbol: str, join: Callable[..., Tensor], *, whole_wins: bool
     ) -> str:
-        """Add the task that ``join`` makes of these, bit by bit; whole_wins: a layer without a mask stays without."""
+        """Add a task with masks joined bitwise. whole_wins: a layer stays unmasked if any of the tasks leaves it so."""
         if len(tasks) < 2:
             raise ValueError(f"tasks must be two or more of the bank's, got {tasks}")
         with self._lock:

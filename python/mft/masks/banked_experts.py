@@ -1,7 +1,7 @@
-"""A mixture's experts with many masks on them: of one task for all rows, or of a task a row, one product a task.
+"""Mixture-of-experts modules with many masks: one task for all rows, or one task per row with one product per task.
 
 Experts see the tokens of a batch flattened, (rows * tokens, H). Rows of different tasks mostly choose different
-experts, so a product for each task reads few weights that one for all of them would not.
+experts, so one product per task reads only few more weights than one product for all tasks.
 """
 
 import functools
@@ -19,9 +19,10 @@ from mft_kernels import masked_linear_grouped_packed
 
 
 class BankedGroupedLinear(BankedLayer):
-    """y[i] = x[i] @ where(mask[e], weight[e], 0).T + bias[e] for the rows i of expert e, by the mask of a task.
+    """y[i] = x[i] @ where(mask[e], weight[e], 0).T + bias[e] for the rows i of expert e, with the mask of one task.
 
-    Shapes as of MaskedGroupedLinear: weight (E, N, K), transposed (E, K, N); masks int32 (E, N, ceil(K / 32)) by task.
+    Shapes as for MaskedGroupedLinear: weight (E, N, K), or (E, K, N) if transposed. Each task's mask is int32
+    (E, N, ceil(K / 32)).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, transposed: bool, choice: ContextVar[Choice]) -> None:
@@ -36,7 +37,7 @@ class BankedGroupedLinear(BankedLayer):
 
 
 class BankedExperts(MaskedExperts):
-    """What a class of experts becomes by bank_experts."""
+    """The class of experts after bank_experts."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         layers = self.layers()
@@ -49,7 +50,7 @@ class BankedExperts(MaskedExperts):
         return self._of_task(choice.tasks[0], *args, **kwargs)
 
     def layers(self) -> dict[str, BankedGroupedLinear]:
-        """Those that hold masks, by projection."""
+        """Return the layers that hold masks, by projection name."""
         return {name: getattr(self, name) for name in self._projections}
 
     def _of_task(self, task: str | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -62,23 +63,23 @@ class BankedExperts(MaskedExperts):
 
 
 def bank_experts(experts: nn.Module, name: str, choice: ContextVar[Choice]) -> BankedGroupedLinear:
-    """Let the parameter ``name`` of experts hold masks, in place; returns what holds them."""
+    """Let the parameter ``name`` of experts hold masks, in place. Return the layer that holds them."""
     return mask_experts(experts, name, functools.partial(BankedGroupedLinear, choice=choice), BankedExperts)
 
 
 def grouped_product(
     x: Tensor, weight: Tensor, packed: Tensor | None, offsets: Tensor, bias: Tensor | None, transposed: bool
 ) -> Tensor:
-    """Of rows (T, K), sorted by expert, with one mask for all of them or with none."""
+    """Compute the grouped product of rows (T, K), sorted by expert, with one packed mask or unmasked (None)."""
     if packed is None:
         return unmasked_product(x, weight, offsets, bias, transposed)
     return masked_linear_grouped_packed(x, weight, packed, offsets, bias, transposed=transposed)
 
 
 def note_shapes(around: nn.Module, choice: Callable[[], Any]) -> list[RemovableHandle]:
-    """Let choice(), if it is of a task a row, see what a module around experts is called with, while it is.
+    """Record the input shape of the module ``around`` in choice() while the module runs, if choice() is a TaskPerRow.
 
-    Such a module flattens rows: for its experts, and often for linear layers beside them.
+    Such a module flattens rows for its experts, and often for linear layers next to them.
     """
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -103,12 +104,12 @@ def mixed_experts(
     args: tuple,
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """What experts compute of their forward's arguments, each row's tokens by the masks of its task.
+    """Run experts on their forward's arguments, with each row's tokens masked by the row's task.
 
     Args:
-        rows: what it has seen, by note_shapes, tells how the tokens were flattened.
-        masked: the tasks that mask these experts; all others are one group, of the task None.
-        of_task: (task, *args, **kwargs) -> what experts compute of some rows' tokens.
+        rows: its ``seen`` shape, recorded by note_shapes, tells how the tokens were flattened.
+        masked: the tasks that mask these experts; all other tasks form one group, under the task None.
+        of_task: (task, *args, **kwargs) -> the experts' output for some rows' tokens.
     """
     given = [*args, *kwargs.values()]
     copies, total = copies_of_tokens(experts), len(given[0])
@@ -120,7 +121,7 @@ def mixed_experts(
         return of_task(groups.tasks[0], *args, **kwargs)
 
     def chosen(tensor: Tensor, which: Tensor) -> Tensor:
-        """(copies * rows * tokens, ...), of some rows."""
+        """Return the part of a tensor (copies * rows * tokens, ...) that belongs to the rows ``which``."""
         apart = tensor.reshape(copies, count, tokens, *tensor.shape[1:])
         return apart.index_select(1, which).flatten(0, 2)
 

@@ -1,4 +1,4 @@
-"""Layers with many masks on one weight, and the two ways to choose: one task for all rows, or a task a row."""
+"""Layers with many masks on one weight, and the two kinds of choice: one task for all rows, or one task per row."""
 
 import copy
 import threading
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from mft_kernels import masked_linear_many, masked_linear_packed
 from mft_kernels.ops.many import MOST_MASKS
 
-#: The most tokens that an accelerator takes in one pass of many masks, which multiplies all of them by each mask.
+#: Maximum number of tokens for masked_linear_many on an accelerator, where it multiplies all tokens by each mask.
 _FEW_TOKENS = 64
 
 
 def product(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
-    """With one mask for all of x, or with none."""
+    """Compute the linear layer with one packed mask for all of x, or unmasked if packed is None."""
     return F.linear(x, weight, bias) if packed is None else masked_linear_packed(x, weight, packed, bias)
 
 
@@ -33,7 +33,7 @@ class Choice(Protocol):
 
 
 class BankedLayer(nn.Module):
-    """A frozen weight and bias with masks as bits by task, and which of them is in use; what is computed others say."""
+    """A frozen weight and bias with one packed mask per task. Subclasses define the forward."""
 
     masks_weight = True  # see mft_kernels/layers/maskable.py
 
@@ -41,13 +41,13 @@ class BankedLayer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        # Replaced, never changed: another thread may be reading them.
+        # The dict is replaced, never changed: another thread may be reading it.
         self.masks: Mapping[str | None, Tensor] = {}
-        self.tasks: frozenset[str] = frozenset()  # all that the model has masks for, here or in other layers
+        self.tasks: frozenset[str] = frozenset()  # every task of the model's bank, also those that mask other layers
         self._choice = choice
 
     def choice(self) -> Choice:
-        """What bank.use chose for this thread. Raises: RuntimeError outside of it."""
+        """Return the choice that bank.use made for this thread. Raises: RuntimeError outside bank.use."""
         choice = self._choice.get(None)
         if choice is None:
             raise RuntimeError(
@@ -57,7 +57,7 @@ class BankedLayer(nn.Module):
         return choice
 
     def check_tasks(self, tasks: Iterable[str | None]) -> None:
-        """Raise ValueError for a task that came to the bank after the model, or a copy of it, was made."""
+        """Raise ValueError for a task that was added to the bank after this model, or this copy of it, was made."""
         unknown = [task for task in tasks if task is not None and task not in self.tasks]
         if unknown:
             raise ValueError(
@@ -66,7 +66,7 @@ class BankedLayer(nn.Module):
             )
 
     def __deepcopy__(self, memo: dict) -> Any:
-        """A copy is chosen for by the same bank, and keeps the masks that it has now."""
+        """Copy the layer with its current masks. The same bank's ``use`` chooses the copy's task too."""
         memo[id(self._choice)] = self._choice  # a ContextVar cannot be copied
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -79,9 +79,9 @@ class BankedLayer(nn.Module):
 
 
 class BankedLinear(BankedLayer):
-    """y = x @ where(mask, weight, 0).T + bias with the mask of the task in use; dense for a task that has none here.
+    """y = x @ where(mask, weight, 0).T + bias with the mask of the task in use; dense if the task has no mask here.
 
-    Shapes: weight (N, K), bias (N,), both frozen; masks int32 (N, ceil(K / 32)) by task; x (..., K).
+    Shapes: weight (N, K), bias (N,), both frozen; each task's mask int32 (N, ceil(K / 32)); x (..., K).
     """
 
     def __init__(self, linear: nn.Linear, choice: ContextVar[Choice]) -> None:
@@ -111,20 +111,21 @@ class OneTask:
 
 
 class TaskPerRow:
-    """Row i of the batch takes tasks[i]: few rows in one pass over the weight, many by a product a group of rows.
+    """Row i of the batch uses tasks[i], with one pass over the weight for all rows, or one product per group of rows.
 
-    For a layer, tasks that do not mask it and the bare base are one group.
+    One pass serves up to MOST_MASKS masks, and on CUDA up to _FEW_TOKENS tokens. A group is the rows of one task.
+    For each layer, rows with the bare base or with a task that does not mask the layer form one group.
     """
 
     def __init__(self, tasks: tuple[str | None, ...], argument: str = "tasks") -> None:
         self.tasks = tasks
-        self._argument = argument  # by which users gave them
-        self._seen = threading.local()  # a call under one choice may run in another thread than the next
-        self._groups: dict[tuple, Groups] = {}  # layers that the same tasks mask share theirs
+        self._argument = argument  # the user's name for tasks, for messages
+        self._seen = threading.local()  # two calls under one choice may run in different threads
+        self._groups: dict[tuple, Groups] = {}  # cached by (masking tasks, device); layers share entries
 
     @property
     def seen(self) -> tuple[int, ...]:
-        """Within a module that flattens its rows: (rows, tokens, ...), as it is called with; see note_shapes."""
+        """Input shape (rows, tokens, ...) of the running module that flattens rows, () outside; see note_shapes."""
         return getattr(self._seen, "shape", ())
 
     @seen.setter
@@ -136,7 +137,7 @@ class TaskPerRow:
         return self.mixed(x, layer.weight, layer.masks, layer.bias)
 
     def mixed(self, x: Tensor, weight: Tensor, masks: Mapping[str | None, Tensor], bias: Tensor | None) -> Tensor:
-        """(rows, ..., K) -> (rows, ..., N) by the masks, of weight (N, K), that there are for the rows' tasks."""
+        """Compute (rows, ..., K) -> (rows, ..., N) with weight (N, K) and the masks of the rows' tasks, if any."""
         if x.dim() == 2 and self.has_flattened(len(x)):
             return self.mixed(x.unflatten(0, self.seen[:2]), weight, masks, bias).flatten(0, 1)
         if not self.fit(x.shape):
@@ -155,15 +156,15 @@ class TaskPerRow:
         return torch.cat(parts).index_select(0, groups.inverse)
 
     def fit(self, shape: Sequence[int]) -> bool:
-        """Whether an input of this shape has a row for each task."""
+        """Return whether an input of this shape has one row for each task."""
         return len(shape) >= 3 and shape[0] == len(self.tasks)
 
     def has_flattened(self, count: int) -> bool:
-        """Whether so many are all tokens of all rows, flattened."""
+        """Return whether ``count`` is the number of tokens of all rows together, flattened."""
         return self.fit(self.seen) and count == self.seen[0] * self.seen[1]
 
     def refusal(self, shape: Sequence[int]) -> ValueError:
-        """Of an input of this shape, which they do not fit."""
+        """Return the error for an input of this shape, whose rows do not match the tasks."""
         return ValueError(
             f"{self._argument} must be one a row of a batch (rows, ..., K), got {len(self.tasks)} of them and an "
             f"input of {tuple(shape)}: repeat a task for each beam and returned sequence; where the model flattens "
@@ -171,7 +172,7 @@ class TaskPerRow:
         )
 
     def groups(self, masked: frozenset[str | None], device: torch.device) -> "Groups":
-        """Of a layer that these tasks mask."""
+        """Return the groups of rows for a layer that the tasks in ``masked`` mask."""
         if (masked, device) not in self._groups:
             rows: dict[str | None, list[int]] = {}
             for row, task in enumerate(self.tasks):
@@ -192,7 +193,12 @@ class TaskPerRow:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups' tasks and numbers of rows; row numbers in groups, and where each row went; see masked_linear_many."""
+    """Rows grouped by task.
+
+    tasks and sizes: each group's task and number of rows. order: row numbers, group after group; inverse: its inverse
+    permutation. masked and places: the tasks that mask the layer, and each row's index among them or -1; see
+    masked_linear_many.
+    """
 
     tasks: list[str | None]
     sizes: list[int]

@@ -1,4 +1,4 @@
-"""The base that a mask lies on, computed with the model itself: every weight kept, and no bit of a mask read."""
+"""Compute the unmasked base with the masked model itself: every weight is kept, and no mask is read."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 
 @contextlib.contextmanager
 def as_base(*modules: nn.Module) -> Iterator[None]:
-    """Masked layers in these modules compute with their whole weight meanwhile, whatever they hold or have learned.
+    """Make the masked layers in these modules compute with their whole weight, whatever their scores or masks are.
 
-    For passes without gradients. As convert.keeping_all up to the order of sums, but the scores are not looked at, so
-    that the selection of the mask, which is remembered between changes of the scores, stays remembered. Of a model
-    whose masks are in place (modules: the model itself), the weights are whole meanwhile.
+    For passes without gradients. The result equals convert.keeping_all up to the order of sums. The scores are not
+    read, so the selected mask, which is cached until the scores change, stays cached. If a model's masks are in place
+    (pass the model itself), its weights are whole in this context.
     """
     masked = [layer for module in modules for layer in module.modules() if isinstance(layer, MaskedLayer)]
     with contextlib.ExitStack() as lifted:
@@ -31,7 +31,7 @@ def as_base(*modules: nn.Module) -> Iterator[None]:
 
 def _whole(layer: nn.Module) -> Callable[..., Tensor]:
     if isinstance(layer, QuantizedMaskedLinear):
-        return lambda x: QuantizedLinear(layer.quantized, layer.bias)(x)  # anew: the bias may lie elsewhere by then
+        return lambda x: QuantizedLinear(layer.quantized, layer.bias)(x)  # made per call: the bias may have moved
     if isinstance(layer, MaskedGroupedLinear):
         return lambda x, offsets: unmasked_product(x, layer.weight, offsets, layer.bias, layer.transposed)
     assert isinstance(layer, MaskedLinear)

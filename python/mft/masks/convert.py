@@ -1,4 +1,4 @@
-"""Whole models: put a mask on chosen linear layers, freeze the rest, and bake the masks in again."""
+"""Convert whole models: mask chosen linear layers and freeze the rest; later merge the masks into the weights."""
 
 import contextlib
 import functools
@@ -27,34 +27,36 @@ from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMu
 from mft_kernels.layers.shells import filled, linear_on, without
 from mft_kernels.ops.checks import check_alpha
 
-# Which parameters were trainable before, so that merge_model can say so again; an attribute of the model.
+# Attribute of the model: names of the parameters that were trainable before masking; merge_model restores this.
 _TRAINABLE_BEFORE = "_mft_trainable_before"
-# What a masked layer stands for, without its weights, if that is no nn.Linear; in a tuple, so that it is no child.
+# Attribute of a masked layer that replaced no nn.Linear: the replaced module without its weights. It is in a tuple so
+# that it is not registered as a child.
 _ORIGINAL = "_mft_original"
-# What has a model's masks in its weights (in_place/); an attribute of the model.
+# Attribute of the model: the object that holds its masks in its weights (in_place/).
 IN_PLACE = "_mft_in_place"
 
 
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
-    """Replace the linear layers that config chooses by MaskedLinear, in place; scores and modules_to_save are trained.
+    """Replace the linear layers that config chooses by MaskedLinear, in place. Scores and modules_to_save are trained.
 
-    Experts in one parameter become a MaskedGroupedLinear of their module, which stays (experts.py). Weights and biases
-    are shared, not copied (a transposed copy for GPT-2's Conv1D). Scores that are drawn depend on config.seed and the
-    layer's name alone, so choosing other layers too changes none of them.
+    Experts that share one parameter become a MaskedGroupedLinear inside their module, which stays (experts.py). Weights
+    and biases are shared, not copied, except that GPT-2's Conv1D weights are copied as transposed. Drawn scores depend
+    only on config.seed and the layer's name, so choosing more layers does not change them.
 
     Args:
         model: any transformers model built of nn.Linear, Conv1D, experts, and layers that compute what nn.Linear
-            does. An nn.MultiheadAttention has in_proj (or q_proj, k_proj, v_proj, where kdim or vdim differ) and
+            does. An nn.MultiheadAttention offers in_proj (or q_proj, k_proj, v_proj if kdim or vdim differ) and
             out_proj.
-        config: see MaskConfig. target_modules as in PEFT: a list of suffixes, one regular expression for the full name,
-            or "all-linear"; None for the attention and MLP, experts included, of every layer, of encoder and decoder,
-            of vision and text; of a model that generates text from one decoder, of that decoder's layers. The output
-            embedding never is. target_parameters: ends of weights' names, such as experts.gate_up_proj; these alone
-            where target_modules is None.
-            modules_to_save: names of modules that are trained whole, such as a new classifier's head.
+        config: see MaskConfig. target_modules works as in PEFT: a list of suffixes, one regular expression for the full
+            name, or "all-linear". None selects the attention and MLP, experts included, of every layer: encoder and
+            decoder, vision and text. If the model generates text from one decoder, None selects that decoder's layers
+            only. The output embedding is never masked.
+            target_parameters: suffixes of weight names, such as experts.gate_up_proj. If target_modules is None, only
+            these are masked.
+            modules_to_save: names of modules that are trained whole, such as the head of a new classifier.
     Returns: the same model.
-    Raises: ValueError if nothing is chosen, a pattern or layer number does not exist, or a chosen module cannot be
-        masked; or for an init that takes data, which mask_from_data has. The model is then unchanged.
+    Raises: ValueError if nothing is chosen, if a pattern or layer number does not exist, if a chosen module cannot be
+        masked, or if config.init needs data (use mask_from_data). The model is then unchanged.
     """
     check_unwrapped(model)
     check_unmasked(model)
@@ -65,16 +67,18 @@ def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
 
 @torch.no_grad()
 def merge_model(model: nn.Module, *, alpha: float = 1.0) -> nn.Module:
-    """Bake the masks into the weights, in place: an ordinary model of the classes that there were.
+    """Merge the masks into the weights, in place: the result is an ordinary model of the original classes.
 
-    Kept weights are bit-equal to the base's, dropped ones are +0. What was trainable before mask_model is so again.
+    Kept weights are bit-equal to the base's, dropped ones are +0. Parameters that were trainable before mask_model are
+    trainable again.
 
     Args:
-        alpha: how far from the base to the masked model, in (0, 1]: base + alpha * (masked - base). Below 1 dropped
-            weights are scaled by 1 - alpha, in fp32 and rounded once to their dtype; kept ones stay bit-equal.
-    Returns: the same model; of one in torch.compile or DistributedDataParallel, the model within.
-    Raises: ValueError if nothing is masked, scores are not finite, fully_shard has spread the model, or alpha is below
-        1 and there are modules_to_save, of which nobody knows any more where they began.
+        model: a masked model. If torch.compile or DistributedDataParallel wraps it, the inner model is merged.
+        alpha: how far to go from the base to the masked model, in (0, 1]: base + alpha * (masked - base). Below 1,
+            dropped weights are scaled by 1 - alpha in fp32 and rounded once to their dtype; kept ones stay bit-equal.
+    Returns: the same model, without such a wrapper.
+    Raises: ValueError if nothing is masked, if scores are not finite, if fully_shard has sharded the model, or if alpha
+        is below 1 and there are modules_to_save, because their initial values are not kept.
     """
     model = unwrapped(model)
     check_unsharded(model)
@@ -103,9 +107,9 @@ def merge_model(model: nn.Module, *, alpha: float = 1.0) -> nn.Module:
 
 
 def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
-    """The masked layers by name, in the model's order; those of experts in one parameter by the parameter's name.
+    """Return the masked layers by name, in the model's order. Masked experts have the name of their parameter.
 
-    Raises: RuntimeError while the masks are in place, where no layer is a masked one.
+    Raises: RuntimeError while the masks are in place, because no layer is a masked one then.
     """
     if hasattr(model, IN_PLACE):
         raise RuntimeError(
@@ -117,19 +121,22 @@ def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
 
 @torch.no_grad()
 def set_scores(module: MaskedLayer, scores: Tensor) -> None:
-    """Floating scores become the layer's, as it holds them, rounded to its format."""
+    """Copy floating-point scores into the layer, rounded to the layer's score format."""
     module.scores.copy_(fixed_from_float(scores) if module.scores.dtype == torch.int16 else scores)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) numbers of parameters; scores count in both, int16 ones too, which learn without autograd."""
+    """Return (trainable, total) numbers of parameters.
+
+    Scores count in both. So do int16 scores, although they train without autograd.
+    """
     fixed_point = {id(m.scores) for m in masked_modules(model).values() if m.scores.dtype == torch.int16}
     sizes = [(p.numel(), p.requires_grad or id(p) in fixed_point) for p in model.parameters()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print what is trained, in memory, and what is kept of it, on disk."""
+    """Print how many scores and weights are trained, with their memory, and the size of the masks on disk."""
     masked = list(masked_modules(model).values())
     trainable, total = trainable_parameters(model)
     if not masked:
@@ -145,7 +152,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def keeping_all(model: nn.Module) -> Iterator[None]:
-    """Masked layers keep every weight meanwhile: a model without its masks, and without a second copy of it."""
+    """Make masked layers keep every weight in this context: the unmasked model without a second copy."""
     masked = masked_modules(model).values()
     before = [(module.threshold, module.keep_ratio) for module in masked]
     for module in masked:
@@ -161,7 +168,7 @@ def keeping_all(model: nn.Module) -> Iterator[None]:
 
 
 def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
-    """mask_model for layers of these names, which must be maskable."""
+    """Do the work of mask_model for the layers of these names, which must be maskable."""
     names = list(names)
     setattr(model, _TRAINABLE_BEFORE, {name for name, p in model.named_parameters() if p.requires_grad})
     model.requires_grad_(False)
@@ -184,7 +191,7 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
 
 
 def mergeable_modules(model: nn.Module) -> dict[str, MaskedLayer]:
-    """masked_modules. Raises ValueError unless there are some and the weights are exact, NonFiniteScores by scores."""
+    """Return masked_modules(model). Raises ValueError if it is empty or weights are quantised, and NonFiniteScores."""
     masked = masked_modules(model)
     if not masked:
         raise ValueError(
@@ -202,7 +209,7 @@ def mergeable_modules(model: nn.Module) -> dict[str, MaskedLayer]:
 
 
 def check_interpolable(alpha: float, modules_to_save: Iterable[str]) -> None:
-    """Raise TypeError or ValueError unless masks beside modules of these names can be merged by alpha."""
+    """Raise TypeError or ValueError unless masks with these modules_to_save can be merged with this alpha."""
     check_alpha(alpha)
     trained = sorted(modules_to_save)
     if alpha != 1 and trained:
@@ -213,17 +220,17 @@ def check_interpolable(alpha: float, modules_to_save: Iterable[str]) -> None:
 
 
 def came_from_conv1d(module: MaskedLayer) -> bool:
-    """Whether the model had a Conv1D there, whose weight is (in, out)."""
+    """Return whether the layer replaced a Conv1D, whose weight is (in, out)."""
     return isinstance(original_of(module), Conv1D)
 
 
 def original_of(module: MaskedLayer) -> Any:
-    """What the model had there without its weight and bias; None for an nn.Linear."""
+    """Return the module that the layer replaced, without weight and bias; None for an nn.Linear."""
     return next(iter(getattr(module, _ORIGINAL, ())), None)
 
 
 def split_attentions(model: nn.Module, names: Iterable[str]) -> None:
-    """Let each nn.MultiheadAttention with a projection among names call its projections, which can be replaced then."""
+    """Make each nn.MultiheadAttention with a projection in names call its projections as modules, to be replaced."""
     for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
         attention = model.get_submodule(path)
         if isinstance(attention, nn.MultiheadAttention):
@@ -231,14 +238,14 @@ def split_attentions(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def pack_attentions(model: nn.Module) -> None:
-    """Undo split_attentions, when every projection is an nn.Linear again."""
+    """Undo split_attentions. Every projection must be an nn.Linear again."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, MaskedMultiheadAttention) and name:  # the model itself stays what it is
+        if isinstance(module, MaskedMultiheadAttention) and name:  # the model itself cannot be replaced
             replace_module(model, name, module.to_attention())
 
 
 def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
-    """A masked layer on the weight and bias of source, a maskable layer that a model calls name."""
+    """Return a masked layer on the weight and bias of source, a maskable layer with this name in the model."""
     masked = MaskedLinear.from_linear(as_linear(source), **_scores_options(name, config, source.weight))
     masked.module_name = name
     if type(source) is not nn.Linear:
@@ -249,7 +256,7 @@ def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
 def masked_grouped_layer(
     weight: Tensor, bias: Tensor | None, *, transposed: bool, name: str, config: MaskConfig
 ) -> MaskedGroupedLinear:
-    """A masked layer on a parameter of experts, which a model calls name."""
+    """Return a masked layer on a parameter of experts with this name in the model."""
     options = _scores_options(name, config, weight)
     masked = MaskedGroupedLinear(weight, bias, transposed=transposed, **options)
     masked.module_name = name
@@ -257,7 +264,7 @@ def masked_grouped_layer(
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put module in the place that name names."""
+    """Put module at the place of this name."""
     *path, child = name.split(".")
     parent = model
     for part in [None, *path]:
@@ -268,7 +275,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def as_linear(module: Any) -> nn.Linear:
-    """module, or what equals it in its place: of a Conv1D, which holds its weight as (in, out), a copy, (out, in)."""
+    """Return module, or an equal nn.Linear if it is none. A Conv1D's weight (in, out) is copied as (out, in)."""
     if isinstance(module, nn.Linear):
         return module
     weight = module.weight.detach()
@@ -299,7 +306,7 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def check_unmasked(model: nn.Module) -> None:
-    """Raise ValueError if a layer is masked already."""
+    """Raise ValueError if any layer is masked already."""
     masked = list(masked_modules(model))
     if masked:
         raise ValueError(
@@ -314,7 +321,7 @@ def check_unmasked(model: nn.Module) -> None:
 def _scores_options(name: str, config: MaskConfig, weight: Tensor) -> dict[str, Any]:
     dtype = torch.float64 if weight.dtype == torch.float64 else getattr(torch, unless_auto(config.scores_dtype))
     return {
-        "keep_ratio": config.keep_ratio if config.budget is None else 1.0,  # until something is selected
+        "keep_ratio": config.keep_ratio if config.budget is None else 1.0,  # until the budget selects
         "mode": config.mode,
         "init": config.init,
         "threshold": config.threshold,
@@ -325,7 +332,7 @@ def _scores_options(name: str, config: MaskConfig, weight: Tensor) -> dict[str, 
 
 @torch.no_grad()
 def _begin_budget(model: nn.Module, masked: list[MaskedLayer], config: MaskConfig, weights: int) -> None:
-    """Scores by magnitude in one scale, and the masks of before the first step."""
+    """Initialise magnitude scores on one scale for all layers, and select the masks used before the first step."""
     budget = make_budget(config, weights)
     assert budget is not None, "asked for where there is one"
     budget.grow(0, 1)
@@ -342,14 +349,14 @@ def _begin_budget(model: nn.Module, masked: list[MaskedLayer], config: MaskConfi
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """Seeded by the layer's name too, so that its scores do not depend on which other layers are masked."""
+    """Return a generator seeded by seed and the layer's name: its scores do not depend on which others are masked."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator("cpu" if device.type == "meta" else device)
     return generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _merged(module: MaskedLinear, alpha: float) -> nn.Module:
-    """module.merge(alpha=alpha) in the class that there was."""
+    """Return module.merge(alpha=alpha) as a module of the original class."""
     linear: Any = module.merge(alpha=alpha)
     original = original_of(module)
     if original is None:
@@ -360,7 +367,7 @@ def _merged(module: MaskedLinear, alpha: float) -> nn.Module:
 
 def _prepare_checkpointing(model: nn.Module, names: list[str]) -> None:
     stacks = layer_stacks(model)
-    if len(stacks) != 1:  # with several stacks no layer is the first: transformers' own way is right, if slower
+    if len(stacks) != 1:  # several stacks have no single first layer; transformers' own way is correct, if slower
         return
     first = min((index for name in names if (index := layer_index(name, stacks)) is not None), default=None)
     if first is not None:

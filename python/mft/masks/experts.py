@@ -1,7 +1,7 @@
-"""MaskedExperts: a mixture's experts of transformers, with masks on the projections that lie in one parameter each.
+"""MaskedExperts: transformers' mixture of experts with masks on its projections, each of which is one parameter.
 
-A module keeps its place, its state and its methods: its class becomes one of MaskedExperts and the class that it was.
-A masked projection is a MaskedGroupedLinear under the parameter's name: "experts.gate_up_proj.scores".
+The module keeps its place, state and methods. Its class becomes a subclass of MaskedExperts and of its original class.
+A masked projection is a MaskedGroupedLinear with the parameter's name: "experts.gate_up_proj.scores".
 """
 
 import contextlib
@@ -16,17 +16,17 @@ from mft.models.experts import ExpertProjection, RoutedRows, expert_projections,
 
 
 class MaskedExperts(nn.Module):
-    """What a class of experts becomes by mask_experts: the same function of its inputs, masks applied.
+    """Base class of experts after mask_experts: the same function of the inputs, with masks applied.
 
-    A class that transformers runs by its experts interface computes as that interface's "grouped_mm" does, whatever
-    config._experts_implementation says: rows sorted by expert, one product over all experts a projection. Sums and
-    gradients are in one order, so that they repeat bit for bit.
+    A class that uses transformers' experts interface computes as that interface's "grouped_mm" does, whatever
+    config._experts_implementation says: rows sorted by expert, one product per projection over all experts. Sums and
+    gradients have a fixed order, so results repeat bit for bit.
     """
 
-    _kind: type[nn.Module]  # the class that the module had
-    _masked: type["MaskedExperts"]  # this class, or the subclass of it that the module's is of
-    _projections: dict[str, ExpertProjection]  # of its parameters, those that are masked
-    _order: list[str]  # of the parameters it had
+    _kind: type[nn.Module]  # the module's original class
+    _masked: type["MaskedExperts"]  # this class, or the subclass that the module's class derives from
+    _projections: dict[str, ExpertProjection]  # the masked parameters
+    _order: list[str]  # names of the original parameters, in order
     _watch: Callable[[str, Tensor, Tensor], None] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -38,17 +38,18 @@ class MaskedExperts(nn.Module):
         return project(self, name, rows, offsets)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, which a pickle cannot name.
+        # pickle cannot name the class, because it is made at run time.
         return _restored, (self._masked, self._kind), self.__dict__
 
 
 def mask_experts(
     experts: Any, name: str, mask: Callable[..., nn.Module], masked: type[MaskedExperts] = MaskedExperts
 ) -> Any:
-    """Replace the parameter ``name`` of experts, which become ``masked``, by mask(weight, bias, transposed=...).
+    """Replace the parameter ``name`` of experts by the layer mask(weight, bias, transposed=...), in place.
 
-    In place. The layer, a MaskedGroupedLinear or another (see quantize.py), is called with rows that are sorted by
-    expert, and their offsets. Returns it.
+    The class of experts becomes a subclass of ``masked``. The layer is a MaskedGroupedLinear or another one (see
+    quantize.py); it is called with rows sorted by expert and their offsets.
+    Returns: the layer.
     """
     projection = expert_projections(experts)[name]
     parameters = experts._parameters
@@ -66,7 +67,7 @@ def mask_experts(
 
 
 def unmask_experts(experts: Any, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Put weight (and bias) back as the parameter that ``name`` was; without masks experts are what they were."""
+    """Put weight (and bias) back as the parameter ``name``. Removing the last mask restores the original class."""
     projection = experts._projections.pop(name)
     delattr(experts, name)
     experts.register_parameter(name, _parameter(weight))
@@ -80,7 +81,7 @@ def unmask_experts(experts: Any, name: str, weight: Tensor, bias: Tensor | None)
 
 
 def beside(experts: Any) -> nn.Module:
-    """A module like experts, masked or not, on the same memory; a mask on one of them leaves the other as it is."""
+    """Return a copy of experts, masked or not, that shares its tensors. A mask on one does not affect the other."""
     made = copy.copy(experts)
     own = ("_parameters", "_modules", "_projections")
     made.__dict__ = experts.__dict__ | {name: dict(vars(experts)[name]) for name in own if name in vars(experts)}
@@ -88,7 +89,7 @@ def beside(experts: Any) -> nn.Module:
 
 
 def unmasked_experts(experts: Any) -> nn.Module:
-    """The module that experts were, beside them and on the same memory; what is quantised stays as it is."""
+    """Return an unmasked copy of experts that shares its tensors. Quantised projections stay as they are."""
     plain: Any = beside(experts)
     for name in list(plain._projections):
         layer = plain._modules[name]
@@ -99,7 +100,7 @@ def unmasked_experts(experts: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def watching_experts(model: nn.Module, watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """watch(name, rows, offsets) of whatever reaches a projection meanwhile, masked or not: rows (T, K) by expert."""
+    """Call watch(name, rows, offsets) in this context for the rows (T, K) that reach a projection, masked or not."""
     watched: list[tuple[Any, bool]] = []
     for path, module in model.named_modules():
         if not expert_projections(module) and not isinstance(module, MaskedExperts):
@@ -119,18 +120,18 @@ def watching_experts(model: nn.Module, watch: Callable[[str, Tensor, Tensor], No
                 experts.__class__ = experts._kind
 
 
-# ---------------------------------------------------------------------------------------------- what they compute
+# ---------------------------------------------------------------------------------------------- the forward
 
 Project = Callable[[str, Tensor, Tensor], Tensor]  # name of a projection, rows (T, K) sorted by expert, offsets (E,)
 
 
 def experts_forward(experts: nn.Module, project: Project, *args: Any, **kwargs: Any) -> Tensor:
-    """What experts, masked or not, compute of their forward's arguments, with ``project`` for each product."""
+    """Run the forward of experts, masked or not, with ``project`` for each product."""
     return _FORWARDS.get(_name(experts), _routed)(experts, project, *args, **kwargs)
 
 
 def project(experts: nn.Module, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-    """A projection as it is: by its layer if there is one, or by the whole parameter."""
+    """Compute a projection with its layer if it has one, else with the whole parameter."""
     layer = getattr(experts, name)
     if isinstance(layer, nn.Module):
         return layer(rows, offsets)
@@ -140,7 +141,7 @@ def project(experts: nn.Module, name: str, rows: Tensor, offsets: Tensor) -> Ten
 
 
 def copies_of_tokens(experts: Any) -> int:
-    """How often the first argument of experts has all tokens, (copies * T, H); 0: in the router's order, not theirs."""
+    """Return how often the experts' first input (copies * T, H) has all tokens; 0 if it is in the router's order."""
     kind = _name(experts)
     return experts.num_experts if kind == "Llama4TextExperts" else int(kind != "JetMoeParallelExperts")
 
@@ -149,7 +150,7 @@ def copies_of_tokens(experts: Any) -> int:
 
 
 def _name(experts: Any) -> str:
-    """Of the class as transformers has it."""
+    """Return the name of the experts' class in transformers."""
     return getattr(experts, "_kind", type(experts)).__name__
 
 
@@ -157,7 +158,7 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
-_CLASSES: dict[tuple[type, type], type[MaskedExperts]] = {}  # that were made, by the class that modules had
+_CLASSES: dict[tuple[type, type], type[MaskedExperts]] = {}  # by (MaskedExperts class, original class)
 
 
 def _masked_class(masked: type[MaskedExperts], kind: type[nn.Module]) -> type[MaskedExperts]:
@@ -174,7 +175,7 @@ def _restored(masked: type[MaskedExperts], kind: type[nn.Module]) -> MaskedExper
 
 
 def _routed(self: Any, project: Project, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """As transformers.integrations.moe.grouped_mm_experts_forward: hidden_states (T, H), the others (T, k)."""
+    """Compute as transformers.integrations.moe.grouped_mm_experts_forward: hidden_states (T, H), the others (T, k)."""
     found = flags(self)
     assert found is not None, f"{_name(self)} has no forward of its own in _FORWARDS"
     rows = RoutedRows(top_k_index, self.num_experts)
@@ -190,7 +191,7 @@ def _routed(self: Any, project: Project, hidden_states: Tensor, top_k_index: Ten
 
 
 def _llama4(self: Any, project: Project, hidden_states: Tensor) -> Tensor:
-    """As Llama4TextExperts.forward: each expert has every token, (E * T, H)."""
+    """Compute as Llama4TextExperts.forward: each expert gets every token, (E * T, H)."""
     experts = self.num_experts
     ends = torch.arange(1, experts + 1, device=hidden_states.device, dtype=torch.int32)
     offsets = ends * (len(hidden_states) // experts)
@@ -199,7 +200,7 @@ def _llama4(self: Any, project: Project, hidden_states: Tensor) -> Tensor:
 
 
 def _jetmoe(self: Any, project: Project, inputs: Tensor, expert_size: Any) -> Tensor:
-    """As JetMoeParallelExperts.forward: expert_size says how many rows each expert has."""
+    """Compute as JetMoeParallelExperts.forward: expert_size is the number of rows of each expert."""
     offsets = torch.as_tensor(expert_size, device=inputs.device).cumsum(0).int()
     return project("weight", inputs, offsets)
 

@@ -1,7 +1,7 @@
-"""Masks on disk: adapter_config.json and adapter_model.safetensors, 1 bit a weight or less, in PEFT's spelling.
+"""Masks on disk: adapter_config.json and adapter_model.safetensors in PEFT's spelling, at most 1 bit per weight.
 
-An export holds the masks (and modules_to_save), neither scores nor an optimiser: for evaluation, merging, or as a start
-for further training. It knows the base weights that it was learned on by their hash.
+An export holds the masks (and modules_to_save), but no scores and no optimiser state. It serves evaluation, merging, or
+as a start for further training. It stores a hash of the base weights that the masks were learned on.
 """
 
 import dataclasses
@@ -45,10 +45,10 @@ from mft_kernels import MaskedLayer, unpack_mask
 
 logger = logging.getLogger(__name__)
 
-# A loaded mask's scores: as far above the threshold as below, at the scale that scores are initialised with.
+# Scores of a loaded mask lie _MARGIN above or below the threshold, on the scale of freshly initialised scores.
 _THRESHOLD = {"magnitude": 0.02, "value": 0.0}
 _MARGIN = 0.01
-# What keep_base_hash found: (names, hash); an attribute of the model.
+# Attribute of the model: (names, hash) from keep_base_hash.
 _EXACT_BASE = "_mft_exact_base"
 
 
@@ -59,18 +59,18 @@ def save_masks(
     base_model_name_or_path: str | None = None,
     coding: str = "rice",
 ) -> Path:
-    """Write a masked model's masks, and its modules_to_save; either the whole export appears in directory, or nothing.
+    """Write a masked model's masks and its modules_to_save. Either the whole export appears in directory, or nothing.
 
     Args:
-        model: also one in torch.compile or DistributedDataParallel; one that fully_shard has spread, only under
-            gathered(model). One process writes.
+        model: may be wrapped in torch.compile or DistributedDataParallel. A model that fully_shard has sharded can be
+            saved only under gathered(model). One process writes.
         directory: new, empty, or an earlier export, which is replaced. Anything else is refused.
-        base_model_name_or_path: noted for the reader; by default the name that the model was loaded from.
-        coding: "rice", about the entropy of the masks (0.08 bit per weight where 99 % are kept); "by_weight", a sixth
-            less where small weights are dropped first, but only a reader with the base's weights at hand can use it;
-            or "packed", 1 bit per weight, which versions that know format 2 alone can read too.
+        base_model_name_or_path: stored for the reader; by default the name that the model was loaded from.
+        coding: "rice" is about the entropy of the masks (0.08 bit per weight if 99 % are kept). "by_weight" is a sixth
+            smaller if small weights are dropped first, but only a reader that has the base's weights can use it.
+            "packed" is 1 bit per weight and can also be read by versions that know only format 2.
     Returns: the directory.
-    Raises: ValueError for a wrong argument, or by_weight where the masked layers are quantised.
+    Raises: ValueError for a wrong argument, or for by_weight if the masked layers are quantised.
     """
     check_one_of("coding", coding, CODINGS)
     model = unwrapped(model)
@@ -87,14 +87,14 @@ def recode_masks(
     coding: str = "rice",
     model: nn.Module | None = None,
 ) -> Path:
-    """Write an export once more, its masks stored in another way: the same content, by the same content_hash.
+    """Write an export again with its masks stored in another coding. Its content, and so its content_hash, stay equal.
 
     Args:
-        source: as load_masks takes it.
-        directory, coding: as of save_masks; directory may be source.
-        model: the base that the masks were learned on, which coding by_weight takes to read and to write.
+        source: as for load_masks.
+        directory, coding: as for save_masks; directory may be source.
+        model: the base that the masks were learned on. Reading or writing coding by_weight needs it.
     Returns: the directory.
-    Raises: as load_masks; ValueError for another coding, or a directory that holds anything else.
+    Raises: the errors of load_masks; ValueError for an unknown coding, or a directory that holds anything else.
     """
     check_one_of("coding", coding, CODINGS)
     target = Path(directory)
@@ -107,14 +107,14 @@ def recode_masks(
 def recoded(
     directory: Path, coding: str, model: nn.Module | None = None
 ) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
-    """An export's description, masks and saved tensors, described as what export_files writes in another coding."""
+    """Return an export's description with the new coding, its masks and its saved tensors, for export_files."""
     if model is None:
         export, masks, saved = read_whole_export(directory)
     else:
         export = read_description(directory)
         _check_fit(model, {entry.name: entry.shape for entry in export.modules})
         masks, saved = read_learned(model, export, directory, force=False)
-    hashed = export.content_hash or content_hash(export, masks, saved)  # of version 1, which may lack it
+    hashed = export.content_hash or content_hash(export, masks, saved)  # version 1 may lack it
     return dataclasses.replace(export, coding=coding, content_hash=hashed), masks, saved
 
 
@@ -124,18 +124,19 @@ def load_masks(
 ) -> nn.Module:
     """Put the masks of an export on a model, in place.
 
-    An ordinary model is converted as by mask_model; of a masked one the scores are replaced. The masks are exactly the
-    stored ones, held by a fixed threshold with every score at the same distance from it.
+    An ordinary model is converted as by mask_model; in a masked model the scores are replaced. The masks are exactly
+    the stored ones: the threshold is fixed, and every score lies at the same distance from it.
 
     Args:
-        model: the base that the masks were learned on, ordinary or masked in the same layers; also in torch.compile.
-        directory: what save_masks wrote, or a run of mft train; a string may be a repository of the hub, user/name or
-            user/name@revision, where no directory is called so.
-        revision: of a repository: a branch, a tag, or a commit's hash, which pins it.
-        force: accept other base weights of the same shapes; coding by_weight cannot be read with others.
+        model: the base that the masks were learned on, ordinary or masked in the same layers; may be wrapped in
+            torch.compile.
+        directory: an export of save_masks, or a run of mft train. A string may be a Hub repository, user/name or
+            user/name@revision, if no directory has that name.
+        revision: for a repository: a branch, a tag, or a commit hash, which pins it.
+        force: accept other base weights of the same shapes. Coding by_weight cannot be read with other weights.
     Returns: the same model.
-    Raises: FileNotFoundError; OSError if the hub cannot be asked; ValueError if the export is damaged, does not fit the
-        model, or (without force) was learned on other weights. The model is then unchanged.
+    Raises: FileNotFoundError; OSError if the Hub cannot be reached; ValueError if the export is damaged, does not fit
+        the model, or (without force) was learned on other weights. The model is then unchanged.
     """
     inner = uncompiled(model)
     check_unwrapped(inner)
@@ -161,9 +162,9 @@ def put_masks(
     mode: str = "magnitude",
     keep_ratio: float | None = None,
 ) -> nn.Module:
-    """load_masks of what has been read already, whatever base it was learned on.
+    """Put masks that have been read already on a model, as load_masks does, without a check of the base weights.
 
-    Args: masks: packed, by module; shapes: (N, K) of their weights, of experts (E, N, K).
+    Args: masks: packed, by module name; shapes: of their weights, (N, K), or (E, N, K) for experts.
     Raises: ValueError if they do not fit the model, which is then unchanged.
     """
     _check_fit(model, shapes)
@@ -177,35 +178,35 @@ def put_masks(
 
 
 def loaded_config(mode: str, keep_ratio: float | None) -> MaskConfig:
-    """What a loaded mask is held by: a fixed threshold, see scores_of_mask; the ratio is remembered alone."""
+    """Return the configuration of a loaded mask: a fixed threshold, see scores_of_mask. keep_ratio is recorded only."""
     return MaskConfig(
         keep_ratio=1.0 if keep_ratio is None else keep_ratio, mode=mode, init="constant", threshold=_THRESHOLD[mode]
     )
 
 
 def scores_of_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size, mode: str) -> Tensor:
-    """fp32 scores (N, K) that select exactly this mask, all at one distance from the threshold of loaded_config."""
+    """Return fp32 scores (N, K) that select exactly this mask, all equally far from loaded_config's threshold."""
     return scores_of_keep(unpack_mask(packed, shape), mode)
 
 
 def scores_of_keep(keep: Tensor, mode: str) -> Tensor:
-    """The same for a mask of booleans, of any shape."""
+    """Return such scores for a boolean mask of any shape."""
     threshold = _THRESHOLD[mode]
     return torch.where(keep, threshold + _MARGIN, threshold - _MARGIN)
 
 
 def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
-    """sha256 over name, dtype, shape (N, K) and bytes of the layers' weights; a masked model and its base agree.
+    """Return the sha256 of the layers' names, weight dtypes, shapes (N, K) and bytes. Masking does not change it.
 
     Args: names: the layers, by default the masked ones. Weights are read in chunks, never copied whole.
-    Raises: ValueError if a layer's exact weight is gone, quantised without keep_base_hash.
+    Raises: ValueError if a layer's exact weight is gone, because it was quantised without keep_base_hash.
     """
     with as_masked(model):
         return _base_hash(model, set(masked_modules(model) if names is None else names))
 
 
 def weight_named(model: nn.Module, name: str) -> Tensor:
-    """The weight that a mask of this name is for: (N, K), also of a Conv1D; of experts in one parameter this."""
+    """Return the weight (N, K) that a mask of this name applies to, also for a Conv1D; for experts, their parameter."""
     path, _, part = name.rpartition(".")
     alone = model.get_submodule(path)._parameters.get(part)
     if alone is not None:
@@ -219,11 +220,11 @@ def weight_named(model: nn.Module, name: str) -> Tensor:
 def read_learned(
     model: nn.Module, export: MaskExport, directory: Path, *, force: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """read_tensors of an export that was learned on model's weights, or (with force) on others of the same shapes.
+    """Run read_tensors on an export that was learned on model's weights, or (with force) on others of the same shapes.
 
-    A warning says if nothing tells whether they are still the masks that were learned.
-    Args: export: read_description of directory; model has all its layers.
-    Raises: ValueError if these have other shapes or (without force, or in a coding that takes them) weights; or as
+    Logs a warning if the export has no content_hash, because swapped masks cannot be detected then.
+    Args: export: read_description of directory; model must have all its layers.
+    Raises: ValueError if the shapes differ, or the weights (without force, or if the coding needs them); the errors of
         read_tensors.
     """
     check_shapes(model, {entry.name: entry.shape for entry in export.modules})
@@ -348,7 +349,7 @@ def _set_mask(module: MaskedLayer, packed: Tensor, mode: str, keep_ratio: float 
 
 
 def _exact_weight(model: nn.Module, name: str) -> Tensor:
-    """weight_named, which must not be what codes stand for."""
+    """Return weight_named(model, name). Raises: ValueError if that weight is quantised."""
     if name in quantized_weights(model):
         raise ValueError(
             f"coding by_weight takes the exact weights, got {name} quantised: choose coding rice or packed to save "

@@ -1,12 +1,14 @@
-"""The format of an export of masks, version 4, read with suspicion: every key, shape, bit and byte count is checked.
+"""The export format of masks, version 4. Files are untrusted: every key, shape, bit and byte count is checked.
 
-adapter_config.json: the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors: for each
-module "<name>.mask", int32 (N, ceil(K / 32)), bit j % 32 of word j // 32 of row n set where weight (n, j) is kept, of
-experts in one parameter (E, N, ceil(K / 32)); and what the modules of modules_to_save hold, by its name in the model.
-Versions 3 and 4 have a key coding, which says in what other tensor the same mask lies (files/mask_coding.py): "rice" in
-version 3, "by_weight" in version 4, which is read with the base's weights at hand. Masks that are not coded are written
-as version 2, which older readers know. Version 1 is as version 2, but content_hash and what is said of quantisation may
-be missing.
+adapter_config.json holds the fields of MaskExport, peft_type "MFT" and format_version. adapter_model.safetensors holds
+for each module "<name>.mask", int32 (N, ceil(K / 32)), or (E, N, ceil(K / 32)) for experts in one parameter. Bit j % 32
+of word j // 32 in row n is set if weight (n, j) is kept. It also holds the tensors of modules_to_save, under their
+names in the model.
+
+Versions 3 and 4 have a key coding. It says how the same mask is stored in another tensor (files/mask_coding.py): "rice"
+in version 3, or "by_weight" in version 4, which can be read only with the base's weights. Masks without a coding are
+written as version 2, which older readers know. Version 1 equals version 2, but content_hash and the fields on
+quantisation may be missing.
 """
 
 import contextlib
@@ -37,8 +39,8 @@ MASK_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "MFT"
 FORMAT_VERSION = max(coding.version for coding in BY_NAME.values())
 _UNHASHED_VERSION = 1  # may lack content_hash
-MOST_CONFIG = 1 << 24  # bytes: 120,000 masked layers; 100 layers of 256 experts with 3 matrices each have 76,800
-_CHUNK = 1 << 22  # words of a mask whose bits are counted at once
+MOST_CONFIG = 1 << 24  # bytes, for 120,000 masked layers; 100 layers of 256 experts with 3 matrices each have 76,800
+_CHUNK = 1 << 22  # words of a mask whose bits are counted at a time
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _HASH_RULE = 'a string "sha256:" and 64 hexadecimal digits'
 _ALONE = CODINGS[1]  # the coding for readers without the weights
@@ -46,7 +48,7 @@ _MODES = ("magnitude", "value")
 _COPY_BOTH = "the two files are not of one export, or damaged; copy both again"
 _MASKED_RULE = "true or false, and false where base_quantization is null"
 UNVERIFIED = "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one"
-Weights = Callable[[str], Tensor]  # the base's weight of a masked layer, (N, K) or of experts (E, N, K), by its name
+Weights = Callable[[str], Tensor]  # a masked layer's name -> its base weight, (N, K), or (E, N, K) for experts
 _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
 
 
@@ -54,7 +56,7 @@ _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
 class MaskEntry:
     """One masked layer: its weight's shape and dtype, and how many weights its mask keeps.
 
-    The shape is (N, K); of experts in one parameter that parameter's, (E, N, K), and name is the parameter's.
+    The shape is (N, K). For experts in one parameter, name is the parameter's, and the shape is (E, N, K).
     """
 
     name: str
@@ -65,13 +67,14 @@ class MaskEntry:
 
 @dataclass(frozen=True)
 class MaskExport:
-    """adapter_config.json. keep_ratio is None where the masks came from thresholds or differ in it.
+    """The content of adapter_config.json.
 
-    base_quantization is what the other linears were quantised to while the masks were learned, None: to nothing;
-    quantize_masked: the masked ones too. content_hash: see the function; None only of version 1, which may lack all
-    three.
-    modules_to_save: modules whose tensors are saved too; exports of masks alone lack it.
-    coding: one of CODINGS, how the masks are stored; no part of the content.
+    keep_ratio is None if the masks came from thresholds, or if the layers' keep ratios differ.
+    base_quantization: format of the other linears while the masks were learned; None: not quantised.
+    quantize_masked: whether the masked layers were quantised too.
+    content_hash: see content_hash(). Version 1 may lack this field and the two above; then it is None.
+    modules_to_save: modules whose tensors are saved too; the key is absent if there are none.
+    coding: one of CODINGS, how the masks are stored; not part of the content.
     """
 
     base_model_name_or_path: str | None
@@ -88,7 +91,7 @@ class MaskExport:
     coding: str = CODINGS[0]
 
     def to_json(self) -> str:
-        """One module a line."""
+        """Return the JSON text, with one module per line."""
         fields = _said(self)
         modules = [json.dumps(entry) for entry in fields.pop("modules")]
         version: dict[str, Any] = {"format_version": BY_NAME[self.coding].version}
@@ -99,7 +102,7 @@ class MaskExport:
 
 
 def content_hash(export: MaskExport, masks: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> str:
-    """sha256 over all else that an export says, its masks' words and saved tensors: tells any damage of either file."""
+    """Return the sha256 of the other fields, packed masks and saved tensors. It detects damage to either file."""
     said = {key: value for key, value in _said(export).items() if key != "content_hash"}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(masks):
@@ -117,9 +120,9 @@ def export_files(
     saved: Mapping[str, Tensor] | None = None,
     weights: Weights | None = None,
 ) -> dict[str, bytes]:
-    """What the two files hold, by their names: of packed masks, and the saved tensors. read_tensors reads them.
+    """Return the bytes of the two files by file name, for packed masks and saved tensors. read_tensors reads them.
 
-    Raises: ValueError if the coding needs weights, and there are none.
+    Raises: ValueError if the coding needs weights and weights is None.
     """
     coding = BY_NAME[export.coding]
     if coding.needs_weight and weights is None:
@@ -136,7 +139,7 @@ def export_files(
 
 
 def is_export(directory: Path) -> bool:
-    """Whether directory claims to hold masks of ours; it may still be damaged."""
+    """Return whether directory claims to hold masks of this software; the files may still be damaged."""
     try:
         values = read_object(directory / CONFIG_FILE, MOST_CONFIG)
     except (OSError, ValueError):
@@ -145,9 +148,9 @@ def is_export(directory: Path) -> bool:
 
 
 def read_export(directory: Path) -> MaskExport:
-    """The description of an export whose other file is checked too: masks, unless these take weights, and all else.
+    """Return the description of an export and check its other file too. Masks are not read if that needs weights.
 
-    Raises: FileNotFoundError, or ValueError naming the file, what it holds and what was expected.
+    Raises: FileNotFoundError, or ValueError that names the file, its content and the expected content.
     """
     export = read_description(directory)
     if BY_NAME[export.coding].needs_weight:
@@ -158,13 +161,13 @@ def read_export(directory: Path) -> MaskExport:
 
 
 def read_whole_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
-    """read_description and what read_tensors gives without weights."""
+    """Return read_description, and what read_tensors returns without weights."""
     export = read_description(directory)
     return export, *read_tensors(directory, export)
 
 
 def read_description(directory: Path) -> MaskExport:
-    """The description of an export whose files are both there. Raises: as read_export."""
+    """Return the description of an export that has both files. Raises: as read_export."""
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory}: expected a directory with {CONFIG_FILE} and {MASK_FILE}, got "
@@ -181,12 +184,12 @@ def read_description(directory: Path) -> MaskExport:
 def read_tensors(
     directory: Path, export: MaskExport, weights: Weights | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The packed mask of each module by name, and what the modules of modules_to_save hold.
+    """Return the packed mask of each module by name, and the tensors of modules_to_save.
 
     Args:
         export: read_description of directory.
-        weights: those that the masks were learned on, by base_hash; only a coding that takes them asks for them.
-    Raises: as read_export; ValueError if the coding takes weights, and there are none.
+        weights: those that the masks were learned on, checked by base_hash. Only a coding that needs them reads them.
+    Raises: as read_export; ValueError if the coding needs weights and weights is None.
     """
     if BY_NAME[export.coding].needs_weight and weights is None:
         raise ValueError(
@@ -204,7 +207,7 @@ def read_tensors(
 
 
 def check_masks_alone(export: MaskExport, directory: Path, reader: str) -> None:
-    """Raise ValueError if modules_to_save were saved with the masks, which reader cannot take over."""
+    """Raise ValueError if modules_to_save were saved with the masks, because ``reader`` cannot use them."""
     if export.modules_to_save:
         raise ValueError(
             f"{directory}: expected masks alone, got modules_to_save too ({', '.join(export.modules_to_save)}): they "
@@ -237,7 +240,7 @@ def check_base(export: MaskExport, directory: Path, found: str, weights: Weights
 
 
 def most_bytes(export: MaskExport) -> int | None:
-    """More than the file of its masks has; None if modules_to_save lie in it too, whose sizes it does not say."""
+    """Return an upper bound in bytes for the mask file; None with modules_to_save, whose sizes are not described."""
     if export.modules_to_save:
         return None
     return MOST_HEADER + 8 + sum(BY_NAME[export.coding].most_bytes(entry.shape) for entry in export.modules)
@@ -247,7 +250,7 @@ def most_bytes(export: MaskExport) -> int | None:
 
 
 def read_config(path: Path) -> MaskExport:
-    """The description alone, from a CONFIG_FILE. Raises: as read_export."""
+    """Return the description from a CONFIG_FILE alone. Raises: as read_export."""
     values = read_object(path, MOST_CONFIG)
     if values.get("peft_type") != PEFT_TYPE:
         raise ValueError(
@@ -287,12 +290,12 @@ def read_config(path: Path) -> MaskExport:
 
 
 def _is_of_peft(values: dict) -> bool:
-    """Whether PEFT wrote this: its configurations always have inference_mode, ours never."""
+    """Return whether PEFT wrote this: its configurations always have inference_mode, ours never do."""
     return "inference_mode" in values
 
 
 def _said(export: MaskExport) -> dict[str, Any]:
-    """The content's fields, without modules_to_save where there are none: as files are that have masks alone."""
+    """Return the fields of the content. modules_to_save is left out if there are none, as in files with masks alone."""
     fields = dataclasses.asdict(export)
     del fields["coding"]
     return {k: v for k, v in fields.items() if k != "modules_to_save" or v is not None}
@@ -355,7 +358,7 @@ def _is_hash(value: Any) -> bool:
 def _read_tensors(
     path: Path, export: MaskExport, weights: Weights | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Masks by module, saved tensors by their name."""
+    """Return the masks by module, and the saved tensors by name."""
     with _open_checked(path, export) as (file, saved):
         masks = {}
         for entry in export.modules:
@@ -366,7 +369,7 @@ def _read_tensors(
 
 @contextlib.contextmanager
 def _open_checked(path: Path, export: MaskExport) -> Iterator[tuple[Any, set[str]]]:
-    """The file, whose tensors are those that export describes, and the names of what modules_to_save hold."""
+    """Yield the open file, after checking its tensors against export, and the names of the modules_to_save tensors."""
     expected = {f"{entry.name}.mask": entry for entry in export.modules}
     with open_tensors(path, "copy the export again") as file:
         stored = set(file.keys())
@@ -389,7 +392,7 @@ def _open_checked(path: Path, export: MaskExport) -> Iterator[tuple[Any, set[str
 
 
 def _read_mask(key: str, stored: Tensor, export: MaskExport, entry: MaskEntry, weights: Weights | None) -> Tensor:
-    """Packed. key: its place, for the messages."""
+    """Return the packed mask. key: its file and name, for error messages."""
     weight = _weight_for(export, entry, weights)
     try:
         packed = BY_NAME[export.coding].restore(stored, entry.shape, weight)
@@ -399,7 +402,7 @@ def _read_mask(key: str, stored: Tensor, export: MaskExport, entry: MaskEntry, w
 
 
 def _weight_for(export: MaskExport, entry: MaskEntry, weights: Weights | None) -> Tensor | None:
-    """None if the coding does without."""
+    """Return the module's base weight; None if the coding does not need it."""
     return weights(entry.name) if weights is not None and BY_NAME[export.coding].needs_weight else None
 
 
@@ -414,6 +417,6 @@ def _checked_mask(key: str, packed: Tensor, entry: MaskEntry) -> Tensor:
 
 
 def _count_bits(packed: Tensor) -> int:
-    """How many bits are set. In chunks: a mask unpacked whole takes 64 times its bytes."""
+    """Return how many bits are set. Counts in chunks, because a whole unpacked mask takes 64 times its bytes."""
     words = packed.flatten().split(_CHUNK)
     return sum(int.from_bytes(chunk.numpy().tobytes(), "little").bit_count() for chunk in words)

@@ -1,8 +1,8 @@
 """Gradient checkpointing over a frozen prefix: the layers below the first masked one keep running without autograd.
 
-transformers makes the embeddings' output require a gradient whenever checkpointing is on, because reentrant
-checkpoints pass none to inputs that do not ask for it. Every frozen layer would then be recomputed and differentiated
-for nothing. Here only the first masked layer's input asks, and only where its checkpoint is a reentrant one.
+If checkpointing is on, transformers makes the embeddings' output require a gradient, because a reentrant checkpoint
+passes no gradient if none of its inputs requires one. Every frozen layer would then be recomputed and differentiated
+for nothing. Here only the first masked layer's input requires a gradient, and only if its checkpoint is reentrant.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class PrefixWithoutCheckpoints:
-    """Forward pre-hook of the module around layers, a part of model whose first masked layer is layers[first]."""
+    """Forward pre-hook of the module that contains layers. model's first masked layer is layers[first]."""
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, first: int) -> None:
         self.model = model
@@ -28,7 +28,7 @@ class PrefixWithoutCheckpoints:
             return
         if hooked:
             model.disable_input_require_grads()
-        for layer in checkpointed:  # nothing of it is needed in the backward pass
+        for layer in checkpointed:  # the backward pass needs nothing from them
             layer.gradient_checkpointing = False
 
     def _trains_elsewhere(self) -> bool:
@@ -37,7 +37,7 @@ class PrefixWithoutCheckpoints:
 
 
 class ReentrantEntry:
-    """Forward pre-hook of the first masked layer: its input asks for a gradient if a reentrant checkpoint needs it."""
+    """Forward pre-hook of the first masked layer: makes its input require a gradient for a reentrant checkpoint."""
 
     def __call__(self, layer: nn.Module, args: tuple) -> None:
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
@@ -49,7 +49,7 @@ class ReentrantEntry:
 
 
 def add_checkpointing_hooks(model: nn.Module, stack: str, first: int) -> None:
-    """Let checkpointing skip what lies below the first masked layer; stack names the list of decoder layers."""
+    """Make checkpointing skip the layers below the first masked one. stack: name of the list of decoder layers."""
     layers: Any = model.get_submodule(stack)
     around = model.get_submodule(stack.rpartition(".")[0])
     around.register_forward_pre_hook(PrefixWithoutCheckpoints(model, layers, first))
@@ -57,7 +57,7 @@ def add_checkpointing_hooks(model: nn.Module, stack: str, first: int) -> None:
 
 
 def remove_checkpointing_hooks(model: nn.Module) -> None:
-    """Take back add_checkpointing_hooks."""
+    """Undo add_checkpointing_hooks."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, PrefixWithoutCheckpoints | ReentrantEntry):

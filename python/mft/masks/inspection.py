@@ -1,4 +1,4 @@
-"""What a mask did, layer by layer: kept share, flips since its initialisation, overlap with the magnitude mask."""
+"""Mask statistics per layer: kept share, flips since initialisation, overlap with the magnitude mask."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from mft_kernels import MaskedLayer
 
 @dataclass
 class MaskStatistics:
-    """Of one masked layer, or of several together; shares of all weights, except overlap."""
+    """Statistics of one masked layer, or of several together. Shares are of all weights, except overlap."""
 
     name: str
     weights: int
     kept: float
-    flips: float | None  # weights whose bit differs from the initial mask's; None if that is not known
-    overlap: float  # of the dropped weights, the share that the magnitude mask of the same size, an expert, drops too
+    flips: float | None  # share of weights whose bit differs from the initial mask's; None if unknown
+    overlap: float  # share of the dropped weights that an equally large magnitude mask (per expert) drops too
 
 
 def initial_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks as they are now, on the CPU, to count flips against later."""
+    """Return the current masks, on the CPU, to count flips later."""
     return {name: module.mask().cpu() for name, module in masked_modules(model).items()}
 
 
 def mask_statistics(model: nn.Module, initial: dict[str, Tensor] | None = None) -> list[MaskStatistics]:
-    """One entry a masked layer, in the model's order."""
+    """Return one entry per masked layer, in the model's order."""
     rows = []
     for name, module in masked_modules(model).items():
         mask = module.mask()
@@ -38,7 +38,7 @@ def mask_statistics(model: nn.Module, initial: dict[str, Tensor] | None = None) 
 
 
 def combined(rows: Sequence[MaskStatistics], name: str) -> MaskStatistics:
-    """The statistics of several rows as if they were one layer."""
+    """Return the statistics of several rows as if they were one layer."""
     weights = sum(row.weights for row in rows)
     dropped = [row.weights * (1 - row.kept) for row in rows]
     flips = [row.weights * row.flips for row in rows if row.flips is not None]
@@ -52,7 +52,7 @@ def combined(rows: Sequence[MaskStatistics], name: str) -> MaskStatistics:
 
 
 def by_kind(rows: Iterable[MaskStatistics]) -> list[MaskStatistics]:
-    """One row for layers whose names differ in their numbers alone: model.layers.0-2,7.mlp.up_proj."""
+    """Return one row for all layers whose names differ only in their numbers: model.layers.0-2,7.mlp.up_proj."""
     groups: dict[tuple[str, ...], list[MaskStatistics]] = {}
     for row in rows:
         kind = tuple("" if part.isdecimal() else part for part in row.name.split("."))
@@ -61,20 +61,20 @@ def by_kind(rows: Iterable[MaskStatistics]) -> list[MaskStatistics]:
 
 
 def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
-    """Share of all masked weights whose bit differs from the initial mask's."""
+    """Return the share of all masked weights whose bit differs from the initial mask's."""
     masks = ((name, module.mask().cpu()) for name, module in masked_modules(model).items())  # one at a time
     flipped = sum(int((mask != initial[name]).sum()) for name, mask in masks)
     return flipped / sum(mask.numel() for mask in initial.values())
 
 
 def dropped_share(packed: Iterable[Tensor], weights: int) -> float:
-    """Share of so many weights that masks drop, by their bits, as of pack_mask. Waits for the device once."""
+    """Return the share of ``weights`` weights that these masks of pack_mask drop. Waits for the device once."""
     kept = [_count_bits(words) for words in packed]
     return 1 - int(torch.stack(kept).sum()) / weights
 
 
 def _count_bits(words: Tensor) -> Tensor:
-    """How many bits of int32 words are set, int64 (): in each pair of bits, in each four, each byte, each word."""
+    """Return the number of set bits in int32 words, int64 (): summed per pair of bits, four bits, byte and word."""
     pairs = words - (words >> 1 & 0x55555555)
     fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
     counts = ((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24
@@ -82,14 +82,14 @@ def _count_bits(words: Tensor) -> Tensor:
 
 
 def said_of_size(size: int, weights: int, modules_to_save: list[str] | None = None) -> str:
-    """What a file of masks of so many bytes is worth, and those of other modules in it."""
+    """Describe a mask file of ``size`` bytes: its bits per weight, or the modules saved in it."""
     if modules_to_save:
         return f"{size} bytes, with {', '.join(modules_to_save)}"
     return f"{size} bytes, {8 * size / weights:.3g} bits a weight"
 
 
 def _ranged(names: list[str]) -> str:
-    """Names that differ in their numbers alone as one, with the ranges of the numbers."""
+    """Join names that differ only in their numbers into one name with ranges of numbers."""
     parts = zip(*(name.split(".") for name in names))
     return ".".join(layer_ranges(set(map(int, each))) if each[0].isdecimal() else each[0] for each in parts)
 
@@ -97,14 +97,14 @@ def _ranged(names: list[str]) -> str:
 @torch.no_grad()
 def _overlap(module: MaskedLayer, mask: Tensor) -> float:
     weight = module.weight
-    pairs = zip(weight, mask) if weight.dim() == 3 else [(weight, mask)]  # each expert's, which selects by itself
+    pairs = zip(weight, mask) if weight.dim() == 3 else [(weight, mask)]  # each expert selects by itself
     counts = [_dropped_by_both(each, of_each) for each, of_each in pairs]
     dropped, both = (sum(count) for count in zip(*counts))
     return both / dropped if dropped else 1.0
 
 
 def _dropped_by_both(weight: Tensor, mask: Tensor) -> tuple[int, int]:
-    """(how many weights the mask drops, and of these how many a magnitude mask that drops as many)"""
+    """Return how many weights the mask drops, and how many of them an equally large magnitude mask drops too."""
     dropped = int((~mask).sum())
     if dropped == 0:
         return 0, 0

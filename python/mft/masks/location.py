@@ -1,7 +1,7 @@
-"""Where masks lie: a directory, masks/ of a run's, or a repository on the hub, of which the export alone is fetched.
+"""Find masks in a directory, in masks/ of a run's directory, or in a Hub repository. Only the export is fetched.
 
-A string that names nothing here and looks like user/name, or user/name@revision, is asked for on the hub. What comes
-from there lies in huggingface_hub's cache, and is read with the same suspicion as any other export.
+A string that is no local path and looks like user/name, or user/name@revision, is looked up on the Hub. Its files go to
+huggingface_hub's cache, and are checked as strictly as any other export.
 """
 
 import os
@@ -17,23 +17,23 @@ MASKS = "masks"  # in the directory of a run
 
 
 def masks_directory(place: str | os.PathLike, revision: str | None = None) -> Path:
-    """The directory of an export of masks: place, its masks/ if it is a run's, or the hub's files in the local cache.
+    """Return the directory of an export: place, its masks/ if it is a run, or the local cache of a Hub repository.
 
     Args:
-        place: as local_directory; a pathlib.Path is never a repository.
-        revision: of a repository: a branch, a tag, or a commit's hash, which pins it.
-    Raises: as local_directory. That there is an export at all, its reader says.
+        place: as for local_directory; a pathlib.Path is never a repository.
+        revision: for a repository: a branch, a tag, or a commit hash, which pins it.
+    Raises: as local_directory. Whether the directory holds an export is left to the reader.
     """
     path = local_directory(place, revision)
     return path / MASKS if (path / MASKS).is_dir() else path
 
 
 def local_directory(place: str | os.PathLike, revision: str | None = None) -> Path:
-    """place itself, or where the export of the repository that it names has been fetched to.
+    """Return place itself, or the local cache of the Hub repository that it names.
 
-    Raises: ValueError for a revision of a local directory, or one of a repository's files that is larger than an
-        export's can be; FileNotFoundError if there is neither such a directory nor such a repository; OSError if the
-        hub cannot be asked, or the connection breaks off.
+    Raises: ValueError for a revision of a local directory, or if a file of the repository is larger than an export's
+        can be; FileNotFoundError if there is neither such a directory nor such a repository; OSError if the Hub cannot
+        be reached or the connection breaks.
     """
     named = split_hub_id(place) if isinstance(place, str) and not os.path.lexists(place) else None
     if named is None:
@@ -64,7 +64,7 @@ def fetched_masks(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The two files of an export, of one commit, in huggingface_hub's cache; what lies there is not fetched again.
+    """Fetch the two files of an export, of one commit, to huggingface_hub's cache. Cached files are not fetched again.
 
     Args: token, cache_dir, local_files_only: as for hf_hub_download.
     Raises: as local_directory.
@@ -86,7 +86,7 @@ def fetched_masks(
     _check_sizes(repository, sizes, {CONFIG_FILE: MOST_CONFIG, MASK_FILE: None})
     with asking_hub(repository, revision):
         path = Path(hf_hub_download(repository, CONFIG_FILE, revision=commit, token=token, cache_dir=cache))
-    export = read_config(path)  # before what may be large is fetched
+    export = read_config(path)  # before the mask file, which may be large, is fetched
     _check_sizes(repository, sizes, {MASK_FILE: most_bytes(export)})
     with asking_hub(repository, revision):
         hf_hub_download(repository, MASK_FILE, revision=commit, token=token, cache_dir=cache)
@@ -94,7 +94,7 @@ def fetched_masks(
 
 
 def _cached(api: HfApi, repository: str, revision: str | None, cache: str | None, reason: str) -> Path:
-    """What the cache has of it, where the hub cannot be asked."""
+    """Return the cached export of a repository, for use when the Hub cannot be reached."""
     try:
         with asking_hub(repository, revision):
             commit = api.resolve_revision(

@@ -1,6 +1,6 @@
-"""The tensors of the merged model one at a time, for what runs beside the training and wants new weights now and then.
+"""Yield the tensors of the merged model one at a time, for a process next to the training that needs updated weights.
 
-An inference engine that makes an RL trainer's completions, for one: vLLM's load_weights takes (name, tensor) pairs.
+For example, an inference engine that makes an RL trainer's completions: vLLM's load_weights takes (name, tensor) pairs.
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from mft_kernels import MaskedLinear, MaskedMultiheadAttention
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of what merge_model would give, by the names that the model has without masks; model is unchanged.
+    """Yield (name, tensor) of what merge_model would give, under the unmasked model's names. The model is unchanged.
 
-    Parameters and persistent buffers, module by module as in named_parameters, tied ones once. Kept weights are
-    bit-equal to the base's, dropped ones +0. A masked layer's weight is made when it is asked for, so that one at a
-    time lies in memory beside the model; all else is the model's own tensors, to be read alone.
+    Yields parameters and persistent buffers, module by module as in named_parameters, tied ones once. Kept weights are
+    bit-equal to the base's, dropped ones are +0. A masked layer's weight is made on demand, so only one is in memory in
+    addition to the model. All other tensors are the model's own; only read them.
 
     Args:
-        model: of mask_model or load_masks, or a PeftModel whose active adapter is a mask: of modules_to_save that one's
-            copies then. Also in torch.compile or DistributedDataParallel.
-    Raises: ValueError, before there is a first tensor, if nothing is masked, scores are not finite, weights are
-        quantised, or fully_shard has spread the model.
+        model: of mask_model or load_masks, or a PeftModel whose active adapter is a mask; modules_to_save are then that
+            adapter's copies. May be wrapped in torch.compile or DistributedDataParallel.
+    Raises: ValueError, before the first tensor, if nothing is masked, scores are not finite, weights are quantised, or
+        fully_shard has sharded the model.
     """
     model = unwrapped(model)
     check_unsharded(model)
@@ -41,31 +41,31 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _peft_base(model: Any) -> nn.Module:
-    """The model within a PeftModel. Raises ValueError as merged_weights does."""
+    """Return the model inside a PeftModel. Raises ValueError as merged_weights does."""
     layers = [module for module in model.modules() if _is_peft_mask(module)]
     if not layers:
         kinds = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}))
         raise ValueError(f"model must have masks to merge, got a {type(model).__name__} of {kinds}: use merge_adapter")
     for layer in layers:
         for parameter in layer.names:
-            layer.merged_weight(parameter)  # what it would raise halfway
+            layer.merged_weight(parameter)  # raises here rather than halfway through
     return model.get_base_model()
 
 
 def _is_peft_mask(module: Any) -> bool:
-    """Told without an import of PEFT, which need not be there."""
+    """Return whether module is a PEFT mask layer, without importing PEFT, which may be absent."""
     return getattr(type(module), "masks_weight", False) and hasattr(module, "mft_scores")
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Of module and what is in it. seen: ids of the modules and tensors that have been given."""
+    """Yield the tensors of module and its children. seen: ids of the modules and tensors already yielded."""
     if id(module) in seen:
         return
     seen.add(id(module))
     if isinstance(module, MaskedLinear):
         yield f"{prefix}weight", _merged(module)
         yield from _new({"bias": module.bias}, prefix, seen)
-        if original_of(module) is not None:  # a shell without these two
+        if original_of(module) is not None:  # the replaced module without weight and bias
             yield from _tensors(original_of(module), prefix, seen)
     elif isinstance(module, MaskedMultiheadAttention):
         yield from _packed(module, prefix, seen)
@@ -99,7 +99,7 @@ def _saved_buffers(module: Any) -> dict[str, Tensor | None]:
 
 
 def _tensors_of_experts(experts: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """By the names and in the order that they have without masks."""
+    """Yield the experts' tensors under the names and in the order of the unmasked module."""
     masked: dict[str, Any] = experts._modules
     biases = {projection.bias: name for name, projection in experts._projections.items()}
     for part in experts._order:
@@ -114,14 +114,14 @@ def _tensors_of_experts(experts: Any, prefix: str, seen: set[int]) -> Iterator[t
 
 
 def _packed(module: MaskedMultiheadAttention, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """By the names, and in the order, that nn.MultiheadAttention has."""
+    """Yield the attention's tensors under the names and in the order of nn.MultiheadAttention."""
     bias: Tensor | None = module.in_proj_bias
     for name, child in module.named_children():
         if isinstance(child, nn.Linear) and name != "out_proj":
             yield from _new({f"{name}_weight": child.weight}, prefix, seen)
         elif name != "out_proj":
             yield next(_tensors(child, f"{prefix}{name}_", set()))
-    if bias is not None and not hasattr(module, "in_proj"):  # made of three, so that its id says nothing
+    if bias is not None and not hasattr(module, "in_proj"):  # joined from three biases, so its id is always new
         yield f"{prefix}in_proj_bias", bias.detach()
         bias = None
     yield from _new({"in_proj_bias": bias, **module._parameters}, prefix, seen)

@@ -1,8 +1,8 @@
-"""masks.pt, the file of the paper's own code: module name -> (N, K) tensor of ones (kept) and zeros, pickled.
+"""Read and write masks.pt, the paper code's pickled file: module name -> (N, K) tensor of ones (kept) and zeros.
 
-It is read by torch's weights-only loader, and only when asked for by name: no other file of ours is a pickle. Of what
-that loader would make, bytes by the gigabyte and nested, quantised or meta tensors among it, the pickle may name dense
-tensors alone; their values are mapped from the file, and no tensor is looked into before all are known to lie in it.
+It is read by torch's weights-only loader, and only on explicit request: no other file of ours is a pickle. That loader
+would also make gigabytes of bytes and nested, quantised or meta tensors. Here the pickle may name dense tensors only.
+Their values are mapped from the file, and no tensor is read before all of them are known to lie in the file.
 """
 
 import pickle
@@ -22,14 +22,14 @@ from mft.masks.export import put_masks
 from mft.masks.saved_modules import saved_modules
 from mft_kernels import pack_mask
 
-_MOST_PICKLE = 1 << 22  # bytes of the pickle, which holds no values: about 300 a module
+_MOST_PICKLE = 1 << 22  # bytes of the pickle, which holds no values: about 300 per module
 _NUMBERS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _NAMED = {
     *("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"),
     *(f"torch {number}Storage" for number in _NUMBERS),
 }
 
-# What torch's loader raises on bytes that are no such file; whatever it is, the file is to blame.
+# Errors that torch's loader raises for bytes that are no such file. All of them mean that the file is bad.
 _BROKEN = (
     *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile, ArithmeticError, AssertionError, AttributeError),
     *(EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError),
@@ -37,9 +37,9 @@ _BROKEN = (
 
 
 def import_paper_masks(model: nn.Module, path: Path) -> nn.Module:
-    """Put the masks of a masks.pt on an ordinary model, in place; as load_masks, but nothing tells which base they had.
+    """Put the masks of a masks.pt on an ordinary model, in place; as load_masks, but the base cannot be verified.
 
-    Raises: FileNotFoundError, or ValueError naming the file, the module, what was found and what was expected.
+    Raises: FileNotFoundError, or ValueError that names the file, the module, the value found and the value expected.
     """
     masks = read_paper_masks(path)
     packed = {name: pack_mask(mask.float(), torch.tensor(0.5)) for name, mask in masks.items()}
@@ -47,7 +47,7 @@ def import_paper_masks(model: nn.Module, path: Path) -> nn.Module:
 
 
 def read_paper_masks(path: Path) -> dict[str, Tensor]:
-    """Module name -> (N, K) bool. Raises as import_paper_masks does."""
+    """Return module name -> bool mask (N, K). Raises as import_paper_masks does."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected the masks.pt of the paper's code, got nothing there")
     try:
@@ -72,7 +72,7 @@ def read_paper_masks(path: Path) -> dict[str, Tensor]:
 
 
 def write_paper_masks(model: nn.Module, path: Path) -> None:
-    """Write a masked model's masks as the paper's code does, in the weights' dtype; the file appears whole or not."""
+    """Write a masked model's masks as the paper's code does, in the weights' dtype. The write is atomic."""
     masked = masked_modules(model)
     if not masked:
         raise ValueError(f"model has no masked layers to save, got a plain {type(model).__name__}: mask_model it first")
@@ -88,7 +88,7 @@ def write_paper_masks(model: nn.Module, path: Path) -> None:
 
 
 def _check_pickle(path: Path) -> None:
-    """Raise ValueError, zipfile's or pickletools' errors unless the pickle names dense tensors alone."""
+    """Raise ValueError, or an error of zipfile or pickletools, unless the pickle names dense tensors only."""
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

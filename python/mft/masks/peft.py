@@ -1,7 +1,7 @@
-"""Masks as a method of PEFT: importing this registers it, so that get_peft_model takes a MaskPeftConfig.
+"""Masks as a PEFT method. Importing this module registers it, so that get_peft_model accepts a MaskPeftConfig.
 
-PEFT's adapters hold scores, from which training goes on; to_masked_model and save_masks give the export of 1 bit a
-weight, which PeftModel.from_pretrained loads too. docs/how-to/peft.md tells them apart.
+PEFT's adapters hold scores, from which training can go on. to_masked_model and save_masks give the export with 1 bit
+per weight, which PeftModel.from_pretrained loads too. docs/how-to/peft.md explains both.
 """
 
 import copy
@@ -34,7 +34,7 @@ from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.number_formats import SCORE_FORMATS, unless_auto
 from mft.surrogate.surrogate import keep_surrogate
 
-_TRIED = "0.21", "0.22"  # from the first version to before the last
+_TRIED = "0.21", "0.22"  # first supported version, first unsupported one
 _REMEDY = f"pip install 'peft>={_TRIED[0]},<{_TRIED[1]}'"
 
 try:
@@ -49,22 +49,22 @@ try:
 except ImportError as error:
     raise ImportError(f"mft.masks.peft needs peft >= {_TRIED[0]}: {_REMEDY}. {error}") from error
 
-_CHOSEN = "_mft_chosen"  # the modules that a configuration chose, and what in them; an attribute of it
-_AS_WRITTEN = "target_modules", "target_parameters", "exclude_modules"  # of a configuration, by our reading of them
+_CHOSEN = "_mft_chosen"  # attribute of a configuration: the chosen modules, and which of their parameters
+_AS_WRITTEN = "target_modules", "target_parameters", "exclude_modules"  # fields that select_targets reads, not PEFT
 _BASE = "__base__"  # PEFT's word, in adapter_names, for a row without an adapter
-_OF_THE_HUB = "revision", "token", "cache_dir", "local_files_only"  # what of PEFT's options says where
-_EXPORT = "_mft_export"  # where a configuration came from an export: its directory and description
+_OF_THE_HUB = "revision", "token", "cache_dir", "local_files_only"  # PEFT's options that locate files on the Hub
+_EXPORT = "_mft_export"  # attribute of a configuration that came from an export: its directory and description
 
 
 @dataclass
 class MaskPeftConfig(MaskConfig, PeftConfig):
-    """MaskConfig's fields and PEFT's own: MaskPeftConfig(**vars(mask_config)) makes one of the other."""
+    """The fields of MaskConfig and of PEFT's PeftConfig. MaskPeftConfig(**vars(mask_config)) converts a MaskConfig."""
 
     def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
         self.peft_type = PeftType(PEFT_TYPE)
         MaskConfig.__post_init__(self)
-        self.scores_dtype = unless_auto(self.scores_dtype)  # nothing here knows of memory
+        self.scores_dtype = unless_auto(self.scores_dtype)  # "auto" depends on memory, which is unknown here
         check_rule(
             SCORE_FORMATS[self.scores_dtype].has_gradient,
             "scores_dtype",
@@ -75,7 +75,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
 
     @property
     def trainable_token_indices(self) -> None:
-        """PEFT takes an AttributeError for none; TRL asks where it added tokens to the tokenizer, to train them."""
+        """Raise AttributeError, which PEFT reads as None. TRL reads this to train the tokens that it has added."""
         raise AttributeError(
             "trainable_token_indices are not for masks, which leave embeddings as they are, got tokens that were added "
             "to the tokenizer: give a chat template without new ones, as a *.jinja file or on the tokenizer"
@@ -85,7 +85,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "MaskPeftConfig":
-        """Of an adapter that PEFT saved, or of an export of masks, which is checked whole; both local or on the hub."""
+        """Load from a PEFT adapter or from an export of masks, local or on the Hub. An export is checked fully."""
         directory = _export_directory(pretrained_model_name_or_path, subfolder, kwargs)
         if directory is None:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
@@ -102,7 +102,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
 
 
 class MaskModel(BaseTuner):
-    """The model around the base: which layers get a mask, and what of them is loaded and merged."""
+    """PEFT's tuner for masks: decides which layers get a mask, and handles loading and merging."""
 
     prefix = f"{PEFT_TYPE.lower()}_"
     tuner_layer_cls = MaskTunerLayer
@@ -112,7 +112,7 @@ class MaskModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         written = {name: getattr(config, name) for name in _AS_WRITTEN}
         masks_alone = copy.copy(config)
-        masks_alone.modules_to_save = None  # PEFT's own business; it names heads that a model may lack
+        masks_alone.modules_to_save = None  # PEFT handles it; it may name heads that this model lacks
         with _unwrapped(model):
             names = select_targets(model, masks_alone, codes=True)
             saved = config.modules_to_save or []
@@ -121,7 +121,7 @@ class MaskModel(BaseTuner):
         setattr(config, _CHOSEN, chosen)
         split_attentions(model, names)
         read_in_one_piece(model)
-        # PEFT chooses by its own reading of these, and may write a shorter list there.
+        # PEFT reads these fields in its own way, and may write a shorter list to them.
         vars(config).update(dict.fromkeys(_AS_WRITTEN), target_modules=list(chosen))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -157,22 +157,22 @@ class MaskModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if any(isinstance(module, MaskExperts | MaskCodes) for module in (child, new_module)):
-            # PEFT looks for a weight, where there may be several or codes.
+            # PEFT expects one weight, but there may be several weights, or codes.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Scores have the dtype that their configuration names."""
+        """Do nothing: scores keep the dtype that their configuration names."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        """Meanwhile row i of a batch takes the mask adapter_names[i], or none for "__base__"; for inference."""
+        """Make row i of a batch use the mask adapter_names[i], or no mask for "__base__". For inference only."""
         if adapter_names is None:
             yield
             return
         self._check_rows(adapter_names)
-        beams = kwargs.get("num_beams") or 1  # of a row, next to each other
+        beams = kwargs.get("num_beams") or 1  # a row's beams are next to each other
         names = [name for name in adapter_names for _ in range(beams)]
         rows = TaskPerRow(tuple(None if name == _BASE else name for name in names), "adapter_names")
         given: dict[type, dict[str, Any]] = {
@@ -232,7 +232,7 @@ class MaskModel(BaseTuner):
         return base
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise what some layer's merge would raise, before any layer is merged."""
+        """Raise any layer's merge error before any layer is merged."""
         for layer in _mask_layers(self.model):
             wanted = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in wanted if name in layer.mft_scores and name not in layer.merged_adapters]
@@ -249,14 +249,14 @@ class MaskModel(BaseTuner):
         adapter_name: str = "combined",
         combination_type: str = "vote",
     ) -> None:
-        """Add the frozen mask that these adapters' masks make together, on all layers that any of them masks.
+        """Combine the masks of these adapters into a new frozen mask, on all layers that any of them masks.
 
         Args:
-            adapters: Names of masks on this model. One without scores for a layer keeps all of that layer.
-            weights: One positive number per adapter; only ``vote`` takes different ones. Default: 1 each.
-            adapter_name: The new adapter's, not yet taken.
-            combination_type: ``union`` keeps what any mask keeps, ``intersection`` what all masks keep, and ``vote``
-                what masks with at least half of the sum of ``weights`` keep.
+            adapters: Names of masks on this model. A mask without scores for a layer counts as keeping all of it.
+            weights: One positive number per adapter; only ``vote`` allows different ones. Default: 1 each.
+            adapter_name: Name of the new adapter; must not be taken.
+            combination_type: ``union`` keeps what any mask keeps; ``intersection`` keeps what all masks keep; ``vote``
+                keeps a weight if the masks that keep it hold at least half of the sum of ``weights``.
         Raises: ValueError for a wrong argument; the model is then unchanged.
         """
         check_rule(len(adapters) > 0, "adapters", "name at least one adapter", list(adapters))
@@ -289,9 +289,9 @@ class MaskModel(BaseTuner):
 
 
 def to_masked_model(model: PeftModel) -> nn.Module:
-    """The model of mask_model with the active mask, for save_masks, merge_model and the recipe.
+    """Return the model of mask_model with the active mask, for save_masks, merge_model and the recipe.
 
-    The PEFT model is taken apart: its other masks are gone, and it is not to be used any more.
+    This takes the PEFT model apart: its other masks are lost, and it must not be used any more.
     """
     (active,) = model.active_adapters
     config: Any = model.peft_config[active]
@@ -327,9 +327,9 @@ def _mask_layers(model: nn.Module) -> list[MaskTunerLayer]:
 
 @torch.no_grad()
 def _begin_budget(layers: list[MaskTunerLayer], name: str, config: MaskPeftConfig, budget: Budget) -> None:
-    """The layers share a threshold, and scores by magnitude begin in one scale.
+    """Let the layers share one threshold. Magnitude scores start on one scale for all layers.
 
-    What TRL calls its reference has scores already, and a budget that no callback moves.
+    TRL's reference adapter has its scores already, and its budget is moved by no callback.
     """
     pairs = [pair for layer in layers for pair in layer.learned_on(name)]
     if name != TRL_REFERENCE:
@@ -343,12 +343,12 @@ def _begin_budget(layers: list[MaskTunerLayer], name: str, config: MaskPeftConfi
 
 
 def _scores_of(layers: list[MaskTunerLayer], name: str) -> dict[str, nn.Parameter]:
-    """All of the mask of this name, as they are now: PEFT replaces them."""
+    """Return the current scores of the mask of this name, by layer name. Read per call, because PEFT replaces them."""
     return {layer.names[part]: scores for layer in layers for part, scores in layer.scores_of(name).items()}
 
 
 def _parameters_of_modules(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
-    """What layers of these names mask, by the module that PEFT is to wrap: of experts some parameters, else weight."""
+    """Return the parameters to mask by the module that PEFT will wrap: some parameters of experts, else weight."""
     chosen: dict[str, list[str]] = {}
     for name in names:
         path, _, part = name.rpartition(".")
@@ -359,7 +359,7 @@ def _parameters_of_modules(model: nn.Module, names: list[str]) -> dict[str, list
 
 @contextmanager
 def _unwrapped(model: nn.Module) -> Iterator[None]:
-    """The base as it was without masks, for whoever looks at its modules."""
+    """Put the unmasked base layers back in this context, for code that looks at the model's modules."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskTunerLayer)}
     for name, layer in layers.items():
         model.set_submodule(name, layer.base_layer)
@@ -371,7 +371,7 @@ def _unwrapped(model: nn.Module) -> Iterator[None]:
 
 
 def _export_directory(place: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
-    """Where the export of masks lies that place names, as PEFT takes it; None if place has none of ours."""
+    """Return the directory of the export of masks that PEFT's ``place`` names; None if it is no export of ours."""
     directory = Path(place, subfolder or "")
     if directory.exists() or subfolder is not None or split_hub_id(str(place)) is None:
         return directory if is_export(directory) else None
@@ -379,15 +379,15 @@ def _export_directory(place: str, subfolder: str | None, options: dict[str, Any]
     try:
         with asking_hub(place, options.get("revision")):
             found = hf_hub_download(place, CONFIG_FILE, **where)
-    except HubError:  # PEFT will say so in its own words
+    except HubError:  # PEFT reports it in its own words
         return None
     return fetched_masks(place, **where) if is_export(Path(found).parent) else None
 
 
 def _scores_of_export(model: Any, config: PeftConfig) -> dict[str, Tensor]:
-    """An export's masks as the scores that PEFT would have saved. Raises ValueError if model has another base.
+    """Return an export's masks as the scores that PEFT would have saved. Raises ValueError if model has another base.
 
-    They are read again: what PEFT has read was not checked, and on the hub may be of another commit.
+    The files are read again: PEFT did not check what it read, and a file on the Hub may be from another commit.
     """
     if not hasattr(config, _EXPORT):
         raise ValueError(
@@ -401,17 +401,17 @@ def _scores_of_export(model: Any, config: PeftConfig) -> dict[str, Tensor]:
     found = {}
     for entry in export.modules:
         path, _, part = entry.name.rpartition(".")
-        key = f"{entry.name}.mft_scores" if len(entry.shape) == 2 else f"{path}.mft_scores.{part}"  # of experts
+        key = f"{entry.name}.mft_scores" if len(entry.shape) == 2 else f"{path}.mft_scores.{part}"  # or: experts
         found[f"base_model.model.{key}"] = scores_of_mask(masks[entry.name], entry.shape, export.mode)
     return found
 
 
 def _register() -> None:
-    """Enter the method through PEFT's public hook, which asks that PeftType have a member of its name."""
+    """Register the method with PEFT's public hook, which needs a member of PeftType with the method's name."""
     version = Version(peft.__version__)
     if not Version(_TRIED[0]) <= version < Version(_TRIED[1]):
         raise ImportError(f"mft.masks.peft was tried with peft {' to before '.join(_TRIED)}, got {version}: {_REMEDY}")
-    if PEFT_TYPE not in PeftType.__members__:  # an enumeration has no public way to grow
+    if PEFT_TYPE not in PeftType.__members__:  # enum has no public way to add a member
         member = str.__new__(PeftType, PEFT_TYPE)
         member._name_ = member._value_ = PEFT_TYPE
         setattr(PeftType, PEFT_TYPE, member)

@@ -1,10 +1,11 @@
-"""A model over a quantised base: which linears hold their weight in NF4 or int8, and how these compute.
+"""Quantise the base of a model: which linears hold their weight in NF4 or int8, and how these layers compute.
 
-Where a kernel decodes (QuantizedMatrix.is_fused), neither the product of a masked layer nor its d_x makes a dense
-matrix: one exists only while d_scores is made, which is as large, and in frozen layers during products of many tokens.
-Elsewhere one exists during each product, and is made again for the backward pass. Codes never learn.
+If a kernel decodes the codes (QuantizedMatrix.is_fused), neither the product of a masked layer nor its d_x makes a
+dense matrix. One exists only while d_scores is computed, which is as large, and in frozen layers during products of
+many tokens. Otherwise a dense matrix exists during each product, and is made again for the backward pass. Codes are
+never trained.
 
-So it is with experts in one parameter everywhere: no kernel decodes them.
+Experts in one parameter always follow the second way: no kernel decodes them.
 """
 
 import functools
@@ -35,18 +36,19 @@ from mft_kernels.ops.route import is_seen_by_others, unchanged
 
 
 def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False) -> nn.Module:
-    """Quantise the frozen linears and experts of the decoder layers, in place; all else stays as it is.
+    """Quantise the frozen linears and experts of the decoder layers, in place; everything else stays as it is.
 
-    One weight is quantised and freed after the other, where it lies. Mask the model first: scores begin from the exact
-    weights, and export says on which exact weights the masks were learned.
+    Weights are quantised and freed one after the other, on their device. Mask the model first: scores then start from
+    the exact weights, and an export records on which exact weights the masks were learned.
 
     Args:
-        model: masked or not, unquantised; what is trainable is left alone.
+        model: masked or not, unquantised. Trainable layers are left alone.
         kind: "nf4", "nf4-dq" (with double quantisation) or "int8".
         masked: quantise the masked layers' weights too.
     Returns: the same model.
-    Raises: ValueError if nothing can be quantised, or a module by name if it cannot; RuntimeError if NF4's library is
-        missing. The model is then unchanged, except if a weight is not finite: then those before it are quantised.
+    Raises: ValueError if nothing can be quantised, or if a module cannot be, which it names; RuntimeError if the NF4
+        library is missing. The model is then unchanged, with one exception: if a weight is not finite, the weights
+        before it are quantised.
     """
     check_library(kind)
     check_unwrapped(model)
@@ -74,11 +76,11 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
 
 @torch.no_grad()
 def rounded_weights(model: nn.Module, kind: str = "nf4") -> dict[str, Tensor]:
-    """What the codes hold that quantize_model would make of an unmasked model: dense, by the parameters' names.
+    """Return the dense weights that quantize_model's codes would stand for, by parameter name, for an unmasked model.
 
-    With these weights a model computes, but for the order of sums, what the quantised one does.
+    A model with these weights computes what the quantised one does, up to the order of sums.
 
-    Returns: of every weight that would be quantised, its shape and dtype.
+    Returns: for every weight that would be quantised, a tensor of the same shape and dtype.
     Raises: as quantize_model; model is never changed.
     """
     check_library(kind)
@@ -95,13 +97,13 @@ def rounded_weights(model: nn.Module, kind: str = "nf4") -> dict[str, Tensor]:
 
 
 def coded_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(N, K) of each matrix of codes that quantize_model would make of an unmasked model, by the parameters' names."""
+    """Return the shape (N, K) of each matrix that quantize_model would quantise in an unmasked model, by parameter."""
     found = {name: as_matrix(model.get_parameter(name).detach()) for name, as_matrix in _coded(model).values()}
     return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in found.items()}
 
 
 def _coded(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
-    """By layer, its parameter's name, and the view of a contiguous one as the matrix that is quantised."""
+    """Return by layer its parameter's name, and a function that views a contiguous one as the matrix to quantise."""
     found: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
     for name in _quantizable(model, False):
         own_name = weight_name(model, name)
@@ -115,17 +117,18 @@ def _coded(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]
 
 
 def quantized_product(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """``x @ dense().T + bias``, as QuantizedLinear computes it."""
+    """Compute ``x @ dense().T + bias`` as QuantizedLinear does."""
     return _QuantizedProduct.apply(x, bias, quantized)
 
 
 class QuantizedLinear(nn.Module):
     """y = x @ dense().T + bias, in nn.Linear's place, over a frozen weight that is held quantised.
 
-    Neither x nor a dense weight is saved for the backward pass, d_x = grad_output @ dense(). Where a kernel decodes, up
-    to 512 tokens make no dense weight; on a CPU these are a MaskedLinear's products with all kept, to the bit.
+    Neither x nor a dense weight is saved for the backward pass: d_x = grad_output @ dense(). If a kernel decodes, up to
+    512 tokens make no dense weight. On a CPU the products then equal those of a MaskedLinear that keeps every weight,
+    bit for bit.
 
-    Shapes: x (..., K), the weight's dtype; weight (N, K), bias (N,).
+    Shapes: x (..., K), in the weight's dtype; weight (N, K), bias (N,).
     """
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -136,7 +139,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear | Conv1D, kind: str = "nf4") -> "QuantizedLinear":
-        """In linear's training mode, on the memory of its bias."""
+        """Quantise a linear layer. Shares its bias and keeps its training mode."""
         weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
         return cls(QuantizedWeight.quantize(weight.detach(), kind), linear.bias).train(linear.training)
 
@@ -148,16 +151,16 @@ class QuantizedLinear(nn.Module):
 
 
 def can_skip_dense(quantized: QuantizedWeight, x: Tensor, scores: Tensor) -> bool:
-    """Whether masked_product can serve: a kernel decodes, and nobody but autograd has to see the call."""
+    """Return whether masked_product can be used: a kernel decodes, and only autograd has to see the call."""
     return quantized.is_fused(x) and not is_seen_by_others(x, scores, quantized.codes)
 
 
 def masked_product(
     x: Tensor, quantized: QuantizedWeight, mask: CurrentMask, scores: Tensor, bias: Tensor | None, *, mode: str
 ) -> Tensor:
-    """``x @ where(mask, dense(), 0).T + bias``; a dense weight is made for the scores' gradient alone.
+    """Compute ``x @ where(mask, dense(), 0).T + bias``. A dense weight is made only for the scores' gradient.
 
-    Args: mask: of these scores, as current_mask returns it. The rest as of MaskedLinear.
+    Args: mask: of these scores, as current_mask returns it. The other arguments are as for MaskedLinear.
     """
     if not torch.is_grad_enabled():
         return quantized.masked_linear(x, mask.packed, bias)
@@ -165,18 +168,18 @@ def masked_product(
 
 
 class QuantizedMaskedLinear(MaskedLinear):
-    """A MaskedLinear whose weight is made of codes each time that it is read; quantize_model turns modules into it.
+    """A MaskedLinear whose weight is decoded from codes each time that it is read. quantize_model makes it.
 
-    hold(..., weight=module.quantized) makes no dense one where a kernel decodes, and elsewhere frees it after each
-    product. Without hold, where one decodes and nobody but autograd has to see the call, a dense one is made for the
-    scores' gradient alone; else the forward pass makes it and autograd keeps it.
+    With hold(..., weight=module.quantized), no dense weight is made if a kernel decodes; otherwise it is freed after
+    each product. Without hold, if a kernel decodes and only autograd has to see the call, a dense weight is made only
+    for the scores' gradient; otherwise the forward pass makes one and autograd keeps it.
     """
 
     quantized: QuantizedWeight
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # read alone, where MaskedLinear has a parameter
-        """(N, K), made anew by each access; for shape and dtype alone ask ``quantized``."""
+    def weight(self) -> Tensor:  # type: ignore[override]  # read-only; MaskedLinear has a parameter
+        """Dense weight (N, K), decoded by each access. For its shape or dtype, read ``quantized``."""
         return self.quantized.dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,16 +200,17 @@ class QuantizedMaskedLinear(MaskedLinear):
 
 
 class QuantizedMaskedGroupedLinear(MaskedGroupedLinear):
-    """A MaskedGroupedLinear whose weight is made of codes each time that it is read, of all experts at once.
+    """A MaskedGroupedLinear whose weight is decoded from codes, for all experts at once, each time that it is read.
 
-    A product frees it, also without hold where nobody but autograd has to see the call; else autograd keeps it.
+    Each product frees it under hold, and also without hold if only autograd has to see the call. Otherwise autograd
+    keeps it.
     """
 
-    quantized: QuantizedWeight  # of the matrix (E * N, K)
+    quantized: QuantizedWeight  # as a matrix (E * N, K)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # as of QuantizedMaskedLinear
-        """(E, N, K), made anew by each access."""
+    def weight(self) -> Tensor:  # type: ignore[override]  # as in QuantizedMaskedLinear
+        """Dense weight (E, N, K), decoded by each access."""
         return dense_experts(self.quantized, self.experts)
 
     def hold(self, packed: Tensor, grad_buffer: Tensor | None = None, *, weight: Weight | None = None) -> None:
@@ -243,16 +247,16 @@ class _QuantizedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         d_x = d_bias = None
         if ctx.needs_input_grad[0]:
-            # Under autocast, x and the output may be of other dtypes than the weight.
+            # Under autocast, x and the output may have other dtypes than the weight.
             d_x = _d_x(grad_output, ctx.quantized).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             d_bias = grad_output.flatten(0, -2).sum(0)
         return d_x, d_bias, None
 
 
-# A frozen layer's forward pass in times of torch's on a weight decoded first, NF4, by hand on a Xeon with AMX, three
-# shapes (no GPU was asked): of
-# 512 tokens 0.71 to 0.77 in bf16 and 0.72 to 1.00 in fp32, of 1,024 tokens 0.90 to 1.55 and 0.89 to 1.02.
+# A frozen layer's forward pass with NF4, time relative to torch's product on a weight decoded first. Measured by hand
+# on a Xeon with AMX, three shapes; not measured on a GPU.
+# 512 tokens: 0.71 to 0.77 in bf16, 0.72 to 1.00 in fp32. 1,024 tokens: 0.90 to 1.55 in bf16, 0.89 to 1.02 in fp32.
 _MOST_FUSED_TOKENS = 512
 
 
@@ -269,7 +273,7 @@ def _d_x(grad_output: Tensor, quantized: QuantizedWeight) -> Tensor:
 
 
 class _QuantizedMaskedProduct(torch.autograd.Function):
-    """masked_linear_by_ratio over codes: saves x, and of the weight nothing."""
+    """masked_linear_by_ratio over codes. It saves x, and no dense weight."""
 
     @staticmethod
     def forward(
@@ -291,7 +295,7 @@ class _QuantizedMaskedProduct(torch.autograd.Function):
         x, scores = unchanged(ctx)
         wants_x, wants_scores, wants_bias = ctx.needs_input_grad[:3]
         d_x = d_scores = d_bias = None
-        if wants_scores:  # which are as large as the dense weight, so that this may be made too
+        if wants_scores:  # d_scores is as large as a dense weight, so making one here is acceptable
             sign = Tensor.detach(scores) if scores.is_floating_point() else None
             wants = [wants_x, False, True, wants_bias]
             weight, mask = ctx.quantized.dense(), ctx.mask
@@ -305,7 +309,7 @@ class _QuantizedMaskedProduct(torch.autograd.Function):
 
 
 class _GroupedMaskedProduct(torch.autograd.Function):
-    """masked_linear_grouped_by_ratio over codes: saves x, and of the weight nothing."""
+    """masked_linear_grouped_by_ratio over codes. It saves x, and no dense weight."""
 
     @staticmethod
     def forward(
@@ -351,21 +355,21 @@ def _quantize_masked(module: Any, kind: str) -> None:
     grouped = isinstance(module, MaskedGroupedLinear)
     quantized = (quantize_experts if grouped else QuantizedWeight.quantize)(module.weight.detach(), kind)
     del module.weight
-    # So that whoever holds the module or its scores holds them still.
+    # The object stays the same, so that references to the module or its scores stay valid.
     module.__class__ = QuantizedMaskedGroupedLinear if grouped else QuantizedMaskedLinear
     module.quantized = quantized
 
 
 def _quantizable(model: nn.Module, masked: bool) -> list[str]:
-    """Names of the decoder layers' linears that are frozen, and of the masked ones if they are to be quantised.
+    """Return the names of the decoder layers' frozen linears; with ``masked``, of the masked layers too.
 
-    Experts in one parameter have its name.
+    Experts in one parameter go by the parameter's name.
     """
     names, trainable = list(masked_modules(model)) if masked else [], 0
     for candidate in find_candidates(model, layer_stacks(model)):
         if isinstance(candidate.module, MaskedLayer) or candidate.layer is None or candidate.is_head:
             continue
-        # Of a module of experts its own: in it may lie masked ones, whose scores learn.
+        # For experts, only the module's own parameters count: its children may be masked layers with trainable scores.
         parameters = candidate.module.parameters(recurse=not candidate.is_parameter)
         if candidate.obstacle:
             raise ValueError(f"cannot quantise {candidate.name}: {candidate.obstacle}")

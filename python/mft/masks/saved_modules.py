@@ -1,7 +1,7 @@
-"""modules_to_save, as in PEFT: modules that are trained whole beside the masks, saved with them, and put back.
+"""modules_to_save, as in PEFT: modules that are trained whole in addition to the masks, saved with them, and restored.
 
-What a fresh head needs, which would else stay frozen at random values. Unlike PEFT no copy is made: the module itself
-is trained, and with it whatever its weights are tied to.
+A fresh head needs this; otherwise it would stay frozen at random values. Unlike in PEFT, no copy is made: the module
+itself is trained, and so is any module whose weights are tied to it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from mft.checks import nearest
 
-_NAMES = "_mft_modules_to_save"  # of the modules that are trained; an attribute of the model
+_NAMES = "_mft_modules_to_save"  # attribute of the model: names of the modules that are trained whole
 
 
 def select_saved_modules(model: nn.Module, patterns: Iterable[str] | None) -> list[str]:
-    """Names of the modules that patterns name, by suffix as in target_modules; of nested ones the outermost.
+    """Return the names of the modules that match patterns, by suffix as in target_modules; the outermost if nested.
 
     Raises: ValueError if a pattern names no module, or one without floating-point parameters.
     """
@@ -43,35 +43,35 @@ def select_saved_modules(model: nn.Module, patterns: Iterable[str] | None) -> li
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether name is one of these modules or lies in one."""
+    """Return whether name is one of these modules or lies inside one."""
     return any(f"{name}.".startswith(f"{outer}.") for outer in modules)
 
 
 def train_whole(model: nn.Module, names: Iterable[str]) -> None:
-    """Let the modules of these names be trained, and remember them as the model's."""
+    """Make the modules of these names trainable, and record them on the model."""
     setattr(model, _NAMES, tuple(names))
     for module in saved_modules(model).values():
         module.requires_grad_(True)
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are trained whole, by name."""
+    """Return the modules that are trained whole, by name."""
     return {name: model.get_submodule(name) for name in getattr(model, _NAMES, ())}
 
 
 def forget_saved_modules(model: nn.Module) -> None:
-    """They are ordinary modules again, with what they learned."""
+    """Treat them as ordinary modules again; they keep what they learned."""
     vars(model).pop(_NAMES, None)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies, on the CPU, of all that a state_dict has of the modules that are trained whole."""
+    """Return CPU copies of the whole state_dict of the modules that are trained whole."""
     state = _state(saved_modules(model))
     return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state}
 
 
 def check_saved_tensors(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless model has modules of these names that hold just these tensors."""
+    """Raise ValueError unless model has modules of these names whose tensors have exactly these names and shapes."""
     missing = [name for name in names if not isinstance(_find(model, name), nn.Module)]
     if missing:
         raise ValueError(
@@ -96,7 +96,7 @@ def check_saved_tensors(model: nn.Module, names: Iterable[str], tensors: Mapping
 
 @torch.no_grad()
 def put_saved_tensors(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-    """What saved_tensors gave, into the modules of these names, which are trained from here on."""
+    """Copy the tensors of saved_tensors into the modules of these names, which are trained from now on."""
     train_whole(model, names)
     for key, tensor in _state(saved_modules(model)):
         tensor.copy_(tensors[key])

@@ -1,8 +1,8 @@
-"""Which linear layers get a mask: target_modules, target_parameters, layers_to_transform, exclude_modules as in PEFT.
+"""Select the linear layers to mask: target_modules, target_parameters, layers_to_transform, exclude_modules as in PEFT.
 
-What a pattern names and cannot be masked, and a pattern that adds nothing, is an error that says why. Without a pattern
-it is attention and MLP of every layer, of encoder and decoder, of vision and text; of a model that generates text from
-one decoder, of that decoder's layers. What it leaves out, but for routers, is named in a warning.
+A pattern that names a layer that cannot be masked, or that adds nothing, is an error that says why. Without a pattern,
+attention and MLP of every layer are selected: encoder and decoder, vision and text. If the model generates text from
+one decoder, only that decoder's layers are. A warning names the linears left out, except routers.
 """
 
 import itertools
@@ -20,23 +20,23 @@ from mft.models.linears import Candidate, check_maskable, find_candidates, layer
 
 ALL_LINEAR = "all-linear"
 # Path components and class names that mean attention or an MLP: fc1 and fc2 in OPT's layer, intermediate and output in
-# BERT's, intermediate_query in the Q-Former's. What is named otherwise (T5's DenseReluDense) is known by its shapes,
-# unless it is called what is neither. `make architectures` tries it on all of text, vision and speech in transformers.
+# BERT's, intermediate_query in the Q-Former's. An MLP with another name (T5's DenseReluDense) is recognised by its
+# shapes, unless _NEITHER matches. `make architectures` tries this on all of text, vision and speech in transformers.
 _ATTENTION_OR_MLP = re.compile(
     r"attn|attention|mlp|feed_?forward|ffn|expert|moe|^fc_?\d$|^(intermediate|output)(_query)?$", re.IGNORECASE
 )
 # ConvNeXt's pointwise convolutions are linear layers to four times the width and back.
 _NEITHER = re.compile(r"mamba|mixer|ssm|lstm|recurrent|(?<!pw)(?<!pointwise_)conv(?!next)|norm", re.IGNORECASE)
-_ROUTERS = {"gate", "router", "shared_expert_gate"}  # of tokens to experts;
-_INDEXER = "indexer"  # of queries to the keys that they attend to, by a choice through which no gradient comes
+_ROUTERS = {"gate", "router", "shared_expert_gate"}  # they route tokens to experts
+_INDEXER = "indexer"  # it chooses the keys that a query attends to; no gradient passes through the choice
 
 
 def select_targets(model: nn.Module, config: MaskConfig, *, codes: bool = False) -> list[str]:
-    """Names of the linear layers that config chooses, in the model's order.
+    """Return the names of the linear layers that config chooses, in the model's order.
 
     Args: codes: whether layers that hold NF4 or int8 codes can be masked.
-    Raises: ValueError if nothing is chosen, a pattern adds nothing, a layer is out of range, or a chosen module cannot
-        be masked.
+    Raises: ValueError if nothing is chosen, if a pattern adds nothing, if a layer is out of range, or if a chosen
+        module cannot be masked.
     """
     stacks = layer_stacks(model)
     candidates = find_candidates(model, stacks)
@@ -74,7 +74,7 @@ def select_targets(model: nn.Module, config: MaskConfig, *, codes: bool = False)
 def _requests(
     model: nn.Module, targets: str | list[str] | None, candidates: list[Candidate], stacks: dict[str, nn.ModuleList]
 ) -> Iterable[tuple[str, list[Candidate]]]:
-    """Each pattern of target_modules with what it matches, which is never nothing."""
+    """Yield each pattern of target_modules with its matches. No match is a ValueError."""
     if targets is None:
         in_layers = [c for c in candidates if c.layer is not None and not c.is_head]
         matches = [c for c in in_layers if _default(c, stacks) == "target"]
@@ -99,7 +99,7 @@ def _requests(
 
 
 def _requests_of_parameters(names: list[str], candidates: list[Candidate]) -> Iterable[tuple[str, list[Candidate]]]:
-    """Each name of target_parameters with the candidates whose weights it names, never none."""
+    """Yield each name of target_parameters with the candidates whose weights it names. No match is a ValueError."""
     for suffix in names:
         matches = [c for c in candidates if _ends_with(c.weight_name, suffix)]
         if not matches:
@@ -113,7 +113,7 @@ def _requests_of_parameters(names: list[str], candidates: list[Candidate]) -> It
 
 
 def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
-    """What a layer's linear is when no target_modules are given: "target", "router", or "other"."""
+    """Classify a linear inside a layer for target_modules=None: "target", "router", or "other"."""
     stack = next(name for name in stacks if candidate.name.startswith(f"{name}."))
     index, *path = candidate.name.removeprefix(f"{stack}.").split(".")
     classes, module = [], stacks[stack][int(index)]
@@ -122,7 +122,7 @@ def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
         classes.append(_own_name(type(module)))
     if {*_ROUTERS, _INDEXER} & set(path) or any("Router" in n for n in [*classes, type(candidate.module).__name__]):
         return "router"
-    names = [stack.rpartition(".")[2], *path, *classes]  # XLM has one list of attentions and one of ffns
+    names = [stack.rpartition(".")[2], *path, *classes]  # XLM has one list of attentions and one list of ffns
     if any(_ATTENTION_OR_MLP.search(name) for name in names):
         return "target"
     is_mlp = _is_in_an_mlp(candidate.module, module) and not any(_NEITHER.search(name) for name in names)
@@ -130,7 +130,7 @@ def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
 
 
 def _other_towers(model: nn.Module, stacks: dict[str, nn.ModuleList], candidates: list[Candidate]) -> list[str]:
-    """Names of lists of layers with attention or MLP that are not among stacks: a language model's vision tower."""
+    """Return lists of layers with attention or MLP that are not in stacks, such as a language model's vision tower."""
     others = {name: layers for name, layers in outer_lists(model).items() if name not in stacks}
 
     def is_tower(name: str) -> bool:
@@ -141,14 +141,14 @@ def _other_towers(model: nn.Module, stacks: dict[str, nn.ModuleList], candidates
 
 
 def _own_name(kind: type) -> str:
-    """A class's name without its model's: GraniteMoeHybridMambaLayer has no experts."""
+    """Return a class's name without its model's name: GraniteMoeHybridMambaLayer has no experts despite "Moe"."""
     package, _, rest = kind.__module__.removeprefix("transformers.models.").partition(".")
     family = package.replace("_", "") if rest else ""
     return kind.__name__[len(family) :] if kind.__name__.lower().startswith(family) else kind.__name__
 
 
 def _is_in_an_mlp(linear: nn.Module, parent: nn.Module) -> bool:
-    """Whether parent has a linear to a larger width and one back, later, and linear is one of the two."""
+    """Return whether linear is one of a pair in parent: one to a larger width, and a later one back."""
     linears = [child for child in parent.children() if isinstance(child, nn.Linear | Conv1D)]
     for wide, back in itertools.combinations(linears, 2):
         if linear in (wide, back) and _shape(wide) == _shape(back)[::-1] and _shape(wide)[0] > _shape(wide)[1]:
@@ -163,7 +163,7 @@ def _shape(linear: nn.Linear | Conv1D) -> tuple[int, int]:
 
 
 def _excluded(patterns: str | list[str] | None, candidates: list[Candidate]) -> set[str]:
-    """Names that exclude_modules takes out; a list's suffix may name a module around them, such as "experts"."""
+    """Return the names that exclude_modules excludes. A listed suffix may name a parent module, such as "experts"."""
     if patterns is None:
         return set()
     excluded: set[str] = set()
@@ -263,7 +263,7 @@ def _tell_left_out(left: list[Candidate]) -> None:
             f"target_modules=None takes attention and MLP, and leaves out what is neither by name or shape: "
             f"{_endings(left)} ({left[0].name} and {len(left) - 1} more). Name such linear layers in target_modules to "
             "mask them too, or in exclude_modules to leave them out without this warning",
-            stacklevel=1,  # one place, so that it is shown once though a run chooses twice
+            stacklevel=1,  # always this line, so that Python shows it once even if a run chooses twice
         )
 
 

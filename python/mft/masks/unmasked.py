@@ -1,4 +1,4 @@
-"""The base of a masked model as a model of its own, on the same memory: the reference of a preference trainer."""
+"""The base of a masked model as a second model on the same memory, such as a preference trainer's reference model."""
 
 import copy
 from typing import Any
@@ -17,15 +17,15 @@ from mft_kernels.layers.shells import linear_on
 
 
 def unmasked_model(model: nn.Module) -> nn.Module:
-    """The model that mask_model was given, in eval mode, beside the masked one: no weight is copied.
+    """Return the model that was given to mask_model, in eval mode, next to the masked one. No weight is copied.
 
-    What a mask is compared with while it learns, such as ref_model of TRL's DPOTrainer. Not to be written to: both
-    models compute with the same tensors. For a Conv1D, or a linear of another class, it has an nn.Linear, and on a
-    quantised base it is quantised.
+    Use it to compare a mask with its base while it learns, for example as ref_model of TRL's DPOTrainer. Do not write
+    to it: both models compute with the same tensors. A Conv1D, or a linear of another class, becomes an nn.Linear. On a
+    quantised base the result is quantised too.
 
-    Args: model: masked; also in torch.compile or DistributedDataParallel.
-    Raises: ValueError if nothing is masked, if more than scores is trained (then there is no base any more), or if the
-        model is spread over devices or processes.
+    Args: model: masked; may be wrapped in torch.compile or DistributedDataParallel.
+    Raises: ValueError if nothing is masked, if anything but scores is trained (because then the base changes), or if
+        the model is spread over devices or processes.
     """
     model = unwrapped(model)
     check_unsharded(model)
@@ -52,7 +52,7 @@ def unmasked_model(model: nn.Module) -> nn.Module:
     shared |= {id(m): _experts_without_masks(m) for m in model.modules() if isinstance(m, MaskedExperts)}
     shared |= {id(m): _without_mask(m) for m in masked.values() if isinstance(m, MaskedLinear)}
     made: Any = copy.deepcopy(model, shared)
-    vars(made).pop("forward", None)  # which trainers replace by one that is bound to the masked model
+    vars(made).pop("forward", None)  # a trainer may have set one that is bound to the masked model
     remove_checkpointing_hooks(made)
     lend_weights(model)
     return made.eval()

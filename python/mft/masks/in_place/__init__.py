@@ -1,1 +1,1 @@
-"""Masks in the weights of a model: its layers are ordinary ones meanwhile."""
+"""Masks in the weights of a model, whose masked layers are ordinary ones meanwhile."""

@@ -1,4 +1,4 @@
-"""A masked layer, and the ordinary one that stands in its place while its mask lies in the weight."""
+"""A masked layer, and the ordinary layer that replaces it while the mask is in the weight."""
 
 from typing import Any
 
@@ -14,9 +14,10 @@ from mft_kernels.mask.in_place import MaskedInPlace
 
 
 class InPlaceLayer:
-    """One masked layer, and the ordinary one in its place.
+    """One masked layer, and the ordinary layer that replaces it.
 
-    parameter: the ordinary one's weight, on the masked layer's memory or (is_copy) on its own. held: the mask in it.
+    parameter: the ordinary layer's weight, on the masked layer's memory or (if is_copy) on a copy.
+    held: the mask that is in the weight.
     """
 
     def __init__(self, model: nn.Module, name: str, module: MaskedLayer, *, is_copy: bool) -> None:
@@ -28,11 +29,11 @@ class InPlaceLayer:
         self._linear: nn.Linear | None = None
         if isinstance(module, MaskedLinear):
             self._linear = linear_on(self.parameter, module.bias).train(module.training)
-        self.own: tuple[str | None, ...] = ("weight", "bias")  # what its holder calls the ordinary layer's parameters
+        self.own: tuple[str | None, ...] = ("weight", "bias")  # names of the ordinary layer's parameters
         self._hooks: list[Any] = []
 
     def enter(self) -> None:
-        """The ordinary layer stands in the model."""
+        """Put the ordinary layer in the model."""
         holder: Any = self._linear
         if holder is not None:
             replace_module(self._model, self.name, holder)
@@ -46,7 +47,7 @@ class InPlaceLayer:
         ]
 
     def leave(self) -> None:
-        """The masked layer stands there, whether the ordinary one did or not; the weight may hold its mask still."""
+        """Put the masked layer in the model, even if it is there already. The weight may still hold the mask."""
         while self._hooks:
             self._hooks.pop().remove()
         if self._linear is not None:
@@ -58,7 +59,7 @@ class InPlaceLayer:
             mask_experts(holder, part, lambda *_, **__: self.module)
 
     def check_whole(self) -> None:
-        """Raise RuntimeError unless the masked layer has the weight that it had; after held.lift()."""
+        """Raise RuntimeError if the masked layer's weight differs from the original. Call after held.lift()."""
         if self._hash is not None and not torch.equal(torch.hash_tensor(self.module.weight.detach()), self._hash):
             raise RuntimeError(
                 f"the weight of {self.name} must not be written while masks are in place, but kept elements have "
@@ -66,7 +67,7 @@ class InPlaceLayer:
             )
 
     def check_there(self) -> None:
-        """Raise RuntimeError unless the parameter lies where the mask is held."""
+        """Raise RuntimeError if the parameter is not the memory that the mask is held in."""
         if hasattr(self.parameter, "full_tensor") or self.parameter.data_ptr() != self.held.weight.data_ptr():
             raise RuntimeError(
                 f"the weight of {self.name} must stay where it was when masks came in place, got one that was moved, "
@@ -74,12 +75,12 @@ class InPlaceLayer:
             )
 
     def saved(self, prefix: str) -> dict[str, Any]:
-        """What the masked layer has in a state_dict, its weight whole; prefix: of what holds the ordinary layer."""
+        """Return the masked layer's state_dict with its whole weight; prefix: of the ordinary layer's module."""
         at = prefix if self._linear is not None else f"{prefix}{self.own[0]}."
         return self.module.state_dict(prefix=at) | {f"{at}weight": self.held.whole()}
 
     def _place(self) -> tuple[Any, str]:
-        """The experts, and which of their parameters it is."""
+        """Return the experts module, and the name of this layer's parameter in it."""
         path, _, part = self.name.rpartition(".")
         return self._model.get_submodule(path), part
 
@@ -91,7 +92,7 @@ class InPlaceLayer:
 
 
 class _SavesBase:
-    """A hook of state_dict: what the masked layer saves, in place of what the ordinary one has just saved."""
+    """State-dict hook: replaces the ordinary layer's entries by the masked layer's."""
 
     def __init__(self, layer: InPlaceLayer) -> None:
         self.layer = layer
@@ -103,7 +104,7 @@ class _SavesBase:
 
 
 def check_layer(name: str, module: MaskedLayer) -> None:
-    """Raise ValueError unless the masked layer of this name can be in place."""
+    """Raise ValueError unless the masked layer of this name can be put in place."""
     if getattr(module, "quantized", None) is not None:
         raise ValueError(
             f"masks must lie on exact weights to be in place, got {name}, whose weight is quantised: load the "

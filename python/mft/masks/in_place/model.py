@@ -1,11 +1,11 @@
-"""Masks in place: a masked model whose masked layers are ordinary ones, with the mask in the weight itself.
+"""Masks in place: the masked layers of a model become ordinary ones, with the mask in the weight itself.
 
     masked model     MaskedLinear(weight, scores)    its forward masks
-    in place         nn.Linear(where(keep, weight, 0)), trainable; dropped values and scores lie aside
+    in place         nn.Linear(where(keep, weight, 0)), trainable; dropped values and scores are stored separately
 
 Autograd, torch.compile, fused modules and inference engines then see an ordinary dense layer. The base is not lost:
-state_dict() has the whole weight and the scores, as the masked model has, and close() gives back that model, bit for
-bit. What is no memory of this model's alone is copied before it is written.
+state_dict() has the whole weight and the scores, as in the masked model, and close() restores that model bit for bit.
+Memory that is not this model's alone is copied before it is written.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from mft.models.parallel import check_unsharded
 
 
 class MasksInPlace:
-    """The masks of a model in its weights, until close().
+    """Keeps the masks of a model in its weights until close().
 
     Args:
-        model: of mask_model, over exact weights; what masked_modules takes.
-        packed: the masks by layer's name; None: those that the scores select now.
+        model: of mask_model, over exact weights; as for masked_modules.
+        packed: the packed masks by layer name; None selects them from the scores now.
         copied: the layers whose weight is copied before it is written; None: those of layers_to_copy.
-    Raises: ValueError if nothing is masked, or a layer cannot be in place; NonFiniteScores. The model is then
+    Raises: ValueError if nothing is masked, or if a layer cannot be in place; NonFiniteScores. The model is then
         unchanged.
     """
 
@@ -60,9 +60,9 @@ class MasksInPlace:
             undo.pop_all()
 
     def close(self) -> None:
-        """The model is the masked one again, on the weights that it had.
+        """Restore the masked model on its original weights.
 
-        Raises: RuntimeError if somebody has written them; all layers are back all the same.
+        Raises: RuntimeError if something has written to the weights; all layers are restored even then.
         """
         if masks_in_place(self.model) is self:
             delattr(self.model, IN_PLACE)
@@ -76,7 +76,7 @@ class MasksInPlace:
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
-        """Meanwhile the ordinary layers compute with their whole weights: the base."""
+        """Make the ordinary layers compute with their whole weights, as the base, in this context."""
         packed = [layer.held.packed for layer in self.layers]
         try:
             for layer in self.layers:
@@ -89,7 +89,7 @@ class MasksInPlace:
 
     @contextlib.contextmanager
     def masked_again(self) -> Iterator[None]:
-        """Meanwhile the model is the masked one, on its whole weights."""
+        """Make the model the masked one, on its whole weights, in this context."""
         with self.lifted():
             delattr(self.model, IN_PLACE)
             try:
@@ -103,13 +103,13 @@ class MasksInPlace:
 
 
 def masks_in_place(model: nn.Module) -> MasksInPlace | None:
-    """What has model's masks in place; None if nothing has."""
+    """Return the object that has model's masks in place; None if there is none."""
     return getattr(model, IN_PLACE, None)
 
 
 @contextlib.contextmanager
 def as_masked(model: nn.Module) -> Iterator[None]:
-    """Meanwhile model is the masked one on its whole base, if its masks are in place; else it is what it is."""
+    """Make model the masked one on its whole base in this context, if its masks are in place; else do nothing."""
     found = masks_in_place(model)
     with contextlib.nullcontext() if found is None else found.masked_again():
         yield

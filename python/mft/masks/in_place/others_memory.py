@@ -1,4 +1,4 @@
-"""Which weights lie in memory that is not their model's alone: they are copied before a mask is written into them."""
+"""Find weights whose memory is not their model's alone. They are copied before a mask is written into them."""
 
 from collections.abc import Mapping
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from mft.files.mapped import Mappings
 from mft_kernels import MaskedLayer
 
-_LENT = "_mft_lent"  # whether another model lies on the same memory; an attribute of the model
+_LENT = "_mft_lent"  # attribute of a model: whether another model shares its memory
 
 
 def layers_to_copy(model: nn.Module, masked: Mapping[str, MaskedLayer]) -> set[str]:
-    """Those whose weight is not this model's alone: mapped from a file, shared with processes, modules or models."""
+    """Return the layers whose weight is mapped from a file, or shared with processes, other modules or models."""
     if getattr(model, _LENT, False):
         return set(masked)
     mappings = Mappings()
@@ -35,7 +35,7 @@ def layers_to_copy(model: nn.Module, masked: Mapping[str, MaskedLayer]) -> set[s
 
 
 def lend_weights(model: nn.Module) -> None:
-    """From now on another model lies on the same memory."""
+    """Record that another model shares the memory of this model from now on."""
     setattr(model, _LENT, True)
 
 
@@ -43,7 +43,7 @@ def lend_weights(model: nn.Module) -> None:
 
 
 def _span(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """Device, first address and the one behind the last."""
+    """Return the device, the first address, and the address behind the last byte."""
     elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
     start = tensor.data_ptr()
     return tensor.device, start, start + (elements * tensor.itemsize if tensor.numel() else 0)

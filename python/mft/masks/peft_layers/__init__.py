@@ -1,1 +1,1 @@
-"""What PEFT wraps a layer in: masks on a weight, on experts and on codes, and masks made of several."""
+"""The layers that PEFT wraps others in: masks on a weight, on experts and on codes; also combinations of masks."""

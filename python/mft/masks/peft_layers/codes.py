@@ -1,4 +1,4 @@
-"""A masked layer under PEFT whose base holds NF4 or int8 codes, as QLoRA's does."""
+"""A masked layer under PEFT whose base holds NF4 or int8 codes, as in QLoRA."""
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +18,17 @@ from mft_kernels.ops.checks import NonFiniteScores
 
 
 class MaskCodes(MaskLinear):
-    """MaskLinear over codes: y = x @ where(keep, dense, 0).T + bias, dense being what the codes stand for.
+    """MaskLinear over codes: y = x @ where(keep, dense, 0).T + bias, where dense is the decoded weight.
 
-    Where a kernel decodes, neither the product nor its d_x makes a dense weight; d_scores makes one. Merging is exact:
-    a dropped weight gets the code of level 0, and unmerging puts the old codes back.
+    If a kernel decodes, neither the product nor its d_x makes a dense weight; d_scores makes one. Merging is exact: a
+    dropped weight gets the code of level 0, and unmerging puts the old codes back.
     """
 
     # ------------------------------------------------------------------------------------------ private
 
     @property
     def _quantized(self) -> QuantizedWeight:
-        """Read anew, as moving the model replaces the tensors."""
+        """The base layer's codes. Read per call, because moving the model replaces the tensors."""
         return codes_of(self.base_layer)
 
     def _unmasked(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class MaskCodes(MaskLinear):
         return super()._mixed(x.to(self._quantized.dtype), rows).to(x.dtype)
 
     def _given(self, x: Tensor) -> Tensor:
-        """x in the dtype that the base layer computes in."""
+        """Return x in the dtype that the base layer computes in."""
         return x if (dtype := getattr(self.base_layer, "compute_dtype", None)) is None else x.to(dtype)
 
     def _bias_for(self, x: Tensor) -> Tensor | None:
@@ -68,7 +68,7 @@ class MaskCodes(MaskLinear):
         return masked_layer(linear_on(weight, None), self.module_name, config).scores
 
     def _weight(self, parameter: str) -> Tensor:
-        """Made by each call."""
+        """Decode the weight; each call makes a new dense one."""
         return self._quantized.dense()
 
     def _as_stored(self, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One mask made of several on the same weights: what any of them keeps, what all of them keep, or what most keep."""
+"""Combine several masks on the same weights: keep what any mask keeps, what all masks keep, or what most masks keep."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -32,7 +32,7 @@ COMBINATIONS: dict[str, Callable[[Sequence[Tensor], Sequence[float]], Tensor]] =
 
 
 def check_combination(how: str, weights: Sequence[float] | None, masks: int) -> list[float]:
-    """The weights, 1 each if none are given. Raises ValueError if they do not fit this way of combining masks."""
+    """Return the weights, by default 1 each. Raises ValueError if they do not fit this combination type."""
     check_one_of("combination_type", how, tuple(COMBINATIONS))
     found = [1.0] * masks if weights is None else [float(weight) for weight in weights]
     check_rule(len(found) == masks, "weights", f"have one number per adapter, {masks} of them", weights)
@@ -44,14 +44,15 @@ def check_combination(how: str, weights: Sequence[float] | None, masks: int) -> 
 
 
 def combine(keeps: Sequence[Tensor], how: str, weights: Sequence[float]) -> Tensor:
-    """Which weights stay.
+    """Return the mask of the weights that stay.
 
-    union: those that any mask keeps, so that only what all masks drop is dropped. intersection: those that all masks
-    keep. vote: those that masks with at least half of the sum of ``weights`` keep; a tie keeps.
+    union: weights that any mask keeps, so only those that all masks drop are dropped. intersection: weights that all
+    masks keep. vote: a weight stays if the masks that keep it hold at least half of the sum of ``weights``, so a tie
+    keeps it.
 
     Args:
         keeps: Boolean tensors of one shape, True where a weight stays.
-        how, weights: As check_combination returns and accepts them.
+        how, weights: As check_combination accepts and returns them.
     Returns: Boolean, the same shape.
     """
     return COMBINATIONS[how](keeps, weights)

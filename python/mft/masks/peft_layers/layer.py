@@ -1,4 +1,4 @@
-"""Masked layers under PEFT: the scores of several masks on frozen weights; one is active, or each row has one."""
+"""Masked layers under PEFT: scores of several masks on frozen weights. One mask is active, or each row has its own."""
 
 import functools
 import warnings
@@ -25,16 +25,16 @@ from mft_kernels.mask.masking import current_mask
 from mft_kernels.mask.scores import watch
 from mft_kernels.ops.checks import NonFiniteScores
 
-# Of a model that comes with an adapter, TRL's trainers add one of this name by the adapter's own configuration, as the
-# policy that training begins at. They copy the parameters over by LoRA's names, which scores do not have.
+# If a model comes with an adapter, TRL's trainers add one of this name with the same configuration, as the initial
+# policy. They copy the parameters over by LoRA's names, which scores do not have.
 TRL_REFERENCE = "ref"
 
 
 class MaskTunerLayer(nn.Module, BaseTunerLayer):
-    """Masks on parameters of base_layer, frozen and shared, by their names; what is computed a subclass says.
+    """Masks on the frozen, shared parameters of base_layer. Subclasses define the forward.
 
-    Args: base_layer: what is masked; module_name: its place in the model; names: of the parameters' masked layers in
-        the model, by parameter; scores: empty, what is to hold them by adapter.
+    Args: base_layer: the masked module; module_name: its name in the model; names: for each parameter, the name of its
+        masked layer in the model; scores: an empty container for the scores, by adapter.
     """
 
     adapter_layer_names = ("mft_scores",)
@@ -52,14 +52,14 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self._taken_out: dict[str, tuple[Tensor, Tensor]] = {}  # while merged: packed masks, what they dropped
-        self.shared_thresholds: dict[str, SharedThreshold] = {}  # of masks under a budget
+        self._taken_out: dict[str, tuple[Tensor, Tensor]] = {}  # while merged: packed masks, and the dropped values
+        self.shared_thresholds: dict[str, SharedThreshold] = {}  # for masks with a budget
 
     def add_mask(self, adapter_name: str, config: MaskConfig, parameters: Collection[str] | None = None) -> None:
-        """Add the scores that mask_model would draw for these parameters, by default all that can be masked.
+        """Add the scores that mask_model would draw for these parameters, by default for all that can be masked.
 
-        config is referred to, not copied. A mask of TRL's name for a reference, by the very config of a mask that is
-        there, begins as that one's copy.
+        config is referenced, not copied. A mask with TRL's reference name and the same config object as an existing
+        mask starts as a copy of that mask.
         """
         if self.merged:
             warnings.warn("A mask is added to a merged layer: unmerging it first.", stacklevel=2)
@@ -75,32 +75,32 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """Of the mask of this name, by parameter: those that it has scores for."""
+        """Return the scores of the mask of this name, by parameter; only parameters that have scores."""
 
     def learned_on(self, adapter_name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The scores of the mask of this name, each with the weight that it lies on."""
+        """Yield the scores of the mask of this name, each with its weight."""
         for part, scores in self.scores_of(adapter_name).items():
             yield scores, self._weight(part)
 
     def shapes_of(self, adapter_names: Collection[str]) -> dict[str, torch.Size]:
-        """By parameter, the shape of the scores that any of these masks has here."""
+        """Return, by parameter, the shape of the scores that any of these masks has here."""
         with_scores = [name for name in adapter_names if name in self.mft_scores]
         return {part: scores.shape for name in with_scores for part, scores in self.scores_of(name).items()}
 
     def keep(self, adapter_name: str, parameter: str, shape: torch.Size) -> Tensor:
-        """The mask of this name as booleans; without scores for the parameter, all True."""
+        """Return the mask of this name as booleans; all True if it has no scores for the parameter."""
         if adapter_name not in self.mft_scores or parameter not in self.scores_of(adapter_name):
             return torch.ones(shape, dtype=torch.bool, device=self._weight(parameter).device)
         return unpack_mask(self.packed_mask(adapter_name, parameter), shape)
 
     @torch.no_grad()
     def current_mask(self, adapter_name: str, parameter: str) -> Tensor:
-        """The mask of this name as bits, selected again where its scores have changed."""
+        """Return the packed mask of this name. It is selected again only if its scores have changed."""
         watch(self.scores_of(adapter_name)[parameter])  # PEFT replaces parameters when it loads them
         return self._selected(adapter_name, parameter, anew=False)
 
     def packed_mask(self, adapter_name: str, parameter: str) -> Tensor:
-        """The mask of this name as bits; see pack_mask."""
+        """Return the packed mask of this name, selected again; see pack_mask."""
         return self._selected(adapter_name, parameter, anew=True)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -112,10 +112,10 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Bake a mask into the weights: kept weights bit-equal, dropped ones +0. unmerge() puts these back.
+        """Merge a mask into the weights: kept weights stay bit-equal, dropped ones become +0. unmerge() undoes it.
 
-        Raises: ValueError for more than one mask, scores that are not finite, and with safe_merge a kept weight that
-            is not; the weights are then unchanged.
+        Raises: ValueError for more than one mask, for scores that are not finite, and with safe_merge for a kept weight
+            that is not finite; the weights are then unchanged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mft_scores]
         if names:
@@ -125,7 +125,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def baked(self, names: list[str], safe_merge: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        """What merging the mask of this one name would use, by parameter: its bits, and the masked weight."""
+        """Return what merging this one mask would use, by parameter: the packed mask, and the masked weight."""
         if len(self.merged_adapters + names) != 1:
             raise ValueError(
                 f"one mask at a time can be merged into {self.module_name}, got {self.merged_adapters + names}: "
@@ -147,7 +147,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merged_weight(self, parameter: str) -> Tensor:
-        """What this parameter of the base layer would be after merge(), which is not done; without a mask, as it is."""
+        """Return this parameter of the base layer as merge() would make it, without merging; unmasked, as it is."""
         name = self._active()
         if self.disable_adapters or self.merged or name is None or parameter not in self.scores_of(name):
             return getattr(self.base_layer, parameter).detach()
@@ -169,22 +169,22 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
-        """The scores that mask_model would draw."""
+        """Return the scores that mask_model would draw."""
 
     @abstractmethod
     def _put_scores(self, adapter_name: str, scores: dict[str, nn.Parameter]) -> None:
-        """Into mft_scores."""
+        """Store the scores in mft_scores."""
 
     def _weight(self, parameter: str) -> Tensor:
-        """As scores lie on it."""
+        """Return the weight in the layout of the scores."""
         return getattr(self.base_layer, parameter)
 
     def _as_stored(self, weight: Tensor) -> Tensor:
-        """A weight of scores' shape as the base layer has it."""
+        """Return a weight, given in the layout of the scores, in the layout of the base layer."""
         return weight
 
     def _take_out(self, parameter: str, keep: Tensor, merged: Tensor) -> Tensor:
-        """Put the merged weight in the weight's place. Returns what _put_back takes."""
+        """Replace the weight by the merged weight. Return what _put_back needs."""
         taken = self._weight(parameter)[~keep]
         self._set_weight(parameter, merged)
         return taken
@@ -194,19 +194,19 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         self._set_weight(parameter, weight.masked_scatter(~keep, taken.to(weight)))
 
     def _set_weight(self, parameter: str, weight: Tensor) -> None:
-        """A new tensor, so that whoever shares the old one keeps it."""
+        """Set the weight to a new tensor, so that other owners of the old tensor keep it."""
         getattr(self.base_layer, parameter).data = self._as_stored(weight).contiguous()
 
     def _active(self) -> str | None:
-        """The name of the active mask, if it has scores here."""
+        """Return the name of the active mask, if it has scores here."""
         return next((name for name in self.active_adapters if name in self.mft_scores), None)
 
     @abstractmethod
     def _product(self, adapter_name: str, *given: Any) -> Tensor:
-        """By the mask of this name."""
+        """Compute the forward with the mask of this name."""
 
     def _product_by(self, adapter_name: str) -> Callable[..., Tensor]:
-        """_product; under a budget outside of torch.compile's graphs, which cannot see changes of other scores."""
+        """Return _product. With a budget it runs outside torch.compile's graphs, which miss changes of other scores."""
         is_outside = adapter_name in self.shared_thresholds and torch.compiler.is_dynamo_compiling()
         return self._product_outside_graphs if is_outside else self._product
 
@@ -215,7 +215,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         return self._product(*given)
 
     def _attend(self, adapter_name: str, scores: nn.Parameter) -> None:
-        """In each forward, as PEFT replaces parameters when it loads them: watch, and learn by what was asked for."""
+        """Watch the scores and hook their surrogate. Runs in each forward, because PEFT replaces loaded parameters."""
         watch(scores)
         config = self.mft_config[adapter_name]
         surrogate = surrogate_of(config)
@@ -236,7 +236,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
             raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
 
     def _check_unmerged(self) -> None:
-        """Raise ValueError where rows cannot have masks of their own any more."""
+        """Raise ValueError if a mask is merged, because rows cannot have their own masks then."""
         if self.merged:
             raise ValueError(
                 f"adapter_names need weights of which no mask is merged, got {self.merged_adapters[0]!r} in "
@@ -244,23 +244,23 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT's would cast the scores to the weight's dtype."""
+        """Move the scores; PEFT's method would cast them to the weight's dtype."""
         for part, scores in self.scores_of(adapter_name).items() if adapter_name in self.mft_scores else ():
             if not scores.is_meta:
                 scores.data = scores.data.to(self._weight(part).device if device is None else device)
 
 
 class MaskLinear(MaskTunerLayer):
-    """y = x @ where(keep, weight, 0).T + bias by the active mask; the wrapped layer itself where none is.
+    """y = x @ where(keep, weight, 0).T + bias with the active mask; the wrapped layer itself if no mask is active.
 
-    Args: base_layer: an nn.Linear or Conv1D, frozen and shared; module_name: its place in the model.
+    Args: base_layer: an nn.Linear or Conv1D, frozen and shared; module_name: its name in the model.
     """
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         super().__init__(base_layer, module_name, {"weight": module_name}, _Scores())  # by adapter: (N, K)
 
     def forward(self, x: Tensor, rows: TaskPerRow | None = None) -> Tensor:
-        """By the active mask, or by that of each row; see MaskModel."""
+        """Compute with the active mask, or with each row's mask if rows is given; see MaskModel."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if rows is not None and not self.disable_adapters:
@@ -277,9 +277,9 @@ class MaskLinear(MaskTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What must be added to the weight: minus the dropped weights, 0 elsewhere; in the base layer's layout.
+        """Return what must be added to the weight: minus the dropped weights, else 0; in the base layer's layout.
 
-        Raises: ValueError if the mask drops a weight that is not finite, which no sum turns into 0.
+        Raises: ValueError if the mask drops a weight that is not finite, because no sum turns that into 0.
         """
         weight = self._weight("weight").detach()
         delta = torch.where(self.keep(adapter_name, "weight", weight.shape), 0, -weight)
@@ -291,9 +291,9 @@ class MaskLinear(MaskTunerLayer):
         return self._as_stored(delta)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True, with a warning: a LoRA of low rank holds a part of the mask only.
+        """Return True and warn: a LoRA of low rank holds only a part of the mask.
 
-        Raises: ValueError if the configuration leaves target_modules to its default, which LoRA would read as another.
+        Raises: ValueError if the configuration leaves target_modules at its default, which means other layers in LoRA.
         """
         config: Any = self.mft_config.get(adapter_name)
         if config is not None and config.target_modules is None:
@@ -343,19 +343,19 @@ class MaskLinear(MaskTunerLayer):
 
 
 class MaskExperts(MaskTunerLayer):
-    """What MaskedExperts compute, by the active mask; the wrapped experts themselves where none is.
+    """The function of MaskedExperts with the active mask; the wrapped experts themselves if no mask is active.
 
-    Args: base_layer: experts as transformers has them, frozen and shared; module_name: their place in the model.
+    Args: base_layer: experts as transformers has them, frozen and shared; module_name: their name in the model.
     """
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         projections = expert_projections(base_layer)
         names = {part: f"{module_name}.{part}" for part in projections}
-        super().__init__(base_layer, module_name, names, nn.ModuleDict())  # by adapter: _Scores by parameter, (E, N, K)
+        super().__init__(base_layer, module_name, names, nn.ModuleDict())  # adapter -> parameter -> scores (E, N, K)
         self._projections = projections
 
     def forward(self, *args: Any, rows: TaskPerRow | None = None, **kwargs: Any) -> Tensor:
-        """By the active mask, or by that of each row; see MaskModel."""
+        """Compute with the active mask, or with each row's mask if rows is given; see MaskModel."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if rows is not None and not self.disable_adapters:
@@ -366,7 +366,7 @@ class MaskExperts(MaskTunerLayer):
         return experts_forward(self.base_layer, functools.partial(self._product_by(name), name), *args, **kwargs)
 
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        scores = self.mft_scores[adapter_name]  # which sorts them
+        scores = self.mft_scores[adapter_name]  # its keys are sorted, self.names are in the model's order
         return {part: scores[part] for part in self.names if part in scores}
 
     # ------------------------------------------------------------------------------------------ private
@@ -380,7 +380,7 @@ class MaskExperts(MaskTunerLayer):
         self.mft_scores[adapter_name] = _Scores(scores)
 
     def _product(self, adapter_name: str, parameter: str, x: Tensor, offsets: Tensor) -> Tensor:
-        """Of one projection by the scores of this mask."""
+        """Compute one projection with the scores of this mask."""
         if parameter not in self.mft_scores[adapter_name]:
             return project(self.base_layer, parameter, x, offsets)
         scores, transposed = self.mft_scores[adapter_name][parameter], self._projections[parameter].transposed
@@ -411,7 +411,7 @@ class MaskExperts(MaskTunerLayer):
         return mixed_experts(rows, self.base_layer, frozenset(self.mft_scores), of_task, args, kwargs)
 
     def _product_of(self, masks: Mapping[str, Tensor], parameter: str, x: Tensor, offsets: Tensor) -> Tensor:
-        """Of one projection by bits."""
+        """Compute one projection with packed masks."""
         transposed = self._projections[parameter].transposed
         weight, bias = self._weight(parameter), self._bias(parameter)
         return grouped_product(x, weight, masks.get(parameter), offsets, bias, transposed)
@@ -425,12 +425,12 @@ class MaskExperts(MaskTunerLayer):
 
 
 class _Scores(nn.ParameterDict):
-    """Casting the model leaves the scores' dtype alone, or their small updates would round away."""
+    """Scores that keep their dtype if the model is cast; otherwise their small updates would be lost to rounding."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> "_Scores":
         def move_only(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
             kept = applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
-            return kept.detach()  # torch may make a Parameter of it, and makes none of Scores
+            return kept.detach()  # a plain tensor: torch may wrap it in a Parameter, but cannot wrap Scores
 
         return super()._apply(move_only, recurse)
