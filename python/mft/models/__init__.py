@@ -1,1 +1,1 @@
-"""Hugging Face models: loaded, saved, looked into."""
+"""Load, save and inspect Hugging Face models."""

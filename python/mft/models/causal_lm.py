@@ -1,7 +1,7 @@
-"""The parts of a causal language model that the recipe touches: decoder layers, decoder, head.
+"""The parts of a causal language model that the recipe uses: decoder layers, decoder, head.
 
-decoder(input_ids) -> hidden (B, T, D); head(hidden) -> logits (B, T, V). Where several examples lie in a row,
-position_ids (B, T) that begin again at 0 keep them apart: see packed_rows.py.
+decoder(input_ids) -> hidden (B, T, D); head(hidden) -> logits (B, T, V). If a row holds several examples, position_ids
+(B, T) that restart at 0 keep them apart: see packed_rows.py.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from mft.models.linears import layer_stacks
 
-Run = Callable[..., Tensor]  # run(model, input_ids, position_ids=None, attention_mask=None) -> what the head reads
+Run = Callable[..., Tensor]  # run(model, input_ids, position_ids=None, attention_mask=None) -> input of the head
 
-FEW = 8  # tokens are enough to see how a model is built
+FEW = 8  # tokens; enough to test how a model is built
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers, in the order in which they run.
+    """Return the list of decoder layers, in execution order.
 
     Raises: ValueError unless the model has exactly one such list.
     """
@@ -33,16 +33,16 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """Everything below the head."""
+    """Return the part of the model below the head."""
     base = model.base_model
     if base is not model:
         return base
     below = [child for child in model.children() if child is not head_of(model)]
-    return below[0] if len(below) == 1 else model  # Llama 4's has another name than the one that transformers looks for
+    return below[0] if len(below) == 1 else model  # Llama 4's decoder has another name than transformers looks for
 
 
 def head_of(model: Any) -> nn.Module:
-    """The module that turns hidden states into logits."""
+    """Return the module that turns hidden states into logits."""
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"model must have output embeddings, {type(model).__name__} has none")
@@ -52,16 +52,16 @@ def head_of(model: Any) -> nn.Module:
 def run_decoder(
     model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Hidden states (B, T, D) that the head reads."""
+    """Return the hidden states (B, T, D) that the head reads."""
     return decoder_of(model)(input_ids=input_ids, use_cache=False, **_given(position_ids, attention_mask))[0]
 
 
 @torch.no_grad()
 def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Run, nn.Module]:
-    """(run, head) with head(run(model, input_ids)) == logits, so that logits can be made a chunk at a time.
+    """Return (run, head) with head(run(model, input_ids)) == logits, so that logits can be computed in chunks.
 
-    Where the model caps or scales its logits after the head, run gives the logits and head is the identity. Which of
-    the two holds is tried on a few of the given tokens.
+    If the model caps or scales its logits after the head, run returns the logits and head is the identity. A test on a
+    few of the given tokens decides.
     """
     was_training = model.training
     model.eval()
@@ -69,7 +69,7 @@ def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Run, nn.Module]:
     own, hidden = _run_model(model, few).float(), run_decoder(model, few)
     width = hidden.shape[-1]
     ours = hidden.float()
-    if getattr(head, "in_features", width) == width:  # RemBERT's is wider, and reads what follows the decoder
+    if getattr(head, "in_features", width) == width:  # RemBERT's head is wider: more layers follow its decoder
         ours = head(hidden).float()
     model.train(was_training)
     if own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
@@ -78,9 +78,9 @@ def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Run, nn.Module]:
 
 
 def first_trainable_layer(model: nn.Module) -> int:
-    """Number of leading decoder layers that hold nothing trainable, nor does anything before them.
+    """Return the number of leading decoder layers with nothing trainable in or before them.
 
-    Trainable parameters of the head alone lie above all layers; any other one outside the layers counts as below.
+    Trainable parameters of the head are above all layers. Any others outside the layers count as below.
     """
     layers = decoder_layers(model)
     inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -94,7 +94,7 @@ def first_trainable_layer(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Module], Callable]) -> Iterator[None]:
-    """Each layer's forward is forward_for(layer) inside the context."""
+    """Replace each layer's forward by forward_for(layer) in this context."""
     before = [(layer, vars(layer).get("forward")) for layer in layers]
     for layer, _ in before:
         object.__setattr__(layer, "forward", forward_for(layer))
@@ -109,16 +109,16 @@ def replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Mod
 
 
 def _parameters_of(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
-    """Of a module, or the parameter of this name, as experts in one parameter are called."""
+    """Return the parameters of the module of this name, or the parameter itself, as for experts in one parameter."""
     path, _, part = name.rpartition(".")
     alone = model.get_submodule(path)._parameters.get(part)
     return model.get_submodule(name).parameters() if alone is None else [alone]
 
 
 def clone_with_own_weights(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:
-    """A copy of model that shares all parameters with it, except those of the named modules, which it owns.
+    """Return a copy of model that shares all parameters with it, except those of the named modules, which are copied.
 
-    Masking a clone needs no weight of its own. Do not train a shared parameter.
+    Masking a clone needs no weights of its own. Do not train a shared parameter.
     """
     own = {id(p) for name in names for p in _parameters_of(model, name)}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
@@ -126,7 +126,7 @@ def clone_with_own_weights(model: nn.Module, names: Iterable[str] = ()) -> nn.Mo
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the context."""
+    """Put model in evaluation mode in this context."""
     was_training = model.training
     model.eval()
     try:
@@ -142,6 +142,6 @@ def _run_model(
 
 
 def _given(position_ids: Tensor | None, attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """Without them a model counts for itself and sees all, and some know no positions."""
+    """Return the arguments that are not None: models have their own defaults, and some take no positions."""
     named = {"position_ids": position_ids, "attention_mask": attention_mask}
     return {name: tensor for name, tensor in named.items() if tensor is not None}

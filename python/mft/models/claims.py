@@ -1,7 +1,8 @@
-"""What a model's config claims, held against the files of its weights, before the model is built.
+"""Check a model's config against the files of its weights before the model is built.
 
-A config of a few hundred bytes may ask for 30,000 layers, or for a hidden size of a million. Refused is only what no
-files could hold: composite, tied, sharded and quantised models all keep a tensor a layer, and a bit a parameter.
+A config of a few hundred bytes may claim 30,000 layers, or a hidden size of a million. Only claims that no files could
+hold are refused. Composite, tied, sharded and quantised models all store at least one tensor per layer and one bit per
+parameter.
 """
 
 import re
@@ -11,16 +12,16 @@ from typing import Any
 from torch import nn
 
 _LAYERS = re.compile(r"((\w+_)?(num|n)_(\w+_)?|(\w*_)?(encoder|decoder)_)?layers?|depth")  # keys that count modules
-_ANY_LAYERS = 256  # which a model may have, whatever its files: its layers may share their weights
-_MOST_LAYERS = 10_000  # where the files of the weights are not here; no model has a tenth as many
-_ANY_PARAMETERS = 2**26  # likewise: 256 MiB of float32
-_MOST_PARAMETERS = 8  # a byte: a bit each, less than any code of weights takes
+_ANY_LAYERS = 256  # allowed for any files, because layers may share their weights
+_MOST_LAYERS = 10_000  # if the weights' files are not here; no model has a tenth as many
+_ANY_PARAMETERS = 2**26  # allowed for any files: 256 MiB of float32
+_MOST_PARAMETERS = 8  # per byte: one bit each, less than any code of weights takes
 
 
 def check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
-    """Raise ValueError if config, of the file at path, claims more layers than its weights have tensors.
+    """Raise ValueError if config, read from the file at path, claims more layers than its weights have tensors.
 
-    tensors: in all files of the weights; 0 if these are not known.
+    tensors: number of tensors in all files of the weights; 0 if unknown.
     """
     most = max(tensors, _ANY_LAYERS) if tensors else _MOST_LAYERS
     parts = [config]
@@ -37,7 +38,7 @@ def check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
 
 
 def check_parameters(outline: nn.Module, stored: int, name: str) -> None:
-    """Raise ValueError if a model of so many bytes of weights has more parameters than these can hold.
+    """Raise ValueError if the model has more parameters than ``stored`` bytes of weights can hold.
 
     outline: the model on the meta device.
     """

@@ -1,7 +1,7 @@
-"""A mixture's experts as transformers stores them, stacked in one parameter each, and the rows that are routed to them.
+"""Mixtures of experts as transformers stores them, each projection in one parameter, and the rows routed to experts.
 
-Most classes run by transformers' own interface (integrations/moe.py), whose flags say how the parameters lie; the few
-others are known by name.
+Most classes use transformers' own interface (integrations/moe.py), whose flags tell the layout of the parameters. The
+few others are recognised by name.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")  # of the interface
-# Written as the interface's, and not under it: what its flags would be.
+# Classes written like the interface's, but not under it: the flags that they would have.
 _AS_THE_INTERFACE = {"Step3p7Experts": {"has_gate": True, "has_bias": False, "is_transposed": False}}
-_OTHERS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}  # whether transposed
+_OTHERS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}  # class name -> whether transposed
 
 
 @dataclass(frozen=True)
 class ExpertProjection:
-    """A linear layer of all experts, in parameters of their module: weight (E, N, K), transposed (E, K, N)."""
+    """A linear layer of all experts, as parameters of their module: weight (E, N, K), or (E, K, N) if transposed."""
 
     weight: str
     bias: str | None
@@ -27,7 +27,7 @@ class ExpertProjection:
 
 
 def flags(module: nn.Module) -> dict[str, bool] | None:
-    """The interface's flags of an experts module; None of one that does not run so."""
+    """Return the interface's flags of an experts module; None if the module does not use the interface."""
     known = _AS_THE_INTERFACE.get(_class_name(module))
     if known is not None:
         return {name: known.get(name, False) for name in _FLAGS}
@@ -37,7 +37,7 @@ def flags(module: nn.Module) -> dict[str, bool] | None:
 
 
 def expert_projections(module: nn.Module) -> dict[str, ExpertProjection]:
-    """The projections of an experts module by parameter, those that can be masked: none of any other module."""
+    """Return the maskable projections of an experts module, by parameter; empty for any other module."""
     found = flags(module)
     if found is not None:
         names = ["gate_up_proj" if found["has_gate"] else "up_proj", "down_proj"]
@@ -61,24 +61,24 @@ def expert_projections(module: nn.Module) -> dict[str, ExpertProjection]:
 
 
 def unmasked_product(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """What a MaskedGroupedLinear computes where all is kept, as transformers does it; nobody's rows hold anything."""
+    """Compute a MaskedGroupedLinear with all weights kept, as transformers does. Rows of no expert are undefined."""
     of_rows = None if bias is None else bias_of_rows(bias, offsets, len(rows))
     return moe._grouped_linear(rows, weight, offsets, bias=of_rows, is_transposed=transposed)
 
 
 def bias_of_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """(rows, N) of bias (E, N): each row's own."""
+    """Return bias (E, N) as (rows, N): for each row its expert's."""
     places = torch.arange(rows, device=bias.device, dtype=offsets.dtype)
     return bias[torch.searchsorted(offsets, places, right=True).clamp_(max=len(offsets) - 1)]
 
 
 class RoutedRows:
-    """Rows for experts from a router's choice: a row a (token, chosen expert), sorted by expert.
+    """Rows for experts from a router's choice: one row per (token, chosen expert), sorted by expert.
 
-    The order is stable, and gradients are sums in the order of a token's choices, so results repeat bit for bit.
+    The order is stable, and gradients are summed in the order of a token's choices, so results repeat bit for bit.
 
     Args:
-        top_k_index: (T, k), the experts of each token; those of num_experts or more are nobody's, and come last.
+        top_k_index: (T, k), the experts of each token. Indices >= num_experts mean no expert; those rows come last.
     """
 
     def __init__(self, top_k_index: Tensor, num_experts: int) -> None:
@@ -90,23 +90,23 @@ class RoutedRows:
         self.offsets = torch.searchsorted(chosen, experts, right=True, out_int32=True)
 
     def of_experts(self, hidden: Tensor) -> Tensor:
-        """(T * k, H), sorted by expert, of the tokens' (T, H)."""
+        """Return the tokens' hidden states (T, H) as rows (T * k, H), sorted by expert."""
         return _Gathered.apply(hidden, self.order, self.places, self.top_k)
 
     def of_tokens(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """(T, H): the sum of each token's rows, times the router's weights (T, k)."""
+        """Return (T, H): for each token the sum of its rows, weighted by the router's weights (T, k)."""
         weighted = rows * weights.reshape(-1).index_select(0, self.order).unsqueeze(-1)
         placed = _Placed.apply(weighted, self.places, self.order)
         return placed.view(-1, self.top_k, rows.shape[-1]).sum(1)
 
 
 def _class_name(module: nn.Module) -> str:
-    """Of the class as transformers has it, masked or not."""
+    """Return the name of the module's class in transformers, masked or not."""
     return getattr(module, "_kind", type(module)).__name__
 
 
 class _Gathered(torch.autograd.Function):
-    """hidden[order // k]; indexing's own backward pass adds in an order of its own on a GPU."""
+    """hidden[order // k]. On a GPU, the backward pass of indexing would add in an undefined order."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, order: Tensor, places: Tensor, top_k: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""Layers below the first trainable one run without autograd, and once a row however often the row is seen.
+"""Run layers below the first trainable one without autograd, and only once for each row, however often it is seen.
 
     embeddings -> layer 0 ... layer first-1 | layer first ... -> norm
                   frozen: no graph, output     trained
-                  remembered per row
+                  cached per row
 
-Nothing of the model's own forward is rewritten. While remembered states are used, the frozen layers' forward hands
-them on; the masks, positions and rotations that the model prepares for its layers are its own.
+The model's own forward is not rewritten. If cached states are used, the forward of the frozen layers returns them. The
+model still prepares its own masks, positions and rotations for its layers.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from mft.models.causal_lm import Run, decoder_layers, first_trainable_layer, rep
 
 @dataclass
 class PrefixMemory:
-    """Row -> (T, D) in host memory: what frozen layers make of a row, for one data set and one set of weights."""
+    """Row -> (T, D) in host memory: the frozen layers' output for a row, for one data set and one set of weights."""
 
     max_bytes: int = 2 << 30  # a row of 512 tokens of SmolLM2-135M is 0.6 MB, one of 4096 of LLaMA2-7B 34 MB
     states: dict[int, Tensor] = field(default_factory=dict)
     nbytes: int = 0
 
     def remember(self, row: int, state: Tensor) -> None:
-        """Keep state if there is room; what does not fit is computed again when it is needed."""
+        """Keep state if there is room; otherwise it is computed again when needed."""
         if row in self.states:
             self.nbytes -= self.states.pop(row).nbytes
         if self.nbytes + state.nbytes <= self.max_bytes:
@@ -35,14 +35,14 @@ class PrefixMemory:
 
 
 class FrozenPrefix:
-    """Calls the decoder: its leading frozen layers without autograd, and only for rows that memory does not hold.
+    """Runs the decoder: the leading frozen layers without autograd, and only for rows that are not in memory.
 
     Args:
         model: a transformers causal LM.
-        first: number of leading layers that are frozen; None finds it (see first_trainable_layer).
-        memory: may be shared by models whose frozen layers are equal; None remembers nothing, as it has to be where
-            those layers draw at random (see randomness.py). Left unused where nothing is frozen.
-        run: what is called, the decoder unless given (see causal_lm.split_at_head).
+        first: number of leading frozen layers; None finds it (see first_trainable_layer).
+        memory: may be shared by models whose frozen layers are equal. None caches nothing, which is required if those
+            layers draw random numbers (see randomness.py). Not used if nothing is frozen.
+        run: the function to call, by default the decoder (see causal_lm.split_at_head).
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class FrozenPrefix:
         self.first = first_trainable_layer(model) if first is None else first
         self.memory = memory if self.first > 0 else None
         self._layers = decoder_layers(model)
-        self._returns_tuple: bool | None = None  # whether a layer returns (hidden, ...); None: not looked yet
+        self._returns_tuple: bool | None = None  # whether a layer returns (hidden, ...); None: not known yet
 
     def __call__(self, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D), or what else run returns, of the rows with these numbers in the data set."""
+        """Return hidden states (B, T, D), or whatever run returns, for the rows with these numbers in the data set."""
         if self.memory is None:
             with replaced_forwards(self._layers[: self.first], lambda layer: torch.no_grad()(layer.forward)):
                 return self.run(self.model, input_ids, position_ids)
@@ -74,7 +74,7 @@ class FrozenPrefix:
         return self._run_from(input_ids, hidden, position_ids)
 
     def recall(self, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> dict[int, Tensor]:
-        """Remember these rows, as a call would; returns the (T, D) of those that memory did not hold."""
+        """Cache these rows, as a call would. Return the states (T, D) of the rows that were not in memory."""
         if self.memory is None:
             return {}
         missing = [i for i, row in enumerate(rows) if row not in self.memory.states]
@@ -87,16 +87,16 @@ class FrozenPrefix:
         return found
 
     def up_to(self, depth: int, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> Tensor:
-        """(B, T, D): what the first ``depth`` layers, at least as many as are frozen, make of these rows."""
+        """Return the output (B, T, D) of the first ``depth`` layers, at least the frozen ones, for these rows."""
         return self._output_of(depth, lambda: self(input_ids, rows, position_ids))
 
     def _run_frozen_layers(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        """(B, T, D): what the last frozen layer returns."""
+        """Return the last frozen layer's output, (B, T, D)."""
         return self._output_of(self.first, lambda: self.run(self.model, input_ids, position_ids))
 
     @torch.no_grad()
     def _output_of(self, depth: int, run: Callable[[], object]) -> Tensor:
-        """(B, T, D): what the first ``depth`` layers make last in run(), which skips those after them."""
+        """Return the last output (B, T, D) of the first ``depth`` layers in run(). Later layers are skipped."""
         outputs: list = []
         handle = self._layers[depth - 1].register_forward_hook(lambda *call: outputs.append(call[-1]))
         try:
@@ -107,7 +107,7 @@ class FrozenPrefix:
         return outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
 
     def _run_from(self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """run with hidden (B, T, D) in place of what its frozen layers return."""
+        """Return run's result with hidden (B, T, D) in place of the frozen layers' output."""
         returned = (hidden,) if self._returns_tuple else hidden
         with replaced_forwards(self._layers[: self.first], lambda layer: lambda *args, **kwargs: returned):
             return self.run(self.model, input_ids, position_ids)
@@ -116,7 +116,7 @@ class FrozenPrefix:
     def _check_that_layers_pass_hidden_states_only(
         self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor | None
     ) -> None:
-        """In some architectures later layers read more of earlier ones, keys and values for instance."""
+        """Raise ValueError if later layers read more of earlier ones, such as keys and values in some architectures."""
         outputs: list = []
         handle = self._layers[0].register_forward_hook(lambda *call: outputs.append(call[-1]))
         try:

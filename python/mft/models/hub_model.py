@@ -1,4 +1,4 @@
-"""A model of the hub as a directory of this machine: its files in the hub's cache, fetched if need be."""
+"""A model of the Hub as a local directory: its files in the Hub's cache, fetched if needed."""
 
 import glob
 from pathlib import Path
@@ -8,21 +8,21 @@ from huggingface_hub import snapshot_download
 from mft.files.hub import asking_hub
 from mft.files.json_file import read_object
 
-# What tokenizers and configurations consist of. Folders hold other forms of the model, but for templates.
+# Files of tokenizers and configurations. Folders hold other forms of the model, except templates.
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.vocab"]
 _FOLDERS = "[!a]*/*"  # all but additional_chat_templates
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_MOST_INDEX = 1 << 26  # bytes: ten times that of the largest model
+_MOST_INDEX = 1 << 26  # bytes: ten times the index of the largest model
 
 
 def fetch_model(repository: str, revision: str | None, *, weights: bool, online: bool) -> Path:
-    """The directory of its snapshot: all small files, and if weights are wanted those that transformers would take.
+    """Return the snapshot's directory: all small files, and with ``weights`` the weights that transformers would load.
 
-    Raises: HubError as asking_hub does; ValueError if the index of the weights is damaged.
+    Raises: HubError as in asking_hub; ValueError if the index of the weights is damaged.
     """
     directory = _fetch(repository, revision, _SMALL, online=online)
     if weights:
-        commit = directory.name  # whatever becomes of revision meanwhile
+        commit = directory.name  # fixed, even if revision moves meanwhile
         _fetch(repository, commit, [_WEIGHTS], online=online)
         if not (directory / _WEIGHTS).exists() and (directory / _INDEX).exists():
             places = read_object(directory / _INDEX, _MOST_INDEX).get("weight_map")

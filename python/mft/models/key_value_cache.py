@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens that it has read: keys and values alone, or something else too."""
+"""The state that a model keeps of the tokens it has read: keys and values only, or something else too."""
 
 import inspect
 from typing import Any
@@ -12,15 +12,15 @@ from mft.models.packed_rows import positions_of
 
 
 def beside_keys_and_values(model: Any) -> list[str]:
-    """The kinds of cache layers that cannot be padded, put together and chosen from by row; none for most models."""
+    """Return the model's kinds of cache layers that cannot be padded, joined and indexed by row. Most models: none."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
 
 
 def reads_on(model: Any) -> bool:
-    """Whether read_on is for this model: its attention is one of transformers' own, and nothing else is remembered.
+    """Return whether read_on supports this model: its attention is transformers' own, and it keeps no other state.
 
-    What has an attention of its own (BLOOM, Falcon, CPM-Ant) or a state (RWKV) may count or mask in other ways.
+    A model with its own attention (BLOOM, Falcon, CPM-Ant) or a state (RWKV) may count or mask in other ways.
     """
     takes = "cache" in inspect.signature(decoder_of(model).forward).parameters
     own = getattr(model, "_supports_attention_backend", False)
@@ -28,9 +28,9 @@ def reads_on(model: Any) -> bool:
 
 
 def read_on(model: Any, ids: Tensor, seen: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
-    """(hidden states (B, T, D) of ids (B, T), the cache with them); differentiable where autograd is on.
+    """Return (hidden states (B, T, D) of ids (B, T), the cache with ids added). Differentiable if autograd is on.
 
-    Args: seen: (B, tokens in the cache + T), 0 on padding, from which positions are counted.
+    Args: seen: (B, tokens in the cache + T), 0 on padding. Positions are counted from it.
     """
     cache = DynamicCache(config=model.config) if cache is None else cache
     decoder: Any = decoder_of(model)

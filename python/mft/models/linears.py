@@ -1,7 +1,7 @@
-"""What in a model is a linear layer, or stands in one's place, which of it can be masked, and why the rest cannot.
+"""Find the linear layers of a model, and layers in their place. Tell which can be masked, and why the others cannot.
 
-Every module that is, or looks like, a linear layer is a candidate; so are experts stored as one parameter, also where
-it is not known how their module computes, so that asking for them is an error and not passed over in silence.
+Every module that is a linear layer, or looks like one, is a candidate. So are experts stored as one parameter, even if
+it is unknown how their module computes: then choosing them is an error instead of being ignored silently.
 """
 
 import re
@@ -24,45 +24,45 @@ from mft_kernels.layers.attention import projections, why_not_split
 from mft_kernels.layers.maskable import has_slow_path, why_lost, why_no_mask, why_no_scores, why_not_there
 
 _HEADS = {"lm_head", "embed_out"}
-_SHOWN = 3  # names a message lists
+_SHOWN = 3  # names that a message lists
 _DEPTH = re.compile(r"(layers?|depths?|blocks|stages|sizes)$")  # num_hidden_layers, n_layer, Swin's depths
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A linear layer by its name in the model, or what stands in a linear layer's place."""
+    """A linear layer, or a module or parameter in the place of one, by its name in the model."""
 
     name: str
     module: nn.Module
-    layer: int | None  # index of the decoder layer around it
+    layer: int | None  # index of the decoder layer that contains it
     obstacle: str | None = None  # why it cannot be masked
-    is_parameter: bool = False  # not a module of its own but a parameter of module, such as all experts in one
+    is_parameter: bool = False  # a parameter of module, such as all experts in one, not a module of its own
     is_head: bool = False
-    own_name: str = ""  # of the parameter that is its weight, where nothing else says it
-    holds_codes: bool = False  # which are all that keeps it from being masked: see codes/linear.py
+    own_name: str = ""  # name of its weight parameter, if it does not follow from name
+    holds_codes: bool = False  # codes are its only obstacle: see codes/linear.py
 
     @property
     def suffix(self) -> str:
-        """What a list of patterns would call it."""
+        """The name that a list of patterns would use."""
         parts = self.name.split(".")
         return ".".join(parts[-2:]) if self.is_parameter and parts[-1] == "weight" else parts[-1]
 
     @property
     def weight_name(self) -> str:
-        """Of its weight, as a parameter of the model."""
+        """The full name of its weight, as a parameter of the model."""
         return self.own_name or (self.name if self.is_parameter else f"{self.name}.weight")
 
     @property
     def weight(self) -> Tensor:
-        """(N, K), of a Conv1D (K, N), of experts also (E, N, K)."""
+        """Its weight: (N, K); (K, N) for a Conv1D; (E, N, K) is possible for experts."""
         return getattr(self.module, self.name.rpartition(".")[2] if self.is_parameter else "weight")
 
 
 def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[Candidate]:
-    """All candidates in the model's order."""
+    """Return all candidates in the model's order."""
     heads = {id(module) for module in _output_embeddings(model)}
     found: list[Candidate] = []
-    wrappers: dict[str, nn.Module] = {}  # layers of other adapters: what lies inside them is theirs
+    wrappers: dict[str, nn.Module] = {}  # layers of other adapters; they own the layers inside them
     for name, module in model.named_modules():
         layer = layer_index(name, stacks)
         if _looks_linear(module):
@@ -79,7 +79,7 @@ def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[
         if isinstance(module, nn.MultiheadAttention) and "in_proj_weight" in module._parameters:
             for part, linear in projections(module).items():
                 packed = f"{name}.{part}".removeprefix(".")
-                if part != "out_proj":  # which is a module, and comes by itself
+                if part != "out_proj":  # out_proj is a module, and so is found by itself
                     obstacle = _obstacle(model, packed, linear)
                     found.append(Candidate(packed, linear, layer, obstacle, own_name=f"{packed}_weight"))
         for part, parameter in _expert_parameters(name, module):
@@ -89,7 +89,7 @@ def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[
 
 
 def find_targets(model: nn.Module, names: Iterable[str]) -> list[Candidate]:
-    """The linear layers of exactly these names. Raises ValueError for a name that is none, or must not be masked."""
+    """Return the linear layers of exactly these names. Raises ValueError for an unknown or unmaskable one."""
     candidates = {c.name: c for c in find_candidates(model, layer_stacks(model))}
     found = []
     for name in names:
@@ -103,7 +103,7 @@ def find_targets(model: nn.Module, names: Iterable[str]) -> list[Candidate]:
 
 
 def check_maskable(model: nn.Module, chosen: Iterable[Candidate], *, codes: bool = False) -> None:
-    """Raise ValueError naming those of chosen that cannot be masked, or whose weight something else uses too.
+    """Raise ValueError that names the chosen layers that cannot be masked, or whose weight is used elsewhere too.
 
     Args: codes: whether layers that hold codes can be masked.
     """
@@ -132,7 +132,7 @@ def check_maskable(model: nn.Module, chosen: Iterable[Candidate], *, codes: bool
 
 
 def weight_name(model: nn.Module, name: str) -> str:
-    """The parameter that is the weight of the layer of this name: of experts in one parameter, this itself."""
+    """Return the name of a layer's weight parameter; experts in one parameter are named by the parameter itself."""
     path, _, part = name.rpartition(".")
     parent = model.get_submodule(path)
     if part in parent._parameters:
@@ -142,7 +142,7 @@ def weight_name(model: nn.Module, name: str) -> str:
 
 
 def linear_named(model: nn.Module, name: str) -> Any:
-    """The layer that a candidate's name means; of an nn.MultiheadAttention's projections a linear on its parameter."""
+    """Return the layer of a candidate's name. An nn.MultiheadAttention's projection becomes a linear on its weight."""
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
     if isinstance(parent, nn.MultiheadAttention):
@@ -151,10 +151,10 @@ def linear_named(model: nn.Module, name: str) -> Any:
 
 
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of layers by name: the outermost ModuleLists, and if any is as long as the config says those alone.
+    """Return the lists of layers by name: the outermost ModuleLists, or only those as long as the config says, if any.
 
-    Of a model that generates text from one decoder that decoder's, and not its vision tower's; of others,
-    encoder-decoders and CLIP's two towers among them, all.
+    If the model generates text from one decoder, only that decoder's lists count, not its vision tower's. For other
+    models, such as encoder-decoders and CLIP with its two towers, all lists count.
     """
     stacks = outer_lists(model)
     config: Any = getattr(model, "config", None)
@@ -169,7 +169,7 @@ def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The ModuleLists that hold linear layers and lie in no other."""
+    """Return the ModuleLists that hold linear layers and are not inside another one."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
@@ -179,7 +179,7 @@ def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def layer_index(name: str, stacks: dict[str, nn.ModuleList]) -> int | None:
-    """The index of the decoder layer in a module's path: 3 for "model.layers.3.mlp.up_proj"."""
+    """Return the index of the decoder layer in a module's path: 3 for "model.layers.3.mlp.up_proj"."""
     for stack in stacks:
         prefix = f"{stack}." if stack else ""
         index = name.removeprefix(prefix).partition(".")[0]
@@ -189,7 +189,7 @@ def layer_index(name: str, stacks: dict[str, nn.ModuleList]) -> int | None:
 
 
 def listed(items: Iterable[str], separator: str = ", ") -> str:
-    """The first few for a message, and how many more."""
+    """Join the first few items for a message, and say how many more there are."""
     items = list(items)
     rest = len(items) - _SHOWN
     return separator.join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
@@ -199,20 +199,20 @@ def listed(items: Iterable[str], separator: str = ", ") -> str:
 
 
 def _is_decoder_only(model: Any) -> bool:
-    """Whether model is one of transformers' that generate text without an encoder's."""
+    """Return whether model is a transformers model that generates text without an encoder."""
     is_model = isinstance(model, PreTrainedModel) and model.can_generate()
     return is_model and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def _depths(config: Any) -> set[int]:
-    """Every number of layers, and of a pyramid's stages, that a configuration names."""
+    """Return every number of layers, and of a pyramid's stages, in a configuration."""
     found = [value for key, value in getattr(config, "__dict__", {}).items() if _DEPTH.search(key)]
     lengths = {len(value) for value in found if isinstance(value, list | tuple)}
     return lengths | {value for value in found if type(value) is int}
 
 
 def _with_parts(config: Any) -> Iterator[Any]:
-    """The configuration and those that it holds."""
+    """Yield the configuration and its sub-configurations."""
     yield config
     for name in getattr(config, "sub_configs", ()):
         if getattr(config, name, None) is not None:
@@ -224,7 +224,7 @@ def _looks_linear(module: nn.Module) -> bool:
         return True
     if "Linear" not in type(module).__name__:
         return False
-    if isinstance(getattr(module, "quantized", None), QuantizedWeight):  # asked first: its weight is made when read
+    if isinstance(getattr(module, "quantized", None), QuantizedWeight):  # first: reading its weight would decode it
         return True
     weight = getattr(module, "weight", None)
     is_matrix = isinstance(weight, Tensor) and weight.dim() == 2
@@ -243,7 +243,7 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
 
 
 def _obstacle_of_codes(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Why a layer of codes cannot be masked, also where codes can."""
+    """Return why a layer of codes cannot be masked even where codes are allowed; None if it can."""
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
     why = why_not_there(parent, child) or why_no_codes(module) or why_lost(module)
@@ -267,7 +267,7 @@ def _obstacle_of_experts(module: nn.Module, part: str, parameter: nn.Parameter) 
 
 
 def _attention_obstacle(model: nn.Module, path: str, attention: nn.MultiheadAttention, child: str) -> str | None:
-    """Why attention, which the model calls path, cannot be replaced by one that calls its projections."""
+    """Return why the attention at ``path`` cannot be replaced by one that calls its projections; None if it can."""
     if not path:
         return "it lies in the model itself, which cannot be replaced: MaskedMultiheadAttention.from_attention(model)"
     around, _, name = path.rpartition(".")
@@ -279,7 +279,7 @@ def _attention_obstacle(model: nn.Module, path: str, attention: nn.MultiheadAtte
 
 
 def _expert_parameters(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Matrices that belong to a mixture's experts as parameters (E, N, K), or flattened, of one module."""
+    """Return the parameters of one module that hold matrices of a mixture's experts: (E, N, K), or flattened."""
     if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.modules.conv._ConvNd | MaskedLayer):
         return []
     is_experts = "expert" in type(module).__name__.lower() or "experts" in name.split(".")
@@ -297,6 +297,6 @@ def _output_embeddings(model: nn.Module) -> list[nn.Module]:
 
 
 def _memory(parameter: Tensor) -> tuple:
-    """Equal for two parameters that are one, or that lie on the same bytes."""
+    """Return a key that is equal for two parameters if they are the same object, or share their memory."""
     address = 0 if parameter.is_meta else parameter.data_ptr()
     return ("address", address, parameter.numel(), parameter.device) if address else ("object", id(parameter))

@@ -1,9 +1,9 @@
-"""Rotary frequencies that depend on the longest example of a call (longrope, as in Phi-3): each by its own length.
+"""Rotary frequencies that depend on the longest example of a call (longrope, as in Phi-3): use each example's length.
 
-Up to original_max_position_embeddings tokens such a model takes one set of frequencies, and beyond another one.
-transformers looks at the largest position of the whole call, so that one long example changes all the others. Here
-positions that rise by one are an example, and its last position decides for it. Padding must not count: inputs_of
-numbers it anew.
+Up to original_max_position_embeddings tokens such a model uses one set of frequencies, beyond that another one.
+transformers looks at the largest position in the whole call, so one long example changes all the others. Here, a run of
+positions that rise by one is an example, and its last position decides. Padding must not count, so inputs_of renumbers
+it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from mft.models.next_tokens import rotary_settings
 
 
 def switch_length(model: Any) -> int | None:
-    """Tokens of the longest example that takes the first set of frequencies; None if the model has but one set."""
+    """Return the length of the longest example that uses the first set of frequencies; None if there is one set."""
     config = getattr(model, "config", None)
     if config is None:
         return None
@@ -31,7 +31,7 @@ def switch_length(model: Any) -> int | None:
 
 @contextlib.contextmanager
 def by_own_length(model: nn.Module) -> Iterator[None]:
-    """Inside the context each example takes the frequencies of its own length; other models are left as they are."""
+    """Make each example use the frequencies of its own length in this context. Other models stay unchanged."""
     rotary = [] if switch_length(model) is None else [m for m in model.modules() if hasattr(m, "rope_type")]
     handles = [module.register_forward_hook(_by_own_length, with_kwargs=True) for module in rotary]
     try:
@@ -42,17 +42,17 @@ def by_own_length(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_long_batches(model: nn.Module) -> RemovableHandle:
-    """From now on, or until it is removed, calls with several rows beyond the switch raise ValueError.
+    """Make calls with several rows beyond the switch raise ValueError, until the returned hook is removed.
 
-    For callers of model whose padding and positions are not ours.
+    For callers of model whose padding and positions this software does not control.
     """
     return model.register_forward_pre_hook(_refuse_long_batch, with_kwargs=True)
 
 
 def inputs_of(batch: MicroBatch, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """input_ids and position_ids of batch for model; None: it counts for itself.
+    """Return input_ids and position_ids of batch for model. None: the model counts positions itself.
 
-    Rows that may be beyond the switch get positions, in which the padding after the last label begins again at 0.
+    Rows that may be beyond the switch get positions in which the padding after the last label restarts at 0.
     """
     switch = switch_length(model)
     if switch is None or batch.input_ids.shape[1] <= switch:
@@ -76,7 +76,7 @@ def _switches(rope: dict[str, Any]) -> bool:
 
 
 def _by_own_length(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """The rotations (B, T, D), cosines and sines, from both sets of frequencies, for each position the right one."""
+    """Return the cosines and sines (B, T, D), taking for each position the set of frequencies that fits its example."""
     call = inspect.signature(module.forward).bind(*args, **kwargs)
     positions, kind = call.arguments["position_ids"], call.arguments.get("layer_type")
     rope = module.config.rope_parameters if kind is None else module.config.rope_parameters[kind]
@@ -89,14 +89,14 @@ def _by_own_length(module: Any, args: tuple, kwargs: dict[str, Any], output: Any
         return module.forward(*call.args, **call.kwargs)
 
     first = rotations(positions.clamp(max=switch - 1))
-    beyond = positions.new_full((*positions.shape[:-1], 1), switch)  # one more, which makes the call a long one
+    beyond = positions.new_full((*positions.shape[:-1], 1), switch)  # one more position makes it a long call
     second = (each[..., :-1, :] for each in rotations(torch.cat([positions, beyond], -1)))
     is_long = (_last_of_example(positions) >= switch)[..., None]
     return tuple(torch.where(is_long, b, a) for a, b in zip(first, second, strict=True))
 
 
 def _last_of_example(positions: Tensor) -> Tensor:
-    """For each of positions (..., T) the last one of the run, rising by one, in which it lies."""
+    """Return for each of positions (..., T) the last position of its run, in which positions rise by one."""
     length = positions.shape[-1]
     ends = F.pad(positions.diff(dim=-1) != 1, (0, 1), value=True)
     places = torch.arange(length, device=positions.device).expand_as(positions)

@@ -1,8 +1,8 @@
-"""What a configuration tells before weights are loaded: whether a model predicts next tokens, and in how long rows."""
+"""Read from a configuration, before weights are loaded, whether a model predicts next tokens, and its longest row."""
 
 from typing import Any
 
-# Of those that AutoModelForCausalLM makes: a token sees those after it unless this field is true. None: always.
+# AutoModelForCausalLM's model types in which a token sees later tokens unless this field is true; None: always.
 _SEES_AHEAD_UNLESS: dict[str, str | None] = {
     **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), "is_decoder"),
     **dict.fromkeys(("ernie", "megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm"), "is_decoder"),
@@ -13,9 +13,9 @@ _SEES_AHEAD_UNLESS: dict[str, str | None] = {
 
 
 def check_next_tokens(config: Any, name: str, length: int | None = None) -> None:
-    """Raise ValueError unless a model of this transformers configuration learns next tokens, in rows of that length.
+    """Raise ValueError unless a model with this transformers configuration learns next tokens in rows of this length.
 
-    Args: name: of the model, in the message.
+    Args: name: of the model, for the message.
     """
     kind, text = config.model_type, config.get_text_config(decoder=True)
     field = _SEES_AHEAD_UNLESS.get(kind)
@@ -42,12 +42,12 @@ def check_next_tokens(config: Any, name: str, length: int | None = None) -> None
 
 
 def longest_row(config: Any) -> int | None:
-    """Tokens that the model has positions for, by rope scaling too; None where positions have no end."""
+    """Return the number of tokens that the model has positions for, with rope scaling; None if there is no limit."""
     text = config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
     if positions is None or getattr(text, "alibi", False):
         return None
-    # Beyond its positions "dynamic" has other frequencies for each length, and those of the longest call before it.
+        # Beyond max_position_embeddings, "dynamic" changes frequencies with the length of this and earlier calls.
     scaled = [rope for rope in rotary_settings(text) if rope.get("factor") and rope.get("rope_type") != "dynamic"]
     return max(
         [positions, *(int(rope["factor"] * rope.get("original_max_position_embeddings", positions)) for rope in scaled)]
@@ -55,6 +55,6 @@ def longest_row(config: Any) -> int | None:
 
 
 def rotary_settings(text: Any) -> list[dict[str, Any]]:
-    """Settings of rotary positions: one, or one a kind of layer; none where positions are not rotary."""
+    """Return the settings of rotary positions: one, or one per kind of layer; empty if positions are not rotary."""
     found = getattr(text, "rope_parameters", None) or {}
     return [each for each in found.values() if isinstance(each, dict)] or ([found] if found else [])

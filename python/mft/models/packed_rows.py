@@ -1,9 +1,10 @@
-"""Several examples in one row, each as if it were alone: position_ids begin again where an example does.
+"""Several examples in one row, each computed as if it were alone: position_ids restart where an example starts.
 
-transformers reads from them where attention ends: in sdpa, eager and flex attention by a mask of blocks (sdpa on a CPU:
-see block_attention.py), in flash attention by the lengths of the parts, there for a batch of one row. A model that
-knows no position_ids, or carries a state from token to token, cannot keep examples apart. Nor can one whose frequencies
-depend on the longest example, outside by_own_length (longrope.py). Which a model is, is tried on a few tokens.
+transformers derives the limits of attention from position_ids. sdpa, eager and flex attention use a block mask (for
+sdpa on a CPU see block_attention.py). Flash attention uses the lengths of the parts, for a batch of one row only. A
+model that takes no position_ids, or carries a state from token to token, cannot keep examples apart. Neither can a
+model whose frequencies depend on the longest example, unless it runs inside by_own_length (longrope.py). A few tokens
+are run through the model to find out.
 """
 
 import contextlib
@@ -18,17 +19,17 @@ from mft.models.block_attention import attention_in_blocks
 from mft.models.causal_lm import decoder_of, evaluating, run_decoder
 from mft.models.longrope import by_own_length, switch_length
 
-_LEAK = 1e-2  # of what an example is moved by without position_ids; bits, if sums are taken in another order
-_ROUNDING = 1e-3  # of the largest state: the same sums in another order
+_LEAK = 1e-2  # relative to the change without position_ids; another order of sums changes bits only
+_ROUNDING = 1e-3  # relative to the largest state: room for the same sums in another order
 
 
 @contextlib.contextmanager
 def keeping_apart(model: nn.Module, dataset, few: Tensor, batch_size: int) -> Iterator[None]:
-    """For rows of dataset in batches of batch_size: model is checked if some are packed, and attends in blocks.
+    """Prepare model for rows of dataset in batches of batch_size. If rows are packed: check it, and attend in blocks.
 
-    Each example, packed or in a row of its own, takes the frequencies of its own length.
+    Each example, packed or in its own row, uses the rotary frequencies of its own length.
 
-    Args: few: some tokens (1, T), T >= 2, on the model's device. Raises: as check_kept_apart.
+    Args: few: some tokens (1, T), T >= 2, on the model's device. Raises: the errors of check_kept_apart.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(by_own_length(model))
@@ -43,10 +44,10 @@ def keeping_apart(model: nn.Module, dataset, few: Tensor, batch_size: int) -> It
 
 @torch.no_grad()
 def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: int = 0) -> None:
-    """Raise ValueError unless an example is moved by none before it in its row, whatever the length of that one.
+    """Raise ValueError if an example depends on an earlier one in its row, or on the length of that one.
 
     Args: few: some tokens (1, T), T >= 2, on the model's device. batch_size: of the rows to come. longest: tokens of
-        the longest of these rows; where it is not given, lengths are not tried beyond few.
+        the longest of these rows; by default lengths beyond that of few are not tried.
     """
     half = few.shape[1] // 2
     rows = few.expand(min(batch_size, 2), -1)
@@ -69,9 +70,9 @@ def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: in
 
 @torch.no_grad()
 def check_lengths_apart(model: nn.Module, few: Tensor, longest: int) -> None:
-    """Raise ValueError if an example is another one behind an example of ``longest`` tokens than behind a short one.
+    """Raise ValueError if an example changes when it follows an example of ``longest`` tokens instead of a short one.
 
-    A token's position stands for the tokens before it, so that few of them tell of any length.
+    Only positions tell how many tokens came before, so a few tokens can stand for any length.
     """
     half = few.shape[1] // 2
     short, second = torch.arange(half), torch.arange(few.shape[1] - half)
@@ -91,17 +92,17 @@ def check_lengths_apart(model: nn.Module, few: Tensor, longest: int) -> None:
 
 
 def takes_positions(decoder: nn.Module) -> bool:
-    """Whether its forward knows position_ids."""
+    """Return whether the decoder's forward takes position_ids."""
     parameters = inspect.signature(decoder.forward).parameters
     return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def positions_of(decoder: nn.Module, seen: Tensor) -> Tensor | None:
-    """Positions (B, T) as generate counts them: padding, where seen (B, T) is 0, shifts nobody. None: it knows none."""
+    """Return positions (B, T) as generate counts them: padding (0 in seen (B, T)) adds none. None: it takes none."""
     return (seen.cumsum(-1) - 1).clamp(min=0) if takes_positions(decoder) else None
 
 
 def _moved(model: nn.Module, rows: Tensor, others: Tensor, half: int, positions: Tensor | None) -> float:
-    """By how much the second half's hidden states differ between two first halves; NaN is a matter for the loss."""
+    """Return how much the second half's hidden states differ between two first halves. NaN counts as no difference."""
     one, other = (run_decoder(model, ids, positions)[:, half:].float() for ids in (rows, others))
     return (one - other).nan_to_num().abs().max().item()

@@ -1,4 +1,4 @@
-"""A model within torch.compile, DistributedDataParallel or fully_shard: the model itself, and its parameters whole."""
+"""Models inside torch.compile, DistributedDataParallel or fully_shard: get the inner model and its whole parameters."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-# What to use in DeepSpeed's place.
+# What to use instead of DeepSpeed; part of a message.
 INSTEAD = "use FSDP2, by memory: sharded under torchrun, or by accelerate launch with fsdp_version: 2"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within torch.compile, DistributedDataParallel and DataParallel, else model itself."""
+    """Return the model inside torch.compile, DistributedDataParallel and DataParallel, else model itself."""
     inner = uncompiled(model)
     if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return unwrapped(inner.module)
@@ -19,7 +19,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model within torch.compile, whose parameters and names it has, else model itself."""
+    """Return the model inside torch.compile, which has the same parameters and names, else model itself."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -34,7 +34,7 @@ def check_no_deepspeed(model: nn.Module) -> None:
 
 
 def check_unsharded(model: nn.Module) -> None:
-    """Raise ValueError if fully_shard has spread the model over processes."""
+    """Raise ValueError if fully_shard has sharded the model over processes."""
     if _sharded(model):
         raise ValueError(
             f"model must not be sharded yet, got a {type(model).__name__} that fully_shard has spread over processes: "
@@ -45,9 +45,9 @@ def check_unsharded(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """model, with the parameters whole that fully_shard (FSDP2) has spread; every process must enter.
+    """Make the parameters that fully_shard (FSDP2) has sharded whole in this context. Every process must enter.
 
-    As save_masks needs them:
+    save_masks needs this:
 
         with mft.gathered(model):
             if torch.distributed.get_rank() == 0:
@@ -64,5 +64,5 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _sharded(model: nn.Module) -> list[Any]:
-    """What fully_shard was called on, known without an import of FSDP."""
+    """Return the modules that fully_shard was called on, found without importing FSDP."""
     return [module for module in model.modules() if hasattr(module, "unshard")]

@@ -1,4 +1,4 @@
-"""Load a causal language model from wherever it lies, and save it so that plain transformers reads it back."""
+"""Load a causal language model from a directory, a GGUF file or the Hub. Save it so that transformers can load it."""
 
 import io
 import logging
@@ -46,18 +46,18 @@ logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).with_name("templates")
 
 SHORTHANDS = ("smollm2-135m",)
-# What save_pretrained and a model hub's snapshot write; save_model replaces a directory of these alone.
+# Files that save_pretrained and a Hub snapshot write. save_model replaces a directory that holds nothing else.
 MODEL_FILES = re.compile(r".*\.safetensors|.*\.json|.*\.jinja|.*\.model|merges\.txt|.*\.md|\.gitattributes|LICENSE.*")
 _CONFIG = "config.json"
-# Of a model's directory, what transformers takes for an object without looking.
+# JSON files of a model's directory that transformers assumes to hold an object.
 _OBJECTS = (
     *(_CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # for transformers: as it lies here
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # for transformers
 _MOST_JSON = 1 << 28  # bytes: a tokenizer of 262,144 tokens has 33 MB
-_MOST_TEMPLATE = 1 << 20  # bytes: a hundred times the longest of published models
-# What transformers raises on files of a right form whose values make no sense to it.
+_MOST_TEMPLATE = 1 << 20  # bytes: a hundred times the longest template of published models
+# Errors that transformers raises for well-formed files whose values it cannot use.
 _UNREADABLE = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError),
     *(ValueError, SafetensorError, StrictDataclassError),
@@ -65,40 +65,40 @@ _UNREADABLE = (
 
 
 def load_model(config: ModelConfig | str, *, sequence_length: int | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) in config.dtype on the CPU, in eval mode; pad = eos where the tokenizer has no pad.
+    """Load (model, tokenizer): in config.dtype, on the CPU, in eval mode. pad = eos if the tokenizer has no pad token.
 
-    A string is a name with the defaults of ModelConfig (bfloat16).
-    A GGUF file is dequantised once and kept in the cache as an ordinary model directory.
-    Args: sequence_length: of the rows that it is to read, for which it must have positions.
-    Raises: ValueError if config.name is no causal language model that can be reached, before its weights are loaded;
-        it says what to do.
+    If config is a string, it is the name, with the defaults of ModelConfig (bfloat16). A GGUF file is dequantised once,
+    and kept in the cache as an ordinary model directory.
+    Args: sequence_length: of the rows that the model will read; it must have positions for them.
+    Raises: ValueError if config.name is no causal language model, or cannot be reached. It is raised before the weights
+        are loaded, and says what to do.
     """
     config = ModelConfig(config) if isinstance(config, str) else config
     return _reached(config, partial(_load, sequence_length=sequence_length), weights=True)
 
 
 def load_tokenizer(config: ModelConfig, *, sequence_length: int | None = None) -> Any:
-    """The tokenizer that load_model would give, without the model. Raises as load_model does, if not for weights."""
+    """Load the tokenizer of load_model without the model. Raises as load_model, except for errors about weights."""
     return _reached(config, partial(_load_tokenizer, sequence_length=sequence_length))
 
 
 def load_outline(config: ModelConfig) -> Any:
-    """The model that load_model would give, on the meta device: modules and shapes, and no weight is read."""
+    """Build the model of load_model on the meta device: modules and shapes only. No weight is read."""
     return _reached(config, _load_outline)
 
 
 def smollm2_directory(dtype: str = "bfloat16") -> Path:
-    """SmolLM2-135M-Instruct in the cache as an ordinary model directory, fetched and dequantised on the first call."""
+    """Return the cached model directory of SmolLM2-135M-Instruct. The first call fetches and dequantises it."""
     return _dequantised(None, GGUF_SHA256, dtype)
 
 
 def save_model(
     model: Any, tokenizer: Any, directory: str | os.PathLike, *, beside: Mapping[str, str] | None = None
 ) -> Path:
-    """Write model and tokenizer as an ordinary directory: AutoModelForCausalLM.from_pretrained(directory) reads it.
+    """Write model and tokenizer as an ordinary directory, for AutoModelForCausalLM.from_pretrained(directory).
 
-    A model directory that stands there already is replaced; one that holds anything else is refused.
-    Args: beside: texts that are written with it, by the file's name.
+    An existing model directory is replaced; one that holds anything else is refused.
+    Args: beside: texts to write into the directory too, by file name.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -127,7 +127,7 @@ def save_model(
 
 
 def _reached(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, weights: bool = False) -> Any:
-    """load(directory, config) with the directory of config.name; weights: whether the hub's are wanted too."""
+    """Return load(directory, config) for config.name's directory. weights: whether to fetch the Hub's weights too."""
     name = config.name
     path = Path(name)
     if config.revision is not None and (name in SHORTHANDS or path.exists()):
@@ -152,7 +152,7 @@ def _reached(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, we
 
 @contextmanager
 def _loading(config: ModelConfig, what: str) -> Iterator[None]:
-    """transformers' errors as one that names the model."""
+    """Turn transformers' errors into a ValueError that names the model."""
     with refusing(f"model.name {config.name!r} cannot be loaded as a {what}"), _quiet_progress():
         yield
 
@@ -183,7 +183,7 @@ def outline_of(settings: Any, dtype: str) -> Any:
 def _load(source: str, config: ModelConfig, *, sequence_length: int | None) -> tuple[Any, Any]:
     tokenizer = _load_tokenizer(source, config, sequence_length=sequence_length)
     stored = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
-    if stored:  # without any transformers says so
+    if stored:  # if there are none, transformers reports it
         check_parameters(_load_outline(source, config), stored, config.name)
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     model: Any
@@ -203,7 +203,7 @@ def _load(source: str, config: ModelConfig, *, sequence_length: int | None) -> t
 
 
 def read_chat_template(name: str) -> str:
-    """The text of a shipped chat template ("tulu") or of a Jinja file; it goes into the saved tokenizer too."""
+    """Read a shipped chat template ("tulu") or a Jinja file. Its text is also saved with the tokenizer."""
     shipped = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
     path = shipped.get(name, Path(name))
     if not path.exists():
@@ -218,7 +218,7 @@ def read_chat_template(name: str) -> str:
 
 
 def _check_whole(model: Any, info: dict[str, Any], name: str) -> None:
-    """Raise ValueError if weights were missing, which transformers makes up."""
+    """Raise ValueError if weights were missing, because transformers would initialise them itself."""
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -272,7 +272,7 @@ def _from_hub(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, w
 
 
 def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
-    """The cached directory of this GGUF file in this dtype; gguf None stands for SmolLM2, fetched only if needed."""
+    """Return the cached directory of this GGUF file in this dtype. gguf None: SmolLM2, which is fetched if needed."""
     target = cache_root() / "models" / f"{digest[:16]}-{dtype}"
     if target.is_dir():
         return target
@@ -281,7 +281,7 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     begin = time.monotonic()
     options = {**LOCAL, "gguf_file": gguf.name}
     dense = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed, in layers that are not nn.Linear
+    if hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed in layers other than nn.Linear
         dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     model: Any
     info: Any
@@ -311,7 +311,7 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     except Exception as error:
         if type(error) is not Exception:
             raise
-        raise OSError(str(error)) from error  # tokenizers, in Rust, has no kind of its own for what the disk refuses
+        raise OSError(str(error)) from error  # tokenizers (Rust) raises a plain Exception for disk errors
 
 
 def _gguf_hash(path: Path) -> str:
@@ -341,7 +341,7 @@ def _model_directory(path: Path) -> Path:
 
 
 def _check_files(directory: Path) -> None:
-    """Raise ValueError that names a file which transformers would wait on, or stumble over."""
+    """Raise ValueError that names a file on which transformers would hang or fail."""
     tensors, config = 0, dict[str, Any]()
     for path in sorted(directory.iterdir()):
         if path.is_dir() or not path.exists():
@@ -357,11 +357,11 @@ def _check_files(directory: Path) -> None:
 
 @contextmanager
 def refusing(words: str) -> Iterator[None]:
-    """What transformers raises while it reads a model's files, as a ValueError that begins with these words."""
+    """Turn transformers' errors on a model's files into a ValueError that starts with these words."""
     try:
         yield
     except Exception as error:
-        # tokenizers raises Exception itself, of which there is no narrower class.
+        # tokenizers raises Exception itself, not a subclass.
         if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
             raise
         raise ValueError(f"{words}: {_first_lines(error)}") from error
@@ -372,7 +372,7 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _forget_gguf(model: Any) -> None:
-    """transformers refuses to save a model that it thinks is still quantised."""
+    """Remove the GGUF settings: transformers refuses to save a model that it considers quantised."""
     settings = getattr(model.config, "quantization_config", None)
     if settings is not None and not isinstance(settings, dict):
         settings = settings.to_dict()
@@ -383,14 +383,14 @@ def _forget_gguf(model: Any) -> None:
 
 
 def _first_lines(error: BaseException) -> str:
-    """The first 300 characters of a library's message, on one line."""
+    """Return at most 300 characters of a library's message, on one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
-    """Without transformers' bars over weights that load in a blink; a download's own bar stays."""
+    """Hide transformers' progress bars while weights load, which is quick. A download's own bar stays."""
     enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -402,7 +402,7 @@ def _quiet_progress() -> Iterator[None]:
 
 @contextmanager
 def _bar_on_a_terminal() -> Iterator[None]:
-    """Transformers' bar over the tensors of a GGUF file for a terminal alone: it asks no one, and fills a log file."""
+    """Show transformers' bar for a GGUF file on a terminal only: it obeys no setting, and would fill a log file."""
     if sys.stderr.isatty():
         yield
         return

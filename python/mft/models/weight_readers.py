@@ -1,10 +1,10 @@
-"""Modules that compute with a child's weight instead of calling the child, found in the source of their forward.
+"""Find modules that compute with a child's weight instead of calling the child, from the source of their forward.
 
-    time_step = self.dt_proj.weight @ time_step      MambaMixer: a mask on dt_proj would be left out without a word
-    qkv = x @ self.attn.in_proj_weight.T             the same of an nn.MultiheadAttention, whose projections are masked
+    time_step = self.dt_proj.weight @ time_step      MambaMixer: a mask on dt_proj would be ignored silently
+    qkv = x @ self.attn.in_proj_weight.T             likewise for an nn.MultiheadAttention with masked projections
 
-Followed are forward and the methods that it calls on self. Asking for a weight's dtype, device or shape is no reading;
-nor is what stands under an ``if`` on self alone that does not hold (BLOOM's slow_but_exact).
+The search covers forward and the methods that it calls on self. Reading a weight's dtype, device or shape does not
+count. Neither does code under an ``if`` that depends on self only and is false (BLOOM's slow_but_exact).
 """
 
 import ast
@@ -23,9 +23,9 @@ _LOOKED_AT = {"dtype", "device", "shape", "size", "dim", "ndim"}
 
 @dataclass(frozen=True)
 class _Read:
-    """self.CHILD.weight in a method's source, and the conditions on self around it, each with the value it needs.
+    """self.CHILD.weight in a method's source, and the conditions on self around it, each with the value it must have.
 
-    Of self.attn.out_proj.weight the child is attn.out_proj, of self.attn.in_proj_weight it is attn.in_proj.
+    For self.attn.out_proj.weight the child is attn.out_proj; for self.attn.in_proj_weight it is attn.in_proj.
     """
 
     child: str
@@ -37,7 +37,7 @@ class _Read:
 
 
 def why_read(parent: nn.Module, child: str) -> str | None:
-    """Where parent computes with child.weight itself, or None. Classes without a source are not looked into.
+    """Return where parent computes with child.weight itself, or None. Classes without a source are not searched.
 
     child: its name, or its path from parent.
     """
@@ -71,7 +71,7 @@ def _reads(kind: Any) -> tuple[_Read, ...]:
 
 
 def _parents(method: Any) -> dict[Any, ast.AST]:
-    """Each node of the method's source with the one around it."""
+    """Return each node of the method's source with its parent node."""
     try:
         source = inspect.getsource(method)
     except OSError:  # made at run time, or shipped without its source
@@ -85,7 +85,7 @@ def _is_self(node: ast.AST) -> bool:
 
 
 def _read_child(node: Any, parents: dict[Any, ast.AST]) -> str | None:
-    """CHILD where node is self.CHILD.weight, or self.CHILD_weight of an attention, and not merely looked at."""
+    """Return CHILD if node is self.CHILD.weight, or self.CHILD_weight of an attention, and is used in a computation."""
     if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
         return None
     around: Any = parents[node]
@@ -100,7 +100,7 @@ def _read_child(node: Any, parents: dict[Any, ast.AST]) -> str | None:
 
 
 def _path(node: Any) -> list[str]:
-    """["attn", "out_proj", "weight"] of self.attn.out_proj.weight; [""] of what does not begin at self."""
+    """Return ["attn", "out_proj", "weight"] for self.attn.out_proj.weight; [""] if it does not start at self."""
     path: list[str] = []
     while isinstance(node, ast.Attribute):
         path.insert(0, node.attr)
@@ -109,7 +109,7 @@ def _path(node: Any) -> list[str]:
 
 
 def _conditions(node: Any, parents: dict[Any, ast.AST]) -> Iterator[tuple[CodeType, bool]]:
-    """The ifs around node that ask self alone, call nothing and do not ask for training, which changes."""
+    """Yield the ifs around node that depend on self only. Calls, and self.training, which changes, are excluded."""
     while node in parents:
         inner, node = node, parents[node]
         if not isinstance(node, ast.If) or inner is node.test:

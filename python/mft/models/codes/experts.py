@@ -1,4 +1,4 @@
-"""Experts in one parameter over codes: a product decodes all of them, and frees what it made."""
+"""Experts in one parameter held as codes. Each product decodes all experts, and frees the decoded weight."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from mft.models.experts import bias_of_rows, unmasked_product
 
 
 class QuantizedGroupedLinear(nn.Module):
-    """unmasked_product in the parameter's place, over frozen weights that are held quantised.
+    """unmasked_product over frozen weights that are held quantised, in place of the experts' parameter.
 
     Neither x nor a dense weight is saved for the backward pass.
 
-    Args: quantized: of the matrix (E * N, K), transposed (E * K, N). experts: E. bias: (E, N).
+    Args: quantized: the matrix (E * N, K), or (E * K, N) if transposed. experts: E. bias: (E, N).
     Shapes: x (T, K), sorted by expert; offsets int32 (E,), see masked_linear_grouped.
     """
 
@@ -30,7 +30,7 @@ class QuantizedGroupedLinear(nn.Module):
     def from_weight(
         cls, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False, kind: str = "nf4"
     ) -> "QuantizedGroupedLinear":
-        """Of weight (E, N, K), transposed (E, K, N), on the memory of its bias."""
+        """Quantise weight (E, N, K), or (E, K, N) if transposed. The bias is shared."""
         return cls(quantize_experts(weight, kind), len(weight), bias, transposed=transposed)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
@@ -42,12 +42,12 @@ class QuantizedGroupedLinear(nn.Module):
 
 
 def quantize_experts(weight: Tensor, kind: str) -> QuantizedWeight:
-    """The matrix (E * N, K) of weight (E, N, K). Raises: as QuantizedWeight.quantize."""
+    """Quantise weight (E, N, K) as the matrix (E * N, K). Raises: as QuantizedWeight.quantize."""
     return QuantizedWeight.quantize(weight.detach().flatten(0, 1), kind)
 
 
 def dense_experts(quantized: QuantizedWeight, experts: int) -> Tensor:
-    """(E, N, K) of quantize_experts', made anew."""
+    """Decode the matrix of quantize_experts to (E, N, K); each call makes a new tensor."""
     return quantized.dense().unflatten(0, (experts, -1))
 
 

@@ -1,7 +1,7 @@
-"""Linear layers that hold NF4 or int8 codes in place of a weight: bitsandbytes' 4-bit layers, and QuantizedLinear.
+"""Linear layers that hold NF4 or int8 codes instead of a weight: bitsandbytes' 4-bit layers, and QuantizedLinear.
 
-Transformers makes bitsandbytes' for ``BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")``. Their codes
-are read where they lie; nothing is copied.
+Transformers makes bitsandbytes' layers for ``BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")``. Their
+codes are used in place, not copied.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ _REMEDY = 'load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_typ
 
 
 def holds_codes(module: nn.Module) -> bool:
-    """Whether module is a linear layer of one of these kinds, whatever its codes are."""
+    """Return whether module is a linear layer of one of these kinds, whatever its codes are."""
     return isinstance(getattr(module, "quantized", None), QuantizedWeight) or _is_bitsandbytes(module)
 
 
 def why_no_codes(module: nn.Module) -> str | None:
-    """Why codes_of cannot read a layer that holds_codes; None if it can."""
+    """Return why codes_of cannot read a layer that holds_codes; None if it can."""
     if not _is_bitsandbytes(module):
         return None
     state = getattr(module._parameters["weight"], "quant_state", None)
@@ -38,7 +38,7 @@ def why_no_codes(module: nn.Module) -> str | None:
 
 
 def codes_of(module: nn.Module) -> QuantizedWeight:
-    """The layer's weight, on the memory of its codes; why_no_codes has returned None."""
+    """Return the layer's weight, sharing the memory of its codes. why_no_codes must have returned None."""
     if not _is_bitsandbytes(module):
         return module.quantized  # type: ignore[return-value]
     weight: Any = module._parameters["weight"]
@@ -56,7 +56,7 @@ def codes_of(module: nn.Module) -> QuantizedWeight:
 
 
 def set_codes(module: nn.Module, codes: Tensor) -> None:
-    """Replace the layer's codes by others of the same shape; whoever shares the old ones keeps them."""
+    """Replace the layer's codes by others of the same shape. Other owners of the old codes keep them."""
     if _is_bitsandbytes(module):
         weight: Any = module._parameters["weight"]
         weight.data = codes.view(weight.dtype)

@@ -1,12 +1,12 @@
-"""A weight matrix in NF4 or int8, of which the kernels decode parts, or one product has the dense matrix.
+"""A weight matrix held in NF4 or int8. Kernels decode parts of it, or one product decodes the whole matrix.
 
-    nf4     w[i] = NF4[code[i]] * absmax[i // 64]   QLoRA's sixteen levels (arXiv 2305.14314), blocks along the rows and
-                                                    across their ends; two codes a byte: 0.5625 bytes a weight
-    nf4-dq  absmax[b] = map[code[b]] * nested[b // 256] + offset    its double quantisation: 0.516 bytes a weight
-    int8    w[n, k] = code[n, k] * absmax[n] / 127  1 byte a weight and 4 bytes a row
+    nf4     w[i] = NF4[code[i]] * absmax[i // 64]   QLoRA's sixteen levels (arXiv 2305.14314); blocks follow the rows
+                                                    and cross their ends; two codes per byte: 0.5625 bytes per weight
+    nf4-dq  absmax[b] = map[code[b]] * nested[b // 256] + offset    its double quantisation: 0.516 bytes per weight
+    int8    w[n, k] = code[n, k] * absmax[n] / 127  1 byte per weight and 4 bytes per row
 
-A class each; _FORMATS finds them by name. NF4 is bitsandbytes'. int8 has its layout, but is computed here: on a GPU its
-kernel takes fp16 weights alone.
+Each format is a class; _FORMATS finds them by name. NF4 is bitsandbytes'. int8 has bitsandbytes' layout, but is
+computed here, because its GPU kernel takes only fp16 weights.
 """
 
 import logging
@@ -21,22 +21,22 @@ from mft_kernels.backends import cpu
 from mft_kernels.ops.quantized import QuantizedMatrix
 
 BLOCK = 64  # weights that share an absmax in NF4
-NESTED_BLOCK = 256  # of these that share one in turn
+NESTED_BLOCK = 256  # absmax values that share one nested absmax
 _LARGEST_CODE = 127
-_QUANTIZED_AT_ONCE = 1 << 20  # weights: bitsandbytes' temporaries take some 20 bytes of each
-# Weights whose fp32 temporaries on a CPU, 8 bytes of each, stay in the cache: on a Zen 5 4 times faster than 2^20.
+_QUANTIZED_AT_ONCE = 1 << 20  # weights: bitsandbytes' temporaries take about 20 bytes per weight
+# Weights whose fp32 temporaries on a CPU, 8 bytes per weight, stay in the cache: on a Zen 5 4 times faster than 2^20.
 _DEQUANTIZED_AT_ONCE = 1 << 18
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # a tensor's shape and dtype by its name, in files too
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # tensor name -> (shape, dtype), in files too
 
 
 class QuantizedWeight(nn.Module, QuantizedMatrix):
-    """The (N, K) matrix that codes and absmax stand for; see the module for the formulas.
+    """The (N, K) matrix that codes and absmax stand for; see the module's docstring for the formulas.
 
-    A module, so that a model moves and saves it. Casting the model changes what dense() returns, and no code.
+    It is an nn.Module so that a model moves and saves it. Casting the model changes the dtype of dense(), but no code.
 
-    Attributes: shape: (N, K). dtype: of dense(): fp32, fp16 or bf16; and a tensor for each name of the class's layout.
+    Attributes: shape: (N, K). dtype: of dense(), fp32, fp16 or bf16. One tensor for each name in the class's layout.
     """
 
     kind: ClassVar[str]
@@ -53,16 +53,16 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
     def empty(
         shape: tuple[int, int], dtype: torch.dtype, kind: str, device: torch.device | str | None = None
     ) -> "QuantizedWeight":
-        """Memory for a matrix of this shape, not yet written."""
+        """Return a matrix of this shape whose tensors are allocated but not written."""
         return _format(kind).of_shape(shape, dtype, device)
 
     @staticmethod
     @torch.no_grad()
     def quantize(weight: Tensor, kind: str = "nf4") -> "QuantizedWeight":
-        """Each weight at the level nearest to it, computed where it lies; some 20 MB of temporaries.
+        """Round each weight to its nearest level, on the weight's device. Temporaries take about 20 MB.
 
         Args: weight: (N, K), fp32, fp16 or bf16, of any strides.
-        Raises: ValueError if weight is of another kind, or not finite; RuntimeError if NF4's library is missing.
+        Raises: ValueError if weight has another form or is not finite; RuntimeError if the NF4 library is missing.
         """
         if weight.dim() != 2 or not weight.numel():
             raise ValueError(f"weight must be a matrix (N, K) that is not empty, got {tuple(weight.shape)}")
@@ -70,22 +70,22 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """(N, K) of dtype, contiguous, made anew by each call and equal to the last bit; rounded once, from fp32."""
+        """Return (N, K) in dtype, contiguous. Calls decode again, bit-equal. Values are rounded once, from fp32."""
         if self.codes.device.type == "cpu" and cpu.unavailable is None:
             return dequantize(self.codes, self.scales(), shape=self.shape, kind=self.levels(), dtype=self.dtype)
         return self.decode()
 
     def scales(self) -> list[Tensor]:
-        """All tensors but codes, as the kernels take them."""
+        """Return all tensors except codes, as the kernels take them."""
         return [tensor for name, tensor in self.tensors().items() if name != "codes"]
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that has to be on a device for dense() to work there; their .data may be exchanged."""
+        """Return all tensors that dense() needs on its device. Their .data may be replaced."""
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
@@ -103,52 +103,52 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
 
     @torch.no_grad()
     def dropped(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes with the level 0 where ``keep`` is False, and the codes that were there, in order.
+        """Return the codes with the level 0 where ``keep`` is False, and the replaced codes, in order.
 
         Args: keep: Boolean, (N, K).
-        Returns: New codes, which decode to the masked weight to the bit, and what put_back takes.
+        Returns: New codes, which decode to the masked weight bit for bit, and the argument for put_back.
         """
         single = self.single_codes()
         return self.packed_codes(torch.where(keep.flatten(), single, self.zero_code)), single[~keep.flatten()]
 
     @torch.no_grad()
     def put_back(self, keep: Tensor, taken: Tensor) -> Tensor:
-        """The codes before dropped(keep) took these out."""
+        """Return the codes as they were before dropped(keep) replaced ``taken``."""
         return self.packed_codes(self.single_codes().masked_scatter(~keep.flatten(), taken))
 
-    # What a format says:
+    # Each format defines:
 
     zero_code: ClassVar[int]
 
     def single_codes(self) -> Tensor:
-        """(N * K,): one code per element."""
+        """Return one code per element, (N * K,)."""
         raise NotImplementedError
 
     def packed_codes(self, single: Tensor) -> Tensor:
-        """The same codes as ``codes`` holds them."""
+        """Return these codes packed as in ``codes``."""
         raise NotImplementedError
 
     @staticmethod
     def check_library() -> None:
-        """Raise RuntimeError if what it needs is not installed."""
+        """Raise RuntimeError if a library that the format needs is not installed."""
 
     @staticmethod
     def layout(rows: int, columns: int) -> Layout:
-        """Of a matrix of this shape: codes, absmax and what else there is."""
+        """Return the layout of a matrix of this shape: codes, absmax and any other tensors."""
         raise NotImplementedError
 
     @classmethod
     def encode(cls, weight: Tensor) -> Self:
-        """What quantize returns."""
+        """Return what quantize returns."""
         raise NotImplementedError
 
     def decode(self) -> Tensor:
-        """What dense() returns, where no kernel of ours makes it."""
+        """Return what dense() returns, without a kernel of ours."""
         raise NotImplementedError
 
     @classmethod
     def of_shape(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str | None) -> Self:
-        """What empty returns."""
+        """Return what empty returns."""
         if dtype not in _DTYPES:
             raise ValueError(f"weight must be fp32, fp16 or bf16 to be quantised, got {dtype}")
         layout = cls.layout(*shape).items()
@@ -156,7 +156,7 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
 
 
 class Nf4Weight(QuantizedWeight):
-    """codes: the first of two in the high bits. absmax: of each block of 64 weights."""
+    """codes: two per byte, the first in the high bits. absmax: one for each block of 64 weights."""
 
     kind = "nf4"
     zero_code = 7  # of the 16 levels
@@ -169,7 +169,7 @@ class Nf4Weight(QuantizedWeight):
         return torch.stack((codes >> 4, codes & 15), 1).flatten()[: self.shape.numel()]
 
     def packed_codes(self, single: Tensor) -> Tensor:
-        behind_the_last = self.codes.flatten()[-1:] & 15  # where their number is odd
+        behind_the_last = self.codes.flatten()[-1:] & 15  # used if the number of codes is odd
         pairs = torch.cat((single, behind_the_last[: len(single) % 2])).view(-1, 2)
         return (pairs[:, 0] << 4 | pairs[:, 1]).view(self.codes.shape)
 
@@ -185,7 +185,7 @@ class Nf4Weight(QuantizedWeight):
     @classmethod
     def encode(cls, weight: Tensor) -> Self:
         self = cls.of_shape((weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
-        # A chunk has to end where a block and a byte end: 64 rows do, whatever their length.
+        # A chunk must end at the end of a block and of a byte: 64 rows do, whatever their length.
         for start, chunk in _chunks(weight, BLOCK):
             codes, state = _bitsandbytes().quantize_4bit(chunk, quant_type="nf4", blocksize=BLOCK)
             first = start * weight.shape[1]
@@ -195,7 +195,7 @@ class Nf4Weight(QuantizedWeight):
         return self
 
     def decode(self) -> Tensor:
-        # As one row of an even length: what the CPU kernel takes, and all of what the codes hold.
+        # One row of even length: the CPU kernel needs that, and it covers all of the codes.
         functional = _bitsandbytes()
         state = functional.QuantState(
             **self._nested(),
@@ -208,14 +208,14 @@ class Nf4Weight(QuantizedWeight):
         return functional.dequantize_4bit(self.codes, state).view(-1)[: self.shape.numel()].view(self.shape)
 
     def _nested(self) -> dict[str, Any]:
-        """What bitsandbytes' description of the codes says of a quantised absmax."""
+        """Return the fields of bitsandbytes' QuantState that describe a quantised absmax."""
         return {}
 
 
 class Nf4DqWeight(Nf4Weight):
-    """As Nf4Weight, but absmax is quantised in turn, and the three nested tensors are named as in bitsandbytes' files.
+    """As Nf4Weight, but absmax is quantised too. The three nested tensors have the names of bitsandbytes' files.
 
-    absmax: codes. nested_absmax: of each block of 256 of them. nested_quant_map: what a code stands for.
+    absmax: codes. nested_absmax: one for each block of 256 of them. nested_quant_map: the value of each code.
     """
 
     kind = "nf4-dq"
@@ -237,7 +237,7 @@ class Nf4DqWeight(Nf4Weight):
     @classmethod
     def encode(cls, weight: Tensor) -> Self:
         plain = Nf4Weight.encode(weight)
-        # As quantize_4bit(compress_statistics=True) makes them of the whole matrix.
+        # The same values as quantize_4bit(compress_statistics=True) on the whole matrix.
         offset = plain.absmax.mean()
         absmax, state = _bitsandbytes().quantize_blockwise(plain.absmax - offset, blocksize=NESTED_BLOCK)
         nested = {"nested_absmax": state.absmax, "nested_quant_map": state.code, "nested_offset": offset}
@@ -251,7 +251,7 @@ class Nf4DqWeight(Nf4Weight):
 
 
 class Int8Weight(QuantizedWeight):
-    """absmax: of each row."""
+    """absmax: one per row."""
 
     kind = "int8"
     zero_code = 0
@@ -275,7 +275,7 @@ class Int8Weight(QuantizedWeight):
         for start, chunk in _chunks(weight, 1):
             rows = slice(start, start + len(chunk))
             absmax = chunk.abs().amax(1).float()
-            # Divided first: 127 / absmax overflows where absmax is denormal. A row of zeros stays one.
+            # Divide first: 127 / absmax overflows if absmax is denormal. A row of zeros stays zero.
             share = chunk.float() / absmax.masked_fill(absmax == 0, 1)[:, None]
             self.codes[rows] = share.mul_(_LARGEST_CODE).round_().nan_to_num_(0, 0, 0).to(torch.int8)
             self.absmax[rows] = absmax
@@ -284,7 +284,7 @@ class Int8Weight(QuantizedWeight):
 
     def decode(self) -> Tensor:
         dense = torch.empty(self.shape, dtype=self.dtype, device=self.codes.device)
-        on_cpu = dense.device.type == "cpu"  # a GPU converts within the product
+        on_cpu = dense.device.type == "cpu"  # on a GPU the product itself converts the dtype
         rows = max(1, _DEQUANTIZED_AT_ONCE // self.shape[1]) if on_cpu else self.shape[0]
         for part, codes, absmax in zip(dense.split(rows), self.codes.split(rows), self.absmax.split(rows)):
             torch.mul(codes, (absmax / _LARGEST_CODE)[:, None], out=part)
@@ -295,13 +295,13 @@ _FORMATS: dict[str, type[QuantizedWeight]] = {one.kind: one for one in (Nf4Weigh
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """The weights that are held quantised by the name of the linear that holds them, in the model's order."""
+    """Return the quantised weights by the name of the linear that holds them, in the model's order."""
     found = ((name, getattr(module, "quantized", None)) for name, module in model.named_modules())
     return {name: weight for name, weight in found if isinstance(weight, QuantizedWeight)}
 
 
 def check_library(kind: str) -> None:
-    """Raise ValueError unless kind names a format, RuntimeError if what that needs is not installed."""
+    """Raise ValueError if kind names no format; RuntimeError if a library that the format needs is not installed."""
     _format(kind).check_library()
 
 
@@ -315,7 +315,7 @@ def _format(kind: str) -> type[QuantizedWeight]:
 
 
 def _chunks(weight: Tensor, whole: int) -> Iterator[tuple[int, Tensor]]:
-    """(first row, contiguous rows) of weight, few at a time; but for the last chunk, their number divides by whole."""
+    """Yield (first row, contiguous rows) of weight, few at a time, a multiple of ``whole`` except in the last chunk."""
     rows = max(1, _QUANTIZED_AT_ONCE // (whole * weight.shape[1])) * whole
     for start in range(0, weight.shape[0], rows):
         yield start, weight[start : start + rows].contiguous()
@@ -333,7 +333,7 @@ def _bitsandbytes() -> Any:
     global _functional
     if _functional is not None:
         return _functional
-    # On import it advises to install a GEMM from the hub, which is not used here.
+    # On import it logs advice to install a GEMM from the Hub, which is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional as _functional
