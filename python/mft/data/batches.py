@@ -1,4 +1,4 @@
-"""Rows of a data set as tensors, and where in them a next token is scored."""
+"""Rows of a data set as tensors, and the positions in them whose next token is scored."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from mft.checks import shown
 
-_WIDTHS = 8  # rows are cut to multiples of it, so that there are few shapes
+_WIDTHS = 8  # rows are cut to multiples of this, to keep the number of shapes small
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Where a next token is scored: positions (M,) among the B * T of a batch, and the tokens (M,)."""
+    """The scored next tokens of a batch: positions (M,) among its B * T tokens, and the target tokens (M,)."""
 
     positions: Tensor
     targets: Tensor
@@ -26,7 +26,7 @@ class Labelled:
 
 
 def find_labelled(labels: Tensor) -> Labelled:
-    """Of labels (B, T): token t predicts label t + 1; -100 is none."""
+    """Return the scored positions of labels (B, T). Token t predicts label t + 1; -100 is not scored."""
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
     positions = (shifted != -100).nonzero().squeeze(-1)
     return Labelled(positions, shifted[positions])
@@ -34,10 +34,10 @@ def find_labelled(labels: Tensor) -> Labelled:
 
 @dataclass(eq=False)
 class MicroBatch:
-    """Rows of a data set: their numbers, input_ids and labels (B, T) on the CPU, and documents.
+    """Rows of a data set: their numbers, input_ids and labels (B, T) on the CPU, and document numbers.
 
-    position_ids (B, T): 0 where an example begins, or None if no row holds more than one.
-    sources: the names of theirs in a mix, else none.
+    position_ids (B, T): 0 where an example starts, or None if no row holds more than one.
+    sources: the rows' source names in a mix, otherwise empty.
     """
 
     rows: list[int]
@@ -48,12 +48,12 @@ class MicroBatch:
     sources: Sequence[str] = ()
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """input_ids and position_ids there."""
+        """Return input_ids and position_ids on this device."""
         positions = self.position_ids
         return self.input_ids.to(device), None if positions is None else positions.to(device)
 
     def positions_without_padding(self) -> Tensor:
-        """position_ids, of rows of one example too, that begin again at 0 after a row's last label."""
+        """Return position_ids, also for rows with one example, that restart at 0 after each row's last label."""
         places = torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids)
         end = torch.where(self.labels != -100, places + 1, 0).amax(-1, keepdim=True)
         positions = places if self.position_ids is None else self.position_ids
@@ -61,14 +61,14 @@ class MicroBatch:
 
     @cached_property
     def labelled(self) -> Labelled:
-        """Where a next token is scored, and which it is."""
+        """The positions whose next token is scored, and these tokens."""
         return find_labelled(self.labels)
 
 
 def take_rows(dataset, rows: list[int]) -> MicroBatch:
-    """The rows with these numbers.
+    """Return the rows with these numbers.
 
-    Raises: ValueError if dataset has starts, and a row's do not begin with 0 and rise below its length.
+    Raises: ValueError if dataset has starts, and a row's starts do not begin with 0 and rise below its length.
     """
     batch = dataset.with_format("torch")[rows]
     starts = [torch.as_tensor(places).tolist() for places in batch.get("starts", ())]
@@ -85,7 +85,7 @@ def make_batch(
     starts: Sequence[list[int]] = (),
     sources: Sequence[str] = (),
 ) -> MicroBatch:
-    """Of tensors (B, T); starts: as the column of a data set, or none. Raises: as take_rows."""
+    """Make a batch of tensors (B, T). starts: as the column of a data set, or empty. Raises: as take_rows."""
     positions = None
     for row, places in zip(rows, starts):
         _check_starts(row, places, input_ids.shape[1])
@@ -95,7 +95,7 @@ def make_batch(
 
 
 def without_trailing_padding(batch: MicroBatch) -> MicroBatch:
-    """Rows up to the last label of any, or a little further: what follows changes nothing that is scored."""
+    """Cut rows shortly after the last label of any row. The part that is cut does not change any scored token."""
     scored = (batch.labels != -100).any(0).nonzero()
     end = -(-(int(scored.max()) + 1) // _WIDTHS) * _WIDTHS if len(scored) else _WIDTHS
     positions = None if batch.position_ids is None else batch.position_ids[:, :end]
@@ -103,9 +103,9 @@ def without_trailing_padding(batch: MicroBatch) -> MicroBatch:
 
 
 def holds_packed_rows(dataset) -> bool:
-    """Whether a row holds examples that are not to see each other; a stream says so of rows to come.
+    """Return whether a row holds several examples that must not see each other. A stream answers for rows to come.
 
-    Raises: as take_rows, of any row.
+    Raises: as take_rows, for any row.
     """
     if (known := getattr(dataset, "holds_packed_rows", None)) is not None:
         return known
@@ -119,12 +119,12 @@ def holds_packed_rows(dataset) -> bool:
 
 
 def row_length(dataset) -> int:
-    """Tokens of each row, padding included."""
+    """Return the tokens of each row, padding included."""
     return getattr(dataset, "length", None) or len(dataset[0]["input_ids"])
 
 
 def _positions(starts: list[int], length: int) -> Tensor:
-    """(T,): how far each token is from where its example begins; padding goes on from the last one."""
+    """Return for each token its distance from the start of its example, (T,). Padding continues the last example."""
     sizes = torch.tensor([end - start for start, end in itertools.pairwise([*starts, length])])
     return torch.arange(length) - torch.tensor(starts).repeat_interleave(sizes)
 
@@ -138,5 +138,5 @@ def _check_starts(row: int, starts: list[int], length: int) -> None:
 
 
 def count_labels(labels: Tensor) -> Tensor:
-    """(B,): how many tokens of each row of labels (B, T) are scored."""
+    """Return how many tokens of each row of labels (B, T) are scored, (B,)."""
     return (labels[:, 1:] != -100).sum(-1)

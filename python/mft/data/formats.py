@@ -1,4 +1,4 @@
-"""What a record says: its form, by its columns, and by that a chat, a prompt with its completion, a text, or a pair."""
+"""Read a record by the form that its columns have: as a chat, a prompt with its completion, a text, or a pair."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from mft.checks import nearest, shown
 
 ROLES = ("system", "user", "assistant", "tool")
-# Who speaks in ShareGPT's conversations, and those like it.
+# Role of each speaker's name in ShareGPT's conversations and similar ones.
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -20,18 +20,18 @@ SPEAKERS = {
     "tool": "tool",
     "observation": "tool",
 }
-LONGEST = 2**22  # characters of a chat, or of prompt and completion, which cannot be tokenised in pieces
+LONGEST = 2**22  # characters of a chat, or of prompt and completion, because these cannot be tokenised in pieces
 
 
 @dataclass(frozen=True)
 class Form:
-    """The columns that records of a form have, and those that they may have."""
+    """The columns that records of a form must have, and those that they may have."""
 
     needs: tuple[str, ...]
     takes: tuple[str, ...] = ()
 
 
-# What Alpaca was trained on, for tokenizers without a template: as in the column text of tatsu-lab/alpaca.
+# Alpaca's prompts, for tokenizers without a template: as in the column text of tatsu-lab/alpaca.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -42,7 +42,7 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 PREFERENCE = "preference"
-# Records are of the first whose columns they have.
+# Records have the first of these forms whose columns they have.
 FORMS = {
     "messages": Form(("messages",), ("tools",)),
     "conversations": Form(("conversations",), ("tools",)),  # ShareGPT's
@@ -53,14 +53,14 @@ FORMS = {
     "question": Form(("question", "answer")),  # GSM8K's
 }
 CONTENT_COLUMNS = tuple(dict.fromkeys(column for form in FORMS.values() for column in (*form.needs, *form.takes)))
-_ALWAYS_CONTENT = ("messages", "prompt", "completion", "text")  # in any form, so that splits stay what they were
+_ALWAYS_CONTENT = ("messages", "prompt", "completion", "text")  # in any form, so that existing splits do not change
 
 
 @dataclass
 class Chat:
-    """Messages as templates take them, none if no assistant turn is to be scored; those before first never are.
+    """Messages as chat templates take them; empty if no assistant turn can be scored. Those before first never are.
 
-    tools: what the assistant may call, if the record says so.
+    tools: the functions that the assistant may call, if the record has them.
     """
 
     messages: list[dict[str, Any]]
@@ -75,21 +75,21 @@ class Completion:
 
 
 def find_form(columns: Collection[str]) -> str | None:
-    """None if records with these columns are of no form."""
+    """Return the form of records with these columns; None if they have none."""
     return next((name for name, form in FORMS.items() if set(form.needs) <= set(columns)), None)
 
 
 def content_of(columns: Collection[str]) -> list[str]:
-    """Those by which records with these columns are read, and equal ones known."""
+    """Return the columns that are read from such records, and by which equal records are recognised."""
     name = find_form(columns)
     known = CONTENT_COLUMNS if name is None else (*_ALWAYS_CONTENT, *FORMS[name].needs, *FORMS[name].takes)
     return [column for column in CONTENT_COLUMNS if column in columns and column in known]
 
 
 def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool) -> Chat | Completion:
-    """Of a record that is no text; templated: whether the tokenizer makes text of chats.
+    """Read a record that is not a text. templated: whether the tokenizer has a chat template.
 
-    Raises: ValueError that begins with place.
+    Raises: ValueError that starts with place.
     """
     if form == "messages":
         return _chat(row, _checked(row.get("messages"), "messages", place), place)
@@ -104,10 +104,11 @@ def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool)
 
 
 def read_pair(row: dict[str, Any], place: str) -> tuple[Chat | Completion, Chat | Completion]:
-    """Chosen and rejected, strings or lists of messages, to a prompt of the same kind, or to what both begin with.
+    """Read chosen and rejected, strings or lists of messages. The prompt has the same type, or is their common start.
 
-    A string beside lists is a remark (the hub has such prompts): both lists begin with it then, as TRL reads them.
-    Raises: ValueError that begins with place.
+    If both are lists and the prompt is a string, it is only a remark (the Hub has such prompts). The prompt is then the
+    common start of the lists, as in TRL.
+    Raises: ValueError that starts with place.
     """
     both = [row.get("chosen"), row.get("rejected")]
     if all(isinstance(value, list) for value in both):
@@ -125,7 +126,7 @@ def read_pair(row: dict[str, Any], place: str) -> tuple[Chat | Completion, Chat 
     texts = [read_string(row, name, place) for name in ("chosen", "rejected")]
     if row.get("prompt") is None:
         end = _shared(*texts)
-        end -= texts[0][:end].endswith(" ")  # a word's token begins with the space before it
+        end -= texts[0][:end].endswith(" ")  # a word's token starts with the space before it
         prompt, texts = texts[0][:end], [text[end:] for text in texts]
     else:
         prompt = read_string(row, "prompt", place)
@@ -134,7 +135,7 @@ def read_pair(row: dict[str, Any], place: str) -> tuple[Chat | Completion, Chat 
 
 
 def without_filling(value: Any, *, inside: bool = False) -> Any:
-    """A row of Arrow, which gives all objects of a column the same keys, with tools and tool_calls as they were."""
+    """Drop the null keys in tools and tool_calls that Arrow adds, since all objects of its columns have equal keys."""
     if isinstance(value, list):
         return [without_filling(item, inside=inside) for item in value]
     if not isinstance(value, dict):
@@ -144,7 +145,7 @@ def without_filling(value: Any, *, inside: bool = False) -> Any:
 
 
 def read_string(row: dict[str, Any], column: str, place: str) -> str:
-    """Raises: ValueError if it is none, or cannot be encoded."""
+    """Return the string in a column. Raises: ValueError if it is no string, or cannot be encoded."""
     value = row.get(column)
     if not isinstance(value, str):
         raise ValueError(f"{place}: {column} must be a string, got {shown(value)}")
@@ -163,7 +164,7 @@ def read_string(row: dict[str, Any], column: str, place: str) -> str:
 
 
 def _prompted(row: dict[str, Any], place: str) -> Chat | Completion:
-    """Of strings; or of two lists of messages, which are one chat."""
+    """Read prompt and completion: two strings, or two lists of messages, which form one chat."""
     both = [row.get(column) for column in ("prompt", "completion")]
     lists = [isinstance(value, list) for value in both]
     if all(lists):
@@ -178,7 +179,7 @@ def _prompted(row: dict[str, Any], place: str) -> Chat | Completion:
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many messages, or characters, both begin with, one of each at least left over."""
+    """Return how many messages or characters both begin with; at least one of each is left over."""
     most = min(len(one), len(other)) - 1
     return next((i for i in range(most) if one[i] != other[i]), max(0, most))
 
@@ -190,7 +191,7 @@ def _completion(row: dict[str, Any], place: str) -> Completion:
 
 
 def _instruction(row: dict[str, Any], place: str, templated: bool) -> Chat | Completion:
-    """Alpaca's record; an input may be empty, null or absent."""
+    """Read Alpaca's record; its input may be empty, null or absent."""
     instruction, output = read_string(row, "instruction", place), read_string(row, "output", place)
     given = "" if row.get("input") is None else read_string(row, "input", place)
     if templated:
@@ -201,7 +202,7 @@ def _instruction(row: dict[str, Any], place: str, templated: bool) -> Chat | Com
 
 
 def _conversation(turns: Any, place: str) -> list[dict[str, Any]]:
-    """ShareGPT's turns as messages; those that are messages already stay."""
+    """Return ShareGPT's turns as messages; turns that are messages already stay."""
     if not isinstance(turns, list):
         raise ValueError(f"{place}: conversations must be a list of {{from, value}}, got {shown(turns)}")
     return [_spoken(turn, f"{place}: conversations[{number}]") for number, turn in enumerate(turns)]
@@ -234,7 +235,7 @@ def _chat(row: dict[str, Any], messages: list[dict[str, Any]], place: str, *, fi
 
 
 def _tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
-    """Schemas of functions, in some data sets as JSON."""
+    """Return the schemas of functions, which some data sets store as JSON."""
     given = tools
     if isinstance(tools, str):
         with contextlib.suppress(ValueError, RecursionError):  # refused below
@@ -258,7 +259,7 @@ def _checked(messages: Any, column: str, place: str) -> list[dict[str, Any]]:
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
-    """With content as one text, and without keys that are null."""
+    """Return a message with its content as one text, and without null keys."""
     calls = isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls")
     if calls and message.get("content") is None:
         message = {**message, "content": ""}
@@ -281,7 +282,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _joined(content: Any, where: str) -> Any:
-    """Parts of text as one, a line or more each, as mft serve joins them."""
+    """Join text parts with line ends, as mft serve does."""
     if not isinstance(content, list):
         return content
     for number, part in enumerate(content):

@@ -1,8 +1,8 @@
-"""Several sources as one: whose row comes next, so that each has its share of the rows, and what became of that.
+"""Mix several sources: choose whose row comes next so that each gets its share of the rows, and report the result.
 
-A share is one of rows, and so of tokens, padding included, as token budgets count them; where data.packing is false a
-row is an example. The next row is of the source that lags behind its share most, so that shares hold at any moment as
-nearly as whole rows allow, and nothing is drawn.
+Shares are of rows, and so of tokens with padding, as token budgets count them. If data.packing is false, a row is an
+example. The next row comes from the source that is furthest behind its share. So the shares hold at any moment as
+closely as whole rows allow, without random draws.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from mft.data.packing import Rows
 from mft.data.sources import SPLITS, Source, of_source
 from mft.data.split_rows import build_splits, pad_of
 
-_MOST_REPEATS = 100  # of all rows, on average: more are a weight that nobody meant
+_MOST_REPEATS = 100  # of all rows, on average; more than this means a mistaken weight
 
 
 @dataclass
 class Taken:
-    """How much of a source training has taken: rows, tokens that are not padding, and those of them that are scored."""
+    """What training has taken from a source: rows, tokens without padding, and the scored ones among these tokens."""
 
     rows: int = 0
     tokens: int = 0
@@ -34,16 +34,16 @@ class Taken:
 
 
 def next_source(weights: Sequence[float], taken: Sequence[int]) -> int:
-    """Whose row is next after so many of each: of the one that lags most; of equals the first."""
+    """Return the source of the next row, given the rows taken: the one furthest behind its share, or the first such."""
     rows, whole = sum(taken) + 1, sum(weights)
     return max(range(len(weights)), key=lambda i: (weights[i] / whole * rows - taken[i], -i))
 
 
 def mix_order(counts: Sequence[int], weights: Sequence[float], strategy: str, budget: int | None) -> list[int]:
-    """Whose row is next, from the first to the last; counts: rows of each source.
+    """Return the source of each row, from first to last; counts: rows of each source.
 
-    first_exhausted ends where a source has no more; all_exhausted begins such a one again, until each has given all.
-    Raises: ValueError where that repeats far more than anybody means.
+    first_exhausted stops when a source runs out. all_exhausted restarts such a source until each has given all rows.
+    Raises: ValueError if all_exhausted would repeat rows far more often than intended.
     """
     longest = max(count * sum(weights) / weight for count, weight in zip(counts, weights))
     if strategy == "all_exhausted" and budget is None and longest > _MOST_REPEATS * sum(counts):
@@ -67,9 +67,9 @@ def mix_order(counts: Sequence[int], weights: Sequence[float], strategy: str, bu
 def build_mix(
     config: DataConfig, tokenizer: Any, source: Source, *, pairs: bool = False
 ) -> tuple[dict[str, Rows], list[str]]:
-    """(rows by split, notes) of config.sources; held out is what each source holds out, by its share of the budget.
+    """Return (rows by split, notes) for config.sources. Each source holds out rows by its share of the budget.
 
-    Raises: ValueError, naming the source.
+    Raises: ValueError that names the source.
     """
     sources = config.sources or {}
     whole = sum(given.weight for given in sources.values())
@@ -97,7 +97,7 @@ def build_mix(
 
 
 def pool(rows: Mapping[str, Rows], parts: Mapping[str, Mapping[str, Rows]]) -> Rows:
-    """The rows of all, one source after another."""
+    """Return the rows of all sources, one source after another."""
     first = first_numbers(parts)
     pooled: Rows | None = None
     for name, part in rows.items():
@@ -109,7 +109,7 @@ def pool(rows: Mapping[str, Rows], parts: Mapping[str, Mapping[str, Rows]]) -> R
 
 
 def first_numbers(parts: Mapping[str, Mapping[str, Rows]]) -> dict[str, int]:
-    """By source, what is added to its documents' numbers, so that no two sources share one."""
+    """Return, by source, an offset for its document numbers, so that no two sources share a number."""
     counts = [max(max(rows.document, default=-1) for rows in built.values()) + 1 for built in parts.values()]
     return dict(zip(parts, itertools.accumulate(counts, initial=0)))
 
@@ -117,7 +117,7 @@ def first_numbers(parts: Mapping[str, Mapping[str, Rows]]) -> dict[str, int]:
 def describe_mix(
     taken: Mapping[str, Taken], weights: Mapping[str, float], counts: Mapping[str, int] | None = None
 ) -> list[str]:
-    """A line a source: which shares it has of what is trained on; counts: rows that it has, where that is known."""
+    """Return one line per source with its share of the training data; counts: rows of each source, if known."""
     rows, tokens, scored = (
         max(1, sum(getattr(one, what) for one in taken.values())) for what in ("rows", "tokens", "scored")
     )
@@ -135,7 +135,7 @@ def describe_mix(
 
 
 def _in_order(parts: Mapping[str, Rows], order: Sequence[int], first: Mapping[str, int], seed: int, pad: int) -> Rows:
-    """Rows of the sources whose numbers order has; each source's own in an order drawn by seed, again and again."""
+    """Return rows in this order of source indices. Each source's rows are shuffled once by seed, then cycled."""
     names = list(parts)
     drawn = {name: list(range(len(rows))) for name, rows in parts.items()}
     for name, numbers in drawn.items():

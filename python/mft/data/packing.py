@@ -1,7 +1,7 @@
-"""Tokenised documents become rows of one length, packed or each document by itself, within a budget of rows.
+"""Turn tokenised documents into rows of one length, packed or one document per row, within a budget of rows.
 
-A text goes on from row to row, and what follows it in a row sees it. Examples (chats, completions, and
-the two of a pair, side by side) stay whole, and a row's `starts` keep them apart: none is to see another.
+A text continues from row to row, and text that follows it in a row sees it. Examples (chats, completions, and the two
+of a pair, next to each other) stay whole. A row's `starts` keep them apart: none may see another.
 """
 
 import bisect
@@ -18,12 +18,12 @@ from mft.data.tokenization import IGNORED, Documents, Encoded
 
 @dataclass
 class Rows:
-    """input_ids and labels (R, L) int32, document (R,): whose tokens a row holds, or whose come first in a packed row.
+    """Rows: input_ids and labels (R, L) int32; document (R,): the document of a row, or the first one of a packed row.
 
-    members (R,): all documents that a row has tokens of. starts (R,): where in a row examples begin that do not see
-    each other, the first at 0. sizes (R,): tokens that are not padding. source (R,): names, of rows of a mix alone. cut
-    counts the examples that were longer than a row and lost their end; left_out the pairs that were: without its end an
-    answer is another one.
+    members (R,): all documents with tokens in a row. starts (R,): where examples that must not see each other begin in
+    a row; the first is 0. sizes (R,): tokens without padding. source (R,): source names, only for rows of a mix. cut
+    counts the examples that were longer than a row and lost their end. left_out counts the pairs that were too long:
+    without its end, an answer is a different one.
     """
 
     length: int
@@ -43,13 +43,13 @@ class Rows:
 
     @property
     def padding(self) -> float:
-        """Share of all tokens."""
+        """Share of padding in all tokens."""
         return 1 - sum(self.sizes) / max(1, len(self) * self.length)
 
     def add(
         self, ids: numpy.ndarray, labels: numpy.ndarray, members: Sequence[int], starts: Sequence[int] = (0,)
     ) -> None:
-        """Append one row, padded on the right, where causal attention never looks back from a real token."""
+        """Append one row, padded on the right, where causal attention hides the padding from real tokens."""
         missing = self.length - len(ids)
         self.input_ids.append(numpy.pad(ids, (0, missing), constant_values=self.pad))
         self.labels.append(numpy.pad(labels, (0, missing), constant_values=IGNORED))
@@ -59,7 +59,7 @@ class Rows:
         self.sizes.append(len(ids))
 
     def take(self, other: "Rows", row: int, *, document: int, source: str) -> None:
-        """Append a row of another one's, padded already, as that of a source whose documents have other numbers."""
+        """Append a row of another Rows, which is padded already, with its source and its document number in the mix."""
         for name in ("input_ids", "labels", "starts", "sizes"):
             getattr(self, name).append(getattr(other, name)[row])
         self.document.append(document)
@@ -67,7 +67,7 @@ class Rows:
         self.source.append(source)
 
     def scored(self) -> list[int]:
-        """Of each row, the tokens that are scored: the first has nothing before it to be predicted from."""
+        """Return the scored tokens of each row. A row's first token cannot be scored: no token predicts it."""
         return [int((labels[1:] != IGNORED).sum()) for labels in self.labels]
 
     def reorder(self, order: Sequence[int]) -> None:
@@ -86,12 +86,12 @@ def build_rows(
     seed: int,
     tokens: int | None = None,
 ) -> Rows:
-    """At most budget rows (None: all there are), drawn over as many documents as the budget allows.
+    """Return at most budget rows (None: all), drawn from as many documents as the budget allows.
 
-    tokens: of examples that are not packed, at most so many that are not padding, but one row at least; no budget then.
-    packing fills rows with the ends and beginnings of several texts, or with several whole examples; without it no row
-    mixes documents.
-    The result is a function of the arguments alone. Order: shuffled if packing, else by document.
+    tokens: only for examples without packing: at most this many tokens without padding, but at least one row; budget is
+    then None. With packing, a row is filled with the ends and beginnings of several texts, or with several whole
+    examples. Without packing, no row mixes documents.
+    The result depends only on the arguments. Order: shuffled with packing, else by document.
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
@@ -113,7 +113,7 @@ def build_rows(
 def _text_rows(
     documents: Documents, order: list[int], length: int, pad: int, budget: int | None, packing: bool, seed: int
 ) -> Rows:
-    """With a budget a document gives at most `share` rows, from a place drawn at random: 1, or as many as it takes."""
+    """Fill rows with texts. With a budget a document gives ``share`` rows from a random place: 1, or more if needed."""
     share = None if budget is None else 1
     while True:
         rows, shortened = Rows(length, pad), False
@@ -141,7 +141,7 @@ def _text_rows(
 
 
 def _first_of_each(numbers: list[int]) -> list[int]:
-    """Indices of numbers: first where each occurs for the first time, then for the second time, and so on."""
+    """Return the indices of numbers, ordered by occurrence: first occurrences, then second occurrences, and so on."""
     seen: Counter[int] = Counter()
     occurrence = []
     for number in numbers:
@@ -156,7 +156,7 @@ def _add_full_rows(rows: Rows, example: Encoded, first: int, count: int, documen
 
 
 class _Stream:
-    """Short documents and tails laid end to end, and cut into rows."""
+    """Short documents and tails, concatenated and cut into rows."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -178,7 +178,7 @@ class _Stream:
                 self.flush()
 
     def flush(self) -> None:
-        """Close the row that is being filled."""
+        """Finish the current row."""
         if self.size > 1:
             self.rows.add(
                 numpy.concatenate([piece.ids for piece in self.pieces]),
@@ -189,7 +189,7 @@ class _Stream:
 
 
 def _shorten(rows: Rows, example: Encoded) -> Encoded | None:
-    """The example's beginning; None if that scores nothing."""
+    """Return the example cut to a row; None if no scored token is left, or if it is a pair that is too long."""
     if len(example.ids) <= rows.length:
         return example
     if len(example.starts) > 1:
@@ -221,7 +221,7 @@ def _single_examples(
 
 
 def _packed_examples(documents: Documents, order: list[int], length: int, pad: int, budget: int | None) -> Rows:
-    """Whole examples by best fit decreasing: as many of the order's first as fill the budget."""
+    """Pack whole examples by best fit decreasing: as many from the start of the order as fill the budget."""
     rows = Rows(length, pad)
     taken: list[tuple[int, Encoded]] = []
     room = None if budget is None else budget * length
@@ -235,7 +235,7 @@ def _packed_examples(documents: Documents, order: list[int], length: int, pad: i
             if room <= 0:
                 break
     sizes = [len(example.ids) for _, example in taken]
-    if budget is not None:  # the last of the order go, not the shortest
+    if budget is not None:  # leave out the last examples of the order, not the shortest
         fitting = range(len(sizes) + 1)
         count = bisect.bisect_right(fitting, budget, key=lambda n: len(best_fit_decreasing(sizes[:n], length))) - 1
         sizes = sizes[:count]
@@ -245,7 +245,7 @@ def _packed_examples(documents: Documents, order: list[int], length: int, pad: i
 
 
 def _add_packed(rows: Rows, examples: Sequence[tuple[int, Encoded]]) -> None:
-    """A row of these, the first token of each unscored: nothing that it sees could tell it."""
+    """Add a row of these examples. The first token of each is not scored, because no token predicts it."""
     ids = numpy.concatenate([example.ids for _, example in examples])
     labels = numpy.concatenate([example.labels for _, example in examples])
     ends = numpy.cumsum([0, *(len(example.ids) for _, example in examples)]).tolist()
@@ -255,13 +255,13 @@ def _add_packed(rows: Rows, examples: Sequence[tuple[int, Encoded]]) -> None:
 
 
 def best_fit_decreasing(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Numbers of sizes in groups of at most ``length`` together: the largest first, each where least room is left.
+    """Group the indices of sizes, each group at most ``length`` in sum: largest first, into the group with least room.
 
-    Needs at most 11/9 of the fewest groups there can be, and four more (Johnson, 1973).
+    Needs at most 11/9 times the minimum number of groups, plus four (Johnson, 1973).
     """
     groups: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room -> the groups that have just so much
-    rooms: list[int] = []  # those of with_room, ascending
+    with_room: dict[int, list[int]] = {}  # room -> groups with exactly this room
+    rooms: list[int] = []  # keys of with_room, ascending
     for number in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         place = bisect.bisect_left(rooms, sizes[number])
         if place < len(rooms):

@@ -1,9 +1,9 @@
 """Short problems with exact answers: arithmetic in words, conversions of units, dates and times, in 50 kinds.
 
-Rows are {"prompt", "completion"}. A problem is its kind and its numbers; of a kind's problems, drawn in a fixed order,
-the first 20 are validation's, the next 20 test's and 400 more train's, so that no problem stands in two splits.
-Train is two halves by choice, of other problems each: one to fine-tune on, and one to ask when answers are rewarded.
-Problems of one kind resemble each other and a model gets them right or wrong together, so a kind is a document.
+Rows are {"prompt", "completion"}. A problem is its kind and its numbers. The problems of a kind are drawn in a fixed
+order: the first 20 are for validation, the next 20 for test, and 400 more for train. So no problem is in two splits.
+Train can be halved into different problems: one half to fine-tune on, and one to ask when answers are rewarded.
+Problems of one kind resemble each other, and a model gets them right or wrong together. So a kind is a document.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-SPLIT_SIZES = {"validation": 20, "test": 20, "train": 400}  # problems a kind, in the order they are drawn
-PROBLEM_SUBSETS = ("finetune", "rewards")  # of train: the first half of each kind's problems, and the second
+SPLIT_SIZES = {"validation": 20, "test": 20, "train": 400}  # problems per kind, in the order in which they are drawn
+PROBLEM_SUBSETS = ("finetune", "rewards")  # of train: the first and the second half of each kind's problems
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kim", "Leo", "Mia", "Noah")
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -25,7 +25,7 @@ WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", 
 
 @dataclass(frozen=True)
 class Kind:
-    """One template: write(name, *numbers) gives question and answer; numbers are drawn from all of ranges' product."""
+    """One template: write(name, *numbers) returns question and answer. ranges: numbers come from their product."""
 
     write: Callable[..., tuple[str, object]]
     ranges: tuple[range, ...]
@@ -33,7 +33,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Problem:
-    """kind counts KINDS from 0; numbers identify the problem within its kind."""
+    """kind is an index into KINDS; numbers identify the problem within its kind."""
 
     kind: int
     numbers: tuple[int, ...]
@@ -46,7 +46,7 @@ class Problem:
 
 
 def make_problems(subset: str | None = None) -> dict[str, list[Problem]]:
-    """The problems of each split, by kind; always the same ones. subset: of train this half alone."""
+    """Return the problems of each split, by kind; always the same ones. subset: use only this half of train."""
     splits: dict[str, list[Problem]] = {split: [] for split in SPLIT_SIZES}
     for number, kind in enumerate(KINDS):
         generator = random.Random(number)
@@ -66,24 +66,24 @@ def make_problems(subset: str | None = None) -> dict[str, list[Problem]]:
 
 
 def fingerprint_of(splits: dict[str, list[Problem]]) -> str:
-    """A hash of all questions and answers."""
+    """Return a hash of all questions and answers."""
     texts = (text for split in sorted(splits) for p in splits[split] for text in (split, p.question, p.answer))
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def describe_problems(splits: dict[str, list[Problem]]) -> str:
-    """One line for a report: how many there are, and what its documents are."""
+    """Return one line for a report: how many problems there are, and what a document is."""
     sizes = " / ".join(f"{len(splits[split])} {split}" for split in ("train", "validation", "test"))
     return f"problems: {sizes} problems of {len(KINDS)} kinds, no two alike; a document is all problems of one kind"
 
 
 def _clock(hours: int, minutes: int) -> str:
-    """14:05; minutes may exceed an hour."""
+    """Return a time such as 14:05; minutes may exceed an hour."""
     return f"{hours + minutes // 60}:{minutes % 60:02}"
 
 
 def _day(number: int) -> str:
-    """A day of a common year, counted from 0: "3 May"."""
+    """Return a day of a common year, counted from 0: "3 May"."""
     day = date(2023, 1, 1) + timedelta(days=number)
     return f"{day.day} {MONTHS[day.month - 1]}"
 
@@ -96,7 +96,7 @@ TENS, TEENS, UNITS, HUNDREDS, MINUTES = range(10, 80), range(2, 24), range(2, 10
 DIGITS, DAYS = (UNITS, UNITS, UNITS), (range(365), range(7))
 
 KINDS: tuple[Kind, ...] = (
-    # One sum, difference, product or quotient of single digits, and a number that does not matter
+    # One sum, difference, product or quotient of single digits, and an irrelevant number
     Kind(lambda n, a, b, c: (f"{n} has {a} apples, {b} pears and {c} figs. How many apples and pears?", a + b), DIGITS),
     Kind(lambda n, a, b, c: (f"A vase holds {c} roses, {a} lilies and {b} tulips. All but roses?", a + b), DIGITS),
     Kind(lambda n, a, b, c: (f"Bus {c} carries {a} people and {b} get on. How many are on it?", a + b), DIGITS),

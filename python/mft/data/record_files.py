@@ -1,7 +1,7 @@
-"""Records from data files: JSON lines, parquet, CSV, a JSON array, what datasets' save_to_disk wrote; nothing else.
+"""Read records from data files: JSON lines, parquet, CSV, a JSON array, or the output of datasets' save_to_disk.
 
-A data set's card, a loading script or the features that a file declares can name URLs and other people's files, and
-datasets follows them; so files are found by their names here, and read as plain columns.
+A data set's card, a loading script or a file's declared features can name URLs and other people's files, and datasets
+follows them. So files are found by name here, and read as plain columns.
 """
 
 import bisect
@@ -30,24 +30,24 @@ from mft.files.parquet_file import read_claims
 
 FILE_TYPES = (".jsonl", ".parquet", ".csv")
 TYPES = ".jsonl, .parquet or .csv"
-ARRAY = ".json"  # of a file alone: in a directory such files are about the data
+ARRAY = ".json"  # only as a single file: in a directory, such files describe the data
 _ZIPPED = (".jsonl", ".csv")  # may end in .gz
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends must not fill the memory
-SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk: of several splits, of one
+SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk: for several splits, for one split
 _ROWS_AT_ONCE = 1024  # of a table, while it is read
-_MOST_BATCH = 2**26  # bytes of such rows, if each is as long as a dictionary of parquet
-_LONGEST_STATE = 16 * 2**20  # bytes of those files
+_MOST_BATCH = 2**26  # bytes of these rows, if each row is as long as the parquet dictionary
+_LONGEST_STATE = 16 * 2**20  # bytes of the files in SAVED
 _SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "dev", "val"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-_SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}")  # data/train_sft-00000-of-00003.parquet, as the hub names them
+_SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}")  # data/train_sft-00000-of-00003.parquet, the Hub's naming
 
 
 @dataclass
 class Records:
-    """Rows of one origin. place(i) says where row i stands; numbers[i] is its document number."""
+    """Rows of one origin. place(i) describes where row i is; numbers[i] is its document number."""
 
     rows: Sequence[dict[str, Any]]
     place: Callable[[int], str]
@@ -60,18 +60,18 @@ class Records:
 
 
 def type_of(path: Path) -> str:
-    """A file's ending, without .gz where that is read too."""
+    """Return a file's suffix, without .gz if the type may be compressed."""
     inner = path.with_suffix("").suffix
     return inner if path.suffix == ".gz" and inner in _ZIPPED else path.suffix
 
 
 def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """({split: its files in order}, files that were left out), by names alone.
+    """Return ({split: its files in order}, files that were left out), by names alone.
 
-    What save_to_disk wrote has its own splits. Else a split's word (train, validation, test or a synonym) in a file's
-    name, or in that of the nearest directory around it, says where it belongs; if no file has one, all are train.
-    CSV files beside data of another type are tables about them, and left aside.
-    Raises: ValueError if there are no data files, of several types, or one with the words of several splits.
+    Directories of save_to_disk have their own splits. Otherwise a word for a split (train, validation, test or a
+    synonym) decides, in the name of the file or of its nearest directory. If no file has one, all files are train.
+    CSV files next to data of another type are tables about the data, and are ignored.
+    Raises: ValueError if there are no data files, or files of several types, or a name with words of several splits.
     """
     if any((directory / name).is_file() for name in SAVED):
         return _saved_splits(directory), []
@@ -96,7 +96,7 @@ def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 
 def read_files(paths: Sequence[Path]) -> Records:
-    """The records of files of one type, one after another, with their content columns alone."""
+    """Return the records of files of one type, one file after another, with content columns only."""
     parts = [_READERS[type_of(path)](path) for path in paths]
     starts = list(itertools.accumulate((len(part.rows) for part in parts), initial=0))
     columns = sorted({column for part in parts for column in part.columns})
@@ -119,18 +119,18 @@ def read_files(paths: Sequence[Path]) -> Records:
 
 
 def content_alone(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the columns that no form reads."""
+    """Return the row without the columns that no form reads."""
     return {column: row[column] for column in CONTENT_COLUMNS if column in row}
 
 
-Position = tuple[int, int]  # bytes and lines of a file that lie before
+Position = tuple[int, int]  # bytes and lines of a file before it
 
 
 def read_lines(path: Path, start: Position = (0, 0), *, kept: bool = False) -> Iterator[tuple[int, str, Position]]:
-    """(number, line with its end, what lies before the next) of each line from start on.
+    """Yield (number, line with its end, position of the next line) for each line from start on.
 
-    Bytes are those of the text: of a .gz file unpacked ones, which is unpacked again up to start.
-    kept: whether the caller keeps all lines, which of a .gz file must not take more than check_growth allows.
+    Bytes count the text: in a .gz file, the unpacked bytes. Such a file is unpacked again up to start.
+    kept: whether the caller keeps all lines; for a .gz file they must then fit check_growth together.
     """
     zipped, held = path.suffix == ".gz", 0
     with gzip.open(path) if zipped else path.open("rb") as file:
@@ -157,7 +157,7 @@ def read_lines(path: Path, start: Position = (0, 0), *, kept: bool = False) -> I
 
 
 def parse_line(line: str, place: str) -> dict[str, Any] | None:
-    """The object in a line of JSON; None if the line is empty."""
+    """Return the object in a line of JSON; None if the line is empty."""
     if not line.strip(" \t\r\n\v\f"):
         return None
     try:
@@ -167,7 +167,7 @@ def parse_line(line: str, place: str) -> dict[str, Any] | None:
             f"{place}: JSON must nest a few levels deep, got one that is too deep to be read: examples need no more "
             "than messages, each with a role and a content"
         ) from None
-    except ValueError as error:  # of a number too long to be one, too
+    except ValueError as error:  # also for a number with too many digits
         raise ValueError(f"{place}: broken JSON, must be one object a line: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{place}: must be a JSON object, got a {type(row).__name__}")
@@ -177,9 +177,9 @@ def parse_line(line: str, place: str) -> dict[str, Any] | None:
 def read_csv(
     path: Path, start: Position = (0, 0), *, kept: bool = False
 ) -> Iterator[tuple[int, dict[str, str], Position]]:
-    """(line on which it begins, record, what lies before the next) of each from start on, the first after the header.
+    """Yield (first line, record, position of the next one) for each record from start on, after the header.
 
-    A record is a line, or several where quotes hold line ends. kept: as of read_lines.
+    A record is one line, or several if quotes contain line ends. kept: as for read_lines.
     """
     records = _csv_values(path, kept=kept)
     place, header, begin = next(records, (0, [], start))
@@ -197,7 +197,7 @@ def read_csv(
 
 
 def read_array(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON array, which is read whole."""
+    """Return the objects of a JSON array; the file is read whole."""
     rows = parse_value(path.read_bytes(), path)
     for place, row in enumerate(rows) if isinstance(rows, list) else [(None, rows)]:
         if place is None or not isinstance(row, dict):
@@ -207,7 +207,7 @@ def read_array(path: Path) -> list[dict[str, Any]]:
 
 
 def hash_splits(splits: Mapping[str, Sequence[Path]]) -> str:
-    """SHA-256 of which bytes belong to which split."""
+    """Return the SHA-256 of the splits and their files' contents."""
     lines = [f"{split} {sha256_of(path)}" for split, paths in sorted(splits.items()) for path in paths]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -217,7 +217,7 @@ def hash_splits(splits: Mapping[str, Sequence[Path]]) -> str:
 
 @dataclass
 class _File:
-    """What one file holds."""
+    """The content of one file."""
 
     rows: Any  # a list of dictionaries, or a pyarrow.Table
     place: Callable[[int], str]
@@ -241,11 +241,11 @@ def _read_array(path: Path) -> _File:
 
 
 def _decoded(line: bytes, place: str, start: int) -> str:
-    """The text of a line that begins at byte ``start`` of its file."""
+    """Decode a line that starts at byte ``start`` of its file."""
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        at = start + len(line) - len(error.object) + error.start  # of the line without its mark
+        at = start + len(line) - len(error.object) + error.start  # error.object lacks the byte order mark
         encoding = "UTF-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
         raise ValueError(
             f"{place}: must be UTF-8 text, got 0x{error.object[error.start]:02x} at byte {at} of the file: convert it, "
@@ -265,7 +265,7 @@ def _read_csv(path: Path) -> _File:
 def _csv_values(
     path: Path, start: Position = (0, 0), *, kept: bool = False
 ) -> Iterator[tuple[int, list[str], Position]]:
-    """(the line on which it begins, values, what lies before the next) of each that is not empty."""
+    """Yield (first line, values, position of the next record) for each record that is not empty."""
     end = begin = start
 
     def feed() -> Iterator[str]:
@@ -283,7 +283,7 @@ def _csv_values(
     limit = csv.field_size_limit()
     while True:
         begin, number = end, end[1] + 1
-        csv.field_size_limit(LONGEST_LINE)  # of all readers of the process
+        csv.field_size_limit(LONGEST_LINE)  # a setting of the whole process
         try:
             values = next(reader, None)
         except csv.Error as error:
@@ -302,10 +302,10 @@ def _csv_values(
 def read_parquet(
     path: Path, most_rows: int, start: Position = (0, 0), *, kept: bool = False
 ) -> Iterator[tuple[Position, int, pyarrow.RecordBatch, list[str]]]:
-    """((row group, rows of it before), rows of the file before, rows, names of all columns), few rows at a time.
+    """Yield ((row group, rows before in it), rows before in the file, rows, names of all columns), few rows at a time.
 
-    start: row group, and how many of its rows are left out. kept: whether the caller keeps all rows.
-    Raises: ValueError if a row group, or if kept all of them, take more than check_growth allows.
+    start: row group, and how many of its rows to skip. kept: whether the caller keeps all rows.
+    Raises: ValueError if a row group (if kept: all of them together) takes more than check_growth allows.
     """
     first, before = start
     try:
@@ -316,7 +316,7 @@ def read_parquet(
             check_growth(path, (sum if kept else max)([group.bytes for group in claims] or [0]))
             number, held = sum(group.rows for group in claims[:first]), 0
             for group in range(first, file.num_row_groups):
-                # Each row of a batch may be all that the dictionary holds.
+                # Each row of a batch may be as large as the whole dictionary.
                 rows = max(1, min(most_rows, _MOST_BATCH // max(1, claims[group].dictionary)))
                 inside = 0
                 for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
@@ -357,17 +357,17 @@ _READERS = {
 
 
 def columns_to_read(names: list[str]) -> list[str]:
-    pairs = [name for name in FORMS[PREFERENCE].needs if name in names]  # beside another form's columns
-    return list(dict.fromkeys([*content_of(names), *pairs])) or names[:1]  # without columns rows cannot be counted
+    pairs = [name for name in FORMS[PREFERENCE].needs if name in names]  # also if another form comes first
+    return list(dict.fromkeys([*content_of(names), *pairs])) or names[:1]  # one column at least, to count rows
 
 
 def _of_table(table: pyarrow.Table, path: Path, columns: list[str]) -> _File:
-    # The metadata may declare pictures and sounds, which datasets fetches from where they say.
+    # The metadata may declare pictures and sounds, which datasets would fetch from the places named there.
     return _File(table.replace_schema_metadata(None), lambda i: f"{path} row {i}", columns)
 
 
 def _saved_splits(directory: Path) -> dict[str, list[Path]]:
-    """The files of what save_to_disk wrote, which all lie in it."""
+    """Return the files of save_to_disk by split; all are inside the directory."""
     path = directory / SAVED[0]
     if not path.is_file():
         return {"train": _saved_files(directory)}
@@ -383,7 +383,7 @@ def _saved_files(directory: Path) -> list[Path]:
 
 
 def _checked(names: Any, path: Path, key: str, is_kind: Callable[[Path], bool]) -> list[str]:
-    """What a file at path lists, if that lies beside it and nowhere else."""
+    """Return the names that the file at path lists. Raises ValueError unless all of them are next to it."""
     plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
     if not plain or not names or not all(is_kind(path.parent / name) for name in names):
         raise ValueError(f"{path}: {key} must be the names of what lies beside it, got {str(names)[:100]}")
@@ -391,7 +391,7 @@ def _checked(names: Any, path: Path, key: str, is_kind: Callable[[Path], bool]) 
 
 
 def _split_by_words(directory: Path, name: Path) -> str | None:
-    """The split whose word is nearest to the end of a path inside directory."""
+    """Return the split whose word is nearest to the end of this path inside directory."""
     for part in (name.stem, *(parent.name for parent in name.parents)):
         words = set(re.split(r"[-._ 0-9]+", part.lower()))
         found = [split for split, known in _SPLIT_WORDS.items() if words & known]

@@ -1,8 +1,8 @@
-"""Records one after another, from any place where somebody stopped, of data that need not fit in memory.
+"""Read records one after another, resuming from any earlier position, for data that need not fit in memory.
 
-A position is what JSON can hold: of lines the bytes and lines before it, of parquet the row group, of the hub what
-datasets says of an iterable data set (state_dict, exact where nothing is shuffled). Files are read here as in
-record_files.py, by their names and as plain columns.
+A position is JSON-compatible. For lines it is the bytes and lines before it, and for parquet the row group. For the Hub
+it is the state_dict of datasets' iterable data set, which is exact if nothing is shuffled. Files are read as in
+record_files.py: found by name, and read as plain columns.
 """
 
 import copy
@@ -29,35 +29,35 @@ from mft.data.record_files import (
 )
 from mft.files.arrow_file import map_arrow
 
-_BATCH = 64  # rows of a table that are Python's objects at once
+_BATCH = 64  # rows of a table that are converted to Python objects at a time
 
 
 class Reader(Protocol):
-    """Reads on from where it was opened; position is behind the record that it gave last."""
+    """Reads on from the position where it was opened. ``position`` is after the record that it returned last."""
 
-    columns: dict[str, None]  # met so far, read or not
+    columns: dict[str, None]  # all columns seen so far, also those that are not read
 
     @property
     def position(self) -> Any: ...
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """(record, its place)."""
+        """Yield (record, its place for messages)."""
 
 
 @dataclass(frozen=True)
 class RecordStream:
-    """open(position) gives a Reader; None: from the beginning."""
+    """open(position) returns a Reader; position None starts at the beginning."""
 
     open: Callable[[Any], Reader]
 
 
 def stream_files(paths: Sequence[Path]) -> RecordStream:
-    """The records of files of one type, one file after another."""
+    """Return a stream of the records of files of one type, one file after another."""
     return RecordStream(lambda position: _FileReader(paths, position))
 
 
 def stream_hub(dataset: datasets.IterableDataset, name: str) -> RecordStream:
-    """Of the columns that forms read, where data say which they have: others may be pictures, to be fetched."""
+    """Stream only the columns that forms read, if the columns are known: others may hold pictures, to be fetched."""
     columns = dataset.column_names
     if columns is not None:
         dataset = dataset.select_columns(columns_to_read(columns))
@@ -65,7 +65,7 @@ def stream_hub(dataset: datasets.IterableDataset, name: str) -> RecordStream:
 
 
 def stream_records(records: Records) -> RecordStream:
-    """Records that are in memory anyway."""
+    """Return a stream of records that are in memory."""
     return RecordStream(lambda position: _RecordsReader(records, position))
 
 
@@ -73,7 +73,7 @@ def stream_records(records: Records) -> RecordStream:
 
 
 class _FileReader:
-    """position: [which file, where in it]."""
+    """position: [index of the file, position in it]."""
 
     def __init__(self, paths: Sequence[Path], position: Any) -> None:
         self._paths, self.position = paths, position or [0, None]
@@ -91,7 +91,7 @@ class _FileReader:
 
 class _HubReader:
     def __init__(self, dataset: datasets.IterableDataset, columns: Sequence[str], name: str, position: Any) -> None:
-        self._dataset, self._name = copy.deepcopy(dataset), name  # a reader's state is its own
+        self._dataset, self._name = copy.deepcopy(dataset), name  # each reader has its own state
         self._before = position
         self._number = 0 if position is None else position["rows"]
         if position is not None:
@@ -124,7 +124,7 @@ class _RecordsReader:
             yield without_filling(row) if of_arrow else row, self._records.place(self.position - 1)
 
 
-Found = Iterator[tuple[dict[str, Any], Sequence[str], str, Any]]  # record, columns, place, what lies before the next
+Found = Iterator[tuple[dict[str, Any], Sequence[str], str, Any]]  # record, columns, place, position of the next record
 
 
 def _read_jsonl(path: Path, start: Any) -> Found:
@@ -139,13 +139,13 @@ def _read_csv(path: Path, start: Any) -> Found:
 
 
 def _read_array(path: Path, start: Any) -> Found:
-    """start: objects that lie before."""
+    """start: number of earlier objects."""
     for number, row in enumerate(read_array(path)[start or 0 :], start or 0):
         yield content_alone(row), list(row), f"{path} item {number}", number + 1
 
 
 def _read_parquet(path: Path, start: Any) -> Found:
-    """start: [row group, rows of it that lie before]."""
+    """start: [row group, number of earlier rows in it]."""
     for (group, inside), number, batch, names in read_parquet(path, _BATCH, tuple(start or (0, 0))):
         for j, row in enumerate(batch.to_pylist()):
             place = f"{path} row {number + j}"
@@ -153,7 +153,7 @@ def _read_parquet(path: Path, start: Any) -> Found:
 
 
 def _read_arrow(path: Path, start: Any) -> Found:
-    """start: rows that lie before."""
+    """start: number of earlier rows."""
     try:
         table = map_arrow(path)
         names = table.column_names

@@ -1,9 +1,9 @@
 """The reserve: documents of a built-in source that no study has read, kept for one last test.
 
-reserve.txt names them by a hash of their text: header files of torch 2.13.0 that validation and test held beyond those
-that the largest study took. No other run reads one: load_splits leaves their rows out of validation and test.
-``data.subset: reserve`` makes them the test split instead; training and validation stay as they are without it. The
-library source has no reserve: studies have read every held-out file. A mix or a stream of headers leaves nothing out.
+reserve.txt lists them by a hash of their text. They are header files of torch 2.13.0 from validation and test, beyond
+those that the largest study used. Other runs never read them: load_splits leaves their rows out of validation and test.
+``data.subset: reserve`` makes them the test split instead; training and validation stay the same. The library source
+has no reserve, because studies have read every held-out file. A mix or a stream of headers leaves nothing out.
 """
 
 import functools
@@ -11,14 +11,14 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-RESERVE = "reserve"  # as data.subset
+RESERVE = "reserve"  # value of data.subset
 RESERVED_SOURCE = "headers"
 _LIST = Path(__file__).with_name("reserve.txt")
 _DIGITS = 32
 
 
 def reserved(texts: Sequence[str]) -> frozenset[int]:
-    """The numbers of those that are in the reserve."""
+    """Return the indices of the texts that are in the reserve."""
     known = _hashes()
     return frozenset(number for number, text in enumerate(texts) if _hash(text) in known)
 

@@ -1,4 +1,4 @@
-"""Where examples come from: stdlib, headers, problems, a file, a directory or a hub id, as records of three splits."""
+"""Open sources of examples (stdlib, headers, problems, a file, a directory, a Hub id) as records of three splits."""
 
 import hashlib
 import json
@@ -23,22 +23,22 @@ from mft.files.cache import sha256_of
 from mft.files.hub import hub_is_reachable
 
 SPLITS = ("train", "validation", "test")
-NAMED = ("stdlib", "headers", "problems")  # sources on every machine
+NAMED = ("stdlib", "headers", "problems")  # sources that every machine has
 STDLIB_SUBSETS = ("pretrain", "finetune")  # about 60 % and 40 % of the training files
-_KEYS = {"train": "split", "validation": "validation_split"}  # of data, that name a source's split
-MINIMUM_FILES = 20  # of an installed corpus, in each split, so that a standard error over files means something
-HELD_OUT = 8  # examples at least that are split off for validation and for test; of fewer than 40 a fifth
+_KEYS = {"train": "split", "validation": "validation_split"}  # keys of data that name a source's split
+MINIMUM_FILES = 20  # in each split of an installed corpus, so that a standard error over files is meaningful
+HELD_OUT = 8  # minimum examples split off for validation and for test; with fewer than 40 examples, a fifth
 
 
 @dataclass
 class Source:
-    """The records of the three splits, loaded when asked; fingerprint stands for all of their content.
+    """The records of the three splits, loaded on demand. fingerprint identifies all of their content.
 
-    hash finds the fingerprint again, where others may write the files meanwhile.
-    parts: the sources of a mix by name, which itself loads nothing.
-    streams: of a source that is read as training goes on; fingerprint then stands for names and sizes.
-    reserved: by split, the documents that no run reads but one that asks for them (see reserve.py).
-    counts_padding: whether padding fills data.max_eval_tokens, as it does in the stored studies of problems.
+    hash computes the fingerprint again, if others may change the files meanwhile.
+    parts: the sources of a mix by name; a mix itself loads nothing.
+    streams: for a source that is read during training; fingerprint then covers only names and sizes.
+    reserved: by split, the documents that a run reads only if it asks for them (see reserve.py).
+    counts_padding: whether padding counts for data.max_eval_tokens, as in the stored studies of problems.
     """
 
     fingerprint: str
@@ -51,11 +51,11 @@ class Source:
     counts_padding: bool = False
 
     def open_streams(self) -> dict[str, RecordStream]:
-        """Of the splits that there are; what is in memory anyway, as a corpus of this machine, has all three."""
+        """Return the streams of the available splits. A source that is in memory, such as a corpus, has all three."""
         return self.streams or {split: stream_records(records) for split, records in self.load().items()}
 
     def check(self) -> None:
-        """Raise ValueError if what was read since may not be what fingerprint stands for."""
+        """Raise ValueError if the data may have changed since the fingerprint was computed."""
         for part in self.parts.values():
             part.check()
         if self.hash is not None and self.hash() != self.fingerprint:
@@ -66,7 +66,7 @@ class Source:
 
 
 def form_of(records: Records) -> str:
-    """How records are read: the first of FORMS whose columns they have."""
+    """Return the form of records: the first of FORMS whose columns they have."""
     columns = set(records.columns)
     if (form := find_form(columns)) is not None:
         return form
@@ -81,7 +81,7 @@ def form_of(records: Records) -> str:
 
 
 def open_source(config: DataConfig) -> Source:
-    """Raises ValueError if config.source, or one of sources, is no data that can be reached; it says what to do."""
+    """Open config.source, or config.sources. Raises ValueError if data cannot be reached; it says what to do."""
     if config.sources is None:
         return _open(config)
     parts = {}
@@ -94,7 +94,7 @@ def open_source(config: DataConfig) -> Source:
 
 @contextmanager
 def of_source(name: str) -> Iterator[None]:
-    """Errors say which of data.sources they are about; "": there is one alone."""
+    """Make errors name the source in data.sources; "" means that there is only one source."""
     try:
         yield
     except ValueError as error:
@@ -135,7 +135,7 @@ def _headers(config: DataConfig) -> Source:
 
 
 def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: str) -> Source:
-    """Files that came with Python or a package, one a document."""
+    """Return files that came with Python or a package as a source, one document per file."""
     rule = f"data.source {config.source!r} must give at least {MINIMUM_FILES} files a split, got"
     if len(sources) < MINIMUM_FILES * len(SPLITS):
         raise ValueError(f"{rule} {len(sources)} in all: {remedy}, or name other data")
@@ -160,7 +160,7 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
 
 
 def _part_of(train: Records, subset: str) -> Records:
-    """The training files that belong to a subset by the hash of their text, by other digits than those of the split."""
+    """Return the training files of a subset, by the hash of their text; the split uses other digits of that hash."""
     digests = [hashlib.sha256(content_key(row, train.columns)).hexdigest()[8:16] for row in train.rows]
     first = [int(digest, 16) % 10 < 6 for digest in digests]
     return train.select([i for i, is_first in enumerate(first) if is_first == (subset == STDLIB_SUBSETS[0])])
@@ -186,7 +186,7 @@ def _check_subset(subset: str | None, known: Sequence[str], source: str) -> None
 
 
 def _problem_records(split: str, problems: Sequence[Problem]) -> Records:
-    """A kind is a document: what has one template is not independent."""
+    """Return problems as records. All problems of a kind are one document: one template makes them dependent."""
     rows = [problem.row for problem in problems]
     return Records(rows, lambda i: f"problems, {split} row {i}", ["prompt", "completion"], [p.kind for p in problems])
 
@@ -206,7 +206,7 @@ def _single_file(path: Path, config: DataConfig) -> Source:
 
 
 def _directory(directory: Path, config: DataConfig) -> Source:
-    """A directory of data files."""
+    """Open a directory of data files."""
     if config.subset is not None:
         raise ValueError(
             f"data.subset must be left out for a directory, whose card is not read, got {config.subset!r}: name the "
@@ -223,7 +223,7 @@ def _directory(directory: Path, config: DataConfig) -> Source:
         names = ", ".join(str(path.relative_to(directory)) for path in left_out[:3])
         source.notes.append(f"{config.source}: {len(left_out)} files name no split and were left out, such as {names}")
 
-    def load() -> dict[str, Records]:  # not of a stream
+    def load() -> dict[str, Records]:  # not used by a stream
         available = {name: read_files(paths) for name, paths in used.items()}
         return _complete(_cut(available, chosen), config.source, source.notes)
 
@@ -232,14 +232,14 @@ def _directory(directory: Path, config: DataConfig) -> Source:
 
 
 def _stream_of(files: Mapping[str, Sequence[Path]], chosen: Mapping[str, str]) -> Source:
-    """Of the files of splits, of which each of ours is a whole one."""
+    """Return a stream of the files of splits. Each of our splits is a whole split of the source."""
     lines = [f"{split} {path.name} {path.stat().st_size}" for split, paths in files.items() for path in paths]
     streams = {split: stream_files(files[name]) for split, name in chosen.items()}
     return Source(hashlib.sha256("\n".join(lines).encode()).hexdigest(), dict, streams=streams)
 
 
 def _hub(config: DataConfig) -> Source:
-    """A data set of the hub, through the datasets library."""
+    """Open a data set of the Hub, through the datasets library."""
     loaded = _load_from_hub(config)
     chosen = _chosen(loaded, config)
     if config.streaming:
@@ -262,14 +262,14 @@ def _hub(config: DataConfig) -> Source:
 
 
 def _load_from_hub(config: DataConfig) -> dict[str, Any]:
-    """Every split of the source: a Dataset, or an IterableDataset of a stream."""
+    """Load every split of the source: as a Dataset, or with streaming as an IterableDataset."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
         raise ValueError(
             f"data.source must be {', '.join(NAMED)}, a {ARRAY}, {TYPES} file, a directory or a hub id, "
             f"got {config.source!r}"
         )
     online = hub_is_reachable()
-    try:  # datasets answers an empty file with StopIteration
+    try:  # datasets raises StopIteration for an empty file
         with _offline(not online):
             loaded = datasets.load_dataset(config.source, config.subset, streaming=config.streaming)
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
@@ -291,7 +291,7 @@ def _load_from_hub(config: DataConfig) -> dict[str, Any]:
 
 @contextmanager
 def _offline(wanted: bool) -> Iterator[None]:
-    """datasets told that there is no network, so that it looks into its cache at once."""
+    """Make datasets believe that there is no network, if wanted, so that it uses its cache at once."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or wanted
     try:
@@ -301,12 +301,12 @@ def _offline(wanted: bool) -> Iterator[None]:
 
 
 def _name_of(expression: str) -> str:
-    """train, of train[:1000]."""
+    """Return "train" for "train[:1000]"."""
     return expression.partition("[")[0]
 
 
 def _chosen(names: Collection[str], config: DataConfig) -> dict[str, str]:
-    """What of the splits of these names becomes which of ours, as data.split says: "train", or a part of it."""
+    """Map our splits to the source's splits (names) or parts of them, as data.split says: "train" or "train[:10%]"."""
     chosen = {"train": config.split}
     if config.validation_split is not None:
         chosen["validation"] = config.validation_split
@@ -329,7 +329,7 @@ def _chosen(names: Collection[str], config: DataConfig) -> dict[str, str]:
 
 
 def _cut(available: Mapping[str, Records], chosen: Mapping[str, str]) -> dict[str, Records]:
-    """ "train[:1000]" and "train[:10%]" are parts of a split."""
+    """Select the chosen splits. "train[:1000]" and "train[:10%]" are parts of a split."""
     cut = {}
     for split, expression in chosen.items():
         name = _name_of(expression)
@@ -347,7 +347,7 @@ def _cut(available: Mapping[str, Records], chosen: Mapping[str, str]) -> dict[st
 
 
 def _complete(records: dict[str, Records], source: str, notes: list[str]) -> dict[str, Records]:
-    """Split off by content hash what the source lacks of validation and test: see _split_off."""
+    """Split off missing validation and test splits from train by content hash; see _split_off."""
     for split, found in records.items():
         if not len(found.rows):
             raise ValueError(f"data.source {source!r} must hold examples, got an empty {split} split")
@@ -364,10 +364,10 @@ def _complete(records: dict[str, Records], source: str, notes: list[str]) -> dic
 
 
 def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
-    """Train and the lacking splits: a tenth of the hashes each, and HELD_OUT examples at least if there are 40.
+    """Return train and the missing splits: a tenth of the hashes each, and at least HELD_OUT examples if there are 40.
 
-    Equal rows fall into the same split, whatever their order. If a tenth is fewer, more of train is taken: for
-    validation the rows with the smallest hashes, for test those with the largest.
+    Equal rows fall into the same split, and their order does not matter. If a tenth is too few, more rows of train are
+    taken: those with the smallest hashes for validation, those with the largest for test.
     """
     share = {"validation": 8, "test": 9}
     columns = content_of(records.columns)
@@ -384,9 +384,9 @@ def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
     least = max(1, min(HELD_OUT, len(distinct) // 5))
     missing = {split: max(0, least - len(group)) for split, group in groups.items()}
     rest = [digest for digest in distinct if not any(digest in group for group in groups.values())]
-    if len(rest) <= sum(missing.values()):  # so few that nothing would be left to train on
+    if len(rest) <= sum(missing.values()):  # otherwise nothing would be left to train on
         groups = {split: set(distinct[i * least : (i + 1) * least]) for i, split in enumerate(lacking)}
-    else:  # from the two ends, so that an example more moves few others
+    else:  # from the two ends, so that one more example moves few others
         for split, ordered in (("validation", rest), ("test", rest[::-1])):
             if split in groups:
                 groups[split].update(ordered[: missing[split]])
@@ -398,7 +398,7 @@ def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
 
 
 def content_key(row: dict[str, Any], columns: Sequence[str]) -> bytes:
-    """What makes two rows the same example: an id beside the same text does not."""
+    """Return a key that is equal for two rows with the same content; other columns, such as an id, do not count."""
     row = {key: row[key] for key in columns if key in row} or row
     return json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
 

@@ -1,4 +1,4 @@
-"""The records of one source become the rows of three splits, with what has to be said of them."""
+"""Turn the records of one source into the rows of three splits, with notes for the reader."""
 
 import math
 from typing import Any
@@ -8,15 +8,15 @@ from mft.data.packing import Rows, build_rows
 from mft.data.sources import SPLITS, Source
 from mft.data.tokenization import open_documents
 
-# Below these, a comparison says nothing: the standard error over 8 documents is itself known to a quarter, and the mean
-# loss of 256 tokens, each of which varies by about 1 nat, to 0.06.
+# Below these limits, a comparison means nothing. The standard error over 8 documents is itself uncertain by a quarter.
+# The mean loss of 256 tokens is uncertain by 0.06 nats per token, because a token's loss varies by about 1 nat.
 FEW_DOCUMENTS, FEW_TOKENS = 8, 256
 
 
 def build_splits(
     config: DataConfig, tokenizer: Any, source: Source, share: float = 1.0, *, pairs: bool = False
 ) -> tuple[dict[str, Rows], list[str]]:
-    """(rows by split, notes); share: of the token budgets; pairs: see load_splits.
+    """Return (rows by split, notes). share: part of the token budgets that is used; pairs: see load_splits.
 
     Raises: ValueError if a split has no row with a token to score.
     """
@@ -53,18 +53,18 @@ def build_splits(
 
 
 def row_budget(config: DataConfig, share: float, *, training: bool) -> int | None:
-    """Whole rows, at least one, of a share of the token budget; None: no end."""
+    """Return the number of whole rows, at least one, in a share of the token budget; None: no limit."""
     tokens = config.max_train_tokens if training else config.max_eval_tokens
     return None if tokens is None else max(1, math.ceil(share * (tokens // config.sequence_length)))
 
 
 def pad_of(tokenizer: Any) -> int:
-    """Any token will do: padding is neither scored nor seen by what is."""
+    """Return the padding token. Any token works: padding is not scored, and scored tokens do not see it."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def describe_rows(split: str, rows: Rows, empty: int, covered: int, available: int) -> list[str]:
-    """What became of a split's documents; the last line is the summary."""
+    """Return lines on what happened to a split's documents; the last line is the summary."""
     notes = []
     if empty:
         notes.append(f"{split}: {empty} examples have nothing to score (empty text, or no answer) and were left out")
@@ -86,7 +86,7 @@ def describe_rows(split: str, rows: Rows, empty: int, covered: int, available: i
 
 
 def warn_of_few(split: str, documents: int, scored: int) -> list[str]:
-    """A line if what a split scores is too little to judge a model by; none otherwise."""
+    """Return a warning if a split's scored tokens or documents are too few to judge a model; otherwise no lines."""
     if documents >= FEW_DOCUMENTS and scored >= FEW_TOKENS:
         return []
     return [

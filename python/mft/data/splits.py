@@ -1,4 +1,4 @@
-"""Data for training and evaluation: three datasets of fixed-length rows, made once and kept in the cache."""
+"""Data for training and evaluation: three data sets of fixed-length rows, made once and kept in the cache."""
 
 import dataclasses
 import hashlib
@@ -23,25 +23,25 @@ from mft.files.cache import cache_root, sha256_of
 
 logger = logging.getLogger(__name__)
 
-# Keys that configurations lacked before: where they say nothing, the name of rows stays.
+# Keys added to the configuration later. They do not enter the rows' key while they have these defaults.
 _LATER = {"sources": None, "stopping_strategy": "first_exhausted", "streaming": False, "buffer_size": 1000}
-FORMAT = 5  # counts up when the rows made from the same data change
-_FORMAT_OF_NAMED = 4  # of NAMED sources, whose rows have stayed since
+FORMAT = 5  # increment when the rows made from the same data change
+_FORMAT_OF_NAMED = 4  # for NAMED sources, whose rows have not changed since
 NOTES_FILE = "notes.json"
 FILES = (*(f"{split}.arrow" for split in SPLITS), NOTES_FILE)
-SUMS_FILE = "SHA256SUMS"  # of those, as sha256sum writes it
+SUMS_FILE = "SHA256SUMS"  # of FILES, in the format of sha256sum
 
 
 @dataclass
 class Splits:
-    """Three datasets with columns input_ids and labels (sequence_length each; -100 is not scored), document and starts.
+    """Three data sets with columns input_ids, labels (each sequence_length; -100 is not scored), document and starts.
 
-    Rows of validation and test never mix documents; those of train do if data.packing is on. starts: where in a row
-    examples begin that do not see each other, 0 alone in a row of one and in rows of texts.
-    A mix of several sources has a column source besides, their names; no two share a number of a document.
-    notes says in sentences what a reader of the results must know: where splits came from, what was cut or left out.
-    key names the rows: another configuration, source or tokenizer gives another one.
-    With data.streaming train has no length, and is made as it is read; the others are in memory.
+    Rows of validation and test never mix documents; rows of train do if data.packing is on. starts: where in a row
+    examples begin that must not see each other; only 0 in a row with one example, and in rows of texts.
+    A mix also has a column source with the sources' names; no two sources share a document number.
+    notes: sentences that a reader of the results must know: where splits came from, what was cut or left out.
+    key identifies the rows: another configuration, source or tokenizer has another key.
+    With data.streaming, train has no length, and is made while it is read; the others are in memory.
     """
 
     train: datasets.Dataset | StreamedRows
@@ -52,13 +52,14 @@ class Splits:
 
 
 def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None, *, pairs: bool = False) -> Splits:
-    """The rows of config.source, which may be open already; max_train_tokens counts whole rows, padding included.
+    """Return the rows of config.source, or of ``source`` if it is open already.
 
-    max_eval_tokens (for validation and test each) does so too for texts and problems; of other examples, which have a
-    row each, it counts what is not padding. Both spread over as many documents as they can.
+    max_train_tokens counts whole rows, padding included. max_eval_tokens (for validation and test each) does the same
+    for texts and problems. For other examples, which have one row each, it counts tokens without padding. Both are
+    spread over as many documents as possible.
     pairs: rows hold preference pairs, two examples each, the chosen and the rejected one; for objectives that compare.
     The evaluation rows do not depend on config.seed, so that runs with different seeds can be compared.
-    Raises: ValueError naming the file, line or row, and the rule that it breaks.
+    Raises: ValueError that names the file, line or row, and the rule that it breaks.
     """
     if config.streaming and pairs:
         raise ValueError(
@@ -76,7 +77,7 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
             logger.warning("the rows kept in %s are damaged or incomplete: they are made again", directory)
         built, notes = (build_mix if source.parts else build_splits)(config, tokenizer, source, pairs=pairs)
         source.check()
-        # Looked at again: another process may have made them meanwhile, and have opened them.
+        # Check again: another process may have made and opened them meanwhile.
         with atomic_directory(directory, replace=not _is_whole(directory)) as scratch:
             for split, rows in built.items():
                 _write(rows, scratch / f"{split}.arrow")
@@ -95,7 +96,7 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
 
 
 def _streamed(config: DataConfig, tokenizer: Any, source: Source) -> Splits:
-    """Nothing of it is kept in the cache; the key knows of train what its files are called, and how large they are."""
+    """Stream the rows; nothing is cached. For train, the key covers only the names and sizes of the files."""
     train, held_out, notes = open_streamed(config, tokenizer, source)
     validation, test = (datasets.Dataset(_table(held_out[split])) for split in SPLITS[1:])
     seen = hashlib.sha256(b"".join(rows.tobytes() for split in SPLITS[1:] for rows in held_out[split].input_ids))
@@ -106,7 +107,7 @@ def _streamed(config: DataConfig, tokenizer: Any, source: Source) -> Splits:
 
 
 def _is_whole(directory: Path) -> bool:
-    """Whether the rows in directory are, byte for byte, those that were written."""
+    """Return whether the rows in directory are, byte for byte, those that were written."""
     files = [directory / name for name in (*FILES, SUMS_FILE)]
     return all(path.is_file() for path in files) and files[-1].read_bytes() == _sums(directory).encode()
 
@@ -116,7 +117,7 @@ def _sums(directory: Path) -> str:
 
 
 def _key(config: DataConfig, source: str, tokenizer: Any, *, pairs: bool) -> str:
-    """One name for the same rows: configuration, content of the source, and tokenizer."""
+    """Return the key of the rows, from configuration, content of the source, and tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     said = dataclasses.asdict(config)
@@ -138,7 +139,7 @@ def _key(config: DataConfig, source: str, tokenizer: Any, *, pairs: bool) -> str
 
 
 def _write(rows: Rows, path: Path) -> None:
-    """An Arrow stream, which datasets maps into memory instead of reading."""
+    """Write an Arrow stream, which datasets maps into memory instead of reading."""
     table = _table(rows)
     with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=1024)

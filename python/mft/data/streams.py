@@ -1,10 +1,10 @@
-"""Rows of data that need not fit in memory, made as they are asked for, in an order that a small state can restore.
+"""Rows of data that need not fit in memory. They are made on demand, in an order that a small state can restore.
 
-    records  ->  a window of data.buffer_size documents  ->  rows of it, packed and shuffled  ->  the mix
+    records  ->  a window of data.buffer_size documents  ->  its rows, packed and shuffled  ->  the mix
 
-What comes of a window depends on its documents, data.seed and its number alone. So a state is where the window begins
-and how many of its rows were given: who goes on there reads and tokenises that window again, and nothing before it.
-(The state of datasets' own shuffled streams leaves out what their buffers hold, and so do not go on exactly.)
+The rows of a window depend only on its documents, data.seed and its number. So a state holds where the window begins,
+and how many of its rows were given. To resume, that window is read and tokenised again, and nothing before it. (The
+state of datasets' own shuffled streams lacks the contents of their buffers, so these do not resume exactly.)
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from mft.data.sources import SPLITS, Source, content_key, form_of, of_source
 from mft.data.split_rows import describe_rows, pad_of, row_budget, warn_of_few
 from mft.data.tokenization import open_documents
 
-HELD_OUT = 128  # documents for validation, and as many for test, where no budget says how many
-_FIRST = 64  # documents whose columns say how all are read
-_LONGEST_WINDOW = 2**25  # characters, beyond which a window takes no further document
+HELD_OUT = 128  # documents for validation, and as many for test, if there is no budget
+_FIRST = 64  # documents whose columns decide how all are read
+_LONGEST_WINDOW = 2**25  # characters; a longer window takes no further document
 
 
 @dataclass(frozen=True)
 class StreamedRow:
-    """A row as of Rows; document: that document's number in its source."""
+    """A row as in Rows. document: number of its document in its source."""
 
     input_ids: Any
     labels: Any
@@ -44,9 +44,9 @@ class StreamedRow:
 
 
 class StreamedRows:
-    """Training rows without end, as an iterator of (number, row): what ends begins again, shuffled otherwise.
+    """Endless training rows, as an iterator of (number, row). A source that ends starts again, shuffled differently.
 
-    holds_packed_rows: whether rows may hold examples that are not to see each other.
+    holds_packed_rows: whether rows may hold examples that must not see each other.
     """
 
     def __init__(self, sources: Mapping[str, "SourceRows"], config: DataConfig) -> None:
@@ -54,8 +54,8 @@ class StreamedRows:
         self.length = config.sequence_length
         self.weights = {name: given.weight for name, given in (config.sources or {}).items()} or {"": 1.0}
         self.holds_packed_rows = any(source.packs for source in sources.values())
-        self._taken = {name: Taken() for name in self._sources}  # in all
-        self._now = [0] * len(self._sources)  # rows since all began together
+        self._taken = {name: Taken() for name in self._sources}  # in total
+        self._now = [0] * len(self._sources)  # rows since all sources last started together
         self._ahead: list[StreamedRow] = []
         self._number = 0
 
@@ -68,19 +68,19 @@ class StreamedRows:
         return self._number - 1, row
 
     def peek(self, count: int) -> list[StreamedRow]:
-        """The next rows, which come nonetheless."""
+        """Return the next rows without consuming them."""
         self._ahead += [self._next() for _ in range(count - len(self._ahead))]
         return self._ahead[:count]
 
     def state(self) -> dict[str, Any]:
-        """What JSON can hold, for restore. Not between a peek and its rows."""
+        """Return a JSON-compatible state for restore. Do not call between a peek and the rows that it returned."""
         assert not self._ahead
         sources = {name: source.state() for name, source in self._sources.items()}
         taken = {name: asdict(taken) for name, taken in self._taken.items()}
         return {"row": self._number, "now": list(self._now), "taken": taken, "sources": sources}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where state was taken, of the same configuration and data. Raises: ValueError if these differ."""
+        """Resume where state was taken, with the same configuration and data. Raises: ValueError if these differ."""
         self._ahead.clear()
         self._number, self._now = state["row"], list(state["now"])
         self._taken = {name: Taken(**taken) for name, taken in state["taken"].items()}
@@ -89,7 +89,7 @@ class StreamedRows:
                 source.restore(state["sources"][name])
 
     def describe(self) -> list[str]:
-        """Lines on what was taken so far."""
+        """Return lines on what was taken so far."""
         lines = [
             f"{name}: train: {line}".removeprefix(": ")
             for name, source in self._sources.items()
@@ -116,26 +116,26 @@ class StreamedRows:
 
 @dataclass
 class _Place:
-    """Where a source stands: its pass, the window and where that begins, and how many rows of both were given.
+    """Where a source stands: its pass, its window and where that begins, and how many rows of each were given.
 
-    cut, empty: examples in the windows before, as of Rows and Documents.
+    cut, empty: numbers of examples in earlier windows, as in Rows and Documents.
     """
 
     passes: int
     window: int
-    position: Any  # of the records' stream
+    position: Any  # in the records' stream
     document: int
     given: int = 0
-    given_before: int = 0  # in this pass
+    given_before: int = 0  # in earlier windows of this pass
     cut: int = 0
     empty: int = 0
 
 
 @dataclass
 class SourceRows:
-    """Training rows of one source. begin, first: position and number of the first document; columns: what they have.
+    """Training rows of one source. begin, first: position and number of the first document; columns: of its records.
 
-    held_out: hashes of documents that are not trained on, wherever they stand.
+    held_out: hashes of documents that are never trained on, wherever they occur.
     """
 
     name: str
@@ -149,8 +149,8 @@ class SourceRows:
     _reader: Reader | None = None
     _records: Iterator[tuple[dict[str, Any], str]] = field(default_factory=lambda: iter(()))
     _window: Rows | None = None
-    _behind: tuple[Any, int] = (None, 0)  # position and document where the window ends
-    _empty: int = 0  # in the window
+    _behind: tuple[Any, int] = (None, 0)  # position and document number at the end of the window
+    _empty: int = 0  # examples in the window with nothing to score
 
     def __post_init__(self) -> None:
         self._place = _Place(0, 0, self.begin, self.first)
@@ -161,7 +161,7 @@ class SourceRows:
         return self.config.packing and form_of(records) != "text"
 
     def next_row(self) -> StreamedRow | None:
-        """None where a pass ends. Raises: ValueError where it had no row."""
+        """Return the next row; None at the end of a pass. Raises: ValueError if the whole pass had no row."""
         place = self._place
         while True:
             if self._window is None and not self._open_window():
@@ -186,7 +186,7 @@ class SourceRows:
         self._window = self._reader = None
 
     def describe(self) -> list[str]:
-        """What became of the documents so far, where that is not seen in their rows."""
+        """Return lines on what happened to the documents so far that their rows do not show."""
         place, window = self._place, self._window
         cut, empty = place.cut + (0 if window is None else window.cut), place.empty + (window is not None) * self._empty
         lines = {
@@ -212,7 +212,7 @@ class SourceRows:
                 )
 
     def _open_window(self) -> bool:
-        """Read and tokenise the next documents; False where there is none."""
+        """Read and tokenise the next documents. Return False if there are none."""
         place, config = self._place, self.config
         if self._reader is None:
             self._reader = self.stream.open(place.position)
@@ -265,11 +265,11 @@ class SourceRows:
 def open_streamed(
     config: DataConfig, tokenizer: Any, source: Source
 ) -> tuple[StreamedRows, dict[str, Rows], list[str]]:
-    """(training rows, rows of validation and test, notes).
+    """Return (training rows, rows of validation and test, notes).
 
-    Held out are a source's own splits if it has such, else its first documents, which training passes over, and
-    whatever equals them; of max_eval_tokens a row a document.
-    Raises: ValueError, naming the source.
+    Held-out rows come from the source's own splits if it has them, else from its first documents, which training skips.
+    Training also skips every document that equals a held-out one. max_eval_tokens counts one row per document.
+    Raises: ValueError that names the source.
     """
     parts = source.parts or {"": source}
     weights = {name: given.weight for name, given in (config.sources or {}).items()} or {"": 1.0}
@@ -291,7 +291,7 @@ def content_hash(row: dict[str, Any], columns: Sequence[str]) -> bytes:
 
 
 def count_rows(dataset: Any) -> int | None:
-    """None of a stream."""
+    """Return the number of rows; None for a stream."""
     return None if isinstance(dataset, StreamedRows) else len(dataset)
 
 
@@ -301,12 +301,12 @@ def count_rows(dataset: Any) -> int | None:
 def _open(
     name: str, config: DataConfig, tokenizer: Any, source: Source, share: float
 ) -> tuple[SourceRows, dict[str, Rows], list[str]]:
-    """Read what is held out, and see what the rest will be."""
+    """Read the held-out records, and look at the first training records."""
     opened, notes = source.open_streams(), list(source.notes)
     training = opened["train"].open(None)
     records = iter(training)
     begin: Any = None
-    first = 0  # of the documents that are trained on
+    first = 0  # number of the first training document
     budget = row_budget(config, share, training=False)
     held: dict[str, Records] = {}
     for split in SPLITS[1:]:
@@ -336,7 +336,7 @@ def _open(
 def _records_of(
     reader: Reader, records: Iterator[tuple[dict[str, Any], str]] | None, budget: int | None, first: int
 ) -> Records:
-    """The next ones of a reader, as many as a budget of rows takes; records: where it is being read already."""
+    """Return the next records of a reader, up to a budget of rows. records: its iterator, if it is in use already."""
     found = list(itertools.islice(iter(reader) if records is None else records, budget or HELD_OUT))
     places = [place for _, place in found]
     numbers = range(first, first + len(found))
@@ -367,7 +367,7 @@ def _hash(rows: Rows) -> int:
 
 
 def _characters(value: Any) -> int:
-    """Of all strings in a record."""
+    """Return the number of characters of all strings in a record."""
     if isinstance(value, str):
         return len(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

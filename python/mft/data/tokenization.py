@@ -1,6 +1,6 @@
-"""One record becomes token ids and labels: chat messages, prompt and completion, plain text, or a pair of the former.
+"""Turn a record into token ids and labels: chat messages, prompt and completion, plain text, or a preference pair.
 
-labels repeat the ids that are scored and hold IGNORED elsewhere; models shift them by one themselves.
+labels repeat the scored ids and hold IGNORED elsewhere. Models shift them by one themselves.
 """
 
 import re
@@ -17,15 +17,15 @@ from mft.data.formats import FORMS, PREFERENCE, Chat, Completion, read_example, 
 from mft.data.sources import Records, form_of
 
 IGNORED = -100
-# What a template refuses or runs into, its sandbox's refusals (SecurityError) and raise_exception among it.
+# Errors of a chat template, including its sandbox's refusals (SecurityError) and raise_exception.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError)
-BATCH = 64  # records tokenised at once: tokenizers spread a batch over the cores
-PIECE = 2**20  # characters tokenised at once, for each of which a tokenizer takes about 200 bytes
+BATCH = 64  # records tokenised at a time: tokenizers spread a batch over the cores
+PIECE = 2**20  # characters tokenised at a time; a tokenizer takes about 200 bytes per character
 
 
 @dataclass
 class Encoded:
-    """ids and labels, both int32 (T,). starts: where examples begin, two of a pair: the chosen and the rejected one."""
+    """ids and labels, both int32 (T,). starts: where examples begin; a pair has two, the chosen and the rejected."""
 
     ids: numpy.ndarray
     labels: numpy.ndarray
@@ -34,19 +34,19 @@ class Encoded:
 
 @dataclass
 class Documents:
-    """The examples of one split, tokenised only as far as they are asked for."""
+    """The examples of one split, tokenised on demand."""
 
     records: Records
     encode: Callable[[Sequence[dict[str, Any]], Callable[[int], str]], list[Encoded]]
     is_text: bool
-    empty: int = 0  # examples met so far without a token to score
+    empty: int = 0  # examples so far without a token to score
     _known: dict[int, Encoded] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records.rows)
 
     def encoded(self, order: Sequence[int]) -> Iterator[tuple[int, Encoded]]:
-        """(index, example) in the given order; those without a token to score are left out and counted."""
+        """Yield (index, example) in this order. Examples without a token to score are left out and counted."""
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
             new = [i for i in batch if i not in self._known]
@@ -60,9 +60,9 @@ class Documents:
 
 
 def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool, pairs: bool = False) -> Documents:
-    """Records as the examples that their columns make them: chats, completions or texts; with pairs, pairs of these.
+    """Return records as examples, by their columns: chats, completions or texts; with pairs, pairs of the first two.
 
-    Raises: ValueError if records are no pairs and pairs are asked for, or are nothing else and they are not.
+    Raises: ValueError if pairs are requested but the records are no pairs, or the other way round.
     """
     form = _form(records, pairs)
     if form == "text":
@@ -105,7 +105,7 @@ def _form(records: Records, pairs: bool) -> str:
 
 
 def _pair(chosen: Encoded, rejected: Encoded) -> Encoded:
-    """Nothing, unless both score something."""
+    """Join the two of a pair; the result is empty unless both have a scored token."""
     if not (_scored(chosen) and _scored(rejected)):
         return _whole([])
     ids, labels = (numpy.concatenate([getattr(one, name) for one in (chosen, rejected)]) for name in ("ids", "labels"))
@@ -113,7 +113,7 @@ def _pair(chosen: Encoded, rejected: Encoded) -> Encoded:
 
 
 def _texts(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenizer: Any) -> list[Encoded]:
-    """tokens eos, all scored; an empty text gives none. A long text is tokenised in pieces, cut where a line ends."""
+    """Encode texts as tokens + eos, all scored; an empty text has none. Long texts are split at line ends."""
     texts = [read_string(row, "text", place(j)) for j, row in enumerate(rows)]
     examples = []
     for group in _groups(texts):
@@ -125,7 +125,7 @@ def _texts(rows: Sequence[dict[str, Any]], place: Callable[[int], str], tokenize
 
 
 def _completion(example: Completion, tokenizer: Any) -> Encoded:
-    """prompt completion eos, with the completion and eos scored."""
+    """Encode prompt + completion + eos; completion and eos are scored."""
     prompt, completion = example.prompt, example.completion
     head, both = _tokens([prompt, prompt + completion], tokenizer)
     head = head[: len(head) - (head[-1:] == [tokenizer.eos_token_id])]  # some tokenizers close every text
@@ -157,7 +157,7 @@ def _chat(chat: Chat, place: str, tokenizer: Any, assistant_only: bool) -> Encod
 
 
 def _by_prefixes(tokenizer: Any, chat: Chat, place: str) -> Encoded:
-    """An assistant turn is what the template adds to the generation prompt before it, up to its end-of-turn token."""
+    """Score each assistant turn: what the template adds after the generation prompt, up to the end-of-turn token."""
     messages = chat.messages
     ids = _templated(tokenizer, chat, messages, place)["input_ids"]
     labels = numpy.full(len(ids), IGNORED, dtype=numpy.int32)
@@ -173,13 +173,13 @@ def _by_prefixes(tokenizer: Any, chat: Chat, place: str) -> Encoded:
         special = set(tokenizer.all_special_ids)
         closing = [i for i in range(len(before), end) if ids[i] in special]
         if closing:
-            end = closing[-1] + 1  # without the newline that ChatML puts after its end-of-turn token
+            end = closing[-1] + 1  # excludes the newline that ChatML adds after its end-of-turn token
         labels[len(before) : end] = ids[len(before) : end]
     return Encoded(_array(ids), labels)
 
 
 def _check_calls(chat: Chat, template: str, place: str) -> None:
-    """A turn that is calls alone would be an empty answer by a template that does not know them."""
+    """Raise ValueError if a turn has only tool calls and the template renders none: its answer would be empty."""
     for turn, message in enumerate(chat.messages):
         if "tool_calls" in message and not message["content"].strip() and "tool_calls" not in template:
             raise ValueError(
@@ -202,7 +202,7 @@ def _not_a_continuation(chat: Chat, turn: int, place: str) -> ValueError:
 def _templated(
     tokenizer: Any, chat: Chat, messages: list[dict[str, Any]], place: str, **asked: bool
 ) -> dict[str, list[int]]:
-    """Messages that chat begins with, or all of them."""
+    """Apply the chat template to the chat's messages, or to the first ones."""
     try:
         return tokenizer.apply_chat_template(messages, tools=chat.tools, return_dict=True, **asked)
     except _TEMPLATE_ERRORS as error:
@@ -224,7 +224,7 @@ def _template(tokenizer: Any, place: str, tools: list[dict[str, Any]] | None) ->
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Texts that follow each other, of at most PIECE characters together, or one that has more."""
+    """Yield groups of consecutive texts, of at most PIECE characters together, or of one longer text."""
     group: list[str] = []
     for text in texts:
         if group and sum(map(len, group)) + len(text) > PIECE:
@@ -236,7 +236,7 @@ def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _long_tokens(text: str, tokenizer: Any) -> array:
-    """As _tokens of one text, but for the tokens that a cut divides, and in the memory of one piece."""
+    """Tokenise one text in pieces, with the memory of one piece. Only tokens across a cut differ from _tokens."""
     ids = array("i")
     start = 0
     while start < len(text):
@@ -269,5 +269,5 @@ def _array(values: Sequence[int]) -> numpy.ndarray:
 
 
 def _scored(example: Encoded) -> bool:
-    """Whether a token after the first is scored: the first has nothing before it to be predicted from."""
-    return bool((example.labels[1:] != IGNORED).any())  # of a pair both do; see _pair
+    """Return whether a token after the first is scored; no token predicts the first."""
+    return bool((example.labels[1:] != IGNORED).any())  # in a pair, both examples have one; see _pair
