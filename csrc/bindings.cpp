@@ -1,6 +1,6 @@
-// The ops of namespace mft_cpu: schemas, and what leads from tensors to the kernels. Built on torch's stable ABI, so
-// that one shared object serves torch 2.11 and newer. Inputs are contiguous, and 2-d but for the tokens of
-// masked_linear: mft_kernels/backends/cpu/__init__.py sees to it.
+// The ops of namespace mft_cpu: their schemas, and the functions that pass tensors to the kernels. They use torch's
+// stable ABI, so one shared object serves torch 2.11 and newer. mft_kernels/backends/cpu/__init__.py makes every input
+// contiguous and 2-d; only x of masked_linear may have any number of dimensions, at least one.
 
 #include <atomic>
 #include <cstring>
@@ -94,7 +94,7 @@ void grad_scores_(Tensor out, Tensor grad_output, Tensor x, std::optional<Tensor
     sign.score_format = format_of(*scores, "scores");
   }
   const Matrix destination = output(out, "out");
-  if (!accumulate) {  // then it is most likely new
+  if (!accumulate) {  // then out was most likely just allocated
     expect_writes(destination.data, w.rows * w.columns * mft::bytes_of(destination.format), in.rows);
   }
   mft::grad_scores(cpu, destination, grad, in, w, sign, accumulate, mft::path_of(path));
@@ -156,7 +156,7 @@ void* moment(const Tensor& t, const Tensor& scores, bool coded, const char* name
   return t.mutable_data_ptr();
 }
 
-// k < 0: no threshold is asked for; then the result is no threshold.
+// Run one optimiser step. With k < 0 no threshold is requested, and the returned value is not a threshold.
 Tensor score_step_(Tensor scores, Tensor grad, std::optional<Tensor> weight, Tensor exp_avg, Tensor exp_avg_sq,
                    std::optional<Tensor> scales, int64_t step, double step_size, double beta1, double beta2,
                    double correction, double eps, double decay, std::optional<Tensor> grad_scale, int64_t seed,
@@ -216,7 +216,8 @@ Tensor score_step_(Tensor scores, Tensor grad, std::optional<Tensor> weight, Ten
   return threshold;
 }
 
-// The paths that a product of these sizes has, the fastest first, with commas. `capability` may be one that cannot run here.
+// Return the paths of a product of these sizes, the fastest first, separated by commas. `capability` may be one that
+// this CPU cannot run.
 std::string paths(Text capability, Text product, Text dtype, int64_t m, int64_t n, int64_t k,
                   double weight_bytes, double mask_bytes) {
   const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes, mask_bytes};
@@ -228,12 +229,13 @@ std::string paths(Text capability, Text product, Text dtype, int64_t m, int64_t 
   return names;
 }
 
-// What `paths` and `path_work` take as weight_bytes, of bytes an element; see choice.h.
+// Return the weight_bytes argument of `paths` and `path_work`, from bytes per element; see choice.h.
 double weight_bytes(Text product, int64_t weight, double mask, int64_t out, bool accumulate) {
   return mft::weight_bytes(mft::product_of(product), static_cast<int>(weight), mask, static_cast<int>(out), accumulate);
 }
 
-// How much there is to do on a path, in the terms of the model: numbers, with commas. `paths` says which is the fastest.
+// Return the work on a path in the terms of the cost model, as numbers separated by commas. `paths` returns the fastest
+// path first.
 std::string path_work(Text capability, Text path, Text product, Text dtype, int64_t m, int64_t n, int64_t k,
                       double weight_bytes, double mask_bytes) {
   const mft::Call call{mft::product_of(product), mft::format_of(dtype), m, n, k, weight_bytes, mask_bytes};

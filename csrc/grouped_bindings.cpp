@@ -1,5 +1,5 @@
-// The ops of namespace mft_cpu over experts (cpu/grouped.h), and what chooses their masks. All but the weight is contiguous:
-// mft_kernels/backends/cpu/__init__.py sees to it.
+// The ops of namespace mft_cpu over experts (cpu/grouped.h), and the ops that choose their masks.
+// mft_kernels/backends/cpu/__init__.py makes all tensors but the weight contiguous.
 #include <cstring>
 #include <optional>
 #include <string>
@@ -44,7 +44,7 @@ const int32_t* ends(const Tensor& offsets, const Experts& weight) {
   return static_cast<const int32_t*>(offsets.const_data_ptr());
 }
 
-// The contiguous (E, N, K) as one matrix (E N, K).
+// Return a contiguous tensor (E, N, K) as one matrix (E N, K).
 Matrix stacked(const Tensor& t, const Experts& like, const char* name, int64_t columns) {
   STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == like.count && t.size(1) == like.rows && t.size(2) == columns &&
                       t.is_contiguous(),
@@ -57,7 +57,7 @@ const uint32_t* stacked_words(const Tensor& t, const Experts& like, const char* 
   return static_cast<const uint32_t*>(stacked(t, like, name, (like.columns + 31) / 32).data);
 }
 
-// The range of each of a contiguous tensor's thresholds; neighbours are often equal.
+// Return the range of each threshold in a contiguous tensor. Neighbours are often equal and then share the work.
 std::vector<KeepRange> ranges(const Tensor& thresholds, int64_t count, Format format, bool magnitude) {
   STD_TORCH_CHECK(thresholds.numel() == count && thresholds.is_contiguous(), "threshold must be (", count, ",)");
   std::vector<KeepRange> found;
@@ -120,7 +120,7 @@ void grouped_score_grad_(Tensor out, Tensor grad_output, Tensor x, Tensor offset
                            mft::path_of(path));
 }
 
-// The k-th largest of each of scores (E, ...).
+// Return the k-th largest score of each expert in scores (E, ...).
 Tensor kept_thresholds(Tensor scores, int64_t k, bool magnitude) {
   const Format format = format_of(scores, "scores");
   STD_TORCH_CHECK(scores.dim() >= 1 && scores.size(0) > 0 && scores.is_contiguous(), "scores must be (E, ...)");
@@ -135,7 +135,8 @@ Tensor kept_thresholds(Tensor scores, int64_t k, bool magnitude) {
     const auto low = static_cast<uint16_t>(bits);
     std::memcpy(to + e * width, width == 4 ? static_cast<const void*>(&bits) : &low, width);
   };
-  // One for each thread as long as there are as many; of the rest each by all threads.
+  // Each thread selects for one expert at a time, as long as there are enough. All threads together select for each of
+  // the rest.
   const int64_t alone = count / mft::num_threads() * mft::num_threads();
   mft::parallel_for(0, alone, 1, [&](int64_t begin, int64_t end) {
     const mft::Alone guard;
@@ -145,7 +146,7 @@ Tensor kept_thresholds(Tensor scores, int64_t k, bool magnitude) {
   return thresholds;
 }
 
-// pack_mask() with a threshold for each row.
+// pack_mask() with one threshold per row.
 Tensor pack_mask_by_row(Tensor scores, Tensor threshold, bool magnitude) {
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix s = input(scores, "scores");

@@ -1,5 +1,5 @@
-// The ops of namespace mft_cpu that change a mask in its weight's own memory (cpu/in_place.h). All is contiguous:
-// mft_kernels/backends/cpu/in_place.py sees to it.
+// The ops of namespace mft_cpu that change a mask in its weight's own memory (cpu/in_place.h).
+// mft_kernels/backends/cpu/in_place.py makes all tensors contiguous.
 #include "cpu/in_place.h"
 
 #include <optional>

@@ -1,4 +1,4 @@
-// From tensors to the kernels' operands, checked: what the files of ops (*bindings.cpp) have in common.
+// Convert tensors to the kernels' operands, with checks. The files of ops (*bindings.cpp) share these functions.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -37,7 +37,7 @@ inline Matrix matrix(const Tensor& t, const char* name, void* data) {
 
 inline Matrix input(const Tensor& t, const char* name) { return matrix(t, name, const_cast<void*>(t.const_data_ptr())); }
 
-// A tensor (..., columns) as (M, columns).
+// Return a tensor (..., columns) as a matrix (M, columns).
 inline Matrix flat(const Tensor& t, int64_t columns, const char* name, void* data) {
   STD_TORCH_CHECK(t.dim() >= 1 && t.size(-1) == columns && t.is_contiguous(), name, " must be (..., ", columns,
                   ") and contiguous");
@@ -59,7 +59,7 @@ inline const uint32_t* words(const Tensor& t, int64_t rows, int64_t columns, con
   return static_cast<const uint32_t*>(t.const_data_ptr());
 }
 
-// Of a contiguous tensor of thresholds, that of place i.
+// Return threshold i of a contiguous tensor.
 inline double value_at(const Tensor& thresholds, int64_t i) {
   const void* data = thresholds.const_data_ptr();
   if (thresholds.scalar_type() == ScalarType::Double) return static_cast<const double*>(data)[i];
@@ -87,9 +87,14 @@ inline MaskSource mask_source(const std::optional<Tensor>& scores, const std::op
   return {s.data, s.format, nullptr, range_at_least(value_of(*threshold), s.format, magnitude), columns};
 }
 
-// New memory that a product of so many tokens will write. Many of them ask for no huge pages: where a hypervisor takes freed
-// ones back, a step from scores of 4096 tokens at 4096 x 4096 took 1.22 dense steps in fp32 with them and 1.04 without, in
-// bf16 0.8 or 1.2 by chance and 1.01; with a held mask bf16 took 0.77 and takes 0.94 (a virtual Xeon with AMX).
+// Prepare new memory that a product of `tokens` tokens will write. Many tokens request no huge pages: these cost time
+// if a hypervisor takes freed ones back. A step of 4096 tokens at 4096 x 4096 on such a machine (a virtual Xeon with
+// AMX), in dense steps:
+//
+//                      with huge pages        without
+//   scores, fp32       1.22                   1.04
+//   scores, bf16       0.8 or 1.2 by chance   1.01
+//   held mask, bf16    0.77                   0.94
 inline void expect_writes(void* memory, int64_t bytes, int64_t tokens) {
   constexpr int64_t kManyTokens = 2048;
   if (tokens < kManyTokens) advise_huge_pages(memory, bytes);
@@ -102,7 +107,7 @@ inline Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, in
   return t;
 }
 
-// (..., columns) of the `rows` tokens of x (..., K).
+// Return a new tensor (..., columns) for the `rows` tokens of x (..., K).
 inline Tensor empty_product(const Tensor& x, int64_t rows, int64_t columns) {
   const auto tokens = x.sizes();
   std::vector<int64_t> sizes(tokens.begin(), tokens.end());

@@ -1,4 +1,4 @@
-// The ops of namespace mft_cpu over codes (cpu/decode.h), and the dense matrix of codes.
+// The ops of namespace mft_cpu for quantised weights (cpu/decode.h), and the op that decodes them to a dense matrix.
 #include <algorithm>
 
 #include "cpu/capability.h"
@@ -14,8 +14,9 @@ using mft::Text;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A weight in codes, by a table of `levels` or of int8; `absmax`: fp32, or for a table the four of bitsandbytes' double
-// quantisation: its codes, their fp32 absmax, the map of the codes, the offset.
+// Return a quantised weight. Its codes index a table of `levels`, or are int8. `absmax` is fp32, or, for a table, the
+// four tensors of bitsandbytes' double quantisation: the codes of absmax, their fp32 absmax, the map of the codes, the
+// offset.
 mft::Quantized quantized(const Tensor& codes, const std::vector<Tensor>& absmax, int64_t rows, int64_t columns,
                          const std::optional<Tensor>& levels, int64_t block) {
   const auto check = [](const Tensor& t, ScalarType type, int64_t numel, const char* name) {
@@ -47,7 +48,8 @@ mft::Quantized quantized(const Tensor& codes, const std::vector<Tensor>& absmax,
   return found;
 }
 
-// The mask of a whole weight (rows, columns): its bits, or all of it by the bits of one row, which `all` keeps.
+// Return the mask of a weight (rows, columns): its bits or, without a mask, the bits of one row that keeps every
+// weight. `all` holds that row.
 MaskSource bits_or_all(const std::optional<Tensor>& packed, std::vector<uint32_t>& all, int64_t rows, int64_t columns) {
   if (packed.has_value()) return mft::mask_source(std::nullopt, std::nullopt, packed, false, rows, columns);
   all.assign((columns + 31) / 32, ~0u);

@@ -1,6 +1,6 @@
 // Ops that are registered after loading, under a namespace that the loader names. torch's own macros register while a
 // library loads, under a name of compile time, so that two builds in one process would clash: the installed package's
-// and one from the Kernel Hub (docs/kernel-hub.md). A hub's cache may also give both the same file.
+// and one from the Kernel Hub (docs/how-to/kernel-hub.md). A hub's cache may also give both the same file.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,6 +1,6 @@
-// The ops of namespace mft_cpu that are short ways: each checks for itself and asks nobody, and gives nothing where a call is
-// not the usual one, or where an environment variable says how it is to be served. Then the long way serves it, or says what
-// is wrong with it. mft_kernels/ops/route.py calls them.
+// The ops of namespace mft_cpu that are fast paths. Each op does all checks itself. It returns nothing if a call is not
+// the usual one, or if an environment variable says how to serve it. Then the general path serves the call, or says
+// what is wrong with it. mft_kernels/ops/route.py calls these ops.
 
 #include <cstdlib>
 #include <cstring>
@@ -29,7 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// Whether an environment variable is set, and to something else than what it means unset.
+// Return whether an environment variable is set, and to something else than its default.
 bool asks(const char* variable, const char* unset) {
   const char* value = std::getenv(variable);
   return value != nullptr && *value != '\0' && std::strcmp(value, unset) != 0;
@@ -37,7 +37,7 @@ bool asks(const char* variable, const char* unset) {
 
 bool is_asked_for() { return asks("MFT_KERNELS", "auto") || asks("MFT_AUTOTUNE", "0"); }
 
-// Dense, contiguous, and on the CPU.
+// Return whether a tensor is dense, contiguous, and on the CPU.
 bool is_usual(const Tensor& t) {
   int32_t layout = -1;
   aoti_torch_get_layout(t.get(), &layout);
@@ -52,12 +52,12 @@ bool is_matrix(const Tensor& t, int64_t rows, int64_t columns) {
   return is_usual(t) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
 }
 
-// Of a mask or signs.
+// Return whether t holds the words of a mask or of signs.
 bool is_words(const Tensor& t, int64_t rows, int64_t columns) {
   return t.scalar_type() == ScalarType::Int && is_matrix(t, rows, (columns + 31) / 32);
 }
 
-// Of tokens (..., columns), one dimension at least.
+// Return whether t holds tokens (..., columns), with at least this number of dimensions.
 bool is_tokens(const Tensor& t, ScalarType type, int64_t columns, int64_t dimensions = 1) {
   return t.scalar_type() == type && is_usual(t) && t.dim() >= dimensions && t.size(-1) == columns;
 }
@@ -72,7 +72,7 @@ Matrix tokens_of(const Tensor& t, int64_t columns) { return flat(t, columns, "to
 
 bool is_weight(const Tensor& t) { return is_taken(t.scalar_type()) && is_usual(t) && t.dim() == 2; }
 
-// Of a score a weight, with the threshold that they are compared with.
+// Return whether t holds one score per weight; below, whether t is the threshold for these scores.
 bool is_scores(const Tensor& t, int64_t rows, int64_t columns) {
   return is_taken(t.scalar_type()) && is_matrix(t, rows, columns);
 }
@@ -116,12 +116,12 @@ Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Option
   return product(x, w, mask_of(packed, w), bias);
 }
 
-// Whether of these gradients d_x and d_scores alone are wanted, which are the usual ones.
+// Return whether no gradients but d_x and d_scores are wanted, which are the usual ones.
 bool is_wanted(const std::vector<bool>& output_mask) {
   return output_mask.size() == 4 && !output_mask[1] && !output_mask[3];
 }
 
-// d_x, d_weight, d_scores and d_bias, (0,) for what is not wanted.
+// Return d_x, d_weight, d_scores and d_bias, with shape (0,) for those that are not wanted.
 std::vector<Tensor> gradients(const Tensor& grad_output, const Tensor& x, const Tensor& weight, const MaskSource& mask,
                               const mft::SignSource& sign, ScalarType score_type, const std::vector<bool>& output_mask) {
   const mft::Capability& cpu = mft::chosen_capability();
@@ -141,7 +141,8 @@ std::vector<Tensor> gradients(const Tensor& grad_output, const Tensor& x, const 
   return grads;
 }
 
-// Whether grad_output, and x where it is read, are as many tokens, at least one, of a weight that is not empty.
+// Return whether the weight is not empty and grad_output has at least one token; if x is read, it must have as many
+// tokens.
 bool is_step(const Tensor& grad_output, const Tensor& x, const Tensor& weight, bool reads_x) {
   const ScalarType type = weight.scalar_type();
   const int64_t rows = weight.size(0), columns = weight.size(1);
@@ -149,7 +150,7 @@ bool is_step(const Tensor& grad_output, const Tensor& x, const Tensor& weight, b
   return !reads_x || (is_tokens(x, type, columns) && x.numel() == grad_output.numel() / rows * columns);
 }
 
-// Or nothing at all, where d_weight or d_bias is wanted too.
+// Return nothing if d_weight or d_bias is wanted too.
 std::vector<Tensor> try_masked_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold,
                                                Text mode, std::vector<bool> output_mask) {
   if (is_asked_for() || !is_weight(weight) || !is_mode(mode) || !is_wanted(output_mask)) return {};
@@ -191,7 +192,7 @@ std::vector<Tensor> try_masked_linear_packed_backward(Tensor grad_output, Tensor
   return gradients(grad_output, x, weight, mask, sign, score_type, output_mask);
 }
 
-// Whether out += grad_output.T @ x has been done.
+// Return whether out += grad_output.T @ x has been done.
 bool try_accumulate_product(Tensor out, Tensor grad_output, Tensor x) {
   const ScalarType type = x.scalar_type();
   if (is_asked_for() || !is_taken(type) || !is_taken(out.scalar_type()) || !is_usual(out) || out.dim() != 2) return false;
@@ -208,8 +209,9 @@ bool try_accumulate_product(Tensor out, Tensor grad_output, Tensor x) {
   return true;
 }
 
-// y[i] of x (rows, ..., K) with masks[tasks[i]], or with the whole weight for -1. As the "short" way; "auto": also where an
-// environment variable says how to serve it; "once": so too, and in one pass, whatever is faster.
+// Return y for x (rows, ..., K): y[i] uses masks[tasks[i]], or the whole weight for task -1. With way "short" this is a
+// fast path as above. "auto" serves the call even if an environment variable says how to serve it. "once" does so too,
+// and makes one pass over the weight even if another way is faster.
 Optional try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> masks, Tensor tasks, Optional bias,
                                 Text way) {
   const ScalarType type = weight.scalar_type();

@@ -1,6 +1,6 @@
-// The ops of namespace mft_cuda: schemas, and what leads from tensors to the kernels of api.h. Built on torch's stable
-// ABI, so that one shared object serves torch 2.11 and newer. Inputs are 2-d with unit column stride:
-// mft_kernels/backends/cuda/__init__.py sees to it.
+// The ops of namespace mft_cuda: their schemas, and the functions that pass tensors to the kernels of api.h. They use
+// torch's stable ABI, so one shared object serves torch 2.11 and newer. mft_kernels/backends/cuda/__init__.py makes
+// every input 2-d with unit column stride.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -20,7 +20,7 @@
 
 namespace mft::cuda {
 
-// What this build leaves out (building/cuda.py says why).
+// Stubs of the kernels that this build leaves out (building/cuda.py says why).
 #ifndef MFT_CUDA_PRODUCT_SM90
 std::string refusal_sm90(const Product&) { return "this build has no product_sm90"; }
 Plan plan_sm90(const Product&, const Device&) { return {}; }
@@ -68,7 +68,7 @@ using mft::cuda::workspace_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Whether Hopper's kernel is expected to take no longer than the general one, and the plan of the one that is taken.
+// Return whether Hopper's kernel is expected to take no longer than the general one, and the plan of the chosen kernel.
 template <class Problem>
 std::pair<bool, Plan> chosen_plan(const Problem& problem, const Device& device) {
   const Plan general = mft::cuda::plan_sm80(problem, device);
@@ -79,10 +79,11 @@ std::pair<bool, Plan> chosen_plan(const Problem& problem, const Device& device) 
   return {false, general};
 }
 
-// The mask as bits, where packing it first is expected to save a twentieth: the model cannot tell smaller differences. A tile
-// then reads 1 bit for each weight, and Hopper's kernel can take scores of other types, and for d_x a threshold for each row.
+// Return the mask as bits if packing it first is expected to save at least 5 %; the model cannot tell smaller
+// differences. With bits, a tile reads 1 bit per weight. Hopper's kernel then also serves scores of other types, and
+// for d_x a threshold per row.
 std::optional<Tensor> packed_first(const mft::cuda::Product& p, const Place& place, const Tensor& weight) {
-  constexpr int64_t kFewest = 256;  // tokens: memory bounds the product of fewer, and packing reads more of it
+  constexpr int64_t kFewest = 256;  // tokens: with fewer, memory bounds the product, and packing reads more memory
   if (p.keep.words != nullptr || p.tokens > 0 || p.in.rows < kFewest) return std::nullopt;
   Tensor packed = empty_words(weight, p.weight);
   mft::cuda::PackMask mask;
@@ -98,7 +99,7 @@ std::optional<Tensor> packed_first(const mft::cuda::Product& p, const Place& pla
   return packed;
 }
 
-// Of Hopper's product, in the tile and parts that p has.
+// Return the plan of Hopper's product with the tile and the parts that p asks for.
 Plan plan_as_asked(const mft::cuda::Product& p, const Device& device) {
   const std::string refusal = device.capability == 90 ? mft::cuda::refusal_sm90(p) : "the device must be of 9.0";
   STD_TORCH_CHECK(refusal.empty(), "tokens and parts are those of Hopper's product: ", refusal);
@@ -235,7 +236,7 @@ const void* scalar(const Tensor& t, ScalarType type, const Place& place, const c
   return t.const_data_ptr();
 }
 
-// k < 0 asks for the step alone, and gets two empty tensors.
+// Return the next threshold and packed mask. With k < 0 only the step runs, and both tensors are empty.
 std::tuple<Tensor, Tensor> score_step_(Tensor scores, Tensor grad, std::optional<Tensor> weight, Tensor exp_avg,
                                        Tensor exp_avg_sq, std::optional<Tensor> scales, int64_t step, double step_size,
                                        double beta1, double beta2, double correction, double eps, double decay,
@@ -307,7 +308,8 @@ std::tuple<Tensor, Tensor> score_step_(Tensor scores, Tensor grad, std::optional
   return {found, packed};
 }
 
-// What the library holds: "sm_80.sm_90.compute_80", and its Hopper kernels after a space each.
+// Return what the library contains: its targets, as "sm_80.sm_90.compute_80", then a space and the name of each Hopper
+// kernel.
 std::string contents() {
   std::string text = MFT_EXPANDED(MFT_CUDA_TARGETS);
 #ifdef MFT_CUDA_PRODUCT_SM90
@@ -319,7 +321,8 @@ std::string contents() {
   return text;
 }
 
-// CUDA's version inside the library, and the newest that the driver serves (0: no driver); 1000 * major + 10 * minor.
+// Return the library's own CUDA version and the newest that the driver supports (0: no driver), as
+// 1000 * major + 10 * minor.
 std::tuple<int64_t, int64_t> versions() {
   int runtime = 0, driver = 0;
 #ifndef MFT_CUDA_ON_HOST

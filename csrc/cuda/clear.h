@@ -1,4 +1,4 @@
-// Zeros in memory, in the order of the stream.
+// Fill memory with zeros, in the order of the stream.
 #pragma once
 
 #include <algorithm>

@@ -1,17 +1,17 @@
-// What the codes of a quantised weight mean: NF4's levels and the scales of both kinds.
+// What the codes of a quantised weight mean: the levels of NF4, and the scales of nf4 and int8.
 //
-//   nf4    w[i] = level[code[i]] * absmax[i / 64], i over the whole matrix; two codes a byte, the first in the high bits;
-//          absmax may be codes itself: map[code] * nested[code's place / 256] + offset
+//   nf4    w[i] = level[code[i]] * absmax[i / 64], i over the whole matrix; two codes per byte, the first in the high
+//          bits. absmax may itself be stored as codes: absmax[j] = map[code[j]] * nested[j / 256] + offset
 //   int8   w[n, k] = code[n, k] * (absmax[n] / 127)
 //
-// in fp32 and rounded once to T, as mft_kernels/codes.py says.
+// Computed in fp32 and rounded once to T, as mft_kernels/codes.py defines.
 #pragma once
 
 #include "isa.h"
 
 namespace mft::cuda {
 
-constexpr int kNf4Block = 64, kNestedBlock = 256;  // weights of an absmax; absmax of a nested one
+constexpr int kNf4Block = 64, kNestedBlock = 256;  // weights per absmax; absmax values per nested one
 
 constexpr float kNf4Levels[16] = {
     -1.0f,
@@ -32,15 +32,16 @@ constexpr float kNf4Levels[16] = {
     1.0f,
 };
 
-// a / 127, rounded to nearest. No quotient lies nearer than 1/254 of its last place to where rounding turns, so that
-// one correction by the rest, which is exact, suffices; the division in its place is a function that loops call.
+// Return a / 127, rounded to nearest. Every quotient is at least 1/254 of its last place away from a rounding boundary.
+// So one correction by the remainder, which is exact, is enough. A plain division would be a function call in the
+// loops.
 MFT_DEVICE float over_127(float a) {
   constexpr float kInverse = 1.0f / 127;
   const float quotient = isa::multiply(a, kInverse), rest = isa::fused(-127.0f, quotient, a);
-  return isa::magnitude(rest) > 0 ? isa::fused(rest, kInverse, quotient) : quotient;  // an infinite one leaves NaN
+  return isa::magnitude(rest) > 0 ? isa::fused(rest, kInverse, quotient) : quotient;  // infinite quotient: rest is NaN
 }
 
-// An absmax of double quantisation, from its own level and absmax.
+// Return an absmax of double quantisation, from its level and its own absmax.
 MFT_DEVICE float nested_absmax(float level, float nested, float offset) {
   return isa::add(isa::multiply(level, nested), offset);
 }

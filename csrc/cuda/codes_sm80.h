@@ -1,4 +1,4 @@
-// Weights in codes, as quantized_sm80 and decode_codes_sm80 decode them; code_levels.h says what they stand for.
+// How quantized_sm80 and decode_codes_sm80 decode quantised weights. code_levels.h defines the codes.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,9 @@
 
 namespace mft::cuda::sm80 {
 
-constexpr int kGroup = 32;  // neighbours of a row that are 16 bytes of codes in nf4, and 32 in int8
+constexpr int kGroup = 32;  // neighbouring weights of a row: 16 bytes of codes in nf4, 32 in int8
 
-// Rows of the weight are whole groups with aligned codes, and those of in chunks.
+// Return whether the rows of the weight are whole groups with aligned codes, and the rows of `in` whole chunks.
 inline bool is_whole(const QuantizedProduct& p) {
   return p.weight.columns % kGroup == 0 && reinterpret_cast<uintptr_t>(p.weight.codes) % kChunkBytes == 0 &&
          view_of(p.in).chunked;
@@ -18,10 +18,10 @@ inline bool is_whole(const QuantizedProduct& p) {
 
 struct CodesArguments {
   const char* codes;
-  const float* absmax;  // or null: nested
+  const float* absmax;  // null: double quantisation
   const uint8_t* absmax_codes;
   const float *nested, *map, *offset;
-  const uint32_t* words;  // or null: all is kept
+  const uint32_t* words;  // null: every weight is kept
   float levels[16];
 };
 
@@ -33,8 +33,8 @@ inline CodesArguments codes_arguments(const QuantizedProduct& p) {
   return a;
 }
 
-// Of 8 codes, by a table of 16 in shared memory, in as many banks: no two lanes wait for each other. Two shifts bring all
-// codes to where they are offsets into it, a byte each.
+// Look up the levels of 8 codes. The table in shared memory has 16 entries in 16 different banks, so no two lanes wait
+// for each other. Two shifts turn all codes into byte offsets into the table, one per byte.
 MFT_DEVICE void levels_of(float (&levels)[8], const char* table, uint32_t codes) {
   const uint32_t even = codes >> 2 & 0x3c3c3c3c, odd = codes << 2 & 0x3c3c3c3c;
   for (int i = 0; i < 4; ++i) {
@@ -43,7 +43,8 @@ MFT_DEVICE void levels_of(float (&levels)[8], const char* table, uint32_t codes)
   }
 }
 
-// A byte in the mantissa of 2^23 is 2^23 more; its sign bit is turned, so that it is 128 more, too.
+// Convert 8 int8 codes to floats. A byte b in the mantissa of 2^23 gives 2^23 + b. Its sign bit is flipped, which adds
+// another 128; 8388736 is 2^23 + 128.
 MFT_DEVICE void numbers_of(float (&numbers)[8], uint32_t low, uint32_t high) {
   for (int i = 0; i < 8; ++i) {
     const uint32_t bits = isa::byte_of((i < 4 ? low : high) ^ 0x80808080, i % 4, 0x4b000000);
@@ -51,13 +52,13 @@ MFT_DEVICE void numbers_of(float (&numbers)[8], uint32_t low, uint32_t high) {
   }
 }
 
-// The pair of weights, with 0 where the mask drops one. Their bits are 2 * pair and the next one in byte `byte` of the word.
-// The shifts are the same for every byte, so the compiler makes them once.
+// Return the pair of weights, with 0 where the mask drops one. Their bits are 2 * pair and 2 * pair + 1 of byte `byte`
+// of the word. The shifts are the same for every byte, so the compiler computes them once.
 MFT_DEVICE uint32_t select_pair(uint32_t weights, uint32_t word, int byte, int pair) {
   return weights & isa::spread_signs(word << (7 - 2 * pair), word << (6 - 2 * pair), byte);
 }
 
-// 8 weights as T: number i times scale(i), and +0 where byte `byte` of the word has no bit.
+// Compute 8 weights as T: number i times scale(i), and +0 where byte `byte` of the word has no bit.
 template <class T, class Scale>
 MFT_DEVICE void select_eight(uint32_t (&pairs)[4], const float (&numbers)[8], const Scale& scale, uint32_t word,
                              int byte) {

@@ -1,12 +1,13 @@
-// A weight of codes for product_sm90.cuh (weight_sm90.h says what a source is). Codes are decoded from shared memory
-// into registers, and what the mask drops becomes 0 there. The decoded weight is never in memory.
+// The source of quantised weights for product_sm90.cuh (weight_sm90.h says what a source is). Codes are decoded from
+// shared memory into registers, where dropped weights become 0. The decoded weight is never in memory.
 //
 //   a stage      rows, codes of a row    scales
-//   forward      128, 32 or 64 bytes     one for each row
-//   transposed    64, 64 or 128 bytes    nf4: for each row and each 64 columns; int8: for each row
+//   forward      128, 32 or 64 bytes     one per row
+//   transposed    64, 64 or 128 bytes    nf4: one per row and 64 columns; int8: one per row
 //
-// The bits are those of quantized_sm80.cuh: level x scale in fp32, rounded once. Rows are whole blocks of 64 weights,
-// so that one step of a row has one scale. refusal_sm90 (product_sm90.cpp) says what else TMA asks for.
+// Decoded weights have the same bits as in quantized_sm80.cuh: level x scale in fp32, rounded once. Rows are whole
+// blocks of 64 weights, so one step of a row has one scale. refusal_sm90 (product_sm90.cpp) checks what else TMA
+// requires.
 #pragma once
 
 #include "code_levels.h"
@@ -16,8 +17,8 @@ namespace mft::cuda::sm90 {
 
 struct CodedArguments {
   isa::TensorMap codes, mask;
-  bool masked;  // else all is kept, and there are no words
-  const float* absmax;  // or null: nested
+  bool masked;  // if false, every weight is kept, and there are no words
+  const float* absmax;  // null: double quantisation
   const uint8_t* absmax_codes;
   const float *nested, *map, *offset;
   int rows, columns;  // of the weight
@@ -30,16 +31,16 @@ struct CodedWeight {
   using Arguments = CodedArguments;
   using Groups = OneMatrix;
   static constexpr bool kTransposed = kIsTransposed, kGrouped = false;
-  static constexpr int kScaleWarps = 2;  // one has not the registers for all scales of a step
-  static constexpr int kFewestTokens = 128;  // of fewer, decoding takes longer than their wgmma
+  static constexpr int kScaleWarps = 2;  // one warp has too few registers for all scales of a step
+  static constexpr int kFewestTokens = 128;  // with fewer, decoding takes longer than their wgmma
   static constexpr int kRows = kTransposed ? kStep : kFeatures;  // of the weight, in a tile
   static constexpr int kPitch = (kTransposed ? kFeatures : kStep) / (kNf4 ? 2 : 1);  // bytes from row to row
   static constexpr int kCodeBytes = kRows * kPitch;
   static constexpr int kMaskBytes = kRows * kWordsOfTile * 4;
-  static constexpr int kScales = kNf4 && kTransposed ? kConsumers * kRows : kRows;  // transposed, by warpgroup
+  static constexpr int kScales = kNf4 && kTransposed ? kConsumers * kRows : kRows;  // transposed: for each warpgroup
   static constexpr int kUsedBytes = kCodeBytes + kMaskBytes + 4 * kScales;
   static constexpr int kStageBytes = (kUsedBytes + 1023) / 1024 * 1024;
-  static constexpr int kTableBytes = 64;  // of the levels, which lie behind the first stage's scales
+  static constexpr int kTableBytes = 64;  // of the level table, which lies behind the scales of the first stage
   static_assert(kStageBytes - kUsedBytes >= kTableBytes && kUsedBytes % kTableBytes == 0);
 
   // Lanes read four rows at once. Without the swizzle these rows would lie in the same banks.
@@ -50,7 +51,7 @@ struct CodedWeight {
   struct Lane : LanePlace {
     int first;             // offset in a stage: forward, of row g; transposed, of this lane's codes in row c
     int second;            // transposed int8: of those in row c + 1
-    int even, odd;         // nf4: how far to turn a word, so that the code of an even or odd column lies in bits 2 to 5
+    int even, odd;         // nf4: how far to rotate a word so that the code of an even or odd column is in bits 2 to 5
     uint32_t neighbours;   // forward int8: which two of eight bytes are columns c and c + 1
 
     MFT_DEVICE explicit Lane(int group) : LanePlace(here(group)), second(0), neighbours(0) {
@@ -72,7 +73,7 @@ struct CodedWeight {
     if (a.masked) isa::prefetch(a.mask);
   }
 
-  // Without a mask the words of every stage keep all, for good.
+  // Write the table of levels. Without a mask, also write words to every stage that keep every weight; they stay there.
   MFT_DEVICE static void prepare(const Arguments& a, int stages) {
     char* const shared = isa::shared_memory();
     const int thread = isa::thread();
@@ -95,13 +96,13 @@ struct CodedWeight {
 
   static constexpr int kScaleThreads = 32 * kScaleWarps, kOwnScales = kScales / kScaleThreads;
 
-  // What a thread has asked memory for: every 64th scale of a step.
+  // The scales that a thread has requested from memory: every 64th scale of a step.
   struct Scales {
-    float absmax[kOwnScales];    // nested: of its code
-    uint32_t codes[kOwnScales];  // nested: and 1; 0 outside
+    float absmax[kOwnScales];    // double quantisation: that of the code
+    uint32_t codes[kOwnScales];  // double quantisation: code + 1; else 0
   };
 
-  // Outside of the matrix they are 0, so that what is decoded there is, too.
+  // Scales outside the matrix are 0, so the weights decoded there are 0 too.
   MFT_DEVICE static Scales fetch_scales(const Arguments& a, int thread, int feature, int q) {
     Scales scales;
 #pragma unroll
@@ -148,7 +149,7 @@ struct CodedWeight {
   }
 
  private:
-  // Rows g and g + 8. The four lanes of a row load the same 16 bytes, 32 columns of nf4 or 16 of int8.
+  // Read rows g and g + 8. The four lanes of a row load the same 16 bytes, 32 columns of nf4 or 16 of int8.
   MFT_DEVICE static void read_rows(isa::Register (&r)[kStep / 16][4], const char* stage, const Lane& lane) {
     constexpr int kBlocks = kNf4 ? 2 : 1;  // of 16 columns, in 16 bytes
     const char* const scales = stage + kCodeBytes + kMaskBytes + 4 * (64 * lane.group + 16 * lane.warp + lane.g);
@@ -176,7 +177,7 @@ struct CodedWeight {
     }
   }
 
-  // Columns g and g + 8, rows c and c + 1 (and + 8): the code of each, and a scale of each row.
+  // Read columns g and g + 8 of rows c and c + 1 (and + 8): the code of each, and one scale per row.
   MFT_DEVICE static void read_transposed(isa::Register (&r)[kStep / 16][4], const char* stage, const Lane& lane) {
     const char* const scales = stage + kCodeBytes + kMaskBytes + 4 * (kNf4 ? kRows * lane.group : 0) + 4 * lane.c;
 #pragma unroll
@@ -189,7 +190,7 @@ struct CodedWeight {
         const auto by = isa::as_float(scale[0]), next_by = isa::as_float(scale[1]);
         const char *const codes = stage + row * kPitch + lane.first, *const next = stage + row * kPitch + lane.second;
         if constexpr (kNf4) {
-          isa::Register of[2][2];  // eight columns a word
+          isa::Register of[2][2];  // eight columns per word
           for (int k = 0; k < 2; ++k) isa::load_shared(of[k], codes + k * kPitch);
           const int turn = lane.g % 2 == 0 ? lane.even : lane.odd;
           for (int right = 0; right < 2; ++right) {
@@ -205,18 +206,20 @@ struct CodedWeight {
     }
   }
 
-  static constexpr uint32_t kExponent = 0x4b000000;  // of 2^23
+  static constexpr uint32_t kExponent = 0x4b000000;  // the bits of the float 2^23
 
   MFT_DEVICE static isa::Register load_byte(const char* p) {
     return isa::load_shared(reinterpret_cast<const uint8_t*>(p)) ^ (kExponent | 0x80u);
   }
 
-  // By a table of 16 in shared memory, in as many banks: no two lanes wait for each other.
+  // Look up a level. The table in shared memory has 16 entries in 16 different banks, so no two lanes wait for each
+  // other.
   MFT_DEVICE static auto level(const isa::Register& codes, int turn) {
     return isa::look_up(isa::shared_memory() + kUsedBytes, isa::rotate_right(codes, turn) & 0x3cu);
   }
 
-  // An int8 in the mantissa of 2^23 is 2^23 more; its sign bit has been turned, so that it is 128 more, too.
+  // Convert an int8 b to a float. In the mantissa of 2^23 it gives 2^23 + b. Its sign bit has been flipped, which adds
+  // another 128; 8388736 is 2^23 + 128.
   MFT_DEVICE static auto number(const isa::Register& bits) { return isa::add(isa::as_float(bits), -8388736.0f); }
 
   template <class Real>

@@ -1,4 +1,5 @@
-// As Triton's launcher does (driver.c of its nvidia backend, 3.9): the tests launch through both, on a driver that records.
+// Load and launch cubins as Triton's launcher does (driver.c of its nvidia backend, 3.9). The tests launch through
+// both, on a driver that records the calls.
 
 #include "cubin.h"
 
@@ -18,7 +19,7 @@ struct Kept {
 };
 
 std::mutex lock;
-std::deque<Kept> all;  // whose elements stay where they are
+std::deque<Kept> all;  // a deque, because its elements never move
 
 constexpr size_t kMostMaps = 8;
 constexpr unsigned kSharedBytesUnasked = 48 * 1024;
@@ -40,7 +41,7 @@ std::string load(const Driver& driver, const Cubin& cubin, CUfunction& function)
   return code == CUDA_SUCCESS ? "" : failed(driver, cubin, "shared memory", code);
 }
 
-// Drivers up to 13.1 misread maps of less than 128 KiB unless this bit is cleared; as CUTLASS and Triton do.
+// Drivers up to 13.1 misread maps of less than 128 KiB unless this bit is cleared. CUTLASS and Triton clear it too.
 void mend(CUtensorMap& map, int driver_version, const cuuint64_t* size, cuuint64_t stride, int element_bytes) {
   constexpr int kMended = 13010;
   const uint64_t last = (size[0] - 1) * element_bytes + (size[1] - 1) * stride;
@@ -96,7 +97,8 @@ std::string launch_cubin(int64_t number, int device, void* stream, Grid grid, co
     function = known;
   }
 
-  // The driver copies each parameter from its place, as many bytes as the cubin says: the lowest of a value.
+  // The driver copies each parameter from its address. It copies as many bytes as the cubin says: the lowest of a
+  // value.
   CUtensorMap maps[kMostMaps];
   std::vector<void*> places;
   places.reserve(cubin->parameters.size());

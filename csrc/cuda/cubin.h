@@ -1,4 +1,5 @@
-// Kernels that Triton has compiled ahead of time: kept as cubins, loaded once a device, launched by their own parameters.
+// Kernels that Triton has compiled ahead of time: kept as cubins, loaded once per device, launched with their own
+// parameters.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +8,12 @@
 
 namespace mft::cuda {
 
-// A parameter of a kernel: a tensor map, made for each launch from a matrix of which it reads boxes; or plain bits.
+// A parameter of a kernel: plain bits, or a tensor map. Each launch makes the map for a matrix that is read in boxes.
 struct Parameter {
-  int element_bytes = 0, element_type = 0, swizzle = 0, rows = 0, columns = 0;  // of a map and its box; else 0
+  int element_bytes = 0, element_type = 0, swizzle = 0, rows = 0, columns = 0;  // of a map and its box; 0: plain bits
 
   bool is_map() const { return element_bytes > 0; }
-  // Values of a launch that it takes: its bits, or address, rows, columns and elements from row to row.
+  // How many values of a launch the parameter takes: its bits, or address, rows, columns and row stride in elements.
   size_t values() const { return is_map() ? 4 : 1; }
 };
 
@@ -27,14 +28,14 @@ struct Grid {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// Its number, by which it is launched from then on; it stays for as long as the process.
+// Return the number by which the cubin is launched. It is kept until the process ends.
 int64_t add_cubin(Cubin cubin);
 
-// How many values a launch of it takes.
+// Return how many values a launch of the cubin takes.
 size_t cubin_values(int64_t number);
 
-// Launches on the device that is current. Returns what went wrong, or "". Nothing waits, but for a first launch there,
-// which loads the cubin.
+// Launch on the current device. Return an error text, or "". Only the first launch on a device waits: it loads the
+// cubin.
 std::string launch_cubin(int64_t number, int device, void* stream, Grid grid, const int64_t* values);
 
 }  // namespace mft::cuda

@@ -13,8 +13,8 @@ using torch::stable::Tensor;
 
 void check_launch(const std::string& error) { STD_TORCH_CHECK(error.empty(), "a cubin of Triton's: ", error); }
 
-// layout: of each parameter, if it is a tensor map, the bytes of an element, its type, the swizzle, and rows and columns
-// of a box; else five zeros.
+// layout: five numbers per parameter. For a tensor map: the bytes of an element, its type, the swizzle, and the rows
+// and columns of a box; else five zeros.
 int64_t add_cubin(Tensor image, std::string name, int64_t warps, int64_t shared, std::vector<int64_t> layout) {
   constexpr size_t kNumbers = 5;
   STD_TORCH_CHECK(image.is_contiguous() && layout.size() % kNumbers == 0, "image must be contiguous, layout of fives");
@@ -31,8 +31,8 @@ int64_t add_cubin(Tensor image, std::string name, int64_t warps, int64_t shared,
   return mft::cuda::add_cubin(std::move(cubin));
 }
 
-// values: see cubin.h; a float by its bits. Whose memory they point to has to live until it is launched, as for any
-// kernel on a stream of torch's.
+// values: see cubin.h; a float is given by its bits. The memory that they point to must live until the kernel is
+// launched, as for any kernel on a torch stream.
 void launch_cubin(int64_t number, int64_t device, std::vector<int64_t> grid, std::vector<int64_t> values) {
   STD_TORCH_CHECK(grid.size() == 3, "grid must have 3 numbers");
   const size_t wanted = mft::cuda::cubin_values(number);

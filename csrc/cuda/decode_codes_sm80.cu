@@ -1,10 +1,10 @@
-// decode_codes_sm80: which products over codes it takes, and how they are cut.
+// decode_codes_sm80: which products with quantised weights it takes, and how they are cut.
 #include "decode_codes_sm80.cuh"
 
 namespace mft::cuda {
 namespace {
 
-// What of it the decode kernel's launch reads: everything but the weight.
+// Return the part of p that the decode kernel's launch reads: everything but the weight.
 Product without_weight(const QuantizedProduct& p) {
   Product like;
   like.out = p.out, like.in = p.in, like.bias = p.bias, like.workspace = p.workspace;
@@ -29,7 +29,7 @@ std::string start(const QuantizedProduct& p, const DecodeCut& cut, const Device&
 
 }  // namespace
 
-// Groups of the matrix are counted in 32 bits, and one of int8 has 16 weights.
+// Groups of the matrix are counted in 32 bits. A group of int8 has 16 weights.
 bool takes_decode(const QuantizedProduct& p) {
   constexpr double kMostWeights = 16.0 * (int64_t{1} << 32);
   if (p.transposed || p.in.type == Type::kFloat32 || p.out.rows > kMostDecodeTokens) return false;
@@ -43,11 +43,11 @@ DecodeCut decode_cut(const QuantizedProduct& p, const Device& device, bool in_pa
   size.pieces = decode_codes_pieces(p.weight.nf4);
   size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodePiece * size.pieces);
   size.weight_bytes = weight_bytes(p), size.bytes = bytes_of(p);
-  // A lane's instructions for a weight (SASS of nvcc 13.0): 6.1 to 6.6 with one tile or two, 8.4 to 8.8 with eight. 32
-  // lanes a warp, and four warps issue at once.
+  // A lane executes 6.1 to 6.6 instructions per weight with one or two tiles, and 8.4 to 8.8 with eight (SASS of
+  // nvcc 13.0). A warp has 32 lanes, and four warps issue at once.
   size.weight_cycles = (6 + 0.3 * size.tiles) / (32 * 4);
   size.ahead = kDecodeCodesAhead, size.table_bytes = sm80::kCodesTableBytes;
-  size.clusters = device.capability == 90;  // elsewhere compute_80's code may run: building/cuda.py
+  size.clusters = device.capability == 90;  // other devices may run compute_80's code: building/cuda.py
   const auto blocks = [&](int row_bits) { return decode_codes_blocks(p.weight.nf4, size.tiles, row_bits); };
   return decode_cut(size, blocks, device, in_parts);
 }

@@ -1,17 +1,18 @@
-// Weights in codes as a source for decode_sm80: they go from memory to registers, are decoded there, and are an operand of
-// mma.sync. For any GPU from sm_80 on. code_levels.h says what codes stand for.
+// The source of quantised weights for decode_sm80. Codes go from memory to registers, are decoded there, and become an
+// operand of mma.sync. For any GPU from sm_80 on. code_levels.h defines the codes.
 //
-//            128 columns a unit (nf4)       A lane loads 16 bytes of codes from row g and 16 from row g + 8: 32 columns of
-//          +-------+-----+-----+-----+      nf4, or 16 of int8. So four lanes have a unit of 128 or 64 columns.
-//    row g | q = 0 |  1  |  2  |  3  |      Piece s of a unit is word s of each lane's codes (in int8, words 2 s and
-//          +-------+-----+-----+-----+      2 s + 1), which is 8 columns of each lane. `in` lies in shared memory in the
-//                                           order of the pieces.
+//            unit: 128 columns (nf4)     A lane loads 16 bytes of codes from row g and 16 from row g + 8: 32 columns of
+//          +-------+-----+-----+-----+   nf4, or 16 of int8. So four lanes hold a unit of 128 or 64 columns.
+//    row g | q = 0 |  1  |  2  |  3  |   Piece s of a unit is word s of each lane's codes (in int8, words 2 s and
+//          +-------+-----+-----+-----+   2 s + 1): 8 columns per lane. `in` lies in shared memory in the order of the
+//                                        pieces.
 //
 // For a unit and a row, a lane needs one word of the mask (int8: half a word) and one scale. It loads both itself. Lanes
 // exchange nothing, and no decoded weight is ever in shared memory.
 //
-// Forward only. In d_x the depth runs down the rows of the weight, so neighbours in depth lie in different rows of codes:
-// quantized_sm80 decodes them into shared memory and transposes there, for few tokens too. Speed: not measured.
+// Forward only. In d_x the depth runs down the rows of the weight, so neighbours in depth lie in different rows of
+// codes. There quantized_sm80 decodes them into shared memory and transposes them, also for few tokens. Speed: not
+// measured.
 #pragma once
 
 #include "codes_sm80.h"
@@ -19,7 +20,7 @@
 
 namespace mft::cuda::sm80 {
 
-constexpr int kCodesTableBytes = 256;  // of levels: the first of shared memory
+constexpr int kCodesTableBytes = 256;  // of the level table, which is the first thing in shared memory
 
 struct DecodeCodesArguments : DecodeArguments {
   CodesArguments codes;
@@ -82,7 +83,7 @@ class CodesSource {
   }
 
  private:
-  static constexpr int kColumns = 8 * kPieces;  // of a group: what a lane has of a unit in a row
+  static constexpr int kColumns = 8 * kPieces;  // of a group: a lane's share of a unit in one row
 
   MFT_DEVICE static char* table() { return isa::shared_memory(); }
 
@@ -94,7 +95,7 @@ class CodesSource {
     }
   }
 
-  // A code of an absmax comes one unit ahead of its absmax.
+  // Load the code of an absmax one unit before the absmax itself.
   MFT_DEVICE void prefetch(const Arguments& a) {
     if constexpr (kNested) {
       for (int i = 0; i < 2; ++i) {
@@ -104,12 +105,12 @@ class CodesSource {
   }
 
   uint32_t group_[2];  // of the next unit, counted over the whole matrix
-  int left_;           // columns from the lane's first in the next unit on
+  int left_;           // columns left, counted from the lane's first in the next unit
   isa::Words4 codes_[kAhead][2];
   uint32_t words_[kAhead][2];
   float absmax_[kAhead][2], nested_[kAhead][2];  // of nf4
   uint32_t absmax_codes_[2] = {};                // of the next unit
-  float scales_[2];                              // of the unit that is selected from
+  float scales_[2];                              // of the unit that select() reads
 };
 
 }  // namespace mft::cuda::sm80

@@ -1,10 +1,10 @@
 // How decode_sm80 cuts a product of few tokens: how many of a block's warps share a row of the weight, and how many
-// blocks. Every multiprocessor gets a block where the weight has units enough; among the ways to that the model of
-// tile_cost.h chooses, with what blocks read again of `in` and what parts write and read counted as if it came from
-// memory: it comes from L2, whose rate is known less well.
+// blocks there are. If the weight has enough units, every multiprocessor gets a block. Among the cuts that achieve
+// this, the model of tile_cost.h chooses. It counts repeated reads of `in`, and writes and reads of parts, as if they
+// came from memory. In fact they come from L2, but its rate is known less well.
 //
-// On sm_90 the parts may be a cluster's blocks, up to 8 of them, whose sums go from one's shared memory to another's:
-// neither a workspace nor a second launch.
+// On sm_90 the parts may be the blocks of a cluster, up to 8. Their sums go from one block's shared memory to
+// another's, without a workspace or a second launch.
 #pragma once
 
 #include <algorithm>
@@ -14,71 +14,72 @@
 
 namespace mft::cuda {
 
-constexpr int kDecodeRowBits = 7;     // 128 of the weight, in a block of 8 warps that share none; one of 16 has 256
-constexpr int kDecodePiece = 32;      // columns that two mma.sync multiply: a unit, or a part of one
+constexpr int kDecodeRowBits = 7;     // a block of 8 warps that share no rows has 128 rows; one of 16 warps has 256
+constexpr int kDecodePiece = 32;      // columns that two mma.sync multiply: a unit, or part of a unit
 constexpr int kMostClusterBits = 3;   // 8 blocks
 constexpr int kMostDecodeTokens = 64;
 constexpr int kMostDecodeParts = 32;  // a thread of sum_parts reads them one after another
 
-// Of tokens, 8 each: one, or pairs.
+// Return the number of tiles of 8 tokens: one, or an even number.
 constexpr int decode_tiles(int64_t tokens) { return tokens <= 8 ? 1 : static_cast<int>((tokens + 15) / 16 * 2); }
 
-// Blocks that share a multiprocessor: 80 registers a thread, and more by scores with two tiles, or with eight.
+// Return how many blocks share a multiprocessor. A thread has 80 registers; it needs more by scores with two tiles, and
+// with eight tiles.
 constexpr int decode_blocks(bool words, int tiles, int row_bits) {
   return row_bits > kDecodeRowBits ? 1 : tiles <= (words ? 2 : 1) ? 3 : 2;
 }
 
-// Units of a warp on their way: 4 KiB.
+// Return how many units of a warp are in flight: 4 KiB.
 constexpr int decode_ahead(bool words) { return words ? 4 : 2; }
 
-// The same of codes, whose unit is 16 bytes of each of four lanes: 1 KiB of a warp.
+// The same for quantised weights. In a row, a unit is 16 bytes from each of four lanes: 1 KiB per warp.
 constexpr int decode_codes_pieces(bool nf4) { return nf4 ? 4 : 2; }
 constexpr int kDecodeCodesAhead = 2;
 constexpr int decode_codes_blocks(bool nf4, int tiles, int row_bits) {
   return row_bits > kDecodeRowBits ? 1 : tiles <= (nf4 ? 1 : 2) ? 3 : 2;
 }
 
-// What is cut.
+// The problem to cut.
 struct DecodeSize {
-  int64_t tokens, groups;        // of a block; of blocks along the tokens
-  int tiles;                     // of 8 tokens, which are multiplied
+  int64_t tokens, groups;        // tokens of a block; blocks along the tokens
+  int tiles;                     // tiles of 8 tokens that are multiplied
   int64_t features, units;
-  int pieces = 1;                // of a unit
-  double weight_bytes;           // of a weight and its masks
-  double weight_cycles = 0;      // that a multiprocessor takes to decode one
+  int pieces = 1;                // per unit
+  double weight_bytes;           // of one weight and its masks
+  double weight_cycles = 0;      // cycles of a multiprocessor to decode one weight
   double bytes;                  // of all operands, once each
-  int row_bits, blocks, ahead;   // of a block; that share a multiprocessor; units of a warp on their way
-  int most_slab;                 // units of `in` that fit shared memory
-  bool clusters = false;         // whether the parts may be a cluster's blocks
-  int table_bytes = 0;           // of shared memory, besides `in`
+  int row_bits, blocks, ahead;   // of a block; blocks that share a multiprocessor; units of a warp in flight
+  int most_slab;                 // units of `in` that fit in shared memory
+  bool clusters = false;         // whether the parts may be the blocks of a cluster
+  int table_bytes = 0;           // of shared memory, in addition to `in`
 };
 
 struct DecodeCut {
   int row_bits = kDecodeRowBits, slice_bits = 0, parts = 1, part_units = 1, slab_units = 1;
-  int cluster_bits = 0;  // 2, 4 or 8 parts are a cluster's; 0: or there is one, or they meet in the workspace
+  int cluster_bits = 0;  // log2: 2, 4 or 8 parts form a cluster; 0: one part, or they meet in the workspace
   bool all_work = false;
-  double cycles = kNever, cost = kNever;  // expected; and by which it is chosen
+  double cycles = kNever, cost = kNever;  // expected time; what decides between cuts
 
   bool better_than(const DecodeCut& other) const { return all_work != other.all_work ? all_work : cost < other.cost; }
 
-  int parts_in_memory() const { return parts >> cluster_bits; }  // 1: none
-  int features() const { return 1 << (row_bits - slice_bits); }  // of a block
-  int64_t blocks(int64_t all) const { return quotient(all, features()); }  // of a part
+  int parts_in_memory() const { return parts >> cluster_bits; }  // 1: no parts in memory
+  int features() const { return 1 << (row_bits - slice_bits); }  // per block
+  int64_t blocks(int64_t all) const { return quotient(all, features()); }  // per part
   int64_t part_stride(int64_t all) const { return blocks(all) * features(); }
 };
 
-// tiles: blocks of a part.
+// tiles: blocks per part.
 inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, const Device& device) {
   const int unit = kDecodePiece * size.pieces;
   const int rows = 1 << cut.row_bits, slices = 1 << cut.slice_bits, in_memory = cut.parts_in_memory();
-  // Those that clusters of so many can fill.
+  // The multiprocessors that clusters of this size can fill.
   const int multiprocessors = std::max(1, device.multiprocessors >> cut.cluster_bits) << cut.cluster_bits;
   Jobs jobs;
   jobs.count = tiles * cut.parts;
   jobs.steps = quotient(cut.part_units, slices);
   jobs.read = unit * (rows * size.weight_bytes + 2.0 * size.tokens * slices);
   jobs.written = static_cast<double>(cut.features()) * size.tokens * (cut.parts > 1 ? 4 : 2);
-  const int clusters = cut.cluster_bits > 0 ? kMostClusterBits : 0;  // which of 132 leave 4 without work
+  const int clusters = cut.cluster_bits > 0 ? kMostClusterBits : 0;  // clusters of 8 leave 4 of 132 without work
   cut.all_work = jobs.count >= device.multiprocessors >> clusters << clusters;
   const int64_t waves = quotient(jobs.count, static_cast<int64_t>(multiprocessors) * size.blocks);
   const int64_t waits = quotient(cut.part_units, cut.slab_units) - 1 + (cut.cluster_bits > 0);  // slabs; the cluster
@@ -96,16 +97,15 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
   cut.cost = launch_cycles(busy, size.bytes + again, device) + sum;
 }
 
-// How many units of `in` a block has room for in shared memory, with as many rows as it keeps there; a warp's round at
-// least.
+// Return how many units of `in` fit in a block's shared memory if it keeps `rows` rows there; at least a warp's round.
 inline int decode_slab(int64_t rows, const DecodeSize& size, const Device& device) {
-  constexpr int kReserved = 1024;  // the system's
+  constexpr int kReserved = 1024;  // for the system
   const int64_t piece = 2 * kDecodePiece * rows;
   const int64_t room = device.shared_bytes / size.blocks - kReserved - size.table_bytes - piece;  // see row_stride
   return static_cast<int>(std::max<int64_t>(size.ahead, room / (piece * size.pieces)));
 }
 
-// in_parts: whether there is a workspace for more than one.
+// in_parts: whether there is a workspace for more than one part.
 inline DecodeCut find_decode_cut(const DecodeSize& size, const Device& device, bool in_parts) {
   DecodeCut best;
   const int64_t units = std::max<int64_t>(size.units, 1);
@@ -126,12 +126,12 @@ inline DecodeCut find_decode_cut(const DecodeSize& size, const Device& device, b
       count_cycles(cut, size, tiles, device);
       if (cut.better_than(best)) best = cut;
     };
-    for (const int each : {1, 2}) {  // blocks that a multiprocessor shall have
+    for (const int each : {1, 2}) {  // blocks that each multiprocessor should get
       const int64_t wanted = static_cast<int64_t>(each) * device.multiprocessors;
       const int64_t least = std::min(quotient(wanted, tiles), most);
       int64_t part_units = quotient(units, least);
       if (tiles * quotient(units, part_units) < wanted && quotient(units, units / least) <= most) {
-        part_units = units / least;  // rounded up, there were too few
+        part_units = units / least;  // rounding up gave too few blocks
       }
       consider(part_units, 0);
     }
@@ -143,7 +143,8 @@ inline DecodeCut find_decode_cut(const DecodeSize& size, const Device& device, b
   return best;
 }
 
-// What was found, by all that it depends on: a token's product asks twice at least, for the workspace and for the launch.
+// The cuts found so far, by everything that they depend on. A product of one token asks at least twice: for the
+// workspace and for the launch.
 class DecodeCuts {
  public:
   int64_t searches = 0;
@@ -160,9 +161,9 @@ class DecodeCuts {
   }
 
  private:
-  using Key = std::array<double, 19>;  // which holds every number here exactly
+  using Key = std::array<double, 19>;  // a double holds every number here exactly
   struct Entry {
-    Key key{};  // no cut's: none is for 0 multiprocessors
+    Key key{};  // matches no cut: none is for 0 multiprocessors
     DecodeCut cut;
   };
 
@@ -174,7 +175,7 @@ class DecodeCuts {
             exact(d.shared_bytes), exact(d.l2_bytes), exact(in_parts)};
   }
 
-  std::array<Entry, 127> entries_;  // a model's matrices, by a few numbers of tokens: 30 KiB a thread; a prime
+  std::array<Entry, 127> entries_;  // a model's matrices times a few numbers of tokens: 30 KiB per thread; prime
 };
 
 inline const DecodeCut& decode_cut(const DecodeSize& size, const Device& device, bool in_parts) {
@@ -182,8 +183,8 @@ inline const DecodeCut& decode_cut(const DecodeSize& size, const Device& device,
   return cuts.find(size, device, in_parts);
 }
 
-// The better one of blocks of 8 warps and, with more than one tile, of 16. blocks: how many share a multiprocessor, by the
-// bits of their rows.
+// Return the better cut of blocks of 8 warps and, with more than one tile, of 16 warps. blocks(row_bits): how many
+// blocks share a multiprocessor.
 template <class Blocks>
 DecodeCut decode_cut(DecodeSize size, const Blocks& blocks, const Device& device, bool in_parts) {
   DecodeCut best;
@@ -197,7 +198,7 @@ DecodeCut decode_cut(DecodeSize size, const Blocks& blocks, const Device& device
   return best;
 }
 
-// Of what takes_decode.
+// For the products that takes_decode() accepts.
 DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts);
 DecodeCut decode_cut(const QuantizedProduct& p, const Device& device, bool in_parts);
 

@@ -1,4 +1,4 @@
-// decode_sm80: which products it takes, how they are cut, and which kernel that is.
+// decode_sm80: which products it takes, how they are cut, and which kernel is launched.
 #include "decode_sm80.cuh"
 
 namespace mft::cuda {
@@ -34,7 +34,7 @@ DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
   size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
   size.bytes = bytes_of(p);
   size.ahead = decode_ahead(words);
-  size.clusters = device.capability == 90;  // elsewhere compute_80's code may run: building/cuda.py
+  size.clusters = device.capability == 90;  // other devices may run compute_80's code: building/cuda.py
   const auto blocks = [&](int row_bits) { return decode_blocks(words, size.tiles, row_bits); };
   return decode_cut(size, blocks, device, in_parts);
 }

@@ -1,24 +1,26 @@
-// out = in @ where(keep, weight, 0).T + bias for few tokens, as in decoding: the weight goes from memory to registers, once,
-// 16 bytes a load, and is an operand of mma.sync there. For any GPU from sm_80 on. WeightSource brings a weight of 16 bits,
-// which is described here; decode_codes_sm80.cuh has the source of weights in codes.
+// out = in @ where(keep, weight, 0).T + bias for few tokens, as in decoding. The weight goes once from memory to
+// registers, 16 bytes per load, and is an operand of mma.sync there. For any GPU from sm_80 on. This header describes
+// WeightSource, the source of 16-bit weights; decode_codes_sm80.cuh has the source of quantised weights.
 //
-//                32 columns a unit          A of mma.sync, 16 x 16, are 16 features; tokens are its columns, 8 a tile. Of a
-//              +----+----+----+----+-       unit, lane (g, q) holds columns 8 q to 8 q + 7 of features g and g + 8. Two
-//  16 features | u0 | u1 | u2 | u3 |        mma.sync take 4 of them each, in place of 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, and
-//              +----+----+----+----+-       `in` alike: sums are in another order, and no byte is moved. What a lane's mask
-//                                           has of a unit is one byte of one word.
+//                unit: 32 columns        The rows of A in mma.sync (16 x 16) are 16 features; tokens are columns, 8 per
+//              +----+----+----+----+-    tile. Lane (g, q) holds columns 8 q to 8 q + 7 of a unit, for features g and
+//  16 features | u0 | u1 | u2 | u3 |     g + 8. Two mma.sync take 4 of these columns each, in place of 2 q, 2 q + 1,
+//              +----+----+----+----+-    2 q + 8 and 2 q + 9. `in` is read in the same order, so only the order of the
+//                                        sums changes, and no byte is moved. A lane needs one byte of one word of the
+//                                        mask per unit.
 //
-// A block has 8 warps: 8 / slices groups of 16 features, and for each group `slices` warps, which take its units in turn;
-// or it has 16, so that half as many blocks read `in`.
-// Their sums are added in shared memory, slice by slice. `in` is there too, as much of it at a time as fits (a slab).
-// Blocks cut the depth into parts. A row of the grid each, their sums go to the workspace, and sum_parts adds them in the
-// order of the parts; or, on sm_90, they are a cluster's blocks, each of which makes some of the results of the sums in
-// the shared memory of all, in the same order. So nothing depends on what ends first. decode_cut.h says how many there
-// are of each.
+// A block has 8 warps: 8 / slices groups of 16 features. The `slices` warps of a group take its units in turn. A block
+// may also have 16 warps, so that half as many blocks read `in`. The sums of slices are added in shared memory.
+// `in` is there too, as much of it at a time as fits (a slab).
 //
-// A warp has 4 units of the weight on their way, 4 KiB (by scores 2, and 2 of those). Up to 64 tokens: of 17 to 64 there
-// are two to four pairs of tiles, and product_sm80.cu asks the model whether they are the general kernel's. Speed: not
-// measured.
+// Blocks cut the depth into parts. Either each part is a row of the grid: its sums go to the workspace, and sum_parts
+// adds them in the order of the parts. Or, on sm_90, the parts are the blocks of a cluster: each block computes some of
+// the results from the sums in the shared memory of all, in the same order. So the result does not depend on which
+// block ends first. decode_cut.h chooses all these numbers.
+//
+// A warp has 4 units of the weight in flight, 4 KiB (by scores: 2 units, and 2 of the scores). The kernel takes up to
+// 64 tokens. 17 to 64 tokens are two to four pairs of tiles; for them product_sm80.cu asks the model whether the
+// general kernel is faster. Speed: not measured.
 #pragma once
 
 #include <type_traits>
@@ -33,20 +35,21 @@ struct DecodeArguments {
   View out, in, weight;
   KeepArguments keep;
   const char* bias;  // or null
-  float* parts;      // (parts, out.rows, part_stride), or null: the depth is in one
+  float* parts;      // (parts, out.rows, part_stride); null: the depth is one part
   int64_t part_stride;
-  int units, part_units, slab_units;  // of the depth: all, in a part, of `in` at a time
-  int slice_bits, feature_bits;       // 1, 2, 4 or 8 slices; features of a block
-  int cluster_bits;                   // 1, or 2, 4 or 8 parts that are a cluster's
+  int units, part_units, slab_units;  // of the depth: all, per part, per slab of `in`
+  int slice_bits, feature_bits;       // log2 of 1, 2, 4 or 8 slices; log2 of the features of a block
+  int cluster_bits;                   // log2 of the parts in a cluster: 1, 2, 4 or 8
   int step_bytes, step_columns;       // from one unit of a warp to its next
   int slab_steps;                     // a warp's units in a slab
   int in_stride;                      // bytes from one token to the next in shared memory
 };
 
-// An odd number of 64 bytes: the pieces of two tokens, which 8 lanes read, lie in different banks.
+// Return the bytes of a row: an odd multiple of 64, so that the pieces of two tokens, which 8 lanes read, lie in
+// different banks.
 inline int decode_row_stride(int slab_pieces) { return (slab_pieces | 1) * 64; }
 
-// Arguments of a product, Product or ManyProduct, but for the mask. pieces: of a unit.
+// Return the arguments of a Product or a ManyProduct, without the mask. pieces: per unit.
 template <class Arguments, class P>
 Arguments decode_arguments(const P& p, const DecodeCut& cut, int pieces = 1) {
   Arguments a = {};
@@ -63,12 +66,12 @@ Arguments decode_arguments(const P& p, const DecodeCut& cut, int pieces = 1) {
   return a;
 }
 
-// In a matrix of 16-bit elements.
+// Return the address of an element in a matrix of 16-bit elements.
 MFT_DEVICE char* at_16(const View& matrix, int row, int column) {
   return matrix.data + row * matrix.row_bytes + static_cast<int64_t>(column) * 2;
 }
 
-// 8 neighbours of a row, zeros behind its end, which is so many further.
+// Load 8 neighbours of a row, with zeros behind its end, which is `left` elements further on.
 template <bool kChunked>
 MFT_DEVICE isa::Words4 eight_of(const char* from, int left) {
   isa::Words4 v = {};
@@ -82,7 +85,8 @@ MFT_DEVICE isa::Words4 eight_of(const char* from, int left) {
   return v;
 }
 
-// Of the weight's rows, and of the depth. Asked for again where it is needed: registers are short in the loop.
+// The block's tile of weight rows, and its part of the depth. Computed again where needed: registers are short in the
+// loop.
 struct DecodeBlock {
   int tile, part;
 
@@ -92,7 +96,7 @@ struct DecodeBlock {
   }
 };
 
-// The same of its warps.
+// The same for a warp: its group of 16 features, and its slice.
 struct DecodeWarp {
   int group, slice;
 
@@ -105,10 +109,11 @@ struct DecodeWarp {
 // Where a warp reads: rows g and g + 8 of its 16 features, and every slices-th unit.
 struct DecodePlace {
   int rows[2];
-  int unit, count;  // the first, and how many
-  int column, end;  // the lane's first, and of all
+  int unit, count;  // the first unit, and how many units
+  int column, end;  // the lane's first column, and the end of all
 
-  // Behind the last row is that one again, and nobody writes its sums; a warp that has only such rows reads none.
+  // Rows behind the last one read that row again, and nobody writes their sums. A warp that has only such rows reads
+  // none.
   template <int kPieces = 1>
   MFT_DEVICE static DecodePlace of(const DecodeArguments& a) {
     constexpr int kColumns = kDecodePiece * kPieces;  // of a unit
@@ -128,7 +133,7 @@ struct DecodePlace {
   }
 };
 
-// The lane's 16 bytes of both rows, unit after unit.
+// Reads the lane's 16 bytes of both rows, unit after unit.
 template <bool kChunked>
 class UnitReader {
  public:
@@ -136,7 +141,7 @@ class UnitReader {
     for (int i = 0; i < 2; ++i) from_[i] = at_16(matrix, place.rows[i], place.column);
   }
 
-  // left: columns from the lane's first in this unit on.
+  // left: columns left, counted from the lane's first in this unit.
   MFT_DEVICE void load(isa::Words4 (&to)[2], int left, const DecodeArguments& a) {
     for (int i = 0; i < 2; ++i) {
       to[i] = eight_of<kChunked>(from_[i], left);
@@ -148,7 +153,7 @@ class UnitReader {
   const char* from_[2];
 };
 
-// What of a unit is kept. By 16-bit scores, which come as the weight does:
+// Selects the kept weights of a unit, by 16-bit scores, which are loaded like the weight.
 template <class S, bool kMagnitude, int kAhead>
 class DecodeMask {
   using Pair = KeepPair<S, kMagnitude>;
@@ -176,7 +181,7 @@ class DecodeMask {
   isa::Words4 scores_[kAhead][2];
 };
 
-// By words: lane q of four asks for those of the q-th of the next four units, and all four get them from it.
+// Selects by words. Lane q of four loads the words of the q-th of the next four units, and all four get them from it.
 template <bool kMagnitude, int kAhead>
 class DecodeMask<Words, kMagnitude, kAhead> {
  public:
@@ -187,7 +192,7 @@ class DecodeMask<Words, kMagnitude, kAhead> {
 
   MFT_DEVICE void load(int, int, const DecodeArguments&) {}
 
-  // What was asked for before is selected by from here on. No words: all is kept.
+  // From here on, select() uses the words that were loaded before. words is null: every weight is kept.
   MFT_DEVICE void ask(const uint32_t* words, int unit, const DecodePlace& place, const DecodeArguments& a) {
     const int own = unit + isa::lane() % 4;
     for (int i = 0; i < 2; ++i) {
@@ -199,7 +204,7 @@ class DecodeMask<Words, kMagnitude, kAhead> {
     }
   }
 
-  // A product puts bits 2 pair and 2 pair + 1 of a byte to the tops of both halves.
+  // One multiplication moves bits 2 pair and 2 pair + 1 of a byte to the tops of both halves.
   MFT_DEVICE void select(uint32_t (&kept)[2][4], const isa::Words4 (&weights)[2], int j) const {
     for (int i = 0; i < 2; ++i) {
       const uint32_t word = isa::shuffle(now_[i], isa::lane() / 4 * 4 + j);
@@ -216,9 +221,9 @@ class DecodeMask<Words, kMagnitude, kAhead> {
   uint32_t now_[2] = {}, next_[2] = {};
 };
 
-// A weight of 16 bits, and its mask by scores S or Words.
+// The source of a 16-bit weight, masked by scores of type S or by Words.
 //
-// A source gives DecodeKernel the units of a warp, and has kAhead of them on their way. A unit has kPieces pieces of 32
+// A source gives DecodeKernel the units of a warp, and keeps kAhead of them in flight. A unit has kPieces pieces of 32
 // columns. The columns of a lane are neighbours in the unit, and 8 of them are its share of each piece.
 template <class S, bool kMagnitude>
 class WeightSource {
@@ -227,25 +232,25 @@ class WeightSource {
  public:
   using Arguments = DecodeArguments;
   static constexpr int kPieces = 1, kAhead = decode_ahead(kWords);
-  static constexpr int kTableBytes = 0;  // of shared memory that the source has for itself, in front
+  static constexpr int kTableBytes = 0;  // at the front of shared memory, for the source alone
   static constexpr int blocks(int tiles, int row_bits) { return decode_blocks(kWords, tiles, row_bits); }
 
   MFT_DEVICE WeightSource(const Arguments& a, const DecodePlace& place)
       : reader_(a.weight, place), mask_(a, place), left_(place.end - place.column) {}
 
-  // Asks for the warp's next unit, the j-th of kAhead.
+  // Start loading the warp's next unit, the j-th of kAhead.
   MFT_DEVICE void load(int j, const Arguments& a) {
     reader_.load(weights_[j], left_, a);
     mask_.load(j, left_, a);
     left_ -= a.step_columns;
   }
 
-  // Before the kAhead units in front of this one are selected from.
+  // Called before the kAhead units in front of `unit` are selected.
   MFT_DEVICE void ask(int unit, const DecodePlace& place, const Arguments& a) {
     mask_.ask(a.keep.words, unit, place, a);
   }
 
-  // Of rows g and g + 8 the lane's share of a piece, +0 where the mask drops.
+  // Write the lane's share of a piece, for rows g and g + 8, with +0 where the mask drops a weight.
   MFT_DEVICE void select(uint32_t (&kept)[2][4], int j, int, const Arguments&) const {
     mask_.select(kept, weights_[j], j);
   }
@@ -257,7 +262,7 @@ class WeightSource {
   int left_;  // columns from the lane's first in the next unit on
 };
 
-// T: of in, weight and out. kTiles: of 8 tokens, 1 or 2, or 8 for up to so many. kRowBits: 16 rows a warp.
+// T: of in, weight and out. kTiles: tiles of 8 tokens: 1, 2, or 8 for up to 8. kRowBits: log2 of the rows, 16 per warp.
 template <class T, class Source, int kTiles, int kRowBits>
 struct DecodeKernel {
   static constexpr int kThreads = 2 << kRowBits;
@@ -275,7 +280,7 @@ struct DecodeKernel {
 
     float sums[kTiles][4] = {};
     for (int slab = 0, unit = 0; slab < a.part_units; slab += a.slab_units) {
-      if (slab > 0) isa::sync_block();  // all are done with the one before
+      if (slab > 0) isa::sync_block();  // all warps are done with the slab before
       copy_in(a, shared, slab);
       isa::wait_copies<0>();
       isa::sync_block();
@@ -314,10 +319,10 @@ struct DecodeKernel {
     return kTiles == 1 && g >= tokens ? tokens - 1 : g;
   }
 
-  // 4 more than there are features: the 8 x 4 sums that a warp writes at once lie in different banks.
+  // Return 4 more than the number of features: then the 8 x 4 sums that a warp writes at once lie in different banks.
   static constexpr MFT_DEVICE int sum_stride(int feature_bits) { return (1 << feature_bits) + 4; }
 
-  // A lane's chunks of a unit are neighbours in memory. Here the chunks are that the four lanes read of one piece.
+  // In memory, the chunks of one lane are neighbours. Here, the chunks that the four lanes read for one piece are.
   MFT_DEVICE static int place_of_chunk(int chunk) {
     const int in_unit = chunk % (4 * kPieces);
     return kPieces == 1 ? chunk : chunk - in_unit + in_unit % kPieces * 4 + in_unit / kPieces;
@@ -326,7 +331,7 @@ struct DecodeKernel {
   MFT_DEVICE static void copy_in(const Arguments& a, char* shared, int slab) {
     const int left = a.part_units - slab, units = left < a.slab_units ? left : a.slab_units;
     const int first = kDecodePiece * kPieces * (DecodeBlock::of(a).part * a.part_units + slab);
-    constexpr bool kByWarp = kTiles > 1;  // a token each
+    constexpr bool kByWarp = kTiles > 1;  // each warp copies a token
     const int chunks = 4 * kPieces * units;
     for (int token = kByWarp ? isa::warp() : 0; token < a.out.rows; token += kByWarp ? kThreads / 32 : 1) {
 #pragma unroll 1
@@ -338,8 +343,9 @@ struct DecodeKernel {
     isa::commit_copies();
   }
 
-  // A token is a column of its own: what rows behind the last one hold touches no other. Pairs that there are not are
-  // skipped, and the branches keep ptxas from loading all eight tiles at once, for which it spilled.
+  // Each token is a column of its own, so the contents of rows behind the last token affect no other token. Pairs of
+  // tiles without tokens are skipped. These branches also keep ptxas from loading all eight tiles at once, which made
+  // it spill.
   MFT_DEVICE static void multiply(float (&sums)[kTiles][4], const uint32_t (&kept)[2][4], const char* x, int stride,
                                   int tokens) {
 #pragma unroll
@@ -353,8 +359,8 @@ struct DecodeKernel {
     }
   }
 
-  // Slice by slice from shared memory, which `in` has left; then block by block of the cluster, which share the results; then
-  // a part, or the results.
+  // Add the sums slice by slice in shared memory, which `in` no longer needs. Then add them block by block of the
+  // cluster, whose blocks share the results. Then write a part, or the results.
   MFT_DEVICE static void write(const Arguments& a, const float (&sums)[kTiles][4], char* shared) {
     const auto [group, slice] = DecodeWarp::of(a);
     const auto [tile, part] = DecodeBlock::of(a);
@@ -374,7 +380,7 @@ struct DecodeKernel {
       for (int i = 0; i < slices; ++i) sum += from[i * tokens * stride];
       return sum;
     };
-    if (ranks > 1) {  // its own slices first, so that a block reads one number of each other block for a result
+    if (ranks > 1) {  // its own slices first: a block then reads one number from each other block per result
       for (int at = isa::thread(); slices > 1 && at < tokens * features; at += kThreads) {
         *place_of(at) = sum_of_slices(place_of(at));
       }
@@ -387,7 +393,7 @@ struct DecodeKernel {
         sum = sum_of_slices(place_of(at));
       } else {
 #pragma unroll
-        for (int rank = 0; rank < isa::kMostCluster; ++rank) {  // all of them on their way before one is waited for
+        for (int rank = 0; rank < isa::kMostCluster; ++rank) {  // start all loads before waiting for one
           if (rank < ranks) of_ranks[rank] = isa::load_of_rank(place_of(at), rank);
         }
 #pragma unroll
@@ -405,7 +411,8 @@ struct DecodeKernel {
   }
 };
 
-// The kernel for so many tokens and the cut, and sum_parts behind it. p: what it makes, and the workspace.
+// Launch the kernel with this cut, and sum_parts after it if there are parts in memory. p: the output, bias and
+// workspace.
 template <class T, class Source, int kTiles, int kRowBits>
 std::string launch_decode(const Product& p, const typename Source::Arguments& a, const DecodeCut& cut,
                           const Device& device) {

@@ -1,4 +1,5 @@
-// What launches a cubin, of NVIDIA's driver: found when a first one is launched, so that the library loads without it.
+// The functions of NVIDIA's driver that launch a cubin. They are looked up at the first launch, so the library loads
+// without a driver.
 #pragma once
 
 #include <cuda.h>
@@ -32,7 +33,7 @@ struct Driver {
 
  private:
   Driver() {
-    void* const library = dlopen("libcuda.so.1", RTLD_NOW);  // torch's, where torch has loaded it
+    void* const library = dlopen("libcuda.so.1", RTLD_NOW);  // the one that torch has loaded, if any
     if (!library) {
       missing = "no NVIDIA driver: libcuda.so.1 does not load";
       return;

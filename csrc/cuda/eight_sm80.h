@@ -1,13 +1,13 @@
-// 8 neighbours of a row of any float type, read and written in 16 bytes where rows allow it.
+// 8 neighbours of a row of any float type, read and written 16 bytes at a time if the rows allow it.
 #pragma once
 
 #include "tile_sm80.h"
 
 namespace mft::cuda::sm80 {
 
-// 8 neighbours of a row as they lie in memory, zeros behind the row's end.
+// 8 neighbours of a row as they lie in memory, with zeros behind the row's end.
 struct Eight {
-  isa::Words4 half[2];  // 16-bit types: one
+  isa::Words4 half[2];  // 16-bit types use only the first
 
   MFT_DEVICE static Eight of(const View& view, int row, int column) {
     Eight v = {};
@@ -63,7 +63,7 @@ struct Eight {
   }
 };
 
-// 8 neighbours in fp32, at a multiple of 16 bytes.
+// Add 8 neighbours in fp32, which begin at a multiple of 16 bytes.
 MFT_DEVICE void add_eight(float (&sum)[8], const float* from) {
   for (int half = 0; half < 2; ++half) {
     const auto four = load<isa::Words4>(reinterpret_cast<const char*>(from + 4 * half));

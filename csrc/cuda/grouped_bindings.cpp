@@ -1,5 +1,5 @@
 // The ops over experts: grouped_product, grouped_score_grad_ and kept_thresholds. weight, scores and out are (E, N, K),
-// of each expert a matrix; offsets int32 (E,).
+// one matrix per expert; offsets are int32 (E,).
 #include <algorithm>
 #include <string>
 
@@ -12,7 +12,7 @@ using mft::cuda::Place;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The first expert's, and how many elements lie between it and the next.
+// The first expert's matrix, the number of experts, and the elements from one expert to the next.
 struct Experts {
   Matrix first;
   int64_t count, stride;
@@ -53,7 +53,7 @@ const uint32_t* words_of(const Tensor& t, const Place& place, const Experts& wei
   return static_cast<const uint32_t*>(contiguous(t, place, ScalarType::Int, numel, name));
 }
 
-// The masks of scores that the product does not read, a launch an expert.
+// Pack the masks of scores that the product kernel does not read, with one launch per expert.
 Tensor packed_of(const mft::cuda::GroupedProduct& g, const Place& place, const Tensor& like) {
   const Matrix& scores = g.of.keep.scores;
   const int64_t columns = (scores.columns + 31) / 32, sizes[] = {g.experts * scores.rows * columns};
@@ -142,7 +142,8 @@ void grouped_score_grad_(Tensor out, Tensor grad_output, Tensor x, Tensor offset
   mft::cuda::check_launch(mft::cuda::grouped_score_grad(g, place.device));
 }
 
-// An expert's after the other's, k of each: a workspace serves all, in the order of the stream.
+// Return the threshold of each expert, all with the same k. The launches follow each other in the stream, so one
+// workspace serves all.
 Tensor kept_thresholds(Tensor scores, int64_t k, bool magnitude) {
   const Place place(scores);
   STD_TORCH_CHECK(scores.is_contiguous() && scores.dim() > 0 && scores.size(0) > 0,

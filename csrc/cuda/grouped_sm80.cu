@@ -1,9 +1,8 @@
-// grouped_product and grouped_score_grad: what none of the kernels takes, and of which tile a product is; the kernels of
-// the sums.
+// grouped_product and grouped_score_grad: what no kernel takes, which tile a product uses, and the kernels of d_scores.
 //
-// G[e] = grad_output.T @ x of the rows of expert e, a block for each tile of 128 x 128 of each expert, as
-// score_grad_sm80.cuh has it: a block looks up its rows in the offsets. An expert without rows has zeros written, or
-// returns at once where they are added.
+// G[e] = grad_output.T @ x over the rows of expert e, with one block per expert and tile of 128 x 128, as in
+// score_grad_sm80.cuh. A block looks up its rows in the offsets. For an expert without rows it writes zeros, or returns
+// at once if d_scores are accumulated.
 #include "grouped_sm80.cuh"
 
 #include <algorithm>
@@ -68,7 +67,7 @@ struct GroupedScoreGradKernel {
   }
 };
 
-// What x, weight and offsets must be to be counted in 32 bits.
+// Return why the kernels do not take a weight of this type or these sizes, or "". They count in 32 bits.
 std::string refusal_of(const Matrix& weight, int64_t rows, int64_t experts) {
   if (weight.type == Type::kFloat32) return "weight must be bf16 or fp16, got fp32; use the triton backend";
   if (std::max({rows, weight.rows, weight.columns}) > sm80::kLongestSide) {
@@ -95,7 +94,7 @@ std::string start(GroupedScoreGradArguments a, const Device& device) {
                                                     : launch(GroupedScoreGradKernel<T, false>{});
 }
 
-// Rows of expert after expert begin where they may: aligned in all of them or in none.
+// Return the view of the first expert. It is chunked only if the rows of all experts are aligned.
 sm80::View view_of_experts(const Matrix& m, int64_t stride, int64_t experts) {
   sm80::View view = sm80::view_of(m);
   view.chunked = view.chunked && (experts == 1 || stride * bytes_of(m.type) % sm80::kChunkBytes == 0);
@@ -104,11 +103,11 @@ sm80::View view_of_experts(const Matrix& m, int64_t stride, int64_t experts) {
 
 }  // namespace
 
-// A tile of 128 rows reads a weight half as often; where experts have no more than 64 each, half of it would be empty.
-// Their number alone is known: they count as equal.
+// A tile of 128 rows reads a weight half as often. But if experts have no more than 64 rows each, half of the tile
+// would be empty. The host knows only the total number of rows and assumes that all experts have equally many.
 int grouped_tokens(const GroupedProduct& g) { return g.of.out.rows <= 64 * g.experts ? 64 : 128; }
 
-// As product_sm80.cu's.
+// The same model as in product_sm80.cu.
 Plan plan_sm80(const GroupedProduct& g, const Device& device) {
   const Product& p = g.of;
   const int tokens = grouped_tokens(g);
@@ -135,7 +134,7 @@ std::string grouped_product(const GroupedProduct& g, const Device& device) {
   const std::string error = refusal_of(p.weight, p.out.rows, g.experts);
   if (!error.empty() || p.out.rows == 0 || p.out.columns == 0) return error;
   if (p.keep.words == nullptr && !reads_scores(g)) return "scores like these must be packed first";
-  // Experts of fewer rows on average leave most of Hopper's tiles empty.
+  // With fewer rows per expert on average, most of Hopper's tiles would be empty.
   constexpr int64_t kFewestOnAverage = 128;
   if (device.capability == 90 && p.out.rows >= kFewestOnAverage * g.experts && refusal_sm90(g).empty() &&
       plan_sm90(g, device).cycles <= plan_sm80(g, device).cycles) {

@@ -1,16 +1,16 @@
-// The product over experts: out[i] = in[i] @ where(keep[e], weight[e], 0).T + bias[e] for the rows i of expert e, and
-// with the weights transposed, in one launch for all of them.
+// The product over experts: out[i] = in[i] @ where(keep[e], weight[e], 0).T + bias[e] for the rows i of expert e, or
+// with the weights transposed. One launch serves all experts.
 //
 //             depth            blocks: tiles of 64 or 128 rows of one expert (the last of each may have fewer), times
 //        +---------------+     tiles of 128 features. A block looks up in the offsets which expert's rows its tile has,
 //      0 | in            |     moves the pointers there, and does what product_sm80.cuh does.
 //        |- - - - - - - -|
-//      2 |               |     Which experts have rows the host does not know: it launches as many blocks as there could
-//        |- - - - - - - -|     be tiles, and those behind the last return at once. Rows behind the last offset are
-// nobody |               |     nobody's; tiles of theirs write zeros.
+//      2 |               |     The host does not know which experts have rows. It launches as many blocks as there
+//        |- - - - - - - -|     could be tiles, and those behind the last tile return at once. Rows behind the last
+// nobody |               |     offset belong to nobody; their tiles write zeros.
 //        +---------------+
 //
-// A block waits for the offsets once; then its first warp takes 16 shuffles and reductions for each 128 of them.
+// A block waits for the offsets once; then its first warp needs 16 shuffles and reductions per 128 offsets.
 #pragma once
 
 #include <type_traits>
@@ -25,7 +25,7 @@ struct GroupedProductArguments {
   Groups groups;
   int64_t weight_bytes, score_bytes, threshold_bytes, words, bias_bytes;  // from one expert to the next
 
-  // Those of one tile.
+  // Return the arguments of one tile.
   MFT_DEVICE ProductArguments arguments(const GroupTile& tile) const {
     ProductArguments a = of;
     const int64_t expert = tile.expert;
@@ -42,8 +42,8 @@ struct GroupedProductArguments {
   }
 };
 
-// As ProductKernel. Of scores in the other 16-bit type, and of rows that are not chunks, there is none: each kernel takes
-// 50 KB of the library, and such scores are packed first.
+// ProductKernel over experts. It does not read scores in the other 16-bit type, or scores if rows are not whole chunks:
+// such scores are packed first, because each kernel takes 50 KB of the library.
 template <class T, class S, bool kMagnitude, bool kTransposed, bool kChunked, int kTokensT>
 struct GroupedProductKernel {
   using OneProduct = ProductKernel<T, S, kMagnitude, kTransposed, kChunked, kTokensT, false>;
@@ -52,7 +52,7 @@ struct GroupedProductKernel {
   static constexpr int kTokens = kTokensT, kThreads = OneProduct::kThreads;
   static constexpr int kBlocksPerMultiprocessor = OneProduct::kBlocksPerMultiprocessor;
   static constexpr int kStageBytes = OneProduct::kStageBytes;
-  static constexpr int kTileBytes = 128;  // before the stages: which tile it is
+  static constexpr int kTileBytes = 128;  // before the stages: the block's GroupTile
 
   MFT_DEVICE static void run(const Arguments& g) {
     char *const found = isa::shared_memory(), *const shared = found + kTileBytes;
@@ -70,7 +70,7 @@ struct GroupedProductKernel {
       }
     }
     isa::sync_block();
-    // Looked up once more, for registers are short in the loop.
+    // Loaded again, because registers are short in the loop.
     Result::write(g.arguments(load<GroupTile>(found)), sums, shared, Result::place_at(0, place_of(g).column));
   }
 
@@ -137,7 +137,7 @@ std::string grouped_of(const GroupedProduct& g, int tokens, const Device& device
   return g.of.transposed ? grouped_by<T, true>(g, tokens, device) : grouped_by<T, false>(g, tokens, device);
 }
 
-// Each in a file of its own.
+// Each is instantiated in a file of its own.
 extern template std::string grouped_of<BFloat16>(const GroupedProduct&, int, const Device&);
 extern template std::string grouped_of<Float16>(const GroupedProduct&, int, const Device&);
 

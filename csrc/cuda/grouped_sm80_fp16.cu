@@ -1,4 +1,4 @@
-// The product over experts of fp16.
+// The product over experts for fp16.
 #include "grouped_sm80.cuh"
 
 namespace mft::cuda::sm80 {

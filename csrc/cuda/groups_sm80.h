@@ -1,8 +1,9 @@
-// Whose rows are which: of a product, tile after tile of the rows of one expert after the other; of a sum, an expert's.
+// Which rows belong to which expert: for a product, the rows of one tile; for d_scores, all rows of one expert.
 //
-// offsets[e] is where the rows of expert e end and those of the next begin. What falls, or lies outside of all rows,
-// means as in the reference the largest offset before it, and at most all rows: whatever offsets hold, each row is one
-// expert's or nobody's, and there are no others. They are read on the device; nothing waits for them.
+// offsets[e] is where the rows of expert e end and those of the next begin. As in the reference, an offset that is less
+// than an earlier one counts as the largest offset before it, and one above the number of rows counts as that number.
+// So whatever the offsets hold, each row belongs to exactly one expert or to nobody, and no other row is touched. The
+// offsets are read on the device; nothing waits for them.
 #pragma once
 
 #include "keys.h"
@@ -14,14 +15,14 @@ struct Groups {
   const int32_t* offsets;
   int experts, rows;
 
-  // Of an expert, or of those behind the last: these are nobody's, and end with all rows.
+  // Return where the rows of an expert end. Behind the last expert come the rows of nobody, which end with all rows.
   MFT_DEVICE int offset(int expert) const {
     const int end = expert < experts ? offsets[expert] : rows;
     return end < rows ? end : rows;
   }
 };
 
-// The largest over this lane and those before it.
+// Return the largest value of this lane and those before it.
 MFT_DEVICE int largest_so_far(int value, int lane) {
 #pragma unroll
   for (int by = 1; by < 32; by *= 2) {
@@ -31,22 +32,23 @@ MFT_DEVICE int largest_so_far(int value, int lane) {
   return value;
 }
 
-// How many tiles there are at most: an expert's last one may have a single row, and so may that of nobody's rows.
+// Return the largest possible number of tiles: each expert's last tile may have a single row, and so may that of
+// nobody.
 inline int64_t most_tiles(int64_t rows, int64_t experts, int tokens) {
   return std::min(rows, (rows + tokens - 1) / tokens + experts);
 }
 
 struct alignas(16) GroupTile {
-  int expert;       // the number of experts: of nobody's rows
-  int first, rows;  // up to kTokens; none: there is no such tile
+  int expert;       // the number of experts: rows of nobody
+  int first, rows;  // up to kTokens rows; 0: there is no such tile
   int padding;
 
-  // By a warp, each lane of which looks at kEach neighbours a time.
+  // Called by a whole warp. Each lane looks at kEach neighbouring experts at a time.
   template <int kTokens>
   MFT_DEVICE static GroupTile of(const Groups& groups, int tile) {
     constexpr int kEach = 4;
     const int lane = isa::lane();
-    int begin = 0;  // of the expert that a round begins with
+    int begin = 0;  // of the rows of the expert that a round begins with
     for (int base = 0; base <= groups.experts; base += 32 * kEach) {
       const int expert = base + lane * kEach;
       int ends[kEach];
@@ -86,7 +88,7 @@ struct alignas(16) GroupTile {
   }
 };
 
-// All of an expert's, by a warp.
+// All rows of an expert, looked up by a whole warp.
 struct GroupRows {
   int first, rows;
 

@@ -1,8 +1,8 @@
 // The instructions that kernels are written in: one short function each, in namespace mft::cuda::isa.
 //
-// nvcc gets them from isa_device.h; the tests put emulator/ on the include path instead, where the same functions run
-// on the host, so that every kernel is executed there as it is: but for d_scores on sm_90, which is CUTLASS's, kernels
-// use nothing else of CUDA.
+// nvcc takes them from isa_device.h. The tests put emulator/ on the include path instead, where the same functions run
+// on the host. So the tests execute every kernel unchanged. Kernels use nothing else of CUDA, except d_scores on sm_90,
+// which uses CUTLASS.
 //
 //   where      thread() block(axis) blocks(axis) lane() warp() shared_memory()
 //   numbers    widen(T) round_to<T>(float) round_pair<T>(low, high) magnitude(float) as_bits(float) as_float(bits)
@@ -17,7 +17,7 @@
 //              load_words<1 | 2 | 4>(p) store_words(p, words)
 //   sm_80      copy_async<16 | 8 | 4>(shared, global, valid) commit_copies() wait_copies<N>()
 //              load_matrices(r, row) load_matrices_transposed(r, row) multiply_16x8x16<T>(d, a, b0, b1)
-//   sm_90      kMostCluster rank_in_cluster() sync_cluster() load_of_rank(p, rank); before it, clusters of one block
+//   sm_90      kMostCluster rank_in_cluster() sync_cluster() load_of_rank(p, rank); below sm_90, clusters of one block
 //   launching  launch<Kernel>(shape, stream, arguments)
 //
 // A kernel is a struct: kThreads, kBlocksPerMultiprocessor, Arguments, and static void run(const Arguments&).

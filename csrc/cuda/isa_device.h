@@ -11,7 +11,7 @@ namespace mft::cuda::isa {
 
 MFT_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 MFT_DEVICE int lane() { return static_cast<int>(threadIdx.x) % 32; }
-// The same in all of a warp, and the compiler is to know it.
+// The same in all lanes of a warp; the shuffle tells the compiler so.
 MFT_DEVICE int warp() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); }
 MFT_DEVICE int64_t block(int axis) { return axis == 0 ? blockIdx.x : axis == 1 ? blockIdx.y : blockIdx.z; }
 MFT_DEVICE int64_t blocks(int axis) { return axis == 0 ? gridDim.x : axis == 1 ? gridDim.y : gridDim.z; }
@@ -57,14 +57,15 @@ MFT_DEVICE float magnitude(float value) { return fabsf(value); }
 MFT_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 MFT_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
-// By these names the compiler may not make a fused multiply-add of a product and a sum.
+// These intrinsics keep the compiler from fusing a product and a sum into one multiply-add.
 MFT_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 MFT_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 MFT_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MFT_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 MFT_DEVICE float root(float a) { return __fsqrt_rn(a); }
 
-// Byte i, and above it the upper three bytes of `above`. The compiler would shift and mask where this is one instruction.
+// Return byte i of word, with the upper three bytes of `above` above it. This is one instruction; the compiler would
+// shift and mask.
 MFT_DEVICE uint32_t byte_of(uint32_t word, int i, uint32_t above = 0) { return __byte_perm(word, above, 0x7650 | i); }
 
 MFT_DEVICE uint32_t rotate_right(uint32_t word, int places) { return __funnelshift_r(word, word, places); }
@@ -72,21 +73,22 @@ MFT_DEVICE uint32_t rotate_right(uint32_t word, int places) { return __funnelshi
 // Digit i of the selector chooses byte i of the result: 0 to 3 are the bytes of a, 4 to 7 those of b.
 MFT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
-// Each half 0xffff if its top bit is set, else 0. Selector digits 9 and b repeat the sign of bytes 1 and 3.
+// Return 0xffff in each half whose top bit is set, else 0. Selector digits 9 and b repeat the sign of bytes 1 and 3.
 MFT_DEVICE uint32_t spread_signs(uint32_t pair) {
   uint32_t mask;
   asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(pair));
   return mask;
 }
 
-// The lower half by bit 15 of `low`, the upper one by bit 31 of `high` (byte 3 of the second operand: digit f).
+// The same: bit 15 of `low` decides the lower half, bit 31 of `high` the upper one. Digit f repeats the sign of byte 3
+// of the second operand.
 MFT_DEVICE uint32_t spread_signs(uint32_t low, uint32_t high) {
   uint32_t mask;
   asm("prmt.b32 %0, %1, %2, 0xff99;" : "=r"(mask) : "r"(low), "r"(high));
   return mask;
 }
 
-// The lower half by the top bit of that byte of `low`, the upper one by that of `high`.
+// The same: the top bit of that byte of `low` decides the lower half, the one of `high` the upper half.
 MFT_DEVICE uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
   uint32_t mask;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(mask) : "r"(low), "r"(high), "r"(0xcc88 | byte * 0x1111));
@@ -117,31 +119,31 @@ MFT_DEVICE uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(0
 
 // ------------------------------------------------------------------------------------------------------- memory
 
-// A word that a load brings. The emulator follows it from the load to what consumes it.
+// A word that a load returns. The emulator follows it from the load to its use.
 using Register = uint32_t;
 
-MFT_DEVICE void note_read(const void*) {}  // for the emulator, if it is of shared memory
+MFT_DEVICE void note_read(const void*) {}  // for the emulator, which notes reads of shared memory
 
 template <class T>
 MFT_DEVICE Register load_shared(const T* p) {
   return *p;
 }
 
-// The number in shared memory that lies so many bytes behind `table` as byte i of `offsets` says. The table begins at a
-// multiple of 256: one instruction puts the byte into its address.
+// Load the float in shared memory whose byte offset from `table` is byte i of `offsets`. The table begins at a multiple
+// of 256, so one instruction puts the byte into the address.
 MFT_DEVICE float load_at_byte(const char* table, uint32_t offsets, int i) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(byte_of(offsets, i, shared_address(table))));
   return value;
 }
 
-// For other warps to read.
+// Store a value that other warps will read.
 MFT_DEVICE void store_shared(float* p, float value) { *p = value; }
 
-// The float of a table in shared memory that lies so many bytes on.
+// Load the float at byte `offset` of a table in shared memory.
 MFT_DEVICE float look_up(const char* table, Register offset) { return *reinterpret_cast<const float*>(table + offset); }
 
-// Both return what was there.
+// The two 32-bit additions return the value before.
 MFT_DEVICE uint32_t add_shared(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 MFT_DEVICE uint32_t add_global(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 MFT_DEVICE void add_global(int64_t* p, int64_t v) {
@@ -157,7 +159,7 @@ struct alignas(4 * kCount) Words {
 
 using Words4 = Words<4>;
 
-// Words that one load brings, from a multiple of their size.
+// Load kCount words by one instruction, from a multiple of their size.
 template <int kCount>
 MFT_DEVICE void load_shared(Register (&r)[kCount], const void* p) {
   const auto v = *static_cast<const Words<kCount>*>(p);
@@ -165,7 +167,7 @@ MFT_DEVICE void load_shared(Register (&r)[kCount], const void* p) {
   for (int i = 0; i < kCount; ++i) r[i] = v.words[i];
 }
 
-// By one instruction, from and to a multiple of their size.
+// Load or store kCount words by one instruction, at a multiple of their size.
 template <int kCount>
 MFT_DEVICE Words<kCount> load_words(const void* p) {
   return *static_cast<const Words<kCount>*>(p);
@@ -176,7 +178,7 @@ MFT_DEVICE void store_words(void* p, const Words<kCount>& v) {
   *static_cast<Words<kCount>*>(p) = v;
 }
 
-// 16 bytes that nothing reads again soon.
+// Load 16 bytes that nothing reads again soon.
 MFT_DEVICE Words4 load_streaming(const void* p) {
   Words4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -185,16 +187,16 @@ MFT_DEVICE Words4 load_streaming(const void* p) {
   return v;
 }
 
-// What other blocks may just have written.
+// Load a word that other blocks may just have written.
 MFT_DEVICE uint32_t load_volatile(const uint32_t* p) { return *static_cast<const volatile uint32_t*>(p); }
 
 // -------------------------------------------------------------------------------------------------------- sm_80
 
-// Copies kBytes into shared memory, zeros if not valid (then global is not read).
+// Copy kBytes into shared memory, or zeros if not valid (then `global` is not read).
 template <int kBytes>
 MFT_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   const int bytes = valid ? kBytes : 0;
-  if constexpr (kBytes == 16) {  // past L1, which would only hold it twice
+  if constexpr (kBytes == 16) {  // past L1, which would only hold a second copy
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                  : "memory");
   } else {
@@ -206,14 +208,14 @@ MFT_DEVICE void copy_async(void* shared, const void* global, bool valid) {
 
 MFT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending of the committed groups are under way.
+// Wait until at most kPending of the committed groups are in flight.
 template <int kPending>
 MFT_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements: lane 8 i + r gives the address of row r of matrix i; the lane gets elements
-// (lane / 4, 2 (lane % 4) + {0, 1}) of each.
+// Load four 8 x 8 matrices of 16-bit elements. Lane 8 i + r gives the address of row r of matrix i. Each lane gets
+// elements (lane / 4, 2 (lane % 4) + {0, 1}) of each matrix.
 MFT_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -221,7 +223,7 @@ MFT_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// The same of each matrix's transpose: elements (2 (lane % 4) + {0, 1}, lane / 4).
+// The same for the transpose of each matrix: elements (2 (lane % 4) + {0, 1}, lane / 4).
 MFT_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -254,10 +256,10 @@ MFT_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kMostCluster = 1;
 MFT_DEVICE int rank_in_cluster() { return 0; }
-MFT_DEVICE void sync_cluster() { __trap(); }  // rather than results without what the others have
+MFT_DEVICE void sync_cluster() { __trap(); }  // rather than results without the sums of the others
 MFT_DEVICE float load_of_rank(const float* shared, int) { return *shared; }
 #else
-constexpr int kMostCluster = 8;  // blocks; on some GPUs more, if asked for
+constexpr int kMostCluster = 8;  // blocks; some GPUs allow more on request
 
 MFT_DEVICE int rank_in_cluster() {
   uint32_t rank;
@@ -265,13 +267,13 @@ MFT_DEVICE int rank_in_cluster() {
   return static_cast<int>(rank);
 }
 
-// By whole warps. What was written to shared memory before it, all of the cluster see behind it.
+// Called by whole warps. After it, all blocks of the cluster see what was written to shared memory before it.
 MFT_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// What lies there in the shared memory of the block of that rank, which has not ended.
+// Load the same address from the shared memory of the block of that rank, which must not have ended.
 MFT_DEVICE float load_of_rank(const float* shared, int rank) {
   float value;
   asm volatile(
@@ -291,12 +293,12 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerMultiproce
   Kernel::run(arguments);
 }
 
-// "" or what went wrong. Launches on `stream` of the current device, and waits for nothing.
+// Launch on `stream` of the current device, without waiting. Return "" or an error text.
 template <class Kernel>
 std::string launch(const LaunchShape& shape, void* stream, const typename Kernel::Arguments& arguments) {
   const auto function = &entry<Kernel>;
   cudaError_t status = cudaSuccess;
-  if (shape.shared_bytes > 48 * 1024) {  // more than that has to be asked for
+  if (shape.shared_bytes > 48 * 1024) {  // more must be requested
     status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
   }
   if (status == cudaSuccess) {
@@ -313,7 +315,7 @@ std::string launch(const LaunchShape& shape, void* stream, const typename Kernel
     status = cudaLaunchKernelEx(&configuration, function, arguments);
   }
   if (status == cudaSuccess) return "";
-  cudaGetLastError();  // reported here: later calls shall not find it
+  cudaGetLastError();  // reported here, so clear it for later calls
   return cudaGetErrorString(status);
 }
 

@@ -15,8 +15,8 @@
 
 namespace mft::cuda::isa {
 
-// Which bits of the number of a 128-byte row TMA adds (exclusive or) to the number of a 16-byte chunk, so that chunks
-// of neighbouring rows lie in different banks.
+// The bits of the number of a 128-byte row that TMA XORs into the number of a 16-byte chunk, so that chunks of
+// neighbouring rows lie in different banks.
 enum class Swizzle : int { kNone = 0, k64 = 3, k128 = 7 };
 
 }  // namespace mft::cuda::isa

@@ -23,16 +23,17 @@ MFT_DEVICE void init_barrier(TransactionBarrier* b, int arrivals) {
   cutlass::arch::ClusterBarrier::init(b, static_cast<uint32_t>(arrivals));
 }
 
-// After init_barrier and before sync_cluster, so that TMA and the other block see it.
+// Called after init_barrier and before sync_cluster, so that TMA and the other block see the barrier.
 MFT_DEVICE void publish_barriers() { cutlass::arch::fence_barrier_init(); }
 
-// At the barrier with the same offset in the block of that rank.
+// Arrive at the barrier with the same offset in the block of that rank.
 MFT_DEVICE void arrive(TransactionBarrier* b, int rank) {
   cutlass::arch::ClusterBarrier::arrive(b, static_cast<uint32_t>(rank), 1u);
 }
 
-// The same, by the first lane of a warp, once the registers are there: ptxas moves arithmetic behind an arrival, and with
-// it the wait for loads. So the address depends on them, by bits that are 0 in this lane, which ptxas does not know.
+// The same, called by the first lane of a warp, once the registers are loaded. ptxas would move arithmetic behind an
+// arrival, and with it the wait for loads. So the address depends on the registers, through bits that are 0 in this
+// lane; ptxas does not know that they are.
 template <int kRows, int kColumns>
 MFT_DEVICE void arrive_after(const Register (&registers)[kRows][kColumns], TransactionBarrier* b, int rank) {
   uint32_t any = 0, lower_lanes;
@@ -46,16 +47,17 @@ MFT_DEVICE void arrive_expecting(TransactionBarrier* b, int bytes) {
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(b, static_cast<uint32_t>(bytes));
 }
 
-// Until the phase of that parity is over.
+// Wait until the phase of that parity is over.
 MFT_DEVICE void wait(TransactionBarrier* b, uint32_t parity) { cutlass::arch::ClusterBarrier::wait(b, parity); }
 
 // ----------------------------------------------------------------------------------------------------------- TMA
 
 using TensorMap = CUtensorMap;
 
-// Rows of 1-, 2- or 4-byte elements in boxes (box_rows, box_columns); elements outside the matrix read as 0 and are not
-// written. Rows of a swizzled box are 64 or 128 bytes: the 16-byte chunk c of row r lies at c ^ (r / 2 % 4) of 64 bytes,
-// at c ^ (r % 8) of 128. With `experts` there are so many matrices, expert_bytes apart, each with its own edges.
+// Make a map of rows of 1-, 2- or 4-byte elements, in boxes (box_rows, box_columns). Elements outside the matrix read
+// as 0 and are not written. Rows of a swizzled box have 64 or 128 bytes. The 16-byte chunk c of row r lies at
+// c ^ (r / 2 % 4) in 64 bytes, at c ^ (r % 8) in 128. If `experts` is not 0, there are that many matrices,
+// expert_bytes apart, each with its own edges. Return "" or an error text.
 inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, int64_t rows, int64_t columns,
                                    int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle,
                                    int64_t experts = 0, int64_t expert_bytes = 0) {
@@ -90,19 +92,19 @@ MFT_DEVICE void prefetch(const TensorMap& map) {
   cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
 }
 
-// Arrives with its bytes at b of this block.
+// Load a tile. Its bytes arrive at b of this block.
 MFT_DEVICE void load_tile(const TensorMap& map, TransactionBarrier* b, void* shared, int column, int row) {
   cute::SM90_TMA_LOAD_2D::copy(&map, b, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, column,
                                row);
 }
 
-// Of one expert.
+// The same for one expert.
 MFT_DEVICE void load_tile(const TensorMap& map, TransactionBarrier* b, void* shared, int column, int row, int expert) {
   cute::SM90_TMA_LOAD_3D::copy(&map, b, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, column,
                                row, expert);
 }
 
-// The same into every block whose rank is a bit of `ranks`, at the same offset, arriving at that block's barrier.
+// Load into every block whose rank is a bit of `ranks`, at the same offset. The bytes arrive at that block's barrier.
 MFT_DEVICE void load_tile_multicast(const TensorMap& map, TransactionBarrier* b, uint16_t ranks, void* shared,
                                     int column, int row) {
   cute::SM90_TMA_LOAD_MULTICAST_2D::copy(
@@ -115,13 +117,13 @@ MFT_DEVICE void store_tile(const TensorMap& map, const void* shared, int column,
 
 MFT_DEVICE void commit_stores() { cute::tma_store_arrive(); }
 
-// Until all but kPending groups have read their shared memory.
+// Wait until all but kPending groups have read their shared memory.
 template <int kPending>
 MFT_DEVICE void wait_stores_read() {
   cute::tma_store_wait<kPending>();
 }
 
-// Ordinary writes to shared memory before it are seen by TMA after it.
+// Make earlier ordinary writes to shared memory visible to later TMA operations.
 MFT_DEVICE void fence_shared_for_tma() { cute::tma_store_fence(); }
 
 // Writes four 8 x 8 matrices of 16-bit elements, transposed: lane 8 i + r gives the address of row r of matrix i.
@@ -131,7 +133,7 @@ MFT_DEVICE void store_matrices_transposed(void* row, const uint32_t (&r)[4]) {
 
 // --------------------------------------------------------------------------------------------------------- wgmma
 
-// Of a tile with rows of 128 bytes, swizzled as TMA does, whose groups of 8 rows follow each other.
+// Return the descriptor of a tile with rows of 128 bytes, swizzled as by TMA, whose groups of 8 rows follow each other.
 MFT_DEVICE uint64_t descriptor(const void* shared) {
   cute::GmmaDescriptor d;
   d.desc_ = 0;
@@ -148,11 +150,11 @@ MFT_DEVICE void fence_registers(Value (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) cute::warpgroup_fence_operand(values[i]);
 }
 
-// Before the first product after registers that it reads or adds to were written.
+// Called before the first product after a write to registers that it reads or adds to.
 MFT_DEVICE void begin_products() { cute::warpgroup_arrive(); }
 MFT_DEVICE void commit_products() { cute::warpgroup_commit_batch(); }
 
-// Until at most kPending of the committed groups are under way.
+// Wait until at most kPending of the committed groups are in flight.
 template <int kPending>
 MFT_DEVICE void wait_products() {
   cute::warpgroup_wait<kPending>();
@@ -184,14 +186,15 @@ MFT_DEVICE void product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, 
 
 }  // namespace detail
 
-// d (64, N) += a (64, 16) @ b (N, 16).T by the four warps of a warpgroup, asynchronously: d and a belong to it until a
-// wait. Warp w holds rows 16 w to 16 w + 15 of a and d, laid out as in multiply_16x8x16; d[4 j ...] are columns 8 j on.
+// d (64, N) += a (64, 16) @ b (N, 16).T by the four warps of a warpgroup, asynchronously: nothing else may use d and a
+// until a wait. Warp w holds rows 16 w to 16 w + 15 of a and d, laid out as in multiply_16x8x16; d[4 j ...] are columns
+// 8 j on.
 template <class T, int kN>
 MFT_DEVICE void product(float (&d)[kN / 2], const Register (&a)[4], uint64_t b) {
   detail::product<T, kN>(d, a, b, std::make_index_sequence<kN / 2>());
 }
 
-// Move registers between warpgroups; kCount a thread from here on. All warps of the warpgroup call it.
+// Move registers between warpgroups: from here on, each thread has kCount. All warps of the warpgroup call it.
 template <int kCount>
 MFT_DEVICE void claim_registers() {
   cutlass::arch::warpgroup_reg_alloc<kCount>();

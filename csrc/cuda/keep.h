@@ -1,14 +1,14 @@
-// keep(scores): from a threshold and two 16-bit scores to a mask of their weights, in integer arithmetic.
+// keep(scores): compute the mask of two weights from a threshold and two 16-bit scores, in integer arithmetic.
 //
 // A 16-bit float is sign and magnitude m, and m orders like |value|: infinity is `infinity`, NaN lies above it. For two
 // scores in a register, m + c carries into bit 15 of its half (and never out of it) exactly if m >= 0x8000 - c. So a
-// comparison is one addition, and a NaN is found by another one:
+// comparison is one addition, and another addition finds NaN:
 //
 //   magnitude:  m >= low and not m > infinity
 //   value:      s < 0 ? m <= high : m >= low and not m > infinity
 //
-// This equals the reference in every corner: NaN scores and thresholds keep nothing, -0 equals +0, infinities and
-// subnormals are ordinary values. fp32 scores are compared as floats, which says the same.
+// This equals the reference in every corner case: NaN scores and thresholds keep nothing, -0 equals +0, infinities and
+// subnormals are ordinary values. fp32 scores are compared as floats, which gives the same result.
 #pragma once
 
 #include "isa.h"
@@ -27,15 +27,15 @@ inline constexpr uint32_t kInfinity<Float16> = 0x7c00;
 // The comparison with one threshold (or with two, one for each half).
 template <class T, bool kMagnitude>
 struct KeepPair {
-  uint32_t low, high;  // what is added to m: carries if m >= low; carries if m > high (value mode only)
+  uint32_t low, high;  // added to m: low carries if m >= least; high carries if m >= below_most (value mode only)
 
-  // thresholds: the bits of two of them.
+  // thresholds: the bits of two thresholds.
   MFT_DEVICE static KeepPair of(uint32_t thresholds) {
     const KeepPair first = of_one(thresholds & 0xffff), second = of_one(thresholds >> 16);
     return {first.low | second.low << 16, first.high | second.high << 16};
   }
 
-  // Bit 15 and bit 31: whether the scores in the lower and upper half are kept.
+  // Return whether the scores in the lower and upper half are kept, in bit 15 and bit 31.
   template <class Register>
   MFT_DEVICE Register bits(Register scores) const {
     constexpr uint32_t kNotANumber = 0x7fff - kInfinity<T>;
@@ -45,7 +45,7 @@ struct KeepPair {
     return (scores & ~(m + high)) | (~scores & kept);
   }
 
-  // The two weights, +0 where the score drops one.
+  // Return the two weights, with +0 where the score drops one.
   template <class Register>
   MFT_DEVICE Register select(Register weights, Register scores) const {
     return weights & isa::spread_signs(bits(scores));
@@ -68,7 +68,7 @@ struct KeepPair {
   }
 };
 
-// Whether one fp32 score is kept.
+// Return whether one fp32 score is kept.
 template <bool kMagnitude>
 MFT_DEVICE bool keeps(float score, float threshold) {
   return (kMagnitude ? isa::magnitude(score) : score) >= threshold;

@@ -1,5 +1,5 @@
-// The op product_many: a mask a row. masks are (N, ceil(K / 32)) each, up to 16; tasks int64 or int32, contiguous, one for
-// each `each` rows of x.
+// The op product_many: a mask per row. There are up to 16 masks, (N, ceil(K / 32)) each. tasks are int64 or int32,
+// contiguous, one per `each` rows of x.
 #include <vector>
 
 #include "operands.h"

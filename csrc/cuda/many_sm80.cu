@@ -1,10 +1,10 @@
-// many_sm80: how a product with a mask a token is cut and launched, and what it does not take.
+// many_sm80: how a product with a mask per token is cut and launched, and what it does not take.
 #include "many_sm80.cuh"
 
 namespace mft::cuda {
 namespace {
 
-constexpr int64_t kTokens = 64, kMostGroups = 65535;  // of a block; of blocks along z
+constexpr int64_t kTokens = 64, kMostGroups = 65535;  // tokens of a block; blocks along z
 
 DecodeCut cut_of(const ManyProduct& p, const Device& device, bool in_parts) {
   const double weights = static_cast<double>(p.weight.rows) * p.weight.columns;
@@ -12,7 +12,7 @@ DecodeCut cut_of(const ManyProduct& p, const Device& device, bool in_parts) {
   size.tokens = std::min(p.out.rows, kTokens), size.groups = quotient(p.out.rows, kTokens);
   size.tiles = static_cast<int>(quotient(size.tokens, 8));
   size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodePiece);
-  size.weight_bytes = 2 + std::min<int64_t>(p.count, size.tokens) / 8.0;  // each mask that tokens may have
+  size.weight_bytes = 2 + std::min<int64_t>(p.count, size.tokens) / 8.0;  // each mask that the tokens may use
   size.bytes = weights * size.weight_bytes * size.groups + 2.0 * p.out.rows * (p.out.columns + p.in.columns);
   size.row_bits = kDecodeRowBits;
   size.blocks = sm80::ManyKernel<BFloat16, 8, true>::kBlocksPerMultiprocessor, size.ahead = decode_ahead(true);

@@ -1,12 +1,14 @@
-// out[i] = in[i] @ where(masks[tasks[i / each]], weight, 0).T + bias, a mask a token; all is kept for task -1, and NaN comes
-// of one that there is not. As decode_sm80, whose header says how the weight comes; any rows, 64 tokens a block.
+// out[i] = in[i] @ where(masks[tasks[i / each]], weight, 0).T + bias: one mask per token. Task -1 keeps every weight.
+// An unknown task gives NaN. The weight is loaded as in decode_sm80, whose header describes it. Any number of rows, 64
+// tokens per block.
 //
-// A block brings its tokens into the order of their tasks, so that those of one task are neighbours: a range. Of each four
-// units that a warp has in registers it makes a masked copy for each range, by that mask's words, and multiplies the tiles
-// of 8 tokens which the range touches; of such a product the columns of the range alone are kept. Selected, never
-// multiplied by zeros: what another mask keeps may be infinite. 64 tokens of 16 tasks touch 24 tiles, and not 8 x 16.
+// A block sorts its tokens by task, so that the tokens of one task are neighbours: a range. A warp has four units in
+// registers at a time. For each range it makes a copy of them, masked by the words of that task, and multiplies the
+// tiles of 8 tokens that the range touches. It keeps only the columns of the range. It selects these columns and never
+// multiplies by zeros, because a weight that another mask keeps may be infinite. 64 tokens of 16 tasks touch 24 tiles,
+// not 8 x 16.
 //
-// More tokens than 64 are further blocks, which read the weight again. Speed: not measured.
+// More than 64 tokens take further blocks, which read the weight again. Speed: not measured.
 #pragma once
 
 #include "decode_sm80.cuh"
@@ -18,10 +20,10 @@ struct ManyArguments : DecodeArguments {
   int count;
   const char* tasks;
   bool long_tasks;  // of 8 bytes, else of 4
-  int each;         // tokens of a task's entry
+  int each;         // tokens per entry of tasks
 };
 
-// A block's tokens in the order of their tasks. Tasks: 0 to count - 1; count: all is kept; count + 1: there is none such.
+// A block's tokens in the order of their tasks. Tasks: 0 to count - 1; count: every weight is kept; count + 1: unknown.
 struct alignas(16) TaskTable {
   struct Range {
     int task, begin, end;
@@ -35,7 +37,7 @@ struct alignas(16) TaskTable {
   MFT_DEVICE void make(const Arguments& a, int first_token, int tokens) {
     const int t = isa::thread();
     if (t < tokens) {
-      const int64_t entry = (first_token + t) / a.each;  // of ints: of int64_t it would be a function that is called
+      const int64_t entry = (first_token + t) / a.each;  // of ints: a division of int64_t would be a function call
       const int64_t given = a.long_tasks ? load<int64_t>(a.tasks + 8 * entry) : load<int32_t>(a.tasks + 4 * entry);
       task[t] = given == -1 ? a.count : given >= 0 && given < a.count ? static_cast<int>(given) : a.count + 1;
     }
@@ -45,9 +47,9 @@ struct alignas(16) TaskTable {
       for (int i = 0; i < tokens; ++i) place += task[i] < task[t] || (task[i] == task[t] && i < t);
       token[place] = t;
     }
-    if (t <= a.count) {  // a thread a task: its range, and how many ranges there are before it
+    if (t <= a.count) {  // one thread per task: its range, and the number of ranges before it
       Range range{t, 0, 0};
-      uint32_t before = 0;  // a bit a task
+      uint32_t before = 0;  // one bit per task
       for (int i = 0; i < tokens; ++i) {
         range.begin += task[i] < t;
         range.end += task[i] <= t;
@@ -62,7 +64,7 @@ struct alignas(16) TaskTable {
   }
 };
 
-// T: of in, weight and out. kTiles: of 8 tokens. kChunked: in and weight are.
+// T: of in, weight and out. kTiles: tiles of 8 tokens. kChunked: in and weight are chunked.
 template <class T, int kTiles, bool kChunked>
 struct ManyKernel {
   static constexpr int kThreads = sm80::kThreads, kTokens = 8 * kTiles, kBlocksPerMultiprocessor = 2;
@@ -93,7 +95,7 @@ struct ManyKernel {
 
     float sums[kTiles][4] = {};
     for (int slab = 0, unit = 0; slab < a.part_units; slab += a.slab_units) {
-      if (slab > 0) isa::sync_block();  // all are done with the one before
+      if (slab > 0) isa::sync_block();  // all warps are done with the slab before
       copy_in(a, table, slab);
       isa::wait_copies<0>();
       isa::sync_block();
@@ -120,7 +122,7 @@ struct ManyKernel {
   }
 
   static int shared_bytes(int tokens, int slab_units, int slice_bits) {
-    const int rows = (tokens + 7) / 8 * 8;  // those behind the last token may hold anything: they are columns of their own
+    const int rows = (tokens + 7) / 8 * 8;  // rows behind the last token may hold anything: they are other columns
     return static_cast<int>(sizeof(TaskTable)) +
            std::max(rows * decode_row_stride(slab_units), 4 * tokens * sum_stride(slice_bits) << slice_bits);
   }
@@ -173,7 +175,7 @@ struct ManyKernel {
     }
   }
 
-  // As decode_sm80's, to where the tokens came from.
+  // As in decode_sm80, but tokens go back to their own rows.
   MFT_DEVICE static void write(const Arguments& a, const TaskTable& table, const float (&sums)[kTiles][4]) {
     const auto [group, slice] = DecodeWarp::of(a);
     const int features = 1 << (kDecodeRowBits - a.slice_bits), first_feature = static_cast<int>(isa::block(0)) * features;

@@ -1,8 +1,8 @@
-// Which weights of a tile are kept, applied to B of mma.sync between ldmatrix and the product.
+// The masks of a tile of the weight. They are applied to B of mma.sync, between ldmatrix and the product.
 //
-// A mask copies a tile of its own next to each of the weight's, then selects from the fragments that load_b() gives.
-// The weight's rows are columns of B, or (kTransposed) its depths: in register i of the 4, with g = lane / 4,
-// c = 2 (lane % 4) and columns counted from the warp's first, lie
+// A mask copies a tile of its own next to each tile of the weight, then selects from the fragments that load_b() gives.
+// The weight's rows are columns of B, or (kTransposed) its depths. With g = lane / 4, c = 2 (lane % 4) and columns
+// counted from the warp's first, register i of the 4 holds
 //
 //   weights (column + i / 2 * 8 + g, depth + i % 2 * 8 + c) and its right neighbour,
 //   transposed: weights (depth + i % 2 * 8 + c, column + i / 2 * 8 + g) and its lower neighbour.
@@ -13,7 +13,7 @@
 
 namespace mft::cuda::sm80 {
 
-constexpr int kWarpFeatures = 32;  // columns of B, in a warp
+constexpr int kWarpFeatures = 32;  // columns of B per warp
 constexpr int kTileDepth = 32;
 
 template <bool kTransposed, int kElement>
@@ -23,7 +23,7 @@ using WeightTile =
 struct Words {};  // in place of the scores' type
 
 struct KeepArguments {
-  View scores;  // of no data, but with rows and columns, if there are words
+  View scores;  // if there are words: no data, but rows and columns
   const char* thresholds;
   int64_t threshold_bytes;  // from row to row
   const uint32_t* words;
@@ -42,9 +42,10 @@ MFT_DEVICE V threshold_of(const KeepArguments& keep, int row) {
   return row < keep.scores.rows ? load<V>(keep.thresholds + row * keep.threshold_bytes) : V{};
 }
 
-// 16-bit scores come as fragments like the weights'. Thresholds: a warp's columns have theirs in registers; those of
-// depths follow the tile in shared memory, as what KeepPair adds (low[32], high[32]), and are loaded one tile ahead.
-// Where all rows have one (not kPerRow), the columns' are in the registers of one; elsewhere that spilled.
+// Masks by 16-bit scores, which are loaded as fragments like the weights. If the weight's rows are columns of B, their
+// thresholds are in registers. If they are depths, the thresholds follow the tile in shared memory, as the numbers that
+// KeepPair adds (low[32], high[32]), and are loaded one tile ahead. If all rows have one threshold (not kPerRow), the
+// columns share the registers of that one; otherwise the kernel spilled.
 template <class S, bool kMagnitude, bool kTransposed, bool kChunked, bool kPerRow>
 class Mask {
   using Scores = WeightTile<kTransposed, 2>;
@@ -53,8 +54,8 @@ class Mask {
  public:
   static constexpr int kBytes = Scores::kBytes + (kTransposed ? 4 * kTileDepth : 0);
 
-  // first: of the block's columns of B. warp_column: the warp's first among them. depth: the first
-  // of `length`.
+  // first: the block's first column of B. warp_column: the warp's first, counted from there. depth: the first of
+  // `length`.
   MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth, int length)
       : keep_(keep),
         warp_column_(warp_column),
@@ -111,11 +112,11 @@ class Mask {
   TileReader<Scores, kTransposed, kChunked, kThreads> reader_;
   static constexpr int kPairs = kTransposed || !kPerRow ? 1 : 4;
   Pair pairs_[kPairs];
-  uint32_t threshold_ = 0;  // of the next tile, the thread's row
-  int row_;                 // the first of the tile after it
+  uint32_t threshold_ = 0;  // of the thread's row in the next tile
+  int row_;                 // the first row of the tile after that
 };
 
-// fp32 scores are read one by one, or two, from a tile of twice the size.
+// Masks by fp32 scores, which are read one or two at a time from a tile of twice the size.
 template <bool kMagnitude, bool kTransposed, bool kChunked, bool kPerRow>
 class Mask<float, kMagnitude, kTransposed, kChunked, kPerRow> {
   using Scores = WeightTile<kTransposed, 4>;
@@ -179,12 +180,12 @@ class Mask<float, kMagnitude, kTransposed, kChunked, kPerRow> {
   const KeepArguments& keep_;
   int warp_column_;
   TileReader<Scores, kTransposed, kChunked, kThreads> reader_;
-  float thresholds_[kTransposed ? 1 : 4] = {};  // of the warp's columns, or the thread's row of the next tile
-  int row_;                                     // the first of the tile after it
+  float thresholds_[kTransposed ? 1 : 4] = {};  // of the warp's columns, or of the thread's row in the next tile
+  int row_;                                     // the first row of the tile after that
 };
 
-// Packed words, 128 a tile: they are 4 bytes aligned and no more, so each is a copy of its own. A lane shifts its two
-// bits of all four groups of 8 columns to the tops of bytes at once.
+// Masks by packed words, 128 per tile. They are aligned to only 4 bytes, so each is copied by itself. A lane shifts its
+// two bits of all four groups of 8 columns to the tops of bytes at once.
 template <bool kMagnitude, bool kTransposed, bool kChunked, bool kPerRow>
 class Mask<Words, kMagnitude, kTransposed, kChunked, kPerRow> {
  public:
@@ -192,7 +193,7 @@ class Mask<Words, kMagnitude, kTransposed, kChunked, kPerRow> {
 
   MFT_DEVICE Mask(const KeepArguments& keep, int first, int warp_column, int depth, int length)
       : keep_(keep), warp_column_(warp_column) {
-    constexpr int kWords = kTransposed ? kTileFeatures / 32 : 1;  // a row of the tile
+    constexpr int kWords = kTransposed ? kTileFeatures / 32 : 1;  // per row of the tile
     const int row = isa::thread() / kWords + (kTransposed ? depth : first);
     const int word = isa::thread() % kWords + (kTransposed ? first : depth) / 32;
     rows_ = kTransposed ? length - isa::thread() / kWords : keep.scores.rows - row;
@@ -229,7 +230,7 @@ class Mask<Words, kMagnitude, kTransposed, kChunked, kPerRow> {
   }
 
  private:
-  // The two halves by the top bits of byte `byte` of low and high.
+  // Return 0xffff or 0 in each half, by the top bits of byte `byte` of low and high.
   MFT_DEVICE static uint32_t tops(uint32_t low, uint32_t high, int byte) {
     const uint32_t pair = (low >> (8 * byte) & 0xff) << 8 | (high >> (8 * byte)) << 24;
     return isa::spread_signs(pair);
@@ -238,7 +239,7 @@ class Mask<Words, kMagnitude, kTransposed, kChunked, kPerRow> {
   const KeepArguments& keep_;
   int warp_column_;
   const uint32_t* source_;  // the thread's word of the next tile
-  int rows_, words_;        // how many there are from it on, if any
+  int rows_, words_;        // how many are left from there on, if any
 };
 
 }  // namespace mft::cuda::sm80

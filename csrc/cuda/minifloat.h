@@ -18,7 +18,7 @@ struct Coding {
   float inverse;  // 1.875 / largest
   bool coded;     // else every code is 0: the block's largest is below 2^-125, or NaN
 
-  // top: the largest pattern of the block's magnitudes, which order as their values, NaN above all.
+  // top: the largest bit pattern of the block's magnitudes. Patterns order like their values, with NaN above all.
   MFT_DEVICE static Coding of(uint32_t top) {
     constexpr uint32_t kLeast = 2u << 23, kMost = 253u << 23;  // 2^-125 and 2^126
     if (top < kLeast) return {0, 0, false};
@@ -39,7 +39,7 @@ struct Minifloat {
     return isa::multiply(isa::as_float((magnitude < 8 ? subnormal : normal) | sign), scale);
   }
 
-  // random: of which the lowest 8 bits round.
+  // random: its lowest 8 bits decide the rounding.
   MFT_DEVICE static uint32_t encode(float value, const Coding& coding, uint32_t random) {
     if (!coding.coded) return 0;
     const uint32_t bits = isa::as_bits(value), magnitude = bits & kFloatMagnitude;
@@ -52,7 +52,7 @@ struct Minifloat {
     uint32_t code = (fixed + ((random & 0xff) << 12) + 2048) >> 20;
     code = code < kCodes - 1 ? code : kCodes - 1;
     if constexpr (kCodes == 128) return code | (bits >> 24 & 0x80);
-    return code == 0 && magnitude != 0 ? 1 : code;  // a positive square stays one
+    return code == 0 && magnitude != 0 ? 1 : code;  // a positive square stays positive
   }
 };
 

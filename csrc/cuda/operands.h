@@ -1,4 +1,4 @@
-// From tensors to what the kernels take: checks, and the structs of api.h.
+// Convert tensors to the structs of api.h, with checks.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -33,7 +33,8 @@ inline void check_device(const Tensor& t, const Place& place, const char* name) 
   STD_TORCH_CHECK(t.get_device() == place.index, name, " must be on device ", place.index, ", got ", t.get_device());
 }
 
-// Null says "not wanted" to the kernels, and an empty tensor's data may be null.
+// Return data, or another pointer if it is null. To the kernels null means "not wanted", but an empty tensor's data may
+// be null.
 template <class T>
 T* present(T* data) {
   static char nowhere;
@@ -45,7 +46,7 @@ inline Matrix matrix(const Tensor& t, const Place& place, const char* name, void
   const bool many = t.numel() > 0 && t.dim() == 2;  // else strides mean nothing
   STD_TORCH_CHECK(t.dim() == 2 && (!many || t.size(1) == 1 || t.stride(1) == 1), name,
                   " must be 2-d with unit column stride");
-  // For a single row a multiple of 16 bytes, which the Hopper kernels ask for.
+  // A single row gets a stride that is a multiple of 16 bytes, which the Hopper kernels require.
   const int64_t stride = many && t.size(0) > 1 ? t.stride(0) : (t.size(1) + 7) / 8 * 8;
   STD_TORCH_CHECK(stride >= t.size(1), name, " must have rows that do not overlap");
   return {present(data), type_of(t, name), t.size(0), t.size(1), stride};
@@ -111,7 +112,7 @@ inline Matrix like_weight(const Tensor& t, const Place& place, const Matrix& wei
   return m;
 }
 
-// Null if there is none.
+// Return the bias's data, or null if there is no bias.
 inline const void* bias_of(const std::optional<Tensor>& bias, const Place& place, const Matrix& weight) {
   if (!bias.has_value()) return nullptr;
   check_device(*bias, place, "bias");
@@ -126,7 +127,7 @@ inline Tensor empty_words(const Tensor& like, const Matrix& scores) {
   return torch::stable::new_empty(like, {sizes, 2}, ScalarType::Int);
 }
 
-// Given back in the order of the stream.
+// Return the workspace of a plan, if it needs one. Its memory is given back in the order of the stream.
 inline std::optional<Tensor> workspace_of(const Tensor& like, const Plan& plan) {
   if (plan.workspace == 0) return std::nullopt;
   const int64_t bytes[] = {plan.workspace};

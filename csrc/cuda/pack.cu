@@ -1,4 +1,4 @@
-// pack_mask and pack_signs: the kernel of the type.
+// pack_mask and pack_signs: choose the kernel for the type of the scores.
 #include "pack.cuh"
 
 #include <algorithm>

@@ -1,13 +1,14 @@
-// Bits of scores: whether a score is kept, or whether it is positive.
+// Pack one bit per score: whether the score is kept, or whether it is positive.
 //
-// Lane by lane a warp looks at 32 neighbours of a row and votes: the vote is the word. So every load is of consecutive
-// scores, however a row is aligned. A warp makes up to 32 words of a row, of which each lane then stores one.
+// Each lane of a warp looks at one of 32 neighbours of a row and votes: the vote is the word. So every load is of
+// consecutive scores, however a row is aligned. A warp makes up to 32 words of a row; then each lane stores one of
+// them.
 //
 //   row of scores  |<- 32 ->|<- 32 ->| ...        | padding |
 //   word                0        1                  last        bits of the padding are 0
 //
-// Per 32 scores a warp executes about 6 instructions, so on an H100 [estimate, not measured] 58.7M scores of bf16 take
-// 12 us of issue slots beside the 35 us of memory's 117 MB at 3.35 TB/s.
+// A warp executes about 6 instructions per 32 scores. On an H100 [estimate, not measured], 58.7M scores of bf16 take 12
+// us of issue slots, compared with 35 us for 117 MB of memory at 3.35 TB/s.
 #pragma once
 
 #include "api.h"
@@ -22,7 +23,7 @@ struct PackArguments {
   const char* scores;
   const char* thresholds;
   int64_t rows, columns, stride, threshold_stride;
-  int64_t* zeros;  // kPositive adds to it how many scores are 0
+  int64_t* zeros;  // kPositive adds the number of scores that are 0
 };
 
 template <class T, PackedBit kBit>
@@ -60,7 +61,7 @@ struct PackKernel {
   }
 
  private:
-  // Words i to i + kLoads of a group, of which the lane keeps its own. kWhole: they have no padding.
+  // Compute words i to i + kLoads of a group; each lane keeps its own. kWhole: they have no padding.
   template <bool kWhole>
   MFT_DEVICE static void vote(const T* scores, float threshold, int columns, int i, uint32_t& own, uint32_t& zeros) {
     const int lane = isa::lane();
@@ -84,7 +85,7 @@ struct PackKernel {
     return keeps<kBit == PackedBit::kKeptByMagnitude>(score, threshold);
   }
 
-  // One addition a block.
+  // Add the zeros of a block to the total, by one addition.
   MFT_DEVICE static void add_up(uint32_t zeros, int64_t* total) {
     int64_t sum = zeros;
     for (int by = 16; by > 0; by /= 2) sum += isa::shuffle_xor(sum, by);

@@ -5,7 +5,7 @@
 
 namespace mft::cuda {
 
-// The words of a counter (c0, c1, c2, 0), lowest first, under a key.
+// Compute the words of the counter (c0, c1, c2, 0) under the key (k0, k1), lowest first.
 MFT_DEVICE void philox(uint32_t (&words)[4], uint32_t c0, uint32_t c1, uint32_t c2, uint32_t k0, uint32_t k1) {
   uint32_t c3 = 0;
 #pragma unroll

@@ -1,5 +1,5 @@
-// Where an op runs: a device, made current while this lives, and its stream. Nothing here waits, so CUDA graphs may
-// record what is launched.
+// Where an op runs: a device, which is current while the Place lives, and its stream. Nothing here waits, so CUDA
+// graphs may record the launches.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +17,7 @@
 #define MFT_KEY CUDA
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
-// A CPU build of torch has no such function, and the library loads there all the same.
+// A CPU build of torch lacks this function. As a weak symbol, it does not keep the library from loading there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
@@ -26,7 +26,7 @@ namespace mft::cuda {
 // MFT_CUDA_CAPABILITY=80 runs an older GPU's kernels, for tests and comparisons.
 inline int chosen_capability(int capability) {
   const char* asked = std::getenv("MFT_CUDA_CAPABILITY");
-  if (asked) std::from_chars(asked, asked + std::strlen(asked), capability);  // atoi would ask for glibc 2.38
+  if (asked) std::from_chars(asked, asked + std::strlen(asked), capability);  // atoi would require glibc 2.38
   return capability;
 }
 

@@ -1,5 +1,5 @@
-// A call's launches, remembered by the layout of its arguments: the next call alike is one op, with nothing left to
-// decide. mft_kernels/backends/triton/planned.py remembers them.
+// The launches of a call, remembered by the layout of its arguments. The next call with the same layout is one op, with
+// nothing left to decide. mft_kernels/backends/triton/planned.py remembers them.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -20,11 +20,11 @@ using mft::cuda::Place;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What a call is given; null: none. The first is always there.
+// The arguments of a call; null: not given. The first is always given.
 constexpr size_t kGiven = 6, kMostGiven = 32;
 struct Call {
   std::array<const Tensor*, kMostGiven> given;
-  int64_t kind;  // a number for whatever else decides, which Python gives
+  int64_t kind;  // a number from Python for everything else that decides
   size_t count = kGiven;
 };
 
@@ -32,11 +32,12 @@ struct Step {
   int64_t cubin = 0;
   mft::cuda::Grid grid;
   std::vector<int64_t> values;
-  // Which values are to be put in: addresses of given, then of made; below 0 the call's numbers, the first of which is -1.
+  // The values to fill in: each is an index of values and a slot. Slots are the addresses of given, then of made; below
+  // 0 they are the call's numbers, the first of which is -1.
   std::vector<std::pair<size_t, int64_t>> places;
 };
 
-// A contiguous tensor that each call makes anew; of zeros where launches count in it.
+// A contiguous tensor that each call makes again. It begins with zeros if launches count in it.
 struct Made {
   ScalarType dtype;
   std::vector<int64_t> sizes;
@@ -45,11 +46,12 @@ struct Made {
 
 struct Plan {
   std::vector<Made> made;
-  size_t results = 0;  // the first of what is made; the others are scratch, given back in the order of the stream
+  size_t results = 0;  // the first ones of made; the others are scratch, given back in the order of the stream
   std::vector<Step> steps;
 };
 
-// Everything of the arguments that decided something: device, dtypes, sizes, strides, addresses as multiples of 16.
+// Everything about the arguments that decided something: device, dtypes, sizes, strides, whether addresses are
+// multiples of 16.
 using Layout = std::vector<int64_t>;
 
 void add(Layout& layout, const Tensor* t) {
@@ -77,8 +79,8 @@ bool asked(const char* name, const char* value) {
   return found && std::strcmp(found, value) == 0;
 }
 
-// Plans by layout, some 2 KB each. Where they have become too many, those go that nobody has asked for since the newer
-// half began: prompts of any length are a layout each.
+// Plans by layout, some 2 KB each. Each length of a prompt is a layout of its own, so plans may become too many. Then
+// the plans go that nobody has asked for since the newer half began.
 class Plans {
  public:
   std::shared_ptr<const Plan> find(const Layout& layout) {
@@ -110,13 +112,13 @@ std::mutex lock;
 Plans plans;
 
 std::shared_ptr<const Plan> find(const Call& call) {
-  if (asked("MFT_TRITON", "jit")) return nullptr;  // which takes no cubin
+  if (asked("MFT_TRITON", "jit")) return nullptr;  // the JIT takes no cubin
   const Layout layout = layout_of(call);
   const std::lock_guard<std::mutex> guard(lock);
   return plans.find(layout);
 }
 
-// The results.
+// Launch the steps of a plan and return its results.
 std::vector<Tensor> run(const Plan& plan, const Call& call, const std::vector<int64_t>& numbers = {}) {
   const Tensor& first = *call.given[0];
   const Place place(first);
@@ -148,7 +150,7 @@ using Optional = std::optional<Tensor>;
 
 const Tensor* pointer(const Optional& t) { return t.has_value() ? &*t : nullptr; }
 
-// y, or nothing where no such call is remembered.
+// Return y, or nothing if no such call is remembered.
 Optional planned_forward(Tensor x, Tensor weight, Tensor keep, Optional threshold, Optional bias, int64_t kind) {
   const Call call{{&x, &weight, &keep, pointer(threshold), pointer(bias), nullptr}, kind};
   const auto plan = find(call);
@@ -156,14 +158,14 @@ Optional planned_forward(Tensor x, Tensor weight, Tensor keep, Optional threshol
   return run(*plan, call)[0];
 }
 
-// By the bits of a packed mask, as "auto" has chosen: the short way of masked_linear_packed.
+// The fast path of masked_linear_packed, by the bits of a packed mask, as "auto" has chosen.
 Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Optional bias) {
   const char* backend = std::getenv("MFT_KERNELS");
   if (asked("MFT_AUTOTUNE", "1") || (backend && *backend && !asked("MFT_KERNELS", "auto"))) return std::nullopt;
   return planned_forward(x, weight, packed, std::nullopt, bias, 0);
 }
 
-// d_x, d_weight, d_scores and d_bias, or none of them where no such call is remembered.
+// Return d_x, d_weight, d_scores and d_bias, or none of them if no such call is remembered.
 std::vector<Tensor> planned_gradients(Tensor grad, Optional x, Tensor weight, Tensor keep, Optional threshold,
                                       Optional sign, int64_t kind) {
   const Call call{{&grad, pointer(x), &weight, &keep, pointer(threshold), pointer(sign)}, kind};
@@ -172,7 +174,7 @@ std::vector<Tensor> planned_gradients(Tensor grad, Optional x, Tensor weight, Te
   return run(*plan, call);
 }
 
-// Whether such a call is remembered; then the sums have been added to out.
+// Return whether such a call is remembered. If so, the sums have been added to out.
 bool planned_sums(Tensor out, Tensor grad, Tensor x, Optional weight, Optional sign, int64_t kind) {
   const Call call{{&out, &grad, &x, pointer(weight), pointer(sign), nullptr}, kind};
   const auto plan = find(call);
@@ -189,7 +191,7 @@ Call call_of(const std::vector<Optional>& given, int64_t kind) {
   return call;
 }
 
-// The results of any other call, one at least, by its numbers; or none where no such call is remembered.
+// Return the results of any other call with these numbers, at least one; or none if no such call is remembered.
 std::vector<Tensor> planned_call(std::vector<Optional> given, std::vector<int64_t> numbers, int64_t kind) {
   const Call call = call_of(given, kind);
   const auto plan = find(call);
@@ -197,8 +199,9 @@ std::vector<Tensor> planned_call(std::vector<Optional> given, std::vector<int64_
   return run(*plan, call, numbers);
 }
 
-// made: what the call has made, its results first. zeros: which of these begin as zeros. steps: of each, cubin, grid (3),
-// how many values, the values, how many are put in, and of each of these which value, and the slot: see Step.
+// made: the tensors that the call has made, its results first. zeros: which of these begin as zeros. steps: for each,
+// the cubin, the grid (3), the number of values, the values, the number of values to fill in, and for each of those its
+// index and its slot: see Step.
 void remember_plan(std::vector<Optional> given, int64_t kind, std::vector<Tensor> made, int64_t results,
                    std::vector<int64_t> zeros, int64_t numbers, std::vector<int64_t> steps) {
   const Call call = call_of(given, kind);

@@ -1,4 +1,4 @@
-// product_sm80: decode_sm80 or a general kernel, which of those, and what none of them takes.
+// product_sm80: chooses decode_sm80 or one of the general kernels, and says what none of them takes.
 #include "product_sm80.cuh"
 #include "tile_cost.h"
 
@@ -22,7 +22,8 @@ double cycles_of(const Product& p, int tokens, int parts, const Device& device) 
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
 
-// Parts of 256 depths at least, no more than there are places for in two waves, and all of them in half of L2.
+// Return the largest number of parts to try. Each part has at least 256 depths, all parts run in two waves, and their
+// sums fit in half of L2.
 int most_parts(const Product& p, int tokens, const Device& device) {
   const int64_t tiles = quotient(p.out.columns, sm80::kTileFeatures) * quotient(p.out.rows, tokens);
   return static_cast<int>(std::min<int64_t>({kMostParts, quotient(p.in.columns, sm80::kTileDepth) / 8,
@@ -30,7 +31,7 @@ int most_parts(const Product& p, int tokens, const Device& device) {
                                              device.l2_bytes / 2 / (4 * p.out.rows * part_stride(p))}));
 }
 
-// By elements it takes longer than the model knows of, and the depth is in one.
+// If the kernel must load by elements, it takes longer than the model knows, and the depth is one part.
 Plan plan_of(const Product& p, const Device& device, bool in_parts) {
   Plan best{kNever, 128};
   if (!sm80::is_chunked(p)) return best;
@@ -39,7 +40,7 @@ Plan plan_of(const Product& p, const Device& device, bool in_parts) {
     if (tokens > 64 && p.out.rows <= 64) continue;
     const int most = in_parts ? most_parts(p, tokens, device) : 1;
     for (int parts = 1; parts <= std::max(1, most); ++parts) {
-      if (parts > 1 && quotient(depth_tiles, quotient(depth_tiles, parts)) != parts) continue;  // one would be empty
+      if (parts > 1 && quotient(depth_tiles, quotient(depth_tiles, parts)) != parts) continue;  // a part would be empty
       const double cycles = cycles_of(p, tokens, parts, device);
       if (cycles < best.cycles) best = {cycles, tokens, parts, parts > 1 ? parts * p.out.rows * row_bytes : 0};
     }

@@ -1,7 +1,7 @@
 // out = in @ where(keep, weight, 0).T + bias, and with the weight transposed (d_x), by mma.sync: for any GPU from sm_80
 // on, any alignment and any stride.
 //
-//            depth        out (tokens, features): one block a tile, 8 warps of 2 x 4, 32 features each
+//            depth        out (tokens, features): one block per tile, 8 warps of 2 x 4, 32 features each
 //          +-------+
 //   tokens |  in   |      in and weight, and with it scores or words, stream through shared memory in 2 to 4 stages of
 //          +-------+      32 depths (cp.async). ldmatrix gives a warp the fragments; those of the weight are masked in
@@ -9,13 +9,14 @@
 //   features weight|
 //          +-------+      depth is K; transposed, it is N, and the weight's tile has depths as rows (ldmatrix.trans).
 //
-// Where tiles are too few for a GPU the depth is cut into parts of whole steps, a block each, which write fp32 sums into
-// the workspace. A second kernel adds them in the order of the parts, whatever order they came in. product_sm80.cu has
-// how many parts, and of which of the two tiles.
+// If there are too few tiles for a GPU, the depth is cut into parts of whole steps. Each part is a block, which writes
+// fp32 sums into the workspace. A second kernel adds them in the order of the parts, whatever order they came in.
+// product_sm80.cu chooses the number of parts and which of the two tiles they have.
 //
-// A step of 32 depths takes a warp 32 mma.sync among 200 instructions with bf16 scores (SASS of nvcc 13.0), and 128
-// registers allow two blocks a multiprocessor. How many stages let shared memory hold both, the launch asks the device:
-// 128 tokens with bf16 scores take 3 in sm_80's 164 KiB and 2 in the 100 KiB of 8.6, 8.9 and 12.0. Speed: not measured.
+// In a step of 32 depths with bf16 scores, a warp executes 200 instructions, of which 32 are mma.sync (SASS of nvcc
+// 13.0). 128 registers allow two blocks per multiprocessor. The launch asks the device how many stages let shared
+// memory hold both. 128 tokens with bf16 scores take 3 stages in sm_80's 164 KiB, and 2 in the 100 KiB of 8.6, 8.9 and
+// 12.0. Speed: not measured.
 #pragma once
 
 #include <algorithm>
@@ -31,8 +32,8 @@ struct ProductArguments : ProductTileArguments {
   KeepArguments keep;
 };
 
-// T: of in, weight and out. S: of the scores, or Words. kChunked: in, weight and scores are. kTokens: 128 or 64 a tile.
-// kPerRow: a row of the scores may have a threshold of its own.
+// T: of in, weight and out. S: of the scores, or Words. kChunked: in, weight and scores are chunked. kTokens: 128 or 64
+// per tile. kPerRow: each row of the scores may have a threshold of its own.
 template <class T, class S, bool kMagnitude, bool kTransposed, bool kChunked, int kTokens, bool kPerRow = true>
 struct ProductKernel {
   static constexpr int kThreads = sm80::kThreads;
@@ -52,7 +53,7 @@ struct ProductKernel {
     char* const shared = isa::shared_memory();
     typename Result::Sums sums = {};
     add_up(a, Result::place_of(a), shared, sums);
-    const ProductPlace again = Result::place_of(a);  // for registers are short in the loop
+    const ProductPlace again = Result::place_of(a);  // because registers are short in the loop
     if constexpr (kParts) {
       if (a.parts != nullptr) return Result::write_part(a, sums, again);
     }
@@ -60,7 +61,7 @@ struct ProductKernel {
     Result::write(a, sums, shared, again);
   }
 
-  // The sums of a tile, by all threads of the block.
+  // Compute the sums of a tile, by all threads of the block.
   MFT_DEVICE static void add_up(const Arguments& a, const ProductPlace& place, char* shared,
                                 typename Result::Sums& sums) {
     const int first_feature = place.feature, warp_token = place.warp_token, warp_feature = place.warp_feature;
@@ -80,14 +81,14 @@ struct ProductKernel {
       isa::commit_copies();
     };
 
-    // A loop for each number of stages: one loop for all takes a register more than 128, and spills.
+    // One loop per number of stages: a single loop for all needs one register more than 128, and spills.
     const auto sum = [&](auto number) {
       constexpr int kStages = decltype(number)::value;
       for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
       for (int left = length, stage = 0, done = kStages - 1; left > 0; left -= kTileDepth) {
         isa::wait_copies<kStages - 2>();
-        isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
-        copy(done);  // behind the end zeros, which nobody reads
+        isa::sync_block();  // all warps have the tile, and are done with the one before, which is overwritten
+        copy(done);  // behind the end: zeros, which nobody reads
         const char* const tiles = shared + stage * kStageBytes;
         Result::template multiply<In, Weight, kTransposed>(
             sums, tiles, tiles + In::kBytes, warp_token, warp_feature, [&](auto& weights, int column, int depth) {
@@ -108,7 +109,7 @@ struct ProductKernel {
   }
 };
 
-// All but the number of tile_rows and stages.
+// Return all arguments but tile_rows and stages.
 inline ProductArguments product_arguments(const Product& p, const Plan& plan) {
   auto a = tile_arguments<ProductArguments>(p, plan, kTileDepth);
   a.weight = view_of(p.weight);
@@ -164,7 +165,7 @@ std::string product_of(const Product& p, const Plan& plan, const Device& device)
   return p.transposed ? product_by<T, true>(p, plan, device) : product_by<T, false>(p, plan, device);
 }
 
-// Each in a file of its own.
+// Each is instantiated in a file of its own.
 extern template std::string product_of<BFloat16>(const Product&, const Plan&, const Device&);
 extern template std::string product_of<Float16>(const Product&, const Plan&, const Device&);
 

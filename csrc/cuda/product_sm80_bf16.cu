@@ -1,4 +1,4 @@
-// The general product of bf16.
+// The general product for bf16.
 #include "product_sm80.cuh"
 
 namespace mft::cuda::sm80 {

@@ -1,4 +1,4 @@
-// The general product of fp16.
+// The general product for fp16.
 #include "product_sm80.cuh"
 
 namespace mft::cuda::sm80 {

@@ -1,4 +1,4 @@
-// product_sm90: what it takes, and the file of the dtype.
+// product_sm90: which products it takes, and the choice of the dtype's file.
 #include "api.h"
 #include "tma.h"
 
@@ -45,7 +45,7 @@ std::string refusal_sm90(const QuantizedProduct& p) {
   if (p.out.rows == 0 || p.out.columns == 0 || p.in.columns == 0) return "the product is empty";
   const int64_t rows = p.weight.rows, columns = p.weight.columns;
   if (columns % 64 != 0) return "in_features must be a multiple of 64, got " + std::to_string(columns);
-  // Its codes as 32-bit words: contiguous rows of whole words.
+  // The codes as 32-bit words: contiguous rows of whole words.
   const int64_t row_words = columns / (p.weight.nf4 ? 8 : 4);
   const Matrix codes{const_cast<void*>(p.weight.codes), Type::kFloat32, rows, row_words, row_words};
   for (const auto& [name, matrix] : {std::pair{"the codes", &codes}, {"the input", &p.in}, {"the output", &p.out}}) {

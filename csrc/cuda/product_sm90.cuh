@@ -7,7 +7,7 @@
 // tokens. Each block: one producer thread, two warps for the scales of codes, and two consumer warpgroups, 64 features
 // each.
 //
-//                      Q, 64 a step                       tokens
+//                     Q, 64 per step                      tokens
 //              +----------------------+            +---------------------+
 //   block 0    | W, scores: own TMA   |            |  in: each block     |
 //   128 feat.  |                      |            |  loads one half and |
@@ -16,20 +16,22 @@
 //   128 feat.  |                      |            |                     |
 //              +----------------------+            +---------------------+
 //
-// Two rings of the same depth: one holds steps of W with their scores (or packed words) under one barrier, the other
-// steps of `in`. A consumer reads W and scores as fragments, selects (keep.h), and multiplies from registers: neither
-// mask nor masked weight is ever written. A source (weight_sm90.h) says how W and mask are brought and read. Two sets
-// of registers alternate: while the tensor cores work on one, the next is masked into the other. A stage of W is free
-// as soon as it is masked, one of `in` after its product; under one barrier, W would come free two steps later, and of
-// three stages only one would be loading.
-// The steps are a whole number of pairs, the last one perhaps outside of the matrices, where TMA reads zeros: an odd
-// step behind the loop would make ptxas wait for each wgmma (its warning C7514).
+// There are two rings of the same depth. One holds steps of W with their scores (or packed words) under one barrier,
+// the other steps of `in`. A consumer reads W and scores as fragments, selects (keep.h), and multiplies from registers:
+// neither mask nor masked weight is ever written. A source (weight_sm90.h) says how W and mask are loaded and read.
+//
+// Two sets of registers alternate: while the tensor cores work on one, the next step is masked into the other. A stage
+// of W is free as soon as it is masked, a stage of `in` after its product. With one barrier for both, W would become
+// free two steps later, and only one of three stages would be loading.
+//
+// The number of steps is even. The last step may lie outside the matrices, where TMA reads zeros. An odd step behind
+// the loop would make ptxas wait for each wgmma (its warning C7514).
 //
 // The kernel is persistent; the producer fills the ring for the next tile while the consumers store this one.
 //
-// Where there are fewer tiles than clusters, Q is cut into parts of whole pairs of steps, a tile each, whose sums go to
-// the workspace in fp32. sum_parts adds them in the order of the parts. How many, and how many tokens a tile has,
-// product_sm90_launch.cuh says.
+// If there are fewer tiles than clusters, Q is cut into parts of whole pairs of steps. Each part of a tile is a job of
+// its own, whose fp32 sums go to the workspace. sum_parts adds them in the order of the parts. product_sm90_launch.cuh
+// chooses the number of parts and the tokens of a tile.
 #pragma once
 
 #include "weight_sm90.h"
@@ -73,17 +75,17 @@ struct ProductSm90 {
     int steps;  // of Q, even
     int feature_tiles, token_tiles;  // of clusters
     int part_count, part_steps;      // even
-    float* parts;                    // (part_count, tokens, part_stride), or null: one part, and `out` is written
+    float* parts;                    // (part_count, tokens, part_stride); null: one part, and `out` is written
     int64_t part_stride;
     typename Source::Groups groups;
-    T* result;  // with experts: `out`, and from row to row
+    T* result;  // with experts: `out`, and its row stride
     int64_t result_stride;
   };
 
-  // A tile of the output, of one part.
+  // A tile of the output, for one part.
   struct Job {
     int feature, token, part;  // the first ones
-    int rows, expert;          // with experts: how many tokens are of this one; `experts` if nobody's
+    int rows, expert;          // with experts: tokens of this expert; the expert, or the number of experts: nobody
   };
 
   struct Place {  // in the ring
@@ -145,7 +147,7 @@ struct ProductSm90 {
   }
 
  private:
-  // Whose rows a tile has a whole warp looks up.
+  // Call body for each of the cluster's tiles. With experts, a whole warp looks up whose rows a tile has.
   template <class Body>
   MFT_DEVICE static void for_each_tile(const Arguments& a, int rank, Body body) {
     const int clusters = static_cast<int>(isa::blocks(0)) / kCluster;
@@ -162,7 +164,7 @@ struct ProductSm90 {
     }
   }
 
-  // Rows behind the last offset, whose results are 0.
+  // Return whether the tile's rows lie behind the last offset. Their results are 0.
   MFT_DEVICE static bool is_nobodys(const Arguments& a, const Job& job) {
     if constexpr (Source::kGrouped) return job.expert == a.groups.experts;
     return false;
@@ -170,7 +172,7 @@ struct ProductSm90 {
 
   // ------------------------------------------------------------------------------------------------ producer
 
-  // By one thread; with experts by its warp, whose first lane copies.
+  // Called by one thread; with experts by its whole warp, whose first lane copies.
   MFT_DEVICE static void produce(const Arguments& a, int rank) {
     Place place;
     for_each_tile(a, rank, [&](const Job& job) {
@@ -192,8 +194,8 @@ struct ProductSm90 {
     });
   }
 
-  // By Source::kScaleWarps, of whose threads this is `thread`. Scales are asked for two steps ahead: they may come from
-  // memory.
+  // Called by Source::kScaleWarps warps; `thread` counts their threads. Scales are loaded two steps ahead, because they
+  // may come from memory.
   MFT_DEVICE static void produce_scales(const Arguments& a, int rank, int thread) {
     Place place;
     for_each_tile(a, rank, [&](const Job& job) {
@@ -226,7 +228,7 @@ struct ProductSm90 {
 
   // ----------------------------------------------------------------------------------------------- consumers
 
-  // The masked weights of one step, as wgmma wants its first operand.
+  // The masked weights of one step, in the layout of wgmma's first operand.
   struct Fragments {
     isa::Register of[kStep / 16][4];
   };
@@ -245,7 +247,7 @@ struct ProductSm90 {
       const bool nobodys = is_nobodys(a, job);
       if (!nobodys) Source::begin_tile(lane, a.weight, a.features, feature, job.expert);
       Fragments even, odd;
-      int before = place.stage;  // what the product under way reads
+      int before = place.stage;  // the stage that the product in flight reads
       const int steps = nobodys ? 0 : steps_of(a, job.part);
       for (int step = 0; step < steps; step += 2) {
         load(even, lane, place, step);
@@ -310,8 +312,9 @@ struct ProductSm90 {
     }
   }
 
-  // out (tokens, features): each 32 tokens of the sums are transposed into a buffer, and TMA stores it. The last ones of
-  // an expert may be fewer, and the rows behind them are the next expert's: threads copy those before.
+  // Write out (tokens, features). Every 32 tokens of the sums are transposed into a buffer, which TMA stores. The last
+  // buffer of an expert may hold fewer tokens, and the rows behind them belong to the next expert. Then threads copy
+  // only the expert's own rows.
   MFT_DEVICE static void store(const Arguments& a, const Lane& lane, const float (&sums)[kTokens / 2], int feature,
                                const Job& job, int& buffer) {
     float bias[2] = {0, 0};
@@ -350,10 +353,10 @@ struct ProductSm90 {
     }
   }
 
-  // The first rows of a buffer, 16 bytes a thread.
+  // Copy the first rows of a buffer, 16 bytes per thread.
   MFT_DEVICE static void copy_rows(const Arguments& a, const char* shared, int feature, int token, int rows) {
     const int thread = isa::thread() % 128, chunk = thread % 8, first = feature + 8 * chunk;
-    if (first >= a.features) return;  // which are whole chunks
+    if (first >= a.features) return;  // a.features is a whole number of chunks
 #pragma unroll 1
     for (int row = thread / 8; row < rows; row += 16) {
       isa::store_words(a.result + (token + row) * a.result_stride + first,

@@ -1,4 +1,4 @@
-// product_sm90 over codes: what the kernel is told of them, and what a step of them costs.
+// product_sm90 for quantised weights: the kernel's arguments for the codes, and the cost of a step.
 #pragma once
 
 #include "codes_sm90.h"
@@ -22,8 +22,8 @@ std::string tell(sm90::CodedWeight<T, kNf4, kTransposed>, sm90::CodedArguments& 
   return make_words_map(&a.mask, p.words, w.rows, w.columns, Source::kRows);
 }
 
-// Two of eight warps share a scheduler. Each issues up to 654 instructions in a pass of the loop, two steps (SASS of
-// nvcc 13.0: nf4 597, transposed 654; int8 610 and 624), so a step takes as many cycles.
+// Two of eight warps share a scheduler. Each issues up to 654 instructions per pass of the loop, which is two steps
+// (SASS of nvcc 13.0: nf4 597, transposed 654; int8 610 and 624). So a step takes as many cycles.
 constexpr double kDecodingCycles = 654;
 
 template <class T, bool kNf4, bool kTransposed>

@@ -1,4 +1,4 @@
-// product_sm90 over codes for fp16.
+// product_sm90 for quantised weights, fp16.
 #include "product_sm90_codes.cuh"
 
 namespace mft::cuda {

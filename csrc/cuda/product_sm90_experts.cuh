@@ -1,4 +1,5 @@
-// product_sm90 over experts: what the kernel is told of their weights, and what the product is expected to take.
+// product_sm90 over experts: the kernel's arguments for their weights, and the time that the product is expected to
+// take.
 #pragma once
 
 #include "product_sm90_launch.cuh"
@@ -11,7 +12,7 @@ std::string tell(sm90::DenseWeight<T, kMask, kTransposed, true>, sm90::DenseArgu
   const Product& p = g.of;
   a.thresholds = static_cast<const uint16_t*>(p.keep.thresholds);
   a.threshold_stride = 1;
-  // What lies behind a single expert is not read; TMA wants a stride all the same.
+  // Nothing behind a single expert is read, but TMA requires a stride.
   const auto apart = [&](const Matrix& m, int64_t stride) { return g.experts > 1 ? stride : m.rows * m.stride; };
   const std::string failure =
       make_matrix_map(&a.weight, p.weight, kRows, g.experts, apart(p.weight, g.weight_stride));

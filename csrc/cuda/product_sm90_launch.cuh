@@ -1,5 +1,5 @@
-// How product_sm90 is launched: into how many parts Q is cut and how many tokens a tile has, by the model of tile_cost.h,
-// and what the kernel is told.
+// How product_sm90 is launched: the number of parts of Q and the tokens of a tile, both chosen by the model of
+// tile_cost.h, and the kernel's arguments.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +10,15 @@
 
 namespace mft::cuda {
 
-// How many steps a part has, an even number.
+// Return how many steps a part has: an even number.
 constexpr int part_steps(int64_t q, int step, int parts) {
   return static_cast<int>(quotient(quotient(q, 2 * step), parts) * 2);
 }
 
-// A row of the workspace: whole tiles.
+// Return the elements of a row of the workspace: whole tiles.
 constexpr int64_t part_stride_sm90(int64_t features) { return quotient(features, 256) * 256; }
 
-// experts: how many matrices lie so many elements apart; 0: one.
+// experts: the number of matrices, which begin `apart` elements apart; 0: one matrix.
 inline std::string make_matrix_map(isa::TensorMap* map, const Matrix& matrix, int rows, int64_t experts = 0,
                                    int64_t apart = 0) {
   return isa::make_tensor_map(map, matrix.data, 2, matrix.rows, matrix.columns, 2 * matrix.stride, rows, kRowBytes / 2,
@@ -32,7 +32,7 @@ inline std::string make_words_map(isa::TensorMap* map, const uint32_t* words, in
                               isa::Swizzle::kNone, experts, 4 * rows * row_words);
 }
 
-// What the kernel is told of the weight. Returns "" or what went wrong.
+// Write the kernel's arguments for the weight. Return "" or an error text.
 template <class T, MaskKind kMask, bool kTransposed>
 std::string tell(sm90::DenseWeight<T, kMask, kTransposed>, sm90::DenseArguments& a, const Product& p) {
   constexpr int kRows = sm90::DenseWeight<T, kMask, kTransposed>::kRows;
@@ -47,8 +47,8 @@ std::string tell(sm90::DenseWeight<T, kMask, kTransposed>, sm90::DenseArguments&
   }
 }
 
-// What a step of the weight takes a block: bytes that it reads, and cycles in which it issues instructions. wgmma hides
-// those of a dense weight.
+// The cost of a step of the weight for a block: the bytes that it reads, and the cycles in which it issues
+// instructions. For a dense weight, wgmma hides these cycles.
 struct StepCost {
   double bytes, cycles = 0;
 };
@@ -58,7 +58,7 @@ StepCost step_cost(sm90::DenseWeight<T, kMask, kTransposed>, const Product&) {
   return {sm90::DenseWeight<T, kMask, kTransposed>::kStageBytes};
 }
 
-// The sides of the product.
+// Return the product that holds the sizes.
 inline const Product& sides_of(const Product& p) { return p; }
 inline const QuantizedProduct& sides_of(const QuantizedProduct& p) { return p; }
 inline const Product& sides_of(const GroupedProduct& g) { return g.of; }
@@ -102,8 +102,8 @@ std::string launch_tile(const Problem& problem, int parts, const Device& device)
   return isa::launch<Kernel>(shape, device.stream, a);
 }
 
-// What parts of Q are worth trying: four steps at least, no more than there are places for in two waves, and all of
-// them in half of L2.
+// Return the largest number of parts of Q worth trying. Each part has at least four steps, all parts run in two waves,
+// and their sums fit in half of L2.
 template <class Problem>
 int most_parts(const Problem& p, int tokens, const Device& device) {
   const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, tokens);
@@ -112,7 +112,8 @@ int most_parts(const Problem& p, int tokens, const Device& device) {
       {kMostParts, p.in.columns / (4 * sm90::kStep), device.multiprocessors / tiles, of_l2}));
 }
 
-// Of tiles with so many tokens. A cluster's two blocks, each on its multiprocessor, read half of the tokens from L2.
+// Return the busy cycles with tiles of kTokens. A cluster's two blocks, each on its multiprocessor, read half of the
+// tokens from L2.
 template <class Source, int kTokens>
 double busy_cycles_of(int64_t token_tiles, const Matrix& out, const Matrix& in, const StepCost& step, int parts,
                       const Device& device) {
@@ -139,19 +140,19 @@ double cycles_of_tile(const Problem& p, int parts, const Device& device) {
 template <class Source, int kTokens, class Problem>
 void try_tile(Plan& best, const Problem& p, const Device& device, bool in_parts) {
   const bool is_asked = p.tokens > 0;
-  // No more tokens than there are need.
+  // No tiles with more tokens than the product needs.
   if (is_asked ? p.tokens != kTokens : kTokens > Source::kFewestTokens && p.out.rows <= kTokens / 2) return;
   const int most = is_asked ? p.parts : in_parts ? most_parts(p, kTokens, device) : 1;
   const int64_t pairs = part_steps(p.in.columns, sm90::kStep, 1) / 2;
   for (int parts = is_asked ? p.parts : 1; parts <= std::max(1, most); ++parts) {
-    if (quotient(pairs, quotient(pairs, parts)) != parts) continue;  // one would be empty
+    if (quotient(pairs, quotient(pairs, parts)) != parts) continue;  // a part would be empty
     const double cycles = cycles_of_tile<Source, kTokens>(p, parts, device);
     const int64_t row_bytes = 4 * part_stride_sm90(p.out.columns);
     if (cycles < best.cycles) best = {cycles, kTokens, parts, parts > 1 ? parts * p.out.rows * row_bytes : 0};
   }
 }
 
-// The fastest by that estimate.
+// Return the fastest plan by this estimate.
 template <class Source, class Problem>
 Plan plan_source(const Problem& p, const Device& device, bool in_parts) {
   Plan best{kNever};

@@ -1,7 +1,7 @@
-// One tile of a product, and how the general kernels walk to it: where a block and its warps are, the products of one
-// step, and how sums leave, as a part's in fp32 or as results.
+// One tile of a product in the general kernels: where a block and its warps are, the products of one step, and how sums
+// are written, as the fp32 sums of a part or as results.
 //
-// A block's 8 warps are kWarpsDown times 8 / kWarpsDown, tokens downwards and features across.
+// A block's 8 warps form a grid of kWarpsDown x 8 / kWarpsDown, with tokens down and features across.
 #pragma once
 
 #include "tile_sm80.h"
@@ -13,12 +13,12 @@ struct ProductTileArguments {
   const char* bias;  // or null
   int tile_rows, tile_columns;
   int stages;
-  float* parts;    // (parts, out.rows, part_stride), or null: the depth is in one
+  float* parts;    // (parts, out.rows, part_stride); null: the depth is one part
   int part_depth;  // of a part, whole steps
   int64_t part_stride;
 };
 
-// All but the number of tile_rows and stages. P: a product of api.h.
+// Return all arguments but tile_rows and stages. P: a product of api.h.
 template <class Arguments, class P>
 Arguments tile_arguments(const P& p, const Plan& plan, int tile_depth) {
   Arguments a = {};
@@ -39,31 +39,31 @@ MFT_DEVICE float bias_of(const char* bias, const View& out, int feature) {
 
 struct ProductPlace {
   int token, feature;            // the block's first
-  int warp_token, warp_feature;  // the warp's, counted from there
+  int warp_token, warp_feature;  // the warp's first, counted from there
 };
 
 template <class T, int kTokens, int kWarpsDown>
 struct ProductTile {
   static constexpr int kWarpsAcross = kThreads / 32 / kWarpsDown;
   static constexpr int kWarpTokens = kTokens / kWarpsDown, kWarpFeatures = kTileFeatures / kWarpsAcross;
-  static constexpr int kDown = kWarpTokens / 16, kAcross = kWarpFeatures / 8;  // mma.sync's tiles in a warp's
+  static constexpr int kDown = kWarpTokens / 16, kAcross = kWarpFeatures / 8;  // mma.sync tiles in a warp's tile
   using Sums = float[kDown][kAcross][4];
   using Out = Tile<kTokens, kTileFeatures, 2>;
 
-  // The compiler keeps nothing of what shuffle() and warp() gave.
+  // The compiler does not keep the results of shuffle() and warp() in registers between calls.
   MFT_DEVICE static ProductPlace place_of(const ProductTileArguments& a) {
     const TilePlace tile = TilePlace::of(isa::shuffle(static_cast<int>(isa::block(0)), 0), a.tile_rows, a.tile_columns);
     return place_at(tile.row, tile.column);
   }
 
-  // In tiles.
+  // row, column: in tiles.
   MFT_DEVICE static ProductPlace place_at(int row, int column) {
     return {row * kTokens, column * kTileFeatures, isa::warp() / kWarpsAcross * kWarpTokens,
             isa::warp() % kWarpsAcross * kWarpFeatures};
   }
 
-  // One step. Weight's rows are features, or (kDepthDown) depths. select: applied to each fragment of it, with the
-  // column in the warp's and the depth where it begins.
+  // Multiply one step. The rows of Weight are features, or (kDepthDown) depths. select is applied to each fragment of
+  // the weight, with the column in the warp's tile and the depth where the fragment begins.
   template <class In, class Weight, bool kDepthDown, class Select>
   MFT_DEVICE static void multiply(Sums& sums, const char* in_tile, const char* weight_tile, int warp_token,
                                   int warp_feature, const Select& select) {
@@ -108,7 +108,7 @@ struct ProductTile {
     }
   }
 
-  // By way of shared memory, so that 16 bytes are written at once.
+  // Write through shared memory, so that 16 bytes are written at once.
   MFT_DEVICE static void write(const ProductTileArguments& a, const Sums& sums, char* shared, const ProductPlace& place) {
     const int first_token = place.token, first_feature = place.feature;
     const int g = isa::lane() / 4, c = isa::lane() % 4 * 2;

@@ -1,5 +1,5 @@
-// The op product_quantized: a weight (rows, columns) in codes, nf4 or int8. absmax: one tensor, or the four of double
-// quantisation: its codes, their absmax, the map of the codes, the offset.
+// The op product_quantized: a product with a quantised weight (rows, columns), nf4 or int8. absmax is one tensor, or
+// the four of double quantisation: the codes of absmax, their absmax, the map of the codes, the offset.
 #include <vector>
 
 #include "operands.h"

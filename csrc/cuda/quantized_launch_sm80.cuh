@@ -1,11 +1,11 @@
-// quantized_sm80's kernels of one type of tokens, chosen and launched: a file compiles them for each.
+// Choose and launch the kernels of quantized_sm80 for one type of tokens. One file per type compiles them.
 #pragma once
 
 #include "quantized_sm80.cuh"
 
 namespace mft::cuda::sm80 {
 
-// Bytes of a stage, of which there are so many tokens.
+// Return the bytes of a stage with this number of tokens.
 constexpr int quantized_stage(int tokens, bool nf4) {
   return 2 * tokens * kQuantizedDepth + kThreads * ((nf4 ? 1 : 2) * kChunkBytes + 8);
 }

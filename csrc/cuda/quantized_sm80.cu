@@ -1,12 +1,13 @@
-// Products over codes: what no kernel takes, which of the others is launched, and for quantized_sm80 the tile and how many
-// parts the sum has.
+// Products with quantised weights: what no kernel takes, which kernel is launched for the others, and for
+// quantized_sm80 the tile and the number of parts.
 #include "quantized_launch_sm80.cuh"
 #include "tile_cost.h"
 
 namespace mft::cuda {
 namespace {
 
-// Of a step of a block: 8 warps issue so many instructions each (SASS of nvcc 13.0, 16 tokens), 4 a cycle.
+// Return the cycles of a block to decode a step. Each of 8 warps issues 310 or 275 instructions (SASS of nvcc 13.0, 16
+// tokens), 4 per cycle in total.
 double decode_cycles(bool nf4) { return 2 * (nf4 ? 310 : 275); }
 
 int64_t part_stride(const QuantizedProduct& p) { return quotient(p.out.columns, sm80::kTileFeatures) * sm80::kTileFeatures; }
@@ -22,13 +23,14 @@ double cycles_of(const QuantizedProduct& p, int tokens, int parts, const Device&
   jobs.read = sm80::kQuantizedDepth * (2 * tokens + sm80::kTileFeatures * weight_bytes(p));
   jobs.written = sm80::kTileFeatures * tokens * (parts > 1 ? 4 : 2);
   const int stages = sm80::stages_of(sm80::quantized_stage(tokens, p.weight.nf4), device, 2 * 16384 + 128);
-  const int blocks = tokens == 128 && !p.weight.nf4 ? 1 : 2;  // as the kernels ask
+  const int blocks = tokens == 128 && !p.weight.nf4 ? 1 : 2;  // as the kernels require
   const double busy = busy_cycles(jobs, device.multiprocessors, blocks, stages, rate, rates.l2);
   return launch_cycles(busy, bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
 
-// Parts of 256 depths at least, no more than there are places for in two waves, and all of them in half of L2.
+// Return the largest number of parts to try. Each part has at least 256 depths, all parts run in two waves, and their
+// sums fit in half of L2.
 int most_parts(const QuantizedProduct& p, int tokens, const Device& device) {
   const int64_t tiles = quotient(p.out.columns, sm80::kTileFeatures) * quotient(p.out.rows, tokens);
   return static_cast<int>(std::min<int64_t>({kMostParts, p.in.columns / 256, 4 * device.multiprocessors / tiles,
@@ -44,7 +46,7 @@ Plan plan_of(const QuantizedProduct& p, const Device& device, bool in_parts) {
     if (whole ? p.out.rows <= smaller : tokens != 64) continue;
     const int most = in_parts ? most_parts(p, tokens, device) : 1;
     for (int parts = 1; parts <= std::max(1, most); ++parts) {
-      if (parts > 1 && quotient(steps, quotient(steps, parts)) != parts) continue;  // one would be empty
+      if (parts > 1 && quotient(steps, quotient(steps, parts)) != parts) continue;  // a part would be empty
       const double cycles = cycles_of(p, tokens, parts, device);
       if (cycles < best.cycles) best = {cycles, tokens, parts, parts > 1 ? parts * p.out.rows * row_bytes : 0};
     }
@@ -52,12 +54,12 @@ Plan plan_of(const QuantizedProduct& p, const Device& device, bool in_parts) {
   return best;
 }
 
-// Of Hopper's kernel, where it takes the product.
+// Return the cycles of Hopper's kernel, or kNever if it does not take the product.
 double hopper_cycles(const QuantizedProduct& p, const Device& device) {
   return device.capability == 90 && refusal_sm90(p).empty() ? plan_sm90(p, device).cycles : kNever;
 }
 
-// Whether that is expected to take no longer than quantized_sm80.
+// Return whether Hopper's kernel is expected to take no longer than quantized_sm80.
 bool is_hopper_s(const QuantizedProduct& p, const Device& device, bool in_parts) {
   const double cycles = hopper_cycles(p, device);
   return cycles < kNever && cycles <= plan_of(p, device, in_parts).cycles;

@@ -1,17 +1,17 @@
-// out = in @ where(keep, w, 0).T + bias, and with the weight transposed (d_x), w decoded from codes where it is masked: for
-// any GPU from sm_80 on. code_levels.h says what codes stand for.
+// out = in @ where(keep, w, 0).T + bias, and with the weight transposed (d_x). w is decoded from codes and masked at
+// the same place. For any GPU from sm_80 on. code_levels.h defines the codes.
 //
-//            64 depths                   A step of a block: 128 features of 64 depths are 256 groups of 32 neighbours, a thread
-//          +---+---+                     each: 16 bytes of codes (32 in int8), one absmax and one word of the mask. They
-// features | 0 | 1 | codes, 0.5625       stream through shared memory in 2 to 4 stages (cp.async), where none but that
-//          | 2 | 3 | bytes a weight      thread reads them: it decodes and masks its group once, into one of two tiles of
-//          +---+---+                     T, from which all warps multiply the step before, as product_sm80.cuh does.
-//          +---+---+
-//   tokens |  in   |                     Transposed, a step is 64 rows of the weight and 128 columns.
-//          +---+---+
+//            64 depths                  In a step of a block, 128 features of 64 depths are 256 groups of 32 weights,
+//          +---+---+                    one per thread. A group is 16 bytes of codes (32 in int8), one absmax and one
+// features | 0 | 1 | codes, 0.5625      word of the mask. Groups stream through shared memory in 2 to 4 stages
+//          | 2 | 3 | bytes per weight   (cp.async), where only their thread reads them. It decodes and masks its group
+//          +---+---+                    once, into one of two tiles of T. All warps multiply the step before from the
+//          +---+---+                    other tile, as in product_sm80.cuh.
+//   tokens |  in   |
+//          +---+---+                    Transposed, a step is 64 rows of the weight and 128 columns.
 //
-// Rows that are not whole groups, and codes that are not aligned, are read byte by byte: correct, and slow. Parts of the
-// depth are product_sm80's. Speed: not measured.
+// Rows that are not whole groups, and codes that are not aligned, are read byte by byte: correct, but slow. Parts of
+// the depth are as in product_sm80. Speed: not measured.
 #pragma once
 
 #include "codes_sm80.h"
@@ -26,7 +26,8 @@ struct QuantizedArguments : ProductTileArguments {
   int rows, columns;  // of the weight
 };
 
-// The groups of one step after the other, downwards or to the right. kWhole: each is 32 weights, its codes aligned.
+// Reads the groups of one step after the other, downwards or to the right. kWhole: each group is 32 weights with
+// aligned codes.
 template <class T, bool kNf4, bool kTransposed, bool kWhole>
 class QuantizedReader {
   static constexpr int kGroups = (kTransposed ? kTileFeatures : kQuantizedDepth) / kGroup;  // in a row of the tile
@@ -38,7 +39,7 @@ class QuantizedReader {
   static constexpr int kScaleBytes = 4 * kThreads, kWordBytes = 4 * kThreads;
   static constexpr int kStageBytes = kWhole ? kChunks * kChunkBytes * kThreads + kScaleBytes + kWordBytes : 0;
 
-  // first: of the block's features. depth: the first of `length`.
+  // first: the block's first feature. depth: the first of `length`.
   MFT_DEVICE QuantizedReader(const QuantizedArguments& a, int first, int depth, int length)
       : a_(a), row_(row() + (kTransposed ? depth : first)), column_(kGroup * group() + (kTransposed ? first : depth)) {
     place_ = static_cast<uint64_t>(row_) * a.columns + column_;
@@ -68,7 +69,8 @@ class QuantizedReader {
     }
   }
 
-  // The thread's group of the next step, into a tile of T: from the stage that copy() has filled, else from memory.
+  // Decode the thread's group of the next step into a tile of T: from the stage that copy() has filled, else from
+  // memory.
   MFT_DEVICE void decode(char* tile, const char* stage) {
     if constexpr (kWhole) {
       isa::Words4 codes[kChunks];
@@ -81,7 +83,7 @@ class QuantizedReader {
       for (int i = 0; i < kGroup; ++i) {
         if (i < count) put_code(codes, i, place_ + i);
       }
-      const int first = kNf4Block - static_cast<int>(place_ % kNf4Block);  // so many are of the block that it begins in
+      const int first = kNf4Block - static_cast<int>(place_ % kNf4Block);  // weights left in the block where it begins
       float scale = 0, next = 0;
       uint32_t word = 0;
       if (count > 0) {
@@ -115,7 +117,7 @@ class QuantizedReader {
     left_ -= kQuantizedDepth;
   }
 
-  // A code of an absmax comes from memory one step ahead of its use.
+  // Load the code of an absmax from memory one step before its use.
   MFT_DEVICE void prefetch() {
     if constexpr (kNf4 && kWhole) {
       if (a_.weight.absmax == nullptr && left_ > 0) absmax_code_ = a_.weight.absmax_codes[place_ / kNf4Block];
@@ -133,7 +135,7 @@ class QuantizedReader {
 
   MFT_DEVICE static float scale_from(float absmax) { return kNf4 ? absmax : over_127(absmax); }
 
-  // Into the place that it would have in a chunk.
+  // Put a code into the place that it would have in a chunk.
   MFT_DEVICE void put_code(isa::Words4 (&codes)[kChunks], int i, uint64_t place) const {
     const auto byte = static_cast<uint8_t>(a_.weight.codes[kNf4 ? place / 2 : place]);
     if constexpr (kNf4) {
@@ -164,22 +166,22 @@ class QuantizedReader {
   }
 
  public:
-  // Of the levels, behind the two tiles.
+  // Return the table of the levels, which lies behind the two tiles.
   MFT_DEVICE static char* table() { return isa::shared_memory() + 2 * Weight::kBytes; }
 
  private:
   const QuantizedArguments& a_;
-  int row_, column_;  // where the thread's next group begins, and what that is in the whole matrix: kept beside, for
-  uint64_t place_;    // to multiply anew at each step takes registers that are not there
-  int left_;          // how much of the depth there is from there on, if any
+  int row_, column_;  // where the thread's next group begins
+  uint64_t place_;    // its place in the whole matrix; kept, because multiplying in each step would need more registers
+  int left_;          // how much of the depth is left from there on, if any
   uint32_t absmax_code_ = 0;
 };
 
-// T: of in and out. kWhole: in is chunked, and the groups are whole. kTokens: 128, 64 or 16 a tile.
+// T: of in and out. kWhole: in is chunked, and the groups are whole. kTokens: 128, 64 or 16 per tile.
 template <class T, bool kNf4, bool kTransposed, bool kWhole, int kTokens>
 struct QuantizedKernel {
   static constexpr int kThreads = sm80::kThreads;
-  // One: loads by elements need registers, and 128 tokens of int8 more than half of sm_80's shared memory.
+  // One block: loads by elements need registers, and 128 tokens with int8 need more than half of sm_80's shared memory.
   static constexpr int kBlocksPerMultiprocessor = kWhole && (kNf4 || kTokens < 128) ? 2 : 1;
   using Arguments = QuantizedArguments;
 
@@ -218,9 +220,9 @@ struct QuantizedKernel {
       decode(0, 0);
       int stage = 0, tile = 0;
       for (int left = length; left > 0; left -= kQuantizedDepth) {
-        isa::sync_block();  // tile and `in` have come for all, and all are done with those before, which are overwritten
-        copy(stage == 0 ? kStages - 1 : stage - 1);  // behind the end zeros, which nobody reads
-        const ProductPlace now = Result::place_of(a);  // here and below, for registers are short in the loop
+        isa::sync_block();  // all warps have tile and `in`, and are done with those before, which are overwritten
+        copy(stage == 0 ? kStages - 1 : stage - 1);  // behind the end: zeros, which nobody reads
+        const ProductPlace now = Result::place_of(a);  // here and below, because registers are short in the loop
         Result::template multiply<In, Weight, kTransposed>(sums, stages + stage * kStageBytes,
                                                            tiles + tile * Weight::kBytes, now.warp_token,
                                                            now.warp_feature, [](auto&, int, int) {});

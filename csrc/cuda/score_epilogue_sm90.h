@@ -4,10 +4,10 @@
 //
 //   lane 4 g + q of warp w:   rows 16 w + g and 16 w + g + 8,   columns 2 q + {0, 1} + {0, 8, 16, 24}
 //
-// It reads weight, d_scores and signs at just these places, straight from global memory and one subtile ahead. A warp's
-// load covers 8 rows: whole sectors of 32 bytes of an fp32 matrix; halves of a 16-bit one, whose other half is the next
-// load's and comes from L1; and one word of 32 signs a row. The warp that CUTLASS keeps for epilogue loads brings the
-// whole tile into L2 while the tile's product is still being summed.
+// A thread reads weight, d_scores and signs at exactly these places, directly from global memory and one subtile ahead.
+// A warp's load covers 8 rows. For an fp32 matrix it reads whole sectors of 32 bytes. For a 16-bit matrix it reads half
+// sectors; the next load reads the other half, from L1. For signs it reads one word of 32 per row. The warp that
+// CUTLASS keeps for epilogue loads brings the whole tile into L2 while the tile's product is still being summed.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -36,7 +36,7 @@ struct CutlassTypeOf<Float16> {
 template <class T>
 using CutlassType = typename CutlassTypeOf<T>::Type;
 
-// A pair of 16 bits of what the kernel never writes.
+// Load a pair of 16-bit elements that the kernel never writes.
 CUTLASS_DEVICE uint32_t load_word(const void* place) {
 #ifdef __CUDA_ARCH__
   return __ldg(static_cast<const unsigned*>(place));
@@ -45,12 +45,12 @@ CUTLASS_DEVICE uint32_t load_word(const void* place) {
 #endif
 }
 
-// A pair of 16 bits of d_scores, half a sector: the other half is to be found in L1.
+// Load a pair of 16-bit d_scores. A warp reads half sectors; the other halves are then found in L1.
 CUTLASS_DEVICE void load_pair(uint32_t (&pair)[1], const void* place) {
   pair[0] = *static_cast<const uint32_t*>(place);
 }
 
-// A pair of 32 bits, whole sectors: nothing is left for L1.
+// Load a pair of 32-bit elements. A warp reads whole sectors, so L1 has nothing to keep.
 CUTLASS_DEVICE void load_pair(uint32_t (&pair)[2], const void* place) {
 #ifdef __CUDA_ARCH__
   const uint2 words = __ldcg(static_cast<const uint2*>(place));
@@ -62,7 +62,7 @@ CUTLASS_DEVICE void load_pair(uint32_t (&pair)[2], const void* place) {
 #endif
 }
 
-// Fails to compile if the drawing above is not CUTLASS's layout.
+// This fails to compile if the layout above is not CUTLASS's.
 template <class Layout>
 CUTLASS_DEVICE void check_places(Layout) {
   static_assert(cute::size<0>(Layout{}) * cute::size<1>(Layout{}) * cute::size<2>(Layout{}) == 16);
@@ -82,7 +82,7 @@ struct ScoreEpilogue {
     const T* weight;    // null: not a factor
     const D* d_scores;  // null: not added to
     const void* signs;
-    int64_t weight_stride, d_scores_stride, sign_stride;  // in elements; of bits, in words
+    int64_t weight_stride, d_scores_stride, sign_stride;  // in elements; for bits, in words
     SignSource source;
     uint32_t infinity;  // of 16-bit scores
   };
@@ -107,7 +107,7 @@ struct ScoreEpilogue {
     return a;
   }
 
-  // The rest is what CUTLASS asks of a visitor.
+  // The rest is what CUTLASS requires of a visitor.
   using Params = Arguments;
   struct SharedStorage {};
 
@@ -137,7 +137,7 @@ struct ScoreEpilogue {
 
   template <bool kReferenceSource, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args) {
-    using Places = typename decltype(args.tCcD)::layout_type;  // from the thread's first place on
+    using Places = typename decltype(args.tCcD)::layout_type;  // starting at the thread's first place
     check_places(Places{});
     const int rows = cute::get<0>(args.residue_tCcD), columns = cute::get<1>(args.residue_tCcD);  // left from there
     const int row = cute::get<0>(args.problem_shape_mnkl) - rows;
@@ -174,7 +174,7 @@ struct ScoreEpilogue {
     }
 
     CUTLASS_DEVICE void begin() {
-      // What is added if d_scores is not.
+      // These are added if d_scores is not.
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < 8; ++i) {
         for (uint32_t& word : inputs[0].old[i % 2][i / 2]) word = kNothings;
@@ -214,7 +214,7 @@ struct ScoreEpilogue {
       return result;
     }
 
-    // After the fence and the barriers of the TMA store, which would wait for loads issued before them.
+    // Called after the fence and the barriers of the TMA store, which would wait for loads issued before them.
     CUTLASS_DEVICE void postreduce(int, int subtile, int, bool) {
       if (subtile + 2 < kSubtiles) load(inputs[subtile % 2], subtile + 2);
     }
@@ -266,7 +266,7 @@ struct ScoreEpilogue {
         const uint32_t bits[2] = {in.bits[0] >> first_bit, in.bits[1] >> first_bit};
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 16; ++i) value[i] = signed_by_bit(value[i], bits[i / 2 % 2], i / 4 * 8 + i % 2);
-      } else if (p.source == SignSource::kHalves) {  // not read ahead: that would take the best path's registers
+      } else if (p.source == SignSource::kHalves) {  // not read ahead: that would take registers from the best path
         uint32_t pairs[8];
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {

@@ -21,7 +21,7 @@ struct ScoreCodec<ScoreFormat::kFloat32> {
   MFT_DEVICE static float sign(float value, uint32_t) { return value > 0 ? 1.0f : value < 0 ? -1.0f : 0.0f; }
 };
 
-// Rounded stochastically, by the lower half of a random word.
+// bf16 is rounded stochastically, by the lower half of a random word.
 template <>
 struct ScoreCodec<ScoreFormat::kBFloat16> {
   using Word = uint16_t;
@@ -60,12 +60,12 @@ struct ScoreCodec<ScoreFormat::kFixed16> {
     const int whole = static_cast<int>(q);
     const float rest = isa::multiply(isa::add(q, -static_cast<float>(whole)), 65536.0f);
     const uint32_t code = whole + (rest > static_cast<float>(static_cast<int>(random & 0xffff)) ? 1 : 0);
-    // An exact 0 keeps the sign that it had; NaN has none.
+    // An exact 0 keeps the old sign; NaN has no sign.
     const uint32_t sign = magnitude == 0 ? old & 0x8000 : magnitude > kFloatInfinity ? 0 : bits >> 16 & 0x8000;
     return (magnitude < kFloatInfinity ? code : kInfinity) | sign;
   }
 
-  // A 0 counts as the sign that it has.
+  // A 0 has the sign of its sign bit.
   MFT_DEVICE static float sign(float, uint32_t word) { return word & 0x8000 ? -1.0f : 1.0f; }
 };
 

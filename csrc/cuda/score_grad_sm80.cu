@@ -12,7 +12,7 @@ constexpr int kTile = Chunked::kTile, kTileDepth = Chunked::kTileDepth;
 
 bool is_chunked(const ScoreGrad& p) { return sm80::view_of(p.grad_output).chunked && sm80::view_of(p.x).chunked; }
 
-// A row of the workspace: whole tiles.
+// Return the elements of a row of the workspace: whole tiles.
 int64_t part_stride(const ScoreGrad& p) { return quotient(p.weight.columns, kTile) * kTile; }
 
 double cycles_of(const ScoreGrad& p, int parts, const Device& device) {
@@ -31,7 +31,8 @@ double cycles_of(const ScoreGrad& p, int parts, const Device& device) {
   return launch_cycles(busy, bytes_of(p), device) + sum_cycles(parts, elements, device) + finished;
 }
 
-// Parts of 256 tokens at least, no more than there are places for in two waves, and all of them in half of L2.
+// Return the largest number of parts to try. Each part has at least 256 tokens, all parts run in two waves, and their
+// sums fit in half of L2.
 int most_parts(const ScoreGrad& p, const Device& device) {
   const int64_t tiles = quotient(p.weight.rows, kTile) * quotient(p.weight.columns, kTile);
   return static_cast<int>(std::min<int64_t>({kMostParts, p.x.rows / 256, 4 * device.multiprocessors / tiles,
@@ -64,7 +65,7 @@ std::string start(sm80::ScoreGradArguments a, int parts, const Device& device) {
 
 }  // namespace
 
-// By elements it takes longer than the model knows of, and tokens are not summed in parts.
+// If the kernel must load by elements, it takes longer than the model knows, and tokens are not summed in parts.
 Plan plan_sm80(const ScoreGrad& p, const Device& device) {
   if (p.weight.rows == 0 || p.weight.columns == 0) return {};
   Plan best{kNever, kTileDepth};
@@ -72,7 +73,7 @@ Plan plan_sm80(const ScoreGrad& p, const Device& device) {
   const int64_t depth_tiles = quotient(p.x.rows, kTileDepth), row_bytes = 4 * part_stride(p);
   const int most = std::max(1, most_parts(p, device));
   for (int parts = 1; parts <= most; ++parts) {
-    if (parts > 1 && quotient(depth_tiles, quotient(depth_tiles, parts)) != parts) continue;  // one would be empty
+    if (parts > 1 && quotient(depth_tiles, quotient(depth_tiles, parts)) != parts) continue;  // a part would be empty
     const double cycles = cycles_of(p, parts, device);
     if (cycles < best.cycles) best = {cycles, kTileDepth, parts, parts > 1 ? parts * p.weight.rows * row_bytes : 0};
   }

@@ -1,24 +1,24 @@
 // G = grad_output.T @ x by mma.sync, never stored: d_scores = [d_scores +] G [* weight] * sign,
 // d_weight = keep ? G : 0.
 //
-//          features            d_scores, d_weight (features N, columns K): one block a tile of 128 x 128, 8 warps of
+//          features            d_scores, d_weight (features N, columns K): one block per tile of 128 x 128, 8 warps of
 //         +--------+           2 x 4, 64 x 32 each
 //  tokens | grad   |
 //         +--------+           grad_output and x stream through shared memory in 3 or 4 stages of 32 tokens (cp.async);
 //         +--------+           both have the depth as rows, so both go through ldmatrix.trans.
 //  tokens | x      |
-//         +--------+           Then half of G after the other lies in the same memory in fp32, and each thread finishes 8
-//          columns             neighbours of a row a time: weight, scores and d_scores are read and written in 16 bytes.
+//         +--------+           Then one half of G at a time lies in the same memory in fp32. Each thread finishes 8
+//          columns             neighbours of a row at a time: weight, scores and d_scores are accessed by 16 bytes.
 //
-// Two blocks share a multiprocessor: with 4 stages in 164 KiB and more, with 3 in the 100 KiB of 8.6, 8.9 and 12.0, which
-// would hold one block whose memory took all of G (64 KiB). Speed: not measured.
+// Two blocks share a multiprocessor: with 4 stages in 164 KiB and more, with 3 in the 100 KiB of 8.6, 8.9 and 12.0. If
+// a block's memory took all of G (64 KiB), only one block would fit there. Speed: not measured.
 //
-// A small weight gives too few tiles for a GPU. There the tokens are cut into parts, a block each, which write fp32 sums
-// into the workspace, and a second kernel adds them in the order of the parts before it does what else is done to G. How
-// many, the model of tile_cost.h says.
+// A small weight gives too few tiles for a GPU. Then the tokens are cut into parts. Each part is a block, which writes
+// fp32 sums into the workspace. A second kernel adds them in the order of the parts, then finishes G. The model of
+// tile_cost.h chooses the number of parts.
 //
-// Types and sources of signs and masks are decided in this second part, where memory is what takes the time: one kernel
-// serves them all.
+// The types and the sources of signs and masks are decided while G is finished. There memory takes the time, so one
+// kernel serves them all.
 #pragma once
 
 #include <type_traits>
@@ -32,7 +32,7 @@ namespace mft::cuda::sm80 {
 
 struct ScoreGradArguments {
   View d_scores, d_weight, grad_output, x;
-  View weight;  // of no data where it is no factor
+  View weight;  // no data: not a factor
   View sign_scores, keep_scores;
   const uint32_t *sign_words, *keep_words;
   const char* thresholds;
@@ -40,8 +40,8 @@ struct ScoreGradArguments {
   bool accumulate, magnitude;
   int row_words, depth_tiles, tile_rows, tile_columns;
   int stages;  // 3 to kMostStages
-  float* parts;    // (parts, weight.rows, part_stride), or null: the tokens are in one
-  int part_tiles;  // of the depth, in a part
+  float* parts;    // (parts, weight.rows, part_stride); null: the tokens are one part
+  int part_tiles;  // of the depth, per part
   int64_t part_stride;
 };
 
@@ -52,11 +52,11 @@ MFT_DEVICE float threshold_of(const ScoreGradArguments& a, int row) {
   return a.keep_scores.type == Type::kBFloat16 ? isa::widen(BFloat16{bits}) : isa::widen(Float16{bits});
 }
 
-// 8 neighbours from `column`, a multiple of 8.
+// Finish 8 neighbours of G from `column`, a multiple of 8.
 MFT_DEVICE void finish_eight(const ScoreGradArguments& a, const float (&g)[8], int row, int column) {
   const int64_t word = static_cast<int64_t>(row) * a.row_words + column / 32;
   if (a.d_scores.data != nullptr) {
-    // All that is read is asked for before any of it is used.
+    // All loads start before any loaded value is used.
     const bool weighted = a.weight.data != nullptr;
     const Eight weights = weighted ? Eight::of(a.weight, row, column) : Eight{};
     const bool by_scores = a.sign_scores.data != nullptr;
@@ -93,7 +93,7 @@ MFT_DEVICE void finish_eight(const ScoreGradArguments& a, const float (&g)[8], i
   }
 }
 
-// T: of grad_output, x, weight and d_weight. kChunked: grad_output and x are.
+// T: of grad_output, x, weight and d_weight. kChunked: grad_output and x are chunked.
 template <class T, bool kChunked>
 struct ScoreGradKernel {
   static constexpr int kThreads = 256;
@@ -105,11 +105,11 @@ struct ScoreGradKernel {
   using Operand = Tile<kTileDepth, kTile, 2>;
   using Half = Tile<kTile / 2, kTile, 4>;  // of G: 32 rows of each warp
   static constexpr int kStageBytes = 2 * Operand::kBytes;
-  static constexpr int kMostStages = kChunked ? 4 : 3;  // loads by elements are waited for, however many there are
+  static constexpr int kMostStages = kChunked ? 4 : 3;  // loads by elements are waited for, so more stages do not help
   static_assert(Half::kBytes <= 3 * kStageBytes);
 
   static constexpr int kWarpRows = 64, kWarpColumns = 32, kHalfRows = kWarpRows / 2;
-  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;  // mma.sync's tiles in a warp's
+  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;  // mma.sync tiles in a warp's tile
   using Sums = float[kDown][kAcross][4];
   struct alignas(8) Two {
     float low, high;
@@ -122,7 +122,7 @@ struct ScoreGradKernel {
     run(a, place.row * kTile, place.column * kTile, first_tile, tiles);
   }
 
-  // One tile of G, from so many tiles of the tokens.
+  // Compute one tile of G from `tiles` tiles of the tokens.
   MFT_DEVICE static void run(const Arguments& a, int first_row, int first_column, int first_tile, int tiles) {
     const int warp_row = isa::warp() / 4 * kWarpRows, warp_column = isa::warp() % 4 * kWarpColumns;
     char* const shared = isa::shared_memory();
@@ -135,15 +135,15 @@ struct ScoreGradKernel {
     };
 
     Sums sums = {};
-    const auto sum = [&](auto number) {  // a loop for each number, as in product_sm80
+    const auto sum = [&](auto number) {  // one loop per number of stages, as in product_sm80
       constexpr int kStages = decltype(number)::value;
       for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
       for (int tile = 0, stage = 0, done = kStages - 1; tile < tiles; ++tile) {
         isa::wait_copies<kStages - 2>();
-        isa::sync_block();  // the tile has come for all, and all are done with the one before it, which is overwritten
+        isa::sync_block();  // all warps have the tile, and are done with the one before, which is overwritten
         if (!kParts || tile + kStages - 1 < tiles) {
           copy(done);
-        } else {  // the next part's
+        } else {  // the next tile is the next part's
           isa::commit_copies();
         }
         multiply(sums, shared + stage * kStageBytes, warp_row, warp_column);
@@ -162,7 +162,7 @@ struct ScoreGradKernel {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      isa::sync_block();  // all are done with what lies there
+      isa::sync_block();  // all warps are done with the contents
       spread(sums, shared, half, warp_row / 2, warp_column);
       isa::sync_block();
       finish(a, shared, first_row + half * kHalfRows, first_column);
@@ -236,7 +236,7 @@ struct ScoreGradKernel {
   }
 };
 
-// What parts left in the workspace, added from the first to the last, and finished: a thread makes 8 neighbours.
+// Adds the parts in the workspace from the first to the last, and finishes G. Each thread makes 8 neighbours.
 struct FinishPartsKernel {
   static constexpr int kThreads = 128, kBlocksPerMultiprocessor = 1;
   struct Arguments {

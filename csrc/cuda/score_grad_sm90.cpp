@@ -1,4 +1,4 @@
-// d_scores on Hopper: what its kernel takes, and which instance serves it.
+// d_scores on Hopper: which problems its kernel takes, and which instance serves them.
 #include "api.h"
 #include "tile_cost.h"
 #include "tma.h"
@@ -39,7 +39,7 @@ std::string refusal_sm90(const ScoreGrad& problem) {
   return sign.words == nullptr && sign.scores.data != nullptr ? refusal_of_tma("scores", sign.scores) : "";
 }
 
-// The kernel's tiles: score_grad_sm90.cuh.
+// The tiles are those of the kernel in score_grad_sm90.cuh.
 Plan plan_sm90(const ScoreGrad& problem, const Device& device) {
   constexpr int kRows = 128, kColumns = 256, kDepth = 64, kCluster = 2, kStages = 4;
   Jobs jobs;

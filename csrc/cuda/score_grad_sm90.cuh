@@ -2,21 +2,22 @@
 //
 //   G (N, K) = grad_output.T @ x,  summed in fp32 over the M tokens,  d_scores = [d_scores +] G [* weight] * sign
 //
-// A block of 3 warpgroups (1 loads by TMA, 2 multiply) owns tiles of 128 x 256, 64 tokens a stage; two blocks that are
-// neighbours in N share x by multicast. N, K and M are the M, N and K of CUTLASS.
+// A block of 3 warpgroups (1 loads by TMA, 2 multiply) owns tiles of 128 x 256, with 64 tokens per stage. Two blocks
+// that are neighbours in N share x by multicast. N, K and M are the M, N and K of CUTLASS.
 //
-// 4 stages, 168 registers at launch (232 in the warpgroups that multiply), no spill under nvcc 13.0 and 13.5; shared
-// memory 231,424 bytes with fp32 d_scores, 214,016 with 16-bit ones. What else was compiled, none of it timed (not
-// measured, as this is):
+// The kernel has 4 stages, and 168 registers at launch (232 in the warpgroups that multiply). It does not spill under
+// nvcc 13.0 and 13.5. Shared memory is 231,424 bytes with fp32 d_scores, 214,016 with 16-bit ones. These alternatives
+// were compiled too; neither they nor this kernel were timed:
 //
 //   weight and scores by auxiliary TMA loads               3 stages at 128 x 256
 //   weight as CUTLASS's source C                           5 stages at 128 x 128
 //   the old d_scores as C, fp32                            3 stages at 128 x 128
-//   direct loads in CUTLASS's epilogue load pipeline       spills 32 bytes (13.5); a fence and a wait more a subtile
+//   direct loads in CUTLASS's epilogue load pipeline       spills 32 bytes (13.5); one more fence and wait per subtile
 //   16-bit scores read one subtile ahead like signs        spills 48 bytes (13.0, 16-bit d_scores)
 //
-// Whether weight is a factor, which of sign's sources is read and whether d_scores is added to are branches that all
-// threads take alike, at run time: a kernel compiles in about 25 s, and there are two for each 16-bit type.
+// Three choices are made at run time, by branches that all threads take alike: whether weight is a factor, which source
+// of signs is read, and whether d_scores is added to. A kernel compiles in about 25 s, and there are two per 16-bit
+// type.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -44,7 +45,7 @@ struct ScoreGradSm90 {
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, cute::Shape<cute::_128, cute::_32>, float,
       float, void, cutlass::layout::RowMajor, 16 / sizeof(D), CutlassType<D>, cutlass::layout::RowMajor,
       16 / sizeof(D), cutlass::epilogue::TmaWarpSpecializedCooperative, ScoreEpilogue<T, D>>::CollectiveOp>;
-  // Both operands lie with the tokens, their summed index, as the slow one.
+  // In both operands the tokens, which are summed over, are the slow index.
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::ColumnMajor, 8, Element,
       cutlass::layout::RowMajor, 8, float, Tile, Cluster,

@@ -1,7 +1,7 @@
-// Brings what a tile's epilogue reads into L2 while the tile's product is summed, from CUTLASS's epilogue load warp.
+// CUTLASS's epilogue load warp prefetches into L2 what a tile's epilogue reads, while the tile's product is summed.
 //
-// CUTLASS lets that warp and the epilogue meet at each subtile, with a fence that waits for the epilogue's own loads.
-// Here they meet once a tile: the warp asks for a tile when the tile before it is stored.
+// In CUTLASS, that warp and the epilogue meet at each subtile, with a fence that waits for the epilogue's own loads.
+// Here they meet once per tile: the warp prefetches a tile when the tile before it is stored.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -15,7 +15,7 @@ CUTLASS_DEVICE void prefetch_line([[maybe_unused]] const void* place) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
 #elif defined(MFT_PREFETCHED)
-  MFT_PREFETCHED(place);  // a test counts
+  MFT_PREFETCHED(place);  // a test counts the calls
 #endif
 }
 
@@ -43,7 +43,7 @@ struct PrefetchTile {
   }
 };
 
-// Base: a collective epilogue without source, whose visitor loads nothing by TMA.
+// Base: a collective epilogue without source C, whose visitor loads nothing by TMA.
 template <class Base>
 struct PrefetchingEpilogue : Base {
   using typename Base::LoadPipeline;
@@ -81,8 +81,8 @@ struct PrefetchingEpilogue : Base {
         Base::store(load_pipeline, load_state, store_pipeline, store_state, static_cast<Rest&&>(rest)...);
     CUTLASS_PRAGMA_NO_UNROLL
     for (uint32_t stage = 0; stage < LoadPipeline::Stages; ++stage, ++load_state) {
-      // A release before the warp has asked would let the barrier's phase run ahead of it: parities of two phases are
-      // equal, so it would wait for one that has been, for ever.
+      // If this released before the warp has acquired, the barrier's phase would run ahead of the warp. A phase has the
+      // same parity as the one two phases later, so the warp would wait forever for a phase that is over.
       load_pipeline.consumer_wait(load_state);
       load_pipeline.consumer_release(load_state);
     }

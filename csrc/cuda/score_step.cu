@@ -1,4 +1,4 @@
-// score_step: the kernel of the formats, and the launches that find the next threshold and mask.
+// score_step: the choice of the kernel for the formats, and the launches that find the next threshold and mask.
 #include "score_step.cuh"
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace mft::cuda {
 namespace {
 
-// Words of the workspace: whether the window missed the threshold, its counts, and what the selection needs.
+// Words of the workspace: whether the window missed the threshold, the window's counts, and what the selection needs.
 constexpr int64_t kHeaderWords = 1040;
 static_assert(1 + kWindowCounts <= kHeaderWords);
 
@@ -101,7 +101,7 @@ std::string score_step(const ScoreStep& s, const Device& device) {
   select.threshold = s.threshold;
   select.words = s.words;
   select.rows = s.rows, select.columns = s.columns;
-  std::string error = s.threshold == nullptr ? "" : refusal(select);  // before anything moves
+  std::string error = s.threshold == nullptr ? "" : refusal(select);  // before anything changes
   if (!error.empty()) return error;
 
   const bool in_window = s.threshold != nullptr && s.hint != nullptr && bytes_of(select.type) == 2;

@@ -1,26 +1,27 @@
-// One AdamW step on scores and moments in one pass over memory; the next threshold from counts of that pass.
+// One AdamW step on scores and moments in one pass over memory. The next threshold comes from counts of that pass.
 //
-// The flattened matrix falls into chunks of 1024, a chunk into four blocks of 256, each with a scale of its own in the
-// 8-bit scheme. A pair of warps takes a chunk and walks its blocks:
+// The flattened matrix is divided into chunks of 1024, and a chunk into four blocks of 256. In the 8-bit scheme each
+// block has its own scale. A pair of warps takes a chunk and walks its blocks:
 //
-//    chunk  | block 0 | block 1 | block 2 | block 3 |   a thread makes the words of 4 Philox counters once, and spends
-//           | word 0  | word 1  | word 2  | word 3  |   them on 4 neighbours of each block
+//    chunk  | block 0 | block 1 | block 2 | block 3 |   a thread makes the words of 4 Philox counters once, and uses
+//           | word 0  | word 1  | word 2  | word 3  |   them for 4 neighbours of each block
 //
-// so that fp32 is loaded by 16 bytes a thread, 16 bits by 8 and codes by 4. The two warps exchange the largest moments
-// of a block, from which its scales follow, through shared memory, in two buffers by turns: one barrier a block.
+// So a thread loads 16 bytes of fp32, 8 of 16-bit types and 4 of codes at a time. The largest moments of a block give
+// its scales. The two warps exchange them through shared memory, in two buffers by turns: one barrier per block.
 //
-// 16-bit scores that come with their old threshold are counted in the same pass: how many new keys lie in a window
-// round the old threshold, each by itself, and how many above it.
+// 16-bit scores that come with their old threshold are counted in the same pass: how often each new key in a window
+// around the old threshold occurs, and how many keys lie above the window.
 //
 //    keys   |  below: not counted  |<- 512 ->|<- 512 ->|  above: one count  |  not finite: one count  |
 //                                  start    old threshold
 //
-// WindowKernel reads the new threshold from the counts. Where it lies outside the window, that kernel raises a flag,
-// and only then does SelectKernel (select.cuh), launched in any case, read the scores again: the host waits for nothing.
+// WindowKernel reads the new threshold from the counts. If the threshold lies outside the window, that kernel sets a
+// flag. SelectKernel (select.cuh) is always launched, but reads the scores again only if the flag is set. So the host
+// does not wait.
 //
-// mft_kernels/reference/step.py defines formats and arithmetic, and the bits are the same; but its square root is
-// torch's, which on a CPU is not rounded correctly. Every product and sum is rounded by itself, except where torch's
-// kernels fuse them. No GPU has timed it.
+// mft_kernels/reference/step.py defines formats and arithmetic, and the bits are the same, with one exception: its
+// square root is torch's, which on a CPU is not rounded correctly. Every product and sum is rounded by itself, except
+// where torch's kernels fuse them. Speed: not measured on a GPU.
 #pragma once
 
 #include <type_traits>
@@ -34,10 +35,10 @@ namespace mft::cuda {
 constexpr int kStepBlock = 256, kStepChunk = 4 * kStepBlock;
 // 512 steps either way: 0.002 in fixed point, four octaves in bf16. No usual step moves a threshold that far.
 constexpr int kWindow = 1024;
-constexpr int kAbove = kWindow, kNotFinite = kWindow + 1;  // places of the two counts behind the window's
+constexpr int kAbove = kWindow, kNotFinite = kWindow + 1;  // indices of the two counts behind those of the window
 constexpr int kWindowCounts = kWindow + 2;
 
-// The lowest key of the window, in whose middle the old threshold lies.
+// Return the lowest key of the window. The old threshold lies in its middle.
 MFT_DEVICE uint32_t window_start(uint32_t hint, bool magnitude) {
   const uint32_t key = key_of<uint16_t>(hint, magnitude);
   return key > kWindow / 2 ? key - kWindow / 2 : 0;
@@ -54,16 +55,16 @@ struct ScoreStepArguments {
   const char *grad, *weight;
   float* scales;            // of exp_avg's blocks, then of exp_avg_sq's
   const float* grad_scale;  // or null
-  const uint16_t* hint;     // the old threshold; null: nothing is counted
-  uint32_t* counts;         // kWindowCounts of them, zero at the beginning
+  const uint16_t* hint;     // the old threshold; null: count nothing
+  uint32_t* counts;         // kWindowCounts counts, zero at the beginning
   int64_t count;
-  bool aligned;  // four neighbours lie at a multiple of their size, in each tensor
-  bool grad_is_bfloat16, weight_is_bfloat16;  // of those of 16 bits
+  bool aligned;  // in each tensor, four neighbours begin at a multiple of their size
+  bool grad_is_bfloat16, weight_is_bfloat16;  // if of 16 bits
   bool magnitude, sign;                       // sign: a factor of the gradient
   uint32_t seed_low, seed_high;
   float beta1, rest1, beta2, rest2, eps;  // rest: 1 - beta
   StepClock clock;
-  const StepClock* clock_in_memory;  // in its place, or null
+  const StepClock* clock_in_memory;  // used in place of clock; null: not used
 };
 
 // Grad, Weight: an unsigned word of an element's size; void: no weight. kCoded: moments in 8 bits.
@@ -116,12 +117,12 @@ struct ScoreStepKernel {
   using Four = isa::Words<sizeof(Word)>;  // neighbours as they lie in memory
 
   struct Counts {
-    uint32_t* bins;  // of the block; null: nothing is counted
+    uint32_t* bins;  // of the block; null: count nothing
     int start;
-    uint32_t above, not_finite;  // of this thread: nine in ten scores are above, too many for one place of the block
+    uint32_t above, not_finite;  // of this thread: nine in ten scores are above, too many for one counter of the block
   };
 
-  // Read where it is needed: in registers all along, one kernel would spill.
+  // Return a field of the clock. It is read where it is needed: if it stayed in registers, one kernel would spill.
   template <class Value>
   MFT_DEVICE static Value now(const Arguments& a, Value StepClock::*field) {
     return a.clock_in_memory == nullptr ? a.clock.*field : a.clock_in_memory->*field;
@@ -137,7 +138,7 @@ struct ScoreStepKernel {
 #pragma unroll
       for (int e = 0; e < 4; ++e) philox(words[e], low + e, high, now(a, &StepClock::step), a.seed_low, a.seed_high);
     }
-    // A loop that stays one: unrolled, it would load four blocks ahead, for which there are no registers.
+    // Not unrolled: an unrolled loop would load four blocks ahead, for which there are no registers.
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const int64_t block = chunk * 4 + i, first = block * kStepBlock + 4 * own;
@@ -156,7 +157,7 @@ struct ScoreStepKernel {
     }
   }
 
-  // Four neighbours, of which the first `inside` exist. largest: a place for each warp's largest moments.
+  // Step four neighbours, of which the first `inside` exist. largest: memory for each warp's largest moments.
   template <bool kWhole>
   MFT_DEVICE static void step_four(const Arguments& a, int64_t block, int64_t first, int inside,
                                    const uint32_t (&random)[4], int pair, uint32_t* largest, Counts& counts) {
@@ -235,7 +236,7 @@ struct ScoreStepKernel {
     store<kWhole, Moment>(a.exp_avg_sq, first, inside, square);
   }
 
-  // As torch's kernels round: lerp_ and addcmul_ with a fused multiply-add, addcdiv_ without.
+  // Round as torch's kernels do: lerp_ and addcmul_ use a fused multiply-add, addcdiv_ does not.
   MFT_DEVICE static void step_exact(const Arguments& a, float& s, float& m, float& v, float g) {
     const float way = isa::add(g, -m);
     m = a.rest1 < 0.5f ? isa::fused(a.rest1, way, m) : isa::fused(isa::add(a.rest1, -1.0f), way, g);
@@ -256,7 +257,7 @@ struct ScoreStepKernel {
     s = isa::add(s, isa::divide(isa::multiply(moved, now(a, &StepClock::minus_step_size)), denominator));
   }
 
-  // The larger of both warps' tops, for both.
+  // Replace tops by the larger ones of both warps, in both warps.
   MFT_DEVICE static void largest_of_pair(uint32_t (&tops)[2], int pair, uint32_t* largest) {
     const int half = isa::warp() % 2;
 #pragma unroll
@@ -334,7 +335,8 @@ struct WindowArguments {
   bool magnitude;
 };
 
-// The bits of the kept-th largest key, of +inf if nothing is kept, of NaN if a score is not finite. One block.
+// Finds the threshold: the bits of the kept-th largest key, of +inf if nothing is kept, of NaN if a score is not
+// finite. One block.
 struct WindowKernel {
   static constexpr int kThreads = kWindow, kBlocksPerMultiprocessor = 1;
   static constexpr int kWarps = kThreads / 32, kSharedBytes = 4 * (kWarps + 1);

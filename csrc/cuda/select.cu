@@ -1,4 +1,4 @@
-// kept_threshold: the launches that find the threshold, and if asked the mask that it implies.
+// kept_threshold: the launches that find the threshold and, if requested, the mask that it implies.
 #include "select.cuh"
 
 #include <algorithm>
@@ -9,16 +9,16 @@
 namespace mft::cuda {
 namespace {
 
-// Words of the workspace: what was found, a counter of blocks for each pass, and the counts of each pass.
+// Words of the workspace: Found, a counter of finished blocks for each pass, and the counts of each pass.
 constexpr int64_t kFoundWords = 4, kHeaderWords = 16;
 static_assert(sizeof(Found) <= 4 * kFoundWords);
 
-// Whether a block may have the 128 KiB of shared memory that 32,768 counts take; on sm_86, 89 and 120 it may not.
+// Return whether a block may use the 128 KiB of shared memory that 32,768 counts take. On sm_86, 89 and 120 it may not.
 bool has_room(int capability) {
   return capability == 80 || capability == 87 || (capability >= 90 && capability < 120);
 }
 
-// The passes one after the other.
+// Launch the passes one after the other.
 template <class... Kernels>
 std::string run(const Select& s, const Device& device, uint32_t infinity) {
   static_assert(sizeof...(Kernels) <= kHeaderWords - kFoundWords);

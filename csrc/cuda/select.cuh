@@ -1,8 +1,8 @@
 // The k-th largest key, exactly, from histograms of its digits; the host waits for nothing.
 //
-// A score's bits become an integer key that orders as the score does: without the sign bit (by magnitude), or with
-// negative scores turned round (by value). The key is found digit by digit, the highest first; a pass counts, among the
-// keys that begin with the digits found so far, how often each value of the next digit occurs:
+// A score's bits become an integer key with the same order as the scores: without the sign bit (by magnitude), or with
+// negative scores reversed (by value). The key is found digit by digit, the highest first. A pass looks at the keys
+// that begin with the digits found so far, and counts how often each value of the next digit occurs:
 //
 //   16 bits, by magnitude, 128 KiB of shared memory   |  eeeeeeeemmmmmmm               1 pass, 32,768 counts
 //   16 bits, by magnitude                             |  eeeeeeeemmm mmmm              2 passes, 2,048 and 16 counts
@@ -10,21 +10,22 @@
 //   32 bits, by magnitude                             |  eeeeeeeemmm m.. m..           3 passes, 2,048, 1,024, 1,024
 //   32 bits, by value                                 |  seeeeeeeemm m... m..          3 passes, 2,048, 2,048, 1,024
 //
-// A block counts in shared memory and adds what it has to the counts of the grid. The block that is the last to do so
-// finds the digit: each of its threads sums a stretch of counts, a scan over the threads finds the stretch that holds
-// the key's rank, and the stretch's thread the count. Counts are integers, so their order changes nothing.
+// A block counts in shared memory and adds its counts to those of the grid. The last block to do so finds the digit:
+// each of its threads sums a stretch of counts, a scan over the threads finds the stretch that holds the key's rank,
+// and that stretch's thread finds the count. Counts are integers, so the order of additions changes nothing.
 //
 // One pass over 58.7M scores of bf16 on an H100 [estimated, not measured]: memory takes 117 MB / 3.35 TB/s = 35 us. A
-// multiprocessor counts 445,000 keys, 32 by one ATOMS.POPC.INC (and two shifts and two ANDs a pair: read in the SASS);
-// random bins put about 3.5 of 32 lanes on one bank, so 49,000 clocks = 28 us, at the same time as memory's. 1,024
-// threads have 64 bytes each under way, four times what the bandwidth needs at 700 ns. The last block adds about 5 us.
+// multiprocessor counts 445,000 keys, 32 by one ATOMS.POPC.INC (and two shifts and two ANDs per pair: read in the
+// SASS). Random bins put about 3.5 of 32 lanes on one bank, so counting takes 49,000 clocks = 28 us, at the same time
+// as memory. 1,024 threads have 64 bytes each in flight, four times what the bandwidth needs at 700 ns. The last block
+// adds about 5 us.
 #pragma once
 
 #include "keys.h"
 
 namespace mft::cuda {
 
-// What one pass leaves for the next.
+// The result of one pass, which the next one reads.
 struct Found {
   uint32_t key;   // the digits so far
   uint32_t rank;  // of the wanted key among those that begin with them; 1 is the smallest
@@ -38,10 +39,10 @@ struct SelectArguments {
   uint32_t infinity;      // its bits
   bool none;              // keep no score
   Found* found;
-  uint32_t* blocks_done;  // of this pass; zero at the beginning, as are
-  uint32_t* counts;       // the 2^kBits of this pass
+  uint32_t* blocks_done;  // of this pass; zero at the beginning
+  uint32_t* counts;       // the 2^kBits counts of this pass; zero at the beginning
   void* threshold;
-  const uint32_t* only_if;  // null, or where it holds 0 nothing is done
+  const uint32_t* only_if;  // if not null and it holds 0, nothing is done
 };
 
 // Counts the digit of kBits above the lowest kShift bits. Word: unsigned, of a score's size.
@@ -53,7 +54,7 @@ struct SelectKernel {
   static constexpr int kBins = 1 << kBits;
   static constexpr int kTail = 64;  // words behind the bins, for the scan
   static constexpr int kSharedBytes = 4 * (kBins + kTail);
-  static constexpr int kLoads = 4;  // of 16 bytes under way in each thread
+  static constexpr int kLoads = 4;  // of 16 bytes in flight in each thread
 
   static constexpr uint32_t kSign = 1u << (8 * sizeof(Word) - 1);
   static constexpr bool kFirst = kShift + kBits == 8 * sizeof(Word) - kMagnitude, kLast = kShift == 0;
@@ -74,7 +75,7 @@ struct SelectKernel {
   }
 
  private:
-  // Whether keys of this first digit are infinities or NaN.
+  // Return whether keys with this first digit are infinities or NaN.
   MFT_DEVICE static bool not_finite(uint32_t digit, uint32_t infinity) {
     if constexpr (kMagnitude) return digit >= infinity >> kShift;
     return digit >= (kSign | infinity) >> kShift || digit <= (kSign - 1 - infinity) >> kShift;
@@ -102,7 +103,8 @@ struct SelectKernel {
     }
   }
 
-  // The blocks share the scores between the first and the last multiple of 16 bytes; the first takes the others too.
+  // The blocks share the scores between the first and the last multiple of 16 bytes. The first block also takes the
+  // others.
   MFT_DEVICE static void count_all(const Arguments& a, uint32_t* bins, uint32_t found) {
     constexpr int kWords = 16 / sizeof(Word);
     const int64_t begin = -reinterpret_cast<intptr_t>(a.scores) & 15;
@@ -132,7 +134,7 @@ struct SelectKernel {
     }
   }
 
-  // Whether all other blocks have added their counts; the whole block learns it.
+  // Return, in all threads, whether all other blocks have added their counts.
   MFT_DEVICE static bool is_last_block(const Arguments& a, uint32_t* tail) {
     isa::fence_device();
     isa::sync_block();
@@ -174,7 +176,7 @@ struct SelectKernel {
     const uint32_t up_to = up_to_warp + in_warp;
 
     uint32_t below = up_to - own;
-    if (rank == 0 ? thread == 0 : below < rank && rank <= up_to) {  // one thread; the first where there are no scores
+    if (rank == 0 ? thread == 0 : below < rank && rank <= up_to) {  // one thread; the first if there are no scores
       int bin = stretch;
       for (; below + bins[bin] < rank; ++bin) below += bins[bin];
       const uint32_t key = (kFirst ? 0 : a.found->key << kBits) | bin;

@@ -1,15 +1,15 @@
-// sum_parts: what a product's parts of the depth left in its workspace, added from the first part to the last whatever
-// order they came in, then the bias, and rounded once.
+// sum_parts: add the sums that a product's parts left in its workspace, from the first part to the last, whatever order
+// they came in. Then add the bias, and round once.
 #include "eight_sm80.h"
 
 namespace mft::cuda {
 namespace {
 
-// A thread makes 8 neighbours.
+// Each thread makes 8 neighbours.
 struct SumPartsKernel {
   static constexpr int kThreads = 64, kBlocksPerMultiprocessor = 1;  // few: results are few
   struct Arguments {
-    sm80::View out, bias;  // bias: one row, or of no data
+    sm80::View out, bias;  // bias: one row, or no data
     const float* parts;    // (count, out.rows, stride)
     int64_t stride;
     int count;

@@ -1,5 +1,5 @@
-// How many cycles a launch takes, by its sizes alone: as mft_kernels/backends/triton/cost.py, which says why; a test compares
-// the two.
+// A model of the cycles of a launch, from its sizes alone. It is the same as in mft_kernels/backends/triton/cost.py,
+// which explains it; a test compares the two.
 #pragma once
 
 #include <algorithm>
@@ -10,17 +10,18 @@
 namespace mft::cuda {
 
 constexpr double kLatency = 900;  // cycles from a request to memory until its bytes are there
-constexpr double kWgmma = 2048;   // multiply-adds a cycle and multiprocessor: 989 TFLOP/s of an H100's 132 at 1.83 GHz
+constexpr double kWgmma = 2048;   // multiply-adds per cycle and multiprocessor: H100 with 132, 989 TFLOP/s, 1.83 GHz
 constexpr int kMostParts = 16;    // of a sum
 constexpr double kNever = 1e300;  // cycles
 
-// What mft_kernels/backends/triton/cards.py has of the card that stands for a compute capability, a cycle and multiprocessor.
+// Rates per cycle and multiprocessor, of the card in mft_kernels/backends/triton/cards.py that stands for a compute
+// capability.
 struct Rates {
   double multiply_adds;  // of mma.sync, 16-bit; on 9.0 and 10.x an estimate, half of wgmma's and a quarter of tcgen05's
   double memory;         // bytes
-  double launch;         // cycles of one launch more: 2 us
-  // Bytes from L2. On 9.0: 6.2 TB/s of an H100, what a plain GEMM that reaches 790 TFLOP/s reads there in tiles of
-  // 128 x 256 whose columns two blocks of a cluster share. Its white paper gives no figure.
+  double launch;         // cycles of one more launch: 2 us
+  // Bytes from L2. On 9.0, 6.2 TB/s for an H100: the rate at which a plain GEMM that reaches 790 TFLOP/s reads from L2,
+  // in tiles of 128 x 256 whose columns two blocks of a cluster share. Its white paper gives no figure.
   double l2 = 40;
 };
 
@@ -39,8 +40,8 @@ struct Jobs {
 
 constexpr int64_t quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Of the multiprocessor that has most to do. `rate`: multiply-adds a cycle and multiprocessor. `l2`: see Rates.
-// `blocks` share one, and each holds the bytes of `stages` steps.
+// Return the cycles of the multiprocessor that has most to do. `rate`: multiply-adds per cycle and multiprocessor.
+// `l2`: see Rates. `blocks` share a multiprocessor, and each holds the bytes of `stages` steps.
 inline double busy_cycles(const Jobs& jobs, int multiprocessors, int blocks, int stages, double rate, double l2) {
   const int64_t places = static_cast<int64_t>(multiprocessors) * blocks;
   const int64_t at_work = std::min<int64_t>(blocks, quotient(jobs.count, multiprocessors));
@@ -51,34 +52,34 @@ inline double busy_cycles(const Jobs& jobs, int multiprocessors, int blocks, int
   return most * cycles + quotient(most, blocks) * 2 * kLatency;
 }
 
-// Of the launch whose operands have so many bytes, once each.
+// Return the cycles of a launch whose operands have this many bytes, counted once each.
 inline double launch_cycles(double busy, double bytes, const Device& device) {
   const double waiting = bytes / (rates_of(device.capability).memory * device.multiprocessors);
   return std::max(waiting, busy) + 0.5 * std::min(waiting, busy);
 }
 
-// Of the launch that adds up the parts.
+// Return the cycles of the launch that adds the parts.
 inline double sum_cycles(int parts, double elements, const Device& device) {
   if (parts == 1) return 0;
   const Rates rates = rates_of(device.capability);
   return rates.launch + 2 * parts * 4 * elements / (rates.l2 * device.multiprocessors);
 }
 
-// Of the launch that packs the mask of these scores.
+// Return the cycles of the launch that packs the mask of these scores.
 inline double pack_cycles(const Matrix& scores, const Device& device) {
   const Rates rates = rates_of(device.capability);
   const double bytes = (bytes_of(scores.type) + 1.0 / 8) * scores.rows * scores.columns;
   return rates.launch + bytes / (rates.memory * device.multiprocessors);
 }
 
-// Bytes that a product reads and writes, once each.
+// Return the bytes that a product reads and writes, counted once each.
 inline double bytes_of(const Product& p) {
   const double elements = static_cast<double>(p.weight.rows) * p.weight.columns;
   const double keep = p.keep.words != nullptr ? 1.0 / 8 : bytes_of(p.keep.scores.type);
   return 2.0 * p.out.rows * (p.out.columns + p.in.columns) + elements * (2 + keep);
 }
 
-// Of all rows in tiles of so many: an expert's last one is half full.
+// Return the usual number of tiles of all rows: an expert's last tile is half full on average.
 inline int64_t usual_tiles(const GroupedProduct& g, int tokens) {
   return std::min(g.of.out.rows, quotient(g.of.out.rows, tokens) + g.experts / 2);
 }
@@ -90,7 +91,7 @@ inline double bytes_of(const GroupedProduct& g) {
   return 2.0 * p.out.rows * (p.out.columns + p.in.columns) + elements * (2 + keep);
 }
 
-// Of a weight in codes, with its scale and its bit of the mask.
+// Return the bytes of one quantised weight, with its scale and its bit of the mask.
 inline double weight_bytes(const QuantizedProduct& p) {
   const double scale = !p.weight.nf4 ? 0 : p.weight.absmax != nullptr ? 4.0 / 64 : 1.0 / 64;
   return (p.weight.nf4 ? 0.5 : 1) + scale + (p.words != nullptr ? 1.0 / 8 : 0);
@@ -101,7 +102,7 @@ inline double bytes_of(const QuantizedProduct& p) {
          2.0 * p.out.rows * (p.out.columns + p.in.columns);
 }
 
-// Of an element of d_scores: weight, sign and result in 16 bits, or weight and fp32.
+// Per element of d_scores: weight, sign and result in 16 bits, or weight and fp32.
 constexpr int kEpilogueBytes = 6;
 
 inline double bytes_of(const ScoreGrad& p) {

@@ -1,6 +1,6 @@
-// Tiles in shared memory: where an element lies, how it comes there, and the fragments of mma.sync that are read there.
+// Tiles in shared memory: where an element lies, how it is copied there, and how fragments of mma.sync are read.
 //
-// A tile is read in chunks of 16 bytes. Its rows are swizzled, chunk c of row r lying at c ^ swizzle(r), so that what a
+// A tile is read in chunks of 16 bytes. Its rows are swizzled: chunk c of row r lies at c ^ swizzle(r). So what a
 // kernel reads at once lies in different banks: a chunk of 8 rows (ldmatrix), or a fragment's fp32 scores.
 #pragma once
 
@@ -12,10 +12,10 @@
 namespace mft::cuda::sm80 {
 
 constexpr int kChunkBytes = 16;
-constexpr int kTileFeatures = 128;  // of a product's tile: columns of B, in a block
-constexpr int kThreads = 256;       // of a block that makes one
+constexpr int kTileFeatures = 128;  // of a product's tile: columns of B per block
+constexpr int kThreads = 256;       // of a block that computes such a tile
 
-// Up to so many rows and columns (2^31 less some tiles): indices are ints, offsets are int64_t.
+// The most rows and columns of a matrix (2^31 less some tiles): indices are ints, offsets are int64_t.
 constexpr int64_t kLongestSide = 0x7fff0000;
 
 template <class V>
@@ -42,14 +42,15 @@ struct Tile {
     return kChunks == 4 ? row / 2 % 4 : row % 8;                  // two rows of 64 bytes share the 128 of all banks
   }
 
-  // In bytes.
+  // Return offsets in bytes.
   MFT_DEVICE static int offset(int row, int chunk) { return row * kRowBytes + (chunk ^ swizzle(row)) * kChunkBytes; }
   MFT_DEVICE static int offset_of(int row, int column) {
     return offset(row, column / kPerChunk) + column % kPerChunk * kElement;
   }
 
-  // The offset so many rows and columns further: `rows` is a multiple of 8, `columns` is one of whole chunks and in
-  // binary shares no chunk bit with the column it is added to. One operation, where offset() takes four.
+  // Return the offset `rows` and `columns` further on. `rows` is a multiple of 8. `columns` is a multiple of whole
+  // chunks and shares no chunk bit, in binary, with the column it is added to. One operation, compared with four in
+  // offset().
   MFT_DEVICE static int further(int offset, int rows, int columns) {
     return (offset ^ columns * kElement) + rows * kRowBytes;
   }
@@ -77,20 +78,20 @@ inline View view_of(const Matrix& m) {
           m.type,                     chunked};
 }
 
-// Copies one tile of a matrix after the other, downwards or to the right, zeros where the matrix ends. All threads of
-// the block copy, each the same chunks of every tile. Rows that are no aligned chunks (not kChunked) are loaded element
-// by element; 16-bit ones are waited for.
+// Copies one tile of a matrix after the other, downwards or to the right, with zeros where the matrix ends. All threads
+// of the block copy, each the same chunks of every tile. Rows that are not aligned chunks (not kChunked) are loaded
+// element by element; loads of 16-bit elements are waited for.
 template <class Tile, bool kDownwards, bool kChunked, int kThreads>
 class TileReader {
  public:
-  // length: rows, or columns, there are on its way.
+  // length: how many rows, or columns, there are in its direction.
   MFT_DEVICE TileReader(const View& matrix, int first_row, int first_column, int length)
       : source_(matrix.at(first_row + row(), first_column + chunk() * Tile::kPerChunk)),
         matrix_(matrix),
         rows_((kDownwards ? length : matrix.rows - first_row) - row()),
         columns_((kDownwards ? matrix.columns - first_column : length) - chunk() * Tile::kPerChunk) {}
 
-  // To the matrix's end.
+  // Read to the matrix's end.
   MFT_DEVICE TileReader(const View& matrix, int first_row, int first_column)
       : TileReader(matrix, first_row, first_column,
                    kDownwards ? matrix.rows - first_row : matrix.columns - first_column) {}
@@ -113,7 +114,7 @@ class TileReader {
   }
 
  private:
-  static constexpr int kStep = kThreads / Tile::kChunks;  // rows from one chunk of a thread to the next
+  static constexpr int kStep = kThreads / Tile::kChunks;  // rows between two chunks of a thread
   static constexpr int kCopies = kStep > Tile::kRows ? 1 : Tile::kRows / kStep;
   static_assert(kStep % 8 == 0, "the swizzle is to be the same for all of a thread's chunks");
 
@@ -135,12 +136,12 @@ class TileReader {
     }
   }
 
-  const char* source_;  // the thread's first chunk in the next tile
+  const char* source_;  // the thread's first chunk of the next tile
   const View& matrix_;  // an argument of the kernel: constant memory, no register
-  int rows_, columns_;  // how many the matrix has from there on, if any
+  int rows_, columns_;  // how many the matrix has left from there on, if any
 };
 
-// A of mma.sync, 16 rows and 16 depths: of a tile whose rows are those of A, or (kDepthDown) its depths.
+// Load A of mma.sync, 16 rows and 16 depths. The tile's rows are the rows of A, or (kDepthDown) its depths.
 template <class Tile, bool kDepthDown>
 MFT_DEVICE void load_a(uint32_t (&a)[4], const char* tile, int row, int depth) {
   const int lane = isa::lane();
@@ -152,8 +153,8 @@ MFT_DEVICE void load_a(uint32_t (&a)[4], const char* tile, int row, int depth) {
   }
 }
 
-// Two B of mma.sync, 16 depths and 2 x 8 columns: b[0], b[1] and b[2], b[3]. Rows of the tile are columns of B, or
-// (kDepthDown) its depths.
+// Load two B of mma.sync, 16 depths and 2 x 8 columns: b[0], b[1] and b[2], b[3]. The tile's rows are the columns of B,
+// or (kDepthDown) its depths.
 template <class Tile, bool kDepthDown>
 MFT_DEVICE void load_b(uint32_t (&b)[4], const char* tile, int column, int depth) {
   const int lane = isa::lane();
@@ -165,7 +166,8 @@ MFT_DEVICE void load_b(uint32_t (&b)[4], const char* tile, int column, int depth
   }
 }
 
-// Blocks that run at the same time read few rows and columns of tiles: 8 tiles down, then one to the right.
+// The order of tiles: 8 tiles down, then one to the right. So blocks that run at the same time read few rows and
+// columns of tiles.
 struct TilePlace {
   int row, column;  // in tiles
 
@@ -179,8 +181,8 @@ struct TilePlace {
 
 constexpr int tiles_of(int64_t length, int tile) { return static_cast<int>((length + tile - 1) / tile); }
 
-// Of tiles in shared memory: so many that two blocks share a multiprocessor; if 2 are too many, those of a block that has
-// it alone. beside: bytes that a block needs besides.
+// Return the number of stages in shared memory: as many as let two blocks share a multiprocessor. If 2 stages are too
+// many for that, as many as fit one block alone. beside: further bytes that a block needs.
 inline int stages_of(int stage_bytes, const Device& device, int beside = 0) {
   constexpr int kMost = 4, kReserved = 1024;  // bytes of each block, for the system
   const int half = device.shared_bytes / 2 - kReserved - beside, whole = device.shared_bytes - kReserved - beside;

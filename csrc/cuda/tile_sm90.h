@@ -1,5 +1,5 @@
-// Where things lie: tiles in shared memory as TMA swizzles them, and the order in which clusters take tiles of the
-// output. Plain arithmetic, executed by the tests as well.
+// Layouts: tiles in shared memory as TMA swizzles them, and the order in which clusters take tiles of the output. Plain
+// arithmetic, which the tests execute as well.
 #pragma once
 
 #include "isa.h"
@@ -8,16 +8,18 @@ namespace mft::cuda {
 
 constexpr int kRowBytes = 128;  // of a swizzled tile: 64 16-bit elements
 
-// Byte offset of the 16-byte chunk `chunk` (0 to 7) of row `row` in a tile of 128-byte rows: TMA's 128-byte swizzle.
-// Eight consecutive rows have one chunk number in eight different bank groups, so ldmatrix and stmatrix do not conflict.
+// Return the byte offset of the 16-byte chunk `chunk` (0 to 7) of row `row` in a tile of 128-byte rows: TMA's 128-byte
+// swizzle. In eight consecutive rows, a chunk number lies in eight different bank groups, so ldmatrix and stmatrix have
+// no bank conflicts.
 MFT_DEVICE int swizzled(int row, int chunk) { return row * kRowBytes + (chunk ^ (row & 7)) * 16; }
 
 struct Tile {
   int feature, token;  // in tiles
 };
 
-// Tiles in panels of kPanel token tiles, through all features before the next panel: clusters that run together share
-// tokens and features, so that both come from L2. Every index in [0, features * tokens) gives one tile.
+// Return the tile of an index. Tiles are taken in panels of kPanel token tiles, through all features before the next
+// panel. So clusters that run together share tokens and features, and both come from L2. Every index in [0, features *
+// tokens) gives one tile.
 MFT_DEVICE Tile tile_at(int index, int feature_tiles, int token_tiles) {
   constexpr int kPanel = 8;  // 66 clusters (132 multiprocessors) take 8 x 8 tiles at a time
   const int panel = index / (kPanel * feature_tiles);

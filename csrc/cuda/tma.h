@@ -11,7 +11,7 @@ namespace mft::cuda {
 
 constexpr int64_t kLargestTmaSize = int64_t{1} << 30;  // coordinates are ints, and boxes reach beyond the edge
 
-// Why TMA cannot move the matrix, or "".
+// Return why TMA cannot move the matrix, or "".
 inline std::string refusal_of_tma(const std::string& name, const Matrix& matrix) {
   constexpr int64_t kAlignment = 16, kLargestStride = int64_t{1} << 40;  // bytes
   const int64_t row = matrix.stride * bytes_of(matrix.type);

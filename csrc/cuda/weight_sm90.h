@@ -1,21 +1,21 @@
-// Where the masked weight of product_sm90.cuh comes from. A source says how one step, 128 features x 64 of Q, is
-// brought into a stage of shared memory, and how the lanes of a consumer read it as wgmma's first operand.
+// The sources of the masked weight for product_sm90.cuh. A source says how one step, 128 features x 64 of Q, is loaded
+// into a stage of shared memory, and how the lanes of a consumer read it as wgmma's first operand.
 //
 //   DenseWeight   16-bit weights, masked by packed words or by scores; below
 //   CodedWeight   codes, masked by packed words or not at all; codes_sm90.h
 //
 //   Number, kTransposed   type of the product; whether d_x is computed
-//   kGrouped, Groups      whether rows belong to experts, with a weight each; whose rows are which
+//   kGrouped, Groups      whether rows belong to experts, with a weight each; which rows are whose
 //   kStageBytes           of a stage, a multiple of 1024
 //   kFewestTokens         of the smallest tile: 64 or 128
-//   kScaleWarps           how many warps of their own write scales into each stage: fetch_scales, write_scales
-//   Arguments             what the kernel is told of the weight
-//   prefetch(a)           the tensor maps, once for each block; one thread
-//   prepare(a, stages)    what stays in shared memory, before the block begins; all threads
-//   bytes_of_step(a)      what TMA brings into a stage
+//   kScaleWarps           how many extra warps write scales into each stage: fetch_scales, write_scales
+//   Arguments             the kernel's arguments for the weight
+//   prefetch(a)           prefetch the tensor maps, once per block; one thread
+//   prepare(a, stages)    write what stays in shared memory, before the block begins; all threads
+//   bytes_of_step(a)      the bytes that TMA loads into a stage
 //   bring(a, b, stage, feature, q, expert)    issue those copies; one thread
-//   Lane, begin_tile(lane, a, features, feature, expert)  what a lane keeps, from tile to tile
-//   read(registers, stage, lane, step)        the masked weight of a step, 16 of Q for each four registers
+//   Lane, begin_tile(lane, a, features, feature, expert)  what a lane keeps; called for each tile
+//   read(registers, stage, lane, step)        read the masked weight of a step, 16 of Q per four registers
 #pragma once
 
 #include <type_traits>
@@ -34,9 +34,10 @@ namespace sm90 {
 constexpr int kConsumers = 2;               // warpgroups of a block
 constexpr int kFeatures = 64 * kConsumers;  // of a block
 constexpr int kStep = 64;                   // of Q: a swizzled row of 128 bytes
-constexpr int kWordsOfTile = 4;             // 16 bytes, the least that TMA reads: 128 columns
+constexpr int kWordsOfTile = 4;             // 16 bytes, the minimum of TMA: 128 columns
 
-// Of the fragment layout (isa.h): row lane / 4, column 2 (lane % 4), in one of four warps of one of two warpgroups.
+// A lane's place in the fragment layout (isa.h): row lane / 4, column 2 (lane % 4), in one of four warps of one of two
+// warpgroups.
 struct LanePlace {
   int group, warp, g, c;
 
@@ -45,13 +46,14 @@ struct LanePlace {
   }
 };
 
-// Drops from the 16 x 16 block i of a step what the words do not keep: for each row of the weight, the four words that
-// hold the step's columns.
+// Drop from the 16 x 16 block i of a step what the words do not keep. words: for each row of the weight, the four words
+// that hold the step's columns.
 template <bool kTransposed>
 MFT_DEVICE void select_by_words(isa::Register (&weights)[4], const uint32_t* words, const LanePlace& lane, int i,
                                 int step) {
   if constexpr (kTransposed) {
-    // Rows of weight c, c + 1 (and + 8) of this block of 16; of each the half word with this warp's 16 columns.
+    // Rows c and c + 1 (and + 8) of the weight in this block of 16; in each row, the half word with this warp's 16
+    // columns.
     const auto* half = reinterpret_cast<const uint16_t*>(words) + (16 * i + lane.c) * 2 * kWordsOfTile +
                        4 * lane.group + lane.warp;
 #pragma unroll
@@ -86,7 +88,7 @@ MFT_DEVICE void load_tile_of(const isa::TensorMap& map, isa::TransactionBarrier*
   }
 }
 
-// The words that hold the columns of a step: TMA wants them at multiples of 16 bytes.
+// Load the words that hold the columns of a step. TMA requires them at multiples of 16 bytes.
 template <bool kTransposed, bool kGrouped>
 MFT_DEVICE void bring_words(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature, int q,
                             int expert) {
@@ -118,7 +120,7 @@ struct DenseWeight {
   using Arguments = DenseArguments;
 
   struct Lane : LanePlace {
-    int rows[kStep / 16];  // offset in a stage of what this lane names to ldmatrix
+    int rows[kStep / 16];  // offset in a stage of the row that this lane gives to ldmatrix
     KeepOfScores keep[2];  // of features g and g + 8 of this warp
 
     MFT_DEVICE explicit Lane(int group) : LanePlace(here(group)) {
@@ -149,7 +151,7 @@ struct DenseWeight {
   MFT_DEVICE static void begin_tile(Lane& lane, const Arguments& a, int features, int feature, int expert) {
     if constexpr (kMask != MaskKind::kWords) {
       for (int i = 0; i < 2; ++i) {
-        // Transposed, thresholds by row would vary along Q: there is one for the matrix. Experts have one each.
+        // Transposed, thresholds by row would vary along Q, so there is one for the matrix. Each expert has its own.
         int row = feature + 16 * lane.warp + lane.g + 8 * i;
         row = kGrouped ? expert : kTransposed ? 0 : row < features ? row : features - 1;
         const uint32_t threshold = a.thresholds[row * a.threshold_stride];
@@ -175,7 +177,7 @@ struct DenseWeight {
   }
 
  private:
-  // 128 features x 64 of Q; transposed, a tile for each consumer.
+  // Load 128 features x 64 of Q; transposed, one tile per consumer.
   MFT_DEVICE static void bring_tile(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature,
                                     int q, int expert) {
     if constexpr (kTransposed) {
@@ -187,7 +189,7 @@ struct DenseWeight {
     }
   }
 
-  // Where the row of 16 bytes lies that this lane names to ldmatrix for the 16 x 16 block i of a step.
+  // Return the offset of the row of 16 bytes that this lane gives to ldmatrix, for the 16 x 16 block i of a step.
   MFT_DEVICE static int matrix_row(const LanePlace& lane, int i) {
     const int matrix = isa::lane() / 8, row = isa::lane() % 8;
     if constexpr (kTransposed) {  // tile (64 of Q, 64 features): matrices go through the features first
