@@ -1,7 +1,7 @@
 """The paper's ablations as studies: which share is kept, which layers are masked, how much data there is.
 
-Each is a study of its own, derived from a declared one: the same fine-tune, control and grids of rates, chosen on
-validation with the first seed, tested with every seed.
+Each ablation is a separate study, derived from a declared one. It has the same fine-tune, control and grids of rates.
+Settings are chosen on validation with the first seed, and tested with every seed.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _COLOURS = {
 
 
 def ratio_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
-    """Masks at every keep ratio: trained, by magnitude, random; those that have none stand beside them."""
+    """Derive a study of masks at every keep ratio: trained, by magnitude, random. Masks without a ratio stay too."""
     ratios = [_number("values", value) for value in values] or list(RATIOS)
     masks = _masks(study)
     by_ratio = {name: arm for name, arm in masks.items() if arm.choices(study.mask).get("keep_ratio")}
@@ -50,7 +50,7 @@ def ratio_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
 
 
 def layers_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
-    """The control and every mask on each group of layers, such as 0-3."""
+    """Derive a study of the control and every mask on each group of layers, such as 0-3."""
     if not values and study.scratch is None:
         raise ValueError("--values must name groups of layers for this model, such as 0-3,4-7, got none")
     if not values:
@@ -65,11 +65,11 @@ def layers_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
 
 
 def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
-    """Fine-tune, control and every MFT on a share of the training tokens, each share a domain; evaluated on the same
-    rows.
+    """Derive a study of fine-tune, control and every MFT arm on shares of the training tokens.
 
-    Each share's arms start from a fine-tune of its own that went on to where validation likes it best: its grid grows
-    like any other, and one number of epochs is made a grid by its double.
+    Each share is a domain; all are evaluated on the same rows. The arms of a share start from its own fine-tune, with
+    the number of epochs that validation chooses. If only one number of epochs is declared, its double is added, so that
+    the grid can grow like any other.
     """
     shares = [_number("values", value) for value in values] or list(SHARES)
     domains = {}
@@ -85,7 +85,7 @@ def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
     full, epochs = str(study.named(Full)), sorted(set(arms[str(study.named(Full))].epochs))
     if len(epochs) == 1:
         arms[full] = dataclasses.replace(arms[full], epochs=[*epochs, 2 * epochs[0]])
-    general = {name: text for name, text in study.general.items() if name not in study.domains}  # those have new names
+    general = {name: text for name, text in study.general.items() if name not in study.domains}  # domains are renamed
     return _derived(study, "data", arms=arms, domains=domains, answers=answers, general=general)
 
 
@@ -99,9 +99,9 @@ ABLATIONS: dict[str, Callable[[StudyConfig, Sequence[str]], StudyConfig]] = {
 def derive(
     study: StudyConfig, what: str, values: Sequence[str] = (), domains: Sequence[str] = (), masks: Sequence[str] = ()
 ) -> StudyConfig:
-    """The ablation of this name; it stands beside the study.
+    """Derive the ablation of this name. Its output_dir lies next to the study's.
 
-    domains, masks: some of the study's domains and arms of masks; all, if none is named.
+    domains, masks: The domains and mask arms of the study to take; empty: all.
     """
     if what not in ABLATIONS:
         raise ValueError(f"the ablation must be one of {', '.join(ABLATIONS)}, got {what!r}{nearest(what, ABLATIONS)}")
@@ -125,14 +125,14 @@ def derive(
 
 @dataclass
 class Line:
-    """Arms of one kind that differ in what varies: its values, and the difference from the fine-tune at each."""
+    """Arms of one kind along what the ablation varies: each value, with the difference from the fine-tune."""
 
     kind: str
     points: list[tuple[str, Any]] = field(default_factory=list)
 
 
 def plot_ablation(numbers: Mapping[str, Any], what: str, path: Path) -> None:
-    """Test loss less the fine-tune's against what varies, from the numbers of a table.json; 95 % intervals."""
+    """Plot test loss minus the fine-tune's against what varies, with 95 % intervals. numbers: of a table.json."""
     panels = ablation_lines(numbers, what)
     figure = new_figure(5.2 * len(panels), 3.8)
     for axes, (domain, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
@@ -170,7 +170,7 @@ def _end(difference: Mapping[str, Any], end: str) -> float:
 
 
 def ablation_lines(numbers: Mapping[str, Any], what: str) -> dict[str, dict[str, Line]]:
-    """By panel and name in the legend."""
+    """Return the lines to draw, by panel and by name in the legend."""
     panels: dict[str, dict[str, Line]] = {}
     for domain, table in numbers["domains"].items():
         name, _, share = domain.rpartition(" ")
@@ -186,7 +186,7 @@ def ablation_lines(numbers: Mapping[str, Any], what: str) -> dict[str, dict[str,
                 lines.setdefault(row["arm"], Line(kind)).points.append((share, difference))
                 continue
             arm, _, label = row["arm"].rpartition(" ")
-            if what == "ratio" and KINDS[kind].learns and _keep_ratio(row) is None:  # a level
+            if what == "ratio" and KINDS[kind].learns and _keep_ratio(row) is None:  # a horizontal line
                 lines.setdefault(row["arm"] if mask else kind, Line(kind)).points = [
                     (ratio, difference) for ratio in labels
                 ]
@@ -196,7 +196,7 @@ def ablation_lines(numbers: Mapping[str, Any], what: str) -> dict[str, dict[str,
 
 
 def _keep_ratio(row: Mapping[str, Any]) -> float | None:
-    """That of a row's setting; None for what has none."""
+    """Return the keep ratio of a row's setting, or None."""
     return None if row["setting"] is None else row["setting"]["keep_ratio"]
 
 
@@ -205,19 +205,19 @@ def _derived(study: StudyConfig, what: str, **changes: Any) -> StudyConfig:
 
 
 def _prototypes(study: StudyConfig, *kinds: type[Arm]) -> dict[str, Arm]:
-    """The study's first arm of each kind, under the name that it has there."""
+    """Return the study's first arm of each kind, under its name in the study."""
     return {str(study.named(kind)): _prototype(study, kind) for kind in kinds}
 
 
 def _masks(study: StudyConfig) -> dict[str, Arm]:
-    """The study's masks on the full fine-tune, where the ablations' controls begin too."""
-    _prototype(study, Mask)  # there is one
+    """Return the study's masks that start at the full fine-tune, where the ablations' controls start too."""
+    _prototype(study, Mask)  # raises if there is none
     full = study.named(Full)
     return {name: arm for name, arm in study.arms.items() if arm.is_mft and study.start_of(name) == full}
 
 
 def _without(study: StudyConfig, arms: Sequence[str]) -> StudyConfig:
-    """The study without these, and without those that are made of them or begin at their end."""
+    """Return the study without these arms, and without every arm that needs them."""
     gone = set(arms)
     for _ in study.arms:
         gone |= {name for name in study.arms if gone.intersection(study.needs(name))}

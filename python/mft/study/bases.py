@@ -1,4 +1,4 @@
-"""The model at which the runs of a seed begin: one for all seeds, or with ``vary: [base]`` one of each seed."""
+"""The base models at which runs start: one for all seeds, or with ``vary: [base]`` one per seed."""
 
 import dataclasses
 import secrets
@@ -18,13 +18,13 @@ from mft.training.loop import StepReport
 
 @dataclass(frozen=True)
 class Bases:
-    """Where they lie; directory: the study's."""
+    """The base models of a study. directory: the study's."""
 
     study: StudyConfig
     directory: Path
 
     def of(self, seed: int) -> ModelConfig:
-        """The declared model, or that from scratch, which make() has trained."""
+        """Return the declared model, or the model from scratch that make() has trained."""
         if self.study.scratch is None:
             return self.study.model
         return ModelConfig(name=str(self.path(seed)), dtype="float32")
@@ -33,9 +33,9 @@ class Bases:
         return self.study.scratch is None or self.path(seed).exists()
 
     def make(self, seed: int, progress: Callable[[StepReport], None]) -> None:
-        """Train the model of a seed from scratch, unless it is there. All have one tokenizer.
+        """Train the model of a seed from scratch, unless it exists. All seeds have the same tokenizer.
 
-        If two processes do so, the first one's stays.
+        If two processes train it, the one that finishes first wins.
         """
         scratch = self.study.scratch
         if scratch is None or self.is_made(seed):
@@ -45,7 +45,7 @@ class Bases:
             data = dataclasses.replace(scratch.data, seed=scratch.data.seed + seed)
             scratch = dataclasses.replace(scratch, train=train, data=data)
         path, threads = self.path(seed), torch.get_num_threads()
-        torch.set_num_threads(1)  # as all that follows
+        torch.set_num_threads(1)  # as for all units
         try:
             ours = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
             train_from_scratch(scratch, ours, progress=progress)
@@ -54,7 +54,7 @@ class Bases:
             torch.set_num_threads(threads)
 
     def path(self, seed: int) -> Path:
-        """Where the model from scratch of a seed lies, or will."""
+        """Return where a seed's model from scratch lies, or will lie."""
         return self.directory / BASES / str(seed) if self._varies else self.directory / BASE_MODEL
 
     @property

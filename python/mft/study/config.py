@@ -1,6 +1,6 @@
-"""What a study declares before it runs: model, domains, arms with the settings that each may choose from, seeds.
+"""The declaration of a study: model, domains, seeds, and arms with the settings that each may choose from.
 
-A file of it is strict YAML (see configs/compare/small.yaml); whatever is unknown or out of range names its key.
+Its file is strict YAML (see configs/compare/small.yaml). Errors name the key that is unknown or out of range.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ from mft.study.arms.kinds import KINDS, class_of, name_of
 from mft.study.arms.means import Average
 from mft.study.arms.setting import Setting
 
-# What the arms after the full fine-tune make smaller: the loss, or the share of wrong answers, by rewards.
+# What the arms after the full fine-tune minimise: the loss, or (by rewards) the share of wrong answers.
 OBJECTIVES = CROSS_ENTROPY, REWARDS = ("cross_entropy", "rewards")
-# What a seed draws besides the order of the data: the model from scratch, and which documents are trained on.
+# What a seed may draw besides the order of the data: the model from scratch, and the documents to train on.
 VARIES = VARY_BASE, VARY_DATA = ("base", "data")
 _NAME = re.compile(r"\w[\w .()+-]*")
-LEAST_RATES = 3  # of which a trained arm may choose: the best of fewer cannot lie between two that are worse
+LEAST_RATES = 3  # rates that a trained arm should try: the best of fewer cannot lie between two worse ones
 
 
 @dataclass
 class ScratchConfig:
-    """A small Llama, or with experts a small Qwen3-MoE, trained from scratch on the standard library (from_scratch.py).
+    """A small Llama (with experts: a small Qwen3-MoE), trained from scratch on the standard library (from_scratch.py).
 
-    intermediate_size is each expert's, where there are any. The tokenizer is trained too.
+    With experts, intermediate_size is the size of each expert. The tokenizer is trained too.
     """
 
     vocab_size: Annotated[int, at_least(1)] = 2048
@@ -52,7 +52,7 @@ class ScratchConfig:
     intermediate_size: Annotated[int, at_least(1)] = 352
     layers: Annotated[int, at_least(1)] = 4
     heads: Annotated[int, at_least(1)] = 4
-    experts: Annotated[int, at_least(0)] = 0  # of each layer's MLP; 0: none, an MLP for all tokens
+    experts: Annotated[int, at_least(0)] = 0  # in each layer's MLP; 0: a dense MLP without experts
     experts_per_token: Annotated[int, at_least(1)] = 2
     data: DataConfig = field(
         default_factory=lambda: DataConfig(source="stdlib", subset="pretrain", sequence_length=256)
@@ -77,15 +77,15 @@ class ScratchConfig:
 
 @dataclass
 class LeadersConfig:
-    """The arms that run with more seeds, once validation has seen all arms with the study's seeds.
+    """Which arms run with more seeds, after validation has seen all arms with the study's seeds.
 
-    Validation ranks the tuned arms that train no whole model, by their mean over seeds. Those that lead are its first
-    ``arms`` and the best mask, and what they begin at or are made of.
+    Validation ranks the tuned arms that do not train the whole model, by their mean over seeds. The leaders are the
+    first ``arms`` of this ranking, the best mask, and every arm that these need: start, source or teacher.
     """
 
-    seeds: Annotated[int, at_least(2)] = 5  # in all, those of the study first; 5 tell a p of 0.001, 3 one of 0.01
+    seeds: Annotated[int, at_least(2)] = 5  # in all, the study's own first; 5 can show a p of 0.001, 3 a p of 0.01
     arms: Annotated[int, at_least(1)] = 2  # the leader and its nearest rival
-    # Arms are ranked once for each of these limits, among those that store at most so many bytes; none: once, all.
+    # Arms are ranked once per limit, among those that store at most this many bytes; empty: once, among all arms.
     max_bytes: Annotated[list[int], at_least(1)] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -100,25 +100,26 @@ class StudyConfig:
     domains: dict[str, DataConfig]
     model: ModelConfig = field(default_factory=ModelConfig)
     scratch: ScratchConfig | None = None  # instead of model.name
-    mask: MaskConfig = field(default_factory=MaskConfig)  # which layers, for control, LoRA and every mask
+    mask: MaskConfig = field(default_factory=MaskConfig)  # which layers the control, LoRA and every mask change
     full: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # lr and epochs come from the arms
-    stage: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # of all trained arms after it
+    stage: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # for all trained arms after full
     objective: Annotated[str, one_of(OBJECTIVES)] = CROSS_ENTROPY
-    # In place of stage where the objective is rewards; an epoch asks as many questions as there are.
+    # Replaces stage if the objective is rewards; an epoch asks as many questions as the data has.
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    # By domain: the data whose training rows are asked instead of the domain's own, on which it was fine-tuned.
+    # By domain: data whose training rows are asked instead of the domain's own, which the fine-tune has seen.
     questions: dict[str, DataConfig] = field(default_factory=dict)
     seeds: Annotated[list[int], SEED] = field(default_factory=lambda: [0, 1, 2])
-    vary: Annotated[list[str], one_of(VARIES)] = field(default_factory=list)  # with the seed, see VARIES
-    leaders: LeadersConfig | None = None  # what is ahead on validation runs with more seeds; null: nothing does
-    # Further settings that an arm may try, one at a time, while its best lies at an end of its grid (grid.py): a step
+    # What a seed draws besides the order of the data: base (the model from scratch), data (the documents to train on).
+    vary: Annotated[list[str], one_of(VARIES)] = field(default_factory=list)
+    leaders: LeadersConfig | None = None  # arms that lead on validation run with more seeds; null: none does
+    # Further settings that an arm may try, one at a time, while its best lies at an end of its grid (grid.py). One step
     # of epochs and the rates beside it are three.
     extensions: Annotated[int, at_least(0)] = 6
-    max_epochs: Annotated[float, POSITIVE] = 32.0  # up to which a grid of epochs grows; it may declare more
-    checkpoints: Annotated[int, at_least(1)] = 4  # of a run after the fine-tune, of which validation chooses one
+    max_epochs: Annotated[float, POSITIVE] = 32.0  # a grid of epochs grows up to this; it may declare more
+    checkpoints: Annotated[int, at_least(1)] = 4  # per run after the fine-tune; validation chooses one
     answers: list[str] = field(default_factory=list)  # domains whose completions are generated and compared exactly
-    # Text that no arm is trained for, by which forgetting is measured: its loss, and the KL divergence from an arm's
-    # start. A text that bears a domain's name is that domain's own, and general to the others alone.
+    # Text that no arm is trained on. It measures forgetting, by its loss and by the KL divergence from an arm's start.
+    # A text with the name of a domain is not used for that domain, only for the others.
     general: dict[str, DataConfig] = field(default_factory=dict)
     workers: Annotated[int, at_least(1)] = 2  # processes of one thread each
     output_dir: str = "runs/compare"
@@ -147,7 +148,7 @@ class StudyConfig:
                 )
         for name in self.questions:
             check_one_of("questions", name, tuple(self.domains))
-        for section in ("domains", "general", "questions"):  # arms take epochs of them, in orders of their own
+        for section in ("domains", "general", "questions"):  # arms read them for several epochs, in their own order
             for name, data in getattr(self, section).items():
                 check_rule(not data.streaming, f"{section}.{name}.streaming", "be false in a study", data.streaming)
         for name in ("full", "stage"):
@@ -172,7 +173,7 @@ class StudyConfig:
         self._check_arms()
 
     def _check_arms(self) -> None:
-        """What each says of the others."""
+        """Check what each arm says about other arms."""
         for kind, least in ((Full, 1), (Base, 0)):
             count = sum(isinstance(arm, kind) for arm in self.arms.values())
             rule = f"hold {'exactly' if least else 'at most'} one of kind {name_of(kind)}"
@@ -216,7 +217,7 @@ class StudyConfig:
         )
 
     def _all_needs(self, arm: str) -> set[str]:
-        """What it needs, what that needs, and so on."""
+        """Return all arms that an arm needs, directly or through others."""
         found, waiting = set[str](), self.needs(arm)
         while waiting:
             needed = waiting.pop()
@@ -225,7 +226,7 @@ class StudyConfig:
         return found
 
     def start_of(self, arm: str) -> str | None:
-        """The arm at whose end this one begins; None: at the base model. An arm of another begins where that did."""
+        """Return the arm at whose end this one starts; None: at the base model. A derived arm starts as its source."""
         config = self.arms[arm]
         if config.of is not None:
             return self.start_of(config.of)
@@ -233,68 +234,68 @@ class StudyConfig:
         return None if start is None or self.is_base(start) else start
 
     def codes_under(self, arm: str) -> str | None:
-        """The quantized arm at whose end this one begins, or what it begins at does; None: it begins exact."""
+        """Return the quantized arm that this one starts from, directly or through others; None: an exact start."""
         start = self.start_of(arm)
         return start if start is None or self.arms[start].quantization is not None else self.codes_under(start)
 
     def chooser(self, arm: str) -> str:
-        """The arm by whose grid this one's setting is chosen: its own, but for an average."""
+        """Return the arm whose grid chooses this one's setting: the source of an average, else the arm itself."""
         config = self.arms[arm]
         return str(config.of) if isinstance(config, Average) else arm
 
     def seeds_of(self, arm: str) -> list[int]:
-        """Those that an arm runs with, before any leads; what is one model runs once."""
+        """Return the seeds that an arm runs with unless it leads; an arm that is one model for all seeds runs once."""
         return self.seeds[:1] if self.is_one_model(arm) else self.seeds
 
     @property
     def further_seeds(self) -> list[int]:
-        """Those of the leaders alone: the first whole numbers that are no seeds of the study."""
+        """The seeds that only leaders run with: the first whole numbers that are not seeds of the study."""
         more = 0 if self.leaders is None else self.leaders.seeds - len(self.seeds)
         return list(itertools.islice((seed for seed in itertools.count() if seed not in self.seeds), more))
 
     @property
     def all_seeds(self) -> list[int]:
-        """Those that any arm may run with."""
+        """All seeds that any arm may run with."""
         return [*self.seeds, *self.further_seeds]
 
     def needs(self, arm: str) -> list[str]:
-        """The arms whose chosen runs must be there before this one's begin."""
+        """Return the arms whose chosen runs must exist before this arm's runs begin."""
         config = self.arms[arm]
         teacher = None if config.teacher is None or self.is_base(config.teacher) else config.teacher
         return [name for name in (self.start_of(arm), config.of, teacher) if name is not None]
 
     def is_base(self, arm: str) -> bool:
-        """Of which there are no runs: the model is there."""
+        """Return whether an arm is the base model, which exists without any run."""
         return isinstance(self.arms.get(arm), Base)
 
     def is_one_model(self, arm: str) -> bool:
-        """Whether an arm is the same model whatever the seed: the base, unless each seed has its own."""
+        """Return whether an arm is one model for all seeds: the base, unless each seed has its own."""
         return self.is_base(arm) and VARY_BASE not in self.vary
 
     def general_of(self, domain: str) -> list[str]:
-        """The texts by which forgetting is measured on a domain: all but the one of its own name."""
+        """Return the texts that measure forgetting on a domain: all but the one with the domain's own name."""
         return [name for name in self.general if name != domain]
 
     def named(self, kind: type[Arm]) -> str | None:
-        """The first arm of a kind."""
+        """Return the name of the first arm of a kind, or None."""
         return next((name for name, arm in self.arms.items() if isinstance(arm, kind)), None)
 
     def mask_of(self, arm: Arm) -> MaskConfig:
-        """The study's mask with what the arm says of it; its keep ratio is a setting's."""
+        """Return the study's mask with the arm's own values; the keep ratio comes from a setting."""
         return arm.mask_config(self.mask)
 
     def train_of(self, arm: Arm, setting: Setting, seed: int) -> TrainConfig:
-        """How a trained arm is trained in a setting; seed draws the order of the data."""
+        """Return how an arm is trained in a setting. seed draws the order of the data."""
         train = self.stage if arm.follows else self.full
-        assert setting.lr is not None  # of a trained arm
+        assert setting.lr is not None  # trained arms have a rate
         betas = train.betas if arm.betas is None else arm.betas
         if setting.beta1 is not None:
             betas = (setting.beta1, betas[1])
         return dataclasses.replace(train, lr=setting.lr, epochs=setting.epochs, steps=None, betas=betas, seed=seed)
 
     def rewards_of(self, arm: Arm, setting: Setting, seed: int, questions: int) -> RewardsConfig:
-        """The same where the objective is rewards, of which there are so many questions."""
-        assert setting.lr is not None  # of a trained arm
+        """Return the same for the objective rewards. questions: the number of training questions."""
+        assert setting.lr is not None  # trained arms have a rate
         betas = self.rewards.betas if arm.betas is None else arm.betas
         if setting.beta1 is not None:
             betas = (setting.beta1, betas[1])

@@ -1,6 +1,6 @@
-"""A small Llama or Qwen3-MoE from scratch: tokenizer, weights and training on one source, the same every time.
+"""Train a small Llama or Qwen3-MoE from scratch on one source: tokenizer and weights, reproducibly.
 
-One machine and one thread give the same bits again: merges, initial weights and the order of rows follow from seeds.
+One machine and one thread give the same bits every time: merges, initial weights and row order follow from seeds.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ from mft.study.config import ScratchConfig
 from mft.training.loop import StepReport, finetune
 
 EOS = "<|endoftext|>"
-BYTES = 256  # tokens that a byte-level vocabulary holds before any merge
+BYTES = 256  # tokens of a byte-level vocabulary before any merge
 CONTEXT = 1024  # positions that the saved model admits; RoPE has no weights for them
 
-# Of the normal distribution that weights begin with: between transformers' 0.02, made for wide layers, and
+# Standard deviation of the initial weights: between transformers' 0.02, made for wide layers, and
 # 1 / sqrt(hidden_size) = 0.09. Not tuned.
 INITIALIZER_RANGE = 0.06
 
@@ -39,7 +39,7 @@ def train_from_scratch(
     """Train tokenizer and model on config.data's training files; write both into directory, whole or not at all.
 
     Weights are fp32. progress is called after each step.
-    Raises: ValueError if config.data is no plain text, or has too little of it for the vocabulary.
+    Raises: ValueError if config.data is not plain text, or has too little text for the vocabulary.
     """
     tokenizer = train_tokenizer(_training_texts(config), config.vocab_size)
     splits = load_splits(config.data, tokenizer)
@@ -49,9 +49,9 @@ def train_from_scratch(
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of exactly vocab_size tokens: every text has one encoding, and digits stand one by one.
+    """Train a byte-level BPE of exactly vocab_size tokens, in which each digit is a token of its own.
 
-    Digits apart: the columns of a number are then the same tokens in every number.
+    Every text has one encoding. Because digits are separate, the columns of all numbers use the same tokens.
     """
     if vocab_size <= BYTES:
         raise ValueError(f"vocab_size must exceed the {BYTES} bytes and end of text, got {vocab_size}: take 2048")
@@ -82,9 +82,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def make_model(config: ScratchConfig, tokenizer: Any) -> PreTrainedModel:
-    """An untrained fp32 Llama, or Qwen3-MoE, with tied embeddings; transformers' initialisation by config.train.seed.
+    """Return an untrained fp32 Llama or Qwen3-MoE with tied embeddings, initialised by transformers from train.seed.
 
-    The router of a mixture is trained by the loss of the tokens alone: the auxiliary loss that balances experts is off.
+    Only the loss of the tokens trains a mixture's router: the auxiliary loss that balances experts is off.
     """
     settings = model_config(config, len(tokenizer), tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
@@ -95,7 +95,7 @@ def make_model(config: ScratchConfig, tokenizer: Any) -> PreTrainedModel:
 def model_config(
     config: ScratchConfig, words: int | None = None, eos: int | None = None
 ) -> LlamaConfig | Qwen3MoeConfig:
-    """Of make_model's model; words: the tokenizer's, as many as it is asked for if not given."""
+    """Return the config of make_model's model. words: the tokenizer's size; None: config.vocab_size."""
     sizes: dict[str, Any] = {
         "vocab_size": words or config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -1,9 +1,11 @@
-"""How an arm's grid grows: by one setting at a time beside its best one, until that lies inside.
+"""How an arm's grid grows: by one setting at a time next to the best one, until the best one lies inside.
 
-The best setting lies inside if both of its neighbours in each direction (rate, epochs, keep ratio) were tried with its
-other values. Those that were not are tried in this order, the smaller one first; each may become the best, and then its
-own neighbours count. A direction of which one value is declared is no grid: it does not grow. Neither do beta1 and
-alpha: momentum is on or off, and the ends of alpha are the ends of what it lies between.
+The best setting lies inside if both of its neighbours in each direction (rate, epochs, keep ratio) were tried, with all
+other values as in the best. Untried neighbours are tried in this order of directions, the smaller value first. Each may
+become the new best, and then its own neighbours count.
+
+A direction with a single declared value does not grow. Neither do beta1 and alpha: momentum is on or off, and the ends
+of alpha are the two models that it lies between.
 """
 
 from collections.abc import Collection
@@ -17,9 +19,9 @@ DIRECTIONS = {"lr": "rate", "epochs": "number of epochs", "keep_ratio": "keep ra
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A setting beside the best one that was not tried: next to it in one direction."""
+    """An untried setting next to the best one in one direction."""
 
-    name: str  # of the field of Setting
+    name: str  # the field of Setting that differs
     above: bool
     setting: Setting
 
@@ -30,14 +32,14 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class OpenEnd:
-    """That the best setting of an arm lies at an end of its grid, where the budget for more was spent."""
+    """An arm whose best setting lies at an end of its grid, because the budget for more settings is spent."""
 
     domain: str
     arm: str
     what: str  # "rate"
     value: float
     above: bool
-    remedy: str  # overrides with which the study goes on, "extensions=9"
+    remedy: str  # overrides that let the study go on, "extensions=9"
 
     def __str__(self) -> str:
         return (
@@ -48,9 +50,10 @@ class OpenEnd:
 
 
 def neighbours(best: Setting, grid: Collection[Setting], tried: Collection[Setting]) -> list[Neighbour]:
-    """Those that were not tried. grid: what was declared; its values, and those of tried, are the steps of a direction.
+    """Return the untried neighbours of best.
 
-    Beyond the ends a direction goes on in the ratio of its last two values.
+    The steps of a direction are the values of grid, which was declared, and of tried. Beyond the ends, the next value
+    continues the ratio of the last two.
     """
     found = []
     for name in DIRECTIONS:
@@ -62,19 +65,19 @@ def neighbours(best: Setting, grid: Collection[Setting], tried: Collection[Setti
             farther = [value for value in values if (value > here if above else value < here)]
             value = (min(farther) if above else max(farther)) if farther else _beyond(name, values, above)
             beside: Any = {name: value}  # Setting has a field of another type
-            if replace(best, **beside) not in tried:  # beyond 0 and 1 there is no keep ratio but themselves
+            if replace(best, **beside) not in tried:  # beyond keep ratio 0 or 1 the value is best's own
                 found.append(Neighbour(name, above, replace(best, **beside)))
     return found
 
 
 def _beyond(name: str, values: list[float], above: bool) -> float:
-    """The next value beyond an end, to three digits."""
+    """Return the next value beyond an end, to three digits."""
     end, inner = (values[-1], values[-2]) if above else (values[0], values[1])
     return _beyond_ratio(end, inner) if name == "keep_ratio" else _rounded(end * (end / inner))
 
 
 def _beyond_ratio(end: float, inner: float) -> float:
-    """In the ratio of what is dropped, while something stays; then of what is kept."""
+    """Return the next keep ratio: scale the dropped share, or the kept one if that would drop everything."""
     dropped, before = 1 - end, 1 - inner
     further = _rounded(dropped * (dropped / before)) if before else 1.0
     return round(1 - further, 12) if further < 1 else _rounded(end * (end / inner))

@@ -1,4 +1,4 @@
-"""Which arms of a study lead on validation, and so run with further seeds."""
+"""Which arms of a study lead on validation, and therefore run with further seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,10 @@ from mft.study.outcome import Outcome
 
 
 def leading_arms(study: StudyConfig, leaders: LeadersConfig, runs: Mapping[str, Sequence[Outcome]]) -> set[str]:
-    """See LeadersConfig. runs: by arm, those of its chosen setting with the study's own seeds, in one domain."""
+    """Return the arms that lead in one domain (see LeadersConfig).
+
+    runs: by arm, the runs of its chosen setting with the study's own seeds.
+    """
     found: set[str] = set()
     limits: list[float] = [*leaders.max_bytes] or [math.inf]
     for most in limits:
@@ -23,7 +26,7 @@ def leading_arms(study: StudyConfig, leaders: LeadersConfig, runs: Mapping[str, 
 
 
 def _ranked(study: StudyConfig, runs: Mapping[str, Sequence[Outcome]], most: float) -> list[str]:
-    """The arms that may lead and store at most so many bytes, the best on validation first."""
+    """Return the arms that may lead and store at most ``most`` bytes, the best on validation first."""
     means = {}
     for arm, own in runs.items():
         config, sizes = study.arms[arm], [run.bytes for run in own if run.bytes is not None]

@@ -1,4 +1,4 @@
-"""A study from strict YAML and overrides, and back to plain values."""
+"""Load a study from strict YAML and overrides, and turn it back into plain values."""
 
 import dataclasses
 from pathlib import Path
@@ -15,16 +15,16 @@ from mft.study.config import CROSS_ENTROPY, StudyConfig
 
 SHIPPED = CONFIGS / "compare"
 _NEEDED = ("arms", "domains")
-_ONLY_DOMAIN = "data."  # in an override, as mft train calls it
-_FROM_ARMS = ("lr", "steps", "epochs", "seed")  # of full and stage: what the arms and seeds decide
+_ONLY_DOMAIN = "data."  # begins an override, as in mft train
+_FROM_ARMS = ("lr", "steps", "epochs", "seed")  # keys of full, stage and rewards that arms and seeds decide
 _STUDY = Nested(StudyConfig, "stage.batch_size=8", FOREIGN_NAMES)
 
 
 def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> StudyConfig:
-    """The study in the file of this name, shipped (such as "small") or a path; then overrides.
+    """Load a study from a shipped file (such as "small") or a path, and apply the overrides.
 
-    An override is a key and a YAML value: seeds=[0,1], stage.batch_size=8, arms.MFT.lrs=[1e-3]. data.KEY is the key of
-    the only domain, in a study of one.
+    An override is a key and a YAML value: seeds=[0,1], stage.batch_size=8, arms.MFT.lrs=[1e-3]. In a study with one
+    domain, data.KEY is a key of that domain.
     Raises: ValueError that names the file or the override, the key, the rule and the value.
     """
     path = find_config(name, SHIPPED)
@@ -45,30 +45,33 @@ def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
 
 
 def study_values(study: StudyConfig) -> dict[str, Any]:
-    """Plain values from which load_study makes an equal study."""
+    """Return plain values from which load_study makes an equal study.
+
+    Keys that were added later are left out while they have no effect, so that the values equal those of older studies.
+    """
     values = plain_values(dataclasses.asdict(study))
     for section in ("full", "stage", "rewards"):
         for key in _FROM_ARMS:
             values[section].pop(key, None)
     for train in (values["full"], values["stage"], (values["scratch"] or {}).get("train", {})):
-        if train.get("batches_at_once", 0) is None:  # as a study of before had it
+        if train.get("batches_at_once", 0) is None:
             del train["batches_at_once"]
-        if train.get("reduce_every") == "step":  # so too
+        if train.get("reduce_every") == "step":
             del train["reduce_every"]
-    if study.objective == CROSS_ENTROPY:  # so too
+    if study.objective == CROSS_ENTROPY:
         del values["objective"], values["rewards"], values["questions"]
     for keys in (values["mask"], *values["arms"].values()):
-        if keys.get("budget") is None:  # so too
+        if keys.get("budget") is None:
             for key in ("budget", "budget_ramp"):
                 keys.pop(key, None)
-    for name in ("vary", "leaders"):  # as a study of before had it
+    for name in ("vary", "leaders"):
         if not values[name]:
             del values[name]
     return values
 
 
 def study_schema() -> dict[str, Any]:
-    """The JSON Schema of a study's file."""
+    """Return the JSON Schema of a study's file."""
     schema = schema_of(StudyConfig, "A study of mft compare")
     for section in ("full", "stage", "rewards"):
         schema["properties"][section]["properties"] = dict.fromkeys(_FROM_ARMS, False)
@@ -76,13 +79,13 @@ def study_schema() -> dict[str, Any]:
     kinds = {cls: [kind for kind, one in KINDS.items() if one is cls] for cls in KINDS.values()}
     for cls, names in kinds.items():
         arm["description"] += f" {', '.join(names)}: {' '.join((cls.__doc__ or '').split())}"
-        arm["properties"] |= schema_of(cls, "")["properties"] | arm["properties"]  # keys of its own
+        arm["properties"] |= schema_of(cls, "")["properties"] | arm["properties"]  # the kind's own keys
     arm["properties"]["kind"] |= {"enum": list(KINDS)}
     return schema
 
 
 def _of_only_domain(override: str, values: dict[str, Any]) -> str:
-    """An override of data.KEY, as one of the only domain's; any other as it is."""
+    """Turn an override of data.KEY into one of the only domain; return any other as it is."""
     if not override.lstrip().startswith(_ONLY_DOMAIN):
         return override
     key, domains = override.lstrip().removeprefix(_ONLY_DOMAIN), list(values.get("domains") or ())

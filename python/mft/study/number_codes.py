@@ -1,16 +1,16 @@
-"""What an arm trained as bytes: few bits for each number, entropy-coded, and the numbers that the bytes stand for.
+"""Encode what an arm trained as bytes, with few bits per number and entropy coding, and decode the bytes again.
 
     bf16        each number rounded to bfloat16
     int8        absmax * code / 127 in blocks of 64
     nf4, int4   levels[code] * absmax / largest level, with the levels and blocks of mft_kernels.codes
 
-Blocks lie along each tensor; absmax is bfloat16. With a share, the share of largest numbers of each tensor is kept, and
-the others are 0: the positions are coded as a mask of one row is (files/rice.py). Codes of 4 bits lie two in a byte,
-bfloat16 as its high and its low bytes. Each of these runs of bytes is coded by deflate (RFC 1951), by Huffman's code
-alone where that is shorter, or left as it is.
+Blocks lie along each tensor; absmax is bfloat16. With a share, only that share of each tensor's largest numbers is
+kept, and the others are 0. The positions are coded like a mask of one row (files/rice.py). Two codes of 4 bits share a
+byte; bfloat16 is split into its high and its low bytes. Each of these runs of bytes is coded by deflate (RFC 1951), by
+deflate with Huffman coding alone if that is shorter, or stored as it is.
 
-A stream has the positions, the codes and the scales of all tensors; each run after a byte of its kind (1: deflate)
-and four of its length. Names and shapes are those of what the arm began with, and are no part of it.
+A stream holds the positions, the codes and the scales of all tensors. Before each run stand one byte for its kind
+(1: deflate) and four bytes for its length. Names and shapes are not stored: they are those of what the arm began with.
 """
 
 import zlib
@@ -32,10 +32,10 @@ class _Format(Protocol):
     """How numbers are rounded."""
 
     def encode(self, numbers: Tensor) -> list[bytes]:
-        """The runs of bytes of a tensor's numbers (n,), fp32."""
+        """Return the runs of bytes for a tensor's numbers (n,), fp32."""
 
     def decode(self, runs: list[bytes], counts: list[int]) -> list[Tensor]:
-        """The numbers of tensors of so many, from the runs of one after the other."""
+        """Return the numbers of each tensor, counts[i] of them, from runs that hold all tensors one after the other."""
 
 
 class _Bf16:
@@ -52,19 +52,19 @@ class _Bf16:
 
 @dataclass(frozen=True)
 class _Levels:
-    """Levels in order, of which the last stands for a block's largest number; how many numbers a block has."""
+    """Levels in ascending order, and the numbers per block. The last level stands for a block's largest number."""
 
     levels: tuple[float, ...]
     block: int
 
     @property
     def shares(self) -> Tensor:
-        """What a code stands for, of its block's largest number."""
+        """What each code stands for, as a share of its block's largest number."""
         return torch.tensor(self.levels) / self.levels[-1]
 
     @property
     def in_halves(self) -> bool:
-        """Whether two codes lie in a byte, the first in the high bits."""
+        """Whether two codes share a byte, the first in the high bits."""
         return len(self.levels) <= 16
 
     def encode(self, numbers: Tensor) -> list[bytes]:
@@ -98,7 +98,11 @@ FORMATS: dict[str, _Format] = {
 
 
 def encode(weights: Mapping[str, Tensor], kind: str, share: float | None = None) -> bytes:
-    """The stream of these tensors. kind: one of FORMATS. share: of the largest numbers of each, in (0, 1]."""
+    """Return the stream of these tensors.
+
+    kind: one of FORMATS. share: how much of each tensor, its largest numbers, is kept; in (0, 1].
+    Raises: ValueError if a number is not finite.
+    """
     numbers = [weight.detach().to("cpu", torch.float32).reshape(-1) for weight in weights.values()]
     if wrong := [one[~one.isfinite()] for one in numbers if not one.isfinite().all()]:
         raise ValueError(f"what was trained must be finite to be coded, got {wrong[0][0]}")
@@ -112,7 +116,7 @@ def encode(weights: Mapping[str, Tensor], kind: str, share: float | None = None)
 
 
 def decode(stream: bytes, like: Mapping[str, Tensor], kind: str, share: float | None = None) -> Weights:
-    """What encode was given, in fp32 and rounded. like: tensors of the same names and shapes, in the same order."""
+    """Return what encode was given, rounded, in fp32. like: tensors of the same names and shapes, in the same order."""
     runs, counts = list(_runs(stream)), [weight.numel() for weight in like.values()]
     kept = [torch.ones(count, dtype=torch.bool) for count in counts]
     if share is not None:
@@ -128,7 +132,7 @@ def decode(stream: bytes, like: Mapping[str, Tensor], kind: str, share: float | 
 
 
 def _largest(numbers: Tensor, share: float) -> Tensor:
-    """True at the share of largest, one at the least."""
+    """Return a mask of the share of numbers that are largest in magnitude; at least one."""
     count = max(1, round(share * len(numbers)))
     return torch.zeros(len(numbers), dtype=torch.bool).scatter_(0, numbers.abs().topk(count).indices, True)
 

@@ -1,4 +1,4 @@
-"""Masks found in one shot, without training: the same share of every matrix is kept, where importance is largest."""
+"""Masks found in one shot, without training: keep the same share of every matrix, where importance is largest."""
 
 import dataclasses
 
@@ -12,20 +12,20 @@ from mft.importance.scores import as_stored, dense_ranks
 from mft.masks.convert import check_unmasked, mask_model, masked_modules
 from mft.masks.targets import select_targets
 
-_ONE = 0x3F800000  # the bits of 1.0 in fp32; from there on 2^30 finite floats follow in order
+_ONE = 0x3F800000  # the bits of 1.0 in fp32; about 2^30 finite floats follow it in order
 
 
 def one_shot_mask(
     model: nn.Module, mask: MaskConfig, method: str, dataset, *, rows: int = 64, batch_size: int = 4
 ) -> nn.Module:
-    """mask_model with the mask that ``method`` finds on the layers that ``mask`` chooses, at its keep_ratio and seed.
+    """Mask a model as mask_model does, with the mask that ``method`` finds at the keep_ratio and seed of ``mask``.
 
-    Equal importance is kept or dropped together, except by wanda, where the first column goes last: each output row
-    keeps exactly K - int((1 - keep_ratio) * K) weights. The scores are ranks, not for training
-    (see initialise_scores); init, mode and scores_dtype of ``mask`` play no part.
+    Weights of equal importance are kept or dropped together. wanda is the exception: each output row keeps exactly
+    K - int((1 - keep_ratio) * K) weights, and among equal ones the first column is dropped last. The scores are ranks,
+    not meant for training (see initialise_scores). init, mode and scores_dtype of ``mask`` have no effect.
 
-    Returns: the same model. Raises: ValueError as importance and mask_model do, or if mask.threshold or mask.budget is
-        given.
+    Returns: the same model.
+    Raises: ValueError as importance and mask_model do, or if mask.threshold or mask.budget is given.
     """
     for name in ("threshold", "budget"):
         value = getattr(mask, name)
@@ -42,14 +42,14 @@ def one_shot_mask(
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """fp32 in the order of values and equal where they are: the n-th float from 1 for the n-th value, exact to 2^30."""
+    """Return fp32 ranks, equal for equal values: the n-th float after 1 for the n-th value. Exact to 2^30 values."""
     return (dense_ranks(values).int() + _ONE).view(torch.float32)
 
 
 def _row_ranks(values: Tensor) -> Tensor:
-    """1 to K within each row, fp32 (exact to K = 2^24); of equal values the first column's is the largest.
+    """Return ranks 1 to K within each row, in fp32 (exact to K = 2^24). Among equal values the first column is highest.
 
-    One cut of the whole matrix then falls at the same rank in every row.
+    One threshold for the whole matrix then cuts every row at the same rank.
     """
     order = values.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(values.shape[-1], 0, -1, device=values.device, dtype=torch.float32)

@@ -12,12 +12,12 @@ from mft.study.config import StudyConfig
 from mft.study.evidence.host import Host, host_from, host_values
 from mft.study.grid import OpenEnd
 
-_SUMS = ("tokens", "loss_sums", "correct")  # of an Evaluation, a document each
+_SUMS = ("tokens", "loss_sums", "correct")  # fields of an Evaluation, one value per document
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One run: an arm in a setting, on a domain, from a seed; part counts the runs of an average, else 0."""
+    """One run: an arm in a setting, on a domain, from a seed. part numbers an average's further runs; else it is 0."""
 
     domain: str
     arm: str
@@ -40,22 +40,22 @@ class Unit:
 class Measured:
     """One model on one split of one domain."""
 
-    evaluation: Evaluation  # sums a document
-    tempered: Evaluation | None = None  # the same at the temperature that validation likes best
+    evaluation: Evaluation  # sums per document
+    tempered: Evaluation | None = None  # the same at the temperature that is best on validation
     temperature: float | None = None
-    answers: Tensor | None = None  # (documents,) examples a document whose generated answer is exact
-    questions: Tensor | None = None  # (documents,) examples a document
+    answers: Tensor | None = None  # (documents,) examples per document whose generated answer is exact
+    questions: Tensor | None = None  # (documents,) examples per document
 
     @property
     def exact(self) -> float | None:
-        """Share of questions answered exactly; None where none was asked."""
+        """Share of questions answered exactly; None if none was asked."""
         if self.answers is None or self.questions is None or not self.questions.sum():
             return None
         return (self.answers.sum() / self.questions.sum()).item()
 
     @property
     def choice(self) -> float:
-        """What validation chooses the least of: the loss; where questions were asked, wrong answers, then the loss."""
+        """What validation minimises: the loss; if questions were asked, the wrong answers first, then the loss."""
         loss = self.evaluation.loss
         if self.answers is None or self.questions is None:
             return loss
@@ -64,62 +64,64 @@ class Measured:
 
 @dataclass
 class General:
-    """One model on text that it was not trained for."""
+    """One model on text that it was not trained on."""
 
     evaluation: Evaluation
-    kl: Tensor | None = None  # (documents,) sums over tokens of KL(start || model), nats; on test alone
+    kl: Tensor | None = None  # (documents,) sums over tokens of KL(start || model), nats; only on test
 
     @property
     def mean_kl(self) -> float:
-        """Nats a token, from where the arm began."""
+        """Mean KL divergence from the model at which the arm started, in nats per token."""
         assert self.kl is not None, "which is measured on test"
         return (self.kl.sum() / self.evaluation.tokens.sum()).item()
 
 
 @dataclass
 class Outcome:
-    """A finished run, as validation saw it. diverged says why there is nothing to measure: training did not
-    stay finite, say."""
+    """A finished run, as validation saw it.
+
+    diverged says why there is nothing to measure, for example because training did not stay finite.
+    """
 
     unit: Unit
     measured: Measured | None
     curve: list[tuple[float, float]] = field(default_factory=list)  # (share of the run done, validation loss)
-    best_share: float = 1.0  # the checkpoint taken
-    # Of a run by rewards: (share of the run done, share of validation's questions answered exactly), and each step's.
+    best_share: float = 1.0  # share of the run done at the chosen checkpoint
+    # For a run by rewards: (share of the run done, share of validation's questions answered exactly).
     answers_curve: list[tuple[float, float]] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)  # for a run by rewards: of each step
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    flips: float | None = None  # share of mask bits that differ from the initial ones, for mask
-    bytes: int | None = None  # of what must be stored beside the start (see arms/size.py)
-    resident: int | None = None  # bytes beside the start where the model runs
+    flips: float | None = None  # for masks: share of the bits that differ from the initial ones
+    bytes: int | None = None  # what must be stored besides the start (see arms/size.py)
+    resident: int | None = None  # bytes in memory besides the start while the model runs
     memory: int | None = None  # bytes while it trained, without activations (see arms/memory.py)
     general: dict[str, "General"] = field(default_factory=dict)  # on validation, by the name of the text
     diverged: str | None = None
-    fails: bool = False  # at any rate: its method cannot be run, loaded again or merged; diverged says why
-    where: Host | None = None  # it ran; older files do not say
+    fails: bool = False  # at every rate: the method cannot be run, loaded again or merged; diverged says why
+    where: Host | None = None  # where it ran; None in older files
 
     @property
     def loss(self) -> float:
-        """On validation; infinite if training diverged."""
+        """Validation loss; infinite if training diverged."""
         return float("inf") if self.measured is None else self.measured.evaluation.loss
 
     @property
     def choice(self) -> float:
-        """The same of what validation chooses the least of; see Measured."""
+        """What validation minimises (see Measured.choice); infinite if training diverged."""
         return float("inf") if self.measured is None else self.measured.choice
 
 
 @dataclass
 class Tested:
-    """A chosen unit's model, once all was chosen."""
+    """What test found for a chosen unit's model."""
 
     unit: Unit
     validation: Measured
     test: Measured
-    general: dict[str, General] = field(default_factory=dict)  # on its test split, by the name of the text
-    where: Host | None = None  # it was evaluated; older files do not say
+    general: dict[str, General] = field(default_factory=dict)  # on the text's test split, by its name
+    where: Host | None = None  # where it was evaluated; None in older files
 
 
 @dataclass
@@ -132,17 +134,17 @@ class Findings:
     validation: dict[str, dict[str, dict[int, Measured]]]
     test: dict[str, dict[str, dict[int, Measured]]]
     notes: list[str] = field(default_factory=list)
-    general: dict[str, dict[str, dict[int, dict[str, General]]]] = field(default_factory=dict)  # last: name of text
+    general: dict[str, dict[str, dict[int, dict[str, General]]]] = field(default_factory=dict)  # last key: the text
     open_ends: list[OpenEnd] = field(default_factory=list)  # choices that lie at an end of their grid
-    # By domain, split and text (the domain itself, or a general text): a hash by number of a document (see sums.py).
+    # By (domain, split, text), where text is the domain or a general text: each document's hash (evidence/sums.py).
     documents: dict[tuple[str, str, str], dict[int, int]] = field(default_factory=dict)
-    reserve_openings: list[str] = field(default_factory=list)  # the studies that opened the reserve, if it is the test
-    test_openings: int = 1  # how often test was evaluated with other arms or settings than before, this time included
-    without_result: dict[str, dict[str, str]] = field(default_factory=dict)  # by domain and arm: why it has none
-    tested: list[Tested] = field(default_factory=list)  # of which validation, test and general are made
+    reserve_openings: list[str] = field(default_factory=list)  # studies that opened the reserve, if it is the test
+    test_openings: int = 1  # how many different sets of models test has seen, this one included
+    without_result: dict[str, dict[str, str]] = field(default_factory=dict)  # by domain and arm: the reason
+    tested: list[Tested] = field(default_factory=list)  # what validation, test and general are made from
 
     def rates(self, domain: str, arm: str) -> int | None:
-        """How many rates the first seed tried of an arm, or of the one that it is made of; None: it learns at none."""
+        """Return how many rates the first seed tried for an arm, or for its source; None: it has no rate."""
         source, first = self.study.arms[arm].of or arm, self.study.seeds[0]
         tried = {
             outcome.unit.setting.lr
@@ -152,7 +154,7 @@ class Findings:
         return len(tried - {None}) or None
 
 
-# In JSON: a float's shortest decimal form gives back its bits, so that what was written is what is read.
+# In JSON, a float's shortest decimal form restores its bits, so what is read equals what was written.
 
 
 def unit_values(unit: Unit) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def _general_from(values: dict[str, Any]) -> dict[str, General]:
 
 
 def _evaluation_values(evaluation: Evaluation) -> dict[str, list]:
-    """Without the figures of an objective, of which studies have none but cross entropy."""
+    """Return the values without an objective's own figures: studies evaluate cross entropy only."""
     return {name: getattr(evaluation, name).tolist() for name in ("documents", *_SUMS)}
 
 

@@ -1,8 +1,8 @@
-"""Methods of PEFT: the options that each knows, its adapter put on a model, and merged into the weights.
+"""Methods of PEFT: check their options, put their adapters on a model, and merge the adapters into the weights.
 
-LoRA (arXiv 2106.09685) is one of them: y = x @ W.T + lora_alpha / r * (x @ A.T) @ B.T with A (r, K) random and B (N, r)
-0 at first; experts in one parameter have an A and a B each, in two matrices of E * r. What a method draws and does not
-train, such as VeRA's projections and SHiRA's positions, is drawn again from the seed.
+LoRA (arXiv 2106.09685) is one of them: y = x @ W.T + lora_alpha / r * (x @ A.T) @ B.T, where A (r, K) starts random and
+B (N, r) starts at 0. If one parameter holds all experts, each expert has its own A and B, in two matrices of E * r.
+What a method draws but does not train, such as VeRA's projections and SHiRA's positions, is drawn again from the seed.
 
 `make peft-methods` tries every method that the installed PEFT has: docs/reference/peft-methods.md.
 """
@@ -24,22 +24,22 @@ from mft.checks import check_rule, check_seed, nearest
 from mft.models.linears import find_targets
 
 LORA, LN_TUNING = "LORA", "LN_TUNING"
-# Methods that train other modules than linear layers; which, PEFT knows unless target_modules says it.
+# Methods that train modules other than linear layers. PEFT chooses these modules unless target_modules names them.
 BESIDE_LINEARS = frozenset({LN_TUNING, "TRAINABLE_TOKENS"})
-# Where PEFT would build a model, and the method would still not be what its paper says.
+# Methods for which PEFT builds a model that is still not what the method's paper says, and why.
 _INCOMPLETE = {
     "ADALORA": "its ranks are shared out by calls between the steps of a training loop of its own",
     "POLY": "it routes by the task of each row, and rows here have none",
     "SHADOW": "it trains a second model, not weights of the first",
     "XLORA": "it mixes adapters that were trained before",
 }
-# What the study says, or the model: none of them is an option here.
+# Keys that the study or the model decides. They are not options here.
 _NOT_OPTIONS = frozenset({"fan_in_fan_out", "inference_mode", "layers_pattern", "target_parameters", "task_type"})
 _NOT_OPTIONS |= {"auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "revision"}
-# Chosen as masks choose, for every method: see masks/targets.py.
+# Every method chooses its layers as masks do: see masks/targets.py.
 PLACES = {"layers_to_transform": int | list[int] | str | None, "target_modules": str | list[str] | None}
 _ADAPTER = "default"  # PEFT's own name
-# What PEFT raises for options or a model that a method was not made for.
+# What PEFT raises if a method does not support the options or the model.
 _THEIRS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -48,7 +48,7 @@ class MethodFailsError(RuntimeError):
 
 
 def import_peft() -> Any:
-    """The package peft. Raises: RuntimeError if it is not installed."""
+    """Return the package peft. Raises: RuntimeError if it is not installed."""
     try:
         import peft
     except ImportError:
@@ -75,7 +75,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def values_to_choose_from(options: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """By option, its values: several where a list is given, unless the option itself takes such a list."""
+    """Return the values of each option: several if a list is given, unless the option itself takes such a list."""
     hints = _hints_of(options)
     return {
         name: [value] if name == "peft_type" or _fits(value, hints[name]) else value for name, value in options.items()
@@ -83,11 +83,11 @@ def values_to_choose_from(options: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def methods() -> dict[str, str]:
-    """Each peft_type with the reason why no study can run it; "" if one can."""
+    """Return the reason why no study can run a method, by its peft_type; "" if a study can."""
     peft = import_peft()
     found = {}
     for kind, config in sorted((str(kind.value), one) for kind, one in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()):
-        if not config.__module__.startswith(f"{peft.__name__}."):  # registered by others: masks are arms of their own
+        if not config.__module__.startswith(f"{peft.__name__}."):  # registered by others: masks have arms of their own
             continue
         if issubclass(config, peft.PromptLearningConfig) or kind == "ADAPTION_PROMPT":
             found[kind] = "it trains what stands before the text, not weights of the model"
@@ -97,7 +97,7 @@ def methods() -> dict[str, str]:
 
 
 def _hints_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The type of each option of the method, by name. Raises: ValueError for a method that PEFT does not have."""
+    """Return the type of each option of the method. Raises: ValueError for a method that no study can run."""
     peft, known, kind = import_peft(), methods(), options.get("peft_type")
     if kind not in known:
         given = ", ".join(name for name, why in known.items() if not why)
@@ -116,7 +116,7 @@ def _near(name: str, hints: Mapping[str, Any]) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of YAML may stand for an option of this type; any may for a class of PEFT's own."""
+    """Return whether a YAML value fits an option of this type. A class of PEFT's own takes anything but a list."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in arguments)
@@ -135,7 +135,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def lora_options(rank: int) -> dict[str, Any]:
-    """LoRA as the studies have it."""
+    """Return the options of LoRA that studies use."""
     check_rule(rank >= 1, "rank", "be at least 1", rank)
     return {"peft_type": LORA, "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0}
 
@@ -143,20 +143,20 @@ def lora_options(rank: int) -> dict[str, Any]:
 def add_adapter(model: nn.Module, names: Iterable[str], options: Mapping[str, Any], seed: int = 0) -> Any:
     """Put an adapter on exactly the named linear layers, in place; freeze everything but the adapter.
 
-    The model stays of its own class, so train_loop and evaluate take it: ``returned.get_base_model()``. A method may
-    write to the weights of these layers: give a model that owns them. Adapters are fp32 beside 16-bit weights.
+    The model keeps its own class, so train_loop and evaluate accept it: ``returned.get_base_model()``. A method may
+    write to the weights of these layers, so pass a model that owns them. Adapters are fp32, also on 16-bit weights.
 
     Args:
-        names: for a method of BESIDE_LINEARS, its target_modules, or none for PEFT's own.
-        options: peft_type and further ones, without those of PLACES.
-        seed: of what is drawn; torch's generator is the caller's again afterwards.
-    Returns: a PeftModel around the same model.
-    Raises: ValueError for a name that is no plain linear layer; MethodFailsError; RuntimeError without peft.
+        names: For a method of BESIDE_LINEARS, its target_modules, or empty for PEFT's own choice.
+        options: peft_type and further options, without those of PLACES.
+        seed: Seeds what the method draws. The state of torch's generator is restored afterwards.
+    Returns: A PeftModel around the same model.
+    Raises: ValueError for a name that is not a plain linear layer; MethodFailsError; RuntimeError without peft.
     """
     check_seed(seed)
     peft, kind, names = import_peft(), str(options["peft_type"]), list(names)
     places = {"target_modules": names or None} if kind in BESIDE_LINEARS else _places_of(model, names, options)
-    if kind == "SHIRA":  # whose forward makes sparse tensors: as torch does by itself, which warns unless it is told to
+    if kind == "SHIRA":  # its forward makes sparse tensors; torch warns unless its default (no checks) is set
         torch.sparse.check_sparse_tensor_invariants.disable()
     with torch.random.fork_rng(), _told(f"{kind} cannot be used here"):
         torch.manual_seed(seed)
@@ -171,11 +171,11 @@ def add_adapter(model: nn.Module, names: Iterable[str], options: Mapping[str, An
 
 
 def merge_adapter(adapted: Any) -> tuple[nn.Module, list[str]]:
-    """Merge an adapter, which add_adapter gave, into the weights, in place: an ordinary model with the names it had.
+    """Merge an adapter from add_adapter into the weights, in place. The result is an ordinary model with its old names.
 
-    Sums are in fp32 and rounded once, into parameters of their own: a model that shares weights keeps its own.
+    Sums are computed in fp32 and rounded once, into new parameters. A model that shared the old weights keeps them.
 
-    Returns: (the model, frozen; the names of the parameters that the adapter was on).
+    Returns: (the frozen model, the names of the parameters that the adapter was on).
     Raises: MethodFailsError if the method cannot be merged.
     """
     changed: dict[str, torch.dtype] = {}
@@ -196,7 +196,7 @@ def merge_adapter(adapted: Any) -> tuple[nn.Module, list[str]]:
 
 
 def resident_bytes(adapted: Any, number: int) -> int:
-    """Bytes of all tensors of the adapter's layers but their weights, with so many bytes per floating number."""
+    """Return the bytes of the adapter's tensors, without the layers' own weights. number: bytes per float."""
     tensors: dict[int, Tensor] = {}
     for module in _adapters(adapted):
         for name in (*module.adapter_layer_names, *module.other_param_names):
@@ -205,7 +205,7 @@ def resident_bytes(adapted: Any, number: int) -> int:
 
 
 def _tensors_of(held: Any) -> Iterator[Tensor]:
-    """Of a module, a dictionary or a tensor."""
+    """Yield all tensors of a module, a dictionary or a tensor."""
     if isinstance(held, Tensor):
         yield held
     elif isinstance(held, nn.Module):
@@ -216,7 +216,7 @@ def _tensors_of(held: Any) -> Iterator[Tensor]:
 
 
 def _places_of(model: nn.Module, names: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that say on what the adapter goes."""
+    """Return the options that say which layers the adapter goes on."""
     targets = find_targets(model, names)
     chosen = [target.name for target in targets]
     experts = [target.name for target in targets if target.is_parameter]
@@ -238,20 +238,20 @@ def _places_of(model: nn.Module, names: list[str], options: Mapping[str, Any]) -
 
 
 def _adapters(adapted: Any) -> dict[Any, str]:
-    """The modules that hold adapters, with the name of the module that each is on, in the model's order."""
+    """Return the modules that hold adapters, each with the name of the module that it is on, in the model's order."""
     kind = import_peft().tuners.tuners_utils.BaseTunerLayer
     modules = adapted.get_base_model().named_modules()
     return {module: name.replace(".base_layer", "") for name, module in modules if isinstance(module, kind)}
 
 
 def _as_it_came(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A norm with fp32 gains gives the dtype that it got."""
+    """Return a norm's output in the dtype of its input, because its gains are fp32."""
     return output.to(args[0].dtype)
 
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
-    """What PEFT raises is told as a failure of the method; what it warns of is left to the page of methods."""
+    """Raise errors of PEFT as MethodFailsError, whose message begins with what; silence its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

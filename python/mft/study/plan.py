@@ -1,8 +1,8 @@
-"""What a study runs next, as a function of what it has found so far: nothing here trains, reads or writes.
+"""Decide what a study runs next from what it has found so far. Nothing here trains, reads or writes.
 
-An arm goes through its grid with the first seed, then its chosen setting with every seed. It waits until the arm at
-whose end it begins, the full fine-tune as a rule, and the one that it is made of have done so. Once all have, those
-that lead on validation run with further seeds if study.leaders asks for it. Test follows when all is trained.
+An arm runs its grid with the first seed, then its chosen setting with every seed. It first waits for the arms that it
+needs: the arm at whose end it starts (usually the full fine-tune), the arm that it is made of, and its teacher. When
+all arms are done, those that lead on validation run with more seeds if study.leaders is set. Test comes last.
 """
 
 import math
@@ -19,24 +19,24 @@ from mft.study.grid import DIRECTIONS, Neighbour, OpenEnd, neighbours
 from mft.study.leaders import leading_arms
 from mft.study.outcome import Outcome, Unit
 
-_WHOLE_MODEL = 1.7  # times as long a token as half of its layers, measured in the small study
-_ANSWERED = 3  # times as long as a token of text: of a question one that is answered, and learned from, once
-_NOTHING = 1e-3  # nats a token: LoRA at vanishing rates lay 0.0002 beside its start (small.yaml's problems, once)
-_MORE = 3  # extensions to ask for: a step of epochs, and the rates beside it
+_WHOLE_MODEL = 1.7  # per token, training all layers takes 1.7 times as long as half of them (small study)
+_ANSWERED = 3  # per token, answering a question once and learning from it takes 3 times as long as text
+_NOTHING = 1e-3  # nats per token: LoRA at vanishing rates ended 0.0002 from its start (once, small.yaml's problems)
+_MORE = 3  # extensions to ask for: one step of epochs and the two rates next to it
 
 
 @dataclass
 class Selection:
-    """By domain and arm: the chosen setting, for arms whose grid is done, and how many settings were tried."""
+    """The chosen setting of each arm whose grid is done, and how many settings were tried, by domain and arm."""
 
     chosen: dict[str, dict[str, Setting]]
     tried: dict[str, dict[str, int]]
 
 
 def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
-    """The units that can run now, those from one fine-tune next to each other; none when all is trained.
+    """Return the units that can run now, grouped by the arm that they start from; none when all is trained.
 
-    Raises: RuntimeError if no setting of the full fine-tune, where others begin, came to an end.
+    Raises: RuntimeError if no setting of the full fine-tune, where other arms start, gave a result.
     """
     found = _Found(study, done)
     units: list[Unit] = []
@@ -54,7 +54,7 @@ def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
 
 
 def selection(study: StudyConfig, outcomes: Iterable[Outcome]) -> Selection:
-    """What validation chose with the first seed: the least loss among settings that stayed finite with every seed."""
+    """Return what validation chose with the first seed: the lowest loss of the settings that no seed made diverge."""
     found = _Found(study, outcomes)
     chosen: dict[str, dict[str, Setting]] = {domain: {} for domain in study.domains}
     tried: dict[str, dict[str, int]] = {domain: {} for domain in study.domains}
@@ -69,32 +69,32 @@ def selection(study: StudyConfig, outcomes: Iterable[Outcome]) -> Selection:
 
 
 def without_result(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[str, dict[str, str]]:
-    """Why an arm has no setting that can be chosen, by domain and arm; the study goes on without it."""
+    """Return why arms have no setting that can be chosen, by domain and arm. The study goes on without them."""
     found = _Found(study, outcomes)
     why = {domain: {arm: found.why_none(domain, arm) for arm in study.arms} for domain in study.domains}
     return {domain: {arm: words for arm, words in arms.items() if words} for domain, arms in why.items()}
 
 
 def units_declared(study: StudyConfig) -> dict[str, int]:
-    """How many units of a domain each arm takes: every setting with the first seed, the best with the others."""
+    """Return how many units each arm takes per domain: every setting with the first seed, the best with the others."""
     units = {}
     for name, arm in study.arms.items():
         others = len(study.seeds_of(name)) - 1
         units[name] = len(set(arm.settings(study.mask))) + others
         if isinstance(arm, Average):
-            units[name] = arm.runs * (1 + others)  # the mean, and the runs that are of no other arm
+            units[name] = arm.runs * (1 + others)  # the mean, and runs - 1 runs of its own
     return units
 
 
 def best_so_far(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[tuple[str, str], Setting]:
-    """By domain and arm the setting that would be chosen if no other were tried."""
+    """Return, by (domain, arm), the setting that would be chosen if no other were tried."""
     found = _Found(study, outcomes)
     best = {(domain, arm): found.best(domain, study.chooser(arm)) for domain in study.domains for arm in study.arms}
     return {place: setting for place, setting in best.items() if setting is not None}
 
 
 def chosen_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
-    """The unit of every domain, arm and seed that test will see; call it when ready() is empty."""
+    """Return the units that test will see, for every domain, arm and seed. Call it when ready() is empty."""
     outcomes = list(outcomes)
     chosen, found = selection(study, outcomes).chosen, _Found(study, outcomes)
     return [
@@ -107,19 +107,19 @@ def chosen_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
 
 
 def start_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
-    """The run at whose end a unit begins; None for those that begin at the base model."""
+    """Return the run at whose end a unit starts; None if it starts at the base model."""
     arm = study.start_of(unit.arm)
     return None if arm is None else Unit(unit.domain, arm, unit.seed, chosen[unit.domain][arm])
 
 
 def starts_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> list[Unit]:
-    """The runs whose ends lead to where a unit begins, from the base model on."""
+    """Return the runs that lead from the base model to the start of a unit, in order."""
     before = start_of(study, chosen, unit)
     return [] if before is None else [*starts_of(study, chosen, before), before]
 
 
 def teachers_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> list[Unit] | None:
-    """The runs whose ends lead to a unit's teacher, from the base model on; None: it has no teacher."""
+    """Return the runs that lead from the base model to a unit's teacher, in order; None if it has no teacher."""
     teacher = study.arms[unit.arm if not unit.part else str(study.arms[unit.arm].of)].teacher
     if teacher is None:
         return None
@@ -130,7 +130,7 @@ def teachers_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit:
 
 
 def source_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
-    """The run that a unit is made of; None for all but those of derived arms with settings of their own."""
+    """Return the run that a unit is made of; None unless its arm is derived and has settings of its own."""
     config = study.arms[unit.arm]
     if config.of is None or isinstance(config, Average):
         return None
@@ -138,7 +138,7 @@ def source_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: U
 
 
 def parts_of(study: StudyConfig, unit: Unit) -> list[Unit]:
-    """The runs whose mean an average is: the arm's own, then those in other orders of the data."""
+    """Return the runs that an average is the mean of: the source arm's own, then those in other orders of the data."""
     config = study.arms[unit.arm]
     if not isinstance(config, Average) or unit.part:
         return []
@@ -146,7 +146,7 @@ def parts_of(study: StudyConfig, unit: Unit) -> list[Unit]:
 
 
 def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
-    """What is still to be trained, as far as can be known: the middle of a grid stands for what it has not chosen."""
+    """Return the units still to be trained, as far as known. If nothing is chosen, the middle of the grid stands in."""
     found, left = _Found(study, outcomes), []
     for domain in study.domains:
         for arm, config in study.arms.items():
@@ -166,7 +166,7 @@ def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
 
 
 def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable[Unit]) -> tuple[int, float]:
-    """How many units and evaluations on test there will be yet, as far as can be known, and their work."""
+    """Return how many units and test evaluations are left, as far as known, and their work (see work_of)."""
     outcomes = list(outcomes)
     units, found, seen = units_left(study, outcomes), _Found(study, outcomes), list(tested)
     number, work, without = len(units), sum(work_of(study, unit) for unit in units), without_result(study, outcomes)
@@ -181,7 +181,7 @@ def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable
 
 
 def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
-    """About how much there is to do, in tokens evaluated: how long the rest will take is judged by it."""
+    """Estimate the work of a unit, in evaluated tokens. The remaining time is estimated from it."""
     config, data = study.arms[unit.arm], study.domains[unit.domain]
     if on_test:
         return _work_on_test(data) + _work_on_general(study, unit.domain, on_test=True)
@@ -200,7 +200,7 @@ def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
 
 
 def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
-    """What a reader of the choices must know: runs that diverged, grids with few rates, arms that gain nothing."""
+    """Return what a reader of the choices must know: diverged runs, grids with few rates, arms that gain nothing."""
     outcomes = list(outcomes)
     found, lines = _Found(study, outcomes), []
     for outcome in sorted_outcomes(study, outcomes):
@@ -225,7 +225,7 @@ def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
 
 
 def open_ends(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[OpenEnd]:
-    """Where the best of an arm still lies at an end of its grid, as its budget for further settings is spent."""
+    """Return the arms whose best setting still lies at an end of the grid, because no more settings may be tried."""
     found, ends = _Found(study, outcomes), []
     for domain in study.domains:
         for arm in study.arms:
@@ -240,7 +240,7 @@ def open_ends(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[OpenEnd]:
 
 
 def sorted_outcomes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """In the order of the declaration, whatever the order in which they ran."""
+    """Return the outcomes in the order of the declaration, whatever order they ran in."""
     domains, arms = list(study.domains), list(study.arms)
 
     def place(outcome: Outcome) -> tuple:
@@ -259,7 +259,7 @@ def _work_on_test(data: DataConfig) -> float:
 
 
 def _work_on_general(study: StudyConfig, domain: str, *, on_test: bool = False) -> float:
-    passes = 3 if on_test else 1  # its loss; and on test the divergence of two models
+    passes = 3 if on_test else 1  # its loss; on test also the KL divergence, which runs two models
     return passes * sum(study.general[name].max_eval_tokens or 1 for name in study.general_of(domain))
 
 
@@ -282,7 +282,7 @@ class _Found:
             for unit, outcome in self.by_unit.items()
             if outcome.measured is None and not self._is_mean(outcome)
         }
-        # Why averages failed whose runs came to an end but cannot be averaged.
+        # Why an average failed although all of its runs finished.
         self._not_averaged = {
             (unit.domain, unit.arm): outcome.diverged or ""
             for unit, outcome in self.by_unit.items()
@@ -293,8 +293,10 @@ class _Found:
         return isinstance(self.study.arms[outcome.unit.arm], Average) and not outcome.unit.part
 
     def losses(self, domain: str, arm: str) -> dict[Setting, float]:
-        """What validation chooses the least of (see Measured.choice), with the first seed, of every setting tried;
-        infinite where none may choose it."""
+        """Return what validation minimises (see Measured.choice) for each setting tried with the first seed.
+
+        It is infinite for a setting that may not be chosen.
+        """
         if (domain, arm) not in self._losses:
             losses = {
                 outcome.unit.setting: math.inf if self._does_not_count(outcome) else outcome.choice
@@ -304,7 +306,7 @@ class _Found:
         return self._losses[domain, arm]
 
     def _does_not_count(self, outcome: Outcome) -> bool:
-        """Any seed or part diverged in the outcome's setting, or it stores too much."""
+        """Return whether any seed or part diverged in the outcome's setting, or the outcome stores too much."""
         unit = outcome.unit
         most = self.study.arms[unit.arm].max_bytes
         too_large = most is not None and outcome.bytes is not None and outcome.bytes > most
@@ -316,7 +318,7 @@ class _Found:
         return None if best is None or math.isinf(losses[best]) else best
 
     def unexplored(self, domain: str, arm: str) -> list[Setting]:
-        """Settings of the grid that were not tried yet; once all were, one beside the best if it lies at an end."""
+        """Return the grid's untried settings; if none is left, one neighbour of the best if the best is at an end."""
         losses = self.losses(domain, arm)
         waiting = [setting for setting in self._grids[arm] if setting not in losses]
         if waiting or self.is_spent(domain, arm) or self._fails(domain, arm):
@@ -326,22 +328,22 @@ class _Found:
         return [one.setting for one in further][:1]
 
     def is_spent(self, domain: str, arm: str) -> bool:
-        """Whether an arm has tried as many settings beyond its declared grid as it may."""
+        """Return whether an arm has tried as many settings beyond its declared grid as it may."""
         return len(self.losses(domain, arm).keys() - self._grids[arm].keys()) >= self.study.extensions
 
     def growth(self, domain: str, arm: str) -> list[Neighbour]:
-        """What is to be tried beside the best setting before it lies inside the grid."""
+        """Return the neighbours of the best setting that must be tried before it lies inside the grid."""
         return [one for one in self.untried(domain, arm) if not self.leads_back(domain, arm, one)]
 
     def untried(self, domain: str, arm: str) -> list[Neighbour]:
-        """All that was not tried beside the best setting; if each diverged, beside the first."""
+        """Return all untried neighbours of the best setting, or of the first setting if every one diverged."""
         losses = self.losses(domain, arm)
         return neighbours(min(losses, key=losses.__getitem__), self._grids[arm], losses) if losses else []
 
     def leads_back(self, domain: str, arm: str, one: Neighbour) -> bool:
-        """Whether that way the arm does less and less, and its best gains nothing over doing nothing.
+        """Return whether this neighbour only leads back to the arm's start, over which its best setting gains nothing.
 
-        One that harms at its rate goes on to where it does not, lest a rival be worse than nothing.
+        If the arm does harm at its rates, lower ones are still tried. Otherwise a rival could look worse than nothing.
         """
         start, fades = self._begins(arm), self.study.arms[arm].fades
         less = one.above if one.name == "keep_ratio" else fades and not one.above
@@ -352,7 +354,7 @@ class _Found:
         return math.isfinite(best) and before - best < _NOTHING and not harms
 
     def _begins(self, arm: str) -> str | None:
-        """The arm that is this one before it learned: where it starts, of trained scales those that are not."""
+        """Return the arm that equals this one before training: its start, or for trained scales the untrained arm."""
         arms = self.study.arms
         if arms[arm].of is None:
             return self.study.start_of(arm)
@@ -360,17 +362,17 @@ class _Found:
         return next((name for name in alike if not arms[name].lrs), None)
 
     def next_of(self, domain: str, arm: str) -> list[Unit]:
-        """The arm's units that are not done, as far as is known, whatever they wait for."""
+        """Return the arm's units that are not done, as far as known, whatever they wait for."""
         waiting = self._next_with(domain, arm, self.study.seeds_of(arm))
         return waiting or self._next_with(domain, arm, self.seeds_of(domain, arm))
 
     def seeds_of(self, domain: str, arm: str) -> list[int]:
-        """Those that an arm runs with: of the leaders, once they are known, the further ones too."""
+        """Return the seeds that an arm runs with. Once the leaders are known, they also get the further seeds."""
         leads = not self.study.is_base(arm) and arm in self._leading_of(domain)
         return self.study.all_seeds if leads else self.study.seeds_of(arm)
 
     def _leading_of(self, domain: str) -> set[str]:
-        """None until all arms have run with the study's own seeds."""
+        """Return the arms that lead; an empty set until all arms have run with the study's own seeds."""
         study = self.study
         if study.leaders is None or domain in self._leading:
             return self._leading.get(domain, set())
@@ -395,7 +397,7 @@ class _Found:
         return [] if best is None else self.missing(domain, arm, best, seeds)
 
     def why_none(self, domain: str, arm: str) -> str:
-        """Why no setting of the arm can be chosen, whatever is run yet; "" if one can, or may yet."""
+        """Return why no setting of the arm can be chosen, whatever still runs; "" if one can, or may later."""
         for needed in self.study.needs(arm):
             if self.why_none(domain, needed):
                 return f"{domain}, {arm} must have what it needs, {needed}, which has no result"
@@ -407,7 +409,7 @@ class _Found:
         return self._why_none(domain, source)
 
     def _fails(self, domain: str, arm: str) -> bool:
-        """Whether its method can be run in no setting: then it cannot at other rates."""
+        """Return whether the arm's method failed in every setting, so that other rates would fail too."""
         first = self._first.get((domain, arm), ())
         return bool(first) and all(outcome.fails for outcome in first)
 

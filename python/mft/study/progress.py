@@ -1,4 +1,4 @@
-"""A study's progress: a line for each finished unit, and on a terminal a bar below them."""
+"""A study's progress: a line for each finished unit, and on a terminal a bar below the lines."""
 
 import contextlib
 import time
@@ -13,7 +13,7 @@ from mft.training.loop import StepReport
 
 
 class Shown:
-    """Counts units; the rate is that of the units that this process saw, the rest goes by their work."""
+    """Counts units. The rate is that of units which this process saw; the time left is estimated from their work."""
 
     def __init__(self, console: Console, bars: Progress | None) -> None:
         self._console, self._bars = console, bars
@@ -23,15 +23,15 @@ class Shown:
         self._begin = self._printed = time.perf_counter()
 
     def kept(self, units: int) -> None:
-        """So many were done by an earlier command."""
+        """Count units that an earlier command, or another process, has done."""
         self._done += units
 
     def left(self, units: int, work: float) -> None:
-        """So many are left, and so much work, as far as is known."""
+        """Set how many units, and how much work, are left as far as known."""
         self._left, self._work_left = units, work
 
     def finished(self, words: str, seconds: float, work: float) -> None:
-        """One more unit is done, which was so much work."""
+        """Count a finished unit and its work, and print its line."""
         self._done += 1
         self._finished += 1
         self._worked += work
@@ -47,7 +47,7 @@ class Shown:
             self._bars.update(self._task, completed=self._done, total=known, rest=rest)
 
     def step(self, report: StepReport) -> None:
-        """A step of the model that is trained from scratch."""
+        """Show a training step of the model from scratch."""
         left = report.seconds / report.step * (report.steps - report.step)
         rest = f"loss {report.loss:.3f}, about {duration(left)} left"
         if self._bars is not None and self._task is not None:
@@ -63,11 +63,11 @@ class Shown:
 
 @contextlib.contextmanager
 def shown_progress(console: Console) -> Iterator[Shown]:
-    """On console."""
+    """Show progress on console, with a bar if it is a terminal."""
     if not console.is_terminal:
         yield Shown(console, None)
         return
-    count = MofNCompleteColumn(table_column=Column(no_wrap=True))  # else it is the one that a narrow terminal cuts
+    count = MofNCompleteColumn(table_column=Column(no_wrap=True))  # a narrow terminal would cut it otherwise
     columns = (TextColumn("{task.description}"), BarColumn(20), count, TextColumn("{task.fields[rest]}"))
     with Progress(*columns, console=console) as bars:
         yield Shown(console, bars)

@@ -1,4 +1,4 @@
-"""Runs a study to its end: units as they become ready, then test; an interrupted one continues where it stopped."""
+"""Run a study to its end: units as they become ready, then test. An interrupted study continues where it stopped."""
 
 import dataclasses
 import time
@@ -44,8 +44,8 @@ from mft.study.workers import JobFailed, Result, Workers, job_words, start_worke
 from mft.study.workspace import Workspace
 
 LOCAL, RAY = "local", "ray"
-ON = {LOCAL: start_workers, RAY: start_on_ray}  # where the workers are, by name
-_SAME = 0.01  # nats a token: what rounding may move a model's loss by between its training and its file
+ON = {LOCAL: start_workers, RAY: start_on_ray}  # where the workers run, by name
+_SAME = 0.01  # nats per token: how far rounding may move the loss of a model that is read from its file again
 
 
 def run_study(
@@ -61,14 +61,20 @@ def run_study(
     pace: Pace | None = None,
     report: Callable[[Findings], None] = lambda findings: None,
 ) -> Findings:
-    """Run what directory does not hold yet of the study, and gather all that it found.
+    """Run the parts of the study that directory does not hold yet, and return all findings.
 
-    Results depend neither on study.workers nor on interruptions. again: open the reserve though this study has.
-    joins: work beside other processes that join, on any machine that shares the disk; pace: theirs, for tests.
-    same_processor: refuse units that ran on another kind of processor. on: where the workers are, a name in ON.
-    report: called with what was found while directory is held; of several processes by one.
-    Raises: RuntimeError that names the unit if one fails; what was done before is kept. ValueError as open_store, and
-        if another process of the study has other packages, weights or data.
+    Results depend neither on study.workers nor on interruptions.
+
+    Args:
+        again: Open the reserve even if this study has opened it before.
+        joins: Work together with other processes that join, on any machine that shares the disk.
+        same_processor: Refuse units that ran on another kind of processor.
+        on: Where the workers run, a name in ON.
+        pace: The pace of all processes that join; for tests.
+        report: Called with the findings while directory is held, by one of the processes.
+    Raises:
+        RuntimeError: A unit failed, which the message names. What was done before is kept.
+        ValueError: As open_store, or if another process of the study has other packages, weights or data.
     """
     check_exact(study.model, "compare")
     if on == RAY:
@@ -118,14 +124,14 @@ def run_study(
 
 
 def _make_base(bases: Bases, store: Store, seed: int, shown: Shown) -> None:
-    """In one process; others wait for it."""
+    """Train the base model of a seed in one process; the others wait for it."""
     name = f"base-{bases.path(seed).name}"
     store.claims.once(name, lambda: bases.is_made(seed), lambda: bases.make(seed, shown.step))
 
 
 @dataclass(frozen=True)
 class _Begun:
-    """A job that a worker has, the name of the claim on it, and where its result goes, as it was chosen then."""
+    """A running job, the name of the claim on it, and where its result goes, as chosen when the job began."""
 
     job: Job
     claim: str
@@ -154,8 +160,11 @@ class _Run:
             pass
 
     def test(self, *, again: bool) -> tuple[int, list[str]]:
-        """Evaluate what was chosen on test. Returns how many different sets of models test has seen by now, and which
-        studies have opened the reserve, if it is the test."""
+        """Evaluate the chosen units on test.
+
+        Returns: (how many different sets of models test has seen, the studies that have opened the reserve if it is the
+            test).
+        """
         units = chosen_units(self.study, self.outcomes.values())
         reserve = self.store.open_reserve(units, self.chosen, again=again)
         openings = self.store.open_test(units, self.chosen)
@@ -166,7 +175,7 @@ class _Run:
         return openings, reserve
 
     def _look(self) -> None:
-        """Read what is found by now, and choose by it. _is_behind: since then another process has found more."""
+        """Read all outcomes found so far, and choose by them. _is_behind: another process has found more since."""
         known, self._is_behind = len(self.outcomes), False
         self.outcomes = {outcome.unit: outcome for outcome in self.store.outcomes()}
         if self._same_processor:
@@ -217,16 +226,17 @@ class _Run:
         return True
 
     def _drop(self, error: JobFailed) -> None:
-        """A job whose files another process has deleted, as it chose by more, is planned again; others raise."""
+        """Drop a failed job, to plan it again, if another process deleted files that it reads; otherwise raise."""
         begun = self._running.pop(error.job.unit)
         if not self.claims.shares or all(path.is_file() for path in begun.reads):
             raise error
         self.claims.release(begun.claim)
 
     def _submit(self, unit: Unit, on_test: bool, *, lost: bool = False) -> None:
-        """To a worker if one is idle and no other process has it; what it reads and is not there is made again first.
+        """Give a unit to a worker, if one is idle and no other process has claimed the unit.
 
-        lost: its outcome is known, its weights are needed.
+        Runs whose weights the unit reads, but which are missing, are repeated first.
+        lost: the unit's outcome is known, and only its weights are needed.
         """
         if len(self._running) == self.workers.count or unit in self._running:
             return
@@ -266,7 +276,7 @@ class _Run:
         return self.store.trained(unit, self.chosen)
 
     def _reads(self, job: Job) -> list[Unit]:
-        """The units whose trained weights a job needs."""
+        """Return the units whose trained weights a job needs."""
         units = [*starts_of(self.study, self.chosen, job.unit), *(part for part, _ in job.parts)]
         if job.source is not None:
             units.append(job.source[0])
@@ -281,7 +291,7 @@ class _Run:
         known = len(self.outcomes.keys() | {outcome.unit})
         self.outcomes[outcome.unit] = outcome
         if self.claims.shares or any(outcome.unit.arm in self.study.needs(arm) for arm in self.study.arms):
-            # Which of its runs is chosen decides which outcomes of the arms that follow it are still this study's.
+            # The chosen run of this arm decides which outcomes of the arms after it still belong to the study.
             self.outcomes = {kept.unit: kept for kept in self.store.outcomes()}
             self.shown.kept(len(self.outcomes) - known)
         self.chosen = selection(self.study, self.outcomes.values()).chosen
@@ -299,7 +309,7 @@ class _Run:
 
 
 def _check_forms(study: StudyConfig) -> None:
-    """Raise ValueError unless every domain is of questions: a base from scratch takes minutes before rows are read."""
+    """Raise ValueError unless every domain has questions, before a base from scratch takes minutes to train."""
     given = [("domains", domain, data) for domain, data in study.domains.items()]
     given += [("questions", domain, data) for domain, data in study.questions.items()]
     for section, domain, data in given:
@@ -313,7 +323,7 @@ def _check_forms(study: StudyConfig) -> None:
 
 
 def _units_words(study: StudyConfig) -> str:
-    """How long the grids are."""
+    """Return a line that says how many units the arms' grids have."""
     units = units_declared(study)
     each = f" in each of {len(study.domains)} domains" if len(study.domains) > 1 else ""
     return (
@@ -332,7 +342,7 @@ def _found_words(result: Result) -> str:
 
 
 def _hashes(study: StudyConfig, workspace: Workspace) -> dict[tuple[str, str, str], dict[int, int]]:
-    """Hashes of the documents of validation and test, see Findings."""
+    """Return hashes of the documents of validation and test; see Findings.documents."""
     found = {}
     for domain in study.domains:
         texts = {domain: workspace.splits(domain)} | {

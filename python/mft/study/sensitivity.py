@@ -1,6 +1,7 @@
-"""Which layers, or which kinds of linear layers, a mask helps most: a short mask training of each group by itself.
+"""Find the layers, or the kinds of linear layers, that a mask helps most: train a short mask on each group alone.
 
-Every group gets the same settings and data, so rows can be ranked; none is tuned, so a row is no verdict on masks.
+Every group gets the same settings and data, so the rows can be ranked. No group is tuned, so a row is not a verdict on
+masks.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,14 +26,14 @@ from mft.models.linears import layer_index, layer_stacks
 from mft.tracking.metrics import Recorder
 from mft.training.loop import train_masks
 
-LEVEL = 0.05  # two-sided, of all groups together
+LEVEL = 0.05  # two-sided, for all groups together
 _TITLE = "Validation loss with a mask - without, nats a token"
 _COLUMNS = ("group", "weights", "before training", "trained", "s.e.", "flips %")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that are masked together; override is what chooses them in a configuration."""
+    """Linear layers that are masked together; override is the configuration override that chooses them."""
 
     name: str
     modules: tuple[str, ...]
@@ -41,7 +42,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a mask on one group does to the validation loss; differences from the unmasked model, nats a token."""
+    """What a mask on one group does to the validation loss: differences from the unmasked model, nats per token."""
 
     group: Group
     weights: int
@@ -52,7 +53,7 @@ class Sensitivity:
 
 
 def layer_groups(model: nn.Module, mask: MaskConfig, *, size: int = 1) -> list[Group]:
-    """Each ``size`` consecutive layers among those that mask chooses; the last group may be smaller."""
+    """Return groups of ``size`` consecutive layers among those that mask chooses; the last group may be smaller."""
     check_rule(size >= 1, "size", "be at least 1", size)
     chosen = _by(model, mask, _layer_of(model))
     layers = sorted(chosen)
@@ -66,7 +67,7 @@ def layer_groups(model: nn.Module, mask: MaskConfig, *, size: int = 1) -> list[G
 
 
 def kind_groups(model: nn.Module, mask: MaskConfig) -> list[Group]:
-    """The layers that mask chooses by the last part of their names: q_proj, down_proj, ..."""
+    """Return the layers that mask chooses, grouped by the last part of their names: q_proj, down_proj, ..."""
     chosen = _by(model, mask, lambda name: name.rpartition(".")[2])
     return [Group(kind, tuple(names), f"mask.target_modules=[{kind}]") for kind, names in chosen.items()]
 
@@ -81,11 +82,11 @@ def layer_sensitivity(
     *,
     recorder: Recorder | None = None,
 ) -> list[Sensitivity]:
-    """Mask and train each group on a clone of model; best first.
+    """Mask and train each group on a clone of model. Return one row per group, best first.
 
     Args:
-        mask: keep_ratio, init, mode and seed; which layers it chooses does not matter here.
-        train: of each group; a few dozen steps at a rate that moves masks are enough to rank.
+        mask: Its keep_ratio, init, mode and seed; which layers it chooses does not matter here.
+        train: Used for each group. A few dozen steps are enough to rank, at a rate that moves masks.
     Raises: ValueError if model is masked, or there is no group.
     """
     check_unmasked(model)
@@ -97,7 +98,7 @@ def layer_sensitivity(
 
 
 def recommendation(rows: Sequence[Sensitivity]) -> str:
-    """One sentence: the groups that gain beyond chance, at LEVEL divided by the number of groups (Bonferroni)."""
+    """Say which groups gain beyond chance, at LEVEL divided by the number of groups (Bonferroni), in one sentence."""
     z = NormalDist().inv_cdf(1 - LEVEL / (2 * len(rows)))
     clear = [row for row in rows if row.difference + z * row.error < 0]
     best = min(rows, key=lambda row: row.difference)
@@ -114,7 +115,7 @@ def recommendation(rows: Sequence[Sensitivity]) -> str:
 
 
 def sensitivity_table(rows: Sequence[Sensitivity]) -> Table:
-    """For the console; best first."""
+    """Return the table for the console, in the order of rows."""
     table = Table(title=_TITLE)
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == _COLUMNS[0] else "right")
@@ -124,14 +125,14 @@ def sensitivity_table(rows: Sequence[Sensitivity]) -> Table:
 
 
 def sensitivity_markdown(rows: Sequence[Sensitivity]) -> str:
-    """The same for a file."""
+    """Return the same table and the recommendation as Markdown."""
     lines = [f"| {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * (len(_COLUMNS) - 1)}"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
     return "\n".join([f"{_TITLE}.", "", *lines, "", recommendation(rows), ""])
 
 
 def plot_sensitivity(rows: Sequence[Sensitivity], path: Path) -> None:
-    """Differences with two standard errors, in the order of the model. Hollow points: before training."""
+    """Plot the differences with two standard errors, in the order of rows. Hollow points: before training."""
     figure = new_figure(7, 1.2 + 0.35 * len(rows))
     axes = figure.subplots()
     for place, row in enumerate(rows):
@@ -170,7 +171,7 @@ def _try(
     shared: dict[str, Any] = {
         "first": min(layers),
         "memory": PrefixMemory(),
-    }  # the two evaluations share what lies below the group
+    }  # both evaluations share the outputs of the layers below the group
     first = recorder.evaluate(f"{group.name}, before training", candidate, validation_rows, **shared)
     initial = initial_masks(candidate)
     with recorder.training(group.name, train_rows, train) as on_step:
@@ -183,7 +184,7 @@ def _try(
 
 
 def _by(model: nn.Module, mask: MaskConfig, key: Callable[[str], object]) -> dict:
-    """The names that mask chooses, by key(name), in the model's order."""
+    """Return the names that mask chooses, grouped by key(name), in the model's order."""
     chosen: dict = {}
     for name in select_targets(model, mask):
         chosen.setdefault(key(name), []).append(name)

@@ -2,15 +2,15 @@
 
     output_dir/study.yaml                             what was declared
                base/                                  the model from scratch, if there is one
-               bases/<seed>/                          or one of each seed
+               bases/<seed>/                          or one per seed
                units/<domain>/<arm>/<key>.json        an Outcome
                trained/<domain>/<arm>/<key>.safetensors
                test/<domain>/<arm>/<key>.json         a Tested; test/openings.json: each set of models that test saw
                leases/, alike.json                    who works on what, and what all must have alike (see shared/)
                table.md, table.json, sums.npz, plot.png, bytes.png, forgetting.png
 
-A unit's key is a hash of all that determines its result, so that what was found stays valid while arms, domains, seeds
-and rates are added. Files appear whole or not at all.
+A unit's key is a hash of all that determines its result, so results stay valid while arms, domains, seeds and rates are
+added. Files appear whole or not at all.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from mft.tracking.curves import PLOT
 from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
 from mft.training.run_lock import LOCK, hold
 
-FORMAT = 2  # counts up when the same declaration gives other results
+FORMAT = 2  # increase it when the same declaration gives other results
 STUDY, BASE_MODEL, BASES, UNITS, TRAINED, TEST = "study.yaml", "base", "bases", "units", "trained", "test"
 ALIKE = "alike.json"
 FORGETTING = "forgetting.png"
@@ -65,13 +65,13 @@ _OURS = {
     ALIKE,
 }
 BYTES = "bytes.png"
-_OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # of mft plot
+_OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # written by mft plot
 _OPENINGS, _REPORTED = "openings.json", "reported.json"
-_FREE = ("output_dir", "workers")  # change nothing that is found
-_OF_OTHERS = ("start", "of", "teacher")  # of an arm, names: keys hold what they stand for
-_OF_ANSWERS = ("max_completion_tokens", "verifier")  # of rewards: how a model's answers to the questions are read
-_OPTIONS = ("config", "formats")  # of an arm: a setting holds those that it was run with
-_CHOOSES = ("max_bytes",)  # decides which setting is chosen, and no result of one
+_FREE = ("output_dir", "workers")  # keys that do not change any result
+_OF_OTHERS = ("start", "of", "teacher")  # an arm's keys that name other arms: hashed by the runs that they stand for
+_OF_ANSWERS = ("max_completion_tokens", "verifier")  # keys of rewards: how a model's answers are read
+_OPTIONS = ("config", "formats")  # an arm's keys with options: a setting holds the options that it ran with
+_CHOOSES = ("max_bytes",)  # decides which setting is chosen, but not the result of a setting
 
 Chosen = dict[str, dict[str, Setting]]
 
@@ -86,11 +86,15 @@ def open_store(
     say: Callable[[str], None] = lambda words: None,
     pace: Pace | None = None,
 ) -> Iterator["Store"]:
-    """The study's directory, made or taken up again; joins: beside other processes that join, on any machine.
+    """Open the study's directory: create it, or continue what it holds.
 
-    say: told of waiting for others. pace: of all processes that join, for tests.
-    Raises: ValueError if it holds anything else, or a study that differs in more than what was added;
-        RuntimeError if another process has it open that does not let this one.
+    Args:
+        joins: Work together with other processes that join, on any machine.
+        say: Called with messages about other processes, such as waiting for one.
+        pace: The pace of all processes that join; for tests.
+    Raises:
+        ValueError: The directory holds anything else, or a study that differs by more than additions.
+        RuntimeError: Another process has the directory open and does not share it.
     """
     path = Path(directory)
     if joins:
@@ -118,10 +122,11 @@ def open_store(
 
 
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
-    """What another study's directory holds of base model, base and full fine-tune, into a new directory for study.
+    """Copy another study's base model, and its runs of the base and the full fine-tune, into a new directory.
 
-    How many files were copied; none if directory holds anything, or parent is no study of the same model. Keys decide
-    which of them study takes up.
+    The new directory is study's. Unit keys decide which of the copied runs study reuses.
+
+    Returns: the number of files copied; 0 if directory is not empty, or parent is not a study of the same model.
     """
     source, target = Path(parent), Path(directory)
     new = not target.exists() or (target.is_dir() and not any(target.iterdir()))
@@ -133,7 +138,7 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
     shared = [path for folder in (BASE_MODEL, BASES) for path in source.glob(f"{folder}/**/*") if path.is_file()]
     for folder in (UNITS, TRAINED):
         for name in _starts(study):
-            shared += source.glob(f"{folder}/*/{name}/[!.]*")  # names with a dot are being written
+            shared += source.glob(f"{folder}/*/{name}/[!.]*")  # a leading dot: still being written
     for path in shared:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -144,9 +149,9 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
 
 
 def fine_tunes_in(parent: str | os.PathLike, study: StudyConfig) -> int:
-    """How many runs of study's full fine-tune the directory of another study holds.
+    """Return how many runs of study's full fine-tune the directory of another study holds.
 
-    Raises: ValueError if it is no study's directory.
+    Raises: ValueError if parent is not a study's directory.
     """
     if not (Path(parent) / STUDY).is_file():
         raise ValueError(f"--fine-tunes-of must be the output_dir of a study, got {parent} without a {STUDY}")
@@ -166,7 +171,7 @@ class Store:
         self._values = study_values(study)
 
     def key(self, unit: Unit, chosen: Chosen) -> str:
-        """A hash of all that determines the unit's result; chosen holds the settings of the arms that it needs."""
+        """Return a hash of all that determines the unit's result. chosen: the settings of the arms that it needs."""
         values, arm, config = self._values, self._values["arms"][unit.arm], self.study.arms[unit.arm]
         start, source = start_of(self.study, chosen, unit), source_of(self.study, chosen, unit)
         teachers = teachers_of(self.study, chosen, unit)
@@ -186,7 +191,7 @@ class Store:
         if self.study.vary:
             parts["vary"] = sorted(self.study.vary)
         if self.study.objective != CROSS_ENTROPY:
-            learns = config.follows  # the others answer alone
+            learns = config.follows  # the other arms only answer
             rewards = {name: value for name, value in values["rewards"].items() if learns or name in _OF_ANSWERS}
             parts |= {"objective": values["objective"], "rewards": rewards}
             if learns and unit.domain in values["questions"]:
@@ -194,7 +199,7 @@ class Store:
         return _digest(parts)
 
     def outcomes(self) -> list[Outcome]:
-        """Those whose keys are still the ones that the study gives them."""
+        """Return the stored outcomes whose keys still match the study."""
         paths = sorted(self.directory.glob(f"{UNITS}/*/*/*.json"))
         self._outcomes = {path: self._outcomes.get(path) or outcome_from(_read(path)) for path in paths}
         found = [(path.stem, outcome) for path, outcome in self._outcomes.items()]
@@ -202,7 +207,7 @@ class Store:
         valid: list[Outcome] = []
         chosen: Chosen = {}
         arms = list(self.study.arms)
-        while arms:  # those first that others need
+        while arms:  # arms that others need come first
             ready = [arm for arm in arms if not set(self.study.needs(arm)) & set(arms)]
             valid += [
                 outcome
@@ -216,19 +221,19 @@ class Store:
         return valid
 
     def path(self, unit: Unit, chosen: Chosen) -> Path:
-        """Where a unit's outcome lies, or will."""
+        """Return where a unit's outcome lies, or will lie."""
         return self._path(UNITS, unit, self.key(unit, chosen), "json")
 
     def save(self, outcome: Outcome, chosen: Chosen) -> None:
         self.tell_outcome(outcome, self.path(outcome.unit, chosen))
 
     def tell_outcome(self, outcome: Outcome, path: Path, own: Path | None = None, trained: Path | None = None) -> None:
-        """Write it to its path; own: where its weights are, if that is not where they belong."""
+        """Write an outcome to its path. own: where its weights are now, if they must still be moved to trained."""
         self.claims.tell(path, json.dumps(outcome_values(outcome), allow_nan=False), own, trained)
         self._outcomes.pop(path, None)
 
     def trained(self, unit: Unit, chosen: Chosen) -> Path:
-        """Where the trained weights of a unit lie, or will."""
+        """Return where the trained weights of a unit lie, or will lie."""
         return self._path(TRAINED, unit, self.key(unit, chosen), "safetensors")
 
     def prune(self, outcomes: Iterable[Outcome], chosen: Chosen) -> None:
@@ -248,11 +253,11 @@ class Store:
         self.tell_tested(tested, self.test_path(tested.unit, chosen))
 
     def tell_tested(self, tested: Tested, path: Path) -> None:
-        """Write it to its path."""
+        """Write what test found to its path."""
         self.claims.tell(path, json.dumps(tested_values(tested), allow_nan=False))
 
     def open_test(self, units: list[Unit], chosen: Chosen) -> int:
-        """Note that test will see the models of these units; how many different sets of models it has seen then."""
+        """Record that test will see these units' models. Returns: how many different sets of models it has seen."""
         keys, path = self._keys(units, chosen), self.directory / TEST / _OPENINGS
 
         def openings() -> list[list[str]]:
@@ -262,9 +267,9 @@ class Store:
         return len(openings())
 
     def open_reserve(self, units: list[Unit], chosen: Chosen, *, again: bool) -> list[str]:
-        """The same of the reserve, if it is the test: the studies that have opened it. Raises: as open_reserve.
+        """Record the same for the reserve, if it is the test. Returns: the studies that have opened it.
 
-        Of several processes one opens it, in the ledger that it has.
+        Only one of several processes opens the reserve, in that process's own ledger. Raises: as open_reserve.
         """
         if not opened_by(self.study):
             return []
@@ -279,7 +284,7 @@ class Store:
         return _read(path)
 
     def report_once(self, units: list[Unit], chosen: Chosen, report: Callable[[], None]) -> bool:
-        """Report what test found of these units, in one of the processes that join; whether it was this one."""
+        """Report what test found for these units, in one of the processes. Returns: whether it was this one."""
         keys, path = self._keys(units, chosen), self.directory / TEST / _REPORTED
 
         def is_done() -> bool:
@@ -299,14 +304,17 @@ class Store:
         return unit.domain in self.study.domains and unit.arm in self.study.arms and unit.seed in self.study.all_seeds
 
     def _of_key(self, arm: str) -> list[str]:
-        """The arms whose chosen settings are in an arm's keys: not that of an average, whose own it is."""
+        """Return the arms whose chosen settings enter an arm's keys.
+
+        The source of an average is left out, because its setting is the average's own.
+        """
         return [name for name in self.study.needs(arm) if self.study.chooser(arm) != name]
 
     def _path(self, folder: str, unit: Unit, key: str, suffix: str) -> Path:
         return self.directory / folder / unit.domain / unit.arm / f"{key}.{suffix}"
 
     def test_path(self, unit: Unit, chosen: Chosen) -> Path:
-        """Where a unit's Tested lies, or will."""
+        """Return where a unit's Tested lies, or will lie."""
         parts: list[Any] = [self.key(unit, chosen), unit.domain in self.study.answers]
         parts += [opened] if (opened := opened_by(self.study)) else []
         return self._path(TEST, unit, _digest(parts), "json")
@@ -316,7 +324,7 @@ class Store:
 
 
 def _as_trained(data: dict[str, Any]) -> dict[str, Any]:
-    """Data as training and validation know them, of which the reserve changes nothing."""
+    """Return the values of data as training and validation see them; the reserve changes nothing there."""
     return data | {"subset": None} if data["subset"] == RESERVE else data
 
 
@@ -325,7 +333,7 @@ def _without_grid(arm: dict[str, Any]) -> dict[str, Any]:
 
 
 def _setting_values(setting: Setting) -> dict[str, Any]:
-    """As before there were options, where there are none."""
+    """Return a setting's values; without options, config is left out, as in the keys of studies before options."""
     values = dataclasses.asdict(setting)
     return values if setting.config is not None else {key: values[key] for key in values if key != "config"}
 
@@ -342,7 +350,7 @@ def _read(path: Path) -> Any:
 
 
 def _declare_beside(path: Path, study: StudyConfig, leases: Leases) -> None:
-    """Write what was declared; while others work on it, it stays."""
+    """Write what was declared. It must not change while other processes work on the study."""
     _check_unchanged(path, study, False)
     if not (path / STUDY).is_file():
         write_whole(path / STUDY, dump_yaml(study_values(study)))
@@ -360,7 +368,7 @@ def _declare_beside(path: Path, study: StudyConfig, leases: Leases) -> None:
 
 
 def _empty(directory: Path) -> None:
-    for entry in sorted(directory.iterdir(), key=lambda entry: entry.name == STUDY):  # by which the rest is ours, last
+    for entry in sorted(directory.iterdir(), key=lambda entry: entry.name == STUDY):  # last: it marks the rest as ours
         if entry.name in (LOCK, FOLDER):
             continue
         if entry.is_dir():
@@ -386,8 +394,10 @@ def _check_unchanged(directory: Path, study: StudyConfig, overwrite: bool) -> No
 
 
 def changed(before: dict[str, Any], now: dict[str, Any], *, additions: bool = True) -> list[str]:
-    """The keys, with old and new value, in which a study differs from what was begun by more than additions, if these
-    may be."""
+    """Return the keys, with old and new values, in which a study differs from what was begun.
+
+    additions: allow changes that only add to the study, and leave them out.
+    """
     old, new = _flat(before), _flat(now)
     lines = []
     for key in dict.fromkeys([*old, *new]):

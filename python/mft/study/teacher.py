@@ -1,4 +1,4 @@
-"""A teacher whose words are made once for every row: the epochs and rates of a study ask for them again and again."""
+"""A teacher whose outputs are computed once per row, because a study's epochs and rates ask for them repeatedly."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,9 +13,10 @@ from mft.models.packed_rows import keeping_apart
 
 
 class RememberedTeacher:
-    """A Teacher of distillation.py: model on the rows of dataset, in eval mode; what has no room is made again.
+    """A Teacher (distillation.py): model in eval mode on the rows of dataset. What does not fit is computed again.
 
-    So many rows at once: products of other batches may round differently, and no run is to see which ran before it.
+    The outputs are computed batch_size rows at once and in order. Matrix products of other batches may round
+    differently, and no run may depend on which ran before it.
     """
 
     def __init__(self, model: nn.Module, dataset, *, batch_size: int) -> None:
@@ -30,7 +31,7 @@ class RememberedTeacher:
                     self._known.remember(row, state)
 
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """(B, T, D) of each in turn."""
+        """Yield the hidden states (B, T, D) of each batch in turn."""
         for batch in batches:
             known = [self._known.states.get(row) for row in batch.rows]
             found = [state for state in known if state is not None]

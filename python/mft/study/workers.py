@@ -1,7 +1,7 @@
-"""Where a study's jobs run: in this process, or in several that are started fresh, each with one thread.
+"""Where a study's jobs run: in this process, or in several new processes, each with one thread.
 
-One thread everywhere: sums run in one order then, and two processes of one thread beat one process of two. So a result
-depends neither on how many workers there are nor on which of them had it.
+With one thread, sums always run in one order, so a result depends neither on the number of workers nor on which worker
+computed it. Two processes of one thread are also faster than one process of two.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from mft.study.workspace import Workspace
 
 Result = Outcome | Tested
 _PATIENCE = 10.0  # seconds that a process may take to end
-TOLD = (ValueError, RuntimeError, OSError)  # what a message tells; anything else is a bug, and shows its traceback
+TOLD = (ValueError, RuntimeError, OSError)  # reported as a message; anything else is a bug and shows its traceback
 
 
 class Workers(Protocol):
@@ -37,12 +37,12 @@ class Workers(Protocol):
     def submit(self, job: Job) -> None: ...
 
     def next(self, patience: float | None = None) -> tuple[Job, Result] | None:
-        """Wait for a job to end, or for so many seconds. Raises: JobFailed."""
+        """Wait for a job to end, at most patience seconds; None if none did. Raises: JobFailed."""
         ...
 
 
 class JobFailed(RuntimeError):
-    """The message names the job."""
+    """A job failed; the message names it."""
 
     def __init__(self, job: Job, why: object) -> None:
         super().__init__(f"{job_words(job)}: {why}")
@@ -51,7 +51,7 @@ class JobFailed(RuntimeError):
 
 @contextlib.contextmanager
 def start_workers(study: StudyConfig, bases: Bases, workspace: Workspace) -> Iterator[Workers]:
-    """study.workers of them; a single one is this process, with workspace."""
+    """Start study.workers workers. A single one is this process, with workspace."""
     threads = torch.get_num_threads()
     if study.workers == 1:
         torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def start_workers(study: StudyConfig, bases: Bases, workspace: Workspace) -> Ite
 
 
 def job_words(job: Job) -> str:
-    """The job in a line for people."""
+    """Return the job as a line to print."""
     return f"{job.unit}{', on test' if job.on_test else ''}"
 
 
@@ -143,8 +143,8 @@ class _Processes:
 
 def _serve(connection: Connection, study: StudyConfig, bases: Bases) -> None:
     """A worker process: jobs come in, plain values go out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # semaphores of libraries are given back
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a clean exit frees libraries' semaphores
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     workspace: Workspace | None = None
@@ -152,7 +152,7 @@ def _serve(connection: Connection, study: StudyConfig, bases: Bases) -> None:
         try:
             job = connection.recv()
         except EOFError:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself; a SystemExit in some __del__ would show
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway; a SystemExit in some __del__ would print
             return
         try:
             workspace = workspace or Workspace(study, bases)
@@ -164,7 +164,7 @@ def _serve(connection: Connection, study: StudyConfig, bases: Bases) -> None:
 
 
 def _end_with_parent() -> None:
-    """Nobody tells the workers of a process that was killed: they would go on to the end of their units."""
+    """End this worker with its parent: if the parent is killed, nobody else stops it before its unit is done."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

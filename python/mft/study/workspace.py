@@ -1,7 +1,8 @@
 """What the units of a study share within one process: base model, data, one fine-tune, and its frozen layers' outputs.
 
-Results must not depend on which units ran before in the same process. A product of matrices may round differently in
-another batch, so remembered outputs are all made in one way before a unit sees them: in order, so many rows at once.
+Results must not depend on which units ran before in the same process. A matrix product may round differently in another
+batch. All remembered outputs are therefore computed in the same way before a unit sees them: in order, and always the
+same number of rows at once.
 """
 
 import dataclasses
@@ -30,22 +31,22 @@ from mft.study.bases import Bases
 from mft.study.config import VARY_DATA, StudyConfig
 from mft.study.teacher import RememberedTeacher
 
-ROWS = 8  # that are evaluated together
-_Begun = tuple[str, tuple[Path, ...], int]  # a domain, what leads from the base model, and the seed of that one
-_EARLIER = 1 << 30  # bytes of the frozen layers' outputs from earlier starts, to which a study's units return
+ROWS = 8  # evaluated together
+_Begun = tuple[str, tuple[Path, ...], int]  # domain, weights that lead from the base model, and the base model's seed
+_EARLIER = 1 << 30  # bytes of remembered outputs that are kept for earlier starts, to which units return
 
 
 class Workspace:
-    """Loads the base model; the rest when it is first asked for.
+    """Holds the base model, and loads the rest when it is first asked for.
 
-    model: where the units that begin() was told of begin, the fine-tune as a rule, frozen; they take clones.
+    model: the frozen model, usually the fine-tune, at which units start after begin(); they take clones.
     """
 
     def __init__(self, study: StudyConfig, bases: Bases) -> None:
         self.study, self._bases = study, bases
         self._loaded: dict[str, Any] = {}  # base models by name
         self.tokenizer: Any = None
-        self._seed = self._varying(study.seeds[0])  # what was begun is of
+        self._seed = self._varying(study.seeds[0])  # the seed that was begun
         self.base: Any = self._base_of(study.seeds[0])
         self.model: Any = self.base
         self._begun: _Begun | None = None
@@ -65,7 +66,7 @@ class Workspace:
                 coded_shapes(self.base)
 
     def splits(self, domain: str) -> Splits:
-        """The splits of a domain; the training rows may be those of the seed that was begun."""
+        """Return the splits of a domain; the training rows may depend on the seed that was begun."""
         return self._drawn_splits(self._splits, domain, self.study.domains[domain])
 
     def general(self, name: str) -> Splits:
@@ -74,41 +75,41 @@ class Workspace:
         return self._general[name]
 
     def questions(self, domain: str) -> Splits:
-        """Those whose training rows answers are sampled to: the domain's own unless others are declared."""
+        """Return the splits whose training rows are asked as questions: the domain's own unless others are declared."""
         if domain not in self.study.questions:
             return self.splits(domain)
         return self._drawn_splits(self._questions, domain, self.study.questions[domain])
 
     def begin(self, domain: str, starts: tuple[Path, ...], seed: int) -> None:
-        """Take the model to which these trained weights lead from the seed's base model, one after the other."""
+        """Set model to the seed's base model with these trained weights, one file after the other."""
         begun = domain, starts, self._varying(seed)
         if self._begun == begun:
             return
         self.base, self._seed = self._base_of(seed), self._varying(seed)
         self.model = self._after(starts)
         self._begun = begun
-        self._memories[self._begun] = self._memories.pop(self._begun, {})  # the latest is the last
+        self._memories[self._begun] = self._memories.pop(self._begun, {})  # the latest comes last
         while len(self._memories) > 1 and self._remembered_bytes() > _EARLIER:
             del self._memories[next(iter(self._memories))]
 
     def teaching_model(self, domain: str, ends: tuple[Path, ...]) -> nn.Module:
-        """The model to which these trained weights lead, for a teacher of what nobody has said yet."""
+        """Return the base model with these trained weights, for a teacher of answers that are not known yet."""
         key = domain, ends, self._seed
         if self._teaching is None or self._teaching[0] != key:
             self._teaching = key, self._after(ends)
         return self._teaching[1]
 
     def teacher(self, domain: str, ends: tuple[Path, ...]) -> RememberedTeacher:
-        """The model to which these trained weights lead, on the training rows."""
+        """Return the base model with these trained weights, as a teacher on the training rows."""
         key = domain, ends, self._seed
         if self._teacher is None or self._teacher[0] != key:
             self._teacher = key, RememberedTeacher(self._after(ends), self.splits(domain).train, batch_size=ROWS)
         return self._teacher[1]
 
     def layers_of(self, arm: Arm, setting: Setting | None = None) -> tuple[list[str], int]:
-        """The linears that the arm's mask, adapters or control train, and how many layers lie below all that they do.
+        """Return the linear layers that an arm trains, and how many of the model's layers lie below all of them.
 
-        Of a derived arm those of the arm that it is of; of a setting that does not say them those of all settings.
+        A derived arm has the layers of its source. If setting does not decide the layers, those of all settings count.
         """
         source, mask = self.study.arms[arm.of] if arm.of is not None else arm, self.study.mask
         settings = _by_config(source.settings(mask))
@@ -123,8 +124,9 @@ class Workspace:
         return list(dict.fromkeys(name for names, _ in found for name in names)), min(first for _, first in found)
 
     def memory(self, split: str, first: int, general: str | None = None) -> PrefixMemory | None:
-        """What the first layers of model make of every row of a split, of a general text's if one is named; None for no
-        layers.
+        """Return the outputs of model's first layers for every row of a split; None if first is 0.
+
+        general: the name of a general text, whose split is taken instead of the domain's.
         """
         if first == 0:
             return None
@@ -136,11 +138,11 @@ class Workspace:
         return memories[key]
 
     def _varying(self, seed: int) -> int:
-        """The seed, or 0 where seeds share base models and training rows."""
+        """Return the seed, or 0 if all seeds share the base model and the training rows."""
         return seed if self.study.vary else 0
 
     def _base_of(self, seed: int) -> Any:
-        """The base model of a seed, frozen; it is loaded once."""
+        """Return the frozen base model of a seed; it is loaded once."""
         config = self._bases.of(seed)
         if config.name not in self._loaded:
             texts = (*self.study.domains.values(), *self.study.general.values(), *self.study.questions.values())
@@ -151,7 +153,7 @@ class Workspace:
         return self._loaded[config.name]
 
     def _drawn_splits(self, held: dict[tuple[str, int], Splits], name: str, data: DataConfig) -> Splits:
-        """The splits of data; if seeds draw the training rows, those of the seed that was begun."""
+        """Return the splits of data; if seeds draw the training rows, those of the seed that was begun."""
         drawn = self._seed if VARY_DATA in self.study.vary else 0
         if (name, drawn) not in held:
             held[name, drawn] = load_splits(dataclasses.replace(data, seed=data.seed + drawn), self.tokenizer)
@@ -161,7 +163,7 @@ class Workspace:
         return sum(memory.nbytes for memories in self._memories.values() for memory in memories.values())
 
     def _after(self, trained: tuple[Path, ...]) -> nn.Module:
-        """The base model with these weights, one file after the other."""
+        """Return the base model with these trained weights, one file after the other."""
         model = self.base
         for path in trained:
             model = with_weights(model, load_file(path))
@@ -171,21 +173,21 @@ class Workspace:
 def with_layers_remembered(
     model: nn.Module, dataset, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
 ) -> dict[str, Any]:
-    """These options of evaluate, such that further passes over dataset run the head alone; model is in eval mode."""
+    """Return options of evaluate with which further passes over dataset run only the head. model is in eval mode."""
     depth = len(decoder_layers(model))
     whole = _remembered(model, dataset, depth, batch_size=batch_size, first=first, memory=memory)
     return {"batch_size": batch_size, "first": depth, "memory": whole}
 
 
 def _by_config(settings: Iterable[Setting]) -> Iterable[Setting]:
-    """The first of those that are on the same layers."""
+    """Return the first setting of each config, since settings with one config are on the same layers."""
     return {setting.config: setting for setting in reversed(list(settings))}.values()
 
 
 def _remembered(
     model: nn.Module, dataset, depth: int, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
 ) -> PrefixMemory:
-    """What the first ``depth`` layers of model make of every row; memory holds it of the first ``first`` already."""
+    """Return the outputs of model's first ``depth`` layers for every row; memory has those of the first ``first``."""
     found, device = PrefixMemory(), next(model.parameters()).device
     few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
     prefix = FrozenPrefix(model, first, memory, split_at_head(model, few)[0])

@@ -1,1 +1,1 @@
-"""The kinds of arms: a class each, with its keys, what it trains, makes and weighs; kinds.py has them all."""
+"""The kinds of arms. Each is a class with its keys, its training, its models and their bytes; kinds.py lists all."""

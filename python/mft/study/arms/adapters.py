@@ -1,6 +1,6 @@
 """Adapters of PEFT: any method with any of its options, and LoRA on the layers where masks would go.
 
-What a method draws and does not train comes from the run's seed, so that a file holds what was trained alone.
+What a method draws but does not train comes from the run's seed, so a file holds only what was trained.
 """
 
 import itertools
@@ -35,11 +35,11 @@ from mft.study.peft_methods import (
     values_to_choose_from,
 )
 
-_SAME = 1e-3  # of the largest logit: what an adapter that is loaded again may move one by
+_SAME = 1e-3  # how far loading an adapter again may move a logit, as a share of the largest logit
 
 
 class Adapters(Arm):
-    """What is trained beside the weights, by a method of PEFT."""
+    """Adapters that are trained next to the frozen weights, by a method of PEFT."""
 
     takes = LEARNING
     needs = frozenset({"lrs"})
@@ -49,14 +49,14 @@ class Adapters(Arm):
     colour = COLOURS["LoRA"]
 
     def options(self, setting: Setting) -> dict[str, Any]:
-        """Those of PEFT's configuration."""
+        """Return the options of PEFT's configuration."""
         raise NotImplementedError
 
     def check_installed(self) -> None:
         import_peft()
 
     def targets(self, model: nn.Module, mask: MaskConfig, setting: Setting) -> list[str]:
-        """As masks choose them; of a method that is on no linear layers its target_modules, or none for PEFT's own."""
+        """Return the layers that a mask would choose; for a method not on linear layers, its target_modules or []."""
         options, mask = self.options(setting), self.mask_config(mask)
         if options["peft_type"] in BESIDE_LINEARS:
             return options.get("target_modules") or []
@@ -72,7 +72,7 @@ class Adapters(Arm):
         return self._adapted(ground).get_base_model()
 
     def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
-        """What was trained, once it is known to give the same model again."""
+        """Return what was trained, after checking that it gives the same model when it is loaded again."""
         weights, device = super().trained_weights(model, ground), next(model.parameters()).device
         again, few = self.model_with(ground, weights), torch.arange(FEW, device=device)[None]
         with torch.no_grad(), evaluating(model):
@@ -96,7 +96,7 @@ class Adapters(Arm):
         return {name: model.get_parameter(name).detach() for name in names}
 
     def in_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
-        """Rounded again, by blocks' new scales."""
+        """Return the weights rounded to codes again, with new scales per block."""
         rounded = rounded_weights(with_weights(start, merged), codes)
         return {name: rounded.get(name, weight) for name, weight in merged.items()}
 
@@ -104,11 +104,11 @@ class Adapters(Arm):
         return NUMBER * self._numbers(ground)
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        """With what the method draws and does not train."""
+        """Return the bytes in memory, including what the method draws but does not train."""
         return resident_bytes(self._adapted(ground), NUMBER)
 
     def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
-        """Of all adapters, or of the weights where these are fewer."""
+        """Return the bytes of all runs' adapters, or of the weights if that is less."""
         adapters = runs * self.stored_bytes(ground, model)
         return min(super().bytes_of_mean(ground, model, runs) or adapters, adapters)
 
@@ -116,14 +116,14 @@ class Adapters(Arm):
         return int(ADAPTER_BYTES * self._numbers(ground))
 
     def _numbers(self, ground: Ground) -> int:
-        """How many are trained."""
+        """Return how many numbers are trained."""
         return sum(p.numel() for p in self.untrained(ground).parameters() if p.requires_grad)
 
     def _adapted(self, ground: Ground) -> Any:
         return self._put_on(ground.start, ground.mask, ground.setting, ground.seed)
 
     def _put_on(self, model: nn.Module, mask: MaskConfig, setting: Setting, seed: int) -> Any:
-        """A clone of model, whose weights it may write to, in a PeftModel."""
+        """Return a PeftModel around a clone of model, whose weights it may write to."""
         options, names = self.options(setting), self.targets(model, mask, setting)
         clone = clone_with_own_weights(model, () if options["peft_type"] in BESIDE_LINEARS else names)
         return add_adapter(clone, names, {k: v for k, v in options.items() if k not in PLACES}, seed)
@@ -152,8 +152,8 @@ class Peft(Adapters):
 
     colour = COLOURS["SHiRA"]
 
-    # An option with a list of values is one to choose from, all with all: r: [4, 16]. One that takes a list, such as
-    # target_modules, is chosen from a list of lists. Layers and modules are those of mask unless they are given.
+    # A list of values, such as r: [4, 16], is to choose from, in all combinations. For an option that itself takes a
+    # list, such as target_modules, give a list of lists. Layers and modules are those of mask unless they are given.
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -166,13 +166,13 @@ class Peft(Adapters):
         check_rule(kind not in BESIDE_LINEARS or layers is None, "config.layers_to_transform", rule, layers)
 
     def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:
-        """Add each combination of config's options, as JSON."""
+        """Return the choices with each combination of config's options, as JSON."""
         axes = values_to_choose_from(self.config)
         combined = (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
         return super().choices(mask) | {"config": [json.dumps(one, sort_keys=True) for one in combined]}
 
     def options(self, setting: Setting) -> dict[str, Any]:
-        assert setting.config is not None  # of an arm with options
+        assert setting.config is not None  # choices() gives one
         return json.loads(setting.config)
 
     def largest_rank(self) -> int:
@@ -180,5 +180,5 @@ class Peft(Adapters):
 
 
 def _layers(given: int | list[int] | str | None) -> int | list[int] | None:
-    """As a MaskConfig has them; None: every layer."""
+    """Return layers as a MaskConfig has them; None: every layer."""
     return (parse_arm_layers(given) if isinstance(given, str) else given) or (0 if given == 0 else None)

@@ -1,7 +1,7 @@
-"""What another arm trained in few bits a number, entropy-coded (study/number_codes.py); decoded, it is evaluated.
+"""What another arm trained, in few bits per number and entropy-coded (study/number_codes.py), evaluated once decoded.
 
-What is coded is the difference from where the training began: of weights from the start, of adapters from what the
-method drew from the seed, which is drawn again.
+What is coded is the difference from where the training began. For weights that is the start. For adapters it is what
+the method drew from the seed, which is drawn again.
 """
 
 import json
@@ -22,12 +22,12 @@ from mft.study.arms.weights import Weights
 from mft.study.number_codes import FORMATS, decode, encode
 from mft.study.peft_methods import MethodFailsError
 
-_STREAM = "stream"  # of its file
+_STREAM = "stream"  # the key in its file
 
 
 @dataclass
 class Coded(Arm):
-    """What the arm `of` trained, in one of `formats` and entropy-coded; with `shares` its largest numbers alone."""
+    """What the arm `of` trained, in one of `formats` and entropy-coded; with `shares`, only its largest numbers."""
 
     # to choose from: bf16, int8 (in blocks of 64), nf4, int4
     formats: Annotated[list[str], one_of(tuple(FORMATS))] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Coded(Arm):
     needs = frozenset({"of"})
     near = True
     colour = COLOURS["coded"]
-    joined = False  # they are of different arms
+    joined = False  # its sources are different arms
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class Coded(Arm):
         return len(self._stream(ground))
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        """As its source's: it is decoded before it is run."""
+        """Return its source's: it is decoded before it runs."""
         (source,) = ground.sources
         return source.resident_bytes(ground, model)
 
@@ -84,5 +84,5 @@ class Coded(Arm):
 
 
 def _format(ground: Ground) -> str:
-    assert ground.setting.config is not None  # choices says one
+    assert ground.setting.config is not None  # choices() gives one
     return json.loads(ground.setting.config)["format"]

@@ -1,17 +1,17 @@
-"""What is left of a trained arm's difference from its start when few bits are kept of it.
+"""Compressed arms: keep only few bits of a trained arm's difference from its start.
 
-delta = trained - start, one matrix at a time; of experts in one parameter (E, N, K) each expert's is a matrix.
+delta = trained - start, one matrix at a time. If one parameter (E, N, K) holds all experts, each expert is a matrix.
 
-    bitdelta      scale * sign(delta), scale the mean of |delta| (arXiv 2402.10193)
-    ternary       of the share of largest |delta| scale * sign(delta), scale their mean |delta|; 0 elsewhere
-    sparse_delta  the share of largest |delta| as it is; 0 elsewhere
+    bitdelta      scale * sign(delta), scale = mean |delta| (arXiv 2402.10193)
+    ternary       scale * sign(delta) for the share of largest |delta|, scale = their mean |delta|; 0 elsewhere
+    sparse_delta  delta for the share of largest |delta|; 0 elsewhere
 
-Scales and kept numbers have the 16 bits that are counted for them (see size.py): bfloat16, rounded before they are
-evaluated. A parameter of one dimension, such as a norm's, keeps all its numbers, so rounded. BitDelta has no sign for
-0, which a third of a bfloat16 control's deltas are: + and - take turns there, so that sums are not shifted.
+Scales and kept numbers are rounded to bfloat16 before they are evaluated, the 16 bits that are counted for them (see
+size.py). A parameter of one dimension, such as a norm's, keeps all its numbers, rounded likewise. BitDelta has no sign
+for 0, but a third of a bfloat16 control's deltas are 0. There + and - alternate, so that sums are not shifted.
 
-BitDelta's second step trains the scales, each as a factor that is 1 at first: here to the loss of the training data,
-where the paper distils the trained model's logits.
+BitDelta's second step trains the scales, each through a factor that starts at 1. We minimise the loss on the training
+data; the paper distils the trained model's logits.
 """
 
 import math
@@ -40,9 +40,11 @@ class _Compressed(Arm):
 
     @classmethod
     def of_delta(cls, delta: Tensor, share: float | None = None, factor: Tensor | None = None) -> Tensor:
-        """What is left of delta (N, K), (E, N, K) or (N,), fp32.
+        """Return what is kept of delta (N, K), (E, N, K) or (N,), fp32.
 
-        Args: share: of weights, for the kinds that choose some. factor: of bitdelta's scales, (1, 1) or (E, 1, 1).
+        Args:
+            share: How much of the weights is kept, for the kinds that choose some.
+            factor: Multiplies bitdelta's scales, (1, 1) or (E, 1, 1).
         """
         if delta.dim() < 2:
             return _rounded(delta)
@@ -50,19 +52,19 @@ class _Compressed(Arm):
 
     @classmethod
     def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
-        """The same of a matrix in each row."""
+        """Return what is kept of each row of matrices, which is one flattened matrix."""
         raise NotImplementedError
 
     @classmethod
     def bytes_of_matrices(cls, weight: Tensor, start: Tensor, matrices: int) -> int:
-        """Of what takes start to weight."""
+        """Return the bytes of the change from start to weight."""
         raise NotImplementedError
 
     def model(self, ground: Ground, path: Path) -> nn.Module:
         return self.with_factors(ground, {})
 
     def with_factors(self, ground: Ground, factors: Mapping[str, Tensor]) -> nn.Module:
-        """start + what is left of trained - start, in fp32."""
+        """Return the model with start + what is kept of trained - start, in fp32."""
         (source,), weights = ground.sources, dict[str, Tensor]()
         for name, (start, end) in _starts_and_ends(ground).items():
             left = self.of_delta(end.float() - start.float(), ground.setting.share, factors.get(name))
@@ -76,7 +78,7 @@ class _Compressed(Arm):
         return sum(self._bytes(weight, start) for weight, start in weights)
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        """As its source's: here no kernel multiplies by what is stored."""
+        """Return its source's: here no kernel multiplies by what is stored."""
         (source,) = ground.sources
         return source.resident_bytes(ground, model)
 
@@ -87,7 +89,7 @@ class _Compressed(Arm):
 
 
 class BitDelta(_Compressed):
-    """Start + scale * sign(trained - start), a scale a matrix; with lrs the scales are trained then."""
+    """Start + scale * sign(trained - start), with one scale per matrix; with lrs, the scales are trained afterwards."""
 
     takes = _Compressed.takes | TRAINING
     fades = True
@@ -114,7 +116,7 @@ class BitDelta(_Compressed):
         return self.with_factors(ground, factors_of(weights))
 
     def untrained(self, ground: Ground) -> nn.Module:
-        """A model whose scales can be trained, and nothing else."""
+        """Return a model in which only the scales can be trained."""
         pairs = _starts_and_ends(ground).items()
         steps = {name: self.of_delta(end.float() - start.float()) for name, (start, end) in pairs}
         return learn_factors(compute_in_fp32(clone_with_own_weights(ground.start), steps), steps)
@@ -126,7 +128,7 @@ class _OfShare(_Compressed):
 
 
 class Ternary(_OfShare):
-    """Start + scale * sign(trained - start) of a share of the weights, 0 of the others."""
+    """Start + scale * sign(trained - start) for a share of the weights; the others stay at the start."""
 
     colour = COLOURS["ternary"]
 
@@ -143,7 +145,7 @@ class Ternary(_OfShare):
 
 
 class SparseDelta(_OfShare):
-    """Start + trained - start of a share of the weights, 0 of the others."""
+    """The trained value for a share of the weights; the others stay at the start."""
 
     colour = COLOURS["sparse delta"]
 
@@ -158,14 +160,14 @@ class SparseDelta(_OfShare):
 
 
 def _starts_and_ends(ground: Ground) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the source trained, before and after, on the CPU."""
+    """Return what the source trained, before and after training, on the CPU."""
     (source,) = ground.sources
     trained = source.weights(ground)
     return {name: (ground.start.get_parameter(name).detach().cpu(), end) for name, end in trained.items()}
 
 
 def _largest(sizes: Tensor, share: float | None) -> Tensor:
-    """True at the share of largest entries of each row, one at the least."""
+    """Return a mask of the share of largest entries in each row; at least one."""
     assert share is not None
     count = max(1, round(share * sizes.shape[-1]))
     return torch.zeros_like(sizes, dtype=torch.bool).scatter_(-1, sizes.topk(count, sorted=False).indices, True)

@@ -1,4 +1,4 @@
-"""Weights of fp32 in a model of another type, each its start + a step, whose factor alone can be trained."""
+"""Give a model of another dtype fp32 weights, and let each be start + factor * step with only the factor trained."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from mft.study.arms.weights import Weights
 
 
 def compute_in_fp32(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """Let the modules of these weights have fp32 ones of their own, in place; what goes in and comes out is as before.
+    """Give the modules of these weights their own fp32 weights, in place. Inputs and outputs keep their dtype.
 
-    Steps of bfloat16 are as wide as a delta, which would vanish in a sum of that type; kept beside its start it does
-    not.
+    A delta is about as small as the spacing of bfloat16 numbers. It would vanish in a bfloat16 sum with its start, but
+    not in an fp32 one.
     """
     for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module = model.get_submodule(path)
@@ -34,7 +34,7 @@ def compute_in_fp32(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def learn_factors(model: nn.Module, steps: Weights) -> nn.Module:
-    """Let each weight, of fp32, be its own + factor * step, in place: factors alone can be trained, one a matrix."""
+    """Make each fp32 weight its start + factor * step, in place. Only the factors can be trained, one per matrix."""
     model.requires_grad_(False)
     for name, step in steps.items():
         path, _, part = name.rpartition(".")
@@ -46,13 +46,13 @@ def learn_factors(model: nn.Module, steps: Weights) -> nn.Module:
 
 
 def factors_of(trained: Weights) -> Weights:
-    """By the weight's name, of the parameters that learn_factors leaves to be trained."""
+    """Return the factors by their weights' names, from the parameters that learn_factors leaves to be trained."""
     return {name.replace(".parametrizations.", ".").removesuffix(".original"): f for name, f in trained.items()}
 
 
 @dataclass(frozen=True)
 class _Cast:
-    """Hooks of a module that give it, or what follows it, floating-point tensors of a dtype."""
+    """Hooks that cast floating-point tensors to dtype, before a module or after it."""
 
     dtype: torch.dtype
 
@@ -67,7 +67,7 @@ class _Cast:
 
 
 class _Step(nn.Module):
-    """From a factor to a weight, in fp32; unsafe to PyTorch, since the two differ in shape."""
+    """Compute a weight from its factor, in fp32. For PyTorch it is "unsafe", because the two differ in shape."""
 
     def __init__(self, start: Tensor, step: Tensor) -> None:
         super().__init__()

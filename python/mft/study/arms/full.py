@@ -1,4 +1,4 @@
-"""Arms of the weights themselves: the base model, the full fine-tune where most others begin, weights trained on."""
+"""Arms of the weights themselves: the base model, the full fine-tune where most others start, continued training."""
 
 import copy
 from pathlib import Path
@@ -15,7 +15,7 @@ from mft.study.arms.weights import Weights
 
 
 class Base(Arm):
-    """Before the full fine-tune."""
+    """The model before the full fine-tune."""
 
     follows = False
     colour = COLOURS["base"]
@@ -56,7 +56,7 @@ class _AllWeights(Arm):
 
 
 class Full(_AllWeights):
-    """The full fine-tune, annealed; without lrs, the model as it comes, for one that needs no fine-tune."""
+    """The full fine-tune, annealed. Without lrs it is the model as loaded, for a model that needs no fine-tune."""
 
     follows = False
 
@@ -68,14 +68,14 @@ class Full(_AllWeights):
         return {}
 
     def model(self, ground: Ground, path: Path) -> nn.Module:
-        return ground.start  # on test its own file leads there
+        return ground.start  # on test, ground.start includes its own file
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return super().stored_bytes(ground, model) if self.lrs else 0
 
 
 class Continued(_AllWeights):
-    """All weights trained on."""
+    """All weights, trained further."""
 
     takes = LEARNING
     needs = frozenset({"lrs"})
@@ -87,7 +87,7 @@ class Continued(_AllWeights):
 
 
 class Control(Arm):
-    """The masked layers' weights trained on."""
+    """The masked layers' weights, trained further."""
 
     takes = LEARNING | ON_LAYERS
     needs = frozenset({"lrs"})

@@ -1,8 +1,8 @@
-"""What another arm trained over codes, put into the codes: no bytes beside them in memory, and no kernel of its own.
+"""Put what another arm trained over codes into the codes: it then needs no further memory and no kernel of its own.
 
-Adapters are merged into the weights, and the weights are rounded to codes again, with new scales. A mask sets the codes
-of what it drops to the code that stands for 0, which nf4 and int8 have; every other code and every scale stays, so the
-model is the mask's own, to the bit.
+Adapters are merged into the weights, which are rounded to codes again, with new scales. A mask sets the codes of
+dropped weights to the code that stands for 0, which nf4 and int8 have. All other codes and scales stay, so the model
+equals the masked one bit by bit.
 """
 
 from torch import nn
@@ -15,13 +15,13 @@ from mft.study.arms.weights import Weights
 
 
 class InCodes(Arm):
-    """The end of the arm `of`, which began over codes, in codes of the same kind."""
+    """The end of the arm `of`, which started over codes, in codes of the same kind."""
 
     takes = frozenset({"of"})
     needs = frozenset({"of"})
     near = True
     colour = COLOURS["in codes"]
-    joined = False  # they are of different arms
+    joined = False  # its sources are different arms
     needs_codes = True
 
     def may_be_of(self, source: type[Arm]) -> bool:
@@ -36,10 +36,10 @@ class InCodes(Arm):
         return source.arm.in_codes(ground.start, source.weights(ground), str(ground.codes))
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
-        """As its source's: whoever has the start makes the codes again."""
+        """Return its source's: the codes can be made again from it and the start."""
         (source,) = ground.sources
         return source.stored_bytes(ground, model)
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        """None: the codes are as large as the start's."""
+        """Return 0: the codes are as large as the start's and replace them."""
         return 0

@@ -38,7 +38,7 @@ KINDS: dict[str, type[Arm]] = {
 
 
 def class_of(values: Mapping[str, Any]) -> type[Arm]:
-    """The class of an arm by the values of its keys; Arm, which says what is wrong, without a kind.
+    """Return the class of an arm from the values of its keys; Arm, whose checks say what is wrong, if kind is missing.
 
     Raises: ValueError for an unknown kind.
     """
@@ -50,10 +50,10 @@ def class_of(values: Mapping[str, Any]) -> type[Arm]:
 
 
 def name_of(kind: type[Arm]) -> str:
-    """What a study's file calls a kind of one name."""
+    """Return the name of a kind in a study's file; for kinds with a single name."""
     return next(name for name, cls in KINDS.items() if cls is kind)
 
 
 def make_arm(kind: str, **keys: Any) -> Arm:
-    """An arm of this kind. Raises: ValueError that names the key."""
+    """Return an arm of this kind. Raises: ValueError that names the key."""
     return class_of({"kind": kind})(kind, **keys)

@@ -1,4 +1,4 @@
-"""Masks: MFT, whose scores are trained, and those that are found in one shot."""
+"""Masks: MFT, whose scores are trained, and masks that are found in one shot."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,16 +37,16 @@ class _AnyMask(Arm):
         return _export_bytes(_kept(ground, model))
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        """One bit per weight: masks stay packed while a model runs."""
+        """Return one bit per weight, in bytes: masks stay packed while a model runs."""
         return math.ceil(ground.numbers() / 8)
 
 
 @dataclass
 class Mask(_AnyMask):
-    """Scores trained."""
+    """A mask whose scores are trained."""
 
-    budget: Annotated[float | None, BUDGET] = None  # in place of keep_ratios: as mask.budget of a run
-    budget_ramp: Annotated[float | None, SHARE] = None  # null: as mask.budget_ramp of a run
+    budget: Annotated[float | None, BUDGET] = None  # replaces keep_ratios: as a run's mask.budget
+    budget_ramp: Annotated[float | None, SHARE] = None  # null: the study's mask.budget_ramp
 
     takes = _AnyMask.takes | LEARNING | {"init", "mode", "threshold", "sharpness", "deletion_penalty"}
     needs = frozenset({"lrs"})
@@ -79,7 +79,7 @@ class Mask(_AnyMask):
     def untrained(self, ground: Ground) -> nn.Module:
         model = self._masked(ground).requires_grad_(False)
         for module in masked_modules(model).values():
-            if module.scores.is_floating_point():  # of others the training says why not
+            if module.scores.is_floating_point():  # for other dtypes, training raises with the reason
                 module.scores.requires_grad_(True)
         return model
 
@@ -96,7 +96,7 @@ class Mask(_AnyMask):
         return train_masks(model, rows, train, **options)
 
     def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
-        """The weights that the masks leave."""
+        """Return the weights with the masks applied."""
         weights = {}
         for name, module in masked_modules(model).items():
             kept = module.merged_weight()
@@ -105,11 +105,11 @@ class Mask(_AnyMask):
         return weights
 
     def in_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
-        """As they are: each weight is the start's or 0, and all codes have a 0."""
+        """Return merged unchanged: each weight is the start's or 0, and all codes have a 0."""
         return merged
 
     def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
-        """How many runs keep a weight, or the weights where these are fewer bytes."""
+        """Return the bytes of how many runs keep each weight, or of the weights themselves if that is less."""
         return min(super().bytes_of_mean(ground, model, runs), _export_bytes(_kept_by_runs(ground, model, runs)))
 
     def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
@@ -127,7 +127,7 @@ class OneShot(_AnyMask):
 
 
 def _export_bytes(masks: Iterable[tuple[Tensor, Tensor]]) -> int:
-    """Bytes of an export of masks, each with its weight, in the coding that makes it smallest."""
+    """Return the bytes of an export of these masks, each with its weight, in the smaller of two codings."""
     alone = by_weight = 0
     for mask, weight in masks:
         alone += coded_size(mask)
@@ -136,7 +136,7 @@ def _export_bytes(masks: Iterable[tuple[Tensor, Tensor]]) -> int:
 
 
 def _kept(ground: Ground, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """True where a weight stays, and the weight, by layer."""
+    """Yield for each layer a mask, True where a weight is kept, and the weight."""
     masked = masked_modules(model)
     for name in ground.layers:
         if name in masked:
@@ -147,8 +147,8 @@ def _kept(ground: Ground, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _kept_by_runs(ground: Ground, model: nn.Module, runs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of a mean of masks: True where one run at least keeps a weight, where two do, and so on; and the weight."""
+    """Yield for a mean of masks: where at least 1, 2, ... runs keep a weight, each with the weight, layer by layer."""
     for name in ground.layers:
         weight, start = (each.get_parameter(weight_name(each, name)).detach() for each in (model, ground.start))
-        kept = (weight / start * runs).nan_to_num(runs).round()  # a weight that is 0 does not tell
+        kept = (weight / start * runs).nan_to_num(runs).round()  # a weight that is 0 tells nothing: count it as kept
         yield from ((kept >= count, start) for count in range(1, runs + 1))

@@ -1,4 +1,4 @@
-"""Arms between models: the mean of several runs, and what lies between a run and its start."""
+"""Arms between models: the mean of several runs, and points between a run and its start."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mft.study.arms.weights import with_weights
 
 
 class Between(Arm):
-    """Its weights lie between those of models; reports hold it against the same that is made of the control."""
+    """Weights that lie between those of models. Reports compare it with the same kind of arm made from the control."""
 
     takes = frozenset({"of"})
     needs = frozenset({"of"})
@@ -52,7 +52,7 @@ class Average(Between):
 
 
 class Interpolated(Between):
-    """Start + alpha * (trained - start), trained being what the arm `of` made of its start."""
+    """Start + alpha * (trained - start), where trained are the weights of the arm `of`."""
 
     takes = Between.takes | {"alphas"}
     needs = Between.needs | {"alphas"}
@@ -64,7 +64,7 @@ class Interpolated(Between):
         return f"no arm lies between {control} and its start"
 
     def model(self, ground: Ground, path: Path) -> nn.Module:
-        """In fp64, rounded once."""
+        """Return the model; its weights are computed in fp64 and rounded once."""
         (source,), alpha = ground.sources, ground.setting.alpha
         assert alpha is not None
         weights = {}
@@ -74,7 +74,7 @@ class Interpolated(Between):
         return with_weights(ground.start, weights).eval()
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
-        """Alpha, beside what it is of."""
+        """Return the bytes of alpha and of the run that it is made of."""
         (source,) = ground.sources
         return NUMBER + source.stored_bytes(ground, model)
 

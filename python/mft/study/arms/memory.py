@@ -1,6 +1,7 @@
 """What must be in memory while an arm trains, in bytes: its start's weights, and what is trained with its optimiser.
 
-Activations come on top, which are alike in arms of the same layers (mft estimate counts them), and a teacher's weights.
+Not counted are activations, which are alike in arms on the same layers (mft estimate counts them), and a teacher's
+weights.
 """
 
 import math
@@ -12,27 +13,27 @@ from mft.config import MaskConfig, TrainConfig
 from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS, unless_auto
 from mft.study.arms.size import adapter_sides
 
-ADAPTER_BYTES = 4 + 4 + 8.0  # a number of an adapter, its gradient, two moments: all fp32
-_FP32_BYTES = 4 + 8.0  # beside a weight of fp32: its gradient and two moments
-_NARROW_BYTES = 4 + 4 + 8.0  # beside one of 16 bits: an fp32 master too (engines/master_weights.py)
+ADAPTER_BYTES = 4 + 4 + 8.0  # per number of an adapter: itself, its gradient and two moments, all fp32
+_FP32_BYTES = 4 + 8.0  # besides an fp32 weight: its gradient and two moments
+_NARROW_BYTES = 4 + 4 + 8.0  # besides a 16-bit weight: an fp32 master too (engines/master_weights.py)
 
 
 def trained_weight_bytes(base: nn.Module, numbers: int) -> int:
-    """Beside so many weights of the base model that are trained."""
+    """Return the bytes that training needs besides these weights of the base model. numbers: how many weights."""
     return int(numbers * (_FP32_BYTES if next(base.parameters()).itemsize == 4 else _NARROW_BYTES))
 
 
 def score_bytes(mask: MaskConfig, train: TrainConfig) -> float:
-    """A score, its gradient and its two moments."""
+    """Return the bytes per score: the score, its gradient and its two moments."""
     return 2 * SCORE_FORMATS[unless_auto(mask.scores_dtype)].bytes + MOMENT_FORMATS[unless_auto(train.moments)].bytes
 
 
 def equal_memory_rank(shapes: Iterable[tuple[int, ...]], score: float = ADAPTER_BYTES) -> int:
-    """The largest rank whose adapters take no more memory in training than the weights' scores; 1 at the least.
+    """Return the largest rank whose adapters need no more memory in training than the weights' scores; at least 1.
 
-    rank * sum(N + K) * 16 <= sum(N * K) * score: that of a square weight is half of its side, with fp32 scores.
+    rank * sum(N + K) * 16 <= sum(N * K) * score. For a square weight with fp32 scores the rank is half of its side.
 
-    Args: shapes: (N, K) of each weight, or (E, N, K). score: bytes a score, see score_bytes.
+    Args: shapes: (N, K) of each weight, or (E, N, K). score: bytes per score, see score_bytes.
     """
     shapes = list(shapes)
     scores = score * sum(map(math.prod, shapes))

@@ -1,4 +1,4 @@
-"""The start in codes, rounded once: where arms begin that train over codes."""
+"""The start rounded once to codes; arms that train over codes start there."""
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from mft.study.arms.weights import Weights
 
 
 class Quantized(Arm):
-    """Its start, the decoder layers' linears rounded to what codes of `quantization` hold; whatever begins at it trains
+    """Its start with the linear layers of the decoder rounded to codes of `quantization`. Arms that start at it train
     over codes."""
 
     takes = frozenset({"quantization", "start"})

@@ -1,4 +1,4 @@
-"""One configuration of an arm, of those that validation chooses from."""
+"""One of the configurations of an arm that validation chooses from."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Setting:
-    """None where the arm has no such choice."""
+    """A value for each choice; None if the arm has no such choice."""
 
     lr: float | None = None
     epochs: float | None = None
@@ -16,7 +16,7 @@ class Setting:
     alpha: float | None = None
     rank: int | None = None
     share: float | None = None
-    config: str | None = None  # of a method of PEFT all options, of what is coded its format, as JSON
+    config: str | None = None  # as JSON: all options of a PEFT method, or the format of a coded arm
 
     def __str__(self) -> str:
         parts = (
@@ -32,7 +32,7 @@ class Setting:
 
 
 def _word(value: Any) -> str:
-    """Without commas, which stand between values."""
+    """Return a value as text without commas, because commas separate the values of a setting."""
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

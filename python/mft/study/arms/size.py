@@ -1,9 +1,14 @@
-"""What an arm must store beside the model that it began at, in bytes.
+"""What an arm must store besides the model that it started from, in bytes.
 
-Numbers count 16 bits each, whatever they were trained in; a mask, and which weights of a matrix a compressed arm
-changes, what its entropy-coded export holds. Arms of fp32 are evaluated as they are: in the study of moe.yaml, on 64
-rows of validation, rounding to bfloat16 moved the loss of a control by 0.00006 nats a token (its weights) or 0.00002
-(their differences from the start, which take as many bytes), and that of LoRA of rank 8 by 0.000006.
+A number counts 16 bits, whatever dtype it was trained in. A mask counts the bytes of its entropy-coded export, and so
+do the positions of the weights that a compressed arm changes.
+
+Arms in fp32 are evaluated without rounding. In the study of moe.yaml, on 64 rows of validation, rounding to bfloat16
+moved the loss by:
+
+    a control, its weights                                   0.00006 nats per token
+    a control, differences from the start (as many bytes)    0.00002
+    LoRA of rank 8                                           0.000006
 """
 
 import math
@@ -19,19 +24,21 @@ NUMBER = 2
 
 
 def model_numbers(model: nn.Module) -> int:
-    """Of all its parameters."""
+    """Return how many numbers all parameters of the model have."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def adapter_sides(shapes: Iterable[tuple[int, ...]]) -> int:
-    """What adapters of rank 1 hold on weights of these shapes; of experts in one parameter each has one."""
+    """Return how many numbers adapters of rank 1 have on weights of these shapes; each expert has its own adapter."""
     return sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
 
 
 def weights_bytes(base: nn.Module, quantization: str | None, number: float | None = None) -> int:
-    """Of the whole model, its decoder layers' linears in codes of this kind (None: none); else so many bytes a number.
+    """Return the bytes of the whole model, with the linear layers of its decoder in codes of the kind quantization.
 
-    number: None: as many as each has.
+    Args:
+        quantization: None: no layer is in codes.
+        number: Bytes per number outside the codes; None: as many as its dtype has.
     """
     coded = coded_shapes(base) if quantization is not None else {}
     empty = [QuantizedWeight.empty(shape, torch.float32, str(quantization), "meta") for shape in coded.values()]

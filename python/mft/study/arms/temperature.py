@@ -1,4 +1,4 @@
-"""The fine-tune, with one number that validation chooses."""
+"""The arm whose only change to the fine-tune is one number that validation chooses."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Weights by their names in the model: onto a clone, and to disk."""
+"""Weights by their names in the model: put them on a clone, and save them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ Weights = dict[str, Tensor]
 
 
 def with_weights(model: nn.Module, weights: Weights) -> nn.Module:
-    """A clone of model with these parameters, which it owns; the others are shared."""
+    """Return a clone of model that owns these parameters; it shares the others."""
     clone = clone_with_own_weights(model, {name.rpartition(".")[0] for name in weights})
     with torch.no_grad():
         for name, weight in weights.items():

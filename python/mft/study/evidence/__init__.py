@@ -1,1 +1,1 @@
-"""What a claim of a study rests on: sums per document, and what they can show."""
+"""What a study's claims rest on: sums per document, what they can show, and where they were computed."""

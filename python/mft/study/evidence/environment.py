@@ -12,7 +12,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """For a report. commit is None outside of a git checkout, and ends in + where files differ from it."""
+    """Return what a report says about its origin. commit: None outside a git checkout; + means changed files."""
     return {
         "command": " ".join(["mft", *sys.argv[1:]]),
         "commit": _commit(),

@@ -1,4 +1,4 @@
-"""Where a result was made: host, processor, its instruction sets, versions."""
+"""Where a result was computed: host, processor, its instruction sets, versions."""
 
 import functools
 import platform
@@ -15,8 +15,12 @@ from mft_kernels.backends.processor import this_processor
 
 @dataclass(frozen=True)
 class Host:
-    """processor: the GPU's name, or the processor's. instructions: the best set that kernels here are written in, and
-    what torch's own use; of a GPU its capability. versions: of what may change a result, by name."""
+    """Where a result was computed.
+
+    processor: the GPU's name if there is one, else the CPU's. instructions: the best instruction set that our kernels
+    use, and the one that torch's kernels use; for a GPU its compute capability. versions: of each package that may
+    change a result, by name.
+    """
 
     host: str
     processor: str
@@ -25,17 +29,17 @@ class Host:
 
     @property
     def kind(self) -> str:
-        """What results may depend on by rounding."""
+        """The kind of processor, which results may depend on through rounding."""
         return f"{self.processor} ({self.instructions})"
 
 
 @functools.cache
 def this_host() -> Host:
-    """Of this process."""
+    """Return the host of this process."""
     versions = {
         "mft_kernels": __version__,
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "torch": torch.__version__,  # its metadata lack the build, such as +cpu
+        "torch": torch.__version__,  # package metadata lack the build, such as +cpu
         "transformers": version("transformers"),
     }
     if torch.cuda.is_available():

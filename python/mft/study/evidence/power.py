@@ -1,12 +1,12 @@
 """The smallest difference that a study can show, from its seeds and test documents, before anything runs.
 
 A mean difference over S seeds and D documents has the squared standard errors V_S = sd_S^2 / S over seeds and
-V_D = sd_D^2 / D over documents. At level alpha = 0.05 it is found with the chance 0.8 if it is at least
+V_D = sd_D^2 / D over documents. At level alpha = 0.05 it is found with probability 0.8 if it is at least
 
     (t_v(1 - alpha / 2) + t_v(0.8)) sqrt(V_S + V_D),    v = (V_S + V_D)^2 / (V_S^2 / (S - 1) + V_D^2 / (D - 1))
 
-with quantiles t_v of Student's t, v by Satterthwaite. statistics.py has the same v, so 3 seeds cost here what they cost
-there: with infinitely many the two quantiles add up to 2.8.
+where t_v are quantiles of Student's t, with v by Satterthwaite. statistics.py uses the same v, so few seeds widen this
+difference as they widen intervals there. With infinitely many seeds the two quantiles add up to 2.8.
 """
 
 import itertools
@@ -22,27 +22,30 @@ from mft.study.config import CROSS_ENTROPY, StudyConfig
 from mft.study.evidence.sums import FILE, Sums, read_sums
 
 ALPHA, POWER = 0.05, 0.8
-_DRAWS = 200_000  # of Student's t: its quantiles to about 1 %
+_DRAWS = 200_000  # of Student's t, which give its quantiles to about 1 %
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How much a difference of two arms varies: standard deviations in nats per token, and of what they are."""
+    """How much a difference of two arms varies: standard deviations in nats per token, and where they come from."""
 
     seeds: float
     documents: float
     source: str
 
 
-# Of the stored studies, differences of tuned arms on test. Where two are known the larger stands here.
+# From the stored studies: differences of tuned arms on test. If two values are known, this is the larger.
 SMALL_HEADERS = Spread(0.0038, 0.018, "a model of 1 M parameters on C++ headers")
 SMOLLM2_CODE = Spread(0.002, 0.031, "SmolLM2-135M on library source")
 UNKNOWN = Spread(0.0038, 0.031, "the larger of the stored studies: no earlier result has this model and text")
 
 
 def smallest_difference(spread: Spread, seeds: int, documents: int) -> float:
-    """What POWER of all studies of so many seeds and documents show, in nats per token; infinite for one of either."""
+    """Return the difference that a share POWER of studies with these counts show, in nats per token.
+
+    It is infinite for fewer than two seeds or two documents.
+    """
     if seeds < 2 or documents < 2:
         return math.inf
     over_seeds, over_documents = spread.seeds**2 / seeds, spread.documents**2 / documents
@@ -52,7 +55,10 @@ def smallest_difference(spread: Spread, seeds: int, documents: int) -> float:
 
 
 def power_lines(study: StudyConfig, documents: dict[str, int], directory: Path) -> list[str]:
-    """A line a domain, before the study begins. documents: of test, by domain; directory: the study's."""
+    """Return a line per domain, to print before the study begins.
+
+    documents: the number of test documents by domain. directory: the study's.
+    """
     if study.objective != CROSS_ENTROPY:  # nothing is known of how wrong answers vary
         return []
     earlier, seeds, lines = directory / FILE, len(study.all_seeds), []
@@ -75,7 +81,7 @@ def power_lines(study: StudyConfig, documents: dict[str, int], directory: Path) 
 
 
 def spread_in(sums: Sums, domain: str, arms: Iterable[str]) -> Spread | None:
-    """The median over all pairs of these arms, on test; None without a pair of two seeds and two documents."""
+    """Return the median spread over all pairs of these arms on test; None if no pair has 2 seeds and 2 documents."""
     spreads = [(math.sqrt(a), math.sqrt(b)) for a, b in _variances(sums, domain, list(arms))]
     if not spreads:
         return None
@@ -84,10 +90,12 @@ def spread_in(sums: Sums, domain: str, arms: Iterable[str]) -> Spread | None:
 
 
 def squared_errors(from_mean: Floats, residuals: Floats, counts: Floats) -> tuple[Floats, Floats]:
-    """(V_S, V_D), each (C,), of C mean differences.
+    """Return (V_S, V_D), each of shape (C,), for C mean differences.
 
-    Args: from_mean (C, S): the mean with each seed, less that over all. residuals (C, D): the sum over a document less
-        what the mean makes of its count, mean over seeds. counts (C, D): tokens.
+    Args:
+        from_mean: Shape (C, S), the mean with each seed minus the mean over all seeds.
+        residuals: Shape (C, D), a document's sum minus the mean times its count, averaged over seeds.
+        counts: Shape (C, D), tokens.
     """
     seeds, documents = from_mean.shape[-1], residuals.shape[-1]
     over_seeds = (from_mean**2).sum(-1) / (seeds * max(1, seeds - 1))
@@ -96,7 +104,7 @@ def squared_errors(from_mean: Floats, residuals: Floats, counts: Floats) -> tupl
 
 
 def degrees_of_freedom(over_seeds: Floats, over_documents: Floats, seeds: int, documents: int) -> Floats:
-    """v of the formula above, of V_S and V_D of one shape."""
+    """Return v of the formula above, for V_S and V_D of the same shape."""
     total = over_seeds + over_documents
     share = np.divide(over_seeds, total, out=np.zeros_like(total), where=total > 0)
     return 1 / (share**2 / max(1, seeds - 1) + (1 - share) ** 2 / (documents - 1))
@@ -106,7 +114,7 @@ def degrees_of_freedom(over_seeds: Floats, over_documents: Floats, seeds: int, d
 
 
 def _known(study: StudyConfig, domain: str) -> Spread:
-    """The spread in the stored studies on the same kind of model and text."""
+    """Return the spread in the stored studies for the same kind of model and text."""
     sources = study.domains[domain].every_source
     if study.scratch is not None and sources == ["headers"]:
         return SMALL_HEADERS
@@ -116,7 +124,7 @@ def _known(study: StudyConfig, domain: str) -> Spread:
 
 
 def _variances(sums: Sums, domain: str, arms: list[str]) -> Iterator[tuple[float, float]]:
-    """Over seeds and over documents, of each pair of arms."""
+    """Yield the variances over seeds and over documents for each pair of arms."""
     measured = set(sums.arms(domain))
     for one, other in itertools.combinations([arm for arm in arms if arm in measured], 2):
         a, b = sums.runs(domain, one), sums.runs(domain, other)

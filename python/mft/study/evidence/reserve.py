@@ -1,8 +1,8 @@
-"""The ledger of the reserve: which studies have opened it, counted across all of them.
+"""The ledger of the reserve: all openings of the reserve, by all studies.
 
-In a checkout it is benchmarks/reserve.json, to be committed with the results; else reserve.json in the cache. It has an
-entry per opening: the study (the name of its output_dir), what it opened, a digest of the models that saw it, date and
-commit.
+In a checkout it is benchmarks/reserve.json, to be committed with the results; otherwise reserve.json in the cache. It
+has one entry per opening: the study (the name of its output_dir), what was opened, a digest of the models that saw it,
+date and commit.
 """
 
 import datetime
@@ -24,17 +24,19 @@ _ROOT = Path(__file__).parents[4]  # of a checkout
 
 
 def opened_by(study: StudyConfig) -> list[str]:
-    """The domains and general texts whose test a study has declared to be the reserve."""
+    """Return the domains and general texts whose test split a study has declared to be the reserve."""
     texts = [*study.domains.items(), *study.general.items()]
     return list(dict.fromkeys(name for name, data in texts if data.subset == RESERVE))
 
 
 def open_reserve(study: StudyConfig, directory: Path, models: str, *, again: bool) -> list[dict[str, Any]]:
-    """Note that a study opens the reserve; all openings until now, this one included.
+    """Record that a study opens the reserve. Returns: all openings so far, including this one.
 
-    Args: directory: the study's output_dir. models: a digest of those that will see the reserve; an opening that was
-        interrupted goes on with the same ones. again: open it though this study has.
-    Raises: ValueError if the study has opened it with other models, unless again.
+    Args:
+        directory: The study's output_dir.
+        models: A digest of the models that will see the reserve. The same models may continue an interrupted opening.
+        again: Open the reserve even if this study has opened it with other models.
+    Raises: ValueError if the study has opened the reserve with other models, unless again.
     """
     path = ledger_path()
     with FileLock(cache_root() / "reserve.lock"):
@@ -56,7 +58,7 @@ def open_reserve(study: StudyConfig, directory: Path, models: str, *, again: boo
 
 
 def ledger_path() -> Path:
-    """Where the openings are counted."""
+    """Return the path of the ledger."""
     benchmarks = _ROOT / "benchmarks"
     is_checkout = (benchmarks / "results").is_dir() and (_ROOT / ".git").exists()
     return (benchmarks if is_checkout else cache_root()) / NAME

@@ -1,22 +1,22 @@
 """sums.npz: what each interval of a study was computed from, document by document, for anyone who has numpy.
 
-It is an archive of arrays (numpy.load opens it). S seeds, D documents; names are paths:
+It is an archive of arrays, which numpy.load opens. For S seeds and D documents, the names are paths:
 
-    DOMAIN/SPLIT/TEXT/documents      (D,) a hash of the tokens that are scored of each: equal hashes, equal tokens
-    DOMAIN/SPLIT/TEXT/tokens         (D,) how many these are
-    DOMAIN/SPLIT/TEXT/questions      (D,) where any were asked
+    DOMAIN/SPLIT/TEXT/documents      (D,) a hash of each document's scored tokens: equal hashes, equal tokens
+    DOMAIN/SPLIT/TEXT/tokens         (D,) how many tokens are scored
+    DOMAIN/SPLIT/TEXT/questions      (D,) how many questions were asked, if any
     DOMAIN/SPLIT/TEXT/ARM/seeds      (S,)
     DOMAIN/SPLIT/TEXT/ARM/loss       (S, D) sum of the loss over a document
                          /tempered   (S, D) the same at the run's own temperature, which is in /temperature (S,)
-                         /kl         (S, D) sum of the KL divergence from where the arm began
+                         /kl         (S, D) sum of the KL divergence from the arm's start
                          /correct    (S, D) tokens whose likeliest prediction is right
                          /answers    (S, D) questions that are answered exactly
-    DOMAIN/bytes/ARM                 () what must be stored beside the start, mean over seeds
+    DOMAIN/bytes/ARM                 () bytes to store besides the start, mean over seeds
 
-SPLIT is validation or test. TEXT is DOMAIN itself, or a text by which forgetting is measured. An ARM with a setting,
-"MFT, lr 0.001, epochs 1", is a run that was compared at equal budgets. loss, tempered and kl are whole numbers of
-1 / UNITS nats: they take a third of the room of floating-point numbers and lose nothing, as statistics.py rounds to
-NATS_DECIMALS before it computes anything.
+SPLIT is validation or test. TEXT is DOMAIN itself, or a text that measures forgetting. An ARM with a setting, such as
+"MFT, lr 0.001, epochs 1", is a run that was compared at equal budgets. loss, tempered and kl are integers in units of
+1 / UNITS nats. They take a third of the space of floating-point numbers and lose nothing, because statistics.py rounds
+to NATS_DECIMALS before it computes anything.
 """
 
 import hashlib
@@ -37,23 +37,23 @@ from mft.files.atomic import atomic_file
 from mft.study.outcome import General, Measured
 
 FILE = "sums.npz"
-NATS_DECIMALS = 4  # of a document's sum: 1e-4 nats of some hundred tokens
-UNITS = 10**NATS_DECIMALS  # to a nat
+NATS_DECIMALS = 4  # of a document's sum: 1e-4 nats over some hundred tokens
+UNITS = 10**NATS_DECIMALS  # per nat
 Run = Measured | General
-_HASHED = 8  # bytes of a document's hash, which is then one 64-bit integer
-_ROWS = 64  # that are hashed at once
+_HASHED = 8  # bytes of a document's hash: one 64-bit integer
+_ROWS = 64  # hashed at once
 
 
 class Sums:
-    """The arrays of a sums.npz by name."""
+    """The arrays of a sums.npz, by name."""
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]] | None = None) -> None:
         self.arrays = dict(arrays or {})
 
     def add(self, place: str, arm: str, runs: Mapping[int, Run], hashes: Mapping[int, int]) -> None:
-        """An arm's runs by seed at a place, DOMAIN/SPLIT/TEXT; a document without a hash keeps its number.
+        """Add an arm's runs, by seed, at a place DOMAIN/SPLIT/TEXT. A document without a hash keeps its number.
 
-        Raises: ValueError unless every run there is of the same documents and tokens.
+        Raises: ValueError unless all runs at the place have the same documents and tokens.
         """
         seeds = sorted(runs)
         for seed in seeds:
@@ -78,7 +78,7 @@ class Sums:
         self.arrays[f"{domain}/bytes/{arm}"] = np.array(size)
 
     def runs(self, domain: str, arm: str, *, text: str | None = None, split: str = "test") -> dict[int, Run]:
-        """An arm's runs by seed; text: on that general text instead of the domain's own.
+        """Return an arm's runs by seed. text: a general text, instead of the domain's own.
 
         Raises: ValueError if the file holds none.
         """
@@ -95,7 +95,7 @@ class Sums:
         }
 
     def arms(self, domain: str, *, text: str | None = None, split: str = "test") -> list[str]:
-        """Those that were measured there."""
+        """Return the names of the arms that were measured there."""
         start, end = f"{domain}/{split}/{text or domain}/", "/seeds"
         held = (name for name in self.arrays if name.startswith(start) and name.endswith(end))
         return sorted(name[len(start) : -len(end)] for name in held)
@@ -123,7 +123,7 @@ class Sums:
 
 
 def write_sums(sums: Sums, path: str | os.PathLike) -> None:
-    """Write them to path, whole or not at all; equal sums give equal bytes."""
+    """Write sums to path, whole or not at all. Equal sums give equal bytes."""
     with atomic_file(path) as scratch, scratch.open("wb") as file:
         arrays: dict[str, Any] = sums.arrays
         np.savez_compressed(file, **arrays)
@@ -145,9 +145,10 @@ def read_sums(path: str | os.PathLike) -> Sums:
 
 
 def document_hashes(dataset: Any) -> dict[int, int]:
-    """A hash of the scored rows of each document in dataset, by its number (rows in order, none of two documents).
+    """Return a hash of the scored rows of each document in dataset, by the document's number.
 
-    Two documents have one hash if the same tokens of them are scored after the same tokens, whatever the padding.
+    Rows must be in order, and no row may hold two documents. Two documents have the same hash if the same tokens are
+    scored after the same tokens, whatever the padding.
     """
     found: dict[int, Any] = {}
     for start in range(0, len(dataset), _ROWS):
@@ -164,7 +165,7 @@ def document_hashes(dataset: Any) -> dict[int, int]:
 
 
 def _columns(run: Run) -> dict[str, Any]:
-    """What the file holds of one run: (D,) each, and its temperature."""
+    """Return what the file holds for one run: arrays (D,), and its temperature."""
     evaluation = run.evaluation
     found: dict[str, Any] = {"loss": _nats(evaluation.loss_sums), "correct": _whole(evaluation.correct)}
     if isinstance(run, General):

@@ -1,9 +1,9 @@
-"""Each trained mask against what else can be kept in as few bytes beside the same start.
+"""Compare each trained mask with the best other arms that store as few bytes besides the same start.
 
-A mask meets two rivals, of all arms from its start that are no masks: the best of those that store no more than it
-does, however little that is, and the best of those that store about as much, a little less or more. Validation says
-which is best. The difference is one of test losses, paired by seed and document as in the tables; Holm's correction
-runs over these comparisons in all domains. Ahead or behind is said by the rules of verdict.py, else that neither shows.
+The rivals are all arms from the mask's start that are not masks. The mask is compared with the best rival that stores
+no more bytes than it does, and with the best rival that stores about as many. Validation decides which is best. The
+difference is in test loss, paired by seed and document as in the tables. Holm's correction runs over these comparisons
+in all domains. A mask is ahead or behind by the rules of judge.py; otherwise it is undecided.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from mft.study.report.verdict import shown_interval, shown_p
 
 AHEAD, BEHIND, UNDECIDED = "ahead", "behind", "undecided"
 NO_MORE, ABOUT = "no more", "about as much"
-NEAR = 1.25  # times the bytes, either way, that are about as much: a rank of LoRA more or less from rank 4 on
+NEAR = 1.25  # about as many bytes: within this factor, which is a rank of LoRA more or less from rank 4 on
 
 
 @dataclass(frozen=True)
 class AtEqualBytes:
-    """A mask and its best rival; None where no arm that stores so little was tested in the same seeds."""
+    """A mask and its best rival. rival is None if no arm that stores so little was tested with the same seeds."""
 
     domain: str
     mask: str
     bytes: float
-    rivals: int  # among which validation chose
+    rivals: int  # how many validation chose from
     rival: str | None = None
     rival_bytes: float | None = None
     difference: Difference | None = None  # test loss, mask - rival
@@ -52,7 +52,7 @@ class _Rival(NamedTuple):
 
 
 def at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> list[AtEqualBytes]:
-    """Two a domain and trained mask, in their order, or one where its rivals are the same; none where there is none."""
+    """Return two comparisons per domain and trained mask, or one if both rivals are the same arm; [] without rivals."""
     found: list[AtEqualBytes] = []
     pairs: list[Paired] = []
     for domain, table in tables.items():
@@ -79,7 +79,7 @@ def at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> lis
 
 
 def said_of_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
-    """One paragraph a domain, a sentence a mask and rival."""
+    """Return one paragraph per domain, with a sentence per mask and rival."""
     domains = dict.fromkeys(one.domain for one in found)
     return [
         f"{domain}, at equal bytes. {' '.join(_sentence(one) for one in found if one.domain == domain)}"
@@ -88,7 +88,7 @@ def said_of_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
 
 
 def remark_on_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
-    """How the comparisons were made, if there are any."""
+    """Return how the comparisons were made, if there are any."""
     count = sum(one.rival is not None for one in found)
     about = (
         f"; and of those that take about as much, within a factor of {NEAR:g}, where that is another one"
@@ -104,7 +104,7 @@ def remark_on_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
 
 
 def bytes_values(found: Sequence[AtEqualBytes]) -> list[dict[str, Any]]:
-    """For table.json; NaN becomes None."""
+    """Return the values for table.json; NaN becomes None."""
     return finite(
         [dataclasses.asdict(one) | {"verdict": None if one.rival is None else one.verdict[0]} for one in found]
     )
@@ -119,7 +119,7 @@ def _may_store(stores: str, rival: Row, mask: Row) -> bool:
 
 
 def _rivals(findings: Findings, domain: str, table: DomainTable, mask: Row) -> Iterator[_Rival]:
-    """Pairs of arms at every size that were both tested with some seed."""
+    """Yield every rival of a mask, of any size, that was tested with one of its seeds."""
     test, validation = findings.test[domain], findings.validation.get(domain, {})
     for row in table.rows:
         if row.start != mask.start or row.bytes is None or _is_of_a_mask(findings.study, row.arm):
@@ -130,7 +130,7 @@ def _rivals(findings: Findings, domain: str, table: DomainTable, mask: Row) -> I
 
 
 def _is_of_a_mask(study: StudyConfig, arm: str) -> bool:
-    """Whether an arm is a mask, trained or not, or made of one."""
+    """Return whether an arm is a mask, trained or not, or made of one."""
     config = study.arms[arm]
     return config.is_mask or (config.of is not None and _is_of_a_mask(study, config.of))
 

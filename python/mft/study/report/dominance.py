@@ -1,10 +1,10 @@
 """Who gains more, and who forgets less: each MFT arm against each rival, by the loss on the domain and on another text.
 
-Where arms learned by rewards, wrong answers take the place of the loss on the domain.
+If arms learned by rewards, wrong answers replace the loss on the domain.
 
 An arm dominates a rival if one of its losses is shown to be lower and the other is shown not to be higher. If the
-other may be either, it is better by one. judge.py says what shown means: Holm's correction counts for "lower" alone.
-Rivals are the tuned arms that are no masks. The correction runs over one family: all differences of every MFT arm from
+other may be either, it is better by one. judge.py says what shown means: Holm's correction applies to "lower" only.
+Rivals are the tuned arms that are not masks. The correction runs over one family: all differences of every MFT arm from
 every rival, in both losses, over all domains and texts.
 """
 
@@ -29,12 +29,12 @@ from mft.study.report.statistics import (
 DOMINATES, DOMINATED, TRADE_OFF, LEVEL_WITH = "dominates", "dominated", "trade-off", "level"
 BETTER_BY_ONE, WORSE_BY_ONE, UNDECIDED = "better by one", "worse by one", "undecided"
 _Claim = tuple[str, str, str, str | None]  # domain, MFT arm, rival, text; None: by the loss on the domain
-_DRAWS_EACH = 200  # of the family: with all draws on one side, p times the family is 0.01
+_DRAWS_EACH = 200  # per difference of a family: if all draws lie on one side, p times the family's size is 0.01
 
 
 @dataclass(frozen=True)
 class OnLoss:
-    """An MFT arm less a rival in one loss: on test, adjusted for the family, and on validation."""
+    """The difference MFT arm - rival in one loss: on test, adjusted for the family, and on validation."""
 
     difference: Difference
     validation: float | None
@@ -51,17 +51,20 @@ class Comparison:
     domain: OnLoss
     general: OnLoss
     verdict: str  # of the arm, see verdict()
-    lacks: str = ""  # what makes it UNDECIDED whatever the losses
+    lacks: str = ""  # why it is UNDECIDED whatever the losses
 
 
 def is_mft(study: StudyConfig, arm: str) -> bool:
-    """Whether an arm is MFT or made of its runs."""
+    """Return whether an arm is MFT or made of its runs."""
     config = study.arms[arm]
     return (config if config.of is None else study.arms[config.of]).is_mft
 
 
 def rivals_of(study: StudyConfig, arm: str) -> list[str]:
-    """The tuned arms that are no masks: over codes those over codes, and for an average those that average as many."""
+    """Return the tuned arms that are not masks.
+
+    For an arm over codes, only arms over codes count. For an average, only averages of as many runs count.
+    """
     config, over_codes = study.arms[arm], study.codes_under(arm) is not None
     rivals = [
         name
@@ -77,7 +80,7 @@ def rivals_of(study: StudyConfig, arm: str) -> list[str]:
 
 
 def comparisons(findings: Findings) -> dict[str, list[Comparison]]:
-    """By domain, of what was tested in the same seeds; text by text, none where a domain has none."""
+    """Return the comparisons by domain, text by text, of arms that were tested with the same seeds."""
     pairs: dict[_Claim, Paired] = {}
     metric = deciding_metric(findings.study)
     for domain, arm, rival in _matches(findings):
@@ -106,24 +109,24 @@ def comparisons(findings: Findings) -> dict[str, list[Comparison]]:
 
 
 def judged(rates: Mapping[str, int | None], text: str, domain: OnLoss, general: OnLoss) -> Comparison:
-    """The comparison of an arm with a rival. rates: how many each tried, arm first; None: it learns at none."""
+    """Return the comparison of an arm with a rival. rates: how many rates each tried, arm first; None: it has none."""
     arm, rival = rates
     lacks = few_rates(rates) or shortage(domain.difference) or shortage(general.difference)
     return Comparison(arm, rival, text, domain, general, UNDECIDED if lacks else verdict(domain, general), lacks)
 
 
 def draws_of(family: int) -> int:
-    """How many draws a family of so many differences takes, for Holm's correction to leave their least p room."""
+    """Return how many draws a family of this size needs, so that its smallest p can pass Holm's correction."""
     return max(DRAWS, _DRAWS_EACH * family)
 
 
 def family_size(compared: Iterable[list[Comparison]]) -> int:
-    """How many differences stand in these: one a pair of arms on each domain, one more on each text."""
+    """Return the number of differences in these: one per pair of arms on each domain, one more on each text."""
     return sum(len({(one.arm, one.rival) for one in listed}) + len(listed) for listed in compared)
 
 
 def verdict(*losses: OnLoss) -> str:
-    """Of an arm, from both of its differences.
+    """Return the verdict on an arm, from both of its differences.
 
     DOMINATES: better by one, shown not to be worse by the other. BETTER_BY_ONE: the other may be either. DOMINATED and
     WORSE_BY_ONE likewise. TRADE_OFF: better by one, worse by the other. LEVEL_WITH: both differences are small.
@@ -143,7 +146,7 @@ def _texts(findings: Findings, domain: str) -> list[str]:
 
 
 def _matches(findings: Findings) -> Iterator[tuple[str, str, str]]:
-    """(domain, MFT arm, rival)"""
+    """Yield (domain, MFT arm, rival)."""
     study = findings.study
     for domain, tested in findings.test.items():
         for arm in study.arms:
@@ -154,7 +157,7 @@ def _matches(findings: Findings) -> Iterator[tuple[str, str, str]]:
 def _on_text(
     split: Callable[..., Runs], findings: Findings, domain: str, arm: str, rival: str, text: str
 ) -> Paired | None:
-    """split: on_test or on_validation."""
+    """Pair an arm with a rival on a text. split: on_test or on_validation."""
     return paired(split(findings, domain, arm, text), split(findings, domain, rival, text))
 
 

@@ -1,7 +1,7 @@
-"""MFT and its control at equal budgets: the best run of each of at most as many steps, and of at most as many seconds.
+"""Compare MFT with its control at equal budgets: the best run of each within a number of steps, or of seconds.
 
-A budget is what one of the two chose. From the runs that were tried with the first seed, on validation: test has seen
-the chosen ones alone.
+A budget is what the chosen run of one of the two took. All runs that were tried with the first seed count. They are
+compared on validation, because test has seen only the chosen runs.
 """
 
 import math
@@ -17,7 +17,7 @@ UNITS = ("steps", "seconds")
 
 @dataclass
 class EqualBudget:
-    """The best settings within a budget (None: nothing is), and the difference of their validation losses."""
+    """The best settings within a budget (None: no run fits), and the difference of their validation losses."""
 
     arm: str
     control: str
@@ -29,7 +29,7 @@ class EqualBudget:
 
 
 def equal_budgets(findings: Findings, domain: str, references: Mapping[str, str | None]) -> list[EqualBudget]:
-    """references: the control of each arm; arms of masks that have one are compared."""
+    """Compare each MFT arm that has a control with it. references: each arm's control, or None."""
     found, pairs = [], []
     for arm, control in references.items():
         if control is None or not findings.study.arms[arm].is_mft:
@@ -51,12 +51,12 @@ def equal_budgets(findings: Findings, domain: str, references: Mapping[str, str 
 
 
 def outcome_within(findings: Findings, domain: str, arm: str, setting: Setting) -> Outcome:
-    """The run that an EqualBudget compares for an arm."""
+    """Return the run that an EqualBudget compares for an arm."""
     return next(outcome for outcome in _tried(findings, domain, arm) if outcome.unit.setting == setting)
 
 
 def budget_sentences(domain: str, found: Iterable[EqualBudget]) -> list[str]:
-    """One an arm and unit of the budget."""
+    """Return one sentence per arm and unit of the budget."""
     said: dict[tuple[str, str], list[str]] = {}
     for one in found:
         said.setdefault((one.arm, one.what), []).append(_words(one))
@@ -79,7 +79,7 @@ def _words(one: EqualBudget) -> str:
 
 
 def _tried(findings: Findings, domain: str, arm: str) -> list[Outcome]:
-    """With the first seed, as far as they stayed finite."""
+    """Return an arm's runs with the first seed that stayed finite."""
     where = (domain, arm, findings.study.seeds[0], 0)
     return [
         o

@@ -26,7 +26,7 @@ from mft.study.workspace import Workspace
 
 @contextmanager
 def opened(directory: Path) -> Iterator["Finished"]:
-    """What lies in directory, which nobody else may have open meanwhile. Raises: ValueError if it is no study's."""
+    """Open the finished study in directory, which nobody else may have open. Raises: ValueError if there is none."""
     if not (directory / STUDY).is_file():
         raise ValueError(f"directory must be a study's (with a {STUDY}), got {directory}")
     study = load_study(directory / STUDY)
@@ -51,7 +51,7 @@ class Finished:
         return name
 
     def masked_arm(self, name: str | None) -> str:
-        """The arm of MFT of this name; None: the first."""
+        """Return the name of an MFT arm, after checking it; None: the first mask."""
         known = [arm for arm, config in self.study.arms.items() if config.is_mft]
         if name is None:
             return self.arm(Mask)
@@ -59,7 +59,7 @@ class Finished:
         return name
 
     def control_of(self, arm: str) -> str:
-        """The control of the same layers."""
+        """Return the control of the same layers."""
         name = reference_of(self.study, arm)
         if name is None:
             raise ValueError(f"the study must hold a control of {arm}'s layers, got {', '.join(self.study.arms)}")
@@ -78,7 +78,7 @@ class Finished:
         return {name: (weight == 0) & (before[name] != 0) for name, weight in load_file(job.trained).items()}
 
     def job(self, domain: str, arm: str, seed: int) -> Job:
-        """The chosen run of an arm that was trained, with its files."""
+        """Return the chosen run of a trained arm, with its files."""
         unit = Unit(domain, arm, seed, self.chosen(domain, arm))
         starts = starts_of(self.study, self._chosen, unit)
         return Job(unit, tuple(self._file(start) for start in starts), self._file(unit))
@@ -88,7 +88,7 @@ class Finished:
             raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
 
     def chosen(self, domain: str, arm: str) -> Setting:
-        """What validation chose."""
+        """Return the setting that validation chose."""
         if arm not in self._chosen.get(domain, {}):
             raise ValueError(f"the study must be finished, {arm} on {domain} is not: run mft compare to its end")
         return self._chosen[domain][arm]

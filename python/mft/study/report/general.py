@@ -1,4 +1,4 @@
-"""What is left of text that no arm was trained for: each arm's loss there, against the full fine-tune and its start."""
+"""Forgetting: each arm's loss on text that no arm was trained on, compared with the full fine-tune and its start."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ class OnText:
     """An arm on the test split of a text; means over seeds, differences of losses paired."""
 
     loss: float
-    kl: float  # nats a token from where the arm began
+    kl: float  # nats per token, from the model at which the arm started
     minus_full: Difference | None = None
-    minus_start: Difference | None = None  # the base model, for the full fine-tune
+    minus_start: Difference | None = None  # for the full fine-tune: from the base model
 
 
 def general_tables(findings: Findings) -> dict[str, dict[str, dict[str, OnText]]]:
-    """By domain, arm and text."""
+    """Return each arm's results on the general texts, by domain, arm and text."""
     study, tables = findings.study, dict[str, dict[str, dict[str, OnText]]]()
     places: list[tuple[OnText, str]] = []
     pairs: list[Paired] = []
@@ -47,12 +47,12 @@ def general_tables(findings: Findings) -> dict[str, dict[str, dict[str, OnText]]
 
 
 def start_of(study: StudyConfig, arm: str) -> str | None:
-    """The arm whose model an arm began at; None for the base model's, and where no arm has that model."""
+    """Return the arm at whose model an arm started; None for the base model, and if no arm has that model."""
     return study.start_of(arm) or (None if study.is_base(arm) else study.named(Base))
 
 
 def on_test(findings: Findings, domain: str, arm: str | None, text: str) -> Runs:
-    """An arm's models on a text, by seed; the base model is one for all."""
+    """Return an arm's models on a text, by seed. A base model that is one for all seeds counts for each."""
     found = findings.general.get(domain, {}).get(arm, {}) if arm is not None else {}
     runs = {seed: texts[text] for seed, texts in found.items() if text in texts}
     if runs and arm is not None and findings.study.is_one_model(arm):
@@ -61,7 +61,7 @@ def on_test(findings: Findings, domain: str, arm: str | None, text: str) -> Runs
 
 
 def on_validation(findings: Findings, domain: str, arm: str, text: str) -> Runs:
-    """The same on the text's validation split, where an arm's chosen runs were seen."""
+    """Return the same for an arm's chosen runs on the text's validation split."""
     setting = findings.chosen.get(domain, {}).get(arm)
     if setting is None:
         return {}

@@ -6,7 +6,7 @@
     level       the 95 % interval, uncorrected, lies between -MARGIN and MARGIN
 
 Holm's correction makes it harder to show a difference. It must not touch "not worse" and "level": there it would make
-the claim easier the more is compared. With too few documents or seeds none of the three is shown.
+the claim easier, the more arms are compared. With too few documents or seeds none of the three is shown.
 """
 
 import math
@@ -19,14 +19,14 @@ MARGIN = (
     0.01  # nats per token (1 % of the perplexity), or wrong answers per question: smaller differences do not matter
 )
 LEAST_DOCUMENTS = 20
-# With one seed nothing is known of how seeds differ. Simulated where nothing differs, with 50 documents and what
-# studies on headers had (SD 0.0038 over seeds, 0.018 over documents, nats per token), a p below 0.05 occurs with a
-# chance of 0.24 for one seed, 0.07 for two.
+# One seed says nothing about how seeds differ. In a simulation without any difference, with 50 documents and the spread
+# of studies on headers (SD 0.0038 over seeds, 0.018 over documents, nats per token), a p below 0.05 occurs with a
+# probability of 0.24 for one seed and 0.07 for two.
 LEAST_SEEDS = 2
 
 
 def side(difference: Difference, validation: float | None) -> tuple[int, str]:
-    """Where a difference is shown to lie: (-1, "") below 0, (1, "") above; else (0, why neither is shown)."""
+    """Return where a difference is shown to lie: (-1, "") below 0, (1, "") above; else (0, why neither is shown)."""
     if few := shortage(difference):
         return 0, few
     if difference.low <= 0 <= difference.high:
@@ -41,7 +41,7 @@ def side(difference: Difference, validation: float | None) -> tuple[int, str]:
 
 
 def is_not(difference: Difference, what: int) -> bool:
-    """Whether a difference is shown not to lie above 0 (what: 1, "not worse") or below it (-1, "not better")."""
+    """Return whether a difference is shown not to lie above 0 (what = 1, not worse), or below it (-1, not better)."""
     if shortage(difference):
         return False
     near, far = (difference.low, difference.high) if what > 0 else (-difference.high, -difference.low)
@@ -49,12 +49,12 @@ def is_not(difference: Difference, what: int) -> bool:
 
 
 def is_level(difference: Difference) -> bool:
-    """Whether a difference is shown to be smaller than MARGIN."""
+    """Return whether a difference is shown to be smaller than MARGIN."""
     return not shortage(difference) and difference.low > -MARGIN and difference.high < MARGIN
 
 
 def shortage(difference: Difference) -> str:
-    """What a difference lacks of documents and seeds for anything to be concluded; "" if nothing."""
+    """Return which documents and seeds are missing for any conclusion; "" if none are."""
     lacks = []
     if difference.documents < LEAST_DOCUMENTS:
         documents = "1 test document" if difference.documents == 1 else f"{difference.documents} test documents"
@@ -65,17 +65,17 @@ def shortage(difference: Difference) -> str:
 
 
 def few_rates(tried: Mapping[str, int | None]) -> str:
-    """Which arms tried too few rates for their best to be a fair choice; "" if none. tried: None without a rate."""
+    """Return which arms tried too few rates for a fair choice; "" if none did. tried: None for an arm without rates."""
     few = [f"{arm} tried {n} rate{'s' * (n > 1)}" for arm, n in tried.items() if n is not None and n < LEAST_RATES]
     return f"{' and '.join(few)}, at least {LEAST_RATES} are needed" if few else ""
 
 
 def too_wide(difference: Difference) -> str:
-    """Why an interval is too wide to tell a difference of MARGIN from none; "" if it is not."""
+    """Return why an interval is too wide to tell a difference of MARGIN from none; "" if it is not."""
     half = (difference.high - difference.low) / 2
     if half <= MARGIN:
         return ""
-    times = math.ceil((half / MARGIN) ** 2)  # what is drawn from, seeds and documents both
+    times = math.ceil((half / MARGIN) ** 2)  # of both seeds and documents
     return (
         f"the interval is ±{half:.4f}, too wide to tell a difference of {MARGIN:g} from none: about {times} times as "
         "many test documents and seeds are needed"

@@ -1,7 +1,7 @@
-"""Arms over codes in words: what rounding cost, which share of it each took back, and masks against QLoRA.
+"""Describe arms over codes: what rounding cost, which share of it each arm took back, and masks against QLoRA.
 
-A mask is ahead of adapters, or behind, by the rules of a verdict (verdict.py): the interval, Holm's correction over all
-such pairs in all domains, and validation agree. Else the difference is not shown.
+A mask is ahead of adapters, or behind them, by the rules of judge.py: the interval, Holm's correction over all such
+pairs in all domains, and validation agree. Otherwise the difference is not shown.
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from mft.study.report.statistics import Difference, Paired, differences, paired,
 from mft.study.report.table import DomainTable, Row, exact_start, validation_difference
 from mft.study.report.verdict import shown_interval, shown_p
 
-Pair = tuple[str, str, str]  # domain, arm, the one it is held against
+Pair = tuple[str, str, str]  # domain, arm, the arm that it is compared with
 
 
 def verdicts_over_codes(findings: Findings, tables: Mapping[str, DomainTable]) -> list[str]:
-    """A paragraph a domain and quantized arm at which others begin; none in other studies."""
+    """Return one paragraph per domain and quantized arm at which others start; [] in other studies."""
     study = findings.study
     rounded = [name for name, arm in study.arms.items() if arm.quantization is not None]
     costs = [(domain, name, exact_start(study, name)) for domain in tables for name in rounded]
@@ -40,7 +40,10 @@ def verdicts_over_codes(findings: Findings, tables: Mapping[str, DomainTable]) -
 
 
 def _rivals(findings: Findings, table: DomainTable, place: tuple[str, str]) -> list[Pair]:
-    """Each mask that was trained, and each arm of adapters, of one quantized start; those in codes with each other."""
+    """Return each pair of a trained mask and an arm of adapters from one quantized start.
+
+    Arms that were put into codes are paired only with each other.
+    """
     domain, name = place
     study = findings.study
     rows = [row for row in table.rows if study.codes_under(row.arm) == name]
@@ -52,7 +55,7 @@ def _rivals(findings: Findings, table: DomainTable, place: tuple[str, str]) -> l
 
 
 def _differences(findings: Findings, pairs: list[Pair]) -> dict[Pair, Difference]:
-    """On test, of those that were measured in the same seeds."""
+    """Return the differences on test, of the pairs that were measured with the same seeds."""
     known: dict[Pair, Paired] = {}
     for domain, arm, other in pairs:
         test = findings.test[domain]
@@ -76,7 +79,7 @@ def _compared(findings: Findings, table: DomainTable, pair: Pair, difference: Di
 
 
 def _costs(row: Row | None) -> str:
-    """What the chosen run stores beside its start, and needs in training without activations."""
+    """Return what the chosen run stores besides its start, and needs in training without activations, in words."""
     assert row is not None
     kilobytes = "unknown bytes" if row.bytes is None else f"{row.bytes / 1000:.1f} kB"
     return kilobytes if row.memory is None else f"{kilobytes} and {row.memory / 1e6:.1f} MB in training"

@@ -18,12 +18,12 @@ _VARIES = {VARY_BASE: "base model, trained from scratch", VARY_DATA: "documents 
 
 
 def remarks(findings: Findings, tables: Mapping[str, DomainTable]) -> list[str]:
-    """What a reader of the verdicts must know; warnings first."""
+    """Return what a reader of the verdicts must know; warnings first."""
     return [*_warnings(findings, tables), *_method(findings, tables), *findings.notes]
 
 
 def dominance_remark(family: int) -> str:
-    """What the verdicts of dominance mean, over a family of so many differences."""
+    """Return what the verdicts of dominance mean. family: the number of differences."""
     return (
         "An MFT arm dominates a rival if it is better by one of two losses, on the domain and on a text that no arm "
         "was trained for, and not worse by the other; it is dominated likewise. Better by one and worse by the other "
@@ -38,7 +38,7 @@ def dominance_remark(family: int) -> str:
 
 
 def p_remark(seeds: int) -> str:
-    """How small a p so few seeds can tell."""
+    """Return how small a p this number of seeds can tell."""
     least = smallest_p(seeds)
     return (
         f"{'1 seed' if seeds == 1 else f'{seeds} seeds'} cannot tell a p below {least:g} from {least:g}. Holm's "
@@ -51,7 +51,7 @@ def p_remark(seeds: int) -> str:
 
 
 def _places(findings: Findings) -> Iterable[str]:
-    """Where units ran, if that was not all alike."""
+    """Yield a warning if units ran on different kinds of processor or with different packages."""
     places = [*(one.where for one in findings.outcomes), *(one.where for one in findings.tested)]
     hosts = [host for host in places if host is not None]
     kinds, versions = Counter(host.kind for host in hosts), Counter(_versions_words(host) for host in hosts)
@@ -131,7 +131,7 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
     for domain, table in tables.items():
         tried = [f"{row.arm} {row.tried}" for row in table.rows if not isinstance(study.arms[row.arm], Average)]
         total = sum(row.tried for row in table.rows)
-        means = [name for name, arm in study.arms.items() if arm.of is not None]  # part 0 of these is no run
+        means = [name for name, arm in study.arms.items() if arm.of is not None]  # part 0 of these is not a run
         units = [(o.unit, o.seconds) for o in findings.outcomes if o.unit.domain == domain]
         runs = [seconds for unit, seconds in units if unit.arm not in means or unit.part > 0]
         yield (

@@ -1,4 +1,4 @@
-"""What runs by rewards show over their steps: the rewards of what they sampled, and validation's questions answered."""
+"""Curves of runs by rewards over their steps: the rewards of their samples, and the exact answers on validation."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +10,11 @@ from mft.study.outcome import Findings
 from mft.study.report.pictures.plots import colours_of
 
 REWARDS_PLOT = "rewards.png"
-_WINDOW = 20  # steps of which the rewards shown are a mean
+_WINDOW = 20  # the rewards shown are means over this many steps
 
 
 def reward_curves(findings: Findings, domain: str) -> list[dict[str, Any]]:
-    """Of each chosen run by rewards: arm, seed, steps, each step's rewards, and answers, [steps done, share exact]."""
+    """Return each chosen run by rewards: arm, seed, steps, rewards per step, and answers as [steps, share exact]."""
     chosen = findings.chosen.get(domain, {})
     return [
         {
@@ -33,7 +33,11 @@ def reward_curves(findings: Findings, domain: str) -> list[dict[str, Any]]:
 
 
 def plot_rewards(numbers: Mapping[str, Any], path: Path) -> None:
-    """A row a domain: exact answers on validation by step, and rewards, each arm's mean over seeds; of table.json."""
+    """Plot exact answers on validation, and rewards, by step: a row per domain, each arm's mean over seeds.
+
+    numbers: of a table.json.
+    Raises: ValueError if no domain has a run by rewards.
+    """
     domains = {name: table for name, table in numbers["domains"].items() if table.get("by_rewards")}
     if not domains:
         raise ValueError("a plot of rewards must have a run by rewards, got none: set objective=rewards in the study")
@@ -67,7 +71,7 @@ def plot_rewards(numbers: Mapping[str, Any], path: Path) -> None:
 
 
 def rewards_remark(findings: Findings) -> str:
-    """How the arms were trained, and by what they were chosen and judged."""
+    """Return how the arms were trained, and by what they were chosen and judged."""
     study = findings.study
     assert study.objective == REWARDS, "asked for of such studies"
     config = study.rewards

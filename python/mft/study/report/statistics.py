@@ -1,7 +1,7 @@
-"""Differences of two arms, paired by seed and document, with intervals that know of both.
+"""Differences of two arms, paired by seed and document, with intervals that account for both.
 
-Notation: S seeds, D documents, x[s, d] the difference of two arms' sums over a document, n[d] what is counted in it
-(tokens or questions), t_s = sum_d x[s, d] / sum_d n[d]. The estimate is the mean of t_s over seeds.
+Notation: S seeds; D documents; x[s, d], the difference of two arms' sums over a document; n[d], the number of tokens or
+questions in it; t_s = sum_d x[s, d] / sum_d n[d]. The estimate is the mean of t_s over seeds.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from mft.study.evidence.sums import NATS_DECIMALS
 from mft.study.outcome import General, Measured
 
 METRICS = ("loss", "tempered", "accuracy", "answers")
-WRONG = "wrong"  # questions less exact answers: what rewards make smaller
+WRONG = "wrong"  # questions minus exact answers: what training by rewards minimises
 CONFIDENCE = 0.95
 LEVEL = 1 - CONFIDENCE
 DRAWS = 10_000
 _MANY_SEEDS = 5
-_CHUNK_BYTES = 32 << 20  # of multiplicities at once; with counts and products of them well below 200 MB
-_DRAWN_BYTES = 128 << 20  # of draws of several differences at once
+_CHUNK_BYTES = 32 << 20  # of multiplicities at once; with their counts and products well below 200 MB
+_DRAWN_BYTES = 128 << 20  # of draws at once, over several differences
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Paired:
-    """sums: (S, D), arm a's minus arm b's; counts: (D,), all positive."""
+    """Two arms paired. sums: (S, D), arm a's minus arm b's. counts: (D,), all positive."""
 
     sums: Floats
     counts: Floats
@@ -42,7 +42,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference a token (or a question), its 95 % interval and two-sided p; NaN where one document is all."""
+    """A mean difference per token (or per question), its 95 % interval and two-sided p; both NaN for one document."""
 
     estimate: float
     low: float
@@ -56,13 +56,13 @@ class Difference:
 def paired(
     a: Mapping[int, Measured | General], b: Mapping[int, Measured | General], metric: str = "loss"
 ) -> Paired | None:
-    """a - b in the seeds that both have; None if there is no such seed or one of them was not measured so.
+    """Return a - b for the seeds that both have; None if there is no such seed, or one of them lacks the metric.
 
     Args:
-        a, b: by seed, on a split of the domain, or both on one text that is not the domain's.
-        metric: loss: nats. tempered: nats at the arm's own temperature. accuracy: likeliest tokens that are right.
-            answers: exact ones, a question. wrong: those that are not.
-    Raises: ValueError for an unknown metric, or if a document of a is not the same in b or in another seed.
+        a, b: Runs by seed, on a split of the domain, or both on one text that is not the domain's.
+        metric: loss: nats. tempered: nats at the arm's own temperature. accuracy: tokens whose likeliest prediction is
+            right. answers: questions answered exactly. wrong: the other questions.
+    Raises: ValueError for an unknown metric, or if the documents differ between a and b or between seeds.
     """
     if metric not in (*METRICS, WRONG):
         raise ValueError(f"metric must be one of {(*METRICS, WRONG)}, got {metric!r}")
@@ -85,14 +85,14 @@ def paired(
 
 
 def deciding_metric(study: StudyConfig) -> str:
-    """What verdicts are of, less being better: the loss, or wrong answers where arms learned by rewards."""
+    """Return the metric that verdicts are about, lower is better: the loss, or wrong answers if trained by rewards."""
     return WRONG if study.objective == REWARDS else "loss"
 
 
 def differences(pairs: Sequence[Paired], *, draws: int = DRAWS, seed: int = 0) -> list[Difference]:
-    """Estimate, percentile interval and p of each; equal to what each would get alone (the draws are the same).
+    """Return the estimate, percentile interval and p of each pair; each gets the draws that it would get alone.
 
-    p = 2 (1 + the fewer of the draws at most 0 and at least 0) / (1 + draws), at most 1.
+    p = 2 (1 + min(number of draws <= 0, number of draws >= 0)) / (1 + draws), at most 1.
     """
     found: list[Difference | None] = [None] * len(pairs)
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -116,23 +116,28 @@ def differences(pairs: Sequence[Paired], *, draws: int = DRAWS, seed: int = 0) -
 
 
 def resampled(sums: Floats, counts: Floats, draws: int = DRAWS, seed: int = 0) -> Floats:
-    """Draws of the estimate from the joint bootstrap of seeds and documents, widened for few of either.
+    """Draw the estimate from the joint bootstrap of seeds and documents, widened if there are few of either.
 
-    A draw takes S seeds and D documents with replacement, the same documents for all its seeds (the pigeonhole
-    bootstrap; Owen 2007, Ann. Appl. Stat. 1:386, who shows that it errs to the wide side where seeds and documents
-    interact). With shares u_s, multiplicities w_d and residuals e[s, d] = x[s, d] - t_s n[d] it is
+    A draw takes S seeds and D documents with replacement, and the same documents for all its seeds. This is the
+    pigeonhole bootstrap (Owen 2007, Ann. Appl. Stat. 1:386, who shows that it errs to the wide side if seeds and
+    documents interact). With shares u_s, multiplicities w_d and residuals e[s, d] = x[s, d] - t_s n[d], a draw is
 
-        estimate + r (f(S) sum_s u_s (t_s - estimate) + f(D) sum_s u_s (sum_d w_d e[s, d]) / (sum_d w_d n[d])),
+        estimate + r (f(S) sum_s u_s (t_s - estimate) + f(D) sum_s u_s (sum_d w_d e[s, d]) / (sum_d w_d n[d])).
 
-    the plain bootstrap for r = f = 1, which is too narrow twice where seeds are few. f(k) = sqrt(k / (k - 1)) mends
-    the variance of k draws from k values (Rao and Wu 1988, JASA 83:231, with as many draws as values). r makes the
-    normal shape a Student t: r^2 = v / chi^2_v, with Satterthwaite's v (1946) from the variances of the estimate over
-    seeds and over documents. Simulated, 3 seeds and 40 documents, how often a 95 % interval covers: 73 % plain, 79 %
-    with f, 93 % with f and r where seeds make the variance; 95, 95, 96 % where documents do; 99 % or more in each where
-    nearly all of it is particular to a seed and a document.
+    With r = f = 1 this is the plain bootstrap, which is too narrow for two reasons if seeds are few. f(k) =
+    sqrt(k / (k - 1)) corrects the variance of k draws from k values (Rao and Wu 1988, JASA 83:231, with as many draws
+    as values). r turns the normal shape into a Student t: r^2 = v / chi^2_v, with Satterthwaite's v (1946) from the
+    variances of the estimate over seeds and over documents.
 
-    Args: sums (C, S, D) and counts (C, D) of C differences of one shape. D must be at least 2.
-    Returns: (C, draws). With one seed the draws know of documents alone.
+    How often a 95 % interval covers the true value, simulated with 3 seeds and 40 documents:
+
+        source of the variance      plain          with f         with f and r
+        seeds                       73 %           79 %           93 %
+        documents                   95 %           95 %           96 %
+        single (seed, document)     99 % or more   99 % or more   99 % or more
+
+    Args: sums (C, S, D) and counts (C, D) of C differences of the same shape. D must be at least 2.
+    Returns: (C, draws). With one seed, the draws account for documents only.
     """
     comparisons, seeds, documents = sums.shape
     by_seed = sums.sum(-1) / counts.sum(-1)[:, None]
@@ -157,7 +162,7 @@ def resampled(sums: Floats, counts: Floats, draws: int = DRAWS, seed: int = 0) -
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values in the same order (Holm 1979): the largest (m - j) p_(j) so far, j = 0..m-1, at most 1."""
+    """Return p-values adjusted by Holm (1979), in order: the largest (m - j) p_(j) so far, j = 0..m-1, at most 1."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     for rank, place in enumerate(order):
@@ -167,32 +172,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def smallest_p(seeds: int) -> float:
-    """Below which a p says no more than that it is small.
+    """Return the smallest p that this number of seeds can tell; a smaller p only means that it is below this value.
 
-    Few seeds tell badly how seeds vary. Simulated where nothing differs and only seeds vary (4,000 differences of 50
-    documents), a p below 0.0005 occurs with a chance of 0.015 for 2 seeds, 0.002 for 3 and 0.0015 for 5; a p below
-    0.01 with 0.046, 0.016 and 0.007.
+    Few seeds say little about how seeds vary. In a simulation in which nothing differs and only seeds vary (4,000
+    differences of 50 documents), small p-values occur with these probabilities:
+
+        seeds        2       3       5
+        p < 0.0005   0.015   0.002   0.0015
+        p < 0.01     0.046   0.016   0.007
     """
     return 0.01 if seeds < _MANY_SEEDS else 0.001
 
 
 def with_holm(family: Sequence[Difference]) -> list[Difference]:
-    """The same differences, adjusted for there being so many of them; one without a p is no test and stays as it is."""
+    """Return the differences with p adjusted for their number. One whose p is NaN is not a test: it stays as it is."""
     tested = [place for place, difference in enumerate(family) if not math.isnan(difference.p)]
     adjusted = dict(zip(tested, holm([family[place].p for place in tested])))
     return [dataclasses.replace(difference, p_holm=adjusted.get(place)) for place, difference in enumerate(family)]
 
 
 def _in_parts(groups: Mapping[tuple[int, ...], list[int]], most: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-    """The same groups, none with more than ``most`` members."""
+    """Yield the groups in parts of at most ``most`` members."""
     for shape, places in groups.items():
         for start in range(0, len(places), most):
             yield shape, places[start : start + most]
 
 
 def _sums(measured: Measured | General, metric: str) -> tuple[Floats, Floats, Floats] | None:
-    """(documents, sums, counts), each (D,)."""
-    if isinstance(measured, General):  # at one temperature, and nothing is asked
+    """Return (documents, sums, counts), each (D,); None if the metric was not measured."""
+    if isinstance(measured, General):  # it has no other temperature, and no questions
         measured = Measured(measured.evaluation)
     evaluation = measured.tempered if metric == "tempered" else measured.evaluation
     if evaluation is None:
@@ -213,6 +221,6 @@ def _few(count: int) -> float:
 
 
 def _multiplicities(generator: np.random.Generator, rows: int, documents: int) -> Floats:
-    """(rows, documents): how often each document is drawn among as many as there are."""
+    """Return (rows, documents): how often each document occurs in a draw of ``documents`` with replacement."""
     drawn = generator.integers(documents, size=(rows, documents)) + documents * np.arange(rows)[:, None]
     return np.bincount(drawn.ravel(), minlength=rows * documents).reshape(rows, documents).astype(float)

@@ -1,4 +1,4 @@
-"""Which sums per document a study stores, and an interval computed from them again."""
+"""Collect the sums per document that a study stores, and compute intervals from them again."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from mft.study.report.table import DomainTable
 
 
 def sums_of(findings: Findings, tables: Mapping[str, DomainTable]) -> Sums:
-    """The sums of every tested run on validation and test, on each domain and general text, and of equal budgets."""
+    """Return the sums of every tested run on validation and test, per domain and general text, and of equal budgets."""
     sums, study = Sums(), findings.study
 
     def add(domain: str, split: str, text: str, arm: str, runs: Mapping[int, Run]) -> None:
@@ -46,13 +46,13 @@ def recomputed(
     split: str = "test",
     draws: int = DRAWS,
 ) -> Difference:
-    """arm - other with its interval and p, before Holm's correction.
+    """Return arm - other with its interval and p, before Holm's correction.
 
     Args:
         metric: See statistics.paired.
         text: A general text in place of the domain's own.
         draws: DRAWS for the tables; for "comparisons" what dominance.draws_of gives for their family.
-    Raises: ValueError if the sums are not there, or the arms have no seed in common that was measured so.
+    Raises: ValueError if the sums are missing, or the arms have no seed in common that has the metric.
     """
     of_arm, of_other = (sums.runs(domain, name, text=text, split=split) for name in (arm, other))
     pair = paired(of_arm, of_other, metric)
@@ -62,7 +62,7 @@ def recomputed(
 
 
 def recomputed_at_budget(sums: Sums, domain: str, compared: EqualBudget) -> Difference:
-    """The difference of one entry of "equal_budgets", on validation with the first seed."""
+    """Return the difference of one entry of "equal_budgets", on validation with the first seed."""
     names = (_name(compared.arm, compared.setting), _name(compared.control, compared.control_setting))
     return recomputed(sums, domain, *names, split="validation")
 
@@ -71,7 +71,7 @@ def recomputed_at_budget(sums: Sums, domain: str, compared: EqualBudget) -> Diff
 
 
 def _compared_at_budgets(findings: Findings, domain: str, budgets: Iterable[EqualBudget]) -> dict[str, dict[int, Run]]:
-    """By name of arm and setting, with the first seed."""
+    """Return the runs that were compared, with the first seed, by the name of arm and setting."""
     found: dict[str, dict[int, Run]] = {}
     for one in budgets:
         for arm, setting in ((one.arm, one.setting), (one.control, one.control_setting)):

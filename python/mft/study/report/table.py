@@ -1,4 +1,4 @@
-"""All numbers of a report: a row an arm, a table a domain; and the same for JSON."""
+"""All numbers of a report: a row per arm, a table per domain, and the same as values for JSON."""
 
 import dataclasses
 import math
@@ -26,18 +26,19 @@ from mft.study.report.statistics import (
 )
 
 Runs = Mapping[int, Measured]
-FULL, CONTROL = "full", "control"  # what a difference is from: the full fine-tune, or what the arm is held against
+FULL, CONTROL = "full", "control"  # what a difference is taken from: the full fine-tune, or Row.against
 
 
 @dataclass
 class Row:
     """An arm on the test split; means over seeds, differences paired.
 
-    against: the arm that it is held against: the control, or for an average of runs the control's average of as many,
-        or for an interpolated arm the control's; over codes the control that was rounded to such codes after its
-        training.
-    start, of, teacher: the arms where it began (None: where no arm has that model), that it was made of, and by whose
-        words it was taught.
+    against: The arm that it is compared with, usually the control. For an average of runs, the control's average of as
+        many runs; for an interpolated arm, the control's interpolation. Over codes, the control that was rounded to
+        the same kind of codes after its training.
+    start: The arm at which it started; None if no arm has that model.
+    of: The arm that it was made of.
+    teacher: The arm that taught it.
     """
 
     arm: str
@@ -54,21 +55,21 @@ class Row:
     temperature: float | None
     minus_full: Difference | None = None  # loss
     minus_control: dict[str, Difference] = field(default_factory=dict)  # by metric
-    decides: str = "loss"  # the metric that verdicts are of
-    validation: float | None = None  # mean difference from against, of what decides
-    validation_exact: float | None = None  # share of validation's questions, where it chose by them
+    decides: str = "loss"  # the metric that verdicts are about
+    validation: float | None = None  # mean difference from against on validation, in that metric
+    validation_exact: float | None = None  # share of exact answers on validation, if arms learned by rewards
     tried: int = 0  # configurations
-    rates: int | None = None  # how many of these it, or the arm that it is made of, tried; None: it learns at none
-    steps: float | None = None  # of a chosen run, mean over seeds; of one run of an average
-    seconds: float | None = None  # of a chosen run (of all runs that are averaged), mean over seeds
+    rates: int | None = None  # how many rates it, or the arm that it is made of, tried; None: it has no rate
+    steps: float | None = None  # of a chosen run, mean over seeds; for an average, of one of its runs
+    seconds: float | None = None  # of a chosen run, mean over seeds; for an average, of all its runs
     seconds_tried: float = 0.0  # of all runs
     flips: float | None = None
     memory: float | None = None  # bytes in training, without activations
-    recovered: float | None = None  # of what rounding its start cost, the share that it took back (see recovered_share)
-    bytes: float | None = None  # of what must be stored beside the start, mean over seeds
-    resident: float | None = None  # of what must be in memory beside it where the model runs, mean over seeds
+    recovered: float | None = None  # share of the cost of rounding its start that it took back (see recovered_share)
+    bytes: float | None = None  # bytes to store besides the start, mean over seeds
+    resident: float | None = None  # bytes in memory besides the start while the model runs, mean over seeds
     general: dict[str, OnText] = field(default_factory=dict)  # by text
-    seeds: int = 0  # of its runs on test; more than the table's of what led on validation
+    seeds: int = 0  # of its runs on test; more than the table's if it led on validation
     unsettled: list[str] = field(default_factory=list)  # choices at an end of their grid, of the arm or of its start
 
 
@@ -83,8 +84,8 @@ class DomainTable:
     tokens: int
     questions: int
     rows: list[Row]
-    general: list[str] = field(default_factory=list)  # texts by which forgetting is measured
-    comparisons: list[Comparison] = field(default_factory=list)  # of MFT arms with rivals, a text after the other
+    general: list[str] = field(default_factory=list)  # texts that measure forgetting
+    comparisons: list[Comparison] = field(default_factory=list)  # of MFT arms with rivals, text by text
     equal_budgets: list[EqualBudget] = field(default_factory=list)
     without_result: dict[str, str] = field(default_factory=dict)  # by arm, why it has no row
 
@@ -93,13 +94,16 @@ class DomainTable:
 
     @property
     def leaders(self) -> list[Row]:
-        """Those that ran with more seeds than the others, as they led on validation."""
+        """The rows of arms that ran with more seeds than the others, because they led on validation."""
         return [row for row in self.rows if row.seeds > self.seeds]
 
 
 def study_tables(findings: Findings) -> dict[str, DomainTable]:
-    """By domain. Holm's correction runs over all domains: once over MFT's differences from the control, once over the
-    other arms', which decide nothing."""
+    """Return the tables by domain.
+
+    Holm's correction runs over all domains: once over MFT's differences from the control, and once over those of the
+    other arms, which decide nothing.
+    """
     tables: dict[str, DomainTable] = {}
     keys: list[tuple[str, str, str, str]] = []  # domain, arm, FULL or CONTROL, metric
     pairs: list[Paired] = []
@@ -128,8 +132,11 @@ def study_tables(findings: Findings) -> dict[str, DomainTable]:
 
 
 def reference_of(study: StudyConfig, arm: str) -> str | None:
-    """The arm that ``arm`` is held against, the control of the same layers; None for the control itself, and where
-    there is none. Over codes it is such a control, rounded after its training, of the same exact start."""
+    """Return the arm that ``arm`` is compared with: the control of the same layers.
+
+    It is None for the control itself, and if there is no such control. For an average or an interpolated arm it is the
+    same made of the control. Over codes it is a control of the same exact start that was rounded after its training.
+    """
     config, codes = study.arms[arm], study.codes_under(arm)
     between = isinstance(config, Between)
     own = study.arms[str(config.of)] if between else config
@@ -153,9 +160,10 @@ def reference_of(study: StudyConfig, arm: str) -> str | None:
 
 
 def recovered_share(study: StudyConfig, losses: Mapping[str, float], arm: str) -> float | None:
-    """(rounded - arm) / (rounded - exact), losses of an arm over codes, of its start and of what was rounded to it.
+    """Return (rounded - arm) / (rounded - exact): the share of the cost of rounding that an arm over codes took back.
 
-    Above 1 where it became better than the exact model. None for other arms, and where rounding cost nothing.
+    These are losses: of the arm's start in codes, of the arm, and of the exact model that was rounded. The share is
+    above 1 if the arm is better than the exact model. It is None for other arms, and if rounding cost nothing.
     """
     rounded = study.codes_under(arm)
     if rounded is None:
@@ -167,12 +175,12 @@ def recovered_share(study: StudyConfig, losses: Mapping[str, float], arm: str) -
 
 
 def exact_start(study: StudyConfig, rounded: str) -> str:
-    """The arm whose end a quantized arm rounded."""
+    """Return the arm whose end a quantized arm rounded."""
     return study.start_of(rounded) or str(study.named(Base))
 
 
 def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> dict[str, Any]:
-    """What table.json holds and the plots draw; NaN and infinity become None."""
+    """Return what table.json holds and the plots draw; NaN and infinity become None."""
     tables = study_tables(findings) if tables is None else tables
     domains = {}
     for domain, table in tables.items():
@@ -190,7 +198,7 @@ def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None =
 
 
 def finite(value: Any) -> Any:
-    """For JSON: NaN and infinity become None."""
+    """Return value for JSON: NaN and infinity become None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -215,14 +223,14 @@ def _table(findings: Findings, domain: str) -> DomainTable:
 
 
 def _means(findings: Findings, domain: str, arm: str) -> Row:
-    """A row but for its differences on test."""
+    """Return an arm's row, still without its differences on test."""
     study, runs = findings.study, list(findings.test[domain][arm].values())
     evaluations: list[Evaluation] = [run.evaluation for run in runs]
     answers = [run.exact for run in runs if run.exact is not None]
     temperatures = [run.temperature for run in runs if run.temperature is not None]
     setting, against = findings.chosen.get(domain, {}).get(arm), reference_of(study, arm)
     outcomes = [o for o in findings.outcomes if (o.unit.domain, o.unit.arm) == (domain, arm)]
-    # The runs of an average were tried, and their setting chosen, by the arm that it averages.
+    # An average tried no settings: its setting was chosen for the arm that it averages.
     own = [o.unit.setting for o in outcomes if not isinstance(study.arms[arm], Average)]
     source = study.arms[arm].of or arm
     chosen = [
@@ -269,7 +277,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
 
 
 def _unsettled(findings: Findings, domain: str, arm: str) -> list[str]:
-    """The open ends of an arm, of the one that it is made of and of those at whose end they begin."""
+    """Return the open ends of an arm and of all arms that it needs."""
     rests = [arm]
     for each in rests:
         rests += [needed for needed in findings.study.needs(each) if needed not in rests]
@@ -278,7 +286,7 @@ def _unsettled(findings: Findings, domain: str, arm: str) -> list[str]:
 
 
 def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[str, str, str], Paired]:
-    """By (arm, FULL or CONTROL, metric), what can be compared."""
+    """Return what can be compared, by (arm, FULL or CONTROL, metric)."""
     test, found = findings.test[domain], dict[tuple[str, str, str], Paired | None]()
     for row in table.rows:
         runs = test[row.arm]
@@ -293,7 +301,7 @@ def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[st
 
 
 def validation_difference(findings: Findings, domain: str, arm: str, against: str | None) -> float | None:
-    """Mean difference of what decides, on the validation split in the seeds of both."""
+    """Return the mean difference in the deciding metric, on validation and over the seeds of both."""
     measured = findings.validation.get(domain, {})
     if against is None or arm not in measured or against not in measured:
         return None
@@ -302,14 +310,14 @@ def validation_difference(findings: Findings, domain: str, arm: str, against: st
 
 
 def _validation_exact(findings: Findings, domain: str, arm: str) -> float | None:
-    """Mean over seeds, where arms learned by rewards."""
+    """Return the share of exact answers on validation, mean over seeds; None unless arms learned by rewards."""
     runs = findings.validation.get(domain, {}).get(arm, {}).values()
     shares = [run.exact for run in runs if run.exact is not None]
     return _mean(shares) if shares and findings.study.objective == REWARDS else None
 
 
 def _seconds_of_parts(findings: Findings, domain: str, average: str, seeds: int) -> float:
-    """Of all runs of an average: the one that it shares with the arm that it averages, and its own."""
+    """Return the seconds of all runs of an average (its own and its source arm's), mean over seeds."""
     of, setting = findings.study.arms[average].of, findings.chosen.get(domain, {}).get(average)
     units = [(o.unit.domain, o.unit.setting, o.unit.arm, o.seconds) for o in findings.outcomes]
     return sum(seconds for *where, arm, seconds in units if where == [domain, setting] and arm in (of, average)) / seeds

@@ -1,9 +1,9 @@
-"""What a study says in words: a verdict a domain that claims no more than its intervals allow.
+"""The verdicts of a study in words, one per domain, which claim no more than the intervals allow.
 
-Where forgetting is measured the verdict is of dominance: see dominance.py. Elsewhere MFT helps if MFT - control is
-shown to lie below 0, as judge.py has it, and a loss is declared by the same rules. With too few documents, seeds or
-rates, and where an interval is too wide, nothing can be concluded: the verdict then begins with that, and with what
-would be needed.
+If forgetting is measured, the verdict is about dominance: see dominance.py. Otherwise, by the rules of judge.py, MFT
+helps if MFT - control is shown to lie below 0, and the control is better if it is shown to lie above 0. With too few
+documents, seeds or rates, or with an interval that is too wide, nothing can be concluded. The verdict then begins by
+saying so, and what would be needed.
 """
 
 import math
@@ -30,7 +30,7 @@ LOST = "MFT does not help: the control is better"
 NO_EVIDENCE = "No evidence beyond continued training"
 INCONCLUSIVE = "Nothing can be concluded"
 _ONE_SEED = "A single seed: the intervals know of documents only, another seed of the training moves results too."
-# By a comparison's verdict, and of these by the side of the loss on the domain.
+# Verdicts whose words also depend on the side of the loss on the domain.
 _BY_SIDE = (TRADE_OFF, BETTER_BY_ONE, WORSE_BY_ONE)
 _WORDS = {
     (DOMINATES, 0): "dominates",
@@ -48,13 +48,13 @@ _NOT_JUDGED = "is not judged against"  # too few documents, seeds or rates
 
 
 def study_verdicts(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> list[str]:
-    """One paragraph a domain; where forgetting is measured, one a domain and text (beside it, of arms by rewards)."""
+    """Return one paragraph per domain or, if forgetting is measured, per domain and text. By rewards, return both."""
     tables = study_tables(findings) if tables is None else tables
     return verdicts_of(tables, lambda table, row: _uncompared(findings, table, row))
 
 
 def verdicts_of(tables: Mapping[str, DomainTable], uncompared: Callable[[DomainTable, Row], str]) -> list[str]:
-    """The same from the tables alone; uncompared: why a row has no difference from a control."""
+    """Return the same from the tables alone. uncompared: says why a row has no difference from a control."""
     paragraphs = []
     for domain, table in tables.items():
         by_answers = any(row.decides == WRONG for row in table.rows)
@@ -67,7 +67,10 @@ def verdicts_of(tables: Mapping[str, DomainTable], uncompared: Callable[[DomainT
 
 
 def conclusion(row: Row, control: Row) -> tuple[str, str]:
-    """(HELPS, LOST, NO_EVIDENCE or INCONCLUSIVE, why no more is claimed) of an MFT arm against its control."""
+    """Judge an MFT arm against its control.
+
+    Returns: (HELPS, LOST, NO_EVIDENCE or INCONCLUSIVE, why no more is claimed).
+    """
     difference = row.minus_control[row.decides]
     lacks = [shortage(difference), few_rates({row.arm: row.rates, control.arm: control.rates})]
     if any(lacks):
@@ -81,7 +84,7 @@ def conclusion(row: Row, control: Row) -> tuple[str, str]:
 
 
 def conclusion_of(table: DomainTable, row: Row) -> str | None:
-    """What table.json says of a row; None where there is no comparison with a control, or dominance decides."""
+    """Return what table.json says about a row; None without a comparison with a control, or if dominance decides."""
     control = table.row(row.against)
     if not row.masked or control is None or row.decides not in row.minus_control or table.general:
         return None
@@ -89,12 +92,12 @@ def conclusion_of(table: DomainTable, row: Row) -> str | None:
 
 
 def errors(findings: Findings) -> list[str]:
-    """What must be mended before the verdicts are believed."""
+    """Return what must be fixed before the verdicts can be believed."""
     return [f"Error: {end}." for end in findings.open_ends]
 
 
 def shown_interval(difference: Difference | None, scale: float = 1, digits: int = 4) -> str:
-    """ "-0.0123 [-0.0200, -0.0046]" """
+    """Return estimate and interval, such as "-0.0123 [-0.0200, -0.0046]"; "-" for None."""
     if difference is None:
         return "-"
     estimate, low, high = (
@@ -104,7 +107,7 @@ def shown_interval(difference: Difference | None, scale: float = 1, digits: int 
 
 
 def shown_p(difference: Difference | None) -> str:
-    """After Holm's correction, no smaller than so few seeds can tell."""
+    """Return p after Holm's correction, or "<" and the smallest p that the seeds can tell if p is smaller."""
     if difference is None or difference.p_holm is None or math.isnan(difference.p_holm):
         return "-"
     least = smallest_p(difference.seeds)
@@ -144,12 +147,12 @@ def _dominance(domain: str, text: str, table: DomainTable) -> Iterable[str]:
 
 
 def _ends(*rows: Row) -> str:
-    """The choices at an end of their grid that a comparison of these rows rests on."""
+    """Return the choices at an end of their grid that a comparison of these rows rests on."""
     return ", ".join(dict.fromkeys(end for row in rows for end in row.unsettled))
 
 
 def _sides(row: Row, listed: list[Comparison]) -> str:
-    """ "MFT dominates LoRA; is level with control." """
+    """Return an arm's verdicts in one sentence, such as: MFT dominates LoRA; is level with control."""
     rivals: dict[str, list[str]] = {words: [] for words in (*_WORDS.values(), _NOT_JUDGED)}
     for one in listed:
         words = _WORDS[one.verdict, one.domain.side if one.verdict in _BY_SIDE else 0]
@@ -161,7 +164,7 @@ def _sides(row: Row, listed: list[Comparison]) -> str:
 
 
 def _lacks(listed: list[Comparison]) -> str:
-    """Why none of an arm's comparisons can be decided; "" where one can."""
+    """Return why none of an arm's comparisons can be decided; "" if one can."""
     lacks = [one.lacks for one in listed]
     return "; ".join(dict.fromkeys(lacks)) if all(lacks) else ""
 

@@ -41,11 +41,12 @@ _MEGA = 1e6
 
 
 def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """table.md, table.json, sums.npz and plot.png in directory.
+    """Write table.md, table.json, sums.npz and plot.png to directory.
 
-    bytes.png too where a mask has a rival in as few bytes, and forgetting.png where forgetting was measured.
+    Also write bytes.png if a mask has a rival in as few bytes, forgetting.png if forgetting was measured, and
+    rewards.png if arms learned by rewards.
 
-    extra: where the numbers come from (commit, versions, device, command); it goes into both files.
+    extra: where the numbers come from (commit, versions, device, command); it goes into both tables.
     """
     tables, extra = study_tables(findings), dict(extra or {})
     said, known, by_bytes = _words_of(findings, tables)
@@ -76,7 +77,7 @@ def report_text(
     wrong: Iterable[str],
     extra: Mapping[str, Any],
 ) -> str:
-    """table.md from tables, verdicts, remarks, errors and where the numbers come from."""
+    """Return table.md from tables, verdicts, remarks, errors and where the numbers come from."""
     lines = [*(f"{error}\n" for error in wrong), "# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
     for domain, table in tables.items():
         lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
@@ -90,13 +91,13 @@ def report_text(
 
 
 def numbers_text(numbers: Mapping[str, Any]) -> str:
-    """table.json, with each list of plain values on one line."""
+    """Return table.json, with each list of plain values on one line."""
     text = json.dumps(numbers, indent=2, allow_nan=False)
     return _PLAIN_LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def console_report(findings: Findings) -> list[RenderableType]:
-    """Tables, verdicts and remarks for a terminal, at most 100 columns wide."""
+    """Return tables, verdicts and remarks for a terminal, at most 100 columns wide."""
     tables = study_tables(findings)
     parts: list[RenderableType] = []
     for domain, table in tables.items():
@@ -111,7 +112,7 @@ def console_report(findings: Findings) -> list[RenderableType]:
 
 
 def _words_of(findings: Findings, tables: Mapping[str, DomainTable]) -> tuple[list[str], list[str], list[AtEqualBytes]]:
-    """(verdicts, remarks, what is said at equal bytes)"""
+    """Return (verdicts, remarks, comparisons at equal bytes)."""
     by_bytes = at_equal_bytes(findings, tables)
     said = [*study_verdicts(findings, tables), *verdicts_over_codes(findings, tables), *said_of_bytes(by_bytes)]
     return said, [*remarks(findings, tables), *remark_on_bytes(by_bytes)], by_bytes
@@ -164,7 +165,7 @@ _GROUPS = (
 
 
 def _on(text: str) -> tuple[_Column, ...]:
-    """What is left of a text that no arm was trained for."""
+    """Return the columns for a text that no arm was trained on."""
 
     def of(row: Row, shown: Callable[[OnText], str]) -> str:
         return shown(row.general[text]) if text in row.general else "-"
@@ -185,7 +186,7 @@ def _shown_groups(table: DomainTable) -> list[list[_Column]]:
 
 def _markdown(table: DomainTable) -> list[str]:
     columns = [column for group in _shown_groups(table) for column in group]
-    columns.sort(key=lambda column: column is not _CHOSEN)  # first, the others as they are
+    columns.sort(key=lambda column: column is not _CHOSEN)  # the chosen setting comes first
     headings = [column.heading.format(full=table.full) for column in columns]
     lines = [f"| arm | {' | '.join(headings)} |", f"|---|{'---:|' * len(columns)}"]
     for row in table.rows:
@@ -198,7 +199,7 @@ def _markdown(table: DomainTable) -> list[str]:
 
 
 def _matches(domain: str, text: str, table: DomainTable) -> Iterator[str]:
-    """Every MFT arm less every rival."""
+    """Yield the lines of a table of every MFT arm minus every rival."""
     yield f"| MFT arm | rival | {domain}: loss - rival | p (Holm) | {text}: loss - rival | p (Holm) | verdict |"
     yield "|---|---|---:|---:|---:|---:|---|"
     for one in table.comparisons:

@@ -1,1 +1,1 @@
-"""A study that several processes work on, on one machine or many: who does what, and where it was done."""
+"""A study that several processes work on, on one machine or many: who does what, and what must be alike."""

@@ -1,4 +1,4 @@
-"""What all processes of a study must have alike besides its declaration: packages, the base's weights, rows of data."""
+"""Check what all processes of a study must share besides its declaration: packages, base weights, rows of data."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ _REMEDY = {
 
 
 def check_alike(workspace: Workspace, directory: Path, claims: Claims) -> None:
-    """Note what this process has, if it is the first; a later one that joins must have the same.
+    """Record what this process has, if it is the first. A later one that joins must have the same.
 
     Raises: ValueError that names the first thing that differs.
     """
@@ -32,7 +32,7 @@ def check_alike(workspace: Workspace, directory: Path, claims: Claims) -> None:
 
 
 def check_same(noted: dict[str, Any], workspace: Workspace, what: str) -> None:
-    """Raise ValueError that names the first thing in which this process differs from what was noted; what: asks it."""
+    """Raise ValueError that names the first thing that differs from noted. what: the option that asks for it."""
     ours = _values(workspace)
     for section, remedy in _REMEDY.items():
         before, now = noted.get(section, {}), ours[section]
@@ -44,7 +44,7 @@ def check_same(noted: dict[str, Any], workspace: Workspace, what: str) -> None:
 
 
 def check_processor(found: list[Outcome] | list[Tested]) -> None:
-    """Raise ValueError if any of these ran on another kind of processor than this process does, or does not say."""
+    """Raise ValueError if any of these ran on another kind of processor than this process, or on an unknown one."""
     ours = this_host().kind
     for one in found:
         theirs = "a processor that it does not name" if one.where is None else one.where.kind

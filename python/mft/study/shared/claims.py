@@ -1,4 +1,4 @@
-"""What a process of a study may do: all of it where it works alone; beside others what it has claimed, told once."""
+"""Which work a process of a study may do: all of it if it works alone; together with others, what it has claimed."""
 
 import secrets
 from collections.abc import Callable
@@ -10,35 +10,35 @@ from mft.study.shared.leases import Leases
 
 
 class Claims(Protocol):
-    """Names stand for pieces of work; a result is told under a path, which nobody writes twice."""
+    """Claims on pieces of work, by name. A result is written under its path once."""
 
-    shares: bool  # whether results may come from others, and files may go
+    shares: bool  # whether other processes may add results and delete files
 
     def take(self, name: str, done: Callable[[], bool]) -> bool:
-        """Whether this process is to do the work: nobody else does, and it is not done."""
+        """Return whether this process is to do the work: nobody else does, and it is not done."""
         ...
 
     def release(self, name: str) -> None: ...
 
     def own(self, trained: Path) -> Path:
-        """Where this process writes weights that are to become trained."""
+        """Return where this process writes weights that will later be at trained."""
         ...
 
     def tell(self, path: Path, result: str, own: Path | None = None, trained: Path | None = None) -> None:
-        """Write a result, and put the weights that belong to it in their place."""
+        """Write a result, and move the weights that belong to it from own to trained."""
         ...
 
     def once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
-        """Make what is not done; whether it was this process."""
+        """Call make unless it is done. Returns: whether this process called it."""
         ...
 
     def wait(self) -> None:
-        """For others, which hold all that could be done."""
+        """Wait for other processes, which hold all work that could be done."""
         ...
 
     @property
     def look(self) -> float | None:
-        """Seconds after which to see what others did; None: there are none."""
+        """Seconds after which to look at what others did; None: there are no others."""
         ...
 
 
@@ -71,7 +71,7 @@ class Alone:
 
 
 class Joined:
-    """One of several. Where two did the same work, since one was thought to be dead, the first to tell it counts."""
+    """One of several processes. If two did the same work, because one seemed dead, the first result written counts."""
 
     shares = True
 
@@ -83,7 +83,7 @@ class Joined:
     def take(self, name: str, done: Callable[[], bool]) -> bool:
         if not self._leases.take(name):
             return False
-        if done():  # it was told between the last look and the claim
+        if done():  # its result was written between the last look and the claim
             self._leases.release(name)
             return False
         return True
@@ -92,7 +92,7 @@ class Joined:
         return trained.with_name(f".{trained.name}.{secrets.token_hex(4)}.tmp")
 
     def tell(self, path: Path, result: str, own: Path | None = None, trained: Path | None = None) -> None:
-        """Weights go where they belong only after their result was told, or if it had been and they were lost."""
+        """Write a result; move its weights only if this write won, or if they replace lost ones of an older result."""
         known = path.exists()
         first = publish(path, result)
         if own is None or trained is None or not own.exists():

@@ -1,10 +1,11 @@
-"""Leases: which process works on what in a directory that machines share, without a server and without a common clock.
+"""Leases say which process works on what in a directory that machines share, without a server or a common clock.
 
-A lease on NAME is a file leases/NAME.GENERATION. Whoever creates it holds NAME, and counts up in it every few seconds.
-Who sees it unchanged for long by its own monotonic clock takes over: it creates the next generation.
+A lease on NAME is a file leases/NAME.GENERATION. The process that creates it holds NAME, and increases a counter in the
+file every few seconds. A process that sees the file unchanged for long, by its own monotonic clock, takes over: it
+creates the next generation.
 
-A lease saves work, and promises nothing: a holder that was stopped may wake up and go on. So what two may write at once
-has to be written by atomic.publish(), of which one wins.
+A lease saves work, but guarantees nothing: a holder that was stopped may wake up and go on. Files that two processes
+may write at once must therefore be written by atomic.publish(), which lets one of them win.
 """
 
 import contextlib
@@ -24,15 +25,16 @@ from mft.files.atomic import NotWritten, naming
 
 FOLDER = "leases"
 _MOST = 4096  # bytes of a lease that are read
-_DIGITS = 20  # of its counter
+_DIGITS = 20  # of a lease's counter
 _UNKNOWN = "somebody whom the file does not name"
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds: between two beats of a holder, until an unchanged lease is dead, between two looks of who waits.
+    """Seconds between two beats of a holder, until an unchanged lease is dead, and between two looks of a waiter.
 
-    All processes of a study must have the same ones. 12 beats may be late, which a busy machine or disk does to some.
+    All processes of a study must use the same pace. A lease is dead after 12 missed beats: a busy machine or disk may
+    delay a few.
     """
 
     beat: float = 5.0
@@ -42,15 +44,15 @@ class Pace:
 
 @dataclass
 class _Seen:
-    """A lease as it was when it last changed; times are this process's own, of its monotonic clock."""
+    """The content of a lease since its last change. Times are from this process's monotonic clock."""
 
     content: bytes
-    since: float  # after it was first read so
+    since: float  # just after this content was first read
     looked: float
 
 
 class Leases:
-    """Those of one process on a study's directory, while it is entered."""
+    """The leases of one process on a study's directory, as a context manager."""
 
     def __init__(self, directory: Path, say: Callable[[str], None] = lambda words: None, pace: Pace | None = None):
         self.folder, self.pace, self.nonce = directory / FOLDER, pace or Pace(), secrets.token_hex(4)
@@ -61,7 +63,7 @@ class Leases:
         self._seen: dict[Path, _Seen] = {}
         self._listed: tuple[float, list[Path]] = (float("-inf"), [])
         self._count = 0
-        self._lock = threading.Lock()  # of what the thread that beats shares with the process's own
+        self._lock = threading.Lock()  # guards what the beating thread shares with the main thread
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, daemon=True)
 
@@ -73,13 +75,13 @@ class Leases:
         self._ended.set()
         self._thread.join()
         for name in list(self._held):
-            with contextlib.suppress(OSError):  # left behind, it expires
+            with contextlib.suppress(OSError):  # a lease that is left behind expires
                 self.release(name)
-        with contextlib.suppress(OSError):  # others' are in it
+        with contextlib.suppress(OSError):  # it still holds leases of others
             self.folder.rmdir()
 
     def take(self, name: str) -> bool:
-        """Hold name from now on, if nobody who is alive does. Raises: NotWritten."""
+        """Take the lease on name, unless a live process holds it. Returns: whether it was taken. Raises: NotWritten."""
         before = self._latest(name)
         if before is not None and not self._is_dead(before):
             return False
@@ -95,7 +97,7 @@ class Leases:
         return True
 
     def release(self, name: str) -> None:
-        """Hold name no more. Raises: NotWritten."""
+        """Give up the lease on name. Raises: NotWritten."""
         with self._lock:
             path = self._held.pop(name, None)
         if path is None or not self._is_ours(path):
@@ -107,7 +109,7 @@ class Leases:
 
     @contextlib.contextmanager
     def holding(self, name: str) -> Iterator[None]:
-        """Hold name while the block runs, from when nobody else does."""
+        """Wait until nobody else holds name, then hold it while the block runs."""
         while not self.take(name):
             self.wait()
         try:
@@ -116,7 +118,7 @@ class Leases:
             self.release(name)
 
     def once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
-        """Make what is not done, in one process of all; others wait for it. Whether it was this one."""
+        """Call make in one of the processes unless it is done; the others wait. Returns: whether it was this one."""
         while not done():
             if self.take(name):
                 try:
@@ -130,14 +132,14 @@ class Leases:
         return False
 
     def wait(self) -> None:
-        """For as long as another may need; random, so that those who wait do not all come at once."""
+        """Sleep for about pace.look seconds; at random, so that waiting processes do not all wake at once."""
         time.sleep(self.pace.look * random.uniform(0.5, 1.5))
 
     def enter(self, prefix: str, against: tuple[str, ...]) -> None:
-        """Hold a lease of this process's own that begins with prefix, as long as this process works in the directory.
+        """Hold a lease of this process's own, whose name begins with prefix, while it works in the directory.
 
-        Raises: RuntimeError if a process that is alive holds one of a prefix in against. To learn that it is dead can
-            take pace.expiry seconds.
+        Raises: RuntimeError if a live process holds a lease with a prefix in against. Finding out that a process is
+            dead can take pace.expiry seconds.
         """
         self.take(f"{prefix}{self.nonce}")
         alive = self._alive(against)
@@ -145,11 +147,11 @@ class Leases:
             raise RuntimeError(self._refusal(alive))
 
     def has_others(self, prefix: str) -> bool:
-        """Whether another process that is alive holds one of the prefix. It can take pace.expiry seconds to learn."""
+        """Return whether another live process holds a lease with the prefix. This can take pace.expiry seconds."""
         return self._alive((prefix,)) is not None
 
     def clear(self) -> None:
-        """Delete what is not this process's own, when nobody else works here. Raises: NotWritten."""
+        """Delete all leases but this process's own; call it when nobody else works here. Raises: NotWritten."""
         for path in self._others(("",)):
             with naming(path, "deleted"):
                 path.unlink(missing_ok=True)
@@ -157,7 +159,7 @@ class Leases:
     # ---------------------------------------------------------------------------------------------- private
 
     def _alive(self, prefixes: tuple[str, ...]) -> Path | None:
-        """A lease of one of the prefixes whose holder is alive; those of the dead are deleted."""
+        """Return a lease with one of the prefixes whose holder is alive, or None. Delete leases of dead holders."""
         others, said = self._others(prefixes), False
         while others:
             for path in others:
@@ -190,7 +192,7 @@ class Leases:
         )
 
     def _files(self, age: float = 0.0) -> list[Path]:
-        """All leases, as the folder was at most age seconds ago."""
+        """Return the paths of all leases, from a listing of the folder at most age seconds old."""
         if time.monotonic() - self._listed[0] >= age:
             try:
                 names = sorted(os.listdir(self.folder))
@@ -201,7 +203,7 @@ class Leases:
         return self._listed[1]
 
     def _latest(self, name: str) -> Path | None:
-        files = self._files(self.pace.look / 4)  # creation decides: what was made since is met there
+        files = self._files(self.pace.look / 4)  # _create() fails if a lease was made since
         generations = [path for path in files if path.name.rpartition(".")[0] == name]
         return max(generations, key=_generation, default=None)
 
@@ -236,14 +238,17 @@ class Leases:
             for name, path in held:
                 try:
                     alive = self._beat(path)
-                except OSError:  # of a full disk, say: what is to be written next tells it; until then others may wait
+                except OSError:  # a full disk, say: the next write of a result reports it; until then others may wait
                     continue
                 if not alive:
                     with self._lock:
                         self._held.pop(name, None)
 
     def _beat(self, path: Path) -> bool:
-        """Count up; False if another has taken over. Never makes the file: it may have been removed in good order."""
+        """Increase the counter; return False if another process has taken over, or the file is gone.
+
+        Never create the file: it may have been removed on purpose.
+        """
         if path.with_name(f"{path.name.rpartition('.')[0]}.{_generation(path) + 1}").exists():
             return False
         try:
@@ -262,11 +267,14 @@ class Leases:
         return (_read(path) or b"").startswith(self._head)
 
     def _is_dead(self, path: Path) -> bool:
-        """Whether a lease has not changed for long; it is read but now and then."""
+        """Return whether a lease's holder has ended, or the lease has not changed for pace.expiry seconds.
+
+        The file is read only now and then.
+        """
         now, seen = time.monotonic(), self._seen.get(path)
         if seen is not None and now - seen.looked < min(self.pace.expiry / 4, self.pace.beat):
             return False
-        content = _read(path)  # after now: it was so at least that long
+        content = _read(path)  # read after now was taken, so it lasted at least until then
         if content is None:
             self._seen.pop(path, None)
             return False
@@ -285,7 +293,7 @@ class Leases:
         return now - seen.since >= self.pace.expiry
 
     def _has_changed(self, path: Path) -> bool:
-        """Since the content that _is_dead() first saw, which stays there until this was asked."""
+        """Return whether the lease has changed since _is_dead() noted its content."""
         content = _read(path)
         return content is not None and content != self._seen[path].content
 
@@ -294,16 +302,16 @@ class Leases:
         return f"process {owner['process']} on {owner['host']}" if owner else _UNKNOWN
 
 
-ALONE, JOINED = "alone-", "joined-"  # prefixes, of a process that works alone and of one of several
+ALONE, JOINED = "alone-", "joined-"  # prefixes of the lease of a process that works alone, or of one of several
 
 
 @contextlib.contextmanager
 def open_leases(
     directory: Path, say: Callable[[str], None] = lambda words: None, *, joins: bool, pace: Pace | None = None
 ) -> Iterator[Leases]:
-    """The leases of a process that works in directory alone, or beside others that join.
+    """Open the leases of a process that works in directory, alone or together with others that join.
 
-    Raises: RuntimeError that names a process which works there and does not let this one. NotWritten.
+    Raises: RuntimeError that names a process which works there and does not share the directory. NotWritten.
     """
     with Leases(directory, say, pace) as leases:
         leases.enter(JOINED if joins else ALONE, (ALONE,) if joins else (ALONE, JOINED))
@@ -329,7 +337,7 @@ def _generation(path: Path) -> int:
 
 
 def _owner_of(content: bytes) -> dict[str, Any]:
-    """Who holds it; nothing if it does not say."""
+    """Return who holds a lease, from its content; {} if it does not say."""
     try:
         owner = json.loads(content.partition(b"\n")[0])
     except ValueError:
@@ -338,7 +346,7 @@ def _owner_of(content: bytes) -> dict[str, Any]:
 
 
 def _process(process: int) -> tuple[dict[str, str], str]:
-    """What tells a process of this machine from every other there ever was, and its state; nothing without /proc."""
+    """Return what identifies a process of this machine among all that ever ran, and its state; empty without /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -348,7 +356,7 @@ def _process(process: int) -> tuple[dict[str, str], str]:
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that has ended; False where that cannot be known."""
+    """Return whether the holder was a process of this machine that has ended; False if that cannot be known."""
     here, _ = _process(os.getpid())
     if not here or owner.get("machine") != here["machine"] or not isinstance(owner["process"], int):
         return False

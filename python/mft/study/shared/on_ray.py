@@ -1,7 +1,8 @@
 """Workers in a Ray cluster, for machines that share no disk: jobs and files go out, results and weights come back.
 
-An actor is a worker: it keeps its workspace warm. What a job reads is put into Ray's object store once and fetched once
-per node, where it lies in a folder that the node's actors share. An actor that dies is replaced, and its job run again.
+Each worker is an actor, which keeps its workspace between jobs. Files that a job reads are put into Ray's object store
+once, and fetched once per node into a folder that the node's actors share. If an actor dies, another one replaces it
+and runs its job again.
 """
 
 import contextlib
@@ -27,19 +28,19 @@ from mft.study.units.job import Job
 from mft.study.workers import TOLD, JobFailed, Result, Workers, run_job
 from mft.study.workspace import Workspace
 
-_TRIES = 3  # of a job whose actors die
-_Files = dict[str, Any]  # references to contents in the object store, by their path in the study's directory
+_TRIES = 3  # for a job whose actors die
+_Files = dict[str, Any]  # references to contents in the object store, by path in the study's directory
 
 
 def check_ray() -> None:
-    """Raise ValueError if Ray is missing: asked before anything is trained."""
+    """Raise ValueError if Ray is missing. It is called before anything is trained."""
     if find_spec("ray") is None:
         raise ValueError("--on ray must find the package ray, got none: pip install 'mft_kernels[ray]'")
 
 
 @contextlib.contextmanager
 def start_on_ray(study: StudyConfig, bases: Bases, workspace: Workspace) -> Iterator[Workers]:
-    """study.workers actors in the cluster of RAY_ADDRESS, or in one that is started here and ends with the block."""
+    """Start study.workers actors in the cluster of RAY_ADDRESS, or in a cluster that exists only in the block."""
     import ray
 
     begun = not ray.is_initialized()
@@ -64,7 +65,7 @@ class _Actors:
         self._folder = f"mft-study-{secrets.token_hex(4)}"  # of this command, on every node
         self._class = ray.remote(num_cpus=1, max_restarts=0)(_Actor)
         self._idle = [self._new() for _ in range(self.count)]
-        self._jobs: dict[Any, tuple[Job, Any, int]] = {}  # by what an actor is to return
+        self._jobs: dict[Any, tuple[Job, Any, int]] = {}  # by the reference to the result
         self._sent: _Files = {}
 
     def submit(self, job: Job) -> None:
@@ -100,11 +101,11 @@ class _Actors:
         self._jobs[actor.run.remote(job, self._files_of(job))] = job, actor, tries
 
     def _files_of(self, job: Job) -> _Files:
-        """What the job reads; each is put into the object store once."""
+        """Return references to the files that the job reads; each file is put into the object store once."""
         paths = list(job.reads)
         if self._study.scratch is not None:
             base = self._bases.path(job.unit.seed)
-            first = self._bases.path(self._study.seeds[0])  # which every workspace begins with
+            first = self._bases.path(self._study.seeds[0])  # every workspace loads it first
             paths += [path for folder in {first, base} for path in folder.rglob("*") if path.is_file()]
         names = [str(path.relative_to(self._directory)) for path in paths]
         for name in names:
@@ -114,7 +115,7 @@ class _Actors:
 
 
 class _Actor:
-    """A worker on some node; directory: the study's where the command runs, folder: that of its files here."""
+    """A worker on a node. directory: the study's, where the command runs. folder: the folder of its files here."""
 
     def __init__(self, study: StudyConfig, directory: str, folder: str, alike: dict[str, Any]) -> None:
         torch.set_num_threads(1)
@@ -123,7 +124,7 @@ class _Actor:
         self._workspace: Workspace | None = None
 
     def run(self, job: Job, files: _Files) -> tuple[dict[str, Any] | None, Any, str | None]:
-        """(values of the result, trained weights if there are any, why it failed)"""
+        """Run a job. Returns: (values of the result, trained weights if there are any, why it failed)."""
         import ray
 
         try:

@@ -1,1 +1,1 @@
-"""What a unit does, from its start to a trained model, seen by validation, and later by test."""
+"""What a unit does: train a model from its start, evaluate it on validation, and later on test."""

@@ -1,4 +1,4 @@
-"""A unit and the files that it needs; the arm that does it, and the ground on which."""
+"""A unit with the files that it needs, its arm, and the Ground on which the arm works."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,22 +17,22 @@ class Job:
     """A unit and the files that it needs."""
 
     unit: Unit
-    starts: tuple[Path, ...]  # the trained weights that lead from the base model to where the unit begins, in order
-    trained: Path  # where the unit's own are, or go
-    parts: tuple[tuple[Unit, Path], ...] = ()  # of an average: what its mean is of
-    source: tuple[Unit, Path] | None = None  # of other derived arms: what they are made of
-    teacher: tuple[Path, ...] | None = None  # as starts, to the model whose words are learned; None: the text's are
+    starts: tuple[Path, ...]  # trained weights that lead from the base model to the unit's start, in order
+    trained: Path  # where the unit's own weights are, or go
+    parts: tuple[tuple[Unit, Path], ...] = ()  # for an average: the runs that it averages
+    source: tuple[Unit, Path] | None = None  # for other derived arms: the run that they are made of
+    teacher: tuple[Path, ...] | None = None  # like starts, but to the teacher's model; None: no teacher
     on_test: bool = False
 
     @property
     def reads(self) -> list[Path]:
-        """The files that it needs; on test that of its own weights, if it has any."""
+        """The files that it reads; on test also its own weights, if it has any."""
         paths = [*self.starts, *(path for _, path in self.parts), *(self.teacher or ())]
         paths += [] if self.source is None else [self.source[1]]
         return paths + ([self.trained] if self.on_test and self.trained.is_file() else [])
 
     def with_paths(self, moved: Callable[[Path], Path]) -> "Job":
-        """The same job with its files elsewhere."""
+        """Return the same job with its files elsewhere."""
         return replace(
             self,
             starts=tuple(map(moved, self.starts)),
@@ -44,13 +44,13 @@ class Job:
 
 
 def arm_of(workspace: Workspace, unit: Unit) -> Arm:
-    """The unit's arm; a part of an average is a run of the arm that the average is of."""
+    """Return the unit's arm. A part of an average is a run of the average's source arm."""
     arm = workspace.study.arms[unit.arm]
     return workspace.study.arms[str(arm.of)] if unit.part else arm
 
 
 def ground_of(workspace: Workspace, job: Job) -> Ground:
-    """After workspace.begin."""
+    """Return the ground of a job's arm; call it after workspace.begin."""
     unit, arm = job.unit, arm_of(workspace, job.unit)
     mask, keep_ratio = replace(workspace.study.mask_of(arm), seed=unit.seed), unit.setting.keep_ratio
     codes = workspace.study.codes_under(unit.arm)
@@ -69,22 +69,25 @@ def ground_of(workspace: Workspace, job: Job) -> Ground:
 
 
 def model_of(workspace: Workspace, job: Job) -> nn.Module:
-    """The unit's model as its files have it, in eval mode; after workspace.begin."""
+    """Return the unit's model from its files, in eval mode; call it after workspace.begin."""
     return arm_of(workspace, job.unit).model(ground_of(workspace, job), job.trained)
 
 
 def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
-    """What must be stored beside the unit's start; model: the unit's, after workspace.begin."""
+    """Return the bytes to store besides the unit's start; call it after workspace.begin. model: the unit's."""
     return arm_of(workspace, job.unit).stored_bytes(ground_of(workspace, job), model)
 
 
 def resident_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
-    """Bytes in memory besides the unit's start while its model runs."""
+    """Return the bytes in memory besides the unit's start while its model runs."""
     return arm_of(workspace, job.unit).resident_bytes(ground_of(workspace, job), model)
 
 
 def training_bytes(workspace: Workspace, job: Job) -> int:
-    """Of a trained arm; where it begins over codes, its start in codes, which its model here is only equal to."""
+    """Return the bytes in memory while a trained arm trains, its start included.
+
+    A start over codes counts as codes, although the model here holds equal ordinary weights.
+    """
     ground = ground_of(workspace, job)
     start = weights_bytes(workspace.base, ground.codes)
     return start + arm_of(workspace, job.unit).training_bytes(ground, workspace.study.stage)

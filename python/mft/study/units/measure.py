@@ -1,4 +1,4 @@
-"""How a unit's model is seen: on a split of its domain, and on text that no arm is trained for."""
+"""How a unit's model is evaluated: on a split of its domain, and on text that no arm is trained on."""
 
 import math
 from collections.abc import Callable
@@ -17,8 +17,10 @@ from mft.training.loop import NonFiniteLoss
 
 
 def evaluation_options(workspace: Workspace, unit: Unit, general: str | None = None) -> Callable[[str], dict[str, Any]]:
-    """Options of evaluate, for a split of the domain or of a general text: what the layers below the arm's make of it
-    is remembered."""
+    """Return a function from a split's name to the options of evaluate, for the domain or for a general text.
+
+    The outputs of the layers below those that the arm changes are remembered.
+    """
     arm = arm_of(workspace, unit)
     source = arm if arm.of is None else workspace.study.arms[arm.of]
     if source.whole_model:
@@ -28,7 +30,7 @@ def evaluation_options(workspace: Workspace, unit: Unit, general: str | None = N
 
 
 def on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Measured:
-    """With answers where validation chooses by them."""
+    """Evaluate model on the domain's validation split, with answers if validation chooses by them."""
     measured = Measured(_evaluated(workspace, unit, model))
     if workspace.study.objective == REWARDS:
         answer(workspace, model, workspace.splits(unit.domain).validation, measured)
@@ -36,7 +38,7 @@ def on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Measure
 
 
 def answer(workspace: Workspace, model: nn.Module, dataset, measured: Measured) -> None:
-    """Ask the questions of dataset, and note in measured how many answers are right."""
+    """Ask the questions of dataset, and record in measured how many answers are right."""
     options: dict[str, Any] = {}
     if workspace.study.objective == REWARDS:
         rewards = workspace.study.rewards
@@ -55,9 +57,9 @@ def _evaluated(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation
 def on_general(
     workspace: Workspace, unit: Unit, model: nn.Module, split: str, start: nn.Module | None = None
 ) -> dict[str, General]:
-    """What is left of text that is not the domain's, and how far the model has gone from start there, if one is given.
+    """Evaluate model on the general texts; if start is given, also its KL divergence from start there.
 
-    The divergence takes twice as long as the loss, so runs that are not chosen do without.
+    The divergence takes twice as long as the loss, so it is left out for runs that are not chosen.
     """
     found = {}
     for name in workspace.study.general_of(unit.domain):

@@ -1,4 +1,4 @@
-"""A unit from its start to an outcome, as validation sees it; and later on test."""
+"""Run a unit from its start to an outcome on validation, and later evaluate it on test."""
 
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
 from mft.study.arms.full import Full
@@ -14,8 +14,10 @@ from mft_kernels.ops.checks import NonFiniteScores
 
 
 def run_unit(workspace: Workspace, job: Job) -> Outcome:
-    """Train what the unit trains, and see it on validation. A run that does not stay finite, and a method
-    that cannot be run so, are outcomes too."""
+    """Train what the unit trains, and evaluate it on validation.
+
+    A run that does not stay finite, or whose method fails, is an outcome too.
+    """
     unit, arm = job.unit, arm_of(workspace, job.unit)
     workspace.begin(unit.domain, job.starts, unit.seed)
     try:
@@ -48,9 +50,9 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
 
 
 def run_test(workspace: Workspace, job: Job) -> Tested:
-    """Evaluate a unit's model on validation again, and on test; each also at the temperature that validation likes."""
+    """Evaluate a unit's model on validation again and on test, also at the temperature that is best on validation."""
     unit, arm = job.unit, arm_of(workspace, job.unit)
-    is_full = isinstance(arm, Full)  # where others begin: it is run from the base model, and its model is kept
+    is_full = isinstance(arm, Full)  # its own model becomes workspace.model, where others start
     workspace.begin(unit.domain, (job.trained,) if is_full else job.starts, unit.seed)
     model, splits = model_of(workspace, job), workspace.splits(unit.domain)
     options, temperature = evaluation_options(workspace, unit), 0.0

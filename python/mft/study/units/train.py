@@ -1,6 +1,6 @@
-"""The arms that train: from their start to weights that go onto it (masks merged, adapters apart).
+"""Train an arm from its start to weights that are put onto the start (masks merged, adapters separate).
 
-Each is evaluated on validation at study.checkpoints equally spaced steps; the best of them is kept on disk.
+An arm is evaluated on validation at study.checkpoints equally spaced steps, and the best checkpoint is kept on disk.
 """
 
 import math
@@ -22,11 +22,11 @@ from mft.study.units.measure import on_general, on_validation
 from mft.study.workspace import Workspace
 from mft.training.loop import StepReport
 
-_PART_SEEDS = 1_000_003  # between the orders of data of an average's parts, more than seeds that anyone declares
+_PART_SEEDS = 1_000_003  # distance between the data seeds of an average's parts: larger than any declared seed
 
 
 def train_unit(workspace: Workspace, job: Job) -> Outcome:
-    """Train it, see it on validation now and then, and keep the best of these checkpoints on disk."""
+    """Train a unit, evaluate checkpoints on validation, and keep the best one on disk."""
     unit, arm, ground = job.unit, arm_of(workspace, job.unit), ground_of(workspace, job)
     train = workspace.study.train_of(arm, unit.setting, unit.seed + _PART_SEEDS * unit.part)
     dataset = workspace.splits(unit.domain).train
@@ -78,7 +78,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
 
 
 class _Checkpoints:
-    """An on_step of the training loop that evaluates now and then, and keeps what was best."""
+    """Provides the training loop's on_step, which evaluates checkpoints and keeps the best."""
 
     def __init__(
         self, steps: int, count: int, look: Callable[[], Measured], keep: Callable[[], tuple[Weights, float | None]]
@@ -88,7 +88,7 @@ class _Checkpoints:
         self.answers_curve: list[tuple[float, float]] = []
         self.best: Measured | None = None
         self.best_share = 1.0
-        self.seconds, self._looking = 0.0, 0.0  # of training alone
+        self.seconds, self._looking = 0.0, 0.0  # training time without evaluations
         self._look, self._keep = look, keep
 
     def on_step(self, report: StepReport | RewardReport) -> None:

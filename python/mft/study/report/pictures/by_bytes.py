@@ -1,4 +1,4 @@
-"""Test loss against the bytes that an arm must keep beside where it began, drawn from a study's table.json."""
+"""Plot test loss against the bytes that an arm must store besides its start, from a study's table.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from mft.study.arms.kinds import KINDS
 from mft.study.report.pictures import titles
 from mft.study.report.pictures.labels import Label, place_labels
 
-_FEW = 64  # bytes: what stores fewer, such as a temperature, lies on the left edge and does not widen the axis
-_REACH = 1.6  # a panel ends so many times as far above its lowest interval as most arms lie; arrows are farther
+_FEW = 64  # bytes: an arm that stores fewer, such as a temperature, lies on the left edge and does not widen the axis
+_REACH = 1.6  # a panel's height, in multiples of how far most arms lie above the lowest interval; arrows are farther
 
 
 @dataclass(frozen=True)
 class Point:
-    """An arm on test: its bytes, and its loss less the full fine-tune's."""
+    """An arm on test: its bytes, and its loss minus the full fine-tune's."""
 
     arm: str
     kind: str
@@ -25,14 +25,14 @@ class Point:
     low: float
     estimate: float
     high: float
-    teacher: str | None = None  # by whose words it learned, not from the text
+    teacher: str | None = None  # the arm that taught it; None: it learned from the text
 
 
 def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
-    """A row a domain, a panel each arm where a mask began: what began there, and the frontier; a line joins a kind.
+    """Plot a row per domain, and a panel per arm at which a mask started: the arms from there, and their frontier.
 
-    Those of a kind that were taught by another arm have a line of their own. Where no mask began anywhere, what began
-    at the full fine-tune. numbers: of table.json.
+    A line joins the arms of a kind; those that another arm taught have a line of their own. If no mask started
+    anywhere, plot the arms that started at the full fine-tune. numbers: of a table.json.
     Raises: ValueError if no domain has such an arm whose bytes are known.
     """
     rows = {domain: of for domain, table in numbers["domains"].items() if (of := _panels(table))}
@@ -67,7 +67,7 @@ def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
 
 
 def points(table: Mapping[str, Any], start: str) -> list[Point]:
-    """Of the arms that store something beside this one, by bytes."""
+    """Return the points of arms that started at ``start`` and store something besides it, sorted by bytes."""
     found = []
     for row in table["rows"]:
         difference = row["minus_full"]
@@ -80,7 +80,7 @@ def points(table: Mapping[str, Any], start: str) -> list[Point]:
 
 
 def frontier(found: Sequence[Point], level: float = 0.0) -> list[Point]:
-    """Those that no arm of as few bytes reaches, nor where they began, at that level, which needs none."""
+    """Return the points below every arm with as few bytes, and below level: their start, which needs no bytes."""
     best, kept = level, []
     for point in found:
         if point.estimate < best:
@@ -90,7 +90,7 @@ def frontier(found: Sequence[Point], level: float = 0.0) -> list[Point]:
 
 
 def _panels(table: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """By the arm where they began."""
+    """Return the points to draw, by the arm at which they started."""
     starts = dict.fromkeys([table["full"], *(row["start"] for row in table["rows"] if row.get("start"))])
     found = {start: of for start in starts if (of := points(table, start))}
     masked = {start: of for start, of in found.items() if any(KINDS[point.kind].is_mft for point in of)}
@@ -98,13 +98,13 @@ def _panels(table: Mapping[str, Any]) -> dict[str, list[Point]]:
 
 
 def _level(table: Mapping[str, Any], start: str) -> float:
-    """The loss of a start less the full fine-tune's."""
+    """Return the loss of a start minus the full fine-tune's."""
     (row,) = (row for row in table["rows"] if row["arm"] == start)
     return 0.0 if row["minus_full"] is None else row["minus_full"]["estimate"]
 
 
 def _draw(axes, found: Sequence[Point], level: float) -> list[Label]:
-    """Returns: the labels that are to be placed when the figure has its layout."""
+    """Draw a panel. Returns: its labels, to be placed when the figure has its layout."""
     floor = min(level, *(point.low for point in found))
     reach = max(level - floor, median(point.estimate for point in found) - floor, 1e-4)
     top = min(max(level, *(point.high for point in found)), floor + _REACH * reach)
@@ -116,7 +116,7 @@ def _draw(axes, found: Sequence[Point], level: float) -> list[Label]:
         colour, joined = KINDS[kind].colour, KINDS[kind].joined
         of_kind = [point for point in found if (point.kind, point.teacher) == (kind, teacher)]
         lowest = min(of_kind, key=lambda point: point.estimate)
-        for point in of_kind:  # the others of a line are known by its colour: names of all would lie on each other
+        for point in of_kind:  # a line's colour names its other arms: all names would overlap
             named = not joined or point is lowest or point.bytes < left or point.estimate > top
             labels += _draw_point(axes, point, colour, left, top)[: int(named)]
         if len(of_kind) > 1 and joined:
@@ -139,7 +139,7 @@ def _draw(axes, found: Sequence[Point], level: float) -> list[Label]:
 
 
 def _draw_point(axes, point: Point, colour: str, left: float, top: float) -> list[Label]:
-    """Draw it, on the edge left or top if it lies beyond. Returns: its label."""
+    """Draw a point, on the left or top edge if it lies beyond. Returns: its label."""
     x, y, label = max(point.bytes, left), min(point.estimate, top), point.arm
     if x > point.bytes:
         label += f" ({point.bytes:,.0f} bytes)"

@@ -1,4 +1,4 @@
-"""Pictures of a finished study's models: the loss surface round them, and how alike the masks of its runs are."""
+"""Pictures of a finished study's models: the loss surface around them, and how alike the masks of its runs are."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from mft.study.report.finished import opened
 from mft.study.report.pictures.overlap import overlaps, plot_overlaps
 from mft.study.report.pictures.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
 
-REACH = 0.5  # beyond the models: of the distance between fine-tune and control, or of the rows' norms
+REACH = 0.5  # how far a surface goes beyond the models, in units of its plane (see Plane.unit)
 
 
 def draw_surface(
@@ -21,11 +21,17 @@ def draw_surface(
     points: int = 11,
     on_point: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Validation loss of the first seed's models: through fine-tune, control and MFT, and round the first and the last.
+    """Draw the validation loss of the first seed's models on three planes.
+
+    One plane goes through fine-tune, control and MFT. The others lie around the fine-tune and around MFT.
 
     Args:
-        directory: a finished study's. domain, arm: the first, and the first of MFT, if None. rows: of validation that
-            every point is evaluated on.
+        directory: A finished study's.
+        domain: None: the study's first.
+        arm: An MFT arm; None: the first.
+        rows: Rows of validation that every point is evaluated on.
+        points: Points along each axis.
+        on_point: Called with the points done and their number, over all planes.
     """
     with opened(directory) as ground:
         domain = next(iter(ground.study.domains)) if domain is None else domain
@@ -57,7 +63,7 @@ def draw_surface(
 
 
 def draw_overlap(directory: Path, path: Path, *, arm: str | None = None) -> None:
-    """Which weights the masks of all seeds and domains drop: overlap of each pair, against chance."""
+    """Draw how far the weights that the masks of all seeds and domains drop overlap, by pair, against chance."""
     with opened(directory) as ground:
         arm = ground.masked_arm(arm)
         sets = {

@@ -1,4 +1,4 @@
-"""Gain against forgetting: every arm's loss on a domain over its loss on a text that no arm was trained for."""
+"""Plot gain against forgetting: every arm's loss on a domain against its loss on a text that no arm was trained on."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,16 +15,16 @@ from mft.study.arms.means import Average, Interpolated
 from mft.study.report.pictures import titles
 from mft.study.report.pictures.plots import colours_of
 
-_OUTLIER = 5  # times the median distance of trained arms, beyond which an arm does not widen the panel near the start
+_OUTLIER = 5  # an arm beyond this many times the trained arms' median distance does not widen the right panel
 _MARGIN = 0.07
-_UNTRAINED = ("x", "+", "1", "2", "3", "4", "v", "^")  # markers, which tell them apart in one colour
+_UNTRAINED = ("x", "+", "1", "2", "3", "4", "v", "^")  # markers that tell arms of one colour apart
 
 Table = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Point:
-    """An arm on test, less the full fine-tune: loss on the text and on the domain, each (low, estimate, high)."""
+    """An arm on test minus the full fine-tune: loss on the text and on the domain, each (low, estimate, high)."""
 
     arm: str
     kind: str
@@ -34,9 +34,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """An interpolated arm on validation with the first seed: (loss on the text, on the domain) by alpha, as a Point's.
+    """An interpolated arm on validation with the first seed: (loss on the text, loss on the domain) by alpha.
 
-    From where its source began, if an arm has that model, over the alphas tried to where the source ended.
+    The losses are minus the full fine-tune's, as in a Point. The curve goes from its source's start (if an arm has that
+    model), over the alphas tried, to its source's end.
     """
 
     arm: str
@@ -45,7 +46,7 @@ class Curve:
 
 
 def points(table: Table, text: str) -> list[Point]:
-    """Of all arms that were tested on both."""
+    """Return the points of all arms that were tested on both the text and the domain."""
     found = []
     for row in table["rows"]:
         on = row["general"].get(text)
@@ -59,7 +60,7 @@ def points(table: Table, text: str) -> list[Point]:
 
 
 def curves(table: Table, text: str, first_seed: int) -> list[Curve]:
-    """Of all interpolated arms."""
+    """Return the curves of all interpolated arms."""
     seen = _Seen(table, text, first_seed)
     origin = seen.chosen(table["full"])
     found = []
@@ -75,7 +76,7 @@ def curves(table: Table, text: str, first_seed: int) -> list[Curve]:
 
 
 def plot_forgetting(numbers: Mapping[str, Any], path: Path) -> None:
-    """A row a domain and text, from the numbers of a table.json: all of it, and near the full fine-tune.
+    """Plot a row per domain and text: all arms, and the arms near the full fine-tune. numbers: of a table.json.
 
     Raises: ValueError if forgetting was measured on no domain.
     """
@@ -141,7 +142,7 @@ def _ends(difference: Mapping[str, float | None]) -> tuple[float, float, float]:
 
 
 def _near(found: Sequence[Point]) -> list[Point]:
-    """The trained arms that lie no farther from the full fine-tune than most."""
+    """Return the trained arms that do not lie much farther from the full fine-tune than most."""
     trained = [point for point in found if KINDS[point.kind].near]
     for name in ("forgotten", "gained"):
         far = _OUTLIER * median([abs(getattr(point, name)[1]) for point in trained] or [0.0])
@@ -150,7 +151,7 @@ def _near(found: Sequence[Point]) -> list[Point]:
 
 
 def _box(found: Sequence[Point], ends: Sequence[_Both]) -> _Limits:
-    """Around these, their intervals and the full fine-tune."""
+    """Return limits around these points, their intervals and the full fine-tune."""
 
     def limits(axis: int) -> _Both:
         values = [0.0, *(both[axis] for both in ends)]
@@ -162,7 +163,7 @@ def _box(found: Sequence[Point], ends: Sequence[_Both]) -> _Limits:
 
 
 def _draw(axes, table: Table, found: Sequence[Point], lines: Sequence[Curve], limits: _Limits) -> None:
-    """What lies within limits; of what does not, an arm that was not trained is drawn at the edge."""
+    """Draw what lies within limits. Of the rest, draw only the untrained arms, at the edge."""
     colours, masked = colours_of(table), {row["arm"] for row in table["rows"] if row["masked"]}
     axes.axhline(0, color="0.8", linewidth=1, zorder=0)
     axes.axvline(0, color="0.8", linewidth=1, zorder=0)
@@ -177,7 +178,7 @@ def _draw(axes, table: Table, found: Sequence[Point], lines: Sequence[Curve], li
             errors = [[[v[1] - v[0]], [v[2] - v[1]]] for v in (point.forgotten, point.gained)]
             axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=colour, elinewidth=1.2, alpha=0.8)
         elif _is_shown(kind):
-            continue  # seen where all of it is
+            continue  # the left panel shows it
         place = min(max(x, left), right), min(max(y, bottom), top)
         label = point.arm if inside else f"{point.arm} (farther)"
         axes.plot(
@@ -201,7 +202,7 @@ def _draw(axes, table: Table, found: Sequence[Point], lines: Sequence[Curve], li
 
 
 def _is_shown(kind: type[Arm]) -> bool:
-    """Whether the picture of all of it is wide enough for an arm of this kind."""
+    """Return whether the left panel is made wide enough for an arm of this kind."""
     return kind in (Base, Full) or kind.near
 
 

@@ -1,4 +1,4 @@
-"""Names beside points, each where it covers no other name and no point."""
+"""Place names next to points, each where it covers no other name and no point."""
 
 from collections.abc import Sequence
 from typing import Any

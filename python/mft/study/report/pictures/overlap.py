@@ -1,4 +1,4 @@
-"""How alike two masks are: overlap of the weights that they drop, or that training flipped, against chance."""
+"""How alike two masks are: the overlap of the weights that they drop, or that training flipped, against chance."""
 
 import math
 from collections.abc import Mapping
@@ -15,16 +15,17 @@ Sets = Mapping[str, Tensor]  # layer -> boolean (N, K): which of its weights bel
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of two sets of weights A and B."""
+    """The overlap of two sets of weights, A and B."""
 
     jaccard: float  # |A and B| / |A or B|; NaN if both sets are empty
-    chance: float  # the same of independent sets, as many weights of every layer as A and B have
+    chance: float  # the same for random independent sets with as many weights in every layer
 
 
 def overlap(a: Sets, b: Sets) -> Overlap:
-    """Overlap of two sets, with what chance gives: n p q of n weights of a layer lie in both at random.
+    """Return the overlap of two sets, and the overlap that chance gives.
 
-    chance is the ratio of the expected sizes, over all layers. Raises: ValueError if the layers differ.
+    If the sets have shares p and q of a layer's n weights, n p q weights lie in both by chance. chance is the ratio of
+    the expected sizes, over all layers. Raises: ValueError if the layers differ.
     """
     if list(a) != list(b) or any(a[name].shape != b[name].shape for name in a):
         raise ValueError(
@@ -44,13 +45,13 @@ def overlap(a: Sets, b: Sets) -> Overlap:
 
 
 def overlaps(sets: Mapping[str, Sets]) -> dict[tuple[str, str], Overlap]:
-    """Of each pair, in the order of the names: of seeds, domains, or methods."""
+    """Return the overlap of each pair of sets, in the order of their names: seeds, domains or methods."""
     names = list(sets)
     return {(one, other): overlap(sets[one], sets[other]) for i, one in enumerate(names) for other in names[i + 1 :]}
 
 
 def plot_overlaps(found: Mapping[tuple[str, str], Overlap], path: Path, *, title: str) -> None:
-    """A matrix: below the diagonal the Jaccard overlap, above it what chance gives."""
+    """Plot the overlaps as a matrix: below the diagonal the Jaccard overlap, above it what chance gives."""
     names = list(dict.fromkeys(name for pair in found for name in pair))
     table = torch.full((len(names), len(names)), torch.nan)
     for (one, other), value in found.items():

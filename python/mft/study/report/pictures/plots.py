@@ -15,11 +15,11 @@ from mft.study.report.pictures import titles
 from mft.study.report.table import study_numbers
 
 _FULL, _CONTROL, _PLAIN = COLOURS["full fine-tune"], COLOURS["control"], COLOURS["one-shot mask"]
-_REACH = 2.5  # axes end so many times beyond the span of the trained arms; what lies farther becomes an arrow
+_REACH = 2.5  # axes cover at most this many times the span of the trained arms; what lies farther becomes an arrow
 
 
 def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
-    """A row a domain: test differences from the full fine-tune, and validation loss by rate."""
+    """Plot a row per domain: test differences from the full fine-tune, and validation loss by rate."""
     domains = numbers["domains"]
     rows = max(len(table["rows"]) for table in domains.values())
     figure = new_figure(12.5, max(3.6, 0.36 * rows + 1.6) * len(domains))
@@ -40,7 +40,7 @@ def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, path: Path) -> None:
-    """Test differences from the control, a panel a domain.
+    """Plot test differences from the control, a panel per domain.
 
     findings_or_json: a study's findings, the content of its table.json, or the path of that file.
     """
@@ -69,7 +69,7 @@ def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, pa
 
 
 def _compared(table: Mapping[str, Any], reference: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """(row, its loss difference) where there is one."""
+    """Return (row, its loss difference) for each row that has one."""
     found = []
     for row in table["rows"]:
         difference = row["minus_full"] if reference == "minus_full" else row["minus_control"].get("loss")
@@ -112,7 +112,7 @@ def _draw_differences(axes, table: Mapping[str, Any], reference: str) -> None:
 
 
 def _limits(compared) -> tuple[float, float]:
-    """The intervals of trained arms and 0, and what lies within _REACH times their span."""
+    """Return axis limits around 0, the intervals of trained arms, and what lies within _REACH times their span."""
     near = [d for row, d in compared if KINDS[row["kind"]].near] or [d for _, d in compared]
     values = [0.0] + [d[end] for d in near for end in ("low", "estimate", "high") if d[end] is not None]
     span = (max(values) - min(values)) or 1e-4
@@ -126,7 +126,7 @@ def _limits(compared) -> tuple[float, float]:
 
 
 def _draw_rates(axes, table: Mapping[str, Any], first_seed: int) -> None:
-    """The best loss at each rate over the other choices, as a line; each configuration faintly."""
+    """Draw the best loss at each rate over the other choices, as a line, and each configuration faintly."""
     colours, rows, trials = colours_of(table), _by_arm(table), _trials(table, first_seed)
     best = [min((_loss(trial) for trial in tried), default=float("inf")) for tried in trials.values()]
     best = [loss for loss in best if loss < float("inf")]
@@ -134,7 +134,7 @@ def _draw_rates(axes, table: Mapping[str, Any], first_seed: int) -> None:
         axes.set_axis_off()
         return
     span = (max(best) - min(best)) or 0.01 * abs(max(best))
-    top = max(best) + span  # every chosen one is seen; farther ones lie on the upper edge
+    top = max(best) + span  # every chosen one is visible; farther ones lie on the upper edge
     for arm, tried in trials.items():
         _draw_arm(axes, arm, tried, rows[arm]["setting"], colours[arm], top)
     shown = [trial for tried in trials.values() for trial in tried]
@@ -162,7 +162,7 @@ def _by_arm(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _trials(table: Mapping[str, Any], first_seed: int) -> dict[str, list[Mapping[str, Any]]]:
-    """By arm, each setting that the first seed tried; averages are made of others' and have none."""
+    """Return each setting that the first seed tried, by arm. Averages have none: they are made of other arms' runs."""
     rows, found = _by_arm(table), dict[str, list[Mapping[str, Any]]]()
     for trial in table["trials"]:
         row = rows.get(trial["arm"])
@@ -194,7 +194,7 @@ def _loss(trial: Mapping[str, Any]) -> float:
 
 
 def colours_of(table: Mapping[str, Any]) -> dict[str, str]:
-    """By arm: the colour of its method, in shades if there are several; an interpolated one has its source's."""
+    """Return each arm's colour: its method's, in shades if several arms share it. Interpolated: its source's."""
     colours, of_colour = dict[str, str](), Counter[str]()
     controls = {row["against"] for row in table["rows"] if row["masked"]}  # averages of the control too
     for row in table["rows"]:

@@ -1,7 +1,7 @@
-"""The held-out loss round a model, on a plane in the space of some layers' weights: a grid, and its contours.
+"""The held-out loss around a model, on a plane in the space of some layers' weights: a grid, and its contours.
 
-Two planes: by two random directions whose rows are as long as the weights' (filter normalisation, Li et al. 2018,
-arXiv 1712.09913), or through three models, so that all three lie in the picture.
+There are two kinds of planes: along two random directions whose rows are as long as the weights' rows (filter
+normalisation, Li et al. 2018, arXiv 1712.09913), or through three models, so that all three lie in the picture.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class Surface:
-    """losses (len(ys), len(xs)): mean nats a token of the plane's points."""
+    """The loss on a grid of a plane. losses (len(ys), len(xs)): mean nats per token."""
 
     xs: Tensor
     ys: Tensor
@@ -48,7 +48,7 @@ class Surface:
 
 
 def weights_of(model: nn.Module, names: Sequence[str]) -> Weights:
-    """What the named linear layers multiply with: a masked layer's weight with its mask applied."""
+    """Return the weights that the named linear layers multiply with: a masked layer's with its mask applied."""
     found = {}
     for name in names:
         module: Any = model.get_submodule(name)
@@ -58,7 +58,7 @@ def weights_of(model: nn.Module, names: Sequence[str]) -> Weights:
 
 
 def random_plane(origin: Weights, *, seed: int = 0, name: str = "origin") -> Plane:
-    """Two normal directions; each row d of a direction is scaled to the norm of the origin's row w: d |w| / |d|.
+    """Return the plane of two normal directions. Each row d is scaled to the norm of the origin's row w: d |w| / |d|.
 
     A row of zeros stays one. The same seed gives the same normal numbers for every origin.
     """
@@ -72,9 +72,10 @@ def random_plane(origin: Weights, *, seed: int = 0, name: str = "origin") -> Pla
 
 
 def plane_through(models: Mapping[str, Weights]) -> Plane:
-    """The plane of three models: the first at 0, the second on the x axis at 1, axes at right angles and of one scale.
+    """Return the plane of three models: the first at 0, the second at 1 on the x axis.
 
-    So 1 is the distance of the first two. Raises: ValueError if they lie on one line.
+    The axes are orthogonal and have one scale: 1 is the distance between the first two. Raises: ValueError if the
+    models lie on one line.
     """
     check_rule(len(models) == 3, "models", "be three, which span a plane", len(models))
     (first, origin), (second, a), (third, b) = models.items()
@@ -103,12 +104,12 @@ def loss_surface(
     first: int = 0,
     on_point: Callable[[int, int], None] | None = None,
 ) -> Surface:
-    """The loss on a square grid that holds all marks and ``reach`` beyond them on every side.
+    """Compute the loss on a grid of points x points that covers all marks, and ``reach`` beyond them on every side.
 
     Args:
-        model: unmasked, of the plane's layers; it is not changed.
-        first: leading layers that the plane leaves alone; their outputs are computed once.
-        on_point: called with the points done and their number.
+        model: An unmasked model that has the plane's layers; it is not changed.
+        first: Leading layers that the plane does not change; their outputs are computed once.
+        on_point: Called with the points done and their number.
     """
     check_rule(points >= 2, "points", "be at least 2", points)
     check_rule(reach > 0, "reach", "be positive", reach)
@@ -126,14 +127,14 @@ def loss_surface(
 
 
 def plot_surfaces(surfaces: Mapping[str, Surface], path: Path, *, above: float | None = None) -> None:
-    """Contours beside each other, in one colour scale, the models marked.
+    """Plot contours side by side, in one colour scale and with the models marked.
 
-    above: nats over the lowest point that are still told apart; None: up to the highest.
+    above: Nats above the lowest point up to which losses are told apart; None: up to the highest.
     """
     lowest = min(surface.losses.min().item() for surface in surfaces.values())
     highest = max(surface.losses.max().item() for surface in surfaces.values())
     top = highest if above is None else min(highest, lowest + above)
-    # Squares: the basin, where the models lie, gets the fine lines.
+    # Squared steps, so that the basin, where the models lie, gets more lines.
     shares = torch.linspace(0, 1, _LEVELS, dtype=torch.float64).square()
     levels = (lowest + shares * max(top - lowest, 1e-6)).tolist()
     figure = new_figure(5.6 * len(surfaces) + 0.8, 5)

@@ -11,7 +11,7 @@ _LARGER = 1.05  # an arm stores no more than a mask if its bytes are below this 
 
 
 def lowest_loss(domain: str, table: Mapping[str, Any], reference: str) -> str:
-    """Which arm has the lowest test loss, compared with the arm of that name."""
+    """Say which arm has the lowest test loss, or that no arm is below reference."""
     arm, difference = min(
         ((row["arm"], row["minus_full"]["estimate"]) for row in table["rows"] if row["minus_full"] is not None),
         key=lambda found: found[1],
@@ -23,7 +23,7 @@ def lowest_loss(domain: str, table: Mapping[str, Any], reference: str) -> str:
 
 
 def rates(domain: str, tried: Mapping[str, set[float]], chosen: Mapping[str, float]) -> str:
-    """How many arms were best at an end of their grid, so that a rate outside it may be better."""
+    """Say which arms were best at an end of their grid, so that a rate outside it may be better."""
     at_end = [arm for arm, rate in chosen.items() if len(tried[arm]) > 1 and rate in _ends(tried[arm])]
     if not at_end:
         return f"{domain}: the best rate of each arm lies inside its grid"
@@ -31,7 +31,7 @@ def rates(domain: str, tried: Mapping[str, set[float]], chosen: Mapping[str, flo
 
 
 def at_equal_bytes(domain: str, found: Sequence[Any]) -> str:
-    """Whether an arm of no more bytes is below the best mask; found: arms with kind, bytes and estimate."""
+    """Say how the best arm of no more bytes compares with the best mask. found: arms with kind, bytes and estimate."""
     masks = [point for point in found if KINDS[point.kind].is_mft]
     if not masks:
         return f"{domain}: test loss by bytes"
@@ -47,7 +47,7 @@ def at_equal_bytes(domain: str, found: Sequence[Any]) -> str:
 
 
 def gains_and_forgets(domain: str, found: Sequence[Any]) -> str:
-    """Which trained arm gains most and which forgets least."""
+    """Say which trained arm gains most, and which forgets least."""
     trained = [point for point in found if KINDS[point.kind].near]
     if not trained:
         return f"{domain}: gain and forgetting"
