@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, and the doors to files that a stranger may have written."""
+"""Files that are written whole or not at all, and safe readers for files from untrusted sources."""

@@ -1,8 +1,9 @@
-"""An Arrow stream that a stranger may have written: mapped from its file, and of no more memory than that has bytes.
+"""Map an Arrow stream from an untrusted file, using no more memory than the file has bytes.
 
-    message, body; message, body; ... (flatbuffers: a table's fields stand where its vtable says)
+    message, body; message, body; ... (flatbuffers: a table's vtable gives the places of its fields)
 
-A body that is compressed may be a thousand times as long in memory; save_to_disk of datasets writes none.
+A compressed body may take a thousand times as much memory as it has bytes, so such a file is refused. save_to_disk of
+datasets does not compress.
 """
 
 import struct
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import pyarrow
 
-_HEADER, _COMPRESSION, _DATA = 2, 3, 1  # fields: of a message; of a record batch; of a dictionary's batch
+_HEADER, _COMPRESSION, _DATA = 2, 3, 1  # field numbers: in a message; in a record batch; in a dictionary batch
 
 
 def map_arrow(path: Path) -> pyarrow.Table:
-    """The table in the file, whose values are not checked yet.
+    """Return the table in the file. Its values are not checked yet.
 
     Raises: ValueError that names the file, if it is compressed; pyarrow.ArrowException and OSError as pyarrow does.
     """
@@ -44,12 +45,12 @@ def _is_compressed(message: pyarrow.ipc.Message) -> bool:
 
 
 def _table(content: memoryview, place: int) -> int:
-    """Where the table begins that is pointed to from place."""
+    """Return the start of the table to which the offset at place points."""
     return place + struct.unpack_from("<I", content, place)[0]
 
 
 def _field(content: memoryview, table: int, number: int) -> int:
-    """Where a field of a table stands; the table's own place if it has none."""
+    """Return the place of a table's field, or the table's own place if the field is absent."""
     entries = table - struct.unpack_from("<i", content, table)[0]
     offset = 4 + 2 * number
     if offset + 2 > struct.unpack_from("<H", content, entries)[0]:

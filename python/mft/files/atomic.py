@@ -1,7 +1,7 @@
-"""Directories and files that appear whole or not at all: written beside the target, synced, then renamed.
+"""Write directories and files whole or not at all: write next to the target, sync, then rename.
 
-What a killed writer leaves beside its target has a name of its own, .TARGET.RANDOM.tmp, or .old of what was there
-before; sweep() clears it away.
+A killed writer may leave .TARGET.RANDOM.tmp next to its target, or .TARGET.RANDOM.old, which is the target that was
+there before. sweep() removes them.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of FAT, of some network disks, of buckets that are mounted
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # from FAT, some network disks and mounted buckets
 _SCRATCH = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.(?:tmp|old)")
 
 
@@ -27,12 +27,12 @@ class NotWritten(OSError):
 
 @contextmanager
 def naming(target: str | os.PathLike, what: str = "written") -> Iterator[None]:
-    """Errors of the disk while target is written, or deleted, become a NotWritten that names target."""
+    """Turn disk errors in the block into a NotWritten that names target."""
     try:
         yield
     except NotWritten:
         raise
-    except (OSError, SafetensorError) as error:  # safetensors has but this one, whatever has failed
+    except (OSError, SafetensorError) as error:  # safetensors raises SafetensorError for every failure
         reason = getattr(error, "strerror", None) or error
         raise NotWritten(
             f"{target} could not be {what} ({reason}): see that the disk has room and may be written to"
@@ -41,10 +41,10 @@ def naming(target: str | os.PathLike, what: str = "written") -> Iterator[None]:
 
 @contextmanager
 def atomic_directory(target: str | os.PathLike, *, replace: bool = True) -> Iterator[Path]:
-    """Yield an empty directory that becomes target when the block ends well, and vanishes when it does not.
+    """Yield an empty directory that becomes target if the block succeeds, and is deleted if it fails.
 
-    With replace=False a target that another process finished first stays, and ours is dropped: both hold the same.
-    Raises: NotWritten.
+    With replace=False, a target that another process finished first stays, and ours is deleted: both have the same
+    content. Raises: NotWritten.
     """
     target = Path(target)
     with naming(target):
@@ -63,7 +63,7 @@ def atomic_directory(target: str | os.PathLike, *, replace: bool = True) -> Iter
 
 @contextmanager
 def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path; what is written there becomes target when the block ends well, and vanishes when it does not.
+    """Yield the path of a file that becomes target if the block succeeds, and is deleted if it fails.
 
     Raises: NotWritten.
     """
@@ -79,12 +79,15 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
             scratch.replace(target)
             _sync(target.parent)
         finally:
-            with contextlib.suppress(OSError):  # the error that brought us here says more
+            with contextlib.suppress(OSError):  # an error from the block says more
                 scratch.unlink(missing_ok=True)
 
 
 def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
-    """A file of this content, in UTF-8 if it is text; one that holds it already is not touched. Raises: NotWritten."""
+    """Write content to target, text as UTF-8. A file that already has this content is not touched.
+
+    Raises: NotWritten.
+    """
     target = Path(target)
     content = content.encode() if isinstance(content, str) else content
     with naming(target):
@@ -96,10 +99,10 @@ def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
 
 
 def publish(target: str | os.PathLike, content: str | bytes) -> bool:
-    """Write a file of this content unless target is there, and tell whether it is ours.
+    """Write content to target unless target exists, and return whether the file there is ours.
 
-    Of any number of writers on any number of machines that share the disk one is told True, and its file stays.
-    Raises: NotWritten, also where the disk has no hard links.
+    If several writers race, on one machine or on several that share the disk, exactly one gets True and its file stays.
+    Raises: NotWritten, also if the disk has no hard links.
     """
     target = Path(target)
     content = content.encode() if isinstance(content, str) else content
@@ -120,7 +123,7 @@ def publish(target: str | os.PathLike, content: str | bytes) -> bool:
 
 
 def place(source: Path, target: Path) -> bool:
-    """Move a whole file on the same disk to target unless that is there, and tell whether it is ours.
+    """Move a file on the same disk to target unless target exists, and return whether the file there is ours.
 
     Raises: NotWritten.
     """
@@ -128,7 +131,7 @@ def place(source: Path, target: Path) -> bool:
         try:
             os.link(source, target)
         except FileExistsError:
-            # NFS may repeat a request whose answer was lost: then the file that was in the way is our own.
+            # NFS may repeat a request whose answer was lost: then the existing file is our own.
             ours = target.exists() and os.path.samefile(source, target)
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -145,13 +148,13 @@ def place(source: Path, target: Path) -> bool:
 
 
 def place_directory(source: Path, target: Path) -> bool:
-    """Rename a directory to target unless that is there, and tell whether it is ours; else source is deleted.
+    """Rename a directory to target unless target exists, and return whether the directory there is ours.
 
-    Raises: NotWritten.
+    If it is not ours, source is deleted. Raises: NotWritten.
     """
     with naming(target):
         try:
-            source.rename(target)  # onto a directory with anything in it this fails
+            source.rename(target)  # fails if target is a directory that is not empty
         except OSError:
             if not target.is_dir():
                 raise
@@ -162,7 +165,7 @@ def place_directory(source: Path, target: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a directory, of which no part is ever seen under its name. Raises: NotWritten."""
+    """Delete a file or a directory. A half-deleted directory is never visible under its name. Raises: NotWritten."""
     with naming(path, "deleted"):
         if path.is_dir() and not path.is_symlink():
             scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -173,15 +176,16 @@ def remove(path: Path) -> None:
 
 
 def target_of(name: str) -> str | None:
-    """Of what a file or directory called name is the scratch; None if it is none."""
+    """Return the target of a scratch file or directory called name, or None if name is not a scratch name."""
     found = _SCRATCH.fullmatch(name)
     return found and found.group(1)
 
 
 def sweep(directory: Path, ours: Callable[[str], object]) -> None:
-    """Delete what killed writers left of targets in directory whose names are ours; nobody may be writing there.
+    """Delete what killed writers left in directory, for targets whose names satisfy ours.
 
-    A target that was about to be replaced, and is missing, comes back. Raises: NotWritten.
+    No process may be writing there. A target is restored if it is missing because it was about to be replaced.
+    Raises: NotWritten.
     """
     for entry in list(directory.iterdir()):
         name = target_of(entry.name)
@@ -203,7 +207,7 @@ def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:
             scratch.rename(target)
             return
         except OSError:
-            if not target.is_dir():  # not a race with another writer: a real failure
+            if not target.is_dir():  # a real failure, not a race with another writer
                 raise
     if not replace:
         return
@@ -212,13 +216,13 @@ def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:
     try:
         scratch.rename(target)
     except OSError:
-        old.rename(target)  # what was there before is worth more than a clean-up
+        old.rename(target)  # restoring the old content matters more than the clean-up
         raise
     shutil.rmtree(old)
 
 
 def _open_to_readers(scratch: Path, mode: int) -> None:
-    """tempfile and safetensors give the owner alone access; the target gets what the umask allows."""
+    """Give scratch the access that the umask allows: tempfile and safetensors give access to the owner only."""
     umask = os.umask(0)
     os.umask(umask)
     scratch.chmod(mode & ~umask)

@@ -1,4 +1,4 @@
-"""Where fetched and derived files wait for the next start: $MFT_CACHE, else ~/.cache/mft. All of it may be deleted."""
+"""The cache of fetched and derived files: $MFT_CACHE, else ~/.cache/mft. All of it may be deleted."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from mft.files.regular_file import open_regular
 
 
 def cache_root(directory: str | os.PathLike | None = None) -> Path:
-    """The cache directory, made if need be."""
+    """Return the cache directory; it is created if it does not exist."""
     root = Path(directory or os.environ.get("MFT_CACHE") or Path.home() / ".cache" / "mft").expanduser().absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -23,6 +23,6 @@ def cache_root(directory: str | os.PathLike | None = None) -> Path:
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """The hexadecimal SHA-256 of a file's bytes. Raises: as open_regular."""
+    """Return the hexadecimal SHA-256 of a file's bytes. Raises: as open_regular."""
     with open_regular(Path(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A binary header that a stranger may have written, read from its start and never past the file's end."""
+"""Read a binary header from an untrusted file, from its start and never past the file's end."""
 
 import mmap
 import struct
@@ -6,17 +6,17 @@ from typing import Any
 
 
 class Damaged(Exception):
-    """What is wrong."""
+    """The file is damaged; the message says how."""
 
 
 class Cursor:
-    """Raises: Damaged where more is claimed than there is."""
+    """A reading position in a mapped file. Methods raise Damaged if the file claims more bytes than it has."""
 
     def __init__(self, content: mmap.mmap, place: int = 0) -> None:
         self.content, self.place = content, place
 
     def skip(self, count: int) -> int:
-        """Where the next so many bytes begin."""
+        """Move past the next count bytes and return the place where they begin."""
         start, left = self.place, len(self.content) - self.place
         if count > left:
             raise Damaged(f"{count} bytes claimed at byte {start}, where {left} are left")
@@ -38,7 +38,7 @@ class Cursor:
             raise Damaged(f"a text at byte {start} that is not UTF-8") from None
 
     def skip_texts(self, count: int) -> None:
-        """As many texts. A tokenizer has 100,000: no method is called per text."""
+        """Move past count texts. A tokenizer has 100,000 of them, so no method is called for each text."""
         unpack, place, size = struct.Struct("<Q").unpack_from, self.place, len(self.content)
         for _ in range(count):
             if place > size - 8:

@@ -1,4 +1,4 @@
-"""Pictures as PNG files, each whole or absent, and their colours: one for each method, others for phases of a step."""
+"""Pictures as PNG files, each written whole or not at all, and their colours: one for each method, others for phases."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from mft.files.atomic import atomic_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Those of Okabe and Ito, which colour-blind readers can tell apart, and a few more.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart, and a few more.
 COLOURS = {
     "base": "0.6",
     "full fine-tune": "0.25",
@@ -31,7 +31,7 @@ COLOURS = {
     "ternary": "#7a5195",
     "sparse delta": "#bc8f6f",
 }
-# No method has one of these.
+# The colours of phases, which no method has.
 PHASES = ("#2f6b5f", "#8fd0a5", "#d9c27a", "#5b5ea6", "#b9b3d9", "#9fc5c9", "#c7c7c7", "#6f6f6f", "#e3d5ca")
 
 # How far, and towards black or white, for each arm after the first.
@@ -39,21 +39,21 @@ _TOWARDS = ((0.0, 0.0), (0.45, 1.0), (0.4, 0.0), (0.7, 1.0), (0.2, 0.0), (0.25, 
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure of so many inches, which needs no display."""
-    from matplotlib.figure import Figure  # matplotlib takes half a second: only who draws waits for it
+    """Return a figure of width x height inches that needs no display."""
+    from matplotlib.figure import Figure  # imported here because matplotlib takes half a second
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: "Figure", path: Path, *, dpi: int = 120) -> None:
-    """Write it as a PNG file."""
+    """Write the figure as a PNG file."""
     with atomic_file(path) as scratch:
         figure.savefig(scratch, format="png", dpi=dpi)
 
 
 def shade(colour: str, number: int) -> str:
-    """The colour for the arm of this number among those of one method: the colour itself, lighter, darker, pale."""
-    from matplotlib.colors import to_hex, to_rgb  # takes half a second: only who draws waits for it
+    """Return the colour for the n-th arm of a method: the method's own colour first, then lighter and darker ones."""
+    from matplotlib.colors import to_hex, to_rgb  # imported here because matplotlib takes half a second
 
     share, end = _TOWARDS[number % len(_TOWARDS)]
     red, green, blue = ((1 - share) * part + share * end for part in to_rgb(colour))

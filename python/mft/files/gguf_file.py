@@ -1,8 +1,8 @@
-"""A GGUF file that a stranger may have written: what its header claims is held against its bytes before it is loaded.
+"""Read the header of an untrusted GGUF file and compare its claims with the file's bytes before the file is loaded.
 
     magic, version, counts | key, type, value; ... | name, dimensions, type, offset; ... | padding | tensors' bytes
 
-(ggml's docs/how-to/gguf.md.) Readers of it believe the counts: of a damaged file transformers makes blocks without end.
+(ggml's docs/gguf.md.) Other readers trust the counts: from a damaged file, transformers makes blocks without end.
 """
 
 import math
@@ -19,9 +19,9 @@ from mft.files.cursor import Cursor, Damaged
 from mft.files.regular_file import open_regular
 
 MAGIC = b"GGUF"
-_VERSIONS = (2, 3)  # 1 counted in 32 bits, and is gone
+_VERSIONS = (2, 3)  # version 1 has counts of 32 bits and is not in use any more
 _SHORTEST = 24  # bytes of magic, version and counts
-_MOST_DIMENSIONS = 4  # of ggml
+_MOST_DIMENSIONS = 4  # ggml's limit
 _FORMS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -39,22 +39,22 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of a file; its shape has the rows' length last, as in torch."""
+    """One tensor of a file. The last dimension of its shape is the length of a row, as in torch."""
 
     name: str
     shape: tuple[int, ...]
-    kind: int  # its type, by ggml's number
-    start: int  # of its bytes, in the file
+    kind: int  # ggml's number of its type
+    start: int  # where its bytes begin in the file
     size: int  # bytes
-    entry: int  # where the header says its type, 4 bytes, and its offset, 8 bytes
+    entry: int  # where the header has its type, 4 bytes, and its offset, 8 bytes
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a file says of itself; of an array in ``metadata`` its length alone."""
+    """What the header says. ``metadata`` has the values by key, and for an array only its length."""
 
     metadata: dict[str, Any]
-    pairs: dict[str, tuple[int, int]]  # where each key with its value begins and ends; without arrays of texts
+    pairs: dict[str, tuple[int, int]]  # start and end of each key with its value; without arrays of texts
     tensors: dict[str, GgufTensor]
     data: int  # where the tensors' bytes begin
 
@@ -68,7 +68,7 @@ class GgufHeader:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The header of a file in which all that it names lies.
+    """Return the header of a GGUF file, after checking that everything it names lies within the file.
 
     Raises: ValueError that names the file and what is wrong; OSError.
     """
@@ -110,13 +110,13 @@ def _read(cursor: Cursor) -> GgufHeader:
     found, data = _read_tensors(cursor, tensors, alignment)
     numbers = {name.split(".")[1] for name in found if name.startswith("blk.")}
     blocks = metadata.get(f"{architecture}.block_count")
-    if type(blocks) is not int or blocks != len(numbers):  # transformers makes as many as it says
+    if type(blocks) is not int or blocks != len(numbers):  # transformers makes block_count blocks
         raise Damaged(f"{architecture}.block_count {blocks!r} beside the tensors of {len(numbers)} blocks")
     return GgufHeader(metadata, pairs, found, data)
 
 
 def _value(cursor: Cursor) -> tuple[Any, bool]:
-    """(a number or a text, or of an array its length; whether it is no array of texts)"""
+    """Return (value, is_short). An array's value is its length; is_short is False for an array of texts."""
     kind = cursor.number("I")
     if kind in _FORMS:
         return cursor.number(_FORMS[kind]), True
@@ -135,7 +135,7 @@ def _value(cursor: Cursor) -> tuple[Any, bool]:
 
 
 def _read_tensors(cursor: Cursor, count: int, alignment: int) -> tuple[dict[str, GgufTensor], int]:
-    """(the tensors by name, where their bytes begin)"""
+    """Return (the tensors by name, the place where the tensors' bytes begin)."""
     found: dict[str, tuple[tuple[int, ...], int, int, int, int]] = {}
     for _ in range(count):
         name, dimensions = cursor.text(), cursor.number("I")

@@ -1,6 +1,6 @@
-"""The model hub: whether it answers at all, how its repositories are named, and what its client's errors mean.
+"""The model hub: whether it answers, how its repositories are named, and what its client's errors mean.
 
-The client alone retries for half a minute where nobody answers.
+Without this check, the client retries for half a minute if nobody answers.
 """
 
 import functools
@@ -27,9 +27,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 TIMEOUT_SECONDS = 5
-COMMIT = re.compile(r"[0-9a-f]{40}")  # a revision that stays what it is
+COMMIT = re.compile(r"[0-9a-f]{40}")  # a revision that never changes
 _NAMED = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?", re.ASCII)
-# What the client raises, RuntimeError around an upload's; HTTPError is the mother of what httpx itself raises too.
+# What the client raises. RuntimeError wraps the errors of an upload; HTTPError is also the base of httpx's own errors.
 _CLIENT = (
     HTTPError,
     EntryNotFoundError,
@@ -38,7 +38,7 @@ _CLIENT = (
     OfflineModeIsEnabled,
     RuntimeError,
 )
-_BAD_TOKEN = "Invalid credentials"  # the hub's words for one that it does not know
+_BAD_TOKEN = "Invalid credentials"  # the hub's words for a token that it does not know
 _LOG_IN = "`hf auth login`, or set HF_TOKEN"
 
 
@@ -47,12 +47,12 @@ class HubError(OSError):
 
 
 class NotOnHub(HubError, FileNotFoundError):
-    """The hub has no such repository, revision or file, or shows it to others alone."""
+    """The hub has no such repository, revision or file, or does not show it to this user."""
 
 
 @functools.cache
 def hub_is_reachable() -> bool:
-    """One request to the endpoint that huggingface_hub is set to, through the usual proxies; once a process."""
+    """Return whether the hub answers: one request per process to huggingface_hub's endpoint, through usual proxies."""
     if constants.HF_HUB_OFFLINE:
         return False
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
@@ -62,20 +62,20 @@ def hub_is_reachable() -> bool:
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # somebody answered; let the client speak of certificates
+        return isinstance(error.reason, ssl.SSLError)  # somebody answered; the client reports certificate errors
     except OSError:
         return False
 
 
 def unreachable() -> str:
-    """Why hub_is_reachable said no, and what to do."""
+    """Return why hub_is_reachable returned False, and what to do."""
     if constants.HF_HUB_OFFLINE:
         return "the hub is not asked, as HF_HUB_OFFLINE is set: unset it"
     return f"the hub cannot be reached at {constants.ENDPOINT}: check the network, or HF_ENDPOINT"
 
 
 def split_hub_id(text: str) -> tuple[str, str | None] | None:
-    """(repository, revision or None) of user/name or user/name@revision; None if text is neither."""
+    """Split user/name or user/name@revision into (repository, revision or None); None if text is neither."""
     found = _NAMED.fullmatch(text)
     if found is None:
         return None
@@ -88,7 +88,7 @@ def split_hub_id(text: str) -> tuple[str, str | None] | None:
 
 @contextmanager
 def asking_hub(repository: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
-    """Meanwhile the client's errors become one that names repository and revision, and says what to do.
+    """Turn the client's errors in the block into one that names repository and revision and says what to do.
 
     Raises: HubError, NotOnHub.
     """
@@ -96,14 +96,14 @@ def asking_hub(repository: str, revision: str | None = None, *, writing: bool = 
         yield
     except (*_CLIENT, OSError) as error:
         if not isinstance(error, _CLIENT) and error.errno is not None:
-            raise  # of the disk
+            raise  # an error of the disk
         found = _innermost(error)
         kind = NotOnHub if _is_missing(found, writing) else HubError
         raise kind(_words(found, repository, revision, writing)) from error
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """What the client wrapped into an error of its own, if it did."""
+    """Return the error that the client wrapped in an error of its own, or error itself."""
     wrapped = isinstance(error, RevisionResolutionError | EntryNotFoundError | RuntimeError)
     cause = error.__cause__
     return _innermost(cause) if wrapped and isinstance(cause, _CLIENT) else error
@@ -150,7 +150,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _said(error: BaseException) -> str:
-    """The hub's own words."""
+    """Return the hub's own words."""
     said = getattr(error, "server_message", None)
     if isinstance(error, HfHubHTTPError):
         said = said or error.response.headers.get("X-Error-Message")

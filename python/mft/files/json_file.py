@@ -1,4 +1,4 @@
-"""JSON that a stranger may have written: whatever its bytes and values, what it says or one clear error."""
+"""Read JSON from untrusted files: any bytes give either a value or one clear error."""
 
 import json
 from collections import Counter
@@ -13,12 +13,12 @@ _SHOWN = 80  # characters of a key or a value in a message
 
 
 def read_object(path: Path, most: int) -> dict[str, Any]:
-    """The object in a file of at most so many bytes. Raises: ValueError that names the file; OSError."""
+    """Return the object in a file of at most `most` bytes. Raises: ValueError that names the file; OSError."""
     return parse_object(read_regular(path, most), path)
 
 
 def parse_object(content: bytes, origin: Path) -> dict[str, Any]:
-    """The object that UTF-8 text is. Raises: ValueError that names its origin."""
+    """Return the object in UTF-8 text. Raises: ValueError that names its origin."""
     values = parse_value(content, origin)
     if not isinstance(values, dict):
         raise ValueError(f"{origin}: expected an object, got {'null' if values is None else type(values).__name__}")
@@ -26,7 +26,7 @@ def parse_object(content: bytes, origin: Path) -> dict[str, Any]:
 
 
 def parse_value(content: bytes, origin: Path) -> Any:
-    """The value that UTF-8 text is. Raises: ValueError that names its origin."""
+    """Return the value in UTF-8 text. Raises: ValueError that names its origin."""
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
@@ -35,12 +35,15 @@ def parse_value(content: bytes, origin: Path) -> Any:
         raise ValueError(f"{origin}:{error.lineno}: expected JSON, got a file with: {error.msg}") from None
     except RecursionError:
         raise ValueError(f"{origin}: expected JSON of few levels, got one nested too deeply") from None
-    except ValueError as error:  # of a number too long to be one, or of _unique
+    except ValueError as error:  # from a number with too many digits, or from _unique
         raise ValueError(f"{origin}: expected JSON, got a file with: {error}") from None
 
 
 def check_keys(path: Path, values: dict, known: list[str], where: str = "", optional: Sequence[str] = ()) -> None:
-    """Raise ValueError unless values, a file's or those in it at where, have all the known keys and no others."""
+    """Raise ValueError unless values have all the known keys, except optional ones, and no others.
+
+    where: the place of values in the file, for the message; "" for the whole file.
+    """
     place = f" in {where}" if where else ""
     for key in values:
         if key not in known:
@@ -51,29 +54,29 @@ def check_keys(path: Path, values: dict, known: list[str], where: str = "", opti
 
 
 def expect(path: Path, key: str, value: Any, holds: bool, rule: str) -> None:
-    """Raise ValueError unless it holds that a key's value is what the rule says."""
+    """Raise ValueError, with the key, its rule and its value, unless holds is true."""
     if not holds:
         raise ValueError(f"{path}: {key} must be {rule}, got {short(value)}")
 
 
 def short(value: Any) -> str:
-    """A value in a message."""
+    """Return the repr of a value, cut to fit a message."""
     text = repr(value)
     return text if len(text) < _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def is_list_of(value: Any, kind: type) -> bool:
-    """Whether it is a list of them; true is no int here."""
+    """Return whether value is a list of kind. A bool does not count as an int."""
     return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an int or a float; true is none."""
+    """Return whether value is an int or a float. A bool does not count as one."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs. json alone would take the last of two equal keys, and other readers the first."""
+    """Return the object of these pairs; refuse equal keys, of which json takes the last and other readers the first."""
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

@@ -1,7 +1,7 @@
-"""A JSON Schema (draft 2020-12) of nested dataclasses, by which editors complete and check YAML.
+"""Make a JSON Schema (draft 2020-12) of nested dataclasses, with which editors complete and check YAML.
 
-It says what annotations, the rules in them, comments and defaults say. What two fields decide together, such as steps
-and epochs, is checked where a file is loaded.
+The schema holds what the annotations, their rules, the comments and the defaults say. Rules about two fields together,
+such as steps and epochs, are checked only when a file is loaded.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(
 
 
 def schema_of(cls: type, title: str) -> dict[str, Any]:
-    """The schema of a mapping from which cls is made."""
+    """Return the schema of a mapping from which cls is made."""
     definitions: dict[str, Any] = {}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title}
     return head | _section(cls, definitions) | {"$defs": definitions}
 
 
 def _section(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """cls itself; the dataclasses below it go to definitions."""
+    """Return the schema of cls itself, and add the dataclasses below it to definitions."""
     hints, comments = typing.get_type_hints(cls, include_extras=True), _comments(cls)
     properties = {}
     for item in dataclasses.fields(cls):
@@ -40,7 +40,7 @@ def _section(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(annotation: Any, rules: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """What may stand for a type; rules: keywords that its numbers and strings keep."""
+    """Return the schema of a value of this type. rules: keywords for its numbers and strings."""
     hint, beside = split_hint(annotation)
     for rule in beside:
         rules = rules | (rule.keywords if isinstance(rule, Rule) else {})
@@ -76,7 +76,7 @@ def _any_of(options: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _default(item: dataclasses.Field) -> dict[str, Any]:
-    """{} where a field must be given."""
+    """Return {"default": value}, or {} if the field must be given."""
     if item.default is not dataclasses.MISSING:
         return {"default": item.default}
     if item.default_factory is dataclasses.MISSING:
@@ -86,7 +86,7 @@ def _default(item: dataclasses.Field) -> dict[str, Any]:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """{field: the comment in its line, or in the lines above}, in the source of cls."""
+    """Return {field: the comment in its line, or in the lines above it} from the source of cls."""
     found: dict[str, str] = {}
     above: list[str] = []
     for line in inspect.getsource(cls).splitlines():

@@ -1,6 +1,7 @@
-"""Which memory of this process is a file's, mapped: weights of safetensors, torch.load(mmap=True) and numpy.memmap.
+"""Find the memory of this process that is mapped from files: by safetensors, torch.load(mmap=True) or numpy.memmap.
 
-Known on Linux, from /proc/self/maps; elsewhere no mapping is seen. Whether a write would reach the file is not asked.
+Works on Linux, from /proc/self/maps; on other systems no mapping is found. It does not tell whether a write would reach
+the file.
 """
 
 from bisect import bisect_right
@@ -10,7 +11,7 @@ _MAPS = Path("/proc/self/maps")  # "7f00-7f80 rw-p offset device inode   /path"
 
 
 class Mappings:
-    """The mappings of files as they are now."""
+    """The file mappings at the time of construction."""
 
     def __init__(self) -> None:
         lines = _MAPS.read_text().splitlines() if _MAPS.exists() else []
@@ -19,6 +20,6 @@ class Mappings:
         self._ranges = sorted((int(start, 16), int(end, 16)) for start, end in ranges)
 
     def hold(self, address: int) -> bool:
-        """Whether address lies in one."""
+        """Return whether address lies in a file mapping."""
         place = bisect_right(self._ranges, (address, float("inf"))) - 1
         return place >= 0 and address < self._ranges[place][1]

@@ -1,8 +1,8 @@
-"""The codings of a mask in an export: what tensor of a file each makes of a packed mask, and the mask of that tensor.
+"""The codings of a mask in an export: each turns a packed mask into a tensor of the file, and back.
 
 packed     int32 (..., N, ceil(K / 32)): the packed mask as it is, 1 bit per weight
-rice       uint8 (bytes,): a stream of files/rice.py, experts' rows after each other
-by_weight  uint8 (bytes,): a stream of files/by_weight.py, which only the weight's owner can read
+rice       uint8 (bytes,): a stream of files/rice.py; the experts' rows follow one another
+by_weight  uint8 (bytes,): a stream of files/by_weight.py, which can be read only with the weight
 """
 
 import math
@@ -20,9 +20,10 @@ Shape = tuple[int, ...]
 
 
 class MaskCoding(ABC):
-    """One way. version: the first of the export's format that has it. needs_weight: whether both sides need the weight.
+    """One coding of a mask.
 
-    In all methods shape is the weight's, (N, K), or of experts (E, N, K).
+    version: the first format_version of an export that has it. needs_weight: whether writer and reader need the weight.
+    In all methods, shape is the weight's: (N, K), or (E, N, K) for experts.
     """
 
     version: int
@@ -30,19 +31,22 @@ class MaskCoding(ABC):
 
     @abstractmethod
     def store(self, packed: Tensor, shape: Shape, weight: Tensor | None) -> Tensor:
-        """The tensor of a file."""
+        """Return the tensor that goes into the file."""
 
     @abstractmethod
     def restore(self, stored: Tensor, shape: Shape, weight: Tensor | None) -> Tensor:
-        """The packed mask. stored: of a stranger, but check_declared passed. Raises: ValueError if it is damaged."""
+        """Return the packed mask. stored: untrusted, but check_declared accepted its dtype and shape.
+
+        Raises: ValueError if it is damaged.
+        """
 
     @abstractmethod
     def check_declared(self, key: str, dtype: str, stored: Shape, shape: Shape) -> None:
-        """Raise ValueError unless a tensor of this dtype and shape may be a mask. key: its place, for the message."""
+        """Raise ValueError unless a tensor of this dtype and shape can be a mask. key: its name, for the message."""
 
     @abstractmethod
     def most_bytes(self, shape: Shape) -> int:
-        """Of such a tensor."""
+        """Return the largest number of bytes of the stored tensor."""
 
 
 class _Packed(MaskCoding):
@@ -118,19 +122,19 @@ BY_NAME: dict[str, MaskCoding] = {"packed": _Packed(), "rice": _Rice(), "by_weig
 
 
 def of_version(version: int) -> list[str]:
-    """The codings that an export of this format_version may name; a version without the key has but one."""
+    """Return the codings that an export of this format_version may name. A version without the key has only packed."""
     return [name for name, coding in BY_NAME.items() if coding.version == max(version, BY_NAME["packed"].version)]
 
 
 def damaged(key: str, error: ValueError) -> ValueError:
-    """What is wrong with a stream, with its place."""
+    """Return an error that says what is wrong with a stream, and where."""
     return ValueError(f"{key}: {error}: damaged; copy the export again")
 
 
 def coded_size(mask: Tensor, weight: Tensor | None = None) -> int:
-    """Bytes that a boolean mask (N, K), or of experts (E, N, K), takes in an export, its name apart.
+    """Return the bytes that a boolean mask takes in an export, without its name.
 
-    Of coding rice; or, if the weight is given that it masks, of coding by_weight.
+    mask: Shape (N, K), or (E, N, K) for experts. The coding is rice, or by_weight if the masked weight is given.
     """
     if weight is None:
         return len(coded_mask(mask))
@@ -139,13 +143,13 @@ def coded_size(mask: Tensor, weight: Tensor | None = None) -> int:
 
 
 def coded_mask(mask: Tensor) -> bytes:
-    """A boolean mask (N, K), or of experts (E, N, K), as an export of coding rice has it."""
+    """Return a boolean mask, (N, K) or (E, N, K) for experts, as the stream that an export of coding rice has."""
     bits = _bits(mask)
     return rice.encode(rice.words_of(bits), bits.shape[1])
 
 
 def decoded_mask(stream: bytes, shape: tuple[int, int]) -> Tensor:
-    """The mask (N, K) of what coded_mask gave. Raises: ValueError if no mask of this shape has it."""
+    """Return the mask (N, K) from a stream of coded_mask. Raises: ValueError if no mask of this shape has it."""
     words = rice.decode(np.frombuffer(stream, np.uint8), *shape)
     return torch.from_numpy(rice.bits_of(words, shape[1]).copy())
 
@@ -162,5 +166,5 @@ def _packed_shape(shape: Shape) -> Shape:
 
 
 def _matrix(shape: Shape) -> tuple[int, int]:
-    """Rows, of all experts together, and columns."""
+    """Return (rows of all experts together, columns)."""
     return math.prod(shape[:-1]), shape[-1]

@@ -1,6 +1,6 @@
-"""Nested dataclasses from the values of a YAML file, and `section.key=value` overrides.
+"""Build nested dataclasses from the values of a YAML file and `section.key=value` overrides.
 
-Whatever is unknown, of the wrong type or out of range is a ValueError that names the key, the rule and the value.
+A key that is unknown, or a value of the wrong type or out of range, is a ValueError that names key, rule and value.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from mft.checks import nearest, shown
 from mft.files.yaml_file import parse_yaml
 
 CLASS_BY_VALUES = "class_by_values"  # in a field's metadata: a function from a section's values to its class
-_EITHER = (("steps", "epochs"), ("epochs", "steps"))  # one that is given takes the place of the other's default
+_EITHER = (("steps", "epochs"), ("epochs", "steps"))  # if the first is given, the other's default does not apply
 
 
 @dataclass(frozen=True)
 class Nested:
-    """Reads cls, whose fields hold values, other dataclasses (sections) or mappings of names to those.
+    """Builds cls, whose fields hold values, other dataclasses (sections) or mappings of names to sections.
 
-    example: what an override looks like. foreign: what others call the keys. elsewhere: whether a key that stands in
-    the wrong section is told the right one.
+    example: what an override looks like. foreign: our keys by the names that other programs use. elsewhere: whether the
+    message about a key in the wrong section names the right one.
     """
 
     cls: type
@@ -31,7 +31,7 @@ class Nested:
     elsewhere: bool = False
 
     def apply_override(self, values: dict[str, Any], override: str) -> None:
-        """Set in values what a key=value override says."""
+        """Apply a key=value override to values."""
         key, equals, text = (part.strip() for part in override.partition("="))
         if not equals or not key:
             raise ValueError(f"an override must look like {self.example}, got {override!r}")
@@ -40,7 +40,7 @@ class Nested:
         except ValueError as error:
             raise ValueError(f"override {override!r}: {error}") from None
         value = parse_yaml(text, f"override {override!r}")
-        if section is not None and value is not None:  # null takes a section back to its default
+        if section is not None and value is not None:  # null resets a section to its default
             keys = ", ".join(f"{key}.{name}" for name in _names(section))
             raise ValueError(f"an override must name one key, got the section {key!r}: its keys are {keys}")
         target = values
@@ -55,7 +55,7 @@ class Nested:
     def build(
         self, values: Mapping[str, Any], path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()
     ) -> Any:
-        """A cls of values; a section that is given in part keeps the rest of its default.
+        """Return a cls with these values. A section that is given in part keeps its defaults for the rest.
 
         Raises: ValueError that begins with the path, and ends with the overrides.
         """
@@ -67,7 +67,7 @@ class Nested:
             raise ValueError(f"{origin}{error}{after}") from None
 
     def _built(self, cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-        """prefix: the path of a section, and a dot."""
+        """Return a cls with these values. prefix: the path of the section and a dot, or "" for the whole."""
         if unknown := [str(name) for name in values if name not in _names(cls)]:
             raise self._unknown_key(unknown[0], prefix, _names(cls))
         built = dict(values)
@@ -92,7 +92,7 @@ class Nested:
             raise ValueError(f"{prefix}{error}") from None
 
     def _section(self, below: "_Below", given: Any, prefix: str, default: Any = dataclasses.MISSING) -> Any:
-        """default: makes the section that stands there by default; what is given in part keeps the rest of it."""
+        """Return a section. default: makes the default section, which gives the values of all keys not in given."""
         given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise ValueError(f"{prefix.removesuffix('.')} must be a mapping of keys, got {shown(given)}")
@@ -103,7 +103,7 @@ class Nested:
         return self._built(below.section_of(given, prefix), kept | dict(given), prefix)
 
     def _place(self, key: str, values: dict[str, Any]) -> tuple[list[str], type | None]:
-        """(where the key of an override stands in values, the section that it is; None: it is a value)."""
+        """Return (path of an override's key in values, the section at that path or None if it is a value)."""
         section, path, rest, given = self.cls, list[str](), key, values
         while rest:
             prefix, known = "".join(f"{part}." for part in path), _names(section)
@@ -123,7 +123,11 @@ class Nested:
         return path, section
 
     def _unknown_key(self, name: str, prefix: str, names: list[str]) -> ValueError:
-        """With the same name in another section, else the nearest in this one or elsewhere, else all of this one."""
+        """Return the error about an unknown key, with a suggestion.
+
+        It suggests the same name in another section, else the nearest name in this section or another, else it lists
+        all names of this section.
+        """
         elsewhere = _paths(self.cls) if self.elsewhere else {}
         last = name.rpartition(".")[2]
         foreign = self.foreign.get(last, "")
@@ -141,14 +145,14 @@ class Nested:
 
 @dataclass(frozen=True)
 class _Below:
-    """What a key holds: a section, or with named a section for each of several names."""
+    """What a key holds: one section or, if named is true, a section for each of several names."""
 
     section: type
     named: bool
-    choose: Callable[[Mapping[str, Any]], type] | None  # the class of a section, where its values decide it
+    choose: Callable[[Mapping[str, Any]], type] | None  # returns the class of a section, if its values decide it
 
     def section_of(self, values: Any, where: str) -> type:
-        """where: begins the message of what choose raises."""
+        """Return the class of a section with these values. where: the start of the message if choose raises."""
         if self.choose is None or not isinstance(values, dict):
             return self.section
         try:
@@ -158,12 +162,12 @@ class _Below:
 
 
 def _shallow(section: Any) -> dict[str, Any]:
-    """The values of a dataclass, one level deep."""
+    """Return the values of a dataclass by name, one level deep."""
     return {name: getattr(section, name) for name in _names(type(section))}
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """value, or what stands for it where it is none."""
+    """Return value, or {} if it is not a mapping."""
     return value if isinstance(value, dict) else {}
 
 
@@ -172,7 +176,10 @@ def _names(cls: type) -> list[str]:
 
 
 def _below(cls: type, name: str) -> _Below | None:
-    """None for a key that holds a value; a mapping of names or null is a value, which its own class reads."""
+    """Return what a key holds, or None if it holds a value.
+
+    A mapping of names that may also be null counts as a value: the dataclass that has the field reads it.
+    """
     hint = typing.get_type_hints(cls)[name]
     options = typing.get_args(hint) or (hint,)
     section = next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
@@ -182,13 +189,13 @@ def _below(cls: type, name: str) -> _Below | None:
 
 
 def _holds_names(cls: type, name: str) -> bool:
-    """Whether a value is a mapping of names, or such a one or null, such as data.sources."""
+    """Return whether a value is a mapping of names, or a mapping or null, such as data.sources."""
     hint = typing.get_type_hints(cls)[name]
     return any(typing.get_origin(option) is dict for option in (hint, *typing.get_args(hint)))
 
 
 def _name_in(names: list[str], rest: str, path: str) -> str:
-    """The name, which may hold dots, that begins the rest of a key."""
+    """Return the name at the start of the rest of a key. A name may contain dots."""
     found = max((name for name in names if rest.startswith(f"{name}.")), key=len, default=None)
     if found is not None:
         return found
@@ -199,7 +206,7 @@ def _name_in(names: list[str], rest: str, path: str) -> str:
 
 
 def _paths(cls: type, prefix: str = "") -> dict[str, str]:
-    """{path such as train.lr: its last name} of every key of cls and of the sections below it."""
+    """Return {path such as train.lr: its last name} for every key of cls and of the sections below it."""
     found: dict[str, str] = {}
     for name in _names(cls):
         below = _below(cls, name)

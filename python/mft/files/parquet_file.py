@@ -1,9 +1,9 @@
-"""A parquet file that a stranger may have written: what its pages claim, read from their headers and not from pages.
+"""Read what the pages of an untrusted parquet file claim, from the page headers only.
 
     magic | header, page; header, page; ... of a column of a row group; ... | footer, its length, magic
 
-(apache/parquet-format.) A page of 20 bytes may claim two billion values, or a gigabyte once it is unpacked, and pyarrow
-takes the memory for them at once; what the footer sums up of it may be wrong.
+(apache/parquet-format.) A page of 20 bytes may claim two billion values, or a gigabyte after unpacking. pyarrow
+allocates the memory for them at once, and the sums in the footer may be wrong.
 """
 
 import mmap
@@ -16,17 +16,17 @@ import pyarrow.parquet
 from mft.files.cursor import Cursor, Damaged
 from mft.files.regular_file import open_regular
 
-_DICTIONARY = 2  # the type of such a page
-_DEEPEST = 8  # levels of a header, which has 4
-_OFFSET = 4  # bytes that Arrow takes for a value, if it is text, beside its characters
-# Thrift's compact protocol: the kinds of a field that are not just skipped over by their bytes.
+_DICTIONARY = 2  # the type of a dictionary page
+_DEEPEST = 8  # most levels of a header that are read; a valid header has 4
+_OFFSET = 4  # bytes that Arrow takes for a text value in addition to its characters
+# The kinds of a field in Thrift's compact protocol.
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
 _UNPACKED, _PACKED, _TYPE = 2, 3, 1  # fields of a page's header
 
 
 @dataclass(frozen=True)
 class GroupClaims:
-    """Of a row group: its rows, the bytes that Arrow takes for them at least, and those of its largest dictionary."""
+    """What a row group claims: its rows, the bytes that Arrow needs for them at least, and its largest dictionary."""
 
     rows: int
     bytes: int
@@ -34,7 +34,7 @@ class GroupClaims:
 
 
 def read_claims(path: Path, metadata: pyarrow.parquet.FileMetaData, columns: Sequence[str]) -> list[GroupClaims]:
-    """What each row group of a file with this footer claims of these columns.
+    """Return what each row group of a file claims for these columns. metadata: the file's footer.
 
     Raises: ValueError that names the file, if a header is damaged; OSError.
     """
@@ -66,7 +66,7 @@ def _group(content: mmap.mmap, group: pyarrow.parquet.RowGroupMetaData, columns:
             claimed += unpacked
             if header.get(_TYPE) == _DICTIONARY:
                 dictionary = max(dictionary, unpacked)
-        claimed += _OFFSET * column.num_values  # beyond which pyarrow reads no page's
+        claimed += _OFFSET * column.num_values  # pyarrow reads at most num_values values from the pages
     return GroupClaims(group.num_rows, claimed + _OFFSET * group.num_rows, dictionary)
 
 
@@ -74,7 +74,7 @@ def _group(content: mmap.mmap, group: pyarrow.parquet.RowGroupMetaData, columns:
 
 
 def _struct(cursor: Cursor, depth: int = 0) -> dict[int, int]:
-    """Its fields that are numbers; what others hold is passed over."""
+    """Read a struct and return its numeric fields {field: value}. Other fields are skipped."""
     if depth > _DEEPEST:
         raise Damaged(f"a header of more than {_DEEPEST} levels before byte {cursor.place}")
     numbers: dict[int, int] = {}
@@ -101,7 +101,7 @@ def _value(cursor: Cursor, kind: int, depth: int) -> int | None:
         head = cursor.number("B")
         for _ in range(_unsigned(cursor) if head >> 4 == 15 else head >> 4):
             _element(cursor, head & 15, depth)
-    elif kind not in (_TRUE, _FALSE):  # a map, which no page's header has, or nothing that there is
+    elif kind not in (_TRUE, _FALSE):  # a map, which no page's header has, or an unknown kind
         raise Damaged(f"a header of type {kind} before byte {cursor.place}, which there is not")
     return None
 

@@ -1,4 +1,4 @@
-"""The one door to files that a stranger may have written: regular files alone, and of at most so many bytes."""
+"""Open untrusted files safely: only regular files, and only up to a given size."""
 
 import io
 import os
@@ -15,12 +15,12 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """The file's bytes.
+    """Open a regular file for reading its bytes.
 
-    Raises: ValueError that names it, if it is a pipe, a device, or what else may never end; OSError.
+    Raises: ValueError that names the file, if it is a pipe, a device or anything else that may never end; OSError.
     """
     check_regular(path)
-    # It may have become a pipe since: without O_NONBLOCK, opening one waits for a writer, who may never come.
+    # The file may have become a pipe since: without O_NONBLOCK, open waits for a writer, which may never come.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check_mode(path, os.fstat(descriptor).st_mode)
@@ -31,7 +31,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of a file of at most so many. Raises: as open_regular, ValueError for a larger one too."""
+    """Return the bytes of a file. Raises: as open_regular, and ValueError if the file has more than `most` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -40,7 +40,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """For libraries that open a path themselves. Raises: ValueError if it is no regular file; OSError."""
+    """Check a path that a library will open itself. Raises: ValueError if it is not a regular file; OSError."""
     _check_mode(path, path.stat().st_mode)
 
 

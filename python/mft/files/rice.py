@@ -1,23 +1,24 @@
-"""Matrices of bits at about their entropy: Golomb-Rice codes of the gaps between the rarer bits.
+"""Code matrices of bits at about their entropy: Golomb-Rice codes of the gaps between the rarer bits.
 
-Where bits are independent and a share p of them is of the rarer kind, the gaps between these are geometric. Rice's code
-of a gap g is g >> k in unary and its k low bits (as in FLAC, RFC 9639), with the k that is best for each block of the
-matrix: 0.4 % more than the entropy H(p) at p = 0.01, at most 5 % more, and never more than the bits as they are.
+If bits are independent and a share p of them is of the rarer kind, the gaps between the rarer bits are geometric. The
+Rice code of a gap g is g >> k in unary and its k low bits (as in FLAC, RFC 9639). Each block of the matrix has the best
+k. The code takes 0.4 % more than the entropy H(p) at p = 0.01, at most 5 % more, and never more than the bits as they
+are.
 
-An arithmetic coder would save these per cents. But a library of one would be asked for wherever masks are read, has
-wheels for fewer machines than masks are used on, and may code in other bits in its next version, which a file may not.
+An arithmetic coder would save these per cents. But every reader of masks would then need its library. Such a library
+has wheels for fewer machines than masks are used on, and its next version may produce other bits, which a file may not.
 
 A stream has blocks of the matrix's words of 32 bits, in their order: by default one for each 131,072 words. Both sides
-may agree on shorter ones, which suit a matrix whose bits are rarer in some places than in others. A block has:
+may agree on shorter blocks, which suit a matrix whose bits are rarer in some places than in others. A block has:
 
-    kind   1 byte: k, the bits that are 0 are coded; 32 + k, those that are 1; 64, words follow as they are
-    count  4 bytes, little endian: of how many bits the gaps follow; of kind 64 it is 0
-    low    count * k bits: the k low bits of each gap, lowest first, and 0 up to a whole byte
-    high   for each gap g >> k bits of 0 and one of 1, and 0 up to a whole byte
+    kind   1 byte: k if the 0 bits are coded; 32 + k if the 1 bits are coded; 64 if the words follow as they are
+    count  4 bytes, little endian: how many bits are coded, with one gap each; 0 for kind 64
+    low    count * k bits: the k low bits of each gap, lowest first, then 0 up to a whole byte
+    high   for each gap, g >> k bits of 0 and one of 1; then 0 up to a whole byte
 
-A gap is the number of columns since the bit before, or since the block's begin, along rows and on into the next one;
-padding of a row's last word is no column. Zeros at its end make a stream at least 1/1024 of the words' bytes: a small
-file cannot ask for much memory.
+A gap is the number of columns since the coded bit before, or since the start of the block. It runs along rows and on
+into the next one; the padding of a row's last word does not count as columns. A stream is filled up with zeros to at
+least 1/1024 of the words' bytes, so a small file cannot ask for much memory.
 """
 
 import itertools
@@ -29,31 +30,32 @@ from numpy.typing import NDArray
 Words = NDArray[np.uint32]
 Bytes = NDArray[np.uint8]
 
-BLOCK = 1 << 17  # most words of a block: half a megabyte, whose bits one by one take 4
+BLOCK = 1 << 17  # most words of a block: half a megabyte, or 4 megabytes with one byte per bit
 _HEAD = 5  # bytes of kind and count
 _ONES, _RAW = 32, 64  # kinds
-_MOST_K = 22  # a block of 2^22 bits has no longer gap
+_MOST_K = 22  # a block has at most 2^22 bits, so no gap needs more
 _MOST_EXPANSION = 1024
 
 
 def words_of(bits: NDArray[np.bool_]) -> Words:
-    """(rows, columns) as encode takes it."""
+    """Pack bits (rows, columns) into the words that encode takes."""
     packed = np.packbits(bits, axis=1, bitorder="little")
     return np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4))).view("<u4")
 
 
 def bits_of(words: Words, columns: int) -> NDArray[np.bool_]:
-    """(rows, columns) of what decode gives."""
+    """Unpack the words that decode returns into bits (rows, columns)."""
     flat = np.unpackbits(np.ascontiguousarray(words, "<u4").view(np.uint8), axis=1, bitorder="little")
     return flat[:, :columns].view(np.bool_)
 
 
 def encode(words: Words, columns: int, blocks: Sequence[int] | None = None) -> bytes:
-    """The stream of a matrix.
+    """Return the stream of a matrix.
 
     Args:
         words: Shape (rows, ceil(columns / 32)). Bit j % 32 of word j // 32 is column j, or 0 past the last.
-        blocks: how many words each block has: at most BLOCK, and all words together; by default BLOCK, but the last.
+        blocks: How many words each block has: at most BLOCK each, and all words in total. By default each block has
+            BLOCK words, and the last one the rest.
     """
     rows, width = words.shape
     flat = np.ascontiguousarray(words, "<u4").reshape(-1)
@@ -62,9 +64,10 @@ def encode(words: Words, columns: int, blocks: Sequence[int] | None = None) -> b
 
 
 def decode(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None = None) -> Words:
-    """The matrix of a stream, with the blocks that encode was given. Raises: ValueError if no such matrix has it.
+    """Return the matrix of a stream. blocks: those that encode was given.
 
-    Of words as they are, the padding is as it is too.
+    In a block of kind 64, the padding bits of the words are returned as they are.
+    Raises: ValueError if no matrix of this shape has this stream.
     """
     check_length(len(stream), rows, columns, None if blocks is None else len(blocks))
     width = -(-columns // 32)
@@ -79,9 +82,9 @@ def decode(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None 
 
 
 def check_length(length: int, rows: int, columns: int, blocks: int | None = None) -> None:
-    """Raise ValueError if no stream of a matrix of this shape, in so many blocks, has so many bytes.
+    """Raise ValueError if no stream of a matrix of this shape, in this number of blocks, has length bytes.
 
-    Before memory is asked for. blocks: by default as many as encode makes by default.
+    Call it before memory is allocated. blocks: by default as many as encode makes by default.
     """
     fewest, most = fewest_bytes(rows, columns), most_bytes(rows, columns, blocks)
     if not fewest <= length <= most:
@@ -89,12 +92,12 @@ def check_length(length: int, rows: int, columns: int, blocks: int | None = None
 
 
 def fewest_bytes(rows: int, columns: int) -> int:
-    """Of a stream of a matrix of this shape."""
+    """Return the smallest number of bytes that a stream of a matrix of this shape has."""
     return -(-_raw_bytes(rows, columns) // _MOST_EXPANSION)
 
 
 def most_bytes(rows: int, columns: int, blocks: int | None = None) -> int:
-    """Of a stream of a matrix of this shape; blocks: as for check_length."""
+    """Return the largest number of bytes that a stream of a matrix of this shape has. blocks: as for check_length."""
     raw = _raw_bytes(rows, columns)
     return raw + _HEAD * (-(-raw // (4 * BLOCK)) if blocks is None else blocks)
 
@@ -107,19 +110,19 @@ def _raw_bytes(rows: int, columns: int) -> int:
 
 
 def _places(words: int, blocks: Sequence[int] | None) -> Iterator[tuple[int, int]]:
-    """Where each block begins and ends."""
+    """Yield the word at which each block begins and the one at which it ends."""
     sizes = [min(BLOCK, words - begin) for begin in range(0, words, BLOCK)] if blocks is None else blocks
     return itertools.pairwise(itertools.accumulate(sizes, initial=0))
 
 
 def _columns_before(word: int, width: int, columns: int) -> int:
-    """How many columns, of all rows, stand before a word of the flattened matrix."""
+    """Return the number of columns, over all rows, before a word of the flattened matrix."""
     row, rest = divmod(word, width)
     return row * columns + min(32 * rest, columns)
 
 
 def _encode_block(words: Words, start: int, width: int, columns: int) -> bytes:
-    """start: of the words in the flattened matrix."""
+    """Return the code of one block. start: the place of its words in the flattened matrix."""
     bits = np.unpackbits(words.view(np.uint8), bitorder="little").view(np.bool_)
     first = _columns_before(start, width, columns)
     total = _columns_before(start + len(words), width, columns) - first
@@ -145,7 +148,7 @@ def _encode_block(words: Words, start: int, width: int, columns: int) -> bytes:
 
 
 def _decode_block(stream: Bytes, words: Words, start: int, width: int, columns: int) -> int:
-    """Fill words from the begin of stream; returns how many bytes of it they took."""
+    """Fill words from the start of stream, and return the number of bytes read."""
     if len(stream) < _HEAD:
         raise ValueError(f"stream must have a block from word {start} on, got its end")
     kind, count = int(stream[0]), int.from_bytes(stream[1:_HEAD].tobytes(), "little")
@@ -163,7 +166,7 @@ def _decode_block(stream: Bytes, words: Words, start: int, width: int, columns: 
         return _HEAD + words.nbytes
     split = -(-count * k // 8)
     low = _unpacked(stream[:split], count * k)
-    # Of all gaps together no more columns can be left than there are.
+    # The gaps together span at most `total` columns, which bounds the length of the unary part.
     high = np.unpackbits(stream[split : split - (-(count + (total >> k)) // 8)], bitorder="little")
     ends = np.flatnonzero(high)[:count]
     if low is None or len(ends) < count:
@@ -199,6 +202,6 @@ def _packed(bits: Bytes) -> bytes:
 
 
 def _unpacked(stream: Bytes, count: int) -> Bytes | None:
-    """So many bits; None if stream has fewer, or others than 0 after them."""
+    """Return the first count bits, or None if stream has fewer or has a 1 after them."""
     bits = np.unpackbits(stream, bitorder="little")
     return None if len(bits) < count or bits[count:].any() else bits[:count]

@@ -1,6 +1,6 @@
-"""A safetensors file that a stranger may have written: its header is read strictly before the library reads it.
+"""Open an untrusted safetensors file: its header is checked strictly before the library reads it.
 
-The library keeps the last of two tensors of one name, in silence.
+If two tensors have the same name, the library silently keeps the last one.
 """
 
 import os
@@ -14,13 +14,13 @@ import safetensors
 from mft.files.json_file import parse_object
 from mft.files.regular_file import open_regular
 
-_LENGTH = 8  # bytes at the file's start that say how long its header is
+_LENGTH = 8  # bytes at the file's start that hold the length of its header
 MOST_HEADER = 1 << 25  # bytes: 200,000 tensors, more than any published model has in one file
 
 
 @contextmanager
 def open_tensors(path: Path, remedy: str) -> Iterator[Any]:
-    """The file as safetensors.safe_open gives it, on the CPU.
+    """Yield the file as safetensors.safe_open opens it, on the CPU.
 
     Raises: ValueError that names the file and ends in the remedy, if it is damaged; OSError.
     """
@@ -33,7 +33,10 @@ def open_tensors(path: Path, remedy: str) -> Iterator[Any]:
 
 
 def check_header(path: Path, remedy: str) -> int:
-    """How many tensors it names. Raises: ValueError unless it is a JSON object in which each name stands once."""
+    """Return the number of tensors that the header names.
+
+    Raises: ValueError unless the header is a JSON object in which each name occurs once.
+    """
     with open_regular(path) as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
         size = os.fstat(file.fileno()).st_size

@@ -1,6 +1,7 @@
-"""The hash of a model's weights, by which masks know the base that they were learned on.
+"""The hash of a model's weights, which identifies the base that masks were learned on.
 
-The weights may lie anywhere: in a model of transformers, or in a server's fused matrices. They are asked for by name.
+The weights may be anywhere: in a model of transformers, or in a server's fused matrices. A callable returns each weight
+by name.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ _CHUNK = 1 << 24  # bytes hashed at once
 
 
 def weights_hash(names: Iterable[str], weights: Callable[[str], Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of each weight, which is read in chunks and never copied whole.
+    """Return the sha256 over name, dtype, shape and bytes of each weight, read in chunks and never copied whole.
 
     Raises: ValueError if there are no names.
     """
@@ -39,5 +40,5 @@ def _chunks(weight: Tensor) -> Iterator[bytes]:
         weight = weight.flatten(0, -2)
     rows = max(1, _CHUNK // max(1, weight.shape[1] * weight.element_size()))
     for start in range(0, weight.shape[0], rows):
-        # A copy: memory that numpy has seen cannot be resized, which is how FSDP2 frees gathered weights.
+        # A copy: memory that numpy has seen cannot be resized, and FSDP2 frees gathered weights by resizing.
         yield weight[start : start + rows].to("cpu", copy=True).contiguous().view(torch.uint8).numpy().tobytes()

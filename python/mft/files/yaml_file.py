@@ -1,4 +1,4 @@
-"""YAML as people mean it: 3e-4 is a number, `no` and dates are strings, a key stands once.
+"""Read and write YAML as people mean it: 3e-4 is a number, `no` and dates are strings, a key occurs once.
 
 PyYAML follows YAML 1.1, where 3e-4 is a string, 1:30 is 90, `off` is false and the second of two equal keys wins
 silently. This reader and writer follow the core schema of YAML 1.2 and refuse duplicates.
@@ -22,7 +22,7 @@ _CORE = (
     ),
     ("merge", r"<<", ["<"]),
 )
-_MOST_NODES = 100_000  # values: more than the longest configuration that is read can spell out
+_MOST_NODES = 100_000  # values: more than the longest accepted configuration can write out
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,12 +45,12 @@ for _tag, _pattern, _first in _CORE:
 
 
 def _count_nodes(node: yaml.Node, counted: dict[yaml.Node, int]) -> int:
-    """How many values a node stands for once its aliases are written out, which is what a message about it would do.
+    """Return the number of values in a node with its aliases written out, as a message about the node would do.
 
-    Ten lines of which each names the one before ten times stand for ten billion.
+    In ten lines, each of which names the one before ten times, there are ten billion values.
     """
     if node not in counted:
-        counted[node] = _MOST_NODES  # of one that contains itself
+        counted[node] = _MOST_NODES  # for a node that contains itself
         inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         parts = [] if isinstance(node, yaml.ScalarNode) else inside
         counted[node] = 1 + sum(_count_nodes(part, counted) for part in parts)
@@ -75,7 +75,7 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 
 
 def _decimal_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """0755 is 755: a leading zero means octal in YAML 1.1 alone."""
+    """Read an integer. 0755 is 755: a leading zero means octal only in YAML 1.1."""
     text = loader.construct_scalar(node).replace("_", "")
     value = int(text, 16) if text.startswith("0x") else int(text)
     if value.bit_length() > MOST_BITS:
@@ -88,7 +88,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _decimal_int)
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """The one document in text. A syntax error is a ValueError "origin:line:column: problem"."""
+    """Return the one document in text. A syntax error is a ValueError "origin:line:column: problem"."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -103,5 +103,5 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """Text from which parse_yaml gives back an equal value."""
+    """Return text from which parse_yaml gives back an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
