@@ -1,4 +1,4 @@
-"""What is told of each request, once: how it was answered, or why it was refused."""
+"""Record each request once: how it was answered, or why it was refused."""
 
 import logging
 import time
@@ -10,13 +10,13 @@ from mft.serving.metrics import Metrics
 
 
 class Journal:
-    """In the log, and in the metrics."""
+    """Records requests in the log and in the metrics."""
 
     def __init__(self, log: Log, metrics: Metrics) -> None:
         self.log, self._metrics = log, metrics
 
     def answered(self, of: Exchange, answer_id: str, model: str, it: Generation, status: int, ending: str) -> None:
-        """A generation has ended, or nobody waits for it any more. ending: stop, length, or why there is no more."""
+        """Record a generation that has ended or whose client has left. ending: stop, length, or why it ended early."""
         of.is_told = True
         seconds = (it.ended or time.monotonic()) - it.began
         self._metrics.answered(model, it, status, ending, seconds)
@@ -39,7 +39,7 @@ class Journal:
         )
 
     def responded(self, of: Exchange, status: int) -> None:
-        """The response of a request begins; nothing if it was told as an answer."""
+        """Record that the response to a request begins, unless the request is recorded as an answer."""
         if of.is_told:
             return
         known = {"request_id": of.id, "method": of.method, "path": of.path[:200], "status": status}

@@ -1,4 +1,4 @@
-"""How many tokens a prompt and its answer may have together."""
+"""The number of tokens that a prompt and its answer may have together."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from mft.models.next_tokens import longest_row
 
 
 def row_length(asked: int | None, config: Any, name: str) -> int:
-    """What is asked for, or as many as the model of this transformers configuration has positions for.
+    """Return asked, or by default the number of positions of the model with this transformers configuration.
 
-    Raises: ValueError if that is more than it has, or nothing is asked for and its positions have no end.
+    Raises: ValueError if asked is larger than that number, or asked is None and the positions are unlimited.
     """
     longest = longest_row(config)
     if asked is None:

@@ -1,4 +1,4 @@
-"""The server's log: a line per event, as text or as JSON, from one level on, with times in one zone."""
+"""The server's log: one line per event from a given level on, as text or as JSON, with times in one zone."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class Lines(logging.Formatter):
-    """Args: zone: of the times; None for this machine's."""
+    """A format of the log's lines. zone: the zone of the times; None for this machine's zone."""
 
     def __init__(self, zone: tzinfo | None) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Lines(logging.Formatter):
 
 
 class TextLines(Lines):
-    """2026-11-27 06:18:37+01:00 info the message"""
+    """Lines such as 2026-11-27 06:18:37+01:00 info the message"""
 
     def format(self, record: logging.LogRecord) -> str:
         time = self.time(record).isoformat(" ", "seconds")
@@ -35,7 +35,7 @@ class TextLines(Lines):
 
 
 class JsonLines(Lines):
-    """An object per line: time, level, event, message, and what the event knows, such as request_id."""
+    """One JSON object per line: time, level, event, message, and the fields of the event, such as request_id."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -54,7 +54,7 @@ FORMATS: dict[str, type[Lines]] = {"text": TextLines, "json": JsonLines}
 
 
 class Log(logging.Logger):
-    """One server's, apart from the process's other loggers. Args: write: takes each line."""
+    """The logger of one server, apart from the process's other loggers. write: is called with each line."""
 
     def __init__(self, lines: Lines, level: str = "info", write: Callable[[str], None] = say) -> None:
         super().__init__("mft serve", level.upper())
@@ -63,12 +63,12 @@ class Log(logging.Logger):
         self.addHandler(self._handler)
 
     def tell(self, event: str, message: str, *, level: int = logging.INFO, **fields: Any) -> None:
-        """One line. fields: what JSON has beside the message."""
+        """Log one line. fields: additional fields of the JSON format."""
         self.log(level, "%s", message, extra={"event": event, "fields": fields})
 
     @contextlib.contextmanager
     def with_libraries(self) -> Iterator[None]:
-        """Meanwhile what libraries log, such as the traceback of an error, has its lines here too."""
+        """Also log here what libraries log in the block, such as the traceback of an error."""
         root = logging.getLogger()
         root.addHandler(self._handler)
         try:
@@ -78,14 +78,14 @@ class Log(logging.Logger):
 
 
 def read_zone(name: str) -> tzinfo | None:
-    """Of --log-zone. Raises: ValueError if there is no such zone."""
+    """Return the zone that --log-zone names, None for local. Raises: ValueError if there is no such zone."""
     if name == "local":
         return None
     if name == "UTC":
         return UTC
     try:
         return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):  # unknown, no name of a zone, a folder of zones
+    except (KeyError, ValueError, OSError):  # an unknown zone, an invalid name, a folder of zones
         raise ValueError(
             "--log-zone must be local, UTC or a name of the time zone database such as Europe/Berlin, got "
             f"{name!r}; if the name is right, install the database: pip install tzdata"
@@ -93,14 +93,14 @@ def read_zone(name: str) -> tzinfo | None:
 
 
 def new_log(form: str, level: str, zone: str) -> Log:
-    """Of --log-format, --log-level and --log-zone. Raises: ValueError that names the option."""
+    """Return the log for --log-format, --log-level and --log-zone. Raises: ValueError that names the option."""
     one_of(tuple(FORMATS)).check("--log-format", form)
     one_of(LEVELS).check("--log-level", level)
     return Log(FORMATS[form](read_zone(zone)), level)
 
 
 def one_line(text: str) -> str:
-    """Without what would break a line of the log, or steer a terminal."""
+    """Escape characters that would break a line of the log or control a terminal."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
@@ -112,5 +112,5 @@ class _Written(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._write(self.format(record))
-        except OSError:  # a full disk, a pipe that nobody reads: no reason to refuse a request
+        except OSError:  # a full disk or a broken pipe is no reason to refuse a request
             self.handleError(record)

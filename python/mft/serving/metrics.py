@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics. What means the same as a metric of vLLM has its name, with mft_ before it."""
+"""The metrics that Prometheus reads at /metrics. If vLLM has the same metric, its name is used with the prefix mft_."""
 
 from collections.abc import Iterable
 
@@ -18,11 +18,11 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _MODEL = ("model_name",)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-_ABORTED = 499  # a status: the client has left
+_ABORTED = 499  # the status if the client has left
 
 
 class Metrics:
-    """Of one server, in a registry of its own. Requests, tokens and latencies count when a request ends."""
+    """The metrics of one server, in a registry of its own. Requests, tokens and latencies count when a request ends."""
 
     def __init__(self, tasks: Tasks, scheduler: Scheduler) -> None:
         self._tasks = tasks
@@ -48,11 +48,11 @@ class Metrics:
         registry.register(_Now(tasks, scheduler))
 
     def answered(self, model: str, it: Generation, status: int, ending: str, seconds: float) -> None:
-        """As Journal.answered."""
+        """Count a generation that has ended. Arguments are as for Journal.answered."""
         if status not in (200, _ABORTED):
             self.refused(status)
         if model != self._tasks.base and model not in self._tasks.bank.tasks:
-            return  # unloaded meanwhile, and forgotten
+            return  # its task has been unloaded meanwhile, and its counts are deleted
         if status in (200, _ABORTED):
             self._success.labels(model, ending if status == 200 else "abort").inc()
         self._generation.labels(model).inc(it.tokens)
@@ -73,7 +73,7 @@ class Metrics:
         self._rows.observe(rows)
 
     def forget(self, model: str) -> None:
-        """What was counted of a task that is there no more: names that come and go take no memory."""
+        """Delete the counts of an unloaded task, so that tasks that come and go take no memory."""
         for metric in self._of_models:
             metric.remove_by_labels({"model_name": model})
 
@@ -92,7 +92,7 @@ class Metrics:
 
 
 class _Now(Collector):
-    """What is read when somebody asks."""
+    """The gauges, which are computed when the metrics are read."""
 
     def __init__(self, tasks: Tasks, scheduler: Scheduler) -> None:
         self._tasks, self._scheduler = tasks, scheduler

@@ -1,4 +1,4 @@
-"""What mft serve may be told beside its masks and its base."""
+"""The options of mft serve, apart from its masks and its base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,21 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """Of mft serve, under the names of its command line.
+    """The options of mft serve, with the names of its command line.
 
-    masks_file: more tasks, a line name=DIRECTORY each, which SIGHUP reads again.
-    load_from: the directory below which masks lie that clients may load and unload; by default they may not.
+    masks_file: a file with more tasks, one line name=DIRECTORY for each. SIGHUP reads it again.
+    load_from: the directory below which clients may load and unload masks; by default they may not.
     force: whether masks may have been learned on another base.
-    host, port: port 0 for a free one.
-    api_keys_file: a key per line, one of which clients have to send; SIGHUP reads it again. By default none is asked.
-    allow_host: names by which clients may ask a service on loopback, besides loopback's own.
-    rows, waiting: requests that are answered at once, and that may wait beside them.
-    length: tokens of a prompt with its answer; by default as many as the base has positions for.
-    max_tokens: of an answer for which the request names none; by default 16, and of a chat what length leaves.
-    timeout: seconds after which a request that waits or is answered is refused; by default none.
-    grace: seconds that what is being answered gets when the service is to stop.
-    log_format, log_level, log_zone: as in log.new_log.
+    host, port: the address to listen on; port 0 for a free one.
+    api_keys_file: a file with one key per line, one of which clients must send. SIGHUP reads it again. By default no
+        key is needed.
+    allow_host: names by which clients may address a service on loopback, in addition to loopback's own.
+    rows, waiting: the most requests that are answered at once, and the most that wait in addition.
+    length: most tokens of a prompt with its answer; by default the number of positions of the base.
+    max_tokens: most tokens of an answer if the request does not say; by default 16, and for a chat what length leaves.
+    timeout: seconds after which a request is refused, waiting or not; by default none.
+    grace: seconds in which running requests may end after the service is asked to stop.
+    log_format, log_level, log_zone: as for log.new_log.
     """
 
     masks_file: Path | None = None

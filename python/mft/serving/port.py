@@ -1,4 +1,4 @@
-"""A port of this machine, taken before the seconds in which a model is loaded."""
+"""Bind a port of this machine, before the seconds in which a model is loaded."""
 
 import socket
 
@@ -6,11 +6,11 @@ from mft.checks import check_rule
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A port of this machine; clients are refused until it is served.
+    """Return a socket bound to a port of this machine. Clients are refused until it is served.
 
     Raises: ValueError if no host is named; OSError that names the port.
     """
-    # An empty one is every address to the operating system.
+    # The operating system takes an empty host for every address.
     check_rule(
         bool(host.strip()),
         "--host",

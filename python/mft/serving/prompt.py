@@ -1,4 +1,4 @@
-"""A request's prompt as tokens, and how long its answer may become."""
+"""Tokenise a request's prompt, and compute how long its answer may become."""
 
 from typing import Any
 
@@ -12,16 +12,20 @@ _MAX_TOKENS = 16  # of /v1/completions, as with OpenAI
 
 class Prompts:
     """Args:
-    length: of prompt and answer together, in tokens.
-    max_tokens: of an answer for which the request names none; None as with OpenAI: 16 of a text, all of a chat.
+    length: most tokens of prompt and answer together.
+    max_tokens: most tokens of an answer if the request does not say. None means OpenAI's defaults: 16 for a text, all
+        that fit for a chat.
     """
 
     def __init__(self, tokenizer: Any, length: int, max_tokens: int | None = None) -> None:
         self._tokenizer, self._length, self._max_tokens = tokenizer, length, max_tokens
-        self._longest = max(map(len, tokenizer.get_vocab()))  # characters of a token
+        self._longest = max(map(len, tokenizer.get_vocab()))  # most characters of a token
 
     def read(self, body: Body) -> tuple[list[int], int]:
-        """(tokens of the prompt, how many the answer may have). Raises: Refused if they are too many, or none."""
+        """Return (tokens of the prompt, most tokens of the answer).
+
+        Raises: Refused if the prompt has too many tokens or none, or the request asks for too many.
+        """
         if isinstance(body, ChatBody):
             param, tokens, default = "messages", self._chat(body), self._length
             asked = body.max_completion_tokens or body.max_tokens
@@ -70,7 +74,7 @@ class Prompts:
             raise Refused(f"messages must be what the chat template takes: {error}", param="messages") from None
 
     def _check_text(self, param: str, characters: int) -> None:
-        """Before time goes into tokens of what is too long in any case."""
+        """Raise Refused, before the text is tokenised, if it is too long with any tokens."""
         least = characters // self._longest
         if least >= self._length:
             raise self._too_long(param, f"{least} or more")

@@ -1,4 +1,4 @@
-"""What a client is refused, as OpenAI words it: a status, and a message that names parameter, rule and value."""
+"""Refusals of a request in OpenAI's form: a status, and a message that names parameter, rule and value."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ _KINDS = {429: "requests", 500: "server_error", 503: "server_error", 504: "serve
 
 
 class Refused(Exception):
-    """Args: param: the key of the request that is at fault; code: what programs tell refusals apart by."""
+    """A refused request. param: the request's key at fault. code: an identifier of the refusal for programs."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -18,7 +18,7 @@ class Refused(Exception):
 
 
 def failure() -> Refused:
-    """What a client gets where an error was not foreseen. A new one each time, as each raise adds to its traceback."""
+    """Return the refusal for an unforeseen error. It is a new one each time, since each raise adds to its traceback."""
     return Refused(
         "the server must answer, got an error of its own at this request: its log has the traceback", status=500
     )

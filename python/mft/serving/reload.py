@@ -1,4 +1,4 @@
-"""SIGHUP: the keys and the list of masks are read again, and what is faulty in them changes nothing."""
+"""On SIGHUP, read the keys and the list of masks again. A faulty file or entry changes nothing."""
 
 import asyncio
 import contextlib
@@ -16,14 +16,14 @@ from mft.serving.tasks import Tasks
 
 
 class MasksFile:
-    """--masks-file, and what was loaded from it: {task: directory}."""
+    """The file of --masks-file. loaded: {task: directory} loaded from it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.loaded = path, read_masks_file(path)
 
 
 class Reload:
-    """Args: keys, masks_file: None where the server has none."""
+    """Reloads the keys and the list of masks on SIGHUP, if the server has them."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -33,7 +33,7 @@ class Reload:
 
     @contextlib.contextmanager
     def on_hang_up(self) -> Iterator[None]:
-        """Meanwhile SIGHUP asks for it, and does not end the process. On the main thread."""
+        """Make SIGHUP in the block ask for a reload instead of ending the process. Call it on the main thread."""
         before = signal.signal(signal.SIGHUP, lambda *_: self._ask())
         try:
             yield
@@ -41,7 +41,10 @@ class Reload:
             signal.signal(signal.SIGHUP, before)
 
     def begin(self, tasks: Tasks, keys: ApiKeys | None, masks_file: MasksFile | None) -> None:
-        """From now on, on the running loop; at once if a signal has come before."""
+        """Start to reload on signals, on the running loop. If a signal has come before, reload at once.
+
+        Args: keys, masks_file: None if the server has none.
+        """
         self._tasks, self._keys, self._masks_file = tasks, keys, masks_file
         self._loop = asyncio.get_running_loop()
         if self._is_asked:
@@ -54,11 +57,11 @@ class Reload:
 
     def _start(self) -> None:
         task = asyncio.ensure_future(self.run())
-        self._running.add(task)  # asyncio itself keeps no task
+        self._running.add(task)  # asyncio itself keeps no reference to a task
         task.add_done_callback(self._running.discard)
 
     async def run(self) -> None:
-        """Read both again, and load and unload what is listed otherwise."""
+        """Read both files again, and load and unload the tasks whose entries have changed."""
         self._log.tell("reloading", "SIGHUP: reading the keys and the list of masks again")
         if self._keys is not None:
             try:
@@ -93,7 +96,7 @@ class Reload:
         try:
             await self._tasks.unload(task)
             self._log.tell("unloaded", f"unloaded {task}", model=task)
-        except Refused as refused:  # a client was faster
+        except Refused as refused:  # a client has unloaded it already
             self._fail(refused.message)
 
     def _fail(self, message: str) -> None:

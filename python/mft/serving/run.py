@@ -1,4 +1,4 @@
-"""What mft serve does, in order: a port, the base with its tasks' masks, a thread that runs it, the HTTP service."""
+"""Do mft serve: bind a port, load the base with its tasks' masks, start a thread that runs it, serve HTTP."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from mft.serving.server import Server
 from mft.serving.tasks import Tasks
 from mft.training.inputs import read_model
 
-_READING = 128  # connections beside those of requests that are answered or wait, such as idle ones and half requests
+_READING = 128  # connections in addition to those of running and waiting requests: idle ones and incomplete requests
 
 
 def serve(
@@ -39,7 +39,7 @@ def serve(
 
     Args:
         masks: output_dirs of mft train, their masks/, or repositories of the hub, by the task's name.
-        model_name, dtype: of the base; by default the one that the first masks were learned on.
+        model_name, dtype: those of the base; by default, the base that the first masks were learned on.
     Raises: as load_mask_bank; OSError if the port is taken; ValueError that names an option; RuntimeError if the thread
         that runs the model failed.
     """
@@ -52,13 +52,13 @@ def serve(
 
 @dataclass(frozen=True)
 class _Base:
-    """As it was asked for."""
+    """The base as the caller asked for it."""
 
     name: str | None
     dtype: str | None
 
     def of(self, directories: Mapping[str, Path]) -> tuple[ModelConfig, str]:
-        """(the base, a line on where that was found): that of the first masks unless it is given."""
+        """Return (the base, a line that says where it was found). By default it is the base of the first masks."""
         if directories:
             return learned_base(next(iter(directories.values())), self.name, self.dtype)
         if self.name is None:
@@ -118,7 +118,7 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
 
 
 def _access(options: Options, log: Log) -> Access:
-    """Without hosts, which depend on the port."""
+    """Return the access that the options allow, without hosts, which depend on the bound address."""
     warn = functools.partial(_warn, log)
     root = options.load_from
     if root is not None:
@@ -138,6 +138,6 @@ def _in_address(host: str) -> str:
 
 
 def _shown_name(base: str) -> str:
-    """What clients call it: of a directory or a file its own name, as the others on its path are none of theirs."""
+    """Return the base's name for clients: of a path only the last part, since the rest is private."""
     path = Path(base).expanduser()
     return (path.resolve().name or "base") if path.exists() else base

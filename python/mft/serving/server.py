@@ -1,4 +1,4 @@
-"""A service on a port, until it is asked to stop: then nobody new is taken, and who is being answered has some time."""
+"""Serve on a port until asked to stop: then new requests are refused, and running ones have some time to end."""
 
 import asyncio
 import math
@@ -15,8 +15,8 @@ from mft.serving.batch.scheduler import Scheduler
 
 class Server(uvicorn.Server):
     """Args:
-    grace: seconds between being asked to stop and refusing what is not answered by then.
-    connections: at most at once, beside those that are being answered (Connection.most).
+    grace: seconds between being asked to stop and refusing the requests that are not answered by then.
+    connections: most connections at once (Connection.most); one whose request is running is never closed to make room.
     """
 
     def __init__(
@@ -26,20 +26,20 @@ class Server(uvicorn.Server):
         class Limited(Connection):
             most = connections
 
-        # httptools and uvloop are not taken where they happen to be installed: one way, the one that is tested.
+        # httptools and uvloop are not used even if they are installed: only one configuration is tested.
         super().__init__(
             uvicorn.Config(
                 app,
                 http=Limited,
-                # Beyond that requests get 503. Twice, as uvicorn counts those of closed connections for a moment too.
+                # Further requests get 503. Doubled, since uvicorn also counts closed connections for a moment.
                 limit_concurrency=2 * connections,
                 loop="asyncio",
                 ws="none",
                 lifespan="off",
-                log_config=None,  # its loggers are Python's, and what they say goes where the root's does
+                log_config=None,  # uvicorn's loggers then pass their lines to the root logger
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=math.ceil(grace) + 5,  # for clients that do not take what they are refused
+                timeout_graceful_shutdown=math.ceil(grace) + 5,  # for clients that do not read their refusal
             )
         )
         self._scheduler, self._grace, self._ready = scheduler, grace, ready
@@ -56,11 +56,11 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         cut.cancel()
         self._scheduler.cut()
-        await asyncio.to_thread(self._scheduler.join, self._grace)  # while the loop still takes its pieces
+        await asyncio.to_thread(self._scheduler.join, self._grace)  # the loop still runs and takes the thread's pieces
 
     def run_until_signal(self, sockets: list[socket.socket]) -> None:
-        """Until SIGINT or SIGTERM, which end the service and not the process. On the main thread."""
-        # Of the moment before uvicorn has its own handlers, and after: it raises what stopped it once more.
+        """Serve until SIGINT or SIGTERM, which end the service but not the process. Call it on the main thread."""
+        # For signals before uvicorn installs its handlers, and after: uvicorn raises the signal that stopped it again.
         before = {each: signal.signal(each, lambda *_: self._stop()) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.run(sockets)
@@ -69,4 +69,4 @@ class Server(uvicorn.Server):
                 signal.signal(each, handler)
 
     def _stop(self) -> None:
-        self.should_exit = True  # looked at every 0.1 s
+        self.should_exit = True  # uvicorn checks it every 0.1 s

@@ -1,4 +1,4 @@
-"""Tasks by name, each with the directory of its masks: name=DIRECTORY, as options or as the lines of a file."""
+"""Read tasks and the directories of their masks: name=DIRECTORY, as options or as the lines of a file."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mft.checks import check_rule, nearest_path
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")  # a name stands in logs, in metrics and in paths of URLs
-_MOST_BYTES = 1 << 20  # of a file
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")  # names are used in logs, in metrics and in paths of URLs
+_MOST_BYTES = 1 << 20  # most bytes of a file
 
 
 def check_name(option: str, name: str) -> None:
@@ -21,14 +21,14 @@ def check_name(option: str, name: str) -> None:
 
 
 def parse_masks(given: Sequence[str]) -> dict[str, str]:
-    """{task: directory} of --masks task=directory, each there, or with the form of a repository on the hub."""
+    """Return {task: directory} from --masks task=directory. A directory exists or has the form of a hub repository."""
     if not given:
         raise ValueError("--masks must be given for each task, as name=DIRECTORY, got none")
     return _parse("--masks", ((each, "") for each in given))
 
 
 def read_masks_file(path: Path) -> dict[str, str]:
-    """The same of a file with an entry in each line. Empty lines and those that begin with # are left out.
+    """Return {task: directory} from a file with one entry per line. It skips empty lines and lines that start with #.
 
     Raises: ValueError that names the line; OSError if the file cannot be read.
     """
@@ -44,7 +44,7 @@ def read_masks_file(path: Path) -> dict[str, str]:
 
 
 def _parse(option: str, entries: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Of (entry, where it stands)."""
+    """Return {task: directory} from pairs (entry, its place in a message)."""
     from mft.files.hub import split_hub_id
 
     directories: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The tasks by the names that clients use, and how they come and go while the service runs."""
+"""The tasks by the names that clients use. They can be loaded and unloaded while the service runs."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from mft.serving.task_list import check_name
 
 
 class Tasks:
-    """Of a bank, while the scheduler answers its requests. Coroutines run on one event loop.
+    """The tasks of a bank, while the scheduler answers requests. Coroutines run on one event loop.
 
     Args:
-        base: the name by which no masks are taken.
-        force: whether masks may be loaded that were learned on another base.
+        base: the name that stands for the base without masks.
+        force: whether to load masks that were learned on another base.
     """
 
     def __init__(self, bank: MaskBank, scheduler: Scheduler, base: str, *, force: bool = False) -> None:
@@ -28,11 +28,11 @@ class Tasks:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """That a request may ask for now, the base first."""
+        """The names that a request may ask for now, the base first."""
         return (self.base, *(task for task in self.bank.tasks if not self._scheduler.is_retiring(task)))
 
     def find(self, model: str, *, param: str = "model") -> str | None:
-        """The task whose masks a request takes, None for the base. Raises: Refused if there is no such name."""
+        """Return the task of a request's model, None for the base. Raises: Refused if there is no such name."""
         if model == self.base:
             return None
         if model not in self.names:
@@ -45,10 +45,10 @@ class Tasks:
         return model
 
     async def load(self, name: str, directory: str | PathLike, *, replace: bool = False) -> None:
-        """One more task, or other masks for one that there is, whose requests are waited for.
+        """Load one more task, or replace the masks of a task after its running requests have ended.
 
-        Raises: ValueError that names lora_name, the parameter, if the name is odd or taken; or as MaskBank.read. Tasks
-            are then as they were.
+        Raises: ValueError that names lora_name, the parameter, if the name is invalid or taken; or as MaskBank.read. In
+            each case, the tasks are as before.
         """
         check_name("lora_name", name)
         check_rule(name != self.base, "lora_name", "be another name than the base's", repr(name))
@@ -67,7 +67,7 @@ class Tasks:
         await self._when_unused(name, exchange)
 
     async def unload(self, name: str) -> None:
-        """Refuse a task's requests from now on, wait for those that were taken, and free its masks.
+        """Refuse new requests of a task, wait for those that were accepted, and free its masks.
 
         Raises: Refused if there is no such task.
         """
@@ -88,7 +88,7 @@ class Tasks:
             )
 
     async def _when_unused(self, name: str, then: Callable[[], None]) -> None:
-        """Call it when none of the task's requests is left."""
+        """Call then when none of the task's requests is left."""
         loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def set_done(error: Exception | None) -> None:

@@ -1,1 +1,1 @@
-"""What clients speak to: connections, checks, the routes of OpenAI and vLLM, and their bodies."""
+"""The HTTP interface: connections, checks, the routes of OpenAI and vLLM, and their bodies."""

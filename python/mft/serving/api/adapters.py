@@ -1,4 +1,4 @@
-"""vLLM's routes for adapters: masks that clients load and unload while the service runs."""
+"""vLLM's routes for adapters, by which clients load and unload masks while the service runs."""
 
 import logging
 import time
@@ -22,7 +22,7 @@ _MOST_BYTES = 1 << 14  # of a body, which has a name and a path
 
 
 class LoadBody(Keys):
-    """POST /v1/load_lora_adapter. load_inplace: other masks for a name that is taken."""
+    """POST /v1/load_lora_adapter. load_inplace: replace the masks of a name that is taken."""
 
     lora_name: str = Field(max_length=256)
     lora_path: str = Field(min_length=1, max_length=4096)
@@ -38,7 +38,7 @@ class UnloadBody(Keys):
 
 
 class Adapters:
-    """Args: root: the directory below which masks lie that clients may load; None: clients change nothing."""
+    """The routes. root: the directory below which clients may load masks; None: clients may change nothing."""
 
     def __init__(self, tasks: Tasks, root: Path | None, log: Log) -> None:
         self._tasks, self._root, self._log = tasks, None if root is None else root.resolve(), log
@@ -49,7 +49,7 @@ class Adapters:
         directory, began = directory_below(root, body.lora_path), time.monotonic()
         try:
             await self._tasks.load(body.lora_name, directory, replace=body.load_inplace)
-        except (ValueError, RuntimeError, OSError) as error:  # what whoever asks can mend
+        except (ValueError, RuntimeError, OSError) as error:  # errors that the client can fix
             missing = isinstance(error, FileNotFoundError)
             param = "lora_name" if str(error).startswith("lora_name ") else "lora_path"
             raise Refused(str(error), status=404 if missing else 400, param=param) from error
@@ -85,13 +85,13 @@ class Adapters:
 
 
 def directory_below(root: Path, path: str) -> Path:
-    """A client's path, relative to root or absolute, with its links followed.
+    """Return a client's path, relative to root or absolute, with its links followed.
 
-    Raises: Refused if it leads out of root, whether or not there is anything, or names no directory.
+    Raises: Refused if the path leads out of root, whether or not something exists there, or is not a directory.
     """
     try:
         found = (root / path).resolve()
-        masks = masks_directory(found).resolve()  # those of a run lie in a directory of it, which may be a link
+        masks = masks_directory(found).resolve()  # for a run, its directory of masks, which may be a link
     except (ValueError, OSError):  # a null byte, a circle of links
         found = masks = root.parent
     if found == root or not (found.is_relative_to(root) and masks.is_relative_to(root)):

@@ -1,4 +1,4 @@
-"""What clients get, in openai's own types: an answer whole, or as the events of a stream."""
+"""Answers in openai's own types: whole, or as the events of a stream."""
 
 import json
 import time
@@ -32,11 +32,11 @@ class TextAnswer:
         return Completion(object="text_completion", choices=[choice], usage=usage, **self._common).model_dump()
 
     def first(self) -> Iterator[str]:
-        """Events before any text."""
+        """Yield the events before any text."""
         yield from ()
 
     def piece(self, text: str, finish: Finish | None) -> Iterator[str]:
-        # Unchecked: openai's type is of the last event alone, which has a finish_reason.
+        # Unchecked: openai's type fits only the last event, which has a finish_reason.
         choice = CompletionChoice.model_construct(index=0, text=text, logprobs=None, finish_reason=finish)
         yield event(Completion.model_construct(object="text_completion", choices=[choice], **self._common))
 
@@ -77,5 +77,5 @@ def event(chunk: BaseModel) -> str:
 
 
 def refusal_event(refused: Refused) -> str:
-    """Where a stream ends before its answer."""
+    """Return the event that ends a stream whose answer is refused."""
     return f"data: {json.dumps(refused.body())}\n\n"

@@ -1,4 +1,4 @@
-"""What clients send: the keys of OpenAI's requests that mean something here, and those that may ask for nothing."""
+"""The bodies of requests: OpenAI's keys that have an effect here, and those that are accepted only without effect."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -13,7 +13,7 @@ MOST_MESSAGES = 2048
 
 
 def most_bytes(length: int) -> int:
-    """The size of the longest body that is read, for prompts and answers of so many tokens together.
+    """Return the most bytes of a body that is read, if prompt and answer have at most length tokens together.
 
     Source code has 3.4 bytes per token with SmolLM2, and a token of Chinese text that JSON escapes has about 12.
     """
@@ -33,7 +33,7 @@ def _one_prompt(value: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """Content's parts as one text."""
+    """Return the parts of content as one text."""
     if not isinstance(value, list):
         return value
     if all(_is_text(part) for part in value):
@@ -47,7 +47,7 @@ def _is_text(part: Any) -> bool:
 
 
 class Keys(BaseModel):
-    """A key that is null is left out. The first unknown one is refused before any value is checked."""
+    """A body whose null keys are ignored. The first unknown key is refused before any value is checked."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     ignored: ClassVar[tuple[str, ...]] = ()
@@ -80,9 +80,9 @@ class ResponseFormat(Keys):
 
 
 class Body(Keys):
-    """What both have. Lists fail at the first item at fault: an error takes 700 bytes, an item may take 2."""
+    """The keys of both bodies. Lists fail at the first faulty item: an error takes 700 bytes, an item may take 2."""
 
-    # Of OpenAI's keys, those that change no answer; parallel_tool_calls says how to call tools, and there are none.
+    # OpenAI's keys that change no answer. parallel_tool_calls says how to call tools, but there are no tools.
     ignored = (
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
         *("prompt_cache_retention", "prompt_cache_options", "parallel_tool_calls"),
@@ -101,7 +101,7 @@ class Body(Keys):
     ] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    # What these may be is what they are when they are left out.
+    # The only allowed value of each of these keys is its default.
     n: int = Field(1, ge=1, le=1)
     presence_penalty: float = Field(0, ge=0, le=0)
     frequency_penalty: float = Field(0, ge=0, le=0)
@@ -121,7 +121,7 @@ class ChatBody(Body):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: int | None = Field(None, ge=1)  # what OpenAI calls max_tokens by now
+    max_completion_tokens: int | None = Field(None, ge=1)  # OpenAI's newer name of max_tokens
     logprobs: Literal[False] = False
     top_logprobs: int = Field(0, ge=0, le=0)
     response_format: ResponseFormat = ResponseFormat(type="text")
@@ -136,7 +136,7 @@ AnyBody = TypeVar("AnyBody", bound=Keys)
 
 
 def read_body(kind: type[AnyBody], data: bytes) -> AnyBody:
-    """Raises: Refused that names the first key at fault."""
+    """Parse a body. Raises: Refused that names the first key at fault."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -160,6 +160,9 @@ def _refusal(error: ErrorDetails, known: Iterable[str]) -> Refused:
 
 
 def _rule(message: str) -> str:
-    """What follows "must": pydantic writes "Input should be ...", "List should have ... after validation, not 5"."""
+    """Return what follows "must".
+
+    pydantic writes "Input should be ...", or "List should have ... after validation, not 5".
+    """
     _, _, rule = message.removeprefix("Value error, must ").rpartition(" should ")
     return rule.partition(" after validation")[0]

@@ -1,4 +1,4 @@
-"""One connection: a request has to come whole in time, and where there are too many, the slowest makes room."""
+"""One connection: a request must arrive in time. If there are too many connections, the slowest one is closed."""
 
 import asyncio
 import json
@@ -8,18 +8,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mft.serving.refusal import Refused
 
-READ_SECONDS = 30.0  # for a request's headers and body together: 4 MB, of 128,000 tokens, at 1.1 Mbit/s
+READ_SECONDS = 30.0  # for a request's headers and body together: enough for 4 MB (128,000 tokens) at 1.1 Mbit/s
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which itself waits without end for a request's headers and body.
+    """uvicorn's connection, with a time limit for a request's headers and body, which uvicorn does not have.
 
-    Where there are ``most`` connections, a new one takes the place of the one that has waited longest for a request:
-    half a request holds no place that a whole one could have.
+    If there are more than ``most`` connections, the one that has waited longest for its request is closed. So an
+    incomplete request cannot keep a complete one out.
     """
 
     most = 200
-    _due: asyncio.TimerHandle | None = None  # while the next request, or the rest of one, is awaited
+    _due: asyncio.TimerHandle | None = None  # the time limit, while the next request or the rest of one is awaited
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -40,7 +40,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Start the clock where a request or a part of one is awaited, stop it where one is whole."""
+        """Start the clock if a request or a part of one is awaited, and stop it if the request is complete."""
         if self.transport.is_closing() or self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._stop_waiting()
         elif self._due is None:
@@ -53,7 +53,7 @@ class Connection(H11Protocol):
 
     def _expire(self) -> None:
         self._due = None
-        # One that has sent nothing awaits no answer, as a browser's that connects ahead; another may have had its own.
+        # No answer if the client has sent nothing, like a browser that connects in advance, or if a response has begun.
         has_begun = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
         if has_begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             refused = Refused(f"a request must come whole within {READ_SECONDS:g} s, got a part", status=408)

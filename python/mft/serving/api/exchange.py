@@ -1,4 +1,4 @@
-"""One request and its response: an id that the client finds in X-Request-Id and an operator in the log."""
+"""One request and its response, with an id that the client finds in X-Request-Id and an operator in the log."""
 
 import re
 import uuid
@@ -18,7 +18,7 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # b
 
 @dataclass
 class Exchange:
-    """refused: why there is no answer, if there is none; is_told: the log has its line."""
+    """A request and its response. refused: why there is no answer, if so. is_told: whether the log has its line."""
 
     id: str
     method: str
@@ -28,9 +28,9 @@ class Exchange:
 
 
 class Exchanges:
-    """ASGI middleware, around everything else: an Exchange per request.
+    """ASGI middleware around everything else, which makes an Exchange for each request.
 
-    Args: responded: is told the exchange and the status when a response begins.
+    Args: responded: is called with the exchange and the status when a response begins.
     """
 
     def __init__(self, app: ASGIApp, responded: Callable[[Exchange, int], None]) -> None:
@@ -57,7 +57,7 @@ def exchange_of(scope: Scope) -> Exchange:
 
 
 def refuse(scope: Scope, refused: Refused) -> JSONResponse:
-    """The response with OpenAI's error object."""
+    """Return the response with OpenAI's error object."""
     exchange: Any = scope.get("state", {}).get(_KEY)
     if exchange is not None:
         exchange.refused = refused
@@ -65,6 +65,6 @@ def refuse(scope: Scope, refused: Refused) -> JSONResponse:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's or the proxy's own if it is short and plain, else a new one."""
+    """Return the id that the client or a proxy sent, if it is short and plain, else a new one."""
     given = Headers(scope=scope).get("x-request-id", "")
     return given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else uuid.uuid4().hex

@@ -1,8 +1,8 @@
-"""The names by which a service may be asked, from a request's Host header.
+"""Check a request's Host header against the names by which the service may be addressed.
 
-A page of a stranger's site can have its own name resolve to 127.0.0.1 (DNS rebinding): the browser of whoever opens it
-then takes a service on loopback for a part of that site, and lets the page read its answers. The Host header keeps the
-site's name, so a service on loopback answers to names of loopback alone.
+A website can make its own name resolve to 127.0.0.1 (DNS rebinding). The browser of a user who opens it then takes a
+service on loopback for a part of that site, and lets the page read the service's answers. The Host header still has the
+site's name, so a service on loopback answers only to names of loopback.
 """
 
 import ipaddress
@@ -20,9 +20,9 @@ _HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?")  # a name or an IPv6 addr
 
 
 def known_hosts(address: str, host: str, allowed: Collection[str]) -> frozenset[str] | None:
-    """Names besides loopback's, or None for any.
+    """Return the names that are allowed in addition to loopback's, or None if any name is.
 
-    Args: address: that is listened on; host: as the user wrote it; allowed: by the user, * for any.
+    Args: address: the one listened on; host: as the user wrote it; allowed: names from the user, * for any.
     """
     if "*" in allowed or not (allowed or is_loopback(address)):
         return None
@@ -30,7 +30,7 @@ def known_hosts(address: str, host: str, allowed: Collection[str]) -> frozenset[
 
 
 class HostCheck:
-    """ASGI middleware: refuses, with 403, what is asked by another name. hosts: of known_hosts."""
+    """ASGI middleware that refuses requests to another name with 403. hosts: from known_hosts."""
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
         self._app, self._hosts = app, hosts

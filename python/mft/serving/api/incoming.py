@@ -1,4 +1,4 @@
-"""A request's body as bytes: JSON by its type, no longer than it may be, and whole."""
+"""Read a request's body as bytes, and check that its type is JSON, its size is allowed and it is complete."""
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -7,9 +7,9 @@ from mft.serving.refusal import Refused
 
 
 async def json_bytes(request: Request, most: int) -> bytes:
-    """Raises: Refused. What is left of the body is then read and dropped, until connection.READ_SECONDS are over."""
+    """Return the body's bytes. Raises: Refused; the rest of the body is then read and dropped for READ_SECONDS."""
     kind = request.headers.get("content-type", "")
-    # A page of another site may send a form or plain text here without asking the browser first, but not this.
+    # A page of another site can send a form or plain text here without a CORS preflight, but not JSON.
     if kind.partition(";")[0].strip().lower() != "application/json":
         raise Refused(f"Content-Type must be application/json, got {shown(kind)}", status=415)
     told = request.headers.get("content-length", "0")

@@ -1,4 +1,4 @@
-"""API keys: whoever knows one of a file's keys may ask under /v1. Keys themselves are neither kept nor logged."""
+"""API keys: clients with one of a file's keys may send requests under /v1. Keys themselves are not kept or logged."""
 
 import hashlib
 import hmac
@@ -13,14 +13,14 @@ from mft.checks import check_rule
 from mft.serving.api.exchange import refuse
 from mft.serving.refusal import Refused
 
-GUARDED = "/v1"  # health and metrics are for whoever watches the machine
-_MOST_BYTES = 1 << 20  # of a file
+GUARDED = "/v1"  # health and metrics need no key, for monitoring
+_MOST_BYTES = 1 << 20  # most bytes of a file
 
 
 class ApiKeys:
-    """The keys of a file, one per line. Empty lines and those that begin with # are left out.
+    """The keys of a file, one per line. Empty lines and lines that start with # are ignored.
 
-    Args: warn: is told if others can read the file.
+    Args: warn: is called with a message if all users can read the file.
     Raises: as read_again.
     """
 
@@ -33,7 +33,10 @@ class ApiKeys:
         return len(self._digests)
 
     def read_again(self) -> None:
-        """Raises: ValueError that names the line, not the key; OSError if the file cannot be read. Keys then stay."""
+        """Read the file again.
+
+        Raises: ValueError that names the line, not the key; OSError if the file cannot be read. The keys then stay.
+        """
         with self._path.open("rb") as file:
             mode, lines = stat.S_IMODE(self._path.stat().st_mode), file.read(_MOST_BYTES).splitlines()
         digests = []
@@ -57,7 +60,7 @@ class ApiKeys:
         self._digests = digests
 
     def know(self, key: str) -> bool:
-        """Whether it is one of them, in a time that does not depend on how much of it is right."""
+        """Return whether key is one of the keys. The time does not depend on how much of it is right."""
         given, found = _digest(key.encode()), False
         for digest in self._digests:
             found |= hmac.compare_digest(given, digest)
@@ -65,7 +68,7 @@ class ApiKeys:
 
 
 class KeyCheck:
-    """ASGI middleware: refuses, with 401, whoever has none of the keys. keys: None for nobody."""
+    """ASGI middleware that refuses requests without one of the keys with 401. keys: None to refuse nobody."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
         self._app, self._keys = app, keys

@@ -1,4 +1,4 @@
-"""The pieces of one answer on their way to its client: whole, or as a stream of events, for as long as it stays."""
+"""Send the pieces of one answer to its client, whole or as a stream of events, until the client leaves."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,9 +16,9 @@ from mft.serving.refusal import Refused
 
 
 class Pieces:
-    """Of one generation, as they come; whoever leaves it has its place freed.
+    """The pieces of one generation, as they come. Call leave() at the end: it frees the generation's place.
 
-    Args: tell: takes the generation, its status and how it ended, once.
+    Args: tell: is called once, with the generation, its status and how it ended.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class Pieces:
         tell: Callable[[Generation, int, str], None],
     ) -> None:
         self._generation, self._queue, self._scheduler, self._tell = generation, queue, scheduler, tell
-        self._status, self._ending = 499, "cancelled"  # by the client, unless an end has come
+        self._status, self._ending = 499, "cancelled"  # by the client, until the generation ends
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """The last has a finish. Raises: Refused instead of the rest."""
+        """Yield the pieces; the last one has a finish. Raises: Refused instead of the rest."""
         while True:
             piece = await self._queue.get()
             if piece.refused is not None:

@@ -1,4 +1,4 @@
-"""OpenAI's routes: from a request's bytes to a generation, and from its pieces to an answer or a stream of events."""
+"""OpenAI's routes: turn a request's bytes into a generation, and its pieces into an answer or a stream of events."""
 
 import asyncio
 import copy
@@ -36,12 +36,12 @@ from mft.serving.prompt import Prompts
 from mft.serving.refusal import Refused, failure
 from mft.serving.tasks import Tasks
 
-READ_AT_ONCE = 2  # bodies that are JSON and tokens being made of; one more waits. Two: a long one holds no short one up
+READ_AT_ONCE = 2  # bodies that are parsed and tokenised at once: two, so that a long one does not block a short one
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request that was read: whose masks it takes, its prompt's tokens, how many its answer may have."""
+    """A request after reading. task: the one whose masks it takes. prompt: tokens. most: most tokens of the answer."""
 
     body: Body
     task: str | None
@@ -51,11 +51,11 @@ class _Asked:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask, and for what.
+    """Who may send requests, and what they may do.
 
-    hosts: the names by which the service may be asked besides loopback's, None for any (hosts.known_hosts).
-    keys: None if everyone may.
-    load_from: the directory below which masks lie that clients may load; None if they may not.
+    hosts: the names by which the service may be addressed, in addition to loopback's; None for any (hosts.known_hosts).
+    keys: the API keys; None if no key is needed.
+    load_from: the directory below which clients may load masks; None if they may not.
     """
 
     hosts: frozenset[str] | None = None
@@ -64,12 +64,12 @@ class Access:
 
 
 class Service:
-    """The base and the bank's tasks, each by its name as a model's.
+    """Serves the base and the bank's tasks, each as a model by its name.
 
     Args:
-        length: of prompt and answer together, in tokens.
-        max_tokens: of an answer for which the request names none (Prompts).
-        log: has a line for each request.
+        length: most tokens of prompt and answer together.
+        max_tokens: most tokens of an answer if the request does not say (Prompts).
+        log: gets a line for each request.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Service:
         return await unless_client_leaves(request, pieces, whole(answer, pieces))
 
     def _read(self, kind: type[Body], data: bytes) -> "_Asked":
-        """Raises: Refused."""
+        """Read a request's body. Raises: Refused."""
         body = read_body(kind, data)
         return _Asked(body, self._tasks.find(body.model), *self._prompts.read(body))
 
@@ -190,12 +190,12 @@ async def _no_such_route(request: Request, error: Any) -> Response:
 
 
 async def _failure(request: Request, error: Exception) -> Response:
-    """What is not foreseen ends one request; uvicorn logs it."""
+    """Answer a request that ended with an unforeseen error, which uvicorn logs."""
     return refuse(request.scope, failure())
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: what the model says, else its tokenizer."""
+    """Return the tokens that end an answer: those that the model names, else its tokenizer's."""
     said = getattr(model.generation_config, "eos_token_id", None)
     said = tokenizer.eos_token_id if said is None else said
     return frozenset(said if isinstance(said, list) else [said])

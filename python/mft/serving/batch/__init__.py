@@ -1,1 +1,1 @@
-"""The rows that are being answered: one batch, one cache, one thread."""
+"""Answer the running requests as rows of one batch, with one cache and one thread."""

@@ -1,9 +1,9 @@
-"""The text of an answer, released piece by piece: never half a character, never what may become a stop string."""
+"""Release the text of an answer piece by piece: never half a character, and nothing that may become a stop string."""
 
 from collections.abc import Sequence
 from typing import Any
 
-_HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for bytes of a character that are not all there yet
+_HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for an incomplete character
 
 
 class AnswerText:
@@ -12,12 +12,12 @@ class AnswerText:
         self._tokens: list[int] = []
         self._text = ""
         self._released = 0
-        self.stopped = False  # a stop string has come; the text ends before it
+        self.stopped = False  # whether a stop string has come; the text ends before it
 
     def add(self, token: int) -> str:
-        """What one more token releases."""
+        """Add a token, and return the text that it releases."""
         self._tokens.append(token)
-        # From the first token on, as a token's text depends on those before: 0.17 ms for 1,000 tokens of SmolLM2.
+        # All tokens are decoded, as a token's text depends on those before: 0.17 ms for 1,000 tokens of SmolLM2.
         self._text = self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         found = [at for stop in self._stops if (at := self._text.find(stop, self._released)) >= 0]
         if found:
@@ -26,11 +26,11 @@ class AnswerText:
         return self._release(min(len(self._text.rstrip(_HALF)), len(self._text) - self._begun_stop()))
 
     def rest(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Return the text that was held back. Call it after the last token."""
         return self._release(len(self._text))
 
     def _begun_stop(self) -> int:
-        """Characters at the end that a stop string may begin with."""
+        """Return the number of characters at the end of the text with which a stop string begins."""
         return max(
             (length for stop in self._stops for length in range(1, len(stop)) if self._text.endswith(stop[:length])),
             default=0,

@@ -1,4 +1,4 @@
-"""One answer while it is made: what it goes on from, how its tokens are chosen, when it ends, who takes its pieces."""
+"""One answer while it is generated: its prompt, how its tokens are chosen, when it ends, who takes its pieces."""
 
 import logging
 import time
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text, perhaps the last; or, instead of the rest, why there is none."""
+    """Some text of an answer. finish: set in the last piece. refused: set instead if the answer ends incomplete."""
 
     text: str
     finish: Finish | None = None
@@ -28,7 +28,7 @@ class Piece:
 
 
 class Generation:
-    """Args: ends: tokens after which nothing comes; take: is called with each piece, on the thread that makes them."""
+    """One answer. ends: tokens that end it. take: is called with each piece, on the thread that generates them."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class Generation:
     ) -> None:
         self.task, self.prompt = task, prompt
         self._max_tokens, self._sampling, self._text, self._ends, self._take = max_tokens, sampling, text, ends, take
-        self.tokens = 0  # that were made, the last one of ends among them
-        self.last = -1  # of them
+        self.tokens = 0  # generated so far, including the token that ends the answer
+        self.last = -1  # the latest token
         self.is_over = False
-        self.is_cancelled = False  # by the client; any thread may say so
+        self.is_cancelled = False  # by the client; any thread may set it
         self.began, self.joined, self.first, self.ended = time.monotonic(), 0.0, 0.0, 0.0
 
     def advance(self, logits: Tensor) -> None:
-        """One more token, of logits (V,)."""
+        """Choose one more token from logits (V,)."""
         with self.on_its_own():
             self.last = self._sampling.choose(logits)
             self.tokens += 1
@@ -70,19 +70,19 @@ class Generation:
 
     @contextmanager
     def on_its_own(self) -> Iterator[None]:
-        """An error in here ends this answer, and no other: nothing may be changed in here that answers share."""
+        """Let an error in the block end only this answer. The block must not change what answers share."""
         try:
             yield
         except FloatingPointError as error:
             self.refuse(Refused(str(error), status=500))
-        except torch.AcceleratorError:  # the device is lost, for every answer
+        except torch.AcceleratorError:  # the device is lost for all answers
             raise
-        except Exception:  # whatever one client's tokens make a tokenizer or a model raise; the log has the traceback
+        except Exception:  # from the tokenizer or the model with this client's tokens; the log has the traceback
             logger.exception("one answer failed, the others go on")
             self.refuse(failure())
 
     def refuse(self, refused: Refused) -> None:
-        """End it without the rest."""
+        """End the answer without the rest."""
         self._end()
         self._take(Piece("", refused=refused))
 

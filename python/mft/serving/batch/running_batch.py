@@ -1,9 +1,9 @@
-"""The rows that are being answered, in one left-padded batch with one cache: a row joins and leaves between two tokens.
+"""The running requests as one left-padded batch with one cache. Rows join and leave between two tokens.
 
-length 6:   . . a a a a     a prompt that joins is read alone, then its keys and values are padded on the left to the
-            b b b b b b     longest row's length and put below the others'; rows that leave take their padding along
+length 6:   . . a a a a     a prompt that joins is read alone; then its keys and values are padded on the left to the
+            b b b b b b     longest row's length and appended as a row; rows that leave take their padding with them
 
-Where frequencies depend on a row's length (longrope.py), a row that passes the switch is read again from its start.
+If frequencies depend on a row's length (longrope.py), a row that passes the switch is read again from its start.
 """
 
 import inspect
@@ -22,9 +22,9 @@ from mft.models.packed_rows import check_lengths_apart
 
 
 class RunningBatch:
-    """Of a bank's model; each row takes the masks of its task.
+    """The running batch of a bank's model. Each row takes the masks of its task.
 
-    Raises: ValueError if the model's cache is more than keys and values, which alone can be padded and put together.
+    Raises: ValueError if the model's cache has more than keys and values: only these can be padded and joined.
     """
 
     def __init__(self, bank: MaskBank) -> None:
@@ -41,10 +41,10 @@ class RunningBatch:
         self._switch = switch_length(model)
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         self._tasks: list[str | None] = []
-        self._tokens: list[list[int]] = []  # of each row, read so far
-        self._padding: list[int] = []  # of each row, on the left
-        self._length = 0  # of the longest row
-        # Without the configuration: whole keys and values of sliding windows too, which are masked and not cut.
+        self._tokens: list[list[int]] = []  # tokens read so far, for each row
+        self._padding: list[int] = []  # padding on the left, for each row
+        self._length = 0  # length of the longest row
+        # Without the configuration, all keys and values are kept for sliding windows too: they are masked, not cut.
         self._cache = DynamicCache()
 
     def __len__(self) -> int:
@@ -52,24 +52,24 @@ class RunningBatch:
 
     @property
     def cache_bytes(self) -> int:
-        """Of keys and values."""
+        """The bytes of keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in _filled(self._cache))
 
     def knows(self, task: str | None) -> bool:
-        """Whether rows may take this task's masks."""
+        """Return whether rows may take this task's masks."""
         return task is None or task in self.bank.tasks
 
     def join(self, task: str | None, prompt: Sequence[int]) -> Tensor:
-        """One more row, the last. Returns: its logits (V,) for the next token."""
+        """Read a prompt and add it as the last row. Returns: its logits (V,) for the next token."""
         return self.add(task, prompt, *self.read(task, prompt))
 
     def read(self, task: str | None, prompt: Sequence[int]) -> tuple[Tensor, DynamicCache]:
-        """(logits (V,) for the next token, keys and values) of a prompt alone; the batch stays as it is."""
+        """Read a prompt alone, without changing the batch. Returns: logits (V,) for the next token, keys and values."""
         cache = DynamicCache()
         return self._forward(torch.tensor([prompt]), cache, [task], [0], len(prompt))[0], cache
 
     def add(self, task: str | None, prompt: Sequence[int], logits: Tensor, cache: DynamicCache) -> Tensor:
-        """One more row, the last, which was read. Returns: its logits."""
+        """Add a prompt that was read as the last row. Returns: its logits."""
         if len(self):
             length = max(self._length, len(prompt))
             _put_below(self._cache, length - self._length, cache, length - len(prompt))
@@ -82,7 +82,10 @@ class RunningBatch:
         return logits
 
     def check_rows_apart(self) -> None:
-        """Raise ValueError if the model mixes its rows, whose tasks then cannot differ. Two calls of a few tokens."""
+        """Raise ValueError if the model mixes its rows, since rows could then not have different tasks.
+
+        It takes a few short calls of the model.
+        """
         try:
             self.join(None, [0])
             self.join(next(iter(self.bank.tasks), None), [0, 0])
@@ -99,7 +102,7 @@ class RunningBatch:
             self.keep([])
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """The token that came last for each row. Returns: logits (rows, V) for the next ones."""
+        """Read each row's latest token. Returns: logits (rows, V) for the next tokens."""
         self._length += 1
         for read, token in zip(self._tokens, tokens, strict=True):
             read.append(token)
@@ -110,7 +113,7 @@ class RunningBatch:
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
-        """The other rows leave."""
+        """Keep only these rows in the batch."""
         if not rows:
             self._tasks, self._tokens, self._padding, self._length, self._cache = [], [], [], 0, DynamicCache()
             return
@@ -128,7 +131,7 @@ class RunningBatch:
             layer.keys, layer.values = layer.keys[..., common:, :], layer.values[..., common:, :]
 
     def _read_again(self, row: int) -> Tensor:
-        """Its keys and values anew. Returns: its logits (V,)."""
+        """Compute a row's keys and values again from its start. Returns: its logits (V,)."""
         cache, read = DynamicCache(), self._tokens[row]
         logits = self._forward(torch.tensor([read]), cache, [self._tasks[row]], [0], len(read))[0]
         for layer, new in zip(_filled(self._cache), _filled(cache), strict=True):
@@ -159,13 +162,13 @@ class RunningBatch:
 
 
 def _filled(cache: DynamicCache) -> list[Any]:
-    """Layers with keys and values; where layers share theirs, some have none."""
+    """Return the layers with keys and values. If layers share them, some layers have none."""
     layers: list[Any] = cache.layers
     return [layer for layer in layers if layer.get_seq_length()]
 
 
 def _put_below(cache: DynamicCache, padding: int, row: DynamicCache, row_padding: int) -> None:
-    """row joins cache, after each was padded on the left."""
+    """Pad both on the left, and append row to cache."""
     for layer, new in zip(_filled(cache), _filled(row), strict=True):
         for name in ("keys", "values"):
             parts = [

@@ -1,5 +1,7 @@
-"""The next token of one row: the likeliest, or one drawn with the row's own generator, so that a seed means the same
-beside any other rows."""
+"""Choose the next token of one row: the likeliest, or one drawn with the row's own generator.
+
+So a seed gives the same answer whatever the other rows are.
+"""
 
 from typing import Any
 
@@ -7,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-GREEDY_BELOW = 1e-5  # logits of 100 divided by less have no digits after the point in fp32
+GREEDY_BELOW = 1e-5  # logits of 100 divided by a smaller temperature have no digits after the point in fp32
 
 
 class Sampling:
-    """By transformers' own temperature and top_p. seed None: another answer each time."""
+    """Samples with transformers' own temperature and top_p. seed: None for another answer each time."""
 
     def __init__(self, temperature: float, top_p: float, seed: int | None) -> None:
         self._greedy = temperature < GREEDY_BELOW
@@ -27,11 +29,11 @@ class Sampling:
             self._generator.manual_seed(seed)
 
     def choose(self, logits: Tensor) -> int:
-        """Of logits (V,). Raises: FloatingPointError if one is NaN."""
+        """Choose a token from logits (V,). Raises: FloatingPointError if one is NaN."""
         if logits.isnan().any():
             raise FloatingPointError("the model's logits must be numbers, got NaN")
         if self._greedy:
             return int(logits.argmax())
-        before: Any = torch.empty(1, 0, dtype=torch.long)  # neither of the two looks at the tokens before
+        before: Any = torch.empty(1, 0, dtype=torch.long)  # neither warper reads the previous tokens
         scores = self._warpers(before, logits.float().cpu()[None])
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))

@@ -1,6 +1,6 @@
-"""Who is answered when: generations wait in a queue, join the running batch between two tokens, and leave it at once.
+"""Schedule generations: they wait in a queue, join the running batch between two tokens, and leave as soon as they end.
 
-One thread runs the model. Between two tokens of the running rows it reads one prompt at the most.
+One thread runs the model. Between two tokens of the running rows, it reads at most one prompt.
 """
 
 import threading
@@ -14,12 +14,15 @@ from mft.serving.refusal import Refused
 
 
 class Scheduler:
-    """Args: rows: answered at once at most; waiting: beside them; timeout: seconds of a request, None for any."""
+    """Runs the batch. rows: most generations answered at once. waiting: most that wait in addition.
+
+    timeout: most seconds of a request, or None for no limit.
+    """
 
     def __init__(self, batch: RunningBatch, *, rows: int, waiting: int, timeout: float | None = None) -> None:
         self._batch, self._rows, self._most_waiting, self._timeout = batch, rows, waiting, timeout
-        self.on_end: Callable[[], None] = lambda: None  # is called when the thread ends
-        self.on_step: Callable[[int], None] = lambda rows: None  # is told of each step's rows, on the thread
+        self.on_end: Callable[[], None] = lambda: None  # called when the thread ends
+        self.on_step: Callable[[int], None] = lambda rows: None  # called on the thread with each step's number of rows
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []  # row i of the batch
         self._retiring: dict[str, Callable[[], None]] = {}
@@ -32,17 +35,17 @@ class Scheduler:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """(running, waiting)"""
+        """The numbers of running and of waiting generations."""
         with self._changed:
             return len(self._running), len(self._waiting)
 
     @property
     def cache_bytes(self) -> int:
-        """Of the batch's keys and values."""
+        """The bytes of the batch's keys and values."""
         return self._batch.cache_bytes
 
     def submit(self, generation: Generation) -> None:
-        """Raises: Refused if there is no place, or none will be any more."""
+        """Queue a generation. Raises: Refused if there is no place, the server is stopping or the task was unloaded."""
         with self._changed:
             if self.is_closing:
                 raise Refused("the server must be running, got one that is stopping: ask another", status=503)
@@ -65,7 +68,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, generation: Generation) -> None:
-        """Its place is free before the next token; nothing happens if it is over."""
+        """Free a generation's place before the next token. This does nothing if the generation is over."""
         with self._changed:
             generation.is_cancelled = True
             if generation in self._waiting:
@@ -73,9 +76,10 @@ class Scheduler:
                 self._tell_unused()
 
     def retire(self, task: str, unused: Callable[[], None]) -> None:
-        """Take no more requests of this task.
+        """Accept no more requests of this task.
 
-        Args: unused: is called once, as soon as none is left, on any thread; none is taken before it has returned.
+        Args: unused: is called once, on any thread, as soon as none of the task's requests is left. Until it has
+            returned, none is accepted.
         """
         with self._changed:
             self._retiring[task] = unused
@@ -85,13 +89,13 @@ class Scheduler:
         return task in self._retiring
 
     def close(self) -> None:
-        """From now on nothing is taken; what was taken is answered, and then the thread ends."""
+        """Accept no more generations. Those that were accepted are answered, and then the thread ends."""
         with self._changed:
             self.is_closing = True
             self._changed.notify()
 
     def cut(self) -> None:
-        """As close, and what is not answered yet is refused before the next token."""
+        """Close, and refuse all unfinished generations before the next token."""
         with self._changed:
             self.is_closing = self.is_cut = True
             self._changed.notify()
@@ -118,7 +122,7 @@ class Scheduler:
             self.on_end()
 
     def _work(self) -> bool:
-        """A prompt if there is a place for one, and a token for each row. Returns: whether there is to be more."""
+        """Read a prompt if there is a place for it, and generate a token for each row. Returns: whether to go on."""
         with self._changed:
             self._changed.wait_for(lambda: self._running or self._waiting or self.is_closing)
             if self.is_cut:
@@ -146,7 +150,7 @@ class Scheduler:
         return True
 
     def _leave(self) -> None:
-        """Rows that are over or cancelled."""
+        """Remove the rows that are over or cancelled."""
         stay = [row for row, each in enumerate(self._running) if not (each.is_over or each.is_cancelled)]
         if len(stay) < len(self._running):
             self._batch.keep(stay)
@@ -162,7 +166,7 @@ class Scheduler:
             del self._retiring[task]
 
     def _refuse_late(self) -> None:
-        """What has taken longer than a request may; its row leaves, and its place in the queue is free."""
+        """Refuse generations that have exceeded the timeout. They leave the batch and the queue."""
         if self._timeout is None:
             return
         began_before = time.monotonic() - self._timeout
