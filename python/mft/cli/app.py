@@ -15,16 +15,16 @@ from mft.config_file import load_config
 from mft.contention import core_share
 from mft.tracking.console import console, say
 
-# Loaded inside the verbs: transformers takes seconds, and `mft --help` should not wait for it.
+# The commands import their modules themselves: transformers takes seconds, and `mft --help` should not wait for it.
 
 TRACEBACK = "MFT_TRACEBACK"
 
-# torch reads it when it first allocates: large tensors in huge pages, or each new one costs a page fault every 4 KB.
+# torch reads this at its first allocation: it puts large tensors in huge pages, which saves a page fault per 4 KB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class _OneMessageAnError(typer.core.TyperGroup):
-    """What the user can mend is one message and exit code 2; MFT_TRACEBACK=1 shows where it arose."""
+    """Prints errors that the user can fix as one message, with exit code 2. MFT_TRACEBACK=1 shows the traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [_at_home(argument) for argument in args])
@@ -32,7 +32,7 @@ class _OneMessageAnError(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except typer.Exit:  # a RuntimeError too
+        except typer.Exit:  # a subclass of RuntimeError
             raise
         except (ValueError, RuntimeError, OSError) as error:
             if os.environ.get(TRACEBACK):
@@ -42,7 +42,7 @@ class _OneMessageAnError(typer.core.TyperGroup):
 
 
 def _at_home(argument: str) -> str:
-    """The argument, or the value of --option=value, whose ~ the shell has left; configurations expand their own."""
+    """Expand a ~ that the shell left in an argument or in --option=value. Configurations expand their own paths."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return option + equals + os.path.expanduser(value)
 
@@ -71,25 +71,25 @@ def _options(
     pass
 
 
-_DEFAULTS = RunConfig()  # of mft train, which mft estimate takes too
+_DEFAULTS = RunConfig()  # the defaults of mft train, which mft estimate uses too
 
-Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, or paper; the defaults if none.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, or paper; by default none.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, such as train.lr=3e-4; repeatable.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Overrides, such as train.lr=3e-4; --help KEY explains a key.", metavar="[KEY=VALUE]..."),
 ]
 Resume = Annotated[
-    Path | None, typer.Option("--resume", help="Go on with the run in this output_dir, with its own configuration.")
+    Path | None, typer.Option("--resume", help="Continue the run in this output_dir, with its own configuration.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Resume although configuration, data or base have changed.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that output_dir holds.")]
+Force = Annotated[bool, typer.Option("--force", help="Resume even if configuration, data or base have changed.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete an existing run in output_dir.")]
 
 Masks = Annotated[
     str, typer.Argument(help="An output_dir of mft train, its masks/, or user/repo[@revision] of the hub.")
 ]
 BaseModel = Annotated[str | None, typer.Option(help="The base; by default the one that the masks were learned on.")]
-BaseDtype = Annotated[str | None, typer.Option(help="Of the base; by default as the masks were learned.")]
+BaseDtype = Annotated[str | None, typer.Option(help="The base's dtype; by default the one used in training.")]
 
 
 @app.command(cls=ListedKeys)
@@ -101,7 +101,7 @@ def finetune(
     resume: Resume = None,
     force: Force = False,
 ) -> None:
-    """Fine-tune all weights; writes an ordinary model to output_dir/model."""
+    """Fine-tune all weights, and write an ordinary model to output_dir/model."""
     _let_waiting_threads_sleep()
     from mft.training.run import run_finetune
 
@@ -118,10 +118,10 @@ def train(
     force: Force = False,
     merge: Annotated[
         Path | None,
-        typer.Option(help="Bake the masks in at the end: where the ordinary model goes, as mft merge says."),
+        typer.Option(help="At the end, also merge the masks, like mft merge: write an ordinary model there."),
     ] = None,
 ) -> None:
-    """Fine-tune masks over frozen weights; writes them to output_dir/masks."""
+    """Fine-tune masks over frozen weights, and write them to output_dir/masks."""
     _let_waiting_threads_sleep()
     from mft.cli.masks import check_merged, run_merge
     from mft.training.run import run_train
@@ -130,7 +130,7 @@ def train(
     if merge is not None:
         check_merged("--merge", merge)  # before it trains for hours
     masks = run_train(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
-    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one goes on
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, only the first one continues
         return
     if merge is not None:
         run_merge(str(masks), merge, None, None, force=False)
@@ -145,9 +145,9 @@ def evaluate(
     sets: Set = None,
     masks: Annotated[
         list[str] | None,
-        typer.Option(help="Masks to put on the model: as for mft merge. Several are taken in turn."),
+        typer.Option(help="Masks to put on the model, as for mft merge; repeatable: each is evaluated."),
     ] = None,
-    split: Annotated[str, typer.Option(help="validation or test; of the held-out loss.")] = "validation",
+    split: Annotated[str, typer.Option(help="validation or test: the held-out split.")] = "validation",
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, such as gsm8k,humaneval.")
     ] = None,
@@ -155,21 +155,21 @@ def evaluate(
         Path | None, typer.Option("--lm-eval-tasks", help="A directory of your own task files.")
     ] = None,
     run_task_code: Annotated[
-        bool, typer.Option("--run-task-code", help="Those files may run what they hold, on this machine.")
+        bool, typer.Option("--run-task-code", help="Let the files of --lm-eval-tasks run code on this machine.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most this many documents of each task.")] = None,
     run_generated_code: Annotated[
-        bool, typer.Option("--run-generated-code", help="Tasks may run what the model wrote, on this machine.")
+        bool, typer.Option("--run-generated-code", help="Let tasks run the model's code on this machine.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Write the tasks' scores there as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the tasks' scores to this file, as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
     unquantized: Annotated[
-        bool, typer.Option("--unquantized", help="On exact weights, also if the masks were learned on quantised ones.")
+        bool, typer.Option("--unquantized", help="Use exact weights even if the masks were learned on quantised ones.")
     ] = False,
 ) -> None:
-    """Held-out loss and accuracy, or the tasks of --lm-eval; with --masks both without them and with them.
+    """Measure held-out loss and accuracy, or the tasks of --lm-eval; with --masks, both without and with the masks.
 
-    Without --config, masks are evaluated on the base and the data of their run; overrides win.
+    Without --config, masks are evaluated on the base and the data of their run. Overrides take precedence.
     """
     from mft.cli.evaluate import masks_config, run_evaluate, run_lm_eval
     from mft.masks.location import masks_directory
@@ -201,7 +201,7 @@ def evaluate(
     run_evaluate(run_config, directories, split, force=force, unquantized=unquantized)
 
 
-data = typer.Typer(no_args_is_help=True, help="Look at the rows that training and evaluation are given.")
+data = typer.Typer(no_args_is_help=True, help="Look at the rows that training and evaluation read.")
 app.add_typer(data, name="data")
 
 
@@ -211,9 +211,9 @@ def show(
     overrides: Overrides = None,
     sets: Set = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
-    rows: Annotated[int, typer.Option(min=1, help="How many, from the first.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows, from the first on.")] = 3,
 ) -> None:
-    """Rows as the model will see them: tokens, what of them is scored, where examples begin; loads no weight."""
+    """Show rows as the model sees them: tokens, which of them are scored, where examples begin. Loads no weights."""
     from mft.cli.data import run_data_show
 
     run_data_show(_read(config, overrides, sets), split, rows)
@@ -236,13 +236,13 @@ def compare(
     fine_tunes_of: Annotated[
         Path | None,
         typer.Option(
-            "--fine-tunes-of", help="Another study's output_dir, whose fine-tunes are taken up if they are this one's."
+            "--fine-tunes-of", help="Another study's output_dir, to reuse its fine-tunes if they match this study."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that output_dir holds.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Open the reserve though this study has opened it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing study in output_dir.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Open the reserve even if this study has opened it.")] = False,
     join: Annotated[
-        bool, typer.Option("--join", help="Work beside other processes with --join, on any machine of the same disk.")
+        bool, typer.Option("--join", help="Share the work with other --join processes, on any machine of this disk.")
     ] = False,
     same_processor: Annotated[
         bool, typer.Option("--same-processor", help="Refuse units that ran on another kind of processor than this one.")
@@ -251,7 +251,7 @@ def compare(
         str, typer.Option("--on", help="Where workers run: local, or ray (a Ray cluster, which needs no shared disk).")
     ] = "local",
 ) -> None:
-    """MFT against honest baselines, chosen on validation, reported on test; continues where it was interrupted."""
+    """Compare MFT with honest baselines, chosen on validation, reported on test. Continues an interrupted study."""
     from mft.cli.study import run_compare
     from mft.study.load import load_study
 
@@ -270,22 +270,22 @@ def compare(
 @app.command(cls=StudyKeys)
 def ablate(
     what: Annotated[str, typer.Argument(help="ratio, layers or data.")],
-    config: Annotated[str, typer.Option("--config", "-c", help="The study that it is derived from.")] = "small",
+    config: Annotated[str, typer.Option("--config", "-c", help="The study to derive from.")] = "small",
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Overrides of it, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
+        list[str] | None, typer.Argument(help="Overrides of that study, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
     ] = None,
     values: Annotated[
         str | None, typer.Option(help="Keep ratios, groups of layers (0-3,4-7) or shares of the data.")
     ] = None,
     domains: Annotated[
-        list[str] | None, typer.Option("--domain", help="Of the study; repeatable; all if not given.")
+        list[str] | None, typer.Option("--domain", help="A domain of the study; repeatable; all if not given.")
     ] = None,
     arms: Annotated[
         list[str] | None, typer.Option("--arm", help="A mask of the study; repeatable; all if not given.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study that its directory holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing study in its directory.")] = False,
 ) -> None:
-    """MFT by keep ratio, by masked layers or by share of the data, beside the same baselines; continues too."""
+    """Vary MFT's keep ratio, masked layers or share of the data, with the same baselines. Continues like compare."""
     from mft.cli.study import run_ablate
     from mft.study.load import load_study
 
@@ -299,10 +299,10 @@ def sensitivity(
     overrides: Overrides = None,
     sets: Set = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers in a group.")] = 1,
-    kinds: Annotated[bool, typer.Option("--kinds", help="Groups of one kind, such as down_proj, instead.")] = False,
+    kinds: Annotated[bool, typer.Option("--kinds", help="Group layers by kind instead, such as down_proj.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Ranks groups of layers by what a briefly trained mask on each alone does to the validation loss."""
+    """Rank groups of layers by the effect on validation loss of a brief mask training on each group alone."""
     from mft.cli.sensitivity import run_sensitivity
 
     run_sensitivity(_read(config, overrides, sets), None if kinds else layers, overwrite=overwrite)
@@ -314,20 +314,20 @@ def plot(
     directories: Annotated[
         list[Path],
         typer.Argument(
-            help="A finished mft compare's; of summary, bytes and forgetting: or a table.json; of flips: runs of mft "
-            "train."
+            help="A finished study of mft compare; for summary, bytes and forgetting also a table.json; for flips, "
+            "runs of mft train."
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A PNG; by default beside what it shows.")
+        Path | None, typer.Option("--output", "-o", help="The PNG file; by default next to what it shows.")
     ] = None,
-    domain: Annotated[str | None, typer.Option(help="Of surface; the first if not given.")] = None,
-    arm: Annotated[str | None, typer.Option(help="Of surface and overlap: one of MFT; the first if not given.")] = None,
-    rows: Annotated[int, typer.Option(help="Of surface: validation rows that every point sees.")] = 32,
-    points: Annotated[int, typer.Option(help="Of surface: points along each axis.")] = 11,
+    domain: Annotated[str | None, typer.Option(help="For surface: the domain; the first if not given.")] = None,
+    arm: Annotated[str | None, typer.Option(help="For surface, overlap: an arm of MFT; by default the first.")] = None,
+    rows: Annotated[int, typer.Option(help="For surface: validation rows for every point.")] = 32,
+    points: Annotated[int, typer.Option(help="For surface: points along each axis.")] = 11,
 ) -> None:
-    """Pictures of a study: differences from the control, loss against bytes, gain against forgetting, loss surface,
-    overlap of masks; flips over training."""
+    """Draw a study: differences from the control, loss against bytes, gain against forgetting, loss surface, overlap of
+    masks. Or draw the flips of runs over training."""
     from mft.cli.study import run_plot
 
     run_plot(what, directories, output, domain=domain, arm=arm, rows=rows, points=points)
@@ -344,7 +344,7 @@ def merge(
     ] = 1.0,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """Bake masks into the weights: kept ones bit-equal, dropped ones +0."""
+    """Merge masks into the weights: kept weights stay bit-equal, dropped ones become +0."""
     from mft.cli.masks import run_merge
 
     run_merge(masks, output, model, dtype, force=force, alpha=alpha)
@@ -357,10 +357,10 @@ def serve(
         typer.Option(help="name=DIR, an output_dir of mft train, its masks/, or user/repo[@revision]; repeatable."),
     ] = None,
     masks_file: Annotated[
-        Path | None, typer.Option(help="A file with name=DIR in each line; SIGHUP reads it again.")
+        Path | None, typer.Option(help="A file with one name=DIR per line; SIGHUP reads it again.")
     ] = None,
     load_from: Annotated[
-        Path | None, typer.Option(help="Let clients load masks from below this directory, and unload masks.")
+        Path | None, typer.Option(help="Allow clients to load masks below this directory, and to unload masks.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "--base", help="The base; by default the one of the first masks.")
@@ -368,35 +368,35 @@ def serve(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
     api_keys_file: Annotated[
-        Path | None, typer.Option(help="A key per line, one of which clients must send; SIGHUP reads it again.")
+        Path | None, typer.Option(help="A file of keys, one per line: clients must send one. SIGHUP reads it again.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Whom it listens to; 0.0.0.0 is everyone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="A name, or * for any, that clients may ask for besides loopback's.")
+        list[str] | None, typer.Option(help="A host name that clients may use besides loopback's; * for any.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 8,
-    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them.")] = 64,
+    rows: Annotated[int, typer.Option(min=1, help="Most requests answered at once.")] = 8,
+    waiting: Annotated[int, typer.Option(min=0, help="Most requests that wait in addition.")] = 64,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of prompt and answer; by default the base's positions.")
+        int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the base's positions.")
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Of an answer whose request names none; by default 16, and of a chat all there is."),
+        typer.Option(min=1, help="Most tokens if the request does not say; by default 16, for a chat all that fit."),
     ] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds for a request, waiting included; by default no limit.")
     ] = None,
     grace: Annotated[
-        float, typer.Option(min=0, max=86400, help="Seconds for what is being answered, at SIGTERM or SIGINT.")
+        float, typer.Option(min=0, max=86400, help="Seconds for running requests after SIGTERM or SIGINT.")
     ] = 30,
-    log_format: Annotated[str, typer.Option(help="Of the log: text, or json, an object per line.")] = "text",
-    log_level: Annotated[str, typer.Option(help="Of the log: debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="text, or json: one object per line.")] = "text",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_zone: Annotated[
-        str, typer.Option(help="Of times in the log: local, UTC, or a name like Europe/Berlin.")
+        str, typer.Option(help="Time zone of the log: local, UTC, or a name such as Europe/Berlin.")
     ] = "local",
 ) -> None:
-    """Many tasks' masks on one base over HTTP, as OpenAI's API: the model's name chooses the task."""
+    """Serve the masks of many tasks on one base over OpenAI's HTTP API. The model's name chooses the task."""
     from mft.cli.serve import run_serve
 
     run_serve(
@@ -427,18 +427,18 @@ Run = Annotated[
     typer.Argument(metavar="RUN", help="An output_dir of mft train, its masks/, user/repo of the hub, or a model."),
 ]
 Only = Annotated[str | None, typer.Option(help="base or masked; both if not given.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[
-    float, typer.Option(min=0, help="0: the likeliest token each time; 1: drawn as the model says; more: wilder.")
+    float, typer.Option(min=0, help="0: always the likeliest token; 1: the model's own probabilities; more: wilder.")
 ]
-AnswerSeed = Annotated[int, typer.Option(min=0, help="Of what is drawn, the same for each answer.")]
+AnswerSeed = Annotated[int, typer.Option(min=0, help="Random seed, the same for each answer.")]
 
 
 @app.command()
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A message, or with --raw a text to continue.")],
-    raw: Annotated[bool, typer.Option("--raw", help="Without the chat template that the tokenizer has.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not use the tokenizer's chat template.")] = False,
     only: Only = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0,
@@ -447,7 +447,7 @@ def generate(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """One prompt, answered by the base and by the base with the masks."""
+    """Answer one prompt, with the base and with the base plus masks."""
     from mft.cli.generate import Sampling, run_generate
 
     sampling = Sampling(max_tokens, temperature, seed)
@@ -465,7 +465,7 @@ def chat(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """A conversation with the base and with the base with the masks, each in its own; Ctrl-D ends it."""
+    """Chat with the base and with the base plus masks, each in its own conversation. Ctrl-D ends it."""
     from mft.cli.generate import Sampling, run_chat
 
     run_chat(run, Sampling(max_tokens, temperature, seed), only=only, model_name=model, dtype=dtype, force=force)
@@ -477,9 +477,9 @@ def inspect(
     model: BaseModel = None,
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
-    every_row: Annotated[bool, typer.Option("--all", help="A row per masked layer, not per kind of layer.")] = False,
+    every_row: Annotated[bool, typer.Option("--all", help="One row per masked layer, not per kind of layer.")] = False,
 ) -> None:
-    """Kept share, flips since initialisation and overlap with the magnitude mask, per kind of layer and in total."""
+    """Show the kept share, flips since initialisation and the overlap with the magnitude mask, by kind of layer."""
     from mft.cli.masks import run_inspect
 
     run_inspect(masks, model, dtype, force=force, every_row=every_row)
@@ -492,9 +492,9 @@ def verify(
     ],
     model: BaseModel = None,
     dtype: BaseDtype = None,
-    base: Annotated[bool, typer.Option("--base/--no-base", help="Whether to load the base and compare it.")] = True,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Load the base and compare its hash.")] = True,
 ) -> None:
-    """Whether masks and checkpoints are whole, and the base is the one that the masks were learned on."""
+    """Check that masks and checkpoints are undamaged, and that the base is the one that the masks were learned on."""
     from mft.cli.verify import run_verify
 
     run_verify(directory, model, dtype, base=base)
@@ -503,17 +503,17 @@ def verify(
 @app.command()
 def recode(
     masks: Masks,
-    output: Annotated[Path, typer.Argument(help="Where they go; may be the directory that they come from.")],
+    output: Annotated[Path, typer.Argument(help="Output directory; may be the one they come from.")],
     coding: Annotated[
         str,
         typer.Option(
-            help="rice: about their entropy; by_weight: smaller, read with the base alone; packed: 1 bit each."
+            help="rice: about the entropy; by_weight: smaller, needs the base to read; packed: 1 bit per weight."
         ),
     ] = "rice",
     model: BaseModel = None,
     dtype: BaseDtype = None,
 ) -> None:
-    """Write masks again in another coding: the same masks and content hash. by_weight loads the base, others do not."""
+    """Rewrite masks in another coding, with the same content hash. Only by_weight loads the base."""
     from mft.cli.masks import run_recode
 
     run_recode(masks, output, coding, model, dtype)
@@ -521,28 +521,28 @@ def recode(
 
 @app.command()
 def patch(
-    model: Annotated[Path, typer.Argument(help="A GGUF file; with --undo one that was patched.")],
+    model: Annotated[Path, typer.Argument(help="A GGUF file; with --undo, a patched one.")],
     masks_and_output: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MASKS] [OUTPUT]", help="Masks as for mft merge, and the new GGUF file; with --undo OUTPUT alone."
+            metavar="[MASKS] [OUTPUT]", help="Masks as for mft merge, and the new GGUF file; with --undo only OUTPUT."
         ),
     ] = None,
-    undo: Annotated[bool, typer.Option("--undo", help="Give the original back, from MODEL and MODEL.undo.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Restore the original from MODEL and MODEL.undo.")] = False,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Change MODEL itself; a running llama.cpp sees it at once. No OUTPUT.")
+        bool, typer.Option("--in-place", help="Change MODEL itself, without OUTPUT; a running llama.cpp sees it.")
     ] = False,
     widen: Annotated[
-        str | None, typer.Option(help="f32: store masked tensors in it whose type has no exact zero.")
+        str | None, typer.Option(help="f32: store masked tensors whose type has no exact zero in float32.")
     ] = None,
     lora: Annotated[
-        Path | None, typer.Option(help="Write a LoRA adapter there instead, for what can only add. No OUTPUT.")
+        Path | None, typer.Option(help="Write a LoRA adapter to this file instead, without OUTPUT.")
     ] = None,
     base: BaseModel = None,
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """Put masks into a GGUF file: dropped weights become exact zeros, every other weight keeps its bits; and back."""
+    """Write masks into a GGUF file, or undo it: dropped weights become exact zeros, all others keep their bits."""
     _let_waiting_threads_sleep()
     from mft.cli.patch import Request, run_patch
 
@@ -552,21 +552,21 @@ def patch(
 @app.command()
 def push(
     directory: Annotated[
-        Path, typer.Argument(help="An output_dir or its masks/, what PEFT saved, or a model that was merged.")
+        Path, typer.Argument(help="An output_dir or its masks/, an adapter that PEFT saved, or a merged model.")
     ],
-    repository: Annotated[str, typer.Argument(help="user/name on the hub; made where there is none.")],
+    repository: Annotated[str, typer.Argument(help="user/name on the hub; created if it does not exist.")],
     revision: Annotated[
         str | None,
-        typer.Option("--revision", "--branch", help="A branch, made where there is none; main if not given."),
+        typer.Option("--revision", "--branch", help="A branch, created if it does not exist; by default main."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="A new repository is shown to its owner alone.")] = False,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="The commit message.")] = None,
     license: Annotated[
-        str | None, typer.Option(help="For the card, such as apache-2.0; that of the base's card if it lies here.")
+        str | None, typer.Option(help="The card's license, such as apache-2.0; by default the base's, if known here.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base's name on the hub, if it is named by a path here.")] = None,
     coding: Annotated[
-        str | None, typer.Option(help="For masks: rice, entropy-coded, or packed; as they lie here if not given.")
+        str | None, typer.Option(help="For masks: rice (entropy-coded) or packed; by default unchanged.")
     ] = None,
     overwrite_card: Annotated[
         bool, typer.Option("--overwrite-card", help="Replace a README.md on the hub, whoever wrote it.")
@@ -591,11 +591,11 @@ def push(
 @app.command("import-masks")
 def import_masks(
     path: Annotated[Path, typer.Argument(help="A masks.pt of the paper's code.")],
-    output: Annotated[Path, typer.Argument(help="Where the masks go.")],
+    output: Annotated[Path, typer.Argument(help="Output directory.")],
     model: Annotated[str, typer.Option(help="The base that they are for.")],
-    dtype: Annotated[str, typer.Option(help="Of the base.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="The base's dtype.")] = "bfloat16",
 ) -> None:
-    """Masks of the paper's code, as masks of ours; the one pickle that is ever read, by torch's weights-only loader."""
+    """Import masks of the paper's code. This is the only pickle that mft reads, with torch's weights-only loader."""
     from mft.cli.masks import run_import_masks
 
     run_import_masks(path, output, model, dtype)
@@ -609,7 +609,7 @@ def export_masks(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """Masks in the form of the paper's code."""
+    """Export masks in the form of the paper's code."""
     from mft.cli.masks import run_export_masks
 
     run_export_masks(masks, output, model, dtype, force=force)
@@ -626,33 +626,33 @@ def estimate(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option("--config", "-c", help="A study by rewards: each of its arms, in place of the options."),
+        typer.Option("--config", "-c", help="A study by rewards: estimate each of its arms; replaces the options."),
     ] = None,
     layers: Annotated[str, typer.Option(help="Masked layers, such as 4-7, or all.")] = "all",
     sequence: Annotated[int, typer.Option(help="Tokens per row.")] = _DEFAULTS.data.sequence_length,
-    micro_batch: Annotated[int, typer.Option(help="Rows at once.")] = _DEFAULTS.train.batch_size,
+    micro_batch: Annotated[int, typer.Option(help="Rows per micro-batch.")] = _DEFAULTS.train.batch_size,
     accumulation: Annotated[int, typer.Option(help="Micro-batches per step.")] = _DEFAULTS.train.accumulation,
     batches_at_once: Annotated[
-        int | None, typer.Option(help="Of layerwise: micro-batches whose boundaries the host holds; those that fit.")
+        int | None, typer.Option(help="For layerwise: micro-batches held by the host; by default as many as fit.")
     ] = None,
-    processes: Annotated[int, typer.Option(help="That torchrun starts on the machine, a GPU each.")] = 1,
+    processes: Annotated[int, typer.Option(help="Processes of torchrun on the machine, one GPU each.")] = 1,
     memory: Annotated[str, typer.Option(help="auto, plain, in_place, resident, quantized or layerwise.")] = "auto",
-    gpu: Annotated[str | None, typer.Option(help="Its memory, such as 24GB or 24GiB.")] = None,
-    cpu: Annotated[str | None, typer.Option(help="Without a GPU: memory; this machine's if not given.")] = None,
-    host: Annotated[str | None, typer.Option(help="Memory beside the GPU; this machine's if not given.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = _DEFAULTS.model.dtype,
+    gpu: Annotated[str | None, typer.Option(help="Memory of the GPU, such as 24GB or 24GiB.")] = None,
+    cpu: Annotated[str | None, typer.Option(help="Memory without a GPU; by default this machine's.")] = None,
+    host: Annotated[str | None, typer.Option(help="Host memory with a GPU; by default this machine's.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = _DEFAULTS.model.dtype,
     scores: Annotated[str, typer.Option(help="auto, float32, bfloat16 or int16.")] = _DEFAULTS.mask.scores_dtype,
     moments: Annotated[str, typer.Option(help="auto, float32 or 8bit.")] = _DEFAULTS.train.moments,
-    grad_dtype: Annotated[str | None, typer.Option(help="Of the gradient buffers; the weights' if not given.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4, nf4-dq or int8, of the base.")] = None,
-    quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="The masked weights too.")] = False,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Of plain.")] = False,
+    grad_dtype: Annotated[str | None, typer.Option(help="Of the gradient buffers; by default as the weights.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Of the base: nf4, nf4-dq or int8.")] = None,
+    quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="Quantise masked weights too.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="For plain.")] = False,
     target_modules: Annotated[str | None, typer.Option(help="Linear layers, such as up_proj,down_proj.")] = None,
     budget: Annotated[float | None, typer.Option(help="Share of all masked weights that is dropped.")] = None,
     objective: Annotated[str, typer.Option(help="kl, distill (its teacher not counted) or dpo.")] = "cross_entropy",
-    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """What each way of training needs of memory and time, without loading a weight; exit code 2 if nothing fits."""
+    """Estimate memory and time of each memory mode, without loading weights. The exit code is 2 if nothing fits."""
     from mft.cli.estimate import STEP, parse_bytes, run_estimate
     from mft.config import parse_layers
     from mft.memory.workload import Workload
@@ -713,7 +713,7 @@ def estimate(
 
 @app.command()
 def schema(what: Annotated[str, typer.Argument(help="run, or study: what mft compare reads.")] = "run") -> None:
-    """A JSON Schema of YAML files, by which editors complete and check them."""
+    """Print a JSON Schema of the YAML files, with which editors complete and check them."""
     check_one_of("what", what, ("run", "study"))
     written = run_schema() if what == "run" else study_schema()
     typer.echo(json.dumps(written, indent=2))
@@ -722,10 +722,10 @@ def schema(what: Annotated[str, typer.Argument(help="run, or study: what mft com
 @app.command()
 def env(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time ours beside dense and eager PyTorch, in less than 30 s.")
+        bool, typer.Option("--measure", help="Time our kernels, dense and eager PyTorch, in less than 30 s.")
     ] = False,
 ) -> None:
-    """Versions, threads, the processor, and which kernels serve which device."""
+    """Show versions, threads, the processor, and which kernels serve which device."""
     from mft.cli.environment import run_env
 
     run_env(measure=measure)
@@ -733,12 +733,13 @@ def env(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where its files go.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/demo"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run that lies there. That of an earlier demo goes anyway.")
+        bool, typer.Option("--overwrite", help="Delete any existing run there. An earlier demo's is always deleted.")
     ] = False,
 ) -> None:
-    """A mask on SmolLM2-135M learns the standard library's source: text and loss before and after, in minutes."""
+    """Train a mask on SmolLM2-135M in minutes. It learns the standard library's source; shows text and loss before and
+    after."""
     _let_waiting_threads_sleep()
     from mft.cli.demo import demo_config, run_demo
 
@@ -746,16 +747,17 @@ def demo(
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line."""
     app()
 
 
 def _let_waiting_threads_sleep() -> None:
-    """Before torch is loaded, on a busy machine: libgomp's threads wait for each other asleep, after a short spin.
+    """On a busy machine, make libgomp's waiting threads sleep after a short spin. Call it before torch is loaded.
 
-    On their own they spin for milliseconds, on a core that another process may have in mid-product: 2 threads of mft
-    train then took 17 times as long as one. What is computed stays. 1000 turns are what libgomp takes itself where it
-    knows of more threads than cores. On free cores the long spin is a tenth faster and stays (SmolLM2-135M, Zen 4).
+    By default they spin for milliseconds, while another process may hold the core of the thread that they wait for: 2
+    threads of mft train then took 17 times as long as one. Results do not change. libgomp itself takes 1000 turns if it
+    knows that there are more threads than cores. On free cores the long spin is a tenth faster, so it stays
+    (SmolLM2-135M, Zen 4).
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
@@ -777,7 +779,7 @@ def _check_only(ctx: typer.Context, names: set[str], beside: str) -> None:
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line, be it with its default."""
+    """Return whether an option is on the command line, even with its default value."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
@@ -791,7 +793,7 @@ def _start(
     resume: Path | None,
     force: bool,
 ) -> Any:
-    """How a run of finetune or train begins."""
+    """Return how a run of finetune or train begins: new, or resumed."""
     from mft.training.resume import Begin, Resume
 
     if resume is None:

@@ -1,9 +1,9 @@
-"""The command mft: one line and exit code 2 where the packages that it is made of are not there."""
+"""The command mft. If a package that it needs is missing, it prints one line and exits with code 2."""
 
 import sys
 from importlib.util import find_spec
 
-# Of the extra "train" in pyproject.toml, by the names that they are imported by.
+# The packages of the extra "train" in pyproject.toml, by their import names.
 NEEDED = (
     *("accelerate", "datasets", "filelock", "gguf", "huggingface_hub", "jinja2", "matplotlib", "rich", "safetensors"),
     *("transformers", "typer", "yaml"),
@@ -11,7 +11,7 @@ NEEDED = (
 
 
 def main() -> None:
-    """The console script."""
+    """Run mft, as the console script."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         print(

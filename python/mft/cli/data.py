@@ -1,4 +1,4 @@
-"""What mft data show does: rows as a model will see them, token by token; no weight is loaded."""
+"""mft data show: print rows as a model sees them, token by token. No weights are loaded."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,9 +35,12 @@ def run_data_show(config: RunConfig, split: str, count: int) -> None:
 
 
 def describe_row(row: Mapping[str, Any], tokenizer: Any, pad: int, *, pairs: bool = False) -> tuple[str, Text]:
-    """(its counts, its tokens as text without the padding), of input_ids, labels and starts; pairs: of such."""
+    """Return (the counts of a row, its tokens as text without the padding).
+
+    row: has input_ids, labels and starts. pairs: whether it holds preference pairs.
+    """
     ids, starts = row["input_ids"], row["starts"]
-    scored = [False, *(label != IGNORED for label in row["labels"][1:])]  # nothing predicts the first
+    scored = [False, *(label != IGNORED for label in row["labels"][1:])]  # nothing predicts the first token
     end = len(ids)
     while end and ids[end - 1] == pad and row["labels"][end - 1] == IGNORED:
         end -= 1
@@ -68,9 +71,9 @@ def _first_rows(dataset: Any, count: int) -> list[Mapping[str, Any]]:
 
 
 def _pieces(ids: Sequence[int], start: int, stop: int, tokenizer: Any) -> Iterator[str]:
-    """The text of each token from start to stop; of several where one alone is no whole character."""
+    """Yield the text of each token from start to stop, or of several tokens if one alone is not a whole character."""
     while start < stop:
-        before = list(ids[max(0, start - 1) : start])  # the first of a text loses its space with some tokenizers
+        before = list(ids[max(0, start - 1) : start])  # with some tokenizers, the first token of a text loses its space
         for end in range(start + 1, min(start + _LONGEST_CHARACTER, stop) + 1):
             text = _decoded([*before, *ids[start:end]], tokenizer)[len(_decoded(before, tokenizer)) :]
             if not text.endswith("\ufffd"):
@@ -84,5 +87,5 @@ def _decoded(ids: list[int], tokenizer: Any) -> str:
 
 
 def _visible(text: str) -> str:
-    """What would move a cursor or colour a terminal as an escape."""
+    """Escape characters that would move the cursor or colour the terminal."""
     return "".join(c if c.isprintable() else "⏎\n" if c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -1,7 +1,7 @@
-"""mft demo: a mask on a small model, from the model's first words to the merged model, in minutes on two cores.
+"""mft demo: train a mask on a small model, from the model's first words to the merged model, in minutes on two cores.
 
-A run of mft train, by configs/demo.yaml, and around it what shows what a mask is: the same prompt before and after, the
-sizes of the files, and the merged model in plain transformers.
+It is a run of mft train with configs/demo.yaml. Around it, the demo shows what a mask is: the same prompt before and
+after, the sizes of the files, and the merged model in plain transformers.
 """
 
 import contextlib
@@ -40,21 +40,21 @@ CHOSEN = (
     "The settings were chosen on these documents in an earlier study, which tested on others "
     "(docs/explanation/evidence.md, J)."
 )
-# Of eleven prompts one where the mask's text follows the library's style clearly; after others the two differ less.
+# One of eleven tried prompts. With it, the mask's text clearly follows the library's style; others differ less.
 PROMPT = "def parse_args("
 TOKENS = 48
-COLUMNS = 100  # of a terminal that has room for two texts side by side
+COLUMNS = 100  # width of a terminal that has room for two texts side by side
 
 
 def demo_config(output: Path) -> RunConfig:
-    """The shipped configuration, in the dtype that is the faster one here."""
+    """Return the shipped configuration, in the dtype that is faster on this machine."""
     return load_config("demo", [f"model.dtype={faster_dtype()}", f"output_dir={json.dumps(str(output))}"])
 
 
 def run_demo(config: RunConfig, *, overwrite: bool = False) -> None:
-    """Tell the story of config's run, and leave it in its output_dir, with the merged model in model/.
+    """Run config and explain each step. The run is written to its output_dir, with the merged model in model/.
 
-    overwrite: delete the run that lies there; that of an earlier demo, finished or not, is deleted anyway.
+    overwrite: delete an existing run there. The run of an earlier demo, finished or not, is always deleted.
     Raises: ValueError if output_dir holds anything else.
     """
     begin, directory = time.perf_counter(), Path(config.output_dir)
@@ -80,7 +80,7 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> None:
 
     _title("4. The mask becomes an ordinary model, which plain transformers reads back")
     run_merge(str(directory), directory / MODEL, None, None, force=False)
-    disable_progress_bar()  # of weights that load in a blink
+    disable_progress_bar()  # the weights load at once
     say(_check_bits(model, AutoModelForCausalLM.from_pretrained(directory / MODEL, dtype="auto")))
 
     _title("5. What is stored")
@@ -94,7 +94,7 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> None:
 
 
 def faster_dtype() -> str:
-    """bfloat16 where this CPU multiplies it at least as fast as float32; old ones emulate it."""
+    """Return bfloat16 if this CPU multiplies it at least as fast as float32, else float32. Old CPUs emulate it."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -114,7 +114,7 @@ def _title(text: str) -> None:
 
 
 def _is_earlier_demo(config: RunConfig) -> bool:
-    """Whether a run of this configuration lies there, wherever it was made and in whatever dtype."""
+    """Return whether output_dir holds a run of this configuration, in any dtype and from any output_dir."""
     path = Path(config.output_dir) / CONFIG
     if not path.is_file():
         return False
@@ -129,7 +129,7 @@ def _continued(model: Any, tokenizer: Any) -> str:
 
 
 def _difference(directory: Path) -> str:
-    """The table's difference in words."""
+    """Return the difference in the run's table, in words."""
     found = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
     difference, error = found["loss after - before"], found["standard error"]
     low, high = difference - 2 * error, difference + 2 * error
@@ -140,7 +140,7 @@ def _difference(directory: Path) -> str:
 
 
 def _show(texts: dict[str, str]) -> None:
-    """Side by side where there is room, else one below the other."""
+    """Print the texts side by side if there is room, else one below the other."""
     if console.is_terminal and console.width >= COLUMNS:
         table = Table(*texts, padding=(0, 2, 0, 0), box=None, expand=True)
         table.add_row(*texts.values())
@@ -153,7 +153,10 @@ def _show(texts: dict[str, str]) -> None:
 
 @torch.no_grad()
 def _check_bits(masked: nn.Module, reloaded: nn.Module) -> str:
-    """Every weight of reloaded is, bit by bit, that of the masked model's base, or +0 where the mask drops it."""
+    """Check that each weight of reloaded is bit-equal to the masked model's base, or +0 where the mask drops it.
+
+    Returns: a line that says so. Raises: RuntimeError if a weight differs.
+    """
     dropped = {f"{name}.weight": ~module.mask() for name, module in masked_modules(masked).items()}
     base, zeros = dict(masked.named_parameters()), 0
     for name, weight in reloaded.named_parameters():
@@ -181,7 +184,7 @@ def _files(directory: Path) -> str:
 
 
 def _next(directory: Path) -> list[str]:
-    """Three commands, each with what it takes."""
+    """Return lines that suggest three next commands."""
     return [
         "Next:",
         "   a mask from your own chats, a JSON object per line (docs/how-to/data.md):",

@@ -1,4 +1,4 @@
-"""What mft env says: versions, threads, the processor, and which kernels serve which device."""
+"""mft env: print versions, threads, the processor, and which kernels serve which device."""
 
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
@@ -16,8 +16,8 @@ from mft_kernels.backends.table import asked_for, registered
 def run_env(*, measure: bool) -> None:
     """mft env"""
     console.print(f"python {python_version()}")
-    console.print(f"torch {torch.__version__}")  # its metadata lack the build, such as +cpu
-    console.print(f"mft_kernels {mft_kernels.__version__}")  # metadata may be of another checkout
+    console.print(f"torch {torch.__version__}")  # its metadata does not name the build, such as +cpu
+    console.print(f"mft_kernels {mft_kernels.__version__}")  # the metadata may belong to another checkout
     for package in ("triton", "transformers", "datasets"):
         console.print(f"{package} {_version(package)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -42,7 +42,7 @@ def run_env(*, measure: bool) -> None:
 
 
 def served_on(device: torch.device, automatic: str) -> str:
-    """Which backend serves the device: the one that MFT_KERNELS asks for, or the one that "auto" takes."""
+    """Return which backend serves the device: the one that MFT_KERNELS asks for, or the one that "auto" takes."""
     asked = asked_for()
     if asked == "auto":
         return f"auto on {device}: {automatic} (override with MFT_KERNELS=...)"

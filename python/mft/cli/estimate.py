@@ -1,4 +1,4 @@
-"""mft estimate: what each way of training needs, as a table or as JSON, and which one fits."""
+"""mft estimate: print what each memory mode needs, as a table or as JSON, and which one fits."""
 
 import dataclasses
 import json
@@ -23,13 +23,13 @@ from mft.tracking.console import console, say
 
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-# Whichever card or machine is named: no way's seconds depend on it.
+# The seconds of all memory modes assume these speeds, whichever card or machine is named.
 ASSUMED = {
     "cuda": f"they assume a card that sustains {SPEEDS['cuda']}, as an RTX 4090 may at its best",
     "cpu": f"they assume a processor that sustains {SPEEDS['cpu']}, more than most have",
 }
 _OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked", "batches_at_once": "batches-at-once"}
-STEP = ("sequence", "micro_batch", "accumulation")  # what a step is: its numbers hold for these alone
+STEP = ("sequence", "micro_batch", "accumulation")  # the size of a step, for which alone the numbers hold
 _KINDS = (
     *("weights", "masks", "gradients", "states", "activations"),
     *("logits", "boundaries", "staging", "sums", "gathered", "unsummed", "base", "workspace"),
@@ -46,9 +46,10 @@ def run_estimate(
     as_json: bool,
     by_default: Collection[str] = (),
 ) -> bool:
-    """mft estimate; returns whether something fits. Sizes that are None are this machine's, shared by its processes.
+    """Do mft estimate, and return whether a memory mode fits.
 
-    by_default: those of STEP that nobody asked for, which the output names.
+    device_bytes, host_bytes: None for this machine's memory, divided among its processes. by_default: the names in STEP
+    that the user did not set; the output lists them.
     """
     shape = shape_from_config(read_model_config(model), model, dtype=dtype)
     machine = machine_bytes()
@@ -77,7 +78,7 @@ def run_estimate(
 
 
 def parse_bytes(text: str, option: str) -> float:
-    """ "24GB" -> 24e9, "24GiB" -> 24 * 2**30. Raises: ValueError naming the option."""
+    """Parse a size: "24GB" -> 24e9, "24GiB" -> 24 * 2**30. Raises: ValueError that names the option."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     try:
         size = float(match[1]) * _UNITS[match[2].lower()] if match else 0.0
@@ -90,7 +91,7 @@ def parse_bytes(text: str, option: str) -> float:
 
 
 def machine_bytes() -> int:
-    """The memory of this machine."""
+    """Return the memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -105,7 +106,10 @@ def title(shape: ModelShape, workload: Workload) -> str:
 def table(
     shape: ModelShape, workload: Workload, choice: Choice, device_bytes: float, host_bytes: float | None
 ) -> Table:
-    """GB by kind when the device holds the most, and when the host does; a column per way, and one for the machine."""
+    """Return a table of GB by kind, at the peak of the device and at the peak of the host.
+
+    It has one column per memory mode, and one for the available memory.
+    """
     alone = workload.processes == 1 and workload.memory == "auto"
     ways = {name: one for name, one in choice.estimates.items() if not (alone and WAYS[name].spreads)}
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -137,7 +141,7 @@ def table(
 
 
 def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
-    """What a reader of the table must know."""
+    """Return lines that a reader of the table must know."""
     lines = [f"memory: {choice.way}. {choice.reason}" if choice.way else choice.reason]
     if choice.way is None:
         near = choice.nearest
@@ -170,7 +174,7 @@ def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
 
 
 def difference(workload: Workload, near: Workload) -> str:
-    """The options that turn one setting into the other."""
+    """Return the options that turn workload into near."""
     changed = []
     for item in dataclasses.fields(Workload):
         value = getattr(near, item.name)
@@ -184,7 +188,10 @@ def difference(workload: Workload, near: Workload) -> str:
 def as_dictionary(
     shape: ModelShape, workload: Workload, choice: Choice, device_bytes: float | None, host_bytes: float | None
 ) -> dict[str, Any]:
-    """The table's numbers, those of the chosen way at the top (of the way asked for, or the smallest, if none fits)."""
+    """Return the table's numbers, with those of the chosen memory mode at the top level.
+
+    If no mode fits, they are those of the mode asked for, or of layerwise, the smallest.
+    """
     asked = workload.memory if workload.memory != "auto" else "layerwise"
     shown = choice.estimates[choice.way or asked]
     ways = {
@@ -225,7 +232,7 @@ def as_dictionary(
 
 
 def _nothing(shape: ModelShape, workload: Workload, choice: Choice) -> str:
-    """Where no setting fits: what is short of, and what to do."""
+    """Return a line for the case that no setting fits: what is missing, and what to do."""
     said = "no setting was found that fits"
     if choice.least is not None:
         place, needed = choice.least
@@ -239,7 +246,7 @@ def _nothing(shape: ModelShape, workload: Workload, choice: Choice) -> str:
 
 
 def _of_budget(shape: ModelShape, workload: Workload) -> list[str]:
-    """How large a file the masks make under a budget: about their entropy, which its coding comes near to."""
+    """Return a line on the size of the mask file under a budget: about the entropy, which the coding nearly reaches."""
     share = workload.budget
     if share is None:
         return []
@@ -252,7 +259,7 @@ def _of_budget(shape: ModelShape, workload: Workload) -> list[str]:
 
 
 def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:
-    """What is said of experts, and of what comes with them."""
+    """Return lines about a mixture of experts, and about the properties of such models."""
     mixture, lines = shape.mixture, list[str]()
     if mixture is None:
         return lines
@@ -280,7 +287,7 @@ def _option(name: str) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    """Two digits, or all of those before the point."""
+    """Format seconds with two digits, or with all digits before the point."""
     return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 

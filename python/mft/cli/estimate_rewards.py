@@ -1,4 +1,4 @@
-"""mft estimate --config: what each arm of a study by rewards holds in a step, and whether it fits."""
+"""mft estimate --config: print what each arm of a study by rewards holds in a step, and whether it fits."""
 
 import dataclasses
 import json
@@ -29,10 +29,10 @@ def run_estimate_rewards(
     device_bytes: float | None,
     as_json: bool,
 ) -> bool:
-    """Returns whether a step of every arm fits.
+    """Print the memory of each arm, and return whether a step of every arm fits.
 
-    model: whose shapes are counted; None: the study's own.
-    Raises: ValueError for a study that is not by rewards, or an arm on layers that the model lacks.
+    model: the model whose shapes are counted; None for the study's own.
+    Raises: ValueError for a study that is not by rewards, or for an arm on layers that the model does not have.
     """
     study = load_study(config, list(overrides))
     rule = (
@@ -61,7 +61,7 @@ def run_estimate_rewards(
 
 
 def shape_of(study: StudyConfig, model: str | None) -> ModelShape:
-    """Of the model that the study trains on, or of the one that is named, in the study's dtype."""
+    """Return the shape of the study's model, or of the given one, in the study's dtype."""
     if model is None and study.scratch is not None:
         from mft.study.from_scratch import model_config
 
@@ -71,7 +71,7 @@ def shape_of(study: StudyConfig, model: str | None) -> ModelShape:
 
 
 def arms_memory(study: StudyConfig, shape: ModelShape) -> dict[str, dict[str, Sizes]]:
-    """By trained arm, what rewards_memory says. The base lies beside the start where a fine-tune made that."""
+    """Return rewards_memory for each trained arm. The base is held too, if the arms start from a fine-tune of it."""
     copy = shape.parameters * shape.dtype_bytes
     base = copy if study.arms[str(study.named(Full))].lrs else 0
     found = {}
@@ -96,7 +96,7 @@ def arms_memory(study: StudyConfig, shape: ModelShape) -> dict[str, dict[str, Si
 
 
 def table(found: dict[str, dict[str, Sizes]], fits: dict[str, bool], there: float) -> Table:
-    """A row an arm: what each phase holds, and the most of them beside what there is."""
+    """Return a table with one row per arm: what each phase holds, the peak, and the available memory."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("arm")
     for phase in (*next(iter(found.values())), "peak", "there is", "fits"):
@@ -111,7 +111,7 @@ def table(found: dict[str, dict[str, Sizes]], fits: dict[str, bool], there: floa
 def as_dictionary(
     study: StudyConfig, shape: ModelShape, found: dict[str, dict[str, Sizes]], fits: dict[str, bool], there: float
 ) -> dict[str, Any]:
-    """The table's numbers."""
+    """Return the table's numbers."""
     return {
         "model": shape.name,
         "rewards": dataclasses.asdict(study.rewards),
@@ -132,5 +132,5 @@ def as_dictionary(
 
 
 def _prompt(study: StudyConfig) -> int:
-    """A row holds prompt and answer, and often several: the most that a prompt can be."""
+    """Return the most tokens of a prompt: a row's length, since a row holds at least one prompt with its answer."""
     return max(study.questions.get(domain, data).sequence_length for domain, data in study.domains.items())

@@ -1,4 +1,4 @@
-"""What mft evaluate does: held-out loss, or lm-eval's tasks, of a model without masks and with them."""
+"""mft evaluate: measure held-out loss, or lm-eval's tasks, of a model without masks and with them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from mft.training.objectives import make_objective
 
 
 def masks_config(masks: Path, overrides: Sequence[str]) -> RunConfig:
-    """The base and the data of the run that wrote masks, with overrides; says where they were found."""
+    """Return the base and the data of the run that wrote masks, with overrides, and print where they were found."""
     config, words = evaluated_config(masks, overrides)
     say(words)
     return config
@@ -74,10 +74,10 @@ def run_lm_eval(
 
 
 class _Stages:
-    """The states in which a model is evaluated: without masks, then with those of each directory, on one base.
+    """The states in which a model is evaluated: without masks, then with the masks of each directory, on one base.
 
-    masks: directories by name; their names tell them apart if there are several.
-    words: a line on that base.
+    masks: directories by name. If there are several, their names are the names of the states.
+    words: a line about the base.
     """
 
     def __init__(self, model: ModelConfig, masks: Mapping[str, Path], *, unquantized: bool) -> None:
@@ -95,7 +95,7 @@ class _Stages:
         self.words = base_words(self._kind, self._quantize_masked, first)
 
     def reached(self, model: Any, *, force: bool) -> Iterator[str]:
-        """The name of each state, while model is in it."""
+        """Yield the name of each state while model is in it."""
         if self._kind is None:
             yield self._base
         if len(self._masks) > 1:

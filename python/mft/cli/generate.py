@@ -1,4 +1,4 @@
-"""mft generate and mft chat: what a run's model answers, the base beside the same base with the masks."""
+"""mft generate and mft chat: print the answers of a run's base, and of the same base with the masks."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ ONLY = (BASE, MASKED)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is made. temperature 0 takes the likeliest token each time; seed is that of each answer."""
+    """How an answer is generated. Temperature 0 takes the likeliest token each time. Each answer starts from seed."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -38,9 +38,9 @@ class Sampling:
 
 
 class Voices:
-    """One model that answers as each of several names says: as the base, or with the masks.
+    """One model that can answer under several names: as the base, or with the masks.
 
-    Args: named: what puts the model into the state of a name; one name alone is an ordinary model.
+    Args: named: {name: a function whose context puts the model into that state}. An ordinary model has one name.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class Voices:
         return bool(self.tokenizer.chat_template)
 
     def prompt(self, text: str) -> list[int]:
-        """A text that is to be continued, as tokens."""
+        """Return the tokens of a text to continue."""
         return self.tokenizer(text)["input_ids"]
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """Messages as tokens, up to where the assistant begins."""
+        """Return the tokens of messages, up to the start of the assistant's answer."""
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     def answer(self, name: str, prompt: list[int], sampling: Sampling, *, shown: bool = False) -> str:
-        """What follows the tokens of a prompt; shown: printed as it comes.
+        """Return the text that follows a prompt's tokens. shown: print it as it comes.
 
         Raises: ValueError if the prompt is empty, or leaves no room among the model's positions.
         """
@@ -86,13 +86,13 @@ class Voices:
             made = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)[0, len(prompt) :]
         if shown and len(made) == most and int(made[-1]) not in settings.eos_token_id:
             say(f"(cut after {most} tokens)", style="dim")
-        # With the prompt: by itself the first token of a text loses its space with some tokenizers.
+        # Decoded with the prompt: with some tokenizers, the first token of a text loses its space.
         before, whole = (self.tokenizer.decode(tokens, **_AS_TEXT) for tokens in (prompt, [*prompt, *made.tolist()]))
         return whole[len(before) :]
 
 
 def run_generate(run: str, prompt: str, sampling: Sampling, *, raw: bool, **options: Any) -> None:
-    """mft generate; options as of open_voices."""
+    """Do mft generate. options: as for open_voices."""
     voices = open_voices(run, **options)
     templated = voices.has_template and not raw
     ids = voices.chat_prompt([_user(prompt)]) if templated else voices.prompt(prompt)
@@ -104,7 +104,7 @@ def run_generate(run: str, prompt: str, sampling: Sampling, *, raw: bool, **opti
 
 
 def run_chat(run: str, sampling: Sampling, **options: Any) -> None:
-    """mft chat: a line of standard input is a message, until there is none; options as of open_voices."""
+    """Do mft chat: each line of standard input is a message, until its end. options: as for open_voices."""
     voices = open_voices(run, **options)
     if not voices.has_template:
         raise ValueError(
@@ -114,7 +114,7 @@ def run_chat(run: str, sampling: Sampling, **options: Any) -> None:
     is_asked = sys.stdin.isatty()
     if is_asked:
         say("a line is a message, Ctrl-D ends", style="dim")
-    talks: dict[str, list[dict[str, str]]] = {name: [] for name in voices.names}  # each goes on with its own answers
+    talks: dict[str, list[dict[str, str]]] = {name: [] for name in voices.names}  # each with its own answers
     while (line := _line("you: " if is_asked else "")) is not None:
         for name, talk in talks.items() if line.strip() else ():
             _say_name(name, voices)
@@ -126,13 +126,13 @@ def run_chat(run: str, sampling: Sampling, **options: Any) -> None:
 def open_voices(
     run: str, *, model_name: str | None = None, dtype: str | None = None, force: bool = False, only: str | None = None
 ) -> Voices:
-    """The model of a run of mft train, of an export of masks, or an ordinary one such as mft merge writes.
+    """Load the model of a run of mft train or of an export of masks, or an ordinary model such as mft merge writes.
 
     Args:
-        model_name, dtype: of the base; by default the one that the masks were learned on.
+        model_name, dtype: those of the base; by default, the base that the masks were learned on.
         force: accept another base of the same shapes.
         only: base or masked; None for both.
-    Raises: ValueError or FileNotFoundError if there is nothing to answer; as load_mask_bank.
+    Raises: ValueError or FileNotFoundError if run is none of these; as load_mask_bank.
     """
     if only is not None:
         check_one_of("--only", only, ONLY)
@@ -176,7 +176,7 @@ def _voices_of_masks(
 
 
 def _nothing_there(run: str, place: Path) -> Exception:
-    """Why a directory has no answer."""
+    """Return an error that says why run has no model to answer with."""
     kinds = "an output_dir of mft train, its masks/, or a model's directory"
     if not place.is_dir():
         return FileNotFoundError(f"RUN must be {kinds}, got {run}: no such directory{nearest_path(place)}")
@@ -188,7 +188,7 @@ def _nothing_there(run: str, place: Path) -> Exception:
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens after which nothing comes: what the model says, and its tokenizer."""
+    """Return the tokens that end an answer: those that the model and its tokenizer name."""
     said = getattr(model.generation_config, "eos_token_id", None)
     found = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
     return list(dict.fromkeys(token for token in found if token is not None))

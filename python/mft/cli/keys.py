@@ -1,6 +1,7 @@
-"""The keys of a configuration, by its JSON Schema: for --help, for --help KEY and for docs/reference/configuration.md.
+"""Describe the keys of a configuration by its JSON Schema: for --help, --help KEY and docs/reference/configuration.md.
 
-`mft train --help` lists the keys by section, `mft train --help train.lr` explains one. Torch is not loaded for a run's.
+`mft train --help` lists the keys by section, and `mft train --help train.lr` explains one. For the keys of a run, torch
+is not loaded.
 """
 
 import json
@@ -18,15 +19,15 @@ from mft.config_file import FOREIGN_NAMES
 from mft.files.json_schema import schema_of
 from mft.tracking.console import console, say
 
-_NO_BOUND = 2**32  # a seed's, which no reader needs
-NAME = "NAME"  # stands for a name that the file chooses, as in data.sources.NAME.weight
+_NO_BOUND = 2**32  # bounds from here on, such as a seed's, are not shown
+NAME = "NAME"  # a placeholder for a name that the file chooses, as in data.sources.NAME.weight
 _TYPES = {"integer": "int", "number": "float", "boolean": "true or false", "string": "text", "null": "null"}
 _TYPES["object"] = "mapping"
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its path such as train.lr, what may stand there, its default as YAML (None: must be given), a line."""
+    """One key: its path such as train.lr, the values it takes, its default as YAML (None: must be given), a line."""
 
     path: str
     type: str
@@ -35,15 +36,15 @@ class Key:
 
     @property
     def assigned(self) -> str:
-        """As it would be written on the command line."""
+        """The key with its default, as on the command line."""
         return f"{self.path}={'...' if self.default is None else self.default}"
 
 
 @dataclass(frozen=True)
 class Section:
-    """Keys that share the part of their path before the last dot; the first one of a configuration has none.
+    """Keys that share the part of their path before the last dot. The path of a configuration's first section is "".
 
-    kind: the class whose fields they are.
+    kind: the class whose fields these are.
     """
 
     path: str
@@ -63,14 +64,14 @@ def study_schema() -> dict[str, Any]:
 
 
 def sections(schema: Mapping[str, Any]) -> list[Section]:
-    """Every section of a configuration, those inside another one after it."""
+    """Return every section of a configuration. The sections inside another one follow it."""
     return list(_sections("", "", schema, {}, schema["$defs"]))
 
 
 def explain(asked: str, schema: Mapping[str, Any]) -> None:
-    """Print what a key is, or every key of that last name, or the keys of a section.
+    """Print the description of a key, or of every key with this last name, or the keys of a section.
 
-    Raises: ValueError for an unknown key, with the nearest.
+    Raises: ValueError for an unknown key. It suggests the nearest one.
     """
     known = sections(schema)
     keys = [key for section in known for key in section.keys]
@@ -96,7 +97,7 @@ def explain(asked: str, schema: Mapping[str, Any]) -> None:
 
 
 class Keyed(TyperCommand):
-    """A verb whose --help KEY explains a key of its configuration."""
+    """A command whose --help KEY explains a key of its configuration."""
 
     def schema(self) -> dict[str, Any]:
         return run_schema()
@@ -118,7 +119,7 @@ class Keyed(TyperCommand):
 
 
 class ListedKeys(Keyed):
-    """A verb whose --help lists them too."""
+    """A command whose --help also lists all keys."""
 
     def print_keys(self, verb: str) -> None:
         for section in sections(self.schema()):
@@ -127,7 +128,7 @@ class ListedKeys(Keyed):
 
 
 class StudyKeys(Keyed):
-    """A verb on a study, whose schema loads torch: for a key that is asked for, not for every --help."""
+    """A command on a study. Its schema loads torch, so it is read only for --help KEY, not for every --help."""
 
     def schema(self) -> dict[str, Any]:
         return study_schema()
@@ -142,10 +143,10 @@ class StudyKeys(Keyed):
 def _sections(
     prefix: str, kind: str, schema: Mapping[str, Any], defaults: Mapping[str, Any], definitions: Mapping[str, Any]
 ) -> Iterator[Section]:
-    """A section, then those in it; defaults: of its keys, where they are not those of its class."""
+    """Yield a section, then the sections in it. defaults: {key: default} if they differ from those of its class."""
     keys, inside = [], []
     for name, value in schema["properties"].items():
-        if value is False:  # that must be left out
+        if value is False:  # a key that must be left out
             continue
         path, said = prefix + name, value.get("description", "")
         default = defaults.get(name, value.get("default"))
@@ -165,7 +166,7 @@ def _sections(
 
 
 def _definition(value: Mapping[str, Any]) -> tuple[str | None, bool]:
-    """(the section that a value is, if it is one, whether it is one for each of several names)"""
+    """Return (the section that a value is, or None; whether there is one for each of several names)."""
     for option in value.get("anyOf", [value]):
         if "$ref" in option:
             return option["$ref"].rpartition("/")[2], False
@@ -175,7 +176,7 @@ def _definition(value: Mapping[str, Any]) -> tuple[str | None, bool]:
 
 
 def _type(value: Mapping[str, Any]) -> str:
-    """What may stand there, in words, null last."""
+    """Return the values that a key takes, in words, null last."""
     words = dict.fromkeys(word for option in value.get("anyOf", [value]) for word in _words(option))
     *first, last = sorted(words, key="null".__eq__)
     return f"{', '.join(first)} or {last}" if first else last
@@ -191,7 +192,7 @@ def _words(value: Mapping[str, Any]) -> list[str]:
 
 
 def _bounds(value: Mapping[str, Any]) -> str:
-    """The rules of a number: " from 0 to below 1", "" where there is none."""
+    """Return the bounds of a number, such as " from 0 to below 1", or "" if there are none."""
     found = [(" from", value.get("minimum")), (" above", value.get("exclusiveMinimum"))]
     found += [(" to", value.get("maximum")), (" to below", value.get("exclusiveMaximum"))]
     return "".join(f"{word} {bound:g}" for word, bound in found if bound is not None and bound < _NO_BOUND)
@@ -206,7 +207,7 @@ def _yaml(value: Any) -> str:
 
 
 def _matches(asked: str, path: str) -> bool:
-    """Whether asked is this path, or the same with a name in place of NAME."""
+    """Return whether asked is this path, or this path with a name in place of NAME."""
     return bool(path) and re.fullmatch(re.escape(path).replace(NAME, ".+"), asked) is not None
 
 

@@ -1,4 +1,4 @@
-"""What the verbs on finished masks do: merge, inspect, and the exchange with the paper's own files."""
+"""The commands on finished masks: merge, inspect, recode, and the exchange with the paper's own files."""
 
 import dataclasses
 import json
@@ -57,25 +57,25 @@ def run_merge(
 
 
 def check_merged(name: str, output: Path) -> None:
-    """Raise ValueError unless a model may be written there; name: of the argument."""
+    """Raise ValueError unless a model may be written to output. name: the argument's name, for the message."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{name} must be a new or empty directory, got {output}")
 
 
 def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force: bool, every_row: bool = False) -> None:
-    """mft inspect; every_row: a row per masked layer, else one for layers whose names differ in their numbers alone."""
+    """Do mft inspect. every_row: show one row per masked layer, else one for all whose names differ only in numbers."""
     directory = masks_directory(masks)
     run_config, initial = config_of_run(directory), None
     model, _ = read_base(directory, model_name, dtype)
     why = f"no {CONFIG} of the run beside {directory} tells how the scores began"
     begun = None if run_config is None else load_config(run_config).mask
     if begun is not None and begun.init not in DATA_INITS:
-        # Scores begin as a function of configuration, layer name and weight alone, so the first masks can be remade.
+        # Initial scores depend only on configuration, layer name and weight, so the first masks can be computed again.
         initial = initial_masks(mask_model(model, begun))
     load_masks(model, directory, force=force)
     if begun is not None and begun.init in DATA_INITS:
         why = f"mask.init={begun.init} began by data, with mask.keep_ratio={begun.keep_ratio:g} of each matrix kept"
-        if begun.threshold is not None:  # from which all scores then begin upwards
+        if begun.threshold is not None:  # then all scores begin at it or above
             initial = {name: torch.ones_like(mask) for name, mask in initial_masks(model).items()}
     rows = mask_statistics(model, initial)
     console.print(_mask_table(rows if every_row else by_kind(rows), combined(rows, f"total of {len(rows)}")))
@@ -123,28 +123,28 @@ def run_export_masks(masks: str, output: Path, model_name: str | None, dtype: st
 
 
 def _facts(directory: Path, export: MaskExport, base: str, alpha: float, *, force: bool) -> str:
-    """What a merged model's card will say of the masks, as MERGED holds it."""
+    """Return the content of MERGED: what a merged model's card will say about the masks."""
     try:
         facts = facts_of_masks(directory, export)
     except ValueError as error:
         say(f"the merged model's card will say nothing of the run: {error}")
         facts = facts_of_export(export)
     facts = dataclasses.replace(facts, base_model_name_or_path=base)
-    if alpha != 1:  # the run's losses are those of the whole mask
+    if alpha != 1:  # the run's losses hold only for alpha = 1
         facts = dataclasses.replace(facts, alpha=alpha, results=None)
-    if force:  # perhaps another base than the masks were learned on
+    if force:  # the base may not be the one that the masks were learned on
         facts = dataclasses.replace(facts, base_hash=None, results=None)
     return json.dumps(merged_facts(facts), indent=2) + "\n"
 
 
 def _mask_table(rows: list[MaskStatistics], total: MaskStatistics) -> Table:
     table = Table(
-        Column("layer", overflow="fold"),  # the end of a name is what tells layers apart
+        Column("layer", overflow="fold"),  # the end of a name tells layers apart
         *(
             Column(heading, justify="right")
             for heading in ("million\nweights", "kept", "flips\nsince\ninit", "dropped\nas by\nmagnitude")
         ),
-        box=box.SIMPLE_HEAD,  # 80 columns hold the name of a projection of experts
+        box=box.SIMPLE_HEAD,  # so that the name of an experts' projection fits in 80 columns
         padding=(0, 1, 0, 0),
         pad_edge=False,
         show_edge=False,

@@ -1,8 +1,8 @@
-"""`mft env --measure`: what a masked layer costs on this machine with this torch, beside dense and eager PyTorch.
+"""`mft env --measure`: time a masked layer on this machine with this torch, compared with dense and eager PyTorch.
 
-Forward, d_x and d_scores one by one, without autograd: ours from scores and with the mask held as bits, torch's dense
-product, and PyTorch's own ops on a masked weight (mft_kernels/eager.py). The ops are those that "auto" takes, or those
-of the backend that MFT_KERNELS asks for.
+Forward, d_x and d_scores are timed one by one, without autograd. The competitors are our ops from scores, our ops with
+the mask held as bits, torch's dense product, and PyTorch's own ops on a masked weight (mft_kernels/eager.py). Our ops
+are those that "auto" takes, or those of the backend that MFT_KERNELS asks for.
 """
 
 import time
@@ -28,11 +28,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENS = (1, 64, 512)
 OPS = ("forward", "d_x", "d_scores")
 KEEP_RATIO = 0.9
-SECONDS = 20.0  # for all of it, with what else is done below 30
+SECONDS = 20.0  # for all measurements; the whole command then takes less than 30
 SIZES = (4096, 2048, 1024, 512, 256)  # N = K: the largest that fits
-CALLS = 5 * 4 * len(OPS)  # of a dense product of the most tokens, at least: rounds and warming up, competitors, ops
-SLACK = 3.0  # times as long as dense what is measured may take on the average
-LEVEL = 1.05  # times as long, either way, is level
+CALLS = 5 * 4 * len(OPS)  # fewest calls with the most tokens: (rounds and warm-up) * competitors * ops
+SLACK = 3.0  # a measured call may take this many times a dense product's time on average
+LEVEL = 1.05  # ratios up to this, either way, count as level
 
 Call = Callable[[], object]
 
@@ -47,14 +47,14 @@ class Row:
     samples: Samples
 
     def against(self, name: str, other: str) -> float:
-        """Time of ``name`` in units of ``other``."""
+        """Return the time of ``name`` in units of ``other``."""
         return median_ratio(self.samples, name, other)
 
 
 def run_measure(console: Console, *, seconds: float = SECONDS) -> list[Row]:
-    """Say first whether the machine is busy; measure, and print the table and whether eager would be better anywhere.
+    """Print whether the machine is busy, measure, and print the table and whether eager is better anywhere.
 
-    Contention is measured again at the end: where a thread had to wait at either time, no verdict is given.
+    Contention is measured again at the end. If a thread had to wait at either time, no verdict is given.
     """
     before = core_share(torch.get_num_threads())
     console.print(told_of(before), soft_wrap=True)
@@ -74,7 +74,7 @@ def run_measure(console: Console, *, seconds: float = SECONDS) -> list[Row]:
 
 
 def told_of(found: Contention) -> str:
-    """What the share of the cores means for the times, and what to do about it."""
+    """Return a line that says what the share of the cores means for the times, and what to do about it."""
     if not found.is_busy:
         return f"the machine is quiet: {found}"
     fewer = f", or with OMP_NUM_THREADS={found.free_threads}" if found.cores >= 1 and found.threads > 1 else ""
@@ -85,7 +85,10 @@ def told_of(found: Contention) -> str:
 
 
 def fitting_size(seconds: float) -> int:
-    """N = K with which all rows fit: the dense fp32 and bf16 products of the most tokens are timed, small."""
+    """Return the largest size N = K with which all rows fit into seconds.
+
+    It times dense fp32 and bf16 products with the most tokens at a small size.
+    """
     small = SIZES[-2]
     took = 0.0
     for dtype in DTYPES.values():
@@ -98,7 +101,7 @@ def fitting_size(seconds: float) -> int:
 
 
 def measured(size: int, seconds: float, tokens: tuple[int, ...] = TOKENS) -> Iterator[Row]:
-    """Every row, at N = K = size; seconds are shared out over those that are left."""
+    """Yield every row, at N = K = size. The seconds left are divided among the rows left."""
     begin, left = time.perf_counter(), len(DTYPES) * len(tokens) * len(OPS)
     for dtype in DTYPES:
         layer = random_inputs(max(tokens), size, size, DTYPES[dtype], DTYPES[dtype])
@@ -110,7 +113,7 @@ def measured(size: int, seconds: float, tokens: tuple[int, ...] = TOKENS) -> Ite
 
 
 def calls_of(layer: Inputs, m: int) -> dict[str, dict[str, Call]]:
-    """By op, then by competitor, on the first m tokens."""
+    """Return the calls by op, then by competitor, on the first m tokens."""
     x, weight, scores, grad = layer.x[:m], layer.weight, layer.scores, layer.grad_output[:m]
     threshold = mft_kernels.kept_threshold(scores, KEEP_RATIO)
     packed = mft_kernels.pack_mask(scores, threshold)
@@ -145,14 +148,14 @@ def calls_of(layer: Inputs, m: int) -> dict[str, dict[str, Call]]:
 
 
 def verdict(ratio: float, *, busy: bool = False) -> str:
-    """faster, level or SLOWER; "?" of times that were taken on a busy machine."""
+    """Return faster, level or SLOWER, or "?" if the times were taken on a busy machine."""
     if busy:
         return "?"
     return "faster" if ratio < 1 / LEVEL else "level" if ratio <= LEVEL else "SLOWER"
 
 
 def table_of(rows: list[Row], size: int, *, busy: bool = False) -> Table:
-    """A line a row, and how ours compare with dense."""
+    """Return a table with a line for each row, which compares our ops with dense."""
     title = f"{_measured_backend()} and eager, times dense; N = K = {size}, {torch.get_num_threads()} threads"
     table = Table(title=f"{title}; busy: no verdict" if busy else title)
     for name in ("", "M", "dense, ms", SCORES, HELD, EAGER):
@@ -166,7 +169,7 @@ def table_of(rows: list[Row], size: int, *, busy: bool = False) -> Table:
 
 
 def conclusion(rows: list[Row], *, busy: bool = False) -> str:
-    """Whether eager PyTorch would be better than the measured backend anywhere."""
+    """Return a line that says whether eager PyTorch is better than the measured backend anywhere."""
     if busy:
         return "whether eager PyTorch is faster anywhere is left open: the machine was busy"
     taken = asked_for()
@@ -183,6 +186,6 @@ def conclusion(rows: list[Row], *, busy: bool = False) -> str:
 
 
 def _measured_backend() -> str:
-    """Its name; "auto" is named with what it takes."""
+    """Return the name of the measured backend. For "auto", the name includes the backend that it takes."""
     asked = asked_for()
     return f"auto ({mft_kernels.backend_report()['auto']['cpu']})" if asked == "auto" else asked

@@ -1,4 +1,4 @@
-"""What mft patch does: masks into a GGUF file, out of it again, or into a LoRA adapter for it."""
+"""mft patch: write masks into a GGUF file, restore the original, or write a LoRA adapter for the file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Request:
     """The arguments of mft patch."""
 
     model: Path
-    rest: tuple[str, ...]  # MASKS OUTPUT, with undo OUTPUT, in place without OUTPUT
+    rest: tuple[str, ...]  # MASKS OUTPUT; with undo OUTPUT alone; without OUTPUT in place and for lora
     undo: bool
     in_place: bool
     widen: str | None
@@ -108,7 +108,7 @@ def _write_lora(request: Request) -> None:
 
 
 def _arguments(request: Request, *names: str) -> tuple[str, ...]:
-    """The arguments after the model. Raises: ValueError unless there is one for each of these names."""
+    """Return the arguments after the model. Raises: ValueError unless there is one for each of these names."""
     if len(request.rest) != len(names):
         wanted = f"MODEL {' '.join(names)}".rstrip()
         raise ValueError(
@@ -118,5 +118,5 @@ def _arguments(request: Request, *names: str) -> tuple[str, ...]:
 
 
 def _loader(request: Request, masks: str) -> Callable[[], nn.Module]:
-    """Loads the base of the masks, as mft verify does."""
+    """Return a function that loads the base of the masks, as mft verify does."""
     return lambda: read_base(masks_directory(masks), request.base, request.dtype)[0]

@@ -1,4 +1,4 @@
-"""What mft push prints of what it has uploaded."""
+"""mft push: upload a directory, and print what was uploaded."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What mft sensitivity does: a brief mask training of each group of layers, ranked."""
+"""mft sensitivity: train a mask briefly on each group of layers, and rank the groups."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What mft serve is given, and the packages that it alone needs."""
+"""mft serve: check its arguments, and the packages that only it needs."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec

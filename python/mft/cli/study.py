@@ -1,4 +1,4 @@
-"""What the verbs of the command line do with a study: compare, ablate, plot."""
+"""The commands on a study: compare, ablate, plot."""
 
 import json
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def run_compare(
     same_processor: bool = False,
     on: str = LOCAL,
 ) -> None:
-    """mft compare; fine_tunes_of: the directory of another study; the others: see run_study."""
+    """Do mft compare. fine_tunes_of: the directory of another study. For the other arguments, see run_study."""
     check_one_of("--on", on, tuple(ON))
     check_rule(on == LOCAL or not joins, "--join", "stand without --on, whose workers are in one cluster", on)
     directory = Path(study.output_dir)
@@ -105,7 +105,7 @@ def run_plot(
     rows: int,
     points: int,
 ) -> None:
-    """mft plot; without an output the picture goes beside what it shows."""
+    """Do mft plot. Without output, the picture is written next to what it shows."""
     if what not in PLOTS:
         raise ValueError(f"the plot must be one of {', '.join(PLOTS)}, got {what!r}{nearest(what, PLOTS)}")
     directory, *others = directories
@@ -138,7 +138,7 @@ def run_plot(
 
 
 def _take_fine_tunes(parent: Path, study: StudyConfig, directory: Path, overwrite: bool) -> None:
-    """Those of another study into directory, unless a study was begun there, which goes on with what it has."""
+    """Copy the fine-tunes of another study into directory, unless a study was begun there, which keeps its own."""
     rule = "stand without --overwrite, which would delete what it copies; name a new output_dir"
     check_rule(not overwrite, "--fine-tunes-of", rule, parent)
     if (directory / STUDY).is_file():
@@ -152,7 +152,7 @@ def _take_fine_tunes(parent: Path, study: StudyConfig, directory: Path, overwrit
 
 
 def _study_table(directory: Path) -> dict[str, Any]:
-    """The numbers in the table.json of a study."""
+    """Return the numbers in the table.json of a study."""
     table = directory if directory.is_file() else directory / TABLE_JSON
     rule = f"directory must be a finished study's, as mft compare and mft ablate write it, or its {TABLE_JSON}"
     if not table.is_file():

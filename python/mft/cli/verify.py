@@ -1,4 +1,4 @@
-"""mft verify: what lies in a directory, whether it is whole, and whether the base is the one that it was learned on."""
+"""mft verify: check that masks and checkpoints in a directory are undamaged, and that the masks fit the base."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def run_verify(directory: str, model_name: str | None, dtype: str | None, *, bas
 
 @dataclass(frozen=True)
 class Verified:
-    """One thing that was found whole."""
+    """An export of masks or a checkpoint that was found undamaged."""
 
     path: Path
     kind: str  # masks or checkpoint
@@ -39,10 +39,10 @@ class Verified:
 
 
 def verify_directory(directory: Path) -> list[Verified]:
-    """Every export and checkpoint in an export, a checkpoint, or a run's directory.
+    """Verify every export and checkpoint in a directory: an export, a checkpoint, or the directory of a run.
 
-    Raises: FileNotFoundError if there is none; ValueError naming the first file that is not whole, what was found and
-    what was expected.
+    Raises: FileNotFoundError if there is none; ValueError that names the first damaged file, what was found and what
+    was expected.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: expected a directory with masks or checkpoints, got nothing there")
@@ -58,7 +58,10 @@ def verify_directory(directory: Path) -> list[Verified]:
 
 
 def check_base(model: nn.Module, found: Verified) -> None:
-    """Raise ValueError unless model has the weights that the masks were learned on; masks that take these are read."""
+    """Raise ValueError unless model has the weights that the masks were learned on.
+
+    Masks whose coding needs these weights are also read, which checks their content hash.
+    """
     assert found.export is not None
     expected, got = found.export.base_hash, base_hash(model, [entry.name for entry in found.export.modules])
     if got != expected:
