@@ -1,1 +1,1 @@
-"""What a run says while it trains and afterwards: console, bars, metrics, curves, trackers."""
+"""The output of a run while it trains and afterwards: console, progress bars, metrics, curves, trackers."""

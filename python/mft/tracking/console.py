@@ -1,17 +1,17 @@
-"""The one console of the verbs: what is printed on it is shown as it is, since a path may hold [brackets] or :colons:.
+"""The one console of all commands. It prints text as it is, since a path may hold [brackets] or :colons:.
 
-Styles are given as arguments; rich's markup is read nowhere.
+Styles are given as arguments. rich's markup is never interpreted.
 """
 
 from typing import TextIO
 
 from rich.console import Console, ConsoleDimensions
 
-_UNBROKEN = 10_000  # columns of what is no terminal: wider than any table of ours
+_UNBROKEN = 10_000  # columns if the output is not a terminal: wider than any of our tables
 
 
 class _Console(Console):
-    """In a pipe or a file every row of a table is one line; rich would break its cells to fit 80 columns."""
+    """A console that prints each table row as one line in a pipe or a file; rich would wrap cells to fit 80 columns."""
 
     def __init__(self, file: TextIO | None, width: int | None) -> None:
         super().__init__(file=file, width=width, markup=False, emoji=False, highlight=False)
@@ -30,11 +30,11 @@ class _Console(Console):
 
 
 def new_console(file: TextIO | None = None, *, width: int | None = None) -> Console:
-    """One that reads no markup and no emoji codes, in tables too.
+    """Return a console that interprets no markup and no emoji codes, in tables either.
 
     Args:
         file: where it prints; None for standard output.
-        width: in columns; None for the terminal's width, and for no limit where file is no terminal.
+        width: in columns; None for the terminal's width, or for no limit if file is not a terminal.
     """
     return _Console(file, width)
 
@@ -43,5 +43,5 @@ console = new_console()
 
 
 def say(line: str, style: str | None = None) -> None:
-    """Unbroken: paths can be copied from it."""
+    """Print a line without wrapping it, so that paths can be copied from it."""
     console.print(line, style=style, soft_wrap=True)

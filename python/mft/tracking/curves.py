@@ -1,4 +1,4 @@
-"""What a run has learned, as a PNG file: loss on the training text at each step, and on held-out text.
+"""Draw what a run has learned as a PNG file: the loss on the training text at each step, and on held-out text.
 
 +---------------------------------+ +----------------+
 | .  .      dots: a step each     | | model  ####### |
@@ -17,7 +17,7 @@ from mft.engines.step import StepReport
 from mft.files.figure import COLOURS, new_figure, save_figure, shade
 
 PLOT = "plot.png"  # in the directory of a run
-# Of fewer steps the running mean shows which texts came when, and no trend.
+# With fewer steps, the running mean shows the order of the texts and no trend.
 FEWEST_TO_AVERAGE = 50
 Curves = dict[str, list[StepReport]]
 
@@ -34,15 +34,16 @@ def plot_curves(
     title: str = "Loss during training",
     sizes: Mapping[str, int] | None = None,
 ) -> None:
-    """Draw a run.
+    """Draw the curves of a run to path.
 
     Args:
         curves: the steps by phase.
-        validation: held-out loss by step, of the objective of that name as those of training are.
-        best: the step that is exported, if not the last.
+        validation: held-out loss by step.
+        objective: the name of the objective whose loss training and validation have.
+        best: the step that is exported, if it is not the last.
         note: a second line of the title.
-        documents: how many the held-out loss is of.
-        sizes: bytes by what has them, for a second panel.
+        documents: the number of held-out documents.
+        sizes: {label: bytes} for a second panel.
     """
     figure = new_figure(7 if sizes is None else 10, 4.4)
     axes, *others = figure.subplots(1, 2, width_ratios=(3, 1)) if sizes else [figure.subplots()]
@@ -56,7 +57,7 @@ def plot_curves(
     loss = "loss, nats per token" if objective == "cross_entropy" else f"loss of {objective}"
     axes.set_ylabel(f"{loss} (lower is better)")
     axes.set_title(title if note is None else f"{title}\n{note}")
-    # Inside, it would cover the lines that it explains.
+    # Inside the axes, the legend would cover the lines.
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize="small")
     for other in others:
         _draw_sizes(other, sizes or {})
@@ -93,7 +94,7 @@ def _write_beside(axes: Any, step: int, loss: float, words: str, *, right: bool)
 
 
 def _draw_sizes(axes: Any, sizes: Mapping[str, int]) -> None:
-    """The numbers stand above the bars, as a mask's bar is too low to be seen."""
+    """Draw bars with their numbers above them, since a mask's bar is too low to be seen."""
     megabytes = [nbytes / 1e6 for nbytes in sizes.values()]
     bars = axes.bar(list(sizes), megabytes, color=[COLOURS["base"], *(COLOURS["mask"] for _ in megabytes[1:])])
     axes.bar_label(bars, [f"{size:.3g} MB" for size in megabytes], padding=3)
@@ -103,7 +104,7 @@ def _draw_sizes(axes: Any, sizes: Mapping[str, int]) -> None:
 
 
 def _running_mean(values: list[float]) -> list[float]:
-    """Mean of the last tenth of the steps so far, at least 5."""
+    """Return, for each step, the mean of the steps up to it. The window is a tenth of all steps, and at least 5."""
     window = max(5, len(values) // 10)
     sums = [0.0, *itertools.accumulate(values)]
     return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(window, i + 1) for i in range(len(values))]

@@ -1,12 +1,12 @@
-"""A table of the terminal as GitHub's Markdown, for files."""
+"""Write a terminal's table as GitHub's Markdown, for files."""
 
 from rich.table import Table
 
 
 def markdown_table(table: Table) -> str:
-    """The title as a paragraph, if there is one, then a header line, a line of alignments and a line per row.
+    """Return the title as a paragraph, if there is one, then a header line, a line of alignments and a line per row.
 
-    The cells must be strings: a ``|`` in them is escaped, a line break becomes a space.
+    The cells must be strings. A ``|`` in them is escaped, and a line break becomes a space.
     """
     columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
     header, *rows = (f"| {' | '.join(map(_cell, cells))} |" for cells in zip(*columns))

@@ -1,4 +1,4 @@
-"""Where a run's events go: training steps and evaluations to the metrics file and to the progress display."""
+"""Send a run's events, training steps and evaluations, to the metrics file, the progress display and the trackers."""
 
 import contextlib
 import dataclasses
@@ -25,14 +25,14 @@ from mft.tracking.trackers import Trackers
 
 METRICS = "metrics.jsonl"  # in the directory of a run
 EVALUATION_BATCH = 4
-REDRAW = 30.0  # seconds between two drawings of the plot of a run that trains
+REDRAW = 30.0  # seconds between two drawings of the plot during training
 
 
 class Recorder:
-    """Records phases of a run. Without a directory nothing is written; without a progress nothing is shown.
+    """Records the phases of a run. Without a directory nothing is written; without a progress nothing is shown.
 
-    events: of MetricsFile. trackers: hear of every event that is written. plot: whether it is drawn during training.
-    objective: the name of what is made smaller.
+    events: as for MetricsFile. trackers: receive every event that is written. plot: whether the plot is drawn during
+    training. objective: the name of the objective that training minimises.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Recorder:
         self.metrics = None if directory is None else MetricsFile(directory / METRICS, events)
         self.progress, self.trackers, self._objective = progress, trackers, objective
         self.curves: Curves = {}
-        # Loss by step, the objective's own where it says one.
+        # {step: loss}, with the objective's own loss if the event has one.
         evaluated = [event for event in events or () if "accuracy" in event and "step" in event]
         self.validation = {event["step"]: _objective_loss(event) for event in evaluated}
         self.documents: int | None = evaluated[-1].get("documents") if evaluated else None  # of validation
         self._plot = directory / PLOT if directory is not None and plot else None
-        self._drawn, self._drawing = time.monotonic(), 0.0  # when it was, and the seconds that it took
+        self._drawn, self._drawing = time.monotonic(), 0.0  # time of the last drawing, and the seconds that it took
 
     def write(self, **values) -> None:
         if self.metrics is not None:
@@ -65,9 +65,10 @@ class Recorder:
     def training(
         self, phase: str, dataset, train: TrainConfig, *, after_step: Callable[[], None] = lambda: None
     ) -> Iterator["Steps"]:
-        """Yield the on_step of a training loop; every train.log_every-th step and the last are written.
+        """Yield the on_step of a training loop. It writes every train.log_every-th step and the last one.
 
-        What a stream gave is shown afterwards. after_step is called when a step was written and shown.
+        after_step is called after a step has been written and shown. If dataset is a stream, a description of what it
+        has read is printed at the end.
         """
         with self.shown(phase, train.steps_for(count_rows(dataset))) as shown:
             steps = Steps(self, phase, train.log_every, shown, after_step)
@@ -88,7 +89,10 @@ class Recorder:
         objective: Objective = CROSS_ENTROPY,
         **options,
     ) -> Evaluation:
-        """evaluate(), shown and written; step: of the run, whose validation it is. Other options are its own."""
+        """Do evaluate() with progress, and write the result. options: further arguments of evaluate().
+
+        step: the step of the run, if this is an evaluation on its validation data.
+        """
         with self.shown(phase, len(dataset)) as shown:
             result = evaluate(
                 model,
@@ -104,7 +108,7 @@ class Recorder:
     def evaluated(
         self, phase: str, result: Evaluation, step: int | None, objective: Objective = CROSS_ENTROPY, **more: Any
     ) -> None:
-        """Write an evaluation; what the objective measures is called NAME/figure."""
+        """Write an evaluation. The figures that the objective measures are named NAME/figure, with its name."""
         at = {} if step is None else {"step": step}
         if step is not None:
             self.validation.setdefault(step, result.objective_loss)
@@ -130,7 +134,7 @@ class Recorder:
             yield phase
 
     def redraw(self) -> None:
-        """The plot anew, if it was not drawn for a while: at most a hundredth of the time goes there."""
+        """Draw the plot again if the last drawing is old enough: drawing takes at most a hundredth of the time."""
         if self._plot is None or time.monotonic() - self._drawn < max(REDRAW, 99 * self._drawing):
             return
         begin = time.monotonic()
@@ -139,13 +143,13 @@ class Recorder:
         self._drawing = self._drawn - begin
 
     def draw(self, path: Path, **options: Any) -> None:
-        """The plot of what was recorded so far; options: of plot_curves."""
+        """Draw the plot of everything recorded so far. options: further arguments of plot_curves."""
         told: dict[str, Any] = {"objective": self._objective, "documents": self.documents} | options
         plot_curves(self.curves, path, self.validation, **told)
 
 
 def read_recorder(path: Path) -> Recorder:
-    """What a metrics file tells of a run of cross entropy, to be drawn again. Raises: as read_metrics."""
+    """Return a recorder with what a metrics file says of a cross-entropy run, to draw it. Raises: as read_metrics."""
     events = read_metrics(path)
     recorder, names = Recorder(events=events), {field.name for field in dataclasses.fields(StepReport)}
     for event in events:
@@ -156,7 +160,7 @@ def read_recorder(path: Path) -> Recorder:
 
 
 class Steps:
-    """Called with each step's report."""
+    """The on_step of a training loop: call it with each step's report."""
 
     def __init__(
         self, recorder: Recorder, phase: str, log_every: int, shown: Phase, after_step: Callable[[], None]
@@ -174,12 +178,12 @@ class Steps:
         self._after_step()
 
     def go_on(self, reports: list[StepReport]) -> None:
-        """These steps were done, and written, before the run was stopped."""
+        """Add steps that were done and written before the run was stopped."""
         self._curve.extend(reports)
         self.shown.advance(len(reports), resumed=True)
 
     def finish(self) -> None:
-        """No step follows, though there should have been more: the last one is written all the same."""
+        """End the phase, also if more steps were expected. The last step is written if it was not yet."""
         self.shown.over = True
         if self._curve and not self._is_written(self._curve[-1]):
             self._write(self._curve[-1])
@@ -193,9 +197,9 @@ class Steps:
 
 
 class MetricsFile:
-    """A line of JSON an event, on disk as soon as it is written.
+    """A file with one line of JSON per event, which is on disk as soon as it is written.
 
-    events: of a run that goes on, as they were at its checkpoint; the file then holds these and no others.
+    events: for a resumed run, the events at its checkpoint. The file then starts with exactly these.
     """
 
     def __init__(self, path: str | os.PathLike, events: Iterable[dict[str, Any]] | None = None) -> None:
@@ -210,15 +214,15 @@ class MetricsFile:
             file.write(_line(values))
 
     def sync(self) -> None:
-        """Return when the disk has it."""
+        """Sync the file, and return when the disk has it."""
         with naming(self.path), self.path.open("rb+") as file:
             os.fsync(file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The events of a run that may still be going on, or was killed: a last line that is not whole yet is left out.
+    """Return the events of a run. The run may be in progress or killed: an incomplete last line is ignored.
 
-    Raises: ValueError that names a line which is no event.
+    Raises: ValueError that names a line which is not an event.
     """
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     events = []
@@ -238,5 +242,5 @@ def _line(event: dict[str, Any]) -> str:
 
 
 def _objective_loss(event: dict[str, Any]) -> float:
-    """Of an evaluation: see evaluated()."""
+    """Return the objective's loss of an evaluation's event: see evaluated()."""
     return next((value for key, value in event.items() if key.endswith("/loss")), event["loss"])

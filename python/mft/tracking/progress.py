@@ -1,4 +1,4 @@
-"""Progress that is always visible: a bar on a terminal of any width, elsewhere a line at most every ten seconds."""
+"""Show progress: a bar on a terminal of any width; elsewhere a line, at most one every ten seconds."""
 
 import contextlib
 import time
@@ -12,12 +12,12 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
 _WIDEST_BAR, _SHORTEST_BAR = 20, 5
-# Wide enough for "before, validation" and "3 min 20 s left": the bars of phases stand below each other, and still.
+# Wide enough for "before, validation" and "3 min 20 s left", so that the bars of all phases align and do not move.
 _NAME, _TIME = 18, 15
 
 
 class Phase:
-    """What one phase has done; advance() shows it."""
+    """The progress of one phase. advance() updates it and shows it."""
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total = name, total
@@ -25,9 +25,9 @@ class Phase:
         self.loss: float | None = None
         self.dropped: float | None = None  # share of the masked weights
         self.begin = time.perf_counter()
-        self.over = False  # before all is done
-        self.inside: Phase | None = None  # what runs meanwhile
-        self._paused = 0.0  # seconds of those that ran
+        self.over = False  # set if it ends before all is done
+        self.inside: Phase | None = None  # the phase that runs while this one waits
+        self._paused = 0.0  # seconds of such phases so far
 
     def advance(
         self,
@@ -38,9 +38,9 @@ class Phase:
         dropped: float | None = None,
         resumed: bool = False,
     ) -> None:
-        """done of total are ready, with so many tokens; loss is the latest, dropped too where it is known.
+        """Add done steps, out of total, and their tokens. loss and dropped are the latest values, if known.
 
-        resumed: they were before this began.
+        resumed: the steps were done before this phase began.
         """
         self.done += done
         self.resumed += done if resumed else 0
@@ -50,11 +50,11 @@ class Phase:
         self.show()
 
     def show(self) -> None:
-        """Nothing, unless a subclass shows it."""
+        """Show the progress. This class shows nothing; subclasses do."""
 
     @contextlib.contextmanager
     def within(self, name: str, total: int) -> Iterator["Phase"]:
-        """Another phase while this one waits: it is shown below, and its time is none of this one's speed."""
+        """Yield another phase that runs while this one waits. It is shown below; its time does not lower this speed."""
         self.inside = self.another(name, total)
         try:
             yield self.inside
@@ -63,7 +63,7 @@ class Phase:
             self.inside = None
 
     def another(self, name: str, total: int) -> "Phase":
-        """One that is shown in the same way."""
+        """Return a phase that is shown in the same way."""
         return Phase(name, total)
 
     @property
@@ -72,13 +72,13 @@ class Phase:
 
     @property
     def left(self) -> float | None:
-        """Seconds until all is done, at the pace so far; None before the first was."""
+        """Seconds until all is done, at the pace so far; None before the first step is done."""
         own = self.done - self.resumed
         return self.seconds / own * (self.total - self.done) if own else None
 
     @property
     def figures(self) -> list[str]:
-        """Loss, share dropped and speed, as far as they are known."""
+        """Loss, dropped share and speed, as far as they are known."""
         found = [] if self.loss is None else [f"loss {self.loss:.3f}"]
         found += [] if self.dropped is None else [f"{100 * self.dropped:.3g} % dropped"]
         speed = self.tokens / max(self.seconds - self._paused, 1e-9)
@@ -106,7 +106,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """The figures that matter: "42 s", "3 min 20 s", "14 min", "2 h 05 min", "14 h", "3 d 4 h"."""
+    """Return a short text such as "42 s", "3 min 20 s", "14 min", "2 h 05 min", "14 h" or "3 d 4 h"."""
     whole = round(seconds)
     minutes, hours = whole // 60, whole // 3600
     if whole < 60:
@@ -119,7 +119,7 @@ def duration(seconds: float) -> str:
 
 
 class _Bar(Phase):
-    """One line that fits whatever width there is, and is drawn anew while it is live."""
+    """One line that fits any terminal width, and is redrawn while it is live."""
 
     def __init__(self, name: str, total: int) -> None:
         super().__init__(name, total)
@@ -136,7 +136,7 @@ class _Bar(Phase):
         return super().seconds if self._took is None else self._took
 
     def parts(self, width: int) -> tuple[str, int, str]:
-        """(name, cells of the bar, the rest): a narrow terminal loses the bar first, then the figures from the last."""
+        """Return (name, cells of the bar, the rest). A narrow terminal loses the bar first, then the last figures."""
         count, figures = f"{self.done:>{len(str(self.total))}}/{self.total}", self.figures
         for known in range(len(figures), -1, -1):
             rest = "  ".join([count, *figures[:known], f"{self._time:<{_TIME}}"])

@@ -1,15 +1,15 @@
-"""Where a run reports to beside metrics.jsonl: TensorBoard, trackio, MLflow, Weights & Biases, by their own writers.
+"""Report a run to TensorBoard, trackio, MLflow or Weights & Biases, in addition to metrics.jsonl, by their own writers.
 
     an event of metrics.jsonl              scalars, at its step
-    a training step                        train/loss, train/lr, train/tokens_per_second, and mask/dropped where masks
+    a training step                        train/loss, train/lr, train/tokens_per_second, and mask/dropped if masks
                                            have a threshold
-    an evaluation on validation            validation/loss, validation/accuracy, and what an objective measures, as
-                                           validation/dpo/margin
+    an evaluation on validation            validation/loss, validation/accuracy, and what an objective measures, such
+                                           as validation/dpo/margin
     a count of flips                       mask/flips_from_start, mask/flips_a_step
 
-The run's configuration is told first. Of a run that goes on a tracker keeps what lies before its checkpoint, gets what
-it lacks of that from the checkpoint's events, and is told of no step twice. metrics.jsonl alone is the record: a
-tracker that fails while the run trains is given up, and the run is not.
+The run's configuration is reported first. For a resumed run, a tracker keeps what it has from before the checkpoint.
+Events before the checkpoint that it lacks are sent again, and no step is reported twice. Only metrics.jsonl is the
+complete record: if a tracker fails during training, it is dropped and the run continues.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ from mft.files.json_file import read_object
 TENSORBOARD, WANDB, IDENTITY = "tensorboard", "wandb", "trackers.json"  # in the directory of a run
 EXTRA = "mft_kernels[trackers]"
 _MOST_IDENTITY = 1 << 12  # bytes
-_MLFLOW_TAG, _MLFLOW_AT_ONCE = "mft_run", 100  # parameters that one call takes
+_MLFLOW_TAG, _MLFLOW_AT_ONCE = "mft_run", 100  # _MLFLOW_AT_ONCE: most parameters in one call
 _WORDS = {
     "tensorboard": "tensorboard --logdir {directory}",
     "trackio": 'trackio show --project "{project}", run {run}',
     "mlflow": "experiment {project}, run {run}",
     "wandb": "project {project}, run {run}",
 }
-_PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}  # of those that the extra leaves out
+_PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}  # packages that the extra does not install
 
 
 class Tracker(Protocol):
-    """One that has begun."""
+    """A tracker that has started."""
 
     def has(self, step: int, key: str) -> bool:
-        """Whether an earlier process has told this scalar of this step."""
+        """Return whether an earlier process has reported this scalar for this step."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
@@ -52,7 +52,7 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raise ValueError unless their packages are there."""
+    """Raise ValueError if the package of a tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
@@ -62,13 +62,13 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 class Trackers:
-    """Those of a run: they begin when it is made, and end with close().
+    """The trackers of a run. They start when this object is made, and end with close().
 
     Args:
-        directory: the run's. project, config: see RunConfig; config as "section.key" -> value.
-        events: of metrics.jsonl so far; None for a new run.
+        directory: the run's directory. project, config: see RunConfig; config is {"section.key": value}.
+        events: the events in metrics.jsonl so far; None for a new run.
         say: prints a line.
-    Raises: RuntimeError, naming the one that cannot begin.
+    Raises: RuntimeError that names the tracker that cannot start.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Trackers:
             self.tell(event)
 
     def tell(self, event: Mapping[str, Any]) -> None:
-        """What trackers show of an event of metrics.jsonl."""
+        """Report an event of metrics.jsonl to all trackers."""
         found = self._scalars(event)
         if found is not None:
             step, scalars = found
@@ -114,7 +114,7 @@ class Trackers:
     def _guarded(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # noqa: BLE001 - whatever it is, hours of training are worth more
+        except Exception as error:  # noqa: BLE001 - no error of a tracker is worth hours of training
             del self._running[name]
             self._say(
                 f"report_to: {name} has failed and is told no more ({_first_line(error)}); the run goes on, and "
@@ -123,10 +123,10 @@ class Trackers:
 
 
 class Scalars:
-    """What of each event of metrics.jsonl is shown, and at which step; None for nothing."""
+    """Maps each event of metrics.jsonl to (step, the scalars to report), or to None if nothing is reported."""
 
     def __init__(self) -> None:
-        self._step, self._seconds = 0, 0.0  # of the training step before
+        self._step, self._seconds = 0, 0.0  # of the previous training step
         self._validated = -1  # the step of the latest evaluation
 
     def __call__(self, event: Mapping[str, Any]) -> tuple[int, dict[str, float]] | None:
@@ -134,14 +134,14 @@ class Scalars:
         if step is None:
             return None
         if "lr" in event:
-            # Every step has as many tokens; with train.log_every some steps are not there.
+            # Every step has the same number of tokens; with train.log_every, some steps are missing.
             tokens, seconds = event["tokens"] * (step - self._step), event["seconds"] - self._seconds
             self._step, self._seconds = step, event["seconds"]
             speed = {"train/tokens_per_second": tokens / seconds} if seconds > 0 else {}
             dropped = {"mask/dropped": event["dropped"]} if "dropped" in event else {}
             return step, {"train/loss": event["loss"], "train/lr": event["lr"]} | speed | dropped
         if "accuracy" in event:
-            if step <= self._validated:  # what is exported was evaluated on its way
+            if step <= self._validated:  # the exported step was evaluated during training
                 return None
             self._validated = step
             measured = {f"validation/{key}": value for key, value in event.items() if "/" in key}
@@ -152,7 +152,7 @@ class Scalars:
 
 
 def _identity(directory: Path) -> str:
-    """The run's name in trackers that hold many runs, made with its directory and kept there."""
+    """Return the run's name in trackers that hold many runs. It is made once and kept in the run's directory."""
     path = directory / IDENTITY
     if not path.exists():
         name = f"{directory.absolute().name}-{secrets.token_hex(3)}"
@@ -180,7 +180,7 @@ class _TensorBoard:
             read = EventAccumulator(str(place), {"scalars": 0}).Reload()
             for key in read.Tags()["scalars"]:
                 self._told |= {(point.step, key) for point in read.Scalars(key) if point.step <= last}
-        # Of a run that goes on what came after its checkpoint is shown no more.
+        # For a resumed run, this hides what was reported after its checkpoint.
         self._writer: Any = SummaryWriter(str(place), purge_step=last + 1 if is_known else None)
         if not self._told:
             values = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
@@ -195,7 +195,7 @@ class _TensorBoard:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         for key, value in scalars.items():
             self._writer.add_scalar(key, value, step)
-        self._writer.flush()  # a killed process leaves what it has told
+        self._writer.flush()  # so that a killed process has saved what it reported
 
     def close(self) -> None:
         self._writer.close()
@@ -206,7 +206,7 @@ class _Trackio:
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
-        # On a Space this finds nothing, and steps after the checkpoint may stand there twice.
+        # If the logs are on a Space, this finds nothing, and steps after the checkpoint may appear twice.
         told = SQLiteStorage.get_logs(project, run) if events is not None else []
         self._told, self._trackio = {(row["step"], key) for row in told for key in row}, trackio
         with _unheard():
@@ -222,11 +222,11 @@ class _Trackio:
 
     def close(self) -> None:
         with _unheard():
-            self._trackio.finish()  # the run's own would be called again when the process ends
+            self._trackio.finish()  # self._run.finish() would be called again when the process ends
 
 
 class _Mlflow:
-    """Where MLFLOW_TRACKING_URI says: a server, or a database that mlflow opens itself."""
+    """Reports to MLFLOW_TRACKING_URI: a server, or a database that mlflow opens itself."""
 
     def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
         from mlflow import MlflowClient
@@ -294,6 +294,6 @@ _START: dict[str, Callable[..., Tracker]] = {
 
 @contextlib.contextmanager
 def _unheard() -> Iterator[None]:
-    """What is printed meanwhile is not shown."""
+    """Hide what is printed in the block."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
