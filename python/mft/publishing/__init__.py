@@ -1,1 +1,1 @@
-"""mft push: what was trained goes to the hub, whole, with a card that says what it is."""
+"""mft push: upload what was trained to the hub, with a card that describes it."""

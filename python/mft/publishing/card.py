@@ -1,6 +1,6 @@
-"""The model card: README.md of a repository on the hub, made of facts alone; the same facts give the same card.
+"""The model card, README.md of a repository on the hub. It depends only on facts: the same facts give the same card.
 
-Its last line holds the hash of those before, so that a card that somebody has edited is told from one that was made.
+Its last line holds the hash of the lines before it, which tells an edited card from a generated one.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from mft.publishing.markdown import base_in_a_sentence, block, hub_base, one_lin
 
 _MADE = re.compile(r"\n<!-- made by mft push of what it read, sha256:([0-9a-f]{64}); edited, it is yours -->\n\Z")
 _HEAD = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
-_MOST = 1 << 20  # bytes of a card that is read
+_MOST = 1 << 20  # most bytes of a card that is read
 _LICENSE = ("license", "license_name", "license_link")
 
 
 def model_card(contents: Contents, repository: str, license: Mapping[str, Any] | None = None) -> str:
-    """The card of contents in a repository; without a license it names none."""
+    """Return the card of contents in a repository. Without license, the card names none."""
     facts = contents.facts
     data = ModelCardData(
         base_model=hub_base(facts.base_model_name_or_path),
@@ -37,7 +37,7 @@ def model_card(contents: Contents, repository: str, license: Mapping[str, Any] |
         eval_results=_eval_results(facts) or None,
         model_name=repository.partition("/")[2] if facts.results else None,
         library_name=contents.library,
-        pipeline_tag=None if facts.modules_to_save else "text-generation",  # a head of another task, perhaps
+        pipeline_tag=None if facts.modules_to_save else "text-generation",  # a saved module may be another task's head
         tags=contents.tags,
         **(license or {}),
     )
@@ -55,17 +55,17 @@ def model_card(contents: Contents, repository: str, license: Mapping[str, Any] |
 
 
 def is_made(card: str) -> bool:
-    """Whether card is as model_card gave it."""
+    """Return whether card is unchanged since model_card made it."""
     found = _MADE.search(card)
     return found is not None and hashlib.sha256(card[: found.start()].encode()).hexdigest() == found[1]
 
 
 def license_of(base: str | None) -> dict[str, str]:
-    """What the card of a base says of its license, if that card lies on this machine; nothing is asked for it."""
+    """Return what a base's card says about its license, if the card is on this machine. The hub is not asked."""
     if base is None:
         return {}
     path = Path(base) / README
-    if not os.path.isfile(path):  # Path.is_file() raises if a name is too long to be one
+    if not os.path.isfile(path):  # Path.is_file() raises if the name is too long for a file
         cached = None if hub_base(base) is None else try_to_load_from_cache(str(hub_base(base)), README)
         if not isinstance(cached, str):
             return {}
@@ -122,8 +122,8 @@ def _results(results: Results) -> list[str]:
 
 def _training(config: RunConfig) -> list[str]:
     values = config_values(config)
-    del values["output_dir"], values["checkpoint_minutes"]  # of the machine
-    del values["coding"]  # of the run's files, not of those here
+    del values["output_dir"], values["checkpoint_minutes"]  # settings of the machine
+    del values["coding"]  # describes the run's files; the published ones may have another
     values["model"]["name"] = without_directory(config.model.name)
     paths = [(values["model"], "chat_template"), (values["data"], "source"), (values["objective"], "teacher")]
     paths += [(part, "source") for part in (values["data"]["sources"] or {}).values()]

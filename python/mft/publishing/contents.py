@@ -1,4 +1,4 @@
-"""What a directory has to publish, whatever its kind: files, what is known of them, and what the card says."""
+"""What a directory has to publish, for any kind of contents: the files, the facts about them, and the card's text."""
 
 import abc
 import dataclasses
@@ -14,19 +14,19 @@ from mft.publishing.facts import Facts
 from mft.publishing.markdown import LONGEST, base_in_a_sentence, block, without_directory
 
 README = "README.md"
-OF_THE_HUB = (README, ".gitattributes")  # the card has its own rules, and the hub writes the other
+OF_THE_HUB = (README, ".gitattributes")  # README has rules of its own, and the hub writes .gitattributes
 
 
 @dataclass(frozen=True)
 class Contents(abc.ABC):
-    """files: what is uploaded, by name. note: a warning."""
+    """What a directory has to publish. files: the names of the files to upload. note: a warning."""
 
-    kind: ClassVar[str]  # in messages
-    relation: ClassVar[str] = "adapter"  # to the base, in the hub's words
+    kind: ClassVar[str]  # its name in messages
+    relation: ClassVar[str] = "adapter"  # its relation to the base, in the hub's words
     library: ClassVar[str] = "mft_kernels"
-    rivals: ClassVar[frozenset[str]]  # files of another kind, which would be loaded together with it
+    rivals: ClassVar[frozenset[str]]  # files of another kind, which would be loaded together with these
     names_base: ClassVar[str] = CONFIG_FILE  # the file that names the base
-    form: ClassVar[str | None] = None  # is in a README.md that a program wrote and nobody has filled in
+    form: ClassVar[str | None] = None  # text that marks a README.md which a program wrote and nobody has filled in
 
     directory: Path
     files: tuple[str, ...]
@@ -36,15 +36,18 @@ class Contents(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def read(cls, directory: Path) -> Self:
-        """What directory holds, checked as mft verify would. Raises: FileNotFoundError or ValueError, naming a file."""
+        """Read the contents of directory, and check them like mft verify.
+
+        Raises: FileNotFoundError or ValueError that names a file.
+        """
 
     @abc.abstractmethod
     def introduction(self) -> str:
-        """The card's first sentences: what it is."""
+        """Return the card's first sentences, which say what this is."""
 
     @abc.abstractmethod
     def loading(self, repository: str) -> list[str]:
-        """The card's blocks that load it from a repository."""
+        """Return the card's blocks that show how to load this from a repository."""
 
     @property
     def tags(self) -> list[str] | None:
@@ -52,24 +55,27 @@ class Contents(abc.ABC):
 
     @property
     def size(self) -> str | None:
-        """What its masks take, in words."""
+        """The size of the masks, in words."""
         return None
 
     @property
     def left_out(self) -> list[str]:
-        """What of the directory is not uploaded."""
+        """The names in the directory that are not uploaded."""
         return sorted({path.name for path in self.directory.iterdir()} - {*self.files, *OF_THE_HUB})
 
     def replaces(self, name: str) -> bool:
-        """Whether a file of this name in the repository, which is not one of files, is of an older one of the kind."""
+        """Return whether a file of this name in the repository, not in files, is from an older upload of this kind."""
         return False
 
     def in_coding(self, coding: str) -> tuple["Contents", dict[str, bytes]]:
-        """The same with its masks stored so, and the files that change. Raises: ValueError if it has no masks."""
+        """Return the contents with masks in this coding, and the files that change.
+
+        Raises: ValueError if there are no masks.
+        """
         raise ValueError(f"coding must be None for {self.kind}, got {coding}")
 
     def with_base(self, base: str) -> tuple["Contents", dict[str, bytes]]:
-        """The same with this name of its base, and the file that names it, if there is one."""
+        """Return the contents with this name for the base, and the changed file that names it, if there is one."""
         facts = dataclasses.replace(self.facts, base_model_name_or_path=base)
         return dataclasses.replace(self, facts=facts), self._naming(base)
 
@@ -95,7 +101,7 @@ class Contents(abc.ABC):
         return block("python", lines)
 
     def _base(self) -> str:
-        """What load_model takes for the base, as it stands in a program."""
+        """Return load_model's argument for the base, as Python code."""
         facts, name = self.facts, self.facts.base_model_name_or_path
         config = None if facts.config is None or facts.config.model.name != name else facts.config.model
         given = {"revision": None if config is None else config.revision, "dtype": facts.dtype}

@@ -1,4 +1,4 @@
-"""What is known of what is published: of the masks, and of the run that made them; None where nothing says it."""
+"""Facts about what is published: about the masks and about the run that made them. A fact is None if it is unknown."""
 
 import dataclasses
 import math
@@ -14,14 +14,18 @@ from mft.files.json_file import read_object
 from mft.masks.export_format import MaskExport
 from mft.training.run_directory import TABLE_JSON
 
-MERGED = "mft_merge.json"  # beside a merged model's weights: what mft merge knew of its masks
+MERGED = "mft_merge.json"  # next to a merged model's weights: what mft merge knew about its masks
 _ALPHA = Rule("lie in (0, 1]", exclusiveMinimum=0, maximum=1)
-_MOST = 1 << 24  # bytes of a file of facts
+_MOST = 1 << 24  # most bytes of a file of facts
 
 
 @dataclass(frozen=True)
 class Results:
-    """The evaluations of a run by name, in nats a token and as shares; loss after - before, and its standard error."""
+    """The evaluations of a run, and what its loss has gained.
+
+    evaluations: by name, with loss in nats per token and accuracy as a share. difference: loss after - before. error:
+    the standard error of difference.
+    """
 
     evaluations: dict[str, dict[str, float]]
     difference: float
@@ -30,9 +34,10 @@ class Results:
 
 @dataclass
 class Facts:
-    """Fields as in MaskExport; modules, kept and weights are counts of layers and of their weights.
+    """Facts about masks. Fields are as in MaskExport, except for counts.
 
-    alpha: of merge_model; None: 1.
+    modules: the number of masked layers. weights, kept: the numbers of their weights and of their kept weights.
+    alpha: as for merge_model; None means 1.
     """
 
     base_model_name_or_path: str | None = None
@@ -68,20 +73,26 @@ def facts_of_export(export: MaskExport) -> Facts:
 
 
 def facts_of_masks(directory: Path, export: MaskExport) -> Facts:
-    """Of an export, and of its run where that lies beside it. Raises: ValueError that names a file of the run."""
+    """Return the facts of an export, and of the run in whose directory it lies, if there is one.
+
+    Raises: ValueError that names a file of the run.
+    """
     facts, path = facts_of_export(export), config_of_run(directory)
     return facts if path is None else with_run(facts, path)
 
 
 def with_run(facts: Facts, config: Path) -> Facts:
-    """With the configuration and the results of the run whose CONFIG this is. Raises: as facts_of_masks."""
+    """Return the facts with the configuration and the results of a run. config: the run's CONFIG file.
+
+    Raises: as facts_of_masks.
+    """
     table = config.with_name(TABLE_JSON)
     results = read_results(table) if table.is_file() else None
     return dataclasses.replace(facts, config=load_config(config), results=results)
 
 
 def facts_of_adapter(values: dict[str, Any]) -> Facts:
-    """Of the adapter_config.json that PEFT wrote, whose layers are a choice and not yet a list of modules."""
+    """Return the facts in PEFT's adapter_config.json. It says how to choose layers, but does not list the modules."""
     kinds: dict[str, Any] = {
         "base_model_name_or_path": str,
         "mode": str,
@@ -94,13 +105,16 @@ def facts_of_adapter(values: dict[str, Any]) -> Facts:
 
 
 def merged_facts(facts: Facts) -> dict[str, Any]:
-    """What MERGED holds: all but the run's configuration, and alpha where it is 1, as before there was one."""
+    """Return what MERGED holds: all facts except the run's configuration, and except alpha if it is 1.
+
+    Older files have no alpha.
+    """
     values = dataclasses.asdict(facts)
     return {key: value for key, value in values.items() if key != "config" and (key, value) != ("alpha", None)}
 
 
 def read_merged(path: Path) -> Facts:
-    """Raises: ValueError that names the file, if it is not what merged_facts gave."""
+    """Read the facts that merged_facts returned. Raises: ValueError that names the file, if it holds anything else."""
     values = read_object(path, _MOST)
     known = {field.name for field in dataclasses.fields(Facts)} - {"config"}
     if values.keys() | {"alpha"} != known:
@@ -115,10 +129,7 @@ def read_merged(path: Path) -> Facts:
 
 
 def read_results(path: Path) -> Results:
-    """Of the table.json of a run: its evaluations, and what the loss has gained.
-
-    Raises: ValueError that names the file.
-    """
+    """Read the results from a run's table.json. Raises: ValueError that names the file."""
     values = read_object(path, _MOST)
     rows = {name: row for name, row in values.items() if isinstance(row, dict) and {"loss", "accuracy"} <= row.keys()}
     named = {"difference": values.get("loss after - before"), "error": values.get("standard error")}

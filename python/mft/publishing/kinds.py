@@ -1,4 +1,4 @@
-"""The kinds of contents, a class each: masks, an adapter that PEFT saved, or an ordinary model."""
+"""The kinds of contents, one class for each: masks, an adapter that PEFT saved, or an ordinary model."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ _PAPER = "[Mask Fine-Tuning](https://arxiv.org/abs/2503.22764)"
 
 
 def read_contents(directory: Path) -> Contents:
-    """What directory, or a finished run's, holds; every file has been checked as mft verify would.
+    """Read the contents of a directory, or the result of a finished run, and check every file like mft verify.
 
     Raises: FileNotFoundError if there is no such directory; ValueError that names the file and says what is missing or
         damaged, or that the run has no result yet.
@@ -63,7 +63,7 @@ def read_contents(directory: Path) -> Contents:
 
 @dataclass(frozen=True)
 class MaskContents(Contents):
-    """coding: how the masks are stored. file_bytes: of MASK_FILE."""
+    """Masks. coding: how they are stored. file_bytes: the size of MASK_FILE."""
 
     kind = "masks"
     rivals = _OF_A_MODEL
@@ -139,7 +139,7 @@ class AdapterContents(Contents):
             raise FileNotFoundError(f"{weights}: missing; an adapter has {CONFIG_FILE} and {MASK_FILE}: save it again")
         with open_tensors(weights, _AGAIN) as file:
             scores = [name for name in file.keys() if ".mft_scores" in name]  # noqa: SIM118  (no mapping)
-            # Of experts in one parameter, (E, N, K), that one's name follows.
+            # For experts in one parameter, (E, N, K), the parameter's name follows.
             dims = {name: 2 if name.endswith(".mft_scores") else 3 for name in scores}
             odd = [name for name in scores if len(file.get_slice(name).get_shape()) != dims[name]]
         if not scores or odd:
@@ -214,7 +214,7 @@ class ModelContents(Contents):
 
 
 def _shards(directory: Path) -> dict[str, set[str]]:
-    """The files of weights, and the tensors that each has to hold."""
+    """Return {name of a weights file: the tensors that it must hold}."""
     path = directory / _INDEX
     if not path.is_file():
         return {_WEIGHTS: set()}
@@ -227,7 +227,7 @@ def _shards(directory: Path) -> dict[str, set[str]]:
 
 
 def _check_shard(path: Path, expected: set[str]) -> None:
-    """Raise unless path has these tensors, and none of a masked layer."""
+    """Raise unless path has these tensors and no tensor of a masked layer."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing, weights of the model: {_AGAIN}")
     with open_tensors(path, _AGAIN) as file:

@@ -1,6 +1,6 @@
-"""Facts as Markdown: each stays on one line, is neither markup nor HTML, and names no directory of this machine.
+"""Write facts as Markdown. A fact stays on one line, is no markup or HTML, and names no directory of this machine.
 
-Many facts are texts of files that strangers may have written.
+Many facts are texts from untrusted files.
 """
 
 import os
@@ -13,14 +13,14 @@ from mft.data.sources import NAMED
 from mft.files.hub import split_hub_id
 from mft.models.pretrained import SHORTHANDS
 
-LONGEST = 500  # characters of a fact
-# What our shorthands are dequantised from.
+LONGEST = 500  # most characters of a fact
+# The models from which our shorthands are dequantised.
 _OF_SHORTHANDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _PLAIN = re.compile(r"(?!.*(://|www\.))[\w .,:;%()+/=±-]*")  # what Markdown leaves as it is
 
 
 def hub_base(name: str | None) -> str | None:
-    """The name of a base on the hub; None for one that is a path, and for none."""
+    """Return the name of a base on the hub, or None if name is a path or None."""
     if name is None or name in SHORTHANDS:
         return _OF_SHORTHANDS.get(name or "")
     named = split_hub_id(name)
@@ -28,7 +28,7 @@ def hub_base(name: str | None) -> str | None:
 
 
 def base_in_a_sentence(base: str) -> str:
-    """A link where the hub has it."""
+    """Return the base's name as Markdown, with a link if it is on the hub."""
     found = hub_base(base)
     if base in SHORTHANDS:
         return f"`{base}` ([{found}](https://huggingface.co/{found}), dequantised as mft fetches it)"
@@ -36,13 +36,13 @@ def base_in_a_sentence(base: str) -> str:
 
 
 def without_directory(name: str) -> str:
-    """A name as it is, of a path the last part: the directories of a machine are nobody's business."""
+    """Return a name as it is, and of a path only the last part: a machine's directories are private."""
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(name)
     return Path(name).name if is_path and name not in (*SHORTHANDS, *NAMED) else name
 
 
 def one_line(text: str) -> str:
-    """With line ends and whatever else is not seen written as Python writes it, and of bounded length."""
+    """Return text with line ends and other invisible characters as Python escapes, cut to LONGEST characters."""
     escaped = (
         c.encode("unicode_escape").decode() if c == "\\" or not c.isprintable() else c for c in text[: LONGEST + 1]
     )
@@ -51,25 +51,25 @@ def one_line(text: str) -> str:
 
 
 def text(fact: str) -> str:
-    """A fact as it is, or as code if Markdown might make something else of it."""
+    """Return a fact as it is, or as code if Markdown might change it."""
     return fact if len(fact) <= LONGEST and _PLAIN.fullmatch(fact) else _code(fact)
 
 
 def block(language: str, lines: Sequence[str]) -> str:
-    """A block of code."""
+    """Return a block of code."""
     code = "\n".join(lines)
     fence = _fence(code, 3)
     return f"{fence}{language}\n{code}\n{fence}"
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
-    """A table, whose cells may hold bars."""
+    """Return a table. Bars in cells are escaped."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _code(fact: str) -> str:
-    """A fact as code in a line, between more backticks than it has."""
+    """Return a fact as inline code, between more backticks than it contains in a row."""
     fact = one_line(fact)
     fence = _fence(fact, 1)
     space = " " if fact.startswith("`") or fact.endswith("`") else ""

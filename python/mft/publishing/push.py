@@ -1,4 +1,4 @@
-"""One commit to a repository on the hub: the files of what was found whole, and its card.
+"""Push to the hub in one commit: the checked files and their card.
 
 pushed = push_to_hub("runs/masks", "user/masks")
 mft.load_masks(model, "user/masks", revision=pushed.revision)
@@ -21,12 +21,12 @@ from mft.publishing.contents import README, Contents
 from mft.publishing.kinds import read_contents
 from mft.publishing.markdown import hub_base
 
-_MOST_CARD = 1 << 20  # bytes
+_MOST_CARD = 1 << 20  # most bytes of a card that is read
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """revision: the commit's hash. notes: what was left out, kept or not known, a line each."""
+    """A finished push. revision: the commit's hash. notes: lines about what was left out, kept or not known."""
 
     url: str
     revision: str
@@ -45,25 +45,27 @@ def push_to_hub(
     coding: str | None = None,
     overwrite_card: bool = False,
 ) -> Pushed:
-    """Upload masks, an adapter that PEFT saved or a model, with a model card, in one commit; who may, the token says.
+    """Upload masks, an adapter that PEFT saved or a model, with a model card, in one commit.
 
-    The repository is made where there is none. A README.md in directory takes the place of the card. One on the hub
-    that was written or edited by hand stays. What is there already is not uploaded again.
+    The hub's token decides which repositories may be written. The repository is created if it does not exist. A
+    README.md in directory is used instead of a generated card. A README.md on the hub that was written or edited by
+    hand is kept. Files that are already on the hub are not uploaded again.
 
     Args:
         directory: what save_masks, PEFT's save_pretrained, save_model or mft merge wrote, or a finished run.
         repository: user/name.
-        revision: a branch, made where there is none; by default main.
-        private: a new repository is shown to its owner alone; an old one has to be private already.
-        message: of the commit.
-        license: of the card, as the hub spells it; by default that of the base's card, if that lies on this machine.
-        base: the base's name on the hub, where directory names it by a path.
-        coding: of masks how they are stored there, as of save_masks; by default as in directory.
+        revision: a branch, created if it does not exist; by default main.
+        private: create the repository as private. An existing repository must be private already.
+        message: the commit's message.
+        license: the card's license, as the hub spells it; by default that of the base's card, if that card is on this
+            machine.
+        base: the base's name on the hub, if directory names the base by a path.
+        coding: how masks are stored on the hub, as for save_masks; by default as in directory.
         overwrite_card: replace a README.md on the hub, whoever wrote it.
-    Returns: where it lies, the commit, and notes on what was left out, kept or not known.
-    Raises: FileNotFoundError or ValueError if directory holds nothing whole to push, or an argument breaks its rule;
-        OSError if the hub is not reached, or refuses. Nothing is changed there then, but that repository and branch may
-        have been made.
+    Returns: the address, the commit, and notes on what was left out, kept or not known.
+    Raises: FileNotFoundError or ValueError if directory holds nothing complete to push, or an argument breaks its rule;
+        OSError if the hub cannot be reached or refuses. Then nothing on the hub has changed, except that the repository
+        and the branch may have been created.
     """
     named = split_hub_id(repository)
     check_rule(named is not None and named[1] is None, "repository", "be user/name", repr(repository))
@@ -98,7 +100,7 @@ def push_to_hub(
     operations += [CommitOperationAdd(name, content) for name, content in added.items()]
     try:
         with asking_hub(repository, revision, writing=True):
-            # upload_folder makes several commits where hf_xet is installed.
+            # upload_folder makes several commits if hf_xet is installed.
             commit = api.create_commit(
                 repository,
                 operations,
@@ -113,7 +115,7 @@ def push_to_hub(
 
 
 def _opened(api: HfApi, repository: str, branch: str, *, private: bool) -> tuple[str, str, set[str]]:
-    """(url, head, names of files) of a branch that there is from now on."""
+    """Create the repository and the branch if needed, and return (url, head, names of files) of the branch."""
     url = str(api.create_repo(repository, private=private or None, exist_ok=True))
     if private and not api.model_info(repository).private:
         raise ValueError(f"private must be False for a repository that is public, got {repository!r}: see its settings")
@@ -125,7 +127,7 @@ def _opened(api: HfApi, repository: str, branch: str, *, private: bool) -> tuple
 
 
 def _check_kind(contents: Contents, repository: str, there: set[str]) -> None:
-    """A model and an adapter in one repository would be loaded together."""
+    """Raise ValueError if the repository holds another kind: a model and an adapter would be loaded together."""
     other = contents.rivals & there
     if other:
         raise ValueError(
