@@ -1,1 +1,1 @@
-"""Federated learning with at most 1 bit per weight up: what clients send, and what a server makes of it."""
+"""Federated learning in which clients send at most 1 bit per weight: the messages, and how a server aggregates them."""

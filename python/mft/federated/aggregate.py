@@ -1,9 +1,9 @@
-"""What a server makes of its clients' messages: masks become probabilities, signs a majority, updates a mean.
+"""Aggregate clients' messages on a server: masks into probabilities, signs into a majority, updates into a mean.
 
-Pure functions on arrays, one matrix at a time. They need no framework: in a strategy of Flower they stand in
+These are pure functions on arrays, one matrix at a time. They need no framework. In a Flower strategy, call them in
 aggregate_fit, between parameters_to_ndarrays and ndarrays_to_parameters.
 
-M clients vote with a mask m_c or an update u_c each; a client's weight w_c, such as its number of examples, is 1 unless
+Each client c votes with a mask m_c or an update u_c. A client's weight w_c, such as its number of examples, is 1 unless
 given.
 """
 
@@ -25,14 +25,16 @@ def keep_probabilities(
     before: ArrayLike | None = None,
     strength: float = 0.0,
 ) -> Floats:
-    """p = (sum_c w_c m_c + strength * before) / (sum_c w_c + strength): how likely a weight stays.
+    """Compute the probability that a weight is kept: p = (sum_c w_c m_c + strength * before) / (sum_c w_c + strength).
 
-    The mean of a Beta posterior, as FedPM aggregates stochastic masks (arXiv 2209.15328): before is the probability
-    that the round began with, and strength says how many votes it stands for. With 0 the round forgets what was before.
+    This is the mean of a Beta posterior, as FedPM aggregates stochastic masks (arXiv 2209.15328). before is the
+    probability at the start of the round, and counts as many votes as strength says. With strength 0, before has no
+    effect.
 
     Args:
-        masks: A client's each, all of one shape; True where a weight stays.
-        before: The same shape, in [0, 1]; needed if strength is above 0.
+        masks: One mask per client, all of one shape; True where a weight is kept.
+        weights: One weight w_c per client.
+        before: The same shape as a mask, in [0, 1]; needed if strength is above 0.
     Raises: ValueError if there is no mask, or shapes or numbers do not fit.
     """
     votes, shares = _stacked(masks, "masks"), _shares(weights, len(masks))
@@ -48,23 +50,23 @@ def keep_probabilities(
 
 
 def majority_mask(probabilities: ArrayLike) -> Bits:
-    """True where at least half of the votes keep a weight: of doubt nothing is dropped."""
+    """Return True where at least half of the votes keep a weight. On a tie, the weight is kept."""
     return np.asarray(probabilities) >= 0.5
 
 
 def sample_mask(probabilities: ArrayLike, generator: np.random.Generator) -> Bits:
-    """A stochastic mask: each weight stays with its probability, as FedPM's clients draw what they send."""
+    """Draw a stochastic mask, as FedPM's clients do: each weight is kept with its probability."""
     chances = np.asarray(probabilities)
     return generator.random(chances.shape) < chances
 
 
 def majority_sign(updates: Sequence[ArrayLike], weights: Sequence[float] | None = None) -> Floats:
-    """sign(sum_c w_c sign(u_c)), 0 where votes are even: signSGD with majority vote (arXiv 1810.05291)."""
+    """Compute sign(sum_c w_c sign(u_c)), 0 where votes are even: signSGD with majority vote (arXiv 1810.05291)."""
     return np.sign(np.tensordot(_shares(weights, len(updates)), np.sign(_stacked(updates, "updates")), 1))
 
 
 def weighted_mean(updates: Sequence[ArrayLike], weights: Sequence[float] | None = None) -> Floats:
-    """sum_c w_c u_c / sum_c w_c: FedAvg, of updates or of what decode_signs gives."""
+    """Compute sum_c w_c u_c / sum_c w_c: FedAvg of updates, or of what decode_signs returns."""
     shares = _shares(weights, len(updates))
     return np.tensordot(shares, _stacked(updates, "updates").astype(np.float64), 1) / shares.sum()
 

@@ -1,7 +1,7 @@
-"""What a client sends: a mask at about its entropy, or the signs of an update at 1 bit each, with one scale.
+"""The messages of a client: a mask at about its entropy, or the signs of an update at 1 bit each, with one scale.
 
 A message is an array of uint8, so that a framework for federated learning carries it as it carries parameters (Flower's
-NDArrays). Of each matrix there is one message: its bytes are what goes over the wire, and all that does.
+NDArrays). There is one message for each matrix, and nothing else is sent.
 """
 
 import numpy as np
@@ -17,32 +17,33 @@ _SCALE = np.dtype("<f4")
 
 
 def encode_mask(mask: ArrayLike, known: ArrayLike | None = None) -> Message:
-    """The bits in which a mask differs from one that the server holds too, Golomb-Rice coded (files/rice.py).
+    """Encode the bits in which a mask differs from one that the server also has, Golomb-Rice coded (files/rice.py).
 
-    Clients of DeltaMask (arXiv 2311.17299) send changes of a mask too, in a filter that loses some; here none is lost.
+    Clients of DeltaMask (arXiv 2311.17299) also send the changes of a mask, but in a lossy filter; this code is exact.
 
     Args:
-        mask: Shape (..., K), booleans; True where a weight stays.
-        known: The same shape. What the round began with, such as the majority of the last one; None: all weights stay.
+        mask: Shape (..., K), booleans; True where a weight is kept.
+        known: The same shape. The mask at the start of the round, such as the majority of the last one; None: all
+            weights are kept.
     Returns:
-        At most 1 bit per weight, in rows filled up to 32 bits, and 5 bytes per 4 million of them; 0.08 bit per weight
-        where 1 % differ.
+        At most 1 bit per weight, in rows filled up to 32 bits, plus 5 bytes per 4 million bits; 0.08 bits per weight
+        if 1 % differ.
     """
     bits = _rows(np.asarray(mask, bool) ^ _known(known, np.shape(mask)))
     return np.frombuffer(rice.encode(rice.words_of(bits), bits.shape[1]), np.uint8)
 
 
 def decode_mask(message: Message, shape: tuple[int, ...], known: ArrayLike | None = None) -> Bits:
-    """The mask that encode_mask was given. Raises: ValueError if no mask of this shape has this message."""
+    """Return the mask that encode_mask was given. Raises: ValueError if no mask of this shape has this message."""
     rows, columns = int(np.prod(shape[:-1])), shape[-1]
     differs = rice.bits_of(rice.decode(message, rows, columns), columns)
     return differs.reshape(shape) ^ _known(known, shape)
 
 
 def encode_signs(update: ArrayLike) -> Message:
-    """scale * sign(update) in 1 bit per number and 4 bytes: the scale is the mean of |update|; 0 counts as positive.
+    """Encode scale * sign(update) in 1 bit per number and 4 bytes. scale is the mean of |update|; 0 counts as positive.
 
-    Args: update: of any shape, finite.
+    Args: update: any shape, finite.
     """
     numbers = np.asarray(update, np.float64)
     scale = np.abs(numbers).mean()
@@ -52,7 +53,7 @@ def encode_signs(update: ArrayLike) -> Message:
 
 
 def decode_signs(message: Message, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """scale * sign(update). Raises: ValueError if the message has another length than that of such a shape."""
+    """Return scale * sign(update). Raises: ValueError if the message's length does not fit the shape."""
     count, head = int(np.prod(shape)), _SCALE.itemsize
     rule = f"have {head + -(-count // 8)} bytes for the shape {shape}"
     check_rule(len(message) == head + -(-count // 8), "message", rule, len(message))
@@ -62,9 +63,9 @@ def decode_signs(message: Message, shape: tuple[int, ...]) -> NDArray[np.float32
 
 
 def encode_with_feedback(update: ArrayLike, error: ArrayLike) -> tuple[Message, NDArray[np.float64]]:
-    """(message, error): the signs of update + error, and what they leave out, which the client adds to its next update.
+    """Encode the signs of update + error, and return (message, error): the new error is for the client's next update.
 
-    Error feedback (arXiv 1901.09847): without it what the signs lose is lost for ever.
+    The error is what the signs leave out. Without this error feedback (arXiv 1901.09847), it would be lost.
 
     Args: update, error: of one shape; the first error is 0.
     """
