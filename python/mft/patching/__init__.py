@@ -1,1 +1,1 @@
-"""GGUF files with a mask in them: dropped weights become exact zeros in the file's own codes, and come back."""
+"""Write masks into GGUF files: dropped weights become exact zeros in the file's own codes, and can be restored."""

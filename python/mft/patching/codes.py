@@ -1,7 +1,7 @@
-"""Which bits of a GGUF block hold one weight, and which of their values is an exact zero: a class per type.
+"""The bits of a GGUF block that hold one weight, and the value of these bits that is an exact zero: a class per type.
 
-The layouts are those of ggml's ggml-quants.c, as gguf.quants reads them. A type that is not here has no zero: Q4_1,
-Q5_1, Q2_K, Q4_K and Q5_K store d * code + min, and the tables of IQ* do not hold 0.
+The layouts are those of ggml's ggml-quants.c, as gguf.quants reads them. A type that is missing here has no exact zero:
+Q4_1, Q5_1, Q2_K, Q4_K and Q5_K store d * code + min, and the tables of IQ* do not contain 0.
 """
 
 import functools
@@ -15,10 +15,10 @@ _INFINITE = 0x7C00  # the exponent of a float16 that is infinite or NaN
 
 @dataclass(frozen=True)
 class Field:
-    """A part of a weight's code, in one byte: of the weight at position p of a block it lies in byte ``byte[p]``.
+    """A part of a weight's code, within one byte. For the weight at position p of a block, it is in byte ``byte[p]``.
 
-    There ``tables[slot[p]]`` maps each value of the byte to the one in which this field alone is that of a zero.
-    Weights that share a byte have different slots.
+    ``tables[slot[p]]`` maps each value of that byte to the value in which this field is that of a zero and all other
+    bits are the same. Weights that share a byte have different slots.
     """
 
     byte: np.ndarray  # (values,)
@@ -27,7 +27,7 @@ class Field:
 
 
 def bits(byte: np.ndarray, shift: np.ndarray | int, count: int, zero: int) -> Field:
-    """A field of ``count`` bits from bit ``shift`` on, which are ``zero`` in a weight of 0."""
+    """Return a field of ``count`` bits from bit ``shift`` on, which have the value ``zero`` in a weight of 0."""
     shifts, slot = np.unique(np.broadcast_to(shift, byte.shape), return_inverse=True)
     kept = 0xFF & ~(((1 << count) - 1) << shifts[:, None])
     return Field(byte, slot, (np.arange(256) & kept | zero << shifts[:, None]).astype(np.uint8))
@@ -45,21 +45,21 @@ class Code:
         return type(self).__name__
 
     def fields(self) -> tuple[Field, ...]:
-        """What together is a weight's code."""
+        """Return the fields that together are a weight's code."""
         raise NotImplementedError
 
     def cleared(self, data: np.ndarray, elements: np.ndarray) -> np.ndarray:
-        """A tensor's bytes in which these weights are exact zeros, and no bit of another weight has changed.
+        """Return a tensor's bytes with exact zeros for these weights; all other weights keep their bits.
 
-        Args: data: the tensor's bytes, uint8, which stay; elements: which weights, int64, each once.
-        Raises: ValueError if a scale is infinite or NaN, whose product with a code of 0 is no zero.
+        Args: data: the tensor's bytes, uint8, not changed; elements: which weights, int64, each once.
+        Raises: ValueError if a scale is infinite or NaN, because its product with a code of 0 is not zero.
         """
         blocks, position = np.divmod(elements, self.values)
         self._check_scales(data, blocks)
         data = data.copy()
         for field in self._parts:
             places, slot = blocks * self.size + field.byte[position], field.slot[position]
-            for number, table in enumerate(field.tables):  # in a slot no byte comes twice
+            for number, table in enumerate(field.tables):  # within a slot, each byte occurs once
                 chosen = places[slot == number] if len(field.tables) > 1 else places
                 data[chosen] = table[data[chosen]]
         return data
@@ -69,7 +69,7 @@ class Code:
         return self.fields()
 
     def finite(self, data: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-        """Whether the scales of these blocks are finite numbers."""
+        """Return, for each of these blocks, whether its scale is a finite number."""
         if self.scale is None:
             return np.ones(len(blocks), bool)
         high = data[blocks * self.size + self.scale + 1]
@@ -164,7 +164,7 @@ class TQ2_0(Code):
 
 
 class TQ1_0(Code):
-    """48 bytes of five digits to base 3 and 4 of four, d: weight = d * (digit - 1)."""
+    """48 bytes of five base-3 digits each, 4 bytes of four digits each, d: weight = d * (digit - 1)."""
 
     values, size, scale = 256, 54, 52
 
@@ -176,7 +176,7 @@ class TQ1_0(Code):
 
     @staticmethod
     def _tables() -> np.ndarray:
-        """(5, 256): each byte with one of its digits made 1. A byte is the fraction of its digits, rounded up."""
+        """Return shape (5, 256): each byte with one digit set to 1. A byte is its digits as a fraction, rounded up."""
         powers = 3 ** np.arange(5)
         digits = (np.arange(256)[:, None] * powers % 256) * 3 >> 8
         made = np.where(np.eye(5, dtype=bool)[:, None, :], 1, digits)  # (5, 256, 5)
@@ -184,7 +184,7 @@ class TQ1_0(Code):
 
 
 class MXFP4(Code):
-    """An exponent, 16 bytes of two codes, p and p + 16, which are floats of 4 bits: 0 is +0."""
+    """An exponent, 16 bytes of two codes, p and p + 16. Codes are floats of 4 bits; code 0 is +0."""
 
     values, size = 32, 17
 
@@ -203,5 +203,5 @@ CODES: dict[str, Code] = {
 
 
 def code_of(kind: int) -> Code | None:
-    """Of a tensor's type, by its number in ggml; None if it has no exact zero that is known here."""
+    """Return the code of a tensor type, given by its number in ggml, or None if no exact zero is known for it."""
     return CODES.get(GGMLQuantizationType(kind).name)

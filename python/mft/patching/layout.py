@@ -1,8 +1,9 @@
-"""Where in a GGUF file the weights of a masked layer lie, as transformers reads it: nothing of the order is assumed.
+"""Find the places of a masked layer's weights in a GGUF file, in the order in which transformers reads them.
 
-transformers has a processor per architecture, which puts a tensor's rows where the model has them: it turns q and k of
-a Llama back, transposes GPT-2's, and makes one parameter of the experts' gate and up. Here indices are sent through it
-in place of weights, and say where each weight came from.
+transformers has one processor per architecture, which puts a tensor's rows where the model has them. It undoes the
+permutation of a Llama's q and k, transposes GPT-2's weights, and joins the experts' gate and up into one parameter.
+This module assumes nothing about the order: it sends indices through the processor instead of weights, and the result
+says where each weight came from.
 """
 
 import contextlib
@@ -23,9 +24,9 @@ _EMBEDDING = "token_embd.weight"
 
 
 class Layout:
-    """The tensors of a file, by the layers of the model that transformers makes of it.
+    """The tensors of a file, by the layers of the model that transformers makes from the file.
 
-    Raises: ValueError if the file does not hold a layer's weight, or holds it for another one too.
+    Raises: ValueError if the file lacks a layer's weight, or shares that weight with another layer.
     """
 
     def __init__(self, path: Path, header: GgufHeader, outline: Any, layers: dict[str, tuple[int, ...]]) -> None:
@@ -37,7 +38,7 @@ class Layout:
         self._names = self._named(config, header)
         tensors: dict[str, list[GgufTensor]] = {}
         for tensor in header.tensors.values():
-            # Experts' parameters have no suffix, their tensors have.
+            # The experts' tensors have the suffix .weight, but their parameters do not.
             target = self._names.get(tensor.name) or self._names.get(tensor.name.removesuffix(".weight"))
             tensors.setdefault(str(target), []).append(tensor)
         self.tensors = {name: tensors.get(parameter, []) for name, parameter in self._parameters.items()}
@@ -48,9 +49,9 @@ class Layout:
                 raise ValueError(f"{path}: {self._tied(name)}")
 
     def elements(self, name: str, dropped: np.ndarray) -> Iterator[tuple[GgufTensor, np.ndarray]]:
-        """Of each tensor that holds some of these weights of a layer: which of its elements they are, ascending.
+        """Yield each tensor that holds some of a layer's dropped weights, and their elements in it, ascending.
 
-        Args: dropped: places in the layer's weight, flat.
+        Args: dropped: places in the layer's flattened weight.
         """
         found = 0
         for tensor in self.tensors[name]:
@@ -67,7 +68,7 @@ class Layout:
             place = np.unravel_index(dropped, came.shape)
             row = came[place].astype(np.int64) - 1
             column = self._sent(name, tensor, np.broadcast_to(np.arange(width, dtype=np.int32), tensor.shape))[place]
-            ours = row >= 0  # what another tensor fills is 0
+            ours = row >= 0  # row numbers are from 1 on; 0, here -1, marks weights that another tensor fills
             found += int(ours.sum())
             yield tensor, np.sort(row[ours] * width + column[ours])
         if found != len(dropped):
@@ -77,11 +78,11 @@ class Layout:
             )
 
     def weight(self, name: str, values: dict[str, np.ndarray]) -> np.ndarray:
-        """A layer's weight, of its tensors' values by their names."""
+        """Return a layer's weight. values: the values of its tensors, by tensor name."""
         parts = [self._sent(name, tensor, values[tensor.name]) for tensor in self.tensors[name]]
         for part in parts:
             self._check_shape(name, part.shape)
-        return sum(parts[1:], start=parts[0])  # where one has values the others have 0
+        return sum(parts[1:], start=parts[0])  # where one part has values, the others are 0
 
     # ------------------------------------------------------------------------------------------ private
 
@@ -96,7 +97,7 @@ class Layout:
         )
 
     def _named(self, config: Any, header: GgufHeader) -> dict[str, str]:
-        """{a tensor's name: the parameter's}. Of the outermost module first: of all modules it takes seconds."""
+        """Return {tensor name: parameter name}. It tries the outermost module first: all modules take seconds."""
         try:
             names = get_gguf_hf_weights_map(_Outermost(self._outline), self._processor)
             if not set(self._parameters.values()) <= set(names.values()):
@@ -108,8 +109,8 @@ class Layout:
         return names
 
     def _sent(self, name: str, tensor: GgufTensor, values: np.ndarray) -> np.ndarray:
-        """values, in the tensor's shape, as they come into the layer's weight (N, K)."""
-        made: dict[str, Any] = {"tensors": {}}  # where a processor puts what it makes of several tensors
+        """Send values, in the tensor's shape, through the processor: return them as they are in the layer's weight."""
+        made: dict[str, Any] = {"tensors": {}}  # a processor puts parameters here that it makes of several tensors
         result = self._processor.process(
             weights=values, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters=made
         )
@@ -152,7 +153,7 @@ class Layout:
 
 
 class _Outermost:
-    """Of a model what get_gguf_hf_weights_map asks for, without the modules in it."""
+    """The part of a model that get_gguf_hf_weights_map reads, without the modules below it."""
 
     def __init__(self, model: Any) -> None:
         self.config, self.state_dict = model.config, model.state_dict

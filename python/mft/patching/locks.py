@@ -1,4 +1,4 @@
-"""One process at a time changes a file: locks that the system drops when the process dies."""
+"""Locks so that only one process at a time changes a file. The system releases them when the process dies."""
 
 import contextlib
 import fcntl
@@ -14,29 +14,35 @@ from mft.files.regular_file import check_regular
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """While the block runs, no patch in place changes the file. Raises: RuntimeError if one is doing so; OSError."""
+    """Keep other processes from patching the file in place while the block runs.
+
+    Raises: RuntimeError if another process is changing the file; OSError.
+    """
     with _locked(path, os.O_RDONLY, fcntl.LOCK_SH):
         yield
 
 
 @contextlib.contextmanager
 def changing(path: Path) -> Iterator[None]:
-    """While the block runs, no other patch reads or changes the file. Raises: RuntimeError if one does; OSError."""
+    """Keep other patches from reading or changing the file while the block runs.
+
+    Raises: RuntimeError if another patch is using the file; OSError.
+    """
     with _locked(path, os.O_RDWR, fcntl.LOCK_EX):
         yield
 
 
 @contextlib.contextmanager
 def claiming(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write to, which no other process has; if the block fails, it goes again.
+    """Yield a new file to write to, which no other process holds. It is deleted if the block fails.
 
-    Raises: RuntimeError if another process holds it; ValueError if something else lies there; OSError.
+    Raises: RuntimeError if another process holds it; ValueError if a file with content exists there; OSError.
     """
     while True:
         with _locked(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, fcntl.LOCK_EX) as descriptor:
-            if not _is_at(path, descriptor):  # its last holder has removed it
+            if not _is_at(path, descriptor):  # its last holder has deleted it
                 continue
-            if os.fstat(descriptor).st_size:  # an empty one is a killed process's
+            if os.fstat(descriptor).st_size:  # a killed process leaves an empty file
                 raise ValueError(f"{path} must not exist, got the undo file of another patch: move it, or delete it")
             try:
                 with os.fdopen(descriptor, "wb", closefd=False) as file:

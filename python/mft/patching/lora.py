@@ -1,4 +1,4 @@
-"""Masks as a LoRA adapter for runtimes that can only add: W + B A, where B A is minus the dropped weights."""
+"""Write masks as a LoRA adapter for runtimes that can only add: W + B A, where B A is minus the dropped weights."""
 
 import os
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from mft.patching.plan import LoadBase, Plan, plan_patch, tensor_values
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a written adapter is."""
+    """A written adapter and its rounding error."""
 
     path: Path
     bytes: int
     dropped: int  # weights
-    rounded: int  # of them, those that float16 does not hold exactly
-    largest_error: float  # of these: what remains of a dropped weight
-    base: str  # a sentence on whether the file was the masks' base
+    rounded: int  # dropped weights that float16 does not hold exactly
+    largest_error: float  # largest |value| that remains of a dropped weight
+    base: str  # a sentence that says whether the file was the masks' base
 
     @property
     def is_exact(self) -> bool:
@@ -40,24 +40,25 @@ def write_gguf_lora(
 ) -> Adapter:
     """Write masks as a LoRA adapter of full rank for a GGUF file, in float16: for runtimes that can only add.
 
-    ``W + B A = where(mask, W, 0)`` for each masked tensor W, (N, K), of whatever type: A is the identity, (K, K), and B
-    is minus the dropped weights, (N, K); where N < K, B is the identity, (N, N), and A minus the dropped weights. It
-    holds exactly where float16 holds the dropped weights, which is_exact says. It may take more bytes than the model.
+    ``W + B A = where(mask, W, 0)`` for each masked tensor W, (N, K), of any type. A is the identity, (K, K), and B is
+    minus the dropped weights, (N, K). If N < K, B is the identity, (N, N), and A is minus the dropped weights. The
+    equation is exact if float16 holds the dropped weights exactly; is_exact tells. The adapter may have more bytes than
+    the model.
 
-    Args: as of patch_gguf; model: whose adapter it is, which is only read.
-    Raises: as patch_gguf; ValueError for experts too, whose tensors have three dimensions.
+    Args: as for patch_gguf; model: the file that the adapter is for, only read.
+    Raises: as patch_gguf; ValueError also for experts, because their tensors have three dimensions.
     """
     with reading(Path(model)):
         return write_adapter(plan_patch(model, masks, load_base=load_base, force=force), output)
 
 
 def adapter_size(plan: Plan) -> int:
-    """How many bytes an adapter's tensors take. Raises: ValueError if one has three dimensions."""
+    """Return the number of bytes of an adapter's tensors. Raises: ValueError if a tensor has three dimensions."""
     return sum(2 * rank * (rows + columns) for rank, rows, columns in map(_ranks, _tensors(plan)))
 
 
 def write_adapter(plan: Plan, output: str | os.PathLike) -> Adapter:
-    """write_gguf_lora of a plan."""
+    """Do write_gguf_lora for a plan."""
     target = Path(output)
     if os.path.lexists(target):
         raise ValueError(f"output must be a new file, got {target}, which exists: name another one, or delete it")
@@ -67,7 +68,7 @@ def write_adapter(plan: Plan, output: str | os.PathLike) -> Adapter:
         writer = GGUFWriter(scratch, plan.header.architecture)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", 0.0)  # llama.cpp: no scale, whatever the rank
+        writer.add_float32("adapter.lora.alpha", 0.0)  # with alpha 0, llama.cpp uses no scale at any rank
         for tensor in tensors:
             rank, rows, columns = _ranks(tensor)
             for part, shape in (("lora_a", (rank, columns)), ("lora_b", (rows, rank))):
@@ -106,13 +107,13 @@ def _tensors(plan: Plan) -> list[GgufTensor]:
 
 
 def _ranks(tensor: GgufTensor) -> tuple[int, int, int]:
-    """(rank, rows, columns): the identity is on the smaller side."""
+    """Return (rank, rows, columns). The identity is on the smaller side."""
     rows, columns = tensor.shape
     return min(rows, columns), rows, columns
 
 
 def _minus_dropped(plan: Plan, tensor: GgufTensor) -> tuple[np.ndarray, np.ndarray]:
-    """Minus the dropped weights, 0 elsewhere: in float16, and as they are."""
+    """Return minus the dropped weights, 0 elsewhere: in float16, and exact in float32."""
     exact = np.zeros(tensor.shape, np.float32)
     elements = plan.dropped[tensor.name]
     exact.flat[elements] = -tensor_values(plan.path, tensor).reshape(-1)[elements]

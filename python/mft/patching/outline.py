@@ -1,4 +1,4 @@
-"""The model that a GGUF file describes, on the meta device, in milliseconds: without its vocabulary and its weights."""
+"""Build the model that a GGUF file describes on the meta device, in milliseconds: without vocabulary and weights."""
 
 import contextlib
 import logging
@@ -16,18 +16,18 @@ from mft.files.gguf_file import MAGIC, GgufHeader
 from mft.models.claims import check_parameters
 from mft.models.pretrained import LOCAL, outline_of, refusing
 
-_ALIGNMENT = 32  # where a file does not say another
+_ALIGNMENT = 32  # GGUF's default
 _TOKENS = "tokenizer.ggml.tokens"
-_LONGEST = 1 << 14  # bytes of a key with its value: of a list per layer, 2,000 layers; a list per token is longer
+_LONGEST = 1 << 14  # bytes of a key with its value: fits a list for 2,000 layers, but not a list with an item per token
 
 
 def gguf_outline(path: Path, header: GgufHeader) -> Any:
-    """The transformers model of a GGUF file, on the meta device.
+    """Return the transformers model of a GGUF file, on the meta device.
 
-    Its configuration is what transformers makes of a file with the same header, without lists of tokens: reading 49,152
-    of them takes transformers five seconds.
+    Its configuration is what transformers makes of a file with the same header but without lists of tokens: reading
+    49,152 tokens takes transformers five seconds.
     Args: header: read_gguf_header of path.
-    Raises: ValueError if transformers cannot read the architecture, or makes it a model without these tensors.
+    Raises: ValueError if transformers cannot read the file, or its model has more parameters than the file can hold.
     """
     if is_gguf_arch_supported(header.architecture):
         raise ValueError(
@@ -46,7 +46,7 @@ def gguf_outline(path: Path, header: GgufHeader) -> Any:
 
 @contextlib.contextmanager
 def _unheard() -> Iterator[None]:
-    """Without transformers' warning that there are no tokens to count."""
+    """Silence transformers' warning that there are no tokens to count."""
     logger = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -57,7 +57,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _shadow(path: Path, header: GgufHeader) -> bytes:
-    """A GGUF file of the same keys and tensor names, whose tensors are one number each."""
+    """Return a GGUF file with the same keys and tensor names, in which each tensor has one number."""
     architecture = header.architecture
     with path.open("rb") as file:
         pairs = {}

@@ -14,19 +14,19 @@ from mft.patching.plan import LoadBase, Plan, plan_patch
 from mft.patching.rewrite import Rewrite
 from mft.patching.undo_file import read_undo, undo_path
 
-_WINDOW = 1 << 20  # bytes of a file that are written in place at once
+_WINDOW = 1 << 20  # bytes that are rewritten in place at a time
 
 
 @dataclass(frozen=True)
 class Patched:
-    """What a patch did."""
+    """The result of a patch."""
 
     path: Path
-    undo: Path  # with it undo_gguf_patch gives the original back
+    undo: Path  # undo_gguf_patch needs it to restore the original
     dropped: int  # weights
-    changed: int  # bytes of codes; what was dropped may have been 0 before
-    grown: int  # bytes that the file is longer than the original
-    base: str  # a sentence on whether the file was the masks' base
+    changed: int  # bytes of codes; dropped weights that were 0 before change none
+    grown: int  # bytes by which the file is longer than the original
+    base: str  # a sentence that says whether the file was the masks' base
 
 
 def patch_gguf(
@@ -40,21 +40,21 @@ def patch_gguf(
 ) -> Patched:
     """Write a GGUF file in which the weights that masks drop are exact zeros; every other weight keeps its bits.
 
-    ``decode(output) == where(mask, decode(model), 0)``, element by element. output appears whole or not at all, and
-    beside it output.undo, with which undo_gguf_patch gives the original back.
+    ``decode(output) == where(mask, decode(model), 0)``, element by element. output is written whole or not at all.
+    Next to it, output.undo is written, from which undo_gguf_patch restores the original.
 
     Args:
         model: a GGUF file, in which each masked layer has tensors of its own, of the types F32, F16, BF16, Q8_0, Q4_0,
             Q5_0, Q6_K, Q3_K, TQ1_0, TQ2_0 or MXFP4. Other types have no exact zero.
-        masks: as of load_masks.
+        masks: as for load_masks.
         output: a new file.
         widen: "f32" stores the masked tensors of other types in float32, which makes the file longer.
-        load_base: gives the model that the masks were learned on. It is called if the file's weights are not that
-            model's to the bit; then shapes and correlation are checked.
-        force: take other weights of the same shapes, unchecked.
+        load_base: returns the model that the masks were learned on. It is called if the file's weights are not
+            bit-equal to that model's; then shapes and correlation are checked.
+        force: accept other weights of the same shapes, unchecked.
     Raises: FileNotFoundError; ValueError if model or masks are damaged, do not fit each other, or a type has no zero;
-        RuntimeError if another patch works on one of the files; OSError if output cannot be written. Nothing is left
-        behind then.
+        RuntimeError if another patch works on one of the files; OSError if output cannot be written. In each case,
+        nothing is left behind.
     """
     path, target = Path(model), Path(output)
     _check_new(target)
@@ -70,7 +70,7 @@ def patch_gguf(
                     rewrite = Rewrite(plan, sink, widened).run()
                 undo.write(rewrite.undo().to_bytes())
                 undo.flush()
-                os.fsync(undo.fileno())  # before the file that it is for appears
+                os.fsync(undo.fileno())  # before the patched file appears
     grown = rewrite.bytes_after - rewrite.bytes_before
     return Patched(target, beside, plan.count, len(rewrite.places), grown, plan.base)
 
@@ -78,10 +78,10 @@ def patch_gguf(
 def patch_gguf_in_place(
     model: str | os.PathLike, masks: str | os.PathLike, *, load_base: LoadBase | None = None, force: bool = False
 ) -> Patched:
-    """patch_gguf in the file itself. A running llama.cpp maps the file, and computes with the new codes at once.
+    """Patch the file itself, like patch_gguf. A running llama.cpp maps the file and uses the new codes at once.
 
-    model.undo is written first: with it undo_gguf_patch_in_place gives the original back, also after a patch that was
-    broken off.
+    model.undo is written first. From it, undo_gguf_patch_in_place restores the original, also after an interrupted
+    patch.
     """
     path, beside = Path(model), undo_path(model)
     with changing(path):
@@ -99,9 +99,9 @@ def patch_gguf_in_place(
 
 
 def undo_gguf_patch(patched: str | os.PathLike, output: str | os.PathLike) -> Path:
-    """Write the file that was patched, byte for byte, as output.
+    """Write the original of a patched file to output, byte for byte.
 
-    Args: patched: what patch_gguf wrote, with its undo file beside it; output: a new file.
+    Args: patched: what patch_gguf wrote, with its undo file next to it; output: a new file.
     Returns: output.
     Raises: FileNotFoundError; ValueError if either file has been changed since; OSError. output is then not written.
     """
@@ -115,7 +115,7 @@ def undo_gguf_patch(patched: str | os.PathLike, output: str | os.PathLike) -> Pa
 
 
 def undo_gguf_patch_in_place(patched: str | os.PathLike) -> Path:
-    """undo_gguf_patch in the file itself, whose undo file is then deleted. Raises: as undo_gguf_patch."""
+    """Restore the original in the file itself, then delete its undo file. Raises: as undo_gguf_patch."""
     path = Path(patched)
     with changing(path):
         undo = read_undo(path)
@@ -124,7 +124,7 @@ def undo_gguf_patch_in_place(patched: str | os.PathLike) -> Path:
                 f"{path} must hold its tensors where the original has them to be restored in place, got a file that is "
                 "widened: name a new file for the original"
             )
-        undo.restore(path)  # to nowhere: it is held against its hash
+        undo.restore(path)  # without a sink: this only checks the hash
         _overwrite(path, undo.places, undo.old)
         undo_path(path).unlink()
     return path
@@ -139,7 +139,7 @@ def _check_new(target: Path) -> None:
 
 
 def _to_widen(plan: Plan, widen: str | None) -> frozenset[str]:
-    """Names of the masked tensors without a zero. Raises: ValueError if there are some, and they may not be widened."""
+    """Return the names of masked tensors whose type has no zero. Raises: ValueError if they exist and widen is None."""
     if widen not in (None, "f32"):
         raise ValueError(f"widen must be f32 (or not be given), got {widen!r}")
     names = [name for name in plan.dropped if code_of(plan.tensor(name).kind) is None]
@@ -154,7 +154,7 @@ def _to_widen(plan: Plan, widen: str | None) -> frozenset[str]:
 
 
 def _overwrite(path: Path, places: np.ndarray, new: np.ndarray) -> None:
-    """Make these bytes of a file, at ascending places, new."""
+    """Overwrite the bytes of a file at these ascending places with new."""
     with naming(path), path.open("r+b") as file:
         for start in range(0, os.fstat(file.fileno()).st_size, _WINDOW):
             first, last = np.searchsorted(places, [start, start + _WINDOW])

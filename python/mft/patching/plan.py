@@ -1,4 +1,4 @@
-"""What a patch changes: which elements of which tensors, and whether the file is the base that the masks are for."""
+"""Plan a patch: which elements of which tensors it changes, and whether the file is the masks' base."""
 
 import math
 import os
@@ -30,21 +30,21 @@ from mft.patching.threads import made_ahead
 
 LoadBase = Callable[[], nn.Module]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Of a layer's weights in the file and in the base: below it they are those of another model, or in another order, which
-# correlate at about 0. A ternary quantisation of ordinary weights has 0.75, 3 bits 0.98.
+# Correlation of a layer's weights in the file with those in the base. Weights of another model, or in another order,
+# correlate at about 0. A ternary quantisation of ordinary weights has 0.75, and 3 bits have 0.98.
 _LEAST_CORRELATION = 0.5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What masks drop of a file's weights."""
+    """The weights of a file that masks drop."""
 
     path: Path
     header: GgufHeader
     export: MaskExport
     masks_hash: str  # content_hash of the export
-    dropped: dict[str, np.ndarray]  # of each tensor with masked weights, by name: which elements are dropped, ascending
-    base: str  # a sentence on whether the file is the masks' base
+    dropped: dict[str, np.ndarray]  # {name of a tensor with masked weights: its dropped elements, ascending}
+    base: str  # a sentence that says whether the file is the masks' base
 
     @property
     def count(self) -> int:
@@ -61,11 +61,11 @@ def plan_patch(
 
     Args:
         model: a GGUF file.
-        masks: as of load_masks.
-        load_base: gives the model that the masks were learned on, and is called if the file's weights are not that
-            model's to the bit: somebody's own quantisation is held against it.
-        force: take the file whatever its weights are, if their shapes are those of the masks.
-    Raises: FileNotFoundError; ValueError if either is damaged, or the file is another model's.
+        masks: as for load_masks.
+        load_base: returns the model that the masks were learned on. It is called if the file's weights are not
+            bit-equal to that model's, for example because the file is a quantisation; then the two are compared.
+        force: accept any weights of the shapes that the masks have.
+    Raises: FileNotFoundError; ValueError if either is damaged, or the file belongs to another model.
     """
     path, directory = Path(model), masks_directory(masks)
     header = read_gguf_header(path)
@@ -85,15 +85,18 @@ def plan_patch(
 
 
 def tensor_values(path: Path, tensor: GgufTensor) -> np.ndarray:
-    """What a tensor of a file decodes to, float32 in its shape. Raises: ValueError if gguf cannot decode its type."""
+    """Return the decoded values of a tensor of a file: float32, in its shape.
+
+    Raises: ValueError if gguf cannot decode its type.
+    """
     return decoded(path, tensor, np.fromfile(path, np.uint8, tensor.size, offset=tensor.start))
 
 
 def decoded(path: Path, tensor: GgufTensor, stored: np.ndarray) -> np.ndarray:
-    """tensor_values of a tensor's bytes; path: for the message."""
+    """Return tensor_values from a tensor's stored bytes. path: for the message."""
     kind = GGMLQuantizationType(tensor.kind)
     try:
-        with np.errstate(all="ignore"):  # of scales that are no numbers
+        with np.errstate(all="ignore"):  # scales may be NaN
             values = dequantize(stored.reshape(math.prod(tensor.shape[:-1]), -1), kind)
     except NotImplementedError:
         raise ValueError(f"{path}: {tensor.name} must be of a type that gguf decodes, got {kind.name}") from None
@@ -101,24 +104,27 @@ def decoded(path: Path, tensor: GgufTensor, stored: np.ndarray) -> np.ndarray:
 
 
 def _dropped(packed: Tensor, entry: MaskEntry) -> np.ndarray:
-    """Where a packed mask has no bit, flat. By numpy: torch's threads wait for each other on a busy machine."""
+    """Return the flat places where a packed mask is 0. It uses numpy, as torch's threads stall on a busy machine."""
     kept = np.unpackbits(packed.numpy().view(np.uint8), axis=-1, count=entry.shape[-1], bitorder="little")
     return np.flatnonzero(kept == 0)
 
 
 class _Base:
-    """Whether a file holds the weights that masks were learned on, and these weights."""
+    """Tells whether a file holds the weights that masks were learned on, and returns these weights."""
 
     def __init__(self, path: Path, layout: Layout, export: MaskExport, load: LoadBase | None) -> None:
         self.path, self.layout, self.export, self.load = path, layout, export, load
         self.entries = {entry.name: entry for entry in export.modules}
-        self.model: nn.Module | None = None  # of weights that the file does not hold to the bit
+        self.model: nn.Module | None = None  # the base, if the file's weights are not bit-equal to it
 
     def judge(self, directory: Path, *, force: bool) -> str:
-        """A sentence on it. Raises: ValueError if it is another model, and not force."""
+        """Return a sentence that says whether the file is the base.
+
+        Raises: ValueError if the file belongs to another model and force is false.
+        """
         names = sorted(self.entries)
         ahead = made_ahead(lambda name: self._of_file(self.entries[name]), names)
-        found = weights_hash(names, lambda _: next(ahead))  # which asks in this order
+        found = weights_hash(names, lambda _: next(ahead))  # weights_hash asks in sorted order too
         if found == self.export.base_hash:
             return f"{self.path} is the base of the masks: its weights have their hash"
         if force:
@@ -145,7 +151,7 @@ class _Base:
         )
 
     def weight(self, name: str) -> Tensor:
-        """The weight of a layer that the masks were learned on, for a coding that takes it."""
+        """Return the weight that a layer's mask was learned on, for a coding that needs it."""
         return self._of_file(self.entries[name]) if self.model is None else weight_named(self.model, name)
 
     def _of_file(self, entry: MaskEntry) -> Tensor:

@@ -1,4 +1,4 @@
-"""One pass over a GGUF file: weights are dropped from its tensors, and what brings the file back is noted."""
+"""Rewrite a GGUF file in one pass: drop weights from its tensors, and record what restores the original."""
 
 import struct
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Rewrite:
     """The patched file, written piece by piece, and what its undo file will hold.
 
     Args:
-        sink: where the patched file goes; None to know its hash and its changed bytes alone.
+        sink: where the patched file goes; None to compute only its hash and its changed bytes.
         widened: names of tensors that are stored in float32.
     """
 
@@ -36,7 +36,7 @@ class Rewrite:
         self.bytes_before = self.bytes_after = 0
 
     def run(self) -> "Rewrite":
-        """Read and write all of it. Raises: ValueError if a dropped weight's scale is infinite or NaN."""
+        """Read and write the whole file. Raises: ValueError if a dropped weight's scale is infinite or NaN."""
         for tensor, piece in _pieces(self.plan.path, self.plan.header):
             self._before.update(piece)
             self._take(tensor, piece)
@@ -45,16 +45,16 @@ class Rewrite:
 
     @property
     def places(self) -> np.ndarray:
-        """int64, ascending: which bytes of the original have changed."""
+        """The bytes of the original that have changed: int64, ascending."""
         return np.concatenate([np.empty(0, np.int64), *self._places])
 
     @property
     def new(self) -> np.ndarray:
-        """uint8: what they have become."""
+        """The new values of the changed bytes: uint8."""
         return np.concatenate([np.empty(0, np.uint8), *self._new])
 
     def undo(self) -> Undo:
-        """How the original comes back."""
+        """Return what restores the original."""
         facts = Facts(
             sha256_before=self._before.hexdigest(),
             sha256_after=self._after.hexdigest(),
@@ -75,7 +75,7 @@ class Rewrite:
             elif self.bytes_before == 0:
                 self._replace(piece, widened_header(piece, self.plan.header, self._widened))
             else:
-                self._replace(piece, piece[:0])  # padding, of which each tensor gets its own
+                self._replace(piece, piece[:0])  # padding: each tensor gets new padding below
             return
         if tensor.name in self._widened:
             wide = decoded(self.plan.path, tensor, piece).reshape(-1).view(np.uint8)
@@ -124,7 +124,10 @@ class Rewrite:
 
 
 def widened_header(head: np.ndarray, header: GgufHeader, widened: frozenset[str]) -> np.ndarray:
-    """The bytes before the tensors, where these tensors are in float32 and all follow each other as ggml asks."""
+    """Return the bytes before the tensors for a file in which these tensors are widened to float32.
+
+    Offsets follow one another with the alignment that ggml requires.
+    """
     changed, offset = head.copy(), 0
     for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.start):
         kind, size = tensor.kind, tensor.size
@@ -136,12 +139,12 @@ def widened_header(head: np.ndarray, header: GgufHeader, widened: frozenset[str]
 
 
 def widened_size(tensor: GgufTensor) -> int:
-    """Bytes of a tensor in float32."""
+    """Return the number of bytes of a tensor in float32."""
     return 4 * int(np.prod(tensor.shape, dtype=np.int64))
 
 
 def _pieces(path: Path, header: GgufHeader) -> Iterator[tuple[GgufTensor | None, np.ndarray]]:
-    """All of a file in order: (the tensor, its bytes), and with None what lies before, between and after them."""
+    """Yield a whole file in order: (tensor, its bytes), and (None, bytes) for all before, between and after tensors."""
     end = 0
     with path.open("rb") as file:
         for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.start):

@@ -1,4 +1,4 @@
-"""Work on a second core beside the one that reads: hashes, and the next layer's weights."""
+"""Work on a second core while the first one reads: hashes, and the next layer's weights."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ Made = TypeVar("Made")
 
 
 class Digest:
-    """SHA-256 of bytes that come in pieces, which must not change afterwards; a thread of its own computes it."""
+    """The SHA-256 of bytes that come in pieces, computed in a thread of its own. A piece must not change afterwards."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -20,11 +20,11 @@ class Digest:
         self._pending: Future | None = None
 
     def update(self, piece: np.ndarray) -> None:
-        self._wait()  # one piece at a time: others would wait in memory
+        self._wait()  # at most one pending piece, since pending pieces take memory
         self._pending = self._pool.submit(self._digest.update, piece.data)
 
     def hexdigest(self) -> str:
-        """Of all pieces. Ends the thread."""
+        """Return the digest of all pieces, and end the thread."""
         self._wait()
         self._pool.shutdown()
         return self._digest.hexdigest()
@@ -35,7 +35,7 @@ class Digest:
 
 
 def made_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """map(make, items), each made while the one before it is used."""
+    """Yield map(make, items). Each result is made while the caller uses the one before it."""
     with ThreadPoolExecutor(1) as pool:
         before: Future | None = None
         for item in items:

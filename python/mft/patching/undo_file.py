@@ -1,13 +1,13 @@
-"""What lies beside a patched file, FILE.undo: the bytes that the patch changed, and the SHA-256 of both files.
+"""The undo file next to a patched file, FILE.undo: the bytes that the patch changed, and the SHA-256 of both files.
 
-A safetensors file, which is read with suspicion. Its metadata are Facts; its tensors:
+It is a safetensors file, and it is read as an untrusted one. Its metadata are Facts. Its tensors are:
 
     segments  int64 (n, 3): the original is these pieces in turn (0: of the patched file, 1: of moved; start; bytes)
-    moved     uint8: what the patched file does not hold: header and tensors that were widened
-    gaps      uint8: from one changed byte of the original to the next; 255 skips as many, and changes none
-    old       uint8: what these bytes were
+    moved     uint8: bytes of the original that the patched file lacks: the header and tensors that were widened
+    gaps      uint8: steps from one changed byte of the original to the next; 255 skips 255 bytes and changes none
+    old       uint8: the original values of the changed bytes
 
-The result must have the SHA-256 of the original, or nothing is written: whatever a damaged file says.
+The result must have the SHA-256 of the original. Otherwise nothing is written, whatever a damaged file says.
 """
 
 import hashlib
@@ -27,40 +27,40 @@ from mft.files.safetensors_file import open_tensors
 
 SUFFIX = ".undo"
 _VERSION = 1
-_SKIP = 255  # of a gap: no byte is changed there
+_SKIP = 255  # a gap of this value only skips: no byte is changed there
 _KEY = "mft"
 _REMEDY = "copy it again, or take the original from where it came from"
-_PIECE = 1 << 24  # bytes that are copied at once
+_PIECE = 1 << 24  # bytes that are copied at a time
 _TENSORS = {"segments": "I64", "moved": "U8", "gaps": "U8", "old": "U8"}
 
 
 def undo_path(patched: str | os.PathLike) -> Path:
-    """Where the undo file of a patched file lies."""
+    """Return the path of a patched file's undo file."""
     path = Path(patched)
     return path.with_name(path.name + SUFFIX)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What an undo file says besides bytes."""
+    """The metadata of an undo file."""
 
     sha256_before: str
     sha256_after: str
     bytes_before: int
-    masks: str  # their content_hash
+    masks: str  # content_hash of the masks
     dropped: int  # weights
     version: int = _VERSION
 
 
 @dataclass(frozen=True)
 class Undo:
-    """An undo file's content."""
+    """The content of an undo file."""
 
     facts: Facts
     segments: np.ndarray
     moved: np.ndarray
     places: np.ndarray  # int64, ascending: which bytes of the original were changed
-    old: np.ndarray  # uint8: what they were
+    old: np.ndarray  # uint8: the original values of these bytes
 
     def to_bytes(self) -> bytes:
         tensors = {
@@ -73,13 +73,13 @@ class Undo:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the patched file differs from the original in the changed bytes alone."""
+        """Whether the patched file has every byte of the original in its place, except for the changed bytes."""
         return self.segments.tolist() == [[0, 0, self.facts.bytes_before]]
 
     def restore(self, patched: Path, sink: BinaryIO | None = None) -> None:
-        """Write the original, made of a patched file, to sink, if there is one.
+        """Restore the original of a patched file, check its hash, and write it to sink, if given.
 
-        Raises: ValueError if it is not the original; what has been written must then be thrown away.
+        Raises: ValueError if the result is not the original; then discard what has been written.
         """
         digest, written = hashlib.sha256(), 0
         with patched.open("rb") as source:
@@ -106,13 +106,13 @@ class Undo:
                 piece = np.fromfile(source, np.uint8, min(size - place, _PIECE))
                 yield piece
                 if len(piece) < min(size - place, _PIECE):
-                    return  # cut off, which the hash will tell
+                    return  # the file is cut off; the hash check reports it
 
 
 def read_undo(patched: str | os.PathLike) -> Undo:
-    """The undo file of a patched file.
+    """Read the undo file of a patched file.
 
-    Raises: FileNotFoundError; ValueError that names the undo file, if it is damaged or none.
+    Raises: FileNotFoundError; ValueError that names the undo file, if it is damaged or not an undo file.
     """
     path = undo_path(patched)
     if not path.exists():
@@ -158,7 +158,7 @@ def _check_segments(path: Path, segments: np.ndarray, size: int, moved: int) -> 
 
 
 def _gaps(places: np.ndarray) -> np.ndarray:
-    """uint8: ascending places as steps from one to the next, the first from 0."""
+    """Return ascending places as uint8 steps from one place to the next, the first step from 0."""
     skips, rest = np.divmod(np.diff(places, prepend=0), _SKIP)
     ends = np.cumsum(skips + 1)
     gaps = np.full(ends[-1] if len(ends) else 0, _SKIP, np.uint8)
