@@ -1,9 +1,9 @@
-"""Masks in vLLM: one base, the masks of many tasks, and a switch between requests.
+"""Masks in vLLM: serve one base with the masks of many tasks, and switch between requests.
 
     llm = mft.vllm.load("base", {"python": "runs/python"})
     mft.vllm.use(llm, "python")
 
-Nothing here imports vLLM before it is needed.
+vLLM is imported only when it is needed.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ __all__ = ["MaskStream", "add_tasks", "load", "use"]
 
 
 def __getattr__(name: str) -> Any:
-    """MaskStream at its first use: it is for whoever trains, and loads transformers."""
+    """Import MaskStream at its first use: only training needs it, and it loads transformers."""
     if name != "MaskStream":
         raise AttributeError(f"module 'mft.vllm' has no attribute {name!r}")
     from mft.vllm.stream import MaskStream

@@ -1,4 +1,4 @@
-"""Python's side: an LLM of vLLM with masks, and the switch of its task."""
+"""The Python client: load a vLLM LLM with masks, and switch its task."""
 
 import os
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from mft.vllm.versions import NAME, check_vllm
 def load(
     base: str | os.PathLike, tasks: Mapping[str, str | os.PathLike], *, force: bool = False, **options: Any
 ) -> Any:
-    """vllm.LLM of a base, with the masks of tasks; it begins as the base.
+    """Return a vllm.LLM of a base with the masks of tasks. At first it answers as the base.
 
     Args:
         base: an ordinary model, as vLLM takes it.
-        tasks, force: as directories of mft.load_mask_bank.
-        options: of vllm.LLM.
-    Raises: RuntimeError if vLLM is not installed, or of another version; ValueError as add_tasks.
+        tasks, force: as the arguments directories and force of mft.load_mask_bank.
+        options: further arguments of vllm.LLM.
+    Raises: RuntimeError if vLLM is not installed or has another version; ValueError as add_tasks.
     """
     check_vllm()
     for key in ("quantization", "weight_transfer_config"):
@@ -32,7 +32,7 @@ def load(
 
 
 def add_tasks(llm: Any, tasks: Mapping[str, str | os.PathLike], *, force: bool = False) -> None:
-    """Make the masks of more tasks known; what the weights hold stays as it is.
+    """Add the masks of more tasks. The model's weights do not change.
 
     Raises: ValueError if masks cannot be read, do not fit, or were learned on another base: then no task is added.
     """
@@ -42,23 +42,23 @@ def add_tasks(llm: Any, tasks: Mapping[str, str | os.PathLike], *, force: bool =
 
 
 def use(llm: Any, task: str | None) -> None:
-    """From here on llm answers with the masks of this task; None: as the base.
+    """Make llm answer with the masks of this task, or as the base if task is None.
 
-    Args: llm: of load, or the address of a server (python -m mft.vllm).
+    Args: llm: what load returned, or the address of a server (python -m mft.vllm).
     Raises: ValueError for an unknown task, or while llm answers; RuntimeError if the engine is dead.
     """
     change(llm, {"task": task})
 
 
 def change(llm: Any, update: dict[str, Any]) -> None:
-    """One update of the engine, after which no answer comes from the cache of other weights."""
+    """Send one update to the engine and empty its prefix cache, so that no answer uses the cache of other weights."""
     if isinstance(llm, str):
         Remote(llm).change(update)
         return
     engine = llm.llm_engine
     if engine.has_unfinished_requests():
         raise ValueError("llm must have answered all requests before its masks change: wait for them")
-    resources = getattr(engine.engine_core, "resources", None)  # of an engine in a process of its own
+    resources = getattr(engine.engine_core, "resources", None)  # None if the engine has no process of its own
     with unmarked():
         while_alive(lambda: _switch(llm, update), lambda: resources is not None and resources.engine_dead)
 

@@ -1,4 +1,4 @@
-"""What a mask drops of one weight: where, and the base's values there, by which it is taken back bit for bit."""
+"""The weights that a mask drops from one matrix: their places, and the base's values to restore them bit for bit."""
 
 from dataclasses import dataclass
 
@@ -14,29 +14,29 @@ Chosen = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Dropped:
-    """Places, ascending in row-major order, and values of the weight's dtype, one for each."""
+    """The places, ascending in row-major order, and for each place a value in the weight's dtype."""
 
     places: Places
     values: Tensor
 
     def put_back(self, weight: Tensor) -> None:
-        # index_copy_ runs on one thread. weight[places] = values waits at barriers: seconds, if the processor is busy.
+        # index_copy_ runs on one thread. weight[places] = values waits at barriers: for seconds on a busy processor.
         weight.view(-1).index_copy_(0, _index(self.places).to(weight.device), self.values)
 
     def drop(self, weight: Tensor) -> None:
         weight.view(-1).index_fill_(0, _index(self.places).to(weight.device), 0)
 
     def values_at(self, places: Places, weight: Tensor) -> Tensor:
-        """The base's values at these places, of a weight from which this is dropped."""
+        """Return the base's values at these places of a weight from which this mask's places are dropped."""
         at, inside = self._find(places)
         values = weight.view(-1)[_index(places)]
         values[torch.from_numpy(inside)] = self.values[torch.from_numpy(at[inside])]
         return values
 
     def flipped(self, flips: "Dropped") -> tuple["Dropped", Chosen]:
-        """What is dropped after the bits at flips.places flip, and which of these are dropped then.
+        """Return what is dropped after the bits at flips.places flip, and which of these places are then dropped.
 
-        Args: flips: with the base's values at their places.
+        Args: flips: the places that flip, with the base's values there.
         """
         at, inside = self._find(flips.places)
         stays = np.ones(len(self.places), np.bool_)
@@ -52,7 +52,7 @@ class Dropped:
         return Dropped(places, values), ~inside
 
     def _find(self, places: Places) -> tuple[NDArray[np.intp], Chosen]:
-        """Where each of these places would stand among ours, and whether it does."""
+        """Return, for each of these places, its index in self.places (by order) and whether it is there."""
         at = np.searchsorted(self.places, places)
         inside = at < len(self.places)
         inside[inside] = self.places[at[inside]] == places[inside]

@@ -1,6 +1,6 @@
-"""The routes /v1/mft of a vLLM server: which tasks there are, and the switch between requests.
+"""The routes /v1/mft of a vLLM server: list the tasks, and switch between requests.
 
-A switch lets what is being answered end under the old task. Requests that come meanwhile wait for the new one.
+A switch waits until running requests have ended with the old task. Requests that arrive meanwhile wait for the new one.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ KEYS = {"use": {"task"}, "update": {"task", "flips"}}
 
 
 class MaskEndpoint:
-    """A plugin of vllm.endpoint_plugins; the tasks come as mft_tasks of the server's arguments."""
+    """A plugin of vllm.endpoint_plugins. The tasks are mft_tasks in the server's arguments."""
 
     name = NAME
     required_tasks = ("generate",)
@@ -42,7 +42,7 @@ class MaskEndpoint:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         tasks = getattr(args, "mft_tasks", {})
         self._engine = engine_client
-        if not tasks:  # a server of vLLM's own, which has other masks or none
+        if not tasks:  # a server that was not started by mft.vllm.serve
             return
         with unmarked():
             await engine_client.init_weight_transfer_engine(
@@ -75,7 +75,7 @@ class MaskEndpoint:
         return JSONResponse({"task": update["task"], "waited_seconds": waited, "switch_seconds": switched})
 
     async def _while_alive(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        """What work gives. Raises: RuntimeError if the engine dies meanwhile."""
+        """Return the result of work. Raises: RuntimeError if the engine dies meanwhile."""
         task = asyncio.ensure_future(work)
         while not (await asyncio.wait({task}, timeout=SECONDS))[0]:
             if self._engine.errored:
@@ -85,7 +85,7 @@ class MaskEndpoint:
         return await task
 
     async def _change(self, update: dict[str, Any]) -> tuple[float, float]:
-        """Seconds until what was being answered had ended, and of the switch itself."""
+        """Change the masks, and return the seconds until running answers had ended and those of the switch itself."""
         begin = time.perf_counter()
         with unmarked():
             await self._engine.pause_generation(mode="wait", clear_cache=True)
@@ -125,6 +125,6 @@ def _read(body: bytes, route: str) -> dict[str, Any]:
 
 
 def _refusal(status: int, error: Exception) -> JSONResponse:
-    """As OpenAI's error object."""
+    """Return the error in the form of OpenAI's error object."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": str(error), "type": kind, "code": status}}, status)

@@ -1,4 +1,4 @@
-"""The weight-transfer engine that vLLM runs in its worker: masks by task, of which one lies in the model's weights."""
+"""The weight-transfer engine that vLLM runs in its worker: masks by task, one of which is applied to the weights."""
 
 import logging
 import time
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MaskInit(WeightTransferInitInfo):
-    """More tasks: directories of masks by name."""
+    """Tasks to add. tasks: {name: directory of its masks}."""
 
     tasks: dict[str, str] = field(default_factory=dict)
     force: bool = False
@@ -30,14 +30,14 @@ class MaskInit(WeightTransferInitInfo):
 
 @dataclass
 class MaskUpdate(WeightTransferUpdateInfo):
-    """A switch to task, None being the base; or with flips a step of its masks."""
+    """A switch to task (None: the base), or, if flips are given, one step of the task's masks."""
 
     task: str | None
     flips: dict[str, Any] | None = None
 
 
 class MaskTransferEngine(WeightTransferEngine[MaskInit, MaskUpdate]):
-    """Each call changes all that it is asked to, or raises and changes nothing."""
+    """Holds the tasks. Each call makes the whole change, or raises and changes nothing."""
 
     init_info_cls = MaskInit
     update_info_cls = MaskUpdate
@@ -53,7 +53,7 @@ class MaskTransferEngine(WeightTransferEngine[MaskInit, MaskUpdate]):
             self.tasks.add(init_info.tasks, force=init_info.force)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class's, which waits for an accelerator that a CPU does not have."""
+        """Do the same as the base class, but without waiting for an accelerator, which a CPU machine does not have."""
         with marked():
             self.receive_weights(self.parse_update_info(update_info))
 
@@ -76,7 +76,7 @@ class MaskTransferEngine(WeightTransferEngine[MaskInit, MaskUpdate]):
 
 
 def _check_served(vllm_config: Any) -> None:
-    """Raise ValueError for what was not tried, or would answer with other weights than the masked ones."""
+    """Raise ValueError for settings that were not tried, or with which answers would not use the masked weights."""
     refused = {
         "one process without parallelism": (vllm_config.parallel_config.world_size, 1),
         "no LoRA": (vllm_config.lora_config is not None, False),

@@ -1,6 +1,6 @@
-"""What a worker refuses, told to whoever asked.
+"""Carry a worker's errors to the caller.
 
-vLLM hands on the text of an exception without its type, and puts text of its own around it.
+vLLM passes on the text of an exception without its type, and puts text of its own around it.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ from concurrent.futures import Future, wait
 DEAD = (
     "vLLM's engine must run, got a dead one (its log says why): start it again; base and masks on disk are as they were"
 )
-SECONDS = 0.5  # between two looks at an engine, which leaves a call unanswered if it dies meanwhile
+SECONDS = 0.5  # between two checks that the engine lives; a dead engine leaves a call unanswered
 _MARK = "mft: "
 _SAID = re.compile(rf"{_MARK}(.*?)(?:', please check the stack trace above for the root cause)?\Z", re.DOTALL)
 
 
 @contextlib.contextmanager
 def marked() -> Iterator[None]:
-    """In a worker: what its caller can mend is marked."""
+    """Mark errors in the block that the worker's caller can fix. Used in a worker."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -28,7 +28,10 @@ def marked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unmarked() -> Iterator[None]:
-    """Around a call of a worker. Raises: ValueError with the worker's sentence; RuntimeError if its process is dead."""
+    """Turn marked errors in the block back into plain ones. Used around a call of a worker.
+
+    Raises: ValueError with the worker's message; RuntimeError if its process is dead.
+    """
     try:
         yield
     except Exception as error:
@@ -41,14 +44,14 @@ def unmarked() -> Iterator[None]:
 
 
 def while_alive(call: Callable[[], None], is_dead: Callable[[], bool]) -> None:
-    """Do call, in a thread that nobody has to wait for. Raises: as call; RuntimeError if the engine dies meanwhile."""
+    """Run call in a daemon thread. Raises: as call; RuntimeError if the engine dies meanwhile."""
     done: Future[None] = Future()
 
     def run() -> None:
         try:
             call()
             done.set_result(None)
-        except BaseException as error:  # noqa: BLE001  # whoever waits gets it
+        except BaseException as error:  # noqa: BLE001  # done.result() raises it
             done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -59,6 +62,6 @@ def while_alive(call: Callable[[], None], is_dead: Callable[[], bool]) -> None:
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """What marked() marked; None of any other error."""
+    """Return the message that marked() marked, or None for any other error."""
     found = _SAID.search(str(error))
     return found.group(1) if found else None

@@ -1,4 +1,4 @@
-"""What changes between two masks of a model, as few bytes: the bits that flip, coded by their gaps (files/rice.py)."""
+"""Code the change between two masks of a model in few bytes: the bits that flip, by their gaps (files/rice.py)."""
 
 import base64
 import binascii
@@ -21,8 +21,9 @@ Shape = tuple[int, int]
 class Flips:
     """One step of a task's masks.
 
-    step: how many came before; dropped: weights that all masks of the task drop after it; streams: by layer, only of
-    layers whose mask changes. Only step 0 has the shapes and dtypes of all masked layers, and base_hash.
+    step: the number of steps before this one. dropped: weights that all masks of the task together drop after this
+    step. streams: by layer, only for layers whose mask changes. Only step 0 has base_hash and the shapes and dtypes of
+    all masked layers.
     """
 
     step: int
@@ -34,11 +35,11 @@ class Flips:
 
     @property
     def nbytes(self) -> int:
-        """Of the streams."""
+        """The bytes of all streams."""
         return sum(map(len, self.streams.values()))
 
     def message(self, *, text: bool) -> dict[str, Any]:
-        """As plain values; text: for JSON, the streams in base64."""
+        """Return the flips as plain values. text: encode the streams in base64, for JSON."""
         streams = {name: base64.b64encode(s).decode() if text else s for name, s in self.streams.items()}
         said = {"step": self.step, "dropped": self.dropped, "streams": streams}
         if self.step == 0:
@@ -48,7 +49,7 @@ class Flips:
 
 
 def read_flips(message: Any) -> Flips:
-    """Flips of what message() gave. Raises: ValueError for anything else."""
+    """Return the Flips from what message() returned. Raises: ValueError for anything else."""
     try:
         streams = {name: _bytes_of(stream) for name, stream in message["streams"].items()}
         shapes = {name: (int(rows), int(columns)) for name, (rows, columns) in message.get("shapes", {}).items()}
@@ -69,7 +70,7 @@ def read_flips(message: Any) -> Flips:
 def flips_between(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], shapes: Mapping[str, Shape]
 ) -> dict[str, bytes]:
-    """The streams of all layers whose packed mask differs; a layer that before lacks kept everything."""
+    """Return the streams of all layers whose packed mask differs. A layer missing from before kept everything."""
     streams = {}
     for name, packed in after.items():
         words = words_of_mask(packed)
@@ -80,7 +81,7 @@ def flips_between(
 
 
 def flipped_places(name: str, stream: bytes, shape: Shape) -> Places:
-    """The positions of a stream. Raises: ValueError if no mask of this shape has it."""
+    """Return the positions that a stream flips. Raises: ValueError if no mask of this shape has this stream."""
     try:
         words = rice.decode(np.frombuffer(stream, np.uint8), *shape)
     except ValueError as error:
@@ -91,17 +92,17 @@ def flipped_places(name: str, stream: bytes, shape: Shape) -> Places:
 
 
 def dropped_places(packed: Tensor, shape: Shape) -> Places:
-    """The positions that a packed mask drops."""
+    """Return the positions that a packed mask drops."""
     return places_of(words_of_mask(packed) ^ _all_kept(shape), shape[1])
 
 
 def words_of_mask(packed: Tensor) -> Words:
-    """A packed mask (N, ceil(K / 32)) as rice.encode takes it."""
+    """Return a packed mask (N, ceil(K / 32)) as the words that rice.encode takes."""
     return packed.detach().cpu().contiguous().numpy().view(np.uint32)
 
 
 def places_of(words: Words, columns: int) -> Places:
-    """Where the bits of a matrix are set. Only words with a set bit are looked into."""
+    """Return the positions of a matrix's set bits. Only words with a set bit are unpacked."""
     rows, at = np.nonzero(words)
     found, bits = np.nonzero(
         np.unpackbits(words[rows, at].astype("<u4").view(np.uint8), bitorder="little").reshape(-1, 32)
@@ -110,7 +111,7 @@ def places_of(words: Words, columns: int) -> Places:
 
 
 def _all_kept(shape: Shape) -> Words:
-    """The packed mask that keeps everything, 0 in each row's padding."""
+    """Return the packed mask that keeps everything, with 0 in each row's padding."""
     row = rice.words_of(np.ones((1, shape[1]), np.bool_))
     return np.repeat(row, shape[0], axis=0)
 

@@ -1,7 +1,7 @@
 """A linear method for vLLM whose weights stay ordinary matrices: --quantization mft.
 
-On a CPU vLLM packs each linear weight for oneDNN and empties layer.weight, so a mask could not be written into it.
-vLLM offers no other way to choose a linear method than a quantisation.
+On a CPU, vLLM packs each linear weight for oneDNN and empties layer.weight, so a mask could not be written into it.
+A quantisation is the only way to choose a linear method in vLLM.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from mft.vllm.versions import NAME
 
 
 class PlainLinearMethod(UnquantizedLinearMethod):
-    """Weights as they were loaded, and the product of PyTorch."""
+    """Keeps weights as they were loaded, and multiplies with PyTorch."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Leave layer.weight where it is."""
+        """Leave layer.weight as it is."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(x, layer.weight, bias)
@@ -27,7 +27,7 @@ class PlainLinearMethod(UnquantizedLinearMethod):
 
 @register_quantization_config(NAME)
 class PlainLinearConfig(QuantizationConfig):
-    """Nothing is quantised. Embeddings, attention and experts are as vLLM makes them."""
+    """Quantises nothing. Embeddings, attention and experts stay as vLLM makes them."""
 
     def get_name(self) -> Any:
         return NAME
@@ -52,5 +52,5 @@ class PlainLinearConfig(QuantizationConfig):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a change of layer.weight changes what the layer computes."""
+    """Return whether a change of layer.weight changes what the layer computes."""
     return isinstance(getattr(layer, "quant_method", None), PlainLinearMethod)

@@ -1,4 +1,4 @@
-"""The entry points of vLLM: what it calls in each of its processes, and in the one that answers HTTP."""
+"""The plugins for vLLM: it calls register in each of its processes, and endpoint in the one that answers HTTP."""
 
 import logging
 from typing import Any
@@ -9,10 +9,10 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """vllm.general_plugins: make --quantization mft and the backend mft known.
+    """Register --quantization mft and the backend mft. Entry point in vllm.general_plugins.
 
-    vLLM calls this wherever the package is installed. With another vLLM it does nothing but say why, so that models
-    without masks still run.
+    vLLM calls this wherever the package is installed. With an unsupported vLLM it only logs why, so that models without
+    masks still run.
     """
     reason = reason_against()
     if reason is not None:
@@ -20,7 +20,7 @@ def register() -> None:
         return
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    import mft.vllm.plain_linear  # noqa: F401  # registers itself, also in a process that only unpickles it
+    import mft.vllm.plain_linear  # noqa: F401  # registers itself, also in a process that only unpickles its class
 
     try:
         WeightTransferEngineFactory.register_engine(NAME, "mft.vllm.engine", "MaskTransferEngine")
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 def endpoint() -> Any:
-    """vllm.endpoint_plugins: the routes of /v1/mft, in a server that VLLM_PLUGINS allows them."""
+    """Return the routes of /v1/mft, for servers whose VLLM_PLUGINS allow them. Entry point in vllm.endpoint_plugins."""
     from mft.vllm.endpoint import MaskEndpoint
 
     return MaskEndpoint()

@@ -1,4 +1,4 @@
-"""A server with masks (python -m mft.vllm), asked over HTTP."""
+"""An HTTP client for a server with masks (python -m mft.vllm)."""
 
 import http.client
 import json
@@ -6,11 +6,11 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-_SECONDS = 600  # a switch waits for the answers that are being made
+_SECONDS = 600  # timeout of a request: a switch waits for the running answers
 
 
 class Remote:
-    """Args: address: such as http://127.0.0.1:8000; key: of --api-key, if the server has one."""
+    """A server. address: such as http://127.0.0.1:8000. key: the server's --api-key, if it has one."""
 
     def __init__(self, address: str, key: str | None = None) -> None:
         if not address.startswith(("http://", "https://")):
@@ -20,11 +20,11 @@ class Remote:
         self.address, self.key = address.rstrip("/"), key
 
     def change(self, update: dict[str, Any]) -> dict[str, Any]:
-        """A switch, or a step of flips. Raises: ValueError if the server refuses it; RuntimeError if it fails."""
+        """Send a switch, or a step of flips. Raises: ValueError if the server refuses it; RuntimeError if it fails."""
         return self._ask("/v1/mft/use" if update.get("flips") is None else "/v1/mft/update", update)
 
     def tasks(self) -> dict[str, Any]:
-        """The tasks that the server knows, and the one in use."""
+        """Return the tasks that the server knows, and the task in use."""
         return self._ask("/v1/mft/tasks", None)
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""python -m mft.vllm: vLLM's own OpenAI server on one base, with the masks of many tasks and the routes of /v1/mft."""
+"""python -m mft.vllm: vLLM's own OpenAI server for one base, with the masks of many tasks and the routes /v1/mft."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ _OURS = ("--quantization", "-q", "--weight-transfer-config")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve until SIGINT or SIGTERM; exit code 2 and one line for what the caller can mend."""
+    """Serve until SIGINT or SIGTERM. On errors that the caller can fix, print one line and exit with code 2."""
     try:
         ours, rest = read_arguments(arguments)
         check_vllm()
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What is ours, and what vLLM reads."""
+    """Split the arguments into those of this program and those that vLLM reads."""
     parser = argparse.ArgumentParser(prog="python -m mft.vllm", usage=USAGE, allow_abbrev=False)
     parser.add_argument(
         "--masks", action="append", default=[], help="a task: an output_dir of mft train, or its masks/"
@@ -43,7 +43,10 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
 
 
 def check_tasks(given: Sequence[str]) -> dict[str, str]:
-    """{task: directory} of --masks, each of which is there and whole; before vLLM spends seconds on the base."""
+    """Return {task: directory} from the --masks arguments.
+
+    It checks that the masks in each directory are undamaged, before vLLM spends seconds on loading the base.
+    """
     tasks: dict[str, str] = {}
     for each in given:
         task, equals, place = each.partition("=")

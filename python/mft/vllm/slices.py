@@ -1,7 +1,7 @@
-"""Where the weight of a layer lies in a server's model, which fuses q, k and v, and gate and up, into one matrix.
+"""Find the weight of a layer in a server's model, which fuses q, k and v, and gate and up, into one matrix.
 
-The model's own load_weights knows it. It is given a tensor without memory, and the copy that it then makes is noted
-and not done: its destination is the slice.
+The model's own load_weights knows the place. It gets a tensor without memory. The copy that it then makes is recorded
+instead of done: the copy's destination is the slice.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ class Slices:
     """Finds the slices of a model's weights.
 
     Args:
-        model: with load_weights, which takes (name, tensor) pairs by the checkpoint's names.
-        is_plain: whether a layer computes with its parameter as it lies in memory.
+        model: has load_weights, which takes (name, tensor) pairs with the checkpoint's names.
+        is_plain: returns whether a layer computes with its parameter as it is in memory.
     """
 
     def __init__(self, model: nn.Module, is_plain: Callable[[nn.Module], bool]) -> None:
@@ -28,7 +28,7 @@ class Slices:
         self._owners = _owners(model)
 
     def find(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The memory of the layer's weight: a view, of this shape, whose change changes the model.
+        """Return the layer's weight in the model's memory: a view of this shape. Writing to it changes the model.
 
         Raises: ValueError if the model has no such weight, keeps it in another layout, or in more than one place.
         """
@@ -43,7 +43,7 @@ class Slices:
                 f"{name}: its weight must go to one place of vLLM's {self._kind}, got {len(copies)}: mft merge makes "
                 "each task an ordinary model"
             )
-        target = copies[0].detach().as_subclass(Tensor)  # of a parameter that is a subclass
+        target = copies[0].detach().as_subclass(Tensor)  # vLLM's parameters are of subclasses
         owner, layer = self._owners.get(target.untyped_storage().data_ptr(), ("a temporary tensor", nn.Module()))
         if not self._is_plain(layer) or tuple(target.shape) != shape or not target.is_contiguous():
             raise ValueError(
@@ -69,7 +69,7 @@ class Slices:
 
 
 class _NotedCopies(TorchFunctionMode):
-    """Meanwhile copy_ copies nothing, and its destinations are noted."""
+    """A mode in which copy_ copies nothing and its destinations are recorded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _NotedCopies(TorchFunctionMode):
 
 
 def _owners(model: nn.Module) -> dict[int, Owner]:
-    """Whose parameter lies at an address: its name, and its module."""
+    """Return {address: (the name of the parameter that lies there, its module)}."""
     return {
         parameter.untyped_storage().data_ptr(): (f"{path}.{name}" if path else name, module)
         for path, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""The masks of a model in training, sent to vLLM step by step: only the bits that flip travel."""
+"""Send the masks of a model in training to vLLM step by step: only the bits that flip are sent."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from mft.vllm.flips import Flips, flips_between, words_of_mask
 
 
 class MaskStream:
-    """A task of vLLM that follows the masks of model.
+    """A task in vLLM that follows the masks of model.
 
     Args:
-        llm: of mft.vllm.load, or a server's address; it serves the base that model is trained on.
+        llm: what mft.vllm.load returned, or a server's address. It serves the base that model is trained on.
         task: a name that llm does not know yet.
-        model: masked, of mft.mask_model; its masked layers are plain matrices.
+        model: a model masked by mft.mask_model, whose masked layers are plain matrices.
     """
 
     def __init__(self, llm: Any, task: str, model: nn.Module) -> None:
@@ -26,10 +26,11 @@ class MaskStream:
         self._sent: dict[str, Tensor] = {}
 
     def update(self) -> int:
-        """Send what has flipped since the last call, print its bytes, and let vLLM answer with these masks.
+        """Send the bits that have flipped since the last call, and print the number of bytes.
 
-        Returns: the bytes. Raises: as mft.vllm.use; ValueError if vLLM serves another base. The next call then sends
-            the same again.
+        The first call also makes vLLM answer with the masks of this task.
+        Returns: the bytes. Raises: as mft.vllm.use; ValueError if vLLM serves another base. After an error, the next
+            call sends the same again.
         """
         layers = masked_modules(self.model)
         masks = {name: layer.packed_mask().cpu() for name, layer in layers.items()}

@@ -1,10 +1,10 @@
-"""The masks of tasks over the weights of a running model: one task's lie in the weights, and the base comes back.
+"""Apply the masks of one task at a time to the weights of a running model, and restore the base.
 
     weight  1.5  NaN  2.0  -0.0        mask  1  0  1  0
     becomes 1.5  0    2.0   0          held  places 1, 3 and the base's values NaN, -0.0
 
-A switch writes the old task's values back and zeros at the new one's places: it touches what the two masks drop, and
-nothing else. Each task keeps its own values, so any switch can be done again from any state.
+A switch writes the old task's values back, and zeros at the new task's places. It touches only weights that the two
+masks drop. Each task keeps its own values, so any switch can be done again from any state.
 """
 
 import logging
@@ -37,36 +37,36 @@ Masks = dict[str, Dropped]  # by layer
 
 
 class Tasks:
-    """Masks by task, and the weights that hold those of one.
+    """Masks by task, and the model's weights, to which the masks of one task are applied.
 
-    Args: find: the memory of a layer's weight (N, K) in the model, by the layer's name (slices.py).
+    Args: find: returns a layer's weight (N, K) in the model's memory, by the layer's name (slices.py).
     """
 
     def __init__(self, find: Find) -> None:
         self._find = find
         self._weights: dict[str, Tensor] = {}
         self._tasks: dict[str, Masks] = {}
-        self._steps: dict[str, int] = {}  # of tasks that come as flips
+        self._steps: dict[str, int] = {}  # next step of each task that comes as flips
         self._task: str | None = None
         self._hashes: dict[tuple[str, ...], str] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """In the order in which they came."""
+        """The tasks, in the order in which they were added."""
         return tuple(self._tasks)
 
     @property
     def task(self) -> str | None:
-        """Whose masks lie in the weights; None: the base."""
+        """The task whose masks are applied to the weights, or None for the base."""
         return self._task
 
     @torch.no_grad()
     def add(self, directories: Mapping[str, str], *, force: bool = False) -> None:
-        """Read the masks of more tasks; the weights stay as they are.
+        """Read the masks of more tasks. The weights do not change.
 
-        Args: as of mft.load_mask_bank.
-        Raises: ValueError or OSError if one cannot be read, does not fit, or (without force) was learned on another
-            base: then none is added.
+        Args: as for mft.load_mask_bank.
+        Raises: ValueError or OSError if a task's masks cannot be read, do not fit, or (without force) were learned on
+            another base: then no task is added.
         """
         read: dict[str, Masks] = {}
         for task, place in directories.items():
@@ -79,16 +79,16 @@ class Tasks:
 
     @torch.no_grad()
     def use(self, task: str | None) -> int:
-        """Let the weights hold this task's masks from here on; None: the base.
+        """Apply this task's masks to the weights, or restore the base if task is None.
 
-        Returns: how many weights were written. Raises: ValueError for an unknown task.
+        Returns: the number of weights written. Raises: ValueError for an unknown task.
         """
         before, after = self._masks(self._task), self._masks(task)
         if self._task == task:
             return 0
         try:
             self._switch(before, after)
-        except BaseException:  # also an interrupt: the weights hold the old task again, or nothing was lost
+        except BaseException:  # also an interrupt: restore the old task
             self._switch(after, before)
             raise
         self._task = task
@@ -96,10 +96,10 @@ class Tasks:
 
     @torch.no_grad()
     def flip(self, task: str, flips: Flips) -> int:
-        """One step of a task whose masks come as flips; step 0 makes the task.
+        """Apply one step of a task whose masks come as flips. Step 0 adds the task.
 
-        Returns: how many bits flipped. Raises: ValueError if the flips do not follow what came before; nothing has
-            changed then.
+        Returns: the number of bits flipped. Raises: ValueError if the flips do not follow the task's last step; then
+            nothing has changed.
         """
         masks = self._begun(task, flips)
         changed: Masks = {}
@@ -119,7 +119,7 @@ class Tasks:
                 f"flips of step {flips.step} must leave {flips.dropped} weights dropped, as the sender says, got "
                 f"{dropped}: begin a new task"
             )
-        self._tasks[task], self._steps[task] = after, flips.step + 1  # first: they say how to take back what is written
+        self._tasks[task], self._steps[task] = after, flips.step + 1  # before the write, which `after` can take back
         if task == self._task:
             self._write(written)
         return sum(len(each.places) for each in written.values())
@@ -144,7 +144,7 @@ class Tasks:
         return {name: self._with_values(name, dropped_places(mask, self._shape(name))) for name, mask in packed.items()}
 
     def _begun(self, task: str, flips: Flips) -> Masks:
-        """The masks that flips change, checked."""
+        """Check flips, and return the masks that they change."""
         if flips.step == 0:
             self._check_new(task)
             for name, shape in flips.shapes.items():
@@ -165,7 +165,7 @@ class Tasks:
         return self._tasks[task]
 
     def _write(self, written: Masks) -> None:
-        """The task in use holds these values; an interrupt comes after all are written."""
+        """Write these values into the weights. After an interrupt, all are written again before it is raised."""
         try:
             for name, each in written.items():
                 each.put_back(self._weights[name])
@@ -175,13 +175,13 @@ class Tasks:
             raise
 
     def _with_values(self, name: str, places: Places) -> Dropped:
-        """The base's values at places, also while a task's masks lie in the weight."""
+        """Return the places with the base's values there, also while a task's masks are applied to the weight."""
         weight = self._weights[name]
         held = self._masks(self._task).get(name, nothing_dropped(weight))
         return Dropped(places, held.values_at(places, weight))
 
     def _base(self, name: str) -> Tensor:
-        """The base's weight: the one in memory, or while masks lie in it a copy without them."""
+        """Return the base's weight: the one in memory, or a copy without masks while masks are applied to it."""
         held = self._masks(self._task).get(name)
         if held is None:
             return self._weights[name]
@@ -196,7 +196,7 @@ class Tasks:
         return self._hashes[key]
 
     def _weight(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
-        """Find a layer's weight, once."""
+        """Find a layer's weight and remember it."""
         if np.prod(shape, dtype=np.int64) >= _MOST:
             raise ValueError(
                 f"{name}: a masked weight must have fewer than 2**31 elements in vLLM, got {shape}: mft merge"

