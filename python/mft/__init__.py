@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Loaded at first use: `mft --help` and `mft env` need not wait for transformers.
+# {module: its public names}, imported at first use, so that `mft --help` and `mft env` do not wait for transformers.
 _HOMES = {
     "budget.budget": ("grow_budget",),
     "budget.trainer": ("BudgetCallback",),
@@ -174,7 +174,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _version() -> str:
-    """The version of mft_kernels, whose import would load torch: `mft --version` need not wait for it."""
+    """Return the version of mft_kernels without importing it: the import would load torch, which takes time."""
     spec = find_spec("mft_kernels")
     assert spec is not None, "mft is shipped with mft_kernels"
     assert spec.origin is not None

@@ -1,4 +1,4 @@
-"""What users give: fields held against annotations and rules, and which known name a mistyped one was meant to be.
+"""Check what users give: compare fields with annotations and rules, and suggest a known name for a mistyped one.
 
 Every message begins with the field's name, so that a reader of files can put the section before it.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-MOST_BITS = 64  # of an integer: no setting needs more, and Python does not print one of 20,000
-_LONGEST = 200  # characters of a name that somebody typed
+MOST_BITS = 64  # most bits of an integer: no setting needs more, and Python refuses to print one of 20,000
+_LONGEST = 200  # most characters of a typed name that is compared with known ones
 _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "enum": lambda value, known: value in known,
     "minimum": operator.ge,
@@ -29,9 +29,9 @@ _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 class Rule:
-    """What a field's value has to keep, or each item of a list: in words, and in keywords of JSON Schema.
+    """A rule for a field's value, or for each item of a list: in words, and in keywords of JSON Schema.
 
-    It stands in the annotation, as in Annotated[int | None, at_least(1)]; null is not asked.
+    It is part of the annotation, as in Annotated[int | None, at_least(1)]. It is not applied to null.
     """
 
     def __init__(self, words: str, **keywords: Any) -> None:
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Text:
-    """In an annotation: a string of this pattern may stand for the value, which read makes of it."""
+    """Part of an annotation: the field also accepts a string of this pattern, which read turns into the value."""
 
     pattern: str
     read: Callable[[str], Any]
@@ -68,12 +68,12 @@ SEED = Rule("lie in [0, 2**63)", minimum=0, exclusiveMaximum=2**63)
 
 
 def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type, and what Annotated says beside it."""
+    """Return a type and the metadata of Annotated, if any."""
     return (typing.get_args(hint)[0], hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
 
 
 def coerce_fields(config: Any) -> None:
-    """Check each field against its annotation; 1 becomes 1.0 where a float is due, 1e6 becomes 1000000 for an int."""
+    """Check each field against its annotation. A float field turns 1 into 1.0; an int field turns 1e6 into 1000000."""
     for name, annotation in typing.get_type_hints(type(config), include_extras=True).items():
         hint, beside = split_hint(annotation)
         value = getattr(config, name)
@@ -100,7 +100,7 @@ def shown(value: Any) -> str:
 
 
 def expand_home(config: Any, *names: str) -> None:
-    """A path in these fields may begin with ~, which no shell expands in a YAML file or after "output_dir="."""
+    """Expand a leading ~ in the paths of these fields: no shell does so in a YAML file or after "output_dir="."""
     for name in names:
         if (value := getattr(config, name)) is not None:
             setattr(config, name, os.path.expanduser(value))
@@ -127,9 +127,9 @@ def check_seed(seed: int) -> None:
 
 
 def read_named(field: str, given: Any, cls: type) -> Any:
-    """A mapping of names to mappings, each as a cls, one of dataclasses whose errors begin with a field's name.
+    """Return a mapping of names to mappings as {name: cls}. cls is a dataclass whose errors begin with a field's name.
 
-    What is no mapping is returned as it is, for coerce_fields to refuse. Raises: ValueError.
+    A value that is not a mapping is returned as it is, and coerce_fields refuses it later. Raises: ValueError.
     """
     if not isinstance(given, dict):
         return given
@@ -159,9 +159,9 @@ def read_named(field: str, given: Any, cls: type) -> Any:
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "", paths: Mapping[str, str] | None = None) -> str:
-    """ "; did you mean X?" for the closest of known, or "" when none is close.
+    """Return "; did you mean X?" with the closest known name, or "" if none is close.
 
-    prefix stands before the name in the answer; paths maps an answer's full path to its name.
+    prefix is put before the name in the answer. paths maps the full path of each known name to that name.
     """
     if len(name) > _LONGEST:
         return ""
@@ -176,14 +176,14 @@ def nearest(name: str, known: Iterable[str], *, prefix: str = "", paths: Mapping
 
 
 def nearest_path(path: Path) -> str:
-    """The same for a file or directory that is not there, among its neighbours."""
+    """Return the same for a missing file or directory, with the names in its parent directory."""
     if not path.parent.is_dir():
         return f" (nor {path.parent})"
     return nearest(path.name, [entry.name for entry in path.parent.iterdir()], prefix=f"{path.parent}/")
 
 
 def _match(value: Any, hint: Any) -> tuple[bool, Any]:
-    """Whether value fits the type hint, and the value in that type."""
+    """Return (whether value fits the type hint, the value in that type)."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         for option in arguments:

@@ -1,6 +1,6 @@
-"""Configuration: what every key of a run is; config_file.py reads and writes it.
+"""Configuration: the keys of a run. config_file.py reads and writes them.
 
-Whatever is unknown, of the wrong type or out of range is a ValueError that names the key, the rule and the value.
+A key that is unknown, or a value of the wrong type or out of range, is a ValueError that names key, rule and value.
 """
 
 import dataclasses
@@ -32,23 +32,23 @@ from mft.number_formats import AUTO, DTYPE_BYTES, MOMENT_FORMATS, QUANTIZED_FORM
 DTYPES = tuple(DTYPE_BYTES)
 MODES = ("magnitude", "value")
 INITS = ("normal", "magnitude", "constant")
-DATA_INITS = ("wanda",)  # scores begin where rows of the training data say
+DATA_INITS = ("wanda",)  # initial scores are computed from rows of the training data
 SCHEDULES = ("linear", "constant", "cosine")
-STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # as of datasets.interleave_datasets
+STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # as in datasets.interleave_datasets
 SCORES_DTYPES, MOMENTS, QUANTIZATIONS = tuple(SCORE_FORMATS), tuple(MOMENT_FORMATS), tuple(QUANTIZED_FORMATS)
-CODINGS = ("packed", "rice", "by_weight")  # of masks in an export (files/mask_coding.py)
+CODINGS = ("packed", "rice", "by_weight")  # codings of masks in an export (files/mask_coding.py)
 CONFIG = "config.yaml"  # in the directory of a run
-CONFIGS = Path(__file__).parent / "configs"  # shipped; --config takes their names
-WAYS = ("plain", "in_place", "resident", "quantized", "layerwise", "sharded")  # or auto
+CONFIGS = Path(__file__).parent / "configs"  # the shipped configurations; --config takes their names
+WAYS = ("plain", "in_place", "resident", "quantized", "layerwise", "sharded")  # the memory modes, besides auto
 TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
 
 
 @dataclass(frozen=True)
 class ObjectiveKind:
-    """What is known of an objective before its class is loaded (objectives/).
+    """What is known about an objective before its class is loaded (objectives/).
 
-    keys: of ObjectiveConfig that it reads. of_base: whether it holds the model to its base. remembers: whether the base
-    runs once a row, and not in every step. of_pairs: whether the data are preference pairs.
+    keys: the keys of ObjectiveConfig that it reads. of_base: whether it compares the model with its base. remembers:
+    whether the base runs once per row instead of in every step. of_pairs: whether the data are preference pairs.
     """
 
     keys: tuple[str, ...] = ()
@@ -63,11 +63,11 @@ OBJECTIVES = {
     "distill": ObjectiveKind(("teacher", "teacher_memory", "temperature", "weight")),
     "dpo": ObjectiveKind(("beta", "label_smoothing"), of_base=True, remembers=True, of_pairs=True),
 }
-_MOST_LAYERS = 10_000  # no model has a tenth as many
+_MOST_LAYERS = 10_000  # no model has even a tenth of this
 
 
 def parse_layers(text: str) -> list[int]:
-    """ "0-3,7" -> [0, 1, 2, 3, 7]"""
+    """Parse ranges of layers: "0-3,7" -> [0, 1, 2, 3, 7]."""
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
@@ -87,12 +87,12 @@ def parse_layers(text: str) -> list[int]:
 
 
 def parse_trackers(text: str) -> list[str]:
-    """ "tensorboard,trackio" -> ["tensorboard", "trackio"]"""
+    """Parse names of trackers: "tensorboard,trackio" -> ["tensorboard", "trackio"]."""
     return [part.strip() for part in text.split(",")]
 
 
 def layer_ranges(layers: Iterable[int]) -> str:
-    """[0, 1, 2, 7] -> "0-2,7", which parse_layers reads."""
+    """Format layers for parse_layers: [0, 1, 2, 7] -> "0-2,7"."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][-1] + 1:
@@ -111,7 +111,7 @@ Layers = Annotated[
 
 BUDGET = Rule("lie in (0, 1) (or null)", exclusiveMinimum=0, exclusiveMaximum=1)
 
-# One number, or that at the start and that at the end; or none.
+# One number, or a pair (at the start, at the end), or none.
 Sharpness = Annotated[float | tuple[float, float] | None, POSITIVE_OR_NULL]
 
 # One, several, none ([]), or a string such as "tensorboard,trackio".
@@ -151,7 +151,8 @@ class ModelConfig:
 class MaskConfig:
     """Which linear layers get a mask, how much of each is kept, and how the scores begin.
 
-    The defaults begin near the model as it is, less the smallest hundredth of its weights (docs/how-to/recipe.md).
+    With the defaults, training begins near the unchanged model: only the smallest hundredth of each matrix is dropped
+    (docs/how-to/recipe.md).
     """
 
     # Names of the linear layers that get masks, or a pattern (null: those of attention and MLP, unless
@@ -163,9 +164,9 @@ class MaskConfig:
     exclude_modules: str | list[str] | None = None  # Names of linear layers that get no mask, or a pattern
     modules_to_save: list[str] | None = None  # Modules that are trained in full, and saved with the masks
     keep_ratio: Annotated[float, SHARE] = 0.99  # Share of each matrix's weights that is kept
-    # Share of all masked weights together that is dropped, where their scores are smallest (null: keep_ratio decides)
+    # Share of all masked weights together that is dropped, those with the smallest scores (null: keep_ratio decides)
     budget: Annotated[float | None, BUDGET] = None
-    budget_ramp: Annotated[float, SHARE] = 0.67  # Share of the steps over which what is dropped grows to the budget
+    budget_ramp: Annotated[float, SHARE] = 0.67  # Share of the steps over which the dropped share grows to the budget
     mode: Annotated[str, one_of(MODES)] = "magnitude"  # Keep a weight by its score's magnitude or by its value
     # How scores start: at random (normal), from weight magnitudes, all equal (constant) or from training data (wanda)
     init: Annotated[str, one_of((*INITS, *DATA_INITS))] = "magnitude"
@@ -175,7 +176,7 @@ class MaskConfig:
     sharpness: Sharpness = None
     # Nats added to the loss if all weights are dropped, in proportion to the dropped share
     deletion_penalty: Annotated[float, at_least(0)] = 0.0
-    # Data type of the scores; the 16-bit ones round stochastically. auto: as of train.moments
+    # Data type of the scores; the 16-bit ones round stochastically. auto: see train.moments
     scores_dtype: Annotated[str, one_of((AUTO, *SCORES_DTYPES))] = "float32"
     seed: Annotated[int, SEED] = 0  # Seed of random initial scores
 
@@ -198,7 +199,7 @@ class MaskConfig:
             check_rule(self.threshold >= 0, "threshold", "be at least 0 in magnitude mode", self.threshold)
 
     def _check_budget(self) -> None:
-        """A budget alone says what is dropped."""
+        """Raise ValueError if a budget is given together with another key that decides what is dropped."""
         if self.budget is None:
             default = type(self).budget_ramp
             check_rule(self.budget_ramp == default, "budget_ramp", "be left out without budget", self.budget_ramp)
@@ -210,7 +211,7 @@ class MaskConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
-        """The paper's masks (arXiv 2503.22764): a random tenth of each matrix is dropped at first."""
+        """Return the paper's masks (arXiv 2503.22764): a random tenth of each matrix is dropped at first."""
         values: dict[str, Any] = {"keep_ratio": 0.9, "mode": "magnitude", "init": "normal"} | changes
         return cls(**values)
 
@@ -233,7 +234,7 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    """Which data to train on, and how they become rows of sequence_length tokens."""
+    """Which data to train on, and how the data become rows of sequence_length tokens."""
 
     # Built in: stdlib, headers, problems. Your own: hub id, directory, *.jsonl, *.parquet, *.csv
     source: str = "stdlib"
@@ -286,11 +287,11 @@ class DataConfig:
 
     @property
     def every_source(self) -> list[str]:
-        """Where the text comes from: source, or that of each of sources."""
+        """The sources of the text: source, or the source of each entry of sources."""
         return [self.source] if self.sources is None else [given.source for given in self.sources.values()]
 
     def of_source(self, name: str) -> "DataConfig":
-        """The same for one of sources alone."""
+        """Return the configuration for one entry of sources alone."""
         given = dataclasses.asdict((self.sources or {})[name])
         del given["weight"]
         return dataclasses.replace(self, sources=None, **given)
@@ -321,7 +322,7 @@ class TrainConfig:
     moments: Annotated[str, one_of((AUTO, *MOMENTS))] = "float32"
     # Data type of the gradient buffers (null: that of the weights)
     grad_dtype: Annotated[str | None, one_of(DTYPES)] = None
-    # When memory: sharded sums gradients over processes. micro_batch: each time, so that no process holds whole ones
+    # When memory: sharded sums gradients over processes. micro_batch: after each, so no process holds whole gradients
     reduce_every: Annotated[str, one_of(("step", "micro_batch"))] = "step"
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, more time
     seed: Annotated[int, SEED] = 0  # Seed of the order of training rows, of dropout and of stochastic rounding
@@ -361,11 +362,14 @@ class TrainConfig:
 
     @property
     def evaluates(self) -> bool:
-        """Whether the run is evaluated on validation while it trains."""
+        """Whether the run is evaluated on validation data while it trains."""
         return self.eval_every is not None or self.eval_minutes is not None
 
     def steps_for(self, rows: int | None) -> int:
-        """Optimiser steps of a run on so many rows; None: as many as anybody asks for, of a stream."""
+        """Return the optimiser steps of a run on this number of rows, None for a stream.
+
+        Raises: ValueError for a stream if steps is not set.
+        """
         if self.steps is not None:
             return self.steps
         if rows is None:
@@ -407,7 +411,7 @@ class ObjectiveConfig:
 
     @property
     def of_base(self) -> bool:
-        """Whether the model is held to its base: then masks alone are trained."""
+        """Whether the model is compared with its base. Then only masks can be trained."""
         return OBJECTIVES[self.name].of_base
 
     @property
@@ -429,7 +433,7 @@ class RunConfig:
     # Minutes between two checkpoints for --resume (null: no checkpoints)
     checkpoint_minutes: Annotated[float | None, Rule("be at least 0 (or null)", minimum=0)] = 10.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    # Format of the mask file: rice is compressed; by_weight is smaller, but is read with the base's weights at hand;
+    # Format of the mask file: rice is compressed; by_weight is smaller, but can be read only with the base's weights;
     # packed has 1 bit per weight and every version reads it
     coding: Annotated[str, one_of(CODINGS)] = "rice"
     report_to: Trackers = field(default_factory=list)  # Trackers that get the metrics, besides metrics.jsonl

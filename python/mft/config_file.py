@@ -1,7 +1,7 @@
-"""A configuration from strict YAML plus `section.key=value` overrides, and back to YAML.
+"""Read a configuration from strict YAML plus `section.key=value` overrides, and write it as YAML.
 
-files/nested.py makes the dataclasses of it.
-Whatever is unknown, of the wrong type or out of range is a ValueError that names the key, the rule and the value.
+files/nested.py builds the dataclasses.
+A key that is unknown, or a value of the wrong type or out of range, is a ValueError that names key, rule and value.
 """
 
 import copy
@@ -17,8 +17,8 @@ from mft.files.nested import Nested
 from mft.files.regular_file import read_regular
 from mft.files.yaml_file import dump_yaml, parse_yaml
 
-_MOST_CONFIG = 1 << 16  # bytes: 25 times the longest of ours; its reader takes a second for them
-# What other trainers, and the paper's own code, call our keys.
+_MOST_CONFIG = 1 << 16  # bytes: 25 times our longest file; parsing this many takes a second
+# Our keys by the names that other trainers, and the paper's own code, use.
 FOREIGN_NAMES = {
     "learning_rate": "train.lr",
     "max_steps": "train.steps",
@@ -54,10 +54,10 @@ _RUN = Nested(RunConfig, "train.lr=3e-4", FOREIGN_NAMES, elsewhere=True)
 
 
 def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """The defaults, then the YAML file at path (None: no file), then overrides such as "train.lr=3e-4".
+    """Load a configuration: the defaults, then the YAML file at path, if any, then overrides such as "train.lr=3e-4".
 
     path may be the name of a shipped file, such as "paper". An override's value is YAML: null, true, 3e-4,
-    [q_proj, v_proj]. The last of two for one key wins.
+    [q_proj, v_proj]. If a key has two overrides, the last one wins.
     """
     path = None if path is None else find_config(path, CONFIGS)
     return config_from({} if path is None else read_mapping(path), path, overrides)
@@ -66,7 +66,7 @@ def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str
 def config_from(
     values: dict[str, Any], path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()
 ) -> RunConfig:
-    """The same with the file's values, as config_values gives them; path is for messages."""
+    """Do the same with the file's values, in the form of config_values. path is for messages."""
     values = copy.deepcopy(values)
     for override in overrides:
         _RUN.apply_override(values, override)
@@ -74,19 +74,19 @@ def config_from(
 
 
 def save_config(config: RunConfig, path: str | os.PathLike) -> None:
-    """Write YAML from which load_config gives back an equal config, whole or not at all. Raises: NotWritten."""
+    """Write YAML from which load_config returns an equal config, whole or not at all. Raises: NotWritten."""
     write_whole(path, dump_yaml(config_values(config)))
 
 
 def config_values(config: RunConfig) -> dict[str, Any]:
-    """What YAML and JSON can hold, and config_from takes."""
+    """Return the configuration as plain values, for YAML, JSON and config_from."""
     return plain_values(dataclasses.asdict(config))
 
 
 def find_config(name: str | os.PathLike, directory: Path) -> Path:
-    """The file at the path name, or else the one of directory that is called so without its .yaml.
+    """Return the file at the path name, or the file name.yaml in directory.
 
-    Raises: ValueError that lists those of directory, if name is neither and no path elsewhere.
+    Raises: ValueError that lists the files of directory, if name is neither and has no directory part.
     """
     path, known = Path(name), {file.stem: file for file in sorted(directory.glob("*.yaml"))}
     if str(name) in known and not path.is_file():  # a directory is no configuration
@@ -98,7 +98,7 @@ def find_config(name: str | os.PathLike, directory: Path) -> Path:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file. Raises ValueError that names the file."""
+    """Return the keys and values of a YAML file. Raises: ValueError that names the file."""
     if path.is_dir():
         raise ValueError(f"config must be a YAML file, got the directory {path}")
     if not path.exists():
@@ -118,7 +118,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def plain_values(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
+    """Return value with tuples as lists, for YAML."""
     if isinstance(value, dict):
         return {key: plain_values(item) for key, item in value.items()}
     return [plain_values(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,7 +1,7 @@
-"""How much CPU time this process can get now: whether other work, or too many threads, slows it down.
+"""Measure how much CPU time this process can get now: whether other work, or too many threads, slows it down.
 
-A load average needs a minute to rise and counts what waits for a disk. This measures: each thread hashes bytes for a
-moment, which holds no lock of Python's, and its CPU time is compared with the time on the wall.
+A load average needs a minute to rise, and also counts processes that wait for a disk. Here each thread hashes bytes for
+a moment, which does not hold Python's lock, and its CPU time is compared with the wall time.
 """
 
 import hashlib
@@ -10,25 +10,25 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-SECONDS = 0.2  # 50 turns of a scheduler that gives 4 ms
-BUSY = 0.9  # share of a core: an idle 2-core machine gave 0.98 and more, one other process on it 0.5 to 0.8
+SECONDS = 0.2  # 50 time slices of a scheduler with slices of 4 ms
+BUSY = 0.9  # share of a core: 0.98 and more on an idle 2-core machine, 0.5 to 0.8 with one other process on it
 BLOCK = bytes(1 << 20)  # about 1 ms of hashing: between two blocks a thread needs Python's lock for a microsecond
 
 
 @dataclass(frozen=True)
 class Contention:
-    """What each thread got: ``shares[i]`` is CPU time over wall time, 1.0 for a core of its own."""
+    """The CPU time of each thread: ``shares[i]`` is CPU time over wall time, 1.0 for a core of its own."""
 
     shares: tuple[float, ...]
 
     @property
     def threads(self) -> int:
-        """How many threads were asked for."""
+        """The number of threads that were measured."""
         return len(self.shares)
 
     @property
     def cores(self) -> float:
-        """How many cores' worth of CPU time the threads got together, at most ``threads``."""
+        """The CPU time that the threads got together, in cores: at most ``threads``."""
         return sum(self.shares)
 
     @property
@@ -38,11 +38,11 @@ class Contention:
 
     @property
     def free_threads(self) -> int:
-        """How many threads find a core each, at least 1: ``threads`` unless the machine is busy."""
+        """The number of threads for which a core is free, at least 1: ``threads`` unless the machine is busy."""
         return max(1, math.floor(self.cores)) if self.is_busy else self.threads
 
     def __str__(self) -> str:
-        """Such as ``2 threads get 1.3 cores``."""
+        """Return a text such as ``2 threads get 1.3 cores``."""
         return f"{self.threads} thread{'s' * (self.threads != 1)} get{'s' * (self.threads == 1)} {self.cores:.1f} cores"
 
 

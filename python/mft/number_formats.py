@@ -1,15 +1,15 @@
-"""What numbers are held in, by the names that a configuration gives: the bytes of each, and what it rules out."""
+"""The number formats that a configuration can name: the bytes of each, and what it rules out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-AUTO = "auto"  # of scores and moments: the widest that fit, of a run; where nothing chooses, float32
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float16": 2}  # of weights and gradients
+AUTO = "auto"  # for scores and moments: in a run, the widest that fits; where nothing chooses, float32
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float16": 2}  # for weights and gradients
 
 
 @dataclass(frozen=True)
 class ScoreFormat:
-    """has_gradient: whether autograd reaches the scores; else MaskAdamW alone trains them."""
+    """A format of scores. has_gradient: whether autograd reaches the scores; if not, only MaskAdamW can train them."""
 
     bytes: int
     has_gradient: bool = True
@@ -17,7 +17,7 @@ class ScoreFormat:
 
 @dataclass(frozen=True)
 class MomentsFormat:
-    """bytes: of the two of a score. name: as MaskAdamW calls it."""
+    """A format of the optimiser's moments. bytes: of a score's two moments together. name: MaskAdamW's name for it."""
 
     bytes: float
     name: str
@@ -25,7 +25,7 @@ class MomentsFormat:
 
 @dataclass(frozen=True)
 class QuantizedFormat:
-    """Of a base's weights; models/codes/weight.py encodes and decodes them."""
+    """A format of a base's quantised weights. models/codes/weight.py encodes and decodes them."""
 
     bytes_a_weight: float
     bytes_a_row: int = 0
@@ -41,25 +41,25 @@ SCORE_FORMATS = {
 }
 MOMENT_FORMATS = {
     "float32": MomentsFormat(8, "fp32"),
-    "8bit": MomentsFormat(2 + 2 * 4 / 256, "8bit"),  # an fp32 scale for each 256
+    "8bit": MomentsFormat(2 + 2 * 4 / 256, "8bit"),  # one fp32 scale for each 256 values
 }
 QUANTIZED_FORMATS = {
-    "nf4": QuantizedFormat(0.5 + 4 / 64),  # an fp32 scale for each 64
-    "nf4-dq": QuantizedFormat(0.5 + (1 + 4 / 256) / 64),  # double quantisation: a byte for that, and an fp32 for 256
+    "nf4": QuantizedFormat(0.5 + 4 / 64),  # one fp32 scale for each 64 weights
+    "nf4-dq": QuantizedFormat(0.5 + (1 + 4 / 256) / 64),  # double quantisation: 1-byte scales, an fp32 for each 256
     "int8": QuantizedFormat(1, bytes_a_row=4),
 }
 
 
 def unless_auto(name: str) -> str:
-    """The format of scores or moments where nothing has chosen one."""
+    """Return the format of scores or moments, with float32 for auto."""
     return "float32" if name == AUTO else name
 
 
 def state_bytes(scores: str, moments: str) -> float:
-    """A score with its moments, at rest."""
+    """Return the bytes of a score with its moments between steps."""
     return SCORE_FORMATS[scores].bytes + MOMENT_FORMATS[moments].bytes
 
 
 def at_most_as_wide(name: str, formats: Mapping[str, ScoreFormat] | Mapping[str, MomentsFormat]) -> list[str]:
-    """That format, and those of fewer bytes."""
+    """Return the name of this format, and the names of those with fewer bytes."""
     return [one for one, format in formats.items() if one == name or format.bytes < formats[name].bytes]
