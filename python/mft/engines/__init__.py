@@ -1,1 +1,1 @@
-"""One optimiser step, in six ways."""
+"""One optimiser step, in six memory modes."""

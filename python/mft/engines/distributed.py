@@ -1,12 +1,12 @@
-"""Training on several processes: each takes its share of a step's micro-batches, and gradients are summed once a step.
+"""Training on several processes: each runs its share of a step's micro-batches; gradients are summed once per step.
 
     step of 4 micro-batches    process 0: 0, 2      process 1: 1, 3
     then on both               the sum of the gradients -> the same optimiser step -> the same scores
 
-layerwise sums a layer's gradients before that layer's scores change, the other ways those of all layers at the end.
-Under sharded (sharded.py) each process holds some rows of everything.
+The memory mode layerwise sums a layer's gradients just before it updates that layer's scores. The other modes sum the
+gradients of all layers at the end. With sharded (sharded.py) each process holds some rows of every tensor.
 
-The processes are torch.distributed's, as torchrun starts them: gloo between CPUs; nccl between GPUs, one a process.
+torchrun starts the processes for torch.distributed: gloo between CPUs, nccl between GPUs, with one GPU per process.
 """
 
 import contextlib
@@ -32,19 +32,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """Those that train together, and which of them this one is. All call what sends, in the same order."""
+    """The processes that train together, and the rank of this one.
+
+    All processes must call the methods that communicate, in the same order.
+    """
 
     rank: int = 0
     count: int = 1
-    device: str = "cpu"  # of what is sent
+    device: str = "cpu"  # of the tensors that are sent
 
     @property
     def first(self) -> bool:
-        """Whether this one writes files and speaks."""
+        """Whether this process writes the files and the console output."""
         return self.rank == 0
 
     def check(self, train: TrainConfig) -> None:
-        """Raise ValueError unless so many processes can train so; one alone always can."""
+        """Raise ValueError if this number of processes cannot train with these settings. One process always can."""
         if train.accumulation < self.count:
             raise ValueError(
                 f"train.accumulation must be at least {self.count}, the number of processes, as each takes whole "
@@ -53,7 +56,7 @@ class Processes:
             )
 
     def check_model(self, model: nn.Module, few: Tensor) -> None:
-        """Raise ValueError unless each process computes of a row what one alone does; few: tokens to try it on."""
+        """Raise ValueError if a row's result could depend on which process computes it; few: tokens for the check."""
         if self.count > 1 and draws_at_random(model, few):
             raise ValueError(
                 "model must have no dropout, nor draw at random otherwise, on several processes, got "
@@ -62,12 +65,12 @@ class Processes:
             )
 
     def share(self, micro_batches: list[T]) -> list[T]:
-        """Those that this process runs; counts may differ by one."""
+        """Return the micro-batches that this process runs; the counts of two processes may differ by one."""
         return micro_batches[self.rank :: self.count]
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Each .grad becomes the sum over all processes; it stays None where it is None on all of them."""
+        """Replace each .grad by its sum over all processes. It stays None if it is None on all of them."""
         if self.count == 1:
             return
         present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
@@ -81,9 +84,9 @@ class Processes:
             pass
 
     def summed(self, buffers: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Each buffer as soon as it holds its sum over all processes; the next one is summed meanwhile.
+        """Yield each buffer once it holds its sum over all processes, while the next one is being summed.
 
-        Buffers in 16 bits are summed in fp32 and rounded once; one fp32 copy exists at a time.
+        Buffers in 16 bits are summed in fp32 and rounded once. Only one fp32 copy exists at a time.
         """
         if self.count == 1 or not buffers:
             yield from buffers
@@ -91,12 +94,12 @@ class Processes:
         finish: Callable[[], Tensor] | None = self._begin_sum(buffers[0])
         for following in (*buffers[1:], None):
             assert finish is not None
-            done, finish = finish(), None  # its fp32 copy goes before the next one comes
+            done, finish = finish(), None  # free the fp32 copy before the next one is made
             finish = None if following is None else self._begin_sum(following)
             yield done
 
     def _begin_sum(self, buffer: Tensor) -> Callable[[], Tensor]:
-        """Returns what waits for the sum, puts it into buffer and returns that."""
+        """Start the sum; return a function that waits for it, writes it into buffer and returns buffer."""
         total = buffer.float() if buffer.dtype.itemsize == 2 else buffer
         work = self._add_up(total)
 
@@ -112,14 +115,14 @@ class Processes:
         return work
 
     def together(self) -> "contextlib.AbstractContextManager[Any]":
-        """Around what is no business of the others: it ends in all processes, or in none.
+        """Return a context for work without communication: if it fails in one process, it fails in all.
 
-        Raises: what the block raised; in the others then OtherFailed, which says what and where.
+        Raises: the block's error in the process that failed; OtherFailed, with its message and rank, in the others.
         """
         return contextlib.nullcontext() if self.count == 1 else _Together(self)
 
     def all_rows(self, rows: Tensor, count: int) -> Tensor:
-        """The whole tensor of so many rows, of which each process has ceil(count / processes), the last ones fewer."""
+        """Gather the whole tensor of count rows. Each process has ceil(count / processes) rows; the last ones fewer."""
         if self.count == 1:
             return rows
         most = -(-count // self.count)
@@ -131,7 +134,7 @@ class Processes:
         return whole[:count]
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the processes, in fp64."""
+        """Return the sum of each value over the processes, in fp64."""
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -139,7 +142,7 @@ class Processes:
         return total.tolist()
 
     def largest(self, value: int) -> int:
-        """Of all processes' values."""
+        """Return the largest value of all processes."""
         if self.count == 1:
             return value
         found = torch.tensor(value, device=self.device)
@@ -147,11 +150,11 @@ class Processes:
         return int(found)
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         self.largest(0)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank; small ones, such as settings."""
+        """Return the value of every process, by rank. For small values, such as settings."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -159,7 +162,7 @@ class Processes:
         return values
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Raise ValueError, on all, unless all have the same facts."""
+        """Raise ValueError in all processes if their facts differ."""
         first, *others = self.gather(facts)
         for rank, other in enumerate(others, 1):
             differ = [
@@ -174,14 +177,14 @@ class Processes:
                 )
 
     def agree_on(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ValueError, on all, unless all hold tensors of the same bits, as far as a hash tells."""
+        """Raise ValueError in all processes if their tensors differ in a bit; hashes are compared."""
         if self.count > 1:
             hashes = {name: torch.hash_tensor(tensor.detach()).view(torch.int64) for name, tensor in tensors.items()}
             self.agree({f"the hash of {name}": int(value) for name, value in hashes.items()})
 
 
 class _Together:
-    """Where one process has raised, so do all: else they would wait for its gradients."""
+    """If one process raises, all raise: otherwise they would wait for its gradients forever."""
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
@@ -191,7 +194,7 @@ class _Together:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and not isinstance(error, Exception):
-            return  # told to leave at once
+            return  # such as KeyboardInterrupt: leave at once
         if not self._processes.largest(int(error is not None)):
             return
         told = self._processes.gather(None if error is None else f"{type(error).__name__}: {error}")
@@ -205,10 +208,10 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes of this run: as many as torchrun started (WORLD_SIZE), else this one alone.
+    """Join the processes of this run: as many as torchrun started (WORLD_SIZE), or this one alone.
 
-    All leave together. Of the others than the first, standard output is not shown.
-    Raises: what the block raises; OtherFailed, if the block failed because another process did.
+    All processes leave the context together. Only the first one's standard output is shown.
+    Raises: what the block raises; OtherFailed if the block failed because another process did.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
@@ -222,7 +225,7 @@ def joined() -> Iterator[Processes]:
     if device == "cuda":
         torch.cuda.set_device(_own_gpu())
     store, rank, count = next(dist.rendezvous("env://"))
-    # torchrun --max-restarts keeps the store, and with it the addresses of processes that are gone (pytorch#135712).
+    # torchrun --max-restarts keeps the store, and so the addresses of processes that have ended (pytorch#135712).
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=count)
     processes = Processes(rank, count, device)
@@ -234,17 +237,17 @@ def joined() -> Iterator[Processes]:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
             processes.agree(_software())
             yield processes
-        processes.wait()  # for the first one to have written the result
+        processes.wait()  # until the first process has written the result
     except BaseException as error:
         failures.report(error)
         raise
     failures.close()
-    processes.wait()  # the store is in one of them, and may still be read
-    dist.destroy_process_group()  # not after an error: it could wait for others, who wait for this one
+    processes.wait()  # one process holds the store, which others may still read
+    dist.destroy_process_group()  # not after an error: it could wait for processes that wait for this one
 
 
 def _software() -> dict[str, str]:
-    """What decides the bits that a process computes, and its machine may have another of."""
+    """Return the software versions and settings that decide the computed bits and may differ between machines."""
     versions = {"Python": platform.python_version(), "torch": torch.__version__, "mft_kernels": __version__}
     versions["transformers"] = importlib.metadata.version("transformers")
     found = {f"the version of {name}": version for name, version in versions.items()}
@@ -252,7 +255,7 @@ def _software() -> dict[str, str]:
 
 
 def _own_gpu() -> int:
-    """This process's, by its place among those of its machine."""
+    """Return the number of this process's GPU: its local rank on its machine."""
     place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if place >= count:
         raise ValueError(

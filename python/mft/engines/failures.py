@@ -1,11 +1,11 @@
-"""How the failure of one process reaches the others, in its own words.
+"""Report the failure of one process to the others, with its error message.
 
-    process 1 fails          puts its words in the store, and leaves
-    the others               their collectives end when its sockets close, and they read the words;
-                             who has not left after GRACE seconds, in whatever it waits or computes, is ended
+    process 1 fails          it puts its error message in the store, and leaves
+    the others               their collectives end when its sockets close, and they read the message;
+                             a process that has not left after GRACE seconds, whatever it is doing, is ended
 
-A process that was killed leaves no words. Each process counts up a number in the store twice a second, so the others
-see whose has stopped.
+A process that was killed leaves no message. Each process increments a counter in the store twice per second (a beat),
+so the others see whose counter has stopped.
 """
 
 import contextlib
@@ -21,18 +21,20 @@ from typing import NoReturn
 import torch.distributed as dist
 
 BEAT = 0.5  # seconds between two looks at the store
-GRACE = 8.0  # seconds from hearing of a failure: for a checkpoint that is being written
+GRACE = 8.0  # seconds after a failure became known, so that a checkpoint can be finished
 SILENCE = 3.0  # seconds without a beat, after a collective has failed: six beats
 _FAREWELL = 3.0  # seconds that the first process waits for the others
 _FIRST = "first failure"
-_EXIT_CODE = 2  # that of an error of the command line
+_EXIT_CODE = 2  # as for an error of the command line
 
 
 class OtherFailed(RuntimeError):
-    """Another process has failed, and so this one ends too.
+    """Another process has failed, so this one ends too.
 
-    Args: ranks: of the processes that failed; empty: it was torchrun. count: of all. words: the error; None: they were
-        killed.
+    Args:
+        ranks: Ranks of the processes that failed; empty if torchrun failed.
+        count: Number of all processes.
+        words: The error message, or None if the processes were killed.
     """
 
     def __init__(self, ranks: Sequence[int], count: int, words: str | None) -> None:
@@ -48,29 +50,32 @@ class OtherFailed(RuntimeError):
 
 
 class Failures:
-    """Tells the other processes of this one's failure, and ends this one some time after theirs.
+    """Tells the other processes about a failure of this one, and ends this one some time after a failure of theirs.
 
-    Args: store: that the processes met by. rank, count: of this process, and of all.
+    Args:
+        store: The store of the process group's rendezvous.
+        rank: Rank of this process.
+        count: Number of all processes.
     """
 
     def __init__(self, store: dist.Store, rank: int, count: int) -> None:
         self._rank, self._count = rank, count
-        own = store.clone()  # type: ignore[attr-defined]  # (not in torch's stubs) the other connection may be waiting
+        own = store.clone()  # type: ignore[attr-defined]  # (not in torch's stubs) the first connection may be blocked
         self._store = dist.PrefixStore("mft", own)
-        self._first: OtherFailed | None = None  # as soon as it is known here
+        self._first: OtherFailed | None = None  # set as soon as this process knows it
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="mft failures", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """This process leaves the others; no failure ends it any more."""
+        """Leave the others: from now on no failure of theirs ends this process."""
         self._left.set()
         self._thread.join()
 
     def report(self, error: BaseException) -> None:
-        """Tell the others of error, which ends this process, unless another failed first.
+        """Tell the others about the error that ends this process, unless another process failed first.
 
-        Raises: OtherFailed, if error is but what another's failure looks like from here.
+        Raises: OtherFailed, if the error is only a consequence of another process's failure.
         """
         follows = isinstance(error, OtherFailed) or _is_of_a_collective(error)
         with _deaf_to_torchrun():
@@ -90,14 +95,17 @@ class Failures:
     # ---------------------------------------------------------------------------------------------- private
 
     def _first_after(self, error: BaseException, follows: bool) -> OtherFailed:
-        """The first failure: error, unless another process has failed."""
+        """Return the first failure: this error, unless another process has failed before."""
         if isinstance(error, OtherFailed):
             return self._put(error.ranks, error.words)
         words = f"{type(error).__name__}: {error}"
         return (self._wait_for_words() if follows else None) or self._put([self._rank], words)
 
     def _wait_for_words(self) -> OtherFailed | None:
-        """The first failure; if nobody tells of one, that of the processes which do not beat meanwhile."""
+        """Return the first failure. If no process reports one, it is that of the processes without a beat meanwhile.
+
+        None if all processes beat.
+        """
         until, before = time.monotonic() + SILENCE, self._beats()
         while time.monotonic() < until:
             if (first := self._told()) is not None:
@@ -107,14 +115,14 @@ class Failures:
         return self._put(gone, None) if gone else None
 
     def _put(self, ranks: Sequence[int], words: str | None) -> OtherFailed:
-        """The first failure: this one, unless there is one in the store."""
+        """Store this failure unless the store already has one; return the one in the store."""
         self._store.compare_set(_FIRST, "", json.dumps([ranks, words]))
         first = self._told()
         assert first is not None, "it has just been put there"
         return first
 
     def _told(self) -> OtherFailed | None:
-        """The first failure, if there is one in the store."""
+        """Return the first failure, or None if the store has none."""
         if not self._store.check([_FIRST]):
             return None
         ranks, words = json.loads(self._store.get(_FIRST))
@@ -124,12 +132,12 @@ class Failures:
         return [self._store.add(f"beat {rank}", 0) for rank in range(self._count)]
 
     def _without_store(self) -> OtherFailed:
-        """The failure of who held the store."""
+        """Return the failure of the process that held the store: torchrun or rank 0."""
         of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return OtherFailed([] if of_torchrun else [0], self._count, None)
 
     def _watch(self) -> None:
-        """Beat, until this process leaves, or has had GRACE to do so since the first failure."""
+        """Beat until this process leaves. End it if it has not left GRACE seconds after the first failure."""
         while self._first is None and not self._left.wait(BEAT):
             try:
                 self._store.add(f"beat {self._rank}", 1)
@@ -142,7 +150,7 @@ class Failures:
             _end(self._first)
 
     def _bid_farewell(self) -> None:
-        """The first process, with which the store may end, waits for the others to have read it; but not long."""
+        """Let the first process, which may hold the store, wait until the others have read it: at most _FAREWELL."""
         self._store.set(f"heard {self._rank}", "")
         if self._rank > 0 or self._first is None:
             return
@@ -153,13 +161,13 @@ class Failures:
 
 
 def _is_of_a_collective(error: BaseException) -> bool:
-    """Whether torch.distributed raised it: gloo has no class of its own, but names its source file."""
+    """Whether torch.distributed raised the error. gloo has no error class of its own, but names its source file."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
 
 
 @contextlib.contextmanager
 def _deaf_to_torchrun() -> Iterator[None]:
-    """Ignore its SIGTERM, which comes as soon as one process has ended: this one ends too, and says why."""
+    """Ignore the SIGTERM that torchrun sends once one process has ended: this one ends by itself, and says why."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -171,7 +179,7 @@ def _deaf_to_torchrun() -> Iterator[None]:
 
 
 def _record(error: Exception) -> None:
-    """For torchrun, which then shows it as what ended the run."""
+    """Write the error to torchrun's error file; torchrun then shows it as the cause of the run's end."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -179,7 +187,7 @@ def _record(error: Exception) -> None:
 
 
 def _end(first: OtherFailed) -> NoReturn:
-    """From a thread: the main one waits in C++, or computes, and hears nothing."""
+    """End the process from a thread: the main thread waits in C++ or computes, and cannot be interrupted."""
     sys.stderr.write(f"error: {first}\n")
     sys.stderr.flush()
     os._exit(_EXIT_CODE)

@@ -1,8 +1,10 @@
-"""The step in place: autograd over a model whose weights hold their masks, then the optimiser step of the scores.
+"""The memory mode in_place: a step by autograd over masked weights, then the optimiser step of the scores.
+
+A weight holds its mask: the model's parameter is where(keep, weight, 0), and the dropped values are stored separately.
 
 forward, backward   the model's own, on dense weights; weight.grad is the sum of grad.T @ x over micro-batches
 the step            d_scores = weight.grad * whole weight * sign(scores), MaskAdamW, the next mask
-the flips           what is dropped now goes aside, what is kept again comes back
+the flips           newly dropped weights are moved out of the parameter; weights that are kept again are restored
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -32,16 +34,16 @@ from mft_kernels.shards import rows_here
 
 @dataclass(eq=False)
 class InPlaceMask(HeldMask):
-    """A mask that lies in its layer's weight; its gradient is that weight's.
+    """A mask that is applied to its layer's weight in place; its gradient is that weight's gradient.
 
-    held: the mask in the weight. parameter: what autograd leaves the weight's gradient in.
+    held: the weight with its mask and its dropped values. parameter: the parameter whose .grad autograd fills.
     """
 
     held: MaskedInPlace = field(kw_only=True)
     parameter: nn.Parameter = field(kw_only=True)
 
     def weight(self) -> Tensor:
-        """(N, K), of experts (E, N, K): whole, a copy."""
+        """Return a copy of the whole weight, dropped values included: (N, K), or (E, N, K) for experts."""
         return self.held.whole()
 
     def take(self, packed: Tensor) -> None:
@@ -50,9 +52,11 @@ class InPlaceMask(HeldMask):
 
 
 class WeightStates(ScoreStates):
-    """Scores that learn by the gradients of weights that hold their masks.
+    """Scores that learn from the gradients of weights that hold their masks.
 
-    Args: grad_dtype: that micro-batches are summed in; None: the weights', by autograd itself. Others as ScoreStates'.
+    Args:
+        grad_dtype: The dtype in which micro-batches are summed; None: the weights' dtype, summed by autograd itself.
+        Others: see ScoreStates.
     """
 
     def __init__(
@@ -65,7 +69,10 @@ class WeightStates(ScoreStates):
                 mask.parameter.register_post_accumulate_grad_hook(_sum_in(mask, grad_dtype))
 
     def step(self, lr: float | None = None, max_norm: float | None = None) -> None:
-        """One optimiser step from the weights' gradients, and the flips. A layer without a gradient has one of 0."""
+        """Take one optimiser step from the weights' gradients, and flip the mask bits.
+
+        A layer without a gradient is updated with a gradient of 0.
+        """
         for mask in self._in_weights:
             grad = mask.parameter.grad if mask.grad is None else mask.grad
             mask.grad = self.new_buffer(mask, self._grad_dtype) if grad is None else rows_here(grad).contiguous()
@@ -77,22 +84,26 @@ class WeightStates(ScoreStates):
                 mask.grad = None
 
     def zero_grad(self) -> None:
-        """No weight has a gradient."""
+        """Set the gradient of every weight to None."""
         for mask in self._in_weights:
             mask.grad = mask.parameter.grad = None
 
     def has_gradients(self) -> bool:
-        """Whether any weight has one."""
+        """Whether any weight has a gradient."""
         return any(mask.parameter.grad is not None for mask in self._in_weights)
 
 
 class InPlaceStates(WeightStates):
-    """Scores whose masks lie in the weights of a model from here on, until close(); on its device, as the moments.
+    """Scores whose masks are held in the model's weights from construction until close().
+
+    Scores and moments are on the model's device.
 
     Args:
-        optimizer: of the scores of model's masked layers, in their order.
-        masks: those that the layers hold at first; None: what the scores select now. copied: see MasksInPlace.
-    Others as of WeightStates. Raises: as MasksInPlace.
+        optimizer: MaskAdamW over the scores of the model's masked layers, in their order.
+        masks: The masks that the layers hold at first; None: the masks that the scores select now.
+        copied: See MasksInPlace.
+        Others: see WeightStates.
+    Raises: as MasksInPlace.
     """
 
     def __init__(
@@ -119,12 +130,12 @@ class InPlaceStates(WeightStates):
         super().__init__(*(of_layers, optimizer, mover, processes, surrogate, budget_of(model)), grad_dtype=grad_dtype)
 
     def check_there(self) -> None:
-        """Raise RuntimeError if a weight was moved away from its mask."""
+        """Raise RuntimeError if a parameter no longer uses the memory in which its mask is applied."""
         for layer in self._layers:
             layer.check_there()
 
     def close(self) -> None:
-        """The model is the masked one again, with what its scores have learned."""
+        """Turn the model back into the masked one, with the scores as learned."""
         try:
             self._in_place.close()
         finally:
@@ -132,9 +143,9 @@ class InPlaceStates(WeightStates):
 
 
 class InPlace(TrainsScores, OwnForward):
-    """Trains scores alone, in any format; the model computes with weights that hold their masks.
+    """Trains only scores, in any format; the model computes with weights that hold their masks.
 
-    Args: states: of model's scores. Others as OwnForward's.
+    Args: states: of the model's scores. Others: see OwnForward.
     """
 
     way = "in_place"
@@ -164,7 +175,7 @@ class InPlace(TrainsScores, OwnForward):
 
 
 def _sum_in(mask: InPlaceMask, dtype: torch.dtype | None) -> Callable[[Tensor], None]:
-    """A hook: each gradient of the weight is added to mask.grad in dtype, and freed."""
+    """Return a hook that adds each gradient of the weight to mask.grad in dtype, and frees it."""
 
     def add(parameter: Tensor) -> None:
         grad, parameter.grad = parameter.grad, None

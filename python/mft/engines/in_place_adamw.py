@@ -1,4 +1,4 @@
-"""mft.in_place: a loop of one's own over a masked model whose layers are ordinary ones meanwhile."""
+"""mft.in_place: for a custom training loop; the masked layers are ordinary ones until the loop ends."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -18,9 +18,10 @@ from mft_kernels import MaskAdamW
 
 
 class InPlaceAdamW(MaskAdamW):
-    """MaskAdamW over the scores of a masked model whose masks are in place, until close(); see in_place.
+    """MaskAdamW over the scores of a masked model whose masks are in place until close(); see in_place.
 
-    Any scheduler of torch takes it. It trains by the gradients of the model's weights, which zero_grad() forgets.
+    It works with any scheduler of torch. The scores learn from the gradients of the model's weights, which zero_grad()
+    sets to None.
     """
 
     def __init__(self, model: nn.Module, max_grad_norm: float | None = None, **options: Any) -> None:
@@ -41,10 +42,10 @@ class InPlaceAdamW(MaskAdamW):
         self._states: InPlaceStates | None = InPlaceStates(model, self)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all scores, and the next masks. Returns what closure returned, or None.
+        """Update all scores and select the next masks. Return the result of closure, or None.
 
-        Raises: RuntimeError after close(), without a gradient, or where a weight was moved; NonFiniteScores, naming the
-            layer.
+        Raises: RuntimeError after close(), if no weight has a gradient, or if a weight was moved; NonFiniteScores,
+            which names the layer.
         """
         states, loss = self._open("step"), None
         if closure is not None:
@@ -62,24 +63,24 @@ class InPlaceAdamW(MaskAdamW):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The weights have no gradients, not ones of 0 either."""
+        """Set the gradients of the weights to None, whatever set_to_none says."""
         if self._states is not None:
             self._states.zero_grad()
 
     def grow_budget(self, step: int, steps: int) -> None:
-        """mft.grow_budget of the model, whose masks then follow."""
+        """Do what mft.grow_budget does on the model, then select the masks again."""
         states = self._open("grow_budget")
         if self._budget is not None:
             self._budget.grow(step, steps)
             states.select()
 
     def packed_masks(self) -> dict[str, Tensor]:
-        """The masks that the weights hold, by layer's name: int32, as of pack_mask. Not to be written."""
+        """Return the masks that the weights hold, by layer name: int32, in pack_mask's format. Do not write to them."""
         found = self._open("packed_masks").result()
         return {name.removesuffix(".mask"): packed for name, packed in found.items()}
 
     def close(self) -> None:
-        """The model is the masked one again, its weights bit for bit what they were, its scores as learned."""
+        """Turn the model back into the masked one: the weights restored bit for bit, the scores as learned."""
         states, self._states = self._states, None
         if states is not None:
             states.close()
@@ -99,7 +100,7 @@ class InPlaceAdamW(MaskAdamW):
 
 
 def in_place(model: nn.Module, *, max_grad_norm: float | None = None, **options: Any) -> InPlaceAdamW:
-    """Let the masked layers of model be ordinary ones, with the mask in their weights; returns what trains the scores.
+    """Replace the masked layers by ordinary ones whose weights hold the mask; return the optimiser of the scores.
 
         with mft.in_place(model, lr=3e-4) as optimizer:
             for batch in batches:
@@ -109,13 +110,15 @@ def in_place(model: nn.Module, *, max_grad_norm: float | None = None, **options:
         mft.save_masks(model, "masks")
 
     Inside, a masked layer is an nn.Linear that holds where(keep, weight, 0) and asks for a gradient, so torch.compile,
-    DistributedDataParallel, fused modules and inference engines see a dense model. Of experts in one parameter that
-    parameter is it. After the block, also after an exception, the model is the masked one again: the weights are what
-    they were to the bit, the scores what was learned. Inside too, state_dict() has the whole weights and the scores.
+    DistributedDataParallel, fused modules and inference engines see a dense model. If experts share one parameter, that
+    parameter holds the mask. After the block, also after an exception, the model is the masked one again: the weights
+    are restored bit for bit, and the scores are as learned. state_dict() has the whole weights and the scores, inside
+    the block too.
 
     Args:
-        model: of mask_model or load_masks, over exact weights, on its device; also in torch.compile.
-        max_grad_norm: of all scores' gradients together, to which they are scaled down before each step.
+        model: A model from mask_model or load_masks with weights that are not quantised, on its device. It may be
+            wrapped by torch.compile.
+        max_grad_norm: Before each step the gradients of all scores together are scaled down to this norm.
         options: lr, betas, eps, weight_decay, moments and seed of MaskAdamW.
     Raises: ValueError if nothing is masked, weights are quantised, or a layer has hooks of its own; RuntimeError if the
         masks are in place already. The model is then unchanged.

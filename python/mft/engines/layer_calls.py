@@ -1,10 +1,10 @@
-"""A decoder run layer by layer by hand: what its own forward would hand each layer, captured once.
+"""Run a decoder layer by layer, with the arguments that the model's own forward would pass to each layer.
 
-    enter(ids)            embeddings -> what layer 0 reads, and each layer's further arguments (rotations, masks)
+    enter(ids)            embeddings -> the input of layer 0, and each layer's other arguments (rotations, masks)
     run(i, hidden, calls) one layer
-    leave(ids, hidden)    what the last layer returned -> what the head reads
+    leave(ids, hidden)    the output of the last layer -> the input of the head
 
-Nothing of the model's own forward is rewritten: in enter and leave it runs as it is, with its layers replaced.
+The model's own forward is not rewritten: enter and leave run it as it is, with its layers replaced.
 """
 
 from contextlib import AbstractContextManager
@@ -19,7 +19,7 @@ from mft.models.causal_lm import Run, decoder_layers, replaced_forwards
 
 @dataclass(frozen=True)
 class Call:
-    """What one layer is called with besides the hidden states."""
+    """The arguments of one layer besides the hidden states."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -28,20 +28,20 @@ class Call:
 class LayerCalls:
     """Runs the layers of ``model`` one by one.
 
-    Args: run: run(model, input_ids) is what the head reads; see causal_lm.split_at_head.
+    Args: run: run(model, input_ids) returns the input of the head; see causal_lm.split_at_head.
     """
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         self.model, self._run = model, run
         self.layers = decoder_layers(model)
         self.embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        self.device: torch.device | None = None  # of what the embedding gives, wherever it lies; None: where it lies
+        self.device: torch.device | None = None  # where the embedding's output goes; None: it stays with the embedding
         self._returns_tuple = False
 
     def check(self, input_ids: Tensor) -> None:
-        """Raise ValueError unless layer by layer gives what the model gives, on these few tokens (1, T).
+        """Raise ValueError if layer by layer and the model's own forward differ on these few tokens (1, T).
 
-        In some architectures later layers read more of earlier ones than their hidden states.
+        In some architectures later layers read more from earlier layers than the hidden states.
         """
         outputs: list = []
         handle = self.layers[0].register_forward_hook(lambda *call: outputs.append(call[-1]))
@@ -57,7 +57,7 @@ class LayerCalls:
             for i in range(len(self.layers)):
                 hidden = self.run(i, hidden, calls)
             ours = self.leave(input_ids, hidden)
-        # Not exactly equal: a kernel may sum in another order from call to call. NaN is a matter for the loss.
+        # Not compared exactly: a kernel's order of sums may differ between calls. The loss is checked for NaN later.
         tolerance = 0.01 * whole.nan_to_num().abs().max().item()
         same = torch.isclose(ours, whole, rtol=0, atol=tolerance, equal_nan=True).all()
         if not same or not all(map(_equal, calls, others)):
@@ -68,7 +68,7 @@ class LayerCalls:
 
     @torch.no_grad()
     def enter(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, list[Call]]:
-        """(hidden (B, T, D) that layer 0 reads, each layer's call)."""
+        """Return the hidden states (B, T, D) that layer 0 reads, and each layer's call."""
         entered: list[Tensor] = []
         calls: list[Call] = []
 
@@ -82,19 +82,19 @@ class LayerCalls:
         return entered[0], calls
 
     def run(self, index: int, hidden: Tensor, calls: list[Call]) -> Tensor:
-        """What layer ``index`` makes of hidden (B, T, D)."""
+        """Return the output of layer ``index`` for hidden (B, T, D)."""
         call = calls[index]
         output = self.layers[index](hidden, *call.args, **call.kwargs)
         return output[0] if self._returns_tuple else output
 
     def leave(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
-        """What the head reads, from what the last layer returned; differentiable in hidden."""
+        """Return the input of the head for the output of the last layer; differentiable in hidden."""
         returned = self._returned(hidden)
         with self._embedding_anywhere(), replaced_forwards(self.layers, lambda layer: lambda *args, **kwargs: returned):
             return self._run(self.model, input_ids)
 
     def _embedding_anywhere(self) -> AbstractContextManager[None]:
-        """Its rows are looked up where its weight lies, and go to self.device."""
+        """Return a context in which the embedding looks its rows up on its own device and moves them to self.device."""
         look_up = self.embedding.forward
 
         def forward(input_ids: Tensor) -> Tensor:

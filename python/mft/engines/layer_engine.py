@@ -1,13 +1,14 @@
-"""Training step of a masked model, layer by layer by hand: what both orders of work share.
+"""Training step of a masked model, layer by layer: the base class of resident.py and layerwise.py.
 
-    up      h1 = layer 0 (h0), ... without autograd; from the first masked layer on each layer's input, its boundary,
-            is kept in host memory
-    loss    of the last layer's output, the head a chunk of tokens at a time; its gradient d (see objectives/)
-    down    each layer is run again from its boundary, now with autograd, and takes d from its output to its input;
-            masked layers add grad.T @ x into their buffers
+    up      h1 = layer 0 (h0), ... without autograd. From the first masked layer on, each layer's input (its boundary)
+            is kept in host memory.
+    loss    computed from the last layer's output, with the head applied to a chunk of tokens at a time; gives the
+            gradient d (see objectives/).
+    down    each layer runs again from its boundary, now with autograd, and takes d from its output to its input.
+            Masked layers add grad.T @ x into their buffers.
 
-Nothing else of the forward pass is kept, and of the backward pass no more than one layer's activations exist at once.
-An objective that asks for the base has a second chain beside the first on the way up, from the first masked layer on.
+Nothing else of the forward pass is kept. In the backward pass only one layer's activations exist at once. If the
+objective needs the base model, the way up also runs the layers with all weights kept, from the first masked layer on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,15 +36,16 @@ class LayerEngine(TrainsScores):
     """Runs steps of a masked causal LM.
 
     Args:
-        calls, head: how the model is run; see LayerCalls and causal_lm.split_at_head.
-        masks: of the masked layers; states: of their scores, None for evaluation alone.
-        grad_dtype: of the gradient buffers; None: the weights' dtype.
-        at_once: micro-batches whose boundaries exist together, of layerwise; None: all of a step's.
-        memory: remembers what the layers below the first masked one make of a row.
-        objective: what is made smaller.
+        calls, head: How the model is run; see LayerCalls and causal_lm.split_at_head.
+        masks: The masks of the masked layers.
+        states: The states of their scores; None for evaluation only.
+        grad_dtype: The dtype of the gradient buffers; None: the weights' dtype.
+        at_once: For layerwise: number of micro-batches whose boundaries exist at the same time; None: all of a step.
+        memory: A cache of the frozen layers' output for each row: the layers below the first masked one.
+        objective: The objective to minimise.
     """
 
-    way = ""  # its name in the configuration
+    way = ""  # the memory mode's name in the configuration
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class LayerEngine(TrainsScores):
         numbers = [i for i, masks in enumerate(self.masks_of_layer) if masks]
         self.first = min(numbers, default=len(calls.layers))
         self._calls_of_shape: dict[torch.Size, list[Call]] = {}
-        self._calls_of_batch: WeakKeyDictionary[MicroBatch, list[Call]] = WeakKeyDictionary()  # with own positions
+        self._calls_of_batch: WeakKeyDictionary[MicroBatch, list[Call]] = WeakKeyDictionary()  # if it has position_ids
 
     @property
     def depth(self) -> int:
@@ -98,25 +100,25 @@ class LayerEngine(TrainsScores):
         raise NotImplementedError
 
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """What the head reads (B, T, D) for each batch, without gradients."""
+        """Yield the input of the head (B, T, D) for each batch, without gradients."""
         raise NotImplementedError
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
-        """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
+        """Cache the frozen layers' outputs for these rows, as step does; nothing is trained."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Layers compute with their scores again, and these can be read."""
+        """Let the layers compute with their scores again. The scores can then be read."""
         self.mover.finish()
         if self._states is not None:
             self._states.close()
         for mask in self.masks:
             mask.module.release()
 
-    # ------------------------------------------------------------------------------------------ for both orders
+    # ------------------------------------------------------------------------------------------ for both subclasses
 
     def enter(self, batch: MicroBatch) -> Tensor:
-        """What layer 0 reads (B, T, D)."""
+        """Return the input of layer 0 (B, T, D)."""
         ids, positions = inputs_of(batch, self.calls.model, self.mover.device)
         hidden, calls = self.calls.enter(ids, positions)
         if positions is None:
@@ -126,7 +128,7 @@ class LayerEngine(TrainsScores):
         return hidden
 
     def _calls_of(self, batch: MicroBatch) -> list[Call] | None:
-        """What layers are called with for this batch, if it, or another whose layers are called alike, has entered."""
+        """Return the layers' arguments for this batch, or None if neither it nor a batch with the same ones entered."""
         if batch in self._calls_of_batch:
             return self._calls_of_batch[batch]
         return self._calls_of_shape.get(batch.input_ids.shape) if batch.position_ids is None else None
@@ -141,16 +143,16 @@ class LayerEngine(TrainsScores):
             return self._run(layer, hidden, batch)
 
     def up_base(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """The same with every weight kept."""
+        """Run the layer like up, but with every weight kept."""
         with as_base(self.calls.layers[layer]):
             return self.up(layer, hidden, batch)
 
     def loss(
         self, batch: MicroBatch, hidden: Tensor, scale: float, base: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(sum of the losses, gradient of scale * that with respect to hidden).
+        """Return the sum of the losses, and the gradient of scale * sum with respect to hidden.
 
-        base: what the last layer makes in the base, where the objective asks for it.
+        base: the base model's output of the last layer, if the objective needs it.
         """
         with self._at("the loss"):
             reference = None if base is None else self._left(batch, base)
@@ -160,7 +162,7 @@ class LayerEngine(TrainsScores):
             return total, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
     def remember_base(self, batch: MicroBatch, base: Tensor) -> None:
-        """Of a batch that was trained on before, in a run that goes on."""
+        """Remember the base's results for a batch that was trained on before the run was resumed."""
         with self._at("the base's loss"):
             self.objective.remember(self.head, self._left(batch, base), batch)
 
@@ -169,24 +171,24 @@ class LayerEngine(TrainsScores):
             return self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
 
     def down(self, layer: int, hidden: Tensor, grad: Tensor, batch: MicroBatch) -> Tensor | None:
-        """The gradient with respect to the layer's input; None for the first masked layer, below which none is used."""
+        """Return the gradient with respect to the layer's input, or None for the first masked layer."""
         with self._at(f"layer {layer}, backward"):
             hidden = hidden.detach().requires_grad_(layer > self.first)
             output = self._run(layer, hidden, batch)
             edge = get_gradient_edge(output)
-            del output  # its value is needed no more
+            del output  # only its place in the graph is needed
             torch.autograd.backward((edge,), (grad,))
             return hidden.grad
 
     def embedding_alone(self) -> list[Tensor]:
-        """What only the input embedding holds: it stays on the host, from which few rows are read."""
+        """Return the tensors that only the input embedding holds. They stay on the host, since few rows are read."""
         embedding = self.calls.embedding
         others = [m for m in self.calls.model.modules() if not any(m is part for part in embedding.modules())]
         shared = {id(t) for m in others for t in (*m._parameters.values(), *m._buffers.values())}
         return [t for t in tensors_of(embedding) if id(t) not in shared]
 
     def remembered(self, batch: MicroBatch) -> Tensor | None:
-        """What the frozen layers make of the batch's rows, if all of them are remembered; its calls must be known."""
+        """Return the frozen layers' cached output for the batch, or None if a row has none. Its calls must be known."""
         if not self._is_remembered(batch):
             return None
         assert self.memory is not None
@@ -196,11 +198,11 @@ class LayerEngine(TrainsScores):
         return self.memory is not None and all(row in self.memory.states for row in batch.rows)
 
     def lacking_calls(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Those that are remembered, and yet have to enter."""
+        """Return the batches whose rows are all cached but whose layer arguments are unknown: they have to enter."""
         return [batch for batch in batches if self._is_remembered(batch) and self._calls_of(batch) is None]
 
     def remember(self, batch: MicroBatch, hidden: Tensor) -> None:
-        """hidden is what reaches the first masked layer."""
+        """Cache hidden, the input of the first masked layer, for the rows of the batch."""
         if self.memory is not None:
             for row, state in zip(batch.rows, hidden):
                 self.memory.remember(row, state)
@@ -223,5 +225,5 @@ class LayerEngine(TrainsScores):
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Its parameters and buffers, quantised weights among these."""
+    """Return the module's parameters and buffers. Quantised weights are buffers."""
     return [*module.parameters(), *module.buffers()]

@@ -1,15 +1,18 @@
-"""All micro-batches of a step through one layer, then through the next: one layer's weights on the device at a time.
+"""The memory mode layerwise: run all micro-batches of a step through one layer, then through the next.
+
+Only the weights of the current layer, and of the next one on its way, are on the device.
 
     up      layer 0: micro-batches 1 .. n | layer 1: 1 .. n | ...      the next layer's weights arrive meanwhile
     loss    micro-batches 1 .. n
     down    layer L-1: n micro-batches, then its scores are updated | layer L-2: ...
 
-Boundaries and their gradients rest in host memory, as do weights and masks (L2L, arXiv 2002.05645, for one optimiser
-step; there weights learn, here scores). The weights of a layer travel three times a step, however many micro-batches.
+Boundaries and their gradients stay in host memory, as do weights and masks (L2L, arXiv 2002.05645, for one optimiser
+step; L2L trains weights, this trains scores). The weights of a layer are copied three times per step, for any number of
+micro-batches.
 
-Where boundaries of so many micro-batches do not fit, a portion of them goes up and down, then the next one. In between
-the sums of gradients rest on the host, too; they go on in the same dtype and order, so no bit changes. The last portion
-updates.
+If the boundaries of all micro-batches do not fit, a portion of the micro-batches goes up and down, then the next
+portion. Between portions the sums of gradients also stay on the host. They continue in the same dtype and order, so no
+bit of the result changes. The scores are updated with the last portion.
 """
 
 from collections import deque
@@ -25,33 +28,33 @@ from mft.engines.offload import Arrival
 from mft.engines.score_states import HeldMask
 from mft.engines.step import OnLoss
 
-Resting = deque[list[Tensor]]  # in host memory; what is in one list travels together, such as a micro-batch's
+Resting = deque[list[Tensor]]  # in host memory; the tensors of one list, such as a micro-batch's, are copied together
 
 
 @dataclass
 class _Top:
-    """Micro-batches above the last layer: what their way down needs, and takes up."""
+    """Micro-batches that have reached their losses, and the data for their way down, which consumes it."""
 
     batches: Sequence[MicroBatch]
     visits: Iterator[int]  # of the layers, from the last down to the first masked one
-    boundaries: list[Resting]  # what each of these layers reads, by micro-batch
-    grads: Resting  # of what the layer above read, by micro-batch
+    boundaries: list[Resting]  # each of these layers' inputs, by micro-batch
+    grads: Resting  # gradients of the next layer's output, by micro-batch
 
 
 class Layerwise(LayerEngine):
-    """Weights, masks, boundaries in host memory; on the device two layers' weights and one layer's gradients."""
+    """Keeps weights, masks and boundaries in host memory, and two layers' weights and one's gradients on the device."""
 
     way = "layerwise"
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
-        self._outside = self.depth  # the group of what no layer holds, norm and head, without the embedding
+        self._outside = self.depth  # the group of tensors outside all layers: norm and head, without the embedding
         self._groups = [self._tensors_of_layer(i) for i in range(self.depth)] + [self._tensors_outside()]
         for tensor in (*self.embedding_alone(), *(t for group in self._groups for t in group)):
             tensor.data = self.mover.rest(tensor.data)
         for mask in self.masks:
             mask.hold(None)
-        self._updated: list[HeldMask] = []  # in the layer that is visited
+        self._updated: list[HeldMask] = []  # in the layer that is on the device
 
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
@@ -107,10 +110,10 @@ class Layerwise(LayerEngine):
                 yield self.calls.leave(batch.input_ids.to(self.mover.device), state)
         _check_done(visits)
 
-    # ------------------------------------------------------------------------------------------ a layer at a time
+    # ------------------------------------------------------------------------------------------ one layer at a time
 
     def _climb(self, batches: Sequence[MicroBatch], scale: float, on_loss: OnLoss) -> _Top:
-        """All of batches from their tokens to their losses."""
+        """Run all batches from their tokens to their losses."""
         start = self._remembered_all(batches)
         below = [] if start is not None else [self._outside, *range(self.first)]
         order = [*below, *range(self.first, self.depth), self._outside, *reversed(range(self.first, self.depth))]
@@ -133,25 +136,28 @@ class Layerwise(LayerEngine):
         return deque(self._rest(self.enter(batch)) for batch in batches)
 
     def _below(self, batches: Sequence[MicroBatch], visits: Iterator[int]) -> Resting:
-        """What reaches the first masked layer."""
+        """Return the inputs of the first masked layer, and cache them."""
         hidden = self._enter(batches, visits)
         for _ in range(self.first):
             hidden = self._through(next(visits), hidden, batches)
         if self.memory is not None:
             self.mover.finish()
             for batch, (state,) in zip(batches, hidden):
-                self.remember(batch, state.clone() if self.mover.separate else state)  # its memory is used again
+                self.remember(batch, state.clone() if self.mover.separate else state)  # clone: the buffer is reused
         return hidden
 
     def _through(self, layer: int, hidden: Resting, batches: Sequence[MicroBatch], *, keep: bool = False) -> Resting:
-        """hidden of all micro-batches through one layer; the inputs' memory is used again unless they are kept."""
+        """Run one layer on the hidden states of all micro-batches. The inputs' memory is reused unless keep is set."""
         states = self._arriving(hidden) if keep else self._taken(hidden)
         return deque(self._rest(self.up(layer, state, batch)) for batch, (state,) in zip(batches, states))
 
     def _through_base(
         self, layer: int, base: Resting, hidden: Resting, batches: Sequence[MicroBatch], referring: list[MicroBatch]
     ) -> Resting:
-        """base, of the batches that refer to it, through a layer while it is here; it begins as hidden, which stays."""
+        """Run the layer with all weights kept, for the batches in referring, while its weights are on the device.
+
+        In the first masked layer base starts from the batches' hidden states, which are kept.
+        """
         if not referring:
             return base
         if layer == self.first:
@@ -198,7 +204,7 @@ class Layerwise(LayerEngine):
         return [batches[i : i + size] for i in range(0, len(batches), size)]
 
     def _buffers(self, sums: Resting) -> Iterator[list[Tensor]]:
-        """Each layer's gradient buffers on the device, from the last layer down: sums as they rest, or zeros."""
+        """Yield each layer's gradient buffers on the device, from the last layer down: from sums if any, else zeros."""
         if sums:
             yield from self._taken(sums)
             return
@@ -206,7 +212,7 @@ class Layerwise(LayerEngine):
             yield [self.states.new_buffer(mask, self.grad_dtype) for mask in self.masks_of_layer[layer]]
 
     def _descend(self, layer: int, top: _Top, buffers: Sequence[Tensor]) -> None:
-        """All of top's micro-batches down through one layer, whose masks add into these buffers and hold them then."""
+        """Run the backward pass of one layer for all micro-batches of top. Its masks add into buffers and keep them."""
         next(top.visits)
         for mask, buffer in zip(self.masks_of_layer[layer], buffers, strict=True):
             mask.hold(buffer)
@@ -219,7 +225,7 @@ class Layerwise(LayerEngine):
         top.grads = inputs
 
     def _set_aside(self, layer: int) -> list[Tensor]:
-        """What the layer's buffers hold, in host memory until the next portion of micro-batches."""
+        """Move the layer's gradient sums to host memory until the next portion of micro-batches."""
         grads = []
         for mask in self.masks_of_layer[layer]:
             assert mask.grad is not None, "_descend has given it a buffer"
@@ -229,7 +235,7 @@ class Layerwise(LayerEngine):
         return grads
 
     def _update(self, layer: int, lr: float | None) -> None:
-        """The layer's optimiser step, unless lr is None; its buffers are given up."""
+        """Take the layer's optimiser step unless lr is None, and release its buffers."""
         masks = self.masks_of_layer[layer]
         if masks and lr is not None:
             with self._at(f"the optimiser step of layer {layer}"):
@@ -239,11 +245,11 @@ class Layerwise(LayerEngine):
             mask.hold(None)
 
     def _rest(self, *tensors: Tensor) -> list[Tensor]:
-        """The device's tensors in host memory."""
+        """Copy tensors from the device to host memory."""
         return [self.mover.store(tensor) for tensor in tensors]
 
     def _arriving(self, resting: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
-        """Each list's tensors on the device, the next ones on their way while some are worked on."""
+        """Yield each list's tensors on the device, while the next list is being copied."""
         ahead: Arrival | None = None
         for tensors in resting:
             if ahead is None:
@@ -252,12 +258,12 @@ class Layerwise(LayerEngine):
             arrived = ahead.wait()
             ahead = self.mover.bring(tensors)
             yield arrived
-            del arrived  # these make room before the next ones are asked for
+            del arrived  # free these before the next ones are asked for
         if ahead is not None:
             yield ahead.wait()
 
     def _taken(self, resting: Resting) -> Iterator[list[Tensor]]:
-        """As _arriving; each one's memory may be used again, and resting ends empty."""
+        """Do the same as _arriving, but empty resting and let the memory of its tensors be reused."""
 
         def take() -> Iterator[list[Tensor]]:
             while resting:
@@ -269,7 +275,7 @@ class Layerwise(LayerEngine):
         return self._arriving(take())
 
     def _visit(self, order: list[int]) -> Iterator[int]:
-        """Each group's tensors lie on the device while it is visited; the next group's are on their way."""
+        """Yield each group's number while its tensors are on the device; the next group is copied meanwhile."""
         arriving = self._arriving(self._groups[number] for number in order)
         for number in order:
             group, arrived = self._groups[number], next(arriving)
@@ -307,6 +313,6 @@ class Layerwise(LayerEngine):
 
 
 def _check_done(visits: Iterator[object]) -> None:
-    """What was visited last rests again, or is let go."""
+    """Finish the iterator, which releases the last group or buffers; all of them must have been visited."""
     for _ in visits:
         raise AssertionError("a layer was not visited")

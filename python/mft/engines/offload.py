@@ -1,12 +1,12 @@
-"""Tensors that travel between host memory and the device, ahead of the work that needs them.
+"""Copy tensors between host memory and the device ahead of the work that needs them.
 
     main stream   | layer 3 ......... | layer 4 ......... |
     copy stream   | weights of 4, boundary of 3 to host   |
 
-All copies run in one stream, in the order in which they were asked for: so what is stored and then fetched again needs
-no further ordering. The host queues work far ahead of the device; so a tensor that leaves is kept until the main stream
-has been told to wait for its copy, one at a time, and what is queued holds no more memory than what runs. Where device
-and host are one memory, nothing is copied.
+All copies run in one stream, in the order in which they were asked for, so a tensor that is stored and then fetched
+again needs no further ordering. The host queues work far ahead of the device. Therefore a tensor that leaves the device
+is kept until the main stream has been told to wait for its copy. Only one such tensor exists at a time, so queued work
+holds no more memory than running work. If device and host share one memory, nothing is copied.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class Arrival:
     event: torch.cuda.Event | None
 
     def wait(self) -> list[Tensor]:
-        """The tensors, for work that is queued from now on; the host waits for nothing."""
+        """Return the tensors, for work that is queued from now on. The host does not wait."""
         if self.event is not None:
             torch.cuda.current_stream(self.tensors[0].device).wait_event(self.event)
         return self.tensors
@@ -38,9 +38,9 @@ class Mover:
     """Copies to and from ``device``.
 
     Args:
-        separate: whether what rests lies in another memory than the device's; None: unless it is the CPU. With True a
-            run on the CPU copies as one on a GPU does, for tests and for the simulation of memory. With False nothing
-            is copied, on a GPU either.
+        separate: Whether tensors at rest are in another memory than the device's. None: True unless the device is the
+            CPU. With True a run on the CPU copies as a run on a GPU does, for tests and for the simulation of memory.
+            With False nothing is copied, even on a GPU.
     """
 
     def __init__(self, device: torch.device | str, *, separate: bool | None = None) -> None:
@@ -51,7 +51,7 @@ class Mover:
         self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def bring(self, tensors: Sequence[Tensor]) -> Arrival:
-        """Copies of host tensors on the device, or these themselves where nothing has to be copied."""
+        """Copy host tensors to the device; if nothing has to be copied, return the tensors themselves."""
         if not self.separate or not tensors:
             return Arrival(list(tensors), None)
         copies = [torch.empty_like(t, device=self.device) for t in tensors]
@@ -61,7 +61,7 @@ class Mover:
             return Arrival(copies, self._stream.record_event() if self._stream else None)
 
     def store(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        """The device's tensor in host memory: in ``out``, or in a buffer that give_back() takes."""
+        """Copy a tensor from the device to host memory: to ``out``, or to a buffer that give_back() takes."""
         if not self.separate:
             if out is not None and out is not tensor and out.data_ptr() != tensor.data_ptr():
                 out.copy_(tensor)
@@ -75,29 +75,29 @@ class Mover:
         return out
 
     def let_go(self) -> None:
-        """The memory of the tensor stored last may be used by work that is queued from now on."""
+        """Let work that is queued from now on use the memory of the tensor stored last."""
         if self._leaving is not None:
             torch.cuda.current_stream(self.device).wait_event(self._leaving[1])
             self._leaving = None
 
     def give_back(self, buffer: Tensor) -> None:
-        """The host buffer of an earlier store() may be written by a later one."""
+        """Let a later store() write to the host buffer of an earlier one."""
         if self.separate:
             self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
 
     def rest(self, tensor: Tensor) -> Tensor:
-        """``tensor`` in host memory from which copies overlap with work: pinned; itself where nothing is copied."""
+        """Return ``tensor`` in pinned memory, so that copies overlap with work; itself if nothing is copied."""
         if self.device.type != "cuda" or not self.separate:
             return tensor
         return page_locked(tensor)
 
     def finish(self) -> None:
-        """Wait until every copy is done: before the host reads what was stored."""
+        """Wait until every copy is done. The host must call this before it reads what was stored."""
         if self._stream:
             self._stream.synchronize()
 
     def host(self) -> AbstractContextManager:
-        """Around allocations of host memory; a simulation counts them elsewhere."""
+        """Return a context for allocations of host memory; a simulation overrides it to count them separately."""
         return contextlib.nullcontext()
 
     def _buffer(self, like: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Mover:
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
-        """In the copy stream, after all work that is queued so far: memory that was freed is written no earlier."""
+        """Enter the copy stream, after all work that is queued so far: freed memory must not be written earlier."""
         if self._stream is None:
             yield
             return

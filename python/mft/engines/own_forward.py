@@ -1,4 +1,4 @@
-"""A step over the model's own forward, by autograd: what the ways have in common that run a model as it is."""
+"""A step by autograd over the model's own forward: the base class of memory modes plain, in_place and sharded."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,13 +18,16 @@ from mft.objectives.objective import Objective
 
 
 class OwnForward:
-    """Runs the micro-batches of a step; a subclass says what follows from their gradients.
+    """Runs the micro-batches of a step; a subclass applies their gradients.
 
-    Args: run, head: see causal_lm.split_at_head. memory: of the frozen layers' outputs, or None. processes: those whose
-        gradients make up a step. objective: what is made smaller.
+    Args:
+        run, head: See causal_lm.split_at_head.
+        memory: A cache of the frozen layers' outputs, or None.
+        processes: The processes whose gradients are summed for a step.
+        objective: The objective to minimise.
     """
 
-    way = ""  # its name in the configuration
+    way = ""  # the memory mode's name in the configuration
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class OwnForward:
             self._update(lr, max_norm)
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
-        """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
+        """Cache the frozen layers' outputs for these rows, as step does; nothing is trained."""
         for batch in batches:
             ids, positions = inputs_of(batch, self._model, self._device)
             self._prefix.recall(ids, batch.rows, positions)
@@ -62,13 +65,13 @@ class OwnForward:
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """What the head reads (B, T, D) for each batch, by what is learned so far, without gradients."""
+        """Yield the input of the head (B, T, D) for each batch, with what is learned so far, without gradients."""
         for batch in batches:
             ids, positions = inputs_of(batch, self._model, self._device)
             yield self._run(self._model, ids, positions)
 
     def _backward(self, batch: MicroBatch, scale: float) -> Tensor:
-        """The sum of a micro-batch's losses, of which every gradient has been made."""
+        """Run a micro-batch's forward and backward passes; return the sum of its losses."""
         with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
             base = self._base(batch) if self._objective.needs_reference(batch) else None
             ids, positions = inputs_of(batch, self._model, self._device)
@@ -76,12 +79,12 @@ class OwnForward:
             return self._objective.backward(self.head, hidden, batch, scale, base)
 
     def _update(self, lr: float, max_norm: float | None) -> None:
-        """The optimiser step, from the gradients that are complete but for other processes' share."""
+        """Take the optimiser step. This process's gradients are complete; the other processes' are not added yet."""
         raise NotImplementedError
 
     @torch.no_grad()
     def _base(self, batch: MicroBatch) -> Tensor:
-        """(B, T, D): what the head reads with every weight kept, and without dropout."""
+        """Return the input of the head (B, T, D) with every weight kept and without dropout."""
         ids, positions = inputs_of(batch, self._model, self._device)
         with evaluating(self._model), as_base(self._model):
             return self._prefix(ids, batch.rows, positions)

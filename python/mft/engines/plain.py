@@ -1,4 +1,7 @@
-"""The ordinary step: autograd over the model's own forward, then AdamW; what every other way of running must equal."""
+"""The memory mode plain: a step by autograd over the model's own forward, then AdamW.
+
+The other memory modes must give equal results.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,10 +27,12 @@ from mft_kernels.mask.masking import current_mask
 
 
 class Plain(OwnForward):
-    """Trains what requires grad: weights by AdamW on fp32 masters, scores that are not fp32 by MaskAdamW.
+    """Trains the parameters that require grad; see make_stepper for the optimiser.
 
-    Args: as OwnForward's. before_update: called when a step's gradients are complete and not yet clipped or applied.
-        surrogate: what scores learn by, if not by the straight-through gradient.
+    Args:
+        before_update: Called when a step's gradients are complete and not yet clipped or applied.
+        surrogate: The gradient of the scores; None: the straight-through gradient.
+        Others: see OwnForward.
     """
 
     way = "plain"
@@ -52,13 +57,13 @@ class Plain(OwnForward):
         self._masked = [module for module in model.modules() if isinstance(module, MaskedLayer)]
 
     def check(self) -> None:
-        """Nothing: a masked layer finds non-finite scores in its next forward."""
+        """Do nothing: a masked layer detects non-finite scores in its next forward."""
 
     def finish(self) -> None:
-        """Nothing: what was learned is the model's own."""
+        """Do nothing: the model's own parameters were trained."""
 
     def check_learned(self) -> None:
-        """Raise NonFiniteLoss if what is learned is not finite: before it is saved, where no later loss shows it."""
+        """Raise NonFiniteLoss if a trained tensor is not finite. Call before a save: no later loss would show it."""
         for name, tensor in self.learned().items():
             bad = tensor.numel() - int(tensor.isfinite().sum())
             if bad:
@@ -72,12 +77,12 @@ class Plain(OwnForward):
         return self._stepper.optimizer
 
     def learned(self) -> dict[str, Tensor]:
-        """What is trained, by the parameter's name: fp32 masters of 16-bit weights, else the parameters themselves."""
+        """Return the trained tensors by parameter name: fp32 masters of 16-bit weights, else the parameters."""
         masters = {id(p): master for p, master in zip(self._stepper.parameters, self._stepper.masters)}
         return {name: masters[id(p)] for name, p in self._model.named_parameters() if id(p) in masters}
 
     def result(self) -> dict[str, Tensor]:
-        """What a finished run saves: see step.Runner."""
+        """Return what a finished run saves: see step.Runner."""
         trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
         masked = {n: m for n, m in self._model.named_modules() if isinstance(m, MaskedLayer)}
         for name, module in masked.items():
@@ -86,11 +91,11 @@ class Plain(OwnForward):
         return trained
 
     def packed_masks(self) -> list[Tensor]:
-        """See step.Runner. What is selected here is remembered for the next forward."""
+        """See step.Runner. The masks selected here are reused by the next forward."""
         return [current_mask(m.scores, m.keep_ratio, m.threshold, m.mode).packed for m in self._masked]
 
     def relearned(self) -> None:
-        """After a change of what is learned: the model computes with it."""
+        """Update the model after a change of the trained tensors, so that it computes with them."""
         self._stepper.copy_masters()
         self._select()
 
@@ -110,14 +115,14 @@ class Plain(OwnForward):
         self._select()
 
     def _select(self) -> None:
-        """Select the shared threshold of masks under a budget; other masks find theirs in the next forward."""
+        """Select the shared threshold of masks under a budget. Other masks compute theirs in the next forward."""
         budget = budget_of(self._model)
         if budget is not None:
             budget.select(self._masked)
 
 
 class _ScoreAdamW:
-    """MaskAdamW over scores, in MasterAdamW's place."""
+    """MaskAdamW over scores, with the interface of MasterAdamW."""
 
     def __init__(self, masked: Sequence[MaskedLayer], train: TrainConfig) -> None:
         self.parameters = self.masters = [module.scores for module in masked]
@@ -141,16 +146,18 @@ class _ScoreAdamW:
         self.optimizer.zero_grad(set_to_none=True)
 
     def copy_masters(self) -> None:
-        """Scores are their own masters."""
+        """Do nothing: scores are their own masters."""
 
 
-Stepper = MasterAdamW | _ScoreAdamW  # a context: what it hooks, it lets go
+Stepper = MasterAdamW | _ScoreAdamW  # a context, which removes its hooks at its end
 
 
 def make_stepper(model: nn.Module, train: TrainConfig) -> Stepper:
-    """Of what requires grad: weights by AdamW on fp32 masters, scores that are not fp32 by MaskAdamW.
+    """Make the optimiser of the parameters that require grad.
 
-    Raises: ValueError if nothing does, and for moments in few bits where weights are trained.
+    This is AdamW on fp32 masters, or MaskAdamW if only scores are trained and the scores or the moments are not fp32.
+
+    Raises: ValueError if no parameter requires grad, or if weights are trained with moments that are not float32.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     masked = [m for m in model.modules() if isinstance(m, MaskedLayer) and m.scores.requires_grad]
@@ -165,7 +172,7 @@ def make_stepper(model: nn.Module, train: TrainConfig) -> Stepper:
 
 
 def replace_gradients(model: nn.Module, stepper: Stepper, surrogate: Surrogate) -> None:
-    """The surrogate's over the straight-through ones, in the buffers that the optimiser reads."""
+    """Overwrite the straight-through gradients by the surrogate's, in the buffers that the optimiser reads."""
     masters = {id(p): master for p, master in zip(stepper.parameters, stepper.masters)}
     masked: list[Any] = [module for module in model.modules() if isinstance(module, MaskedLayer)]
     for module in masked:

@@ -1,4 +1,4 @@
-"""torch's random numbers in a run: from its seed alone, the caller's own kept, taken and put back with a checkpoint."""
+"""torch's random generators in a run: seeded by the run's seed, saved in checkpoints, and restored for the caller."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -12,20 +12,20 @@ _CPU, _CUDA = "random.cpu", "random.cuda.{}"
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's generators, of the CPU and of every GPU, begin at seed, and are the caller's again afterwards."""
+    """Seed torch's generators of the CPU and of every GPU inside the context; restore the caller's states after it."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
 
 def take_random_states() -> dict[str, Tensor]:
-    """Of the CPU's generator and each GPU's, by name."""
+    """Return the states of the CPU's generator and of each GPU's, by name."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {_CPU: torch.get_rng_state()} | {_CUDA.format(i): state for i, state in enumerate(cuda)}
 
 
 def put_random_states(tensors: Mapping[str, Tensor]) -> None:
-    """Go on from take_random_states'; a GPU that was not there then keeps its state."""
+    """Restore the states of take_random_states. A GPU without a saved state keeps its own."""
     torch.set_rng_state(tensors[_CPU])
     for i in range(torch.cuda.device_count()):
         if (state := tensors.get(_CUDA.format(i))) is not None:
@@ -34,9 +34,9 @@ def put_random_states(tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def draws_at_random(model: Any, input_ids: Tensor) -> bool:
-    """Whether a causal LM draws random numbers in training (dropout, noise of a router): two passes then differ.
+    """Whether a causal LM draws random numbers in training (dropout, router noise), so that two passes differ.
 
-    Tried on a few tokens: no list of names knows every model's.
+    Tested by a forward pass over a few tokens, because no list of module names covers every model.
     """
     was_training, before = model.training, take_random_states()
     model.train()

@@ -1,4 +1,4 @@
-"""All micro-batches of a step one after another, with all weights, masks and gradient buffers on the device."""
+"""The memory mode resident: run micro-batches one by one, with all weights, masks and gradients on the device."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from mft.engines.step import OnLoss
 
 
 class Resident(LayerEngine):
-    """All weights, masks and gradient buffers on the device; one micro-batch after another."""
+    """Keeps all weights, masks and gradient buffers on the device; runs one micro-batch after another."""
 
     way = "resident"
 
@@ -41,7 +41,7 @@ class Resident(LayerEngine):
                 total, grad = self._top(batch, boundaries, scale)
                 on_loss(batch, total)
                 top = [grad]
-                del grad  # the way down is not to hold the gradient at its top
+                del grad  # so that _descend can free it
                 self._descend(batch, boundaries, top)
         if lr is None:
             return
@@ -58,12 +58,15 @@ class Resident(LayerEngine):
                 yield self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
 
     def _top(self, batch: MicroBatch, boundaries: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """See loss; boundaries become those from the first masked layer on, in host memory."""
+        """Run the forward pass and the loss; see loss.
+
+        The inputs of the layers from the first masked one on are appended to boundaries, in host memory.
+        """
         hidden, base = self._climb(batch, boundaries)
         return self.loss(batch, hidden, scale, base)
 
     def _climb(self, batch: MicroBatch, boundaries: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The last layer's output, and what it is in the base if the objective asks."""
+        """Return the last layer's output, and the base model's output if the objective needs it."""
         hidden = self._below(batch)
         base = self._climb_base(batch, hidden) if self.objective.needs_reference(batch) else None
         for layer in range(self.first, self.depth):
@@ -73,7 +76,10 @@ class Resident(LayerEngine):
         return hidden, base
 
     def _climb_base(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
-        """hidden is what reaches the first masked layer: below it model and base are one."""
+        """Return the base model's output for hidden, the input of the first masked layer.
+
+        Below that layer the model and the base are the same.
+        """
         for layer in range(self.first, self.depth):
             hidden = self.up_base(layer, hidden, batch)
         return hidden
@@ -86,7 +92,7 @@ class Resident(LayerEngine):
                 self._below(batch)
 
     def _below(self, batch: MicroBatch) -> Tensor:
-        """What reaches the first masked layer."""
+        """Return the input of the first masked layer."""
         for unknown in self.lacking_calls([batch]):
             self.enter(unknown)
         hidden = self.remembered(batch)
@@ -98,7 +104,7 @@ class Resident(LayerEngine):
         return hidden
 
     def _descend(self, batch: MicroBatch, boundaries: list[Tensor], grads: list[Tensor]) -> None:
-        """grads holds the gradient of the last layer's output; empties both."""
+        """Run the backward passes of all layers. grads holds the last layer's gradient; both lists are consumed."""
         arriving = self.mover.bring(boundaries[-1:])
         for layer in reversed(range(self.first, self.depth)):
             (hidden,) = arriving.wait()
@@ -110,7 +116,7 @@ class Resident(LayerEngine):
 
     def close(self) -> None:
         super().close()
-        for tensor in self.embedding_alone():  # the model is whole again: all but the scores on the device
+        for tensor in self.embedding_alone():  # all of the model but the scores is then on the device
             tensor.data = tensor.data.to(self.mover.device)
 
     def _remedy(self) -> str:

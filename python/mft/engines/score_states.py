@@ -1,4 +1,4 @@
-"""Scores and moments at rest in host memory, and the optimiser step that takes them to the device a matrix at a time.
+"""Scores and moments in host memory, and the optimiser step that brings them to the device one matrix at a time.
 
              host                        device
 scores, moments of matrix 2  ------>  score_step(gradient, weight) -> next mask of 2
@@ -25,13 +25,13 @@ from mft_kernels.mask.masking import outdate
 from mft_kernels.reference.fixed_point import code_at_least, selectable
 from mft_kernels.shards import is_spread, rows_here
 
-_CLIP_ROWS = 256  # of a gradient squared at once
-_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+_CLIP_ROWS = 256  # rows of a gradient that are squared at once
+_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(eq=False)
 class HeldMask:
-    """A masked layer with the mask that it computes with between two steps, and its gradient buffer."""
+    """A masked layer, the mask that it uses between two optimiser steps, and its gradient buffer."""
 
     name: str
     module: MaskedLayer
@@ -41,51 +41,51 @@ class HeldMask:
 
     @property
     def scores(self) -> Tensor:
-        """What learns: the module's."""
+        """The module's scores, which are trained."""
         return self.module.scores
 
     @property
     def quantized(self) -> QuantizedWeight | None:
-        """What the weight is made of, if it is."""
+        """The quantised weight, or None if the weight is not quantised."""
         return getattr(self.module, "quantized", None)
 
     def weight(self) -> Tensor:
-        """(N, K), made anew if it is quantised; of experts (E, N, K), or all in one matrix."""
+        """Return the weight (N, K), dequantised if it is quantised; for experts (E, N, K), or all in one matrix."""
         return self.module.weight.detach() if self.quantized is None else self.quantized.dense()
 
     def weight_dtype(self) -> torch.dtype:
         return self.module.weight.dtype if self.quantized is None else self.quantized.dtype
 
     def hold(self, grad: Tensor | None) -> None:
-        """From now on the backward pass adds into grad."""
+        """Let the layer use the mask, and let its backward pass add into grad from now on."""
         self.grad = grad
         self.module.hold(self.packed, grad, weight=self.quantized)
 
     def take(self, packed: Tensor) -> None:
-        """From now on this is the mask."""
+        """Replace the mask."""
         self.packed.copy_(packed)
 
 
 def current_masks(masked: dict[str, MaskedLayer]) -> list[HeldMask]:
-    """The masks that the layers' scores select now, of which they may be changed in place.
+    """Return the masks that the layers' scores select now. The caller may change them in place.
 
-    Raises: NonFiniteScores, naming the layer.
+    Raises: NonFiniteScores, which names the layer.
     """
     found = []
     for name, module in masked.items():
         mask = module.current_mask()
-        outdate(module.scores)  # the memo would keep another copy, and the signs, which a held mask does not need
+        outdate(module.scores)  # the cache would keep another copy, and the signs, which a held mask does not need
         found.append(HeldMask(name, module, mask.packed, mask.threshold))
     return found
 
 
 def score_groups(masked: Iterable[MaskedLayer]) -> list[dict[str, Any]]:
-    """The groups of MaskAdamW over their scores."""
+    """Return MaskAdamW's parameter groups for the layers' scores."""
     return [{"params": [module.scores], "mode": module.mode} for module in masked]
 
 
 def score_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> MaskAdamW:
-    """Of these scores, see score_groups, as train says."""
+    """Make the MaskAdamW of these groups (see score_groups) with the settings of train."""
     return MaskAdamW(
         groups,
         lr=train.lr,
@@ -97,16 +97,16 @@ def score_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> MaskAda
 
 
 class ScoreStates:
-    """MaskAdamW over the scores of masked layers, whose masks the layers hold meanwhile.
+    """MaskAdamW over the scores of masked layers, which hold their masks between steps.
 
-    The scores are moved to (pinned) host memory, and learn through this alone.
+    The scores are moved to (pinned) host memory. Only this class updates them.
 
     Args:
-        optimizer: of the layers' scores, in the order of masks; see score_optimizer.
-        processes: those whose gradients make up a step; each then takes the same one, rounding included.
-        surrogate: what scores learn by, if not by the straight-through gradient. It is written over a layer's buffer,
-            so that no matrix more is needed; moments in 8 bits then know the weight.
-        budget: of these masks, which are then selected together, by select().
+        optimizer: MaskAdamW of the layers' scores, in the order of masks; see score_optimizer.
+        processes: The processes whose gradients are summed for a step. Each takes the same step, rounding included.
+        surrogate: The gradient of the scores; None: the straight-through gradient. It overwrites a layer's gradient
+            buffer, so no further matrix is needed. Moments in 8 bits then include the weight as a factor.
+        budget: The budget of these masks, which select() then selects together.
     """
 
     def __init__(
@@ -122,22 +122,22 @@ class ScoreStates:
         self.optimizer, self.budget = optimizer, budget
         for mask in masks:
             mask.scores.requires_grad_(False)
-            if not is_spread(mask.scores):  # whose rows lie on the device already
+            if not is_spread(mask.scores):  # the rows of spread scores are on the device already
                 mask.scores.data = mover.rest(mask.scores.data)
         self._found_bad: list[tuple[HeldMask, Tensor]] = []
 
     def close(self) -> None:
-        """The scores may learn by autograd again, those that it can reach."""
+        """Let scores of a float dtype be trained by autograd again."""
         for mask in self._masks:
             mask.module.scores.requires_grad_(mask.module.scores.is_floating_point())
 
     def learned(self) -> dict[str, Tensor]:
-        """The scores, as they rest, by the parameter's name; copies of them have arrived."""
+        """Return the scores by parameter name, where they are stored, after all pending copies are done."""
         self._mover.finish()
         return {f"{mask.name}.scores": mask.scores for mask in self._masks}
 
     def result(self) -> dict[str, Tensor]:
-        """The masks, as a finished run saves them: see step.Runner."""
+        """Return the masks as a finished run saves them: see step.Runner."""
         return {f"{mask.name}.mask": packed for mask, packed in zip(self._masks, self.packed_masks())}
 
     def packed_masks(self) -> list[Tensor]:
@@ -146,7 +146,7 @@ class ScoreStates:
         return [mask.packed for mask in self._masks]
 
     def relearned(self) -> None:
-        """After a change of the scores: the masks follow."""
+        """Select the masks again after a change of the scores."""
         if self.budget is not None:
             self.select()
             return
@@ -155,9 +155,9 @@ class ScoreStates:
             mask.threshold = selected.threshold.to(self._mover.device)
 
     def buffer_dtype(self, mask: HeldMask, dtype: torch.dtype | None) -> torch.dtype:
-        """Of one layer's gradient: dtype, or the weight's.
+        """Return the dtype of one layer's gradient buffer: dtype, or the weight's dtype if that is None.
 
-        Raises: ValueError in fp16 with a surrogate: products with weights would be rounded to 0.
+        Raises: ValueError for fp16 with a surrogate, as products with weights would be rounded to 0.
         """
         dtype = dtype or mask.weight_dtype()
         if self._surrogate is not None and dtype == torch.float16:
@@ -168,21 +168,21 @@ class ScoreStates:
         return dtype
 
     def new_buffer(self, mask: HeldMask, dtype: torch.dtype | None) -> Tensor:
-        """Zeros for one layer's gradient, in buffer_dtype(mask, dtype)."""
+        """Return zeros for one layer's gradient, in buffer_dtype(mask, dtype)."""
         dtype = self.buffer_dtype(mask, dtype)
         return torch.zeros(rows_here(mask.scores).shape, dtype=dtype, device=self._mover.device)
 
     def clip_factor(self, max_norm: float) -> Tensor:
-        """min(1, max_norm / (norm + 1e-6)) of all scores' gradients together, fp32, 0-d on the device.
+        """Return min(1, max_norm / (norm + 1e-6)) for the gradients of all scores together: fp32, 0-d on the device.
 
-        |weight * sign(score)| = |weight|, so the scores are not needed; a surrogate's are in the buffers already.
-        Squares are added up in fp64, so that their order hardly matters.
+        |weight * sign(score)| = |weight|, so the scores are not needed. A surrogate's gradients are in the buffers
+        already. Squares are added up in fp64, so that their order hardly matters.
         """
         total = self._squares()
         return (max_norm / (total.sqrt() + _EPSILON)).clamp_(max=1.0).float()
 
     def _squares(self) -> Tensor:
-        """The sum of the squared gradients of all scores, fp64, 0-d on the device."""
+        """Return the sum of the squared gradients of all scores: fp64, 0-d on the device."""
         total = torch.zeros((), dtype=torch.float64, device=self._mover.device)
         for mask in self._masks:
             assert mask.grad is not None, "clipping needs every gradient"
@@ -196,14 +196,14 @@ class ScoreStates:
         return total
 
     def update(self, masks: Sequence[HeldMask], lr: float | None = None, max_norm: float | None = None) -> None:
-        """One optimiser step of these layers from their buffers, summed over processes; their next masks are held then.
+        """Take one optimiser step of these layers from their buffers, summed over processes, and set their next masks.
 
-        lr: None for the one that each group of the optimizer has.
+        lr: None uses the rate in each of the optimizer's groups.
 
-        Under a budget they hold their masks until all layers have taken the step, and select() is called.
+        With a budget the layers keep their masks until all layers have taken the step and select() is called.
 
-        A matrix takes its step while the next one is summed, unless max_norm, which is of all layers' gradients, needs
-        every sum first.
+        One matrix takes its step while the next one is being summed. With max_norm, which limits the norm of all
+        layers' gradients together, all sums are finished first.
         """
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
@@ -222,13 +222,13 @@ class ScoreStates:
             self._mover.let_go()
 
     def selects_later(self, mask: HeldMask) -> bool:
-        """Whether select() finds this mask, after the step of all layers."""
+        """Whether select() computes this mask after the step of all layers."""
         return self.budget is not None
 
     def select(self) -> None:
-        """Under a budget: the masks of all layers, by the threshold that their scores share now.
+        """With a budget, select the masks of all layers by the threshold that their scores share now.
 
-        Raises: NonFiniteScores, naming the layer.
+        Raises: NonFiniteScores, which names the layer.
         """
         if self.budget is None:
             return
@@ -242,18 +242,18 @@ class ScoreStates:
             mask.take(pack_mask(scores, mask.threshold, mode=mask.module.mode))
 
     def check(self) -> None:
-        """Raise NonFiniteScores if a score has become NaN or infinite; the one synchronisation of a step."""
+        """Raise NonFiniteScores if a score has become NaN or infinite. This is the only synchronisation of a step."""
         found, self._found_bad = self._found_bad, []
-        if not found:  # select() has looked
+        if not found:  # select() has checked the scores
             return
         for (mask, _), is_bad in zip(found, torch.stack([bad for _, bad in found]).tolist()):
             if is_bad:
                 self._mover.finish()
-                mask.module.current_mask()  # which raises, naming the layer
+                mask.module.current_mask()  # raises NonFiniteScores, which names the layer
                 raise AssertionError(f"{mask.name} has a threshold that is not finite, but its scores are")
 
     def _replace(self, mask: HeldMask, scores: Tensor) -> None:
-        """The surrogate's gradient over the straight-through one; scores: on the device."""
+        """Overwrite the straight-through gradient by the surrogate's; scores: on the device."""
         module, surrogate, grad = mask.module, self._surrogate, mask.grad
         assert surrogate is not None, "asked for where there is one"
         assert grad is not None, "a step needs the gradient"
@@ -261,18 +261,18 @@ class ScoreStates:
         surrogate.replace(grad, scores.detach(), threshold=module.threshold, mode=module.mode, weight=mask.weight())
 
     def _brought(self) -> Iterator[Tensor]:
-        """The scores of each layer, on the device while they are read."""
+        """Yield the scores of each layer, on the device while they are read."""
         for mask in self._masks:
             yield from self._mover.bring([rows_here(mask.scores)]).wait()
 
     def _step(self, mask: HeldMask, grad_scale: Tensor | None) -> Tensor | None:
-        """The next mask; None if select() finds it later."""
+        """Take one matrix's optimiser step; return its next mask, or None if select() computes it later."""
         module, resting = mask.module, self.optimizer.tensors(mask.scores)
         tensors = dict(zip(resting, self._mover.bring(list(resting.values())).wait()))
         later = self.selects_later(mask)
         given = module.threshold is not None or later
         assert mask.grad is not None, "a step needs the gradient"
-        if self._surrogate is not None and grad_scale is None:  # else it was there before the norm
+        if self._surrogate is not None and grad_scale is None:  # else update() has done it, before the norm
             self._replace(mask, tensors["scores"])
         selected = self.optimizer.step_one(
             mask.scores,

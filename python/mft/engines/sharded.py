@@ -1,11 +1,11 @@
-"""The step over a model that is spread over processes: each holds rows of every weight, score, moment and mask.
+"""The memory mode sharded: each process holds some rows of every weight, score, moment and mask.
 
-forward, backward   FSDP2's, on ordinary layers whose weights hold their masks; a layer at a time is whole
-gradients           summed over processes into each one's rows, once a step, or once a micro-batch
-the step            MaskAdamW on the rows here; thresholds from histograms that all processes add up
-the flips           in the rows here
+forward, backward   FSDP2's, on ordinary layers whose weights hold their masks; one layer at a time is whole
+gradients           summed over processes into each one's rows, once per step or once per micro-batch
+the step            MaskAdamW on the local rows; thresholds from histograms that are summed over all processes
+the flips           in the local rows
 
-Sent is what plain FSDP2 sends, weights and their gradients, and the histograms: neither scores nor masks.
+Processes send weights and gradients, as plain FSDP2 does, and the histograms. They send neither scores nor masks.
 """
 
 import math
@@ -40,11 +40,11 @@ from mft_kernels.ops.checks import NonFiniteScores
 from mft_kernels.reference.fixed_point import code_at_least, selectable
 from mft_kernels.shards import first_row, rows_here, spread_like
 
-_NOT_FINITE = 0x7E00  # of int16 scores: the code that reads as NaN where they are selected
+_NOT_FINITE = 0x7E00  # for int16 scores: the code that the selection of masks reads as NaN
 
 
 class ShardedMask(InPlaceMask):
-    """A mask of which this process holds some rows, in its rows of the weight; module is the whole one's."""
+    """A mask of which this process holds some rows, in its rows of the weight; module: the layer of the whole model."""
 
     def __init__(self, name: str, module: MaskedLayer, parameter: nn.Parameter) -> None:
         held = MaskedInPlace(rows_here(parameter))
@@ -60,10 +60,14 @@ class ShardedMask(InPlaceMask):
 
 
 class ShardedStates(WeightStates):
-    """Scores, moments and masks of a spread model, in rows; what they select depends on no number of processes.
+    """The local rows of a spread model's scores, moments and masks.
 
-    Args: model: the whole one, whose scores are the first; finish() gives it those that were learned. own: what runs.
-    Others as of WeightStates.
+    The selected masks do not depend on the number of processes.
+
+    Args:
+        model: The whole model. Training starts from its scores; finish() writes the trained ones back.
+        own: The spread copy that runs.
+        Others: see WeightStates.
     """
 
     def __init__(
@@ -94,12 +98,12 @@ class ShardedStates(WeightStates):
         self.check()
 
     def selects_later(self, mask: Any) -> bool:
-        """Unless its threshold is fixed: no process knows it by itself."""
+        """Return True unless the threshold is fixed, as no process can compute a threshold by itself."""
         return self.budget is not None or mask.module.threshold is None
 
     @torch.no_grad()
     def select(self) -> None:
-        """The masks of all layers, by thresholds over the scores of all processes: two or three sums."""
+        """Select the masks of all layers by thresholds over the scores of all processes: two or three all-reduces."""
         later = [mask for mask in self._rows if self.selects_later(mask)]
         if self.budget is not None:
             with self.group.together():
@@ -133,14 +137,14 @@ class ShardedStates(WeightStates):
                     raise NonFiniteScores(scores, mask.name)
 
     def packed_masks(self) -> list[Tensor]:
-        """Whole, gathered from all processes, which all call this."""
+        """Return the whole masks, gathered from all processes. All processes must call this."""
         return [self.group.all_rows(mask.packed, len(mask.parameter)) for mask in self._rows]
 
     def relearned(self) -> None:
         self.select()
 
     def finish(self) -> None:
-        """The model's own scores are those that were learned, whole; all processes call this."""
+        """Gather the trained scores and write them into the whole model. All processes must call this."""
         for mask in self._rows:
             whole = self.group.all_rows(rows_here(mask.scores), len(mask.parameter))
             mask.module.scores.data = whole.to(mask.module.weight.device)
@@ -155,7 +159,7 @@ class ShardedStates(WeightStates):
             mask.take(pack_mask(rows_here(mask.scores), threshold, mode=mask.module.mode))
 
     def _as_scores(self, mask: Any, threshold: float) -> Tensor:
-        """As the scores are held."""
+        """Return the threshold as a 0-d tensor in the dtype of the scores; for int16 as their code."""
         own = rows_here(mask.scores)
         if own.dtype != torch.int16:
             return own.new_full((), threshold)
@@ -175,15 +179,18 @@ class ShardedStates(WeightStates):
 
     @staticmethod
     def _forget(module: MaskedLayer) -> None:
-        """The whole scores go; what reads them before finish() finds NaN, which every reader refuses."""
+        """Free the module's whole scores. Until finish() they read as NaN, which every reader rejects."""
         scores = module.scores.detach()
         module.scores.data = scores.new_full((), _nan_of(scores.dtype)).expand(scores.shape)
 
 
 class Sharded(TrainsScores, OwnForward):
-    """Trains scores alone, in any format, on a model of which each process holds some rows.
+    """Trains only scores, in any format, on a model of which each process holds some rows.
 
-    Args: states: of the scores. own: the model that runs. every_batch: sum gradients in each micro-batch.
+    Args:
+        states: The states of the scores.
+        own: The spread copy that runs.
+        every_batch: Sum gradients over processes in each micro-batch, not once per step.
     """
 
     way = "sharded"
@@ -208,8 +215,8 @@ class Sharded(TrainsScores, OwnForward):
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
     ) -> None:
-        """See step.Runner. A loss that is not finite ends the step when all micro-batches are through: each of them
-        waits for all processes."""
+        """See step.Runner. A loss that is not finite ends the step only after all micro-batches have run, because
+        every micro-batch waits for all processes."""
         assert lr is not None, "sharded has no rehearsal"
         found: list[Exception] = []
         self._objective.prepare(batches)
@@ -228,7 +235,7 @@ class Sharded(TrainsScores, OwnForward):
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """See step.Runner; all processes ask for as many batches."""
+        """See step.Runner. All processes must ask for the same number of batches."""
         with self._own.whole_head():
             yield from super().hidden_states(batches)
 
@@ -246,7 +253,7 @@ class Sharded(TrainsScores, OwnForward):
             hidden.register_hook(lambda grad: reached.append(True))
             with self._own.whole_head():
                 total = self._objective.backward(self.head, hidden, batch, scale, None)
-            if not reached:  # no token is scored; the other processes wait for this one's backward pass
+            if not reached:  # the batch has no token with a loss, but the other processes wait for this backward pass
                 hidden.backward(torch.zeros_like(hidden))
             return total
 
@@ -264,9 +271,11 @@ def start_sharded(
     objective: Objective,
     surrogate: Surrogate | None,
 ) -> Sharded:
-    """What trains model, spread over processes; close() gives back what finish() does not.
+    """Spread model over processes and return the engine that trains it.
 
-    Raises: ValueError for what cannot be spread.
+    Its finish() gives the scores back to model; its close() releases the rest.
+
+    Raises: ValueError if the model or the settings do not allow it.
     """
     check_rule(
         train.accumulation % processes.count == 0,
@@ -289,9 +298,9 @@ def start_sharded(
 
 
 def _of_experts(mask: Any) -> Tensor:
-    """The thresholds of the experts here."""
+    """Return the thresholds of this process's experts."""
     module, own = mask.module, rows_here(mask.scores)
-    if own.is_cpu and not selectable(own).isfinite().all():  # which kept_thresholds raises for, on this process alone
+    if own.is_cpu and not selectable(own).isfinite().all():  # kept_thresholds would raise, in this process only
         return own.new_full((len(own),), _nan_of(own.dtype))
     return kept_thresholds(own, module.keep_ratio, mode=module.mode)
 

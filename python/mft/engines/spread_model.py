@@ -1,9 +1,9 @@
-"""A masked model spread over processes by FSDP2: a copy of it whose parameters lie in rows, each row on one process.
+"""A copy of a masked model, spread over processes by FSDP2: each row of each parameter is on one process.
 
-    the model       whole, in host memory, untouched (on a CPU mapped from its file)
-    the copy        masked layers are ordinary ones; fully_shard gathers a decoder layer while it runs, and lets go
+    the model       whole, in host memory, unchanged (on a CPU mapped from its file)
+    the copy        masked layers are ordinary ones; fully_shard gathers a decoder layer while it runs, then frees it
 
-The embedding and the head are gathered by themselves. Where they share one weight, each process keeps it whole.
+The embedding and the head are gathered separately. If they share one weight, each process keeps it whole.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from mft.models.codes.weight import quantized_weights
 from mft_kernels import MaskedLayer, MaskedLinear
 from mft_kernels.layers.shells import linear_on
 
-# Gradients of 16 bits are summed in fp32, and rounded once.
+# Gradients in 16 bits are summed in fp32 and rounded once.
 _POLICY = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
 
@@ -35,7 +35,7 @@ _POLICY = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 class SpreadModel:
     """A spread copy of a model, and how it is run.
 
-    weights: of the masked layers, by name: DTensors, which ask for a gradient. units: what is gathered together.
+    weights: The masked layers' weights by name: DTensors that require grad. units: Modules that are gathered as one.
     """
 
     model: nn.Module
@@ -46,13 +46,13 @@ class SpreadModel:
     own_group: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def sum_gradients(self, wanted: bool) -> None:
-        """Whether the next backward passes sum gradients over processes, or keep them for a later one."""
+        """Set whether the next backward passes sum gradients over processes or keep them for a later pass."""
         for unit in self.units:
             unit.set_requires_gradient_sync(wanted, recurse=False)
 
     @contextlib.contextmanager
     def whole_head(self) -> Iterator[None]:
-        """Meanwhile the head, which runs a chunk of tokens at a time, is gathered once. All processes enter."""
+        """Keep the head gathered inside the context, as it runs once per chunk of tokens. All processes must enter."""
         if not isinstance(self.head, FSDPModule):
             yield
             return
@@ -63,7 +63,7 @@ class SpreadModel:
             self.head.reshard()
 
     def close(self) -> None:
-        """The group of one process goes, if this made one."""
+        """Destroy the process group of one process, if spread() made one."""
         self.own_group.close()
 
 
@@ -75,13 +75,13 @@ def spread(
     *,
     split: Callable[[nn.Module, Tensor], tuple[Run, nn.Module]] = split_at_head,
 ) -> SpreadModel:
-    """Spread a copy of model over processes; model stays as it is, in host memory.
+    """Spread a copy of model over processes; model itself stays unchanged in host memory.
 
     Args:
-        model: of mask_model, on the CPU.
-        few: tokens (1, T), on which it is looked at.
-        device: of this process.
-        split: how the copy is run; a simulation, which cannot try it out, knows.
+        model: A model from mask_model, on the CPU.
+        few: Tokens (1, T) for a forward pass that finds out how the model is run.
+        device: The device of this process.
+        split: Returns how the copy is run. A simulation, which cannot run the model, passes its own.
     Raises: ValueError if a masked layer has hooks of its own or a quantised weight, or fewer rows than processes.
     """
     masked, quantized = masked_modules(model), quantized_weights(model)
@@ -118,7 +118,7 @@ def spread(
 
 
 def _copy(model: nn.Module, masked: dict[str, MaskedLayer]) -> nn.Module:
-    """A copy on the same memory, with parameters of its own: FSDP2 moves and replaces those."""
+    """Return a copy that shares memory but has its own parameter objects, because FSDP2 moves and replaces those."""
     scores = {id(module.scores): module.scores for module in masked.values()}
     fresh = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if id(p) not in scores}
     buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
@@ -127,7 +127,7 @@ def _copy(model: nn.Module, masked: dict[str, MaskedLayer]) -> nn.Module:
 
 
 def _make_ordinary(model: nn.Module, name: str, module: MaskedLayer) -> tuple[nn.Module, str]:
-    """Put an ordinary layer in the masked one's place; (what holds its weight, which learns, and that one's name)."""
+    """Replace the masked layer by an ordinary one; return the module that holds its trained weight, and its name."""
     weight = nn.Parameter(module.weight.detach(), requires_grad=True)
     bias = None if module.bias is None else nn.Parameter(module.bias.detach(), requires_grad=False)
     if isinstance(module, MaskedLinear):
@@ -141,7 +141,7 @@ def _make_ordinary(model: nn.Module, name: str, module: MaskedLayer) -> tuple[nn
 
 
 def _shard(model: Any, run: Run, head: nn.Module, mesh: DeviceMesh) -> list[FSDPModule]:
-    """fully_shard of each decoder layer, of embedding and head, and of what is left."""
+    """Apply fully_shard to each decoder layer, to the embedding and the head, and to the rest."""
     root = decoder_of(model) if run is run_decoder else model
     shared = set(head.parameters()) & set(model.get_input_embeddings().parameters())
     parts: list[Any] = list(decoder_layers(model))
@@ -153,11 +153,11 @@ def _shard(model: Any, run: Run, head: nn.Module, mesh: DeviceMesh) -> list[FSDP
     fully_shard(root, ignored_params=shared, **options)
     if run is run_decoder and not shared:
         fully_shard(head, reshard_after_forward=False, **options)
-        head.set_reshard_after_backward(False)  # type: ignore[operator]  # whole_head() lets go
+        head.set_reshard_after_backward(False)  # type: ignore[operator]  # whole_head() reshards it
     for p in shared:
         p.data = p.data.to(mesh.device_type)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
-        unit.set_gradient_divide_factor(1.0)  # gradients are sums: the loss is divided before
+        unit.set_gradient_divide_factor(1.0)  # gradients are summed, as the loss is divided already
         unit.set_force_sum_reduction_for_comms(True)
     return units

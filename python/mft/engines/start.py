@@ -1,4 +1,7 @@
-"""What runs a model's steps, by way of running: the model brought to where it keeps what."""
+"""Start the engine of a memory mode on a model: its tensors are moved to where that mode keeps them.
+
+A "way" is a memory mode: plain, in_place, resident, quantized, layerwise or sharded.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -30,14 +33,14 @@ from mft.surrogate.surrogate import Surrogate
 
 Device = torch.device | str | None
 
-# The ways that run the model's own forward, and those that run its layers one by one.
+# The memory modes that run the model's own forward. ENGINES has those that run its layers one by one.
 OWN_FORWARD = ("plain", "in_place")
-SHARDED = "sharded"  # which runs a copy of the model by its own forward
+SHARDED = "sharded"  # runs a spread copy of the model by its own forward
 ENGINES: dict[str, type[LayerEngine]] = {"resident": Resident, "quantized": Resident, "layerwise": Layerwise}
 
 
 def default_device() -> torch.device:
-    """The first GPU, or the CPU."""
+    """Return the first GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -54,10 +57,13 @@ def start_runner(
     objective: Objective = CROSS_ENTROPY,
     surrogate: Surrogate | None = None,
 ) -> Runner:
-    """What trains model; close() gives it back.
+    """Return the runner that trains model; close() gives the model back.
 
-    Args: as of start_engine; way: also "plain" and "in_place", where the model stays on its device, and "sharded",
-        where it stays on the CPU. before_update: of "plain" alone, called when a step's gradients are complete.
+    Args:
+        way: As for start_engine; also "plain" and "in_place", where the model stays on its device, and "sharded",
+            where it stays on the CPU.
+        before_update: Only for "plain": called when a step's gradients are complete.
+        Others: see start_engine.
     """
     check_rule(
         train.batches_at_once is None or way == "layerwise",
@@ -109,22 +115,24 @@ def start_engine(
     objective: Objective = CROSS_ENTROPY,
     surrogate: Surrogate | None = None,
 ) -> LayerEngine:
-    """An engine on ``device``; close() gives the model back.
+    """Start an engine on ``device``; close() gives the model back.
 
     Args:
-        model: masked or not, on the CPU or on device.
-        few: some tokens (1, T) beside the model, on which it is looked at.
+        model: A model with or without masks, on the CPU or on device.
+        few: A few tokens (1, T) on the model's device, for forward passes that find out how the model is run.
         way: "resident", "quantized" (the same over a base that is quantised already) or "layerwise".
-        train: None for evaluation alone.
-        processes: those that train together, whose gradients make up a step.
-        separate: see Mover. objective: what is made smaller. surrogate: of the scores' gradients; see ScoreStates.
+        train: None for evaluation only.
+        processes: The processes that train together; their gradients are summed for a step.
+        separate: See Mover.
+        objective: The objective to minimise.
+        surrogate: The gradient of the scores; see ScoreStates.
     """
     if way not in ENGINES:
         raise ValueError(f"way must be one of {', '.join((*OWN_FORWARD, *ENGINES, SHARDED))}, got {way!r}")
     device = _device(device)
     masks = current_masks(masked_modules(model))
     with contextlib.ExitStack() as undo:
-        for mask in masks:  # the scores may lie elsewhere than the weights, from an earlier engine
+        for mask in masks:  # an earlier engine may have left the scores on another device than the weights
             mask.packed = mask.packed.to(few.device)
             mask.hold(None)
             undo.callback(mask.module.release)
@@ -155,7 +163,7 @@ def start_engine(
 
 
 def _device(device: Device) -> torch.device:
-    """That of name, or the default one."""
+    """Return the device of this name, or the default device."""
     device = default_device() if device is None else torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that torch finds, got {device} and no GPU: leave it out, or say cpu")

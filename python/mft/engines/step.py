@@ -1,6 +1,6 @@
-"""What takes optimiser steps, whichever way; what it tells of one, and what ends one.
+"""Runner, the interface of all engines; StepReport, what a step reports; and the errors that end a step.
 
-A step that ends early has numbers that are not finite, or lacks memory, and is told by where it was.
+A step fails if a number is not finite or if memory runs out. The error then names the place.
 """
 
 import contextlib
@@ -13,85 +13,90 @@ from torch import Tensor, nn
 
 from mft.data.batches import MicroBatch
 
-OnLoss = Callable[[MicroBatch, Tensor], None]  # may raise, before any score has changed
+OnLoss = Callable[[MicroBatch, Tensor], None]  # may raise; no score has changed then
 
 
 class Runner(Protocol):
-    """Plain, InPlace, Resident, Layerwise or Sharded on one model, as start.start_runner makes it."""
+    """The interface of Plain, InPlace, Resident, Layerwise and Sharded on one model; start.start_runner makes one."""
 
-    # Whether each process holds a part of what is learned, so that all must call each method, and as often.
+    # Whether each process holds a part of the trained tensors. All processes must then make the same calls.
     in_lockstep: bool
 
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
     ) -> None:
-        """One optimiser step; on_loss hears each micro-batch's sum of losses before anything learned changes.
+        """Take one optimiser step. on_loss gets each micro-batch's sum of losses before any trained tensor changes.
 
-        Args: scale: of the gradients. lr: None, of ways that run layer by layer, is a rehearsal: gradients are made,
-            and nothing is updated.
-        Raises: whatever on_loss raises; RuntimeError for a lack of memory, naming rows or layer.
+        Args:
+            scale: The factor of the gradients.
+            lr: None is a rehearsal, only for the memory modes that run layer by layer: gradients are computed, and
+                nothing is updated.
+        Raises: what on_loss raises; RuntimeError if memory runs out, which names the rows or the layer.
         """
 
     def check(self) -> None:
-        """After each step: raise if it has made a score NaN or infinite, where no later forward finds it."""
+        """Raise if the last step made a score NaN or infinite and no later forward detects it. Call it every step."""
 
     def check_learned(self) -> None:
-        """Before anything learned is saved: raise NonFiniteLoss if it is not finite, where check() does not find it."""
+        """Raise NonFiniteLoss if a trained tensor is not finite and check() would not detect it. Call before a save."""
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
-        """Remember what the frozen layers make of these rows, as step would; nothing is trained."""
+        """Cache the frozen layers' outputs for these rows, as step does; nothing is trained."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer: ...
 
     def learned(self) -> Mapping[str, Tensor]:
-        """What is trained, as it rests, by the parameter's name: scores, or fp32 masters of 16-bit weights.
+        """Return the trained tensors by parameter name: scores, or fp32 masters of 16-bit weights.
 
-        DTensors where each process holds some rows.
+        They stay where they are stored. They are DTensors if each process holds some rows.
         """
 
     head: nn.Module  # hidden states -> logits
 
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """What the head reads (B, T, D) for each batch, by what is learned so far, without gradients."""
+        """Yield the input of the head (B, T, D) for each batch, with what is learned so far, without gradients."""
 
     def result(self) -> Mapping[str, Tensor]:
-        """What a finished run saves, as it is now and where it lies: each mask as bits, LAYER.mask, int32 as of
-        pack_mask; trained weights by the parameter's name, in the model's dtype."""
+        """Return what a finished run saves, in its present state and on its present device.
+
+        Masks are named LAYER.mask and have pack_mask's format (int32 words of bits). Trained weights are named by their
+        parameter, in the model's dtype.
+        """
 
     def packed_masks(self) -> list[Tensor]:
-        """The bits that the next step computes with, a layer each, as of pack_mask; its own, and ready to be read."""
+        """Return the next step's masks, one per layer, in pack_mask's format: the runner's own, ready to be read."""
 
     def relearned(self) -> None:
-        """After a change of what is learned: the model computes with it."""
+        """Update the model after a change of the trained tensors, so that it computes with them."""
 
     def finish(self) -> None:
-        """After the last step: the model has what was learned. All processes call it."""
+        """Write what was learned into the model, after the last step. All processes must call it."""
 
     def close(self) -> None:
-        """The model is whole again, but for what finish() gives back."""
+        """Give the model back, except for what finish() writes into it."""
 
 
 @dataclass
 class StepReport:
     """One optimiser step."""
 
-    step: int  # from 1
+    step: int  # counted from 1
     steps: int
-    loss: float  # mean over what the objective counts: a token, or a pair
+    loss: float  # mean per unit that the objective counts: per token, or per pair
     lr: float
     tokens: int  # of this step
-    seconds: float  # since the loop began, but for evaluations
-    dropped: float | None = None  # share of the masked weights; of masks with a threshold, at steps that are logged
+    seconds: float  # since the loop began, without evaluations
+    dropped: float | None = None  # share of the masked weights; only for masks with a threshold, at logged steps
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss, or what was learned from it, became NaN or infinite."""
+    """The loss or a trained tensor became NaN or infinite."""
 
 
 @contextlib.contextmanager
 def naming_lack_of_memory(place: str, words: Callable[[], str]) -> Iterator[None]:
-    """Turn torch's lack of memory, on a GPU or the host, into a RuntimeError that says where, and ``words()``."""
+    """Turn torch's out-of-memory error, of a GPU or the host, into a RuntimeError with the place and ``words()``."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one

@@ -1,4 +1,4 @@
-"""What every way that trains scores alone says of them, by its ScoreStates."""
+"""The methods of step.Runner that all engines which train only scores share, based on their ScoreStates."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from mft_kernels import MaskAdamW
 
 
 class TrainsScores:
-    """The part of step.Runner that is about what is learned."""
+    """The part of step.Runner that concerns the trained tensors."""
 
     in_lockstep = False
 
@@ -16,14 +16,14 @@ class TrainsScores:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise NonFiniteScores, naming the layer, if the last step has made a score NaN or infinite."""
+        """Raise NonFiniteScores, which names the layer, if the last step made a score NaN or infinite."""
         self.states.check()
 
     def check_learned(self) -> None:
-        """Nothing: check() has looked at every step."""
+        """Do nothing: check() checks the scores after every step."""
 
     def finish(self) -> None:
-        """Nothing: the scores that learned are the model's own."""
+        """Do nothing: the model's own scores were trained."""
 
     @property
     def optimizer(self) -> MaskAdamW:
