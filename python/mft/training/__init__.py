@@ -1,1 +1,1 @@
-"""A run of many steps: the loop, its checkpoints, its directory."""
+"""Training runs: the loop, checkpoints, and the run directory."""

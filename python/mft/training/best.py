@@ -1,9 +1,9 @@
-"""The best step of a run so far, on disk until the run has its result: masks as bits, or weights, whole or absent.
+"""Keep the best step of a run on disk until the run has its result: masks as bits, or weights.
 
-    best/step-00000040    a checkpoint (checkpoint.py) of what runner.result() gave at that step
+    best/step-00000040    a checkpoint (checkpoint.py) of runner.result() at that step; complete or absent
 
-A run that is killed goes on from its newest checkpoint, which says which step was the best then: that one stays until a
-newer checkpoint says otherwise, whatever better ones have been written since.
+A killed run resumes from its newest checkpoint, which records the best step of that time. That best step stays on disk
+until a newer checkpoint records another one, even if better steps have been written since.
 """
 
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from mft.masks.convert import masked_modules, set_scores
 from mft.training.checkpoint import BadCheckpoint, checkpoint_at, write_checkpoint
 from mft_kernels import MaskedLayer, unpack_mask
 
-_KEPT, _DROPPED = 0.03, 0.01  # scores, where a share is kept: any two that differ in every dtype of scores
-_CUT = 0.02  # between them
-_MARGIN = 0.01  # of scores from a fixed threshold, where it is near 0
+_KEPT, _DROPPED = 0.03, 0.01  # scores for masks with a keep_ratio: any two values that differ in every scores dtype
+_CUT = 0.02  # a threshold between them
+_MARGIN = 0.01  # least distance of scores from a fixed threshold near 0
 _REMEDY = "export the last step instead, with train.keep_best=false --force"
 
 
 class Best:
-    """The best under root.
+    """The best step, stored under root.
 
-    resumed: the step that the newest checkpoint calls the best; None if it knows none.
+    resumed: the best step that the newest checkpoint records, or None.
     """
 
     def __init__(self, root: Path) -> None:
@@ -34,13 +34,13 @@ class Best:
         self.resumed: int | None = None
 
     def write(self, result: Mapping[str, Tensor], step: int, loss: float) -> None:
-        """Keep a runner's result(); earlier ones go. Raises: as write_checkpoint."""
+        """Store a runner's result() and delete earlier ones, except for resumed. Raises: as write_checkpoint."""
         write_checkpoint(self.root, step, result, {"validation loss": loss}, keep=self.resumed)
 
     def put(self, model: nn.Module, step: int) -> None:
-        """Make a model what it was at that step.
+        """Restore a model to its state at that step.
 
-        Raises: BadCheckpoint, if that is lost or damaged; ValueError, if it is another model's.
+        Raises: BadCheckpoint if the stored step is lost or damaged; ValueError if it belongs to another model.
         """
         try:
             tensors = checkpoint_at(self.root, step).tensors()
@@ -51,12 +51,12 @@ class Best:
 
 @torch.no_grad()
 def put_result(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put runner.result() of the same model back: weights, and scores that select the masks by the layers' own rule.
+    """Restore runner.result() of the same model: weights, and scores that select these masks by the layers' own rule.
 
-    Raises: ValueError, naming a tensor that the model has no place for.
+    Raises: ValueError, which names a tensor that the model does not have.
     """
     masked, parameters = masked_modules(model), dict(model.named_parameters())
-    if budget_of(model) is not None:  # that of another step may be too near 0 for scores on both sides
+    if budget_of(model) is not None:  # the present threshold may be too close to 0 to place scores on both sides
         for module in masked.values():
             module.threshold = _CUT
     for name, tensor in tensors.items():
@@ -70,7 +70,10 @@ def put_result(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _put_mask(module: MaskedLayer, packed: Tensor) -> None:
-    """Where a share is kept, a mask keeps that share or more: the threshold is one of its own scores."""
+    """Give the layer scores that select the mask.
+
+    With a keep_ratio this works because the threshold is one of the scores, and the mask keeps that share or more.
+    """
     kept, dropped = _KEPT, _DROPPED
     if (threshold := module.threshold) is not None:
         if module.mode == "magnitude":

@@ -1,12 +1,12 @@
-"""Training checkpoints on disk: whole or absent, verified before they are trusted, the old one kept until then.
+"""Training checkpoints on disk: complete or absent, and verified before older ones are deleted.
 
     checkpoints/step-00000120/state.safetensors   tensors
                               state.json          everything else
-                              shard-*             rows of tensors that processes share (spread_rows.py)
-                              manifest.json       sizes and SHA-256 of the others; written last
+                              shard-*             rows of tensors that are spread over processes (spread_rows.py)
+                              manifest.json       sizes and SHA-256 of the other files; written last
 
-A checkpoint is written under another name, synced, renamed, and read again; only then the older ones go. Whoever is
-killed at any point leaves a directory that verifies. No pickle is written or read.
+A checkpoint is written under another name, synced, renamed, and read again. Only then are the older ones deleted. A
+process that is killed at any point leaves a directory that verifies. No pickle is written or read.
 """
 
 import contextlib
@@ -37,34 +37,34 @@ _NAME = re.compile(r"step-(\d{8,})")
 _MOST_MANIFEST = 1 << 16  # bytes
 _MOST_FACTS = 1 << 30  # bytes: the reports of millions of steps
 _REMEDY = "restore what was written, or delete the checkpoint"
-_HEADROOM = 1 << 20  # bytes beyond the tensors that a checkpoint may take
+_HEADROOM = 1 << 20  # bytes that a checkpoint may need in addition to its tensors
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint that does not verify; the message names file, what was found and what was expected."""
+    """A checkpoint that does not verify. The message names the file, the expected value and the found one."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that has been verified."""
+    """A checkpoint that has been verified."""
 
     path: Path
     step: int
 
     def tensors(self) -> dict[str, Tensor]:
-        """On the CPU. Raises: BadCheckpoint."""
+        """Read the tensors to the CPU. Raises: BadCheckpoint."""
         path = self.path / TENSORS
         with _blamed_on(path), open_tensors(path, _REMEDY) as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}
 
     def facts(self) -> dict[str, Any]:
-        """What is no tensor. Raises: BadCheckpoint."""
+        """Read everything that is not a tensor. Raises: BadCheckpoint."""
         return _read_json(self.path / FACTS, _MOST_FACTS)
 
     def run(self) -> dict[str, Any]:
-        """What a run of the command line needs to go on: its config, and the events of its metrics so far.
+        """Return what a command-line run needs to resume: its config, and the events of its metrics so far.
 
-        Raises: BadCheckpoint, also if it was not written by such a run, or by one of an older version.
+        Raises: BadCheckpoint, also if the checkpoint was not written by such a run, or by an older version.
         """
         run = self.facts().get("run")
         if not isinstance(run, dict) or run.keys() != {"config", "events"}:
@@ -84,12 +84,14 @@ def write_checkpoint(
     keep: int | None = None,
     processes: Processes = ALONE,
 ) -> Checkpoint:
-    """Save as the newest under root, verify it, then delete the others, but for the one of step ``keep``.
+    """Save the newest checkpoint under root, verify it, then delete the others except for the one of step ``keep``.
 
-    Args: tensors: on any device. facts: what JSON can hold. processes: those that share the tensors that are DTensors,
-        each of which calls this; the first one writes all else.
-    Raises: OSError, if the disk has no room or cannot be written (NotWritten); what was there stays. BadCheckpoint, if
-    what was written does not read back.
+    Args:
+        tensors: On any device.
+        facts: Values that JSON can hold.
+        processes: The processes over which the DTensors are spread. Each must call this; the first one writes the rest.
+    Raises: OSError if the disk is full or cannot be written (NotWritten), and older checkpoints then stay;
+        BadCheckpoint if the written files do not verify.
     """
     spread = {name: tensor for name, tensor in tensors.items() if is_spread(tensor)}
     (needed,) = processes.sum(sum(rows_here(tensor).nbytes for tensor in spread.values()))
@@ -118,7 +120,7 @@ def write_checkpoint(
 
 
 def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """All but the rows of processes, and the manifest of all."""
+    """Write all files but the rows of the processes; the manifest covers all files."""
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     files = {name: _described(folder / name) for name in sorted(os.listdir(folder))}
@@ -127,14 +129,14 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: 
 
 
 def prepare(root: Path) -> None:
-    """Make root if need be, and clear away what killed writers left half-written. Raises: NotWritten."""
+    """Make root if needed, and delete the incomplete files of killed writers. Raises: NotWritten."""
     with naming(root):
         root.mkdir(parents=True, exist_ok=True)
     sweep(root, _NAME.fullmatch)
 
 
 def check_space(root: Path, needed: int) -> None:
-    """Raise OSError if the disk of root has less room than so many bytes and a little."""
+    """Raise OSError if the disk of root has less free space than needed bytes plus some headroom."""
     needed += _HEADROOM
     free = shutil.disk_usage(root).free
     if free < needed:
@@ -145,7 +147,7 @@ def check_space(root: Path, needed: int) -> None:
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest one that verifies, and why each newer one was passed over."""
+    """Return the newest checkpoint that verifies, and why each newer one was skipped."""
     skipped: list[str] = []
     for path in reversed(_found(root)):
         try:
@@ -156,12 +158,12 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def checkpoint_at(root: Path, step: int) -> Checkpoint:
-    """The one of this step. Raises: BadCheckpoint, also if there is none."""
+    """Return the checkpoint of this step. Raises: BadCheckpoint, also if there is none."""
     return verify_checkpoint(_place(root, step))
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
-    """Read the manifest strictly, compare sizes, then hashes. Raises: BadCheckpoint."""
+    """Check the manifest strictly, then the sizes, then the hashes. Raises: BadCheckpoint."""
     try:
         return _verified(path)
     except OSError as error:
@@ -202,7 +204,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _found(root: Path) -> list[Path]:
-    """Oldest first."""
+    """Return the checkpoints' paths, the oldest first."""
     entries = root.iterdir() if root.is_dir() else []
     numbered = [(int(named.group(1)), entry) for entry in entries if (named := _NAME.fullmatch(entry.name))]
     return [entry for _, entry in sorted(numbered)]
@@ -215,12 +217,12 @@ def _read_json(path: Path, most: int) -> dict[str, Any]:
 
 @contextmanager
 def _blamed_on(path: Path) -> Iterator[None]:
-    """What a file's readers raise, as BadCheckpoint."""
+    """Turn the errors of a file's readers into BadCheckpoint."""
     try:
         yield
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from None  # safetensors gives no strerror
-    except RuntimeError as error:  # of torch, which maps it
+    except RuntimeError as error:  # from torch, which maps the file
         raise _unreadable(path, str(error)) from None
     except ValueError as error:
         raise BadCheckpoint(str(error)) from None

@@ -1,7 +1,8 @@
-"""Whether the threads of a run on a CPU get their cores: said once, with what to do.
+"""Warn once if other processes occupy the cores of a run on a CPU, and say what to do.
 
-Threads wait for each other at the end of each product, so one that other processes keep from its core holds up all.
-Nothing is changed by this. The number of threads decides the last bits of a run, so it is the user's to choose.
+Threads wait for each other at the end of each matrix product. If other processes keep one thread from its core, all
+threads wait for it. The run itself is not changed: the number of threads decides the last bits of the result, so the
+user must choose it.
 """
 
 import time
@@ -13,19 +14,19 @@ from mft.engines.distributed import Processes
 from mft.engines.start import default_device
 from mft.tracking.console import say
 
-SHORTEST = 1.0  # seconds of work that tell how fast it goes
-SLOW = 1.3  # times as long as on free cores: worth a line
+SHORTEST = 1.0  # seconds of work that are enough to judge its speed
+SLOW = 1.3  # warn if the work takes this many times as long as on free cores
 
 
 class CoreWatch:
-    """Compares the time on the wall with the CPU time of the thread that drives the work.
+    """Compares the wall time with the CPU time of the thread that drives the work.
 
         watch.begin()
         ...                     # an evaluation, or a step
-        watch.look("a step")    # says so if the cores are busy; the next piece of work begins here
+        watch.look("a step")    # warns if the cores are busy; the next piece of work begins here
 
-    A wait for a disk looks like one for a core, so what is slow is measured before it is called so. Each measurement
-    takes 0.2 seconds, and the work between two of them doubles: it costs a few percent at most.
+    A wait for a disk looks like a wait for a core. So before a warning each thread's share of a core is measured. A
+    measurement takes 0.2 seconds, and the work between two measurements doubles, so they cost a few percent at most.
     """
 
     def __init__(self, *, on: bool = True) -> None:
@@ -33,15 +34,15 @@ class CoreWatch:
 
     @classmethod
     def of(cls, processes: Processes) -> "CoreWatch":
-        """Off on a GPU, for which the CPU waits, and where several processes wait for each other."""
+        """Make a watch for this run. It is off on a GPU, where the CPU waits, and with several processes."""
         return cls(on=processes.count == 1 and default_device().type == "cpu")
 
     def begin(self) -> None:
-        """What is looked at next begins here."""
+        """Start the measurement of the next piece of work."""
         self._wall, self._cpu = time.perf_counter(), time.thread_time()
 
     def look(self, what: str) -> None:
-        """Judge what was done since, if that was long enough; what: its name in the line."""
+        """Judge the work since begin(), if it took long enough. what: the name of the work in the warning."""
         wall = time.perf_counter() - self._wall
         if not self._on or wall < self._least:
             return
@@ -56,7 +57,7 @@ class CoreWatch:
 
 
 def said_of(what: str, slower: float, found: Contention) -> str:
-    """The line."""
+    """Return the text of the warning."""
     line = (
         f"warning: {what} takes about {slower:.1f} times as long as on free cores: {found}, other processes use the "
         "rest; end these"

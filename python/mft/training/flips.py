@@ -1,4 +1,4 @@
-"""Flips over training: how far a mask has moved from its first one, and how much it still moves a step."""
+"""Flips over training: the share of bits that differ from the first mask, and the share that changes per step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +14,16 @@ from mft.masks.inspection import flip_share, initial_masks
 from mft.tracking.metrics import read_metrics
 from mft_kernels import pack_mask, unpack_mask
 
-PHASE = "flips"  # of its events in a run's metrics file
-POINTS = 100  # that a curve of a run has at most, so that counting costs little
+PHASE = "flips"  # the phase of the events in a run's metrics file
+POINTS = 100  # the most points of a run's curve, so that counting costs little
 
 
 @dataclass
 class FlipCurve:
-    """share of all masked weights; from_start: bits that differ from the first mask; a_step: bits changed a step."""
+    """Flips as shares of all masked weights.
+
+    from_start: bits that differ from the first mask. a_step: bits that changed per step.
+    """
 
     steps: list[int] = field(default_factory=list)
     from_start: list[float] = field(default_factory=list)
@@ -28,9 +31,10 @@ class FlipCurve:
 
 
 class FlipCounter:
-    """Counts every so many steps, and at the last; call it after each step. initial: the masks before the first.
+    """Counts flips every ``every`` steps and at the last step. Call it after each step.
 
-    It counts on from a checkpoint that holds take_state's tensors: the masks counted last, of a step before its own.
+    initial: the masks before the first step. A resumed run continues from the tensors of take_state: the masks that
+    were counted last, at or before the checkpoint's step.
     """
 
     def __init__(self, model: nn.Module, initial: dict[str, Tensor], *, every: int = 1) -> None:
@@ -40,13 +44,13 @@ class FlipCounter:
         self._counted = 0  # the step of _last
 
     def __call__(self, report: StepReport) -> dict[str, Any] | None:
-        """The step's values if it was counted."""
+        """Return the step's values if this step is counted, else None."""
         if report.step % self._every and report.step != report.steps:
             return None
         return self._count(report)
 
     def finish(self, report: StepReport) -> dict[str, Any] | None:
-        """The same of the last step, where a run has ended before its time; None if it was counted."""
+        """Return the values of the last step of a run that ended early; None if that step was counted already."""
         return None if self._counted == report.step else self._count(report)
 
     def _count(self, report: StepReport) -> dict[str, Any]:
@@ -59,31 +63,31 @@ class FlipCounter:
         return {"step": report.step, "from_start": curve.from_start[-1], "a_step": curve.a_step[-1]}
 
     def take_state(self) -> dict[str, Tensor]:
-        """What put_state needs, 1 bit a weight."""
+        """Return the tensors that put_state needs: 1 bit per weight."""
         return _packed("flips.mask", self._last) | {"flips.step": torch.tensor(self._counted)}
 
     def put_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Count on from there. Raises: ValueError, naming a tensor that is missing."""
+        """Continue counting from take_state's tensors. Raises: ValueError, which names a missing tensor."""
         _check_there(self.take_state(), tensors)
         self._last = _unpacked("flips.mask", self._last, tensors)
         self._counted = int(tensors["flips.step"])
 
 
 class FirstMasks:
-    """The masks before the first step where data chose them, which a run that goes on finds in its checkpoint.
+    """The masks before the first step, if data chose them; a resumed run finds them in its checkpoint.
 
-    masks: by layer; those of the checkpoint are put there.
+    masks: the masks by layer; put_state replaces them by those of the checkpoint.
     """
 
     def __init__(self, masks: dict[str, Tensor]) -> None:
         self._masks = masks
 
     def take_state(self) -> dict[str, Tensor]:
-        """What put_state needs, 1 bit a weight."""
+        """Return the tensors that put_state needs: 1 bit per weight."""
         return _packed("flips.first", self._masks)
 
     def put_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises: ValueError, naming a tensor that is missing."""
+        """Restore the masks of take_state. Raises: ValueError, which names a missing tensor."""
         _check_there(self.take_state(), tensors)
         self._masks.update(_unpacked("flips.first", self._masks, tensors))
 
@@ -94,7 +98,7 @@ def _packed(key: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unpacked(key: str, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the shapes of these."""
+    """Unpack the tensors stored under key to the names and shapes of masks."""
     return {name: unpack_mask(tensors[f"{key}.{name}"], mask.shape) for name, mask in masks.items()}
 
 
@@ -108,7 +112,7 @@ def _check_there(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) ->
 
 
 def read_flips(metrics: Path) -> FlipCurve:
-    """The curve in a run's metrics file. Raises: ValueError if it holds none."""
+    """Read the curve from a run's metrics file. Raises: ValueError if there is none."""
     if not metrics.is_file():
         raise ValueError(f"a directory must be a run's of mft train, got none with {metrics}")
     events = [event for event in read_metrics(metrics) if event.get("phase") == PHASE]
@@ -121,7 +125,7 @@ def read_flips(metrics: Path) -> FlipCurve:
 
 
 def plot_flips(curves: Mapping[str, FlipCurve], path: Path) -> None:
-    """Flips since the start, and flips a step, over training."""
+    """Plot the flips since the start and the flips per step over training."""
     figure = new_figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     for name, curve in curves.items():

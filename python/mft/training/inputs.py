@@ -1,4 +1,4 @@
-"""What a command begins with: the rows of its data, and its model where that is to run."""
+"""Read the inputs of a command: the rows of its data, and its model on its device."""
 
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,28 @@ from mft.tracking.console import say
 
 
 def read_model(config: ModelConfig) -> tuple[Any, Any]:
-    """(model, tokenizer) of load_model, the model on the GPU if there is one."""
+    """Return (model, tokenizer) from load_model, with the model on the GPU if there is one."""
     model, tokenizer = load_model(config)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def read_base(masks: Path, name: str | None, dtype: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer) that the masks in a directory are for, where nothing else is named; says which these are."""
+    """Return (model, tokenizer) of the base of the masks in a directory, or of name; print which base it is."""
     config, words = learned_base(masks, name, dtype)
     say(words)
     return load_model(config)
 
 
 def read_data(config: RunConfig) -> Splits:
-    """Without the model, and what can be said without its tokenizer, which may have to be fetched, first."""
+    """Read the rows of config.data without the model.
+
+    Checks that need no tokenizer come first, because the tokenizer may have to be downloaded.
+    """
     return read_rows(config)[0]
 
 
 def read_rows(config: RunConfig) -> tuple[Splits, Any]:
-    """read_data, with the tokenizer that made the rows."""
+    """Do the same as read_data, and return the tokenizer that made the rows too."""
     source = open_source(config.data)
     tokenizer = load_tokenizer(config.model, sequence_length=config.data.sequence_length)
     splits = load_splits(config.data, tokenizer, source, pairs=config.objective.of_pairs)

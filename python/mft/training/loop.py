@@ -1,7 +1,7 @@
-"""The training loop, and the three things that it trains: all weights, scores, or the weights of some layers.
+"""The training loop. It trains all weights, scores, or the weights of some layers.
 
-For each step: backpropagate the loss of each of its micro-batches, then AdamW at the scheduled rate. How a step runs is
-the business of plain.py and of the engines (layer_engine.py, layerwise.py), which give the same update in less memory.
+Each step backpropagates the loss of each micro-batch, then runs AdamW at the scheduled rate. The engines run a step:
+plain.py, and others such as layer_engine.py and layerwise.py, which give the same update with less memory.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from mft.training.validation import Validation
 
 
 def finetune(model: nn.Module, dataset, train: TrainConfig, **options) -> list[StepReport]:
-    """Train all weights of model in place; options as of train_loop."""
+    """Train all weights of model in place. options: see train_loop."""
     model.requires_grad_(True)
     return train_loop(model, dataset, train, **options)
 
@@ -45,14 +45,14 @@ def train_masks(
 ) -> list[StepReport]:
     """Train the scores of a masked model in place, and its modules_to_save; nothing else.
 
-    Scores learn by the straight-through gradient, or as sharpness and deletion_penalty of the MaskConfig say
-    (surrogate.py), whatever way is taken; clipping is of what they learn by.
+    Scores learn from the straight-through gradient, or from the surrogate gradient (surrogate.py) that sharpness and
+    deletion_penalty of the MaskConfig define. This holds for every memory mode. Clipping applies to that gradient.
 
     Args:
-        way: "plain", "in_place", "resident", "quantized", "layerwise" or "sharded" (docs/how-to/memory.md). All give
-            the same update.
-        device: of the four latter; None: the first GPU, or the CPU. model lies on the CPU, or there.
-        options: as of train_loop.
+        way: The memory mode: "plain", "in_place", "resident", "quantized", "layerwise" or "sharded"
+            (docs/how-to/memory.md). All give the same update.
+        device: For the last four modes; None: the first GPU, or the CPU. model is on the CPU or on this device.
+        options: See train_loop.
     """
     masked = masked_modules(model)
     if not masked:
@@ -78,9 +78,9 @@ def train_masks(
 
 
 def checked_surrogate(model: nn.Module) -> Surrogate | None:
-    """What the scores of a masked model learn by; None: the straight-through gradient.
+    """Return the surrogate gradient of a masked model's scores; None for the straight-through gradient.
 
-    Raises: ValueError where a mask has no threshold to count from.
+    Raises: ValueError if there is a surrogate and a mask has no fixed threshold to measure the distance from.
     """
     surrogate = surrogate_of(model)
     free = [name for name, module in masked_modules(model).items() if module.threshold is None]
@@ -90,7 +90,7 @@ def checked_surrogate(model: nn.Module) -> Surrogate | None:
 
 
 def train_weights(model: nn.Module, modules: list[str], dataset, train: TrainConfig, **options) -> list[StepReport]:
-    """Train the weights of the named modules in place: what masks must beat. Options as of train_loop."""
+    """Train the weights of the named modules in place: the baseline for masks. options: see train_loop."""
     model.requires_grad_(False)
     for name in modules:
         model.get_parameter(weight_name(model, name)).requires_grad_(True)
@@ -114,27 +114,29 @@ def train_loop(
     validation: Validation | None = None,
     surrogate: Surrogate | None = None,
 ) -> list[StepReport]:
-    """Train what requires grad; the model ends in eval mode.
+    """Train the parameters that require grad; the model ends in eval mode.
 
-    What is random in it, dropout say, comes from train.seed; torch's generators are the caller's again afterwards.
+    Random operations, such as dropout, are seeded by train.seed. torch's generators are restored afterwards.
 
     Args:
-        dataset: rows of input_ids, labels (-100: not scored) and document; or StreamedRows, whose frozen layers'
-            outputs are not remembered, and which go on where they are.
-        way, device: see train_masks.
-        memory: of the frozen layers' outputs, shared with other runs on the same rows.
-        remember: whether to remember them at all; without a memory, done when rows are seen twice. Not done where the
-            model draws at random in training: a frozen layer's dropout is drawn anew in each pass.
-        before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied; it
-            may change them (of fp32 parameters: the .grad) and the parameters. Belongs to way "plain".
-        saver: writes checkpoints, and may begin at one; on_step does not hear of the steps done before.
-        processes: those that train together, each of which calls this with the same arguments; see distributed.py.
-        objective: what is made smaller, cross entropy unless given; see docs/how-to/objectives.md.
-        validation: evaluates as train says, and may end the run before its last step; it must be one of saver's
-            counters to go on with the run.
-        surrogate: what the scores of model learn by, in place of the straight-through gradient.
-    Raises: ValueError if the model predicts no next tokens, or has too few positions. NonFiniteLoss, naming step, rows
-        and documents; the step's gradients are not applied. RuntimeError for a lack of memory, naming rows or layer.
+        dataset: Rows of input_ids, labels (-100: not scored) and document; or StreamedRows, which continue from where
+            they are and whose frozen layers' outputs are not cached.
+        way, device: See train_masks.
+        memory: A cache of the frozen layers' outputs, shared with other runs on the same rows.
+        remember: Whether to cache these outputs. If memory is None, they are cached only if rows are seen twice. They
+            are never cached if the model draws random numbers in training, because a frozen layer's dropout differs in
+            each pass.
+        before_update: Called with (step, steps) when a step's gradients are complete and not yet clipped or applied. It
+            may change the gradients (for fp32 parameters: .grad) and the parameters. Only for way "plain".
+        saver: Writes checkpoints, and may resume from one. on_step is not called for the steps before that checkpoint.
+        processes: The processes that train together. Each calls this with the same arguments; see distributed.py.
+        objective: The objective to minimise; default: cross entropy. See docs/how-to/objectives.md.
+        validation: Evaluates as often as train says, and may end the run before its last step. To be resumed with the
+            run, it must be one of the saver's counters.
+        surrogate: The gradient of the model's scores, instead of the straight-through gradient.
+    Raises: ValueError if the model predicts no next tokens, or has too few positions; NonFiniteLoss, which names step,
+        rows and documents (the step's gradients are not applied); RuntimeError if memory runs out, which names the rows
+        or the layer.
     """
     rows = open_rows(dataset, train, processes)
     if before_update is not None and way != "plain":
@@ -187,7 +189,7 @@ def train_loop(
             ended = False
             if validation is not None:
                 validation.begin(lambda: 0 if saver is None else saver.told)
-                # Of the step that a checkpoint was of, if a signal came before it was evaluated.
+                # A signal may have come after the checkpoint's step and before its evaluation.
                 ended = bool(reports) and validation.after_step(model, runner, reports[-1], train, processes)
             begin = time.perf_counter() - (reports[-1].seconds if reports else 0.0)
             for step in range(len(reports) + 1, 1 if ended else steps + 1):
@@ -213,14 +215,14 @@ def train_loop(
                 if validation is not None:
                     before = time.perf_counter()
                     ended = validation.after_step(model, runner, reports[-1], train, processes)
-                    begin += time.perf_counter() - before  # tokens a second are those of training
+                    begin += time.perf_counter() - before  # tokens/s are those of training only
                 if saver is not None:
                     saver.after_step(runner, reports, ended)
                 if ended:
                     break
             runner.check_learned()
             if not runner.in_lockstep:
-                processes.agree_on(runner.learned())  # else their machines compute differently
+                processes.agree_on(runner.learned())  # they differ if the processes' machines compute differently
             runner.finish()
         finally:
             runner.close()
@@ -228,7 +230,7 @@ def train_loop(
 
 
 def _weights_of_free_masks(model: nn.Module) -> int:
-    """Of masks whose share is free, with a threshold that stays or a budget that grows; 0 where a ratio says it."""
+    """Return the number of masked weights if the dropped share can change: fixed thresholds, or a budget; else 0."""
     masked = masked_modules(model).values()
     free = budget_of(model) is not None or any(m.threshold is not None for m in masked)
     return sum(m.scores.numel() for m in masked) if free else 0
@@ -246,9 +248,9 @@ def _check_objective(objective: Objective, model: nn.Module, dataset) -> None:
 
 
 def _rehearse(runner: Runner, rows: RowSource, train: TrainConfig) -> None:
-    """The rows that score most tokens first, without an update: what does not fit shows before anything is learned.
+    """Run the rows with the most scored tokens, without an update, so that a lack of memory shows before training.
 
-    Rows have one length, so nothing else can make one step larger than another.
+    All rows have one length, so nothing else can make one step larger than another.
     """
     heaviest = rows.heaviest()
     if heaviest is not None:
@@ -256,7 +258,7 @@ def _rehearse(runner: Runner, rows: RowSource, train: TrainConfig) -> None:
 
 
 class _Losses:
-    """Adds up the losses of a step's micro-batches; the first that is not finite stops the step."""
+    """Adds up the losses of a step's micro-batches. The first loss that is not finite stops the step."""
 
     def __init__(self, step: str, train: TrainConfig) -> None:
         self.total = 0.0
@@ -274,9 +276,10 @@ class _Losses:
 
 
 def schedule_factor(step: int, steps: int, train: TrainConfig) -> float:
-    """Share of train.lr at a step counted from 1: rises over warmup_ratio of the steps, then falls towards 0.
+    """Return the factor of train.lr at a step counted from 1.
 
-    linear: the first step after the warm-up takes the whole rate, the last one 1 / (steps - warm-up) of it.
+    It rises over the first warmup_ratio of the steps. After that it stays 1 ("constant") or falls towards 0. With
+    "linear" the first step after the warm-up has factor 1, and the last step has 1 / (steps - warm-up).
     """
     warmup = int(train.warmup_ratio * steps)
     if step <= warmup:
@@ -289,7 +292,7 @@ def schedule_factor(step: int, steps: int, train: TrainConfig) -> float:
 
 @contextlib.contextmanager
 def training_mode(model: nn.Module, *, checkpointed: bool) -> Iterator[None]:
-    """Training mode, with gradient checkpointing if asked for; eval mode and no checkpointing afterwards."""
+    """Enter training mode, with gradient checkpointing if asked for; afterwards eval mode without checkpointing."""
     # TODO: drop the old names when transformers >= 6 is the floor
     renamed = hasattr(model, "activation_checkpointing_enable")
     kind = "activation_checkpointing" if renamed else "gradient_checkpointing"

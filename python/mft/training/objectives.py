@@ -19,9 +19,9 @@ CLASSES: dict[str, type[Objective]] = {kind.name: kind for kind in (CrossEntropy
 
 
 def make_objective(config: RunConfig) -> Objective:
-    """What config.objective says; a teacher's weights are read, in the model's dtype.
+    """Make the objective of config.objective. A teacher's weights are loaded in the model's dtype.
 
-    Raises: ValueError if the teacher's tokenizer is another one.
+    Raises: ValueError if the teacher's tokenizer differs from the model's.
     """
     asked = config.objective
     given = {key: getattr(asked, key) for key in OBJECTIVES[asked.name].keys if getattr(asked, key) is not None}
@@ -32,7 +32,7 @@ def make_objective(config: RunConfig) -> Objective:
 
 
 def facts_of(objective: Objective) -> dict[str, str]:
-    """What a run that goes on must find as it was, beside its configuration: a teacher's weights, by their hash."""
+    """Return what must be unchanged in a resumed run, besides its configuration: a hash of the teacher's weights."""
     if not isinstance(objective, Distillation) or not isinstance(objective.teacher, ModelTeacher):
         return {}
     model = objective.teacher.model

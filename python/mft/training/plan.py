@@ -1,4 +1,4 @@
-"""Before any weight is loaded: which way of training fits this machine, and whether its disk will hold the result."""
+"""Choose the memory mode that fits this machine, and check the disk space, before any weight is loaded."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from mft.models.frozen_layers import PrefixMemory
 from mft.number_formats import unless_auto
 
 _LOGS = 100_000_000  # bytes: metrics, tables, plot
-# Where a field of Workload stands in a run's configuration.
+# The configuration keys of the fields of Workload.
 _KEYS = {
     "memory": "memory",
     "sequence": "data.sequence_length",
@@ -37,8 +37,11 @@ _KEYS = {
 class Plan:
     """How a run will train.
 
-    quantization is that of the base, None for exact weights; scores, moments: their formats; batches_at_once: as of
-    train; remember: whether the frozen layers' outputs are kept.
+    Args:
+        quantization: Format of the base; None for exact weights.
+        scores, moments: Their formats.
+        batches_at_once: See TrainConfig.
+        remember: Whether the frozen layers' outputs are cached.
     """
 
     way: str
@@ -51,17 +54,19 @@ class Plan:
     reason: str
 
     def write_into(self, config: RunConfig) -> None:
-        """What config left open becomes what was chosen."""
+        """Write the chosen values into the fields that config left open."""
         config.model.quantization, config.train.batches_at_once = self.quantization, self.batches_at_once
         config.mask.scores_dtype, config.train.moments = self.scores, self.moments
 
 
 def plan_training(config: RunConfig, processes: int = 1) -> Plan:
-    """The way that config.memory names, or for "auto" the fastest that fits in the memory that is free now.
+    """Plan the mode that config.memory names, or for "auto" the fastest mode that fits in the memory that is free now.
 
-    Args: processes: that train together; of those on one machine each has its share of the host's memory.
-    Raises: ValueError, with the numbers and the nearest setting that fits, if nothing does or the disk is too small.
-        Models whose shapes are not known here are not refused; the reason says so.
+    A model whose shapes are unknown is not refused; the plan's reason says so.
+
+    Args: processes: Number of processes that train together. Those on one machine share the host's memory equally.
+    Raises: ValueError if no setting fits, with the numbers and the nearest setting that does; or if the disk is too
+        small.
     """
     device = default_device()
     workload = workload_of(config, device, processes)
@@ -99,15 +104,15 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
 
 
 def replan(config: RunConfig, *, way: str, remember: bool) -> Plan:
-    """The plan of a run that goes on: bit for bit the same only if it runs as it did."""
+    """Return the plan of a resumed run: it must run as before to give the same bits."""
     return _plan(config, way, default_device(), remember, f"memory: {way}, as before")
 
 
 def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> Workload:
-    """What of a run's configuration decides its memory."""
+    """Return the settings of a run's configuration that decide its memory."""
     mask, train = config.mask, config.train
     scores, moments = mask.scores_dtype, train.moments
-    if mask.modules_to_save:  # weights are trained beside scores, by AdamW in fp32
+    if mask.modules_to_save:  # weights are trained together with scores, by AdamW in fp32
         scores, moments = unless_auto(scores), unless_auto(moments)
     layers = mask.layers_to_transform
     return Workload(
@@ -142,7 +147,7 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
 def _plan(
     config: RunConfig, way: str, device: torch.device, remember: bool, reason: str, chosen: Workload | None = None
 ) -> Plan:
-    """chosen: None where nothing was estimated; what is left open is then the default."""
+    """Make the plan. chosen: None if nothing was estimated; fields that are "auto" then get their default."""
     formats = unless_auto(config.mask.scores_dtype), unless_auto(config.train.moments), config.train.batches_at_once
     if chosen is not None:
         formats = chosen.scores, chosen.moments, chosen.batches_at_once
@@ -150,7 +155,7 @@ def _plan(
 
 
 def _named(mask: MaskConfig) -> tuple[str, ...] | None:
-    """What is masked, by the ends of its names; None for all, and for a pattern, which is estimated as all."""
+    """Return the name endings of the masked matrices; None for all, and for a pattern, which is estimated as all."""
     modules, parameters = mask.target_modules, mask.target_parameters
     if isinstance(modules, str) or (modules is None and parameters is None):
         return None
@@ -158,7 +163,7 @@ def _named(mask: MaskConfig) -> tuple[str, ...] | None:
 
 
 def _teacher_bytes(config: RunConfig) -> int:
-    """Of weights that lie on the device; 0 of a teacher whose shapes are not known here, as of none."""
+    """Return the bytes of the teacher's weights on the device; 0 without a teacher or if its shapes are unknown."""
     name = config.objective.teacher
     if name is None or config.objective.teacher_memory == "layerwise":
         return 0
@@ -170,19 +175,22 @@ def _teacher_bytes(config: RunConfig) -> int:
 
 
 def _saves_a_tenth(shape: ModelShape, workload: Workload) -> bool:
-    """Whether the frozen layers below are a tenth of a step: forward alone, where those above run up, up and down."""
+    """Whether the layers below the first masked one take at least a tenth of a step's time.
+
+    Those layers run only forward (cost 1). Each layer above runs forward twice and backward once (cost 4).
+    """
     first = min(workload.layers or (0,))
     return first >= 0.1 * (first + 4 * (shape.layers - first))
 
 
 def _free_memory(device: torch.device) -> tuple[float, float | None]:
-    """Bytes free on the device, and on the host where that is another memory."""
+    """Return the free bytes on the device, and on the host if it has separate memory."""
     host = _available_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # shared by torchrun's processes
     return (host, None) if device.type == "cpu" else (torch.cuda.mem_get_info(device)[0], host)
 
 
 def _available_host_bytes() -> float:
-    """What can be had without swapping: the kernel's MemAvailable, or the free pages."""
+    """Return the bytes that are available without swapping: the kernel's MemAvailable, or the free pages."""
     meminfo = Path("/proc/meminfo")
     for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
         if line.startswith("MemAvailable:"):
@@ -191,7 +199,7 @@ def _available_host_bytes() -> float:
 
 
 def _check_disk(config: RunConfig, shape: ModelShape, workload: Workload) -> None:
-    """Raise unless the masks, 1 bit a weight, and the logs fit beside output_dir."""
+    """Raise ValueError if the disk of output_dir has no room for the masks (1 bit per weight) and the logs."""
     layers = shape.layers if workload.layers is None else len(workload.layers)
     targets = shape.targets(None if workload.target_modules is None else list(workload.target_modules))
     weights = layers * sum(n * k for n, k in (shape.matrices[name] for name in targets))

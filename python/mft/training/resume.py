@@ -1,6 +1,6 @@
-"""How a run of the command line begins: anew, over an old one, or going on with one that was stopped.
+"""Start a command-line run: in a new directory, over an old run, or by resuming a stopped run.
 
-What there is to begin with is looked at under the lock of its directory, so that no other process changes it meanwhile.
+The directory is inspected under its lock, so that no other process changes it meanwhile.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from mft.tracking.console import say
 from mft.training.checkpoint import Checkpoint, newest_checkpoint
 from mft.training.run_directory import CHECKPOINTS, check_run_directory, holding, result_of
 
-# They change nothing of what is learned.
+# Keys that may change when a run is resumed: they do not affect what is learned.
 _FREE = {"output_dir", "checkpoint_minutes", "train.log_every", "train.batches_at_once"}
 _FREE |= {"coding", "report_to", "project"}
 
@@ -31,27 +31,27 @@ class Begin:
 
     config: RunConfig
     overwrite: bool = False
-    force: ClassVar[bool] = False  # there is nothing that could have changed
+    force: ClassVar[bool] = False  # a new run has no earlier settings to differ from
 
     @property
     def directory(self) -> Path:
         return Path(self.config.output_dir)
 
     def check(self) -> None:
-        """Raise ValueError if directory is something else's: not even a lock is written there."""
+        """Raise ValueError if directory holds files of something else. Then not even a lock is written there."""
         check_run_directory(self.directory, overwrite=True)
 
     def look(self) -> tuple[RunConfig, Checkpoint | None]:
-        """The configuration, and no checkpoint. Raises: ValueError if a run lies there that is not to be deleted."""
+        """Return the configuration and no checkpoint. Raises: ValueError if a run is there and overwrite is False."""
         check_run_directory(self.directory, overwrite=self.overwrite)
         return self.config, None
 
 
 @dataclass(frozen=True)
 class Resume:
-    """The run in directory goes on, with its own configuration, or the equal one at path or in config, and overrides.
+    """Resume the run in directory, with its own configuration or an equal one from path or config, and overrides.
 
-    force: although configuration, data or base have changed. config: in place of path and overrides.
+    force: Resume even if configuration, data or base have changed. config: Replaces path and overrides.
     """
 
     directory: Path
@@ -64,15 +64,15 @@ class Resume:
         object.__setattr__(self, "directory", Path(self.directory))  # text from Python callers
 
     def check(self) -> None:
-        """Raise ValueError if directory is no run's."""
+        """Raise ValueError if directory does not hold a run."""
         if not _is_run(self.directory):
             raise ValueError(f"--resume must name the output_dir of a run, {self.directory} has no {CONFIG}")
 
     def look(self) -> tuple[RunConfig, Checkpoint | None]:
-        """The configuration, and the newest checkpoint that verifies, or None if there is none at all.
+        """Return the configuration, and the newest checkpoint that verifies, or None if there is no checkpoint.
 
-        Raises: ValueError, if directory holds no run that can go on; or if the configuration is not the run's own, with
-        what differs, unless force is True.
+        Raises: ValueError if directory holds no run that can be resumed; or if the configuration differs from the run's
+            and force is False (the message lists the differences).
         """
         if (result := result_of(self.directory)) is not None:
             raise ValueError(
@@ -82,9 +82,9 @@ class Resume:
         own = self._own(found)
         asked = self._asked(own)
         asked.output_dir = str(self.directory)
-        if asked.model.quantization is None:  # memory: quantized has chosen it
+        if asked.model.quantization is None:  # the run's plan chose it, for memory: quantized
             asked.model.quantization = own.model.quantization
-        if asked.train.batches_at_once is None:  # memory has chosen it, and these
+        if asked.train.batches_at_once is None:  # the run's plan chose this and the next two
             asked.train.batches_at_once = own.train.batches_at_once
         if asked.mask.scores_dtype == AUTO:
             asked.mask.scores_dtype = own.mask.scores_dtype
@@ -105,7 +105,7 @@ class Resume:
         return asked, found
 
     def _own(self, found: Checkpoint | None) -> RunConfig:
-        """What the run was when the checkpoint was written; without one it has yet to learn anything."""
+        """Return the run's configuration when the checkpoint was written; without a checkpoint, its config file."""
         if found is not None:
             return config_from(found.run()["config"], found.path)
         if not self._has_config():
@@ -113,7 +113,7 @@ class Resume:
         return load_config(self.directory / CONFIG)
 
     def _asked(self, own: RunConfig) -> RunConfig:
-        """What the file beside the checkpoint says now; if it is lost, what the checkpoint does."""
+        """Return the configuration that the config file has now; if the file is lost, the checkpoint's."""
         if self.config is not None:
             return copy.deepcopy(self.config)
         if self.path is None and not self._has_config():
@@ -129,7 +129,7 @@ Start = Begin | Resume
 
 
 def after_restart(start: Start) -> Start:
-    """start; but a command that torchrun --max-restarts gives once more goes on with the run that it had begun."""
+    """Return start; but if torchrun --max-restarts repeats a command, resume the run that the command has begun."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if isinstance(start, Begin) and restarted and _is_run(start.directory):
         return Resume(start.directory, config=start.config)
@@ -140,15 +140,15 @@ def after_restart(start: Start) -> Start:
 def started(
     start: Start, processes: Processes, facts: Mapping[str, Any]
 ) -> Iterator[tuple[RunConfig, Checkpoint | None]]:
-    """Hold the run's directory until the block ends: the configuration, and the checkpoint to go on from, if any.
+    """Lock the run's directory until the block ends; yield the configuration and the checkpoint to resume from, if any.
 
-    Nothing is written yet but the lock, and nothing is loaded. Of several processes the first one holds it for all.
-    Args: facts: that all processes must agree on, beside the configuration and the checkpoint.
-    Raises: as look() does; RuntimeError if another process holds it; ValueError if processes do not agree.
+    Only the lock is written, and nothing is loaded yet. Of several processes the first one holds the lock for all.
+    Args: facts: Values that all processes must agree on, in addition to the configuration and the checkpoint.
+    Raises: as look(); RuntimeError if another process holds the lock; ValueError if the processes do not agree.
     """
     start.check()
     with holding(start.directory) if processes.first else contextlib.nullcontext():
-        processes.wait()  # nobody looks before it is held
+        processes.wait()  # no process may look before the lock is held
         config, found = start.look()
         processes.agree({**facts, **flat(config), "the checkpoint's step": None if found is None else found.step})
         yield config, found
@@ -159,9 +159,9 @@ def _is_run(directory: Path) -> bool:
 
 
 def find_checkpoint(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run that verifies, or None if it has none at all; what was passed over is said.
+    """Return the newest checkpoint of a run that verifies, or None if the run has none. Prints which ones it skipped.
 
-    Raises: ValueError, if none of those that are there verifies.
+    Raises: ValueError if the run has checkpoints and none of them verifies.
     """
     found, skipped = newest_checkpoint(directory / CHECKPOINTS)
     if found is None and skipped:
@@ -172,7 +172,7 @@ def find_checkpoint(directory: Path) -> Checkpoint | None:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """ "section.key" -> value, as an override names it."""
+    """Return the configuration as {"section.key": value}, with the names that overrides use."""
     values = dataclasses.asdict(config)
     sections = {key: value for key, value in values.items() if isinstance(value, dict)}
     flat = {key: value for key, value in values.items() if key not in sections}

@@ -1,4 +1,4 @@
-"""Which rows each step takes: those of a data set in an order drawn by train.seed, or a stream's as they come."""
+"""The rows of each step: a data set's rows in an order drawn from train.seed, or a stream's rows as they come."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -12,35 +12,38 @@ from mft.data.batches import MicroBatch, count_labels, make_batch, take_rows
 from mft.data.streams import StreamedRow, StreamedRows
 from mft.engines.distributed import Processes
 
-_CHUNK = 1024  # rows that are looked at together
+_CHUNK = 1024  # rows whose labels are counted together
 
 
 class RowSource(Protocol):
-    """What train_loop takes its steps' rows from.
+    """The source of the rows of train_loop's steps.
 
-    count: of different rows, or None if nobody knows.
+    count: The number of different rows, or None if it is unknown.
     """
 
     count: int | None
 
     def first(self) -> Tensor:
-        """input_ids (1, T) of some row."""
+        """Return input_ids (1, T) of some row."""
 
     def heaviest(self) -> MicroBatch | None:
-        """A micro-batch that needs as much memory as any to come; None if all need the same."""
+        """Return a micro-batch that needs at least as much memory as any later one; None if all need the same."""
 
     def go_on(self, done: int, state: Mapping[str, Any] | None, recall: Callable[[list[MicroBatch]], None]) -> None:
-        """Stand where a run of so many steps does, which kept state; recall hears of rows that it may remember."""
+        """Move to the position after ``done`` steps. recall is called with micro-batches whose results can be cached.
+
+        state: what state() returned at that position.
+        """
 
     def next_step(self) -> list[MicroBatch]:
-        """Those of the next step that this process runs."""
+        """Return the micro-batches of the next step that this process runs."""
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps for go_on; None where the count of steps says all."""
+        """Return what a checkpoint keeps for go_on; None if the number of steps is enough."""
 
 
 def open_rows(dataset: Any, train: TrainConfig, processes: Processes) -> RowSource:
-    """Raises: ValueError if dataset holds no row."""
+    """Return the row source of a data set or a stream. Raises: ValueError if dataset holds no row."""
     if isinstance(dataset, StreamedRows):
         return _Streamed(dataset, train, processes)
     if len(dataset) == 0:
@@ -52,7 +55,7 @@ def open_rows(dataset: Any, train: TrainConfig, processes: Processes) -> RowSour
 
 
 class _Numbered:
-    """Every row of a data set once an epoch, each epoch in an order of its own."""
+    """Every row of a data set once per epoch, with a new order in each epoch."""
 
     def __init__(self, dataset: Any, train: TrainConfig, processes: Processes) -> None:
         self.count: int | None = len(dataset)
@@ -75,8 +78,8 @@ class _Numbered:
         epoch = len(self._dataset) / (self._train.batch_size * self._train.accumulation)
         for step in range(1, done + 1):
             micro_batches = self._micro_batches()
-            if step <= epoch + 1 or self._processes.count > 1:  # later ones have all been seen
-                recall(self._taken(micro_batches))  # in the groups of then, on which the last bits may depend
+            if step <= epoch + 1 or self._processes.count > 1:  # later rows have all been seen
+                recall(self._taken(micro_batches))  # in the same groups as before: the last bits may depend on them
 
     def next_step(self) -> list[MicroBatch]:
         return self._taken(self._micro_batches())
@@ -93,7 +96,7 @@ class _Numbered:
 
 
 class _Streamed:
-    """All processes read the whole stream, and so take the rows that one alone would."""
+    """Rows of a stream. All processes read the whole stream, so they take the rows that a single process would."""
 
     count: int | None = None
 
@@ -104,7 +107,7 @@ class _Streamed:
         return _batch([(0, self._rows.peek(1)[0])]).input_ids
 
     def heaviest(self) -> MicroBatch | None:
-        """Nobody knows the rows to come: one that scores every token."""
+        """Return a micro-batch whose tokens are all scored, because the rows to come are unknown."""
         ids = self.first().expand(self._train.batch_size, -1)
         return MicroBatch([0] * len(ids), ids, ids, [0] * len(ids))
 
@@ -134,7 +137,7 @@ def _batch(rows: list[tuple[int, StreamedRow]]) -> MicroBatch:
 
 
 def _row_numbers(count: int, seed: int) -> Iterator[int]:
-    """Every row once an epoch, each epoch in an order of its own."""
+    """Yield every row number once per epoch, with a new order in each epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()

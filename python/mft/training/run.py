@@ -1,10 +1,10 @@
-"""A run from its configuration to its result, in order: what mft finetune and mft train do, for Python too.
+"""Run mft finetune and mft train from the configuration to the result; also for use from Python.
 
     directory = run_train(load_config("run.yaml", ["train.steps=100"]))      # output_dir/masks
-    directory = run_train(Resume("runs/mine"))                               # goes on from its newest checkpoint
+    directory = run_train(Resume("runs/mine"))                               # resumes from its newest checkpoint
 
-Both hold the run's directory while they work, write checkpoints, metrics, a table and a plot there, and print what they
-do. A run is finished when its result lies there, which comes last.
+Both lock the run's directory while they work, write checkpoints, metrics, a table and a plot there, and print their
+progress. The result is written last. A run is finished when the directory has its result.
 """
 
 import contextlib
@@ -67,16 +67,16 @@ from mft.training.run_directory import (
 from mft.training.saver import Counter, Saver, Stopped
 from mft.training.validation import Ended, Standing, Validation, said_of, said_of_stop
 
-VALIDATION = "validation"  # the phase of its events in the metrics
+VALIDATION = "validation"  # the name of the phase in the metrics
 
 
 def run_finetune(start: RunConfig | Start) -> Path:
     """Train all weights of config.model on config.data, and save it as an ordinary model.
 
-    Args: start: a configuration, for a run in a new output_dir; or Begin or Resume.
+    Args: start: A configuration, for a run in a new output_dir; or Begin or Resume.
     Returns: output_dir/model.
-    Raises: ValueError for what the configuration, the data or the directory do not allow, before anything is written;
-        OSError where the disk fails; SystemExit after SIGTERM or Ctrl-C, with a checkpoint.
+    Raises: ValueError if the configuration, the data or the directory do not allow the run, before anything is written;
+        OSError if the disk fails; SystemExit after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     with _begun("mft finetune", start) as run:
         check_exact(run.config.model, "finetune")
@@ -89,7 +89,9 @@ def run_finetune(start: RunConfig | Start) -> Path:
 
 
 def run_train(start: RunConfig | Start) -> Path:
-    """Train masks on config.model as config.mask says, in the way that config.memory names or fits, and save them.
+    """Train masks on config.model with the settings of config.mask, and save them.
+
+    config.memory names the memory mode; with "auto" the fastest mode that fits is used.
 
     Args, Raises: as run_finetune.
     Returns: output_dir/masks.
@@ -98,7 +100,7 @@ def run_train(start: RunConfig | Start) -> Path:
         return _train(run)
 
 
-# ---------------------------------------------------------------------------------------------- in order
+# ---------------------------------------------------------------------------------------------- the steps, in order
 
 
 def _finetune(run: "_Run") -> Path:
@@ -157,7 +159,7 @@ def _train(run: "_Run") -> Path:
 
 
 def _plan(run: "_Run") -> Plan:
-    """How all processes train, before a weight is loaded."""
+    """Plan how all processes train, before any weight is loaded."""
     config, found, processes = run.config, run.found, run.processes
     processes.check(config.train)
     if found is not None:
@@ -172,7 +174,7 @@ def _plan(run: "_Run") -> Plan:
         with processes.together():
             plan = plan if config is run.config else _planned(config, processes.count)
         ways = processes.gather(plan.way)
-        slowest = max(ways, key=WAYS.index)  # each process has found other memory free
+        slowest = max(ways, key=WAYS.index)  # processes may differ in free memory
         with processes.together():
             if slowest != plan.way:
                 plan = _planned(dataclasses.replace(config, memory=slowest), processes.count)
@@ -189,8 +191,8 @@ def _planned(config: RunConfig, processes: int) -> Plan:
 
 
 def _base_model(config: RunConfig, plan: Plan) -> nn.Module:
-    """The model that is to be masked; nothing has been written when this raises."""
-    select_targets(load_outline(config.model), config.mask)  # before the weights are read, which may take minutes
+    """Load the model to be masked. If this raises, nothing has been written."""
+    select_targets(load_outline(config.model), config.mask)  # first, as reading the weights may take minutes
     model, _ = load_model(config.model)
     if plan.way in OWN_FORWARD:
         model.to(plan.device)
@@ -199,9 +201,9 @@ def _base_model(config: RunConfig, plan: Plan) -> nn.Module:
 
 
 def _evaluated(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """Options of evaluate: where the model runs."""
+    """Return the options of evaluate that say where the model runs."""
     way = plan.way
-    if way == SHARDED:  # the model lies whole in host memory then
+    if way == SHARDED:  # the whole model is then in host memory
         way = "plain" if plan.device.type == "cpu" else "layerwise"
     where: dict[str, Any] = {"way": way, "device": plan.device}
     return where if way in OWN_FORWARD else where | {"batch_size": config.train.batch_size}
@@ -210,7 +212,7 @@ def _evaluated(config: RunConfig, plan: Plan) -> dict[str, Any]:
 def _mask(
     run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: Recorder, objective: Objective
 ) -> Evaluation:
-    """Mask the model, over a quantised base if that is the plan; returns what it was worth before."""
+    """Mask the model, and quantise its base if planned; return the evaluation of the model before masking."""
     config, kind, options = run.config, plan.quantization, _evaluated(run.config, plan)
     measured = options | {"objective": objective}
     if kind is None:
@@ -242,10 +244,10 @@ def _learn(
     initial: dict[str, Any],
     objective: Objective,
 ) -> Ended:
-    """Train the scores, with checkpoints and a count of flips; the model then has the masks to export."""
+    """Train the scores, with checkpoints and a count of flips. The model then has the masks to export."""
     config, processes = run.config, run.processes
     steps = config.train.steps_for(count_rows(splits.train))
-    # The other ways keep scores elsewhere while they train.
+    # Only with memory: plain are the scores in the model itself while they train.
     counts = plan.way == "plain" and processes.first
     flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if counts else None
     begun = FirstMasks(initial) if config.mask.init in DATA_INITS else None
@@ -282,23 +284,23 @@ def _learn(
     return run.ended(model, reports[-1], validation)
 
 
-# ---------------------------------------------------------------------------------------------- for both
+# ---------------------------------------------------------------------------------------------- shared by both commands
 
 
 @contextlib.contextmanager
 def _begun(command: str, start: RunConfig | Start) -> Iterator["_Run"]:
-    """The run, its directory held until the block ends."""
+    """Yield the run, and hold the lock of its directory until the block ends."""
     start = after_restart(Begin(start) if isinstance(start, RunConfig) else start)
     with joined() as processes, started(start, processes, {"the command": command}) as (config, found):
         check_trackers(config.report_to)
         if config.data.streaming:
-            config.train.steps_for(None)  # or say so before anything is loaded
-        yield _Run(copy.deepcopy(config), start, found, processes, CoreWatch.of(processes))  # the plan writes into it
+            config.train.steps_for(None)  # raises before anything is loaded if the number of steps is not set
+        yield _Run(copy.deepcopy(config), start, found, processes, CoreWatch.of(processes))  # a plan changes the config
 
 
 @dataclass(frozen=True)
 class _Run:
-    """found: the checkpoint from which it goes on. Of several processes the first one alone writes."""
+    """A run. found: the checkpoint from which it resumes. Of several processes only the first one writes files."""
 
     config: RunConfig
     start: Start
@@ -312,7 +314,7 @@ class _Run:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Recorder]:
-        """The directory, as it was at the checkpoint; its checkpoints go when it has its result."""
+        """Yield the recorder of the run's directory, restored to the checkpoint; finally delete the checkpoints."""
         directory, found = self.directory, self.found
         if not self.processes.first:
             yield Recorder()
@@ -321,7 +323,7 @@ class _Run:
         try:
             if isinstance(self.start, Begin):
                 open_run(directory, self.config, overwrite=self.start.overwrite)
-            else:  # deletes nothing
+            else:  # a resumed run deletes nothing
                 save_config(self.config, directory / CONFIG)
             again = f"go on with --resume {directory}"
             events = found.run()["events"] if found is not None else []
@@ -340,7 +342,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _trackers(self, events: list[dict[str, Any]]) -> Iterator[Trackers]:
-        """Those of config.report_to, until the block ends."""
+        """Open the trackers of config.report_to until the block ends."""
         config, begun = self.config, isinstance(self.start, Begin)
         told = None if begun else events
         trackers = Trackers(config.report_to, self.directory, config.project, flat(config), told, say)
@@ -350,7 +352,7 @@ class _Run:
             trackers.close()
 
     def before(self, recorder: Recorder, *arguments: Any, **options: Any) -> Evaluation:
-        """recorder.evaluate; what a run that goes on has written already, it does not write again."""
+        """Call recorder.evaluate. A resumed run does not record the result again."""
         own = recorder if self.found is None else Recorder(progress=recorder.progress)
         self.cores.begin()
         before = own.evaluate(*arguments, step=0, **options)
@@ -359,7 +361,7 @@ class _Run:
 
     @contextlib.contextmanager
     def training(self, recorder: Recorder, phase: str, rows: Any) -> Iterator[Steps]:
-        """recorder.training, after a line that says how much is trained on; a run that is slowed down is told so."""
+        """Enter recorder.training, after a line about the amount of data. Warns if busy cores slow the run down."""
         train = self.config.train
         if self.processes.first:
             say(said_of_training(train, rows))
@@ -370,7 +372,7 @@ class _Run:
     def saver(
         self, recorder: Recorder, on_step: Steps, facts: dict[str, Any], counters: Sequence[Counter | None]
     ) -> Saver | None:
-        """What writes the checkpoints, and goes on from found; None if there is nothing for it to do."""
+        """Return what writes the checkpoints and resumes from found; None if neither is needed."""
         config, minutes = self.config, self.config.checkpoint_minutes
         if minutes is None and self.found is None:
             return None
@@ -394,7 +396,7 @@ class _Run:
     def validation(
         self, recorder: Recorder, on_step: Steps, rows: Any, objective: Objective, batch_size: int = EVALUATION_BATCH
     ) -> Validation | None:
-        """What evaluates the run on rows while it trains; None if nothing is to."""
+        """Return what evaluates the run on rows while it trains; None if the configuration asks for no evaluation."""
         train = self.config.train
         if not train.evaluates:
             return None
@@ -414,7 +416,7 @@ class _Run:
         return Validation(rows, objective=objective, best=best, batch_size=batch_size, shown=shown, on_result=on_result)
 
     def ended(self, model: nn.Module, last: StepReport, validation: Validation | None) -> Ended:
-        """How it ended, in words too; the model becomes what is exported."""
+        """Return how the run ended, and print it. Puts the exported step (the best or the last) into the model."""
         if validation is None:
             return Ended(last.step, last.step, last.steps)
         standing, train = validation.standing, self.config.train
@@ -431,7 +433,7 @@ class _Run:
     def finishing(
         self, recorder: Recorder, before: Evaluation, after: Evaluation, ended: Ended, name: str
     ) -> Iterator[Path]:
-        """Table, plot and metrics; then the block writes the result of that name, and the run is a finished one."""
+        """Write table, plot and metrics; then the block writes the result under this name, which finishes the run."""
         directory, results = self.directory, {"before": before, f"after{ended.words}": after}
         tables = evaluation_tables("validation", results)
         for table in tables:
@@ -460,7 +462,7 @@ class _Run:
 
 
 def said_of_training(train: TrainConfig, rows: Any) -> str:
-    """What is trained on, and the units of what is shown meanwhile."""
+    """Return the line with the amount of data and the units of the figures shown while training."""
     count = count_rows(rows)
     steps, taken = train.steps_for(count), train.batch_size * train.accumulation
     seen = "" if count is None else f", so each of {count} rows about {steps * taken / count:.2g} times"

@@ -1,7 +1,8 @@
-"""One run, one directory: configuration, metrics as they come, tables, plot, models; never overwritten unasked.
+"""The directory of a run: configuration, metrics, tables, plot, models. It is never overwritten unless asked for.
 
-A run is finished when its result lies there, masks/ or model/, which comes last and by one renaming; until then it goes
-on from checkpoints/. Whoever looks which it is, or changes anything, holds the lock (run_lock.py).
+A run is finished when its directory has the result, masks/ or model/. The result is written last, and a single rename
+puts it there. Until then the run can be resumed from checkpoints/. A process that inspects or changes the directory
+must hold the lock (run_lock.py).
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from mft.training.run_lock import LOCK, hold
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
 ABLATION, FLIPS = "ablation.png", "flips.png"
 MODEL, CHECKPOINTS, BEST = "model", "checkpoints", "best"
-# In the order in which they are deleted: without its configuration a run cannot begin anew, whatever is left of it.
+# In the order of deletion: a run without its configuration cannot start again, whatever else is left.
 _OURS = (
     *(CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS, BEST),
     *(TENSORBOARD, WANDB, IDENTITY),
@@ -32,7 +33,7 @@ _OURS = (
 
 
 def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Raise ValueError if directory holds a run and overwrite is False, or anything that is not a run's even then."""
+    """Raise ValueError if directory holds a run and overwrite is False; or, in both cases, if it has foreign files."""
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {path}")
@@ -52,15 +53,15 @@ def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False
 
 
 def result_of(path: Path) -> Path | None:
-    """masks/ or model/ of a finished run; None if it is not finished."""
+    """Return masks/ or model/ of a finished run, or None if the run is not finished."""
     return next((path / name for name in (MASKS, MODEL) if (path / name).exists()), None)
 
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """Hold the lock of a run's directory, and clear away what a killed run left half-written, or had yet to delete.
+    """Hold the lock of a run's directory, and delete what a killed run left incomplete or did not delete itself.
 
-    Raises: as run_lock.hold does; NotWritten.
+    Raises: as run_lock.hold; NotWritten.
     """
     with hold(path):
         sweep(path, _OURS.__contains__)
@@ -73,7 +74,10 @@ def holding(path: Path) -> Iterator[None]:
 
 
 def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool = False) -> Path:
-    """The directory, made if need be and emptied of an earlier run, with its config.yaml. Raises as the check does."""
+    """Make the directory if needed, delete an earlier run in it, and write config.yaml; return its path.
+
+    Raises: as check_run_directory.
+    """
     check_run_directory(directory, overwrite=overwrite)
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -85,9 +89,9 @@ def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool
 
 
 def next_steps(directory: Path) -> list[str]:
-    """What is done with the masks of a finished run, as commands that work as they stand.
+    """Return complete commands for the next steps with the masks of a finished run.
 
-    Base and masked model can answer from the same weights only if nothing but masks was trained.
+    mft generate is among them only if nothing but masks was trained, because base and masked model then share weights.
     """
     run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
     masks_alone = not read_config(directory / MASKS / CONFIG_FILE).modules_to_save

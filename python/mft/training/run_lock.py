@@ -1,4 +1,4 @@
-"""One process at a time works in a run directory: a lock that names it, and that the system drops when it dies."""
+"""A lock for a run directory. It names the process that holds it, and the system releases it when that process ends."""
 
 import contextlib
 import errno
@@ -11,17 +11,18 @@ from datetime import datetime
 from pathlib import Path
 
 LOCK = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a disk that cannot lock, as some of NFS
-_MOST = 1000  # bytes of it that are shown
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of a disk that cannot lock, such as some NFS
+_MOST = 1000  # bytes of the lock file that a message shows
 
 
 @contextlib.contextmanager
 def hold(directory: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold directory, made if need be, until the block ends; made for nothing, it goes again.
+    """Lock directory until the block ends. The directory is made if needed, and removed again if it stays empty.
 
-    shared: beside others that hold it so, and beside nobody else; on a disk without locks beside anybody.
-    Raises: RuntimeError that names the process which holds it; OSError if nothing can be written there, or the lock is
-        a symbolic link, through which another file would be emptied.
+    shared: Several processes may hold a shared lock at once, but none together with an exclusive one. On a disk that
+        cannot lock, a shared lock always succeeds.
+    Raises: RuntimeError, which names the process that holds the lock; OSError if the directory cannot be written, or if
+        the lock is a symbolic link, because another file would then be emptied.
     """
     path = directory / LOCK
     missing = [parent for parent in (directory, *directory.parents) if not parent.exists()]
@@ -35,17 +36,17 @@ def hold(directory: Path, *, shared: bool = False) -> Iterator[None]:
                 raise RuntimeError(
                     f"output_dir {directory} is in use by {holder}: wait for it, stop it, or name another output_dir"
                 ) from None
-            if not _is_at(path, descriptor):  # its last holder has removed it: lock the one that lies there now
+            if not _is_at(path, descriptor):  # its last holder has removed it: lock the present file
                 continue
             try:
                 _sign(descriptor, directory)
                 yield
             finally:
-                with contextlib.suppress(OSError):  # left behind, it holds nobody; of several the last removes it
+                with contextlib.suppress(OSError):  # a file left behind locks nothing; the last holder removes it
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
                     for parent in missing:
-                        parent.rmdir()  # as far as they are empty
+                        parent.rmdir()  # fails, and stops here, if it is not empty
             return
         finally:
             os.close(descriptor)
@@ -67,7 +68,7 @@ def _open(path: Path) -> int:
             raise _not_writable(path.parent, error) from error
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # another process had made the directory for nothing, and has just removed it
+        except FileNotFoundError:  # another process has just removed the directory, which it had left empty
             continue
         except OSError as error:
             if error.errno == errno.ELOOP:
@@ -76,7 +77,7 @@ def _open(path: Path) -> int:
 
 
 def _sign(descriptor: int, directory: Path) -> None:
-    """Write who holds it."""
+    """Write into the lock file which process holds it."""
     began = datetime.now().astimezone().isoformat(timespec="seconds")
     words = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": began}) + "\n"
     try:

@@ -1,7 +1,7 @@
-"""Checkpoints of a training run as it goes: every so many minutes, after its last step, and when it is told to stop.
+"""Write the checkpoints of a training run: at a fixed interval, after the last step, and when a signal stops it.
 
-SIGTERM and Ctrl-C (SIGINT) let the step end, save, and leave with exit code 128 + the signal's number: 143 or 130. A
-second one leaves at once, and what the last checkpoint holds is kept.
+After SIGTERM or Ctrl-C (SIGINT) the run finishes the step, saves, and exits with code 128 + the signal's number: 143 or
+130. After a second signal it exits at once, and the last checkpoint remains.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SystemExit):
-    """Training was told to stop and has saved where it stood."""
+    """Training was stopped by a signal and has saved a checkpoint."""
 
     def __init__(self, number: int, step: int, steps: int, where: Path) -> None:
         super().__init__(128 + number)
@@ -33,7 +33,7 @@ class Stopped(SystemExit):
 
 
 class Counter(Protocol):
-    """What hears of each step before the saver does, and counts from one step to a later one."""
+    """An object that is updated in each step before the saver is called, and whose state is saved in checkpoints."""
 
     def take_state(self) -> dict[str, Tensor]: ...
 
@@ -41,18 +41,18 @@ class Counter(Protocol):
 
 
 class Saver:
-    """What train_loop tells of each step.
+    """Writes checkpoints; train_loop calls it after each step.
 
     Args:
-        root: directory of the checkpoints.
-        minutes: between two; 0 saves after every step.
-        found: continue from there.
-        facts: kept in every checkpoint; those of found must be the same, unless force is True.
-        run: gives what else every checkpoint keeps, for whoever goes on (Checkpoint.run).
-        on_found: hears of the steps that found had done.
-        processes: those that train together; the first one writes, each its rows where these are spread, and all go on
-            from what was written.
-        counters: go on with the run; their tensors lie in the checkpoint too.
+        root: The directory of the checkpoints.
+        minutes: Minutes between two checkpoints; 0 saves after every step.
+        found: The checkpoint to resume from.
+        facts: Saved in every checkpoint. Those of found must be the same unless force is True.
+        run: Returns further values to save in every checkpoint, for resuming (Checkpoint.run).
+        on_found: Called with the reports of the steps before found.
+        processes: The processes that train together. The first one writes; if tensors are spread, each writes its rows.
+            All resume from the written files.
+        counters: Objects whose tensors are saved in the checkpoint and restored from it.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Saver:
         self._run, self._counters = run, counters
         self._force, self._on_found, self._processes = force, on_found, processes
         self._last = time.monotonic()
-        self._told: int | None = None  # the signal that came
+        self._told: int | None = None  # the number of the received signal
         self._rows: RowSource | None = None
 
     def begin(self, runner: Runner, rows: RowSource) -> list[StepReport]:
-        """Put runner and rows where the checkpoint was, if there is one; returns the reports of the steps done.
+        """Restore runner and rows from the checkpoint, if there is one; return the reports of the steps before it.
 
-        Raises: OSError if the disk has no room for two checkpoints. ValueError, if the checkpoint is another run's.
+        Raises: OSError if the disk has no room for two checkpoints; ValueError if the checkpoint is another run's.
         """
         if self._processes.first:
             prepare(self._root)
@@ -110,20 +110,20 @@ class Saver:
 
     @property
     def told(self) -> int:
-        """The number of the signal that came to this process, or 0."""
+        """The number of the signal that this process has received, or 0."""
         return self._told or 0
 
     def after_step(self, runner: Runner, reports: list[StepReport], ended: bool = False) -> None:
-        """Save if it is time; ended: the run has no further step.
+        """Save if it is time. ended: whether the run takes no further step.
 
-        Raises: Stopped, if a signal came, to whichever process; NonFiniteLoss, if what is learned is not finite.
+        Raises: Stopped if any process received a signal; NonFiniteLoss if a trained tensor is not finite.
         """
         done = ended or reports[-1].step == reports[-1].steps
         told = self._processes.largest(self.told)
         due = time.monotonic() - self._last >= 60 * self._minutes
         where = self._root
         writers = ALONE
-        if runner.in_lockstep:  # all write together, when the first one says so
+        if runner.in_lockstep:  # all processes write together; the first one decides when
             writers, due = self._processes, bool(self._processes.largest(int(due and self._processes.first)))
         if (self._processes.first or runner.in_lockstep) and (due or done or told):
             runner.check_learned()
@@ -140,12 +140,12 @@ class Saver:
             where = write_checkpoint(self._root, reports[-1].step, tensors, facts, processes=writers).path
             self._last = time.monotonic()
         if told:
-            self._processes.wait()  # torchrun ends all as soon as one has left, and the first may be writing
+            self._processes.wait()  # torchrun ends all processes once one has left; the first may still be writing
             raise Stopped(told, reports[-1].step, reports[-1].steps, where)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """The first SIGTERM or SIGINT waits for after_step; the second acts as before."""
+        """Handle the first SIGTERM or SIGINT in after_step; the second one acts as it did before this context."""
         before = {number: signal.getsignal(number) for number in _SIGNALS}
 
         def hear(number: int, frame: FrameType | None) -> None:

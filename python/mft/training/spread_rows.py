@@ -1,9 +1,9 @@
-"""Tensors of which each process holds some rows, on disk: by torch.distributed.checkpoint, in safetensors files.
+"""Write and read tensors that are spread over processes by rows, with torch.distributed.checkpoint and safetensors.
 
-    shard-00001-model-00001-of-00001.safetensors    rows of the first process, and where they belong
-    shard-00002-model-00001-of-00001.safetensors    of the second
+    shard-00001-model-00001-of-00001.safetensors    rows of the first process, and their place in the whole tensor
+    shard-00002-model-00001-of-00001.safetensors    rows of the second process
 
-Any number of processes reads what any number wrote. No pickle is written or read.
+The files can be read with another number of processes than wrote them. No pickle is written or read.
 """
 
 import re
@@ -20,7 +20,10 @@ ROWS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 def write_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write DTensors into folder; every process calls this. Raises: OSError on all, if one cannot write."""
+    """Write DTensors into folder. Every process must call this.
+
+    Raises: OSError in all processes if one cannot write.
+    """
     writer = distributed.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         distributed.save(dict(tensors), storage_writer=writer)
@@ -29,9 +32,9 @@ def write_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def read_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Read DTensors in place, from what write_rows wrote; every process calls this.
+    """Read DTensors in place from the files of write_rows. Every process must call this.
 
-    Raises: OSError on all, if one cannot read.
+    Raises: OSError in all processes if one cannot read.
     """
     try:
         distributed.load(dict(tensors), storage_reader=distributed.HuggingFaceStorageReader(str(folder)))
@@ -40,7 +43,7 @@ def read_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def shapes_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every tensor in folder's files, whole."""
+    """Return the shape and dtype of every whole tensor in folder's files."""
     found = distributed.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     known = {name: of for name, of in found.items() if isinstance(of, TensorStorageMetadata)}
     return {name: (of.size, of.properties.dtype) for name, of in known.items()}

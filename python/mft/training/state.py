@@ -1,10 +1,10 @@
-"""Where a training run stands between two steps, beside model, data and configuration: taken from a runner, put back.
+"""Save and restore the state of a training run between two steps, without model, data and configuration.
 
-learned.NAME           fp32 masters of weights, or scores, as they rest
-optimizer.PLACE.KEY    moments and their scales; PLACE counts the learned tensors
+learned.NAME           fp32 masters of weights, or scores, as they are stored
+optimizer.PLACE.KEY    moments and their scales; PLACE is the number of the learned tensor
 random.cpu, random.cuda.INDEX
 
-Under memory: sharded the first two are DTensors, which are read in place (spread_rows.py).
+With memory: sharded the first two are DTensors, which are read in place (spread_rows.py).
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from mft.training.spread_rows import read_rows, shapes_in
 from mft_kernels import MaskAdamW
 from mft_kernels.shards import is_spread
 
-_MOMENTS = 8  # bytes an element of torch's AdamW
+_MOMENTS = 8  # bytes per element of torch's AdamW
 
 
 def take_state(runner: Runner) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, numbers), the tensors those of the runner itself: the next step changes them."""
+    """Return (tensors, numbers). The tensors are the runner's own, so the next step changes them."""
     tensors = {f"learned.{name}": tensor for name, tensor in runner.learned().items()}
     numbers: dict[str, Any] = {}
     for place, values in runner.optimizer.state_dict()["state"].items():
@@ -38,10 +38,10 @@ def take_state(runner: Runner) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], folder: Path) -> None:
-    """Continue from take_state's of a run with the same model and configuration.
+    """Restore the result of take_state, of a run with the same model and configuration.
 
-    Args: folder: where the tensors of a runner in lockstep lie.
-    Raises: ValueError, naming a tensor that is missing, unknown or of another shape or dtype.
+    Args: folder: The folder with the tensors of a runner in lockstep.
+    Raises: ValueError, which names a tensor that is missing, unknown or of another shape or dtype.
     """
     learned = {f"learned.{name}": tensor for name, tensor in runner.learned().items()}
     own = _with_moments(runner, learned) if runner.in_lockstep else learned
@@ -75,7 +75,7 @@ def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[st
 
 
 def _with_moments(runner: Runner, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is learned and the moments of it, which begin here if they have not yet."""
+    """Return the trained tensors and their moments. Moments that do not exist yet are created."""
     optimizer = runner.optimizer
     assert isinstance(optimizer, MaskAdamW), "what steps scores that are spread"
     for p in learned.values():
@@ -84,7 +84,7 @@ def _with_moments(runner: Runner, learned: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def state_bytes(runner: Runner) -> int:
-    """What take_state's tensors will take once every moment exists; of a runner in lockstep, this process's rows."""
+    """Return the bytes of take_state's tensors once all moments exist; for a runner in lockstep, of the local rows."""
     learned, optimizer = runner.learned().values(), runner.optimizer
     if isinstance(optimizer, MaskAdamW):
         return sum(tensor.nbytes for p in learned for tensor in optimizer.tensors(p).values())

@@ -1,4 +1,4 @@
-"""The teacher of a distillation: another model of the same words, run without gradients beside the one that learns."""
+"""The teacher of a distillation: another model with the same vocabulary, which runs without gradients."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,13 +15,15 @@ from mft.models.packed_rows import check_kept_apart
 
 
 class ModelTeacher:
-    """A causal language model that tells what it makes of rows.
+    """A causal language model that provides hidden states and a head for distillation.
 
     Args:
-        model: in eval mode from now on, and frozen.
-        way: "plain": all of it on device; "layerwise": a layer's weights at a time, for all micro-batches of a step.
+        model: The model. It is set to eval mode and frozen.
+        way: "plain": the whole model is on device. "layerwise": one layer's weights at a time are on device, and each
+            layer runs all micro-batches of a step.
         device: None: the first GPU, or the CPU.
-    Raises: ValueError, at the first rows, where examples of packed rows see each other in it, or where way cannot be.
+    Raises: ValueError, when the first rows come, if examples of packed rows see each other in this model, or if the
+        model does not support way.
     """
 
     head: nn.Module
@@ -38,7 +40,10 @@ class ModelTeacher:
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """What the head reads (B, T, D) of each batch in turn; the head lies beside it until the next is asked for."""
+        """Yield the input of the head (B, T, D) for each batch.
+
+        The head stays on the same device until the next batch is asked for.
+        """
         if self._run is None and self._engine is None:
             self._begin(batches[0])
         with by_own_length(self.model):

@@ -1,13 +1,13 @@
-"""Evaluation on validation while a run trains, and what follows from it: which step was the best, and when to stop.
+"""Evaluate on validation data while a run trains, to find the best step and to stop early.
 
     step   loss     best      patience 2, min_delta 0.01
-      10   2.500    10        2.500 is to be undercut by more than 0.01
-      20   2.495    20        1 without        (the best all the same)
-      30   2.480    30        2.480 is to be undercut by more than 0.01
-      40   2.481    30        1 without
-      50   2.475    50        2 without: the run ends
+      10   2.500    10        the next loss must be more than 0.01 below 2.500
+      20   2.495    20        1 evaluation without such a loss (but the best step so far)
+      30   2.480    30        the next loss must be more than 0.01 below 2.480
+      40   2.481    30        1 evaluation without such a loss
+      50   2.475    50        2 evaluations without such a loss: the run ends
 
-Nothing of it reaches what is learned: the runner that trains evaluates, and random numbers are what they were.
+The evaluation does not change what is learned: the training runner evaluates, and the random states are restored.
 """
 
 import math
@@ -28,7 +28,7 @@ from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.training.best import Best
 
-_STATE = "validation.state"  # of a checkpoint: the fields of Standing, fp64
+_STATE = "validation.state"  # the tensor's name in a checkpoint: the fields of Standing, fp64
 
 OnBatch = Callable[[int, int], None]
 Shown = Callable[[int], AbstractContextManager[OnBatch]]
@@ -36,30 +36,30 @@ Shown = Callable[[int], AbstractContextManager[OnBatch]]
 
 @dataclass
 class Standing:
-    """Where a run stands; losses in nats a token, steps from 1 and 0 for none."""
+    """The state of a run's evaluations. Losses are in nats per token; steps count from 1, and 0 means none."""
 
     evaluated: int = 0  # the step of the latest evaluation
-    best: int = 0  # the step of the least loss, the earlier of equals
+    best: int = 0  # the step of the smallest loss, the earlier one of equals
     best_loss: float = math.inf
-    to_undercut: float = math.inf  # by more than min_delta
-    without: int = 0  # evaluations that did not
+    to_undercut: float = math.inf  # the next loss must be lower by more than min_delta
+    without: int = 0  # evaluations since then without such a loss
     stopped: bool = False
 
 
 class _Interrupted(Exception):
-    """A signal came: the evaluation is left, and made when the run goes on."""
+    """A signal came: the evaluation is aborted, and repeated when the run is resumed."""
 
 
 class Validation:
-    """What train_loop asks after each step, as train.eval_every or train.eval_minutes says; it lies in checkpoints too.
+    """Evaluates after a step if train.eval_every or train.eval_minutes says so. Its state is saved in checkpoints.
 
     Args:
-        dataset: rows that are held out.
-        objective: that of training, by whose loss steps are compared.
-        best: where the best step is kept; of several processes the first one writes.
-        batch_size: rows at once.
-        shown: shown(step) is entered while that step is evaluated, and gives what hears of each batch.
-        on_result: called with step, evaluation, its seconds, and where the run stands then.
+        dataset: Held-out rows.
+        objective: The training objective, whose loss is compared between steps.
+        best: Where the best step is stored. Of several processes the first one writes it.
+        batch_size: Rows per batch.
+        shown: shown(step) is a context around the evaluation of that step; it yields a callback for each batch.
+        on_result: Called with the step, the evaluation, its seconds, and the standing after it.
     """
 
     def __init__(
@@ -79,20 +79,20 @@ class Validation:
         self._last = time.monotonic()
 
     def begin(self, told: Callable[[], int]) -> None:
-        """Before the first step of this process; told: the number of a signal that asks the run to end, or 0."""
+        """Start before this process's first step. told returns the number of a signal that asks to stop, or 0."""
         self._told, self._last = told, time.monotonic()
 
     def after_step(
         self, model: nn.Module, runner: Runner, report: StepReport, train: TrainConfig, processes: Processes = ALONE
     ) -> bool:
-        """Evaluate if it is time, and not yet done; whether the run ends here.
+        """Evaluate if it is time and this step is not evaluated yet; return whether the run ends here.
 
-        Raises: NonFiniteLoss; as evaluate and Best.write do.
+        Raises: NonFiniteLoss; as evaluate and Best.write.
         """
         standing = self.standing
         if standing.evaluated < report.step and self._is_due(report, train, processes):
             if processes.largest(self._told()):
-                return False  # the run is about to stop, and has little time; it evaluates when it goes on
+                return False  # the run is about to stop and has little time; it evaluates when it is resumed
             try:
                 self._evaluate(model, runner, report, train, processes)
             except _Interrupted:
@@ -101,13 +101,13 @@ class Validation:
         return standing.stopped
 
     def take_state(self) -> dict[str, Tensor]:
-        """What put_state needs."""
-        if self._best is not None:  # it is about to be called so by a checkpoint
+        """Return the tensors that put_state needs."""
+        if self._best is not None:  # the checkpoint being written will record this best step
             self._best.resumed = self.standing.best or None
         return {_STATE: torch.tensor([float(value) for value in vars(self.standing).values()], dtype=torch.float64)}
 
     def put_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from there; from nothing, if the run was not evaluated then."""
+        """Restore the standing. If the saved run had no validation, keep the initial standing."""
         if _STATE not in tensors:
             return
         evaluated, best, best_loss, to_undercut, without, stopped = tensors[_STATE].tolist()
@@ -175,7 +175,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: the step that is exported, the last that was taken, and how many there should have been."""
+    """How a run ended: the exported step, the last step that was taken, and the planned number of steps."""
 
     exported: int
     last: int
@@ -187,7 +187,7 @@ class Ended:
 
     @property
     def words(self) -> str:
-        """For the table: nothing where the last of all steps is exported."""
+        """Words for the table; empty if the last of all steps is exported."""
         if self.exported == self.steps:
             return ""
         at = f" step {self.exported}, the best of {self.last}" if self.exported != self.last else f" step {self.last}"
@@ -195,14 +195,14 @@ class Ended:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """For table.json: the same."""
+        """The same for table.json, as numbers."""
         return {} if self.exported == self.steps else {"step": self.exported, "steps": self.last, "of": self.steps}
 
 
 def said_of(result: Evaluation, step: int, standing: Standing, train: TrainConfig) -> str:
-    """An evaluation, beside those before it."""
+    """Return a line about an evaluation, compared with the earlier ones."""
     figures = f"loss {result.loss:.4f} nats per token, accuracy {100 * result.accuracy:.2f} %"
-    if result.figures:  # of which the loss is the one that is compared
+    if result.figures:  # they include the loss that is compared
         figures = ", ".join(f"{name} {figure:.4f}" for name, figure in result.figures.items())
     place = "the least so far" if standing.best == step else f"least: {standing.best_loss:.4f} at step {standing.best}"
     left = "" if train.patience is None or not standing.without else f", {standing.without} of {train.patience}"
@@ -211,7 +211,7 @@ def said_of(result: Evaluation, step: int, standing: Standing, train: TrainConfi
 
 
 def said_of_stop(standing: Standing, last: StepReport, train: TrainConfig) -> str:
-    """Why a run ended before its time."""
+    """Return a line that says why a run ended early."""
     by = f" by more than {train.min_delta:g}" if train.min_delta else ""
     return (
         f"stopped early after step {last.step} of {last.steps}: {standing.without} evaluations without a loss below "
