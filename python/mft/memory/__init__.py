@@ -1,1 +1,1 @@
-"""What a training step needs of memory and time, from shapes alone, without torch."""
+"""Estimates of the memory and time of a training step, from shapes alone, without torch."""

@@ -1,18 +1,22 @@
-"""What running one decoder layer, or the head's loss, holds on the device beside weights; bytes, pure Python.
+"""Bytes of activations that one decoder layer, or the head and loss, holds on the device; pure Python.
 
-Saved for the backward pass of a layer with hidden x of t tokens (units: elements a token; D hidden, F intermediate):
+Saved for the backward pass of a layer with hidden states x of t tokens (elements per token; D hidden, F intermediate):
 
     norm        D in fp32 (the copy that it computes with; 16-bit models)
     q, k, v     their common input D if one of them is masked (a frozen linear saves no input)
-    attention   q, k, v, output, and 4 bytes of log-sum-exp a head
+    attention   q, k, v, output, and 4 bytes of log-sum-exp per head
     norm        D in fp32
     gate, up    their common input D if one of them is masked
     SwiGLU      gate, silu(gate), up: 3 F; and their product F if down is masked
 
-The backward pass peaks where the gradient of the product becomes those of silu(gate) and up (3 F at once), or, in wide
-models with a narrow MLP, in the norm between attention and MLP (five fp32 copies of D), or in attention itself.
-Where attention is eager, it keeps its T x T probabilities a head, and each pass has three tensors of that size at once.
-A mixture's experts stand in the place of gate, up and down: see routed.py.
+The backward pass peaks in one of three places:
+
+- in SwiGLU, where the gradient of the product becomes the gradients of silu(gate) and up (3 F at once);
+- in wide models with a narrow MLP, in the norm between attention and MLP (five fp32 copies of D);
+- in attention.
+
+Eager attention keeps its T x T probabilities per head, and each pass has three tensors of that size at once.
+In a mixture, experts replace gate, up and down: see routed.py.
 """
 
 from collections.abc import Collection
@@ -23,21 +27,21 @@ from mft.memory.routed import Routed
 from mft.memory.shapes import ModelShape
 
 CHUNK = 128  # tokens whose logits exist together; token_loss.CHUNK
-ROWS = 32  # tokens whose logits exist in fp32 together, where cross entropy is not all; chunks.ROWS
+ROWS = 32  # tokens whose logits exist in fp32 together, for objectives other than cross entropy; chunks.ROWS
 _NORM_COPIES = 5  # fp32 tensors that the norm's backward pass holds at its peak
 
 
 @dataclass(frozen=True)
 class _ChunkOfLogits:
-    """What an objective holds of a chunk: tensors in the model's dtype, and in fp32, these of at most so many rows."""
+    """Number of tensors that an objective holds for a chunk: in the model's dtype, and in fp32 for at most ``rows``."""
 
     tensors: int
     fp32: int
     rows: int = ROWS
 
 
-# Logits and their gradient, and their softmax in fp32 (on a CPU a few rows of it: see token_loss.py). The others have
-# autograd over fp32 copies of a few rows, and the logits of the base or teacher beside.
+# Cross entropy: logits, their gradient, and their softmax in fp32 (on a CPU only a few rows of it: see token_loss.py).
+# The others run autograd over fp32 copies of a few rows; kl and distill also hold the logits of the base or teacher.
 _LOGITS = {
     "cross_entropy": _ChunkOfLogits(2, 1, rows=CHUNK),
     "kl": _ChunkOfLogits(3, 7),
@@ -48,16 +52,16 @@ _LOGITS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer at work on ``tokens`` tokens.
+    """One decoder layer that runs on ``tokens`` tokens.
 
     Args:
-        masked: names of its masked linears and experts.
-        rows: that the tokens are of, all of one length.
-        input_grad: whether the gradient with respect to its input is asked for.
-        dense: bytes of the largest linear's weight that is made from a quantised one for one product; 0 if none is.
-        coded: names of the experts that lie in few bits.
-        score_bytes: of the gradient, a score, that autograd returns before it is added (plain); 0 if none is.
-        flash: whether attention is a GPU's, whose backward pass sums dq in fp32.
+        masked: Names of its masked linears and experts.
+        rows: Number of rows that the tokens belong to, all of one length.
+        input_grad: Whether the gradient with respect to its input is needed.
+        dense: Bytes of the largest dense weight that is made from a quantised one for a product; 0 if there is none.
+        coded: Names of the quantised experts.
+        score_bytes: Bytes per score of the gradient that autograd returns before it is added (plain); 0 if none is.
+        flash: Whether attention is flash attention on a GPU, whose backward pass sums dq in fp32.
     """
 
     shape: ModelShape
@@ -72,35 +76,35 @@ class Layer:
 
     @property
     def hidden(self) -> int:
-        """One (B, T, D) in the model's dtype: a boundary."""
+        """Bytes of a boundary: (B, T, D) in the model's dtype."""
         return self.tokens * self.shape.hidden * self.shape.dtype_bytes
 
     @property
     def saved(self) -> int:
-        """What autograd keeps from the forward pass to the backward pass."""
+        """Bytes that autograd keeps from the forward pass for the backward pass."""
         return self._saved_attention + (self._saved_mlp if self._routed is None else self._routed.saved)
 
     @property
     def peak(self) -> int:
-        """The most that recomputing it and its backward pass hold, its input and its output's gradient included."""
+        """Peak bytes of the recomputed forward and the backward pass, with the layer's input and output gradient."""
         routed = self._routed
         mlp = self._saved_attention + (self._saved_mlp + self.transient if routed is None else routed.peak)
         return self._ends + max(mlp, self._norm_peak, self._attention_peak)
 
     @property
     def forward_peak(self) -> int:
-        """The most that the layer holds without autograd: four of hidden size, and SwiGLU's three, or experts' rows."""
+        """Peak bytes without autograd: four tensors of hidden size, and SwiGLU's three or the experts' rows."""
         mlp = 3 * self._width(self.shape.intermediate) if self._routed is None else self._routed.forward_peak
         return 4 * self.hidden + max(mlp, 3 * self._probabilities + 3 * self._width(self._q))
 
     @property
     def transient(self) -> int:
-        """What the backward pass adds to ``saved`` at its peak in the MLP."""
+        """Bytes that the backward pass adds to ``saved`` at its peak in the MLP."""
         product = self._width(self.shape.intermediate)
         scores = [n * k for name, (n, k) in self.shape.linears.items() if name in self.masked]
         down = product + max(
             self.dense, max(scores, default=0) * self.score_bytes
-        )  # d_x of down, beside the dense weight or the new d_scores
+        )  # d_x of down, together with the dense weight or the new d_scores
         swiglu = 3 * product - (product if self._is_masked("down_proj") else 0)
         return max(down, swiglu)
 
@@ -116,7 +120,7 @@ class Layer:
 
     @property
     def _norm(self) -> int:
-        """The fp32 copy; an fp32 model's norm keeps its input itself."""
+        """Bytes of the norm's fp32 copy; in an fp32 model the norm keeps its input instead."""
         return self.tokens * self.shape.hidden * 4
 
     @property
@@ -133,7 +137,7 @@ class Layer:
 
     @property
     def _probabilities(self) -> int:
-        """T x (T + 1) a head, the sink's included, of eager attention."""
+        """Bytes of eager attention's probabilities: T x (T + 1) per head, with the sink's column."""
         if not self.shape.has_sinks:
             return 0
         return self.tokens * self.shape.heads * (self.tokens // self.rows + 1) * self.shape.dtype_bytes
@@ -149,7 +153,7 @@ class Layer:
             saved += self.hidden
         if shape.qk_norms:
             saved += self.tokens * (q + kv) * 4
-        if shape.has_sinks:  # q, and k and v a copy for each head of it; where the largest logit is
+        if shape.has_sinks:  # q; k and v, repeated for each head of q; the index of the largest logit
             heads = 8 * self.tokens * shape.heads
             return saved + self._probabilities + self._width(4 * q if self._is_masked("o_proj") else 3 * q) + heads
         return saved + self._width(2 * q + 2 * kv) + 4 * self.tokens * shape.heads
@@ -178,22 +182,22 @@ class Layer:
         if self.flash:
             gradients += 4 * self.tokens * q
             if kv != q:
-                gradients += self._width(2 * q)  # of k and v, a copy for each head of q before they are summed
+                gradients += self._width(2 * q)  # of k and v, one for each head of q before they are summed
         return self._saved_attention + gradients
 
 
 def loss_peak(shape: ModelShape, tokens: int, objective: str = "cross_entropy") -> int:
-    """The most that final norm, head and loss hold, the last layer's output included; the head's weight is not."""
+    """Return the peak bytes of final norm, head and loss: with the last layer's output, without the head's weight."""
     hidden = tokens * shape.hidden * shape.dtype_bytes
     norm = tokens * shape.hidden * 4 if shape.dtype_bytes != 4 else 0
-    # Hidden states before and after the norm, those that score, and their gradients chunk by chunk.
+    # Hidden states before and after the norm, those of the scored tokens, and their gradients chunk by chunk.
     chunks = 4 * hidden + norm + _logits(shape, min(tokens, CHUNK), objective)
-    # The gradients chunk by chunk and in one, and of the norm's output.
+    # The gradients chunk by chunk, the same in one tensor, and the gradient of the norm's output.
     backward = 4 * hidden + norm + 4 * tokens * shape.hidden * _NORM_COPIES
     return max(chunks, backward)
 
 
 def _logits(shape: ModelShape, tokens: int, objective: str) -> int:
-    """Of a chunk."""
+    """Return the bytes that the objective holds for a chunk of tokens."""
     held = _LOGITS[objective]
     return shape.vocabulary * (held.tensors * tokens * shape.dtype_bytes + held.fp32 * min(tokens, held.rows) * 4)

@@ -1,7 +1,8 @@
-"""What a training step holds on the device and on the host, way by way, from shapes alone; pure Python.
+"""Estimate the bytes that a training step holds on the device and the host in a memory mode, from shapes alone.
 
-The peak is the largest phase's sum (ways.py). tests/memory/test_estimate.py holds it against a simulation of the
-engines. Sizes are bytes of what is allocated; a CUDA context and the allocator's fragments come on top (see fit.py).
+The peak is the largest phase's sum (ways.py). tests/memory/test_estimate.py compares it with a simulation of the
+engines. Sizes are allocated bytes; a CUDA context and the allocator's fragmentation come on top (see fit.py).
+Pure Python.
 """
 
 from dataclasses import dataclass, field
@@ -14,20 +15,24 @@ from mft.memory.ways import WAYS
 from mft.memory.workload import Workload
 from mft.number_formats import AUTO
 
-# On a CPU the kernels' own scratch counts: slabs of 2 MiB, histograms of 0.5 MiB a thread, pages of code. Measured
-# peaks of two LLaMA2-7B layers lay between -6 and +4 MB of the sum without it (benchmarks.memory.worker, 128 to 1024
-# tokens).
+# On a CPU the kernels' own scratch memory counts: slabs of 2 MiB, histograms of 0.5 MiB per thread, pages of code.
+# The measured peaks of two LLaMA2-7B layers differed by -6 to +4 MB from the sum without it (benchmarks.memory.worker,
+# 128 to 1024 tokens).
 _CPU_WORKSPACE = 32 << 20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process, bytes by kind when the device holds the most, in ``phase``; ``host`` at the end of the way up.
+    """The bytes and the time of one process.
 
-    loading: what the host holds before the first step, when the exact weights have been read and the scores made.
-    On a CPU device is all there is: host is empty, and loading is one of the phases.
-    seconds: of an optimiser step, roughly. quantized: how many linears of the base lie in few bits, all experts of a
-    projection being one. batches_at_once: in layerwise, where these are not all of a step's.
+    Args:
+        device: Bytes by kind at the device's peak, which is in ``phase``.
+        host: Bytes by kind at the end of the way up. On a CPU, host is empty and device has everything.
+        loading: Bytes of the host before the first step, when the exact weights have been read and the scores made. On
+            a CPU this is one of the phases.
+        seconds: A rough estimate for an optimiser step.
+        quantized: Number of quantised linears of the base. All experts of a projection count as one.
+        batches_at_once: Set for layerwise if it is less than all micro-batches of a step.
     """
 
     way: str
@@ -38,7 +43,7 @@ class Estimate:
     seconds: float
     quantized: int
     batches_at_once: int | None = None
-    phases: dict[str, int] = field(default_factory=dict)  # the device's peak in each
+    phases: dict[str, int] = field(default_factory=dict)  # the device's peak in each phase
 
     @property
     def device_peak(self) -> int:
@@ -46,7 +51,7 @@ class Estimate:
 
     @property
     def host_peak(self) -> int:
-        """In a step."""
+        """Bytes of the host in a step."""
         return sum(self.host.values())
 
     @property
@@ -55,7 +60,7 @@ class Estimate:
 
 
 def estimate(shape: ModelShape, workload: Workload) -> Estimate:
-    """One way's step on a model of this shape; workload.memory names the way ("auto" is for fit.choose).
+    """Estimate a step on a model of this shape; workload.memory names the mode. For "auto" see fit.choose.
 
     Raises: ValueError as RunSizes does.
     """
@@ -71,7 +76,7 @@ def estimate(shape: ModelShape, workload: Workload) -> Estimate:
         sizes["activations"] = sizes.get("activations", 0) + run.attention_masks
     if workload.device == "cpu":
         for sizes in phases.values():
-            if way.offloads:  # nothing is copied to be near
+            if way.offloads:  # the CPU shares host memory, so nothing is copied
                 whole = {"weights": run.outside + sum(run.weights_of_layer), "masks": sum(run.mask_bytes)}
                 sizes |= {"boundaries": 0, "staging": 0} | host | whole
             sizes["workspace"] = _CPU_WORKSPACE

@@ -1,4 +1,4 @@
-"""The fastest way to train that fits, and where none does, the nearest setting that would."""
+"""Choose the fastest memory mode that fits; if none does, find the nearest setting that would fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,28 +10,29 @@ from mft.memory.ways import WAYS, ways_over
 from mft.memory.workload import Workload
 from mft.number_formats import AUTO, MOMENT_FORMATS, SCORE_FORMATS, at_most_as_wide
 
-# Of the device, beside what is allocated: a CUDA context (some 0.4 GB), cuBLAS's workspace (up to 32 MiB) and the
-# allocator's fragments. Not measured.
+# Bytes of the device on top of the allocated ones: a CUDA context (about 0.4 GB), cuBLAS's workspace (up to 32 MiB) and
+# the allocator's fragmentation. Not measured.
 RESERVE = {"cuda": 600_000_000, "cpu": 0}
-# Scores and moments where these are left open. int16 flips fewer bits wrongly than bfloat16 (docs/how-to/memory.md).
-# bfloat16 scores are reached by autograd and have fixed thresholds.
+# Formats of (scores, moments) that "auto" tries, the widest first. int16 flips fewer bits wrongly than bfloat16
+# (docs/how-to/memory.md). bfloat16 scores work with autograd and with fixed thresholds.
 _FORMATS = (("float32", "float32"), ("float32", "8bit"), ("int16", "8bit"), ("bfloat16", "8bit"))
 _SHORTEST = 512  # tokens; the search for a setting goes no lower
-# How little a change is wanted. Smaller micro-batches change no result, and another base the most.
+# The cost of changing a setting. Smaller micro-batches change no result; another base changes it most.
 _COSTS = {"memory": 4, "micro_batch": 1, "moments": 2, "scores": 3, "accumulation": 4, "sequence": 5, "quantization": 9}
 _COSTS |= {"batches_at_once": 1}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What choose found.
+    """The result of choose.
 
-    estimates: of all ways, where layerwise takes as many batches at once as fit, or the fewest if none do.
-    refusals: why a way cannot be had, those that do not fit included.
-    chosen: the workload as it will run, None if nothing fits; reason: why, in a sentence.
-    nearest: where nothing fits, the setting closest to the one asked for that does; None if there is none.
-    least: where none does either, what is short in every setting, "device" or "host", and the least bytes needed of it:
-        of the device by any setting, else of the host by those that fit the device.
+    estimates: Estimates of all memory modes. layerwise takes as many batches at once as fit, or the fewest if none fit.
+    refusals: Why a mode cannot be used, by mode; also the modes that do not fit.
+    chosen: The workload as it will run; None if nothing fits.
+    reason: The reason for the choice, in a sentence.
+    nearest: If nothing fits, the fitting setting that is closest to the requested one; None if there is none.
+    least: If there is no such setting, the memory that is too small in every setting ("device" or "host"), and the
+        fewest bytes that a setting needs: of the device in any setting, or of the host in those that fit the device.
     """
 
     estimates: dict[str, Estimate]
@@ -49,22 +50,22 @@ class Choice:
 def choose(
     shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None = None
 ) -> Choice:
-    """The way that workload.memory names if it fits, or for "auto" the fastest that does.
+    """Choose the mode that workload.memory names, if it fits; for "auto", the fastest mode that fits.
 
-    Formats of scores and moments that are "auto" are the widest with which any of these ways fits.
+    If the format of scores or moments is "auto", it becomes the widest with which one of these modes fits.
 
-    quantized changes the base, so auto takes it only where workload.quantization asks for a quantised base.
+    The mode quantized changes the base, so auto takes it only if workload.quantization asks for a quantised base.
 
     Args:
-        device_bytes: of the device's whole memory, or of the one memory of a CPU; None for no limit.
-        host_bytes: of host memory for this; None for no limit.
+        device_bytes: The device's whole memory, or the memory of a machine without a GPU; None for no limit.
+        host_bytes: Host memory for this run; None for no limit.
     Raises: ValueError as estimate does.
     """
     widest, *narrower = _formats(workload)
     choice = first = _choose_way(shape, widest, device_bytes, host_bytes)
     last = _candidates(workload)[-1]
     if all(WAYS[name].obstacle(widest, first.estimates[name].quantized) for name in _candidates(workload)):
-        narrower = []  # memory is not what is short
+        narrower = []  # memory is not the reason
     for formats in narrower:
         if choice.chosen is not None:
             break
@@ -86,7 +87,7 @@ def gigabytes(size: float) -> str:
 
 
 def _formats(workload: Workload) -> list[Workload]:
-    """With each format of scores and moments that is left open, the widest first."""
+    """Return the workload with each format of scores and moments that is "auto" filled in, the widest first."""
     found = [
         replace(
             workload,
@@ -99,7 +100,7 @@ def _formats(workload: Workload) -> list[Workload]:
 
 
 def _choose_way(shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None) -> Choice:
-    """With these formats."""
+    """Choose the memory mode for a workload whose formats are set."""
     fitted = {name: _fitted(shape, way.of(workload), device_bytes, host_bytes) for name, way in WAYS.items()}
     estimates = {name: found for name, (_, found) in fitted.items()}
     refusals = {}
@@ -135,7 +136,7 @@ def _candidates(workload: Workload) -> list[str]:
 def _fitted(
     shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None
 ) -> tuple[Workload, Estimate]:
-    """With as many batches at once as fit, if that is left open; where none do, with what needs least."""
+    """Set batches_at_once, if it is None, to the most that fit; if none fit, to the value that needs the least."""
 
     def needed(at_once: int | None) -> tuple[Workload, Estimate]:
         changed = replace(workload, batches_at_once=at_once)
@@ -147,7 +148,7 @@ def _fitted(
     whole = needed(workload.batches_at_once)
     is_open = workload.batches_at_once is None and WAYS[workload.memory].holds_all_rows
     fewer = _halvings(workload.own_accumulation, 1)[1:]
-    # Where the device has its own memory, fewer batches at once need no less of it.
+    # If the device has its own memory, fewer batches at once do not reduce its use.
     lacks_device = workload.device == "cuda" and _shortage(whole[1], "cuda", device_bytes, None) is not None
     if fits(whole[1]) or not is_open or not fewer or lacks_device:
         return whole
@@ -171,7 +172,7 @@ def _shortage(found: Estimate, device: str, device_bytes: float | None, host_byt
 def _nearest(
     shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None
 ) -> tuple[Workload | None, tuple[str, int] | None]:
-    """The cheapest combination of changes that fits, or else Choice.least."""
+    """Return the cheapest combination of changes that fits, or Choice.least if none fits."""
     workloads = sorted(_variants(workload), key=lambda pair: pair[0])
     needed: list[tuple[int, int]] = []
     for _, changed in workloads:
@@ -189,7 +190,7 @@ def _nearest(
 
 
 def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
-    """(cost, workload) of every combination of changes, each with a way."""
+    """Yield (cost, workload) for every combination of changes and every memory mode."""
     moments = ["8bit"] if workload.moments == AUTO else at_most_as_wide(workload.moments, MOMENT_FORMATS)
     scores = ["int16", "bfloat16"] if workload.scores == AUTO else at_most_as_wide(workload.scores, SCORE_FORMATS)
     bases = [(workload.quantization, workload.quantize_masked and workload.quantization is not None)]
@@ -206,7 +207,7 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
         cost += _COSTS["scores"] * (score != workload.scores != AUTO)
         cost += _COSTS["quantization"] * (base != workload.quantization) + (masked != workload.quantize_masked)
         cost += _COSTS["batches_at_once"] * (at_once != workload.batches_at_once)
-        # A smaller micro-batch comes with more of them: the step stays what it is.
+        # A smaller micro-batch means more of them, so the step keeps its rows.
         steps = max(workload.processes, workload.accumulation * workload.micro_batch // rows[row] >> shorter)
         ways = [way.name for way in ways_over(base, workload.device) if way.holds_all_rows or not shorter]
         for place, way in enumerate(ways):
@@ -226,7 +227,7 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
 
 
 def _halvings(value: int, least: int) -> list[int]:
-    """value, value / 2, ... down to least."""
+    """Return value, value / 2, ... down to least."""
     found = [value]
     while found[-1] // 2 >= least:
         found.append(found[-1] // 2)

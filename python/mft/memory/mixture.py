@@ -1,8 +1,8 @@
-"""Which experts a layer routes its tokens through, and in what sizes: from a config alone, pure Python.
+"""The experts that a layer routes its tokens through, and their sizes, from a config alone; pure Python.
 
     router -> each token's top_k of E experts -> gate_up_proj (2I, H) -> gate -> down_proj (H, I) -> weighted sum
 
-transformers holds all experts' weights of one kind in one parameter, here (E, N, K) whichever way it lies.
+transformers holds all experts' weights of one kind in one parameter. Here it is (E, N, K), whatever its layout there.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ class Mixture:
     """The experts of one layer.
 
     Args:
-        experts: E. top_k: experts a token goes through. hidden: H. intermediate: I, of one expert.
-        shared: intermediate size of the expert that all tokens go through; 0 if there is none.
-        is_biased: whether router and experts have biases.
-        weighs_in_fp32: whether routing weights are fp32, and so what they weigh, whatever the model's dtype.
-        is_clamped: whether gate and up are clamped, for which autograd keeps more.
+        experts: E. top_k: Number of experts per token. hidden: H. intermediate: I, of one expert.
+        shared: Intermediate size of the expert that all tokens go through; 0 if there is none.
+        is_biased: Whether router and experts have biases.
+        weighs_in_fp32: Whether routing weights, and so the weighted outputs, are fp32 for any dtype of the model.
+        is_clamped: Whether gate and up are clamped, so that autograd keeps more.
     """
 
     experts: int
@@ -37,25 +37,25 @@ class Mixture:
 
     @property
     def matrices(self) -> dict[str, tuple[int, int, int]]:
-        """The parameters (E, N, K), by name within the layer, in the order of use."""
+        """The shapes (E, N, K) of the parameters, by name within the layer, in the order of use."""
         hidden, wide = self.hidden, self.intermediate
         return {GATE_UP: (self.experts, 2 * wide, hidden), DOWN: (self.experts, hidden, wide)}
 
     @property
     def rest(self) -> int:
-        """Elements of the router and of all biases."""
+        """Number of elements of the router and of all biases."""
         biases = self.experts * (1 + 2 * self.intermediate + self.hidden) if self.is_biased else 0
         return self.experts * self.hidden + biases
 
     def busy(self, tokens: int) -> float:
-        """Experts that see one token or more, if the router spreads them evenly and by chance."""
+        """Return the expected number of experts that see a token, if each token's experts are drawn uniformly."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
 
 def mixture_from_config(config: Mapping[str, Any], name: str) -> Mixture | None:
-    """What the config of a family of FAMILIES says; None for another family.
+    """Read the Mixture from the config of a family in FAMILIES; return None for another family.
 
-    Raises: ValueError for what is missing, and for a model in which some layers are dense.
+    Raises: ValueError if a key is missing, and for a model in which some layers are dense.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -83,7 +83,7 @@ def mixture_from_config(config: Mapping[str, Any], name: str) -> Mixture | None:
 
 
 def positive(config: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
-    """config[key]. Raises: ValueError unless it is a positive integer."""
+    """Return config[key]. Raises: ValueError unless it is a positive integer."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -95,7 +95,7 @@ def positive(config: Mapping[str, Any], key: str, name: str, default: int | None
 
 
 def _check_all_sparse(config: Mapping[str, Any], name: str) -> None:
-    """As transformers decides which layers are."""
+    """Raise ValueError if a layer is dense, by the rule of transformers."""
     dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
     if dense:
         said = f"mlp_only_layers={dense}"

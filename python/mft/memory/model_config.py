@@ -1,4 +1,4 @@
-"""A model's config.json as a dictionary, wherever the model lies, without its weights."""
+"""Read a model's config.json as a dictionary, from any source and without the weights."""
 
 import re
 from pathlib import Path
@@ -12,9 +12,9 @@ _MOST_CONFIG = 1 << 24  # bytes: a thousand times the longest of published model
 
 
 def read_model_config(name: str) -> dict[str, Any]:
-    """The config of a shipped name, a config.json, a model directory, or a hub id.
+    """Return the config of a shipped model name, a config.json, a model directory or a hub id.
 
-    Raises: ValueError if there is none; it says what to do.
+    Raises: ValueError if there is none. Its message says what to do.
     """
     path = Path(name)
     if name in known_models():
@@ -47,7 +47,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 
 
 def _from_hub(name: str, hint: str) -> dict[str, Any]:
-    from transformers import AutoConfig  # takes seconds, which the other sources need not wait for
+    from transformers import AutoConfig  # imported here because it takes seconds; the other sources do not need it
 
     from mft.files.hub import hub_is_reachable
 

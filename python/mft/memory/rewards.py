@@ -1,7 +1,8 @@
-"""What a step of training by rewards holds on the device: sampling a group's answers, then learning from them.
+"""Estimate the bytes that a step of training by rewards holds on the device, in its three phases.
 
-On one device, by autograd over the model's own forward (rewards/train.py). Sizes are bytes of what is allocated, as in
-estimate.py; tests/memory/test_rewards_memory.py holds them against runs.
+The training samples a group's answers and then learns from them. It runs on one device, by autograd over the model's
+own forward (rewards/train.py). Sizes are allocated bytes, as in estimate.py; tests/memory/test_rewards_memory.py
+compares them with runs.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from mft.memory.activations import CHUNK, Layer
 from mft.memory.shapes import ModelShape
 
 LEARNERS = ("scores", "weights", "adapters", "everything")
-_LOGITS_SAMPLED = 4  # fp32 tensors of the words of each answer's next token: logits, scaled, probabilities, their copy
-_LOGITS_LEARNED = 4  # fp32 tensors of a chunk's: logits, their logarithms, two gradients
+_LOGITS_SAMPLED = 4  # fp32 tensors (answers, vocabulary): logits, scaled logits, probabilities, a copy of these
+_LOGITS_LEARNED = 4  # fp32 tensors (chunk, vocabulary): logits, log-probabilities, two gradients
 
 Sizes = dict[str, int]
 
@@ -31,17 +32,22 @@ def rewards_memory(
     rank: int = 8,
     others: int = 0,
 ) -> dict[str, Sizes]:
-    """By phase (sampling, learning, update), bytes by kind; the peak is the largest phase's sum.
+    """Return bytes by kind for each phase (sampling, learning, update); the peak is the largest phase's sum.
 
     Args:
-        learns: scores: fp32 ones of the layers' target_modules. weights: theirs, on fp32 masters where they have 16
-            bits, beside those of the start. adapters: fp32 ones of that rank on them. everything: all weights, of which
-            the start is a copy.
-        answers: sampled at once. prompt, completion: tokens of each, the most that they may be.
-        micro_batch: answers that are backpropagated together; None: all.
-        target_modules, layers: None for attention and MLP, and for all.
-        others: bytes of what else lies there.
-    Raises: ValueError for what the model does not have.
+        learns: What is trained.
+            scores: fp32 scores of the layers' target_modules.
+            weights: The weights of the target_modules, with fp32 masters if they have 16 bits, in addition to the
+                initial weights.
+            adapters: fp32 adapters of ``rank`` on the target_modules.
+            everything: All weights; the initial weights are a copy.
+        answers: Number of answers that are sampled at once.
+        prompt, completion: Maximum number of tokens of each prompt and of each answer.
+        micro_batch: Number of answers that are backpropagated together; None: all.
+        target_modules: None for attention and MLP.
+        layers: None for all layers.
+        others: Bytes of other data on the device.
+    Raises: ValueError for layers or modules that the model does not have.
     """
     check_one_of("learns", learns, LEARNERS)
     chosen = sorted(set(range(shape.layers) if layers is None else layers))
@@ -54,7 +60,7 @@ def rewards_memory(
     learned = len(chosen) * sum(rank * (n + k) if learns == "adapters" else n * k for n, k in sides)
     if learns == "everything":
         learned, targets, chosen = shape.parameters, set(shape.matrices), list(range(shape.layers))
-    apart = learns in ("scores", "adapters")  # fp32, beside the weights
+    apart = learns in ("scores", "adapters")  # fp32, in addition to the weights
     masters = 4 if not apart and shape.dtype_bytes < 4 else 0
     resident = {
         "weights": shape.parameters * shape.dtype_bytes,
@@ -91,7 +97,7 @@ def rewards_memory(
 
 
 def rewards_peak(phases: dict[str, Sizes]) -> int:
-    """The most that any of them holds."""
+    """Return the bytes of the largest phase."""
     return max(sum(sizes.values()) for sizes in phases.values())
 
 

@@ -1,17 +1,17 @@
-"""What routing tokens through experts holds on the device beside weights; bytes, pure Python.
+"""Bytes of activations that routing tokens through experts holds on the device; pure Python.
 
-As transformers' grouped_mm runs them, and MaskedExperts of masks/experts.py: rows are gathered for each token and its
-experts, sorted by expert, multiplied, weighed and put back. Saved for the backward pass (units: elements a row; there
-are top_k rows a token; D hidden, F intermediate of one expert):
+The experts run by transformers' grouped_mm, or by MaskedExperts of masks/experts.py. Rows are gathered for each token
+and its experts, sorted by expert, multiplied, weighted and put back. Saved for the backward pass (elements per row;
+there are top_k rows per token; D hidden, F intermediate of one expert):
 
     gather      D if gate_up_proj is masked (a frozen product saves no input)
-    gate        gate_up's 2 F, silu(gate) F; 6 F where both are clamped
+    gate        gate_up's 2 F, silu(gate) F; 6 F if both are clamped
     product     F if down_proj is masked
-    weighing    D, what down_proj made
+    weighing    D, the output of down_proj
     places      of rows in the sort, and each token's router probabilities in fp32
 
-A product with experts in few bits makes all of them dense, and frees them.
-Each pass has a few moments at which it may hold the most; they are the lists below.
+A product with quantised experts makes all of them dense, and frees them afterwards.
+Each pass can peak at a few moments; _forward and _backward list them.
 """
 
 from collections.abc import Collection
@@ -19,18 +19,18 @@ from dataclasses import dataclass
 
 from mft.memory.mixture import DOWN, GATE_UP, Mixture
 
-_PLACES = 40  # bytes a row: its expert, its place before and after the sort, which token it is, its weight
+_PLACES = 40  # bytes per row: its expert, its place before and after the sort, its token, its routing weight
 
 
 @dataclass(frozen=True)
 class Routed:
-    """The experts of one layer at work on ``tokens`` tokens.
+    """The experts of one layer that run on ``tokens`` tokens.
 
     Args:
-        gate_up, down: which of the two are masked.
-        coded: which matrices lie in few bits, by name.
-        dtype_bytes: of the model. score_bytes: of the gradient, a score, that autograd returns before it is added
-            (plain); 0 if none is.
+        dtype_bytes: Bytes per element in the model's dtype.
+        gate_up, down: Whether each of the two is masked.
+        coded: Names of the quantised matrices.
+        score_bytes: Bytes per score of the gradient that autograd returns before it is added (plain); 0 if none is.
     """
 
     mixture: Mixture
@@ -43,17 +43,17 @@ class Routed:
 
     @property
     def saved(self) -> int:
-        """What autograd keeps from the forward pass to the backward pass."""
+        """Bytes that autograd keeps from the forward pass for the backward pass."""
         return self._gathered + self._gate + self._product + self._hidden + self._places + self._shared_saved
 
     @property
     def peak(self) -> int:
-        """The most that both passes hold, beside what the layer had saved before."""
+        """Peak bytes of both passes, in addition to what the layer saved before."""
         return self._shared_saved + max(*self._forward, *self._backward)
 
     @property
     def forward_peak(self) -> int:
-        """The most without autograd."""
+        """Peak bytes without autograd."""
         rows = self._hidden if self._is_ours else 2 * self._hidden
         weighing = rows + 2 * self._weighed + self._biases(self._hidden)
         gating = self._hidden + 4 * self._wide + self._biases(2 * self._wide)
@@ -65,7 +65,10 @@ class Routed:
 
     @property
     def _forward(self) -> tuple[int, ...]:
-        """The layer's hidden states before and after the norm stay to the end, and frozen experts' gathered rows."""
+        """Bytes at each moment of the forward pass.
+
+        The layer's hidden states before and after the norm stay to the end, and so do frozen experts' gathered rows.
+        """
         base = self._places + 2 * self.tokens * self.mixture.hidden * self.dtype_bytes
         up = base + self._hidden + 2 * self._wide + self._dense(GATE_UP)
         base += self._gate
@@ -91,7 +94,7 @@ class Routed:
 
     @property
     def _is_ours(self) -> bool:
-        """Whether MaskedExperts runs them, and not transformers."""
+        """Whether MaskedExperts runs the experts instead of transformers."""
         return self.gate_up or self.down or bool(self.coded)
 
     @property
@@ -100,17 +103,17 @@ class Routed:
 
     @property
     def _hidden(self) -> int:
-        """(rows, D)"""
+        """Bytes of a (rows, D) tensor."""
         return self._rows * self.mixture.hidden * self.dtype_bytes
 
     @property
     def _weighed(self) -> int:
-        """The same once routing weights are on it."""
+        """Bytes of a (rows, D) tensor after the routing weights are applied."""
         return self._rows * self.mixture.hidden * (4 if self.mixture.weighs_in_fp32 else self.dtype_bytes)
 
     @property
     def _wide(self) -> int:
-        """(rows, F)"""
+        """Bytes of a (rows, F) tensor."""
         return self._rows * self.mixture.intermediate * self.dtype_bytes
 
     @property
@@ -131,16 +134,16 @@ class Routed:
 
     @property
     def _shared_saved(self) -> int:
-        """Of the expert of all tokens, its output included: as of a dense MLP of which all is masked."""
+        """Bytes that the shared expert saves, with its output: like a dense MLP whose linears are all masked."""
         shared, hidden = self.mixture.shared, self.mixture.hidden * self.tokens * self.dtype_bytes
         return 4 * self._tokens_wide(shared) + 2 * hidden if shared else 0
 
     def _biases(self, size: int) -> int:
-        """Those of each row's expert, gathered and kept; ours lets go of them."""
+        """Return the bytes of the biases gathered for each row; MaskedExperts frees them, so it has none."""
         return size if self.mixture.is_biased and not self._is_ours else 0
 
     def _dense(self, name: str) -> int:
-        """All experts of a product, made of codes."""
+        """Return the bytes of all experts of a product, made dense from their codes."""
         count, n, k = self.mixture.matrices[name]
         return count * n * k * self.dtype_bytes if name in self.coded else 0
 

@@ -1,6 +1,6 @@
-"""A model's shapes from its config alone: every linear's (N, K), embeddings, norms, heads; pure Python.
+"""A model's shapes from its config alone: (N, K) of every linear, embeddings, norms, heads; pure Python.
 
-A decoder layer of the families known here (Llama and what is built like it):
+A decoder layer of the known families (Llama and models with its structure):
 
     norm -> q, k, v (-> norms of q and k) -> rotary -> attention -> o -> + -> norm -> gate, up -> down -> +
 
@@ -21,7 +21,7 @@ from mft.number_formats import DTYPE_BYTES
 
 KNOWN_MODELS = Path(__file__).with_name("known_models")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *mixture.FAMILIES)
-_NEVER_MASKED = ("shared_expert_gate",)  # a linear layer that decides how much of the shared expert is added
+_NEVER_MASKED = ("shared_expert_gate",)  # a linear layer that scales the shared expert's output
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,15 @@ class ModelShape:
     """Sizes of a causal language model; N is out_features and K in_features.
 
     Args:
-        linears: of one decoder layer, by name within it, such as "self_attn.q_proj": (N, K); in the order of use.
-        biases: elements of all biases of one layer, those of experts apart.
-        qk_norms: elements of the two norms of q and k; 0 where they are not normalised.
-        sliding_window: tokens that attention sees; None for all, and where attention holds T x T scores anyhow.
-        has_sinks: whether attention has a learned sink a head; transformers then runs it eagerly, with T x T scores.
-        mixture: the experts of every layer; None where there are none, and linears has the MLP.
-        checkpoint: what the published checkpoint holds its weights in where that is not dtype_bytes, such as "mxfp4".
-        dtype_bytes: of a weight.
+        linears: (N, K) of one decoder layer's linears, by name within it, such as "self_attn.q_proj"; in the order of
+            use.
+        biases: Number of elements of all biases of one layer, without those of experts.
+        qk_norms: Number of elements of the two norms of q and k; 0 if they are not normalised.
+        sliding_window: Number of tokens that attention sees; None for all, or if attention holds T x T scores anyway.
+        has_sinks: Whether attention has a learned sink per head. transformers then runs it eagerly, with T x T scores.
+        mixture: The experts of every layer; None if there are none, and linears then has the MLP.
+        checkpoint: The quantisation format of the published checkpoint, such as "mxfp4"; None if it has none.
+        dtype_bytes: Bytes per weight.
     """
 
     name: str
@@ -59,47 +60,47 @@ class ModelShape:
 
     @cached_property
     def experts(self) -> dict[str, tuple[int, int, int]]:
-        """The parameters (E, N, K) that hold a layer's experts, by name within it."""
+        """The shapes (E, N, K) of the parameters that hold a layer's experts, by name within the layer."""
         return {} if self.mixture is None else self.mixture.matrices
 
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """All of one layer's weights that a mask may be of, as rows and columns: an (E, N, K) is (E * N, K)."""
+        """The shapes of one layer's maskable weights, as (rows, columns): an (E, N, K) is (E * N, K)."""
         return dict(self.linears) | {name: (count * n, k) for name, (count, n, k) in self.experts.items()}
 
     @cached_property
     def layer_weights(self) -> int:
-        """Elements of one layer's linears and experts."""
+        """Number of elements of one layer's linears and experts."""
         return sum(n * k for n, k in self.matrices.values())
 
     @property
     def layer_rest(self) -> int:
-        """Elements of one layer that no mask is of: norms, biases, sinks, the router."""
+        """Number of elements of one layer that cannot be masked: norms, biases, sinks, the router."""
         rest = 2 * self.hidden + self.qk_norms + self.biases + (self.heads if self.has_sinks else 0)
         return rest + (0 if self.mixture is None else self.mixture.rest)
 
     @property
     def embedding(self) -> int:
-        """Elements of the embedding, and of the head's weight."""
+        """Number of elements of the embedding, and of the head's weight."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
-        """Elements of the whole model; a tied head counts once."""
+        """Number of elements of the whole model; a tied head counts once."""
         layers = self.layers * (self.layer_weights + self.layer_rest)
         return layers + self.embedding * (1 if self.tied else 2) + self.hidden
 
     def used(self, name: str) -> int:
-        """Elements of this matrix that one token is multiplied by."""
+        """Return the number of elements of this matrix that one token is multiplied by."""
         rows, columns = self.matrices[name]
         if self.mixture is None or name not in self.experts:
             return rows * columns
         return rows * columns // self.mixture.experts * self.mixture.top_k
 
     def targets(self, names: list[str] | None) -> list[str]:
-        """The matrices whose name ends in one of names, in the order of use; attention and MLP, or experts, if None.
+        """Return the matrices whose name ends in one of names, in the order of use. None: attention and MLP or experts.
 
-        Raises: ValueError for a name that is none.
+        Raises: ValueError for a name that matches no matrix.
         """
         if names is None:
             return [matrix for matrix in self.matrices if not matrix.endswith(_NEVER_MASKED)]
@@ -114,13 +115,13 @@ class ModelShape:
 
 
 def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dtype: str | None = None) -> ModelShape:
-    """The shapes that a config.json, as a dictionary, describes.
+    """Return the shapes that a config.json, given as a dictionary, describes.
 
     Args:
-        config: of a causal language model of FAMILIES.
-        name: for messages and tables; the config's own if None.
-        dtype: "bfloat16", "float16" or "float32", what the model will be loaded in; bfloat16 if None.
-    Raises: ValueError for another family, and for what is missing in the config.
+        config: The config of a causal language model of a family in FAMILIES.
+        name: The name for messages and tables; the config's own if None.
+        dtype: The dtype in which the model will be loaded: "bfloat16", "float16" or "float32"; bfloat16 if None.
+    Raises: ValueError for another family, and if the config lacks a key.
     """
     family = config.get("model_type")
     name = name or str(config.get("_name_or_path") or family)
@@ -171,12 +172,12 @@ def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dty
 
 
 def known_models() -> list[str]:
-    """Names of the models whose config is shipped."""
+    """Return the names of the models whose config is shipped."""
     return sorted(path.stem for path in KNOWN_MODELS.glob("*.json"))
 
 
 def known_config(name: str) -> dict[str, Any]:
-    """The published config.json of a model of known_models()."""
+    """Return the published config.json of a model in known_models()."""
     if name not in known_models():
         raise ValueError(
             f"model must be one of {', '.join(known_models())}, got {name!r}{nearest(name, known_models())}"
@@ -196,7 +197,7 @@ def _mlp(name: str, intermediate: int, hidden: int) -> dict[str, tuple[int, int]
 
 
 def _biases(config: Mapping[str, Any], q: int, kv: int) -> int:
-    """Elements of the biases of attention, and of an MLP that is no mixture."""
+    """Return the number of elements of the biases of attention and of a dense MLP."""
     family, hidden = config["model_type"], config["hidden_size"]
     biases = 0
     if family == "qwen2" or (family == "qwen2_moe" and config.get("qkv_bias", True)):
@@ -207,7 +208,7 @@ def _biases(config: Mapping[str, Any], q: int, kv: int) -> int:
 
 
 def _window(config: Mapping[str, Any]) -> int | None:
-    """Beyond it attention needs a mask of T x T, which eager attention has for every row."""
+    """Return the sliding window, or None. Longer rows need a T x T mask, which eager attention has for every row."""
     family = config["model_type"]
     is_used = config.get("use_sliding_window", family in ("mistral", "mixtral"))
     return config.get("sliding_window") if is_used and family != "gpt_oss" else None

@@ -1,4 +1,4 @@
-"""Sizes of a model's weights, masks, states and activations under a workload; bytes, pure Python."""
+"""Bytes of a model's weights, masks, states and activations for a workload; pure Python."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ _SELECTION_WORKSPACE = 80 << 20  # keys and digits of _DEVICE_CHUNK scores in mf
 
 
 class RunSizes:
-    """A model under a workload.
+    """The sizes of a model for a workload.
 
-    Raises: ValueError for layers or target modules that the model does not have, and for a sequence that its window
-        cuts.
+    Raises: ValueError for layers or target modules that the model does not have, and for a sequence that is longer than
+        the model's sliding window.
     """
 
     def __init__(self, shape: ModelShape, workload: Workload) -> None:
@@ -49,7 +49,7 @@ class RunSizes:
 
     @property
     def above(self) -> int:
-        """Layers from the first masked one."""
+        """Number of layers from the first masked one on."""
         return self.shape.layers - self.first
 
     @property
@@ -57,24 +57,24 @@ class RunSizes:
         return loss_peak(self.shape, self.workload.tokens, self.workload.objective)
 
     def reference(self, boundaries: int) -> int:
-        """What an objective that asks for the base holds of it on the device."""
+        """Return the bytes of the base's boundaries on the device, if the objective needs the base; else 0."""
         return boundaries * self.hidden if self.workload.of_base else 0
 
     @property
     def hidden(self) -> int:
-        """A boundary."""
+        """Bytes of a boundary."""
         return self.workload.tokens * self.shape.hidden * self.shape.dtype_bytes
 
     @property
     def attention_masks(self) -> int:
-        """What eager attention adds to its scores, of full layers and of those with a window: there at every time."""
+        """Bytes of eager attention's masks: one for full layers, one for layers with a window. They always exist."""
         workload = self.workload
         squares = 2 * workload.tokens * workload.sequence if self.shape.has_sinks else 0
         return squares * self.shape.dtype_bytes
 
     @property
     def outside(self) -> int:
-        """Embedding, final norm and head."""
+        """Bytes of embedding, final norm and head."""
         elements = self.shape.embedding * (1 if self.shape.tied else 2) + self.shape.hidden
         return elements * self.shape.dtype_bytes
 
@@ -84,7 +84,7 @@ class RunSizes:
 
     @property
     def embedding_alone(self) -> int:
-        """The embedding where the head has a weight of its own: it rests on the host, and few of its rows travel."""
+        """Bytes of the embedding if the head has its own weight: it stays on the host, and only few rows are copied."""
         return 0 if self.shape.tied else self.shape.embedding * self.shape.dtype_bytes
 
     @property
@@ -93,7 +93,7 @@ class RunSizes:
 
     @property
     def scores(self) -> int:
-        """All of them; and their gradients, where autograd makes these."""
+        """Bytes of all scores. Their gradients have the same size if autograd makes them."""
         return self.masked_weights * SCORE_FORMATS[self.workload.scores].bytes
 
     @property
@@ -106,7 +106,7 @@ class RunSizes:
 
     @property
     def aside(self) -> int:
-        """Dropped weights that lie outside the weights."""
+        """Bytes of the dropped values that in_place stores outside the weights."""
         dropped = 1 - self.workload.keep_ratio if self.workload.budget is None else self.workload.budget
         return math.ceil(dropped * self.masked_weights) * self.shape.dtype_bytes
 
@@ -118,7 +118,7 @@ class RunSizes:
         return 4 * n * -(-k // 32)
 
     def updating(self, names: Sequence[str]) -> Sizes:
-        """One matrix's step, while the next one's gradients are summed."""
+        """Return the largest bytes of one matrix's step while the next one's gradients are being summed."""
         pairs = zip(names, [*names[1:], None])
         steps = [
             {"staging": self._staging(name), "sums": 0 if other is None else self.sum_of(other, self.grad_bytes)}
@@ -127,12 +127,15 @@ class RunSizes:
         return max(steps, key=lambda sizes: sum(sizes.values()))
 
     def flipping(self, names: Sequence[str]) -> Sizes:
-        """One matrix's step in place: a copy of its whole weight, a byte a weight of what is dropped, its bits."""
+        """Return the largest bytes of one matrix's step in place.
+
+        A copy of its whole weight, a byte per weight that marks the dropped ones, and its mask.
+        """
         staging = max(self._size(name) * (self.shape.dtype_bytes + 1) + self.mask_of(name) for name in names)
         return {"staging": staging, "sums": max(self.sum_of(name, self.grad_bytes) for name in names)}
 
     def selection(self, held: Sizes) -> dict[str, Sizes]:
-        """The bytes of the phase after the last layer's step under a budget, by name; empty without a budget."""
+        """Return the phase after the last layer's step with a budget: bytes by kind; empty without a budget."""
         if self.workload.budget is None:
             return {}
         score = SCORE_FORMATS[self.workload.scores].bytes
@@ -140,11 +143,11 @@ class RunSizes:
         return {"selection": held | {"staging": staging, "workspace": _SELECTION_WORKSPACE}}
 
     def sum_of(self, name: str, grad_bytes: float) -> int:
-        """Where several processes sum gradients of 16 bits, one matrix's in fp32."""
+        """Return the bytes of one matrix's gradient in fp32 if several processes sum gradients in 16 bits; else 0."""
         return 4 * self._size(name) if self.workload.processes > 1 and grad_bytes == 2 else 0
 
     def _staging(self, name: str) -> int:
-        """States and new mask of one matrix, and its dense weight if it is quantised."""
+        """Return the bytes of one matrix's states, new mask, and dense weight if it is quantised."""
         dense = self.shape.dtype_bytes if self.workload.quantize_masked else 0
         return int(self._size(name) * (self.workload.state_bytes + dense)) + self.mask_of(name)
 

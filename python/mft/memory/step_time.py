@@ -1,6 +1,7 @@
-"""Seconds of an optimiser step, roughly: arithmetic and the link's traffic overlap, the optimiser's states do not.
+"""Estimate the seconds of an optimiser step. Arithmetic overlaps with the link's traffic, but not with the update.
 
-Assumes what SPEEDS says of the hardware, whatever card is there; for comparing ways and settings, and not measured.
+The estimate assumes the hardware of SPEEDS, whatever hardware is present. It is for comparing modes and settings; it is
+not measured.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from mft.number_formats import SCORE_FORMATS
 
 @dataclass(frozen=True)
 class Speeds:
-    """Sustained: flops a second in the products, bytes a second in the device's memory and across its link.
+    """Sustained speeds: flops per second in matrix products, bytes per second of the device's memory and of its link.
 
-    selection: scores a second of which one threshold is found over all layers (mask.budget).
+    selection: Scores per second in the search of one threshold over all layers (mask.budget).
     """
 
     flops: float
@@ -31,23 +32,23 @@ class Speeds:
 
 
 SPEEDS = {
-    # An RTX 4090 at its best; PCIe 4 x16; a selection passes over some 60 bytes a score.
+    # An RTX 4090 at its best; PCIe 4 x16; a selection reads about 60 bytes per score.
     "cuda": Speeds(flops=150e12, memory=0.8e12, link=20e9, selection=13e9),
-    # A selection has one thread, whose speed was measured (mft_kernels/mask/shared_threshold.py).
+    # A selection runs in one thread, whose speed was measured (mft_kernels/mask/shared_threshold.py).
     "cpu": Speeds(flops=0.5e12, memory=50e9, link=float("inf"), selection=0.2e9),
 }
 
 
 def step_seconds(run: RunSizes, way: Way) -> float:
-    """Of one process's micro-batches and one update.
+    """Return the seconds of one process's micro-batches and one update.
 
-    Without the time in which several processes sum their gradients, which depends on what connects them.
+    The time in which several processes sum their gradients is not included: it depends on their connection.
     """
     shape, workload, masked = run.shape, run.workload, sum(run.masks)
     speeds = SPEEDS[workload.device]
     tokens = workload.tokens * workload.own_accumulation
     depth, above = shape.layers, run.above
-    # A multiply and an add a weight and token; causal attention sees half of the sequence, in two products.
+    # A multiply and an add per weight and token; causal attention sees half of the sequence, in two products.
     linear = 2 * sum(n * k for n, k in shape.linears.values())
     attention = 2 * workload.sequence * shape.heads * shape.head_dim
     forwards = way.forwards(workload, depth, above)
@@ -57,14 +58,14 @@ def step_seconds(run: RunSizes, way: Way) -> float:
     backward = above * (linear + 2.5 * attention)
     backward += 2 * masked * sum(shape.used(name) for name in named if name in shape.linears)
     head, passes = 4 * shape.embedding, forwards + above
-    if workload.of_base and not OBJECTIVES[workload.objective].remembers:  # the base goes up in every step
+    if workload.of_base and not OBJECTIVES[workload.objective].remembers:  # the base runs forward in every step
         forward, head, passes = forward + above * (linear + attention), head + 2 * shape.embedding, passes + above
     compute = tokens * (forward + backward + head) / speeds.flops
     for name in shape.experts:
         compute += workload.own_accumulation * passes * _routed_seconds(shape, workload, name)
-        if name in named:  # the gradient is read and written where it is added to
+        if name in named:  # adding to the gradient reads and writes it
             compute += workload.own_accumulation * masked * _routed_seconds(shape, workload, name, touched=2)
-    if workload.quantization is not None:  # a dense matrix is written and read for each product, thrice a layer
+    if workload.quantization is not None:  # a dense matrix is written and read for each of a layer's three products
         made = workload.own_accumulation * (depth + 2 * above) * shape.layer_weights
         compute += made * 2 * shape.dtype_bytes / speeds.memory
     update = trained * (2 * workload.state_bytes + 2 * shape.dtype_bytes) / speeds.memory
@@ -76,14 +77,20 @@ def step_seconds(run: RunSizes, way: Way) -> float:
 
 
 def _selection_seconds(trained: int, workload: Workload, way: Way) -> float:
-    """Of one threshold for so many scores: read 2 bytes at a time, and once more for the masks; they may be apart."""
+    """Return the seconds to find one threshold: a pass over the scores for each 2 bytes, and one for the masks.
+
+    If the mode keeps the scores in host memory, each pass copies them over the link.
+    """
     speeds, size = SPEEDS[workload.device], SCORE_FORMATS[workload.scores].bytes
     travels = trained * size * (size / 2 + 1) if way.offloads else 0
     return max(trained / speeds.selection, travels / speeds.link)
 
 
 def _routed_seconds(shape: ModelShape, workload: Workload, name: str, touched: int = 1) -> float:
-    """A micro-batch's product with experts: arithmetic, or ``touched`` times all weights that see a token in memory."""
+    """Return the seconds of a micro-batch's product with experts: the larger of arithmetic and memory traffic.
+
+    Memory is read ``touched`` times for all weights of the experts that see a token.
+    """
     assert shape.mixture is not None
     speeds, (_, n, k) = SPEEDS[workload.device], shape.experts[name]
     arithmetic = 2 * workload.tokens * shape.used(name) / speeds.flops

@@ -1,6 +1,7 @@
-"""The ways to run a training step, a class each: over which base, what it holds where, what it moves; pure Python.
+"""The memory modes ("ways") of a training step, one class each: the base it needs, the bytes it holds and moves.
 
-Each way's step has phases. This is the list of the tensors of plain.py, layer_engine.py, layerwise.py and sharded.py.
+A mode's step has phases. The classes list the tensors of plain.py, in_place.py, layer_engine.py, layerwise.py and
+sharded.py in engines/. Pure Python.
 """
 
 from dataclasses import replace
@@ -9,41 +10,44 @@ from mft.memory.sizes import RunSizes, Sizes
 from mft.memory.workload import Workload
 from mft.number_formats import SCORE_FORMATS
 
-# Boundaries on the device beside the layer's own input and its output's gradient: in resident the next input; in
-# layerwise that, the next gradient, and the one that leaves.
+# Boundaries on the device in addition to the layer's own input and its output's gradient. Resident: the next input.
+# Layerwise: the next input, the next gradient, and the one that is being copied to the host.
 _RESIDENT_BOUNDARIES, _LAYERWISE_BOUNDARIES = 1, 3
 
-_REDUCED = 4  # bytes of a gradient that processes sum under sharded: fp32
+_REDUCED = 4  # bytes per gradient element that processes sum in sharded: fp32
 
 
 class Way:
-    """What most of them have in common."""
+    """A memory mode, with the defaults of most modes."""
 
     name: str
     over_exact = True  # whether it trains over exact weights
     over_codes = False  # whether it trains over a quantised base
-    offloads = True  # whether scores, moments and the boundaries between layers rest in host memory
+    offloads = True  # whether scores, moments and the boundaries between layers are kept in host memory
     holds_all_rows = False  # whether its memory grows with a step's micro-batches
     spreads = False  # whether it spreads a model over processes
 
     def base(self, asked: str | None) -> str | None:
-        """The format of the base that it trains over where this one is asked for; None for exact weights."""
+        """Return the format of the base that the mode uses if this one is asked for; None for exact weights."""
         if not self.over_codes:
             return None
         return asked if asked is not None or self.over_exact else "nf4"
 
     def of(self, workload: Workload) -> Workload:
-        """The workload in this way; one that needs a quantised base gets it, one that cannot have it does not."""
+        """Return the workload in this mode: with a quantised base if the mode needs one, without if it has none."""
         quantization = self.base(workload.quantization)
         masked = workload.quantize_masked and quantization is not None
         return replace(workload, memory=self.name, quantization=quantization, quantize_masked=masked)
 
     def of_auto(self, device: str) -> bool:
-        """Whether auto takes it on a device of this type."""
+        """Whether memory: auto considers the mode on a device of this type."""
         return True
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
-        """Why the engines refuse the way, whatever the memory. Args: quantized: how many linears are, in this way."""
+        """Return why the engines refuse the mode regardless of memory, or None.
+
+        Args: quantized: Number of linear layers that are quantised in this mode.
+        """
         if workload.quantization is not None and not self.over_codes:
             return f"quantization={workload.quantization} asks for a quantised base"
         if workload.batches_at_once is not None and not self.holds_all_rows:
@@ -55,33 +59,39 @@ class Way:
         return None
 
     def phases(self, run: RunSizes) -> dict[str, Sizes]:
-        """What the device holds in each phase of a step."""
+        """Return the bytes that the device holds in each phase of a step, by kind."""
         raise NotImplementedError
 
     def host(self, run: RunSizes) -> Sizes:
-        """What rests in host memory where the device has its own."""
+        """Return the bytes in host memory by kind, if the device has its own memory."""
         raise NotImplementedError
 
     def loading(self, run: RunSizes) -> Sizes:
-        """What the host holds before the first step."""
+        """Return the bytes that the host holds before the first step, by kind."""
         weights = {"weights": run.shape.parameters * run.shape.dtype_bytes}
         return weights | {"masks": sum(run.mask_bytes), "states": run.scores}
 
     def forwards(self, workload: Workload, depth: int, above: int) -> int:
-        """Layers' forward passes of a micro-batch; above: layers from the first masked one, which are recomputed."""
+        """Return how many layer forwards a micro-batch takes.
+
+        above: Number of layers from the first masked one on, which are recomputed.
+        """
         return depth + above
 
     def traffic(self, run: RunSizes, boundary: int) -> int:
-        """Bytes across the link in a step, but for the states. Args: boundary: of all of a step's micro-batches."""
+        """Return the bytes that cross the link in a step, without the states.
+
+        Args: boundary: Bytes of one boundary of all micro-batches of a step.
+        """
         raise NotImplementedError
 
     def waited_for(self, run: RunSizes) -> int:
-        """Bytes across the link, beside that traffic, during which the device does nothing else."""
+        """Return the bytes, in addition to that traffic, that cross the link while the device waits."""
         return 0
 
 
 class Plain(Way):
-    """Everything on the device; autograd keeps what it saves of all layers, or the boundaries alone."""
+    """Everything is on the device; autograd keeps the saved tensors of all layers, or only the boundaries."""
 
     name = "plain"
     offloads = False
@@ -107,7 +117,10 @@ class Plain(Way):
         }
 
     def autograd(self, run: RunSizes, resident: Sizes, added: int) -> dict[str, Sizes]:
-        """The phases of one micro-batch. Args: added: bytes a weight of a gradient that is about to be added to one."""
+        """Return the phases of one micro-batch.
+
+        Args: added: Bytes per weight of a new gradient that is about to be added to an existing one.
+        """
         workload, shape = run.workload, run.shape
         above = [run.layer(i, score_bytes=added) for i in range(run.first, shape.layers)]
         kept = [layer.hidden if workload.gradient_checkpointing else layer.saved for layer in above]
@@ -121,7 +134,7 @@ class Plain(Way):
         return {}
 
     def loading(self, run: RunSizes) -> Sizes:
-        """The weights move to the device before scores are made there."""
+        """Return only the weights: they move to the device before the scores are made there."""
         return {"weights": run.shape.parameters * run.shape.dtype_bytes}
 
     def forwards(self, workload: Workload, depth: int, above: int) -> int:
@@ -132,15 +145,15 @@ class Plain(Way):
 
 
 class InPlace(Plain):
-    """Plain over weights that hold their masks: what is dropped lies aside, and gradients are the weights'."""
+    """Plain over weights that hold their masks: dropped values are stored separately; gradients are the weights'."""
 
     name = "in_place"
 
     def of_auto(self, device: str) -> bool:
-        return device == "cpu"  # elsewhere it has not been timed yet
+        return device == "cpu"  # not timed on other devices yet
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
-        return Way.obstacle(self, workload, quantized)  # autograd need not reach the scores
+        return Way.obstacle(self, workload, quantized)  # autograd does not have to reach the scores
 
     def phases(self, run: RunSizes) -> dict[str, Sizes]:
         workload, dtype = run.workload, run.shape.dtype_bytes
@@ -161,7 +174,7 @@ class InPlace(Plain):
 
 
 class Resident(Way):
-    """Weights, masks and gradients of all layers on the device."""
+    """Keeps weights, masks and gradients of all layers on the device."""
 
     name = "resident"
 
@@ -188,14 +201,14 @@ class Resident(Way):
 
 
 class Quantized(Resident):
-    """Resident over a base in few bits."""
+    """Resident over a quantised base."""
 
     name = "quantized"
     over_exact, over_codes = False, True
 
 
 class Layerwise(Way):
-    """The layer at work, and the next one on its way: weights and masks of two, gradients of one."""
+    """Keeps weights and masks of two layers on the device (the current and the next), and gradients of one."""
 
     name = "layerwise"
     over_codes = True
@@ -220,14 +233,14 @@ class Layerwise(Way):
             return {"weights": weights, "masks": masks}
 
         def gradients(one: int, other: int | None) -> int:
-            """The layer's at work; of sums that rest on the host, also the next one's, which are on their way."""
+            """Return the current layer's gradient bytes; with sums on the host also the next layer's, in transit."""
             coming = 0 if other is None or run.workload.portions == 1 else run.weights_masked_in(other)
             return (run.weights_masked_in(one) + coming) * run.grad_bytes
 
         boundaries = _LAYERWISE_BOUNDARIES * run.hidden
         top = {"weights": run.weights_of_layer[-1] + run.outside - run.embedding_alone, "masks": run.mask_bytes[-1]}
         larger("forward", top | {"activations": run.layer(depth - 1).forward_peak, "boundaries": boundaries})
-        for i in range(depth - 1):  # of experts two layers' weigh more than all that one layer's way down holds
+        for i in range(depth - 1):  # two layers' experts can be larger than all that one layer's backward holds
             larger("forward", two(i, i + 1) | {"activations": run.layer(i).forward_peak, "boundaries": boundaries})
         larger("loss", top | {"logits": run.loss, "boundaries": boundaries, "reference": run.reference(3)})
         for i in range(run.first, depth):
@@ -249,25 +262,28 @@ class Layerwise(Way):
         }
 
     def traffic(self, run: RunSizes, boundary: int) -> int:
-        """Weights up, and down again, in each portion; below the first masked layer a boundary goes and comes, above a
-        gradient too. Sums of gradients come back."""
+        """Return the bytes of weights, boundaries, gradients and gradient sums that cross the link.
+
+        Each portion copies the weights once on the way up, and again on the way down. Below the first masked layer a
+        boundary is stored and fetched; above it, a gradient too. Gradient sums come back.
+        """
         weights = sum(run.weights_of_layer) + sum(run.weights_of_layer[run.first :])
         boundaries = (2 * run.shape.layers + 4 * run.above) * boundary
         return run.workload.portions * weights + boundaries + self.waited_for(run)
 
     def waited_for(self, run: RunSizes) -> int:
-        """Sums of gradients that leave: their memory is needed for the next ones."""
+        """Return the bytes of gradient sums that leave: their memory is needed for the next ones."""
         return (run.workload.portions - 1) * run.masked_weights * run.grad_bytes
 
 
 class Sharded(InPlace):
-    """In place over rows: a process holds its share of everything, and gathers the layer at work and the next one."""
+    """InPlace over rows: a process holds its share of every tensor, and gathers the current layer and the next one."""
 
     name = "sharded"
     spreads = True
 
     def of_auto(self, device: str) -> bool:
-        return False  # it takes several processes, and is asked for
+        return False  # it needs several processes, so users ask for it by name
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
         if workload.accumulation % workload.processes:
@@ -278,7 +294,7 @@ class Sharded(InPlace):
 
     def phases(self, run: RunSizes) -> dict[str, Sizes]:
         workload, parts = run.workload, run.workload.processes
-        # Embedding and head are gathered by themselves, one at a time; one that they share stays whole.
+        # Embedding and head are gathered separately, one at a time. If they share one weight, it stays whole.
         outside, whole = (run.outside, 0) if not run.shape.tied else (0, run.outside)
         resident = {
             "weights": (outside + sum(run.weights_of_layer)) // parts + whole,
@@ -287,8 +303,8 @@ class Sharded(InPlace):
             "states": run.states // parts,
         }
         if workload.device == "cpu":
-            resident["base"] = run.outside + sum(run.weights_of_layer)  # at most: it is mapped
-        own = self.autograd(run, resident, 0)  # replaced but for the loss: gradients come layer by layer here
+            resident["base"] = run.outside + sum(run.weights_of_layer)  # an upper bound, as it is mapped
+        own = self.autograd(run, resident, 0)  # only "loss" stays: gradients come layer by layer here
         several = workload.own_accumulation > 1
         unsummed = 0 if workload.reduces_every_batch or not several else _REDUCED * run.masked_weights
         rows = resident["gradients"] if workload.reduces_every_batch and several else 0
@@ -296,14 +312,14 @@ class Sharded(InPlace):
         before = {name: size for name, size in resident.items() if name != "gradients"} | {"unsummed": unsummed}
         found: list[Sizes] = []
         for i in range(run.first, run.shape.layers):
-            below = run.weights_of_layer[i - 1] if i else 0  # which is gathered ahead
+            below = run.weights_of_layer[i - 1] if i else 0  # gathered in advance
             masked, layer = run.weights_masked_in(i), run.layer(i)
-            left = i - run.first  # layers that keep what autograd saved
+            left = i - run.first  # layers whose saved tensors are still kept
             saved = left * (layer.hidden if workload.gradient_checkpointing else layer.saved)
             done = rows or sum(map(run.weights_masked_in, range(i + 1, run.shape.layers))) * run.grad_bytes // parts
             made = masked * run.shape.dtype_bytes
             above = run.weights_masked_in(i + 1) if i + 1 < run.shape.layers else 0
-            sending = _REDUCED * (above + above // parts)  # what of it is sent, and what comes back
+            sending = _REDUCED * (above + above // parts)  # the layer's gradients that are sent, and the summed rows
             at_work = {"activations": saved + layer.peak, "gathered": run.weights_of_layer[i] + below}
             at_work["sums"] = made + sending
             sent = masked * _REDUCED + (0 if unsummed else made)
@@ -317,7 +333,7 @@ class Sharded(InPlace):
         return {"weights": run.shape.parameters * run.shape.dtype_bytes // run.workload.processes}  # mapped once
 
     def loading(self, run: RunSizes) -> Sizes:
-        return self.host(run) | {"states": run.scores}  # whole in each process, until it takes its rows
+        return self.host(run) | {"states": run.scores}  # whole in each process until it takes its rows
 
 
 # The fastest first.
@@ -325,6 +341,6 @@ WAYS: dict[str, Way] = {way.name: way for way in (Plain(), InPlace(), Resident()
 
 
 def ways_over(quantization: str | None, device: str) -> list[Way]:
-    """Those of auto that train over a base of this format, None for exact weights; the fastest first."""
+    """Return auto's modes that train over a base of this format, None for exact weights; the fastest first."""
     ways = [way for way in WAYS.values() if way.of_auto(device)]
     return [way for way in ways if (way.over_exact if quantization is None else way.over_codes)]

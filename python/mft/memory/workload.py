@@ -1,4 +1,4 @@
-"""What decides how much memory a training step needs, beside the model."""
+"""The settings that decide, together with the model, how much memory a training step needs."""
 
 from dataclasses import dataclass
 
@@ -9,26 +9,31 @@ from mft.number_formats import AUTO, state_bytes
 
 @dataclass(frozen=True)
 class Workload:
-    """One way to train; the fields are named as in the run's configuration.
+    """The settings of a training run; the fields are named as in the run's configuration.
 
     Args:
-        memory: plain, in_place, resident, quantized, layerwise, sharded; auto where the choice is asked for.
-        layers: that are masked, None for all. target_modules: linears in them, None for all.
-        sequence: tokens a row. micro_batch: rows at once. accumulation: micro-batches a step, of all processes.
-        batches_at_once: micro-batches whose boundaries layerwise holds together, None for all of a step (or, for
-            fit.choose, for as many as fit).
-        processes: that train together, each with a memory of its own or its share of one.
-        scores, moments: dtypes at rest; auto where the choice is asked for.
-        reduces_every_batch: whether sharded sums gradients in each micro-batch, and not once a step.
-        grad_dtype: of the gradient buffers, None for the weights'.
-        quantization: of the base, None for none. quantize_masked: the masked layers' weights too.
-        gradient_checkpointing: of plain and in_place; the other ways recompute every layer anyhow.
-        clipping: of the gradients' global norm, which layerwise does not have.
-        keep_ratio: share of the masked weights that is kept; 0 where a fixed threshold leaves it open.
-        fixed_threshold: whether masks keep what lies above a given one, which int16 scores do not have.
-        budget: share of all masked weights that is dropped by one threshold, None for one each layer.
-        objective: cross_entropy, kl, distill or dpo. teacher_bytes: of a teacher's weights on the device.
-        device: "cuda", which has a memory of its own, or "cpu", which shares the host's.
+        memory: plain, in_place, resident, quantized, layerwise, sharded, or auto (fit.choose then chooses).
+        layers: The masked layers; None for all.
+        target_modules: The masked linears in these layers; None for all.
+        sequence: Tokens per row.
+        micro_batch: Rows per micro-batch.
+        accumulation: Micro-batches per step, of all processes together.
+        batches_at_once: Number of micro-batches whose boundaries layerwise holds together; None for all of a step (or,
+            for fit.choose, for as many as fit).
+        processes: Number of processes that train together, each with its own memory or its share of one.
+        scores, moments: dtypes in which they are stored, or auto (fit.choose then chooses).
+        reduces_every_batch: Whether sharded sums gradients in each micro-batch instead of once per step.
+        grad_dtype: dtype of the gradient buffers; None for the weights' dtype.
+        quantization: Format of the base; None for exact weights.
+        quantize_masked: Whether the masked layers' weights are quantised too.
+        gradient_checkpointing: For plain and in_place. The other modes recompute every layer anyway.
+        clipping: Whether the gradients' global norm is clipped, which layerwise does not support.
+        keep_ratio: Share of the masked weights that is kept; 0 if a fixed threshold leaves it open.
+        fixed_threshold: Whether masks use a given threshold, which int16 scores do not support.
+        budget: Share of all masked weights that is dropped by one shared threshold; None for one threshold per layer.
+        objective: cross_entropy, kl, distill or dpo.
+        teacher_bytes: Bytes of a teacher's weights on the device.
+        device: "cuda", which has its own memory, or "cpu", which shares the host's.
     """
 
     memory: str = "auto"
@@ -92,17 +97,17 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens per micro-batch."""
         return self.micro_batch * self.sequence
 
     @property
     def of_base(self) -> bool:
-        """Whether a second chain of hidden states, the base's, goes up beside the first."""
+        """Whether the objective also runs the base, which has its own chain of hidden states."""
         return OBJECTIVES[self.objective].of_base
 
     @property
     def own_accumulation(self) -> int:
-        """Micro-batches a step of the process that takes most."""
+        """Micro-batches per step of the process that takes the most."""
         return -(-self.accumulation // self.processes)
 
     @property
@@ -112,10 +117,10 @@ class Workload:
 
     @property
     def portions(self) -> int:
-        """In how many parts layerwise takes a step."""
+        """Number of portions in which layerwise runs the micro-batches of a step."""
         return -(-self.own_accumulation // self.together)
 
     @property
     def state_bytes(self) -> float:
-        """A score with its moments, at rest."""
+        """Bytes per score with its moments, as they are stored."""
         return state_bytes(self.scores, self.moments)
