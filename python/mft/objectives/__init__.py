@@ -1,1 +1,1 @@
-"""What training makes smaller: losses of the next tokens, a chunk of logits at a time."""
+"""Training objectives: losses of the next tokens, computed one chunk of logits at a time."""

@@ -1,7 +1,7 @@
-"""The head a chunk of tokens at a time, and in it a function of logits with its gradient, a few rows at a time.
+"""Run the head on one chunk of tokens at a time, and a function of its logits, with gradient, on a few rows at a time.
 
-Of a chunk there are logits and their gradient in the head's dtype; what a function makes of them in fp32 exists for few
-rows, on a CPU for as many as its cache holds.
+A chunk has its logits and their gradient in the head's dtype. The function's fp32 tensors exist only for a few rows: on
+a CPU for as many as fit in its cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from mft.data.batches import MicroBatch
 from mft.models.token_loss import CHUNK, rows_at_once
 
-ROWS = 32  # of a GPU: 128,000 words of 32 tokens are 16 MB in fp32, and ten such tensors a fair share of a chunk's
+ROWS = 32  # on a GPU: with 128,000 words, 32 rows of fp32 logits are 16 MB; ten such tensors are small for a chunk
 
 
 def scored_states(hidden: Tensor, batch: MicroBatch) -> Tensor:
-    """(M, D): of hidden (B, T, D), the states from which a scored token is predicted."""
+    """Return the states (M, D) of hidden (B, T, D) that predict a scored token."""
     return hidden.flatten(0, 1).index_select(0, batch.labelled.positions.to(hidden.device))
 
 
 def scored_targets(batch: MicroBatch, device: torch.device) -> Tensor:
-    """(M,): the tokens that are scored."""
+    """Return the scored tokens (M,)."""
     return batch.labelled.targets.to(device)
 
 
 def chunks_of(states: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(places among all, (128, D) or fewer) of states (M, D); none of no state."""
+    """Yield (slice of rows, chunk of at most (128, D)) for states (M, D); nothing if M is 0."""
     for start in range(0, len(states), CHUNK):
         part = slice(start, start + CHUNK)
         yield part, states[part]
 
 
 def few_rows(logits: Tensor) -> Iterator[slice]:
-    """The rows of logits (M, V), so many at a time that what is made of them in fp32 is small."""
+    """Yield slices of the rows of logits (M, V), with so few rows each that fp32 tensors of them are small."""
     rows = min(ROWS, rows_at_once(logits))
     return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
@@ -41,7 +41,9 @@ def few_rows(logits: Tensor) -> Iterator[slice]:
 def backward_chunk(
     head: nn.Module, states: Tensor, values_of: Callable[[Tensor, slice], Tensor], factors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Values (M,) of states (M, D), and the gradient (M, D) of the sum of factors * values, a learning head's as well.
+    """Return the values (M,) for states (M, D), and the gradient (M, D) of sum(factors * values).
+
+    If the head is trained, its gradient is accumulated too.
 
     Args:
         values_of: (fp32 logits (m, V), their rows in M) -> (m,), differentiable in these logits.

@@ -1,4 +1,4 @@
-"""Cross entropy of the scored tokens: what training makes smaller unless told otherwise."""
+"""Cross entropy of the scored tokens: the default objective."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from mft.objectives.objective import Objective
 
 
 class CrossEntropy(Objective):
-    """Sum of -log p(token). Evaluation has it anyhow, so it measures nothing of its own."""
+    """Sum of -log p(token). Evaluation always computes this loss, so measure() adds nothing."""
 
     name = "cross_entropy"
 

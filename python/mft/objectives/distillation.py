@@ -1,4 +1,4 @@
-"""Distillation: the model's words become those of a teacher, and of the data (Hinton et al., arXiv 1503.02531)."""
+"""Distillation: the model learns from a teacher's probabilities and from the data (Hinton et al., arXiv 1503.02531)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -13,20 +13,25 @@ from mft.objectives.token_objective import TokenObjective
 
 
 class Teacher(Protocol):
-    """Another model of the same vocabulary; see training/teacher.py."""
+    """Another model with the same vocabulary; see training/teacher.py."""
 
     head: nn.Module
 
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """What its head reads (B, T, D') of each, without gradients; the head lies beside it until the next."""
+        """Yield the input of its head (B, T, D') for each batch, without gradients.
+
+        The head stays on the same device until the next batch is asked for.
+        """
 
 
 class Distillation(TokenObjective):
-    """weight * -log p(token) + (1 - weight) * T^2 * KL(teacher's p at T || p at T), of each scored token.
+    """For each scored token: weight * -log p(token) + (1 - weight) * T^2 * KL(teacher's p at T || p at T).
 
-    T^2 keeps the gradient's size whatever the temperature T.
+    The factor T^2 keeps the gradient's size independent of the temperature T.
 
-    Args: temperature: positive. weight: of the cross entropy, in [0, 1]; at 0 the data's own words do not count.
+    Args:
+        temperature: T, positive.
+        weight: Weight of the cross entropy, in [0, 1]. At 0 the data's own tokens do not count.
     """
 
     name = "distill"
@@ -48,7 +53,7 @@ class Distillation(TokenObjective):
         for _, chunk in chunks_of(scored_states(hidden, batch)):
             yield self.teacher.head(chunk)
         self._left -= 1
-        if not self._left:  # its weights may leave
+        if not self._left:  # finish the teacher's iterator, so that its weights can leave the device
             next(self._states, None)
 
     def token_losses(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
@@ -59,7 +64,7 @@ class Distillation(TokenObjective):
 
     def _parts(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
         assert reference is not None, "the teacher has been asked"
-        words = min(logits.shape[-1], reference.shape[-1])  # the rest pads one of both: no token is called so
+        words = min(logits.shape[-1], reference.shape[-1])  # the rest pads one vocabulary: no token has these ids
         wanted = (reference[:, :words] / self.temperature).log_softmax(-1)
         kl = self.temperature**2 * divergence(wanted, (logits[:, :words] / self.temperature).log_softmax(-1))
         loss = (1 - self.weight) * kl

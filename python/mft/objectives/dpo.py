@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290), with the base that the mask lies on as the reference."""
+"""Direct preference optimisation (arXiv 2305.18290), with the unmasked base model as the reference."""
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,15 @@ from mft.objectives.pairs import check_pairs, count_pairs, pairs_of_row, summed_
 
 
 class DPO(LogProbObjective):
-    """-log sigmoid(beta * (log p - log p_base of chosen, less that of rejected)), of each pair; log p of an answer.
+    """For each pair: -log sigmoid(beta * ((log p - log p_base)(chosen) - (log p - log p_base)(rejected))).
 
-    With label_smoothing e it is conservative DPO: (1 - e) of that, and e of the same with the two exchanged. A row's
-    log-probabilities in the base never change: each row goes through the base once in training, and then they are
-    known, two numbers a pair.
+    log p is the log-probability of a whole answer. With label_smoothing e this is conservative DPO: (1 - e) times that
+    loss plus e times the loss with chosen and rejected exchanged. A row's log-probabilities in the base never change.
+    So each row goes through the base only once in training, and two numbers per pair are kept.
 
-    Args: beta: positive. label_smoothing: how often a preference is wrong, in [0, 0.5).
+    Args:
+        beta: Positive.
+        label_smoothing: The share of wrong preferences, in [0, 0.5).
     """
 
     name = "dpo"
@@ -28,7 +30,7 @@ class DPO(LogProbObjective):
         check_rule(beta > 0, "beta", "be positive", beta)
         check_rule(0 <= label_smoothing < 0.5, "label_smoothing", "lie in [0, 0.5)", label_smoothing)
         self.beta, self.label_smoothing = beta, label_smoothing
-        self._known: dict[int, list[list[float]]] = {}  # row -> [chosen, rejected] in the base of each pair
+        self._known: dict[int, list[list[float]]] = {}  # row -> the base's [chosen, rejected] for each pair
 
     def check_rows(self, dataset) -> None:
         check_pairs(dataset, self.name)
@@ -49,7 +51,7 @@ class DPO(LogProbObjective):
         return self._losses(self._margins(log_probs, batch, reference)).sum()
 
     def figures(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> dict[str, Tensor]:
-        """accuracy: pairs whose chosen answer has gained more than the rejected one; margin: beta times by how much."""
+        """Return loss; accuracy: number of pairs whose chosen answer gained more; margin: beta times how much more."""
         margins = self._margins(log_probs, batch, reference)
         return {
             "loss": self._losses(margins).sum(),
@@ -65,7 +67,7 @@ class DPO(LogProbObjective):
         return super().backward(head, hidden, batch, scale)
 
     def _margins(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> Tensor:
-        """(P,): how far the chosen answer's log-probability has risen above the base's, less the rejected one's."""
+        """Return (P,): the gain of the chosen answer's log-probability over the base's, minus that of the rejected."""
         chosen, rejected = summed_by_example(log_probs, batch)
         if reference is not None:
             base_chosen, base_rejected = summed_by_example(reference, batch)
@@ -79,6 +81,6 @@ class DPO(LogProbObjective):
         return -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
 
     def _keep(self, sums: Tensor, batch: MicroBatch) -> None:
-        """sums (P, 2), row by row."""
+        """Store sums (P, 2), the base's log-probabilities, by row."""
         for row, pairs in zip(batch.rows, sums.split(pairs_of_row(batch))):
             self._known[row] = pairs.tolist()

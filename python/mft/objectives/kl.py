@@ -1,4 +1,4 @@
-"""Cross entropy, and beside it how far the model has gone from its base: KL(model || base) of each scored token."""
+"""Cross entropy plus a penalty for moving away from the base: KL(model || base) of each scored token."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from mft.objectives.token_objective import TokenObjective
 class KL(TokenObjective):
     """-log p(token) + beta * sum over words of p * (log p - log p_base).
 
-    The direction of RLHF's penalty: what the base finds unlikely is what costs.
+    The direction of the KL is that of RLHF's penalty: tokens that the base finds unlikely are penalised.
 
     Args: beta: positive.
     """
@@ -32,12 +32,12 @@ class KL(TokenObjective):
 
 
 def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
-    """(M,): -log p(target), of log_p (M, V)."""
+    """Return -log p(target), (M,), for log-probabilities log_p (M, V)."""
     return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(M,): KL(p || q) of log-probabilities (M, V)."""
+    """Return KL(p || q), (M,), for log-probabilities (M, V)."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 

@@ -1,8 +1,8 @@
-"""Losses of the scored tokens' log-probabilities together, of whole answers say: still one pass of the head.
+"""Losses of all scored tokens' log-probabilities together, for example of whole answers, in one pass of the head.
 
-The head's gradient to a token's hidden state is linear in the factor of that token's log-probability. So chunks are
-backpropagated with the factor 1 while the factors are unknown, and each token's gradient is multiplied by its own when
-all log-probabilities are there. A head that learns sums over tokens, so it is run twice.
+The gradient of a token's hidden state is linear in the factor of that token's log-probability. So chunks are
+backpropagated with the factor 1 while the factors are unknown. Each token's gradient is multiplied by its factor once
+all log-probabilities are known. The gradient of a trained head is a sum over tokens, so such a head runs twice.
 """
 
 import functools
@@ -18,20 +18,20 @@ from mft.objectives.objective import Objective
 class LogProbObjective(Objective):
     """A function of all scored tokens' log-probabilities in a micro-batch; autograd makes its gradient.
 
-    A subclass has a name and loss; docs/how-to/objectives.md has one that runs.
+    A subclass defines name and loss; docs/how-to/objectives.md has an example that runs.
     """
 
     def loss(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> Tensor:
-        """The sum of losses, 0-d, differentiable in log_probs.
+        """Return the sum of losses, 0-d, differentiable in log_probs.
 
         Args:
-            log_probs: (M,) fp32, of batch.labelled in its order.
-            reference: (M,), the base's, where needs_reference asked for them.
+            log_probs: (M,) fp32, for the tokens of batch.labelled in their order.
+            reference: (M,), the base's log-probabilities, if they were passed.
         """
         raise NotImplementedError
 
     def figures(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> dict[str, Tensor]:
-        """What evaluation is to say: sums, 0-d."""
+        """Return the figures that evaluation reports: sums, 0-d."""
         return {"loss": self.loss(log_probs, batch, reference)}
 
     def backward(
@@ -59,11 +59,11 @@ class LogProbObjective(Objective):
         return {name: value.item() for name, value in found.items()}
 
     def _factors(self, log_probs: Tensor, batch: MicroBatch, base: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(the loss, its derivative by each log-probability (M,))."""
+        """Return the loss and its derivative with respect to each log-probability (M,)."""
         with torch.enable_grad():
             leaf = log_probs.detach().requires_grad_()
             total = self.loss(leaf, batch, base)
-            if not total.requires_grad:  # nothing is scored
+            if not total.requires_grad:  # no token is scored
                 return total.detach(), torch.zeros_like(leaf)
             (factors,) = torch.autograd.grad(total, leaf)
         return total.detach(), factors
@@ -71,7 +71,7 @@ class LogProbObjective(Objective):
 
 @torch.no_grad()
 def log_probs_of(head: nn.Module, hidden: Tensor, batch: MicroBatch) -> Tensor:
-    """(M,) fp32: log p of each scored token, a chunk of logits at a time."""
+    """Return log p of each scored token, (M,) fp32, computed one chunk of logits at a time."""
     targets = scored_targets(batch, hidden.device)
     found = torch.empty(len(targets), device=hidden.device)
     for part, chunk in chunks_of(scored_states(hidden, batch)):
@@ -82,7 +82,7 @@ def log_probs_of(head: nn.Module, hidden: Tensor, batch: MicroBatch) -> Tensor:
 
 
 def _with_gradients(head: nn.Module, states: Tensor, targets: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(log p (M,), gradient (M, D) of its sum, each token times its factor, 1 without factors)."""
+    """Return log p (M,), and the gradient (M, D) of sum(factors * log p); without factors they are 1."""
     factors = torch.ones(len(targets), device=states.device) if factors is None else factors
     log_probs, grads = torch.empty(len(targets), device=states.device), torch.empty_like(states)
     for part, chunk in chunks_of(states):

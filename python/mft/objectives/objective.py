@@ -1,11 +1,11 @@
-"""What training makes smaller, as every way of running a step asks for it.
+"""Objective, the interface between a loss and the engines, which run a step in a memory mode ("way").
 
-    way            hidden (B, T, D) of a micro-batch, and of the base if the objective asks for it
-    objective      its loss, head and all, a chunk of logits at a time -> the gradient of hidden
-    way            the decoder's backward pass
+    engine         hidden (B, T, D) of a micro-batch, and of the base if the objective needs it
+    objective      head and loss, one chunk of logits at a time -> the gradient of hidden
+    engine         the decoder's backward pass
 
-A loss of each token by itself is a TokenObjective, one of the tokens' log-probabilities a LogProbObjective; what is
-neither derives from Objective and writes backward() itself.
+A loss that is a sum over single tokens is a TokenObjective; one of the tokens' log-probabilities is a LogProbObjective.
+Any other loss derives from Objective and implements backward() itself.
 """
 
 from collections.abc import Sequence
@@ -18,46 +18,47 @@ from mft.data.batches import MicroBatch
 class Objective:
     """A sum of losses over a micro-batch, which training divides by the step's count.
 
-    All tensors lie on the device that computes. hidden (B, T, D) is what the head reads, reference the same of the
-    base, with every weight kept: no second copy of the model, one more forward pass of its masked layers.
+    All tensors are on the device that computes. hidden (B, T, D) is the input of the head. reference is the same for
+    the base, which keeps every weight: it needs no second copy of the model, but one more forward pass of its masked
+    layers.
     """
 
-    name = "objective"  # in the configuration, and of its figures
-    of_base = False  # whether it may ask for the base's hidden states: then nothing but scores can be trained
-    remembers = False  # whether remember() keeps what it needs of a reference
+    name = "objective"  # in the configuration, and in the names of its figures
+    of_base = False  # whether it may need the base's hidden states; then only scores can be trained
+    remembers = False  # whether remember() stores what it needs from a reference
 
     def check_rows(self, dataset) -> None:
-        """Raise ValueError unless these rows can be trained on, or evaluated."""
+        """Raise ValueError if these rows cannot be trained on or evaluated."""
 
     def forget(self) -> None:
-        """Called before training begins, on whatever rows: what remember() has kept is of others."""
+        """Drop what remember() has stored, which belongs to other rows. Called before training begins."""
 
     def count(self, batch: MicroBatch) -> int:
-        """What the sum is divided by; the tokens that are scored."""
+        """Return the divisor of the sum: by default the number of scored tokens."""
         return len(batch.labelled.targets)
 
     def prepare(self, batches: Sequence[MicroBatch]) -> None:
-        """Called with a step's micro-batches, or those that are evaluated together, before any of them is run."""
+        """Prepare for a step's micro-batches, or those that are evaluated together. Called before any of them runs."""
 
     def needs_reference(self, batch: MicroBatch) -> bool:
-        """Whether backward and measure have to be given the base's hidden states of this batch."""
+        """Whether backward and measure need the base's hidden states of this batch."""
         return self.of_base
 
     def remember(self, head: nn.Module, reference: Tensor, batch: MicroBatch) -> None:
-        """Keep of training rows, by their numbers, what backward needs of a reference, and then asks for no more."""
+        """Store what backward needs from a reference, by row number, so that these rows need no reference again."""
 
     def backward(
         self, head: nn.Module, hidden: Tensor, batch: MicroBatch, scale: float, reference: Tensor | None = None
     ) -> Tensor:
-        """Backpropagate scale * (sum of losses) into whatever requires grad; returns the plain sum, fp32, 0-d.
+        """Backpropagate scale * (sum of losses) into all that requires grad; return the unscaled sum, fp32, 0-d.
 
-        The logits of a batch are not to exist together: head takes (M, D), and 128 tokens of a vocabulary of 128,000
-        are 33 MB already in 16 bits. hidden.backward() is called once at most, at the end.
+        The logits of a whole batch must not exist at once: in 16 bits, 128 tokens with a vocabulary of 128,000 already
+        take 33 MB. head takes (M, D). Call hidden.backward() at most once, at the end.
         """
         raise NotImplementedError
 
     def measure(
         self, head: nn.Module, hidden: Tensor, batch: MicroBatch, reference: Tensor | None = None
     ) -> dict[str, float]:
-        """Sums of what evaluation is to say, "loss" among them; without gradients. They are divided by count."""
+        """Return the sums that evaluation reports after division by count, with "loss" among them. No gradients."""
         raise NotImplementedError

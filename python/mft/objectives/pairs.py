@@ -1,4 +1,4 @@
-"""Rows of preference pairs: examples 2i (chosen) and 2i + 1 (rejected) of a row, kept apart as packed examples are."""
+"""Rows of preference pairs: a row packs examples 2i (chosen) and 2i + 1 (rejected), which do not see each other."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from mft.data.batches import MicroBatch
 
 
 def check_pairs(dataset, name: str) -> None:
-    """Raise ValueError unless each row holds pairs, for the objective of this name."""
+    """Raise ValueError if a row does not hold pairs; name is the objective that needs them."""
     rule = f"dataset must hold pairs for the objective {name}, two examples each (chosen, rejected)"
     if "starts" not in dataset.column_names:
         raise ValueError(f"{rule}, got rows without starts: give data with chosen and rejected")
@@ -17,26 +17,26 @@ def check_pairs(dataset, name: str) -> None:
 
 
 def count_pairs(batch: MicroBatch) -> int:
-    """How many a micro-batch holds."""
+    """Return the number of pairs in a micro-batch."""
     assert batch.position_ids is not None, "check_pairs has seen the rows"
     return int((batch.position_ids == 0).sum()) // 2
 
 
 def example_of_tokens(batch: MicroBatch) -> Tensor:
-    """(M,): which example of the micro-batch each scored token belongs to, row by row, as batch.labelled has them."""
+    """Return (M,): the number of the example that each scored token belongs to, in the order of batch.labelled."""
     assert batch.position_ids is not None, "check_pairs has seen the rows"
     begins = (batch.position_ids == 0).flatten()
     return (begins.cumsum(0) - 1)[batch.labelled.positions]
 
 
 def pairs_of_row(batch: MicroBatch) -> list[int]:
-    """How many pairs each row holds."""
+    """Return the number of pairs in each row."""
     assert batch.position_ids is not None, "check_pairs has seen the rows"
     return ((batch.position_ids == 0).sum(-1) // 2).tolist()
 
 
 def summed_by_example(values: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """(chosen (P,), rejected (P,)): sums over each example's scored tokens, of values (M,) in their order."""
+    """Sum values (M,), one per scored token, over each example; return the sums (chosen (P,), rejected (P,))."""
     sums = torch.zeros(2 * count_pairs(batch), dtype=values.dtype, device=values.device)
     sums = sums.index_add(0, example_of_tokens(batch).to(values.device), values)
     return sums[0::2], sums[1::2]

@@ -1,4 +1,4 @@
-"""Losses of each scored token by itself: one pass of the head over chunks, each of which is backpropagated at once."""
+"""Losses that are sums over single tokens: one pass of the head over chunks, with each chunk backpropagated at once."""
 
 import functools
 import itertools
@@ -12,31 +12,32 @@ from mft.models.token_loss import CHUNK
 from mft.objectives.chunks import backward_chunk, chunks_of, few_rows, scored_states, scored_targets
 from mft.objectives.objective import Objective
 
-# Its places among the scored tokens, (M, D) that the head reads, targets (M,), logits (M, V) that it is held to.
+# (slice of the scored tokens, head's input (M, D), targets (M,), reference logits (M, V) or None)
 Chunk = tuple[slice, Tensor, Tensor, Tensor | None]
 
 
 class TokenObjective(Objective):
     """The sum over scored tokens of a function of one token's logits; autograd makes its gradient.
 
-    A subclass has a name and token_losses; docs/how-to/objectives.md has one that runs.
+    A subclass defines name and token_losses; docs/how-to/objectives.md has an example that runs.
     """
 
     def token_losses(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
-        """(M,), differentiable in logits.
+        """Return the losses (M,), differentiable in logits.
 
         Args:
-            logits: (M, V) fp32, of a few tokens. targets: (M,), the tokens that come.
-            reference: (M, V) fp32, what these logits are held to, if anything; without gradients.
+            logits: (M, V) fp32, of a few tokens.
+            targets: (M,), the next tokens.
+            reference: (M, V) fp32, the logits to compare with, without gradients; None if there are none.
         """
         raise NotImplementedError
 
     def token_figures(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
-        """What evaluation is to say, each (M,)."""
+        """Return the figures that evaluation reports, each (M,)."""
         return {"loss": self.token_losses(logits, targets, reference)}
 
     def reference_logits(self, head: nn.Module, reference: Tensor | None, batch: MicroBatch) -> Iterator[Tensor | None]:
-        """Those of a chunk of scored tokens after the other; the base's by the same head, None without a base."""
+        """Yield the reference logits for each chunk of scored tokens: the base's, by the same head; None without it."""
         if reference is None:
             yield from itertools.repeat(None)
         else:
@@ -53,7 +54,7 @@ class TokenObjective(Objective):
             values_of = functools.partial(self._losses, targets, held_to)
             losses, grads[part] = backward_chunk(head, chunk, values_of, factors[: len(chunk)])
             total += losses.sum()
-            del values_of, held_to  # the next chunk's take their place
+            del values_of, held_to  # free them before the next chunk's are made
         if len(states) and states.requires_grad:
             states.backward(grads)
         return total
@@ -81,7 +82,7 @@ class TokenObjective(Objective):
                 logits = next(held_to)
             yield part, chunk, targets[part], logits
             del logits
-        next(held_to, None)  # so that whoever makes them comes to its end
+        next(held_to, None)  # run the generator to its end
 
 
 def _some(logits: Tensor | None, rows: slice) -> Tensor | None:
