@@ -1,1 +1,1 @@
-"""Training by rewards: sample answers, verify them, and make the right ones likelier."""
+"""Training by rewards: sample answers, verify them, and make the correct ones more likely."""

@@ -1,8 +1,7 @@
-"""Log-probabilities of sampled tokens, and divergences from a teacher's, a chunk of logits at a time.
+"""Log-probabilities of sampled tokens, and divergences from a teacher, computed one chunk of logits at a time.
 
-Autograd makes the logits anew on the way back.
-
-TRL's own scores every position of prompt and answer where Triton is not there; here the answers' tokens alone are.
+The backward pass computes the logits again. Only the answers' tokens are scored; TRL's own implementation scores every
+position of prompt and answer if Triton is missing.
 """
 
 import math
@@ -17,9 +16,9 @@ from mft.objectives.kl import divergence
 
 
 def token_log_probs(head: nn.Module, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log p(token), entropy of p), fp32 (M,) each, where p = softmax(head(state) / temperature).
+    """Return (log p(token), entropy of p), fp32 (M,) each, with p = softmax(head(state) / temperature).
 
-    Args: states: (M, D), what the head reads; log p is differentiable in them and in the head. tokens: (M,).
+    Args: states: (M, D), inputs of the head; log p is differentiable in them and in the head. tokens: (M,).
     """
     return _in_chunks(states, lambda chunk, part: _of_chunk(head, chunk, tokens[part], temperature))
 
@@ -27,19 +26,21 @@ def token_log_probs(head: nn.Module, states: Tensor, tokens: Tensor, temperature
 def token_divergences(
     heads: tuple[nn.Module, nn.Module], states: tuple[Tensor, Tensor], kind: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(divergence of p from the teacher's q, entropy of p), fp32 (M,) each, over all words at that temperature.
+    """Return (divergence of p from the teacher's q, entropy of p), fp32 (M,) each, over the whole vocabulary.
+
+    p and q are taken at the given temperature.
 
     Args:
-        heads: the model's and the teacher's.
-        states: (M, D) and (M, D') of the same tokens; differentiable in the model's and in its head.
-        kind: one of config.DIVERGENCES.
+        heads: The model's head and the teacher's.
+        states: (M, D) and (M, D') of the same tokens. The result is differentiable in the model's states and head.
+        kind: One of config.DIVERGENCES.
     """
     own, other = states
     return _in_chunks(own, lambda chunk, part: _divergence_of_chunk(heads, chunk, other[part], kind, temperature))
 
 
 def _in_chunks(states: Tensor, values_of: Callable[[Tensor, slice], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Two values (M,) of states (M, D), of which values_of makes those of a chunk, and again on the way back."""
+    """Return two values (M,) for states (M, D). values_of computes those of a chunk, and again in the backward pass."""
     found = [
         checkpoint(values_of, chunk, part, use_reentrant=False, preserve_rng_state=False)
         for part, chunk in chunks_of(states)
@@ -61,7 +62,7 @@ def _divergence_of_chunk(
     logits = heads[0](states).float() / temperature
     with torch.no_grad():
         wanted = heads[1](other).float() / temperature
-    words = min(logits.shape[-1], wanted.shape[-1])  # the rest pads one of both: no token is called so
+    words = min(logits.shape[-1], wanted.shape[-1])  # the rest pads one vocabulary: no token has these ids
     log_p, log_q = logits[:, :words].log_softmax(-1), wanted[:, :words].log_softmax(-1)
     return _DIVERGENCES[kind](log_p, log_q), _entropy(log_p)
 

@@ -1,4 +1,4 @@
-"""Our optimisers as the Trainer takes one: fp32 masters of 16-bit weights, MaskAdamW of scores that are not fp32."""
+"""Adapts our optimisers to the Trainer: AdamW on fp32 masters, or MaskAdamW for scores that are not fp32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from mft.training.loop import schedule_factor
 
 
 class SteppedOptimizer(torch.optim.Optimizer):
-    """A stepper of engines/plain.py, at the rate of its own param_groups.
+    """A torch optimiser around a stepper of engines/plain.py. The learning rate is that of its param_groups.
 
-    Args: before_update: called when the gradients are complete and not yet clipped or applied.
+    Args: before_update: Called when the gradients are complete and not yet clipped or applied.
     """
 
     def __init__(self, stepper: Stepper, train: TrainConfig, before_update: Callable[[], None] | None = None) -> None:
@@ -32,6 +32,6 @@ class SteppedOptimizer(torch.optim.Optimizer):
 
 
 def scheduled(optimizer: SteppedOptimizer, train: TrainConfig) -> LambdaLR:
-    """train's rate at each of its steps."""
+    """Return a scheduler with train's learning rate at each of its steps."""
     steps = train.steps_for(None)
     return LambdaLR(optimizer, lambda done: schedule_factor(min(done + 1, steps), steps, train))

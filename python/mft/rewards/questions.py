@@ -1,4 +1,4 @@
-"""Rows as the questions that answers are sampled to, and the rewards of what was sampled."""
+"""Turn rows into questions, and compute the rewards of sampled answers."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,16 +16,17 @@ from mft.rewards.config import RewardsConfig
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as tokens, and the data's own answer as text, which the verifier takes."""
+    """A prompt as tokens, and the data's answer as text, for the verifier."""
 
     prompt: list[int]
     answer: str
 
 
 def questions_of(dataset, tokenizer: Any, config: RewardsConfig) -> list[Question]:
-    """Those of all rows, in their order; a packed row holds several.
+    """Return the questions of all rows, in their order. A packed row holds several.
 
-    Raises: ValueError as exact_matches, for fewer than a step asks, and for an answer that the verifier cannot take.
+    Raises: ValueError as exact_matches; if there are fewer questions than a step needs; or if the verifier cannot use
+        an answer.
     """
     eos, longest = tokenizer.eos_token_id, config.max_completion_tokens if config.verifier == "exact" else None
     columns = getattr(dataset, "column_names", ())
@@ -44,12 +45,12 @@ def questions_of(dataset, tokenizer: Any, config: RewardsConfig) -> list[Questio
         )
     verify = VERIFIERS[config.verifier]
     for question in found:
-        verify("", question.answer)  # raises for an answer that nothing could be held against
+        verify("", question.answer)  # raises if the verifier cannot use the data's answer
     return found
 
 
 def count_questions(dataset) -> int:
-    """How many questions_of would find."""
+    """Return the number of questions that questions_of would return."""
     if "starts" not in dataset.column_names:
         return len(dataset)
     return sum(map(len, dataset.with_format(None)["starts"]))
@@ -58,13 +59,13 @@ def count_questions(dataset) -> int:
 def rewards_of(
     answers: Sequence[Sequence[int]], asked: Sequence[Question], tokenizer: Any, config: RewardsConfig
 ) -> list[float]:
-    """1 for each answer (tokens) that is right, 0 for the others."""
+    """Return 1.0 for each correct answer (tokens), 0.0 for the others."""
     verify, eos = VERIFIERS[config.verifier], tokenizer.eos_token_id
     pairs = zip(answers, asked, strict=True)
     return [float(verify(text_before(eos, list(tokens), tokenizer), question.answer)) for tokens, question in pairs]
 
 
 def share_that_differs(rewards: Sequence[float], num_generations: int) -> float:
-    """Of the questions, those whose answers are neither all right nor all wrong: they alone teach."""
+    """Return the share of questions whose answers are neither all correct nor all wrong: only these teach."""
     groups = torch.tensor(rewards).view(-1, num_generations)
     return (groups != groups[:, :1]).any(-1).double().mean().item()

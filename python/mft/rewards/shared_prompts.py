@@ -1,8 +1,8 @@
-"""Several answers to one question, of which the question is read once, on the way back too.
+"""Run several answers to one question with a single pass over the question, in the backward pass too.
 
-Where a batch has fewer than two answers a question it is read as it is: the answers' layers then keep the keys and
-values of the prompts once more, which is more than what is not read twice. So is one with rows beyond the switch of
-longrope.py, where a prompt's keys depend on the answer's length.
+If a batch has fewer than two answers per question on average, its rows run in full: keeping the prompts' keys and
+values a second time for the answers would cost more than it saves. Batches with rows beyond the switch of longrope.py
+also run in full, because a prompt's keys then depend on the answer's length.
 """
 
 from typing import Any
@@ -17,11 +17,11 @@ from mft.models.packed_rows import positions_of
 
 
 def states_before_answers(model: Any, ids: Tensor, seen: Tensor, length: int) -> Tensor:
-    """Hidden states (B, length, D) from which the last ``length`` tokens of each row are predicted; differentiable.
+    """Return the hidden states (B, length, D) that predict the last ``length`` tokens of each row; differentiable.
 
     Args:
-        model: one of which key_value_cache.reads_on says yes.
-        ids: (B, T), prompts padded on the left and then answers padded on the right.
+        model: A model for which key_value_cache.reads_on is True.
+        ids: (B, T), prompts padded on the left, then answers padded on the right.
         seen: (B, T), 0 on padding.
     """
     prompt = ids.shape[1] - length

@@ -1,5 +1,7 @@
-"""Train a model on its own answers, by TRL's GRPOTrainer: they are verified and the right ones made likelier, or a
-teacher tells what it would have said.
+"""Train a model on its own answers with TRL's GRPOTrainer.
+
+Either the answers are verified and the correct ones become more likely, or the model learns from a teacher's
+distribution at each token.
 """
 
 import copy
@@ -30,10 +32,15 @@ from mft.training.loop import checked_surrogate, training_mode
 class RewardReport:
     """One optimiser step, counted from 1.
 
-    reward: mean of the answers that it learned from. differing: share of their questions whose answers were neither all
-    right nor all wrong. length: tokens an answer. kl: to the start, estimated on those answers; None where beta is 0.
-    entropy: nats a token. tokens: of prompts and answers. seconds: since the first step began. divergence: from the
-    teacher, nats a token; None without one.
+    Attributes:
+        reward: Mean reward of the step's answers.
+        differing: Share of their questions whose answers are neither all correct nor all wrong.
+        length: Mean tokens per answer.
+        kl: KL to the initial model, estimated on these answers; None if beta is 0.
+        entropy: Nats per token.
+        tokens: Number of tokens of prompts and answers.
+        seconds: Time since the first step began.
+        divergence: Divergence from the teacher in nats per token; None without a teacher.
     """
 
     step: int
@@ -60,24 +67,25 @@ def train_rewards(
     before_update: Callable[[int, int], None] | None = None,
     on_step: Callable[[RewardReport], None] | None = None,
 ) -> list[RewardReport]:
-    """Train what requires grad (scores, weights, adapters) by GRPO, or by a teacher; the model ends in eval mode.
+    """Train what requires grad (scores, weights, adapters) by GRPO or from a teacher; the model ends in eval mode.
 
-    With a teacher each token of the sampled answers learns by config.divergence from the teacher's whole distribution
-    there, its mean over the step's tokens (on-policy distillation, arXiv 2306.13649); rewards are then reported alone.
-    What is random comes from config.seed: on a CPU the same call gives the same bits. Weights of 16 bits learn on fp32
-    masters, scores that are not fp32 by MaskAdamW, and scores by the mask's sharpness and deletion_penalty, as in
-    train_masks. Nothing is written, logged or sent anywhere.
+    With a teacher the loss is config.divergence from the teacher's whole distribution at each token of the sampled
+    answers, averaged over the step's tokens (on-policy distillation, arXiv 2306.13649). Rewards are then only reported.
+    Randomness is seeded by config.seed: on a CPU the same call gives the same bits. Weights in 16 bits are trained on
+    fp32 masters. Scores are trained by MaskAdamW if they are not fp32, and with the mask's sharpness and
+    deletion_penalty, as in train_masks. Nothing is written, logged or sent anywhere.
 
     Args:
-        model: as generate takes it, masked layers and adapters included, on the device that computes; or a PeftModel.
-        dataset: rows with one prompt and one completion each, as load_splits makes them, packed or not.
-        start: what the KL of config.beta is to; None: the model as it is now, of which what is trained is copied.
-        teacher: on the device that computes.
-        before_update: called with (step, steps) when a step's gradients are complete and not yet clipped or applied.
-        on_step: called with each step's report; it may evaluate the model.
-    Raises: ValueError if nothing requires grad, or rows are no such questions; of a teacher if it has fewer words, or
-        config.beta or another loss_type than dapo stands beside it. RuntimeError without trl, or among several
-        processes. NonFiniteLoss, naming the step; the step's gradients are not applied.
+        model: A model that can generate, with masked layers or adapters, on the device that computes; or a PeftModel.
+        dataset: Rows with one prompt and one completion each, as load_splits makes them, packed or not.
+        start: The model to which config.beta's KL is measured; None: the model as it is now, with a copy of the trained
+            parameters.
+        teacher: A teacher on the device that computes.
+        before_update: Called with (step, steps) when a step's gradients are complete and not yet clipped or applied.
+        on_step: Called with each step's report. It may evaluate the model.
+    Raises: ValueError if nothing requires grad, or if rows are not such questions; with a teacher also if its
+        vocabulary is too small, or if config.beta is not 0 or config.loss_type is not dapo. RuntimeError without trl,
+        or in a run of several processes. NonFiniteLoss, which names the step; the step's gradients are not applied.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise RuntimeError("training by rewards must run in one process, got several: leave torchrun out")
@@ -118,7 +126,7 @@ def train_rewards(
     ):
 
         def complete() -> None:
-            """The step's gradients are."""
+            """Finish the step's gradients, before they are clipped and applied."""
             if surrogate is not None:
                 surrogate.sharpen(len(reports) + 1, config.steps)
                 replace_gradients(model, stepper, surrogate)
@@ -157,7 +165,7 @@ def train_rewards(
         trainer.add_callback(BudgetCallback())
         trainer.add_callback(trainer_module.Reporting(report))
         with warnings.catch_warnings():
-            # TODO: drop when the Trainer and TRL call them by their new names
+            # TODO: drop when the Trainer and TRL use the new names
             warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
             trainer.train()
     for name, parameter in model.named_parameters():
@@ -167,7 +175,7 @@ def train_rewards(
 
 
 def check_installed() -> None:
-    """Raise RuntimeError unless what trains by rewards is installed."""
+    """Raise RuntimeError if the packages for training by rewards are not installed."""
     _import_trainer()
 
 
@@ -186,12 +194,12 @@ def _check_trainable(model: nn.Module) -> None:
 
 
 def _unwrapped(model: Any) -> Any:
-    """Of a PeftModel the model in which its adapters lie."""
+    """Return the model inside a PeftModel, with its adapters; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is, in eval mode: what is trained is copied, all else shared."""
+    """Return a frozen copy in eval mode. Trained parameters are copied; all others are shared."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False).eval()
 

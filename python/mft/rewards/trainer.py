@@ -1,6 +1,6 @@
-"""TRL's GRPOTrainer with our rows, our generation and our optimiser: what of it is not to be as TRL has it.
+"""A subclass of TRL's GRPOTrainer with our rows, our generation, our optimiser and our log-probabilities.
 
-Advantages, loss, clipping, the order of questions and the loop are TRL's. Imports trl: see train.py.
+Advantages, loss, ratio clipping, the order of questions and the loop are TRL's. This module imports trl; see train.py.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 @dataclass
 class Sampled:
-    """What one round of answers was: mean reward, share of questions whose rewards differ, tokens an answer."""
+    """Figures of one round of answers: mean reward, share of questions whose rewards differ, tokens per answer."""
 
     reward: float
     differing: float
@@ -45,10 +45,12 @@ class Sampled:
 
 
 class Trainer(GRPOTrainer):
-    """Args:
-    questions: of which the rows of train_dataset are the numbers.
-    start: the reference of beta, or None.
-    teaching: what is learned in place of the rewards, or None.
+    """TRL's GRPOTrainer on questions.
+
+    Args:
+        questions: The questions; the rows of train_dataset are their numbers.
+        start: The reference model of beta, or None.
+        teaching: The teacher that replaces the rewards, or None.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Trainer(GRPOTrainer):
         self.questions, self.config, self.sampled = questions, config, Sampled(0.0, 0.0, 0.0, 0)
         numbers = datasets.Dataset.from_dict({"prompt": [str(number) for number in range(len(questions))]})
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)  # held to the versions tried
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)  # trl's version is pinned
             warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
             super().__init__(
                 model=model,
@@ -84,7 +86,7 @@ class Trainer(GRPOTrainer):
         self._split = {id(each): split_at_head(each, few) for each in models if each is not None}
 
     def _send_telemetry(self) -> None:
-        """Nobody is told."""
+        """Send nothing."""
 
     def _sample(self, prompts: list[str]) -> dict[str, Any]:
         asked = [self.questions[int(number)].prompt for number in prompts]
@@ -93,7 +95,7 @@ class Trainer(GRPOTrainer):
             max_new_tokens=self.config.max_completion_tokens,
             do_sample=True,
             temperature=self.config.temperature,
-            top_k=0,  # the model's own distribution, of which the loss is
+            top_k=0,  # sample from the whole distribution, as the loss assumes
             eos_token_id=eos,
             pad_token_id=eos,
         )
@@ -125,7 +127,7 @@ class Trainer(GRPOTrainer):
         batch_size: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        """(log-probabilities, entropies) of the answers' tokens, (B, logits_to_keep) each, and no auxiliary loss."""
+        """Return (log-probabilities, entropies) of the answers' tokens, (B, logits_to_keep) each; no auxiliary loss."""
         batch_size = batch_size or len(input_ids)
         parts = [
             self._of_batch(model, ids, mask, logits_to_keep)
@@ -142,7 +144,7 @@ class Trainer(GRPOTrainer):
         return log_probs, entropies
 
     def _before_answers(self, own: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[nn.Module, Tensor]:
-        """(its head, the states from which the answers' tokens are predicted (M, D), answer after answer)."""
+        """Return own's head, and the states (M, D) that predict the answers' tokens, answer after answer."""
         run, head = self._split[id(own)]
         with by_own_length(own):
             if self._shares_prompts(own):
@@ -151,14 +153,17 @@ class Trainer(GRPOTrainer):
             return head, hidden[mask[:, -kept:].bool()]
 
     def _shares_prompts(self, own: nn.Module) -> bool:
-        """A checkpointed layer keeps no cache, and of a model that changes its logits there are no states."""
+        """Whether answers can share a pass over their prompt.
+
+        They cannot if layers are checkpointed, which keep no cache, or if the model changes its logits after the head.
+        """
         run, _ = self._split[id(own)]
         return run is run_decoder and not self.config.gradient_checkpointing and reads_on(own)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         found = super()._generate_and_score_completions(inputs)
         numbers = [int(row["prompt"]) for row in inputs]
-        return found | {"questions": torch.tensor(numbers)}  # split and shuffled with the answers
+        return found | {"questions": torch.tensor(numbers)}  # TRL splits and shuffles this with the answers
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         if self._teaching is None:
@@ -178,7 +183,7 @@ class Trainer(GRPOTrainer):
         )
         self._metrics["train"]["divergence"].append(found.mean().item())
         self._metrics["train"]["entropy"].append(entropies.mean().item())
-        return found.sum() / inputs["num_items_in_batch"].clamp(min=1)  # the step's mean, as of dapo
+        return found.sum() / inputs["num_items_in_batch"].clamp(min=1)  # mean over the step's tokens, as in dapo
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         loss = super().compute_loss(model, inputs, *args, **options)
@@ -195,7 +200,7 @@ class Trainer(GRPOTrainer):
 
 
 class Reporting(TrainerCallback):
-    """Calls on_log(step, what TRL measured in it) after each step."""
+    """Calls on_log(step, TRL's figures of the step) after each step."""
 
     def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
         self._on_log = on_log
@@ -207,12 +212,12 @@ class Reporting(TrainerCallback):
 
 @contextlib.contextmanager
 def left_alone(model: Any, tokenizer: Any) -> Iterator[str]:
-    """A directory that vanishes; and what the Trainer does to model, tokenizer and generators is undone afterwards."""
+    """Yield a temporary directory; afterwards undo the Trainer's changes to model, tokenizer and random generators."""
     text, attributes = model.config.get_text_config(), dict(vars(model))
     tokens = {name: getattr(text, name, None) for name in _SPECIAL}
     before = getattr(model.config, "use_cache", None), model.generation_config, tokenizer.pad_token
     states = random.getstate(), numpy.random.get_state()
-    # As the Trainer would have them, which says so each time.
+    # Set as the Trainer would set them; it would print a message each time.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     own = {name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None}
     for name, token in own.items():
@@ -243,18 +248,18 @@ def _arguments(config: RewardsConfig, directory: str, device: torch.device) -> G
         max_completion_length=config.max_completion_tokens,
         temperature=config.temperature,
         top_k=0,
-        beta=0.0,  # set later, with its reference
+        beta=0.0,  # set later, with its reference model
         epsilon=config.epsilon,
         num_iterations=config.iterations,
         loss_type=config.loss_type,
-        router_aux_loss_coef=0.0,  # as everywhere here: routers are frozen, or learn by the rewards alone
-        gradient_checkpointing=False,  # our own, see training/loop.py
-        max_grad_norm=0.0,  # the optimiser's business
-        seed=config.seed % 2**32,  # numpy's largest
+        router_aux_loss_coef=0.0,  # as everywhere here: routers are frozen, or learn only from the rewards
+        gradient_checkpointing=False,  # training_mode in training/loop.py enables it
+        max_grad_norm=0.0,  # SteppedOptimizer clips
+        seed=config.seed % 2**32,  # numpy takes no larger seed
         lr_scheduler_type="constant",
         learning_rate=config.lr,
         use_cpu=device.type == "cpu",
-        bf16=False,  # weights have their dtype
+        bf16=False,  # no autocast: weights keep their dtype
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
