@@ -1,1 +1,1 @@
-"""What a model is worth on text it has not seen."""
+"""Evaluation of a model on held-out text."""

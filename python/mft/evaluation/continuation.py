@@ -1,4 +1,4 @@
-"""Prompts continued by a model's own generate, in eval mode and by given settings alone."""
+"""Continue prompts with a model's own generate, in eval mode and only with the given settings."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,13 @@ from mft.models.longrope import switch_length
 
 
 def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
-    """What model.generate appends to each, padded on the left so that all end where generation begins.
+    """Return the tokens that model.generate appends to each prompt.
 
-    generate counts positions from the attention mask, so the padding shifts nobody's. After its eos a continuation is
-    padding up to the longest. A prompt that is given several times is read once where key_value_cache.reads_on
-    says so. Where frequencies depend on the longest row (longrope.py) and one may pass the switch, each is continued
-    by itself.
+    Prompts are padded on the left, so that all end where generation begins. generate counts positions from the
+    attention mask, so padding does not shift positions. After its eos a continuation is padded up to the longest one.
+
+    A prompt that occurs several times is read only once if key_value_cache.reads_on allows it. If frequencies depend on
+    the longest row (longrope.py) and a row may pass the switch, each prompt is continued separately.
     """
     longest, switch = max(map(len, prompts)), switch_length(model)
     if len(prompts) > 1 and switch is not None and longest + model.generation_config.max_new_tokens > switch:
@@ -40,7 +41,7 @@ def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list
 
 @contextlib.contextmanager
 def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """In eval mode, without the model's own generation settings: generate would fill ours up with its penalties."""
+    """Enter eval mode with only these generation settings; generate would add the model's own, such as penalties."""
     was_training, own, hook = model.training, model.generation_config, read_in_one_piece(model)
     model.eval()
     model.generation_config = settings
@@ -54,6 +55,6 @@ def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
 
 
 def text_before(eos: int, tokens: Sequence[int], tokenizer: Any) -> str:
-    """What stands before eos, without white space at its ends."""
+    """Return the text before eos, without white space at its ends."""
     end = tokens.index(eos) if eos in tokens else len(tokens)
     return tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False).strip()

@@ -1,6 +1,6 @@
 """Held-out loss and next-token accuracy, and the paired difference of two models with its standard error.
 
-Tokens of one document resemble each other, so documents, not tokens, are what the standard error counts.
+Tokens of one document resemble each other, so the standard error counts documents, not tokens.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ from mft.objectives.objective import Objective
 from mft_kernels import outdate
 
 METRICS = ("loss", "accuracy")
-_TOGETHER = 16  # batches that pass a layer while its weights are on the device
+_TOGETHER = 16  # batches that run through a layer while its weights are on the device
 
 
 @dataclass
 class Evaluation:
-    """Sums a document, in ascending order of document number; all (documents,).
+    """Sums per document, in ascending order of document number; all tensors are (documents,).
 
-    figures: what the objective says, means over what it counts; "loss" is its own. Cross entropy says nothing beside.
-    sources: of a mix, whose each document is.
-    tempered_sums: loss_sums with logits divided by a temperature, where evaluate was given one.
+    figures: The objective's figures, as means per unit that it counts; "loss" is its own loss. Empty for cross entropy.
+    sources: The source of each document, for a mix of sources.
+    tempered_sums: loss_sums with logits divided by a temperature, if evaluate was given one.
     """
 
     documents: Tensor
@@ -52,7 +52,7 @@ class Evaluation:
     tempered_sums: Tensor | None = None
 
     def by_source(self) -> dict[str, "Evaluation"]:
-        """The same of each source of a mix alone; none where there is no mix."""
+        """Return the evaluation of each source of a mix; empty without a mix."""
         parts = {}
         for name in dict.fromkeys(self.sources):
             own = torch.tensor([source == name for source in self.sources])
@@ -61,17 +61,17 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean loss a token, in nats."""
+        """Mean loss in nats per token."""
         return (self.loss_sums.sum() / self.tokens.sum()).item()
 
     @property
     def objective_loss(self) -> float:
-        """What training makes smaller: the objective's own loss, which is the loss unless it says another."""
+        """The objective's own loss, which training minimises; the cross entropy if the objective reports no other."""
         return self.figures.get("loss", self.loss)
 
     @property
     def accuracy(self) -> float:
-        """Share of tokens that are the model's likeliest."""
+        """Share of tokens that the model ranks first."""
         return (self.correct.sum() / self.tokens.sum()).item()
 
 
@@ -90,17 +90,18 @@ def evaluate(
     processes: Processes = ALONE,
     temperature: float | None = None,
 ) -> Evaluation:
-    """Loss and accuracy of model on dataset (columns input_ids, labels, document).
+    """Compute loss and accuracy of model on dataset (columns input_ids, labels, document).
 
     Args:
-        first, memory: the first ``first`` layers' outputs are remembered there, or taken from there (see FrozenPrefix).
-        way, device: where the model's weights are meanwhile; see train_masks. first and memory belong to "plain" (and
-            "in_place", which is the same here).
-        on_batch: called with the numbers of rows and of tokens after each batch; it may raise.
-        objective: what else is measured.
-        runner: what trains the model, and runs it meanwhile; way, device, first and memory are then its business.
-        processes: those that share the batches, each of which calls this with the same arguments, and gets all sums.
-        temperature: by which logits are divided for the sums of a second loss.
+        first, memory: The outputs of the first ``first`` layers are cached in memory, or taken from it; see
+            FrozenPrefix. Only for way "plain" (and "in_place", which is the same here).
+        way, device: The memory mode, and where the model runs; see train_masks.
+        on_batch: Called with the numbers of rows and of tokens after each batch. It may raise.
+        objective: The objective whose figures are measured too.
+        runner: The runner that trains the model; it then also runs the evaluation. way, device, first and memory are
+            not used.
+        processes: The processes that share the batches. Each calls this with the same arguments and gets all sums.
+        temperature: Divides the logits for the sums of a second loss.
     Raises: ValueError if dataset scores no token, the model predicts no next tokens or has too few positions, or
         temperature is not positive.
     """
@@ -111,14 +112,14 @@ def evaluate(
     first_row = take_rows(dataset, [0]).input_ids
     check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
     objective.check_rows(dataset)
-    outdate()  # a figure is of the scores as they are, whoever has written them
+    outdate()  # select the masks again, however the scores were written
     was_training = model.training
     model.eval()
     starts = range(0, len(dataset), batch_size)
     groups = list(enumerate(range(start, min(start + batch_size, len(dataset))) for start in starts))
     own = groups[processes.rank :: processes.count]
     taken = (take_rows(dataset, list(rows)) for _, rows in own)
-    # What is remembered of a row is as long as the row.
+    # The cached output of a row has the length of the whole row.
     batches = taken if first and memory is not None else map(without_trailing_padding, taken)
     few = first_row[:, :FEW].to(next(model.parameters()).device)
     found: list[_Found] = []
@@ -127,9 +128,9 @@ def evaluate(
             torch.no_grad(),
             keeping_apart(model, dataset, few, batch_size),
             _runner(model, few, way, device, first, memory, objective, runner) as (hidden_of, head),
-            contextlib.closing(hidden_of(batches)) as states,  # an engine is not left halfway
+            contextlib.closing(hidden_of(batches)) as states,  # so that an engine always finishes its pass
         ):
-            for (batch, hidden, base), (number, _) in zip(states, own):  # the states first: they come to their end
+            for (batch, hidden, base), (number, _) in zip(states, own):  # states first, so that it is exhausted
                 of_tokens = token_losses(head, hidden, batch.labels.to(hidden.device), divisor)
                 values = (count_labels(batch.labels).tolist(), *(each.sum(-1).tolist() for each in of_tokens))
                 measured = objective.measure(head, hidden, batch, base)
@@ -142,7 +143,7 @@ def evaluate(
     source_of: dict[int, str] = {}
     figures: dict[str, float] = {}
     counted = 0
-    # In the order of one process, on which the last bits depend.
+    # In the order of a single process, because the last bits depend on it.
     everything = sorted(itertools.chain(*processes.gather(found)), key=lambda one: one[0])
     for _, documents, names, values, count, measured in everything:
         source_of |= zip(documents, names)
@@ -164,7 +165,7 @@ def evaluate(
 
 
 def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tuple[float, float]:
-    """Mean of a - b a token, and its standard error over documents (a ratio estimate, clustered by document).
+    """Return the mean of a - b per token, and its standard error over documents (a ratio estimate, by document).
 
     d = sum of a - sum of b in a document, n its tokens, D documents: mean m = sum d / sum n,
     standard error = sqrt(D / (D - 1) * sum (d - m n)^2) / sum n; NaN for a single document.
@@ -186,10 +187,10 @@ def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tup
     return mean, error.item()
 
 
-# Of each batch what the head reads, and that of the base if the objective asks for it.
+# Yields for each batch: the batch, the head's input, and the base's if the objective needs it.
 HiddenOf = Callable[[Iterable[MicroBatch]], Generator[tuple[MicroBatch, Tensor, Tensor | None], None, None]]
-# Of a batch: its number, documents, their sources in a mix, a list each of tokens, losses, hits and tempered losses;
-# what the objective counts and measures.
+# For a batch: its number; documents; their sources in a mix; lists of tokens, losses, correct tokens and tempered
+# losses; the objective's count and its figures.
 _Found = tuple[int, list[int], Sequence[str], tuple[list[float], ...], int, dict[str, float]]
 
 
@@ -204,7 +205,7 @@ def _runner(
     objective: Objective,
     runner: Runner | None,
 ) -> Iterator[tuple[HiddenOf, nn.Module]]:
-    """(what the head reads of each batch, the head)."""
+    """Yield a function that gives the head's input for each batch, and the head."""
     if runner is not None:
         yield _hidden_of(runner.hidden_states, model, objective, _TOGETHER), runner.head
         return
@@ -243,7 +244,7 @@ def _hidden_of(
                 with as_base(model):
                     bases += [base.cpu() for base in hidden_states(group)]
             objective.prepare(group)
-            # The states first: so that the engine comes to its end too.
+            # The states come first in zip, so that the engine's iterator is exhausted.
             for hidden, (number, batch) in zip(hidden_states(group), enumerate(group)):
                 base = hidden if objective.of_base and is_base else None
                 yield batch, hidden, bases[number].to(hidden.device) if bases else base

@@ -1,4 +1,4 @@
-"""Which base a verb runs on: that of the masks unless another is given, exact or quantised, and the words for it."""
+"""Find the base that a command runs on (by default that of the masks), exact or quantised, and describe it."""
 
 import dataclasses
 import json
@@ -15,24 +15,25 @@ from mft.models.pretrained import SHORTHANDS
 
 
 def learned_base(masks: Path, name: str | None = None, dtype: str | None = None) -> tuple[ModelConfig, str]:
-    """(the base that an export of masks was learned on, a line on where that was found); what is given wins.
+    """Return the base on which exported masks were learned, and a line that says where this was found.
 
-    The configuration of the run says it where that lies beside the masks, else the masks themselves.
-    Raises: ValueError if neither names a base, or as read_export does.
+    The base comes from the run's configuration if it is next to the masks, else from the masks. name and dtype
+    override it.
+    Raises: ValueError if neither names a base, or as read_export.
     """
     path, known = _known(masks)
     model = load_config(path, known).model
     if name is None and not known:
         raise ValueError(f"--model must name the base, {masks} does not")
     if name is not None:
-        model = dataclasses.replace(model, name=name, revision=None)  # the revision was that of the other one
+        model = dataclasses.replace(model, name=name, revision=None)  # the revision belonged to the other model
     if dtype is not None:
         model = dataclasses.replace(model, dtype=dtype)
     return model, f"{_source(path, masks)}: base {_name(model)} in {model.dtype}"
 
 
 def config_of_run(masks: Path) -> Path | None:
-    """The configuration of the run that wrote an export of masks, if it lies beside them and is of their base."""
+    """Return the configuration file of the run that wrote the masks, if it is next to them and has the same base."""
     masks = masks if masks.name else masks.absolute()
     path = masks.parent / CONFIG
     if masks.name != MASKS or not path.is_file():
@@ -42,18 +43,21 @@ def config_of_run(masks: Path) -> Path | None:
 
 
 def evaluated_config(masks: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
-    """(on what base and data masks are evaluated, a line on where that was found), as learned_base; overrides win."""
+    """Return the base and data on which masks are evaluated, and a line that says where this was found.
+
+    They are found as in learned_base. overrides have precedence.
+    """
     path, known = _known(masks)
     config = load_config(path, [*known, *overrides])
     model = config.model
     sources = config.data.sources
     named = config.data.source if sources is None else " and ".join(given.source for given in sources.values())
-    data = f"; data: {named}" if path is None else f", data {named}"  # masks know no data
+    data = f"; data: {named}" if path is None else f", data {named}"  # masks do not name their data
     return config, f"{_source(path, masks)}: base {_name(model)} in {model.dtype}{data}"
 
 
 def check_exact(model: ModelConfig, verb: str) -> None:
-    """Raise ValueError if the configuration quantises the base of a verb that trains weights."""
+    """Raise ValueError if the configuration quantises the base for a command (``verb``) that trains weights."""
     if model.quantization is not None:
         raise ValueError(
             f"model.quantization must be null for mft {verb}, which trains weights, got {model.quantization}"
@@ -61,9 +65,9 @@ def check_exact(model: ModelConfig, verb: str) -> None:
 
 
 def evaluated_base(model: ModelConfig, export: MaskExport | None, unquantized: bool) -> tuple[str | None, bool]:
-    """(what the base is quantised to, whether the masked layers are too): as the masks were learned.
+    """Return the base's quantisation (or None), and whether it includes the masked layers: as the masks were learned.
 
-    Raises: ValueError if the configuration asks for another quantisation than that.
+    Raises: ValueError if the configuration asks for another quantisation.
     """
     if unquantized:
         return None, False
@@ -80,7 +84,7 @@ def evaluated_base(model: ModelConfig, export: MaskExport | None, unquantized: b
 
 
 def base_words(kind: str | None, quantize_masked: bool, export: MaskExport | None) -> str:
-    """A line that says which base was evaluated, and on which one the masks were learned."""
+    """Return a line that says which base was evaluated, and on which one the masks were learned."""
     if export is None:
         return f"base: {_words(kind, True)}"
     base = f"base: {_words(kind, quantize_masked)}"
@@ -91,9 +95,9 @@ def base_words(kind: str | None, quantize_masked: bool, export: MaskExport | Non
 
 
 def _known(masks: Path) -> tuple[Path | None, list[str]]:
-    """(the configuration of the run that wrote masks, the overrides on it that name its files as seen from here).
+    """Return the configuration file of the run that wrote masks, and overrides with its paths as seen from here.
 
-    Without such a run, None and what the masks say themselves; without their base's name, nothing.
+    Without such a run return None and overrides from the masks themselves; these are empty if the masks name no base.
     """
     path = config_of_run(masks)
     if path is not None:
@@ -120,7 +124,10 @@ def _known(masks: Path) -> tuple[Path | None, list[str]]:
 
 
 def _seen_from_here(place: str, output_dir: str, run: Path) -> str:
-    """A path in the configuration of the run that lies in ``run``: relative ones began where its output_dir did."""
+    """Return a path of a run's configuration as seen from here. ``run`` is the run's present directory.
+
+    A relative path in the configuration starts from the same directory as its output_dir.
+    """
     if place in (*SHORTHANDS, *NAMED) or os.path.isabs(place) != os.path.isabs(output_dir):
         return place
     found = os.path.normpath(run / os.path.relpath(place, output_dir))

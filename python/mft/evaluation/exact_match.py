@@ -23,18 +23,18 @@ def exact_matches(
     max_new_tokens: int = 32,
     verifier: str = "exact",
 ) -> tuple[Tensor, Tensor]:
-    """(answers, questions), int64 (documents,) in ascending order of document number: exact ones, and all.
+    """Return (correct answers, questions) per document: int64 (documents,) in ascending order of document number.
 
-    A row's prompt is what precedes its first scored token, its completion the scored tokens after it, up to eos. The
-    greedy continuation, up to eos or max_new_tokens, must be the same text but for white space at its ends.
+    A row's prompt is the text before its first scored token. Its completion is the scored tokens, up to eos. The greedy
+    continuation, up to eos or max_new_tokens, must be the same text except for white space at its ends.
 
     Args:
-        model: as generate takes it, masked layers included; left in the mode (train or eval) that it was in.
-        dataset: rows with one prompt and one completion each, as load_splits makes them for validation and test.
-        batch_size: prompts continued together; it changes the result by rounding alone.
-        verifier: "exact", or "last_number": the last number of the continuation must be the completion's last one, and
-            the completion itself may be longer than max_new_tokens.
-    Raises: ValueError if a row has no prompt, or not one completion that ends, within max_new_tokens, with eos.
+        model: A model that can generate, with or without masked layers. Its mode (train or eval) is restored.
+        dataset: Rows with one prompt and one completion each, as load_splits makes them for validation and test.
+        batch_size: Number of prompts that are continued together. It changes the result only by rounding.
+        verifier: "exact", or "last_number": the last number of the continuation must equal the completion's last
+            number, and the completion itself may be longer than max_new_tokens.
+    Raises: ValueError if a row has no prompt, or not exactly one completion that ends with eos within max_new_tokens.
     """
     check_one_of("verifier", verifier, tuple(VERIFIERS))
     if len(dataset) == 0:

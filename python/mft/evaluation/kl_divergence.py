@@ -1,4 +1,4 @@
-"""How far a model has gone from where it started: the KL divergence of their next tokens, over given rows."""
+"""The KL divergence of a model's next-token distributions from those of its start, over given rows."""
 
 import contextlib
 
@@ -28,24 +28,24 @@ def kl_divergence(
     memory: PrefixMemory | None = None,
     whole: PrefixMemory | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """KL(start || model) = sum over words of p_start * (log p_start - log p_model), wherever a next token is scored.
+    """Compute KL(start || model) = sum over words of p_start * (log p_start - log p_model) for each scored token.
 
-    The forward direction, over the whole vocabulary: what the start found likely and the model no longer does is what
-    costs. In nats; sums.sum() / tokens.sum() is the mean a token.
+    This is the forward direction, over the whole vocabulary. It is large if the model finds unlikely what the start
+    found likely. In nats; sums.sum() / tokens.sum() is the mean in nats per token.
 
     Args:
-        model, start: on one device, of one vocabulary; left in the modes (train or eval) that they were in.
-        dataset: rows of input_ids, labels and document, as evaluate takes them.
-        first, memory: the first ``first`` layers, which are the same in both, are run once a row (see FrozenPrefix).
-        whole: what all layers of model make of each row, if that is remembered.
-    Returns: (sums, tokens), each fp64 (documents,) in ascending order of document number, as evaluate gives them.
-    Raises: ValueError if dataset scores no token, or the two have vocabularies of different sizes.
+        model, start: Two models on one device with one vocabulary. Their modes (train or eval) are restored.
+        dataset: Rows of input_ids, labels and document, as for evaluate.
+        first, memory: The first ``first`` layers are the same in both models and run once per row; see FrozenPrefix.
+        whole: A cache of the outputs of all layers of model, if there is one.
+    Returns: (sums, tokens), each fp64 (documents,) in ascending order of document number, as in Evaluation.
+    Raises: ValueError if dataset scores no token, or if the models' vocabularies differ in size.
     """
     check_rule(len(dataset) > 0, "dataset", "hold at least one row to measure", len(dataset))
     first_row = take_rows(dataset, [0]).input_ids
     for one in (model, start):
         check_next_tokens(one.config, type(one).__name__, first_row.shape[1])
-    outdate()  # a figure is of the scores as they are, whoever has written them
+    outdate()  # select the masks again, however the scores were written
     few = first_row[:, :FEW].to(next(model.parameters()).device)
     sums: dict[int, Tensor] = {}
     with contextlib.ExitStack() as stack:
@@ -69,7 +69,7 @@ def kl_divergence(
 
 
 def _row_sums(head: nn.Module, states: Tensor, head_start: nn.Module, wanted: Tensor, batch: MicroBatch) -> Tensor:
-    """(B,) fp64, on the CPU: of states (M, D) that predict the scored tokens, the divergences of each row."""
+    """Return (B,) fp64 on the CPU: the sum of the divergences of each row, from states (M, D) of the scored tokens."""
     values = torch.empty(len(states), dtype=torch.float64)
     for (part, chunk), (_, held_to) in zip(chunks_of(states), chunks_of(wanted)):
         logits, logits_start = head(chunk), head_start(held_to)

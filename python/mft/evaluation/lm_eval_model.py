@@ -1,9 +1,9 @@
-"""lm-eval's model ``mft``, whose argument is a directory of masks: they are put on the base that they name.
+"""A model ``mft`` for lm-eval. Its argument is a directory of masks, which are loaded onto the base that they name.
 
     python -m mft.evaluation.lm_eval_model --model mft --model_args pretrained=runs/masks --tasks gsm8k
 
-This is lm-eval's own command line with all its options: up to 0.4.13 it looks for models in its own package alone. In
-Python, importing this module makes the model known to simple_evaluate.
+This is lm-eval's own command line with all its options. It is needed because lm-eval up to 0.4.13 looks for models only
+in its own package. In Python, importing this module makes the model known to simple_evaluate.
 """
 
 import os
@@ -26,16 +26,18 @@ from mft.models.pretrained import load_model
 
 
 class MaskedLM(HFLM):
-    """lm-eval's HFLM on a base with masks: merged into exact weights, or live on the quantised ones they learned on.
+    """lm-eval's HFLM on a base with masks.
+
+    Masks are merged into exact weights. Over the quantised weights that they were learned on they stay separate.
 
     Args:
-        pretrained: what save_masks wrote, a run of mft train, or a repository of the hub as for load_masks.
-        base: as model.name in a configuration; by default the one that the masks name.
-        dtype: of the base; "auto" for that in which the masks were learned.
-        device: as for hf; a GPU where there is none means the CPU.
-        force: accept other base weights of the same shapes.
-        unquantized: on exact weights, also if the masks were learned on quantised ones.
-        softmax_dtype, options: as HFLM takes them beside a model that is loaded already.
+        pretrained: A directory that save_masks wrote, a run of mft train, or a hub repository as for load_masks.
+        base: The base, as model.name in a configuration; default: the one that the masks name.
+        dtype: dtype of the base; "auto": the one in which the masks were learned.
+        device: As for lm-eval's hf model. If it is a GPU and there is none, the CPU is used.
+        force: Accept other base weights of the same shapes.
+        unquantized: Use exact weights even if the masks were learned on quantised ones.
+        softmax_dtype, options: As for HFLM with a model that is loaded already.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class MaskedLM(HFLM):
         **options: Any,
     ) -> None:
         model, tokenizer = load_masked(pretrained, base, dtype, force=force, unquantized=unquantized)
-        # lm-eval's command line names cuda:0 unless told otherwise.
+        # lm-eval's command line passes cuda:0 by default.
         without_gpu = device.startswith("cuda") and not torch.cuda.is_available()
         model.to("cpu" if without_gpu else device)
         refuse_long_batches(model)
@@ -61,7 +63,7 @@ class MaskedLM(HFLM):
 def load_masked(
     directory: str | os.PathLike, base: str | None, dtype: str, *, force: bool, unquantized: bool
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of MaskedLM."""
+    """Return (model, tokenizer) for MaskedLM."""
     path = masks_directory(directory)
     export = read_export(path)
     name = base or export.base_model_name_or_path
@@ -76,7 +78,7 @@ def load_masked(
     return quantize_model(model.requires_grad_(False), kind, masked=quantize_masked), tokenizer
 
 
-# By name, so that `python -m`, which runs this file beside the module, registers the one class twice and not two.
+# By name: `python -m` runs this file as a second module, and two different classes could not share the name.
 model_registry.register("mft", target="mft.evaluation.lm_eval_model:MaskedLM")
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Benchmarks of EleutherAI's lm-evaluation-harness on a live model, masked or not: no merge, no second copy."""
+"""Run benchmarks of EleutherAI's lm-evaluation-harness on a loaded model, masked or not, without a merge or a copy."""
 
 import importlib.metadata
 import json
@@ -16,12 +16,12 @@ from torch import nn
 from mft.checks import check_rule, nearest, nearest_path
 from mft.models.longrope import refuse_long_batches, switch_length
 
-# lm_eval is imported inside the functions: it takes seconds, and only what asks for a benchmark needs it.
+# lm_eval is imported inside the functions: it takes seconds, and only benchmarks need it.
 
-_ALLOW_CODE = "HF_ALLOW_CODE_EVAL"  # what the metric of code tasks asks for before it runs anything
+_ALLOW_CODE = "HF_ALLOW_CODE_EVAL"  # environment variable that the metric of code tasks requires before it runs code
 
 
-_SHOWN = 5  # files that a message lists
+_SHOWN = 5  # number of files that a message lists
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class TaskScore:
     """One metric of one task, or of a group of tasks."""
 
     task: str
-    metric: str  # with the filter of answers after a comma, unless that is none
+    metric: str  # with the answers' filter after a comma, unless the filter is "none"
     value: float
     stderr: float | None
-    samples: int | None  # documents that count; None where the harness does not say
+    samples: int | None  # number of counted documents; None if the harness does not report it
 
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks that exist and whose data are here. manager is lm-eval's."""
+    """Tasks that exist and whose data are loaded. manager: lm-eval's TaskManager."""
 
     names: list[str]
     manager: Any
@@ -47,13 +47,13 @@ class LoadedTasks:
 def load_tasks(
     names: Sequence[str], *, tasks_dir: Path | None = None, run_task_code: bool = False, run_code: bool = False
 ) -> LoadedTasks:
-    """Find tasks, groups or tags by name, and load their data, so that what is missing shows before a model is run.
+    """Find tasks, groups or tags by name and load their data, so that missing ones are found before a model runs.
 
     Args:
-        tasks_dir: a directory of the user's own task files (*.yaml), which go before lm-eval's of the same name.
-        run_task_code: they may run: what !function names is Python, and so is what a template or a metric calls.
-        run_code: tasks such as humaneval may run what the model wrote, on this machine.
-    Raises: ValueError for an unknown task, code that has no leave to run, or data that cannot be loaded;
+        tasks_dir: A directory of the user's own task files (*.yaml). They override lm-eval's tasks of the same name.
+        run_task_code: Allow these files to run code: !function, templates and metrics can run any Python.
+        run_code: Allow tasks such as humaneval to run code that the model wrote, on this machine.
+    Raises: ValueError for an unknown task, for code without permission to run, or if data cannot be loaded;
         RuntimeError without lm-eval.
     """
     names = list(dict.fromkeys(names))
@@ -87,12 +87,12 @@ def load_tasks(
 def score_tasks(
     model: nn.Module, tokenizer: Any, tasks: LoadedTasks, *, limit: int | None = None, batch_size: int | None = None
 ) -> list[TaskScore]:
-    """What lm-eval makes of model as it is now, with the masks that it holds. Log-probabilities are fp32.
+    """Evaluate model as it is now, with its present masks, by lm-eval. Log-probabilities are fp32.
 
     Args:
-        limit: only so many documents of each task, for a trial; the result then stands for nothing.
-        batch_size: rows at once; None: 4, or 1 where frequencies depend on the longest of them (see longrope.py).
-    Raises: ValueError for several such rows in a batch, beyond the length from which they do.
+        limit: Number of documents of each task, for a trial run; the result is then not meaningful. None: all.
+        batch_size: Rows per batch; None: 4, or 1 if frequencies depend on the longest row (see longrope.py).
+    Raises: ValueError if a batch of such a model has several rows beyond the length at which frequencies change.
     """
     if batch_size is None:
         batch_size = 4 if switch_length(model) is None else 1
@@ -104,7 +104,7 @@ def score_tasks(
     logger = logging.getLogger("lm_eval")
     level = logger.level
     handle = refuse_long_batches(model)
-    logger.setLevel(logging.ERROR)  # it warns of every live model that it is one
+    logger.setLevel(logging.ERROR)  # it warns about every model that is passed as an object
     try:
         runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
         found = lm_eval.simple_evaluate(
@@ -123,7 +123,7 @@ def score_tasks(
 
 
 def task_table(results: Mapping[str, Sequence[TaskScore]]) -> Table:
-    """A row a metric, a column a model; results by the model's name."""
+    """Return a table with one row per metric and one column per model. results: by the model's name."""
     table = Table(
         Column("task", overflow="fold"), "metric", *(Column(name, justify="right", overflow="fold") for name in results)
     )
@@ -134,7 +134,7 @@ def task_table(results: Mapping[str, Sequence[TaskScore]]) -> Table:
 
 
 def write_scores(path: Path, results: Mapping[str, Sequence[TaskScore]], limit: int | None) -> None:
-    """The same as JSON, with lm-eval's version and the limit."""
+    """Write the results as JSON, with lm-eval's version and the limit."""
     content = {
         "lm_eval": importlib.metadata.version("lm_eval"),
         "limit": limit,
@@ -157,12 +157,12 @@ def _import_lm_eval() -> Any:
 
 
 def _find_tasks(names: list[str], tasks_dir: Path | None) -> Any:
-    """A TaskManager that knows all names."""
+    """Return a TaskManager that knows all names."""
     _import_lm_eval()
     from lm_eval.tasks import TaskManager
 
     if tasks_dir is not None:
-        # Alone first: reading lm-eval's own 14,684 tasks takes 17 s on one core.
+        # Try these files alone first: reading lm-eval's own 14,684 tasks takes 17 s on one core.
         own = TaskManager(include_path=str(tasks_dir), include_defaults=False)
         if set(names) <= set(own.all_tasks):
             return own
@@ -178,7 +178,7 @@ def _find_tasks(names: list[str], tasks_dir: Path | None) -> Any:
 
 
 def _programs(tasks_dir: Path) -> str:
-    """The files that lm-eval may run: templates are unrestricted Jinja, so every task file is one of them."""
+    """Return the files from which lm-eval may run code: all task files, because templates are unrestricted Jinja."""
     names = [
         str(path.relative_to(tasks_dir)) for kind in ("py", "yaml") for path in sorted(tasks_dir.rglob(f"*.{kind}"))
     ]
@@ -194,7 +194,7 @@ def _runs_code(name: str) -> ValueError:
 
 
 def _scores(name: str, result: dict[str, Any], samples: dict[str, dict[str, int]]) -> list[TaskScore]:
-    """From lm-eval's {"acc,none": 0.3, "acc_stderr,none": 0.1, ...}."""
+    """Return the scores in lm-eval's result, {"acc,none": 0.3, "acc_stderr,none": 0.1, ...}."""
     scores = []
     for key, value in result.items():
         metric, comma, answers = key.partition(",")
@@ -206,7 +206,7 @@ def _scores(name: str, result: dict[str, Any], samples: dict[str, dict[str, int]
                 task=name,
                 metric=metric if answers == "none" else key,
                 value=float(value),
-                stderr=stderr if isinstance(stderr, float) else None,  # "N/A" where there is none
+                stderr=stderr if isinstance(stderr, float) else None,  # "N/A" if there is none
                 samples=samples.get(name, {}).get("effective"),
             )
         )

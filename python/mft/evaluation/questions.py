@@ -1,4 +1,4 @@
-"""A row as a question: a prompt that is not scored, and the one completion that is."""
+"""Split a row into a question: a prompt that is not scored, and one completion that is."""
 
 from torch import Tensor
 
@@ -8,10 +8,10 @@ from mft.data.tokenization import IGNORED
 def split_row(
     row: int, ids: Tensor, labels: Tensor, eos: int, max_new_tokens: int | None
 ) -> tuple[list[int], list[int]]:
-    """(prompt, completion with its eos) of a row's ids and labels (T,); what follows the completion is padding.
+    """Return (prompt, completion with its eos) from a row's ids and labels (T,). Padding may follow the completion.
 
-    Args: row: its number, for messages. max_new_tokens: None, if the completion need not be said word for word.
-    Raises: ValueError if there is no prompt, or not one completion that ends, within max_new_tokens, with eos.
+    Args: row: The row's number, for messages. max_new_tokens: Length limit of the completion; None for no limit.
+    Raises: ValueError if there is no prompt, or not exactly one completion that ends with eos within max_new_tokens.
     """
     scored = (labels != IGNORED).nonzero().flatten().tolist()
     rule = None

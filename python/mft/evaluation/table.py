@@ -1,4 +1,4 @@
-"""A table of evaluations for the terminal: each compared with the first, paired."""
+"""Tables of evaluations for the terminal: each is compared with the first by a paired difference."""
 
 from rich import box
 from rich.table import Table
@@ -8,7 +8,7 @@ from mft.evaluation.evaluate import Evaluation, paired_difference
 
 
 def evaluation_table(split: str, results: dict[str, Evaluation]) -> Table:
-    """Evaluations of one split, each compared with the first."""
+    """Return a table of the evaluations of one split, each compared with the first."""
     first = next(iter(results.values()))
     table = Table(title=f"{split}: {_counts(first)}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("model", "loss", "difference", "accuracy", "difference"):
@@ -26,7 +26,7 @@ def evaluation_table(split: str, results: dict[str, Evaluation]) -> Table:
 
 
 def evaluation_tables(split: str, results: dict[str, Evaluation]) -> list[Table]:
-    """The same, and of a mix of sources a second one: the loss on what each of them held out."""
+    """Return evaluation_table, and for a mix of sources a second table: the held-out loss of each source."""
     tables, first = [evaluation_table(split, results)], next(iter(results.values()))
     if parts := source_losses(results):
         table = Table(
@@ -53,7 +53,7 @@ def evaluation_tables(split: str, results: dict[str, Evaluation]) -> list[Table]
 
 
 def source_losses(results: dict[str, Evaluation]) -> dict[str, dict[str, dict[str, float]]]:
-    """{source: {name: its loss, and the difference from the first of results with its standard error}}, of a mix."""
+    """Return for each source of a mix, by name: the loss, and the difference from the first result and its error."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     first = next(iter(results.values())).by_source()
     for name, result in results.items():
@@ -65,12 +65,12 @@ def source_losses(results: dict[str, Evaluation]) -> dict[str, dict[str, dict[st
 
 
 def warn_of_few_scored(split: str, result: Evaluation) -> list[str]:
-    """A line if a comparison on so little says nothing."""
+    """Return a warning line if too little was scored for a meaningful comparison."""
     return warn_of_few(split, len(result.documents), int(result.tokens.sum()))
 
 
 def figure_lines(objective: str, results: dict[str, Evaluation]) -> list[str]:
-    """What the objective of this name measured, a line a model; none of cross entropy, which the table has."""
+    """Return a line per model with the objective's figures; none for cross entropy, which is in the table."""
     return [
         f"{objective}, {name}: {', '.join(f'{key} {figure:.4f}' for key, figure in result.figures.items())}"
         for name, result in results.items()

@@ -1,6 +1,6 @@
-"""One temperature for all logits, fitted on held-out text: what calibration alone makes of a loss (arXiv 1706.04599).
+"""Fit one temperature for all logits on held-out text, to measure what calibration alone gains (arXiv 1706.04599).
 
-T = argmin over T of the mean loss of softmax(logits / T): convex in 1 / T, so Newton's method finds it in a few passes.
+T = argmin over T of the mean loss of softmax(logits / T). It is convex in 1 / T, so Newton's method needs few passes.
 """
 
 import dataclasses
@@ -18,20 +18,21 @@ from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import by_own_length, inputs_of
 from mft.models.token_loss import temperature_slopes
 
-LARGEST = 64.0  # and 1 / 64 the smallest: beyond, the model is worse than chance, or always right
+LARGEST = 64.0  # the smallest is 1 / 64; outside this range the model is worse than chance, or always right
 _PASSES = 40
-_CLOSE = 1e-3  # relative step of 1 / T: Newton squares it, so that T then errs by about 1e-6
+_CLOSE = 1e-3  # relative step of 1 / T: Newton's method squares the error, so T is then accurate to about 1e-6
 
 
 def fit_temperature(
     model: nn.Module, dataset, *, batch_size: int = 2, first: int = 0, memory: PrefixMemory | None = None
 ) -> float:
-    """The temperature in [1 / 64, 64] at which model's mean token loss on dataset is least.
+    """Return the temperature in [1 / 64, 64] with the smallest mean token loss of model on dataset.
 
-    Takes 2 to 4 passes over the data from T = 1, each a chunk of logits at a time; about 15 where an end is least.
+    This takes 2 to 4 passes over the data from T = 1, or about 15 if the optimum is at an end of the range. Each pass
+    computes one chunk of logits at a time.
 
-    Args: dataset, batch_size, first, memory: as of evaluate.
-    Raises: ValueError if no token is scored, or logits are not finite.
+    Args: dataset, batch_size, first, memory: see evaluate.
+    Raises: ValueError if no token is scored, or if logits are not finite.
     """
     check_rule(len(dataset) > 0, "dataset", "hold at least one row to fit a temperature on", len(dataset))
     inverse, low, high = 1.0, 1 / LARGEST, LARGEST
@@ -46,15 +47,15 @@ def fit_temperature(
                 return 1 / min(max(inverse + step, 1 / LARGEST), LARGEST)
             if high < (1 + _CLOSE) * low:
                 return 1 / (high if slope < 0 else low)
-            # Far from the least loss Newton's step may leave what is known to hold it.
+            # Far from the minimum, Newton's step may leave the interval that contains it.
             inverse = inverse + step if low < inverse + step < high else math.sqrt(low * high)
     raise RuntimeError(f"1 / temperature must settle within {_PASSES} passes, got [{low:.6g}, {high:.6g}] still open")
 
 
 def evaluate_tempered(model: nn.Module, dataset, temperature: float, **options: Any) -> tuple[Evaluation, Evaluation]:
-    """(evaluate() of the model, the same with its logits divided by ``temperature``), in one pass.
+    """Evaluate the model, and the model with its logits divided by ``temperature``, in one pass.
 
-    Args: options: evaluate's.
+    Args: options: Options of evaluate.
     """
     found = evaluate(model, dataset, temperature=temperature, **options)
     assert found.tempered_sums is not None
@@ -63,7 +64,7 @@ def evaluate_tempered(model: nn.Module, dataset, temperature: float, **options: 
 
 
 class _Slopes:
-    """Derivatives of the mean token loss by 1 / T."""
+    """Computes the first two derivatives of the mean token loss with respect to 1 / T."""
 
     def __init__(self, model: nn.Module, dataset, batch_size: int, first: int, memory: PrefixMemory | None) -> None:
         self._model, self._dataset, self._batch_size = model, dataset, batch_size

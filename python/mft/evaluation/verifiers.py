@@ -1,25 +1,25 @@
-"""Whether an answer is right, by the data's own answer: the same text, or the same number at the end."""
+"""Verify an answer by the data's own answer: the same text, or the same last number."""
 
 import re
 from collections.abc import Callable
 from decimal import Decimal
 
-Verifier = Callable[[str, str], bool]  # (what the model says, the data's own answer), each up to eos
+Verifier = Callable[[str, str], bool]  # (the model's answer, the data's own answer), each up to eos
 
-# A minus after a digit, a letter or a bracket takes away; commas part thousands alone, so "1,2" are two numbers.
+# A minus after a digit, letter, dot or bracket is a subtraction. Commas only separate thousands: "1,2" is two numbers.
 _NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def same_text(answer: str, wanted: str) -> bool:
-    """The same characters but for white space at the ends."""
+    """Whether both texts are the same except for white space at the ends."""
     return answer.strip() == wanted.strip()
 
 
 def same_last_number(answer: str, wanted: str) -> bool:
-    """The last numbers of both are equal: "so she has $1,200.00 left" is right where "... #### 1200" is wanted.
+    """Whether the last numbers of both are equal: "so she has $1,200.00 left" is correct for "... #### 1200".
 
-    What comes before it may be any reasoning. An answer without a number is wrong.
-    Raises: ValueError if wanted has none.
+    The text before the number does not matter. An answer without a number is wrong.
+    Raises: ValueError if wanted has no number.
     """
     number = last_number(wanted)
     if number is None:
@@ -28,7 +28,7 @@ def same_last_number(answer: str, wanted: str) -> bool:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last decimal number in text; thousands may be parted by commas. None if there is none."""
+    """Return the last decimal number in text, or None if there is none. Commas may separate thousands."""
     found = _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "")) if found else None
 
