@@ -1,1 +1,1 @@
-"""How much each weight matters, by the weight itself or by data; scores that begin there."""
+"""Importance of each weight, from the weight itself or from data, and scores that start from it."""

@@ -1,4 +1,4 @@
-"""Scores of a mask in PEFT that begin where data say: get_peft_model has no data, so they are drawn first."""
+"""Initialise the scores of a PEFT mask from data. get_peft_model has no data, so the scores start from another init."""
 
 from typing import Any
 
@@ -14,19 +14,19 @@ from mft.masks.peft_layers.layer import MaskExperts, MaskTunerLayer
 
 @torch.no_grad()
 def init_adapter_from_data(model: Any, mask: MaskConfig, dataset, *, batch_size: int = 4) -> Any:
-    """Set the active mask of a PeftModel to begin as mask.init says, by mask.calibration_rows rows of dataset.
+    """Initialise the active mask of a PeftModel as mask.init says, from mask.calibration_rows rows of dataset.
 
-    As init_from_data on a model of mask_model, but for rounding: the base runs by its own products. Call it after
-    get_peft_model and before training.
+    The result is that of init_from_data on a model from mask_model, except for rounding: here the base runs its own
+    matrix products. Call this after get_peft_model and before training.
 
-    Args: as of init_from_data; mask: what the adapter's configuration was made of, with an init that takes data.
-    Returns: the same model. Raises: ValueError as init_from_data, or for another init.
+    Args: as for init_from_data. mask: The configuration from which the adapter's was made, with an init that uses data.
+    Returns: the same model. Raises: ValueError as init_from_data, also for another init.
     """
     check_one_of("init", mask.init, DATA_INITS)
     (active,) = model.active_adapters
     base = model.get_base_model()
     layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, MaskTunerLayer)}
-    scores: dict[str, nn.Parameter] = {}  # by the name of what lies below
+    scores: dict[str, nn.Parameter] = {}  # by the name of the module or parameter in the base
     modules: dict[str, Any] = {}
     for path, layer in layers.items():
         if active not in layer.mft_scores:
@@ -40,9 +40,9 @@ def init_adapter_from_data(model: Any, mask: MaskConfig, dataset, *, batch_size:
             modules[path] = layer.base_layer
         scores |= below
     rows, seed = mask.calibration_rows, mask.seed
-    with model.disable_adapter():  # every weight kept
+    with model.disable_adapter():  # keep every weight
         norms = input_norms(base, modules, dataset, rows=rows, batch_size=batch_size, seed=seed)
     for name, module in modules.items():
         begun = wanda_scores(name, matrix_of(module), norms[name], mask)
-        scores[name].copy_(begun if name in layers else as_stored(module, begun))  # of a Conv1D they lie as (N, K)
+        scores[name].copy_(begun if name in layers else as_stored(module, begun))  # (N, K) also for a Conv1D
     return model

@@ -1,13 +1,13 @@
-"""How much each weight matters: what a mask found in one shot keeps first, and where scores may begin.
+"""Importance of each weight: one-shot masks keep the most important weights, and scores may start from it.
 
 random          uniform in [0, 1)
 magnitude       |w_ij|
-magnitude_rows  sum over j of |w_ij|: whole output rows go (the L1 baseline of the mask fine-tuning paper's code)
+magnitude_rows  sum over j of |w_ij|: drops whole output rows (the L1 baseline of the mask fine-tuning paper's code)
 wanda           |w_ij| * ||x_j||_2 over the calibration tokens, compared within an output row (arXiv 2306.11695)
-gradient        -g_ij * w_ij with g the gradient of the calibration loss: to first order what the loss rises by without
-                w_ij, so what is expected to lower it most goes first
-fisher          -g_ij * w_ij + F_ij * w_ij^2 / 2: to second order, the curvature F being the mean square of a token's
-                gradient, as if tokens were independent (arXiv 1801.05787, which leaves g out)
+gradient        -g_ij * w_ij with g the gradient of the calibration loss: the first-order rise of the loss if w_ij is
+                dropped. Weights whose removal is expected to lower the loss most are dropped first.
+fisher          -g_ij * w_ij + F_ij * w_ij^2 / 2: the second-order rise. The curvature F is the mean square of a token's
+                gradient, as if tokens were independent (arXiv 1801.05787, which omits g).
 """
 
 import contextlib
@@ -48,17 +48,17 @@ def importance(
     batch_size: int = 4,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """How much each weight of the named linear layers matters, by ``method``: the larger, the sooner it is kept.
+    """Return the importance of each weight of the named linear layers by ``method``. Larger values are kept first.
 
-    A masked layer counts as if it kept every weight. Requirements of gradients, gradients and the training mode are
-    left as they were.
+    Masked layers keep every weight here. requires_grad, gradients and the training mode are restored.
 
     Args:
-        dataset: columns input_ids, labels, document; so many ``rows`` of it, drawn by ``seed``, are what wanda,
-            gradient and fisher look at. Tokens after a row's last label are padding, and left out.
-    Returns: by name (N, K), of experts in one parameter (E, N, K) however stored; fp32, on its device.
-    Raises: ValueError if a name is no linear layer, no token is labelled, or what is found of a layer is the same for
-        all its weights, or not finite.
+        dataset: Columns input_ids, labels, document. wanda, gradient and fisher use ``rows`` rows of it, drawn by
+            ``seed``. Tokens after a row's last label are padding and are not used.
+    Returns: (N, K) by name, or (E, N, K) for experts in one parameter, whatever its layout; fp32, on the layer's
+        device.
+    Raises: ValueError if a name is not a linear layer, if no token is labelled, or if a layer's importance is not
+        finite or the same for all its weights.
     """
     check_one_of("method", method, METHODS)
     for argument, value in (("rows", rows), ("batch_size", batch_size)):
@@ -98,10 +98,12 @@ def input_norms(
     way: str = "plain",
     device: Device = None,
 ) -> dict[str, Tensor]:
-    """||x_j||_2 of what each of the linear layers reads, by which wanda weighs: (K,), of experts (E, 1, K), fp32.
+    """Return the norms ||x_j||_2 of each linear layer's input, which wanda uses: fp32 (K,), or (E, 1, K) for experts.
 
-    Args: modules: of model, as of linear_modules. Others as of importance; way, device: where the model's weights are
-        meanwhile, see train_masks.
+    Args:
+        modules: The layers of model, as returned by linear_modules.
+        way, device: The memory mode, and where the model runs; see train_masks.
+        Others: see importance.
     """
     batches = list(_calibration(dataset, rows, batch_size, seed))
     few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
@@ -119,7 +121,7 @@ def input_norms(
 
 
 def _random(weight: Tensor, seed: int, name: str) -> Tensor:
-    # By name, so that a layer's mask does not depend on which other layers are masked.
+    # Seeded by name, so that a layer's mask does not depend on which other layers are masked.
     generator = torch.Generator(weight.device).manual_seed(random.Random(f"{seed} {name}").getrandbits(62))
     return torch.rand(weight.shape, generator=generator, device=weight.device)
 
@@ -142,9 +144,9 @@ _BY_WEIGHT: dict[str, Callable[[Tensor, int, str], Tensor]] = {
 def _input_norms(
     model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch], run: Callable[[MicroBatch], object]
 ) -> dict[str, Tensor]:
-    """||x_j||_2 of each module's input over the tokens that are not padding; sums of squares in fp64.
+    """Return ||x_j||_2 of each module's input over the tokens that are not padding; squares are summed in fp64.
 
-    (K,), of experts over the rows of each (E, 1, K). run: calls the model.
+    Shape (K,); for experts (E, 1, K), each over its own rows. run: Calls the model on a batch.
     """
     sums: dict[str, Tensor] = {}
     real = torch.empty(0, dtype=torch.bool)
@@ -198,7 +200,7 @@ def _input_norms(
 
 
 def _not_padding(labels: Tensor) -> Tensor:
-    """(B, T): True up to a row's last label; all of a row without one, which tells nothing."""
+    """Return (B, T): True up to a row's last label. A row without labels is all True, as its padding is unknown."""
     labelled = (labels != -100).int()
     to_come = labelled.flip(1).cumsum(1).flip(1)
     return (to_come > 0) | (labelled.sum(1, keepdim=True) == 0)
@@ -211,8 +213,11 @@ def _read(model: nn.Module, batch: MicroBatch) -> Tensor:
 def _gradients(
     model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch], *, squares: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of the mean token loss by each module's weight, (N, K) in fp32, summed over batches in fp32 too; and the mean
-    square of a token's gradient where ``squares`` asks for it: the squares of batches' sums, over all tokens."""
+    """Return the gradients of the mean token loss with respect to each module's weight, (N, K), summed in fp32.
+
+    With ``squares`` also return an estimate of the mean square of a token's gradient: the squared gradient sums of the
+    batches, divided by the number of all tokens.
+    """
     tokens = sum(int(count_labels(batch.labels).sum()) for batch in batches)
     check_rule(tokens > 0, "dataset", "label a token for a gradient", f"{tokens} labels in the rows drawn")
     weights = {name: module.weight for name, module in modules.items()}
@@ -227,9 +232,9 @@ def _gradients(
             hidden = prefix(ids, batch.rows, positions)
             backward_token_loss(head, hidden, batch.labels.to(device), 1 / tokens)
             for name, weight in weights.items():
-                if weight.grad is not None:  # None where no token came by, in an expert for instance
+                if weight.grad is not None:  # None if no token reached the weight, for example in an expert
                     totals[name] += weight.grad
-                    if squares:  # of grad = sum / tokens
+                    if squares:  # grad is the sum divided by tokens
                         square_totals[name] += tokens * weight.grad.float().square()
                     weight.grad = None
     return _as_matrices(totals, modules), _as_matrices(square_totals, modules)
@@ -241,7 +246,7 @@ def _as_matrices(totals: dict[str, Tensor], modules: dict[str, Any]) -> dict[str
 
 @contextlib.contextmanager
 def _requiring_grad(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Only the chosen parameters require grad, and have none to begin with."""
+    """Let only the chosen parameters require grad in this context, starting without gradients."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     for parameter in chosen:
@@ -259,7 +264,7 @@ def _requiring_grad(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterato
 
 
 def _calibration(dataset, rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
-    """At most so many rows, drawn without replacement."""
+    """Yield batches of at most ``rows`` rows in total, drawn without replacement."""
     check_rule(len(dataset) > 0, "dataset", "hold at least one row to calibrate on", len(dataset))
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
     for start in range(0, len(drawn), batch_size):
@@ -267,7 +272,10 @@ def _calibration(dataset, rows: int, batch_size: int, seed: int) -> Iterator[Mic
 
 
 def linear_modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """The named layers, masked or ordinary: what has their weight. Others are refused as find_targets does."""
+    """Return the objects that hold the weights of the named layers, masked or ordinary.
+
+    Raises: as find_targets, for a name that is not such a layer.
+    """
     names, masked = list(names), masked_modules(model)
     targets = find_targets(model, [n for n in names if n not in masked])
     plain = {target.name: target if target.is_parameter else target.module for target in targets}
@@ -275,20 +283,20 @@ def linear_modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
 
 
 def matrix_of(module: Any) -> Tensor:
-    """The weight as (N, K) or (E, N, K)."""
+    """Return the weight as (N, K) or (E, N, K)."""
     weight = module.weight.detach()
     return weight.mT if is_transposed(module) else weight
 
 
 def is_transposed(module: Any) -> bool:
-    """Whether it holds (K, N), as a Conv1D, or (E, K, N)."""
+    """Whether the module stores its weight as (K, N), like a Conv1D, or as (E, K, N)."""
     if isinstance(module, Candidate):
         return expert_projections(module.module)[module.suffix.rpartition(".")[2]].transposed
     return isinstance(module, Conv1D) or getattr(module, "transposed", False)
 
 
 def check_tells_apart(name: str, method: str, values: Tensor) -> None:
-    """Raise ValueError unless importance is finite, and not the same for every weight."""
+    """Raise ValueError if importance is not finite, or is the same for every weight."""
     low, high = values.min().item(), values.max().item()
     if not (abs(low) < torch.inf and abs(high) < torch.inf):  # NaN fails too
         raise ValueError(

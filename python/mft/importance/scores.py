@@ -1,4 +1,4 @@
-"""Scores that begin in the order of importance, to be trained from there."""
+"""Initialise scores in the order of importance, for training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,17 +15,20 @@ from mft.engines.start import Device
 from mft.importance.importance import SIGNED, check_tells_apart, importance, input_norms, is_transposed, matrix_of
 from mft.masks.convert import mask_model, masked_modules, set_scores
 
-_SCALE = 0.02  # root mean square of scores that will be trained, as MaskedLinear's own
+_SCALE = 0.02  # root mean square of initial scores, as in MaskedLinear
 
 
 def initialise_scores(
     model: nn.Module, method: str, dataset, *, rows: int = 64, batch_size: int = 4, seed: int = 0
 ) -> nn.Module:
-    """Begin the scores of a masked model where ``method`` would mask it: positive, root mean square 0.02, none 0.
+    """Initialise a masked model's scores so that they select the masks of ``method``.
 
-    In proportion to importance; for wanda, but under a budget, to importance over that of the row's last kept weight,
-    so that each row keeps its share; for gradient and fisher, whose importance has both signs, to its rank within the
-    matrix.
+    Scores are positive, never 0, and have root mean square 0.02 in each matrix. They are proportional to the
+    importance, with two exceptions:
+
+    - wanda without a budget: to the importance divided by that of the row's last kept weight, so that each row keeps
+      its share;
+    - gradient and fisher, whose importance has both signs: to its rank within the matrix.
 
     Returns: the same model. Raises: as importance; ValueError if nothing is masked.
     """
@@ -43,7 +46,10 @@ def initialise_scores(
 
 
 def mask_from_data(model: nn.Module, mask: MaskConfig, dataset, **options: Any) -> nn.Module:
-    """mask_model, and init_from_data where mask.init takes data. Returns: the same model. Arguments: theirs."""
+    """Call mask_model, then init_from_data if mask.init uses data. options: see init_from_data.
+
+    Returns: the same model.
+    """
     mask_model(model, drawn(mask))
     return init_from_data(model, mask, dataset, **options) if mask.init in DATA_INITS else model
 
@@ -58,17 +64,22 @@ def init_from_data(
     device: Device = None,
     processes: Processes = ALONE,
 ) -> nn.Module:
-    """Set the scores of a masked model to begin as mask.init says, by mask.calibration_rows rows of dataset.
+    """Initialise the scores of a masked model as mask.init says, from mask.calibration_rows rows of dataset.
 
-    wanda, with v = |w_ij| * ||x_j||_2 scaled to a root mean square of 0.02 in each matrix: threshold + v where there is
-    one, so that everything is kept and what matters most lies farthest from being dropped; v alone under a budget; else
-    as initialise_scores. Of an expert that no row reached v = |w_ij|.
+    For wanda, let v = |w_ij| * ||x_j||_2, scaled to root mean square 0.02 in each matrix. The scores are
+
+    - threshold + v with a fixed threshold, so that everything is kept and the most important weights are farthest from
+      being dropped;
+    - v with a budget;
+    - otherwise those of initialise_scores.
+
+    For an expert that no row reached, v = |w_ij|.
 
     Args:
-        model: masked by mask, whose init is another (see drawn); its base may be quantised.
-        dataset: columns input_ids, labels, document; rows are drawn by mask.seed.
-        way, device: where the model's weights are meanwhile; see train_masks.
-        processes: all begin as the first one does.
+        model: A model masked with the configuration drawn(mask). Its base may be quantised.
+        dataset: Columns input_ids, labels, document. Rows are drawn by mask.seed.
+        way, device: The memory mode, and where the model runs; see train_masks.
+        processes: All of them use the norms of the first one.
     Returns: the same model. Raises: ValueError as importance, for another init, or if nothing is masked.
     """
     check_one_of("init", mask.init, DATA_INITS)
@@ -91,12 +102,15 @@ def init_from_data(
 
 
 def drawn(mask: MaskConfig) -> MaskConfig:
-    """mask with scores that need no data, where its own do: what init_from_data is for."""
+    """Return mask with an init that needs no data, if its own does; init_from_data sets the scores afterwards."""
     return dataclasses.replace(mask, init="constant") if mask.init in DATA_INITS else mask
 
 
 def wanda_scores(name: str, weight: Tensor, norms: Tensor, mask: MaskConfig) -> Tensor:
-    """fp32 (N, K) or (E, N, K), beside the weight; norms: as of input_norms. See init_from_data."""
+    """Return the scores of init_from_data for one weight: fp32 (N, K) or (E, N, K), on the weight's device.
+
+    norms: The layer's norms from input_norms.
+    """
     reached = torch.where((norms != 0).any(-1, keepdim=True), norms, 1.0)
     values = (weight.abs().float() * reached.to(weight.device)).double()
     check_tells_apart(name, mask.init, values)
@@ -112,12 +126,12 @@ def wanda_scores(name: str, weight: Tensor, norms: Tensor, mask: MaskConfig) -> 
 
 
 def dense_ranks(values: Tensor) -> Tensor:
-    """0 for the smallest value of the matrix, 1 for the next larger one."""
+    """Return the dense rank of each value in the matrix: 0 for the smallest value, 1 for the next larger one."""
     return values.unique(return_inverse=True)[1]
 
 
 def as_stored(module: Any, values: Tensor) -> Tensor:
-    """(N, K) or (E, N, K) as the masked layer holds its scores."""
+    """Return values (N, K) or (E, N, K) in the layout in which the masked layer holds its scores."""
     return values.mT if is_transposed(module) else values
 
 
@@ -125,26 +139,26 @@ def as_stored(module: Any, values: Tensor) -> Tensor:
 
 
 def _scaled(values: Tensor) -> Tensor:
-    """fp32, positive: a score of exactly 0 never learns, as sign(0) = 0."""
+    """Scale values to root mean square 0.02; fp32 and positive, as a score of 0 never learns: sign(0) = 0."""
     scores = (values * (_SCALE / values.square().mean((-2, -1), keepdim=True).sqrt())).float()
     return scores.clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()
 def _begin(module: Any, scores: Tensor) -> None:
-    """scores (N, K) or (E, N, K) become the masked layer's."""
+    """Set the masked layer's scores to scores (N, K) or (E, N, K)."""
     set_scores(module, as_stored(module, scores))
 
 
 def _select(model: nn.Module, masked: Mapping[str, Any]) -> None:
-    """Under a budget: the masks that the new scores make."""
+    """With a budget, select the masks of the new scores."""
     budget = budget_of(model)
     if budget is not None and budget.quota:
         budget.select(list(masked.values()))
 
 
 def _last_kept(values: Tensor, keep_ratio: float) -> Tensor:
-    """(..., N, 1): the smallest value of each row that is kept; the largest one where none is."""
+    """Return the smallest kept value of each row, (..., N, 1); the largest value if none is kept."""
     columns = values.shape[-1]
     kept = max(1, columns - int((1 - keep_ratio) * columns))
     return values.kthvalue(columns - kept + 1, dim=-1, keepdim=True).values
