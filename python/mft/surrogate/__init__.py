@@ -1,1 +1,1 @@
-"""The surrogate gradient of a mask's scores: near the threshold they learn most, and deletions have a price."""
+"""The surrogate gradient of a mask's scores: scores near the threshold learn most, and deletions can be penalised."""

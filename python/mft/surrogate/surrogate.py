@@ -1,16 +1,17 @@
-"""What scores learn by in place of the straight-through gradient, which treats the comparison as the identity.
+"""The surrogate gradient of scores. It replaces the straight-through gradient, which treats the comparison as identity.
 
 With x = score - threshold (|score| - threshold in magnitude mode), sharpness k, N masked weights and s the sigmoid:
 
-    forward     keep = x >= 0, as hard as ever
+    forward     keep = x >= 0, unchanged
     backward    d_score = 4 s(k x) s(-k x) * (grad_keep * weight - penalty * k / (4 N)) * sign, sign 1 in value mode
 
-The factor is the slope of s(k x) over its largest, so 1 at the threshold, where a score learns as before. The second
-term is the gradient of the penalty, penalty * mean over the masked weights of s(-k x), a smooth share of what is
-dropped: it pushes scores on both sides of the threshold to be kept.
+The factor 4 s(k x) s(-k x) is the slope of s(k x) relative to its largest slope. It is 1 at the threshold, where the
+score gets the straight-through gradient. The second term is the gradient of penalty * mean of s(-k x) over the masked
+weights, a smooth share of dropped weights. It pushes scores on both sides of the threshold to be kept.
 
-k goes from its start to its end over the run, by the same factor each step: 1 / k is the width of the band of scores
-that learn, which so narrows by the same share each step. (Linearly, most of it would be gone after a few steps.)
+k goes from its start to its end over the run by the same factor in each step. 1 / k is the width of the band of scores
+that learn, so the band narrows by the same share in each step. (With linear steps, most of it would be gone after a few
+steps.)
 """
 
 from collections.abc import Iterator
@@ -23,14 +24,14 @@ from torch import Tensor
 from mft.config import MaskConfig
 
 _SURROGATE = "_mft_surrogate"  # an attribute of a model, or of PEFT's configuration
-_ROWS = 256  # of a matrix in fp32 at once
+_ROWS = 256  # rows of a matrix that are in fp32 at once
 
 
 @dataclass
 class Surrogate:
-    """Of one model's masks.
+    """The surrogate gradient of one model's masks.
 
-    sharpness: k, now; 1 / sharpness is a distance of scores from the threshold. weights: N, of all masks together.
+    sharpness: the present k; 1 / sharpness is a distance of scores from the threshold. weights: N, of all masks.
     """
 
     start: float
@@ -43,18 +44,19 @@ class Surrogate:
         self.sharpness = self.sharpness or self.start
 
     def sharpen(self, step: int, steps: int) -> None:
-        """What step, from 1, of so many learns by: start at the first, end at the last."""
+        """Set the sharpness for a step, counted from 1: start at the first step, end at the last."""
         self.sharpness = self.start * (self.end / self.start) ** ((step - 1) / max(1, steps - 1))
 
     @property
     def pull(self) -> float:
-        """By how much the penalty's gradient lowers that of a weight at the threshold."""
+        """The amount by which the penalty lowers the gradient of a score at the threshold."""
         return self.penalty * self.sharpness / (4 * self.weights)
 
     def gradient(self, grad: Tensor, scores: Tensor, *, threshold: float, mode: str, penalised: bool = True) -> Tensor:
-        """The surrogate's, fp32, from the straight-through gradient d_scores; elementwise, of scores' shape.
+        """Return the surrogate gradient, fp32, computed elementwise from grad, the straight-through d_scores.
 
-        penalised: a step's gradient has the penalty's once, whatever it is the sum of.
+        penalised: whether to add the penalty's gradient. It must be added once per step, also if gradients of several
+            batches are summed.
         """
         wide, pull = scores.float(), self.pull if penalised else 0.0
         if mode == "magnitude":
@@ -69,11 +71,12 @@ class Surrogate:
     def replace(
         self, grad: Tensor, scores: Tensor, *, threshold: float, mode: str, weight: Tensor | None = None
     ) -> None:
-        """Write the surrogate's gradient over grad, a few rows at a time and rounded once.
+        """Overwrite grad with the surrogate gradient, a few rows at a time; it is rounded once.
 
         Args:
-            grad: (N, K), of experts (E, N, K): d_scores; with weight, of grad's shape, grad_output.T @ x.
-            scores: of grad's shape, on its device.
+            grad: (N, K), or (E, N, K) for experts: d_scores; or grad_output.T @ x if weight is given.
+            scores: In grad's shape, on its device.
+            weight: None, or in grad's shape.
         """
         for part, some, own in _rows(grad, scores, weight):
             straight = part.float()
@@ -84,23 +87,26 @@ class Surrogate:
 
 
 def surrogate_of(holder: Any) -> Surrogate | None:
-    """Of a masked model, or of an adapter's configuration in PEFT; None: the straight-through gradient."""
+    """Return the surrogate of a masked model or of an adapter's PEFT configuration; None: straight-through gradient."""
     return getattr(holder, _SURROGATE, None)
 
 
 def keep_surrogate(holder: Any, mask: MaskConfig, weights: int) -> None:
-    """surrogate_of(holder) is what mask asks for on so many masked weights, from now on."""
+    """Store on holder the surrogate that mask asks for, for surrogate_of. weights: number of masked weights."""
     setattr(holder, _SURROGATE, make_surrogate(mask, weights))
 
 
 def forget_surrogate(holder: Any) -> None:
-    """As if none had been asked for."""
+    """Remove the surrogate from holder."""
     if hasattr(holder, _SURROGATE):
         delattr(holder, _SURROGATE)
 
 
 def make_surrogate(mask: MaskConfig, weights: int) -> Surrogate | None:
-    """What mask asks for on so many masked weights; None for the straight-through gradient."""
+    """Return the surrogate that mask asks for; None for the straight-through gradient.
+
+    weights: number of masked weights.
+    """
     if mask.sharpness is None:
         return None
     start, end = mask.sharpness if isinstance(mask.sharpness, tuple) else (mask.sharpness, mask.sharpness)
@@ -108,7 +114,7 @@ def make_surrogate(mask: MaskConfig, weights: int) -> Surrogate | None:
 
 
 def _rows(grad: Tensor, scores: Tensor, weight: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Some rows of each at a time; experts lie below each other."""
+    """Yield a few rows of each tensor at a time; experts are flattened into rows."""
     grads, some = (tensor.flatten(0, -2).split(_ROWS) for tensor in (grad, scores))
     weights = [None] * len(grads) if weight is None else weight.flatten(0, -2).split(_ROWS)
     yield from zip(grads, some, weights, strict=True)

@@ -1,9 +1,9 @@
-"""The surrogate gradient where another loop owns the optimiser: a hook on the scores, and a callback that sharpens it.
+"""The surrogate gradient for trainers that own the optimiser: a hook on the scores, and a callback for the sharpness.
 
     Trainer(..., callbacks=[SharpnessCallback()])      # transformers' Trainer, and TRL's
 
-Under PEFT an adapter hooks its scores itself, and learns by the start of mask.sharpness where no callback moves it. On
-a model of mask_model the callback hooks them, for as long as the trainer trains.
+In PEFT an adapter hooks its scores itself. Without the callback its sharpness stays at the start of mask.sharpness. On
+a model from mask_model the callback hooks the scores while the trainer trains.
 """
 
 from collections.abc import Iterator
@@ -19,16 +19,17 @@ from mft_kernels import MaskedLayer
 
 
 class SurrogateHook:
-    """On scores that autograd trains: their gradient becomes the surrogate's.
+    """A hook on scores that autograd trains. It replaces their gradient by the surrogate gradient.
 
-    The penalty's comes with the first backward pass of a step, the one that finds no .grad: so gradients must be set to
-    None between steps, not to zeros (zero_grad's default), and losses must not be scaled, as in fp16.
+    The penalty is added in the first backward pass of a step, which is the one that finds no .grad. Therefore gradients
+    must be set to None between steps (zero_grad's default), not to zeros, and the loss must not be scaled, as fp16
+    training does.
     """
 
-    __torch_unserializable__ = True  # made anew where scores are loaded
+    __torch_unserializable__ = True  # a new hook is made when scores are loaded
 
     def __init__(self, scores: nn.Parameter, surrogate: Surrogate, threshold: float, mode: str) -> None:
-        self._scores = ref(scores)  # which holds the hook
+        self._scores = ref(scores)  # weak, because the scores hold the hook
         self._surrogate, self._threshold, self._mode = surrogate, threshold, mode
 
     def __call__(self, grad: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class SurrogateHook:
 def hook_scores(
     scores: nn.Parameter, surrogate: Surrogate, *, threshold: float | None, mode: str
 ) -> RemovableHandle | None:
-    """A SurrogateHook on scores; None if they have one. Raises: ValueError without a threshold."""
+    """Add a SurrogateHook to scores; return None if they have one. Raises: ValueError without a threshold."""
     if any(isinstance(hook, SurrogateHook) for hook in (scores._backward_hooks or {}).values()):
         return None
     if threshold is None:
