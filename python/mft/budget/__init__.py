@@ -1,1 +1,1 @@
-"""Masks under a budget: a share of all masked weights of a model is dropped, wherever in it."""
+"""Masks with a budget: a share of all masked weights of a model is dropped, in whichever layers they are."""

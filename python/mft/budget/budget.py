@@ -1,6 +1,6 @@
 """A budget: a share of all masked weights of a model is dropped, those with the smallest scores in any layer.
 
-    quota     = share * weights, which it reaches after ``ramp`` of a run's steps, growing evenly from 0
+    quota     = share * weights, reached after the fraction ``ramp`` of a run's steps; it grows linearly from 0
     threshold = the (quota + 1)-th smallest |score| over all layers together (score in mode "value")
     keep      = |score| >= threshold, in every layer
 
@@ -24,12 +24,16 @@ from mft_kernels.mask.shared_threshold import AddUp, one_process, shared_thresho
 from mft_kernels.ops.checks import NonFiniteScores
 
 _BUDGET = "_mft_budget"  # an attribute of a model, or of PEFT's configuration
-_SCALE = 0.02  # root mean square of scores that will be trained, as MaskedLinear's own
+_SCALE = 0.02  # root mean square of initial scores, as in MaskedLinear
 
 
 @dataclass
 class Budget:
-    """The budget of one model. share: of its masked ``weights``. quota: how many may be dropped now; at first all."""
+    """The budget of one model.
+
+    share: the share of its masked ``weights`` to drop. quota: the number of weights that may be dropped now; before the
+    first grow() it is the whole budget.
+    """
 
     share: float
     ramp: float
@@ -43,19 +47,21 @@ class Budget:
         check_rule(self.quota > 0, "budget", least, self.share)
 
     def grow(self, step: int, steps: int) -> None:
-        """Set the quota for after ``step`` of ``steps``; after step 0 it is 0, unless there is no ramp."""
+        """Set the quota that holds after ``step`` of ``steps``. After step 0 it is 0, unless there is no ramp."""
         ramp = self.ramp * steps
         self.quota = int(self.share * self.weights * (1.0 if step >= ramp else step / ramp))
 
     def threshold(self, read: Callable[[], Iterable[Tensor]], add_up: AddUp = one_process) -> float:
-        """The threshold that drops the quota. read: gives the scores of all layers, or those that this process holds;
-        see shared_threshold."""
+        """Return the threshold that drops the quota.
+
+        read: Returns the scores of all layers, or those that this process holds; see shared_threshold.
+        """
         return shared_threshold(read, self.quota, mode=self.mode, add_up=add_up)
 
     def select(self, masked: Sequence[MaskedLayer]) -> None:
         """Give all layers of the budget the threshold that their scores share now.
 
-        Raises: NonFiniteScores, naming the layer.
+        Raises: NonFiniteScores, which names the layer.
         """
         with naming_layer(masked):
             threshold = self.threshold(lambda: (module.scores for module in masked))
@@ -65,22 +71,22 @@ class Budget:
 
 @contextlib.contextmanager
 def naming_layer(masked: Iterable[MaskedLayer]) -> Iterator[None]:
-    """Let an error about scores that are not finite, raised within, name their layer."""
+    """Let a NonFiniteScores error that is raised in this context name the layer."""
     try:
         yield
     except NonFiniteScores:
         for module in masked:
-            module.current_mask()  # which raises, naming the layer
+            module.current_mask()  # raises NonFiniteScores, which names the layer
         raise
 
 
 class SharedThreshold:
-    """The threshold of an adapter's layers under PEFT, found again when their scores or the quota have changed.
+    """The threshold of an adapter's layers in PEFT. It is computed again when the scores or the quota have changed.
 
-    Any loop may train these, and PEFT replaces them when it loads, so each layer asks in each forward. The same
-    changes are seen as for the mask of one layer (mft_kernels/mask/scores.py).
+    Any loop may train the scores, and PEFT replaces them when it loads, so each layer asks in each forward. Changes are
+    detected as for the mask of one layer (mft_kernels/mask/scores.py).
 
-    Args: scores: gives those of all layers by name, as they are now.
+    Args: scores: Returns the present scores of all layers by name.
     """
 
     def __init__(self, budget: Budget, scores: Callable[[], dict[str, nn.Parameter]]) -> None:
@@ -88,10 +94,10 @@ class SharedThreshold:
         self._found: _Found | None = None
 
     def value(self, asking: Tensor, *, look_at_all: bool = False) -> float:
-        """The threshold, for the layer with these scores.
+        """Return the threshold for the layer with these scores.
 
-        look_at_all: check the scores of every layer for changes, not these alone. A forward has no time for that.
-        Raises: NonFiniteScores, naming the layer.
+        look_at_all: Check the scores of every layer for changes, not only these. This is too slow for each forward.
+        Raises: NonFiniteScores, which names the layer.
         """
         found, quota = self._found, self.budget.quota
         asked = self._scores().values() if look_at_all else [asking]
@@ -110,16 +116,16 @@ class SharedThreshold:
             raise NonFiniteScores(scores[name].detach(), name) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_found": None}  # states are of this process's memory
+        return self.__dict__ | {"_found": None}  # states are only valid in this process
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A threshold, and what it was found for."""
+    """A threshold, with the quota and the states of the scores for which it was computed."""
 
     threshold: float
     quota: int
-    states: Mapping[int, tuple[Tensor, State | None]]  # by id, with the scores of that id
+    states: Mapping[int, tuple[Tensor, State | None]]  # by the id of the scores, which are kept with their state
 
     def holds_for(self, scores: Tensor) -> bool:
         known, before = self.states.get(id(scores), (None, None))
@@ -129,10 +135,10 @@ class _Found:
 def grow_budget(model: nn.Module, step: int, steps: int) -> None:
     """Drop what the budget allows after ``step``. Call it before the first step of a loop (step 0) and after each one.
 
-    Args: model: of mask_model; or a PeftModel, whose adapters select by themselves, and drop their whole budget from
-        the first step where nobody calls this; also in torch.compile, DistributedDataParallel or DataParallel. One
-        without a budget is left alone.
-    Raises: NonFiniteScores, naming the layer.
+    Args: model: A model from mask_model; or a PeftModel, whose adapters select by themselves, and drop their whole
+        budget from the first step if this is never called. It may be wrapped by torch.compile, DistributedDataParallel
+        or DataParallel. A model without a budget is not changed.
+    Raises: NonFiniteScores, which names the layer.
     """
     model = unwrapped(model)
     for holder in (model, *getattr(model, "peft_config", {}).values()):
@@ -151,23 +157,23 @@ def grow_budget(model: nn.Module, step: int, steps: int) -> None:
 
 
 def budget_of(holder: Any) -> Budget | None:
-    """The budget of a masked model or of an adapter's configuration in PEFT; None if each layer keeps its own share."""
+    """Return the budget of a masked model or an adapter's PEFT configuration; None if each layer has its own share."""
     return getattr(holder, _BUDGET, None)
 
 
 def keep_budget(holder: Any, budget: Budget | None) -> None:
-    """budget_of(holder) is this from now on."""
+    """Store the budget on holder, for budget_of."""
     if budget is not None or hasattr(holder, _BUDGET):
         setattr(holder, _BUDGET, budget)
 
 
 def make_budget(mask: MaskConfig, weights: int) -> Budget | None:
-    """The budget that ``mask`` asks for on so many masked weights, or None."""
+    """Return the budget that ``mask`` asks for, or None. weights: number of masked weights."""
     return None if mask.budget is None else Budget(mask.budget, mask.budget_ramp, mask.mode, weights)
 
 
 def load_with_threshold(module: MaskedLayer) -> None:
-    """Let the layer load the threshold that was saved with its scores, in place of its own."""
+    """Let the layer replace its threshold by the one that was saved with its scores when it loads them."""
     module.register_load_state_dict_pre_hook(_take_rule)
 
 
@@ -180,10 +186,10 @@ def _take_rule(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any)
 
 @torch.no_grad()
 def magnitude_scores(weights: Sequence[Tensor]) -> Iterator[Tensor]:
-    """fp32 scores |weight| of each matrix, all in one scale: root mean square 0.02 over the weights of all together.
+    """Yield fp32 scores |weight| of each matrix with one common scale: root mean square 0.02 over all weights together.
 
-    So the smallest weights of the model are dropped first. (MaskedLinear's own have that root mean square in each
-    matrix, which would drop the same share of each.) Weights of 0 are kept, as there.
+    So the smallest weights of the model are dropped first. (MaskedLinear's own scores have that root mean square in
+    each matrix, which would drop the same share of each.) As there, weights of 0 are kept.
     """
     squares = sum(float(weight.float().square().sum(dtype=torch.float64)) for weight in weights)
     scale = _SCALE / max(squares / sum(weight.numel() for weight in weights), torch.finfo(torch.float32).tiny) ** 0.5

@@ -13,7 +13,7 @@ from mft.budget.budget import grow_budget
 
 
 class BudgetCallback(TrainerCallback):
-    """Grows what a model's masks may drop over a trainer's steps, and selects after each one; see grow_budget."""
+    """Grows a model's budget over a trainer's steps, and selects the masks after each step; see grow_budget."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         grow_budget(model, state.global_step, state.max_steps)
