@@ -2,12 +2,12 @@
 
 from .ops.checks import check_torch
 
-check_torch()  # before anything asks an older torch for what it lacks
+check_torch()  # first: the imports below need what an older torch lacks
 
 from ._version import __version__ as __version__
-from .backends import cpu, cuda, triton  # noqa: F401  (they enter themselves into the table)
+from .backends import cpu, cuda, triton  # noqa: F401  (they register themselves in the table)
 from .backends.table import backend_report, import_entry_points
-from .layers import maskable  # noqa: F401  (torch's hook)
+from .layers import maskable  # noqa: F401  (it registers a hook of torch)
 from .layers.attention import MaskedMultiheadAttention
 from .layers.grouped_linear import MaskedGroupedLinear
 from .layers.linear import MaskedLinear
@@ -51,4 +51,4 @@ __all__ = [
     "unpack_mask",
 ]
 
-import_entry_points()  # last: those modules import what is above
+import_entry_points()  # last: those modules import the names above

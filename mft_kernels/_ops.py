@@ -1,4 +1,4 @@
-"""The namespace of the ops: all that names it. A build for the Kernel Hub has another (docs/how-to/kernel-hub.md)."""
+"""The namespace of the ops, named only here. A build for the Kernel Hub has another (docs/how-to/kernel-hub.md)."""
 
 import torch
 
@@ -6,5 +6,5 @@ ops = torch.ops.mft
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
-    """An op's whole name."""
+    """Return an op's full name, with its namespace."""
     return f"{ops.name}::{op_name}"

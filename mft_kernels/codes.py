@@ -1,7 +1,7 @@
-"""Quantised weights: a class per format, with its checks and its decoding in plain PyTorch, which defines it.
+"""Quantised weights: one class per format, with its checks and the decoding in plain PyTorch that defines it.
 
-A new table of 16 levels is a class here, entered into FORMATS: kernels take its levels and block from there.
-nf4 and int8 are those of bitsandbytes 0.50. Everything is decoded in fp32 and rounded once to the dtype asked for.
+To add a table of 16 levels, add a class here and enter it into FORMATS: kernels take its levels and block from there.
+nf4 and int8 are those of bitsandbytes 0.50. Weights are decoded in fp32 and rounded once to the requested dtype.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 INT8_LARGEST = 127
-NESTED_BLOCK = 256  # codes of an absmax that share one
+NESTED_BLOCK = 256  # codes of absmax that share a nested absmax
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -36,10 +36,11 @@ NF4 = (
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight (N, K) that is held as codes and scales, and decoded where it is multiplied.
+    """A weight (N, K) that is held as codes and scales, and decoded during a product.
 
     Attributes:
-        codes: of code_dtype. scales: the tensors that a format needs beside them, in its order.
+        codes: of dtype code_dtype.
+        scales: the tensors that the format needs to decode them, in its order.
         shape: (N, K).
         has_coded_scales: whether the scales may be codes too, with tensors that decode them.
     """
@@ -54,27 +55,27 @@ class Codes:
 
     @classmethod
     def code_shape(cls, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of the codes of a weight of ``shape``; one dimension stands for any shape of as many elements."""
+        """Return the shape of a weight's codes. A 1-d shape stands for any shape with as many elements."""
         raise NotImplementedError
 
     @classmethod
     def scales_expected(cls, shape: Sequence[int], count: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of each of ``count`` scales. Raises: ValueError if the format has not so many."""
+        """Return name, shape and dtype of ``count`` scales. Raises: ValueError if the format has another number."""
         if count != 1:
             raise ValueError(f"absmax must be one tensor for {cls.name}, got {count}")
         return [("absmax", (cls.scale_count(shape),), torch.float32)]
 
     @classmethod
     def scale_count(cls, shape: Sequence[int]) -> int:
-        """Of a weight of ``shape``."""
+        """Return the number of scales of a weight of ``shape``."""
         raise NotImplementedError
 
     def decode(self) -> Tensor:
-        """The dense weight (N, K) in fp32."""
+        """Return the dense weight (N, K) in fp32."""
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight (N, K), rounded once to ``dtype``."""
+        """Return the dense weight (N, K), rounded once to ``dtype``."""
         return self.decode().to(dtype)
 
 
@@ -101,8 +102,8 @@ class Table(Codes):
     Two codes per byte, the first in the high bits.
 
     Attributes:
-        levels: 16, each 0 or from 1e-7 to 1e7 in magnitude, for which the kernels round as decode() does.
-        block: weights that share a scale, a power of two.
+        levels: 16 numbers, each 0 or from 1e-7 to 1e7 in magnitude, so that the kernels round as decode() does.
+        block: how many weights share a scale, a power of two.
     """
 
     code_dtype = torch.uint8
@@ -120,7 +121,7 @@ class Table(Codes):
     @classmethod
     @functools.cache
     def levels_on(cls, device: torch.device) -> Tensor:
-        """The levels in fp32, (16,)."""
+        """Return the levels in fp32, (16,)."""
         return torch.tensor(cls.levels, dtype=torch.float32, device=device)
 
     def decode(self):
@@ -131,7 +132,7 @@ class Table(Codes):
         return (self.levels_on(codes.device)[both.int()] * scales).view(*self.shape)
 
     def block_scales(self) -> Tensor:
-        """fp32, one per block of weights."""
+        """Return the scales in fp32, one per block of weights."""
         return self.scales[0]
 
 

@@ -1,4 +1,4 @@
-"""What an op hands to a backend: a weight, and what tells which of its elements are kept.
+"""The operands that an op passes to a backend: a weight, and what tells which of its elements are kept.
 
 A weight is a matrix (a tensor), codes that stand for one (codes.py), or the matrices of experts.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from .codes import Codes
 
 MODES = ("magnitude", "value")
-MOST_MASKS = 16  # of a product with a mask per row: a kernel takes the address of each
+MOST_MASKS = 16  # in a product with one mask per row: a kernel takes the address of each mask
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Keep:
     Attributes:
         source: scores of the weight's shape, (N, K) or (E, N, K); or int32 words, (N, ceil(K / 32)) or
             (E, N, ceil(K / 32)), see pack_mask.
-        thresholds: of scores, in their dtype: () for all or (N,), one per row; for experts (E,). None: source is words.
+        thresholds: in the scores' dtype: () for all; (N,), one per row; or (E,) for experts. None: source is words.
         mode: "magnitude" or "value", see masked_linear; "packed" for words.
     """
 
@@ -33,12 +33,12 @@ class Keep:
 
     @property
     def words(self) -> Tensor | None:
-        """The packed mask, where it is one."""
+        """The packed mask, or None if scores tell what is kept."""
         return self.source if self.thresholds is None else None
 
     @property
     def scores(self) -> Tensor | None:
-        """The scores, where they tell what is kept."""
+        """The scores, or None if source is a packed mask."""
         return None if self.thresholds is None else self.source
 
     @property
@@ -48,12 +48,12 @@ class Keep:
 
     @property
     def threshold_stride(self) -> int:
-        """From one row's threshold to the next; 0 where all rows share one."""
+        """Distance from one row's threshold to the next; 0 if all rows share one."""
         return self.thresholds.stride(0) if self.thresholds is not None and self.by_row else 0
 
     @property
     def tiled(self) -> tuple[Tensor, ...]:
-        """What is read in tiles of the weight's shape: the scores. Packed words are read one by one."""
+        """The tensors that are read in tiles of the weight's shape: the scores. Packed words are read one by one."""
         return () if self.scores is None else (self.scores,)
 
     @property
@@ -64,7 +64,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class KeepByTask:
-    """Packed masks (N, ceil(K / 32)) of one matrix, and for each row of the tokens the place of its mask.
+    """Packed masks (N, ceil(K / 32)) of one matrix, and for each row of the tokens the index of its mask.
 
     Attributes: tasks: integers (rows,); -1 keeps all. Tokens are (rows, ..., features).
     """
@@ -85,7 +85,7 @@ Weight = Tensor | Codes | Experts
 
 
 def dtypes_of(tokens: Tensor, weight: Weight, keep: Keep | KeepByTask | None) -> tuple:
-    """The dtypes by which a backend is chosen: of the weight, or of the tokens for codes; then of the scores."""
+    """Return the dtypes by which a backend is chosen: of the weight (of the tokens for codes), then of the scores."""
     matrix = weight.matrices if isinstance(weight, Experts) else weight
     first = matrix.dtype if isinstance(matrix, Tensor) else tokens.dtype
     scores = keep.scores if isinstance(keep, Keep) else None
@@ -93,11 +93,11 @@ def dtypes_of(tokens: Tensor, weight: Weight, keep: Keep | KeepByTask | None) ->
 
 
 class Backward(NamedTuple):
-    """The gradients of product(x, weight, keep, bias, transposed=transposed) that a backend's ``gradients`` makes.
+    """The argument of a backend's ``gradients``, which differentiates product(x, weight, keep, bias, transposed=...).
 
     Attributes:
-        sign: as of Sums.
-        score_dtype: of d_scores.
+        sign: see Sums.
+        score_dtype: the dtype of d_scores.
         output_mask: which of d_x, d_weight, d_scores and d_bias are wanted; the others are (0,).
     """
 
@@ -112,17 +112,18 @@ class Backward(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the tokens, grad_output.T @ x, and what a backend's ``score_grad`` makes of them.
+    """The argument of a backend's ``score_grad``: sums over the tokens, grad_output.T @ x, and what to make from them.
 
     Attributes:
         grad_output: (..., N). x: (..., K).
         weight: (N, K), a factor of d_scores, or None.
-        sign: another factor: scores (N, K), whose sign is taken; their bits int32 (N, ceil(K / 32)), 1 for +; or None.
-        d_scores, d_weight: (N, K) contiguous, written in place, each only where it is given.
+        sign: another factor of d_scores: scores (N, K), whose sign is taken; the bits of their signs,
+            int32 (N, ceil(K / 32)), 1 for +; or None.
+        d_scores, d_weight: (N, K) contiguous, written in place; None if not wanted.
         accumulate: add to d_scores instead of replacing them.
-        offsets: then all matrices are those of experts, (E, N, K), and d_scores[e] is that of the rows of expert e: 0,
-            or as it was, if there are none. d_weight must be None.
-        keep: of d_weight, which is 0 where a weight is dropped.
+        offsets: if given, all matrices are those of experts, (E, N, K), and d_scores[e] comes from the rows of expert
+            e. Without rows it is 0, or unchanged if accumulate. d_weight must be None.
+        keep: the mask for d_weight, which is 0 where a weight is dropped.
     """
 
     grad_output: Tensor
@@ -140,7 +141,7 @@ class Sums(NamedTuple):
 class Update:
     """One optimiser step on a matrix of scores, in place; see score_step for each field.
 
-    grad and weight are (N, K), of any strides; scores and moments are contiguous.
+    grad and weight are (N, K) with any strides; scores and moments are contiguous.
     """
 
     scores: Tensor
@@ -149,7 +150,7 @@ class Update:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     scales: Tensor | None
-    step: Any  # and lr: numbers, or tensors () on the scores' device
+    step: Any  # step and lr: numbers, or tensors () on the scores' device
     lr: Any
     beta1: float
     beta2: float
@@ -168,21 +169,21 @@ class Update:
 
     @property
     def correction(self) -> float:
-        """Bias correction of the second moment's root: a divisor of exact moments, a factor of 8-bit ones."""
+        """Bias correction of the second moment's root: a divisor for exact moments, a factor for 8-bit ones."""
         return (1 - self.beta2**self.step) ** (0.5 if self.scales is None else -0.5)
 
     @property
     def decay(self) -> float:
-        """What the scores are multiplied by."""
+        """The factor by which weight decay multiplies the scores."""
         return 1 - self.lr * self.weight_decay
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Scores, gradient, weight, moments and scales, all contiguous."""
+        """Return scores, gradient, weight, moments and scales, all contiguous."""
         weight = None if self.weight is None else self.weight.contiguous()
         return self.scores, self.grad.contiguous(), weight, self.exp_avg, self.exp_avg_sq, self.scales
 
     def until_seed(self) -> tuple:
-        """The first fifteen arguments of score_step_ in both C++ libraries."""
+        """Return the first fifteen arguments of score_step_ in both C++ libraries."""
         return (
             *self.tensors(),
             self.step,
@@ -197,16 +198,17 @@ class Update:
         )
 
     def on_host(self) -> "Update":
-        """With numbers for step and lr, where the host may wait for them."""
+        """Return this update with numbers for step and lr. The host may wait for them."""
         if not isinstance(self.step, Tensor):
             return self
         return replace(self, step=int(self.step), lr=float(self.lr))
 
     def by_clock(self) -> tuple["Update", Tensor | None]:
-        """(with numbers for step and lr, which count for nothing where there is a clock; the clock, or None).
+        """Return this update with numbers for step and lr, and the clock. With a clock, the numbers do not count.
 
-        The clock is what changes from step to step, as kernels read it from memory: int32 (4,), the step's number and
-        the bits of decay, -step_size and correction in fp32. They are computed in double, as the numbers are.
+        The clock holds what changes from step to step, for kernels to read from memory: int32 (4,), the step's number
+        and the bits of decay, -step_size and correction in fp32. They are computed in double, like the numbers. The
+        clock is None if step and lr are numbers already.
         """
         if not isinstance(self.step, Tensor):
             return self, None

@@ -1,4 +1,4 @@
-"""MaskAdamW: AdamW over scores, its moments in 8 bits, through score_step."""
+"""MaskAdamW: AdamW on scores, with moments in 8 bits or fp32, by the op score_step."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,33 +16,33 @@ from .page_locked import empty_locked, zeros_locked
 from .shards import bands_of, check_spread, is_spread, rows_here, split_bands, spread_like
 
 MOMENTS = ("8bit", "fp32")
-_PLACE_BITS = 20  # of a key are a parameter's place; the 12 above are the band of one that is spread
+_PLACE_BITS = 20  # lowest bits of a key: the parameter's place; the 12 above: the band, if it is spread
 
 
 class MaskAdamW(Optimizer):
-    """AdamW over score matrices: fp32, or bf16 and int16 fixed point, which are rounded stochastically.
+    """AdamW for score matrices in fp32, bf16 or int16 fixed point. The 16-bit ones are rounded stochastically.
 
-    Either step(), as any optimiser, on every parameter that has a .grad (d_scores, of any shape); or step_one() on one
-    matrix from grad_output.T @ x, whose factors weight and sign(scores) the step applies, and whose next mask it finds.
+    step() works like that of any optimiser, on every parameter that has a .grad (d_scores, of any shape). step_one()
+    steps one matrix from grad_output.T @ x: it applies the factors weight and sign(scores), and finds the next mask.
 
-    A parameter's stochastic rounding takes seed * 2^32 + the parameter's place among all parameters, and its step. So
-    a run that is resumed from state_dict repeats bit for bit, as long as parameters are given in the same order.
+    A parameter's stochastic rounding depends on seed * 2^32 + the parameter's place among all parameters, and on its
+    step. So a run that is resumed from state_dict repeats bit for bit if parameters are given in the same order.
 
     Parameters that fully_shard (FSDP2) has spread are DTensors, and so are their moments. Each process steps its own
-    rows, and the result is the same bits on any number of processes. With fp32 scores and moments they are those of
-    plain parameters too; else a matrix is rounded in bands of rows (shards.py), which has the same errors.
+    rows, and the result has the same bits on any number of processes. With fp32 scores and moments, plain parameters
+    give the same bits too. Otherwise a matrix is rounded in bands of rows (shards.py), with the same errors.
 
     Args:
-        params: tensors or groups of them; float32, bfloat16, or int16 with requires_grad=False (those take step_one).
-        lr: score units a step; the paper's 2e-5 moves a score by 0.1 % of the usual scale of 0.02.
-        moments: "8bit", 2 bytes a weight and 2 floats a block of 256, or "fp32", which with fp32 scores is
+        params: tensors or groups of tensors; float32, bfloat16, or int16 with requires_grad=False, for step_one only.
+        lr: score units per step; the paper's 2e-5 moves a score by 0.1 % of the usual scale of 0.02.
+        moments: "8bit", with 2 bytes per weight and 2 floats per block of 256; or "fp32", which with fp32 scores equals
             torch.optim.AdamW(foreach=False) bit for bit.
         mode: "magnitude" or "value"; for step_one.
         seed: in [0, 2^31).
-        capturable: count the steps on the device, so that a CUDA graph that captured a step counts on in each replay.
-            lr may then be a tensor () on that device, which replays read; a number is that of the capture. Each
-            parameter takes a step before the capture, which makes its moments.
-    lr, betas, eps, weight_decay, moments, mode, seed and capturable are options of each group.
+        capturable: count the steps on the device, so that each replay of a CUDA graph with a captured step counts too.
+            lr may then be a tensor () on that device, which each replay reads; a number keeps its value of the capture.
+            Each parameter must take a step before the capture, which makes its moments.
+    Each group may have its own lr, betas, eps, weight_decay, moments, mode, seed and capturable.
     Raises: ValueError or TypeError, naming the option. ValueError for parameters that are not spread by rows, or not in
         whole bands.
     """
@@ -64,7 +64,7 @@ class MaskAdamW(Optimizer):
         super().__init__(params, options | {"moments": moments, "mode": mode, "seed": seed, "capturable": capturable})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also of an optimiser that was saved before there was ``capturable``."""
+        """Restore a pickled state, also one without ``capturable``."""
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("capturable", False)
@@ -99,7 +99,7 @@ class MaskAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter with a .grad. Returns what closure returned, or None."""
+        """Step every parameter that has a .grad. Return what closure returned, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -122,25 +122,25 @@ class MaskAdamW(Optimizer):
         keep_ratio: float | None = None,
         threshold: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """score_step on one of params, (N, K), with the options of its group; its step counter rises by one.
+        """Run score_step on one of params with the options of its group, and count the step.
 
         Args:
-            p: also of experts, (E, N, K), of each of which keep_ratio is kept then.
-            grad, weight, grad_scale, keep_ratio, threshold: see score_step; grad and weight are of p's shape. For a
-                spread p grad and weight are plain tensors, this process's rows, and keep_ratio is None: no process
+            p: (N, K), or (E, N, K) for experts, each of which then keeps keep_ratio.
+            grad, weight, grad_scale, keep_ratio, threshold: see score_step; grad and weight have p's shape. If p is
+                spread, grad and weight are plain tensors with this process's rows, and keep_ratio is None: no process
                 knows the threshold by itself.
-            tensors: copies of tensors(p) on grad's device, updated in place of those at rest.
-        Returns: (threshold, packed mask) of the new scores if keep_ratio is given; of experts (E,) and one each.
+            tensors: copies of tensors(p) on grad's device, updated instead of the originals.
+        Returns: (threshold, packed mask) of the new scores if keep_ratio is given. For experts, (E,) and one mask each.
         Raises: ValueError if p is not one of params.
         """
         asked = {"grad_scale": grad_scale, "keep_ratio": keep_ratio, "threshold": threshold}
         return self._step(p, grad, weight, self.tensors(p) if tensors is None else tensors, asked)
 
     def tensors(self, p: Tensor) -> dict[str, Tensor]:
-        """What a step of p updates, as it rests: "scores" (p itself), "exp_avg", "exp_avg_sq" and, in 8 bits, "scales".
+        """Return what a step of p updates: "scores" (p itself), "exp_avg", "exp_avg_sq" and, in 8 bits, "scales".
 
-        Moments begin at zero, on p's device and pinned where p is. Of a spread p all are this process's rows; scales
-        are (bands, 2, blocks of a band) then.
+        Moments begin at zero, on p's device, pinned if p is. If p is spread, all are this process's rows, and scales
+        have shape (bands, 2, blocks of a band).
         """
         group, _ = self._place(p)
         state = self.state[p]
@@ -169,9 +169,9 @@ class MaskAdamW(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take options and states, which are copied and keep their dtypes: torch's own method casts them to p's.
+        """Load options and states. States are copied and keep their dtypes; torch's own method casts them to p's.
 
-        Where steps are counted is not taken: it stays as each group has it.
+        ``capturable`` is not loaded: each group keeps its own.
         """
         capturable = [group["capturable"] for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -193,7 +193,7 @@ class MaskAdamW(Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True) if copy is None else copy
 
     def _place(self, p: Tensor) -> tuple[dict[str, Any], int]:
-        """p's group, and its place among all parameters."""
+        """Return p's group, and p's place among all parameters."""
         place = 0
         for group in self.param_groups:
             for other in group["params"]:
@@ -213,7 +213,7 @@ class MaskAdamW(Optimizer):
                     "number and the rate of this step; use MaskAdamW(..., capturable=True)"
                 )
             if isinstance(p, Scores):
-                p.in_graph = True  # as after Optimizer.step, for step_one
+                p.in_graph = True  # step_one is no Optimizer.step, after which a hook sets this
         if grad.is_sparse:
             raise TypeError("grad must be dense, got a sparse tensor; a score gradient has no zeros to leave out")
         if is_spread(p) and asked.get("keep_ratio") is not None:
@@ -245,9 +245,9 @@ class MaskAdamW(Optimizer):
 def _parts(
     p: Tensor, place: int, given: tuple[Tensor | None, ...], tensors: dict[str, Tensor]
 ) -> Iterator[tuple[int, Any]]:
-    """(the lower half of its key; scores, gradient, weight, moments and scales) of each matrix of a step.
+    """Yield (lower half of the key, (scores, gradient, weight, moments, scales)) for each matrix of a step.
 
-    All of p is one, unless it is spread: then each band is one, or what is rounded nowhere, all rows here.
+    A plain p is one matrix. If p is spread, each band is one; or all rows here are one, if nothing is rounded.
     """
     matrices, scales = (*given, tensors["exp_avg"], tensors["exp_avg_sq"]), tensors.get("scales")
     if not is_spread(p) or (scales is None and p.dtype == torch.float32):
@@ -264,9 +264,9 @@ def _is_captured() -> bool:
 
 
 def _as_matrix(tensor: Tensor | None) -> Tensor | None:
-    # An element-wise step does not ask for the shape; blocks of 256 run over the flattened tensor.
+    # The step is element-wise, so the shape does not matter. Blocks of 256 run over the flattened tensor.
     if tensor is None or tensor.dim() == 2:
         return tensor
-    if tensor.dim() == 3:  # rows of a length for which kernels are written
+    if tensor.dim() == 3:  # keeps rows of a length that kernels are written for
         return tensor.flatten(0, 1)
     return tensor.reshape(1, -1)

@@ -1,7 +1,7 @@
-"""Page-locked ("pinned") host memory of the size that is asked for.
+"""Page-locked ("pinned") host memory that is not rounded up to a power of two.
 
-torch's own allocator rounds pinned blocks up to powers of two: a matrix of 86 MiB takes 128. Here large tensors lie on
-pages of their own, which CUDA is told to lock.
+torch's own allocator rounds pinned blocks up to powers of two: a matrix of 86 MiB takes 128 MiB. Here each large tensor
+has its own pages, which CUDA locks.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SMALL = 1 << 20  # bytes: below, torch's allocator, of which rounding costs little and many tensors share a page
+_SMALL = 1 << 20  # bytes; torch's allocator serves less: rounding costs little there, and many tensors share a page
 _PORTABLE = 1  # cudaHostRegisterPortable: for all devices
 
 
 def empty_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Contiguous, in page-locked host memory: at least a MiB takes whole pages, less is rounded to a power of two.
+    """Return an uninitialised contiguous tensor in page-locked host memory.
+
+    A tensor of 1 MiB or more takes whole pages. A smaller one is rounded up to a power of two.
 
     Raises: torch.AcceleratorError or RuntimeError if CUDA cannot lock the memory.
     """
@@ -34,12 +36,12 @@ def zeros_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def page_locked(tensor: Tensor) -> Tensor:
-    """The tensor if it is page-locked, else a contiguous copy that is."""
+    """Return the tensor if it is page-locked, else a page-locked contiguous copy."""
     return tensor if tensor.is_pinned() else empty_locked(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 class _Pages(mmap.mmap):
-    """Anonymous pages, locked as long as something refers to them: a tensor made of them does."""
+    """Anonymous pages that stay locked as long as something refers to them, such as a tensor on them."""
 
     address = 0
 
@@ -61,6 +63,6 @@ def _register(address: int, size: int) -> None:
 
 
 def _unregister(address: int) -> None:
-    with contextlib.suppress(RuntimeError):  # of a device that has failed: nothing can be told of it any more
-        torch.cuda.synchronize()  # copies that are still under way
+    with contextlib.suppress(RuntimeError):  # raised if the device has failed; nothing is left to do then
+        torch.cuda.synchronize()  # wait for copies that still run
         torch.cuda.cudart().cudaHostUnregister(address)

@@ -1,8 +1,8 @@
-"""A matrix of which each process holds some rows: a DTensor, as fully_shard makes it, and its rows here.
+"""Matrices that are spread over processes by rows: DTensors, as fully_shard makes them.
 
-What depends on the place in a matrix must not depend on how many processes hold it. So a spread matrix is stepped in
-bands, equal groups of rows, each as a matrix of its own: 8-bit blocks do not cross the border of a band, and its random
-words have a key of their own.
+What depends on an element's place in a matrix must not depend on how many processes hold the matrix. So a spread matrix
+is stepped in bands, equal groups of rows, each like a separate matrix: 8-bit blocks do not cross the border of a band,
+and each band has its own key for random words.
 
     64 rows, 4 processes     process 0: bands 0 to 15     process 1: bands 16 to 31     ...
     64 rows, 2 processes     process 0: bands 0 to 31     process 1: bands 32 to 63
@@ -15,26 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_BANDS = 64  # of a matrix; so many processes can share it, and one process makes so many calls a step
+_MOST_BANDS = 64  # of a matrix: the most processes that can share it, and the most calls per step on one process
 
 
 def is_spread(tensor: Tensor) -> bool:
-    """Whether processes hold parts of it. Tells a DTensor without an import of torch.distributed.tensor."""
+    """Return whether processes hold parts of tensor: finds a DTensor without importing torch.distributed.tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def rows_here(tensor: Tensor) -> Tensor:
-    """The rows that this process holds, on their own memory; of a plain tensor all."""
+    """Return the rows that this process holds, without a copy; all rows of a plain tensor."""
     return tensor.detach().to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def bands_of(shape: torch.Size) -> int:
-    """How many bands a spread tensor has: experts (E, N, K) one each."""
+    """Return how many bands a spread tensor has. Experts (E, N, K) have one each."""
     return shape[0] if len(shape) == 3 else math.gcd(shape[0], _MOST_BANDS)
 
 
 def check_spread(name: str, tensor: Tensor, *, in_bands: bool) -> None:
-    """Raise ValueError unless a spread tensor is spread by rows; in_bands: and by whole bands."""
+    """Raise ValueError unless a spread tensor is spread by rows and, if in_bands, by whole bands."""
     placements = [place for place in tensor.placements if not place.is_replicate()]  # type: ignore[attr-defined]
     if [(place.is_shard(), getattr(place, "dim", None)) for place in placements] != [(True, 0)]:
         raise ValueError(
@@ -51,14 +51,14 @@ def check_spread(name: str, tensor: Tensor, *, in_bands: bool) -> None:
 
 
 def first_row(tensor: Tensor) -> int:
-    """The place of this process's first row of a spread tensor."""
+    """Return the index of this process's first row in a spread tensor."""
     rank, processes = _mesh(tensor)
     return min(rank * -(-tensor.shape[0] // processes), tensor.shape[0])
 
 
 def spread_like(local: Tensor, tensor: Tensor, shape: Sequence[int]) -> Any:
-    """A DTensor of this shape, spread as tensor is, of which local are the rows here."""
-    from torch.distributed.tensor import DTensor  # takes long
+    """Return a DTensor of this shape, spread like tensor. ``local`` holds the rows of this process."""
+    from torch.distributed.tensor import DTensor  # a slow import
 
     of: Any = tensor
     size = torch.Size(shape)
@@ -67,7 +67,7 @@ def spread_like(local: Tensor, tensor: Tensor, shape: Sequence[int]) -> Any:
 
 
 def split_bands(tensor: Tensor) -> Iterator[tuple[int, slice]]:
-    """(number, rows among those here) of each band that this process holds of a spread tensor."""
+    """Yield (number, rows among those here) of each band of a spread tensor that this process holds."""
     rows, here = tensor.shape[0] // bands_of(tensor.shape), rows_here(tensor).shape[0]
     first = first_row(tensor) // rows
     for place in range(here // rows):
@@ -75,6 +75,6 @@ def split_bands(tensor: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _mesh(tensor: Any) -> tuple[int, int]:
-    """(this process's place, how many) among those between which the rows are spread."""
+    """Return this process's place among the processes that share the rows, and their number."""
     at = next(i for i, place in enumerate(tensor.placements) if place.is_shard())
     return tensor.device_mesh.get_local_rank(at), tensor.device_mesh.size(at)

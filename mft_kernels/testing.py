@@ -26,7 +26,7 @@ def random_inputs(
     *,
     seed: int = 0,
 ) -> Inputs:
-    """Normal inputs at the scales of a language model's linear layer (weights and scores at 0.02)."""
+    """Return normal inputs at the scales of a language model's linear layer (weights and scores at 0.02)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -50,7 +50,7 @@ def integer_inputs(
     *,
     seed: int = 0,
 ) -> Inputs:
-    """Small integers, scores with many ties and zeros.
+    """Return inputs of small integers; scores have many ties and zeros.
 
     Products stay exact in any order while M, N, K <= 60: sums of +-1 products times a weight of at most 2 stay below
     256, so even bf16 (8 bits) holds them and results compare with torch.equal.
@@ -72,10 +72,11 @@ def integer_inputs(
 def detached_masked_linear(
     x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None = None, *, mode: str = "magnitude"
 ) -> Tensor:
-    """An independent formulation for plain autograd: weight * (mask + key - key.detach()), key |scores| or scores.
+    """Compute a masked linear layer in plain autograd, as x @ (weight * (mask + key - key.detach())).T + bias.
 
-    Its value is the masked product and its gradients are the straight-through ones, without a line of ours. It
-    multiplies where we select, so weights must be finite, and its d_weight is grad.T @ x masked, as ours.
+    key is |scores| or scores. The value is the masked product and the gradients are the straight-through ones, without
+    any code of ours. It multiplies where we select, so weights must be finite. Its d_weight is grad.T @ x masked, like
+    ours.
     """
     key = scores.abs() if mode == "magnitude" else scores
     mask = (key >= threshold).to(weight.dtype)

@@ -1,6 +1,6 @@
-"""Interleaved timing: a shared machine drifts by more than what is measured.
+"""Interleaved timing, because a shared machine drifts by more than the differences that are measured.
 
-So every round runs each competitor once, in a new order; ratios are taken within a round, and then their median over
+Every round runs each competitor once, in a new order. Ratios are taken within each round, and then their median over
 the rounds. Times are milliseconds.
 """
 
@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 SAMPLE_MS = 2.0  # the clock and the interpreter are then below 1 % of a sample
 
 Samples = dict[str, list[float]]
-Around = Callable[[str], AbstractContextManager[object]]  # of a competitor's name: what holds while it is called
+Around = Callable[[str], AbstractContextManager[object]]  # from a competitor's name, the context to call it in
 
 
 def time_interleaved(
@@ -25,9 +25,9 @@ def time_interleaved(
     seed: int = 0,
     around: Around = nullcontext,
 ) -> Samples:
-    """Milliseconds a call of each competitor, one sample a round, the mean of ``calls`` calls in a row.
+    """Return the milliseconds per call of each competitor: one sample per round, the mean of ``calls`` calls in a row.
 
-    One call of each, not timed, comes first.
+    Each competitor is called once before, without timing.
     """
     for name, call in competitors.items():
         _milliseconds(call, around(name))
@@ -42,7 +42,7 @@ def time_within(
     most: int = 21,
     around: Around = nullcontext,
 ) -> Samples:
-    """time_interleaved with as many rounds as fit in ``seconds``, between ``least`` and ``most``.
+    """Run time_interleaved with as many rounds as fit in ``seconds``, between ``least`` and ``most``.
 
     A sample lasts SAMPLE_MS or more, so that a fast competitor is called many times in a row.
     """
@@ -55,7 +55,7 @@ def time_within(
 
 
 def time_told(orders: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0) -> Samples:
-    """Interleaved too, where each order returns the milliseconds that it took."""
+    """Interleave ``orders``, functions that return the milliseconds that they took."""
     order = random.Random(seed)
     samples: Samples = {name: [] for name in orders}
     for _ in range(rounds):
@@ -65,7 +65,7 @@ def time_told(orders: Mapping[str, Callable[[], float]], rounds: int, seed: int 
 
 
 def median_ratio(samples: Samples, above: str, below: str) -> float:
-    """Time of ``above`` in units of ``below``, round by round; its median."""
+    """Return the median over the rounds of the time of ``above`` divided by that of ``below``."""
     return statistics.median(a / b for a, b in zip(samples[above], samples[below]))
 
 

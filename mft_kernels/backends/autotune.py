@@ -1,6 +1,6 @@
-"""Kernels that are chosen by measuring them once: MFT_AUTOTUNE=1, remembered by the process and on disk.
+"""Choose kernels by measuring them once (MFT_AUTOTUNE=1), and remember the choices in the process and on disk.
 
-torch.use_deterministic_algorithms(True) takes what is chosen without measuring.
+With torch.use_deterministic_algorithms(True) nothing is measured.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ logger = logging.getLogger("mft_kernels")
 
 AUTOTUNE = "MFT_AUTOTUNE"
 
-#: A measured winner has to be this much faster to overrule what would be taken without measuring: less is noise.
+#: A measured winner must be this much faster to replace the choice that is made without measuring. Less is noise.
 _MARGIN = 1.03
 
 
 def measuring() -> bool:
-    """Whether measurements are asked for. Raises: ValueError for what is neither 0 nor 1."""
+    """Return whether measurements are asked for. Raises: ValueError if the variable is neither 0 nor 1."""
     asked = os.environ.get(AUTOTUNE) or "0"
     if asked not in ("0", "1"):
         raise ValueError(f"{AUTOTUNE} must be 0 or 1, got {asked!r}; unset it to measure nothing")
@@ -31,18 +31,18 @@ def measuring() -> bool:
 
 
 def fastest(times: Mapping[str, float], default: str) -> str:
-    """The name of the least time, if that is clearly ahead of the default's."""
+    """Return the name with the least time if it is clearly faster than the default, else the default."""
     return min(times, key=lambda name: times[name] * (1 if name == default else _MARGIN))
 
 
 class Choices:
-    """What was chosen, in a file that belongs to what it was measured for: another machine or version measures anew.
+    """Choices that were measured, in a file for one machine and version. Another machine or version measures again.
 
     The file lies in $MFT_CACHE/kernels, else ~/.cache/mft/kernels; without it each process makes its own measurements.
 
     Args:
-        made_for: names and values, which differ wherever a measurement would not hold.
-        is_choice: whether a key can have that choice; of a file whose choices are not, nothing is taken.
+        made_for: names and values that differ if a measurement would not hold.
+        is_choice: tells whether a key can have a choice. A file with a choice that cannot be is ignored.
     """
 
     def __init__(self, made_for: Mapping[str, str], is_choice: Callable[[dict[str, Any], str], bool]) -> None:
@@ -60,11 +60,11 @@ class Choices:
             self._known = {}
 
     def get(self, key: Mapping[str, Any]) -> str | None:
-        """The choice for these facts; None: not measured."""
+        """Return the choice for these facts, or None if it was not measured."""
         return self._known.get(_text(key))
 
     def add(self, key: Mapping[str, Any], choice: str) -> None:
-        """Remember a choice, and add what is known to the file: whole or not at all."""
+        """Remember a choice, and add all known choices to the file, which is replaced atomically."""
         self._known[_text(key)] = choice
         try:
             others = self._read()
@@ -79,7 +79,7 @@ class Choices:
             self._told = True
 
     def _read(self) -> dict[str, str]:
-        """Raises: OSError; ValueError if the file is damaged or another's."""
+        """Return the choices of the file. Raises: OSError; ValueError if it is damaged or made for something else."""
         stored = _parsed(self.file.read_bytes())
         if not isinstance(stored, dict) or stored.get("made_for") != self._made_for:
             raise ValueError(f"it must be made for {self._made_for}")
@@ -105,7 +105,7 @@ class Choices:
 
 
 def _parsed(text: str | bytes) -> Any:
-    """Raises: ValueError for what is no JSON, or nests deeper than Python reads."""
+    """Parse JSON. Raises: ValueError if text is no JSON, or is nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""What setup.py has built: loads libmft_cpu.so and libmft_cuda.so, or says why not, and reads its _build.json."""
+"""Load what setup.py has built, libmft_cpu.so and libmft_cuda.so, or say why not; read its _build.json."""
 
 import ctypes
 import json
@@ -10,13 +10,13 @@ import torch
 from .._ops import ops
 
 PACKAGE = Path(__file__).parents[1]  # where setup.py puts what it builds
-# The libraries' ops, mft_cpu and mft_cuda beside mft.
+# The namespaces of the libraries' ops: mft_cpu and mft_cuda.
 cpu_ops = getattr(torch.ops, f"{ops.name}_cpu")
 cuda_ops = getattr(torch.ops, f"{ops.name}_cuda")
 
 
 def load(part: str, folder: Path = PACKAGE) -> str | None:
-    """Load the library of ``part`` ("cpu" or "cuda"), which defines its ops. Returns why there is none, or None."""
+    """Load the library of ``part`` ("cpu" or "cuda"), which defines its ops. Return None, or why it does not load."""
     variable, library = _variable(part), library_path(part, folder)
     if os.environ.get(variable) and not library.exists():
         return f"{variable} must be a library that exists, got {library}; unset it for the one that setup.py built"
@@ -34,9 +34,9 @@ def load(part: str, folder: Path = PACKAGE) -> str | None:
 
 
 def load_ops(library: Path, namespace: str) -> None:
-    """Load a library of ours, and have it define its ops in torch.ops.NAMESPACE.
+    """Load one of our libraries, and let it define its ops in torch.ops.NAMESPACE.
 
-    Raises: OSError for another library, RuntimeError where one of the ops is defined already.
+    Raises: OSError if it is not one of ours, RuntimeError if one of the ops is defined already.
     """
     torch.ops.load_library(library)
     loaded = ctypes.PyDLL(os.path.realpath(library))  # as torch loads it
@@ -51,7 +51,7 @@ def load_ops(library: Path, namespace: str) -> None:
 
 
 def library_path(part: str, folder: Path = PACKAGE) -> Path:
-    """Where the library of ``part`` is, if it is there."""
+    """Return the path where the library of ``part`` is expected."""
     return Path(os.environ.get(_variable(part)) or folder / f"libmft_{part}.so")
 
 
@@ -61,6 +61,9 @@ def _variable(part: str) -> str:
 
 
 def report(part: str, folder: Path = PACKAGE) -> dict:
-    """What setup.py wrote of that library: built or not, the reason, compilers, what was left out; {} if nothing."""
+    """Return what setup.py recorded about that library: built or not, the reason, compilers, what was left out.
+
+    The record is {} if there is none.
+    """
     path = folder / "_build.json"
     return json.loads(path.read_text()).get(part, {}) if path.exists() else {}

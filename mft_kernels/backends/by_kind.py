@@ -1,4 +1,4 @@
-"""The function "product" of a backend, from one function for each kind of weight and of mask."""
+"""Build the function "product" of a backend from one function for each kind of weight and of mask."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,15 @@ from ..operands import Experts, Keep, KeepByTask, Weight
 
 
 def product_by_kind(matrix: Callable, experts: Callable, codes: Callable, by_task: Callable) -> Callable[..., Tensor]:
-    """Each takes (a, weight, keep, bias, transposed): a matrix, experts, codes (keep may be None), or masks by task."""
+    """Return "product" from functions for a matrix, for experts, for codes (keep may be None) and for masks by task.
+
+    Each takes (a, weight, keep, bias, transposed).
+    """
 
     def product(
         a: Tensor, weight: Weight, keep: Keep | KeepByTask | None, bias: Tensor | None, *, transposed: bool = False
     ) -> Tensor:
-        """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0). See the reference."""
+        """Compute a @ where(keep, weight, 0).T + bias, without the .T if transposed; see the reference."""
         if isinstance(keep, KeepByTask):
             assert isinstance(weight, Tensor), "a mask per row is one on a dense matrix"
             return by_task(a, weight, keep, bias, transposed)

@@ -1,12 +1,14 @@
-"""Where CUDA's kernels were measured to be faster than what "auto" takes else: a table that `make gpu` writes, or none.
+"""Use the cuda backend where it was measured to be faster than the kernel that "auto" takes otherwise.
 
-faster.json lies beside this file if the build found one (benchmarks/results/gpu-faster.json):
+`make gpu` writes the table of measurements. If the build found one (benchmarks/results/gpu-faster.json), it is
+mft_kernels/faster.json:
 
     {"triton": "3.6", "capability": [9, 0], "ops": [{"op": "masked_linear", "dtypes": ["bfloat16", "bfloat16"],
      "sizes": {"512": false, "2048": true, "4096": true}}]}
 
-dtypes are those by which backends.choose is asked: of the weight, then of what tells the mask. A size is a number of
-tokens, of selections and steps one of scores. What lies between two sizes is faster where both are; beyond, nothing is.
+dtypes are those that backends.choose is called with: of the weight, then of what the mask comes from. A size is a
+number of tokens, or of scores for selections and steps. A size between two measured ones counts as faster if both are.
+A size outside of the measured range never does.
 """
 
 import functools
@@ -23,14 +25,14 @@ import torch
 logger = logging.getLogger("mft_kernels")
 
 TABLE = Path(__file__).parents[1] / "faster.json"
-#: Their first argument is tokens; the work of the others grows with the scores.
+#: Functions whose work grows with the tokens of their first argument. That of the others grows with the scores.
 OF_TOKENS = frozenset({"product", "score_grad", "gradients"})
 
 
 def where_faster(
     op: str, function: str, device: torch.device, dtypes: tuple[torch.dtype, ...], run: Callable, faster: Callable
 ) -> Callable:
-    """``run``, or a function that calls ``faster`` in its place for the sizes at which the table says so."""
+    """Return ``run``, or a function that calls ``faster`` instead for the sizes at which the table says so."""
     sizes = _sizes(op, device, dtypes)
     if not any(sizes.values()):
         return run
@@ -46,7 +48,7 @@ def where_faster(
 
 
 def size_of(function: str, first: Any) -> int:
-    """Tokens of a call, or scores, from its first argument."""
+    """Return the number of tokens of a call, or of scores, from its first argument."""
     if function not in OF_TOKENS:
         return first.scores.numel() if function == "step" else first.numel()
     tokens = first if function == "product" else first.grad_output
@@ -79,7 +81,7 @@ def _table() -> dict[str, Any]:
 
 
 def installed_triton() -> str:
-    """Its major and minor version, which decide the form of its kernels; "" without it."""
+    """Return Triton's major and minor version, which decide the form of its kernels; "" if it is not installed."""
     try:
         return ".".join(metadata.version("triton").split(".")[:2])
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""All gradients of a product, from a backend's two functions "product" and "score_grad"."""
+"""Compute all gradients of a product by a backend's two functions "product" and "score_grad"."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from ..reference.linear import Gradients
 
 
 def by_two_functions(product: Callable, score_grad: Callable) -> Callable[[Backward], Gradients]:
-    """The function "gradients" of a backend that makes no two of them in one launch."""
+    """Return the function "gradients" for a backend that does not compute several of them in one launch."""
 
     def gradients(asked: Backward) -> Gradients:
         grad, weight = asked.grad_output, asked.weight
@@ -31,7 +31,7 @@ def by_two_functions(product: Callable, score_grad: Callable) -> Callable[[Backw
                 d_weight.masked_fill_(~kept(asked.keep, matrices.shape), 0)
             if wants_scores:
                 score_grad(Sums(left, right, matrices, asked.sign, d_scores, offsets=offsets))
-            if wants_bias:  # sums over rows alone are sums of products with ones
+            if wants_bias:  # a sum over rows is a product with ones
                 d_bias = grad.new_empty(len(matrices), grad.shape[1], 1)
                 score_grad(Sums(grad, grad.new_ones(len(grad), 1), None, None, d_bias, offsets=offsets))
                 d_bias = d_bias.squeeze(-1)

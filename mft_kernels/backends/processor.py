@@ -1,10 +1,10 @@
-"""Which processor this is, and which instruction sets it has that kernels here are written in."""
+"""Detect the processor, and which of the instruction sets that our kernels use it has."""
 
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-# Best first, as the cpu library asks: what it calls each, and the flags of /proc/cpuinfo that it takes.
+# Best first, in the order of the cpu library: its name for each, and the flags of /proc/cpuinfo that it needs.
 NEEDS = {
     "amx": ("amx_tile", "amx_bf16"),
     "avx512_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
@@ -15,10 +15,10 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Processor:
-    """``features`` are those of NEEDS that it has, best first; the kernel may still refuse the use of one."""
+    """A processor. ``features`` are those of NEEDS that it has, best first; Linux may still refuse the use of one."""
 
     name: str
-    family: str  # "family 25 model 17", or "" where nothing says it
+    family: str  # "family 25 model 17", or "" if unknown
     features: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -26,7 +26,7 @@ class Processor:
 
 
 def this_processor() -> Processor:
-    """The first of /proc/cpuinfo; elsewhere its name alone."""
+    """Return the first processor of /proc/cpuinfo; on systems without that file, only its name."""
     try:
         return read_processor(Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -34,7 +34,7 @@ def this_processor() -> Processor:
 
 
 def read_processor(text: str) -> Processor:
-    """The first processor that the text of /proc/cpuinfo tells of."""
+    """Return the first processor in the text of /proc/cpuinfo."""
     lines = text.strip().split("\n\n")[0].splitlines()
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = set(fields.get("flags", "").split())

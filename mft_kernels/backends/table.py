@@ -1,6 +1,6 @@
-"""The table: which backend's function serves an op on a device, which one ``auto`` takes, and why not the others.
+"""The table of backends: whose function serves an op on a device, which one ``auto`` takes, and why not the others.
 
-Other packages enter theirs by ``register``; docs/how-to/adding-a-kernel.md shows how.
+Other packages add their backends by ``register``; docs/how-to/adding-a-kernel.md shows how.
 """
 
 import logging
@@ -27,8 +27,8 @@ ENTRY_POINTS = "mft_kernels.backends"
 
 
 Dtypes = tuple[torch.dtype, ...]
-#: What a backend may serve; functions.py of the reference says what each computes. A backend without "gradients" makes
-#: them by "product" and "score_grad"; the last three, of masks in place, are passes that the reference makes too.
+#: Functions that a backend may serve; reference/functions.py says what each computes. A backend without "gradients"
+#: uses "product" and "score_grad" for them. The last three are passes for masks in place, which the reference has too.
 FUNCTIONS = (
     *("product", "score_grad", "gradients", "select", "pack", "signs", "step", "decode"),
     *("put_aside", "put_back", "drop"),
@@ -50,21 +50,21 @@ class Backend:
     detail: str = ""  # what is running, for instance the instruction set
     automatic: Mapping[str, Callable] = field(default_factory=dict)  # what "auto" runs in place of some functions
     on_request: str | None = None  # why "auto" passes it over; None when it does not
-    short: Mapping[str, Callable] = field(default_factory=dict)  # by op: what declines, with None, an unusual call
+    short: Mapping[str, Callable] = field(default_factory=dict)  # by op: declines an unusual call by returning None
 
     def function(self, name: str, *, automatic: bool = False) -> Callable:
-        """One of FUNCTIONS, as a request by name runs it, or "auto"."""
+        """Return one of FUNCTIONS, as a request by name runs it, or as "auto" does if automatic."""
         chosen = {**self.functions, **self.automatic} if automatic else self.functions
         return chosen[name] if name in chosen else by_two_functions(chosen["product"], chosen["score_grad"])
 
     def takes_operand(self, operand: type) -> bool:
-        """Whether one of ``takes`` stands for this class."""
+        """Return whether one of ``takes`` stands for this class."""
         return issubclass(operand, tuple(self.takes))
 
     def refusal(
         self, function: str, device: torch.device, dtypes: Dtypes, operands: frozenset[type] = frozenset()
     ) -> str | None:
-        """Why this backend cannot serve ``function`` there; None when it can."""
+        """Return why this backend cannot serve ``function`` there; None if it can."""
         if self.unavailable is not None:
             return self.unavailable
         needed = ("product", "score_grad") if function == "gradients" else (function,)
@@ -92,19 +92,19 @@ class Request(NamedTuple):
 
 
 _TABLE: dict[str, Backend] = {}
-_order = list(PREFERENCE)  # with the backends from outside that have a place
+_order = list(PREFERENCE)  # with the registered backends that "auto" asks
 _announced: set[tuple[str, str]] = set()
 _chosen: dict[tuple, Callable] = {}  # what choose() has found, since the last backend was registered
-#: The short ways of what "auto" has taken for an op and a weight's dtype, since then too.
+#: By op and a weight's dtype, the short way of the backend that "auto" has taken, since the last registration too.
 short_ways: dict[tuple[str, torch.dtype], Callable] = {}
 
 
 def register(backend: Backend, *, before: str | None = None) -> None:
-    """Enter a backend into the table, under a name that is still free.
+    """Add a backend to the table, under a name that is still free.
 
     Args:
-        before: the backend that "auto" is to ask after this one. None: "auto" passes it over, and a request by name,
-            backend= or MFT_KERNELS, takes it.
+        before: the backend that "auto" asks after this one. None: "auto" never takes this one; only a request by
+            name does, with backend= or MFT_KERNELS.
     Raises: ValueError for a name that is taken or an unknown function.
     """
     if backend.name in ("", "auto"):
@@ -123,19 +123,19 @@ def register(backend: Backend, *, before: str | None = None) -> None:
 
 
 def registered(name: str) -> Backend:
-    """The backend of that name, for instance to borrow functions from. Raises: ValueError if there is none."""
+    """Return the backend of that name, for instance to use its functions. Raises: ValueError if there is none."""
     if name not in _TABLE:
         raise ValueError(f"name must be one of {tuple(_TABLE)}, got {name!r}; import the module that registers it")
     return _TABLE[name]
 
 
 def asked_for() -> str:
-    """What the environment variable MFT_KERNELS asks for: the name of a backend, or "auto"."""
+    """Return what the environment variable MFT_KERNELS asks for: the name of a backend, or "auto"."""
     return os.environ.get("MFT_KERNELS") or "auto"
 
 
 def import_entry_points() -> None:
-    """Import what other packages name in the group ENTRY_POINTS: each registers its backends."""
+    """Import the modules that other packages name in the group ENTRY_POINTS. Each registers its backends."""
     for entry_point in metadata.entry_points(group=ENTRY_POINTS):
         entry_point.load()
 
@@ -149,12 +149,13 @@ def choose(
     op: str | None = None,
     operands: frozenset[type] = frozenset(),
 ) -> Callable:
-    """The function that serves a call on ``device``.
+    """Return the function that serves a call on ``device``.
 
     Args:
-        function: one of FUNCTIONS. operands: what the call has of OPERANDS or their subclasses.
+        function: one of FUNCTIONS.
+        operands: the classes among the call's operands that are OPERANDS or their subclasses.
         requested: "auto" or a backend's name; with "auto" the environment variable MFT_KERNELS may name one.
-        op: the op that asks; the function's name unless given.
+        op: the op that asks; by default the function's name.
     Raises: ValueError for an unknown name; RuntimeError, with the reason, when a named backend cannot serve the call.
     """
     source = "backend"
@@ -168,7 +169,7 @@ def choose(
 
 
 def backend_report() -> dict[str, dict]:
-    """What is available, what ``auto`` chooses (MFT_KERNELS aside) and why not the others.
+    """Return which backends are available, which one ``auto`` chooses without MFT_KERNELS, and why not the others.
 
     Returns: {"backends": {name: {"available": bool, "detail": str, "reason": str | None}},
     "auto": {device type: name}}, for the device types that this machine has.
@@ -192,7 +193,7 @@ def _find(call: Request, requested: str, source: str) -> Callable:
         backend = _automatic(call)
         run = backend.function(call.function, automatic=True)
         chosen = _or_faster(call, run)
-        if chosen is run and call.op in backend.short:  # which knows nothing of CUDA's kernels
+        if chosen is run and call.op in backend.short:  # a short way never takes CUDA's kernels
             short_ways[call.op, call.dtypes[0]] = backend.short[call.op]
         return chosen
     if requested not in _names():
@@ -207,7 +208,7 @@ def _find(call: Request, requested: str, source: str) -> Callable:
 
 
 def _names() -> list[str]:
-    """In the order in which "auto" asks, then those that it does not ask."""
+    """Return the names in the order in which "auto" asks, then those that it does not ask."""
     return [*_order, *(name for name in _TABLE if name not in _order)]
 
 
@@ -231,7 +232,7 @@ def _automatic(call: Request) -> Backend:
 
 
 def _or_faster(call: Request, run: Callable) -> Callable:
-    """What "auto" runs: ``run``, and CUDA's kernel where a stored measurement says that it is faster."""
+    """Return what "auto" runs: ``run``, or CUDA's kernel for sizes at which a stored measurement says it is faster."""
     if call.device.type != "cuda" or _refusal("cuda", call) is not None:
         return run
     cuda = _TABLE["cuda"].function(call.function)
@@ -243,7 +244,7 @@ def _announce(call: Request, chosen: str, refusals: list[tuple[str, str]]) -> No
     if (call.op, device_type) in _announced:
         return
     _announced.add((call.op, device_type))
-    # A slow path where a kernel of ours exists for this device is worth a warning; the rest is information.
+    # A slow path deserves a warning if one of our kernels exists for this device. The rest is information.
     missed = [n for n, _ in refusals if n in _TABLE and device_type in _TABLE[n].device_types]
     level = logging.WARNING if chosen == "reference" and missed else logging.INFO
     why = "; ".join(f"not {name}: {reason}" for name, reason in refusals)

@@ -1,1 +1,1 @@
-"""Modules with scores: MaskedLinear and its kin, and what can be masked at all."""
+"""Modules with scores, such as MaskedLinear, and the rules for which modules can be masked."""

@@ -1,6 +1,6 @@
 """MaskedMultiheadAttention: nn.MultiheadAttention that calls its projections, so that each may be a masked layer.
 
-torch's computes with in_proj_weight and out_proj.weight itself, past whatever would stand in a layer's place.
+torch's own class multiplies by in_proj_weight and out_proj.weight itself, so a masked layer there would not be called.
 """
 
 import math
@@ -20,16 +20,17 @@ _PARAMETERS = (*_WEIGHTS, "in_proj_bias", "bias_k", "bias_v")
 
 
 class MaskedMultiheadAttention(nn.Module):
-    """What nn.MultiheadAttention computes, by projections that are layers, each of which may be masked.
+    """nn.MultiheadAttention with projections that are layers, each of which may be masked.
 
         attention = MaskedMultiheadAttention.from_attention(attention)
         attention.in_proj = MaskedLinear.from_linear(attention.in_proj)
 
-    It is called as that one is, and gives its results but for rounding; in eval mode, too, by torch's slow path.
+    It takes the same arguments as nn.MultiheadAttention and gives the same results, except for rounding. In eval mode,
+    too, it computes as torch's slow path does.
 
-    Layers: in_proj (3 * embed_dim, embed_dim) for queries, keys and values, or q_proj, k_proj and v_proj where kdim or
-        vdim differ from embed_dim; out_proj. In cross-attention in_proj makes all three of the queries and of the keys,
-        of which a part is taken. bias_k and bias_v stay parameters.
+    The layers are in_proj (3 * embed_dim, embed_dim) for queries, keys and values, or q_proj, k_proj and v_proj if kdim
+    or vdim differ from embed_dim; and out_proj. In cross-attention, in_proj makes all three projections of the queries
+    and of the keys, and only the needed part of each is used. bias_k and bias_v stay parameters.
     """
 
     masks_weight = True  # see maskable.py
@@ -54,9 +55,9 @@ class MaskedMultiheadAttention(nn.Module):
 
     @classmethod
     def from_attention(cls, attention: nn.MultiheadAttention) -> "MaskedMultiheadAttention":
-        """On the parameters of ``attention``, in its training mode; its projections are not masked yet.
+        """Make one on the parameters of ``attention``, in its training mode. Its projections are not masked yet.
 
-        Raises: TypeError if it is none; ValueError if it does more than nn.MultiheadAttention.
+        Raises: TypeError if it is no nn.MultiheadAttention; ValueError if it does more than nn.MultiheadAttention.
         """
         if not isinstance(attention, nn.MultiheadAttention):
             raise TypeError(f"attention must be an nn.MultiheadAttention, got {type(attention).__name__}")
@@ -79,7 +80,7 @@ class MaskedMultiheadAttention(nn.Module):
         self.register_parameter("bias_v", attention.bias_v)
 
     def to_attention(self) -> nn.MultiheadAttention:
-        """What from_attention was given, of its class, with the parameters that the projections have now.
+        """Return an attention of the class that from_attention was given, with the projections' current parameters.
 
         Raises: ValueError if a projection is no nn.Linear, such as a masked one before its ``merge()``.
         """
@@ -89,14 +90,14 @@ class MaskedMultiheadAttention(nn.Module):
         parts: dict[str, Any] = {name: getattr(self, name) for name in (*_WEIGHTS, "bias_k", "bias_v", "out_proj")}
         parts["in_proj_bias"] = self.in_proj_bias
         attention: Any = filled(self._shell[0], **parts)
-        attention.dropout, attention.batch_first = self.dropout, self.batch_first  # which may have been changed
+        attention.dropout, attention.batch_first = self.dropout, self.batch_first  # may have been changed
         return attention.train(self.training)
 
-    # nn.TransformerEncoder and its layers ask for these to choose their way. They are what lies under the masks.
+    # nn.TransformerEncoder and its layers read these to choose between fast and slow path. They are without masks.
 
     @property
     def in_proj_weight(self) -> nn.Parameter | None:
-        """(3 * embed_dim, embed_dim) without a mask; None if there are q_proj_weight and the like."""
+        """The weight (3 * embed_dim, embed_dim) without a mask; None if there are q_proj, k_proj and v_proj instead."""
         return self.in_proj.weight if self._qkv_same_embed_dim else None
 
     @property
@@ -113,7 +114,7 @@ class MaskedMultiheadAttention(nn.Module):
 
     @property
     def in_proj_bias(self) -> nn.Parameter | None:
-        """(3 * embed_dim,); made anew by each access if there are q_proj and the like."""
+        """The bias (3 * embed_dim,). If there are q_proj, k_proj and v_proj instead, each access makes a new one."""
         if self._qkv_same_embed_dim:
             return self.in_proj.bias
         biases = [layer.bias for layer in (self.q_proj, self.k_proj, self.v_proj)]
@@ -130,9 +131,9 @@ class MaskedMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Arguments and results as of nn.MultiheadAttention.forward.
+        """Compute attention with the arguments and results of nn.MultiheadAttention.forward.
 
-        Raises: ValueError for masks of other shapes, and for what torch's takes in no nested tensor either.
+        Raises: ValueError for masks of other shapes, and for nested tensors in cases that torch does not take either.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             alone = query is key is value and key_padding_mask is None and attn_mask is None
@@ -150,14 +151,14 @@ class MaskedMultiheadAttention(nn.Module):
         )
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask must be given with is_causal, a hint that it is the causal one, got None")
-        # (rows, tokens, width), which is what a layer with a mask a row asks for; what is one tensor stays one.
+        # (rows, tokens, width), which a layer with one mask per row needs. Arguments that are one tensor stay one.
         if not is_batched:
             query, key, value = _each(lambda x: x.unsqueeze(0), query, key, value)
             padding = None if padding is None else padding.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = _each(lambda x: x.transpose(0, 1), query, key, value)
         if is_causal and padding is None and not need_weights:
-            attn_mask = None  # the hint will do
+            attn_mask = None  # the hint is enough
         else:
             is_causal = False
         mask = self._mask(attn_mask, padding, len(query), query.shape[1], key.shape[1])
@@ -171,7 +172,10 @@ class MaskedMultiheadAttention(nn.Module):
     # ------------------------------------------------------------------------------------------ private
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, rows: int, queries: int, keys: int) -> Any:
-        """What is added to the products, (rows or 1, num_heads or 1, queries or 1, keys and what is added to them)."""
+        """Return what is added to the products, or None.
+
+        Shape (rows or 1, num_heads or 1, queries or 1, keys + those that bias_k and add_zero_attn add).
+        """
         mask = None
         if attn_mask is not None:
             shape = (queries, keys) if attn_mask.dim() == 2 else (rows * self.num_heads, queries, keys)
@@ -187,7 +191,7 @@ class MaskedMultiheadAttention(nn.Module):
         return mask if mask is None else F.pad(mask, (0, (self.bias_k is not None) + bool(self.add_zero_attn)))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each (rows, tokens, embed_dim)."""
+        """Return the projected queries, keys and values, each (rows, tokens, embed_dim)."""
         if not self._qkv_same_embed_dim:
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)
         if query is key is value:
@@ -199,7 +203,7 @@ class MaskedMultiheadAttention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """(rows, queries, embed_dim), and the weights (rows, num_heads, queries, keys) if they are needed."""
+        """Return y (rows, queries, embed_dim), and the weights (rows, num_heads, queries, keys) if they are needed."""
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (
                 torch.cat([x, more.expand(len(x), 1, -1)], dim=1) for x, more in ((k, self.bias_k), (v, self.bias_v))
@@ -225,7 +229,7 @@ class MaskedMultiheadAttention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2)), weights
 
     def _forward_nested(self, x: Tensor) -> Tensor:
-        """Of rows of several lengths, as nn.TransformerEncoder makes them of a padded batch."""
+        """Compute rows of several lengths, which nn.TransformerEncoder makes from a padded batch."""
         rows = x.unbind()
         lengths = [len(row) for row in rows]
         padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
@@ -239,7 +243,7 @@ class MaskedMultiheadAttention(nn.Module):
 
 
 def why_not_split(attention: nn.MultiheadAttention) -> str | None:
-    """Why attention cannot become a MaskedMultiheadAttention; None if it can."""
+    """Return why attention cannot become a MaskedMultiheadAttention; None if it can."""
     other = other_than(nn.MultiheadAttention, attention)
     if other is not None:
         return f"it lies in {other}: its forward is its own"
@@ -251,7 +255,7 @@ def why_not_split(attention: nn.MultiheadAttention) -> str | None:
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
-    """Its projections as layers on its parameters, by name: in_proj, or q_proj, k_proj and v_proj; out_proj."""
+    """Return the projections as layers on its parameters: in_proj, or q_proj, k_proj and v_proj; and out_proj."""
     bias = attention.in_proj_bias
     if attention.in_proj_weight is not None:
         packed = {"in_proj": linear_on(attention.in_proj_weight, bias)}
@@ -265,6 +269,6 @@ def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
 
 
 def _each(change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """change of each; of what is one tensor once."""
+    """Return change of each tensor. A tensor that is given twice is changed once."""
     k = change(key)
     return k if query is key else change(query), k, k if value is key else change(value)

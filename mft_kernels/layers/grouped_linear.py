@@ -1,4 +1,4 @@
-"""MaskedGroupedLinear: MaskedLinear of experts whose weights lie in one parameter. No mathematics."""
+"""MaskedGroupedLinear: MaskedLinear for experts whose weights are one parameter. No mathematics."""
 
 import torch
 from torch import Tensor
@@ -11,16 +11,17 @@ from .masked_layer import MaskedLayer
 
 
 class MaskedGroupedLinear(MaskedLayer):
-    """y[i] = x[i] @ where(keep[e], weight[e], 0).T + bias[e] for the rows i of expert e, which are sorted by expert.
+    """``y[i] = x[i] @ where(keep[e], weight[e], 0).T + bias[e]`` for the rows i of expert e. Rows are sorted by expert.
 
-    A mixture's experts as models of today store them, in one parameter; see masked_linear_grouped for rows and offsets.
-    Each expert keeps ``keep_ratio`` of its own weights; a fixed threshold is one for all of them. Weight and bias are
+    For models that store the experts of a mixture in one parameter. See masked_linear_grouped for rows and offsets.
+    Each expert keeps ``keep_ratio`` of its own weights; a fixed threshold holds for all of them. Weight and bias are
     frozen, scores are trained.
 
     Args:
-        weight: (E, N, K), on whose memory the layer lies. bias: (E, N).
-        transposed: weight is (E, K, N), and y is x @ where(keep, weight, 0), without the .T.
-        keep_ratio, mode, init, scores_dtype, threshold: as of MaskedLinear.
+        weight: (E, N, K). The layer uses its memory, without a copy.
+        bias: (E, N).
+        transposed: if True, weight is (E, K, N), and y is x @ where(keep, weight, 0), without the .T.
+        keep_ratio, mode, init, scores_dtype, threshold: see MaskedLinear.
         generator: draws the scores.
     Raises: ValueError or TypeError, naming the argument.
     """
@@ -54,7 +55,7 @@ class MaskedGroupedLinear(MaskedLayer):
         self._adopt(weight, bias, keep_ratio, mode, init, scores_dtype, threshold, generator)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x (T, K), sorted by expert; offsets int32 (E,), where each expert's rows end. Returns (T, N)."""
+        """Return y (T, N) for x (T, K), sorted by expert, and offsets int32 (E,), where each expert's rows end."""
         if self._held is not None:
             packed, grad_buffer, weight = self._held
             given = self.weight if weight is None else weight

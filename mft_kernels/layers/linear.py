@@ -13,22 +13,22 @@ from .shells import linear_on
 
 
 class MaskedLinear(MaskedLayer):
-    """y = x @ where(keep, weight, 0).T + bias, where keep are the top ``keep_ratio`` of the weights by |scores|.
+    """``y = x @ where(keep, weight, 0).T + bias``, which keeps the top ``keep_ratio`` of the weights by |scores|.
 
-    Weight and bias are frozen, scores are trained; their gradient passes straight through the comparison
-    (arXiv 2503.22764). The mask is found anew when the scores have changed, not in every forward.
+    Weight and bias are frozen, scores are trained. Their gradient passes straight through the comparison
+    (arXiv 2503.22764). The mask is selected again when the scores have changed, not in every forward.
 
     Args:
-        in_features, out_features, bias, device, dtype: as of nn.Linear.
+        in_features, out_features, bias, device, dtype: see nn.Linear.
         keep_ratio: share of the weights that is kept, in [0, 1].
         mode: "magnitude" keeps the largest |scores|, "value" the largest scores.
-        init: of the scores. "magnitude": |weight| scaled to a root mean square of 0.02, so that the first mask is the
-            magnitude mask but for weights of 0, which it keeps. "normal": N(0, 0.02), the paper's, with keep_ratio 0.9;
-            it drops weights at random. "constant": 0.02 with 1 % noise.
+        init: how scores start. "magnitude": |weight| scaled to a root mean square of 0.02, so that the first mask is
+            the magnitude mask, except that weights of 0 are kept. "normal": N(0, 0.02), as in the paper, which uses it
+            with keep_ratio 0.9; it drops weights at random. "constant": 0.02 with 1 % noise.
         scores_dtype: fp32 unless given (fp64 for an fp64 weight). 16-bit scores lose small updates to rounding, so
             they need an optimiser that rounds stochastically (MaskAdamW). int16 is fixed point (see fixed_point.py):
-            autograd gives it no gradient, so it learns through hold() alone. Casting the module leaves the scores'
-            dtype alone.
+            autograd gives it no gradient, so it learns only through hold(). Casting the module does not change the
+            scores' dtype.
         threshold: a fixed threshold instead of keep_ratio.
     Shapes: weight and scores (out_features, in_features), bias (out_features,); x (..., in_features).
     """
@@ -64,9 +64,9 @@ class MaskedLinear(MaskedLayer):
         threshold: float | None = None,
         generator: torch.Generator | None = None,
     ) -> "MaskedLinear":
-        """A masked layer on the memory of ``linear``'s weight and bias, in its training mode; arguments as the class's.
+        """Make a masked layer on the memory of ``linear``'s weight and bias, in its training mode.
 
-        ``generator`` draws the scores.
+        For the arguments see the class. ``generator`` draws the scores.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
@@ -102,16 +102,17 @@ class MaskedLinear(MaskedLayer):
             raise self._named(error) from None
 
     def _forward_nested(self, x: Tensor) -> Tensor:
-        """Of rows of several lengths, as nn.TransformerEncoder makes them of a padded batch: as one batch of all."""
+        """Compute rows of several lengths, which nn.TransformerEncoder makes from a padded batch, as one batch."""
         rows = x.unbind()
         y = self.forward(torch.cat(rows))
         return torch.nested.as_nested_tensor(list(y.split([len(row) for row in rows])), layout=x.layout)
 
     @torch.no_grad()
     def merge(self, *, alpha: float = 1.0) -> nn.Linear:
-        """An ordinary nn.Linear with the mask baked in: kept weights bit-equal, dropped ones +0. Copies.
+        """Return an ordinary nn.Linear with the mask baked in: kept weights bit-equal, dropped ones +0. It is a copy.
 
-        Args: alpha: as of merged_weight; below 1 dropped weights are scaled by 1 - alpha.
+        Args:
+            alpha: see merged_weight; below 1, dropped weights are scaled by 1 - alpha.
         """
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
         return linear_on(nn.Parameter(self.merged_weight(alpha=alpha)), bias).train(self.training)

@@ -1,15 +1,15 @@
-"""What can be masked: which linear layers, and in which places of the modules around them.
+"""What can be masked: which linear layers, and as which children of other modules.
 
 A masked layer does not multiply by its ``weight`` alone, so a parent that reads ``child.weight`` instead of calling the
-child would leave the mask out without a word. Of torch's modules these do (torch 2.11 to 2.13):
+child would silently leave the mask out. These modules of torch do so (torch 2.11 to 2.13):
 
     nn.MultiheadAttention        out_proj          always                         refused: see attention.py
     nn.LinearCrossEntropyLoss    linear            always                         refused
     nn.TransformerEncoderLayer   linear1, linear2, in its inference fast path     kept on its slow path
                                  self_attn
 
-The rule holds wherever a module is registered (``layer.linear1 = masked``, add_module, set_submodule): torch calls a
-hook there. Writing into ``_modules`` goes past it.
+A hook of torch applies this rule whenever a module is registered (``layer.linear1 = masked``, add_module,
+set_submodule). Writing into ``_modules`` bypasses it.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
-# Classes whose own forward is x @ weight.T + bias and no more. Others say so of themselves, by computes_linear = True.
+# Classes whose own forward is x @ weight.T + bias and no more. Other classes declare it by computes_linear = True.
 _LINEARS = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 _READERS = {"MultiheadAttention": ("out_proj",), "LinearCrossEntropyLoss": ("linear",)}  # the second since torch 2.13
 _INSTEAD = {
@@ -28,10 +28,10 @@ _INSTEAD = {
 
 
 def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
-    """Why module, of this kind or in its place, cannot be masked; None if it can.
+    """Return why a masked layer of this kind cannot replace module; None if it can.
 
     A masked layer computes what ``kind`` computes, from a weight of ordinary floating-point numbers, and nothing else.
-    So module's forward must be that of ``kind``, or its class one that is known to compute the same.
+    So module must have the forward of ``kind``, or a class that is known to compute the same.
     """
     other = other_than(kind, module)
     weight = module._parameters.get("weight")
@@ -45,7 +45,7 @@ def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | N
 
 
 def other_than(kind: type[nn.Module], module: nn.Module) -> str | None:
-    """What module is instead of a plain ``kind``; None if it has the forward of one."""
+    """Return what module is instead of a plain ``kind``; None if it has the forward of one."""
     code: Any = type(module)
     if code.forward is kind.forward and code.__call__ is kind.__call__:
         return None
@@ -53,7 +53,7 @@ def other_than(kind: type[nn.Module], module: nn.Module) -> str | None:
 
 
 def why_lost(module: nn.Module) -> str | None:
-    """What was done to this one module's forward, which nothing in its place would do; None if nothing."""
+    """Return what was done to this one module's forward, which a replacement would lose; None if nothing."""
     if hasattr(module, "_hf_hook") or "forward" in vars(module):
         return (
             "its forward is replaced (by a device_map of several devices or offloading, or patched): load it on one "
@@ -65,32 +65,35 @@ def why_lost(module: nn.Module) -> str | None:
 
 
 def why_no_scores(weight: Tensor) -> str | None:
-    """Why no mask can lie on a parameter like this; None if one can."""
+    """Return why a parameter like this cannot have a mask; None if it can."""
     if type(weight.data) not in (Tensor, FakeTensor) or not weight.is_floating_point() or weight.element_size() < 2:
         return f"it holds a {type(weight.data).__name__} of {weight.dtype}: masks need fp32, fp16 or bf16 weights"
     return None
 
 
 def why_not_there(parent: nn.Module, name: str) -> str | None:
-    """Why parent's child of this name cannot be a masked layer; None if it can."""
+    """Return why parent's child of this name cannot be a masked layer; None if it can."""
     reader = _reader(parent, name)
     return None if reader is None else f"nn.{reader} computes with {name}.weight itself and would leave the mask out"
 
 
 def has_slow_path(parent: nn.Module, name: str) -> bool:
-    """Whether parent reads this child's weights on its fast path alone, off which a masked layer keeps it."""
+    """Return whether parent reads this child's weights only on its fast path, which a masked layer turns off."""
     return isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2", "self_attn")
 
 
 def _computes_linear(code: type) -> bool:
-    """Whether code is in _LINEARS or has ``computes_linear = True``; neither holds for a subclass's own forward."""
+    """Return whether code is in _LINEARS or has ``computes_linear = True``.
+
+    A subclass with its own forward does not inherit either.
+    """
     decisive = {"computes_linear", "forward", "__call__"}
     nearest = next(each for each in code.__mro__ if decisive & vars(each).keys())  # nn.Module at the latest
     return bool(vars(nearest).get("computes_linear", _full_name(nearest) in _LINEARS))
 
 
 def _what_is_lost(code: type, kind: type, weight: Tensor | None) -> str:
-    """What a masked layer would leave out, in place of a layer of this class and weight, and what to do."""
+    """Return what a masked layer would leave out if it replaced a layer of this class and weight, and what to do."""
     why = None if weight is None else why_no_scores(weight)
     if why is not None:
         return f", and {why.removeprefix('it ')}"
@@ -118,7 +121,11 @@ def _reader(parent: nn.Module, name: str) -> str | None:
 
 
 def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
-    """Called by torch before child becomes parent.name. Classes say of themselves that they mask their weight."""
+    """Refuse a masked child whose weight parent reads itself; if only a fast path reads it, turn that off.
+
+    torch calls this before child becomes parent.name. Classes that mask their weight declare it
+    by ``masks_weight = True``.
+    """
     if not getattr(type(child), "masks_weight", False):
         return
     reader = _reader(parent, name)
@@ -128,8 +135,8 @@ def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
             f"{_INSTEAD[reader]}"
         )
     if has_slow_path(parent, name):
-        # One of the conditions of the fast path; an attribute, so that copies and pickles keep it. It stays off after
-        # a merge: right, if slower.
+        # A value of 0 turns the fast path off. An attribute is kept by copies and pickles. The fast path stays off
+        # after a merge: the result is right, but slower.
         parent.activation_relu_or_gelu = 0
 
 

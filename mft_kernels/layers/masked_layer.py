@@ -1,6 +1,6 @@
 """MaskedLayer: a frozen weight that learns which of its elements to keep. Parameters and state, no mathematics.
 
-What MaskedLinear and MaskedGroupedLinear have in common.
+It is the base class of MaskedLinear and MaskedGroupedLinear.
 """
 
 from typing import Any
@@ -27,18 +27,18 @@ from ..reference.fixed_point import fixed_from_float, selectable
 
 INITS = ("normal", "magnitude", "constant")
 _SCALE = 0.02  # of the scores: the paper's standard deviation
-_CONSTANT_NOISE = 0.01  # of _SCALE: enough to break ties, too little to drop much that the gradient wants
+_CONSTANT_NOISE = 0.01  # share of _SCALE: breaks ties, but drops few weights that the gradient wants
 
 
 class MaskedLayer(nn.Module):
-    """A module that computes with where(keep, weight, 0), where keep are the ``keep_ratio`` of the largest |scores|.
+    """A module that computes with where(keep, weight, 0), and keeps the top ``keep_ratio`` of the weights by |scores|.
 
-    weight is a matrix (N, K), or the matrices of experts (E, N, K), of each of which the ratio is kept. Weight and bias
-    are frozen, scores of the weight's shape are trained. Not a layer of its own: a subclass says what is computed.
+    weight is a matrix (N, K), or the matrices of experts (E, N, K), each of which keeps that ratio. Weight and bias are
+    frozen. Scores of the weight's shape are trained. This is no complete layer: a subclass defines what is computed.
     """
 
     masks_weight = True  # see maskable.py
-    _moving_threshold: Tensor | None = None  # of a threshold that moves: what a graph reads
+    _moving_threshold: Tensor | None = None  # what a compiled graph reads; see move_threshold
     in_features: int
     out_features: int
     weight: Any
@@ -46,7 +46,7 @@ class MaskedLayer(nn.Module):
     scores: Any
 
     def _adopt(self, weight, bias, keep_ratio, mode, init, scores_dtype, threshold, generator) -> None:
-        """Take over a weight and bias, which are frozen from here on, and draw scores."""
+        """Take over a weight and bias, freeze them, and initialise the scores."""
         check_mode(mode)
         check_fixed_threshold(threshold)
         weight = weight.detach()
@@ -68,7 +68,7 @@ class MaskedLayer(nn.Module):
 
     @property
     def keep_ratio(self) -> float:
-        """Share of the weights that is kept, in [0, 1]. May be changed at any time."""
+        """Share of the weights that is kept, in [0, 1]. It may be changed at any time."""
         return self._keep_ratio
 
     @keep_ratio.setter
@@ -78,7 +78,7 @@ class MaskedLayer(nn.Module):
 
     @property
     def threshold(self) -> float | None:
-        """A fixed threshold in place of keep_ratio, or None. May be changed at any time."""
+        """A fixed threshold in place of keep_ratio, or None. It may be changed at any time."""
         return self._threshold
 
     @threshold.setter
@@ -88,18 +88,18 @@ class MaskedLayer(nn.Module):
     def move_threshold(self, value: float) -> None:
         """Set a threshold that changes often, for instance once per optimiser step.
 
-        torch.compile makes a number part of its graph, so that each new ``threshold`` compiles the model again. One
-        that moves is an input of the graph. The caller checks that scores are finite, as such a graph does not.
+        torch.compile makes a number part of its graph, so each new ``threshold`` compiles the model again. A threshold
+        set here is an input of the graph. That graph does not check that scores are finite: the caller has to.
         """
         self.threshold = value
-        if self.scores.is_floating_point():  # autograd, and so a training graph, has no other
+        if self.scores.is_floating_point():  # int16 scores have no gradient, so no graph trains them
             self._moving_threshold = self.scores.detach().new_full((), value)
 
     @torch.no_grad()
     def reset_scores(self, init: str = "magnitude", *, generator: torch.Generator | None = None) -> None:
-        """Draw the scores anew; ``init`` as of MaskedLinear."""
+        """Initialise the scores again; for ``init`` see MaskedLinear."""
         dtype = self.scores.dtype
-        # 16-bit scores are drawn in fp32 and rounded, so that a seed gives one mask whatever they are kept in.
+        # 16-bit scores are drawn in fp32 and rounded, so that a seed gives one mask for every dtype of the scores.
         narrow = dtype.itemsize < 4
         scores = torch.empty_like(self.scores, dtype=torch.float32) if narrow else self.scores
         if init == "normal":
@@ -110,29 +110,29 @@ class MaskedLayer(nn.Module):
             norm = (squares.mean() if squares.dim() == 2 else squares.mean((1, 2), keepdim=True)).sqrt()
             # A layer of zeros has no magnitudes to follow: its scores tie, and ties are kept.
             scores.copy_(magnitude.mul_(_SCALE / norm.clamp(min=torch.finfo(norm.dtype).tiny)))
-            # Pruned, merged and 4-bit models have many weights of 0. To drop one has no effect, and its score has no
-            # gradient: it would hold a dropped weight's place for ever. Kept, it leaves the place to others.
+            # Pruned, merged and 4-bit models have many weights of 0. Dropping one has no effect, and its score has no
+            # gradient, so it would stay dropped for ever in place of another weight. So weights of 0 are kept.
             scores.masked_fill_(self.weight == 0, _SCALE)
         elif init == "constant":
             scores.normal_(_SCALE, _SCALE * _CONSTANT_NOISE, generator=generator)
         else:
             raise ValueError(f"init must be one of {INITS}, got {init!r}")
-        # A score of exactly 0 gets no gradient (sign(0) = 0), so it would stay 0, and no bit holds its sign. A layer of
-        # 4096 x 4096 normal fp32 scores has one every other time.
+        # A score of exactly 0 gets no gradient (sign(0) = 0), so it would stay 0, and no bit can hold its sign. About
+        # half of all layers with 4096 x 4096 normal fp32 scores have one.
         scores.masked_fill_(scores == 0, torch.finfo(scores.dtype).tiny)
         if narrow:
             self.scores.copy_(fixed_from_float(scores) if dtype == torch.int16 else scores)
-        if dtype == torch.float16:  # in which what was tiny is 0
+        if dtype == torch.float16:  # fp32's tiny rounds to 0
             self.scores.masked_fill_(self.scores == 0, torch.finfo(dtype).tiny)
 
     def hold(self, packed: Tensor, grad_buffer: Tensor | None = None, *, weight: Weight | None = None) -> None:
-        """Compute with this mask, and not with the scores, until release(): they may rest elsewhere.
+        """Compute with this mask, and not with the scores, until release(). The scores may be elsewhere meanwhile.
 
         Args:
-            packed: int32, (N, ceil(K / 32)) for a weight (N, K), beside the weight; see pack_mask.
-            grad_buffer: of the weight's shape; the backward pass adds grad_output.T @ x into it. What score_step makes
-                the scores' gradient of.
-            weight: what stands in for self.weight: a tensor, a function that makes it, or a QuantizedMatrix.
+            packed: int32, (N, ceil(K / 32)) for a weight (N, K), on the weight's device; see pack_mask.
+            grad_buffer: the weight's shape; the backward pass adds grad_output.T @ x to it. score_step makes the
+                scores' gradient from it.
+            weight: replaces self.weight: a tensor, a function that returns one, or a QuantizedMatrix.
         """
         shape = tuple(self.scores.shape)
         check_packed("packed", packed, shape)
@@ -147,30 +147,30 @@ class MaskedLayer(nn.Module):
         self._held = None
 
     def current_mask(self) -> CurrentMask:
-        """Threshold, packed mask and packed signs that hold now, selected anew."""
+        """Select from the current scores again; return threshold, packed mask and packed signs."""
         try:
             return current_mask(self.scores, self.keep_ratio, self.threshold, self.mode, anew=True)
         except NonFiniteScores as error:
             raise self._named(error) from None
 
     def mask(self) -> Tensor:
-        """Boolean, of the weight's shape: True where the weight is kept."""
+        """Return the boolean mask, of the weight's shape: True where the weight is kept."""
         return unpack_mask(self.packed_mask(), self.scores.shape)
 
     def packed_mask(self) -> Tensor:
-        """The mask as bits, int32 (N, ceil(K / 32)) for a weight (N, K); see pack_mask."""
+        """Return the mask as bits, int32 (N, ceil(K / 32)) for a weight (N, K); see pack_mask."""
         return self.current_mask().packed
 
     @torch.no_grad()
     def merged_weight(self, *, alpha: float = 1.0) -> Tensor:
-        """A copy of the weight with the mask baked in: kept elements bit-equal, dropped ones +0.
+        """Return a copy of the weight with the mask baked in: kept elements bit-equal, dropped ones +0.
 
         Args:
-            alpha: how far from the weight to the masked one, in (0, 1]. Below 1 dropped elements are scaled by
-                1 - alpha, in fp32 (fp64 of an fp64 weight) and rounded once to the weight's dtype.
+            alpha: how far to go from the weight to the masked one, in (0, 1]. Below 1, dropped elements are scaled by
+                1 - alpha in fp32 (fp64 for an fp64 weight) and rounded once to the weight's dtype.
         """
         check_alpha(alpha)
-        # Of 16 bits a product with a number is computed in fp32.
+        # torch multiplies a 16-bit tensor by a number in fp32.
         return torch.where(self.mask(), self.weight, 0 if alpha == 1 else self.weight * (1 - alpha))
 
     def extra_repr(self) -> str:
@@ -186,22 +186,22 @@ class MaskedLayer(nn.Module):
         return NonFiniteScores(selectable(self.scores.detach()), self.module_name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of nn.Module; whatever becomes ``scores`` is watched for writes."""
+        """Register a parameter as nn.Module does, and watch ``scores`` for writes."""
         super().register_parameter(name, param)
         if name == "scores" and param is not None:
             watch(param)
 
-    # What selects is saved with the scores, which by another ratio would be another mask; as a tensor, since
-    # safetensors takes nothing else.
+    # The selection rule is saved with the scores, because another ratio would give another mask. It is saved as a
+    # tensor, because safetensors takes nothing else.
 
     def get_extra_state(self) -> Tensor:
-        """keep_ratio, the place of mode in MODES, whether the threshold is fixed, and which (else 0): float64 (4,)."""
+        """Return keep_ratio, mode's place in MODES, and a fixed threshold as (1, value), else (0, 0): float64 (4,)."""
         fixed = self.threshold is not None
         rule = (self.keep_ratio, MODES.index(self.mode), fixed, self.threshold if fixed else 0)
         return torch.tensor(rule, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to take over: loading compares, and refuses what differs."""
+        """Do nothing: loading compares the rules, and refuses one that differs."""
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -210,7 +210,7 @@ class MaskedLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if key not in state_dict:  # of before the rule was saved
+        if key not in state_dict:  # a state that was saved without the rule
             missing_keys[:] = [missing for missing in missing_keys if missing != key]
             return
         keep_ratio, mode, fixed, threshold = state_dict[key].tolist()
@@ -223,25 +223,25 @@ class MaskedLayer(nn.Module):
             )
 
     def __setstate__(self, state: dict) -> None:
-        if "threshold" in state:  # of before it was a property
+        if "threshold" in state:  # a pickle with a plain attribute
             state = state | {"_threshold": state["threshold"]}
             del state["threshold"]
         super().__setstate__(state)
         watch(self.scores)  # a pickle holds an ordinary Parameter
 
     def _apply(self, fn, recurse=True):
-        # .to(bfloat16), .half() and the like cast what they may: the scores keep their dtype, or their small
-        # updates would round away.
+        # .to(bfloat16), .half() and the like cast all parameters. The scores keep their dtype, or their small updates
+        # would be lost to rounding.
         scores = self.scores
 
         def keep_scores_dtype(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
             is_score = tensor is scores or tensor is scores.grad
             kept = tensor.to(applied.device) if is_score and applied.dtype != tensor.dtype else applied
-            return kept.detach()  # torch may make a Parameter of it, and makes none of Scores
+            return kept.detach()  # torch may make a Parameter of it, which it cannot from Scores
 
         super()._apply(keep_scores_dtype, recurse)
-        watch(self.scores)  # which another Parameter may have replaced
+        watch(self.scores)  # torch may have replaced it by a new Parameter
         if self._moving_threshold is not None:
             self._moving_threshold = self._moving_threshold.to(self.scores.device)
         return self

@@ -1,6 +1,6 @@
-"""Modules by their parameters: an nn.Linear on given ones, and a module without its own.
+"""Make an nn.Linear on given parameters, and a copy of a module without its parameters: a shell.
 
-The latter is kept while other modules compute with its parameters, to give them back in the end.
+A shell is kept while other modules compute with the parameters, which are put back into a copy in the end.
 """
 
 from typing import Any
@@ -9,16 +9,16 @@ from torch import nn
 
 
 def linear_on(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """An nn.Linear on these very parameters, (N, K) and (N,)."""
+    """Return an nn.Linear on these parameters, (N, K) and (N,), without a copy."""
     linear: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.weight, linear.bias = weight, bias
     return linear
 
 
 def without(module: nn.Module, *names: str) -> nn.Module:
-    """A copy of module, of its class and settings, with None for the parameters or modules of these names.
+    """Return a copy of module, with its class and settings, but with None for the parameters or modules ``names``.
 
-    All else is shared, and module stays as it is.
+    Everything else is shared, and module does not change.
     """
     shell = _copied(module)
     for name in names:
@@ -27,7 +27,7 @@ def without(module: nn.Module, *names: str) -> nn.Module:
 
 
 def filled(shell: nn.Module, **parts: nn.Parameter | nn.Module | None) -> nn.Module:
-    """A copy of shell with these parameters and modules."""
+    """Return a copy of shell with these parameters and modules."""
     module = _copied(shell)
     for name, part in parts.items():
         setattr(module, name, part)
@@ -35,7 +35,7 @@ def filled(shell: nn.Module, **parts: nn.Parameter | nn.Module | None) -> nn.Mod
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """Not by copy.copy, which asks classes how they want to be pickled."""
+    """Return a shallow copy. copy.copy would use the way that a class defines for pickling."""
     copied: Any = object.__new__(type(module))
     vars(copied).update(vars(module))
     for registry in ("_parameters", "_buffers", "_modules"):

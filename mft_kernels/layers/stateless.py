@@ -1,6 +1,6 @@
-"""Layers without state, as the Kernel Hub has them: a forward that a module of another class takes over by kernelize.
+"""Layers without state for the Kernel Hub: kernelize gives their forward to modules of other classes.
 
-Each is a forward alone, and its annotations are the members that the module must have (docs/how-to/kernel-hub.md).
+Each class is a forward alone. Its annotations are the members that the module must have (docs/how-to/kernel-hub.md).
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from ..mask.held import masked_linear_held
 
 
 class MaskedLinear(nn.Module):
-    """y = x @ where(keep, weight, 0).T + bias, as mft_kernels.MaskedLinear computes it, and with its gradients.
+    """``y = x @ where(keep, weight, 0).T + bias``, with the result and the gradients of mft_kernels.MaskedLinear.
 
-    Of a module with these members: weight (N, K), bias (N,) or None, scores (N, K), keep_ratio, threshold, mode; and
-    hold() where it is an mft_kernels.MaskedLinear.
-    Shapes: x (..., K), not nested; (..., N) in x's dtype.
+    The module must have these members: weight (N, K), bias (N,) or None, scores (N, K), keep_ratio, threshold and mode.
+    An mft_kernels.MaskedLinear may also use hold().
+    Shapes: x (..., K), not nested. The result is (..., N) in x's dtype.
     """
 
     can_torch_compile: bool = True

@@ -1,1 +1,1 @@
-"""What the mask of a matrix of scores is now: selected once per change of the scores, or held."""
+"""The current mask of a matrix of scores: selected once per change of the scores, or held."""

@@ -1,4 +1,4 @@
-"""The masked products from scores alone, of a matrix and of experts: by the mask that holds now, see masking.py."""
+"""The masked products from scores and a keep ratio, for a matrix and for experts. masking.py finds the current mask."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +28,11 @@ def masked_linear_by_ratio(
     mode: str = "magnitude",
     backend: str = "auto",
 ) -> Tensor:
-    """masked_linear with the threshold that keeps ``keep_ratio`` of the scores, or a fixed one; same gradients.
+    """Compute masked_linear with the threshold that keeps ``keep_ratio`` of the scores, or a fixed one.
 
-    Of a MaskedLinear's scores, threshold and bits are found when they have changed; other forwards and backwards read
-    2 bits a weight instead. Of any other tensor's they are found in each. int16 scores (see fixed_point.py) get no
-    gradient.
+    Gradients are those of masked_linear. For a MaskedLinear's scores, threshold and bits are found only when the scores
+    have changed. Other forwards and backwards read 2 bits per weight instead. For any other tensor they are found in
+    each forward and backward. int16 scores (see fixed_point.py) get no gradient.
     """
     return _BY_RATIO(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
 
@@ -50,18 +50,18 @@ def masked_linear_grouped_by_ratio(
     mode: str = "magnitude",
     backend: str = "auto",
 ) -> Tensor:
-    """masked_linear_grouped with the thresholds that keep ``keep_ratio`` of each expert's scores, or one fixed for all.
+    """Compute masked_linear_grouped with thresholds that keep ``keep_ratio`` of each expert's scores, or a fixed one.
 
-    Scores as of masked_linear_by_ratio, other arguments as of masked_linear_grouped.
+    For scores see masked_linear_by_ratio, for other arguments masked_linear_grouped.
     """
     return _GROUPED_BY_RATIO(x, weight, scores, offsets, bias, keep_ratio, threshold, transposed, mode, backend)
 
 
-# ---------------------------------------------------------------------------------------------- their definition
+# ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
 class _ByTheForwardsMask(StraightThrough):
-    """Gradients with the mask that the forward pass has just selected, or else by the op that selects."""
+    """Gradients with the mask that the forward pass selected, if it is remembered, or else by the op that selects."""
 
     def __init__(self, of: str, by: Op, with_mask: Callable) -> None:
         super().__init__(of, by)
@@ -72,18 +72,18 @@ class _ByTheForwardsMask(StraightThrough):
         ctx.mask = remembered_mask(call.scores, (call.keep_ratio, call.threshold, call.mode))
 
     def _gradients(self, ctx: Any, given: tuple) -> tuple[Tensor, ...]:
-        # A trace would keep this mask, whatever the scores become; a second derivative is refused by the op.
+        # A trace would keep this mask even when the scores change. The op refuses a second derivative.
         if ctx.mask is None or torch.is_grad_enabled() or is_seen_by_others(given[0]):
             return super()._gradients(ctx, given)
         return self._with_mask(self._by.call_of(given), ctx.mask)
 
 
 def _op(name: str, packed: Op, gradients: Op, check: Callable[[Any], None], by: Callable | None = None) -> Op:
-    """The op ``name``, which finds the mask and leaves the rest to the op ``packed`` and that of its gradients."""
+    """Define the op ``name``, which finds the mask and leaves the rest to the ops ``packed`` and ``gradients``."""
     backward = f"{name}_backward"
     of_product = arguments_of(packed.name, (*calls[name]._fields, "packed"))
     given = ("all scores" if field == "scores" else field for field in calls[backward]._fields)
-    of_gradients = arguments_of(gradients.name, (*given, "packed", "scores", "signs"))  # scores: where a sign is asked
+    of_gradients = arguments_of(gradients.name, (*given, "packed", "scores", "signs"))  # "scores": for the sign
 
     def checked(call: Any) -> Any:
         checks.check_mode(call.mode)
@@ -109,7 +109,7 @@ def _op(name: str, packed: Op, gradients: Op, check: Callable[[Any], None], by: 
 
 
 def _by_memo(x, weight, scores, bias, *rule):
-    """The short way of the packed mask, where one is remembered."""
+    """Take the short way of the packed op, if a mask is remembered. Otherwise return None."""
     mask = remembered_mask(scores, rule)
     return None if mask is None else MASKED_LINEAR_PACKED.by_short_way((x, weight, mask.packed, bias, "auto"))
 

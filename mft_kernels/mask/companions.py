@@ -1,11 +1,11 @@
-"""Companions: scores that one optimiser step outdated together, so that one wait for the device finds all their masks.
+"""Companions: scores outdated by the same optimiser step. All their masks are found with one wait for the device.
 
-The host has to know whether scores are finite and whether one is 0, and on an accelerator it waits for each answer. So
-masking.py selects from the companions, too, of the scores that are asked for first after a step, and reads all answers
-at once. Those of a score are what the same optimiser left in the same step, on the same stream, and
+The host has to know whether scores are finite and whether any is 0. On an accelerator it waits for each answer. So when
+the first scores are asked for after a step, masking.py also selects from their companions, and reads all answers at
+once. The companions of scores are the scores that the same optimiser changed in the same step, on the same stream, if
 
-- what was asked for, on that stream, since it was last selected from: what is no longer used costs one selection more;
-- what was not written since: a later write may be one that only the layer itself waits for.
+- their last mask was asked for, on that stream: scores that are no longer used cost only one selection more;
+- they were not written since that step: a later write may be one that only the layer itself waits for.
 """
 
 import weakref
@@ -25,16 +25,16 @@ class Step:
 
     optimizer: weakref.ref[Optimizer]
     stream: Any
-    looked: int = -1  # State.steps when companions were last looked for: once for all of them
+    looked: int = -1  # State.steps when companions were last looked for, which is done once for all of them
 
 
 def stream_of(scores: torch.Tensor) -> Any:
-    """Names the stream on which the host waits for an answer about ``scores``; None on a CPU, where it need not."""
+    """Return the stream on which the host waits for an answer about ``scores``; None on a CPU, which needs no wait."""
     return (scores.device, torch.cuda.current_stream(scores.device).cuda_stream) if scores.is_cuda else None
 
 
 def companions(scores: Scores, steps: int, stream: Any) -> list[tuple[Scores, Any]]:
-    """The other scores to select from on ``stream`` now, each with the rule of its outdated memo."""
+    """Return the other scores to select from on ``stream`` now, each with the rule of its outdated memo."""
     if scores.stepped is None:
         return []
     step: Step = scores.stepped[0]
@@ -46,7 +46,7 @@ def companions(scores: Scores, steps: int, stream: Any) -> list[tuple[Scores, An
     return [
         (other, memo.rule)
         for other, memo in outdated
-        if memo is not None  # else what was found ahead was not asked for
+        if memo is not None  # None: the mask that was found ahead was never asked for
         and memo.state.steps != steps
         and memo.stream == stream
         and other.stepped == (step, other._version, other.accessed)
@@ -54,7 +54,7 @@ def companions(scores: Scores, steps: int, stream: Any) -> list[tuple[Scores, An
 
 
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
-    """Forget all states, as optimisers write in many ways, and note how this one left its scores."""
+    """Forget all states, because optimisers write in many ways, and note how this one left its scores."""
     forget_states()
     captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     steps: dict[Any, Step] = {}

@@ -1,7 +1,7 @@
-"""The masked product while a mask is held: bits in, and the backward pass adds into a buffer instead of returning.
+"""The masked product while a mask is held: it reads bits, and its backward pass adds to a buffer.
 
-Between two optimiser steps neither weight nor mask changes, so a micro-batch needs 1 bit a weight of the scores, and
-its share of the gradient is grad_output.T @ x alone: weight and sign are multiplied in by score_step, once a step.
+Between two optimiser steps neither weight nor mask changes. So a micro-batch reads 1 bit per weight instead of the
+scores, and its share of the gradient is grad_output.T @ x alone. score_step applies weight and sign once per step.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,23 @@ from ..ops.grouped import GRADIENTS_OF_GROUPED_PACKED, accumulate_score_grad_gro
 from ..ops.linear import GRADIENTS_OF_PACKED, accumulate_score_grad, masked_linear_packed
 from ..ops.quantized import QuantizedMatrix
 
-# A function makes the weight anew for each product; a quantised matrix is decoded in it.
+# A function makes the weight again for each product. A quantised matrix is decoded within the product.
 Weight = Tensor | Callable[[], Tensor] | QuantizedMatrix
 
 
 def masked_linear_held(
     x: Tensor, weight: Weight, packed: Tensor, bias: Tensor | None = None, *, grad_buffer: Tensor | None = None
 ) -> Tensor:
-    """y = x @ where(mask, weight, 0).T + bias; its backward pass does grad_buffer += grad_output.T @ x, in place.
+    """Compute ``y = x @ where(mask, weight, 0).T + bias``. The backward pass does grad_buffer += grad_output.T @ x.
 
-    No gradient of the weight's size is made, and x is all that is saved. d_x is computed if x asks for it; weight and
-    bias get no gradient.
+    No gradient of the weight's size is made, and only x is saved. d_x is computed if x requires it. Weight and bias get
+    no gradient.
 
     Args:
-        x: (..., K). weight: (N, K), or a function that returns it, called again in the backward pass, or codes.
+        x: (..., K).
+        weight: (N, K); or a function that returns it, which is called again in the backward pass; or codes.
         packed: int32 (N, ceil(K / 32)); see pack_mask.
-        grad_buffer: (N, K) contiguous, fp32 or a 16-bit float; None: nothing is accumulated.
+        grad_buffer: (N, K) contiguous, fp32 or a 16-bit float, changed in place. None: nothing is accumulated.
     Returns: (..., N) in x's dtype.
     """
     return _held(x, weight, packed, bias, grad_buffer)
@@ -44,14 +45,18 @@ def masked_linear_grouped_held(
     transposed: bool = False,
     grad_buffer: Tensor | None = None,
 ) -> Tensor:
-    """masked_linear_held of each expert on its own rows; x and offsets are all that is saved.
+    """Compute masked_linear_held for each expert on its own rows. Only x and offsets are saved.
 
     The buffer of an expert without rows is not touched.
 
     Args:
-        x: (T, K). weight: (E, N, K), transposed (E, K, N), a function that returns it, called again in the backward
-            pass, or codes, decoded for each product. packed: its mask as bits. offsets: int32 (E,). bias: (E, N).
-        grad_buffer: of the weight's shape, contiguous, fp32 or a 16-bit float; None: nothing is accumulated.
+        x: (T, K).
+        weight: (E, N, K), or (E, K, N) if transposed; or a function that returns it, which is called again in the
+            backward pass; or codes, which are decoded for each product.
+        packed: the weight's mask as bits.
+        offsets: int32 (E,).
+        bias: (E, N).
+        grad_buffer: the weight's shape, contiguous, fp32 or a 16-bit float. None: nothing is accumulated.
     Returns: (T, N) in x's dtype.
     """
     return _held(x, weight, packed, bias, grad_buffer, offsets, transposed)
@@ -61,11 +66,11 @@ def masked_linear_grouped_held(
 
 
 class _HeldLinear(torch.autograd.Function):
-    """``experts``: offsets and transposed; nothing for one matrix."""
+    """The product with a gradient buffer. ``experts``: offsets and transposed; empty for one matrix."""
 
     @staticmethod
     def forward(ctx, x, anchor, weight, packed, bias, grad_buffer, *experts):
-        ctx.save_for_backward(x, *experts[:1])  # alone: weight and mask are the module's
+        ctx.save_for_backward(x, *experts[:1])  # only these: weight and mask belong to the module
         ctx.held = weight, packed, grad_buffer, experts[1:]
         ctx.versions = _version(weight), _version(packed)
         return _product(x, weight, packed, bias, *experts)
@@ -83,7 +88,7 @@ class _HeldLinear(torch.autograd.Function):
 
 def _held(x, weight, packed, bias, grad_buffer, *experts) -> Tensor:
     if grad_buffer is None or not torch.is_grad_enabled():
-        # Detached, so that the packed op's own backward makes d_x alone.
+        # Detached, so that the packed op's own backward computes only d_x.
         weight = _detached(weight) if isinstance(weight, Tensor) else weight
         return _product(x, weight, packed, None if bias is None else _detached(bias), *experts)
     anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
@@ -115,19 +120,22 @@ def _add_sums(grad_buffer: Tensor, grad_output: Tensor, x: Tensor, *experts) -> 
 
 
 def _dense(weight: Weight) -> Tensor:
-    """The weight, made where it has to be."""
+    """Return the weight as a tensor; make it if necessary."""
     if isinstance(weight, QuantizedMatrix):
         return weight.dense()
     return weight if isinstance(weight, Tensor) else weight()
 
 
 def _detached(tensor: Tensor) -> Tensor:
-    """Without a way to a gradient; itself where there is none."""
+    """Return the tensor, detached if it requires a gradient."""
     return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _version(tensor: Weight) -> int | None:
-    """What a change in place raises; None of what has none: a function, and an inference tensor."""
+    """Return a tensor's version counter, which in-place changes raise, or None.
+
+    Inference tensors, functions and codes have none.
+    """
     return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else None
 
 

@@ -1,8 +1,8 @@
-"""From scores to the mask that holds now: one selection per change of the scores, however many forwards.
+"""Find the current mask of scores: one selection per change of the scores, for any number of forward passes.
 
-The mask changes once an optimiser step, so threshold, packed mask and packed signs (1 bit a weight each) are remembered
-with the scores, until scores.py sees a write into them. Of scores that are no parameter of a masked layer nothing is
-remembered, and no graph remembers what is selected in it. On an accelerator a step's masks are found together, so that
+The mask changes once per optimiser step. So threshold, packed mask and packed signs (1 bit per weight each) are
+remembered with the scores until scores.py sees a write to them. Nothing is remembered for scores that are no parameter
+of a masked layer, or for a selection within a graph. On an accelerator the masks of a step are found together, so that
 the host waits for the device once; see companions.py.
 """
 
@@ -21,19 +21,19 @@ from .scores import Scores, State, forget_states, state, still
 
 @dataclass(frozen=True)
 class CurrentMask:
-    """What the scores select.
+    """The mask that scores select.
 
-    ``signs`` is None where no bit can tell them (in value mode, or if a score is 0), and where autograd asks for none:
-    of int16 scores.
+    ``signs`` is None in value mode, if a score is 0 (a bit cannot tell its sign), and for int16 scores, for which
+    autograd needs no sign.
     """
 
-    threshold: Tensor  # (); of experts' scores (E, N, K) that keep a ratio (E,), one each
-    packed: Tensor  # int32 (N, ceil(K / 32)), (E, N, ceil(K / 32))
-    signs: Tensor | None  # as packed
+    threshold: Tensor  # (); or (E,) for experts' scores (E, N, K) that keep a ratio
+    packed: Tensor  # int32 (N, ceil(K / 32)) or (E, N, ceil(K / 32))
+    signs: Tensor | None  # packed's shape and dtype
 
 
 Rule = tuple[float, float | None, str]  # keep_ratio, threshold, mode
-_NOT_FINITE = -1  # in the place of a count
+_NOT_FINITE = -1  # stands in place of a count of zeros
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ def current_mask(
     anew: bool = False,
     remember: bool = True,
 ) -> CurrentMask:
-    """Threshold, packed mask and packed signs of ``scores`` as they are now.
+    """Return threshold, packed mask and packed signs of ``scores`` as they are now.
 
     Args:
-        scores: (N, K), or of experts (E, N, K).
-        threshold: a fixed one, or None to find the one that keeps ``keep_ratio``, of each expert.
-        anew: select, whatever is remembered; for what is saved, shown or reported.
-        remember: what is selected. A graph must not: torch.compile raises the version of the scores before it runs a
-            graph that will write into them, so the new version would be remembered with the mask of the old scores.
-    Raises: NonFiniteScores (a ValueError); not while a CUDA graph is captured. ValueError if scores are spread over
+        scores: (N, K), or (E, N, K) for experts.
+        threshold: a fixed one, or None to find the one that keeps ``keep_ratio``, for each expert.
+        anew: select again even if a mask is remembered; for what is saved, shown or reported.
+        remember: whether to remember what is selected. A graph must not: torch.compile raises the version of the scores
+            before it runs a graph that will write to them. The new version would be remembered with the old mask.
+    Raises: NonFiniteScores (a ValueError), except while a CUDA graph is captured. ValueError if scores are spread over
         processes.
     """
     if type(scores) is not Scores:
@@ -74,7 +74,7 @@ def current_mask(
         return remembered
     if not remember:
         return _find_mask(scores, *rule)
-    now, stream = state(scores), companions.stream_of(scores)  # before the selection, so that a write in it is seen
+    now, stream = state(scores), companions.stream_of(scores)  # before the selection, so that a write during it is seen
     if now is None:
         scores.memo = scores.ahead = None
         return _find_mask(scores, *rule)
@@ -87,7 +87,7 @@ def current_mask(
 
 
 def outdate(scores: Tensor | None = None) -> None:
-    """Forget the mask that is remembered of ``scores``, or of all, after a write that nothing shows.
+    """Forget the remembered mask of ``scores``, or of all scores, after a write that cannot be seen.
 
     docs/explanation/concepts.md lists the writes that are seen. After any other write the old mask may stay in
     use until this call.
@@ -99,10 +99,10 @@ def outdate(scores: Tensor | None = None) -> None:
 
 
 def remembered_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
-    """The mask that is remembered of ``scores``, if it still holds."""
+    """Return the remembered mask of ``scores`` if it is still valid, else None."""
     if type(scores) is not Scores:
         return None
-    memo = scores.memo  # once: another thread may forget it
+    memo = scores.memo  # read once: another thread may forget it
     return memo.mask if memo is not None and memo.rule == rule and still(scores, memo.state) else None
 
 
@@ -111,7 +111,10 @@ def _capturing(scores: Tensor) -> bool:
 
 
 def _find_together(scores: Scores, now: State, rule: Rule, stream: Any) -> _Memo:
-    """The memo of ``scores``, found ahead or now; if now, those of its companions are found ahead, by the same wait."""
+    """Return the memo of ``scores``: the one that was found ahead, or a new one.
+
+    With a new one, the memos of its companions are found ahead, with the same wait for the device.
+    """
     ahead, scores.ahead = scores.ahead, None
     if ahead is not None and ahead.rule == rule and ahead.stream == stream and still(scores, ahead.state):
         return ahead
@@ -119,14 +122,14 @@ def _find_together(scores: Scores, now: State, rule: Rule, stream: Any) -> _Memo
     wanted = [(scores, now, rule)]
     for other, its_rule in companions.companions(scores, now.steps, stream):
         its_state = state(other)
-        if its_state is not None:  # a ratio that follows a schedule has changed for all
+        if its_state is not None:  # a scheduled ratio changes for all scores at once
             wanted.append((other, its_state, rule if its_rule == before else its_rule))
-    for each, _, _ in wanted:  # new masks take the old ones' memory
+    for each, _, _ in wanted:  # frees the old masks' memory for the new ones
         each.memo = each.ahead = None
     masks = _find_masks([(each, rule) for each, _, rule in wanted])
     memos = [None if mask is None else _Memo(at, rule, mask, stream) for (_, at, rule), mask in zip(wanted, masks)]
     for (other, _, _), found in zip(wanted[1:], memos[1:]):
-        other.ahead = found  # none of what is not finite: its own layer will say so
+        other.ahead = found  # None if not finite: its own layer will raise
     if memos[0] is None:
         raise checks.NonFiniteScores(selectable(scores.detach()))
     return memos[0]
@@ -140,7 +143,10 @@ def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str
 
 
 def _find_masks(wanted: list[tuple[Tensor, Rule]]) -> list[CurrentMask | None]:
-    """What scores of one device select; None of those that are not finite. One synchronisation, none in a capture."""
+    """Return the masks of several scores on one device; None for those that are not finite.
+
+    The host waits for the device once, and not at all in a capture.
+    """
     launched = [_launch(scores, *rule) for scores, rule in wanted]
     _, bad, _ = launched[0]
     if bad is None:
@@ -157,10 +163,10 @@ def _find_masks(wanted: list[tuple[Tensor, Rule]]) -> list[CurrentMask | None]:
 
 @torch.no_grad()
 def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
-    """(mask, whether scores are not finite, how many are 0): the mask has signs as if none were.
+    """Return the mask, whether scores are not finite, and how many are 0. The mask has signs as if none were 0.
 
-    Within a CUDA graph the host can ask nothing: scores that are not finite give the threshold NaN, which keeps no
-    weight, and the sign comes from the scores.
+    Within a CUDA graph the host cannot read results. Scores that are not finite then give the threshold NaN, which
+    keeps no weight, and the sign comes from the scores.
     """
     scores = scores.detach()
     fixed_point = scores.dtype == torch.int16

@@ -1,9 +1,9 @@
-"""One threshold for several score matrices, or one each for matrices that are spread over processes; exact.
+"""Find one exact threshold for several score matrices, or one each for matrices that are spread over processes.
 
-A radix select without a copy: a histogram of the highest bits, added up over all matrices, says in which bin the
-threshold lies, and one of the next bits within that bin says it more exactly. Histograms of a matrix's parts add up to
-the matrix's, so its threshold comes from parts, bit for bit. With 16 bits a pass, scores of 4 bytes are read twice, and
-those of 2 bytes once.
+This is a radix select without a copy. A histogram of the highest bits, summed over all matrices, tells in which bin the
+threshold lies. A histogram of the next bits within that bin narrows it down. The histograms of a matrix's parts add up
+to that of the matrix, so parts give its threshold bit for bit. With 16 bits per pass, scores of 4 bytes are read twice,
+and those of 2 bytes once.
 """
 
 import math
@@ -16,35 +16,36 @@ from ..ops.checks import NonFiniteScores, check_mode, check_whole
 from ..reference.fixed_point import float_from_fixed, selectable
 
 _DIGIT = 16  # bits
-# Of several thresholds, whose histograms are sent between processes: 32 KB a matrix and pass, not 512 KB. Not below 12:
-# the first digit of an fp64 has its sign and exponent, and so tells what is not finite.
+# For several thresholds, whose histograms are sent between processes: 32 KB per matrix and pass, not 512 KB. At least
+# 12: the first digit of an fp64 must hold its sign and exponent, to tell what is not finite.
 _SMALL_DIGIT = 12
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Scores at once on a CPU: keys and digits then stay in a core's cache. With one thread of a Zen 4 the threshold of
-# 106 M fp32 scores took 0.53 s by 2^18, 0.93 by 2^15 and 1.5 by 2^20 (2026-11-30).
+# Scores per chunk on a CPU: keys and digits then stay in a core's cache. With one thread of a Zen 4, the threshold of
+# 106 M fp32 scores took 0.53 s with chunks of 2^18, 0.93 s with 2^15 and 1.5 s with 2^20 (2026-11-30).
 _CHUNK = 1 << 18
-_DEVICE_CHUNK = 1 << 22  # elsewhere: 80 MB of keys and digits, and few launches; not measured
+_DEVICE_CHUNK = 1 << 22  # on other devices: 80 MB of keys and digits, and few launches; not measured
 
-AddUp = Callable[[Tensor], None]  # int64 counts become, in place, the sums of all processes'
+AddUp = Callable[[Tensor], None]  # replaces int64 counts, in place, by their sums over all processes
 
 
 def one_process(counts: Tensor) -> None:
-    """The sums of one process."""
+    """Leave counts as they are: the sums over one process."""
 
 
 def shared_threshold(
     read: Callable[[], Iterable[Tensor]], dropped: int, *, mode: str = "magnitude", add_up: AddUp = one_process
 ) -> float:
-    """The (dropped + 1)-th smallest |score| (score in mode "value") of all matrices together.
+    """Return the (dropped + 1)-th smallest |score| (score in mode "value") of all matrices together.
 
-    Scores of at least the threshold are kept, so ``dropped`` weights are dropped, or fewer if scores tie.
+    Scores at or above the threshold are kept, so ``dropped`` weights are dropped, or fewer if scores tie.
 
     Args:
-        read: gives the matrices, floating or int16 (see fixed_point.py), all of one dtype; it is called once a pass.
+        read: returns the matrices, floating or int16 (see fixed_point.py), all of one dtype; it is called once per
+            pass.
         dropped: at least 0, and below the number of all scores.
-        add_up: where processes hold parts of the matrices; dropped is then of all parts together.
-    Returns: a number that scores of this dtype hold exactly; of int16 codes the score. NaN if another process has
-        scores that are not finite.
+        add_up: needed if processes hold parts of the matrices. dropped then counts all parts together.
+    Returns: a number that scores of this dtype represent exactly; for int16 codes, the score. NaN if another process
+        has scores that are not finite.
     Raises: NonFiniteScores; ValueError if dropped is out of range, or if dtypes differ.
     """
     check_mode(mode)
@@ -61,15 +62,17 @@ def shared_threshold(
 def part_thresholds(
     parts: Sequence[Tensor], dropped: Sequence[int], *, mode: str = "magnitude", add_up: AddUp = one_process
 ) -> list[float]:
-    """shared_threshold of each matrix by itself, of which this process holds a part; the same list on all of them.
+    """Return the threshold of each matrix by itself, of which this process holds a part.
 
-    With dropped = int((1 - keep_ratio) * numel) it is kept_threshold's of the whole matrix, bit for bit. All matrices
-    share a pass and its call of add_up: three passes for scores of 4 bytes, two for those of 2.
+    All processes get the same list. With dropped = int((1 - keep_ratio) * numel), a threshold equals kept_threshold of
+    the whole matrix, bit for bit. All matrices share each pass and its call of add_up. There are three passes for
+    scores of 4 bytes, and two for scores of 2 bytes.
 
     Args:
-        parts: one of each matrix, of any shape, all of one dtype; other processes hold the others, in this order.
-        dropped: of each whole matrix. All of a matrix gives the threshold inf.
-    Returns: as shared_threshold; NaN for a matrix with a score that is not finite, on whichever process.
+        parts: one part of each matrix, of any shape, all of one dtype. Other processes hold the other parts, in the
+            same order.
+        dropped: one number for each whole matrix. If it is all of a matrix, the threshold is inf.
+    Returns: numbers as in shared_threshold; NaN for a matrix with a score that is not finite, on any process.
     """
     check_mode(mode)
     return _select(lambda: enumerate(parts), dropped, mode, add_up, _SMALL_DIGIT)[1]
@@ -81,10 +84,10 @@ def part_thresholds(
 def _select(
     read: Callable[[], Iterable[tuple[int, Tensor]]], dropped: Sequence[int], mode: str, add_up: AddUp, digit: int
 ) -> tuple[list[int], list[float]]:
-    """(the number of scores, the threshold) of each group. read: gives (group, scores), once a pass."""
+    """Return the number of scores and the threshold of each group. ``read`` returns (group, scores), once per pass."""
     dtype = next(iter(read()))[1].dtype
     top = place = 8 * dtype.itemsize
-    # Of each group: the threshold's key from ``place`` up, and how many that share it are smaller.
+    # For each group: the bits of the threshold's key from ``place`` up, and its rank among the keys with these bits.
     found, before = [0] * len(dropped), list(dropped)
     sizes: list[int] = []
     bad: list[bool] = []
@@ -109,9 +112,9 @@ def _select(
 
 
 def _histogram(keys: Tensor, place: int, width: int, found: int | None) -> Tensor:
-    """How many keys have each value of the ``width`` bits below bit ``place``, int64 on the CPU.
+    """Count the keys with each value of the ``width`` bits below bit ``place``; int64 on the CPU.
 
-    found: what the bits from there up have to be; None for the first digit, whose middle value is that of +0.
+    found: only keys with these bits from ``place`` up count. None for the first digit, where +0 has the middle value.
     """
     if found is None:
         digits = (keys >> place - width).int() + (1 << width - 1)
@@ -121,7 +124,7 @@ def _histogram(keys: Tensor, place: int, width: int, found: int | None) -> Tenso
 
 
 def _keys(matrices: Iterable[tuple[int, Tensor]], mode: str, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(group, signed integers in the order of the scores, or of their magnitudes); a chunk at a time."""
+    """Yield (group, signed integers in the order of the scores, or of their magnitudes), one chunk at a time."""
     for group, scores in matrices:
         check_whole("scores", scores)
         if scores.dtype != dtype:
@@ -132,12 +135,12 @@ def _keys(matrices: Iterable[tuple[int, Tensor]], mode: str, dtype: torch.dtype)
 
 
 def _keys_of_bits(bits: Tensor) -> Tensor:
-    """Flip all bits of negative floats but the sign, so that integers have the order of the floats. Its own inverse."""
+    """Flip all bits of negative floats except the sign: the integers get the order of the floats. Its own inverse."""
     return bits ^ (bits >> 8 * bits.itemsize - 1 & torch.iinfo(bits.dtype).max)
 
 
 def _not_finite(counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether each group has NaN or Inf. counts (G, bins): of the first digit, which tells."""
+    """Return whether each group has NaN or Inf, from the counts (G, bins) of the first digit."""
     floating = torch.float16 if dtype == torch.int16 else dtype
     infinity = torch.tensor(torch.inf, dtype=floating).view(_INTEGERS[dtype.itemsize])
     middle = counts.shape[1] // 2

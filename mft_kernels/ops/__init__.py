@@ -1,1 +1,1 @@
-"""The ops: public functions that check their arguments, schemas, autograd, and the way to a backend."""
+"""The ops: public functions that check their arguments, schemas, autograd, and the choice of a backend."""

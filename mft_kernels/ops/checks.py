@@ -1,23 +1,23 @@
-"""What the public functions refuse, checked once at the door: argument, rule, value received, remedy."""
+"""Argument checks of the public functions. A message names the argument, the rule, the value received and a remedy."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # torch.func has no public question whether it tracks a tensor
+from torch._C import _functorch as functorch  # no public function tells whether torch.func tracks a tensor
 from torch.autograd import forward_ad
 
 from ..operands import MODES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-STEPPED = (torch.float32, torch.bfloat16, torch.int16)  # scores that an optimiser step takes
+STEPPED = (torch.float32, torch.bfloat16, torch.int16)  # dtypes of scores that an optimiser step takes
 OLDEST_TORCH = (2, 11)
-BLOCK = 256  # elements that share a scale of 8-bit moments
+BLOCK = 256  # elements of 8-bit moments that share a scale
 _SHOWN = 3  # experts that a message lists
 
 
 class NonFiniteScores(ValueError):
-    """Scores hold NaN or Inf, so that no threshold exists; ``module`` is the module's name where it is known."""
+    """Scores hold NaN or Inf, so no threshold exists. ``module`` is the module's name, if known."""
 
     def __init__(self, scores: Tensor, module: str = "") -> None:
         finite = scores.isfinite()
@@ -60,7 +60,7 @@ def check_scores(scores: Tensor, weight: Tensor) -> None:
 
 
 def check_whole(name: str, tensor: Tensor) -> None:
-    """Raise if tensor is a DTensor, of which a process holds a part: the threshold of a part is another one."""
+    """Raise if tensor is a DTensor: a process holds only a part, and a part has a different threshold."""
     if hasattr(tensor, "full_tensor"):  # torch.distributed.tensor takes long to import
         raise ValueError(
             f"{name} must be a plain tensor, got a DTensor of shape {tuple(tensor.shape)} spread over processes: "
@@ -69,7 +69,7 @@ def check_whole(name: str, tensor: Tensor) -> None:
 
 
 def check_threshold(threshold: Tensor, scores: Tensor) -> None:
-    """Raise unless threshold is one for all, (), or one for each row of scores (N, K), or expert of (E, N, K)."""
+    """Raise unless threshold is (), one per row of scores (N, K), or one per expert of scores (E, N, K)."""
     check_tensor("threshold", threshold)
     if threshold.dim() != 0 and threshold.shape != scores.shape[:1]:
         each, see = ("an expert", "kept_thresholds") if scores.dim() == 3 else ("a row", "kept_threshold")
@@ -81,7 +81,7 @@ def check_threshold(threshold: Tensor, scores: Tensor) -> None:
 
 
 def check_fixed_threshold(threshold: float | None) -> None:
-    """Raise unless threshold is None, or a number to compare scores with."""
+    """Raise unless threshold is None or a number other than NaN."""
     if threshold is None:
         return
     check_number("threshold", threshold)
@@ -90,7 +90,7 @@ def check_fixed_threshold(threshold: float | None) -> None:
 
 
 def check_packed(name: str, packed: Tensor, shape: tuple[int, ...] | torch.Size) -> None:
-    """Raise unless ``packed`` holds the bits of a mask (N, K) or (E, N, K)."""
+    """Raise unless ``packed`` has the dtype and shape of a packed mask for ``shape``, (N, K) or (E, N, K)."""
     words = (*shape[:-1], -(-shape[-1] // 32))
     check_tensor(name, packed)
     if packed.dtype != torch.int32:
@@ -100,7 +100,7 @@ def check_packed(name: str, packed: Tensor, shape: tuple[int, ...] | torch.Size)
 
 
 def check_factors(call: Any) -> None:
-    """Raise unless scores or signs, where a call of sums needs them, fit the weight that they are a factor beside."""
+    """Raise unless a call of accumulate_score_grad has the scores or signs that it needs, and they fit weight."""
     weight, scores, signs = call.weight, call.scores, call.signs
     if weight is None:
         if scores is not None or signs is not None:
@@ -138,7 +138,7 @@ def check_linear(call: Any) -> None:
 
 
 def check_multiplied(x: Tensor, weight: Tensor) -> None:
-    """Raise unless x and weight are of one floating dtype, or autocast makes them, and on one device."""
+    """Raise unless x and weight are on one device and have one floating dtype, or autocast will give them one."""
     check_device("x", x, "weight", weight)
     check_floating("x", x)
     if x.dtype != weight.dtype:
@@ -150,7 +150,7 @@ def check_multiplied(x: Tensor, weight: Tensor) -> None:
 
 
 def check_bias(bias: Tensor | None, x: Tensor, weight: Tensor, shape: tuple[int, ...], meaning: str = "") -> None:
-    """Raise unless bias is None, or of this shape and weight's dtype, on its device."""
+    """Raise unless bias is None, or has this shape and weight's dtype and device."""
     if bias is None:
         return
     check_tensor("bias", bias)
@@ -162,12 +162,12 @@ def check_bias(bias: Tensor | None, x: Tensor, weight: Tensor, shape: tuple[int,
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether torch.autocast will bring the dtypes together; of the meta device it cannot be asked."""
+    """Return whether torch.autocast will cast the operands to one dtype; False on meta, which cannot be asked."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def check_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
-    """Raise unless grad_output.T @ x, of (..., N) and (..., K), can be added into out (N, K)."""
+    """Raise unless grad_output (..., N), x (..., K) and out (N, K) fit each other for out += grad_output.T @ x."""
     for name, tensor in (("out", out), ("grad_output", grad_output), ("x", x)):
         check_tensor(name, tensor)
     if out.dim() != 2 or not out.is_contiguous():
@@ -186,7 +186,7 @@ def check_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """Raise unless value is a tensor, and a dense one: kernels read its memory by strides."""
+    """Raise unless value is a dense tensor: kernels read its memory by strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; use torch.as_tensor({name})")
     if value.layout != torch.strided:
@@ -194,9 +194,9 @@ def check_tensor(name: str, value: Tensor) -> None:
 
 
 def check_transforms(op: str, *tensors: Tensor | None, in_place: bool = False) -> None:
-    """Raise where torch.func or forward mode would differentiate, of which an op knows nothing: jvp would be zero.
+    """Raise if torch.func or forward mode tracks a tensor. The ops do not support them, so a jvp would be zero.
 
-    in_place: also where torch.vmap has batched a tensor, which is else one call a slice.
+    in_place: also raise if torch.vmap has batched a tensor. Other ops make one call per slice under vmap.
     """
     if torch.compiler.is_compiling() or not (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -221,7 +221,7 @@ def check_transforms(op: str, *tensors: Tensor | None, in_place: bool = False) -
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise unless the tensor's dtype is a floating one that the ops know."""
+    """Raise unless the tensor's dtype is one of FLOATING."""
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -235,7 +235,7 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 def check_step_inputs(
     scores: Tensor, grad: Tensor, weight: Tensor | None, grad_scale: Tensor | None, threshold: Tensor | None
 ) -> None:
-    """Raise unless these are what score_step takes."""
+    """Raise unless these arguments of score_step have valid dtypes, shapes and devices."""
     check_tensor("scores", scores)
     check_stepped("scores", scores)
     if scores.dim() != 2 or not scores.is_contiguous():
@@ -292,7 +292,7 @@ def check_moments(scores: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scales: T
 
 
 def check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raise unless these are numbers that AdamW can work with."""
+    """Raise unless these are valid settings of AdamW."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check_number(name, value)
         if not 0 <= value < float("inf"):
@@ -304,26 +304,26 @@ def check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: 
 
 
 def check_betas(betas: tuple[float, float]) -> tuple[float, float]:
-    """Raise unless betas are two; return them."""
+    """Return betas. Raise unless there are two of them."""
     if len(betas) != 2:
         raise ValueError(f"betas must be a pair, got {betas!r}")
     return betas
 
 
 def check_number(name: str, value: float) -> None:
-    """Raise unless value is an int or a float; a tensor would have to be read from its device at every step."""
+    """Raise unless value is an int or a float. A tensor would have to be read from its device at every step."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}; use float({name})")
 
 
 def check_scores_dtype(dtype: torch.dtype) -> None:
-    """Raise unless scores of this dtype can be drawn and selected."""
+    """Raise unless a layer can initialise and select scores of this dtype."""
     if dtype not in (*FLOATING, torch.int16):
         raise TypeError(f"scores_dtype must be float32, bfloat16, float16, float64 or int16 (fixed point), got {dtype}")
 
 
 def check_torch() -> None:
-    """Raise unless torch is one that the ops and the compiled libraries are written for."""
+    """Raise unless torch is recent enough for the ops and the compiled libraries."""
     version, oldest = torch.__version__, ".".join(map(str, OLDEST_TORCH))
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         raise ImportError(f"mft_kernels needs torch {oldest} or newer, got {version}; pip install 'torch>={oldest}'")

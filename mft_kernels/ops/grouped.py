@@ -1,7 +1,7 @@
-"""The ops over experts: a mixture's linear layers that lie in one parameter (E, N, K), each with a mask of its own.
+"""The ops over experts: a mixture's linear layers in one parameter (E, N, K), each with its own mask.
 
-Rows lie sorted by expert, and ``offsets`` says where those of each end, as torch's grouped_mm takes them. Some models
-store the transposed matrices, (E, K, N): their forward product is the other layout's d_x.
+Rows are sorted by expert, and ``offsets`` says where each expert's rows end, as in torch's grouped_mm. Some models
+store the transposed matrices, (E, K, N). Their forward product is the d_x of the other layout.
 """
 
 from typing import Any
@@ -28,20 +28,21 @@ def masked_linear_grouped(
     mode: str = "magnitude",
     backend: str = "auto",
 ) -> Tensor:
-    """masked_linear of each expert on its own rows: y[i] = x[i] @ where(keep[e], weight[e], 0).T + bias[e].
+    """Compute ``y[i] = x[i] @ where(keep[e], weight[e], 0).T + bias[e]`` for the rows i of each expert e.
 
-    The rows of expert e are those from offsets[e - 1] (0 for the first) up to offsets[e], as torch's grouped_mm takes
-    them; none is fine. Rows past the last offset are nobody's: their y and d_x are 0.
+    The rows of expert e begin at offsets[e - 1] (0 for the first) and end before offsets[e], as in torch's grouped_mm.
+    An expert may have no rows. Rows past the last offset belong to no expert: their y and d_x are 0.
 
     Args:
         x: (T, K), sorted by expert, floating.
         weight: (E, N, K), dtype of x.
-        scores: of weight's shape, fp32 or a 16-bit float.
+        scores: weight's shape, fp32 or a 16-bit float.
         threshold: () for all experts, or (E,); see kept_thresholds.
-        offsets: int32 (E,), rising to at most T. On an accelerator, which would have to be waited for, others are no
-            error: which rows they mean is not said, but nothing outside of them is read or written.
+        offsets: int32 (E,), never decreasing, at most T. On an accelerator they are not checked, because reading them
+            would wait for the device. Wrong offsets select undefined rows, but nothing outside of the rows is read or
+            written.
         bias: (E, N), dtype of x.
-        transposed: weight and scores are (E, K, N), and y is x @ where(keep, weight, 0), without the .T.
+        transposed: if True, weight and scores are (E, K, N), and y is x @ where(keep, weight, 0), without the .T.
         mode, backend: see masked_linear.
     Returns: (T, N) in x's dtype; accumulated in fp32. Under autocast x, weight and bias are cast, scores never.
     Raises: ValueError for shapes, offsets, devices or mode, TypeError for dtypes, RuntimeError for a backend that
@@ -60,11 +61,13 @@ def masked_linear_grouped_packed(
     transposed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """masked_linear_grouped with the masks given as bits (see pack_mask).
+    """Compute masked_linear_grouped with the masks given as bits (see pack_mask).
 
-    Gradients go to x, weight and bias; no score is involved.
+    x, weight and bias get gradients; there are no scores.
 
-    Args: as of masked_linear_grouped; packed: int32 (E, N, ceil(K / 32)), transposed (E, K, ceil(N / 32)).
+    Args:
+        packed: int32 (E, N, ceil(K / 32)), or (E, K, ceil(N / 32)) if transposed.
+        x, weight, offsets, bias, transposed, backend: see masked_linear_grouped.
     """
     return GROUPED_PACKED(x, weight, packed, offsets, bias, transposed, backend)
 
@@ -82,24 +85,28 @@ def accumulate_score_grad_grouped(
     mode: str = "magnitude",
     backend: str = "auto",
 ) -> Tensor:
-    """accumulate_score_grad of each expert from its own rows, in place; that of an expert without rows is not touched.
+    """Run accumulate_score_grad for each expert on its own rows, in place.
+
+    The gradient of an expert without rows is not touched.
 
     Args:
-        out: (E, N, K), transposed (E, K, N): fp32 or a 16-bit float, contiguous.
-        grad_output: (T, N); x: (T, K), of one dtype; offsets: int32 (E,), see masked_linear_grouped.
-        weight: of out's shape, or None; then scores and signs must be None too, whatever the mode.
-        scores: of out's shape, for the sign in mode "magnitude"; or signs: its bits (see pack_mask), valid when no
-            score is exactly 0.
+        out: (E, N, K), or (E, K, N) if transposed; fp32 or a 16-bit float, contiguous.
+        grad_output: (T, N), dtype of x.
+        x: (T, K).
+        offsets: int32 (E,), see masked_linear_grouped.
+        weight: out's shape, or None. If None, scores and signs must be None too, in either mode.
+        scores: out's shape, for the sign in mode "magnitude".
+        signs: the bits of the sign (see pack_mask), in place of scores; valid only if no score is exactly 0.
     Returns: out.
     """
     _ACCUMULATE(out, grad_output, x, offsets, weight, scores, signs, transposed, mode, backend)
     return out
 
 
-# ---------------------------------------------------------------------------------------------- their definition
+# ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
-#: GRADIENTS_OF_GROUPED_PACKED: as GRADIENTS_OF_PACKED.
+#: GRADIENTS_OF_GROUPED_PACKED: the counterpart of GRADIENTS_OF_PACKED in linear.py.
 _GROUPED, GROUPED_PACKED, GRADIENTS_OF_GROUPED_PACKED = masked_products(
     "masked_linear_grouped",
     lambda call: Experts(call.weight, call.offsets),

@@ -1,4 +1,4 @@
-"""What the public functions over experts refuse; see checks.py."""
+"""Argument checks of the public functions over experts; see checks.py."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ from .checks import check_bias, check_device, check_floating, check_multiplied, 
 
 
 def check_grouped(call: Any) -> None:
-    """Raise unless x (T, K), weight (E, N, K) or transposed (E, K, N), offsets (E,) and bias (E, N) fit each other."""
+    """Raise unless x (T, K), weight (E, N, K), offsets (E,) and bias (E, N) fit each other.
+
+    If transposed, weight is (E, K, N).
+    """
     x, weight, transposed = call.x, call.weight, call.transposed
     check_tensor("x", x)
     check_tensor("weight", weight)
@@ -31,7 +34,10 @@ def check_grouped(call: Any) -> None:
 
 
 def check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
-    """Raise unless offsets are int32 (E,) beside x; what they hold is looked at in check_offset_values."""
+    """Raise unless offsets are int32, have shape (E,) and lie on x's device.
+
+    check_offset_values checks their values.
+    """
     check_tensor("offsets", offsets)
     if offsets.dtype != torch.int32:
         raise TypeError(f"offsets must be int32, as of torch's grouped_mm, got {offsets.dtype}; use offsets.int()")
@@ -44,7 +50,10 @@ def check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
 
 
 def check_offset_values(call: Any) -> None:
-    """Raise unless offsets rise from 0 to the rows of x at most, where looking at them waits for no accelerator."""
+    """Raise unless offsets on the CPU are at least 0, never decrease and end within the rows of x.
+
+    Offsets on an accelerator are not checked, because reading them would wait for the device.
+    """
     offsets, rows = call.offsets, len(call.x)
     if offsets.device.type != "cpu" or offsets.numel() == 0:
         return
@@ -62,9 +71,9 @@ def check_offset_values(call: Any) -> None:
 
 
 def check_grouped_sums(call: Any) -> None:
-    """Raise unless the sums over each expert's rows of grad_output (T, N) and x (T, K) can be added into out (E, N, K).
+    """Raise unless grad_output (T, N), x (T, K) and out (E, N, K) fit each other for accumulate_score_grad_grouped.
 
-    transposed: (E, K, N).
+    If transposed, out is (E, K, N).
     """
     out, grad_output, x, transposed = call.out, call.grad_output, call.x, call.transposed
     for name, tensor in (("out", out), ("grad_output", grad_output), ("x", x)):

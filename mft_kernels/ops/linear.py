@@ -1,4 +1,4 @@
-"""The masked product of one dense matrix, from scores or from a packed mask, and the sums of its scores' gradient."""
+"""Masked products of one dense matrix, from scores or a packed mask, and the sums that make its scores' gradient."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def masked_linear(
     mode: str = "magnitude",
     backend: str = "auto",
 ) -> Tensor:
-    """y = x @ where(|scores| >= threshold, weight, 0).T + bias
+    """Compute ``y = x @ where(|scores| >= threshold, weight, 0).T + bias``.
 
     The gradient passes straight through the comparison (arXiv 2503.22764):
     d_scores = (grad_output.T @ x) * weight * sign(scores), for the dropped weights' scores too.
@@ -28,11 +28,11 @@ def masked_linear(
 
     Args:
         x: (..., K), floating.
-        weight: (N, K), dtype of x; its gradient, where(keep, grad_output.T @ x, 0), only if it asks for one.
+        weight: (N, K), dtype of x. Its gradient, if it requires one, is where(keep, grad_output.T @ x, 0).
         scores: (N, K), fp32 or a 16-bit float.
-        threshold: () or one a row (N,), on the device of scores, cast to their dtype; see kept_threshold.
+        threshold: () or (N,), one per row, on the device of scores; cast to their dtype. See kept_threshold.
         bias: (N,), dtype of x.
-        backend: "auto" or the name of one that must serve the call; see backend_report.
+        backend: "auto", or the name of the backend that must serve the call; see backend_report.
     Returns: (..., N) in x's dtype; accumulated in fp32. Under autocast x, weight and bias are cast, scores never.
     Raises: ValueError for shapes, devices or mode, TypeError for dtypes, RuntimeError for a backend that cannot serve.
     """
@@ -42,11 +42,15 @@ def masked_linear(
 def masked_linear_packed(
     x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """y = x @ where(mask, weight, 0).T + bias, the mask given as bits (see pack_mask).
+    """Compute ``y = x @ where(mask, weight, 0).T + bias`` with the mask given as bits (see pack_mask).
 
-    Gradients go to x, weight and bias; no score is involved.
+    x, weight and bias get gradients; there are no scores.
 
-    Args: x (..., K); weight (N, K); packed int32 (N, ceil(K / 32)); bias (N,).
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        packed: int32 (N, ceil(K / 32)).
+        bias: (N,).
     Returns: (..., N) in x's dtype.
     """
     return MASKED_LINEAR_PACKED(x, weight, packed, bias, backend)
@@ -63,27 +67,28 @@ def accumulate_score_grad(
     mode: str = "magnitude",
     backend: str = "auto",
 ) -> Tensor:
-    """out += (grad_output.T @ x) * weight * sign(scores), in place, without a temporary of the weight's size.
+    """Compute ``out += (grad_output.T @ x) * weight * sign(scores)`` in place, without a weight-sized temporary.
 
-    With weight None, out += grad_output.T @ x: weight and sign are constant between two optimiser steps, so score_step
-    can multiply by them once a step.
+    If weight is None, compute out += grad_output.T @ x. Weight and sign are constant between two optimiser steps, so
+    score_step can multiply by them once per step.
 
     Args:
         out: (N, K), fp32 or a 16-bit float, contiguous.
-        grad_output: (..., N); x: (..., K), both of weight's dtype, with equal leading dimensions.
-        weight: (N, K), or None; then scores and signs must be None too, whatever the mode.
-        scores: (N, K), for the sign in mode "magnitude"; or
-        signs: int32 (N, ceil(K / 32)), the bits of pack_signs, valid when no score is exactly 0.
+        grad_output: (..., N), dtype of x.
+        x: (..., K), dtype of weight if that is given, with the leading dimensions of grad_output.
+        weight: (N, K), or None. If None, scores and signs must be None too, in either mode.
+        scores: (N, K), for the sign in mode "magnitude".
+        signs: int32 (N, ceil(K / 32)), the bits of pack_signs, in place of scores; valid only if no score is exactly 0.
     Returns: out.
     """
     _ACCUMULATE(out, grad_output, x, weight, scores, signs, mode, backend)
     return out
 
 
-# ---------------------------------------------------------------------------------------------- their definition
+# ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
-#: GRADIENTS_OF_PACKED: d_x, d_weight, d_scores and d_bias of masked_linear_packed, from the arguments of its schema.
+#: GRADIENTS_OF_PACKED: the op masked_linear_packed_backward, which returns d_x, d_weight, d_scores and d_bias.
 _MASKED_LINEAR, MASKED_LINEAR_PACKED, GRADIENTS_OF_PACKED = masked_products(
     "masked_linear", lambda call: call.weight, check=check_linear, short=True
 )

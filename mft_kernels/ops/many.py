@@ -1,4 +1,4 @@
-"""Many masks on one weight, a mask a row: the op masked_linear_many, for inference."""
+"""The op masked_linear_many: many masks on one weight, one mask per row, for inference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,16 +23,16 @@ def masked_linear_many(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """y[i] = x[i] @ where(masks[tasks[i]], weight, 0).T + bias; the whole weight where tasks[i] is -1.
+    """Compute ``y[i] = x[i] @ where(masks[tasks[i]], weight, 0).T + bias``, with the whole weight if tasks[i] is -1.
 
-    For inference: the weight is read once whatever the number of masks. The gradient goes to x alone.
+    For inference: the weight is read once for any number of masks. Only x gets a gradient.
 
     Args:
         x: (rows, ..., K), floating.
         weight: (N, K), dtype of x, frozen.
-        masks: 0 to 16 of int32 (N, ceil(K / 32)), see pack_mask: apart, or stacked in one tensor.
-        tasks: (rows,), integers of -1 to the number of masks - 1. On an accelerator, which would have to be waited for,
-            others are no error: their rows are NaN.
+        masks: 0 to 16 masks, int32 (N, ceil(K / 32)) each, see pack_mask; a sequence, or stacked in one tensor.
+        tasks: (rows,), integers from -1 to the number of masks - 1. On an accelerator they are not checked, because
+            reading them would wait for the device: rows with other tasks are NaN.
         bias: (N,), dtype of x, frozen.
     Returns: (rows, ..., N) in x's dtype; accumulated in fp32. Under autocast x, weight and bias are cast.
     """
@@ -41,7 +41,7 @@ def masked_linear_many(
     return _MANY(x, weight, masks, tasks, bias, backend)
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------------------- argument checks
 
 
 def _check_masks(masks: Tensor | Sequence[Tensor], weight: Tensor) -> None:
@@ -76,7 +76,7 @@ def _check_frozen(**tensors: Tensor | None) -> None:
 
 
 def _check_values(tasks: Tensor, masks: Sequence[Tensor]) -> None:
-    """Where looking at them does not wait for an accelerator."""
+    """Raise unless tasks on the CPU are -1 or the place of a mask. On an accelerator this would wait for the device."""
     if tasks.device.type == "cpu" and tasks.numel():
         low, high = (int(value) for value in tasks.aminmax())
         if low < -1 or high >= len(masks):
@@ -85,7 +85,7 @@ def _check_values(tasks: Tensor, masks: Sequence[Tensor]) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------- their definition
+# ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
 def _check(call: Any) -> Any:

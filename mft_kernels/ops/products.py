@@ -1,4 +1,4 @@
-"""The masked products of a kind of weight: from scores and from a packed mask, each with the op of its gradients."""
+"""The masked products of one kind of weight, from scores and from a packed mask, each with an op for its gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from .checks import check_device, check_mode, check_packed, check_scores, check_
 from .route import Op
 from .straight_through import StraightThrough
 
-Check = Callable[[Any], None]  # of a call
+Check = Callable[[Any], None]  # takes a call, raises if it is wrong
 
 
 def masked_products(
@@ -23,11 +23,12 @@ def masked_products(
     check_values: Check = lambda call: None,
     short: bool = False,
 ) -> tuple[Op, Op, Op]:
-    """The ops ``name``, ``name``_packed and ``name``_packed_backward.
+    """Define and return the ops ``name``, ``name``_packed and ``name``_packed_backward.
 
     Args:
-        weight: made from a call. check: of the public functions, that the operands beside the mask fit each other.
-        check_values: inside of the ops, so that compiled code meets it too.
+        weight: makes the weight operand from a call.
+        check: run by the public functions; raises unless the operands other than the mask fit each other.
+        check_values: run inside the ops, so that compiled code runs it too.
     """
 
     def define(op: str, keep: Callable[[Any], Keep], check_keep: Callable[[Any], Any]) -> tuple[Op, Op]:

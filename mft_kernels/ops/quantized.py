@@ -1,7 +1,7 @@
-"""The masked product over a quantised weight: decoded where the mask is applied, never whole.
+"""The masked product over a quantised weight, which is decoded where the mask is applied and never stored whole.
 
-A product reads 0.5625 bytes a weight in NF4 (0.516 with double quantisation), 0.625 in int4 and 1 in int8, and 1 bit of
-the mask. Where there are scores, pack_mask makes the bits. dequantize makes the dense matrix.
+A product reads 0.5625 bytes per weight in NF4 (0.516 with double quantisation), 0.625 in int4 and 1 in int8, plus 1 bit
+of the mask. pack_mask makes the bits from scores. dequantize makes the dense matrix.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from .route import Gradient, Op, unchanged
 
 
 class QuantizedMatrix:
-    """What holds a weight as codes: a mixin, of which hold() takes an instance in a weight's place.
+    """A mixin for objects that hold a weight as codes. hold() takes an instance in place of a weight.
 
-    Where the cpu, triton or cuda backend serves it, a product makes no dense matrix; elsewhere dense() makes one.
+    If the cpu, triton or cuda backend serves a product, it makes no dense matrix. Otherwise dense() makes one.
 
-    Attributes: shape: (N, K). dtype: of dense(). codes: as of masked_linear_quantized.
+    Attributes: shape: (N, K). dtype: the dtype of dense(). codes: see masked_linear_quantized.
     """
 
     shape: torch.Size
@@ -33,31 +33,31 @@ class QuantizedMatrix:
     codes: Tensor
 
     def levels(self) -> str:
-        """The kind, as of masked_linear_quantized: a key of FORMATS."""
+        """Return the kind, a key of FORMATS; see masked_linear_quantized."""
         raise NotImplementedError
 
     def scales(self) -> list[Tensor]:
-        """absmax, or the four tensors of double quantisation, as of masked_linear_quantized."""
+        """Return absmax, or the four tensors of double quantisation; see masked_linear_quantized."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        """(N, K) of dtype, made anew by each call."""
+        """Return a new dense tensor (N, K) of dtype."""
         raise NotImplementedError
 
     def is_fused(self, x: Tensor) -> bool:
-        """Whether a product with x, or with a gradient, is made without a dense matrix."""
+        """Return whether a product with x, which may be a gradient, is made without a dense matrix."""
         if isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
-            return False  # simulated: a "cpu" of that kind stands for any device, and others make the dense matrix
+            return False  # simulated: a fake "cpu" stands for any device, and other devices make the dense matrix
         return x.dtype == self.dtype and _decodes(FORMATS[self.levels()], self.codes.device.type, x.dtype)
 
     def masked_linear(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ where(mask, dense(), 0).T + bias"""
+        """Compute x @ where(mask, dense(), 0).T + bias."""
         if not self.is_fused(x):
             return masked_linear_packed(x, self.dense(), packed, bias)
         return masked_linear_quantized(x, self.codes, self.scales(), packed, bias, shape=self.shape, kind=self.levels())
 
     def masked_d_x(self, grad_output: Tensor, packed: Tensor) -> Tensor:
-        """grad_output @ where(mask, dense(), 0)"""
+        """Compute grad_output @ where(mask, dense(), 0)."""
         if not self.is_fused(grad_output):
             wants = [True, False, False, False]
             dense = self.dense()
@@ -68,12 +68,15 @@ class QuantizedMatrix:
 
 
 def _decodes(form: type[Codes], device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel of ours decodes it there: one that "auto" takes, or the cuda backend's where it is asked for."""
+    """Return whether one of our kernels decodes this format on this device type and for this dtype.
+
+    On a GPU that is a triton kernel, or one of the cuda backend if MFT_KERNELS=cuda.
+    """
     name = "cpu"
     if device_type == "cuda":
         name = "cuda" if asked_for() == "cuda" else "triton"
     if name == "cuda" and dtype == torch.float32:
-        return False  # its kernels take 16 bits
+        return False  # its kernels take 16-bit dtypes only
     found = registered(name)
     return device_type in found.device_types and found.takes_operand(form)
 
@@ -89,22 +92,26 @@ def masked_linear_quantized(
     kind: str = "nf4",
     backend: str = "auto",
 ) -> Tensor:
-    """y = x @ where(mask, w, 0).T + bias, w decoded from codes: without its dense matrix on a CPU and by GPU kernels.
+    """Compute ``y = x @ where(mask, w, 0).T + bias`` with w decoded from codes.
+
+    On a CPU and by GPU kernels, w is never stored as a dense matrix.
 
     nf4: w[i] = NF4[code[i]] * absmax[i // 64], i over the whole matrix. int4: w[i] = (code[i] - 8) * absmax[i // 32].
     int8: w[n, k] = code[n, k] * (absmax[n] / 127).
-    In fp32, rounded once to x's dtype, as bitsandbytes does it; on a CPU the result is that of masked_linear_packed
-    over dequantize's matrix, to the bit. Gradients go to x and bias.
+    w is decoded in fp32 and rounded once to x's dtype, as in bitsandbytes. On a CPU the result equals that of
+    masked_linear_packed on the matrix of dequantize, bit for bit. x and bias get gradients.
 
     Args:
         x: (..., K), floating.
-        codes: uint8, ceil(N * K / 2) of them for nf4 and int4, the first of two in the high bits; int8 (N, K).
-        absmax: fp32, (B,), B = ceil(N * K / 64) for nf4, ceil(N * K / 32) for int4, N for int8. Of bitsandbytes' double
-            quantisation of nf4 four: uint8 (B,); fp32 (ceil(B / 256),), (256,) and (), its nested absmax, map of codes,
-            and offset.
+        codes: for nf4 and int4, ceil(N * K / 2) bytes of uint8, two codes per byte, the first in the high bits. For
+            int8, int8 (N, K).
+        absmax: fp32 (B,), with B = ceil(N * K / 64) for nf4, ceil(N * K / 32) for int4 and N for int8. For
+            bitsandbytes' double quantisation of nf4, four tensors: the codes of absmax, uint8 (B,); the nested absmax,
+            fp32 (ceil(B / 256),); the map of codes, fp32 (256,); and the offset, fp32 ().
         packed: int32 (N, ceil(K / 32)), see pack_mask; None keeps all.
         bias: (N,), dtype of x.
-        shape: (N, K). kind: "nf4", "int8" or "int4".
+        shape: (N, K).
+        kind: "nf4", "int8" or "int4".
     Returns: (..., N) in x's dtype; accumulated in fp32.
     Raises: ValueError for shapes, devices or kind, TypeError for dtypes, RuntimeError for a backend that cannot serve.
     """
@@ -121,7 +128,10 @@ def masked_linear_quantized_d_x(
     kind: str = "nf4",
     backend: str = "auto",
 ) -> Tensor:
-    """d_x = grad_output @ where(mask, w, 0) of masked_linear_quantized, (..., K): for a backward pass; unchecked."""
+    """Compute ``d_x = grad_output @ where(mask, w, 0)``, (..., K), for the backward pass of masked_linear_quantized.
+
+    Arguments are not checked.
+    """
     return _QUANTIZED_D_X(grad_output, codes, absmax, packed, list(shape), kind, backend)
 
 
@@ -134,7 +144,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> Tensor:
-    """The dense (N, K) of ``dtype`` that codes and absmax stand for; see masked_linear_quantized."""
+    """Return the dense matrix (N, K) of ``dtype`` that codes and absmax hold; see masked_linear_quantized."""
     absmax = _check_codes(codes, absmax, shape, kind)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating, got {dtype}")
@@ -175,7 +185,7 @@ def _check_tokens(name: str, x: Tensor, codes: Tensor, columns: int) -> None:
         raise ValueError(f"{name} must end in in_features = {columns}, got shape {tuple(x.shape)}")
 
 
-# ---------------------------------------------------------------------------------------------- their definition
+# ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
 def _check(call: Any) -> Any:

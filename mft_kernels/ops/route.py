@@ -1,12 +1,12 @@
-"""Op: an op of namespace ``mft``, and the one place that decides which way a call of it takes to its kernel.
+"""Op: an op of namespace ``mft``. Only this module decides which of three ways a call takes to its kernel.
 
-    short       one function of a backend, in C++, which checks its arguments and computes; it declines an unusual call
-    direct      the checks, then the backend's function, under autograd where a gradient is asked for
-    dispatcher  the checks, then PyTorch's dispatcher, for calls that someone else has to see: autocast, a compiler or
+    short       one function of a backend, in C++, checks the arguments and computes; it declines an unusual call
+    direct      the checks, then the backend's function, under autograd if a gradient is needed
+    dispatcher  the checks, then PyTorch's dispatcher, for calls that others have to see: autocast, a compiler or
                 tracer, modes and subclasses, torch.func, forward mode, and the profiler
 
-The dispatcher takes 20 to 50 us for an op in Python (Xeon). One token on a small layer is less work than that, so
-generation would lose to the dense model by it alone.
+The dispatcher takes 20 to 50 us for an op in Python (Xeon). That is more than the work of one token on a small layer,
+so it alone would make generation slower than with the dense model.
 """
 
 import functools
@@ -41,43 +41,43 @@ increment_version = torch.autograd.graph.increment_version
 _DEVICE_TYPES = ("cpu", "cuda")
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
-#: Whom the dispatcher asks on an ordinary tensor's account, as bits: others for fakes, wrappers and lazy negation.
+#: Sets of dispatch keys of ordinary tensors, as bits. Fakes, wrappers and lazily negated tensors have others.
 _plain_keys: set[int] = set()
 _seen_device_types: set[str] = set()
-#: By exact type, as a subclass may have to see a call.
+#: Exact types of plain tensors: a subclass may have to see a call.
 plain_types: set[type] = {Tensor, nn.Parameter}
 _usual_types: set[type] = {*plain_types, type(None), str, float, int, bool, list, tuple}
 _WRITTEN = object()
 
 
 def treat_as_plain(kind: type[Tensor]) -> None:
-    """Let calls on tensors of exactly this class go as those on any tensor do."""
+    """Treat tensors of exactly this class as plain ones, which need no dispatcher."""
     plain_types.add(kind)
     _usual_types.add(kind)
 
 
 class _Caller(threading.local):
-    is_python = False  # of the op that this thread hands to the dispatcher
-    is_graph = False  # of the op that this thread computes
+    is_python = False  # whether the op that this thread dispatches was called from Python
+    is_graph = False  # whether the op that this thread computes was called by a graph
 
 
 _caller = _Caller()
 
 
 def is_called_by_graph() -> bool:
-    """Whether the op that is being computed was called by a graph, compiled or traced earlier, and not from Python."""
+    """Return whether a graph, compiled or traced earlier, called the op that is being computed, and not Python."""
     return _caller.is_graph
 
 
 class Gradient:
-    """How an op is differentiated: a subclass says what is saved of a call, and what becomes of it."""
+    """How an op is differentiated. A subclass defines what a call saves and how backward uses it."""
 
     def save(self, ctx: Any, call: Any) -> None:
-        """Leave in ctx, an autograd.Function's, what backward reads."""
+        """Save what backward reads in ctx, the context of an autograd.Function."""
         raise NotImplementedError
 
     def backward(self, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        """The gradients, one per argument of the op."""
+        """Return the gradients, one per argument of the op."""
         raise NotImplementedError
 
 
@@ -85,13 +85,14 @@ class Op:
     """An op of namespace mft. Called with the arguments of its schema, the last of which is the backend.
 
     Args:
-        name: as in schema.py, which has the class of its calls.
-        run: makes the result from a call.
-        check: of the public function: raises, or returns the call as it goes on. None: it is trusted.
-        gradient: None: the op is not differentiable. Else autocast casts x, weight and bias; scores it never casts.
-        is_gradient: it is a gradient itself, and another is an error.
+        name: an op of schema.py, which also has the class of its calls.
+        run: computes the result of a call.
+        check: checks a call: raises, or returns the call, perhaps changed. None: calls are trusted.
+        gradient: None: the op is not differentiable. Otherwise autocast casts x, weight and bias, and never scores.
+        is_gradient: whether the op is a gradient itself. Differentiating it is then an error.
         short: whether a backend may have a short way for it.
-        by: a short way other than that of "auto"'s backend, from all arguments but the last; None where it declines.
+        by: a short way that replaces that of "auto"'s backend. It takes all arguments but the last, and returns None
+            if it declines.
     """
 
     def __init__(
@@ -106,17 +107,17 @@ class Op:
         by: Callable | None = None,
     ) -> None:
         self.name, self.kind, self.run, self._check, self._short, self._by = name, calls[name], run, check, short, by
-        #: Whether the short way is a backend's, which is asked within other ops too.
+        #: Whether the short way is a backend's. If so, compute() tries it too.
         self.asks_backend = short and by is None
-        #: The call with the arguments in a tuple: as _make of a named tuple, which takes 0.1 us more.
+        #: Makes a call from a tuple of arguments, like _make of a named tuple, which takes 0.1 us more.
         self.call_of: Callable[[tuple], Any] = functools.partial(tuple.__new__, self.kind)
         arguments = getattr(ops, name).default._schema.arguments
-        #: The places of what is written in place; such an op has no gradient.
+        #: Positions of the arguments that are written in place. Such an op has no gradient.
         self._writes = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-        #: Before this place stand all arguments that are tensors, or may be.
+        #: All arguments that are or may be tensors come before this position.
         self._past_tensors = 1 + max(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
         names = [a.name for a in itertools.takewhile(lambda a: str(a.type) == "Tensor", arguments)]
-        #: How many of the first arguments must be tensors, and which of them chooses the short way by its dtype.
+        #: How many of the first arguments must be tensors, and which one's dtype selects the short way.
         self._required = len(names)
         self._deciding = max((i for i, name in enumerate(names) if name in ("x", "weight")), default=0)
         library.impl(name, self._dispatched, "CompositeExplicitAutograd")
@@ -148,7 +149,7 @@ class Op:
         return self._dispatch(call)
 
     def compute(self, given: tuple) -> Any:
-        """The result alone, from the arguments: below autograd and the dispatcher, and within other ops."""
+        """Compute the result without checks, autograd or dispatcher; for use below these, and within other ops."""
         if self.asks_backend and given[-1] == "auto":
             result = self.by_short_way(given)
             if result is not None:
@@ -159,7 +160,7 @@ class Op:
         return result
 
     def _dispatch(self, given: tuple) -> Any:
-        if torch.compiler.is_compiling():  # this call becomes a graph's
+        if torch.compiler.is_compiling():  # this call becomes part of a graph
             return getattr(ops, self.name)(*given)
         _caller.is_python = True
         try:
@@ -168,7 +169,7 @@ class Op:
             _caller.is_python = False
 
     def _dispatched(self, *given: Any) -> Any:
-        """compute, for the dispatcher."""
+        """Run compute for the dispatcher."""
         before, _caller.is_graph = _caller.is_graph, not _caller.is_python
         try:
             return self.compute(given)
@@ -176,11 +177,11 @@ class Op:
             _caller.is_graph = before
 
     def _is_usual(self, given: tuple) -> bool:
-        """Whether a short way may be asked; else the checks have to say what is wrong."""
+        """Return whether a short way may be tried. Otherwise the checks have to say what is wrong."""
         return plain_types.issuperset(map(type, given[: self._required])) and _usual_types.issuperset(map(type, given))
 
     def by_short_way(self, given: tuple) -> Any:
-        """What the short way of "auto"'s backend makes, or _WRITTEN; None if it declines or there is none."""
+        """Return the result of the short way of "auto"'s backend, or _WRITTEN; None if it declines or there is none."""
         way = short_ways.get((self.name, given[self._deciding].dtype))
         if way is None:
             return None
@@ -193,12 +194,12 @@ class Op:
         return None if result is False else result
 
     def _note_writes(self, given: tuple) -> None:
-        """Tell autograd of what a kernel has written through pointers."""
+        """Tell autograd which tensors a kernel has written through pointers."""
         increment_version([given[at] for at in self._writes if given[at] is not None])
 
 
 def unchanged(ctx) -> tuple[Any, ...]:
-    """What a forward pass saved. Raises: RuntimeError if some of it was changed in place since."""
+    """Return what a forward pass saved. Raises: RuntimeError if some of it was changed in place since then."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
@@ -212,23 +213,23 @@ def unchanged(ctx) -> tuple[Any, ...]:
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------- who sees a call
+# ---------------------------------------------------------------------------------------------- who has to see a call
 
 
 def is_seen_by_others(*tensors: Tensor | None) -> bool:
-    """Whether someone besides the kernel and autograd has to see a call on these tensors."""
+    """Return whether anyone except the kernel and autograd has to see a call on these tensors."""
     return _is_watched() or not _are_plain(tensors)
 
 
 def _is_watched() -> bool:
-    """Whether someone besides autograd has to see any call now."""
+    """Return whether anyone except autograd has to see every call at the moment."""
     return (
-        torch.compiler.is_compiling()  # first, as a compiler cannot trace the others
+        torch.compiler.is_compiling()  # first, because a compiler cannot trace the others
         or _is_torch_function_mode_enabled()
         or _len_torch_dispatch_stack() != 0
         or _dispatch_tls_is_dispatch_key_included(
             _PRE_DISPATCH
-        )  # modes of make_fx(pre_dispatch=True), on a stack apart
+        )  # modes of make_fx(pre_dispatch=True), on a separate stack
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or _is_any_autocast_enabled()
@@ -238,7 +239,7 @@ def _is_watched() -> bool:
 
 
 def _are_plain(given: Sequence[Any]) -> bool:
-    """Whether nobody has to see a call for the sake of one of its tensors."""
+    """Return whether all tensors among the arguments are plain, so that none needs the dispatcher."""
     if has_torch_function(given):
         return False
     for each in given:
@@ -251,7 +252,7 @@ def _are_plain(given: Sequence[Any]) -> bool:
 
 
 def _tensors(given: tuple) -> Iterator[Tensor]:
-    """Those among the arguments, also in lists."""
+    """Yield the tensors among the arguments, also those in lists and tuples."""
     for each in given:
         if isinstance(each, Tensor):
             yield each
@@ -260,7 +261,7 @@ def _tensors(given: tuple) -> Iterator[Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether an empty tensor of the same device has the same keys; remembered."""
+    """Return whether an empty tensor of the same device has the same dispatch keys. The keys are remembered."""
     device_type = tensor.device.type
     if device_type in _DEVICE_TYPES and device_type not in _seen_device_types:
         for inference in (False, True):
@@ -274,9 +275,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _with_autograd(op: Op, gradient: Gradient) -> Callable:
-    """Register the gradient, and return the op under autograd for a call that nobody else has to see.
+    """Register the gradient, and return the op under autograd for calls that nobody else has to see.
 
-    By way of the dispatcher that takes 20 us more, and again in the backward pass (Xeon).
+    The dispatcher would take 20 us more, and again in the backward pass (Xeon).
     """
 
     def setup_context(ctx, inputs, output):
@@ -293,18 +294,18 @@ def _with_autograd(op: Op, gradient: Gradient) -> Callable:
         gradient.save(ctx, call)
         return output
 
-    def flat(ctx, *grads):  # what is a list of tensors to an op is no tensor to a function
+    def flat(ctx, *grads):  # a list of tensors is no tensor to an autograd.Function
         return tuple(None if type(grad) is list else grad for grad in gradient.backward(ctx, *grads))
 
     has_list = any("List[Tensor]" in str(a.type) for a in getattr(ops, op.name).default._schema.arguments)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(flat if has_list else gradient.backward)}
     function: type[torch.autograd.Function] = type(f"{ops.name}_{op.name}", (torch.autograd.Function,), methods)
-    # Past what Function.apply does for torch.func, which does not see such a call: 2 us.
+    # Skips what Function.apply does for torch.func, which never sees such a call. That saves 2 us.
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _refuse_second_derivative(op: Op) -> None:
-    """Make a derivative of an op that is a gradient itself an error instead of a silent zero."""
+    """Make it an error to differentiate an op that is a gradient itself. It would be a silent zero otherwise."""
     name = add_op_namespace_prefix(op.name)
 
     def backward(ctx, *grads):
@@ -317,7 +318,7 @@ def _refuse_second_derivative(op: Op) -> None:
 
 
 def _autocast(op: Op, casts: Sequence[int]) -> None:
-    """Autocast of the arguments at the positions ``casts``: torch.library.register_autocast would cast scores too."""
+    """Register autocast for the arguments at ``casts``. torch.library.register_autocast would cast scores too."""
     overload = getattr(ops, op.name).default
 
     def autocast_for(device_type: str, key: torch._C.DispatchKey) -> Callable:

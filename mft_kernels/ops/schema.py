@@ -1,8 +1,8 @@
-"""Every op of namespace ``mft``: its flat schema, its call, and its fake, which gives shapes and dtypes alone.
+"""Every op of namespace ``mft``: its flat schema, the class of its calls, and its fake, which makes empty results.
 
-No argument of a schema has a default: the dispatcher drops trailing arguments that equal theirs, and needs_input_grad
-would lose their places. In ops that write in place the mode is called "mask_mode": the functionalisation of such ops
-(torch 2.13) trips over an argument called "mode".
+No argument of a schema has a default. The dispatcher drops trailing arguments that equal their default, and
+needs_input_grad would lose their places. In ops that write in place the mode is called "mask_mode": torch 2.13 cannot
+functionalise such an op if it has an argument called "mode".
 """
 
 import operator
@@ -20,7 +20,10 @@ library = torch.library.Library(ops.name, "DEF")
 
 
 class Call:
-    """An op's arguments: a tuple with the names of its schema. What a schema does not name has the value given here."""
+    """An op's arguments: a named tuple with the names of its schema.
+
+    An argument that the schema does not have takes the value given here.
+    """
 
     __slots__ = ()
     transposed: Any = False
@@ -30,12 +33,15 @@ class Call:
     mode: Any = "value"
 
 
-#: By op, the class of its calls. Any: mypy knows no field of a class that is made from a schema.
+#: The class of each op's calls. Typed Any, because mypy cannot know the fields of a class made from a schema.
 calls: dict[str, Any] = {}
 
 
 def arguments_of(op: str, names: Sequence[str]) -> Callable[[tuple], tuple]:
-    """A function from values with these names to the arguments of ``op``; what it takes besides is Call's."""
+    """Return a function that turns a tuple of values with these names into the arguments of ``op``.
+
+    Arguments that names does not list take the values of Call.
+    """
     besides = [name for name in calls[op]._fields if name not in names]
     places = [[*names, *besides].index(name) for name in calls[op]._fields]
     values = tuple(getattr(Call, name) for name in besides)
@@ -58,7 +64,7 @@ def _product(call: Any) -> Tensor:
 
 
 def _gradients(call: Any) -> Gradients:
-    """(d_x, d_weight, d_scores, d_bias), (0,) where not wanted."""
+    """Return empty d_x, d_weight, d_scores and d_bias; those not wanted have shape (0,)."""
     grad, weight = call.grad_output, call.weight
     wanted = (
         ((*grad.shape[:-1], weight.shape[-2 if call.transposed else -1]), grad.dtype),

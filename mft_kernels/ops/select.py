@@ -1,4 +1,4 @@
-"""From scores to thresholds, packed masks and packed signs."""
+"""Compute thresholds, packed masks and packed signs from scores."""
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ from .route import Op
 
 
 def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
-    """The k-th largest |scores| (scores in mode "value"), k = numel - int((1 - keep_ratio) * numel).
+    """Return the k-th largest |scores| (scores in mode "value"), k = numel - int((1 - keep_ratio) * numel).
 
-    Exact, without a sort where a kernel serves it, and without a host synchronisation.
+    The result is exact and needs no host synchronisation. Kernels find it without a sort.
 
     Args:
         scores: any shape, floating or int16 (see fixed_point.py).
-    Returns: () in the scores' dtype; +inf if k is 0; NaN if a score on an accelerator is not finite (of int16 scores,
-        the codes that read so as fp16).
+    Returns: () in the scores' dtype: +inf if k is 0, NaN if a score on an accelerator is not finite. For int16 scores
+        these are the codes that are +inf and NaN when read as fp16.
     Raises: ValueError if keep_ratio is outside [0, 1], or if scores on the CPU are not all finite.
     """
     check_whole("scores", scores)
@@ -41,10 +41,10 @@ def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude"
 
 
 def kept_thresholds(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
-    """kept_threshold of each expert: of scores (E, ...) the thresholds (E,), in the scores' dtype.
+    """Return kept_threshold of each expert, (E,) for scores (E, ...), in the scores' dtype.
 
-    Raises: ValueError if keep_ratio is outside [0, 1], or if scores on the CPU are not all finite; on an accelerator
-        the thresholds of experts whose scores are not are NaN.
+    Raises: ValueError if keep_ratio is outside [0, 1], or if scores on the CPU are not all finite. On an accelerator
+        an expert whose scores are not all finite gets the threshold NaN instead.
     """
     check_whole("scores", scores)
     check_mode(mode)
@@ -58,11 +58,12 @@ def kept_thresholds(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
-    """The mask as bits: bit j % 32 of word j // 32 of row n tells whether weight (n, j) is kept.
+    """Pack the mask into bits: bit j % 32 of word j // 32 of row n tells whether weight (n, j) is kept.
 
-    Args: scores (N, K), floating or int16 (see fixed_point.py); threshold () or (N,), for int16 scores a code too. Of
-        experts scores are (E, N, K), and threshold () or (E,).
-    Returns: int32 (N, ceil(K / 32)), of experts (E, N, ceil(K / 32)); padding bits are 0.
+    Args:
+        scores: (N, K), or (E, N, K) for experts; floating or int16 (see fixed_point.py).
+        threshold: () or (N,), or () or (E,) for experts; an int16 code if scores are int16.
+    Returns: int32 (N, ceil(K / 32)), or (E, N, ceil(K / 32)) for experts. Padding bits are 0.
     """
     check_whole("scores", scores)
     check_mode(mode)
@@ -82,13 +83,13 @@ def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", bac
     if keys.dim() == 2:
         return _PACK_MASK(keys, threshold, mode, backend)
     if threshold.dim() == 1:
-        threshold = threshold.repeat_interleave(keys.shape[1])  # one a row
+        threshold = threshold.repeat_interleave(keys.shape[1])  # one per row
     packed = _PACK_MASK(keys.flatten(0, 1), threshold, mode, backend)
     return packed.unflatten(0, keys.shape[:2])
 
 
 def unpack_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """The boolean mask of ``shape`` (N, K) or (E, N, K) that pack_mask packed."""
+    """Return the boolean mask of ``shape``, (N, K) or (E, N, K), that pack_mask packed."""
     if len(shape) not in (2, 3):
         raise ValueError(f"shape must be (N, K), or of experts (E, N, K), got {tuple(shape)}")
     check_packed("packed", packed, shape)
@@ -96,24 +97,28 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(scores > 0 as bits like pack_mask, how many scores are exactly 0: those have no sign), unchecked."""
+    """Return scores > 0 as bits, in the layout of pack_mask, and the number of scores that are exactly 0.
+
+    A score of 0 has no sign. The argument is not checked.
+    """
     return _PACK_SIGNS(scores, "auto")
 
 
 def select_each(scores: Tensor, keep_ratio: float, mode: str) -> tuple[Tensor, Tensor]:
-    """(thresholds (E,), packed mask) of scores (E, N, K), floating or int16, as score_step finds them of a matrix.
+    """Return the thresholds (E,) and the packed mask of scores (E, N, K), floating or int16.
 
-    An expert whose scores are not finite has the threshold NaN (0x7e00 for int16) and keeps nothing, on a CPU too.
+    Each expert gets what score_step returns for a matrix. If its scores are not all finite, its threshold is NaN
+    (0x7e00 for int16) and it keeps nothing, also on a CPU.
     """
     with torch.no_grad():
         return _SELECT_EACH(scores, keep_ratio, mode)
 
 
-# ---------------------------------------------------------------------------------------------- their definition
+# ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
 def _finite(threshold: Tensor, scores: Tensor) -> Tensor:
-    # Inside the op, so that compiled code and vmap meet it too. An accelerator would have to be waited for.
+    # Inside the op, so that compiled code and vmap run it too. On an accelerator it would wait for the device.
     if scores.device.type == "cpu" and threshold.isnan().any():
         raise NonFiniteScores(scores)
     return threshold

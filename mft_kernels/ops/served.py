@@ -1,4 +1,4 @@
-"""From a call of an op to the function of the backend that serves it: for use within ops, unchecked."""
+"""Run an op's call by the function of the backend that serves it. For use within ops: arguments are not checked."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ _PLAIN: frozenset[type] = frozenset()
 
 
 def product(call: Any, weight: Weight, keep: Keep | KeepByTask | None) -> Tensor:
-    """x @ where(keep, weight, 0).T + bias; transposed: without the .T."""
+    """Compute x @ where(keep, weight, 0).T + bias, without the .T if transposed."""
     return _product(call, call.x, weight, keep, call.transposed)
 
 
 def d_x(call: Any, weight: Weight, keep: Keep | KeepByTask | None) -> Tensor:
-    """grad_output @ where(keep, weight, 0)"""
+    """Compute grad_output @ where(keep, weight, 0)."""
     return _product(call, call.grad_output, weight, keep, True)
 
 
@@ -29,7 +29,7 @@ def _product(call: Any, a: Tensor, weight: Weight, keep: Keep | KeepByTask | Non
 
 
 def gradients(call: Any, weight: Tensor | Experts, keep: Keep) -> Gradients:
-    """d_x, d_weight, d_scores and d_bias of product; (0,) for what output_mask leaves out."""
+    """Compute d_x, d_weight, d_scores and d_bias of product; those that output_mask leaves out have shape (0,)."""
     grad, dtype = call.grad_output, torch.float32 if call.scores is None else call.scores.dtype
     dtypes, operands = dtypes_of(grad, weight, keep), _operands(weight, keep)
     run = choose("gradients", grad.device, dtypes, call.backend, op=type(call).__name__, operands=operands)
@@ -38,7 +38,7 @@ def gradients(call: Any, weight: Tensor | Experts, keep: Keep) -> Gradients:
 
 
 def accumulate(call: Any, offsets: Tensor | None) -> None:
-    """out += (grad_output.T @ x) [* weight] [* sign], of each expert where there are offsets."""
+    """Compute out += (grad_output.T @ x) [* weight] [* sign], for each expert if there are offsets."""
     out, x, weight = call.out, call.x, call.weight
     operands = _PLAIN if offsets is None else frozenset({Experts})
     op = type(call).__name__
@@ -49,7 +49,7 @@ def accumulate(call: Any, offsets: Tensor | None) -> None:
 
 
 def _sign(scores: Tensor | None, signs: Tensor | None, mode: str) -> Tensor | None:
-    """What the sign of d_scores is taken from: bits where there are any, else scores; nothing in mode "value"."""
+    """Return the source of d_scores' sign: the bits if given, else the scores; None in mode "value"."""
     if mode == "value":
         return None
     return scores if signs is None else signs

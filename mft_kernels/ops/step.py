@@ -41,27 +41,32 @@ def score_step(
     threshold: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor] | None:
-    """scores -= lr * AdamW(grad * weight * sign(scores)), moments too, in one pass; then the next threshold and mask.
+    """Compute ``scores -= lr * AdamW(grad * weight * sign(scores))`` in place, then the next mask if asked.
 
-    reference/step.py has the formulas of both schemes.
+    One pass updates scores and moments. reference/step.py has the formulas of both schemes, exact and 8-bit.
 
     Args:
-        scores: (N, K), contiguous, changed in place: fp32; bf16, rounded stochastically; or int16 fixed point (sign and
-            magnitude in steps of 2^-18, up to 0.121), rounded stochastically, which errs three times less than bf16.
+        scores: (N, K), contiguous, changed in place. fp32; or bf16 or int16 fixed point, rounded stochastically.
+            int16 holds sign and magnitude in steps of 2^-18, up to 0.121, and errs three times less than bf16.
         grad: (N, K), fp32, bf16 or fp16: grad_output.T @ x, or d_scores if weight is None.
-        weight: (N, K), fp32, bf16 or fp16: the step applies it, and sign(scores) in mode "magnitude". None: neither.
-        exp_avg, exp_avg_sq: (N, K), contiguous, changed in place: fp32 for the exact scheme (scales None), which is
-            torch.optim.AdamW bit for bit; uint8 for the 8-bit scheme, whose moments are free of the factor weight.
-        scales: fp32 (2, ceil(N * K / 256)), of exp_avg and exp_avg_sq: one a block of 256 elements in a row.
-        step: the number of this step, from 1. lr: score units a step. Either may be a tensor () on the scores' device,
-            which kernels read when they run: a CUDA graph that captured the step replays it with what lies there then.
-        grad_scale: () fp32 on grad's device, a factor of grad, as gradient clipping finds one.
-        seed: of the stochastic rounding, in [0, 2^63): equal arguments give equal results, matrices want unequal seeds.
-        keep_ratio: asks for a result. threshold: the one that held before the step, where known; it saves a pass.
-    Returns: None without keep_ratio, else the threshold () in the scores' dtype (an int16 code for int16) and the
-        packed mask int32 (N, ceil(K / 32)), as kept_threshold and pack_mask find them for the new scores. A score that
-        is not finite makes the threshold NaN (0x7e00 for int16), and nothing is kept.
-    Raises: ValueError for shapes, devices or values, TypeError for dtypes, RuntimeError for a refusing backend.
+        weight: (N, K), fp32, bf16 or fp16: a factor of grad, with sign(scores) in mode "magnitude". If None, neither
+            factor is applied.
+        exp_avg, exp_avg_sq: (N, K), contiguous, changed in place. fp32 for the exact scheme (scales None), which equals
+            torch.optim.AdamW bit for bit; uint8 for the 8-bit scheme, whose moments do not include the factor weight.
+        scales: fp32 (2, ceil(N * K / 256)): of exp_avg and exp_avg_sq, one per block of 256 consecutive elements.
+        step: the number of this step, from 1, or a tensor () on the scores' device.
+        lr: score units per step, or a tensor () on the scores' device. Kernels read such tensors when they run, so each
+            replay of a captured CUDA graph uses the values of that moment.
+        grad_scale: () fp32 on grad's device: a factor of grad, for instance from gradient clipping.
+        seed: of the stochastic rounding, in [0, 2^63). Equal arguments give equal results, so each matrix needs its own
+            seed.
+        keep_ratio: if given, the next threshold and mask are returned.
+        threshold: the threshold before the step, if known; it saves a pass.
+    Returns: None without keep_ratio. Otherwise the threshold () in the scores' dtype (an int16 code for int16 scores)
+        and the packed mask int32 (N, ceil(K / 32)): those of kept_threshold and pack_mask for the new scores. If a
+        score is not finite, the threshold is NaN (0x7e00 for int16) and nothing is kept.
+    Raises: ValueError for shapes, devices or values, TypeError for dtypes, RuntimeError for a backend that cannot
+        serve.
     """
     op = _SCORE_STEP
     if isinstance(step, Tensor) or isinstance(lr, Tensor):
@@ -106,14 +111,14 @@ def _check(call: Any) -> Any:
 
 def _step(call: Any) -> tuple[Tensor, Tensor]:
     update = Update(*call[:-1])
-    # Fixed-point scores are no dtype of the table: whoever serves the function serves them.
+    # Backends do not list int16 among their dtypes: whichever serves "step" also takes fixed-point scores.
     tensors = (update.scores, update.grad, update.weight)
     dtypes = tuple(t.dtype for t in tensors if t is not None and t.dtype != torch.int16)
     return choose("step", update.scores.device, dtypes, call.backend, op="score_step")(update)
 
 
 def _scalar(name: str, value: float | Tensor, scores: Tensor) -> Tensor:
-    """A number in memory of the scores' device. Raises: TypeError or ValueError, naming the argument."""
+    """Return value as a tensor () on the scores' device. Raises: TypeError or ValueError, naming the argument."""
     if not isinstance(value, Tensor):
         check_number(name, value)
         dtype = torch.int64 if isinstance(value, int) else torch.float64

@@ -1,4 +1,4 @@
-"""The gradient of the masked products: straight through the comparison (arXiv 2503.22764), by an op of its own."""
+"""The straight-through gradient of the masked products (arXiv 2503.22764), computed by a separate op."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ class StraightThrough(Gradient):
     """The gradient of an op with the arguments (x, weight, tensors ..., bias, settings ..., backend).
 
     Args:
-        of: the name of that op. Its argument "scores", where it has one, has a gradient.
-        by: the op that makes d_x, d_weight, d_scores and d_bias.
+        of: the name of that op. If it has an argument "scores", scores get a gradient.
+        by: the op that computes d_x, d_weight, d_scores and d_bias.
     """
 
     def __init__(self, of: str, by: Op) -> None:
@@ -34,7 +34,7 @@ class StraightThrough(Gradient):
         x, *tensors = unchanged(ctx)
         asked, scores = ctx.needs_input_grad, self._scores
         output_mask = [asked[0], asked[1], scores is not None and asked[scores], asked[self._bias]]
-        x = grad_output if x is None else x  # not read unless d_weight or d_scores is wanted
+        x = grad_output if x is None else x  # a placeholder: x is read only for d_weight and d_scores
         found = self._gradients(ctx, self._arguments((grad_output, x, *tensors, *ctx.settings, output_mask)))
         grads: list[Tensor | None] = [None] * len(asked)
         for at, wanted, grad in zip((0, 1, scores, self._bias), output_mask, found):
@@ -43,5 +43,5 @@ class StraightThrough(Gradient):
         return tuple(grads)
 
     def _gradients(self, ctx: Any, given: tuple) -> tuple[Tensor, ...]:
-        """d_x, d_weight, d_scores and d_bias from the arguments of the op that makes them."""
+        """Compute d_x, d_weight, d_scores and d_bias from the arguments of the op ``by``."""
         return self._by(*given)

@@ -1,4 +1,4 @@
-"""The oracle in plain PyTorch: functions.py defines what each function of a backend computes."""
+"""The reference in plain PyTorch: functions.py defines what each function of a backend computes."""
 
 from .functions import kept, product
 from .linear import keep_mask, kept_count, kept_threshold, linear, pack_bits, pack_mask, pack_signs, unpack_mask

@@ -2,8 +2,8 @@
 
     bit 15: sign | bits 14..0: round(|score| * 2^18), at most 31743 (0.1211)
 
-Read as fp16, such codes order exactly as the scores do, and 31743 is fp16's largest finite pattern: so every kernel
-that selects fp16 scores selects these too. Near a threshold of 0.0025 a step is three times finer than bf16's.
+Read as fp16, these codes have exactly the order of the scores, and 31743 is fp16's largest finite pattern. So every
+kernel that selects fp16 scores selects these too. Near a threshold of 0.0025 a step is three times finer than bf16's.
 """
 
 import math
@@ -19,9 +19,9 @@ _SIGN, _MAGNITUDE = -0x8000, 0x7FFF  # of an int16's bits
 
 
 def fixed_from_float(scores: Tensor) -> Tensor:
-    """int16 codes of floating scores: to nearest (even), saturating.
+    """Return the int16 codes of floating scores, rounded to nearest (even) and saturated.
 
-    Zero of either sign is +0; infinities are the code 0x7c00 with their sign, and NaN is 0x7c00.
+    Zero of either sign becomes +0. An infinity becomes 0x7c00 with its sign, and NaN becomes 0x7c00.
     """
     scores = scores.float()
     codes = (scores.abs() * 2.0**18).round().clamp(max=LARGEST_CODE)
@@ -30,18 +30,18 @@ def fixed_from_float(scores: Tensor) -> Tensor:
 
 
 def float_from_fixed(codes: Tensor) -> Tensor:
-    """The fp32 values of int16 codes, exactly; a code above the largest is not finite: NaN."""
+    """Return the exact fp32 values of int16 codes. A code above the largest is not finite and becomes NaN."""
     magnitude = (codes & _MAGNITUDE).float() * FIXED_POINT_STEP
     magnitude = torch.where((codes & _MAGNITUDE) > LARGEST_CODE, torch.nan, magnitude)
     return torch.where(codes < 0, -magnitude, magnitude)
 
 
 def selectable(scores: Tensor) -> Tensor:
-    """Scores as the kernels that select read them: fixed-point codes as fp16, all others as they are."""
+    """Return scores as the selecting kernels read them: fixed-point codes as fp16, all others unchanged."""
     return scores.view(torch.float16) if scores.dtype == torch.int16 else scores
 
 
 def code_at_least(threshold: float) -> int:
-    """The smallest code, as int16, whose score is at least ``threshold``; an infinity's where none is or all are."""
+    """Return the smallest int16 code whose score is at least ``threshold``; an infinity's code if none or all are."""
     steps = math.ceil(max(min(threshold / FIXED_POINT_STEP, LARGEST_CODE + 1), -LARGEST_CODE - 1))
     return steps if steps >= 0 else -steps + _SIGN

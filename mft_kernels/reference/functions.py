@@ -1,4 +1,4 @@
-"""The oracle: the functions of a backend in plain PyTorch, on any device and in any floating dtype.
+"""The reference: all functions of a backend in plain PyTorch, on any device and in any floating dtype.
 
 M tokens, N out_features, K in_features, E experts. Kernels take the same arguments and are checked against these
 functions. Arguments are trusted here: the public functions in ``ops`` check them.
@@ -47,14 +47,14 @@ step = score_step
 def product(
     a: Tensor, weight: Weight, keep: Keep | KeepByTask | None, bias: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
-    """a @ where(keep, weight, 0).T + bias; transposed: a @ where(keep, weight, 0) + bias.
+    """Compute a @ where(keep, weight, 0).T + bias, or a @ where(keep, weight, 0) + bias if transposed.
 
     Args:
-        a: (..., K), transposed (..., N); for experts (rows, K) or (rows, N), sorted by expert.
-        weight: (N, K); codes of one; or experts (E, N, K), each of which multiplies its own rows.
-        keep: None keeps all. A dropped weight counts as +0, also where it is NaN or Inf.
-        bias: (N,) or None, transposed (K,); for experts (E, N), transposed (E, K).
-    Returns: (..., N), transposed (..., K), in a's dtype. Rows of no expert are 0, those of an unknown task NaN.
+        a: (..., K), or (..., N) if transposed. For experts, (rows, K) or (rows, N), sorted by expert.
+        weight: (N, K); codes of such a matrix; or experts (E, N, K), each of which multiplies its own rows.
+        keep: None keeps all. A dropped weight counts as +0, even if it is NaN or Inf.
+        bias: (N,), or (K,) if transposed; for experts (E, N) or (E, K); or None.
+    Returns: (..., N), or (..., K) if transposed, in a's dtype. Rows of no expert are 0, those of an unknown task NaN.
     """
     if isinstance(weight, Experts):
         return _product_of_experts(a, weight, keep, bias, transposed)
@@ -67,7 +67,10 @@ def product(
 
 
 def score_grad(sums: Sums) -> None:
-    """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], d_weight = where(keep, grad_output.T @ x, 0)."""
+    """Compute d_scores and d_weight in place.
+
+    d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], d_weight = where(keep, grad_output.T @ x, 0)
+    """
     weight, sign, d_scores, offsets = sums.weight, sums.sign, sums.d_scores, sums.offsets
     if offsets is None:
         product_of_both = weight_gradient(sums.grad_output, sums.x)
@@ -87,19 +90,22 @@ def score_grad(sums: Sums) -> None:
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
-    """The k-th largest key of the scores, (); each: of each of scores (E, ...), (E,). See kept_threshold."""
+    """Return the k-th largest key of the scores, (); or, if each, that of each expert of scores (E, ...), (E,).
+
+    See kept_threshold.
+    """
     if each:
         return torch.stack([kept_threshold(one, keep_ratio, mode) for one in scores])
     return kept_threshold(scores, keep_ratio, mode)
 
 
 def decode(weight: Codes, dtype: torch.dtype) -> Tensor:
-    """The dense (N, K) that codes stand for."""
+    """Return the dense matrix (N, K) that codes hold."""
     return weight.dense(dtype)
 
 
 def kept(keep: Keep, shape: Sequence[int]) -> Tensor:
-    """The boolean mask of ``shape``, (N, K) or (E, N, K)."""
+    """Return the boolean mask of ``shape``, (N, K) or (E, N, K)."""
     if keep.words is not None:
         return unpack_mask(keep.words, list(shape))
     assert keep.thresholds is not None
@@ -118,7 +124,10 @@ def _multiply(a: Tensor, masked: Tensor, bias: Tensor | None, transposed: bool) 
 
 
 def _by_task(a: Tensor, weight: Tensor, keep: KeepByTask, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-    """All rows once per mask, and of each product the rows that take the mask: nothing waits for an accelerator."""
+    """Multiply all rows once per mask, and take from each product the rows with that mask.
+
+    So nothing waits for an accelerator.
+    """
     tasks = keep.tasks.view(-1, *(1,) * (a.dim() - 1))
     y = torch.where(tasks == -1, multiply(weight), torch.nan)
     for task, packed in enumerate(keep.masks):
@@ -137,7 +146,7 @@ def _product_of_experts(a: Tensor, weight: Experts, keep, bias: Tensor | None, t
 
 
 def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and which; what lies outside of the rows is left out."""
+    """Yield each expert that has rows, and these rows. Offsets past the rows are cut off."""
     begin = 0
     for e, end in enumerate(offsets.tolist()):
         end = min(max(end, begin), rows)

@@ -1,7 +1,7 @@
-"""A mask in its weight's own memory, in plain PyTorch: what it drops lies aside, bit for bit, and +0 in its place.
+"""A mask in its weight's own memory, in plain PyTorch: dropped elements are stored aside, bit for bit, and become +0.
 
-weight is whole, (N, K), or of experts (E, N, K), and floating. Masks are bits, as of pack_mask, and contiguous. aside
-is (D,): the D dropped elements in row-major order, in the weight's dtype.
+weight is a floating matrix (N, K), or (E, N, K) for experts. Masks are contiguous bits, see pack_mask. aside is (D,):
+the D dropped elements in row-major order, in the weight's dtype.
 """
 
 import torch
@@ -11,7 +11,10 @@ from .linear import unpack_mask
 
 
 def put_aside(weight: Tensor, packed: Tensor, held: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """What packed drops of a weight that holds a mask already: (aside, the mask that dropped it). A copy, (D,)."""
+    """Return a copy (D,) of the elements that packed drops.
+
+    held: if the weight holds a mask already, its aside and that mask.
+    """
     if held is not None:
         weight = weight.clone()
         put_back(weight, *held)
@@ -19,7 +22,7 @@ def put_aside(weight: Tensor, packed: Tensor, held: tuple[Tensor, Tensor] | None
 
 
 def put_back(weight: Tensor, aside: Tensor, held: Tensor, wanted: Tensor | None = None) -> None:
-    """Write aside to where the mask ``held`` dropped it from, but for what the mask ``wanted`` drops as well."""
+    """Write aside back to where the mask ``held`` dropped it, except for what the mask ``wanted`` drops as well."""
     dropped = _dropped(weight, held)
     weight.masked_scatter_(dropped, aside)
     if wanted is not None:
@@ -27,7 +30,7 @@ def put_back(weight: Tensor, aside: Tensor, held: Tensor, wanted: Tensor | None 
 
 
 def drop(weight: Tensor, packed: Tensor, held: Tensor | None = None) -> None:
-    """Let +0 lie where packed drops; it does already where the mask ``held`` does."""
+    """Write +0 where packed drops. Where the mask ``held`` drops, the weight is +0 already."""
     weight.masked_fill_(_dropped(weight, packed), 0)
 
 

@@ -1,4 +1,4 @@
-"""What the oracle is made of: thresholds, packed masks and signs, and products that every processor makes rightly.
+"""Parts of the reference: thresholds, packed masks and signs, and products that are correct on every processor.
 
 keep is ``|scores| >= threshold`` ("magnitude") or ``scores >= threshold`` ("value").
 """
@@ -6,22 +6,22 @@ keep is ``|scores| >= threshold`` ("magnitude") or ``scores >= threshold`` ("val
 import torch
 from torch import Tensor
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # x, weight, scores, bias; (0,) where not wanted
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, weight, scores, bias; (0,) if not wanted
 
 _WORD = 32  # bits of an int32 word of a packed mask
 _AMX_ROW = 32  # 16-bit elements in a row of an AMX tile
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a floating element
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a floating element
 
 
 def kept_count(numel: int, keep_ratio: float) -> int:
-    """k = numel - int((1 - keep_ratio) * numel): how many of ``numel`` weights a keep ratio keeps."""
+    """Return k = numel - int((1 - keep_ratio) * numel): how many of ``numel`` weights a keep ratio keeps."""
     return numel - int((1 - keep_ratio) * numel)
 
 
 def keep_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
-    """Boolean (N, K): what is kept. Ties at the threshold, () or one a row (N,), are kept; a NaN score is dropped.
+    """Return the boolean mask (N, K) of what is kept. Ties at the threshold are kept; a NaN score is dropped.
 
-    threshold is of the scores' dtype.
+    threshold is () or (N,), one per row, in the scores' dtype.
     """
     if threshold.dim() == 1:
         threshold = threshold.unsqueeze(-1)
@@ -30,9 +30,9 @@ def keep_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
 
 
 def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
-    """The k-th largest key (|scores|, or scores in value mode), 0-d in the scores' dtype.
+    """Return the k-th largest key (|scores|, or scores in value mode), 0-d in the scores' dtype.
 
-    +inf when nothing is kept; NaN when any score is not finite, so that the caller sees it without reading the scores.
+    It is +inf if nothing is kept. It is NaN if any score is not finite, so that the caller need not read the scores.
     """
     flat = scores.reshape(-1)
     kept = kept_count(flat.numel(), keep_ratio)
@@ -44,29 +44,35 @@ def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
-    """keep as bits, int32 (N, ceil(K / 32)): bit j % 32 of word j // 32 of row n is keep[n, j]; padding bits are 0."""
+    """Return keep as bits, int32 (N, ceil(K / 32)): bit j % 32 of word j // 32 of row n is keep[n, j].
+
+    Padding bits are 0.
+    """
     return pack_bits(keep_mask(scores, threshold, mode))
 
 
 def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(scores > 0 as bits like pack_mask, how many scores are exactly 0 as 0-d int64: those have no sign bit)."""
+    """Return scores > 0 as bits, in the layout of pack_mask, and how many scores are exactly 0, as 0-d int64.
+
+    A score of 0 has no sign bit.
+    """
     signs = signs_of(scores)
     return pack_bits(signs > 0), ((signs == 0) & ~scores.isnan()).sum()
 
 
 def unpack_mask(packed: Tensor, shape: list[int]) -> Tensor:
-    """Boolean mask of ``shape`` (..., K) from its bits."""
+    """Return the boolean mask of ``shape`` (..., K) from its bits."""
     bits = (packed.unsqueeze(-1) >> torch.arange(_WORD, device=packed.device, dtype=torch.int32)) & 1
     return bits.flatten(-2)[..., : shape[-1]].bool()
 
 
 def signs_of(scores: Tensor) -> Tensor:
-    """sign(scores) as integers; that of NaN is 0."""
+    """Return sign(scores) as integers; the sign of NaN is 0."""
     return _keys(scores, "value").sign().masked_fill(scores.isnan(), 0)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """A boolean (N, K) as int32 words (N, ceil(K / 32)), lowest bit first."""
+    """Pack a boolean (N, K) into int32 words (N, ceil(K / 32)), lowest bit first."""
     rows, columns = bits.shape
     words = -(-columns // _WORD)
     padded = torch.nn.functional.pad(bits, (0, words * _WORD - columns)).view(rows, words, _WORD)
@@ -75,28 +81,28 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x @ weight.T + bias, (..., N); see filled."""
+    """Compute y = x @ weight.T + bias, (..., N); see filled."""
     y = torch.nn.functional.linear(filled(_rows(x), 1), filled(weight, 1), bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def grad_of_linear(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """d_x = grad_output @ weight, (..., K)."""
+    """Compute d_x = grad_output @ weight, (..., K)."""
     d_x = filled(_rows(grad_output), 1) @ filled(weight, 0)
     return d_x.view(*grad_output.shape[:-1], weight.shape[1])
 
 
 def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
-    """grad_output.T @ x, (N, K)."""
+    """Compute grad_output.T @ x, (N, K)."""
     return filled(_rows(grad_output), 0).T @ filled(_rows(x), 0)
 
 
 def filled(operand: Tensor, axis: int) -> Tensor:
-    """A 2-d operand of one of torch's products, which sums over ``axis``, as every processor multiplies it rightly.
+    """Return a 2-d operand for a torch product that sums over ``axis``, so that every processor computes it correctly.
 
-    A CPU with AMX (oneDNN 3.12, torch 2.13) reads rows of 16-bit elements on to the next multiple of 32 and multiplies
-    what it finds there, in a pitch or in the next row, by 0; NaN and Inf come out. So its operands are contiguous, and
-    long enough by zeros.
+    A CPU with AMX (oneDNN 3.12, torch 2.13) reads rows of 16-bit elements up to the next multiple of 32. It multiplies
+    what it finds there, between rows or in the next row, by 0. NaN and Inf there spoil the result. So 16-bit operands
+    on a CPU are made contiguous and filled up with zeros.
     """
     if operand.device.type != "cpu" or operand.element_size() != 2:
         return operand
@@ -107,9 +113,9 @@ def filled(operand: Tensor, axis: int) -> Tensor:
 
 
 def _keys(values: Tensor, mode: str) -> Tensor:
-    """Integers in the order of the values, or of their magnitudes; -0 is 0, and NaN lies outside the infinities.
+    """Return integers in the order of the values, or of their magnitudes. -0 is 0, and NaN lies outside the infinities.
 
-    A comparison of floats is the processor's: told to take subnormals for 0 (torch.set_flush_denormal), it finds ties.
+    Comparing floats depends on the processor's mode: with torch.set_flush_denormal, subnormals tie with 0.
     """
     bits = values.detach().view(_BITS[values.element_size()])
     magnitude = bits & torch.iinfo(bits.dtype).max
@@ -124,5 +130,5 @@ def _kth_smallest(keys: Tensor, k: int) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    # Not reshape(-1, ...): with no features the number of rows would be anyone's guess.
+    # Not reshape(-1, ...): with no features, the number of rows would be undefined.
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])

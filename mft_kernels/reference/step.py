@@ -1,7 +1,7 @@
-"""The oracle of score_step: one optimiser step on a matrix of scores, in plain PyTorch, on any device.
+"""The reference of score_step: one optimiser step on a matrix of scores, in plain PyTorch, on any device.
 
-Formats that other implementations have to meet bit for bit are defined here: random words, minifloat codes, stochastic
-rounding, fixed-point scores. Arguments are trusted; the public door in ``ops`` checks them.
+It defines what other implementations must match bit for bit: random words, minifloat codes, stochastic rounding and
+fixed-point scores. Arguments are trusted; the public function in ``ops`` checks them.
 """
 
 import torch
@@ -14,7 +14,7 @@ from .linear import kept_threshold, pack_mask, signs_of
 
 BLOCK = 256  # consecutive elements of the flattened matrix that share one scale
 CHUNK = 1024  # consecutive elements that take the words of 256 counters
-LARGEST_VALUE = 1.875  # what the largest code of either minifloat stands for
+LARGEST_VALUE = 1.875  # value of the largest code of either minifloat
 MEAN_BIAS, MEAN_CODES = 15, 128  # exp_avg: sign, 4 exponent bits, 3 mantissa bits
 SQUARE_BIAS, SQUARE_CODES = 31, 256  # exp_avg_sq: 5 exponent bits, 3 mantissa bits
 
@@ -22,22 +22,22 @@ _LOW32 = 0xFFFFFFFF
 
 
 def score_step(update: Update) -> tuple[Tensor, Tensor]:
-    """One AdamW step on scores and moments, in place; then the threshold and packed mask of the new scores.
+    """Run one AdamW step on scores and moments in place, and return the threshold and packed mask of the new scores.
 
-    With weight, grad is grad_output.T @ x, and sign(scores) is a factor in mode "magnitude". Without, grad is d_scores:
-    both factors, weight and sign, are 1 in the formulas.
+    If weight is given, grad is grad_output.T @ x, and sign(scores) is a factor in mode "magnitude". If weight is None,
+    grad is d_scores, and both factors, weight and sign, are 1 in the formulas.
 
-    Exact scheme (scales None), every operation and its order as torch.optim.AdamW(foreach=False, fused=False):
+    Exact scheme (scales None), with the operations of torch.optim.AdamW(foreach=False, fused=False) in their order:
         g = grad * weight * sign(scores) * grad_scale;  m.lerp_(g, 1 - beta1);  v = v * beta2 + (1 - beta2) * g * g
         scores = scores * (1 - lr * weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
-    8-bit scheme, moments free of the weight w, each product and sum rounded to fp32 by itself:
+    8-bit scheme, in which moments do not include the weight w; each product and sum is rounded to fp32 by itself:
         h = grad * sign(scores) * grad_scale;  m = m * beta1 + h * (1 - beta1);  v = v * beta2 + h * h * (1 - beta2)
         scores = scores * (1 - lr * weight_decay) + (m * w * (-lr / (1 - beta1^step)))
                  / (sqrt(v) * |w| * (1 - beta2^step)^-0.5 + eps)
-    where the update takes m and v before they are coded. The factors of scalars are computed in double and rounded to
-    fp32 once. ``threshold``, that of the scores before the step, is a hint to kernels and not read here.
+    The update uses m and v before they are encoded. Factors made from scalars are computed in double and rounded to
+    fp32 once. ``threshold``, that of the scores before the step, is a hint to kernels and is not read here.
 
-    Returns: (() in the scores' dtype, int32 (N, ceil(K / 32))); two empty tensors without a keep_ratio.
+    Returns: (() in the scores' dtype, int32 (N, ceil(K / 32))), or two empty tensors without a keep_ratio.
     """
     update = update.on_host()
     scores, weight, scales = update.scores, update.weight, update.scales
@@ -60,7 +60,7 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
         h = _gradient(update.grad, None, factor, update.grad_scale)
         m = decode(exp_avg, scales[0], MEAN_BIAS, MEAN_CODES) * beta1 + h * (1 - beta1)
         v = decode(exp_avg_sq, scales[1], SQUARE_BIAS, SQUARE_CODES) * beta2 + (h * h) * (1 - beta2)
-        root, moved = v.double().sqrt().float(), m  # rounded correctly, as torch's sqrt in fp32 (MKL) is not
+        root, moved = v.double().sqrt().float(), m  # rounded correctly; torch's sqrt in fp32 (MKL) is not
         if weight is not None:
             w = weight.float()
             root, moved = root * w.abs(), m * w
@@ -75,7 +75,10 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
 
 
 def next_mask(scores: Tensor, mode: str, keep_ratio: float | None) -> tuple[Tensor, Tensor]:
-    """kept_threshold and pack_mask of the scores, fixed-point ones read as fp16; two empty tensors without a ratio."""
+    """Return kept_threshold and pack_mask of the scores, or two empty tensors without a ratio.
+
+    Fixed-point scores are read as fp16.
+    """
     if keep_ratio is None:
         return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
     floats = scores.view(torch.float16) if scores.dtype == torch.int16 else scores
@@ -87,9 +90,10 @@ def next_mask(scores: Tensor, mode: str, keep_ratio: float | None) -> tuple[Tens
 
 
 def random_words(numel: int, seed: int, step: int, device: torch.device) -> Tensor:
-    """One 32-bit word an element, int64 (numel,): Philox 4x32-10, key seed.
+    """Return one 32-bit word per element, int64 (numel,), from Philox 4x32-10 with the key seed.
 
-    Element i has r = i % 1024, c = i // 1024 * 256 + r % 256, counter (c mod 2^32, c >> 32, step, 0), word r // 256.
+    With r = i % 1024 and c = i // 1024 * 256 + r % 256, element i takes word r // 256 of the counter
+    (c mod 2^32, c >> 32, step, 0).
     """
     chunks = -(-numel // CHUNK)
     counter = torch.arange(chunks * (CHUNK // 4), device=device)
@@ -99,7 +103,10 @@ def random_words(numel: int, seed: int, step: int, device: torch.device) -> Tens
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 (Salmon et al., SC 2011): counters and words as int64 in [0, 2^32), key (low, high) of seed."""
+    """Compute the words of Philox 4x32-10 (Salmon et al., SC 2011) for these counters, all as int64 in [0, 2^32).
+
+    The key is (low, high) of seed.
+    """
     k0, k1 = seed & _LOW32, (seed >> 32) & _LOW32
     for _ in range(10):
         # A product wraps modulo 2^64, so its halves are those of the unsigned product.
@@ -113,16 +120,16 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[T
 
 
 def widen_scores(scores: Tensor) -> Tensor:
-    """Scores as fp32; fp32 scores themselves, not a copy. A fixed-point 0 becomes 0 with its sign."""
+    """Return scores as fp32; fp32 scores themselves, not a copy. A fixed-point 0 becomes 0 with its sign."""
     return float_from_fixed(scores) if scores.dtype == torch.int16 else scores.float()
 
 
 def narrow_scores(wide: Tensor, old: Tensor, bits: Tensor) -> Tensor:
-    """fp32 scores rounded stochastically to old's dtype by 16 random bits an element.
+    """Round fp32 scores stochastically to old's dtype, by 16 random bits per element.
 
     bf16: the bits are added to the fp32 pattern, which is cut to its upper half. int16: with q = min(|s| * 2^18, 31743)
-    the magnitude is floor(q) + ((q - floor(q)) * 65536 > bits), and an exact 0 keeps the sign it had.
-    Infinities stay, NaN becomes 0x7fc0; in int16 these are 0x7c00 with the infinity's sign.
+    the magnitude is floor(q) + ((q - floor(q)) * 65536 > bits), and an exact 0 keeps the sign of old.
+    In bf16 infinities stay, and NaN becomes 0x7fc0. In int16 both become 0x7c00, with the sign of the infinity.
     """
     bits = bits.view_as(wide)
     if old.dtype == torch.bfloat16:
@@ -139,7 +146,7 @@ def narrow_scores(wide: Tensor, old: Tensor, bits: Tensor) -> Tensor:
 def _sign(scores: Tensor) -> Tensor:
     if scores.dtype != torch.int16:
         return signs_of(scores).float()
-    return torch.where(scores < 0, -1.0, 1.0)  # a 0 counts as the sign that it has
+    return torch.where(scores < 0, -1.0, 1.0)  # a 0 counts with its sign bit
 
 
 def _gradient(grad: Tensor, weight: Tensor | None, factor: Tensor | None, grad_scale: Tensor | None) -> Tensor:
@@ -155,7 +162,7 @@ def _gradient(grad: Tensor, weight: Tensor | None, factor: Tensor | None, grad_s
 
 
 def decode(codes: Tensor, scale: Tensor, bias: int, count: int) -> Tensor:
-    """The fp32 values of minifloat codes, in the codes' shape: value(code) * scale of its block, rounded once.
+    """Return the fp32 values of minifloat codes, in the codes' shape: value(code) * scale of its block, rounded once.
 
     Code e * 8 + f stands for f / 8 * 2^(1 - bias) if e is 0, else (1 + f / 8) * 2^(e - bias). With 128 codes, bit 7
     is the sign.
@@ -169,14 +176,16 @@ def decode(codes: Tensor, scale: Tensor, bias: int, count: int) -> Tensor:
 
 
 def encode(x: Tensor, scale: Tensor, bits: Tensor, bias: int, count: int) -> Tensor:
-    """Minifloat codes of x, uint8, rounded stochastically by 8 random bits an element; writes each block's scale.
+    """Return minifloat codes of x, uint8, and write each block's scale.
 
-    A block's largest = min(max |x|, 2^126); scale = largest / 1.875 and y = |x| * (1.875 / largest).
-    y as fixed point with the code above bit 20: y's pattern - ((127 - bias) << 23), or trunc(y * 2^(22 + bias)) where y
-    < 2^(1 - bias). Adding (bits << 12) + 2048 and cutting at bit 20 rounds up with the probability of the dropped
-    fraction, rounded to a 256th. No code exceeds the largest, and that of a positive square is at least 1: beside a 0,
-    the mean would be divided by eps alone (updates of a thousand lr, where gradients were about 1).
-    A block whose largest is below 2^-125 gets scale 0 and codes 0; one that holds a NaN gets scale NaN and codes 0.
+    Codes are rounded stochastically by 8 random bits per element. For each block, largest = min(max |x|, 2^126),
+    scale = largest / 1.875 and y = |x| * (1.875 / largest).
+    y becomes a fixed-point number with the code above bit 20: y's pattern - ((127 - bias) << 23), or
+    trunc(y * 2^(22 + bias)) if y < 2^(1 - bias). Adding (bits << 12) + 2048 and cutting at bit 20 rounds up with the
+    probability of the dropped fraction, rounded to a 256th. No code exceeds the largest code.
+    The code of a positive square is at least 1. With a code of 0 the mean would be divided by eps alone (updates of a
+    thousand lr, where gradients were about 1).
+    A block whose largest is below 2^-125 gets scale 0 and codes 0. A block that holds a NaN gets scale NaN and codes 0.
     (Within these bounds scale and its inverse are normal numbers, which every device treats alike.)
     """
     flat = x.reshape(-1)

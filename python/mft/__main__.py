@@ -1,4 +1,4 @@
-"""python -m mft: the same as the command mft."""
+"""Run python -m mft, which is the same as the command mft."""
 
 from mft.cli.command import main
 

@@ -1,8 +1,8 @@
-"""The cpu backend: the C++ library of csrc/, its arguments made 2-d and contiguous.
+"""The cpu backend: calls the C++ library of csrc/, with arguments made 2-d and contiguous.
 
-The library picks AVX-512 with bf16 dot products, AVX-512, AVX2 or portable code when it runs; the environment variable
-MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons. By which path it makes a
-product is in choice.py.
+The library picks AMX, AVX-512 with bf16 dot products, AVX-512, AVX2 or portable code when it runs. The environment
+variable MFT_CPU_CAPABILITY (one of ``capabilities()``) overrides that, for tests and comparisons. choice.py chooses the
+path of each product.
 """
 
 import os
@@ -25,7 +25,7 @@ from .in_place import drop, put_aside, put_back
 
 
 def score_grad(sums: Sums) -> None:
-    """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign]; no temporary of that size. See the reference."""
+    """Compute d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign] without a temporary of that size."""
     grad, x, weight, d_scores = _rows(sums.grad_output), _rows(sums.x), sums.weight, sums.d_scores
     sign = _by_kind(_contiguous(sums.sign))
     if sums.offsets is not None:
@@ -41,7 +41,7 @@ def score_grad(sums: Sums) -> None:
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
-    """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite."""
+    """Return the k-th largest key, by histograms: +inf if nothing is kept, NaN if a score is not finite."""
     run, numel = built.cpu_ops.kept_threshold, scores.numel()
     if each:
         run, numel = built.cpu_ops.kept_thresholds, scores[0].numel()
@@ -49,20 +49,21 @@ def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) 
 
 
 def pack(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
-    """keep as bits, int32 (N, ceil(K / 32)); threshold () or (N,), one per row."""
+    """Return keep as bits, int32 (N, ceil(K / 32)). threshold is () or (N,), one per row."""
     run = built.cpu_ops.pack_mask_by_row if threshold.dim() == 1 else built.cpu_ops.pack_mask
     return run(scores.contiguous(), threshold.contiguous(), mode == "magnitude")
 
 
 def signs(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(scores > 0 as bits, how many scores are exactly 0)."""
+    """Return scores > 0 as bits, and how many scores are exactly 0."""
     return built.cpu_ops.pack_signs(scores.contiguous())
 
 
 def step(update: Update) -> tuple[Tensor, Tensor]:
-    """One pass over gradient, weight, scores and moments, which finds the next threshold too; a second packs the mask.
+    """Step in one pass over gradient, weight, scores and moments, which also finds the next threshold.
 
-    fp32 scores take a third pass where the threshold before is not given or more than 3 % away from the next.
+    A second pass packs the mask. fp32 scores take a third pass if the threshold before the step is not given, or is
+    more than 3 % away from the next.
     """
     scores = update.scores
     found = built.cpu_ops.score_step_(
@@ -75,24 +76,24 @@ def step(update: Update) -> tuple[Tensor, Tensor]:
     if update.keep_ratio is None:
         return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
     keys = (scores, found)
-    if scores.dtype == torch.int16:  # codes order as fp16
+    if scores.dtype == torch.int16:  # read as fp16, codes have the order of the scores
         keys = (scores.view(torch.float16), found.view(torch.float16))
     return found, built.cpu_ops.pack_mask(*keys, update.magnitude)
 
 
 def decode(weight: Codes, dtype: torch.dtype) -> Tensor:
-    """The dense (N, K) of ``dtype``."""
+    """Return the dense matrix (N, K) of ``dtype``."""
     dense = torch.empty(tuple(weight.shape), dtype=dtype)
     built.cpu_ops.dequantize_(dense, *_codes(weight), *_table(weight))
     return dense
 
 
 def capabilities() -> list[str]:
-    """The instruction sets that can run here, best first; empty without the library."""
+    """Return the instruction sets that can run here, best first; [] without the library."""
     return [] if unavailable is not None else built.cpu_ops.capabilities().split(",")
 
 
-# What is run where a path is taken, best first: for people.
+# What runs with each instruction set, best first, in words for users.
 PATHS = {
     "amx": "bf16 products by tiles of AMX, which the kernel permits; all others by AVX-512",
     "avx512_bf16": "bf16 products by AVX512-BF16, all others by AVX-512",
@@ -105,7 +106,7 @@ _CHOOSE = "MFT_CPU_CAPABILITY"
 
 
 def capability_reasons() -> str:
-    """Lines "name: reason" of the instruction sets that are ahead of the one taken, and are not."""
+    """Return lines "name: reason", which say why each better instruction set is not the one taken."""
     taken, available = built.cpu_ops.capability(), capabilities()
     asked = f"{_CHOOSE}={os.environ.get(_CHOOSE)} asks for {taken}"
     missing = dict(line.split(": ", 1) for line in built.cpu_ops.missing_capabilities().splitlines())
@@ -118,7 +119,7 @@ def capability_reasons() -> str:
 
 
 def path_taken() -> tuple[str, list[str]]:
-    """("amx: tiles and ...", the lines of capability_reasons) of the path that products take here and now.
+    """Return the path that products take here and now, as in "amx: tiles and ...", and lines of capability_reasons.
 
     Raises: RuntimeError if MFT_CPU_CAPABILITY names what cannot run here, ValueError for an unknown
     value of MFT_AUTOTUNE.
@@ -146,12 +147,15 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _by_kind(sign: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(scores, signs) as the library takes them."""
+    """Return (scores, signs) as the library takes them."""
     return (None, sign) if sign is not None and sign.dtype == torch.int32 else (sign, None)
 
 
 def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(scores, threshold, packed) as the library takes them for one matrix; thresholds by row go through their bits."""
+    """Return (scores, threshold, packed) as the library takes them for one matrix.
+
+    Scores with a threshold per row are packed into bits first.
+    """
     if keep.thresholds is not None and keep.by_row and keep.source.dim() == 2:
         return None, None, pack(keep.source, keep.thresholds, keep.mode)
     return _contiguous(keep.scores), _contiguous(keep.thresholds), _contiguous(keep.words)
@@ -162,7 +166,7 @@ def _codes(weight: Codes) -> tuple[Tensor, list[Tensor]]:
 
 
 def _table(weight: Codes) -> tuple[Tensor | None, int]:
-    """(levels, how many weights share a scale), as the library takes them; (None, 0) for int8."""
+    """Return levels, and how many weights share a scale, as the library takes them; (None, 0) for int8."""
     return (weight.levels_on(weight.codes.device), weight.block) if isinstance(weight, Table) else (None, 0)
 
 
@@ -176,10 +180,10 @@ def _product_of_matrix(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | Non
 
 
 def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Each expert's product is that of a matrix, by the path that the library's model chooses for its rows.
+    """Multiply each expert like a matrix, by the path that the library's model chooses for its rows.
 
-    Several experts are shared out over the threads whole, so that none is waited for. A weight with gaps or transposed
-    is made contiguous one expert at a time, and only where there are rows.
+    If there are several experts, each thread takes whole experts, so that no expert is waited for. A weight that is not
+    contiguous is made so one expert at a time, and only if that expert has rows.
     """
     mask, offsets, bias = _mask(keep), weight.offsets.contiguous(), _contiguous(bias)
     return built.cpu_ops.grouped_product(
@@ -188,7 +192,7 @@ def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | N
 
 
 def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The product over the decoded weight, to the bit; it is decoded in parts where it is masked."""
+    """Compute the product with the decoded weight, bit for bit. It is decoded in parts, where it is masked."""
     words = None if keep is None else _contiguous(keep.words)
     how = *weight.shape, *_table(weight), "auto"
     if not transposed:
@@ -197,16 +201,16 @@ def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor 
 
 
 def _product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Few rows in one pass over the weight, else one product per mask."""
+    """Multiply few rows in one pass over the weight, and many rows by one product per mask."""
     if transposed:
         return _d_x_by_task(a, weight, keep)
     masks, tasks = [packed.contiguous() for packed in keep.masks], keep.tasks.to(torch.int64).contiguous()
     y = built.cpu_ops.try_masked_linear_many(a.contiguous(), weight, masks, tasks, _contiguous(bias), "auto")
-    return reference.product(a, weight, KeepByTask(masks, tasks), bias) if y is None else y  # None: it is empty
+    return reference.product(a, weight, KeepByTask(masks, tasks), bias) if y is None else y  # None if it is empty
 
 
 def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask) -> Tensor:
-    """One product per mask."""
+    """Compute one product per mask."""
     places: dict[int, list[int]] = {}
     for place, task in enumerate(keep.tasks.tolist()):
         places.setdefault(task, []).append(place)
@@ -224,7 +228,7 @@ def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask) -> Tenso
 
 
 def _by_path(name: str, op: Callable[..., Tensor], operands: tuple, mask: Tensor) -> Tensor:
-    """The forward pass or d_x of operands that begin with tokens and weight, by the path that is chosen."""
+    """Compute the forward pass or d_x by the path that is chosen. Operands begin with tokens and weight."""
     path = "auto"
     if measuring():
         asked = product_of(name, operands[0], operands[1], mask)
@@ -233,12 +237,12 @@ def _by_path(name: str, op: Callable[..., Tensor], operands: tuple, mask: Tensor
 
 
 def _grad_scores(out: Tensor, operands: tuple, *, accumulate: bool) -> None:
-    """``operands``: grad_output, x, weight, scores, signs."""
+    """Compute d_scores by the path that is chosen. ``operands``: grad_output, x, weight, scores, signs."""
     path = "auto"
     if measuring():
 
         def prepare() -> Callable[[str], None]:
-            aside = torch.zeros_like(out)  # out itself gets its sum once
+            aside = torch.zeros_like(out)  # out itself must get the sum only once
             return lambda path: built.cpu_ops.grad_scores_(aside, *operands, accumulate, path)
 
         _, x, weight, scores, signs = operands
@@ -261,7 +265,7 @@ def _try_masked_linear_many(x, weight, masks, tasks, bias) -> Tensor | None:
 
 
 def _short() -> dict[str, Callable]:
-    """By op: what checks in C++ and declines, with None, [] or False, a call that is not the usual one."""
+    """Return the short way of each op: it checks in C++, and declines an unusual call with None, [] or False."""
     ops = built.cpu_ops
     return {
         "masked_linear": ops.try_masked_linear.default,

@@ -1,7 +1,7 @@
-"""By which path the cpu library makes a product: a model of bytes and flops says, or a measurement, remembered.
+"""Choose the path by which the cpu library computes a product: by a model of bytes and flops, or by measuring.
 
-MFT_AUTOTUNE=1: the first call of a size times every path that can serve on its own operands, and the fastest is taken
-from then on, by other processes too; see autotune.py.
+With MFT_AUTOTUNE=1 the first call of a size times every path that can serve it, on its own operands. The fastest is
+taken from then on, also by other processes; see autotune.py.
 """
 
 import functools
@@ -21,64 +21,64 @@ from ..processor import this_processor
 
 logger = logging.getLogger("mft_kernels")
 
-_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 2, 5, 0.2  # of a measurement; no further round after so long
+_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 2, 5, 0.2  # of a measurement; no round begins after _SECONDS
 
 
 class Product(NamedTuple):
-    """A product to be made: M tokens, weight (N, K)."""
+    """A product to be computed: M tokens, weight (N, K)."""
 
     product: str  # "forward", "d_x" or "d_scores"
     dtype: str
     m: int
     n: int
     k: int
-    weight_bytes: float  # of memory for each element of the weight; see weight_bytes() and grad_bytes()
-    mask_bytes: float  # of these, of the mask or sign
-    source: str = ""  # of the mask or sign: the dtype of scores or words; "" for none
+    weight_bytes: float  # memory traffic per element of the weight; see weight_bytes() and grad_bytes()
+    mask_bytes: float  # the part of weight_bytes for the mask or sign
+    source: str = ""  # dtype of the scores or words that give the mask or sign; "" for none
 
     def paths(self, capability: str) -> list[str]:
-        """Those that can serve, the fastest by the model first."""
+        """Return the paths that can serve, the fastest by the model first."""
         sizes = (self.m, self.n, self.k, self.weight_bytes, self.mask_bytes)
         return built.cpu_ops.paths(capability, self.product, self.dtype, *sizes).split(",")
 
 
 def product_of(product: str, tokens: Tensor, weight: Tensor, mask: Tensor | None) -> Product:
-    """The forward pass or d_x of ``tokens``, with the mask from scores or int32 words."""
+    """Describe the forward pass or d_x of ``tokens``, with the mask from scores or int32 words."""
     n, k = weight.shape
     size = weight_bytes(weight, mask)
     return Product(product, _name(weight.dtype), tokens.shape[:-1].numel(), n, k, size, mask_bytes(mask), _source(mask))
 
 
 def grad_product_of(out: Tensor, x: Tensor, weight: Tensor | None, sign: Tensor | None, *, accumulate: bool) -> Product:
-    """d_scores of the tokens x, written to ``out`` or added to it."""
+    """Describe d_scores of the tokens x, written to ``out`` or added to it."""
     n, k = out.shape
     size = grad_bytes(out, weight, sign, accumulate=accumulate)
     return Product("d_scores", _name(x.dtype), len(x), n, k, size, mask_bytes(sign), _source(sign))
 
 
 def weight_bytes(weight: Tensor, mask: Tensor | None) -> float:
-    """Bytes of memory that the forward pass or d_x reads for each element of the weight, as the library counts them."""
+    """Return the bytes that the forward pass or d_x reads per element of the weight, as the library counts them."""
     return built.cpu_ops.weight_bytes("forward", weight.element_size(), mask_bytes(mask), 0, False)
 
 
 def grad_bytes(out: Tensor, weight: Tensor | None, sign: Tensor | None, *, accumulate: bool) -> float:
-    """The same for d_scores, which reads and writes ``out``, or writes it alone."""
+    """Return the same for d_scores, which reads and writes ``out``, or only writes it."""
     factor = 0 if weight is None else weight.element_size()
     return built.cpu_ops.weight_bytes("d_scores", factor, mask_bytes(sign), out.element_size(), accumulate)
 
 
 def mask_bytes(scores_or_words: Tensor | None) -> float:
-    """Bytes of these that the mask or sign comes from."""
+    """Return the bytes per element of what the mask or sign comes from."""
     if scores_or_words is None:
         return 0.0
     return scores_or_words.element_size() if scores_or_words.is_floating_point() else 1 / 8
 
 
 def measured_path(product: Product, prepare: Callable[[], Callable[[str], object]]) -> str:
-    """The fastest path, measured now unless it has been.
+    """Return the fastest path. It is measured now unless it was measured before.
 
     Args:
-        prepare: gives the function that makes the product by a path, into memory that nobody reads.
+        prepare: returns a function that computes the product by a path, into memory that nobody reads.
     """
     if 0 in (product.m, product.n, product.k):
         return "auto"
@@ -106,7 +106,7 @@ def _source(scores_or_words: Tensor | None) -> str:
 
 
 def _measure(product: Product, paths: list[str], run: Callable[[str], object]) -> str:
-    """The model's path, paths[0], unless another one is clearly faster."""
+    """Return the model's path, paths[0], unless another one is clearly faster."""
     took = dict.fromkeys(paths, float("inf"))
     begin = time.perf_counter()
     for done in range(_MOST_ROUNDS):
@@ -131,7 +131,7 @@ def _choices(capability: str) -> Choices:
         sizes = {name: value for name, value in facts.items() if name != "threads"}
         try:
             return path in Product(**sizes).paths(capability)
-        except (TypeError, ValueError, RuntimeError):  # no fields of a product, or no such product or dtype
+        except (TypeError, ValueError, RuntimeError):  # not the fields of a product, or no such product or dtype
             return False
 
     return Choices(_made_for(capability), is_path)

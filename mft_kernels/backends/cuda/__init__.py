@@ -1,7 +1,7 @@
-"""The cuda backend: the kernels of csrc/cuda for NVIDIA GPUs, their arguments made 2-d with unit column stride.
+"""The cuda backend: calls the kernels of csrc/cuda for NVIDIA GPUs, with arguments made 2-d with unit column stride.
 
-The library picks Hopper's kernels on compute capability 9.0 where they can take the arguments, and the general ones
-otherwise; the environment variable MFT_CUDA_CAPABILITY=80 overrides that, for tests and comparisons.
+The library picks Hopper's kernels on compute capability 9.0 if they can take the arguments, and the general ones
+otherwise. The environment variable MFT_CUDA_CAPABILITY=80 overrides that, for tests and comparisons.
 """
 
 import functools
@@ -21,7 +21,7 @@ _OLDEST = 80
 
 
 def score_grad(sums: Sums) -> None:
-    """d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], in the epilogue; no temporary of that size."""
+    """Compute d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign] in the epilogue, without a temporary."""
     d_scores, sign, keep = sums.d_scores, sums.sign, sums.keep
     if sign is not None and sign.dtype == torch.int32:
         of_sign: tuple[Tensor | None, Tensor | None] = (None, sign.contiguous())
@@ -39,9 +39,9 @@ def score_grad(sums: Sums) -> None:
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
-    """The k-th largest key, by histograms; +inf if nothing is kept, NaN if a score is not finite.
+    """Return the k-th largest key, by histograms: +inf if nothing is kept, NaN if a score is not finite.
 
-    Those of experts are launched one expert after the other.
+    Experts are launched one after the other.
     """
     run, numel = built.cuda_ops.kept_threshold, scores.numel()
     if each:
@@ -50,19 +50,20 @@ def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) 
 
 
 def pack(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
-    """keep as bits, int32 (N, ceil(K / 32))."""
+    """Return keep as bits, int32 (N, ceil(K / 32))."""
     return built.cuda_ops.pack_mask(_matrix(scores), threshold, mode == "magnitude")
 
 
 def signs(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(scores > 0 as bits, how many scores are exactly 0)."""
+    """Return scores > 0 as bits, and how many scores are exactly 0."""
     return built.cuda_ops.pack_signs(_matrix(scores))
 
 
 def step(update: Update) -> tuple[Tensor, Tensor]:
-    """One pass over gradient, weight, scores and moments, which counts the next threshold too; a second packs the mask.
+    """Step in one pass over gradient, weight, scores and moments; a second pass packs the mask.
 
-    fp32 scores take three more passes, others one or two where the threshold before is not given or far from the next.
+    The first pass also counts for the next threshold if scores have 16 bits. They take one or two more passes if the
+    threshold before the step is not given, or far from the next. fp32 scores take three more passes.
     """
     update, clock = update.by_clock()
     return built.cuda_ops.score_step_(
@@ -82,7 +83,10 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def _matrix(t: Tensor) -> Tensor:
-    """Itself where rows have unit stride and do not overlap (expanded ones do), else a copy; (N, K) or (E, N, K)."""
+    """Return t, (N, K) or (E, N, K), or a copy unless columns have unit stride and rows do not overlap.
+
+    The rows of an expanded tensor overlap.
+    """
     rows, columns = t.shape[-2:]
     fits = (columns <= 1 or t.stride(-1) == 1) and (rows <= 1 or t.stride(-2) >= columns)
     return t if fits else t.contiguous()
@@ -93,7 +97,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(scores, thresholds, packed) as the library takes them."""
+    """Return (scores, thresholds, packed) as the library takes them."""
     scores = None if keep.scores is None else _matrix(keep.scores)
     return scores, keep.thresholds, _contiguous(keep.words)
 
@@ -105,10 +109,10 @@ def _product_of_matrix(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | Non
 
 
 def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
-    """One launch for all experts, nothing waited for: the kernel reads from the offsets which rows are whose.
+    """Multiply all experts in one launch, without waiting: the kernel reads from the offsets which rows each one has.
 
-    Scores that it does not read are packed first, in one launch per expert: those in the other 16-bit type, and all
-    where rows are no whole, aligned chunks of 16 bytes.
+    Scores that it cannot read are packed first, in one launch per expert. These are scores in the other 16-bit type,
+    and all scores if rows are not whole, aligned chunks of 16 bytes.
     """
     scores, thresholds, packed = _mask(keep)
     return built.cuda_ops.grouped_product(
@@ -125,7 +129,7 @@ def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | N
 
 
 def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The kernel reads codes, and the decoded weight is never in memory."""
+    """Multiply by codes, which the kernel decodes: the dense weight is never in memory."""
     out = built.cuda_ops.product_quantized(
         _rows(a),
         weight.codes.contiguous(),
@@ -140,7 +144,7 @@ def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor 
 
 
 def _product_by_task(x: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The weight is read once for each 64 rows, whatever the masks are."""
+    """Multiply each row with its own mask. The weight is read once per 64 rows, whatever their masks."""
     if transposed:
         return _d_x_by_task(x, weight, keep)
     rows, tasks = _rows(x), keep.tasks
@@ -153,7 +157,7 @@ def _product_by_task(x: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor |
 
 
 def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask) -> Tensor:
-    """A product of all rows for each mask, of which its rows are taken."""
+    """Multiply all rows once per mask, and take from each product the rows with that mask."""
     grad, weight = _rows(grad_output), _matrix(weight)
     task = keep.tasks.repeat_interleave(_rows_of_a_task(grad, keep.tasks))[: len(grad)].unsqueeze(1)
     everything = weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
@@ -167,12 +171,12 @@ def _rows_of_a_task(rows: Tensor, tasks: Tensor) -> int:
     return max(1, len(rows) // max(1, len(tasks)))
 
 
-# Of tokens or a weight; the others take scores, also in float32.
+# Functions of tokens or a weight. The others take scores, also in float32.
 _PRODUCTS = ("product", "score_grad", "gradients")
 
 
 class _Cuda(Backend):
-    """Refuses more: products in float32, and single GPUs that the library has no code for."""
+    """The cuda backend, which also refuses products in float32, and GPUs that the library has no code for."""
 
     def refusal(
         self, function: str, device: torch.device, dtypes: Dtypes, operands: frozenset[type] = frozenset()
@@ -186,13 +190,16 @@ class _Cuda(Backend):
 
 @functools.cache
 def _device_refusal(index: int | None) -> str | None:
-    """Why the library has no code for a GPU, None if it has; ``index`` None: the current one."""
+    """Return why the library has no code for a GPU, or None if it has. ``index`` None: the current GPU."""
     major, minor = torch.cuda.get_device_capability(index)
     return _capability_refusal(10 * major + minor, built.cuda_ops.contents().split()[0].split("."))
 
 
 def _capability_refusal(capability: int, targets: list[str]) -> str | None:
-    """``targets``: sm_80 is code for every 8.x from 8.0 on, compute_80 becomes code for anything newer."""
+    """Return why none of ``targets`` runs on this capability, or None if one does.
+
+    sm_80 is code for every 8.x from 8.0 on. compute_80 can become code for anything newer.
+    """
     named = f"{capability // 10}.{capability % 10}"
     if capability < _OLDEST:
         return f"it needs compute capability 8.0 or newer, got {named}"
@@ -204,7 +211,10 @@ def _capability_refusal(capability: int, targets: list[str]) -> str | None:
 
 
 def _driver_refusal(runtime: int, driver: int) -> str | None:
-    """Versions as 1000 * major + 10 * minor. Code of one major version runs on every driver of that version."""
+    """Return why the driver cannot run code built with that CUDA version, or None if it can.
+
+    Versions are 1000 * major + 10 * minor. Code of one major version runs on every driver of that major version.
+    """
     if driver // 1000 >= runtime // 1000:
         return None
     shown = [f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver)]
@@ -215,7 +225,7 @@ def _driver_refusal(runtime: int, driver: int) -> str | None:
 
 
 def _unavailable() -> str | None:
-    """Why no GPU here can run what the library has."""
+    """Return why no GPU here can run the library, or None if one can."""
     if torch.version.hip is not None:
         return "it is for NVIDIA's GPUs, and this torch is for AMD's"
     if not torch.cuda.is_available():
