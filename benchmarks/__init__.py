@@ -1,1 +1,1 @@
-"""What kernels and training steps cost, one file per question (make bench): docs/reference/benchmarks.md."""
+"""Measure what kernels and training steps cost, one file per question (make bench): docs/reference/benchmarks.md."""

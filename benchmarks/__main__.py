@@ -1,4 +1,4 @@
-"""Answers every question, or those named: python -m benchmarks [--quick] [--out FOLDER] [ops | train_step | ...] ..."""
+"""Answer every question, or those named: python -m benchmarks [--quick] [--out FOLDER] [ops | train_step | ...] ..."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from .harness import RESULTS, ROOT, THREADS, environment, threads_of, write_resu
 from .plots import draw_ops, draw_scaling, draw_train_step
 from .side_by_side import OURS, SideBySide
 
-# question: how it is answered, given whether to be quick
+# question: the function that answers it; its argument says whether to be quick
 QUESTIONS: dict[str, Callable[[bool], None]] = {
     "ops": bench_ops.main,
     "cpu": bench_cpu.main,
@@ -41,7 +41,7 @@ QUESTIONS: dict[str, Callable[[bool], None]] = {
     "score_optimiser": lambda quick: bench_score_optimiser.main(),
     "many_masks": lambda quick: bench_many_masks.main(),
 }
-# Those that are answered by several processes together, and what shows the answer; they can also be quick.
+# Questions that several processes answer together, and the function that shows the answer. They can also be quick.
 POOLED: dict[str, Callable[[Path], None]] = {
     "ops": draw_ops,
     "cpu": bench_cpu.conclude,
@@ -54,19 +54,19 @@ POOLED: dict[str, Callable[[Path], None]] = {
     "train_step": draw_train_step,
     "scaling": draw_scaling,
 }
-# What the processes say is put side by side, where it is not pooled.
+# How the records of several processes are joined if they are not pooled.
 JOINED: dict[str, Callable[[Sequence], dict]] = {"paths": bench_paths.joined, "small_paths": bench_paths.joined}
-# Those that measure backends side by side; the others measure ours alone.
+# Questions that measure backends side by side; the others measure only ours.
 SIDE_BY_SIDE = ("ops", "cpu")
 QUICK_RESULTS = ROOT / "build" / "benchmarks"
 
 
 def main() -> None:
-    """Run the questions and say where the answers are."""
+    """Answer the questions and print where the answers are."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("questions", nargs="*", help=f"among {', '.join(QUESTIONS)}; all unless given")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: minutes; not for the record")
-    parser.add_argument("--alone", action="store_true", help="in this process; not for the record either")
+    parser.add_argument("--alone", action="store_true", help="measure in this process; not for the record")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (benchmarks/results; build/benchmarks if quick)"
     )

@@ -1,8 +1,8 @@
-"""Is the mask free on this processor? A layer's step and few tokens beside dense and eager PyTorch, bf16 and fp32.
+"""Measure if the mask is free on this processor: a layer's step and few tokens compared with dense and eager PyTorch.
 
-Minutes, where `ops` takes most of an hour: only what cpu_targets.py asks for, and its neighbours. Shares are of the
-machine's own ceilings, measured in the run: torch's best GEMM of the dtype at 4096 x 4096 x 4096, the reading of as
-many bytes as the 4096 x 4096 weight has, and its copy.
+Dtypes are bf16 and fp32. It takes minutes, while `ops` takes most of an hour, because it measures only the cases of
+cpu_targets.py and their neighbours. Shares are relative to the machine's own ceilings, measured in the run: torch's
+best GEMM of the dtype at 4096 x 4096 x 4096, and reading and copying as many bytes as the 4096 x 4096 weight has.
 """
 
 import json
@@ -26,7 +26,7 @@ from .tables import cpu_tables
 
 COMPETITORS = (DENSE, IN_PLACE, FROM_SCORES, HELD, EAGER)
 Cases = tuple[tuple[tuple[int, int], tuple[tuple[str, int], ...]], ...]  # (N, K), (op, M)
-# Most tokens last: a matrix of 4096 x 4096 and its gradients then lie where they will.
+# Most tokens last: the 4096 x 4096 matrices and their gradients are then already in their final place in memory.
 MANY_THREADS: Cases = (
     (
         SQUARE,
@@ -42,7 +42,7 @@ ONE_THREAD: Cases = ((SQUARE, (("forward", 1), ("d_x", 1), ("step", 512))),)
 
 @dataclass(frozen=True)
 class Budget:
-    """What is asked, and how long a case may take beyond its least rounds, in one process."""
+    """The cases, and how long a case may take beyond its minimum rounds, in one process."""
 
     many: Cases = MANY_THREADS
     one: Cases = ONE_THREAD
@@ -51,12 +51,12 @@ class Budget:
 
 
 STORED = Budget()
-SLOW = 8e9  # M N K a thread from which three rounds are enough in one process: the first finds memory that is new
+SLOW = 8e9  # M N K per thread from which three rounds per process suffice: the first round touches new memory
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op on a shape, in a dtype, with so many threads."""
+    """An op on a shape, in a dtype, with a number of threads."""
 
     op: str
     dtype: str
@@ -71,7 +71,7 @@ class Case:
 
 
 class Measured:
-    """Findings and rows of all cases, printed as they come."""
+    """Findings and rows of all cases. Each is printed when it is measured."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
@@ -79,7 +79,7 @@ class Measured:
         self.backends = SideBySide.here()
 
     def add(self, case: Case, samples: Samples) -> None:
-        """Ratios to dense and eager, by what is asked of ours; of another backend to ours, and of eager to dense."""
+        """Add ratios to dense and eager with their bounds, of other backends to ours, and of eager to dense."""
         self._timed.append((case, samples))
         print(f"{case}: {Spread.of(samples[DENSE])} ms {DENSE}", flush=True)
         for name in (name for name in samples if name != DENSE):
@@ -91,14 +91,14 @@ class Measured:
             if name == EAGER:
                 continue
             ours = self.backends.as_ours(name)
-            # The masked weight that eager's d_x reads was made in its forward pass: the step pays for it, not d_x.
+            # Eager's forward pass makes the masked weight that its d_x reads, so d_x alone has no bound.
             rule, most = ("at most", EAGER_BOUND) if name == ours and case.op != "d_x" else (None, None)
             self.findings.append(ratio(samples, name, EAGER, rule, most, f": {case}"))
             if name != ours:
                 self.findings.append(ratio(samples, name, ours, suffix=f": {case}"))
 
     def rows(self, ceilings: Mapping[int, CpuCeilings]) -> list[dict]:
-        """A row a case and competitor; shares by the ceilings of its number of threads, over the whole run."""
+        """Return one row per case and competitor. Shares use the ceilings of its thread count over the whole run."""
         return [
             self._row(case, name, samples, ceilings[case.threads]) for case, samples in self._timed for name in samples
         ]
@@ -121,7 +121,7 @@ class Measured:
 
 
 def measure(measured: Measured, ceilings: CpuCeilings, dtype: str, cases: Cases, threads: int, budget: Budget) -> None:
-    """The cases of one dtype, with as many threads as torch has now; ceilings are sampled before each shape."""
+    """Measure the cases of one dtype with torch's current thread count. Ceilings are sampled before each shape."""
     for (n, k), asked in cases:
         ceilings.sample(dtype)
         made = LayerCompetitors(n, k, DTYPES[dtype])
@@ -159,7 +159,7 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
 
 
 def conclude(path: Path) -> None:
-    """Print the tables of the record that has been written, and draw it beside those of other machines."""
+    """Print the tables of the written record, and draw it together with the records of other machines."""
     print("\n" + "\n\n".join(cpu_tables(json.loads(path.read_text()))))
     draw_cpu(path)
 

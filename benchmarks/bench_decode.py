@@ -1,8 +1,8 @@
-"""What does a batch generate whose rows take different masks? SmolLM2-135M, 8 rows, bf16 and fp32, tokens/s.
+"""Measure how fast a batch generates if its rows use different masks: SmolLM2-135M, 8 rows, bf16 and fp32, tokens/s.
 
-Every linear of the decoder is masked. A bank of masks with 1, 3 and 8 tasks, the rows' in turn, stands beside the dense
-model, one merged model and one held mask, which give every row the same task. Weights are random, which changes no
-time; cache, sampling and attention are transformers' own.
+Every linear layer of the decoder is masked. A bank of masks with 1, 3 and 8 tasks, which the rows use in turn, is
+compared with the dense model, one merged model and one held mask, which give every row the same task. Weights are
+random, which does not change the times. Cache, sampling and attention are those of transformers.
 """
 
 import json
@@ -33,7 +33,7 @@ TASKS = (1, 3, 8)
 
 @dataclass(frozen=True)
 class Budget:
-    """Rows of the batch, tokens of a row's prompt and after it, and seconds of a dtype beyond its least rounds."""
+    """Rows per batch, prompt and new tokens per row, and seconds per dtype beyond its minimum rounds."""
 
     rows: int = 8
     prompt: int = 32
@@ -46,12 +46,12 @@ STORED = Budget()
 
 
 def banked(tasks: int) -> str:
-    """The name of a bank of so many tasks."""
+    """Return the name of a bank with this number of tasks."""
     return f"ours, {tasks} task{'s' if tasks > 1 else ''} in a batch"
 
 
 def ways(masks: Path, budget: Budget, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """What is timed, of one dtype. Each task reads masks of its own; they are alike, which nobody notices."""
+    """Return the timed functions of one dtype. Each task reads its own masks; equal values do not change the times."""
 
     def base() -> Any:
         return build(budget.config, dtype).eval().requires_grad_(False)
@@ -93,5 +93,5 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
 
 
 def conclude(path: Path) -> None:
-    """Print the table of the record that has been written."""
+    """Print the table of the written record."""
     print("\n" + "\n\n".join(generate_tables(json.loads(path.read_text()))))

@@ -1,8 +1,8 @@
-"""Are masks free on a mixture's experts? transformers' own modules beside the same ones masked, bf16 and fp32.
+"""Measure if masks are free on the experts of a mixture: transformers' modules with and without masks, bf16 and fp32.
 
-A step is the forward pass, d_x and the gradient of what learns: of the dense weights (E, N, K), of the scores, whose
-mask is remembered, or of a held mask's weights, added into a buffer. A router that chooses at random deals out the
-tokens. The dense modules run by each of transformers' implementations that can keep up; weights and inputs are common.
+A step is the forward pass, d_x and the gradient of what learns. That is the dense weights (E, N, K), the scores, whose
+mask is remembered, or the weights of a held mask, added into a buffer. A random router assigns the tokens. The dense
+modules run with each of transformers' implementations that can keep up. Weights and inputs are the same for all.
 """
 
 import copy
@@ -30,13 +30,13 @@ from .rivals import KEEP_RATIO
 from .tables import experts_tables
 
 GROUPED, BATCHED, EAGER = "grouped_mm", "batched_mm", "eager"  # transformers' names
-BOUND = 1.15  # times the fastest of them, at most
+BOUND = 1.15  # times the fastest of transformers' implementations, at most
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Experts, hidden and intermediate size, and experts a token."""
+    """Experts, hidden and intermediate size, and experts per token."""
 
     experts: int
     hidden: int
@@ -44,7 +44,7 @@ class Size:
     top_k: int
 
     def module(self, dtype: torch.dtype) -> Any:
-        """Of Mixtral with up to 8 experts, else of OLMoE; every expert has the same random weights."""
+        """Return Mixtral's module for up to 8 experts, else OLMoE's. Every expert has the same random weights."""
         sizes = {"hidden_size": self.hidden, "intermediate_size": self.intermediate}
         few = self.experts <= 8
         config: Any = MixtralConfig(**sizes, num_local_experts=self.experts) if few else OlmoeConfig(**sizes)
@@ -62,7 +62,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Budget:
-    """What is asked, and how long a case may take beyond its least rounds, in one process."""
+    """The cases, and how long a case may take beyond its minimum rounds, in one process."""
 
     sizes: tuple[Size, ...] = (Size(8, 2048, 3584, 2), Size(64, 2048, 1024, 8))
     tokens: tuple[int, ...] = (1, 64, 512)
@@ -74,7 +74,7 @@ STORED = Budget()
 
 
 class Competitors:
-    """One size in a dtype: the dense module, and the same masked on the same weights."""
+    """One size in a dtype: the dense module, and the same module masked, on the same weights."""
 
     def __init__(self, size: Size, dtype: torch.dtype) -> None:
         self.size, self.dtype = size, dtype
@@ -92,7 +92,7 @@ class Competitors:
         self._held = [(layer.packed_mask(), torch.zeros_like(layer.weight)) for layer in self.layers]
 
     def calls(self, op: str, tokens: int) -> dict[str, Callable[[], object]]:
-        """What is timed of "forward" or "step". Those are left out that take too long for it, by far."""
+        """Return the timed functions of "forward" or "step", without the implementations that are far too slow."""
         generator = torch.Generator().manual_seed(tokens)
         x, grad = (torch.randn(tokens, self.size.hidden, generator=generator).to(self.dtype) for _ in range(2))
         chosen, places = torch.rand(tokens, self.size.experts, generator=generator).topk(self.size.top_k)
@@ -118,8 +118,8 @@ class Competitors:
                 for layer in self.layers:
                     layer.release()
 
-        # A batched product copies the weights of every row's expert, 4 GB for 64 tokens of 64 experts in bf16. Each
-        # weight[e] of the eager loop has a gradient of the size of all: 27 s a step where grouped_mm takes 0.5.
+        # A batched product copies the weights of every row's expert: 4 GB for 64 tokens of 64 experts in bf16. In the
+        # eager loop each weight[e] has a gradient of the size of all experts: 27 s per step (grouped_mm: 0.5 s).
         rivals = [GROUPED, *([BATCHED] if tokens == 1 else []), *([EAGER] if op == "forward" else [])]
         return {
             **{name: lambda name=name: dense(name) for name in rivals},
@@ -129,7 +129,7 @@ class Competitors:
 
 
 def rows_of(case: Mapping[str, Any], samples: Samples) -> list[dict[str, Any]]:
-    """A row a competitor: times, and ratios to grouped_mm."""
+    """Return one row per competitor: times, and ratios to grouped_mm."""
     return [
         {
             **case,
@@ -144,7 +144,7 @@ def rows_of(case: Mapping[str, Any], samples: Samples) -> list[dict[str, Any]]:
 
 
 def findings_of(case: Mapping[str, Any], samples: Samples) -> list[Finding]:
-    """Ours in units of each of theirs: so of the fastest."""
+    """Return the ratios of ours to each of theirs, and therefore to the fastest."""
     suffix = f": {case['op']}, {case['dtype']}, {case['experts']} experts, {case['tokens']} tokens"
     theirs = [name for name in samples if name not in (FROM_SCORES, HELD)]
     return [ratio(samples, name, rival, "at most", BOUND, suffix) for name in (FROM_SCORES, HELD) for rival in theirs]
@@ -174,6 +174,6 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
 
 
 def conclude(path: Path) -> None:
-    """Print the table of the record that has been written, and draw it beside."""
+    """Print the table of the written record, and draw it."""
     print("\n" + "\n\n".join(experts_tables(json.loads(path.read_text()))))
     draw_experts(path)

@@ -1,8 +1,8 @@
-"""Does a masked model generate as fast as the dense one? SmolLM2-135M, batch 1, bf16 and fp32, tokens/s.
+"""Measure if a masked model generates as fast as the dense one: SmolLM2-135M, batch 1, bf16 and fp32, tokens/s.
 
-Every linear of the decoder is masked: by MaskedLinear, which looks whether its scores have changed, and with the mask
-held as bits, over weights in NF4 and int8 too, which the kernels decode. Weights are random, which changes no time; the
-cache, the sampling of the likeliest token and all else are transformers' own, so much of a token is the host's.
+Every linear layer of the decoder is masked. MaskedLinear checks if its scores have changed. Held masks are kept as
+bits, also over weights in NF4 and int8, which the kernels decode. Weights are random, which does not change the times.
+Cache, greedy sampling and the rest are those of transformers, so much of the time per token is spent on the host.
 """
 
 import json
@@ -30,7 +30,7 @@ QUANTIZED = {f"{HELD}, {kind} weights": kind for kind in ("nf4", "int8")}
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens of the prompt and after it, and how long a dtype may take beyond its least rounds, in one process."""
+    """Prompt tokens and new tokens, and how long a dtype may take beyond its minimum rounds, in one process."""
 
     prompt: int = 32
     new: int = 32
@@ -42,7 +42,7 @@ STORED = Budget()
 
 
 def models(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The five of one dtype; the masks are random and keep 90 %."""
+    """Return the five models of one dtype. The masks are random and keep 90 %."""
     found = {name: build(config, dtype).eval().requires_grad_(False) for name in (DENSE, MODULE, HELD, *QUANTIZED)}
     for name in (MODULE, HELD, *QUANTIZED):
         mask_model(found[name], MaskConfig.paper())
@@ -55,7 +55,7 @@ def models(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
-    """So many new tokens, greedily, with a cache."""
+    """Generate this number of new tokens, greedily, with a cache."""
     options = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
@@ -79,5 +79,5 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
 
 
 def conclude(path: Path) -> None:
-    """Print the table of the record that has been written."""
+    """Print the table of the written record."""
     print("\n" + "\n\n".join(generate_tables(json.loads(path.read_text()))))

@@ -1,8 +1,9 @@
-"""What does a call cost the host? One forward of a layer so small that next to nothing else is timed, in microseconds.
+"""Measure what a call costs the host: one forward pass of a layer so small that it has almost no other cost, in us.
 
-64 x 64, M = 1, one thread, fp32 and bf16, in the words of gpu/host.py, which asks this of a GPU. MaskedLinear remembers
-its mask from call to call; a held one has a buffer for its gradient; the op is one that compiled graphs call. What is
-asked is how much a forward may take above nn.Linear's own, round by round.
+The layer is 64 x 64, M = 1, one thread, fp32 and bf16. On a GPU, time_host of gpu/products.py measures the same for the
+same kinds of layers. MaskedLinear remembers its mask from call to call. A held mask has a buffer for its gradient. The
+op is the one that compiled graphs call. The goal limits how much longer than nn.Linear a forward pass may take, round
+by round.
 """
 
 import json
@@ -26,14 +27,14 @@ DENSE_LAYER, LAYER, HELD_LAYER, OP = "nn.Linear", "MaskedLinear", "MaskedLinear,
 OURS = (LAYER, HELD_LAYER, OP)
 NO_GRAD, INFERENCE, GRAD, STEP = "without grad", "under inference_mode", "with grad", "forward + backward"
 MODES = {NO_GRAD: torch.no_grad, INFERENCE: torch.inference_mode, GRAD: torch.enable_grad, STEP: torch.enable_grad}
-GOALS = {NO_GRAD: 20.0, INFERENCE: 20.0, GRAD: 35.0, STEP: None}  # us above nn.Linear's own, at most
+GOALS = {NO_GRAD: 20.0, INFERENCE: 20.0, GRAD: 35.0, STEP: None}  # us more than nn.Linear, at most
 
 Layer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Rounds of each situation in one process, and calls in a row of each competitor in a round."""
+    """Rounds per situation in one process, and consecutive calls of each competitor in a round."""
 
     rounds: int = 21
     calls: int = 500
@@ -43,7 +44,7 @@ STORED, QUICK = Budget(), Budget(rounds=5, calls=100)
 
 
 def layers(dtype: torch.dtype) -> dict[str, Layer]:
-    """The competitors, on one weight; ours by one mask. nn.Linear is frozen: its gradient is x's alone."""
+    """Return the competitors on one weight; ours share one mask. nn.Linear is frozen, so only x has a gradient."""
     linear = nn.Linear(SIDE, SIDE, bias=False, dtype=dtype).requires_grad_(False)
     masked, held = (MaskedLinear.from_linear(linear, keep_ratio=KEEP_RATIO) for _ in range(2))
     packed = masked.packed_mask()
@@ -58,20 +59,20 @@ def layers(dtype: torch.dtype) -> dict[str, Layer]:
 
 
 def time_calls(competitors: dict[str, Layer], dtype: torch.dtype, situation: str, budget: Budget) -> Samples:
-    """Milliseconds a call; with grad x asks for one, as what learns in the layer does. Gradients add up over calls."""
+    """Measure milliseconds per call. In the modes with grad, x requires one. Gradients accumulate over calls."""
     x = torch.randn(1, SIDE, dtype=dtype, requires_grad=situation in (GRAD, STEP))
     grad = torch.ones(1, SIDE, dtype=dtype)
 
     def call(layer: Layer) -> Callable[[], object]:
         return (lambda: layer(x).backward(grad)) if situation == STEP else (lambda: layer(x))
 
-    with MODES[situation]():  # around all calls: to enter it is a caller's own cost
+    with MODES[situation]():  # around all calls: a caller pays itself for entering the mode
         calls = {name: call(layer) for name, layer in competitors.items()}
         return time_interleaved(calls, budget.rounds, budget.calls)
 
 
 def rows_of(dtype: str, situation: str, samples: Samples) -> list[dict]:
-    """A row a competitor: us, and us above nn.Linear's beside what is asked."""
+    """Return one row per competitor: us, and us more than nn.Linear next to the goal."""
     rows = []
     for name, times in samples.items():
         above = Spread.of([1e3 * (a - b) for a, b in zip(times, samples[DENSE_LAYER])]) if name in OURS else None
@@ -90,7 +91,7 @@ def rows_of(dtype: str, situation: str, samples: Samples) -> list[dict]:
 
 
 def findings_of(row: dict, samples: Samples) -> list[Finding]:
-    """The time; of ours the difference, by what is asked, and the ratio, which benchmarks.compare compares."""
+    """Return the time. For ours also the difference with its goal, and the ratio that benchmarks.compare compares."""
     name, case = row["competitor"], f"{row['situation']}, {row['dtype']}"
     found = [Finding(f"{name}: {case}", Spread(**row["us"]), "us")]
     if name in OURS:
@@ -116,5 +117,5 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
 
 
 def conclude(path: Path) -> None:
-    """Print the tables of the record that has been written."""
+    """Print the tables of the written record."""
     print("\n" + "\n\n".join(launch_tables(json.loads(path.read_text()))))

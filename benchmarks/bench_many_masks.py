@@ -1,9 +1,9 @@
-"""What do many masks on one base give and cost? Three tasks on SmolLM2-135M, beside three merged models.
+"""Measure what many masks on one base give and cost: three tasks on SmolLM2-135M, compared with three merged models.
 
-Three short mask trainings (layers 24 to 29, keep 0.99, as in the demo) on the standard library's Python, torch's C++
-headers and problems with exact answers. Then: held-out loss of every task under every mask; bytes of masks and merged
-models, on disk and in memory. Speed is asked of the dearest case, masks on all linears of all layers. Which of the
-weights they keep does not matter to it, so these are not trained.
+Three short mask trainings (layers 24 to 29, keep 0.99, as in the demo) use the standard library's Python, torch's C++
+headers and problems with exact answers. Reported are the held-out loss of every task under every mask, and the bytes
+of masks and merged models on disk and in memory. Speed is measured in the most expensive case: masks on all linear
+layers. These masks are not trained, because speed does not depend on which weights they keep.
 """
 
 import tempfile
@@ -29,17 +29,17 @@ from mft_kernels.timing import Samples, time_within
 from .harness import Finding, Spread, ratio, report
 
 MODEL = "smollm2-135m"
-FIRST = 24  # masked layer, of 30
+FIRST = 24  # first masked layer, of 30
 MASK = MaskConfig(layers_to_transform=list(range(FIRST, 30)), keep_ratio=0.99, init="magnitude")
-STEPS, TRAINED, HELD_OUT = 16, 64 * 128, 32 * 128  # tokens a task
+STEPS, TRAINED, HELD_OUT = 16, 64 * 128, 32 * 128  # tokens per task
 TASKS = {
     "python": DataConfig("stdlib", sequence_length=128, max_train_tokens=TRAINED, max_eval_tokens=HELD_OUT),
     "c++": DataConfig("headers", sequence_length=128, max_train_tokens=TRAINED, max_eval_tokens=HELD_OUT),
-    # A problem is a row of validation, and has less than 64 tokens.
+    # A problem is one row of validation, and has fewer than 64 tokens.
     "problems": DataConfig("problems", sequence_length=64, max_train_tokens=TRAINED, max_eval_tokens=HELD_OUT),
 }
 BASE = "base"
-ROWS, SCORED, PROMPT, GENERATED = 2, 128, 32, 16  # rows a task; tokens a row
+ROWS, SCORED, PROMPT, GENERATED = 2, 128, 32, 16  # rows per task; tokens per row
 SECONDS = 20.0  # of timing, for scoring and for generating
 MERGED, ONE, MIXED, IN_TURN = "merged model", "one task", "mixed batch", "a call a task"
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def train(task: str, splits: Splits, root: Path) -> None:
-    """One epoch, and the masks in root/task."""
+    """Train for one epoch, and save the masks in root/task."""
     model, _ = load_model(MODEL)
     mask_model(model, MASK)
     settings = TrainConfig(lr=1e-3, steps=STEPS, batch_size=len(splits.train) // STEPS, warmup_ratio=0.05)
@@ -86,7 +86,7 @@ def train(task: str, splits: Splits, root: Path) -> None:
 
 
 def losses_by_mask(bank: MaskBank, data: Mapping[str, Any], first: int) -> dict[str, dict[str, Evaluation]]:
-    """Of each task's data under the bare base and under each mask; the first layers are masked in none."""
+    """Return each task's loss under the bare base and under each mask. The first layers are masked in none of them."""
     found: dict[str, dict[str, Evaluation]] = {}
     for task, rows in data.items():
         memory = PrefixMemory()
@@ -98,7 +98,7 @@ def losses_by_mask(bank: MaskBank, data: Mapping[str, Any], first: int) -> dict[
 
 
 def loss_rows(losses: Mapping[str, Mapping[str, Evaluation]]) -> list[dict[str, Any]]:
-    """A row a task and mask: nats a token, and the difference from the base with its standard error over documents."""
+    """Return one row per task and mask: nats per token, difference from the base, its standard error over documents."""
     rows = []
     for task, by_mask in losses.items():
         for mask, found in by_mask.items():
@@ -111,7 +111,7 @@ def loss_rows(losses: Mapping[str, Mapping[str, Evaluation]]) -> list[dict[str, 
 def merge_all(
     bank: MaskBank, losses: Mapping[str, Mapping[str, Evaluation]], splits: Mapping[str, Splits], tokenizer, root: Path
 ) -> tuple[float, dict[str, int]]:
-    """(largest difference of a merged model's loss on its own task from the bank's, bytes on disk and in memory)."""
+    """Return (largest loss difference between a merged model and the bank on its task, bytes on disk and in memory)."""
     apart, sizes = 0.0, dict.fromkeys(("merged models on disk", "masks on disk", "merged models in memory"), 0)
     for task in TASKS:
         model, _ = load_model(MODEL)
@@ -126,7 +126,7 @@ def merge_all(
 
 
 def bytes_of(bank: MaskBank) -> dict[str, int]:
-    """Measured of the tensors, and computed from the shapes."""
+    """Return bytes measured from the tensors, and bytes computed from the shapes."""
     layers = [module for module in bank.model.modules() if hasattr(module, "masks")]
     computed = sum(len(m.masks) * m.out_features * -(-m.in_features // 32) * 4 for m in layers)
     return {
@@ -137,12 +137,12 @@ def bytes_of(bank: MaskBank) -> dict[str, int]:
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Of parameters and buffers, each once."""
+    """Return the bytes of parameters and buffers, each counted once."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def bank_of_all_layers(root: Path) -> tuple[MaskBank, list[Path]]:
-    """Masks on every linear of every layer, in the order of the tasks; and where they lie."""
+    """Return a bank with masks on every linear of every layer, in the order of the tasks, and the masks' paths."""
     paths = [root / "all" / task for task in TASKS]
     for seed, path in enumerate(paths):
         if not path.exists():
@@ -153,7 +153,7 @@ def bank_of_all_layers(root: Path) -> tuple[MaskBank, list[Path]]:
 
 
 def speed(root: Path) -> dict[str, Samples]:
-    """Milliseconds: to score and to generate the same rows, ROWS a task and the tasks in turn."""
+    """Return milliseconds to score and to generate the same rows: ROWS per task, the tasks in turn."""
     bank, paths = bank_of_all_layers(root)
     model, tokenizer = load_model(MODEL)
     merged = merge_model(load_masks(model, paths[0]))
@@ -168,7 +168,7 @@ def speed(root: Path) -> dict[str, Samples]:
 def competitors(
     bank: MaskBank, merged: nn.Module, rows: Tensor, run: Callable[[nn.Module, Tensor], object]
 ) -> dict[str, Callable[[], object]]:
-    """Ways to run 3 * ROWS rows: row i is of task i % 3 where tasks are told apart."""
+    """Return the ways to run 3 * ROWS rows. If rows have different tasks, row i has task i % 3."""
     tasks = list(bank.tasks)
 
     def use(chosen: Any, own: Tensor) -> object:
@@ -185,11 +185,11 @@ def competitors(
 
 @torch.no_grad()
 def score(model: nn.Module, rows: Tensor) -> None:
-    """Logits of every token."""
+    """Compute the logits of every token."""
     model(rows)
 
 
 def generate(model: Any, rows: Tensor) -> None:
-    """GENERATED tokens a row, greedily, with a cache."""
+    """Generate GENERATED tokens per row, greedily, with a cache."""
     options = {"min_new_tokens": GENERATED, "max_new_tokens": GENERATED, "do_sample": False}
     model.generate(rows, attention_mask=torch.ones_like(rows), pad_token_id=0, **options)

@@ -1,7 +1,7 @@
-"""How much memory does a step need beyond parameters and gradients, at M = 64 in bf16, N = K = 4096?
+"""Measure how much memory a step needs beyond parameters and gradients, at M = 64 in bf16, N = K = 4096.
 
-Each competitor runs in a process of its own; the peak of its resident memory over one forward and backward is read
-from the kernel's high-water mark, which is reset just before. A first step on a small layer has loaded all code.
+Each competitor runs in its own process. The peak of its resident memory over one forward and backward is read from
+the kernel's high-water mark, which is reset just before. A first step on a small layer has already loaded all code.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ from .harness import ROOT, THREADS, Finding, Spread, report
 from .rivals import KEEP_RATIO, eager_fast, eager_lean, paper_linear
 
 FEATURES, TOKENS = 4096, 64
-REPEATS = 2  # processes a competitor
+REPEATS = 2  # processes per competitor
 WEIGHT_BYTES = FEATURES * FEATURES * 2
-# name: % of the weight's bytes beyond the gradients that it may take, or None where nothing is asked
+# name: how much it may take beyond the gradients, in % of the weight's bytes, or None if there is no goal
 COMPETITORS = {
     "dense": None,
     "op": 8,
@@ -31,12 +31,12 @@ COMPETITORS = {
     "module accumulating": None,
     "packed op + accumulate_score_grad": 20,
 }
-# These add to gradients of earlier micro-batches: a temporary gradient counts as extra memory.
+# These add to the gradients of earlier micro-batches, so a temporary gradient counts as extra memory.
 INTO_BUFFERS = {"dense accumulating", "module accumulating", "packed op + accumulate_score_grad"}
 
 
 def prepare(name: str, tokens: int, features: int):
-    """(step, bytes of the gradients that it makes): everything that lives before the step is made here."""
+    """Return (step, function that returns the bytes of its gradients). What lives before the step is created here."""
     linear = torch.nn.Linear(features, features, bias=False, dtype=torch.bfloat16)
     x = torch.randn(tokens, features, dtype=torch.bfloat16, requires_grad=True)
     grad_output = torch.randn(tokens, features, dtype=torch.bfloat16)
@@ -78,7 +78,7 @@ def prepare(name: str, tokens: int, features: int):
 
 
 def peak_beyond_gradients(name: str) -> int:
-    """Bytes by which resident memory peaks over one step, less the gradients that the step leaves."""
+    """Return the bytes by which resident memory peaks over one step, minus the gradients that the step leaves."""
     torch.set_num_threads(THREADS)
     small_step, _ = prepare(name, TOKENS, 512)
     small_step()
@@ -91,7 +91,7 @@ def peak_beyond_gradients(name: str) -> int:
 
 
 def process_bytes(field: str) -> int:
-    """Bytes of a field of /proc/self/status: VmRSS, or VmHWM, the peak since clear_refs."""
+    """Return the bytes of a field of /proc/self/status: VmRSS, or VmHWM, the peak since clear_refs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -99,7 +99,7 @@ def process_bytes(field: str) -> int:
 
 
 def measure(name: str, bound: float | None) -> Finding:
-    """The competitor in processes of its own."""
+    """Measure the competitor, each time in a new process."""
     command = [sys.executable, "-m", "benchmarks.bench_memory", name]
     shares = [
         100 * int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout) / WEIGHT_BYTES

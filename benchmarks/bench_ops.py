@@ -1,7 +1,7 @@
-"""What does each op cost beside a dense layer's, beside others' formulations, and beside what the machine can do?
+"""Measure what each op costs compared with a dense layer, with other formulations, and with the machine's limits.
 
 bf16, layers of SmolLM2-135M, LLaMA2-7B and LLaMA3.1-8B, M = 1 to 4096 tokens. Ratios are to the dense layer's same op
-(d_weight for d_scores), round by round; shares are of the roofline (see roofline.py).
+(d_weight for d_scores), round by round. Shares are of the roofline (see roofline.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,23 +23,23 @@ SMOLLM2 = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 LLAMA2_7B = ((4096, 4096), (11008, 4096), (4096, 11008))
 LLAMA3_8B = ((14336, 4096), (1024, 4096))
 SQUARE = (4096, 4096)
-STEP_SHAPES = ((576, 1536), SQUARE)  # forward and backward together, where the parts are added up
+STEP_SHAPES = ((576, 1536), SQUARE)  # shapes of which the whole step, forward and backward, is measured too
 TOKENS = (1, 8, 64, 512, 4096)
-PAPER_TOKENS = 512  # where the paper's layer runs: it sorts all scores, so that M hardly matters
-# Times the dense step of the square layer, at most, on 2 threads.
+PAPER_TOKENS = 512  # tokens at which the paper's layer runs: it sorts all scores, so M hardly matters
+# Upper bounds in units of the dense step of the square layer, on 2 threads.
 STEP_TARGETS = {
     (layers.FROM_SCORES, 64): 1.25,
     (layers.FROM_SCORES, 512): 1.05,
     (layers.HELD, 64): 1.10,
     (layers.HELD, 512): 1.05,
 }
-FEW, FEWEST = 2e10, 1.5e11  # M N K from which fewer competitors run, and only ours against the dense layer
-SLOW = 2**25  # scores that sort and kthvalue are spared
+FEW, FEWEST = 2e10, 1.5e11  # M N K from which fewer competitors run, and from which only ours and the dense layer run
+SLOW = 2**25  # number of scores from which sort and kthvalue are not timed
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the question is asked, and how long a case may take beyond its least rounds, in one process."""
+    """How much of the question is answered, and how long a case may take beyond its minimum rounds, in one process."""
 
     shapes: tuple[tuple[int, int], ...] = SMOLLM2 + LLAMA2_7B + LLAMA3_8B
     tokens: tuple[int, ...] = TOKENS
@@ -53,7 +53,7 @@ QUICK = Budget(((576, 1536), SQUARE), (1, 64, 512), 0.1, 3)
 
 @dataclass(frozen=True)
 class Case:
-    """An op on a shape; m is 0 where tokens play no part."""
+    """An op on a shape; m is 0 if the op has no tokens."""
 
     op: str
     n: int
@@ -66,7 +66,7 @@ class Case:
 
 
 class Measured:
-    """Findings and rows of all cases, printed as they come."""
+    """Findings and rows of all cases. Each is printed when it is measured."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
@@ -75,11 +75,11 @@ class Measured:
         self.backends = SideBySide.here()
 
     def add(self, case: Case, baseline: str, forms: Mapping[str, str], samples: Samples) -> None:
-        """The samples of one case; forms names, for those of ours whose share is known, what they move."""
+        """Add the samples of one case. ``forms`` names what ours move, for those whose share is known."""
         for name, values in samples.items():
             if name == baseline:
                 if any(timed[:2] == (case, name) for timed in self._timed):
-                    continue  # the paper's layer is timed against a dense one of its own
+                    continue  # the paper's layer is timed against its own dense layer
                 print(f"{case}: {Spread.of(values)} ms {name}", flush=True)
             else:
                 print(f"    {ratio(samples, name, baseline).measured} x  {name}", flush=True)
@@ -94,7 +94,7 @@ class Measured:
                 self.findings.append(ratio(samples, name, matrices.OURS, "at least", 10, f": {case}"))
 
     def rows(self) -> list[dict]:
-        """A row a case and competitor; the shares by the ceilings of the whole run."""
+        """Return one row per case and competitor. Shares use the ceilings of the whole run."""
         return [self._row(*timed) for timed in self._timed]
 
     def _row(self, case: Case, name: str, form: str, samples: Samples) -> dict:
@@ -110,7 +110,7 @@ class Measured:
 
 
 def measure_layer(measured: Measured, n: int, k: int, budget: Budget) -> None:
-    """Forward, d_x, d_scores and, for two shapes, the whole step."""
+    """Measure forward, d_x, d_scores and, for two shapes, the whole step."""
     made = LayerCompetitors(n, k)
     for m in budget.tokens:
         inputs = inputs_of(m, n, k)
@@ -122,7 +122,7 @@ def measure_layer(measured: Measured, n: int, k: int, budget: Budget) -> None:
 
 
 def measure_matrix(measured: Measured, n: int, k: int, budget: Budget) -> None:
-    """Threshold, packing and optimiser step."""
+    """Measure threshold, packing and optimiser step."""
     makers: dict[str, Callable[[], matrices.Calls]] = {
         "threshold": lambda: matrices.threshold_calls(n, k, slow=n * k < SLOW),
         "packing": lambda: matrices.packing_calls(n, k),
@@ -157,7 +157,7 @@ def main(quick: bool = False) -> None:
 
 
 def _groups(m: int, n: int, k: int, budget: Budget) -> Iterator[tuple[list[str], int]]:
-    """Who is timed against the dense layer together, and the least rounds of it."""
+    """Yield the competitors that are timed together against the dense layer, and their minimum rounds."""
     work = m * n * k
     if work >= FEWEST:
         yield [layers.DENSE, layers.FROM_SCORES], 2

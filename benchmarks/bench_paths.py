@@ -1,11 +1,11 @@
-"""Which path is the fastest for a product, and does the library's model take it?
+"""Find the fastest path of each product, and check if the library's model takes it.
 
-`paths` asks it of large layers, `small_paths` of those that are calls more than work.
+`paths` measures large layers. `small_paths` measures layers so small that a call costs more than the work.
 
-Every path that can serve is timed side by side: the kernels for few tokens, the mask fused into a GEMM, slabs through
-torch's GEMM. Weights are cold, as in a model of many layers: calls go round several of them, COLD_BYTES together.
+Every path that can serve is timed side by side: the kernels for few tokens, the mask fused into a GEMM, and slabs
+through torch's GEMM. Weights are cold, as in a model of many layers: calls rotate over COLD_BYTES of layers.
 
-A lesser instruction set is asked for with torch held back to it as well, else its slabs would have torch's best GEMM:
+To measure a lower instruction set, hold torch back to it too. Otherwise its slabs would use torch's best GEMM:
 
     MFT_CPU_CAPABILITY  ONEDNN_MAX_CPU_ISA  MKL_ENABLE_INSTRUCTIONS  ATEN_CPU_CAPABILITY
     avx512_bf16         AVX512_CORE_BF16
@@ -35,12 +35,12 @@ HELD_BACK = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILI
 COLD_BYTES = 256 << 20
 BOUND = 1.05  # times the best path, at most
 HOPELESS = 2.0  # times the best path: not measured
-LONG = 1.0  # seconds: one call that takes as long, and HOPELESS times another path, is enough
-SETTLED = 16  # tokens from which a path can be hopeless: those of one may say little of many
+LONG = 1.0  # seconds: a single call suffices for a path that takes this long and HOPELESS times another path
+SETTLED = 16  # tokens from which a path can be hopeless: times at one token say little about many
 MANY = 2048  # tokens from which two rounds are enough
 KEEP = 0.9
 
-# (product, what mask or sign comes from); without either d_scores is added to a buffer, as while a mask is held.
+# (product, source of mask or sign). Without a source, d_scores is added to a buffer, as while a mask is held.
 PRODUCTS = (*itertools.product(("forward", "d_x", "d_scores"), ("words", "scores")), ("d_scores", ""))
 Shapes = Mapping[tuple[int, int], tuple[int, ...]]  # (N, K): tokens
 SMALL = (1, 4, 8, 16, 32, 64, 128, 512, 2048)
@@ -50,10 +50,10 @@ STORED: Shapes = {
     (576, 1536): SMALL,
     (1536, 576): SMALL,
 }
-# Where torch's 16-bit GEMM is slow, down to a loop in plain code, or ours has no vectors.
+# Instruction sets on which torch's 16-bit GEMM is slow, down to a plain loop, or on which ours has no vectors.
 SLOW: Shapes = {(2048, 2048): (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512), (576, 1536): (1, 4, 16, 64, 256, 1024)}
 QUICK: Shapes = {(576, 1536): (1, 16, 64, 512)}
-# Calls, more than work: unmeasured, the fit made of a call's cost what it liked.
+# Layers for which a call costs more than the work. Without these cases the fit cannot determine the cost of a call.
 SMALL_LAYERS: Shapes = {(256, 256): (1, 4, 16, 64, 512), (64, 64): (1, 4, 16, 64, 512)}
 QUICK_SMALL: Shapes = {(64, 64): (1, 64)}
 
@@ -75,7 +75,7 @@ class Case:
 
 
 class Weights:
-    """So many layers of one shape that the one that is called has left the caches."""
+    """Enough layers of one shape that the called one has left the caches."""
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, source: str) -> None:
         # Scores have the weight's dtype; fp16 models come with bf16 scores.
@@ -91,7 +91,7 @@ class Weights:
         self.layers = [(first.weight.clone(), None if mask is None else mask.clone()) for _ in range(count)]
 
     def call(self, case: Case, path: str) -> Callable[[], object]:
-        """The product by that path, on the next layer each time."""
+        """Return a function that runs the product by that path, on the next layer each time."""
         dtype = DTYPES[case.dtype]
         x, grad = torch.randn(case.m, case.k).to(dtype), torch.randn(case.m, case.n).to(dtype)
         layers = itertools.cycle(self.layers)
@@ -120,7 +120,7 @@ class Weights:
         return {"forward": forward, "d_x": d_x, "d_scores": d_scores}[case.product]
 
     def bytes_an_element(self, case: Case) -> tuple[float, float]:
-        """Of the weight, and of these of its mask, as the library's model counts them."""
+        """Return the bytes per element of the weight and of its mask, as the library's model counts them."""
         weight, mask = self.layers[0]
         if case.product != "d_scores":
             return weight_bytes(weight, mask), mask_bytes(mask)
@@ -129,14 +129,14 @@ class Weights:
 
 
 def paths_of(case: Case, bytes_an_element: tuple[float, float], capability: str) -> list[str]:
-    """The paths that can serve, the model's first."""
+    """Return the paths that can serve, the model's choice first."""
     dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
     sizes = (case.m, case.n, case.k, *bytes_an_element)
     return torch.ops.mft_cpu.paths(capability, case.product, dtype, *sizes).split(",")
 
 
 def measured(dtype: str, shapes: Shapes, seconds: float, products=PRODUCTS) -> Iterator[dict]:
-    """A row a case: milliseconds of each path, and in units of the best one."""
+    """Yield one row per case: milliseconds of each path, and its ratio to the best path."""
     for (n, k), tokens in shapes.items():
         for product, source in products:
             weights, last = Weights(n, k, DTYPES[dtype], source), {}
@@ -155,9 +155,10 @@ def measured(dtype: str, shapes: Shapes, seconds: float, products=PRODUCTS) -> I
 
 
 def _hopeless(path: str, m: int, last: Mapping[str, tuple[int, float]]) -> bool:
-    """Whether it must take HOPELESS times as long as another: time grows with M, and no faster than M.
+    """Return whether a path must take HOPELESS times as long as another one.
 
-    That of the kernels for few tokens grows as M does, from their largest turn of 64 on.
+    Time grows with M, and no faster than M. The time of the kernels for few tokens grows in proportion to M from 64
+    tokens on, their largest pass.
     """
     if path not in last:
         return False
@@ -169,7 +170,7 @@ def _hopeless(path: str, m: int, last: Mapping[str, tuple[int, float]]) -> bool:
 
 
 def _long(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds of those of which one call shows that they are hopeless: torch's product in fp16 may take 22 s."""
+    """Return milliseconds of the paths that one call shows to be hopeless: torch's product in fp16 may take 22 s."""
     took = {}
     for path, call in calls.items():
         start = time.perf_counter()
@@ -197,7 +198,7 @@ def _row(case: Case, size: tuple[float, float], taken: str, samples: Samples) ->
 
 
 def findings_of(rows: list[dict], capability: str) -> list[Finding]:
-    """By dtype and product: how far the model's choice is behind the best path, at worst."""
+    """Return for each dtype and product how much slower the model's choice is than the best path, at worst."""
     found = []
     for dtype, product in dict.fromkeys((row["dtype"], row["product"]) for row in rows):
         own = [row for row in rows if (row["dtype"], row["product"]) == (dtype, product)]
@@ -207,14 +208,14 @@ def findings_of(rows: list[dict], capability: str) -> list[Finding]:
 
 
 def behind(row: Mapping, capability: str) -> Spread:
-    """Time of the path that the model takes now, in units of the best one; HOPELESS for one that was not measured."""
+    """Return time of the path that the model takes now / time of the best path; HOPELESS if it was not measured."""
     case = Case(*(row[name] for name in ("product", "dtype", "source", "n", "k", "m")))
     taken = paths_of(case, (row["weight_bytes"], row["mask_bytes"]), capability)[0]
     return Spread(**row["times_best"][taken]) if taken in row["times_best"] else Spread(*[HOPELESS] * 3)
 
 
 def joined(records: Sequence[Mapping]) -> dict:
-    """The answer of several processes: all their cases, one after the other, as the costs are fitted to each."""
+    """Return the answer of several processes: all cases in sequence, because the costs are fitted to each case."""
     held_back = records[0]["held_back"]
     if any(record["held_back"] != held_back for record in records):
         raise ValueError(f"every process must be held back alike, got {[record['held_back'] for record in records]}")

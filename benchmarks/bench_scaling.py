@@ -1,7 +1,7 @@
-"""How does the cost of a training step grow with tokens, width, masked layers, micro-batches and threads?
+"""Measure how the cost of a training step grows with tokens, width, masked layers, micro-batches and threads.
 
-Small LLaMAs (training_steps.small_config), one setting changed at a time; the full fine-tune of the same model beside
-it, round by round.
+The models are small LLaMAs (training_steps.small_config), with one setting changed at a time. The full fine-tune of
+the same model is measured together with them, round by round.
 """
 
 from dataclasses import dataclass, replace
@@ -19,14 +19,14 @@ COMPETITORS = (FULL, "ours, plain", "ours, resident", "ours, layerwise")
 
 @dataclass(frozen=True)
 class Point:
-    """One model and step; the last ``masked`` of its layers have masks (all if None)."""
+    """One model and step; the last ``masked`` layers have masks (all if None)."""
 
     tokens: int = 256
     width: int = 1024
     layers: int = 2
     masked: int | None = None
     accumulation: int = 1
-    threads: int | None = None  # as many as all questions
+    threads: int | None = None  # None: as many as all questions use
 
     @property
     def masked_layers(self) -> list[int] | None:
@@ -36,7 +36,7 @@ class Point:
 BASE = Point()
 EIGHT_LAYERS = Point(width=512, layers=8)
 SMALL_BATCHES = Point(tokens=128)
-# axis: what varies, from where, through which values
+# axis: (what varies, the base point, its values)
 AXES = {
     "tokens": ("tokens", BASE, (64, 256, 1024, 2048)),
     "width": ("width", BASE, (256, 512, 1024, 2048)),
@@ -47,7 +47,7 @@ AXES = {
 
 
 def measure(axis: str, value: int, point: Point, seconds: float, least: int) -> tuple[list[Finding], list[dict]]:
-    """Findings and a row a competitor at one point."""
+    """Return the findings and one row per competitor at one point."""
     threads = torch.get_num_threads()
     torch.set_num_threads(point.threads or threads)
     steps = {}

@@ -1,9 +1,9 @@
-"""What 16-bit scores and 8-bit moments cost a mask, and what a step costs in time.
+"""Measure how 16-bit scores and 8-bit moments change a mask, and how long an optimiser step takes.
 
-Masks: 1,000 steps of the paper's schedule (linear, 3 % warm-up, scores N(0, 0.02), keep 0.9), every scheme on the
-gradients that fp32 AdamW gets; then the masks are compared with its own. Gradients are made up (a signal that persists,
-under heavy-tailed noise) or those of a small network along the run of fp32 AdamW.
-Time: one step on 4096 x 4096, against torch.optim.AdamW.
+Masks: 1,000 steps of the paper's schedule (linear, 3 % warm-up, scores N(0, 0.02), keep 0.9). Every scheme gets the
+gradients that fp32 AdamW gets, and its mask is compared with the mask of fp32 AdamW. Gradients are synthetic (a
+persistent signal under heavy-tailed noise), or those of a small network during its run of fp32 AdamW.
+Time: one step on 4096 x 4096, compared with torch.optim.AdamW.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ EXACT = "fp32 scores, fp32 moments"
 
 
 def rate(step: int, lr: float) -> float:
-    """Of step 1, 2, ...: linear up over the first 3 % and down to 0, as the paper's schedule."""
+    """Return the learning rate of step 1, 2, ...: linear up over the first 3 % and down to 0, as in the paper."""
     warm = int(WARM_UP * STEPS)
     return lr * (step / warm if step < warm else (STEPS - step) / (STEPS - warm))
 
@@ -33,11 +33,11 @@ def rate(step: int, lr: float) -> float:
 
 
 class MadeUp:
-    """grad = size of the row * size of the column * (0.1 * signal of the weight + noise): grad_output.T @ x, made up.
+    """Synthetic grad_output.T @ x: row size * column size * (0.1 * signal of the weight + noise).
 
-    Rows and columns differ by factors, as a model's channels do (log-normal, sigma 1 and 0.7). Signal N(0, 1) stays for
-    the whole run; noise is N(0, 1) times a log-normal (sigma 0.7) of each element and step: one in a hundred is ten
-    times the median.
+    Rows and columns differ by factors, as a model's channels do (log-normal, sigma 1 and 0.7). The signal N(0, 1) stays
+    for the whole run. The noise is N(0, 1) times a log-normal (sigma 0.7) of each element and step: one in a hundred is
+    ten times the median.
     """
 
     name = "made-up gradients"
@@ -50,7 +50,7 @@ class MadeUp:
         self._signal = 0.1 * self._normal(*SHAPE)
 
     def grad(self, keep: Tensor) -> Tensor:
-        """The next one; the mask does not matter to it."""
+        """Return the next gradient, which does not depend on the mask."""
         noise = self._normal(*SHAPE) * (0.7 * self._normal(*SHAPE)).exp()
         return self._size * (self._signal + noise)
 
@@ -59,7 +59,7 @@ class MadeUp:
 
 
 class SmallNetwork:
-    """Gradients of the middle layer of a GELU network that learned a teacher's labels, and then learns its mask."""
+    """Gradients of the middle layer of a GELU network that has learned a teacher's labels and now learns its mask."""
 
     name = "a small network"
 
@@ -79,7 +79,7 @@ class SmallNetwork:
         self.weight = self._layers[1].detach()
 
     def grad(self, keep: Tensor) -> Tensor:
-        """grad_output.T @ x of the middle layer on the next batch, under the mask."""
+        """Return grad_output.T @ x of the middle layer on the next batch, under the mask."""
         masked = torch.where(keep, self.weight, 0).requires_grad_()
         return torch.autograd.grad(self._loss(masked), masked)[0]
 
@@ -97,7 +97,7 @@ class SmallNetwork:
 
 
 class Scheme:
-    """Scores and moments in their formats, stepped by score_step."""
+    """Scores and moments in their formats, updated by score_step."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Scheme:
             self._moments.append(torch.zeros(2, -(-scores.numel() // 256)))
 
     def step(self, grad: Tensor, weight: Tensor, step: int, lr: float) -> None:
-        """One step from grad_output.T @ x."""
+        """Do one step from grad_output.T @ x."""
         if self._round_grad:
             grad = grad.bfloat16()
         if self._free_of_weight:
@@ -126,7 +126,7 @@ class Scheme:
             score_step(self._scores, score_grad, None, *self._moments, step=step, lr=lr)
 
     def scores(self) -> Tensor:
-        """As fp32."""
+        """The scores in fp32."""
         return float_from_fixed(self._scores) if self._scores.dtype == torch.int16 else self._scores.float()
 
 
@@ -138,18 +138,18 @@ class TorchAdamW:
         self._optimizer = torch.optim.AdamW([self._scores], weight_decay=0.0, foreach=False, fused=False)
 
     def step(self, grad: Tensor, weight: Tensor, step: int, lr: float) -> None:
-        """One step from grad_output.T @ x."""
+        """Do one step from grad_output.T @ x."""
         self._scores.grad = grad * weight * self._scores.sign()
         self._optimizer.param_groups[0]["lr"] = lr
         self._optimizer.step()
 
     def scores(self) -> Tensor:
-        """As fp32."""
+        """The scores in fp32."""
         return self._scores
 
 
 class ToNearest(TorchAdamW):
-    """AdamW whose scores rest in bf16, or whose moments (free of the weight) rest in our 8 bits, rounded to nearest."""
+    """AdamW that rounds to nearest: scores stored in bf16, or moments (free of the weight) stored in our 8 bits."""
 
     def __init__(self, scores: Tensor, coded: bool) -> None:
         super().__init__(scores)
@@ -160,7 +160,7 @@ class ToNearest(TorchAdamW):
         self._half = torch.full((scores.numel(),), 127)
 
     def step(self, grad: Tensor, weight: Tensor, step: int, lr: float) -> None:
-        """One step from grad_output.T @ x."""
+        """Do one step from grad_output.T @ x."""
         if not self._coded:
             super().step(grad, weight, step, lr)
             self._scores.copy_(self._scores.bfloat16())
@@ -176,7 +176,7 @@ class ToNearest(TorchAdamW):
 
 
 def schemes(scores: Tensor) -> dict[str, Scheme | TorchAdamW]:
-    """What is compared, by name."""
+    """Return the compared schemes by name."""
     named: dict[str, Scheme | TorchAdamW] = {
         f"{NAMES[dtype]} scores, {moments} moments": Scheme(scores, dtype, moments)
         for dtype in (torch.float32, torch.int16, torch.bfloat16)
@@ -193,7 +193,7 @@ def schemes(scores: Tensor) -> dict[str, Scheme | TorchAdamW]:
 
 
 def compare_masks(source: MadeUp | SmallNetwork, lr: float) -> list[Finding]:
-    """Masks after 1,000 steps that differ from fp32 AdamW's, in % of the weights and of the weights that it flipped."""
+    """Return mask differences from fp32 AdamW after 1,000 steps, in % of all weights and of those that it flipped."""
     scores = 0.02 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     exact, others = TorchAdamW(scores), schemes(scores)
     start = _keep(scores)
@@ -216,7 +216,7 @@ def compare_masks(source: MadeUp | SmallNetwork, lr: float) -> list[Finding]:
 
 
 def compare_times() -> list[Finding]:
-    """Milliseconds of a step on 4096 x 4096, bf16 gradients and weights; torch's gets finished fp32 d_scores."""
+    """Return milliseconds per step on 4096 x 4096, bf16 gradients and weights. torch's gets finished fp32 d_scores."""
     n = 4096
     torch.manual_seed(0)
     scores, weight = 0.02 * torch.randn(n, n), (0.02 * torch.randn(n, n)).bfloat16()
@@ -247,7 +247,7 @@ def main() -> None:
     """Print and record both answers."""
     masks = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # half a millisecond a step: a second thread would be waited for
+    torch.set_num_threads(1)  # a step takes half a millisecond: a second thread would cost more in waiting
     for source, lr in ((MadeUp, 2e-5), (MadeUp, 3e-4), (SmallNetwork, 3e-4)):
         masks += compare_masks(source(), lr)
     torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
-"""What does a whole training step cost: tokens/s, peak memory, and where the time goes?
+"""Measure what a whole training step costs: tokens/s, peak memory, and where the time goes.
 
-SmolLM2-135M, and one block of LLaMA2-7B's shape; 2 micro-batches of 256 tokens a step; everything learns, or has a
-mask. Each competitor is a process of its own, so that its peak is its own; their steps are interleaved all the same:
+Models are SmolLM2-135M and one block of LLaMA2-7B's shape, with 2 micro-batches of 256 tokens per step. Everything
+learns, or has a mask. Each competitor has its own process, so that its peak is its own. Their steps are interleaved:
 all processes live, and one at a time is told to run a step. The paper's formulation runs after the others, alone.
 """
 
@@ -24,7 +24,7 @@ from .plots import draw_train_step
 from .training_steps import COMPETITORS, FULL, PAPER
 
 TOKENS, ACCUMULATION = 256, 2
-PAPER_STEPS = 1  # alone and once: it takes ten times as long as the others, whose memory would go cold meanwhile
+PAPER_STEPS = 1  # alone and once: it takes ten times as long as the others, and their memory would go cold meanwhile
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Budget:
     rounds: int
 
 
-BLOCK = known_config("llama2-7b") | {"num_hidden_layers": 1, "vocab_size": 512}  # without what a head would cost
+BLOCK = known_config("llama2-7b") | {"num_hidden_layers": 1, "vocab_size": 512}  # without the cost of a head
 STORED = Budget({"SmolLM2-135M": known_config("smollm2-135m"), "a LLaMA2-7B block": BLOCK}, TOKENS, 3)
 QUICK = Budget({"4 layers of SmolLM2-135M": known_config("smollm2-135m") | {"num_hidden_layers": 4}}, 128, 2)
 
@@ -49,7 +49,10 @@ class Worker:
         self._heard()  # ready
 
     def ask(self, order: str) -> Any:
-        """step: seconds; peak: bytes; profile: milliseconds by kind. Raises RuntimeError if the process has died."""
+        """Send an order. Returns for step: seconds; peak: bytes; profile: milliseconds by kind.
+
+        Raises: RuntimeError if the process has died.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(order + "\n")
         self._process.stdin.flush()
@@ -65,7 +68,7 @@ class Worker:
 
 @contextmanager
 def started(name: str, config: dict[str, Any], tokens: int) -> Iterator[Worker]:
-    """The worker, after its first step; it ends with its input."""
+    """Yield the worker after its first step. It ends when its input ends."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_step_worker"]
     command += [name, json.dumps(config), str(tokens), str(ACCUMULATION), str(torch.get_num_threads())]
     huge_pages = {"THP_MEM_ALLOC_ENABLE": "1"}  # for torch's large tensors, as the command mft sets it
@@ -76,7 +79,7 @@ def started(name: str, config: dict[str, Any], tokens: int) -> Iterator[Worker]:
 
 
 def measure(model: str, config: dict[str, Any], budget: Budget) -> tuple[list[Finding], list[dict]]:
-    """Findings and a row a competitor."""
+    """Return the findings and one row per competitor."""
     samples, peaks, kinds = _ask([name for name in COMPETITORS if name != PAPER], budget.rounds, model, config, budget)
     for whole, part in zip((samples, peaks, kinds), _ask([PAPER], PAPER_STEPS, model, config, budget)):
         whole.update(part)
@@ -97,7 +100,7 @@ def measure(model: str, config: dict[str, Any], budget: Budget) -> tuple[list[Fi
 def _ask(
     names: Sequence[str], rounds: int, model: str, config: dict[str, Any], budget: Budget
 ) -> tuple[Samples, dict[str, int], dict[str, dict[str, float]]]:
-    """By competitor: milliseconds of interleaved steps, bytes at the peak, milliseconds by kind of one more step."""
+    """Return for each competitor: ms of interleaved steps, peak bytes, and ms by kind of one more step."""
     with ExitStack() as stack:
         workers = {}
         for name in names:

@@ -36,7 +36,7 @@ _HEADER = [
 
 
 def board(name: str, numbers: Mapping[str, Any]) -> str:
-    """Of one study: by domain, a table for each budget, the smallest first."""
+    """Return the tables of one study: for each domain one table per budget, the smallest budget first."""
     parts = []
     for domain, table in numbers["domains"].items():
         for mask in _masks(table):
@@ -46,7 +46,7 @@ def board(name: str, numbers: Mapping[str, Any]) -> str:
 
 
 def picture(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """A panel for each domain of each study: loss over bytes, a line for each family of arms."""
+    """Draw one panel for each domain of each study: loss over bytes, one line for each family of arms."""
     panels = {f"{name}, {domain}": table for name, of in results.items() for domain, table in of["domains"].items()}
     figure = new_figure(9, 4.6 * len(panels))
     for axes, (title, table) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items()):
@@ -69,13 +69,13 @@ def picture(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def family(row: Mapping[str, Any]) -> str:
-    """What an arm is but for its size: "LoRA in few bits" of LoRA 7 in 4 bits, "mask" of mask (33 kB)."""
+    """Return an arm's name without its size: "LoRA in few bits" for LoRA 7 in 4 bits, "mask" for mask (33 kB)."""
     name = re.split(r" \(| \d", row["arm"])[0]
     return f"{name}{_FEW_BITS}" if row["kind"] == "coded" and " bits" in row["arm"] else name
 
 
 def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """By family, masks first: the colour of its method; dashed and hollow in few bits."""
+    """Return the line style of each family, masks first: the method's colour; dashed and hollow in few bits."""
     found: dict[str, dict[str, Any]] = {}
     of_method = Counter[str]()
     for name in sorted(set(names), key=lambda name: ("mask" not in name, name)):
@@ -92,7 +92,7 @@ def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _finding(title: str, stored: Sequence[Mapping[str, Any]]) -> str:
-    """At how many of the masks' sizes an arm of no more bytes has a lower loss."""
+    """Return a title that says for how many of the masks' sizes an arm of no more bytes has a lower loss."""
     masks, rivals = _masks({"rows": stored}), [row for row in stored if "mask" not in row["arm"]]
     behind = sum(
         any(rival["loss"] < mask["loss"] and rival["bytes"] <= MOST * mask["bytes"] for rival in rivals)
@@ -102,7 +102,7 @@ def _finding(title: str, stored: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _masks(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Of each budget the trained mask that had the most seeds."""
+    """Return for each budget the trained mask that had the most seeds."""
     found: list[Mapping[str, Any]] = []
     masks = [row for row in table["rows"] if row["kind"] == "mask" and row["bytes"] is not None]
     for mask in sorted(masks, key=lambda row: row["bytes"]):
@@ -114,7 +114,7 @@ def _masks(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _of_budget(table: Mapping[str, Any], mask: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The best first."""
+    """Yield the rows of the mask's budget, the best first."""
     for row in sorted(table["rows"], key=lambda row: row["loss"]):
         bound = row["kind"] in ("base", "full")
         if bound or (row["bytes"] is not None and LEAST <= row["bytes"] / mask["bytes"] <= MOST):
@@ -137,7 +137,7 @@ def _cells(table: Mapping[str, Any], mask: Mapping[str, Any], row: Mapping[str, 
 
 
 def _less_the_mask(table: Mapping[str, Any], mask: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """With its interval; * where p stays below 0.05 after Holm's correction over all the study's comparisons."""
+    """Return the difference with its interval, and * if p < 0.05 after Holm's correction over the whole study."""
     for one in table["comparisons"]:
         if (one["arm"], one["rival"]) == (mask["arm"], row["arm"]):
             found = one["domain"]["difference"]

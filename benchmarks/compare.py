@@ -1,16 +1,17 @@
-"""Is it slower than it was? python -m benchmarks.compare REF [--what ops ...] [--now FOLDER] [--quick]
+"""Check if the code became slower: python -m benchmarks.compare REF [--what ops ...] [--now FOLDER] [--quick]
 
-REF is a folder of results, or a git ref, whose benchmarks/results are read. Unless --now names a folder of results, the
-questions are answered now. Compared are answers of one instruction set: this machine's, or those that --now holds.
+REF is a folder of results, or a git ref whose benchmarks/results are read. The questions are answered now, unless
+--now names a folder of results. Only answers of the same instruction set are compared: this machine's, or those in
+--now.
 
-Compared are ratios of ours to another, taken within a run: they survive a busy machine, times do not. A ratio is
-suspect if its spread lies above REF's and its median is worse by more than 5 %. Among hundreds of ratios some will by
-chance: a question with suspects is therefore answered once again, and what is suspect both times is a regression. Times
-are shown where both runs name the same device, and decide nothing.
+The compared quantities are ratios of ours to another competitor within a run, because a busy machine changes times but
+hardly ratios. A ratio is suspect if its spread lies above REF's and its median is worse by more than 5 %. Among
+hundreds of ratios some are suspect by chance. A question with suspects is therefore answered a second time, and a ratio
+that is suspect both times is a regression. Times are shown if both runs name the same device, and decide nothing.
 
-On another processor, with other threads or another torch the rival has another speed too, so a ratio says nothing of
-the code: what differs is shown, and nothing is concluded. Exit code 1: a regression, or a ratio that is missing; 2:
-nothing to conclude from.
+On another processor, with other threads or another torch, the competitor has another speed too, so a ratio says nothing
+about the code. Then the differences are shown, and there is no verdict. Exit code 1: a regression, or a missing ratio;
+2: no verdict.
 """
 
 import argparse
@@ -28,12 +29,12 @@ from .records import RESULTS, ROOT, Record, by_question, instruction_sets, is_re
 WORSE = 1.05  # times the median of REF, at most
 REMEDY = "Measure REF here: python -m benchmarks --out FOLDER in a checkout of it; then compare with FOLDER."
 TIMES = ("ms", "us", "tokens/s")
-SAME = ("device", "threads", "backend", "torch_instruction_set", "torch")  # else numbers may differ for that alone
+SAME = ("device", "threads", "backend", "torch_instruction_set", "torch")  # any of these can change the numbers
 
 
 @dataclass(frozen=True)
 class Change:
-    """A ratio of ours in REF and now, and again if it was asked once more; None where one of them lacks it."""
+    """A ratio of ours in REF and now, and again if it was measured a second time; None if one of them lacks it."""
 
     quantity: str
     before: Spread | None
@@ -48,7 +49,10 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """new, MISSING, REGRESSION, not repeated, better (by the same rule) or empty; of two machines, what differs."""
+        """new, MISSING, REGRESSION, not repeated, better (by the same rule) or empty.
+
+        On another machine: "higher here", "lower here" or empty.
+        """
         if self.before is None:
             return "new"
         if self.now is None:
@@ -73,7 +77,7 @@ def _clearly_above(a: Spread, b: Spread) -> bool:
 
 
 def ratios(record: Record) -> dict[str, Spread]:
-    """Those of ours to another, by quantity: less is better."""
+    """Return the ratios of ours to others by quantity. Lower is better."""
     return {
         finding["quantity"]: Spread(**finding["measured"])
         for finding in record["findings"]
@@ -82,7 +86,7 @@ def ratios(record: Record) -> dict[str, Spread]:
 
 
 def compare(before: Record, now: Record, again: Record | None = None, *, partial: bool = False) -> list[Change]:
-    """Every ratio of either; ``partial``: what a quick run did not ask is not missing."""
+    """Compare every ratio of either record; ``partial``: ratios that a quick run did not measure are not missing."""
     old, new = ratios(before), ratios(now)
     repeated = {} if again is None else ratios(again)
     asked = [name for name in old if not partial or name in new]
@@ -92,14 +96,17 @@ def compare(before: Record, now: Record, again: Record | None = None, *, partial
 
 
 def differences(old: Record, new: Record) -> list[str]:
-    """What differs between two environments, in words."""
+    """Return in words what differs between two environments."""
     return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in SAME if old.get(key, "") != new.get(key, "")
     ]
 
 
 def read_ref(ref: str) -> list[tuple[str, Record]]:
-    """(name, record) of a folder, or of benchmarks/results in a commit. Raises ValueError if it is neither."""
+    """Return (name, record) pairs of a folder, or of benchmarks/results in a commit.
+
+    Raises: ValueError if ``ref`` is neither.
+    """
     if Path(ref).is_dir():
         return read_all(Path(ref))
     place = RESULTS.relative_to(ROOT).as_posix()
@@ -113,7 +120,7 @@ def read_ref(ref: str) -> list[tuple[str, Record]]:
 def measure(
     before: Mapping[str, Record], questions: list[str], *, quick: bool
 ) -> tuple[dict[str, Record], dict[str, Record]]:
-    """Records by question, and a second one of each in which something is suspect."""
+    """Return the records by question, and a second record of each question with a suspect ratio."""
     now = _answers(questions, quick=quick)
     suspects = {q: sum(change.suspect and change.alike for change in compare(before[q], now[q])) for q in questions}
     for question, count in suspects.items():
@@ -124,7 +131,7 @@ def measure(
 
 
 def _answers(questions: list[str], *, quick: bool) -> dict[str, Record]:
-    """Given by a process of its own."""
+    """Answer the questions in another process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks", *(["--quick"] if quick else []), "--out", folder, *questions]
         subprocess.run(command, cwd=ROOT, check=True)
@@ -132,7 +139,7 @@ def _answers(questions: list[str], *, quick: bool) -> dict[str, Record]:
 
 
 def show(question: str, before: Record, now: Record, changes: list[Change]) -> None:
-    """The table of one question: what changed, and how many did not."""
+    """Print the table of one question: what changed, and how many ratios did not."""
     print(f"\n{question}: {before['environment']['commit'][:10]} -> {now['environment']['commit'][:10]}")
     others = differences(before["environment"], now["environment"])
     for difference in others:
@@ -151,7 +158,7 @@ def main() -> None:
     """Compare, print, and exit with the verdict."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.split("\n")[0])
     parser.add_argument("ref", metavar="REF", help="a git ref, or a folder of results")
-    parser.add_argument("--what", nargs="+", default=[], help="questions; all that REF has ratios of, unless given")
+    parser.add_argument("--what", nargs="+", default=[], help="questions; default: all for which REF has ratios")
     parser.add_argument("--now", type=Path, help="a folder of results already measured")
     parser.add_argument("--quick", action="store_true", help="measure few cases")
     asked = parser.parse_args()
@@ -186,9 +193,9 @@ def _judge(
     asked: argparse.Namespace,
     parser: argparse.ArgumentParser,
 ) -> tuple[bool, bool]:
-    """(whether something is worse or missing, whether nothing can be concluded) among the answers of one set.
+    """Return (something is worse or missing, nothing can be concluded) for the answers of one instruction set.
 
-    ``told`` is what is compared with before; None: it is measured.
+    ``told`` is compared with ``before``; if it is None, the questions are measured now.
     """
     unknown = [question for question in asked.what if question not in before]
     questions = [q for q in asked.what or before if q in before and ratios(before[q])]
@@ -213,7 +220,7 @@ def _judge(
 
 
 def _warn(before: Mapping[str, Record]) -> None:
-    """Before an hour is spent on measuring."""
+    """Warn if REF is from another machine, before an hour is spent on measuring."""
     here = environment()
     others = {
         difference

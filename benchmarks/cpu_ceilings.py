@@ -1,10 +1,10 @@
-"""What the machine itself reaches: torch's best GEMM, reading the weight's bytes, copying them.
+"""Measure the machine's own limits: torch's best GEMM, and reading and copying the weight's bytes.
 
     share = max(flops / GEMM, bytes / memory) / time
 
-where memory is the reading for the forward pass and d_x, which write little, and the copy for what makes a gradient of
-the weight's size. Reading and copying are of as many bytes as the weight has, so where the cache is large they are the
-cache's: what a layer that is called again and again finds there too.
+Memory is the read rate for the forward pass and d_x, which write little, and the copy rate for ops that make a gradient
+of the weight's size. Both are measured on as many bytes as the weight has. If the cache is large, they are therefore
+rates of the cache, which a layer that is called again and again reaches too.
 """
 
 import time
@@ -19,7 +19,7 @@ READERS = {"sum": torch.sum, "amax": torch.amax, "dot": lambda t: torch.dot(t, t
 
 
 class CpuCeilings:
-    """In flop/s and bytes/s, sampled through the run with as many threads as torch has; the best way of each counts."""
+    """Ceilings in flop/s and bytes/s, sampled during the run with torch's thread count; the fastest way counts."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -28,25 +28,25 @@ class CpuCeilings:
         self._copy: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
 
     def sample(self, dtype: str) -> None:
-        """One sample of each."""
+        """Take one sample of each ceiling."""
         size = self._size
-        # Written, all of them: pages that nobody has written are one page of zeros, held in a near cache: 32 MB
-        # of such were read at 144 GB/s, written ones at 14 (4 KB pages) to 27 (huge ones): Sapphire Rapids, 1 thread.
+        # All are written first. Unwritten pages are one shared page of zeros in a near cache: on one thread of Sapphire
+        # Rapids 32 MB of them were read at 144 GB/s, but written pages at 14 (4 KB pages) to 27 GB/s (huge pages).
         a, b, product = (torch.ones(size, size, dtype=DTYPES[dtype]) for _ in range(3))
         took = min(_seconds(lambda other=other: torch.mm(a, other, out=product)) for other in (b, b.T))
         self._gemm[dtype].append(2 * size**3 / took)
-        floats = a.view(-1).view(torch.float32)  # the same bytes; bf16 would be converted while it is read
+        floats = a.view(-1).view(torch.float32)  # the same bytes; bf16 would be converted on reading
         self._read[dtype].append(a.nbytes / min(_seconds(lambda f=f: f(floats), 3) for f in READERS.values()))
         self._copy[dtype].append(2 * a.nbytes / _seconds(lambda: b.copy_(a), 3))
 
     def share(self, op: str, dtype: str, work: Work, milliseconds: float) -> float:
-        """Of the time that the ceilings allow in the time that was taken."""
+        """Return the time that the ceilings allow / the time taken."""
         memory = self._read if op in ("forward", "d_x") else self._copy
         least = max(work.flops / _median(self._gemm[dtype]), work.bytes / _median(memory[dtype]))
         return least / (milliseconds * 1e-3)
 
     def record(self, threads: int) -> dict:
-        """By dtype: GFLOP/s and GB/s with quartiles."""
+        """Return GFLOP/s and GB/s with quartiles for each dtype."""
         return {
             "threads": threads,
             **{
@@ -69,7 +69,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _seconds(call, times: int = 1) -> float:
-    """The least of ``times``, after one that is not timed."""
+    """Return the least of ``times`` calls, after one untimed call."""
     call()
     took = []
     for _ in range(times):

@@ -1,7 +1,7 @@
-"""What is asked of the layer on a CPU: its time in units of a dense layer's of the same dtype, by instruction set.
+"""Time goals of the layer on a CPU, in units of a dense layer of the same dtype, by instruction set.
 
-A cell is an op on a shape; its columns are bf16 with AMX, bf16 with AVX512-BF16, and fp32 on any AVX-512. Beside that,
-no forward pass and no step may take more than 1.05 times eager PyTorch's, whatever the processor.
+A row is an op on a shape. The columns are bf16 with AMX, bf16 with AVX512-BF16, and fp32 on any AVX-512. In addition,
+no forward pass and no step may take more than 1.05 times eager PyTorch's, on any processor.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ TARGETS = (
 
 
 def column(instruction_set: str, dtype: str) -> str | None:
-    """Which bounds hold for bf16 or fp32 on an instruction set; None: there are none."""
+    """Return the column of bounds for bf16 or fp32 on an instruction set; None if there is none."""
     if dtype == "fp32":
         return FP32 if instruction_set in ("amx", "avx512_bf16", "avx512") else None
     return {"amx": AMX, "avx512_bf16": AVX512_BF16}.get(instruction_set)
@@ -52,7 +52,7 @@ def column(instruction_set: str, dtype: str) -> str | None:
 def bound(
     instruction_set: str, dtype: str, op: str, shape: tuple[int, int], m: int, threads: int, competitor: str
 ) -> float | None:
-    """Times the dense layer, at most; None where nothing is asked, as with one thread."""
+    """Return the upper bound in units of the dense layer; None if there is none, as with one thread."""
     found = column(instruction_set, dtype)
     if found is None or threads == 1:
         return None

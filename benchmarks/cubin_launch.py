@@ -1,9 +1,9 @@
-"""python -m benchmarks.cubin_launch [--quick]: what a call by cubins costs the host, on a driver that does nothing.
+"""python -m benchmarks.cubin_launch [--quick]: measure what a call by cubins costs the host, with a driver stub.
 
-bench_launch.py's layers and words, each gradient by its own op, and rows of many masks, codes, selection and a
-step by theirs; bf16 on CPU tensors taken for an H100's, by mft_kernels/cubins (make cubins). What CUDA itself
-costs is in none of the figures: the driver, finding device and stream, memory of the device. Stored as the answer to
-the question `cubin_launch`, with the CPU that gave it; --quick stores into build/benchmarks.
+The layers and terms are those of bench_launch.py. Added are each gradient by its own op, rows with many masks, codes,
+selection and an optimiser step by their ops. Tensors are bf16 on the CPU, treated as an H100's, and run by
+mft_kernels/cubins (make cubins). The figures exclude the costs of CUDA itself: the driver, finding device and stream,
+and device memory. The answer is stored as question `cubin_launch`, with its CPU; --quick stores into build/benchmarks.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(budget: bench_launch.Budget = STORED) -> None:
             samples = bench_launch.time_calls(layers, torch.bfloat16, situation, budget)
             own = bench_launch.rows_of("bf16", situation, samples)
             rows += own
-            # Without the ratios: benchmarks.compare would ask for cubins on every machine.
+            # Without the ratios: otherwise benchmarks.compare would need cubins on every machine.
             findings += [f for row in own for f in bench_launch.findings_of(row, samples) if f.unit == "us"]
         for situation, calls in ((GRADIENTS, gradients(torch.bfloat16)), (OTHERS, others(torch.bfloat16))):
             with torch.no_grad():
@@ -60,7 +60,7 @@ def main(budget: bench_launch.Budget = STORED) -> None:
 
 
 def gradients(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """What a layer's backward pass asks for: d_x alone, both, and the sums of a held layer's buffer."""
+    """Return what a layer's backward pass calls: d_x alone, both gradients, and the sums into a held mask's buffer."""
     side = bench_launch.SIDE
     x, grad, weight = (torch.randn(*shape, dtype=dtype) for shape in ((1, side), (1, side), (side, side)))
     packed, signs = (torch.full((side, side // 32), -1, dtype=torch.int32) for _ in range(2))
@@ -78,7 +78,7 @@ def gradients(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
 
 def others(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """What is no product of one mask: 8 rows of 3 masks, NF4 and its d_x, selection, and a held layer's step."""
+    """Return the other ops: 8 rows of 3 masks, NF4 and its d_x, selection, and an optimiser step of a held mask."""
     side = bench_launch.SIDE
     x, grad, weight = (torch.zeros(*shape, dtype=dtype) for shape in ((8, side), (8, side), (side, side)))
     masks = [torch.full((side, side // 32), -1, dtype=torch.int32) for _ in range(3)]
@@ -93,7 +93,7 @@ def others(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "masked_linear_many": lambda: masked_linear_many(x, weight, masks, tasks),
         "NF4": lambda: masked_linear_quantized(x, codes, absmax, masks[0], shape=(side, side)),
         "NF4, d_x": lambda: masked_linear_quantized_d_x(grad, codes, absmax, masks[0], shape=(side, side)),
-        # Past the op, which on a CPU looks whether what nobody has written is finite.
+        # Bypasses the op, which on a CPU checks if its values are finite; here nothing has written them.
         "kept_threshold": lambda: select_by(floats, 0.9, "magnitude"),
         "pack_mask": lambda: pack_mask(scores, threshold),
         "score_step": lambda: score_step(*stepped, step=7, lr=1e-3, keep_ratio=0.9, threshold=threshold),
@@ -102,11 +102,11 @@ def others(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
 @contextlib.contextmanager
 def _by_cubins() -> Iterator[None]:
-    """Within the context CPU tensors are an H100's, on a driver that records nothing."""
+    """Treat CPU tensors as an H100's within the context, on a driver that records nothing."""
     archives = cubins.FOLDER
     if not (archives / f"{H100}.zip").exists():
         sys.exit(f"there must be cubins for {H100} in {archives}; make cubins")
-    sys.path[:0] = [str(ROOT / "tests/cubins")]  # the driver lies with the tests
+    sys.path[:0] = [str(ROOT / "tests/cubins")]  # the driver stub is in the tests
     import on_stub
 
     with tempfile.TemporaryDirectory() as folder:

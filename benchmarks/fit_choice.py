@@ -1,11 +1,11 @@
-"""Writes csrc/cpu/choice_costs.inl from the stored answers to `paths` and `small_paths`:
+"""Write csrc/cpu/choice_costs.inl from the stored answers to `paths` and `small_paths`:
 
     python -m benchmarks.fit_choice [FOLDER]
 
-The model is in csrc/cpu/choice.h: max(reading, work) + call. Its costs are fitted product by product and path by
-path to the measured times, relative errors squared, those of a path that is far behind counting little; then they are
-moved where that makes what is taken less slow. Afterwards build the library again: the test of the
-stored records (tests/cpu_kernels/test_cpu_choice.py) says how good the choice is.
+The model is in csrc/cpu/choice.h: max(reading, work) + call. Its costs are fitted to the measured times for each
+product and path, by squared relative errors. Times of a path that is far behind the best one count little. The costs
+are then moved if that makes the chosen paths less slow. Afterwards build the library again. The test of the stored
+records (tests/cpu_kernels/test_cpu_choice.py) says how good the choice is.
 """
 
 import argparse
@@ -27,46 +27,46 @@ FILE = ROOT / "csrc" / "cpu" / "choice_costs.inl"
 FORMATS = {"fp32": "kFloat32", "bf16": "kBFloat16", "fp16": "kFloat16"}
 PRODUCTS = {"forward": "kForward", "d_x": "kGradX", "d_scores": "kGradScores"}
 PATHS = {"few": "kFew", "fused": "kFused", "slabs": "kSlabs"}
-# In fp32 a Xeon with AMX does what one with AVX-512 does: a set that is fitted to another's cases too.
+# Sets that are fitted to another set's cases too: in fp32 a Xeon with AMX does what one with AVX-512 does.
 ALSO = {("avx512", "fp32"): ("amx",)}
-FEW = 4  # tokens of small layers up to which calls are all: for a set without such cases, those of another stand in
-FOCUS = 4  # a path that takes r times as long as the best one weighs r ** -FOCUS
-READING = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # quantiles of time a byte that are tried as the cost of reading
-DOUBT = 0.05  # of a prediction, relative: what is predicted as close as that may turn out the other way
-CLOSE = 1.01  # times the least prediction: rounding of costs, to four digits, may turn it out either way
-LEVEL = 1.01  # times the best path, at most: nothing to be gained
-TRUTH = 0.5  # what an error of a predicted time counts, squared, beside time that is lost
-WALKS, STEPS, MOVE = 10, 5000, 0.5  # of costs, and the size of a step at first
+FEW = 4  # tokens of small layers up to which only calls cost; a set without such cases takes another set's
+FOCUS = 4  # a path that takes r times as long as the best one has the weight r ** -FOCUS
+READING = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)  # quantiles of time per byte that are tried as the cost of reading
+DOUBT = 0.05  # relative error of a prediction: predictions that are closer than this may turn out in the other order
+CLOSE = 1.01  # times the least prediction: rounding the costs to four digits may choose either path
+LEVEL = 1.01  # times the best path, at most: nothing more can be gained
+TRUTH = 0.5  # weight of the squared error of a predicted time, relative to lost time
+WALKS, STEPS, MOVE = 10, 5000, 0.5  # number and length of the random walks over costs, and their first step size
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Cases of one product in one dtype, by the paths that there are."""
+    """Cases of one product in one dtype, with the available paths."""
 
     paths: tuple[str, ...]
-    work: Array  # (cases, paths, 4): what each has to do, in millions
-    took: Array  # (cases, paths): microseconds; inf where it was far behind, and not measured
+    work: Array  # (cases, paths, 4): the work of each path, in millions
+    took: Array  # (cases, paths): microseconds; inf if the path was far behind and not measured
 
     @property
     def behind(self) -> Array:
-        """(cases, paths): in units of the best path."""
+        """(cases, paths): time / time of the best path."""
         return np.minimum(self.took / self.took.min(1, keepdims=True), HOPELESS)
 
     def predicted(self, costs: Array) -> Array:
-        """Microseconds (cases, paths), from costs (paths, 6): reading, byte, mask, product, number, call."""
+        """Return microseconds (cases, paths) from costs (paths, 6): reading, byte, mask, product, number, call."""
         work = np.maximum(costs[:, 0] * self.work[..., 0], (self.work * costs[:, 1:5]).sum(-1))
         return work + costs[:, 5]
 
     def taken(self, costs: Array) -> Array:
-        """(cases,): time of the path that these costs take, in units of the best one; of close ones, of the worst."""
+        """Return (cases,): time of the chosen path / the best time; among close predictions the slowest counts."""
         predicted = self.predicted(costs)
         return np.where(predicted <= CLOSE * predicted.min(1, keepdims=True), self.behind, 0).max(1)
 
 
 def cells_of(name: str, rows: Sequence[Mapping]) -> Cells:
-    """Of rows of an instruction set's records."""
+    """Return the cells of an instruction set's rows."""
     paths = tuple(path for path in PATHS if any(path in row["ms"] for row in rows))
     work, took = [], []
     for row in rows:
@@ -79,7 +79,11 @@ def cells_of(name: str, rows: Sequence[Mapping]) -> Cells:
 
 
 def fitted(cells: Cells) -> Array:
-    """Costs, path by path: for each cost of reading, the best of the others to the cells that it does not explain."""
+    """Return the costs of each path.
+
+    Each candidate for the cost of reading explains some cells. The other costs are fitted to the remaining cells. The
+    candidate with the least error is kept.
+    """
     costs = np.zeros((len(cells.paths), 6))
     for i in range(len(cells.paths)):
         known = np.isfinite(cells.took[:, i])
@@ -99,7 +103,7 @@ def fitted(cells: Cells) -> Array:
 
 
 def _not_negative(terms: Array, values: Array) -> Array:
-    """The least squares among coefficients that are not negative: those that would be are left out, the worst first."""
+    """Return the least-squares solution without negative coefficients: they are removed, the worst first."""
     used, result = list(range(terms.shape[1])), np.zeros(terms.shape[1])
     while used:
         some = np.linalg.lstsq(terms[:, used], values, rcond=None)[0]
@@ -111,7 +115,7 @@ def _not_negative(terms: Array, values: Array) -> Array:
 
 
 def moved(costs: Array, cells: Cells) -> Array:
-    """Costs near these by which less time is lost, and by a safe distance: the best end of several random walks."""
+    """Return nearby costs that lose less time, with a safety margin: the best end of several random walks."""
     ratios = cells.behind
     weight = TRUTH * ratios**-FOCUS
 
@@ -141,12 +145,12 @@ def _walk(costs: Array, lost: Callable[[Array], float], seed: int) -> Array:
 
 
 def written(cost: float) -> str:
-    """Four digits."""
+    """Return the cost with four digits."""
     return f"{float(f'{cost:.4g}'):g}"
 
 
 def small_rows(name: str, records: Mapping[str, Mapping]) -> list[Mapping]:
-    """Cases of small layers; of a set that has none those of few tokens of the next that has."""
+    """Return the cases of small layers; if a set has none, those of few tokens of the next set that has some."""
     if name in records:
         return records[name]["cases"]
     sets = (*NEEDS, "portable")
@@ -155,7 +159,7 @@ def small_rows(name: str, records: Mapping[str, Mapping]) -> list[Mapping]:
 
 
 def lines_of(name: str, records: Mapping[str, Mapping], small: Mapping[str, Mapping]) -> Iterator[str]:
-    """The lines of one instruction set; how good they are goes to stderr."""
+    """Yield the lines of one instruction set, and print their quality to stderr."""
     for dtype, product in itertools.product(FORMATS, PRODUCTS):
         sets = [other for other in (name, *ALSO.get((name, dtype), ())) if other in records]
         large = [row for other in sets for row in records[other]["cases"]]
@@ -183,14 +187,14 @@ def lines_of(name: str, records: Mapping[str, Mapping], small: Mapping[str, Mapp
 
 
 def measured_on(records: Mapping[str, Mapping]) -> list[str]:
-    """A line a record: machine, instruction set, torch."""
+    """Return one line per record: machine, instruction set, torch."""
     return [f"//   {machine(record)}, torch {record['environment']['torch']}" for record in records.values()]
 
 
 def main() -> None:
     """Print the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_choice", description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="of the records (benchmarks/results)")
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="of records (benchmarks/results)")
     folder = parser.parse_args().folder
     records, small = by_machine(folder, "paths"), by_machine(folder, "small_paths")
     lines = [

@@ -1,7 +1,7 @@
-"""Ratios and their targets, one table and one JSON record a question.
+"""Ratios and their goals: one table and one JSON record per question.
 
-How time is taken is in mft_kernels/timing.py; ratios are taken within a round, and then their median and quartiles over
-the rounds. How records are named and read again is in records.py.
+Time is measured by mft_kernels/timing.py. Ratios are taken within a round, then their median and quartiles over the
+rounds. records.py names the records and reads them.
 """
 
 import datetime
@@ -48,7 +48,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Finding:
-    """One quantity, and what was asked of it: ``rule`` is "at most" or "at least", or None where nothing was."""
+    """One quantity and its goal: ``rule`` is "at most" or "at least", or None if there is no goal."""
 
     quantity: str
     measured: Spread
@@ -58,7 +58,7 @@ class Finding:
 
     @property
     def met(self) -> bool | None:
-        """Whether the median keeps to the rule; None without one."""
+        """Whether the median meets the goal; None without a goal."""
         if self.rule is None:
             return None
         return self.measured.median <= self.bound if self.rule == "at most" else self.measured.median >= self.bound
@@ -75,20 +75,20 @@ class Finding:
 
 
 def times(samples: Samples, suffix: str = "") -> list[Finding]:
-    """The times themselves, as findings without a target."""
+    """Return the times as findings without a goal."""
     return [Finding(name + suffix, Spread.of(values), "ms") for name, values in samples.items()]
 
 
 def ratio(
     samples: Samples, above: str, below: str, rule: str | None = None, bound: float | None = None, suffix: str = ""
 ) -> Finding:
-    """Time of ``above`` in units of ``below``, round by round."""
+    """Return the time of ``above`` / the time of ``below``, round by round."""
     values = [a / b for a, b in zip(samples[above], samples[below])]
     return Finding(f"{above} / {below}{suffix}", Spread.of(values), "x", rule, bound)
 
 
 def check_built_of(sources: Path, report: Path) -> None:
-    """Raise RuntimeError if the CPU library was built of other sources than those that the commit names."""
+    """Raise RuntimeError if the CPU library was built from other sources than those of the commit."""
     if not sources.is_dir() or not report.is_file():
         return
     built_of = json.loads(report.read_text())["cpu"].get("sources")
@@ -100,9 +100,10 @@ def check_built_of(sources: Path, report: Path) -> None:
 
 
 def environment() -> dict[str, str | int | bool | dict[str, str]]:
-    """Machine, versions and commit: what a number is worthless without. Runs from a checkout that is not installed.
+    """Return machine, versions and commit, without which a number is worthless.
 
-    Raises: RuntimeError as check_built_of; ValueError if MFT_KERNELS names no backend.
+    Works in a checkout that is not installed. Raises: RuntimeError as check_built_of; ValueError if MFT_KERNELS names
+    no backend.
     """
     from mft_kernels import __version__, backend_report
 
@@ -135,18 +136,18 @@ def environment() -> dict[str, str | int | bool | dict[str, str]]:
 
 
 def threads_of(question: str, asked: int = THREADS) -> int:
-    """How many answer a question."""
+    """Return the number of threads for a question."""
     return 1 if question in ONE_THREAD else asked
 
 
 def instruction_set() -> str:
-    """What stands for this machine in the names of records: what the cpu library takes, or another backend's name."""
+    """Return what record names call this machine: the CPU library's instruction set, or another backend's name."""
     taken = _taken()
     return torch.ops.mft_cpu.capability() if taken == "cpu" else taken
 
 
 def _taken() -> str:
-    """The backend that serves the CPU."""
+    """Return the backend that serves the CPU."""
     from mft_kernels import backend_report
 
     asked = asked_for()
@@ -154,13 +155,13 @@ def _taken() -> str:
 
 
 def write_results_to(folder: Path) -> None:
-    """Where report() writes from now on, instead of benchmarks/results."""
+    """Make report() write into ``folder`` from now on, instead of benchmarks/results."""
     global _folder
     _folder = folder
 
 
 def results_folder() -> Path:
-    """Where report() writes."""
+    """Return the folder that report() writes to."""
     return _folder
 
 
@@ -173,7 +174,7 @@ def report(
     printed: bool = True,
     **details: object,
 ) -> Path:
-    """Print the table and write the record, with ``details`` as they are; returns its path."""
+    """Print the table and write the record with ``details`` unchanged; return its path."""
     header = ("", "median [spread]", "target", "")
     rows = [finding.row() for finding in findings]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
@@ -186,7 +187,7 @@ def report(
 def write_record(
     question: str, title: str, findings: list[Finding], folder: Path, device: str = "cpu", **details: object
 ) -> Path:
-    """Write <question>-<device>.json into folder, for a CPU with the instruction set (see records.py)."""
+    """Write <question>-<device>.json into folder; for a CPU the name has the instruction set (see records.py)."""
     record = {
         "question": question,
         "title": title,
@@ -201,7 +202,7 @@ def write_record(
 
 
 def _one_line_an_entry(record: Mapping[str, object]) -> str:
-    """JSON in which each entry of a list has a line: hundreds of findings stay readable, and a change is one line."""
+    """Return JSON with one line per list entry: hundreds of findings stay readable, and a change is one line."""
     parts = []
     for key, value in record.items():
         if isinstance(value, list):
@@ -213,7 +214,7 @@ def _one_line_an_entry(record: Mapping[str, object]) -> str:
 
 
 def _rounded(value: object) -> object:
-    """Floats to 6 digits, which is more than any spread leaves meaningful."""
+    """Round floats to 6 digits, more than any spread leaves meaningful."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

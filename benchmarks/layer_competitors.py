@@ -1,11 +1,11 @@
-"""One linear layer in each formulation, on common inputs: what `ops` times, and `pytest benchmarks/test_ops.py` too.
+"""One linear layer in each formulation, on common inputs, for `ops` and for `pytest benchmarks/test_ops.py`.
 
-dense                 nn.Linear, whose weight learns: the bound
-ours, from scores     mft_kernels.masked_linear from scores and a threshold, as the eager formulations
-ours, module          MaskedLinear as autograd trains it: fp32 scores, whose mask is found once a step
-ours, held mask       as the engines train it: the mask as bits, gradients added to a buffer that exists
-in place              nn.Linear, whose weight holds the mask and has a gradient; what is dropped lies aside
-eager                 the fastest formulation of PyTorch's own ops; see rivals.eager_fast
+dense                 nn.Linear with a learning weight: the bound
+ours, from scores     mft_kernels.masked_linear from scores and a threshold, like the eager formulations
+ours, module          MaskedLinear as autograd trains it: fp32 scores, whose mask is computed once per step
+ours, held mask       as the engines train it: the mask as bits, gradients added to an existing buffer
+in place              nn.Linear whose weight is masked and has a gradient; the dropped values are stored elsewhere
+eager                 the fastest formulation with PyTorch's own ops; see rivals.eager_fast
 compiled              the same under torch.compile
 the paper's layer     a sort in every forward
 LoRA                  peft's layer, rank 16
@@ -35,8 +35,8 @@ DENSE, PAPER, LORA = "dense", "the paper's layer", "LoRA"
 FROM_SCORES, MODULE, HELD = "ours, from scores", "ours, module", "ours, held mask"
 IN_PLACE = "in place"
 EAGER, COMPILED = "eager", "compiled"
-OURS = (FROM_SCORES, MODULE, HELD)  # by kernels of a backend
-# What each has to read and write, in roofline's terms; LoRA's d_A and d_B are another product than counted there.
+OURS = (FROM_SCORES, MODULE, HELD)  # run by a backend's kernels
+# What each has to read and write, in roofline's terms. LoRA is missing: d_A and d_B are another product.
 FORMS = {
     DENSE: "dense",
     FROM_SCORES: "scores",
@@ -51,9 +51,9 @@ LORA_RANK = 16
 
 # Backward passes are timed on a graph that is kept.
 torch._functorch.config.donated_buffer = False
-# A compilation each for no gradient, x, what learns and both, at M = 1 and above, and where a matrix is square.
+# One compilation each for a gradient of nothing, x, what learns and both, at M = 1 and above, and if square.
 torch._dynamo.config.recompile_limit = 64
-# One for all other shapes: what it compiles is elementwise, and the GEMM is called.
+# One graph for all other shapes: the compiled part is elementwise, and the GEMM is called.
 compiled_eager = torch.compile(eager_fast, fullgraph=True, dynamic=True)
 
 Call = Callable[[], object]
@@ -61,16 +61,16 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Formulation:
-    """y = layer(x), and what learns in it; ``frozen`` is the layer where nothing does."""
+    """y = layer(x) and its learned tensors; ``frozen`` is the layer in which nothing learns."""
 
     layer: Callable[[Tensor], Tensor]
     learned: tuple[Tensor, ...]
     frozen: Callable[[Tensor], Tensor]
-    into_buffer: bool = False  # the backward pass adds into a buffer and returns no gradient of what learns
+    into_buffer: bool = False  # the backward pass adds the learned tensors' gradient into a buffer and returns none
 
 
 class LayerCompetitors:
-    """The formulations of one (N, K) layer, and their ops on M tokens; weight and scores of one dtype."""
+    """The formulations of one (N, K) layer, and their ops on M tokens; weight and scores have the same dtype."""
 
     def __init__(self, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
         self.n, self.k, self.dtype = n, k, dtype
@@ -83,15 +83,15 @@ class LayerCompetitors:
         self._made: dict[str, Formulation] = {}
 
     def names(self) -> list[str]:
-        """All that may be asked for."""
+        """Return all competitors."""
         return self._backends.competitors([DENSE, IN_PLACE, *OURS, EAGER, COMPILED, PAPER, LORA])
 
     def call(self, name: str, op: str, inputs: Inputs) -> Call:
-        """One op of a formulation.
+        """Return a function that runs one op of a formulation. It must be called in SideBySide.around(name).
 
-        forward: without autograd. d_x, d_scores: the backward pass of a layer in which x alone or what learns alone
-        asks for a gradient. step: forward and backward, where both do. Gradients are new tensors, but for those that
-        are added to a buffer. To be called in SideBySide.around(name).
+        forward: without autograd. d_x, d_scores: the backward pass of a layer in which only x, or only what learns,
+        requires a gradient. step: forward and backward with both. Gradients are new tensors, except those that are
+        added to a buffer.
         """
         formulation = self._formulation(name)
         wants_x, wants_learned = op in ("d_x", "step"), op in ("d_scores", "step")
@@ -134,7 +134,7 @@ class LayerCompetitors:
             lora = make_lora(weight)
             return Formulation(lora, tuple(p for p in lora.parameters() if p is not lora.weight), lora)
         if name in (DENSE, IN_PLACE):
-            dense = weight.clone()  # which learns: the others' does not
+            dense = weight.clone()  # it learns; the others' weight does not
             if name == IN_PLACE:
                 MaskedInPlace(dense).change(self._packed)
             return _learning(lambda x: F.linear(x, dense), dense)
@@ -150,7 +150,7 @@ def _learning(layer: Callable[[Tensor], Tensor], *learned: Tensor) -> Formulatio
 
 
 def make_lora(weight: Tensor, rank: int = LORA_RANK) -> LoraLinear:
-    """peft's layer on a frozen weight (N, K), adapters of its dtype."""
+    """Return peft's layer on a frozen weight (N, K), with adapters of its dtype."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank)
@@ -158,7 +158,7 @@ def make_lora(weight: Tensor, rank: int = LORA_RANK) -> LoraLinear:
 
 
 def inputs_of(tokens: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
-    """x (M, K) and grad_output (M, N); the weight is LayerCompetitors' own."""
+    """Return x (M, K) and grad_output (M, N); the weight is LayerCompetitors' own."""
     generator = torch.Generator().manual_seed(1)
     x, grad = (torch.randn(tokens, width, generator=generator).to(dtype) for width in (k, n))
     empty = torch.empty(0)

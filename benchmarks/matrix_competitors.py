@@ -1,9 +1,9 @@
-"""What happens to a score matrix once a step, in each formulation: threshold, packing, optimiser step.
+"""The work on a score matrix once per step, in each formulation: threshold, packing, optimiser step.
 
 threshold   of bf16 scores; the baseline copies them
 packing     the mask of bf16 scores as bits; the baseline copies them
 optimiser   one AdamW step; the baseline is torch's fused AdamW on the fp32 masters of a dense layer's weight, from
-            finished gradients. Ours and eager take grad.T @ x, so weight and sign are theirs to apply; ours also finds
+            finished gradients. Ours and eager start from grad.T @ x and must apply weight and sign; ours also finds
             the next mask.
 """
 
@@ -31,7 +31,7 @@ Calls = dict[str, Callable[[], object]]
 
 
 def threshold_calls(n: int, k: int, *, slow: bool) -> Calls:
-    """Ways to the k-th largest magnitude; ``slow`` ones too. Raises RuntimeError if they disagree."""
+    """Return ways to find the k-th largest magnitude, including ``slow`` ones. Raises RuntimeError if they disagree."""
     scores = _scores(n, k).flatten()
     dropped = int((1 - KEEP_RATIO) * scores.numel())
     found: Calls = {OURS: lambda: mft_kernels.kept_threshold(scores, KEEP_RATIO)}
@@ -45,7 +45,7 @@ def threshold_calls(n: int, k: int, *, slow: bool) -> Calls:
 
 
 def packing_calls(n: int, k: int) -> Calls:
-    """The mask as bits; and as bytes, the most that PyTorch has an op for."""
+    """Return ways to make the mask as bits, and as bytes, the most compact format that PyTorch has an op for."""
     scores = _scores(n, k)
     threshold = mft_kernels.kept_threshold(scores, KEEP_RATIO)
     return {
@@ -58,7 +58,7 @@ def packing_calls(n: int, k: int) -> Calls:
 
 
 def optimiser_calls(n: int, k: int) -> Calls:
-    """One step each, of states of its own."""
+    """Return functions that do one step each, on their own states."""
     weight, grad = (0.02 * torch.randn(n, k)).bfloat16(), torch.randn(n, k).bfloat16()
     found: Calls = {}
     for name, options in ((FUSED, {"fused": True}), (FOREACH, {"foreach": True})):
@@ -80,7 +80,7 @@ def eager_pack(scores: Tensor, threshold: Tensor) -> Tensor:
 
 
 def eager_step(scores: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weight: Tensor) -> None:
-    """AdamW on grad * weight * sign(scores), bias corrections of a late step left out: 1."""
+    """AdamW on grad * weight * sign(scores), without the bias corrections, which are 1 at a late step."""
     score_grad = grad * weight * scores.sign()
     exp_avg.lerp_(score_grad, 1 - BETAS[0])
     exp_avg_sq.mul_(BETAS[1]).addcmul_(score_grad, score_grad, value=1 - BETAS[1])
@@ -101,7 +101,7 @@ def _copy(scores: Tensor) -> Callable[[], object]:
 
 
 def _ours(n: int, k: int, grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[], object]:
-    """Scores in fp32 with fp32 moments, or in int16 with 8-bit ones; each step finds the next mask from the last."""
+    """Return a step of scores in fp32 with fp32 moments, or in int16 with 8-bit moments; each finds the next mask."""
     scores, scales = _scores(n, k).float(), None
     if dtype == torch.int16:
         scores, scales = mft_kernels.fixed_from_float(scores), torch.zeros(2, -(-n * k // 256))

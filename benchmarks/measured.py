@@ -2,8 +2,8 @@
 
     python -m benchmarks.measured
 
-Each table stands between two comments that name it, <!-- step --> and <!-- /step -->; what is around them is written by
-hand. A machine has its column or group of rows once it has answered the question.
+Each table is between two comments with its name, <!-- step --> and <!-- /step -->. The text around the tables is
+written by hand. A machine has its column or group of rows once it has answered the question.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Records = Mapping[str, Record]
 
 
 def step_table(records: Records) -> str:
-    """Of `ops`: the whole step of the square layer, times dense; a group of rows a machine."""
+    """Return from `ops` the whole step of the square layer, in units of dense; one group of rows per machine."""
     found = {
         name: [c for c in r["cases"] if c["op"] == "step" and (c["n"], c["k"]) == SQUARE] for name, r in records.items()
     }
@@ -54,7 +54,7 @@ def step_table(records: Records) -> str:
 
 
 def once_table(records: Records) -> str:
-    """Of `ops`: what happens to 4096 x 4096 scores once a step, ms; a column a machine."""
+    """Return from `ops` the work on 4096 x 4096 scores once per step, in ms; one column per machine."""
     columns = []
     for record in records.values():
         own = [case for case in record["cases"] if not case["m"] and (case["n"], case["k"]) == SQUARE]
@@ -64,7 +64,7 @@ def once_table(records: Records) -> str:
 
 
 def train_step_table(records: Records) -> str:
-    """Of `train_step`: tokens/s and peak memory of each model; a group of rows a machine."""
+    """Return from `train_step` tokens/s and peak memory of each model; one group of rows per machine."""
     models = list(dict.fromkeys(row["model"] for r in records.values() for row in r["competitors"]))
     rows = []
     for record in records.values():
@@ -79,7 +79,7 @@ def train_step_table(records: Records) -> str:
 
 
 def memory_table(records: Records) -> str:
-    """Of `memory`: % of the weight's bytes beyond the gradients; a column a machine."""
+    """Return from `memory` the % of the weight's bytes beyond the gradients; one column per machine."""
     columns = [{f["quantity"]: f["measured"]["median"] for f in r["findings"]} for r in records.values()]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(f"{column[name]:.0f}" if name in column else "" for column in columns)] for name in names]
@@ -87,7 +87,7 @@ def memory_table(records: Records) -> str:
 
 
 def cpu_table(records: Records) -> str:
-    """Of `cpu`: times dense, and what was asked in brackets; a group of columns a machine."""
+    """Return from `cpu` the times in units of dense, with the goal in brackets; one group of columns per machine."""
     names = list(dict.fromkeys(case_name(case) for r in records.values() for case in r["cases"]))
     competitors = {name: _competitors(record) for name, record in records.items()}
     columns = {
@@ -101,7 +101,7 @@ def cpu_table(records: Records) -> str:
 
 
 def shares_table(records: Records) -> str:
-    """Of `cpu`: % of the machine's own ceilings that ours and dense reach; a group of columns a machine."""
+    """Return from `cpu` the % of the machine's ceilings that ours and dense reach; one group of columns per machine."""
     names = list(dict.fromkeys(case_name(c) for r in records.values() for c in r["cases"]))
     competitors = ("dense", "ours, from scores", "ours, held mask")
     columns = [{(case_name(c), c["competitor"]): c["share"] for c in r["cases"]} for r in records.values()]
@@ -111,7 +111,7 @@ def shares_table(records: Records) -> str:
 
 
 def generate_table(records: Records) -> str:
-    """Of `generate`: tokens/s; a column a machine and dtype."""
+    """Return from `generate` tokens/s; one column per machine and dtype."""
     columns = {
         (name, dtype): {row["competitor"]: row for row in r["competitors"] if row["dtype"] == dtype}
         for name, r in records.items()
@@ -123,12 +123,12 @@ def generate_table(records: Records) -> str:
 
 
 def experts_table(records: Records) -> str:
-    """Of `experts`: a table a machine."""
+    """Return from `experts` one table per machine."""
     return "\n\n".join(f"{machine(record)}:\n\n{experts_tables(record)[0]}" for record in records.values())
 
 
 def launch_table(records: Records) -> str:
-    """Of `launch`: us a call of nn.Linear, and of ours above that; a column a machine and dtype."""
+    """Return from `launch` us per call of nn.Linear, and our difference from it; one column per machine and dtype."""
     columns: dict[tuple[str, str], dict[str, str]] = {}
     for name, record in records.items():
         for row in record["calls"]:
@@ -158,7 +158,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Records], str]]] = {
 
 
 def written(document: str, results: Path = RESULTS) -> str:
-    """The document with every block made anew. Raises ValueError if it lacks one."""
+    """Return the document with every block written again. Raises ValueError if it lacks one."""
     for name, (question, table) in BLOCKS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if len(pattern.findall(document)) != 1:
@@ -200,7 +200,7 @@ def _competitors(record: Record) -> list[str]:
 
 
 def _measured_and_asked(case: Record | None) -> str:
-    """Bold where it was missed."""
+    """Return the cell, bold if the goal was missed."""
     if case is None:
         return ""
     shown, asked = _ratio(case["ratio"]["median"]), case["target"]
@@ -210,7 +210,7 @@ def _measured_and_asked(case: Record | None) -> str:
 
 
 def _beside_asked(us: float, asked: float | None) -> str:
-    """Bold where it was missed."""
+    """Return the cell, bold if the goal was missed."""
     if asked is None:
         return _three(us)
     return f"{_three(us)} ({asked:g})" if us <= asked else f"**{_three(us)}** ({asked:g})"

@@ -31,7 +31,7 @@ def _board(numbers: Numbers, path: Path) -> None:
     picture({"board-small": numbers}, path)
 
 
-#: By picture in benchmarks/results: the study whose numbers it shows, and what draws it.
+#: Picture in benchmarks/results: (the study whose numbers it shows, the function that draws it).
 STUDIES: dict[str, tuple[str, Callable[[Numbers, Path], None]]] = {
     "ablation-data-small": ("ablation-data-small", partial(_ablation, "data")),
     "ablation-layers-small": ("ablation-layers-small", partial(_ablation, "layers")),
@@ -53,12 +53,12 @@ STUDIES: dict[str, tuple[str, Callable[[Numbers, Path], None]]] = {
     "rewards-distillation-smollm2": ("compare-distillation-smollm2", plot_rewards),
     "rewards-smollm2": ("compare-rewards-smollm2", plot_rewards),
 }
-#: By question: what draws its records, each beside itself.
+#: Question: the function that draws its records, each next to its file.
 MEASURED = {"ops": draw_ops, "train_step": draw_train_step, "scaling": draw_scaling}
 
 
 def main() -> None:
-    """Draw them, and print the path of each."""
+    """Draw all pictures, and print the path of each."""
     for name, (study, draw) in STUDIES.items():
         numbers = json.loads((RESULTS / f"{study}.json").read_text(encoding="utf-8"))
         draw(numbers, RESULTS / f"{name}.png")

@@ -1,6 +1,6 @@
-"""Draws the pictures beside the JSON files that they are drawn from.
+"""Draw the pictures next to the JSON files that they show.
 
-ops, train_step and scaling a machine each, named as the record; cpu.png has the machines side by side.
+ops, train_step and scaling have one picture per machine, named as the record. cpu.png shows the machines side by side.
 """
 
 import json
@@ -15,7 +15,7 @@ from mft.files.figure import PHASES, shade
 from .records import Record, by_machine, machine
 
 _MASK = METHODS["mask"]
-#: Each method as in the pictures of studies; our ways of running are shades of the mask's colour.
+#: The colour of each method, as in the pictures of studies; our ways of running are shades of the mask's colour.
 COLOURS = {
     "dense": METHODS["full fine-tune"],
     "full fine-tune": METHODS["full fine-tune"],
@@ -41,7 +41,7 @@ MATRIX_OPS = ("threshold", "packing", "optimiser")
 
 
 def draw_ops(record_path: Path) -> None:
-    """Ratios to dense against M for a small and a large shape, the roofline, and what happens once a step."""
+    """Draw ratios to dense against M for a small and a large shape, the roofline, and the work once per step."""
     record = json.loads(record_path.read_text())
     cases = record["cases"]
     shapes = list(dict.fromkeys((case["n"], case["k"]) for case in cases))
@@ -62,7 +62,7 @@ def draw_ops(record_path: Path) -> None:
 
 
 def draw_train_step(record_path: Path) -> None:
-    """Tokens/s, peak memory and where the time goes, a row a model."""
+    """Draw tokens/s, peak memory and where the time goes, one row per model."""
     record = json.loads(record_path.read_text())
     models = list(dict.fromkeys(row["model"] for row in record["competitors"]))
     figure = _figure(16, 4.6 * len(models) + 0.4)
@@ -93,7 +93,7 @@ def draw_train_step(record_path: Path) -> None:
 
 
 def draw_scaling(record_path: Path) -> None:
-    """Seconds a step against each setting."""
+    """Draw seconds per step against each setting."""
     record = json.loads(record_path.read_text())
     points = record["points"]
     names = list(dict.fromkeys(point["axis"] for point in points))
@@ -113,7 +113,7 @@ def draw_scaling(record_path: Path) -> None:
 
 
 def draw_cpu(record_path: Path) -> None:
-    """Times dense of every case, a row a dtype, a column a machine whose record lies beside this one."""
+    """Draw the ratio to dense of every case: one row per dtype, one column per machine with a record in this folder."""
     records = by_machine(record_path.parent, "cpu")
     dtypes = list(dict.fromkeys(case["dtype"] for record in records.values() for case in record["cases"]))
     figure = _figure(9 * len(records), 5 * len(dtypes))
@@ -131,7 +131,7 @@ def draw_cpu(record_path: Path) -> None:
 
 
 def _held(what: str, cases: list[dict]) -> str:
-    """What a held mask costs over all M, compared with the dense layer."""
+    """Return a title: the cost of a held mask over all M, compared with the dense layer."""
     op, _, shape = what.partition(", ")
     own = [
         case["ratio"]["median"]
@@ -142,7 +142,7 @@ def _held(what: str, cases: list[dict]) -> str:
 
 
 def _fastest(model: str, rows: list[dict]) -> str:
-    """Which competitor does most tokens/s, and our best compared with the paper's formulation."""
+    """Return a title: the competitor with most tokens/s, and our best compared with the paper's formulation."""
     rate = {row["competitor"]: row["tokens_per_s"]["median"] for row in rows}
     best = max(rate, key=lambda name: rate[name])
     ours = max((name for name in rate if name.startswith("ours")), key=lambda name: rate[name])
@@ -152,7 +152,7 @@ def _fastest(model: str, rows: list[dict]) -> str:
 
 
 def _longest_phases(rows: list[dict]) -> str:
-    """What takes most of a step of ours, and of the paper's formulation."""
+    """Return a title: what takes most of a step of ours, and of the paper's formulation."""
     longest = {row["competitor"]: max(row["ms_by_kind"], key=row["ms_by_kind"].get) for row in rows}
     ours = next(name for name in longest if name.startswith("ours"))
     paper = longest.get("the paper's MFT")
@@ -161,7 +161,7 @@ def _longest_phases(rows: list[dict]) -> str:
 
 
 def _cpu_title(records: Iterable[Record]) -> str:
-    """How many cases meet their target, of those that have one."""
+    """Return a title: how many cases meet their goal, among those that have one."""
     asked = [case for record in records for case in record["cases"] if case["target"] is not None]
     met = sum(case["ratio"]["median"] <= case["target"] for case in asked)
     return f"{met} of {len(asked)} masked layers meet their target (dashes), as multiples of the dense layer's time"
@@ -191,7 +191,7 @@ def _draw_beside_dense(panel, cases: list[dict]) -> None:
 
 
 def draw_experts(record_path: Path) -> None:
-    """Times grouped_mm of every case, a row a dtype."""
+    """Draw the ratio to grouped_mm of every case, one row per dtype."""
     record = json.loads(record_path.read_text())
     cases = record["cases"]
     dtypes = list(dict.fromkeys(case["dtype"] for case in cases))
@@ -218,12 +218,12 @@ def draw_experts(record_path: Path) -> None:
 
 
 def picture_of(record_path: Path) -> Path:
-    """Beside the record: ops-cpu-amx.json has ops-amx.png."""
+    """Return the picture's path next to the record: ops-cpu-amx.json has ops-amx.png."""
     return record_path.with_name(record_path.name.replace("-cpu-", "-")).with_suffix(".png")
 
 
 def _look(name: str) -> dict[str, str]:
-    """How a competitor's bars look. Another backend (side_by_side.py) has the colour of ours, hatched."""
+    """Return the look of a competitor's bars. Another backend (side_by_side.py) has the colour of ours, hatched."""
     if name in COLOURS:
         return {"color": COLOURS[name]}
     _, _, what = name.partition(", ")
@@ -244,7 +244,7 @@ def _save(figure: Figure, record: dict, path: Path) -> None:
 
 
 def _line(panel, x: list, spreads: list[dict], name: str) -> None:
-    """Medians as a line, quartiles as a band. The line of another backend is dashed."""
+    """Draw medians as a line and quartiles as a band. The line of another backend is dashed."""
     look = _look(name)
     colour = look["color"]
     line = "x--" if "hatch" in look else "o-"
@@ -296,7 +296,7 @@ def _draw_roofline(panel, cases: list[dict], ceilings: dict) -> None:
 
 
 def _draw_shares(panel, cases: list[dict]) -> None:
-    """Median over shapes of the share, an op and competitor a line."""
+    """Draw the median share over shapes, one line per op and competitor."""
     styles = {"forward": "-", "d_x": "--", "d_scores": ":"}
     tokens = sorted({case["m"] for case in cases if case["m"]})
     for op, style in styles.items():

@@ -1,8 +1,8 @@
-"""One answer from several processes: where memory comes to lie differs from process to process, and so do times.
+"""Pool one answer from several processes: the placement of memory differs from process to process, and so do times.
 
-Within a process rounds agree to a few percent; the next process, same code and same quiet machine, was seen to give
-ratios up to 30 % away (a training step of a LLaMA2-7B block). So the median of the processes' medians is stored, and in
-place of quartiles the lowest and the highest quartile of any process.
+Within a process rounds agree to a few percent. The next process, with the same code on the same quiet machine, gave
+ratios up to 30 % away (a training step of a LLaMA2-7B block). So the median of the processes' medians is stored. The
+stored quartiles are the lowest and the highest quartile of any process.
 """
 
 import statistics
@@ -22,7 +22,7 @@ _NOT_MEASURED = {"environment", "n", "k", "m", "threads", "value", "bound", "tar
 
 
 def answer(question: str, folder: Path, threads: int, together: Callable[[Sequence[Any]], Any]) -> Path:
-    """Ask in PROCESSES processes, one after the other, write into folder what ``together`` makes of what they said."""
+    """Answer in PROCESSES processes, one after the other. Write what ``together`` makes of the answers into folder."""
     records = []
     for number in range(PROCESSES):
         print(f"\n{question}: process {number + 1} of {PROCESSES}", flush=True)
@@ -36,7 +36,7 @@ def answer(question: str, folder: Path, threads: int, together: Callable[[Sequen
 
 
 def pooled(values: Sequence[Any], name: str = "") -> Any:
-    """The same structure with every number pooled; what is no measurement must agree."""
+    """Return the same structure with every number pooled; values that are not measurements must agree."""
     first = values[0]
     if name in _NOT_MEASURED:
         return first

@@ -1,18 +1,18 @@
-"""The leader of a study, its nearest rival and what tells them apart, from sums.npz and numpy alone.
+"""Compare the leader of a study with its nearest rival, from sums.npz and numpy alone.
 
     python recompute.py runs/compare-small/sums.npz [--bytes 45000] [--arms MFT LoRA] [--text stdlib]
 
 Ranks the arms by their validation loss, best first. The leader and the runner-up are then compared on test: the mean
 difference per token, its 95 % interval and two-sided p before any correction. The method is that of the report, written
-a second time without its code; mft/study/evidence/sums.py says what the file holds.
+a second time without its code. mft/study/evidence/sums.py documents the file.
 
-Notation: x[s, d] is the difference of the two arms' losses in nats, summed over document d with seed s, n[d] the
-tokens of d, t[s] = sum_d x[s, d] / sum_d n[d]. The estimate is the mean of t over the seeds. A draw of the bootstrap
+Notation: x[s, d] is the difference of the two arms' losses in nats, summed over document d with seed s; n[d] are the
+tokens of d; t[s] = sum_d x[s, d] / sum_d n[d]. The estimate is the mean of t over the seeds. A draw of the bootstrap
 takes as many seeds (shares u) and as many documents (w times each) as there are, with replacement:
 
     estimate + r (f(S) sum_s u[s] (t[s] - estimate) + f(D) sum_s u[s] (sum_d w[d] e[s, d]) / (sum_d w[d] n[d]))
 
-with e[s, d] = x[s, d] - t[s] n[d] and f(k) = sqrt(k / (k - 1)), which corrects the variance for few seeds or documents;
+Here e[s, d] = x[s, d] - t[s] n[d], and f(k) = sqrt(k / (k - 1)) corrects the variance for few seeds or documents.
 r^2 = v / chi^2_v makes the shape a Student t with Satterthwaite's v degrees of freedom.
 """
 
@@ -22,18 +22,18 @@ import sys
 
 import numpy as np
 
-UNITS = 10_000  # of the file's sums to a nat
+UNITS = 10_000  # units of the file's sums per nat
 DRAWS = 10_000
 FEW_SEEDS = 5  # with fewer, a p below 0.01 cannot be told from 0.01
 
 
 def loss(arrays, place, arm):
-    """The mean over seeds of the loss per token."""
+    """Return the loss per token, averaged over seeds."""
     return arrays[f"{place}/{arm}/loss"].sum(1).mean() / UNITS / arrays[f"{place}/tokens"].sum()
 
 
 def paired(arrays, place, arm, other):
-    """(x, n): see above, in the seeds that both arms have."""
+    """Return (x, n) as defined above, for the seeds that both arms have."""
     seeds = np.intersect1d(arrays[f"{place}/{arm}/seeds"], arrays[f"{place}/{other}/seeds"])
     of_arm, of_other = (
         arrays[f"{place}/{name}/loss"][np.searchsorted(arrays[f"{place}/{name}/seeds"], seeds)] / UNITS
@@ -43,7 +43,7 @@ def paired(arrays, place, arm, other):
 
 
 def difference(arrays, place, arm, other):
-    """arm - other: estimate, the ends of the 95 % interval, p, and how many seeds and documents these rest on."""
+    """Return arm - other: estimate, ends of the 95 % interval, p, number of seeds, number of documents."""
     x, n = paired(arrays, place, arm, other)
     drawn, estimate = draw(x, n), (x.sum(1) / n.sum()).mean()
     low, high = np.quantile(drawn, (0.025, 0.975))
@@ -53,7 +53,7 @@ def difference(arrays, place, arm, other):
 
 
 def draw(x, n):
-    """(DRAWS,) of the estimate, with the random numbers of the report."""
+    """Return (DRAWS,) draws of the estimate, with the random numbers of the report."""
     seeds, documents = x.shape
     t = x.sum(1) / n.sum()
     estimate, e = t.mean(), x - t[:, None] * n
@@ -69,12 +69,12 @@ def draw(x, n):
 
 
 def few(k):
-    """f of the formula; one seed says nothing of how seeds vary."""
+    """Compute f of the formula; one seed says nothing about how seeds vary."""
     return math.sqrt(k / (k - 1)) if k > 1 else 0.0
 
 
 def degrees_of_freedom(over_seeds, over_documents, n):
-    """(V_S + V_D)^2 / (V_S^2 / (S - 1) + V_D^2 / (D - 1)), V the squared standard errors over each."""
+    """Compute (V_S + V_D)^2 / (V_S^2 / (S - 1) + V_D^2 / (D - 1)), V the squared standard errors over each."""
     seeds, documents = len(over_seeds), len(n)
     of_seeds = (over_seeds**2).sum() / (seeds * max(1, seeds - 1))
     of_documents = (over_documents**2).sum() * documents / (documents - 1) / n.sum() ** 2
@@ -83,7 +83,7 @@ def degrees_of_freedom(over_seeds, over_documents, n):
 
 
 def candidates(arrays, place, asked):
-    """(arms to rank, bytes of each): those asked for, or that take no more than so many bytes."""
+    """Return (arms to rank, bytes of each): those named, or those with at most the given bytes."""
     domain, held = place.split("/")[0], [name.split("/") for name in arrays if name.startswith(f"{place}/")]
     arms = sorted(parts[3] for parts in held if parts[-1] == "seeds")
     if unknown := [arm for arm in asked.arms or [] if arm not in arms]:
@@ -103,7 +103,7 @@ def main(arguments=None):
     parser.add_argument("--domain", help="default: the first")
     parser.add_argument("--text", help="a text by which forgetting is measured; default: the domain's own")
     parser.add_argument("--arms", nargs="+", help="only these")
-    parser.add_argument("--bytes", type=float, help="only arms that take at most so many")
+    parser.add_argument("--bytes", type=float, help="only arms that take at most this many bytes")
     asked = parser.parse_args(arguments)
     with np.load(asked.sums) as file:
         arrays = {name: file[name] for name in file.files}

@@ -1,11 +1,11 @@
-"""Stored answers: a JSON file a question and instruction set, so that machines stand beside each other.
+"""Stored answers: one JSON file per question and instruction set, so that machines can be compared.
 
-    ops-cpu-amx.json, ops-cpu-avx512_bf16.json     times and measured memory: what the processor decides
-    memory_cards-cpu.json                          simulated, or a loss: what it does not
-    cpu-amx.json                                   of the question `cpu`
-    ops-cpu-mine.json                              a backend that MFT_KERNELS asks for, beside ours (side_by_side.py)
+    ops-cpu-amx.json, ops-cpu-avx512_bf16.json     times and measured memory, which depend on the processor
+    memory_cards-cpu.json                          simulated memory, or a loss, which do not
+    cpu-amx.json                                   the question `cpu`
+    ops-cpu-mine.json                              a backend named in MFT_KERNELS, next to ours (side_by_side.py)
 
-The instruction set is the one that the cpu library takes, or the name of the backend that stands in for it.
+The instruction set is the one that the CPU library uses, or the name of the backend that replaces it.
 """
 
 import json
@@ -18,7 +18,7 @@ from mft_kernels.backends.processor import NEEDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# What no processor changes: simulated memory, and losses and masks after training, equal but for the order of sums.
+# Independent of the processor: simulated memory, and losses and masks after training, except for the order of sums.
 ON_ANY = frozenset({"memory_cards", "memory_mixtures", "score_optimiser"})
 
 Record = Mapping[str, Any]
@@ -26,19 +26,19 @@ _NAME = re.compile(r"(?:(?P<question>\w+)-)?cpu(?:-(?P<instruction_set>\w+))?\.j
 
 
 def file_name(question: str, instruction_set: str) -> str:
-    """Of the answer to a question on a CPU."""
+    """Return the file name of the answer to a question on a CPU."""
     name = "cpu" if question == "cpu" else f"{question}-cpu"
     return f"{name}.json" if question in ON_ANY else f"{name}-{instruction_set}.json"
 
 
 def instruction_set_of(record: Record) -> str:
-    """That gave it; of a record from before its name said so, from what was said of the backend."""
+    """Return the instruction set of a record. Old records have it only in their description of the backend."""
     where = record["environment"]
     return where.get("instruction_set") or where.get("backend", "").removeprefix("C++, ")
 
 
 def by_question(records: Iterable[tuple[str, Record]], instruction_set: str) -> dict[str, Record]:
-    """Those of one instruction set and those that need none, of (file name, record)."""
+    """Select from (file name, record) pairs those of one instruction set and those that need none, by question."""
     found = {}
     for name, record in records:
         question, parts = question_of(name), _NAME.fullmatch(name)
@@ -56,36 +56,36 @@ def is_record(name: str) -> bool:
 
 
 def read_all(folder: Path) -> list[tuple[str, Record]]:
-    """(file name, record) of every answer on a CPU that a folder holds."""
+    """Return (file name, record) of every answer on a CPU in a folder."""
     paths = sorted(path for path in folder.glob("*.json") if is_record(path.name))
     return [(path.name, json.loads(path.read_text())) for path in paths]
 
 
 def read_records(folder: Path, instruction_set: str) -> dict[str, Record]:
-    """by_question of a folder."""
+    """Return by_question of a folder."""
     return by_question(read_all(folder), instruction_set)
 
 
 def instruction_sets(records: Iterable[tuple[str, Record]]) -> list[str]:
-    """Those that records are of, best first, then others by name."""
+    """Return the instruction sets of the records, best first, then others by name."""
     found = {instruction_set_of(record) for name, record in records if not by_question([(name, record)], "")}
     return sorted(found, key=_rank)
 
 
 def by_machine(folder: Path, question: str) -> dict[str, Record]:
-    """The answers to one question, by instruction set, best first; one of ON_ANY is under the set that gave it."""
+    """Return the answers to one question by instruction set, best first, including those of ON_ANY."""
     found = {instruction_set_of(record): record for name, record in read_all(folder) if question_of(name) == question}
     return {name: found[name] for name in sorted(found, key=_rank)}
 
 
 def machine(record: Record) -> str:
-    """Processor and instruction set, short enough for the head of a column."""
+    """Return processor and instruction set, short enough for a column's head."""
     name = re.sub(r"\(R\)|\(TM\)|Processor|CPU|@.*|family.*", "", record["environment"]["device"])
     return f"{' '.join(name.split())}, {instruction_set_of(record)}"
 
 
 def question_of(name: str) -> str | None:
-    """That a file of this name answers; None: it is no answer on a CPU."""
+    """Return the question that a file of this name answers; None if it is not an answer on a CPU."""
     parts = _NAME.fullmatch(name)
     return None if parts is None else parts["question"] or "cpu"
 

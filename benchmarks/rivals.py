@@ -1,4 +1,4 @@
-"""What a masked linear layer is measured against: the dense layer, the paper's own, and careful PyTorch."""
+"""Rivals of a masked linear layer: the dense layer, the paper's own, and careful PyTorch."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ KEEP_RATIO = 0.9
 
 
 class _SortedSubnet(torch.autograd.Function):
-    """1 for the kept share of the scores, 0 for the rest, by a sort of all of them; the gradient passes through."""
+    """1 for the kept share of the scores, 0 for the rest, by sorting all of them; the gradient passes through."""
 
     @staticmethod
     def forward(ctx, scores, keep_ratio):
@@ -50,7 +50,7 @@ class _EagerFast(torch.autograd.Function):
 
 
 class _EagerLean(torch.autograd.Function):
-    """Masks anew in the backward: nothing of the weight's size lives between the two."""
+    """Masks again in the backward: nothing of the weight's size lives between the two."""
 
     @staticmethod
     def forward(ctx, x, weight, scores, threshold):

@@ -1,12 +1,12 @@
-"""How close to the machine's own ceilings does an op come? Operations and bytes counted, ceilings measured in the run.
+"""Compute how close an op comes to the machine's ceilings: operations and bytes counted, ceilings measured in the run.
 
     share = max(flops / GEMM ceiling, bytes / copy ceiling) / time
 
-Bytes are the least that must move: each operand read once, each result written once. Matrices that stay in a cache from
-call to call can beat the copy ceiling, which is that of the main memory: a share above 1 says so.
+Bytes are the least that must move: each operand read once, each result written once. The copy ceiling is that of main
+memory. Matrices that stay in a cache from call to call can beat it, which gives a share above 1.
 
-`ops` takes the copy of more than any cache holds; `cpu` the reading of as many bytes as the weight has, which is what a
-product of few tokens does, and which a cache may hold.
+`ops` copies more than any cache holds. `cpu` reads as many bytes as the weight has, as a product of few tokens does,
+and a cache may hold them.
 """
 
 import time
@@ -17,11 +17,11 @@ import torch
 from .harness import Spread
 
 GEMM_SIZE = 2048
-COPY_BYTES = 256 << 20  # eight times the L3 of most cores' share
+COPY_BYTES = 256 << 20  # eight times the share of L3 of most cores
 
-# (op, form): what of each weight's place must move, as (elements of the layer's dtype, other bytes). Forms: dense;
-# scores, the mask from scores; held, the mask as bits and gradients added to a buffer; module, as held but with new
-# fp32 gradients of the scores.
+# (op, form): what must move per weight, as (elements of the layer's dtype, other bytes). Forms: dense; scores, the mask
+# from scores; held, the mask as bits and gradients added to a buffer; module, as held but with new fp32 gradients of
+# the scores.
 WEIGHT_TRAFFIC: dict[tuple[str, str], tuple[int, float]] = {
     ("forward", "dense"): (1, 0),  # weight
     ("forward", "scores"): (2, 0),  # weight, scores
@@ -37,23 +37,23 @@ WEIGHT_TRAFFIC: dict[tuple[str, str], tuple[int, float]] = {
     ("d_scores", "module"): (1, 4 + 1 / 8),  # weight; d_scores, signs
     ("threshold", "scores"): (1, 0),  # scores
     ("packing", "scores"): (1, 1 / 8),  # scores, bits
-    ("optimiser", "int16"): (2, 2 * (2 + 1 + 1) + 1 / 8),  # gradient, weight; scores and moments both ways, bits
+    ("optimiser", "int16"): (2, 2 * (2 + 1 + 1) + 1 / 8),  # gradient, weight; scores and moments read and written, bits
     ("optimiser", "fp32"): (2, 2 * (4 + 4 + 4) + 1 / 8),
-    ("optimiser", "dense"): (0, 2 * (4 + 4 + 4) + 4),  # masters and moments both ways; fp32 gradient
+    ("optimiser", "dense"): (0, 2 * (4 + 4 + 4) + 4),  # masters and moments read and written; fp32 gradient
 }
 PRODUCTS = ("forward", "d_x", "d_scores")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an op needs at least."""
+    """The least operations and bytes of an op."""
 
     flops: float
     bytes: float
 
 
 def count_work(op: str, form: str, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Work:
-    """Of an op on M tokens and an (N, K) matrix; op "step" is the three products, each reading what it needs anew."""
+    """Count an op on M tokens and an (N, K) matrix; op "step" is the three products, each reading its inputs again."""
     if op == "step":
         parts = [count_work(product, form, m, n, k, dtype) for product in PRODUCTS]
         return Work(sum(part.flops for part in parts), sum(part.bytes for part in parts))
@@ -66,7 +66,7 @@ def count_work(op: str, form: str, m: int, n: int, k: int, dtype: torch.dtype = 
 
 @dataclass
 class Ceilings:
-    """GEMM in flop/s and copy in bytes/s, sampled through the whole run, as its competitors are."""
+    """GEMM in flop/s and copy in bytes/s, sampled during the whole run, like the competitors."""
 
     gemm: list[float] = field(default_factory=list)
     copy: list[float] = field(default_factory=list)
@@ -77,19 +77,19 @@ class Ceilings:
         self._source, self._target = (torch.ones(COPY_BYTES, dtype=torch.uint8) for _ in range(2))
 
     def sample(self) -> None:
-        """One sample of each."""
+        """Take one sample of each."""
         took = _seconds(lambda: torch.mm(self._a, self._b, out=self._product))
         self.gemm.append(2 * GEMM_SIZE**3 / took)
         took = _seconds(lambda: self._target.copy_(self._source))
         self.copy.append(2 * COPY_BYTES / took)
 
     def share(self, work: Work, milliseconds: float) -> float:
-        """Of the time that the ceilings allow in the time that was taken."""
+        """Return the time that the ceilings allow / the time taken."""
         gemm, copy = Spread.of(self.gemm).median, Spread.of(self.copy).median
         return max(work.flops / gemm, work.bytes / copy) / (milliseconds * 1e-3)
 
     def record(self) -> dict[str, dict[str, float]]:
-        """GFLOP/s and GB/s with quartiles."""
+        """Return GFLOP/s and GB/s with quartiles."""
         named = (("gemm_gflops", self.gemm), ("copy_gb_per_s", self.copy))
         spreads = {name: Spread.of([value / 1e9 for value in values]) for name, values in named}
         return {name: vars(spread) for name, spread in spreads.items()}

@@ -1,9 +1,9 @@
-"""mft serve under load, by openai's own client on loopback: python -m benchmarks.serve_load [--model smollm2-135m]
+"""Load-test mft serve with openai's own client on loopback: python -m benchmarks.serve_load [--model smollm2-135m]
 
-It starts a server of a tiny model with five tasks, and sends whole answers, streams, clients that leave, loads and
-unloads from several threads. At half of them keys and masks are reloaded by SIGHUP. It fails if an answer differs from
-the one that came alone, if the server refuses what it must not, if its log counts otherwise than the clients did, or if
-its peak memory grows over 5,000 requests or more. Linux only: it reads /proc.
+Starts a server of a tiny model with five tasks. Several threads send whole answers, streams, clients that leave, loads
+and unloads. After half of the requests, keys and masks are reloaded by SIGHUP. It fails in each of these cases: an
+answer differs from the one to the same request sent alone; the server refuses what it must not; the server's log and
+the clients count differently; or peak memory grows over 5,000 requests or more. Linux only: it reads /proc.
 """
 
 import argparse
@@ -36,18 +36,18 @@ TASKS = ("code", "math", "news", "mail", "song")
 WORDS = 512
 PROMPTS = ("3 4 5", "7", "1 2 3 4 5 6 7 8 9 10 11 12", "40 41 42 43", "9 9 9 9 9 9 9 9", "12 13 14")
 TEMPLATE = "{% for message in messages %}{{ message.content + ' 60 ' }}{% endfor %}"
-DTYPE = "float32"  # in bf16 two tokens are as likely more often, and a mixed batch may give the other one
-TOKENS = 16  # of an answer
-LONG = 200  # of one whose client leaves
-HASTY = 0.02  # seconds after which a client leaves that does not wait
-MOST_GROWTH = 16 << 20  # bytes of peak memory between a tenth of the requests and all of them
-LEAST = 5000  # requests over which memory may not grow: the first ones fill caches
-SPREAD = 100  # one request of so many unloads a task and loads it again
+DTYPE = "float32"  # in bf16 two tokens are more often equally likely, and a mixed batch may give the other one
+TOKENS = 16  # per answer
+LONG = 200  # per answer whose client leaves
+HASTY = 0.02  # seconds after which an impatient client leaves
+MOST_GROWTH = 16 << 20  # bytes by which peak memory may grow between a tenth of the requests and all of them
+LEAST = 5000  # requests from which memory may not grow: the first ones fill caches
+SPREAD = 100  # one of this many requests unloads a task and loads it again
 
 
 @dataclass
 class Target:
-    """A server. directories: of each task's masks, as a client names them."""
+    """A server. directories: each task's masks, as a client names them."""
 
     address: str
     process: int
@@ -58,7 +58,7 @@ class Target:
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=self.key, max_retries=0, timeout=120)
 
     def memory(self, name: str) -> int:
-        """VmRSS or VmHWM, in bytes."""
+        """Return VmRSS or VmHWM in bytes."""
         found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{self.process}/status").read_text())
         assert found is not None
         return int(found[1]) * 1024
@@ -66,18 +66,18 @@ class Target:
 
 @dataclass
 class Load:
-    """What was sent and what came. Threads share one; seconds: by what was timed."""
+    """What was sent and what came back; threads share it. seconds: by kind of request."""
 
     target: Target
     alone: dict[tuple[str, str, bool], str] = field(default_factory=dict)
     sent: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    memory: dict[int, int] = field(default_factory=dict)  # peak, by requests
+    memory: dict[int, int] = field(default_factory=dict)  # peak memory after so many requests
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def prepare(self, models: Sequence[str]) -> None:
-        """What each prompt is answered when it is asked alone. Answers under load must be equal."""
+        """Store the answer to each prompt sent alone. Answers under load must equal it."""
         with self.target.client() as client:
             for model, prompt, chat in itertools.product(models, PROMPTS, (False, True)):
                 self.alone[model, prompt, chat] = "".join(ask(client, model, prompt, chat=chat))
@@ -101,7 +101,7 @@ class Load:
             self.fail(f"{number}, {kind.__name__}: {error!r}")
 
     def change(self, client: openai.OpenAI, task: str) -> None:
-        """Unload a task and load it again; another thread may be doing so."""
+        """Unload a task and load it again; another thread may do the same at the time."""
         for route, keys in (("unload", {}), ("load", {"lora_path": self.target.directories[task]})):
             began = time.monotonic()
             try:
@@ -130,7 +130,7 @@ class Load:
 
 
 def ask(client: Any, model: str, prompt: str, *, chat: bool, stream: bool = False, **options: Any) -> Iterator[str]:
-    """The text of a greedy answer, in pieces."""
+    """Yield the text of a greedy answer in pieces."""
     given = {"model": model, "temperature": 0, "max_tokens": TOKENS, "stream": stream} | options
     if chat:
         made = client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **given)
@@ -173,14 +173,14 @@ def leave_answer(load: Load, client: openai.OpenAI, model: str, prompt: str) -> 
     load.count("left an answer")
 
 
-# Of ten requests in turn.
+# The kinds of ten successive requests.
 KINDS: tuple[Callable[[Load, openai.OpenAI, str, str], None], ...] = (
     *(whole, whole, stream, whole, leave_stream, stream, whole, stream, leave_answer, stream),
 )
 
 
 def run(load: Load, requests: int, clients: int, halfway: Callable[[], None] = lambda: None) -> None:
-    """Send so many from so many threads."""
+    """Send this number of requests from this number of threads."""
     numbers, lock = iter(range(requests)), threading.Lock()
 
     def work() -> None:
@@ -211,7 +211,7 @@ def run(load: Load, requests: int, clients: int, halfway: Callable[[], None] = l
 
 
 def write_inputs(root: Path, base: str) -> None:
-    """Five tasks' masks of a base, a list of them and a file of keys."""
+    """Write masks of a base for five tasks, a list of them and a file of keys."""
     from mft.config import MaskConfig, ModelConfig
     from mft.masks.convert import mask_model
     from mft.masks.export import save_masks
@@ -226,7 +226,7 @@ def write_inputs(root: Path, base: str) -> None:
 
 
 def write_tiny_base(root: Path) -> str:
-    """Returns: where it is."""
+    """Write a tiny base model. Returns: its path."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -237,19 +237,19 @@ def write_tiny_base(root: Path) -> str:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<end>")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(root / "base")
-    # Weights so large that what masks do to them decides which word is the likeliest.
+    # The weights are so large that masks decide which token is the likeliest.
     build(small_config(64, 4) | {"initializer_range": 0.3}, torch.float32).save_pretrained(root / "base")
     return str(root / "base")
 
 
 @contextlib.contextmanager
 def server(root: Path, base: str, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """(its address, the process) of mft serve, which must end by SIGTERM with exit code 0."""
+    """Run mft serve and yield (its address, the process); it must end by SIGTERM with exit code 0."""
     files = ["--masks-file", root / "masks.txt", "--load-from", root / "masks", "--api-keys-file", root / "keys"]
     options = ["--model", base, "--dtype", DTYPE, "--length", "512", "--port", "0", "--log-format", "json"]
     command = [sys.executable, "-m", "mft", "serve", *map(str, (*files, *options)), "--timeout", "120"]
     with log.open("wb") as output:
-        # Warnings go to the same file, whose lines are JSON otherwise.
+        # Warnings go to the same file, whose other lines are JSON.
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
         )
@@ -269,12 +269,12 @@ def server(root: Path, base: str, log: Path) -> Iterator[tuple[str, subprocess.P
 
 
 def check_log(load: Load, log: Path) -> list[dict[str, Any]]:
-    """Hold what the log says against what the clients counted. Returns: its answers."""
+    """Compare the log with what the clients counted. Returns: the answers in the log."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     answers = [line for line in lines if line["event"] == "answer"]
     counted = Counter(line["status"] for line in answers)
     left = load.sent["left a stream"] + load.sent["left an answer"]
-    late = counted[200] - load.sent["answered"]  # that ended before their clients had left
+    late = counted[200] - load.sent["answered"]  # answers that ended before their clients left
     if not 0 <= late <= left or late + counted[499] > left:
         load.fail(f"the log must have {load.sent['answered']} answers and at most {left} cancelled, got {counted}")
     if set(counted) - {200, 499} or '"traceback"' in log.read_text() or "Traceback" in log.read_text():
@@ -288,13 +288,13 @@ def check_log(load: Load, log: Path) -> list[dict[str, Any]]:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """In milliseconds."""
+    """Return the percentiles in milliseconds."""
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     return {"requests": len(seconds), "p50_ms": round(cuts[49] * 1000, 1), "p99_ms": round(cuts[98] * 1000, 1)}
 
 
 def table(load: Load) -> str:
-    """Latencies, as Markdown."""
+    """Return the latencies as Markdown."""
     rows = ["| measured | requests | p50, ms | p99, ms |", "|---|---:|---:|---:|"]
     for what, seconds in sorted(load.seconds.items()):
         if len(seconds) > 1:
@@ -304,11 +304,11 @@ def table(load: Load) -> str:
 
 
 def main() -> None:
-    """Run it, print and store what was found; exit code 1 if something was wrong."""
+    """Run the test, print and store the results; exit code 1 if something was wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=16, help="threads, each with its own connection")
-    parser.add_argument("--model", default="tiny", help="of mft, such as smollm2-135m; by default a tiny one is made")
+    parser.add_argument("--model", default="tiny", help="known to mft, such as smollm2-135m; default: a tiny one")
     parser.add_argument("--out", type=Path, help="a JSON file; by default in benchmarks/results")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""Backends measured in one run: ours, and the one that MFT_KERNELS asks for or that "auto" takes from another package.
+"""Measure several backends in one run: ours, and the one that MFT_KERNELS or "auto" takes from another package.
 
-A competitor that runs on a backend begins with the backend's name: "ours, module", "mine, module".
+The name of a competitor that runs on a backend begins with the backend's name: "ours, module", "mine, module".
 """
 
 import os
@@ -20,13 +20,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class SideBySide:
-    """``asked``: what MFT_KERNELS has to say while a backend is measured, by the name of the backend; ours first."""
+    """``asked``: by backend name, the value of MFT_KERNELS while that backend is measured; ours first."""
 
     asked: dict[str, str]
 
     @classmethod
     def here(cls) -> "SideBySide":
-        """On the CPU of this machine. Raises: ValueError or RuntimeError if what is asked for cannot serve it."""
+        """Return the backends on this machine's CPU.
+
+        Raises: ValueError or RuntimeError if the backend in MFT_KERNELS cannot serve it.
+        """
         own, automatic, asked = own_backend(), backend_report()["auto"]["cpu"], asked_for()
         if asked != "auto":
             choose("product", CPU, (), op="masked_linear")
@@ -37,7 +40,7 @@ class SideBySide:
         return cls(found)
 
     def competitors(self, names: Iterable[str]) -> list[str]:
-        """``names``, and after each of ours the same one of every other backend."""
+        """Return ``names``; after each of ours come the same competitors on the other backends."""
         found = []
         for name in names:
             found.append(name)
@@ -46,21 +49,21 @@ class SideBySide:
         return found
 
     def calls(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-        """``calls`` by the names of competitors(): the same call, to be made in around()."""
+        """Return the calls under the names of competitors(); each must run in around() of its name."""
         return {name: calls[self.as_ours(name)] for name in self.competitors(calls)}
 
     def runs(self, competitor: str) -> bool:
-        """Whether a competitor runs on one of the backends; else it is torch's or another library's."""
+        """Whether a competitor runs on one of the backends; if not, it is torch's or another library's."""
         return backend_of(competitor) in self.asked
 
     def as_ours(self, competitor: str) -> str:
-        """Our competitor that does the same: "ours, module" for "mine, module"; others stay as they are."""
+        """Return our competitor that does the same: "ours, module" for "mine, module"; others stay as they are."""
         backend = backend_of(competitor)
         return OURS + competitor.removeprefix(backend) if backend in self.asked else competitor
 
     @contextmanager
     def around(self, competitor: str) -> Iterator[None]:
-        """While it lasts, MFT_KERNELS asks for the competitor's backend."""
+        """Set MFT_KERNELS to the competitor's backend within the context."""
         if not self.runs(competitor):
             yield
             return
@@ -68,18 +71,18 @@ class SideBySide:
             yield
 
     def record(self) -> dict[str, str]:
-        """What stands behind each name: the backend's own, and what it says of itself."""
+        """Return the backend of each name, and its own description."""
         known = backend_report()["backends"]
         names = {name: own_backend() if name == OURS else name for name in self.asked}
         return {name: f"{backend}: {known[backend]['detail']}" for name, backend in names.items()}
 
 
 def backend_of(competitor: str) -> str:
-    """ "ours" of "ours, module"."""
+    """Return "ours" for "ours, module"."""
     return competitor.partition(",")[0]
 
 
 def own_backend() -> str:
-    """The backend of this package that "auto" asks first, of those that serve the CPU."""
+    """Return this package's backend that "auto" tries first on the CPU."""
     found = (registered(name) for name in PREFERENCE)
     return next(b.name for b in found if b.on_request is None and b.refusal("product", CPU, ()) is None)

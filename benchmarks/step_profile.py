@@ -1,11 +1,11 @@
-"""Where time goes: the profiler's own time of each operator, added up by kind."""
+"""Show where time goes: the profiler's self time of each operator, summed by kind."""
 
 import time
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
-# An operator belongs to the first kind that names it, or else the operator that called it, and so on upwards.
+# An operator belongs to the first kind that names it; if none does, to the kind of its caller, and so on upwards.
 KINDS = {
     "optimiser": ("Optimizer.step", "MasterAdamW.step", "mft::score_step"),
     "threshold and packing": (
@@ -24,7 +24,7 @@ REST = "elementwise and the rest"
 
 
 def profile_step(step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds by kind; what no operator accounts for is the rest, so that the sum is the step's time."""
+    """Return milliseconds by kind. Time outside all operators is the rest, so that the sum is the step's time."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         step()
@@ -33,7 +33,7 @@ def profile_step(step: Callable[[], object]) -> dict[str, float]:
 
 
 def time_by_kind(profiler: profile, total: float) -> dict[str, float]:
-    """Milliseconds by kind of what the profiler saw, of the ``total`` that it took."""
+    """Return milliseconds by kind from a profile that took ``total``."""
     spent = dict.fromkeys((*KINDS, REST), 0.0)
     for event in profiler.events():
         spent[kind_of(event)] += event.self_cpu_time_total / 1e3
@@ -42,7 +42,7 @@ def time_by_kind(profiler: profile, total: float) -> dict[str, float]:
 
 
 def kind_of(event) -> str:
-    """The kind of a profiler event, by its own name or its callers'."""
+    """Return the kind of a profiler event, by its own name or its callers'."""
     while event is not None:
         for kind, prefixes in KINDS.items():
             if event.name.startswith(prefixes):

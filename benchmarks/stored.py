@@ -1,8 +1,8 @@
-"""Which stored results are of older code, and what makes each again: python -m benchmarks.stored [NAME] ...
+"""List the stored results of older code, and the commands that make them again: python -m benchmarks.stored [NAME] ...
 
-Of each JSON file in benchmarks/results: the commit that it was measured at, how many files of the code that makes it
-have changed since, uncommitted changes too, and the command. NAME is part of a file's name: with it those files are
-listed too. Changed code need not give other results; unchanged code on another machine may.
+For each JSON file in benchmarks/results it prints the commit of the measurement, the command, and how many files of
+the code behind the result have changed since, including uncommitted changes. NAME is part of a file's name; with it
+the changed files are listed too. Changed code need not give other results; unchanged code on another machine may.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 from .records import RESULTS, ROOT, question_of
 
-# What can change a result. Of the recipe: not what prints, publishes or serves.
+# Code that can change a result; in the recipe not what prints, publishes or serves.
 KERNELS = ("mft_kernels", "csrc/cpu")
 _NO_RESULT = ("cli", "publishing", "serving", "tracking", "study/report", "study/evidence", "memory")
 RECIPE = (*KERNELS, "python/mft", *(f":!python/mft/{folder}" for folder in _NO_RESULT))
@@ -40,7 +40,7 @@ class Stored:
 
 
 def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """(the command that makes a file of results, the code that decides what it holds)."""
+    """Return (the command that makes a file of results, the code that decides its content)."""
     if name.startswith(("compare-", "ablation-")):
         return record["environment"]["command"], RECIPE
     if name.startswith("serve-load"):
@@ -61,11 +61,11 @@ def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 
 def read_stored(folder: Path = RESULTS, root: Path = ROOT) -> list[Stored]:
-    """All of a folder, by name; root: the checkout whose history says what changed."""
+    """Return all results of a folder by name; root: the checkout whose history shows the changes."""
     found = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        if "environment" not in record:  # made of results, as gpu-faster.json
+        if "environment" not in record:  # made from results, such as gpu-faster.json
             continue
         commit = str(record["environment"].get("commit") or "")
         command, code = made_by(path.name, record)
@@ -80,7 +80,7 @@ def _changed_since(commit: str, code: Sequence[str], root: Path) -> list[str] | 
     if done.returncode:
         raise RuntimeError(f"git diff must say what changed since {commit}, got: {done.stderr.strip()}")
     lines = (line.split("\t") for line in done.stdout.splitlines())
-    return [paths[-1] for status, *paths in lines if status != "R100"]  # moved, and the same
+    return [paths[-1] for status, *paths in lines if status != "R100"]  # R100: moved without a change
 
 
 def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -90,7 +90,7 @@ def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stored", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help="parts of the names of files; of these the changed files are listed")
+    parser.add_argument("names", nargs="*", help="parts of the names of files; also lists the changed code")
     asked = parser.parse_args()
     if _git(ROOT, "rev-parse", "HEAD").returncode:
         sys.exit(f"error: {ROOT} must be a git checkout, whose history says what changed, it is none")

@@ -1,4 +1,4 @@
-"""Markdown of the stored results, machine by machine: python -m benchmarks.tables [ops | cpu | train_step] ..."""
+"""Print Markdown tables of stored results by machine: python -m benchmarks.tables [ops | cpu | train_step] ..."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +8,7 @@ from .records import RESULTS, Record, by_machine
 
 
 def ops_tables(record: Record) -> list[str]:
-    """A table an op: ratios of every competitor at every shape and M; then what happens once a step."""
+    """Return one table per op with the ratios of every competitor at every shape and M; then the work once per step."""
     cases, parts = record["cases"], []
     for op in dict.fromkeys(case["op"] for case in cases if case["m"]):
         own = [case for case in cases if case["op"] == op]
@@ -31,7 +31,7 @@ def ops_tables(record: Record) -> list[str]:
 
 
 def train_step_tables(record: Record) -> list[str]:
-    """A table a model: tokens/s, peak memory, seconds by kind."""
+    """Return one table per model: tokens/s, peak memory, seconds by kind."""
     parts = []
     for model in dict.fromkeys(row["model"] for row in record["competitors"]):
         own = [row for row in record["competitors"] if row["model"] == model]
@@ -51,7 +51,7 @@ def train_step_tables(record: Record) -> list[str]:
 
 
 def scaling_tables(record: Record) -> list[str]:
-    """A table a setting: seconds a step."""
+    """Return one table per setting: seconds per step."""
     parts = []
     for axis in dict.fromkeys(point["axis"] for point in record["points"]):
         own = [point for point in record["points"] if point["axis"] == axis]
@@ -65,7 +65,7 @@ def scaling_tables(record: Record) -> list[str]:
 
 
 def many_masks_tables(record: Record) -> list[str]:
-    """Loss of every task under every mask, nats a token, the difference from the base in brackets; then the bytes."""
+    """Return the loss of every task under every mask, nats per token (difference from the base); then the bytes."""
     own = record["losses"]
     masks = list(dict.fromkeys(row["mask"] for row in own))
     losses = []
@@ -77,7 +77,7 @@ def many_masks_tables(record: Record) -> list[str]:
 
 
 def cpu_tables(record: Record) -> list[str]:
-    """What was asked and whether it was met; every case beside dense and eager; what is slower than eager; ceilings."""
+    """Return goals and whether they are met; cases relative to dense and eager; what is slower than eager; ceilings."""
     cases = record["cases"]
     asked = [case for case in cases if case["target"] is not None]
     rows = [
@@ -108,7 +108,7 @@ def cpu_tables(record: Record) -> list[str]:
 
 
 def generate_tables(record: Record) -> list[str]:
-    """Tokens/s by dtype."""
+    """Return tokens/s by dtype."""
     rows = record["competitors"]
     names = list(dict.fromkeys(row["competitor"] for row in rows))
     found = {(row["dtype"], row["competitor"]): row for row in rows}
@@ -118,7 +118,7 @@ def generate_tables(record: Record) -> list[str]:
 
 
 def experts_tables(record: Record) -> list[str]:
-    """A row a case: ms of grouped_mm, and the others times that; bold is ours above what was asked."""
+    """Return one row per case: ms of grouped_mm, and the others relative to it; bold if ours misses the goal."""
     cases = record["cases"]
     names = [name for name in dict.fromkeys(case["competitor"] for case in cases) if name != "grouped_mm"]
     rows = []
@@ -130,13 +130,13 @@ def experts_tables(record: Record) -> list[str]:
 
 
 def experts_case_name(case: Record) -> str:
-    """A case of `experts` in words."""
+    """Return a case of `experts` in words."""
     tokens = f"{case['tokens']} token{'s' if case['tokens'] > 1 else ''}"
     return f"{case['op']}, {case['dtype']}, {case['experts']} experts, {tokens}"
 
 
 def launch_tables(record: Record) -> list[str]:
-    """A table a dtype: microseconds a call, above nn.Linear's, and whether that is what was asked."""
+    """Return one table per dtype: us per call, the difference from nn.Linear, and whether that meets the goal."""
     parts = []
     for dtype in dict.fromkeys(row["dtype"] for row in record["calls"]):
         rows = []
@@ -156,7 +156,7 @@ def launch_tables(record: Record) -> list[str]:
 
 
 def case_name(case: Record) -> str:
-    """A case of `cpu` in words."""
+    """Return a case of `cpu` in words."""
     thread = ", 1 thread" if case["threads"] == 1 else ""
     return f"{case['op']}, {case['dtype']}, {case['n']} x {case['k']}, M = {case['m']}{thread}"
 
@@ -187,17 +187,17 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is left-aligned, numbers to the right."""
+    """Return a table; the first column is left-aligned, the others right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def origin(record: Record) -> str:
-    """Where a record was measured."""
+    """Return where a record was measured."""
     where = record["environment"]
     dirty = " and changes" if where["tree_is_dirty"] else ""
     threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
-    # Of records with one backend, and from before several stood in a run, its own words are enough.
+    # Records with one backend, and older records, need only that backend's own description.
     named = where.get("backends", {})
     backend = ", ".join(f"{name} = {told}" for name, told in named.items()) if len(named) > 1 else where["backend"]
     return (
@@ -207,7 +207,7 @@ def origin(record: Record) -> str:
 
 
 def main() -> None:
-    """Print the tables of the questions named, or of those that have results."""
+    """Print the tables of the named questions, or of those that have results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("questions", nargs="*", help=f"among {', '.join(TABLES)}; all that are stored unless given")
     parser.add_argument("--results", type=Path, default=RESULTS)

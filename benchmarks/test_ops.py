@@ -1,6 +1,6 @@
 """The competitors of `ops` under pytest-benchmark: pytest benchmarks/test_ops.py --benchmark-only
 
-Two shapes and three M; --benchmark-compare and the other options of that tool work as usual. Groups hold what competes.
+Two shapes and three M; --benchmark-compare and the tool's other options work as usual. A group holds one comparison.
 """
 
 import pytest

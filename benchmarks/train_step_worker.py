@@ -1,4 +1,4 @@
-"""One competitor of `train_step` in a process of its own, which does as it is told: a line in, a line of JSON out.
+"""One competitor of `train_step` in its own process, which takes orders: a line in, a line of JSON out.
 
 step      seconds of an optimiser step
 peak      bytes by which resident memory has peaked since before the model was made
@@ -19,9 +19,9 @@ from .training_steps import TrainingStep, build, small_config
 
 
 def main(competitor: str, config: dict, tokens: int, accumulation: int, threads: int) -> None:
-    """Serve until the input ends."""
+    """Answer orders until the input ends."""
     torch.set_num_threads(threads)
-    TrainingStep(competitor, build(small_config(128, 2)), 64)()  # loads all code before memory is looked at
+    TrainingStep(competitor, build(small_config(128, 2)), 64)()  # loads all code before memory is measured
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = process_bytes("VmRSS")

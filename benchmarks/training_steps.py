@@ -4,7 +4,7 @@ full fine-tune     all weights, bf16 with fp32 masters, AdamW
 LoRA               peft, rank 16, on every linear of the decoder; bf16 adapters with fp32 masters
 the paper's MFT    see memory/rivals.py
 ours, <way>        masks on every linear of the decoder, in each way of running (docs/how-to/memory.md); all but plain
-                   keep int16 scores and 8-bit moments at rest
+                   store int16 scores and 8-bit moments
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A causal LM of this configuration."""
+    """Return a causal LM of this configuration."""
     fields = dict(config)
     family = fields.pop("model_type")
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any
 
 
 def small_config(width: int, layers: int) -> dict[str, Any]:
-    """A LLaMA of this hidden size, heads of 64, an MLP three times as wide, and few words."""
+    """Return a LLaMA with this hidden size, heads of 64, an MLP three times as wide, and a small vocabulary."""
     return known_config("llama2-7b") | {
         "hidden_size": width,
         "intermediate_size": 3 * width,
@@ -57,8 +57,8 @@ class TrainingStep:
     """Steps of one competitor on a model, which it changes; call() runs one, close() gives the model back.
 
     Args:
-        layers: that learn, or all if None; full fine-tune and LoRA know all alone.
-        tokens, accumulation: of a micro-batch, and micro-batches of a step.
+        layers: the layers that learn, or all if None; full fine-tune and LoRA support only all.
+        tokens, accumulation: tokens per micro-batch, and micro-batches per step.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class TrainingStep:
         self._step = self._start(competitor, model, TrainConfig(steps=1, accumulation=accumulation), layers)
 
     def __call__(self) -> float:
-        """One optimiser step; the mean loss a token."""
+        """Run one optimiser step and return the mean loss per token."""
         return self._step(self._batches)
 
     def close(self) -> None:
-        """The last call."""
+        """Release the model; the last call."""
         self._closing.close()
 
     def _start(

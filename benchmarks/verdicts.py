@@ -1,8 +1,8 @@
 """Judge stored studies again by today's rules, without running them: python -m benchmarks.verdicts [NAME] ... [--write]
 
-Differences, intervals and p values stay as they are stored. What is concluded from them, and the words, are made again
-by the code of `mft compare`. Prints which verdicts change. With --write the JSON and Markdown files are written anew.
-NAME: part of a file's name.
+Stored differences, intervals and p values do not change. The conclusions and their wording are made again by the code
+of `mft compare`. Prints which verdicts change. With --write the JSON and Markdown files are written again. NAME is part
+of a file's name.
 """
 
 import argparse
@@ -36,12 +36,12 @@ _OF_DOMINANCE, _OF_P = "An MFT arm dominates a rival", re.compile(r"\d+ seeds ca
 
 
 def tables_in(numbers: Mapping[str, Any]) -> dict[str, DomainTable]:
-    """The tables of a table.json, by domain; its comparisons are judged again."""
+    """Return the tables of a table.json by domain, with their comparisons judged again."""
     return {domain: _table(values, numbers["seeds"][0]) for domain, values in numbers["domains"].items()}
 
 
 def judge_again(numbers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DomainTable], list[list[str]]]:
-    """(the numbers with new verdicts and words, their tables, [domain, arm, rival, old, new] of what changed)"""
+    """Return (numbers with new verdicts and wording, their tables, [domain, arm, rival, old, new] of each change)."""
     tables, changes = tables_in(numbers), []
     for domain, table in tables.items():
         stored = numbers["domains"][domain]
@@ -61,7 +61,10 @@ def judge_again(numbers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Doma
 
 
 def _verdicts(numbers: Mapping[str, Any], tables: Mapping[str, DomainTable]) -> list[str]:
-    """New paragraphs in the places of the old ones; those over codes claim no absence of a difference, and stay."""
+    """Return the paragraphs, with new ones in place of the old.
+
+    Paragraphs about codes claim no absence of a difference, so they stay.
+    """
     seeds = len(numbers["seeds"])
     bytes_found = [_at_equal_bytes(values) for values in numbers.get("at_equal_bytes", [])]
     made = [*verdicts_of(tables, lambda table, row: _uncompared(numbers, table, row)), *said_of_bytes(bytes_found)]
@@ -93,7 +96,7 @@ def _with_least_p(text: str, seeds: int) -> str:
 
 
 def _uncompared(numbers: Mapping[str, Any], table: DomainTable, row: Row) -> str:
-    """Why a row was not compared, which needs the study's declaration: as the stored words have it."""
+    """Return the stored reason why a row was not compared, because a new one would need the study's declaration."""
     difference = re.escape(f"{row.arm} - {table.full}: {shown_interval(row.minus_full)}")
     found = re.search(f"{difference}([^.]*)\\.", " ".join(numbers["verdicts"]))
     return "" if found is None else found[1]
@@ -156,7 +159,7 @@ def _known(values: Mapping[str, Any]) -> Difference:
 
 
 def _made(kind: type[Kind], values: Mapping[str, Any], **others: Any) -> Kind:
-    """A dataclass from what a file holds; older files lack newer fields, which are None or as declared."""
+    """Build a dataclass from a file's values; fields that an older file lacks are None or have their default."""
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     required = (dataclasses.MISSING, dataclasses.MISSING)
     absent = {name: None for name, field in fields.items() if (field.default, field.default_factory) == required}
@@ -167,7 +170,7 @@ def main() -> None:
     """Print what changes; write it if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verdicts", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="parts of the names of files")
-    parser.add_argument("--write", action="store_true", help="write the files anew")
+    parser.add_argument("--write", action="store_true", help="write the files again")
     asked = parser.parse_args()
     paths = [*RESULTS.glob("compare-*.json"), *RESULTS.glob("ablation-*.json")]
     paths = sorted(path for path in paths if not asked.names or any(name in path.name for name in asked.names))

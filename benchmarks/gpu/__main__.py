@@ -1,12 +1,15 @@
 """python -m benchmarks.gpu [--what step,forward] [--shapes 4096x4096] [--tokens 512,2048] [--budget 500] [--out DIR]
-python -m benchmarks.gpu --report DIR   gpu.md and gpu-faster.json of the results in DIR, also of a run that was cut off
+python -m benchmarks.gpu --report DIR   gpu.md and gpu-faster.json from the results in DIR, also of an interrupted run
 
-This process measures nothing: it starts the one that does (worker.py), and another where a kernel took that down.
+This process measures nothing. It starts the one that measures (worker.py), and another one if a kernel took that down.
 
-Exit code: 0 done, also if a goal is missed, the time left cases out, or without libmft_cuda.so Triton alone was
-measured; 1 something failed or is wrong; 2 no GPU, or a bad argument; 3 nothing failed, but something was slow, or
-compute-sanitizer, which should have looked into the CUDA kernels, complains, is missing or gave no verdict, or the
-library was built without this card's own kernels: all else is measured and written.
+Exit code:
+
+0   done; also if a goal is missed, time left cases out, or Triton alone was measured because libmft_cuda.so is missing
+1   something failed or is wrong
+2   no GPU, or a bad argument
+3   nothing failed, but something was slow, or compute-sanitizer on the CUDA kernels complained, is missing or gave no
+    verdict, or the library was built without this card's own kernels; everything else is measured and written
 """
 
 import argparse
@@ -29,24 +32,24 @@ from .programs import run_for
 from .results import FAILED, NOT_MEASURED, SLOW, WAITING, Results
 
 BUDGET = 500
-#: Beyond the budget, for a case that takes longer than was expected.
+#: Seconds beyond the budget, for a case that takes longer than expected.
 _GRACE = 25.0
-#: What the suite decides by itself.
+#: Variables that the suite sets by itself.
 _NOT_INHERITED = ("MFT_KERNELS", "MFT_AUTOTUNE", "MFT_CUDA_CAPABILITY", "TRITON_INTERPRET")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; "--what" and its like hold lists."""
+    """Parse the command line; "--what" and similar options hold lists."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--what", type=_list_of(_what), default=list(WHATS), help=f"of {','.join(WHATS)}")
+    parser.add_argument("--what", type=_list_of(_what), default=list(WHATS), help=f"among {','.join(WHATS)}")
     parser.add_argument("--shapes", type=_list_of(_shape), default=[EVERY_SHAPE],
                         help=f"NxK, or {' or '.join(SHAPES)}")  # fmt: skip
     parser.add_argument("--tokens", type=_list_of(_positive), default=list(TOKENS), help="values of M")
     parser.add_argument("--budget", type=_positive, default=BUDGET, help="seconds")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where gpu-*.json and gpu.md go; *.zip: into one")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu-*.json and gpu.md, or one *.zip")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, kernels emulated, no GPU needed")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write gpu.md of the results that lie there")
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # what work() takes, of this process
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write gpu.md from the results in DIR")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # arguments of work()
     asked = parser.parse_args(arguments)
     asked.shapes = [shape for shapes in asked.shapes for shape in shapes]
     if asked.dry_run:
@@ -59,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite; the exit code."""
+    """Run the suite and return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     asked = parse(arguments)
     if asked.report:
@@ -88,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(tempfile.mkdtemp(prefix="gpu-")) if archive else asked.out
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--out", str(out.absolute())]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is started ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the started processes end too
     try:
         ended_well = measure(command, out, time.time() + asked.budget, dry=asked.dry_run)
         code = _reported(out, asked.what)
@@ -99,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pack(folder: Path, archive: Path) -> None:
-    """All results in one file, for machines that give few back."""
+    """Write all results into one file, for machines that return few files."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for path in sorted(folder.glob("gpu*")):
@@ -108,13 +111,14 @@ def _pack(folder: Path, archive: Path) -> None:
 
 
 def measure(command: Sequence[str], out: Path, deadline: float, *, dry: bool = False, grace: float = _GRACE) -> bool:
-    """Run workers until one ends by itself, each going on behind the case that ended the last; none after the deadline.
+    """Run workers until one ends by itself, and none after the deadline.
 
-    A case during which a worker died or hung is measured once more without the CUDA kernels if they took part: they
-    shall cost no other competitor its numbers. Else, or if that ends the same way, it has failed. From then on they are
-    left out of that kind of case, and after a hang, which costs a minute, of every kind.
+    Each worker continues after the case that ended the last one. If a worker died or hung during a case in which the
+    CUDA kernels took part, the case is measured once more without them, so that the other competitors keep their
+    numbers. Otherwise, or if that ends the same way, the case has failed. From then on the CUDA kernels are left out of
+    that kind of case. After a hang, which costs a minute, they are left out of every kind.
 
-    Returns: False if a worker died where no case is to blame: another one would end the same way.
+    Returns: False if a worker died and no case is to blame: another worker would end the same way.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     environment |= {"PYTHONUNBUFFERED": "1"} | ({"TRITON_INTERPRET": "1"} if dry else {})
@@ -148,7 +152,7 @@ def measure(command: Sequence[str], out: Path, deadline: float, *, dry: bool = F
 
 
 def _reported(out: Path, whats: Sequence[str]) -> int:
-    """Write the report of a folder, and print its top as far as it is of these kinds; the exit code."""
+    """Write the report of a folder, print its top for these kinds of cases, and return the exit code."""
     documents = [document for document in report.write(out) if document["what"] in whats]
     if not documents:
         print(f"no results in {out}", file=sys.stderr)
@@ -176,7 +180,7 @@ def _what(text: str) -> str:
 
 
 def _shape(text: str) -> tuple[tuple[int, int], ...]:
-    """The shapes of a model, or one."""
+    """Return the shapes of a model, or one shape."""
     if text in SHAPES:
         return SHAPES[text]
     if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.lower()):

@@ -1,10 +1,10 @@
-"""python -m benchmarks.gpu.bundle [FOLDER]: what `make gpu` needs on a machine without a network, in one folder.
+"""python -m benchmarks.gpu.bundle [FOLDER]: pack what `make gpu` needs on a machine without a network into one folder.
 
-Sources and tests; the libraries as they lie in mft_kernels, with _build.json, and mft_kernels/cubins: Triton's kernels,
-compiled ahead (make cubins) by a newer Triton than that machine's, which launches them. There:
-cd FOLDER && make gpu OUT=results. BUNDLE.json says of which commit it is, and what the CUDA library lacks.
+The folder holds sources and tests, the libraries from mft_kernels with _build.json, and mft_kernels/cubins. The cubins
+are Triton's kernels, compiled ahead (make cubins) by a newer Triton than that machine's, which launches them. On that
+machine: cd FOLDER && make gpu OUT=results. BUNDLE.json names the commit and what the CUDA library lacks.
 
-Exit code: 0 whole; 2 too large, nothing was written; 3 written, but the CUDA library lacks something.
+Exit code: 0 complete; 2 too large, nothing was written; 3 written, but the CUDA library lacks something.
 """
 
 import json
@@ -20,9 +20,9 @@ from mft_kernels.backends.built import report
 from ..records import RESULTS, ROOT
 
 MANIFEST = "BUNDLE.json"
-#: Of the whole folder: what a session may carry to a machine that is lent is 64 MiB.
+#: Size of the whole folder: a session may carry 64 MiB to a lent machine.
 MOST_BYTES = 64_000_000
-#: Of that, what the cubins may take: some 2,500, compressed.
+#: The cubins' part of it: some 2,500, compressed.
 CUBIN_BYTES = 25_000_000
 CUBINS = ROOT / "mft_kernels" / "cubins"
 _FOLDERS = ("mft_kernels", "python", "benchmarks", "building", "csrc", "tests")
@@ -32,13 +32,15 @@ _LEFT_OUT = frozenset({"__pycache__", RESULTS.name, ".pytest_cache"})
 
 
 class TooLarge(ValueError):
-    """It would not be carried."""
+    """The bundle is too large to be carried."""
 
 
 def write(folder: Path, cubins: Path) -> list[str]:
-    """Make the folder anew. Returns what the CUDA library lacks, in words.
+    """Create the folder again and return in words what the CUDA library lacks.
 
-    Raises: TooLarge, before anything is written; ValueError for a folder that is something else.
+    Raises:
+        TooLarge: before anything is written.
+        ValueError: the folder exists and is something else.
     """
     files = dict(_files())
     binaries = {_INSIDE / p.relative_to(cubins): p for p in sorted(cubins.rglob("*")) if p.is_file()}
@@ -63,21 +65,21 @@ def write(folder: Path, cubins: Path) -> list[str]:
 
 
 def lacking(built: Mapping[str, Any]) -> list[str]:
-    """What the CUDA library is without, from its part of _build.json."""
+    """Return what the CUDA library lacks, from its part of _build.json."""
     if not built.get("built"):
         return [f"libmft_cuda.so: {built.get('reason') or 'setup.py has not run'}; make cuda builds it"]
     return [f"{group}: {why}; the general kernels run in its place" for group, why in built["left_out"].items()]
 
 
 def commit_of(root: Path = ROOT) -> dict[str, Any]:
-    """commit and tree_is_dirty of the bundle that runs from ``root``; empty in a checkout, where git says it."""
+    """Return commit and tree_is_dirty of the bundle at ``root``; empty in a checkout, where git knows them."""
     path = root / MANIFEST
     known = json.loads(path.read_text()) if path.exists() else {}
     return {key: known[key] for key in ("commit", "tree_is_dirty") if key in known}
 
 
 def main(arguments: list[str]) -> int:
-    """Make it, and say what it holds; the exit code."""
+    """Make the bundle, print what it holds, and return the exit code."""
     folder = Path(arguments[0]) if arguments else ROOT / "build" / "gpu-bundle"
     try:
         lacks = write(folder, CUBINS)
@@ -92,7 +94,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _files() -> Iterator[tuple[Path, Path]]:
-    # A library that the last build did not make is an earlier one's, of other sources.
+    # A library that the last build did not make comes from an earlier build of other sources.
     stale = set() if report("cuda").get("built") else {"libmft_cuda.so"}
     for path in [ROOT / name for name in _FILES] + [p for name in _FOLDERS for p in sorted((ROOT / name).rglob("*"))]:
         name = path.relative_to(ROOT)

@@ -1,7 +1,7 @@
-"""What is measured, by whom and in which order: what is worth most comes first, and whatever ends a run leaves that.
+"""The cases, their competitors and their order: the most valuable come first, so any interrupted run has them.
 
-First come the checks, a figure for each goal (HEADLINE), and the sanitizer's memcheck. Of all that is asked for, what
-is expected to fit the time is planned (within); the rest needs a longer budget or a slice of its own.
+First come the checks, a figure for each goal (HEADLINE), and the sanitizer's memcheck. The cases that are expected to
+fit the time are planned (within); the others need a longer budget or their own run.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,7 +39,7 @@ PAPER_MOST_TOKENS = 2048
 WHY_NOT_COMPILED = f"compiled for a step of 4096 x 4096, M = {COMPILED_TOKENS} alone: a compilation takes 5 to 20 s"
 WHY_NOT_PAPER = f"left out above M = {PAPER_MOST_TOKENS}: there the products hide more and more of its sort"
 
-#: Before anything is timed. Those of csrc/cuda are cases of their own, so that one backend's fault is not the other's.
+#: Run before anything is timed. Those of csrc/cuda are separate cases, so that a fault stays with its backend.
 _FIRST_CHECKS = (
     "cuda layouts", "exact", "cuda exact", "random", "cuda random", "other ops", "cuda other ops", "repeats",
     "cuda repeats",
@@ -48,47 +48,47 @@ SANITIZERS = ("cuda memcheck", "cuda racecheck")
 TESTS = "tests"
 CUDA_CHECKS = ("cuda exact", "cuda random", "cuda other ops", "cuda repeats", "cuda layouts")
 
-#: In order: what other answers rest on, then few tokens, where a launch is the cost, then many.
+#: In this order: tokens that other answers rest on, then few tokens, for which the launch dominates, then many.
 _TOKENS_BY_WORTH = (2048, 512, 1024, 64, 1, 4096, 16, 8192, 16384)
 _GOAL_SHAPES = (SQUARE, (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008))
 _GOAL_TOKENS = (2048, 512)
-#: What the CUDA kernels are asked on LLaMA2-7B's shapes: the fewest of these tokens are the hardest, and come first.
+#: Tokens of the CUDA kernels' goals on LLaMA2-7B's shapes: the fewest are the hardest, and come first.
 CUDA_GOAL_TOKENS = (4096, 8192, 16384)
 _CUDA_GOAL_PRODUCTS = ("forward", "d_x", "d_scores")
-#: d_scores added to an fp32 buffer: what it costs beyond d_scores hardly depends on the shape.
+#: d_scores added to an fp32 buffer: its extra cost hardly depends on the shape.
 _ACCUMULATE_SHAPES, _ACCUMULATE_TOKENS = (SQUARE, (11008, 4096)), (4096, 512)
 _MEMORY_SHAPES, _MEMORY_TOKENS = (SQUARE, (14336, 4096)), (2048, 512)
-#: (N, K) whose scores are selected; the second, 58.7M of them, is the one with a goal.
+#: (N, K) of the selected scores; the second, with 58.7M scores, is the one with a goal.
 SELECTED = (SQUARE, (4096, 14336))
-#: What a layer whose mask is held adds to an fp32 buffer.
+#: Tokens of the product that a layer with a held mask adds to an fp32 buffer.
 _PRODUCT_TOKENS = (2048,)
-#: Products over codes (codes.py), and tokens: one and few, where codes are a quarter of the bytes, and many.
+#: Products over codes (codes.py), and their tokens: one and few, where codes are a quarter of the bytes, and many.
 CODES = ("nf4, forward", "nf4, d_x", "int8, forward", "int8, d_x")
 _CODED_TOKENS = (1, 64, 512)
-#: Few tokens by words and by scores: where CUDA's decode kernel may be what "auto" should take.
+#: Few tokens by words and by scores: here "auto" may have to take CUDA's decode kernel.
 _FEW_TOKENS = (1, 16, 64)
-#: Rows with a mask each (many.py): tokens that are generated for as many users.
+#: Rows with one mask each (many.py): tokens generated for as many users.
 MANY_ROWS = (1, 16, 64)
-#: Products over experts (experts.py), of a mixture's gate and up: 128 experts, eight for each of 2048 and of 64 tokens.
+#: Products over experts (experts.py), of a mixture's gate and up: 128 experts, 8 per token, 2048 and 64 tokens.
 OVER_EXPERTS = ("forward", "d_x", "d_scores")
 EXPERTS, _EXPERT_SHAPE, _EXPERT_ROWS = 128, (1536, 2048), (16384, 512)
-#: Where the host may cost more than the kernel, and layers that take an H100 about 10 and 3 us to read.
+#: Tokens at which the host may cost more than the kernel, and layers that an H100 reads in about 10 and 3 us.
 HOST_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _HOST_SHAPES = (SQUARE, (1024, 4096))
-#: Whole optimiser steps (train.py): models, ways of running, and tokens of a micro-batch.
+#: Whole optimiser steps (train.py): models, ways of running, and tokens per micro-batch.
 TRAINED = ("a LLaMA2-7B layer", "a SmolLM2 layer", "SmolLM2-135M")
 _WAYS = ("plain", "resident", "quantized", "layerwise")
 _TRAIN_TOKENS = (2048,)
 
-#: Seconds after which a case counts as hung. Compiling kernels is most of what the slow ones take.
+#: Seconds after which a case counts as hung. Most of the time of slow cases is compilation.
 _PATIENCE = 60.0
 _PATIENCE_COMPILED = 90.0
 _PATIENCE_OF = {"exact": 225.0, "other ops": 225.0, "cuda layouts": 225.0}
-#: Seconds that programs get which take what they get; all that is left where nothing comes behind them.
+#: Seconds for programs that use whatever they get; if nothing follows them, they get all that is left.
 SECONDS_OF = {TESTS: 60.0, "cuda memcheck": 100.0, "cuda racecheck": 100.0}
 
-#: Seconds that the start and a case may take. They are guesses: none was measured. The reference takes most of a check.
-#: The competitors take most of a timed case, as each is checked, captured and replayed.
+#: Seconds that the start and a case may take. These are guesses, not measurements. In a check, the reference takes
+#: most of the time. In a timed case the competitors do, because each is checked, captured and replayed.
 _GUESS_START = 20.0
 _GUESS = 4.0
 _GUESS_COMPILED = 20.0
@@ -101,7 +101,7 @@ _GUESSES_OF_CHECKS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure, whole or not at all. ``detail``: which check, or the dtype of the scores."""
+    """One thing to measure, completely or not at all. ``detail``: which check, or the dtype of the scores."""
 
     what: str
     n: int = 0
@@ -111,7 +111,7 @@ class Case:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Case":
-        """Whose record it is."""
+        """Return the case of a record."""
         return cls(**{field.name: record[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ class Case:
 
     @property
     def place(self) -> str:
-        """All of it but the kind."""
+        """Everything except the kind."""
         parts = [self.detail, f"{self.n} x {self.k}" if self.n else "", f"M = {self.m}" if self.m else ""]
         return ", ".join(part for part in parts if part)
 
@@ -140,7 +140,7 @@ class Case:
         return self.what in PRODUCTS and COMPILED in competitors(self)
 
 
-#: A figure for each goal, on the layer that both models have.
+#: One figure for each goal, on the layer that both models have.
 HEADLINE = (
     Case("step", *SQUARE, 2048),
     Case("forward", *SQUARE, 4096),
@@ -151,11 +151,11 @@ HEADLINE = (
 
 
 def competitors(case: Case) -> tuple[str, ...]:
-    """Who is timed in a case of PRODUCTS, or whose memory is measured.
+    """Return the competitors that are timed in a case of PRODUCTS, or whose memory is measured.
 
-    d_scores reads no mask, so nothing is to be chosen there. KEPT keeps the masked weight between forward and backward;
-    the others, but for the paper's layer and the eager step, keep nothing of its size. The layers are timed where the
-    compiled form is: the ops that they call are timed everywhere.
+    d_scores reads no mask, so it has no choice of masks. KEPT keeps the masked weight between forward and backward. The
+    others keep nothing of its size, except the paper's layer and the eager step. The layers are timed only where the
+    compiled form is; the ops that they call are timed everywhere.
     """
     if case.what == "accumulate":
         return DENSE, FUSED, CUDA, PASS, EAGER
@@ -175,7 +175,7 @@ def competitors(case: Case) -> tuple[str, ...]:
 
 
 def left_out(case: Case) -> dict[str, str]:
-    """Who is not measured in a case of PRODUCTS, and why."""
+    """Return the competitors that are not measured in a case of PRODUCTS, and why."""
     reasons = {}
     if COMPILED not in competitors(case) and not case.what.startswith(("memory", "accumulate")):
         reasons[COMPILED] = WHY_NOT_COMPILED
@@ -185,12 +185,12 @@ def left_out(case: Case) -> dict[str, str]:
 
 
 def is_beside_others(case: Case) -> bool:
-    """Whether the CUDA kernels are one competitor among several, so that a case is worth something without them."""
+    """Whether the CUDA kernels are one competitor among several, so that the case is useful without them."""
     return case.what not in ("correctness", "host", "train")
 
 
 def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> list[Case]:
-    """Every case asked for: checks, headline, memcheck, few tokens, goals (CUDA's hardest first), the rest."""
+    """Return every requested case: checks, headline, memcheck, few tokens, goals (CUDA's hardest first), the rest."""
     shapes, tokens = tuple(shapes), set(tokens)
     by_worth = [m for m in _TOKENS_BY_WORTH if m in tokens] + sorted(tokens - set(_TOKENS_BY_WORTH))
     is_whole = set(shapes) == set(EVERY_SHAPE)
@@ -230,7 +230,7 @@ def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterab
 
 
 def within(cases: Sequence[Case], seconds: float) -> list[Case]:
-    """Of the cases, in order, those whose guesses fit into so many seconds together."""
+    """Return the first cases, in order, whose guesses fit into this number of seconds together."""
     taken, left = [], seconds - _GUESS_START
     for case in cases:
         if case.guess < left:
@@ -245,10 +245,10 @@ def _cases(
     tokens: Sequence[int] = (0,),
     details: Sequence[str] = ("",),
 ) -> Iterable[Case]:
-    """All combinations, shape by shape."""
+    """Return all combinations, shape by shape."""
     return (Case(what, n, k, m, detail) for n, k in shapes for m in tokens for what in whats for detail in details)
 
 
 def _those(asked: Sequence[_T], preferred: Sequence[_T]) -> Sequence[_T]:
-    """What is preferred among what was asked for, or the first of that."""
+    """Return the preferred values among those asked for, or the first of those asked for."""
     return [one for one in preferred if one in asked] or asked[:1]

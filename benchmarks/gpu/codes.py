@@ -1,10 +1,10 @@
-"""The products over NF4 and int8 codes: calls to check in every bit, and forward and d_x timed.
+"""The products over NF4 and int8 codes: calls that are checked bit for bit, and timings of forward and d_x.
 
-fused, cuda   the kernels, which decode where they mask
-decoded       the whole weight decoded by torch, then the fused product: what a layer does without such a kernel
+fused, cuda   the kernels, which decode while they mask
+decoded       torch decodes the whole weight, then the fused product: what a layer does without such a kernel
 cuBLAS        on a dense bf16 weight, unmasked: four and two times the bytes of the codes
 
-Codes are drawn at random, which changes no time.
+Codes are random, which does not change the times.
 """
 
 import functools
@@ -28,7 +28,7 @@ from .timing import Bench, Competitor
 
 NESTED = "nested nf4"
 DECODED = "decoded, then fused"
-#: -1, 0 and 1 among the levels of NF4.
+#: Codes of -1, 0 and 1 among the levels of NF4.
 _WHOLE = (0, 7, 15)
 
 
@@ -43,12 +43,12 @@ class Codes:
 
     @property
     def given(self) -> tuple[Tensor, list[Tensor]]:
-        """As the ops take them."""
+        """Codes and absmax as arguments of the ops."""
         return self.codes, self.absmax
 
     @property
     def tail(self) -> tuple[list[int], str]:
-        """Shape and levels, as the ops take them."""
+        """Shape and levels as arguments of the ops."""
         return list(self.shape), "int8" if self.kind == "int8" else "nf4"
 
     @property
@@ -56,17 +56,17 @@ class Codes:
         return self.codes.nbytes + sum(scale.nbytes for scale in self.absmax)
 
     def clone(self) -> "Codes":
-        """Apart in memory."""
+        """Return a copy in separate memory."""
         return Codes(self.kind, self.shape, self.codes.clone(), [scale.clone() for scale in self.absmax])
 
     def dense(self) -> Tensor:
-        """Decoded by the reference, bf16."""
+        """Return the weight decoded by the reference, in bf16."""
         shape, kind = self.tail
         return dequantize(*self.given, shape=shape, kind=kind, dtype=torch.bfloat16, backend=REFERENCE)
 
 
 def drawn(kind: str, n: int, k: int, device: torch.device, *, whole: bool = False) -> Codes:
-    """At random; ``whole``: of integers from -2 to 2, so that sums are exact."""
+    """Return random codes; ``whole``: of integers from -2 to 2, so that sums are exact."""
     generator, blocks = torch.Generator(device).manual_seed(0), -(-n * k // Nf4.block)
 
     def draw(low: int, end: int, *shape: int) -> Tensor:
@@ -87,7 +87,7 @@ def drawn(kind: str, n: int, k: int, device: torch.device, *, whole: bool = Fals
 
 
 def code_calls(t: Inputs, threshold: Tensor) -> Iterator[Call]:
-    """Forward and d_x over each kind of codes, with a mask and without."""
+    """Yield forward and d_x over each kind of codes, with and without a mask."""
     packed, (n, k) = reference.pack_mask(t.scores, threshold, MODE), t.weight.shape
     for kind in ("nf4", NESTED, "int8"):
         of = drawn(kind, n, k, t.weight.device, whole=True)
@@ -97,7 +97,7 @@ def code_calls(t: Inputs, threshold: Tensor) -> Iterator[Call]:
 
 
 def time_codes(case: Case, bench: Bench) -> dict[str, Any]:
-    """case.detail: a kind of codes and a product, of cases.CODES."""
+    """Time one case; case.detail is a kind of codes and a product, one of cases.CODES."""
     kind, product = case.detail.split(", ")
     operands = bench.inputs.get(case.n, case.k, case.m)
     one = drawn(kind, case.n, case.k, bench.device.torch_device)

@@ -1,14 +1,14 @@
-"""Whether the kernels are right on this device: every op on the shapes of a real layer, then their tests.
+"""Check the kernels on this device: every op on the shapes of a real layer, then their tests.
 
 exact     products and selection of small integers: every sum is exact, so results must equal the reference in every bit
-other ops   the same over codes, over experts, with a mask a row; and score_step
+other ops   the same for codes, experts and one mask per row; and score_step
 random    error against float64 at most twice PyTorch's own in the same dtype
 repeats   the same call gives the same bits, 100 times
-tests     tests/triton_kernels and, of tests/ops, those of Triton, in a process of its own; in a dry run what a GPU does
+tests     tests/triton_kernels and the Triton tests of tests/ops, in their own process; in a dry run what a GPU does
           and the interpreter does not, on a driver that launches nothing
 
-"cuda exact" and so on are the same for csrc/cuda; "cuda layouts" (layouts.py) is in the place of its tests, which run
-in an emulator, and "cuda memcheck" and "cuda racecheck" (programs.py) repeat a part of that under compute-sanitizer.
+"cuda exact" and so on are the same for csrc/cuda. "cuda layouts" (layouts.py) replaces its tests, which run in an
+emulator. "cuda memcheck" and "cuda racecheck" (programs.py) repeat a part of it under compute-sanitizer.
 """
 
 import functools
@@ -49,16 +49,16 @@ from .timing import FAILURES, reason
 
 REPEATS = 100
 FEATURES = 4096
-TOKENS = (300, 2048)  # one launch and two in the backward, a ragged last tile and a whole one
-#: 64, 128 and 256 tokens a tile: product_sm90 takes the most that give each of an H100's 66 clusters a tile.
+TOKENS = (300, 2048)  # one launch and two in the backward; a ragged last tile and a whole one
+#: 64, 128 and 256 tokens per tile: product_sm90 takes the most that still give each of an H100's 66 clusters a tile.
 CUDA_TOKENS = (300, 1024, 2048)
-#: Dense sums of small integers do not fit 8 bits: a product that rounds twice, as a split one in cuBLAS may, would
-#: differ. One in 61 leaves at most 68 summands of 2, which even bf16 holds.
+#: One in 61 elements is nonzero. Dense sums of small integers do not fit 8 bits, so a product that rounds twice, as a
+#: split one in cuBLAS may, would differ. One in 61 leaves at most 68 summands of 2, which even bf16 holds.
 _SPARSE = 61
 
 
 def check(case: Case, device: Device, seconds: float) -> dict[str, Any]:
-    """status, counts and complaints of a case; ``seconds`` are left for a program of its own."""
+    """Return status, counts and complaints of a case; ``seconds`` are left for a program in its own process."""
     if case.detail == TESTS:
         return run_tests(seconds, dry=device.dry)
     if case.detail.startswith(CUDA) and CUDA in device.without:
@@ -94,7 +94,7 @@ def _checks(detail: str, device: Device) -> Iterator[Check]:
 
 
 def _exact(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> Iterator[Check]:
-    own, backend = names[0], device.backends[names[0]]  # what others end in is a rounding of torch's
+    own, backend = names[0], device.backends[names[0]]  # the others end in torch's rounding
     for scores_dtype in (torch.bfloat16, torch.float32):
         t = _to(integer_inputs(m, n, k, torch.bfloat16, scores_dtype), device)
         threshold = torch.tensor(2, dtype=scores_dtype, device=device.torch_device)
@@ -109,7 +109,7 @@ def _exact(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> It
         if AUTO in names:
             label = f"{AUTO}, M = {m}, scores {name_of(scores_dtype)}"
             yield from equal(device.backends[AUTO], label, dense_calls(t, threshold))
-            # Such rows go by a pass into scratch memory and cuBLAS, whatever the card: Triton's other way.
+            # Such rows go through a pass into scratch memory and cuBLAS on any card: Triton's other way.
             odd = Inputs(**vars(t) | {name: getattr(t, name)[:, 1:].contiguous() for name in ("x", "weight", "scores")})
             yield from equal(device.backends[AUTO], f"{label}, rows not aligned", dense_calls(odd, threshold))
 
@@ -127,7 +127,7 @@ def _other_ops(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -
 def _random(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> Iterator[Check]:
     t = _to(random_inputs(m, n, k, torch.bfloat16, torch.bfloat16), device)
     threshold = t.scores.abs().flatten().sort().values[int((1 - KEEP_RATIO) * t.scores.numel())]
-    threshold = threshold.clone()  # a view into the sorted ones begins anywhere, and cubins ask for multiples of 16
+    threshold = threshold.clone()  # a view into the sorted values can begin anywhere, but cubins need multiples of 16
     for name in names:
         for op, arguments in _of_a_step(t, threshold).items():
             run = functools.partial(_assert_budget, op, device.backends[name], arguments)

@@ -1,4 +1,4 @@
-"""Where the suite runs: a GPU, or for a dry run the CPU with both kinds of kernels emulated; all that differs there."""
+"""The devices that the suite runs on: a GPU, or for a dry run the CPU with both kinds of kernels emulated."""
 
 import contextlib
 import shutil
@@ -22,19 +22,19 @@ from .cases import AUTO, CUDA, FUSED
 from .forms import Form
 from .results import first_line
 
-#: How a competitor is timed: captured in a CUDA graph; queued behind a spin, where its host code cannot be captured; or
-#: by the clock, with what the host needs.
+#: How a competitor is timed: captured in a CUDA graph; queued behind a spin, if its host code cannot be captured; or by
+#: the clock, including the host's time.
 GRAPH, QUEUED, CLOCK = "graph", "queued", "clock"
 
-#: A graph lasts about this long, so that its launch, some 5 us, does not count; at most so many calls in one.
+#: Milliseconds of a graph, so long that its launch of about 5 us does not count; and the most calls in one graph.
 _GRAPH_MS = 2.0
 _MOST_CALLS = 100
-#: A call this slow is timed alone, without a second look.
+#: A call this slow is timed alone, and its estimate is not refined.
 _SLOW_MS = 20.0
-#: Of the spin behind which calls queue up where no graph can be had: longer than the host takes to launch them.
+#: Cycles of the spin behind which calls queue up if there is no graph: longer than the host takes to launch them.
 _SPIN_CYCLES = 10_000_000  # 5 ms at 2 GHz
 _QUEUED_CALLS = 10
-#: By the clock: enough that the two synchronisations, some 10 us, do not count.
+#: Calls by the clock: so many that the two synchronisations, about 10 us, do not count.
 _CLOCKED_CALLS = 50
 
 Run = Callable[[int], object]
@@ -42,13 +42,13 @@ Run = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Timer:
-    """Repeats a competitor: ``replay()`` gives milliseconds a call, the mean of ``calls`` of them."""
+    """Repeats a competitor: ``replay()`` returns milliseconds per call, the mean over ``calls`` of them."""
 
     method: str
     calls: int
-    estimate: float  # milliseconds a call
+    estimate: float  # milliseconds per call
     replay: Callable[[], float]
-    note: str = ""  # why not by a graph
+    note: str = ""  # why no graph is used
 
 
 class Gpu:
@@ -74,7 +74,7 @@ class Gpu:
         return Form.of(target_of(self.torch_device))
 
     def environment(self) -> dict[str, Any]:
-        """The card and what drives it."""
+        """Return the card, its driver and versions."""
         backends = backend_report()["backends"]
         properties = torch.cuda.get_device_properties(self.torch_device)
         capability = torch.cuda.get_device_capability(self.torch_device)
@@ -95,24 +95,24 @@ class Gpu:
         }
 
     def ceilings(self) -> dict[str, float]:
-        """Measured: bytes a second of a copy of 1 GiB (read and written), FLOP/s of cuBLAS at 8192^3 in bf16."""
+        """Measure bytes/s of a copy of 1 GiB (read and written) and FLOP/s of cuBLAS at 8192^3 in bf16."""
         return {"bytes_per_second": self._copy_rate(1 << 30), "flops_per_second": self._product_rate(8192)}
 
     def synchronize(self) -> None:
-        """Wait; raises if the context is lost."""
+        """Wait for the device; raises if the context is lost."""
         torch.cuda.synchronize()
 
     def tidy(self) -> None:
-        """Give back what earlier cases took: within a graph nothing can be, and there an allocation would fail."""
+        """Free the memory of earlier cases: a capture cannot free any, so an allocation in it would fail."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
     def compile(self, function: Callable) -> Callable:
-        """torch.compile for one shape."""
+        """Compile with torch.compile for one shape."""
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     def timer(self, run: Run, copies: int, how: str = GRAPH) -> Timer:
-        """run(i) works on copy i. What should be captured and cannot be is queued instead, with the reason."""
+        """Return a timer of run(i), which works on copy i. What cannot be captured is queued, and the note says why."""
         if how == CLOCK:
             return Timer(CLOCK, _CLOCKED_CALLS, self._clocked(run, copies), lambda: self._clocked(run, copies))
         estimate = self._estimate(run, copies)
@@ -130,8 +130,8 @@ class Gpu:
         return Timer(QUEUED, calls, estimate, lambda: self._queued(run, copies, calls), note)
 
     def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
-        """run() captured once: each call replays it and gives the same tensors, with what is in them then."""
-        run()  # what is made once
+        """Capture run() once. Each call replays it and returns the same tensors with their new contents."""
+        run()  # creates what is created only once
         torch.cuda.synchronize()
         results: list[Tensor] = []
         graph = self._captured(lambda: results.extend(run()))
@@ -144,9 +144,9 @@ class Gpu:
         return replay
 
     def peak(self, run: Callable[[], Sequence[Tensor]], *, warm: bool = True) -> tuple[int, int]:
-        """(bytes by which the allocated memory peaks in run(), those of its results); ``warm``: after one more run."""
+        """Return (peak of allocated bytes in run(), bytes of its results); ``warm``: measure a second run."""
         if warm:
-            run()  # what is made once: binaries, cuBLAS' workspace
+            run()  # creates what is created only once: binaries, cuBLAS' workspace
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -178,11 +178,11 @@ class Gpu:
     def _captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the threads of torch.compile may do what they like meanwhile.
+            # thread_local: torch.compile's threads may use the device meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 run()
         finally:
-            torch.cuda.set_stream(self._stream)  # a capture that fails leaves another one set
+            torch.cuda.set_stream(self._stream)  # a failed capture leaves another stream set
         return graph
 
     def _replayed(self, run: Run, copies: int, calls: int) -> Callable[[], float]:
@@ -212,7 +212,7 @@ class Gpu:
 
 
 class Interpreter:
-    """The CPU, for a dry run: every path but the graphs, on tiny shapes; its times mean nothing."""
+    """The CPU, for a dry run: every code path except graphs, on tiny shapes. Its times mean nothing."""
 
     dry = True
     backends = {FUSED: "triton", AUTO: "auto", CUDA: on_host.BACKEND}  # noqa: RUF012
@@ -221,12 +221,12 @@ class Interpreter:
     form = Form()
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)  # so small that a second one only waits
+        torch.set_num_threads(1)  # the work is so small that a second thread would only wait
         reason = on_host.install()
         self.without = {CUDA: reason} if reason else {}
 
     def environment(self) -> dict[str, Any]:
-        """Says that nothing here was measured on a GPU."""
+        """Return an environment that says that nothing was measured on a GPU."""
         cuda = f"none: {self.without[CUDA]}" if CUDA in self.without else "csrc/cuda in the emulator of the tests"
         return {
             "device": "none: a dry run in Triton's interpreter; not measured",
@@ -236,21 +236,21 @@ class Interpreter:
         }
 
     def ceilings(self) -> dict[str, float]:
-        """Any numbers."""
+        """Return arbitrary numbers."""
         return {"bytes_per_second": 1e9, "flops_per_second": 1e9}
 
     def synchronize(self) -> None:
-        """Nothing runs behind our back."""
+        """Do nothing: the CPU runs nothing asynchronously."""
 
     def tidy(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to free."""
 
     def compile(self, function: Callable) -> Callable:
-        """Traced, not compiled."""
+        """Trace without compiling."""
         return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
 
     def timer(self, run: Run, copies: int, how: str = GRAPH) -> Timer:
-        """By the clock, each copy once; it has run once before, as on a GPU, whose estimate takes a run."""
+        """Return a timer by the clock, which runs each copy once, after one first run as for a GPU's estimate."""
         run(0)
 
         def replay() -> float:
@@ -261,11 +261,11 @@ class Interpreter:
         return Timer(CLOCK, copies, 1.0, replay)
 
     def graph(self, run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
-        """Runs again each time."""
+        """Return a function that runs again each time."""
         return run
 
     def peak(self, run: Callable[[], Sequence[Tensor]], *, warm: bool = True) -> tuple[int, int]:
-        """As if nothing but the results were allocated."""
+        """Return sizes as if only the results were allocated."""
         size = sum(t.nbytes for t in run())
         return size, size
 
@@ -274,7 +274,7 @@ Device = Gpu | Interpreter
 
 
 def lacking(capability: tuple[int, int]) -> list[str]:
-    """The kernels for a card of this compute capability that libmft_cuda.so was built without, and why."""
+    """Return the kernels for this compute capability that libmft_cuda.so was built without, and why."""
     of_the_card = f"_sm{capability[0]}{capability[1]}"
     return [f"{name}: {why}" for name, why in report("cuda").get("left_out", {}).items() if of_the_card in name]
 

@@ -1,4 +1,4 @@
-"""Ops of a backend against the reference, bit for bit: checks by name, each run when its turn comes."""
+"""Compare a backend's ops with the reference bit for bit: checks by name, each run when its turn comes."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ REFERENCE = "reference"
 _IN_PLACE = ("accumulate_score_grad", "accumulate_score_grad_grouped")
 
 Check = tuple[str, Callable[[], Any]]
-#: (op, in which way, its arguments but the backend)
+#: (op, variant, its arguments except the backend)
 Call = tuple[str, str, tuple[Any, ...]]
 
 WANTED = [True, False, True, True]  # d_x, d_scores, d_bias: what training asks for
@@ -28,9 +28,9 @@ _RATIO = 0.9
 
 
 def results(name: str, backend: str, arguments: Iterable[Any]) -> tuple[Tensor, ...]:
-    """What an op makes by the kernels of a backend; of one that works in place, what becomes of a copy.
+    """Return an op's results by a backend's kernels; for an in-place op, the changed copy of its first argument.
 
-    Called as torch.ops.mft has it: unchecked, and without a gradient of its own.
+    The op is called as torch.ops.mft: unchecked, and without a gradient of its own.
     """
     op, arguments = getattr(torch.ops.mft, name), list(arguments)
     if name in _IN_PLACE:
@@ -42,8 +42,10 @@ def results(name: str, backend: str, arguments: Iterable[Any]) -> tuple[Tensor, 
 
 
 def equal(backend: str, label: str, calls: Iterable[Call], *, poison: bool = False) -> Iterator[Check]:
-    """A check for each call, whose inputs are small integers: then sums are exact in fp32, and the one rounding is that
-    of the kernel's own last step. ``poison``: see poisoned.
+    """Yield a check for each call.
+
+    The inputs must be small integers: then sums are exact in fp32, and the only rounding is the kernel's last step.
+    ``poison``: see poisoned.
     """
     for name, how, arguments in calls:
         got = functools.partial(results, name, backend, arguments)
@@ -52,7 +54,7 @@ def equal(backend: str, label: str, calls: Iterable[Call], *, poison: bool = Fal
 
 
 def dense_calls(t: Inputs, threshold: Tensor, mode: str = MODE, wanted: Sequence[bool] = WANTED) -> Iterator[Call]:
-    """Both products and both backwards, from scores and from bits."""
+    """Yield both products and both backwards, from scores and from bits."""
     packed, signs = reference.pack_mask(t.scores, threshold, mode), reference.pack_signs(t.scores)[0]
     yield "masked_linear", "", (t.x, t.weight, t.scores, threshold, t.bias, mode)
     yield "masked_linear_packed", "", (t.x, t.weight, packed, t.bias)
@@ -62,7 +64,7 @@ def dense_calls(t: Inputs, threshold: Tensor, mode: str = MODE, wanted: Sequence
 
 
 def accumulating_calls(t: Inputs, mode: str = MODE) -> Iterator[Call]:
-    """d_scores added to what is there, the sign from bits and from scores; and without weight and sign."""
+    """Yield calls that add d_scores to a buffer: sign from bits, sign from scores, and without weight and sign."""
     signs = reference.pack_signs(t.scores)[0]
     wide, narrow = (torch.ones_like(t.weight, dtype=dtype).contiguous() for dtype in (torch.float32, t.weight.dtype))
     operands, own = (t.grad_output, t.x), name_of(t.weight.dtype)
@@ -76,7 +78,7 @@ def accumulating_calls(t: Inputs, mode: str = MODE) -> Iterator[Call]:
 
 
 def many_calls(t: Inputs, threshold: Tensor, mode: str = MODE) -> Iterator[Call]:
-    """A mask for each row of two, or none."""
+    """Yield calls with a mask for each row, one of two or none."""
     masks = [reference.pack_mask(t.scores, each, mode) for each in (threshold, torch.zeros_like(threshold))]
     tasks = torch.arange(len(t.x), device=t.x.device) % 3 - 1
     yield "masked_linear_many", "", (t.x, t.weight, masks, tasks, t.bias)
@@ -86,12 +88,12 @@ def many_calls(t: Inputs, threshold: Tensor, mode: str = MODE) -> Iterator[Call]
 def selection_checks(
     label: str, scores: Tensor, threshold: Tensor, backend: str, *, poison: bool = False
 ) -> Iterator[Check]:
-    """kept_threshold with ties and without, pack_mask and pack_signs."""
+    """Yield checks of kept_threshold with and without ties, pack_mask and pack_signs."""
     normal = torch.randn(scores.shape, device=scores.device).to(scores.dtype)
     for how, values in (("ties", scores), ("normal", normal)):
         for mode in (MODE, "value"):
             got = functools.partial(results, "kept_threshold", backend, (values, _RATIO, mode))
-            # Not the reference's kthvalue, which takes a second at the sizes of a real layer.
+            # Replaces the reference's kthvalue, which takes a second at the sizes of a real layer.
             expected = functools.partial(lambda *by: [by_sorting(*by)], values, mode)
             check = functools.partial(assert_equal, got, expected, poison=poison)
             yield named("kept_threshold", how, mode, label), check
@@ -100,7 +102,7 @@ def selection_checks(
 
 
 def flips_check(label: str, t: Inputs, threshold: Tensor, backend: str) -> Check:
-    """From one mask in place to another and back, by the functions of one backend or of none."""
+    """Check a change from one in-place mask to another and back, by the functions of one backend or of none."""
     masks = [reference.pack_mask(t.scores, each, MODE) for each in (threshold, threshold - 1)]
 
     def changed(by: str) -> list[Tensor]:
@@ -119,7 +121,7 @@ def flips_check(label: str, t: Inputs, threshold: Tensor, backend: str) -> Check
 
 
 def thresholds_check(label: str, scores: Tensor, backend: str) -> Check:
-    """kept_thresholds of experts' scores."""
+    """Check kept_thresholds of experts' scores."""
     got = functools.partial(results, "kept_thresholds", backend, (scores, _RATIO, MODE))
 
     def expected() -> list[Tensor]:
@@ -131,7 +133,7 @@ def thresholds_check(label: str, scores: Tensor, backend: str) -> Check:
 def assert_equal(
     run: Callable[[], Iterable[Tensor]], expect: Callable[[], Iterable[Tensor]], *, poison: bool = False
 ) -> None:
-    """In every bit, once the expected value is rounded to the dtype of what came."""
+    """Assert equality in every bit, after the expected value is rounded to the dtype of the result."""
     with poisoned() if poison else nullcontext():
         results = list(run())
     for i, (got, expected) in enumerate(zip(results, expect(), strict=True)):
@@ -142,11 +144,11 @@ def assert_equal(
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What is allocated within it begins as NaN, so that an element that nobody writes is seen.
+    """Fill new allocations with NaN within the context, so that an element that nobody writes is seen.
 
-    Not for cuBLAS, which has no deterministic form without a setting of its own.
+    Not for cuBLAS, which has no deterministic form without its own setting.
     """
-    torch.use_deterministic_algorithms(True)  # fills uninitialized memory, which is its default
+    torch.use_deterministic_algorithms(True)  # also fills uninitialized memory, by default
     try:
         yield
     finally:
@@ -154,21 +156,21 @@ def poisoned() -> Iterator[None]:
 
 
 def widened(value: Any) -> Any:
-    """In fp32, if it is a tensor of floats."""
+    """Return the value in fp32 if it is a tensor of floats."""
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def named(*parts: str) -> str:
-    """The name of a check."""
+    """Return the name of a check."""
     return ", ".join(part for part in parts if part)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Without "torch."."""
+    """Return the dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def by_sorting(values: Tensor, mode: str) -> Tensor:
-    """kept_threshold."""
+    """Compute kept_threshold by sorting."""
     keys = (values.abs() if mode == MODE else values).flatten()
     return keys.sort().values[keys.numel() - reference.kept_count(keys.numel(), _RATIO)]

@@ -1,9 +1,9 @@
-"""The products over experts: checks in every bit, and forward, d_x and d_scores timed.
+"""The products over experts: bit-for-bit checks, and timings of forward, d_x and d_scores.
 
 fused, cuda   the kernels by scores, and by packed masks; "auto" takes CUDA's by the number of rows (faster_table.py)
-cuBLAS        torch's grouped_mm on the unmasked weight, whatever it runs; of d_scores without the factor
+cuBLAS        torch's grouped_mm on the unmasked weight, whatever it runs; for d_scores without the factor
 
-Rows are drawn unevenly, and some experts have few or none.
+Rows are distributed unevenly, and some experts have few or none.
 """
 
 import functools
@@ -27,9 +27,10 @@ from .timing import Bench, Competitor
 
 _BY = {FUSED: FUSED, PACKED: FUSED, CUDA: CUDA, CUDA_PACKED: CUDA}
 _D_SCORES = [False, False, True, False]
-#: Of the checks: none at the ends and between, one, a tile's edge, more than one tile; the last are nobody's.
+#: Rows per expert in the checks: none at the ends and between, one, a tile's edge, more than one tile; then rows that
+#: belong to no expert.
 ROWS, NOBODYS = (0, 1, 7, 0, 130, 64, 0), 3
-#: The same, and with so many on average that Hopper's kernel is chosen where the model agrees.
+#: The same with more rows on average, so that Hopper's kernel is chosen where the model agrees.
 MANY_ROWS = (0, 1, 259, 0, 640, 128, 300)
 _DRY_EXPERTS = 5
 
@@ -54,20 +55,20 @@ class Experts:
         return torch.stack([reference.pack_signs(each)[0] for each in self.scores])
 
     def product(self, *, packed: bool, transposed: bool) -> Call:
-        """x's product, or grad's with the weight transposed: the op and its arguments."""
+        """Return the op and its arguments for x's product, or grad's product with the transposed weight."""
         given, tail = self.grad if transposed else self.x, (self.offsets, None, transposed)
         if packed:
             return "masked_linear_grouped_packed", "bits", (given, self.weight, self.packed, *tail)
         return "masked_linear_grouped", "scores", (given, self.weight, self.scores, self.threshold, *tail, MODE)
 
     def gradients(self, wanted: list[bool]) -> Call:
-        """Of the product by scores."""
+        """Return the op and its arguments for the gradients of the product by scores."""
         by = (self.grad, self.x, self.weight, self.scores, self.threshold, self.offsets, False, MODE, wanted)
         return "masked_linear_grouped_backward", "scores", by
 
 
 def expert_checks(label: str, n: int, k: int, dtype: torch.dtype, backend: str, on: torch.device) -> Iterator[Check]:
-    """Both directions, by scores and by bits, gradients, sums of every source, thresholds; of small integers."""
+    """Yield checks on small integers: both directions by scores and bits, gradients, sums by source, thresholds."""
     for scores_dtype, rows in itertools.product((dtype, torch.float32), (ROWS, MANY_ROWS)):
         t = _integers(n, k, dtype, scores_dtype, rows, on)
         name = named(label, name_of(dtype), f"scores {name_of(scores_dtype)}", "many rows" if rows is MANY_ROWS else "")
@@ -108,7 +109,7 @@ def _integers(
 
 
 def time_experts(case: Case, bench: Bench) -> dict[str, Any]:
-    """case.detail: one of cases.OVER_EXPERTS; case.m rows."""
+    """Time one case; case.detail is one of cases.OVER_EXPERTS, case.m the number of rows."""
     t = drawn(case, bench.device)
     expected = _ours(case.detail, t, REFERENCE, packed=False)(0)
     found = {DENSE: Competitor(_dense(case.detail, t), phases=[_work(case, t, DENSE)])}
@@ -117,13 +118,13 @@ def time_experts(case: Case, bench: Bench) -> dict[str, Any]:
         if by in bench.device.without or (packed and case.detail == "d_scores"):
             continue
         run = _ours(case.detail, t, bench.device.backends[by], packed=packed)
-        # No cubins are made over experts, which would not fit a bundle.
+        # There are no cubins for experts, because they would not fit a bundle.
         found[name] = Competitor(run, expected, phases=[_work(case, t, name)], ahead=False)
-    return bench.compare(found, 1)  # larger than L2 by itself
+    return bench.compare(found, 1)  # one copy is already larger than L2
 
 
 def drawn(case: Case, device: Device) -> Experts:
-    """bf16, rows by a skewed draw; no rows are nobody's."""
+    """Return random bf16 values and an uneven distribution of rows; every row belongs to an expert."""
     count, on = _DRY_EXPERTS if device.dry else EXPERTS, device.torch_device
     generator = torch.Generator(on).manual_seed(0)
 
@@ -157,7 +158,7 @@ def _ours(product: str, t: Experts, backend: str, *, packed: bool) -> Callable[[
 
 
 def _work(case: Case, t: Experts, name: str) -> tuple[float, float]:
-    """Bytes, those of experts without rows left out but for their zeros, and floating-point operations."""
+    """Return (bytes, floating-point operations). Experts without rows count only their zeros."""
     rows = t.offsets.diff(prepend=t.offsets.new_zeros(1))
     elements, every = float((rows > 0).sum().item() * case.n * case.k), float(t.weight.numel())
     tokens, keep = 2.0 * case.m * (case.n + case.k), {DENSE: 0.0, PACKED: 1 / 8, CUDA_PACKED: 1 / 8}.get(name, 2.0)

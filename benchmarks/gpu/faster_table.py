@@ -1,4 +1,4 @@
-"""From a run to the table by which "auto" takes CUDA's kernels (backends/faster.py), once they were correct."""
+"""Make the table by which "auto" takes CUDA's kernels (backends/faster.py) from a run, if they were correct."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from .results import FAILED, MEASURED, Document, Record
 
 FASTER = "gpu-faster.json"
 
-#: Of the time of what "auto" takes else: below, CUDA's kernel is faster and not merely timed so.
+#: Share of the time of auto's other choice: below this, CUDA's kernel is faster beyond the noise of timing.
 _FASTER = 0.98
 
 #: One measurement of an op: (size, milliseconds by "auto", by CUDA).
@@ -19,10 +19,10 @@ _BF16 = "bfloat16"
 
 
 def table(documents: Sequence[Document]) -> dict[str, Any] | None:
-    """What faster.json holds; None unless every check of CUDA's kernels was made and passed, and something was timed.
+    """Return the content of faster.json, or None.
 
-    What was timed counts where it was the card and the sources that were checked. A size counts as faster where it is
-    on every shape that was timed.
+    None unless every check of CUDA's kernels ran and passed, and something was timed. Timings count only from the card
+    and sources that were checked. A size counts as faster if it is faster on every timed shape.
     """
     checked = next((document["environment"] for document in documents if document["what"] == "correctness"), {})
     same = [document for document in documents if _identity(document["environment"]) == _identity(checked)]
@@ -43,14 +43,14 @@ def table(documents: Sequence[Document]) -> dict[str, Any] | None:
         "device": checked.get("device"),
         "date": checked.get("date"),
         "sources": checked.get("sources"),
-        "triton": ".".join(str(checked.get("triton", "")).split(".")[:2]),  # they decide the form of its kernels
-        "capability": checked.get("capability"),  # a dry run has none, and its table is for no card
+        "triton": ".".join(str(checked.get("triton", "")).split(".")[:2]),  # decides the form of its kernels
+        "capability": checked.get("capability"),  # None in a dry run, whose table is for no card
         "ops": ops,
     }
 
 
 def is_wrong(documents: Iterable[Document]) -> bool:
-    """Whether a check of CUDA's kernels failed, or one of them where it was timed: then an earlier table goes too."""
+    """Whether CUDA's kernels failed a check or a timed case. Then an earlier table must go too."""
     return any(
         (_is_check(record) and record["status"] == FAILED) or any(CUDA in name for name in record.get("failures", {}))
         for record in _records(documents)
@@ -80,11 +80,11 @@ def _ops(records: Sequence[Record]) -> Iterable[tuple[str, list[str], list[_Time
         both = steps.keys() & forward.keys()
         yield f"{op}_backward", dtypes, _of_tokens({key: _minus(steps[key], forward[key]) for key in both})
     yield "masked_linear_many", [_BF16], _of_tokens(_pairs(records, "many", FUSED, CUDA))
-    # By the op alone "auto" does not know NF4 from int8: a size is faster where it is over both.
+    # The op alone does not tell "auto" NF4 from int8, so a size is faster only if it is faster for both.
     for op, product in (("masked_linear_quantized", "forward"), ("masked_linear_quantized_d_x", "d_x")):
         over = [_pairs(records, "codes", FUSED, CUDA, _with_detail(f"{kind}, {product}")) for kind in ("nf4", "int8")]
         yield op, [_BF16], [times for found in over for times in _of_tokens(found)]
-    # Both directions are one op.
+    # One op has both directions.
     for op, dtypes, names in (
         ("masked_linear_grouped", [_BF16, _BF16], (FUSED, CUDA)),
         ("masked_linear_grouped_packed", [_BF16], (PACKED, CUDA_PACKED)),
@@ -100,7 +100,7 @@ def _ops(records: Sequence[Record]) -> Iterable[tuple[str, list[str], list[_Time
     added = _pairs(records, "accumulate_product", FUSED, CUDA)
     yield "accumulate_product", [_BF16, "float32"], _of_tokens(added)
     for scheme, (scores, _) in SCHEMES.items():
-        # int16 is no dtype of the table of backends.
+        # int16 is not a dtype of the backends' table.
         dtypes = [*(["float32"] if scores.is_floating_point else []), "float32", _BF16]
         steps = _pairs(records, "score_step", f"{scheme}, {TRITON}", f"{scheme}, {CUDA}")
         yield "score_step", dtypes, [(n * k, *times) for (n, k, _), times in steps.items()]
@@ -121,7 +121,7 @@ def _minus(whole: tuple[float, float], part: tuple[float, float]) -> tuple[float
 def _pairs(
     records: Iterable[Record], what: str, auto: str, cuda: str, only: Callable[[Record], bool] = lambda _: True
 ) -> dict[tuple[int, int, int], tuple[float, float]]:
-    """{(n, k, m): medians of both} of the cases in which both were timed; no end of CUDA's kernels is infinite."""
+    """Return {(n, k, m): medians of both} of the cases that timed both; a CUDA kernel that did not end has infinity."""
     found = {}
     for record in records:
         times = {name: sample["ms"]["median"] for name, sample in record.get("samples", {}).items() if "ms" in sample}

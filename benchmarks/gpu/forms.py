@@ -1,7 +1,7 @@
-"""Which binaries the timed launches of Triton's kernels came from, and whether they are those that the record names.
+"""Record which binaries the timed launches of Triton's kernels came from, and compare them with the record's.
 
-A call for which there is no cubin is compiled by the installed Triton, perhaps in another form: its time is right for
-what ran, and wrong for what ships.
+A call without a cubin is compiled by the installed Triton, perhaps in another form. Its time is then right for what ran
+and wrong for what ships.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,14 @@ from mft_kernels.backends.triton.target import Target
 
 @dataclass(frozen=True)
 class Form:
-    """What a record names: cubins, or what the installed Triton compiles; the swapped form or the plain one."""
+    """What a record names: cubins or the installed Triton's binaries, in the swapped form or the plain one."""
 
     by_cubins: bool = False
     swapped: bool = False
 
     @classmethod
     def of(cls, target: Target) -> "Form":
-        """Of a device that is such a target."""
+        """Return the form for a device with this target."""
         ahead = target.backend == "cuda" and cubins.asked() != cubins.JIT
         return cls(ahead and cubins.bundle(str(target))[0] is not None, target.swapped)
 
@@ -32,17 +32,19 @@ class Form:
 
 @dataclass
 class Launches:
-    """Those of one competitor, as far as Python makes them: a graph's all, of others the first."""
+    """A competitor's launches, as far as Python makes them: all of a graph, the first of others."""
 
     seen: Sequence[Launched] = field(default_factory=list)
 
     def names(self) -> list[str]:
-        """Each kernel once, and what it came from."""
+        """Return each kernel once, with its origin."""
         return sorted({f"{one.kernel}: {_named(one.cubin is not None, one.swapped)}" for one in self.seen})
 
     def stray(self, form: Form, *, ahead: bool = True) -> str:
-        """The first that did not come from what the record names, in words; "" if none. ``ahead``: whether cubins are
-        made of these kernels; else the installed Triton compiles them, in its own form, which their names tell.
+        """Return in words the first launch that does not match the record, "" if all match.
+
+        ``ahead``: whether there are cubins of these kernels. If not, the installed Triton compiles them in its own
+        form, which their names tell.
         """
         for one in self.seen if ahead else ():
             if (one.cubin is not None) != form.by_cubins or (one.swapped and not form.swapped):
@@ -53,7 +55,7 @@ class Launches:
 
 @contextmanager
 def watched() -> Iterator[Launches]:
-    """Within the context, what is launched; first all plans are forgotten, by which C++ would launch unseen."""
+    """Yield the launches within the context. All plans are forgotten first: C++ would launch from them unseen."""
     planned.forget()
     with cubins.watching() as seen:
         yield Launches(seen)

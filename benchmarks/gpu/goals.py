@@ -1,8 +1,8 @@
-"""What was asked of both backends on an H100, and whether it is met, NOT MET, not measured, or not applicable.
+"""The goals of both backends on an H100: met, NOT MET, not measured, or not applicable.
 
-A goal in percent of cuBLAS is judged where the card allows it at all: reading the scores takes time that the unmasked
-product has not, and with few tokens reading is all there is. A worst case is the median of the worst case. A goal of a
-kernel that cannot run there is not applicable: no figure of another kernel meets or misses it.
+A goal in percent of cuBLAS is judged only in cases in which the card can reach it. Reading the scores takes time that
+the unmasked product does not need, and with few tokens reading is all the work. A worst case is the median of the worst
+case. A goal of a kernel that cannot run on the card is not applicable: no figure of another kernel can decide it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,25 +29,26 @@ from .results import NOT_MEASURED, Record
 
 MET, NOT_MET, NOT_APPLICABLE = "met", "NOT MET", "not applicable"
 _ASKED_OF = "sm_90"
-#: auto may choose the very passes that it is compared with, and two timings of one thing differ by about as much.
+#: auto may choose the passes that it is compared with, and two timings of the same thing differ by about this much.
 _NOT_SLOWER = 0.99
 #: The share of cuBLAS, in percent, that each form of Triton's masked product (docs/explanation/triton-kernels.md) must
 #: reach. The plain one masks through shared memory, where masking and multiplying take turns. triton/choice.py rests on
 #: its 60 %.
 _FORMS = {"register-fed": 90, "plain": 60}
-#: What share of cuBLAS the model of csrc/cuda/tile_cost.h expects at the worst of these shapes, in percent: of products
-#: by words, which scores are packed into first where tokens are many. By scores it expects 67, for L2 brings no more.
+#: The share of cuBLAS, in percent, that the model of csrc/cuda/tile_cost.h expects at the worst of these shapes, for
+#: products by words. With many tokens, scores are first packed into words. Directly by scores it expects 67, limited by
+#: L2.
 _EXPECTED = {"forward": 94, "d_x": 97, "d_scores": 90}
 #: The time of a mask pass divided by that of auto, for a step of 2048 tokens, as triton/cost.py predicts it. Here auto
 #: keeps the masked weight from forward to d_x. If it masks twice, the model says 1.12 and 1.03.
 _PASS_BY_AUTO, _KEPT_BY_AUTO = 1.2, 1.1
-#: Without which groups of csrc/cuda the general kernels run in the place of those that were asked.
+#: The groups of csrc/cuda without which the general kernels run instead.
 _CUDA_KERNELS = {"forward": "product_sm90", "d_x": "product_sm90", "d_scores": "score_grad_sm90"}
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A quantity, what was asked of it, and how it stands."""
+    """A quantity, its goal, and its outcome."""
 
     quantity: str
     bound: float
@@ -57,14 +58,14 @@ class Goal:
     state: str = NOT_MEASURED
 
     def judge(self, measured: Spread, where: str = "") -> "Goal":
-        """With a figure; ``where``: that of the worst case."""
+        """Return the goal with its outcome; ``where`` names the worst case."""
         median = measured.median
         is_met = median >= self.bound if self.rule == "at least" else median <= self.bound
         quantity = f"{self.quantity}: {where}" if where else self.quantity
         return replace(self, quantity=quantity, measured=measured, state=MET if is_met else NOT_MET)
 
     def unless(self, why: str) -> "Goal":
-        """Not applicable, if there is a reason."""
+        """Return the goal as not applicable, if there is a reason."""
         if not why:
             return self
         quantity = f"{self.quantity.split(':')[0]}; {why}"
@@ -72,7 +73,7 @@ class Goal:
 
 
 def goals(what: str, cases: Sequence[Record], environment: Mapping[str, Any]) -> list[Goal]:
-    """Those of one kind of case; ``environment``: that of its document."""
+    """Return the goals of one kind of case; ``environment`` is that of its document."""
     if what == "correctness":
         of_cuda = [case for case in cases if case["detail"].startswith(CUDA)]
         of_triton = [case for case in cases if case not in of_cuda]
@@ -88,13 +89,13 @@ def goals(what: str, cases: Sequence[Record], environment: Mapping[str, Any]) ->
 
 
 def no_cuda(environment: Mapping[str, Any]) -> str:
-    """Why the CUDA kernels did not run there, "" if they did."""
+    """Return why the CUDA kernels did not run, "" if they did."""
     library = environment.get("cuda_library", "")
     return library.removeprefix("none: ") if library.startswith("none: ") else ""
 
 
 def _against(name: str, environment: Mapping[str, Any], kernels: str = "") -> str:
-    """Why a goal of ``name`` does not apply, "" if it does; ``kernels``: the group that it needs."""
+    """Return why a goal of ``name`` does not apply, "" if it does; ``kernels``: the group that it needs."""
     if name == CUDA and no_cuda(environment):
         return f"without {CUDA}: {no_cuda(environment)}"
     if _card(environment) != _ASKED_OF:
@@ -111,7 +112,7 @@ def _card(environment: Mapping[str, Any]) -> str:
 
 
 def _form(environment: Mapping[str, Any]) -> str:
-    """Of Triton's masked product: on other cards none goes through registers."""
+    """Return the form of Triton's masked product; on other cards none goes through registers."""
     is_plain = "plain form" in environment.get("triton_kernels", "") or _card(environment) != _ASKED_OF
     return "plain" if is_plain else "register-fed"
 
@@ -131,7 +132,7 @@ def _of_products(what: str, cases: Sequence[Record], environment: Mapping[str, A
     few = [case for case in cases if case["m"] <= 2048]
     many = [case for case in cases if case["m"] >= CUDA_GOAL_TOKENS[0] and (case["n"], case["k"]) in llama2]
     ours = _of_cublas(FUSED, what, few, _FORMS[form], f", {form} form, M <= 2048")
-    if what == "d_scores":  # which reads no mask, so both forms are one
+    if what == "d_scores":  # d_scores reads no mask, so both forms are one
         ours = _of_cublas(FUSED, what, cases, 95, "")
     name, where = CUDA if what == "d_scores" else CUDA_PACKED, f", M >= {CUDA_GOAL_TOKENS[0]}, LLaMA2-7B"
     of_cuda = _of_cublas(name, what, many, _EXPECTED[what], where)
@@ -178,7 +179,7 @@ def _of_steps(cases: Sequence[Record], environment: Mapping[str, Any]) -> list[G
 
 
 def _above(quantity: str, within: Sequence[Record], rivals: Sequence[str], bound: float) -> Goal:
-    """How many times as long as auto the fastest of the rivals takes."""
+    """Judge the time of the fastest rival / the time of auto."""
     measured = [case for case in within if {*rivals, AUTO} <= case.get("samples", {}).keys()]
 
     def ratio(case: Record) -> Spread:

@@ -1,10 +1,11 @@
-"""Every op of csrc/cuda on small, odd and strided shapes, and in a graph, against the reference, bit for bit.
+"""Compare every op of csrc/cuda with the reference bit for bit: small, odd and strided shapes, and in a graph.
 
-On compute capability 9.0 everything runs twice: as it is, and by the general kernels (MFT_CUDA_CAPABILITY=80). There
-product_sm90 also runs in each of its tiles and in sums of one part and several, whatever its plan would choose.
+On compute capability 9.0 everything runs twice: with its own kernels, and with the general ones
+(MFT_CUDA_CAPABILITY=80). There product_sm90 also runs with each tile size, and with its sum in one part and in several,
+regardless of its plan.
 
-python -m benchmarks.gpu.layouts runs a part of it, for compute-sanitizer (programs.py); its last line counts. Without
-a GPU the kernels are emulated.
+python -m benchmarks.gpu.layouts runs a part of this, for compute-sanitizer (programs.py); its last line has the counts.
+Without a GPU the kernels are emulated.
 """
 
 import functools
@@ -48,26 +49,26 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 Size = tuple[int, int, int]  # (M, N, K)
 SMALL: tuple[Size, ...] = (
     (1, 24, 40),  # one token
-    (5, 33, 47),  # odd: rows begin anywhere, only the general kernels take them
-    (64, 256, 128),  # whole tiles; words of a row are 16 bytes, which Hopper's packed product asks for
+    (5, 33, 47),  # odd: rows begin anywhere, which only the general kernels take
+    (64, 256, 128),  # whole tiles; words of a row are 16 bytes, which Hopper's packed product needs
     (70, 264, 136),  # ragged in every direction; words of a row are 20 bytes
     (130, 392, 256),  # more than one tile in every direction
     (3, 8, 1024),  # a long sum, which the general product cuts into parts
     (17, 1, 1),
     (0, 16, 32),  # no tokens
 )
-#: Tokens of a tile of product_sm90, parts of a sum, and what tells the mask; and a product that is ragged in each: one
-#: to four tiles of tokens, two of features, three and five pairs of steps.
+#: Tokens per tile of product_sm90, parts of a sum, and the source of the mask. Then a product that is ragged in each:
+#: one to four tiles of tokens, two of features, three and five pairs of steps.
 TILES, PARTS, MASKED_BY = (64, 128, 256), (1, 2, 3), ("words", MODE, "value")
 _TILED: Size = (200, 264, 640)
-_CUT: Size = (64, 256, 128)  # of a wider matrix
-#: (N, K) of experts. One kernel serves every capability. The second's rows are whole chunks, tiles are more
-#: than one in every direction.
+_CUT: Size = (64, 256, 128)  # a part of a wider matrix
+#: (N, K) of experts. One kernel serves every capability. In the second shape, rows are whole chunks and every direction
+#: has more than one tile.
 _EXPERTS = ((33, 47), (264, 136))
 
-#: (weight, scores, mode, a threshold a row)
+#: (weight, scores, mode, whether there is one threshold per row)
 Kind = tuple[torch.dtype, torch.dtype, str, bool]
-#: What compute-sanitizer and a dry run have time for.
+#: The kinds that compute-sanitizer and a dry run have time for.
 _FEW: tuple[Kind, ...] = ((_BF16, _BF16, MODE, False), (_FP16, _FP32, MODE, True), (_BF16, _BF16, "value", True))
 _ALL: tuple[Kind, ...] = tuple(
     (dtype, scores_dtype, mode, by_row)
@@ -78,12 +79,12 @@ _ALL: tuple[Kind, ...] = tuple(
 )
 _ALL_SIZES = [(size, _ALL) for size in SMALL]
 _DRY_SIZES = [(SMALL[1], _FEW)]
-#: One a kernel; the fourth's sum is in parts.
+#: One size per kernel; the fourth's sum is in parts.
 _FEW_SIZES = [*((size, _FEW) for size in (SMALL[1], SMALL[3], SMALL[2])), (SMALL[5], _FEW[:1])]
 
 
 def checks(device: Device) -> Iterator[Check]:
-    """All of them, by name."""
+    """Yield all checks with their names."""
     on, backend, dry = device.torch_device, device.backends[CUDA], device.dry
     cut = (8, 24, 40) if dry else _CUT
     yield from _by_each_capability(_DRY_SIZES if dry else _ALL_SIZES, on, backend)
@@ -97,7 +98,7 @@ def checks(device: Device) -> Iterator[Check]:
 
 
 def few(on: torch.device, backend: str) -> Iterator[Check]:
-    """One check a kernel and kind of memory access: compute-sanitizer takes a hundred times as long."""
+    """Yield one check per kernel and kind of memory access: compute-sanitizer takes a hundred times as long."""
     yield from _by_each_capability(_FEW_SIZES, on, backend)
     yield from tile_checks((_BF16,), on, PARTS[:2])
     for n, k in _EXPERTS:
@@ -105,7 +106,7 @@ def few(on: torch.device, backend: str) -> Iterator[Check]:
 
 
 def tile_checks(dtypes: Sequence[torch.dtype], on: torch.device, parts: Sequence[int] = PARTS) -> Iterator[Check]:
-    """product_sm90 in each tile, by each mask, in both directions, its sum in so many parts."""
+    """Yield checks of product_sm90 for each tile, mask source and direction, and each number of parts of the sum."""
     if "90" not in capabilities(on) or "product_sm90" not in built.cuda_ops.contents():
         return
     for way in itertools.product(dtypes, MASKED_BY, (False, True), TILES, parts):
@@ -135,7 +136,7 @@ def _in_tile(dtype: torch.dtype, masked_by: str, transposed: bool, tokens: int, 
 
 
 def capabilities(device: torch.device) -> tuple[str, ...]:
-    """Whose kernels can run here: "90" and "80", or the device's own."""
+    """Return the capabilities whose kernels can run here: "90" and "80", or the device's own."""
     if device.type == "cpu":
         return "90", "80"
     major, minor = torch.cuda.get_device_capability(device)
@@ -143,7 +144,7 @@ def capabilities(device: torch.device) -> tuple[str, ...]:
 
 
 def in_a_graph(size: Size, device: Device) -> None:
-    """What a training step launches, captured once and replayed on other values."""
+    """Capture what a training step launches once, and replay it on other values."""
     t, sums = _inputs(size, device.torch_device), torch.zeros(size[1:], device=device.torch_device)
 
     def step(backend: str) -> Iterator[Tensor]:
@@ -194,12 +195,12 @@ def _of_size(size: Size, kind: Kind, on: torch.device, backend: str) -> Iterator
 
 
 def _strided(size: Size, on: torch.device, backend: str) -> Iterator[Check]:
-    """Views that the kernels read where they lie, and some that are copied first."""
+    """Yield checks on views that the kernels read in place, and on some that are copied first."""
     m, n, k = size
     wide = _inputs((m, n + 16, k + 24), on)
 
     def cut(of: int) -> Inputs:
-        """From element ``of`` on: at 8, every row still begins at a multiple of 16 bytes."""
+        """Return inputs from element ``of`` on: at 8, every row still begins at a multiple of 16 bytes."""
         rows, columns = slice(of % 3, of % 3 + n), slice(of, of + k)
         return Inputs(wide.x[:, columns], wide.weight[rows, columns], wide.scores[rows, columns], wide.bias[:n],
                       wide.grad_output[:, of : of + n])  # fmt: skip
@@ -238,13 +239,13 @@ def _threshold(scores: Tensor, by_row: bool) -> Tensor:
 
 
 def _by(capability: str, run: Callable[[], object]) -> None:
-    """By the kernels of that compute capability, wherever they can run."""
+    """Run with the kernels of that compute capability, if they can run."""
     with mock.patch.dict(os.environ, MFT_CUDA_CAPABILITY=capability):
         run()
 
 
 def main() -> int:
-    """Run the few; 0 if all are right."""
+    """Run the few checks; return 0 if all are right."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and (reason := on_host.install()):
         print(reason, file=sys.stderr)

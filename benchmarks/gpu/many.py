@@ -1,6 +1,6 @@
-"""Time the product whose rows have a mask each, as one batch for many users has.
+"""Time the product with one mask per row, as in one batch for many users.
 
-fused, cuda   the kernels: the weight is read once, whatever the masks are
+fused, cuda   the kernels: the weight is read once, for any masks
 cuBLAS        on the dense weight, unmasked
 """
 
@@ -16,12 +16,12 @@ from .cases import CUDA, DENSE, FUSED, Case
 from .equality import REFERENCE
 from .timing import Bench, Competitor
 
-#: Kept of the weight, a mask each.
+#: Kept shares of the weight, one per mask.
 _RATIOS = (0.95, 0.9, 0.8, 0.5)
 
 
 def time_many(case: Case, bench: Bench) -> dict[str, Any]:
-    """case.m rows, which take the masks in turn."""
+    """Time one case of case.m rows, which use the masks in turn."""
     operands = bench.inputs.get(case.n, case.k, case.m)
     first = operands[0]
     keys = first.scores.abs().flatten().sort().values

@@ -1,4 +1,4 @@
-"""For a dry run: a backend that runs the CUDA kernels on CPU tensors, their bindings over the emulator of the tests.
+"""A backend for dry runs that runs the CUDA kernels on CPU tensors: their bindings, over the emulator of the tests.
 
 The bindings are compiled once, into build/cuda_on_host, and again when a source changes.
 """
@@ -15,16 +15,16 @@ from mft_kernels.backends.table import Backend, register, registered
 
 from ..records import ROOT
 
-#: By which name ops are asked for it: the backend "cuda" takes tensors of a GPU alone.
+#: The backend's name in calls of ops: the backend "cuda" accepts only GPU tensors.
 BACKEND = "cuda_on_host"
 _FOLDER = ROOT / "build" / "cuda_on_host"
 _NAME = "mft_cuda_on_host"
 
 
 def install() -> str | None:
-    """Register the backend, its ops those of "cuda". Returns why it cannot be had, or None.
+    """Register the backend with the ops of "cuda". Return why this is impossible, or None.
 
-    Raises: RuntimeError, with the compiler's words, if the sources do not compile.
+    Raises: RuntimeError with the compiler's output, if the sources do not compile.
     """
     for folder in ("tests", "tests/cuda_kernels"):
         if str(ROOT / folder) not in sys.path:
@@ -44,7 +44,7 @@ def install() -> str | None:
     cuda = registered("cuda")
     on_cpu = frozenset({"cpu"})
     register(Backend(BACKEND, on_cpu, cuda.dtypes, cuda.functions, takes=cuda.takes))
-    os.environ.setdefault("MFT_CUDA_CAPABILITY", "90")  # Hopper's kernels where they take the arguments, else sm_80's
+    os.environ.setdefault("MFT_CUDA_CAPABILITY", "90")  # Hopper's kernels if they take the arguments, else sm_80's
     return None
 
 
@@ -57,5 +57,5 @@ def _bindings(on_host: ModuleType) -> Path:
     _FOLDER.mkdir(parents=True, exist_ok=True)
     part = library.with_suffix(f".{os.getpid()}")
     on_host.build(part, _NAME, *on_host.emulated_kernels())
-    part.replace(library)  # whole or not at all: another dry run may be reading it
+    part.replace(library)  # atomic: another dry run may be reading it
     return library

@@ -1,7 +1,8 @@
-"""Time what happens to a score matrix once a step: its threshold and mask, and score_step.
+"""Time the work on a score matrix once per step: its threshold and mask, and score_step.
 
-threshold    kept_threshold, pack_mask and pack_signs against PyTorch's ways to a k-th largest magnitude and to a mask
-score_step   scores, moments, next threshold and mask. AdamW of torch does less: no factor weight * sign(scores), no
+threshold    kept_threshold, pack_mask and pack_signs, compared with PyTorch's ways to find a k-th largest magnitude
+             and a mask
+score_step   scores, moments, next threshold and mask. torch's AdamW does less: no factor weight * sign(scores), no
              rounding to 16 bits, no mask
 """
 
@@ -25,26 +26,26 @@ from .timing import Bench, Competitor
 
 TORCH_ADAMW = "torch.optim.AdamW, fused"
 TRITON = "Triton"
-#: (scores, moments in 8 bits): compact as they rest in most ways of running, and exact.
+#: (scores, moments in 8 bits): compact, as most ways of running store them, and exact.
 SCHEMES = {"int16, 8-bit": (torch.int16, True), "fp32, exact": (torch.float32, False)}
-#: Rows that are compared with the reference, whose step of a whole matrix would take seconds. Few of their elements may
-#: differ: a quotient that another rounding moves across the next random number.
+#: Rows that are compared with the reference, whose step on a whole matrix would take seconds; and the largest share of
+#: elements that may differ, because another rounding moves a quotient across the next random number.
 _COMPARED, _MOST_APART = 64, 1e-3
 
 
 def time_threshold(case: Case, bench: Bench) -> dict[str, Any]:
-    """case.detail is the dtype of the scores. All must agree on the threshold."""
+    """Time one case; case.detail is the dtype of the scores. All must agree on the threshold."""
     device = bench.device.torch_device
     generator = torch.Generator(device).manual_seed(0)
     first = torch.randn(case.n, case.k, generator=generator, device=device).mul_(0.02).to(getattr(torch, case.detail))
     copies = [first, *(first.clone() for _ in range(bench.inputs.copies(first.nbytes) - 1))]
     dropped = int((1 - KEEP_RATIO) * first.numel())
     kept = first.numel() - dropped
-    threshold = first.abs().flatten().sort().values[dropped].clone()  # aligned, as a threshold of its own is
+    threshold = first.abs().flatten().sort().values[dropped].clone()  # a copy is aligned, as a separate threshold is
     found: dict[str, Competitor] = {}
 
     def add(name: str, run: Callable[[Tensor], Any], *, written: float, selects: bool, how: str = GRAPH) -> None:
-        """``written``: bytes a score."""
+        """Add a competitor; ``written``: bytes per score."""
         phases, expected = [(first.nbytes + first.numel() * written, 0.0)], threshold if selects else None
         found[name] = Competitor(lambda copy: run(copies[copy]), expected, most_apart=0.0, phases=phases, how=how)
 
@@ -55,7 +56,7 @@ def time_threshold(case: Case, bench: Bench) -> dict[str, Any]:
                 run = functools.partial(_op, name, bench.device.backends[by], arguments)
                 selects = name == "kept_threshold"
                 add(label, run, written=0 if selects else 1 / 8, selects=selects)
-    # PyTorch's selections allocate and launch as they see fit; a graph would have to hold several times their input.
+    # PyTorch's selections allocate and launch freely, so a graph would have to hold several times their input.
     theirs: dict[str, Callable[[Tensor], Tensor]] = {
         "sort": lambda s: s.abs().flatten().sort().values[dropped],
         "kthvalue": lambda s: s.abs().flatten().kthvalue(dropped + 1).values,
@@ -68,7 +69,7 @@ def time_threshold(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def time_score_step(case: Case, bench: Bench) -> dict[str, Any]:
-    """Both schemes, of one matrix."""
+    """Time both schemes on one matrix."""
     found: dict[str, Competitor] = {}
     for scheme in SCHEMES:
         matrix = Matrix(case.n, case.k, scheme, bench.device.torch_device)
@@ -90,7 +91,7 @@ def time_score_step(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def step_checks(label: str, n: int, k: int, backend: str, device: torch.device) -> Iterator[Check]:
-    """score_step in both schemes."""
+    """Yield checks of score_step in both schemes."""
 
     def check(scheme: str) -> None:
         apart = Matrix(n, k, scheme, device).apart(backend)
@@ -112,7 +113,7 @@ class Matrix:
 
         self.scores, self.grad, self.weight = normal(0.02), normal(1e-3), normal(0.02).to(torch.bfloat16)
         self.hint: Tensor | None = None
-        if dtype == torch.int16:  # as in training: the threshold that held before the step
+        if dtype == torch.int16:  # as in training: the threshold before the step
             self.scores = fixed_from_float(self.scores.clamp_(-0.1, 0.1))
             self.hint = kept_threshold(self.scores, KEEP_RATIO)
         kind = {"dtype": torch.uint8 if eight_bit else torch.float32, "device": device}
@@ -121,13 +122,13 @@ class Matrix:
 
     @property
     def moved_bytes(self) -> float:
-        """4 bytes of gradient, 2 of weight read; scores, moments and scales read and written; a bit of mask."""
+        """4 bytes of gradient and 2 of weight read; scores, moments and scales read and written; a bit of mask."""
         written = (self.scores, self.exp_avg, self.exp_avg_sq, self.scales)
         own = sum(t.nbytes for t in written if t is not None)
         return self.grad.nbytes + self.weight.nbytes + 2.0 * own + self.scores.numel() / 8
 
     def step(self, backend: str) -> object:
-        """One, in place."""
+        """Do one step in place."""
         return score_step(
             self.scores,
             self.grad,
@@ -145,9 +146,9 @@ class Matrix:
         )
 
     def apart(self, backend: str) -> float:
-        """Share of the scores that two steps make different from the reference's, of the first rows alone.
+        """Return the share of scores that differ from the reference's after two steps, in the first rows only.
 
-        The second step reads moments that the first has coded.
+        The second step reads the moments that the first one has coded.
         """
         ours, theirs = (self._first_rows(place) for place in (self.scores.device, torch.device("cpu")))
         for _ in range(2):
@@ -160,7 +161,7 @@ class Matrix:
     def _first_rows(self, place: torch.device) -> "Matrix":
         found, rows = copy.copy(self), min(_COMPARED, len(self.scores))
         if rows * self.scores.shape[1] % BLOCK:
-            rows = len(self.scores)  # scales are of whole blocks
+            rows = len(self.scores)  # scales belong to whole blocks
         for name, value in vars(self).items():
             if value is not None:
                 cut = value[:rows] if value.shape == self.scores.shape else value

@@ -1,4 +1,4 @@
-"""What the kernels are timed on: operands of a shape and a number of tokens, in more copies than the L2 cache holds."""
+"""The inputs of timed kernels: operands for a shape and a number of tokens, in more copies than the L2 cache holds."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ MODE = "magnitude"
 class Operands:
     """bf16, contiguous: x (M, K), grad (M, N), weight and scores (N, K), threshold (), packed and signs as bits.
 
-    sums: fp32 (N, K), what is added to; None where nothing is.
+    sums: fp32 (N, K), the buffer that is added to; None if there is none.
     """
 
     x: Tensor
@@ -31,11 +31,11 @@ class Operands:
     sums: Tensor | None = None
 
     def masked(self) -> Tensor:
-        """The masked weight, by torch."""
+        """Return the masked weight, computed by torch."""
         return torch.where(self.scores.abs() >= self.threshold, self.weight, 0)
 
     def to_add_to(self) -> Tensor:
-        """``sums``, where there must be some."""
+        """``sums``, which must exist."""
         assert self.sums is not None, "what is accumulated needs operands with sums"
         return self.sums
 
@@ -52,7 +52,7 @@ class Inputs:
         self._operands: list[Operands] = []
 
     def get(self, n: int, k: int, m: int, *, sums: bool = False) -> list[Operands]:
-        """Equal in value, apart in memory; with ``sums`` a buffer each."""
+        """Return copies with equal values in separate memory; with ``sums``, each has a buffer."""
         if (n, k, m, sums) != self._tokens:
             self._operands, self._tokens = [], None
             layers = self._layers_of(n, k)
@@ -67,7 +67,7 @@ class Inputs:
         return self._operands
 
     def copies(self, nbytes: int) -> int:
-        """How many of that size: four caches between two uses of one, so that what was read then is overwritten."""
+        """Return the number of copies of this size: four caches between two uses of one copy, so that it is evicted."""
         return max(1, math.ceil(4 * self._device.l2_bytes / nbytes))
 
     def _layers_of(self, n: int, k: int) -> list[tuple[Tensor, ...]]:
@@ -75,7 +75,7 @@ class Inputs:
             self._layers, self._shape = [], None
             weight, scores = 0.02 * self._normal(n, k), 0.02 * self._normal(n, k)
             dropped = int((1 - KEEP_RATIO) * scores.numel())
-            threshold = scores.abs().flatten().sort().values[dropped].clone()  # none of the kernels that are measured
+            threshold = scores.abs().flatten().sort().values[dropped].clone()  # by no measured kernel
             packed = reference.pack_mask(scores, threshold, MODE)
             signs = reference.pack_signs(scores)[0]
             layer = (weight, scores, threshold, packed, signs)

@@ -1,4 +1,4 @@
-"""Time the products of a layer and a whole step, measure a step's memory, and time what a caller waits for."""
+"""Time a layer's products and a whole step, measure a step's memory, and time what a caller waits for."""
 
 import functools
 from collections.abc import Callable
@@ -20,17 +20,17 @@ _LAYERS: dict[str, Callable[[], Way]] = {
     HELD: lambda: Layer(held_layer),
     OP: Op,
 }
-#: Bytes that tell one weight's mask, of a competitor.
+#: Bytes per weight of each competitor's mask.
 _KEEP_BYTES = {DENSE: 0.0} | dict.fromkeys((PACKED, CUDA_PACKED, AUTO_PACKED), 1 / 8)
 _SCORE_BYTES = 2.0
-#: The paper's sort drops some of the scores that tie with the threshold and are kept here, about one weight in 300.
+#: Tolerance: the paper's sort drops some scores that tie with the threshold and are kept here, about 1 weight in 300.
 _MOST_APART_OF = {PAPER: 0.25}
-#: Autograd, and of the paper's layer indexing by a tensor of the host: not for a graph.
+#: Cannot be captured in a graph: autograd, and in the paper's layer indexing by a tensor on the host.
 _NOT_CAPTURED = frozenset({PAPER, LAYER, HELD})
 
 
 def time_product(case: Case, bench: Bench) -> dict[str, Any]:
-    """One of cases.PRODUCTS."""
+    """Time one of cases.PRODUCTS."""
     sums = case.what.startswith("accumulate") or HELD in competitors(case)
     operands = bench.inputs.get(case.n, case.k, case.m, sums=sums)
     first = operands[0]
@@ -53,7 +53,7 @@ def time_product(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def measure_memory(case: Case, bench: Bench) -> dict[str, Any]:
-    """Peak memory of a step of each competitor, and its results: y, d_x and the gradient of the weight's size."""
+    """Measure peak memory of each competitor's step, and its results: y, d_x and the gradient of the weight's size."""
     operands = bench.inputs.get(case.n, case.k, case.m)[0]
     weight = operands.weight.nbytes
     samples: dict[str, dict[str, Any]] = {}
@@ -72,20 +72,20 @@ def measure_memory(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def time_host(case: Case, bench: Bench) -> dict[str, Any]:
-    """One forward at few tokens, where the host may cost more than the kernel; nothing asks for a gradient.
+    """Time one forward pass at few tokens, where the host may cost more than the kernel. Nothing requires a gradient.
 
-    Eager, calls follow each other between two synchronisations, by the clock: the larger of what the host and the
-    device need. In a graph the host needs nothing. What an eager call is slower by is what the layer costs the host. In
-    each replay a MaskedLinear selects, since something may have written into its scores; one whose mask is held does
+    Eager calls follow each other between two synchronisations and are timed by the clock. Their time is the larger of
+    the host's and the device's. In a graph the host needs no time, so the difference is the layer's cost on the host.
+    In each replay a MaskedLinear selects again, because its scores may have been written. One with a held mask does
     not.
     """
     operands = bench.inputs.get(case.n, case.k, case.m)
     found: dict[str, Competitor] = {}
     with torch.no_grad():
-        # Its scores, as threshold, are those that the other masks were made of: all compute the same.
+        # The other masks were made from its scores, at this threshold: all compute the same.
         expected = Eager().forward(operands[0])
         for name, make in _LAYERS.items():
-            # A captured layer also selects again in each eager call, as it cannot know what a replay wrote.
+            # A captured layer also selects again in each eager call, because it cannot know what a replay wrote.
             for how, label in ((CLOCK, name), (GRAPH, name + IN_GRAPH)):
                 run = functools.partial(lambda way, copy: way.forward(operands[copy]), make())
                 found[label] = Competitor(run, None if name == DENSE_LAYER else expected, how=how)
@@ -93,15 +93,15 @@ def time_host(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def work(case: Case, keep_bytes: float) -> Phases:
-    """[(bytes that must move, floating-point operations)], one pair a phase; 2-byte elements.
+    """Return [(bytes that must move, floating-point operations)], one pair per phase; 2-byte elements.
 
-    ``keep_bytes`` tell one weight's mask: 2 for bf16 scores, 1/8 for a bit, 0 for a dense layer. A backward reads
-    weight and mask once for both its gradients; nothing but x and the weight stays from forward to backward.
+    ``keep_bytes`` encode one weight's mask: 2 for bf16 scores, 1/8 for a bit, 0 for a dense layer. A backward reads
+    weight and mask once for both gradients. Only x and the weight stay from forward to backward.
     """
     n, k, m = case.n, case.k, case.m
     matrix, x, y, product = n * k, 2.0 * m * k, 2.0 * m * n, 2.0 * m * n * k
     read = matrix * (2 + keep_bytes)
-    # The dense gradient of a weight reads neither weight nor sign.
+    # The gradient of a dense weight reads neither weight nor sign.
     gradient = x + y + 2 * matrix
     added = x + y + 8 * matrix  # fp32, read and written
     phases = {
@@ -117,7 +117,7 @@ def work(case: Case, keep_bytes: float) -> Phases:
 
 
 def _expected(case: Case, o: Operands) -> Any:
-    """By torch; of what is accumulated, what is added."""
+    """Return torch's result; for accumulating cases, what is added."""
     if case.what == "accumulate_product":
         return o.grad.T.float() @ o.x.float()
     return getattr(Eager(), "d_scores" if case.what == "accumulate" else case.what)(o)

@@ -1,7 +1,7 @@
-"""What runs in a process of its own: Triton's kernels' tests on this device, and compute-sanitizer over csrc/cuda.
+"""Programs that run in their own process: the tests of Triton's kernels, and compute-sanitizer over csrc/cuda.
 
-The sanitizer's memcheck and racecheck look into layouts.few. Where the tool is missing, or cannot serve the GPU, or has
-no time to end, nothing is proven: the record says "unproven", and the suite's exit code says so too.
+The sanitizer's memcheck and racecheck run layouts.few. If the tool is missing, cannot serve the GPU or has no time to
+end, nothing is proven: the record says "unproven", and so does the suite's exit code.
 """
 
 import importlib.util
@@ -21,23 +21,23 @@ from .results import FAILED, MEASURED, NOT_MEASURED, REPORTED
 
 SANITIZER = "compute-sanitizer"
 _TESTS = ("tests/triton_kernels", "tests/ops")
-#: Of a dry run: what a GPU does and the interpreter does not, on a driver that launches nothing. Cubins are found and
-#: loaded, graphs captured, forms compared, and a case that hangs is ended.
+#: Tests of a dry run: what a GPU does and the interpreter does not, on a driver that launches nothing. Cubins are
+#: found and loaded, graphs are captured, forms are compared, and a hanging case is ended.
 _SUITE_TESTS = "tests/benchmarks/gpu"
 _DRY_TESTS = (
     f"{_SUITE_TESTS}/test_gpu_stub.py", f"{_SUITE_TESTS}/test_gpu_timing.py",
     f"{_SUITE_TESTS}/test_gpu_runs.py::test_a_cuda_check_that_hangs_is_not_followed_by_others",
 )  # fmt: skip
 _OUTCOME = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
-#: Only kernels in namespace mft::cuda are looked into; torch's own would take most of the time.
+#: Only kernels in namespace mft::cuda are checked; torch's own would take most of the time.
 _OURS = "kns=3mft4cuda"
-#: What the tool says at its end: how many errors, and for racecheck how many warnings.
+#: The tool's last words: the number of errors, and for racecheck the number of warnings.
 _VERDICT = {
     "memcheck": re.compile(r"ERROR SUMMARY: (?P<errors>\d+) error"),
     "racecheck": re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((?P<errors>\d+) errors?, (?P<warnings>\d+)"),
 }
 _FOUND = re.compile(r"^=+ (Invalid|Error|Warning|Illegal|Misaligned|Barrier|Program hit)", re.MULTILINE)
-#: Of the tool itself, which then has seen nothing.
+#: Messages of a tool that has checked nothing.
 _UNABLE = re.compile(r"Device not supported|Internal Sanitizer Error|terminated before first instrumented API call")
 _CHECKED = re.compile(r"^sanitized: (\d+) passed, (\d+) failed$", re.MULTILINE)
 
@@ -45,7 +45,7 @@ _CHECKED = re.compile(r"^sanitized: (\d+) passed, (\d+) failed$", re.MULTILINE)
 def run_for(
     command: Sequence[str], environment: Mapping[str, str], seconds: float, *, shown: bool = False
 ) -> tuple[str, int | None]:
-    """(output, exit code or None if it was stopped); its children end with it. ``shown``: it prints to the terminal."""
+    """Return (output, exit code or None if it was stopped). Its children end with it; ``shown``: print the output."""
     pipes = {} if shown else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, process_group=0, **pipes)
     try:
@@ -63,15 +63,15 @@ def run_for(
 
 
 def run_tests(seconds: float, *, dry: bool = False) -> dict[str, Any]:
-    """status, counts and complaints of a case; what was cut off still counts as far as it came."""
+    """Return status, counts and complaints of a case; an interrupted run counts as far as it came."""
     if missing := [folder for folder in (*_TESTS, _SUITE_TESTS) if not Path(ROOT, folder).is_dir()]:
         return {"status": NOT_MEASURED, "reason": f"no tests in {missing[0]}"}
     tests = _DRY_TESTS if dry else (*_TESTS, "-k", "triton")
     command = [sys.executable, "-m", "pytest", *tests, "-v", "--tb=short", "-p", "no:cacheprovider"]
-    # What the project's own options need may be missing here, and what else is installed may warn.
+    # Plugins that the project's pytest options need may be missing here, and other installed packages may warn.
     command += ["-o", "addopts=--strict-markers"]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    environment.pop("TRITON_INTERPRET", None)  # a dry run's own; its tests take Triton for a GPU's
+    environment.pop("TRITON_INTERPRET", None)  # a dry run's own; its tests treat Triton as a GPU's
     if not dry and importlib.util.find_spec("xdist"):  # most of the time goes into compiling
         command += ["-p", "xdist.plugin", "-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     output, code = run_for(command, environment, seconds)
@@ -79,7 +79,7 @@ def run_tests(seconds: float, *, dry: bool = False) -> dict[str, Any]:
 
 
 def summarise(output: str, code: int | None, seconds: float) -> dict[str, Any]:
-    """What pytest -v says, line by line; ``code`` is None if it ran out of time."""
+    """Summarise the output of pytest -v, line by line; ``code`` is None if it ran out of time."""
     lines = output.splitlines()
     outcomes = [(found.group(1), line) for line in lines if "::" in line and (found := _OUTCOME.search(line))]
     # The short summary at the end names failures a second time.
@@ -108,24 +108,24 @@ def summarise(output: str, code: int | None, seconds: float) -> dict[str, Any]:
 
 
 def sanitize(tool: str, seconds: float, *, dry: bool = False) -> dict[str, Any]:
-    """status, counts and complaints of "memcheck" or "racecheck": see judge."""
+    """Run "memcheck" or "racecheck" and return status, counts and complaints: see judge."""
     if dry:
         return {"status": NOT_MEASURED, "reason": f"a dry run has no GPU for {SANITIZER}"}
     program, missing = find_sanitizer()
     if program is None:
         return {"status": NOT_MEASURED, "reason": missing, "unproven": True}
-    # Every tensor its own allocation, else an access beyond one ends in another.
+    # One allocation per tensor, else an access beyond one tensor ends in another.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
     output, code = run_for(sanitizer_command(program, tool), environment, seconds)
     return judge(tool, output, code, seconds)
 
 
 def find_sanitizer(environment: Mapping[str, str] = os.environ) -> tuple[str | None, str]:
-    """(the program, "") or (None, where it was looked for)."""
+    """Return (the program, "") or (None, where it was looked for)."""
     toolkit = Path(environment.get("CUDA_HOME") or environment.get("CUDA_PATH") or "/usr/local/cuda")
     if path := shutil.which(SANITIZER, path=environment.get("PATH", "")):
         return path, ""
-    spec = importlib.util.find_spec("nvidia")  # what PyPI's packages of CUDA share
+    spec = importlib.util.find_spec("nvidia")  # the namespace package of PyPI's CUDA packages
     packages = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     candidates = [toolkit / "bin" / SANITIZER, toolkit / SANITIZER / SANITIZER]
     candidates += [path for folder in packages for path in sorted(folder.glob(f"*/{SANITIZER}/{SANITIZER}"))]
@@ -138,17 +138,19 @@ def find_sanitizer(environment: Mapping[str, str] = os.environ) -> tuple[str | N
 
 
 def sanitizer_command(program: str, tool: str) -> list[str]:
-    """What is run."""
+    """Return the command line."""
     options = ["--tool", tool, "--kernel-name", _OURS, "--print-limit", "20", "--error-exitcode", "9"]
     if tool == "memcheck":
-        options += ["--padding", "512"]  # so that what overruns one tensor hits no other
-        options += ["--report-api-errors", "no"]  # torch tries calls that a driver may not have; what fails raises
+        options += ["--padding", "512"]  # so that an overrun of one tensor hits no other
+        options += ["--report-api-errors", "no"]  # torch tries calls that a driver may lack; real failures raise
     return [program, *options, sys.executable, "-m", "benchmarks.gpu.layouts"]
 
 
 def judge(tool: str, output: str, code: int | None, seconds: float) -> dict[str, Any]:
-    """Two verdicts: "failed" counts wrong results of its program, which make the case FAILED; "reports" counts what the
-    tool complains of, which alone makes it REPORTED. ``code`` is None if it ran out of time.
+    """Return the record of a run; ``code`` is None if it ran out of time.
+
+    There are two verdicts. "failed" counts wrong results of the program, which make the case FAILED. "reports" counts
+    the tool's complaints, which alone make it REPORTED.
     """
     reports = [line.lstrip("= ").rstrip() for line in output.splitlines() if line.startswith("=========")]
     verdict, checked = _VERDICT[tool].search(output), _CHECKED.search(output)

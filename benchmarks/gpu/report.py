@@ -1,4 +1,4 @@
-"""gpu.md and gpu-faster.json, from the gpu-*.json that lie in a folder: what failed, then goals, then all figures."""
+"""Write gpu.md and gpu-faster.json from the gpu-*.json in a folder: failures first, then goals, then all figures."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ from .results import FAILED, MEASURED, NOT_MEASURED, REPORTED, SLOW, Document, R
 _COLUMNS = (
     DENSE, CUDA, CUDA_PACKED, FUSED, PACKED, AUTO, AUTO_PACKED, LAYER, HELD, PASS, KEPT, COMPILED, EAGER, PAPER,
 )  # fmt: skip
-#: Begins a line of what is missing and costs no exit code.
+#: Prefix of a line about something missing that does not change the exit code.
 WARNING = "WARNING"
 _OPENING = """# Measured on a GPU
 
@@ -76,7 +76,7 @@ _WHERE = (
 
 
 def write(out: Path) -> list[Document]:
-    """Write both, if there are any results; returns the documents that they were made of."""
+    """Write both files if there are any results, and return the documents that they were made from."""
     documents = read(out)
     if not documents:
         return []
@@ -89,7 +89,7 @@ def write(out: Path) -> list[Document]:
 
 
 def text(documents: Sequence[Document]) -> str:
-    """The Markdown of all of them."""
+    """Return the Markdown of all documents."""
     parts = [_OPENING, top(documents), f"## Where\n\n{_where(documents)}\n", _TIMED]
     for document in documents:
         parts.append(f"## {_TITLES[document['what']]}\n")
@@ -99,7 +99,7 @@ def text(documents: Sequence[Document]) -> str:
 
 
 def top(documents: Sequence[Document]) -> str:
-    """What a reader has to know: what failed, what nobody looked into, and the goals."""
+    """Return what a reader must know: failures, what was not checked, and the goals."""
     failed = [f"- {line}" for line in failures(documents)] or ["Nothing."]
     states = [record["status"] for _, record in _records(documents)]
     counts = f"{states.count(MEASURED)} of {len(states)} cases were measured, {states.count(FAILED)} failed."
@@ -109,7 +109,7 @@ def top(documents: Sequence[Document]) -> str:
 
 
 def failures(documents: Iterable[Document]) -> list[str]:
-    """What is wrong, a line each, in words; what was wrong with correctness comes first, as their order says."""
+    """Return failures in words, one per line; those of correctness come first, in the order of the documents."""
     lines = []
     for case, record in _records(documents):
         lines += [f"{case}: {name}: {why}" for name, why in record.get("failures", {}).items()]
@@ -126,7 +126,7 @@ def failures(documents: Iterable[Document]) -> list[str]:
 
 
 def gaps(documents: Sequence[Document]) -> list[str]:
-    """What nobody looked into, though nothing says that it is wrong."""
+    """Return what was not checked, although nothing says that it is wrong."""
     lines = []
     for environment in [document["environment"] for document in documents][:1]:
         if why := no_cuda(environment):
@@ -152,7 +152,7 @@ def _records(documents: Iterable[Document]) -> Iterable[tuple[Case, Record]]:
 
 
 def _goals(documents: Iterable[Document]) -> str:
-    """A row a goal."""
+    """Return a table with one row per goal."""
     judged = [goal for d in documents for goal in goals(d["what"], d["cases"], d["environment"])]
     rows = [
         [g.quantity, f"{g.measured} {g.unit}".strip() if g.measured else "", f"{g.rule} {g.bound:g}", g.state]
@@ -162,7 +162,7 @@ def _goals(documents: Iterable[Document]) -> str:
 
 
 def _where(documents: Sequence[Document]) -> str:
-    """A row a run: what one command measured has one environment, its date included."""
+    """Return one row per run: what one command measured has one environment, including its date."""
     runs: dict[tuple[str, ...], list[str]] = {}
     for document in documents:
         environment, ceilings = document["environment"], document["ceilings"]
@@ -186,10 +186,10 @@ def _checks(document: Document) -> str:
 
 
 def _timed(document: Document) -> Iterable[str]:
-    """A table for each shape and detail: a row a number of tokens, a column a competitor."""
+    """Yield a table for each shape and detail: one row per number of tokens, one column per competitor."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in document["cases"]:
-        # The ways of training are rows, other details are tables.
+        # For training, the ways are rows; other details are separate tables.
         detail = "" if document["what"] == "train" else record["detail"]
         groups.setdefault((detail, record["n"], record["k"]), []).append(record)
     for key, records in groups.items():
@@ -221,7 +221,7 @@ def _cell(record: Record, name: str) -> str:
 
 
 def _remarks(document: Document) -> str:
-    """Why something is not in the tables, once each with its places."""
+    """Return why something is not in the tables, each reason once with its places."""
     places: dict[str, list[str]] = {}
     for case, record in _records([document]):
         if record["status"] == NOT_MEASURED and not record.get("unproven"):

@@ -1,7 +1,7 @@
-"""gpu-<what>.json: where a kind of case was measured, and a record for each of its cases, on disk at every moment.
+"""gpu-<what>.json: the environment of a kind of case and a record for each case, on disk at every moment.
 
-A case is written as failed before it runs, and again with its outcome. So whatever ends the process, the file says
-which case ran then, and every record before it is whole.
+A case is written as failed before it runs, and again with its outcome. Whatever ends the process, the file then says
+which case was running, and every record before it is complete.
 """
 
 import json
@@ -14,8 +14,8 @@ from typing import Any
 
 from .cases import WHATS, Case
 
-#: FAILED: a result is wrong, or something raised or died. The other two say nothing of results: SLOW took longer than
-#: its patience, or hangs; of REPORTED compute-sanitizer complains, whose racecheck may do so of a right kernel.
+#: FAILED: a result is wrong, or something raised or died. The other two do not make results wrong. SLOW: it took longer
+#: than its patience, or hangs. REPORTED: compute-sanitizer complains; its racecheck may do so about a correct kernel.
 MEASURED, NOT_MEASURED, FAILED, SLOW, REPORTED = "measured", "not measured", "failed", "slow", "reported"
 WAITING = "the run ended before its turn"
 
@@ -24,14 +24,14 @@ Record = dict[str, Any]
 
 
 class Results:
-    """The documents of one run in a folder, one for each kind of case; those of other runs are left as they are."""
+    """The documents of one run in a folder, one for each kind of case; those of other runs do not change."""
 
     def __init__(self, out: Path, run: str) -> None:
         self._out, self._run = out, run
         self._documents = {document["what"]: document for document in read(out) if document.get("run") == run}
 
     def begin(self, cases: Iterable[Case], environment: Mapping[str, Any], ceilings: Mapping[str, float]) -> None:
-        """Write the documents that the run does not have yet: all cases wait."""
+        """Write the documents that the run does not have yet, with all cases waiting."""
         asked: dict[str, list[Case]] = {}
         for case in cases:
             asked.setdefault(case.what, []).append(case)
@@ -42,7 +42,7 @@ class Results:
             self._write(what)
 
     def of(self, case: Case) -> Record:
-        """What is known of a case."""
+        """Return the record of a case."""
         return next(record for record in self._documents[case.what]["cases"] if Case.of(record) == case)
 
     def is_waiting(self, case: Case) -> bool:
@@ -50,21 +50,21 @@ class Results:
         return self.of(case).get("reason") == WAITING
 
     def start(self, case: Case, patience: float) -> None:
-        """Write a case as failed, since a process that ends from here on has ended while it ran."""
+        """Write a case as failed: if the process ends from here on, the case was running."""
         running = {"since": time.time(), "patience": patience}
         self.set(case, FAILED, reason="the process ended while it ran", running=running, **self.blamed(case))
 
     def blamed(self, case: Case) -> dict[str, dict[str, str]]:
-        """Who has taken a process down in this very case, and why: in "failures", or in "slow" of those that hung."""
+        """Return who took a process down in this case, and why: in "failures", or for hangs in "slow"."""
         return {kind: named for kind in ("failures", "slow") if (named := self.of(case).get(kind))}
 
     def lose(self, case: Case, why: str) -> None:
-        """Add to a case that runs why its process is about to end."""
+        """Add to a running case why its process is about to end."""
         self.of(case)["running"]["lost"] = why
         self._write(case.what)
 
     def set(self, case: Case, status: str, **fields: Any) -> None:
-        """The outcome of a case."""
+        """Write the outcome of a case."""
         record = self.of(case)
         record.clear()
         record.update(asdict(case) | {"status": status} | fields)
@@ -80,7 +80,7 @@ class Results:
 
 
 def figures(sample: Record) -> str:
-    """What was measured of a competitor, short enough for a cell."""
+    """Return what was measured for a competitor, short enough for a table cell."""
     parts = []
     if "ms" in sample:
         median, low, high = (f"{sample['ms'][key]:.4g}" for key in ("median", "low", "high"))
@@ -98,18 +98,18 @@ def figures(sample: Record) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says."""
+    """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def read(out: Path) -> list[Document]:
-    """The documents that lie in a folder, in the order of WHATS."""
+    """Return the documents in a folder, in the order of WHATS."""
     paths = [out / f"gpu-{what}.json" for what in WHATS]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def write_whole(path: Path, value: Mapping[str, Any]) -> None:
-    """JSON, a list of numbers on one line; the file is whole at every moment."""
+    """Write JSON atomically, each list of numbers on one line."""
     text = json.dumps(value, indent=1)
     text = re.sub(r"\[[-+.\de,\s]+\]", lambda found: " ".join(found.group().split()), text) + "\n"
     part = path.with_suffix(".part")

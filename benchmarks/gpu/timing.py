@@ -21,13 +21,13 @@ from .forms import watched
 from .operands import Inputs
 from .results import first_line
 
-#: What a competitor may raise while the others are still measured: torch's own, Triton's, and a changed interface.
+#: Exceptions of a competitor after which the others are still measured: torch's, Triton's, and changed interfaces.
 FAILURES = (RuntimeError, TritonError, TypeError, AttributeError, ValueError, NotImplementedError)
 #: Largest ||difference|| / ||expected||: bf16 rounds by 0.2 %.
 MOST_APART = 0.02
 
 _ROUNDS = 11
-#: Where a call takes longer than this, three rounds do.
+#: If a call takes longer than this, three rounds suffice.
 _LONG_MS = 50.0
 _FEW_ROUNDS = 3
 
@@ -37,10 +37,11 @@ Phases = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Competitor:
-    """One way to compute a thing. ``run`` takes the index of a copy of the operands.
+    """One way to compute something. ``run`` takes the index of a copy of the operands.
 
-    expected: what it must give, by copy 0; None: there is nothing to compare. apart: in its place, how far it is from
-    what it must be. clear: called before it is checked. ahead: whether Triton's kernels in it are among the cubins.
+    expected: the correct result on copy 0; None if there is nothing to compare. apart: used instead; returns the
+    distance from the correct result. clear: called before the check. ahead: whether its Triton kernels are among the
+    cubins.
     """
 
     run: Callable[[int], Any]
@@ -54,7 +55,7 @@ class Competitor:
 
 
 class Bench:
-    """Where cases are measured: a device, its ceilings, and the operands of the last case."""
+    """Measures cases: a device, its ceilings, and the operands of the last case."""
 
     def __init__(self, device: Device, ceilings: Mapping[str, float]) -> None:
         self.device = device
@@ -62,7 +63,7 @@ class Bench:
         self._ceilings = ceilings
 
     def compare(self, competitors: Mapping[str, Competitor], copies: int) -> dict[str, Any]:
-        """samples: times and shares of the floors, by name; failures: why others have none; left_out."""
+        """Return samples: times and shares of the floors by name; failures: why others have none; left_out."""
         timers: dict[str, Timer] = {}
         failures: dict[str, str] = {}
         kernels: dict[str, list[str]] = {}
@@ -70,7 +71,7 @@ class Bench:
             if why := self._wrong(one):
                 failures[name] = why
         right = {name: one for name, one in competitors.items() if name not in failures}
-        # A capture empties the allocator's cache: those that allocate while they are timed come after all captures.
+        # A capture empties the allocator's cache, so competitors that allocate while timed come after all captures.
         for name, one in sorted(right.items(), key=lambda item: item[1].how != GRAPH):
             try:
                 with watched() as launches:
@@ -94,11 +95,11 @@ class Bench:
         return {"copies": copies, "samples": samples, "failures": failures, "left_out": self.without_cuda()}
 
     def without_cuda(self) -> dict[str, str]:
-        """Why the CUDA kernels take no part, under their name."""
+        """Return why the CUDA kernels take no part, under their name."""
         return {name: why for name, why in self.device.without.items() if name == CUDA}
 
     def _wrong(self, competitor: Competitor) -> str:
-        """Why it is not timed: it fails, or computes something else; "" if it is right."""
+        """Return why it is not timed: it fails, or computes something else; "" if it is right."""
         if competitor.expected is None and competitor.apart is None:
             return ""
         try:
@@ -126,13 +127,13 @@ class Bench:
 
 
 def floor_ms(phases: Phases, byte_rate: float, flop_rate: float) -> tuple[float, float, float]:
-    """(by bytes alone, by operations alone, the larger of both phase by phase), milliseconds; rates a second."""
+    """Return ms (by bytes alone, by operations alone, the larger of both phase by phase); rates are per second."""
     by_bytes, by_flops = [1e3 * b / byte_rate for b, _ in phases], [1e3 * f / flop_rate for _, f in phases]
     return sum(by_bytes), sum(by_flops), sum(map(max, by_bytes, by_flops))
 
 
 def difference(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
-    """||got - expected|| / ||expected||, the largest of all outputs; NaN counts as infinity."""
+    """Return the largest ||got - expected|| / ||expected|| over all outputs; NaN counts as infinity."""
     shares = [
         ((g.float() - e.float()).norm() / e.float().norm()).item() for g, e in zip(outputs(got), outputs(expected))
     ]
@@ -140,18 +141,18 @@ def difference(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tenso
 
 
 def outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Of one product or several, as a tuple."""
+    """Return the outputs of one product or several as a tuple."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def reason(error: BaseException, device: Device) -> str:
-    """In a line; raises instead where the device is lost, since nothing else would run either."""
+    """Return the reason in one line; raise if the device is lost, because nothing else would run either."""
     device.synchronize()
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _in_rounds(timers: Mapping[str, Timer], rounds: int) -> Samples:
-    """Milliseconds a call, one sample a round; the slowest take part in the first rounds alone."""
+    """Return milliseconds per call, one sample per round; the slowest take part only in the first rounds."""
     samples = time_told({name: timer.replay for name, timer in timers.items()}, min(rounds, _FEW_ROUNDS))
     fast = {name: timer.replay for name, timer in timers.items() if timer.estimate <= _LONG_MS}
     for name, later in time_told(fast, max(0, rounds - _FEW_ROUNDS), seed=1).items():

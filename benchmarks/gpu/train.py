@@ -1,6 +1,6 @@
-"""Time whole optimiser steps of random models in each way of running, compared with what mft estimate says.
+"""Time whole optimiser steps of random models in each way of running, and compare them with mft estimate.
 
-Their time and memory do not depend on the values. Needs transformers, and nothing of mft that reads data sets.
+Time and memory do not depend on the values. Needs transformers, and no part of mft that reads data sets.
 """
 
 import functools
@@ -25,25 +25,25 @@ STEP, ESTIMATE = "a step", "mft estimate, of a card as in memory.md"
 ACCUMULATION = 2
 _ROUNDS, _CHECKED_STEPS = 5, 2
 _LR = 1e-3
-#: Losses of the first steps, apart from those of plain by the reference: sums of bf16 in another order, scores rounded
-#: to 16 bits, and in quantized a base of 8 bits.
+#: Largest difference of the first losses from those of plain by the reference: bf16 sums in another order, scores
+#: rounded to 16 bits, and in quantized a base of 8 bits.
 _MOST_APART = 0.02
 _COMPACT = {"scores": "int16", "moments": "8bit"}
-#: way: (quantisation of the base, of the masked layers too, states as they rest). int8, unlike nf4, needs no package.
+#: way: (quantisation of the base, whether of masked layers too, storage of states). int8, unlike nf4, needs no package.
 WAYS: Mapping[str, tuple[str | None, bool, dict[str, str]]] = {
     "plain": (None, False, {"scores": "float32", "moments": "float32"}),
     "resident": (None, False, _COMPACT),
     "quantized": ("int8", True, _COMPACT),
     "layerwise": (None, False, _COMPACT),
 }
-#: Of a layer alone, without what a head would cost.
+#: Vocabulary of a single layer, so small that the head costs little.
 _FEW_WORDS = 512
 _TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_key_value_heads": 1,
          "num_hidden_layers": 1, "vocab_size": 64}  # fmt: skip
 
 
 def time_train(case: Case, bench: Bench) -> dict[str, Any]:
-    """Times and peak bytes of a step of case.detail, "model, way", and the bytes that are estimated."""
+    """Return times and peak bytes of a step of case.detail, "model, way", and the estimated bytes."""
     if str(ROOT / "python") not in sys.path:  # the recipe need not be installed
         sys.path.append(str(ROOT / "python"))
     device, (model, way) = bench.device, case.detail.rsplit(", ", 1)
@@ -83,7 +83,7 @@ def time_train(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def config_of(model: str, *, dry: bool = False) -> dict[str, Any]:
-    """The configuration of one of cases.TRAINED; in a dry run a tiny one."""
+    """Return the configuration of one of cases.TRAINED; in a dry run a tiny one."""
     from mft.memory.shapes import known_config
 
     name = {"SmolLM2-135M": "smollm2-135m", "a SmolLM2 layer": "smollm2-135m", "a LLaMA2-7B layer": "llama2-7b"}[model]
@@ -92,7 +92,7 @@ def config_of(model: str, *, dry: bool = False) -> dict[str, Any]:
 
 
 class Steps:
-    """Optimiser steps of a model that is masked everywhere, in one way of running; call() runs one."""
+    """Optimiser steps of a model with masks everywhere, in one way of running; call() runs one."""
 
     def __init__(self, config: Mapping[str, Any], way: str, tokens: int, device: Device) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -124,7 +124,7 @@ class Steps:
         self._runner = start_runner(model, few, way, device.torch_device, train)
 
     def __call__(self) -> float:
-        """One step; the mean loss a token."""
+        """Run one step and return the mean loss per token."""
         count = sum(len(batch.labelled.targets) for batch in self._batches)
         totals: list[torch.Tensor] = []
         self._runner.step(self._batches, 1 / count, _LR, None, lambda batch, total: totals.append(total.detach()))
@@ -132,7 +132,7 @@ class Steps:
         return sum(total.item() for total in totals) / count
 
     def close(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's memory."""
         self._runner.close()
 
 

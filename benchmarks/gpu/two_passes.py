@@ -1,4 +1,4 @@
-"""The two passes of the strongest form without fusion, between torch's own products.
+"""The two passes of the strongest implementation without fusion, between torch's own products.
 
 forward    masked = where(keep, weight, 0)      one Triton pass     y = x @ masked.T      cuBLAS
 d_x                                                                 d_x = grad @ masked   cuBLAS
@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: 16 elements a thread: two loads of 16 bytes from each matrix.
+#: 16 elements per thread: two loads of 16 bytes from each matrix.
 _BLOCK = 2048
 _OPTIONS = {"BLOCK": _BLOCK, "num_warps": 4}
 
 
 @triton.jit
 def _mask_kernel(weight, scores, threshold, out, numel, BLOCK: tl.constexpr):
-    """out = where(|scores| >= threshold, weight, 0), contiguous, BLOCK elements a program."""
+    """out = where(|scores| >= threshold, weight, 0), contiguous, BLOCK elements per program."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     w = tl.load(weight + offsets, mask=inside).to(tl.float32)
@@ -28,7 +28,7 @@ def _mask_kernel(weight, scores, threshold, out, numel, BLOCK: tl.constexpr):
 
 @triton.jit
 def _apply_sign_kernel(products, weight, scores, numel, BLOCK: tl.constexpr):
-    """products *= weight * sign(scores), contiguous, BLOCK elements a program."""
+    """products *= weight * sign(scores), contiguous, BLOCK elements per program."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     d = tl.load(products + offsets, mask=inside).to(tl.float32)

@@ -32,7 +32,7 @@ from .operands import MODE, Operands
 
 
 class Way:
-    """One way to compute the products, by the names of cases.PRODUCTS; one that lacks some is not asked for them."""
+    """One way to compute the products, with methods named as in cases.PRODUCTS. A way may lack some of them."""
 
     def forward(self, o: Operands) -> Tensor:
         raise NotImplementedError
@@ -44,11 +44,11 @@ class Way:
         raise NotImplementedError
 
     def accumulate(self, o: Operands) -> Tensor:
-        """d_scores, added to the sums."""
+        """Add d_scores to the sums and return them."""
         return o.to_add_to().add_(self.d_scores(o))
 
     def step(self, o: Operands) -> tuple[Tensor, ...]:
-        """(y, d_x, d_scores)."""
+        """Return (y, d_x, d_scores)."""
         return self.forward(o), self.d_x(o), self.d_scores(o)
 
 
@@ -69,7 +69,7 @@ class Dense(Way):
 
 
 class Eager(Way):
-    """PyTorch's own ops; ``compiled`` makes of each a graph of torch.compile."""
+    """PyTorch's own ops; ``compiled`` turns each into a graph of torch.compile."""
 
     def __init__(self, compiled: Callable[[Callable], Callable] = lambda function: function) -> None:
         self._linear, self._grad_x = compiled(eager_linear), compiled(eager_grad_x)
@@ -119,7 +119,7 @@ class Ours(Way):
         return torch.ops.mft.masked_linear_backward(o.grad, o.x, o.weight, *by)
 
     def _add(self, o: Operands, weight: Tensor | None, signs: Tensor | None) -> Tensor:
-        """Into fp32 sums: as layers have it, by packed signs."""
+        """Add into fp32 sums, as layers do, with packed signs."""
         sums = o.to_add_to()
         torch.ops.mft.accumulate_score_grad(sums, o.grad, o.x, weight, None, signs, MODE, self._backend)
         return sums
@@ -137,7 +137,7 @@ class Packed(Ours):
 
 
 class Passes(Way):
-    """A pass that masks, cuBLAS, and a pass that applies weight and sign; ``keep``: a step masks once."""
+    """A masking pass, cuBLAS, and a pass that applies weight and sign; ``keep``: a step masks once."""
 
     def __init__(self, *, keep: bool = False) -> None:
         self._keep = keep
@@ -161,7 +161,7 @@ class Passes(Way):
 
 
 class Paper(Way):
-    """The layer of arXiv 2503.22764, by autograd: a step alone."""
+    """The layer of arXiv 2503.22764, by autograd: only a step."""
 
     def step(self, o: Operands) -> tuple[Tensor, ...]:
         x, scores = o.x.detach().requires_grad_(), o.scores.detach().requires_grad_()
@@ -180,7 +180,7 @@ class Layer(Way):
         return self._of(o)(o.x)
 
     def step(self, o: Operands) -> tuple[Tensor, ...]:
-        """(y, d_x, d_scores) without the last where the mask is held: it is added to the sums."""
+        """Return (y, d_x, d_scores); without d_scores if the mask is held, because it is added to the sums."""
         x = o.x.detach().requires_grad_()
         wanted = (x, *(p for p in self._of(o).parameters() if p.requires_grad))
         y = self._of(o)(x)
@@ -200,14 +200,14 @@ class Op(Way):
 
 
 def dense_layer(o: Operands) -> nn.Linear:
-    """nn.Linear."""
+    """Return an nn.Linear."""
     linear = nn.Linear(o.weight.shape[1], o.weight.shape[0], bias=False, device="meta", dtype=o.weight.dtype)
     linear.weight = nn.Parameter(o.weight, requires_grad=False)
     return linear
 
 
 def masked_layer(o: Operands) -> MaskedLinear:
-    """MaskedLinear, with a copy of the scores."""
+    """Return a MaskedLinear with a copy of the scores."""
     layer = MaskedLinear.from_linear(dense_layer(o), keep_ratio=KEEP_RATIO, scores_dtype=o.scores.dtype)
     with torch.no_grad():
         layer.scores.copy_(o.scores)
@@ -215,7 +215,7 @@ def masked_layer(o: Operands) -> MaskedLinear:
 
 
 def held_layer(o: Operands) -> MaskedLinear:
-    """MaskedLinear, its mask held."""
+    """Return a MaskedLinear that holds its mask."""
     layer = masked_layer(o)
     layer.scores.requires_grad_(False)
     layer.hold(o.packed, o.sums)
@@ -223,7 +223,7 @@ def held_layer(o: Operands) -> MaskedLinear:
 
 
 def way_of(name: str, device: Device) -> Way:
-    """A competitor of the products."""
+    """Return the way of a competitor."""
     made: dict[str, Callable[[], Way]] = {
         DENSE: Dense,
         **{by: lambda by=by: Ours(device.backends[by]) for by in (FUSED, AUTO, CUDA)},

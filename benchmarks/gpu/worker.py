@@ -1,6 +1,6 @@
-"""One process that runs cases, most wanted first, as long as the time lasts; a case is measured whole or not at all.
+"""The process that runs cases, the most wanted first, while time is left; a case is measured completely or not at all.
 
-A kernel that hangs, or takes the CUDA context with it, ends this process and not the run: see __main__.py.
+A kernel that hangs, or destroys the CUDA context, ends this process and not the run: see __main__.py.
 """
 
 import faulthandler
@@ -13,10 +13,10 @@ from typing import Any
 from .cases import CUDA, PRODUCTS, SECONDS_OF, Case
 from .results import FAILED, MEASURED, Results, figures, first_line
 
-#: A program hangs if it takes so many seconds more than it gets.
+#: A program hangs if it takes this many seconds more than it was given.
 _MORE = 30.0
 
-#: Of a case and the seconds that it may take if it can choose: fields of its record. RuntimeError: the device is lost.
+#: Maps a case and the seconds it may use, if it can choose, to fields of its record. RuntimeError: the device is lost.
 Measure = Callable[[Case, float], dict[str, Any]]
 
 
@@ -29,7 +29,7 @@ def run_cases(
     clock: Callable[[], float] = time.time,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Run the cases that wait; none is started after the deadline, and one that hangs ends this process."""
+    """Run the waiting cases. None is started after the deadline, and one that hangs ends this process."""
     start = clock()
     for place, case in enumerate(cases, 1):
         before, left = clock(), deadline - clock()
@@ -47,7 +47,7 @@ def run_cases(
             raise
         finally:
             faulthandler.cancel_dump_traceback_later()
-        for kind, named in blamed.items():  # who was left out of it since
+        for kind, named in blamed.items():  # competitors left out of the case since
             fields[kind] = fields.get(kind, {}) | named
             fields["left_out"] = {name: why for name, why in fields.get("left_out", {}).items() if name not in named}
         status, took = fields.pop("status", FAILED if fields.get("failures") else MEASURED), clock() - before
@@ -58,7 +58,7 @@ def run_cases(
 def work(
     cases: Sequence[Case], out: Path, run: str, deadline: float, without_cuda: Mapping[str, str], *, dry: bool
 ) -> None:
-    """Everything that needs the device. without_cuda: {kind of case, or "" for all: why CUDA takes no part}."""
+    """Do everything that needs the device. without_cuda: {kind of case, or "" for all: why CUDA takes no part}."""
     import torch
 
     from mft_kernels.backends import faster
@@ -70,7 +70,7 @@ def work(
     from .device import Device, Gpu, Interpreter
     from .timing import Bench
 
-    faster.TABLE = Path("none")  # what an earlier run found must not decide what this one compares with
+    faster.TABLE = Path("none")  # results of an earlier run must not decide what this run compares
     device: Device = Interpreter() if dry else Gpu()
     results, ceilings = Results(out, run), device.ceilings()
     about = environment() | commit_of() | device.environment() | {"sources": _digest(ROOT / "mft_kernels")}
@@ -113,6 +113,6 @@ def _in_short(status: str, fields: Mapping[str, Any]) -> str:
 
 
 def _digest(package: Path) -> str:
-    """Of the kernels that ran, 12 digits of a hash: a checkout may have no commit to name."""
+    """Return 12 digits of a hash of the kernels that ran: a checkout may have no commit to name."""
     files = [*sorted(package.rglob("*.py")), *package.glob("libmft_cuda.so")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

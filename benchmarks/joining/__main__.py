@@ -1,8 +1,8 @@
 """Simulate mft compare --join with 1 to 64 processes on the stored study board-small: python -m benchmarks.joining.
 
-Discrete events; the planner is the real one (mft.study.plan.ready), on what a process has seen by then. A run takes the
-seconds of training that the stored study measured, and OVERHEAD besides. Not simulated: evaluation, the test split, and
-processors that are shared.
+The simulation has discrete events. The planner is the real one (mft.study.plan.ready), applied to what a process has
+seen so far. A run takes the training seconds that the stored study measured, plus OVERHEAD. Not simulated: evaluation,
+the test split, and shared processors.
 """
 
 import argparse
@@ -17,28 +17,31 @@ from mft.study.plan import ready
 from mft.study.shared.leases import Pace
 
 START = 10.0  # seconds from the command to the first claim: imports and the base model
-OVERHEAD = 0.1  # seconds a unit: see benchmarks.joining.overhead
+OVERHEAD = 0.1  # seconds per unit: see benchmarks.joining.overhead
 PACE = Pace()
 
 
 @dataclass
 class Found:
-    """What a simulation came to. Seconds are of all processes together but makespan's."""
+    """The result of a simulation. Seconds are summed over all processes, except makespan."""
 
     makespan: float = 0.0
     worked: float = 0.0
-    lost: float = 0.0  # in runs whose process was killed
+    lost: float = 0.0  # seconds in runs whose process was killed
     idle: float = 0.0
     looks: int = 0  # listings of the directory, its outcomes' folders and leases
     requests: int = 0  # files made, read, linked or removed
     killed: int = 0
-    twice: int = 0  # runs that were done though another had done them
+    twice: int = 0  # runs that were done although another process had done them
 
 
 @dataclass
 class Simulation:
-    """workers processes; delay: seconds after which one sees what another wrote (NFS keeps directories for up to 60);
-    kills: how many kills per process and hour to expect. A killed process starts again after START seconds."""
+    """A simulation of ``workers`` processes. A killed process starts again after START seconds.
+
+    delay: seconds until a process sees what another one wrote (NFS caches directories for up to 60).
+    kills: expected kills per process and hour.
+    """
 
     workers: int
     delay: float = 0.0
@@ -49,8 +52,8 @@ class Simulation:
         self.found = Found()
         self._told: list[tuple[float, Outcome]] = []
         self._names: dict[Unit, float] = {}
-        self._held: dict[Unit, float] = {}  # until when: infinite while its holder is alive
-        self._ready: dict[int, list[Unit]] = {}  # by how many outcomes were seen
+        self._held: dict[Unit, float] = {}  # end of its lease: infinite while its holder is alive
+        self._ready: dict[int, list[Unit]] = {}  # by the number of outcomes seen
 
     def run(self) -> Found:
         events = [(START, worker, None) for worker in range(self.workers)]
@@ -75,7 +78,7 @@ class Simulation:
         self._held.pop(unit, None)
 
     def _next(self, now: float) -> tuple[float, Unit | None] | None:
-        """When this process has something to say again: a unit that it has done, or nothing."""
+        """Return when this process reports next and the unit it has then done, if any; None if nothing is left."""
         seen = sum(1 for at, _ in self._told if at + self.delay <= now)
         self.found.looks += 2
         if seen not in self._ready:
@@ -86,7 +89,7 @@ class Simulation:
         for unit in waiting:
             if self._held.get(unit, 0.0) > now:
                 continue
-            self.found.requests += 2  # made, and seen whether it was done
+            self.found.requests += 2  # made, and checked if it was done
             if unit in self._names:
                 self.found.requests += 1
                 continue
@@ -110,13 +113,13 @@ class Simulation:
 
 
 def longest_chain() -> float:
-    """Seconds with as many processes as units: what waits for what decides alone."""
+    """Return the seconds with as many processes as units: only dependencies limit it."""
     simulation = Simulation(workers=400)
     return simulation.run().makespan
 
 
 def rows(workers: Sequence[int], delay: float, kills: float) -> list[str]:
-    """A line of a table each."""
+    """Return one table line for each number of workers."""
     lines = []
     for count in workers:
         found = Simulation(count, delay, kills, random.Random(count)).run()

@@ -1,4 +1,4 @@
-"""The stored study board-small as the planner sees it: every run's validation loss, bytes and seconds."""
+"""The stored study board-small in the planner's terms: every run's validation loss, bytes and seconds."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ _FIELDS = Setting.__dataclass_fields__
 
 @cache
 def tables() -> dict[str, dict[str, Any]]:
-    """By domain."""
+    """Return the tables by domain."""
     return json.loads((RESULTS / f"compare-{NAME}.json").read_text())["domains"]
 
 
@@ -30,8 +30,11 @@ def study() -> StudyConfig:
 
 
 def run_of(unit: Unit) -> tuple[Outcome, float]:
-    """A run's outcome and seconds. Where the study chose otherwise, by bytes that its table does not keep of each run:
-    those of another run of the arm."""
+    """Return a run's outcome and seconds.
+
+    The study may not have run this unit, because it chose by bytes that its table does not keep for each run. Then
+    another run of the arm is used.
+    """
     if unit in runs():
         return runs()[unit]
     other = next(run for known, run in runs().items() if (known.domain, known.arm) == (unit.domain, unit.arm))
@@ -40,7 +43,7 @@ def run_of(unit: Unit) -> tuple[Outcome, float]:
 
 @cache
 def runs() -> dict[Unit, tuple[Outcome, float]]:
-    """Each run's outcome, with its seconds: of training alone, so 0 for arms that train nothing."""
+    """Return each run's outcome and its seconds of training, which are 0 for arms that train nothing."""
     found = {}
     for domain, table in tables().items():
         found |= _runs(domain, table)

@@ -22,7 +22,7 @@ from mft.study.shared.claims import Joined
 from mft.study.shared.leases import Leases
 from mft.study.store import Store
 
-DOCUMENTS = 200  # a split, about as many as board-small's
+DOCUMENTS = 200  # per split, about as many as board-small's
 _TIMES = 20
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _claim(leases: Leases, name: str) -> None:
-    leases._listed = float("-inf"), []  # else a listing serves several claims
+    leases._listed = float("-inf"), []  # otherwise one listing serves several claims
     assert leases.take(name)
     leases.release(name)
 
@@ -65,7 +65,7 @@ def _of_real_size(outcome: Outcome) -> Outcome:
 
 
 def _timed(call: Callable[[], object], times: int = _TIMES) -> float:
-    """Median in ms."""
+    """Return the median in ms."""
     seconds = []
     for _ in range(times):
         begin = time.perf_counter()

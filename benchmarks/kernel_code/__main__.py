@@ -1,6 +1,6 @@
 """python -m benchmarks.kernel_code [--only cuda] [--few] [--target sm_90,gfx942] [--out FILE.md]: read and judge.
 
-Compiles every Triton kernel, and reads the CUDA library as it is built. Exit code: 0 if no kernel has a fault, 1
+Compiles every Triton kernel, and reads the CUDA library as it was built. Exit code: 0 if no kernel has a fault, 1
 otherwise, 2 for a bad argument. No GPU is needed.
 """
 
@@ -38,12 +38,12 @@ copies of the same warps. The kernels for sm_90a copy in warps of their own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables, that of Triton as it grows; the exit code."""
+    """Print the tables, Triton's as it grows, and return the exit code."""
     every = {str(target): target for target in targets()}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_code", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=["triton", "cuda"], help="one part; the other's section of FILE.md stays")
-    parser.add_argument("--few", action="store_true", help="of Triton, what the tests compile: bf16, the usual calls")
-    parser.add_argument("--target", default=",".join(every), help=f"of Triton: {', '.join(every)}")
+    parser.add_argument("--only", choices=["triton", "cuda"], help="only this part; FILE.md keeps the other section")
+    parser.add_argument("--few", action="store_true", help="Triton: only what the tests compile (bf16, usual calls)")
+    parser.add_argument("--target", default=",".join(every), help=f"Triton: {', '.join(every)}")
     parser.add_argument("--out", type=Path, help="write the summary as Markdown")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
     asked = parser.parse_args(arguments)
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--target must be among {', '.join(every)}, got {unknown[0]!r}")
     sections, faulty = {}, False
-    if asked.only != "triton":  # seconds, before the minutes
+    if asked.only != "triton":  # takes seconds, so it comes before the minutes
         sections["CUDA C++"], faults = _read_cuda(asked.processes)
         faulty |= faults
     if asked.only != "cuda":
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compile_triton(chosen: list, few: bool, processes: int) -> tuple[str, bool]:
-    """(the section's text, whether a kernel has a fault)."""
+    """Return (the section's text, whether a kernel has a fault)."""
     total, done, start = count(chosen, few=few), [], time.monotonic()
     versions = f"Triton {triton.__version__}, ptxas {'.'.join(map(str, installed_assembler(90)))} on sm_90"
     print(f"{total} binaries, {versions}")
@@ -81,7 +81,7 @@ def _compile_triton(chosen: list, few: bool, processes: int) -> tuple[str, bool]
 
 
 def _read_cuda(processes: int) -> tuple[str, bool]:
-    """(the section's text, whether a kernel has a fault). What is not built is no fault, but is said."""
+    """Return (the section's text, whether a kernel has a fault). What is not built is no fault; the text says so."""
     report = built.report("cuda")
     if reason := cuda.missing(report):
         print(f"without the CUDA kernels: {reason}\n")
@@ -103,7 +103,7 @@ def _read_cuda(processes: int) -> tuple[str, bool]:
 
 
 def document(sections: dict[str, str], before: str) -> str:
-    """The Markdown of these sections; another is as the text before had it, or says what makes it."""
+    """Return the Markdown of these sections. A missing one comes from ``before``, or says which command makes it."""
     pieces = re.split(r"^## (.+)\n", before, flags=re.MULTILINE)
     kept = {title: text.strip() for title, text in zip(pieces[1::2], pieces[2::2], strict=True)}
     every = dict.fromkeys(("Triton", "CUDA C++"), _UNREAD) | kept | sections
@@ -117,7 +117,7 @@ def _line(one: Row) -> str:
 
 
 def summary(done: Iterable[Row]) -> str:
-    """A Markdown table, one line a kernel, target and tiling: the worst of its binaries."""
+    """Return a Markdown table with one line per kernel, target and tiling: the worst of its binaries."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for one in done:
         groups[one.target, one.kernel.strip("_").removesuffix("_kernel"), one.tiles].append(one)

@@ -1,4 +1,4 @@
-"""Read the assembly of a kernel for an AMD GPU (gfx942): what it uses, what it executes, and its main loops."""
+"""Read the assembly of a kernel for an AMD GPU (gfx942): its resources, its instructions, and its main loops."""
 
 import re
 from collections import Counter
@@ -13,9 +13,10 @@ _LABEL = re.compile(r"^(\.?\w+):")
 
 @dataclass(frozen=True)
 class Code:
-    """``vgprs`` counts ``agprs`` in, as gfx942 shares one file; ``scratch`` and ``shared`` (LDS) in bytes.
+    """Resources and instructions of one kernel.
 
-    ``counts``: instructions by opcode; ``loops``: the same of each innermost loop that multiplies matrices.
+    ``vgprs`` includes ``agprs``, because gfx942 has one register file for both; ``scratch`` and ``shared`` (LDS) are
+    bytes. ``counts``: instructions by opcode; ``loops``: the same for each innermost loop that multiplies matrices.
     """
 
     vgprs: int
@@ -30,7 +31,7 @@ class Code:
 
     @property
     def spills(self) -> int:
-        """To memory. Scalars that find no register (``sgpr_spills``) lie in lanes of vector registers instead."""
+        """Registers spilled to memory. Without scratch, spilled scalars are kept in lanes of vector registers."""
         return self.vgpr_spills + (self.sgpr_spills if self.scratch else 0)
 
     @property
@@ -43,7 +44,7 @@ def mma_count(counts: Counter[str]) -> int:
 
 
 def read(compiled: Any) -> Code:
-    """Of a CompiledKernel for a "hip" target."""
+    """Read a CompiledKernel for a "hip" target."""
     text = compiled.asm["amdgcn"]
 
     def metadata(key: str) -> int:
@@ -67,7 +68,7 @@ def read(compiled: Any) -> Code:
 
 
 def parse(text: str) -> Program:
-    """Of the assembly of one kernel; addresses are lines, from 1."""
+    """Parse the assembly of one kernel; addresses are line numbers, from 1."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):

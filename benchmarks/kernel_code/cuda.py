@@ -1,4 +1,4 @@
-"""The compiled kernels of csrc/cuda: a row of figures each, and its faults by the rules of its target."""
+"""The compiled kernels of csrc/cuda: a row of figures for each, and its faults by the rules of its target."""
 
 import re
 from collections import defaultdict
@@ -21,7 +21,7 @@ OBJECTS = _ROOT / "build" / "cuda"  # where setup.py keeps them
 
 @dataclass(frozen=True)
 class Gpu:
-    """Of one compute capability: shared memory of a multiprocessor and of a block in KiB, threads of the former.
+    """Limits of a compute capability: KiB of shared memory per multiprocessor and block, threads per multiprocessor.
 
     CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
     """
@@ -40,19 +40,19 @@ _GPUS = {
     100: Gpu(228, 227, 2048),
     120: Gpu(100, 99, 1536),
 }
-#: The capability that a target's code is for first.
+#: The first capability that a target's code runs on.
 _CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_90a": 90, "sm_100": 100, "sm_120": 120}
 
-_REGISTERS = 65536  # of a multiprocessor, of all of these
+_REGISTERS = 65536  # per multiprocessor, for all of these
 _RESERVED = 1024  # bytes of shared memory that each block gives to the system
 
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one kernel for one target; no faults: fine.
+    """Figures of one kernel for one target. A kernel without faults is fine.
 
-    ``shared``: bytes, of the kernel and of its launch; ``blocks`` that fit a multiprocessor, ``declared`` those that
-    the kernel asks for; ``spilled`` in bytes.
+    ``shared``: bytes of the kernel and its launch; ``blocks``: how many fit a multiprocessor; ``declared``: how many
+    the kernel asks for; ``spilled``: bytes.
     """
 
     target: str
@@ -68,7 +68,7 @@ class Row:
 
 
 def missing(report: Mapping) -> str | None:
-    """Why there is nothing to read, by the part "cuda" of _build.json; None if there is."""
+    """Return why there is nothing to read, from the part "cuda" of _build.json; None if there is something."""
     if not report.get("built"):
         return report.get("reason") or "it was never built; make cuda"
     for name in report["kernels"]:
@@ -81,7 +81,10 @@ def missing(report: Mapping) -> str | None:
 
 
 def rows(report: Mapping, *, processes: int = 2) -> list[Row]:
-    """Of every kernel that is linked into the library. Raises: ValueError if objects, logs and launches disagree."""
+    """Return the rows of every kernel that is linked into the library.
+
+    Raises: ValueError if objects, logs and launches disagree.
+    """
     objects = [OBJECTS / f"{name}.o" for name in report["kernels"]]
     host = [
         OBJECTS / f"{source.name}.o"
@@ -100,7 +103,10 @@ def _read(path: Path, launched: Mapping[str, Mapping[int, Launch]]) -> list[Row]
 
 
 def row(kernel: Kernel, launched: Mapping[int, Launch]) -> Row:
-    """``launched``: by capability. How many blocks fit is asked of the target's own, where it launches."""
+    """Return a kernel's row. ``launched``: its launches by capability.
+
+    The number of blocks that fit is computed for the launch on the target's own capability, if there is one.
+    """
     shared = kernel.code.shared + max((one.shared for one in launched.values()), default=0)
     capability = _CAPABILITIES[kernel.target]
     asked = kernel.code.shared + launched[capability].shared if capability in launched else shared
@@ -120,7 +126,10 @@ def row(kernel: Kernel, launched: Mapping[int, Launch]) -> Row:
 
 
 def blocks_that_fit(registers: int, threads: int, shared: int, gpu: Gpu) -> int:
-    """Into a multiprocessor. Registers go to warps by 256, each quarter of a multiprocessor has its own."""
+    """Return the blocks that fit a multiprocessor.
+
+    Registers are allocated to warps in units of 256, and each quarter of a multiprocessor has its own.
+    """
     warps = threads // 32
     of_warp = -(-registers * 32 // 256) * 256
     return min(
@@ -179,7 +188,7 @@ def _faults_of_hopper(kernel: Kernel) -> Iterator[str]:
 
 
 def _loop_text(loop: Loop) -> str:
-    """``HGMMA 8 (8 from registers), waits 0+2, LDSM 16, 431 instructions``; copies of other warps are not in it."""
+    """Return ``HGMMA 8 (8 from registers), waits 0+2, LDSM 16, 431 instructions``, without copies by other warps."""
     name = "HGMMA" if loop.counts["HGMMA"] else "HMMA"
     parts = [f"{name} {loop.mma}"]
     if name == "HGMMA":
@@ -196,7 +205,7 @@ _HEAD = (
 
 
 def table(done: Iterable[Row]) -> str:
-    """Markdown, one line a kernel and target, with the numbers of its name: the worst of its instances."""
+    """Return Markdown, one line per kernel, target and numbers in its name: the worst of its instances."""
     groups: dict[tuple[str, str, str, int], list[Row]] = defaultdict(list)
     for one in done:
         groups[one.target, one.kernel.split("<")[0], ", ".join(numbers(one.kernel)), one.declared].append(one)
@@ -213,12 +222,12 @@ def table(done: Iterable[Row]) -> str:
 
 
 def numbers(name: str) -> list[str]:
-    """The numbers among a template's arguments: ``ProductSm90<BFloat16, MaskKind 0, true, 256>`` has 256."""
+    """Return the numbers among a template's arguments: ``ProductSm90<BFloat16, MaskKind 0, true, 256>`` has 256."""
     return re.findall(r"[<,]\s*(\d+)(?=[,>])", name)
 
 
 def _changed_since(source: Path, time: float) -> str | None:
-    """The name of a file that the source is made of, itself or a header beside it, and that is newer."""
+    """Return the name of a newer file that the source is made of: itself or a header in its folder."""
     seen: set[Path] = set()
     waiting = [source]
     while waiting:

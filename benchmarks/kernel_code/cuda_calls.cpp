@@ -1,7 +1,7 @@
 // Calls the functions of csrc/cuda/api.h so that every kernel is launched, on every GPU that has code for it.
 //
-// No kernel runs: cuda_runtime.cpp takes the launches. An instance that is compiled and that nothing here launches is a
-// fault in the report (cuda.py), so a new kernel, or a choice that can no longer happen, is noticed.
+// No kernel runs: cuda_runtime.cpp receives the launches. A compiled instance that nothing here launches is a fault in
+// the report (cuda.py), so a new kernel, or a choice that can no longer happen, is noticed.
 #include <cstdio>
 #include <initializer_list>
 #include <utility>
@@ -12,13 +12,13 @@ extern int capability;  // cuda_runtime.cpp
 
 namespace mft::cuda {
 
-// Weak: null where the build has left the file out.
+// Weak: null if the build has left the file out.
 __attribute__((weak)) std::string refusal_sm90(const Product&);
 __attribute__((weak)) std::string refusal_sm90(const ScoreGrad&);
 __attribute__((weak)) std::string product_sm90(const Product&, const Device&);
 __attribute__((weak)) std::string score_grad_sm90(const ScoreGrad&, const Device&);
 
-// Those that quantized_sm80.cu and grouped_sm80.cu call themselves.
+// quantized_sm80.cu and grouped_sm80.cu call these themselves.
 __attribute__((weak)) std::string refusal_sm90(const QuantizedProduct&) { return "left out"; }
 __attribute__((weak)) Plan plan_sm90(const QuantizedProduct&, const Device&) { return {}; }
 __attribute__((weak)) std::string product_sm90(const QuantizedProduct& p, const Device&) { return refusal_sm90(p); }
@@ -32,7 +32,7 @@ constexpr int64_t kFeatures = 4096;
 constexpr Type kTypes[] = {Type::kFloat32, Type::kBFloat16, Type::kFloat16};
 constexpr Type kShortTypes[] = {Type::kBFloat16, Type::kFloat16};
 
-char* const kMemory = reinterpret_cast<char*>(0x100000);  // of tensors: an address, which nothing reads
+char* const kMemory = reinterpret_cast<char*>(0x100000);  // address of tensors; nothing reads it
 
 Device device;
 

@@ -1,7 +1,7 @@
-"""How the compiled kernels would be launched: their threads, and the shared memory that only a launch decides.
+"""Find how the compiled kernels would be launched: their threads, and the shared memory that only a launch decides.
 
-The objects are linked with a runtime that records (cuda_runtime.cpp) and with calls of every kind (cuda_calls.cpp),
-and the program is run: the host's code of each object says what it would do on each GPU.
+The objects are linked with a recording runtime (cuda_runtime.cpp) and with calls of every kind (cuda_calls.cpp). When
+the program runs, the host code of each object shows what it would do on each GPU.
 """
 
 import re
@@ -20,14 +20,14 @@ _ROOT = _HERE.parents[1]
 
 @dataclass(frozen=True)
 class Launch:
-    """``shared``: bytes asked for by the launch."""
+    """A launch; ``shared``: bytes that it asks for."""
 
     threads: int
     shared: int
 
 
 def launches(objects: Sequence[Path]) -> dict[str, dict[int, Launch]]:
-    """{symbol: {capability: the launch with most shared memory}}.
+    """Return {symbol: {capability: the launch with most shared memory}}.
 
     Raises: ValueError if the objects cannot be linked, or a call says that it cannot launch.
     """
@@ -40,7 +40,7 @@ def launches(objects: Sequence[Path]) -> dict[str, dict[int, Launch]]:
 
 
 def parse(text: str) -> dict[str, dict[int, Launch]]:
-    """Of what cuda_runtime.cpp writes."""
+    """Parse the output of cuda_runtime.cpp."""
     found: dict[str, dict[int, Launch]] = defaultdict(dict)
     for line in text.splitlines():
         kind, capability, *rest = line.split()

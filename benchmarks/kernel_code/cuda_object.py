@@ -1,7 +1,7 @@
-"""What nvcc made of a file of csrc/cuda: each kernel in its object, for each target, with ptxas's log beside it.
+"""Read what nvcc made of a file of csrc/cuda: each kernel in its object, for each target, with ptxas's log.
 
-The machine code is read from the object itself, so that what is judged is what is linked; spills in bytes and warnings
-stand in the log alone. cuobjdump and nvdisasm are Triton's.
+The machine code is read from the object itself, so the judged code is the linked code. Spills in bytes and warnings are
+only in the log. cuobjdump and nvdisasm are Triton's.
 """
 
 import re
@@ -17,19 +17,20 @@ from building import ptxas_log
 from building.machine_code import sass
 from building.register_hazards import split
 
-#: Shared memory that every block gives to the system, and cuobjdump counts in, from sm_90 on.
+#: Shared memory that every block gives to the system; cuobjdump includes it from sm_90 on.
 _SYSTEM_BYTES = 1024
-#: What ptxas may use if the kernel asks for no number of blocks, however few its threads.
+#: Registers that ptxas may use if the kernel does not ask for a number of blocks, for any number of threads.
 _MOST_REGISTERS = 255
 _FILE_REGISTERS = 65536
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """``symbol``: as the linker knows it; ``name``: as a reader does, ``ProductSm90<BFloat16, MaskKind 0, true, 256>``.
+    """One kernel for one target.
 
-    ``threads`` and ``blocks`` (a multiprocessor) are those of __launch_bounds__; ``spilled`` in bytes, by the log;
-    ``code.shared`` is without what a launch adds; ``text`` is nvdisasm's, ``warnings`` are of serialised MMAs.
+    ``symbol``: the linker's name; ``name``: the reader's, such as ``ProductSm90<BFloat16, MaskKind 0, true, 256>``.
+    ``threads`` and ``blocks`` (per multiprocessor) are those of __launch_bounds__; ``spilled`` is in bytes, from the
+    log; ``code.shared`` excludes what a launch adds; ``text`` is nvdisasm's; ``warnings`` are about serialised MMAs.
     """
 
     symbol: str
@@ -44,7 +45,7 @@ class Kernel:
 
 
 def kernels(path: Path, log: str) -> list[Kernel]:
-    """Of an object and its log. Raises: ValueError if one has kernels that the other lacks."""
+    """Return the kernels of an object and its log. Raises: ValueError if one has kernels that the other lacks."""
     logged = {(one.name, one.architecture): one for one in ptxas_log.kernels(log)}
     warnings = ptxas_log.serialised(log)
     found = []
@@ -75,13 +76,13 @@ def kernels(path: Path, log: str) -> list[Kernel]:
 
 
 def _warnings_of(symbol: str, warnings: list[str]) -> tuple[str, ...]:
-    """Without the kernel's name; a warning that names none is everyone's."""
+    """Return the warnings without the kernel's name; a warning that names no kernel belongs to all."""
     found = [re.fullmatch(r"(.*?)(?: in (?:the )?function '(.*)'.*)?", line) for line in warnings]
     return tuple(match[1] for match in found if match is not None and match[2] in (None, symbol))
 
 
 def _cubins(path: Path) -> Iterator[tuple[str, Path]]:
-    """(target, file) of each; the file lives until the next."""
+    """Yield (target, file) for each; the file lives until the next."""
     with tempfile.TemporaryDirectory() as directory:
         _run(knobs.nvidia.cuobjdump.path, "--extract-elf", "all", path.resolve(), directory=directory)
         for cubin in sorted(Path(directory).glob("*.cubin")):
@@ -91,7 +92,7 @@ def _cubins(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
-    """{symbol: (registers, stack, shared)}."""
+    """Return {symbol: (registers, stack, shared)}."""
     text = _run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
     system = _SYSTEM_BYTES if int(re.findall(r"sm_(\d+)", cubin.name)[-1]) >= 90 else 0
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
@@ -99,7 +100,7 @@ def _usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def _bounds(cubin: Path) -> dict[str, tuple[int, int]]:
-    """{symbol: (threads of a block, registers of a thread)} that the kernel has declared itself to need at most."""
+    """Return {symbol: (threads per block, registers per thread)}, the upper limits that the kernel declares."""
     found = {}
     text = _run(knobs.nvidia.cuobjdump.path, "-elf", cubin)
     for symbol, attributes in re.findall(r"^\.nv\.info\.(\S+)$(.*?)(?=^\.\S|\Z)", text, re.MULTILINE | re.DOTALL):
@@ -113,14 +114,14 @@ def _bounds(cubin: Path) -> dict[str, tuple[int, int]]:
 
 
 def _demangled(symbols: list[str]) -> dict[str, str]:
-    output = _run("c++filt", *symbols) if symbols else ""  # which would read its input
+    output = _run("c++filt", *symbols) if symbols else ""  # without arguments c++filt would read its input
     return {symbol: short_name(symbol, line) for symbol, line in zip(symbols, output.splitlines(), strict=True)}
 
 
 def short_name(symbol: str, demangled: str) -> str:
-    """Without namespaces and arguments; of CUTLASS's kernel, whose name is pages long, what ours puts into it.
+    """Return the name without namespaces and arguments; for CUTLASS's kernel, whose name fills pages, our part of it.
 
-    Raises: ValueError for any other name, for the rules go by the name.
+    Raises: ValueError for any other name, because the rules depend on the name.
     """
     if found := re.search(r"13ScoreEpilogueINS\w*?_\d+(BFloat16|Float16)E(f?)", symbol):
         return f"ScoreGradSm90<{found[1]}, {'float' if found[2] else found[1]}>"

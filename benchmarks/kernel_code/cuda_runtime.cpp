@@ -1,16 +1,16 @@
-// A CUDA runtime without a GPU, for the compiled objects to be linked with: it writes each launch to stdout, as
+// A CUDA runtime without a GPU, to link the compiled objects with. It writes each launch to stdout:
 //
 //   launch CAPABILITY KERNEL THREADS BYTES
 //
-// BYTES of dynamic shared memory, which only the launch knows; whether the GPU has them is for the reader (cuda.py).
-// Declared here and not taken from CUDA's headers, so that any C++ compiler will do; the layouts are CUDA 12's and 13's.
+// BYTES is the dynamic shared memory, which only the launch knows. The reader (cuda.py) checks if the GPU has it. The
+// declarations are not from CUDA's headers, so that any C++ compiler works; the layouts are those of CUDA 12 and 13.
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 
-int capability = 80;  // of the GPU that the calls believe in
+int capability = 80;  // of the GPU that the calls see
 
 namespace {
 
@@ -41,11 +41,11 @@ constexpr size_t kSharedBytesUnasked = 48 * 1024;
 
 struct Function {
   const char* name;
-  size_t shared_bytes = kSharedBytesUnasked;  // that a launch may take
+  size_t shared_bytes = kSharedBytesUnasked;  // the most that a launch may ask for
 };
 
 std::map<const void*, Function>& functions() {
-  static std::map<const void*, Function> known;  // filled by initialisers of other files
+  static std::map<const void*, Function> known;  // filled by initialisers in other files
   return known;
 }
 

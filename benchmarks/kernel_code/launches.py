@@ -29,12 +29,12 @@ from mft_kernels.operands import Backward, Experts, Keep, KeepByTask, Sums, Upda
 from mft_kernels.reference.step import BLOCK
 
 FEATURES = 4096  # N and K
-#: One for each height of a tile, and where one launch makes both gradients and where two do.
+#: One for each height of a tile, with cases in which one launch makes both gradients and in which two do.
 TOKENS = (1, 64, 128, 512, 2048, 4096)
 FEW_TOKENS = (64, 2048)
-#: As many as models have; their places in a program's registers are up to two a thread.
+#: As many as models have; a program holds their offsets in registers, up to two per thread.
 EXPERTS = 256
-#: Of each expert: one for each height of a tile.
+#: Rows per expert: one for each height of a tile.
 ROWS = (1, 32, 128, 1024, 4096)
 
 _MAGNITUDE = "magnitude"
@@ -56,16 +56,16 @@ class Entry:
 
 
 def targets() -> list[Target]:
-    """One of each architecture, in the form that the installed Triton and ptxas compile safely."""
+    """Return one target of each architecture, in the form that the installed Triton and ptxas compile safely."""
     hopper = H100 if _installed_form(H100).swapped else H100_OLD_TRITON
     return [replace(t, compiler=installed_triton()) for t in (A100, RTX_4090, hopper, B200, RTX_5090, MI300X)]
 
 
 def entries(target: Target, *, few: bool = False) -> list[Entry]:
-    """One of each launch that differs in what is compiled; ``few``: bf16, and no more than tests have time for."""
+    """Return one of each launch that compiles differently; ``few``: bf16, and only what tests have time for."""
     found: dict[str, Entry] = {}
     for name, call in _calls(few):
-        for one_launch in (True, False):  # whichever this layer would take, another takes the other
+        for one_launch in (True, False):  # both ways: whichever this layer would take, another layer takes the other
             with _both_gradients(one_launch):
                 launched = recorded(call, target)
             for launch in launched:
@@ -76,7 +76,7 @@ def entries(target: Target, *, few: bool = False) -> list[Entry]:
 
 @contextlib.contextmanager
 def _both_gradients(one_launch: bool) -> Iterator[None]:
-    """From one launch, where they can be; else from two."""
+    """Make both gradients by one launch if possible, or always by two."""
     chosen = ops.one_launch
     ops.one_launch = lambda problem: one_launch and problem.operands.element < 4
     try:
@@ -129,7 +129,7 @@ def _calls(few: bool) -> Calls:
 
 
 class _Layer:
-    """Arguments of a layer, without memory. ``odd``: K is one less: no descriptor and no wide load can read that."""
+    """Arguments of a layer, without memory. ``odd``: K is one less, which no descriptor or wide load can read."""
 
     def __init__(self, m: int, dtype: torch.dtype, scores_dtype: torch.dtype, odd: bool, features: int) -> None:
         n, k = features, features - odd
@@ -161,7 +161,7 @@ class _Layer:
 def _usual(
     m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False, features: int = FEATURES
 ) -> Calls:
-    """What MaskedLinear and the op do in training."""
+    """Yield the calls of MaskedLinear and the op in training."""
     o = _Layer(m, dtype, scores_dtype, odd, features)
     yield f"forward, {o.name}", lambda: o.forward(o.threshold)
     yield f"forward, packed, {o.name}", lambda: ops.product(o.x, o.weight, Keep(o.packed), o.bias)
@@ -173,7 +173,7 @@ def _usual(
 
 
 def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False) -> Calls:
-    """Thresholds by row, value mode, and the other sources of sign and mask."""
+    """Yield calls with thresholds by row, value mode, and the other sources of sign and mask."""
     o = _Layer(m, dtype, scores_dtype, odd, FEATURES)
     yield f"forward, by row, {o.name}", lambda: o.forward(o.rows)
     yield f"d_x, by row, {o.name}", lambda: o.backward(o.rows, _D_X)
@@ -212,7 +212,7 @@ def _of_many(m: int, masks: int, dtype: torch.dtype) -> Calls:
 
 
 def over_experts() -> Calls:
-    """All of them."""
+    """Return all calls over experts."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for rows in ROWS:
         yield from of_experts(rows, bf16, bf16)
@@ -226,7 +226,7 @@ def over_experts() -> Calls:
 def of_experts(
     each: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False, features: int = FEATURES
 ) -> Calls:
-    """What a layer of experts does in training, and the op; ``each`` has so many rows."""
+    """Yield the calls of a layer of experts in training, and of the op; each expert has ``each`` rows."""
     n, k, rows = features, features - odd, EXPERTS * each
     name = f"experts of {each} rows, {_name(dtype)}, scores {_name(scores_dtype)}{', odd' if odd else ''}"
     x, grad, weight = (_empty(*shape, dtype=dtype) for shape in ((rows, k), (rows, n), (EXPERTS, n, k)))
@@ -253,7 +253,7 @@ def _of_steps(
     mode: str = _MAGNITUDE,
     odd: bool = False,
 ) -> Calls:
-    """An optimiser step that knows its old threshold and is asked for the new one; without a weight, scaled."""
+    """Yield optimiser steps that know their old threshold and return the new one; without a weight, scaled."""
     shape = FEATURES, FEATURES - odd
     moments = torch.uint8 if eight_bit else torch.float32
     first, second = (_empty(*shape, dtype=moments) for _ in range(2))

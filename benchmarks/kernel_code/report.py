@@ -1,4 +1,4 @@
-"""What became of each launch: a row of figures, and its faults by the rules of its target."""
+"""Compile and read each launch: a row of figures, and its faults by the rules of its target."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -13,9 +13,9 @@ from mft_kernels.backends.triton.target import Target
 from . import amdgcn
 from .launches import Entry, entries
 
-#: Of a multiprocessor of sm_80 to sm_100.
+#: Registers per multiprocessor of sm_80 to sm_100.
 _REGISTERS = 65536
-#: Shared memory that the driver takes from each block.
+#: Shared memory that the driver reserves per block.
 _RESERVED = 1024
 #: Kernels whose loop multiplies, and whose grid is as large as the card.
 _MASKED = ("_masked_product_kernel", "_grouped_product_kernel")
@@ -24,7 +24,7 @@ _PRODUCTS = (*_MASKED, "_score_grad_kernel", "_grouped_score_grad_kernel", "_bac
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one binary; no faults: fine.
+    """Figures of one binary. A binary without faults is fine.
 
     ``loops``: "HGMMA 4 (4 from registers), waits 0+2, copies 3, 242 instructions" each.
     """
@@ -42,7 +42,7 @@ class Row:
 
 
 def rows(targets: Iterable[Target], *, few: bool = False, processes: int = 2) -> Iterator[Row]:
-    """One for each launch of launches.entries, as they get ready."""
+    """Yield one row for each launch of launches.entries, as soon as it is ready."""
     jobs = [(target, few, i) for target in targets for i in range(len(entries(target, few=few)))]
     if processes == 1:
         yield from map(_row_of, jobs)
@@ -52,7 +52,7 @@ def rows(targets: Iterable[Target], *, few: bool = False, processes: int = 2) ->
 
 
 def count(targets: Iterable[Target], *, few: bool = False) -> int:
-    """How many rows there will be."""
+    """Return the number of rows."""
     return sum(len(entries(target, few=few)) for target in targets)
 
 
@@ -61,7 +61,7 @@ _entries: dict[tuple[Target, bool], list[Entry]] = {}
 
 def _row_of(job: tuple[Target, bool, int]) -> Row:
     target, few, i = job
-    if (target, few) not in _entries:  # a launch cannot be sent to another process, its place in the list can
+    if (target, few) not in _entries:  # a launch cannot be sent to another process, but its index can
         _entries[target, few] = entries(target, few=few)
     return row(_entries[target, few][i])
 
@@ -90,7 +90,7 @@ def row(entry: Entry) -> Row:
 
 
 def _blocks(launch: Launch) -> int:
-    """That shall share a multiprocessor: whose registers the launch leaves room for. A grid may be smaller."""
+    """Return the blocks that must share a multiprocessor, by the launch's limit of registers. A grid may be smaller."""
     limit = launch.options.get("maxnreg")
     return 1 if limit is None else _REGISTERS // (32 * launch.options["num_warps"] * limit)
 
@@ -104,7 +104,7 @@ def _faults_of_nvidia(code: sass.Code, compiled: object, name: str, entry: Entry
     if name not in _PRODUCTS or _is_exact(entry):
         return
     expected = {"_backward_kernel": 2}.get(name, 1)
-    if len(code.loops) < expected:  # a compiler may peel one into two
+    if len(code.loops) < expected:  # a compiler may split one loop into two
         yield f"{len(code.loops)} loops multiply, at least {expected} should"
     if any(loop.async_copies == 0 for loop in code.loops) and "odd" not in entry.call:  # copies are of 4 bytes or more
         yield "a loop without asynchronous copies"
@@ -140,7 +140,7 @@ def _faults_of_amd(code: amdgcn.Code, name: str, entry: Entry) -> Iterator[str]:
 
 
 def _is_exact(entry: Entry) -> bool:
-    """fp32 in full precision, which ordinary cores multiply."""
+    """Whether it computes in full fp32 precision, for which ordinary cores multiply."""
     tensors = [getattr(argument, "base", argument) for argument in entry.launch.args]
     return "float32" in str(getattr(tensors[0], "dtype", "")) and entry.launch.options["PRECISION"] == "ieee"
 

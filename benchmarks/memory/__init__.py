@@ -1,1 +1,1 @@
-"""How much memory whole training steps take: estimated, simulated on fake tensors, measured."""
+"""How much memory whole training steps take: estimated, simulated on fake tensors, and measured."""

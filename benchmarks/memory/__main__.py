@@ -1,11 +1,11 @@
-"""How much memory does a training step take? python -m benchmarks.memory [cards | mixtures | smollm2 | blocks] ...
+"""Find how much memory a training step takes: python -m benchmarks.memory [cards | mixtures | smollm2 | blocks] ...
 
-cards    LLaMA2-7B and others on cards nobody has here: estimated, and simulated on fake tensors (2 minutes)
+cards    LLaMA2-7B and others on cards that we do not have: estimated, and simulated on fake tensors (2 minutes)
 mixtures gpt-oss-20b, qwen3-30b-a3b and mixtral-8x7b on cards of 12, 24 and 80 GB, likewise (10 minutes)
 smollm2  SmolLM2-135M's real weights, every way of running: the same losses step by step (4 minutes)
 blocks   two layers of LLaMA2-7B's shape, measured: each way, the paper's formulation, eager PyTorch (10 minutes)
 
-Each writes a record memory_<name> into benchmarks/results; the plot of all is benchmarks/results/memory.png.
+Each writes a record memory_<name> into benchmarks/results. The plot of all is benchmarks/results/memory.png.
 """
 
 import json
@@ -32,9 +32,9 @@ from . import mixtures, plot
 from .rivals import RIVALS, simulate_rival
 from .worker import MODEL, WAYS, workload_of
 
-LAYERS, TOKENS, ACCUMULATION = 2, 512, 2  # of the blocks
+LAYERS, TOKENS, ACCUMULATION = 2, 512, 2  # of the question blocks
 LOCAL = (4, 5, 6, 7)
-# (model, way, masked layers, quantised base, masked layers quantised too): GB on the device at most
+# (model, way, masked layers, quantised base, whether masked layers are quantised): upper limit in GB on the device
 TARGETS = {
     ("llama2-7b", "resident", LOCAL, None, False): 17.5,
     ("llama2-7b", "resident", None, None, False): 28,
@@ -50,7 +50,7 @@ TARGETS = {
 
 
 def cards() -> None:
-    """Peaks on the device, sequence 4096, micro-batch 1: by estimate and by simulation, against what was asked for."""
+    """Estimate and simulate peaks on the device, sequence 4096, micro-batch 1, and compare them with the goals."""
     findings = []
     for (model, way, layers, quantization, quantize_masked), bound in TARGETS.items():
         workload = Workload(way, layers, accumulation=2, quantization=quantization, quantize_masked=quantize_masked)
@@ -72,14 +72,14 @@ def cards() -> None:
 
 
 def all_mixtures() -> None:
-    """Mixtures' peaks on device and host, sequence 4096, micro-batch 1: by estimate and by simulation."""
+    """Estimate and simulate peaks of mixtures on device and host, sequence 4096, micro-batch 1."""
     findings = [finding for model in mixtures.MODELS for finding in mixtures.findings_of(model)]
     title = "Mixtures of experts, peaks in a step of 2 x 4096 tokens; simulated on fake tensors, not measured on a GPU"
     report("memory_mixtures", title, findings)
 
 
 def smollm2() -> None:
-    """Losses step by step: fp32, so that what differs is the order of sums alone."""
+    """Compare losses step by step, in fp32, so that only the order of sums differs."""
     runs: dict[str, list[float]] = {}
     seconds = {}
     for name, way, quantization in (
@@ -107,7 +107,7 @@ def smollm2() -> None:
 
 
 def blocks() -> None:
-    """Peaks measured in a process each, beside what mft estimate says."""
+    """Measure peaks, each in its own process, and compare them with mft estimate."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = shape_from_config(known_config(MODEL) | {"num_hidden_layers": LAYERS})
     findings, breakdown = [], {}
@@ -129,7 +129,7 @@ def blocks() -> None:
 
 
 def measure(competitor: str) -> dict:
-    """The worker's JSON. glibc hands freed memory back at once, so that what is resident is what is allocated."""
+    """Return the worker's JSON. glibc returns freed memory at once, so resident memory equals allocated memory."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory.worker", competitor]
     command += [str(LAYERS), str(TOKENS), str(ACCUMULATION)]
     threshold = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -144,7 +144,7 @@ QUESTIONS = {"cards": cards, "mixtures": all_mixtures, "smollm2": smollm2, "bloc
 
 
 def main() -> None:
-    """Answer all questions, or those named, and draw what is known."""
+    """Answer all questions, or those named, and draw the stored results."""
     asked = sys.argv[1:] or list(QUESTIONS)
     unknown = [question for question in asked if question not in QUESTIONS]
     if unknown:

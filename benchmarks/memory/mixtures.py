@@ -1,4 +1,4 @@
-"""Mixtures of experts on cards that nobody has here: what each way needs, by estimate and by simulation.
+"""Mixtures of experts on cards that we do not have: estimate and simulate what each way needs.
 
     python -m benchmarks.memory mixtures
 
@@ -33,12 +33,12 @@ SETTINGS = {
         "resident", target_modules=("q_proj", "k_proj", "v_proj", "o_proj"), accumulation=2
     ),
 }
-MOST = 0.05  # by which estimate and simulation may differ
+MOST = 0.05  # largest relative difference of estimate and simulation
 
 
 @dataclass(frozen=True)
 class Both:
-    """One setting of one model; simulated bytes of device and host."""
+    """The estimate of one setting of one model, and its simulated bytes on device and host."""
 
     estimated: Estimate
     device: int
@@ -46,26 +46,26 @@ class Both:
 
     @property
     def apart(self) -> float:
-        """The larger of both differences, as a share of what was simulated."""
+        """The larger of both differences, as a share of the simulated value."""
         pairs = (self.estimated.device_peak, self.device), (self.estimated.host_peak, self.host)
         return max(abs(ours - theirs) / theirs for ours, theirs in pairs if theirs)
 
     @property
     def card(self) -> float | None:
-        """The smallest of CARDS that holds the simulated peak and what is set aside; None if none does."""
+        """The smallest of CARDS that holds the simulated peak and the reserve; None if none does."""
         return next((card for card in CARDS if self.device + RESERVE["cuda"] <= card), None)
 
 
 def compare(model: str, workload: Workload) -> Both:
-    """Estimate and simulation of one setting."""
+    """Estimate and simulate one setting."""
     config = known_config(model)
-    with mock.patch.object(token_loss, "rows_at_once", len):  # a chunk's rows in fp32 at once, as on a GPU
+    with mock.patch.object(token_loss, "rows_at_once", len):  # all rows of a chunk in fp32 at once, as on a GPU
         found = simulate_step(config, workload, steps=2 if workload.memory == "plain" else 1)  # it makes moments late
     return Both(estimate(shape_from_config(config, model), workload), found.device_peak, found.host_peak)
 
 
 def findings_of(model: str) -> list[Finding]:
-    """Of all SETTINGS, printed as they come."""
+    """Return the findings of all SETTINGS. Each is printed when it is ready."""
     findings = []
     for setting, workload in SETTINGS.items():
         both, name = compare(model, workload), f"{model}, {setting}"

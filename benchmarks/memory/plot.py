@@ -1,4 +1,4 @@
-"""Draws benchmarks/results/memory.png: bytes by kind, stacked, one bar per memory mode; measured peaks as marks."""
+"""Draw benchmarks/results/memory.png: bytes by kind, stacked, one bar per memory mode; measured peaks as marks."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ LOCAL = (4, 5, 6, 7)
 
 
 def draw(results: Path) -> None:
-    """From the JSON files that are there; the panels of LLaMA2-7B are estimates and need none."""
+    """Draw from the JSON files in ``results``; the panels of LLaMA2-7B are estimates and need none."""
     figure = Figure(figsize=(15, 5), layout="constrained")
     axes = figure.subplots(1, 3)
     cards = _findings(results / "memory_cards-cpu.json")
@@ -33,7 +33,7 @@ def draw(results: Path) -> None:
 
 
 def _draw_card(axes, layers: tuple[int, ...] | None, cards: dict[str, float]) -> dict[str, dict[str, int]]:
-    """Returns: bytes on the device by way and kind."""
+    """Draw the panel of one card. Returns: bytes on the device by way and kind."""
     shape = shape_from_config(known_config("llama2-7b"))
     bars = {}
     for way in ("plain", "resident", "quantized", "layerwise"):
@@ -60,7 +60,7 @@ def _least(bars: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _draw_blocks(axes, records: dict[str, Record]) -> None:
-    """The estimate stacked, once, and what each machine measured."""
+    """Draw the estimate as one stack, and each machine's measurements."""
     axes.set_title("2 layers of LLaMA2-7B's shape on a CPU")
     if not records:
         axes.annotate("not measured yet", (0.5, 0.5), xycoords="axes fraction", ha="center")

@@ -1,8 +1,8 @@
-"""Whole training loops that memory is compared with: the paper's formulation, and eager PyTorch at its most careful.
+"""Whole training loops for comparing memory: the paper's formulation, and eager PyTorch at its most careful.
 
 paper    fp32 scores, a sort in every forward, masked copies of the weights kept by autograd, fp32 AdamW
-eager    bf16 scores, a threshold a step, the mask made anew in the backward, every layer checkpointed, logits a chunk
-         at a time, 8-bit moments (ours: no stronger ones are known to us); gradients by autograd
+eager    bf16 scores, one threshold per step, the mask made again in the backward, every layer checkpointed, logits
+         one chunk at a time, 8-bit moments (ours: we know no stronger ones); gradients by autograd
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -73,7 +73,7 @@ class RivalLoop:
             self._optimizer = torch.optim.AdamW(scores, lr=train.lr)
 
     def step(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """One optimiser step; the mean loss a token."""
+        """Run one optimiser step and return the mean loss per token."""
         device = head_of(self._model).weight.device
         losses = []
         for batch in batches:
@@ -94,14 +94,14 @@ class RivalLoop:
 
 
 def train_rival(rival: Rival, model: Any, data: Any, train: TrainConfig) -> list[float]:
-    """Optimiser steps over all layers; the loss of each."""
+    """Run optimiser steps over all layers and return the loss of each."""
     loop, size = RivalLoop(rival, model, train), train.accumulation
     steps = [range(start, start + size) for start in range(0, (train.steps or 0) * size, size)]
     return [loop.step([take_rows(data, [row]) for row in rows]).item() for rows in steps]
 
 
 def simulate_rival(rival: Rival, config: Mapping[str, Any], workload: Workload) -> MemoryTracker:
-    """The tracker after one step on fake tensors; see benchmarks.memory.simulated_step."""
+    """Return the tracker after one step on fake tensors; see benchmarks.memory.simulated_step."""
     tracker = MemoryTracker()
     with FakeTensorMode(), tracker:
         model = fake_model(config)

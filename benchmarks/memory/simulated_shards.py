@@ -1,6 +1,6 @@
-"""The sharded engine for simulated_step.py: one process of several, whose others send nothing.
+"""The sharded engine for simulated_step.py: one process of several; the others send nothing.
 
-torch's "fake" process group stands for the others; the model that was loaded lies on the host.
+torch's "fake" process group stands for the others. The loaded model is on the host.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from mft_kernels.shards import is_spread, rows_here
 
 
 class _Alone(Processes):
-    """Whose others agree to everything."""
+    """A process group in which the others agree to everything."""
 
     def together(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -39,18 +39,18 @@ class _Alone(Processes):
 
 
 class _States(ShardedStates):
-    """Masks of any bits: fake scores have no order."""
+    """States whose masks are arbitrary bits: fake scores have no order."""
 
     def select(self) -> None:
         self._take(self._rows, [rows_here(mask.scores).new_zeros(_ways(mask)) for mask in self._rows])
 
     def check(self) -> None:
-        """Nothing can be looked at."""
+        """Do nothing: fake values cannot be checked."""
 
 
 @contextlib.contextmanager
 def sharded_processes(workload: Workload, tracker: MemoryTracker) -> Iterator[None]:
-    """Around a simulated step: this process, its group, and what FSDP2 gathers and lets go, which no operator shows."""
+    """Set up this process's group around a simulated step, and track what FSDP2 gathers and frees without operators."""
     if workload.memory != "sharded":
         yield
         return
@@ -71,21 +71,21 @@ def sharded_processes(workload: Workload, tracker: MemoryTracker) -> Iterator[No
 def sharded_runner(
     model: nn.Module, workload: Workload, train: TrainConfig, objective: Objective, tracker: MemoryTracker
 ) -> Sharded:
-    """What runs the step."""
+    """Return the engine that runs the step."""
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.mark_host(tensor)
     processes = _Alone(0, workload.processes)
     few, device = torch.zeros(1, 4, dtype=torch.int64), torch.device("cpu")
     own = spread(model, few, device, processes, split=lambda model, few: (run_decoder, head_of(model)))
     for p in (p for p in own.head.parameters() if not is_spread(p)):
-        tracker.mark_device(p)  # one that the embedding shares is copied whole
+        tracker.mark_device(p)  # a tensor shared with the embedding is copied whole
     dtype = None if workload.grad_dtype is None else getattr(torch, workload.grad_dtype)
     states = _States(model, own, train, device, processes, None, dtype)
     return Sharded(states, own, objective, every_batch=workload.reduces_every_batch)
 
 
 def _real_mesh(*args: Any) -> Any:
-    """A mesh looks its numbers up."""
+    """Make a mesh from real tensors, because it reads its numbers."""
     with unset_fake_temporarily():
         return init_device_mesh(*args)
 
@@ -99,5 +99,5 @@ def _seen(function: Any, tracker: MemoryTracker) -> Any:
 
 
 def _ways(mask: Any) -> tuple[int, ...]:
-    """The shape of a threshold."""
+    """Return the shape of a threshold."""
     return () if mask.scores.dim() == 2 else (len(rows_here(mask.scores)),)

@@ -1,10 +1,10 @@
-"""One training step of a masked model under FakeTensorMode: what the engines hold at their peak, without the memory.
+"""Run one training step of a masked model under FakeTensorMode: peaks of the engines, without needing the memory.
 
     python -m benchmarks.memory.simulated_step llama2-7b --layers 4-7    # or make simulate
     python -m benchmarks.memory.simulated_step llama2-7b --ways layerwise --accumulation 128 --batches-at-once 8 \
         --scores int16 --moments 8bit --steps 1    # the paper's step in 64 GB of host memory: 5 minutes
 
-The engines run as they are, on the fake CPU, with a mover that copies as to a device and marks what rests on the host.
+The unchanged engines run on the fake CPU, with a mover that copies as to a device and marks what is kept on the host.
 """
 
 import argparse
@@ -53,17 +53,17 @@ from mft_kernels.mask.in_place import MaskedInPlace
 from mft_kernels.reference import functions as reference
 
 DTYPE = torch.bfloat16
-# sdpa without a mask, as real tensors of whole rows get it; for fake ones transformers makes a mask of T x T.
+# sdpa without a mask, as for real tensors of whole rows; for fake ones transformers makes a mask of T x T.
 _CAUSAL = "sdpa_causal"
-_EAGER = ("gpt_oss",)  # which transformers gives no other attention that needs no further package
+_EAGER = ("gpt_oss",)  # models for which transformers has no other attention without a further package
 
 
 def simulate_step(config: Mapping[str, Any], workload: Workload, *, steps: int = 1) -> MemoryTracker:
-    """The tracker after ``steps`` whole optimiser steps of workload.own_accumulation micro-batches each.
+    """Return the tracker after ``steps`` whole optimiser steps of workload.own_accumulation micro-batches each.
 
     Args:
         config: config.json of the model, as a dictionary; the model is built in bfloat16.
-        workload: memory must not be auto, and quantization be given where it is quantized.
+        workload: memory must not be auto, and quantization must be given if it is quantized.
     """
     tracker = MemoryTracker()
     with FakeTensorMode(), tracker, _known_number_aside(workload), sharded_processes(workload, tracker):
@@ -90,7 +90,7 @@ _OBJECTIVES: dict[str, Objective] = {"cross_entropy": CROSS_ENTROPY, "kl": KL(),
 
 
 class SimulatedMover(Mover):
-    """Copies between two memories that are both the fake CPU's."""
+    """Copies between two memories that are both on the fake CPU."""
 
     def __init__(self, tracker: MemoryTracker) -> None:
         super().__init__("cpu", separate=True)
@@ -105,7 +105,7 @@ class SimulatedMover(Mover):
 
 
 class SimulatedProcesses(Processes):
-    """Whose others send nothing."""
+    """Processes of which the others send nothing."""
 
     def together(self) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -114,11 +114,11 @@ class SimulatedProcesses(Processes):
         return self
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: nothing is in flight."""
 
 
 def fake_model(config: Mapping[str, Any]) -> Any:
-    """A causal language model of this config in bfloat16; fake if called under FakeTensorMode."""
+    """Return a causal language model of this config in bfloat16; it is fake under FakeTensorMode."""
     options = {key: value for key, value in config.items() if key != "model_type"}
     known = AutoConfig.for_model(config["model_type"], **options)
     AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
@@ -128,11 +128,11 @@ def fake_model(config: Mapping[str, Any]) -> Any:
 
 
 def fake_batch(workload: Workload) -> MicroBatch:
-    """A micro-batch of this workload's size, every token of it scored."""
+    """Return a micro-batch of this workload's size in which every token is scored."""
     rows, tokens = workload.micro_batch, workload.sequence
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
     batch = MicroBatch(list(range(rows)), ids, ids, [0] * rows)
-    # What find_labelled finds where every token is scored; under FakeTensorMode nothing can be looked up.
+    # The result of find_labelled if every token is scored; under FakeTensorMode it cannot read values.
     scored = rows * (tokens - 1)
     found = Labelled(torch.zeros(scored, dtype=torch.int64), torch.zeros(scored, dtype=torch.int64))
     vars(batch)["labelled"] = found
@@ -143,7 +143,7 @@ def fake_batch(workload: Workload) -> MicroBatch:
 
 
 def checkpoint(model: Any) -> None:
-    """Recompute activations in the backward, by the name that this transformers has for it."""
+    """Recompute activations in the backward, by the name of this in the installed transformers."""
     # TODO: drop the old name when transformers >= 6 is the floor
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
@@ -156,7 +156,7 @@ def _masked_model(config: Mapping[str, Any], workload: Workload) -> nn.Module:
         scores_dtype=workload.scores,
     )
     with unset_fake_temporarily(), torch.device("meta"):
-        names = select_targets(fake_model(config), mask)  # ties are told by addresses, which fake weights lack
+        names = select_targets(fake_model(config), mask)  # ties are found by addresses, which fake weights lack
     model = fake_model(config)
     convert(model, names, mask)
     if workload.quantization is not None:
@@ -167,7 +167,7 @@ def _masked_model(config: Mapping[str, Any], workload: Workload) -> nn.Module:
 
 
 def _quantize(model: Any, kind: str, *, masked: bool) -> None:
-    """quantize_model of weights that have no values."""
+    """quantize_model for weights without values."""
     layers = decoder_layers(model)
     for name, module in list(layers.named_modules()):
         for part in expert_projections(module):
@@ -191,7 +191,7 @@ def _empty_experts(weight: Tensor, bias: Tensor | None, *, transposed: bool, kin
 
 
 def _empty(weight: Tensor, kind: str) -> QuantizedWeight:
-    """Codes of a matrix, or of all experts' in one."""
+    """Return empty codes of a matrix, or of all experts' matrices in one."""
     *rows, columns = weight.shape
     return QuantizedWeight.empty((math.prod(rows), columns), DTYPE, kind)
 
@@ -224,7 +224,10 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
 
 
 def _known_number_aside(workload: Workload) -> AbstractContextManager[Any]:
-    """Flips by plain PyTorch, which takes the most memory, and how many weights are dropped: fake masks do not say."""
+    """Flip masks by plain PyTorch, which takes the most memory, with a given number of dropped weights.
+
+    Fake masks cannot tell that number.
+    """
     share = 1 - workload.keep_ratio
 
     def run(held: MaskedInPlace, function: str) -> Callable:
@@ -247,16 +250,16 @@ def main() -> None:
     parser.add_argument("--layers", default="all", help="masked layers, such as 4-7")
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--ways", default="plain,resident,layerwise")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
-    parser.add_argument("--batches-at-once", type=int, help="of these, in layerwise; all if not given")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per step")
+    parser.add_argument("--batches-at-once", type=int, help="micro-batches at once in layerwise; default: all")
     parser.add_argument(
         "--processes", type=int, default=1, help="number of processes; one of them is simulated (for --ways sharded)"
     )
-    parser.add_argument("--reduce-every", choices=("step", "micro_batch"), default="step", help="of sharded")
+    parser.add_argument("--reduce-every", choices=("step", "micro_batch"), default="step", help="for sharded")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--scores", default="float32")
     parser.add_argument("--moments", default="float32")
-    parser.add_argument("--steps", type=int, default=2, help="plain makes its moments in the first")
+    parser.add_argument("--steps", type=int, default=2, help="steps; plain makes its moments in the first")
     asked = parser.parse_args()
     config = known_config(asked.model)
     layers = None if asked.layers == "all" else tuple(parse_layers(asked.layers))

@@ -1,8 +1,8 @@
-"""Peak memory without a GPU: every storage that is made is followed until it is freed, by kind, on device and host.
+"""Peak memory without a GPU: follows every storage from its creation until it is freed, by kind, on device and host.
 
 Works on real CPU tensors and under FakeTensorMode, where no storage is ever filled: LLaMA2-7B is simulated in a few
-hundred megabytes. What an operator allocates and frees inside its own C++ or CUDA code is not seen, nor is
-fragmentation; sizes are rounded up as CUDA's caching allocator rounds them.
+hundred megabytes. Not seen: fragmentation, and what an operator allocates and frees inside its own C++ or CUDA code.
+Sizes are rounded up as CUDA's caching allocator rounds them.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-BLOCK = 512  # bytes: CUDA's caching allocator hands out multiples of it
+BLOCK = 512  # bytes: CUDA's caching allocator allocates multiples of it
 OTHER = "other"
 
 
 class _Place:
-    """What lies in one memory now, and what lay there when it held the most."""
+    """The contents of one memory now, and at its peak."""
 
     def __init__(self) -> None:
         self.current: Counter[str] = Counter()
@@ -46,7 +46,7 @@ class MemoryTracker(TorchDispatchMode):
                 loss = model(x)
         tracker.device_peak, tracker.device_breakdown, tracker.device_phase
 
-    A view adds nothing, an in-place operator nothing unless it enlarges its storage. Sizes are bytes.
+    A view adds nothing. An in-place operator adds nothing unless it enlarges its storage. Sizes are bytes.
     """
 
     def __init__(self) -> None:
@@ -65,17 +65,17 @@ class MemoryTracker(TorchDispatchMode):
 
     @property
     def device_breakdown(self) -> dict[str, int]:
-        """Bytes by kind when the device held the most."""
+        """Bytes by kind at the device's peak."""
         return self._places["device"].breakdown
 
     @property
     def device_phase(self) -> str:
-        """The phase in which the device held the most."""
+        """The phase of the device's peak."""
         return self._places["device"].phase
 
     @property
     def device_bytes(self) -> int:
-        """On the device now."""
+        """Bytes on the device now."""
         return self._places["device"].total
 
     @property
@@ -83,27 +83,27 @@ class MemoryTracker(TorchDispatchMode):
         return self._places["host"].total
 
     def kind(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """What is made inside the context is of this kind."""
+        """Give this kind to what is made inside the context."""
         return self._set("_kind", name)
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """A peak inside the context is reported as this phase's."""
+        """Report a peak inside the context as this phase's."""
         return self._set("_phase", name)
 
     def host(self) -> contextlib.AbstractContextManager[None]:
-        """What is made inside the context lies on the host."""
+        """Count what is made inside the context as on the host."""
         return self._set("_place", "host")
 
     def mark_host(self, tensor: Tensor) -> None:
-        """The tensor's storage lies on the host, from now on."""
+        """Count the tensor's storage as on the host from now on."""
         self._move(tensor, "host")
 
     def mark_device(self, tensor: Tensor) -> None:
-        """The tensor's storage lies on the device, from now on."""
+        """Count the tensor's storage as on the device from now on."""
         self._move(tensor, "device")
 
     def track(self, tensors: nn.Module | Iterable[Tensor]) -> None:
-        """Add storages that exist already, or are made where no operator shows them, as made here and now."""
+        """Add storages as if made now: they existed before, or no operator shows their creation."""
         if isinstance(tensors, nn.Module):
             tensors = [*tensors.parameters(), *tensors.buffers()]
         for tensor in tensors:
@@ -123,7 +123,7 @@ class MemoryTracker(TorchDispatchMode):
             given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
             for tensor in made:
                 key = id(tensor.untyped_storage())
-                if key in self._alive or key not in given:  # a view of what is not followed is not made here
+                if key in self._alive or key not in given:  # a view of an untracked storage is not made here
                     self._see(tensor)
         return result
 

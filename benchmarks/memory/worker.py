@@ -1,9 +1,9 @@
-"""One competitor of benchmarks.memory in a process of its own: two optimiser steps, and the most memory they took.
+"""Run one competitor of benchmarks.memory in its own process: two optimiser steps and their peak memory.
 
     python -m benchmarks.memory.worker <competitor> <layers> <tokens> <accumulation>
 
-Prints JSON: peak_bytes, seconds a step, losses. On a CPU the peak is that of resident memory over what the process
-held before the model was made; on a GPU the allocator's.
+Prints JSON: peak_bytes, seconds per step, losses. On a CPU the peak is resident memory beyond what the process held
+before the model was made; on a GPU it is the allocator's.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ from .rivals import RIVALS, train_rival
 
 MODEL = "llama2-7b"
 STEPS = 2
-# Scores and moments of the ways that keep them compact: 4 bytes a weight where the paper has 12.
+# Compact scores and moments: 4 bytes per weight, compared with 12 in the paper.
 COMPACT = {"scores": "int16", "moments": "8bit"}
-# competitor: (way, quantised base, masked layers quantised too, states as they rest)
+# competitor: (way, quantised base, whether masked layers are quantised, storage of states)
 WAYS = {
     "plain": ("plain", None, False, {"scores": "float32", "moments": "float32"}),
     "in_place": ("in_place", None, False, COMPACT),
@@ -42,7 +42,7 @@ WAYS = {
 
 
 def workload_of(competitor: str, tokens: int, accumulation: int, device: str) -> Workload:
-    """What mft estimate is asked for a competitor that is a way of ours."""
+    """Return the workload of mft estimate for a competitor that is one of our ways."""
     way, quantization, quantize_masked, states = WAYS[competitor]
     return Workload(
         memory=way,
@@ -56,7 +56,7 @@ def workload_of(competitor: str, tokens: int, accumulation: int, device: str) ->
 
 
 def build(layers: int) -> Any:
-    """LLaMA2-7B's own shapes, so many of its layers, random weights in bf16."""
+    """Return a model with LLaMA2-7B's shapes, this number of layers, and random bf16 weights."""
     config = known_config(MODEL) | {"num_hidden_layers": layers}
     family = config.pop("model_type")
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def build(layers: int) -> Any:
 
 
 class Rows:
-    """Random tokens (memory does not depend on which they are), as batches.take_rows reads a data set."""
+    """Random tokens with the interface of a data set for batches.take_rows; memory does not depend on their values."""
 
     def __init__(self, model: Any, tokens: int, count: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -81,7 +81,7 @@ class Rows:
 
 
 def train(competitor: str, model: Any, data: Rows, accumulation: int, device: str) -> list[float]:
-    """Two optimiser steps; the loss of each."""
+    """Run two optimiser steps and return the loss of each."""
     workloads = TrainConfig(lr=1e-3, steps=STEPS, accumulation=accumulation)
     if competitor in RIVALS:
         return train_rival(RIVALS[competitor], model.to(device), data, workloads)

@@ -1,1 +1,1 @@
-"""Our method as an entry of PEFT's method comparison; python -m benchmarks.peft_board."""
+"""Our method as an entry of PEFT's method comparison: python -m benchmarks.peft_board."""

@@ -4,12 +4,12 @@
     python -m benchmarks.peft_board peft mft/llama-3.2-3B-budget0.006            # on a GPU, as PEFT runs its entries
     python -m benchmarks.peft_board peft mft/smollm2-135M-budget0.006 --small    # a small model, without network or GPU
 
-An entry is a folder of benchmarks/peft_board/experiments: adapter_config.json and training_params.json, as PEFT asks
-for. PEFT's folder method_comparison/MetaMathQA is copied into --out first, so the checkout stays as it is. Results go
-where PEFT's script puts them, below --out.
+An entry is a folder of benchmarks/peft_board/experiments with the files that PEFT needs: adapter_config.json and
+training_params.json. PEFT's folder method_comparison/MetaMathQA is first copied into --out, so the checkout does not
+change. PEFT's script writes its results to the usual place, below --out.
 
---small replaces what cannot be had offline: the model by SmolLM2-135M-Instruct, the training and test questions by
-short problems with exact answers, the text for forgetting by Python files. Its figures say that an entry runs and how
+--small replaces what is not available offline: the model by SmolLM2-135M-Instruct, the training and test questions by
+short problems with exact answers, the text for forgetting by Python files. Its figures show that an entry runs and how
 two entries compare there. They cannot be compared with PEFT's board.
 """
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def copy_suite(checkout: Path, entry: str, out: Path) -> Path:
-    """PEFT's suite with our entries, below out. Raises: SystemExit for a checkout or an entry that is none."""
+    """Copy PEFT's suite with our entries below ``out``. Raises: SystemExit if there is no such checkout or entry."""
     if not (checkout / SUITE / "run.py").is_file():
         sys.exit(f"error: peft must be a checkout of PEFT's repository, which has {SUITE}/run.py, got {checkout}")
     ours = HERE / "experiments"

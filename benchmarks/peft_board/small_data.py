@@ -1,4 +1,4 @@
-"""What replaces the model hub, the data sets and the GPU in a small run of PEFT's method comparison."""
+"""Replacements of the model hub, the data sets and the GPU in a small run of PEFT's method comparison."""
 
 import contextlib
 import importlib
@@ -18,25 +18,25 @@ from mft.data.problems import Problem, make_problems
 from mft.models.pretrained import smollm2_directory
 
 TEST, VALID = 100, 50  # questions
-TEXTS, LONGEST = 6, 1200  # Python files by which forgetting is measured, and how many characters of each
+TEXTS, LONGEST = 6, 1200  # Python files that measure forgetting, and the most characters of each
 MODEL = "smollm2-135m"  # in training_params.json
 
-# What the copy of PEFT's scripts has to let pass.
+# (file, old text, new text): checks that the copy of PEFT's scripts must relax.
 ANY_DEVICE = "utils.py", 'not in ["cuda", "xpu"]', 'not in ["cuda", "xpu", "cpu"]'
-ANY_LOSS = "run.py", "1 < wiki_loss_before < 2", "1 < wiki_loss_before < 4"  # a small model's loss lies above 2
+ANY_LOSS = "run.py", "1 < wiki_loss_before < 2", "1 < wiki_loss_before < 4"  # a small model's loss is above 2
 
 
 def install(suite: Path) -> None:
-    """Let the suite's modules, which are imported here, take local data, a local model and this machine's device."""
+    """Make the suite's modules, which are imported here, use local data, a local model and this machine's device."""
     _change(suite, *ANY_LOSS)
     if not torch.cuda.is_available():
         _change(suite, *ANY_DEVICE)
         _stand_in_for_memory()
     data, utils = importlib.import_module("data"), importlib.import_module("utils")
     data.load_dataset = _load_dataset
-    utils.get_peft_branch = lambda: "small"  # so that the result is filed as a test, and no git is asked
+    utils.get_peft_branch = lambda: "small"  # the result is then filed as a test, without asking git
     utils.get_peft_worktree_is_dirty = lambda: False
-    if sys.version_info < (3, 12):  # whose TemporaryDirectory has no option "delete"
+    if sys.version_info < (3, 12):  # TemporaryDirectory has no option "delete" there
         utils.tempfile = SimpleNamespace(
             TemporaryDirectory=lambda delete, **options: tempfile.TemporaryDirectory(**options)
         )
@@ -47,7 +47,7 @@ def install(suite: Path) -> None:
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """The suite's paths are relative to its folder."""
+    """Run inside ``folder``: the suite's paths are relative to it."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -68,7 +68,7 @@ class _Local:
 
 
 def _load_dataset(name: str, *_: Any, **__: Any) -> Any:
-    """The data sets that PEFT's data.py asks for, by their names on the hub."""
+    """Return the replacement of a data set that PEFT's data.py loads by its name on the hub."""
     if name == "HuggingFaceFW/finewiki":
         texts = [text[:LONGEST] for text in stdlib_files().values() if len(text) >= LONGEST][:TEXTS]
         return SimpleNamespace(take=lambda number: [{"text": text} for text in texts[:number]])
@@ -84,7 +84,7 @@ def _load_dataset(name: str, *_: Any, **__: Any) -> Any:
 
 
 def _mixed(problems: list[Problem]) -> list[Problem]:
-    """Numbers for answers alone, as PEFT's script compares them; neighbours are of different kinds."""
+    """Return problems whose answers are plain numbers, as PEFT's script compares them, with kinds alternating."""
     exact = [problem for problem in problems if problem.answer.lstrip("-").isdigit()]
     return sorted(exact, key=lambda problem: (hash(problem.numbers), problem.kind))
 
@@ -111,7 +111,7 @@ def _change(suite: Path, name: str, old: str, new: str) -> None:
 
 
 def _stand_in_for_memory() -> None:
-    """PEFT's script asks for a GPU's memory; on a CPU it is told 0."""
+    """Report 0 for a GPU's memory on a CPU, because PEFT's script asks for it."""
     for name in ("memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(torch.cpu, name, lambda *_: 0)
     for name in ("empty_cache", "reset_peak_memory_stats", "manual_seed_all"):

@@ -1,4 +1,4 @@
-"""What regimes train, on the linears of all layers: weights, adapters or a mask, and the ground where it begins."""
+"""What regimes train on the linears of all layers: weights, adapters or a mask; and the model where a run begins."""
 
 import dataclasses
 
@@ -24,12 +24,12 @@ def lora_arm(lrs: list[float]) -> Arm:
 
 
 def mask_arm(lrs: list[float]) -> Arm:
-    """With a free threshold, the best of the stored studies."""
+    """Return a mask arm with a free threshold, the best of the stored studies."""
     return Mask("mask", lrs=lrs, mode="value", threshold=0.0)
 
 
 def ground_of(model: nn.Module, arm: Arm, run: Run, mask: MaskConfig | None = None) -> Ground:
-    """Where a run of the arm begins; model is the base. mask: of which the arm says more."""
+    """Return where a run of the arm begins. ``model`` is the base; the arm completes the settings of ``mask``."""
     mask = dataclasses.replace(arm.mask_config(mask or MaskConfig()), seed=run.seed)
     layers = select_targets(model, mask)
     return Ground(model, model, layers, mask, Setting(lr=run.lr), run.seed, lambda: None)

@@ -1,10 +1,10 @@
-"""Which mask under a budget learns most: by its ramp, start, mode and steps, with one budget or a share of each matrix.
+"""Search which mask under a budget learns most: by ramp, start, mode, steps, one budget or a share of each matrix.
 
     python -m benchmarks.regimes.budget_search [--out runs/budget-search]     an estimated half hour on two cores
     python -m benchmarks.regimes.budget_search --quick                        minutes; not for the record
 
 A small Llama, trained from scratch on Python's library, learns C++ headers. Every variant drops 0.6 % of the weights.
-Validation alone tells, as a search chooses what studies then compare on texts that nobody has read.
+Only validation is used: a search chooses what studies later compare on unread texts.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from .findings import Documents, compared, interval, nats_of
 from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 
 NATS, BYTES, DROPPED, LOSS, TEXT = "nats", "bytes", "dropped", "validation loss", "headers"
-SHARE = 0.006  # that is dropped
+SHARE = 0.006  # dropped share of the weights
 USUAL = "usual"
 _RATES = [8e-3, 1.6e-2]
-# What differs from the usual budget: a ramp over 0.67 of the steps, the magnitude start, mode "value" and beta1 = 0.
+# Differences from the usual budget: a ramp over 0.67 of the steps, the magnitude start, mode "value" and beta1 = 0.
 VARIANTS: dict[str, dict[str, Any]] = {
     USUAL: {},
     "no ramp": {"budget_ramp": 0.0},
@@ -57,10 +57,10 @@ def _train() -> TrainConfig:
 
 @dataclass(frozen=True)
 class BudgetSearch(Regime):
-    """Of each variant that rates names."""
+    """A search over the variants that rates names."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=_train)  # rate, epochs and seed are a run's
+    train: TrainConfig = field(default_factory=_train)  # rate, epochs and seed are set for each run
 
     assumed = Spread(0.005, 0.05, "a guess")
 
@@ -68,10 +68,10 @@ class BudgetSearch(Regime):
         return load_splits(dataclasses.replace(self.data, seed=seed), tokenizer)
 
     def run(self, base: Path, run: Run) -> Found:
-        """NATS: of each document of validation. BYTES: of the masks, coded. DROPPED: share of the weights."""
+        """Return NATS: each validation document's; BYTES: the coded masks'; DROPPED: share of the weights."""
         model, tokenizer = load_base(base)
         splits, arm = self.splits(tokenizer, run.seed), mask_arm(run.arm, self.rates[run.arm])
-        ground = ground_of(model, arm, run, MaskConfig(keep_ratio=1 - SHARE))  # which a budget overrides
+        ground = ground_of(model, arm, run, MaskConfig(keep_ratio=1 - SHARE))  # a budget overrides keep_ratio
         ground = dataclasses.replace(ground, rows=lambda: splits.train)
         betas = arm.betas or self.train.betas
         train = dataclasses.replace(self.train, lr=run.lr, seed=run.seed, epochs=arm.epochs[0], betas=betas)
@@ -82,11 +82,11 @@ class BudgetSearch(Regime):
         return {CHOICE: sum(nats), NATS: {TEXT: nats}, BYTES: arm.stored_bytes(ground, trained), DROPPED: dropped}
 
     def tests(self, tokenizer: Any) -> dict[str, Any]:
-        """Of validation: no search opens the test files."""
+        """Return the validation documents: no search opens the test files."""
         return {TEXT: self.splits(tokenizer, self.seeds[0]).validation}
 
     def arms(self, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
-        """The mean validation loss, and its difference from the usual budget."""
+        """Return the mean validation loss, and its difference from the usual budget."""
         runs = {arm: chosen_runs(self, found, arm) for arm in self.rates}
         nats = {arm: {seed: one[NATS] for seed, one in own.items()} for arm, own in runs.items()}
         differences = compared(nats, USUAL, documents)
@@ -116,7 +116,7 @@ class BudgetSearch(Regime):
 
 
 def declare(texts: Path, *, quick: bool) -> BudgetSearch:
-    """The search; quick: a small model, little text, two seeds, one rate. texts is not used."""
+    """Declare the search; quick: a small model, little text, two seeds, one rate. texts is not used."""
     data = DataConfig(source="headers", sequence_length=256, max_train_tokens=32_768, max_eval_tokens=16_384)
     if quick:
         small = dataclasses.replace(data, max_train_tokens=8_192, max_eval_tokens=8_192)

@@ -1,11 +1,11 @@
-"""Ten clients learn together and send at most 1 bit per weight in a round: masks, signs, adapters in signs.
+"""Ten clients learn together and send at most 1 bit per weight and round: masks, signs, or signs of adapters.
 
     python -m benchmarks.regimes.federated [--out runs/federated]     an estimated hour on two cores
     python -m benchmarks.regimes.federated --quick                    minutes; not for the record
 
-A small Llama, trained from scratch on Python's library, learns C++ headers. A client has those of one part of torch, so
-that no two have the same kind of text. In each of 20 rounds each client trains three steps from the server's model and
-sends what it found; the server's model is measured on the test files of all clients.
+A small Llama, trained from scratch on Python's library, learns C++ headers. Each client has the headers of one part of
+torch, so no two have the same kind of text. In each of 20 rounds each client trains three steps from the server's model
+and sends its result. The server's model is measured on the test files of all clients.
 
     FedAvg              the weights in 32 bits: a bound
     FedAvg of LoRA      adapters in 32 bits
@@ -15,7 +15,7 @@ sends what it found; the server's model is measured on the test files of all cli
     mask votes          masks; the share of clients that keep a weight
     stochastic masks    masks drawn from probabilities, as FedPM does
 
-All change the linears of all layers. Bits per weight are those of the messages' bytes, over all weights of these
+All change the linears of all layers. Bits per weight are the messages' bits divided by the number of weights in these
 layers. Validation chooses each arm's rate with the first seed.
 """
 
@@ -42,10 +42,10 @@ from .findings import ROWS, Documents, compared, interval, nats_of
 from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 from .texts import write_texts
 
-NATS, CURVE, UP = "nats", "validation by round", "bytes up"  # keys of what a run found
+NATS, CURVE, UP = "nats", "validation by round", "bytes up"  # keys of a run's result
 LOSS, BITS = "loss", "bits per weight up"
-BOUND, RIVAL = "FedAvg", "signSGD"  # that every other arm is compared with
-# Parts of torch's headers by the begin of their paths; the longest that fits counts.
+BOUND, RIVAL = "FedAvg", "signSGD"  # the arms that all others are compared with
+# Parts of torch's headers by the prefix of their paths; the longest match counts.
 CLIENTS = (
     *("ATen/", "ATen/core", "ATen/native", "c10/", "c10/core", "c10/util"),
     *("torch/csrc/api", "torch/csrc/autograd", "torch/csrc/distributed", "torch/csrc/jit"),
@@ -78,24 +78,24 @@ def _local() -> TrainConfig:
 
 @dataclass(frozen=True)
 class Federated(Regime):
-    """Of each way of learning together that rates names."""
+    """The regime over the ways that rates names."""
 
     clients: dict[str, DataConfig] = field(default_factory=dict)
     rounds: int = 20
-    looks: int = 4  # at validation, at equal distances
-    local: TrainConfig = field(default_factory=_local)  # of a client in a round; the rate is a run's, and falls to 0
+    looks: int = 4  # evaluations on validation, at equal distances
+    local: TrainConfig = field(default_factory=_local)  # in a round; the rate is the run's and falls to 0
 
     assumed = Spread(0.01, 0.1, "a smaller model after four rounds")
 
     def splits(self, tokenizer: Any, seed: int) -> dict[str, Splits]:
-        """By client; the seed decides which of the training rows there are."""
+        """Return the splits by client; the seed selects the training rows."""
         return {
             client: load_splits(dataclasses.replace(data, seed=seed), tokenizer)
             for client, data in self.clients.items()
         }
 
     def run(self, base: Path, run: Run) -> Found:
-        """NATS: by client, of each document of its test files; UP: by round, each client's bytes."""
+        """Return NATS: by client, for each document of its test files; UP: by round, each client's bytes."""
         model, tokenizer = load_base(base)
         splits, way = self.splits(tokenizer, run.seed), WAYS[run.arm]
         arm = way.arm(self.rates[run.arm])
@@ -117,14 +117,14 @@ class Federated(Regime):
         return {CHOICE: curve[-1][1], CURVE: curve, UP: up, NATS: nats, "weights": ground.numbers()}
 
     def loss(self, model: nn.Module, splits: dict[str, Splits]) -> float:
-        """On validation, the mean over clients."""
+        """Return the validation loss, averaged over clients."""
         return float(np.mean([evaluate(model, own.validation, batch_size=ROWS).loss for own in splits.values()]))
 
     def tests(self, tokenizer: Any) -> dict[str, Any]:
         return {client: splits.test for client, splits in self.splits(tokenizer, self.seeds[0]).items()}
 
     def arms(self, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
-        """The mean test loss over clients, the bits that each client sends in a round, and the differences."""
+        """Return the mean test loss over clients, the bits that each client sends per round, and the differences."""
         runs = {arm: chosen_runs(self, found, arm) for arm in self.rates}
         nats = {arm: {seed: one[NATS] for seed, one in own.items()} for arm, own in runs.items()}
         against = {other: compared(nats, other, documents) for other in (BOUND, RIVAL) if other in nats}
@@ -162,7 +162,7 @@ class Federated(Regime):
 
 
 def default_clients(directory: Path, train_tokens: int, eval_tokens: int) -> dict[str, DataConfig]:
-    """A file of headers each, written into directory unless there."""
+    """Return one file of headers per client, written into directory if missing."""
     texts: dict[str, dict[str, str]] = {client: {} for client in CLIENTS}
     for place, text in header_files().items():
         if fitting := [client for client in CLIENTS if place.startswith(client)]:
@@ -179,7 +179,7 @@ def default_clients(directory: Path, train_tokens: int, eval_tokens: int) -> dic
 
 
 def declare(texts: Path, *, quick: bool) -> Federated:
-    """The regime; quick: a small model, four rounds, two seeds and two rates. texts: where the clients' files go."""
+    """Declare the regime; quick: small model, four rounds, two seeds, two rates. texts: where the clients' files go."""
     if quick:
         rates, clients = {arm: way.rates[1:] for arm, way in WAYS.items()}, default_clients(texts, 8_192, 2_048)
         return Federated(rates=rates, seeds=[0, 1], scratch=quick_scratch(), extensions=0, clients=clients, rounds=4)

@@ -1,7 +1,7 @@
-"""Ways of learning together: what a client trains and sends in a round, and what the server makes of it.
+"""Ways of learning together: what a client trains and sends in a round, and how the server uses it.
 
-A federation holds what server and clients know. Messages are those of mft.federated: all that a client sends is their
-bytes. What goes down is not limited: the server sends what it holds.
+A federation holds what server and clients know. A client sends only the bytes of its messages (mft.federated). The way
+down is not limited: the server sends its whole state.
 """
 
 import contextlib
@@ -30,27 +30,27 @@ Messages = dict[str, Message]  # by matrix
 
 
 class Federation:
-    """What is learned together; clients are known by their names."""
+    """What is learned together; clients are identified by their names."""
 
     def __init__(self, arm: Arm, ground: Ground) -> None:
         self.arm, self.ground = arm, ground
         self.trained = arm.untrained(ground)  # where clients train, one after the other
 
     def send(self, client: str, rows: Any, train: TrainConfig) -> Messages:
-        """What the client sends, once it has trained from where the round began."""
+        """Train the client from the start of the round and return what it sends."""
         raise NotImplementedError
 
     def receive(self, messages: Sequence[Messages]) -> None:
-        """The server's part; the next round begins with what it makes of a round's messages."""
+        """Update the server from a round's messages; the next round begins there."""
         raise NotImplementedError
 
     def model(self) -> nn.Module:
-        """The server's, in eval mode."""
+        """Return the server's model, in eval mode."""
         raise NotImplementedError
 
 
 class Updates(Federation):
-    """Weights or adapters; clients send how theirs moved. Here in 32 bits per number: FedAvg."""
+    """Weights or adapters; clients send their updates, here in 32 bits per number: FedAvg."""
 
     def __init__(self, arm: Arm, ground: Ground) -> None:
         super().__init__(arm, ground)
@@ -88,7 +88,7 @@ class Updates(Federation):
 
 
 class MajorityOfSigns(Updates):
-    """signSGD with majority vote (arXiv 1810.05291), a step of the clients' mean length."""
+    """signSGD with majority vote (arXiv 1810.05291), with a step of the clients' mean length."""
 
     def encode(self, client: str, name: str, update: NDArray) -> Message:
         return encode_signs(update)
@@ -101,7 +101,7 @@ class MajorityOfSigns(Updates):
 
 
 class MeanOfSigns(MajorityOfSigns):
-    """Signs with a scale, whose mean is taken; each client keeps what they leave out for its next update."""
+    """Signs with a scale, averaged; each client adds the error that they leave to its next update."""
 
     def __init__(self, arm: Arm, ground: Ground) -> None:
         super().__init__(arm, ground)
@@ -117,10 +117,10 @@ class MeanOfSigns(MajorityOfSigns):
 
 
 class MaskVotes(Federation):
-    """Clients train a mask and send it; the server takes how many keep a weight for the probability that it stays.
+    """Clients train and send a mask; a weight's share of votes is its probability to stay.
 
-    A round begins with the scores s (2 p - 1), s those of the magnitudes: what all keep has its first score again, what
-    half of the clients keep lies at the threshold.
+    A round begins with the scores s (2 p - 1), where s are the magnitudes' scores. A weight that all clients keep has
+    its first score again. One that half of them keep is at the threshold.
     """
 
     def __init__(self, arm: Arm, ground: Ground) -> None:
@@ -146,18 +146,18 @@ class MaskVotes(Federation):
             self.kept[name] = self.joined(masks, before)
 
     def model(self) -> nn.Module:
-        """Of the majority's mask."""
+        """Return the model under the majority's mask."""
         for name, keeps in self.known().items():
             set_scores(self.masked[name], torch.from_numpy(np.where(keeps, 1.0, -1.0)).float())
         weights = self.arm.trained_weights(self.trained, self.ground)
         return with_weights(self.ground.start, weights).eval()
 
     def known(self) -> dict[str, NDArray]:
-        """The mask that server and clients hold both: messages say what differs from it."""
+        """Return the mask that server and clients both have: messages encode the difference from it."""
         return {name: majority_mask(kept) for name, kept in self.kept.items()}
 
     def scores(self, name: str) -> Tensor:
-        """With which a round begins."""
+        """Return the scores with which a round begins."""
         return self.first[name] * torch.from_numpy(2 * self.kept[name] - 1).float()
 
     def vote(self, scores: Tensor) -> NDArray:
@@ -168,20 +168,20 @@ class MaskVotes(Federation):
 
     @contextlib.contextmanager
     def training(self) -> Iterator[dict[str, Any]]:
-        """Options of train_loop."""
+        """Yield the options of train_loop."""
         yield {}
 
 
 class StochasticMasks(MaskVotes):
-    """FedPM (arXiv 2209.15328): a weight stays with the probability sigmoid(score / TEMPERATURE), in training too.
+    """FedPM (arXiv 2209.15328): a weight stays with probability sigmoid(score / TEMPERATURE), also in training.
 
-    Each step and each vote draws its mask. At first probabilities follow from the magnitudes, so that few weights, and
-    the smallest, are left out at random.
+    Each step and each vote draws its mask. The first probabilities follow from the magnitudes, so that few weights, the
+    smallest ones, are dropped at random.
     """
 
-    TEMPERATURE = 2e-3  # a tenth of the scores' mean square: at first 6 % of the weights are left out, the smallest
-    LEAST = 1e-3  # probabilities keep this distance from 0 and 1, so that no weight is decided for ever
-    STRENGTH = 1.0  # of what came before, in votes of the clients that vote now
+    TEMPERATURE = 2e-3  # a tenth of the scores' RMS: at first 6 % of the weights, the smallest, are dropped
+    LEAST = 1e-3  # distance of probabilities from 0 and 1, so that no weight is decided for ever
+    STRENGTH = 1.0  # weight of earlier rounds, in votes of the clients that vote now
 
     def __init__(self, arm: Arm, ground: Ground) -> None:
         super().__init__(arm, ground)
@@ -203,7 +203,7 @@ class StochasticMasks(MaskVotes):
 
     @contextlib.contextmanager
     def training(self) -> Iterator[dict[str, Any]]:
-        """Scores bear logistic noise while gradients are computed: score + noise >= 0 has just that probability."""
+        """Add logistic noise to the scores while gradients are computed: score + noise >= 0 has that probability."""
         noise: dict[str, Tensor] = {}
 
         @torch.no_grad()

@@ -1,7 +1,7 @@
-"""What the runs of a regime show: sums per document, intervals of differences, and what could be shown at all.
+"""What the runs of a regime show: sums per document, intervals of differences, and the smallest detectable effect.
 
-Sums stay whole: nats of each document, with a hash of the tokens that were scored of it, so that an outsider can
-compute every interval again.
+Sums are stored completely: nats of each document with a hash of its scored tokens, so that an outsider can compute
+every interval again.
 """
 
 import math
@@ -17,21 +17,21 @@ from mft.study.evidence.power import ALPHA, POWER, Spread, smallest_difference, 
 from mft.study.evidence.sums import NATS_DECIMALS, document_hashes
 from mft.study.report.statistics import Paired, differences, with_holm
 
-Nats = Mapping[str, Sequence[float]]  # by text, of each document
+Nats = Mapping[str, Sequence[float]]  # by text, for each document
 SPREADS = ("over_seeds", "over_documents")  # standard deviations
-ROWS = 8  # that are evaluated together
+ROWS = 8  # evaluated together
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Of several texts, the documents that were scored: a hash and a number of tokens each."""
+    """The scored documents of several texts: a hash and a number of tokens each."""
 
     hashes: dict[str, list[int]]
     tokens: dict[str, list[int]]
 
     @classmethod
     def of(cls, model: nn.Module, texts: Mapping[str, Any]) -> "Documents":
-        """Documents of datasets by text (columns input_ids, labels, document); model counts the predicted tokens."""
+        """Return documents of datasets by text (columns input_ids, labels, document); model counts predicted tokens."""
         found = {text: document_hashes(dataset) for text, dataset in texts.items()}
         hashes = {text: [own[number] for number in sorted(own)] for text, own in found.items()}
         tokens = {
@@ -44,7 +44,7 @@ class Documents:
         return sum(map(len, self.tokens.values()))
 
     def paired(self, changes: Sequence[Nats]) -> Paired:
-        """Of a difference in nats per document, by text, for each seed: every text counts as much as any other.
+        """Pair differences in nats per document, by text, for each seed. Every text has the same weight.
 
         Sums and counts of a text are divided by its tokens, so the estimate is the mean over texts of nats per token.
         """
@@ -58,22 +58,22 @@ class Documents:
         return Paired(np.stack(sums)[:, scored], shares[scored])
 
     def mean_loss(self, nats: Nats) -> float:
-        """The mean over texts of nats per token."""
+        """Return the mean over texts of nats per token."""
         return float(np.mean([sum(own) / sum(self.tokens[text]) for text, own in nats.items()]))
 
 
 def nats_of(model: nn.Module, dataset: Any) -> list[float]:
-    """The loss of each document in nats, in order of number, rounded as every interval takes them."""
+    """Return the loss of each document in nats, in order of number, rounded as for every interval."""
     return evaluate(model, dataset, batch_size=ROWS).loss_sums.double().numpy().round(NATS_DECIMALS).tolist()
 
 
 def minus(nats: Nats, others: Nats) -> dict[str, list[float]]:
-    """By text, of each document."""
+    """Return the differences by text, for each document."""
     return {text: (np.array(own) - np.array(others[text])).tolist() for text, own in nats.items()}
 
 
 def compared(nats: Mapping[str, Mapping[int, Nats]], reference: str, documents: Documents) -> dict[str, dict[str, Any]]:
-    """Every other arm less the reference, in the seeds that both have: a Difference, adjusted for how many there are.
+    """Compare every other arm with the reference, in the seeds that both have: a Difference, adjusted for their number.
 
     Args: nats: by arm and seed.
     Returns: by arm the fields of the difference, and how it varies over seeds and documents.
@@ -88,7 +88,7 @@ def compared(nats: Mapping[str, Mapping[int, Nats]], reference: str, documents: 
 
 
 def spreads(pair: Paired) -> tuple[float, float]:
-    """The standard deviations of a difference over seeds and over documents, nats per token."""
+    """Return the standard deviations of a difference over seeds and over documents, nats per token."""
     seeds, documents = pair.sums.shape
     by_seed = pair.sums.sum(-1) / pair.counts.sum()
     residuals = (pair.sums - by_seed[:, None] * pair.counts).mean(0)
@@ -98,7 +98,7 @@ def spreads(pair: Paired) -> tuple[float, float]:
 
 
 def power_line(seeds: int, documents: int, spread: Spread) -> str:
-    """Said before a regime begins."""
+    """Return the smallest difference that can be shown, in words; printed before a regime begins."""
     least = smallest_difference(spread, seeds, documents)
     return (
         f"{seeds} seeds and {documents} test documents can show a difference of {least:.3f} nats per token "
@@ -108,7 +108,7 @@ def power_line(seeds: int, documents: int, spread: Spread) -> str:
 
 
 def interval(compared: Mapping[str, Any] | None) -> str:
-    """ "-0.123 [-0.200, -0.100]", and * where p stays below 0.05 after Holm's correction; "" for no comparison."""
+    """ "-0.123 [-0.200, -0.100]", and * if p < 0.05 after Holm's correction; "" if there is no comparison."""
     if compared is None:
         return ""
     star = " *" if (compared["p"] if compared["p_holm"] is None else compared["p_holm"]) < ALPHA else ""

@@ -1,4 +1,4 @@
-"""Ways of learning tasks one after the other, whatever is trained: weights, adapters or masks."""
+"""Ways of learning tasks one after the other, for weights, adapters and masks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from mft.study.arms.weights import Weights, with_weights
 
 
 class Learner:
-    """A way of learning: it learns a task after the other and has a model for the text of each."""
+    """A way of learning: it learns one task after the other and has a model for the text of each."""
 
-    at_once = False  # all tasks are learned together
+    at_once = False  # whether all tasks are learned together
 
     def __init__(self, arm: Arm, ground: Ground, train: TrainConfig) -> None:
         self.arm, self.ground, self.train = arm, ground, train
@@ -24,11 +24,11 @@ class Learner:
         raise NotImplementedError
 
     def model(self, task: str) -> nn.Module:
-        """What is used for text of this task."""
+        """Return the model for text of this task."""
         raise NotImplementedError
 
     def trained(self, start: nn.Module, rows: Any) -> Weights:
-        """What the arm makes of start, in the names of the ordinary model."""
+        """Return what the arm makes of start, under the ordinary model's names."""
         ground = dataclasses.replace(self.ground, start=start, rows=lambda: rows)
         model = self.arm.untrained(ground)
         self.arm.train(model, ground, rows, self.train)
@@ -36,7 +36,7 @@ class Learner:
 
 
 class OneOnAnother(Learner):
-    """Each task begins where the one before it ended; alpha: how far it goes from its start to its end."""
+    """Each task begins where the previous one ended; alpha: how far it goes from its start to its end."""
 
     def __init__(self, *args: Any, alpha: float = 1.0) -> None:
         super().__init__(*args)
@@ -58,7 +58,7 @@ class AtOnce(OneOnAnother):
 
 
 class TrainedOn(Learner):
-    """One model whose scores or adapters go on from task to task."""
+    """One model whose scores or adapters are trained on from task to task."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -72,7 +72,7 @@ class TrainedOn(Learner):
 
 
 class PerTask(Learner):
-    """Each task begins at the base, and has what it learned for its own text."""
+    """Each task begins at the base, and its own text uses what it learned."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -86,7 +86,7 @@ class PerTask(Learner):
 
 
 class United(PerTask):
-    """One model of all that was learned from the base."""
+    """One model that unites everything learned from the base."""
 
     def model(self, task: str) -> nn.Module:
         if not self.ends:

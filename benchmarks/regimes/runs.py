@@ -1,11 +1,11 @@
-"""A regime from its declaration to its table: runs, two at a time, each on disk once it is finished.
+"""Carry out a regime from its declaration to its table: runs, two at a time, each written when it is finished.
 
-    DIRECTORY/regime.json           what was declared
+    DIRECTORY/regime.json           the declaration
               base/                 the model from scratch
-              runs/<name>.json      what a run found
+              runs/<name>.json      a run's result
               result.json, table.md
 
-Validation chooses the rate of every arm with the first seed. A command that was interrupted goes on where it stopped.
+Validation chooses the rate of every arm with the first seed. An interrupted command continues where it stopped.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from mft_kernels.ops.checks import NonFiniteScores
 from .findings import Documents, power_line
 
 REGIME, BASE, RUNS, RESULT, TABLE = "regime.json", "base", "runs", "result.json", "table.md"
-CHOICE, DIVERGED, SECONDS = "choice", "diverged", "seconds"  # keys of what a run found
+CHOICE, DIVERGED, SECONDS = "choice", "diverged", "seconds"  # keys of a run's result
 Found = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -57,42 +57,42 @@ class Run:
 
 @dataclass(frozen=True)
 class Regime:
-    """What is declared before the first run."""
+    """The declaration that is made before the first run."""
 
     rates: dict[str, list[float]]  # by arm; validation chooses the best, and its untried neighbours run too
     seeds: list[int]  # the first chooses the rates
     scratch: ScratchConfig = dataclasses.field(default_factory=ScratchConfig)
-    extensions: int = 2  # further rates that an arm may try while its best one lies at an end
+    extensions: int = 2  # further rates that an arm may try while its best one is at an end
     workers: int = 2  # processes of one thread each
 
     assumed = Spread(0.05, 0.2, "a guess before any run")  # of differences
 
     def run(self, base: Path, run: Run) -> Found:
-        """What a run finds, as JSON: under CHOICE what validation chooses the least of."""
+        """Return a run's result as JSON; validation chooses the smallest value under CHOICE."""
         raise NotImplementedError
 
     def tests(self, tokenizer: Any) -> dict[str, Any]:
-        """By text, the rows of test."""
+        """Return the test rows by text."""
         raise NotImplementedError
 
     def arms(self, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
-        """What each arm came to, as JSON."""
+        """Return each arm's outcome as JSON."""
         raise NotImplementedError
 
     def table(self, arms: dict[str, Any]) -> str:
-        """Markdown."""
+        """Return the Markdown table."""
         raise NotImplementedError
 
 
 def say_now(line: str) -> None:
-    """Also into a file, which a reader follows."""
+    """Print without buffering, so that the reader of an output file can follow."""
     print(line, flush=True)
 
 
 def run_command(
     description: str, name: str, declare: Callable[..., Regime], given: Sequence[str] | None = None
 ) -> None:
-    """The command of a regime: python -m benchmarks.regimes.NAME [--out DIRECTORY] [--quick]."""
+    """Run the command of a regime: python -m benchmarks.regimes.NAME [--out DIRECTORY] [--quick]."""
     command = f"python -m benchmarks.regimes.{name}"
     parser = argparse.ArgumentParser(
         prog=command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,14 +105,14 @@ def run_command(
 
 
 def quick_scratch() -> ScratchConfig:
-    """The base model of a quick look."""
+    """Return the base model's configuration for a quick look."""
     scratch = ScratchConfig(hidden_size=64, intermediate_size=176, layers=2)
     scratch.data.max_train_tokens = 262_144
     return scratch
 
 
 def carry_out(regime: Regime, directory: Path, command: str, say: Say = say_now) -> dict[str, Any]:
-    """All runs, and RESULT and TABLE in directory; returns the result.
+    """Do all runs and write RESULT and TABLE into directory; returns the result.
 
     Raises: ValueError if directory holds another regime; RuntimeError if an arm diverges at every rate.
     """
@@ -139,13 +139,13 @@ def carry_out(regime: Regime, directory: Path, command: str, say: Say = say_now)
 
 
 def load_base(base: Path) -> tuple[nn.Module, Any]:
-    """The base model, frozen, and its tokenizer."""
+    """Return the base model, frozen, and its tokenizer."""
     model, tokenizer = load_model(ModelConfig(name=str(base), dtype="float32"))
     return model.requires_grad_(False).eval(), tokenizer
 
 
 def prepare(regime: Regime, directory: Path, say: Say) -> Path:
-    """Declare the regime in directory and make its base model; returns where that is.
+    """Declare the regime in directory and make its base model; returns the base model's folder.
 
     Raises: ValueError if directory holds another regime.
     """
@@ -157,16 +157,16 @@ def prepare(regime: Regime, directory: Path, say: Say) -> Path:
     if not base.exists():
         say("the base model is trained from scratch first")
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as all that follows
+        torch.set_num_threads(1)  # like all that follows
         train_from_scratch(regime.scratch, base)
         torch.set_num_threads(threads)
     return base
 
 
 def complete(regime: Regime, directory: Path, say: Say) -> dict[Run, Found]:
-    """All runs that the regime needs: every rate with the first seed, then the best one of each arm with every seed.
+    """Do all runs that the regime needs: every rate with the first seed, then each arm's best one with every seed.
 
-    After prepare. Raises: RuntimeError if an arm diverges at every rate.
+    Call prepare first. Raises: RuntimeError if an arm diverges at every rate.
     """
     found, first = dict[Run, Found](), regime.seeds[0]
 
@@ -192,7 +192,7 @@ def complete(regime: Regime, directory: Path, say: Say) -> dict[Run, Found]:
 
 
 def best_rate(regime: Regime, found: dict[Run, Found], arm: str) -> float:
-    """The one that validation likes best with the first seed. Raises: RuntimeError if the arm diverged at each."""
+    """Return the rate with the best validation value for the first seed. Raises: RuntimeError if all runs diverged."""
     losses = _losses(regime, found, arm)
     if not losses:
         raise RuntimeError(f"{arm} must stay finite at one of its rates, it diverged at each: add smaller ones")
@@ -200,13 +200,13 @@ def best_rate(regime: Regime, found: dict[Run, Found], arm: str) -> float:
 
 
 def chosen_runs(regime: Regime, found: dict[Run, Found], arm: str) -> dict[int, Found]:
-    """What the runs at the chosen rate found, by seed; without those that diverged."""
+    """Return the results at the chosen rate by seed, without runs that diverged."""
     lr = best_rate(regime, found, arm)
     return {seed: one for seed in regime.seeds if DIVERGED not in (one := found[Run(arm, lr, seed)])}
 
 
 def open_ends(regime: Regime, found: dict[Run, Found]) -> list[str]:
-    """A line for each arm whose best rate lies at the end of those that were tried, or that diverged with a seed."""
+    """Return a line for each arm whose best rate is at the end of those tried, or that diverged with a seed."""
     lines = []
     for arm in regime.rates:
         lr = best_rate(regime, found, arm)
@@ -221,13 +221,13 @@ def open_ends(regime: Regime, found: dict[Run, Found]) -> list[str]:
 
 
 def _losses(regime: Regime, found: dict[Run, Found], arm: str) -> dict[float, float]:
-    """The validation losses of the first seed by rate, without runs that diverged."""
+    """Return the validation losses of the first seed by rate, without runs that diverged."""
     runs = {run: one for run, one in found.items() if (run.arm, run.seed) == (arm, regime.seeds[0])}
     return {run.lr: one[CHOICE] for run, one in runs.items() if DIVERGED not in one}
 
 
 def _beside(regime: Regime, found: dict[Run, Found], arm: str) -> list[float]:
-    """The neighbours of the best rate that were not tried, the smaller one first."""
+    """Return the untried neighbours of the best rate, the smaller one first."""
     grid = [Setting(lr=lr) for lr in regime.rates[arm]]
     tried = [Setting(lr=run.lr) for run in found if (run.arm, run.seed) == (arm, regime.seeds[0])]
     losses = _losses(regime, found, arm)
@@ -240,7 +240,7 @@ def _path(directory: Path, run: Run) -> Path:
 
 
 def _carried_out(regime: Regime, base: Path, runs: list[Run]) -> Iterator[tuple[Run, Found]]:
-    """In the order in which they end: in this process, or in several that are started fresh."""
+    """Yield runs in the order in which they end: in this process, or in several fresh ones."""
     if regime.workers == 1:
         for run in runs:
             yield run, _result(regime, base, run)
@@ -253,7 +253,7 @@ def _carried_out(regime: Regime, base: Path, runs: list[Run]) -> Iterator[tuple[
 
 
 def _result(regime: Regime, base: Path, run: Run) -> Found:
-    """What it found, and how long it took; a run that does not stay finite is a result too."""
+    """Return the run's result and its seconds; a run that becomes non-finite is a result too."""
     begin = time.perf_counter()
     try:
         found = regime.run(base, run)

@@ -1,20 +1,20 @@
-"""Five tasks, learned one after the other: what each way of learning still knows of the first when the last is learned.
+"""Learn five tasks one after the other, and measure what each way of learning still knows of the first at the end.
 
     python -m benchmarks.regimes.sequential_tasks [--out runs/sequential-tasks]     an estimated hour on two cores
     python -m benchmarks.regimes.sequential_tasks --quick                           minutes; not for the record
 
 A small Llama, trained from scratch on Python's library, learns C++ headers, problems with exact answers, numpy's
-docstrings, sympy and transformers. Seed s begins with task s and goes round, so that with as many seeds as tasks each
-task stands once at every place. After each task the test loss of every task is measured.
+docstrings, sympy and transformers. Seed s begins with task s and rotates, so that with as many seeds as tasks each task
+is once at every place. After each task the test loss of every task is measured.
 
     control                    the weights, trained on
     control, 0.8 of the way    after each task, start + 0.8 (end - start)
     LoRA merged                an adapter, merged into the weights after each task
-    mask on mask               a mask per task, on what the masks before it left
-    mask trained on            one mask, whose scores go on: what was dropped may come back
+    mask on mask               a mask per task, on what the earlier masks left
+    mask trained on            one mask, whose scores are trained on: dropped weights may come back
     masks united               a mask per task from the base, then what all of them keep
     LoRAs added                an adapter per task from the base, then the sum of all
-    a mask per task            the same masks, each task under its own: it must be known which task a text is of
+    a mask per task            the same masks, each task under its own: the task of a text must be known
     joint                      the weights, on all tasks at once: a bound
 
 All change the linears of all layers, with the same steps. Validation chooses each arm's rate with the first seed, by
@@ -44,9 +44,9 @@ from .learners import AdaptersAdded, AtOnce, Learner, MasksUnited, OneOnAnother,
 from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 from .texts import docstrings_of, sources_of, write_texts
 
-ORDER, NATS = "order", "nats"  # keys of what a run found
+ORDER, NATS = "order", "nats"  # keys of a run's result
 END, LEARNED, FORGOTTEN = "loss at the end", "just learned", "forgotten"
-REFERENCE = "control"  # that every other arm is compared with
+REFERENCE = "control"  # the arm that all others are compared with
 BOUND = "joint"
 
 
@@ -79,25 +79,25 @@ def _train() -> TrainConfig:
 
 @dataclass(frozen=True)
 class SequentialTasks(Regime):
-    """Of each way of learning that rates names."""
+    """The regime over the ways that rates names."""
 
     tasks: dict[str, DataConfig] = field(default_factory=dict)
-    train: TrainConfig = field(default_factory=_train)  # of a task; the rate is a run's
+    train: TrainConfig = field(default_factory=_train)  # for one task; the rate is the run's
 
     assumed = Spread(0.1, 0.4, "a smaller model")
 
     def order(self, seed: int) -> list[str]:
-        """In which a seed learns the tasks."""
+        """Return the order in which a seed learns the tasks."""
         tasks = list(self.tasks)
         first = seed % len(tasks)
         return [*tasks[first:], *tasks[:first]]
 
     def splits(self, tokenizer: Any, seed: int) -> dict[str, Splits]:
-        """By task; the seed decides which of the training rows there are."""
+        """Return the splits by task; the seed selects the training rows."""
         return {task: load_splits(dataclasses.replace(data, seed=seed), tokenizer) for task, data in self.tasks.items()}
 
     def run(self, base: Path, run: Run) -> Found:
-        """NATS: by task, before the first stage and after each, the nats of each test document; ORDER: of the tasks."""
+        """Return NATS: by task, each test document's nats before the first stage and after each; ORDER of the tasks."""
         model, tokenizer = load_base(base)
         splits, order, way = self.splits(tokenizer, run.seed), self.order(run.seed), WAYS[run.arm]
         arm = way.arm(self.rates[run.arm])
@@ -116,7 +116,7 @@ class SequentialTasks(Regime):
         return {task: splits.test for task, splits in self.splits(tokenizer, self.seeds[0]).items()}
 
     def arms(self, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
-        """The mean loss of all tasks at the end, of each just after it was learned, and what was forgotten since."""
+        """Return the mean loss of all tasks at the end, of each when just learned, and what was forgotten since."""
         runs = {arm: chosen_runs(self, found, arm) for arm in self.rates}
         arms: dict[str, Any] = {
             arm: {"lr": best_rate(self, found, arm), SECONDS: float(np.mean([one[SECONDS] for one in own.values()]))}
@@ -159,7 +159,7 @@ class SequentialTasks(Regime):
 
 
 def matrix(runs: Sequence[Found], documents: Documents) -> list[list[float]]:
-    """[k][j]: the loss of the task that is learned j-th, after k tasks were learned; mean over seeds; 0: the base."""
+    """Return [k][j]: loss of the j-th learned task after k tasks, averaged over seeds; k = 0 is the base."""
     losses = []
     for one in runs:
         by_task = [[sum(nats) / sum(documents.tokens[task]) for nats in one[NATS][task]] for task in one[ORDER]]
@@ -172,14 +172,14 @@ def at_the_end(one: Found) -> dict[str, list[float]]:
 
 
 def just_learned(one: Found) -> dict[str, list[float]]:
-    """Empty where tasks were learned at once."""
+    """Return the loss of each task just after it was learned; empty if tasks were learned at once."""
     if len(one[NATS][one[ORDER][0]]) <= len(one[ORDER]):
         return {}
     return {task: one[NATS][task][place] for place, task in enumerate(one[ORDER], start=1)}
 
 
 def forgotten(one: Found) -> dict[str, list[float]]:
-    """Since each task was learned: nothing of the last one. Empty where tasks were learned at once."""
+    """Return the loss increase since each task was learned, 0 for the last; empty if tasks were learned at once."""
     before, after = just_learned(one), at_the_end(one)
     return minus({task: after[task] for task in before}, before)
 
@@ -191,7 +191,7 @@ _MEASURES = {END: at_the_end, LEARNED: just_learned, FORGOTTEN: forgotten}
 
 
 def default_tasks(directory: Path, train_tokens: int, eval_tokens: int) -> dict[str, DataConfig]:
-    """The five tasks. Three are texts of installed packages, written into directory if their files are missing."""
+    """Return the five tasks. Three are texts of installed packages, written into directory if they are missing."""
     texts = {
         "docstrings": lambda: docstrings_of("numpy"),
         "sympy": lambda: sources_of("sympy"),
@@ -208,7 +208,7 @@ def default_tasks(directory: Path, train_tokens: int, eval_tokens: int) -> dict[
 
 
 def declare(texts: Path, *, quick: bool) -> SequentialTasks:
-    """The regime; quick: a tenth of the work, two seeds and two rates. texts: where the tasks' files go."""
+    """Declare the regime; quick: a tenth of the work, two seeds, two rates. texts: folder for the tasks' files."""
     if quick:
         rates, tasks = {arm: way.rates[:2] for arm, way in WAYS.items()}, default_tasks(texts, 8_192, 4_096)
         return SequentialTasks(rates=rates, seeds=[0, 1], scratch=quick_scratch(), extensions=0, tasks=tasks)

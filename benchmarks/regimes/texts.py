@@ -1,4 +1,4 @@
-"""Texts that are on every machine which runs mft, as files that data.source takes: one document per line."""
+"""Texts that every machine with mft has, as files for data.source: one document per line."""
 
 import ast
 import hashlib
@@ -10,18 +10,18 @@ from pathlib import Path
 from mft.data.corpora import stdlib_files
 from mft.files.atomic import write_whole
 
-DOCUMENTS = 400  # of a text: with fewer than a tenth of these in test an interval would be wide
-CHARACTERS = 8_000  # of a document, so that no long file is most of a text
+DOCUMENTS = 400  # per text: with fewer than a tenth of these in test, an interval would be wide
+CHARACTERS = 8_000  # per document, so that no long file dominates a text
 SHORTEST_DOCSTRING = 500
 
 
 def sources_of(package: str) -> dict[str, str]:
-    """{path: source} of an installed package, without its tests."""
+    """Return {path: source} of an installed package, without its tests."""
     return stdlib_files(_folder(package))
 
 
 def docstrings_of(package: str) -> dict[str, str]:
-    """{path:line: docstring} of the longer ones in an installed package: prose, formulas and examples."""
+    """Return {path:line: docstring} of an installed package's longer docstrings: prose, formulas and examples."""
     found = {}
     for path, source in sources_of(package).items():
         for node in ast.walk(ast.parse(source)):
@@ -31,7 +31,7 @@ def docstrings_of(package: str) -> dict[str, str]:
 
 
 def write_texts(path: Path, texts: Mapping[str, str], documents: int = DOCUMENTS) -> Path:
-    """A JSONL file of the first ``documents`` different texts in the order of their hashes, each cut to CHARACTERS."""
+    """Write a JSONL file of the first ``documents`` different texts by the order of their hashes, cut to CHARACTERS."""
     cut = {text[:CHARACTERS] for text in texts.values()}
     ordered = sorted(cut, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
     path.parent.mkdir(parents=True, exist_ok=True)
