@@ -1,7 +1,7 @@
 """Packages mft_kernels and mft, and two compiled libraries: mft_kernels/libmft_cpu.so and mft_kernels/libmft_cuda.so.
 
-building/libraries.py makes them, each without the other, and has the switches MFT_BUILD and MFT_CUDA.
-mft_kernels/_build.json keeps what was used, and the reason for what was left out, for backend_report().
+building/libraries.py builds them independently, and has the switches MFT_BUILD and MFT_CUDA.
+mft_kernels/_build.json stores the tools used, and the reason for what was left out, for backend_report().
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file without its folder there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file without its folder in the path
 
 from building.libraries import BuildLibraries, StableWheel, refusal
 

@@ -1,1 +1,1 @@
-"""What setup.py runs: how the two compiled libraries are made. Part of the sources, not of the installed package."""
+"""Build the two compiled libraries for setup.py. Part of the sources, not of the installed package."""

@@ -1,4 +1,4 @@
-"""Compile what would be launched, for a device that is not there."""
+"""Compile launches for a device that this machine does not have."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def compile_ahead(kernel: Any, target: GPUTarget, args: tuple, options: dict[str, Any]) -> Any:
-    """The CompiledKernel that kernel[grid](*args, **options) would run on the target; tensors may be meta tensors."""
+    """Return the CompiledKernel of kernel[grid](*args, **options) on the target; tensors may be meta tensors."""
     with _pretend(target):
         return kernel.warmup(*args, grid=(1,), **options)
 
 
 def recorded(function: Callable[[], Any], target: Target) -> list[Launch]:
-    """What function(), called with meta tensors, would launch on the target; nothing runs."""
-    # Here and not above, so that the rest of this package needs no torch: Triton 3.6 is tried without one.
+    """Return what function(), called with meta tensors, would launch on the target; nothing runs."""
+    # Imported here, so that the rest of this package needs no torch: Triton 3.6 is tested without one.
     from mft_kernels.backends.triton.launch import record
     from mft_kernels.backends.triton.target import assume
 
@@ -32,13 +32,13 @@ def recorded(function: Callable[[], Any], target: Target) -> list[Launch]:
 
 
 def gpu_target(target: Target) -> GPUTarget:
-    """The target in Triton's terms."""
+    """Return the target in Triton's terms."""
     return GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
 
 
 @contextlib.contextmanager
 def _pretend(target: GPUTarget) -> Iterator[None]:
-    before = driver._active  # not .active, which would look for a real device and fail where there is none
+    before = driver._active  # not .active, which would look for a real device and fail if there is none
     driver.set_active(_NoDevice(target))
     try:
         yield
@@ -47,7 +47,7 @@ def _pretend(target: GPUTarget) -> Iterator[None]:
 
 
 class _NoDevice:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -56,7 +56,7 @@ class _NoDevice:
         return self._target
 
     def get_current_device(self) -> str:
-        return str(self._target)  # Triton keeps compiled kernels by device: one device a target
+        return str(self._target)  # Triton caches compiled kernels by device: one device per target
 
     def set_current_device(self, device: str) -> None:
         pass

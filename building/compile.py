@@ -1,4 +1,4 @@
-"""From source files to a shared object, with ninja where that is at hand: then only what changed is compiled again."""
+"""Build a shared object from source files. If ninja is available, only what changed is compiled again."""
 
 import os
 import re
@@ -18,12 +18,12 @@ CPP_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 
 
 class CannotBuild(Exception):
-    """Why there is no library on this machine."""
+    """The reason why there is no library on this machine."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One file to compile; ``tools`` are files that compile it again when they change."""
+    """One file to compile. A change of a file in ``tools`` compiles it again."""
 
     source: Path
     compiler: str
@@ -36,13 +36,13 @@ class Unit:
 
     @property
     def log(self) -> str:
-        """What the compiler said, kept beside the object."""
+        """The file of the compiler's output, next to the object."""
         return f"{self.object}.log"
 
 
 @dataclass(frozen=True)
 class Link:
-    """The shared object ``library`` of every unit's object and of ``flags``."""
+    """The shared object ``library``, made from every unit's object with ``flags``."""
 
     library: str
     compiler: str
@@ -50,7 +50,7 @@ class Link:
 
 
 def find_compiler() -> str:
-    """The C++ compiler: $CXX, or g++, clang++ or c++."""
+    """Return the C++ compiler: $CXX, or g++, clang++ or c++."""
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
         if path := shutil.which(name):
@@ -59,7 +59,7 @@ def find_compiler() -> str:
 
 
 def find_torch() -> tuple[str, Path]:
-    """(version, directory) of the torch that runs this build."""
+    """Return (version, directory) of the torch that runs this build."""
     try:
         import torch
     except ImportError as error:
@@ -70,15 +70,15 @@ def find_torch() -> tuple[str, Path]:
 
 
 def find_ninja() -> str | None:
-    """Beside the Python that runs this, whose folder need not be in PATH, or in PATH.
+    """Return the ninja next to this Python, whose folder need not be in PATH, or the one in PATH.
 
-    In this order, as one of another version forgets what the other has compiled, and compiles it all again.
+    The order matters: a ninja of another version forgets what the first one has compiled, and compiles it all again.
     """
     return shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
 
 
 def system_headers(folders: Sequence[Path]) -> list[str]:
-    """Flags for headers that are not ours: no warnings from them, and not watched for changes."""
+    """Return flags for headers of others: no warnings from them, and no watching for changes."""
     return [flag for folder in folders for flag in ("-isystem", str(folder))]
 
 
@@ -92,9 +92,9 @@ def accepts(compiler: str, flags: list[str]) -> bool:
 
 
 def build(directory: Path, units: Sequence[Unit], link: Link | None = None, jobs: int | None = None) -> None:
-    """Compile the units into ``directory``, and link them if asked; ``jobs`` at once, None: as many as there are cores.
+    """Compile the units into ``directory``, and link them if asked; ``jobs`` at once, or as many as there are cores.
 
-    Prints a line a file. Raises: CannotBuild with the first error.
+    Prints one line per file. Raises: CannotBuild with the first error.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if ninja := find_ninja():
@@ -106,7 +106,7 @@ def build(directory: Path, units: Sequence[Unit], link: Link | None = None, jobs
 
 
 def ninja_file(units: Sequence[Unit], link: Link | None) -> str:
-    """The text of build.ninja."""
+    """Return the text of build.ninja."""
 
     def escape(text: object) -> str:
         return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -160,7 +160,7 @@ def _build_without_ninja(directory: Path, units: Sequence[Unit], link: Link | No
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None, *, show: bool = True) -> str:
-    """What the command prints, shown as it comes. Its first error line becomes the reason if it fails."""
+    """Run the command and return its output, shown as it comes. If it fails, its first error line is the reason."""
     lines: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
@@ -171,7 +171,7 @@ def _run(command: list[str], environment: dict[str, str] | None = None, *, show:
             if show:
                 print(lines[-1], flush=True)
     if process.returncode != 0:
-        # "nvcc fatal : ...", but not the -Werror of a command.
+        # Matches "nvcc fatal : ...", but not the -Werror of a command.
         errors = [line for line in lines if re.search(r"\berror|fatal", line.lower())]
         raise CannotBuild(f"{Path(command[0]).name} failed: {(errors or lines or ['no output'])[0]}")
     return "".join(f"{line}\n" for line in lines)

@@ -1,4 +1,4 @@
-"""libmft_cpu.so: csrc/*.cpp and csrc/cpu, by the C++ compiler."""
+"""Build libmft_cpu.so from csrc/*.cpp and csrc/cpu with the C++ compiler."""
 
 import platform
 import subprocess
@@ -34,12 +34,12 @@ X86_FLAGS = {
 }
 DOT_BFLOAT16_FILES = ["decode_avx512_bf16.cpp", "few_tokens_avx512_bf16.cpp", "gemm_bfloat16.cpp"]
 AMX_FILES = ["gemm_amx.cpp", "gemm_amx_emulated.cpp"]
-# Without them no loop with a square root, a choice or a conversion becomes vector code; they change no value.
+# Needed to vectorise loops with a square root, a choice or a conversion; they change no value.
 VECTOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 
 
 def build_cpu(directory: Path, sources: Path, extra: Sequence[str] = (), compiler: str | None = None) -> dict:
-    """Build into ``directory`` from csrc, with ``extra`` flags. Returns what was used, for the report."""
+    """Build into ``directory`` from csrc, with ``extra`` flags. Returns the tools and flags used, for the report."""
     version, torch_directory = find_torch()
     compiler = compiler or find_compiler()
     link = Link(LIBRARY, compiler, [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ltorch", *extra])
@@ -50,7 +50,7 @@ def build_cpu(directory: Path, sources: Path, extra: Sequence[str] = (), compile
 
 
 def units(compiler: str, torch_directory: Path, sources: Path, machine: str | None = None) -> list[Unit]:
-    """Each file of the library that this compiler can use for ``machine``, by default the one that runs this."""
+    """Return the library's files that this compiler can use for ``machine``, by default the machine that runs this."""
     x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
     dot_bfloat16 = x86 and accepts(compiler, DOT_BFLOAT16_FLAGS)
     amx = dot_bfloat16 and accepts(compiler, AMX_FLAGS)
@@ -75,9 +75,10 @@ def units(compiler: str, torch_directory: Path, sources: Path, machine: str | No
 
 
 def library_capabilities(environment: dict[str, str], prefix: Sequence[str] = ()) -> list[str]:
-    """Those of the library that MFT_CPU_LIBRARY names. Without this all tests would skip where it cannot be loaded.
+    """Return the capabilities of the library in MFT_CPU_LIBRARY.
 
-    ``prefix``: of the command that loads it. Raises: CannotBuild.
+    Without this check all tests would be skipped if it cannot be loaded. ``prefix``: of the command that loads it.
+    Raises: CannotBuild.
     """
     script = (
         "from mft_kernels.backends import cpu; print(cpu.unavailable or '', ','.join(cpu.capabilities()), sep='\\n')"

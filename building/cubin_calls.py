@@ -1,6 +1,6 @@
-"""Whose launches are compiled ahead (cubins.py): what layers do in every dtype and mode, and the ops beside them.
+"""The calls whose launches are compiled ahead (cubins.py): layers in every dtype and mode, and the other ops.
 
-Tensors are of no device. What is left out, and why, stands in tests/cubins/test_build_list.py.
+Tensors have no device. tests/cubins/test_build_list.py says what is left out, and why.
 """
 
 import itertools
@@ -17,11 +17,11 @@ from mft_kernels.operands import Backward, Keep, KeepByTask, Sums, Update
 from mft_kernels.reference.step import BLOCK
 
 Calls = Iterator[Callable[[], object]]
-#: "words", as layers have it, or dtype of the scores and mode.
+#: Source of the mask: "words", as in layers, or (dtype of the scores, mode).
 Mask = str | tuple[torch.dtype, str]
 
-#: (M, N, K) by which every binary is met that layers of 64 to 151,936 features launch for 1 to 16,384 tokens, N and K
-#: multiples of 64: the first sixteen cover the 13,000 sizes that were searched, the others are usual ones.
+#: (M, N, K). They reach every binary that layers with 64 to 151,936 features launch for 1 to 16,384 tokens, if N and K
+#: are multiples of 64. The first sixteen cover the 13,000 sizes that were searched; the others are usual ones.
 SIZES = (
     (1, 512, 64), (17, 896, 13824), (1500, 64, 2560), (1500, 2048, 64), (48, 896, 1024), (200, 256, 11008),
     (512, 4864, 1024), (128, 11008, 256), (1, 64, 64), (17, 64, 64), (1, 1024, 512), (17, 5632, 64), (128, 896, 512),
@@ -31,16 +31,16 @@ SIZES = (
 MODES = ("magnitude", "value")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP32, BF16, FP16)
-#: Of those that have a gradient; int16 ones select as fp16 does, and learn by steps alone.
+#: Dtypes of scores that have a gradient. int16 scores are selected as fp16 is, and learn only by optimiser steps.
 SCORES = (FP32, BF16)
 MASKS: tuple[Mask, ...] = ("words", *itertools.product(SCORES, MODES))
-#: Of a held layer's step: the dtypes of weight and gradient, which is the weight's unless asked otherwise.
+#: (dtype of weight, dtype of gradient) in a held layer's step; the gradient has the weight's unless asked otherwise.
 STEPPED = ((BF16, BF16), (BF16, FP32), (FP32, FP32))
 MOMENTS = (FP32, torch.uint8)
 
 
 def calls() -> Calls:
-    """All of them."""
+    """Yield all calls."""
     for n, k in {(n, k): None for _, n, k in SIZES}:
         yield from (partial(selection, n, k, *which) for which in itertools.product(DTYPES, MODES))
         yield from (partial(masked_weight, n, k, *which) for which in itertools.product(DTYPES, MASKS))
@@ -76,7 +76,7 @@ def _products(m: int, n: int, k: int, dtype: torch.dtype, masks: tuple[Mask, ...
 
 
 def selection(n: int, k: int, dtype: torch.dtype, mode: str, by_row: bool = False) -> None:
-    """Threshold, mask and signs."""
+    """Compute threshold, mask and signs."""
     scores = empty(n, k, dtype=dtype)
     select.kept_threshold(scores, 0.9, mode)
     bits.pack_mask(scores, empty(*[n] * by_row, dtype=dtype), mode)
@@ -84,7 +84,7 @@ def selection(n: int, k: int, dtype: torch.dtype, mode: str, by_row: bool = Fals
 
 
 def flips(n: int, k: int, dtype: torch.dtype, held: bool) -> None:
-    """Of a mask in place, from another one or from none."""
+    """Change an in-place mask from another one, or from none."""
     weight, aside, ends = empty(n, k, dtype=dtype), empty(n, dtype=dtype), empty(n, dtype=torch.int64)
     before = words(n, k) if held else None
     in_place.count_dropped(weight, words(n, k))
@@ -99,14 +99,14 @@ def forward(m: int, n: int, k: int, dtype: torch.dtype, mask: Mask, bias: bool, 
 
 
 def masked_weight(n: int, k: int, dtype: torch.dtype, mask: Mask, by_row: bool = False) -> None:
-    """Before a product through scratch."""
+    """Make the masked weight before a product through scratch."""
     scratch.masked_weight(empty(n, k, dtype=dtype), _keep(n, k, mask, by_row))
 
 
 def backward(
     m: int, n: int, k: int, dtype: torch.dtype, mask: Mask, scores: torch.dtype | None, sign: str, wanted: str
 ) -> None:
-    """Gradients of what ``wanted`` names. ``sign``: what tells that of d_scores; ``scores``: their dtype."""
+    """Compute the gradients in ``wanted``. ``sign``: source of the sign in d_scores; ``scores``: their dtype."""
     x, grad, weight = _operands(m, n, k, dtype)
     output_mask = [name in wanted.split() for name in ("x", "weight", "scores", "bias")]
     keep = _keep(n, k, mask)
@@ -115,7 +115,7 @@ def backward(
 
 
 def sums(m: int, n: int, k: int, dtype: torch.dtype, of_sums: torch.dtype, sign: str | None) -> None:
-    """Gradients added up: of a held layer those of weight and scores together, ``sign`` None."""
+    """Add up gradients; ``sign`` None: a held layer's gradient of weight and scores together."""
     x, grad, weight = _operands(m, n, k, dtype)
     out = empty(n, k, dtype=of_sums)
     if sign is None:
@@ -125,13 +125,13 @@ def sums(m: int, n: int, k: int, dtype: torch.dtype, of_sums: torch.dtype, sign:
 
 
 def codes_forward(m: int, n: int, k: int, dtype: torch.dtype, kind: str, masked: bool, bias: bool) -> None:
-    """``kind`` "nested": NF4 whose absmax are codes too. A frozen layer has no mask."""
+    """Multiply by codes; ``kind`` "nested": NF4 whose absmax are codes too. A frozen layer has no mask."""
     added = empty(n, dtype=dtype) if bias else None
     ops.product(empty(m, k, dtype=dtype), _codes(n, k, kind), Keep(words(n, k)) if masked else None, added)
 
 
 def codes_d_x(m: int, n: int, k: int, dtype: torch.dtype, kind: str, masked: bool, bias: bool = False) -> None:
-    """Whatever the bias."""
+    """Compute d_x over codes; the bias does not matter."""
     keep = Keep(words(n, k)) if masked else None
     ops.product(empty(m, n, dtype=dtype), _codes(n, k, kind), keep, None, transposed=True)
 
@@ -139,7 +139,7 @@ def codes_d_x(m: int, n: int, k: int, dtype: torch.dtype, kind: str, masked: boo
 def many_masks(
     m: int, n: int, k: int, dtype: torch.dtype, masks: int, bias: bool, tasks: torch.dtype = torch.int64
 ) -> None:
-    """A mask a row. 16 masks take the longest to compile."""
+    """Multiply with one mask per row. 16 masks take the longest to compile."""
     x, _, weight = _operands(m, n, k, dtype)
     added = empty(n, dtype=dtype) if bias else None
     ops.product(x, weight, KeepByTask([words(n, k)] * masks, empty(m, dtype=tasks)), added)
@@ -156,8 +156,9 @@ def step(
     scaled: bool,
     keep_ratio: float | None,
 ) -> None:
-    """Held layers ask for the next threshold and mask; MaskAdamW.step for neither, of d_scores, without weight.
+    """Do an optimiser step.
 
+    Held layers ask for the next threshold and mask. MaskAdamW.step asks for neither: it has d_scores and no weight.
     ``scaled``: gradients are clipped.
     """
     of_scores, of_weight = empty(n, k, dtype=scores), None if weight is None else empty(n, k, dtype=weight)
@@ -170,7 +171,7 @@ def step(
 
 
 def in_tf32(call: Callable[..., object]) -> Callable[..., object]:
-    """The call under torch.set_float32_matmul_precision("high")."""
+    """Return the call under torch.set_float32_matmul_precision("high")."""
 
     def run(*given: Any) -> object:
         matmul = torch.backends.cuda.matmul
@@ -184,12 +185,12 @@ def in_tf32(call: Callable[..., object]) -> Callable[..., object]:
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """On no device."""
+    """Return a meta tensor."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def words(n: int, k: int) -> Tensor:
-    """A packed mask's, or packed signs'."""
+    """Return the words of a packed mask or of packed signs."""
     return empty(n, -(-k // 32), dtype=torch.int32)
 
 
@@ -201,12 +202,12 @@ def _keep(n: int, k: int, mask: Mask, by_row: bool = False) -> Keep:
 
 
 def _operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x, grad_output, weight."""
+    """Return x, grad_output, weight."""
     return empty(m, k, dtype=dtype), empty(m, n, dtype=dtype), empty(n, k, dtype=dtype)
 
 
 def _sign(n: int, k: int, told_by: str, dtype: torch.dtype | None) -> Tensor | None:
-    """What d_scores takes the sign of the scores from."""
+    """Return the source of the scores' sign in d_scores."""
     if told_by == "none":
         return None
     return words(n, k) if told_by == "bits" or dtype is None else empty(n, k, dtype=dtype)

@@ -1,9 +1,9 @@
-"""python -m building.cubins [FOLDER] [--target sm_90,sm_100] [--processes N]: Triton's kernels, compiled ahead of time.
+"""python -m building.cubins [FOLDER] [--target sm_90,sm_100] [--processes N]: compile Triton's kernels ahead of time.
 
-Writes FOLDER/TARGET.zip (mft_kernels/cubins) with the cubin of every launch of cubin_calls.py and manifest.json, which
-says of each what it is made for (backends/triton/specialise.py) and how it is launched. By them a machine with an older
-Triton, or with none, runs the code of this one. No GPU is needed. Stopped, it begins again where it was, by Triton's
-own cache.
+Writes FOLDER/TARGET.zip (mft_kernels/cubins) with the cubin of every launch of cubin_calls.py, and manifest.json. The
+manifest says for each cubin what it is made for (backends/triton/specialise.py) and how it is launched. With them a
+machine with an older Triton, or with none, runs the code of this one. No GPU is needed. A stopped run continues where
+it was, through Triton's own cache.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _BYTES = {"i1": 4, "i32": 4, "i64": 8, "fp32": 4, "nvTmaDesc": 128}
 
 
 def launches(target: Target) -> dict[str, Launch]:
-    """One of each binary, by what it is made for."""
+    """Return one launch for each binary, by what it is made for."""
     found: dict[str, Launch] = {}
     for call in calls():
         for launch in recorded(call, target):
@@ -42,9 +42,10 @@ def launches(target: Target) -> dict[str, Launch]:
 
 
 def entry(launch: Launch, compiled: Any) -> dict[str, Any]:
-    """Of the manifest: how the binary is launched.
+    """Return the manifest's entry: how the binary is launched.
 
-    Raises: ValueError for what no launch of ours gives it, and where cubin and signature have other parameters.
+    Raises: ValueError if the kernel needs what no launch of ours provides, or if cubin and signature have different
+    parameters.
     """
     about = compiled.metadata
     unusual = {name: value for name, value in (
@@ -82,7 +83,7 @@ def entry(launch: Launch, compiled: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, names: Iterable[str], processes: int = 2) -> None:
-    """Compile for these targets and write their archives, a line each."""
+    """Compile for these targets and write their archives, printing one line each."""
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for name in names:
@@ -92,7 +93,7 @@ def write(folder: Path, names: Iterable[str], processes: int = 2) -> None:
 
 
 def write_archive(folder: Path, name: str, binaries: dict[str, tuple[dict[str, Any], bytes]]) -> str:
-    """Write one target's archive whole or not at all. Returns how much that is."""
+    """Write one target's archive atomically. Returns its number of cubins and size, in words."""
     path = folder / f"{name}.zip"
     about = {
         "target": name,
@@ -116,14 +117,14 @@ _launches: dict[str, list[Launch]] = {}
 
 
 def _compile(name: str, i: int) -> tuple[dict[str, Any], bytes]:
-    if name not in _launches:  # a launch cannot be sent to another process, its place in the list can
-        knobs.compilation.disable_line_info = True  # two thirds of a cubin
+    if name not in _launches:  # a launch cannot be sent to another process, but its index can
+        knobs.compilation.disable_line_info = True  # line info is two thirds of a cubin
         _launches[name] = list(launches(TARGETS[name]).values())
     return compiled(_launches[name][i], TARGETS[name])
 
 
 def compiled(launch: Launch, target: Target) -> tuple[dict[str, Any], bytes]:
-    """(entry of the manifest, cubin)."""
+    """Return (entry of the manifest, cubin)."""
     found = compile_ahead(launch.kernel, gpu_target(target), launch.args, launch.options)
     return entry(launch, found), found.asm["cubin"]
 

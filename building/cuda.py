@@ -1,12 +1,12 @@
-"""libmft_cuda.so: csrc/cuda, by nvcc and the C++ compiler. Neither a GPU nor a CUDA build of torch is needed.
+"""Build libmft_cuda.so from csrc/cuda with nvcc and the C++ compiler. Needs neither a GPU nor a CUDA build of torch.
 
-A file *_sm90* is for Hopper alone and belongs to the group of that name (product_sm90_bf16.cu to product_sm90), which
-is built whole or left out; the other files serve every GPU from 8.0 on. MFT_CUDA says what is wanted:
+A file *_sm90* is only for Hopper and belongs to the group of that name (product_sm90_bf16.cu to product_sm90), which
+is built completely or left out. The other files serve every GPU from 8.0 on. MFT_CUDA says what is wanted:
 
-    unset    all of it if there are a GPU (building/gpu.py) and an nvcc; else the reason, and the install goes on
+    unset    everything if there are a GPU (building/gpu.py) and an nvcc; else a reason, and the install continues
     0        nothing
-    1        all of it, and a failure is an error
-    80,90    the same, for these architectures alone (sm_80's code runs on 8.6 and 8.9 too)
+    1        everything, and a failure is an error
+    80,90    the same, only for these architectures (sm_80's code runs on 8.6 and 8.9 too)
 """
 
 import os
@@ -24,10 +24,10 @@ from .ptxas_log import summary
 LIBRARY = "libmft_cuda.so"
 
 ARCHITECTURES = (80, 90, 100, 120)
-USUAL = (80, 90)  # the driver makes code for newer ones from compute_80's, once, and keeps it
-GROUPS = ("product_sm90", "score_grad_sm90")  # what bindings.cpp can do without
+USUAL = (80, 90)  # for newer GPUs the driver compiles compute_80's code once, and caches it
+GROUPS = ("product_sm90", "score_grad_sm90")  # bindings.cpp works without these
 REGISTER_FED = "product_sm90"
-CLUSTERED = ("decode_codes_sm80.cu", "decode_sm80.cu")  # have on sm_90 instructions that compute_80 has not
+CLUSTERED = ("decode_codes_sm80.cu", "decode_sm80.cu")  # have instructions on sm_90 that compute_80 lacks
 
 NVCC_FLAGS = [
     "-O3",
@@ -38,7 +38,7 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "--ptxas-options=-v",
 ]
-#: From CUDA 13.0 on, whose drivers all unpack it, machine code is packed: the library takes a quarter.
+#: From CUDA 13.0 on machine code is packed, because all its drivers unpack it: the library takes a quarter.
 PACKED: tuple[Version, str] = ((13, 0), "--compress-mode=size")
 
 
@@ -52,12 +52,12 @@ class Wanted:
 
     @property
     def targets(self) -> list[str]:
-        """What the general files are compiled to."""
+        """The targets that the general files are compiled for."""
         return [f"sm_{a}" for a in self.architectures] + (["compute_80"] if self.portable else [])
 
 
 def wanted() -> Wanted | None:
-    """What MFT_CUDA asks for; None for nothing. Raises: ValueError for what it cannot mean."""
+    """Return what MFT_CUDA asks for; None for nothing. Raises: ValueError for an unknown value."""
     value = os.environ.get("MFT_CUDA", "").strip()
     if value == "0":
         return None
@@ -74,7 +74,7 @@ def wanted() -> Wanted | None:
 
 
 def build_cuda(directory: Path, sources: Path, asked: Wanted) -> dict:
-    """Build into ``directory`` from csrc/cuda. Returns what was used and what was left out, for the report."""
+    """Build into ``directory`` from csrc/cuda. Returns the tools used and what was left out, for the report."""
     nvcc = find_nvcc()
     version, torch_directory = find_torch()
     compiler = find_compiler()
@@ -119,7 +119,7 @@ def build_cuda(directory: Path, sources: Path, asked: Wanted) -> dict:
 def plan(
     sources: Path, asked: Wanted, nvcc: Nvcc, has_cutlass: bool, readers: register_hazards.Readers | None
 ) -> tuple[list[Path], dict[str, list[Path]], dict[str, str]]:
-    """(files for every GPU, files of each group to compile, why the other groups are left out)."""
+    """Return (files for every GPU, files of each group to compile, why the other groups are left out)."""
     general: list[Path] = []
     groups: dict[str, list[Path]] = {name: [] for name in GROUPS}
     for source in sorted([*sources.glob("*.cu"), *sources.glob("*.cpp")]):
@@ -146,7 +146,7 @@ def plan(
 
 
 def needs_cutlass(files: Sequence[Path]) -> bool:
-    """Whether one of the files includes CuTe or CUTLASS, itself or through our headers beside it."""
+    """Whether one of the files includes CuTe or CUTLASS, directly or through our headers in its folder."""
     seen: set[Path] = set()
     waiting = list(files)
     while waiting:
@@ -169,7 +169,7 @@ def kernel_units(
     compiler: str,
     cutlass: Sequence[Path],
 ) -> dict[str, list[Unit]]:
-    """What is compiled for every GPU (named "") and for each group; these alone read CUTLASS's headers."""
+    """Return the units for every GPU (named "") and for each group; only the groups read CUTLASS's headers."""
 
     def unit(source: Path, targets: list[str], headers: Sequence[Path] = ()) -> Unit:
         include = system_headers([*nvcc.include, *headers])
@@ -179,7 +179,7 @@ def kernel_units(
         flags = [*NVCC_FLAGS, *packed, f"-ccbin={compiler}", *targets, *include]
         return Unit(source, str(nvcc.path), flags, [nvcc.root / "bin" / "ptxas"])
 
-    # CUTLASS's first: they take longest, and would else end alone.
+    # Groups with CUTLASS first: they take longest, and would otherwise run alone at the end.
     units = {}
     for name in sorted(groups, reverse=True):
         units[name] = [unit(source, ["-gencode=arch=compute_90a,code=sm_90a"], cutlass) for source in groups[name]]
@@ -187,7 +187,7 @@ def kernel_units(
 
 
 def _general_targets(source: Path, targets: Sequence[str]) -> list[str]:
-    """One pass of the front end for all of them, and only the assembler once for each, but for sm_90's of CLUSTERED."""
+    """Return targets that share one front-end pass, with one assembler run each; CLUSTERED files have sm_90 apart."""
     apart = [target for target in targets if target == "sm_90" and source.name in CLUSTERED]
     together = [target for target in targets if target not in apart]
     of_80 = [f"-gencode=arch=compute_80,code=[{','.join(together)}]"] if together else []
@@ -195,9 +195,10 @@ def _general_targets(source: Path, targets: Sequence[str]) -> list[str]:
 
 
 def link_flags(nvcc: Nvcc, torch_directory: Path) -> list[str]:
-    """The library needs torch alone: CUDA's runtime is inside, and the driver is asked for when a kernel is launched.
+    """Return flags for a library that needs only torch.
 
-    Named before use, for only a CUDA build of torch has the stream getter, which the library declares weak.
+    CUDA's runtime is linked in, and the driver is looked up when a kernel is launched. torch is linked even if no
+    symbol needs it: only a CUDA build of torch has the stream getter, which the library declares weak.
     """
     return [
         str(nvcc.runtime),

@@ -1,4 +1,4 @@
-"""Whether this machine has an NVIDIA GPU, asked without torch."""
+"""Find out without torch if this machine has an NVIDIA GPU."""
 
 import ctypes
 
@@ -6,7 +6,7 @@ import ctypes
 def gpu_is_present() -> bool:
     """Whether NVIDIA's driver (libcuda.so.1) is installed and counts a device.
 
-    It is asked itself, as it is what would run the kernels: /dev/nvidia0 is missing under WSL, and nvidia-smi in
+    The driver itself is asked, because it would run the kernels: /dev/nvidia0 is missing under WSL, and nvidia-smi in
     many containers. A GPU that CUDA_VISIBLE_DEVICES hides does not count.
     """
     try:

@@ -1,7 +1,7 @@
-"""A kernel for the Hugging Face Kernel Hub, of what setup.py has built: python -m building.hub_kernel [FOLDER].
+"""Make a kernel for the Hugging Face Kernel Hub from what setup.py has built: python -m building.hub_kernel [FOLDER].
 
-Nothing is compiled: the libraries define their ops in whatever namespace they are asked to (csrc/registration.h), so
-that the hub has the very files that were tested. A variant is named after its contents, and so are its ops.
+Nothing is compiled. The libraries define their ops in any namespace that they are given (csrc/registration.h), so the
+Hub gets exactly the files that were tested. A variant and its ops are named after its contents.
 docs/how-to/kernel-hub.md says what is in the folder.
 """
 
@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mft_kernels"
 FOLDER = ROOT / "build" / "hub-kernel"
 INIT, OPS, REPORT = "__init__.py", "_ops.py", "_build.json"
-NAMESPACE = "ops = torch.ops.mft\n"  # the line of _ops.py that says which
-MANYLINUX, PYTHON = "manylinux_2_28", "3.9"  # what the Hub asks of a library
+NAMESPACE = "ops = torch.ops.mft\n"  # the line of _ops.py that sets the namespace
+MANYLINUX, PYTHON = "manylinux_2_28", "3.9"  # the Hub's requirements for a library
 LIBRARIES = {"cpu": cpu.LIBRARY, "cuda": cuda.LIBRARY}
 
 
 def make(folder: Path = FOLDER, package: Path = PACKAGE) -> list[Path]:
-    """Lay out a variant for each backend of build.toml that there is a library for. Returns their folders.
+    """Write a variant for each backend of build.toml that has a library. Returns their folders.
 
     Raises: CannotBuild if the CPU library is missing, which every variant has.
     """
@@ -83,7 +83,7 @@ def _make_variant(folder: Path, package: Path, backend: str, settings: dict, rep
 
 
 def _python(package: Path) -> dict[str, str]:
-    """{name: text} of the kernel's Python files: its own __init__.py, and what that leads to in the package."""
+    """Return {name: text} of the kernel's Python files: its own __init__.py, and what that imports from the package."""
     texts: dict[str, str] = {}
     waiting = {INIT: ROOT / "torch-ext" / package.name / INIT}
     while waiting:
@@ -97,7 +97,7 @@ def _python(package: Path) -> dict[str, str]:
 
 
 def _imported(text: str, folder: Path) -> Iterator[str]:
-    """What a file in ``folder`` of the package may import from it, as paths without a suffix."""
+    """Yield what a file in ``folder`` of the package may import from it, as paths without a suffix."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = folder
@@ -105,25 +105,25 @@ def _imported(text: str, folder: Path) -> Iterator[str]:
                 base = base.parent
             base = base.joinpath(*(node.module or "").split("."))
             found = [base, *(base / alias.name for alias in node.names)]
-            yield from (path.as_posix() for path in found if path != Path("."))  # the kernel has an __init__.py already
+            yield from (path.as_posix() for path in found if path != Path("."))  # the kernel already has an __init__.py
 
 
 def _told(part: str, parts: list[str], report: dict) -> dict:
-    """What backend_report() says of a library there: of setup.py's report, what holds on another machine."""
+    """Return backend_report()'s entry for a library in the kernel: what holds on any machine of setup.py's report."""
     if part not in parts:
         return {"built": False, "reason": "this variant of the kernel is without it"}
     return {"built": True, "reason": None, "left_out": report.get(part, {}).get("left_out", {})}
 
 
 def _archs(targets: list[str]) -> list[str]:
-    """["sm_80", "sm_90", "compute_80"] as ["8.0+PTX", "9.0"]."""
+    """Return ["8.0+PTX", "9.0"] for ["sm_80", "sm_90", "compute_80"]."""
     numbers = {target.partition("_")[2] for target in targets}
     later = {target.partition("_")[2] for target in targets if target.startswith("compute_")}
     return [f"{n[:-1]}.{n[-1]}{'+PTX' if n in later else ''}" for n in sorted(numbers, key=int)]
 
 
 def _cuda_version(report: dict) -> str:
-    """ "130" of the nvcc that made the library. torch's may be newer, of the same major version."""
+    """Return "130", from the nvcc that made the library. torch's may be newer, of the same major version."""
     return "".join(re.findall(r"\d+", report["cuda"]["ptxas"])[:2])
 
 
@@ -132,7 +132,7 @@ def _digest(content: bytes) -> str:
 
 
 def abi_faults(library: Path) -> list[str] | None:
-    """What ``library`` needs and a kernel must not, by the Hub's checker; None where that is not installed."""
+    """Return what ``library`` needs and a kernel must not, by the Hub's checker; None if that is not installed."""
     try:
         from kernel_abi_check import ObjectFile
     except ImportError:
@@ -143,7 +143,7 @@ def abi_faults(library: Path) -> list[str] | None:
 
 
 def main() -> None:
-    """Make the folder, say where its variants are, and whether the Hub's checker finds fault with their libraries."""
+    """Make the folder, print where its variants are, and whether the Hub's checker finds faults in their libraries."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
     try:
         made = make(folder)

@@ -1,4 +1,4 @@
-"""python -m building.left_out: what this checkout was built without, which pip does not show."""
+"""python -m building.left_out: print what this checkout was built without, which pip does not show."""
 
 import json
 from collections import defaultdict
@@ -8,7 +8,7 @@ REPORT = Path(__file__).parent.parent / "mft_kernels" / "_build.json"
 
 
 def lines(report: dict[str, dict]) -> list[str]:
-    """A line for each reason why a library, or kernels of one, are missing."""
+    """Return a line for each reason why a library, or kernels of one, are missing."""
     found = [f"without libmft_{part}.so: {entry['reason']}" for part, entry in report.items() if not entry["built"]]
     names = defaultdict(list)
     for entry in report.values():

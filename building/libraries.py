@@ -1,7 +1,7 @@
-"""setuptools' commands that build the libraries beside the package's Python files, and name the wheel.
+"""setuptools' commands that build the libraries next to the package's Python files, and name the wheel.
 
-MFT_BUILD=0 is the only way to a package without kernels, in plain PyTorch: otherwise a CPU library that cannot be built
-is an error. The CUDA library is built where there are a GPU and an nvcc; MFT_CUDA (building/cuda.py) is its switch.
+MFT_BUILD=0 is the only way to a package without kernels, in plain PyTorch; otherwise a CPU library that cannot be built
+is an error. The CUDA library is built if there are a GPU and an nvcc; MFT_CUDA (building/cuda.py) is its switch.
 """
 
 import json
@@ -20,13 +20,13 @@ from .sources import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = "_build.json"
-FASTER = "faster.json"  # of mft_kernels/backends/faster.py; a measurement that is not there leaves "auto" as it is
+FASTER = "faster.json"  # of mft_kernels/backends/faster.py; without a measurement "auto" stays as it is
 MEASURED = ROOT / "benchmarks" / "results" / "gpu-faster.json"
-BUILDING = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}  # of setup.py's commands
+BUILDING = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}  # among setup.py's commands
 
 
 def wanted() -> bool:
-    """Whether kernels are: MFT_BUILD. Raises: ValueError for what it cannot mean."""
+    """Whether kernels are wanted: MFT_BUILD. Raises: ValueError for an unknown value."""
     value = os.environ.get("MFT_BUILD", "1")
     if value not in ("0", "1"):
         raise ValueError(f"MFT_BUILD must be 0 (no kernels) or 1, got {value!r}")
@@ -34,9 +34,9 @@ def wanted() -> bool:
 
 
 def refusal(arguments: list[str]) -> str | None:
-    """Why setup.py with these arguments cannot build, in one line with what to do; None if nothing is known.
+    """Return why setup.py with these arguments cannot build, and what to do, in one line; None if no reason is known.
 
-    pip shows what is written first, and an isolated build, its default, hides torch.
+    pip shows the first line of the output, and its default, an isolated build, hides torch.
     """
     if not BUILDING & {*arguments} or not wanted():
         return None
@@ -49,12 +49,12 @@ def refusal(arguments: list[str]) -> str | None:
 
 
 class BuildLibraries(build_ext):
-    """Builds the libraries beside the package's Python files."""
+    """Builds the libraries next to the package's Python files."""
 
     def run(self) -> None:
         target = ROOT / "mft_kernels" if self.inplace else Path(self.build_lib, "mft_kernels")
         target.mkdir(parents=True, exist_ok=True)
-        asked = cuda.wanted()  # a wrong MFT_CUDA is an error before minutes are spent
+        asked = cuda.wanted()  # a wrong MFT_CUDA must fail before minutes are spent
         report = {
             "cpu": attempt(build_cpu, target / cpu.LIBRARY, required=True),
             "cuda": attempt(build_cuda, target / cuda.LIBRARY, required=asked is not None and asked.required),
@@ -70,11 +70,11 @@ class BuildLibraries(build_ext):
         return [str(path) for path in built if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {}  # in an editable install the libraries already lie beside the package's files
+        return {}  # in an editable install the libraries are already next to the package's files
 
 
 class StableWheel(bdist_wheel):
-    """One wheel for every Python and torch: the libraries know no symbol of Python, and torch by its stable ABI."""
+    """One wheel for every Python and torch: the libraries use no symbol of Python, and torch only by its stable ABI."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -84,8 +84,8 @@ class StableWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if wanted() else "any"
 
 
-# Not in pip's temporary folder: a second build compiles what changed, be it another command's, and the logs tell of
-# registers and spills.
+# Not in pip's temporary folder: a second build, even by another command, then compiles only what changed, and the logs
+# of registers and spills are kept.
 def build_cpu() -> tuple[Path, dict]:
     directory = ROOT / "build" / "cpu"
     used = cpu.build_cpu(directory, ROOT / "csrc")
@@ -103,7 +103,7 @@ def build_cuda() -> tuple[Path, dict]:
 
 
 def attempt(build: Callable[[], tuple[Path, dict]], target: Path, *, required: bool) -> dict:
-    """Build one library and put it at ``target``. Returns its part of the report; raises where it is required."""
+    """Build one library and put it at ``target``. Returns its part of the report; raises if a required one fails."""
     try:
         if not wanted():
             raise CannotBuild("the build was skipped: MFT_BUILD=0")

@@ -1,4 +1,4 @@
-"""python -m building.missing: the packages of the extra cuda-build that this machine lacks, for pip; or nothing."""
+"""python -m building.missing: print the packages of the extra cuda-build that this machine lacks, for pip."""
 
 import re
 
@@ -8,7 +8,7 @@ from .requirements import requirements
 
 
 def missing(wanted: list[str]) -> list[str]:
-    """Those for nvcc where none is found, and CUTLASS where its headers are not."""
+    """Return the wanted packages for nvcc if none is found, and CUTLASS if its headers are missing."""
     try:
         find_nvcc()
         has_nvcc = True

@@ -1,7 +1,7 @@
-"""Which nvcc compiles the CUDA kernels, and where CUTLASS's headers lie.
+"""Find the nvcc that compiles the CUDA kernels, and CUTLASS's headers.
 
-An nvcc may come with the system ($CUDA_HOME/bin, PATH) or from PyPI (nvidia-cuda-nvcc). The newest assembler among them
-is taken, for some code needs a new one; MFT_NVCC=/path/to/nvcc names one that must be used.
+An nvcc may come with the system ($CUDA_HOME/bin, PATH) or from PyPI (nvidia-cuda-nvcc). The one with the newest
+assembler is used, because some code needs a new one. MFT_NVCC=/path/to/nvcc names one that must be used.
 """
 
 import os
@@ -18,14 +18,14 @@ from .compile import CannotBuild
 
 Version = tuple[int, int]
 
-#: 12.0 knows sm_90a, and CUTLASS asks for 12.3 there; 13.0 and 13.5 are what was tried.
+#: 12.0 knows sm_90a, and CUTLASS needs 12.3 for it; 13.0 and 13.5 were tested.
 OLDEST: Version = (12, 3)
 INSTALL = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl, or CUDA's toolkit"
 
 
 @dataclass(frozen=True)
 class Nvcc:
-    """``root``: the toolkit that the compiler belongs to, also where ``path`` is a script that calls it."""
+    """A compiler. ``root``: its toolkit, also if ``path`` is a script that calls it."""
 
     path: Path
     root: Path
@@ -34,12 +34,12 @@ class Nvcc:
 
     @property
     def include(self) -> list[Path]:
-        """Its headers."""
+        """The folders of its headers."""
         return [folder for folder in (self.root / "include", self.root / "include" / "cccl") if folder.is_dir()]
 
     @property
     def runtime(self) -> Path:
-        """The static runtime library: nothing of CUDA is needed to load what is linked with it."""
+        """The static runtime library: what is linked with it loads without any part of CUDA."""
         for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
             if (library := self.root / folder / "libcudart_static.a").exists():
                 return library
@@ -50,7 +50,7 @@ class Nvcc:
 
 
 def find_nvcc() -> Nvcc:
-    """The nvcc to use. Raises: CannotBuild if there is none, or none new enough."""
+    """Return the nvcc to use. Raises: CannotBuild if there is none, or none new enough."""
     named = os.environ.get("MFT_NVCC")
     found, broken = [], []
     for path in [Path(named)] if named else _candidates():
@@ -67,7 +67,7 @@ def find_nvcc() -> Nvcc:
 
 
 def read(path: Path) -> Nvcc:
-    """What the compiler at ``path`` is. Raises: CannotBuild if it does not run."""
+    """Return version and toolkit of the compiler at ``path``. Raises: CannotBuild if it does not run."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory, "empty.cu")
         source.touch()
@@ -80,7 +80,7 @@ def read(path: Path) -> Nvcc:
 
 
 def find_cutlass() -> tuple[str, Path] | None:
-    """(version, include directory) of CUTLASS: $CUTLASS_PATH/include, or the headers of PyPI's nvidia-cutlass."""
+    """Return CUTLASS's (version, include directory): $CUTLASS_PATH/include, or the headers of PyPI's nvidia-cutlass."""
     folders = []
     if named := os.environ.get("CUTLASS_PATH"):
         folders.append(Path(named, "include"))

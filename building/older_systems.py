@@ -1,8 +1,8 @@
-"""Links a library so that it loads on systems with an older glibc than this one's, down to that of manylinux_2_28.
+"""Link a library so that it loads on systems with an older glibc than this one's, down to that of manylinux_2_28.
 
-glibc 2.34 moved threads and dynamic loading into libc.so under new versions. The old ones are there still, but a linker
-takes the newest, and CUDA's static runtime, which nobody compiles here, asks for 46 of them. So each such name goes by
-way of a jump that names the old version. csrc/older_systems.cpp has what did not exist at all.
+glibc 2.34 moved threads and dynamic loading into libc.so under new versions. The old versions still exist, but a linker
+takes the newest. CUDA's static runtime, which is not compiled here, uses 46 of these names. So each such name goes
+through a jump that names the old version. csrc/older_systems.cpp has the functions that did not exist at all.
 """
 
 import platform
@@ -29,9 +29,9 @@ __wrap_{name}:
 
 
 def build_for_older(directory: Path, units: list[Unit], link: Link, jobs: int | None = None) -> str | None:
-    """As compile.build, and where the library asks for a newer glibc than OLDEST, links it again with jumps.
+    """Build as compile.build does. If the library needs a newer glibc than OLDEST, link it again with jumps.
 
-    Returns: the glibc that it needs, such as "2.17"; None where libc is another. Raises: CannotBuild.
+    Returns: the glibc that it needs, such as "2.17"; None if libc is another. Raises: CannotBuild.
     """
     build(directory, units, link, jobs)
     wanted = glibc_names(directory / link.library)
@@ -49,13 +49,13 @@ def build_for_older(directory: Path, units: list[Unit], link: Link, jobs: int | 
 
 
 def glibc_names(library: Path) -> dict[str, Version]:
-    """{each name that the library takes from glibc: its version there}."""
+    """Return {each name that the library takes from glibc: its version there}."""
     found = re.findall(r"\*UND\*\s+\w+\s+\(?GLIBC_([\d.]+)\)? (\S+)$", _symbols(library), re.MULTILINE)
     return {name: _version(version) for version, name in found}
 
 
 def older_versions(libc: Path) -> dict[str, str]:
-    """{each name that libc has for programs linked with OLDEST: the newest version of it there}."""
+    """Return {each name that libc offers to programs linked with OLDEST: its newest version among these}."""
     found: dict[str, str] = {}
     for version, name in re.findall(r"\.text\s+\w+\s+\(?GLIBC_([\d.]+)\)?\s+(\S+)$", _symbols(libc), re.MULTILINE):
         if _version(version) <= OLDEST and _version(version) >= _version(found.get(name, "0")):
@@ -64,7 +64,7 @@ def older_versions(libc: Path) -> dict[str, str]:
 
 
 def assembler(versions: dict[str, str]) -> str:
-    """A jump __wrap_NAME to each NAME of that version; the linker's --wrap=NAME leads there."""
+    """Return a jump __wrap_NAME to that version of each NAME; the linker's --wrap=NAME leads there."""
     jumps = (JUMP.format(name=name, version=version) for name, version in sorted(versions.items()))
     return "".join([".text\n", *jumps, '.section .note.GNU-stack, "", @progbits\n'])
 
@@ -74,7 +74,7 @@ def _version(text: str) -> Version:
 
 
 def _symbols(library: Path) -> str:
-    """Its dynamic symbols, as binutils lists them: they come with every linker."""
+    """Return the library's dynamic symbols, listed by binutils, which come with every linker."""
     ran = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True)
     if ran.returncode != 0:
         raise CannotBuild(f"objdump -T {library} failed: {ran.stderr.strip()}")

@@ -1,12 +1,12 @@
-"""The CPU library by each compiler of this machine, and for aarch64: python -m building.ports [NAME ...] | --store
+"""Build the CPU library with each compiler here, and for aarch64: python -m building.ports [NAME ...] | --store
 
-Each g++ and clang++ builds it into build/ports/NAME, a warning being an error, and then:
-  - no code that is made for one instruction set may hold a function that the linker could give to all;
+Each g++ and clang++ builds it into build/ports/NAME, with warnings as errors, and then:
+  - no code for one instruction set may hold a function that the linker could use for all;
   - tests/cpu_kernels/checksums.cpp, linked with the kernels, prints tests/cpu_kernels/checksums.txt, on every
     instruction set of this processor;
   - tests/ops (without the public ops), tests/cpu_kernels/test_cpu.py and tests/kernels/test_reference_step.py pass.
-aarch64: a cross compiler makes every file (an aarch64 libtorch to link them with is not at hand), and the kernels print
-the same checksums under an emulator. Nothing is installed: what is missing is said, with Debian's name for it.
+aarch64: a cross compiler compiles every file (there is no aarch64 libtorch to link with), and the kernels print the
+same checksums under an emulator. Nothing is installed: missing tools are named, with Debian's package.
 --store writes checksums.txt, from the portable kernels.
 """
 
@@ -29,7 +29,7 @@ DRIVER = ROOT / "tests" / "cpu_kernels"
 CHECKSUMS = DRIVER / "checksums.txt"
 TESTS = ["tests/ops", "tests/cpu_kernels/test_cpu.py", "tests/kernels/test_reference_step.py"]
 TESTS += ["-k", "not cuda and not triton and not _ops"]
-# In the driver torch_on_host.cpp stands in for them.
+# torch_on_host.cpp replaces these in the driver.
 KNOWS_TORCH = (
     *(f"{of}bindings.cpp" for of in ("", "grouped_", "in_place_", "quantized_", "short_")),
     "torch_matmul.cpp",
@@ -47,7 +47,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Port:
-    """A compiler, the flags that make it one for ``machine``, and what runs its programs."""
+    """A compiler, its flags for ``machine``, and what runs its programs."""
 
     name: str
     compiler: str
@@ -61,7 +61,7 @@ class Port:
 
 
 def main() -> None:
-    """Make every port that can be made, or those that are named; exit code 1 if one fails."""
+    """Make every possible port, or the named ones; exit code 1 if one fails."""
     arguments = sys.argv[1:]
     if arguments == ["--store"]:
         port = Port("store", find_compiler(), "portable")
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def ports(path: str | None = None) -> list[Port]:
-    """Those of the tools in ``path``, by default PATH."""
+    """Return the ports that the tools in ``path`` allow, by default PATH."""
     native = platform.machine().lower()
     found = [Port(Path(compiler).name, compiler, native) for compiler in compilers(path or os.environ.get("PATH", ""))]
     cross = shutil.which(CROSS_COMPILER, path=path)
@@ -88,14 +88,14 @@ def ports(path: str | None = None) -> list[Port]:
     if cross and emulator:
         found.append(Port(AARCH64, cross, AARCH64, ["-static"], emulator))
         clangs = [port for port in found if port.name.startswith("clang++")]
-        for newest in clangs[-1:]:  # with the cross compiler's libraries
+        for newest in clangs[-1:]:  # uses the cross compiler's libraries
             flags = ["--target=aarch64-linux-gnu", "-static"]
             found.append(Port(f"{AARCH64}-{newest.name}", newest.compiler, AARCH64, flags, emulator))
     return found
 
 
 def compilers(path: str) -> list[str]:
-    """Each g++ and clang++ of ``path`` once, by its shortest name, the oldest version first."""
+    """Return each g++ and clang++ of ``path`` once, by its shortest name, the oldest version first."""
     found: dict[Path, Path] = {}
     for folder in map(Path, path.split(os.pathsep)):
         names = folder.iterdir() if folder.is_dir() else []
@@ -114,7 +114,7 @@ def compilers(path: str) -> list[str]:
 
 
 def missing() -> list[str]:
-    """A line for each tool that is not there."""
+    """Return a line for each missing tool."""
     names = {Path(compiler).name.partition("-")[0] for compiler in compilers(os.environ.get("PATH", ""))}
     names |= {CROSS_COMPILER} if shutil.which(CROSS_COMPILER) else set()
     names |= {EMULATORS[0]} if any(map(shutil.which, EMULATORS)) else set()
@@ -126,7 +126,7 @@ def missing() -> list[str]:
 
 
 def outcome(port: Port) -> str:
-    """What came of it, in a line."""
+    """Return a port's result in one line."""
     print(f"\n---- {port.name}", flush=True)
     try:
         return check(port)
@@ -135,7 +135,7 @@ def outcome(port: Port) -> str:
 
 
 def check(port: Port) -> str:
-    """Build and run; what was done. Raises: CannotBuild, Failed."""
+    """Build and run; return what was done. Raises: CannotBuild, Failed."""
     first_line = subprocess.run([port.compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     found = [replace(unit, flags=[*unit.flags, *port.flags, "-Werror"]) for unit in kernels(port, with_torch=True)]
     if port.emulator:
@@ -157,14 +157,14 @@ def check(port: Port) -> str:
 
 
 def kernels(port: Port, *, with_torch: bool) -> list[Unit]:
-    """The files of the library, all or those that do without torch."""
+    """Return the library's files, all or those that need no torch."""
     torch_directory = find_torch()[1]
     found = cpu.units(port.compiler, torch_directory, SOURCES, port.machine)
     return [unit for unit in found if with_torch or unit.source.name not in KNOWS_TORCH]
 
 
 def build_driver(port: Port, directory: Path, extra: Sequence[str] = ()) -> Path:
-    """checksums.cpp with the kernels, on plain threads (csrc/cpu/parallel.h): a program that needs no torch."""
+    """Build checksums.cpp with the kernels, on plain threads (csrc/cpu/parallel.h): a program that needs no torch."""
     flags = ["-DMFT_OWN_THREADS", *port.flags, *extra]
     found = [replace(unit, flags=[*unit.flags, *flags]) for unit in kernels(port, with_torch=False)]
     own = [*CPP_FLAGS, "-O1", "-ffp-contract=off", f"-I{SOURCES / 'cpu'}", *flags]
@@ -181,7 +181,7 @@ def build_driver(port: Port, directory: Path, extra: Sequence[str] = ()) -> Path
 
 
 def run(port: Port, program: Path, capability: str) -> str:
-    """What the program prints."""
+    """Run the program and return its output."""
     command = [*([port.emulator] if port.emulator else []), str(program)]
     environment = os.environ | {"MFT_CPU_CAPABILITY": capability}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -191,14 +191,14 @@ def run(port: Port, program: Path, capability: str) -> str:
 
 
 def compare(port: Port, program: Path, capability: str) -> None:
-    """Raises: Failed with the first kernel that computes something else than checksums.txt says."""
+    """Compare with checksums.txt. Raises: Failed with the first kernel that computes something else."""
     print(f"checksums on {capability}", flush=True)
     if wrong := differences(run(port, program, capability), CHECKSUMS.read_text()):
         raise Failed(f"{len(wrong)} checksums differ on {capability}, the first: {wrong[0]}")
 
 
 def differences(got: str, expected: str) -> list[str]:
-    """What one of the two prints of a kernel and the other does not, or not with that checksum."""
+    """Return the kernels that only one of the two outputs has, or that differ in their checksum."""
     here, there = ({line[18:]: line[:16] for line in text.splitlines()} for text in (got, expected))
     return [
         f"{kernel} gives {here.get(kernel, 'nothing')}, expected {there.get(kernel, 'nothing')}"
@@ -208,7 +208,7 @@ def differences(got: str, expected: str) -> list[str]:
 
 
 def shared_functions(directory: Path, units: Sequence[Unit]) -> list[str]:
-    """Functions in objects made with -m... that another object's of the same name may stand in for, or the reverse."""
+    """Return functions of objects made with -m... that another object may replace by the same name, or the reverse."""
     found = []
     for unit in units:
         if any(flag.startswith("-m") for flag in unit.flags):

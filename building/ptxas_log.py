@@ -1,4 +1,4 @@
-"""What ptxas says of each kernel (--ptxas-options=-v): registers, spills, and whether it serialised warpgroup MMAs."""
+"""Read ptxas's log of each kernel (--ptxas-options=-v): registers, spills, and serialised warpgroup MMAs."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _SERIALISED = re.compile(r"\((C75\d\d)\)")
 
 @dataclass(frozen=True)
 class Kernel:
-    """``spilled``: bytes stored and loaded because registers ran out."""
+    """One kernel. ``spilled``: bytes stored and loaded because registers ran out."""
 
     name: str
     architecture: str
@@ -21,7 +21,7 @@ class Kernel:
 
 
 def kernels(log: str) -> list[Kernel]:
-    """In the order of the log."""
+    """Return the kernels in the order of the log."""
     found: list[Kernel] = []
     name, architecture, spilled = "", "", 0
     for line in log.splitlines():
@@ -36,12 +36,12 @@ def kernels(log: str) -> list[Kernel]:
 
 
 def serialised(log: str) -> list[str]:
-    """The warnings that a warpgroup MMA waits for the one before it."""
+    """Return the warnings that a warpgroup MMA waits for the previous one."""
     return [line.strip() for line in log.splitlines() if _SERIALISED.search(line)]
 
 
 def summary(log: str) -> dict[str, int]:
-    """Of one file: how many kernels, the most registers of any, all bytes spilled, warnings of serialised MMAs."""
+    """Return for one file the number of kernels, the most registers of any, all spilled bytes, and serialised MMAs."""
     found = kernels(log)
     return {
         "kernels": len(found),

@@ -1,7 +1,7 @@
-"""Whether code that feeds warpgroup MMAs from registers may be shipped: from a new assembler, or after a clean scan.
+"""Decide if code that feeds warpgroup MMAs from registers may ship: with a new assembler, or after a clean scan.
 
-ptxas older than 13.3 can overwrite such a register while an MMA still reads it (machine_code/hazard.py says
-how). Its code is wrong only now and then, so it is read instead of trusted.
+ptxas older than 13.3 can overwrite such a register while an MMA still reads it (see machine_code/hazard.py). Such
+code is wrong only now and then, so it is scanned instead of trusted.
 """
 
 import re
@@ -29,7 +29,7 @@ class Readers:
 
 
 def find_readers() -> Readers | None:
-    """In PATH or in Triton; None if a scan cannot be made, for which Triton must be installed."""
+    """Find them in PATH or in Triton; None if a scan is impossible. A scan needs an installed Triton."""
     triton = find_spec("triton")
     if triton is None:
         return None
@@ -42,7 +42,7 @@ def find_readers() -> Readers | None:
 
 
 def refusal_before(ptxas: Version, readers: Readers | None) -> str | None:
-    """Why such code need not even be compiled; None if it may turn out well."""
+    """Return why such code need not even be compiled; None if it may turn out well."""
     if ptxas >= SAFE_PTXAS or readers is not None:
         return None
     return (
@@ -52,7 +52,7 @@ def refusal_before(ptxas: Version, readers: Readers | None) -> str | None:
 
 
 def refusal_after(ptxas: Version, readers: Readers | None, objects: Sequence[Path]) -> str | None:
-    """Why the compiled objects must not be linked; None if they may."""
+    """Return why the compiled objects must not be linked; None if they may."""
     if ptxas >= SAFE_PTXAS:
         return None
     assert readers is not None, "refusal_before lets no old assembler pass without readers"
@@ -74,7 +74,7 @@ def refusal_after(ptxas: Version, readers: Readers | None, objects: Sequence[Pat
 
 
 def disassemble(readers: Readers, path: Path) -> dict[str, str]:
-    """{kernel: nvdisasm's text} of an object of nvcc's."""
+    """Return {kernel: nvdisasm's text} of an object made by nvcc."""
     texts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as directory:
         _output([readers.cuobjdump, "--extract-elf", "all", str(path.resolve())], directory)
@@ -84,7 +84,7 @@ def disassemble(readers: Readers, path: Path) -> dict[str, str]:
 
 
 def split(text: str) -> dict[str, str]:
-    """nvdisasm's text by kernel: each stands in a section .text.NAME."""
+    """Split nvdisasm's text by kernel: each is in a section .text.NAME."""
     pieces = re.split(r"^\s*\.section\s+\.text\.([^\s,]+).*$", text, flags=re.MULTILINE)
     return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 

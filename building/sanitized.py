@@ -1,8 +1,8 @@
-"""The CPU library under a sanitizer, and tests on it: python -m building.sanitized address | thread [PYTEST ...]
+"""Run tests on the CPU library under a sanitizer: python -m building.sanitized address | thread [PYTEST ...]
 
-address: AddressSanitizer and UndefinedBehaviorSanitizer, the first report ends the run. thread: ThreadSanitizer; the
-library's threads are then plain ones (csrc/cpu/parallel.h), of which it sees start and end. Python and torch are not
-instrumented: what they do with their own memory is not looked at. Needs g++ and its sanitizers' libraries.
+address: AddressSanitizer and UndefinedBehaviorSanitizer; the first report ends the run. thread: ThreadSanitizer; the
+library then uses plain threads (csrc/cpu/parallel.h), whose start and end it sees. Python and torch are not
+instrumented: what they do with their own memory is not checked. Needs g++ and its sanitizers' libraries.
 """
 
 import os
@@ -16,13 +16,13 @@ from .compile import CannotBuild, find_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["-o", "addopts=", *ports.TESTS]
-# With -O3 the unrolled kernels for few tokens take minutes a file under a sanitizer, with -O1 16 s.
+# Under a sanitizer the unrolled kernels for few tokens take minutes per file with -O3, and 16 s with -O1.
 _COMMON = ["-O1", "-g", "-fno-omit-frame-pointer"]
 
 
 @dataclass(frozen=True)
 class Sanitizer:
-    """Flags of compiler and linker, libraries to load before Python, and options of the sanitizer's own."""
+    """Flags of compiler and linker, libraries to load before Python, and the sanitizer's own options."""
 
     flags: list[str]
     preload: list[str]
@@ -33,8 +33,8 @@ SANITIZERS = {
     "address": Sanitizer(
         ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", *_COMMON],
         ["libasan.so", "libubsan.so", "libstdc++.so"],
-        # Python and torch keep much until the process ends, which is no leak of ours. With use after return GCC 12 puts
-        # vectors of 64 bytes where they may not lie (its bug 110027).
+        # Python and torch keep much memory until the process ends, which is not a leak of ours. With use after return,
+        # GCC 12 puts vectors of 64 bytes at unaligned addresses (its bug 110027).
         {
             "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
@@ -49,7 +49,7 @@ SANITIZERS = {
 
 
 def main() -> None:
-    """Build, run, and leave with pytest's exit code."""
+    """Build, run, and exit with pytest's exit code."""
     if len(sys.argv) < 2 or sys.argv[1] not in SANITIZERS:
         sys.exit(f"the sanitizer must be one of {', '.join(SANITIZERS)}, got {' '.join(sys.argv[1:]) or 'none'}")
     name, tests = sys.argv[1], sys.argv[2:] or TESTS
@@ -62,7 +62,7 @@ def main() -> None:
         "LD_PRELOAD": " ".join(_library(library) for library in sanitizer.preload),
         "MFT_CPU_LIBRARY": str(directory / cpu.LIBRARY),
     }
-    # Shadow memory lies where the kernel may have put Python, unless it is told to put nothing at random.
+    # Without randomised addresses, because the kernel may otherwise place Python where the shadow memory must be.
     fixed = ["setarch", "-R"]
     cpu.library_capabilities(environment, fixed)
     command = [*fixed, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]

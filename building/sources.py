@@ -1,4 +1,4 @@
-"""Of which sources a library was built: their digest, which setup.py writes into _build.json."""
+"""Compute the digest of the sources that a library was built from, which setup.py writes into _build.json."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 
 
 def digest(folder: Path = SOURCES) -> str:
-    """SHA-256 of the names and contents of all files under folder, in the order of their names."""
+    """Return the SHA-256 of the names and contents of all files under folder, in the order of their names."""
     found = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = path.read_bytes()

@@ -1,8 +1,8 @@
-"""python -m building.wheel [--slim]: dist/ gets one wheel for every Python, torch and Linux, and its sdist.
+"""python -m building.wheel [--slim]: write one wheel for every Python, torch and Linux, and its sdist, into dist/.
 
-Everything is in it: both libraries with every group of kernels, and Triton's kernels compiled ahead (make cuda cubins
-first, as make wheel does); --slim: without the latter. auditwheel says whether the libraries keep to manylinux_2_28
-(glibc 2.28), and names the wheel so.
+The wheel has both libraries with every group of kernels, and Triton's kernels compiled ahead (run make cuda cubins
+first, as make wheel does). --slim: without the latter. auditwheel checks that the libraries keep to manylinux_2_28
+(glibc 2.28), and names the wheel accordingly.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 PLATFORM = "manylinux_2_28_x86_64"
-OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # there when the package is imported
-LARGEST = 60_000_000  # bytes; PyPI takes 100 MB a file
+OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # already loaded when the package is imported
+LARGEST = 60_000_000  # bytes; PyPI accepts 100 MB per file
 
 
 def build(dist: Path = DIST, *, slim: bool = False) -> tuple[Path, Path]:
-    """(wheel, sdist) in an empty ``dist``. Raises: SystemExit where the wheel lacks kernels or is too large."""
+    """Build (wheel, sdist) in an empty ``dist``. Raises: SystemExit if the wheel lacks kernels or is too large."""
     for folder in (dist, ROOT / "build" / "lib", *(ROOT / "build").glob("lib.*"), ROOT / "build" / "wheel"):
-        shutil.rmtree(folder, ignore_errors=True)  # or files deleted since would be packed
+        shutil.rmtree(folder, ignore_errors=True)  # otherwise deleted files would be packed
     run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(dist)])
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
     run([*pip, "--wheel-dir", "build/wheel", "."])
@@ -38,7 +38,7 @@ def build(dist: Path = DIST, *, slim: bool = False) -> tuple[Path, Path]:
 
 
 def faults(wheel: Path, *, slim: bool) -> list[str]:
-    """What a wheel to publish must not be, a line each; a slim one may be without what is compiled ahead."""
+    """Return why a wheel must not be published, one reason per line; a slim one may lack what is compiled ahead."""
     found = []
     if not wheel.name.endswith(f"-py3-none-{PLATFORM}.whl"):
         found.append(f"{wheel.name} must end in py3-none-{PLATFORM}: one for every Python")

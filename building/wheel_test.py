@@ -1,10 +1,11 @@
-"""python -m building.wheel_test [--slim]: dist's wheel in fresh environments, as a user would install it.
+"""python -m building.wheel_test [--slim]: try dist's wheel in fresh environments, as a user would install it.
 
-Each environment is a Python and a torch: this one's, and with the newest other Python of this machine the oldest torch
-that is supported. In a folder without the repository: what `mft` says before the extra "train" is there, tests of the
-ops, `mft env` and a training of two steps. The sdist must hold every source file of the wheel and what builds it.
---slim: this Python with the torch of .venv alone, a part of the tests.
---environment 3.12 torch==2.15.0: that Python with that torch alone.
+Each environment is a Python and a torch: this Python with this torch, and the newest other Python of this machine with
+the oldest supported torch. In a folder without the repository it runs `mft` before the extra "train" is installed,
+tests of the ops, `mft env` and a training of two steps. The sdist must hold every source file of the wheel and what
+builds it.
+--slim: only this Python with the torch of .venv, and a part of the tests.
+--environment 3.12 torch==2.15.0: only that Python with that torch.
 """
 
 import argparse
@@ -37,7 +38,7 @@ assert report["backends"]["cpu"]["reason"] is None, report["backends"]["cpu"]
 
 
 def environments(slim: bool) -> list[tuple[str, str]]:
-    """(Python, what pip is asked for as torch) of each."""
+    """Return (Python, torch as a requirement for pip) of each environment."""
     import torch
 
     here = [(sys.executable, f"torch=={torch.__version__.split('+')[0]}")]
@@ -53,7 +54,7 @@ def environments(slim: bool) -> list[tuple[str, str]]:
 
 
 def named_environment(version: str, torch: str) -> tuple[str, str]:
-    """As of environments. Raises: SystemExit for a Python that is not here, or what pip would not take for torch."""
+    """Return one of environments. Raises: SystemExit if the Python is not here, or torch is no requirement for pip."""
     if not re.match(r"torch($|[=<>~!])", torch):
         sys.exit(f"--environment must name a torch as pip does, such as torch==2.15.0, got {torch!r}")
     if (python := working_python(version)) is None:
@@ -62,7 +63,7 @@ def named_environment(version: str, torch: str) -> tuple[str, str]:
 
 
 def working_python(version: str) -> str | None:
-    """One in PATH, or beside this one where versions lie in folders side by side; with venv."""
+    """Return a Python with venv: from a folder next to this one's, or from PATH."""
     beside = sorted(Path(sys.base_prefix).parent.glob(f"{version}*/bin/python{version}"), reverse=True)
     for path in filter(None, (*map(str, beside), shutil.which(f"python{version}"))):
         if subprocess.run([path, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0:
@@ -94,7 +95,7 @@ def try_wheel(wheel: Path, python: str, torch: str, folder: Path, *, slim: bool)
 
 
 def packed(folder: Path) -> tuple[Path, Path]:
-    """The wheel and the sdist in it. Raises: SystemExit where there is not one of each."""
+    """Return the wheel and the sdist in the folder. Raises: SystemExit if there is not one of each."""
     wheels, sdists = sorted(folder.glob("*.whl")), sorted(folder.glob("*.tar.gz"))
     if (len(wheels), len(sdists)) != (1, 1):
         held = ", ".join(path.name for path in (*wheels, *sdists)) or "neither"
@@ -103,7 +104,7 @@ def packed(folder: Path) -> tuple[Path, Path]:
 
 
 def missing_from_sdist(wheel: Path, sdist: Path) -> list[str]:
-    """Files that the sdist needs and lacks: sources of the wheel, of the libraries, and of the build."""
+    """Return files that the sdist needs and lacks: sources of the wheel, of the libraries, and of the build."""
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     with zipfile.ZipFile(wheel) as archive:
@@ -118,7 +119,7 @@ def missing_from_sdist(wheel: Path, sdist: Path) -> list[str]:
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Raises: SystemExit with its code."""
+    """Run the command. Raises: SystemExit with its exit code."""
     print(f"$ {' '.join(command)}", flush=True)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "MFT_"))}
     if code := subprocess.run(command, cwd=folder, env=clean).returncode:

@@ -1,8 +1,8 @@
-"""The site of these pages, build/site: make docs. Fails on a dead link or anchor, and if a page would ask the network.
+"""Build the site of these pages into build/site: make docs. Fails on dead links or anchors, and on use of the network.
 
-build/docs is the tree that it is made of: the pages where they stand here, so that their links hold as they are, and
-what they link to; beside those of docs also the pages that commands have written into build/pages. The site has no
-repository to send readers to, so that a linked source is a page of its own.
+build/docs is the tree that the site is made from. It has the pages at the same paths as here, so that their links work
+unchanged, and what they link to; also the pages that commands have written into build/pages. The site has no repository
+to send readers to, so each linked source becomes a page.
 """
 
 import re
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 FIRST = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 WRITTEN = ("architectures.md", "errors.md", "kernels-compiled.md", "reference.md")  # by commands, into build/pages
-AS_THEY_ARE = {".md", ".png", ".json", ".npz"}  # to the site; other files that are linked become pages with their text
-LANGUAGES = {"h": "cpp", "cuh": "cuda"}  # a suffix is else its language's name
+AS_THEY_ARE = {".md", ".png", ".json", ".npz"}  # copied to the site; other linked files become pages with their text
+LANGUAGES = {"h": "cpp", "cuh": "cuda"}  # otherwise the suffix is the language's name
 HEAD = '---\ntitle: "{}"\nsearch:\n  exclude: true\n---\n\n'
 FENCED = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
@@ -35,7 +35,7 @@ def main() -> None:
     stage(ROOT, staged)
     stage_written(BUILD / "pages", staged / "docs" / "reference")
     shutil.copy(ROOT / "docs" / "site.css", staged / "docs")
-    shutil.copy(ROOT / "docs" / "zensical.toml", BUILD)  # whose folder has to hold the tree and the site
+    shutil.copy(ROOT / "docs" / "zensical.toml", BUILD)  # its folder must hold the tree and the site
     build = ["build", "--strict", "--clean", "--config-file", BUILD / "zensical.toml"]
     if code := subprocess.run([sys.executable, "-m", "zensical", *build]).returncode:
         sys.exit(code)
@@ -44,9 +44,9 @@ def main() -> None:
 
 
 def stage(root: Path, staged: Path) -> None:
-    """Copy the pages, and all that can be reached from them."""
+    """Copy the pages, and everything that they link to, directly or indirectly."""
     waiting = [*(root / name for name in FIRST), *sorted((root / "docs").rglob("*.md"))]
-    for path in waiting:  # which grows
+    for path in waiting:  # the list grows
         name = path.relative_to(root).as_posix()
         target = staged / as_linked(name, root)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def stage(root: Path, staged: Path) -> None:
 
 
 def stage_written(pages: Path, staged: Path) -> None:
-    """Copy the pages that commands wrote; their links are those of pages in docs/reference."""
+    """Copy the pages that commands wrote; their links are relative to docs/reference."""
     for name in WRITTEN:
         if not (pages / name).is_file():
             sys.exit(f"error: {pages / name} must be written before the site is built: make docs does both")
@@ -68,21 +68,21 @@ def stage_written(pages: Path, staged: Path) -> None:
 
 
 def source(path: Path, name: str) -> str:
-    """A page with the text of a file."""
+    """Return a page with the text of a file."""
     suffix = path.suffix[1:]
     return f"{HEAD.format(name)}```` {LANGUAGES.get(suffix, suffix)}\n{path.read_text()}````\n"
 
 
 def folder_list(path: Path, name: str) -> str:
-    """A page with links to all files in a folder."""
+    """Return a page with links to all files in a folder."""
     inside = [each.relative_to(path).as_posix() for each in sorted(path.rglob("*")) if each.is_file()]
     return HEAD.format(name) + "".join(f"- [{each}]({each})\n" for each in inside if "__pycache__" not in each)
 
 
 def rewritten(text: str, folder: Path) -> str:
-    """The text, of a page in folder, with links to the pages of sources and folders; others stay, dead ones too."""
+    """Return a page's text with links to the pages of sources and folders; other links stay, dead ones too."""
     parts = FENCED.split(text)
-    for i in range(0, len(parts), 2):  # what stands between blocks of code
+    for i in range(0, len(parts), 2):  # the text between blocks of code
         parts[i] = LINK.sub(lambda link: as_linked(link[0], folder), parts[i])
         # A | in a cell's code is escaped for forges; the builder would show the backslash.
         parts[i] = ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0]), parts[i])
@@ -90,10 +90,10 @@ def rewritten(text: str, folder: Path) -> str:
 
 
 def as_linked(link: str, folder: Path) -> str:
-    """Where the site has what a link leads to."""
+    """Return the site's path for a link's target."""
     target = folder / link
     if target.is_dir():
-        return link.rstrip("/") + "/README.md"  # the index of a folder, to the builder as to a forge
+        return link.rstrip("/") + "/README.md"  # the index of a folder, for the builder and for a forge
     return f"{link}.md" if target.is_file() and target.suffix not in AS_THEY_ARE else link
 
 
@@ -112,8 +112,8 @@ class Html(HTMLParser):
 
 
 def check(site: Path) -> Iterator[str]:
-    """What is wrong with a built site: the builder itself passes over dead pictures, files and entries of nav."""
-    # 404.html, whose links begin at the server's root, is the builder's.
+    """Yield what is wrong with a built site: the builder itself ignores dead pictures, files and entries of nav."""
+    # 404.html comes from the builder, and its links begin at the server's root.
     pages = {path: Html(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"}
     for path, html in pages.items():
         for tag, address in html.links:

@@ -1,4 +1,4 @@
-"""docs/reference/configuration.md, from the JSON Schema of a run and of a study: make reference."""
+"""Write docs/reference/configuration.md from the JSON Schema of a run and of a study: make reference."""
 
 import re
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ STUDY = """## A study
 
 What `mft compare` and `mft ablate` read ([comparison.md](../how-to/comparison.md)).
 """
-# What Markdown would take for markup.
+# Characters that Markdown would take for markup.
 MARKUP = re.compile(r"([*<])")
 
 
@@ -36,14 +36,14 @@ def main() -> None:
 
 
 def configuration() -> str:
-    """The page."""
+    """Return the page."""
     printed: dict[tuple[str, tuple[str, ...]], str] = {}
     parts = [HEAD, RUN, *_parts(sections(run_schema()), "run", printed)]
     return "\n".join([*parts, STUDY, *_parts(sections(study_schema()), "study", printed)])
 
 
 def _parts(known: list[Section], what: str, printed: dict[tuple[str, tuple[str, ...]], str]) -> Iterator[str]:
-    """A heading with a table for each section; printed: where the same keys with the same defaults stand already."""
+    """Yield a heading with a table for each section; printed: titles of sections with the same keys and defaults."""
     for section in known:
         if not section.keys:
             continue
@@ -63,7 +63,7 @@ def _parts(known: list[Section], what: str, printed: dict[tuple[str, tuple[str, 
 
 
 def _anchor(title: str) -> str:
-    """As forges make it of a heading."""
+    """Return the anchor that forges make from a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 

@@ -1,4 +1,4 @@
-"""The pictures of concepts.md, from SmolLM2-135M: python docs/pictures.py, a minute or so."""
+"""Draw the pictures of concepts.md from SmolLM2-135M: python docs/pictures.py, about a minute."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ TRAIN = TrainConfig(lr=1e-3, steps=24, batch_size=2)
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw both pictures."""
     IMAGES.mkdir(exist_ok=True)
     model, tokenizer = mft.load_model("smollm2-135m")
     mft.mask_model(model, mft.MaskConfig.paper(layers_to_transform=29, keep_ratio=KEEP_RATIO))
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def draw_mask(weight: torch.Tensor, scores: torch.Tensor) -> None:
-    """A corner of the matrix: weight, |scores|, keep, where(keep, weight, 0)."""
+    """Draw a corner of the matrix: weight, |scores|, keep, where(keep, weight, 0)."""
     keep = reference.keep_mask(scores, kept_threshold(scores, KEEP_RATIO), "magnitude")
     corner = (slice(0, 10), slice(0, 16))
     figure = Figure(figsize=(13, 2.6), layout="constrained")
@@ -59,7 +59,7 @@ def draw_mask(weight: torch.Tensor, scores: torch.Tensor) -> None:
 
 
 def draw_scores(scores: torch.Tensor, thresholds: torch.Tensor) -> None:
-    """|score| of some weights by step, those that cross the threshold in colour."""
+    """Draw |score| of some weights by step, with those that cross the threshold in colour."""
     kept = scores >= thresholds[:, None]
     flipped = (kept[0] != kept[-1]).nonzero().flatten()
     near = ((scores[0] - thresholds[0]).abs() < 0.01) & (kept[0] == kept[-1])

@@ -1,4 +1,4 @@
-"""The site's page of functions and classes, from the docstrings of all public names: make reference."""
+"""Print the site's page of functions and classes, from the docstrings of all public names: make reference."""
 
 import ast
 import importlib
@@ -21,7 +21,7 @@ LONGEST = 100  # characters of a signature on one line
 SECTION = re.compile(r"(Args|Shapes|Returns|Yields|Raises):(?: (.*))?$")
 ARGUMENT = re.compile(r"(\w+(?:, \w+)*): (.*)")
 CODE = re.compile(r"(``.+?``|`.+?`)")
-# What Markdown takes for markup, and no docstring means so: emphasis, links, tags, a list that begins with a plus.
+# Markdown's markup that no docstring means: emphasis, links, tags, a list that begins with a plus.
 MARKUP = re.compile(r"\*|(?<!\w)_|_(?!\w)|\](?=\()|<|^[+#>]", re.MULTILINE)
 
 
@@ -31,9 +31,9 @@ def main() -> None:
 
 
 def reference() -> str:
-    """The page."""
+    """Return the page."""
     public = public_objects()
-    # Not one like "gathered", which prose may use as a word.
+    # Not a name like "gathered", which prose may use as a word.
     links = {name for objects in public.values() for name in objects if "_" in name or not name.islower()}
     parts = [HEAD]
     for package, objects in public.items():
@@ -45,7 +45,7 @@ def reference() -> str:
 
 
 def public_objects() -> dict[str, dict[str, griffe.Object]]:
-    """{package: {name of its __all__: what the sources say of it}}; nothing but the package itself is imported."""
+    """Return {package: {name of its __all__: its description from the sources}}; imports only the package itself."""
     loader = griffe.GriffeLoader(search_paths=[ROOT, ROOT / "python"], allow_inspection=False)
     modules = {package: loader.load(package) for package in PACKAGES}
     loader.resolve_aliases()
@@ -62,7 +62,7 @@ def public_objects() -> dict[str, dict[str, griffe.Object]]:
 
 
 def entry(name: str, described: griffe.Object, links: set[str], level: int = 3) -> Iterator[str]:
-    """Heading, signature and docstring of a name; then its methods and properties."""
+    """Yield heading, signature and docstring of a name; then its methods and properties."""
     yield f"{'#' * level} {name}\n"
     yield f"```python\n{signature(name, described)}\n```\n"
     yield documentation(text_of(described), links - {name})
@@ -76,7 +76,7 @@ def text_of(described: griffe.Object) -> str:
 
 
 def own_members(described: griffe.Object) -> Iterator[griffe.Object]:
-    """Public methods and properties with a docstring, but those that a base of torch has, such as state_dict."""
+    """Yield public methods and properties with a docstring, except those of a torch base, such as state_dict."""
     paths = [base if isinstance(base, str) else base.canonical_path for base in described.bases]
     bases = [pkgutil.resolve_name(path) for path in paths if path.startswith("torch.")]
     for name, member in described.members.items():
@@ -89,7 +89,7 @@ def own_members(described: griffe.Object) -> Iterator[griffe.Object]:
 
 
 def signature(name: str, described: griffe.Object) -> str:
-    """As it would be written: on one line, or with a parameter a line."""
+    """Return the signature as source text: on one line, or with one parameter per line."""
     if described.is_attribute:
         value = "" if described.value is None or "property" in described.labels else f" = {described.value}"
         return f"{name}: {annotated(described.annotation)}{value}"
@@ -107,7 +107,7 @@ def signature(name: str, described: griffe.Object) -> str:
 
 
 def written(parameters: list[griffe.Parameter]) -> Iterator[str]:
-    """Each parameter with its annotation and default, and the marks between kinds."""
+    """Yield each parameter with its annotation and default, and the marks between kinds."""
     kind = griffe.ParameterKind
     kinds = [parameter.kind for parameter in parameters]
     for i, parameter in enumerate(parameters):
@@ -126,13 +126,13 @@ def written(parameters: list[griffe.Parameter]) -> Iterator[str]:
 
 
 def annotated(annotation: griffe.Expr | str | None) -> str:
-    """A type without the rules that Annotated adds to it; what is short for a type of ours is written out."""
+    """Return a type without the rules that Annotated adds to it; our aliases of types are written out."""
     if isinstance(annotation, griffe.ExprSubscript) and str(annotation.left) == "Annotated":
         return annotated(annotation.slice.elements[0])
     if isinstance(annotation, griffe.ExprName):
         try:
             value = getattr(annotation.parent.modules_collection[annotation.canonical_path], "value", None)
-        except KeyError:  # of another package
+        except KeyError:  # from another package
             value = None
         is_type = isinstance(value, griffe.ExprBinOp | griffe.ExprSubscript)
         return annotated(value) if is_type else str(annotation)
@@ -142,7 +142,7 @@ def annotated(annotation: griffe.Expr | str | None) -> str:
 
 
 def comment_on(described: griffe.Object, field: str) -> str:
-    """What a dataclass says of a field behind it."""
+    """Return the trailing comment of a dataclass's field."""
     member = described.members.get(field)
     if member is None or not member.is_attribute or member.lineno is None:
         return ""
@@ -154,14 +154,14 @@ def comment_on(described: griffe.Object, field: str) -> str:
 
 
 def documentation(docstring: str, links: set[str]) -> str:
-    """Prose as it is, sections as lists and paragraphs."""
+    """Return prose unchanged, and sections as lists and paragraphs."""
     parts: list[str] = []
     lines = docstring.splitlines()
     while lines:
         if opening := SECTION.match(lines[0]):
             body = [opening[2]] if opening[2] else []
             lines.pop(0)
-            # A list goes on while it is indented; what begins beside its title, to a blank line or the next section.
+            # A list continues while it is indented. Text next to the title ends at a blank line or the next section.
             while lines and (lines[0].startswith(" ") or (opening[2] and lines[0] and not SECTION.match(lines[0]))):
                 body.append(lines.pop(0))
             parts.append(section(opening[1], body, links))
@@ -175,7 +175,7 @@ def documentation(docstring: str, links: set[str]) -> str:
 
 
 def section(title: str, body: list[str], links: set[str]) -> str:
-    """A list if it has a line a name, as Args has, else a paragraph."""
+    """Return a list if there is one line per name, as in Args, else a paragraph."""
     items: list[str] = []
     for line in body:
         if line.startswith("    ") and not line.startswith("     ") and (named := ARGUMENT.match(line.strip())):
@@ -189,7 +189,7 @@ def section(title: str, body: list[str], links: set[str]) -> str:
 
 
 def prose(text: str, links: set[str]) -> str:
-    """Paragraphs in which nothing is markup but code, and public names are links; indented ones are Python."""
+    """Return paragraphs in which only code is markup and public names are links; indented paragraphs are Python."""
     parts = []
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         if paragraph.startswith("    "):
@@ -203,7 +203,7 @@ def prose(text: str, links: set[str]) -> str:
 
 
 def linked(text: str, links: set[str]) -> str:
-    """Public names lead to their entries, and docs/how-to/x.md to that page."""
+    """Return text with links from public names to their entries, and from docs/how-to/x.md to that page."""
     text = re.sub(r"docs/([\w-]+/([\w-]+\.md))", r"[\2](../\1)", text)
     return re.sub(
         r"(?<![\w./])[A-Za-z_]+(?![\w/]|\.\w)",

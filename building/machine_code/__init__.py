@@ -1,1 +1,1 @@
-"""Reads what an assembler made: instructions, loops, and one bug of theirs."""
+"""Read the output of assemblers: instructions, loops, and the symptoms of one assembler bug."""

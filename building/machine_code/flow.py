@@ -1,4 +1,4 @@
-"""Instructions, where control goes from each of them, and the loops: what the readers of both assemblies share."""
+"""Instructions, their control flow, and loops: what the readers of both assemblies share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Instruction:
-    """``address``: bytes from the kernel's start, or the line of the text where that shows none."""
+    """One instruction. ``address``: bytes from the kernel's start, or the line number if the text has no addresses."""
 
     address: int
     opcode: str
@@ -22,23 +22,23 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """``successors[i]``: indices of the instructions that may follow ``instructions[i]``; the first is the entry."""
+    """A kernel. ``successors[i]``: indices of what may follow ``instructions[i]``; the first is the entry."""
 
     instructions: list[Instruction]
     successors: list[tuple[int, ...]]
 
     def innermost_loops(self, matters: Callable[[Instruction], bool]) -> list[list[Instruction]]:
-        """The loops that hold an instruction that matters and no smaller such loop, by address."""
+        """Return the loops that hold an instruction that matters, but no smaller such loop, by address."""
         bodies = [loop for loop in natural_loops(self.successors) if any(matters(self.instructions[i]) for i in loop)]
         inner = [loop for loop in bodies if not any(other < loop for other in bodies)]
         return [[self.instructions[i] for i in sorted(loop)] for loop in sorted(inner, key=min)]
 
 
 def natural_loops(successors: list[tuple[int, ...]]) -> list[set[int]]:
-    """A set of nodes for each node that an edge enters backwards, that is from a node that it dominates.
+    """Return a set of nodes for each node that has a back edge, that is an edge from a node that it dominates.
 
-    A jump to a lower address is no loop of itself: ptxas moves spins on a barrier behind the kernel's end, and they
-    jump back into the loop that they left.
+    A jump to a lower address does not make a loop: ptxas moves spins on a barrier behind the kernel's end, from where
+    they jump back into the loop that they left.
     """
     order = _reverse_postorder(successors)
     rank = {node: i for i, node in enumerate(order)}

@@ -1,13 +1,13 @@
-"""Registers overwritten while a warpgroup MMA still reads them: a static scan of sm_90 code.
+"""Find registers that are overwritten while a warpgroup MMA still reads them: a static scan of sm_90 code.
 
-An HGMMA returns at once. Where its first operand lies in registers, these must keep their values until a wait has
-covered it, and nothing in the hardware enforces that:
+An HGMMA returns at once. If its first operand is in registers, they must keep their values until a wait has covered it,
+and nothing in the hardware enforces that:
 
     HGMMA.64x256x16.F32.BF16 R24, R156, gdesc[UR12], R24, gsb0     reads R156 to R159; gsb0 closes a group
     LDSM.16.M88.4 R156, [R16+UR14]                                 overwrites them: wrong sums, now and then
     WARPGROUP.DEPBAR.LE gsb0, 0x1                                  leaves one group in flight, too late
 
-Triton 3.6 asks for too few waits (Triton issue 9433), and ptxas older than 13.3 folds the copies that later versions
+Triton 3.6 inserts too few waits (Triton issue 9433), and ptxas older than 13.3 removes the copies that later versions
 insert against it (Triton pull requests 9514 and 11781).
 """
 
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from .sass import a_registers, is_warpgroup_mma, parse, waited_groups, written_registers
 
-#: More groups in flight than any wait leaves there (wgmma.wait_group takes 0 to 7); older ones are kept as one.
+#: More groups in flight than any wait can leave there (wgmma.wait_group takes 0 to 7); older ones are merged into one.
 _MOST_GROUPS = 8
 
 
 @dataclass(frozen=True, order=True)
 class Hazard:
-    """The instruction at ``address`` writes ``register``, which the HGMMA at ``mma`` may be reading."""
+    """The instruction at ``address`` writes ``register``, which the HGMMA at ``mma`` may still be reading."""
 
     address: int
     register: int
@@ -32,10 +32,10 @@ class Hazard:
 
 
 def hazards(sass: str) -> list[Hazard]:
-    """On any path through the kernel, by address; ``sass`` is nvdisasm's text.
+    """Return the hazards on any path through the kernel, by address; ``sass`` is nvdisasm's text.
 
-    Every path is walked with the groups in flight, and one that comes to an instruction with groups seen there before
-    is dropped: loops are walked until nothing new comes round.
+    Every path is followed together with its groups in flight. A path that reaches an instruction with groups already
+    seen there is dropped, so loops are followed until they bring nothing new.
     """
     program = parse(sass)
     found: set[Hazard] = set()

@@ -1,4 +1,4 @@
-"""Where a cubin wants each parameter of its kernel: the EIATTR_KPARAM_INFO of its section .nv.info.KERNEL."""
+"""Read where a cubin expects each kernel parameter: the EIATTR_KPARAM_INFO of its section .nv.info.KERNEL."""
 
 import struct
 
@@ -7,7 +7,7 @@ _KPARAM_INFO, _SIZED = 0x17, 0x04
 
 
 def parameters(cubin: bytes, kernel: str) -> list[tuple[int, int]]:
-    """(offset, size) in bytes, in the order of the parameters.
+    """Return (offset, size) in bytes, in the order of the parameters.
 
     Raises: ValueError if the cubin has no such kernel.
     """
@@ -20,7 +20,7 @@ def parameters(cubin: bytes, kernel: str) -> list[tuple[int, int]]:
         if (form, attribute) == (_SIZED, _KPARAM_INFO):
             _, ordinal, offset, packed = struct.unpack_from("<IHHI", info, at + 4)
             found[ordinal] = offset, packed >> 18
-        at += 4 + (size if form == _SIZED else 0)  # others hold their value in place of a size
+        at += 4 + (size if form == _SIZED else 0)  # other formats store their value in place of a size
     return [found[i] for i in range(len(found))]
 
 

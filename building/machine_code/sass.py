@@ -1,8 +1,8 @@
-"""Read the machine code of a kernel for an NVIDIA GPU: what it uses, what it executes, and its main loops.
+"""Read the machine code of a kernel for an NVIDIA GPU: its resources, its instructions, and its main loops.
 
-Everything comes from Triton's own cuobjdump, nvdisasm and ptxas. Counts and loops are for sm_80 to sm_100, the
-registers that an instruction writes for sm_90 alone: nvdisasm's own life ranges agreed, calls aside, on all 154,890
-instructions of 141 kernels there (tests/building/test_kernel_code.py repeats it on one).
+Everything comes from Triton's own cuobjdump, nvdisasm and ptxas. Counts and loops are for sm_80 to sm_100. The
+registers that an instruction writes are only for sm_90: nvdisasm's own life ranges agreed, except at calls, on all
+154,890 instructions of 141 kernels there (tests/building/test_kernel_code.py repeats it on one).
 """
 
 import contextlib
@@ -26,13 +26,13 @@ _LABEL = re.compile(r"^(\S+):(?:\s|$)")
 _MMA = re.compile(r"(UTC)?[A-Z]*MMA")
 _REGISTER = re.compile(r"R(\d+)")
 _PREDICATE = re.compile(r"!?U?P[T\d]")
-#: The first operand that is no predicate is, where it is a register, one that these only read.
+#: If their first operand that is not a predicate is a register, these instructions only read it.
 _WRITES_NO_REGISTER = re.compile(r"\w*SETP\d?|PLOP3|R2P|FCHK|BAR|RET|NANOSLEEP|WARPSYNC|WARPGROUP|DEPBAR|ERRBAR|YIELD")
 
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop that multiplies matrices; counts are of one pass through it.
+    """An innermost loop that multiplies matrices; counts are for one pass through it.
 
     ``register_a``: HGMMAs whose first operand comes from registers. A wait is for groups of HGMMAs: a full one leaves
     none in flight, a partial one some.
@@ -56,7 +56,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Code:
-    """``stack`` and ``shared`` in bytes; ``counts``: instructions by opcode without modifiers, see family."""
+    """A kernel's code. ``stack`` and ``shared`` are bytes; ``counts``: instructions by family, see family()."""
 
     registers: int
     stack: int
@@ -78,7 +78,7 @@ class Code:
 
 
 def read(compiled: Any) -> Code:
-    """Of a CompiledKernel for a "cuda" target."""
+    """Read a CompiledKernel for a "cuda" target."""
     cubin = compiled.asm["cubin"]
     usage = _run_on(cubin, knobs.nvidia.cuobjdump.path, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
@@ -88,20 +88,20 @@ def read(compiled: Any) -> Code:
 
 
 def code_of(sass: str, registers: int, stack: int, shared: int) -> Code:
-    """Of nvdisasm's text of one kernel, and of the sizes that it does not tell."""
+    """Return the code from nvdisasm's text of one kernel, and the sizes that the text lacks."""
     program = parse(sass)
     counts = Counter(map(family, program.instructions))
     return Code(registers, stack, shared, counts, [_loop(body) for body in program.innermost_loops(is_mma)])
 
 
-@functools.lru_cache(maxsize=1)  # who reads a kernel's code looks for its hazards next
+@functools.lru_cache(maxsize=1)  # a reader of a kernel's code next looks for its hazards
 def disassemble(cubin: bytes) -> str:
-    """nvdisasm's text of the kernel's code; its analysis of data flow, a quarter of its time, changes nothing there."""
+    """Return nvdisasm's text of the kernel's code. Its data-flow analysis is off: a quarter of the time, same text."""
     return _run_on(cubin, knobs.nvidia.nvdisasm.path, "-c", "-ndf")
 
 
 def assembler_warnings(compiled: Any) -> list[str]:
-    """What ptxas says of the kernel's PTX besides its sizes, C7510 to C7519 (wgmma serialised) above all.
+    """Return ptxas's messages on the kernel's PTX except sizes, mainly C7510 to C7519 (wgmma serialised).
 
     The backend assembles once more, so that tool and options are those of every other build.
     """
@@ -118,7 +118,7 @@ def assembler_warnings(compiled: Any) -> list[str]:
 
 
 def parse(sass: str) -> Program:
-    """Of nvdisasm's text of one kernel.
+    """Parse nvdisasm's text of one kernel.
 
     Raises: ValueError at a jump whose targets the text does not name.
     """
@@ -137,7 +137,7 @@ def parse(sass: str) -> Program:
 
 
 def family(instruction: Instruction) -> str:
-    """The opcode without modifiers, except that WARPGROUP.ARRIVE and WARPGROUP.DEPBAR are two."""
+    """Return the opcode without modifiers, except that WARPGROUP.ARRIVE and WARPGROUP.DEPBAR differ."""
     parts = instruction.opcode.split(".")
     return ".".join(parts[:2]) if parts[0] == "WARPGROUP" else parts[0]
 
@@ -147,17 +147,17 @@ def is_mma(instruction: Instruction) -> bool:
 
 
 def is_warpgroup_mma(instruction: Instruction) -> bool:
-    """HGMMA and its like for integers and 8-bit floats: asynchronous, on sm_90 only."""
+    """Whether it is HGMMA or its like for integers and 8-bit floats: asynchronous, only on sm_90."""
     return instruction.name.endswith("GMMA")
 
 
 def a_registers(instruction: Instruction) -> range:
-    """Registers that a warpgroup MMA takes its first operand from; empty if that lies in shared memory.
+    """Return the registers of a warpgroup MMA's first operand; empty if that is in shared memory.
 
     HGMMA.64x256x16.F32.BF16 R24, R4, gdesc[UR8], R24      from registers
     HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24          both from shared memory, one pair of descriptors
 
-    Always 4 of them: 64 rows x 32 bytes over 128 threads, whatever the type.
+    Always 4 of them: 64 rows x 32 bytes over 128 threads, for any type.
     """
     if is_warpgroup_mma(instruction) and (found := _REGISTER.match(instruction.operands[1])):
         return range(int(found[1]), int(found[1]) + 4)
@@ -165,16 +165,16 @@ def a_registers(instruction: Instruction) -> range:
 
 
 def waited_groups(instruction: Instruction) -> int | None:
-    """Groups that a wait for warpgroup MMAs leaves in flight; None if the instruction is no such wait."""
+    """Return how many groups a wait for warpgroup MMAs leaves in flight; None if the instruction is no such wait."""
     if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
         return int(instruction.operands[1], 16)
     return None
 
 
 def written_registers(instruction: Instruction) -> range:
-    """Registers that an instruction writes, under a predicate or not; empty if none.
+    """Return the registers that an instruction writes, with or without a predicate; empty if none.
 
-    The destination is the first operand that is no predicate: LDSM R4, [R8]; LOP3.LUT P0, R4, R5, R6, R7, 0xc0, !PT.
+    The destination is the first operand that is not a predicate: LDSM R4, [R8]; LOP3.LUT P0, R4, R5, R6, R7, 0xc0, !PT.
     """
     if _WRITES_NO_REGISTER.fullmatch(instruction.name):
         return range(0)
@@ -185,7 +185,7 @@ def written_registers(instruction: Instruction) -> range:
 
 
 def _width(instruction: Instruction) -> int:
-    """Registers of the destination."""
+    """Return the number of registers of the destination."""
     name, *modifiers = instruction.opcode.split(".")
     if is_warpgroup_mma(instruction):
         columns = int(modifiers[0].split("x")[1])  # 64 rows over 128 threads
@@ -217,7 +217,7 @@ def _loop(body: list[Instruction]) -> Loop:
 
 
 def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list[tuple[int, ...]]:
-    """Where control may go. A return goes back to every call, more than can happen but never less."""
+    """Return where control may go. A return leads back to every call: more than can happen, but never less."""
     returns = tuple(i + 1 for i, instruction in enumerate(instructions) if instruction.name == "CALL")
 
     def after(i: int) -> tuple[int, ...]:
@@ -244,10 +244,10 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
 def _with_meetings(
     instructions: list[Instruction], labels: dict[str, int], successors: list[tuple[int, ...]]
 ) -> list[tuple[int, ...]]:
-    """The same with what follows each BSYNC: where the BSSYs of its barrier that may have come before it point.
+    """Return the successors with those of each BSYNC: the targets of its barrier's BSSYs that may have come before it.
 
-    BSSY names where the threads of a barrier meet, BSYNC with the same barrier goes there. There are few barriers, and
-    each serves again and again: a BSYNC that led to all of its barrier's meetings would jump into loops.
+    BSSY names where the threads of a barrier meet, and BSYNC with the same barrier goes there. The few barriers are
+    used again and again: a BSYNC that led to all targets of its barrier would jump into loops.
     """
     every: dict[str, set[int]] = {}
     for instruction in instructions:
@@ -264,7 +264,7 @@ def _with_meetings(
         if instruction.name == "BSSY":
             barrier, before = instruction.operands[0], now if instruction.guarded else {}
             now = now | {barrier: before.get(barrier, frozenset()) | {_target(instruction, labels)}}
-        elif instruction.name == "BMOV" and instruction.operands[0] in every:  # what was kept in a register
+        elif instruction.name == "BMOV" and instruction.operands[0] in every:  # restores a barrier kept in a register
             now = now | {instruction.operands[0]: frozenset(every[instruction.operands[0]])}
         elif instruction.name == "BSYNC":
             barrier = instruction.operands[0]

@@ -1,9 +1,9 @@
 """The kernel of the Kernel Hub: ops on masked weights, and layers without state (docs/how-to/kernel-hub.md).
 
-It takes the place of mft_kernels/__init__.py; building/hub_kernel.py puts beside it what it imports from there.
+It replaces mft_kernels/__init__.py; building/hub_kernel.py copies what it imports from there next to it.
 """
 
-from .backends import cpu, cuda, triton  # noqa: F401  (they enter themselves into the table)
+from .backends import cpu, cuda, triton  # noqa: F401  (they register themselves in the table)
 from .backends.table import backend_report
 from .layers import stateless as layers
 from .mask.by_ratio import masked_linear_by_ratio
