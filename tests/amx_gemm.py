@@ -1,7 +1,8 @@
-"""torch's 16-bit GEMM as it errs on processors with AMX (oneDNN 3.12), on any processor.
+"""Reproduce, on any processor, the errors of torch's 16-bit GEMM on processors with AMX (oneDNN 3.12).
 
-There it reads the rows of an operand up to the next multiple of 32 elements and multiplies what lies behind them, in a
-pitch or in the next row, by 0: so NaN and Inf there come out. `PYTHONPATH=tests pytest -p amx_gemm` runs any tests so.
+On AMX, the GEMM reads each row of an operand up to the next multiple of 32 elements. It multiplies the elements behind
+the row (the pitch or the next row) by 0, so a NaN or Inf there becomes NaN in the result.
+`PYTHONPATH=tests pytest -p amx_gemm` runs any tests with these errors.
 """
 
 import contextlib
@@ -17,11 +18,11 @@ _TILE = 32  # 16-bit elements in a row of an AMX tile
 
 @contextlib.contextmanager
 def amx_gemm() -> Iterator[None]:
-    """Every product of two matrices on the CPU, also one that C++ asks for, errs so."""
+    """Within the context, every CPU product of two matrices has these errors, also one that C++ calls."""
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of the replacement, which is what is wanted
+            warnings.simplefilter("ignore")  # torch warns of the replacement, which is intended here
             library.impl("mm", _mm, "CPU")
             library.impl("mm.out", _mm_out, "CPU")
             library.impl("addmm", _addmm, "CPU")
@@ -32,7 +33,7 @@ def amx_gemm() -> Iterator[None]:
 
 
 def pytest_configure(config) -> None:
-    """As a plugin: for all tests."""
+    """As a pytest plugin: apply the errors to all tests."""
     context = amx_gemm()
     context.__enter__()
     config.add_cleanup(lambda: context.__exit__(None, None, None))
@@ -63,20 +64,20 @@ def _addmm_out(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: fl
 
 
 def _leaks(operand: Tensor) -> Tensor:
-    """Which rows of an operand (P, Q), of a product that sums over Q, what lies behind the rows in memory spoils."""
+    """Return which rows of an operand (P, Q) the memory behind them spoils, in a product that sums over Q."""
     rows = len(operand)
     spoilt = torch.zeros(rows, dtype=torch.bool)
     if operand.numel() == 0:
         return spoilt
     if operand.stride(1) == 1 and operand.stride(0) > 0:
         return ~_behind(operand).isfinite().all(1)
-    if operand.stride(0) == 1 and operand.stride(1) > rows:  # transposed, which is copied well unless it has a pitch
+    if operand.stride(0) == 1 and operand.stride(1) > rows:  # transposed: it is copied correctly unless it has a pitch
         return spoilt | ~_behind(operand.T).isfinite().all()
     return spoilt
 
 
 def _behind(operand: Tensor) -> Tensor:
-    """What follows each row in memory, up to a multiple of _TILE elements; 0 where the memory ends."""
+    """Return the elements behind each row, up to a multiple of _TILE elements; 0 beyond the end of the memory."""
     rows, columns = operand.shape
     memory = torch.empty(0, dtype=operand.dtype).set_(operand.untyped_storage())
     end = operand.storage_offset() + torch.arange(rows) * operand.stride(0) + columns

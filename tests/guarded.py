@@ -1,6 +1,6 @@
-"""Tensors that end, or begin, at a page that may not be touched: an access out of bounds dies at once.
+"""Tensors that end, or begin, at a forbidden page: an access out of bounds kills the process at once.
 
-Run as a script it puts every op of the cpu backend to that test, on every instruction set of this machine.
+Run as a script, it calls every op of the cpu backend with such tensors, on every instruction set of this machine.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
-    """A copy of ``tensor`` whose last element lies right before a forbidden page, or its first right behind one."""
+    """Return a copy of ``tensor`` that ends right before a forbidden page, or else begins right behind one."""
     page = mmap.PAGESIZE
     size = -(-tensor.nbytes // page) * page
     memory = mmap.mmap(-1, size + 2 * page)
@@ -40,7 +40,7 @@ def guarded(tensor: Tensor, *, at_end: bool = True) -> Tensor:
 
 
 def guarded_allocation(at_end: bool) -> ExitStack:
-    """Within the context, what Python allocates by these functions is guarded."""
+    """Within the context, guard every tensor that Python allocates with these functions."""
     stack = ExitStack()
     for owner, name in ((torch.Tensor, "new_empty"), (torch.Tensor, "new_zeros"), (torch, "empty"), (torch, "zeros")):
         stack.enter_context(patch.object(owner, name, _guarding(getattr(owner, name), at_end)))
@@ -56,20 +56,20 @@ def _guarding(allocate: Callable[..., Tensor], at_end: bool) -> Callable[..., Te
 
 
 def check_that_the_guard_bites() -> None:
-    """One element beyond the end is read in a child, which must die of it."""
+    """Read one element beyond the end in a child process, which must die."""
     t = guarded(torch.ones(8, 8))
     child = os.fork()
     if child == 0:
         ctypes.string_at(t.data_ptr() + t.nbytes, 1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    # Under a sanitizer that handles the signal the child ends with an exit code.
+    # Under a sanitizer that handles the signal, the child ends with an exit code.
     died = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS)
     assert died or ("LD_PRELOAD" in os.environ and os.WEXITSTATUS(status) != 0), status
 
 
 def run_every_op(shape: tuple[int, int, int], dtype: torch.dtype, scores_dtype: torch.dtype, at_end: bool) -> None:
-    """All inputs, and the buffer that is accumulated into, are guarded."""
+    """Run every op with all inputs, and the accumulation buffer, guarded."""
     t = random_inputs(*shape, dtype, scores_dtype)
     x, weight, scores, bias, grad = (
         guarded(v, at_end=at_end) for v in (t.x, t.weight, t.scores, t.bias, t.grad_output)
@@ -79,7 +79,7 @@ def run_every_op(shape: tuple[int, int, int], dtype: torch.dtype, scores_dtype: 
     signs = guarded(flat.pack_signs(scores)[0], at_end=at_end)
     flat.masked_linear(x, weight, scores, threshold, bias, "magnitude")
     flat.masked_linear_packed(x, weight, packed, bias)
-    if x.shape[0] > 1:  # one row has one mask, and so no pass of its own
+    if x.shape[0] > 1:  # one row has one mask, so there is no separate pass for it
         tasks = guarded(torch.arange(x.shape[0]) % 3 - 1, at_end=at_end)
         flat.masked_linear_many(x, weight, [packed, signs], tasks, bias)
     run_every_op_over_experts(t, dtype, scores_dtype, at_end)
@@ -95,7 +95,7 @@ def run_every_op(shape: tuple[int, int, int], dtype: torch.dtype, scores_dtype: 
 
 
 def run_every_op_over_experts(t, dtype: torch.dtype, scores_dtype: torch.dtype, at_end: bool) -> None:
-    """The first and the last of three experts have the rows, in both layouts."""
+    """Run the ops over three experts in both layouts; the first and the last expert have all rows."""
     rows = t.x.shape[0]
     x, grad, offsets = (
         guarded(v, at_end=at_end)
@@ -117,7 +117,10 @@ def run_every_op_over_experts(t, dtype: torch.dtype, scores_dtype: torch.dtype, 
 
 
 def check_that_experts_without_rows_are_not_read() -> None:
-    """The middle one of three, a page each, may not be read; transposed the others are copied first."""
+    """Each of the three experts is one page, and the middle one is forbidden.
+
+    If the weight is transposed, the experts with rows are copied first.
+    """
     size = mmap.PAGESIZE // 128
     memory = mmap.mmap(-1, 3 * mmap.PAGESIZE)
     weight = torch.frombuffer(memory, dtype=torch.float32).view(3, size, 32)
@@ -134,7 +137,7 @@ def check_that_experts_without_rows_are_not_read() -> None:
 
 
 def main() -> None:
-    """Every capability, odd shapes round the steps of 16, 32, 96, 256 and 512, both ends of the memory."""
+    """Run every capability on odd shapes around the steps of 16, 32, 96, 256 and 512, at both ends of the memory."""
     torch.set_num_threads(1)
     check_that_the_guard_bites()
     check_that_experts_without_rows_are_not_read()

@@ -1,8 +1,8 @@
-"""Shapes that tests of the memory estimate share: LLaMA2-7B, 70B, and the first at an eighth of its width."""
+"""Shapes that tests of the memory estimate share: LLaMA2-7B, 70B, and LLaMA2-7B at an eighth of its width."""
 
 from mft.memory.shapes import known_config, shape_from_config
 
-# LLaMA2-7B's proportions at an eighth of its width; of four layers two can be masked between two that are not.
+# LLaMA2-7B's proportions at an eighth of its width. Two of the four layers can be masked, between two that are not.
 SMALL = known_config("llama2-7b") | {
     "hidden_size": 512,
     "intermediate_size": 1376,

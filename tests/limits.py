@@ -1,4 +1,4 @@
-"""Limits on what a test may take: CPU seconds, for what would not end, and memory, which a process of its own tells."""
+"""Limits of what a test may take: CPU seconds, for code that might not end, and memory, in a process of its own."""
 
 import contextlib
 import signal
@@ -24,9 +24,9 @@ print(said, (peak() - known) * 1024, time.process_time() - begun, sep="\\n")
 
 @dataclass(frozen=True)
 class Taken:
-    """bytes: at most, beyond what imports took; seconds: of CPU time.
+    """The resources that a program took. bytes: at most, beyond what the imports took; seconds: of CPU time.
 
-    said: what they printed, and then a ValueError's words, or "read".
+    said: what the program printed, then the message of a ValueError, or "read".
     """
 
     bytes: int
@@ -35,7 +35,7 @@ class Taken:
 
 
 def peak_of(before: str, lines: str) -> Taken:
-    """What the lines took after those before them, which import."""
+    """Return what ``lines`` took in a new process, after ``before``, which contains the imports."""
     program = _WATCHED.format(before=before, lines="\n".join(f"    {line}" for line in lines.splitlines()))
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
@@ -45,7 +45,7 @@ def peak_of(before: str, lines: str) -> Taken:
 
 @contextlib.contextmanager
 def cpu_seconds(limit):
-    """What needs more of them is ended; a reader that waits, after ten times as many on the clock."""
+    """End the block with an error after ``limit`` CPU seconds, or after ten times as many on the clock, if it waits."""
 
     def end(number, frame):
         raise AssertionError(f"not done after {limit} CPU seconds: {signal.Signals(number).name}")

@@ -1,7 +1,7 @@
-"""Every product of a backend on the same operands, in any layout, and the reference's, which it equals bit for bit.
+"""Compute every product of a backend in any layout, and compare it bit for bit with the reference on the same operands.
 
-Operands are small integers: sums are exact in any order, so an element that is dropped, taken twice or taken from
-elsewhere is seen. The reference always runs on the CPU.
+Operands are small integers, so sums are exact in any order: an element that is dropped, taken twice or read from
+elsewhere changes the result. The reference always runs on the CPU.
 """
 
 import os
@@ -24,13 +24,16 @@ ALL = [True, True, True, True]
 D_X = [True, False, False, False]
 D_SCORES = [False, False, True, False]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-#: In the interpreter, whose tiles and form Triton's products take; on a GPU its own.
+#: The cards whose tiles and form Triton's products take in the interpreter. On a GPU they take its own.
 CARDS = ("INTERPRETER", "A100", "H100", "H100_OLD_TRITON", "B200", "MI300X") if INTERPRETING else ("GPU",)
 _USUAL = ("INTERPRETER", "H100", "GPU")  # the smallest tiles, and those of a card
 
 
 def by_card(prefix: str = "") -> list:
-    """A parameter for each card, the prefix and its name; make test-slow has those whose tiles differ in size alone."""
+    """Return a parameter for each card: the prefix and its name.
+
+    Cards whose tiles differ only in size are marked slow (make test-slow).
+    """
     return [pytest.param(prefix + card, marks=() if card in _USUAL else pytest.mark.slow) for card in CARDS]
 
 
@@ -50,22 +53,22 @@ class Operands:
 
     @classmethod
     def of(cls, t: Inputs, threshold: float | Tensor, mode: str = "magnitude") -> "Operands":
-        """With one threshold, or one per row."""
+        """Return operands with one threshold, or with one per row."""
         threshold = torch.as_tensor(threshold, dtype=t.scores.dtype)
         packed, signs = reference.pack_mask(t.scores, threshold, mode), reference.pack_signs(t.scores)[0]
         return cls(**vars(t), threshold=threshold, mode=mode, packed=packed, signs=signs)
 
     def change(self, function: Callable[[Tensor], Tensor], *names: str) -> "Operands":
-        """``function`` of the tensors of these names; without names, of all."""
+        """Return operands with ``function`` applied to the tensors of these names; without names, to all."""
         names = names or TENSORS
         return replace(self, **{name: function(getattr(self, name)) for name in names})
 
     def to(self, device: torch.device) -> "Operands":
-        """The same on a device."""
+        """Return the operands on a device."""
         return self.change(lambda tensor: tensor.to(device))
 
     def exact(self) -> "Operands":
-        """In float64, with the same mask."""
+        """Return the operands in float64, with the same mask."""
         return self.change(Tensor.double, "x", "weight", "bias", "grad_output", "scores", "threshold")
 
 
@@ -80,13 +83,13 @@ def integers(
     mode: str = "magnitude",
     device: torch.device | None = None,
 ) -> Operands:
-    """Operands of (M, N, K), with ties at the threshold and scores of 0."""
+    """Return operands of shape (M, N, K), with ties at the threshold and scores of 0."""
     o = Operands.of(integer_inputs(*shape, dtype, scores_dtype, seed=sum(shape)), threshold, mode)
     return o if device is None else o.to(device)
 
 
 def row_thresholds(t: Inputs | Operands) -> Tensor:
-    """Different from row to row: a row's neighbour keeps something else."""
+    """Return thresholds that differ from row to row, so that neighbouring rows keep different elements."""
     return (torch.arange(len(t.weight)) % 7 - 3).to(t.scores.dtype)
 
 
@@ -106,37 +109,37 @@ def every_second_row(value: Tensor) -> Tensor:
 
 
 def misaligned(value: Tensor) -> Tensor:
-    """Contiguous, from one element behind an aligned address on."""
+    """Return a contiguous copy that begins one element behind an aligned address."""
     return _not_a_number((value.numel() + 1,), value)[1:].view_as(value).copy_(value)
 
 
 def inside_a_larger_one(value: Tensor) -> Tensor:
-    """Rows and columns within a larger matrix of NaN, at an odd offset and with an odd pitch."""
+    """Return a copy within a larger matrix of NaN, at an odd offset and with an odd pitch."""
     rows, columns = value.shape
     return _not_a_number((rows + 2, columns + 5), value)[1:-1, 3:-2].copy_(value)
 
 
 def pitched(value: Tensor) -> Tensor:
-    """Each row, or each element of a vector, followed by NaN."""
+    """Return a copy in which each row, or each element of a vector, is followed by NaN."""
     columns = 1 if value.dim() == 1 else value.shape[-1]
     memory = _not_a_number((*value.shape[: value.dim() - (value.dim() > 1)], columns + 3), value)
     return (memory[:, 0] if value.dim() == 1 else memory[..., :columns]).copy_(value)
 
 
 def within(value: Tensor, before: int, stride: int) -> Tensor:
-    """Rows ``stride`` apart, behind ``before`` elements; all around is NaN."""
+    """Return a copy with rows ``stride`` apart, behind ``before`` elements; all memory around it is NaN."""
     rows, columns = value.shape
     memory = _not_a_number((before + (rows + 1) * stride,), value)
     return memory.as_strided((rows, columns), (stride, 1), before).copy_(value)
 
 
-#: Whose rows are contiguous, and the others.
+#: Layouts whose rows are contiguous, then the others.
 BY_ROWS = (every_second_row, misaligned, inside_a_larger_one, pitched)
 BY_COLUMNS = (column_major, every_second_column)
 
 
 def _not_a_number(shape: Any, like: Tensor) -> Tensor:
-    """Of NaN; of -1, all bits, in integers."""
+    """Return a tensor filled with NaN; integers are filled with -1, which sets all bits."""
     return like.new_full(shape, torch.nan if like.is_floating_point() else -1)
 
 
@@ -144,7 +147,7 @@ def _not_a_number(shape: Any, like: Tensor) -> Tensor:
 
 
 def every_product(by: Any, o: Operands, *, gradients: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name, result) of each product that ``by`` has; without ``gradients``: the forward pass and d_x alone."""
+    """Yield (name, result) for each product of ``by``; without ``gradients``, only for the forward pass and d_x."""
     yield "y with bias by scores", by.masked_linear(o.x, o.weight, o.scores, o.threshold, o.bias, o.mode)
     yield "y with bias by bits", by.masked_linear_packed(o.x, o.weight, o.packed, o.bias)
     yield "y by bits", by.masked_linear_packed(o.x, o.weight, o.packed, None)
@@ -165,7 +168,7 @@ def every_product(by: Any, o: Operands, *, gradients: bool = True) -> Iterator[t
 
 
 def every_sum(by: Any, o: Operands, out: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(name, what lay in ``out`` with d_scores added), by each kind of sign, and the product without a weight."""
+    """Yield (name, ``out`` plus d_scores) for each kind of sign, and for the product without a weight."""
     given = (o.grad_output, o.x, o.weight)
     for name, sign in (
         ("scores", (o.scores, None, o.mode)),
@@ -181,13 +184,13 @@ def every_sum(by: Any, o: Operands, out: Tensor) -> Iterator[tuple[str, Tensor]]
 
 
 def before(o: Operands, dtype: torch.dtype) -> Tensor:
-    """What lies in a buffer before a gradient is added: integers from -2 to 2."""
+    """Return the contents of a buffer before a gradient is added: integers from -2 to 2."""
     integers = torch.arange(o.weight.numel(), device=o.weight.device).view(o.weight.shape) % 5 - 2
     return integers.to(dtype)
 
 
 def assert_same(got: Tensor, expected: Tensor, what: str = "", *, small: bool = True) -> None:
-    """Equal in dtype, shape and every element; NaN equals NaN. small: bf16 holds every integer of the result."""
+    """Assert equal dtype, shape and elements; NaN equals NaN. small: bf16 holds every integer of the result."""
     got = got.cpu()
     assert got.dtype == expected.dtype, what
     assert got.shape == expected.shape, what
@@ -199,14 +202,14 @@ def assert_same(got: Tensor, expected: Tensor, what: str = "", *, small: bool = 
 
 
 def assert_equals_reference(by: Any, o: Operands, *, gradients: bool = True) -> None:
-    """Every product of ``by`` on ``o``, wherever it lies."""
+    """Assert that every product of ``by`` on ``o``, on any device, equals the reference."""
     expected = every_product(oracle, o.to(torch.device("cpu")), gradients=gradients)
     for (name, got), (_, right) in zip(every_product(by, o, gradients=gradients), expected, strict=True):
         assert_same(got, right, name)
 
 
 def assert_no_pitch_is_read(by: Any, o: Operands, *strided: str, gradients: bool = True) -> None:
-    """The products of operands with a pitch are those of contiguous ones, multiplied in fp32."""
+    """Assert that operands with a pitch give the products of contiguous ones, multiplied in fp32."""
     exact = o.to(torch.device("cpu")).change(Tensor.float, "x", "weight", "bias", "grad_output")
     expected = every_product(oracle, exact, gradients=gradients)
     results = every_product(by, o.change(pitched, *strided), gradients=gradients)
@@ -215,7 +218,7 @@ def assert_no_pitch_is_read(by: Any, o: Operands, *strided: str, gradients: bool
 
 
 def assert_rows_are_independent(by: Any, o: Operands) -> None:
-    """A token of NaN is NaN in its own row of the result, and one of grad_output in its own row of d_x."""
+    """Assert that a token of NaN affects only its own row of y, and one of grad_output only its own row of d_x."""
     token = len(o.x) // 2
     o = o.change(Tensor.clone, "x", "grad_output")
     o.x[token] = o.grad_output[token] = torch.nan

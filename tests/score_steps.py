@@ -1,4 +1,4 @@
-"""Inputs of score_step that meet every corner of a format, and its comparison with the reference's bit for bit."""
+"""Inputs of score_step that reach every corner case of a format, and a bitwise comparison with the reference."""
 
 from collections.abc import Callable, Mapping
 
@@ -39,7 +39,7 @@ def scores_of(values, dtype):
 
 
 def arguments(shape, dtype, eight_bit, weight_dtype=torch.bfloat16, grad_dtype=torch.float32):
-    """Scores with zeros of either sign among them, and fresh moments."""
+    """Return scores that include zeros of either sign, with fresh moments."""
     values = 0.02 * normal(*shape)
     values.view(-1)[1::11] = 0
     scores = scores_of(values, dtype)
@@ -61,7 +61,7 @@ def copied(tensors: Tensors, device: torch.device | str = "cpu") -> dict[str, Te
 
 
 def assert_same(name: str, got: Tensor, expected: Tensor) -> None:
-    """Equal in dtype, shape and every bit; NaN equals NaN, and -0 is not 0."""
+    """Assert equal dtype, shape and bits; NaN equals NaN, and -0 differs from 0."""
     got = got.cpu()
     assert got.dtype == expected.dtype, name
     assert got.shape == expected.shape, name
@@ -82,10 +82,10 @@ def assert_steps_equal_the_reference(
     message: str = "",
     **options,
 ) -> tuple[dict[str, Tensor | None], tuple[Tensor, Tensor]]:
-    """Both from the same start, each handing its threshold to its next step.
+    """Run both from the same start; each passes its threshold to its own next step.
 
-    Args: score_step: a backend's score_step, of tensors on ``device``. options: beside DEFAULTS.
-    Returns: its tensors, and its last result.
+    Args: score_step: a backend's score_step, for tensors on ``device``. options: added to DEFAULTS, or instead of them.
+    Returns: the backend's tensors, and its last result.
     """
     ours, theirs = copied(tensors, device), copied(tensors)
     options = DEFAULTS | options
@@ -109,7 +109,7 @@ def assert_state_is_the_same(ours: Tensors, theirs: Tensors, message: str = "") 
 
 
 class Matrix:
-    """Scores N(0, 0.02), weight, and moments at zero; ``step`` makes the next of a series of gradients."""
+    """Scores from N(0, 0.02), a weight, and moments at zero; next_grad returns the next of a series of gradients."""
 
     def __init__(self, n, k, scores=torch.float32, moments="fp32", weight=torch.float32, grad=torch.float32, seed=0):
         self.generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Imports run downward only: draws the lines of the architecture from the sources and fails when one is crossed."""
+"""Check that imports run downward only: find each import in the sources that crosses a line of the architecture."""
 
 import ast
 import re
@@ -12,12 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Of mft_kernels and of mft: a package may import those before it. In a package there is no order, and no circle.
+# A package may import only the packages before it. Inside a package there is no order, but circles are forbidden.
 KERNEL_ORDER = (
     *("_ops", "_version", "eager", "testing", "timing", "codes", "operands", "page_locked", "shards"),
     *("reference", "backends", "ops", "mask", "layers", "optim"),
 )
-BACKENDS = ("cpu", "cuda", "triton")  # packages of mft_kernels/backends, none of which knows another
+BACKENDS = ("cpu", "cuda", "triton")  # packages of mft_kernels/backends, none of which imports another
 RECIPE_ORDER = (
     *("checks", "contention", "files", "number_formats", "config", "config_file", "memory", "data", "models", "budget"),
     *("surrogate", "masks", "federated", "objectives", "engines", "importance", "evaluation", "tracking", "training"),
@@ -27,7 +27,7 @@ EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besid
 
 
 def others_of(path: Path, package: str) -> set[str]:
-    """Top-level names that a file imports, wherever in it, besides ``package``."""
+    """Return the top-level names that a file imports anywhere, except ``package``."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and not node.level:
@@ -38,7 +38,7 @@ def others_of(path: Path, package: str) -> set[str]:
 
 
 def modules_of(folder: Path) -> dict[str, Path]:
-    """{dotted name below the package: file}; a package's own name stands for its __init__.py, the outermost's is ""."""
+    """Return {dotted name below the package: file}. A package's name means its __init__.py; the outermost's is ""."""
     found = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
@@ -47,7 +47,7 @@ def modules_of(folder: Path) -> dict[str, Path]:
 
 
 def imported_modules(path: Path, folder: Path, modules: Collection[str]) -> set[str]:
-    """Those of ``modules`` that a file of the package in ``folder`` imports, wherever in it."""
+    """Return those of ``modules`` that a file of the package in ``folder`` imports anywhere."""
     inside, found = path.relative_to(folder).parent.parts, set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -58,12 +58,12 @@ def imported_modules(path: Path, folder: Path, modules: Collection[str]) -> set[
             found |= {module} if node.module else set()
             found |= {f"{module}.{alias.name}" for alias in node.names}
     prefix = f"{folder.name}."
-    below = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}  # vllm is another than mft.vllm
+    below = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}  # the package vllm is not mft.vllm
     return {name for name in below if name in modules and name != ""}
 
 
 def faults(folder: Path, order: Sequence[str]) -> list[str]:
-    """Every import of a package that comes later in ``order``, and every circle of modules inside one package."""
+    """Return every import of a package that is later in ``order``, and every import circle inside one package."""
     modules = modules_of(folder)
     known = {name: imported_modules(path, folder, modules) for name, path in modules.items() if name}
     home = {name: max((p for p in order if f"{name}.".startswith(f"{p}.")), key=len, default=None) for name in known}
@@ -105,7 +105,7 @@ def test_the_kernel_package_names_itself_by_dots_alone():
 
 
 def needed(path: Path) -> set[str]:
-    """Top-level names that a test file imports when it is collected, less those that it skips without."""
+    """Return the top-level names that a test file imports at collection, except those of its importorskip calls."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
@@ -116,7 +116,7 @@ def needed(path: Path) -> set[str]:
 
 
 def test_tests_of_kernels_are_collected_where_pytest_torch_triton_and_numpy_are_all_there_is():
-    """As on a machine that is lent; one import of another package stops pytest for the whole folder."""
+    """A lent GPU machine has only these packages. One import of another package stops pytest for the whole folder."""
     tests = ROOT / "tests"
     files = [
         path
@@ -171,7 +171,7 @@ def test_importing_the_kernels_loads_nothing_of_the_recipe():
 
 
 def test_tests_import_helpers_of_their_own_folder_or_the_outermost_alone():
-    """Another folder's are found only where pytest happens to have collected that folder before."""
+    """Helpers of another folder are found only if pytest has collected that folder before."""
     tests = ROOT / "tests"
     homes = {path.stem: path.parent for path in tests.rglob("*.py") if path.name not in ("conftest.py", "__init__.py")}
     for path in tests.rglob("*.py"):

@@ -1,6 +1,6 @@
-"""pytest --seconds N: a test that would begin later than N seconds after the start is skipped, and counted at the end.
+"""pytest --seconds N: skip each test that would begin more than N seconds after the start, and report their number.
 
-Files run in an order that changes with the commit, so that over several commits every file has its turn.
+The order of the files changes with the commit, so that every file has its turn over several commits.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Tiny models, linears and rows that tests share: a random Llama of 61 words learns to count."""
+"""Tiny models, linears and rows that tests share: a random Llama with 61 words that learns to count."""
 
 import torch
 from datasets import Dataset
@@ -28,7 +28,7 @@ def make_llama(dtype=torch.float32, **changes):
 
 
 def make_phi3(switch=16, **changes):
-    """With other frequencies beyond so many tokens (longrope), of 64."""
+    """Return a Phi-3 with longrope: other frequencies beyond ``switch`` tokens, of 64 positions."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 64 / switch, "short_factor": [1.0] * 4}
     rope |= {"long_factor": [4.0, 8.0, 16.0, 32.0], "original_max_position_embeddings": switch}
     sizes = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -40,7 +40,7 @@ def make_phi3(switch=16, **changes):
 
 
 def save_llama(directory):
-    """The same with a tokenizer of one word a number, as save_pretrained writes it."""
+    """Save the tiny Llama with save_pretrained, with a tokenizer that has one word per number."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +52,7 @@ def save_llama(directory):
 
 
 def make_rows(count=8, length=12, seed=0):
-    """Rows that count upwards from a random start, so that there is something to learn."""
+    """Return rows that count upwards from a random start, so that there is something to learn."""
     start = torch.randint(0, WORDS, (count, 1), generator=torch.Generator().manual_seed(seed))
     ids = ((start + torch.arange(length)) % WORDS).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids, "document": [100 + i // 2 for i in range(count)]})
@@ -73,14 +73,14 @@ def frozen_linear(out_features=24, in_features=40, bias=True, dtype=torch.float3
 
 
 def evaluation(tokens, loss_sums, correct=None):
-    """An Evaluation of so many documents, made by hand."""
+    """Return an Evaluation made by hand, with one document for each element of ``tokens``."""
     tokens = torch.tensor(tokens, dtype=torch.float64)
     correct = torch.zeros_like(tokens) if correct is None else torch.tensor(correct, dtype=torch.float64)
     return Evaluation(torch.arange(len(tokens)), tokens, torch.tensor(loss_sums, dtype=torch.float64), correct)
 
 
 def train_by_trainer(model, directory, *callbacks, **arguments):
-    """The model after transformers' Trainer has trained it: each step takes all four rows, at a constant rate."""
+    """Return the model after transformers' Trainer has trained it: each step takes all four rows at a fixed rate."""
     from transformers import Trainer, TrainingArguments
 
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}

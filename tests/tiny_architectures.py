@@ -1,4 +1,4 @@
-"""Tiny models of the architectures that can be masked, and what tests ask of them."""
+"""Tiny models of the architectures that can be masked, and functions that tests call on them."""
 
 import torch
 from torch import nn
@@ -86,17 +86,17 @@ def olmoe(**changes):
 def gpt_oss(**changes):
     model = GptOssForCausalLM(GptOssConfig(**SIZES | EXPERTS | {"head_dim": 8, "sliding_window": 8} | changes))
     for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):  # which begin at 0
+        if name.endswith("_bias"):  # biases begin at 0
             nn.init.normal_(parameter, std=0.1)
     return model
 
 
-# Experts in one parameter: (E, N, K); after attention without norms of queries; transposed, with biases.
+# Experts in one parameter: (E, N, K); (E, N, K) after attention without query norms; transposed, with biases.
 MIXTURES = {"qwen3_moe": qwen3_moe, "olmoe": olmoe, "gpt_oss": gpt_oss}
 
 
 class LinearExperts(nn.Module):
-    """Mixtral's experts as linear layers, as checkpoints with their own code and older transformers have them."""
+    """Mixtral's experts as linear layers, as in older transformers and in checkpoints with their own code."""
 
     def __init__(self, stacked):
         super().__init__()
@@ -135,7 +135,7 @@ LLAMA_LINEARS = [
     "mlp.up_proj",
     "mlp.down_proj",
 ]
-# Factory, prefix of the decoder layers, linears of one layer.
+# Factory, prefix of the decoder layers, and the linears of one layer.
 MODELS = {
     "llama": (llama, "model.layers", LLAMA_LINEARS),
     "qwen3": (lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)), "model.layers", LLAMA_LINEARS),

@@ -11,10 +11,10 @@ TOKENS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, "Ġ", *PAIRS, "<|endo
 
 
 def write_tiny_gguf(path, feed_forward=INTERMEDIATE, tokenizer="gpt2", down="F32"):
-    """Returns the bytes of its header.
+    """Write the file and return the bytes of its header.
 
-    feed_forward: what that claims, whatever the tensors' shapes are. tokenizer: gpt2, or llama (of sentencepiece).
-    down: the type of ffn_down, whose rows alone are a whole block; all else is F32.
+    feed_forward: the length that the header claims, whatever the tensors' shapes are. tokenizer: gpt2, or llama
+    (sentencepiece). down: the type of ffn_down, the only tensor whose rows are a whole block; all others are F32.
     """
     chance = numpy.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts in one parameter, and tokens for them."""
+"""Tiny mixtures of experts whose experts are one parameter, and tokens for them."""
 
 import torch
 import transformers
@@ -15,8 +15,8 @@ _SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-# One of each way of storing and computing: gate and up in one; transposed, with biases and a gate of its own; every
-# token to every expert; a projection a module; no gate.
+# One model for each way to store and compute experts: gate and up in one parameter; transposed, with biases and its own
+# gate function; every token to every expert; one module per projection; no gate.
 KINDS = {
     "Olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
@@ -29,11 +29,11 @@ IDS = torch.randint(3, WORDS, (2, 12), generator=torch.Generator().manual_seed(0
 
 
 def mixture(kind, **changes):
-    """A model of this kind with random weights, biases too; in evaluation mode."""
+    """Return a model of this kind in evaluation mode, with random weights and biases."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**_SIZES | (KINDS | _OTHERS)[kind] | changes)
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):  # which begin at 0
+        if name.endswith("_bias"):  # biases begin at 0
             torch.nn.init.normal_(parameter, std=0.1)
     return model

@@ -1,4 +1,4 @@
-"""Runs of the command line on a tiny model (conftest's cli): how they learn, and what they wrote."""
+"""Runs of the command line on a tiny model (conftest's cli): how they learn, and what they write."""
 
 import json
 import os
@@ -18,9 +18,9 @@ LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_siz
 
 
 class Forked:
-    """mft in a child of this process, for who needs no fresh one: that imports for six seconds.
+    """Run mft in a fork of this process, for tests that need no fresh one, whose imports take six seconds.
 
-    Args: call: conftest's cli. What of subprocess.Popen tests use is called so here.
+    Its methods are those of subprocess.Popen that tests use. Args: call: conftest's cli.
     """
 
     def __init__(self, call, *arguments, **environment):
@@ -56,14 +56,14 @@ def wait_for_checkpoint(directory, process):
 
 
 def free_port():
-    """Where several processes can meet: MASTER_PORT."""
+    """Return a free port for MASTER_PORT, where several processes meet."""
     with socket.socket() as any_port:
         any_port.bind(("localhost", 0))
         return str(any_port.getsockname()[1])
 
 
 def events_of(directory, *, timed=True):
-    """A run's metrics, or those of them that are not the clock's."""
+    """Return a run's metrics; with timed=False, without their times."""
     events = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
     return events if timed else [{key: value for key, value in event.items() if key != "seconds"} for event in events]
 
@@ -79,7 +79,7 @@ def assert_same_masks(*runs):
 
 
 def in_a_fork(work):
-    """The exit code of a child of this process that does work, a function; 9 if it was killed there."""
+    """Return the exit code of a child process that calls ``work``; 9 if it was killed there."""
     if torch.cuda.is_available():
         pytest.skip("a process that has used CUDA cannot be forked")
     child = os.fork()
@@ -93,7 +93,7 @@ def in_a_fork(work):
 
 
 def run_main(command):
-    """The exit code of the command line's main, in a child of this process that ends afterwards."""
+    """Return the exit code of the command line's main; call it in a child process that ends afterwards."""
     from mft.cli.app import main
 
     sys.argv = ["mft", *command]
@@ -110,11 +110,11 @@ def run_main(command):
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """An exception that no code catches."""
 
 
 def killed_after(call, step, *arguments):
-    """A run that dies when it has recorded that step, in this process."""
+    """Run ``call`` in this process until it has recorded ``step``; there it dies."""
     record = Steps.__call__
 
     def die(self, report):
@@ -129,7 +129,7 @@ def killed_after(call, step, *arguments):
 
 
 def killed_before(call, place, *arguments):
-    """A run that dies where it would call place ("module.function")."""
+    """Run ``call`` in a child that dies where it would call ``place`` ("module.function")."""
 
     def work():
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A study small enough for a test: the tiny Llama on disk, rows of words that count, two or three settings an arm."""
+"""A study small enough for a test: the tiny Llama on disk, rows of counting words, two or three settings per arm."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ FEW = FULL + "  control: {kind: control, lrs: [1e-2]}\n  MFT: {kind: mask, lrs: 
 
 @contextlib.contextmanager
 def new_ground(tmp_path_factory):
-    """A directory with the model and the data, and a cache of its own, until the block ends."""
+    """Yield a directory with the model, the data and its own cache, until the block ends."""
     directory = tmp_path_factory.mktemp("ground")
     write_ground(directory)
     with pytest.MonkeyPatch.context() as patch:
@@ -37,7 +37,7 @@ def new_ground(tmp_path_factory):
 
 
 def write_ground(directory):
-    """The model and the data."""
+    """Write the model and the data."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +58,7 @@ def make_study(directory, arms=FEW, overrides=()):
 
 
 def equal(a, b):
-    """Whether two values are the same to the last bit, tensors included."""
+    """Return whether two values are the same to the last bit, tensors included."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, dict):

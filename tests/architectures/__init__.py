@@ -1,1 +1,1 @@
-"""Which models of transformers can be masked: every architecture made small, tried, and written into a page."""
+"""Which models of transformers can be masked: make every architecture small, try it, and write the page of results."""

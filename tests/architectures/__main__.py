@@ -1,4 +1,4 @@
-"""make architectures: minutes, writes results.csv. ONLY="falcon encoder": those alone, the other rows stay."""
+"""make architectures: takes minutes and writes results.csv. ONLY="falcon encoder": only these; other rows stay."""
 
 import argparse
 import gc
@@ -14,7 +14,7 @@ from .sweeps import SWEEPS
 
 
 def main() -> None:
-    """Try what is asked for, print what is not converted, write the rows."""
+    """Try the requested models, print those that are not converted, and write the rows."""
     names = [sweep.name for sweep in SWEEPS]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*", help=f"model types, or sweeps: {', '.join(names)}, and causal/bert for both")
@@ -36,7 +36,7 @@ def main() -> None:
             print(f"{sweep.name}/{kind}", flush=True)
         row = attempt(sweep, kind, make, arguments.verbose)
         done.append((sweep.name, row))
-        gc.collect()  # models hold themselves in circles
+        gc.collect()  # models contain reference cycles
         if row.state != "converted":
             print(f"{row.state:>9}  {sweep.name}/{kind}: {row.words}", flush=True)
     rows = read() if arguments.only else {}

@@ -1,9 +1,10 @@
-"""One architecture, tried: converted, refused by mask_model, wrong, or not made by transformers; and why.
+"""Try one architecture and say why it is converted, refused by mask_model, wrong, or not made by transformers.
 
-Converted: with everything kept the outputs are the model's own, bit for bit, of a mixture of experts, which sums in
-another order, within 1e-5 of their largest; with a share kept the scores of every masked layer that was called get a
-gradient; merged, the outputs stay within 1e-5 of their largest. A causal one that predicts next tokens takes a step of
-mft train's besides; what that raises stands beside what is left out.
+Converted means three things. With everything kept, the outputs are the model's own bit for bit; for a mixture of
+experts, which sums in a different order, they are within 1e-5 of the largest output. With a share kept, the scores of
+every masked layer that was called get a gradient. After merging, the outputs stay within 1e-5 of the largest.
+A causal model that predicts next tokens also takes a step of mft train's. An error of that step is added to what is
+left out.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from .sizes import INSTEAD, NOT_HERE, WHERE_REFUSED
 from .small import small_model
 from .sweeps import Sweep
 
-# What another's code may raise on sizes that nobody tried.
+# Errors that other code may raise at untested sizes.
 THEIRS = (
     *(AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError),
     *(ValueError, ZeroDivisionError, StrictDataclassError),
@@ -42,11 +43,11 @@ THEIRS = (
 
 
 def attempt(sweep: Sweep, kind: str, make: Callable[[Any], Any], verbose: bool = False) -> Row:
-    """Try one model type; verbose prints its linear layers, and where an error comes from."""
+    """Try one model type. verbose prints its linear layers, and where an error comes from."""
     if kind in NOT_HERE:
         return Row(kind, "not made", NOT_HERE[kind])
     try:
-        # Frozen, as mask_model freezes it: torch's own attention takes another path for weights that ask for gradients.
+        # Frozen, as in mask_model: torch's own attention takes another path if weights need gradients.
         base = small_model(kind, sweep.name, make).requires_grad_(False)
         given = model_inputs(base, kind, sweep)
         with torch.no_grad(), _contiguous(base):
@@ -78,7 +79,7 @@ def attempt(sweep: Sweep, kind: str, make: Callable[[Any], Any], verbose: bool =
 
 
 def _untrained(base: nn.Module, kind: str, choice: dict[str, Any], verbose: bool) -> str:
-    """Why mft train takes no step with it; nothing if it does."""
+    """Return why mft train cannot take a step with the model; "" if it can."""
     tokens = (torch.arange(48).reshape(4, 12) % 40 + 3).tolist()
     rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens, "document": [0, 1, 2, 3]})
     try:
@@ -101,7 +102,7 @@ def _held(
     note: str,
     verbose: bool,
 ) -> Row:
-    """Whether a model that keeps everything, and another that keeps a share, do what they must."""
+    """Check a model that keeps everything, and one that keeps a share, against the requirements above."""
     with torch.no_grad(), _contiguous(masked), _reference_kernels():
         found = answer(masked, given)
         is_mixture = any(isinstance(module, MaskedGroupedLinear) for module in masked.modules())
@@ -130,7 +131,7 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
 
 
 def _masked(base: nn.Module, choice: dict[str, Any], keep_ratio: float) -> tuple[nn.Module, str]:
-    """A masked copy, magnitude scores if all is kept and drawn ones else, and what the default leaves out."""
+    """Return a masked copy, and what the default leaves out. Scores are magnitudes if all is kept, else random."""
     config = MaskConfig(keep_ratio=1.0) if keep_ratio == 1.0 else MaskConfig.paper(keep_ratio=keep_ratio)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -139,7 +140,7 @@ def _masked(base: nn.Module, choice: dict[str, Any], keep_ratio: float) -> tuple
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first: its first line, or of ours the rule without the remedy."""
+    """Return an error's first line; for our own errors, the rule without the remedy."""
     if isinstance(error, StrictDataclassError) and error.__cause__:
         error = error.__cause__
     line = str(error).strip().partition("\n")[0]
@@ -153,7 +154,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _contiguous(model: nn.Module) -> Iterator[None]:
-    """Linear layers get contiguous inputs meanwhile: to others torch adds the bias apart, with one rounding more."""
+    """Give linear layers contiguous inputs; for others, torch adds the bias separately, with one more rounding."""
 
     def straighten(_: nn.Module, arguments: tuple) -> tuple:
         return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
@@ -169,15 +170,15 @@ def _contiguous(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reference_kernels() -> Iterator[None]:
-    """PyTorch's own product meanwhile: other kernels add in another order, so no bits could be compared."""
+    """Use PyTorch's own product; other kernels sum in a different order, so bits could not be compared."""
     with mock.patch.dict(os.environ, MFT_KERNELS="reference"):
         yield
 
 
 def _without_gradient(model: nn.Module, layers: dict[str, Any], given: dict[str, Any]) -> tuple[list[str], set[str]]:
-    """Names of the layers whose scores got no gradient, and of all that were called, with more than zeros.
+    """Return the layers whose scores got no gradient, and all layers that were called with more than zeros.
 
-    A decoder's first layer may be given zeros (DETR's queries): then the gradient of the scores is zero too.
+    A decoder's first layer may receive only zeros (DETR's queries); then the gradient of its scores is zero too.
     """
     called: set[str] = set()
 
@@ -196,14 +197,14 @@ def _has_gradient(scores: Any) -> bool:
 
 
 def _left_out(messages: Iterable[str]) -> str:
-    """What mask_model's warnings name."""
+    """Return what mask_model's warnings name."""
     said = "; ".join(messages)
     endings = re.findall(r"neither by name or shape: (.*?) \(\S+ and \d+ more\)", said)
     return "; ".join(endings + re.findall(r"and leaves out those of (.*?)\. Name", said))
 
 
 def _show(base: nn.Module, layers: dict[str, Any], called: set[str], note: str) -> None:
-    """Every linear layer, alike ones once: + masked, - not; ? masked, but not called."""
+    """Print every linear layer, similar ones once: + masked, - not masked, ? masked but not called."""
     seen: dict[str, str] = {}
     for name, module in base.named_modules():
         if "Linear" in type(module).__name__ or name in layers:

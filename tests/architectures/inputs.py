@@ -1,4 +1,4 @@
-"""What a small model is called with, made from its forward's arguments and its configuration; and what it answers."""
+"""The inputs of a small model, made from its forward's arguments and its configuration, and its output."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -17,21 +17,21 @@ ANSWERS = (
     "logits_per_video",
     "predicted_depth",
     "last_hidden_state",
-)  # the first that a model gives is compared
+)  # the first of these that a model returns is compared
 BINS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")
-# Whisper's kin take their features as (rows, bins, frames), others as (rows, frames, bins).
+# Whisper and its relatives take features as (rows, bins, frames), others as (rows, frames, bins).
 BINS_FIRST = {
     *("whisper", "audioflamingo3", "glmasr", "musicflamingo", "qwen2_audio", "qwen3_asr", "voxtral"),
     *("voxtral_realtime", "moss_transcribe_diarize"),
 }
-# Of these the features' mask is of the vectors that are made of them.
+# For these the features' mask belongs to the vectors made from the features.
 NOT_GIVEN = {("granite_speech", "input_features_mask"), ("granite_speech_plus", "input_features_mask")}
 FRAMES_OF = {"qwen3_asr": 100}
 CHANNELS = {"omniasr", "omniasr_ctc", "vibevoice", "vibevoice_asr"}  # (rows, 1, samples)
 
 
 def model_inputs(model: nn.Module, kind: str, sweep: Sweep) -> dict[str, Any]:
-    """Those of the sweep's inputs that the model's forward takes, each of a shape that its configuration calls for."""
+    """Return those of the sweep's inputs that the model's forward takes, in the shapes of its configuration."""
     torch.manual_seed(0)
     own = OWN.get(kind) if sweep.name != "causal" or kind.endswith("_assistant") else None
     if own:
@@ -49,7 +49,7 @@ def model_inputs(model: nn.Module, kind: str, sweep: Sweep) -> dict[str, Any]:
 
 
 def answer(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The model's main output; what it draws by chance (Reformer's hashes) is drawn alike each time."""
+    """Return the model's main output; random draws (Reformer's hashes) are the same each time."""
     torch.manual_seed(0)
     cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     output = model(**inputs, **cache)
@@ -60,7 +60,7 @@ def answer(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def first(config: Any, names: tuple[str, ...], otherwise: Any) -> Any:
-    """What the configuration, or the first inside that has it, says under the first of these names."""
+    """Return the first of these names that the configuration, or one inside it, has a value for."""
     found = [vars(part)[n] for n in names for part in _configs(config) if vars(part).get(n) is not None]
     return found[0] if found else otherwise
 
@@ -86,7 +86,7 @@ def _input(name: str, model: Any, kind: str, made: dict[str, Any]) -> Tensor:
 
 
 def _tokens(model: Any, made: dict[str, Any]) -> Tensor:
-    """(ROWS, TOKENS), with as many words for sound or an image between as a tower makes vectors of what was made."""
+    """Return ids (ROWS, TOKENS), plus one sound or image token for each vector that the tower makes."""
     ids = torch.randint(3, IMAGE, (ROWS, TOKENS))
     for word, names, asked in (
         (AUDIO, ("audio_token_id", "audio_token_index"), "get_audio_features"),
@@ -102,7 +102,7 @@ def _tokens(model: Any, made: dict[str, Any]) -> Tensor:
 
 
 def _vectors(features: Any) -> int:
-    """How many vectors there are in what a tower gave: a tensor, a list of such, or an output that holds one."""
+    """Count the vectors in a tower's output: a tensor, a list of tensors, or an object that holds one."""
     names = ("pooler_output", "last_hidden_state")
     features = next((f for name in names if (f := getattr(features, name, None)) is not None), features)
     if isinstance(features, list | tuple):
@@ -121,7 +121,7 @@ def _configs(config: Any) -> Iterator[Any]:
 
 
 def _gemma4_assistant(config: Any) -> dict[str, Any]:
-    """What the model that it helps hands it for one token: hidden states, its last layers' keys and values."""
+    """Return what the assisted model passes for one token: hidden states, and its last layers' keys and values."""
     text = config.get_text_config()
     layers = {kind: text.per_layer_config[i] for i, kind in enumerate(text.layer_types)}
     shapes = {kind: (ROWS, h.num_key_value_heads, TOKENS, h.head_dim) for kind, h in layers.items()}
@@ -136,7 +136,7 @@ def _frames(name: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def _siglip2(config: Any) -> dict[str, Any]:
-    """Images of 4 by 4 patches, each patch one row."""
+    """Return images of 4 by 4 patches, each patch as one row."""
     return {
         "input_ids": torch.randint(3, IMAGE, (ROWS, TOKENS)),
         "pixel_values": torch.randn(ROWS, 16, 3 * 8 * 8),
@@ -146,7 +146,7 @@ def _siglip2(config: Any) -> dict[str, Any]:
 
 
 def _sound(*masks: str) -> Callable[[Any], dict[str, Any]]:
-    """Features, bins first, and one word for sound to every fourth frame."""
+    """Return features, bins first, and one sound token for every fourth frame."""
 
     def make(config: Any) -> dict[str, Any]:
         place = torch.full((ROWS, FRAMES // 4), AUDIO)
@@ -160,7 +160,7 @@ def _sound(*masks: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def _mllama(config: Any) -> dict[str, Any]:
-    """One image of one tile a row."""
+    """Return one image of one tile per row."""
     return {
         "input_ids": torch.randint(3, IMAGE, (ROWS, TOKENS)),
         "cross_attention_mask": torch.ones(ROWS, TOKENS, 1, 4, dtype=torch.long),
@@ -170,7 +170,7 @@ def _mllama(config: Any) -> dict[str, Any]:
     }
 
 
-# Model types that are called with something else than their sweep's inputs.
+# Model types whose inputs are not their sweep's.
 OWN: dict[str, Callable[[Any], dict[str, Any]]] = {
     "audio-spectrogram-transformer": lambda config: {"input_values": torch.randn(ROWS, FRAMES, config.num_mel_bins)},
     "depth_pro": lambda config: {"pixel_values": torch.randn(1, 3, 128, 128)},
@@ -185,7 +185,7 @@ OWN: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "gemma4_assistant": _gemma4_assistant,
     "gemma4_unified_assistant": _gemma4_assistant,
-    "granite_speech5_ctc": lambda config: {  # with differences, two frames side by side
+    "granite_speech5_ctc": lambda config: {  # with differences, two frames next to each other
         "input_features": torch.randn(ROWS, FRAMES, 4 * config.encoder_config.num_mel_bins)
     },
     "kyutai_speech_to_text": lambda config: {

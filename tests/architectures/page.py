@@ -1,4 +1,4 @@
-"""The site's page of architectures, made of the stored rows: PYTHONPATH=tests python -m architectures.page"""
+"""Make the site's page of architectures from the stored rows: PYTHONPATH=tests python -m architectures.page"""
 
 import sys
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ HEADS = {
 
 
 def page(rows: Rows, sweeps: Iterable[Sweep] = SWEEPS) -> str:
-    """One section a sweep, its converted ones first."""
+    """Return the page: one section per sweep, with its converted models first."""
     found = {sweep.title: list(rows.get(sweep.name, {}).values()) for sweep in sweeps}
     every = [row for some in found.values() for row in some]
     versions = " and ".join(sorted({row.transformers for row in every}))

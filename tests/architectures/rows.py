@@ -1,4 +1,4 @@
-"""What the sweeps found, a row an architecture in results.csv: written by them, and read to make the site's page."""
+"""The sweeps' results, one row per architecture in results.csv: the sweeps write it, and the site's page reads it."""
 
 import csv
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ UNTRAINED = "not trained by the recipe: "
 
 @dataclass
 class Row:
-    """What became of one architecture; of a converted one what was masked, and what of its layers was left out."""
+    """The result for one architecture; if converted, what was masked and what was left out."""
 
     kind: str
     state: str
@@ -23,12 +23,12 @@ class Row:
     transformers: str = transformers.__version__
 
 
-#: By the name of the sweep, then by model type.
+#: By name of the sweep, then by model type.
 Rows = Mapping[str, Mapping[str, Row]]
 
 
 def read(path: Path = RESULTS) -> dict[str, dict[str, Row]]:
-    """Those on disk."""
+    """Return the rows on disk."""
     rows: dict[str, dict[str, Row]] = {}
     with path.open(newline="") as file:
         for fields in csv.DictReader(file):
@@ -38,7 +38,7 @@ def read(path: Path = RESULTS) -> dict[str, dict[str, Row]]:
 
 
 def write(rows: Rows, path: Path = RESULTS) -> None:
-    """A sweep after the other, each by model type."""
+    """Write one sweep after another, each sorted by model type."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["sweep", *Row.__dataclass_fields__], lineterminator="\n")
         writer.writeheader()

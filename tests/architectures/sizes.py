@@ -1,4 +1,4 @@
-"""What the small configuration of a model type needs besides the sizes that all get, and which part of it is meant."""
+"""Settings that a model type's small configuration needs besides the common sizes, and which part of it is used."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ _RESNET_BELOW = {
         **{"layer_type": "basic", "out_features": ["stage1", "stage2"]},
     },
 }
-_FOURFOLD = {"audio_config": {"intermediate_size": 256}}  # of the hidden size: four frames are put side by side
+_FOURFOLD = {"audio_config": {"intermediate_size": 256}}  # times the hidden size: four frames are concatenated
 _CODEC = {"num_filters": 4, "depths": (1,) * 7, "hidden_size": 16}
 
 _VIDEOPRISM = {"num_frames": 4, "tubelet_size": [1, 8, 8]}
@@ -177,19 +177,19 @@ SIZES: dict[str, dict[str, Any]] = {
     "wav2vec2-conformer": {"vocab_size": 99},
 }
 
-# Of these the class wants a part of the configuration.
+# For these, the class wants only a part of the configuration.
 PARTS = {"causal/musicgen": "decoder", "causal/musicgen_melody": "decoder", "vision/llama4": "vision_config"}
 
-# Another class than the mapping's maker makes: DepthPro's last hidden state is not of all layers.
+# Classes other than the mapping's: DepthPro's last hidden state does not come from all layers.
 CLASSES = {"vision/depth_pro": "DepthProForDepthEstimation", "vision/llama4": "Llama4VisionModel"}
 
-# What transformers makes, and what does not compute what it is here.
+# Models that transformers makes, but that do not compute their function here.
 NOT_HERE = {"mra": "its attention is a CUDA kernel's alone: without a GPU transformers gives zeros for it"}
 
-# What mask_model is asked for in place of its default: BLT's patcher says where patches end, and learns nothing by it.
+# Options for mask_model in place of its default. BLT's patcher decides where patches end, and learns nothing from that.
 INSTEAD: dict[str, dict[str, Any]] = {"blt": {"exclude_modules": ["patcher"]}}
 
-# What it is asked for where it refuses its default.
+# Options for mask_model where it refuses its default.
 WHERE_REFUSED: dict[str, dict[str, Any]] = {
     "dbrx": {"exclude_modules": ["experts"]},
     "deberta": {"exclude_modules": ["in_proj"]},

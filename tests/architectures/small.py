@@ -1,6 +1,6 @@
-"""A small model of any type of transformers: its own default configuration with small sizes, and random weights.
+"""A small model of any transformers type: its own default configuration with small sizes, and random weights.
 
-The sizes are arguments of the configuration's constructor, so that what it derives from them, it derives from these.
+The sizes are passed to the configuration's constructor, so that values derived from sizes are derived from these.
 """
 
 import copy
@@ -15,14 +15,14 @@ from transformers import AutoConfig
 from .sizes import PARTS, SIZES
 
 WORDS = 99
-AUDIO, IMAGE = 98, 97  # words that stand for what another tower makes
+AUDIO, IMAGE = 98, 97  # tokens that stand for another tower's outputs
 SMALL = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size"), 64),
     **dict.fromkeys(("embed_dim", "emb_dim", "encoder_hidden_size", "decoder_hidden_size", "hidden_size_global"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "decoder_ffn_dim"), 96),
     **dict.fromkeys(("encoder_ffn_dim", "d_ff", "d_inner", "encoder_intermediate_size", "hidden_dim", "mlp_dim"), 96),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"), 4),
-    **dict.fromkeys(("encoder_layers", "num_encoder_layers", "num_decoder_layers"), 3),  # unlike the decoder's
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers", "num_decoder_layers"), 3),  # different from the decoder's
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
@@ -41,12 +41,15 @@ SMALL = {
     **dict.fromkeys(("image_token_id", "image_token_index"), IMAGE),
     **{"n_group": 1, "topk_group": 1, "num_codevectors_per_group": 4, "conv_dim": (32,) * 7, "depths": (1, 1, 1, 1)},
 }
-TOWER = {"num_hidden_layers": 3}  # unlike the text's, so that no depth is taken for another
-MOST = 30_000_000  # weights: what stays larger than that was not made small
+TOWER = {"num_hidden_layers": 3}  # different from the text's depth, so that the two are not confused
+MOST = 30_000_000  # weights: a larger model was not made small
 
 
 def small_model(kind: str, sweep: str, make: Callable[[Any], Any]) -> Any:
-    """A model of this type as make makes it of a configuration, for inference. Raises whatever transformers raises."""
+    """Return a model of this type for inference; ``make`` makes it from a configuration.
+
+    Raises: whatever transformers raises.
+    """
     config = small_config(kind, sweep)
     with torch.device("meta"):
         size = sum(weight.numel() for weight in make(copy.deepcopy(config)).parameters())
@@ -56,17 +59,17 @@ def small_model(kind: str, sweep: str, make: Callable[[Any], Any]) -> Any:
     model = make(config).eval()
     for weight in model.parameters():
         if weight.is_floating_point() and weight.numel() and bool((weight == weight.flatten()[0]).all()):
-            # Biases and gates that begin as zero would hide an error, and let no gradient through.
+            # Biases and gates that begin at zero would hide an error, and pass no gradient.
             weight.data.add_(torch.randn_like(weight), alpha=0.02)
     return model
 
 
 def small_config(kind: str, sweep: str) -> Any:
-    """The small configuration of a model type, with what SIZES says of it."""
+    """Return the small configuration of a model type, with the values of SIZES."""
     own = SIZES.get(f"{sweep}/{kind}", SIZES.get(kind, {}))
     try:
         default = AutoConfig.for_model(kind)
-    except StrictDataclassError:  # the defaults do not go together
+    except StrictDataclassError:  # the defaults contradict each other
         default = AutoConfig.for_model(kind, **copy.deepcopy(own))
     config = _small(default, own)
     return getattr(config, PARTS.get(f"{sweep}/{kind}", ""), config)
@@ -76,7 +79,7 @@ def _small(default: Any, own: dict[str, Any]) -> Any:
     values, other_names = vars(default), type(default).attribute_map
     names = {field.name for field in dataclasses.fields(default)} | other_names.keys()
     sizes = {n: size for n, size in SMALL.items() if n in names and _is_like(values.get(other_names.get(n, n)), size)}
-    if "kv_lora_rank" in sizes:  # latent attention has no groups
+    if "kv_lora_rank" in sizes:  # latent attention has no groups of heads
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     parts = {}
     for name in getattr(default, "sub_configs", {}):

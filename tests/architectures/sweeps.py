@@ -1,4 +1,4 @@
-"""The sweeps: which model types, made by which class of transformers, and called with what."""
+"""The sweeps: which model types, which transformers class makes them, and which inputs they get."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ from .sizes import CLASSES, PARTS
 
 @dataclass
 class Sweep:
-    """A table of the page."""
+    """One table of the page."""
 
     name: str
     title: str
-    # transformers' mapping of model types to classes' names, and the class that makes a model of a configuration
+    # transformers' mapping from model types to class names, and the class that makes a model from a configuration
     makers: tuple[tuple[dict[str, Any], Any], ...]
     inputs: tuple[str, ...]
 
     def kinds(self) -> dict[str, Callable[[Any], Any]]:
-        """Each model type with what makes it of a configuration; of a type in several mappings the first."""
+        """Return each model type and the function that makes it from a configuration; the first mapping wins."""
         found: dict[str, Callable[[Any], Any]] = {}
         for mapping, maker in self.makers:
             for kind, name in mapping.items():
@@ -42,7 +42,7 @@ class Sweep:
                     make = getattr(transformers, own)._from_config
                 elif isinstance(name, str):
                     make = maker.from_config
-                else:  # of several classes the configuration of a checkpoint names one
+                else:  # if there are several classes, a checkpoint's configuration names one
                     make = getattr(transformers, name[0])._from_config
                 found.setdefault(kind, make)
         return dict(sorted(found.items()))

@@ -1,4 +1,4 @@
-"""Bad inputs, a row of a table each: what is refused, with which message, and what is odd but right.
+"""Bad inputs, one per row of a table: what is refused and with which message, and what is odd but right.
 
-The page of errors is made of them, by make docs.
+make docs makes the page of errors from them.
 """

@@ -1,4 +1,4 @@
-"""Print the page of errors: every case is run, and what it said is written down."""
+"""Print the page of errors: run every case and write down its message."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Masks under a budget of all layers together, on the same Llama."""
+"""Masks under one budget for all layers, on the same Llama."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Data: files, directories and the records in them. `write(path, text)` gives the path, `source(path)` opens it as
+"""Data: files, directories and the records in them. `write(path, text)` returns the path, `source(path)` opens it as
 data.source, and `read(kind, ...)` reads a record of that kind.
 """
 

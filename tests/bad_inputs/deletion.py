@@ -1,4 +1,4 @@
-"""Deletion tuning on the same Llama: scores that begin by data, and what they learn by. `gate(...)` are free masks on a
+"""Deletion tuning on the same Llama: scores that begin from data, and how they learn. `gate(...)` makes free masks on a
 gate projection.
 """
 
@@ -14,7 +14,7 @@ from mft.training.loop import train_masks
 
 
 def gate(**changes):
-    """Free masks on a gate projection."""
+    """Return free masks on a gate projection."""
     free = {"mode": "value", "threshold": 0.0, "init": "constant"}
     return MaskConfig(**free | changes, target_modules=["gate_proj"], layers_to_transform=3)
 

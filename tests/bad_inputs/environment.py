@@ -1,6 +1,6 @@
-"""What the machine lacks or forbids. arguments are x, weight, scores and threshold; `without(patch, name, reason)`
-stands for a machine on which that backend cannot run, `fails(errno)` for what the system refuses. `on_cpu()` calls the
-C++ kernels.
+"""Features that the machine lacks or forbids. arguments are x, weight, scores and threshold.
+`without(patch, name, reason)` simulates a machine on which that backend cannot run, `fails(errno)` a refusal by the
+system. `on_cpu()` calls the C++ kernels.
 """
 
 import dataclasses
@@ -51,14 +51,14 @@ def without(patch, name, reason):
 
 
 def on_cpu():
-    """Call the C++ kernels, or skip where there are none."""
+    """Call the C++ kernels, or skip if there are none."""
     if cpu.unavailable is not None:
         pytest.skip(f"cpu backend: {cpu.unavailable}")
     masked_linear(*arguments, backend="cpu")
 
 
 def fails(number):
-    """A function that the system refuses with this error."""
+    """Return a function that fails with this system error."""
 
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))

@@ -1,5 +1,5 @@
-"""What the ops over experts and `MaskedGroupedLinear` are given. Three experts have rows 0 and 1, none, and row 2: x
-(3, 5), weight and scores (3, 4, 5), bias (3, 4) are ones, threshold is 0.5, packed keeps every weight.
+"""Inputs of the ops over experts and of `MaskedGroupedLinear`. Three experts have rows 0 and 1, no rows, and row 2. x
+(3, 5), weight and scores (3, 4, 5) and bias (3, 4) are ones, threshold is 0.5, packed keeps every weight.
 """
 
 import copy
@@ -36,7 +36,7 @@ def moe():
 
 def under_peft(model, config):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.24 by an old name
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 calls transformers 5.24 by an old name
         return get_peft_model(model, config)
 
 

@@ -1,6 +1,7 @@
-"""What is read and written: masks, checkpoints, the paper's `masks.pt`, models, configurations. The model is a random
-Llama of four layers, `masks_in(tmp)` an export of masks on its layers 2 and 3, `checkpoint_in(tmp)` a checkpoint.
-`edit(path, ...)` changes keys of a JSON file and gives its directory, `write(path, text)` gives the path.
+"""Files that are read and written: masks, checkpoints, the paper's `masks.pt`, models, configurations. The model is a
+random Llama of four layers, `masks_in(tmp)` an export of masks on its layers 2 and 3, `checkpoint_in(tmp)` a
+checkpoint. `edit(path, ...)` changes keys of a JSON file and returns its directory, `write(path, text)` returns the
+path.
 """
 
 import json
@@ -45,7 +46,7 @@ def checkpoint_in(tmp, step=3):
 
 
 def edit(path, **changes):
-    """Change keys of a JSON file; returns its directory."""
+    """Change keys of a JSON file; return its directory."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return path.parent
 
@@ -56,7 +57,7 @@ def write(path, text):
 
 
 class Runs:
-    """What a pickle may make: a call."""
+    """A pickle can call a function when it is read."""
 
     def __reduce__(self):
         return print, ("run",)

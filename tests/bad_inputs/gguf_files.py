@@ -1,5 +1,5 @@
 """Masks in GGUF files. The model is a Llama of two blocks; `written(tmp)` is its file, and `masks_in(tmp, patch)` are
-masks on the weights that this decodes to.
+masks on the weights that the file decodes to.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ def base_of(path, patch):
 
 
 def masks_in(tmp, patch, change=0.0, **changes):
-    """change: what is added to a weight before the masks are made."""
+    """Save masks; ``change`` is added to a weight before the masks are made."""
     model = base_of(written(tmp, **changes), patch)
     with torch.no_grad():
         model.get_submodule(DOWN).weight.mul_(1 - change).add_(change * torch.randn(16, 32).sign())

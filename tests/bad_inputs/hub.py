@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: `hub_for(tmp, patch)` is one on loopback, whose client has a token that may write to
+"""The Hugging Face Hub: `hub_for(tmp, patch)` is a hub on loopback, whose client has a token that may write to
 `user/...`; `masks_in(tmp)` is an export of masks of a random Llama of four layers.
 """
 

@@ -1,4 +1,4 @@
-"""Objectives: keys, data and models that are not theirs. PAIR is a preference pair of texts."""
+"""Objectives: keys, data and models that do not fit them. PAIR is a preference pair of texts."""
 
 import json
 from types import SimpleNamespace

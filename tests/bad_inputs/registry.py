@@ -1,17 +1,17 @@
-"""A bad input is a row of a table: its title, what the user writes, and what is said to it.
+"""A bad input is a row of a table: its title, what the user writes, and the answer.
 
-Each module of GROUPS has its rows in TABLE, and above it what they use. A row that is refused:
+Each module of GROUPS has its rows in TABLE, and above it the code that they use. A row that is refused:
 
     a threshold for each column
         masked_linear(x, weight, scores, torch.ones(5))
         -> ValueError: threshold | must be () or one a row (4,) | (5,) | see kept_threshold
 
-Its last line has the error and parts of the message: the argument, its rule, the received value and the remedy, which
-is left out where the rule says it. `...` in a part stands for what differs from machine to machine. An odd input that
-is right ends in `-> accepted: what happens`, and asserts it. Either line may go on in the next ones.
+Its last line has the error and parts of the message: the argument, its rule, the received value and the remedy. The
+remedy is left out if the rule says it. `...` in a part stands for what differs between machines. An odd input that is
+right ends in `-> accepted: what happens`, and asserts it. Both kinds of line may continue on the next lines.
 
 What the user writes may use the names of its module, `tmp`, a new directory, and `patch`, a pytest.MonkeyPatch that is
-undone afterwards. Empty lines and those that begin with # are for the reader of the table.
+undone afterwards. Empty lines and lines that begin with # are for the reader of the table.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # must be set before transformers is imported
 
 import pytest
 
@@ -67,7 +67,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Refused(Case):
-    """The parts that its message has to have; remedy None where the rule is one."""
+    """The parts that its message must have; remedy is None if the rule states it."""
 
     error: type[Exception]
     where: str
@@ -80,11 +80,11 @@ class Refused(Case):
         return {"where": self.where, "got": self.got, "rule": self.rule, "remedy": self.remedy or self.rule}
 
     def lacks(self, message: str) -> list[str]:
-        """Which of the parts a message has not."""
+        """Return the names of the parts that a message lacks."""
         return [name for name, part in self.parts.items() if not _pattern(part).search(message)]
 
     def shown(self, message: str) -> str:
-        """A message without what differs from machine to machine."""
+        """Return a message without what differs between machines."""
         for part in self.parts.values():
             message = _pattern(part).sub(lambda _, part=part: part, message)
         return message
@@ -92,7 +92,7 @@ class Refused(Case):
 
 @dataclass(frozen=True)
 class Accepted(Case):
-    """What happens, which its source asserts."""
+    """An odd input that is right. ``happens`` describes the result, which its source asserts."""
 
     happens: str
 
@@ -102,7 +102,7 @@ def _pattern(part: str) -> re.Pattern[str]:
 
 
 def read_table(module: ModuleType) -> Iterator[Case]:
-    """The rows of a module."""
+    """Yield the rows of a module."""
     text = re.sub(r"^(#.*)?\n", "", module.TABLE, flags=re.MULTILINE)
     for row in filter(None, re.split(r"^(?=\S)", text, flags=re.MULTILINE)):
         title, _, rest = row.partition("\n")
@@ -121,7 +121,7 @@ ACCEPTED = [case for case in CASES if isinstance(case, Accepted)]
 
 @contextlib.contextmanager
 def running(case: Case) -> Iterator[tuple[Callable[[], None], Path]]:
-    """(the case, ready to be called; its directory)."""
+    """Yield (the case as a function, its directory)."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         tmp = Path(directory)
         code = compile(case.source, case.title, "exec")
@@ -130,7 +130,7 @@ def running(case: Case) -> Iterator[tuple[Callable[[], None], Path]]:
 
 @dataclass(frozen=True)
 class Told:
-    """What a case raised; shown is its message without what differs from run to run."""
+    """The error of a case; ``shown`` is its message without parts that differ between runs."""
 
     error: type[Exception]
     message: str
@@ -139,7 +139,7 @@ class Told:
 
 @functools.cache
 def told(case: Refused) -> Told:
-    """Run the case, once in a process."""
+    """Run the case, once per process."""
     with running(case) as (run, directory):
         try:
             run()

@@ -1,4 +1,4 @@
-"""The page of errors: the lists as a page."""
+"""Make the page of errors from the tables."""
 
 import sys
 
@@ -10,7 +10,7 @@ VERSIONS = f"Python {sys.version_info[0]}.{sys.version_info[1]} and torch {'.'.j
 
 
 def report() -> str:
-    """The page."""
+    """Return the page."""
     names = [module.__name__.rpartition(".")[2] for module in GROUPS]
     lines = [
         "# Bad inputs: what is refused, and what is accepted",

@@ -1,5 +1,6 @@
-"""Training by rewards: settings, rows and models that are not for it, and studies that say two things. `questions(n)`
-are so many rows of numbers, `Words()` is a tokenizer of them, `estimate(...)` is `mft estimate --config rewards`.
+"""Training with rewards: settings, rows and models that do not fit, and studies that contradict themselves.
+`questions(n)` are n rows of numbers, `Words()` is a tokenizer for them, and `estimate(...)` is
+`mft estimate --config rewards`.
 """
 
 import shutil
@@ -19,7 +20,7 @@ from mft.study.load import SHIPPED, load_study
 
 
 class Words:
-    """A tokenizer of numbers."""
+    """A tokenizer for numbers."""
 
     eos_token_id = 0
 

@@ -1,4 +1,4 @@
-"""What `mft serve` is given, and what it is asked: what refuses a request comes as OpenAI's error object."""
+"""Arguments of `mft serve`, and requests to it: a refused request gets OpenAI's error object."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ from mft.serving.tasks import Tasks
 
 
 def tasks(tmp, **changes):
-    """Of a bank with the task code, whose masks lie in tmp, on a base that may have changed since."""
+    """Return tasks of a bank with the task code, whose masks are in tmp; ``changes``: of the base, made since."""
     save_masks(masked_llama(), tmp / "masks")
     bank = MaskBank(make_llama(**changes))
     bank.put("code", {})

@@ -1,6 +1,6 @@
-"""A model that processes share. `start(model, count, **changes)` begins memory: sharded as the first of so many.
+"""A model shared by processes. `start(model, count, **changes)` begins memory: sharded as the first of count processes.
 
-`as_deepspeed(model)` marks a parameter as ZeRO-3 marks those that it has partitioned.
+`as_deepspeed(model)` marks a parameter as ZeRO-3 marks parameters that it has partitioned.
 """
 
 import torch

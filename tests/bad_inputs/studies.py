@@ -1,4 +1,4 @@
-"""Studies: what mft compare and mft ablate refuse of arms, grids, budgets, and of processes that join."""
+"""Studies: what mft compare and mft ablate refuse in arms, grids and budgets, and from processes that join."""
 
 import dataclasses
 import errno
@@ -17,7 +17,7 @@ from mft.study.store import fine_tunes_in, open_store
 
 
 def fail_with(code):
-    """Stands for a call of the system."""
+    """Return a replacement for a system call, which fails."""
 
     def fail(*arguments, **options):
         raise OSError(code, os.strerror(code))

@@ -1,6 +1,6 @@
-"""What the ops, `MaskedLinear` and `MaskAdamW` are given. x (2, 5), grad (2, 4), weight and scores (4, 5) and bias (4,)
-are ones, threshold is 0.5, packed keeps every weight. `having(tensor, place, value)` is a copy with another value at a
-place, `learning(tensor)` one that requires grad, `attend(...)` self-attention on two tokens.
+"""Inputs of the ops, `MaskedLinear` and `MaskAdamW`. x (2, 5), grad (2, 4), weight and scores (4, 5) and bias (4,) are
+ones, threshold is 0.5, packed keeps every weight. `having(tensor, place, value)` is a copy with another value at a
+place, `learning(tensor)` a copy that requires grad, `attend(...)` self-attention on two tokens.
 """
 
 import warnings
@@ -37,25 +37,25 @@ def learning(tensor):
 
 
 def having(tensor, place, value):
-    """A copy with another value at that place."""
+    """Return a copy with another value at that place."""
     copy = tensor.clone()
     copy[place] = value
     return copy
 
 
 def attend(**masks):
-    """Self-attention on two tokens."""
+    """Run self-attention on two tokens."""
     tokens = torch.ones(2, 1, 8)
     return MaskedMultiheadAttention(8, 2)(tokens, tokens, tokens, **masks)
 
 
 def equal(one, other):
-    """Equal in every bit but the sign of zero and the bits of NaN."""
+    """Assert equality of every bit, except the sign of zero and the bits of NaN."""
     assert torch.equal(one.nan_to_num(12345), other.nan_to_num(12345)), (one, other)
 
 
 class Tagged(torch.Tensor):
-    """A subclass with nothing of its own."""
+    """A subclass without any changes."""
 
 
 TABLE = r"""

@@ -1,8 +1,8 @@
 """Training and evaluation of a random Llama of four layers, masks on layers 2 and 3, on eight rows of twelve tokens.
-`steps(n)` are so many at a rate of 0.01, `train_in(tmp, model)` makes one from the newest checkpoint there, and
+`steps(n)` are n steps at a rate of 0.01, `train_in(tmp, model)` makes one from the newest checkpoint there, and
 `run_in(tmp)` is the directory of a run that was stopped. `having(model, parameter, place, value)` changes a value of a
-model, `nan_at(model, step)` makes a gradient of that step NaN, and `plan_on` plans for a device and its host with so
-many bytes.
+model, `nan_at(model, step)` makes a gradient of that step NaN, and `plan_on` plans for a device and its host with a
+given number of free bytes.
 """
 
 import json
@@ -49,7 +49,7 @@ def steps(count=1, **changes):
 
 
 def having(model, parameter, place, value):
-    """The model, with another value at that place of a parameter."""
+    """Return the model with another value at that place of a parameter."""
     with torch.no_grad():
         model.get_parameter(parameter)[place] = value
     return model
@@ -64,7 +64,7 @@ def unlabelled_rows():
 
 
 def nan_at(model, step):
-    """Spoils a gradient of that step."""
+    """Return a callback that makes a gradient of that step NaN."""
 
     def spoil(now, _):
         if now == step:
@@ -79,7 +79,7 @@ def needs_2_to_60_bytes(layer, *_):
 
 
 def plan_on(patch, device, free, *overrides):
-    """Plan a run on a device with so many free bytes, and on its host."""
+    """Plan a run on a device, and on its host, with ``free`` bytes each."""
     patch.setattr(plan, "default_device", lambda: torch.device(device))
     patch.setattr(plan, "_free_memory", lambda _: free)
     plan.plan_training(load_config(None, ["train.steps=1", *overrides]))
@@ -91,12 +91,12 @@ def run_in(tmp):
 
 
 def train_in(tmp, model, **facts):
-    """Train a step, and go on from the newest checkpoint there, if any."""
+    """Train one step, from the newest checkpoint there, if any."""
     train_masks(model, make_rows(), steps(), saver=Saver(tmp, 0, newest_checkpoint(tmp)[0], facts=facts))
 
 
 def plot(tmp, what, table):
-    """mft plot of a study with that table."""
+    """Call mft plot on a study with that table."""
     (tmp / "table.json").write_text(json.dumps(table))
     run_plot(what, [tmp], None, domain=None, arm=None, rows=32, points=11)
 

@@ -1,4 +1,4 @@
-"""What masks in vLLM are given: by Python, by python -m mft.vllm, and by a trainer; all without vLLM itself."""
+"""Arguments for masks in vLLM: from Python, from python -m mft.vllm, and from a trainer; vLLM itself is not needed."""
 
 import torch
 from tiny import make_llama

@@ -1,4 +1,4 @@
-"""Records of one ratio, made by hand."""
+"""Hand-made records of one ratio."""
 
 QUANTITY = "ours, from scores / dense: forward, 4 x 8, M = 2"
 

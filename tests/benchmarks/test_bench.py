@@ -1,4 +1,4 @@
-"""Benchmarks: what is counted, recorded and printed; no timing."""
+"""Benchmarks: what is counted, recorded and printed; nothing is timed."""
 
 import json
 import time
@@ -64,7 +64,7 @@ def test_pooled_records_span_every_process():
 @pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 def test_paths_of_several_processes_stand_side_by_side_and_the_worst_counts():
     def record(ms, held_back=None):
-        """One case, whose path of few tokens took so long; slabs took 2 ms and fused 3."""
+        """Return a record with one case: the milliseconds of each path; the path for few tokens is chosen."""
         spreads = {path: {"median": took, "low": took, "high": took} for path, took in ms.items()}
         best = min(ms.values())
         behind = {path: {"median": took / best, "low": 1.0, "high": 3.0} for path, took in ms.items()}
@@ -75,7 +75,7 @@ def test_paths_of_several_processes_stand_side_by_side_and_the_worst_counts():
     first, second = record({"few": 1.0, "slabs": 2.0, "fused": 3.0}), record({"few": 2.6, "slabs": 2.0})
     found = joined([first, second])
     assert found["cases"] == first["cases"] + second["cases"]
-    assert [finding["measured"]["median"] for finding in found["findings"]] == [1.3]  # few is taken for one token
+    assert [finding["measured"]["median"] for finding in found["findings"]] == [1.3]  # "few" is chosen for one token
     with pytest.raises(ValueError, match="every process must be held back alike"):
         joined([first, record({"few": 1.0}, {"ONEDNN_MAX_CPU_ISA": "AVX2"})])
 
@@ -87,7 +87,7 @@ def test_a_path_that_takes_long_is_known_by_one_call(monkeypatch):
     found = bench_paths._long(calls)
     assert list(found) == ["slabs"]
     assert found["slabs"] >= 50  # milliseconds
-    assert bench_paths._long({"fused": calls["slabs"]}) == {}  # the only one
+    assert bench_paths._long({"fused": calls["slabs"]}) == {}  # no other path to choose
 
 
 def test_a_case_of_ops_is_printed_once_with_every_competitor(capsys):

@@ -1,4 +1,4 @@
-"""python -m benchmarks.compare: when a ratio is a regression, what is measured again, and what cannot be told."""
+"""python -m benchmarks.compare: when a ratio is a regression, what is measured again, and what cannot be compared."""
 
 import json
 import subprocess
@@ -14,8 +14,8 @@ from benchmarks.records import by_question, file_name
     ("before", "now", "verdict"),
     [
         ((1.0, 0.01), (1.2, 0.01), "REGRESSION"),
-        ((1.0, 0.01), (1.04, 0.01), ""),  # beyond the spreads, not by 5 %
-        ((1.0, 0.15), (1.2, 0.10), ""),  # by more than 5 %, within the spreads
+        ((1.0, 0.01), (1.04, 0.01), ""),  # beyond the spreads, but below 5 %
+        ((1.0, 0.15), (1.2, 0.10), ""),  # more than 5 %, but within the spreads
         ((1.2, 0.01), (1.0, 0.01), "better"),
     ],
 )
@@ -66,7 +66,7 @@ def test_the_exit_code_tells_a_regression_and_the_table_names_it(tmp_path, monke
 
 
 def answers_in_turn(monkeypatch, *medians):
-    """Instead of measuring: each time it is asked, the next of these medians. Returns what was asked."""
+    """Replace measuring: each question gets the next of these medians. Return the list of questions asked."""
     asked, left = [], list(medians)
 
     def answer(questions, *, quick):
@@ -125,7 +125,7 @@ def test_between_two_machines_nothing_is_concluded(tmp_path, monkeypatch, capsys
 
 def test_answers_of_another_instruction_set_are_not_compared(tmp_path, monkeypatch, capsys):
     old = write(tmp_path / "old", record(1.0), instruction_set="avx9")
-    assert run_compare(monkeypatch, old) == 2  # nothing is measured for it
+    assert run_compare(monkeypatch, old) == 2  # nothing is measured
     mine = harness.instruction_set()
     assert f"an instruction set that is compared, {mine}, {old} has those of avx9" in capsys.readouterr().err
     both = write(write(tmp_path / "both", record(1.0)), record(1.0), instruction_set="avx9")

@@ -1,4 +1,4 @@
-"""The question of many masks: every task under every mask, the table, and a whole answer on a small model."""
+"""The many_masks benchmark: every task under every mask, the table, and a complete answer on a small model."""
 
 import json
 from dataclasses import replace

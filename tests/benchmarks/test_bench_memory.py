@@ -1,4 +1,4 @@
-"""A step's memory beyond its gradients, by the instruction sets of which a bound is asked in bf16."""
+"""A step's memory beyond its gradients, for the instruction sets that have a bound in bf16."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The boards' page: what stands at a budget, from a stored study."""
+"""The boards' page: the best entries at a budget, from a stored study."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Nothing is measured with a library that was built of other sources than those of the commit that the record names."""
+"""Nothing is measured with a library that was built from sources other than those of the recorded commit."""
 
 import json
 

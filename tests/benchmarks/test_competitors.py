@@ -1,4 +1,4 @@
-"""The competitors of a layer and of a matrix compute what ours does, and no more than is asked."""
+"""The competitors of a layer and of a matrix compute what ours computes, and nothing beyond the request."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_the_formulations_from_scores_agree():
     results = {name: made.call(name, "step", inputs)() for name in (FROM_SCORES, EAGER, PAPER)}
     for name in (EAGER, PAPER):
         for ours, theirs in zip(results[FROM_SCORES], results[name]):
-            # The paper's layer multiplies by the gradient of |scores|, as we by the sign; bf16 sums differ in order.
+            # The paper's layer multiplies by the gradient of |scores|, ours by the sign; bf16 sums differ in order.
             torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
     held = made.call(HELD, "forward", inputs)()
     torch.testing.assert_close(held, made.call(FROM_SCORES, "forward", inputs)(), rtol=0.02, atol=0.02)

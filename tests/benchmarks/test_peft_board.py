@@ -1,4 +1,4 @@
-"""benchmarks/peft_board: entries that PEFT can read, and what stands in for its data; PEFT's script is a stub here."""
+"""benchmarks/peft_board: entries that PEFT can read, and stand-ins for its data; PEFT's script is a stub here."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ ENTRIES = sorted(path.parent for path in HERE.rglob("adapter_config.json"))
 
 @pytest.fixture
 def checkout(tmp_path):
-    """What a checkout of PEFT has: a script that prints its entry, and results that are not copied."""
+    """Make what a PEFT checkout has: a script that prints its entry, and results that are not copied."""
     suite = tmp_path / "peft" / SUITE
     (suite / "results").mkdir(parents=True)
     (suite / "results" / "lora.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Stored results by machine: names, what is read again, and the page that shows them side by side."""
+"""Stored results by machine: names, what is read again, and the page that shows them next to each other."""
 
 import contextlib
 import json
@@ -60,7 +60,7 @@ def test_answers_are_found_by_question_and_by_machine(tmp_path):
     stored(tmp_path, "ops-cpu-amx.json", instruction_set="amx")
     stored(tmp_path, "cpu-avx512.json", instruction_set="avx512")
     stored(tmp_path, "memory_cards-cpu.json", instruction_set="amx")
-    stored(tmp_path, "scaling-cpu.json", backend="C++, avx512_bf16")  # from before names told it
+    stored(tmp_path, "scaling-cpu.json", backend="C++, avx512_bf16")  # from before names contained the instruction set
     stored(tmp_path, "compare-small.json")
     stored(tmp_path, "memory_blocks-cuda.json")
     records = read_all(tmp_path)
@@ -137,7 +137,7 @@ def test_every_target_is_measured():
 
 @pytest.fixture(scope="module")
 def two_machines(tmp_path_factory):
-    """A folder with small answers to cpu and generate; those of the second machine are the first one's, renamed."""
+    """Return a folder with small answers to cpu and generate; the second machine has renamed copies."""
     folder = tmp_path_factory.mktemp("two_machines")
     targets = {("step", "amx", HELD): 1000.0, ("step", "amx", FROM_SCORES): 0.001}
     torch.set_num_threads(2)
@@ -163,7 +163,7 @@ def test_the_targets_and_the_machines_stand_side_by_side(two_machines, capsys):
     assert list(records) == ["amx", "avx2"]
     told = "\n".join(cpu_tables(records["amx"]))
     assert "| step, bf16, 4 x 64, M = 3 | ours, held mask | 1000.00 | " in told
-    assert told.count("| met |") == 4  # both dtypes, with two threads and, as the bounds here have it, with one
+    assert told.count("| met |") == 4  # both dtypes, with two threads and, because these bounds include it, with one
     assert told.count("| NOT MET |") == 4
     assert "| step, fp32, 4 x 64, M = 3, 1 thread |" in told
     assert "Ceilings of the run, 1 thread: bf16 GEMM" in told
@@ -178,7 +178,7 @@ def test_the_targets_and_the_machines_stand_side_by_side(two_machines, capsys):
     assert re.fullmatch(r"[\d.]+", in_place)
     assert re.fullmatch(r"\*\*[\d.]+\*\* \(0\.00\)", scores)  # missed
     assert re.fullmatch(r"[\d.]+ \(1000\.00\)", held)
-    assert scores_elsewhere == scores.split()[0].strip("*")  # where nothing is asked
+    assert scores_elsewhere == scores.split()[0].strip("*")  # there is no target for this machine
     assert measured.shares_table(records).count("\n") == 1 + 8
     speeds = measured.generate_table(by_machine(two_machines, "generate"))
     assert [line.split("|")[1].strip() for line in speeds.splitlines()[2:]] == [
@@ -303,13 +303,13 @@ def test_launch_tells_ours_above_nn_linear_in_every_situation(tmp_path, monkeypa
 
 def test_launch_by_cubins_is_stored_by_processor_and_shown_as_launch_is(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "_folder", tmp_path)
-    monkeypatch.setattr(cubin_launch, "_by_cubins", contextlib.nullcontext)  # which takes a compiler and archives
+    monkeypatch.setattr(cubin_launch, "_by_cubins", contextlib.nullcontext)  # which needs a compiler and archives
     cubin_launch.main(bench_launch.Budget(rounds=2, calls=1))
     (name,) = [path.name for path in tmp_path.iterdir()]
     assert name == f"cubin_launch-cpu-{harness.instruction_set()}.json"
     (record,) = by_machine(tmp_path, "cubin_launch").values()
-    assert len(record["calls"]) == 4 * 4 + 3 + 6  # gradients alone, other ops
-    assert ratios(record) == {}  # which would be compared on machines without cubins
+    assert len(record["calls"]) == 4 * 4 + 3 + 6  # gradients only, and other ops
+    assert ratios(record) == {}  # else they would be compared on machines without cubins
     page = measured.written(measured.DOCUMENT.read_text(), tmp_path)
     assert "bf16 |\n|---|---:|\n| without grad: nn.Linear |" in page
     assert "`python -m benchmarks.cubin_launch`. " in page
@@ -321,7 +321,7 @@ def test_times_of_launch_are_taken_round_by_round():
     dense, ours = bench_launch.rows_of("fp32", bench_launch.GRAD, samples)
     assert dense["above"] is None
     assert dense["us"]["median"] == pytest.approx(2.0)
-    assert ours["above"]["median"] == pytest.approx(20.0)  # of 20, 21 and 18; the medians differ by 19
+    assert ours["above"]["median"] == pytest.approx(20.0)  # from 20, 21 and 18; the medians differ by 19
     _, above, ratio = bench_launch.findings_of(ours, samples)
     assert above.row() == ("MaskedLinear - nn.Linear: with grad, fp32", "20.0 [19.0, 20.5] us", "at most 35", "met")
     assert (ratio.quantity, ratio.measured.median) == ("ours, MaskedLinear / nn.Linear: with grad, fp32", 10.0)

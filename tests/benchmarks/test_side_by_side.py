@@ -1,4 +1,4 @@
-"""A backend that MFT_KERNELS asks for is measured beside ours in one run, each under its own name."""
+"""A backend requested by MFT_KERNELS is measured with ours in one run, each under its own name."""
 
 import json
 import os
@@ -22,7 +22,7 @@ COMPILED = (
 
 @pytest.fixture
 def called(own_table, monkeypatch):
-    """A backend "mine" that borrows every op of the reference, asked for; the ops that were called on it."""
+    """Request a backend "mine" that uses every op of the reference; return the list of ops called on it."""
     seen = []
 
     def noted(name, run):
@@ -76,7 +76,7 @@ def test_a_request_for_what_is_unknown_or_cannot_run_is_refused(own_table, monke
 
 def test_a_competitor_runs_on_the_backend_of_its_name(called):
     made, found = LayerCompetitors(24, 40), SideBySide.here()
-    assert called == []  # what is given to all was found by ours
+    assert called == []  # our own backend made the shared inputs
     for name in found.competitors([DENSE, FROM_SCORES, MODULE, HELD]):
         for op in ("forward", "d_x", "d_scores", "step"):
             call = made.call(name, op, inputs_of(3, 24, 40))
@@ -102,11 +102,11 @@ def test_ops_measures_both_and_names_them_in_record_and_table(called, tmp_path, 
     monkeypatch.setattr(roofline, "GEMM_SIZE", 64)
     monkeypatch.setattr(roofline, "COPY_BYTES", 2**20)
     for module, name, eager in COMPILED:
-        monkeypatch.setattr(module, name, eager)  # to compile them takes 20 s, and another test does
+        monkeypatch.setattr(module, name, eager)  # compiling them takes 20 s, and another test does it
     monkeypatch.setattr(bench_ops, "QUICK", bench_ops.Budget(((24, 64),), (1,), 0.0, 1))
     bench_ops.main(quick=True)
     (path,) = tmp_path.glob("*.json")
-    assert path.name == "ops-cpu-mine.json"  # ours alone has another
+    assert path.name == "ops-cpu-mine.json"  # ours has a different name
     record = json.loads(path.read_text())
     names = {case["competitor"] for case in record["cases"]}
     assert {FROM_SCORES, "mine, from scores", HELD, "mine, held mask", OURS, "mine", "mine, fp32"} <= names

@@ -1,4 +1,4 @@
-"""The tracker of memory: hand-computed peaks, PyTorch's own tracker, and fake tensors against real ones."""
+"""The memory tracker: peaks computed by hand, PyTorch's own tracker, and fake tensors compared with real ones."""
 
 import pytest
 import torch
@@ -35,10 +35,11 @@ def test_backward_by_hand():
     with MemoryTracker() as tracker:
         x = floats(1).requires_grad_()
         y = (x * x).exp()
-        assert (tracker.device_bytes, tracker.device_peak) == (2 * KB, 3 * KB)  # x, y; x, x * x, y
+        assert (tracker.device_bytes, tracker.device_peak) == (2 * KB, 3 * KB)  # now x, y; at the peak x, x * x, y
         y.sum().backward()
         del y
-    # x, y, the sum's block twice (and its gradient of one), grad * y, and of x * x: each of x's two, and their sum
+    # x, y, twice the sum's block (with its gradient of one), grad * y, and for x * x the gradient of each x, and their
+    # sum
     assert tracker.device_bytes == 2 * KB
     assert tracker.device_peak == 5 * KB + 2 * BLOCK
 
@@ -49,7 +50,7 @@ def test_views_and_in_place_operators_make_nothing():
         kept = [a[3:], a.view(2, -1).t(), a.detach(), a.add_(1), a.mul_(2).reshape(-1)]
         assert tracker.device_bytes == 4 * KB
         del a
-        assert tracker.device_bytes == 4 * KB  # the views hold it
+        assert tracker.device_bytes == 4 * KB  # the views keep it alive
         del kept
         assert tracker.device_bytes == 0
 
@@ -124,12 +125,12 @@ def test_pytorch_own_tracker_sees_the_same_peak():
     with MemoryTracker() as ours:
         ours.track([*model.parameters(), x])
         model(x).square().sum().backward()
-    # It counts a scalar as 4 bytes on a CPU, and not as the block that a GPU gives it.
+    # PyTorch's tracker counts a scalar as 4 bytes on a CPU, not as the block that a GPU allocates.
     assert ours.device_peak == pytest.approx(found["Total"], abs=4 * BLOCK)
 
 
 def run_layer(config, tokens, *, frozen=False):
-    """(tracker, bytes after the forward pass) of one decoder layer from its input and back, weights not counted."""
+    """Run one decoder layer forward and back; return (tracker, bytes after forward), without its weights."""
     layer = LlamaDecoderLayer(config, 0).requires_grad_(not frozen)
     rotations = [torch.empty(1, tokens, config.head_dim) for _ in range(2)]
     with MemoryTracker() as tracker:
@@ -161,7 +162,7 @@ def test_fake_and_real_tensors_agree(bfloat16):
 
 
 class Masked(torch.autograd.Function):
-    """What a held masked layer saves: its input."""
+    """A layer that saves only its input, like a held masked layer."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -178,7 +179,7 @@ class Masked(torch.autograd.Function):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(("name", "tokens"), [("llama2-7b", 4096), ("llama3.1-8b", 1024), ("llama2-70b", 4096)])
 def test_activations_of_one_layer(name, tokens, masked, monkeypatch, bfloat16):
-    """A whole layer of the published size, recomputed from its input and taken backward, under FakeTensorMode."""
+    """A whole layer of the published size is recomputed from its input and taken backward, under FakeTensorMode."""
     config = known_config(name)
     shape = shape_from_config(config, name)
     known = LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="sdpa")

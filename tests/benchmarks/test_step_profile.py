@@ -1,4 +1,4 @@
-"""A step's time by kind of operator: each operator has one, and the kinds add up to the time."""
+"""A step's time by kind of operator: each operator has one kind, and the kinds add up to the time."""
 
 import time
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What is said of stored results: whether their code has changed since, and which command makes them again."""
+"""The report about stored results: whether their code has changed since, and which command makes them again."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ COMMANDS = {
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A repository with one result, of a file that is there; commit(path, text) adds to it and gives the commit."""
+    """Return a repository with one result of an existing file; commit(path, text) adds to it and returns the commit."""
 
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]

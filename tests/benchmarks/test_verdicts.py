@@ -1,4 +1,4 @@
-"""What stored studies conclude, against today's rules, and their intervals against the sums that they hold."""
+"""Compare the conclusions of stored studies with today's rules, and their intervals with the sums that they hold."""
 
 import copy
 import json

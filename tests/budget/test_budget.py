@@ -1,4 +1,4 @@
-"""Masks under a budget: what is dropped, from which layers, and one result of it in every way of running a step."""
+"""Masks under a budget: what is dropped and from which layers, with the same result in every way of running a step."""
 
 import copy
 
@@ -18,8 +18,8 @@ from mft_kernels import MaskedGroupedLinear, float_from_fixed
 from mft_kernels.ops.checks import NonFiniteScores
 
 WAYS = ["in_place", "resident", "layerwise"]
-EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what differs
-# Dense products sum in an order of their own. Adam's first steps make the last bits of a gradient near 0 large.
+EXACT = 1e-6  # for scores at 0.02 after steps at 1e-3; only the order of sums differs
+# Dense products sum in an order of their own. Adam's first steps enlarge the last bits of a gradient near 0.
 TOLERANCE = dict.fromkeys(WAYS, EXACT) | {"in_place": 2e-5}
 BUDGET = 0.03
 
@@ -36,7 +36,7 @@ def train(way, model=None, rows=None, **options):
 
 
 def scores_of(model):
-    """Of all layers, one after another, in fp64."""
+    """Return the scores of all layers, one after another, in fp64."""
     scores = [m.scores.detach() for m in masked_modules(model).values()]
     return torch.cat([(float_from_fixed(s) if s.dtype == torch.int16 else s).double().flatten() for s in scores])
 
@@ -46,7 +46,7 @@ def masks_of(model):
 
 
 def smallest(values, count):
-    """False where one of the ``count`` smallest lies; none of these may tie with others."""
+    """Return a mask that is False at the ``count`` smallest values; none of these may tie with others."""
     ordered = values.sort().values
     assert ordered[count - 1] < ordered[count]
     return values >= ordered[count]
@@ -74,7 +74,7 @@ def test_a_model_begins_as_it_is():
 
 def test_without_a_ramp_the_smallest_weights_of_the_model_are_dropped():
     model = make_llama()
-    model.model.layers[1].mlp.up_proj.weight.data.mul_(10)  # in which none is small, then
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(10)  # this layer has no small weights
     weight = model.model.layers[2].mlp.up_proj.weight.data
     weight[0, :5] = 0.0
     before = copy.deepcopy(model)
@@ -100,7 +100,7 @@ def test_the_budget_is_dropped_where_the_scores_of_all_layers_are_smallest(way, 
     thresholds = {module.threshold for module in masked_modules(model).values()}
     assert len(thresholds) == 1
     by_layer = [int((~module.mask()).sum()) for module in masked_modules(model).values()]
-    assert len(set(by_layer)) > 1  # a share of each would be as many in each
+    assert len(set(by_layer)) > 1  # a share of each layer would give equal numbers
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def plain():
 
 @pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
 def separate(request, monkeypatch):
-    """Runs on the CPU as if it were, or were not, a device with a memory of its own."""
+    """Run on the CPU as if it did, or did not, have memory separate from the host's."""
     monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
 
 
@@ -209,4 +209,4 @@ def test_a_loop_of_one_s_own_learns_as_train_masks():
     ours, _ = train("plain", rows=rows, schedule="constant", warmup_ratio=0, batch_size=4, accumulation=1)
     assert (scores_of(model) - scores_of(ours)).abs().max() <= EXACT
     assert torch.equal(masks_of(model), masks_of(ours))
-    grow_budget(make_llama(), 1, steps)  # has none
+    grow_budget(make_llama(), 1, steps)  # a model without a budget

@@ -1,4 +1,4 @@
-"""mft estimate counts a budget: the pass over all scores after a step, and the file that comes of it."""
+"""mft estimate with a budget: it counts the pass over all scores after a step, and the size of the export."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ def test_scores_travel_once_a_pass_and_once_for_the_masks(way, scores, passes):
     without, with_it = estimate(SHAPE, workload), estimate(SHAPE, replace(workload, budget=0.006))
     travels = 0 if way == "plain" else (passes + 1) * WEIGHTS * (4 if scores == "float32" else 2) / 20e9
     assert with_it.seconds - without.seconds == pytest.approx(max(travels, WEIGHTS / 13e9))
-    assert with_it.device_peak == without.device_peak  # nothing else is at work then
+    assert with_it.device_peak == without.device_peak  # nothing else is at work during the pass
     assert with_it.host_peak == without.host_peak
     largest = 576 * 1536
     held = {"layerwise": 0, "resident": WEIGHTS / 8 + WEIGHTS * 2 + SHAPE.parameters * 2}

@@ -1,4 +1,4 @@
-"""A study's arm under a budget: what its runs drop and store, whatever keep ratio the study has."""
+"""A study's arm under a budget: what its runs drop and store, whatever the study's keep ratio is."""
 
 import io
 
@@ -25,7 +25,7 @@ def test_an_arm_drops_its_budget_of_all_its_layers(tmp_path, monkeypatch):
     row = next(row for row in study_numbers(findings)["domains"]["count"]["rows"] if row["arm"] == "budget")
     assert row["setting"]["keep_ratio"] is None
     trained = list((tmp_path / "run").rglob("trained/count/budget/*.safetensors"))
-    assert len(trained) == 2  # a seed each
+    assert len(trained) == 2  # one for each seed
     for path in trained:
         assert sum(int((weight == 0).sum()) for weight in load_file(path).values()) == int(0.02 * WEIGHTS)
     assert 0 < row["bytes"] < 0.25 * WEIGHTS / 8

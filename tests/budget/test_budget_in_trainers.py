@@ -1,4 +1,4 @@
-"""transformers' Trainer and PEFT drop the same budget as train_masks, by the same threshold."""
+"""transformers' Trainer and PEFT drop the same budget as train_masks, with the same threshold."""
 
 import copy
 
@@ -17,7 +17,7 @@ from mft.training.loop import train_masks
 from mft_kernels import unpack_mask
 from mft_kernels.ops.checks import NonFiniteScores
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT calls it
 
 STEPS, LR = 4, 1e-3
 MASK = {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1, 3], "budget": 0.03}
@@ -27,7 +27,7 @@ BATCH = {name: torch.tensor(make_rows(2)[name]) for name in ("input_ids", "label
 
 
 def ours(**changes):
-    """By train_masks; each step takes all four rows."""
+    """Train by train_masks; each step takes all four rows."""
     model = mask_model(make_llama(), MaskConfig(**MASK | changes))
     settings = {"schedule": "constant", "warmup_ratio": 0}
     train_masks(model, make_rows(4), TrainConfig(lr=LR, steps=STEPS, batch_size=2, accumulation=2, **settings))
@@ -47,7 +47,7 @@ def layers_of(model):
 
 
 def dropped(model, name="default"):
-    """By layer, as PEFT computes with it."""
+    """Return the number of dropped weights by layer, in the masks that PEFT computes with."""
     masks = [layer.current_mask(name, "weight") for layer in layers_of(model)]
     return [int((~unpack_mask(mask, (64, 32))).sum()) for mask in masks]
 
@@ -79,12 +79,12 @@ def test_a_layer_sees_what_was_written_into_another():
     model = adapted()
     first, *_, last = layers_of(model)
     before = dropped(model)
-    first.mft_scores["default"].data.mul_(1e6)  # whose weights are all kept then
+    first.mft_scores["default"].data.mul_(1e6)  # then all its weights are kept
     model(**BATCH)
     after = dropped(model)
     assert after[0] == 0
     assert sum(after) == sum(before) == QUOTA
-    last.mft_scores["default"] = torch.nn.Parameter(last.mft_scores["default"].detach() * 1e6)  # as PEFT loads
+    last.mft_scores["default"] = torch.nn.Parameter(last.mft_scores["default"].detach() * 1e6)  # as PEFT loads scores
     model.merge_adapter()
     zeros = [int((layer.base_layer.weight == 0).sum()) for layer in layers_of(model)]
     assert zeros[0] == zeros[-1] == 0

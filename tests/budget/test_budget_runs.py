@@ -1,4 +1,4 @@
-"""mft train under a budget: shown, gone on with bit for bit, exported in few bytes, evaluated and merged."""
+"""mft train under a budget: shown, resumed bit for bit, exported in few bytes, evaluated and merged."""
 
 import json
 import math
@@ -16,14 +16,14 @@ WEIGHTS = 2 * 9216  # of layers 2 and 3
 
 
 def dropped(directory):
-    """By layer."""
+    """Return the number of dropped weights by layer."""
     export = read_export(directory)
     return {entry.name: math.prod(entry.shape) - entry.kept for entry in export.modules}
 
 
 @pytest.mark.parametrize("memory", ["plain", "resident", "layerwise"])
 def test_a_killed_run_goes_on_bit_for_bit(cli, tmp_path, memory):
-    """From a step within the ramp."""
+    """It resumes from a step within the ramp."""
     few = [*BUDGET, f"memory={memory}", "checkpoint_minutes=0", "mask.budget_ramp=0.9"]
     code, output = cli("train", *few, "output_dir=straight")
     assert code == 0, output
@@ -57,7 +57,7 @@ def test_what_is_dropped_is_shown_exported_evaluated_and_merged(cli, tmp_path):
 
 
 def test_the_best_step_has_what_was_dropped_then(cli, tmp_path):
-    """Within the ramp, with the threshold of another step since."""
+    """The best step is within the ramp; later steps have other thresholds."""
     few = [*BUDGET, "train.lr=1", "train.eval_every=1", "train.keep_best=true", "mask.budget_ramp=1"]
     code, output = cli("train", *few)
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""Masks under a budget in torch.compile: thresholds that move every step compile nothing again."""
+"""Masks under a budget in torch.compile: thresholds that change at every step compile nothing again."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from mft.masks.peft import MaskPeftConfig
 from mft.masks.quantize import quantize_model
 
 STEPS = 3
-ROUNDING = 1e-4  # of the norm of a gradient; decompositions round otherwise
+ROUNDING = 1e-4  # relative to the norm of a gradient; decompositions round differently
 MASK = {"target_modules": ["gate_proj", "up_proj"], "budget": 0.05}
 BATCH = {name: torch.tensor(make_rows(2)[name]) for name in ("input_ids", "labels")}
 
@@ -52,7 +52,7 @@ def gradients(forward, model, scores):
 
 
 def graphs_by_step(model, scores, **options):
-    """How many there are after each step, under a budget that grows; they give the gradients of the model itself."""
+    """Return the number of graphs after each step under a growing budget; gradients must be the model's own."""
     optimizer = torch.optim.AdamW(scores, lr=1e-3)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, **options)
@@ -75,7 +75,7 @@ def test_thresholds_that_move_are_read_by_one_graph(make):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT calls it
 @pytest.mark.parametrize("make", [adapted, adapted_experts])
 def test_an_adapter_takes_several_graphs_and_later_steps_make_no_more(make):
     model = make()

@@ -1,4 +1,4 @@
-"""One threshold for several score matrices, against a sort of all of them; those of parts, against the matrix's."""
+"""One threshold for several score matrices, compared with a sort of all scores; thresholds from parts of matrices."""
 
 import threading
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 
 
 def matrices(dtype):
-    """Of different scales, an expert's among them, with ties and zeros."""
+    """Return matrices of different scales, one of experts among them, with ties and zeros."""
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(37, 11, generator=generator) * scale for scale in (0.02, 0.03, 0.001)]
     drawn.append(torch.randint(-3, 4, (2, 9, 5), generator=generator) * 0.005)
@@ -58,7 +58,7 @@ def test_what_cannot_be_dropped_is_refused():
 
 
 class Meeting:
-    """Adds up the counts of as many threads as there are parts, as an all-reduce adds up those of processes."""
+    """Add up the counts of one thread per part, as an all-reduce adds up those of processes."""
 
     def __init__(self, count):
         self.barrier, self.lock, self.total = threading.Barrier(count), threading.Lock(), None
@@ -74,7 +74,7 @@ class Meeting:
 
 
 def by_parts(scores, keep_ratio, mode, count=3):
-    """What each of so many threads finds of the matrices, of which it holds some rows."""
+    """Return what each of ``count`` threads finds for the matrices; each thread holds some of their rows."""
     meeting, found = Meeting(count), [None] * count
     dropped = [int((1 - keep_ratio) * matrix.numel()) for matrix in scores]
 
@@ -98,7 +98,7 @@ def test_the_threshold_of_parts_is_the_matrix_s_bit_for_bit(dtype, mode, keep_ra
     expected = [kept_threshold(matrix, keep_ratio, mode=mode) for matrix in scores]
     expected = [(float_from_fixed(t) if dtype == torch.int16 and keep_ratio else t).item() for t in expected]
     if dtype == torch.int16 and not keep_ratio:
-        expected = [torch.inf] * len(scores)  # a code of its own stands for it
+        expected = [torch.inf] * len(scores)  # a special code represents infinity
     for found in by_parts(scores, keep_ratio, mode):
         assert found == expected
 

@@ -1,7 +1,7 @@
-"""A small kernel whose code the tests of benchmarks/kernel_code read: a dot in a loop, masked in registers.
+"""A small kernel for the tests of benchmarks/kernel_code: a dot in a loop, masked in registers.
 
 tests/data/rs_hazard_triton36.sass.gz is its disassembly for sm_90 under Triton 3.6, which overwrites operands in
-flight. With that Triton installed, `PYTHONPATH=. python tests/building/masked_dot.py FILE` writes it anew.
+flight. With that Triton installed, `PYTHONPATH=. python tests/building/masked_dot.py FILE` writes it again.
 """
 
 import gzip
@@ -25,7 +25,7 @@ def _masked_dot_kernel(
     MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (BLOCK_N, BLOCK_M) = where(|scores| >= thresholds, weight, 0) (BLOCK_N, K) @ x.T (K, BLOCK_M)"""
+    """Compute out (BLOCK_N, BLOCK_M) = where(|scores| >= thresholds, weight, 0) (BLOCK_N, K) @ x.T (K, BLOCK_M)."""
     # Without this and a threshold for each row, every HGMMA of the loop waits for its operand (ptxas C7515).
     tl.assume(K > 0)
     n = tl.arange(0, BLOCK_N)
@@ -49,7 +49,7 @@ def _masked_dot_kernel(
 
 
 def compile_masked_dot(target: GPUTarget, n: int, m: int, num_warps: int, *, masked: bool = True) -> Any:
-    """The kernel in bf16 for one tile of n x m, 64 of K at a time; through TMA descriptors where there are any."""
+    """Compile the kernel in bf16 for one tile of n x m, 64 of K at a time; with TMA descriptors if there are any."""
     k = 4096
     matrices: list[Any] = [torch.empty(rows, k, dtype=torch.bfloat16, device="meta") for rows in (n, n, m)]
     if described := target.backend == "cuda" and target.arch >= 90:

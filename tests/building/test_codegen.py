@@ -1,6 +1,6 @@
-"""The code of the usual launches, for GPUs that are not here: no spills, what fits, what multiplies, no hazard.
+"""The code of the usual launches, for GPUs that this machine lacks: no spills, what fits, what multiplies, no hazards.
 
-All launches, with every dtype and mode: `make kernels-report`, for Triton 3.6 too.
+`make kernels-report` checks all launches, with every dtype and mode, for Triton 3.6 too.
 """
 
 import functools
@@ -37,7 +37,7 @@ KERNELS = {
     "_score_step_kernel",
     "_window_kernel",
 }
-#: In the report alone: rarer calls.
+#: In the report only: rarer calls.
 OTHERS = {"_masked_weight_kernel", "_many_masks_kernel", "_grouped_product_kernel", "_grouped_score_grad_kernel"}
 OTHERS |= {"_count_kernel", "_put_aside_kernel", "_put_back_kernel", "_drop_kernel"}
 every_entry = functools.cache(launches.entries)
@@ -46,8 +46,11 @@ every_entry = functools.cache(launches.entries)
 @pytest.mark.slow
 @pytest.mark.parametrize("card", launches.targets(), ids=str)
 def test_every_binary_of_the_usual_launches_is_as_it_should_be(card):
-    """Two of each kernel, of few tokens and of many; where instructions are sm_80's and shared memory alone differs, of
-    many, which take most of it. On gfx942 all."""
+    """Check two binaries of each kernel, for few and for many tokens.
+
+    For cards with sm_80's instructions and another shared memory, check only those for many tokens, which take most of
+    it. On gfx942, check all.
+    """
     entries = launches.entries(card, few=True)
     of_few, of_many = ({e.launch.kernel: e for e in some} for some in (reversed(entries), entries))
     if card.arch in (80, 90, 100):
@@ -75,7 +78,7 @@ def test_any_number_of_tokens_takes_at_most_four_binaries_of_the_product_by_scor
     empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     weight, scores, threshold, bias = empty(n, k), empty(n, k), empty(()), empty(n)
     with target.assume(card), launch.record() as launched:
-        for m in [*range(1, 130), *range(130, 4097, 13), 4096]:  # every remainder by 16, everywhere
+        for m in [*range(1, 130), *range(130, 4097, 13), 4096]:  # every remainder modulo 16, everywhere
             flat.masked_linear(empty(m, k), weight, scores, threshold, bias, "magnitude")
     keys = {(identity(one.kernel, one.args, one.options), one.options.get("MODE")) for one in launched}
     binaries = Counter((key.split("(")[0], mode) for key, mode in keys)
@@ -87,7 +90,7 @@ def test_any_number_of_tokens_takes_at_most_four_binaries_of_the_product_by_scor
 
 
 def tiles_of(launched):
-    """What of a launch the plan has decided."""
+    """Return the parts of a launch that the plan decides."""
     sizes = {name: value for name, value in launched.options.items() if "BLOCK" in name or name == "STAGES"}
     return launched.kernel.__name__, *sizes.items(), launched.options["num_warps"], launched.options.get("maxnreg")
 
@@ -151,7 +154,7 @@ def test_kernels_over_experts_are_as_they_should_be(card, rows, calls):
             copies = {one.opcode for one in loop if one.name in ("LDG", "LDGSTS", "UTMALDG")}
             wide = {opcode for opcode in copies if opcode == "UTMALDG.2D" or opcode.endswith(".128")}
             assert wide, name
-            assert copies - wide <= {"LDGSTS.E"}, name  # words, one a thread
+            assert copies - wide <= {"LDGSTS.E"}, name  # mask words, one per thread
 
 
 @pytest.mark.parametrize("card", launches.targets()[:4], ids=str)
@@ -164,7 +167,7 @@ def test_a_decoded_token_s_weight_comes_16_bytes_at_a_time_and_each_word_of_its_
     copies = Counter(one.opcode for one in loop if one.name in ("LDG", "LDGSTS", "UTMALDG"))
     rows, columns = product.options["BLOCK_P"], product.options["BLOCK_Q"]
     threads = 32 * product.options["num_warps"]
-    by_threads = threads * copies.pop("LDGSTS.E")  # words, one a thread
+    by_threads = threads * copies.pop("LDGSTS.E")  # mask words, one per thread
     assert by_threads == rows * columns // 32
     if card.descriptors:
         assert copies == {"UTMALDG.2D": 2}  # the tiles of weight and activations
@@ -173,7 +176,7 @@ def test_a_decoded_token_s_weight_comes_16_bytes_at_a_time_and_each_word_of_its_
 
 
 def test_rows_of_many_masks_wait_for_no_load():
-    """A load in the branch of one mask is waited for at once, each step anew."""
+    """A load inside the branch of one mask would be waited for at once, in each step."""
     ((_, call),) = launches._of_many(8, 3, torch.bfloat16)
     product = ahead.recorded(call, target.A100)[0]
     compiled = ahead.compile_ahead(product.kernel, ahead.gpu_target(target.A100), product.args, product.options)
@@ -186,7 +189,7 @@ WEIGHT_AND_WORDS = ((4096, torch.bfloat16), (128, torch.int32))
 
 
 def product_on(card, **options):
-    """The entry of the forward with 2048 tokens, with options of its launch changed."""
+    """Return the entry of the forward with 2048 tokens, with changed launch options."""
     entry = next(e for e in launches.entries(card, few=True) if "forward, M = 2048" in e.call)
     return replace(entry, launch=replace(entry.launch, options=entry.launch.options | options))
 

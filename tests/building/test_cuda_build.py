@@ -1,4 +1,4 @@
-"""How the CUDA library is built: which nvcc, which files, what is left out and why. Nothing is compiled here."""
+"""The build of the CUDA library: which nvcc, which files, what is left out and why. Nothing is compiled here."""
 
 import json
 import os
@@ -19,7 +19,7 @@ READERS = register_hazards.Readers("cuobjdump", "nvdisasm")
 
 
 def toolkit(folder: Path, version: str, ptxas: str | None = None) -> Path:
-    """A fake of CUDA's toolkit; returns its nvcc."""
+    """Make a fake CUDA toolkit; return its nvcc."""
     (folder / "bin").mkdir(parents=True)
     (folder / "lib64").mkdir()
     (folder / "lib64" / "libcudart_static.a").touch()
@@ -36,7 +36,7 @@ def toolkit(folder: Path, version: str, ptxas: str | None = None) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_toolkit(monkeypatch):
-    """None on this machine is found."""
+    """Hide every toolkit of this machine."""
     for name in ("CUDA_HOME", "MFT_NVCC", "MFT_CUDA", "CUTLASS_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
@@ -141,7 +141,7 @@ def test_mft_cuda_can_refuse_and_cannot_name_what_is_unknown(monkeypatch):
 
 @pytest.fixture
 def sources(tmp_path):
-    """A fake of csrc/cuda."""
+    """Make a fake csrc/cuda."""
     files = {
         "bindings.cpp": "",
         "select.cu": "",
@@ -224,11 +224,11 @@ def test_each_file_is_compiled_for_its_own_gpus(sources):
     assert "-gencode=arch=compute_90a,code=sm_90a" in flags["product_sm90_bf16.cu"]
     assert "--ptxas-options=-v" in flags["product_sm90_bf16.cu"]
     assert not any(flag.startswith(("-gencode", "--")) for flag in flags["product_sm90.cpp"])
-    # Every driver of CUDA 13 unpacks code of this mode; older drivers may not.
+    # Every CUDA 13 driver unpacks code of this mode; older drivers may not.
     assert "--compress-mode=size" in flags["select.cu"]
     older = cuda.kernel_units(general, groups, cuda.Wanted(), replace(compiler(), version=(12, 9)), "g++", [])
     assert not any("--compress-mode=size" in unit.flags for some in older.values() for unit in some)
-    # Else all would be compiled again when CUTLASS is installed later.
+    # Otherwise everything would be compiled again if CUTLASS is installed later.
     assert "/cutlass" in flags["product_sm90_bf16.cu"]
     assert "/cutlass" not in flags["select.cu"]
 
@@ -340,7 +340,7 @@ def test_what_is_missing_is_named_for_pip(tmp_path, monkeypatch):
 
 
 def setup_in(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """setup.py build_ext, or other arguments, in a copy of the tree that has next to no sources, and no nvcc."""
+    """Run setup.py build_ext, or other arguments, in a copy of the tree with almost no sources, and no nvcc."""
     for name in ("setup.py", "pyproject.toml", "README.md"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
     for name in ("building", "mft_kernels", "csrc/cpu", "csrc/cuda"):
@@ -354,7 +354,7 @@ def setup_in(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
 
 
 def driver_with(folder: Path, *, gpus: int, status: int = 0) -> dict[str, str]:
-    """The environment in which NVIDIA's driver is a fake that counts so many GPUs; cuInit returns status."""
+    """Return an environment in which NVIDIA's driver is a fake that counts ``gpus`` GPUs; cuInit returns ``status``."""
     source = folder / "driver.cpp"
     source.write_text(
         f'extern "C" int cuInit(unsigned) {{ return {status}; }}\n'

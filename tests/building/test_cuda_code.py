@@ -1,4 +1,4 @@
-"""The report on the compiled CUDA kernels sees what is wrong with one; what is built here has nothing wrong.
+"""The report on the compiled CUDA kernels finds what is wrong with a kernel, and finds nothing in what is built here.
 
 `make cuda` builds the kernels, `python -m benchmarks.kernel_code --only cuda` prints the table. No GPU is needed.
 """
@@ -27,7 +27,7 @@ from mft_kernels.backends import built
 
 TRITON_36 = Path(__file__).parent / "data" / "rs_hazard_triton36.sass.gz"
 
-# A kernel of 8 blocks a multiprocessor may use 32 registers a thread, and this one keeps 64 numbers at once.
+# A kernel with 8 blocks per multiprocessor may use 32 registers per thread, and this one keeps 64 numbers at once.
 PTX = """\
 .version 8.0
 .target {target}
@@ -53,7 +53,7 @@ SERIALISED = (
 
 
 def assembled(folder, *, blocks, target="sm_90a", count=64):
-    """(object, log) of a kernel that keeps ``count`` numbers at once, by the assembler that Triton brings."""
+    """Return (object, log) of a kernel that keeps ``count`` numbers at once, from the assembler that Triton brings."""
     load = [f"  ld.volatile.global.f32 %f{i}, [%p+{4 * i}];" for i in range(count)]
     store = [f"  st.volatile.global.f32 [%p+{4 * i}], %f{count - 1 - i};" for i in range(count)]
     text = PTX.format(name=NAME, blocks=blocks, target=target, count=count, body="\n".join(load + store))
@@ -135,7 +135,7 @@ GOOD = ["LDSM.16.M88.4 R8, [R9]", MMA, f"{WAIT}0x1"]
 
 
 def code(*lines):
-    """nvdisasm's text of a loop of these instructions."""
+    """Return nvdisasm's text of a loop of these instructions."""
     lines = ("UTMALDG.2D [UR8], [UR4]", *lines, "@P0 BRA `(.L_loop)", "EXIT")
     text = [f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines)]
     return "\n".join([text[0], ".L_loop:", *text[1:]])
@@ -219,9 +219,9 @@ def test_what_a_launch_asks_for_is_judged_on_each_gpu_that_runs_the_code():
         (128, 256, 0, 2),
         (129, 256, 0, 1),
         (136, 160, 0, 2),  # 5 warps of 4,352 registers: a quarter holds 3, all together 12
-        (32, 256, 116224, 1),  # half of what there is, without the KiB of the system
+        (32, 256, 116224, 1),  # half of the total, without the system's KiB
         (32, 256, 113 * 1024, 2),
-        (16, 1024, 0, 2),  # as many threads as there may be
+        (16, 1024, 0, 2),  # the most threads possible
     ],
 )
 def test_blocks_that_fit_a_multiprocessor(registers, threads, shared, blocks):
@@ -237,13 +237,13 @@ def test_a_kernel_that_does_not_fit_as_often_as_it_says_is_a_fault():
 def test_how_many_blocks_fit_is_asked_of_the_launch_on_the_target_s_own_gpu():
     general = {"name": "ProductKernel<Float16, float, true, true, 128>", "target": "sm_80", "registers": 128}
     kernel = kernel_of("HMMA.16816.F32 R24, R20, R68, R24", **general, threads=256, blocks=2)
-    assert faults(kernel, {80: Launch(256, 65536), 89: Launch(256, 98304)}) == ()  # 8.9 has room for one
+    assert faults(kernel, {80: Launch(256, 65536), 89: Launch(256, 98304)}) == ()  # 8.9 has room for only one
     (fault,) = faults(kernel, {80: Launch(256, 98304), 89: Launch(256, 65536)})
     assert fault == "2 blocks shall share a multiprocessor, registers and shared memory let 1"
 
 
 def test_a_loop_in_which_threads_part_is_still_a_loop():
-    """Each barrier serves again and again; here before the loop and inside it, for each tile."""
+    """Each barrier is used repeatedly: here before the loop and inside it, for each tile."""
     lines = [
         ".L_tiles:", "BSSY B0, `(.L_a)", "@P1 BRA `(.L_b)", "NOP", ".L_b:", "BSYNC B0", ".L_a:", "NOP",
         ".L_loop:", "BSSY B0, `(.L_c)", "@P1 BRA `(.L_d)", "NOP", ".L_d:", "BSYNC B0", ".L_c:",
@@ -317,7 +317,7 @@ def test_launches_are_recorded_and_what_a_driver_would_refuse_is_refused(tmp_pat
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """One source with a header, and its object, log and report."""
+    """Make a source with a header, and its object, log and report."""
     for name, text in {"a.cu": '#include "a.h"\n', "a.h": "", "a.cu.o": "", "a.cu.o.log": ""}.items():
         (tmp_path / name).write_text(text)
         os.utime(tmp_path / name, (1000, 2000 if name.startswith("a.cu.o") else 1000))
@@ -348,7 +348,7 @@ def test_kernels_that_are_not_there_are_told(tree, monkeypatch, capsys):
 
 @pytest.fixture
 def library():
-    """What _build.json says of the CUDA library."""
+    """Return what _build.json says about the CUDA library."""
     report = built.report("cuda")
     if reason := cuda.missing(report):
         pytest.skip(f"the CUDA kernels are not built: {reason}")
@@ -360,7 +360,7 @@ GENERAL = (
     *("ScoreGradKernel", "GroupedProductKernel", "GroupedScoreGradKernel", "SumPartsKernel", "FinishPartsKernel"),
     *("SelectKernel", "ScoreStepKernel", "WindowKernel"),
 )
-OF_HOPPER = {"product_sm90": "ProductSm90", "score_grad_sm90": "ScoreEpilogue"}  # the latter within CUTLASS's kernel
+OF_HOPPER = {"product_sm90": "ProductSm90", "score_grad_sm90": "ScoreEpilogue"}  # the latter is within CUTLASS's kernel
 
 
 def test_every_group_is_compiled_for_hopper_and_the_general_kernels_for_every_target(library):
@@ -368,7 +368,7 @@ def test_every_group_is_compiled_for_hopper_and_the_general_kernels_for_every_ta
         one for name in library["kernels"] for one in ptxas_log.kernels((cuda.OBJECTS / f"{name}.o.log").read_text())
     ]
 
-    def targets(kernel):  # a symbol has names behind their length
+    def targets(kernel):  # a symbol has each name after its length
         return {one.architecture for one in compiled if f"{len(kernel)}{kernel}" in one.name}
 
     general = {target for target in library["targets"] if target.startswith("sm_")}
@@ -380,14 +380,14 @@ def test_every_group_is_compiled_for_hopper_and_the_general_kernels_for_every_ta
 
 @pytest.mark.slow
 def test_compiled_kernels_are_as_they_should_be(library, monkeypatch):
-    """Of every kind of code the smaller files, and of those that differ in their type bf16's.
+    """Read the smaller files of every kind of code; of files that differ only in their type, those for bf16.
 
-    `make cuda`, which builds them, reads all, and ends with exit code 1 at a fault. That takes a minute.
+    `make cuda` builds the kernels, reads all files in a minute, and ends with exit code 1 if it finds a fault.
     """
     objects = {name: cuda.OBJECTS / f"{name}.o" for name in library["kernels"]}
     read = [name for name, path in objects.items() if "_fp16" not in name and path.stat().st_size < 2e6]
     kinds = {"decode_sm80.cu", "many_sm80.cu", "product_sm90_bf16.cu", "score_grad_sm80.cu", "select.cu"}
-    left_out = tuple(library["left_out"])  # groups, as product_sm90 of product_sm90_bf16.cu
+    left_out = tuple(library["left_out"])  # groups, such as product_sm90 for product_sm90_bf16.cu
     assert {kind for kind in kinds if not kind.startswith(left_out)} <= {*read}
     others = [path for name, path in objects.items() if name not in read]  # they link with each other
     monkeypatch.setattr(cuda, "launches", lambda some: cuda_launches.launches([*some, *others]))

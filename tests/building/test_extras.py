@@ -1,4 +1,4 @@
-"""Each extra of pyproject.toml alone is enough for what it is for: packages that it does not bring are hidden."""
+"""Each extra of pyproject.toml suffices for its purpose: packages that it does not bring are hidden."""
 
 import importlib.metadata as metadata
 import re
@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OF_THE_CHECKOUT = {"dev", "cuda-build", "docs"}  # for whoever works in it: no user installs them alone
+OF_THE_CHECKOUT = {"dev", "cuda-build", "docs"}  # for work on the checkout: no user installs only these
 
 HIDE = """
 import re, sys
@@ -133,7 +133,7 @@ Trackers(["tensorboard"], Path("."), "project", {}, None, print).close()
 
 
 def brought_by(extra, name=None, found=None):
-    """The distributions of an install with this extra alone: {name: extras}."""
+    """Return the distributions of an install with only this extra: {name: extras}."""
     found = {} if found is None else found
     name, extras = name or PROJECT["name"], frozenset({extra} if isinstance(extra, str) else extra or ())
     key = re.sub(r"[-_.]+", "-", name).lower()
@@ -148,7 +148,7 @@ def brought_by(extra, name=None, found=None):
 
 
 def requirements(extras):
-    """Of this project: from its file, as an installed checkout may be older."""
+    """Return this project's requirements from its file, because an installed checkout may be older."""
     return [*PROJECT["dependencies"], *(need for extra in extras for need in PROJECT["optional-dependencies"][extra])]
 
 
@@ -156,7 +156,7 @@ def installed_requirements(name):
     try:
         return metadata.requires(name) or []
     except metadata.PackageNotFoundError:
-        return []  # of another system, or of an extra that only a checkout has
+        return []  # for another system, or for an extra that only a checkout has
 
 
 def test_every_extra_is_driven():

@@ -1,4 +1,4 @@
-"""The kernel for the Kernel Hub: build.toml, the folder that building/hub_kernel.py makes, and what loads from it."""
+"""The kernel for the Kernel Hub: build.toml, the folder that building/hub_kernel.py makes, and loading from it."""
 
 import ast
 import copy
@@ -31,7 +31,7 @@ BUILD = tomllib.loads((ROOT / "build.toml").read_text())
 
 
 def kernels_tool():
-    """Hugging Face's package, and not the folder of tests that has its name."""
+    """Return Hugging Face's package, not the tests folder with the same name."""
     pytest.importorskip("kernels._rust", reason="the kernels tool is not installed")
     return importlib.import_module("kernels")
 
@@ -84,7 +84,7 @@ def test_the_kernels_tool_reads_build_toml():
 
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory):
-    """{backend: folder of the variant}"""
+    """Return {backend: folder of the variant}."""
     if cpu.unavailable is not None:
         pytest.skip(f"cpu backend: {cpu.unavailable}")
     made = hub_kernel.make(tmp_path_factory.mktemp("hub-kernel"))
@@ -182,12 +182,12 @@ def test_an_abi_that_is_too_new_is_told(variants, monkeypatch):
 
 @pytest.fixture(scope="module")
 def loaded(variants):
-    """The CPU's variant, beside the installed package."""
+    """Return the CPU's variant, loaded next to the installed package."""
     return load(variants["cpu"])
 
 
 def load(variant):
-    """By the kernels tool where it is there, else in the same way."""
+    """Load a variant with the kernels tool if it is installed, else in the same way."""
     try:
         from kernels import get_local_kernel
     except ImportError:
@@ -253,7 +253,7 @@ def test_watched_scores_are_selected_from_once(loaded):
 def test_kernelize_gives_a_models_layers_the_kernels_forward(loaded, variants):
     kernels = kernels_tool()
 
-    class Masked(MaskedLinear):  # what is made extensible stays so
+    class Masked(MaskedLinear):  # a class made extensible stays so
         pass
 
     kernels.replace_kernel_forward_from_hub(Masked, "MaskedLinear")
@@ -280,7 +280,7 @@ def test_kernelize_gives_a_models_layers_the_kernels_forward(loaded, variants):
 
 
 def hub_cache(folder, repo_id, variant):
-    """As huggingface_hub leaves what it has downloaded: links to files that are named by their contents."""
+    """Lay out a cache as huggingface_hub does: links to files that are named by their contents."""
     commit = hashlib.sha1(variant.name.encode()).hexdigest()
     repository = folder / f"kernels--{repo_id.replace('/', '--')}"
     for path in variant.rglob("*"):

@@ -1,4 +1,4 @@
-"""The readers of generated code see what is there, what is wrong above all; nothing here needs a device."""
+"""The readers of generated code see what it contains, and especially what is wrong. No device is needed."""
 
 import gzip
 import re
@@ -133,11 +133,11 @@ def test_each_wait_is_needed(clean):
 def test_operands_that_triton_3_6_overwrites_are_found():
     found = hazards(gzip.decompress(TRITON_36.read_bytes()).decode())
     assert len(found) == 41
-    # Read by hand. The loop ends with three HGMMAs in flight, and begins with:
+    # From reading it by hand: the loop ends with three HGMMAs in flight, and begins with
     #     /*0fb0*/ LDSM.16.M88.4 R88, [R7+UR12+0x14000]
     # while /*1970*/ HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR12], R24, gsb0 is the oldest of them.
     assert {Hazard(0xFB0, register, 0x1970) for register in range(88, 92)} <= set(found)
-    # Its fourth group, which reads R100 to R103, is the first one of the next turn: waited for in time.
+    # Its fourth group, which reads R100 to R103, is the first one of the next iteration: it is waited for in time.
     assert not any(100 <= hazard.register < 104 for hazard in found)
 
 
@@ -147,7 +147,7 @@ OTHER = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
 
 
 def kernel(*lines):
-    """Text as nvdisasm writes it: instructions 16 bytes apart, labels between them, a spin at the end."""
+    """Return text as nvdisasm writes it: instructions 16 bytes apart, labels between them, a spin at the end."""
     text, address = [], 0
     for line in (*lines, "EXIT", ".L_end:", "BRA `(.L_end)"):
         if line.endswith(":"):
@@ -174,11 +174,11 @@ def kernel(*lines):
         # A wait for all but one covers the older group, not the newer one.
         ([f"{HGMMA}, gsb0", OTHER, f"{WAIT}0x1", "MOV R4, R9"], []),
         ([OTHER, f"{HGMMA}, gsb0", f"{WAIT}0x1", "MOV R4, R9"], [(0x30, 4, 0x10)]),
-        # A group is one however many HGMMAs it holds, and no wait covers one that nothing closed.
+        # A group counts as one, however many HGMMAs it holds. No wait covers an HGMMA whose group is not closed.
         ([HGMMA, OTHER, OTHER, f"{WAIT}0x1", "MOV R4, R9"], []),
         ([HGMMA, OTHER, f"{WAIT}0x1", "MOV R4, R9"], [(0x30, 4, 0x00)]),
         ([HGMMA, f"{WAIT}0x0", "MOV R4, R9"], [(0x20, 4, 0x00)]),
-        # Only round the loop; only by a jump out of it; only through a call.
+        # A hazard only around the loop; only after a jump out of it; only through a call.
         ([".L_a:", "MOV R4, R9", f"{HGMMA}, gsb0", "@P0 BRA `(.L_a)", f"{WAIT}0x0"], [(0x00, 4, 0x10)]),
         ([".L_a:", "MOV R4, R9", f"{HGMMA}, gsb0", f"{WAIT}0x0", "@P0 BRA `(.L_a)"], []),
         ([f"{HGMMA}, gsb0", "@P0 BRA `(.L_b)", f"{WAIT}0x0", ".L_b:", "MOV R4, R9"], [(0x30, 4, 0x00)]),
@@ -220,7 +220,7 @@ def test_jumps_without_a_known_target_are_refused():
 
 
 def test_written_registers_are_those_of_nvdisasm(hopper, tmp_path):
-    """nvdisasm -plr draws a column for each register: ^ where it is written, v where read, x where both."""
+    """nvdisasm -plr draws a column for each register: ^ for written, v for read, x for both."""
     file = tmp_path / "kernel.cubin"
     file.write_bytes(hopper.asm["cubin"])
     command = [knobs.nvidia.nvdisasm.path, "-c", "-plr", str(file)]

@@ -1,4 +1,4 @@
-"""What make installs for which target, in which order, and what it shows. Nothing is installed: Python is a script."""
+"""The packages that make installs for each target, in order, and its output. Python is a script: none is installed."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def environment(tmp_path):
-    """A virtual environment whose Python notes its arguments in python.log, and fails if they hold what fail says."""
+    """Make a virtual environment whose Python logs its arguments in python.log, and fails if fail's text is in them."""
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python"
     python.write_text(

@@ -1,4 +1,4 @@
-"""Libraries that are built here load on systems with an older glibc."""
+"""Libraries built here load on systems with an older glibc."""
 
 import ctypes
 import platform

@@ -1,4 +1,4 @@
-"""What a wheel holds, and the version that everything names."""
+"""The contents of a wheel, and the version that all files name."""
 
 import os
 import re
@@ -16,21 +16,21 @@ import mft_kernels
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"mft_kernels": ROOT / "mft_kernels", "mft": ROOT / "python" / "mft"}
-BUILT = {".so", ".pyc"}  # and what is named so: no sources
+BUILT = {".so", ".pyc"}  # and everything named like these: they are not sources
 BUILT_FILES = {"mft_kernels/_build.json", "mft_kernels/faster.json"}
 
 
 def files(package, folder):
-    """Names of a package's files, as a wheel calls them."""
+    """Return the names of a package's files in a wheel."""
     found = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in BUILT]
     return {str(package / path.relative_to(folder)) for path in found} - BUILT_FILES
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The folder of what setup.py would put into a wheel, without the libraries."""
+    """Return the folder of what setup.py would put into a wheel, without the libraries."""
     folder = tmp_path_factory.mktemp("wheel")
-    aside = ["egg_info", "--egg-base", str(folder), "build_py", "--build-lib", str(folder)]  # not in the checkout
+    aside = ["egg_info", "--egg-base", str(folder), "build_py", "--build-lib", str(folder)]  # outside the checkout
     command = [sys.executable, "setup.py", "-q", *aside]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""The CPU library by other compilers and for other processors: what `make ports` looks at, and a part of it."""
+"""The CPU library with other compilers and for other processors: what `make ports` checks, and a part of it."""
 
 import fcntl
 import os
@@ -104,8 +104,8 @@ def test_portable_kernels_compute_what_every_build_has_to():
     port, folder = ports.Port("here", compiler, "portable"), ROOT / "build" / "portable_kernels"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests build one after the other
-        # -O3 takes half again as long and gives the same; with ninja only what has changed is compiled again.
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs build one after the other
+        # -O3 takes 1.5 times as long and gives the same. With ninja, only changed files are compiled again.
         program = ports.build_driver(port, folder, ["-O1", "-w"])
     assert ports.differences(ports.run(port, program, "portable"), ports.CHECKSUMS.read_text()) == []
     with pytest.raises(ports.Failed, match="MFT_CPU_CAPABILITY must be one of portable on this machine, got 'avx2'"):

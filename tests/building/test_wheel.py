@@ -1,4 +1,4 @@
-"""What a wheel to publish must not be, and what its sdist must hold; make wheel-test installs the real ones."""
+"""Rules for a wheel that is published, and for its sdist's contents; make wheel-test installs the real ones."""
 
 import json
 import tarfile
@@ -14,7 +14,7 @@ WHOLE = {"built": True, "reason": None, "left_out": {}}
 
 
 def packed(folder, name=NAME, report=None, cubins=True, sources=()):
-    """A wheel with these files."""
+    """Make a wheel with these files."""
     path = folder / name
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("mft_kernels/_build.json", json.dumps(report or {"cpu": WHOLE, "cuda": WHOLE}))

@@ -1,4 +1,4 @@
-"""Each verb from the command line on a tiny model, and what wrong input is told."""
+"""Each verb from the command line on a tiny model, and the messages for wrong input."""
 
 import json
 
@@ -240,7 +240,7 @@ def test_flips_of_runs_are_drawn_from_their_metrics(cli, tmp_path):
     assert (tmp_path / "flips.png").read_bytes()[:4] == b"\x89PNG"
     code, output = cli("plot", "flips", "run0", "run1")
     assert (code, output) == (0, "written: run0/flips.png\n")
-    check_run_directory("run0", overwrite=True)  # the picture is the run's own
+    check_run_directory("run0", overwrite=True)  # the picture belongs to the run
     code, output = cli("plot", "summary", "run0")
     assert code == 2
     assert "directory must be a finished study's, as mft compare and mft ablate write it" in output

@@ -1,4 +1,4 @@
-"""The console script where the packages of an extra are not there."""
+"""The console script if the packages of an extra are missing."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 
 
 def without(modules, *arguments):
-    """What `mft` says where these modules are not installed."""
+    """Return what `mft` prints if these modules are not installed."""
     hidden = f"sys.modules |= dict.fromkeys({list(modules)!r})"
     code = f"import sys; {hidden}; sys.argv[1:] = {list(arguments)!r}; from mft.cli.command import main; main()"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""mft data show: rows as the model will see them, from the tokenizer alone."""
+"""mft data show: rows as the model will see them, using only the tokenizer."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from mft.cli.data import describe_row
 
 @pytest.fixture
 def show(cli, tokenizer, smollm2_dir, tmp_path, monkeypatch):
-    """Of rows, the output of mft data show; whoever loads weights fails."""
+    """Return a function from rows to the output of mft data show; loading weights fails."""
     from transformers import PreTrainedModel
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("the base is loaded"))

@@ -1,4 +1,4 @@
-"""mft demo on a tiny model: what it tells, what it leaves, and what it deletes."""
+"""mft demo on a tiny model: what it prints, what it writes, and what it deletes."""
 
 import json
 import re
@@ -19,7 +19,7 @@ LEFT = {"config.yaml", "masks", "metrics.jsonl", "model", "plot.png", "table.jso
 
 @pytest.fixture
 def config(model_dir, tmp_path, monkeypatch):
-    """The shipped one on the tiny model and rows that count, in tmp_path/run; the prompt is of words that it has."""
+    """Return the shipped configuration on the tiny model and counting rows, in tmp_path/run, with a fitting prompt."""
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "PROMPT", "1 2 3")
     monkeypatch.setattr(demo, "TOKENS", 6)
@@ -39,7 +39,7 @@ def test_the_demo_tells_before_and_after_and_leaves_a_run_with_its_merged_model(
     printed = told(config, capsys)
     assert {path.name for path in (tmp_path / "run").iterdir()} == LEFT
     words = " ".join(printed.split())
-    # The base speaks before anything is trained, and once more beside the masked model.
+    # The base answers before anything is trained, and again next to the masked model.
     assert printed.index("1 2 3") < printed.index("before, validation:") < printed.index("mask fine-tune:")
     first, second, third = re.findall(r"^1 2 3.*$", printed, re.MULTILINE)
     assert first == second != third
@@ -75,8 +75,8 @@ def test_an_earlier_demo_is_deleted_finished_or_not_and_another_run_only_if_aske
     assert not begins()  # there is nothing to delete
     run.mkdir()
     save_config(config, run / "config.yaml")
-    (run / ".masks.abcdefgh.tmp").mkdir()  # as a killed one leaves it
-    config.model.dtype = "float32"  # what the faster one is, is measured each time
+    (run / ".masks.abcdefgh.tmp").mkdir()  # left by a killed demo
+    config.model.dtype = "float32"  # which dtype is faster is measured each time
     assert begins()
     (run / "masks").mkdir()
     assert begins()
@@ -88,7 +88,7 @@ def test_an_earlier_demo_is_deleted_finished_or_not_and_another_run_only_if_aske
 
 def test_a_directory_of_something_else_is_refused_before_the_model_is_loaded(config, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "study.yaml").touch()  # as the demo of before 0.2 wrote it
+    (tmp_path / "run" / "study.yaml").touch()  # as the demo wrote it before 0.2
     config.model.name = "not there"
     for overwrite in (False, True):
         with pytest.raises(ValueError, match=r"output_dir must be new, empty or a run's, got .* with study.yaml"):

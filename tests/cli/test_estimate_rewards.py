@@ -1,4 +1,4 @@
-"""mft estimate --config: each arm of a study by rewards, as rewards_memory counts it, and exit codes."""
+"""mft estimate --config: each arm of a study with rewards, as rewards_memory counts it, and exit codes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""mft estimate: the table, the choice and the JSON that it prints, its exit codes, and sizes with their units."""
+"""mft estimate: its table, choice and JSON, its exit codes, and sizes with their units."""
 
 import json
 
@@ -17,11 +17,11 @@ from mft.memory.workload import Workload
 
 @pytest.fixture(autouse=True)
 def this_machine(monkeypatch):
-    """One of 64 GB."""
+    """Pretend that this machine has 64 GB."""
     monkeypatch.setattr(estimate_command, "machine_bytes", lambda: 64e9)
 
 
-PAPER = ("--sequence", "4096", "--accumulation", "128")  # the paper's rows, and rows per step
+PAPER = ("--sequence", "4096", "--accumulation", "128")  # the paper's row length, and rows per step
 
 
 def call_paper(*arguments):
@@ -95,7 +95,7 @@ def test_what_is_said_of_experts():
 
 
 def test_processes_share_the_machine_and_a_step():
-    """With fewer micro-batches each needs less for boundaries, and has less than one alone would have."""
+    """With fewer micro-batches, each process needs less for boundaries, but has less memory than a single process."""
     asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "layerwise", "--gpu", "24GB", "--host", "200GB")
     asked += ("--scores", "float32", "--moments", "float32")
     assert call_paper(*asked)[0] == 0
@@ -116,7 +116,7 @@ def test_processes_share_the_machine_and_a_step():
 
 
 def test_the_default_is_what_fits_a_workstation():
-    """The paper's step of all layers; an explicit format is kept, or refused."""
+    """The paper's step of all layers; a format that the user gives is kept, or refused."""
     asked = ("--model", "llama2-7b", "--gpu", "4GB")
     code, output = call_paper(*asked)
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""mft generate and mft chat: base and masked answers, the conversation, and what is no run to talk to."""
+"""mft generate and mft chat: base and masked answers, the conversation, and directories that are no run."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ GREEDY = Sampling(max_tokens=6)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """base/, with weights so large that masks decide which word is likeliest, and masks/ on it that drop half."""
+    """Make base/, whose weights are so large that masks decide the likeliest token, and masks/ on it that drop half."""
     directory = tmp_path_factory.mktemp("place")
     save_llama(directory / "base")
     make_llama(initializer_range=0.3).save_pretrained(directory / "base")
@@ -39,7 +39,7 @@ def call(*arguments, lines=""):
 
 
 def continued(model, prompt, tokens=6):
-    """Greedily, token by token, without a cache."""
+    """Return a greedy continuation, token by token, without a cache."""
     ids = list(prompt)
     for _ in range(tokens):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -47,7 +47,7 @@ def continued(model, prompt, tokens=6):
 
 
 def answers(output):
-    """{name: its answers, in order}"""
+    """Return {name: its answers, in order}."""
     found, name = {}, None
     for line in output.splitlines():
         if line in ("base:", "masked:"):

@@ -1,4 +1,4 @@
-"""--help of the verbs that take a configuration: every key in its section, and one key explained."""
+"""--help of verbs that take a configuration: every key in its section, and one key explained."""
 
 import dataclasses
 import subprocess
@@ -13,7 +13,7 @@ from mft.config import RunConfig
 from mft.config_file import load_config
 
 SECTIONS = {item.name: item.type for item in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(item.type)}
-NAMED = "data.sources"  # whose keys have no default
+NAMED = "data.sources"  # its keys have no default
 
 
 def call(*arguments):
@@ -39,7 +39,7 @@ def test_help_lists_every_key_with_type_default_and_a_line(verb):
     assert "model.quantization=null " in lines["model.quantization"]
     assert "nf4, nf4-dq, int8 or null: Quantise the frozen linear" in lines["model.quantization"]
     assert "int from 0, list of int from 0, text or null: " in lines["mask.layers_to_transform"]
-    assert "train.epochs=1 " in lines["train.epochs"]  # a run's own default, not that of its section's class
+    assert "train.epochs=1 " in lines["train.epochs"]  # the run's own default, not that of the section's class
     assert "--merge" in output or verb == "finetune"
 
 
@@ -80,7 +80,7 @@ def test_help_of_a_study_explains_its_keys():
     assert code == 0
     assert "arms.NAME.lrs=[]" in output
     assert "stage.batch_size=1" in output
-    code, output = call("compare", "--help", "stage.lr")  # which the arms decide
+    code, output = call("compare", "--help", "stage.lr")  # the arms decide it
     assert code == 2
     assert "unknown key 'stage.lr'; did you mean " in output
 

@@ -1,4 +1,4 @@
-"""mft env --measure: what is timed is right, and what is said of it follows from the times."""
+"""mft env --measure: what it times is correct, and its conclusions follow from the times."""
 
 import io
 import re
@@ -79,7 +79,7 @@ def test_what_the_machine_is_busy_with_and_what_to_do_is_told(shares, told):
 
 @pytest.mark.parametrize("busy", [(True, False), (False, True), (False, False)], ids=str)
 def test_contention_is_told_before_anything_is_measured(busy, monkeypatch):
-    """And measured again at the end, as other work may have begun meanwhile."""
+    """It is measured again at the end, because other work may have begun meanwhile."""
     found = iter(Contention((0.5 if waits else 1.0,)) for waits in busy)
     monkeypatch.setattr(measure, "core_share", lambda threads: next(found))
     monkeypatch.setattr(measure, "SIZES", (64, 32, 32))
@@ -101,7 +101,7 @@ def test_what_is_timed_agrees(dtype):
         ours = found[SCORES] if place is None else found[SCORES][place]
         torch.testing.assert_close(ours, found[EAGER], **tolerance)
         assert not torch.equal(found[DENSE], found[EAGER])
-        if op != "d_scores":  # the held one adds into a buffer what weight and sign are multiplied into later
+        if op != "d_scores":  # the held mask's buffer is multiplied by weight and sign later
             held = found[HELD] if place is None else found[HELD][place]
             torch.testing.assert_close(held, found[EAGER], **tolerance)
 
@@ -114,6 +114,6 @@ def test_all_rows_are_measured_and_shown(monkeypatch):
     assert len(rows) == len({(row.dtype, row.op, row.m) for row in rows}) == 18
     told = console.file.getvalue()
     assert "measuring: 18/18" in told
-    assert "N = K = 32, 1 threads" in told  # no larger one fits into no time
+    assert "N = K = 32, 1 threads" in told  # there is no time for a larger one
     assert all(f"{op}, {dtype}" in told for op in measure.OPS for dtype in measure.DTYPES)
     assert told.splitlines()[-1].startswith(("eager PyTorch is nowhere", "auto would be better off"))

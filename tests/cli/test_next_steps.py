@@ -1,4 +1,4 @@
-"""What mft train and mft demo print as next steps works as printed, wherever it is typed and wherever the base lies."""
+"""The next steps that mft train and mft demo print work as printed, in any directory and wherever the base is."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from mft.study.load import load_study
 
 
 def printed_commands(output):
-    """The verbs and arguments of the lines that are commands."""
+    """Return the verbs and arguments of the lines that are commands."""
     return [shlex.split(line)[1:] for line in re.findall(r"^ *(mft .*?) *$", output, re.MULTILINE)]
 
 
@@ -68,7 +68,7 @@ def test_what_is_given_wins(cli, model_dir, tmp_path, monkeypatch):
 def test_relative_paths_are_those_of_the_run_wherever_it_is_used(cli, model_dir, tmp_path, monkeypatch):
     shutil.copytree(model_dir, tmp_path / "base")
     assert cli("train", *LEARN, "model.name=base", "output_dir=runs/x")[0] == 0
-    (tmp_path / "else" / "base").mkdir(parents=True)  # of the same name, and no model
+    (tmp_path / "else" / "base").mkdir(parents=True)  # the same name, but not a model
     monkeypatch.chdir(tmp_path / "else")
     assert f"base {tmp_path}/base in float32" in mft_runs("verify", tmp_path / "runs" / "x")
     output = mft_runs("evaluate", "--masks", tmp_path / "runs" / "x")
@@ -82,14 +82,14 @@ def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, 
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("revision: null", "revision: v2"))
     assert learned_base(tmp_path / "run" / "masks")[0].revision == "v2"
-    assert learned_base(tmp_path / "run" / "masks", "elsewhere")[0].revision is None  # which is of another base
+    assert learned_base(tmp_path / "run" / "masks", "elsewhere")[0].revision is None  # they belong to another base
     shutil.move(tmp_path / "run" / "masks", tmp_path / "alone")
     told = f"from the masks in alone unless given: base {model_dir} in float32"
     assert told in mft_runs("verify", "alone")
     assert f"{told}; data: data.jsonl" in mft_runs(
         "evaluate", "--masks", "alone", "data.source=data.jsonl", "data.sequence_length=12"
     )
-    # A config.yaml that happens to lie there and is of another model is no word on these masks.
+    # A config.yaml in the same place, for another model, says nothing about these masks.
     shutil.move(tmp_path / "alone", tmp_path / "masks")
     (tmp_path / "config.yaml").write_text("model: {name: another}\n")
     assert f"from the masks in masks unless given: base {model_dir}" in mft_runs("verify", "masks")
@@ -97,7 +97,7 @@ def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, 
 
 @pytest.fixture
 def demo_ground(tmp_path, monkeypatch, tokenizer, tiny_llama):
-    """smollm2-135m is tiny here, with its own tokens; the demo trains on rows of text, and chats lie in chats.jsonl."""
+    """Here smollm2-135m is tiny, with its own tokens. The demo trains on rows of text, and chats are in chats.jsonl."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     save_model(tiny_llama, tokenizer, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""mft patch, as it is typed: what it prints, and what lies there afterwards."""
+"""mft patch as a user types it: what it prints, and which files it leaves."""
 
 import re
 
@@ -17,7 +17,7 @@ WEIGHTS = 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 32)  # of two blocks
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A directory with model.gguf, and masks that drop a quarter of its weights."""
+    """Make a directory with model.gguf, and masks that drop a quarter of its weights."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     write_tiny_gguf(tmp_path / "model.gguf")

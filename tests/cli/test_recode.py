@@ -1,4 +1,4 @@
-"""Entropy-coded masks from the command line: trained, read by every verb, and coded anew by mft recode."""
+"""Entropy-coded masks from the command line: trained, read by every verb, and coded again by mft recode."""
 
 import json
 import re

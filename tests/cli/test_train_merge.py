@@ -26,7 +26,7 @@ def test_the_merged_model_is_that_of_mft_merge(cli, tmp_path):
 def test_by_alpha_dropped_weights_are_scaled_and_the_card_says_so(cli, tmp_path, model_dir):
     code, output = cli("train", *LEARN, "mask.keep_ratio=0.8")
     assert code == 0, output
-    table = json.loads((tmp_path / "run" / "table.json").read_text())  # one document has no standard error
+    table = json.loads((tmp_path / "run" / "table.json").read_text())  # one document gives no standard error
     (tmp_path / "run" / "table.json").write_text(json.dumps(table | {"standard error": 0.5}))
     assert cli("merge", "run", "whole")[0] == 0
     code, output = cli("merge", "run", "part", "--alpha", "0.75")
@@ -39,7 +39,7 @@ def test_by_alpha_dropped_weights_are_scaled_and_the_card_says_so(cli, tmp_path,
     facts = [json.loads((tmp_path / name / MERGED).read_text()) for name in ("whole", "part")]
     assert "alpha" not in facts[0]
     assert facts[0]["results"]["evaluations"].keys() == {"before", "after"}
-    assert facts[1] == facts[0] | {"alpha": 0.75, "results": None}  # the run's losses are the whole mask's
+    assert facts[1] == facts[0] | {"alpha": 0.75, "results": None}  # the run's losses are those of the whole mask
     cards = [model_card(read_contents(tmp_path / name), "user/merged") for name in ("whole", "part")]
     assert "`alpha`" not in cards[0]
     assert "baked in by `alpha` 0.75, so that kept weights are bit-equal and others scaled by 0.25." in cards[1]

@@ -1,4 +1,4 @@
-"""mft verify, and the verbs that bring the paper's masks in and ours out."""
+"""mft verify, and the verbs that import the paper's masks and export ours."""
 
 import json
 import shutil

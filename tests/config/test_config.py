@@ -1,4 +1,4 @@
-"""Facts about mft.config: what a YAML file and overrides may say, and what each mistake answers."""
+"""mft.config: what a YAML file and overrides may contain, and the error for each mistake."""
 
 import os
 import re

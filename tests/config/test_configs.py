@@ -1,4 +1,4 @@
-"""The shipped configurations: each loads by its name, says what the paper's code says, and leans on no default."""
+"""The shipped configurations: each loads by its name, has the paper's values, and depends on no default."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_masks_of_studies_do_not_lean_on_defaults(name):
 
 def test_a_shipped_file_goes_by_its_name_unless_a_file_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "paper").mkdir()  # of PDFs, say
+    (tmp_path / "paper").mkdir()  # of PDF files, for example
     assert load_config("paper").mask.init == "normal"
     (tmp_path / "paper").rmdir()
     (tmp_path / "paper").write_text("mask: {init: constant}\n")

@@ -1,9 +1,9 @@
-// A checksum for what each kernel of the CPU library makes of many inputs: a line a kernel and number format. Every
-// build has to print checksums.txt: gcc's and clang's, for AVX-512 and for any machine, on x86-64 and on aarch64.
+// A checksum of what each kernel of the CPU library computes from many inputs: one line per kernel and number format.
+// Every build must print checksums.txt: gcc's and clang's, for AVX-512 and for any machine, on x86-64 and on aarch64.
 //
-// Linked with the library's own files, but for the two that know torch (torch_on_host.cpp stands in for them). The
-// environment variable MFT_CPU_CAPABILITY chooses the instruction set. Products are made of small integers, so that the
-// order of a sum does not matter.
+// Linked with the library's own files, except the two that use torch (torch_on_host.cpp replaces them). The environment
+// variable MFT_CPU_CAPABILITY chooses the instruction set. Products use small integers, so that the order of a sum does
+// not matter.
 #include <cmath>
 #include <string>
 #include <utility>
@@ -54,7 +54,7 @@ void ranges() {
   }
 }
 
-// with_scores(scores, range, columns, checksum) for rows of many lengths and alignments, against each threshold.
+// Calls with_scores(scores, range, columns, checksum) for rows of many lengths and alignments, with each threshold.
 template <typename Use>
 void for_score_rows(const std::string& kernel, const Use& use) {
   for (const Format f : kFormats) {
@@ -91,7 +91,7 @@ void masks() {
       const Memory weight(columns, width, columns % 5), out(columns, width, 1);
       fill(weight, [&] { return odd(random, weight_format); });
       rows().mask(out.data(), weight.data(), width, MaskRow{scores, nullptr, range}, f, columns);
-      sum.add_bits(out);  // bits, for what is kept comes out as it is, a NaN too
+      sum.add_bits(out);  // bits: a kept number is copied as it is, even NaN
       rows().mask(out.data(), weight.data(), width, MaskRow{nullptr, words.as<uint32_t>(), {0, 0, false}}, f, columns);
       sum.add_bits(out);
       rows().mask(weight.data(), weight.data(), width, MaskRow{scores, nullptr, range}, f, columns);
@@ -150,7 +150,7 @@ void roundings() {
 // ------------------------------------------------------------------------------------------------ selection
 
 void selections() {
-  constexpr int64_t kSizes[] = {1, 33, 5000, 300000};  // the last is more than a thread takes at a time
+  constexpr int64_t kSizes[] = {1, 33, 5000, 300000};  // the last is more than one thread takes at a time
   for (const Format f : kFormats) {
     for (const bool magnitude : kModes) {
       Random random(3);
@@ -181,7 +181,7 @@ struct StepCase {
   bool coded, magnitude, decays;
 };
 
-// Three steps, each with the threshold of the one before as its hint.
+// Three steps; each takes the previous step's threshold as its hint.
 void steps_of(const StepCase& s, int64_t n, Random& random, Checksum& sum) {
   const Format score_format = mft::selected_as(s.scores);
   const int64_t blocks = (n + mft::kStepBlock - 1) / mft::kStepBlock;
@@ -189,7 +189,7 @@ void steps_of(const StepCase& s, int64_t n, Random& random, Checksum& sum) {
   const Memory scores(n, mft::bytes_of(score_format)), grad(n, mft::bytes_of(s.grad), 1);
   const Memory weight(n, mft::bytes_of(weight_format), 1);
   const Memory mean(n, s.coded ? 1 : 4), square(n, s.coded ? 1 : 4), scales(2 * blocks, 4);
-  const auto score = [&]() -> uint32_t {  // a fixed-point code counts steps of 2^-18 in its lower 15 bits
+  const auto score = [&]() -> uint32_t {  // the lower 15 bits of a fixed-point code count steps of 2^-18
     if (s.scores == ScoreFormat::kFixed16) return static_cast<uint32_t>(random.below(31744) | random.below(2) << 15);
     return random.below(50) == 0 ? 0 : moderate(random, score_format);
   };
@@ -260,7 +260,7 @@ mft::Matrix matrix(const Memory& memory, Format f, int64_t rows, int64_t columns
   return {memory.data(), f, rows, columns, columns};
 }
 
-// The four ops on integers so sparse that sums stay exact in 8 bits; the weights that the mask drops are NaN.
+// The four ops on integers so sparse that sums stay exact in 8 bits. The weights that the mask drops are NaN.
 void products_of(Format f, Format score_format, const Shape& s, Random& random, Checksum& sum) {
   const mft::Capability& cpu = mft::chosen_capability();
   const int width = mft::bytes_of(f);

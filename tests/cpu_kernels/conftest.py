@@ -1,4 +1,4 @@
-"""The instruction sets of the cpu backend; tests/ops has what every backend's kernels have to do."""
+"""The instruction sets of the cpu backend; tests/ops tests what every backend's kernels must do."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mft_kernels.backends import cpu
 
 @pytest.fixture(params=["amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable"])
 def capability(request, monkeypatch):
-    """Each one; skips those that cannot run here."""
+    """Yield each instruction set; skip those that cannot run here."""
     if cpu.unavailable is not None:
         pytest.skip(f"cpu backend: {cpu.unavailable}")
     if request.param not in cpu.capabilities():

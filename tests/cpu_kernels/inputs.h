@@ -1,4 +1,4 @@
-// What checksums.cpp feeds to the kernels and what it makes of their results: the same bits on every processor.
+// The inputs of checksums.cpp and the checksums of results: the same bits on every processor.
 #pragma once
 
 #include <cinttypes>
@@ -46,7 +46,7 @@ class Random {
   uint64_t state_;
 };
 
-// Memory that begins `shift` elements behind a cache line and ends at a margin that no kernel may write.
+// Memory that begins `shift` elements behind a cache line, and ends at a margin that no kernel may write to.
 class Memory {
  public:
   Memory(int64_t elements, int width, int64_t shift = 0)
@@ -84,7 +84,7 @@ class Memory {
   char* first_;
 };
 
-// Of `spread` powers of two below 1, either sign.
+// A number of either sign, within `spread` powers of two below 1.
 inline uint32_t moderate(Random& random, Format f, int spread = 12) {
   const Layout l = layout_of(f);
   const auto exponent = static_cast<uint32_t>(l.bias - 1 - random.below(spread));
@@ -92,7 +92,8 @@ inline uint32_t moderate(Random& random, Format f, int spread = 12) {
   return rest | exponent << l.fraction;
 }
 
-// Zeros, infinities, NaN of either sign, subnormals, the largest; one in `rarity` of them, else moderate.
+// A special number with probability 1 / `rarity`, else a moderate one. Special numbers are zeros, infinities, NaN of
+// either sign, subnormals and the largest number.
 inline uint32_t odd(Random& random, Format f, int rarity = 6) {
   if (random.below(rarity) != 0) return moderate(random, f);
   const Layout l = layout_of(f);
@@ -101,7 +102,7 @@ inline uint32_t odd(Random& random, Format f, int rarity = 6) {
   return values[random.below(8)] | (random.below(2) != 0 ? l.sign : 0);
 }
 
-// An integer from -`most` to `most`, at most 7.
+// An integer from -`most` to `most`; `most` is at most 7.
 inline uint32_t integer(Random& random, Format f, int most) {
   const int64_t value = random.below(2 * most + 1) - most;
   const Layout l = layout_of(f);
@@ -131,7 +132,7 @@ void fill(const Memory& memory, Make make) {
   for (int64_t i = 0; i < memory.elements(); ++i) memory.set(i, make());
 }
 
-// FNV-1a. Every NaN counts as the same: which one a sum of two gives is a processor's own affair.
+// FNV-1a. All NaNs count as equal: which NaN a sum of two gives depends on the processor.
 class Checksum {
  public:
   void add(uint64_t value) {

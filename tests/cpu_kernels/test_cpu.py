@@ -1,6 +1,6 @@
-"""What the cpu library alone has: slabs and blocks that meet, threads, scratch memory, and the choice of its code.
+"""Tests specific to the cpu library: slabs and blocks that meet, threads, scratch memory, and the choice of its code.
 
-That its results are the reference's on every instruction set and path is tested in tests/ops.
+tests/ops checks that its results are the reference's on every instruction set and path.
 """
 
 import os
@@ -28,13 +28,13 @@ MODES = ("magnitude", "value")
 
 @pytest.fixture
 def fused(capability, take_path):
-    """Each instruction set by its fused path, or where it has none by what serves in its place."""
+    """Yield each instruction set with its fused path, or with what replaces it if there is none."""
     take_path("fused")
     return capability
 
 
 def sparse(t):
-    """One x and one grad_output in 61 is not zero, so that sums stay exact in 8 bits at large sizes."""
+    """Zero all but one in 61 elements of x and grad_output, so that sums stay exact in 8 bits at large sizes."""
     for v in (t.x, t.grad_output):
         v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(v.dtype)
     return t
@@ -42,7 +42,10 @@ def sparse(t):
 
 @pytest.mark.parametrize("shape", [(3, 700, 3000), (70, 33, 3001), (2, 5000, 257)])
 def test_slabs_meet_without_a_seam(fused, shape):
-    """Where they do depends on shape and instruction set; so a dtype a pair of them, and all beside each of either."""
+    """Where slabs meet depends on shape and instruction set.
+
+    Each pair of them takes one dtype; all dtypes occur with each shape and with each instruction set.
+    """
     dtype = DTYPES[(list(cpu.PATHS).index(fused) + shape[0]) % 3]
     assert_equals_reference(flat, Operands.of(sparse(integer_inputs(*shape, dtype, torch.bfloat16)), 2.0))
 
@@ -55,7 +58,7 @@ def test_blocks_of_the_bfloat16_gemm_meet_without_a_seam(fused, threads, shape, 
     # Its blocks: 512 deep, 96 rows, 256 and 1024 columns, 2048 tokens, tiles of 12 x 32.
     threads(count)
     t = sparse(integer_inputs(*shape, torch.bfloat16, scores_dtype))
-    t.scores[t.scores == 0] = 1  # its sign would make NaN of the gradients of
+    t.scores[t.scores == 0] = 1  # else a NaN weight gives a NaN gradient
     t.weight[t.scores.abs() < 2] = torch.nan  # dropped, so that forward and d_x must not see it
     o = Operands.of(t, 2.0)
     for name, got in every_product(flat, o, gradients=False):
@@ -74,16 +77,16 @@ def test_blocks_of_the_score_gradient_meet_in_every_output_dtype(fused, shape, o
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forbidden pages are made with Linux's mprotect")
 def test_no_op_reads_or_writes_beyond_its_tensors():
-    # In a process of its own, which such an access kills.
+    # It runs in a process of its own, because an access out of bounds kills it.
     script = Path(__file__).parents[1] / "guarded.py"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the package need not be installed
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the package may not be installed
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert run.stdout == "within bounds\n", (run.returncode, run.stderr)
 
 
 @pytest.mark.parametrize("shape", [(70, 97, 1100), (3, 40, 33)])
 def test_emulated_tiles_give_the_bits_of_real_ones(monkeypatch, take_path, shape):
-    """Overflow and subnormal operands and sums, which count as 0, included."""
+    """Including overflow, and subnormal operands and sums, which count as 0."""
     if "amx" not in cpu.capabilities():
         pytest.skip(f"amx is not among {cpu.capabilities()} of this machine and build")
     t = random_inputs(*shape, torch.bfloat16, torch.bfloat16)
@@ -115,7 +118,7 @@ def test_nan_scores_are_dropped_and_have_no_sign(capability, dtype):
 
 
 def test_no_slab_is_read_beyond_its_rows(fused):
-    """The weight is cut in two, with which grad_output's columns have a pitch; NaN in one token of one feature."""
+    """The weight is cut in two, so that grad_output's columns have a pitch. One token has NaN in one feature."""
     t = sparse(integer_inputs(3, 500, 2500, torch.bfloat16))
     t.grad_output[1, 5] = torch.nan
     o = Operands.of(t, 2.0)
@@ -142,7 +145,7 @@ def test_thread_count_changes_no_bit(threads):
 
 
 def test_scratch_memory_carries_nothing_from_one_call_to_the_next(capability):
-    """Calls whose scratch is large enough to be kept, of other sizes and full of NaN in between."""
+    """The scratch memory is large enough to be kept. Calls of other sizes, full of NaN, run in between."""
 
     def results(fill=None):
         found = []

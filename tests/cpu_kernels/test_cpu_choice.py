@@ -1,4 +1,4 @@
-"""By which path the cpu library makes a product: the model against measurements, each path on request, measured."""
+"""Which path the cpu library takes for a product: the model against measurements, paths by request, and measuring."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ RECORDS = by_machine(RESULTS, "paths")
 SMALL = by_machine(RESULTS, "small_paths")
 SETS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 CASE = ("product", "dtype", "source", "n", "k", "m")
-# Known to be slower: the fit found no costs by which these are taken better and no others worse. Times the best path:
+# Known to be slower: no costs in the fit improve these without worsening others. The comment is times the best path.
 MISSED = {
     ("amx", "forward", "bf16", "scores", 4096, 4096, 1024),  # 1.18
     ("avx512_bf16", "d_scores", "fp32", "scores", 2048, 2048, 1),  # 1.21 to 1.32
@@ -52,7 +52,7 @@ def test_the_model_takes_a_path_that_was_within_5_percent_of_the_best(name):
         runs[tuple(row[key] for key in CASE)].append(behind(row, name))
     late = []
     for case, found in runs.items():
-        if min(run.low for run in found) > BOUND and (name, *case) not in MISSED:  # the spread of every run is beyond
+        if min(run.low for run in found) > BOUND and (name, *case) not in MISSED:  # every run's whole spread is beyond
             late.append(f"{', '.join(map(str, found))} {case}")
     assert not late, "\n".join(late)
 
@@ -63,7 +63,7 @@ def test_the_model_takes_a_path_that_was_within_5_percent_of_the_best(name):
 @pytest.mark.parametrize("product", ["forward", "d_x"])
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
 def test_a_small_layer_is_not_masked_into_slabs(name, product, dtype, width, size, tokens):
-    """Without a case of small layers the fit once took slabs, for up to eight times the time at 256 x 256."""
+    """Without cases of small layers the fit chooses slabs, which take up to eight times as long at 256 x 256."""
     taken = torch.ops.mft_cpu.paths(name, product, dtype, tokens, size, size, width + 0.125, 0.125)
     assert taken.split(",")[0] != "slabs"
 
@@ -76,7 +76,7 @@ def test_a_set_without_cases_of_small_layers_has_those_of_few_tokens_of_the_next
 
 
 def test_there_are_costs_of_each_path_that_was_measured_and_of_no_other():
-    """Of the machines, sets, dtypes and products of the stored records. To fit anew takes minutes, so not here."""
+    """The costs cover the machines, sets, dtypes and products of the stored records. Fitting again takes minutes."""
     text = FILE.read_text()
     told = [line.removeprefix("//   ") for line in text.splitlines() if line.startswith("//   ")]
     assert told == [line.removeprefix("//   ") for line in (*measured_on(RECORDS), *measured_on(SMALL))]
@@ -92,7 +92,7 @@ def test_there_are_costs_of_each_path_that_was_measured_and_of_no_other():
 
 @pytest.mark.parametrize(("tokens", "slabs"), [(64, 32), (512, 32), (1024, 16), (4096, 4), (2**20, 4)])
 def test_a_slab_takes_a_quarter_of_the_tokens_at_most_and_of_the_weight(tokens, slabs):
-    """2 MiB at least: 128 rows of 4096 fp32 numbers. The tokens' numbers are counted once a slab."""
+    """A slab takes at least 2 MiB: 128 rows of 4096 fp32 numbers. The tokens' numbers count once per slab."""
     work = torch.ops.mft_cpu.path_work("avx2", "slabs", "forward", "float32", tokens, 4096, 4096, 8.0, 4.0)
     assert float(work.split(",")[3]) == tokens * 4096 * (slabs + 1)
 
@@ -104,7 +104,7 @@ def test_only_amx_multiplies_whole_tiles_of_tokens_in_d_x():
 
     assert [products("avx512_bf16", "d_x", tokens) for tokens in (5, 16, 24)] == [16, 16, 24]
     assert [products("amx", "d_x", tokens) for tokens in (5, 16, 24)] == [16, 16, 32]
-    assert products("amx", "d_x", 24, "float32") == 24  # AMX multiplies bf16 alone
+    assert products("amx", "d_x", 24, "float32") == 24  # AMX multiplies only bf16
     assert products("avx512_bf16", "forward", 24) == 32
 
 
@@ -193,7 +193,7 @@ def test_a_path_that_cannot_serve_is_refused(capability):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """MFT_AUTOTUNE=1 with a cache of its own, and nothing remembered."""
+    """Set MFT_AUTOTUNE=1 with a cache of its own, and with nothing remembered."""
     monkeypatch.setenv("MFT_AUTOTUNE", "1")
     monkeypatch.setenv("MFT_CACHE", str(tmp_path))
     cpu_choice._choices.cache_clear()
@@ -203,7 +203,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Paths take as long as this dictionary says, 1 s unless given; the list of what was timed is under "timed"."""
+    """Return a dictionary of seconds by path, 1 s by default; its list "timed" holds what was timed."""
     told = {"timed": []}
 
     def time_of(run, path):
@@ -223,7 +223,7 @@ def forward(m=5, seed=0):
 
 
 def stored(cache):
-    """(the facts, the path) of each choice."""
+    """Return (the facts, the path) of each choice."""
     (file,) = cache.iterdir()
     return [(json.loads(key), path) for key, path in json.loads(file.read_text())["choices"].items()]
 
@@ -242,7 +242,7 @@ def test_the_fastest_is_kept_for_this_process_and_the_next(cache, clock):
     assert [path for _, path in stored(cache)] == ["slabs"]
     clock["timed"].clear()
     forward(7, seed=1)  # the same power of two
-    cpu_choice._choices.cache_clear()  # another process
+    cpu_choice._choices.cache_clear()  # as in another process
     forward(8)
     assert clock["timed"] == []
     forward(9)
@@ -259,7 +259,7 @@ def test_tokens_of_any_leading_shape_are_counted(cache, clock):
 
 @pytest.mark.parametrize("m", [5, 50])
 def test_the_model_is_what_a_measurement_has_to_overrule(cache, clock, m):
-    """By more than noise."""
+    """It must win by more than noise."""
     name = torch.ops.mft_cpu.capability()
     by_model, *others = torch.ops.mft_cpu.paths(name, "forward", "bfloat16", m, 24, 40, 4.0, 2.0).split(",")
     clock.update(dict.fromkeys(others, 0.98))
@@ -280,7 +280,7 @@ def test_what_is_added_up_is_added_once_while_it_is_measured(cache, clock):
         flat.accumulate_product(out, t.grad_output, t.x)
         oracle.accumulate_product(expected, t.grad_output, t.x)
     assert torch.equal(out, expected)
-    # With one path there is nothing to be timed.
+    # With a single path there is nothing to time.
     several = "," in torch.ops.mft_cpu.paths(
         torch.ops.mft_cpu.capability(), "d_scores", "bfloat16", 6, 24, 40, 8.0, 0.0
     )

@@ -1,6 +1,6 @@
-"""score_step of the cpu backend by what only it has: chunks on threads, and bins of keys near the threshold before.
+"""Tests specific to the cpu backend's score_step: chunks on threads, and bins of keys near the last threshold.
 
-What every backend gives is in tests/ops/test_step.py.
+tests/ops/test_step.py tests the results, which are the same for every backend.
 """
 
 import pytest
@@ -21,7 +21,7 @@ MODES = ("magnitude", "value")
 @pytest.mark.parametrize("eight_bit", [True, False], ids=["8bit", "exact"])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_chunks_on_several_threads_meet_without_a_seam(dtype, eight_bit, threads):
-    """Three of 2^18, the last one cut within a block."""
+    """Three chunks of 2^18, the last one cut within a block."""
     threads(2)
     assert_steps_equal_the_reference(flat.score_step, arguments((601, 901), dtype, eight_bit))
 
@@ -30,7 +30,7 @@ def test_chunks_on_several_threads_meet_without_a_seam(dtype, eight_bit, threads
 @pytest.mark.parametrize("lower", [0, 0x7FFF])
 def test_the_first_and_the_last_value_of_a_bin_are_found_near_the_hint(mode, lower):
     tensors = arguments((20, 40), torch.float32, False)
-    tensors["scores"].view(torch.int32).fill_(0x3C238000 + lower)  # about 0.01; few enough to be candidates all
+    tensors["scores"].view(torch.int32).fill_(0x3C238000 + lower)  # about 0.01; few enough that all are candidates
     hint = tensors["scores"][0, 0].clone()
     options = {"lr": 0.0, "keep_ratio": 0.9, "mode": mode, "threshold": hint}
     _, (threshold, _) = assert_steps_equal_the_reference(flat.score_step, tensors, steps=1, **options)

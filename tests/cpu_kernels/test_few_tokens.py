@@ -1,4 +1,4 @@
-"""The cpu backend's kernels for one token and few, forward and d_x: every remainder of their steps, strips, turns."""
+"""The cpu backend's kernels for one and for few tokens, forward and d_x: every remainder of steps, strips, rounds."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from mft_kernels.backends import cpu
 from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
 
 flat = ByName(cpu)
-# Emulated tiles of AMX, which no path for few tokens has, are left out.
+# Emulated AMX tiles are left out: no path for few tokens uses them.
 WITHOUT_TILES = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 pytestmark = pytest.mark.parametrize("capability", WITHOUT_TILES, indirect=True)
 
@@ -22,12 +22,12 @@ D_X = [True, False, False, False]
 
 @pytest.fixture(autouse=True)
 def few(take_path):
-    """By their own path."""
+    """Take the path for few tokens."""
     take_path("few")
 
 
 def products(t: Inputs, threshold, mode, backend=flat):
-    """y with and without bias and d_x, from the scores and from the packed mask."""
+    """Return y with and without bias, and d_x, from the scores and from the packed mask."""
     packed = reference.pack_mask(t.scores, threshold, mode)
     arguments = (t.grad_output, t.x, t.weight)
     return [
@@ -39,7 +39,7 @@ def products(t: Inputs, threshold, mode, backend=flat):
 
 
 def assert_equal(got, expected):
-    """Bit-equal, but for the payload of NaN."""
+    """Assert bitwise equality, except for the payload of NaN."""
     for g, e in zip(got, expected, strict=True):
         assert g.dtype == e.dtype
         assert g.shape == e.shape
@@ -51,7 +51,7 @@ def assert_equal(got, expected):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", range(1, 17))
 def test_products_equal_the_reference_on_integers(capability, m, dtype):
-    # Both lengths meet every remainder of the steps of 32 columns and of 4, 8 and 16 rows.
+    # Both lengths take every remainder of the steps of 32 columns and of 4, 8 and 16 rows.
     for i, (n, k) in enumerate([(1, 1), (31, 33), (32, 32), (33, 31), (5, 70), (70, 5), (17, 100), (100, 17)]):
         for scores_dtype in DTYPES:
             mode = MODES[(i + m) % 2]
@@ -64,14 +64,14 @@ def test_products_equal_the_reference_on_integers(capability, m, dtype):
 @pytest.mark.parametrize("shape", [(2, 19, 5003), (9, 5003, 19), (1, 24, 9000), (16, 24, 2112), (131, 30, 70)])
 def test_long_rows_strips_of_columns_and_turns_of_tokens_meet_without_a_seam(capability, shape, dtype):
     t = integer_inputs(*shape, dtype, torch.bfloat16)
-    for v in (t.x, t.grad_output):  # one in 61 is not zero: sums stay exact
+    for v in (t.x, t.grad_output):  # one in 61 is not zero, so sums stay exact
         v *= (torch.arange(v.numel()).view_as(v) % 61 == 0).to(dtype)
     threshold = torch.tensor(2, dtype=torch.bfloat16)
     assert_equal(products(t, threshold, "magnitude"), products(t, threshold, "magnitude", oracle))
 
 
 def shifted(v):
-    """A contiguous copy that begins one element behind an aligned address."""
+    """Return a contiguous copy that begins one element behind an aligned address."""
     memory = torch.empty(v.numel() + 1, dtype=v.dtype)
     return memory[1:].view(v.shape).copy_(v)
 
@@ -87,7 +87,7 @@ def test_misaligned_tensors_give_the_same_bits(capability, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 3])
 def test_neither_threads_nor_other_tokens_change_a_bit(capability, threads, m, dtype):
-    t = random_inputs(16, 1100, 1030, dtype, torch.bfloat16)  # large enough to be shared by four threads
+    t = random_inputs(16, 1100, 1030, dtype, torch.bfloat16)  # large enough for four threads to share
     few = replace(t, x=t.x[:m].clone(), grad_output=t.grad_output[:m].clone())
     threshold = torch.tensor(0.004, dtype=torch.bfloat16)
     expected = products(few, threshold, "magnitude")

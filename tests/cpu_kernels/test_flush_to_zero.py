@@ -1,4 +1,4 @@
-"""Where a processor takes subnormals for 0 (torch.set_flush_denormal), the masks are the same."""
+"""If a processor treats subnormals as 0 (torch.set_flush_denormal), the masks are the same."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ import torch
 import mft_kernels
 from mft_kernels import reference
 
-# In each dtype most of N(0, 1) times this is subnormal, the rest is normal.
+# In each dtype, N(0, 1) times this number is mostly subnormal and sometimes normal.
 SUBNORMAL = {torch.float32: 1e-38, torch.bfloat16: 1e-38, torch.float16: 5e-5, torch.float64: 2e-308}
 N, K = 8, 70
 
 
 @pytest.fixture
 def flushing():
-    """flushing(f): what f() returns while subnormals are taken for 0."""
+    """Return flushing(f), which calls f while subnormals are treated as 0."""
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor always computes with subnormals")
 
@@ -30,7 +30,7 @@ def flushing():
 
 @pytest.fixture
 def compared(backend):
-    """A backend that computes on this processor as it will where it is used."""
+    """Return a backend that computes on this processor as it will where it is used."""
     if backend == "triton" and not torch.cuda.is_available():
         pytest.skip("triton's interpreter compares by numpy on this processor; a GPU has no such mode")
     return backend
@@ -108,11 +108,11 @@ def test_a_step_gives_subnormal_scores_their_sign(moments, compared, flushing):
     found, expected = flushing(stepped), stepped()
     assert (expected[0] - scores)[scores != 0].abs().min() > 0.99e-2
     assert bits(found[1:]) == bits(expected[1:])
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-37)  # what is added up is flushed
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-37)  # the summed values are flushed
 
 
 def test_small_weights_in_fp16_count_as_they_do_otherwise(compared, flushing):
-    """A quarter of a per cent of N(0, 0.02) lies below 6e-5, where fp16 is subnormal."""
+    """0.25 % of N(0, 0.02) lies below 6e-5, where fp16 is subnormal."""
     weight = small_scores(torch.float16)
     weight[0, :4] = torch.tensor([0.0, 2.0**-24, -(2.0**-24), 2.0**-14])
 

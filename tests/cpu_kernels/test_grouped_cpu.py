@@ -1,6 +1,6 @@
-"""The cpu backend's products over experts by each of its paths, on several threads, of any layout.
+"""The cpu backend's products over experts, with each of its paths, several threads and any layout.
 
-What every backend gives is in tests/ops/test_expert_products.py.
+tests/ops/test_expert_products.py tests the results, which are the same for every backend.
 """
 
 import pytest
@@ -34,7 +34,7 @@ def _pack(scores, threshold):
 
 
 def _product(x, weight, mask, offsets, bias, transposed, path):
-    """mask: scores, threshold and bits, as of the op."""
+    """Call the op; mask: its arguments scores, threshold and bits."""
     return torch.ops.mft_cpu.grouped_product(x, weight, *mask, offsets, bias, True, transposed, path)
 
 
@@ -44,7 +44,7 @@ def _score_grad(out, grad, x, offsets, weight, scores, signs, accumulate, path):
 
 
 def _random(rows, n, k, dtype, seed=0):
-    """x, grad_output, weight, packed, signs and offsets of experts with so many rows each."""
+    """Return x, grad_output, weight, packed, signs and offsets of experts with ``rows`` rows."""
     generator = torch.Generator().manual_seed(seed)
     x, grad = (torch.randn(sum(rows), size, generator=generator).to(dtype) for size in (k, n))
     weight = torch.randn(len(rows), n, k, generator=generator).to(dtype)
@@ -103,7 +103,7 @@ def test_neither_threads_nor_other_experts_change_a_bit(capability, rows, dtype,
             *([_score_grad(out, grad, x, offsets, weight, None, signs, False, path)] if path == "fused" else []),
         ]
 
-    # torch's own GEMM, which slabs take, may sum in another order on other threads.
+    # Slabs use torch's own GEMM, which may sum in a different order with more threads.
     for path in ["few"] if capability in ("avx2", "portable") else ["few", "fused"]:
         threads(1)
         expected = everything(path, x, grad, offsets)
@@ -121,7 +121,7 @@ def test_neither_threads_nor_other_experts_change_a_bit(capability, rows, dtype,
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_bias_is_added_before_the_one_rounding(capability, path):
-    # 257 is no bf16: rounded before 1 is added it would become 256, and stay it. Of so many columns slabs are two.
+    # 257 is not a bf16 number. Rounding before 1 is added would give 256, which stays. So many columns take two slabs.
     weight = torch.zeros(1, 40, 30000, dtype=torch.bfloat16)
     weight[0, :2] = torch.tensor([[256.0], [1.0]])
     x, bias = torch.ones(3, 40, dtype=torch.bfloat16), torch.ones(1, 30000, dtype=torch.bfloat16)
@@ -170,7 +170,7 @@ def test_misaligned_operands_equal_aligned_ones(capability):
                         _score_grad(out, grad, x, offsets, weight, None, signs, False, path),
                     )
                 )
-            # Slabs are torch's GEMM, and serve what lacks a path too: its sums depend on where rows lie.
+            # Slabs use torch's GEMM, whose sums depend on where rows lie. They also replace paths that a set lacks.
             fused = path == "fused" and capability not in ("avx2", "portable")
             for got, want, ours in zip(*results, (fused or path == "few", fused or path == "few", fused)):
                 if ours:
@@ -192,7 +192,7 @@ def test_thresholds_and_bits_of_experts_on_threads_equal_those_of_each(capabilit
 
 
 def test_new_gradients_too_large_for_a_cache_are_whole(threads):
-    # Beyond 32 MiB their pages are mapped block by block, and experts without rows cleared likewise.
+    # Beyond 32 MiB, pages are mapped block by block, and experts without rows are cleared in the same way.
     threads(2)
     x, grad, weight, _, signs, offsets = _random((4, 0, 3), 1024, 4100, torch.bfloat16)
     out = torch.full(weight.shape, torch.nan)

@@ -1,4 +1,4 @@
-"""The cpu backend's kernel for many masks on one weight: each row has the bits that it has with its mask alone."""
+"""The cpu backend's kernel for many masks on one weight: each row has the same bits as with its mask alone."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def masks_of(count, n, k, seed=0):
-    """Bits at random, those of the padding too: no kernel may mind them."""
+    """Return random bits, in the padding too: no kernel may read those."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randint(-(2**31), 2**31, (n, -(-k // 32)), generator=generator, dtype=torch.int64).to(torch.int32)
@@ -25,13 +25,13 @@ def masks_of(count, n, k, seed=0):
 
 
 def once(x, weight, masks, tasks, bias=None):
-    """In one pass over the weight, whatever is faster."""
+    """Compute in one pass over the weight, whatever is faster."""
     return torch.ops.mft_cpu.try_masked_linear_many(x, weight, masks, tasks, bias, "once")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_equal_the_reference_on_integers(capability, dtype):
-    # A mask has one row, where 8 rows of the weight are taken at a time, and several; whole words, and a last part.
+    # A mask has one row (then 8 weight rows are taken at a time) or several; whole words, and a partial one.
     for n, k in ((1, 1), (7, 33), (8, 32), (19, 64), (33, 31), (50, 59)):
         for tasks in ([0, 1], [2, -1, 0, 1, 2, 2, 0], [1] * 5 + [-1] * 2):
             t = integer_inputs(len(tasks), n, k, dtype)
@@ -45,7 +45,7 @@ def test_rows_equal_the_reference_on_integers(capability, dtype):
 def test_a_row_has_the_bits_of_few_tokens_with_its_mask_alone(capability, n, k, dtype, threads, take_path):
     take_path("few")
     t, masks = random_inputs(18, n, k, dtype), masks_of(3, n, k)
-    x, tasks = t.x.view(6, 3, k), torch.tensor([2, -1, 0, 2, 1, 0])  # three tokens a row
+    x, tasks = t.x.view(6, 3, k), torch.tensor([2, -1, 0, 2, 1, 0])  # three tokens per row
     masks[2] = masks[2].flip(0).contiguous()
     every = [*masks, torch.full_like(masks[0], -1)]
     expected = torch.stack(

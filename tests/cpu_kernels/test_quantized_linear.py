@@ -1,6 +1,6 @@
-"""Products over codes by the cpu backend's paths: the decoded weight's to the bit, on any threads, without a copy.
+"""Products over codes with the cpu backend's paths: bitwise those of the decoded weight, on any threads, no copy.
 
-What every backend gives is in tests/ops/test_quantized.py.
+tests/ops/test_quantized.py tests the results, which are the same for every backend.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ flat = ByName(cpu)
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows that begin within a byte, within a block and within half of one; one weight; parts of rows for every path.
+# Rows that begin within a byte, within a block and within half of one; a single weight; partial rows for every path.
 SHAPES = [(1, 1), (3, 5), (7, 63), (33, 129), (9, 576), (70, 2050)]
 TOKENS = (0, 1, 3, 17, 70, 150)
 
@@ -44,7 +44,7 @@ def paths(product, dtype, *sizes):
 
 
 def products(x, grad, weight, given, packed, bias):
-    """(path, forward pass or d_x over codes, the same over the matrix), by every path that there is."""
+    """Yield (path, forward pass or d_x over codes, the same over the matrix), for every path."""
     codes, absmax, (n, k), kind = given
     every = pack_mask(torch.ones(n, k), torch.tensor(1.0)) if packed is None else packed
     ops, form = torch.ops.mft_cpu, FORMATS[kind]
@@ -128,4 +128,4 @@ def test_no_dense_copy_of_the_weight_is_made(kind):
             added, _ = peak(lambda p=product, b=bias, x=x: p(x, codes, absmax, packed, *b, *rest))
             assert added < 2 * n * k / 2, f"{m} tokens: {added}"
     added, _ = peak(lambda: flat.dequantize(codes, absmax, *rest, torch.bfloat16))
-    assert added > 2 * n * k * 0.9  # what such a copy would take
+    assert added > 2 * n * k * 0.9  # the size of a dense copy

@@ -1,4 +1,4 @@
-// What the library asks of torch, without torch: products as plain sums in fp64 rounded once, correctly rounded roots.
+// Replacements for what the library uses from torch: products as fp64 sums rounded once, and correctly rounded roots.
 #include "torch_matmul.h"
 
 #include <cmath>

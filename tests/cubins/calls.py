@@ -1,4 +1,4 @@
-"""Calls of the hot path on memory that nobody reads or writes: what they launch is all that is asked."""
+"""Calls of the hot path on memory that nobody reads or writes: only their launches matter."""
 
 from collections.abc import Callable
 
@@ -62,7 +62,7 @@ def sums(m: int, n: int, k: int) -> Callable[[], Tensor]:
 
 
 def over_codes(m: int, n: int, k: int, kind: str, forward: bool, has_bias: bool = True) -> Callable[[], Tensor]:
-    """kind "nested": NF4 whose absmax are codes too. Forward, or d_x."""
+    """Return a forward or d_x over codes. kind "nested": NF4 whose absmax are codes too."""
     codes, absmax = torch.empty(n * k // 2, dtype=torch.uint8), [torch.empty(n * k // 64)]
     if kind == "nested":
         absmax = [

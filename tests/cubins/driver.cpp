@@ -1,9 +1,9 @@
-// NVIDIA's driver without a GPU: takes what would be launched down. Linked as libcuda.so.1, by name and by address, so
-// that Triton's own launcher and ours meet it. recorded() gives the launches since it was last asked, as JSON lines.
+// NVIDIA's driver without a GPU: it records launches. Linked as libcuda.so.1, by name and by address, so that both
+// Triton's launcher and ours find it. recorded() returns the launches since the last call, as JSON lines.
 //
-// A launch's parameters are read as the driver reads them: each from its place, as many bytes as the cubin says
-// (EIATTR_KPARAM_INFO). What no caller should do is an error, as there: an unknown module, more shared memory than was
-// asked for, a map that is not aligned.
+// It reads a launch's parameters as the driver does: each from its address, with the size that the cubin states
+// (EIATTR_KPARAM_INFO). As in the driver, wrong calls are errors: an unknown module, more shared memory than was
+// requested, a map that is not aligned.
 #include <cuda.h>
 #include <elf.h>
 
@@ -18,13 +18,13 @@
 namespace {
 
 struct Module {
-  std::map<std::string, std::vector<unsigned>> sizes;  // of the parameters of each kernel
+  std::map<std::string, std::vector<unsigned>> sizes;  // parameter sizes of each kernel
 };
 
 struct Function {
   std::string name;
   std::vector<unsigned> sizes;
-  size_t shared_bytes = 48 * 1024;  // that a launch may take
+  size_t shared_bytes = 48 * 1024;  // limit of a launch
 };
 
 std::deque<Module> modules;
@@ -87,7 +87,7 @@ const char* recorded() {
   return taken.c_str();
 }
 int modules_loaded() { return loads; }
-void set_recording(int on) { is_recording = on != 0; }  // to time what leads here
+void set_recording(int on) { is_recording = on != 0; }  // off, to time what happens before the launch
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   modules.push_back({sizes_of(static_cast<const char*>(image))});
@@ -127,7 +127,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction handle, void** par
   return CUDA_SUCCESS;
 }
 
-// A map of a matrix is what it was made of, in its 128 bytes.
+// A map of a matrix holds its arguments in its 128 bytes.
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                                 const cuuint64_t* size, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
@@ -136,7 +136,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
     return CUDA_ERROR_INVALID_VALUE;
   }
   const cuuint64_t made[16] = {
-      reinterpret_cast<uintptr_t>(address), ~cuuint64_t{0},  // whose bit 21 a launcher may clear
+      reinterpret_cast<uintptr_t>(address), ~cuuint64_t{0},  // a launcher may clear bit 21
       size[0], size[1], strides[0], box[0], box[1], steps[0], steps[1], type, interleave, swizzle, promotion, fill};
   std::memcpy(map, made, sizeof made);
   return CUDA_SUCCESS;
@@ -151,7 +151,7 @@ CUresult cuGetErrorString(CUresult code, const char** text) {
   return CUDA_SUCCESS;
 }
 
-// The rest of what Triton's launcher asks for.
+// The other functions that Triton's launcher calls.
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int* count) { return *count = 1, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice* device, int) { return *device = 0, CUDA_SUCCESS; }

@@ -1,6 +1,6 @@
-"""What Triton's launcher and ours pass for the same launches.
+"""Compare the arguments that Triton's launcher and ours pass for the same launches.
 
-main(FOLDER) prints it as JSON, and leaves archives of what is launched in the folder, in which on_stub has built.
+main(FOLDER) prints them as JSON, and leaves archives of the launched kernels in the folder, where on_stub has built.
 """
 
 import json
@@ -17,7 +17,7 @@ from mft_kernels.backends.triton.target import A100, B200, H100, Target, assume
 
 
 def both(stub: on_stub.Stub, launch: Launch, target: Target) -> dict:
-    """What a launch passes: ours by its cubin, theirs by Triton's launcher; and the manifest's parameters."""
+    """Return what a launch passes, with our cubin and with Triton's launcher, and the manifest's parameters."""
     cubin = cubins.find(str(target), launch.kernel, launch.args, launch.options)
     assert cubin is not None
     key = identity(launch.kernel, launch.args, launch.options)
@@ -30,7 +30,7 @@ def both(stub: on_stub.Stub, launch: Launch, target: Target) -> dict:
 
 
 def mistakes(stub: on_stub.Stub, launch: Launch, target: Target) -> list:
-    """What becomes of our launch with two arguments swapped, and with one left out."""
+    """Return the result of our launch with two arguments swapped, and with one left out."""
     cubin = cubins.find(str(target), launch.kernel, launch.args, launch.options)
     right, found = cubins.values_of, []
     for wrong in (lambda v: [v[1], v[0], *v[2:]], lambda v: v[:-1]):
@@ -45,7 +45,7 @@ def mistakes(stub: on_stub.Stub, launch: Launch, target: Target) -> list:
 
 
 def main(folder: Path) -> None:
-    """Print it."""
+    """Print the report."""
     stub, report = on_stub.Stub(folder), {}
     for target in (A100, H100, B200):
         launched = {name: on_stub.launches_of(call, target) for name, call in calls.every_call().items()}

@@ -1,6 +1,7 @@
-"""Triton's launcher and ours on a driver that records (driver.cpp), for CPU tensors taken for a GPU's.
+"""Triton's launcher and ours on a driver that records (driver.cpp), with CPU tensors treated as a GPU's.
 
-build() compiles both sides; the rest is for a process of its own, which asks for libcuda.so.1 after Stub has loaded it.
+build() compiles both sides. The rest is for a process of its own, which looks for libcuda.so.1 after Stub has loaded
+it.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ OPS_LIBRARY = "libops.so"
 
 
 def build(folder: Path) -> None:
-    """The driver, and csrc/cuda's launcher with its ops for CPU tensors."""
+    """Build the driver, and csrc/cuda's launcher with its ops for CPU tensors."""
     headers = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/include"  # Triton's cuda.h
     torch_folder = Path(torch.__file__).parent
     sources = [ROOT / "csrc/cuda" / name for name in ("cubin.cpp", "cubin_bindings.cpp", "plan_bindings.cpp")]
@@ -51,7 +52,7 @@ def _compile(library: Path, headers: Path, sources: list[Path], flags: list[str]
 
 
 class Stub:
-    """The driver, with our launcher on it, for as long as the process; ``archives``: another folder than its own."""
+    """The driver with our launcher, for as long as the process lives; ``archives``: a folder other than its own."""
 
     def __init__(self, folder: Path, archives: Path | None = None) -> None:
         self.folder = folder
@@ -63,18 +64,18 @@ class Stub:
         cubins.load = lambda part: None
 
     def launches(self) -> list[dict]:
-        """Since they were last asked for."""
+        """Return the launches since the last call."""
         return [json.loads(line) for line in self._library.recorded().decode().splitlines()]
 
     def modules_loaded(self) -> int:
         return self._library.modules_loaded()
 
     def set_recording(self, on: bool) -> None:
-        """Whether launches are taken down: that takes longer than what leads to them."""
+        """Turn recording on or off: it takes longer than the code that leads to a launch."""
         self._library.set_recording(on)
 
     def use_triton_s_launcher(self, arch: int) -> None:
-        """Triton's own driver.c, compiled against the stub, launches its kernels from now on."""
+        """From now on launch kernels with Triton's own driver.c, compiled against the stub."""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.backends.nvidia import driver
@@ -88,7 +89,7 @@ class Stub:
                 return GPUTarget("cuda", arch, 32)
 
             def get_current_device(self) -> int:
-                return arch  # Triton keeps compiled kernels by device: one device a target
+                return arch  # Triton caches compiled kernels by device, so each target is a device
 
             def get_current_stream(self, device: int) -> int:
                 return 0
@@ -99,7 +100,7 @@ class Stub:
 
 @contextlib.contextmanager
 def taken_for(target: Target) -> Iterator[None]:
-    """Within the context CPU tensors are on a card of this target, and nothing is remembered of another."""
+    """Within the context, CPU tensors count as on a card of this target, and plans of other targets are forgotten."""
     planned.forget()
     on_card = mock.patch.object(targets, "_ask", return_value=(target, None))
     with on_card, mock.patch.object(torch.cuda, "current_device", return_value=0):
@@ -108,7 +109,7 @@ def taken_for(target: Target) -> Iterator[None]:
 
 
 def launches_of(call: Callable[[], object], target: Target) -> list[Launch]:
-    """With their tensors: both launchers then pass the same addresses."""
+    """Return the launches with their tensors, so that both launchers pass the same addresses."""
     with assume(target), record() as launched:
         call()
     return launched

@@ -1,4 +1,4 @@
-"""What layers and ops launch is in the list of `make cubins`, but for what LEFT_OUT names."""
+"""The list of `make cubins` contains every launch of layers and ops, except what LEFT_OUT names."""
 
 import functools
 import itertools
@@ -32,14 +32,14 @@ flat = ByName(ops)
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-#: (M, N, K): of a Llama, a Qwen, a head, and small ones. None is among those by which the list is made.
+#: (M, N, K) of a Llama, a Qwen, a head, and small ones. The list is made from other sizes.
 SIZES = (
     (1, 5120, 5120), (1, 64, 256), (2, 5632, 2048), (16, 128, 256), (18, 2048, 5632), (33, 4864, 896),
     (64, 32000, 2048), (70, 5120, 1024), (128, 1024, 1024), (250, 5120, 13824), (513, 2560, 2560), (1024, 4864, 896),
     (3000, 896, 4864), (8192, 5632, 2048),
 )  # fmt: skip
 BOTH, KINDS = (False, True), ("nf4", "nested", "int8", "int4")
-#: All that each op can be asked for.
+#: All options of each op.
 OPTIONS: dict[str, dict[str, tuple]] = {
     "selection": {"dtype": DTYPES, "mode": MODES, "by_row": BOTH},
     "flips": {"dtype": DTYPES, "held": BOTH},
@@ -86,27 +86,27 @@ EXPERTS = 4
 
 
 def experts_product(m: int, n: int, k: int, dtype: torch.dtype, transposed: bool) -> None:
-    """By words, as layers have it."""
+    """Use a packed mask, as layers do."""
     a, weight = listed.empty(m, n if transposed else k, dtype=dtype), listed.empty(EXPERTS, n, k, dtype=dtype)
     words, offsets = (listed.empty(EXPERTS, *rest, dtype=torch.int32) for rest in ((n, -(-k // 32)), ()))
     flat.grouped_product(a, weight, None, None, words, offsets, None, "value", transposed)
 
 
 def experts_sums(m: int, n: int, k: int, dtype: torch.dtype) -> None:
-    """Of held layers."""
+    """Use sums as held layers do."""
     x, grad = listed.empty(m, k, dtype=dtype), listed.empty(m, n, dtype=dtype)
     out, offsets = listed.empty(EXPERTS, n, k, dtype=FP32), listed.empty(EXPERTS, dtype=torch.int32)
     flat.grouped_score_grad(out, grad, x, offsets, None, None, None, "magnitude", True)
 
 
 def experts_selection(n: int, k: int, dtype: torch.dtype, mode: str) -> None:
-    """A threshold each."""
+    """Select one threshold per expert."""
     select.select(listed.empty(EXPERTS, n, k, dtype=dtype), 0.9, mode, each=True)
 
 
 OF_EXPERTS = {each.__name__: each for each in (experts_product, experts_sums, experts_selection)}
 Asked = dict[str, Any]
-#: Why, and what. The installed Triton compiles it, or the reference serves it.
+#: Reason: what is left out. The installed Triton compiles it, or the reference serves it.
 LEFT_OUT: dict[str, Callable[[Asked], bool]] = {
     "no step of ours takes fp16 scores": lambda a: (
         a.get("mask", "words")[0] == FP16 or (a.get("scores") == FP16 and a["wanted"] != "x")
@@ -140,7 +140,7 @@ LEFT_OUT: dict[str, Callable[[Asked], bool]] = {
 
 
 def every_call() -> Iterator[tuple[Asked, Callable[..., object]]]:
-    """What is asked, and the call but for its sizes."""
+    """Yield the options, and the call without its sizes."""
     for op, options in OPTIONS.items():
         for values in itertools.product(*options.values()):
             asked = dict(zip(options, values))
@@ -161,7 +161,7 @@ def known(target: str) -> frozenset[str]:
 
 
 def missing(call: Callable[..., object], size: tuple, target: str) -> list[str]:
-    """What a call launches that is not in the list."""
+    """Return what a call launches that is not in the list."""
     return unlisted(recorded(lambda: call(*size), TARGETS[target]), target)
 
 
@@ -187,7 +187,7 @@ def test_every_op_is_listed_or_left_out_with_a_reason(target):
 
 
 def seen_by(launched: list, op: Callable[..., object], instead: Callable[..., object]) -> Callable[..., object]:
-    """The reference's result; what ``op`` launches for the same call goes into the list."""
+    """Return a function that gives the reference's result, and adds what ``op`` launches for it to the list."""
 
     def run(*given: object, **named: object) -> object:
         with record() as launches:
@@ -200,7 +200,7 @@ def seen_by(launched: list, op: Callable[..., object], instead: Callable[..., ob
 
 @pytest.fixture(params=TARGETS)
 def launched(request, monkeypatch):
-    """(launches that the triton backend would make for layers on a CPU, the target)"""
+    """Return (launches that the triton backend would make for layers on a CPU, the target)."""
     found: list = []
     kernels, _ = triton_functions()
     reference = backends.registered("reference")
@@ -215,7 +215,7 @@ def launched(request, monkeypatch):
 
 
 def learns(layer: torch.nn.Module, x: torch.Tensor) -> None:
-    """Forward and backward: x asks for a gradient, and the layer's scores do, unless they are fixed-point codes."""
+    """Run forward and backward: x needs a gradient, and the scores too, unless they are fixed-point codes."""
     y = layer(x)
     y.backward(torch.ones_like(y))
 
@@ -232,7 +232,7 @@ def test_what_layers_launch_is_listed(launched, dtype):
         for tokens in x:
             learns(layer, tokens)
         if scores != torch.int16:
-            layer.scores.data[0, 0] = 0  # which no bit tells the sign of
+            layer.scores.data[0, 0] = 0  # a sign bit cannot represent its sign
             learns(layer, x[1])
         for moments, of_grad in itertools.product(("fp32", "8bit"), (dtype, FP32)):
             optimizer = MaskAdamW([layer.scores], lr=1e-3, mode=mode, moments=moments)

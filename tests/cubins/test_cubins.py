@@ -1,4 +1,4 @@
-"""Triton's kernels launched from C++: what reaches the driver is what Triton's own launcher passes, byte for byte."""
+"""Triton's kernels launched from C++: the driver gets the same bytes as from Triton's own launcher."""
 
 import json
 import os
@@ -34,7 +34,7 @@ KERNELS = {f"_{name}_kernel" for name in _NAMES.split()}
 
 
 def run(module: str, folder: Path, first: str = "") -> dict:
-    """What its main prints, in a process whose driver is a stub and which runs ``first``."""
+    """Return what the module's main prints, in a process whose driver is a stub and which runs ``first`` before."""
     path = f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}"
     environment = os.environ | {"PYTHONPATH": path, "TRITON_DISABLE_LINE_INFO": "1"}
     code = f"import pathlib, sys; {first or 'pass'}; import {module}; {module}.main(pathlib.Path({str(folder)!r}))"
@@ -63,7 +63,7 @@ def alone(folder, both):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_launch_is_triton_s_own(both, target):
-    """Kernel, grid, block, shared memory, attributes, stream, and every parameter."""
+    """Compare kernel, grid, block, shared memory, attributes, stream, and every parameter."""
     kernels = set()
     for name, launches in both[target]["calls"].items():
         for launch in launches:
@@ -75,7 +75,7 @@ def test_a_launch_is_triton_s_own(both, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_parameters_are_those_of_the_manifest(both, target):
-    """As many and as large as the driver, which reads the cubin itself, has taken."""
+    """Their number and sizes are those that the driver, which reads the cubin itself, has taken."""
     types = set()
     for launches in both[target]["calls"].values():
         for launch in launches:
@@ -94,7 +94,7 @@ def test_a_wrong_argument_is_seen(both, target):
 
 
 def without_addresses(launch: dict, layout: list[dict]) -> dict:
-    """A map begins with its address, a pointer is one."""
+    """Remove addresses: a map begins with its address, and a pointer is one."""
     addresses = [p["type"].startswith(("*", "nvTmaDesc")) for p in layout]
     return launch | {"parameters": [p[16 if a else 0 :] for p, a in zip(launch["parameters"], addresses)]}
 
@@ -115,32 +115,35 @@ def test_a_cubin_is_loaded_once(both, alone):
 
 
 def test_a_call_that_resembles_a_remembered_one_is_launched_by_what_it_is(alone):
-    """In another pitch; or where an address did not say whose it was."""
+    """A call with another pitch, or one in which equal addresses belonged to different tensors."""
     after_another, fresh = alone["pitched"]
     assert after_another == fresh
     assert alone["shared"]
 
 
 def test_each_result_takes_its_own_place(alone):
-    """Nothing else moves but the parts of a sum."""
+    """Nothing else changes except the parts of a sum."""
     results, others = alone["moved"]
     assert results
     assert others <= 1
 
 
 def test_gradients_are_planned_once_a_layout_and_setting(alone):
-    """Another number of tokens, pitch, alignment, dtype, of scores too, other gradients, TF32, MFT_TRITON and so on."""
+    """A change of the layout or of a setting needs a new plan.
+
+    Changed here: tokens, pitch, alignment, dtype (also of scores), wanted gradients, TF32, MFT_TRITON and MFT_AUTOTUNE.
+    """
     found = alone["in Python"]
     assert found["gradients"] == [True, False, False, False]
     assert found["sums"] == found["fp32 gradients"] == [True, False, False]
     assert found["other gradients"] == [True] * 11
     assert found["other sums"] == [True] * 4
-    assert found["what torch had a hand in"] == [True] * 4  # a copy, a GEMM: no launch of ours tells of them
+    assert found["what torch had a hand in"] == [True] * 4  # a copy, a GEMM: our launches do not show them
     assert alone["short way"] == [True, False, False]
 
 
 def test_rows_of_many_masks_codes_selections_and_steps_are_planned_once(alone):
-    """Another number of masks, kind of codes, direction, shape and mode are planned anew."""
+    """Another number of masks, kind of codes, direction, shape or mode needs a new plan."""
     assert alone["in Python"]["others"] == [True, False] * 8
     assert alone["in Python"]["other others"] == [True] * 5
 
@@ -169,7 +172,7 @@ def test_where_nothing_can_be_compiled_a_launch_without_a_cubin_is_refused(alone
 
 @pytest.fixture
 def h100(monkeypatch):
-    """As far as availability asks."""
+    """Pretend to have an H100 where availability is checked."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
@@ -233,7 +236,7 @@ def test_cubins_of_other_sources_are_not_taken(folder, both, monkeypatch):
 
 @pytest.mark.parametrize("form", [H100_OLD_TRITON, None], ids=str)
 def test_a_product_without_a_cubin_takes_the_form_that_is_compiled_here(form, monkeypatch):
-    """Cubins are swapped on sm_90; Triton 3.6 may compile the plain form alone."""
+    """Cubins have the swapped form on sm_90; Triton 3.6 may only compile the plain form."""
     monkeypatch.setattr(launcher, "target_of", lambda device: H100)
     monkeypatch.setattr(launcher, "compiled_here", lambda device: form)
     tried = []

@@ -1,4 +1,4 @@
-"""What the launch of a cubin passes on and notes: its values, and which of them another call may replace."""
+"""Values that the launch of a cubin passes on and records, and which of them another call may replace."""
 
 import zipfile
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from mft_kernels.backends.triton import cubins
 ARGUMENTS = {
     "x": (torch.zeros(2), [...], False),
     "rows": (5, [5], False),
-    "step": (1, [], False),  # compiled in
+    "step": (1, [], False),  # compiled in as a constant
     "many": ((torch.zeros(3), torch.zeros(4)), [..., ...], False),
     "bias": (None, [], False),
     "seed": (1, [1], True),
@@ -24,7 +24,7 @@ ARGUMENTS = {
 
 @pytest.fixture
 def passed(monkeypatch):
-    """What a driver that launches nothing is asked for."""
+    """Return the list of requests to a driver that launches nothing."""
     found = []
     monkeypatch.setattr(
         built, "cuda_ops", SimpleNamespace(add_cubin=lambda *_: 7, launch_cubin=lambda *asked: found.append(asked))

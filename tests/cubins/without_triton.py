@@ -1,8 +1,8 @@
-"""What the ops launch where Triton is not installed, by the archives of launch_both.py.
+"""Launches of the ops without Triton, from the archives of launch_both.py.
 
-main(FOLDER) prints, as JSON, each call's launches and the address of its result, how many cubins were loaded, what is
-launched for calls that only resemble a remembered one, which calls are planned in Python, and a refusal. To be imported
-where ``import triton`` fails.
+main(FOLDER) prints JSON: each call's launches and the address of its result, how many cubins were loaded, the launches
+of calls that only resemble a remembered one, which calls are planned in Python, and a refusal. Import this module where
+``import triton`` fails.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ assert not language.INSTALLED
 
 
 def address(tensor: torch.Tensor) -> str:
-    """As a parameter's bytes."""
+    """Return the address as a parameter's bytes."""
     return tensor.data_ptr().to_bytes(8, "little").hex()
 
 
 def pitched(stub: on_stub.Stub) -> list[str]:
-    """What rows with a pitch launch, after rows without one and where nothing is remembered."""
+    """Return what rows with a pitch launch, after rows without one, and with nothing remembered."""
     m, n, k = 600, 4096, 128
     x, weight = torch.empty(m, 2 * k, dtype=calls.BF16), torch.empty(n, k, dtype=calls.BF16)
     packed, launches = torch.empty(n, k // 32, dtype=torch.int32), []
@@ -47,7 +47,7 @@ def pitched(stub: on_stub.Stub) -> list[str]:
 
 
 def shared(stub: on_stub.Stub) -> bool:
-    """Whether x's own address is launched after a call whose x lies where the weight does."""
+    """Return whether x's own address is launched, after a call whose x had the weight's address."""
     n, k = 512, 1024
     weight, packed = torch.empty(n, k, dtype=calls.BF16), torch.empty(n, k // 32, dtype=torch.int32)
     with on_stub.taken_for(H100):
@@ -59,7 +59,7 @@ def shared(stub: on_stub.Stub) -> bool:
 
 
 def in_python(call: Callable[[], object]) -> bool:
-    """Whether a call is planned there: cubins are looked for, whether they are found or not."""
+    """Return whether a call is planned in Python: then it looks for cubins, whether it finds them or not."""
     looked_for = mock.patch.object(cubins, "find", wraps=cubins.find)
     with looked_for as find, contextlib.suppress(cubins.NoCubin):
         call()
@@ -67,24 +67,24 @@ def in_python(call: Callable[[], object]) -> bool:
 
 
 def moved(stub: on_stub.Stub, call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[bool, int]:
-    """Of the parameters that differ from the first call to the second: (have all results moved, how many others)."""
+    """Compare the parameters of two calls; return (whether all results moved, how many other parameters differ)."""
     with on_stub.taken_for(H100):
         (first, before), (second, after) = ((call(), stub.launches()) for _ in range(2))
     parameters = ([p for launch in launches for p in launch["parameters"]] for launches in (before, after))
-    differ = {(p[:16], q[:16]) for p, q in zip(*parameters, strict=True) if p != q}  # address, or that of a map
+    differ = {(p[:16], q[:16]) for p, q in zip(*parameters, strict=True) if p != q}  # the address, or that of a map
     results = {(address(a), address(b)) for a, b in zip(first, second, strict=True) if a.numel() > 0}
     return results <= differ, len(differ - results)
 
 
 def rows(m: int, k: int, dtype: torch.dtype, pitch: int = 0, offset: int = 0) -> torch.Tensor:
-    """(M, K) in a pitch of K + pitch, the first of which lies ``offset`` elements behind a multiple of 16 bytes."""
+    """Return (M, K) with a pitch of K + pitch, whose first row is ``offset`` elements behind a multiple of 16 bytes."""
     return torch.empty(offset + m * (k + pitch), dtype=dtype)[offset:].view(m, k + pitch)[:, :k]
 
 
 def gradients(
     m: int = 32, dtype: torch.dtype = calls.BF16, of_scores: torch.dtype | None = None, wanted: str = "xs", **like: int
 ) -> Callable[[], object]:
-    """Of a product by words, as "auto" chooses; ``like``: see rows."""
+    """Return a call for gradients of a product with packed mask, as "auto" chooses; ``like``: see rows."""
     n, k = 512, 1024
     x, grad, weight = rows(m, k, dtype, **like), rows(m, n, dtype), torch.empty(n, k, dtype=dtype)
     packed, signs = (torch.empty(n, k // 32, dtype=torch.int32) for _ in range(2))
@@ -94,20 +94,20 @@ def gradients(
 
 
 def sums(m: int = 32, into: torch.dtype = calls.BF16, **like: int) -> Callable[[], object]:
-    """As calls.sums."""
+    """Return a call like calls.sums."""
     out, grad, x = torch.empty(512, 1024, dtype=into), rows(m, 512, calls.BF16), rows(m, 1024, calls.BF16, **like)
     return lambda: flat.accumulate_product(out, grad, x)
 
 
 def fp32_gradients(leading: tuple[int, ...] = (16,), turned: bool = False) -> Callable[[], object]:
-    """By value; ``turned``: no view of the gradient is a matrix."""
+    """Return a call for gradients in mode "value"; ``turned``: no view of the gradient is a matrix."""
     grad, x = torch.empty(*leading, 512), torch.empty(*leading, 512)
     given = (grad.transpose(0, 1) if turned else grad, x, torch.empty(512, 512), torch.empty(512, 512), torch.empty(()))
     return lambda: flat.masked_linear_backward(*given, "value", [True, False, True, False])
 
 
 def others() -> dict[str, Callable[[], object]]:
-    """Calls that are no product of one mask, and one that packs its mask first."""
+    """Return calls other than products with one mask, and one that packs its mask first."""
     names = (
         "rows of many masks",
         "nested nf4, d_x",
@@ -123,7 +123,7 @@ def others() -> dict[str, Callable[[], object]]:
 
 
 def with_other_numbers(stub: on_stub.Stub) -> list[str]:
-    """What a selection of another share, and the step after, launch: by the plan of the first, and by none."""
+    """Return what a selection with another share, and the next step, launch: with the first plan, and without."""
     scores, launches = torch.empty(64, 512, dtype=calls.BF16), []
     stepped = calls.step(64, 512)
     with on_stub.taken_for(H100):
@@ -141,7 +141,7 @@ def with_other_numbers(stub: on_stub.Stub) -> list[str]:
 
 
 def zeros_again() -> list[int]:
-    """What counts the zeros among scores begins with: where the memory before it held something else."""
+    """Return the counts of zeros among scores, where the counter's memory held something else before."""
     scores, found = torch.empty(64, 512), []
     with on_stub.taken_for(H100):
         for _ in range(8):
@@ -152,7 +152,7 @@ def zeros_again() -> list[int]:
 
 
 def bounded() -> tuple[int, bool, bool]:
-    """(how many plans are remembered at most, whether one is that is asked for all along, one that never is)."""
+    """Return (the most plans remembered, whether a plan in constant use is kept, whether an unused one is)."""
     given, most, first = [torch.empty(1)] * 3, 0, 10**6
     for kind in range(first, first + 20000):
         built.cuda_ops.remember_plan([*given, None, None, None], kind, [], 0, [], 0, [])
@@ -162,7 +162,7 @@ def bounded() -> tuple[int, bool, bool]:
 
 
 def planned_anew() -> dict[str, list[bool]]:
-    """Which of some calls in a row are planned in Python."""
+    """Return which calls of a sequence are planned in Python."""
     each = {"m": 33}, {"pitch": 8}, {"offset": 1}
     of_gradients = (
         {"dtype": torch.float16},
@@ -182,7 +182,7 @@ def planned_anew() -> dict[str, list[bool]]:
                 in_python(call)
                 for call in (
                     calls.rows_of_many_masks(8, 512, 1024, 4),
-                    calls.over_codes(40, 512, 512, "nested", True, has_bias=False),  # whose arguments are d_x's
+                    calls.over_codes(40, 512, 512, "nested", True, has_bias=False),  # its arguments are those of d_x
                     calls.over_codes(40, 512, 512, "nf4", False),
                     calls.over_codes(40, 512, 1024, "nested", False),
                     lambda: select.kept_threshold(torch.empty(64, 512, dtype=calls.BF16), 0.9, "value"),
@@ -196,7 +196,7 @@ def planned_anew() -> dict[str, list[bool]]:
         for name, value in (("MFT_TRITON", "jit"), ("MFT_AUTOTUNE", "1")):
             with mock.patch.dict(os.environ, {name: value}):
                 found["other gradients"].append(in_python(gradients()))
-        found["gradients"].append(in_python(gradients()))  # which have not been forgotten
+        found["gradients"].append(in_python(gradients()))  # they have not been forgotten
         copied, (m, n) = fp32_gradients((4, 4), turned=True), (128, 512)
         given = torch.empty(m, n), torch.empty(n, n), torch.empty(n, n), torch.empty(()), None, "value"
         through_scratch = lambda: flat.masked_linear(*given, choose=choice.automatic)  # noqa: E731
@@ -205,7 +205,7 @@ def planned_anew() -> dict[str, list[bool]]:
 
 
 def short_way() -> list[bool]:
-    """Whether it serves a remembered forward: as it was, and by each setting that takes no cubin."""
+    """Return whether it serves a remembered forward: unchanged, and with each setting that excludes cubins."""
     with on_stub.taken_for(H100):
         x, weight = torch.empty(1, 1024, dtype=calls.BF16), torch.empty(512, 1024, dtype=calls.BF16)
         packed, served = torch.empty(512, 32, dtype=torch.int32), []
@@ -217,7 +217,7 @@ def short_way() -> list[bool]:
 
 
 def main(folder: Path) -> None:
-    """Print it."""
+    """Print the report."""
     stub, report = on_stub.Stub(folder), {}
     for target in (A100, H100, B200):
         found = {}
@@ -225,7 +225,7 @@ def main(folder: Path) -> None:
             with on_stub.taken_for(target):
                 call()
                 first = stub.launches()
-                out = call()  # by what is remembered
+                out = call()  # from what is remembered
             found[name] = {"launches": first, "again": stub.launches(), "out": out.data_ptr()}
         report[str(target)] = found
     report["modules"] = stub.modules_loaded()

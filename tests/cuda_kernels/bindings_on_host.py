@@ -1,4 +1,4 @@
-"""The bindings of csrc/cuda for CPU tensors: their ops as torch.ops.NAME, over kernels that run on the host."""
+"""Build the bindings of csrc/cuda for CPU tensors: their ops as torch.ops.NAME, over kernels that run on the host."""
 
 import fcntl
 from pathlib import Path
@@ -16,11 +16,12 @@ BINDINGS = [
 
 
 def build(library: Path, name: str, *kernels: str) -> None:
-    """Compile and link ``library``. ``kernels``: sources, shared objects and flags of the linker.
+    """Compile and link ``library``. ``kernels``: sources, shared objects and linker flags.
 
-    What was compiled stays in build/, for each name and torch, and is taken where nothing has changed.
+    Compiled files stay in build/, separately for each name and torch version, and are used again if nothing has
+    changed.
 
-    Raises: RuntimeError with the compiler's words.
+    Raises: RuntimeError with the compiler's output.
     """
     torch_folder, compiler = Path(torch.__file__).parent, emulated.compiler()
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{BINDINGS[0].parent}"]
@@ -30,7 +31,7 @@ def build(library: Path, name: str, *kernels: str) -> None:
     directory = emulated.ROOT / "build" / name / torch.__version__
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests build one after the other
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs build one after the other
         try:
             build_units(directory, units, Link(str(library.absolute()), compiler, linked))
         except CannotBuild as error:
@@ -39,6 +40,6 @@ def build(library: Path, name: str, *kernels: str) -> None:
 
 
 def emulated_kernels() -> list[str]:
-    """What to link for the kernels in the emulator."""
+    """Return the linker arguments for the kernels in the emulator."""
     kernels = Path(emulated.library()._name)
     return [str(kernels), f"-Wl,-rpath,{kernels.parent}"]

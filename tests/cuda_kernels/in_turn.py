@@ -1,4 +1,4 @@
-"""Cases of a test: every combination of some arguments, each with one value of another, which goes round."""
+"""Test cases: every combination of some arguments, each with one value of another argument, taken in turn."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def in_turn(beside: Sequence[Any], *axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """[(one of beside, one of each axis)]: a kernel's every instance once, and its shapes in turn.
+    """Return [(one of beside, one of each axis)]: every instance of a kernel once, with its shapes in turn.
 
-    Each value of ``beside`` meets each value of each axis: what fails for the two of them is seen, and a product of all
-    takes as many times longer as there are values beside. Raises: ValueError if two would not meet.
+    Each value of ``beside`` meets each value of each axis, so that a failure of any such pair is found. The full
+    product would be len(beside) times as long. Raises: ValueError if two of the values would not meet.
     """
     cases, met = [], set()
     for places in itertools.product(*(range(len(axis)) for axis in axes)):

@@ -1,7 +1,7 @@
-"""From tensors to the kernels: backends/cuda and csrc/cuda/bindings.cpp, their ops registered for CPU tensors.
+"""From tensors to the kernels: backends/cuda and csrc/cuda/bindings.cpp, with their ops registered for CPU tensors.
 
-The library of the ops is compiled here from the same bindings, with the emulated kernels in the place of the GPU's.
-What the kernels compute has tests of its own; here every argument must arrive where it belongs.
+The library of ops is compiled here from the same bindings, with emulated kernels instead of the GPU's. Other tests
+check what the kernels compute; here every argument must arrive where it belongs.
 """
 
 import functools
@@ -25,7 +25,7 @@ ALL = [True, True, True, True]
 
 
 def compiled(folder: Path, name: str, *kernels: str):
-    """torch.ops.NAME: the bindings with these kernels."""
+    """Return torch.ops.NAME: the bindings over these kernels."""
     library = folder / f"lib{name}.so"
     bindings_on_host.build(library, name, *kernels)
     built.load_ops(library, name)
@@ -34,7 +34,7 @@ def compiled(folder: Path, name: str, *kernels: str):
 
 @pytest.fixture(autouse=True, scope="session")
 def ops(tmp_path_factory):
-    """The ops on the emulator's kernels."""
+    """Return the ops over the emulator's kernels."""
     folder = tmp_path_factory.mktemp("bindings")
     return compiled(folder, "mft_cuda_on_host", *bindings_on_host.emulated_kernels())
 
@@ -46,7 +46,7 @@ def ops_on_host(ops, monkeypatch):
 
 @pytest.fixture(params=["80", "90"])
 def capability(request, monkeypatch):
-    """Whose kernels run: Hopper's take only some arguments, and the general ones the others."""
+    """Choose the kernels: Hopper's take only some arguments; the general kernels take the others."""
     monkeypatch.setenv("MFT_CUDA_CAPABILITY", request.param)
 
 
@@ -78,11 +78,11 @@ def test_forward_and_backward(dtype, scores_dtype, mode, capability):
 @pytest.mark.parametrize("capability", ["80", "90"])
 @pytest.mark.parametrize("scores_dtype", [torch.float32, torch.bfloat16])
 def test_scores_that_would_be_read_one_by_one_become_bits(scores_dtype, capability, monkeypatch):
-    """From 256 tokens on; with a threshold a row, which Hopper's d_x takes by bits alone."""
+    """From 256 tokens on, also with a threshold per row, for which Hopper's d_x needs bits."""
     monkeypatch.setenv("MFT_CUDA_CAPABILITY", capability)
     for tokens in (255, 256):
         t = inputs(scores_dtype=scores_dtype, m=tokens, n=16, k=128)
-        scores = torch.nn.functional.pad(t.scores, (0, 1))[:, :-1]  # rows begin between 16 bytes
+        scores = torch.nn.functional.pad(t.scores, (0, 1))[:, :-1]  # rows do not begin at multiples of 16 bytes
         threshold = (torch.arange(16) % 3).to(scores_dtype)
         forward = (t.x, t.weight, scores, threshold, t.bias, "value")
         assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
@@ -96,7 +96,7 @@ def test_the_packed_mask(mode, sign, capability):
     t = inputs()
     t.scores[t.scores == 0] = 1  # a zero has no sign bit
     packed, signs = reference.pack_mask(t.scores, torch.tensor(2.0), "magnitude"), reference.pack_signs(t.scores)[0]
-    packed, signs = (torch.stack([words, ~words], 1).flatten(1)[:, :2] for words in (packed, signs))  # of wider rows
+    packed, signs = (torch.stack([words, ~words], 1).flatten(1)[:, :2] for words in (packed, signs))  # with wider rows
     forward = (t.x, t.weight, packed, t.bias)
     assert_same(flat.masked_linear_packed(*forward), oracle.masked_linear_packed(*forward))
     source = (t.scores, None) if sign == "scores" else (None, signs)
@@ -119,7 +119,7 @@ def test_a_mask_a_row(tasks_dtype, capability):
     for shape, each, masks in (((6, 12, 40), 1, 3), ((12, 12, 39), 2, 16), ((0, 12, 40), 1, 2), ((4, 12, 40), 4, 0)):
         t = inputs(m=shape[0], n=shape[1], k=shape[2])
         bits = [reference.pack_bits(t.scores.roll(i) > 0) for i in range(masks)]
-        bits = [words.repeat(1, 2)[:, : words.shape[1]] for words in bits]  # of wider rows
+        bits = [words.repeat(1, 2)[:, : words.shape[1]] for words in bits]  # with wider rows
         tasks = (torch.arange(shape[0] // each).flip(0) % (masks + 1) - 1).to(tasks_dtype)
         x, grad = t.x.view(-1, each, shape[2]), t.grad_output.view(-1, each, shape[1])
         for bias in (t.bias, None):
@@ -150,7 +150,7 @@ def test_what_does_not_fit_a_mask_a_row_is_refused(ops):
 
 
 def quantized_weight(kind, n, k):
-    """Arguments of the ops over codes: small integers as weights. nested: of double quantisation."""
+    """Return arguments of the ops over codes, with small integers as weights. nested: double quantisation."""
     generator = torch.Generator().manual_seed(0)
     if kind == "int8":
         return torch.randint(-4, 5, (n, k), generator=generator).to(torch.int8), [torch.full((n,), 127.0)], [n, k], kind
@@ -166,10 +166,10 @@ def quantized_weight(kind, n, k):
 @pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_weight_in_codes(dtype, kind, capability):
-    for shape in ((6, 12, 64), (6, 12, 39), (0, 12, 64), (40, 12, 1088)):  # the last in parts
+    for shape in ((6, 12, 64), (6, 12, 39), (0, 12, 64), (40, 12, 1088)):  # the last depth is summed in parts
         t = inputs(dtype, m=shape[0], n=shape[1], k=shape[2])
         codes, absmax, *rest = quantized_weight(kind, *shape[1:])
-        packed = reference.pack_bits(t.scores > 0).repeat(1, 2)[:, : -(-shape[2] // 32)]  # of wider rows
+        packed = reference.pack_bits(t.scores > 0).repeat(1, 2)[:, : -(-shape[2] // 32)]  # with wider rows
         absmax = [scale.repeat_interleave(2)[::2] if scale.dim() else scale for scale in absmax]
         x, grad = t.x.view(2, -1, shape[2]), t.grad_output.T.contiguous().T
         for mask, bias in ((packed, t.bias.repeat_interleave(2)[::2]), (None, None)):
@@ -181,7 +181,7 @@ def test_a_weight_in_codes(dtype, kind, capability):
 
 
 def on_the_host() -> backends.Backend:
-    """The cuda backend, for tensors of the CPU."""
+    """Return the cuda backend, for tensors of the CPU."""
     functions = backends.registered("cuda").functions
     return backends.Backend("cuda", frozenset({"cpu"}), frozenset(), functions, backends.OPERANDS)
 
@@ -246,13 +246,13 @@ def test_score_gradients_are_added(out_dtype, source, capability):
 
 @pytest.mark.parametrize("tokens", [5, 70])
 def test_products_of_a_long_depth_get_a_workspace(tokens, capability):
-    t = inputs(m=tokens, n=16, k=1096)  # for 4 multiprocessors in 4 parts, and d_x in one
+    t = inputs(m=tokens, n=16, k=1096)  # on 4 multiprocessors in 4 parts; d_x in one
     forward = (t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), t.bias, "magnitude")
     assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
 
 
 def test_score_gradients_of_many_tokens_get_a_workspace(capability):
-    t = inputs(m=1100)  # for 4 multiprocessors in 4 parts
+    t = inputs(m=1100)  # on 4 multiprocessors in 4 parts
     got, expected = torch.full((12, 40), 3.0), torch.full((12, 40), 3.0)
     given = (t.grad_output[:, :8], t.x, t.weight[:8], t.scores[:8], None, "magnitude")
     flat.accumulate_score_grad(got[:8], *given)
@@ -316,7 +316,7 @@ def test_rows_of_any_stride_are_read_where_they_lie():
 
 
 def test_odd_layouts(capability):
-    """Columns of a wider tensor, a transposed one, an expanded gradient, three dimensions, one and no token."""
+    """Columns of a wider tensor, a transposed one, an expanded gradient, three dimensions, one token and no token."""
     wide = inputs(m=6, n=14, k=44)
     weight, scores = wide.weight[1:13, 3:42], wide.scores.T.contiguous().T[1:13, 3:42]
     threshold, bias = torch.tensor(1.0).bfloat16(), wide.bias.repeat_interleave(2)[2:26:2]
@@ -344,7 +344,7 @@ def test_matrices_without_elements(n, k):
 
 
 def steps_of(scores_dtype, *, eight_bit, with_weight=True, grad_dtype=torch.float32):
-    """Arguments of score_step: tensors, and the rest with values that all matter."""
+    """Return arguments of score_step: tensors, and other values that all affect the result."""
     generator = torch.Generator().manual_seed(0)
     scores, grad, weight = (torch.randn(12, 40, generator=generator) for _ in range(3))
     scores = fixed_from_float(0.02 * scores) if scores_dtype == torch.int16 else (0.02 * scores).to(scores_dtype)
@@ -407,7 +407,7 @@ def test_what_does_not_fit_a_step_is_refused():
 
 
 def experts(*, transposed=False, k=40, scores_dtype=torch.bfloat16):
-    """(x or grad_output, weight, scores, thresholds, packed, offsets, bias) of three experts, one without rows."""
+    """Return (x or grad_output, weight, scores, thresholds, packed, offsets, bias); one of three experts is empty."""
     each = [inputs(scores_dtype=scores_dtype, m=4, k=k) for _ in range(3)]
     weight, scores = (
         torch.stack([getattr(t, name).roll(i) for i, t in enumerate(each)]) for name in ("weight", "scores")
@@ -420,14 +420,14 @@ def experts(*, transposed=False, k=40, scores_dtype=torch.bfloat16):
 
 
 def apart(t):
-    """The same values, with as much again between one matrix and the next."""
+    """Return the same values, with a gap as large as a matrix between the matrices."""
     return t if t is None or t.dim() < 3 else torch.cat((t, t), 1)[:, : t.shape[1]]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 def test_products_over_experts(mode, transposed, capability):
-    """From bits and scores; those that the kernel does not read (fp16, odd rows) become bits."""
+    """With bits and with scores; scores that the kernel does not read (fp16, odd rows) become bits."""
     for k, scores_dtype in ((40, torch.bfloat16), (40, torch.float32), (40, torch.float16), (39, torch.bfloat16)):
         x, weight, scores, threshold, packed, offsets, bias = experts(
             transposed=transposed, k=k, scores_dtype=scores_dtype
@@ -520,7 +520,7 @@ def test_what_does_not_fit_experts_is_refused(ops):
 
 
 def test_a_layer_of_experts_trains_by_name_as_it_does_with_the_reference(monkeypatch):
-    """Masks from scores: the product in both directions, d_scores, the thresholds of the experts."""
+    """Masks from scores: the product in both directions, d_scores, and the experts' thresholds."""
     served = backends.Backend(
         "cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").functions, backends.OPERANDS
     )
@@ -609,7 +609,7 @@ def test_what_does_not_fit_is_refused(ops):
 
 @pytest.mark.slow
 def test_hopper_s_product_takes_the_tile_and_parts_that_it_is_given(ops, monkeypatch):
-    """Every tile, in one part and several, by words and in both modes, forward and d_x: as `make gpu` checks it."""
+    """Every tile, in one part and in several, from packed masks and in both modes, forward and d_x (`make gpu`)."""
     layouts = pytest.importorskip("benchmarks.gpu.layouts", reason="it measures Triton kernels", exc_type=ImportError)
     monkeypatch.setenv("MFT_CUDA_CAPABILITY", "90")
     checks = dict(layouts.tile_checks([torch.bfloat16], torch.device("cpu")))
@@ -622,7 +622,7 @@ def test_hopper_s_product_takes_the_tile_and_parts_that_it_is_given(ops, monkeyp
     for tile, message in {
         (96, 1): "tokens must be 64, 128 or 256, and each of parts must have steps to sum, got 96 and 1",
         (64, 0): "got 64 and 0",
-        (64, 2): "got 64 and 2",  # of a sum of one pair of steps
+        (64, 2): "got 64 and 2",  # for a sum of one pair of steps
     }.items():
         with pytest.raises(RuntimeError, match=message):
             product(*tile)
@@ -687,10 +687,10 @@ def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path,
         t, one = inputs(k=k), torch.tensor(1.0).bfloat16()
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
             flat.masked_linear(t.x, t.weight, t.scores, one, None, "magnitude")
-        with pytest.raises(RuntimeError, match="the cuda backend: general"):  # there is no other one in this build
+        with pytest.raises(RuntimeError, match="the cuda backend: general"):  # this build has no other kernel
             flat.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, None, None, "value")
     monkeypatch.setenv("MFT_CUDA_CAPABILITY", "90")
-    # The mask is packed first where that saves more than it takes; Hopper's kernel does not take fp32 scores.
+    # The mask is packed first if that saves more than it costs. Hopper's kernel does not take fp32 scores.
     for tokens, n, k, dtype, runs in (
         (256, 258, 40, torch.bfloat16, "Hopper's, by bits"), (255, 258, 40, torch.bfloat16, "Hopper's$"),
         (256, 258, 40, torch.float32, "Hopper's, by bits"), (256, 12, 40, torch.float32, "general, 90"),
@@ -699,7 +699,7 @@ def test_hopper_gets_its_own_kernels_where_they_can_take_the_arguments(tmp_path,
         t = inputs(scores_dtype=dtype, m=tokens, n=n, k=k)
         with pytest.raises(RuntimeError, match=f"the cuda backend: {runs}"):
             flat.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0).to(dtype), None, "magnitude")
-    # Whose plan takes fewer cycles, and in parts where it asks for a workspace.
+    # The kernel whose plan takes fewer cycles runs, in parts if the plan asks for a workspace.
     for n, k, runs in (
         (255, 40, "Hopper's"), (256, 40, "general in parts, 90"), (257, 40, "Hopper's in parts"),
         (257, 39, "general in parts, 90"),

@@ -1,6 +1,6 @@
-"""Products over codes on wgmma, in the emulator: the rings with scales beside TMA, tiles, parts, edges and schedules.
+"""Products over codes on wgmma, in the emulator: the rings with scales next to TMA, tiles, parts, edges and schedules.
 
-What every backend gives is in tests/ops/test_quantized.py; when this kernel is chosen, in test_plans.py.
+tests/ops/test_quantized.py tests the results, test_plans.py when this kernel is chosen.
 """
 
 import itertools
@@ -21,12 +21,12 @@ BF16, FP16 = torch.bfloat16, torch.float16
 KINDS = ("nf4", "nf4-dq", "int8")
 BY_KIND = pytest.mark.parametrize("kind", KINDS)
 HOPPER = {"arch": "sm_90"}
-ONE_PART = HOPPER | {"l2_bytes": 0}  # parts lie in half of it
-slow = partial(pytest.param, marks=pytest.mark.slow)  # seconds in the emulator
+ONE_PART = HOPPER | {"l2_bytes": 0}  # parts may take half of L2
+slow = partial(pytest.param, marks=pytest.mark.slow)  # takes seconds in the emulator
 
 
 def integers(*shape, dtype, seed=1):
-    """Small, so that every sum is exact."""
+    """Return small integers, so that every sum is exact."""
     return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -35,7 +35,7 @@ def mask_of(n, k, seed=2):
 
 
 def products(by, x, grad, w: Coded, packed, bias, **device):
-    """(y, d_x)"""
+    """Return (y, d_x)."""
     of_weight = w.codes, w.absmax, packed
     y = by.masked_linear_quantized(x, *of_weight, bias, w.shape, w.kind, **device)
     return y, by.masked_linear_quantized_d_x(grad, *of_weight, w.shape, w.kind, **device)
@@ -65,14 +65,14 @@ def test_results_are_exact_however_the_background_work_is_timed(kind, dtype, see
 @pytest.mark.parametrize(("tokens", "multiprocessors"), [(130, 2), slow(70, 6), slow(300, 4)])
 @pytest.mark.parametrize("kind", ["nf4-dq", "int8"])
 def test_every_tile_is_made_once_by_any_number_of_clusters(kind, tokens, multiprocessors):
-    """And the rings run on from tile to tile: more steps than they have stages."""
+    """The rings continue from tile to tile: there are more steps than stages."""
     check(*operands(tokens, 520, 640, kind, BF16), multiprocessors=multiprocessors)
 
 
 @BY_KIND
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 64), (5, 136, 192), (65, 72, 320)])
 def test_edges_are_cut_and_filled_with_zeros(m, n, k, kind):
-    """Odd numbers of steps, and steps whose scales are partly outside; all is kept."""
+    """Odd numbers of steps, and steps whose scales are partly outside; all weights are kept."""
     check(*operands(m, n, k, kind, FP16, masked=False))
 
 
@@ -85,7 +85,7 @@ def test_rows_of_tokens_may_lie_apart(kind):
 @BY_KIND
 @pytest.mark.parametrize("at_end", [True, False])
 def test_nothing_outside_the_operands_is_touched(kind, at_end):
-    """TMA knows the sizes; scales and bias are read by threads."""
+    """TMA knows the sizes; threads read scales and bias."""
     x, grad, w, packed, bias = operands(13, 40, 128, kind, BF16)
     x, grad, packed, bias = (guarded(t, at_end=at_end) for t in (x, grad, packed, bias))
     w = w._replace(codes=guarded(w.codes, at_end=at_end), absmax=[guarded(t, at_end=at_end) for t in w.absmax])
@@ -96,7 +96,7 @@ def test_nothing_outside_the_operands_is_touched(kind, at_end):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @BY_KIND
 def test_every_weight_is_decoded_to_the_bit(kind, dtype):
-    """By unit vectors, which read the weight itself."""
+    """Products with unit vectors read the weight itself."""
     w = coded(72, 128, kind)
     sizes = torch.tensor([1e-33, 1e-7, 0.7, 3e4, 0.0, -0.5])
     if kind != "nf4-dq":
@@ -109,7 +109,7 @@ def test_every_weight_is_decoded_to_the_bit(kind, dtype):
 
 @BY_KIND
 def test_random_floats_give_what_the_dense_kernel_gives_of_the_decoded_weight(kind):
-    """Bit for bit, where both sum in one part."""
+    """The results are equal bit for bit, because both kernels sum in one part."""
     m, n, k = 20, 72, 384
     w, packed = coded(n, k, kind), mask_of(n, k)
     generator = torch.Generator().manual_seed(3)
@@ -124,7 +124,7 @@ def test_random_floats_give_what_the_dense_kernel_gives_of_the_decoded_weight(ki
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_what_is_dropped_contributes_nothing(kind, bad):
-    """Of blocks and rows whose scale is no number, all weights are dropped."""
+    """All weights of blocks and rows with a non-finite scale are dropped."""
     n, k = 136, 256
     x, grad, w, packed, bias = operands(9, n, k, kind, BF16)
     scales, kept = w.absmax[0].clone(), reference.unpack_mask(packed, [n, k])
@@ -142,7 +142,7 @@ def test_what_is_dropped_contributes_nothing(kind, bad):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_op_launches_the_kernel_that_its_plan_has_chosen(kind):
-    """Few tokens in another kernel, more in this one."""
+    """Another kernel takes few tokens, this one takes more."""
     for m, own in ((5, False), (70, True)):
         given = operands(m, 512, 256, kind, BF16)
         device = {"arch": "hopper", "multiprocessors": 4}
@@ -158,7 +158,7 @@ def test_the_op_launches_the_kernel_that_its_plan_has_chosen(kind):
 
 
 def by_parts(given, w: Coded, packed, transposed, tokens, parts, **device):
-    """The product in tiles of ``tokens`` and in ``parts``, which the plan must follow."""
+    """Compute the product in tiles of ``tokens`` and in ``parts``; assert that its plan has these."""
     sides = w.codes, w.absmax, packed, None, w.shape, w.kind
     asked, out = emulated.quantized_product(given, *sides, transposed=transposed)
     asked.tokens, asked.parts = tokens, parts
@@ -186,7 +186,7 @@ def test_sums_in_parts_are_exact(kind, tokens, parts):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_parts_are_added_in_one_order_and_rounded_once(transposed):
-    """Whatever cluster ends first: random floats, bit for bit; within the budget."""
+    """Random floats give the same bits, whichever cluster ends first, within the error budget."""
     n, k = (512, 128) if transposed else (128, 512)
     w, packed = coded(n, k, "nf4"), mask_of(n, k)
     given = torch.randn(20, 512, generator=torch.Generator().manual_seed(5)).bfloat16()

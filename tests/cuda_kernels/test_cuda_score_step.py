@@ -1,6 +1,6 @@
-"""score_step of the CUDA kernels by what only they have: blocks, warps, addresses and guard pages.
+"""Tests specific to the CUDA kernels' score_step: blocks, warps, addresses and guard pages.
 
-What every backend gives is in tests/ops/test_step.py, the window in test_step_window.py beside it.
+tests/ops/test_step.py tests the results, which are the same for every backend; test_step_window.py tests the window.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""The products of few tokens in the emulator: results bit for bit, and how they are cut for cards that are not here."""
+"""Products of few tokens in the emulator: results bit for bit, and how they are cut for cards not in this machine."""
 
 import itertools
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Cut(NamedTuple):
 
 @pytest.fixture
 def cuts(monkeypatch):
-    """Of every product that was launched: a Cut of decode_sm80, or None for another kernel."""
+    """Return a list of a Cut of decode_sm80, or None for another kernel, for every product that is launched."""
     seen, plan = [], emulated.plan
 
     def noted(kernel, asked, device):
@@ -44,7 +44,7 @@ def cuts(monkeypatch):
 
 
 def check(t, mode="magnitude", **device):
-    """By scores and by words, with a bias and without."""
+    """Check with scores and with packed masks, with a bias and without."""
     threshold = row_thresholds(t)
     packed = reference.pack_mask(t.scores, threshold, mode)
     for bias in (t.bias, None):
@@ -64,7 +64,7 @@ def test_every_number_of_tokens(tokens, dtype, mode, cuts):
 @pytest.mark.parametrize(("dtype", "mode"), [(BF16, "magnitude"), (FP16, "value")])
 @pytest.mark.parametrize("tokens", [17, 24, 25, 32, 33, 48, 49, 56, 63, 64])
 def test_up_to_64_tokens(tokens, dtype, mode):
-    """In pairs of tiles, of which the last may have 1 to 16 tokens."""
+    """Pairs of tiles, of which the last may have 1 to 16 tokens."""
     check(integer_inputs(tokens, 40, 200, dtype, dtype), mode, arch="decode")
     check(integer_inputs(tokens, 133, 296, dtype, dtype), mode, arch="decode", multiprocessors=17)
 
@@ -72,13 +72,13 @@ def test_up_to_64_tokens(tokens, dtype, mode):
 @pytest.mark.parametrize("multiprocessors", [1, 4, 132])
 @pytest.mark.parametrize("shape", [(3, 1, 8), (5, 130, 264), (9, 17, 32), (16, 129, 1096), (1, 8, 4104), (2, 300, 40)])
 def test_every_tail(shape, multiprocessors, cuts):
-    """Of features and of columns, in one part and in many, the last of which is shorter."""
+    """Tails of features and of columns, in one part and in many parts, of which the last is shorter."""
     check(integer_inputs(*shape, BF16, BF16), multiprocessors=multiprocessors)
     assert None not in cuts
 
 
 def test_a_depth_is_cut_among_warps_blocks_and_slabs(cuts):
-    """All of it, in small shapes: 1 to 8 slices of 8 and 16 warps, parts, and more of x than shared memory holds."""
+    """All cuts, in small shapes: 1 to 8 slices of 8 and 16 warps, parts, and more of x than shared memory holds."""
     for shape, device in (
         ((16, 24, 4104), {"multiprocessors": 1}),
         ((16, 264, 4104), {"multiprocessors": 2}),
@@ -101,7 +101,7 @@ def test_a_depth_is_cut_among_warps_blocks_and_slabs(cuts):
 
 
 def test_on_hopper_a_cluster_s_blocks_take_the_parts(cuts):
-    """Of 2, 4 and 8, in slabs too; the last has less to sum than the others."""
+    """Clusters of 2, 4 and 8, in slabs too; the last block has less to sum than the others."""
     for shape, device in (
         ((3, 130, 520), {"multiprocessors": 17}),
         ((9, 264, 2056), {"multiprocessors": 132}),
@@ -163,7 +163,7 @@ def test_what_is_not_finite_stays_with_its_token_and_its_weight(tokens):
     t.scores[5, 11], t.weight[5, 11] = 5, -torch.inf
     threshold = torch.tensor(2.0, dtype=BF16)
     packed = reference.pack_mask(t.scores, threshold, "magnitude")
-    packed[:, 1] |= ~0xFF  # bits behind the last column mean nothing
+    packed[:, 1] |= ~0xFF  # bits behind the last column have no meaning
     expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
     assert expected[[0, 1, 2, 4]][:, [0, 1, 2, 3, 4, 6]].isfinite().all()
     decode = {"arch": "decode"}
@@ -174,7 +174,7 @@ def test_what_is_not_finite_stays_with_its_token_and_its_weight(tokens):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("shape", [(12, 136, 2056), (5, 264, 1096), (50, 136, 2056)])
 def test_sums_are_added_in_one_order_whatever_ends_first(shape, capability, cuts):
-    """Random floats, bit for bit in every schedule; within the budget."""
+    """Random floats give the same bits in every schedule, within the error budget."""
     t = random_inputs(*shape, BF16, BF16)
     threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
     arguments = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
@@ -210,7 +210,10 @@ def _asked(tokens, n, k):
 
 
 def traffic(card, tokens, n, k):
-    """(blocks, bytes from L2 and memory for those of weight and mask: x again and again, parts to and fro)."""
+    """Return (blocks, bytes read and written relative to the bytes of weight and mask).
+
+    The bytes come from L2 and memory; x is read repeatedly, and parts are written and read again.
+    """
     _, parts, _, _, cluster, features = emulated.decode_cut(_asked(tokens, n, k), device_of(card))
     tiles, in_memory = -(-n // features), parts // cluster
     least = n * k * (2 + 1 / 8)
@@ -219,9 +222,9 @@ def traffic(card, tokens, n, k):
 
 
 def test_every_multiprocessor_has_a_block_and_little_more_is_read_than_the_weight():
-    """A tenth more at most for one token, and on an H100, where parts are clusters, for 16 of a large weight.
+    """At most a tenth more is read for one token; on an H100, where parts are clusters, also for 16 of a large weight.
 
-    Elsewhere it is the tokens themselves, from L2, that 16 blocks and more read, and the parts.
+    On other cards, the rest is the tokens, which 16 and more blocks read from L2, and the parts.
     """
     for card in NVIDIAS:
         clusters = card.arch == 90
@@ -240,7 +243,7 @@ def test_every_multiprocessor_has_a_block_and_little_more_is_read_than_the_weigh
 
 
 def test_from_17_to_64_tokens_the_model_finds_the_cheaper_of_two_kernels():
-    """Of small weights that is decode_sm80. Of large ones it is for half, and with clusters for nine of ten."""
+    """The cheaper one is decode_sm80 for small weights, and for half of the large ones (over 90 % with clusters)."""
     small, large = [], {True: [], False: []}
     for card, shape, mask, tokens in itertools.product(NVIDIAS, SHAPES, ("bf16", "words"), (17, 32, 33, 64)):
         taken, few, general = (planned(f"product_{kernel}", card, tokens, shape, mask) for kernel in _KERNELS)
@@ -258,7 +261,7 @@ _KERNELS = ("sm80", "decode", "general")
 
 @pytest.mark.parametrize("card", HOPPERS, ids=lambda card: card.name)
 def test_on_hopper_the_model_finds_no_faster_way_than_this(card):
-    """Up to 16 tokens: its own product is expected to take as long at best (within 4 %)."""
+    """For up to 16 tokens, Hopper's own product is expected to take at best as long, within 4 %."""
     for shape, mask, tokens in itertools.product(SHAPES, ("bf16", "words"), (1, 8, 16)):
         own = planned("product_sm90", card, tokens, shape, mask)
         few = planned("product_sm80", card, tokens, shape, mask)

@@ -1,6 +1,6 @@
-"""The products of few tokens over codes in the emulator: results bit for bit, how they are cut, and who takes them.
+"""Products of few tokens over codes in the emulator: results bit for bit, how they are cut, and the kernel.
 
-What every kernel over codes gives is in tests/ops/test_quantized.py.
+tests/ops/test_quantized.py tests the results that are common to all kernels over codes.
 """
 
 import emulated
@@ -18,12 +18,12 @@ from mft_kernels import reference
 from mft_kernels.testing import assert_within_budget
 
 BY_KIND = pytest.mark.parametrize("kind", KINDS)
-COLUMNS = {"nf4": 128, "nf4-dq": 128, "int8": 64}  # of a unit
+COLUMNS = {"nf4": 128, "nf4-dq": 128, "int8": 64}  # per unit
 
 
 @pytest.fixture
 def cuts(monkeypatch):
-    """A Cut of every product that was launched."""
+    """Return a list of a Cut for every product that is launched."""
     seen, plan = [], emulated.plan
 
     def noted(kernel, asked, device):
@@ -41,7 +41,7 @@ def forward(x, w: Coded, packed, bias, **device):
 
 
 def check(m, n, k, kind, dtype, **device):
-    """Small integers, whose sums are exact: by words and a bias, and without either."""
+    """Check small integers, whose sums are exact, with a packed mask and a bias, and without either."""
     x, bias, w = integers_like(m, k, dtype=dtype), integers_like(n, dtype=dtype), coded(n, k, kind, integers=True)
     for packed, added in ((mask_of(n, k), bias), (None, None)):
         expected = oracle.masked_linear_quantized(x, w.codes, w.absmax, packed, added, w.shape, w.kind)
@@ -58,7 +58,7 @@ def test_every_number_of_tokens(dtype, kind):
 @BY_KIND
 @pytest.mark.parametrize("multiprocessors", [1, 4, 132])
 def test_every_tail(multiprocessors, kind):
-    """Rows of whole groups that are no whole units, and features that are no whole tiles."""
+    """Rows of whole groups that are not whole units, and features that are not whole tiles."""
     shapes = ((3, 1, 32), (5, 130, 160), (9, 17, 96), (16, 129, 1120), (1, 8, 4128), (2, 300, 64), (20, 33, 352))
     for i, shape in enumerate(shapes):
         check(*shape, kind, (BF16, FP16)[i % 2], multiprocessors=multiprocessors)
@@ -106,7 +106,7 @@ def test_nothing_outside_the_operands_is_touched(kind, at_end):
 
 @BY_KIND
 def test_every_weight_is_decoded_to_the_bit(kind):
-    """By unit vectors, which read the weight itself."""
+    """Products with unit vectors read the weight itself."""
     for dtype, n, k in ((BF16, 48, 352), (FP16, 29, 160)):
         w, x = coded(n, k, kind), torch.eye(k, dtype=dtype)
         for first in range(0, k, 64):
@@ -117,8 +117,8 @@ def test_every_weight_is_decoded_to_the_bit(kind):
 @BY_KIND
 def test_a_dropped_weight_that_is_not_finite_reaches_nothing(kind):
     w = coded(9, 192, kind, integers=True)
-    w.codes[:] = 1 if kind == "int8" else 255  # no level is 0
-    if kind == "nf4-dq":  # an entry of the map that block 1 alone takes
+    w.codes[:] = 1 if kind == "int8" else 255  # no code stands for level 0
+    if kind == "nf4-dq":  # a map entry that only block 1 uses
         w.absmax[0].zero_()
         w.absmax[0][1], w.absmax[2][5] = 5, torch.inf
     else:
@@ -136,7 +136,7 @@ def test_a_dropped_weight_that_is_not_finite_reaches_nothing(kind):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("shape", [(12, 136, 2080), (5, 264, 1120), (50, 136, 2080)])
 def test_sums_are_added_in_one_order_whatever_ends_first(shape, capability, kind, cuts):
-    """Random floats, bit for bit in every schedule; within the budget."""
+    """Random floats give the same bits in every schedule, within the error budget."""
     m, n, k = shape
     generator = torch.Generator().manual_seed(3)
     x, bias = (torch.randn(*size, generator=generator).bfloat16() for size in ((m, k), (n,)))
@@ -162,7 +162,7 @@ def test_strided_rows_of_tokens_are_read_where_they_lie():
 
 
 def asked(m, n, k, kind, *, codes=128, x=128, stride=None, dtype=1, transposed=False):
-    """With operands at these addresses, which nothing reads."""
+    """Return a product with operands at these addresses, which nothing reads."""
     weight = emulated.Quantized(kind != "int8", n, k, codes, None if kind == "nf4-dq" else 128)
     product = emulated.QuantizedProduct(weight=weight, transposed=transposed, words=128)
     product.out = emulated.Matrix(128, dtype, m, n, n)
@@ -184,7 +184,7 @@ def test_an_h100_is_expected_to_gain_by_it(tokens, kind):
         assert few < general * (0.99 if kind == "int8" else 0.85), (n, k)
 
 
-#: In us, of 1, 8 and 16 tokens: docs/explanation/cuda-kernels.md.
+#: In us, for 1, 8 and 16 tokens, from docs/explanation/cuda-kernels.md.
 EXPECTED = {
     ("nf4", 4096): (6.2, 6.8, 7.3),
     ("nf4", 11008): (16.2, 16.9, 19.2),

@@ -1,6 +1,6 @@
-"""Products over experts on wgmma, in the emulator: whose rows a tile has, edges of experts, schedules, the choice.
+"""Products over experts on wgmma, in the emulator: rows of a tile, edges of experts, schedules, choice of kernel.
 
-What every backend gives is in tests/ops/test_expert_products.py.
+tests/ops/test_expert_products.py tests the results, which are the same for every backend.
 """
 
 import emulated
@@ -14,12 +14,12 @@ from mft_kernels import reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAYOUTS = pytest.mark.parametrize("transposed", [False, True], ids=["(E, N, K)", "(E, K, N)"])
-MODES = pytest.mark.parametrize("mode", [None, "magnitude", "value"])  # None: by words
-ROWS = (0, 5, 0, 130, 33, 0)  # none, a part of a tile, more than one; 3 rows are nobody's
+MODES = pytest.mark.parametrize("mode", [None, "magnitude", "value"])  # None: by packed mask
+ROWS = (0, 5, 0, 130, 33, 0)  # none, a part of a tile, more than one; 3 more rows belong to no expert
 
 
 class Hopper:
-    """The op by its kernel alone, in tiles of so many tokens."""
+    """The op with its kernel for Hopper only, in tiles of ``tokens``."""
 
     def __init__(self, tokens, **device):
         self.device = {"arch": "sm_90", "tokens": tokens} | device
@@ -56,7 +56,7 @@ def test_results_are_exact_however_the_background_work_is_timed(dtype, tokens, s
 @LAYOUTS
 @pytest.mark.parametrize("multiprocessors", [2, 6])
 def test_every_tile_is_made_once_by_any_number_of_clusters(multiprocessors, transposed):
-    """Features of several tiles, of which the last is cut."""
+    """The features have several tiles, of which the last is cut."""
     t = experts(520, 128, rows=(0, 140, 1, 0, 20), transposed=transposed)
     check(t, "magnitude", 128, t.bias, multiprocessors=multiprocessors)
 
@@ -64,7 +64,7 @@ def test_every_tile_is_made_once_by_any_number_of_clusters(multiprocessors, tran
 @pytest.mark.parametrize(("n", "k"), [(8, 128), (136, 72), (72, 200)])
 @LAYOUTS
 def test_edges_of_an_expert_are_zeros_and_not_the_next_expert(n, k, transposed):
-    """What lies there is no number, and 0 times that would not be 0."""
+    """The elements beyond the edge are NaN, and 0 times NaN would not be 0."""
     t = experts(n, k, rows=(3, 2, 4), transposed=transposed)
     expected = grouped.grouped_product(*arguments_of(t, "value"))
     weight = torch.full_like(t.weight, torch.nan)
@@ -79,7 +79,7 @@ def test_edges_of_an_expert_are_zeros_and_not_the_next_expert(n, k, transposed):
 
 @LAYOUTS
 def test_tokens_of_one_expert_do_not_reach_another(transposed):
-    """They are multiplied by a tile that has room for them, and not stored."""
+    """A tile with room for them multiplies them, but does not store them."""
     t = experts(72, 128, rows=(5, 40, 70), transposed=transposed)
     expected = grouped.grouped_product(*arguments_of(t, "magnitude", t.bias))
     for rows in t.groups():
@@ -130,7 +130,7 @@ def test_whatever_offsets_hold_nothing_outside_is_touched(offsets, at_end):
 
 @LAYOUTS
 def test_an_expert_s_bits_are_those_of_the_dense_kernel_in_every_schedule(transposed):
-    """Random floats: the sums of its rows alone, in one part."""
+    """With random floats, an expert's sums are of its own rows only, in one part."""
     t = experts(136, 128, rows=(5, 1, 70, 33), nobodys=0, transposed=transposed)
     generator = torch.Generator().manual_seed(0)
     for name in ("x", "weight", "scores"):
@@ -175,7 +175,7 @@ def test_what_tma_cannot_read_is_refused_by_name(change, reason):
 @pytest.mark.parametrize("mode", [None, "magnitude"])
 @pytest.mark.parametrize(("rows", "is_hopper_s"), [((250, 261), True), ((20, 40), False)])
 def test_the_op_gives_one_result_by_whatever_kernel_it_chooses(rows, is_hopper_s, mode):
-    """Hopper's from 128 rows on average, where the model agrees."""
+    """Hopper's kernel from 128 rows per expert on average, if its plan takes no more cycles."""
     t = experts(256, 128, rows=rows, nobodys=0)
     out = torch.empty(len(t.x), 256, dtype=BF16)
     mask = (None, None, t.words()) if mode is None else (t.scores, t.threshold, None)

@@ -1,6 +1,6 @@
-"""Products over experts in the emulator by what only it has: tiles, warps, guard pages, schedules, odd strides.
+"""Tests specific to the CUDA products over experts, in the emulator: tiles, warps, guard pages, schedules, strides.
 
-What every backend gives is in tests/ops/test_expert_products.py.
+tests/ops/test_expert_products.py tests the results, which are the same for every backend.
 """
 
 import emulated
@@ -19,7 +19,7 @@ def experts(n, k, dtype=BF16, scores_dtype=None, **options):
 
 
 def check_product(t, mode, bias):
-    """mode None: by words."""
+    """mode None: by packed mask."""
     mask = (None, None, t.words()) if mode is None else (t.scores, t.threshold, None)
     arguments = t.x, t.weight, *mask, t.offsets, bias, mode or "value", t.transposed
     assert_product_equals_reference(grouped, *arguments)
@@ -41,7 +41,7 @@ def test_features_may_take_two_tiles(dtype, transposed):
 
 @LAYOUTS
 def test_experts_of_many_rows_take_tiles_of_128(transposed):
-    """More than one of them, and more nobody's rows than a tile has."""
+    """More than one such tile, and more rows without an expert than a tile has."""
     for rows, nobodys, tokens in (((128, 1, 150), 0, 128), ((2, 0, 66), 80, 64)):
         t = experts(24, 40, rows=rows, nobodys=nobodys, transposed=transposed)
         if sum(rows) > 64 * len(rows):
@@ -53,7 +53,7 @@ def test_experts_of_many_rows_take_tiles_of_128(transposed):
 
 
 def test_more_experts_than_a_warp_looks_at_a_time():
-    """128, and more; at their edges all kinds of rows."""
+    """A warp looks at 128 experts at a time; all kinds of rows at the edges."""
     for count in (127, 128, 129, 300):
         rows = [0] * count
         for expert, some in ((0, 2), (3, 1), (4, 65), (126, 3), (127, 1), (128, 2), (255, 1), (256, 70), (299, 1)):
@@ -72,7 +72,7 @@ def test_more_experts_than_a_warp_looks_at_a_time():
 )
 @pytest.mark.parametrize("sizes", [(40, 72), (9, 13)], ids=str)
 def test_whatever_offsets_hold_nothing_outside_is_touched(sizes, offsets, at_end):
-    """And rows are whose the reference says."""
+    """Each row also belongs to the expert that the reference gives it to."""
     for transposed in (False, True):
         t = experts(*sizes, transposed=transposed)
         t.offsets = torch.tensor(offsets, dtype=torch.int32)
@@ -83,7 +83,7 @@ def test_whatever_offsets_hold_nothing_outside_is_touched(sizes, offsets, at_end
             for mask in [(None, None, packed)] + [(t.scores, t.threshold, None)] * (sizes[0] % 8 == 0):
                 arguments = t.x, t.weight, *mask, t.offsets, t.bias, "magnitude", transposed
                 assert_product_equals_reference(grouped, *arguments)
-        # d_scores themselves too.
+        # d_scores too.
         out = guarded(torch.full(t.weight.shape, torch.nan), at_end=at_end)
         grouped.grouped_score_grad(out, *t.factors, t.offsets, t.weight, t.scores, None, "magnitude", False)
         assert not out.isnan().any()
@@ -92,7 +92,7 @@ def test_whatever_offsets_hold_nothing_outside_is_touched(sizes, offsets, at_end
 
 @LAYOUTS
 def test_an_expert_s_bits_are_those_of_the_general_kernel_in_every_schedule(transposed, monkeypatch):
-    """Random floats: the sums of its rows alone, in one part, whatever ends first."""
+    """With random floats, an expert's sums are of its own rows only, in one part, whichever block ends first."""
     monkeypatch.setattr(emulated, "usual_arch", "general")
     t = experts(136, 104, rows=(5, 0, 70, 33), transposed=transposed)
     generator = torch.Generator().manual_seed(0)
@@ -126,7 +126,7 @@ def test_an_expert_s_bits_are_those_of_the_general_kernel_in_every_schedule(tran
 
 
 def apart_by_an_odd_stride(matrices):
-    """The same, each beginning one element further from the multiples of 16 bytes than the one before."""
+    """Return the same matrices, each one element further from a multiple of 16 bytes than the one before."""
     experts, n, k = matrices.shape
     memory = torch.zeros(experts * (n * k + 1), dtype=matrices.dtype)
     return memory.as_strided(matrices.shape, (n * k + 1, k, 1)).copy_(matrices)

@@ -1,4 +1,4 @@
-"""C++ without emulated threads, compiled and run: masks, factors, scales, refusals, the numbers of the emulator."""
+"""C++ without emulated threads, compiled and run: masks, factors, scales, refusals, the emulator's number formats."""
 
 import pytest
 from host_program import built, run
@@ -8,7 +8,7 @@ from building.nvcc import find_nvcc
 
 
 def cuda_headers() -> list[str]:
-    """Flags for CUDA's headers; skips where there are none."""
+    """Return flags for CUDA's headers; skip if there are none."""
     try:
         return system_headers(find_nvcc().include)
     except CannotBuild as reason:
@@ -51,7 +51,7 @@ def test_as_many_stages_as_let_two_blocks_share_a_multiprocessor():
         alone = stages * stage_bytes + 1024 <= shared and 2 * (2 * stage_bytes + 1024) > shared
         assert 2 <= stages <= 4
         assert together or alone, (shared, stage_bytes, stages)
-    # 128 tokens: by words, 16-bit and fp32 scores.
+    # 128 tokens: with packed masks, 16-bit scores and fp32 scores.
     assert [chosen[164 * 1024, size] for size in (16896, 24576, 32768)] == [4, 3, 2]
     assert [chosen[100 * 1024, size] for size in (16896, 24576, 32768)] == [2, 2, 3]
-    assert [chosen[kib * 1024, 16384] for kib in (100, 164, 228)] == [3, 4, 4]  # d_scores: all that it has loops for
+    assert [chosen[kib * 1024, 16384] for kib in (100, 164, 228)] == [3, 4, 4]  # d_scores: as many as its loops support

@@ -1,6 +1,6 @@
-"""kept_threshold of the CUDA kernels by what only they have: vectors, blocks, capabilities, warps, a mask beside it.
+"""Tests specific to the CUDA kernels' kept_threshold: vectors, blocks, capabilities, warps, a mask with it.
 
-What every backend gives is in tests/ops/test_select.py.
+tests/ops/test_select.py tests the results, which are the same for every backend.
 """
 
 import emulated
@@ -13,13 +13,13 @@ from mft_kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")
-VECTORS = 4096  # of 16 bytes, that a block takes at once
-#: One with room for 32,768 counts in a block's shared memory, and one without.
+VECTORS = 4096  # of 16 bytes, that a block reads at once
+#: One capability whose blocks have shared memory for 32,768 counts, and one without.
 CAPABILITIES = (80, 86)
 
 
 def assert_same_threshold(scores, keep_ratio, mode, capabilities=CAPABILITIES, **device):
-    """As the reference finds it: equal in dtype, shape and value (NaN equals NaN)."""
+    """Assert the reference's result: equal in dtype, shape and value (NaN equals NaN)."""
     expected = reference.kept_threshold(scores, keep_ratio, mode)
     for capability in capabilities:
         got = emulated.kept_threshold(scores, keep_ratio, mode, capability=capability, **device)
@@ -33,7 +33,7 @@ def normal(*shape, seed=0):
 
 
 def ratio(kept, numel):
-    """A keep ratio that keeps just so many, whatever the rounding of a quotient."""
+    """Return a keep ratio that keeps exactly ``kept``, whatever the rounding of a quotient."""
     return max(kept - 0.5, 0) / numel
 
 
@@ -53,7 +53,7 @@ def test_every_capability_finds_it(dtype, capability):
 )
 def test_blocks_meet_without_a_seam(mode, dtype, vectors, more):
     numel = vectors * 16 // dtype.itemsize + more
-    # Of these the smallest and the largest are at the ends of the memory, and no other score is like them.
+    # The smallest and the largest score are at the ends of the memory, and no other score is close to them.
     scores = torch.linspace(-0.5, 0.5, numel).to(dtype)
     scores[0], scores[-1] = -3, 5
     for kept in {1, 2, numel - 1, numel}:
@@ -98,7 +98,7 @@ def test_nothing_outside_the_scores_is_read(dtype, at_end):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_may_begin_and_end_within_a_vector(dtype, mode):
     memory = normal(3000, seed=2).to(dtype)
-    memory[:9], memory[2990:] = 100, 100  # would be seen
+    memory[:9], memory[2990:] = 100, 100  # these would change the result
     for begin in range(9, 18):
         for numel in (1, 5, 1234):
             scores = memory[begin : begin + numel]

@@ -1,6 +1,6 @@
-"""Where elements lie, who waits for whom, and CUTLASS's kernel: the device's code with CuTe and CUTLASS on the host.
+"""Where elements lie, which warp waits for which, and CUTLASS's kernel: the device's code, compared with CuTe.
 
-CuTe runs on the host; its headers and CUDA's are needed, no nvcc. The last two tests need neither.
+CuTe and CUTLASS run on the host. They need their headers and CUDA's, but no nvcc. The last two tests need neither.
 """
 
 import emulated
@@ -19,7 +19,7 @@ KERNELS = [
 
 
 def cute_headers() -> list[str]:
-    """Flags for CUTLASS's and CUDA's headers; skips where one is missing."""
+    """Return flags for CUTLASS's and CUDA's headers; skip if one is missing."""
     cutlass = find_cutlass()
     if cutlass is None:
         pytest.skip("CuTe is compared with: set CUTLASS_PATH, or pip install nvidia-cutlass")
@@ -39,7 +39,8 @@ def test_the_device_addresses_shared_memory_and_tma_as_cute_does():
 
 @pytest.mark.slow
 def test_cutlass_s_kernel_of_d_scores_on_hopper_makes_every_element_bit_for_bit():
-    # -O1: at -O0 it runs for long. CUTLASS's device code is parsed whole, and g++ knows not all that it calls.
+    # -O1, because -O0 runs too long. g++ parses all of CUTLASS's device code and does not know all functions that it
+    # calls.
     flags = [*cute_headers(), "-O1", "-g0", "-fpermissive", "-w"]
     run("test_score_grad_sm90.cpp", [built("machine.cpp")], flags)
 
@@ -50,8 +51,8 @@ def test_no_schedule_of_the_load_warp_and_the_epilogue_of_d_scores_on_hopper_han
 
 @pytest.mark.slow
 def test_cutlass_s_kernel_of_d_scores_on_hopper_ends_and_its_stages_are_whole_in_every_schedule_tried():
-    """And each of seven faults, put into it one by one, is found and named."""
-    # -O1: at -O0 g++ takes longer.
+    """Each of seven faults, inserted one at a time, is found and named."""
+    # -O1: with -O0, g++ takes longer.
     run("test_cutlass_protocol.cpp", [built("machine.cpp")], [*cute_headers(), "-O1", "-fpermissive", "-w"])
 
 

@@ -1,6 +1,6 @@
-"""What the product with a mask per row has on CUDA alone: slabs, slices and parts, alignment, schedules.
+"""Tests specific to CUDA's product with a mask per row: slabs, slices and parts, alignment, schedules.
 
-That its results are the reference's is tested in tests/ops.
+tests/ops checks that its results are the reference's.
 """
 
 import emulated
@@ -21,7 +21,7 @@ def masks_of(t, count):
 
 
 def mixed(rows, count):
-    """Tasks of neighbours differ; all of them and -1 are there if there are rows enough."""
+    """Return tasks that differ between neighbours; all tasks and -1 occur if there are enough rows."""
     return torch.arange(rows) * 7 % (count + 1) - 1
 
 
@@ -49,7 +49,7 @@ def test_the_depth_in_slabs_slices_and_parts(shape, device):
 
 @pytest.mark.parametrize("rows", [9, 100])
 def test_a_task_that_there_is_not_is_nan_in_every_part(rows):
-    """Also one whose lower half would be a task."""
+    """Also a task number whose lower half would be a valid task."""
     t = integer_inputs(rows, 24, 520, BF16, BF16)
     tasks = mixed(rows, 2)
     tasks[::4] = torch.tensor([2, -2, 2**32, -(2**40)]).repeat(rows)[: len(tasks[::4])]
@@ -85,7 +85,7 @@ def test_nothing_outside_the_operands_is_touched(shape, at_end):
 
 @pytest.mark.parametrize("rows", [14, 50])
 def test_a_row_is_the_same_wherever_it_stands_and_whatever_ends_first(rows):
-    """Random floats, bit for bit, in every schedule; within the budget."""
+    """Random floats give the same bits in every schedule, within the error budget."""
     t = random_inputs(rows, 136, 1096, BF16, BF16)
     masks, tasks = masks_of(t, 4), mixed(rows, 4)
     results = []

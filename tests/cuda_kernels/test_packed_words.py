@@ -1,6 +1,6 @@
-"""pack_mask and pack_signs of the CUDA kernels by what only they have: groups of words, blocks, warps, addresses.
+"""Tests specific to the CUDA kernels' pack_mask and pack_signs: groups of words, blocks, warps, addresses.
 
-What every backend gives is in tests/ops/test_pack.py.
+tests/ops/test_pack.py tests the results, which are the same for every backend.
 """
 
 import emulated
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def assert_matches_reference(scores, threshold, mode, **device):
-    """Mask and signs, against the reference."""
+    """Assert that mask and signs equal the reference's."""
     got = emulated.pack_mask(scores, threshold, mode, **device), *emulated.pack_signs(scores, **device)
     expected = reference.pack_mask(scores, threshold, mode), *reference.pack_signs(scores)
     for one, other in zip(got, expected):

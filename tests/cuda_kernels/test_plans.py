@@ -1,4 +1,4 @@
-"""How the CUDA kernels would be launched on cards that are not here: tiles, parts of sums, and whose kernel runs."""
+"""Launches that the CUDA kernels plan for cards not in this machine: tiles, parts of sums, and the chosen kernel."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from mft_kernels.backends.triton.cards import A100, CARDS, H100, H100_PCIE, H200
 from mft_kernels.backends.triton.cost import LAUNCH, Jobs, seconds, sum_seconds
 
 HOPPERS = (H100, H100_PCIE, H200)
-#: P and Q of a product, from a layer of a model of 135 million parameters to the head of one of 8 billion.
+#: P and Q of a product, from a layer of a model with 135 million parameters to the head of one with 8 billion.
 SHAPES = (
     (576, 1536),
     (1536, 576),
@@ -24,7 +24,7 @@ SHAPES = (
 )
 TOKENS = (1, 16, 64, 65, 128, 256, 512, 1000, 1024, 2048, 4096)
 MASKS = ("bf16", "words", "words, transposed")
-#: But words of rows that do not begin at multiples of 16 bytes, which TMA does not read.
+#: Without packed masks whose rows do not begin at multiples of 16 bytes, which TMA does not read.
 CASES = [
     (m, (p, q), mask)
     for m, (p, q), mask in itertools.product(TOKENS, SHAPES, MASKS)
@@ -49,7 +49,7 @@ def device_of(card):
 
 
 def known(card):
-    """The card with the figures that tile_cost.h has of its architecture."""
+    """Return the card with the rates that tile_cost.h has for its architecture."""
     _, memory, launch, l2 = emulated.rates(card.arch)
     clock = launch / LAUNCH
     return replace(card, clock=clock, bandwidth=memory * card.multiprocessors * clock, l2_rate=l2)
@@ -70,13 +70,13 @@ def planned(kernel, card, m, shape, mask):
 
 
 def operands(m, shape, mask):
-    """Their bytes."""
+    """Return the bytes of the operands."""
     p, q = shape
     return 2 * m * (p + q) + p * q * (4 if mask == "bf16" else 2 + 1 / 8)
 
 
 def hopper_seconds(card, m, shape, mask, tokens, parts):
-    """Of product_sm90: clusters of two blocks, 256 features, 64 of Q a step; see product_sm90.cuh."""
+    """Return the seconds of product_sm90: clusters of two blocks, 256 features, 64 of Q per step (product_sm90.cuh)."""
     p, q = shape
     weight = 128 * 64 * 2 + {"bf16": 128 * 64 * 2, "words": 128 * 16, "words, transposed": 64 * 16}[mask]
     tile = tokens * 64 * 2
@@ -94,7 +94,7 @@ def hopper_seconds(card, m, shape, mask, tokens, parts):
 
 
 def ways(card, m, shape, smallest=64):
-    """(tokens, parts) that there are: no taller than need be, four steps a part, two waves, half of L2."""
+    """Yield the possible (tokens, parts): no taller than necessary, four steps per part, two waves, half of L2."""
     p, q = shape
     for tokens in (64, 128, 256):
         if tokens < smallest or (tokens > smallest and m <= tokens // 2):
@@ -117,7 +117,7 @@ def test_the_hopper_product_is_cut_by_the_model_of_triton_s(multiprocessors):
 
 
 def test_few_tiles_are_cut_so_that_most_multiprocessors_work():
-    """4096 x 4096 on an H100: 16 tiles of up to 256 tokens for 66 clusters; from 1024 tokens on there are enough."""
+    """4096 x 4096 on an H100: 16 tiles of up to 256 tokens for 66 clusters; from 1024 tokens on, tiles suffice."""
     of = {m: planned("product_sm90", H100, m, (4096, 4096), "bf16") for m in (1, 64, 128, 256, 512, 1024, 4096)}
     ways = {m: (plan.tokens, plan.parts) for m, plan in of.items()}
     assert ways == {
@@ -133,7 +133,7 @@ def test_few_tiles_are_cut_so_that_most_multiprocessors_work():
 
 @pytest.mark.parametrize("card", HOPPERS, ids=lambda card: card.name)
 def test_one_card_s_figures_choose_for_every_hopper(card):
-    """What an H100's bandwidth and clock choose loses at most a ninth on a card that has others."""
+    """A choice by an H100's bandwidth and clock loses at most a ninth on a Hopper card with other rates."""
     for case in CASES:
         plan = planned("product_sm90", card, *case)
         best = min(hopper_seconds(card, *case, *way) for way in ways(card, *case[:2]))
@@ -145,7 +145,7 @@ def test_hopper_s_own_product_is_expected_to_win_but_for_some_small_weights(card
     general = [
         case
         for case in CASES
-        if (case[0] > 16 or "transposed" in case[2])  # else decode_sm80: test_decode.py
+        if (case[0] > 16 or "transposed" in case[2])  # otherwise decode_sm80: test_decode.py
         and planned("product_general", card, *case).cycles < planned("product_sm90", card, *case).cycles
     ]
     assert max(p * q for _, (p, q), _ in general) <= 1024 * 4096
@@ -160,7 +160,7 @@ CODED = [*itertools.product((1, 64, 65, 128, 512, 2048), ((4096, 4096), (14336, 
 
 
 def planned_codes(kernel, card, m, shape, transposed, kind):
-    """Of a product with packed words; ``shape``: P and Q."""
+    """Return the plan of a product with a packed mask; ``shape``: P and Q."""
     p, q = shape
     n, k = (q, p) if transposed else (p, q)
     of_weight = emulated.Quantized(kind == "nf4", n, k, codes=128, absmax=128)
@@ -171,7 +171,10 @@ def planned_codes(kernel, card, m, shape, transposed, kind):
 
 
 def coded_seconds(card, m, shape, transposed, kind, tokens, parts):
-    """Of product_sm90 over codes: a step takes as long as its wgmma, or as two warps' instructions that decode."""
+    """Return the seconds of product_sm90 over codes.
+
+    A step takes as long as its wgmma, or as the decoding instructions of two warps.
+    """
     p, q = shape
     rows, weight = 64 if transposed else 128, 0.5 + 4 / 64 + 1 / 8 if kind == "nf4" else 1 + 1 / 8
     scales = 128 if kind == "nf4" or not transposed else 64
@@ -205,14 +208,14 @@ def test_the_hopper_product_over_codes_is_cut_by_the_model(kind):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_prefill_over_codes_takes_wgmma_on_an_h100(kind):
-    """From 65 tokens on; up to 64 others are faster. Of 2048 tokens it is expected to take half as long."""
+    """wgmma wins from 65 tokens on; other kernels are faster below. For 2048 tokens it takes about half as long."""
     for m, shape, transposed in CODED:
         general, own, few, chosen = (
             planned_codes(f"product_quantized{kernel}", H100, m, shape, transposed, kind)
             for kernel in ("_general", "_sm90", "_decode", "")
         )
         assert chosen.cycles == min(general.cycles, own.cycles, few.cycles or math.inf)
-        if shape[0] >= 4096:  # of fewer features the general kernel's smaller tiles keep more multiprocessors at work
+        if shape[0] >= 4096:  # with fewer features, smaller general tiles keep more multiprocessors busy
             assert (chosen.cycles == own.cycles) == (m > 64), (m, shape)
         if shape[0] >= 4096 and m == 2048:
             assert own.cycles < 0.6 * general.cycles
@@ -222,7 +225,7 @@ def test_prefill_over_codes_takes_wgmma_on_an_h100(kind):
 
 
 def planned_experts(arch, rows, experts, shape, transposed):
-    """By packed words; ``rows`` of each expert."""
+    """Return the plan of a product with a packed mask; ``rows``: of each expert."""
     p, q = shape
     n, k = (q, p) if transposed else (p, q)
     of = {"out": emulated.Matrix(128, 1, rows * experts, p, p), "weight": emulated.Matrix(128, 1, n, k, k)}
@@ -236,7 +239,7 @@ def planned_experts(arch, rows, experts, shape, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("experts", "shape"), [(8, (14336, 4096)), (128, (768, 2048)), (64, (1024, 2048))])
 def test_prefill_over_experts_is_expected_to_gain_by_wgmma_on_an_h100(experts, shape, transposed):
-    """With 128 rows per expert, from where it is taken, and most with many."""
+    """It is expected to gain from 128 rows per expert on, where it is chosen, and most with many rows."""
     ratio = {
         rows: planned_experts("sm90", rows, experts, shape, transposed).cycles
         / planned_experts("sm80", rows, experts, shape, transposed).cycles
@@ -250,7 +253,10 @@ def test_prefill_over_experts_is_expected_to_gain_by_wgmma_on_an_h100(experts, s
 
 
 def general_seconds(card, m, shape, mask, tokens, parts, rate):
-    """Of product_sm80: tiles of 64 or 128 tokens and 128 features, 32 of Q a step, two blocks a multiprocessor."""
+    """Return the seconds of product_sm80: tiles of 64 or 128 tokens and 128 features, 32 of Q per step.
+
+    Two blocks share a multiprocessor.
+    """
     p, q = shape
     jobs = Jobs(
         count=quotient(p, 128) * quotient(m, tokens) * parts,
@@ -266,7 +272,7 @@ def general_seconds(card, m, shape, mask, tokens, parts, rate):
 
 
 def general_ways(card, m, shape):
-    """(tokens, parts) that there are: no taller than need be, 256 of Q a part, two waves, half of L2."""
+    """Yield the possible (tokens, parts): no taller than necessary, 256 of Q per part, two waves, half of L2."""
     p, q = shape
     steps, of_l2 = quotient(q, 32), card.l2 // 2 // (4 * m * quotient(p, 128) * 128)
     for tokens in (64, 128)[: 1 + (m > 64)]:
@@ -275,7 +281,7 @@ def general_ways(card, m, shape):
 
 
 def by_rule_of_thumb(card, m, shape):
-    """As these products were cut before the model chose: few tokens alone, two blocks for each multiprocessor."""
+    """Return a cut by rule of thumb: parts only for few tokens, two blocks for each multiprocessor."""
     p, q = shape
     steps = quotient(q, 32)
     parts = min(2 * card.multiprocessors // quotient(p, 128), steps // 8, 16) if m <= 64 else 1
@@ -293,7 +299,7 @@ def test_the_general_product_is_cut_by_the_model(card):
         assert expected[plan.tokens, plan.parts] == pytest.approx(min(expected.values())), case
         assert plan.workspace == (plan.parts > 1) * plan.parts * m * quotient(p, 128) * 128 * 4
         assert plan.workspace <= card.l2 // 2
-        # Which are among the ways: neither can be expected to take less.
+        # The rule of thumb and a single part are among the ways, so neither can be expected to take less.
         assert {by_rule_of_thumb(card, m, (p, q)), (128 if m > 64 else 64, 1)} <= {*expected}, case
 
 
@@ -336,7 +342,7 @@ def planned_grad(kernel, card, m, shape):
 
 
 def grad_seconds(card, m, shape, parts, rate):
-    """Of score_grad_sm80: tiles of 128 x 128, 32 tokens a step."""
+    """Return the seconds of score_grad_sm80: tiles of 128 x 128, 32 tokens per step."""
     n, k = shape
     jobs = Jobs(
         count=quotient(n, 128) * quotient(k, 128) * parts,
@@ -352,7 +358,10 @@ def grad_seconds(card, m, shape, parts, rate):
 
 
 def cutlass_seconds(card, m, shape):
-    """Of score_grad_sm90: clusters of two blocks, tiles of 128 x 256, 64 tokens a step, x by multicast."""
+    """Return the seconds of score_grad_sm90: clusters of two blocks, tiles of 128 x 256, 64 tokens per step.
+
+    The blocks of a cluster share x by multicast.
+    """
     n, k = shape
     jobs = Jobs(
         count=quotient(n, 256) * quotient(k, 256),
@@ -392,13 +401,13 @@ def test_few_tiles_of_many_tokens_are_cut_on_every_card():
         parts = {case: planned_grad("score_grad_sm80", card, *case).parts for case in GRADS}
         assert parts[16384, (576, 576)] >= 4
         assert parts[16384, (576, 1536)] >= 2
-        # Few tokens, or more tiles than places for two blocks each.
+        # Few tokens, or more tiles than there is room for with two blocks each.
         assert {parts[m, shape] for m, shape in GRADS if m < 512 or shape[0] * shape[1] >= 4096**2} == {1}
 
 
 @pytest.mark.parametrize("card", HOPPERS, ids=lambda card: card.name)
 def test_on_hopper_the_general_d_scores_serves_small_weights(card):
-    """36 blocks of CUTLASS's make 576 x 1536, for 132 multiprocessors; the general kernel has 60 tiles, and parts."""
+    """For 576 x 1536 on 132 multiprocessors, CUTLASS's kernel has 36 blocks; the general one has 60 tiles and parts."""
     for case in GRADS:
         general, own = (planned_grad(f"score_grad_{arch}", card, *case).cycles for arch in ("sm80", "sm90"))
         small = case[1][0] * case[1][1] <= 1024**2
@@ -410,7 +419,7 @@ def test_on_hopper_the_general_d_scores_serves_small_weights(card):
 
 
 def test_an_h100_s_l2_gives_what_a_plain_gemm_of_790_tflops_needs():
-    """Tiles of 128 x 256 and 64 of K a step, of which two blocks of a cluster share the 256."""
+    """Tiles of 128 x 256 and 64 of K per step; the two blocks of a cluster share the 256."""
     step_flops, step_bytes = 2 * 128 * 256 * 64, 2 * 64 * (128 + 256 // 2)
     needed = 790e12 / step_flops * step_bytes
     assert emulated.rates(90)[3] * H100.multiprocessors * H100.clock == pytest.approx(needed, rel=0.01)

@@ -1,6 +1,6 @@
-"""What the sm_80 kernels alone have: tiles, stages, alignment, sums in parts and schedules, in the emulator.
+"""Tests specific to the sm_80 kernels, in the emulator: tiles, stages, alignment, sums in parts and schedules.
 
-That their results are the reference's, whatever the operands, is tested in tests/ops.
+tests/ops checks that their results are the reference's, whatever the operands.
 """
 
 from functools import partial
@@ -24,17 +24,17 @@ SCORES = (FP32, BF16, FP16)
 MODES = ("magnitude", "value")
 ALL = [True, True, True, True]
 D_X = [True, False, False, False]
-slow = partial(pytest.param, marks=pytest.mark.slow)  # seconds in the emulator
+slow = partial(pytest.param, marks=pytest.mark.slow)  # takes seconds in the emulator
 
 
 @pytest.fixture(autouse=True)
 def general(monkeypatch):
-    """Not decode_sm80, which test_decode.py has, where few tokens would go to it."""
+    """Use the general kernel where few tokens would go to decode_sm80, which test_decode.py tests."""
     monkeypatch.setattr(emulated, "usual_arch", "general")
 
 
 def check_products(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
-    """Forward and d_x, by scores with a bias and by words without: who adds it knows of no mask."""
+    """Check forward and d_x, by scores with a bias and by packed mask without; the bias does not depend on the mask."""
     packed = reference.pack_mask(t.scores, threshold, mode)
     expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode)
     assert_same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode, **device), expected)
@@ -49,7 +49,7 @@ def check_products(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
 
 
 def check_score_grad(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
-    """d_weight and d_scores, together and apart, by scores and by words; d_scores and G added to what was there."""
+    """Check d_weight and d_scores, together and separately, by scores and by packed mask, and added to a buffer."""
     arguments = (t.grad_output, t.x, t.weight)
     for wanted in ([False, True, True, False], [False, True, False, False], [False, False, True, False]):
         expected = oracle.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted)
@@ -72,7 +72,7 @@ def check_score_grad(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
 
 
 def check_product_added(t: Inputs, **device) -> None:
-    """G without a factor, added to what was there."""
+    """Check the product without a factor, added to a buffer."""
     for dtype in SCORES:
         out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(dtype)
         right = out.clone()
@@ -83,7 +83,7 @@ def check_product_added(t: Inputs, **device) -> None:
 
 @pytest.fixture
 def ways(monkeypatch):
-    """(tokens of a tile, parts of the sum) of each product and d_scores that is made."""
+    """Return a list of (tokens of a tile, parts of the sum) for each product and d_scores that is computed."""
     seen, plan = [], emulated.plan
 
     def counted(kernel, asked, device):
@@ -133,7 +133,7 @@ def test_as_many_stages_as_a_gpu_has_room_for_give_the_same(shared_kib, scores_d
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "scores_dtype", "mode"),
-    in_turn([(40, 136, 152), (131, 45, 33), (7, 5, 36)], DTYPES, SCORES, MODES),  # 36: half of an eight is left
+    in_turn([(40, 136, 152), (131, 45, 33), (7, 5, 36)], DTYPES, SCORES, MODES),  # 36 leaves half of a group of eight
 )
 def test_score_gradients_equal_the_reference(shape, dtype, scores_dtype, mode):
     t = integer_inputs(*shape, dtype, scores_dtype)
@@ -173,7 +173,7 @@ def test_more_tiles_than_one_band(tokens):
 @pytest.mark.parametrize("name", ["x", "grad_output", "weight", "scores", "all"])
 @pytest.mark.parametrize(("before", "more"), [(8, 8), (8, 16), (1, 8), (8, 1), (2, 6)])
 def test_rows_of_any_alignment_and_stride(name, before, more):
-    """Aligned ones, and each matrix alone at odd places; columns that are whole chunks, and not."""
+    """Aligned rows, then each matrix alone at odd places; columns that are whole chunks and columns that are not."""
     for columns in (72, 70):
         t = integer_inputs(35, columns, columns, BF16, FP32 if before == 2 else BF16)
         for field in ("x", "grad_output", "weight", "scores") if name == "all" else (name,):
@@ -209,7 +209,7 @@ def test_strided_outputs_and_nothing_around_them_is_written(before, more):
 @pytest.mark.parametrize("shape", [(70, 136, 40), (5, 24, 520), (66, 129, 130), (9, 5, 36)])
 @pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP16, BF16)])
 def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
-    """Inputs and outputs end or begin at pages that kill who touches them."""
+    """Inputs and outputs end or begin at forbidden pages."""
     t = integer_inputs(*shape, *dtypes)
     for name in ("x", "grad_output", "weight", "scores", "bias"):
         setattr(t, name, guarded(getattr(t, name), at_end=at_end))
@@ -235,15 +235,15 @@ def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
     ("scores_dtype", "shape", "device", "expected"),
     [
         slow(FP32, (33, 1040, 1096), {}, {(64, 4)}),  # 35 and 33 steps of 32 in parts of 9: the last is shorter
-        (FP16, (64, 264, 552), {}, {(64, 2), (64, 1)}),  # and d_x, of 9 steps, in one
-        (FP32, (17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),  # and words in one: less to read
+        (FP16, (64, 264, 552), {}, {(64, 2), (64, 1)}),  # d_x, of 9 steps, is in one part
+        (FP32, (17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),  # with packed masks in one: less to read
         slow(FP16, (17, 136, 1096), {"multiprocessors": 3}, {(64, 3), (64, 1)}),
         (FP16, (18, 16, 4352), {}, {(64, 16), (64, 1)}),  # 136 steps in parts of 9: the last has one
         slow(FP32, (65, 136, 1096), {"multiprocessors": 6}, {(128, 3), (128, 1)}),
         slow(FP16, (65, 1096, 136), {"multiprocessors": 6}, {(128, 1), (128, 3)}),  # d_x
-        (FP32, (130, 136, 1096), {}, {(64, 4), (64, 1)}),  # more tiles of 64 tokens, and more of them at work
-        (FP16, (33, 1040, 1096), {"l2_bytes": 2 * 3 * 33 * 1152 * 4 - 1}, {(64, 2)}),  # half of L2 lacks a byte of 3
-        (FP32, (17, 136, 1097), {}, {(128, 1)}),  # rows that are no chunks
+        (FP32, (130, 136, 1096), {}, {(64, 4), (64, 1)}),  # more tiles of 64 tokens occupy more multiprocessors
+        (FP16, (33, 1040, 1096), {"l2_bytes": 2 * 3 * 33 * 1152 * 4 - 1}, {(64, 2)}),  # half of L2 lacks one byte for 3
+        (FP32, (17, 136, 1097), {}, {(128, 1)}),  # rows that are not whole chunks
     ],
 )
 def test_the_depth_is_summed_in_parts_where_tiles_are_few(shape, device, expected, scores_dtype, ways):
@@ -263,7 +263,7 @@ def test_parts_write_nothing_around_their_workspace(tokens, multiprocessors, at_
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_parts_are_added_in_one_order_and_rounded_once(transposed, ways):
-    """Whatever block ends first: random floats, bit for bit; within the budget."""
+    """Random floats give the same bits, whichever block ends first, within the error budget."""
     t = random_inputs(20, 1040, 1096, BF16, BF16)
     threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
     results = []
@@ -300,8 +300,8 @@ def test_without_a_workspace_the_depth_is_in_one(monkeypatch):
         (FP32, (1096, 40, 72), 132, {4, 1}),  # 35 steps of 32 tokens in parts of 9, the last of 7 and a bit; d_x in one
         slow(FP16, (520, 136, 72), 132, {2, 1}),  # 17 steps: 9 and 8
         (FP16, (1096, 40, 72), 2, {2, 1}),  # as many as the multiprocessors gain from
-        (FP32, (511, 40, 72), 132, {1}),  # a part would have less than 256 tokens
-        slow(FP16, (1096, 45, 72), 132, {1}),  # rows that are no chunks
+        (FP32, (511, 40, 72), 132, {1}),  # a part would have fewer than 256 tokens
+        slow(FP16, (1096, 45, 72), 132, {1}),  # rows that are not whole chunks
     ],
 )
 def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocessors, expected, scores_dtype, ways):
@@ -319,7 +319,7 @@ def test_parts_of_score_gradients_write_nothing_around_their_workspace(at_end, w
 
 
 def test_parts_of_score_gradients_are_added_in_one_order(ways):
-    """Whatever block ends first: random floats, bit for bit, into what was there; within the budget."""
+    """Random floats added to a buffer give the same bits, whichever block ends first, within the error budget."""
     t = random_inputs(1096, 136, 72, BF16, BF16)
     before, results = torch.randn(136, 72), []
     for seed, asynchrony in enumerate(emulated.ASYNCHRONIES):
@@ -344,7 +344,7 @@ def test_parts_of_score_gradients_are_added_in_one_order(ways):
 
 @pytest.mark.parametrize(("scores_dtype", "seed", "asynchrony"), in_turn([FP32, BF16], range(3), emulated.ASYNCHRONIES))
 def test_results_do_not_depend_on_the_schedule(scores_dtype, seed, asynchrony):
-    """Warps in any order, copies at once or as late as may be; the ring of stages is run through several times."""
+    """Warps run in any order, copies land at once or as late as possible; the ring of stages is used several times."""
     emulated.set_settings(seed, asynchrony, emulated.SCHEDULES[seed % 2])
     t = integer_inputs(40, 328, 360, FP16, scores_dtype, seed=seed)
     threshold = row_thresholds(t)

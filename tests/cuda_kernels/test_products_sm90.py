@@ -1,6 +1,6 @@
-"""What the register-fed wgmma kernels alone have: rings, clusters, TMA, sums in parts and schedules, in the emulator.
+"""Tests specific to the register-fed wgmma kernels, in the emulator: rings, clusters, TMA, sums in parts, schedules.
 
-That their results are the reference's, whatever the values, is tested in tests/ops.
+tests/ops checks that their results are the reference's, whatever the values.
 """
 
 import itertools
@@ -16,11 +16,11 @@ from mft_kernels import reference
 from mft_kernels.testing import assert_within_budget, random_inputs
 
 D_X = [True, False, False, False]
-slow = partial(pytest.param, marks=pytest.mark.slow)  # seconds in the emulator
+slow = partial(pytest.param, marks=pytest.mark.slow)  # takes seconds in the emulator
 
 
 def integers(*shape: int, dtype: torch.dtype, low: int = -2, high: int = 3) -> torch.Tensor:
-    """Small, so that every sum is exact in fp32 and in fp16, and in bf16 where K is small."""
+    """Return small integers, so that every sum is exact in fp32 and fp16, and in bf16 if K is small."""
     return torch.randint(low, high, shape).to(dtype)
 
 
@@ -76,7 +76,7 @@ def test_results_are_exact_however_the_background_work_is_timed(dtype, mode, see
 
 @pytest.mark.parametrize(("tokens", "multiprocessors"), [(70, 2), (70, 6), (130, 4), slow(300, 2), slow(300, 6)])
 def test_every_tile_is_made_once_by_any_number_of_clusters(tokens, multiprocessors):
-    """And the ring runs on from tile to tile: more steps than it has stages."""
+    """The ring continues from tile to tile: there are more steps than stages."""
     check(tokens, 520, 640, multiprocessors=multiprocessors)
 
 
@@ -86,7 +86,7 @@ def test_edges_are_cut_and_filled_with_zeros(m, n, k):
 
 
 def test_nothing_outside_of_the_inputs_is_read():
-    """TMA knows the sizes; thresholds and bias are read by threads, some of them beyond the last row."""
+    """TMA knows the sizes; threads read thresholds and bias, some of them beyond the last row."""
     x, _, weight, scores, threshold = (guarded(t, at_end=True) for t in problem(40, 200, 128, by_row=True))
     check_forward(x, weight, scores, threshold, guarded(integers(200, dtype=x.dtype), at_end=True), "magnitude")
 
@@ -119,7 +119,7 @@ def test_words_that_tma_cannot_read_are_refused():
 
 @pytest.fixture
 def parts(monkeypatch):
-    """(tokens of a tile, parts) of each product."""
+    """Return a list of (tokens of a tile, parts) for each product."""
     seen, plan = [], emulated.plan
 
     def noted(*asked):
@@ -134,9 +134,9 @@ def parts(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "multiprocessors", "expected"),
     [
-        slow((33, 264, 1096), 132, {(64, 3), (64, 1)}),  # 9 pairs of steps; d_x, of 3, in one
-        ((64, 1032, 1256), 132, {(64, 4), (64, 3)}),  # 10 pairs in parts of 3, the last has one; d_x 9
-        slow((1, 264, 4352), 6, {(64, 3), (64, 1)}),  # more tiles than clusters: the rings run on from part to part
+        slow((33, 264, 1096), 132, {(64, 3), (64, 1)}),  # 9 pairs of steps; d_x has 3, in one part
+        ((64, 1032, 1256), 132, {(64, 4), (64, 3)}),  # 10 pairs in parts of 3, the last has one; d_x has 9
+        slow((1, 264, 4352), 6, {(64, 3), (64, 1)}),  # more tiles than clusters: rings continue from part to part
         ((70, 264, 1256), 16, {(128, 4), (128, 1)}),
         ((130, 264, 1256), 16, {(256, 4), (256, 1), (128, 2)}),
     ],
@@ -156,7 +156,7 @@ def test_parts_write_nothing_around_their_workspace(at_end, parts):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_parts_are_added_in_one_order_and_rounded_once(transposed, parts):
-    """Whatever cluster ends first: random floats, bit for bit; within the budget."""
+    """Random floats give the same bits, whichever cluster ends first, within the error budget."""
     t = random_inputs(20, 1032, 1096, torch.bfloat16, torch.bfloat16)
     threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
     op, arguments = "masked_linear", (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")

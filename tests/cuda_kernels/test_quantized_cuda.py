@@ -1,7 +1,7 @@
-"""The general product over codes in the emulator by what only it has: parts of the sum, addresses, schedules, and the
-width of a launch. test_decode_codes.py has the product of few tokens.
+"""Tests specific to CUDA's general product over codes, in the emulator: parts, addresses, schedules, launch width.
 
-What every backend gives is in tests/ops/test_quantized.py.
+test_decode_codes.py tests the product of few tokens. tests/ops/test_quantized.py tests the results, which are the same
+for every backend.
 """
 
 import emulated
@@ -17,7 +17,7 @@ from mft_kernels import reference
 BF16, FP16 = torch.bfloat16, torch.float16
 KINDS = ("nf4", "nf4-dq", "int8")
 GENERAL = {"arch": "general"}
-ONE_PART = GENERAL | {"l2_bytes": 0}  # parts lie in half of it
+ONE_PART = GENERAL | {"l2_bytes": 0}  # parts may take half of L2
 
 
 def integers_like(*shape, dtype, seed=1):
@@ -29,7 +29,7 @@ def mask_of(n, k, seed=2):
 
 
 def check(x, grad, w: Coded, packed, bias, **device):
-    """Forward and d_x."""
+    """Check forward and d_x."""
     device = GENERAL | device
     of_weight = w.codes, w.absmax, packed
     forward, d_x = (x, *of_weight, bias, w.shape, w.kind), (grad, *of_weight, w.shape, w.kind)
@@ -54,7 +54,7 @@ def check_integers(m, n, k, kind, dtype, **device):
     ],
 )
 def test_the_depth_in_parts(shape, tokens, device, kind):
-    """Two to four stages, and steps and parts that are not whole."""
+    """Two to four stages; steps and parts that are not whole."""
     m, n, k = shape
     asked = emulated.quantized_product(*_operands(m, n, k, kind), transposed=False)[0]
     plan = emulated.plan("product_quantized_general", asked, device)
@@ -95,7 +95,7 @@ def test_nothing_outside_the_operands_is_touched(kind, at_end):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [608, 77])
 def test_random_floats_give_what_the_product_of_the_decoded_weight_gives(k, kind):
-    """Bit for bit: the general kernel's, in one part. In parts, the same in every schedule."""
+    """Bit for bit equal to the general kernel's in one part; in parts, the same bits in every schedule."""
     m, n = 20, 70
     w, packed = coded(n, k, kind), mask_of(n, k)
     generator = torch.Generator().manual_seed(3)

@@ -1,4 +1,4 @@
-"""Chats that tests of the data make their rows of, and a row as it is tokenised."""
+"""Chats from which tests of the data make their rows, and a row's tokens."""
 
 from mft.data.sources import Records
 from mft.data.tokenization import open_documents
@@ -20,7 +20,7 @@ def chats(count=40):
 
 
 def encoded(row, tokenizer, assistant_only=True):
-    """The one row of a source as (ids, labels)."""
+    """Return the only row of a source as (ids, labels)."""
     records = Records([row], lambda i: f"row {i}", sorted(row), [0])
     documents = open_documents(records, tokenizer, assistant_only=assistant_only)
     ((_, example),) = documents.encoded([0])

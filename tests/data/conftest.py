@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def own_cache(tmp_path_factory, monkeypatch, request):
-    """No test reads the rows that another run left; the model's cache stays as it is."""
+    """Give each test a cache of its own, so that it reads no rows of another run; the model's cache stays."""
     if "tokenizer" in request.fixturenames:
         request.getfixturevalue("tokenizer")
     monkeypatch.setenv("MFT_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -15,7 +15,7 @@ def own_cache(tmp_path_factory, monkeypatch, request):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write rows as JSON lines and give the file's name."""
+    """Write rows as JSON lines and return the file's name."""
 
     def write(rows, name="data.jsonl"):
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""The corpora that lie here already, the standard library and torch's headers: what is in them, and their splits."""
+"""The corpora that are already installed, the standard library and torch's headers: their contents and splits."""
 
 import itertools
 import platform
@@ -22,7 +22,7 @@ def test_the_stdlib_splits_are_disjoint_large_enough_and_the_same_again(tokenize
     assert 0.7 < len(files["train"]) / sum(map(len, files.values())) < 0.9
 
 
-STORED = {  # in the studies under benchmarks/results, of the corpora that this Python and this torch have
+STORED = {  # from studies in benchmarks/results, for the corpora of this Python and this torch
     ("stdlib", "3.11.7"): (473, 63, 49),
     ("headers", "2.13"): (1566, 195, 194),
     ("problems", ""): (20_000, 1_000, 1_000),

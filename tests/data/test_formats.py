@@ -1,4 +1,4 @@
-"""Records as people have them become the same rows as the messages, or the prompt and completion, that they mean."""
+"""Records in users' formats become the same rows as the messages, or the prompt and completion, that they stand for."""
 
 import json
 import re

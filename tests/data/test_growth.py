@@ -1,4 +1,4 @@
-"""Small files that stand for gigabytes: refused before these are taken. Ordinary files of any size are read."""
+"""Small files that decompress to gigabytes are refused before that. Ordinary files of any size are read."""
 
 import functools
 import gzip
@@ -15,8 +15,8 @@ from mft.data import growth
 from mft.data.record_files import read_files
 from mft.data.record_streams import stream_files
 
-BOUND = 2**25  # bytes that any file may take here, in place of growth.LEAST
-MOST = 15 * BOUND  # of memory: csv takes four bytes for each of 64 MiB of a record
+BOUND = 2**25  # bytes that any file may take here, instead of growth.LEAST
+MOST = 15 * BOUND  # memory; csv takes four bytes for each of 64 MiB of a record
 READ = """
 from pathlib import Path
 from mft.data import growth
@@ -42,7 +42,7 @@ for path in sorted(Path({0!r}).iterdir()):
 
 @functools.cache
 def hollow():
-    """{file: its bytes}, made when the first test asks: it takes a second, and every process collects this file."""
+    """Return {file: its bytes}, made on demand: this takes a second, and every process collects this file."""
     return {
         "nulls.parquet": parquet(2**29, nulls(2**29)),
         "same.parquet": parquet(10**6, dictionary(b"ab" * 100), same(10**6)),
@@ -56,7 +56,7 @@ def hollow():
 
 
 def said_of(directory, call, *, without=()):
-    """{file: what the call said of it}, if that took little."""
+    """Return {file: what the call said about it}, after checking that the call took little memory and time."""
     for file in hollow().keys() - without:
         (directory / file).write_bytes(hollow()[file])
     taken = peak_of(READ.format(bound=BOUND), EACH.format(str(directory), call=call))
@@ -81,9 +81,9 @@ def test_a_stream_refuses_what_it_would_hold_at_once_and_reads_the_rest(tmp_path
 
 
 def test_files_that_grow_as_ordinary_ones_do_are_read_however_large(tmp_path, monkeypatch):
-    """With a bound of a few bytes in place of 256 MiB, as if each of these were a thousand times as large."""
+    """A bound of a few bytes instead of 256 MiB acts as if each file were a thousand times as large."""
     monkeypatch.setattr(growth, "LEAST", 1)
-    system = "You answer in one word. " * 80  # in each row the same
+    system = "You answer in one word. " * 80  # the same in each row
     chats = [[{"role": "system", "content": system}, {"role": "user", "content": str(i)}] for i in range(20_000)]
     pyarrow.parquet.write_table(pyarrow.table({"messages": chats}), tmp_path / "chats.parquet", compression="zstd")
     texts = [json.dumps({"text": f"{i} + {i} = {2 * i}"}) + "\n" for i in range(20_000)]
@@ -110,7 +110,7 @@ def test_rows_read_in_pieces_are_those_of_the_whole_table(tmp_path):
 def test_a_damaged_header_of_a_page_is_one_error_that_names_the_file(tmp_path, header):
     path = tmp_path / "data.parquet"
     content = parquet(1, Page(DATA, 1, b""))
-    start = 4  # behind the magic
+    start = 4  # after the magic bytes
     path.write_bytes(content[:start] + header + content[start + len(header) :])
     with pytest.raises(ValueError, match=f"{path} must be a parquet file"):
         read_files([path])

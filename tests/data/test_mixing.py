@@ -1,4 +1,4 @@
-"""Several sources with weights: which rows are trained on, and what of each is held out."""
+"""Several sources with weights: which rows are trained on, and what is held out of each source."""
 
 import re
 from collections import Counter
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture
 def mixed(write):
-    """A configuration of chats, of which each is short, and texts, of which each fills a row."""
+    """Return a function for a configuration of chats, which are short, and texts, each of which fills a row."""
 
     def mixed(weights, *, counts=(40, 40), **changes):
         texts = [{"text": f"Text {i}: " + " and ".join(map(str, range(i, i + 40)))} for i in range(counts[1])]

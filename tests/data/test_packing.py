@@ -1,4 +1,4 @@
-"""Documents become rows of one length: every token once, no row beyond the budget, no example cut without need."""
+"""Documents become rows of one length: every token once, no row over the budget, and no example cut without need."""
 
 import random
 
@@ -12,7 +12,7 @@ from mft.data.tokenization import IGNORED, Documents, Encoded
 
 
 def documents_of(lengths, *, is_text=True):
-    """Documents whose tokens tell where they came from: 1000 * document + position."""
+    """Return documents whose tokens show where they came from: 1000 * document + position."""
 
     def encode(rows, place):
         ids = [numpy.arange(row["length"], dtype=numpy.int32) + 1000 * row["number"] for row in rows]
@@ -83,7 +83,7 @@ def test_packed_examples_stay_whole_and_apart(lengths, length, budget):
         for start, end in zip(starts, [*starts[1:], size]):
             number = int(ids[start]) // 1000
             assert ids[start:end].tolist() == [1000 * number + i for i in range(min(lengths[number], length))]
-            assert labels[start] == IGNORED  # nothing that it sees could tell an example's first token
+            assert labels[start] == IGNORED  # no visible token predicts an example's first token
             assert labels[start + 1 : end].tolist() == ids[start + 1 : end].tolist()
             seen.append(number)
         assert (ids[size:] == -1).all()

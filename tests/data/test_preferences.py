@@ -32,7 +32,7 @@ def test_strings_are_two_completions_of_the_prompt_or_of_what_both_begin_with():
     expected = Completion("2 + 2? It is", " 4."), Completion("2 + 2? It is", " 5.")
     assert read_pair({"prompt": "2 + 2? It is", "chosen": " 4.", "rejected": " 5."}, "row 0") == expected
     assert read_pair({"chosen": "2 + 2? It is 4.", "rejected": "2 + 2? It is 5."}, "row 0") == expected
-    one, other = read_pair({"chosen": "It is", "rejected": "It is 5"}, "row 0")  # each has an answer
+    one, other = read_pair({"chosen": "It is", "rejected": "It is 5"}, "row 0")  # each must keep an answer
     assert (one, other) == (Completion("It i", "s"), Completion("It i", "s 5"))
 
 
@@ -103,7 +103,7 @@ def test_pairs_are_refused_unless_asked_for_and_missed_where_they_are(own_cache,
 
 
 def test_pairs_beside_messages_are_pairs_where_they_are_asked_for(own_cache, write, tokenizer):
-    """As in HuggingFaceH4/ultrafeedback_binarized."""
+    """HuggingFaceH4/ultrafeedback_binarized has such rows."""
     rows = [{**row, "messages": [*PROMPT, {"role": "assistant", "content": f"{i}"}]} for i, row in enumerate(pairs())]
     config = DataConfig(write(rows), sequence_length=64)
     assert len(load_splits(config, tokenizer, pairs=True).validation[0]["starts"]) == 2

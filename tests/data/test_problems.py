@@ -1,4 +1,4 @@
-"""Facts about mft.data.problems: answers are right, splits share no problem, a kind is a document."""
+"""mft.data.problems: answers are right, splits share no problem, and each kind of problem is a document."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Files and directories of records: which are read, nothing beyond them, and what is said of wrong ones."""
+"""Files and directories of records: which are read, that nothing else is, and the errors for wrong ones."""
 
 import csv
 import gzip
@@ -90,7 +90,7 @@ def test_names_of_files_say_their_splits(tmp_path, names, expected):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Whoever asks for a name or a connection fails, and the hub's client is told that it may ask."""
+    """Make every name look-up and connection fail, while the hub's client believes that it is online."""
 
     def refuse(*arguments, **options):
         raise AssertionError(f"asked the network for {arguments}")

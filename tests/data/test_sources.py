@@ -1,4 +1,4 @@
-"""A source gives three splits: its own, or ones that are split off by content; wrong names say what to do."""
+"""A source gives three splits: its own, or splits by content; errors for wrong names say what to do."""
 
 import hashlib
 import itertools
@@ -30,7 +30,7 @@ def test_a_missing_split_is_split_off_by_content_and_said(tokenizer, write):
 
 
 def sides(path):
-    """{example: the split that it is in}."""
+    """Return {example: its split}."""
     splits = open_source(DataConfig(source=path)).load()
     return {str(row): name for name, records in splits.items() for row in records.rows}
 

@@ -1,4 +1,4 @@
-"""The rows that load_splits makes of a source, keeps in the cache and makes again, and what it says of them."""
+"""The rows that load_splits makes from a source, caches and makes again, and what it reports about them."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Data that need not fit in memory: read as rows are asked for, and gone on with from a small state."""
+"""Data that need not fit in memory: they are read as rows are requested, and continue from a small state."""
 
 import csv
 import gzip
@@ -25,7 +25,7 @@ LENGTH = 16
 
 @pytest.fixture(scope="module")
 def words():
-    """A tokenizer of one token a number below 1000."""
+    """Return a tokenizer with one token per number below 1000."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +60,7 @@ def taken(rows, count):
 
 
 def files(rows, directory):
-    """The same records in every type of file, in two files each."""
+    """Write the same records in every type of file, in two files each."""
     half = len(rows) // 2
     found = {}
     for name, ending in {**{kind: kind for kind in ("jsonl", "csv", "parquet", "json")}, "zipped": "jsonl.gz"}.items():
@@ -120,7 +120,7 @@ def test_a_stream_gives_every_document_once_a_pass_in_an_order_of_its_own(words,
     wanted = [int(t) for row in form(60)[6:] for text in row.values() for t in text.split()]
     assert sorted(first) == sorted(second) == sorted(wanted)
     assert wanted != first != second
-    assert len({row.document for row in passes[0]} - set(range(6, 14))) > 5  # windows follow each other
+    assert len({row.document for row in passes[0]} - set(range(6, 14))) > 5  # windows come one after another
     assert all(row.document < 14 for row in passes[0][:2])
 
 
@@ -148,7 +148,7 @@ def test_a_directory_holds_out_its_own_splits(words, write, tmp_path):
 
 
 def test_a_data_set_of_the_hub_is_streamed_with_its_own_validation(words, write, monkeypatch):
-    """What load_dataset would fetch lies here."""
+    """The files that load_dataset would fetch are local."""
     names = {"train": write(texts(60), "a.jsonl"), "validation": write(texts(70)[60:], "b.jsonl")}
     load, asked = datasets.load_dataset, []
 

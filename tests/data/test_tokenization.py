@@ -1,4 +1,4 @@
-"""Records become tokens and labels: what is scored of texts, completions and chats, and templates that are refused."""
+"""Records become tokens and labels: which tokens of texts, completions and chats are scored, and refused templates."""
 
 import pytest
 from chats import MARKED_CHATML, chat, encoded
@@ -38,7 +38,7 @@ def test_a_long_text_is_tokenised_in_pieces_that_end_where_lines_do(tokenizer, m
     pieces = ids()
     assert max(sizes) <= 100
     cut = pieces.pop(3)
-    assert whole.pop(3) != cut  # of one word, which the cuts divide
+    assert whole.pop(3) != cut  # a single word, which the cuts divide
     assert tokenizer.decode(cut[:-1]) == texts[3]
     assert pieces == whole
 

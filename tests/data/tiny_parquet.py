@@ -1,11 +1,11 @@
-"""Parquet files written by hand, whose pages claim what they do not hold: one optional string column, "text"."""
+"""Parquet files written by hand, whose pages claim more than they hold: one optional string column, "text"."""
 
 import struct
 from dataclasses import dataclass
 
 import pyarrow
 
-I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12  # thrift's types, in its compact form
+I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12  # thrift's types, in its compact format
 DATA, DICTIONARY, DATA_V2 = 0, 2, 3
 PLAIN, RLE, RLE_DICTIONARY = 0, 3, 8
 ZSTD = 6
@@ -13,7 +13,7 @@ ZSTD = 6
 
 @dataclass
 class Page:
-    """kind: DATA or DICTIONARY. values: as many as its header claims. content: before it is compressed."""
+    """kind: DATA or DICTIONARY. values: the number that its header claims. content: its bytes before compression."""
 
     kind: int
     values: int
@@ -30,22 +30,22 @@ class Page:
 
 
 def nulls(count: int) -> Page:
-    """A page of so many values that are null."""
+    """Return a page of ``count`` null values."""
     return Page(DATA, count, with_length(run(count, 0)))
 
 
 def same(count: int) -> Page:
-    """A page of so many values that are all the dictionary's first."""
+    """Return a page of ``count`` values that all are the dictionary's first."""
     return Page(DATA, count, with_length(run(count, 1)) + b"\x01" + run(count, 0), RLE_DICTIONARY)
 
 
 def dictionary(text: bytes) -> Page:
-    """A dictionary of one string."""
+    """Return a dictionary of one string."""
     return Page(DICTIONARY, 1, with_length(text))
 
 
 def parquet(rows: int, *pages: Page, values: int | None = None, unpacked: int | None = None) -> bytes:
-    """A file of one row group. values, unpacked: what its footer claims of the column, where that is not the truth."""
+    """Return a file of one row group. values, unpacked: false claims of its footer about the column."""
     head = b"PAR1"
     written = [page.written() for page in pages]
     size = sum(map(len, written))
@@ -81,7 +81,7 @@ def with_length(content: bytes) -> bytes:
 
 
 def run(count: int, value: int) -> bytes:
-    """Of parquet's hybrid of runs and bits: one value of one bit, so many times."""
+    """Encode ``count`` equal one-bit values as a run, in parquet's hybrid of runs and bits."""
     return varint(count << 1) + bytes([value])
 
 

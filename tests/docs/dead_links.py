@@ -1,4 +1,4 @@
-"""Links of a page that lead nowhere."""
+"""Find links of a page that lead nowhere."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def dead_links(text: str, folder: Path) -> Iterator[str]:
-    """Those of the text of a page in this folder, to files and to their headings; the web is not asked."""
+    """Yield the dead links of a page in this folder, to files and to their headings; the web is not asked."""
     for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text)):
         if target.startswith("https://"):
             continue
@@ -21,6 +21,6 @@ def dead_links(text: str, folder: Path) -> Iterator[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """As forges name a heading: lower case, hyphens for spaces, other punctuation dropped."""
+    """Return the anchors of headings as forges make them: lower case, hyphens for spaces, no other punctuation."""
     titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""The words of every refusal, kept in error_messages.json: make errors writes it, test_bad_inputs.py compares."""
+"""The message of every refusal, stored in error_messages.json: make errors writes it, test_bad_inputs.py compares."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ RECORD = Path(__file__).with_suffix(".json")
 
 
 def messages() -> dict[str, str]:
-    """What each case is told, by its title."""
+    """Return the message of each case, by its title."""
     found = {case.title: told(case) for case in REFUSED}
     return {title: f"{said.error.__name__}: {said.shown}" for title, said in sorted(found.items())}
 

@@ -1,4 +1,4 @@
-"""docs/how-to/adding-a-kernel.md, followed by a new user: its files in a new folder, its own commands, in its order.
+"""Follow docs/how-to/adding-a-kernel.md as a new user: its files in a new folder, and its commands in order.
 
 The user's Python is a new virtual environment that sees what is installed here, as if `mine` were installed there too.
 """
@@ -24,12 +24,12 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "how-to" / "adding-a-kernel.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
-A_FEW = " and (behind or token or magnitude and (opcheck or detach))"  # of the tests: those that tell much
+A_FEW = " and (behind or token or magnitude and (opcheck or detach))"  # the tests that show most
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The files of the page, each under the name that its first line or its language says."""
+    """Write the files of the page, each under the name that its first line or its language gives."""
     folder = tmp_path_factory.mktemp("user")
     for language, text in BLOCKS:
         if language == "python":
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """The user's Python."""
+    """Return the user's Python."""
     directory = tmp_path_factory.mktemp("environment")
     venv.create(directory, symlinks=True, with_pip=False)
     places = {"base": str(directory), "platbase": str(directory)}
@@ -53,7 +53,7 @@ def python(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def said(folder, python):
-    """{command: its output}, run in the page's order; make only says what it would do, pytest runs a few tests."""
+    """Return {command: its output}, in the page's order; make only prints what it would do, pytest runs a few tests."""
     return {line: follow(line, folder, python) for line in COMMANDS if "--benchmark-only" not in line}
 
 
@@ -64,7 +64,7 @@ def follow(line, folder, python):
     in_clone = program == "make" or "pytest" in arguments
     if program == "make":
         command = ["make", "--dry-run", *arguments]
-    elif program == "mft":  # whose script names the Python that it was installed with
+    elif program == "mft":  # its script names the Python that it was installed with
         command = [python, "-m", "mft", *arguments]
     else:
         assert program == "python", f"a command must be one of make, mft and python, got {line!r}"
@@ -108,7 +108,7 @@ def test_its_ops_are_tested_as_ours_are(said):
 
 @pytest.fixture
 def mine(folder, own_table, monkeypatch):
-    """The page's mine.py in this process, and chosen."""
+    """Load the page's mine.py in this process, and choose it."""
     monkeypatch.setenv("MFT_KERNELS", "mine")
     spec = importlib.util.spec_from_file_location("mine", folder / "mine.py")
     mine = importlib.util.module_from_spec(spec)
@@ -135,7 +135,7 @@ def test_a_layer_calls_the_ops_that_the_page_says(mine, folder, monkeypatch):
 
 
 def test_the_benchmarks_measure_it(mine, monkeypatch):
-    """What the page's command times, without its process, which imports for 10 s."""
+    """Time what the page's command times, but not in a process of its own, which imports for 10 s."""
     from benchmarks.harness import environment
     from benchmarks.layer_competitors import DENSE, EAGER, HELD, MODULE, LayerCompetitors, inputs_of
     from benchmarks.side_by_side import SideBySide
@@ -153,5 +153,5 @@ def test_the_benchmarks_measure_it(mine, monkeypatch):
     competitors = {name: made.call(name, "forward", inputs_of(3, 8, 64)) for name in names}
     samples = time_interleaved(competitors, rounds=1, around=backends.around)
     assert samples.keys() == competitors.keys()
-    assert len(calls) == 2 * len(("mine, module", "mine, held mask"))  # each once before it is timed
+    assert len(calls) == 2 * len(("mine, module", "mine, held mask"))  # each once before timing
     assert environment()["backends"]["mine"] == "mine: blocks of 256 rows"

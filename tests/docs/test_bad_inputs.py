@@ -1,4 +1,4 @@
-"""Each bad input has the message that it is listed with, each odd one its result, and the site's page shows both."""
+"""Each refused input gives its stored message, each odd one its result, and the site's page shows both."""
 
 import json
 from pathlib import Path

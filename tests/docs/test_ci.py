@@ -1,4 +1,4 @@
-"""What machines run of ours: the workflow of continuous integration, and the hooks before a commit."""
+"""Checks that other machines run: the workflow of continuous integration, and the hooks before a commit."""
 
 import re
 import subprocess
@@ -53,7 +53,7 @@ def test_the_hooks_are_the_linters_of_make_lint_out_of_the_dev_extra():
     hooks = [entry.removesuffix(" --force-exclude") for entry in entries]
     lint = re.search(r"^lint: dev\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     asked = [line.removeprefix("\t$(BIN)/") for line in lint.splitlines() if line.startswith("\t$(BIN)/")]
-    # The hook writes the format that make lint only asks for.
+    # The hooks apply the formatting that make lint only checks.
     assert hooks == [line.removesuffix(" .").removesuffix(" --check") for line in asked]
     tools = {hook.split()[0] for hook in hooks}
     dev = {re.match(r"[\w-]+", need)[0] for need in PROJECT["optional-dependencies"]["dev"]}

@@ -1,4 +1,4 @@
-"""When a mask is selected again: the writes that docs/explanation/concepts.md promises to see, and outdate()."""
+"""When a mask is selected again: after the writes that docs/explanation/concepts.md promises to see, and outdate()."""
 
 import ctypes
 
@@ -8,7 +8,7 @@ import torch
 
 from mft_kernels import MaskedLinear, outdate
 
-N, K, ROW = 96, 256, 5  # a row that the sample of the contents leaves out
+N, K, ROW = 96, 256, 5  # a row that is not in the sample of the contents
 
 
 @torch.no_grad()
@@ -50,7 +50,8 @@ SEEN = (
     through_data,
     the_whole_matrix_by_a_pointer,
 )
-#: Of the many ways that leave an old mask: aliases that functions make, and that are gone by the next forward.
+#: Some of the many writes that keep an old mask: through aliases that functions make, which are gone by the next
+# forward.
 OTHERS = {
     "select": lambda scores: torch.select(scores, 0, ROW).data.zero_(),
     "narrow": lambda scores: torch.narrow(scores, 0, ROW, 1).data.zero_(),
@@ -69,7 +70,7 @@ OTHERS = {
 
 @pytest.fixture
 def layer():
-    """A layer that remembers its mask."""
+    """Return a layer that remembers its mask."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = MaskedLinear(K, N, bias=False, init="normal", keep_ratio=0.5)
@@ -79,7 +80,7 @@ def layer():
 
 @torch.no_grad()
 def is_current(layer):
-    """Whether a forward computes with the mask that is selected of the scores now."""
+    """Return whether a forward computes with the mask that the scores give now."""
     y = layer(torch.eye(K))
     return torch.equal(y.T != 0, layer.mask())
 

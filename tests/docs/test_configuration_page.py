@@ -1,4 +1,4 @@
-"""docs/reference/configuration.md: the page that the keys of now make."""
+"""docs/reference/configuration.md is the page that today's keys give."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/how-to/vllm.md without vLLM: its Python compiles, its options are known. masks_in_vllm has the real one."""
+"""docs/how-to/vllm.md without vLLM: its Python compiles and its options exist. masks_in_vllm tests the real one."""
 
 import shlex
 from pathlib import Path

@@ -1,9 +1,9 @@
 """README and docs: every block of code runs, every link leads somewhere, every verb is listed.
 
-Blocks marked python and sh run in the order of their document, in a directory of its own. There smollm2-135m is a
-Llama of as many layers and the same tokens but 32 wide, runs take two steps, and what a reader brings (a model, rows,
-a layer) lies ready: the fixture ground, and brought(). Commands that take hours (LONG) are parsed, and their
-configuration read; of make each target is asked what it would do, of pytest which tests it would run.
+Blocks marked python and sh run in the order of their document, in a directory of its own. There smollm2-135m is a Llama
+with as many layers and the same tokens, but only 32 wide, and runs take two steps. What a reader brings (a model, rows,
+a layer) comes from the fixture ground and from brought(). Commands that take hours (LONG) are only parsed, and their
+configuration is read. make only prints what it would do, and pytest only collects.
 """
 
 import functools
@@ -38,8 +38,8 @@ from mft.models import pretrained
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
-# Run by pages/test_doc_transformers.py, _trl.py, _serving.py and _gguf.py, on fewer layers, by test_adding_a_kernel.py
-# and test_hub_kernel.py, in processes of their own, by make vllm-test, and by the fixture ground.
+# Others run these: pages/test_doc_transformers.py, _trl.py, _serving.py and _gguf.py on fewer layers,
+# test_adding_a_kernel.py and test_hub_kernel.py in processes of their own, make vllm-test, and the fixture ground.
 ELSEWHERE = {
     *("transformers.md", "trl.md", "serving.md", "gguf.md", "vllm.md", "adding-a-kernel.md", "kernel-hub.md"),
     "README.md",
@@ -73,7 +73,7 @@ def titled(documents):
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory, tokenizer):
-    """What a reader has: base/, my-model/, my.jsonl, chats.jsonl, run.yaml, and what README and quick-start leave."""
+    """Make what a reader has: base/, my-model/, my.jsonl, chats.jsonl, run.yaml, results of README and quick-start."""
     directory = tmp_path_factory.mktemp("ground")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -97,7 +97,7 @@ def ground(tmp_path_factory, tokenizer):
         names = brought()
         for language, block in [*blocks(ROOT / "README.md"), *blocks(ROOT / "docs" / "tutorials" / "quick-start.md")]:
             run_block(language, block, names)
-    for made in ("masks", "runs/merged", "runs/short"):  # which other pages make again
+    for made in ("masks", "runs/merged", "runs/short"):  # other pages make these again
         shutil.rmtree(directory / made)
     return directory
 
@@ -109,7 +109,7 @@ def enter(directory, ground, patch):
 
 
 def brought():
-    """Names that blocks take for granted."""
+    """Return the names that blocks assume."""
     linear = torch.nn.Linear(48, 32)
     return {
         "linear": linear,
@@ -125,7 +125,7 @@ def brought():
 
 @pytest.fixture
 def torchrun(monkeypatch):
-    """What torchrun tells its one process."""
+    """Set what torchrun tells its single process."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
     yield
@@ -135,13 +135,13 @@ def torchrun(monkeypatch):
 
 @pytest.mark.slow
 def test_the_blocks_of_readme_and_quick_start_run(ground):
-    """The ground is what they leave."""
+    """The fixture ground has run them; this checks their results."""
     for run in ("mine", "masks"):
         assert (ground / "runs" / run / "masks" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft calls it
 @pytest.mark.usefixtures("torchrun")
 @pytest.mark.parametrize("document", titled(d for d in DOCUMENTS if blocks(d) and d.name not in ELSEWHERE))
 def test_the_blocks_of_a_document_run(document, ground, tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_the_blocks_of_a_document_run(document, ground, tmp_path, monkeypatch):
     enter(directory, ground, monkeypatch)
     names = brought()
     with Hub() as hub:
-        if document.name == "hub.md":  # others ask no hub
+        if document.name == "hub.md":  # other pages use no hub
             turn_to(hub, monkeypatch, tmp_path / "hub")
         for language, text in blocks(document):
             run_block(language, text, names)
@@ -191,7 +191,7 @@ def run_mft(words):
     for word in rest:
         if word.startswith("output_dir="):
             shutil.rmtree(word.removeprefix("output_dir="), ignore_errors=True)
-    streams = "data.streaming=true" in rest  # whose training tokens are those of their steps
+    streams = "data.streaming=true" in rest  # then the training tokens are those of the steps
     short = [word for word in SHORT.get(verb, []) if not (streams and "max_train_tokens" in word)]
     result = CliRunner().invoke(app, [*words, *short])
     assert result.exit_code == 0, f"mft {shlex.join(words)}: {result.output} {result.exception}"
@@ -217,15 +217,15 @@ def ask_make(words):
 
 def ask_pytest(arguments, variables):
     code, output = collect(["--collect-only", "-q", *arguments], variables)
-    # 5: nothing was collected, because -k chose nothing or because the file skips as a whole.
+    # 5: pytest collected nothing, because -k chose nothing or because the file skips as a whole.
     is_skipped = code == 5 and "deselected" not in output
     assert code == 0 or is_skipped, f"{shlex.join(arguments)}: {output[-999:]}"
 
 
 def collect(arguments, variables):
-    """(exit code, output) of pytest, in a process of its own; a fork has imported torch."""
+    """Return (exit code, output) of pytest, in a process of its own; a fork has torch imported."""
     with tempfile.TemporaryFile("w+") as output:
-        if variables:  # which modules read when they are imported
+        if variables:  # modules read these when they are imported
             command = [sys.executable, "-m", "pytest", *arguments]
             code = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, stdout=output).returncode
         else:
@@ -233,7 +233,7 @@ def collect(arguments, variables):
             if not child:
                 code = 1
                 try:
-                    gc.freeze()  # pytest collects at its end what it cannot know to be all in use
+                    gc.freeze()  # at its end, pytest collects garbage that it cannot know to be in use
                     os.dup2(output.fileno(), 1)
                     os.chdir(ROOT)
                     sys.stdout = output
@@ -258,7 +258,7 @@ def test_links_lead_somewhere(document):
 
 
 def test_every_document_is_in_the_index():
-    """That of docs, or the page that has the name of its folder: docs/explanation/evidence.md for docs/evidence."""
+    """The index of docs, or the page named like the folder: docs/explanation/evidence.md for docs/evidence."""
     top = ROOT / "docs" / "README.md"
     for page in set(PAGES) - {top}:
         index = page.parent.with_suffix(".md") if page.parent.with_suffix(".md").is_file() else top
@@ -274,5 +274,5 @@ def test_readme_is_short_shows_one_picture_and_names_few_numbers():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 60
     assert text.count("![") == 1
-    prose = re.sub(r"\]\(.*?\)|`.*?`", "", BLOCK.sub("", text))  # without code and targets of links
+    prose = re.sub(r"\]\(.*?\)|`.*?`", "", BLOCK.sub("", text))  # without code and link targets
     assert len(re.findall(r"(?<![\w-])\d[\d.,]*", prose)) <= 15

@@ -1,4 +1,4 @@
-"""Figures of the pages that judge masks against the stored tables: intervals, steps, seconds, bytes."""
+"""Compare the pages that judge masks with the stored tables: intervals, steps, seconds, bytes."""
 
 import re
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ def cells(line):
 
 
 def plain(text):
-    """The text in one line, as an interval may go on in the next one, and without bold type."""
+    """Return the text in one line, because an interval may continue on the next line, and without bold type."""
     return " ".join(text.replace("*", "").split())
 
 
 def stored(study, domain):
-    """{arm: {column: text}} of a domain's table in benchmarks/results."""
+    """Return {arm: {column: text}} of a domain's table in benchmarks/results."""
     section = (RESULTS / f"{study}.md").read_text().split(f"# {domain}: test split")[1].split("\n# ")[0]
     head, _, *rows = [cells(line) for line in section.splitlines() if line.startswith("|")]
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
 def tables(page, heading):
-    """The tables in a section of a page of docs/evidence, each as the cells of its rows without the head."""
+    """Return the tables in a section of a page of docs/evidence, each as the cells of its rows without the head."""
     section = (
         (ROOT / "docs" / "explanation" / "evidence" / f"{page}.md")
         .read_text()
@@ -47,13 +47,13 @@ def tables(page, heading):
 
 
 def setting(page):
-    """{row: the cells behind its name} of a page's setting."""
+    """Return {row: the cells after its name} of a page's setting."""
     (rows,) = tables(page, "Setting")
     return {name: values for name, *values in rows}
 
 
 def rounded(figure, said):
-    """A stored figure with as many decimals as the page gives it."""
+    """Return a stored figure with as many decimals as the page gives."""
     return f"{float(figure):.{len(said.partition('.')[2])}f}"
 
 
@@ -180,14 +180,14 @@ def test_the_variants_under_a_budget_are_the_stored_ones():
 
 @dataclass(frozen=True)
 class Said:
-    """A table of a study's page: what is stored behind its columns, those of figures, and behind its rows."""
+    """A table of a study's page: the stored columns and rows that it shows."""
 
     page: str
     number: int  # among the tables of the page's result
     study: str
     domain: str
     columns: tuple[str, ...]
-    arms: tuple[tuple[str, str], ...]  # by the name that the row has
+    arms: tuple[tuple[str, str], ...]  # by the name in the row
 
     def __str__(self) -> str:
         return f"{self.page}-{self.number}"
@@ -381,7 +381,7 @@ TABLES = (
 
 @pytest.mark.parametrize("table", TABLES, ids=str)
 def test_each_figure_of_a_table_is_the_stored_one(table):
-    """An empty cell says nothing."""
+    """Empty cells are not compared."""
     rows = stored(table.study, table.domain)
     said = tables(table.page, "Result")[table.number]
     assert [name for name, *_ in said] == [name for name, _ in table.arms]
@@ -393,7 +393,7 @@ def test_each_figure_of_a_table_is_the_stored_one(table):
 
 
 def test_every_table_of_figures_is_held_against_the_stored_ones():
-    """But for those of studies that are not stored, and those that tests of their own hold."""
+    """Except tables of studies that are not stored, and tables that tests of their own check."""
     others = {("keep-ratio", 0), ("layers", 0), ("amount-of-data", 0), ("budget", 0)}
     not_stored = {("mask-settings", 0), ("budget", 1)}
     held = {(table.page, table.number) for table in TABLES} | others | not_stored

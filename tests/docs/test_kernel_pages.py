@@ -1,4 +1,4 @@
-"""The pages of the kernels against the sources: the steps of the drawing, and the files and functions named."""
+"""Compare the pages of the kernels with the sources: the steps of the drawing, and the named files and functions."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-#: By page, where what it names has to be.
+#: By page: where the names on it must occur.
 SOURCES = {
     "kernels.md": ("csrc", "mft_kernels"),
     "cpu-kernels.md": ("csrc",),
@@ -16,12 +16,12 @@ SOURCES = {
 PAGES = {name: (ROOT / "docs" / "explanation" / name).read_text() for name in SOURCES}
 FILE = re.compile(r"(?:mft_kernels|csrc)/[\w/]+\.\w+")
 STEPS = [line for line in PAGES["kernels.md"].splitlines() if line.startswith("    ") and FILE.search(line)]
-LABEL = re.compile(r"^.*?(?<!:):(?!:)")  # "cpu:" and the like, before what is called
+LABEL = re.compile(r"^.*?(?<!:):(?!:)")  # "cpu:" and other labels before a call
 
 
 @pytest.fixture(scope="module")
 def texts():
-    """By file, what each folder of sources has."""
+    """Return the text of each folder of sources, by file."""
     folders = {folder for named in SOURCES.values() for folder in named}
     built = {".so", ".pyc"}
     return {
@@ -31,7 +31,7 @@ def texts():
 
 
 def named(step):
-    """What a step calls: all words before its files, but for a label."""
+    """Return what a step calls: all words before its files, without a label."""
     return re.findall(r"[A-Za-z_][\w.:]*", LABEL.sub("", FILE.split(step)[0]))
 
 

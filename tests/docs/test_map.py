@@ -1,15 +1,15 @@
-"""docs/reference/map.md names every package and every module of the kernels that exists, and nothing else."""
+"""docs/reference/map.md names every existing package and every module of the kernels, and nothing else."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NOT_OURS = {"build", "runs", "dist"}
-BUILT = {"cubins/"}  # by `make cubins`
+BUILT = {"cubins/"}  # made by `make cubins`
 
 
 def tables():
-    """{folder: the names in the first column}, "elsewhere" for the root."""
+    """Return {folder: the names in the first column}, with "elsewhere" for the root."""
     found, rows = {}, []
     for line in (ROOT / "docs" / "reference" / "map.md").read_text().splitlines():
         if not line.startswith("|"):
@@ -23,7 +23,7 @@ def tables():
 
 
 def entries(folder):
-    """Python files and folders, as the map writes them."""
+    """Return Python files and folders as the map writes them."""
     paths = [p for p in folder.iterdir() if not p.name.startswith(("_", ".")) and not p.name.endswith(".egg-info")]
     return {f"{p.name}/" if p.is_dir() else p.name for p in paths if p.is_dir() or p.suffix == ".py"} - BUILT
 
@@ -47,7 +47,7 @@ def test_the_map_is_one_screen():
 
 
 def test_no_folder_is_crowded():
-    """Where more than 20 files stand side by side, packages are missing."""
+    """If more than 20 files are in one folder, packages are missing."""
     for top in ("python", "tests"):
         for folder in (ROOT / top, *(ROOT / top).rglob("*")):
             if folder.is_dir() and "__pycache__" not in folder.parts:

@@ -1,4 +1,4 @@
-"""The page that docs/reference.py makes of the docstrings: every public name, and links that lead somewhere."""
+"""The page that docs/reference.py makes from docstrings: every public name, and links that lead somewhere."""
 
 import importlib.util
 from pathlib import Path
@@ -31,7 +31,7 @@ Raises:
 
 @pytest.fixture(scope="module")
 def page():
-    """The module docs/reference.py."""
+    """Return the module docs/reference.py."""
     spec = importlib.util.spec_from_file_location("reference_page", DOCS.with_suffix(".py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""What a public project has beside its code says the same as the code does."""
+"""The files that a public project has besides its code agree with the code."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""The site of make docs, as far as it can be seen without its builder: what it is made of, and how it is checked."""
+"""The site of make docs, as far as it can be tested without its builder: its contents, and how it is checked."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ CONFIG = tomllib.loads((ROOT / "docs" / "zensical.toml").read_text())["project"]
 
 @pytest.fixture(scope="module")
 def site():
-    """The module docs/build_site.py."""
+    """Return the module docs/build_site.py."""
     spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build_site.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -22,7 +22,7 @@ def site():
 
 @pytest.fixture
 def tree(tmp_path, site):
-    """A project: its first pages, docs/a.md, a source, a folder of two and a picture."""
+    """Make a project: its first pages, docs/a.md, a source, a folder of two and a picture."""
     root = tmp_path / "project"
     files = {
         **dict.fromkeys(site.FIRST, "# Title\n"),
@@ -68,7 +68,7 @@ def test_every_link_of_the_pages_leads_into_the_staged_tree(site, tmp_path):
     site.stage(ROOT, tmp_path)
     written = {
         f"docs/reference/{name}" for name in site.WRITTEN
-    }  # whose links test_reference_page.py and others follow
+    }  # test_reference_page.py and others check the links of these
     for name in set(pages_of(CONFIG["nav"])) - written:
         links = [
             link for part in site.FENCED.split((tmp_path / name).read_text())[::2] for link in site.LINK.findall(part)

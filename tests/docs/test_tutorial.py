@@ -45,7 +45,7 @@ def test_the_tutorial_and_the_notebook_make_the_same_chats():
 
 
 def text_of(cell):
-    """What a cell printed and showed."""
+    """Return what a cell printed and showed."""
     found = []
     for output in cell.outputs:
         found += [output.text] if output.output_type == "stream" else [output.data.get("text/markdown", "")]

@@ -1,12 +1,12 @@
 """The CUDA kernels on CPU tensors: every kernel's file compiled with g++ for the emulator, called like the reference.
 
-The functions have the names and arguments of ``mft_kernels.reference``, and as keywords what a device would decide:
-``arch`` ("sm_80" or "sm_90"; "decode" or "general", one of sm_80's two products; "hopper", sm_90's where that takes the
-operands, else sm_80's; over codes "sm_90" is Hopper's kernel, and the others leave the choice to the op),
-``multiprocessors``, ``capability`` and ``shared_bytes``. Rows may have any stride.
+The functions have the names and arguments of ``mft_kernels.reference``, and keywords for what a device would decide:
+``multiprocessors``, ``capability``, ``shared_bytes`` and ``arch``. ``arch`` is "sm_80" or "sm_90"; "decode" or
+"general" for one of sm_80's two products; or "hopper" for sm_90's if it takes the operands, else sm_80's. Over codes,
+"sm_90" is Hopper's kernel, and the others leave the choice to the op. Rows may have any stride.
 
-Outputs begin as NaN or as bits of alternating sign, so that an element that nobody writes is seen; with
-``outputs_at_guard_pages()`` they lie between pages that may not be touched. A fault of the emulator is a RuntimeError.
+Outputs begin as NaN or as bits of alternating sign, so that an element that is never written is detected. With
+``outputs_at_guard_pages()`` they lie between forbidden pages. A fault of the emulator is a RuntimeError.
 """
 
 import ctypes
@@ -30,8 +30,8 @@ from mft_kernels.reference.linear import Gradients, kept_count
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "cuda_kernels"
 PROGRAMS = SOURCES / "programs"
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
-NUMBERS = "-ffp-contract=off"  # products and sums are rounded one by one, also where the host could fuse them
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # only nvcc knows "unroll"
+NUMBERS = "-ffp-contract=off"  # round products and sums separately, even if the host could fuse them
 INCLUDE = [f"-I{folder}" for folder in (ROOT / "csrc/cuda", PROGRAMS, SOURCES)]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
 NOT_EMULATED = (
@@ -42,7 +42,7 @@ NOT_EMULATED = (
     "many_bindings",
     "quantized_bindings",
     "grouped_bindings",
-)  # CUTLASS's, torch's, the driver's
+)  # these need CUTLASS, torch or the driver
 
 usual_arch = "sm_80"
 
@@ -248,7 +248,7 @@ _STRUCTS = {
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Built where something changed. MFT_EMULATED=select,pack takes files that begin so, and builds them apart."""
+    """Build what has changed. MFT_EMULATED=select,pack builds only files with these prefixes, in a separate folder."""
     wanted = tuple(filter(None, os.environ.get("MFT_EMULATED", "").split(",")))
     sources = [s for pattern in ("*.cu", "*.cpp") for s in sorted((ROOT / "csrc/cuda").glob(pattern))]
     kernels = [s for s in sources if not s.name.startswith(NOT_EMULATED) and s.name.startswith(wanted or "")]
@@ -284,7 +284,7 @@ def _build(directory: Path, sources: list[Path]) -> Path:
     ]
     # fmt: on
     with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests build one after the other
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs build one after the other
         (directory / "build.ninja").write_text("\n".join(lines))
         built = subprocess.run([ninja, "-C", str(directory), "-j2"], capture_output=True, text=True)
         if built.returncode != 0:
@@ -301,7 +301,7 @@ def _ninja() -> str:
 
 
 def set_settings(seed: int = 0, asynchrony: str = "random", schedule: str = "in_turn") -> None:
-    """Of every launch from here on: the order of warps and blocks, and when background work happens."""
+    """Set the order of warps and blocks, and when background work happens, for all later launches."""
     library().emulated_set_settings(ctypes.c_uint(seed), ASYNCHRONIES.index(asynchrony), SCHEDULES.index(schedule))
 
 
@@ -423,7 +423,7 @@ def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor, **device) ->
 def kept_threshold(
     scores: Tensor, keep_ratio: float, mode: str, *, words: bool = False, **device
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The threshold; with ``words`` also the packed mask of the scores (N, K), of the same chain of launches."""
+    """Return the threshold; with ``words`` also the packed mask of the scores (N, K), from the same chain."""
     scores = scores.contiguous()
     threshold = _new((), scores.dtype)
     size = library().emulated_select_workspace
@@ -483,7 +483,7 @@ def score_step(
     workspace: Tensor | None = None,
     **device,
 ) -> tuple[Tensor, Tensor]:
-    """``workspace``: of ``step_workspace``, for those who look into it afterwards."""
+    """``workspace``: from ``step_workspace``, for tests that inspect it afterwards."""
     fields = (scores, grad, weight, exp_avg, exp_avg_sq, scales, step, lr, beta1, beta2, eps, weight_decay)
     update, clock = Update(*fields, grad_scale, seed, mode, keep_ratio, threshold).by_clock()
     given = [scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, threshold]
@@ -536,7 +536,7 @@ def step_workspace(dtype: torch.dtype) -> Tensor:
 
 
 def plan(kernel: str, asked: ctypes.Structure, device: dict) -> Plan:
-    """How the kernel would be launched; all 0 where it refuses."""
+    """Return how the kernel would be launched; all 0 if it refuses."""
     found = Plan()
     getattr(library(), f"emulated_plan_{kernel}")(
         ctypes.byref(asked), ctypes.byref(_device(device)), ctypes.byref(found)
@@ -555,7 +555,7 @@ def quantized_product(
     *,
     transposed: bool,
 ) -> tuple[QuantizedProduct, Tensor]:
-    """What is asked, and its result, which nobody has written."""
+    """Return the arguments of the product, and its result, which is not yet written."""
     rows = _rows(given)
     out = _new((rows.shape[0], shape[transposed]), given.dtype)
     weight = Quantized(kind == "nf4", *shape, codes.data_ptr() or _nowhere())
@@ -570,23 +570,27 @@ def quantized_product(
 
 
 def decode_cut(asked: Product | QuantizedProduct, device: dict) -> tuple[int, ...]:
-    """How decode_sm80 cuts a product with a workspace: slices, parts, units of a part and of a slab,
-    blocks of a cluster, features of a block."""
+    """Return how decode_sm80 cuts a product with a workspace.
+
+    These are: slices, parts, units of a part and of a slab, blocks of a cluster, features of a block.
+    """
     found = (ctypes.c_int * 6)()
     _of_product(asked, "decode_cut")(ctypes.byref(asked), ctypes.byref(_device(device)), found)
     return tuple(found)
 
 
 def decodes(asked: Product | QuantizedProduct, device: dict) -> bool:
-    """Whether product_sm80, or product_quantized, gives it to decode_sm80."""
+    """Return whether product_sm80, or product_quantized, passes the product to decode_sm80."""
     asks = _of_product(asked, "decodes")
     asks.restype = ctypes.c_bool
     return asks(ctypes.byref(asked), ctypes.byref(_device(device)))
 
 
 def rates(capability: int) -> tuple[float, float, float, float]:
-    """What tile_cost.h knows of a card: multiply-adds and bytes a cycle and multiprocessor, cycles of a launch, bytes
-    from L2."""
+    """Return what tile_cost.h has for a card.
+
+    These are: multiply-adds and bytes per cycle and multiprocessor, cycles of a launch, and bytes from L2.
+    """
     found = (ctypes.c_double * 4)()
     library().emulated_rates(capability, found)
     return tuple(found)
@@ -610,13 +614,13 @@ def _product(
     out: Tensor, rows: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool, device: dict
 ) -> None:
     asked = Product(out=_matrix(out), weight=_matrix(weight), keep=keep, transposed=transposed)
-    setattr(asked, "in", _matrix(rows))  # a word of Python's
+    setattr(asked, "in", _matrix(rows))  # a Python keyword
     if bias is not None:
         assert bias.is_contiguous()
         assert bias.dtype == weight.dtype
         asked.bias = bias.data_ptr()
     kernel = f"product_{device.get('arch', usual_arch).replace('_', '')}"
-    if kernel == "product_hopper":  # its own where it takes the operands, as the bindings do
+    if kernel == "product_hopper":  # its own kernel if it takes the operands, like the bindings
         kernel = "product_sm90" if plan("product_sm90", asked, device).tokens else "product_sm80"
     workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
     asked.workspace = workspace.data_ptr() or None
@@ -679,7 +683,7 @@ def _rows(x: Tensor) -> Tensor:
 def _matrix(tensor: Tensor) -> Matrix:
     rows, columns = tensor.shape
     assert columns <= 1 or tensor.stride(1) == 1, "the kernels take matrices of unit column stride"
-    data = tensor.data_ptr() or _nowhere()  # null would say that the matrix is not wanted
+    data = tensor.data_ptr() or _nowhere()  # null would mean that the matrix is not wanted
     return Matrix(data, _TYPES[tensor.dtype], rows, columns, tensor.stride(0))
 
 
@@ -737,7 +741,7 @@ _guards: list[bool] = []  # whether outputs end at a guard page, or begin behind
 
 @contextmanager
 def outputs_at_guard_pages(*, at_end: bool) -> Iterator[None]:
-    """An access behind (or, unless ``at_end``, before) an output ends the process."""
+    """Within the context, an access behind (or, unless ``at_end``, before) an output ends the process."""
     _guards.append(at_end)
     try:
         yield

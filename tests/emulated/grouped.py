@@ -42,7 +42,7 @@ def grouped_product(
 
 
 def product(x, weight, scores, threshold, packed, offsets, bias, mode, transposed, out) -> GroupedProduct:
-    """What is asked; ``out`` is written."""
+    """Return the arguments of the product; ``out`` is the result."""
     if packed is not None:
         keep = Keep(words=_words(packed))
     else:
@@ -81,7 +81,7 @@ def grouped_score_grad(
 
 
 def tokens_of(asked: GroupedProduct) -> int:
-    """Of a tile."""
+    """Return the number of tokens of a tile."""
     return library().emulated_grouped_tokens(ctypes.byref(asked))
 
 

@@ -1,13 +1,13 @@
-"""Training among processes of which one is killed with -9 at a named stage of a step, and going on afterwards.
+"""Train among processes, kill one of them with -9 at a named stage of a step, and continue afterwards.
 
     python tests/engines/lost_ranks.py                  each of three ranks, at each stage, of three steps: 63 kills
-    python tests/engines/lost_ranks.py --cases 10       as many, spread over all
-    python tests/engines/lost_ranks.py --only "rank 1"  those whose line holds this
+    python tests/engines/lost_ranks.py --cases 10       ten of them, spread over all
+    python tests/engines/lost_ranks.py --only "rank 1"  those whose line contains this
 
 Each case is an mft train among three processes on the tiny model, which saves after every step and evaluates after
 every second one. When a process reaches the stage, the chosen rank is killed. The others must end with exit code 2
-within BOUND seconds, and name it. What is left goes on with --resume, and must end with the masks, losses and
-validation losses of a run that met nothing, bit for bit.
+within BOUND seconds, and name the rank. The run continues with --resume, and must end with the masks, losses and
+validation losses of an undisturbed run, bit for bit.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from mft.engines.distributed import Processes
 from mft.training.saver import Saver
 
 COUNT, STEPS = 3, 5
-BOUND = 10.0  # seconds in which the others end
+BOUND = 10.0  # seconds within which the others must end
 LEARN = (
     *("train.lr=1e-2", "train.epochs=null", f"train.steps={STEPS}", "train.batch_size=2", "train.eval_every=2"),
     *("mask.layers_to_transform=2-3", "mask.keep_ratio=0.8", "checkpoint_minutes=0"),
@@ -43,12 +43,12 @@ LEARN = (
 
 @dataclass(frozen=True)
 class Stage:
-    """A place in a step: the function that is called there, and whether the first rank alone calls it."""
+    """A place in a step: the function that is called there, and whether only the first rank calls it."""
 
     name: str
     module: str
     function: str
-    after: bool = False  # it has run, instead of: it is about to
+    after: bool = False  # after the call, instead of before it
     first_alone: bool = False
 
 
@@ -67,10 +67,11 @@ STAGES = {
 
 
 class Ranks:
-    """Children of this process that work as ranks, where torchrun would start them.
+    """Children of this process that work as ranks, as if torchrun had started them.
 
-    Args: directory: where they work and print; pids lies there. count: of ranks. work: gets the rank, in the child, and
-        returns its exit code.
+    Args: directory: where they work and print, with the file pids. count: number of ranks. work: called with the rank
+    in
+        the child; returns its exit code.
     """
 
     def __init__(self, directory: Path, count: int, work: Callable[[int], int]) -> None:
@@ -93,7 +94,7 @@ class Ranks:
             output = os.open(f"output of {rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
                 os.dup2(output, stream)
-            # Those of pytest are not these.
+            # The child must not write to pytest's streams.
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             code = work(rank)
         finally:
@@ -102,7 +103,7 @@ class Ranks:
             os._exit(code)
 
     def wait(self, seconds: float = 120.0) -> "list[Ended]":
-        """How each ended. Raises: TimeoutError if one has not after so many seconds; all are killed then."""
+        """Return how each rank ended. Raises: TimeoutError after ``seconds``; all are then killed."""
         left, found = dict(enumerate(self.pids)), {}
         until = time.monotonic() + seconds
         while left:
@@ -125,7 +126,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Ended:
-    """code: as of the shell, or minus the signal. when: time.time()."""
+    """How a rank ended. code: the exit code, or minus the signal. when: time.time()."""
 
     code: int
     output: str
@@ -133,13 +134,13 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """What mft said last."""
+        """Return the last error that mft printed."""
         said = [line for line in self.output.splitlines() if line.startswith("error: ")]
         return said[-1] if said else self.output[-2000:]
 
 
 class Lab:
-    """Data, model and configuration below one directory, for runs among COUNT processes that fork from this one."""
+    """Data, model and configuration below one directory, for runs among COUNT processes forked from this one."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -159,7 +160,7 @@ class Lab:
         importlib.import_module("matplotlib.figure")
 
     def run(self, directory: Path, *command: str, prepare: Callable[[int], None] = lambda rank: None) -> list["Ended"]:
-        """mft among COUNT processes in directory; prepare is called in each with its rank."""
+        """Run mft among COUNT processes in ``directory``; prepare is called in each of them with its rank."""
 
         def work(rank: int) -> int:
             prepare(rank)
@@ -168,7 +169,7 @@ class Lab:
         return Ranks(directory, COUNT, work).wait()
 
     def failing(self, directory: Path, case: "Case", act: Callable[[], None]) -> list["Ended"]:
-        """mft train in directory, where act is called, once, at that stage and step."""
+        """Run mft train in ``directory``; ``act`` is called once, at the stage and step of the case."""
 
         def prepare(rank: int) -> None:
             if rank == (0 if STAGES[case.stage].first_alone else case.rank):
@@ -177,7 +178,7 @@ class Lab:
         return self.run(directory, *self.begin, prepare=prepare)
 
     def straight(self) -> Path:
-        """The directory of a run that met nothing."""
+        """Return the directory of an undisturbed run."""
         directory = self.work / "straight"
         if not directory.exists():
             directory.mkdir()
@@ -186,9 +187,9 @@ class Lab:
         return directory / "run"
 
     def kill(self, case: "Case") -> float:
-        """Kill one rank, go on, and compare; returns the seconds in which the others ended.
+        """Kill one rank, continue, and compare; return the seconds until the others ended.
 
-        Raises: AssertionError for what must not be.
+        Raises: AssertionError if anything differs.
         """
         directory = Path(tempfile.mkdtemp(dir=self.work))
 
@@ -227,7 +228,7 @@ class Case:
 
 
 def call_at(stage: Stage, step: int, act: Callable[[], None]) -> None:
-    """Have this process call act at that stage of that step; it may return."""
+    """Make this process call ``act`` at that stage of that step; ``act`` may return."""
     holder = importlib.import_module(stage.module)
     *classes, name = stage.function.split(".")
     for each in classes:
@@ -259,7 +260,7 @@ def call_at(stage: Stage, step: int, act: Callable[[], None]) -> None:
 
 
 def cases() -> list[Case]:
-    """Every rank at every stage, of three steps each; there is no validation after the odd ones but the last."""
+    """Return every rank at every stage of three steps. Of the odd steps, only the last has a validation."""
     return [
         Case(rank, name, step)
         for name in STAGES
@@ -269,7 +270,7 @@ def cases() -> list[Case]:
 
 
 def main() -> int:
-    """Kill, and print a line for each case; 1 if one went wrong."""
+    """Run the cases and print a line for each; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, help="only so many, spread over all")
     parser.add_argument("--only", default="", help="those whose line holds this, such as 'rank 1 in the backward'")

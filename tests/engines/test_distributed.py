@@ -32,7 +32,7 @@ HEAVY = "model.layers.1.mlp.down_proj"
 
 
 def whole(tensor):
-    """On this process, without a graph."""
+    """Return the whole tensor in this process, without a graph."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
@@ -51,7 +51,7 @@ def halves():
 
 
 def learn(model, optimizer, parts):
-    """Losses of some steps, each the mean over parts of the rows."""
+    """Return the losses of some steps, each the mean over parts of the rows."""
     losses = []
     for _ in range(STEPS):
         losses.append(0.0)
@@ -76,7 +76,7 @@ def trained_scores(model):
 
 
 def rows():
-    """Ten, of which some score few tokens, and two none: the mean is over the tokens of all processes."""
+    """Return ten rows; some have few labels and two none. The mean is over the tokens of all processes."""
     found = make_rows(10)
     labels = [[-100] * (i % 5 * 3) + row["labels"][i % 5 * 3 :] for i, row in enumerate(found)]
     return found.remove_columns("labels").add_column("labels", labels)
@@ -86,8 +86,8 @@ def settings(**changes):
     return TrainConfig(**{"lr": 1e-2, "steps": STEPS, "batch_size": 2, "accumulation": COUNT, "seed": 3} | changes)
 
 
-# Two terms have one sum, whoever adds them; with more, or where other rows stand beside a remembered one, the last bits
-# depend on the order.
+# A sum of two terms has the same bits in either order. With more terms, or if a remembered row is batched with other
+# rows, the last bits depend on the order.
 RECIPES = {
     "fp32": (masked, train_masks, {}, True),
     "a row at a time": (masked, train_masks, {"batch_size": 1}, True),
@@ -112,7 +112,7 @@ def recipe(name, **options):
 
 
 def work(rank, folder):
-    """One process; what it found goes to folder/rank.pt, for the tests to judge."""
+    """Run one process; it saves what it found to folder/rank.pt, for the tests to judge."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     folder = Path(folder)
@@ -133,7 +133,10 @@ def work(rank, folder):
 
 
 def after_collectives(rank):
-    """Whether a layer whose scores came from the other process computes with them: by .detach(), .data, themselves."""
+    """Return, for each kind of collective, whether the layer then computes with the received scores.
+
+    The scores arrive through .detach(), through .data, and in the parameter itself.
+    """
     torch.manual_seed(rank)
     layer, x, current = MaskedLinear(64, 64, keep_ratio=0.5, init="normal"), torch.randn(2, 64), []
     collectives = (
@@ -214,7 +217,7 @@ def five_by_eight():
 
 
 def squares(layer):
-    """One step down the squares of what comes out, on small integers; returns that and the new scores."""
+    """Make one step down the squares of the outputs, on small integers; return the outputs and the new scores."""
     optimizer = torch.optim.AdamW([layer.scores], lr=1e-2)
     y = layer(torch.arange(24.0).reshape(3, 8))
     y.square().sum().backward()
@@ -229,7 +232,7 @@ def in_uneven_shards():
 
 
 def stopped(rank, root, processes):
-    """A signal to the second process alone, and what goes on from there."""
+    """Send a signal to the second process only, and continue the run."""
     make, _, changes, _ = RECIPES["fp32"]
 
     def stop(report):
@@ -249,16 +252,16 @@ def stopped(rank, root, processes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where both processes have left what they found."""
+    """Return the folder in which both processes left what they found."""
     folder = tmp_path_factory.mktemp("distributed")
-    # Forks have imported everything; under torchrun, below, processes are fresh.
+    # Forked processes have everything imported; processes under torchrun, below, are fresh.
     torch.multiprocessing.start_processes(work, (str(folder),), nprocs=COUNT, start_method="fork")
     return folder
 
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What each process found."""
+    """Return what each process found."""
     return [torch.load(folder / f"{rank}.pt") for rank in range(COUNT)]
 
 
@@ -267,7 +270,7 @@ def equal(a, b):
 
 
 def alone(name):
-    """(losses, masked model) of one process that takes the halves one after the other."""
+    """Return (losses, masked model) of one process that takes the halves one after the other."""
     mask, make_optimizer = OPTIMIZERS[name]
     model = masked(**mask)
     return learn(model, make_optimizer(trained_scores(model)), halves()), model
@@ -368,7 +371,7 @@ def test_processes_that_disagree_are_told_in_what(found):
         )
         assert "train.seed" not in each["other settings"]
         assert "the hash of model.layers.0.self_attn.q_proj.scores is" in each["other scores"]
-        assert each["other scores"].count(" in process 1, ") == 3  # of 28
+        assert each["other scores"].count(" in process 1, ") == 3  # 3 of 28
 
 
 @pytest.mark.parametrize(
@@ -429,7 +432,7 @@ def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_res
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in output
-    with hold(tmp_path / "run"):  # nobody else does
+    with hold(tmp_path / "run"):  # no other process holds the lock
         assert newest_checkpoint(tmp_path / "run" / "checkpoints")[0].step < 16
 
     told = {
@@ -444,7 +447,7 @@ def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_res
     for line in ("goes on after step", "trained: ", "mask fine-tune: 16/16", "result: run/masks"):
         assert output.count(line) == 1, output
     assert sorted(os.listdir("run")) == sorted(os.listdir("straight"))
-    assert len(os.listdir("run/tensorboard")) == 2  # of the process that was killed, and of the one that went on
+    assert len(os.listdir("run/tensorboard")) == 2  # one from the killed process, and one from the resumed run
     evaluated, wanted = (steps(tmp_path / name, "validation") for name in ("run", "straight"))
     assert [step for step, _ in evaluated] == [6, 12, 16]
     assert [loss for _, loss in evaluated] == pytest.approx([loss for _, loss in wanted], rel=1e-5)

@@ -1,4 +1,4 @@
-"""One process of several fails, or is killed: the others end within a bounded time, with its words."""
+"""If one of several processes fails or is killed, the others end within a bounded time, with its error message."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ QUICK = {"BEAT": 0.1, "GRACE": 1.5, "SILENCE": 0.6}  # seconds
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Failures that wait for less long."""
+    """Shorten the waiting times of failures."""
     for name, seconds in QUICK.items():
         monkeypatch.setattr(failures, name, seconds)
 
@@ -40,7 +40,7 @@ def forever(processes):
 
 
 WITHOUT_A_WORD = "process {} of 2 ended without a word (killed? out of memory?), and so all end: look into"
-# name: what the failing rank does, what the other one does meanwhile, its words.
+# name: what the failing rank does, what the other one does meanwhile, the expected message.
 ENDS = {
     "an error": (lambda: fail(ValueError("a word")), meet, "process {} of 2 has stopped, and so do all: ValueError: a"),
     "an error while the other computes": (lambda: fail(OSError("a word")), forever, "so do all: OSError: a word"),
@@ -52,7 +52,7 @@ ENDS = {
 
 
 def in_ranks(tmp_path, work, count=2):
-    """How processes end that are joined and do work(rank, processes), as mft would."""
+    """Return how processes end that join and call work(rank, processes), as mft would."""
 
     def run(rank):
         try:
@@ -85,7 +85,7 @@ def test_a_process_that_lives_on_after_its_error_does_not_keep_the_others(tmp_pa
             with joined() as processes:
                 processes.wait()
                 if rank == 0:
-                    processes.wait()  # the other one never comes
+                    processes.wait()  # the other process never arrives
                 raise ValueError("a word")
         except ValueError:
             time.sleep(4)  # its sockets stay open
@@ -98,7 +98,7 @@ def test_a_process_that_lives_on_after_its_error_does_not_keep_the_others(tmp_pa
 
 
 def test_nobody_leaves_before_all_are_done(tmp_path):
-    """The first process may fail while it writes the result."""
+    """The first process may still fail while it writes the result."""
 
     def work(rank, processes):
         if rank == 0:
@@ -121,7 +121,7 @@ def test_processes_killed_together_are_named_together(tmp_path, quick):
 
 
 def test_torchrun_shows_the_error_of_the_one_that_failed(tmp_path, quick, monkeypatch):
-    """It reads it from a file for each process, as torch.distributed.elastic's record writes it."""
+    """torchrun reads it from a file for each process, as torch.distributed.elastic's record writes it."""
 
     def work(rank, processes):
         os.environ["TORCHELASTIC_ERROR_FILE"] = f"error of {rank}"
@@ -140,14 +140,14 @@ def test_torchrun_shows_the_error_of_the_one_that_failed(tmp_path, quick, monkey
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFT_CACHE", "")  # which Lab sets, and which is what it was afterwards
+        patch.setenv("MFT_CACHE", "")  # Lab sets it; the patch restores it afterwards
         yield Lab(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_error_at_any_stage_of_a_step_ends_all_processes(lab, tmp_path, stage):
-    """In the second process, or in the first where it alone comes there."""
+    """In the second process, or in the first one if only that reaches the stage."""
     rank = 0 if STAGES[stage].first_alone else 1
     found = lab.failing(tmp_path, Case(rank, stage, 2), lambda: fail(RuntimeError("out of memory")))
     failed = float((tmp_path / FAILED).read_text())
@@ -174,7 +174,7 @@ def test_a_full_disk_under_a_checkpoint_ends_all_processes(lab, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", cases()[4::22], ids=str)
 def test_a_killed_rank_is_named_and_the_run_goes_on_bit_equal(lab, case):
-    """Some of the 63; python tests/engines/lost_ranks.py tries all."""
+    """A few of the 63 cases; python tests/engines/lost_ranks.py tries all."""
     lab.kill(case)
 
 
@@ -236,7 +236,7 @@ def test_ranks_that_were_told_different_things_are_told_in_what(lab, tmp_path, c
 
 @pytest.mark.slow
 def test_ranks_whose_data_file_differs_are_told(lab, tmp_path):
-    """A file of one name, on machines without a common disk."""
+    """The file has the same name, on machines without a shared disk."""
     lines = (lab.work / "data.jsonl").read_text().splitlines(keepends=True)
 
     def run(rank):

@@ -1,4 +1,4 @@
-"""A masked mixture, whose experts lie in one parameter each, in all ways: the plain update, resumed bit for bit too."""
+"""A masked mixture, with the experts in one parameter each, in all ways: the plain update, and bitwise resumption."""
 
 import math
 import os
@@ -32,7 +32,7 @@ WAYS = ["in_place", *BY_LAYERS]
 
 @pytest.fixture(autouse=True, params=[True])
 def separate(request, monkeypatch):
-    """Runs on the CPU as if it were a device with a memory of its own."""
+    """Run on the CPU as if it were a device with its own memory."""
     monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
 
 
@@ -91,7 +91,7 @@ def test_frozen_layers_below_are_remembered(way):
     model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     options = {"steps": 4, "rows": make_rows(4)}
     ours = train(way, model, **options)
-    assert len(calls) <= 2 + 6  # looking at how the model is built
+    assert len(calls) <= 2 + 6  # plus those that examine how the model is built
     assert_same_training(ours, train("plain", mixture(layers=[2]), **options), TOLERANCE[way])
     model = mixture(layers=[2])
     settings = TrainConfig(lr=1e-3, batch_size=2, steps=4)
@@ -169,7 +169,7 @@ def test_gradient_checkpointing_changes_no_bit():
 
 
 def test_a_routers_auxiliary_loss_plays_no_part():
-    """The router is frozen, and the loss is that of the words."""
+    """The router is frozen, and the loss is that of the tokens only."""
     quiet = train("plain", mixture("olmoe"))
     for way in ("plain", *WAYS):
         asked = {"output_router_logits": True, "router_aux_loss_coef": 100.0}
@@ -180,7 +180,7 @@ def test_a_routers_auxiliary_loss_plays_no_part():
 
 @pytest.mark.parametrize("moments", ["float32", "8bit"])
 def test_an_expert_that_sees_no_token_goes_on_by_its_moments_alone(moments):
-    """From the second step on nothing is routed to expert 0."""
+    """From the second step on, no token is routed to expert 0."""
     rows, runs = make_rows(), {}
     settings = TrainConfig(lr=1e-3, steps=3, batch_size=2, moments=moments, schedule="constant", warmup_ratio=0.0)
     for way in ("plain", *BY_LAYERS):

@@ -1,4 +1,4 @@
-"""Page-locked memory of exact size, with CUDA's calls recorded: there is no GPU here."""
+"""Page-locked memory of exact size. CUDA's calls are recorded instead of made: no GPU is needed."""
 
 import gc
 import mmap
@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def locked(monkeypatch):
-    """{address: bytes} of what is locked now."""
+    """Return {address: bytes} of the memory that is locked now."""
     found = {}
     monkeypatch.setattr(module, "_register", found.__setitem__)
     monkeypatch.setattr(module, "_unregister", found.pop)

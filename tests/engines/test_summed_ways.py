@@ -1,4 +1,4 @@
-"""Two processes train, in the ways that save memory, as one does: its scores, errors and checkpoints."""
+"""Two processes train like one, in the ways that save memory: the same scores, errors and checkpoints."""
 
 import contextlib
 import json
@@ -55,20 +55,21 @@ def make(way, layers=(1, 2, 3), dtype=torch.float32, mixture=False, **mask):
 
 
 def rows():
-    """Ten, of which some score few tokens, and two none: the mean is over the tokens of all processes."""
+    """Return ten rows; some have few labels and two none. The mean is over the tokens of all processes."""
     found = make_rows(10)
     labels = [[-100] * (i % 5 * 3) + row["labels"][i % 5 * 3 :] for i, row in enumerate(found)]
     return found.remove_columns("labels").add_column("labels", labels)
 
 
 def packed_rows():
-    """Two examples in a row, that are not to see each other."""
+    """Return rows with two examples each, which must not see each other."""
     return rows().add_column("starts", [[0, 3 + i % 5] for i in range(10)])
 
 
-# name: (model, rows, settings, how exactly). Two terms have one sum, whoever adds them; of three, of a remembered row
-# that stood beside others, and of buffers in 16 bits, which a second micro-batch is added to before they are rounded,
-# the last bits depend on the order, and so do scores: how far apart they end, as a share of how far they have moved.
+# name: (model, rows, settings, exactness). A sum of two terms has the same bits in either order. The last bits depend
+# on the order for three terms, for a remembered row that was batched with others, and for 16-bit buffers, to which a
+# second micro-batch is added before rounding. Scores then differ too: exactness is their distance relative to their
+# movement.
 BITS, LAST_BITS, SIXTEEN_BITS = 0.0, 1e-3, 0.1
 CASES = {
     "fp32": ({}, rows, {}, BITS),
@@ -87,7 +88,7 @@ CASES = {
     "packed rows": ({}, packed_rows, {}, BITS),
     "a mixture": ({"mixture": True}, rows, {}, BITS),
 }
-# Over codes it is resident's engine, which here reads its weights elsewhere: whatever the dtype, and of a mixture too.
+# Over codes the engine is resident's, with its weights read from elsewhere, whatever the dtype, and for a mixture too.
 OVER_CODES = ("fp32", "int16 scores, 8-bit moments", "bf16, sums in fp32", "a mixture")
 IN_PLACE = ("fp32", "bf16, sums in fp32", "clipped")
 LEFT_OUT = {
@@ -119,7 +120,10 @@ def scores_of(model):
 
 
 def work(rank, folder, port):
-    """One process; what it found goes to folder/rank.pt, for the tests to judge. The second one ends without a word."""
+    """Run one process; it saves what it found to folder/rank.pt, for the tests to judge.
+
+    The second process ends without a word.
+    """
     told = {"RANK": str(rank), "WORLD_SIZE": str(COUNT), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= told | {"GLOO_SOCKET_IFNAME": "lo", "MFT_CACHE": str(folder / "cache")}
     torch.set_num_threads(1)
@@ -144,14 +148,14 @@ def work(rank, folder, port):
 
 
 def failure(call):
-    """(name of the error's class, its words)"""
+    """Return (name of the error's class, its message)."""
     with pytest.raises(Exception) as caught:  # noqa: PT011
         call()
     return type(caught.value).__name__, str(caught.value)
 
 
 def one_row_is_not_finite(way, processes):
-    """Both rows are in each step, one a process; word 5 is in one of them."""
+    """Each step has both rows, one per process; word 5 is in one of them."""
     model = make(way)
     with torch.no_grad():
         model.model.embed_tokens.weight[5] = torch.nan
@@ -165,7 +169,7 @@ def one_row_is_not_finite(way, processes):
 
 
 def one_lacks_memory(way, data, processes):
-    """The second process, in the last layer but one."""
+    """The second process lacks memory, in the last layer but one."""
     engine = ENGINES[way]
     down = engine.down
 
@@ -190,7 +194,7 @@ def the_writer_lacks_room(root, processes):
 
 
 def stopped(way, root, processes):
-    """A signal to the second process alone, and what goes on from there."""
+    """Send a signal to the second process only, and continue the run."""
     mask, data, changes, _ = CASES["int16 scores, 8-bit moments"]
 
     def stop(report):
@@ -216,7 +220,7 @@ WIDEST = {"scores": "float32", "moments": "float32"}
 
 
 def run_until_a_signal(rank, folder):
-    """mft train with memory: auto, where the second process has memory for no faster way than resident."""
+    """Run mft train with memory: auto, while the second process has no memory for any way faster than resident."""
     config = load_config(folder / "config.yaml")
     peaks = [
         estimate(
@@ -247,7 +251,7 @@ def run_until_a_signal(rank, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where both processes have left what they found, and a run that was stopped."""
+    """Return the folder with what both processes found, and a run that was stopped."""
     folder = tmp_path_factory.mktemp("summed")
     save_llama(folder / "model")
     texts = [" ".join(str(1 + (i * 7 + j) % 60) for j in range(20)) for i in range(60)]
@@ -257,14 +261,14 @@ def folder(tmp_path_factory):
         f"data: {{source: {folder}/data.jsonl, sequence_length: 12}}\noutput_dir: {folder}/run\n"
         "train: {lr: 1e-2, epochs: null, steps: 4, batch_size: 2, accumulation: 2}\nmask: {layers_to_transform: 2-3}\n"
     )
-    # Forks have imported everything. test_distributed.py has fresh processes, under torchrun.
+    # Forked processes have everything imported. test_distributed.py has fresh processes, under torchrun.
     torch.multiprocessing.start_processes(work, (folder, free_port()), nprocs=COUNT, start_method="fork")
     return folder
 
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What each process found."""
+    """Return what each process found."""
     return [torch.load(folder / f"{rank}.pt") for rank in range(COUNT)]
 
 
@@ -340,7 +344,7 @@ def test_auto_is_the_way_that_every_process_has_memory_for(found, folder):
     told = "".join((folder / f"told by {rank}").read_text() for rank in range(COUNT))
     assert "memory: resident, an estimated" in told
     assert "(process 1 has memory for no faster way)" in told
-    assert told.count("memory: ") == 1  # the second one does not speak
+    assert told.count("memory: ") == 1  # the second process prints nothing
     assert [each["run"] for each in found] == [128 + signal.SIGTERM] * COUNT
 
 
@@ -363,7 +367,7 @@ def test_one_process_goes_on_with_the_run_of_two_and_ends_as_if_it_had_begun(fou
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_frozen_weights_stay_mapped_from_their_file(tmp_path, way):
-    """So that the processes of a machine hold them once."""
+    """So the processes of a machine share them in memory."""
     save_llama(tmp_path / "model")
     model, _ = load_model(ModelConfig(str(tmp_path / "model"), dtype="float32"))
     mask_model(model, MaskConfig.paper(layers_to_transform=[2, 3]))
@@ -376,7 +380,7 @@ def test_frozen_weights_stay_mapped_from_their_file(tmp_path, way):
 
 
 class ThreeProcesses(Processes):
-    """Two others, which have ones wherever this one has something."""
+    """Processes as seen by one of three; the two others have 1 in every element."""
 
     def _add_up(self, total):
         total += 1
@@ -388,7 +392,7 @@ class ThreeProcesses(Processes):
 
 
 def test_sums_of_sixteen_bits_are_rounded_once():
-    """1 is half of the distance from 256 to the next number in bf16, 258, and rounds back to 256."""
+    """In bf16 the number after 256 is 258. 256 + 1 lies halfway between them and rounds back to 256."""
     large, small = torch.full((3, 5), 256, dtype=torch.bfloat16), torch.zeros(2, 3)
     processes = ThreeProcesses(0, 3)
     found = [(each is large, each is small) for each in processes.summed([large, small])]
@@ -398,7 +402,7 @@ def test_sums_of_sixteen_bits_are_rounded_once():
 
 
 def test_one_copy_in_fp32_exists_at_a_time():
-    """While a buffer is used the next one's is under way."""
+    """While one buffer is used, the next one's copy is under way."""
     alive = weakref.WeakSet()
 
     class Counted(ThreeProcesses):

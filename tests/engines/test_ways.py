@@ -1,4 +1,4 @@
-"""The ways to run a step: each gives the plain loop's update, and keeps to what it says of memory."""
+"""The ways to run a step: each gives the plain loop's update, and uses the memory that it declares."""
 
 import copy
 import weakref
@@ -21,14 +21,14 @@ from mft.training.loop import NonFiniteLoss, train_masks
 
 BY_LAYERS = ["resident", "layerwise"]
 WAYS = ["in_place", *BY_LAYERS]
-EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what differs
-# Dense products sum in an order of their own. Adam's first steps make the last bits of a gradient near 0 large.
+EXACT = 1e-6  # for scores at 0.02 after steps at 1e-3; only the order of sums differs
+# Dense products sum in an order of their own. Adam's first steps enlarge the last bits of a gradient near 0.
 TOLERANCE = dict.fromkeys(mft.config.WAYS, EXACT) | {"in_place": 2e-5}
 
 
 @pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
 def separate(request, monkeypatch):
-    """Runs on the CPU as if it were, or were not, a device with a memory of its own."""
+    """Run on the CPU as if it did, or did not, have memory separate from the host's."""
     monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
     return request.param
 
@@ -83,7 +83,10 @@ PORTIONS = {  # (model, settings, options) of a step that layerwise takes in por
 
 @pytest.mark.parametrize("case", PORTIONS)
 def test_a_step_in_portions_is_the_same_step(case, separate):
-    """Bit for bit: sums of gradients go on in the same dtype and order; 5 batches are 2, 2 and 1, or each its own."""
+    """The results are bitwise equal: gradients accumulate in the same dtype and order.
+
+    5 batches run as 2, 2 and 1, or singly.
+    """
     mask, settings, options = PORTIONS[case]
 
     def trained(at_once):
@@ -109,7 +112,7 @@ def test_ways_of_one_batch_at_a_time_refuse_portions(way):
 
 
 def test_portions_leave_one_layers_gradients_on_the_device():
-    """And the next one's sums, which are on their way; those of all layers rest on the host."""
+    """The next layer's sums may be there too, in transit; those of all layers rest on the host."""
     model = masked_llama(layers=(0, 1, 2, 3))
     batch = take_rows(make_rows(), [0, 1])
     settings = TrainConfig(steps=1, batches_at_once=1)
@@ -168,7 +171,7 @@ def test_weights_are_untouched_and_the_result_merges(way, separate):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_mask_held_after_the_last_step_is_the_scores(way, separate):
-    """A run's masks are exported from the scores; the engine computed with its own bits."""
+    """A run exports its masks from the scores; the engine computes with its own packed masks."""
     rows = make_rows()
     model, _ = train(way, rows=rows)
     held = evaluate(model, rows, way=way)
@@ -188,7 +191,7 @@ def test_evaluation_in_every_way(way, separate):
 @pytest.mark.parametrize("scores_dtype", ["bfloat16", "int16"])
 @pytest.mark.parametrize("way", WAYS)
 def test_scores_and_moments_in_few_bits_learn_the_same(way, scores_dtype, separate):
-    """Bit for bit layer by layer, and near to fp32: rounding is a function of step and place alone."""
+    """Layer by layer the results are bitwise equal, and close to fp32: rounding depends on step and place only."""
     ours = [
         train(w, masked_llama(layers=(1, 2), scores_dtype=scores_dtype), moments="8bit", steps=12)
         for w in ("resident", way)
@@ -213,7 +216,7 @@ def test_bfloat16_weights_and_buffers(separate):
     for way in WAYS:
         for grad_dtype in (None, "float32"):
             ours = train(way, masked_llama(dtype=torch.bfloat16), grad_dtype=grad_dtype)
-            assert_same_training(ours, plain, tolerance=3e-3)  # as far as 3 steps at 1e-3 can go
+            assert_same_training(ours, plain, tolerance=3e-3)  # as far as 3 steps at 1e-3 can move a score
 
 
 @pytest.mark.parametrize("way", ["plain", *WAYS])
@@ -244,7 +247,7 @@ def test_frozen_layers_are_run_once_a_row(way, separate):
     calls = []
     model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     train(way, model, steps=12, rows=make_rows(4))
-    looking = 5  # at how the model is built: in training, the whole model, its head, layer by layer, the layer below
+    looking = 5  # ways to examine the model: training, whole, its head, layer by layer, the layer below
     assert len(calls) <= 2 + looking
 
 
@@ -263,7 +266,7 @@ def test_a_loss_that_is_not_finite_changes_no_score(way, separate):
 @pytest.mark.parametrize("way", WAYS)
 def test_scores_that_are_not_finite_are_named(way, separate):
     model = masked_llama(layers=(2, 3))
-    with torch.no_grad():  # dropped, so that the forward pass does not see it; its score's gradient does
+    with torch.no_grad():  # dropped, so the forward pass does not see it, but its score's gradient does
         model.model.layers[3].mlp.down_proj.weight[0, 0] = torch.inf
         model.model.layers[3].mlp.down_proj.scores[0, 0] = 1e-9
     with pytest.raises(ValueError, match="scores of module 'model.layers.3.mlp.down_proj' must be finite, got 1 NaN"):
@@ -306,7 +309,7 @@ def test_dropout_is_refused_in_training_and_plays_no_part_in_evaluation(way):
 
 @pytest.mark.parametrize("way", BY_LAYERS)
 def test_noise_that_no_configuration_names_is_refused_like_dropout(way):
-    """Of a router, say: the layer is run twice, and its gradient would be of another pass than its output."""
+    """For example a router's noise: the layer runs twice, so its gradient would belong to another pass."""
     model = masked_llama()
     model.model.layers[3].mlp.register_forward_hook(
         lambda mlp, _, output: output * torch.rand_like(output) if mlp.training else None
@@ -321,7 +324,7 @@ def test_noise_that_no_configuration_names_is_refused_like_dropout(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_other_architectures(way, separate):
-    """GPT-2 returns tuples from Conv1D layers, Gemma 3 tells layers apart by their attention, and both tie the head."""
+    """GPT-2 returns tuples from Conv1D layers, Gemma 3 has layers with different attention, and both tie the head."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     def gpt2():
@@ -377,7 +380,7 @@ def test_layerwise_holds_one_layers_gradients(separate):
     down = engine.down
     engine.down = lambda layer, *args: (held.append([m.grad is not None for m in engine.masks]), down(layer, *args))[1]
     engine.step([batch, batch], 1.0, 1e-3, None, lambda *_: None)
-    assert [sum(flags) for flags in held] == [7] * 8  # the seven linears of a layer, two micro-batches of four layers
+    assert [sum(flags) for flags in held] == [7] * 8  # the seven linears of a layer; two micro-batches, four layers
     assert not any(m.grad is not None for m in engine.masks)
     engine.close()
 
@@ -402,4 +405,4 @@ def test_one_memory_copies_nothing():
     alive = weakref.ref(tensor)
     mover.give_back(tensor)
     del tensor
-    assert alive() is None  # nor is anything kept
+    assert alive() is None  # nothing keeps it alive

@@ -1,4 +1,4 @@
-"""Two tasks of lm-eval on a local file, and their scores from a model's own logits."""
+"""Two lm-eval tasks on a local file, and their scores from a model's own logits."""
 
 import json
 import math
@@ -13,7 +13,7 @@ QUESTIONS = [
 
 
 def write_tasks(folder):
-    """sums_choice, choose the answer, and sums_likelihood, how likely the first one is; returns their directory."""
+    """Write sums_choice (choose the answer) and sums_likelihood (how likely is the first); return their directory."""
     directory = folder / "tasks"
     directory.mkdir()
     (directory / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
@@ -34,14 +34,14 @@ def write_tasks(folder):
 
 @torch.no_grad()
 def log_likelihood(model, tokenizer, question, answer):
-    """Of the answer's tokens after the question, by the model's own logits."""
+    """Return the log-likelihood of the answer's tokens after the question, from the model's own logits."""
     context, whole = tokenizer(question).input_ids, tokenizer(f"{question} {answer}").input_ids
     shares = model(torch.tensor([whole])).logits[0].log_softmax(-1)
     return sum(shares[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
 
 
 def expected_scores(model, tokenizer):
-    """By task."""
+    """Return the expected scores by task."""
     likelihoods = [[log_likelihood(model, tokenizer, q["question"], a) for a in q["answers"]] for q in QUESTIONS]
     right = sum(row.index(max(row)) == q["gold"] for row, q in zip(likelihoods, QUESTIONS))
     perplexity = math.exp(-sum(row[0] for row in likelihoods) / len(QUESTIONS))

@@ -1,4 +1,4 @@
-"""Facts about mft.evaluation.exact_match: what counts as an exact answer; batches and their padding change nothing."""
+"""mft.evaluation.exact_match: what counts as an exact answer; batches and their padding change nothing."""
 
 import copy
 
@@ -25,7 +25,7 @@ def tokenizer():
 
 
 def make_rows(pairs, tokenizer):
-    """Rows as load_splits makes them, of (prompt, completion, document)."""
+    """Return rows as load_splits makes them, from (prompt, completion, document)."""
     columns = {"input_ids": [], "labels": [], "document": []}
     for prompt, completion, document in pairs:
         head = tokenizer.encode(prompt)
@@ -43,7 +43,7 @@ def questions(start, stop):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """Half trained: some answers right, some wrong."""
+    """Return a half-trained model: some answers are right, some wrong."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(
@@ -64,7 +64,7 @@ def model(tokenizer):
 
 
 def by_hand(model, tokenizer, dataset):
-    """The definition: one prompt at a time, no cache, no padding, argmax."""
+    """Compute the definition: one prompt at a time, no cache, no padding, argmax."""
     right = {}
     for ids, labels, document in zip(dataset["input_ids"], dataset["labels"], dataset["document"]):
         first = next(i for i, label in enumerate(labels) if label != -100)
@@ -101,7 +101,7 @@ def test_masked_models_answer_and_a_mask_changes_answers(model, tokenizer):
 
 
 class Parrot(torch.nn.Module):
-    """Continues every prompt by the same tokens."""
+    """A model that continues every prompt with the same tokens."""
 
     def __init__(self, reply):
         super().__init__()

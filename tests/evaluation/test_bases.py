@@ -1,4 +1,4 @@
-"""Exact and quantised bases from the command line: which one is used, and that the output says so."""
+"""Exact and quantised bases from the command line: which one is used, and that the output names it."""
 
 import json
 import re
@@ -19,14 +19,14 @@ NF4 = "nf4 weights, those of masked layers exact"
 
 @pytest.fixture
 def trained(cli):
-    """cli, after a run on a base in NF4."""
+    """Return cli, after a run on a base in NF4."""
     code, output = cli("train", *LEARN, "model.quantization=nf4")
     assert code == 0, output
     return cli
 
 
 def losses(output):
-    """(without masks, with masks), as the table shows them."""
+    """Return (without masks, with masks), as the table shows them."""
     return re.findall(r"^ \S.*? +(\d\.\d{4}) ", output, re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""Facts about mft.evaluation.continuation: what is asked several times is read once, and continued as ever."""
+"""mft.evaluation.continuation: a prompt that occurs several times is read once, and continued as usual."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def settings(**changes):
 
 
 class Reads:
-    """Rows and tokens of the calls of a model's embedding."""
+    """Records rows and tokens of the calls of a model's embedding."""
 
     def __init__(self, model):
         self.shapes = []
@@ -63,7 +63,7 @@ def test_a_prompt_given_several_times_is_continued_as_alone(make_model):
     with torch.no_grad(), generating(model, settings()):
         alone = [continue_prompts([prompt], model, 0)[0] for prompt in DISTINCT]
         together = continue_prompts([DISTINCT[i] for i in ORDER], model, 0)
-    if make_model is mamba:  # its state also reads the padding
+    if make_model is mamba:  # its state depends on the padding too
         alone[1:] = [together[ORDER.index(i)] for i in (1, 2)]
     assert together == [alone[i] for i in ORDER]
     assert len({*map(tuple, alone)}) > 1

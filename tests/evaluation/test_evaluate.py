@@ -24,9 +24,9 @@ def test_the_loss_is_the_models_own():
     assert result.tokens.tolist() == [22, 22, 11]
 
 
-@pytest.mark.parametrize("words", [1024, 1000])  # groups of 256 divide the one and not the other
+@pytest.mark.parametrize("words", [1024, 1000])  # groups of 256 divide one of them
 def test_the_likeliest_word_is_the_first_of_equals(words):
-    logits = torch.randint(0, 40, (50, words)).bfloat16()  # dozens of words share the largest
+    logits = torch.randint(0, 40, (50, words)).bfloat16()  # dozens of tokens share the largest logit
     assert torch.equal(likeliest(logits), logits.argmax(-1))
     logits[3, 700] = math.nan
     assert torch.equal(likeliest(logits), logits.argmax(-1))
@@ -63,7 +63,7 @@ def test_padding_at_the_end_of_all_rows_is_not_read(way):
     found = evaluate(model, padded(rows, 64), way=way)
     assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
     assert torch.equal(found.tokens, wanted.tokens)
-    assert max(read) == 16  # 9 tokens a row, up to a multiple of 8
+    assert max(read) == 16  # 9 tokens per row, up to a multiple of 8
 
 
 def test_rows_that_are_remembered_are_whole():
@@ -90,7 +90,7 @@ def test_rows_without_a_label_are_refused():
 
 
 def test_the_standard_error_of_a_worked_example():
-    """Documents of 10, 10 and 20 tokens whose differences sum to 1, 3 and 4: mean 8 / 40 = 0.2 a token.
+    """Documents of 10, 10 and 20 tokens have differences that sum to 1, 3 and 4: mean 8 / 40 = 0.2 per token.
 
     Residuals 1 - 2, 3 - 2, 4 - 4 = -1, 1, 0: sqrt(3 / 2 * 2) / 40 = 0.0433.
     """
@@ -124,7 +124,7 @@ def test_what_was_evaluated_on_other_documents_is_not_paired():
 
 
 class Told(Processes):
-    """One of two processes, of whose values gathering makes what is asked for."""
+    """One of two processes; ``gathered`` makes the result of gathering from its value."""
 
     def gather(self, value):
         return self.gathered(value)
@@ -140,7 +140,7 @@ def test_processes_share_the_batches_and_add_in_the_order_of_one(monkeypatch):
     found, alone = evaluate(model, rows, batch_size=1, processes=Told(0, 2)), evaluate(model, rows, batch_size=1)
     assert torch.equal(found.loss_sums, alone.loss_sums)
     assert torch.equal(found.tokens, alone.tokens)
-    # Of one document, with losses of which fp64 forgets the small one, in this order and in no other.
+    # One document. In fp64, a sum of its losses loses the small one in this order only.
     losses = [[(0, 1e16), (2, -1e16)], [(1, 1.0)]]
     shares[:] = [[(number, [7], (), ([1], [loss], [0]), 1, {}) for number, loss in share] for share in losses]
     assert evaluate(model, rows, processes=Told(0, 2)).loss_sums.tolist() == [0.0]

@@ -1,4 +1,4 @@
-"""lm-eval scores the live, masked model; tasks that are missing are told before a model is run."""
+"""lm-eval scores the live, masked model; missing tasks are reported before a model runs."""
 
 import copy
 import dataclasses
@@ -173,7 +173,7 @@ def test_what_does_not_fit_together_is_one_message(arguments, message):
 
 
 class _Manager:
-    """lm-eval's TaskManager as far as it is used, without the 17 s that reading 14,684 tasks takes."""
+    """The used part of lm-eval's TaskManager, without the 17 s that reading 14,684 tasks takes."""
 
     all_tasks = ("gsm8k", "humaneval", "offline", "needy", "guarded")
     task_index = dict.fromkeys(all_tasks)
@@ -213,7 +213,7 @@ def test_a_task_that_cannot_be_run_is_one_message(known_tasks, name, message):
 
 
 def test_code_is_run_only_with_leave(known_tasks, monkeypatch):
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # so that it is put back
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # so that it is restored
     tasks = load_tasks(["humaneval", "gsm8k", "humaneval"], run_code=True)
     assert (tasks.names, tasks.run_code) == (["humaneval", "gsm8k"], True)
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"

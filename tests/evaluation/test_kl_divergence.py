@@ -1,4 +1,4 @@
-"""KL to the start: the definition, and whose tokens count."""
+"""KL to the start: its definition, and which tokens count."""
 
 import ctypes
 
@@ -15,7 +15,7 @@ from mft.study.workspace import with_layers_remembered
 
 
 def rows_of_three_documents():
-    """Documents 102, 100, 101 of 2, 2 and 1 rows; the first five tokens of each row are not scored."""
+    """Return documents 102, 100 and 101 of 2, 2 and 1 rows; the first five tokens of each row are not scored."""
     return (
         make_rows(5)
         .map(lambda row: {"labels": [-100] * 5 + row["labels"][5:]})
@@ -26,7 +26,7 @@ def rows_of_three_documents():
 
 @torch.no_grad()
 def by_definition(model, start, rows):
-    """{document: [sum, tokens]}, a token after the other, in fp64."""
+    """Return {document: [sum, tokens]}, token by token, in fp64."""
     found = {}
     for ids, labels, document in zip(rows["input_ids"], rows["labels"], rows["document"]):
         p, q = (one(torch.tensor([ids])).logits[0].double().softmax(-1) for one in (start, model))
@@ -72,10 +72,10 @@ def test_layers_that_both_share_run_once_a_row():
     found, _ = kl_divergence(model, start, rows, first=3, memory=memory)
     assert torch.equal(found, expected)
     assert sorted(memory.states) == list(range(5))
-    # Each row once, not twice; and one more by each model, to check what layers hand on.
+    # Each row runs once, not twice. Each model runs one more row, to check the layers' outputs.
     assert sum(calls) - every == every - 5 + 2
     whole = with_layers_remembered(model, rows, batch_size=2, first=3, memory=memory)["memory"]
-    again, _ = kl_divergence(model, start, rows, first=3, memory=memory, whole=whole)  # of model alone
+    again, _ = kl_divergence(model, start, rows, first=3, memory=memory, whole=whole)  # of the model only
     assert torch.equal(again, found)
 
 
@@ -83,7 +83,7 @@ def test_scores_written_through_a_pointer_are_seen():
     masked, start, rows = masked_llama(keep_ratio=0.5), make_llama(), make_rows(2)
     before = kl_divergence(masked, start, rows)[0]
     for module in masked_modules(masked).values():
-        eighth = module.scores.nbytes // 8  # the last one, of which no sample is compared
+        eighth = module.scores.nbytes // 8  # the last eighth, of which no sample is compared
         ctypes.memset(torch.Tensor.data_ptr(module.scores) + 7 * eighth, 0, eighth)
     assert not torch.equal(kl_divergence(masked, start, rows)[0], before)
 

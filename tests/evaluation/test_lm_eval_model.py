@@ -1,4 +1,4 @@
-"""lm-eval takes a directory of masks as its model argument, from its own command line and from Python."""
+"""lm-eval takes a directory of masks as its model argument, from its command line and from Python."""
 
 import json
 import runpy
@@ -25,7 +25,7 @@ METRICS = {"sums_choice": "acc", "sums_likelihood": "perplexity"}
 
 @pytest.fixture
 def masks(tiny_llama, tokenizer, tmp_path):
-    """Masks that name their base, a directory."""
+    """Save masks that name their base, a directory."""
     base = save_model(tiny_llama, tokenizer, tmp_path / "base")
     return save_masks(mask_model(tiny_llama, MASK), tmp_path / "run" / "masks", base_model_name_or_path=str(base))
 
@@ -34,11 +34,11 @@ def masks(tiny_llama, tokenizer, tmp_path):
 def test_the_command_line_of_lm_eval_scores_a_directory_of_masks(masks, tiny_llama, tokenizer, tmp_path, monkeypatch):
     # Without lm-eval's own 14,684 tasks, which take 17 s to read.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which it sets, so that it is put back
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # lm-eval sets it; so it is restored
     tasks, output = write_tasks(tmp_path), tmp_path / "scores.json"
     arguments = ["--model", "mft", "--model_args", f"pretrained={masks.parent}", "--tasks", ",".join(METRICS)]
     arguments += ["--include_path", str(tasks), "--output_path", str(output), "--batch_size", "4"]
-    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # it would log to this test's stderr for good
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # it would keep logging to this test's stderr
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
     with pytest.warns(RuntimeWarning, match="'mft.evaluation.lm_eval_model' found in sys.modules"):
         runpy.run_module("mft.evaluation.lm_eval_model", run_name="__main__")
@@ -57,7 +57,7 @@ def test_in_python_the_model_is_known_by_its_name(masks, tiny_llama, tokenizer, 
     assert {task: found[task][f"{metric},none"] for task, metric in METRICS.items()} == pytest.approx(
         expected, rel=1e-3
     )
-    assert get_model("hf").__name__ == "HFLM"  # lm-eval's own models are there as before
+    assert get_model("hf").__name__ == "HFLM"  # lm-eval's own models are still there
 
 
 def test_exact_weights_are_merged_in_the_dtype_of_the_masks(masks, tiny_llama):

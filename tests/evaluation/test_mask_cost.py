@@ -1,4 +1,4 @@
-"""The defaults begin near the model as it is; whatever begins far above it is told at once, with what would not."""
+"""The defaults begin near the unmasked model. A start far above it is reported at once, with settings that avoid it."""
 
 import copy
 import inspect
@@ -27,7 +27,7 @@ SAID = "the masks alone cost "
 
 @pytest.fixture(scope="module")
 def learned():
-    """A model that has learned to count: random ones lose nothing by a mask."""
+    """Return a model that has learned to count: random models lose nothing by a mask."""
     model = make_llama()
     finetune(model, make_rows(48), TrainConfig(lr=1e-2, steps=60, batch_size=16))
     return model

@@ -1,4 +1,4 @@
-"""The temperature is where the loss is least, and one of 1 is the model itself."""
+"""The temperature has the least loss, and a temperature of 1 is the model itself."""
 
 import math
 
@@ -17,7 +17,7 @@ from mft.training.loop import finetune
 
 @pytest.fixture(scope="module")
 def trained():
-    """A Llama that has learned to count a little, so that some sharpness suits it."""
+    """Return a Llama that has learned to count a little, so that a sharper distribution suits it."""
     model = make_llama()
     finetune(model, make_rows(16), TrainConfig(lr=1e-2, steps=10, batch_size=4))
     return model
@@ -126,7 +126,7 @@ def test_where_the_loss_falls_without_end_the_range_ends():
     model = make_llama()
     model.lm_head = Certain(32, WORDS, bias=False)
     sevens = make_rows(2).map(lambda row: {"labels": [7] * 12})
-    assert 1 / 64 <= fit_temperature(model, sevens) < 1 / 16  # always right, soon by as much as fp32 can tell
+    assert 1 / 64 <= fit_temperature(model, sevens) < 1 / 16  # always right; the limit is what fp32 can distinguish
     eights = make_rows(2).map(lambda row: {"labels": [8] * 12})
     assert fit_temperature(model, eights) == 64  # always wrong
 

@@ -1,4 +1,4 @@
-"""A server's sums: probabilities from masks, a majority of signs, a mean of updates."""
+"""A server's aggregation: probabilities from masks, a majority of signs, a mean of updates."""
 
 import sys
 

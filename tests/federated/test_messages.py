@@ -1,4 +1,4 @@
-"""Messages of clients: what comes back of a mask and of signs, and how many bytes go over the wire."""
+"""Messages of clients: masks and signs are decoded again, and how many bytes are sent."""
 
 import numpy as np
 import pytest

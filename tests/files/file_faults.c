@@ -1,9 +1,9 @@
-/* What a disk can do to a process: preloaded, it counts the calls that touch files below one directory, and lets the
- * process die at the n-th, or the call fail. Built and driven by file_faults.py.
+/* What a disk can do to a process. Preloaded, this library counts the calls that touch files below one directory, and
+ * at the n-th call it kills the process or lets the call fail. file_faults.py builds and drives it.
  *
- * What libc calls for itself (fopen open, fwrite write) does not come through here; Python, Rust and libstdc++, which
- * write a run's files, call from outside. strace sees the same calls but one: safetensors renames its file, within a
- * directory that is itself still scratch, by a system call of its own.
+ * Calls inside libc (fopen calls open, fwrite calls write) do not come through here. Python, Rust and libstdc++, which
+ * write a run's files, call from outside. strace sees the same calls and one more: safetensors renames its file with a
+ * system call of its own, within a directory that is itself still scratch.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -20,8 +20,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* DIE: before the call. HALF: after half of a write, or after the whole of another call. FAIL: the call fails, once.
- * FAIL_ON: it fails, after half of a write, and so does every later one. */
+/* DIE: before the call. HALF: after half of a write, or after any other whole call. FAIL: the call fails, once.
+ * FAIL_ON: it fails, after half of a write, and so does every later call. */
 enum { COUNT, DIE, HALF, FAIL, FAIL_ON };
 
 static char root[PATH_MAX];
@@ -35,7 +35,7 @@ void faults_arm(const char *directory, long n, int what, int number, int log_des
 
 long faults_calls(void) { return calls; }
 
-/* The absolute path of name, taken from directory; of descriptor directory itself if name is NULL. 0 if none. */
+/* Write the absolute path of name, relative to directory, or of directory itself if name is NULL. Return 0 if none. */
 static int resolve(int directory, const char *name, char *path) {
   path[0] = 0;
   if (name && name[0] == '/') return snprintf(path, PATH_MAX, "%s", name) < PATH_MAX;
@@ -54,7 +54,7 @@ static int below(const char *path) {
   return !strncmp(path, root, length) && (path[length] == 0 || path[length] == '/');
 }
 
-/* What shall become of this call: 0 it happens, -1 it fails with errno set, HALF. It may not return. */
+/* Decide what happens to this call: 0 it runs, -1 it fails with errno set, HALF. It may not return. */
 static int fate(const char *name, int directory, const char *file) {
   int before = errno;
   char path[PATH_MAX];
@@ -94,7 +94,7 @@ static void die_if_half(int what) {
     return result;                                                                                                   \
   }
 
-/* Opening to read counts too, under another name: it can fail, but to die there is to die at the call before. */
+/* Opening to read counts too, under another name. It can fail; dying there is the same as dying at the call before. */
 #define OPENED(flags) ((flags) & (O_WRONLY | O_RDWR | O_CREAT | O_TRUNC) ? "open" : "look")
 #define MODE(flags, last) \
   mode_t mode = 0; if ((flags) & (O_CREAT | __O_TMPFILE)) { va_list v; va_start(v, last); mode = va_arg(v, mode_t); va_end(v); }
@@ -157,7 +157,7 @@ CALL(int, utimes, (const char *file, const struct timeval t[2]), (file, t), "uti
 CALL(ssize_t, read, (int at, void *to, size_t n), (at, to, n), "read", at, NULL)
 CALL(ssize_t, pread64, (int at, void *to, size_t n, off64_t o), (at, to, n, o), "read", at, NULL)
 
-/* A call that writes: half of it can be done. */
+/* A call that writes: it can be half done. */
 #define WRITE(type, function, parameters, arguments, at, less)                                                       \
   ssize_t function parameters {                                                                                      \
     REAL(ssize_t, function);                                                                                         \
@@ -178,7 +178,7 @@ WRITE(ssize_t, sendfile, (int at, int from, off_t *o, size_t n), (at, from, o, n
 WRITE(ssize_t, sendfile64, (int at, int from, off64_t *o, size_t n), (at, from, o, n), at, HALVE(n))
 WRITE(ssize_t, copy_file_range, (int from, off64_t *a, int at, off64_t *b, size_t n, unsigned f), (from, a, at, b, n, f), at, HALVE(n))
 
-/* Writing through memory cannot be stopped half-way, but counts where it begins. */
+/* Writing through a memory map cannot be stopped half-way, but counts where it begins. */
 #define MAP(function, offset)                                                                                        \
   void *function(void *a, size_t n, int protection, int flags, int at, offset o) {                                   \
     REAL(void *, function);                                                                                          \

@@ -1,15 +1,15 @@
-"""A run whose process dies, or whose disk fails, at each call that touches its files, and that goes on afterwards.
+"""A run whose process dies, or whose disk fails, at each call that touches its files, and that then continues.
 
     python tests/files/file_faults.py               every call, every fault; some minutes
-    python tests/files/file_faults.py --cases 20    as many, spread over all
+    python tests/files/file_faults.py --cases 20    20 cases, spread over all
     python tests/files/file_faults.py --only "mft train, call 39 "
 
-A short mft train, mft finetune and what resumes or overwrites one run in children of this process, which has torch and
-transformers loaded already. file_faults.c, preloaded, counts their calls below the run's directory: opening, reading,
-writing, renaming, deleting, syncing. For each call and each fault the run begins anew and meets that fault; what is
-left of it then goes on, unharmed. It must end with the bytes of a run that met none (metrics.jsonl: but for the
-seconds), have lost no checkpoint, and have left nothing beside them; if its disk failed, it must have said so in one
-message that names the file and what to do.
+A short mft train, a mft finetune, and commands that resume or overwrite one run in children of this process, which has
+torch and transformers loaded already. file_faults.c is preloaded and counts their calls below the run's directory:
+opening, reading, writing, renaming, deleting, syncing. For each call and each fault, the run begins again and meets
+that fault. What is left of it then continues without faults. It must end with the bytes of an undisturbed run
+(metrics.jsonl: except the seconds), must not have lost a checkpoint, and must leave no other files. If its disk failed,
+it must have printed one message that names the file and what to do.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # tiny_run, which loads torch, is imported where it is used
+sys.path.append(str(Path(__file__).parents[1]))  # for tiny_run, which loads torch and is imported where it is used
 
 SOURCE = Path(__file__).with_suffix(".c")
 COUNT, DIE, HALF, FAIL, FAIL_ON = range(5)  # as in file_faults.c
@@ -65,14 +65,14 @@ FAULTS = [
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A command on a directory that lies in a certain state."""
+    """A command on a directory in a certain state."""
 
     name: str
     command: tuple[str, ...]
-    begun: Path | None  # a copy of its run's directory; None: nothing is there
-    wanted: str  # whose result
+    begun: Path | None  # its run's directory is a copy of this; None: nothing exists
+    wanted: str  # which result it must have
     calls: tuple[str, ...] = ()  # "rename /checkpoints/step-00000001", in the order of a run without a fault
-    tried: range = range(0)  # the calls that meet faults, from 1; others are those of another scenario
+    tried: range = range(0)  # the calls that meet faults, from 1; the others belong to another scenario
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Case:
 
 
 class Wrong(AssertionError):
-    """What must not be."""
+    """A violated requirement."""
 
 
 def build(directory: Path) -> Path | None:
-    """file_faults.c as a shared object; None without a C compiler."""
+    """Build file_faults.c as a shared object; return None without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
@@ -100,11 +100,11 @@ def build(directory: Path) -> Path | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Build the library, and go on in a process that has it preloaded."""
+    """Build the library, and continue in a process that preloads it."""
     options = _options().parse_args(arguments)
     if options.inside is not None:
         return sweep(options.inside, options.only, options.cases, options.jobs)
-    shared = Path("/dev/shm")  # where a sync costs nothing
+    shared = Path("/dev/shm")  # syncing costs nothing there
     with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as name:
         work = Path(name).resolve()
         library = build(work)
@@ -122,11 +122,11 @@ def main(arguments: list[str]) -> int:
 
 
 def sweep(work: Path, only: str, most: int | None, jobs: int) -> int:
-    """Try the cases, or those alone whose words are asked for, and print a table of them; 1 if one went wrong."""
+    """Try all cases, or only those that contain ``only``, and print a table; return 1 if one went wrong."""
     from mft.tracking.console import console
     from mft.tracking.progress import Progress
 
-    global _lab  # of the pool's processes too, which are forks of this one
+    global _lab  # for the pool's processes too, which are forks of this one
     lab = _lab = Lab(work)
     scenarios = lab.scenarios()
     cases = [case for scenario in scenarios for case in _cases(scenario) if only in str(case)]
@@ -165,7 +165,7 @@ class Lab:
         _warm_up(work)
 
     def scenarios(self) -> list[Scenario]:
-        """Each with its calls; the results that they lead to are kept."""
+        """Return the scenarios with their calls; keep the results that they lead to."""
         train = ("train", "--config", CONFIG)
         tune = ("finetune", "--config", CONFIG)
         again, tune_again = ("train", "--resume", RUN), ("finetune", "--resume", RUN)
@@ -203,7 +203,7 @@ class Lab:
         begin: str | None = None,
         end: str | None = None,
     ) -> Scenario:
-        """The scenario, with the calls of a run without a fault, and that run's result kept."""
+        """Return the scenario with the calls of a run without a fault; keep that run's result."""
         scenario = Scenario(name, command, begun, wanted)
         with self.directory(begun) as case:
             log = case / "calls"
@@ -219,7 +219,7 @@ class Lab:
         return dataclasses.replace(scenario, calls=calls, tried=range(first, last + 1))
 
     def tried(self, case: Case) -> tuple[Case, str, str]:
-        """(case, how it ended, what went wrong)"""
+        """Return (case, how it ended, what went wrong)."""
         with self.directory(case.scenario.begun) as directory:
             try:
                 return case, self.try_case(directory, case), ""
@@ -235,7 +235,7 @@ class Lab:
             _must(code == 2, f"exit code {code}, {output}")
             errors = [line for line in output.splitlines() if line.startswith("error: ")]
             _must(len(errors) == 1 and "Traceback" not in output, f"must end with one message, got {output}")
-            # safetensors calls whatever it cannot open missing.
+            # safetensors reports everything that it cannot open as missing.
             reasons = [os.strerror(fault.number), f"No such file or directory: {RUN}/checkpoints"]
             named = f"{RUN}/" in errors[0] or f"got {RUN} (" in errors[0]
             _must(named and any(reason in errors[0] for reason in reasons), f"must name file and reason: {errors[0]}")
@@ -248,7 +248,7 @@ class Lab:
         return end
 
     def lost_nothing(self, run: Path, case: Case) -> None:
-        """What had been saved when the fault came is there."""
+        """Check that what had been saved before the fault is there."""
         from mft.training.checkpoint import newest_checkpoint
 
         done = case.scenario.calls[: case.call - 1 + (case.fault.kind == HALF)]
@@ -258,7 +258,7 @@ class Lab:
             _must(found is not None and found.step >= saved[-1], f"saved {saved}, has {found}; {skipped}")
 
     def settle(self, directory: Path, scenario: Scenario) -> None:
-        """Do what its user would, until the run is done."""
+        """Do what a user would do, until the run is done."""
         run = directory / RUN
         begun = (run / "config.yaml").is_file() and (
             (run / "config.yaml").read_bytes() == self.results[scenario.wanted]["config.yaml"]
@@ -273,7 +273,7 @@ class Lab:
 
     @contextlib.contextmanager
     def directory(self, begun: Path | None = None) -> Iterator[Path]:
-        """One of its own, below the work directory; begun is copied there as its run."""
+        """Make a directory below the work directory; ``begun`` is copied there as its run."""
         path = Path(tempfile.mkdtemp(dir=self.work))
         if begun is not None:
             shutil.copytree(begun, path / RUN)
@@ -285,7 +285,7 @@ class Lab:
     def run(
         self, case: Path, command: tuple[str, ...], call: int = 0, fault: Fault | None = None, log: Path | None = None
     ) -> tuple[int, str]:
-        """(exit code, output) of mft with the command, in a child that works in the directory case."""
+        """Return (exit code, output) of mft with the command, in a child that works in the directory ``case``."""
         from tiny_run import run_main
 
         with (case / "output").open("w+b") as output:
@@ -310,7 +310,10 @@ _lab: Lab
 
 
 def _cases(scenario: Scenario) -> Iterator[Case]:
-    """Every fault at each call; but to be killed at a call that changes nothing is to have been killed before it."""
+    """Yield every fault at each call, except dying at a call that changes nothing.
+
+    That is the same as dying before it.
+    """
     written = True
     for number in scenario.tried:
         call, _ = scenario.calls[number - 1].split(" ")
@@ -326,7 +329,7 @@ def _tried(case: Case) -> tuple[Case, str, str]:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every file below run by name; metrics without what no two runs have in common."""
+    """Return every file below ``run`` by name; metrics without what differs between any two runs."""
     found = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     events = [json.loads(line) for line in found.pop("metrics.jsonl", b"").splitlines()]
     lines = [json.dumps({key: value for key, value in event.items() if key not in _UNLIKE}) for event in events]
@@ -334,13 +337,13 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 def _warm_up(work: Path) -> None:
-    """Do once what every child would have to: import, compile, fill caches. No thread is started: a fork is safe."""
+    """Do once what every child would need: import, compile, fill caches. No thread starts, so a fork is safe."""
     import torch
     from tiny import WORDS, save_llama
     from tiny_run import run_main
 
     torch.set_num_threads(1)
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+    with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar
         save_llama(work / "model")
     lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(30)]
     (work / "data.jsonl").write_text("\n".join(lines) + "\n")
@@ -353,7 +356,8 @@ def _warm_up(work: Path) -> None:
     )
     import matplotlib.figure
 
-    # Takes two fifths of a run and touches no file: plots stay blank here, test_resume_cli.py compares drawn ones.
+    # Drawing takes two fifths of a run and touches no file: plots stay blank here, test_resume_cli.py compares drawn
+    # ones.
     matplotlib.figure.Figure.draw = lambda *_: None
     for verb in ("train", "finetune"):
         run = work / f"warm-{verb}"
@@ -361,11 +365,11 @@ def _warm_up(work: Path) -> None:
             if run_main((verb, "--config", str(work / "config.yaml"), f"output_dir={run}")):
                 raise RuntimeError(said.getvalue())
     gc.collect()
-    gc.freeze()  # or each child copies what its collector touches
+    gc.freeze()  # otherwise each child copies what its collector touches
 
 
 def _steady(call: str) -> str:
-    """Without what is random in it."""
+    """Return the call without random parts of names."""
     return re.sub(r"\.[a-z0-9_]{8}\.(tmp|old)", r".*.\1", call)
 
 

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and what is left of those that did not."""
+"""Files and directories appear whole or not at all, and what remains of those that did not."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Streams in the order of |weight|: what comes back, what it saves, and what a stranger's stream may ask for."""
+"""Streams in the order of |weight|: decoding, their savings, and what a stranger's stream may ask for."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def weight_of(rows, columns, dtype=torch.bfloat16, seed=0):
 
 
 def dropped_by(weight, seed=0):
-    """Words in which small weights are dropped most often, a few per cent of all."""
+    """Return words in which small weights are dropped most often, a few per cent of all."""
     size = weight.float().abs().numpy()
     return rice.words_of(np.random.default_rng(seed).random(size.shape) > 0.5 * np.exp(-size / 0.05))
 
@@ -42,7 +42,7 @@ def test_bits_that_do_not_depend_on_the_weight_take_little_more_than_in_rice(sha
     words = rice.words_of(np.random.default_rng(1).random((256, 500)) < share)
     stream = by_weight.encode(words, 500, weight)
     assert np.array_equal(decoded(stream, weight), words)
-    assert len(stream) <= len(rice.encode(words, 500)) + 6 * (5 + 2)  # six blocks' heads, and bits that fill up bytes
+    assert len(stream) <= len(rice.encode(words, 500)) + 6 * (5 + 2)  # headers of six blocks, and bits that fill bytes
 
 
 def test_masks_that_drop_small_weights_take_fewer_bytes():
@@ -59,7 +59,7 @@ def test_zeros_signs_and_weights_that_are_not_finite_have_a_place_too():
 
 
 def test_a_stream_is_these_bytes_for_ever():
-    """The two dropped weights, columns 1 and 38, are the two smallest: 0 and 1 in the order."""
+    """The two dropped weights, in columns 1 and 38, are the two smallest: 0 and 1 in the order."""
     weight = torch.arange(40.0, 0, -1)[None].clone()
     weight[0, 1] = -0.25
     weight[0, 38], weight[0, 39] = 0.5, 3

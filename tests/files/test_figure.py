@@ -1,4 +1,4 @@
-"""Pictures are whole or absent."""
+"""Pictures are complete or absent."""
 
 import os
 

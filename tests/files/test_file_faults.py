@@ -1,4 +1,4 @@
-"""Whatever a disk does to a run, and wherever a run is killed: it goes on to the same end. The slim form."""
+"""Whatever a disk does to a run, and wherever a run is killed, it reaches the same end. The short form."""
 
 import os
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 import file_faults
 import pytest
 
-CASES = int(os.environ.get("MFT_FILE_FAULTS", "8"))  # of some two thousand, at places spread over all
+CASES = int(os.environ.get("MFT_FILE_FAULTS", "8"))  # of about two thousand, spread over all places
 
 
 @pytest.mark.slow
 def test_a_run_that_met_a_fault_goes_on_to_the_same_bytes():
-    """MFT_FILE_FAULTS=200 tries more; python tests/file_faults.py (make faults) each fault at every call."""
+    """MFT_FILE_FAULTS=200 tries more; python tests/files/file_faults.py (make faults) tries every fault everywhere."""
     command = [sys.executable, str(Path(file_faults.__file__)), "--cases", str(CASES), "--jobs", "1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60 + 20 * CASES)
     if result.returncode == file_faults.NO_COMPILER:

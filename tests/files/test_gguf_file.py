@@ -1,4 +1,4 @@
-"""GGUF files from strangers: whatever their bytes, all of a model is loaded or one error names the file."""
+"""GGUF files from strangers: whatever their bytes, the whole model loads or one error names the file."""
 
 import os
 import random
@@ -16,7 +16,7 @@ TRIES = int(os.environ.get("MFT_FUZZ", "300")) // 5
 
 
 def damages(content, header, count):
-    """So many ways to damage a file, most of them in its header: (what was done, the bytes)."""
+    """Yield ``count`` damaged files, most of them in the header: (what was done, the bytes)."""
     chance = random.Random(0)
     eights = [b"\xff" * 8, bytes(8), struct.pack("<Q", 1 << 40), struct.pack("<Q", 1 << 31)]
     for number in range(count):
@@ -39,7 +39,7 @@ def damages(content, header, count):
 
 @pytest.fixture
 def tiny_gguf(tmp_path, monkeypatch):
-    """(its path, the bytes of its header)"""
+    """Return (path, the bytes of its header)."""
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "model.gguf"
     return path, write_tiny_gguf(path)
@@ -53,9 +53,9 @@ def load_gguf(path):
     return load_model(ModelConfig(str(path), dtype="float32"))
 
 
-@pytest.mark.filterwarnings("ignore")  # numpy's, of numbers in the metadata that make no sense
+@pytest.mark.filterwarnings("ignore")  # numpy's, about senseless numbers in the metadata
 def test_a_damaged_gguf_loads_or_is_one_error(tiny_gguf, tmp_path):
-    """Of 600, 166 were tracebacks and 2 had no end before headers were checked here. MFT_FUZZ=20000 makes 4,000."""
+    """Without header checks, 166 of 600 gave tracebacks and 2 did not end. MFT_FUZZ=20000 makes 4,000."""
     path, header = tiny_gguf
     content = path.read_bytes()
     names = {name for name, _ in load_gguf(path)[0].named_parameters()}
@@ -75,7 +75,7 @@ def test_a_damaged_gguf_loads_or_is_one_error(tiny_gguf, tmp_path):
 
 
 def field(content, key):
-    """Where a key's value lies, after the key's name and the value's type."""
+    """Return the position of a key's value, after the key's name and the value's type."""
     return content.index(key.encode()) + len(key) + 4
 
 

@@ -1,4 +1,4 @@
-"""Names of repositories, and what the hub's client raises in words that name repository, rule and remedy."""
+"""Names of repositories, and errors of the hub's client as messages with repository, rule and remedy."""
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -1,4 +1,4 @@
-"""mft schema: what an editor is told of a YAML file is what loading it says."""
+"""mft schema: an editor reports about a YAML file what loading it reports."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not install
 
 SECTIONS = {item.name: item.type for item in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(item.type)}
 SMALL_STUDY = parse_yaml(STUDY.format(directory="x") + FEW, "a study")
-# One of each kind that YAML has, and both sides of every bound.
+# One value of each kind that YAML has, and both sides of every bound.
 VALUES = (
     *(None, True, False, "", "x", "0-3, 7", "float32", "nf4", "value", "constant", "auto", "mask", "MFT", "kl"),
     *("all_exhausted", "rice", {"x": {"source": "y", "weight": 2}}, {"x": {"source": "y", "weight": 0}}),
@@ -177,7 +177,7 @@ def test_an_editor_shows_comments_choices_and_defaults(validators):
 
 
 def test_a_comment_of_several_lines_is_read_whole(validators):
-    """Of the lines above a key the schema had the last one alone."""
+    """The description must contain all comment lines above a key, not only the last one."""
     said = validators["study"].schema["properties"]["extensions"]["description"]
     assert said.startswith("Further settings that an arm may try")
     assert said.endswith("rates beside it are three.")
@@ -190,7 +190,7 @@ def test_what_there_is_no_schema_of_is_named():
 
 
 def marked(validator, values):
-    """Where a validator finds errors: the paths, of an alternative's too."""
+    """Return the paths where a validator finds errors, also inside alternatives."""
     errors = list(validator.iter_errors(values))
     return [list(one.absolute_path) for error in errors for one in (error, *every(error.context))]
 

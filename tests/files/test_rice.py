@@ -1,4 +1,4 @@
-"""Golomb-Rice streams of matrices of bits: what comes back, what they weigh, and what a stranger's may ask for."""
+"""Golomb-Rice streams of matrices of bits: decoding, their size, and what a stranger's stream may ask for."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_every_bit_comes_back_whatever_the_shape_and_wherever_blocks_end(share, 
 
 
 def test_a_stream_is_these_bytes_for_ever():
-    """Two dropped of 40 columns, then two kept of 33, padding in between, and words as they are."""
+    """Two dropped of 40 columns; then two kept of 33, with padding in between; then words as they are."""
     dropped = np.ones((2, 40), bool)
     dropped[0, 3] = dropped[1, 17] = False
     assert rice.encode(rice.words_of(dropped), 40).hex() == "0402000000" + "53" + "11"  # gaps 3 = 0|3, 53 = 3|5

@@ -1,4 +1,4 @@
-"""Files from strangers: whatever their bytes, a reader gives what was written or one clear error, and nothing else."""
+"""Files from strangers: whatever their bytes, a reader returns what was written or gives one clear error."""
 
 import contextlib
 import json
@@ -26,10 +26,10 @@ from mft.memory.model_config import read_model_config
 from mft.models.pretrained import load_model, read_chat_template
 from mft.training.checkpoint import BadCheckpoint, verify_checkpoint, write_checkpoint
 
-TRIES = int(os.environ.get("MFT_FUZZ", "300"))  # a test
+TRIES = int(os.environ.get("MFT_FUZZ", "300"))  # per test
 trials = settings(max_examples=TRIES, deadline=30_000, suppress_health_check=list(HealthCheck), database=None)
 
-# An edit of a file: where in it (a share), what is done, with which bytes.
+# An edit of a file: where in it (as a share), what to do, and with which bytes.
 edits = st.lists(
     st.tuples(st.floats(0, 1), st.sampled_from(["set", "insert", "remove", "swap", "cut"]), st.binary(max_size=9)),
     min_size=1,
@@ -61,7 +61,10 @@ def edited(content, edit):
 
 
 def changed(document, path, value):
-    """document with the value at a path of indices (taken modulo what is there) replaced, or a key added."""
+    """Return a copy of the document with the value at a path replaced, or with a key added.
+
+    Indices of the path are taken modulo what is there.
+    """
     document = json.loads(json.dumps(document))
     place = document
     for index in path[:-1]:
@@ -79,7 +82,7 @@ def changed(document, path, value):
 
 @contextlib.contextmanager
 def replaced(path, content):
-    """Other bytes in a file, which has its own again afterwards."""
+    """Within the context, a file has other bytes."""
     own = path.read_bytes()
     path.write_bytes(content)
     try:
@@ -149,7 +152,7 @@ def test_edited_bytes_of_an_export(export, copy, edit, name):
 
 @pytest.fixture(scope="module")
 def coded(export, tmp_path_factory):
-    """The export with its masks entropy-coded, twice: whole, and to be edited."""
+    """Return the export with entropy-coded masks twice: one to keep, and one to be edited."""
     root = tmp_path_factory.mktemp("coded")
     return [recode_masks(export, root / name) for name in ("whole", "edited")]
 
@@ -243,7 +246,7 @@ READERS = {
 
 @pytest.fixture(scope="module")
 def everything(export, checkpoint, tmp_path_factory):
-    """A directory with every file that a stranger may give us."""
+    """Make a directory with every file that a stranger may give us."""
     root = tmp_path_factory.mktemp("everything")
     shutil.copytree(export, root / "masks")
     shutil.copytree(checkpoint.path, root / checkpoint.path.name)
@@ -268,7 +271,7 @@ def test_what_never_ends_is_refused_and_not_waited_for(everything, name, kind, t
         with cpu_seconds(5), pytest.raises(ValueError, match=f"{path.name}: expected .*") as caught:
             READERS[name](everything)
         assert_named(caught.value, path)
-        if "state" not in name:  # whose size is compared first
+        if "state" not in name:  # its size is compared first
             assert f"expected a regular file, got a {kind}: put the file itself there" in str(caught.value)
     finally:
         path.unlink()
@@ -286,7 +289,7 @@ def test_a_pipe_is_no_export_that_may_be_replaced(tmp_path):
 
 
 def doubled(content, name):
-    """A file of one tensor, in whose header the tensor stands twice."""
+    """Return a file of one tensor, whose header lists the tensor twice."""
     length = struct.unpack_from("<Q", content)[0]
     header = json.loads(content[8 : 8 + length])
     twice = (
@@ -314,7 +317,7 @@ def test_a_tensor_that_stands_twice_is_refused(copy, checkpoint):
 
 
 def test_many_repeated_modules_are_told_in_linear_time(copy):
-    """Each name was counted in all the others: half an hour for 200,000."""
+    """Counting each name in all the others would take half an hour for 200,000 names."""
     values = json.loads((copy / CONFIG_FILE).read_text())
     values["modules"] = [values["modules"][0] | {"name": f"layer.{i % 20_000}"} for i in range(40_000)]
     with (
@@ -375,7 +378,7 @@ def test_any_text_as_a_configuration(tmp_path_factory, text):
 @pytest.mark.slow
 @trials
 @given(path=st.lists(st.integers(0, 99), min_size=1, max_size=2), value=values)
-@example(path=[2, 2], value=2.0**64)  # a whole number of more bits than a written configuration may have
+@example(path=[2, 2], value=2.0**64)  # a whole number with more bits than a written configuration may have
 def test_edited_fields_of_a_configuration(tmp_path_factory, path, value):
     target = tmp_path_factory.getbasetemp() / "config.yaml"
     save_config(RunConfig(), target)

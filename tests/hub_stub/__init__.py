@@ -1,1 +1,1 @@
-"""A model hub on loopback for huggingface_hub's own client: the routes of the real one, repositories in memory."""
+"""A model hub on loopback for huggingface_hub's own client: the real hub's routes, with repositories in memory."""

@@ -1,4 +1,4 @@
-"""huggingface_hub's client turned to the hub on loopback: in this process, or in one that is started."""
+"""Direct huggingface_hub's client to the hub on loopback, in this process or in a new one."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ from .server import WRITES, Hub
 
 
 class _WithoutWaiting:
-    """Of the module time, for the client's retries."""
+    """Replaces the module time for the client's retries."""
 
     @staticmethod
     def sleep(seconds):
@@ -21,10 +21,10 @@ class _WithoutWaiting:
 
 
 def turn_to(hub, patch, cache, token=WRITES):
-    """Let patch, a MonkeyPatch, turn this process's client to hub, with a cache of its own; None: without a token."""
+    """Direct this process's client to ``hub`` with the MonkeyPatch ``patch`` and its own cache; None: no token."""
     patch.setattr(constants, "ENDPOINT", hub.url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    patch.setattr(hf_api.api, "endpoint", hub.url)  # the client's own, which was made when it was imported
+    patch.setattr(hf_api.api, "endpoint", hub.url)  # the client's own, created at import
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -40,7 +40,7 @@ def turn_to(hub, patch, cache, token=WRITES):
 
 @contextlib.contextmanager
 def hub_for(tmp, patch, token=WRITES):
-    """A hub that this process's client is turned to, with its cache in tmp."""
+    """Yield a hub that this process's client uses, with its cache in ``tmp``."""
     with Hub() as hub:
         turn_to(hub, patch, tmp / "hub-cache", token)
         try:
@@ -50,6 +50,6 @@ def hub_for(tmp, patch, token=WRITES):
 
 
 def environment(hub, home, token=None):
-    """Of a process that knows this hub alone, and has cached nothing."""
+    """Return the environment of a process that knows only this hub, and has nothing cached."""
     variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     return variables | ({} if token is None else {"HF_TOKEN": token})

@@ -1,4 +1,4 @@
-"""What a hub holds: repositories of commits, each all files of a state; large ones by their SHA-256."""
+"""The contents of a hub: repositories of commits; each commit has all files of a state, large ones by their SHA-256."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class File:
-    """large: kept as git LFS does, and named by its SHA-256."""
+    """large: stored as git LFS does, and named by its SHA-256."""
 
     content: bytes
     large: bool = False
 
     @property
     def blob(self) -> str:
-        """git's own name of it; of a large one, of the pointer to it."""
+        """Return git's name of the file, or of the pointer to a large one."""
         content = self.pointer if self.large else self.content
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -32,7 +32,7 @@ class File:
         return self.sha256 if self.large else self.blob
 
     def described(self, path: str) -> dict:
-        """As the routes tree and paths-info do."""
+        """Return the description that the routes tree and paths-info give."""
         described = {"type": "file", "path": path, "size": len(self.content), "oid": self.blob}
         lfs = {"oid": self.sha256, "size": len(self.content), "pointerSize": len(self.pointer)}
         return described | ({"lfs": lfs} if self.large else {})
@@ -50,7 +50,7 @@ class Repository:
         self.commit("main", {".gitattributes": File(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")}, "initial")
 
     def commit(self, branch: str, files: dict[str, File], message: str) -> str:
-        """The new head of branch: all that it holds from now on."""
+        """Make a commit with these files, the new head of the branch; return its SHA."""
         parts = [self.branches.get(branch, ""), str(len(self.commits)), *(f"{p}:{f.oid}" for p, f in files.items())]
         sha = hashlib.sha1("\0".join(parts).encode()).hexdigest()
         self.commits[sha], self.branches[branch] = dict(files), sha
@@ -58,7 +58,7 @@ class Repository:
         return sha
 
     def sha(self, revision: str) -> str | None:
-        """Of a branch, or of a commit itself."""
+        """Return the SHA of a branch, or of a commit itself."""
         return self.branches.get(revision) or (revision if revision in self.commits else None)
 
     def files(self, revision: str = "main") -> dict[str, File]:

@@ -1,6 +1,6 @@
-"""The server. WRITES may write to user/..., READS only read; whatever else is sent as a token is refused.
+"""The server. WRITES may write to user/..., READS may only read; every other token is refused.
 
-hub.fail(method, route) makes the next such request fail: by a status, or by a connection that breaks off.
+hub.fail(method, route) makes the next such request fail: with a status, or with a broken connection.
 """
 
 import base64
@@ -17,8 +17,8 @@ import yaml
 from .repository import File, Repository
 
 WRITES, READS = "hf_writes", "hf_reads"
-LICENSES = ("apache-2.0", "mit", "other")  # of the hub's long list
-LARGE = re.compile(r".*\.safetensors")  # as .gitattributes of a new repository says
+LICENSES = ("apache-2.0", "mit", "other")  # a few of the hub's list
+LARGE = re.compile(r".*\.safetensors")  # as in .gitattributes of a new repository
 
 
 class Refused(Exception):
@@ -29,7 +29,7 @@ class Refused(Exception):
 
 @dataclass
 class Fault:
-    """status None: the connection breaks off after so many bytes of the body, which was sent or received."""
+    """status None: the connection breaks after ``after`` bytes of the body, sent or received."""
 
     method: str
     route: str
@@ -40,7 +40,7 @@ class Fault:
 
 
 class Hub:
-    """with Hub() as hub: hub.url is its endpoint, hub.requests what it was asked."""
+    """with Hub() as hub: hub.url is its endpoint, hub.requests lists its requests."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -65,7 +65,7 @@ class Hub:
         self.faults.append(Fault(method, route, status, message, after, times))
 
     def add(self, name: str, files: dict[str, bytes] | None = None, *, private: bool = False) -> Repository:
-        """A repository that is there already."""
+        """Add a repository that already exists."""
         repository = self.repositories[name] = Repository(name, private)
         if files:
             whole = {path: File(content, bool(LARGE.fullmatch(path))) for path, content in files.items()}
@@ -82,7 +82,7 @@ class Hub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and body in one packet: the second would wait 40 ms for the first's receipt
+    wbufsize = -1  # send headers and body in one packet: a second packet would wait 40 ms for an acknowledgement
     hub: Hub
 
     def log_message(self, *_: Any) -> None:
@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------ one request
 
     def _answer(self) -> None:
-        path = urlsplit(self.path).path  # a revision's own slashes are quoted
+        path = urlsplit(self.path).path  # slashes within a revision are quoted
         self.hub.requests.append(f"{self.command} {path}")
         fault = self.hub.fault(self.command, path)
         length = int(self.headers.get("Content-Length") or 0)
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _repository(self, name: str) -> Repository:
         token, found = self._token(), self.hub.repositories.get(name)
         if found is None or (found.private and token is None):
-            if token is None:  # does not tell which of both it is
+            if token is None:  # it does not reveal which of the two applies
                 raise Refused(401, "Invalid username or password.")
             raise Refused(404, "Repository not found", "RepoNotFound")
         return found

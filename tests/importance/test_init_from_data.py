@@ -1,4 +1,4 @@
-"""Scores that begin where data say: by hand, in every way of running, on quantised bases, on experts and under PEFT."""
+"""Scores that begin from data: by hand, in every way of running, on quantised bases, on experts and under PEFT."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from mft.masks.convert import mask_model, masked_modules
 from mft.masks.peft import MaskPeftConfig, to_masked_model
 from mft.masks.quantize import quantize_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT calls it
 
 LAYERS = {"target_modules": ["gate_proj", "o_proj"], "layers_to_transform": [1, 3]}
 FREE = {"mode": "value", "threshold": 0.0, "init": "wanda", "calibration_rows": 6}
@@ -64,9 +64,9 @@ def plain():
 
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_every_way_begins_alike(way, plain, monkeypatch):
-    """Beside a device with a memory of its own."""
+    """The device has its own memory."""
     monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=True))
-    monkeypatch.setattr(mft.importance.importance, "run_decoder", None)  # the model as a whole
+    monkeypatch.setattr(mft.importance.importance, "run_decoder", None)  # the whole model must not run
     assert_same(scores_of(mask_from_data(make_llama(), MaskConfig(**LAYERS | FREE), ROWS, way=way)), plain, exact=False)
 
 
@@ -107,7 +107,7 @@ def test_experts_begin_each_by_its_own_rows(kind):
 
 
 def test_an_expert_that_no_row_reached_begins_by_its_weights():
-    """Of 32 experts, two a token, one row of twelve tokens reaches 24 at most."""
+    """With 32 experts and two per token, one row of twelve tokens reaches at most 24."""
     mask = MaskConfig(target_parameters=["experts.gate_up_proj"], **FREE | {"calibration_rows": 1})
     model = mask_from_data(mixture("Olmoe", num_experts=32), mask, ROWS)
     for module in masked_modules(model).values():

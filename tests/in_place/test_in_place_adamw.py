@@ -1,4 +1,4 @@
-"""mft.in_place: a loop of one's own learns what another does, and leaves the base alone, however it ends."""
+"""mft.in_place: a user's own loop learns what another loop does, and leaves the base unchanged, however it ends."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from mft.masks.convert import masked_modules
 from mft_kernels import MaskAdamW, unpack_mask
 
 TOKENS = torch.randint(0, 61, (4, 2, 12), generator=torch.Generator().manual_seed(0))
-NEAR = 2e-5  # of scores after steps at 1e-3: dense products sum in an order of their own
+NEAR = 2e-5  # for scores after steps at 1e-3: dense products sum in an order of their own
 
 
 def bits(model):
@@ -30,7 +30,7 @@ def loss_of(model, ids):
 
 
 def masked_loop(model, max_grad_norm=None, after=lambda step: None):
-    """What in_place is compared with: the masked layers themselves, and autograd down to the scores."""
+    """The comparison for in_place: the masked layers themselves, and autograd down to the scores."""
     groups = [{"params": [m.scores], "mode": m.mode} for m in masked_modules(model).values()]
     optimizer = MaskAdamW(groups, lr=1e-3, moments="fp32")
     scores = [group["params"][0] for group in groups]
@@ -251,7 +251,7 @@ def test_wrong_use_says_what_to_do(use, words):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_killed_run_alters_neither_file_nor_shared_memory(kills, tmp_path):
-    """Both are there for others to read: a mapping through which writes would reach the file, and shared memory."""
+    """Others may read both: a mapping through which writes would reach the file, and shared memory."""
     model = masked_llama()
     weight = model.model.layers[2].mlp.up_proj.weight
     numbers = numpy.memmap(tmp_path / "file", dtype=numpy.float32, mode="w+", shape=tuple(weight.shape))

@@ -1,4 +1,4 @@
-"""A model whose masks are in place: what stands in it, what it saves, and that it comes back bit for bit."""
+"""A model with masks in place: what it contains, what it saves, and that it is restored bit for bit."""
 
 import copy
 
@@ -28,7 +28,7 @@ SPECIAL = torch.tensor([torch.nan, -torch.inf, -0.0, 0.0])
 
 
 def bits(state):
-    """Of a state_dict, whatever the values are."""
+    """Return the bits of a state_dict, whatever the values are."""
     return {name: tensor.detach().contiguous().view(torch.uint8).clone() for name, tensor in state.items()}
 
 
@@ -185,7 +185,7 @@ def part_of_another(model, tmp_path):
 
 def mapped(model, tmp_path):
     weight = model.model.layers[2].mlp.up_proj.weight
-    save_file({"weight": torch.randn(256, 256)}, tmp_path / "file")  # one that is worth mapping
+    save_file({"weight": torch.randn(256, 256)}, tmp_path / "file")  # large enough to be mapped
     weight.data = load_file(tmp_path / "file")["weight"][: weight.shape[0], : weight.shape[1]]
 
 

@@ -1,4 +1,4 @@
-"""A mask in its weight's own memory: what lies there and aside, and that the weight comes back bit for bit."""
+"""A mask in its weight's own memory: what is there and what is put aside, and the weight is restored bit for bit."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def weight_of(shape, dtype):
 
 
 def mask_of(shape, seed, keep=0.7):
-    """(packed, bool)"""
+    """Return the mask as (packed, bool)."""
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     return pack_mask(scores, torch.tensor(1 - keep)), scores >= 1 - keep
 

@@ -1,4 +1,4 @@
-"""What was measured once is remembered: by the process, and in a file that no damage and no other process can spoil."""
+"""A choice measured once is remembered by the process and in a file, which neither damage nor others can spoil."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ def folder(monkeypatch, tmp_path):
 
 
 def choices(made_for=MADE_FOR):
-    """As another process finds them."""
+    """Return the choices as another process finds them."""
     return Choices(made_for, lambda facts, choice: "m" in facts and choice in ("fused", "slabs"))
 
 

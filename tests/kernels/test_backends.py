@@ -1,4 +1,4 @@
-"""The table: explicit requests never fall back, and the report says why."""
+"""The table of backends: explicit requests never fall back, and the report gives the reason."""
 
 import logging
 
@@ -60,7 +60,7 @@ def test_a_backend_from_outside_is_taken_where_it_is_asked_for(own_table, monkey
 
 def test_auto_asks_a_backend_from_outside_that_has_a_place(own_table):
     others = backends.choose("pack", CPU, FLOATS)
-    assert backends.choose("select", CPU, FLOATS) is not print  # which is not remembered beyond this
+    assert backends.choose("select", CPU, FLOATS) is not print  # this choice must not survive the registration
     backends.register(of_strangers("theirs"), before="reference")
     backends.register(of_strangers(), before="cpu")
     assert list(mft_kernels.backend_report()["backends"]) == ["cuda", "triton", "mine", "cpu", "theirs", "reference"]

@@ -1,4 +1,4 @@
-"""After a step the host waits once for the device, however many layers; CPU tensors stand in for an accelerator's."""
+"""After a step the host waits once for the device, however many layers there are; CPU tensors stand in for its own."""
 
 import gc
 import weakref
@@ -18,14 +18,14 @@ X = torch.ones(2, 8)
 
 
 class Machine:
-    """A model that has made its first step; how often the host waits, and which layers it selects from."""
+    """A model that has made its first step; it counts the host's waits and lists the layers it selects from."""
 
     def __init__(self, monkeypatch):
         self.waits, self.selected, self.stream = 0, [], "stream 0"
         self.layers = nn.Sequential(*(MaskedLinear(8, 8, keep_ratio=0.5, init="normal") for _ in ALL))
         self.optimizer = torch.optim.SGD([layer.scores for layer in self.layers], lr=0.1)
         monkeypatch.setattr(companions, "stream_of", lambda _: self.stream)
-        # On a CPU the op itself raises, as there is nothing to wait for.
+        # On a CPU the op itself raises, because there is nothing to wait for.
         monkeypatch.setattr(
             masking, "kept_threshold", lambda s, ratio, *, mode: reference.kept_threshold(s, ratio, mode)
         )
@@ -33,7 +33,7 @@ class Machine:
             monkeypatch.setattr(Tensor, name, self.counted(getattr(Tensor, name)))
         self.launch = masking._launch
         monkeypatch.setattr(masking, "_launch", self.noted)
-        assert self.forward() == (LAYERS, ALL)  # before the first step nothing says what belongs together
+        assert self.forward() == (LAYERS, ALL)  # before the first step, nothing says which layers belong together
         self.step()
 
     def counted(self, read):
@@ -48,7 +48,7 @@ class Machine:
         return self.launch(scores, *rule)
 
     def forward(self, layers=None):
-        """(waits, layers selected from) of a forward and backward pass, which is made with the masks of now."""
+        """Run forward and backward; return (waits, layers selected from). The masks used must be current."""
         self.waits, self.selected = 0, []
         layers = self.layers if layers is None else layers
         nn.Sequential(*layers)(X).square().mean().backward()
@@ -87,7 +87,7 @@ def test_a_rule_that_changes_for_all_layers_costs_no_further_wait(machine, rule,
     for layer in machine.layers:
         setattr(layer, rule, value)
     assert machine.forward() == (1, ALL)
-    machine.layers[3].keep_ratio, machine.layers[3].threshold = 0.2, None  # one of its own: selected from twice, once
+    machine.layers[3].keep_ratio, machine.layers[3].threshold = 0.2, None  # its own rule: selected twice, once
     machine.step()
     assert machine.forward() == (2, sorted([*ALL, 3]))
     machine.step()
@@ -166,7 +166,7 @@ def test_a_layer_that_is_no_longer_used_costs_one_selection_more(machine):
     for _ in range(3):
         again.append(machine.forward())
         machine.step()
-    assert again == [(3, ALL), (1, ALL), (1, ALL)]  # two alone, as the last time ahead was in vain
+    assert again == [(3, ALL), (1, ALL), (1, ALL)]  # two select alone, because the last selection ahead was wasted
 
 
 def test_a_held_layer_is_left_alone_wherever_its_scores_rest(machine):
@@ -220,7 +220,7 @@ def test_three_thousand_layers_are_looked_through_once_a_step(machine, monkeypat
 
 @pytest.mark.parametrize("stepped_elsewhere", [True, False])
 def test_another_stream_selects_for_itself(machine, stepped_elsewhere):
-    if stepped_elsewhere:  # the first layer may have waited for that stream, and the others not yet
+    if stepped_elsewhere:  # the first layer may have waited for that stream, but not yet the others
         machine.forward()
         machine.stream = "stream 1"
         machine.step()

@@ -1,6 +1,6 @@
-"""The cuda backend on a machine without a GPU: the library loads, and every refusal says why.
+"""The cuda backend on a machine without a GPU: the library loads, and every refusal gives its reason.
 
-What its ops do with tensors is tested in cuda_kernels/test_bindings.py, what the kernels compute beside it.
+cuda_kernels/test_bindings.py tests what its ops do with tensors, and its neighbours what the kernels compute.
 """
 
 import shutil
@@ -48,7 +48,7 @@ def test_the_library_says_what_it_holds():
     assert torch.ops.mft_cuda.versions()[0] >= 12030
     assert all(
         kernel in cuda._detail() for kernel in ("product_sm90", "score_grad_sm90")
-    )  # with its reason, if without
+    )  # if the library lacks it, with the reason
 
 
 @needs_library
@@ -67,7 +67,7 @@ def test_the_library_needs_torch_and_nothing_of_cuda():
     if needed.returncode != 0:
         pytest.skip(f"readelf cannot read the library: {needed.stderr}")
     libraries = [line.split("[")[1].rstrip("]") for line in needed.stdout.splitlines() if "(NEEDED)" in line]
-    assert "libtorch.so" in libraries  # through which a CUDA build's stream getter is found
+    assert "libtorch.so" in libraries  # it provides the stream getter of a CUDA build
     assert not [name for name in libraries if name.startswith(("libcuda", "libnv", "libpython", "libc10"))]
     undefined = subprocess.run(["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True).stdout
     symbols = dict(reversed(line.split()[-2:]) for line in undefined.splitlines())
@@ -90,7 +90,7 @@ def test_every_function_of_the_reference_that_computes_is_served_with_its_argume
     import inspect
 
     functions = backends._TABLE["cuda"].functions
-    others = {"decode", "put_aside", "put_back", "drop"}  # by Triton and by torch
+    others = {"decode", "put_aside", "put_back", "drop"}  # served by Triton and by torch
     assert backends._TABLE["reference"].functions.keys() - others == functions.keys()
     for name, function in functions.items():
         expected = inspect.signature(backends._TABLE["reference"].functions[name])
@@ -99,7 +99,7 @@ def test_every_function_of_the_reference_that_computes_is_served_with_its_argume
 
 @pytest.fixture
 def backend(monkeypatch):
-    """As it would be where the library is built and a GPU is found."""
+    """Return the backend as on a machine with the library and a GPU."""
     monkeypatch.setattr(cuda, "_device_refusal", lambda index: None)
     registered = backends._TABLE["cuda"]
     return cuda._Cuda(
@@ -194,14 +194,14 @@ needs_cpu = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend
 @needs_cpu
 def test_a_library_defines_its_ops_in_as_many_namespaces_as_are_asked_for():
     library, x = built.library_path("cpu"), torch.tensor([[3.0, -1.0, 2.0]])
-    for _ in range(2):  # the second time nothing is left to do
+    for _ in range(2):  # the second call has nothing left to do
         built.load_ops(library, "test_built_cpu")
     assert torch.ops.test_built_cpu.kept_threshold(x, 2, True) == torch.ops.mft_cpu.kept_threshold(x, 2, True) == 2
 
 
 @needs_cpu
 def test_two_libraries_do_not_share_a_namespace(tmp_path):
-    copy = tmp_path / "copy.so"  # another file is another library to the loader
+    copy = tmp_path / "copy.so"  # to the loader, another file is another library
     shutil.copy(built.library_path("cpu"), copy)
     built.load_ops(copy, "test_built_copy")
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Calls that only their kernel has to see leave the dispatcher out; whoever else has to see one still does."""
+"""Calls that only their kernel has to see skip the dispatcher; if anything else has to see a call, it still does."""
 
 import contextlib
 import sys
@@ -29,7 +29,7 @@ BACKWARD = ("masked_linear_backward", "masked_linear_packed_backward", "masked_l
 
 @pytest.fixture
 def dispatched(monkeypatch):
-    """The names of the ops that are called by way of the dispatcher, in turn."""
+    """Return the list of ops that are called through the dispatcher, in order."""
     seen = []
 
     class Watched:
@@ -49,7 +49,7 @@ def dispatched(monkeypatch):
 
 
 class Layer:
-    """One masked product in every way that there is to ask for it."""
+    """One masked product in every way to ask for it."""
 
     def __init__(self):
         t = integer_inputs(6, 5, 37)
@@ -92,7 +92,7 @@ class SeeingFunctions(TorchFunctionMode):
 
 
 class Named(torch.Tensor):
-    """A subclass that results are of, too."""
+    """A subclass whose results are of the subclass too."""
 
 
 class Wrapped(torch.Tensor):
@@ -169,12 +169,12 @@ def test_a_functional_call_on_plain_tensors_is_direct(layer, dispatched):
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "scores"])
 def test_autograd_alone_sees_a_call_without_the_dispatcher(name, layer, dispatched):
-    """And has the gradients that it has by way of the dispatcher, which a mode asks for."""
+    """The gradients equal those through the dispatcher, which a mode enforces."""
     for owner in (layer, layer.module):
         if hasattr(owner, name):
             getattr(owner, name).requires_grad_()
     for i, (op, call) in enumerate(layer.ways):
-        # From bits no score learns, and masked_linear_held gives x alone a gradient.
+        # Packed masks give the scores no gradient, and masked_linear_held gives only x one.
         constant = (i in (1, 2) and name == "scores") or (i == 2 and name != "x")
         source = layer.module.get_parameter(name) if i == 3 and name != "x" else getattr(layer, name)
         y = call(layer.x)
@@ -220,7 +220,7 @@ def test_a_second_derivative_is_refused_without_the_dispatcher_too(layer):
 
 @pytest.mark.parametrize("held", [False, True])
 def test_a_forward_without_gradients_runs_next_to_no_python_of_torch(held, layer):
-    """Python functions of torch that a forward enters; by way of the dispatcher there are 12 to 25 more."""
+    """Count the Python functions of torch that a forward enters; the dispatcher would add 12 to 25."""
     if held:
         layer.module.hold(layer.packed)
     entered = []
@@ -252,7 +252,7 @@ def test_a_forward_without_gradients_runs_next_to_no_python_of_torch(held, layer
         SeeingDispatch,
         SeeingFunctions,
         lambda: torch.device("cpu"),
-        lambda: profile(acc_events=True),  # of which torch 2.11 does not warn
+        lambda: profile(acc_events=True),  # torch 2.11 does not warn about it
         forward_ad.dual_level,
     ],
     ids=["autocast", "dispatch mode", "function mode", "device", "profiler", "forward mode"],
@@ -342,7 +342,7 @@ def test_fakes_and_batches_see_a_call(layer, dispatched):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             x = mode.from_tensor(layer.x)
             if call is layer.module and _check_for_subclass_arg(layer.module.scores):
-                # torch 2.11 wants a fake where a parameter is of a subclass; 2.13 takes any parameter.
+                # torch 2.11 needs a fake if a parameter is of a subclass; 2.13 takes any parameter.
                 fakes = {name: mode.from_tensor(value) for name, value in plain.items()}
                 y = functional_call(layer.module, fakes, x)
             else:
@@ -353,7 +353,7 @@ def test_fakes_and_batches_see_a_call(layer, dispatched):
 
 @torch.no_grad()
 def test_tensors_that_are_not_what_their_memory_holds_are_not_direct(layer, dispatched):
-    negative = torch.complex(layer.x, -layer.x).conj().imag  # a view of -x, with a bit that says: negate
+    negative = torch.complex(layer.x, -layer.x).conj().imag  # a view of -x, with a bit that means: negate
     assert negative.is_neg()
     functional = torch._to_functional_tensor(layer.x)
     assert not is_seen_by_others(layer.x, layer.weight, None)
@@ -362,7 +362,7 @@ def test_tensors_that_are_not_what_their_memory_holds_are_not_direct(layer, disp
     for op, call in layer.ways:
         dispatched.clear()
         assert torch.equal(call(negative), layer.expected)
-        assert set(dispatched) <= {op}  # on a short way the dispatcher negates, as it does for an op of torch
+        assert set(dispatched) <= {op}  # on a short way the dispatcher negates, as it does for torch's ops
     assert mft_kernels.masked_linear_packed(
         layer.x.to("meta"), layer.weight.to("meta"), layer.packed.to("meta")
     ).is_meta

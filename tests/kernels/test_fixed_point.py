@@ -1,4 +1,4 @@
-"""int16 scores: exact conversion, and selection of the codes by the kernels that select fp16."""
+"""int16 scores: exact conversion, and selection of the codes by the kernels that select fp16 scores."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The product while a mask is held: values, gradients, and what it leaves alone."""
+"""The product while a mask is held: values, gradients, and what stays unchanged."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""MaskedLinear works where nn.Linear does."""
+"""MaskedLinear works wherever nn.Linear does."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ def test_from_linear_shares_the_weights_memory_and_freezes_it(linear):
     masked = MaskedLinear.from_linear(linear)
     assert masked.weight.data_ptr() == linear.weight.data_ptr()
     assert [n for n, p in masked.named_parameters() if p.requires_grad] == ["scores"]
-    assert linear.weight.requires_grad  # the original is left as it was
+    assert linear.weight.requires_grad  # the original is unchanged
 
 
 def test_forward_is_the_dense_layer_on_the_masked_weight(linear):
@@ -191,7 +191,7 @@ def test_weights_of_zero_take_no_dropped_places_under_magnitude_initialisation()
         linear.weight[:16] = 0
     mask = MaskedLinear.from_linear(linear, init="magnitude", keep_ratio=0.9).mask()
     assert mask[:16].all()
-    assert (~mask[16:]).sum() == 102  # a tenth of all
+    assert (~mask[16:]).sum() == 102  # a tenth of all weights
 
 
 def test_a_generator_makes_the_scores_repeatable(linear):

@@ -1,4 +1,4 @@
-"""Which linear layers take a mask, by hand as by mask_model; and parents that read a child's weight themselves."""
+"""Which linear layers take a mask, by hand and by mask_model; and parents that read a child's weight themselves."""
 
 import copy
 import io
@@ -12,10 +12,10 @@ from torch.nn.utils import prune
 from mft_kernels import MaskedLinear
 from mft_kernels.layers.maskable import why_no_mask
 
-# torch says so of its encoder's own way of batching.
+# torch warns of this in its encoder's own batching.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 
-PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])  # left-aligned, so that torch nests the batch
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])  # padded on the right, so that torch nests the batch
 
 
 class Doubling(nn.Linear):
@@ -24,11 +24,11 @@ class Doubling(nn.Linear):
 
 
 class Renamed(nn.Linear):
-    """Computes as nn.Linear does."""
+    """Inherits nn.Linear's forward."""
 
 
 class Product(nn.Linear):
-    """Computes as nn.Linear does by a forward of its own, and says so."""
+    """Has its own forward, which computes the same as nn.Linear's, and declares it."""
 
     computes_linear = True
 
@@ -38,11 +38,11 @@ class Product(nn.Linear):
 
 
 class RenamedProduct(Product):
-    """Has Product's forward, so what Product says holds."""
+    """Inherits Product's forward, so Product's declaration holds."""
 
 
 class ClampedProduct(Product):
-    """Has a forward of its own, for which Product does not speak."""
+    """Has its own forward, to which Product's declaration does not apply."""
 
     def forward(self, x):
         return super().forward(x).clamp(-1, 1)
@@ -59,7 +59,7 @@ class CallingProduct(Product):
 
 
 class InPlaceOfLinear(nn.Module):
-    """No nn.Linear; says that it computes as one does."""
+    """Is not an nn.Linear; declares that it computes like one."""
 
     computes_linear = True
 
@@ -90,7 +90,7 @@ def whole_numbers(kind=nn.Linear):
     return linear
 
 
-# What mask_model refuses too: it asks the same function.
+# mask_model refuses these too: it calls the same function.
 UNMASKABLE = {
     "a forward of its own": (
         lambda: Doubling(16, 8),
@@ -125,7 +125,7 @@ def test_a_subclass_that_computes_as_linear_does_is_masked(kind, bias, dtype):
     linear = kind(100, 48, bias=bias, dtype=dtype)
     layer = MaskedLinear.from_linear(linear, keep_ratio=1)
     x = torch.randn(3, 100, dtype=dtype)
-    rounding = 8 * torch.finfo(dtype).eps  # Product's bias is added apart
+    rounding = 8 * torch.finfo(dtype).eps  # Product adds its bias separately
     torch.testing.assert_close(layer(x), linear(x), rtol=rounding, atol=rounding)
     assert layer.weight.data_ptr() == linear.weight.data_ptr()
 
@@ -177,7 +177,7 @@ def masked(linear):
 
 
 def merged(model):
-    """A copy with every masked layer merged, on torch's slow path too: its fast one rounds otherwise."""
+    """Return a copy with every masked layer merged, on torch's slow path: the fast path rounds differently."""
     model = copy.deepcopy(model)
     for layer in model.layers:
         layer.activation_relu_or_gelu = 0
@@ -188,7 +188,7 @@ def merged(model):
 
 
 def assert_computes_with_its_masks(encoder):
-    """Padded (nested within) and not; against the fast path of the merged model too."""
+    """Compare with and without padding (nested inside), also with the fast path of the merged model."""
     x = torch.randn(2, 5, 16)
     slow, fast = merged(encoder), merged(encoder)
     for layer in fast.layers:
@@ -260,7 +260,7 @@ def test_a_parent_that_computes_with_the_childs_weight_takes_no_masked_layer(par
         ):
             put(parent, name, masked(nn.Linear(16, 16)))
     assert getattr(parent, name) is before
-    setattr(parent, name, nn.Linear(16, 16))  # other layers go there as ever
+    setattr(parent, name, nn.Linear(16, 16))  # other layers can be assigned as usual
 
 
 def test_torchs_batch_norm_fusion_keeps_the_mask():

@@ -1,4 +1,4 @@
-"""One selection per change of the scores, and never a stale mask."""
+"""One selection for each change of the scores, and never a stale mask."""
 
 import ctypes
 import gc
@@ -17,7 +17,7 @@ from mft_kernels.testing import random_inputs
 
 @pytest.fixture
 def selections(monkeypatch):
-    """The list of the shapes selected from so far; not of the scores, which it would keep alive."""
+    """Return the list of shapes selected from so far. A list of the scores would keep them alive."""
     made = []
     select = masking.kept_threshold
 
@@ -88,7 +88,7 @@ def test_a_graph_remembers_no_mask_and_uses_one_that_is_remembered(selections):
 def test_the_backward_pass_of_an_op_that_a_graph_calls_uses_the_mask_of_its_forward_pass():
     layer = MaskedLinear(8, 8, bias=False, keep_ratio=0.5, init="normal")
     x = torch.randn(4, 8, requires_grad=True)
-    layer(x)  # remembers a mask
+    layer(x)  # it remembers a mask
     with torch.no_grad():
         layer.scores.copy_(layer.scores.flip(1))
     y = torch.ops.mft.masked_linear_by_ratio(x, layer.weight, layer.scores, None, 0.5, None, "magnitude", "auto")
@@ -126,7 +126,7 @@ def test_an_optimiser_that_writes_behind_the_version_is_seen():
 
         def step(self, closure=None):
             for p in self.param_groups[0]["params"]:
-                ctypes.memset(p.data_ptr() + 4 * 256, 0, 4 * 128)  # rows that the sample leaves out
+                ctypes.memset(p.data_ptr() + 4 * 256, 0, 4 * 128)  # rows that are not in the sample
 
     layer = MaskedLinear(128, 64, bias=False, keep_ratio=0.5, init="normal")
     x = torch.eye(128)
@@ -137,7 +137,7 @@ def test_an_optimiser_that_writes_behind_the_version_is_seen():
 
 def test_keep_ratio_threshold_and_mode_may_change_at_any_time():
     layer = MaskedLinear(10, 10, keep_ratio=0.9, init="normal")
-    assert layer.mask().sum() == 91  # 100 - int((1 - 0.9) * 100), which binary fractions make 9
+    assert layer.mask().sum() == 91  # 100 - int((1 - 0.9) * 100), which is 100 - 9 in binary fractions
     layer.keep_ratio = 0.5
     assert layer.mask().sum() == 50
     layer.threshold = 0.0
@@ -156,7 +156,7 @@ def test_of_dead_scores_nothing_is_remembered():
 
 
 def test_three_thousand_layers_cost_no_more_each_than_one(selections):
-    # A miss once looked at every other layer's entry.
+    # A cache miss must not look at every other layer's entry.
     layers = [MaskedLinear(2, 2) for _ in range(3000)]
     for layer in layers:
         layer(torch.ones(1, 2))
@@ -168,7 +168,7 @@ def test_three_thousand_layers_cost_no_more_each_than_one(selections):
     masking.current_mask(layers[0].scores, 0.9, None, "magnitude")
     sys.settrace(None)
     assert len(selections) == 3001
-    assert len(looked) < 1000  # lines of Python
+    assert len(looked) < 1000  # counted in lines of Python
 
 
 def test_scores_made_in_inference_mode_are_never_stale():
@@ -209,7 +209,7 @@ def test_a_captured_graph_holds_the_selection_and_asks_the_host_nothing(selectio
         scores.data = torch.tensor(values)
         mask = masking.current_mask(scores, 0.5, None, "magnitude")
         assert mask.threshold.item() == 3
-        assert mask.signs is None  # whether a score is 0 is not known to the host
+        assert mask.signs is None  # the host does not know whether a score is 0
     assert len(selections) == 2
     assert masking.current_mask(scores, 0.5, 2.0, "magnitude").threshold.item() == 2
     monkeypatch.setattr(masking, "kept_threshold", lambda *_, **__: torch.tensor(torch.nan))

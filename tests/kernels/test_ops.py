@@ -1,6 +1,6 @@
-"""Each op at its public door: value and gradient, opcheck, fullgraph compile, autocast, and what it refuses.
+"""Each op through its public function: value and gradient, opcheck, fullgraph compile, autocast, and what it refuses.
 
-What its kernels have to do is tested in tests/ops.
+tests/ops tests what its kernels must do.
 """
 
 import pytest
@@ -90,7 +90,7 @@ def test_a_threshold_may_be_given_for_each_row(mode, backend):
 
 
 def many_masks():
-    """x (6, 3, K), weight, three masks, a task for each row, bias and grad_output."""
+    """Return x (6, 3, K), weight, three masks, a task for each row, bias and grad_output."""
     t = integer_inputs(18, 17, 45)
     masks = [reference.pack_bits(t.scores.roll(shift) > 0) for shift in range(3)]
     return t.x.view(6, 3, 45), t.weight, masks, torch.tensor([2, -1, 0, 2, 1, 0]), t.bias, t.grad_output.view(6, 3, 17)
@@ -242,7 +242,7 @@ def test_every_op_compiles_without_a_graph_break():
 
 def test_autocast_casts_x_weight_and_bias_but_never_scores():
     t = random_inputs(6, 5, 37)
-    # 1 and 1 + 2**-12 are one number in bf16; the mask must still tell them apart.
+    # 1 and 1 + 2**-12 are the same number in bf16; the mask must still distinguish them.
     scores = torch.where(t.scores > 0, 1 + 2**-12, 1.0).requires_grad_()
     threshold = torch.tensor(1 + 2**-12)
     with torch.autocast("cpu", dtype=torch.bfloat16):

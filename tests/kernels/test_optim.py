@@ -1,4 +1,4 @@
-"""MaskAdamW is torch's AdamW where nothing is rounded, and resumes, schedules and refuses as an optimiser should."""
+"""MaskAdamW is torch's AdamW if nothing is rounded, and resumes, schedules and refuses as an optimiser should."""
 
 import copy
 import pickle
@@ -44,7 +44,7 @@ def warm_up_then_down(step):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_fp32_is_torch_s_adamw_bit_for_bit(backend, weight_decay, threads):
-    shape = (61, 103) if threads == 1 else (257, 1031)  # the latter is cut among the threads, within a vector
+    shape = (61, 103) if threads == 1 else (257, 1031)  # the second is split among threads within a vector
     p, q = parameter(shape), parameter(shape)
     options = {"lr": 3e-3, "betas": (0.9, 0.98), "weight_decay": weight_decay}
     ours = MaskAdamW([p], moments="fp32", **options)
@@ -159,7 +159,7 @@ def test_a_loaded_state_is_a_copy():
 
 @pytest.fixture
 def captured(monkeypatch):
-    """As if a CUDA graph were being captured, from where the test says so."""
+    """Return a function; after its call, torch reports that a CUDA graph is being captured."""
 
     def begin():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -204,12 +204,12 @@ def test_only_a_capturable_step_is_captured(captured, capturable):
         if capturable:
             scores.in_graph = False
             step()
-            assert scores.in_graph  # no mask is remembered that a replay outdates
+            assert scores.in_graph  # the mask is not remembered, as a replay would outdate it
         else:
             with pytest.raises(RuntimeError, match=r"capturable must be True .* got False.*capturable=True"):
                 step()
     assert optimizer.state[scores]["step"] == (3 if capturable else 1)
-    assert not capturable or optimizer.state[scores]["step"] is counter  # which a replay raises
+    assert not capturable or optimizer.state[scores]["step"] is counter  # which a replay increments
 
 
 def test_moments_are_not_made_in_a_capture(captured):
@@ -292,7 +292,7 @@ def test_a_group_added_later_takes_its_options_and_its_place():
     optimizer = MaskAdamW([p], lr=0.5)
     optimizer.add_param_group({"params": [q], "lr": 0.25, "mode": "value", "moments": "fp32"})
     optimizer.step_one(q, torch.ones(2, 3), torch.ones(2, 3))
-    # In mode "value" the sign of a score is no factor: all move down.
+    # In mode "value" the sign of a score is no factor: all scores move down.
     assert torch.allclose(q, parameter((2, 3)) - 0.25)
 
 
@@ -301,7 +301,7 @@ def test_a_masked_layer_sees_the_scores_that_a_step_changed(backend, dtype):
     layer = MaskedLinear(64, 8, keep_ratio=0.5, scores_dtype=dtype)
     optimizer = MaskAdamW([layer.scores], lr=0.05)
     before = current_mask(layer.scores, 0.5, None, "magnitude").packed.clone()
-    optimizer.step_one(layer.scores, normal(8, 64), normal(8, 64, seed=1))  # no hook of Optimizer.step runs here
+    optimizer.step_one(layer.scores, normal(8, 64), normal(8, 64, seed=1))  # Optimizer.step's hooks do not run here
     now = current_mask(layer.scores, 0.5, None, "magnitude").packed
     scores = layer.scores.detach()
     assert torch.equal(now, pack_mask(scores, kept_threshold(scores, 0.5)))
@@ -310,7 +310,7 @@ def test_a_masked_layer_sees_the_scores_that_a_step_changed(backend, dtype):
 
 @pytest.mark.parametrize("dtype", SCORES)
 def test_training_lowers_a_loss_that_only_the_scores_can_lower(dtype):
-    # Scores are pulled to a target of either sign by their own gradient; 16 bits arrive as fp32 does.
+    # Each score is pulled to a target of either sign by its own gradient; 16-bit scores arrive as fp32 scores do.
     p, target = parameter((16, 256), dtype), 0.02 * normal(16, 256, seed=4)
     optimizer = MaskAdamW([p], lr=1e-3)
 

@@ -1,4 +1,4 @@
-"""Which processor it is, and which path of the cpu library is taken and why."""
+"""The detected processor, and which path of the cpu library is taken and why."""
 
 import pytest
 import torch

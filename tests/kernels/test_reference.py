@@ -1,4 +1,4 @@
-"""The oracle is checked against definitions that share no code with it."""
+"""Check the reference against definitions that share no code with it."""
 
 import contextlib
 
@@ -169,5 +169,5 @@ def test_the_gemm_of_amx_that_tests_stand_in_reads_behind_rows(length):
     with amx_gemm():
         y = torch.nn.functional.linear(x[:, :length], weight)
         dense = torch.nn.functional.linear(x[:, :length].contiguous(), weight)
-    assert y.isnan().any(1).tolist() == [False, False, True, True]  # its own pitch
-    assert dense.isnan().any(1).tolist() == [False, False, True, True]  # the next row
+    assert y.isnan().any(1).tolist() == [False, False, True, True]  # reads its own pitch
+    assert dense.isnan().any(1).tolist() == [False, False, True, True]  # reads the next row

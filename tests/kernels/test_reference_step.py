@@ -1,4 +1,4 @@
-"""The formats of the reference's score_step: random words, moments of 8 bits and scores of 16."""
+"""The formats of the reference's score_step: random words, 8-bit moments and 16-bit scores."""
 
 import math
 
@@ -74,7 +74,7 @@ def test_8_bit_rounding_errs_by_less_than_a_step_of_the_code(bias, count):
 
 @pytest.mark.parametrize(("bias", "count"), [MEAN, SQUARE])
 def test_8_bit_rounding_is_unbiased(bias, count):
-    # All 256 words once: the mean is exact up to the 512th of a step to which a probability is rounded.
+    # With all 256 words once, the mean is exact up to 1/512 of a step, to which a probability is rounded.
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(256, generator=generator) * torch.randn(256, generator=generator).mul(5).exp()
     x[0] = x.max() * 2
@@ -83,7 +83,7 @@ def test_8_bit_rounding_is_unbiased(bias, count):
         total += decode(encode(x, scale, torch.full((256,), word), bias, count), scale, bias, count)
     step = torch.maximum(2.0 ** (x / scale).log2().floor(), torch.tensor(2.0 ** (1 - bias))) / 8 * scale
     error = (total / 256 - x) / step
-    rounds_freely = x >= step if count == 256 else x > 0  # a square below the least code is that code
+    rounds_freely = x >= step if count == 256 else x > 0  # a square below the smallest code becomes that code
     assert rounds_freely.sum() > 200
     assert error[rounds_freely].abs().max() <= 1 / 512 + 1e-4
 
@@ -123,15 +123,15 @@ def test_8_bit_moments_stay_near_the_exact_ones():
         coded.step(grad, i, lr=0.0)
     m = decode(coded.moments[0], coded.moments[2][0], *MEAN)
     v = decode(coded.moments[1], coded.moments[2][1], *SQUARE)
-    assert ((m - exact.moments[0]).norm() / exact.moments[0].norm()) < 0.1  # 8 % of a code's step, ten steps remembered
-    # Rounded to nearest, 0.001 of v is lost in half a step of the code: 17 % too large after 600 N(0, 1) gradients.
+    assert ((m - exact.moments[0]).norm() / exact.moments[0].norm()) < 0.1  # 8 % of a code's step; ten steps remembered
+    # With rounding to nearest, 0.001 of v is lost in half a code step: v is 17 % too large after 600 N(0, 1) gradients.
     assert abs((v.mean() / exact.moments[1].mean()).item() - 1) < 0.01
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("zeros", [0.0, 0.95])
 def test_8_bit_moments_give_no_update_that_adamw_could_not_give(size, zeros):
-    # |m| <= 7.3 sqrt(v) in AdamW, whatever the gradients; a block mixes ones of very different sizes here.
+    # In AdamW |m| <= 7.3 sqrt(v), whatever the gradients; here one block mixes gradients of very different sizes.
     matrix = Matrix(16, 512, moments="8bit")
     sizes = size * (2 * matrix.normal(1, 512)).exp()
     for i in range(1, 101):
@@ -150,7 +150,7 @@ def test_the_rounding_of_scores_is_unbiased(dtype):
     wide = 0.02 * torch.randn(500, generator=generator)
     old = torch.zeros(500).to(dtype)
     total = torch.zeros(500, dtype=torch.float64)
-    words = range(0, 65536, 64)  # every 64th: then the mean is exact up to a 1024th of a step
+    words = range(0, 65536, 64)  # every 64th word: then the mean is exact up to 1/1024 of a step
     for word in words:
         rounded = narrow_scores(wide, old, torch.full((500,), word))
         total += float_from_fixed(rounded) if dtype == torch.int16 else rounded.float()

@@ -1,4 +1,4 @@
-"""Every op repeats bit for bit, on every backend that runs here, and deterministic mode changes and refuses nothing."""
+"""Every op repeats bit for bit on every backend that runs here. Deterministic mode changes and refuses nothing."""
 
 from contextlib import contextmanager
 
@@ -12,10 +12,10 @@ from mft_kernels.backends import cpu
 from mft_kernels.backends import table as backends
 from mft_kernels.testing import random_inputs
 
-REPEATS, RACES = 100, 20  # threads wait for each other long on a busy machine
-INTERPRETED = 20  # a call takes up to a tenth of a second, and what may differ is the memory that it gets
+REPEATS, RACES = 100, 20  # threads wait long for each other on a busy machine
+INTERPRETED = 20  # a call takes up to a tenth of a second; only the memory that it gets may differ
 KEPT = 0.7
-#: M, N, K. In Triton's interpreter a call takes milliseconds whatever its size; large scores are cut among threads.
+#: M, N, K. Triton's interpreter takes milliseconds per call, whatever the size. Threads share large scores.
 SMALL, LARGER = (2, 3, 29), (7, 1031, 257)
 STEPS = {  # scores and moments of the optimiser's step
     "bf16, 8 bits": (torch.bfloat16, torch.uint8),
@@ -35,9 +35,9 @@ def deterministic_mode():
 
 
 def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
-    """By name, a function for each op that computes it anew on the same inputs and returns all that it makes.
+    """Return a function for each op, by name; it computes the op again on the same inputs and returns all outputs.
 
-    Args: learned: what is asked for its gradient, where the op has it.
+    Args: learned: which gradients to ask for, if the op has them.
     """
     t = random_inputs(*shape, dtype)
     threshold = mft_kernels.kept_threshold(t.scores, KEPT)
@@ -83,7 +83,7 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         )
 
     def stepped(scores_dtype, moments_dtype, number=int):
-        """What a step leaves behind of scores and of moments that are not zero."""
+        """Return the state after a step on scores and on moments that are not zero."""
         fixed_point = scores_dtype == torch.int16
         scores = mft_kernels.fixed_from_float(t.scores) if fixed_point else t.scores.to(scores_dtype, copy=True)
         moments = [(2000 * t.weight.abs()).to(moments_dtype) for _ in range(2)]
@@ -93,7 +93,7 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         found = mft_kernels.score_step(scores, t.weight.flip(0), t.weight, *moments, scales, **options)
         return scores, *moments, *([] if scales is None else [scales]), *found
 
-    # Two experts on the halves of the rows, both layouts; the second's scores are the first's upside down.
+    # Two experts, each with half of the rows, in both layouts; the second's scores are the first's upside down.
     half = len(t.x) // 2
     offsets = torch.tensor([half, len(t.x)], dtype=torch.int32)
 
@@ -151,13 +151,13 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
 
 
 def bits(tensors):
-    """The bytes of each, so that -0 is not 0."""
+    """Return the bytes of each tensor, so that -0 differs from 0."""
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
     return [t.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in tensors]
 
 
 OPS = list(calls("reference", SMALL))
-#: The first form of each op: what the interpreter, where a call takes up to a tenth of a second, is asked for.
+#: The first form of each op, for the interpreter, where a call takes up to a tenth of a second.
 FIRST = list({op.split()[0]: op for op in reversed(OPS)}.values())
 
 
@@ -199,7 +199,7 @@ def test_how_many_threads_changes_no_bit_but_where_torch_multiplies(op, backend,
 
 
 class Recorder(TorchDispatchMode):
-    """Remembers which ops of ours were called."""
+    """Records which of our ops were called."""
 
     def __init__(self):
         super().__init__()

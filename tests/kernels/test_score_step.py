@@ -1,6 +1,6 @@
-"""The public step on scores: its arithmetic, its mask, PyTorch's machinery, and what is refused.
+"""The public step on scores: its arithmetic, its mask, PyTorch's machinery, and what it refuses.
 
-Backends give the reference's bits: tests/ops/test_step.py.
+tests/ops/test_step.py checks that backends give the reference's bits.
 """
 
 import math
@@ -36,7 +36,7 @@ def test_weight_and_sign_are_factors_of_the_gradient():
 
 @pytest.mark.parametrize("weight", [None, torch.float32])
 def test_moments_free_of_the_weight_give_the_same_update_where_nothing_is_rounded(weight):
-    # One step from zero: m = 0.1 h, v = 0.001 h^2, so that the update is -lr * sign(w * h) before any coding.
+    # One step from zero: m = 0.1 h and v = 0.001 h^2, so that the update is -lr * sign(w * h) before any coding.
     exact, coded = Matrix(16, 64, weight=weight), Matrix(16, 64, moments="8bit", weight=weight)
     before, grad = exact.scores.clone(), exact.next_grad()
     exact.step(grad, 1, weight_decay=0.1)
@@ -51,7 +51,7 @@ def test_a_fixed_point_zero_keeps_its_sign_and_counts_as_it():
     zeros = torch.zeros(1, 2)
     score_step(still, zeros, zeros + 1, zeros.clone(), zeros.clone(), step=1, lr=0.01)
     assert torch.equal(still, scores)
-    # A gradient that lifts the weight lifts either zero's magnitude, away from 0 on its own side.
+    # A gradient that raises the weight raises the magnitude of either zero, away from 0 on its own side.
     score_step(scores, zeros - 1, zeros + 1, zeros.clone(), zeros.clone(), step=1, lr=0.01)
     assert torch.equal(float_from_fixed(scores).sign(), torch.tensor([[1.0, -1.0]]))
     assert float_from_fixed(scores).abs().min() > 0.009

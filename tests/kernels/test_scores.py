@@ -19,7 +19,7 @@ from mft_kernels.mask import masking
 from mft_kernels.mask.scores import Scores, state
 
 SIZE = 64
-UNSAMPLED = (1, 6)  # an element that the sample of a 64 x 64 fp32 matrix leaves out
+UNSAMPLED = (1, 6)  # an element of a 64 x 64 fp32 matrix that is not in the sample
 
 
 def new_layer(seed: int = 0, **options) -> MaskedLinear:
@@ -29,7 +29,7 @@ def new_layer(seed: int = 0, **options) -> MaskedLinear:
 
 
 def is_current(layer: MaskedLinear) -> bool:
-    """Whether the layer computes with the mask that its scores imply, found without any code of ours."""
+    """Return whether the layer computes with the mask of its scores, which is found without our code."""
     x = torch.eye(SIZE, dtype=layer.weight.dtype)
     keys = layer.scores.detach().float().abs()
     keep = keys >= keys.flatten().kthvalue(SIZE * SIZE // 2 + 1).values
@@ -83,8 +83,8 @@ def by_set(p):
 
 
 def by_other_memory(p):
-    p.earlier = p.detach()  # alive, as it was
-    torch.Tensor.data.__set__(p, other_scores())  # as C++ does it
+    p.earlier = p.detach()  # keeps the old memory alive
+    torch.Tensor.data.__set__(p, other_scores())  # as C++ code does
 
 
 def by_a_data_swap(p):
@@ -168,7 +168,7 @@ def test_a_write_that_nothing_shows_is_seen_after_outdate(write, told):
 @torch.no_grad()
 @pytest.mark.parametrize("eighth", range(7))
 def test_the_sample_reaches_into_every_eighth_but_the_last(eighth):
-    """The pointer alone touches the scores between the two forward passes, so that the sample alone can see it."""
+    """Between the two forward passes only the pointer changes the scores, so only the sample can see it."""
     layer, x, begin = new_layer(), torch.eye(SIZE), eighth * SIZE // 8
     rows = other_scores()[begin : begin + SIZE // 8]
     before = layer(x)
@@ -209,7 +209,7 @@ def alias_parameter(p):
 
 
 def alias_scores(p):
-    return type(p)(p).data  # as accelerate makes a parameter of another
+    return type(p)(p).data  # as accelerate makes one parameter from another
 
 
 def alias_vector(p):
@@ -338,7 +338,7 @@ def test_optimisers_choose_for_scores_as_they_choose_for_parameters(monkeypatch)
 
 
 def test_an_average_of_the_scores_is_what_is_evaluated_and_what_is_restored():
-    """As torch_ema does it: store, copy_to, restore, all through .data."""
+    """torch_ema does this: store, copy_to and restore, all through .data."""
     layer = new_layer()
     x = torch.randn(3, SIZE)
     raw = layer(x)

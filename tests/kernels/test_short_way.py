@@ -1,4 +1,4 @@
-"""The short ways of products and their gradients on a CPU: what is usual, bit for bit; else they decline."""
+"""The short ways of products and their gradients on a CPU: usual calls give the same bits; for others they decline."""
 
 import pytest
 import torch
@@ -22,16 +22,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def usual():
-    """x, weight, packed, bias: a call that the short way takes."""
+    """Return x, weight, packed, bias: a call that the short way takes."""
     t = integer_inputs(6, N, K)
     packed = mft_kernels.pack_mask(t.scores, torch.tensor(2.0))
-    mft_kernels.masked_linear_packed(t.x, t.weight, packed, t.bias)  # so that "auto" has asked its table
+    mft_kernels.masked_linear_packed(t.x, t.weight, packed, t.bias)  # so that "auto" has already made its choice
     return {"x": t.x, "weight": t.weight, "packed": packed, "bias": t.bias}
 
 
 @pytest.fixture
 def from_scores():
-    """x, weight, scores, threshold, bias, mode: likewise."""
+    """Return x, weight, scores, threshold, bias, mode: a call from scores that the short way takes."""
     t, threshold = integer_inputs(6, N, K), torch.tensor(2.0)
     mft_kernels.masked_linear(t.x, t.weight, t.scores, threshold, t.bias)
     values = t.x, t.weight, t.scores, threshold, t.bias, "magnitude"
@@ -93,7 +93,7 @@ UNUSUAL = {
 }
 
 
-# Of what selects; the rest of a call from scores is as UNUSUAL has it.
+# Changes of the tensors that select. For the rest of a call from scores, UNUSUAL applies.
 UNUSUAL_SCORES = {
     "scores in fp64": ("scores", lambda s: s.double()),
     "scores in columns": ("scores", lambda s: s.t().contiguous().t()),
@@ -121,7 +121,7 @@ def test_the_short_way_from_scores_declines_what_is_not_usual(from_scores, unusu
 
 
 def outcome(call: dict, **backend: str) -> object:
-    """What the public function makes of a call: a result, or the error."""
+    """Return what the public function returns for a call: a result, or the error."""
     run = mft_kernels.masked_linear_packed if "packed" in call else mft_kernels.masked_linear
     try:
         return run(**call, **backend).tolist()
@@ -193,19 +193,19 @@ def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(own_table, usua
 
 @pytest.fixture
 def gradients():
-    """The arguments of masked_linear_packed_backward: d_x and d_scores, the sign from bits."""
+    """Return the arguments of masked_linear_packed_backward, for d_x and for d_scores with the sign from bits."""
     t = integer_inputs(6, N, K)
     packed, (signs, _) = mft_kernels.pack_mask(t.scores, torch.tensor(2.0)), torch.ops.mft.pack_signs(t.scores, "auto")
     names = ["grad_output", "x", "weight", "packed", "scores", "signs", "mode", "output_mask"]
     values = t.grad_output, t.x, t.weight, packed, t.scores, signs, "magnitude", [True, False, True, False]
     call = dict(zip(names, values, strict=True))
-    GRADIENTS_OF_PACKED(*values, "auto")  # so that "auto" has asked its table
+    GRADIENTS_OF_PACKED(*values, "auto")  # so that "auto" has already made its choice
     return call
 
 
 @pytest.fixture
 def gradients_from_scores(gradients, from_scores):
-    """The arguments of masked_linear_backward: d_x and d_scores."""
+    """Return the arguments of masked_linear_backward, for d_x and d_scores."""
     named = {name: gradients[name] for name in ("grad_output", "x", "weight", "scores")}
     return named | {"threshold": from_scores["threshold"], "mode": "magnitude", "output_mask": gradients["output_mask"]}
 
@@ -334,7 +334,7 @@ def test_the_short_ways_of_gradients_leave_a_call_to_those_whom_the_environment_
 @pytest.mark.parametrize("by", ["layer", "held mask", "scores"])
 @pytest.mark.parametrize("learns", ["x", "scores", "both"])
 def test_a_step_of_a_layer_asks_no_table(monkeypatch, by, learns):
-    """Once "auto" has chosen: forward and backward go to their kernels, and the gradients are those of the long way."""
+    """Once "auto" has chosen, forward and backward go to their kernels directly, with the gradients of the long way."""
     layer = MaskedLinear(K, N, bias=False)
     layer.scores.requires_grad_(learns != "x")
     x, grad = torch.randn(6, K, requires_grad=learns != "scores"), torch.ones(6, N)
@@ -361,4 +361,4 @@ def test_a_step_of_a_layer_asks_no_table(monkeypatch, by, learns):
     for ours, theirs in zip(step(), expected, strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)
-    assert buffer._version == version + 1 + held  # zero_, and what a kernel has added
+    assert buffer._version == version + 1 + held  # zero_, and the kernel's addition

@@ -1,4 +1,4 @@
-"""Interleaved timing: who is called when, how often, and what is made of it; no time is asserted."""
+"""Interleaved timing: what is called when and how often, and how the times are combined; no time is asserted."""
 
 import time
 
@@ -17,8 +17,8 @@ def test_what_is_fast_is_called_often_in_a_row_and_what_is_slow_once():
     calls = []
     competitors = {"slow": lambda: calls.append("slow") or time.sleep(2e-3 * SAMPLE_MS), "fast": lambda: None}
     samples = time_within(competitors, 0.0, least=2)
-    assert [len(values) for values in samples.values()] == [2, 2]  # least, where no round fits
-    assert len(calls) == 1 + 1 + 2  # to warm up, to see how slow, and a round each
+    assert [len(values) for values in samples.values()] == [2, 2]  # the least number, although no round fits
+    assert len(calls) == 1 + 1 + 2  # to warm up, to see how slow it is, and once per round
 
 
 def test_a_ratio_is_taken_within_a_round():

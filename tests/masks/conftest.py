@@ -11,7 +11,7 @@ def tokens():
 
 @pytest.fixture
 def masked():
-    """The Llama of exports.py with masks in two of its three layers."""
+    """Return the Llama of exports.py with masks in two of its three layers."""
     from exports import llama
 
     from mft.config import MaskConfig
@@ -22,7 +22,7 @@ def masked():
 
 @pytest.fixture
 def saved(masked, tmp_path):
-    """The directory of its export."""
+    """Return the directory of its export."""
     from mft.masks.export import save_masks
 
     return save_masks(masked, tmp_path / "export", coding="packed")

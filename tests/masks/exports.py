@@ -1,4 +1,4 @@
-"""What tests of exports share: the Llama that they are of, its masks, and edits of the two files."""
+"""Helpers that tests of exports share: the exported Llama, its masks, and edits of the two files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""make architectures: what it calls converted, wrong and refused, and that its rows and their page hold it."""
+"""make architectures: what it reports as converted, wrong and refused, in its rows and their page."""
 
 import pytest
 from architectures import attempts
@@ -62,7 +62,7 @@ def test_a_mask_that_does_not_keep_all_is_wrong(monkeypatch):
 
 
 def test_scores_without_a_gradient_are_wrong(monkeypatch):
-    monkeypatch.setattr(attempts, "INSTEAD", {})  # BLT's patcher chooses where patches end, without autograd
+    monkeypatch.setattr(attempts, "INSTEAD", {})  # BLT's patcher decides where patches end, without autograd
     row = tried("causal/blt")
     assert row.state == "wrong"
     assert "no gradient reached model.patcher.layers.0.self_attn.q_proj" in row.words
@@ -86,7 +86,7 @@ def test_the_page_has_a_table_of_each_state_with_its_rows():
     lines = page(ROWS).splitlines()
     assert "**2 converted, 1 refused, 1 not made.**" in lines
     assert "| Vision | 1 | 0 | 1 | 0 |" in lines
-    for row in ("| bert | 24 layers: dense | reduction |", "| mra | a / b |"):  # a table's cell holds no bar
+    for row in ("| bert | 24 layers: dense | reduction |", "| mra | a / b |"):  # a table cell cannot hold a bar
         assert lines.index("## Encoders") < lines.index(row) < lines.index("## Vision")
     assert lines.index("| vit | 3, 4 |  |") < lines.index('| bit | no "layers" |')
 

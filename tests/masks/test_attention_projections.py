@@ -1,4 +1,4 @@
-"""Projections of nn.MultiheadAttention, which are parameters, by name: masks, exports, banks, PEFT, and back."""
+"""The projections of nn.MultiheadAttention, which are parameters, by name: masks, exports, banks, PEFT, and back."""
 
 import copy
 
@@ -24,7 +24,7 @@ IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def siglip():
-    """Whose pooling head attends from a probe to the patches by nn.MultiheadAttention."""
+    """Return a SigLIP whose pooling head attends from a probe to the patches with nn.MultiheadAttention."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     return SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=4)).eval()
 
@@ -40,7 +40,7 @@ def encoder(**options):
 
 
 class TimeFirst(nn.Module):
-    """(rows, tokens, width) outside, (tokens, rows, width) inside."""
+    """Takes (rows, tokens, width), and computes in (tokens, rows, width)."""
 
     def __init__(self, **options):
         super().__init__()
@@ -87,7 +87,7 @@ def test_exports_and_banks_name_the_projections(siglip, tmp_path):
 
 
 def test_rows_of_a_batch_take_their_masks_where_torch_puts_the_tokens_first(tmp_path):
-    base, x = TimeFirst(), torch.randn(3, 3, 8)  # as many tokens as rows, so that a mistake is no error
+    base, x = TimeFirst(), torch.randn(3, 3, 8)  # as many tokens as rows, so that mixing them up raises no error
     model = mask_model(copy.deepcopy(base), MaskConfig(target_modules=["in_proj", "out_proj"], keep_ratio=0.5))
     save_masks(model, tmp_path)
     bank = load_mask_bank(copy.deepcopy(base), {"task": tmp_path})
@@ -171,7 +171,7 @@ def test_a_model_that_is_an_attention_is_masked_when_it_calls_its_projections():
 
 
 class Reader(nn.Module):
-    """Computes with the parameters of the attention in it."""
+    """Computes with the parameters of the attention that it contains."""
 
     def __init__(self):
         super().__init__()
@@ -199,7 +199,7 @@ class Own(nn.MultiheadAttention):
 
 
 def wrapped():
-    """As PEFT's LoRA holds it."""
+    """Return an attention wrapped as PEFT's LoRA wraps it."""
     wrapper = nn.Module()
     wrapper.base_layer = nn.MultiheadAttention(8, 2)
     return nn.ModuleList([wrapper])

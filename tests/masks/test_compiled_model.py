@@ -14,7 +14,7 @@ from mft.config import MaskConfig
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.quantize import quantize_model
 
-#: Of the norm of a gradient: what decompositions and fused loops may round otherwise.
+#: Relative to the norm of a gradient: what decompositions and fused loops may round differently.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
@@ -48,7 +48,7 @@ def assert_close(got, expected, tolerance):
 
 
 def take_a_large_step(model):
-    """Moves every mask, as an optimiser's step does."""
+    """Change every mask by an optimiser's step."""
     before = [module.mask() for module in masked_modules(model).values()]
     torch.optim.AdamW([module.scores for module in masked_modules(model).values()], lr=0.01).step()
     for module, mask in zip(masked_modules(model).values(), before):
@@ -95,7 +95,7 @@ def checkpointed(model, use_reentrant):
 )
 def test_quantised_bases_are_one_graph_and_checkpointing_takes_several(change, fullgraph):
     expected = change(tiny(layers=1))
-    model = change(tiny(layers=1))  # its first forward is a compiled one
+    model = change(tiny(layers=1))  # its first forward is compiled
     compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
     for _ in range(2):
         got = loss_and_gradients(compiled, model)
@@ -149,7 +149,7 @@ def test_autocast_computes_what_the_merged_model_does_and_leaves_scores_in_fp32(
     assert logits.dtype == torch.bfloat16
     assert_close([logits], [merged], ROUNDING[torch.bfloat16])
     full = model(tokens()).logits
-    assert not torch.equal(full, merged.float())  # so that it was autocast
+    assert not torch.equal(full, merged.float())  # so it ran under autocast
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -160,7 +160,7 @@ def ops_of(program):
 
 
 class Logits(nn.Module):
-    """Tokens to logits: what export wants of a model, tensors in and tensors out."""
+    """Map tokens to logits: torch.export needs tensors in and tensors out."""
 
     def __init__(self, model):
         super().__init__()
@@ -212,4 +212,4 @@ assert "transformers" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "masked_linear_by_ratio" in result.stderr  # what torch could not find
+    assert "masked_linear_by_ratio" in result.stderr  # the op that torch could not find

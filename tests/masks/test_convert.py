@@ -1,4 +1,4 @@
-"""mask_model and merge_model on tiny models of every supported kind: what they compute, hold and give back."""
+"""mask_model and merge_model on tiny models of every supported kind: results, memory, and the way back."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""save_masks, load_masks and base_hash: what comes back is bit for bit what was saved, or is refused."""
+"""save_masks, load_masks and base_hash: what is loaded equals what was saved bit for bit, or is refused."""
 
 import copy
 import dataclasses
@@ -35,7 +35,7 @@ BASES = {"llama": llama, "bfloat16": lambda: llama().to(torch.bfloat16), "gpt2":
 
 
 def test_an_average_of_the_scores_that_takes_their_place_is_what_is_saved(masked, tmp_path):
-    """As torch_ema's average_parameters() does it: through .data, and back."""
+    """torch_ema's average_parameters() does this: through .data, and back."""
     ids = torch.arange(8)[None]
     raw, loss = masks(masked), masked(ids, labels=ids).loss
     parameters = [p for p in masked.parameters() if p.requires_grad]
@@ -106,7 +106,7 @@ def test_a_compiled_model_is_saved_loaded_and_merged_as_what_it_holds(masked, tm
         loaded = compiled(llama())
         dense = loaded(ids).logits
         assert load_masks(loaded, tmp_path / "export") is loaded
-        found = loaded(ids).logits  # what was compiled before the masks came is not used any more
+        found = loaded(ids).logits  # code compiled before the masks is not used again
         merged = merge_model(loaded)
         assert type(merged) is LlamaForCausalLM
         assert not masked_modules(loaded)
@@ -172,7 +172,7 @@ def test_coded_masks_come_back_exactly_and_are_the_same_content(base, tmp_path):
     for directory in (coded, by_weight):
         assert_same_tensors(masks(load_masks(make(), directory)), masks(model))
     described, words, _ = read_whole_export(packed)
-    assert read_export(coded) == dataclasses.replace(described, coding="rice")  # by the same content_hash
+    assert read_export(coded) == dataclasses.replace(described, coding="rice")  # with the same content_hash
     assert_same_tensors(read_whole_export(coded)[1], words)
     sizes = {key: t.numel() for key, t in safetensors.torch.load_file(coded / MASKS).items()}
     assert sizes == {f"{name}.mask": mft.coded_size(mask) for name, mask in masks(model).items()}
@@ -198,14 +198,14 @@ def test_recoding_gives_what_saving_would_have_given_and_needs_no_base(masked, t
     assert contents(mft.recode_masks(tmp_path / "other", tmp_path / "other", coding="packed")) == packed
     with pytest.raises(ValueError, match="directory must be new, empty or an earlier export of masks"):
         mft.recode_masks(tmp_path / "other", tmp_path)
-    other, base = tmp_path / "other", llama()  # by_weight alone takes the base
+    other, base = tmp_path / "other", llama()  # only by_weight uses the base
     assert contents(mft.recode_masks(other, other, coding="by_weight", model=base)) == by_weight
     assert contents(mft.recode_masks(other, other, model=base)) == coded
 
 
 def test_masks_by_weight_are_read_and_written_with_the_weights_that_they_were_learned_on(masked, tmp_path):
     path = save_masks(masked, tmp_path / "masks", coding="by_weight", base_model_name_or_path="org/base")
-    assert_same_tensors(masks(load_masks(masked, path)), masks(masked))  # of a masked model too
+    assert_same_tensors(masks(load_masks(masked, path)), masks(masked))  # also onto a masked model
     other = llama()
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[3, 5] += 1
@@ -247,7 +247,7 @@ def test_the_hash_of_a_masked_model_is_its_bases(base):
 def test_the_hash_sees_weight_dtype_and_name_but_not_its_chunks(change, monkeypatch):
     names, others = [UP], [UP]
     model = llama().to(torch.float16)
-    if change == "dtype":  # the same bytes in both
+    if change == "dtype":  # both have the same bytes
         nn.init.zeros_(model.get_submodule(UP).weight)
     expected = base_hash(model, names)
     if change == "weight":

@@ -1,4 +1,4 @@
-"""The two files of an export: what is missing, damaged or of another format is named, with the place."""
+"""The two files of an export: the error names what is missing, damaged or in another format, and where."""
 
 import multiprocessing
 import resource
@@ -182,7 +182,7 @@ def edit_packed(tensors, coding, change):
 
 
 def drop_another(tensors, coding):
-    """A mask of as many weights."""
+    """Change the mask to another one that keeps as many weights."""
 
     def swap(packed):
         row = next(i for i, word in enumerate((packed[:, 0] & 3).tolist()) if word in (1, 2))
@@ -222,7 +222,7 @@ def test_wrong_coded_masks_name_file_and_tensor(coded, change, message):
 
 
 def test_a_small_coded_file_cannot_ask_for_much_memory(coded, monkeypatch):
-    """Zeros compress without end: a stream of them is refused by its length, before there is a word."""
+    """Zeros compress without limit. The length of such a stream refuses it before any word is decoded."""
     monkeypatch.setattr(rice, "decode", None)
     entry = {"name": UP, "shape": [2**31 - 1, 2**31 - 1], "dtype": "float32", "kept": 0}
     edit_config(coded, modules=[entry])
@@ -232,7 +232,7 @@ def test_a_small_coded_file_cannot_ask_for_much_memory(coded, monkeypatch):
 
 
 def swap_layers(tensors):
-    """Of two layers of one shape and count."""
+    """Swap two layers of the same shape and count."""
     first, second = (f"model.layers.{layer}.mlp.up_proj.mask" for layer in (1, 2))
     assert not torch.equal(tensors[first], tensors[second])
     tensors[first], tensors[second] = tensors[second], tensors[first]
@@ -261,14 +261,17 @@ def test_an_old_export_without_a_content_hash_loads_and_it_is_said_what_that_can
 
 
 def peak_of_check(packed, entry, answers):
-    """Put how many bytes the check took at most beside those that were there."""
+    """Put into ``answers`` how many bytes the check took at its peak, beyond those before."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     export_format._checked_mask("file: key", packed, entry)
     answers.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
 def test_a_mask_is_checked_in_little_more_memory_than_it_takes():
-    """Unpacked whole, it took 64 times as many bytes. In a process of its own: a peak does not fall again."""
+    """Unpacked whole, the mask would take 64 times as many bytes.
+
+    The check runs in a process of its own, because a peak never falls.
+    """
     packed = torch.full((2048, 2048), 0x0F0F0F0F, dtype=torch.int32)  # 16 MiB
     packed[0, 0] = -1
     entry = export_format.MaskEntry("layer", (2048, 65536), "float32", 16 * packed.numel() + 16)

@@ -1,4 +1,4 @@
-"""model.generate on a masked model: with every cache the tokens of the merged model."""
+"""model.generate on a masked model: with every cache, it gives the merged model's tokens."""
 
 import copy
 
@@ -15,7 +15,7 @@ NEW = 12
 
 
 def greedy(model, **options):
-    """Two prompts, the second shorter and padded on its left."""
+    """Generate for two prompts; the second is shorter and padded on its left."""
     ids = torch.randint(3, WORDS, (2, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     ids[1, :3] = mask[1, :3] = 0

@@ -60,7 +60,7 @@ def test_a_trainable_embedding_still_gets_its_gradient_under_checkpointing(token
     checkpoint_activations(model, True)
     model(input_ids=tokens, labels=tokens).loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
-    assert all(layer.gradient_checkpointing for layer in model.model.layers)  # the prefix has a backward pass too
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)  # those below run backward too
 
 
 @pytest.mark.slow

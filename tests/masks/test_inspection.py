@@ -1,4 +1,4 @@
-"""What a mask did, layer by layer, and the table of it."""
+"""The statistics of a mask, layer by layer, and the table that shows them."""
 
 import io
 
@@ -34,7 +34,7 @@ def test_mask_statistics_of_a_worked_example():
 
 
 def test_the_magnitude_mask_of_experts_is_each_experts_own():
-    """Experts of other magnitudes: as one matrix the first would be dropped whole."""
+    """The experts differ in magnitude: as a single matrix, the whole first expert would be dropped."""
     weight = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([[[0.01]], [[1]], [[5]]])
     layer = MaskedGroupedLinear(weight, keep_ratio=0.75)
     (row,) = mask_statistics(nn.ModuleDict({"experts": layer}))
@@ -52,7 +52,7 @@ def test_flips_are_counted_against_the_first_mask():
     for row in mask_statistics(model, initial):
         assert 0 < row.flips < 0.3
         assert row.flips == (model.get_submodule(row.name).mask() != initial[row.name]).float().mean()
-        assert row.overlap < 0.6  # random scores know nothing of magnitudes
+        assert row.overlap < 0.6  # random scores do not depend on magnitudes
     assert 0 < flip_share(model, initial) < 0.3
     assert mask_statistics(model)[0].flips is None
 
@@ -63,7 +63,7 @@ def test_a_table_of_masks_is_eighty_columns_wide():
     file = io.StringIO()
     rows = [MaskStatistics(name, 402_653_184, 0.9004, 0.1681, 0.127) for name in names]
     new_console(file, width=80).print(_mask_table(rows, combined(rows, "total of 10")))
-    assert all(f"{name} " in file.getvalue() for name in names)  # none is broken
+    assert all(f"{name} " in file.getvalue() for name in names)  # no name is broken over lines
     assert "since" in file.getvalue()
 
 
@@ -75,7 +75,7 @@ def test_layers_that_differ_in_their_numbers_alone_are_one_row():
 
 
 def test_rows_together_are_what_one_layer_of_all_their_weights_would_be():
-    """Overlap is a share of what is dropped: 10 of 100 weights and 20 of 40."""
+    """Overlap is a share of the dropped weights: 10 of 100 weights, and 20 of 40."""
     rows = [MaskStatistics("a", 100, 0.9, 0.2, 0.4), MaskStatistics("b", 40, 0.5, 0.05, 1.0)]
     total = combined(rows, "total")
     assert (total.name, total.weights) == ("total", 140)
@@ -87,7 +87,7 @@ def test_rows_together_are_what_one_layer_of_all_their_weights_would_be():
 
 
 def test_the_dropped_share_counts_bits_whatever_stands_beside_them():
-    """Rows that end within a word, words that are all ones, several layers."""
+    """Rows that end within a word, words of all ones, and several layers."""
     masks = [torch.rand(5, 45, generator=torch.Generator().manual_seed(0)) > 0.3, torch.ones(2, 64, dtype=torch.bool)]
     packed = [pack_mask(mask.float(), torch.tensor(0.5)) for mask in masks]
     dropped, weights = int((~masks[0]).sum()), 5 * 45 + 2 * 64

@@ -1,4 +1,4 @@
-"""Linear layers of other classes, such as Falcon's, through masks, merging, exports, banks, PEFT and quantisation."""
+"""Linear layers of other classes, such as Falcon's, with masks, merging, exports, banks, PEFT and quantisation."""
 
 import copy
 
@@ -85,14 +85,14 @@ def test_peft_masks_and_merges_them_as_we_do(falcon):
 
 
 class Clamped(nn.Linear):
-    """With a forward of its own."""
+    """A linear layer whose own forward does more."""
 
     def forward(self, x):
         return super().forward(x).clamp(max=3)
 
 
 class Remarked(nn.Linear):
-    """With a forward of its own that is a linear's, and a buffer that it does not read."""
+    """A linear layer whose own forward computes the same, with a buffer that it does not read."""
 
     computes_linear = True
 

@@ -1,4 +1,4 @@
-"""Many masks on one base: each task computes what its masks alone would, also row by row of one batch."""
+"""Many masks on one base: each task computes what its masks alone would, also row by row in one batch."""
 
 import copy
 import threading
@@ -17,9 +17,9 @@ from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, save_masks
 from mft_kernels import masked_linear_packed
 
-# Logits of 7, summed in one order or another: either is up to 1.2e-5 from fp64's. Tasks differ by more than 1e-2.
+# Logits of size 7, summed in any order, are up to 1.2e-5 from those in fp64. Tasks differ by more than 1e-2.
 FP32_NOISE = {"rtol": 1e-5, "atol": 2e-5}
-# Different layers, and masks that drop half: what a task computes is far from the others'.
+# Different layers, and masks that drop half, so that a task's results are far from the others'.
 TASKS = {
     "code": {"layers_to_transform": [2, 3], "keep_ratio": 0.5, "seed": 1},
     "math": {"layers_to_transform": [1, 2], "keep_ratio": 0.5, "seed": 2, "target_modules": ["up_proj", "down_proj"]},
@@ -30,7 +30,7 @@ MIXED = ["math", None, "code", "chat", "math", "code"]
 
 
 def base(dtype=torch.float32):
-    """With weights so large that what masks do to them decides which word is the likeliest."""
+    """Return a model with weights so large that masks decide which token is the likeliest."""
     return make_llama(dtype, initializer_range=0.3)
 
 
@@ -41,7 +41,7 @@ def masked(mask, dtype=torch.float32):
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     root = tmp_path_factory.mktemp("exports")
-    coded = {"math": "rice"}  # one of them, which is nothing that a bank knows
+    coded = {"math": "rice"}  # one in another coding, which a bank need not know
     return {t: save_masks(masked(m), root / t, coding=coded.get(t, "packed")) for t, m in TASKS.items()}
 
 
@@ -51,7 +51,7 @@ def bank(exports):
 
 
 def with_masks_of(exports, task, model=None):
-    """The model that load_masks makes of one task."""
+    """Return the model that load_masks makes for one task."""
     model = base() if model is None else model
     return model if task is None else load_masks(model, exports[task])
 
@@ -124,7 +124,7 @@ def test_each_row_of_a_mixed_batch_takes_its_own_masks(exports, bank):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_gives_each_group_of_rows_the_packed_product_bit_for_bit(exports, dtype):
     bank = load_mask_bank(base().to(dtype), exports, force=dtype != torch.float32)
-    layer = bank.model.model.layers[2].mlp.up_proj  # which code and math mask
+    layer = bank.model.model.layers[2].mlp.up_proj  # code and math mask this layer
     x = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     with bank.use(MIXED):
         found = layer(x)
@@ -285,7 +285,7 @@ def test_another_base_is_refused_as_by_load_masks_unless_forced(exports):
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
     with pytest.raises(ValueError, match="the masks were learned on other weights of the same shapes"):
-        load_mask_bank(model, exports)  # the third task's masks; the first two fit
+        load_mask_bank(model, exports)  # the third task's masks; those of the first two fit
     assert not any(isinstance(module, BankedLinear) for module in model.modules())
     assert load_mask_bank(model, exports, force=True).tasks == ("code", "math", "chat")
 
@@ -313,7 +313,7 @@ def test_what_does_not_fit_is_refused(exports, bank, tmp_path):
 def test_a_task_can_be_added_later_and_removed_again(exports):
     bank = load_mask_bank(base(), {"code": exports["code"]})
     with bank.use("code"):
-        bank.add("math", exports["math"])  # also while another is in use
+        bank.add("math", exports["math"])  # also while another task is in use
         assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "code")))
     with bank.use("math"):
         assert torch.equal(logits(bank.model), logits(with_masks_of(exports, "math")))
@@ -337,22 +337,22 @@ def test_a_union_keeps_what_any_keeps_and_an_intersection_what_all_keep(exports,
     kept = {task: merge_model(with_masks_of(exports, task)) for task in ("code", "math")}
     model = base()
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):  # no weight is 0 but where it was dropped
+        if isinstance(module, torch.nn.Linear):  # a weight is 0 only if it was dropped
             code, math = (kept[task].get_submodule(name).weight != 0 for task in ("code", "math"))
             keep = (code.int() + math.int()) > (0 if make == "union" else 1)
             module.weight.data = torch.where(keep, module.weight, 0)
     with bank.use(f"code {symbol} math"):
         torch.testing.assert_close(logits(bank.model), logits(model), **FP32_NOISE)
-    if make == "union":  # no layer is masked by all three
+    if make == "union":  # no layer is masked by all three tasks
         assert bank.nbytes()["all"] == 0
     for task in ("code", "math", f"code {symbol} math"):
         bank.remove(task)
-    with bank.use("all"):  # stays as it is
+    with bank.use("all"):  # the combined mask is unchanged
         logits(bank.model)
 
 
 def test_all_of_several_tasks_are_joined(bank):
-    """By the law of absorption: the third of them decides."""
+    """By the law of absorption, the third of them decides."""
     both, either = bank.intersection("code", "math"), bank.union("code", "math")
     three = bank.intersection("code", either, "math"), bank.union("code", both, "math")
     compared = 0

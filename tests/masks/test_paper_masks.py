@@ -1,4 +1,4 @@
-"""masks.pt of the paper's code: what is read, what is refused, and that it comes back."""
+"""masks.pt of the paper's code: what is read, what is refused, and that it can be written and read back."""
 
 import zipfile
 
@@ -16,7 +16,7 @@ UP = "model.layers.2.mlp.up_proj"
 def test_masks_go_out_and_come_back(tmp_path, dtype):
     model = masked_llama(dtype=dtype, keep_ratio=0.7)
     write_paper_masks(model, tmp_path / "masks.pt")
-    stored = torch.load(tmp_path / "masks.pt", weights_only=True)  # as the paper's code multiplies weights with
+    stored = torch.load(tmp_path / "masks.pt", weights_only=True)  # as the paper's code multiplies
     masked = masked_modules(model)
     assert stored.keys() == masked.keys()
     for name, module in masked.items():
@@ -55,7 +55,7 @@ def test_other_content_is_refused(tmp_path, content, message):
 
 
 class Calls:
-    """What a pickle may make: a call."""
+    """A pickle can call a function when it is read."""
 
     def __init__(self, function, argument):
         self.made = function, (argument,)

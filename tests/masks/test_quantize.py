@@ -1,4 +1,4 @@
-"""Quantised bases: products and gradients, whole models, training, and what an export says of them."""
+"""Quantised bases: products and gradients, whole models, training, and what an export records about them."""
 
 import copy
 import json
@@ -57,7 +57,7 @@ def test_forward_and_gradients_are_those_of_the_dense_weight(kind, bias):
     y, grad = layer(x), normal(2, 7, 24, seed=2)
     assert torch.allclose(y, F.linear(x, layer.quantized.dense(), layer.bias), atol=1e-6)
     y.backward(grad)
-    # To the bit by the same kernels, which add in another order than torch's.
+    # Bitwise equal with the same kernels, which sum in a different order from torch's.
     expected = masked_linear_packed(copied, layer.quantized.dense(), all_kept(24, 40), layer.bias)
     expected.backward(grad)
     assert torch.equal(y, expected)
@@ -97,7 +97,7 @@ def test_a_product_makes_no_dense_weight_and_keeps_no_x(kind):
     most = dense_bytes / 8 if cpu.unavailable is None else 2 * dense_bytes
     with MemoryTracker() as tracker:
         y = layer(x * 1)
-        # The multiplication saves nothing, so what is left is y alone.
+        # The multiplication saves nothing, so only y is left.
         assert tracker.device_bytes == y.nbytes
         assert tracker.device_peak < most
         tracker.reset_peaks()
@@ -112,7 +112,7 @@ def test_a_product_makes_no_dense_weight_and_keeps_no_x(kind):
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 @pytest.mark.parametrize("make", ["llama", "gpt2", "GptOss"])
 def test_rounded_weights_are_to_the_bit_those_of_the_codes(make, kind):
-    """Of linears, of Conv1D, whose weight lies transposed (a square one too), and of experts, some transposed."""
+    """For linears, for Conv1D with its transposed weight (also a square one), and for experts, some transposed."""
     if make == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=48, n_layer=2, n_head=4)).eval()
     else:
@@ -155,7 +155,7 @@ def test_the_model_computes_what_one_with_the_dense_weights_does(kind):
     for name, weight in quantized_weights(model).items():
         linear = dense.get_submodule(name)
         linear.weight.copy_(weight.dense())
-        dense.set_submodule(name, MaskedLinear.from_linear(linear, keep_ratio=1))  # by the same kernels
+        dense.set_submodule(name, MaskedLinear.from_linear(linear, keep_ratio=1))  # with the same kernels
     tokens = torch.arange(12)[None]
     assert torch.equal(model(tokens).logits, dense(tokens).logits)
     assert not torch.equal(model(tokens).logits, make_llama()(tokens).logits)
@@ -395,7 +395,7 @@ def test_the_configuration_knows_the_kinds():
 
 @pytest.fixture(scope="module")
 def real_text(tokenizer):
-    """Rows of 128 tokens of the standard library's source."""
+    """Return rows of 128 tokens from the standard library's source."""
     ids = tokenizer(Path(textwrap.__file__).read_text(encoding="utf-8"))["input_ids"][:512]
     rows = [ids[start : start + 128] for start in range(0, 512, 128)]
     return Dataset.from_dict({"input_ids": rows, "labels": rows, "document": list(range(4))})

@@ -1,4 +1,4 @@
-"""modules_to_save: trained whole beside the masks, saved, put back and merged with them; refused where it cannot be."""
+"""modules_to_save: trained whole together with the masks, saved, restored and merged; refused where impossible."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ MASK = {"modules_to_save": ["score"], "layers_to_transform": [1], "keep_ratio": 
 
 
 def classifier(labels=3):
-    """A base as from_pretrained gives it: its head is drawn anew each time."""
+    """Return a base as from_pretrained gives it: its head is drawn again each time."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForSequenceClassification(
         LlamaConfig(vocab_size=WORDS, num_labels=labels, pad_token_id=0, max_position_embeddings=32, **sizes)
@@ -37,7 +37,7 @@ def classifier(labels=3):
 
 
 def trained(**changes):
-    """A masked classifier after one step of an ordinary loop."""
+    """Return a masked classifier after one step of an ordinary loop."""
     model = mask_model(classifier(), MaskConfig(**MASK | changes))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(IDS, labels=torch.tensor([0, 1, 2])).loss.backward()

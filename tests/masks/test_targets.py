@@ -1,4 +1,4 @@
-"""Which layers target_modules, exclude_modules and layers_to_transform choose, and choices that choose nothing."""
+"""Which layers target_modules, exclude_modules and layers_to_transform select, and selections that match nothing."""
 
 import pytest
 from tiny_architectures import LLAMA_LINEARS, TOKENS, llama, names, opt
@@ -87,7 +87,7 @@ def test_what_the_default_leaves_out_of_a_layer_is_named_but_for_routers():
 
 
 def test_a_models_name_in_a_class_says_nothing_of_the_class():
-    """Else all of a GraniteMoeHybridMambaLayer would be an expert's."""
+    """Otherwise everything in a GraniteMoeHybridMambaLayer would count as an expert's."""
     here = {"__module__": "transformers.models.granite_moe_hybrid.modeling"}
     model = Toy()
     for block in model.blocks:
@@ -112,7 +112,7 @@ def test_the_default_takes_t5s_mlps_of_both_stacks_by_their_shapes(act):
 
 
 def test_a_block_that_narrows_is_no_mlp():
-    """Adapters and low-rank projections go down before they go up."""
+    """Adapters and low-rank projections narrow before they widen."""
     model = Toy()
     for block in model.blocks:
         block.adapter = nn.Module()

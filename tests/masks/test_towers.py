@@ -1,4 +1,4 @@
-"""Whose layers the default masks: of models with two towers both, of a language model with a tower its decoder's."""
+"""Which layers the default masks: both towers of a model with two, but only a language model's decoder."""
 
 import warnings
 
@@ -43,7 +43,7 @@ IMAGE = {"image_size": 16, "patch_size": 8}
 
 
 def left(model):
-    """Names of the linear layers that the default leaves out, none of which it says aloud."""
+    """Return the linear layers that the default leaves out without a warning."""
     mask_model(model, MaskConfig())
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
@@ -68,7 +68,7 @@ def test_both_towers_of_clip_are_masked_though_one_is_deeper():
 
 @pytest.mark.parametrize("vision_layers", [2, 3])
 def test_a_model_that_makes_text_has_its_decoder_masked_and_its_vision_tower_named(vision_layers):
-    """Also where both are equally deep: rows of text alone would train no score of the tower."""
+    """Also if both are equally deep: rows of text only would train no score of the tower."""
     model = gemma3(vision_layers)
     with pytest.warns(UserWarning, match=r"leaves out those of model.vision_tower.encoder.layers\. Name") as told:
         masked = names(mask_model(model, MaskConfig()))

@@ -1,4 +1,4 @@
-"""What tests with the real vLLM share: SmolLM2 as an ordinary model, masks at random, and merged models of them.
+"""Helpers that tests with the real vLLM share: SmolLM2 as an ordinary model, random masks on it, merged models.
 
 MFT_VLLM_BASE names the base; make vllm-test sets it. Each vLLM runs in a process of its own: python real_base.py.
 """
@@ -19,14 +19,14 @@ from mft.vllm.versions import reason_against
 
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # on a busy machine threads that spin take the time of those they wait for
+    "OMP_WAIT_POLICY": "PASSIVE",  # on a busy machine, spinning threads take time from those they wait for
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "0-1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
 OPTIONS = {"enforce_eager": True, "max_model_len": 1024}
-# The first is longer than a block of the prefix cache, whose answers of another task would be wrong.
+# The first prompt is longer than a block of the prefix cache; cached answers of another task would be wrong.
 PROMPTS = [
     "Count: " + ", ".join(map(str, range(70))) + ",",
     "def add(a, b):",
@@ -34,18 +34,18 @@ PROMPTS = [
     "Once upon a time",
 ]
 TOKENS = 12
-SHARE = 0.03  # of the weights is dropped
+SHARE = 0.03  # of the weights are dropped
 
 
 def missing():
-    """Why these tests cannot run here, in words; empty if they can."""
+    """Return why these tests cannot run here; "" if they can."""
     if reason := reason_against():
         return f"{reason}; make vllm-test runs these tests"
     return "" if os.environ.get("MFT_VLLM_BASE") else "MFT_VLLM_BASE names no base: make vllm-test"
 
 
 def masked_base(seed, dtype):
-    """SmolLM2 with random scores: a mask that drops SHARE of each linear layer."""
+    """Return SmolLM2 with random scores: the mask drops SHARE of each linear layer."""
     model = AutoModelForCausalLM.from_pretrained(os.environ["MFT_VLLM_BASE"], dtype=dtype)
     masked = mask_model(model, MaskConfig(keep_ratio=1 - SHARE))
     set_scores(masked, seed)
@@ -59,7 +59,7 @@ def set_scores(masked, seed):
 
 
 def make_tasks(root, dtype, *, merged=True):
-    """{task: directory of its masks}; beside it merged-TASK, an ordinary model."""
+    """Return {task: directory of its masks}; next to each is merged-TASK, an ordinary model."""
     directories = {}
     tokenizer = AutoTokenizer.from_pretrained(os.environ["MFT_VLLM_BASE"])
     for seed, task in enumerate(("code", "maths")):
@@ -72,7 +72,7 @@ def make_tasks(root, dtype, *, merged=True):
 
 
 def run_session(kind, *arguments):
-    """What python real_base.py KIND ARGUMENTS prints last, as JSON."""
+    """Return what python real_base.py KIND ARGUMENTS prints last, parsed as JSON."""
     command = [sys.executable, __file__, kind, *map(str, arguments)]
     done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -83,7 +83,7 @@ def run_session(kind, *arguments):
 
 
 def look(llm):
-    """Greedy tokens, and the checksum of every tensor."""
+    """Return greedy tokens, and the checksum of every tensor."""
     from vllm import SamplingParams
 
     made = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)
@@ -94,14 +94,14 @@ def look(llm):
 
 
 def plain_session(directory):
-    """A model as it is."""
+    """Run a model without masks."""
     from vllm import LLM
 
     return look(LLM(model=directory, quantization="mft", **OPTIONS))
 
 
 def masks_session(root):
-    """A base, its tasks, what it refuses, a stream of flips, and the end of its engine."""
+    """Run a base, its tasks, what it refuses, a stream of flips, and the end of its engine."""
     import psutil
 
     import mft.vllm
@@ -137,7 +137,7 @@ def masks_session(root):
 
 
 def timed(llm):
-    """Of each kind of switch, in milliseconds."""
+    """Return milliseconds for each kind of switch."""
     import time
 
     import mft.vllm

@@ -1,4 +1,4 @@
-"""What tests of mft.vllm share: a Llama's linear weights as a server holds them, fused, and masks at random."""
+"""Helpers that tests of mft.vllm share: a Llama's linear weights, fused as in a server, and random masks."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate
 
 
 class Plain(nn.Module):
-    """A layer that computes with its weight as it lies in memory."""
+    """A layer that computes with its weight as stored."""
 
     def __init__(self, weight):
         super().__init__()
@@ -19,11 +19,11 @@ class Plain(nn.Module):
 
 
 class Repacked(Plain):
-    """One that does not."""
+    """A layer that does not."""
 
 
 class Served(nn.Module):
-    """A model's linears by the names of a server, which load_weights fills from a checkpoint's names."""
+    """A model's linears by a server's names; load_weights fills them by a checkpoint's names."""
 
     def __init__(self, model, repacked=()):
         super().__init__()
@@ -48,7 +48,7 @@ class Served(nn.Module):
             target.copy_(weight)
 
     def weights(self):
-        """By the checkpoint's names, as they are now."""
+        """Return the current weights by the checkpoint's names."""
         found = {}
         for name, (layer, begin, rows) in self._where.items():
             found[name] = self.get_submodule(layer).weight[begin : begin + rows].clone()
@@ -60,7 +60,7 @@ def is_plain(layer):
 
 
 def scattered(model, share, seed):
-    """The model, masked at random, so that this share is dropped."""
+    """Return the model with a random mask that drops this share."""
     masked = mask_model(model, MaskConfig(keep_ratio=1 - share))
     generator = torch.Generator().manual_seed(seed)
     for layer in masked_modules(masked).values():
@@ -69,7 +69,7 @@ def scattered(model, share, seed):
 
 
 def save_scattered(make_model, directory, share=0.1, seed=0):
-    """An export of such masks, and the weights of the merged model by layer."""
+    """Save an export of such masks; return the weights of the merged model by layer."""
     masked = scattered(make_model(), share, seed)
     save_masks(masked, directory)
     return {name: layer.merged_weight() for name, layer in masked_modules(masked).items()}

@@ -1,4 +1,4 @@
-"""What mft.vllm asks of an LLM, in which order, and what it says of a failure; here of an LLM that only notes it."""
+"""The calls of mft.vllm on an LLM, their order, and the error for each failure; here the LLM only records calls."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -22,7 +22,7 @@ WRAPPED = f"Call to collective_rpc method failed: Worker failed with error '{{}}
 
 
 class Noted:
-    """An LLM that notes calls; its worker's answer to update_weights is given."""
+    """An LLM that records calls; ``update`` is its worker's answer to update_weights."""
 
     def __init__(self, update=lambda info: None, busy=False, empties=True, dead=False):
         self.calls, self._update, self._empties = [], update, empties
@@ -73,7 +73,7 @@ def test_a_cache_that_stays_is_an_error():
 
 
 def test_an_engine_that_dies_in_a_switch_is_said_and_not_waited_for():
-    """vLLM leaves the call unanswered."""
+    """vLLM does not answer the call."""
     never = threading.Event()
     with pytest.raises(RuntimeError, match="engine must run, got a dead one"):
         mft.vllm.use(Noted(lambda info: never.wait(), dead=True), "code")
@@ -86,7 +86,7 @@ def test_what_a_worker_refuses_arrives_as_its_sentence():
             with marked():
                 raise ValueError("task must be one of the server's (a, b), got 'c's'")
         except ValueError as error:
-            raise Exception(WRAPPED.format(error)) from None  # as vLLM does
+            raise Exception(WRAPPED.format(error)) from None  # like vLLM
 
     with pytest.raises(ValueError, match=r"^task must be one of the server's \(a, b\), got 'c's'$"):
         mft.vllm.use(Noted(refuse), "c's")

@@ -1,4 +1,4 @@
-"""What travels between two masks: the bits that flip, and nothing else."""
+"""Only the bits that flip are sent between two masks."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The routes of a vLLM server, on an engine that only notes its calls: the order of a switch, and its failures."""
+"""The routes of a vLLM server, on an engine that only records calls: the order of a switch, and its failures."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 class Noted:
-    """An engine. fails: the call that raises; hangs: the one that is never answered, after which it is dead."""
+    """An engine. fails: the call that raises; hangs: the call without an answer, after which the engine is dead."""
 
     def __init__(self, fails=None, hangs=None):
         self.calls, self.errored, self._fails, self._hangs = [], False, fails, hangs
@@ -33,7 +33,7 @@ class Noted:
 
 
 def ask(engine, task="code"):
-    """(status, body) of POST /v1/mft/use, and the task that the server then says."""
+    """Return (status, body) of POST /v1/mft/use, and the task that the server then reports."""
     from mft.vllm.endpoint import MaskEndpoint
 
     class Request:

@@ -1,4 +1,4 @@
-"""The real vLLM in Python: each task is the merged model in tensors and tokens, and what is taken back is the base."""
+"""The real vLLM in Python: each task equals the merged model in tensors and tokens; removing it restores the base."""
 
 import pytest
 
@@ -13,12 +13,12 @@ from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
-SWITCH = 50  # milliseconds, on 2 cores; the fastest of ten, as the machine may be busy
+SWITCH = 50  # milliseconds on 2 cores; the fastest of ten, because the machine may be busy
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """code/ and maths/, merged-code/ and merged-maths/; masks of another base and of other shapes."""
+    """Make code/ and maths/, merged-code/ and merged-maths/, and masks of another base and of other shapes."""
     directory = tmp_path_factory.mktemp("real")
     make_tasks(directory, torch.bfloat16)
     sizes = {"vocab_size": 49152, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}

@@ -1,4 +1,4 @@
-"""The real vLLM over HTTP: switches under load, of which each answer is of one task alone, and what is refused."""
+"""The real vLLM over HTTP: switches under load, where each answer comes from a single task, and what is refused."""
 
 import json
 import os
@@ -28,7 +28,7 @@ BASE = os.environ.get("MFT_VLLM_BASE", "")
 
 
 def command(*arguments):
-    # fp32: the number of requests in a batch changes how bf16 rounds, and then a token now and then
+    # fp32, because the batch size changes how bf16 rounds, and thus now and then a token
     words = [
         "--dtype",
         "float32",
@@ -138,7 +138,7 @@ def test_what_is_wrong_is_refused_with_a_sentence_and_the_task_stays(server, bod
 
 
 def test_a_killed_engine_is_said_and_the_server_ends(server):
-    """The last test: it takes the server with it."""
+    """This must be the last test: it ends the server."""
     import psutil
 
     [engine] = [each for each in psutil.Process(server.pid).children() if "EngineCore" in " ".join(each.cmdline())]

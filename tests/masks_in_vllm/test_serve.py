@@ -1,4 +1,4 @@
-"""What python -m mft.vllm is given: ours is read, vLLM's is handed on, and what is wrong is said before vLLM starts."""
+"""Options of python -m mft.vllm: ours are read, vLLM's are passed on, and errors are reported before vLLM starts."""
 
 import pytest
 from served import save_scattered

@@ -1,4 +1,4 @@
-"""Where a layer's weight lies in a server's fused matrices, by the model's own load_weights; nothing is copied."""
+"""Where a layer's weight lies in a server's fused matrices, found with the model's own load_weights, without copies."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Masks of tasks in a server's weights: each is the merged model, bit for bit, and what is taken back is the base."""
+"""Masks of tasks in a server's weights: each equals the merged model bit for bit, and removing it restores the base."""
 
 import shutil
 
@@ -17,7 +17,7 @@ from mft.vllm.tasks import Tasks
 
 
 def base():
-    """With weights that only a copy of bits keeps apart."""
+    """Return a model with weights that only a bitwise copy preserves."""
     model = make_llama(torch.bfloat16)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.view(-1)[::3] = -0.0
@@ -27,7 +27,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """{task: (directory, merged weights by layer)}"""
+    """Return {task: (directory, merged weights by layer)}."""
     root = tmp_path_factory.mktemp("exports")
     made = {}
     for seed, task in enumerate(("code", "maths")):
@@ -129,7 +129,7 @@ def test_an_interrupted_switch_leaves_the_old_task(served, tasks, exports, monke
 
 
 def interrupt_after(monkeypatch, writes):
-    """The next writes but so many are interrupted, once."""
+    """Interrupt the write after the next ``writes`` writes, once."""
     put_back, left = dropped_module.Dropped.put_back, [writes]
 
     def interrupted(self, weight):
@@ -176,7 +176,7 @@ def test_steps_of_flips_are_the_merged_model_of_each_step(served, tasks, exports
         assert same_bits(served.weights(), before | merged)
     tasks.use("code")
     flips, merged = steps.next(11)
-    tasks.flip("policy", flips)  # while another is in use
+    tasks.flip("policy", flips)  # while another task is in use
     tasks.use("policy")
     assert same_bits(served.weights(), before | merged)
     tasks.use(None)

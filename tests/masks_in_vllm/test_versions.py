@@ -1,4 +1,4 @@
-"""The check of vLLM's version: in words, and without an import of vLLM."""
+"""The check of vLLM's version, with its messages and without importing vLLM."""
 
 import importlib.metadata as metadata
 import logging

@@ -1,4 +1,4 @@
-"""The estimate against a simulation of the engines, against the targets, and by hand."""
+"""The estimate compared with a simulation of the engines, with the targets, and with values by hand."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_each_way_is_as_simulated(way, layers):
     ids=["plain-grouped heads", "plain-qwen3", "plain-narrow", "resident-qwen3", "layerwise-narrow"],
 )
 def test_other_shapes(way, config):
-    """What they change is the activations of a layer, of which plain holds all and the others one layer's."""
+    """They change a layer's activations: plain holds those of all layers, the other ways those of one layer."""
     assert_as_simulated(config, Workload(memory=way, sequence=256, micro_batch=2, accumulation=3))
 
 
@@ -60,7 +60,7 @@ def test_other_shapes(way, config):
     ids=str,
 )
 def test_sharded_is_as_simulated(config, changes):
-    """One of four processes; the rest of the base lies on the host, where all map the same file."""
+    """One of four processes; the rest of the base is on the host, where all processes map the same file."""
     workload = Workload(**{"memory": "sharded", "sequence": 512, "accumulation": 4, "processes": 4} | changes)
     expected, found = estimate(shape_from_config(config), workload), simulate_step(config, workload, steps=2)
     assert expected.device_peak == pytest.approx(found.device_peak, rel=0.06)
@@ -76,7 +76,7 @@ def test_sharded_is_as_simulated(config, changes):
     ids=str,
 )
 def test_layerwise_in_portions_is_as_simulated(changes):
-    """Of 5 batches; the sums of gradients of all masked layers rest on the host, two layers' are on the device."""
+    """A step of 5 batches. All layers' gradient sums are on the host; those of two layers are on the device."""
     workload = Workload(**{"memory": "layerwise", "sequence": 512, "accumulation": 5} | changes)
     assert_as_simulated(SMALL, workload, tolerance=0.02)
     found = estimate(shape_from_config(SMALL), workload)
@@ -119,7 +119,7 @@ def test_other_settings(way, changes):
     ],
 )
 def test_a_quantised_base(way, masked, kind):
-    """Short rows, so that a dense matrix counts beside the activations. ``masked``: the masked layers are codes too."""
+    """Short rows, so that a dense matrix is large next to activations. ``masked``: masked layers are codes too."""
     workload = Workload(memory=way, layers=(1, 2), sequence=128, accumulation=2, quantization=kind)
     assert_as_simulated(SMALL, replace(workload, quantize_masked=masked))
 
@@ -128,7 +128,7 @@ def test_a_quantised_base(way, masked, kind):
 @pytest.mark.parametrize("changes", [{}, {"grad_dtype": "float32"}], ids=str)
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_gradients_of_several_processes_are_summed_in_memory_that_is_counted(way, changes):
-    """Rows so short that a step holds most when scores are updated; 5 micro-batches are 2, 2 and 1."""
+    """Rows are so short that a step's peak is at the update of scores; 5 micro-batches run as 2, 2 and 1."""
     workload = Workload(memory=way, sequence=16, accumulation=5, scores="int16", moments="8bit", processes=3, **changes)
     assert_as_simulated(SMALL, workload, tolerance=0.01)
     found = estimate(shape_from_config(SMALL), workload)
@@ -157,12 +157,12 @@ def test_plain_with_states_in_few_bits():
 
 @pytest.mark.slow
 def test_a_published_model_is_as_simulated():
-    """In its width; of its depth, layers before the masked ones and behind them. `make simulate` has all of it."""
+    """The width is the published one, with layers below and above the masked ones. `make simulate` runs it whole."""
     workload = Workload(memory="resident", layers=(2, 3), accumulation=2)
     assert_as_simulated(known_config("llama2-7b") | {"num_hidden_layers": 6}, workload, tolerance=0.01)
 
 
-# What must hold at sequence 4096, one row at a time, in bfloat16.
+# The limits at sequence 4096, one row at a time, in bfloat16.
 @pytest.mark.parametrize(
     ("shape", "layers", "most", "options"),
     [
@@ -194,7 +194,10 @@ def test_the_parts_by_hand():
 
 
 def test_in_place_by_hand():
-    """Bits, a hundredth of the weights aside; on a CPU, where weights are mapped, a copy of the masked ones too."""
+    """Masks take bits, and a hundredth of the weights is put aside.
+
+    On a CPU, where weights are mapped, the masked weights also need a copy.
+    """
     workload = Workload(memory="in_place", layers=LOCAL)
     found, masked = estimate(SEVEN, workload), 4 * 202_375_168
     assert found.device["masks"] == pytest.approx(masked / 8 + 0.01 * 2 * masked, abs=4)
@@ -227,7 +230,7 @@ def test_checkpointing_holds_boundaries_alone():
 
 
 def test_the_weights_are_read_before_they_are_anywhere_else():
-    """Plain moves them to the device before it makes scores; the others make them on the host."""
+    """plain moves them to the device before it makes scores; the other ways make scores on the host."""
     weights, masked = 2 * SEVEN.parameters, 4 * 202_375_168
     plain, resident, quantized = (
         estimate(SEVEN, Workload(memory=way, layers=LOCAL)) for way in ("plain", "resident", "quantized")

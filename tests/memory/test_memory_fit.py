@@ -1,4 +1,4 @@
-"""The choice among the ways to train: the fastest that fits, why others do not, and the nearest setting that does."""
+"""The choice among the ways to train: the fastest that fits, why others do not, and the nearest setting that fits."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def test_the_host_has_to_hold_its_part():
 
 
 def test_layerwise_takes_as_many_batches_at_once_as_the_host_holds():
-    """The paper's step of all layers; boundaries of 128 batches would be 142 GB."""
+    """The paper's step of all layers; boundaries of 128 batches would take 142 GB."""
     workload = Workload(memory="layerwise", scores="int16", moments="8bit")
     sizes = [choose(SEVEN, workload, 24e9, gb * 1e9).chosen for gb in (256, 128, 64, 56, 48)]
     assert [None if chosen is None else chosen.batches_at_once for chosen in sizes] == [None, 64, 8, 2, None]
@@ -133,7 +133,7 @@ def test_nothing_at_all_fits():
 
 
 def test_the_least_that_any_setting_needs_is_told():
-    """Of the device; or of the host, where some would fit the device."""
+    """The place is the device, or the host if some settings would fit the device."""
     few = replace(SEVENTY, layers=2)
     place, needed = choose(few, Workload(), 1e9).least
     assert place == "device"

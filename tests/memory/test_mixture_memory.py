@@ -1,4 +1,4 @@
-"""What mixtures of experts need, against a simulation of the engines at the published widths."""
+"""Memory of mixtures of experts, compared with a simulation of the engines at the published widths."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def of_two_layers(name):
-    """The published widths; two layers, few experts and few words, which make a simulation short."""
+    """Return the published widths with two layers, few experts and few tokens, for a short simulation."""
     config = known_config(name)
     types = {"layer_types": config["layer_types"][:2]} if "layer_types" in config else {}
     few = {"vocab_size": 2048} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
@@ -22,7 +22,7 @@ def of_two_layers(name):
 
 
 def assert_as_simulated(config, workload, tolerance):
-    steps = 2 if workload.memory == "plain" else 1  # in whose second step there are moments
+    steps = 2 if workload.memory == "plain" else 1  # the second step has moments
     expected, found = estimate(shape_from_config(config), workload), simulate_step(config, workload, steps=steps)
     assert expected.device_peak == pytest.approx(found.device_peak, rel=tolerance)
     assert expected.host_peak == pytest.approx(found.host_peak, rel=tolerance)
@@ -36,20 +36,20 @@ def assert_as_simulated(config, workload, tolerance):
         ("mixtral-8x7b", "layerwise", {"layers": (1,)}),
         ("qwen3-30b-a3b", "resident", {"scores": "int16", "moments": "8bit", "sequence": 3072}),
         ("gpt-oss-20b", "plain", {"sequence": 3072}),
-        ("gpt-oss-20b", "layerwise", {"processes": 2, "accumulation": 4, "sequence": 128}),  # peaks in the update
+        ("gpt-oss-20b", "layerwise", {"processes": 2, "accumulation": 4, "sequence": 128}),  # the peak is in the update
         ("gpt-oss-20b", "layerwise", {"micro_batch": 2, "scores": "int16", "moments": "8bit"}),
     ],
 )
 def test_masked_experts_are_as_simulated(name, way, changes):
     workload = Workload(**{"memory": way, "accumulation": 2, "sequence": 2048} | changes)
-    tolerance = 0.05 if way == "plain" else 0.01  # plain's masks, which an op keeps to itself, are not simulated
+    tolerance = 0.05 if way == "plain" else 0.01  # the simulation lacks plain's masks, which an op keeps
     assert_as_simulated(of_two_layers(name), workload, tolerance)
 
 
 @pytest.mark.parametrize(
     ("name", "way", "changes"),
     [
-        ("mixtral-8x7b", "layerwise", {"layers": (1,)}),  # two layers' weights are the most
+        ("mixtral-8x7b", "layerwise", {"layers": (1,)}),  # the peak is two layers' weights
         ("qwen3-30b-a3b", "resident", {}),
     ],
 )
@@ -68,7 +68,7 @@ def test_masked_attention_beside_frozen_experts(name, way, changes):
     ids=["frozen", "masked", "one of two"],
 )
 def test_experts_in_few_bits_are_dense_a_product_at_a_time(name, way, masked, quantize_masked):
-    """Short rows and small states, so that the dense weights count."""
+    """Short rows and small states, so that the dense weights matter."""
     workload = Workload(way, target_modules=masked, sequence=128, accumulation=2, scores="int16", moments="8bit")
     coded = replace(workload, quantization="nf4", quantize_masked=quantize_masked)
     found = assert_as_simulated(of_two_layers(name), coded, tolerance=0.01)

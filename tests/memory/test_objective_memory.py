@@ -1,4 +1,4 @@
-"""What objectives add to a step's memory, against a simulation of the engines."""
+"""Memory that objectives add to a step, compared with a simulation of the engines."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from mft.objectives import chunks
 
 @pytest.mark.parametrize(("way", "objective"), [("plain", "dpo"), ("resident", "kl"), ("layerwise", "kl")])
 def test_objectives_of_the_base_are_as_simulated(way, objective, monkeypatch):
-    """A vocabulary that makes the loss the peak; in fp32 so many rows as on a GPU."""
+    """The vocabulary is so large that the loss is the peak; fp32 takes as many rows at once as on a GPU."""
     monkeypatch.setattr(chunks, "rows_at_once", lambda logits: len(logits))
     config = SMALL | {"vocab_size": 64000}
     workload = Workload(memory=way, layers=(1, 2), sequence=256, accumulation=2, objective=objective)

@@ -1,4 +1,4 @@
-"""Memory of training by rewards: against what a run on this machine allocates, and what the recipes say fits."""
+"""Memory of training with rewards, compared with a run's allocations on this machine, and which recipes fit."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ ANSWERS, PROMPT, COMPLETION = 16, 48, 16
 
 
 def tracked(learns, generations):
-    """The peak of a step's sampling and learning on a real model, as train_rewards makes them."""
+    """Return the peak of a step's sampling and learning on a real model, as in train_rewards."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from mft.config import MaskConfig, TrainConfig
@@ -41,7 +41,7 @@ def tracked(learns, generations):
     tracker = MemoryTracker()
     tracker.track(model)
     with tracker, make_stepper(model, TrainConfig(steps=1)) as stepper:
-        for _ in range(2):  # moments are there from the first update on
+        for _ in range(2):  # moments exist from the first update on
             with torch.no_grad(), generating(model, settings):
                 said = continue_prompts(prompts, model, 0)
             ids = torch.tensor([prompt + answer for prompt, answer in zip(prompts, said)])
@@ -66,9 +66,9 @@ def test_a_step_holds_no_more_than_is_estimated_and_not_much_less(learns):
         completion=COMPLETION,
         target_modules=["gate_proj"],
     )
-    own = shape_from_config(CONFIG).parameters * 2 if learns == "everything" else 0  # here the start is no copy
+    own = shape_from_config(CONFIG).parameters * 2 if learns == "everything" else 0  # here the start is not a copy
     assert 1 <= (rewards_peak(phases) - own) / tracked(learns, generations=1) <= 1.3
-    assert rewards_peak(phases) - own >= tracked(learns, generations=2)  # each question read once
+    assert rewards_peak(phases) - own >= tracked(learns, generations=2)  # each question is read once
 
 
 RECIPES = {"answers": 64, "prompt": 256, "completion": 512, "micro_batch": 4}

@@ -1,4 +1,4 @@
-"""Shapes from configs: every number against transformers' own model, and against the published totals."""
+"""Shapes from configs: every number compared with transformers' own model, and with published totals."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mft.memory.shapes import known_config, known_models, shape_from_config
 from mft.models.linears import layer_stacks
 
-# Parameters, as the models' cards and checkpoints have them.
+# Numbers of parameters, from the models' cards and checkpoints.
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
@@ -98,7 +98,7 @@ SMALL_MIXTURE = {
     ids=str,
 )
 def test_mixtures(changes):
-    """As a config.json has the keys, and as transformers' own dictionary does."""
+    """With the keys of a config.json, and with those of transformers' own dictionary."""
     config = {key: value for key, value in (SMALL_MIXTURE | changes).items() if value is not None}
     model, shape = on_meta(config), shape_from_config(config, "mine")
     assert_same_shapes(shape, model)
@@ -106,7 +106,7 @@ def test_mixtures(changes):
 
 
 def test_a_token_is_multiplied_by_the_experts_it_is_routed_to():
-    """The published counts of active parameters; of gpt-oss without the embedding."""
+    """The published counts of active parameters; for gpt-oss without the embedding."""
     for name, active in (("gpt-oss-20b", 3.6e9), ("mixtral-8x7b", 12.9e9), ("qwen3-30b-a3b", 3.3e9)):
         shape = shape_from_config(known_config(name), name)
         used = sum(n * k for n, k in shape.linears.values()) + sum(map(shape.used, shape.experts))

@@ -1,4 +1,4 @@
-"""Facts about mft.models.causal_lm: decoder and head of models that name their parts otherwise, or have more."""
+"""mft.models.causal_lm: decoder and head of models that name their parts differently, or have more parts."""
 
 import pytest
 import torch

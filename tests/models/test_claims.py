@@ -1,4 +1,4 @@
-"""A config that claims more than the files of its weights can hold is refused before any of it is built."""
+"""A config that claims more than its weight files can hold is refused before anything is built."""
 
 import json
 
@@ -15,7 +15,7 @@ from mft.files.hub import hub_is_reachable
 from mft.models import claims
 from mft.models.pretrained import load_model, load_outline, load_tokenizer
 
-MOST = 300 * 2**20  # bytes that a refusal may take, imports included: it builds a model on the meta device
+MOST = 300 * 2**20  # bytes that a refusal may take, with imports: it builds a model on the meta device
 LOAD = "from mft.models.pretrained import load_model"
 EACH = """
 for name in {}:
@@ -32,7 +32,7 @@ NAME = "someone/small"
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The directory of an ordinary model of 39 tensors."""
+    """Return the directory of an ordinary model with 39 tensors."""
     directory = tmp_path_factory.mktemp("models") / "small"
     save_llama(directory)
     return directory
@@ -45,7 +45,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def claiming(small, directory, **claimed):
-    """A copy of it whose config claims something else."""
+    """Copy the model to ``directory``, with a config that claims other values."""
     directory.mkdir()
     for path in small.iterdir():
         (directory / path.name).write_bytes(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Models that from_pretrained placed by a device_map: masked where they lie on one device, else refused by name."""
+"""Models that from_pretrained placed by a device_map: masked if they are on one device, otherwise refused by name."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_a_model_that_is_offloaded_in_part_is_refused_in_every_layer(directory, 
 
 
 def test_a_masked_model_may_be_dispatched_afterwards():
-    # With the hooks that several devices would bring; here all of them are one.
+    # With the hooks that several devices would add; here all devices are the same.
     model = dispatch_model(masked_llama(), dict.fromkeys((*AROUND, *LAYERS), "cpu"), force_hooks=True)
     assert all(hasattr(module, "_hf_hook") for module in masked_modules(model).values())
     assert_learns_as_if_never_placed(model)

@@ -1,7 +1,7 @@
-"""A merged model goes on: plain transformers gives its logits bit for bit, and so does a GGUF file made from its files.
+"""A merged model can be used elsewhere: transformers, and a GGUF file made from its files, give its logits bit for bit.
 
-llama.cpp's converter brings a gguf of its own and is not installed beside ours. Where MFT_LLAMA_CPP names a directory
-with convert_hf_to_gguf.py, it is run on SmolLM2 itself; for every Llama it imports sentencepiece, which we do not need.
+llama.cpp's converter brings its own gguf and is not installed next to ours. If MFT_LLAMA_CPP names a directory with
+convert_hf_to_gguf.py, it converts SmolLM2 itself; for every Llama it imports sentencepiece, which we do not need.
 """
 
 import json
@@ -92,7 +92,7 @@ def read_gguf(path, dtype=torch.float32):
 
 
 def write_gguf(directory, path, dtype):
-    """As llama.cpp's converter does for a Llama: names by gguf's table, rows of q and k in its order of rotations."""
+    """Write a Llama like llama.cpp's converter: names from gguf's table, rows of q and k in its order for rotations."""
     config = json.loads((directory / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}

@@ -1,4 +1,4 @@
-"""Facts about mft.models.head_input: a batch's last positions are one product with a frozen head."""
+"""mft.models.head_input: a batch's last positions are a single product with a frozen head."""
 
 import copy
 
@@ -15,14 +15,14 @@ from mft.masks.convert import mask_model, merge_model
 from mft.masks.peft import MaskPeftConfig
 from mft.masks.quantize import quantize_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT calls it
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]]
 OPTIONS = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
 
 
 class Products(TorchDispatchMode):
-    """The most elements that an operand of a batched product had, a weight for each row among them."""
+    """Records the largest operand of a batched product; the head's weight copied for each row would be one."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ def generate(model):
 
 @pytest.fixture
 def llama():
-    return make_llama(vocab_size=4096)  # a head with more weights than an attention has products
+    return make_llama(vocab_size=4096)  # the head has more weights than attention's products have elements
 
 
 def test_a_frozen_head_is_not_copied_for_each_row_of_a_masked_model(llama):

@@ -1,4 +1,4 @@
-"""The linear layers that a model has, their decoder layer, and those that cannot be masked, by name and reason."""
+"""The linear layers of a model, their decoder layer, and those that cannot be masked, with name and reason."""
 
 import copy
 
@@ -31,7 +31,7 @@ def test_the_decoder_layers_are_the_list_as_long_as_the_config_says():
 def test_experts_of_a_class_that_nobody_knows_are_refused_not_ignored():
     model = mixtral()
     for layer in model.model.layers:
-        del layer.mlp.experts.has_gate  # one of the flags of transformers' interface
+        del layer.mlp.experts.has_gate  # a flag of transformers' interface
     for config in (MaskConfig(), MaskConfig(target_modules="all-linear"), MaskConfig(target_modules=["down_proj"])):
         with pytest.raises(ValueError, match=r"experts.\w+: it is one parameter \(4, \d+, \d+\) of Mixtral") as error:
             mask_model(model, config)
@@ -42,7 +42,7 @@ def test_experts_of_a_class_that_nobody_knows_are_refused_not_ignored():
 
 
 def test_experts_in_blocks_of_codes_are_refused_not_ignored():
-    """As MXFP4 checkpoints of GPT-OSS hold them where they are not made exact."""
+    """MXFP4 checkpoints of GPT-OSS hold them so, unless they are made exact."""
     model = mixtral()
     for layer in model.model.layers:
         experts = layer.mlp.experts
@@ -120,18 +120,18 @@ def test_a_layer_used_in_two_places_is_refused():
 
 
 class Linear4bit(nn.Linear):
-    """As bitsandbytes has it: a subclass of nn.Linear whose forward reads packed weights."""
+    """Like bitsandbytes': a subclass of nn.Linear whose forward reads packed weights."""
 
     def forward(self, x):
         raise NotImplementedError
 
 
 class NamedLinear(nn.Linear):
-    """Computes as nn.Linear does."""
+    """Inherits nn.Linear's forward."""
 
 
 class LoraLinear(nn.Module):
-    """As PEFT has it: the wrapped layer inside."""
+    """Like PEFT's: it contains the wrapped layer."""
 
     def __init__(self, base_layer):
         super().__init__()
@@ -187,9 +187,9 @@ def encoder():
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # the merged model's
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # from the merged model
 def test_torchs_own_encoder_computes_with_its_masks():
-    """Its inference fast path reads the layers' weights; with padding the batch is nested on the way there."""
+    """Its inference fast path reads the layers' weights; with padding, the batch is nested on the way."""
     model = mask_model(encoder(), MaskConfig(target_modules=["linear1", "linear2"], keep_ratio=0.5))
     x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     trained = model(x, src_key_padding_mask=padding)  # in eval mode, with gradients

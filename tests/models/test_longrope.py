@@ -1,4 +1,4 @@
-"""Rows of models whose rotary frequencies depend on the longest row: each is as if it were alone, or refused."""
+"""Rows of models whose rotary frequencies depend on the longest row: each row is as if alone, or is refused."""
 
 from itertools import chain
 
@@ -48,7 +48,7 @@ CHANGES = SIZES | {"num_hidden_layers": 2, "initializer_range": 0.3, "rope_param
 
 
 def phimoe():
-    """Its rotary module scales by the call's length too."""
+    """Return a model whose rotary module also scales by the call's length."""
     rope = ROPE | {"long_mscale": 1.5, "short_mscale": 1.1}
     return PhimoeForCausalLM(PhimoeConfig(**CHANGES | {"rope_parameters": rope}, num_local_experts=4))
 
@@ -58,7 +58,7 @@ def llama():
 
 
 def gemma3():
-    """The switch is of one kind of layer alone."""
+    """Return a model in which only one kind of layer switches frequencies."""
     kinds = {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     changes = CHANGES | {"rope_parameters": kinds, "layer_types": ["sliding_attention", "full_attention"]}
     return Gemma3ForCausalLM(Gemma3TextConfig(**changes, head_dim=8, sliding_window=4))
@@ -78,7 +78,7 @@ def words(*lengths):
 
 
 def rows_of(*members):
-    """A row for each list of examples, padded to LENGTH."""
+    """Return a row for each list of examples, padded to LENGTH."""
     rows = {"input_ids": [], "labels": [], "starts": []}
     for examples in members:
         ids = [*chain(*examples)]
@@ -166,7 +166,7 @@ def test_training_on_rows_of_both_sides_is_training_on_each_alone(way, layers):
     ):
         model, found = trained(rows, way, **changes)
         assert found == pytest.approx(losses, rel=1e-5)
-        # Two steps move a score by 2e-3; where the gradient is hardly one, Adam follows its rounding.
+        # Two steps move a score by 2e-3. If a gradient is almost 0, Adam follows its rounding error.
         for name, module in masked_modules(model).items():
             assert (module.scores - masked_modules(expected)[name].scores).abs().max() <= 1e-4, name
 
@@ -193,7 +193,7 @@ def test_what_else_reads_rows_in_batches_gives_each_what_it_gets_alone():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_that_are_served_beside_a_long_one_get_what_each_gets_alone(name):
-    """Its logits are those of a whole reading of what stands before, on both sides of the switch."""
+    """Each row's logits are those of reading its whole context, on both sides of the switch."""
     model = make(name)
     prompts = dict(zip("abcd", words(12, 25, 3, 16)))
     batch, made = RunningBatch(MaskBank(model)), {}

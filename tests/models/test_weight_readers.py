@@ -1,4 +1,4 @@
-"""Modules that compute with a child's weight past it are found in their source, and only those."""
+"""Modules that use a child's weight without calling the child are found from their source, and only those."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ class Reader(nn.Module):
 
 
 class Grandchild(Reader):
-    """Reads by what it inherits."""
+    """Reads through inherited methods."""
 
 
 @pytest.mark.parametrize("kind", [Reader, Grandchild])
@@ -54,7 +54,7 @@ def test_a_branch_that_the_module_never_takes_does_not_count():
 
 
 def test_transformers_own():
-    assert why_read(T5DenseActDense(T5Config(d_model=8, d_ff=16)), "wo") is None  # whose dtype is asked for
+    assert why_read(T5DenseActDense(T5Config(d_model=8, d_ff=16)), "wo") is None  # it only asks for the dtype
     jamba = JambaMambaMixer(JambaConfig(hidden_size=16, mamba_d_state=4, num_hidden_layers=2), layer_idx=0)
     assert why_read(jamba, "dt_proj")
     assert not why_read(jamba, "in_proj")

@@ -1,4 +1,4 @@
-"""KL, distillation and DPO: whole logits' losses and gradients in every way, and what they keep and run."""
+"""KL, distillation and DPO: in every way, losses and gradients equal those of whole logits; what they keep and run."""
 
 import math
 import os
@@ -31,7 +31,7 @@ LENGTH = 120  # a micro-batch scores more tokens than a chunk has
 
 
 def make_pairs(count=4, length=LENGTH):
-    """Rows of one pair, and of two in every other row; answers of several lengths, prompts unscored."""
+    """Return rows with one pair, and two pairs in every other row; answers differ in length, prompts are unscored."""
     rows = {"input_ids": [], "labels": [], "document": [], "starts": []}
     for i in range(count):
         ids, labels, starts = [], [], []
@@ -78,7 +78,7 @@ def distilled_by_hand(logits, _, batch):
 
 
 def margins_by_hand(logits, base, batch):
-    """TRL's, pair by pair, on the model's logits of each row."""
+    """Compute TRL's margins, pair by pair, from the model's logits of each row."""
     margins = []
     for row in range(len(batch.rows)):
         starts = (batch.position_ids[row] == 0).nonzero().flatten().tolist()
@@ -109,7 +109,7 @@ BUILT_IN = {
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("way", WAYS)
 def test_loss_and_gradients_are_those_of_whole_logits(way, name, monkeypatch):
-    """Packed rows, several micro-batches, one memory and two."""
+    """With packed rows, several micro-batches, and one memory or two."""
     make, formula = BUILT_IN[name]
     rows = make_pairs()
     batches = [take_rows(rows, [0, 1]), take_rows(rows, [2, 3])]
@@ -132,7 +132,7 @@ def test_a_teacher_runs_in_its_own_way_and_words_of_padding_are_left_out(way, mo
 
 
 class Widths(TorchDispatchMode):
-    """Rows of everything that is as wide as the vocabulary."""
+    """Records the rows of every tensor that is as wide as the vocabulary."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ def test_no_tensor_as_wide_as_the_vocabulary_has_more_rows_than_a_chunk(name, mo
 
 
 def test_layerwise_takes_the_base_up_while_a_layers_weights_are_here(monkeypatch):
-    """As many journeys of the weights as cross entropy makes."""
+    """The weights move as often as for cross entropy."""
     orders = []
     visit = Layerwise._visit
     monkeypatch.setattr(Layerwise, "_visit", lambda self, order: (orders.append(order), visit(self, order))[1])
@@ -173,14 +173,14 @@ def test_dpo_asks_the_base_once_a_row(monkeypatch):
     monkeypatch.setattr(DPO, "remember", lambda *given: (asked.extend(given[-1].rows), remember(*given))[1])
     objective = DPO()
     train = TrainConfig(steps=8, batch_size=2, lr=1e-2)
-    for _ in range(2):  # another training is of other rows
+    for _ in range(2):  # each training has its own rows
         train_masks(make_masked("plain"), make_pairs(), train, objective=objective)
     assert sorted(asked) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("way", ["plain", "in_place", "resident", "layerwise"])
 def test_rows_that_are_recalled_ask_the_base_no_more(way, monkeypatch):
-    """In the groups of then: on these the last bits may depend."""
+    """The rows run in the groups of that time, on which the last bits may depend."""
     batches, known = [take_rows(make_pairs(), [0, 1]), take_rows(make_pairs(), [2, 3])], []
     for recalled in (True, False):
         objective, model = DPO(), make_masked(way)

@@ -1,4 +1,4 @@
-"""DPO on rows that load_splits makes, beside trl.DPOTrainer on the same pairs: loss and the scores' gradients."""
+"""DPO on rows from load_splits, compared with trl.DPOTrainer on the same pairs: loss and gradients of the scores."""
 
 import json
 
@@ -18,7 +18,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore")  # trl's and accelerate's own
+@pytest.mark.filterwarnings("ignore")  # warnings of trl and accelerate
 def test_a_step_of_dpo_is_that_of_trl(model_dir, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer

@@ -1,4 +1,4 @@
-"""A user's own loss in every way of running: on one token, on log-probabilities together, on hidden states."""
+"""A user's own loss in every way of running: of single tokens, of log-probabilities together, of hidden states."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ LENGTH = 90  # two rows score more tokens than a chunk has
 
 
 class NearBase(TokenObjective):
-    """Focal loss, and how far the logits are from the base's."""
+    """Focal loss, plus the distance of the logits from the base's."""
 
     of_base = True
 
@@ -32,7 +32,7 @@ class NearBase(TokenObjective):
 
 
 class Answers(LogProbObjective):
-    """Not linear in the log-probabilities, so that no token's factor is known before the last of them."""
+    """Not linear in the log-probabilities, so that no token's factor is known before the last token."""
 
     of_base = True
 
@@ -42,7 +42,7 @@ class Answers(LogProbObjective):
 
 
 class Small(Objective):
-    """No logits at all."""
+    """A loss without logits."""
 
     def backward(self, head, hidden, batch, scale, reference=None):
         total = hidden.square().mean(-1).sum()
@@ -90,13 +90,13 @@ def test_a_loss_of_hidden_states(way, monkeypatch):
     count = sum(len(batch.labelled.targets) for batch in batches(12))
     theirs = by_hand(model, batches(12), count, expected)
     ours = step(make_masked(way), way, Small(), batches(12), monkeypatch)
-    # Dense products sum in an order of their own, and the norm makes this loss almost a constant.
+    # Dense products sum in an order of their own, and the norm makes this loss almost constant.
     assert_same(ours, theirs, 2e-4 if way == "in_place" else 1e-5)
 
 
 @pytest.mark.parametrize(("objective", "passes"), [(CrossEntropy, 1), (NearBase, 2), (Answers, 2)])
 def test_logits_exist_a_chunk_at_a_time(objective, passes, monkeypatch):
-    """Once a token, and once more for the base; so no product of the head is larger."""
+    """Each token's logits are computed once, and again for the base, in chunks: no product of the head is larger."""
     model, heads, split = make_masked("resident"), [], mft.engines.start.split_at_head
 
     def counted(model, few):
@@ -113,7 +113,7 @@ def test_logits_exist_a_chunk_at_a_time(objective, passes, monkeypatch):
 
 @pytest.mark.parametrize("objective", [Answers, NearBase])
 def test_a_head_that_learns_gets_its_whole_gradient(objective):
-    """Of full fine-tuning and modules_to_save: the factors of the tokens are not known in the first pass."""
+    """For full fine-tuning and modules_to_save: the first pass does not yet know the tokens' factors."""
     models = [make_llama().requires_grad_(True) for _ in range(2)]
     batch, heads = batches()[0], []
     for model, by_logits in zip(models, (False, True)):

@@ -1,4 +1,4 @@
-"""Losses and gradients of the scores: as each way makes them, and as plain PyTorch does from all logits at once."""
+"""Losses and gradients of the scores: from each way, and from plain PyTorch with all logits at once."""
 
 import functools
 
@@ -17,13 +17,13 @@ WAYS = ["plain", "in_place", "resident", "quantized", "layerwise"]
 
 
 def make_masked(way, layers=(1, 3)):
-    """A tenth dropped at random, so that it is far from its base; quantised for quantized."""
+    """Return a model with a tenth dropped at random, so that it is far from its base; quantised for "quantized"."""
     model = mask_model(make_llama(), MaskConfig.paper(layers_to_transform=list(layers)))
     return quantize_model(model, "int8", masked=True) if way == "quantized" else model
 
 
 def step(model, way, objective, batches, patch, *, separate=False):
-    """(losses, gradient of each layer's scores) of one step, which changes nothing."""
+    """Return (losses, gradient of each layer's scores) of one step, which changes nothing."""
     mover = functools.partial(Mover, separate=separate)
     patch.setattr(mft.engines.start, "Mover", lambda device, separate: mover(device))
     losses, grads = [], {}
@@ -52,7 +52,7 @@ def step(model, way, objective, batches, patch, *, separate=False):
 
 
 def by_hand(model, batches, count, loss_of):
-    """The same, with loss_of(logits (B, T, V), base's logits, batch) -> sum of losses."""
+    """Return the same from plain PyTorch, with loss_of(logits (B, T, V), base's logits, batch) -> sum of losses."""
     masked = masked_modules(model)
     model.requires_grad_(False)
     for module in masked.values():
@@ -71,7 +71,7 @@ def by_hand(model, batches, count, loss_of):
 
 
 def assert_same(ours, theirs, tolerance=1e-5):
-    """Of fp32, relative to the largest gradient."""
+    """Assert equality up to fp32 rounding, relative to the largest gradient."""
     (losses, grads), (other_losses, other_grads) = ours, theirs
     for loss, other in zip(losses, other_losses, strict=True):
         assert abs(loss - other) <= tolerance * max(1.0, abs(other))
@@ -83,7 +83,7 @@ def assert_same(ours, theirs, tolerance=1e-5):
 
 
 class CountingHead(nn.Module):
-    """Notes the rows of each call."""
+    """Records the rows of each call."""
 
     def __init__(self, head):
         super().__init__()

@@ -1,7 +1,7 @@
 """``kernels``: one behaviour, tested on every backend's kernels as they run on this machine.
 
-A test of an op compares what ``kernels`` gives with the reference. What only one backend can have (its tiles,
-instructions, schedules, the choice of a plan) is tested in cpu_kernels, triton_kernels and cuda_kernels.
+A test of an op compares the results of ``kernels`` with the reference. cpu_kernels, triton_kernels and cuda_kernels
+test what only one backend has: tiles, instructions, schedules, the choice of a plan.
 """
 
 import zlib
@@ -21,9 +21,9 @@ from mft_kernels.backends.table import registered
 
 @pytest.fixture(params=[*INSTRUCTION_SETS, "triton", "cuda", *OTHERS])
 def kernels(request):
-    """The kernels of each backend and CPU instruction set; skips with the reason where they cannot run.
+    """Yield the kernels of each backend and CPU instruction set; skip with the reason if they cannot run.
 
-    A test that takes other ones names them: @pytest.mark.parametrize("kernels", ["cpu-avx2", "cuda"], indirect=True).
+    A test that needs others names them: @pytest.mark.parametrize("kernels", ["cpu-avx2", "cuda"], indirect=True).
     """
     name, _, form = request.param.partition("-")
     if request.param in OTHERS:
@@ -50,7 +50,7 @@ def _on_instruction_set(capability: str, request: pytest.FixtureRequest) -> Kern
 
 
 def _on_triton(card: str, request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    """In the interpreter or on a GPU, products in the form of a card; what the ops allocate begins as NaN."""
+    """In the interpreter or on a GPU, products take the form of a card; memory that the ops allocate begins as NaN."""
     device = request.getfixturevalue("triton_device")
     request.getfixturevalue("poisoned_outputs")
     from mft_kernels.backends import triton

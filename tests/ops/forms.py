@@ -1,4 +1,4 @@
-"""The kernels of a backend as a test of an op sees them, and the forms that products have on this machine."""
+"""A backend's kernels as a test of an op sees them, and the forms that products have on this machine."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,32 +18,32 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 
 INSTRUCTION_SETS = ("cpu-amx", "cpu-amx_emulated", "cpu-avx512_bf16", "cpu-avx512", "cpu-avx2", "cpu-portable")
-#: Of other packages; docs/how-to/adding-a-kernel.md.
+#: Backends of other packages: docs/how-to/adding-a-kernel.md.
 OTHERS = tuple(os.environ.get("MFT_TEST_BACKENDS", "").split())
 
 FORMS = (*INSTRUCTION_SETS, "triton-a_card", "cuda", *OTHERS)
-#: Triton's kernels on one of the cards, another from case to case: the interpreter takes seconds.
+#: Triton's kernels in the form of one card, which changes from case to case: the interpreter takes seconds.
 every_form = pytest.mark.parametrize("kernels", FORMS, indirect=True)
-#: On each of the cards.
+#: In the form of each card.
 every_form_and_card = pytest.mark.parametrize(
     "kernels", [*INSTRUCTION_SETS, *by_card("triton-"), "cuda", *OTHERS], indirect=True
 )
-#: Also by Hopper's own kernel, which takes rows of a few lengths alone: kernels.columns.
+#: Also with Hopper's own kernel, which takes only rows of certain lengths: kernels.columns.
 every_form_and_hopper = pytest.mark.parametrize("kernels", [*FORMS, "cuda-sm_90"], indirect=True)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The ops of one backend by name, unchecked, in the arguments of the reference: kernels.masked_linear(x, ...)."""
+    """The ops of one backend by name, unchecked, with the reference's arguments: kernels.masked_linear(x, ...)."""
 
     name: str  # "cpu", "triton", "cuda", or a backend of MFT_TEST_BACKENDS
     ops: Any
     device: torch.device = CPU
-    dtypes: tuple[torch.dtype, ...] = DTYPES  # which it takes for activations and weight
-    any_strides: bool = True  # False: unit strides of columns, bias and words, as its bindings make them
-    columns: int = 40  # in_features that it takes in this form
-    how: Mapping[str, Any] = field(default_factory=dict)  # named arguments of each product
-    has_gradients: bool = True  # False: it makes d_scores and d_weight as another of its ways does
+    dtypes: tuple[torch.dtype, ...] = DTYPES  # for activations and weight
+    any_strides: bool = True  # False: columns, bias and words need unit strides; its bindings ensure that
+    columns: int = 40  # in_features that this form takes
+    how: Mapping[str, Any] = field(default_factory=dict)  # extra arguments of each product
+    has_gradients: bool = True  # False: d_scores and d_weight are computed as in another way
 
     def __getattr__(self, op: str) -> Callable:
         if not hasattr(self.ops, op) and hasattr(ByName, op):
@@ -58,27 +58,27 @@ class Kernels:
 
     @property
     def interpreted(self) -> bool:
-        """Whether a launch takes up to a tenth of a second."""
+        """Whether kernels run in the interpreter, where a launch takes up to a tenth of a second."""
         return self.name == "triton" and INTERPRETING
 
     def fewer(self, cases: Sequence, every: int) -> Sequence:
-        """The cases; in the interpreter the first and every so many after it."""
+        """Return the cases; in the interpreter only every ``every``-th, from the first on."""
         return cases[::every] if self.interpreted else cases
 
     def ways(self) -> Iterator["Kernels"]:
-        """Itself in each way that it has to a product, one after the other."""
+        """Yield the kernels in each of their ways to compute a product, one after another."""
         yield self
 
     def disturb(self, seed: int) -> None:
-        """From here on what may differ from call to call does, where the backend allows it."""
+        """Make everything vary that may differ from call to call, if the backend allows it."""
 
     def guarded_outputs(self, *, at_end: bool) -> AbstractContextManager:
-        """Within the context, results end (or begin) at a page that may not be touched, where the backend allows it."""
+        """Within the context, results end (or begin) at a forbidden page, if the backend allows it."""
         return nullcontext()
 
 
 def assert_every_way_equals_the_reference(kernels: Kernels, o: Operands, *, gradients: bool = True) -> None:
-    """Every product on ``o``, on the device of the kernels and in each of their ways."""
+    """Assert every product on ``o``, on the device of the kernels and in each of their ways."""
     for way in kernels.ways():
         assert_equals_reference(way, o, gradients=gradients and way.has_gradients)
 
@@ -88,7 +88,7 @@ _PRODUCTS = ("masked_linear", "masked_linear_backward", "masked_linear_packed", 
 
 @dataclass(frozen=True)
 class OnInstructionSet(Kernels):
-    """The cpu backend, whose paths are its ways."""
+    """The cpu backend; its ways are its paths."""
 
     take_path: Callable[[str], None] = lambda path: None
 
@@ -114,7 +114,7 @@ class OnCard(Kernels):
 
 @dataclass(frozen=True)
 class Emulated(Kernels):
-    """CUDA's kernels on the host: the general one, and what else a card takes in its place."""
+    """CUDA's kernels on the host: the general one, and the kernels that a card takes instead."""
 
     emulated: ModuleType = None
     arches: tuple[str, ...] = ("general", "sm_80")  # sm_80 gives few tokens to decode_sm80
@@ -128,7 +128,7 @@ class Emulated(Kernels):
         self.emulated.set_settings(1 + seed, *settings)
 
     def of_hopper(self) -> "Emulated":
-        """Its own product wherever it takes the operands: rows of whole chunks of 16 bytes, of words too."""
+        """Return Hopper's own product for the operands that it takes: rows and words in whole 16-byte chunks."""
         return replace(self, columns=128, arches=("hopper",))
 
     def guarded_outputs(self, *, at_end: bool) -> AbstractContextManager:

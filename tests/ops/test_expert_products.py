@@ -1,6 +1,6 @@
-"""The kernels over experts of every backend equal the reference, whatever rows an expert has, in both layouts.
+"""Every backend's kernels over experts equal the reference, whatever rows an expert has, in both layouts.
 
-test_grouped_ops.py has the public ops, with their gradients.
+test_grouped_ops.py tests the public ops, with their gradients.
 """
 
 import itertools
@@ -19,19 +19,19 @@ DTYPES = (FP32, BF16, FP16)
 LAYOUTS = pytest.mark.parametrize("transposed", [False, True], ids=["(E, N, K)", "(E, K, N)"])
 ACCUMULATE = pytest.mark.parametrize("accumulate", [False, True], ids=["anew", "added"])
 TENSORS = ("x", "weight", "scores", "bias", "offsets", "grad_output", "threshold")
-#: numpy's, of NaN times a number in Triton's interpreter.
+#: numpy's warning for NaN times a number, in Triton's interpreter.
 FROM_NUMPY = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
 def experts(kernels, n, k, dtype=FP16, scores_dtype=None, **options):
-    """integer_experts on the device; scores in the weight's dtype, which every backend reads."""
+    """Return integer_experts on the device, with scores in the weight's dtype, which every backend reads."""
     kernels.need(dtype)
     t = integer_experts(n, k, dtype, scores_dtype or dtype, **options)
     return replace(t, **{name: getattr(t, name).to(kernels.device) for name in TENSORS})
 
 
 def masks_of(kernels, t, mode="magnitude"):
-    """((scores, threshold, bits), mode) as a product takes them: by bits, and by scores where the kernel reads them."""
+    """Return [((scores, threshold, bits), mode)] for a product: with bits, and with scores if the kernel reads them."""
     masks = [((None, None, t.words(mode)), "value")]
     whole = (
         t.scores.shape[2]
@@ -46,7 +46,7 @@ def masks_of(kernels, t, mode="magnitude"):
 @LAYOUTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_row_meets_its_own_expert(kernels, dtype, transposed):
-    """Rows that are whole chunks of 16 bytes, and not; in both passes."""
+    """Rows that are whole 16-byte chunks and rows that are not, forward and backward."""
     for sizes, mode in kernels.fewer(
         [(sizes, mode) for sizes in ((21, 19), (16, 32), (56, 40)) for mode in ("magnitude", "value")], 6
     ):
@@ -97,7 +97,7 @@ def test_what_is_dropped_has_no_rows_or_is_nobody_s_may_be_nan(kernels, transpos
     t.weight[torch.stack(dropped).to(kernels.device)] = torch.nan
     t.weight[0] = t.weight[3] = torch.inf
     t.x[int(t.offsets[-1]) :] = torch.nan
-    t.x[1] = torch.inf  # one of an expert of 7
+    t.x[1] = torch.inf  # a row of the expert with 7
     for mask, told in masks_of(kernels, t):
         assert_product_equals_reference(kernels, t.x, t.weight, *mask, t.offsets, t.bias, told, transposed)
 
@@ -127,7 +127,7 @@ def test_axes_of_none_and_of_one(kernels, n, k, rows):
 
 
 def test_matrices_inside_larger_ones_are_read_as_they_lie(kernels):
-    """Apart by any stride: the chunks of 16 bytes of one may be whole, and those of the next not."""
+    """Matrices at any distance: one may consist of whole 16-byte chunks, and the next one not."""
     for rows, pitch, column, mode in ((26, 45, 3, "magnitude"), (26, 48, 8, "value"), (25, 40, 0, "magnitude")):
         t = experts(kernels, 24, 40)
         around = torch.full((7, rows, pitch), torch.nan, dtype=FP16, device=kernels.device)

@@ -1,4 +1,4 @@
-"""The ops over experts: each expert as the ops of one matrix have it, whatever rows it has, in both layouts."""
+"""The ops over experts: each expert equals the ops of a single matrix, whatever its number of rows, in both layouts."""
 
 import pytest
 import torch

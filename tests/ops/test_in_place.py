@@ -1,4 +1,4 @@
-"""Masks in place: what goes aside, comes back and becomes 0, on every backend that serves it, bit for bit."""
+"""Masks in place: what is put aside, comes back and becomes 0, on every backend that supports it, bit for bit."""
 
 import itertools
 
@@ -11,17 +11,17 @@ from mft_kernels.backends.table import registered
 
 KEEPS = (1.0, 0.98, 0.5, 0.0)
 SHAPES = [(1, 1), (5, 33), (2, 3, 40), (3, 2100), (0, 8), (4, 0)]
-CHANGES = list(itertools.product([None, *KEEPS], KEEPS))  # from one share to another
-if INTERPRETING:  # a program for each row takes a millisecond there
+CHANGES = list(itertools.product([None, *KEEPS], KEEPS))  # from one keep ratio to another
+if INTERPRETING:  # there, one program per row takes a millisecond
     CHANGES = [(None, 0.5), (0.5, 0.98), (0.98, 0.0), (0.0, 1.0)]
 else:
-    SHAPES.append((300, 257))  # shared out over threads
+    SHAPES.append((300, 257))  # split among threads
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=["cpu", "triton", "reference"])
 def run(request):
-    """By name, what serves it."""
+    """Return a function that gets a backend's functions by name."""
     backend = registered(request.param)
     if backend.unavailable:
         pytest.skip(backend.unavailable)
@@ -29,7 +29,7 @@ def run(request):
 
 
 def random_weight(shape, dtype, seed=0):
-    """Any bits, NaN with any payload too."""
+    """Return a weight of random bits, including NaN with any payload."""
     bits = torch.int32 if dtype.itemsize == 4 else torch.int16
     top = 2 ** (8 * dtype.itemsize - 1)
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def test_each_function_gives_what_its_words_say(run, shape, dtype):
 
 
 def check_a_change(run, shape, dtype, before, now):
-    """From a weight that keeps so much of itself, or is whole, to another mask and back."""
+    """Change a weight that is whole, or masked with keep ratio ``before``, to another mask and back."""
     whole, packed = random_weight(shape, dtype), random_mask(shape, now, 1)
     keep = reference.unpack_mask(packed, shape)
     weight, held, old = whole.clone(), None, None
@@ -82,7 +82,7 @@ def check_a_change(run, shape, dtype, before, now):
 
 
 def test_bits_behind_a_row_are_no_elements(run):
-    """Of another's mask they may be anything."""
+    """In a mask from elsewhere they may have any value."""
     weight, packed = random_weight((6, 40), torch.bfloat16), random_mask((6, 40), 0.5, 1)
     dirty = packed.clone()
     dirty[:, 1] |= ~0xFF

@@ -1,4 +1,4 @@
-"""The product with a mask per row: every backend's equals the reference, a row at a time."""
+"""The product with a mask per row: every backend's equals the reference, one row at a time."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def masks_of(t, count):
-    """Bits of ``count`` masks; those of the padding are set, which no kernel may mind."""
+    """Return the bits of ``count`` masks. The bits of the padding are set, which no kernel may read."""
     masks = [reference.pack_bits(t.scores.roll(shift) > 0) for shift in range(count)]
     if t.scores.shape[1] % 32:
         for mask in masks:
@@ -22,25 +22,25 @@ def masks_of(t, count):
 
 
 def tasks_of(rows, count):
-    """Tasks of neighbours differ; all of them and -1 are there if there are rows enough."""
+    """Return tasks that differ between neighbours; all tasks and -1 occur if there are enough rows."""
     return torch.arange(rows) * 7 % (count + 1) - 1
 
 
 def operands(kernels, t, count, rows):
-    """x (rows, tokens of a row, K), weight, masks, tasks and bias on the device of the kernels."""
+    """Return x (rows, tokens per row, K), weight, masks, tasks and bias on the device of the kernels."""
     x = t.x.view(rows, len(t.x) // max(1, rows), t.x.shape[1])
     return [moved(value, kernels.device) for value in (x, t.weight, masks_of(t, count), tasks_of(rows, count), t.bias)]
 
 
 def moved(value, device):
-    """The tensor, or each of a list, on the device; None stays."""
+    """Move the tensor, or each tensor of a list, to the device; None stays None."""
     if isinstance(value, list):
         return [each.to(device) for each in value]
     return value if value is None else value.to(device)
 
 
 def assert_equals_reference(kernels, x, weight, masks, tasks, bias):
-    """The product with the bias and without."""
+    """Assert the product with the bias and without it."""
     for b in (bias, None):
         given = (x, weight, masks, tasks, b)
         expected = oracle.masked_linear_many(*(moved(value, CPU) for value in given))
@@ -50,7 +50,7 @@ def assert_equals_reference(kernels, x, weight, masks, tasks, bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [0, 1, 3, 16])
 def test_every_shape_equals_the_reference(kernels, count, dtype):
-    """Up to 16 tokens, up to 64 and more; axes of nothing; whole words and a last part; several tokens of a task."""
+    """Up to 16 tokens, up to 64, and more; empty axes; whole words and a partial one; several tokens per task."""
     kernels.need(dtype)
     shapes = [(1, 1, 1, 1), (7, 33, 45, 2), (16, 17, 64, 1), (33, 8, 31, 3), (84, 19, 59, 7), (130, 24, 40, 1)]
     if kernels.name == "triton":  # its interpreter takes seconds
@@ -67,10 +67,10 @@ def test_every_shape_equals_the_reference(kernels, count, dtype):
             assert_same(d_x, expected)
 
 
-@pytest.mark.parametrize("kernels", ["triton", "cuda"], indirect=True)  # elsewhere the op looks, and refuses it
+@pytest.mark.parametrize("kernels", ["triton", "cuda"], indirect=True)  # elsewhere the op checks tasks and refuses it
 @pytest.mark.parametrize("rows", [9, 100])
 def test_a_task_that_there_is_not_is_nan_and_touches_nobody(kernels, rows):
-    """Also one whose lower half would be a task."""
+    """Also a task number whose lower half would be a valid task."""
     t = integer_inputs(rows, 24, 72, torch.bfloat16, torch.bfloat16)
     tasks = tasks_of(rows, 3)
     tasks[::4] = torch.tensor([3, -2, 2**32, -(2**40)]).repeat(rows)[: len(tasks[::4])]
@@ -81,7 +81,7 @@ def test_a_task_that_there_is_not_is_nan_and_touches_nobody(kernels, rows):
     assert_same(y[known], oracle.masked_linear_many(t.x[known], t.weight, masks, tasks[known], t.bias))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_stays_with_its_row_and_its_mask(kernels, dtype):
     kernels.need(dtype)

@@ -1,4 +1,4 @@
-"""pack_mask and pack_signs of every backend are those of the reference, bit for bit."""
+"""pack_mask and pack_signs of every backend equal the reference's, bit for bit."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from mft_kernels.testing import integer_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")
-# One word and parts of one; several; a row of a block of words, less and more; no rows and no columns.
+# One word and part of one; several words; a row of a block of words, less and more; no rows and no columns.
 SHAPES = (
     *((1, 1), (1, 31), (3, 32), (2, 33), (15, 64), (16, 255), (17, 256), (5, 257), (33, 520), (70, 1)),
     *((0, 5), (5, 0)),
@@ -18,7 +18,7 @@ SHAPES = (
 
 
 def assert_matches_reference(kernels, scores, threshold, mode):
-    """Mask and signs, against the reference."""
+    """Assert that mask and signs equal the reference's."""
     packed = kernels.pack_mask(scores, threshold, mode)
     assert_same(packed, oracle.pack_mask(scores.cpu(), threshold.cpu(), mode))
     for got, expected in zip(kernels.pack_signs(scores), oracle.pack_signs(scores.cpu()), strict=True):
@@ -38,7 +38,7 @@ def number(kernels, value, dtype):
 def test_every_shape_equals_the_reference(kernels, dtype, mode):
     for shape in SHAPES:
         scores = integer_scores(kernels, *shape, dtype)
-        for threshold in (2.0, 0.0):  # zeros beyond the edge are not below the second
+        for threshold in (2.0, 0.0):  # zeros of the padding are not below the second
             assert_matches_reference(kernels, scores, number(kernels, threshold, dtype), mode)
 
 
@@ -46,9 +46,9 @@ def test_every_shape_equals_the_reference(kernels, dtype, mode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_scores_and_thresholds_equal_the_reference(kernels, dtype, mode):
     info = torch.finfo(dtype)
-    tiny = info.smallest_normal * info.eps  # the smallest above zero
+    tiny = info.smallest_normal * info.eps  # the smallest number above zero
     if kernels.interpreted and dtype == torch.bfloat16:
-        tiny = info.smallest_normal  # the interpreter turns smaller ones into others when it casts them to fp32
+        tiny = info.smallest_normal  # the interpreter changes smaller numbers when it casts them to fp32
     special = [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, tiny, -tiny, 3 * tiny, info.max, info.min, 1.0]
     scores = number(kernels, [special, special[::-1]], dtype)
     for threshold in (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, tiny, 2 * tiny, -tiny, info.max, info.min):
@@ -74,7 +74,7 @@ def test_strided_and_misaligned_scores_are_read(kernels, dtype):
     scores = integer_scores(kernels, 40, 322, dtype)
     shifted = torch.empty(scores.numel() + 1, dtype=dtype, device=kernels.device)[1:].view_as(scores).copy_(scores)
     views = [scores[1:, 3:], scores[:, :33], scores[::2], scores[:1].expand(40, 322), shifted]
-    if kernels.any_strides:  # or its backend copies others: cuda_kernels/test_bindings.py
+    if kernels.any_strides:  # its backend copies others: cuda_kernels/test_bindings.py
         views += [scores.T, scores[:, ::2], scores[:, :1].expand(40, 9)]
     for view in views:
         assert_matches_reference(kernels, view, number(kernels, 2, dtype), "magnitude")

@@ -1,6 +1,6 @@
 """Forward pass and gradients of the masked product: every backend's equal the reference.
 
-Operands are small integers, and results are compared bit for bit; random ones have an error budget.
+Operands are small integers, and results are compared bit for bit; random operands have an error budget.
 """
 
 from dataclasses import replace
@@ -37,7 +37,7 @@ from mft_kernels.testing import assert_within_budget, integer_inputs, random_inp
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MATRICES = ("x", "weight", "scores", "grad_output")
-# numpy's, of the interpreter: sums times an infinite weight
+# numpy's warnings in the interpreter: sums times an infinite weight
 infinite = pytest.mark.filterwarnings(
     "ignore:invalid value:RuntimeWarning", "ignore:overflow encountered:RuntimeWarning"
 )
@@ -56,7 +56,7 @@ def test_every_dtype_and_mode_equals_the_reference(kernels, mode, shape, dtype, 
     assert_every_way_equals_the_reference(kernels, o)
 
 
-# Single rows, columns and tokens; words and steps that are whole, one short and one over; axes of nothing.
+# Single rows, columns and tokens; words and steps that are whole, one short and one over; empty axes.
 SHAPES = [(1, 1, 1), (3, 1, 60), (4, 60, 1), (1, 33, 31), (17, 32, 32), (5, 8, 33), (33, 31, 45)]
 EMPTY = [(0, 40, 50), (5, 0, 16), (5, 16, 0), (0, 0, 72), (0, 9, 0), (5, 0, 0), (0, 0, 0)]
 
@@ -79,7 +79,7 @@ def test_each_row_may_have_a_threshold_of_its_own(kernels, mode):
 @every_form
 @pytest.mark.parametrize("strides", ["sliced", "expanded"])
 def test_thresholds_and_bias_may_have_a_stride(kernels, strides):
-    """What lies between in memory is NaN, or else reading it could go unseen."""
+    """The memory in between is NaN, because reading it could otherwise go unnoticed."""
     t = integer_inputs(17, 40, 40, FP16, FP32)
     o = Operands.of(t, row_thresholds(t) if strides == "sliced" else torch.full((40,), 2.0)).to(kernels.device)
 
@@ -122,7 +122,7 @@ def test_every_output_mask_gives_what_it_asks_for_and_nothing_else(kernels):
 @every_form_and_hopper
 @pytest.mark.parametrize("shift", range(4))
 def test_any_layouts_are_read_as_they_are(kernels, shift):
-    """Each matrix meets each layout of rows, and the next one has another."""
+    """Each matrix takes each layout of rows, and the next matrix takes a different one."""
     t = integer_inputs(18, 24, kernels.columns, FP16, FP16)
     o = Operands.of(t, 2.0).to(kernels.device)
     layouts = BY_ROWS if kernels.columns == 40 else BY_ROWS[:1]  # rows of Hopper's tiles begin at whole chunks
@@ -157,7 +157,7 @@ def test_x_may_have_any_number_of_leading_axes(kernels, leading):
     o = integers(torch.Size(leading).numel(), 24, 40, device=kernels.device)
     o = o.change(lambda v: v.view(*leading, v.shape[1]), "x", "grad_output")
     assert_every_way_equals_the_reference(kernels, o)
-    if len(leading) == 3:  # and where no view makes one axis of them
+    if len(leading) == 3:  # also if no view makes one axis of them
         assert_every_way_equals_the_reference(kernels, o.change(lambda v: v.transpose(0, 2), "x", "grad_output"))
 
 
@@ -165,7 +165,7 @@ def test_x_may_have_any_number_of_leading_axes(kernels, leading):
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (13, 37, 31), (17, 24, 72), (3, 60, 9)], ids=str)
 def test_nothing_outside_the_operands_is_touched(kernels, shape, at_end):
-    """Operands, and results where the backend allows it, end or begin at a page that kills who touches it."""
+    """Operands end or begin at a forbidden page, and results too if the backend allows it."""
     if kernels.device.type != "cpu":
         pytest.skip("the pages are those of the CPU's memory")
     dtype = kernels.dtypes[shape[0] % len(kernels.dtypes)]
@@ -181,10 +181,10 @@ def test_nothing_outside_the_operands_is_touched(kernels, shape, at_end):
 @every_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_behind_the_rows_and_in_other_tokens_reaches_no_result(kernels, dtype):
-    """Nor where torch's own product, if a backend takes it, errs as it does by AMX."""
+    """Not even if a backend uses torch's own product, with its errors on AMX."""
     kernels.need(dtype)
     operands = [name for name in TENSORS if name != "threshold" and (kernels.any_strides or name in MATRICES)]
-    few = (33,) if kernels.name in ("triton", "cuda") else (5, 31, 33, 45, 60)  # seconds each in interpreter, emulator
+    few = (33,) if kernels.name in ("triton", "cuda") else (5, 31, 33, 45, 60)  # others take seconds
     with amx_gemm():
         for by in kernels.ways():
             for length in few:
@@ -203,7 +203,7 @@ def test_dropped_weights_contribute_zero_whatever_they_are(kernels, dtype):
     kernels.need(dtype)
     t = integer_inputs(9, 24, kernels.columns, dtype, dtype)
     wild = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(dtype)
-    t.scores[t.scores == 0] = 1  # what a score of 0 makes of a gradient that is NaN differs: NaN or 0
+    t.scores[t.scores == 0] = 1  # with a score of 0, a NaN gradient may become NaN or 0
     t.weight = torch.where(t.scores.abs() >= 2, t.weight, wild[torch.arange(t.weight.numel()).view_as(t.weight) % 3])
     o = Operands.of(t, 2.0).to(kernels.device)
     assert_every_way_equals_the_reference(kernels, o)
@@ -211,7 +211,7 @@ def test_dropped_weights_contribute_zero_whatever_they_are(kernels, dtype):
     for by in kernels.ways():
         for name, got in every_product(by, o, gradients=False):
             assert got.isfinite().all(), name
-        for name, got in every_product(by, nothing, gradients=False):  # of nothing kept: +0, not -0
+        for name, got in every_product(by, nothing, gradients=False):  # with nothing kept: +0, not -0
             assert not got.any(), name
             assert not got.signbit().any(), name
 
@@ -220,7 +220,7 @@ def test_dropped_weights_contribute_zero_whatever_they_are(kernels, dtype):
 @every_form
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_what_is_not_finite_stays_with_its_token_and_its_weight(kernels, tokens):
-    """A kept infinity meets no padding either, by whose zeros it would be NaN."""
+    """A kept infinity must not meet padding either: times its zeros it would be NaN."""
     dtype = kernels.dtypes[tokens % len(kernels.dtypes)]
     t = integer_inputs(tokens, 37, 59, dtype, FP32)
     t.x, t.grad_output = t.x.abs() + 1, t.grad_output.abs() + 1
@@ -235,11 +235,11 @@ def test_what_is_not_finite_stays_with_its_token_and_its_weight(kernels, tokens)
 @pytest.mark.parametrize("scores_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_score_meets_every_threshold(kernels, mode, scores_dtype):
-    """NaN, infinities, zeros and the smallest and largest numbers; a score of NaN is dropped and has no sign."""
+    """NaN, infinities, zeros, the smallest and the largest numbers. A NaN score is dropped and has no sign."""
     info = torch.finfo(scores_dtype)
-    tiny = info.smallest_normal * info.eps  # the smallest above zero
+    tiny = info.smallest_normal * info.eps  # the smallest number above zero
     if INTERPRETING and scores_dtype == BF16:
-        tiny = info.smallest_normal  # Triton's interpreter reads smaller ones wrongly
+        tiny = info.smallest_normal  # Triton's interpreter reads smaller numbers wrongly
     special = [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, tiny, -tiny, 3 * tiny, info.max, info.min, 1.0]
     values = torch.tensor(special, dtype=torch.float64).to(scores_dtype)
     t = integer_inputs(8, 24, kernels.columns, FP16, scores_dtype)
@@ -275,7 +275,7 @@ def test_random_errors_stay_within_twice_those_of_pytorch(kernels, dtype):
 @infinite
 @every_form
 def test_a_sum_and_its_bias_are_rounded_once(kernels):
-    """fp16: 65,504 is the last finite number, and a bias brings a sum beyond it back."""
+    """In fp16, 65,504 is the largest finite number; a bias brings a larger sum back below it."""
     t = integer_inputs(1, 2, 8, FP16, FP16)
     t.x, t.weight, t.bias = torch.full((1, 8), 128.0), torch.full((2, 8), 64.0), torch.tensor([0.0, -1024.0])
     o = Operands.of(t, -torch.inf, "value").change(torch.Tensor.half, "x", "weight", "bias").to(kernels.device)

@@ -1,6 +1,6 @@
-"""Products over codes of every backend: the decoded weight's to the bit, and of its integers the reference's.
+"""Products over codes of every backend: bitwise those of the decoded weight, and for integers those of the reference.
 
-test_quantized_ops.py has the public ops; tests/models has NF4 beside bitsandbytes.
+test_quantized_ops.py tests the public ops; tests/models compares NF4 with bitsandbytes.
 """
 
 import pytest
@@ -25,7 +25,7 @@ SHAPES = (
 
 @pytest.fixture
 def kernels(kernels, request):
-    """Those that take the kind and dtype of the test."""
+    """Return the kernels if they take the kind and the dtype of the test."""
     given = request.node.callspec.params
     if "dtype" in given:
         kernels.need(given["dtype"])
@@ -43,7 +43,7 @@ def mask_of(n, k):
 
 
 def both(by, device, x, grad, weight, packed, bias):
-    """(y, d_x)"""
+    """Return (y, d_x)."""
     x, grad, packed, bias = (None if t is None else t.to(device) for t in (x, grad, packed, bias))
     codes, absmax, shape, kind = weight.to(device)
     y = by.masked_linear_quantized(x, codes, absmax, packed, bias, shape, kind)
@@ -56,7 +56,7 @@ def assert_equals_reference(kernels, *operands):
 
 
 def assert_decodes(kernels, weight, dtype):
-    """By unit vectors, which read the weight itself: d_x all of it, the forward pass its first and last columns."""
+    """Products with unit vectors read the weight itself: d_x all of it, the forward pass its first and last columns."""
     n, k = weight.shape
     dense, codes = weight.dense(dtype), weight.to(kernels.device)
     of_weight = codes.codes, codes.absmax, None
@@ -70,7 +70,7 @@ def assert_decodes(kernels, weight, dtype):
 @BY_DTYPE
 @BY_KIND
 def test_every_weight_is_decoded_to_the_bit(kernels, kind, dtype):
-    """Of 45 and 39 columns, blocks begin anywhere in a row; of 48 x 352 weights, more than 256 scales are nested."""
+    """With 45 and 39 columns, blocks begin anywhere in a row. 48 x 352 weights nest more than 256 scales."""
     for n, k in kernels.fewer(((29, 45), (48, 352), (16, 39)), 2):
         weight = coded(n, k, kind)
         assert kind != "nf4-dq" or len(weight.absmax[1]) == 1 + (n == 48)
@@ -89,7 +89,7 @@ def test_scales_of_every_size_are_decoded_to_the_bit(kernels, kind, dtype):
 
 
 def test_scales_are_rounded_as_the_reference_rounds_them(kernels):
-    """absmax / 127, which absmax * (1 / 127) is not; and a product that is rounded before the offset is added."""
+    """absmax / 127 differs from absmax * (1 / 127), and a product must not be rounded before the offset is added."""
     codes, absmax = torch.arange(128), torch.rand(1 << 15, 1, generator=torch.Generator().manual_seed(0))
     other = (codes * (absmax * (1 / torch.tensor(127.0)))).half()
     absmax = absmax[((codes * (absmax / 127)).half() != other).any(1)].flatten()
@@ -100,7 +100,7 @@ def test_scales_are_rounded_as_the_reference_rounds_them(kernels):
     nested = coded(64, 64, "nf4-dq")
     codes, absmax, levels, offset = nested.absmax
     offset.copy_(-levels[codes[5].int()] * absmax[0])
-    assert_decodes(kernels, nested, BF16)  # which has room for what would be left
+    assert_decodes(kernels, nested, BF16)  # bf16 has the range for the small remainder
 
 
 @BY_DTYPE
@@ -127,13 +127,13 @@ def test_random_products_err_at_most_twice_as_much_as_torch(kernels, kind, dtype
         assert_within_budget(ours, same_dtype, value)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of 0 * Inf beyond the edges
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, for 0 * Inf beyond the edges
 @BY_KIND
 def test_what_is_not_finite_stays_in_its_row_and_a_dropped_one_reaches_nothing(kernels, kind):
     for k in (64, 45):
         weight = coded(9, k, kind, integers=True)
-        weight.codes[:] = 1 if kind == "int8" else 255  # no level is 0
-        if kind == "nf4-dq":  # an entry of the map that block 1 alone takes
+        weight.codes[:] = 1 if kind == "int8" else 255  # no code stands for level 0
+        if kind == "nf4-dq":  # a map entry that only block 1 uses
             weight.absmax[0].zero_()
             weight.absmax[0][1], weight.absmax[2][5] = 5, torch.inf
         else:
@@ -141,7 +141,7 @@ def test_what_is_not_finite_stays_in_its_row_and_a_dropped_one_reaches_nothing(k
         dense = weight.dense(FP16)
         x, grad = torch.ones(2, k, dtype=FP16), torch.ones(2, 9, dtype=FP16)
         x[1, 3] = torch.nan
-        everything = torch.full((9, -(-k // 32)), -1, dtype=torch.int32)  # bits beyond K too
+        everything = torch.full((9, -(-k // 32)), -1, dtype=torch.int32)  # with bits beyond K too
         for packed in (None, everything):
             y = both(kernels, kernels.device, x, grad, weight, packed, None)[0]
             assert torch.equal(y[0], dense.float().sum(1).half())
@@ -156,7 +156,7 @@ def test_what_is_not_finite_stays_in_its_row_and_a_dropped_one_reaches_nothing(k
 
 @BY_KIND
 def test_operands_may_lie_at_any_address(kernels, kind):
-    """Codes that begin at an odd byte, scales, bits and tokens within other tensors."""
+    """Codes begin at an odd byte; scales, bits and tokens lie within other tensors."""
 
     def moved(t):
         return torch.cat((t.new_ones(1), t.flatten()))[1:].view(t.shape)

@@ -1,6 +1,6 @@
-"""The public ops over codes: gradients, layouts, PyTorch's machinery, and what is refused.
+"""The public ops over codes: gradients, layouts, PyTorch's machinery, and what they refuse.
 
-What each backend's kernels give is in test_quantized.py.
+test_quantized.py tests the results of each backend's kernels.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""d_scores added to a buffer, and the product grad_output.T @ x alone: every backend's equal the reference."""
+"""d_scores added to a buffer, and the product grad_output.T @ x on its own: every backend's equal the reference."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from products import DTYPES, MODES, Operands, assert_same, before, every_sum, in
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 HALF = torch.float16
-#: Where torch multiplies, which rounds the term.
+#: Kernels on which torch multiplies, which rounds the addend.
 TORCHS_OWN = ("cpu-avx2", "cpu-portable", *OTHERS)
 
 
 def assert_sums_equal_the_reference(kernels, o, out_dtype):
-    """Added to what lies there, by each kind of sign and without a weight."""
+    """Assert the sums with a buffer's contents, for each kind of sign and without a weight."""
     on_cpu = o.to(torch.device("cpu"))
     expected = dict(every_sum(oracle, on_cpu, before(on_cpu, out_dtype)))
     for way in kernels.ways():
@@ -59,7 +59,7 @@ def test_nan_and_zero_scores_have_no_sign(kernels):
 
 @pytest.mark.parametrize("kernels", [form for form in FORMS if form not in TORCHS_OWN], indirect=True)
 def test_only_the_sum_is_rounded(kernels):
-    """Near 2048 fp16 holds even numbers: 2049.0005 becomes 2050; a term rounded first is 1, and 2049 goes to 2048."""
+    """Near 2048, fp16 holds even numbers: 2049.0005 becomes 2050. A term rounded first is 1; 2049 becomes 2048."""
     x = torch.tensor([[1.0], [2.0**-11]], dtype=HALF, device=kernels.device).repeat(1, 40)
     ones = torch.ones(40, 40, dtype=HALF, device=kernels.device)
     fused = next(kernels.ways())
@@ -73,7 +73,7 @@ def test_only_the_sum_is_rounded(kernels):
 @every_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_errors_stay_within_twice_those_of_pytorch(kernels, dtype):
-    """After two calls that add into fp32, which leave no rounding to the terms."""
+    """The sums of two calls in fp32, which does not round the addends."""
     kernels.need(dtype)
     o = Operands.of(random_inputs(40, 33, 45, dtype), 0.0)
 

@@ -1,4 +1,4 @@
-"""kept_threshold of every backend is that of the reference, bit for bit, and kept_thresholds that of each expert."""
+"""Every backend's kept_threshold equals the reference's, bit for bit, and kept_thresholds that of each expert."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ MODES = ("magnitude", "value")
 
 
 def assert_same_threshold(kernels, scores, keep_ratio, mode):
-    """As the reference finds it: equal in dtype, shape and value (NaN equals NaN)."""
+    """Assert the reference's result: equal in dtype, shape and value (NaN equals NaN)."""
     got = kernels.kept_threshold(scores, keep_ratio, mode)
     expected = oracle.kept_threshold(scores.cpu(), keep_ratio, mode)
     assert got.device == scores.device
@@ -26,7 +26,7 @@ def normal(*shape, seed=0):
 
 
 def ratio(kept, numel):
-    """A keep ratio that keeps just so many, whatever the rounding of a quotient."""
+    """Return a keep ratio that keeps exactly ``kept``, whatever the rounding of a quotient."""
     return max(kept - 0.5, 0) / numel
 
 
@@ -49,7 +49,7 @@ def test_every_rank_is_found_among_few_scores(kernels, dtype, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_largest_and_the_smallest_may_lie_at_the_ends_of_the_memory(kernels, dtype, mode):
-    for numel in (1, 7, 4095, 4096, 4097, 12293):  # about one block of Triton's, and several
+    for numel in (1, 7, 4095, 4096, 4097, 12293):  # around one block of Triton's, and several blocks
         scores = torch.linspace(-0.5, 0.5, numel).to(dtype)
         scores[0], scores[-1] = -3, 5
         for kept in (1, numel):
@@ -80,7 +80,7 @@ def test_neighbouring_numbers_are_told_apart(kernels, dtype, mode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ties_at_the_threshold_are_all_kept(kernels, dtype, mode):
     scores = torch.tensor([[0.5, -0.5, 0.25, 0.5, 0.5, 0.0, -1.0, 0.25]]).to(kernels.device, dtype)
-    threshold = kernels.kept_threshold(scores, 0.25, mode)  # k = 2 falls among the 0.5
+    threshold = kernels.kept_threshold(scores, 0.25, mode)  # k = 2 falls among the scores of 0.5
     assert threshold == 0.5
     expected = 0b01011011 if mode == "magnitude" else 0b00011001
     assert kernels.pack_mask(scores, threshold, mode).tolist() == [[expected]]
@@ -93,7 +93,7 @@ def test_negative_and_positive_zero_tie(kernels, dtype):
         threshold = kernels.kept_threshold(scores, ratio(kept, 6), "value")
         assert threshold == 0
         assert kernels.pack_mask(scores[None], threshold, "value").tolist() == [[0b111110]]
-        # The same bits whichever way the zeros lie.
+        # The bits are the same in whichever order the zeros lie.
         turned = kernels.kept_threshold(scores.flip(0), ratio(kept, 6), "value")
         assert turned.signbit() == threshold.signbit()
 
@@ -101,7 +101,7 @@ def test_negative_and_positive_zero_tie(kernels, dtype):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_subnormal_scores_are_ordered(kernels, dtype, mode):
-    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest above zero
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest number above zero
     scores = torch.tensor([1.0, -2.0, 3.0, 0.0, -4.0, 2.0], dtype=torch.float64).mul(tiny).to(dtype)
     assert scores.count_nonzero() == 5
     for kept in range(1, 7):
@@ -129,7 +129,7 @@ def test_every_payload_of_a_nan_is_seen(kernels, dtype, mode):
     word = WORDS[dtype]
     infinities = torch.tensor([torch.inf, -torch.inf], dtype=dtype).view(word)
     every_bit = torch.tensor([torch.iinfo(word).max, -1], dtype=word)
-    for payload in torch.cat([infinities + 1, every_bit]).view(dtype):  # next to the infinities, and all bits
+    for payload in torch.cat([infinities + 1, every_bit]).view(dtype):  # next to the infinities, and all bits set
         scores = normal(100).to(dtype)
         scores[57] = payload
         assert scores[57].isnan()
@@ -161,7 +161,7 @@ def test_any_bits_give_the_threshold_of_the_reference(kernels):
     def check(data, mode, dtype):
         word = WORDS[dtype]
         top = 2 ** (8 * word.itemsize - 1)
-        # Small integers next to any bits: subnormals, zeros of both signs (-top is -0.0), and ties.
+        # Small integers as well as any bits: subnormals, zeros of both signs (-top is -0.0), and ties.
         bits = st.one_of(st.integers(-top, top - 1), st.integers(-top, -top + 2), st.integers(0, 2))
         scores = torch.tensor(data.draw(st.lists(bits, min_size=1, max_size=40)), dtype=word).view(dtype)
         if data.draw(st.booleans()):
@@ -175,7 +175,7 @@ def test_any_bits_give_the_threshold_of_the_reference(kernels):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_expert_has_its_own_kth_largest(kernels, dtype, mode):
-    """Of more scores than one program of Triton's takes, at addresses that no wide load can read, one not finite."""
+    """More scores than one program of Triton's takes, at addresses that no wide load can read, with one NaN."""
     scores = torch.randn(5, 3, 1369, generator=torch.Generator().manual_seed(0)).to(dtype)
     scores[1, 2, 5], scores[3], scores[4] = torch.nan, 0.25, scores[4].abs() + 1
     for keep_ratio in kernels.fewer((0.3, 0, 0.9, 1), 2):

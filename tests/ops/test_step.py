@@ -1,4 +1,4 @@
-"""The optimiser's step of every backend is the reference's, bit for bit: scores, moments, scales, threshold, mask."""
+"""Every backend's optimiser step equals the reference's bit for bit: scores, moments, scales, threshold, mask."""
 
 import itertools
 
@@ -25,13 +25,13 @@ NARROW = (torch.bfloat16, torch.int16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("magnitude", "value")
 SCHEMES = pytest.mark.parametrize("eight_bit", [True, False], ids=["8bit", "exact"])
-#: The interpreter's arithmetic on NaN and infinity.
+#: From the interpreter's arithmetic on NaN and infinity.
 FROM_NUMPY = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
 def needs_exact_fma(kernels, request):
-    """The interpreter of older versions of Triton rounds a fused multiply-add twice."""
+    """Skip if the interpreter rounds a fused multiply-add twice, as in older versions of Triton."""
     if kernels.interpreted and request.node.callspec.params.get("eight_bit") is False:
         from mft_kernels.backends.triton.target import installed_triton
 
@@ -41,7 +41,7 @@ def needs_exact_fma(kernels, request):
 
 @pytest.fixture(autouse=True)
 def reference_with_the_kernels_sqrt(kernels, request):
-    """The cpu backend calls torch's."""
+    """Use the kernels' sqrt in the reference; the cpu backend calls torch's."""
     if kernels.name != "cpu":
         request.getfixturevalue("correctly_rounded_sqrt")
 
@@ -89,7 +89,7 @@ def test_blocks_and_chunks_meet_without_a_seam(kernels, eight_bit):
 def test_misaligned_and_strided_tensors_are_stepped(kernels, dtype, eight_bit):
     tensors = arguments((21, 260), dtype, eight_bit)
     layouts = [lambda t: t.T.contiguous().T, lambda t: t[:1].expand(t.shape)]
-    if not kernels.any_strides:  # its backend copies such: cuda_kernels/test_bindings.py
+    if not kernels.any_strides:  # its backend copies these: cuda_kernels/test_bindings.py
         layouts = [lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)]
     for layout in kernels.fewer(layouts, 2):
         ours, theirs = copied(tensors, kernels.device), copied(tensors)
@@ -137,7 +137,7 @@ def test_a_matrix_without_elements_keeps_nothing(kernels, dtype):
 @pytest.mark.parametrize("eight_bit", [False], ids=["exact"])
 def test_the_exact_scheme_is_torch_s_adamw_bit_for_bit(kernels, eight_bit):
     shape, lr = (23, 103), 3e-3
-    betas = ((0.9, 0.98), (0.3, 0.9), (0.0, 0.5))  # below 0.5 m is interpolated from the other end
+    betas = ((0.9, 0.98), (0.3, 0.9), (0.0, 0.5))  # below 0.5, m is interpolated from the other end
     for (beta1, beta2), weight_decay in kernels.fewer(list(itertools.product(betas, (0.0, 0.1))), 3):
         ours = {"scores": 0.02 * normal(*shape), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
         theirs = torch.nn.Parameter(ours["scores"].clone())
@@ -185,7 +185,7 @@ def test_a_fixed_point_score_that_meets_zero_keeps_its_sign(kernels, eight_bit):
     zeros = torch.zeros(1, 2)
     tensors = dict.fromkeys(("weight", "scales")) | {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
     tensors |= {"scores": torch.tensor([[1, 1 - 0x8000]], dtype=torch.int16), "grad": torch.tensor([[1.0, -1.0]])}
-    options = {"lr": 2.0**-18, "beta1": 0.0, "beta2": 0.0, "eps": 0.0}  # an update is lr * sign(grad), exactly
+    options = {"lr": 2.0**-18, "beta1": 0.0, "beta2": 0.0, "eps": 0.0}  # then an update is exactly lr * sign(grad)
     ours, _ = assert_equals_reference(kernels, tensors, steps=1, **options)
     assert ours["scores"].tolist() == [[0, -0x8000]]
 
@@ -195,7 +195,7 @@ def test_a_fixed_point_score_that_meets_zero_keeps_its_sign(kernels, eight_bit):
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_gradients_and_scores_of_any_size_equal_the_reference(kernels, dtype, eight_bit):
     sizes = torch.tensor([0.0, 1e-45, 1e-38, 1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e18, 1e30, 3e38, torch.inf, torch.nan])
-    rows = [normal(256, seed=i) * size for i, size in enumerate(sizes)]  # a block each
+    rows = [normal(256, seed=i) * size for i, size in enumerate(sizes)]  # one block each
     mixed = [row.roll(i) * sizes[torch.arange(256) % 11] for i, row in enumerate(rows)]
     tensors = arguments((26, 256), dtype, eight_bit, None)
     tensors["grad"] = torch.stack(rows + mixed)
@@ -217,7 +217,7 @@ def test_gradients_and_scores_of_any_size_equal_the_reference(kernels, dtype, ei
 @FROM_NUMPY
 def test_a_scale_of_the_gradient_that_is_not_finite_reaches_no_element_beyond_the_end(kernels):
     tensors = arguments((1, 300), torch.bfloat16, True, None)
-    tensors["grad"].fill_(1)  # infinite each, where a 0 beyond the end would be NaN
+    tensors["grad"].fill_(1)  # each is infinite; a 0 beyond the end would give NaN
     assert_equals_reference(kernels, tensors, steps=1, grad_scale=torch.tensor(torch.inf))
 
 

@@ -1,7 +1,7 @@
-"""The window round the threshold before, in which Triton's and CUDA's steps look for the next one.
+"""The window around the last threshold, in which Triton's and CUDA's steps look for the next one.
 
-A step counts the scores of 16 bits whose keys are near the old threshold's. Only if the next is not among these keys is
-it found by a selection over all scores.
+A step counts the 16-bit scores whose keys are near the old threshold's. Only if the next threshold is not among these
+keys, a selection over all scores finds it.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from mft_kernels import reference
 from mft_kernels.reference.fixed_point import selectable
 
 MODES = ("magnitude", "value")
-SELECTION = 4 * 1040  # where the workspace of CUDA's selection begins, in bytes
+SELECTION = 4 * 1040  # offset of the workspace of CUDA's selection, in bytes
 BY_DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int16], ids=str)
 BY_MODE = pytest.mark.parametrize("mode", MODES)
 
@@ -28,7 +28,7 @@ pytestmark = [
 
 @dataclass
 class Window:
-    """missed: for each step, whether its threshold lay outside."""
+    """missed: for each step, whether its threshold was outside the window."""
 
     keys: int
     step: Callable
@@ -36,7 +36,7 @@ class Window:
     missed: list[bool] = field(default_factory=list)
 
     def check(self, tensors, *, misses, **options):
-        """A step equals the reference's; all scores are read again if, and only if, the window misses."""
+        """Assert that a step equals the reference's, and reads all scores again if and only if the window misses."""
         assert_steps_equal_the_reference(self.step, tensors, steps=1, device=self.device, **options)
         assert self.missed[-1] == misses, options
 
@@ -51,7 +51,7 @@ def window(kernels, monkeypatch):
 
 
 def _of_triton(kernels, monkeypatch):
-    """As the flag on the device says, which the selection is launched with."""
+    """Triton's window: the selection is launched with a flag on the device that says whether it missed."""
     from mft_kernels.backends.triton import score_step, select
     from mft_kernels.backends.triton.target import target_of
 
@@ -66,7 +66,7 @@ def _of_triton(kernels, monkeypatch):
 
 
 def _step_of_cuda(kernels, missed, **given):
-    """As the workspace says, where the selection leaves what its passes find."""
+    """Make a step of CUDA's; the workspace holds the results of a selection's passes if the window missed."""
     workspace = kernels.step_workspace(given["scores"].dtype)
     got = kernels.score_step(**given, workspace=workspace)
     missed.append(bool(workspace.view(torch.int32)[0]))
@@ -100,7 +100,7 @@ def test_it_ends_where_it_should(window, dtype, mode):
     lowest, highest = -window.keys // 2, window.keys // 2 - 1
     for offset in (lowest, lowest - 1, highest, highest + 1):
         tensors = arguments((3, 700), dtype, True, weight_dtype=None)
-        tensors["grad"].zero_()  # nothing moves
+        tensors["grad"].zero_()  # no score moves
         tensors["scores"].view(torch.int16).fill_(int(hint.view(torch.int16)) + offset)
         misses = not lowest <= offset <= highest
         window.check(tensors, misses=misses, threshold=hint, mode=mode, keep_ratio=0.5)
@@ -112,7 +112,7 @@ def test_every_rank_is_read_from_it(window, kernels, dtype, mode):
     tensors = arguments((1, 61), dtype, True, weight_dtype=None)
     tensors["grad"].zero_()
     hint = scores_of(torch.tensor(0.01), dtype)
-    # Ties, neighbours, both ends of a warp's keys, and some on either side of the window.
+    # Ties, neighbours, both ends of a warp's keys, and offsets on either side of the window.
     offsets = torch.tensor([-600, -512, -481, -480, -449, -1, 0, 0, 1, 31, 32, 33, 255, 479, 480, 511, 512, 600] * 4)[
         :61
     ]

@@ -1,4 +1,4 @@
-"""GGUF files of small random models in every type of ggml, and transformers' reading of them."""
+"""GGUF files of small random models in every ggml type, and as transformers reads them."""
 
 import gguf
 import numpy as np
@@ -23,13 +23,13 @@ from mft.masks.convert import mask_model, merge_model
 from mft.masks.export import save_masks
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)
-SCALE_AT = {"Q6_K": 208, "Q3_K": 108, "Q4_K": 0, "Q5_K": 0, "Q2_K": 80, "IQ4_NL": 0, "IQ2_XS": 0}  # float16
+SCALE_AT = {"Q6_K": 208, "Q3_K": 108, "Q4_K": 0, "Q5_K": 0, "Q2_K": 80, "IQ4_NL": 0, "IQ2_XS": 0}  # float16 scale
 _SIZES = {"vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def make(family, **changes):
-    """A random model of a family, 256 wide, so that rows are whole blocks of every type."""
+    """Return a random model of a family, 256 wide, so that rows are whole blocks of every type."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = {**_SIZES, **_TOKENS, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 64}
@@ -44,14 +44,14 @@ def make(family, **changes):
                 "num_experts": 4,
                 "num_experts_per_tok": 2,
                 "moe_intermediate_size": 768,
-            }  # transformers reads no other
+            }  # transformers reads only these sizes
             return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | experts | changes)).eval()
         sizes = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
         return GPT2LMHeadModel(GPT2Config(**sizes | _TOKENS | changes)).eval()
 
 
 def quantized(values, kind):
-    """float32 (..., K) as blocks of a type, uint8; where gguf cannot quantise to it, random codes at their scale."""
+    """Return float32 (..., K) as uint8 blocks of a type; if gguf cannot quantise to it, random codes at their scale."""
     try:
         return quants.quantize(values, Kind[kind])
     except NotImplementedError:
@@ -64,9 +64,9 @@ def quantized(values, kind):
 
 
 def write_gguf(model, path, kind="F32", tied=False):
-    """As llama.cpp's converter does: names by gguf's table, of a Llama rows of q and k in its order of rotations.
+    """Write a model like llama.cpp's converter: names from gguf's table, q and k of a Llama in its rotation order.
 
-    kind: of the linear layers; all else is float32. tied: without the head.
+    kind: type of the linear layers; all else is float32. tied: without the head.
     """
     config = model.config
     family = {"qwen3_moe": "qwen3moe"}.get(config.model_type, config.model_type)
@@ -105,7 +105,7 @@ def logits(model):
 
 
 def mask_of(path, directory, seed=1, **mask):
-    """(masks of a tenth of a file's weights, as transformers reads them; the logits of mask on the base)"""
+    """Return (masks of a tenth of a file's weights, as transformers reads them; logits with the mask on the base)."""
     model = mask_model(read_gguf(path), MaskConfig(**{"keep_ratio": 0.9, "init": "normal", "seed": seed} | mask))
     save_masks(model, directory)
     return directory, logits(merge_model(model))
@@ -135,7 +135,7 @@ def _describe(writer, config):
 
 
 def _stored(model, family):
-    """{name: values} as the converter lays them out."""
+    """Return {name: values} as the converter lays them out."""
     stored = {}
     for name, tensor in model.state_dict().items():
         part = name.split(".")[-2]

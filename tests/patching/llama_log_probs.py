@@ -1,6 +1,6 @@
 """llama.cpp's log-probabilities of the token after each prompt: PYTHON llama_log_probs.py MODEL OUT.npy [ADAPTER]
 
-Prompts are lists of token ids in JSON on standard input. Needs xllamacpp and numpy alone, in an environment of its own.
+Prompts are lists of token ids in JSON on standard input. It needs only xllamacpp and numpy, in its own environment.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Each type's zero: gguf decodes it to 0, and the bits of all other weights stay."""
+"""Each type's zero: gguf decodes it to 0, and the bits of all other weights are unchanged."""
 
 import gguf
 import numpy as np
@@ -17,7 +17,7 @@ def decoded(data, kind):
 
 
 def stored(kind, seed=0):
-    """A tensor's bytes, and every fifth of its elements."""
+    """Return a tensor's bytes, and every fifth of its elements."""
     chance = np.random.default_rng(seed)
     values = chance.standard_normal((ROWS, WIDTH)).astype(np.float32)
     return quantized(values, kind).reshape(-1).view(np.uint8).copy(), np.flatnonzero(chance.random(values.size) < 0.2)
@@ -108,7 +108,7 @@ def test_a_type_without_a_zero_has_no_code(kind):
 
 
 def test_the_zeros_of_a_negative_scale_are_equal_to_0():
-    """ggml computes d * 0, which is -0; 0 == -0, and a sum that begins at 0 is the same with either."""
+    """ggml computes d * 0, which is -0. But 0 == -0, and a sum that begins at 0 is the same with either."""
     data, elements = stored("Q4_0")
     after = decoded(CODES["Q4_0"].cleared(data, elements), "Q4_0")[elements]
     assert np.signbit(after).any()

@@ -1,4 +1,4 @@
-"""Masks in GGUF files: what transformers reads is the mask on the base, the original comes back, nothing is lost."""
+"""Masks in GGUF files: transformers reads the mask on the base, the original can be restored, nothing is lost."""
 
 import fcntl
 import hashlib
@@ -37,7 +37,7 @@ def model():
 
 @pytest.fixture
 def q8(model, tmp_path):
-    """(a file in Q8_0, masks of its weights)"""
+    """Return (a file in Q8_0, masks of its weights)."""
     path = write_gguf(model, tmp_path / "model.gguf", "Q8_0")
     return path, mask_of(path, tmp_path / "masks")[0]
 
@@ -175,7 +175,7 @@ class TestTheBase:
         assert "was not held against it" in patch_gguf(path, masks, tmp_path / "out.gguf", force=True).base
 
     def test_rows_in_another_order_are_refused(self, model, tmp_path):
-        """A file of a Llama whose q and k nobody has turned: the correlation is that of strangers."""
+        """In a Llama's file with q and k in the wrong order, the correlation is that of unrelated weights."""
         path = write_gguf(model, tmp_path / "model.gguf", "Q8_0")
         content = bytearray(path.read_bytes())
         tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.attn_q.weight")
@@ -190,7 +190,7 @@ class TestTheBase:
 
 
 class TestNothingIsLost:
-    """Whatever fails, files are as they were."""
+    """Whatever fails, the files are unchanged."""
 
     def test_a_file_that_is_there_is_not_replaced(self, q8, tmp_path):
         path, masks = q8

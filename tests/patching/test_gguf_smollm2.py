@@ -1,7 +1,7 @@
-"""SmolLM2-135M's own GGUF file, as a user patches it: in Q4_1, which has no zero, and in the types that have one.
+"""SmolLM2-135M's own GGUF file, patched as by a user: in Q4_1, which has no zero, and in the types that have one.
 
-llama.cpp computes with a patched file what torch computes with mask on the base. `make llama-test` installs it into an
-environment of its own; where MFT_LLAMA_PYTHON names no Python that has xllamacpp, these tests are skipped.
+With a patched file, llama.cpp computes what torch computes with the mask on the base. `make llama-test` installs
+llama.cpp in its own environment. These tests are skipped if MFT_LLAMA_PYTHON names no Python with xllamacpp.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def source(smollm2_dir):
 
 @pytest.fixture(scope="module")
 def masks(source, tmp_path_factory):
-    """1 % of all linear layers' weights, the smallest of the base in bfloat16."""
+    """1 % of the weights of all linear layers, the smallest of the base in bfloat16."""
     model, _ = load_model(ModelConfig("smollm2-135m"))
     mask_model(model, MaskConfig(keep_ratio=0.99, init="normal", seed=3))
     return save_masks(model, tmp_path_factory.mktemp("masks") / "masks")
@@ -55,7 +55,7 @@ def prompts(tokenizer):
 
 
 def requantized(source, target, kind):
-    """The file with its matrices in another type."""
+    """Copy the file with its matrices in another type."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "llama")
     for name, field in reader.fields.items():
@@ -88,7 +88,7 @@ def test_the_q4_1_file_is_refused_by_name_and_its_widened_form_is_the_mask_on_th
         patch_gguf(source, masks, tmp_path / "out.gguf")
     patched = patch_gguf(source, masks, tmp_path / "out.gguf", widen="f32")
     assert "is the base of the masks: its weights have their hash" in patched.base
-    assert patched.grown == 358_318_080  # 106,168,320 weights of 4 bytes in place of 20 / 32
+    assert patched.grown == 358_318_080  # 106,168,320 weights with 4 bytes instead of 20 / 32
     expected = torch_log_probs(merge_model(load_masks(read_gguf(source), masks, force=True)), prompts)
     assert torch.equal(torch_log_probs(read_gguf(patched.path), prompts), expected)
     undo_gguf_patch(patched.path, tmp_path / "back.gguf")
@@ -108,7 +108,7 @@ def llama_log_probs(model, prompts, directory, *adapter):
 
 
 def divergence(one, other):
-    """KL of other from one, in nats per token."""
+    """Return the KL of other from one, in nats per token."""
     return float((one.exp() * (one - other)).sum(-1).mean())
 
 

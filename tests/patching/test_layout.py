@@ -1,4 +1,4 @@
-"""Where masked weights lie in a file: as transformers reads it, whatever rows it turns, transposes and fuses."""
+"""Where masked weights are in a file: as transformers reads it, with rows that it reorders, transposes and fuses."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_an_experts_gate_and_up_are_two_tensors(tmp_path):
     path = write_gguf(make("qwen3moe"), tmp_path / "model.gguf")
     name = "model.layers.0.mlp.experts.gate_up_proj"
     _, layout = layout_of(path, {name: (4, 1536, 256)})
-    # Of expert 1 the first weight of gate, and the last of up.
+    # For expert 1: the first weight of gate, and the last of up.
     found = {tensor.name: elements.tolist() for tensor, elements in layout.elements(name, np.array([393216, 786431]))}
     assert found == {"blk.0.ffn_gate_exps.weight": [196608], "blk.0.ffn_up_exps.weight": [393215]}
 
@@ -69,7 +69,7 @@ def test_weights_come_out_as_transformers_has_them(tmp_path):
 
 
 def renamed(directory, old, new, shape=None):
-    """An export whose mask of one layer is called otherwise; not whole, but it is read no further than that."""
+    """Rename one layer in an export. The export is then inconsistent, but reading stops before that matters."""
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text())
     for entry in config["modules"]:

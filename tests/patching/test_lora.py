@@ -1,4 +1,4 @@
-"""The adapter: W + B A is the masked weight, in the file's own rows, and it says where float16 rounds."""
+"""The adapter: W + B A is the masked weight, in the file's row order, and it reports where float16 rounds."""
 
 import gguf
 import numpy as np

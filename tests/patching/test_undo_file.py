@@ -1,4 +1,4 @@
-"""FILE.undo: what it holds, and what a damaged or hostile one is told."""
+"""FILE.undo: what it contains, and the errors for damaged or hostile ones."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def test_at_1_per_cent_a_changed_byte_takes_little_more_than_two():
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory):
-    """A patched file, with a tensor that was widened."""
+    """Return a patched file with a tensor that was widened."""
     directory = tmp_path_factory.mktemp("patched")
     path = write_gguf(make("llama", num_hidden_layers=1), directory / "model.gguf", "Q4_1")
     masks, _ = mask_of(path, directory / "masks", target_modules=["k_proj"])
@@ -93,7 +93,7 @@ def test_a_damaged_undo_file_gives_the_original_or_one_error_that_names_it(patch
 
 
 def written(path, metadata=None, **tensors):
-    """An undo file with other metadata and tensors."""
+    """Write an undo file with other metadata and tensors."""
     content = {name: torch.zeros(0, dtype=torch.uint8) for name in ("moved", "gaps", "old")}
     content["segments"] = torch.tensor([[0, 0, 1000]])
     facts = dataclasses.asdict(FACTS) | (metadata or {})

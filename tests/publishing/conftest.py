@@ -1,4 +1,4 @@
-"""Fixtures of publishing: a hub on loopback that this process's client is turned to, and a finished run."""
+"""Fixtures of publishing: a hub on loopback that this process's client uses, and a finished run."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The directory of a finished run of mft train, as it lies on disk, on the tiny Llama of four layers."""
+    """Return the directory of a finished run of mft train, on the tiny Llama of four layers."""
     directory = tmp_path_factory.mktemp("runs") / "mine"
     directory.mkdir()
     config = RunConfig(output_dir="/secret/runs/mine")
@@ -37,5 +37,5 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it."""
+    """Return a copy of the finished run."""
     return shutil.copytree(finished, tmp_path / "runs" / "mine")

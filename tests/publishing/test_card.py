@@ -1,4 +1,4 @@
-"""The model card: facts alone, no path of this machine, and blocks that run."""
+"""The model card: only facts, no path of this machine, and blocks that run."""
 
 import dataclasses
 import re
@@ -32,7 +32,7 @@ def test_the_metadata_are_the_hubs_terms(run):
     assert data["base_model_relation"] == "adapter"
     assert (data.library_name, data.pipeline_tag, data.license) == ("mft_kernels", "text-generation", "apache-2.0")
     assert data.language is None
-    assert data.datasets is None  # a file of this machine
+    assert data.datasets is None  # it is a local file
     loss, accuracy = data.eval_results
     assert (loss.metric_type, loss.metric_value, loss.dataset_name) == ("loss", 2.25, "my.jsonl")
     assert (accuracy.metric_type, accuracy.metric_value) == ("accuracy", 0.375)
@@ -154,7 +154,7 @@ def lines_of(text):
 
 @pytest.mark.parametrize("evil", [EVIL, "```\n# Trusted", "- a\n# Trusted", "\0# Trusted", LONG, EVIL + LONG])
 def test_no_text_of_a_file_becomes_a_line_or_a_tag_of_the_card(run, evil):
-    """Each fact that is a free text, in every kind of contents."""
+    """Each free text, in every kind of contents."""
     config = mft.load_config(run / "config.yaml", ["data.source=stdlib"])
     own = {"mine": {"source": evil}}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=own))
@@ -170,10 +170,10 @@ def test_no_text_of_a_file_becomes_a_line_or_a_tag_of_the_card(run, evil):
     others = (kind(contents.directory, contents.files, facts) for kind in (AdapterContents, ModelContents))
     for one in (dataclasses.replace(contents, facts=facts), *others):
         card = model_card(one, NAME, {"license": "mit"})
-        data = ModelCard(card).data  # the head is whole
+        data = ModelCard(card).data  # the header is intact
         assert (data.license, data.base_model) == ("mit", None)
-        body = re.sub(r"(?sm)^(`{3,})\w+\n.*?^\1$", "", card.split("\n---\n", 1)[1])  # without blocks of code
-        body = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", body)  # and without code in lines
+        body = re.sub(r"(?sm)^(`{3,})\w+\n.*?^\1$", "", card.split("\n---\n", 1)[1])  # without code blocks
+        body = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", body)  # and without inline code
         assert not re.search(r"(?m)^\s*#+ Trusted|<img|\]\(https://evil|onerror", body)
         heads = [line for line in lines_of(body) if line.startswith("#")]
         assert set(heads) <= {f"# {NAME}", "## Loading", "## Masks", "## Results", "## Training"}

@@ -1,4 +1,4 @@
-"""Masks from the hub: fetched whole and checked, pinned to a commit, kept in the cache, and refused in clear words."""
+"""Masks from the hub: downloaded whole and checked, pinned to a commit, cached, and refused with clear messages."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_what_is_in_the_cache_is_not_fetched_again_and_serves_where_the_hub_is_n
     first = masks_directory(NAME)
     del hub.requests[:]
     hub_is_reachable.cache_clear()
-    assert masks_directory(f"{NAME}@{first.name}") == first  # a commit: nothing to ask, nor whether the hub is there
+    assert masks_directory(f"{NAME}@{first.name}") == first  # a commit: no request is needed
     assert hub.requests == []
     assert masks_directory(NAME) == first
     assert hub.requests == ["HEAD /", f"GET /api/models/{NAME}"]

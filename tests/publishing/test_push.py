@@ -1,4 +1,4 @@
-"""mft push against a hub on loopback, by huggingface_hub's own client: what is uploaded, refused, and kept."""
+"""mft push to a hub on loopback, with huggingface_hub's own client: what is uploaded, refused, and kept."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_the_name_of_the_base_on_the_hub_goes_into_card_and_export(hub, tmp_path
     (tmp_path / "got").mkdir()
     for name in (CONFIG, MASKS):
         (tmp_path / "got" / name).write_bytes(contents(hub)[name])
-    export, masks, _ = read_whole_export(tmp_path / "got")  # its hash agrees
+    export, masks, _ = read_whole_export(tmp_path / "got")  # its hash matches
     assert export.base_model_name_or_path == "user/my-base"
     assert masks.keys() == read_whole_export(directory)[1].keys()
 
@@ -119,7 +119,7 @@ def test_masks_are_entropy_coded_on_the_way_and_the_card_says_what_they_weigh(hu
     loaded, expected = load_masks(make_llama(), NAME), masked_llama()
     for name, module in masked_modules(expected).items():
         assert torch.equal(masked_modules(loaded)[name].mask(), module.mask())
-    push_to_hub(run, NAME, base="user/base")  # as they lie there
+    push_to_hub(run, NAME, base="user/base")  # unchanged files
     assert contents(hub)[MASKS] == before[MASKS]
     size = len(before[MASKS])
     assert f"| size | {size} bytes, {8 * size / weights:.3g} bits a weight |\n".encode() in contents(hub)["README.md"]
@@ -211,7 +211,7 @@ def test_a_card_that_was_edited_on_the_hub_stays_until_it_is_given_up(hub, run):
     (run / "table.json").write_text(
         '{"before": {"loss": 1.0, "accuracy": 0.5}, "loss after - before": 0, "standard error": 0}'
     )
-    push_to_hub(run, NAME)  # one that was made is made anew
+    push_to_hub(run, NAME)  # our own card is made again
     assert b"## Results" in contents(hub)["README.md"]
 
 

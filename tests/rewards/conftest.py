@@ -1,4 +1,4 @@
-"""The small Llama and its questions, made once a file."""
+"""The small Llama and its questions, made once per file."""
 
 import pytest
 from half_right import make_model, make_rows, make_tokenizer, questions

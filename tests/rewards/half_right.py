@@ -1,4 +1,4 @@
-"""A small Llama that answers some of the questions right, and the questions as rows."""
+"""A small Llama that answers some questions right, and the questions as rows."""
 
 import torch
 from datasets import Dataset
@@ -25,7 +25,7 @@ def make_tokenizer():
 
 
 def make_rows(pairs, tokenizer):
-    """Rows as load_splits makes them, of (prompt, completion)."""
+    """Return rows as load_splits makes them, from (prompt, completion)."""
     columns = {"input_ids": [], "labels": [], "document": []}
     for number, (prompt, completion) in enumerate(pairs):
         head, tail = tokenizer.encode(prompt), [*tokenizer.encode(completion), tokenizer.eos_token_id]
@@ -60,14 +60,14 @@ def gradients(model):
 
 
 def assert_near(found, expected):
-    """Gradients of the same parameters, each within a ten thousandth of its norm."""
+    """Assert that gradients of the same parameters agree, each within 1e-4 of its norm."""
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         assert (found[name] - grad).norm() <= 1e-4 * grad.norm(), name
 
 
 def masked(model, **options):
-    """Its mask, with scores that learn."""
+    """Mask the model, with scores that learn."""
     mask_model(model, MaskConfig(**{"keep_ratio": 0.98} | options))
     model.requires_grad_(False)
     for module in masked_modules(model).values():

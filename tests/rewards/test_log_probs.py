@@ -1,4 +1,4 @@
-"""Log-probabilities of answers: those of plain softmaxes, whatever lies before them, of any head."""
+"""Log-probabilities of answers equal those of plain softmaxes, whatever comes before them, for any head."""
 
 import torch
 from torch import nn

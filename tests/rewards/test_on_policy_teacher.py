@@ -53,7 +53,7 @@ def test_a_prompt_without_the_question_or_with_other_fields_is_refused(prompt):
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_the_gradient_is_that_of_the_divergence_by_hand(base, tokenizer, rows, kind, monkeypatch):
-    """Its mean over the tokens of all answers, the teacher's prompts being longer than the model's."""
+    """It is the mean over the tokens of all answers; the teacher's prompts are longer than the model's."""
     sampled, found = {}, {}
 
     def judged(answers, asked, *_):
@@ -84,12 +84,12 @@ def test_the_gradient_is_that_of_the_divergence_by_hand(base, tokenizer, rows, k
         loss = loss + terms.sum() / tokens
     loss.backward()
     assert_near(found, gradients(start))
-    assert report.divergence == pytest.approx(loss.item(), rel=0.1)  # of micro-batches, the mean of their means
+    assert report.divergence == pytest.approx(loss.item(), rel=0.1)  # of micro-batches: the mean of their means
     assert report.reward == 0
 
 
 def test_the_model_says_at_last_what_its_teacher_says(base, tokenizer, rows):
-    """To rewards there would be nothing in it: no answer is right before or after."""
+    """Rewards could not teach this: no answer is right before or after."""
     teacher, pairs = copy.deepcopy(base), [(prompt, " 3") for prompt, _ in questions(24)]
     finetune(teacher, make_rows(pairs, tokenizer), TrainConfig(lr=3e-3, steps=60, batch_size=8))
     model = copy.deepcopy(base)
@@ -104,7 +104,7 @@ def test_the_model_says_at_last_what_its_teacher_says(base, tokenizer, rows):
 
 
 def test_a_teacher_left_out_is_the_model_as_the_call_found_it(base, tokenizer, rows):
-    """It reads the model's own prompt, so there is nothing to learn at first, and it stays where it was."""
+    """It reads the model's own prompt, so at first there is nothing to learn; it must stay unchanged."""
     model = masked(copy.deepcopy(base))
     reports = train_rewards(model, tokenizer, rows, config(steps=3), teacher=OnPolicyTeacher())
     assert abs(reports[0].divergence) < 1e-6

@@ -1,4 +1,4 @@
-"""Questions of rows, and what their answers are worth."""
+"""Questions from rows, and the rewards of their answers."""
 
 import pytest
 from half_right import make_rows

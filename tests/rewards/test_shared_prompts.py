@@ -1,4 +1,4 @@
-"""Facts about mft.rewards.shared_prompts: questions are read once; states and gradients are those of each row."""
+"""mft.rewards.shared_prompts: questions are read once; states and gradients are those of each row."""
 
 import pytest
 import torch

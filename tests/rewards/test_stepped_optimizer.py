@@ -1,4 +1,4 @@
-"""Our optimisers in the Trainer's hands: its rate, our masters, our clipping."""
+"""Our optimisers under the Trainer: its rate, our master weights, our clipping."""
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ def test_weights_of_16_bits_step_on_clipped_gradients_of_their_masters_at_the_sc
         scheduler = scheduled(optimizer, train)
         for _ in range(2):
             (model(torch.ones(1, 8, dtype=torch.bfloat16)) * 100).sum().backward()
-            assert model.weight.grad is None  # the master has it
+            assert model.weight.grad is None  # the master weight has it
             optimizer.step()
             scheduler.step()
     assert [round(lr, 6) for lr, _ in seen] == [0.5, 0.375]

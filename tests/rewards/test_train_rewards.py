@@ -1,4 +1,4 @@
-"""Training by rewards: what is learned, by which gradient, from which seed, and that nothing else is touched."""
+"""Training with rewards: what is learned, from which gradient and seed, and that nothing else changes."""
 
 import copy
 import random
@@ -23,7 +23,7 @@ from mft.rewards import train as train_module
 from mft.rewards import trainer
 from mft.rewards.train import train_rewards
 
-# What peft asks of transformers by its old name.
+# PEFT calls transformers by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 
 
@@ -39,7 +39,7 @@ def changed(before, after):
 
 
 def test_right_answers_become_likelier(base, tokenizer):
-    """One answer to every question, which the model gives now and then."""
+    """Every question has the same answer, which the model gives now and then."""
     rows = make_rows([(prompt, " 3") for prompt, _ in questions(8)], tokenizer)
     model, seen = learning(copy.deepcopy(base), ""), []
     before = exact_matches(model, tokenizer, rows, max_new_tokens=4)[0].sum()
@@ -82,7 +82,7 @@ def test_what_requires_grad_learns_and_nothing_else_changes(base, tokenizer, row
 
 
 def make_gpt2(tokenizer):
-    """Its positions are absolute: padding on the left would shift an answer's."""
+    """Its positions are absolute: padding on the left would shift an answer's positions."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         eos = tokenizer.eos_token_id
@@ -94,7 +94,7 @@ def make_gpt2(tokenizer):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_gradient_is_that_of_the_advantages_by_hand(base, tokenizer, rows, kind, monkeypatch):
-    """-sum of advantage * log p(token) over the tokens of all answers, divided by how many they are."""
+    """-sum of advantage * log p(token) over the tokens of all answers, divided by their number."""
     sampled, found = {}, {}
 
     def judged(answers, asked, *_):
@@ -181,7 +181,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(base, tokenize
     def run(**options):
         model = masked(copy.deepcopy(base))
         reports = train_rewards(model, tokenizer, rows, config(**options))
-        assert reports[-1].kl > reports[0].kl == 0  # the start has stayed, the model has not
+        assert reports[-1].kl > reports[0].kl == 0  # the start stays, the model does not
         return state(model), [(report.reward, report.entropy, report.tokens, report.kl) for report in reports]
 
     torch.manual_seed(5)
@@ -212,7 +212,7 @@ def test_packed_rows_ask_the_same_questions(base, tokenizer, rows):
 
 
 def test_the_kl_is_to_the_start_which_stays_and_its_weight_draws_towards_it(base, tokenizer):
-    """No answer is ever right, so the KL alone teaches."""
+    """No answer is ever right, so only the KL teaches."""
     rows = make_rows([(prompt, " 77") for prompt, _ in questions(8)], tokenizer)
 
     def run(model, start=None, **options):
@@ -224,7 +224,7 @@ def test_the_kl_is_to_the_start_which_stays_and_its_weight_draws_towards_it(base
     assert max(report.reward for report in reports) == 0
     assert reports[0].kl > 2 * reports[-1].kl > 0
     assert not changed(before, state(far))
-    assert run(copy.deepcopy(base), beta=1.0)[0].kl == 0  # to itself as it was
+    assert run(copy.deepcopy(base), beta=1.0)[0].kl == 0  # compared with itself before training
     model = copy.deepcopy(base)
     assert [report.kl for report in run(model)] == [None, None]
     assert not changed(state(base), state(model))
@@ -259,7 +259,7 @@ def test_a_question_is_read_once_in_sampling_and_in_learning(base, tokenizer, ro
     model.get_input_embeddings().register_forward_hook(lambda _, given, made: read.append((*given[0].shape,)))
     train_rewards(model, tokenizer, rows, config(steps=1, gradient_checkpointing=checkpointing))
     whole = [shape for shape in read[1:] if shape[0] == 16 and shape[1] > 4]  # longer than any answer
-    assert (len(whole) == 0) != checkpointing  # a layer that is checkpointed keeps no keys and values
+    assert (len(whole) == 0) != checkpointing  # a checkpointed layer keeps no keys and values
 
 
 # ---------------------------------------------------------------------------------------------- nothing is left behind
@@ -274,7 +274,7 @@ def test_nothing_is_written_said_or_changed_but_what_learns(
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **said: told.append(said))
     model = masked(copy.deepcopy(base))
     model.config.use_cache = True
-    model.config.eos_token_id = model.generation_config.eos_token_id = 5  # another than the tokenizer's
+    model.config.eos_token_id = model.generation_config.eos_token_id = 5  # different from the tokenizer's
     own = (copy.deepcopy(model.config.to_dict()), model.generation_config.to_dict(), tokenizer.pad_token)
     generators = [torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())]
     names = set(vars(model))

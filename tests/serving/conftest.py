@@ -1,4 +1,4 @@
-"""A service on a port of this machine, on the tiny Llama with two tasks whose masks drop half, for real clients."""
+"""A service on a local port, on the tiny Llama with two tasks whose masks drop half, for real clients."""
 
 import logging
 import threading
@@ -22,12 +22,12 @@ TEMPLATE = (
 
 
 def base():
-    """With weights so large that what masks do to them decides which word is the likeliest."""
+    """Return a model with weights so large that masks decide which token is the likeliest."""
     return make_llama(initializer_range=0.3)
 
 
 class Recorded(logging.Formatter):
-    """A line's message alone; what it knows beside goes into a list."""
+    """Formats only a line's message; its other data goes into a list."""
 
     def __init__(self, events):
         super().__init__()
@@ -52,7 +52,7 @@ def exports(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def words():
-    """A tokenizer of one word a number, 0 the end, with a chat template."""
+    """Return a tokenizer with one word per number, 0 as the end, and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ def words():
 
 @pytest.fixture
 def serve(exports, words):
-    """serve(rows=..., ...) -> what runs: client, bank, scheduler, server, lines of the log, address."""
+    """Yield serve(rows=..., ...), which returns what runs: client, bank, scheduler, server, log lines, address."""
     import openai
 
     from mft.serving.api.service import Access, Service
@@ -114,7 +114,7 @@ def serve(exports, words):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """While it is cleared, no row gets a next token; steps counts what passed."""
+    """Return an event: while it is cleared, no row gets a next token; steps counts the steps that passed."""
     opened, step = threading.Event(), RunningBatch.step
     opened.steps = 0
 
@@ -131,7 +131,7 @@ def gate(monkeypatch):
 
 @pytest.fixture
 def until():
-    """until(condition): wait for it, for 10 seconds at most."""
+    """Return until(condition), which waits for it at most 10 seconds."""
 
     def wait(condition):
         end = time.monotonic() + 10

@@ -1,10 +1,10 @@
 """A hostile client of a real mft serve on loopback: python tests/serving/hostile_client.py [--model NAME] [--soak N]
 
 It starts mft serve with masks that it makes itself, and sends malformed, oversized, cancelled and half-sent requests
-from eight threads. Between them well-formed ones must get the answers that they got alone, and everything malformed its
-status. It fails if the server's memory (VmHWM) exceeds 1.2 times what it was after loading, if the server's log has a
-traceback, or if the server does not end by SIGTERM. --soak sends so many small requests of every kind, and fails if
-memory grows after the first third. Linux only: it reads /proc.
+from eight threads. Well-formed requests in between must get the same answers as without attack, and every malformed one
+its status. It fails if the server's memory (VmHWM) exceeds 1.2 times that after loading, if the server's log has a
+traceback, or if SIGTERM does not end the server. --soak N sends N small requests of every kind, and fails if memory
+grows after the first third. Linux only: it reads /proc.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LENGTH = 512  # of --length: a row's keys and values are no fault, but they are memory
-MOST_MEMORY = 1.2  # times what it was after loading
+LENGTH = 512  # for --length: a row's keys and values are legitimate, but they take memory
+MOST_MEMORY = 1.2  # times the memory after loading
 MOST_GROWTH = 16 << 20  # bytes in the last two thirds of a soak
-MOST_HELD = 300  # half-sent requests at once
-LEAST_ANSWERED = 20  # well-formed requests during the attack, which goes on for so long
-TIMEOUT = 120  # seconds for one answer, on a machine with other work
+MOST_HELD = 300  # half-sent requests at a time
+LEAST_ANSWERED = 20  # well-formed requests during the attack, which lasts at least that long
+TIMEOUT = 120  # seconds for one answer, on a busy machine
 
 COMPLETION = {"model": "code", "prompt": "3 4 5", "max_tokens": 6, "temperature": 0}
 CHAT = {"model": "code", "messages": [{"role": "user", "content": "3 4"}], "max_tokens": 6, "temperature": 0}
@@ -51,7 +51,7 @@ class Address:
     port: int
 
     def ask(self, route: str, body: dict) -> tuple[int, str]:
-        """(status, text) of a well-formed request."""
+        """Return (status, text) of a well-formed request."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=TIMEOUT)
         with contextlib.closing(connection):
             connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
@@ -70,7 +70,7 @@ class Address:
 
     def send(self, data: bytes) -> socket.socket:
         connected = socket.create_connection((self.host, self.port), timeout=TIMEOUT)
-        # The server may answer and close before it has read all.
+        # The server may answer and close before it has read everything.
         with contextlib.suppress(ConnectionError):
             connected.sendall(data)
         return connected
@@ -96,19 +96,19 @@ def completion(**keys: object) -> bytes:
 
 
 def filled(begin: str, item: str, end: str, size: int) -> bytes:
-    """A body of about ``size`` bytes that repeats one item, which may hold a number."""
+    """Return a body of about ``size`` bytes that repeats one item, which may contain a number."""
     count = size // (1 + len(item % 10_000 if "%d" in item else item))
     items = (item % i for i in range(count)) if "%d" in item else itertools.repeat(item, count)
     return (begin + ",".join(items) + end).encode()
 
 
 CHAT_ROUTE = "/v1/chat/completions"
-ALLOWED = 60_000  # bytes that are no reason to refuse a body
+ALLOWED = 60_000  # bytes; a body of this size is not refused for its size
 HUGE = 15_800_000
 MESSAGES, STOP = '{"model": "code", "messages": [', '{"model": "code", "prompt": "3", "stop": ['
 PROMPT = '{"model": "code", "prompt": ['
 
-# {name: (what is sent, the status that it gets)}
+# {name: (what is sent, the expected status)}
 ANSWERED: dict[str, tuple[bytes, int]] = {
     "no JSON": (request(b"{"), 400),
     "no UTF-8": (request(b'{"model": "\xff"}'), 400),
@@ -146,7 +146,7 @@ ANSWERED: dict[str, tuple[bytes, int]] = {
     "oversized chunks": (request(b"fffff\r\n%s\r\n" % (b" " * 0xFFFFF) * 4, "Transfer-Encoding: chunked"), 413),
 }  # fmt: skip
 STREAM = completion(stream=True, max_tokens=400)
-# {name: (what is sent, whether the first of the answer is awaited)}, then the client leaves
+# {name: (what is sent, whether to wait for the begin of the answer)}; then the client leaves
 CANCELLED: dict[str, tuple[bytes, bool]] = {
     "leaves a stream": (STREAM, True),
     "leaves a stream at once": (STREAM, False),
@@ -155,7 +155,7 @@ CANCELLED: dict[str, tuple[bytes, bool]] = {
     "leaves in a body": (request(b'{"model"', length=50_000), False),
     "leaves in a head": (b"POST /v1/completions HTTP/1.1\r\nHost: loc", False),
 }
-# What stays open to the end.
+# Requests that stay open until the end.
 HALF_SENT: dict[str, bytes] = {
     "half a head": b"POST /v1/completions HTTP/1.1\r\nHost: loc",
     "half a body": request(b'{"model": "code"' + b" " * 50_000, length=60_000),
@@ -166,7 +166,7 @@ HALF_SENT: dict[str, bytes] = {
 
 @dataclass
 class Hostile:
-    """What was sent, and what came that should not have. Threads share one."""
+    """A record of what was sent, and of wrong answers. Threads share one object."""
 
     address: Address
     sent: Counter = field(default_factory=Counter)
@@ -203,7 +203,7 @@ class Hostile:
         with self.address.send(data) as connected:
             if is_awaited and not connected.recv(1000).startswith(b"HTTP/1.1 200 "):
                 self.wrong.append(f"{name}: no answer")
-            if self.sent[name] % 2:  # with a reset instead of an end
+            if self.sent[name] % 2:  # end with a reset instead of a close
                 connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
@@ -211,7 +211,7 @@ class Hostile:
 
 
 def write_base(name: str, root: Path) -> list[str]:
-    """The options of mft serve for a base with two tasks' masks on it, which are written."""
+    """Write a base and two tasks' masks on it; return the options of mft serve for them."""
     from mft.config import MaskConfig, ModelConfig
     from mft.masks.convert import mask_model
     from mft.masks.export import save_masks
@@ -237,7 +237,7 @@ def write_base(name: str, root: Path) -> list[str]:
 
 @contextlib.contextmanager
 def server(options: list[str], log: Path) -> Iterator[tuple[subprocess.Popen, Address]]:
-    """mft serve as a process of its own. At the end it must go by SIGTERM."""
+    """Run mft serve in a process of its own; at the end, SIGTERM must end it."""
     command = [sys.executable, "-m", "mft", "serve", *options, "--port", "0", "--length", str(LENGTH)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
@@ -258,7 +258,7 @@ def server(options: list[str], log: Path) -> Iterator[tuple[subprocess.Popen, Ad
 
 
 def memory(process: subprocess.Popen, name: str) -> int:
-    """VmRSS or VmHWM, in bytes."""
+    """Return VmRSS or VmHWM in bytes."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
@@ -272,14 +272,14 @@ def mebibytes(count: float) -> str:
 
 
 class WellFormed:
-    """Of the base and its tasks in turn: answers must be those that came while nothing else was asked."""
+    """Requests to the base and its tasks in turn; answers must equal those without any other request."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
         names = itertools.cycle(each["id"] for each in address.get("/v1/models")["data"])
         self._requests = [(route, body | {"model": name}) for (route, body), name in zip(WELL_FORMED, names)]
         self._alone = [address.ask(*each) for each in self._requests]
-        self.seconds: list[float] = []  # of each answer
+        self.seconds: list[float] = []  # one for each answer
         self.wrong = [f"alone: {found}" for found in self._alone if found[0] != 200]
 
     def ask(self, number: int) -> None:
@@ -289,7 +289,7 @@ class WellFormed:
                 found = self._address.ask(*self._requests[index])
             except OSError as error:
                 found = (0, repr(error))
-                # Where there are too many connections, one whose request is late is closed: clients connect again.
+                # With too many connections, the server closes one whose request is late: clients connect again.
                 if isinstance(error, ConnectionResetError) and not last:
                     continue
             break
@@ -299,7 +299,7 @@ class WellFormed:
 
 
 def in_threads(count: int, numbers: Iterable[int], work: Callable[[int], None]) -> list[threading.Thread]:
-    """Threads that are started, which share the numbers among them."""
+    """Start threads that share the numbers; return them."""
     left, lock = iter(numbers), threading.Lock()
 
     def run() -> None:
@@ -317,9 +317,9 @@ def in_threads(count: int, numbers: Iterable[int], work: Callable[[int], None]) 
 
 
 def attack(process: subprocess.Popen, address: Address, requests: int) -> list[str]:
-    """Send at least ``requests`` hostile ones. Returns: what went wrong."""
+    """Send at least ``requests`` hostile requests. Returns: what went wrong."""
     loaded = memory(process, "VmRSS")
-    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # VmHWM begins anew: loading itself needs more
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # reset VmHWM: loading itself needs more
     well_formed, hostile = WellFormed(address), Hostile(address)
     kinds = [*ANSWERED, *CANCELLED, *HALF_SENT]
     began = time.monotonic()
@@ -345,7 +345,7 @@ def attack(process: subprocess.Popen, address: Address, requests: int) -> list[s
 
 
 def soak(process: subprocess.Popen, address: Address, requests: int) -> list[str]:
-    """Send ``requests``, two of three of them well-formed. Returns: what went wrong."""
+    """Send ``requests``, two thirds of them well-formed. Returns: what went wrong."""
     well_formed, hostile = WellFormed(address), Hostile(address)
     small = [name for name in (*ANSWERED, *CANCELLED) if "oversized" not in name]
     sizes: dict[int, int] = {}

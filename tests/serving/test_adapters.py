@@ -22,7 +22,7 @@ ASKED = {"prompt": "3 4 5", "temperature": 0, "max_tokens": 8}
 
 @pytest.fixture(scope="module")
 def root(exports):
-    """Where exports lie: code, math, other (of another base)."""
+    """Return the directory of exports: code, math, and other (of another base)."""
     root = Path(exports["code"]).parent
     save_masks(mask_model(make_llama(initializer_range=0.2), MaskConfig.paper(keep_ratio=0.5)), root / "other")
     return root
@@ -65,7 +65,7 @@ def test_masks_are_loaded_by_name_and_unloaded_again(serve, root):
     assert names(running) == ["tiny", "code", "math"]
     with pytest.raises(openai.NotFoundError, match="model must be one of tiny, code, math, got 'again'"):
         text(running, "again")
-    assert load(running, "x/y:z", root / "math").status_code == 200  # absolute, and a name of one's own
+    assert load(running, "x/y:z", root / "math").status_code == 200  # an absolute path, and a name of the user's choice
     assert text(running, "x/y:z") == text(running, "math")
     assert [event["event"] for event in running.events if event.get("model") == "again"][::2] == ["loaded", "unloaded"]
 
@@ -183,7 +183,7 @@ def test_clients_change_nothing_unless_the_server_lets_them(serve):
 
 
 def test_tasks_come_and_go_beneath_running_requests(serve, root):
-    """Of a task that stays, every answer is what it was; of one that goes, that or a 404."""
+    """A task that stays gives the same answers throughout; a task that goes gives its answers or a 404."""
     running = serve(rows=4, waiting=32, load_from=root)
     expected, over, counts = {model: text(running, model) for model in ("code", "math")}, threading.Event(), [0, 0]
 

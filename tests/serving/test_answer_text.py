@@ -1,4 +1,4 @@
-"""Pieces of an answer add up to its text, with whole characters, and end before a stop string."""
+"""Pieces of an answer add up to its text, have whole characters, and end before a stop string."""
 
 import pytest
 

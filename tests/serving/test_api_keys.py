@@ -1,4 +1,4 @@
-"""Who may ask: keys from a file, which are compared in constant time and stand in no line of the log."""
+"""Who may send requests: keys from a file, compared in constant time and never logged."""
 
 import http.client
 import json
@@ -118,7 +118,7 @@ def test_a_server_that_everyone_may_change_is_warned_of(tmp_path, path, capsys):
 
 
 def test_every_key_is_compared_whole(path, monkeypatch):
-    """However early a key differs, and whichever it equals."""
+    """It does not matter how early a key differs, or which key it equals."""
     from mft.serving.api import keys as module
 
     compared, compare = [], module.hmac.compare_digest

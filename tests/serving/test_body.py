@@ -1,4 +1,4 @@
-"""What is read of a request's body: the first fault ends it, and a refusal's sentence is one."""
+"""Reading a request's body: the first fault ends reading, and a refusal is one sentence."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_a_body_full_of_faults_takes_little_more_memory_than_its_json(case):
     refusal(kind, data)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 64 * len(data)  # {} takes 64 bytes, and 3 of the body
+    assert peak < 64 * len(data)  # {} takes 64 bytes, but 3 in the body
     assert time.monotonic() - began < 5
 
 

@@ -1,4 +1,4 @@
-"""A request has to come whole in time, and half ones hold no place that a whole one could have."""
+"""A request must arrive whole in time, and half-sent ones must not take the place of whole ones."""
 
 import contextlib
 import http.client
@@ -21,7 +21,7 @@ WHOLE = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 
 @pytest.fixture
 def dial():
-    """dial(running, data) -> a connection over which data was sent."""
+    """Yield dial(running, data), which sends data over a new connection and returns it."""
     with contextlib.ExitStack() as stack:
 
         def connect(running, data=b""):
@@ -34,7 +34,7 @@ def dial():
 
 
 def rest(connected):
-    """All that comes until the server closes."""
+    """Return everything that arrives until the server closes."""
     parts = []
     with contextlib.suppress(ConnectionResetError):
         while part := connected.recv(1 << 16):
@@ -43,7 +43,7 @@ def rest(connected):
 
 
 def status(connected):
-    """Of one answer, which is read whole."""
+    """Return the status of one answer, which is read whole."""
     response = http.client.HTTPResponse(connected)
     response.begin()
     response.read()
@@ -100,7 +100,7 @@ def test_an_answer_and_a_connection_that_is_kept_have_their_time(serve, dial, hu
     kept = dial(running, WHOLE)
     gate.clear()
     time.sleep(0.6)
-    monkeypatch.setattr(connection, "READ_SECONDS", 30.0)  # from the answer on; a busy machine may pause for 0.3 s
+    monkeypatch.setattr(connection, "READ_SECONDS", 30.0)  # from now on; a busy machine may pause for 0.3 s
     gate.set()
     assert status(kept) == 200
     kept.sendall(WHOLE)

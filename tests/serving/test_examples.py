@@ -1,4 +1,4 @@
-"""examples/serving: what the container, the unit and the manifest start is what the command line takes."""
+"""examples/serving: the container, the unit and the manifest start commands that the command line accepts."""
 
 import configparser
 import json
@@ -21,13 +21,13 @@ SERVE = typer.main.get_command(app).commands["serve"]
 
 
 def instructions():
-    """(instruction, the rest) of each line of the Containerfile."""
+    """Return (instruction, the rest) of each line of the Containerfile."""
     text = re.sub(r"\\\n\s*", "", (EXAMPLES / "Containerfile").read_text())
     return [tuple(line.split(" ", 1)) for line in text.splitlines() if line and not line.startswith("#")]
 
 
 def listed(name):
-    """A list in JSON, which no shell reads."""
+    """Return a JSON list, which no shell parses."""
     (found,) = (rest for instruction, rest in instructions() if instruction == name)
     return json.loads(found)
 
@@ -105,7 +105,7 @@ def test_the_manifest_probes_routes_that_there_are():
 
 
 def test_answers_have_their_time_before_a_server_is_killed():
-    """5 seconds more than --grace: uvicorn's own, which server.py names."""
+    """5 seconds more than --grace, for uvicorn's own, which server.py names."""
     grace = SERVE.make_context("mft serve", COMMANDS["kubernetes.yaml"]()).params["grace"]
     (_, before) = pod()["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert pod()["terminationGracePeriodSeconds"] >= int(before) + grace + 5

@@ -1,4 +1,4 @@
-"""The hostile client, each kind of request twice, on a service in this process; by itself it is a command."""
+"""The hostile client, with each kind of request twice, on a service in this process; it is also a command."""
 
 from hostile_client import ANSWERED, CANCELLED, HALF_SENT, LENGTH, Address, Hostile, WellFormed, in_threads
 

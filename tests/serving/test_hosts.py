@@ -1,4 +1,4 @@
-"""By which names a service may be asked."""
+"""The host names that requests may use."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from mft.serving.api.hosts import HostCheck, known_hosts
 
 
 def asked(hosts, name):
-    """(status, message)"""
+    """Return (status, message)."""
     sent = []
 
     async def send(message):

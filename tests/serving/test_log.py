@@ -1,4 +1,4 @@
-"""The log's lines, and the id by which a client's request is found in them."""
+"""The log's lines, and the id that finds a client's request in them."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ ASKED = {"model": "code", "prompt": "3 4", "max_tokens": 2, "temperature": 0}
 
 
 def written(form, zone="UTC", level="debug"):
-    """(a log, its lines)"""
+    """Return (a log, its lines)."""
     log, lines = new_log(form, level, zone), []
     log.handlers[0]._write = lines.append
     return log, lines

@@ -1,4 +1,4 @@
-"""What Prometheus and an orchestrator read of a server."""
+"""The metrics that Prometheus and an orchestrator read from a server."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ ASKED = {"prompt": "3 4 5", "temperature": 0}
 
 
 def read(running):
-    """{name: {labels' values, by the labels' names: value}} of every sample; {name: type} of every family."""
+    """Return ({name: {label values, by label name: value}} of all samples, {name: type} of all families)."""
     response = httpx.get(f"{running.address}/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
     found, kinds = {}, {}
@@ -32,7 +32,7 @@ def test_requests_tokens_latencies_and_memory_are_counted(serve, gate, until):
         running.client.completions.create(model=model, max_tokens=tokens, **ASKED)
     with pytest.raises(openai.NotFoundError):
         running.client.completions.create(model="cod", **ASKED)
-    gate.clear()  # the first token is the prompt's, and needs no step
+    gate.clear()  # the first token comes with the prompt, without a step
     stream = running.client.completions.create(model="math", max_tokens=60, stream=True, **ASKED)
     next(stream)
     stream.close()
@@ -52,9 +52,9 @@ def test_requests_tokens_latencies_and_memory_are_counted(serve, gate, until):
     ):
         assert found[f"{name}_count"][("code",)] == count
         assert found[f"{name}_sum"][("code",)] >= 0
-    assert ("tiny",) not in found["mft_request_time_per_output_token_seconds_count"]  # of one token there is no next
+    assert ("tiny",) not in found["mft_request_time_per_output_token_seconds_count"]  # a single token has no next one
     assert ("math",) not in found["mft_e2e_request_latency_seconds_count"]
-    steps = gate.steps - 1  # one before it served
+    steps = gate.steps - 1  # one step ran before it
     assert found["mft_batch_rows_count"][()] == found["mft_batch_rows_bucket"][("1.0",)] == steps
     assert found["mft_masks_loaded"][()] == 2
     assert found["mft_mask_bytes"] == {(task,): size for task, size in running.bank.nbytes().items()}
@@ -91,7 +91,7 @@ def test_a_task_that_is_unloaded_is_counted_no_more(serve, exports):
 
 
 def test_names_keep_prometheus_rules(serve):
-    """https://prometheus.io/docs/practices/naming: a prefix, base units, and _total for what is counted."""
+    """https://prometheus.io/docs/practices/naming: a prefix, base units, and _total for counters."""
     running = serve()
     running.client.completions.create(model="code", max_tokens=4, **ASKED)
     _, kinds = read(running)

@@ -1,4 +1,4 @@
-"""SIGHUP: keys and masks are read again; what is faulty in them changes nothing."""
+"""SIGHUP: keys and masks are read again; faulty ones change nothing."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ ASKED = {"prompt": "3 4 5", "temperature": 0, "max_tokens": 8}
 
 @pytest.fixture
 def listed(tmp_path, exports):
-    """A masks file with code and math, each with a directory of its own."""
+    """Write a masks file with code and math, each with a directory of its own."""
     for task, directory in exports.items():
         shutil.copytree(directory, tmp_path / task)
     path = tmp_path / "masks.txt"
@@ -41,7 +41,7 @@ def text(running, model):
 
 
 def hang_up(running, masks_file, keys=None):
-    """What a signal makes the server do."""
+    """Do what the server does after a signal."""
     reload = Reload(running.log)
 
     async def run():
@@ -53,7 +53,7 @@ def hang_up(running, masks_file, keys=None):
 
 @pytest.fixture
 def running(serve, monkeypatch):
-    """A server whose loop is known."""
+    """Return a server whose event loop is known."""
     from mft.serving.server import Server
 
     startup = Server.startup
@@ -113,7 +113,7 @@ def test_masks_that_cannot_be_read_leave_the_old_ones_and_the_others_are_loaded(
     assert any(line.startswith("math stays as it was: ") for line in running.lines)
     listed.write_text(f"math={tmp_path / 'empty'}\nnew={tmp_path / 'math'}\ncode={tmp_path / 'code'}")
     shutil.copytree(tmp_path / "code", tmp_path / "empty", dirs_exist_ok=True)
-    hang_up(running, file)  # what failed before is tried again
+    hang_up(running, file)  # retries what failed before
     assert text(running, "math") == text(running, "code") != math
 
 
@@ -133,7 +133,7 @@ def test_keys_are_read_again_and_a_faulty_file_leaves_the_old_ones(running, tmp_
 
 
 def test_a_signal_reaches_the_verb_whose_requests_go_on(cli, listed, tmp_path, words, until, gate):
-    """On this very process: SIGHUP with one row running, then SIGTERM."""
+    """In this process: SIGHUP with one row running, then SIGTERM."""
     model, keys = tmp_path / "base", tmp_path / "keys"
     make_llama(initializer_range=0.3).save_pretrained(model)
     words.save_pretrained(model)

@@ -1,4 +1,4 @@
-"""Rows that join and leave a left-padded batch get what each gets alone, whatever the model does with positions."""
+"""Rows that join and leave a left-padded batch get what each gets alone, however the model uses positions."""
 
 import copy
 
@@ -35,7 +35,7 @@ def gpt2():
 
 
 def sliding():
-    """Half of its layers see four tokens back."""
+    """Return a model in which half of the layers see four tokens back."""
     config = Gemma3TextConfig(**SIZES, **LAYERS, **ENDS, sliding_window=4, head_dim=16, num_key_value_heads=1)
     config.layer_types = ["sliding_attention", "full_attention"]
     return Gemma3ForCausalLM(config)
@@ -46,7 +46,7 @@ def test_rows_that_join_and_leave_at_any_time_get_what_each_gets_alone(make):
     torch.manual_seed(0)
     model = make().eval()
     prompts = {"a": [3, 4, 5], "b": [7], "c": list(range(20, 31)), "d": [9, 9], "e": [50, 2, 40, 8]}
-    joins = {0: ["a", "b"], 2: ["c"], 6: ["d", "e"]}  # before which step
+    joins = {0: ["a", "b"], 2: ["c"], 6: ["d", "e"]}  # by step
     leaves = {4: ["a"], 7: ["c"], 9: ["d"]}
     batch, rows, made = RunningBatch(MaskBank(model)), [], {name: [] for name in prompts}
     for step in range(12):

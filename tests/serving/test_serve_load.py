@@ -1,4 +1,4 @@
-"""The load test in small, on a service in this process: python -m benchmarks.serve_load is the long one."""
+"""A small load test, on a service in this process: python -m benchmarks.serve_load is the long one."""
 
 import os
 from pathlib import Path

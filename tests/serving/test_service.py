@@ -1,4 +1,4 @@
-"""The service before openai's own client: each task's tokens, streams, stops, refusals, clients that leave."""
+"""The service with openai's own client: each task's tokens, streams, stops, refusals, and clients that leave."""
 
 import http.client
 import json
@@ -30,7 +30,7 @@ LENGTHS = [16, 3, 9, 1, 16, 5, 12, 7]
 
 
 def generated(bank, words, model, prompt, count):
-    """What model.generate gives, as text."""
+    """Return what model.generate gives, as text."""
     ids = torch.tensor([words(prompt)["input_ids"]])
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     with bank.use(None if model == "tiny" else model):
@@ -95,7 +95,7 @@ def test_an_answer_ends_before_a_stop_string_and_a_stream_gives_none_of_it(serve
     assert (found.choices[0].text, found.choices[0].finish_reason) == (expected, "stop")
     assert found.usage.completion_tokens == 5
     assert "".join(chunk.choices[0].text for chunk in complete(running, stop=stop, stream=True)) == expected
-    assert complete(running, stop=f"{text} more").choices[0].text == text  # what was held back comes at the end
+    assert complete(running, stop=f"{text} more").choices[0].text == text  # text that was held back comes at the end
 
 
 def test_the_models_end_token_ends_an_answer(serve):
@@ -115,7 +115,7 @@ def test_a_seed_gives_its_answer_beside_any_others_and_without_one_answers_diffe
     assert {*beside[::2]} == {alone}
     assert len({*beside[1::2]}) > 1
     greedy = complete(running).choices[0].text
-    assert complete(running, temperature=2, top_p=1e-9).choices[0].text == greedy  # one token is always left
+    assert complete(running, temperature=2, top_p=1e-9).choices[0].text == greedy  # one token always remains
     assert complete(running, temperature=1e-30).choices[0].text == greedy
 
 
@@ -138,7 +138,7 @@ def test_the_models_are_the_base_and_its_tasks(serve):
 
 
 def post(running, body, route="/v1/completions", **headers):
-    """(status, what came back) of a request as it is."""
+    """Return (status, response) of a request sent as it is."""
     connection = http.client.HTTPConnection(running.address.removeprefix("http://"), timeout=20)
     headers = {"Content-Type": "application/json"} | headers
     connection.request("POST", route, body if isinstance(body, bytes) else json.dumps(body), headers)
@@ -290,7 +290,7 @@ def test_a_service_on_loopback_is_not_asked_by_the_name_of_a_strangers_site(serv
 
 
 def test_bodies_are_read_beside_the_event_loop(serve, monkeypatch):
-    """While one takes long, another client is told that the service lives."""
+    """While one body takes long, another client learns that the service is alive."""
     from mft.serving.api import service
 
     running, begun, go_on = serve(), threading.Event(), threading.Event()
@@ -378,7 +378,7 @@ def test_logits_that_are_no_numbers_end_one_answer_and_not_the_service(serve, wo
 
 
 class Hole:
-    """A tokenizer without a word for one of its ids, as one in Python raises there."""
+    """A tokenizer without a word for one of its ids, which raises as a Python tokenizer does."""
 
     def __init__(self, words, hole):
         self._words, self._hole = words, hole
@@ -497,7 +497,7 @@ def test_a_client_that_leaves_its_stream_frees_its_place(serve, gate, until):
     before = gate.steps
     gate.set()
     until(lambda: running.scheduler.counts == (0, 0))
-    assert gate.steps <= before + 1  # of 59: what was begun when it left
+    assert gate.steps <= before + 1  # of 59: only a step that had begun when it left
     assert " code 499 cancelled: 3 + " in running.lines[0]
     assert complete(running).choices[0].text
 
@@ -579,7 +579,7 @@ def test_no_host_is_not_every_address(host):
 
 
 def test_the_verb_serves_until_a_signal_comes(cli, exports, tmp_path, words, until):
-    """On this very process, as a signal would come."""
+    """In this process, as a signal would arrive."""
     model = tmp_path / "base"
     make_llama(initializer_range=0.3).save_pretrained(model)
     words.save_pretrained(model)

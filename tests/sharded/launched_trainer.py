@@ -1,4 +1,4 @@
-"""What test_sharded_trainers.py starts by accelerate launch: a Trainer, or TRL's SFTTrainer, over FSDP2.
+"""The program that test_sharded_trainers.py runs with accelerate launch: a Trainer, or TRL's SFTTrainer, over FSDP2.
 
 accelerate launch --config_file fsdp.yaml launched_trainer.py KIND DIRECTORY
 """
@@ -24,7 +24,7 @@ MOMENTS = {"trainer": "8bit", "sft": "fp32"}
 
 
 def train(kind: str, directory: Path, rows_at_once: int, *, sharded: bool) -> None:
-    """Masks in directory/masks; the Trainer stops after its save at step 2, and goes on from there."""
+    """Train masks into directory/masks; the Trainer stops after its save at step 2, and continues from there."""
     given = ARGUMENTS | {"output_dir": str(directory / "run"), "per_device_train_batch_size": rows_at_once}
     rows = make_rows(12).select_columns(["input_ids", "labels"])
     for resumed in (False, True) if kind == "trainer" else (False,):
@@ -39,7 +39,7 @@ def train(kind: str, directory: Path, rows_at_once: int, *, sharded: bool) -> No
             )
         if sharded:
             assert arguments.device.type == "cpu"
-            # accelerate takes FSDP between accelerators alone; nothing else of it asks.
+            # accelerate allows FSDP only between accelerators; nothing else in it checks this.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         options = {"model": model, "args": arguments, "train_dataset": Dataset.from_dict(rows.to_dict())}
         if kind == "trainer":

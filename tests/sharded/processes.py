@@ -1,4 +1,4 @@
-"""Several gloo processes that do the same work, forked from this one: what each found."""
+"""Run the same work in several gloo processes forked from this one, and collect what each found."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 
 def in_processes(work, count, folder, *arguments):
-    """[work(rank, *arguments) of each of so many processes that meet in folder]."""
+    """Return [work(rank, *arguments)] of ``count`` processes that meet in ``folder``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Forks have imported everything.
+    # Forked processes have everything imported.
     torch.multiprocessing.start_processes(
         _run, (work, count, str(folder), arguments), nprocs=count, start_method="fork"
     )

@@ -1,4 +1,4 @@
-"""mft train memory=sharded: two processes write the run that one writes, stop, and go on as one."""
+"""mft train memory=sharded: two processes write the same run as one; they stop, and one process continues."""
 
 import os
 
@@ -12,7 +12,7 @@ SHARDED = [*LEARN, f"train.accumulation={COUNT}", "memory=sharded", "mask.keep_r
 
 
 def on_two(cli, *arguments):
-    """(exit codes, what the first one said) of two processes, as torchrun starts them."""
+    """Return (exit codes, what the first one printed) of two processes, started as torchrun does."""
     told = {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     told |= {"GLOO_SOCKET_IFNAME": "lo"}
     processes = [Forked(cli, "train", *arguments, RANK=str(rank), **told) for rank in range(COUNT)]

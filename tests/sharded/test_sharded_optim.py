@@ -1,4 +1,4 @@
-"""MaskAdamW on parameters that processes share by rows: one result, however many they are."""
+"""MaskAdamW on parameters whose rows processes share: the result is the same for any number of processes."""
 
 import pytest
 import torch
@@ -36,13 +36,13 @@ def scores_of(shape, dtype):
 
 
 def stepped(rank, shape, kind, mesh):
-    """Whole scores and moments after some steps, of a spread parameter, or (mesh None) of a plain one."""
+    """Return whole scores and moments after some steps, for a sharded parameter, or (mesh None) for a plain one."""
     dtype, moments = FORMATS[kind]
 
     def spread(tensor):
         if mesh is None:
             return tensor
-        rows = tensor.chunk(mesh.size())[rank].contiguous()  # gloo sends no int16
+        rows = tensor.chunk(mesh.size())[rank].contiguous()  # gloo cannot send int16
         return DTensor.from_local(rows, mesh, [Shard(0)], shape=tensor.shape, stride=tensor.stride())
 
     p = torch.nn.Parameter(spread(scores_of(shape, dtype)), requires_grad=dtype != torch.int16)
@@ -54,7 +54,7 @@ def stepped(rank, shape, kind, mesh):
         else:
             p.grad = (grad * weight).to(dtype)
             optimizer.step()
-        if step == 1:  # goes on from what was saved
+        if step == 1:  # continues from the saved state
             saved = optimizer.state_dict()
             optimizer = MaskAdamW([p], lr=1e-2, moments=moments, seed=5)
             optimizer.load_state_dict(saved)
@@ -99,7 +99,7 @@ def work(rank):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """{number of processes: what each found}."""
+    """Return {number of processes: what each found}."""
     return {count: in_processes(work, count, tmp_path_factory.mktemp(f"of {count}")) for count in (1, 2, 4)}
 
 
@@ -118,12 +118,12 @@ def test_what_is_rounded_nowhere_is_as_of_a_plain_parameter(found, case):
     plain, spread = stepped(0, SHAPES[case[0]], case[1], None)["scores"], found[2][0][case]["scores"]
     if case[1] == "fp32":
         assert torch.equal(spread, plain)
-    else:  # other random words, so each score is another by a rounding of it and of its moments
+    else:  # random words differ, so scores differ by rounding of scores and moments
         assert not torch.equal(spread, plain) or case[1] == "fp32, 8 bits"
         wide = [fixed.float() / 2**18 if fixed.dtype == torch.int16 else fixed.float() for fixed in (spread, plain)]
         assert (wide[0] - wide[1]).norm() < 0.15 * wide[
             1
-        ].norm()  # of a score at this rate, 8-bit moments err by as much
+        ].norm()  # for a score at this rate, 8-bit moments have as large an error
 
 
 def test_what_cannot_be_stepped_in_parts_is_refused(found):

@@ -1,4 +1,4 @@
-"""memory: sharded on two processes, and on one, is the update of masks in place; test_sharded_run.py has the rest."""
+"""memory: sharded on two processes, and on one, updates like masks in place; test_sharded_run.py has the rest."""
 
 import torch
 from processes import in_processes
@@ -11,7 +11,7 @@ from mft.training.loop import train_masks
 
 
 def trained(rank, way, count):
-    """(losses, scores) of two steps with clipping, 8-bit moments aside."""
+    """Return (losses, scores) of two steps with clipping, 8-bit moments aside."""
     model = masked_llama()
     train = TrainConfig(lr=1e-2, steps=2, batch_size=2, accumulation=2, seed=3, max_grad_norm=0.1)
     reports = train_masks(model, make_rows(6), train, way=way, processes=Processes(rank, count))

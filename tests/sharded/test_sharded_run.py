@@ -1,4 +1,4 @@
-"""memory: sharded gives one result on one, two and four processes: that of the masks in place on one."""
+"""memory: sharded gives the same result on one, two and four processes: that of masks in place on one."""
 
 import math
 import os
@@ -25,13 +25,13 @@ from mft.training.loop import train_masks
 from mft.training.saver import Saver, Stopped
 from mft.training.validation import Validation
 
-pytestmark = pytest.mark.slow  # test_sharded_quick.py has the first of it
+pytestmark = pytest.mark.slow  # test_sharded_quick.py has the first part
 STEPS = 3
-BITS, LAST_BITS, SIXTEEN_BITS = 0.0, 1e-5, 0.05  # how far losses may be apart
+BITS, LAST_BITS, SIXTEEN_BITS = 0.0, 1e-5, 0.05  # how far losses may differ
 
 
 def rows():
-    """Ten, of which some score few tokens, and two none."""
+    """Return ten rows; some have few labels and two none."""
     found = make_rows(10)
     labels = [[-100] * (i % 5 * 3) + row["labels"][i % 5 * 3 :] for i, row in enumerate(found)]
     return found.remove_columns("labels").add_column("labels", labels)
@@ -46,7 +46,8 @@ def mixture(**mask):
     return mask_model(MIXTURES["gpt_oss"]().eval(), MaskConfig.paper(**mask))
 
 
-# name: (model, settings, how exactly two processes give one's result). Two terms have one sum, whoever adds them.
+# name: (model, settings, how exactly two processes give the result of one). A sum of two terms has the same bits in
+# either order.
 CASES = {
     "fp32": (llama, {}, BITS),
     "some layers": (lambda: llama(layers_to_transform=[2, 3]), {}, BITS),
@@ -89,7 +90,7 @@ def settings(**changes):
 
 
 def trained(name, way="sharded", count=1, rank=0, changes=None, **options):
-    """(losses, scores, masks) of a run."""
+    """Return (losses, scores, masks) of a run."""
     make, own, _ = CASES[name]
     model, processes = make(), Processes(rank, count)
     train = settings(**own | (changes or {}))
@@ -149,7 +150,7 @@ def saver_of(folder, rank, count):
 
 
 def stopped_at(step, folder, rank, name):
-    """A signal to the last process alone."""
+    """Return a callback that sends a signal to the last process only."""
 
     def stop(report):
         if (rank, report.step) == (3, step):
@@ -161,7 +162,7 @@ def stopped_at(step, folder, rank, name):
 
 
 def validated(rank, count, folder):
-    """What an evaluation within the run finds, and the best step's masks."""
+    """Return what an evaluation within the run finds, and the best step's masks."""
     model, found = llama(), []
     validation = Validation(
         rows(), best=Best(folder), on_result=lambda step, result, *_: found.append((step, result.loss))
@@ -174,7 +175,7 @@ def validated(rank, count, folder):
 
 
 def at_rest(rank):
-    """(elements of this process, of all) between two steps: weights, scores, moments and masks."""
+    """Return (elements in this process, in all) between two steps: weights, scores, moments and masks."""
     model = llama(scores_dtype="bfloat16")
     whole = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
     masked = sum(module.scores.numel() for module in masked_modules(model).values())
@@ -204,7 +205,7 @@ def refusals(rank):
 
 
 def not_finite(rank):
-    """A weight of a frozen layer that one process's rows alone meet, as the other's score nothing."""
+    """The bad weight is in a frozen layer, and only one process's rows reach it; the other's rows score nothing."""
     model = llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = math.nan
@@ -235,7 +236,7 @@ def of_four(folder):
 
 @pytest.fixture(scope="module")
 def of_two(folder, of_four):
-    """They go on from what four have saved."""
+    """Continue, in two processes, from what four have saved."""
     return in_processes(two, 2, folder / "two", folder)
 
 
@@ -291,7 +292,7 @@ def test_nothing_is_whole_on_a_process_between_two_steps(of_two):
         for name in ("weights", "scores", "exp_avg", "exp_avg_sq"):
             own, whole = at_rest[name]
             assert own <= 0.51 * whole, name
-        assert at_rest["the model's scores"][0] == at_rest["the model's scores"][1]  # a number a layer
+        assert at_rest["the model's scores"][0] == at_rest["the model's scores"][1]  # one number per layer
 
 
 def test_what_cannot_be_sharded_is_refused_on_all(of_two):

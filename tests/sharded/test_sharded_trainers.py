@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFTTrainer, started by accelerate launch with FSDP2, learn one process's masks."""
+"""transformers' Trainer and TRL's SFTTrainer, with accelerate launch and FSDP2, learn the masks of one process."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from mft.masks.convert import mask_model, masked_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 HERE = Path(__file__).parent
-# Share of the bits that may differ: moments in 8 bits are rounded by other random words where a matrix is spread.
+# Share of bits that may differ: for a sharded matrix, 8-bit moments are rounded with other random words.
 APART = {"trainer": 0.02, "sft": 0.0}
 
 

@@ -1,4 +1,4 @@
-"""Ablations: the studies that they derive, what their plot reads, and one from the command line."""
+"""Ablations: the studies that they derive, what their plot reads, and one run from the command line."""
 
 import dataclasses
 import io
@@ -178,7 +178,7 @@ def test_an_ablation_takes_the_fine_tunes_of_its_study(tmp_path, monkeypatch):
     ablated = derive(study, "ratio", ["0.5"])
     assert (
         copy_fine_tunes(tmp_path / "run", ablated, tmp_path / "ablated") == 3
-    )  # two rates, and the best one's weights
+    )  # two rates, and the weights of the best one
     said = io.StringIO()
     again = run_study(ablated, tmp_path / "ablated", console=Console(file=said, width=200))
     assert "full, lr" not in "".join(line for line in said.getvalue().splitlines(True) if "on test" not in line)
@@ -187,7 +187,7 @@ def test_an_ablation_takes_the_fine_tunes_of_its_study(tmp_path, monkeypatch):
 
 
 def test_what_is_overwritten_is_not_copied_first(tmp_path, monkeypatch):
-    """It would be deleted at once, after a message that says the contrary."""
+    """The copy would be deleted at once, after a message that says the opposite."""
     monkeypatch.setattr(study_verbs, "copy_fine_tunes", lambda *_: pytest.fail("copied"))
     monkeypatch.setattr(
         study_verbs, "run_compare", lambda study, *, overwrite: (_ for _ in ()).throw(KeyboardInterrupt)

@@ -1,4 +1,4 @@
-"""Arms by bytes: compressed ones by hand and as units, the ranks of adapters, and settings that store too much."""
+"""Arms by bytes: compressed arms by hand and as units, the ranks of adapters, and settings that store too much."""
 
 import dataclasses
 import io
@@ -43,7 +43,7 @@ def ground(tmp_path_factory):
 
 
 def left_of(kind, delta, *args, **options):
-    """What a kind leaves of a difference."""
+    """Return what a kind of compression keeps of a difference."""
     return KINDS[kind].of_delta(delta, *args, **options)
 
 
@@ -108,7 +108,7 @@ def test_what_is_kept_has_16_bits(kind):
 def test_a_delta_does_not_vanish_in_bfloat16_weights():
     base, name = make_llama(torch.bfloat16), "model.layers.3.mlp.up_proj"
     before = base.get_parameter(f"{name}.weight").clone()
-    weight = before.float() + before.float().abs() * 2**-10  # a quarter of bfloat16's step, at the most
+    weight = before.float() + before.float().abs() * 2**-10  # at most a quarter of bfloat16's step
     assert torch.equal(weight.bfloat16(), before)
     model = with_weights(compute_in_fp32(clone_with_own_weights(base), [f"{name}.weight"]), {f"{name}.weight": weight})
     x = torch.randn(5, before.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -151,7 +151,7 @@ def test_a_compressed_arm_is_the_start_and_what_is_left_of_its_source(ground, ar
     assert found.loss == evaluate(model, ground.workspace.splits("count").validation, batch_size=8).loss
     tested = run_test(ground.workspace, job_of(ground, arm, on_test=True))
     assert tested.validation.evaluation.loss == pytest.approx(found.loss, abs=1e-6)
-    assert not job.trained.exists()  # its source's is enough
+    assert not job.trained.exists()  # its source's weights are enough
 
 
 def test_of_all_weights_each_parameter_is_compressed_and_vectors_are_kept(ground):
@@ -161,7 +161,7 @@ def test_of_all_weights_each_parameter_is_compressed_and_vectors_are_kept(ground
     start = start_of(ground, continued)
     assert set(continued) == {name for name, _ in model.named_parameters()}
     norm = "model.norm.weight"
-    assert_close(model.get_parameter(norm), continued[norm], rtol=1e-3, atol=1e-5)  # its change in 16 bits
+    assert_close(model.get_parameter(norm), continued[norm], rtol=1e-3, atol=1e-5)  # its change is stored in 16 bits
     matrices = [weight for weight in continued.values() if weight.dim() == 2]
     vectors = [weight for weight in continued.values() if weight.dim() == 1]
     assert found.bytes == sum(math.ceil(w.numel() / 8) + 2 for w in matrices) + 2 * sum(w.numel() for w in vectors)
@@ -174,11 +174,11 @@ def test_bytes_are_those_of_signs_scales_positions_and_kept_numbers(ground):
     for arm in COMPRESSED:
         found[arm] = run_unit(ground.workspace, job_of(ground, arm)).bytes
     assert found["bitdelta"] == sum(math.ceil(n / 8) + 2 for n in numel)
-    positions = sum(math.ceil(n * 0.468996 / 8) for n in numel)  # the entropy of a tenth
+    positions = sum(math.ceil(n * 0.468996 / 8) for n in numel)  # the entropy if a tenth is kept
     kept = [round(0.1 * n) for n in numel]
     coded = {"ternary": positions + sum(math.ceil(k / 8) + 2 for k in kept), "sparse_delta": positions + 2 * sum(kept)}
     for arm, least in coded.items():
-        assert 0.98 * least < found[arm] < 1.1 * least  # a coder's own bytes come on top
+        assert 0.98 * least < found[arm] < 1.1 * least  # the coder's own bytes come on top
 
 
 def test_scales_are_trained_alone_and_the_file_holds_a_factor_a_matrix(ground):
@@ -198,7 +198,7 @@ def test_scales_are_trained_alone_and_the_file_holds_a_factor_a_matrix(ground):
 
 def test_the_rank_of_adapters_is_the_settings(ground):
     found = {rank: run_unit(ground.workspace, ground.job("lora", rank=rank)) for rank in (1, None)}
-    assert 2 * found[1].bytes == found[None].bytes  # the arm's own is 2
+    assert 2 * found[1].bytes == found[None].bytes  # the arm's own rank is 2
     tested = run_test(ground.workspace, ground.job("lora", rank=None, on_test=True))
     assert tested.validation.evaluation.loss == pytest.approx(found[None].loss, abs=1e-6)
 
@@ -286,7 +286,7 @@ def study_of(arm=BUDGET, **options):
 
 
 def better_and_larger_by_rank(study):
-    """Higher ranks are better, and a rank stores 100 bytes: more with the second seed."""
+    """Higher ranks are better. Each rank stores 100 bytes, and the second seed stores more."""
     loss = bowl(1e-3)
     return play(
         study,

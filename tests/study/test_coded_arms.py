@@ -1,4 +1,4 @@
-"""What was trained in few bits: the bytes and what they stand for, and arms that are evaluated as decoded."""
+"""Trained weights in few bits: the bytes and the numbers that they encode, and arms evaluated with decoded weights."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from mft.study.units.run import run_unit
 from mft_kernels.codes import Nf4
 
 BITS = {"bf16": 16, "int8": 8 + 16 / 64, "nf4": 4 + 16 / 64, "int4": 4 + 16 / 32}
-# The largest error, as a share of a block's largest number: half of the widest gap of levels, and rounding.
+# Largest error relative to a block's largest number: half of the widest gap between levels, plus rounding.
 ERRORS = {"bf16": 2**-8, "int8": 0.5 / 127 + 2**-8, "nf4": 0.16, "int4": 0.5 / 7 + 2**-8}
 
 
@@ -45,7 +45,7 @@ def test_numbers_come_back_rounded_in_at_most_the_bits_of_their_format(kind):
         assert found[name].shape == weight.shape
         assert (found[name] - weight).abs().max() <= ERRORS[kind] * weight.abs().max()
     numbers, tensors = sum(weight.numel() for weight in WEIGHTS.values()), len(WEIGHTS)
-    assert 8 * len(stream) <= BITS[kind] * numbers + 8 * (3 * 5 + 4 * tensors)  # last blocks, and heads of runs
+    assert 8 * len(stream) <= BITS[kind] * numbers + 8 * (3 * 5 + 4 * tensors)  # for last blocks, and headers of runs
     again = encode(found, kind)
     assert abs(len(again) - len(stream)) <= 2
     assert all((decode(again, WEIGHTS, kind)[name] - found[name]).abs().max() < 1e-4 for name in WEIGHTS)

@@ -1,4 +1,4 @@
-"""What a study's file and overrides may say, and what each mistake answers."""
+"""The keys of a study's file and its overrides, and the error for each mistake."""
 
 import math
 import re
@@ -33,19 +33,19 @@ def load(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 def test_every_shipped_study_loads_by_its_name(name):
-    """And each tries as many rates as a fair choice takes."""
+    """Each also tries enough rates for a fair choice."""
     study = load_study(name)
     assert all(len(arm.lrs) == 0 or len(arm.lrs) >= LEAST_RATES for arm in study.arms.values() if arm.follows)
     full = len(study.arms[study.named(Full)].lrs)
-    assert full >= LEAST_RATES or not full  # the model as it comes
+    assert full >= LEAST_RATES or not full  # some use the model as it comes
 
 
 @pytest.mark.parametrize("name", ["small", "smollm2"])
 def test_trained_arms_may_choose_momentum_and_epochs_alike(name):
     study = load_study(name)
-    trained = [arm for label, arm in study.arms.items() if arm.lrs and label != "MFT (paper)"]  # whose optimiser it is
+    trained = [arm for label, arm in study.arms.items() if arm.lrs and label != "MFT (paper)"]  # with its optimiser
     assert all(arm.betas is None and len(arm.epochs) > 1 for arm in trained)
-    decided = {"small": (0, 0.9), "smollm2": ()}[name]  # SmolLM2's fine-tune lost with momentum, as its file says
+    decided = {"small": (0, 0.9), "smollm2": ()}[name]  # with momentum, SmolLM2's fine-tune was worse, as its file says
     assert {tuple(arm.beta1s) for arm in trained if not arm.follows} == {decided}
     assert {tuple(arm.beta1s) for arm in trained if arm.follows} == {(0, 0.9)}
 
@@ -114,7 +114,7 @@ def test_overrides_reach_every_key(load):
     )
     assert (study.seeds, study.stage.batch_size, study.arms["MFT 0.9"].lrs) == ([5], 8, [1.0, 2.0])
     assert study.domains["count"].max_train_tokens == 65536
-    # What a section does not name keeps its default, not the default of the section's type.
+    # A key that a section does not name keeps its own default, not the default of the section's type.
     assert (study.scratch.layers, study.scratch.train.batch_size, study.scratch.train.lr) == (
         2,
         3,

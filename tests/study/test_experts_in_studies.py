@@ -1,4 +1,4 @@
-"""What studies do with experts in one parameter: importance by hand, one-shot masks, weights trained by name."""
+"""Studies with experts in one parameter: importance by hand, one-shot masks, and weights trained by name."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def _padded_rows():
 
 
 def _as_linears(experts, part):
-    """(E, N, K) and (E, N) or None."""
+    """Return the weight (E, N, K), and the bias (E, N) or None for each expert."""
     projection = expert_projections(experts)[part]
     weight = getattr(experts, part).detach()
     bias = getattr(experts, projection.bias).detach() if projection.bias else [None] * len(weight)
@@ -109,7 +109,7 @@ def test_each_expert_keeps_its_share_by_every_method(model, method):
     for values, keep in zip(found, kept):
         assert abs(keep.float().mean() - 0.75) < (0.05 if method != "magnitude_rows" else 0.3)
         if method == "wanda":
-            assert keep.sum(1).eq(24).all()  # of 32 inputs of each output
+            assert keep.sum(1).eq(24).all()  # 24 of the 32 inputs of each output
         else:
             assert values[keep].min() >= values[~keep].max()
 

@@ -1,4 +1,4 @@
-"""Facts about mft compare --fine-tunes-of: what is the same is taken up and said, all else refused, nothing is lost."""
+"""mft compare --fine-tunes-of: equal fine-tunes are taken and reported, all others are refused, nothing is lost."""
 
 import io
 
@@ -13,7 +13,7 @@ from mft.study.run import run_study
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The directory of a study that ran."""
+    """Return the directory of a study that ran."""
     with pytest.MonkeyPatch.context() as patch:
         directory = tmp_path_factory.mktemp("study")
         patch.setenv("MFT_CACHE", str(directory / "cache"))
@@ -30,7 +30,7 @@ def compare(directory, *more):
 @pytest.mark.slow
 def test_the_fine_tunes_of_another_study_are_taken_up(finished, monkeypatch, tmp_path):
     monkeypatch.setenv("MFT_CACHE", str(finished / "cache"))
-    (tmp_path / "other").mkdir()  # an empty one is as good as none
+    (tmp_path / "other").mkdir()  # an empty directory counts as none
     more = ["arms.MFT.lrs=[2e-2]", f"output_dir={tmp_path / 'other'}", "--fine-tunes-of", finished / "run"]
     result = compare(finished, *more)
     assert result.exit_code == 0, result.output
@@ -38,7 +38,7 @@ def test_the_fine_tunes_of_another_study_are_taken_up(finished, monkeypatch, tmp
     assert f"fine-tunes: {runs} runs of" in result.output
     trained = [line for line in result.output.splitlines() if "full, lr" in line and "on test" not in line]
     assert trained == []
-    again = compare(finished, *more)  # goes on with what it has
+    again = compare(finished, *more)  # continues with its own fine-tunes
     assert again.exit_code == 0, again.output
     assert "was begun and goes on with its own" in " ".join(again.output.split())
 

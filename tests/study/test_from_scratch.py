@@ -1,4 +1,4 @@
-"""Facts about mft.study.from_scratch, and about the two parts of the stdlib corpus that it keeps apart."""
+"""mft.study.from_scratch, and the two parts of the stdlib corpus that it keeps apart."""
 
 import json
 
@@ -17,7 +17,7 @@ TEXTS = [f"def add_{i}(first, second):\n    return first + second + {i}\n\n" for
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A source of a single file, and a model of some 12,000 weights."""
+    """Return a configuration with a single file as source, and a model of some 12,000 weights."""
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -37,7 +37,7 @@ def weights(directory):
 
 
 def test_the_same_configuration_gives_the_same_bits(config, tmp_path):
-    torch.manual_seed(5)  # of no consequence, as the next line's is not
+    torch.manual_seed(5)  # neither this seed nor the next one may change the result
     one = weights(train_from_scratch(config, tmp_path / "one"))
     torch.manual_seed(6)
     two = weights(train_from_scratch(config, tmp_path / "two"))
@@ -89,7 +89,7 @@ def test_the_tokenizer_gives_every_text_back_and_splits_digits():
 
 
 def test_the_tokenizer_knows_training_files_alone(config, tmp_path):
-    """A word that stands in every text of validation and test, and in none of train, is no token."""
+    """A word in every text of validation and test, but in no text of train, does not become a token."""
     splits = {"train": TEXTS, "validation": ["zyzzyva zyzzyva"] * 40, "test": ["zyzzyva zyzzyva"] * 40}
     folder = tmp_path / "data"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""A kind of arm is a class and a line of the registry: one of this file goes from a study to its report."""
+"""A kind of arm is one class and one line of the registry: a kind defined in this file runs from study to report."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ from mft.study.store import Store
 ARMS = FULL + "  MFT: {kind: mask, lrs: [1e-2]}\n"
 NORMS = "  norms: {kind: norms, lrs: [1e-2, 1e-1], last: 2}\n  mean: {kind: average, of: norms, runs: 2}\n"
 
-# By arm of the shipped small study, the key of its first setting on headers with seed 0.
+# By arm of the shipped small study: the key of its first setting on headers with seed 0.
 OF_0_2 = {
     "base": "3f5c7363ab42398c7380",
     "full fine-tune": "805cd2ea06deb9349514",
@@ -118,7 +118,7 @@ def test_a_key_of_its_own_is_checked_as_all_others_are(norms, tmp_path):
 
 
 def test_it_changes_no_key_of_other_arms(norms, tmp_path):
-    """So that a study goes on with what it has found, whatever kinds there will be."""
+    """Thus a study continues with what it has found when new kinds are added."""
     with_it, without = make_study(tmp_path, ARMS + NORMS), make_study(tmp_path, ARMS)
     assert study_values(with_it)["arms"]["MFT"] == study_values(without)["arms"]["MFT"]
     unit = Unit("count", "full", 0, without.arms["full"].settings(without.mask)[0])
@@ -157,7 +157,7 @@ def test_rivals_of_masks_are_all_that_is_tuned_and_no_mask():
 
 
 def test_keys_are_those_that_0_2_wrote(tmp_path):
-    """What a store of 0.2 holds is found again: a key is a hash of all values of an arm, unused ones too."""
+    """A store written by 0.2 is still valid. A key is a hash of all values of an arm, including unused ones."""
     study = load_study("small")
     store, first = Store(study, tmp_path), {name: arm.settings(study.mask)[0] for name, arm in study.arms.items()}
     chosen = {"headers": {name: first[study.chooser(name)] for name in study.arms}}

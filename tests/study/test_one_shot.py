@@ -1,4 +1,4 @@
-"""One-shot masks against their definitions, and what they leave as they found it."""
+"""One-shot masks compared with their definitions, and that they leave the model as it was."""
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ from mft.study.one_shot import one_shot_mask
 
 UP, Q = "model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"
 LAYERS = MaskConfig(layers_to_transform=[2, 3], keep_ratio=0.9)
-ALL = {"rows": 6, "batch_size": 4}  # of padded_rows: every row, in batches of which the last is short
+ALL = {"rows": 6, "batch_size": 4}  # for padded_rows: every row, in batches whose last one is short
 
 
 def padded_rows():
-    """Rows of 12 tokens, of which 12, 11, ... 7 are labelled but for the first two; the others are padding."""
+    """Return rows of 12 tokens. Row i has 12 - i real tokens, all labelled but the first two; the rest is padding."""
     rows = make_rows(6)
     ids, labels = [], []
     for number, row in enumerate(rows["input_ids"]):
@@ -31,7 +31,7 @@ def weights(model, *names):
 
 
 def wanda_by_hand(model, name, rows):
-    """The norm of each input over the first 12 - i tokens of row i, one row at a time."""
+    """Return |weight| times the norm of each input over the first 12 - i tokens of row i, one row at a time."""
     inputs = []
     handle = model.get_submodule(name).register_forward_hook(lambda module, args, out: inputs.append(args[0][0]))
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_the_most_important_share_is_kept(method, keep_ratio):
             assert (mask.sum(1) == values.shape[1] - dropped).all()
             assert torch.equal(mask, values > values.sort(dim=1).values[:, dropped - 1 : dropped])
         else:
-            share = len(values) if method == "magnitude_rows" else values.numel()  # rows are what is counted
+            share = len(values) if method == "magnitude_rows" else values.numel()  # this method drops whole rows
             dropped = int((1 - keep_ratio) * share) * (values.numel() // share)
             assert (~mask).sum() == dropped
             assert values[mask].min() > values[~mask].max()

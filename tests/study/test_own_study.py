@@ -1,4 +1,4 @@
-"""The study for one's own data, from a model and chats of one's own to its report."""
+"""The study for a user's own data, from their model and chats to its report."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_one_command_runs_it_on_a_model_and_a_file_of_ones_own(tmp_path, monkeyp
     result = CliRunner().invoke(app, ["compare", "--config", "own", *own, *small])
     assert result.exit_code == 0, result.output
     first = next(line for line in result.output.splitlines() if line.startswith("["))
-    assert first.endswith(" left)")  # how long the rest takes
+    assert first.endswith(" left)")  # the time that the rest takes
     numbers = json.loads((tmp_path / "run" / "table.json").read_text())
     assert "own. MFT: Nothing can be concluded (" in numbers["verdicts"][0]
     assert [row["arm"] for row in numbers["domains"]["own"]["rows"]] == ["base", *TRAINED]

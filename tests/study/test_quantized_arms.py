@@ -1,4 +1,4 @@
-"""Studies over codes: what rounding leaves, what begins at it, what is refused, and what the report makes of it."""
+"""Studies over codes: what rounding keeps, arms that begin there, what is refused, and what the report says."""
 
 import copy
 import io
@@ -57,7 +57,7 @@ MORE = """
 
 
 class Done:
-    """A study that ran, with one seed."""
+    """A study that ran with one seed."""
 
     def __init__(self, directory):
         self.directory = directory
@@ -84,7 +84,7 @@ class Done:
         return load_file(self.path(arm))
 
     def declared(self, *overrides):
-        """With arms that did not run."""
+        """Return the study with further arms, which did not run."""
         return make_study(self.directory, ARMS + MORE, overrides)
 
 
@@ -97,7 +97,7 @@ def done(tmp_path_factory):
 
 
 def codes_of(done, weights, kind):
-    """What quantize_model's codes hold of the base model with these weights, by parameter."""
+    """Return what the codes of quantize_model hold for the base model with these weights, by parameter name."""
     model = with_weights(done.workspace.base, weights)
     own = clone_with_own_weights(model, {name.rpartition(".")[0] for name in done.weights("NF4")})
     found = quantized_weights(quantize_model(own.requires_grad_(False), kind))
@@ -166,7 +166,7 @@ def test_an_arm_with_a_teacher_learns_its_words_and_not_the_texts(done):
     full, like = (with_weights(base, done.weights(arm)) for arm in ("full", "like full"))
     before, after = (kl_divergence(model, full, rows, batch_size=8)[0].sum() for model in (base, like))
     assert after < 0.3 * before
-    # Where it begins it says the same already: what is left of the gradient is rounding, which AdamW makes steps of.
+    # This arm begins at its teacher, so its gradient is only rounding error, of which AdamW still makes steps.
     assert abs(done.loss["like base"] - done.loss["base"]) < 5e-3
 
 
@@ -250,7 +250,7 @@ def test_memory_is_that_of_codes_where_an_arm_begins_over_codes_and_of_what_it_t
     assert done.outcome["mask"].memory == base + 16 * scores
     assert done.outcome["QLoRA"].memory == base + 16 * 2 * sides
     dense = 4 * sum(p.numel() for p in done.workspace.base.parameters())
-    assert done.outcome["control"].memory == dense + 12 * scores  # a weight is in the model already
+    assert done.outcome["control"].memory == dense + 12 * scores  # the weights are already counted in the model
     assert done.outcome["full"].memory == 4 * dense
     assert done.outcome["like base"].memory == dense + 16 * 2 * sides
     assert done.outcome["NF4"].memory is None
@@ -284,11 +284,11 @@ def test_a_shipped_study_has_adapters_of_equal_memory(study, arm, hidden, keys, 
 def test_an_arm_over_codes_is_held_against_the_control_of_its_exact_start_rounded_alike(done):
     held = {arm: reference_of(done.declared(), arm) for arm in done.declared().arms}
     assert held["mask"] == held["on mask"] == held["QLoRA"] == "NF4 of control"
-    assert held["mask from base"] is None  # of whose start no control was trained
+    assert held["mask from base"] is None  # no control was trained from its start
     assert held["NF4"] == held["NF4 of control"] == held["full"] == "control"
     assert held["control"] is None
     other = done.declared("arms.NF4 of control.quantization=int8")
-    assert reference_of(other, "mask") is None  # it is not rounded alike
+    assert reference_of(other, "mask") is None  # it is rounded differently
     alike = done.declared("arms.NF4.quantization=int8", "arms.NF4 of control.quantization=int8")
     assert reference_of(alike, "mask") == "NF4 of control"
 
@@ -305,7 +305,7 @@ def test_what_is_recovered_is_a_share_of_what_rounding_cost(done):
 
 def test_the_report_says_what_rounding_cost_and_holds_masks_against_adapters(done, tmp_path):
     findings = copy.deepcopy(done.findings)
-    for run in findings.test["count"]["NF4"].values():  # so small a model may gain by it
+    for run in findings.test["count"]["NF4"].values():  # rounding may improve so small a model
         run.evaluation.loss_sums += 0.1 * run.evaluation.tokens
     tables = study_tables(findings)
     of_full, of_base = verdicts_over_codes(findings, tables)  # nothing began at the rounded control

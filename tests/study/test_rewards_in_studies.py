@@ -1,4 +1,4 @@
-"""A study by rewards: what its arms learn from, how validation chooses, what its verdicts are of."""
+"""A study with rewards: what its arms learn from, how validation chooses, and what its verdicts compare."""
 
 import dataclasses
 import io
@@ -63,7 +63,7 @@ TEXT = ["objective=cross_entropy", "rewards=null", "arms.taught.teacher_prompt=n
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(findings, directory) of a whole study."""
+    """Return (findings, directory) of a whole study."""
     directory = tmp_path_factory.mktemp("rewards")
     write_ground(directory)
     rows = [{"prompt": f"{i} {i + 1}", "completion": f" {i + 2}"} for i in range(1, 59)]
@@ -85,7 +85,7 @@ def test_every_arm_after_the_fine_tune_learns_by_rewards_and_answers_on_validati
         asked = outcome.measured.questions.sum()
         assert asked == 8
         if outcome.unit.arm in trained:
-            assert outcome.steps == len(outcome.rewards) == 2  # half of 16 questions, 4 a step
+            assert outcome.steps == len(outcome.rewards) == 2  # half of 16 questions, 4 per step
             assert [share for share, _ in outcome.answers_curve] == [0.5, 1]
             assert max(exact for _, exact in outcome.answers_curve) == outcome.measured.exact
             assert outcome.tokens > 0
@@ -164,7 +164,7 @@ def test_a_units_key_knows_how_it_learned(done):
 
 
 def test_a_fine_tune_is_the_same_whatever_way_others_learn_by_rewards_after_it(done):
-    """But for how its answers are read, which validation chooses by."""
+    """Only how its answers are read changes it, because validation chooses by them."""
     study, directory = done[0].study, done[1]
     full, control = Unit("next", "full", 0, Setting(1e-2, 20.0)), Unit("next", "control", 0, Setting(3e-3, 0.5))
     chosen = {"next": {"full": full.setting}}
@@ -235,14 +235,17 @@ def test_what_a_study_by_rewards_cannot_be_is_refused(done, overrides, message):
 
 
 def asking(done, tmp_path, questions, overrides=()):
-    """The study with a section of questions."""
+    """Return the study with a section of questions."""
     text = (done[1].parent / "study.yaml").read_text()
     (tmp_path / "asking.yaml").write_text(f"{text}questions: {questions}\n")
     return load_study(tmp_path / "asking.yaml", list(overrides))
 
 
 def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path, monkeypatch):
-    """Base and fine-tune keep their keys, arms that learn from the questions do not; the others alone are asked."""
+    """The base and the fine-tune keep their keys; arms that learn from the questions do not.
+
+    Only the other questions are asked.
+    """
     rows = [{"prompt": f"{i} {i + 1}", "completion": f" {i + 2}"} for i in range(20, 46)]
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     study = asking(done, tmp_path, f"{{next: {{source: {tmp_path}/others.jsonl, sequence_length: 8}}}}")
@@ -258,7 +261,7 @@ def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path
     workspace, given = Workspace(study, Bases(study, tmp_path)), []
     workspace.begin("next", (), 0)
     monkeypatch.setattr("mft.study.units.train.train_rewards", lambda *args, **options: given.append(args) or [])
-    with pytest.raises(AssertionError):  # no checkpoint is seen, as nothing is trained
+    with pytest.raises(AssertionError):  # the run fails without a checkpoint, because nothing is trained
         train_unit(workspace, Job(control, (), tmp_path / "control.safetensors"))
     (_, _, dataset, config), own = given[0], workspace.splits("next").train
     assert config.steps == math.ceil(count_questions(dataset) / 8)

@@ -1,4 +1,4 @@
-"""Groups of layers, and what a mask on each does."""
+"""Groups of layers, and the effect of a mask on each."""
 
 import copy
 

@@ -67,7 +67,7 @@ LAYERS = ("model.layers.2.", "model.layers.3.")
 
 
 class Ground:
-    """A workspace on files, the fine-tune of seed 0 on it, and units of all arms from there."""
+    """A workspace on files, its fine-tune of seed 0, and units of all arms that begin there."""
 
     def __init__(self, directory: Path, monkeypatch) -> None:
         monkeypatch.setenv("MFT_CACHE", str(directory / "cache"))
@@ -146,7 +146,7 @@ def test_layers_below_an_earlier_start_stay_remembered_while_there_is_room(groun
     workspace.begin("count", ends, 0)
     assert (workspace.memory("validation", 2), workspace.memory("validation", 2, "other")) == seen
     monkeypatch.setattr("mft.study.workspace._EARLIER", of_base.nbytes + sum(memory.nbytes for memory in seen) - 1)
-    workspace.begin("count", (), 0)  # of two starts the one that was left before goes first
+    workspace.begin("count", (), 0)  # the start that was left earliest is dropped first
     assert workspace.memory("validation", 2) is of_base
     workspace.begin("count", ends, 0)
     again = workspace.memory("validation", 2)
@@ -164,7 +164,7 @@ def test_with_its_layers_remembered_a_model_runs_its_head_alone(ground, first):
     found = evaluate(model, rows, **remembering)
     handle.remove()
     assert torch.equal(found.loss_sums, expected.loss_sums)
-    assert sum(tokens) < 0.5 * sum(map(len, rows["input_ids"]))  # one row checks what layers hand on
+    assert sum(tokens) < 0.5 * sum(map(len, rows["input_ids"]))  # one row checks the outputs of the layers
 
 
 def test_the_fine_tune_begins_at_the_base_and_is_evaluated_at_its_end_alone(ground):
@@ -227,7 +227,7 @@ def test_evaluating_on_the_way_leaves_training_as_it_was(ground):
 
 
 def test_the_best_checkpoint_is_kept(ground, monkeypatch):
-    losses = itertools.chain([2.0, 1.0, 3.0], itertools.repeat(1.0))  # then of other text
+    losses = itertools.chain([2.0, 1.0, 3.0], itertools.repeat(1.0))  # then the losses on other text
     real = evaluate
 
     def worse_in_the_end(*args, **options):
@@ -250,7 +250,7 @@ def test_the_best_checkpoint_is_kept(ground, monkeypatch):
 
 
 def export_bytes(ground, kept):
-    """Of these masks, by the name of their weight, in the coding that makes the export smallest."""
+    """Return the bytes of these masks, by weight name, in the coding that makes the export smallest."""
     start = fine_tune(ground)
     alone = sum(coded_size(mask) for _, mask in kept)
     return min(alone, sum(coded_size(mask, start.get_parameter(name)) for name, mask in kept))
@@ -383,13 +383,13 @@ def test_what_is_forgotten_is_measured_on_other_text(ground):
     other = ground.workspace.general("other")
     assert outcome.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.validation, batch_size=8).loss
     assert tested.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.test, batch_size=8).loss
-    outcome = run_unit(ground.workspace, ground.job("control"))  # of its layers those above the start's own alone run
+    outcome = run_unit(ground.workspace, ground.job("control"))  # only its layers above those of the start run
     control = with_weights(fine_tune(ground), ground.weights("control")).eval()
     assert outcome.general["other"].evaluation.loss == evaluate(control, other.validation, batch_size=8).loss
-    assert outcome.general["other"].kl is None  # of chosen runs alone
+    assert outcome.general["other"].kl is None  # measured for chosen runs only
     kl, _ = kl_divergence(control, fine_tune(ground), other.test, batch_size=8)
     assert torch.equal(run_test(ground.workspace, ground.job("control", on_test=True)).general["other"].kl, kl)
-    assert tested.general["other"].mean_kl > 0  # from the base, where the fine-tune began
+    assert tested.general["other"].mean_kl > 0  # compared with the base, where the fine-tune began
     still = run_test(ground.workspace, ground.job("temperature", on_test=True))
     assert still.general["other"].mean_kl == 0
 
@@ -409,9 +409,9 @@ def test_bytes_are_those_of_what_an_arm_adds_to_its_start(ground):
     assert found["base"] == 0
     assert found["control"] == 2 * weights
     assert found["continued"] == ground.full.bytes == 2 * sum(p.numel() for p in ground.workspace.base.parameters())
-    assert found["lora"] == 2 * 2 * sum(map(sum, shapes))  # of rank 2
-    assert 0.3 * weights / 8 < found["mask"] < 0.7 * weights / 8  # a tenth is dropped: at most 0.47 bit a weight
-    assert found["magnitude"] < 0.4 * weights / 8  # whoever has the weights knows which are small
+    assert found["lora"] == 2 * 2 * sum(map(sum, shapes))  # rank 2
+    assert 0.3 * weights / 8 < found["mask"] < 0.7 * weights / 8  # a tenth is dropped: at most 0.47 bits per weight
+    assert found["magnitude"] < 0.4 * weights / 8  # the weights themselves tell which are small
 
 
 def test_a_mask_by_deletion_begins_from_data_with_all_kept_and_a_price_keeps_more(ground):

@@ -1,4 +1,4 @@
-"""How grids grow until the best lies inside, when they stop, and what is said of a best that lies at an end."""
+"""Grids grow until the best lies inside: when they stop, and what is reported if the best lies at an end."""
 
 import math
 import random
@@ -17,7 +17,7 @@ FULL = {"full": make_arm("full", lrs=RATES)}
 
 
 def valley(**best):
-    """Least where every field named has this value; distances are those of the logarithms."""
+    """Return a loss that is least if every named field has this value; distances are between logarithms."""
 
     def loss(unit):
         setting = unit.setting
@@ -30,7 +30,7 @@ def valley(**best):
 
 
 def further(outcomes, arm, grid):
-    """The settings beyond the declared ones, in the order in which they were tried."""
+    """Return the settings beyond the declared ones, in the order in which they were tried."""
     of = [o.unit.setting for o in outcomes if (o.unit.arm, o.unit.seed, o.unit.part) == (arm, 0, 0)]
     return [setting for setting in of if setting not in grid]
 
@@ -55,7 +55,7 @@ def test_fewer_epochs_are_tried_where_the_fewest_are_best():
 
 
 def test_a_rate_beyond_the_grid_is_tried_at_the_other_epochs_too():
-    """Its neighbour there belongs to the declared values, and was never tried at this rate."""
+    """Its neighbour in epochs is a declared value, but was never tried at this rate."""
     _, _, tried = grown(make_arm("control", lrs=RATES, epochs=[1, 2, 4]), valley(lr=1e-1, epochs=2), extensions=9)
     assert tried == [Setting(1e-1, 2.0), Setting(1.0, 2.0), Setting(1e-1, 1.0), Setting(1e-1, 4.0)]
 
@@ -65,10 +65,10 @@ def test_a_rate_beyond_the_grid_is_tried_at_the_other_epochs_too():
     [
         ([0.9, 0.99], 0.9999, [0.999, 0.9999, 0.99999]),
         ([0.98, 0.99], 0.9, [0.96, 0.92, 0.84]),
-        ([0.9, 0.99], 0.7, [0.818, 0.669, 0.398]),  # ten times as much dropped would be all of it
+        ([0.9, 0.99], 0.7, [0.818, 0.669, 0.398]),  # dropping ten times as much would drop everything
         ([0.5, 0.9], 0.5, [0.278]),
-        ([0.9, 1.0], 0.85, [0.81, 0.639]),  # of nothing dropped there is no ratio
-        ([0.9, 1.0], 1.0, []),  # nothing is dropped: there is no more to keep
+        ([0.9, 1.0], 0.85, [0.81, 0.639]),  # if nothing is dropped, there is no ratio
+        ([0.9, 1.0], 1.0, []),  # nothing is dropped: no more can be kept
         ([0.0, 0.5, 0.9], 0.5, []),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_spent_budget_is_an_open_end_and_more_of_it_goes_on_from_there():
 
 
 def test_where_nothing_is_gained_the_way_back_to_the_start_is_not_gone():
-    """LoRA's rate fell to 4e-6 on problems, where it did nothing any more."""
+    """For example, LoRA's rate fell to 4e-6 on the corpus of problems, where it had no effect."""
 
     def loss(unit):
         if unit.arm == "full":
@@ -146,15 +146,15 @@ def test_where_nothing_is_gained_the_way_back_to_the_start_is_not_gone():
     ]
     assert grown(make_arm("lora", lrs=RATES), lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"))[2] != []
     harm = grown(make_arm("lora", lrs=RATES), lambda unit: 2.0 if unit.arm == "full" else 2 + 50 * unit.setting.lr)
-    assert harm[2] == [Setting(1e-5, 1.0)]  # down to where it does none
+    assert harm[2] == [Setting(1e-5, 1.0)]  # down to where it does no harm
     upward = grown(make_arm("lora", lrs=RATES), lambda u: 2.0 if u.arm == "full" else 2.1 - (u.setting.lr or 0))[2]
-    assert upward[0] == Setting(1e-1, 1.0)  # more may yet gain
-    masks = make_arm("mask", lrs=RATES, keep_ratios=[0.9, 0.99])  # at rate 0 they drop what they began with
+    assert upward[0] == Setting(1e-1, 1.0)  # higher rates may still gain
+    masks = make_arm("mask", lrs=RATES, keep_ratios=[0.9, 0.99])  # at rate 0 masks drop weights too
     assert {setting.lr for setting in grown(masks, loss)[2]} == {1e-5, 1e-6}
 
 
 def test_scales_that_gain_nothing_over_untrained_ones_are_not_led_back_to_them():
-    """Those of BitDelta gain most of the fine-tune, whatever they learn."""
+    """BitDelta's scales have most of the fine-tune's gain before they learn anything."""
 
     def loss(unit):
         return {"full": 2.0, "control": 1.9}.get(unit.arm, 1.92) + 10 * (unit.setting.lr or 0)
@@ -163,7 +163,7 @@ def test_scales_that_gain_nothing_over_untrained_ones_are_not_led_back_to_them()
     arms = {"control": make_arm("control", lrs=[1e-3]), "untrained": untrained}
     assert grown(trained, loss, arms)[2] == []
     assert grown(trained, lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"), arms)[2] != []
-    del arms["untrained"]  # what they gain cannot be told
+    del arms["untrained"]  # without it, the gain of the scales is unknown
     assert grown(trained, loss, arms)[2] != []
 
 

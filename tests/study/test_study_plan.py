@@ -1,4 +1,4 @@
-"""What a study runs next: the order of its phases, its grids, and what a reader is told of them."""
+"""The next units of a study: the order of its phases, its grids, and the notes for its reader."""
 
 import dataclasses
 import math
@@ -50,7 +50,7 @@ def make(arms=ARMS, seeds=(0, 1), extensions=2, domains=("code",), **options):
 
 
 def outcome(unit, loss, size=None):
-    """A finished unit whose validation loss is so large, and its bytes; an infinite loss: it diverged."""
+    """Return a finished unit with this validation loss and these bytes; an infinite loss means that it diverged."""
     if math.isinf(loss):
         return Outcome(unit, None, diverged="the loss must stay finite, got nan")
     one = torch.ones(1, dtype=torch.float64)
@@ -58,7 +58,7 @@ def outcome(unit, loss, size=None):
 
 
 def bowl(best, keep=0.9):
-    """Least at this rate, at this keep ratio and at one epoch; every arm gains over the full fine-tune."""
+    """Return a loss that is least at this rate, this keep ratio and one epoch; every arm beats the full fine-tune."""
 
     def loss(unit):
         setting = unit.setting
@@ -70,7 +70,7 @@ def bowl(best, keep=0.9):
 
 
 def play(study, loss, done=(), order=None, workers=1, size=lambda unit: None):
-    """Run until nothing is left, as many as workers at a time, in an order of chance; the outcomes as they came."""
+    """Run units until nothing is left, at most ``workers`` at a time, in random order; return the outcomes in order."""
     done, running = list(done), []
     order = order or random.Random(0)
     while True:
@@ -142,7 +142,7 @@ def test_the_grid_grows_while_its_best_rate_is_at_an_end():
     assert tried(play(make(), bowl(1e-1)), "control") == [*RATES, 1e-1, 1.0]
     assert tried(play(make(), bowl(1e-5)), "control") == [1e-6, 1e-5, *RATES]
     assert tried(play(make(), bowl(1e-3)), "control") == RATES
-    assert tried(play(make(), bowl(1e-9)), "control") == [1e-6, 1e-5, *RATES]  # no more than extensions
+    assert tried(play(make(), bowl(1e-9)), "control") == [1e-6, 1e-5, *RATES]  # no more than the allowed extensions
     assert tried(play(make(extensions=0), bowl(1e-1)), "control") == RATES
 
 
@@ -264,7 +264,7 @@ def test_an_epoch_of_the_whole_model_is_more_work_than_one_of_the_control():
 
 
 def test_a_question_that_is_answered_so_many_times_is_as_much_more_work():
-    """The fine-tune before it learns from text; an arm's questions may be other data than the domain's."""
+    """The fine-tune before it learns from text. An arm's questions may be other data than the domain's."""
     study = make()
     asked = dataclasses.replace(study, objective="rewards", questions={"code": DataConfig(max_train_tokens=1000)})
     full, control = (Unit("code", arm, 0, Setting(1e-3, 2.0)) for arm in ("full", "control"))
@@ -277,7 +277,7 @@ def test_each_general_text_is_more_work():
     study = make()
     wider = dataclasses.replace(study, general={name: DataConfig(max_eval_tokens=600) for name in ("code", "other")})
     unit = Unit("code", "control", 0, Setting(1e-3, 1.0))
-    for on_test, passes in ((False, 1), (True, 3)):  # its own text is not general to a domain
+    for on_test, passes in ((False, 1), (True, 3)):  # a text is not general for its own domain
         assert work_of(wider, unit, on_test=on_test) == work_of(study, unit, on_test=on_test) + passes * 600
 
 
@@ -285,7 +285,7 @@ def test_the_best_so_far_is_what_is_kept():
     study = make()
     done = [outcome(Unit("code", "full", 0, Setting(lr, 1.0)), loss) for lr, loss in ((1e-4, 2.2), (1e-3, 2.1))]
     assert best_so_far(study, done) == {("code", "full"): Setting(1e-3, 1.0)}
-    assert selection(study, done).chosen == {"code": {}}  # its grid is not done
+    assert selection(study, done).chosen == {"code": {}}  # its grid is not finished
 
 
 def test_few_rates_are_said():
@@ -362,7 +362,7 @@ def seeds_that_ran(leaders, workers=1, **options):
     ran = {(o.unit.arm, o.unit.seed) for o in done if not o.unit.part}
     assert {(arm, seed) for arm, each in seeds.items() for seed in each} <= ran
     order = [o.unit.seed in study.further_seeds for o in done]
-    assert order == sorted(order)  # the leaders are known when all have run
+    assert order == sorted(order)  # the leaders are known only when all arms have run
     assert sorted_outcomes(study, done)
     return {arm for arm, each in seeds.items() if each == [0, 2, 1, 3]}, study
 

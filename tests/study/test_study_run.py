@@ -1,4 +1,4 @@
-"""A whole study: interrupted, resumed, with more workers, with more seeds, it finds the same; what fails is named."""
+"""A whole study finds the same if it is interrupted, or has more workers or seeds; errors name the unit that failed."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def ground(tmp_path_factory):
 
 
 class Runs:
-    """Runs studies on the ground, each in a directory of its own, and keeps what the console said."""
+    """Run studies on the ground in a directory of their own, and keep the console's output."""
 
     def __init__(self, ground, tmp_path):
         self.ground, self.directory = ground, tmp_path / "run"
@@ -58,21 +58,21 @@ def study(ground, tmp_path):
 
 @pytest.fixture(scope="module")
 def done(ground, tmp_path_factory):
-    """A whole study and what it found; tests that write there take a copy."""
+    """Return a whole study and what it found; tests that write there take a copy."""
     runs = Runs(ground, tmp_path_factory.mktemp("done"))
     runs.found = facts(runs())
     return runs
 
 
 def facts(findings):
-    """What was found, without the time that it took."""
+    """Return what was found, without times."""
     for outcome in findings.outcomes:
         outcome.seconds = 0.0
     return {name: vars(findings)[name] for name in ("outcomes", "chosen", "validation", "test", "notes")}
 
 
 def stop_after(monkeypatch, count, error):
-    """Raise error instead of the count-th unit (from 0); returns the units that ran."""
+    """Raise error instead of running the count-th unit (from 0); return the units that ran."""
     ran, real = [], workers.run_job
 
     def run_or_stop(workspace, job):
@@ -99,7 +99,7 @@ def test_an_interrupted_study_resumes_to_the_same_bits(study, done, monkeypatch)
     assert equal(facts(resumed), done.found)
     assert resumed.test_openings == 1
     study()
-    assert study.lines == []  # all is done
+    assert study.lines == []  # everything is done
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_a_seed_that_is_added_later_finds_what_it_would_have_found_at_once(study
     study("seeds=[0]")
     later = study("seeds=[0,1]")
     assert later.test_openings == 2
-    assert equal(facts(later), done.found)  # its seeds were 0 and 1
+    assert equal(facts(later), done.found)  # it had seeds 0 and 1
 
 
 def test_leaders_can_be_asked_for_when_all_has_run(study, done, tmp_path):
@@ -134,7 +134,7 @@ def test_leaders_can_be_asked_for_when_all_has_run(study, done, tmp_path):
 
 def test_a_wider_grid_of_the_fine_tune_takes_up_what_still_holds(study, done):
     shutil.copytree(done.directory, study.directory)
-    study("arms.full.lrs=[1e-6,1e-3,1e-2]")  # the further rate is not the best one
+    study("arms.full.lrs=[1e-6,1e-3,1e-2]")  # the added rate is not the best one
     assert len(study.lines) == 1
     assert "full, lr 1e-06" in study.lines[0]
 
@@ -176,7 +176,7 @@ def test_a_unit_that_fails_is_named_and_what_was_done_is_kept(study, monkeypatch
 
 @pytest.fixture
 def process(study, monkeypatch):
-    """(one worker process, a job whose fine-tune is not there); forked, as a fresh one imports for six seconds."""
+    """Yield (one worker process, a job whose fine-tune is missing); forked, as a fresh one imports for six seconds."""
     get_context = multiprocessing.get_context
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: get_context("fork"))
     declared = make_study(study.ground)
@@ -221,7 +221,7 @@ def test_processes_end_with_the_one_that_began_them(study, monkeypatch):
 
     killed = fork.Process(target=parent)
     killed.start()
-    os.close(end)  # it is open in the two processes alone
+    os.close(end)  # now only the two processes have it open
     os.read(began, 1)
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
@@ -250,14 +250,14 @@ def test_the_command_writes_its_tables_and_continues(ground, tmp_path):
     assert (tmp_path / "run" / "plot.png").is_file()
     text = (tmp_path / "run" / "table.md").read_text()
     assert "MFT - control" in text
-    assert text.startswith("Error: count, full: its best rate, 0.0")  # of two, one is an end
+    assert text.startswith("Error: count, full: its best rate, 0.0")  # one of its two rates is at an end
     assert f"files: {tmp_path}/run/" in result.output
     table = json.loads((tmp_path / "run" / "table.json").read_text())["domains"]["count"]
     (row,) = [row for row in table["rows"] if row["arm"] == "MFT"]
     arrays = np.load(tmp_path / "run" / "sums.npz")
     found = recompute.difference(arrays, "count/test/count", "MFT", "control")
     assert found == pytest.approx({name: row["minus_control"]["loss"][name] for name in found}, rel=1e-9)
-    assert np.abs(arrays["count/test/count/documents"]).min() > 2**32  # hashes, no numbers
+    assert np.abs(arrays["count/test/count/documents"]).min() > 2**32  # hashes, not document numbers
     assert "count: 1 seed and 8 test documents can show no difference: at least 2 of both are needed" in result.output
     again = CliRunner().invoke(app, call)
     assert again.exit_code == 0

@@ -1,4 +1,4 @@
-"""A study on disk: what stays valid when it is taken up again, and what is refused."""
+"""A study on disk: what stays valid when it continues, and what is refused."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ def study_of(tmp_path, *overrides, arms=ARMS):
 
 
 def filled(tmp_path, loss=None, **options):
-    """A study that has run, in its directory."""
+    """Return a study that has run, with its outcomes, in its directory."""
     study = study_of(tmp_path, **options)
     loss = loss or bowl(1e-2)
     done = play(study, loss)
@@ -115,7 +115,7 @@ def test_any_other_change_is_shown_and_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match="only arms, domains, seeds after the first and grid values") as caught:
         open_store(study_of(tmp_path, change), tmp_path / "run").__enter__()
     assert message in str(caught.value)
-    with open_store(study_of(tmp_path), tmp_path / "run"):  # the refusal let go of the lock
+    with open_store(study_of(tmp_path), tmp_path / "run"):  # the refusal released the lock
         pass
 
 
@@ -198,7 +198,7 @@ def test_what_test_found_is_read_as_it_was_written(tmp_path):
     store.save_tested(tested, chosen)
     assert equal(store.tested(one.unit, chosen), tested)
     answering = Store(study_of(tmp_path, "answers=[count]"), tmp_path / "run")
-    assert answering.tested(one.unit, chosen) is None  # without answers it is not what is asked for
+    assert answering.tested(one.unit, chosen) is None  # the stored result has no answers, which this study asks for
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):

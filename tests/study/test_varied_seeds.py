@@ -1,4 +1,4 @@
-"""Seeds that draw more than the order of the data: a base model of their own, documents of their own."""
+"""Seeds that draw more than the order of the data: a base model or documents of their own."""
 
 import io
 import json
@@ -61,12 +61,12 @@ def test_each_seed_has_a_base_model_of_its_own_and_the_same_test(ground, tmp_pat
     tested = [one.evaluation for one in found.test["count"]["base"].values()]
     assert torch.equal(tested[0].documents, tested[1].documents)
     assert torch.equal(tested[0].tokens, tested[1].tokens)
-    for seed in (0, 1):  # a mask of so short a run stays near where its own seed began
+    for seed in (0, 1):  # after so short a run, a mask stays near the start of its own seed
         assert abs(losses(found, "MFT")[seed] - base[seed]) < abs(base[1] - base[0])
     shared, _ = run(ground, tmp_path / "shared")
-    assert losses(shared, "base")[0] == losses(shared, "base")[1] == base[0]  # the first seed's is the one of all
+    assert losses(shared, "base")[0] == losses(shared, "base")[1] == base[0]  # all seeds share the first seed's base
     _, lines = run(ground, tmp_path / "run", "vary=[base]")
-    assert lines == []  # all is done
+    assert lines == []  # everything is done
 
 
 def test_a_base_model_that_only_leaders_need_is_trained_when_they_run(ground, tmp_path):
@@ -88,7 +88,7 @@ def test_each_seed_draws_documents_of_its_own_to_train_on(ground, tmp_path):
     first, second = (workspace.memory("train", 1) for _ in range(2))
     assert first is second
     workspace.begin("count", (), 1)
-    assert workspace.memory("train", 1) is not first  # of other rows
+    assert workspace.memory("train", 1) is not first  # for other rows
 
 
 def test_a_study_that_varies_is_another_one(ground, tmp_path):

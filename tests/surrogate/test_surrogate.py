@@ -1,4 +1,4 @@
-"""The surrogate gradient: its formula against autograd, and one result of it in every way of running a step."""
+"""The surrogate gradient: its formula compared with autograd, and the same result in every way of running a step."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from mft.surrogate.surrogate import Surrogate, make_surrogate, surrogate_of
 from mft.training.loop import train_masks
 
 WAYS = ["in_place", "resident", "layerwise"]
-EXACT = 1e-6  # of scores at 0.02 after steps at 1e-3; the order of sums is what differs
-# Dense products sum in an order of their own. Adam's first steps make the last bits of a gradient near 0 large.
+EXACT = 1e-6  # for scores at 0.02 after steps at 1e-3; only the order of sums differs
+# Dense products sum in an order of their own. Adam's first steps enlarge the last bits of a gradient near 0.
 TOLERANCE = dict.fromkeys(WAYS, EXACT) | {"in_place": 2e-5}
 ASKED = {"mode": "value", "threshold": 0.0, "init": "magnitude", "sharpness": [30.0, 300.0], "deletion_penalty": 0.5}
 OFF = {"sharpness": None, "deletion_penalty": 0.0}
@@ -39,11 +39,11 @@ def farthest(one, other):
 
 @pytest.mark.parametrize(("mode", "threshold"), [("value", 0.0), ("value", -0.3), ("magnitude", 0.4)])
 def test_the_gradient_is_that_of_the_sigmoid_and_of_the_penalty(mode, threshold):
-    """By autograd: a smooth mask of slope 1 at the threshold, and the mean of what it drops."""
+    """With autograd: a smooth mask of slope 1 at the threshold, and the mean of what it drops."""
     generator = torch.Generator().manual_seed(0)
     grad_keep, weight, scores = (torch.randn(2, 300, 7, generator=generator) for _ in range(3))
     smooth = scores.double().requires_grad_()
-    k, penalty, others = 3.0, 0.7, 1000  # masked weights elsewhere
+    k, penalty, others = 3.0, 0.7, 1000  # masked weights in other layers
     x = (smooth.abs() if mode == "magnitude" else smooth) - threshold
     loss = (4 / k * torch.sigmoid(k * x) * grad_keep.double() * weight.double()).sum()
     loss += penalty * torch.sigmoid(-k * x).sum() / (x.numel() + others)
@@ -87,7 +87,7 @@ def plain():
 
 @pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
 def separate(request, monkeypatch):
-    """Runs on the CPU as if it were, or were not, a device with a memory of its own."""
+    """Run on the CPU as if it did, or did not, have memory separate from the host's."""
     monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
 
 
@@ -123,14 +123,14 @@ def test_clipping_is_of_what_scores_learn_by():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_signs_of_magnitude_mode(way):
-    """Scores of both signs, and the penalty away from the threshold on both sides of 0."""
+    """Scores of both signs; the penalty pushes away from the threshold on both sides of 0."""
     asked = {"mode": "magnitude", "threshold": 0.005, "init": "normal"}
     assert farthest(train(way, masked(**asked))[0], train("plain", masked(**asked))[0]) <= TOLERANCE[way]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_sixteen_bit_weights_scores_and_moments(way):
-    """Buffers in bf16 hold the surrogate's gradient, too: as near to plain as three steps can be."""
+    """Buffers in bf16 hold the surrogate's gradient too: as near to plain as three steps can be."""
     few = {"steps": 3, "moments": "8bit"}
     ours = train(way, masked(torch.bfloat16, scores_dtype="bfloat16"), **few)[0]
     assert farthest(ours, train("plain", masked(torch.bfloat16, scores_dtype="bfloat16"), **few)[0]) <= 3e-3

@@ -1,4 +1,4 @@
-"""transformers' Trainer learns by the surrogate gradient what train_masks does: under PEFT, and on a masked model."""
+"""transformers' Trainer learns with the surrogate gradient what train_masks does: with PEFT, and on a masked model."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from mft.masks.peft import MaskPeftConfig, to_masked_model
 from mft.surrogate.trainer import SharpnessCallback
 from mft.training.loop import train_masks
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT calls it
 
 STEPS, LR, NORM = 4, 1e-3, 1e-3
 MASK = {
@@ -26,7 +26,7 @@ EXACT = 1e-6
 
 
 def ours(**changes):
-    """By train_masks; each step takes all four rows."""
+    """Train by train_masks; each step takes all four rows."""
     model = mask_model(make_llama(), MaskConfig(**MASK | changes))
     settings = {"schedule": "constant", "warmup_ratio": 0, "max_grad_norm": NORM}
     train_masks(model, make_rows(4), TrainConfig(lr=LR, steps=STEPS, batch_size=2, accumulation=2, **settings))
@@ -70,7 +70,7 @@ def test_a_masked_model_learns_as_train_masks_and_keeps_no_hook(tmp_path, expect
 
 
 def test_scores_that_peft_has_loaded_learn_by_it_too(tmp_path):
-    """PEFT may put other parameters in their place."""
+    """PEFT may replace them by other parameters."""
     model = adapted()
     layer = model.base_model.model.model.layers[1].mlp.gate_proj
     batch = {name: torch.tensor(make_rows(2)[name]) for name in ("input_ids", "labels")}

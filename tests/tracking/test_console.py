@@ -1,4 +1,4 @@
-"""The one console: what a user gave is shown as it was given."""
+"""The single console: user input is shown as it was given."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""The plot of a run: what its words say, and that a metrics file tells enough to draw it again."""
+"""The plot of a run: what its text says, and that a metrics file suffices to draw it again."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from mft.tracking.metrics import METRICS, Recorder, read_recorder
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were to be saved."""
+    """Return the figures that were to be saved."""
     figures = []
     monkeypatch.setattr(curves, "save_figure", lambda figure, path: figures.append(figure))
     return figures

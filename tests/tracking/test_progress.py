@@ -1,4 +1,4 @@
-"""Progress on a terminal of any width and elsewhere: every figure whole, times that a reader need not convert."""
+"""Progress on a terminal of any width and elsewhere: every figure complete, times in units that need no conversion."""
 
 import io
 
@@ -11,7 +11,7 @@ from mft.tracking.progress import Progress, duration
 
 @pytest.fixture
 def clock(monkeypatch):
-    """clock(seconds): so much later is it now."""
+    """Return clock(seconds), which advances the time."""
     now = [1000.0]
     monkeypatch.setattr(mft.tracking.progress.time, "perf_counter", lambda: now[0])
 
@@ -22,7 +22,7 @@ def clock(monkeypatch):
 
 
 def last_line(width, clock, name="mask fine-tune", done=1, total=1000, seconds=1.7):
-    """What stands there when done of total steps took so long each."""
+    """Return the line shown when ``done`` of ``total`` steps took ``seconds`` each."""
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     with Progress(console).phase(name, total) as phase:
         for _ in range(done):
@@ -123,7 +123,7 @@ def test_an_evaluation_within_a_run_stands_below_it_and_is_none_of_its_speed(clo
         assert len(shown()) == 1
         assert phase.figures == ["60 tokens/s"]
         assert "1 min 30 s left" in shown()[0]
-        phase.over = True  # though steps are missing
+        phase.over = True  # although steps are missing
     assert "1/4" in shown()[0]
     assert "in 30 s" in shown()[0]
 

@@ -1,4 +1,4 @@
-"""Runs that report: what stands in TensorBoard and trackio afterwards, read back by their own readers."""
+"""Runs that report: what TensorBoard and trackio then contain, read with their own readers."""
 
 import importlib
 import json
@@ -16,14 +16,14 @@ from mft.training.checkpoint import write_checkpoint
 
 pytest.importorskip("tensorboard")
 pytest.importorskip("trackio")
-LONG = [*LEARN, "train.steps=8", "train.lr=5e-2", "mask.keep_ratio=0.8"]  # whose fourth step is the best
+LONG = [*LEARN, "train.steps=8", "train.lr=5e-2", "mask.keep_ratio=0.8"]  # its fourth step is the best
 EVALUATED = [*LONG, "train.eval_every=2", "train.keep_best=true"]
 BOTH = "report_to=tensorboard,trackio"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory):
-    """trackio's, which it reads from the environment once."""
+    """Set trackio's directory, which it reads from the environment once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
         yield
@@ -49,7 +49,7 @@ def in_trackio(run):
 
 
 def expected(run):
-    """{scalar: [(step, value), ...]} of the record."""
+    """Return {scalar: [(step, value), ...]} of the record."""
     events, found = events_of(run), {}
     for event in events:
         if event["phase"] in ("before, validation", "validation"):
@@ -73,13 +73,13 @@ def test_a_killed_run_goes_on_in_the_same_runs_with_every_step_once(cli, tmp_pat
     assert code == 0, output
 
     def die():
-        """Told of step 6 and of its evaluation, without a checkpoint of it."""
+        """Die after step 6 and its evaluation are reported, before their checkpoint."""
         with pytest.MonkeyPatch.context() as patch:
 
             def write(root, step, *arguments, **options):
                 if step == 6 and root.name == "checkpoints":
                     while in_trackio(tmp_path / "run").get("train/loss", [(0, 0)])[-1][0] < 6:
-                        time.sleep(0.1)  # it writes twice a second
+                        time.sleep(0.1)  # trackio writes twice a second
                     os._exit(9)
                 return write_checkpoint(root, step, *arguments, **options)
 
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_in_the_same_runs_with_every_step_once(cli, tmp_pat
 
     assert in_a_fork(die) == 9
     run, wanted = tmp_path / "run", expected(tmp_path / "straight")
-    # TensorBoard reads files in the order of their names, of which the second comes before the process's number.
+    # TensorBoard reads files in order of their names, in which the second precedes the process's number.
     (killed,) = (run / "tensorboard").iterdir()
     while time.time() < int(killed.name.split(".")[3]) + 1:
         time.sleep(0.05)
@@ -213,7 +213,7 @@ def test_speed_is_that_of_training_between_the_steps_that_are_written():
     assert scalars(step | {"step": 10, "seconds": 15.0})[1]["train/tokens_per_second"] == 100
     evaluation = {"phase": "validation", "loss": 1.0, "accuracy": 0.5}
     assert scalars(evaluation | {"step": 10})[0] == 10
-    assert scalars(evaluation | {"step": 4}) is None  # the best, evaluated once more when it is exported
+    assert scalars(evaluation | {"step": 4}) is None  # the best step, evaluated again when it is exported
     assert scalars(evaluation | {"step": 12, "dpo/margin": 0.3})[1]["validation/dpo/margin"] == 0.3
 
 
@@ -242,7 +242,7 @@ def test_the_plot_is_drawn_anew_while_the_run_trains_in_a_hundredth_of_its_time(
     code, output = cli("train", *LEARN, "train.steps=24", "train.eval_every=2")
     assert code == 0, output
     assert [(when, steps) for when, steps, _ in drawn[:-1]] == [(32.0, 3), (234.0, 23)]
-    assert drawn[-1][1] == 24  # when it is finished, whatever the time
+    assert drawn[-1][1] == 24  # at the end, whatever the time
     assert list(drawn[0][2]) == [0, 2]
 
 
@@ -264,7 +264,7 @@ def test_wandb_takes_a_run_offline(cli, tmp_path, monkeypatch):
 
 
 def in_mlflow(name):
-    """{metric: [(step, value)]} of the one run, and its parameters."""
+    """Return {metric: [(step, value)]} of the only run, and its parameters."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -274,14 +274,14 @@ def in_mlflow(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # mlflow's, of its own files
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # mlflow's, about its own files
 def test_mlflow_takes_a_run_and_what_it_lacks_once_that_goes_on(cli, tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
 
     def die():
-        """Told of step 6, without a checkpoint of it."""
+        """Die after step 6 is reported, before its checkpoint."""
         with pytest.MonkeyPatch.context() as patch:
 
             def write(root, step, *arguments, **options):

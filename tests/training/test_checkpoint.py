@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whatever happens to the writer or to the files, the last complete one loads, or says why not."""
+"""Checkpoints on disk: whatever happens to the writer or files, the last complete one loads, or an error says why."""
 
 import json
 import multiprocessing
@@ -27,7 +27,7 @@ KILLS = int(os.environ.get("MFT_KILLS", "50"))
 
 
 def tensors_of(step):
-    """Tensors that only this step has."""
+    """Return tensors that only this step has."""
     generator = torch.Generator().manual_seed(step)
     return {
         "scores": torch.randn(40, 70, generator=generator),
@@ -69,7 +69,7 @@ def test_a_writer_killed_at_any_point_leaves_a_checkpoint_that_loads(tmp_path):
     """MFT_KILLS=1000 kills more often."""
     began = time.monotonic()
     chance, written = random.Random(0), write(tmp_path, 1).step
-    longest = max(0.06, 20 * (time.monotonic() - began))  # on a busy machine too, most are killed while they write
+    longest = max(0.06, 20 * (time.monotonic() - began))  # busy or not: most are killed while they write
     survived = 0
     for _ in range(KILLS):
         writer = multiprocessing.get_context("fork").Process(target=save_on_and_on, args=(tmp_path, written + 1))
@@ -78,7 +78,7 @@ def test_a_writer_killed_at_any_point_leaves_a_checkpoint_that_loads(tmp_path):
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
         found, skipped = newest_checkpoint(tmp_path)
-        assert skipped == []  # under its name lies only what is whole
+        assert skipped == []  # only complete checkpoints have their final name
         assert_holds(found, found.step)
         assert found.step >= written
         survived += found.step > written
@@ -116,7 +116,7 @@ def damage(path, how):
     if how == "missing":
         path.unlink()
     elif how == "cut":
-        path.write_bytes(path.read_bytes()[:-2])  # a manifest does without its last newline
+        path.write_bytes(path.read_bytes()[:-2])  # a manifest is valid without its last newline
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "grown":

@@ -1,4 +1,4 @@
-"""A run whose cores are busy says so once, with what to do; one that has them, or waits for a disk, says nothing."""
+"""A run on busy cores says so once, with a remedy; a run with free cores, or waiting for a disk, says nothing."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ FREE, BUSY = Contention((1.0, 0.99)), Contention((0.5, 0.45))
 
 
 class Work:
-    """Clocks that stand still but for what is done, and how often the cores were measured."""
+    """Clocks that advance only with the work done, and a count of how often the cores were measured."""
 
     def __init__(self, monkeypatch, cores):
         self.wall = self.cpu = 0.0
@@ -63,7 +63,7 @@ def test_one_thread_is_not_told_to_take_fewer(monkeypatch):
     ("cores", "cpu", "measured"),
     [
         (BUSY, 0.95, 0),  # at full speed nothing is measured
-        (FREE, 0.1, 5),  # it waits for a disk: after 1, 2, 4, 8 and 16 seconds, never for long
+        (FREE, 0.1, 5),  # it waits for a disk: measured after 1, 2, 4, 8 and 16 seconds, never for long
     ],
 )
 def test_free_cores_and_slow_disks_are_said_nothing_of(monkeypatch, cores, cpu, measured):

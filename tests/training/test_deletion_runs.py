@@ -1,4 +1,4 @@
-"""mft train on masks that begin by data and learn by the surrogate gradient: what is shown, kept, and gone on with."""
+"""mft train on masks that begin from data and learn by the surrogate gradient: what is shown, kept, and resumed."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ BY_RATIO = ["mask.threshold=null", "mask.keep_ratio=0.8", "mask.sharpness=null",
 
 @pytest.mark.parametrize("how", [["memory=layerwise"], BY_RATIO], ids=["layerwise", "ratio"])
 def test_a_killed_run_goes_on_bit_for_bit_without_a_look_at_the_data(cli, tmp_path, monkeypatch, how):
-    """Flips too, which count from the first masks: with a ratio these are the data's, which `mft inspect` lacks."""
+    """Flips too: they count from the first masks, which with a ratio come from the data; `mft inspect` lacks these."""
     few = [*ASKED, *how, "checkpoint_minutes=0"]
     code, output = cli("train", *few, "output_dir=straight")
     assert code == 0, output
@@ -51,7 +51,7 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
     steps = {event["step"]: event["dropped"] for event in events_of(tmp_path / "run") if "lr" in event}
     assert steps.keys() == {3, 6}
     masks = read_whole_export(tmp_path / "run" / "masks")[1].values()
-    words = torch.cat([mask.flatten() for mask in masks]).tolist()  # full ones: rows are of 32 or 64 weights
+    words = torch.cat([mask.flatten() for mask in masks]).tolist()  # all full words: rows have 32 or 64 weights
     share = 1 - sum((word & 0xFFFFFFFF).bit_count() for word in words) / (32 * len(words))
     assert steps[6] == pytest.approx(share)
     assert 0 < share < 0.5
@@ -59,7 +59,7 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
     code, output = cli("inspect", "run", "--all")
     assert code == 0, output
     rows = [line.split() for line in output.splitlines() if "mlp.gate_proj" in line]
-    assert [float(row[2]) + float(row[4]) for row in rows] == [100, 100]  # what was kept at first has flipped
+    assert [float(row[2]) + float(row[4]) for row in rows] == [100, 100]  # every weight kept at first has flipped
 
 
 def test_the_shipped_configuration_masks_gate_projections_alone(cli, tmp_path, model_dir):

@@ -1,4 +1,4 @@
-"""The share dropped that a run tells of masks with a threshold: in every way, and at steps that are logged alone."""
+"""The dropped share that a run reports for masks with a threshold: in every way, and only at logged steps."""
 
 import pytest
 import torch

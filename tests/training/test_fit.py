@@ -1,4 +1,4 @@
-"""What a run is told, or refused, before any weight is loaded."""
+"""Reports and refusals of a run before any weight is loaded."""
 
 import shutil
 
@@ -28,7 +28,7 @@ def config_of(name="llama2-7b", memory="auto", **sections):
 
 @pytest.fixture
 def with_free(monkeypatch, tmp_path):
-    """with_free(gigabytes): so much memory is free."""
+    """Return with_free(gigabytes), which sets the free memory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mft.training.plan, "default_device", lambda: torch.device("cpu"))
     return lambda gigabytes: monkeypatch.setattr(mft.training.plan, "_available_host_bytes", lambda: gigabytes * 1e9)
@@ -98,7 +98,7 @@ def test_the_nearest_setting_fits(with_free):
 
 
 def test_the_exact_weights_have_to_fit_before_they_are_quantised(with_free):
-    """NF4 needs 6 GB in a step, and 14 GB while what it is made of is read."""
+    """NF4 needs 6 GB in a step, but 14 GB while the weights for it are read."""
     config = config_of(memory="quantized", mask={"layers_to_transform": "4", "scores_dtype": "int16"})
     with_free(12)
     with pytest.raises(ValueError, match="quantized: needs 13.9 GB of 12.0 GB, in loading"):
@@ -136,7 +136,7 @@ def test_frozen_layers_are_remembered_where_there_is_room_and_a_tenth_to_save(wi
     upper = {"layers_to_transform": "24-31"}
     with_free(400)
     assert plan_training(config_of(mask=upper)).remember
-    assert not plan_training(config_of()).remember  # four of 32 layers are a thirtieth of the step
+    assert not plan_training(config_of()).remember  # four of 32 layers take a thirtieth of the step
     needed = mft.training.plan.choose(
         shape_from_config(known_config("llama2-7b")), workload_of(config_of(mask=upper), torch.device("cpu")), None
     ).estimates["layerwise"]

@@ -1,4 +1,4 @@
-"""mft train with an objective: from its configuration to its metrics."""
+"""mft train with an objective, from its configuration to its metrics."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_the_best_step_is_the_one_of_the_objectives_own_least_loss(cli, tmp_path
     assert drawn == ["dpo"]
     seen = [event for event in events_of(tmp_path / "run") if event["phase"] == "validation"]
     by_dpo, by_words = (min(seen, key=lambda event: event[key])["step"] for key in ("dpo/loss", "loss"))
-    assert by_dpo != by_words  # else nothing is told
+    assert by_dpo != by_words  # otherwise the test shows nothing
     assert seen[-1]["best"] == by_dpo
     figures = ", ".join(f"{name} {seen[0][f'dpo/{name}']:.4f}" for name in ("loss", "accuracy", "margin"))
     assert re.search(rf"validation after step 2: {figures} \(\d+ tokens of \d+ documents\); the least so far", output)

@@ -23,7 +23,7 @@ def score_gradients(model):
 
 @pytest.fixture
 def gradients_at_steps(monkeypatch):
-    """What AdamW was given, a list a step."""
+    """Return the gradients that AdamW received, one list per step."""
     steps, step = [], torch.optim.AdamW.step
 
     def recording_step(self, *args):
@@ -44,7 +44,7 @@ def test_training_masks_learns_and_moves_scores_alone():
     model = masked_llama(layers=range(4), init="magnitude")
     before = copy.deepcopy(model.state_dict())
     reports = train_masks(model, make_rows(), TrainConfig(lr=1e-2, steps=40, batch_size=8))
-    assert reports[-1].loss < reports[0].loss - 0.05  # a random model has little to select from
+    assert reports[-1].loss < reports[0].loss - 0.05  # a random model offers little to select
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) != name.endswith(".scores"), name
 
@@ -65,7 +65,7 @@ def test_masks_cannot_be_trained_where_there_are_none():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_micro_batches_give_the_gradient_of_one_batch(dtype, gradients_at_steps):
-    """Also when rows score different numbers of tokens."""
+    """Also if rows score different numbers of tokens."""
     rows = make_rows(4)
     labels = [[-100] * i * 3 + row["labels"][i * 3 :] for i, row in enumerate(rows)]
     rows = rows.remove_columns("labels").add_column("labels", labels)
@@ -83,7 +83,7 @@ def test_four_micro_batches_give_the_gradient_of_one_batch(dtype, gradients_at_s
 
 
 def test_small_updates_of_bf16_weights_are_not_rounded_away():
-    """256 steps of 1e-5 on weights of 0.1, whose spacing is 5e-4: each alone would vanish."""
+    """256 steps of 1e-5 on weights of 0.1, whose spacing is 5e-4: each single step would vanish."""
     model = make_llama(torch.bfloat16)
     weight = model.model.layers[0].mlp.up_proj.weight
     torch.nn.init.constant_(weight, 0.1)
@@ -318,7 +318,7 @@ def test_gradient_checkpointing_changes_no_result():
 
 
 def gpt2(**changes):
-    """With its own dropouts of 0.1."""
+    """Return a GPT-2 with its own dropouts of 0.1."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=2, n_positions=32, **changes))
 
@@ -334,13 +334,13 @@ def test_the_seed_of_the_run_decides_its_dropout(make, run):
         torch.manual_seed(before)
         expected = torch.get_rng_state()
         reports = run(model, make_rows(8), TrainConfig(lr=1e-2, steps=2, batch_size=8, seed=seed))
-        assert torch.equal(torch.get_rng_state(), expected)  # the caller's numbers are not the run's
+        assert torch.equal(torch.get_rng_state(), expected)  # the run does not use the caller's random numbers
         return [report.loss for report in reports], learned_of(model)
 
     (one, learned), (again, learned_again), (other, _) = losses(1, before=2), losses(1, before=3), losses(4, before=2)
     assert one == again
     assert all(map(torch.equal, learned, learned_again))
-    assert other[0] != pytest.approx(one[0], rel=1e-5)  # every step sees all rows: their order is not what differs
+    assert other[0] != pytest.approx(one[0], rel=1e-5)  # every step sees all rows, so their order is not the difference
 
 
 def learned_of(model):

@@ -1,4 +1,4 @@
-"""A run that stops and goes on gives what it would have given: losses and scores bit for bit, in every way."""
+"""A run that stops and continues gives the same losses and scores bit for bit as without a stop, in every way."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ from mft.training.loop import finetune, train_masks
 from mft.training.saver import Saver, Stopped
 
 STEPS, FIRST = 9, 4
-ROWS = 10  # of which a step takes 4: epochs end within steps, and within micro-batches of 4
+ROWS = 10  # a step takes 4: epochs end within steps, and within micro-batches of 4
 
 
 def masks(dtype=torch.float32, *, quantized=None, **mask):
@@ -29,7 +29,7 @@ def masks(dtype=torch.float32, *, quantized=None, **mask):
 
 
 def gpt2():
-    """Drops a tenth of embeddings, of attention and of what layers add."""
+    """Return a GPT-2 that drops a tenth of embeddings, of attention and of the layers' outputs."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=2, n_positions=32))
@@ -73,7 +73,8 @@ def settings(**changes):
 
 
 BATCHES = {"accumulated": {}, "whole": {"batch_size": 4, "accumulation": 1}}
-# In turn, as what a checkpoint holds does not depend on it; layerwise, whose sums lie in memory of their own, in both.
+# Runs take the batches in turn, because a checkpoint's contents do not depend on them. layerwise takes both: its sums
+# have memory of their own.
 IN_TURN = [*zip(RUNS, itertools.cycle(BATCHES)), ("layerwise", "accumulated")]
 
 
@@ -110,7 +111,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name, batch):
 
 
 def test_a_run_without_its_checkpoint_would_differ(tmp_path):
-    """What the test above compares depends on where it begins."""
+    """The comparison of the test above depends on the start."""
     train, rows = settings(), make_rows(ROWS)
     straight, other = masks(), masks()
     train_masks(straight, rows, train)
@@ -140,7 +141,7 @@ def test_signals_act_as_before_once_training_is_over(tmp_path):
 
 
 def test_frozen_layers_are_run_in_the_groups_of_a_straight_run(tmp_path, monkeypatch):
-    """The last bits of what is remembered of a row may depend on the rows beside it."""
+    """The last bits of a remembered row may depend on the rows in its batch."""
     groups, run = [], FrozenPrefix._run_frozen_layers
 
     def recording(self, input_ids, position_ids):

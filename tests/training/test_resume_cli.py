@@ -1,4 +1,4 @@
-"""mft train and mft finetune, stopped and gone on with: by signals, after kills, and with what must be refused."""
+"""mft train and mft finetune, stopped and resumed: after signals and kills, and with arguments that must be refused."""
 
 import fcntl
 import os
@@ -31,10 +31,10 @@ SLOW = [*LEARN, "train.steps=16", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
 
 
 def start(verb, *arguments):
-    """A process of its own, in the current directory."""
+    """Start a process of its own, in the current directory."""
     options = [] if "--resume" in arguments else ["--config", "config.yaml"]
     command = [sys.executable, "-m", "mft", verb, *options, *arguments]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # on which the last bits depend
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the last bits depend on it
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | threads
     )
@@ -75,7 +75,7 @@ def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code, own):
     ],
 )
 def test_the_metrics_of_a_run_that_goes_on_are_those_of_a_straight_one(cli, tmp_path, monkeypatch, way):
-    """Flips included: every third step counts, from the one that counted before, which lies before the checkpoint."""
+    """Flips included: every third step counts from the one that counted before, which is before the checkpoint."""
     monkeypatch.setattr("mft.training.run.POINTS", 4)
     few = [*LEARN, "train.steps=10", f"memory={way}", "mask.init=magnitude", "checkpoint_minutes=0"]
     code, output = cli("train", *few, "output_dir=straight")
@@ -105,7 +105,7 @@ def test_a_killed_fine_tune_goes_on(cli, tmp_path):
 
 @pytest.fixture
 def stopped(cli, tmp_path):
-    """A run that died at its third step, after a checkpoint."""
+    """Make a run that died at its third step, after a checkpoint."""
     record = Steps.__call__
 
     def die(self, report):
@@ -188,7 +188,7 @@ def test_a_finished_run_is_not_resumed(cli):
 
 
 def files(run):
-    """By name; of metrics.jsonl what a run that went on has in common with one that never stopped."""
+    """Return files by name; of metrics.jsonl, only what a resumed run shares with an uninterrupted one."""
     found = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     return found | {"metrics.jsonl": steps(run) or steps(run, "full fine-tune")}
 
@@ -229,12 +229,12 @@ def test_a_configuration_edited_beside_a_checkpoint_is_refused(cli, tmp_path):
     ],
 )
 def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, place):
-    """And what was half-written lies nowhere any more."""
+    """Half-written files are also removed."""
     cli(verb, *SHORT)
     wanted = files(tmp_path / "run")
     killed_before(cli, place, verb, *SHORT, "--overwrite")
     code, output = cli(verb, "--resume", "run")
-    if place == "mft.training.run.remove":  # of the checkpoints, when the result is there
+    if place == "mft.training.run.remove":  # it removes checkpoints once the result is there
         assert (code, "has its masks/ already" in output) == (2, True)
     else:
         assert code == 0, output
@@ -244,7 +244,7 @@ def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, plac
 
 @pytest.mark.parametrize("begun", [BEFORE_FINISHING, "mft.training.run.train_masks", None])
 def test_what_another_process_finishes_meanwhile_stays(cli, tmp_path, monkeypatch, begun):
-    """A run goes on after a checkpoint, or without one, or begins; another has done the same when it gets the lock."""
+    """A run begins, or resumes with or without a checkpoint; another finishes the same run before it gets the lock."""
     if begun is not None:
         killed_before(cli, begun, "train", *SHORT)
     arguments = ("train", *SHORT) if begun is None else ("train", "--resume", "run")

@@ -15,7 +15,7 @@ import mft.training.run
 
 @pytest.fixture
 def config(cli):
-    """That of the tiny run, in the directory where it lies."""
+    """Return the configuration of the tiny run, in its directory."""
     return mft.load_config("config.yaml", [*LEARN, "checkpoint_minutes=null"])
 
 
@@ -48,7 +48,7 @@ def test_a_full_fine_tune_gives_a_model_directory(config):
 
 @pytest.mark.parametrize("start", [lambda config: config, mft.Begin])
 def test_the_configuration_stays_the_callers(config, start):
-    config.model.quantization, config.memory = None, "quantized"  # which chooses a quantisation
+    config.model.quantization, config.memory = None, "quantized"  # this chooses a quantisation
     before = copy.deepcopy(config)
     mft.run_train(start(config))
     assert config == before
@@ -69,7 +69,7 @@ def test_a_finished_run_does_not_go_on(config):
 
 
 def test_a_command_that_torchrun_starts_again_goes_on(config, monkeypatch, capsys):
-    """Even one that was to overwrite an older run: it has done so already."""
+    """Even one with overwrite: it has already overwritten the older run."""
     config.checkpoint_minutes = 0
     straight = masks_of(mft.run_train(dataclasses.replace(config, output_dir="straight")))
     killed_after(mft.run_train, 2, config)

@@ -47,7 +47,7 @@ def test_checkpoints_beside_a_result_go_if_they_are_ours(tmp_path):
     (tmp_path / "model").mkdir()
     with holding(tmp_path):
         assert not root.exists()
-    (root / "step-00000010").mkdir(parents=True)  # another program's
+    (root / "step-00000010").mkdir(parents=True)  # another program's directory
     with holding(tmp_path):
         assert root.exists()
 

@@ -41,9 +41,9 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_left_alone(tmp_p
 
 
 def test_never_two_at_once(tmp_path):
-    """Although the file is removed with every release."""
+    """Although each release removes the file."""
     inside, most, turns = [], [], []
-    give_up = time.monotonic() + 60  # beside other work most attempts meet a lock
+    give_up = time.monotonic() + 60  # on a busy machine most attempts find the lock taken
 
     def work():
         while len(turns) < 200 and time.monotonic() < give_up:

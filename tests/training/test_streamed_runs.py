@@ -1,4 +1,4 @@
-"""Runs on streams of several sources: stopped and gone on with, on several processes, and from the command line."""
+"""Runs on streams of several sources: stopped and resumed, in several processes, and from the command line."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def numbers(model_dir):
 
 @pytest.fixture
 def streamed(tmp_path):
-    """A stream of texts and of sums, of which a window is 8 documents."""
+    """Return a stream of texts and of sums, with windows of 8 documents."""
     draw = random.Random(0)
     texts = [{"text": " ".join(str(draw.randrange(1, WORDS)) for _ in range(draw.randrange(3, 20)))} for _ in range(60)]
     sums = [{"prompt": f"{1 + i} 2", "completion": f" {3 + i}"} for i in range(40)]

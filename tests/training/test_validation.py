@@ -1,4 +1,4 @@
-"""Evaluation during training: it changes no bit of what is learned, by every way, and what it decides goes on too."""
+"""Evaluation during training: it changes no bit of what is learned, in any way, and its decisions survive a resume."""
 
 import contextlib
 import math
@@ -27,13 +27,13 @@ WAYS = [
 
 
 def settings(steps=8, **changes):
-    """At a rate that stays, a run of fewer steps is the beginning of this one."""
+    """Return settings with a constant rate, so that a run with fewer steps is the beginning of this one."""
     fixed = {"lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0, "batch_size": 2, "accumulation": 2, "seed": 3}
     return TrainConfig(**fixed | {"steps": steps} | changes)
 
 
 class BestAt2(Validation):
-    """Whose second step is the best, whatever its loss."""
+    """A validation whose second step is the best, whatever its loss."""
 
     def _judge(self, step, loss, train):
         super()._judge(step, loss, train)
@@ -41,7 +41,7 @@ class BestAt2(Validation):
 
 
 def exported(model):
-    """What save_masks and save_model write of a model."""
+    """Return what save_masks and save_model write of a model."""
     masks = {name: module.packed_mask() for name, module in masked_modules(model).items()}
     return masks | {name: p.detach() for name, p in model.named_parameters() if not name.endswith("scores")}
 
@@ -126,7 +126,7 @@ def test_the_seconds_of_a_step_are_those_of_training(monkeypatch):
 
 
 class Passing:
-    """In place of a saver, which takes a second."""
+    """A saver's stand-in that takes a second."""
 
     told = 0
 
@@ -143,7 +143,7 @@ class Passing:
 @pytest.mark.parametrize(
     ("losses", "patience", "min_delta", "stopped", "best"),
     [
-        ([2.5, 2.495, 2.48, 2.481, 2.475], 2, 0.01, 5, 5),  # the page's
+        ([2.5, 2.495, 2.48, 2.481, 2.475], 2, 0.01, 5, 5),  # the page's example
         ([2.5, 2.4, 2.3], 1, 0.0, None, 3),
         ([2.5, 2.5], 1, 0.0, 2, 1),
         ([2.5, 2.6, 2.4, 2.6, 2.6], 2, 0.0, 5, 3),
@@ -177,7 +177,7 @@ def test_a_signal_leaves_the_evaluation_to_the_run_that_goes_on(tmp_path, when):
         on_step = None
         if stopping and when == "in the step":
             on_step = lambda report: stop() if report.step == 4 else None  # noqa: E731
-            validation._shown = Interrupting(pytest.fail)  # it is not even begun
+            validation._shown = Interrupting(pytest.fail)  # it does not even begin
         if stopping and when != "in the step":
             validation._shown = Interrupting(stop)
         saver = Saver(tmp_path / "checkpoints", math.inf, checkpoint, counters=[validation])
@@ -197,7 +197,7 @@ def test_a_signal_leaves_the_evaluation_to_the_run_that_goes_on(tmp_path, when):
 
 
 class Interrupting:
-    """In place of what shows an evaluation: told to stop after the first batch."""
+    """Stands in for the display of an evaluation; it requests a stop after the first batch."""
 
     def __init__(self, stop):
         self.stop = stop
@@ -217,7 +217,7 @@ def noting(found):
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """An exception that no code catches."""
 
 
 def test_the_best_of_the_newest_checkpoint_stays_until_a_newer_one_knows_another(tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_the_best_of_the_newest_checkpoint_stays_until_a_newer_one_knows_another
         save = saver.after_step
 
         def after_step(runner, reports, ended):
-            if reports[-1].step == dies:  # when its best is written, and the checkpoint is not
+            if reports[-1].step == dies:  # after its best is written, but before the checkpoint
                 raise Killed
             save(runner, reports, ended)
 
@@ -251,7 +251,7 @@ def test_the_best_of_the_newest_checkpoint_stays_until_a_newer_one_knows_another
     assert [report.loss for report in again] == [report.loss for report in reports]
     assert standing == wanted
     assert equal(model.state_dict(), straight.state_dict())
-    # One that has stopped takes no further step.
+    # A run that has stopped takes no further step.
     found, _ = newest_checkpoint(tmp_path / "run")
     ended, standing = attempt(tmp_path / "run", make(), found)
     assert (ended[-1].step, standing) == (8, wanted)

@@ -1,7 +1,7 @@
-"""Every Triton kernel on tensors that end, or begin, at a page that may not be touched: out of bounds is death.
+"""Run every Triton kernel on tensors that end, or begin, at a forbidden page: access out of bounds kills.
 
-A script for the interpreter, whose loads and stores are those of the CPU. Inputs and all that the ops allocate are
-guarded, and wrong kernels show first that the guard bites.
+This is a script for the interpreter, whose loads and stores are the CPU's. Inputs and everything that the ops allocate
+are guarded. Wrong kernels show first that the guard works.
 """
 
 import os
@@ -31,9 +31,9 @@ from mft_kernels.testing import Inputs, random_inputs
 flat = ByName(ops)
 
 TARGETS = (target.INTERPRETER, target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.MI300X)
-#: Of whose forms experts are tried: pointers and descriptors.
+#: The targets whose forms experts are tried in: pointers and descriptors.
 EXPERTS_ON = (target.INTERPRETER, target.H100)
-#: The last but one has rows of 16 bytes' multiples, which descriptors read; the last makes parts of the sums.
+#: The rows of the last but one are multiples of 16 bytes, which descriptors read. The last one sums in parts.
 SHAPES = ((1, 1, 1), (13, 37, 31), (17, 24, 72), (3, 300, 9))
 
 
@@ -43,7 +43,7 @@ def _beyond_the_end(source, out, LOAD: tl.constexpr, STORE: tl.constexpr):
 
 
 def check_that_the_guard_bites() -> None:
-    """A kernel that reads or writes one element too far, or one too early, in a child that must die of it."""
+    """A kernel that reads or writes one element too far, or too early, must kill its child process."""
     for at_end, beyond in ((True, 8), (False, -1)):
         source, out = guarded(torch.ones(8), at_end=at_end), guarded(torch.zeros(8), at_end=at_end)
         assert not _dies(source, out, LOAD=7, STORE=0)
@@ -63,7 +63,7 @@ def _dies(*args: torch.Tensor, **constexprs: int) -> bool:
 
 
 def run_every_op(t: Inputs, out_dtype: torch.dtype, by_row: bool, at_end: bool) -> None:
-    """On guarded copies of the inputs; what the ops allocate is to be guarded by the caller."""
+    """Run every op on guarded copies of the inputs; the caller guards what the ops allocate."""
     guard = partial(guarded, at_end=at_end)
     grad, x, weight, scores, bias = map(guard, (t.grad_output, t.x, t.weight, t.scores, t.bias))
     threshold = select.kept_threshold(scores, 0.7, "magnitude")
@@ -80,7 +80,7 @@ def run_every_op(t: Inputs, out_dtype: torch.dtype, by_row: bool, at_end: bool) 
 
 
 def run_experts(t: Inputs, at_end: bool) -> None:
-    """Two experts, whose offsets fall or lie outside; guarded as above."""
+    """Run two experts, with offsets that decrease or lie outside; guarded as above."""
     guard = partial(guarded, at_end=at_end)
     grad, x = guard(t.grad_output), guard(t.x)
     weight, scores, bias = (guard(torch.stack([v, v])) for v in (t.weight, t.scores, t.bias))
@@ -96,7 +96,7 @@ def run_experts(t: Inputs, at_end: bool) -> None:
 
 
 def run_score_steps(t: Inputs, at_end: bool) -> None:
-    """Both schemes, in two formats of scores; guarded as above."""
+    """Run both moment formats, in two formats of scores; guarded as above."""
     guard = partial(guarded, at_end=at_end)
     like, weight = t.scores, guard(t.weight)
     shape, blocks = like.shape, -(-like.numel() // reference_step.BLOCK)
@@ -110,7 +110,7 @@ def run_score_steps(t: Inputs, at_end: bool) -> None:
 
 
 def main() -> None:
-    """Each target's tiles, shapes that no tile divides, both ends of the memory, few programs and many."""
+    """Run each target's tiles on shapes that no tile divides, at both ends of memory, with few and many programs."""
     torch.set_num_threads(1)
     check_that_the_guard_bites()
     for card in TARGETS:
@@ -123,7 +123,7 @@ def main() -> None:
                     run_every_op(t, dtypes[i % 2], by_row=i % 2 == 0, at_end=at_end)
                     if card in EXPERTS_ON and i == 2:
                         run_experts(t, at_end)
-                    if card is target.INTERPRETER:  # its tiles are the same everywhere
+                    if card is target.INTERPRETER:  # its tiles are the same on every target
                         run_score_steps(t, at_end)
     print("within bounds")
 

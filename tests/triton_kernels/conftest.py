@@ -6,13 +6,13 @@ from products import CARDS, INTERPRETING, by_card
 
 @pytest.fixture(scope="session")
 def device(triton_device):
-    """Where the kernels run here."""
+    """Return the device on which the kernels run."""
     return triton_device
 
 
 @pytest.fixture(scope="session")
 def targets(device):
-    """By name, whose form and tiles can be run here: those of every card in the interpreter, on a GPU its own."""
+    """Return the targets that can run here, by name: every card's in the interpreter, only its own on a GPU."""
     from mft_kernels.backends.triton import target
 
     if not INTERPRETING:
@@ -22,7 +22,7 @@ def targets(device):
 
 @pytest.fixture(params=by_card())
 def target(request, targets):
-    """The target whose form and tiles the test runs."""
+    """Return the target whose form and tiles the test runs."""
     from mft_kernels.backends.triton.target import assume
 
     with assume(targets[request.param]):
@@ -31,4 +31,4 @@ def target(request, targets):
 
 @pytest.fixture(autouse=True, scope="module")
 def outputs_begin_as_nan(poisoned_outputs):
-    """In every test here."""
+    """Fill outputs with NaN in every test of this folder."""

@@ -1,4 +1,4 @@
-"""Integers whose products are exact, and the comparison with the reference bit for bit."""
+"""Integers whose products are exact, and a bitwise comparison with the reference."""
 
 import torch
 from by_name import ByName, oracle
@@ -12,12 +12,12 @@ from mft_kernels.testing import Inputs, integer_inputs
 flat = ByName(ops)
 
 HALF = torch.float16
-#: What shared memory, tensor cores and the tables of tiles tell apart. "tf32" is fp32 with that setting of PyTorch.
+#: Kinds that shared memory, tensor cores and the tables of tiles distinguish. "tf32" is fp32 with PyTorch's setting.
 ARITHMETIC = ("ieee", "tf32", "bfloat16", "float16")
 
 
 def assert_equals_reference(op, *arguments, **options):
-    """The op of this name on these arguments, against the reference on the CPU."""
+    """Assert that the op of this name gives the reference's results on the CPU."""
     on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
     got, expected = getattr(flat, op)(*arguments, **options), getattr(oracle, op)(*on_cpu)
     for g, e in zip(got, expected) if isinstance(got, tuple) else [(got, expected)]:
@@ -25,14 +25,14 @@ def assert_equals_reference(op, *arguments, **options):
 
 
 def integers(device, *shape_and_dtypes, seed=0):
-    """integer_inputs on the device, and no score is 0, so that sign bits say the same as scores."""
+    """Return integer_inputs on the device; no score is 0, so that sign bits and scores have the same signs."""
     t = integer_inputs(*shape_and_dtypes, seed=seed)
     t.scores[t.scores == 0] = 3
     return Inputs(*(value.to(device) for value in vars(t).values()))
 
 
 def bits_of(scores, threshold, mode):
-    """(packed mask, sign bits) on the device of scores."""
+    """Return (packed mask, sign bits) on the device of scores."""
     packed = reference.pack_mask(scores.cpu(), threshold.cpu(), mode)
     return packed.to(scores.device), reference.pack_signs(scores.cpu())[0].to(scores.device)
 

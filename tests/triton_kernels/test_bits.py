@@ -1,4 +1,4 @@
-"""pack_mask and pack_signs of the triton backend at sizes that take a GPU; the rest is in tests/ops/test_pack.py."""
+"""pack_mask and pack_signs of the triton backend at sizes that need a GPU; tests/ops/test_pack.py has the rest."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""kept_threshold of the triton backend by what only it has: digits, programs, and what takes a GPU.
+"""Tests specific to the triton backend's kept_threshold: digits, programs, and tests that need a GPU.
 
-What every backend gives is in tests/ops/test_select.py.
+tests/ops/test_select.py tests the results, which are the same for every backend.
 """
 
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_scores_that_require_grad_are_taken(device):
 @pytest.mark.parametrize("mode", MODES)
 def test_it_runs_in_a_cuda_graph_and_never_waits_for_the_device(device, mode):
     scores = normal(300, 1000).to(device)
-    select.kept_threshold(scores, 0.9, mode)  # compiles
+    select.kept_threshold(scores, 0.9, mode)  # compiles first
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("error")
     try:

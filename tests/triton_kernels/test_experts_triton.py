@@ -1,6 +1,6 @@
 """The kernels over experts in the form and with the tiles of each card, whatever the rows.
 
-What every backend gives is in tests/ops/test_expert_products.py.
+tests/ops/test_expert_products.py tests the results, which are the same for every backend.
 """
 
 from dataclasses import replace
@@ -17,13 +17,13 @@ from mft_kernels.backends.triton.target import assume
 
 flat = ByName(ops)
 
-#: Rows an expert: tiles of 16, of 64 and of 128 of them, each with full tiles, short ones and none.
+#: Rows of each expert, for tiles of 16, 64 and 128, each with full tiles, short ones and none.
 ROWS = ((0, 1, 32, 0, 19, 0), (40, 0, 66), (0, 130, 70))
 NAMES = ("x", "weight", "scores", "bias", "offsets", "grad_output", "threshold")
 
 
 def hostile(t, device):
-    """What is nobody's is NaN, what has no rows Inf, all of which its scores keep."""
+    """Set rows of no expert to NaN, and the weights of experts without rows to Inf, which their scores keep."""
     nobodys = int(t.offsets[-1])
     t.x[nobodys:] = t.grad_output[nobodys:] = torch.nan
     for e, rows in enumerate(t.groups()):
@@ -32,10 +32,10 @@ def hostile(t, device):
     return replace(t, **{name: getattr(t, name).to(device) for name in NAMES})
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of NaN times a number
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, for NaN times a number
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_every_form_and_tile_equals_the_reference(device, target, rows):
-    """Neither axis is a multiple of a tile, so that what reads all matrices as one reads into the next."""
+    """Neither axis is a multiple of a tile, so reading all matrices as one would read into the next."""
     if target.backend == "interpreter" and rows is not ROWS[0]:
         pytest.skip("the interpreter's own tiles hang on no number of rows")
     t = hostile(integer_experts(72, 88, HALF, HALF, rows=rows, transposed=rows is ROWS[1]), device)
@@ -54,7 +54,7 @@ def test_every_form_and_tile_equals_the_reference(device, target, rows):
 
 @pytest.mark.parametrize(("pitch", "column", "mode"), [(45, 3, "magnitude"), (48, 8, "value")])
 def test_no_descriptor_makes_one_matrix_of_matrices_inside_larger_ones(device, targets, pitch, column, mode):
-    """Even where rows begin at multiples of 16 bytes; offsets and thresholds have strides of their own."""
+    """Not even if rows begin at multiples of 16 bytes. Offsets and thresholds have their own strides."""
     t = integer_experts(24, 40, HALF, HALF)
     t = replace(t, **{name: getattr(t, name).to(device) for name in NAMES})
     around = torch.full((7, 26, pitch), torch.nan, dtype=HALF, device=device)

@@ -1,4 +1,4 @@
-"""Elements beyond 2^31 are read and written as they are, and nothing outside a tensor, whatever the tiles."""
+"""Elements beyond 2^31 are read and written correctly, and nothing outside a tensor, whatever the tiles."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ flat = ByName(ops)
 
 
 def far_apart(value, axis):
-    """The value as a view whose last index on the axis lies beyond 2^31 elements; memory between is not touched."""
+    """Return the value as a view whose last index on the axis lies beyond 2^31 elements; the gap is not touched."""
     stride = 2**31 // (value.shape[axis] - 1) // 8 * 8 + 8
     strides = (stride, 1) if axis == 0 else (1, stride)
     elements = 1 + sum((size - 1) * step for size, step in zip(value.shape, strides))
@@ -42,7 +42,7 @@ def test_elements_beyond_2_to_the_31_are_read(device, target, name, axis):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_elements_beyond_2_to_the_31_are_written(device, target, axis):
-    # The launch of a small product, with the result's strides replaced by those of a view that spans 2^31 elements.
+    # Repeat the launch of a small product, with the result's strides replaced by those of a view of 2^31 elements.
     t = integers(device, 9, 40, 24, HALF)
     arguments = (t.x, t.weight, t.scores, threshold_of(t.scores), None, "magnitude")
     (entry,) = launches_of(lambda: flat.masked_linear(*arguments))
@@ -78,8 +78,8 @@ def test_more_than_2_to_the_31_results_are_written(device):
 @pytest.mark.slow
 @pytest.mark.skipif(not interpreting(), reason="the guard is a page of the CPU's memory")
 def test_no_kernel_reads_or_writes_beyond_its_tensors():
-    # In a process of its own, which such an access kills.
+    # It runs in a process of its own, because an access out of bounds kills it.
     script = Path(__file__).with_name("bounds.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the package need not be installed
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the package may not be installed
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert run.stdout == "within bounds\n", (run.returncode, run.stderr)

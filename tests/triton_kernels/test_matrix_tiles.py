@@ -1,7 +1,7 @@
-"""Tiles of the matrix kernels: they meet without a seam, their sums in parts are whole, and come as the plan says.
+"""Tiles of the matrix kernels: they meet without a seam, sums in parts are complete, and launches follow the plan.
 
-In the interpreter with the form and tiles of each card, on a GPU with its own. That results are the reference's,
-whatever the operands, is tested in tests/ops.
+In the interpreter they take the form and tiles of each card, on a GPU its own. tests/ops checks that the results are
+the reference's, whatever the operands.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ flat = ByName(ops)
 
 @pytest.fixture(params=ARITHMETIC)
 def dtype(request):
-    """The dtype of activations and weight, under PyTorch's precision for fp32."""
+    """Yield the dtype of activations and weight, with PyTorch's precision for fp32 set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
     yield torch.float32 if request.param in ("ieee", "tf32") else getattr(torch, request.param)
@@ -41,7 +41,7 @@ def dtype(request):
 
 def test_tiles_meet_without_a_seam(device, target, dtype, request):
     arithmetic = request.node.callspec.params["dtype"]
-    # One multiprocessor: its few programs walk over all tiles, which are the largest of the card.
+    # With one multiprocessor, few programs walk over all tiles, and the tiles are the largest of the card.
     if target.backend == "interpreter" or arithmetic == "ieee":
         shapes = [(1, 70, 72), (17, 35, 72), (33, 72, 35)]  # tiles up to 64 x 64
     elif arithmetic == "float16":
@@ -61,14 +61,14 @@ def test_tiles_meet_without_a_seam(device, target, dtype, request):
                 assert_equals_reference("masked_linear_packed", t.x, t.weight, packed, t.bias)
                 arguments = (t.grad_output, t.x, t.weight, packed, None, signs, "magnitude", ALL)
                 assert_equals_reference("masked_linear_packed_backward", *arguments)
-            if shape[0] in (33, 129):  # not in one launch
+            if shape[0] in (33, 129):  # in two launches
                 for wanted in ([True, False, False, False], [False, True, True, False]):
                     arguments = arguments_of_backward(t, threshold, output_mask=wanted)
                     assert_equals_reference("masked_linear_backward", *arguments)
 
 
 def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
-    # A few short of 26 steps of 128: the parts are of unequal length and the last step is short.
+    # A few elements less than 26 steps of 128: the parts differ in length and the last step is short.
     long = 3304
     some = threshold_of(torch.empty(0, device=device))
 
@@ -95,11 +95,11 @@ def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target):
 
 
 def test_a_sum_in_parts_counts_every_element_and_the_bias_once_for_many_masks(device, target):
-    for rows in (3, 20):  # a tile of 16 and of 64 tokens of two a row
+    for rows in (3, 20):  # tiles of 16 and of 64 tokens, with two tokens per row
         t = integers(device, 2 * rows, 24, 1640, HALF)
         masks = [bits_of(t.scores.roll(shift), threshold_of(t.scores), "magnitude")[0] for shift in range(3)]
         tasks = (torch.arange(rows, dtype=torch.int32) * 7 % 4 - 1).to(device)
-        tasks[0] = 3  # there is no such task, in no part: three masks take the binary of four
+        tasks[0] = 3  # an unknown task in every part: three masks use a binary for four
         arguments = (t.x.view(rows, 2, 1640), t.weight, masks, tasks, t.bias)
         with assume(replace(target, multiprocessors=1000)):
             names = [
@@ -148,7 +148,7 @@ def test_the_pass_through_scratch_is_one_launch_over_several_tiles(device, mode)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mask_that_is_packed_first_is_the_same(device, mode):
-    """By one threshold or one a row; a score that is NaN is dropped."""
+    """With one threshold or one per row; a NaN score is dropped."""
     t = integers(device, 21, 70, 72, HALF, torch.bfloat16)
     t.scores[3, 5] = torch.nan
     for threshold in (threshold_of(t.scores.nan_to_num()), (torch.arange(70) % 6 - 1).to(device, torch.bfloat16)):
@@ -183,7 +183,7 @@ def test_one_launch_or_two_make_d_x_and_d_scores(device, target, m, count, monke
 
 @pytest.mark.parametrize("described", [True, False])
 def test_tiles_come_through_descriptors_where_tma_can_read_and_else_through_pointers(device, target, described):
-    # Rows of 16 bytes' multiples against one that is no multiple, in each tensor that is read in tiles.
+    # Rows that are multiples of 16 bytes, or not, in a tensor that is read in tiles.
     t = integers(device, 17, 40, 72, HALF, torch.bfloat16)
     if not described:
         t.weight = torch.cat([t.weight, t.weight[:, :1]], 1)[:, :72]

@@ -1,6 +1,6 @@
-"""Products over codes of the triton backend by what only it has: parts of the sum, and which layers it serves.
+"""Tests specific to the triton backend's products over codes: parts of the sum, and which layers they serve.
 
-What every backend gives is in tests/ops/test_quantized.py.
+tests/ops/test_quantized.py tests the results, which are the same for every backend.
 """
 
 from dataclasses import replace
@@ -36,7 +36,7 @@ def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target, m
 
 
 class Coded(quantized.QuantizedMatrix):
-    """On a GPU, as far as is asked."""
+    """A matrix in codes that claims to be on a GPU."""
 
     shape, codes = torch.Size((6, 64)), SimpleNamespace(device=torch.device("cuda"))
 
@@ -57,11 +57,11 @@ def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles_and_where_cu
         return Coded().is_fused(torch.empty(1, dtype=dtype))
 
     assert is_fused(takes=takes)
-    assert not is_fused(takes=takes, dtype=torch.float32)  # not the weight's
+    assert not is_fused(takes=takes, dtype=torch.float32)  # differs from the weight's dtype
     assert not is_fused()
     monkeypatch.setenv("MFT_KERNELS", "cuda")
-    assert is_fused()  # by the cuda backend's
-    assert not Coded(kind="int4").is_fused(torch.empty(1, dtype=torch.bfloat16))  # which takes no int4
+    assert is_fused()  # with the cuda backend's
+    assert not Coded(kind="int4").is_fused(torch.empty(1, dtype=torch.bfloat16))  # it takes no int4
     assert not Coded(torch.float32).is_fused(torch.empty(1))
     monkeypatch.delenv("MFT_KERNELS")
     assert not is_fused()

@@ -1,6 +1,6 @@
-"""score_step of the triton backend by what only it has: groups of chunks, and a selection that may be left out.
+"""Tests specific to the triton backend's score_step: groups of chunks, and a selection that may be skipped.
 
-What every backend gives is in tests/ops/test_step.py, the window in test_step_window.py beside it.
+tests/ops/test_step.py tests the results, which are the same for every backend; test_step_window.py tests the window.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ SCHEMES = pytest.mark.parametrize("eight_bit", [pytest.param(True, id="8bit"), E
 @pytest.mark.slow
 @SCHEMES
 def test_the_number_of_programs_changes_no_bit(device, eight_bit):
-    """Less than a group of chunks, whole ones, and a last part."""
+    """Less than a group of chunks; whole groups; whole groups and a rest."""
     for numel in (1500, 4096, 2 * 4096 + 1500):
         tensors = arguments((1, numel), torch.bfloat16, eight_bit)
         results = []

@@ -1,4 +1,4 @@
-"""Fused or through scratch: by the model of the card, or measured once; never by chance."""
+"""Fused or through scratch memory: chosen by the model of the card, or measured once; never by chance."""
 
 import itertools
 import json
@@ -18,12 +18,12 @@ def product(m, **changes):
 
 @pytest.fixture
 def measuring(monkeypatch, tmp_path):
-    """MFT_AUTOTUNE=1 with a clock that says what a test wants; the list of the tokens that were timed."""
+    """Set MFT_AUTOTUNE=1 and a fake clock; return the list of token numbers that were timed."""
     monkeypatch.setenv("MFT_AUTOTUNE", "1")
     timed = []
     monkeypatch.setenv("MFT_CACHE", str(tmp_path))
     monkeypatch.setattr(choice, "_time", lambda run: run())
-    # A CPU build of torch cannot tell either.
+    # A CPU build of torch cannot answer these.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     choice._choices.cache_clear()
@@ -47,20 +47,20 @@ def choose(m, timed, fused, scratch, **changes):
     return choice.automatic(product(m, **changes), target.H100, candidates(timed, fused, scratch))
 
 
-#: N and K of layers of 1 to 8 billion parameters.
+#: N and K of layers of models with 1 to 8 billion parameters.
 SHAPES = ((2048, 2048), (4096, 4096), (14336, 4096), (4096, 14336))
 CARDS = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.RTX_4090, target.RTX_5090, target.MI300X)
 MASKS = ("packed", "torch.bfloat16", "torch.float32")
 
 
 def most_fused(card, mask, **changes):
-    """The most tokens, of powers of two, which do not go through scratch."""
+    """Return the largest power of two of tokens that does not go through scratch memory."""
     powers = (2**i for i in range(16))
     return max(m for m in powers if choice.by_model(product(m, mask=mask, **changes), card) != SCRATCH)
 
 
 def fewest_packed(card, mask, **changes):
-    """The fewest tokens, of powers of two, for which own kernels pack the mask first; None: they never do."""
+    """Return the smallest power of two of tokens for which our own kernels pack the mask first, or None."""
     of = (product(2**i, mask=mask, **changes) for i in range(16))
     return next((p.m for p in of if choice.by_model(p, card, own=True) == PACKED), None)
 
@@ -73,7 +73,7 @@ def test_few_tokens_are_fused_and_many_go_through_scratch_on_every_card():
 
 
 def test_how_many_tokens_are_fused_hangs_on_the_card_and_on_the_bytes_of_the_mask():
-    """Bytes of the mask slow the fused product, and its pass; tensor cores that are faster leave it behind sooner."""
+    """Mask bytes slow both the fused product and the pass. Faster tensor cores favour the pass from fewer tokens on."""
     found = {card: tuple(most_fused(card, mask) for mask in MASKS) for card in CARDS}
     assert found == {
         target.A100: (512, 512, 512),
@@ -117,7 +117,7 @@ def test_fp32_in_full_precision_and_rows_that_are_not_aligned_are_fused_up_to_64
 
 
 def test_which_is_chosen_hangs_little_on_the_shares_that_masking_leaves(monkeypatch):
-    """A tenth more or less moves the most tokens by a factor of two at most, up or down."""
+    """A tenth more or less changes the most tokens by at most a factor of two in either direction."""
     usual = {(card, mask): most_fused(card, mask) for card in CARDS for mask in MASKS}
     shares = dict(plan._SHARES)
     for factor in (0.9, 1.1):
@@ -149,11 +149,11 @@ def test_the_choice_is_said_once_for_each_layer(monkeypatch, caplog):
 
 def test_a_measured_winner_overrules_the_model_and_is_remembered(measuring, tmp_path):
     assert choose(100, measuring, fused=2.0, scratch=1.0) == SCRATCH
-    assert measuring == [128, 128]  # the bucket's own size, not that of the batch that came first
+    assert measuring == [128, 128]  # the size of the bucket, not of the first batch
     assert choose(128, measuring, fused=1.0, scratch=9.0) == SCRATCH
     assert choose(65, measuring, fused=1.0, scratch=9.0) == SCRATCH
     assert len(measuring) == 2
-    choice._choices.cache_clear()  # another process
+    choice._choices.cache_clear()  # as in another process
     assert choose(100, measuring, fused=1.0, scratch=9.0) == SCRATCH
     assert len(measuring) == 2
     assert stored(tmp_path) == [SCRATCH]

@@ -1,4 +1,4 @@
-"""The cost model that chooses tiles: what a review of the tables before it found, and sanity over cards and shapes."""
+"""The cost model that chooses tiles: mistakes of earlier tables, and sanity checks over cards and shapes."""
 
 import itertools
 import math
@@ -11,14 +11,14 @@ from mft_kernels.backends.triton.cards import CARDS, H100, H100_PCIE, H200, L2_R
 from mft_kernels.backends.triton.cost import LATENCY, MASKING, Jobs, busy_cycles, seconds, sum_seconds
 from mft_kernels.backends.triton.plan import MOST_SPLITS, Operands, Problem
 
-#: N and K, from a layer of a model of 135 million parameters to one of 8 billion.
+#: N and K, from a layer of a model with 135 million parameters to one with 8 billion.
 SHAPES = ((576, 1536), (1536, 576), (1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336))
 TOKENS = (1, 16, 64, 512, 1024, 4096)
 OPERANDS = (Operands(2, 0), Operands(2, 2), Operands(2, 4), Operands(4, 4))
 
 
 def target_like(card):
-    """Of a card, in the form that new compilers give it."""
+    """Return the target of a card, in the form that new compilers give it."""
     backend = "hip" if isinstance(card.arch, str) else "cuda"
     made = target.make_target(backend, card.arch, card.multiprocessors, card.block_shared, (3, 9), (13, 4))
     return replace(made, bandwidth=card.bandwidth)
@@ -28,12 +28,15 @@ TARGETS = {card.name: target_like(card) for card in CARDS} | {"H100, old Triton"
 
 
 def cuda_jobs(m, tokens, n=4096, k=4096):
-    """Of the CUDA kernel for sm_90 with bf16 scores: clusters of two blocks, 256 features, 64 of K a step."""
+    """Return the jobs of the CUDA kernel for sm_90 with bf16 scores.
+
+    Its clusters have two blocks; each step takes 256 features and 64 of K.
+    """
     return Jobs(
         count=math.ceil(n / 256) * math.ceil(m / tokens),
         steps=k // 64,
         multiply_adds=128 * tokens * 64,
-        read=64 * 2 * (2 * 128 + tokens // 2),  # weight and scores, and its half of the tokens
+        read=64 * 2 * (2 * 128 + tokens // 2),  # weight and scores, and half of the tokens
         written=2 * 128 * tokens,
     )
 
@@ -47,8 +50,8 @@ def cuda_cycles(m, tokens, l2_rate=L2_RATE):
 
 
 def test_on_132_multiprocessors_64_token_tiles_lose_1_8_times_at_512_tokens():
-    assert cuda_jobs(512, 128).count == 64  # of 66 clusters: two short, for which smaller tiles were taken
-    assert cuda_jobs(512, 64).count == 128  # two waves, and each reads the weight as one of 128 tokens does
+    assert cuda_jobs(512, 128).count == 64  # two fewer than the 66 clusters
+    assert cuda_jobs(512, 64).count == 128  # two waves; each reads the weight as often as 128-token tiles do
     assert cuda_cycles(512, 64) / cuda_cycles(512, 128) == pytest.approx(1.8, abs=0.05)
 
 
@@ -67,13 +70,13 @@ def test_the_losses_do_not_hang_on_what_l2_gives_exactly(bytes_a_cycle):
 def test_on_132_multiprocessors_1024_tokens_take_one_wave_of_256():
     chosen = plan.product_tiles(Problem(target.H100, 1024, 4096, 4096, Operands(2, 2)))
     assert (chosen.rows, chosen.splits) == (256, 1)
-    assert math.ceil(1024 / 256) * math.ceil(4096 / 128) == 128  # below 132, for which 128 rows were taken: two waves
+    assert math.ceil(1024 / 256) * math.ceil(4096 / 128) == 128  # fits 132 in one wave; 128 rows would need two
 
 
 def test_d_scores_of_1024_x_4096_take_one_wave_of_128_x_256():
     for m in TOKENS[2:]:
         assert plan.outer_tiles(Problem(target.H100, m, 1024, 4096, Operands(2))).columns == 256
-    assert math.ceil(1024 / 128) * math.ceil(4096 / 256) == 128  # below 132, for which 128 x 128 were taken: two waves
+    assert math.ceil(1024 / 128) * math.ceil(4096 / 256) == 128  # fits 132 in one wave; 128 x 128 would need two
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -84,7 +87,7 @@ def test_one_job_more_than_places_costs_a_wave():
         return busy_cycles([Jobs(count, 10, 1e6, 1000, 0)], 100, blocks=blocks, stages=4, rate=1000)
 
     assert cycles(1) == cycles(100) == cycles(101) / 2 == 10 * 1000 + 2 * LATENCY
-    assert cycles(201, blocks=2) == 3 * 10 * 1000 + 2 * 2 * LATENCY  # two waves, the second of one job
+    assert cycles(201, blocks=2) == 3 * 10 * 1000 + 2 * 2 * LATENCY  # two waves, the second with one job
 
 
 def test_two_blocks_hide_each_other_s_latencies():
@@ -99,7 +102,7 @@ def test_a_warp_alone_masks_at_half_the_rate_of_two():
         return (busy_cycles(jobs, 100, blocks=blocks, stages=4, rate=1000) - 2 * LATENCY) / blocks
 
     assert cycles(4, 1) == 2 * cycles(8, 1) == 2 * cycles(4, 2) == 10 * MASKING * 2**16 / 2
-    assert cycles(8, 1) == cycles(16, 1) == cycles(4, 3)  # four schedulers issue an instruction each
+    assert cycles(8, 1) == cycles(16, 1) == cycles(4, 3)  # each of four schedulers issues an instruction
 
 
 def test_few_bytes_under_way_leave_l2_waiting():
@@ -118,7 +121,7 @@ def test_unlike_jobs_last_between_their_mean_and_the_longest_more():
     work = (10 * 50 + 1000) * 1000 / 100
     assert work < both <= work + 50 * 1000 + 11 * 2 * LATENCY
     alone = busy_cycles([Jobs(1, 5000, 1e6, 1000, 0), short], 100, blocks=1, stages=4, rate=1000)
-    assert alone > 5000 * 1000  # however few there are
+    assert alone > 5000 * 1000  # the longest job counts, even if it is alone
 
 
 def test_bytes_that_memory_has_to_give_bound_a_launch():
@@ -145,7 +148,7 @@ def test_a_step_reads_activations_weight_and_mask_and_a_job_writes_its_tile():
 
 
 def test_the_sum_of_the_parts_is_counted(monkeypatch):
-    choose = plan.product_tiles.__wrapped__  # without its memory
+    choose = plan.product_tiles.__wrapped__  # without its cache
     assert choose(Problem(target.H100, 1, 1024, 4096, Operands(2, 2))).splits > 1
     monkeypatch.setattr(plan, "sum_seconds", lambda card, parts, elements: float(parts > 1))
     assert choose(Problem(target.H100, 1, 1024, 4096, Operands(2, 2))).splits == 1
@@ -189,7 +192,7 @@ def test_dense_rates_are_those_of_the_data_sheets():
 
 
 def expected(problem, tiles):
-    """Seconds of a product."""
+    """Return the expected seconds of a product."""
     return plan._seconds(problem, tiles, [plan._products(problem, tiles)])
 
 
@@ -204,7 +207,7 @@ def test_no_card_is_left_half_idle_where_splitting_could_fill_it(name):
         tiles = plan.product_tiles(Problem(card, m, p, q, operands))
         jobs, whole = product_jobs(tiles, m, p, q), product_jobs(replace(tiles, splits=1), m, p, q)
         most = whole * min(MOST_SPLITS, q // (4 * tiles.inner))
-        # A sum of less than 4096 may be over before a second launch has begun.
+        # A sum over fewer than 4096 may end before a second launch would have begun.
         assert 2 * jobs >= min(card.multiprocessors, most) or q < 4096, (p, q, m, operands, tiles)
 
 
@@ -235,12 +238,13 @@ def test_more_tokens_are_never_expected_to_take_less_time(name):
     for (p, q), operands in itertools.product(SHAPES, OPERANDS):
         problems = [Problem(card, m, p, q, operands) for m in (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)]
         times = [expected(problem, plan.product_tiles(problem)) for problem in problems]
-        # Tiles of 16 tokens read activations more often than those of 64: on an H200, 16 take 0.05 % longer than 64.
+        # Tiles of 16 tokens read activations more often than tiles of 64: on an H200, 16 tokens take 0.05 % longer than
+        # 64.
         assert all(few < 1.001 * more for few, more in itertools.pairwise(times)), (p, q, operands)
 
 
 def test_a_decoded_token_is_bound_by_memory_on_every_card():
-    """With every multiprocessor at work, reading weight and scores once is most of what is expected."""
+    """With every multiprocessor busy, reading weight and scores once is most of the expected time."""
     for card in TARGETS.values():
         problem = Problem(card, 1, 14336, 4096, Operands(2, 2))
         seconds = expected(problem, plan.product_tiles(problem))

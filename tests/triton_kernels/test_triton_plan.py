@@ -1,4 +1,4 @@
-"""Forms, tiles and launches of the Triton kernels: what is decided on the host, for GPUs that are not here."""
+"""Forms, tiles and launches of the Triton kernels: what the host decides, for GPUs that this machine lacks."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def test_sm_90_multiplies_from_registers_only_where_compiler_and_assembler_are_s
 
 def test_only_hopper_and_newer_use_descriptors():
     assert [t.descriptors for t in TARGETS] == [False, True, True, True, False]
-    assert not target.make_target("cuda", 120, 170, 101376, (3, 9), (13, 4)).descriptors  # has no wgmma either
+    assert not target.make_target("cuda", 120, 170, 101376, (3, 9), (13, 4)).descriptors  # sm_120 has no wgmma either
 
 
 def test_one_launch_or_two_make_d_x_and_d_scores_whichever_is_expected_to_take_less():
@@ -86,7 +86,7 @@ def test_few_tokens_split_the_sum_and_the_parts_cover_it_once():
     assert plan.product_tiles(Problem(target.H100, 4096, 4096, 4096, Operands(2, 2, aligned=True))).splits == 1
 
 
-#: N and K, from which a decoded token is bound by memory, and one whose launch takes longer than its bytes.
+#: N and K for which memory bounds a decoded token, and (SMALL) one whose launch takes longer than its bytes.
 DECODED = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336))
 SMALL = (576, 1536)
 DECODING = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.RTX_4090)
@@ -113,7 +113,7 @@ def test_decoding_fills_the_card_and_moves_little_beside_weight_and_mask(card, p
             assert m > 16 or activations + beside <= needed / 10 or beside <= 2**19, case
             continue
         assert product.grid[0] >= 0.85 * card.multiprocessors or m > 16, case
-        # Of more tokens the parts come and go through L2.
+        # For more tokens, the parts go through L2.
         assert activations + beside * (m <= 16) <= needed / 10, case
 
 
@@ -131,7 +131,7 @@ def test_rows_of_many_masks_fill_the_card_too(card):
 
 @pytest.mark.parametrize("card", DECODING, ids=["A100", "H100", "H100, old Triton", "B200", "RTX 4090"])
 def test_a_decoded_token_of_experts_fills_the_card_in_one_launch_of_tiles_of_16(card):
-    """8 of 128 experts, and 2 of 8: no value of the offsets is there to be read."""
+    """8 of 128 experts, and 2 of 8: the offsets have no values that could be read."""
     for experts, rows, n, k in ((128, 8, 1536, 2048), (128, 8, 2048, 768), (8, 2, 14336, 4096), (8, 2, 4096, 14336)):
         weight, words = empty(experts, n, k), empty(experts, n, k // 32, dtype=torch.int32)
         offsets = empty(experts, dtype=torch.int32)
@@ -161,7 +161,8 @@ def test_tiles_fit_shared_memory_with_at_least_two_stages():
         tiles = plan.product_tiles(Problem(card, 4096, 4096, 4096, operands))
         activations, masked = tiles.inner * tiles.rows * element, tiles.inner * tiles.columns * (element + keep)
         assert tiles.stages >= 2
-        # On sm_90 and sm_100 the newest activations wait in shared memory, what is masked in registers; on gfx942 both.
+        # On sm_90 and sm_100, the newest activations wait in shared memory and masked values in registers; on gfx942
+        # both do.
         needed = (tiles.stages - (card.backend == "hip")) * activations + (tiles.stages - 1) * masked
         assert tiles.blocks * needed <= card.shared_memory, (card, operands)
 
@@ -177,13 +178,13 @@ def test_a_tensor_that_tma_cannot_read_takes_the_pointer_path():
 
     x, weight, scores = empty(4096, 512), empty(4096, 512), empty(4096, 512)
     assert described(x, weight, scores)
-    assert not described(empty(4096, 513)[:, :512], weight, scores)  # rows that begin between 16 bytes
-    assert not described(x, empty(512, 4096).T, scores)  # columns far apart
-    assert not described(x, weight, empty(1, 512).expand(4096, 512))  # one row again and again
+    assert not described(empty(4096, 513)[:, :512], weight, scores)  # rows do not begin at multiples of 16 bytes
+    assert not described(x, empty(512, 4096).T, scores)  # columns are far apart
+    assert not described(x, weight, empty(1, 512).expand(4096, 512))  # the same row for every index
 
 
 def test_many_tokens_of_hopper_read_a_mask_that_is_packed_first():
-    """Of d_x here; d_scores takes the signs from the scores."""
+    """This is for d_x; d_scores takes the signs from the scores."""
 
     def names(m):
         return [entry.kernel.__name__ for entry in launches_of(target.H100, lambda: backward(m))]
@@ -224,4 +225,4 @@ def test_recording_launches_nothing_and_ends_with_its_context():
     with target.assume(target.H100):
         with pytest.raises(TypeError):
             launch.launch(None, (1,), empty(1), num_warps=4)
-        launch.launch(None, (0,), empty(1))  # an empty grid is nothing to do
+        launch.launch(None, (0,), empty(1))  # an empty grid launches nothing

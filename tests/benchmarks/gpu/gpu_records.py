@@ -1,4 +1,4 @@
-"""What tests of the GPU suite share: records and documents as a worker writes them, devices without a GPU."""
+"""Helpers that tests of the GPU suite share: records and documents as a worker writes them, devices without a GPU."""
 
 import torch
 
@@ -6,7 +6,7 @@ from benchmarks.gpu.cases import AUTO, CUDA, DENSE, FUSED, KEPT, PAPER, PASS, SQ
 from benchmarks.gpu.results import MEASURED, Results
 
 CEILINGS = {"bytes_per_second": 3e12, "flops_per_second": 8e14}
-#: As the suite's environment is on an H100.
+#: An environment like the suite's on an H100.
 HERE = {
     "device": "a card", "date": "today", "sources": "0123", "triton": "3.6.1", "capability": [9, 0],
     "triton_kernels": "Triton 3.6, sm_90, swapped form (docs/explanation/triton-kernels.md)",
@@ -38,7 +38,7 @@ def check(detail, status=MEASURED, **fields):
 
 
 def documents_of(*records, environment=HERE):
-    """As results.read gives them."""
+    """Return documents as results.read returns them."""
     return [
         {"what": what, "environment": environment, "ceilings": CEILINGS, "cases": own}
         for what in WHATS
@@ -47,14 +47,14 @@ def documents_of(*records, environment=HERE):
 
 
 def results_of(out, cases, environment=HERE):
-    """A run in a folder, all of whose cases wait."""
+    """Begin a run in a folder; all of its cases are still waiting."""
     results = Results(out, "a run")
     results.begin(cases, environment, CEILINGS)
     return results
 
 
 def on_host(**changes):
-    """The dry run's device without an emulator: what needs a kernel of ours is given the reference."""
+    """Return the dry run's device without an emulator: the reference replaces our kernels."""
     from benchmarks.gpu import device
 
     class OnHost(device.Interpreter):
@@ -69,7 +69,7 @@ def on_host(**changes):
 
 
 class Card:
-    """Stands in for torch.cuda: every call on a stream takes ``ms`` of its time."""
+    """A stand-in for torch.cuda: every call on a stream takes ``ms`` of its time."""
 
     def __init__(self, monkeypatch, capture_fails=False):
         self.now, card = 0.0, self

@@ -1,4 +1,4 @@
-"""The folder that is carried to a machine with a GPU and no network: whole, small, and honest about what it lacks."""
+"""The folder for a machine with a GPU and no network: it is complete and small, and names what it lacks."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from benchmarks.gpu import bundle
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A bundle of this checkout, and what it says that it lacks."""
+    """Return a bundle of this checkout, and its list of what it lacks."""
     root = tmp_path_factory.mktemp("bundle")
     cubins = root / "cubins"
     cubins.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The CUDA kernels in the GPU suite: an op that is wrong in one element is found, and a missing library is said."""
+"""The CUDA kernels in the GPU suite: an op that is wrong in one element is found, and a missing library is reported."""
 
 import os
 from types import SimpleNamespace
@@ -32,7 +32,10 @@ OPS = (
 
 @pytest.fixture
 def changes(monkeypatch):
-    """What is done to the results of ops by BACKEND, which are right: those of the reference in fp32, rounded once."""
+    """Return a dict of changes to the results of BACKEND's ops, by op name.
+
+    Without a change the results are right: those of the reference in fp32, rounded once.
+    """
     found = {}
 
     def replaced(name):
@@ -70,7 +73,7 @@ def changes(monkeypatch):
 
 
 def exact(right, name, arguments):
-    """What a kernel makes of its arguments."""
+    """Return the result of a correct kernel for these arguments."""
     wide = [equality.widened(value) for value in arguments]
     if name in IN_PLACE:
         wide[0] = wide[0].clone()
@@ -166,8 +169,8 @@ def test_every_tile_and_sum_of_hopper_s_product_is_asked_for_and_a_wrong_one_is_
     for name, run in layouts.few(torch.device("cpu"), BACKEND):
         if name.startswith("product_sm90"):
             run() if "value, d_x, tiles of 128, parts 2" not in name else None
-    assert {*seen} == {way for way in every if way[1] < 3} - {wrong}  # under compute-sanitizer
-    built.cuda_ops.contents = lambda: "sm_80"  # a library without it
+    assert {*seen} == {way for way in every if way[1] < 3} - {wrong}  # these run under compute-sanitizer
+    built.cuda_ops.contents = lambda: "sm_80"  # a library without product_sm90
     assert not [name for name, _ in layouts.few(torch.device("cpu"), BACKEND) if name.startswith("product_sm90")]
 
 
@@ -200,8 +203,8 @@ def test_poisoned_memory_begins_as_nan_and_the_setting_is_put_back():
 
 
 def test_every_threshold_lies_where_one_of_a_layer_does(changes, here, monkeypatch):
-    """A view into what was sorted begins at any multiple of 2 bytes: no cubin is made for that, and Triton compiles."""
-    monkeypatch.setattr(correctness, "DRY_SHAPE", (24, 41))  # 984 scores, of which the 99th decides
+    """A view into sorted values can begin at any multiple of 2 bytes. No cubin fits that, so Triton would compile."""
+    monkeypatch.setattr(correctness, "DRY_SHAPE", (24, 41))  # 984 scores; the 99th decides
     monkeypatch.setattr(once_a_step, "KEEP_RATIO", 0.899)
     seen = []
 

@@ -1,4 +1,4 @@
-"""The table by which "auto" takes CUDA's kernels: written from a run that was correct, read by the backends."""
+"""The table by which "auto" chooses CUDA's kernels: it is written from a correct run and read by the backends."""
 
 import json
 import logging
@@ -84,7 +84,7 @@ def test_words_rows_codes_and_experts_have_entries_of_their_own():
         "masked_linear_packed": (["bfloat16"], {"1": True, "64": False}),
         "masked_linear_packed_backward": (["bfloat16"], {"1": True}),
         "masked_linear_many": (["bfloat16"], {"16": True}),
-        "masked_linear_quantized": (["bfloat16"], {"1": False}),  # over NF4 alone, which "auto" cannot tell from int8
+        "masked_linear_quantized": (["bfloat16"], {"1": False}),  # only over NF4, which "auto" cannot tell from int8
         "masked_linear_quantized_d_x": (["bfloat16"], {"1": True}),
         "masked_linear_grouped": (["bfloat16", "bfloat16"], {"512": False}),  # forward and d_x are one op
         "masked_linear_grouped_packed": (["bfloat16"], {"512": True}),
@@ -117,7 +117,7 @@ def test_what_the_sanitizer_says_and_what_is_slow_forbid_no_kernel(tmp_path):
             one, status, reason="no end after 60 s", passed=1, failed=0, skipped=0, reports=2, complaints=["a race"]
         )
     report.write(tmp_path)
-    assert (tmp_path / faster_table.FASTER).exists()  # what an earlier run has measured
+    assert (tmp_path / faster_table.FASTER).exists()  # the table of an earlier run stays
     top = (tmp_path / "gpu.md").read_text().split("## Goals")[0]
     assert "Nothing.\n" in top
     assert "- SLOW: correctness cuda exact: no end after 60 s" in top
@@ -145,7 +145,7 @@ def test_a_run_writes_it_beside_its_results(tmp_path):
     stored = json.loads(path.read_text())
     assert (stored["capability"], stored["triton"], stored["ops"][0]["sizes"]) == ([9, 0], "3.6", {"2048": True})
     results.set(checked[-1], NOT_MEASURED, reason="no time")
-    (tmp_path / "gpu-correctness.json").rename(tmp_path / "elsewhere.json")  # a slice says nothing of correctness
+    (tmp_path / "gpu-correctness.json").rename(tmp_path / "elsewhere.json")  # an incomplete run does not judge it
     report.write(tmp_path)
     assert path.exists()
     (tmp_path / "elsewhere.json").rename(tmp_path / "gpu-correctness.json")
@@ -159,7 +159,7 @@ def test_a_run_writes_it_beside_its_results(tmp_path):
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    """A function that stores a table of masked_linear; {} by default."""
+    """Return a function that stores a table of masked_linear; {} by default."""
 
     def store(sizes, **changes):
         entry = {"op": "masked_linear", "dtypes": ["bfloat16", "bfloat16"], "sizes": sizes}
@@ -180,7 +180,7 @@ def stored(tmp_path, monkeypatch):
 
 @pytest.fixture
 def card(monkeypatch):
-    """A GPU's table of backends: triton and cuda serve, and each says who it is."""
+    """Return a function that calls a GPU's table of backends; triton and cuda return their own names."""
 
     def backend(name, on_request=None):
         functions = {function: (lambda *_, name=name: name) for function in ("product", "score_grad")}
@@ -211,11 +211,11 @@ def test_auto_takes_cuda_at_the_sizes_at_which_it_is_faster_and_between_them(car
     assert [tokens for tokens, name in taken.items() if name == "cuda"] == [1024, 2000, 4096]
     assert "masked_linear on cuda: cuda where faster.json says" in caplog.text
     assert card(2048, requested="triton") == "triton"
-    assert card(2048, dtypes=(BF16, torch.float32)) == "triton"  # another mask was not timed
+    assert card(2048, dtypes=(BF16, torch.float32)) == "triton"  # no other mask was timed
 
 
 def test_the_short_way_of_few_tokens_does_not_pass_by_the_table(card, stored, monkeypatch):
-    """Triton's short way takes every call of an op, and CUDA's decode kernel would never be asked."""
+    """Triton's short way takes every call of an op; without the table, CUDA's decode kernel would never be asked."""
     triton = replace(backends._TABLE["triton"], short={"masked_linear": lambda *_: None})
     monkeypatch.setitem(backends._TABLE, "triton", triton)
     monkeypatch.setattr(backends, "short_ways", {})

@@ -1,4 +1,4 @@
-"""Programs that the GPU suite starts: compute-sanitizer, where it is and what it says, and counts of a pytest run."""
+"""Programs that the GPU suite starts: how it finds and reads compute-sanitizer, and how it counts a pytest run."""
 
 import importlib
 import shutil
@@ -35,7 +35,7 @@ def test_outcomes_are_counted_line_by_line():
     assert found["complaints"][0] == "tests/a.py::test_two[x] FAILED [100%]"
     found = programs.summarise(_PARALLEL, 0, 60)
     assert (found["status"], found["passed"], found["skipped"]) == (MEASURED, 1, 1)
-    found = programs.summarise(_PLAIN, None, 60)  # out of time
+    found = programs.summarise(_PLAIN, None, 60)  # stopped at its time limit
     assert (found["status"], found["passed"], found["complete"]) == (FAILED, 1, False)
     assert found["complaints"][0] == "stopped after 60 s"
     assert programs.summarise("no tests ran", 5, 60)["status"] == FAILED
@@ -113,7 +113,7 @@ def test_what_the_sanitizer_says_is_not_what_is_wrong(tool, output, code, status
         ("========= Error: Device not supported. Please refer to the documentation\n", 1, "Device not supported"),
         ("ModuleNotFoundError: No module named 'torch'\n", 1, "exit code 1: ModuleNotFoundError"),
         (_END, 0, "exit code 0"),
-        ("========= ERROR SUMMARY: 0 errors\n", 0, "exit code 0"),  # of a program that checked nothing
+        ("========= ERROR SUMMARY: 0 errors\n", 0, "exit code 0"),  # from a program that checked nothing
     ],
 )
 def test_a_sanitizer_without_a_verdict_proves_nothing(output, code, reason):

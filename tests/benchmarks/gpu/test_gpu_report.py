@@ -1,4 +1,4 @@
-"""What the GPU suite makes of its records: what failed, goals, and gpu.md."""
+"""The GPU suite's conclusions from its records: failures, goals, and gpu.md."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_what_nobody_measured_is_neither_met_nor_missed():
 
 
 def test_cublas_is_the_goal_only_where_the_bytes_allow_it():
-    slow = {DENSE: sample(1.0), FUSED: sample(2.0, of_cublas=50, floor=1.5)}  # no kernel could reach 90 %
+    slow = {DENSE: sample(1.0), FUSED: sample(2.0, of_cublas=50, floor=1.5)}  # no kernel can reach 90 %
     fast = {DENSE: sample(1.0), FUSED: sample(1.05, of_cublas=95, floor=0.5)}
     goal, _ = goals("forward", [record("forward", 1, slow), record("forward", 2048, fast)])
     assert goal.state == MET
@@ -51,20 +51,20 @@ def test_cublas_is_the_goal_only_where_the_bytes_allow_it():
 
 
 def test_a_goal_follows_the_form_that_ran():
-    """The plain form masks through shared memory: 70 % of cuBLAS is above what it is held to, and below the other's."""
+    """70 % of cuBLAS meets the goal of the plain form, which masks through shared memory, but not the other's."""
     at = [record("forward", 2048, {DENSE: sample(1.0), FUSED: sample(1.4, of_cublas=70, floor=0.5)})]
     plain = HERE | {"triton_kernels": "Triton 3.6, sm_90, plain form (docs/explanation/triton-kernels.md)"}
     for environment, state, bound, form in ((HERE, NOT_MET, 90, "register-fed"), (plain, MET, 60, "plain")):
         found = goals("forward", at, environment)[0]
         assert (found.state, found.bound) == (state, bound)
         assert f"{form} form" in found.quantity
-    slow = [step(2048, 1.0, 1.0, 1.05)]  # auto takes the passes themselves
+    slow = [step(2048, 1.0, 1.0, 1.05)]  # "auto" itself takes the passes
     assert states("step", slow) == [NOT_MET, NOT_MET, MET, MET]
     assert states("step", slow, plain) == [NOT_APPLICABLE, NOT_APPLICABLE, MET, MET]
 
 
 def test_the_form_is_told_as_the_backend_tells_it(monkeypatch):
-    """goals.py reads backend_report, whose words are the backend's own."""
+    """goals.py reads backend_report, which holds the backend's own words."""
     from benchmarks.gpu.goals import _form
     from mft_kernels.backends import triton
     from mft_kernels.backends.triton import target
@@ -122,7 +122,7 @@ def test_cuda_is_judged_on_llama2_7b_from_4096_tokens_on():
         "samples": {DENSE: sample(1.0)},
         "failures": {CUDA_PACKED: "wrong: 0.5 from the eager form"},
     }
-    for cases in ([good, better, wrong], [wrong]):  # what was fast elsewhere does not make up for it
+    for cases in ([good, better, wrong], [wrong]):  # speed elsewhere does not compensate for it
         _, goal = goals("forward", cases)
         assert goal.state == NOT_MET
         assert "FAILED in 1" in goal.quantity
@@ -190,7 +190,7 @@ def test_what_failed_comes_first_and_in_words():
 
 
 def exit_code_of(tmp_path, capsys, *records, environment=HERE):
-    """(exit code, what is printed, gpu.md)."""
+    """Return (exit code, output, gpu.md)."""
     results = results_of(tmp_path, [Case.of(each) for each in records], environment)
     for each in records:
         fields = {key: value for key, value in each.items() if key not in ("what", "n", "k", "m", "detail", "status")}
@@ -211,7 +211,7 @@ def test_a_missing_sanitizer_ends_with_exit_code_3_and_all_results_written(tmp_p
 
 
 def test_a_library_without_the_card_s_own_kernels_ends_with_exit_code_3(tmp_path, capsys, monkeypatch):
-    """General kernels under the goals of Hopper's would be a figure of something else."""
+    """General kernels must not be measured against the goals of Hopper's kernels."""
     from benchmarks.gpu import device
 
     why = "CUTLASS's headers are missing"

@@ -1,4 +1,4 @@
-"""How the GPU suite keeps to its time, and outlives kernels that hang or take the process with them."""
+"""The GPU suite keeps to its time, and survives kernels that hang or kill the process."""
 
 import faulthandler
 import json
@@ -25,7 +25,7 @@ D_X = [Case("d_x", 1024, 4096, m) for m in (1, 16, 64)]
 
 
 class Clock:
-    """Stands still unless it is told otherwise."""
+    """A clock that stands still unless it is changed."""
 
     now = 1000.0
 
@@ -34,7 +34,7 @@ class Clock:
 
 
 def run(cases, out, cost, deadline, lines=None):
-    """What is measured of a case: the seconds that it may take."""
+    """Run the cases with a fake measurement, which records the seconds that it may take."""
     clock, results = Clock(), results_of(out, cases)
 
     def measure(case, seconds):
@@ -137,7 +137,7 @@ run_cases(cases, measure, results, own["deadline"])
 
 
 def measured(tmp_path, ending, cases=tuple(D_X), seconds=60.0, grace=0.0):
-    """(records, whether the last process ended by itself)."""
+    """Return (records, whether the last process ended by itself)."""
     script = tmp_path / "a_worker.py"
     script.write_text(_WORKER.format(ending=ending, cases=list(cases)))
     line = ["env", f"PYTHONPATH={ROOT}", sys.executable, str(script), str(tmp_path)]
@@ -158,14 +158,14 @@ _CRASH, _HANG = "os.kill(os.getpid(), signal.SIGSEGV)", "time.sleep(60)"
     [
         (_CRASH, "the process died, exit code -11", FAILED, "failures"),
         ("raise RuntimeError('illegal address')", "illegal address", FAILED, "failures"),
-        (_HANG, "no end after ", SLOW, "slow"),  # which says nothing of its results
+        (_HANG, "no end after ", SLOW, "slow"),  # which says nothing about its results
     ],
 )
 def test_a_process_that_dies_or_hangs_loses_one_case(tmp_path, ending, reason, verdict, kind):
     records, well = measured(tmp_path, ending)
     assert statuses(records) == [MEASURED, verdict, MEASURED]
     assert records[16, ""]["reason"].startswith(reason)
-    assert records[16, ""][kind][CUDA].startswith(reason)  # without it the case ended the same way
+    assert records[16, ""][kind][CUDA].startswith(reason)  # without CUDA the case ended the same way
     assert {"failures", "slow"} & records[16, ""].keys() == {kind}
     assert well
 
@@ -182,7 +182,7 @@ def test_a_case_that_fails_with_cuda_is_measured_once_more_without(tmp_path):
     records, _ = measured(tmp_path, _UNLESS_WITHOUT_CUDA + _CRASH)
     assert statuses(records) == [MEASURED, FAILED, MEASURED]
     culprit, later = records[16, ""], records[64, ""]
-    assert "samples" in culprit  # of the others
+    assert "samples" in culprit  # of the other competitors
     assert culprit["failures"] == {CUDA: "the process died, exit code -11"}
     assert culprit["left_out"] == {}
     why = "not tried again after d_x 1024 x 4096, M = 16: the process died, exit code -11"

@@ -1,4 +1,4 @@
-"""What a GPU does and the interpreter of a dry run does not: cubins loaded and captured, on a driver that notes."""
+"""Loading and capturing cubins, as on a GPU but not in a dry run's interpreter, on a driver that records calls."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def forward(threshold):
 
 
 class Driver:
-    """What the library asks of a driver: binaries that are loaded, and launches."""
+    """The part of a driver that the library uses: it records loaded binaries and launches."""
 
     def __init__(self):
         self.loaded, self.launched = [], []
@@ -49,7 +49,7 @@ class Driver:
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    """Of a process whose card is an H100, with the cubins of one forward."""
+    """Return the driver of a process whose card is an H100, with the cubins of one forward pass."""
     made, found = Driver(), {}
     for one in recorded(lambda: forward(THRESHOLDS[:1].view(())), target.H100):
         about = {"name": one.kernel.__name__, "warps": 4, "shared": 0, "parameters": []}
@@ -91,7 +91,7 @@ def test_cubins_are_loaded_once_and_captured_and_stand_in_the_record(bench, driv
 
 
 def test_a_threshold_that_is_not_aligned_has_no_cubin_and_is_not_timed(bench, driver, monkeypatch):
-    """The installed Triton compiles another form in silence: the fall-back that a user is glad of."""
+    """The installed Triton silently compiles another form. That fallback helps users, but must not be timed."""
     launches = []
     kernel = recorded(lambda: forward(THRESHOLDS[0]), target.H100)[0].kernel
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What the GPU suite measures and in which order, its command line, and a dry run of it all."""
+"""The GPU suite's measurements and their order, its command line, and a dry run of everything."""
 
 import json
 import re
@@ -41,8 +41,8 @@ def test_the_first_lease_holds_checks_headline_and_memcheck_and_fits_its_time():
     assert first[9:14] == list(cases.HEADLINE)
     assert first[14].detail == "cuda memcheck"
     assert [case for case in first if cases.COMPILED in cases.competitors(case)] == [cases.HEADLINE[0]]
-    assert not {"train", "experts", "memory"} & {case.what for case in first}  # slices of their own
-    # What decodes, by words too, and a mask for each row; then the hardest goals of CUDA's kernels.
+    assert not {"train", "experts", "memory"} & {case.what for case in first}  # these have slices of their own
+    # First what decodes, also with packed masks, and with a mask per row; then the hardest goals of CUDA's kernels.
     few = {(case.what, case.m) for case in first[15:24]}
     assert few == {(what, m) for what in ("forward", "step", "many") for m in (1, 16, 64)}
     assert {(c.m, c.n, c.k) for c in first[24:30]} == {(4096, *s) for s in SHAPES["llama2-7b"][1:]}
@@ -61,13 +61,13 @@ def test_a_longer_time_or_a_slice_takes_the_rest(monkeypatch, capsys, tmp_path):
 
 
 def test_results_go_into_one_archive(monkeypatch, tmp_path):
-    """A machine may give back fewer files than there are kinds of cases."""
+    """A machine may return fewer files than there are kinds of cases."""
 
     def measured(line, out, deadline, **how):
         assert line[-2:] == ["--out", str(out)]
         results_of(out, plan(["d_x"], [SQUARE], [64]))
         (out / "else").write_text("")
-        raise KeyboardInterrupt  # a lease that ends
+        raise KeyboardInterrupt  # the lease ends
 
     monkeypatch.setattr(command, "_has_gpu", lambda: True)
     monkeypatch.setattr(command, "measure", measured)
@@ -155,9 +155,9 @@ def test_a_dry_run_walks_through_everything(tmp_path):
     table = written.pop(FASTER, None)
     assert written.keys() == {f"gpu-{what}.json" for what in WHATS}
     cuda = written["gpu-step.json"]["environment"]["cuda_library"]
-    without_cuda = cuda.startswith("none: ")  # the emulator cannot be compiled here
+    without_cuda = cuda.startswith("none: ")  # if the emulator cannot be compiled here
     assert ("WARNING: the CUDA kernels were left out: " in run.stdout) == without_cuda
-    assert table is None if without_cuda else table["capability"] is None  # of no card
+    assert table is None if without_cuda else table["capability"] is None  # a dry run has no card
     for document in written.values():
         assert document["environment"]["torch"] == torch.__version__
         for case in document["cases"]:

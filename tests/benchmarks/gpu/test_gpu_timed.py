@@ -1,4 +1,4 @@
-"""What the GPU suite times: products in every way, layers at few tokens, what happens once a step, whole steps."""
+"""The parts that the GPU suite times: products in every way, layers at few tokens, work once per step, whole steps."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def bench():
 
 
 def timed(what, bench, *competitors):
-    """One of the products, by these competitors."""
+    """Compare these competitors on one of the products."""
     case = Case(what, *DRY_SHAPE, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "competitors", lambda case: competitors)
@@ -51,7 +51,7 @@ def test_layer_op_and_linear_are_timed_eager_and_in_a_graph(bench):
 
 
 def test_a_layer_that_computes_something_else_is_not_timed(bench, monkeypatch):
-    monkeypatch.setitem(products._LAYERS, products.OP, lambda: ways.Layer(ways.dense_layer))  # unmasked
+    monkeypatch.setitem(products._LAYERS, products.OP, lambda: ways.Layer(ways.dense_layer))  # it is unmasked
     fields = at_host(bench)
     assert fields["failures"].keys() == {products.OP, products.OP + products.IN_GRAPH}
     assert "from the eager form" in fields["failures"][products.OP]
@@ -99,7 +99,7 @@ def test_a_step_that_leaves_its_moments_is_not_timed(bench, monkeypatch):
     calls = iter(range(10**6))
 
     def lazy(scores, grad, weight, exp_avg, exp_avg_sq, *rest, **options):
-        if next(calls) % 2:  # the reference's turn
+        if next(calls) % 2:  # the reference runs first, then ours
             return right(scores, grad, weight, exp_avg, exp_avg_sq, *rest, **options)
         return right(scores, grad, weight, exp_avg.clone(), exp_avg_sq.clone(), *rest, **options)
 
@@ -121,7 +121,7 @@ def test_selections_that_disagree_are_not_timed(bench, monkeypatch):
 
 @pytest.mark.slow
 def test_every_way_of_running_is_trained_without_datasets():
-    """On a machine that lacks the package, and one more that only the verbs need."""
+    """Works on a machine that lacks the package datasets, and one more that only the verbs need."""
     code = (
         "import sys; sys.modules['datasets'] = sys.modules['peft'] = None\n"
         "import torch; torch.set_num_threads(1)\n"

@@ -1,4 +1,4 @@
-"""How the GPU suite times: graphs over rotated copies, queues where no graph can be had, and the card's ceilings."""
+"""The GPU suite's timing: graphs over rotated copies, queues if a graph is impossible, and the card's ceilings."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from mft_kernels.backends.triton.cubins import Launched
 def test_a_graph_holds_whole_rotations_over_the_copies(monkeypatch):
     card = Card(monkeypatch)
     timer = Gpu().timer(card.work(0.5), 3)
-    assert (timer.method, timer.calls) == ("graph", 6)  # 4 calls would last 2 ms
+    assert (timer.method, timer.calls) == ("graph", 6)  # 4 calls would last only 2 ms
     assert timer.replay() == pytest.approx(0.5)
     assert card.log[-2:] == ["replay 6", "wait"]
     assert Gpu().timer(card.work(7.0), 3).calls == 1
@@ -30,7 +30,7 @@ def test_a_graph_of_a_step_is_captured_once_and_replayed(monkeypatch):
     replay = Gpu().graph(lambda: work("run") or results)
     before = card.now
     assert replay()[0] is results[0]
-    # What is made once, the capture, and the replay.
+    # The work that is done once, the capture, and the replay.
     assert card.log == ["own stream", "run", "run", "own stream", "replay 1"]
     assert card.now == before + 0.5
 
@@ -39,14 +39,14 @@ def test_what_cannot_be_captured_queues_up_instead_and_says_why(monkeypatch):
     card = Card(monkeypatch, capture_fails=True)
     timer = Gpu().timer(card.work(0.5), 3)
     assert (timer.method, timer.calls) == ("queued", 6)
-    assert card.log[-1] == "own stream"  # a capture that fails leaves another one
+    assert card.log[-1] == "own stream"  # a failed capture leaves another stream current
     assert timer.note == "operation not permitted when stream is capturing"
     assert timer.replay() == pytest.approx(0.5)
     assert Gpu().timer(card.work(0.5), 3, QUEUED).note == "its host code cannot be captured"
 
 
 def test_by_the_clock_what_the_host_needs_counts(monkeypatch):
-    """A caller who waits 2 ms for each of 50 calls, on a card whose events say nothing of it."""
+    """The caller waits 2 ms for each of 50 calls, on a card whose events do not show that time."""
     Card(monkeypatch)
     now = iter(range(10**6))
     monkeypatch.setattr(device.time, "perf_counter", lambda: next(now) * 0.1)
@@ -72,7 +72,7 @@ def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypat
     assert gpu._copy_rate(64) > 0
     assert gpu._product_rate(8) > 0
     runs = []
-    for warm, count in ((True, 2), (False, 3)):  # what makes a model is not run twice
+    for warm, count in ((True, 2), (False, 3)):  # a function that makes a model runs only once
         assert gpu.peak(lambda: runs.append(1) or [torch.zeros(10), torch.zeros(15)], warm=warm) == (500, 100)
         assert len(runs) == count
 
@@ -92,8 +92,8 @@ HERE, SWAPPED_HERE = Launched("product"), Launched("product", swapped=True)
 @pytest.mark.parametrize(
     ("form", "launched", "why"),
     [
-        (BY_CUBINS, [OURS, PLAIN_OURS], ""),  # few tokens are plain in either form
-        (BY_CUBINS, [], ""),  # no kernel of Triton's
+        (BY_CUBINS, [OURS, PLAIN_OURS], ""),  # few tokens take the plain form either way
+        (BY_CUBINS, [], ""),  # no Triton kernel was launched
         (
             BY_CUBINS,
             [OURS, HERE],
@@ -104,7 +104,7 @@ HERE, SWAPPED_HERE = Launched("product"), Launched("product", swapped=True)
     ],
 )
 def test_what_did_not_come_from_what_the_record_names_is_not_timed(form, launched, why):
-    """A call that has no cubin goes by the installed Triton, silently and in another form."""
+    """A call without a cubin silently goes to the installed Triton, in another form."""
     bench = Bench(on_host(form=form), CEILINGS)
     others = {"others": Competitor(lambda copy: None), "ours": Competitor(lambda copy: [*map(cubins.note, launched)])}
     fields = bench.compare(others, 1)
@@ -117,7 +117,7 @@ def test_what_did_not_come_from_what_the_record_names_is_not_timed(form, launche
 
 
 def test_what_no_cubin_is_made_of_says_what_it_came_from():
-    """Experts: the installed Triton compiles them for every user."""
+    """Experts: for every user, the installed Triton compiles their kernels."""
     bench = Bench(on_host(form=BY_CUBINS), CEILINGS)
     fields = bench.compare({"ours": Competitor(lambda copy: cubins.note(HERE), ahead=False)}, 1)
     assert fields["failures"] == {}

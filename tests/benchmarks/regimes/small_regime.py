@@ -1,4 +1,4 @@
-"""Texts of words that count, and a base model from scratch that a test can train."""
+"""Texts of counting words, and a base model from scratch that a test can train."""
 
 import json
 
@@ -7,7 +7,7 @@ from mft.study.config import ScratchConfig
 
 
 def counting(directory, name, step):
-    """A JSONL file of 40 lines, in which words of two letters count by step."""
+    """Write a JSONL file of 40 lines in which words of two letters count by ``step``."""
     path = directory / f"{name}.jsonl"
     words = [first + second for first in "abcdefg" for second in "hijklmn"]
     lines = [name + " ".join(words[(i * 7 + step * j) % len(words)] for j in range(30)) for i in range(40)]
@@ -16,7 +16,7 @@ def counting(directory, name, step):
 
 
 def scratch(directory):
-    """Two layers of width 16, trained for two steps."""
+    """Return the configuration of a model with two layers of width 16, trained for two steps."""
     return ScratchConfig(
         vocab_size=280,
         hidden_size=16,

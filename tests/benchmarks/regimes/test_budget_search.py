@@ -1,4 +1,4 @@
-"""The search for a mask under a budget: every variant runs, drops what it may, and is compared on validation alone."""
+"""The search for a mask under a budget: every variant runs, keeps its budget, and is compared on validation only."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Clients that learn together: bits on the wire, and rounds that lead somewhere."""
+"""Clients that learn together: bits on the wire, and rounds that make progress."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from mft.config import TrainConfig
 
 @pytest.fixture(scope="module")
 def regime(tmp_path_factory):
-    """Every way of learning together, three clients, two rounds."""
+    """Return a regime with every way of learning together, three clients and two rounds."""
     directory = tmp_path_factory.mktemp("texts")
     return Federated(
         rates={arm: [1e-2] for arm in WAYS},
@@ -69,7 +69,7 @@ def test_arms_are_compared_with_the_bound_and_with_the_rival(result):
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", WAYS)
 def test_rounds_bring_the_clients_text_nearer(regime, arm, tmp_path):
-    """At a rate that a model of two steps can bear; the first look is after one round."""
+    """The rate suits a model that was trained for two steps; the first evaluation is after one round."""
     longer = dataclasses.replace(
         regime, rates={arm: [2e-2]}, seeds=[0], rounds=6, local=dataclasses.replace(regime.local, steps=3)
     )

@@ -1,4 +1,4 @@
-"""The study of little data: what it declares, and that it fits an hour on two cores."""
+"""The study of little data: what it declares, and that it fits into an hour on two cores."""
 
 from benchmarks.records import ROOT
 from mft.study.load import load_study
@@ -6,8 +6,8 @@ from mft.study.outcome import Unit
 from mft.study.plan import left_to_do, work_of
 
 STUDY = ROOT / "benchmarks" / "studies" / "little-data.yaml"
-TOKENS_PER_SECOND = 6_000  # that one core of a busy Zen 4 trained of this model, all layers, weights or scores
-BASE_MINUTES = 6  # of the base model from scratch, as the stored run took
+TOKENS_PER_SECOND = 6_000  # trained per core of a busy Zen 4 by this model, all layers, weights or scores
+BASE_MINUTES = 6  # to train the base model from scratch, from the stored run
 
 
 def test_each_trained_arm_meets_both_sizes_and_three_lengths_with_five_seeds():
@@ -27,7 +27,7 @@ def test_it_fits_an_hour_on_two_cores():
         for name, arm in study.arms.items()
         if arm.lrs
     ]
-    checkpoints = (study.checkpoints - 1) * 2 * 3 * 13 * 16384 / 2  # looks at validation; forward alone, twice as fast
-    grown = study.extensions / 6 * sum(longest)  # of what the grids may grow by, what they grew by in the stored run
+    checkpoints = (study.checkpoints - 1) * 2 * 3 * 13 * 16384 / 2  # evaluations: forward only, twice as fast
+    grown = study.extensions / 6 * sum(longest)  # grids may grow; this share was used in the stored run
     minutes = BASE_MINUTES + (work + checkpoints + grown) / TOKENS_PER_SECOND / study.workers / 60
     assert minutes < 60

@@ -1,4 +1,4 @@
-"""Which runs a regime needs, and that what was finished is not run again; and what could be shown at all."""
+"""Which runs a regime needs, that finished runs are not repeated, and which differences it could show."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ BEST = {"low": 1e-3, "high": 8e-3}
 
 @dataclass(frozen=True)
 class Bowls(Regime):
-    """A loss that is least at BEST, without any model."""
+    """A regime without a model, whose loss is least at BEST."""
 
     asked: ClassVar[list[Run]] = []
     stops_at: ClassVar[list[Run | None]] = [None]

@@ -1,4 +1,4 @@
-"""Tasks one after the other: what each way of learning keeps, and a command that goes on where it stopped."""
+"""Tasks one after another: what each way of learning keeps, and a command that continues where it stopped."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from mft.config import TrainConfig
 
 @pytest.fixture(scope="module")
 def regime(tmp_path_factory):
-    """Every way of learning, on two tasks."""
+    """Return a regime with every way of learning on two tasks."""
     directory = tmp_path_factory.mktemp("texts")
     return SequentialTasks(
         rates={arm: [1e-2] for arm in WAYS},

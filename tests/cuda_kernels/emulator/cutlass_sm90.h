@@ -1,29 +1,29 @@
-// CUTLASS's device code of sm_90 on the host: its own headers, in which what is one instruction gives way to the
-// emulator's. Everything else that they define stays theirs: pipelines and their states, the order of the load warps,
-// the persistent scheduler, the mainloop's loads and waits, the kernel's loop over tiles.
+// CUTLASS's device code for sm_90 on the host: CUTLASS's own headers, with each single instruction replaced by the
+// emulator's. Everything else in them is unchanged: pipelines and their states, the order of the load warps, the
+// persistent scheduler, the mainloop's loads and waits, the kernel's loop over tiles.
 //
 //   replaced   mbarriers, named barriers and the fence before TMA (cutlass/arch/barrier.h), barriers and ranks of a
 //              cluster (cute/arch/cluster_sm90.hpp), TMA's loads, stores and groups, stmatrix, wgmma of 64 x 256 x 16
 //              from shared memory and its groups, addresses in shared memory
-//   CUDA's     threadIdx, blockIdx, gridDim, __shfl_sync, __syncthreads, __syncwarp; of the driver the function that
+//   CUDA's     threadIdx, blockIdx, gridDim, __shfl_sync, __syncthreads, __syncwarp; the driver's function that
 //              describes a tensor to TMA
 //
-// Bytes are moved and products are made as the descriptors say, by isa_sm90.h. But where a test names pieces of shared
-// memory, TMA moves no bytes and wgmma makes no numbers: both tell of the piece that they touch, and a piece that is
-// read before all of it has come, or written while it is read, is a fault. What has no emulation does nothing or stops
-// in an assertion of CUTLASS's.
+// isa_sm90.h moves bytes and computes products as the descriptors say. But if a test names pieces of shared memory, TMA
+// moves no bytes and wgmma computes no numbers: both report the piece that they touch. It is a fault to read a piece
+// before all of it has arrived, or to write a piece while it is read. A function without emulation does nothing or
+// stops in an assertion of CUTLASS.
 //
-// To be included before anything of CUTLASS: each header with an instruction is brought in by hand, once, with the
-// instruction's own definition under another name.
+// Include this file before any other header of CUTLASS. It includes each header with an instruction once, with the
+// instruction's own definition renamed.
 #pragma once
 
-#define ENABLE_SM90_KERNEL_LEVEL 1  // as nvcc for sm_90a: the kernel has a body
+#define ENABLE_SM90_KERNEL_LEVEL 1  // as nvcc defines it for sm_90a: the kernel has a body
 
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <cutlass/arch/wmma.h>  // nothing, as long as no compiler of CUDA is known
-#define __CUDACC_VER_MAJOR__ 13  // by which tensors are described to the driver
+#include <cutlass/arch/wmma.h>  // empty, as long as no CUDA compiler is defined
+#define __CUDACC_VER_MAJOR__ 13  // needed for the code that describes tensors to the driver
 #define __CUDACC_VER_MINOR__ 0
 #define CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL
 
@@ -32,7 +32,7 @@
 #include <string>
 #include <vector>
 
-#include <isa_sm90.h>  // of csrc/cuda, which brings in the one beside this file
+#include <isa_sm90.h>  // csrc/cuda's, which includes the emulator's isa_sm90.h
 
 // ------------------------------------------------------------------------------------------------------------ CUDA
 
@@ -77,27 +77,27 @@ inline int SmId() { return 0; }
 
 namespace mft::cuda::emulator {
 
-// A piece that TMA fills as a whole, such as one operand of a stage; where a test says that there is one.
+// A piece that TMA fills as a whole, such as one operand of a stage. Tests define the pieces.
 struct Piece {
-  int64_t begin, bytes;  // in the shared memory of a block
+  int64_t begin, bytes;  // within the shared memory of a block
   std::string name;
 };
 inline std::vector<Piece> pieces;
 
 struct PieceUse {
   int64_t arrived = 0, coming = 0;  // bytes
-  std::map<int, int> readers;       // warps, and how often each reads
+  std::map<int, int> readers;       // warp -> number of its reads
 };
 
-// What a warp reads, by groups; the last is not committed.
+// The reads of a warp, by groups; the last group is not yet committed.
 struct WarpReads {
   std::vector<std::vector<const Piece*>> groups{1};
 };
 
 struct UseOfPieces {
-  std::map<std::pair<int, const Piece*>, PieceUse> of;  // by rank
-  std::map<std::pair<int, int>, WarpReads> reads;       // rank, warp
-  std::map<std::pair<int, int>, int> committed, done;   // groups: of rank, thread; of rank, warpgroup
+  std::map<std::pair<int, const Piece*>, PieceUse> of;  // key: rank, piece
+  std::map<std::pair<int, int>, WarpReads> reads;       // key: rank, warp
+  std::map<std::pair<int, int>, int> committed, done;   // groups; keys: rank and thread, rank and warpgroup
 };
 
 inline const Piece& piece_at(int64_t offset) {
@@ -107,7 +107,7 @@ inline const Piece& piece_at(int64_t offset) {
   fault("TMA or wgmma at shared offset " + std::to_string(offset) + ", where the test names no piece");
 }
 
-// wgmma is issued by warps: their first threads stand for them.
+// Warps issue a wgmma; the first thread of each warp stands for its warp.
 inline void read_piece(int64_t offset) {
   if (isa::lane() != 0) return;
   const int rank = this_thread().block->rank, warp = isa::warp();
@@ -130,7 +130,8 @@ inline void commit_reads() {
   if (isa::lane() == 0) use.reads[{self.block->rank, isa::warp()}].groups.emplace_back();
 }
 
-// Until all but the last `pending` groups of the warpgroup have read: none does before its four warps have issued it.
+// Wait until all but the last `pending` groups of the warpgroup have read. No group reads before its four warps have
+// issued it.
 inline void end_reads(int pending) {
   isa::sync_warp();  // .sync.aligned
   const Thread& self = this_thread();
@@ -152,7 +153,7 @@ inline void end_reads(int pending) {
   }
 }
 
-// `bytes` of each rank's piece, which arrive some time later, with the barrier at the same place of that block.
+// Load `bytes` into the piece of each rank; they arrive later, at the barrier at the same offset in that block.
 inline void load_piece(uint64_t* barrier, unsigned ranks, void* shared, int64_t bytes) {
   const std::string from = isa::detail::name_of_warp(this_thread().block->rank, isa::warp());
   for (int rank = 0; rank < cluster_size(); ++rank) {
@@ -193,7 +194,7 @@ inline void load_piece(uint64_t* barrier, unsigned ranks, void* shared, int64_t 
 #undef cast_smem_ptr_to_uint
 namespace cute {
 inline uint32_t cast_smem_ptr_to_uint(const void* p) {
-  if (p == nullptr) return 0;  // of the source, which the epilogue has not
+  if (p == nullptr) return 0;  // an epilogue without a source has a null pointer
   return static_cast<uint32_t>(mft::cuda::emulator::shared_offset(p, 1, 1, "an address in shared memory"));
 }
 }  // namespace cute
@@ -216,7 +217,7 @@ inline uint32_t cast_smem_ptr_to_uint(const void* p) {
 namespace cute {
 inline void cluster_arrive_relaxed() {}
 inline void cluster_arrive() {}
-inline void cluster_wait() { mft::cuda::isa::sync_cluster(); }  // arrives as well
+inline void cluster_wait() { mft::cuda::isa::sync_cluster(); }  // cluster_wait arrives as well
 inline void cluster_sync() { mft::cuda::isa::sync_cluster(); }
 inline uint32_t block_rank_in_cluster() { return static_cast<uint32_t>(mft::cuda::isa::rank_in_cluster()); }
 inline dim3 block_id_in_cluster() { return {block_rank_in_cluster(), 0, 0}; }
@@ -256,7 +257,7 @@ namespace detail {
 template <>
 struct CallCOPY<SM90_TMA_STORE> {
   void operator()(const void* descriptor, const void* shared, int column, int row, int) const {
-    if (mft::cuda::isa::lane() != 0) return;  // one instruction of the warp, which all of it asks for
+    if (mft::cuda::isa::lane() != 0) return;  // one instruction per warp, although all lanes call it
     mft::cuda::isa::store_tile(*static_cast<const mft::cuda::isa::TensorMap*>(descriptor), shared, column, row);
   }
 };
@@ -273,7 +274,8 @@ struct CallCOPY<SM90_TMA_STORE> {
 #undef warpgroup_commit_batch
 namespace mft::cuda::emulator {
 
-// Element (i, k) of an operand as its descriptor says, i being the faster: atoms of 64 x 8, swizzled by the address.
+// Element (i, k) of an operand, in the layout of its descriptor, with i the faster index: atoms of 64 x 8, swizzled by
+// the address.
 inline uint16_t element_of(const char* block, uint64_t descriptor, int i, int k) {
   const auto bytes_at = [descriptor](int bit) { return static_cast<int64_t>(descriptor >> bit & 0x3fff) << 4; };
   if (descriptor >> 62 != 1) fault("only the 128-byte swizzle is emulated");
@@ -406,7 +408,7 @@ struct NamedBarrier : NamedBarrierOfADevice {
 
 #include <cutlass/arch/config.h>
 #include <cutlass/detail/dependent_false.hpp>
-#define NDEBUG  // else it stops with an instruction where a warp has not the role of what it does
+#define NDEBUG  // else it stops with a trap if a warp does what is not its role
 #include <cutlass/pipeline/sm90_pipeline.hpp>
 #undef NDEBUG
 
@@ -420,7 +422,7 @@ struct NamedBarrier : NamedBarrierOfADevice {
 
 #include <cute/atom/copy_traits_sm90_tma.hpp>
 
-// In place of what the driver writes into a descriptor: what it is told.
+// Instead of the driver's encoding, write the arguments into the descriptor.
 static_assert(sizeof(mft::cuda::isa::TensorMap) <= sizeof(CUtensorMap));
 extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* descriptor, CUtensorMapDataType type, cuuint32_t rank,
                                                    void* data, const cuuint64_t* sizes, const cuuint64_t* strides,

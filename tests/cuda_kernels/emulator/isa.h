@@ -1,4 +1,4 @@
-// isa.h on the host: what the PTX manual says of each instruction, in plain C++.
+// isa.h on the host: each instruction as the PTX manual defines it, in plain C++.
 #pragma once
 
 #include <algorithm>
@@ -41,14 +41,14 @@ inline float widen(Float16 value) {
   float magnitude;
   if (exponent == 31) {
     magnitude = fraction == 0 ? INFINITY : NAN;
-  } else {  // without a branch for zeros, which are many
+  } else {  // no branch for zeros, which are frequent
     const auto places = static_cast<float>(fraction + (exponent != 0) * 1024);
     magnitude = places * as_float((std::max(exponent, 1u) + 127 - 25) << 23);
   }
   return value.bits >> 15 ? -magnitude : magnitude;
 }
 
-// To nearest, ties to even; NaN becomes the canonical one.
+// Round to nearest, ties to even; NaN becomes the canonical NaN.
 template <class T>
 T round_to(float value) {
   if constexpr (std::is_same_v<T, float>) {
@@ -67,7 +67,7 @@ T round_to(float value) {
     std::frexp(magnitude, &exponent);
     const int unit = std::max(exponent - 11, -24);  // weight of the last place
     const double places = std::nearbyint(std::ldexp(magnitude, -unit));
-    // 2^10 .. 2^11 places above the subnormals; a carry into the next exponent comes out right by itself.
+    // 2^10 .. 2^11 units above the subnormals; a carry into the next exponent is correct without extra code.
     const int biased = unit == -24 && places < 1024 ? 0 : unit + 24;
     return {static_cast<uint16_t>(sign + (biased << 10) + static_cast<int>(places))};
   }
@@ -149,7 +149,7 @@ inline void sync_threads(int barrier, int threads) {
 
 namespace detail {
 
-// Each lane receives the value of lane source(its own number), or its own if that is no lane.
+// Each lane receives the value of lane source(its own number), or keeps its own if there is no such lane.
 template <class T, class Source>
 T exchange(const char* operation, T value, Source source) {
   struct Input {
@@ -324,7 +324,7 @@ inline void collect_matrices(uint32_t (&r)[4], const void* row, bool transposed)
                        });
 }
 
-// Followed from here on.
+// The emulator follows this read: see reads.h.
 inline void load_matrices(Register (&r)[4], const void* row, bool transposed) {
   uint32_t words[4];
   collect_matrices(words, row, transposed);

@@ -1,5 +1,6 @@
-// isa_sm90.h on the host. What it checks beyond results: barriers are initialised and their bytes add up, TMA reads no
-// shared memory that was written without a fence, every wgmma and every store is waited for before the block ends.
+// isa_sm90.h on the host. It also checks that barriers are initialised and that their bytes add up, that TMA reads no
+// shared memory that was written without a fence, and that the block waits for every wgmma and every store before it
+// ends.
 #pragma once
 
 #include <deque>
@@ -16,7 +17,7 @@ using TransactionBarrier = uint64_t;
 
 namespace detail {
 
-// What a thread waits for, or did last: phases are counted, -1 is the one before the first.
+// The phase that a thread waits for, or waited for last. Phases are counted; -1 is the one before the first.
 struct Waited {
   int64_t phase;
   bool waits;
@@ -24,31 +25,31 @@ struct Waited {
 
 struct BarrierState {
   int count = 0, pending = 0;
-  int64_t bytes = 0;  // expected and not yet come; may go below 0 before they are expected
+  int64_t bytes = 0;  // expected but not yet arrived; negative if they arrive first
   int64_t completed = 0;  // phases
   bool published = false;
   std::string name;
-  std::map<int, Waited> waited;  // rank and thread
+  std::map<int, Waited> waited;  // key: rank and thread
 };
 
 struct ProductOperation {
   int columns;
   uint64_t descriptor;
   void (*execute)(ProductOperation&, const char* shared);
-  uint64_t a_descriptor = 0;  // where it comes from shared memory
-  bool adds = true;           // else the sum begins here
-  bool late = false;          // only when all threads wait for it
+  uint64_t a_descriptor = 0;  // if A comes from shared memory
+  bool adds = true;           // otherwise the sum begins here
+  bool late = false;          // executed only when all threads wait for it
   float* d[128] = {};
   const Register* a[128] = {};
-  int issued = 0, demanded = 0;  // by how many threads
+  int issued = 0, demanded = 0;  // numbers of threads
 };
 
 struct WarpGroup {
-  std::deque<ProductOperation> operations;  // all of the launch, in order
+  std::deque<ProductOperation> operations;  // all operations of the launch, in order
   size_t done = 0;
   const char* shared = nullptr;
 
-  // Executes, in order, what is due.
+  // Execute, in order, the operations that are due.
   void advance() {
     for (; done < operations.size(); ++done) {
       ProductOperation& next = operations[done];
@@ -72,8 +73,8 @@ struct ThreadState {
 
 struct HopperState {
   std::map<const void*, BarrierState> barriers;
-  std::map<std::pair<int, int>, WarpGroup> groups;     // rank, warpgroup
-  std::map<std::pair<int, int>, ThreadState> threads;  // rank, thread
+  std::map<std::pair<int, int>, WarpGroup> groups;     // key: rank, warpgroup
+  std::map<std::pair<int, int>, ThreadState> threads;  // key: rank, thread
   std::map<const void*, int> unfenced;                 // 16-byte chunk of shared memory -> thread that wrote it
   std::deque<StoreGroup> store_groups;
   bool has_checks = false;
@@ -117,7 +118,7 @@ inline std::string name_of_warp(int rank, int warp) {
 
 inline std::string warp_of_key(int key) { return name_of_warp(key >> 16, (key & 0xffff) / 32); }
 
-// What a test calls the barrier at an offset in shared memory.
+// A test's name for the barrier at an offset in shared memory.
 inline std::function<std::string(int64_t offset)> name_of_barrier = [](int64_t offset) {
   return "the barrier at shared offset " + std::to_string(offset);
 };
@@ -147,7 +148,7 @@ inline void complete_if_due(BarrierState& b) {
   }
 }
 
-// A parity tells two neighbouring phases apart, no more: a thread waits for one after the other, none left out.
+// A parity only tells two neighbouring phases apart, so a thread must wait for every phase in order.
 inline Waited& wait_for(BarrierState& b, uint32_t parity) {
   const auto [found, is_first] = b.waited.try_emplace(key_of_thread(), Waited{parity == 0 ? 0 : -1, false});
   Waited& waited = found->second;
@@ -188,7 +189,7 @@ inline void arrive(TransactionBarrier* b, int rank) {
   detail::complete_if_due(barrier);
 }
 
-// The lane's registers tell of its warp's loads.
+// The lane's registers identify the loads of its warp.
 template <int kRows, int kColumns>
 void arrive_after(const Register (&registers)[kRows][kColumns], TransactionBarrier* b, int rank) {
   if (lane() != 0) emulator::fault("arrive_after is for the first lane of a warp");
@@ -233,10 +234,10 @@ struct TensorMap {
   int64_t rows = 0, columns = 0, row_bytes = 0;
   int box_rows = 0, box_columns = 0;
   int64_t experts = 1, expert_bytes = 0;
-  int swizzle = 0;  // which bits of a row's number, of 128 bytes, change the number of a chunk
+  int swizzle = 0;  // which bits of the number of a 128-byte row change the number of a chunk
 };
 
-// Refuses what the driver refuses.
+// Return an error for what the driver refuses.
 inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, int64_t rows, int64_t columns,
                                    int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle,
                                    int64_t experts = 0, int64_t expert_bytes = 0) {
@@ -257,8 +258,8 @@ inline void prefetch(const TensorMap&) {}
 
 namespace detail {
 
-// Address of the 16-byte chunk in which TMA keeps (row, byte) of a box at `shared`: bits 4 to 6 of the address within
-// shared memory are XORed with bits 7 to 9, or 4 and 5 with 7 and 8.
+// Return the address of the 16-byte chunk in which TMA keeps (row, byte) of a box at `shared`. Bits 4 to 6 of the
+// address within shared memory are XORed with bits 7 to 9, or bits 4 and 5 with bits 7 and 8.
 inline char* chunk_of(char* block, char* shared, const TensorMap& map, int row, int byte) {
   int64_t offset = shared - block + static_cast<int64_t>(row) * map.box_columns * map.bytes + byte;
   offset ^= (offset >> 7 & map.swizzle) << 4;
@@ -423,8 +424,8 @@ inline WarpGroup& warp_group() {
   return group;
 }
 
-// B (n, k) of a tile in the layout that the descriptor tells: rows of 128 bytes, groups of 8 rows stride_bytes apart,
-// the 16-byte chunks swizzled by the address.
+// B (n, k) of a tile in the descriptor's layout: rows of 128 bytes, groups of 8 rows stride_bytes apart, and 16-byte
+// chunks swizzled by the address.
 inline uint16_t element_of(const char* block, uint64_t descriptor, int n, int k) {
   const auto start = static_cast<int64_t>(descriptor & 0x3fff) << 4;
   const auto stride = static_cast<int64_t>(descriptor >> 32 & 0x3fff) << 4;
@@ -466,14 +467,14 @@ void execute(ProductOperation& operation, const char* block) {
 
 namespace detail {
 
-// For this lane; registers that come from one read end it once.
+// End this lane's part of the reads that the registers come from, once for each read.
 inline void end_reads(const Register* registers, int count) {
   std::set<int> reads;
   for (int i = 0; i < count; ++i) reads.insert(registers[i].reads, registers[i].reads + registers[i].count);
   for (const int read : reads) emulator::end_read(read, 1);
 }
 
-// The thread's share of it: accumulators, and A where it comes from registers.
+// Issue the thread's share of the product: its accumulators, and A if it comes from registers.
 inline void issue_product(ProductOperation asked, float* d, const Register* a) {
   WarpGroup& group = warp_group();
   ThreadState& self = thread_state();

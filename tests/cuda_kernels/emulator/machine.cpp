@@ -1,4 +1,4 @@
-// The scheduler: fibres by ucontext, switched by setjmp and longjmp (which leave the signal mask alone: no system call).
+// The scheduler: fibres by ucontext. setjmp and longjmp switch them; they keep the signal mask, so need no system call.
 #include "machine.h"
 
 #include <csetjmp>
@@ -12,17 +12,17 @@
 #include <typeindex>
 #include <unordered_map>
 
-#undef _FORTIFY_SOURCE  // its longjmp refuses to leave a stack for another
+#undef _FORTIFY_SOURCE  // its longjmp refuses to switch from one stack to another
 
 namespace mft::cuda::emulator {
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
 constexpr int kSharedAlignment = 1024;
-constexpr int kCanary = 4096;  // behind the shared memory of a block
+constexpr int kCanary = 4096;  // bytes behind the shared memory of a block
 
-// A stack and where it stands. Kept for the next cluster, since to begin one takes two system calls; idle: its last
-// thread has ended, and it goes on with the next. The lowest page is a guard.
+// A stack and its position. It is kept for the next cluster, because a new one takes two system calls. idle: the last
+// thread on it has ended, and the next thread can use it. The lowest page is a guard.
 struct Context {
   char* stack;
   jmp_buf place;
@@ -79,7 +79,8 @@ void run_thread(Thread& thread) {
   --thread.block->unfinished;
 }
 
-// Thread after thread, each of another cluster. After a fault most stop in the middle, and their stacks begin anew.
+// Run thread after thread, each of another cluster. After a fault most threads stop in the middle, and their stacks are
+// set up again.
 void body_of_context() {
   for (;;) {
     Fibre& self = *cluster->running;
@@ -134,7 +135,7 @@ std::string describe_deadlock() {
   return text;
 }
 
-// Whether one of its threads could run.
+// Run the warp; return whether one of its threads could run.
 bool run_warp(size_t warp) {
   bool ran = false;
   for (size_t f = 32 * warp; f < 32 * warp + 32 && cluster->fault.empty(); ++f) {
@@ -148,7 +149,7 @@ bool run_warp(size_t warp) {
 
 bool can_complete() { return cluster->asynchrony == Asynchrony::kRandom && !cluster->deferred.empty(); }
 
-// Whether anything happened.
+// Return whether anything happened.
 bool run_in_turn(std::vector<size_t>& warps) {
   bool progress = false;
   std::shuffle(warps.begin(), warps.end(), cluster->random);
@@ -161,7 +162,7 @@ bool run_in_turn(std::vector<size_t>& warps) {
   return progress;
 }
 
-// The number behind the last warp's is the background's.
+// The number after the last warp's stands for background work.
 bool run_by_rank(std::vector<size_t>& order, unsigned rarity) {
   const size_t background = order.size() - 1;
   for (auto next = order.begin(); next != order.end(); ++next) {
@@ -214,7 +215,7 @@ std::string run_cluster(const Launch& launch, const Settings& settings, int64_t 
     Block& block = state.blocks[static_cast<size_t>(rank)];
     block.index[0] = x + rank, block.index[1] = y, block.index[2] = z;
     block.rank = rank;
-    block.shared = base + static_cast<ptrdiff_t>(room) * rank;  // 0xff: NaN, until something is written
+    block.shared = base + static_cast<ptrdiff_t>(room) * rank;  // 0xff bytes are NaN until something is written
     block.shared_bytes = bytes;
     block.warps.resize(static_cast<size_t>(launch.threads / 32));
     block.unfinished = launch.threads;
@@ -270,12 +271,12 @@ const Launch& current_launch() { return *cluster->launch; }
 std::mt19937& random_numbers() { return cluster->random; }
 Asynchrony asynchrony() { return cluster->asynchrony; }
 
-// Copies that were committed land some time, waited for or not.
+// Committed copies may land at any time, also before a thread waits for them.
 void land_copies(Thread& thread) {
   if (cluster->asynchrony != Asynchrony::kRandom || cluster->random() % 8 != 0) return;
   for (auto& group : thread.groups) {
     for (const auto& copy : group) copy();
-    group.clear();  // the group itself counts until a wait
+    group.clear();  // the empty group still counts until a wait
     if (cluster->random() % 2 == 0) return;
   }
 }
@@ -283,7 +284,7 @@ void land_copies(Thread& thread) {
 void wait_until(const std::function<bool()>& ready, const char* what) {
   Fibre& self = *cluster->running;
   land_copies(self.thread);
-  // Now and then others go first, although nothing has to be waited for.
+  // Now and then other threads go first, although this one need not wait.
   if (ready() && cluster->random() % 8 != 0) return;
   self.thread.ready = &ready;
   self.thread.waits_for = what;

@@ -1,10 +1,10 @@
-// A GPU on the host, to execute kernels as they are: every thread of a cluster is a fibre, and a scheduler runs warp
-// after warp in a random order, seeded, in turn or as far ahead of the others as its waits permit. What the hardware
-// does in the background (TMA, wgmma, cp.async) happens at issue, as late as the kernel's waits permit, or in between,
-// so that a missing wait or fence gives wrong results or an error. Clusters run one after another, in a random order:
-// kernels that wait for another cluster do not end.
+// A GPU on the host, which executes kernels without changes. Every thread of a cluster is a fibre. A scheduler runs one
+// warp after another in a random order from a seed: in turn, or as far ahead of the others as its waits permit. Work
+// that the hardware does in the background (TMA, wgmma, cp.async) happens at issue, as late as the kernel's waits
+// permit, or in between, so that a missing wait or fence gives wrong results or an error. Clusters run one after
+// another, in a random order: kernels that wait for another cluster do not end.
 //
-// A fault (deadlock, a bad address, a warp whose lanes disagree) ends the launch with a text.
+// A fault (a deadlock, a bad address, a warp whose lanes disagree) ends the launch with a text.
 #pragma once
 
 #include <cstdint>
@@ -21,15 +21,15 @@ namespace mft::cuda::emulator {
 // When background work happens.
 enum class Asynchrony { kAtIssue, kAsLateAsPossible, kRandom };
 
-// Which warp runs next. By rank, the first that can go on does, so that it may run far ahead of the others: the order
-// is random, and now and then (in some launches never) the one that ran becomes the last of it. Background work at
-// random has a rank too.
+// Which warp runs next. kByRank runs the first warp of an order that can continue, so that it may run far ahead of the
+// others. The order is random; now and then (in some launches never) the warp that ran moves to its end. Background
+// work at random has a rank too.
 enum class Schedule { kInTurn, kByRank };
 
 struct Settings {
   unsigned seed = 0;
   Asynchrony asynchrony = Asynchrony::kRandom;
-  int shared_limit = 227 * 1024;  // bytes that a block may have; sm_90's
+  int shared_limit = 227 * 1024;  // bytes that a block may have; the limit of sm_90
   Schedule schedule = Schedule::kInTurn;
 };
 
@@ -71,14 +71,14 @@ struct Thread {
   bool finished = false;
 };
 
-// What a launch needs to know of a kernel.
+// The properties of a kernel that a launch needs.
 struct Launch {
   int64_t grid[3];
   int cluster, threads, shared_bytes;
   std::function<void()> body;  // one thread
 };
 
-// Runs the whole grid. Returns "" or the fault.
+// Run the whole grid. Return "" or the fault.
 std::string run(const Launch&, const Settings&);
 
 // ------------------------------------------------------------------------------- for the instructions (isa.h)
@@ -90,28 +90,29 @@ const Launch& current_launch();
 std::mt19937& random_numbers();
 Asynchrony asynchrony();
 
-// Lets others run until ready() holds.
+// Let other threads run until ready() holds.
 void wait_until(const std::function<bool()>& ready, const char* what);
 
-// Work that happens some time later: at once, at random, or when nothing else can go on.
+// Do the work at some later time: at once, at random, or when nothing else can continue.
 void defer(std::function<void()> work);
 
-// All 32 lanes bring an input and receive an output; compute(inputs, outputs) runs once all have come.
+// All 32 lanes bring an input and receive an output; compute(inputs, outputs) runs once all lanes have arrived.
 void collective(const char* operation, const void* input, void* output,
                 const std::function<void(const void* const* inputs, void* const* outputs)>& compute);
 
 void sync(Barrier&, int threads, const char* what);
 
-// The offset of a pointer into the block's shared memory; a fault if [p, p + bytes) is not inside or not aligned.
+// Return the offset of a pointer into the block's shared memory. It is a fault if [p, p + bytes) is not inside or not
+// aligned.
 int64_t shared_offset(const void* p, int64_t bytes, int alignment, const char* what);
 
 [[noreturn]] void fault(const std::string& text);
 
-// The settings of launches from here on.
+// The settings of later launches.
 void set_settings(const Settings&);
 const Settings& settings();
 
-// State that an instruction set keeps for a cluster: made on first use, dropped after the cluster.
+// State that an instruction set keeps for a cluster: created at first use, dropped after the cluster.
 std::shared_ptr<void>& cluster_state(const std::type_info& type);
 
 template <class State>
@@ -121,7 +122,7 @@ State& cluster_state() {
   return *static_cast<State*>(state.get());
 }
 
-// Run when all threads of the cluster are done, to look for what was left open.
+// Run `check` when all threads of the cluster are done, to find what was left open.
 void at_end_of_cluster(std::function<void()> check);
 
 }  // namespace mft::cuda::emulator

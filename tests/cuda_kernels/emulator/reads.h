@@ -1,14 +1,16 @@
-// Reads of shared memory that are under way. A read has its values at once here, but on a GPU only when something that
-// needs them has waited: an arrival may be seen before that, and TMA may fill the stage that is still being read.
+// Reads of shared memory that are under way. Here a read has its values at once. On a GPU it has them only when
+// something that needs them has waited: an arrival may be seen earlier, and TMA may then fill the stage that is still
+// being read.
 //
 //   load ----> Register ----> Register ----> wgmma of all lanes, or an arrival that depends on it: the read has ended
 //                      & | ^ + ~ << >>, bytes, levels, products
 //
-// So a Register knows the reads that it comes from, and a TMA load into what one of them reads is a fault, however the
-// background work is timed. A warp's read ends for all of its lanes: they share one instruction.
+// So a Register knows the reads that it comes from. A TMA load into the memory of one of these reads is a fault,
+// whatever the timing of the background work. A warp's read ends for all of its lanes at once, because they share one
+// instruction.
 //
-// Reads into plain words end at the warp's next barrier, which orders all but TMA; until then no cp.async may be issued
-// into what they read.
+// Reads into plain words end at the warp's next barrier, which orders everything but TMA. Until then, no cp.async may
+// be issued into the memory that they read.
 #pragma once
 
 #include <algorithm>
@@ -19,15 +21,15 @@
 namespace mft::cuda::emulator {
 
 struct ReadUnderWay {
-  std::vector<const char*> chunks;  // of 16 bytes
+  std::vector<const char*> chunks;  // 16-byte chunks
   int lanes_done = 0;
 };
 
 struct ReadsUnderWay {
-  std::map<std::pair<int, int>, std::map<int, ReadUnderWay>> of;  // rank and warp; by number
-  std::map<std::pair<int, int>, int> issued;                      // by rank and thread: the number of its next read
-  std::vector<std::vector<uint32_t>> readers;  // into plain words: by rank and chunk, a bit for each warp
-  std::map<std::pair<int, int>, int> at_barrier;  // by rank and warp: how often lanes have come to one
+  std::map<std::pair<int, int>, std::map<int, ReadUnderWay>> of;  // key: rank and warp; then the number of the read
+  std::map<std::pair<int, int>, int> issued;                      // key: rank and thread; the number of its next read
+  std::vector<std::vector<uint32_t>> readers;  // into plain words: by rank and chunk, one bit per warp
+  std::map<std::pair<int, int>, int> at_barrier;  // key: rank and warp; how many lanes have reached one
 };
 
 inline const char* chunk_at(const void* p) {
@@ -43,7 +45,7 @@ inline std::string name_of(std::pair<int, int> warp) {
   return "warp " + std::to_string(warp.second) + " of rank " + std::to_string(warp.first);
 }
 
-// The lane's part of its warp's next read; returns the number.
+// Begin the lane's part of its warp's next read; return the number of the read.
 inline int begin_read(const void* p) {
   ReadsUnderWay& reads = cluster_state<ReadsUnderWay>();
   const int number = reads.issued[{this_warp().first, this_thread().index}]++;
@@ -57,7 +59,7 @@ inline void end_read(int number, int lanes) {
   if (read != of_warp.end() && (read->second.lanes_done += lanes) >= 32) of_warp.erase(read);
 }
 
-// Of what TMA or a thread writes into the shared memory of that rank.
+// It is a fault if TMA or a thread writes into memory of that rank that is still being read.
 inline void check_no_read(int rank, const char* begin, int64_t bytes, const char* what) {
   for (const auto& [warp, reads] : cluster_state<ReadsUnderWay>().of) {
     if (warp.first != rank) continue;
@@ -80,14 +82,14 @@ inline std::vector<uint32_t>& readers() {
   return of_block;
 }
 
-// Other memory than this block's shared one is not followed.
+// Only this block's shared memory is followed.
 inline void read_until_barrier(const void* p) {
   const ptrdiff_t offset = static_cast<const char*>(p) - this_thread().block->shared;
   if (offset < 0 || offset >= this_thread().block->shared_bytes) return;
   readers()[static_cast<size_t>(offset / 16)] |= 1u << this_warp().second;
 }
 
-// Once all lanes have come.
+// Takes effect once all lanes have arrived.
 inline void end_reads_at_barrier() {
   if (++cluster_state<ReadsUnderWay>().at_barrier[this_warp()] % 32 != 0) return;
   for (uint32_t& warps : readers()) warps &= ~(1u << this_warp().second);
@@ -120,14 +122,14 @@ struct Register {
     return loaded;
   }
 
-  // These bits, made of this.
+  // These bits, computed from this register.
   Register with(uint32_t made) const {
     Register result = *this;
     result.bits = made;
     return result;
   }
 
-  // And of the other.
+  // These bits, computed from this register and the other.
   Register with(uint32_t made, const Register& other) const {
     Register result = with(made);
     for (int i = 0; i < other.count; ++i) {
@@ -171,7 +173,7 @@ inline void store_shared(float* p, float value) {
   *p = value;
 }
 
-// A float that comes of registers.
+// A float that is computed from registers.
 struct Number {
   float value;
   Register from;

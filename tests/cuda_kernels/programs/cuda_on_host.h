@@ -1,4 +1,4 @@
-// What CUTLASS's epilogue names of CUDA's device side, so that g++ compiles it; nothing here is called.
+// The names of CUDA's device side that CUTLASS's epilogue uses, so that g++ compiles it; nothing here is called.
 #pragma once
 
 #include <cuda_runtime.h>

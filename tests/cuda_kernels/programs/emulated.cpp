@@ -1,4 +1,4 @@
-// The functions of api.h for Python, run in the emulator: a struct's address in, "" or what went wrong out.
+// The functions of api.h for Python, run in the emulator. They take a struct's address and return "" or the error.
 #include <string>
 
 #include "api.h"
@@ -8,7 +8,7 @@
 
 namespace mft::cuda {
 
-// Weak: null where no compiled file has it.
+// Weak symbols: null if no compiled file defines them.
 #define MFT_WEAK __attribute__((weak))
 MFT_WEAK std::string refusal_sm90(const Product&);
 MFT_WEAK Plan plan_sm90(const Product&, const Device&);
@@ -46,7 +46,7 @@ MFT_WEAK std::string score_step(const ScoreStep&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
 MFT_WEAK int64_t step_workspace(ScoreFormat);
 
-// On sm_90, where quantized_sm80.cu or grouped_sm80.cu is compiled without them.
+// The sm_90 functions, for builds of quantized_sm80.cu or grouped_sm80.cu without them.
 MFT_WEAK std::string refusal_sm90(const QuantizedProduct&) { return "no compiled file has this function"; }
 MFT_WEAK Plan plan_sm90(const QuantizedProduct&, const Device&) { return {}; }
 MFT_WEAK std::string product_sm90(const QuantizedProduct& p, const Device&) { return refusal_sm90(p); }
@@ -55,13 +55,13 @@ MFT_WEAK Plan plan_sm90(const GroupedProduct&, const Device&) { return {}; }
 MFT_WEAK std::string product_sm90(const GroupedProduct& g, const Device&) { return refusal_sm90(g); }
 MFT_WEAK Plan plan_sm80(const GroupedProduct&, const Device&);
 
-// CUTLASS's; what is not CUTLASS's of score_grad_sm90 is compiled.
+// CUTLASS's kernels. The rest of score_grad_sm90 is compiled.
 std::string score_grad_sm90_bf16(const ScoreGrad&, const Device&) { return "CUTLASS's kernels are not executed"; }
 std::string score_grad_sm90_fp16(const ScoreGrad&, const Device&) { return "CUTLASS's kernels are not executed"; }
 
 namespace {
 
-// Of a block, by the CUDA programming guide's table of compute capabilities.
+// Bytes for each block, from the CUDA programming guide's table of compute capabilities.
 int shared_limit(int capability) {
   const bool small = capability == 86 || capability == 89 || capability >= 120;
   return 1024 * (small ? 99 : capability < 90 ? 163 : 227);
@@ -76,7 +76,7 @@ const char* call(std::string (*function)(const Asked&, const Device&), const Ask
   settings.shared_limit = limit;
   emulator::set_settings(settings);
   text = function == nullptr ? "no compiled file has this function" : function(asked, device);
-  emulator::set_settings(before);  // the bindings' launches in this process know of no device
+  emulator::set_settings(before);  // the bindings launch in this process without setting a device
   return text.c_str();
 }
 
@@ -90,7 +90,7 @@ Plan plan_of(Plan (*function)(const Asked&, const Device&), const Asked& asked, 
   return function == nullptr ? Plan{} : function(asked, device);
 }
 
-// Of a block that leaves a multiprocessor room for another; 1 KiB of each is the system's.
+// Shared memory of a block that leaves room for a second one on the multiprocessor; the system takes 1 KiB of each.
 int half_of_shared(const Device& device) { return device.shared_bytes / 2 - 1024; }
 
 }  // namespace
@@ -104,7 +104,7 @@ const char* emulated_product_sm80(const Product& p, const Device& d) { return ca
 const char* emulated_product_decode(const Product& p, const Device& d) {
   return takes_decode(p) ? call(&decode_sm80, p, d) : "decode_sm80 does not take it";
 }
-// What decode_sm80 does not take is the general kernel's, or refused, in any case.
+// The general kernel takes or refuses whatever decode_sm80 does not take.
 const char* emulated_product_general(const Product& p, const Device& d) {
   return takes_decode(p) ? call(&product_general, p, d) : call(&product_sm80, p, d);
 }
@@ -170,7 +170,7 @@ const char* emulated_product_quantized_decode(const QuantizedProduct& p, const D
 void emulated_plan_product_quantized_decode(const QuantizedProduct& p, const Device& d, Plan* plan) {
   *plan = takes_decode(p) ? plan_of(&plan_decode, p, d) : Plan{};
 }
-// What no kernel takes is refused, or needs none, in any case.
+// If no kernel takes the product, product_quantized refuses it, or needs no kernel.
 const char* emulated_product_quantized_general(const QuantizedProduct& p, const Device& d) {
   const bool none = p.out.type == Type::kFloat32 || p.out.rows == 0 || p.out.columns == 0;
   return none ? call(&product_quantized, p, d) : call(&product_general, p, d);
@@ -223,7 +223,7 @@ void emulated_rates(int capability, double* rates) {
   rates[0] = found.multiply_adds, rates[1] = found.memory, rates[2] = found.launch, rates[3] = found.l2;
 }
 
-// By which Python checks its copies of the structs.
+// Python checks its copies of the structs with these.
 int64_t emulated_size_of_product() { return sizeof(Product); }
 int64_t emulated_size_of_many_product() { return sizeof(ManyProduct); }
 int64_t emulated_size_of_quantized_product() { return sizeof(QuantizedProduct); }

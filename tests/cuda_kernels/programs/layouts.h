@@ -1,4 +1,4 @@
-// What the comparisons with CuTe share: a swizzled tile as CuTe addresses it, and how a difference is told.
+// Code that the comparisons with CuTe share: a swizzled tile as CuTe addresses it, and the report of a difference.
 #pragma once
 
 #include <cute/tensor.hpp>  // before CuTe's other headers, which need it
@@ -31,12 +31,13 @@ inline void run(const char* what, int threads, int shared_bytes, const std::func
 template <class T>
 using CuteElement = std::conditional_t<std::is_same_v<T, BFloat16>, cute::bfloat16_t, cute::half_t>;
 
-// The wgmma that CuTe takes for 64 x kN sums with the first operand in registers and rows of both along the depth.
+// The wgmma that CuTe chooses for 64 x kN sums, with the first operand in registers and the rows of both along the
+// depth.
 template <class T, int kN>
 using Wgmma = decltype(cute::SM90::GMMA::rs_op_selector<CuteElement<T>, CuteElement<T>, float,
                                                         cute::Shape<cute::_64, cute::Int<kN>, cute::_16>>());
 
-// A tile in shared memory, of 128-byte rows: what wgmma and TMA mean by the 128-byte swizzle.
+// A tile in shared memory with 128-byte rows, in the 128-byte swizzle of wgmma and TMA.
 template <class T, int kRows>
 auto swizzled_tile(char* shared) {
   using Element = CuteElement<T>;

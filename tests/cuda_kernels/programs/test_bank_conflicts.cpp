@@ -1,7 +1,8 @@
-// Every ldmatrix and stmatrix of the matrix kernels moves 8 rows of 16 bytes at a time: they must lie in 8 different
-// groups of 4 banks, or the instruction takes longer.
+// Every ldmatrix and stmatrix of the matrix kernels moves 8 rows of 16 bytes at a time. The rows must lie in 8
+// different groups of 4 banks, or the instruction takes longer.
 //
-// The kernels run as they are, from the library's objects; what the lanes bring to an instruction is looked at here.
+// The kernels run unchanged, from the library's objects. This file checks the addresses that the lanes pass to each
+// instruction.
 #define collective collective_of_the_machine
 #include "emulator/machine.cpp"
 #undef collective
@@ -16,13 +17,13 @@ using namespace mft::cuda;
 namespace {
 
 int mistakes = 0;
-std::map<std::string, int> executed;  // of one launch
+std::map<std::string, int> executed;  // counts of one launch
 
 void mistake(const std::string& text) {
   if (++mistakes <= 10) std::printf("%s\n", text.c_str());
 }
 
-// Inputs begin with the address of the lane's row.
+// Each input begins with the address of the lane's row.
 void look_at_banks(const std::string& operation, const void* const* inputs) {
   ++executed[operation];
   const char* shared = emulator::this_thread().block->shared;
@@ -69,7 +70,7 @@ void expect(const std::string& launch, const std::string& fault, const std::vect
   executed.clear();
 }
 
-// 40, 80 and 160 tokens: tiles of 64, 128 and 256 on sm_90.
+// 40, 80 and 160 tokens take tiles of 64, 128 and 256 on sm_90.
 void check_products(Type type, bool transposed, bool packed, int tokens) {
   Product p;
   p.transposed = transposed;

@@ -1,16 +1,16 @@
-// CUTLASS's kernel of d_scores on Hopper with our load warp and epilogue, executed: do all warps of both blocks of a
-// cluster come to their end, and is each stage read when it is there and written when it is free, however the warps are
-// scheduled and whenever TMA is done?
+// Execute CUTLASS's d_scores kernel for Hopper with our load warp and epilogue. Do all warps of both blocks of a
+// cluster end? Is each stage read only when it is full, and written only when it is free, however the warps are
+// scheduled and whenever TMA finishes?
 //
-// CUTLASS's own: GemmUniversal (roles of the warps, tiles of a persistent block, states handed from tile to tile), the
+// CUTLASS's own: GemmUniversal (roles of the warps, tiles of a persistent block, states passed from tile to tile), the
 // mainloop CollectiveMma (loads with multicast, waits, releases, tails), PipelineTmaAsync, PipelineTransactionAsync,
 // PipelineState, OrderedSequenceBarrier, the persistent scheduler.
-// Ours, as it is: load() and store() of score_prefetch_sm90.h.
-// Emulated: what is one instruction, see emulator/cutlass_sm90.h.
-// A stand-in: the epilogue below PrefetchingEpilogue. It stores nothing and leaves its load pipeline alone, as
-// CUTLASS's does where its visitor loads nothing; its load_tail says what CUTLASS's says.
+// Ours, unchanged: load() and store() of score_prefetch_sm90.h.
+// Emulated: single instructions, see emulator/cutlass_sm90.h.
+// A stand-in: the epilogue below PrefetchingEpilogue. It stores nothing and does not touch its load pipeline, like
+// CUTLASS's if its visitor loads nothing; its load_tail is the same as CUTLASS's.
 //
-// Then the same with one fault each, which has to be found and named.
+// Then the same with one fault at a time, which must be found and named.
 #include "emulator/cutlass_sm90.h"
 
 #include <cutlass/gemm/collective/collective_mma_decl.hpp>
@@ -27,7 +27,7 @@
 
 #include "score_prefetch_sm90.h"
 
-// CUTLASS's host code has calls of these, which are not reached.
+// CUTLASS's host code refers to these functions, but does not reach the calls.
 extern "C" {
 cudaError_t CUDARTAPI cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t CUDARTAPI cudaGetLastError() { return cudaSuccess; }
@@ -41,7 +41,7 @@ namespace isa = mft::cuda::isa;
 using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;
 using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
 
-// As score_grad_sm90.cuh builds it, with as many stages as the test wants.
+// As score_grad_sm90.cuh builds it, with the test's number of stages.
 template <int kStages>
 using CutlassMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::bfloat16_t, cutlass::layout::ColumnMajor, 8,
@@ -50,17 +50,17 @@ using CutlassMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
 
 enum class Fault {
   kNone,
-  kReleaseWithoutWait,    // the epilogue lets go of a stage that it has not waited for
+  kReleaseWithoutWait,    // the epilogue releases a stage that it has not waited for
   kCommitWithoutAcquire,  // the load warp commits a stage that it has not acquired
-  kStateForgotten,        // the load warp begins each tile with the state it began the first with
-  kWrongFirstPhase,       // the load warp begins as a consumer does
-  kNoTail,                // the mainloop's load warp ends before its stages are let go
+  kStateForgotten,        // the load warp begins each tile with the state of the first
+  kWrongFirstPhase,       // the load warp begins with a consumer's state
+  kNoTail,                // the mainloop's load warp ends before its stages are released
   kFewerBytes,            // the mainloop expects fewer bytes than TMA brings
-  kBytesOfA,              // the mainloop expects those of A alone
+  kBytesOfA,              // the mainloop expects the bytes of A only
 };
 Fault fault = Fault::kNone;
 
-// CUTLASS's, or with a call left out.
+// CUTLASS's pipeline, or the same without one call.
 template <int kStages>
 struct LoadPipeline : cutlass::PipelineTransactionAsync<kStages> {
   using Base = cutlass::PipelineTransactionAsync<kStages>;
@@ -74,7 +74,7 @@ struct LoadPipeline : cutlass::PipelineTransactionAsync<kStages> {
   }
 };
 
-// CUTLASS's, or without its tail.
+// CUTLASS's mainloop, or the same without its tail.
 template <int kStages>
 struct Mainloop : CutlassMainloop<kStages> {
   using Base = CutlassMainloop<kStages>;
@@ -124,7 +124,7 @@ struct SilentEpilogue {
   }
 };
 
-// Ours, or with a wrong state.
+// Our epilogue, or the same with a wrong state.
 template <int kStages>
 struct Epilogue : mft::cuda::PrefetchingEpilogue<SilentEpilogue<kStages>> {
   using Base = mft::cuda::PrefetchingEpilogue<SilentEpilogue<kStages>>;
@@ -146,7 +146,7 @@ struct Protocol {
                                                       Epilogue<kEpilogueStages>, cutlass::gemm::PersistentScheduler>;
   using Storage = typename Kernel::SharedStorage;
 
-  // What is where in shared memory.
+  // Name the barriers and pieces in shared memory.
   static void name_parts() {
     static Storage* const s = static_cast<Storage*>(std::aligned_alloc(1024, (sizeof(Storage) + 1023) / 1024 * 1024));
     const auto at = [](const void* p) { return static_cast<const char*>(p) - reinterpret_cast<const char*>(s); };
@@ -172,7 +172,7 @@ struct Protocol {
     add("B of stage ", s->tensors.mainloop.smem_B);
   }
 
-  // Of one cluster that has `tiles` tiles a block, of `steps` steps. "" or the fault.
+  // Run one cluster that has `tiles` tiles per block, of `steps` steps each. Return "" or the fault.
   static std::string run(int tiles, int steps, const emulator::Settings& settings) {
     const auto problem = cute::make_shape(256, 256 * tiles, 64 * steps, 1);
     typename Kernel::Params params{};
@@ -201,7 +201,7 @@ emulator::Settings schedule(unsigned seed) {
   return settings;
 }
 
-constexpr int kTiles[] = {1, 2, 4};  // of a block
+constexpr int kTiles[] = {1, 2, 4};  // per block
 
 template <int kStages, int kEpilogueStages>
 int check(unsigned schedules) {
@@ -220,7 +220,7 @@ int check(unsigned schedules) {
   return 0;
 }
 
-// Whether a schedule shows the fault and names its place. With one tile there may be none.
+// Return 0 if, for each number of tiles, a schedule shows the fault and names its place. Some faults need two tiles.
 int check_found(const char* name, Fault which, const std::string& place, bool by_one_tile = true) {
   constexpr unsigned kSchedules = 240;
   int missed = 0;

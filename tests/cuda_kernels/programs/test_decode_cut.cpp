@@ -1,4 +1,4 @@
-// What decode_cut remembers is what it would find, whatever else was asked for; and is found once.
+// decode_cut remembers the result that it would find again, whatever else was asked for, and searches for it once.
 #include <cstdio>
 #include <random>
 
@@ -32,7 +32,7 @@ int main() {
   Device device;
   std::mt19937 random(0);
   int mistakes = 0;
-  for (int i = 0; i < 20000; ++i) {  // of some hundred sizes on three cards: entries give way to others
+  for (int i = 0; i < 20000; ++i) {  // some hundred sizes on three cards: entries replace others
     device.multiprocessors = 1 << random() % 3;
     DecodeSize size = size_of(1 + random() % 4, 128 * (1 + random() % 4), 1 + random() % 3, random() % 2);
     size.most_slab = decode_slab(8, size, device);

@@ -1,4 +1,4 @@
-// keep.h in both halves of a register, for every 16-bit score, against the comparison of floats.
+// Compare keep.h, in both halves of a register and for every 16-bit score, with the comparison of floats.
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -17,7 +17,8 @@ float value_of(uint32_t bits) {
   return isa::widen(T{static_cast<uint16_t>(bits)});
 }
 
-// Zeros, the ends of the subnormals, 1, the largest, infinities and NaN of both signs; their neighbours; any others.
+// Zeros, the ends of the subnormals, 1, the largest number, infinities and NaN, of both signs, and their neighbours;
+// then random ones.
 template <class T>
 std::vector<uint32_t> thresholds() {
   const uint32_t smallest_normal = std::is_same_v<T, BFloat16> ? 0x0080 : 0x0400;
@@ -54,7 +55,7 @@ void check() {
     const std::vector<bool> keep_low = kept<T, kMagnitude>(low), keep_high = kept<T, kMagnitude>(high);
     const auto keep = KeepPair<T, kMagnitude>::of(low | high << 16);
     for (uint32_t s = 0; s < kScores; ++s) {
-      // Each runs over all scores as s does.
+      // Each neighbour takes all values of a score, as s does.
       for (const uint32_t neighbour : {s, s ^ 0x8000, (s * 40503u + 12345u) & 0xffff, 0xffff - s}) {
         const uint32_t pair = s | neighbour << 16;
         const uint32_t expected = (keep_low[s] ? 0x8000u : 0) | (keep_high[neighbour] ? 0x80000000u : 0);

@@ -1,4 +1,4 @@
-// The emulator's instructions against CuTe's tables, which say independently where each element lies. Elements are
+// Compare the emulator's instructions with CuTe's tables, which independently say where each element lies. Elements are
 // their own numbers, or small integers with exact sums.
 #include "layouts.h"
 
@@ -11,7 +11,7 @@ using namespace mft::cuda::layouts;
 
 namespace {
 
-// Some integer from -8 to 8.
+// An arbitrary integer from -8 to 8.
 int small(int i, int j, int matrix) {
   return static_cast<int>((static_cast<uint32_t>(i * 977 + j * 31 + matrix * 7919 + 1) * 2654435761u >> 16) % 17) - 8;
 }
@@ -31,7 +31,7 @@ uint16_t element_at(const char* place) {
 
 // ------------------------------------------------------------------------------------------- ldmatrix and stmatrix
 
-// Rows lie in another order than lanes. CuTe's layouts go from (lane, bit) to a bit of all four matrices.
+// Rows lie in a different order from lanes. CuTe's layouts map (lane, bit) to a bit of all four matrices.
 char* row_of_lane() { return isa::shared_memory() + isa::lane() * 7 % 32 * 16; }
 
 template <class Operation>
@@ -68,8 +68,8 @@ void check_store() {
 
 // -------------------------------------------------------------------------------------------------------- products
 
-// What this thread holds of a matrix, from column `first` on. CuTe's layouts go from (thread, value) to
-// row + rows * column.
+// Fill this thread's registers with its elements of a matrix, from column `first` on. CuTe's layouts map (thread,
+// value) to row + rows * column.
 template <class T, class Layout>
 void fill(uint32_t* registers, const Layout& layout, int rows, int matrix, int first = 0) {
   for (int i = 0; i < cute::size<1>(layout); ++i) {
@@ -143,7 +143,7 @@ void check_product(const char* what) {
 
 // ------------------------------------------------------------------------------------------------------------- TMA
 
-// A box that overlaps the matrix's lower right corner, in and out again.
+// Load and store a box that extends beyond the matrix's lower right corner.
 void check_tma() {
   constexpr int kRows = 300, kColumns = 100, kStride = 104, kRow = 60, kColumn = 56;
   constexpr int kBarrier = kOffset + 256 * kRowBytes;

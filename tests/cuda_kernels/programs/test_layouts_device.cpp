@@ -1,10 +1,10 @@
-// Where the device's instructions (isa_sm90_device.h) and tile_sm90.h say that elements lie, against CuTe. Assembly
-// does not run here, but what makes descriptors and TMA's maps is ordinary code, compiled here beside the emulator's.
+// Compare with CuTe where the device's instructions (isa_sm90_device.h) and tile_sm90.h place elements. Assembly does
+// not run here. The code that makes descriptors and TMA's maps is ordinary C++, compiled here next to the emulator's.
 #include <cstddef>
 
 size_t __cvta_generic_to_shared(const void*);  // an offset in the emulator's shared memory
 #define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
-// As under nvcc, CuTe makes TMA's maps; by a function of the driver, which is below.
+// As under nvcc, CuTe makes TMA's maps with a function of the driver, which is defined below.
 #define __CUDACC_VER_MAJOR__ 12
 #define __CUDACC_VER_MINOR__ 4
 #define CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL
@@ -54,7 +54,7 @@ void check_swizzled() {
 
 constexpr int kOffset = 3 * 1024;  // of a tile in shared memory
 
-// Sixteen columns further on is what product_sm90.cuh adds for the next product.
+// product_sm90.cuh advances by sixteen columns for the next product.
 template <class T, int kN, int kStep>
 void expect_descriptor() {
   char* shared = isa::shared_memory() + kOffset;
@@ -77,7 +77,7 @@ void check_operands() {
   });
 }
 
-// What the device asks of the driver, against what CuTe asks of it for the same tile.
+// The arguments that the device passes to the driver, and those that CuTe passes for the same tile.
 std::vector<std::vector<uint64_t>> tensor_maps;
 
 template <class Element, class Layout>
@@ -102,7 +102,8 @@ void check_tensor_map(const Layout& box, isa::Swizzle swizzle) {
 
 }  // namespace
 
-// The type (CuTe names bf16 where 16 bits would do) and the promotion to L2 do not say where elements lie.
+// Ignored: the type (CuTe names bf16 where any 16-bit type would do) and the promotion to L2 do not affect where
+// elements lie.
 extern "C" CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t rank, void* data,
                                            const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                            const cuuint32_t* steps, CUtensorMapInterleave interleave,
@@ -118,7 +119,7 @@ extern "C" CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cu
   return CUDA_SUCCESS;
 }
 
-// Through this the device finds it.
+// The device finds the driver's function with this one.
 extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
                                                         cudaDriverEntryPointQueryResult* found) {
   *function = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);

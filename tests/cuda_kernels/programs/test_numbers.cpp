@@ -1,4 +1,4 @@
-// The emulator's conversions of 16-bit floats against those of CUDA's headers on the host.
+// Compare the emulator's conversions of 16-bit floats with those of CUDA's headers on the host.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -36,7 +36,7 @@ void check() {
     if (nan ? !std::isnan(cuda_widens(value)) : got != expected) {
       if (++mistakes <= 10) std::printf("%04x: widens to %08x, expected %08x\n", i, got, expected);
     }
-    // The value, the middle between it and the next, and their neighbours.
+    // The value, the midpoint between it and the next value, and their neighbours.
     const uint32_t next = isa::as_bits(isa::widen(T{static_cast<uint16_t>(i + 1)}));
     const uint32_t middle = got + (next - got) / 2;
     for (uint32_t step = 0; step < 5; ++step) {

@@ -1,4 +1,5 @@
-// over_127 is the division: every mantissa, of subnormal, least and usual numbers, and what is no number.
+// over_127 equals the division, for every mantissa of subnormal, smallest and ordinary numbers, and for infinity and
+// NaN.
 #include <cstdio>
 
 #include "code_levels.h"

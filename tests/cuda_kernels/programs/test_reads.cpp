@@ -1,4 +1,4 @@
-// Shared memory that is written while it is read is a fault of the emulator; and none once the reads have ended.
+// The emulator reports a fault if shared memory is written while it is read, and none once the reads have ended.
 #include <cstdio>
 #include <string>
 
@@ -18,7 +18,7 @@ enum class Writes {
   kCopyAfterBarrier
 };
 
-// A warp reads one of two stages, then writes into it. Four warps do, as wgmma asks.
+// A warp reads one of two stages, then writes into it. Four warps do so, as wgmma requires.
 template <Writes kWrites>
 struct Reader {
   static constexpr int kThreads = 128, kBlocksPerMultiprocessor = 1;

@@ -1,4 +1,5 @@
-// What score_grad_sm90 leaves to the general kernel: one rule broken at a time, each named with what was got.
+// Cases that score_grad_sm90 leaves to the general kernel. Each breaks one rule; the refusal names the rule and the
+// value.
 #include <cstdio>
 #include <functional>
 

@@ -1,4 +1,5 @@
-// score_factor.h against sentences about it: every 16-bit score, edges of fp32, bits, and both ways to write d_scores.
+// Check score_factor.h against statements: every 16-bit score, edge cases of fp32, sign bits, both ways to write
+// d_scores.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -19,7 +20,7 @@ void expect(bool holds, const char* what, double x = 0, double y = 0) {
 
 bool same(float a, float b) { return (std::isnan(a) && std::isnan(b)) || std::memcmp(&a, &b, 4) == 0; }
 
-// What the bits of a float with `exponent_bits` mean, from the definition of the format.
+// Return the value of the bits of a float with `exponent_bits`, from the definition of the format.
 double meaning(unsigned bits, int exponent_bits) {
   const int fraction_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
   const int exponent = static_cast<int>(bits >> fraction_bits) & ((1 << exponent_bits) - 1);
@@ -31,7 +32,7 @@ double meaning(unsigned bits, int exponent_bits) {
   return bits & 0x8000 ? -value : value;
 }
 
-double sign(double value) { return value > 0 ? 1 : value < 0 ? -1 : 0; }  // as torch.sign: 0 for NaN
+double sign(double value) { return value > 0 ? 1 : value < 0 ? -1 : 0; }  // like torch.sign: 0 for NaN
 
 template <class T>
 void halves(int exponent_bits, const char* name) {
@@ -67,12 +68,12 @@ void bits() {
   }
 }
 
-// The nearest of all finite values of the format, the even one of two; from where half a step above the largest
-// begins, infinity.
+// Return the nearest finite value of the format, the even one if two are equally near; infinity from half a step above
+// the largest.
 double nearest(double value, int exponent_bits) {
   const unsigned infinity = ((1u << exponent_bits) - 1) << (15 - exponent_bits);
   const double magnitude = std::fabs(value);
-  unsigned low = 0, high = infinity - 1;  // meaning() grows with the bits
+  unsigned low = 0, high = infinity - 1;  // meaning() increases with the bits
   while (low < high) {
     const unsigned middle = (low + high + 1) / 2;
     if (meaning(middle, exponent_bits) <= magnitude) low = middle;
@@ -99,7 +100,7 @@ void gradients(int exponent_bits, const char* name) {
         const float expected = s == 0 ? exact * 0.0f : s < 0 ? -exact : exact;
         const float value = score_gradient(g, weight, s);
         expect(same(value, expected), "product", value, expected);
-        // Nothing is added as -0, which leaves the value as it is.
+        // kNothing is -0: adding it keeps the value.
         for (float old : {-0.0f, 0.0f, 1.0f, -0.01f, 0.50048828f}) {
           const float sum = accumulated(value, old);
           const float expected_sum = static_cast<float>(static_cast<double>(expected) + old);
@@ -113,7 +114,7 @@ void gradients(int exponent_bits, const char* name) {
       }
     }
   }
-  // Ties, just below and just above, over a binade and into the subnormals and infinity.
+  // Ties, and values just below and just above, across a binade and into the subnormals and infinity.
   const unsigned infinity = kInfinity<T>;
   for (unsigned bits = 0; bits + 1 < infinity; bits += bits < 64 || bits + 66 > infinity ? 1 : 61) {
     const auto below = static_cast<float>(meaning(bits, exponent_bits));
@@ -131,7 +132,7 @@ void infinities() {
   expect(std::isnan(score_gradient(inf, 1.0f, 0.0f)), "0 times an infinite product is NaN");
   expect(score_gradient(inf, -2.0f, -1.0f) == inf, "the sign applies to an infinite product");
   expect(std::isnan(product(std::nanf(""), 1.0f)), "NaN stays");
-  // Two roundings, not one: 0.1f * 0.1f - round(0.1f * 0.1f) is not 0 in a fused multiply-add.
+  // The product and the sum round separately: in a fused multiply-add, 0.1f * 0.1f - round(0.1f * 0.1f) is not 0.
   const float rounded = 0.1f * 0.1f;
   expect(accumulated(product(0.1f, 0.1f), -rounded) == 0.0f, "the product is rounded before the sum");
 }

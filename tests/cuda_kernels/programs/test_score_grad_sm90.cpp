@@ -1,10 +1,10 @@
-// CUTLASS's kernel of d_scores on Hopper, executed as score_grad_sm90.cuh builds it, against the formula, bit for bit: all
-// threads of both blocks of a cluster, from what CUTLASS's host code tells the driver to the last TMA store. Mainloop,
-// pipelines, scheduler, the epilogue's loop over subtiles and our visitor and load warp are the device's own code; what is
-// one instruction is emulated (emulator/cutlass_sm90.h).
+// Execute CUTLASS's d_scores kernel for Hopper as score_grad_sm90.cuh builds it, and compare it with the formula bit
+// for bit: all threads of both blocks of a cluster, from the host code's description of tensors to the last TMA store.
+// The mainloop, pipelines, scheduler, the epilogue's loop over subtiles, our visitor and our load warp are the device's
+// own code. Single instructions are emulated (emulator/cutlass_sm90.h).
 //
-// What is read ends at a page that may not be touched, what is written lies among elements that may not change, and what
-// is not to be added to is NaN.
+// Inputs end at a forbidden page. Outputs lie among elements that must not change, and are NaN unless they are added
+// to.
 #include "emulator/cutlass_sm90.h"
 
 #include <sys/mman.h>
@@ -19,7 +19,7 @@
 
 using namespace mft::cuda;
 
-// CUTLASS's host code has calls of these, which are not reached.
+// CUTLASS's host code refers to these functions, but does not reach the calls.
 extern "C" {
 cudaError_t CUDARTAPI cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t CUDARTAPI cudaGetLastError() { return cudaSuccess; }
@@ -37,7 +37,7 @@ constexpr Type type_of() {
   return std::is_same_v<E, float> ? Type::kFloat32 : std::is_same_v<E, BFloat16> ? Type::kBFloat16 : Type::kFloat16;
 }
 
-// Its last row ends where a page ends that may not be read behind.
+// A matrix whose last row ends right before a forbidden page.
 template <class E>
 struct Elements {
   int rows, columns;
@@ -66,7 +66,7 @@ struct Shape {
   int m, n, k, pad;
 };
 
-// How d_scores comes about.
+// A way to compute d_scores.
 struct Way {
   SignSource source;
   bool accumulate, weighted;
@@ -150,7 +150,7 @@ struct Problem {
   }
 };
 
-// Two multiprocessors: one cluster takes all tiles, one after the other.
+// With two multiprocessors, one cluster takes all tiles, one after the other.
 template <class T, class D, class Score>
 void check(Shape shape, Way way) {
   using Kernel = typename ScoreGradSm90<T, D>::Kernel;
@@ -174,7 +174,7 @@ void check(Shape shape, Way way) {
 
 template <class T, class D>
 void check_all() {
-  constexpr Shape kTails{100, 136, 264, 8};  // two steps of tokens; two tiles a block, of tails to both sides
+  constexpr Shape kTails{100, 136, 264, 8};  // two steps of tokens; two tiles per block, with tails on both sides
   for (const bool accumulate : {false, true}) {
     check<T, D, float>(kTails, {SignSource::kOne, accumulate, true});
     check<T, D, float>(kTails, {SignSource::kOne, accumulate, false});
@@ -184,13 +184,13 @@ void check_all() {
     check<T, D, Float16>(kTails, {SignSource::kHalves, accumulate, true});
   }
   check<T, D, float>({8, 8, 8, 0}, {SignSource::kBits, true, true});  // the cluster's second block has no rows
-  check<T, D, T>({330, 264, 520, 16}, {SignSource::kHalves, true, true});  // six tiles a block, of six steps
+  check<T, D, T>({330, 264, 520, 16}, {SignSource::kHalves, true, true});  // six tiles per block, of six steps
 }
 
 }  // namespace
 
 int main() {
-  // Each type of weight and each of d_scores that a line of the code knows of; a kernel takes g++ 6 s.
+  // Each type of weight and each type of d_scores that the code distinguishes; g++ takes 6 s per kernel.
   check_all<BFloat16, float>();
   check_all<Float16, Float16>();
   if (failures != 0) std::printf("%d failures\n", failures);

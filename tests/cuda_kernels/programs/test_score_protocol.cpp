@@ -1,12 +1,12 @@
-// What the epilogue's load warp and the warpgroups of score_grad_sm90 ask of their pipeline, in every order in which they
-// can be scheduled: does each block come to its end, with each tile asked for after the one before it is stored?
+// The calls of the epilogue's load warp and of the warpgroups of score_grad_sm90 on their pipeline, in every order in
+// which they can be scheduled. Does each block end? Is each tile requested only after the tile before it is stored?
 //
-// load() and store() of score_prefetch_sm90.h run as they are, on a pipeline that writes down what they call; then all
-// interleavings are walked through against barriers as CUTLASS's PipelineTransactionAsync has them. A barrier of n
-// arrivals counts phases; wait(p) passes unless the parity of the phase that is open is p (PTX, mbarrier.try_wait.parity),
-// so a phase that is two behind looks like one that has not come.
+// load() and store() of score_prefetch_sm90.h run unchanged, on a pipeline that records their calls. Then the test
+// walks through all interleavings, with barriers as in CUTLASS's PipelineTransactionAsync. A barrier of n arrivals
+// counts phases. wait(p) passes unless p is the parity of the open phase (PTX, mbarrier.try_wait.parity), so a phase
+// that is two behind looks like one that has not come.
 //
-// And what load() prefetches: of all inputs that there are, and nothing else.
+// The test also checks what load() prefetches: all inputs that exist, and nothing else.
 #include "cuda_on_host.h"
 
 void prefetched(const void* place);
@@ -34,7 +34,7 @@ struct Step {
 };
 
 std::vector<Step>* written = nullptr;
-std::vector<const void*> places;  // prefetched
+std::vector<const void*> places;  // prefetched addresses
 int tile_now = 0;
 
 template <uint32_t kStages>
@@ -56,7 +56,7 @@ struct Inputs {
   mft::cuda::SignSource source = mft::cuda::SignSource::kOne;
 };
 
-// An epilogue without source, which leaves its load pipeline alone.
+// An epilogue without a source, which does not touch its load pipeline.
 template <uint32_t kStages>
 struct Silent {
   using LoadPipeline = Writer<kStages>;
@@ -79,9 +79,9 @@ struct Found {
   bool ends = true, in_time = true;
 };
 
-// Every state that the load warp and the warpgroups can come to.
+// Visit every state that the load warp and the warpgroups can reach.
 Found walk(const std::vector<Step>& load, const std::vector<Step>& store) {
-  using At = std::vector<size_t>;  // the load warp's place, then each group's
+  using At = std::vector<size_t>;  // the load warp's position, then each group's
   std::set<At> seen;
   std::vector<At> open{At(1 + kGroups, 0)};
   Found found;
@@ -89,7 +89,7 @@ Found walk(const std::vector<Step>& load, const std::vector<Step>& store) {
     const At at = open.back();
     open.pop_back();
     if (!seen.insert(at).second) continue;
-    std::map<uint32_t, int> full, empty;  // phases of each stage that have ended
+    std::map<uint32_t, int> full, empty;  // finished phases of each stage
     for (size_t i = 0; i < at[0]; ++i) full[load[i].stage] += load[i].what == Does::kCommit;
     for (int g = 1; g <= kGroups; ++g) {
       for (size_t i = 0; i < at[g]; ++i) empty[store[i].stage] += store[i].what == Does::kRelease;
@@ -145,12 +145,12 @@ int check(int tiles) {
   return !found.ends + !found.in_time;
 }
 
-// By lane 0, the only one on the host, for a tile that the matrices end in.
+// Only lane 0 prefetches, the only lane on the host, for a tile that extends beyond the matrices.
 int check_prefetched(bool weighted, bool added, mft::cuda::SignSource source) {
   using Epilogue = mft::cuda::PrefetchingEpilogue<Silent<1>>;
   constexpr int kRows = 100, kColumns = 200, kStride = 208;
   static uint16_t weight[kRows * kStride];
-  static float d_scores[kRows * kStride], signs[kRows * kStride];  // of bits and 16-bit scores a part
+  static float d_scores[kRows * kStride], signs[kRows * kStride];  // large enough for bits and 16-bit scores too
   typename Epilogue::Params params;
   params.thread.weight = weighted ? weight : nullptr;
   params.thread.d_scores = added ? d_scores : nullptr;

@@ -1,4 +1,4 @@
-// Prints how many stages product_sm80 and score_grad_sm80 take, a line each: SHARED_BYTES STAGE_BYTES STAGES.
+// Print how many stages product_sm80 and score_grad_sm80 take, one line each: SHARED_BYTES STAGE_BYTES STAGES.
 #include <cstdio>
 
 #include "product_sm80.cuh"

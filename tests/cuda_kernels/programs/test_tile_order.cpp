@@ -1,4 +1,5 @@
-// tile_at of tile_sm90.h: panels of 8 token tiles, in each one feature after the other, for each the panel's tokens.
+// tile_at of tile_sm90.h: panels of 8 token tiles; within a panel, the feature tiles in order, each with all its
+// tokens.
 #include <algorithm>
 #include <cstdio>
 

@@ -1,5 +1,5 @@
-// The tiles of the sm_80 kernels: fragments hold the elements that mma.sync expects, and what is read at once lies in
-// different banks. Shared memory is filled with its own indices, so that a fragment tells where it was read.
+// The tiles of the sm_80 kernels: fragments hold the elements that mma.sync expects, and simultaneous reads access
+// different banks. Shared memory is filled with its own indices, so that a fragment shows where it was read.
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -18,7 +18,7 @@ struct Reader {
   static constexpr int kThreads = 32, kBlocksPerMultiprocessor = 1;
 
   struct Arguments {
-    Fragment* fragments;  // of each lane
+    Fragment* fragments;  // one per lane
     int outer, depth;
   };
 
@@ -40,7 +40,7 @@ void expect(bool holds, const char* what, int where) {
   std::exit(1);
 }
 
-// Of addresses that are read in one go, each so many bytes: no two in the same bank, if not in the same word.
+// For addresses that are read at once, `bytes` each: no two access the same bank, unless they access the same word.
 void expect_no_conflict(const std::vector<int>& addresses, int bytes, const char* what) {
   std::set<int> words, banks;
   for (const int address : addresses) {
@@ -81,7 +81,7 @@ void check_fragments() {
   }
 }
 
-// Every element has a place of its own; further() is offset_of().
+// Every element has a place of its own, and further() equals offset_of().
 template <class Tile>
 void check_places() {
   std::set<int> places;
@@ -95,7 +95,7 @@ void check_places() {
   }
 }
 
-// What lanes [first, first + count) read or write at once, `bytes` each from address(g, c) on.
+// Check what lanes [first, first + count) read or write at once, `bytes` each from address(g, c) on.
 template <class Address>
 void check_lanes(int count, int bytes, const char* what, Address address) {
   for (int first = 0; first < 32; first += count) {
@@ -126,7 +126,7 @@ void check_direct_accesses() {
   }
 }
 
-// All tiles of a matrix, each once.
+// The order has every tile of a matrix exactly once.
 void check_order(int rows, int columns) {
   std::set<std::pair<int, int>> seen;
   for (int block = 0; block < rows * columns; ++block) {

@@ -1,4 +1,4 @@
-"""The blocks of docs/how-to/gguf.md run, in the order of the page, on a Llama of two blocks in a GGUF file.
+"""Run the blocks of docs/how-to/gguf.md, in the order of the page, on a Llama of two blocks in a GGUF file.
 
 The block for llama.cpp runs in the environment of `make llama-test`, if there is one; those of Ollama do not run.
 """

@@ -1,4 +1,4 @@
-"""The blocks of docs/how-to/serving.md run: masks are trained, served until a signal, and asked by openai's client."""
+"""Run the blocks of docs/how-to/serving.md: masks are trained, served until a signal, and used by openai's client."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The Python of docs/how-to/transformers.md runs, block after block, on a tiny model in place of SmolLM2."""
+"""Run the Python of docs/how-to/transformers.md, block after block, on a tiny model instead of SmolLM2."""
 
 import copy
 import functools

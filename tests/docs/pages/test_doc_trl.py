@@ -1,4 +1,4 @@
-"""The Python of docs/how-to/trl.md runs, block after block, on a Llama of two layers in place of SmolLM2."""
+"""Run the Python of docs/how-to/trl.md, block after block, on a Llama of two layers instead of SmolLM2."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""MaskedGroupedLinear: state, selection, holding; as MaskedLinear, an expert at a time."""
+"""MaskedGroupedLinear: state, selection and holding, as in MaskedLinear, for each expert."""
 
 import copy
 import pickle
@@ -49,7 +49,7 @@ def test_held_masks_add_into_the_buffer_what_autograd_gives(transposed):
         assert torch.equal(held, y)
         assert torch.equal(x.grad, d_x)
         assert torch.equal(buffer * t.weight * layer.scores.detach().sign(), d_scores)
-        layer(t.x, t.offsets).backward(t.grad_output)  # of what asks for no gradient
+        layer(t.x, t.offsets).backward(t.grad_output)  # with an x that needs no gradient
         assert torch.equal(buffer * t.weight * layer.scores.detach().sign(), 2 * d_scores)
     layer.release()
     assert torch.equal(layer(x, t.offsets), y)

@@ -1,4 +1,4 @@
-"""MaskedMultiheadAttention against torch's own: every option, masked projections, and the way there and back."""
+"""MaskedMultiheadAttention compared with torch's own: every option, masked projections, and conversion both ways."""
 
 import copy
 import itertools
@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from mft_kernels import MaskedLinear, MaskedMultiheadAttention
 
-# torch says so of its encoder's own way of batching.
+# torch warns of this in its encoder's own batching.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 
 WIDTH, HEADS, ROWS, QUERIES, KEYS = 16, 4, 3, 5, 7
@@ -31,13 +31,13 @@ OPTIONS = {
 
 def attention(**options):
     made = nn.MultiheadAttention(WIDTH, HEADS, **options)
-    for parameter in made.parameters():  # biases too, which torch begins at 0
+    for parameter in made.parameters():  # biases too, which torch initialises to 0
         nn.init.normal_(parameter, std=0.3)
     return made
 
 
 def masked(made, names=None, keep_ratio=0.5):
-    """A MaskedMultiheadAttention of these, or of all, masked projections."""
+    """Return a MaskedMultiheadAttention of ``made``, with masked projections of these names, or all."""
     made = MaskedMultiheadAttention.from_attention(copy.deepcopy(made))
     for name, child in list(made.named_children()):
         if names is None or name in names:
@@ -54,7 +54,7 @@ def merged(made):
 
 
 def case(choice):
-    """(constructor's options, inputs, call's options) of one choice of OPTIONS."""
+    """Return (constructor's options, inputs, call's options) of one choice of OPTIONS."""
     names = ("batch_first", "bias", "add_bias_kv", "add_zero_attn", "dropout")
     options = {name: choice[name] for name in names}
     keys = QUERIES if choice["inputs"] == "self" or choice["attn_mask"] == "causal" else KEYS
@@ -82,12 +82,12 @@ def case(choice):
     elif shape is not None:
         call["attn_mask"] = torch.rand(shape) < 0.2 if choice["padding"] else torch.randn(shape)
         if choice["padding"]:
-            call["attn_mask"][..., 0] = False  # or a row might have no key at all, and be NaN
+            call["attn_mask"][..., 0] = False  # otherwise a row might have no key at all, and be NaN
     return options, inputs, call
 
 
 def results(module, inputs, call):
-    """Outputs, weights and the inputs' gradients, with the same dropout each time."""
+    """Return outputs, attention weights and the inputs' gradients, with the same dropout each time."""
     torch.manual_seed(1)
     y, weights = module(*inputs, **call)
     total = y.sin().sum() + (0 if weights is None else weights.square().sum())
@@ -96,7 +96,7 @@ def results(module, inputs, call):
 
 
 def test_every_option_gives_torchs_results():
-    """200 of 24,576 choices, drawn by a seed. Bit for bit where torch, too, multiplies the tokens in their order."""
+    """200 of 24,576 choices, drawn with a seed; bitwise equal if torch also multiplies the tokens in their order."""
     choices = [dict(zip(OPTIONS, values)) for values in itertools.product(*OPTIONS.values())]
     for choice in random.Random(0).sample(choices, 200):
         options, inputs, call = case(choice)
@@ -137,7 +137,7 @@ def test_what_is_one_tensor_is_projected_once(inputs, calls, batch_first):
 
 
 def test_scores_of_packed_projections_learn_as_if_each_were_apart():
-    """d_scores = (d_weight of the merged attention) * weight, magnitudes being the scores here."""
+    """d_scores = (d_weight of the merged attention) * weight * sign(scores)."""
     x, context = torch.randn(ROWS, QUERIES, WIDTH), torch.randn(ROWS, KEYS, WIDTH)
     ours = masked(attention(batch_first=True), ["in_proj"])
     expected = merged(ours)
@@ -166,7 +166,7 @@ def test_merged_it_is_torchs_again_with_kept_weights_bit_equal():
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
         back = merged(ours)
         assert type(back) is Named
-        assert type(back.out_proj) is nn.Linear  # MaskedLinear.merge() knows no other
+        assert type(back.out_proj) is nn.Linear  # MaskedLinear.merge() returns no other class
         assert (back.remark, back.dropout, back.training) == ("kept", 0.2, True)
 
 

@@ -1,4 +1,4 @@
-"""A threshold that moves: a number to whom asks, and an input of the graph under torch.compile."""
+"""A threshold that changes: read as a number, and an input of the graph under torch.compile."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""mft_kernels/layers/stateless.py: a forward that a module takes over computes as the module's own."""
+"""mft_kernels/layers/stateless.py: a module that takes over one of these forwards computes as with its own."""
 
 import copy
 import inspect
@@ -14,13 +14,13 @@ from mft_kernels.testing import integer_inputs
 
 
 def taken_over(module: nn.Module) -> nn.Module:
-    """As kernelize does it."""
+    """Replace the module's forward as kernelize does."""
     module.forward = MethodType(layers.MaskedLinear.forward, module)
     return module
 
 
 def masked(dtype=torch.float32, **selection) -> MaskedLinear:
-    """A layer of small integers, 37 to 8, so that sums are exact."""
+    """Return a layer of small integers, 37 to 8, so that sums are exact."""
     t = integer_inputs(6, 8, 37, dtype)
     layer = MaskedLinear(37, 8, dtype=dtype, **selection)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def masked(dtype=torch.float32, **selection) -> MaskedLinear:
 
 
 def run(layer: nn.Module) -> list[torch.Tensor]:
-    """Output, and the gradients of x and of what is trained."""
+    """Return the output, and the gradients of x and of the trained parameters."""
     x = integer_inputs(6, 8, 37, layer.weight.dtype).x.requires_grad_()
     y = layer(x)
     y.sum().backward()
@@ -43,7 +43,7 @@ def assert_same(got, expected):
 
 
 def test_a_layer_is_a_forward_and_no_state():
-    """What the Kernel Hub asks of one, in its own words in docs/how-to/kernel-hub.md."""
+    """The Kernel Hub requires this of a layer; its words are in docs/how-to/kernel-hub.md."""
     found = [c for _, c in inspect.getmembers(layers, inspect.isclass) if c.__module__ == layers.__name__]
     assert found == [layers.MaskedLinear]
     for layer in found:
@@ -66,7 +66,7 @@ def test_output_and_gradients_are_the_layers_own(selection, dtype):
 def test_a_held_mask_is_what_is_computed_with():
     layer = masked(keep_ratio=0.5)
     packed = layer.packed_mask()
-    layer.scores.data.zero_()  # which keeps everything
+    layer.scores.data.zero_()  # which keeps every weight
     outputs = []
     for one in (layer, taken_over(copy.deepcopy(layer))):
         buffer = torch.zeros_like(one.scores)

@@ -1,4 +1,4 @@
-"""make_fx traces masked layers as it traces nn.Linear, and what it traced follows the scores."""
+"""make_fx traces masked layers as it traces nn.Linear, and the traced graph follows the scores."""
 
 import pytest
 import torch
@@ -57,12 +57,12 @@ def ops_of(traced: GraphModule) -> set[str]:
 @pytest.mark.parametrize("remembered", [False, True])
 @pytest.mark.parametrize("call", [forward, without_gradients, backward])
 def test_a_module_is_traced_and_the_graph_follows_its_scores(call, remembered, pre_dispatch):
-    """In the modes "fake" and "symbolic" make_fx wants parameters as arguments, of nn.Linear too."""
+    """In the modes "fake" and "symbolic", make_fx needs parameters as arguments, for nn.Linear too."""
     module = model()
     if pre_dispatch and call is backward:
-        module = module[:1]  # of a traced nn.ReLU, torch 2.13 keeps the activations in such a graph
+        module = module[:1]  # with a traced nn.ReLU, torch 2.13 keeps the activations in such a graph
     if remembered:
-        module(X)  # the mask that later forwards take
+        module(X)  # makes the mask that later forwards use
     traced = make_fx(lambda x: call(module, None, x), pre_dispatch=pre_dispatch)(X)
     assert "masked_linear_by_ratio" in ops_of(traced)
     assert_equal(traced(X), call(module, None, X))

@@ -1,4 +1,4 @@
-"""Masks as an adapter of PEFT's on a tiny Llama, and what tests compare of them."""
+"""Masks as a PEFT adapter on a tiny Llama, and the comparisons that tests make."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tiny import make_llama, make_rows
 from mft.masks.peft import MaskPeftConfig
 from mft.masks.peft_layers.layer import MaskLinear
 
-# What PEFT 0.21 still calls in transformers 5.24.
+# PEFT 0.21 still calls this in transformers 5.24.
 STILL_CALLED = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning"
 )
@@ -26,7 +26,7 @@ def with_masks(base=None, **changes):
 
 
 def two_masks():
-    """Two masks of other layers, ratios and seeds on one base; the first is active."""
+    """Return two masks with different layers, ratios and seeds on one base; the first is active."""
     model = with_masks()
     model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
     return model
@@ -46,7 +46,7 @@ def state(model):
 
 
 def assert_same(found, expected):
-    """Equal bit for bit, NaN and -0.0 included."""
+    """Assert bitwise equality, NaN and -0.0 included."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert tensor.dtype == found[name].dtype, name

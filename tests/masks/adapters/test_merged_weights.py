@@ -1,4 +1,4 @@
-"""The merged tensors one at a time are the merged model's bit for bit, and the model beside them stays as it is."""
+"""merged_weights yields the merged model's tensors one at a time, bit for bit, and leaves its model unchanged."""
 
 import copy
 import weakref
@@ -30,7 +30,7 @@ BASES = {name: MODELS[name][0] for name in ("gpt2", "opt")} | {"bf16": bfloat16,
 
 
 def damaged(base):
-    """With weights that a product with the mask would change: NaN, infinity, -0.0."""
+    """Set weights that a product with the mask would change: NaN, infinity, -0.0."""
     with torch.no_grad():
         for module in base.modules():
             if isinstance(module, nn.Linear) and module is not base.get_output_embeddings():
@@ -39,7 +39,7 @@ def damaged(base):
 
 
 def expected(merged):
-    """As an engine knows them: parameters, tied ones once, and what else a file would hold."""
+    """Return the tensors that an engine knows: parameters, tied ones once, and the buffers that a file would hold."""
     saved = merged.state_dict()
     return {name: p.detach() for name, p in merged.named_parameters()} | {
         name: tensor for name, tensor in merged.named_buffers() if name in saved
@@ -65,14 +65,14 @@ def test_they_are_the_merged_model_s_bit_for_bit(make):
         for name, tensor in base.named_parameters()
         if not torch.equal(tensor.nan_to_num(), wanted[name].nan_to_num())
     ]
-    assert len(names) > 8  # the masks drop something
+    assert len(names) > 8  # the masks drop weights of each
 
 
 def test_an_engine_that_takes_them_computes_what_the_merged_model_does():
     model = with_masks(tied())
     engine = tied()
     left_out = engine.load_state_dict(dict(merged_weights(model)), strict=False)
-    assert left_out.missing_keys == ["lm_head.weight"]  # tied
+    assert left_out.missing_keys == ["lm_head.weight"]  # it is tied
     assert torch.equal(logits(engine), logits(model.merge_and_unload()))
     assert not torch.equal(logits(engine), logits(tied()))
 
@@ -108,7 +108,7 @@ def test_a_layer_that_stands_in_two_places_is_given_once():
 
 
 def test_under_peft_they_are_what_a_call_computes_with():
-    """A mask that is merged already, one that is switched off, and none that is active in a layer."""
+    """Test a merged mask, a mask that is switched off, and layers without an active mask."""
     model, base = with_masks(), {name: p.detach() for name, p in make_llama().named_parameters()}
     wanted = dict(merged_weights(model))
     model.merge_adapter()

@@ -1,8 +1,8 @@
-"""Masks under PEFT: equal to our own API bit for bit, and what PEFT asks of every method.
+"""Masks under PEFT: bitwise equal to our own API, and what PEFT expects of every method.
 
-What follows the first part is after the tests that PEFT runs against its own methods (huggingface/peft,
-tests/testing_common.py, Apache 2.0), by subject and in our words; test_peft_suite.py runs the originals, where a
-checkout of PEFT is given.
+All after the first part follows the tests that PEFT runs on its own methods (huggingface/peft,
+tests/testing_common.py, Apache 2.0), by subject and in our words. test_peft_suite.py runs the originals, if a checkout
+of PEFT is given.
 """
 
 import importlib
@@ -53,7 +53,7 @@ BASES = {
 
 
 def scores(model):
-    """Of our masked layers, or of the default adapter of PEFT's, by module."""
+    """Return the scores of our masked layers, or of PEFT's default adapter, by module."""
     found = {layer.module_name: layer.mft_scores["default"].detach() for layer in layers(model)}
     return found or {name: module.scores.detach() for name, module in masked_modules(model).items()}
 
@@ -232,7 +232,7 @@ def test_modules_to_save_are_trained_and_saved_beside_the_masks(tmp_path):
 
 
 def test_peft_may_name_heads_that_a_classifier_lacks():
-    """For a task PEFT itself asks to save "classifier" and "score", of which a model has one."""
+    """For this task PEFT itself adds "classifier" and "score" to the modules to save; a model has one of the two."""
     classifier = LlamaForSequenceClassification(make_llama().config)
     model = get_peft_model(classifier, MaskPeftConfig(task_type="SEQ_CLS"))
     assert any(p.requires_grad for p in model.get_base_model().score.parameters())

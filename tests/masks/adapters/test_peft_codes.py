@@ -1,4 +1,4 @@
-"""Masks under PEFT on a base in 4 bits, as transformers loads it with bitsandbytes, and on our own codes."""
+"""Masks under PEFT on a 4-bit base, as transformers loads it with bitsandbytes, and on our own codes."""
 
 import copy
 
@@ -17,10 +17,10 @@ from mft.models.codes.linear import codes_of, holds_codes
 
 pytestmark = [
     STILL_CALLED,
-    pytest.mark.filterwarnings("ignore:.*use_reentrant parameter should be passed:UserWarning"),  # PEFT leaves it out
+    pytest.mark.filterwarnings("ignore:.*use_reentrant parameter should be passed:UserWarning"),  # PEFT omits it
 ]
 CODES = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-SIZES = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes on a CPU takes whole blocks of 64
+SIZES = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes on a CPU needs whole blocks of 64
 LAYERS = {"layers_to_transform": None}
 KINDS = ("nf4", "nf4-dq", "int8", "bitsandbytes", "bitsandbytes-dq")
 
@@ -42,7 +42,7 @@ def coded_base(kind, directory, dtype=torch.float32):
 
 
 def as_dense(model):
-    """The same model with dense weights."""
+    """Return the same model with dense weights."""
     dense = copy.deepcopy(model)
     for name, module in list(dense.named_modules()):
         if holds_codes(module):

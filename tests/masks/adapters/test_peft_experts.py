@@ -1,4 +1,4 @@
-"""Masks on a mixture's experts under PEFT: what mask_model gives, and what PEFT asks of every method."""
+"""Masks on a mixture's experts under PEFT: the same as mask_model gives, and what PEFT expects of every method."""
 
 import contextlib
 import copy
@@ -61,7 +61,7 @@ def logits(model, ids=IDS, **options):
 
 
 def learned(model):
-    """Scores and their gradients of the default mask, or of our masked layers, by layer."""
+    """Return scores and their gradients of the default mask, or of our masked layers, by layer."""
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     if hasattr(model, "peft_config"):
         layers = [m for m in model.modules() if hasattr(m, "mft_scores")]
@@ -178,7 +178,7 @@ def test_each_row_of_a_batch_takes_the_mask_that_it_names(olmoe):
     with pytest.raises(ValueError, match=r"adapter_names must be one a row .*, got 3 of them and an input of \(4, 12"):
         logits(model, ids, adapter_names=names[:3])
     hooked = [name for name, module in model.named_modules() if module._forward_pre_hooks]
-    assert hooked == ["base_model.model.lm_head"]  # models/head_input.py
+    assert hooked == ["base_model.model.lm_head"]  # the hook of models/head_input.py
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"no mask is merged, got 'other' in .*: unmerge_adapter\(\) first"):
         logits(model, ids, adapter_names=names)

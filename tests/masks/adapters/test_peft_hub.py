@@ -65,7 +65,7 @@ def test_what_is_loaded_is_what_was_checked_even_if_the_branch_has_moved_meanwhi
     newer = {path.name: File(path.read_bytes(), path.suffix == ".safetensors") for path in other.iterdir()}
 
     def loading(*arguments, load=PeftModel.load_adapter, **options):
-        repository.commit("main", newer, "newer")  # between the description, which was checked, and the weights
+        repository.commit("main", newer, "newer")  # after the description was checked, before the weights are read
         return load(*arguments, **options)
 
     monkeypatch.setattr(PeftModel, "load_adapter", loading)

@@ -1,8 +1,7 @@
 """Several masks on one base under PEFT, switched, merged, unmerged and deleted.
 
-They are after the tests that PEFT runs against its own methods (huggingface/peft,
-tests/testing_common.py, Apache 2.0), by subject and in our words; test_peft_suite.py runs the originals, where a
-checkout of PEFT is given.
+They follow the tests that PEFT runs on its own methods (huggingface/peft, tests/testing_common.py, Apache 2.0), by
+subject and in our words. test_peft_suite.py runs the originals, if a checkout of PEFT is given.
 """
 
 import contextlib
@@ -55,7 +54,7 @@ def test_disable_adapter_gives_the_output_of_the_base_bit_for_bit():
             model.merge_adapter()
         with model.disable_adapter():
             assert torch.equal(logits(model), base)
-        assert torch.equal(logits(model), masked)  # what was merged is unmerged, as elsewhere in PEFT
+        assert torch.equal(logits(model), masked)  # a merged mask is unmerged first, as elsewhere in PEFT
     assert not torch.equal(masked, base)
 
 
@@ -80,7 +79,7 @@ def test_each_row_of_a_batch_takes_the_mask_that_it_names():
         torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-6)
         for layer in layers(model):
             if "default" in layer.mft_scores:
-                layer.mft_scores["default"].copy_(layer.mft_scores["default"].flip(0))  # what is written is seen
+                layer.mft_scores["default"].copy_(layer.mft_scores["default"].flip(0))  # the write takes effect
         assert not torch.equal(model(input_ids=TOKENS, adapter_names=names).logits[2], found[2])
         with model.disable_adapter():
             assert torch.equal(model(input_ids=TOKENS, adapter_names=names).logits, logits(make_llama()))
@@ -88,7 +87,7 @@ def test_each_row_of_a_batch_takes_the_mask_that_it_names():
 
 def test_rows_with_masks_of_their_own_generate_what_each_alone_does():
     model, options = two_masks(), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    options |= {"output_logits": True, "return_dict_in_generate": True}  # equal tokens may come of other masks
+    options |= {"output_logits": True, "return_dict_in_generate": True}  # different masks may give equal tokens
     for beams in (1, 2):
         found = model.generate(input_ids=TOKENS[:2], num_beams=beams, adapter_names=["other", "default"], **options)
         for row, name in enumerate(["other", "default"]):
@@ -207,7 +206,7 @@ def test_two_masks_are_not_merged_into_one_weight():
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"got \['default', 'other'\]: unmerge_adapter\(\) first"):
         model.merge_adapter(adapter_names=["other"])
-    with pytest.warns(UserWarning, match="Already unmerged"):  # PEFT's word for the layers of the other mask
+    with pytest.warns(UserWarning, match="Already unmerged"):  # PEFT's warning for the layers of the other mask
         model.unmerge_adapter()
     assert_same(state(model), before)
 
@@ -262,11 +261,11 @@ def test_tied_embeddings_stay_tied():
 
 
 def test_a_reference_by_the_configuration_of_a_mask_begins_as_its_copy():
-    """What TRL asks for by add_adapter("ref", model.peft_config["default"])."""
+    """TRL calls add_adapter("ref", model.peft_config["default"])."""
     model = with_masks()
     with torch.no_grad():
         for layer in layers(model):
-            layer.mft_scores["default"].add_(1)  # learned
+            layer.mft_scores["default"].add_(1)  # as if trained
     model.add_adapter("ref", model.peft_config["default"])
     model.add_adapter("fresh", model.peft_config["default"])
     for layer in layers(model):
@@ -276,7 +275,7 @@ def test_a_reference_by_the_configuration_of_a_mask_begins_as_its_copy():
         assert torch.equal(fresh + 1, trained)
         assert (trained.requires_grad, reference.requires_grad) == (True, False)
     model.delete_adapter("ref")
-    model.add_adapter("ref", copy.copy(model.peft_config["default"]))  # equal, but no mask's own
+    model.add_adapter("ref", copy.copy(model.peft_config["default"]))  # equal, but not the configuration of a mask
     assert all(torch.equal(layer.mft_scores["ref"], layer.mft_scores["fresh"]) for layer in layers(model))
 
 
@@ -284,7 +283,7 @@ def test_a_reference_by_the_configuration_of_a_mask_begins_as_its_copy():
 
 
 def kept(model, name):
-    """By module, what the mask of this name keeps; all where it has no scores."""
+    """Return what the mask of this name keeps, by module; everything if it has no scores there."""
     return {layer.module_name: layer.keep(name, "weight", layer.base_layer.weight.shape) for layer in layers(model)}
 
 

@@ -1,6 +1,6 @@
-"""PEFT's own common tests, as they are, with masks for the method: MFT_PEFT=path/to/a/checkout/of/peft names them.
+"""PEFT's own common tests, unchanged, with masks as the method: MFT_PEFT=path/to/a/checkout/of/peft gives their place.
 
-Every _test_* of tests/testing_common.py there is run on a tiny Llama and on a tiny mixture, except those of OTHERS.
+Every _test_* of tests/testing_common.py there runs on a tiny Llama and on a tiny mixture, except those in OTHERS.
 """
 
 import inspect
@@ -38,8 +38,8 @@ ARGUMENTS = {"raises_err": [False], "use_reentrant": [True, False], "safe_serial
 
 
 def common_tester():
-    """The class of PEFT's tests, from the checkout."""
-    if "diffusers" not in sys.modules:  # asked for one name, for models that are not tested here
+    """Return the class of PEFT's tests, from the checkout."""
+    if "diffusers" not in sys.modules:  # they import one name, for models that are not tested here
         stub = types.ModuleType("diffusers")
         stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
         sys.modules["diffusers"] = stub
@@ -61,7 +61,7 @@ class Tester(common_tester()):
 
 
 def cases():
-    """(name, arguments beyond the common three) of each test."""
+    """Yield (name, arguments beyond the common three) of each test."""
     for attribute in sorted(vars(Tester.__base__)):
         name = attribute.removeprefix("_test_")
         if name == attribute or name in OTHERS:
@@ -77,14 +77,14 @@ def cases():
 
 @pytest.fixture(scope="module", params=BASES.values(), ids=BASES)
 def base(request, tmp_path_factory):
-    """A model's directory, and what of it is masked."""
+    """Save a model; return its directory, and which of its layers are masked."""
     make, targets = request.param
     directory = tmp_path_factory.mktemp("base")
     make().save_pretrained(directory)
     return str(directory), targets
 
 
-@pytest.mark.filterwarnings("default")  # their own tests do not make errors of warnings
+@pytest.mark.filterwarnings("default")  # their own tests do not turn warnings into errors
 @pytest.mark.parametrize(("attribute", "arguments"), cases())
 def test_peft(base, attribute, arguments):
     directory, targets = base

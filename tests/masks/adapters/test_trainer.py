@@ -1,4 +1,4 @@
-"""transformers.Trainer on a masked Llama learns what a plain loop learns, and goes on where it stopped."""
+"""transformers.Trainer on a masked Llama learns what a plain loop learns, and continues where it stopped."""
 
 import inspect
 
@@ -17,11 +17,11 @@ from mft_kernels import MaskAdamW
 
 STEPS = 6
 LR = 1e-3
-POISONED = WORDS - 1  # a token that make_rows leaves out
+POISONED = WORDS - 1  # a token that make_rows does not use
 
 
 def make_rows(count=10, length=12):
-    """Rows that count upwards, some with fewer labels than others."""
+    """Return rows that count upwards, some with fewer labels than others."""
     ids = [[(7 * row + i) % POISONED for i in range(length)] for row in range(count)]
     labels = [[-100] * (row % 3 * 2) + values[row % 3 * 2 :] for row, values in enumerate(ids)]
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
@@ -32,7 +32,7 @@ def scores_of(model):
 
 
 def run(model, path, rows=None, *, resume=None, optimizer=None, optimizers=(None, None), callbacks=None, **changes):
-    """Train under the Trainer; returns the losses it logs, step by step, and the scores."""
+    """Train with the Trainer; return the losses that it logs at each step, and the scores."""
     options = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -60,7 +60,7 @@ def run(model, path, rows=None, *, resume=None, optimizer=None, optimizers=(None
 
 
 def plain_loop(model, optimizer, autocast=False, batch_size=2):
-    """What the Trainer does, written out."""
+    """Do what the Trainer does, written out."""
     model.train()
     losses, rows = [], make_rows()
     for step in range(STEPS):
@@ -78,7 +78,7 @@ def plain_loop(model, optimizer, autocast=False, batch_size=2):
 
 
 def assert_same(got, expected):
-    """Bit for bit, and not because nothing was learned."""
+    """Assert bitwise equality, and that something was learned."""
     assert got[0] == expected[0]
     assert len(set(got[0])) == len(got[0])
     for name, scores in expected[1].items():
@@ -86,7 +86,7 @@ def assert_same(got, expected):
 
 
 def assert_close(got, expected, start, share=1e-3):
-    """Losses and what was learned agree but for a share of it, which rounding may take."""
+    """Assert that losses agree, and learned changes up to a share of their size, to allow for rounding."""
     assert got[0] == pytest.approx(expected[0], rel=1e-5)
     for name, scores in expected[1].items():
         learned = scores - start[name]
@@ -148,7 +148,7 @@ def test_checkpointing_changes_no_bit(tmp_path, use_reentrant):
 
 
 def test_accumulating_two_batches_is_one_batch_of_their_rows(tmp_path):
-    # SGD: a step of Adam is as large where a gradient is nothing but rounding.
+    # SGD, because a step of Adam is just as large if a gradient is only rounding error.
     options = {"optim": "sgd", "learning_rate": 1.0}
     start = scores_of(masked_llama())
     whole = run(masked_llama(), tmp_path, per_device_train_batch_size=4, **options)
@@ -163,7 +163,7 @@ def test_torch_compile_changes_nothing_but_rounding(tmp_path):
     options = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 3}
     start = scores_of(tiny())
     torch._dynamo.reset()
-    # Inductor, what torch_compile takes by itself, takes 12 s: test_compiled_model.py has it.
+    # Inductor, the default of torch_compile, takes 12 s: test_compiled_model.py has it.
     compiled = run(tiny(), tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **options)
     assert_close(compiled, run(tiny(), tmp_path, **options), start)
 
@@ -211,7 +211,7 @@ def test_a_run_that_goes_on_is_one_that_never_stopped(tmp_path, kind):
     settings = {"lr_scheduler_type": "linear", "train_sampling_strategy": "random", "warmup_steps": 2}
     straight = masked_llama(scores_dtype=scores_dtype)
     expected = run(straight, tmp_path, save_strategy="steps", save_steps=3, **options(straight), **settings)
-    resumed = masked_llama(scores_dtype=scores_dtype, seed=9)  # the checkpoint's scores are another draw
+    resumed = masked_llama(scores_dtype=scores_dtype, seed=9)  # the checkpoint's scores are a different draw
     got = run(resumed, tmp_path, resume=str(tmp_path / "checkpoint-3"), **options(resumed), **settings)
     assert_same(got, expected)
 

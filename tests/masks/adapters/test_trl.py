@@ -1,4 +1,4 @@
-"""TRL's trainers on masks: by PEFT they learn what they do by mask_model; the base is the reference; runs go on."""
+"""TRL's trainers on masks: PEFT and mask_model learn the same, the base is the reference, and runs continue."""
 
 import importlib.metadata
 import re
@@ -62,7 +62,7 @@ def _quiet():
 
 @pytest.fixture(scope="module")
 def words(smollm2_dir):
-    """SmolLM2's tokenizer with a chat template that marks what the assistant says."""
+    """Return SmolLM2's tokenizer with a chat template that marks the assistant's text."""
     return AutoTokenizer.from_pretrained(smollm2_dir, local_files_only=True, chat_template=read_chat_template("tulu"))
 
 
@@ -98,7 +98,7 @@ PREFERENCES = datasets.Dataset.from_list(
 
 
 def sft(path, words, model=None, rows=CHATS, trainer=None, **options):
-    """An SFTTrainer of a mask by PEFT, unless a model is given."""
+    """Return an SFTTrainer of a mask by PEFT, unless a model is given."""
     given = {"model": base(), "peft_config": mask()} if model is None else {"model": model}
     arguments = SFTConfig(str(path), **OPTIONS | {"assistant_only_loss": rows is CHATS} | options)
     return SFTTrainer(**given, args=arguments, train_dataset=rows, processing_class=words, **trainer or {})
@@ -123,7 +123,7 @@ def long_words(completions, **_):
 
 
 def scores(model):
-    """By module, whatever put them there."""
+    """Return the scores by module, whether PEFT or mask_model made them."""
     found = {layer.module_name: layer.mft_scores["default"].detach().clone() for layer in layers(model)}
     return found or {name: module.scores.detach().clone() for name, module in masked_modules(model).items()}
 
@@ -227,7 +227,7 @@ def test_a_model_that_heeds_no_position_ids_lets_packed_examples_see_each_other_
 
 
 def three_ways(trainer, decoder):
-    """Hidden states of a batch as TRL gives it, of its examples one by one, and of them as one text."""
+    """Return hidden states of a batch as TRL gives it, of its examples one at a time, and of all as one text."""
     batch = next(iter(trainer.get_train_dataloader()))
     bounds = batch["cu_seq_lens_q"].tolist()
     assert len(bounds) > 2
@@ -284,7 +284,7 @@ def test_scores_of_16_bits_learn_by_mask_adamw(tmp_path, words):
     by_class = sft(tmp_path, words, ours(scores_dtype="bfloat16"), trainer=given)
     assert {value.dtype for value in trained(by_class).values()} == {torch.bfloat16}
     preference = dpo(tmp_path, words)
-    preference.optimizer_cls_and_kwargs = (MaskAdamW, {"lr": 1e-2})  # for trainers that do not take it
+    preference.optimizer_cls_and_kwargs = (MaskAdamW, {"lr": 1e-2})  # for trainers without that argument
     trained(preference)
     assert type(preference.optimizer.optimizer) is MaskAdamW
 
@@ -306,7 +306,7 @@ def test_trl_s_command_line_makes_lora_of_everything():
 
 
 def reference(trainer):
-    """(log-probabilities of chosen and rejected answers by the reference, by the policy)."""
+    """Return (log-probabilities of chosen and rejected answers by the reference, by the policy)."""
     batch = next(iter(trainer.get_train_dataloader()))
     of_reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
     return of_reference, log_probs(trainer.model, batch)
@@ -321,7 +321,7 @@ def log_probs(model, batch):
 
 @pytest.mark.slow
 def test_the_reference_of_dpo_is_the_base_and_stays_it(tmp_path, words):
-    """By PEFT, by unmasked_model, and by a second copy, all three bit for bit."""
+    """The reference by PEFT, by unmasked_model and by a second copy are bitwise equal."""
     masked = ours()
     trainers = [
         dpo(tmp_path, words),
@@ -412,7 +412,7 @@ def test_what_trl_would_send_to_vllm_is_the_merged_model_and_the_weights_come_ba
     model = trainer.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     by_hand = {name: tensor.clone() for name, tensor in merged_weights(model)}
-    engine = VLLMGeneration.__new__(VLLMGeneration)  # the walk over the weights needs no engine
+    engine = VLLMGeneration.__new__(VLLMGeneration)  # walking over the weights needs no engine
     engine.model, engine._dist = model, DistributedBackend(trainer.accelerator)
     sent = {name: tensor.clone() for name, tensor in engine._iter_named_params()}
     assert list(sent) == [name for name, _ in base().named_parameters()]

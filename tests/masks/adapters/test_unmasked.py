@@ -1,4 +1,4 @@
-"""The unmasked model computes what the base does, on the memory of the masked one."""
+"""The unmasked model computes what the base computes, in the memory of the masked one."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A bank on a mixture: each task's experts compute what its masks alone would, also row by row of one batch."""
+"""A bank on a mixture: each task's experts compute what its masks alone would, also row by row in one batch."""
 
 import copy
 
@@ -16,7 +16,7 @@ from mft_kernels import MaskedGroupedLinear
 TASKS = {
     "code": {"keep_ratio": 0.5, "seed": 1},
     "math": {"keep_ratio": 0.5, "seed": 2, "layers_to_transform": [1]},
-    "chat": {"keep_ratio": 0.4, "seed": 3},  # of some projections alone, see exports
+    "chat": {"keep_ratio": 0.4, "seed": 3},  # some projections only: see exports_of
 }
 MIXED = ["math", None, "code", "chat", "math", "code"]
 TOKENS = torch.randint(3, WORDS, (6, 7), generator=torch.Generator().manual_seed(5))
@@ -24,7 +24,7 @@ NOISE = {"rtol": 1e-5, "atol": 2e-5}
 
 
 def exports_of(base, root):
-    """Of TASKS; the last masks the last layer's down_proj, or what a mixture has in its place, alone."""
+    """Return exports of TASKS. The last task masks only the last layer's down_proj, or what replaces it."""
     found = {}
     for task, mask in TASKS.items():
         if task == "chat":
@@ -137,13 +137,13 @@ def test_tasks_are_added_removed_and_joined_and_weights_shared(olmoe):
     experts = block(model).experts
     assert list(experts.layers()) == ["down_proj"]
     with bank.use("chat"):
-        bank.add("code", olmoe.exports["code"])  # whose gate_up_proj is masked too: in a module of its own
+        bank.add("code", olmoe.exports["code"])  # it masks gate_up_proj too, which gets a module of its own
         assert torch.equal(logits(model), logits(olmoe.alone("chat")))
     assert list(experts.layers()) == ["down_proj"]
     layers = block(model).experts.layers()
     assert sorted(layers) == ["down_proj", "gate_up_proj"]
     assert layers["down_proj"].weight.data_ptr() == address
-    assert bank.nbytes()["chat"] == 5 * 32 * 2 * 4  # 48 columns are two words
+    assert bank.nbytes()["chat"] == 5 * 32 * 2 * 4  # 48 columns take two words
     both = bank.intersection("chat", "code")
     down = layers["down_proj"].masks
     assert torch.equal(down[both], down["chat"] & down["code"])
@@ -189,13 +189,13 @@ def test_tokens_that_are_not_all_of_the_rows_are_not_guessed(olmoe):
     chosen, weights = torch.zeros(12, 2, dtype=torch.long), torch.ones(12, 2)
     with bank.use(MIXED):
         with pytest.raises(ValueError, match=r"got 6 of them and an input of \(12, 32\)"):
-            experts(torch.randn(12, 32), chosen, weights)  # by nobody whose input was seen
+            experts(torch.randn(12, 32), chosen, weights)  # no caller's input has been seen
         block(bank.model)(torch.randn(6, 2, 32))
         with pytest.raises(ValueError, match=r"got 6 of them and an input of \(12, 32\)"):
-            experts(torch.randn(12, 32), chosen, weights)  # no more
+            experts(torch.randn(12, 32), chosen, weights)  # the input seen before no longer counts
         block(bank.model).forward = lambda x: experts(x.flatten(0, 1)[:12], chosen, weights)
         with pytest.raises(ValueError, match=r"got 6 of them and an input of \(12, 32\)"):
-            block(bank.model)(torch.randn(6, 7, 32))  # 12 of 42
+            block(bank.model)(torch.randn(6, 7, 32))  # 12 of 42 tokens
 
 
 def test_experts_whose_rows_come_sorted_are_refused_though_there_is_one_for_each_token(tmp_path):

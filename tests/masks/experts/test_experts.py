@@ -1,4 +1,4 @@
-"""Experts in one parameter: converted, trained, saved, merged; the model is the base again, name by name."""
+"""Experts in one parameter: converted, trained, saved and merged; the merged model equals the base's, name by name."""
 
 import copy
 import pickle
@@ -49,7 +49,7 @@ def test_with_everything_kept_the_logits_are_the_models_own_in_each_of_its_forms
     assert _grouped(masked)
     found = _logits(masked)
     assert _close(found, _logits(base))
-    # Not under transformers' interface, and with one form alone: Llama 4 and JetMoe.
+    # Llama 4 and JetMoe do not use transformers' interface and have only one form.
     forms = ("eager", "grouped_mm", "batched_mm") if hasattr(next(_experts(base)), "has_gate") else ()
     for form in forms:
         plain = copy.deepcopy(base)

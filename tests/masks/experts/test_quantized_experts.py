@@ -1,4 +1,4 @@
-"""Experts in one parameter in few bits, frozen and masked: what they compute, keep in memory, and say of themselves."""
+"""Experts in one parameter in few bits, frozen and masked: what they compute, their memory, and their reports."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ from mft.models.experts import unmasked_product
 from mft_kernels import MaskedGroupedLinear
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
-OFFSETS = torch.tensor([3, 3, 7], dtype=torch.int32)  # the second of three experts sees nothing
+OFFSETS = torch.tensor([3, 3, 7], dtype=torch.int32)  # the second of three experts has no rows
 
 
 def mixture(kind="gpt_oss", layers=None, keep_ratio=0.7):
@@ -39,7 +39,7 @@ def logits(model):
 
 
 def dense_in_place(model, quantized):
-    """model with the weights that the codes of quantized, the same model, stand for."""
+    """Return model with the weights that the codes of quantized stand for; both are the same model."""
     for name, weight in quantized_weights(quantized).items():
         layer = quantized.get_submodule(name)
         dense = weight.dense() if not hasattr(layer, "experts") else dense_experts(weight, layer.experts)
@@ -81,7 +81,7 @@ def test_masked_experts_that_hold_a_mask_keep_no_dense_weight(transposed):
     expected = exact(other, OFFSETS)
     with MemoryTracker() as tracker:
         y = copy.deepcopy(module)(x, OFFSETS)
-        assert tracker.device_bytes < 3 * weight.nbytes  # the copy: scores, codes, buffer, and no dense weight
+        assert tracker.device_bytes < 3 * weight.nbytes  # the copy: scores, codes, buffer, but no dense weight
         y = module(x, OFFSETS)
     assert torch.equal(y, expected)
     y.sum().backward()
@@ -189,7 +189,7 @@ def test_what_cannot_be_quantised_is_named_and_what_learns_left_alone():
     model.get_parameter(name).requires_grad_(True)
     quantize_model(model, "int8")
     experts = [n for n in quantized_weights(model) if "experts" in n]
-    assert len(experts) == 4  # a module's projections are trained together, or not at all
+    assert len(experts) == 4  # a module's projections are trained together or not at all
     assert not any(n.startswith("model.layers.1.") for n in experts)
     model = mixture()
     model.model.layers[0].mlp.experts.forward = lambda *_: None

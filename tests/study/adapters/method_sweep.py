@@ -1,6 +1,6 @@
 """Write docs/reference/peft-methods.md: try every method of the installed PEFT on a tiny Llama (make peft-methods).
 
-A method runs if it takes steps, what it trained gives the same model again, and the start keeps its weights.
+A method runs if it takes steps, if its trained weights give the same model again, and if the start keeps its weights.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from mft.study.peft_methods import MethodFailsError, methods
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "peft-methods.md"
 MASK = MaskConfig.paper(layers_to_transform=[2, 3])
 TRAIN = TrainConfig(lr=1e-2, steps=3, batch_size=4)
-# What a method must be told, or the defaults of which are too large for layers of 16 to 64 numbers.
+# Options that a method requires, or whose defaults are too large for layers of 16 to 64 numbers.
 OPTIONS = {
     "C3A": {"block_size": 16},
     "FOURIERFT": {"n_frequency": 64},
@@ -51,17 +51,17 @@ bf16, with PEFT's defaults and the options that are shown.
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a method."""
+    """The result of trying a method."""
 
     method: str
-    why_not: str = ""  # it does not run
+    why_not: str = ""  # empty if it runs
     numbers: int = 0
     why_not_bf16: str = ""
     why_not_merged: str = ""
 
 
 def attempt(method: str) -> Row:
-    """Try one that no study refuses."""
+    """Try a method that no study refuses."""
     arm = make_arm("peft", lrs=[1e-2], config={"peft_type": method} | OPTIONS.get(method, {}))
     assert isinstance(arm, Peft)
     row = Row(method)
@@ -76,7 +76,7 @@ def attempt(method: str) -> Row:
 
 
 def _tried(arm: Peft, dtype: torch.dtype) -> tuple[int, str]:
-    """(how many numbers it trains, why it cannot be merged)"""
+    """Return (how many numbers it trains, why it cannot be merged or "")."""
     start, (setting,) = make_llama(dtype), arm.settings(MASK)
     before = {name: parameter.clone() for name, parameter in start.named_parameters()}
     ground = Ground(start, start, arm.targets(start, MASK, setting), MASK, setting, 1, lambda: make_rows(16))
@@ -98,14 +98,14 @@ def _tried(arm: Peft, dtype: torch.dtype) -> tuple[int, str]:
 
 
 def line(row: Row) -> str:
-    """The row of a method that was tried, as it stands in the page."""
+    """Return the page's table row for a method that was tried."""
     told = ", ".join(f"{name} {value}" for name, value in OPTIONS.get(row.method, {}).items())
     cells = [row.method, str(row.numbers), row.why_not_bf16 or "yes", row.why_not_merged or "yes", told]
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def page() -> str:
-    """All methods; those that run first."""
+    """Return the page with all methods; those that run come first."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = [Row(method, why) if why else attempt(method) for method, why in methods().items()]

@@ -1,4 +1,4 @@
-"""An arm of any method of PEFT: its grid of options, what it trains and stores, and what becomes of one that fails."""
+"""Arms of any PEFT method: the grid of options, what they train and store, and what happens if one fails."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def test_a_method_trains_is_loaded_again_and_merges_into_weights_of_its_start(co
     model, weights = trained(arm, ground)
     out = logits(model)
     assert not torch.equal(out, before)
-    assert torch.equal(logits(ground.start), before)  # which others begin at too
+    assert torch.equal(logits(ground.start), before)  # other arms begin at it too
     assert torch.equal(logits(arm.model_with(ground, weights)), out)
     numbers = sum(weight.numel() for weight in weights.values())
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -206,7 +206,7 @@ def test_a_study_goes_on_past_what_fails_and_reports_it_as_a_row_with_its_reason
     assert re.search(r"\| too large \| no result: count, too large: SHIRA cannot be used here.*\| - \|", table)
     rows = json.loads((tmp_path / "run" / "table.json").read_text())["domains"]["count"]
     assert rows["without_result"] == without
-    assert "sparse 4, norms 1" in said.getvalue()  # 2 ranks and 2 places
+    assert "sparse 4, norms 1" in said.getvalue()  # 2 ranks times 2 places
     again = run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
     assert again.without_result == found.without_result
     assert len(again.outcomes) == len(found.outcomes)

@@ -1,4 +1,4 @@
-"""Methods of PEFT on a model: what an adapter trains and leaves alone, its merge, and the options that are refused."""
+"""PEFT methods on a model: what an adapter trains and leaves alone, its merge, and the options that are refused."""
 
 import copy
 import re
@@ -79,7 +79,7 @@ def test_the_merged_model_is_the_adapted_one_under_its_old_names():
     adapted, start = logits(around), logits(make_llama())
     model, names = merge_adapter(around)
     assert names == [f"{name}.weight" for name in NAMES]
-    assert (adapted - start).abs().max() > 0.01  # so that the next line tells something
+    assert (adapted - start).abs().max() > 0.01  # otherwise the next line shows nothing
     assert (logits(model) - adapted).abs().max() <= 1e-5
     assert list(model.state_dict()) == list(make_llama().state_dict())
     assert not hasattr(model, "peft_config")

@@ -1,4 +1,4 @@
-"""What a study can show, said before it begins: by the formula, by simulation, and from an earlier result."""
+"""The differences that a study can show, stated before it begins: by formula, by simulation, and from a result."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_four_of_five_simulated_studies_show_it(seeds, documents):
 
 
 def sums_of(seeds=6, documents=400):
-    """Two arms whose difference varies as KNOWN has it, and one that was tested with a single seed."""
+    """Return the sums of two arms whose difference varies as in KNOWN, and of one arm tested with a single seed."""
     generator, tokens = np.random.default_rng(1), torch.full((documents,), 200.0, dtype=torch.float64)
     easy = torch.tensor(generator.normal(3, 0.5, documents))
     sums, of_documents = Sums(), torch.tensor(generator.normal(0, KNOWN.documents, documents))

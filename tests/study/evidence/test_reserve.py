@@ -1,4 +1,4 @@
-"""The reserve: no other run reads it, a study that asks for it trains nothing again, and each opening is counted."""
+"""The reserve: no other run reads it, a study that asks for it does not train again, and each opening is counted."""
 
 import io
 import json
@@ -26,7 +26,7 @@ SOURCE = "domains.count.source=headers"
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    """The tiny model, and headers of numbers, of which the last files of each split are the reserve."""
+    """Write the tiny model, and headers of numbers; the last files of each split are the reserve."""
     directory = tmp_path_factory.mktemp("ground")
     write_ground(directory)
     draw = random.Random(0)
@@ -80,7 +80,7 @@ def test_no_run_reads_the_reserve_that_does_not_ask_for_it(ground):
 
 
 def test_rows_do_not_change_where_nothing_of_the_reserve_is_among_them(ground, monkeypatch):
-    """As with the stored studies, of whose order of documents the reserve is the end."""
+    """The stored studies are such a case: the reserve is the end of their order of documents."""
     with monkeypatch.context() as patch:
         patch.setattr(documents, "_hashes", frozenset)
         before = rows(ground, None, max_eval_tokens=240)[0]
@@ -111,7 +111,7 @@ def test_a_finished_study_is_tested_on_the_reserve_without_training(ground, tmp_
         (tmp_path / "table.md").read_text()
     )
     _, lines = run(ground, tmp_path / "run", "domains.count.subset=reserve")
-    assert (len(json.loads(ledger.read_text())), lines) == (1, [])  # the same opening
+    assert (len(json.loads(ledger.read_text())), lines) == (1, [])  # the same opening as before
 
 
 def test_a_study_opens_the_reserve_once_and_openings_count_across_studies(ground, tmp_path, ledger):

@@ -1,4 +1,4 @@
-"""Gain against forgetting, from findings made by hand: columns, who dominates whom, the plot's points and curves."""
+"""Gain against forgetting, from hand-made findings: columns, which arm dominates which, the plot's points, curves."""
 
 import io
 import json
@@ -37,7 +37,7 @@ ARMS = {
     "part of control": make_arm("interpolated", of="control", alphas=[0.5, 1.0]),
     "part of full": make_arm("interpolated", of="full fine-tune", alphas=[0.5]),
 }
-# Of each arm: loss on the domain, loss on the other text.
+# For each arm: loss on the domain, loss on the other text.
 BOTH = {
     "base": (2.4, 1.5),
     "full fine-tune": (2.0, 1.7),
@@ -51,7 +51,7 @@ BOTH = {
 
 
 def evaluation(loss, seed, documents, noise, offset):
-    """Documents of different difficulty, the same for all arms; arms and seeds differ by a little noise."""
+    """Return documents that differ in difficulty, equally for all arms; arms and seeds differ by a little noise."""
     own = np.random.default_rng((int(loss * 1e6), seed, offset)).normal(0, noise, documents)
     own -= own.mean() if noise else 0.0
     tokens = np.random.default_rng(offset).integers(80, 400, documents).astype(float)
@@ -61,11 +61,15 @@ def evaluation(loss, seed, documents, noise, offset):
 
 def general(loss, seed, documents=25, noise=0.002):
     found = evaluation(loss, seed, documents, noise, 20)
-    return General(found, 0.1 * found.tokens)  # 0.1 nats a token
+    return General(found, 0.1 * found.tokens)  # 0.1 nats per token
 
 
 def findings(both=BOTH, arms=ARMS, texts=("other",), seeds=(0, 1, 2), validation=None, documents=30, noise=0.002):
-    """both: by arm; validation: where that split has other losses; texts beyond the first are level in all arms."""
+    """Make findings by hand.
+
+    both: losses by arm. validation: losses by arm on that split, if they differ. Texts beyond the first have the same
+    loss in all arms.
+    """
     held = both if validation is None else validation
     study = StudyConfig(
         mask=MaskConfig.paper(),
@@ -115,7 +119,7 @@ def test_a_texts_column_holds_means_over_seeds_and_paired_differences():
     found = findings()
     on = study_tables(found)["code"].row("part of full").general["other"]
     tested = {arm: {seed: on["other"] for seed, on in runs.items()} for arm, runs in found.general["code"].items()}
-    tested["base"] = dict.fromkeys((0, 1, 2), tested["base"][0])  # one model for all
+    tested["base"] = dict.fromkeys((0, 1, 2), tested["base"][0])  # one model for all seeds
     runs = tested["part of full"]
     assert on.loss == pytest.approx(np.mean([run.evaluation.loss for run in runs.values()]))
     assert on.kl == pytest.approx(0.1)
@@ -135,7 +139,7 @@ def test_an_arms_start_is_where_it_began_and_nothing_is_held_against_itself():
     assert rows["full fine-tune"].general["other"].minus_full is None
     assert rows["full fine-tune"].general["other"].minus_start.estimate == pytest.approx(0.2, abs=0.02)
     assert rows["base"].general["other"].minus_start is None
-    assert rows["base"].general["other"].minus_full.seeds == 3  # one model for all of them
+    assert rows["base"].general["other"].minus_full.seeds == 3  # one model for all seeds
 
 
 def test_a_text_of_a_domains_own_name_is_none_of_it():
@@ -149,7 +153,7 @@ def test_a_text_of_a_domains_own_name_is_none_of_it():
 # ------------------------------------------------------------------------------------------ dominance
 
 
-# An interval, and the p after Holm's correction that goes with it.
+# An interval, and its p after Holm's correction.
 LOWER, HIGHER = (-0.03, -0.01, 0.001), (0.01, 0.03, 0.001)
 NONE = (-0.004, 0.006, 1.0)
 WORSE_BY_ITS_INTERVAL, BETTER_BY_ITS_INTERVAL = (0.001, 0.008, 0.3), (-0.008, -0.001, 0.3)
@@ -172,7 +176,7 @@ WIDE_UP, WIDE_DOWN = (-0.001, 0.02, 0.3), (-0.02, 0.001, 0.3)
         ((HIGHER, WIDE_DOWN), "worse by one"),
         ((HIGHER, BETTER_BY_ITS_INTERVAL), "worse by one"),
         ((NONE, NONE), "level"),
-        ((NONE, WORSE_BY_ITS_INTERVAL), "level"),  # by less than matters
+        ((NONE, WORSE_BY_ITS_INTERVAL), "level"),  # by less than the margin that matters
         ((NONE, WIDE_UP), "undecided"),
     ],
 )
@@ -186,7 +190,7 @@ def test_a_verdict_takes_both_losses(losses, expected):
 
 
 def test_a_larger_family_makes_no_arm_dominate():
-    """MFT gains on the domain; on the text its own interval lies above 0, which no correction may wipe out."""
+    """MFT gains on the domain, but its uncorrected interval on the text lies above 0. No correction may hide that."""
     others = [f"MFT {i}" for i in range(4)]
     arms = {name: ARMS[name] for name in ("full fine-tune", "control", "MFT")} | dict.fromkeys(others, ARMS["MFT"])
     both = BOTH | {"MFT": (1.95, 1.806)} | dict.fromkeys(others, BOTH["control"])
@@ -212,7 +216,7 @@ def test_rivals_are_the_tuned_arms_that_are_no_masks():
 
 
 def test_each_kind_of_verdict_is_found():
-    assert against("control").verdict == "dominates"  # better by both
+    assert against("control").verdict == "dominates"  # better by both losses
     assert against("part of control").verdict == "trade-off"
     assert against("full fine-tune").verdict == "trade-off"
     assert against("control", both=BOTH | {"MFT": (1.99, 1.9)}).verdict == "dominated"
@@ -250,7 +254,7 @@ def test_a_loss_by_which_validation_disagrees_is_not_shown(loss):
     other = {0: (1.99, 1.75), 1: (1.95, 1.85)}[loss]
     found = against("control", validation=BOTH | {"MFT": other})
     assert [found.domain.side, found.general.side] == [0 if place == loss else -1 for place in (0, 1)]
-    assert found.verdict == "dominates"  # by the other
+    assert found.verdict == "dominates"  # by the other loss
 
 
 def test_without_validation_of_the_text_its_loss_is_not_shown():
@@ -281,7 +285,7 @@ def test_holm_runs_over_all_pairs_both_losses_and_all_texts():
 def test_a_large_family_has_draws_enough_for_its_least_p(monkeypatch):
     assert draws_of(12) == DRAWS
     assert 600 * 2 / (1 + draws_of(600)) == pytest.approx(0.01, rel=1e-3)
-    monkeypatch.setattr("mft.study.report.dominance._DRAWS_EACH", 2000)  # a family of 8 is then a large one
+    monkeypatch.setattr("mft.study.report.dominance._DRAWS_EACH", 2000)  # so that a family of 8 is already large
     found = [one.domain.difference.p for one in comparisons(findings())["code"]]
     assert min(found) == pytest.approx(2 / (1 + 8 * 2000))
 
@@ -333,7 +337,7 @@ def test_interpolated_masks_are_held_against_the_interpolated_control_alone():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """(what was found, the directory of its report)"""
+    """Return (the findings, the directory of their report)."""
     directory, found = tmp_path_factory.mktemp("written"), findings()
     write_study_report(found, directory)
     return found, directory
@@ -387,14 +391,14 @@ def test_a_curve_goes_from_the_start_over_alphas_to_the_end_as_validation_saw_th
     for outcome in study.outcomes:
         unit = outcome.unit
         if unit.arm == "part of control" and unit.setting == Setting(alpha=0.5):
-            assert unit.seed == 0  # not chosen: the first seed alone
+            assert unit.seed == 0  # not chosen: it ran with the first seed only
             outcome.measured, outcome.general = Measured(evaluation(1.9, 0, 30, 0, 7)), {"other": general(1.72, 0)}
     of_control, of_full = curves(study_numbers(study)["domains"]["code"], "other", 0)
     assert (of_control.arm, of_control.of) == ("part of control", "control")
     assert list(of_control.by_alpha) == [0, 0.5, 1]
     assert of_control.by_alpha[0] == (0, 0)
     assert of_control.by_alpha[0.5] == pytest.approx((0.02, -0.1), abs=0.01)
-    assert of_control.by_alpha[1] == pytest.approx((0.04, -0.02), abs=0.01)  # its own run at 1, not the control's
+    assert of_control.by_alpha[1] == pytest.approx((0.04, -0.02), abs=0.01)  # its own run at alpha 1, not the control's
     assert list(of_full.by_alpha) == [0, 0.5, 1]
     assert of_full.by_alpha[0] == pytest.approx((-0.2, 0.4), abs=0.01)  # the base model
     assert of_full.by_alpha[1] == (0, 0)  # the fine-tune's own run
@@ -426,9 +430,9 @@ def test_the_panel_near_the_fine_tune_leaves_out_what_is_far(monkeypatch, tmp_pa
     plot_forgetting(numbers, tmp_path / "unused.png")
     whole, near = drawn[0].axes
     assert whole.get_xlim()[1] > 1.3 > 0.3 > near.get_xlim()[1]
-    assert whole.get_ylim()[1] > 0.4 > near.get_ylim()[1]  # where the base model is
+    assert whole.get_ylim()[1] > 0.4 > near.get_ylim()[1]  # the base model is there
     for axes in (whole, near):
-        assert axes.get_xlim()[0] < -0.1  # of the interpolated fine-tune
+        assert axes.get_xlim()[0] < -0.1  # the interpolated fine-tune is there
     labels = [text.get_text() for text in near.get_legend().get_texts()]
     assert labels == [
         *(name if name != "random mask" else "random mask (farther)" for name in arms),
@@ -436,7 +440,7 @@ def test_the_panel_near_the_fine_tune_leaves_out_what_is_far(monkeypatch, tmp_pa
     ]
     near_labels = near.get_legend_handles_labels()[1]
     assert "random mask (farther)" in near_labels
-    assert not [label for label in near_labels if label.startswith(("far", "base"))]  # seen in the other panel
+    assert not [label for label in near_labels if label.startswith(("far", "base"))]  # visible in the other panel
     colours = colours_of(numbers["domains"]["code"])
     assert colours["part of control"] == colours["control"] != colours["part of full"] == colours["full fine-tune"]
 

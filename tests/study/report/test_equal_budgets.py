@@ -18,7 +18,7 @@ ARMS = {
     "random": make_arm("random"),
 }
 REFERENCES = {"full": "control", "control": None, "MFT": "control", "random": "control"}
-# (rate, epochs): (loss, seconds); ten steps an epoch
+# (rate, epochs): (loss, seconds); ten steps per epoch
 CONTROL = {(1, 1): (2.3, 1.0), (2, 1): (2.2, 1.1), (1, 2): (2.1, 2.0), (2, 2): (2.4, 2.2)}
 MFT = {(1, 1): (2.35, 1.5), (1, 2): (2.15, 3.0), (1, 4): (2.0, 6.0), (2, 4): (2.5, 6.5)}
 
@@ -35,7 +35,7 @@ def findings(control=CONTROL, mft=MFT, chose=((1, 2), (1, 4)), **options):
     study = StudyConfig(arms=dict(ARMS), domains={"code": DataConfig()})
     outcomes = [outcome("control", setting, found, **options) for setting, found in control.items()]
     outcomes += [outcome("MFT", setting, found, **options) for setting, found in mft.items()]
-    outcomes += [outcome("control", (1, 1), (0.1, 0.1), seed=1, **options)]  # another seed's chose nothing
+    outcomes += [outcome("control", (1, 1), (0.1, 0.1), seed=1, **options)]  # the choice ignores other seeds
     chosen = {arm: Setting(*map(float, setting)) for arm, setting in zip(("control", "MFT"), chose)}
     return Findings(study, outcomes, {"code": chosen}, {}, {})
 

@@ -1,4 +1,4 @@
-"""mft plot: pictures from a finished study's files, and what it says of an unfinished or a wrong one."""
+"""mft plot: pictures from a finished study's files, and its messages for an unfinished or a wrong one."""
 
 import io
 import re
@@ -33,7 +33,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """The directory of a finished study, and what it found."""
+    """Return the directory of a finished study, and its findings."""
     directory = tmp_path_factory.mktemp("figures")
     write_ground(directory)
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +85,7 @@ def test_the_surface_has_the_losses_that_the_study_measured(study, tmp_path, mon
     directory, findings = study
     drawn = {}
     monkeypatch.setattr(figures, "plot_surfaces", lambda surfaces, path: drawn.update(surfaces))
-    monkeypatch.setattr(figures, "REACH", 1.0)  # and the grid then has a point at each mark of the random planes
+    monkeypatch.setattr(figures, "REACH", 1.0)  # then the grid has a point at each mark of the random planes
     draw_surface(directory, tmp_path / "unused.png", rows=1000, points=3)
     measured = {arm: findings.validation["count"][arm][0].evaluation.loss for arm in ("full", "MFT")}
     for arm, loss in measured.items():

@@ -1,4 +1,4 @@
-"""What a report says of arms over codes, from findings made by hand."""
+"""A report's sentences about arms over codes, from hand-made findings."""
 
 import pytest
 from test_study_report import ARMS, LOSSES, findings

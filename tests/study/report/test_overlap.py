@@ -1,4 +1,4 @@
-"""Overlap of masks against chance."""
+"""Overlap of masks compared with chance."""
 
 import math
 
@@ -15,13 +15,13 @@ def marked(*places, size=10):
 
 
 def test_a_worked_example():
-    """A drops 4 of 10 and B 5, sharing 2: 2 / 7. By chance 4 * 5 / 10 = 2 would be shared, of 7."""
+    """A drops 4 of 10 and B drops 5; they share 2 of 7: 2 / 7. By chance they share 4 * 5 / 10 = 2 of 7 too."""
     found = overlap({"a": marked(0, 1, 2, 3)}, {"a": marked(2, 3, 4, 5, 6)})
     assert (found.jaccard, found.chance) == pytest.approx((2 / 7, 2 / 7))
 
 
 def test_chance_is_counted_layer_by_layer():
-    """Both drop one whole layer: certain to agree there, whatever the other layer's size."""
+    """Both drop all of one layer, so they must agree there, whatever the other layer's size."""
     a = {"small": marked(*range(4), size=4), "large": marked(0, size=100)}
     b = {"small": marked(*range(4), size=4), "large": marked(1, size=100)}
     found = overlap(a, b)

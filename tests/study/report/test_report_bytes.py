@@ -1,4 +1,4 @@
-"""What a report says of bytes, from findings made by hand: rows, masks at equal bytes, the plot of loss by bytes."""
+"""A report's sentences about bytes, from hand-made findings: rows, masks at equal bytes, the plot of loss by bytes."""
 
 import json
 import re
@@ -36,7 +36,7 @@ LOSS |= {"magnitude mask": 1.90}
 
 
 def with_bytes(sizes=SIZES, **options):
-    """Findings whose runs take so many bytes, some more with each seed, and ten times as many where not chosen."""
+    """Return findings whose chosen runs store ``sizes`` bytes, plus the seed; other runs store ten times as many."""
     found = findings(**options)
     for one in found.outcomes:
         if one.unit.arm in sizes:
@@ -68,21 +68,21 @@ def test_a_masks_rival_is_the_best_on_validation_that_stores_no_more_from_the_sa
     assert one.difference.estimate == pytest.approx(-0.03, abs=0.002)
     assert one.validation == pytest.approx(-0.03, abs=0.002)
     _, (one,) = by_bytes(sizes=SIZES | RIVALS | {"MFT": 64_000})
-    assert (one.rival, one.rivals) == ("LoRA 8", 3)  # as many bytes are not more
+    assert (one.rival, one.rivals) == ("LoRA 8", 3)  # equally many bytes are not more
     _, (one, _) = by_bytes(sizes=SIZES | RIVALS | {"MFT": 63_999})
     assert one.rival == "LoRA 1"
     _, (one, _) = by_bytes(validation=LOSS | {"temperature": 1.97})
-    assert one.rival == "temperature"  # whatever test says
+    assert one.rival == "temperature"  # whatever the test split says
 
 
 @pytest.mark.parametrize(
     ("bytes_of_mft", "expected"),
     [
-        (6_402, [("temperature", NO_MORE), ("LoRA 1", ABOUT)]),  # by 1.25 times larger than the mask
+        (6_402, [("temperature", NO_MORE), ("LoRA 1", ABOUT)]),  # its size is 1.25 times the mask's
         (6_399, [("temperature", NO_MORE), (None, ABOUT)]),
-        (9_000, [("LoRA 1", NO_MORE)]),  # it is the best by both
+        (9_000, [("LoRA 1", NO_MORE)]),  # it is the best by both rules
         (63_999, [("LoRA 1", NO_MORE), ("LoRA 8", ABOUT)]),
-        (20_000, [("LoRA 1", NO_MORE), (None, ABOUT)]),  # which has 40 % of its bytes
+        (20_000, [("LoRA 1", NO_MORE), (None, ABOUT)]),  # LoRA 1 stores 40 % of the mask's bytes
     ],
 )
 def test_a_mask_meets_what_stores_about_as_much_too(bytes_of_mft, expected):
@@ -127,7 +127,7 @@ def test_holm_counts_the_masks_that_have_a_rival_in_all_domains():
     _, found = by_bytes(arms, sizes, losses, domains=("code", "text"), noise=0.02)
     first, _, small = found[:3]
     assert len(found) == 6
-    assert first.difference.p_holm == pytest.approx(min(1, 4 * first.difference.p))  # the smallest of four equal ones
+    assert first.difference.p_holm == pytest.approx(min(1, 4 * first.difference.p))  # the least of four equal p-values
     assert (small.rival, small.rivals, small.difference) == (None, 0, None)
     texts = said_of_bytes(found)
     assert [text.split(". ")[0] for text in texts] == ["code, at equal bytes", "text, at equal bytes"]
@@ -138,7 +138,7 @@ def test_holm_counts_the_masks_that_have_a_rival_in_all_domains():
 def test_where_no_mask_has_a_rival_nothing_is_said():
     _, found = by_bytes(sizes={"MFT": 1, "LoRA 1": 8_000})
     assert found == said_of_bytes(found) == remark_on_bytes(found) == []
-    study = findings()  # of an older version: no bytes at all
+    study = findings()  # from an older version: no bytes at all
     assert at_equal_bytes(study, study_tables(study)) == []
 
 
@@ -203,7 +203,7 @@ def test_each_place_where_a_mask_began_is_a_panel(tmp_path, monkeypatch):
 
 
 def test_a_line_joins_those_of_a_kind_that_learned_from_the_same():
-    """What was taught by the base learns nothing of the text: a line from one to the other would say nothing."""
+    """An arm taught by the base learns nothing from the text, so a line from it to other arms would mean nothing."""
     arms = {
         "base": make_arm("base"),
         "full fine-tune": make_arm("full"),

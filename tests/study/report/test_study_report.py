@@ -1,4 +1,4 @@
-"""A study's table, verdicts, files and plots, from findings made by hand."""
+"""A study's table, verdicts, files and plots, from hand-made findings."""
 
 import io
 import json
@@ -39,7 +39,7 @@ LOSSES |= {"MFT x3": 1.93, "control x3": 1.96}
 
 
 def measured(loss, seed, answers=None, documents=DOCUMENTS, noise=0.002):
-    """Documents of different difficulty, the same for all arms; arms and seeds differ by a little noise."""
+    """Return documents that differ in difficulty, equally for all arms; arms and seeds differ by a little noise."""
     own = np.random.default_rng((int(loss * 1e6), seed)).normal(0, noise, documents)
     tokens = np.random.default_rng(7).integers(80, 400, documents)
     per_token = loss + np.random.default_rng(8).normal(0, 0.3, documents) + own
@@ -56,7 +56,7 @@ def measured(loss, seed, answers=None, documents=DOCUMENTS, noise=0.002):
 
 
 def findings(arms=ARMS, test=LOSSES, validation=LOSSES, seeds=(0, 1, 2), domains=("code",), notes=(), **options):
-    """options: of measured()."""
+    """Make findings by hand; options: passed to measured() for the test split."""
     domain_data = {name: DataConfig() for name in domains}
     study = StudyConfig(mask=MaskConfig.paper(), arms=dict(arms), domains=domain_data, seeds=list(seeds))
 
@@ -77,7 +77,7 @@ def findings(arms=ARMS, test=LOSSES, validation=LOSSES, seeds=(0, 1, 2), domains
                 far = 0 if setting.lr is None else math.log10(setting.lr / best.lr) ** 2
                 diverged = "loss is nan" if far > 0.9 and setting.lr > best.lr and arm.kind == "mask" else None
                 result = None if diverged else measured(validation[name] + 0.05 * far, seed)
-                for part in range(arm.runs if arm.of else 1):  # part 0 of an average is the mean, without training
+                for part in range(arm.runs if arm.of else 1):  # part 0 of an average is the mean; it trains nothing
                     seconds = 0.0 if arm.of and part == 0 else 10.0
                     steps = 0 if setting.lr is None else 40
                     unit = Unit(domain, name, seed, setting, part)
@@ -109,7 +109,7 @@ def test_the_three_differences_stand_together():
     assert "MFT - full fine-tune: -0.05" in text
     assert "; control - full fine-tune: -0.0" in text
     assert "; MFT - control: -0.0" in text
-    assert "Holm-adjusted p <0.01" in text  # three seeds tell no smaller one
+    assert "Holm-adjusted p <0.01" in text  # three seeds allow no smaller one
 
 
 def test_a_lost_comparison_is_stated_as_lost():
@@ -256,7 +256,7 @@ def test_table_holds_what_statistics_say():
 def test_an_average_costs_all_its_runs_and_tries_none():
     row = study_tables(findings())["code"].row("MFT x3")
     assert row.tried == 0
-    assert row.seconds == 30  # of the run that it shares with its arm and of two more
+    assert row.seconds == 30  # the run that it shares with its arm, and two more
 
 
 def test_remarks_tell_counts_seeds_and_notes():
@@ -324,7 +324,7 @@ def test_a_choice_at_an_end_of_its_grid_is_an_error_before_the_verdicts_and_mark
     assert numbers["open_ends"] == [vars(study.open_ends[0])]
     (text,) = study_verdicts(study)
     assert f"MFT: {HELPS} (unsettled, at an end of its grid: MFT's rate). " in text
-    assert f"MFT too: {HELPS}. " in text  # neither it nor the control
+    assert f"MFT too: {HELPS}. " in text  # neither MFT too nor the control is at an end of its grid
     study.open_ends = [OpenEnd("code", "full fine-tune", "number of epochs", 4, True, "max_epochs=8")]
     (text,) = study_verdicts(study)
     assert text.count("(unsettled, at an end of its grid: full fine-tune's number of epochs)") == 2  # all begin there

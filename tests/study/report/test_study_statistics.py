@@ -1,4 +1,4 @@
-"""The study's intervals against loops, against known variances, and Holm's correction by hand."""
+"""The study's intervals compared with plain loops and with known variances; Holm's correction by hand."""
 
 import dataclasses
 import itertools
@@ -36,7 +36,7 @@ def arms(seeds=3, **options):
 
 
 def simulated(components, seeds, documents, repeats, truth=0.3):
-    """Differences with standard deviations over (seeds, documents, both), as (C, S, D) sums and (C, D) counts."""
+    """Simulate differences as (C, S, D) sums and (C, D) counts; components: deviation over seeds, documents, both."""
     generator = np.random.default_rng(1)
     counts = generator.integers(50, 400, (repeats, documents)).astype(float)
     shapes = ((repeats, seeds, 1), (repeats, 1, documents), (repeats, seeds, documents))
@@ -71,7 +71,7 @@ def test_each_metric_is_the_difference_of_the_arms_own(metric, ratio):
 
 
 def test_draws_are_those_of_a_plain_loop():
-    """Three seeds and four documents: every formula of the docstring written out, with the same random numbers."""
+    """Write out every formula of the docstring for three seeds and four documents, with the same random numbers."""
     generator = np.random.default_rng(5)
     sums, counts = generator.normal(0.2, 1, (3, 4)), np.array([1.0, 2, 3, 4])
     draws = resampled(sums[None], counts[None], draws=50, seed=9)[0]
@@ -94,7 +94,7 @@ def test_draws_are_those_of_a_plain_loop():
 
 
 def test_without_its_two_corrections_it_is_the_joint_bootstrap(monkeypatch):
-    """All 3^3 x 4^4 resamples give the exact distribution; its mean and deviation are those of the draws."""
+    """All 3^3 x 4^4 resamples give the exact distribution; the draws must have its mean and deviation."""
     generator = np.random.default_rng(5)
     sums, counts = generator.normal(0.2, 1, (3, 4)), np.array([1.0, 2, 3, 4])
     monkeypatch.setattr(statistics, "_few", lambda count: 1.0)
@@ -111,7 +111,7 @@ def test_without_its_two_corrections_it_is_the_joint_bootstrap(monkeypatch):
 
 
 def test_the_shape_is_students_where_seeds_decide():
-    """One mean over seeds, no document noise: over many samples the draws' variance is as large as s^2 / S."""
+    """With one mean per seed and no document noise, the draws' median variance is s^2 / S times that of Student's t."""
     sums, counts = simulated((1, 0, 0), seeds=6, documents=4, repeats=300)
     draws = resampled(sums, counts, draws=500)
     by_seed = sums.sum(-1) / counts.sum(-1)[:, None]
@@ -152,7 +152,7 @@ def test_p_counts_the_rarer_side_twice_and_never_is_zero():
 
 
 def test_a_single_seed_leaves_documents_alone():
-    """The interval is the one of paired_difference, which knows of documents only."""
+    """The interval is that of paired_difference, which considers documents only."""
     generator = np.random.default_rng(3)
     a, b = ({0: measured(generator, documents=200)} for _ in range(2))
     (difference,) = differences([paired(a, b)])
@@ -234,7 +234,7 @@ def test_an_unknown_metric_is_an_error():
 
 
 def test_holm_of_a_worked_example():
-    # In order 0.01 x 4 = 0.04, 0.02 x 3 = 0.06, 0.03 x 2 = 0.06, 0.04 x 1 -> 0.06 (never below the one before).
+    # In order: 0.01 x 4 = 0.04, 0.02 x 3 = 0.06, 0.03 x 2 = 0.06, 0.04 x 1 -> 0.06 (never below the one before).
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.5, 0.6]) == [1, 1]
     assert holm([0.03]) == [0.03]

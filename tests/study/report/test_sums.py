@@ -1,4 +1,4 @@
-"""Intervals computed again from the sums per document beside table.json, by the report's code and by numpy alone."""
+"""Intervals recomputed from the sums per document, by the report's code and by numpy only, against table.json."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ from mft.study.report.statistics import METRICS, paired
 from mft.study.report.sums import recomputed, recomputed_at_budget
 from mft.study.report.write import write_study_report
 
-_OF_A_PAIR = ("estimate", "low", "high", "p", "seeds", "documents")  # what Holm's correction changes needs its family
+_OF_A_PAIR = ("estimate", "low", "high", "p", "seeds", "documents")  # Holm's p needs the whole family
 
 
 def written(found, directory):
-    """(a domain of table.json, its sums, the directory)"""
+    """Write a report; return (a domain of table.json, its sums, the directory)."""
     write_study_report(found, directory)
     table = json.loads((directory / "table.json").read_text())["domains"]["code"]
     return types.SimpleNamespace(table=table, sums=read_sums(directory / "sums.npz"), directory=directory)
@@ -162,7 +162,7 @@ def test_numpy_alone_finds_the_reports_interval(with_answers, arm):
 def test_the_script_names_the_leader_and_its_nearest_rival(with_answers, with_texts, capsys):
     recompute.main([str(with_answers.directory / "sums.npz")])
     said = capsys.readouterr().out
-    assert "MFT x3" in said.splitlines()[1]  # the least loss on validation
+    assert "MFT x3" in said.splitlines()[1]  # it has the least loss on validation
     assert f"MFT x3 - MFT: {recomputed(with_answers.sums, 'code', 'MFT x3', 'MFT').estimate:+.4f} [" in said
     recompute.main([str(with_texts.directory / "sums.npz"), "--arms", "MFT", "control", "--text", "other"])
     assert "MFT - control: -0.05" in capsys.readouterr().out

@@ -75,7 +75,7 @@ def test_the_loss_at_a_mark_is_the_models_own():
     plane = plane_through({"fine-tune": first, "masked": merged, "control": shifted(first, 0.1, 3)})
     surface = loss_surface(model, plane, rows, reach=1.0, points=3, first=2)
     x = surface.xs.tolist()
-    # The grid's ends are the outermost marks and 1 beyond: compute one point of it by hand.
+    # The grid reaches 1 beyond the outermost marks. Compute one of its points by hand.
     corner = make_llama()
     with torch.no_grad():
         for key, weight in point(plane, x[0], surface.ys[2].item()).items():

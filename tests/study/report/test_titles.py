@@ -1,4 +1,4 @@
-"""Titles and labels of pictures: each says what the numbers say, and no name covers another."""
+"""Titles and labels of pictures: each agrees with the numbers, and no label covers another."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Verdicts of dominance that rest on a choice at an end of its grid."""
+"""Verdicts of dominance that depend on a choice at an end of its grid."""
 
 from test_dominance import findings
 

@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:python:tests python tests/study/shared/joiners.py --kills 200
 
-Each round begins a study in a new directory, with joiners that die by kill -9: at a stage that is named, or at a random
-moment. Each dead one is replaced until the kills of the round are done. Then the study must have come to the bits that
-one process alone finds, and no result may have been told twice.
+Each round begins a study in a new directory, with joiners that die by kill -9: at a named stage, or at a random moment.
+Each dead joiner is replaced until the round has made its kills. Then the study must have found the same bits as one
+process alone, and no result may have been written twice.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from mft.study.store import Store
 
 ARMS = FULL + "  control: {kind: control, lrs: [1e-2]}\n  MFT: {kind: mask, lrs: [1e-2, 3e-2]}\n"
 PACE = Pace(beat=0.2, expiry=2.0, look=0.2)
-# Where a joiner can be made to die: the module, its name for what is called there, and whether before or after it.
+# Where a joiner can be made to die: the owner and the name of a function, and whether before or after its call.
 STAGES = {
     "after a claim": (leases_module.Leases, "take", "after"),
     "before a result": (claims_module, "publish", "before"),
@@ -45,13 +45,16 @@ STAGES = {
     "after the report": (Store, "report_once", "after"),
 }
 _TOLD, _STUDY = "told.txt", "joined.yaml"
-_PRELOADED = ["mft.study.run", "mft.study.report.write", "transformers.models.llama.modeling_llama"]  # takes seconds
+_PRELOADED = ["mft.study.run", "mft.study.report.write", "transformers.models.llama.modeling_llama"]  # slow imports
 
 
 def join(ground, directory, stage=None, call=1, report=True, skew=0.0, foreign=False, workers=1):
-    """In a process of its own. It dies at its call-th time at a stage; skew: seconds that its clock is ahead;
-    foreign: nobody can see by its process id whether it is alive, as on another machine."""
-    faulthandler.dump_traceback_later(90, exit=True)  # one that hangs says where
+    """Join the study in a process of its own.
+
+    It dies at the call-th time that it reaches ``stage``. skew: seconds that its clock is ahead. foreign: as on another
+    machine, nobody can see by its process id whether it is alive.
+    """
+    faulthandler.dump_traceback_later(90, exit=True)  # a joiner that hangs prints where
     if skew:
         real = time.time
         time.time = lambda: real() + skew
@@ -71,7 +74,7 @@ def join(ground, directory, stage=None, call=1, report=True, skew=0.0, foreign=F
 
 
 def facts(ground, directory, **options):
-    """What a study found, without the time that it took; a study that is done is only read."""
+    """Return what a study found, without times; a finished study is only read."""
     console = Console(file=io.StringIO(), width=200)
     findings = run_study(make_study(ground, ARMS), directory, console=console, **options)
     for outcome in findings.outcomes:
@@ -81,13 +84,13 @@ def facts(ground, directory, **options):
 
 
 def told(directory):
-    """The names of the results that were told, once for each time."""
+    """Return the names of the results that were written, once for each time."""
     path = directory.parent / f"{directory.name}-{_TOLD}"
     return path.read_text().split() if path.exists() else []
 
 
 def start(ground, directory, **options):
-    if not (ground / _STUDY).exists():  # before there are others that read it
+    if not (ground / _STUDY).exists():  # written before any joiner can read it
         make_study(ground, ARMS)
         (ground / "study.yaml").rename(ground / _STUDY)
     context = multiprocessing.get_context("forkserver")
@@ -98,7 +101,7 @@ def start(ground, directory, **options):
 
 
 def finish(ground, directory, processes, seconds=180):
-    """Wait for joiners to end well; they must."""
+    """Wait for joiners, and assert that each ends with exit code 0."""
     for process in processes:
         process.join(seconds)
     codes = [process.exitcode for process in processes]
@@ -106,7 +109,7 @@ def finish(ground, directory, processes, seconds=180):
 
 
 def round_of_kills(ground, directory, kills, workers, rng):
-    """So many kills of joiners of one study, then what it found."""
+    """Kill joiners of one study ``kills`` times; return (kills, kills per stage, seconds)."""
     stages, counts = itertools.cycle(rng.sample([*STAGES, None, None, None], len(STAGES) + 3)), {}
     running, killed, began = {}, 0, time.monotonic()
     while killed < kills:
@@ -130,7 +133,7 @@ def round_of_kills(ground, directory, kills, workers, rng):
                     killed += 1
                     counts[stage] = counts.get(stage, 0) + 1
         if all((directory / name).exists() for name in ("table.json", "test/reported.json")):
-            break  # done before all were killed: another round
+            break  # done before all kills were made: the next round makes them
     for process in running:
         process.kill() if killed < kills else None
         process.join(180)
@@ -182,7 +185,7 @@ def _die_at(stage, call):
     real, calls = getattr(owner, name), itertools.count(1)
 
     def dying(*args, **kwargs):
-        dies = next(calls) == call + (2 if name in ("take", "release") else 0)  # not at its own presence
+        dies = next(calls) == call + (2 if name in ("take", "release") else 0)  # plus those for its presence
         if dies and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = real(*args, **kwargs)

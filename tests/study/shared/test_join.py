@@ -1,4 +1,4 @@
-"""Processes that join one study find what one process alone finds, each result once, also where some are killed."""
+"""Processes that join one study find what one process finds, each result once, even if some of them are killed."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def ground(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(ground, tmp_path_factory):
-    """What one process finds, and its directory; tests that write there take a copy."""
+    """Return what one process finds, and its directory; tests that write there take a copy."""
     directory = tmp_path_factory.mktemp("alone") / "run"
     return facts(ground, directory), directory
 
@@ -52,7 +52,7 @@ def test_two_that_join_find_what_one_finds_with_clocks_that_differ_by_a_minute(g
 
 @pytest.mark.slow
 def test_one_killed_before_its_weights_are_in_place_is_replaced_to_the_same_bits(ground, alone, tmp_path):
-    """More kills are a command's: joiners.py."""
+    """The command joiners.py makes more kills."""
     directory = tmp_path / "run"
     killed = start(ground, directory, stage="after a result", call=2, foreign=True)
     killed.join(120)
@@ -93,7 +93,7 @@ def test_other_packages_and_data_are_refused(ground, alone, tmp_path, section, n
     words = rf"--join must have the {section} of the process that began .*{name} another; got .*: {remedy}$"
     with pytest.raises(ValueError, match=words):
         joined(ground, directory)
-    facts(ground, directory)  # alone a study may go on elsewhere, and its report says it
+    facts(ground, directory)  # a process alone may go on elsewhere; its report says so
 
 
 def test_a_study_from_another_processor_is_refused_if_it_is_to_be_the_same(ground, alone, tmp_path):
@@ -121,7 +121,7 @@ def test_where_a_unit_ran_is_kept_and_older_files_do_without(alone):
 
 
 def test_weights_that_another_has_deleted_are_planned_again(ground, alone, tmp_path, monkeypatch):
-    """As by one that chose another setting meanwhile."""
+    """Another process that chose a different setting meanwhile deletes them like this."""
     directory = shutil.copytree(alone[1], tmp_path / "run")
     for path in directory.glob("units/*/MFT/*.json"):
         path.unlink()

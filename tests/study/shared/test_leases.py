@@ -1,4 +1,4 @@
-"""Leases on one directory: who holds what, when a holder counts as dead, and what is refused."""
+"""Leases on one directory: who holds which, when a holder counts as dead, and what is refused."""
 
 import json
 import multiprocessing
@@ -12,12 +12,12 @@ from mft.study.shared import leases as module
 from mft.study.shared.leases import ALONE, FOLDER, JOINED, Leases, Pace, open_leases
 
 PACE = Pace(beat=0.05, expiry=0.4, look=0.05)
-KEPT = Pace(beat=60.0, expiry=0.4, look=0.05)  # of a holder that does not beat
+KEPT = Pace(beat=60.0, expiry=0.4, look=0.05)  # for a holder that does not beat
 
 
 @pytest.fixture
 def entered(tmp_path):
-    """Makes leases of other processes on one directory."""
+    """Return a function that makes leases on one directory, each as if from another process."""
     made = []
 
     def enter(pace=PACE):
@@ -31,7 +31,7 @@ def entered(tmp_path):
 
 @pytest.fixture
 def foreign(monkeypatch):
-    """Nobody can be seen to be gone by the number of its process, as on another machine."""
+    """Hide whether a process is alive, as if it ran on another machine."""
     monkeypatch.setattr(module, "_process", lambda process: ({}, ""))
 
 
@@ -78,7 +78,7 @@ def test_a_holder_that_stopped_is_taken_over_and_learns_it(entered, foreign, tmp
     assert until_taken(other, "unit") >= KEPT.expiry
     assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"unit.1", "unit.2"}
     assert not one._beat(tmp_path / FOLDER / "unit.1")
-    one.release("unit")  # whose it is no more
+    one.release("unit")  # it no longer holds the lease
     assert not entered().take("unit")
     other.release("unit")
     assert not list((tmp_path / FOLDER).glob("unit.*"))
@@ -116,7 +116,7 @@ def test_no_clock_that_others_could_disagree_on_is_read(entered, foreign, monkey
     one, other = entered(KEPT), entered()
     assert one.take("unit")
     for path in one._files():
-        os.utime(path, (0, 0))  # of 1970: a file's times are not looked at either
+        os.utime(path, (0, 0))  # in 1970: file times are not read either
     assert not other.take("unit")
     until_taken(other, "unit")
 

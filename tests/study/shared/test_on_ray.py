@@ -1,4 +1,4 @@
-"""mft compare --on ray: actors find what local workers find, and one that is killed is replaced."""
+"""mft compare --on ray: actors find the same as local workers, and a killed actor is replaced."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from mft.study.run import run_study
 from mft.study.shared import on_ray as module
 
 ray = pytest.importorskip("ray", reason="pip install 'mft_kernels[ray]' runs this test")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own, of sockets and of the future
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
 
 
 @pytest.fixture(scope="module")
