@@ -1,4 +1,4 @@
-"""Pictures as PNG files, each written whole or not at all, and their colours: one for each method, others for phases."""
+"""Pictures as PNG files, each written whole or not at all, and their colours: one per method, others for phases."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
