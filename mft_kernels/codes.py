@@ -150,7 +150,9 @@ class Nf4(Table):
         if count == 1:
             return super().scales_expected(shape, count)
         if count != 4:
-            raise ValueError(f"absmax must be one tensor, or for nf4 the four of double quantisation, got {count}")
+            raise ValueError(
+                f"absmax must be one tensor, or the four tensors of double quantisation for nf4, got {count}"
+            )
         blocks = cls.scale_count(shape)
         return [
             ("absmax[0]", (blocks,), torch.uint8),

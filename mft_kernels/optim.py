@@ -84,8 +84,8 @@ class MaskAdamW(Optimizer):
             for p in param_group["params"]:
                 if hasattr(p, "ds_id"):
                     raise ValueError(
-                        f"params must not be partitioned by DeepSpeed, whose parts are no rows, got one of shape "
-                        f"{tuple(getattr(p, 'ds_shape', p.shape))}: use FSDP2 (fully_shard)"
+                        "params must not be partitioned by DeepSpeed, which splits them into flat parts instead of "
+                        f"rows, got one of shape {tuple(getattr(p, 'ds_shape', p.shape))}: use FSDP2 (fully_shard)"
                     )
                 if is_spread(p):
                     narrow = p.dtype != torch.float32 or options["moments"] != "fp32"
@@ -150,7 +150,7 @@ class MaskAdamW(Optimizer):
             in_8_bits = group["moments"] == "8bit"
             if _is_captured():
                 raise RuntimeError(
-                    "params must have taken a step before one is captured into a CUDA graph, got one of shape "
+                    "params must have taken a step before a step is captured into a CUDA graph, got one of shape "
                     f"{tuple(p.shape)} without moments, which each replay would set to 0; take a few steps first"
                 )
             state["step"] = torch.zeros((), dtype=torch.int64, device=p.device) if group["capturable"] else 0
@@ -209,8 +209,8 @@ class MaskAdamW(Optimizer):
         if _is_captured():
             if not group["capturable"]:
                 raise RuntimeError(
-                    "capturable must be True where a CUDA graph captures a step, got False: each replay would take the "
-                    "number and the rate of this step; use MaskAdamW(..., capturable=True)"
+                    "capturable must be True if a CUDA graph captures a step, got False: each replay would use the "
+                    "step number and the learning rate of this step; use MaskAdamW(..., capturable=True)"
                 )
             if isinstance(p, Scores):
                 p.in_graph = True  # step_one is no Optimizer.step, after which a hook sets this
@@ -219,7 +219,7 @@ class MaskAdamW(Optimizer):
         if is_spread(p) and asked.get("keep_ratio") is not None:
             raise ValueError(
                 f"keep_ratio must be None for scores that are spread over processes, got {asked['keep_ratio']}: a "
-                "threshold takes the scores of all; see mask/shared_threshold.py"
+                "threshold needs the scores of all processes; see mask/shared_threshold.py"
             )
         state = self.state[p]
         of_each = asked.get("keep_ratio") if tensors["scores"].dim() == 3 else None

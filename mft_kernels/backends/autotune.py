@@ -56,7 +56,7 @@ class Choices:
         except FileNotFoundError:
             self._known = {}
         except (OSError, ValueError) as error:
-            logger.warning("%s is ignored and its measurements are made anew: %s", self.file, error)
+            logger.warning("%s is ignored, and its measurements are repeated: %s", self.file, error)
             self._known = {}
 
     def get(self, key: Mapping[str, Any]) -> str | None:
@@ -89,7 +89,7 @@ class Choices:
         for key, choice in choices.items():
             facts = _parsed(key)
             if not isinstance(facts, dict) or not self._is_choice(facts, choice):
-                raise ValueError(f"{choice!r} is no choice for {key}")
+                raise ValueError(f"{choice!r} is not a known choice for {key}")
         return choices
 
     def _write(self, choices: Mapping[str, str]) -> None:

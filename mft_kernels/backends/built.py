@@ -43,7 +43,7 @@ def load_ops(library: Path, namespace: str) -> None:
     try:
         register = loaded.mft_register_ops
     except AttributeError:
-        raise OSError(f"{library} has no mft_register_ops, it was built of other sources") from None
+        raise OSError(f"{library} has no mft_register_ops: it was built from other sources") from None
     register.argtypes, register.restype = [ctypes.c_char_p], ctypes.c_char_p
     reason = register(namespace.encode())
     if reason is not None:

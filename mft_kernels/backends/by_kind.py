@@ -19,11 +19,11 @@ def product_by_kind(matrix: Callable, experts: Callable, codes: Callable, by_tas
     ) -> Tensor:
         """Compute a @ where(keep, weight, 0).T + bias, without the .T if transposed; see the reference."""
         if isinstance(keep, KeepByTask):
-            assert isinstance(weight, Tensor), "a mask per row is one on a dense matrix"
+            assert isinstance(weight, Tensor), "a mask per row needs a dense matrix"
             return by_task(a, weight, keep, bias, transposed)
         if isinstance(weight, Codes):
             return codes(a, weight, keep, bias, transposed)
-        assert keep is not None, "only codes are multiplied without a mask"
+        assert keep is not None, "only quantised weights are multiplied without a mask"
         return (experts if isinstance(weight, Experts) else matrix)(a, weight, keep, bias, transposed)
 
     return product

@@ -36,7 +36,7 @@ def where_faster(
     sizes = _sizes(op, device, dtypes)
     if not any(sizes.values()):
         return run
-    logger.info("%s on %s: cuda where faster.json says that it is faster: %s", op, device, sizes)
+    logger.info("%s on %s: cuda for the sizes that faster.json lists as faster: %s", op, device, sizes)
     measured = sorted(sizes)
 
     @functools.wraps(run)

@@ -108,14 +108,14 @@ def register(backend: Backend, *, before: str | None = None) -> None:
     Raises: ValueError for a name that is taken or an unknown function.
     """
     if backend.name in ("", "auto"):
-        raise ValueError(f"name of a backend must be a word of its own, got {backend.name!r}")
+        raise ValueError(f"name of a backend must not be empty or 'auto', got {backend.name!r}")
     if backend.name in _TABLE:
         raise ValueError(f"backend {backend.name!r} is registered already; take another name")
     if unknown := backend.functions.keys() - set(FUNCTIONS):
         raise ValueError(f"functions of {backend.name!r} must be among {FUNCTIONS}, got {', '.join(sorted(unknown))}")
     if before is not None:
         if before not in _order:
-            raise ValueError(f"before must be a backend that auto asks, one of {tuple(_order)}, got {before!r}")
+            raise ValueError(f"before must be a backend that auto tries, one of {tuple(_order)}, got {before!r}")
         _order.insert(_order.index(before), backend.name)
     _TABLE[backend.name] = backend
     _chosen.clear()
@@ -198,8 +198,8 @@ def _find(call: Request, requested: str, source: str) -> Callable:
         return chosen
     if requested not in _names():
         raise ValueError(
-            f"{source} must be one of {('auto', *_names())}, got {requested!r}; one from elsewhere is there once the "
-            "module that registers it is imported"
+            f"{source} must be one of {('auto', *_names())}, got {requested!r}; import the module that registers "
+            "another backend before you name it"
         )
     reason = _refusal(requested, call)
     if reason is not None:
@@ -228,7 +228,7 @@ def _automatic(call: Request) -> Backend:
             _announce(call, name, refusals)
             return _TABLE[name]
         refusals.append((name, reason))
-    raise AssertionError(f"the reference serves every function, but not {call}")
+    raise AssertionError(f"the reference backend must serve every function, but refuses {call}")
 
 
 def _or_faster(call: Request, run: Callable) -> Callable:

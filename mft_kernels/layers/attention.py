@@ -139,7 +139,8 @@ class MaskedMultiheadAttention(nn.Module):
             alone = query is key is value and key_padding_mask is None and attn_mask is None
             if not alone or need_weights or not self.batch_first:
                 raise ValueError(
-                    "nested tensors must be self-attention with batch_first, need_weights=False and no masks, got more"
+                    "nested tensors must be used for self-attention with batch_first, need_weights=False and no "
+                    "masks, got another call"
                 )
             return self._forward_nested(query), None
         padding = F._canonical_mask(
@@ -150,7 +151,9 @@ class MaskedMultiheadAttention(nn.Module):
             query, key, value, padding, attn_mask, self.num_heads
         )
         if is_causal and attn_mask is None:
-            raise ValueError("attn_mask must be given with is_causal, a hint that it is the causal one, got None")
+            raise ValueError(
+                "attn_mask must be given with is_causal, which only says that this mask is causal, got None"
+            )
         # (rows, tokens, width), which a layer with one mask per row needs. Arguments that are one tensor stay one.
         if not is_batched:
             query, key, value = _each(lambda x: x.unsqueeze(0), query, key, value)
@@ -246,11 +249,11 @@ def why_not_split(attention: nn.MultiheadAttention) -> str | None:
     """Return why attention cannot become a MaskedMultiheadAttention; None if it can."""
     other = other_than(nn.MultiheadAttention, attention)
     if other is not None:
-        return f"it lies in {other}: its forward is its own"
+        return f"it lies in {other}: it has its own forward"
     held = {**attention._parameters, **attention._buffers, **attention._modules}
     more = [name for name, part in held.items() if part is not None and name not in (*_PARAMETERS, "out_proj")]
     if more:
-        return f"it lies in an nn.MultiheadAttention with {more[0]} beside its own parameters"
+        return f"it lies in an nn.MultiheadAttention that also holds {more[0]}"
     return why_lost(attention)
 
 

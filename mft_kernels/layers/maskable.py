@@ -38,7 +38,10 @@ def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | N
     if other is not None and not _computes_linear(type(module)):
         return f"it is {other}{_what_is_lost(type(module), kind, weight)}"
     if weight is None:
-        return "its weight is no parameter, but made of others (by a parametrisation or pruning): bake that in first"
+        return (
+            "its weight is not a parameter, but computed from others (by a parametrisation or pruning): make that "
+            "permanent first"
+        )
     if getattr(module, "bias", weight) is not module._parameters.get("bias") and other is not None:
         return "its bias must be a parameter or None"
     return why_no_scores(weight) or why_lost(module)
@@ -97,7 +100,7 @@ def _what_is_lost(code: type, kind: type, weight: Tensor | None) -> str:
     why = None if weight is None else why_no_scores(weight)
     if why is not None:
         return f", and {why.removeprefix('it ')}"
-    lost = ": its forward is its own (quantised, adapted, or with more to it), and a masked layer would leave that out"
+    lost = ": it has its own forward (quantised, adapted, or with extra steps), which a masked layer would leave out"
     if weight is None or weight.dim() != 2:
         return lost
     return (

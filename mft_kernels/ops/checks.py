@@ -45,8 +45,8 @@ def check_alpha(alpha: float) -> None:
     check_number("alpha", alpha)
     if not 0 < alpha <= 1:
         raise ValueError(
-            f"alpha must lie in (0, 1] (how far a mask goes: dropped weights are scaled by 1 - alpha), got {alpha}: 1 "
-            "bakes it in whole, and by 0 nothing would change"
+            "alpha must lie in (0, 1] (the strength of the mask: dropped weights are scaled by 1 - alpha), got "
+            f"{alpha}: 1 applies the mask in full, and 0 would change nothing"
         )
 
 
@@ -72,7 +72,7 @@ def check_threshold(threshold: Tensor, scores: Tensor) -> None:
     """Raise unless threshold is (), one per row of scores (N, K), or one per expert of scores (E, N, K)."""
     check_tensor("threshold", threshold)
     if threshold.dim() != 0 and threshold.shape != scores.shape[:1]:
-        each, see = ("an expert", "kept_thresholds") if scores.dim() == 3 else ("a row", "kept_threshold")
+        each, see = ("per expert", "kept_thresholds") if scores.dim() == 3 else ("per row", "kept_threshold")
         raise ValueError(
             f"threshold must be () or one {each} {tuple(scores.shape[:1])}, got shape {tuple(threshold.shape)}; "
             f"see {see}"
@@ -86,7 +86,7 @@ def check_fixed_threshold(threshold: float | None) -> None:
         return
     check_number("threshold", threshold)
     if threshold != threshold:
-        raise ValueError("threshold must be a number or None, got nan, which keeps nothing; keep_ratio=0 says that")
+        raise ValueError("threshold must be a number or None, got nan, which keeps nothing; use keep_ratio=0 for that")
 
 
 def check_packed(name: str, packed: Tensor, shape: tuple[int, ...] | torch.Size) -> None:
@@ -96,7 +96,7 @@ def check_packed(name: str, packed: Tensor, shape: tuple[int, ...] | torch.Size)
     if packed.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {packed.dtype}")
     if tuple(packed.shape) != words:
-        raise ValueError(f"{name} must be {words}, 1 bit a weight of {tuple(shape)}, got {tuple(packed.shape)}")
+        raise ValueError(f"{name} must be {words}, 1 bit per weight of {tuple(shape)}, got {tuple(packed.shape)}")
 
 
 def check_factors(call: Any) -> None:
@@ -105,7 +105,9 @@ def check_factors(call: Any) -> None:
     if weight is None:
         if scores is not None or signs is not None:
             given = "scores" if scores is not None else "signs"
-            raise ValueError(f"{given} must be None where weight is (score_step applies sign and weight), got a tensor")
+            raise ValueError(
+                f"{given} must be None if weight is None (score_step applies sign and weight), got a tensor"
+            )
         return
     if call.mask_mode == "magnitude" and scores is None and signs is None:
         raise ValueError('mode "magnitude" needs scores or signs, got neither')
@@ -216,7 +218,7 @@ def check_transforms(op: str, *tensors: Tensor | None, in_place: bool = False) -
         ):
             raise RuntimeError(
                 f"{op} must be differentiated by backward() or torch.autograd.grad, got a tensor that torch.func or "
-                "forward mode tracks: call backward(), for one sample after the other where each needs its own gradient"
+                "forward mode tracks: call backward(), once per sample if each needs its own gradient"
             )
 
 
@@ -287,7 +289,7 @@ def check_moments(scores: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scales: T
         raise TypeError(f"scales must be float32, got {scales.dtype}")
     expected = (2, -(-scores.numel() // BLOCK))
     if tuple(scales.shape) != expected or not scales.is_contiguous():
-        raise ValueError(f"scales must be contiguous {expected}, one a block of {BLOCK}, got {tuple(scales.shape)}")
+        raise ValueError(f"scales must be contiguous {expected}, one per block of {BLOCK}, got {tuple(scales.shape)}")
     check_device("scales", scales, "scores", scores)
 
 

@@ -30,7 +30,7 @@ def check_grouped(call: Any) -> None:
         )
     check_multiplied(x, weight)
     check_offsets(call.offsets, weight.shape[0], x)
-    check_bias(call.bias, x, weight, (weight.shape[0], n), "one a row and expert ")
+    check_bias(call.bias, x, weight, (weight.shape[0], n), "one value per output feature and expert ")
 
 
 def check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
@@ -40,7 +40,7 @@ def check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
     """
     check_tensor("offsets", offsets)
     if offsets.dtype != torch.int32:
-        raise TypeError(f"offsets must be int32, as of torch's grouped_mm, got {offsets.dtype}; use offsets.int()")
+        raise TypeError(f"offsets must be int32, as for torch's grouped_mm, got {offsets.dtype}; use offsets.int()")
     if offsets.shape != (experts,):
         raise ValueError(
             f"offsets must be ({experts},), where the rows of each expert end, got shape {tuple(offsets.shape)}; "
@@ -62,8 +62,8 @@ def check_offset_values(call: Any) -> None:
     for e, end in enumerate(ends):
         if end < begin:
             raise ValueError(
-                f"offsets must not fall, as the rows of expert {e} end no earlier than they begin, got {end} after "
-                f"{begin}"
+                f"offsets must not decrease, because the rows of expert {e} cannot end before they begin, got {end} "
+                f"after {begin}"
             )
         begin = end
     if begin > rows:

@@ -49,7 +49,7 @@ def _check_masks(masks: Tensor | Sequence[Tensor], weight: Tensor) -> None:
     if isinstance(masks, Tensor):
         raise ValueError(f"masks must be (masks, {words[0]}, {words[1]}) in one tensor, got {tuple(masks.shape)}")
     if len(masks) > MOST_MASKS:
-        raise ValueError(f"masks must be at most {MOST_MASKS}, got {len(masks)}: make a call for each {MOST_MASKS}")
+        raise ValueError(f"masks must be at most {MOST_MASKS}, got {len(masks)}: make one call per {MOST_MASKS} masks")
     for i, mask in enumerate(masks):
         check_packed(f"masks[{i}]", mask, weight.shape)
         check_device(f"masks[{i}]", mask, "weight", weight)
@@ -61,7 +61,7 @@ def _check_tasks(tasks: Tensor, x: Tensor) -> None:
         raise TypeError(f"tasks must be integers, got {tasks.dtype}")
     if x.dim() < 2 or tasks.shape != x.shape[:1]:
         raise ValueError(
-            f"tasks must be one a row of x (rows, ..., K), got {tuple(tasks.shape)} for x of {tuple(x.shape)}"
+            f"tasks must hold one task per row of x (rows, ..., K), got {tuple(tasks.shape)} for x of {tuple(x.shape)}"
         )
     check_device("tasks", tasks, "x", x)
 
@@ -71,7 +71,7 @@ def _check_frozen(**tensors: Tensor | None) -> None:
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} must be frozen, as masked_linear_many is for inference, got one that requires a gradient: "
-                f"{name}.detach(), or masked_linear_packed, one mask a call"
+                f"use {name}.detach(), or masked_linear_packed with one mask per call"
             )
 
 
@@ -81,7 +81,7 @@ def _check_values(tasks: Tensor, masks: Sequence[Tensor]) -> None:
         low, high = (int(value) for value in tasks.aminmax())
         if low < -1 or high >= len(masks):
             raise ValueError(
-                f"tasks must be -1 or the place of one of {len(masks)} masks, got values from {low} to {high}"
+                f"tasks must be -1 or the index of one of {len(masks)} masks, got values from {low} to {high}"
             )
 
 

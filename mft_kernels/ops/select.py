@@ -77,7 +77,7 @@ def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", bac
     keys, threshold = selectable(scores.detach()), selectable(threshold)
     check_floating("scores", keys)
     if keys.dim() not in (2, 3):
-        raise ValueError(f"scores must be (N, K), or of experts (E, N, K), got shape {tuple(scores.shape)}")
+        raise ValueError(f"scores must be (N, K), or (E, N, K) for experts, got shape {tuple(scores.shape)}")
     check_threshold(threshold, keys)
     threshold = threshold.to(keys.dtype)
     if keys.dim() == 2:
@@ -91,7 +91,7 @@ def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", bac
 def unpack_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """Return the boolean mask of ``shape``, (N, K) or (E, N, K), that pack_mask packed."""
     if len(shape) not in (2, 3):
-        raise ValueError(f"shape must be (N, K), or of experts (E, N, K), got {tuple(shape)}")
+        raise ValueError(f"shape must be (N, K), or (E, N, K) for experts, got {tuple(shape)}")
     check_packed("packed", packed, shape)
     return _UNPACK_MASK(packed, list(shape))
 

@@ -142,7 +142,7 @@ class ModelConfig:
         check_rule(
             not self.quantize_masked or self.quantization is not None,
             "quantize_masked",
-            f"be false where quantization is null (it may be {' or '.join(QUANTIZATIONS)})",
+            f"be false if quantization is null (it may be {' or '.join(QUANTIZATIONS)})",
             self.quantize_masked,
         )
 
@@ -190,8 +190,12 @@ class MaskConfig:
         has_gradient = SCORE_FORMATS[unless_auto(self.scores_dtype)].has_gradient
         for holds, name, rule in (
             (has_gradient or not fixed, "threshold", f"be null with {self.scores_dtype}"),
-            (fixed or not sharp, "sharpness", "be null where threshold is null, from which it counts"),
-            (sharp or not self.deletion_penalty, "deletion_penalty", "be 0 where sharpness is null"),
+            (
+                fixed or not sharp,
+                "sharpness",
+                "be null if threshold is null, because it is measured from the threshold",
+            ),
+            (sharp or not self.deletion_penalty, "deletion_penalty", "be 0 if sharpness is null"),
         ):
             check_rule(holds, name, rule, getattr(self, name))
         self._check_budget()
@@ -204,9 +208,12 @@ class MaskConfig:
             default = type(self).budget_ramp
             check_rule(self.budget_ramp == default, "budget_ramp", "be left out without budget", self.budget_ramp)
             return
-        rule = f"be left out when budget = {self.budget:g} is set, which counts over all layers"
+        rule = (
+            f"be left out when budget = {self.budget:g} is set, because a budget counts the weights of all layers "
+            "together"
+        )
         check_rule(self.keep_ratio == type(self).keep_ratio, "keep_ratio", rule, self.keep_ratio)
-        rule = f"be null when budget = {self.budget:g} is set, which finds one"
+        rule = f"be null when budget = {self.budget:g} is set, because a budget finds the threshold"
         check_rule(self.threshold is None, "threshold", rule, self.threshold)
 
     @classmethod
@@ -266,13 +273,13 @@ class DataConfig:
                 check_rule(
                     given == default,
                     name,
-                    "be left out beside sources, each with its own (sources: null drops them)",
+                    "be left out with sources, because each source has its own (sources: null drops them)",
                     given,
                 )
         check_rule(
             not self.streaming or self.max_train_tokens is None,
             "max_train_tokens",
-            "be null with streaming, where train.steps says how much is read",
+            "be null with streaming, because train.steps says how much is read",
             self.max_train_tokens,
         )
         for name in ("max_train_tokens", "max_eval_tokens"):
@@ -342,14 +349,14 @@ class TrainConfig:
         check_rule(
             self.eval_every is None or self.eval_minutes is None,
             "eval_minutes",
-            f"be null beside eval_every = {self.eval_every}",
+            f"be null with eval_every = {self.eval_every}",
             self.eval_minutes,
         )
         unless = "unless eval_every or eval_minutes says when to evaluate"
         check_rule(self.evaluates or not self.keep_best, "keep_best", f"be false {unless}", self.keep_best)
         check_rule(self.evaluates or self.patience is None, "patience", f"be null {unless}", self.patience)
         counted = self.patience is not None
-        check_rule(counted or not self.min_delta, "min_delta", "be 0 where patience is null", self.min_delta)
+        check_rule(counted or not self.min_delta, "min_delta", "be 0 if patience is null", self.min_delta)
         if self.steps is None and self.epochs is None:
             raise ValueError(
                 "steps or epochs must be given (exactly one of them), got neither: set steps=100 or epochs=1"
@@ -374,7 +381,7 @@ class TrainConfig:
             return self.steps
         if rows is None:
             raise ValueError(
-                f"train.steps must be given with data.streaming, where nobody knows how long an epoch is, got "
+                "train.steps must be given with data.streaming, because the length of an epoch is unknown, got "
                 f"train.epochs={self.epochs:g}: set train.steps, and train.epochs to null"
             )
         return max(1, math.ceil((self.epochs or 0) * rows / (self.batch_size * self.accumulation)))
@@ -442,12 +449,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         coerce_fields(self)
         mask, of_base, alone = self.mask, self.objective.of_base, self.mask.modules_to_save is None
-        unread = f"be one of {', '.join(INITS)} with data.streaming, whose rows are read once"
-        unsaved = f"be null with the objective {self.objective.name}, which holds masks to the base that they lie on"
-        plain = "be plain (or auto) with mask.modules_to_save, as the other ways train scores alone"
+        unread = f"be one of {', '.join(INITS)} with data.streaming, because its rows are read once"
+        unsaved = f"be null with the objective {self.objective.name}, which compares the masked model with its base"
+        plain = "be plain (or auto) with mask.modules_to_save, because the other ways train only scores"
         check_rule(alone or self.memory in ("auto", "plain"), "memory", plain, self.memory)
         check_rule(alone or not of_base, "mask.modules_to_save", unsaved, mask.modules_to_save)
-        exact = "be rice (or packed) with model.quantize_masked, as by_weight takes the exact weights"
+        exact = "be rice (or packed) with model.quantize_masked, because by_weight needs the exact weights"
         check_rule(self.coding != "by_weight" or not self.model.quantize_masked, "coding", exact, self.coding)
         check_rule(mask.init in INITS or not self.data.streaming, "mask.init", unread, mask.init)
         check_not_empty(self, "output_dir", "project")

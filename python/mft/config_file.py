@@ -108,7 +108,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: config must be UTF-8 text, byte {error.start} is not") from None
     except OSError as error:
-        raise ValueError(f"{path}: config must be readable, got {error.strerror}: see to the disk, or rights") from None
+        raise ValueError(
+            f"{path}: config must be readable, got {error.strerror}: check the disk and the access rights"
+        ) from None
     values = parse_yaml(text, str(path))
     if values is None:
         raise ValueError(f"{path}: config must hold keys such as train:, got an empty file")

@@ -38,10 +38,10 @@ a budget beside a keep ratio
     -> ValueError: keep_ratio | must be left out when budget = 0.006 is set | got 0.9
 a budget beside a threshold
     MaskConfig(budget=0.006, mode="value", threshold=0)
-    -> ValueError: threshold | must be null when budget = 0.006 is set, which finds one | got 0.0
+    -> ValueError: threshold | must be null when budget = 0.006 is set, because a budget finds the threshold | got 0.0
 a budget beside a sharpness
     MaskConfig(budget=0.006, sharpness=50)
-    -> ValueError: sharpness | must be null where threshold is null, from which it counts | got 50.0
+    -> ValueError: sharpness | must be null if threshold is null, because it is measured from the threshold | got 50.0
 a ramp of no budget
     MaskConfig(budget_ramp=0.5)
     -> ValueError: budget_ramp | must be left out without budget | got 0.5

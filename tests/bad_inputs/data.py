@@ -50,11 +50,11 @@ a source of several that is empty
     -> ValueError: data.sources.chats | must hold examples | got an empty train split
 a weight by which a source would be repeated without end
     mix_order([10000, 100], [1, 199], "all_exhausted", None)
-    -> ValueError: data.stopping_strategy | must not be all_exhausted where that repeats 10100 rows 100 times
+    -> ValueError: data.stopping_strategy | must not be all_exhausted if that repeats 10100 rows 100 times
         | got about 2000000 rows | set first_exhausted or data.max_train_tokens, or other weights
 epochs of a stream
     TrainConfig(epochs=1).steps_for(None)
-    -> ValueError: train.steps | must be given with data.streaming, where nobody knows how long an epoch is
+    -> ValueError: train.steps | must be given with data.streaming, because the length of an epoch is unknown
         | got train.epochs=1 | set train.steps, and train.epochs to null
 a part of a stream
     source(write(tmp / "train.jsonl", '{"text": "a"}\n').parent, split="train[:10%]", streaming=True)
@@ -69,7 +69,7 @@ data that is misspelt
     -> ValueError: data.source | must be data that exists | dta.jsonl' | did you mean /tmp/dir/data.jsonl?
 data with a broken line
     source(write(tmp / "data.jsonl", '{"text": "a"}\n{"text": }\n')).load()
-    -> ValueError: data.jsonl:2 | must be one object a line | Expecting value
+    -> ValueError: data.jsonl:2 | must be one object per line | Expecting value
 data in latin 1
     (tmp / "data.jsonl").write_bytes('{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"))
     source(tmp / "data.jsonl").load()
@@ -88,7 +88,7 @@ data of two types in one directory
 saved data that name a file elsewhere
     write(tmp / "state.json", '{"_data_files": [{"filename": "../../secret.arrow"}]}')
     source(tmp)
-    -> ValueError: state.json | _data_files must be the names of what lies beside it | ../../secret.arrow
+    -> ValueError: state.json | _data_files must be the names of files or directories next to it | ../../secret.arrow
 data with a misspelt column
     source(write(tmp / "data.jsonl", '{"txt": "a"}\n')).load()
     -> ValueError: data.jsonl:1
@@ -131,7 +131,7 @@ a message with a picture
 tools that are no list
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     read("messages", messages=turns, tools='"add"')
-    -> ValueError: data.jsonl:1: tools | must be a list of objects, or one as JSON | got '"add"' (str)
+    -> ValueError: data.jsonl:1: tools | must be a list of objects, or such a list as JSON | got '"add"' (str)
 a table with a comma too many
     source(write(tmp / "data.csv", 'prompt,completion\n"1, 2,",3\n1, 2,3\n')).load()
     -> ValueError: data.csv:3 | must have 2 values, as many as the header names | got 3

@@ -26,7 +26,7 @@ deletion tuning of a model without gate projections
     -> ValueError: target_modules | linear layers here: c_attn, c_fc, c_proj | 'gate_proj' matches no linear layer
 a sharpness beside a keep ratio
     MaskConfig(sharpness=50)
-    -> ValueError: sharpness | must be null where threshold is null, from which it counts | got 50.0
+    -> ValueError: sharpness | must be null if threshold is null, because it is measured from the threshold | got 50.0
 a sharpness of three numbers
     MaskConfig(threshold=0, sharpness=[50, 500, 5000])
     -> ValueError: sharpness | must be a number or a list of 2 numbers or null | [50, 500, 5000]
@@ -35,7 +35,7 @@ a sharpness that ends at 0
     -> ValueError: sharpness | must be positive (or null) | got (50.0, 0.0)
 a penalty without sharpness
     MaskConfig(threshold=0, deletion_penalty=1)
-    -> ValueError: deletion_penalty | must be 0 where sharpness is null | got 1.0
+    -> ValueError: deletion_penalty | must be 0 if sharpness is null | got 1.0
 a reward for deletions
     MaskConfig(threshold=0, sharpness=50, deletion_penalty=-1)
     -> ValueError: deletion_penalty | must be at least 0 | got -1.0
@@ -44,15 +44,15 @@ calibration on no row
     -> ValueError: calibration_rows | must be at least 1 | got 0
 masks by data without data
     mask_model(make_llama(), MaskConfig(init="wanda"))
-    -> ValueError: init | must be one of normal, magnitude, constant where masks are made without data | got wanda
+    -> ValueError: init | must be one of normal, magnitude, constant if masks are made without data | got wanda
         | call mft.mask_from_data(model, config, rows)
 an adapter by data without data
     MaskPeftConfig(init="wanda")
-    -> ValueError: init | must be one of normal, magnitude, constant where masks are made without data | got wanda
+    -> ValueError: init | must be one of normal, magnitude, constant if masks are made without data | got wanda
         | under PEFT take constant, and then mft.init_adapter_from_data(model, config, rows)
 masks by the data of a stream
     RunConfig(data=DataConfig(streaming=True), mask=MaskConfig(init="wanda"), train=TrainConfig(steps=1))
-    -> ValueError: mask.init | must be one of normal, magnitude, constant with data.streaming, whose rows are read once
+    -> ValueError: mask.init | must be one of normal, magnitude, constant with data.streaming, because its rows
         | got wanda
 masks by data of a model with nan
     model = make_llama()
@@ -65,7 +65,7 @@ a threshold that is taken away
     for module in masked_modules(model).values():
         module.threshold = None
     train_masks(model, make_rows(), TrainConfig(steps=1))
-    -> ValueError: model.layers.3.mlp.gate_proj | threshold must be a number with mask.sharpness, which counts from it
+    -> ValueError: model.layers.3.mlp.gate_proj | threshold must be a number with mask.sharpness, which is measured
         | got None
 a surrogate gradient in float16
     model = mask_model(make_llama(), gate(sharpness=50))

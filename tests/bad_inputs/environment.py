@@ -101,7 +101,7 @@ a triton that is too old
 an unknown value of triton
     patch.setenv("MFT_TRITON", "aot")
     triton._unavailable()
-    -> ValueError: MFT_TRITON | must be 'cubins' or 'jit' | got 'aot' | unset it for whichever there is
+    -> ValueError: MFT_TRITON | must be 'cubins' or 'jit' | got 'aot' | unset it to use whichever is available
 a gpu that is too old
     without(patch, "cuda", cuda._capability_refusal(75, ["sm_80", "sm_90", "compute_80"]))
     masked_linear(*arguments, backend="cuda")

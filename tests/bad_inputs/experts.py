@@ -48,13 +48,13 @@ TABLE = r"""
 # rows of experts
 offsets that fall
     masked_linear_grouped(x, weight, scores, threshold, ends(2, 1, 3))
-    -> ValueError: offsets | must not fall, as the rows of expert 1 end no earlier | got 1 after 2
+    -> ValueError: offsets | must not decrease, because the rows of expert 1 cannot end before | got 1 after 2
 offsets past the rows
     masked_linear_grouped_packed(x, weight, packed, ends(2, 2, 4))
     -> ValueError: offsets | must end within the 3 rows of x | got 4
 an offset below 0
     accumulate_score_grad_grouped(torch.zeros(3, 4, 5), grad, x, ends(-1, 2, 3))
-    -> ValueError: offsets | must not fall | got -1 after 0
+    -> ValueError: offsets | must not decrease | got -1 after 0
 an offset too few
     masked_linear_grouped(x, weight, scores, threshold, ends(2, 3))
     -> ValueError: offsets | must be (3,) | shape (2,) | cumsum the number of rows of each
@@ -84,10 +84,10 @@ a batch of rows
     -> ValueError: x | must be (rows, 5) | (1, 3, 5)
 a bias for all experts
     masked_linear_grouped(x, weight, scores, threshold, offsets, bias[0])
-    -> ValueError: bias | must be one a row and expert (3, 4) | (4,)
+    -> ValueError: bias | must be one value per output feature and expert (3, 4) | (4,)
 a threshold for each row
     masked_linear_grouped(x, weight, scores, torch.ones(4), offsets)
-    -> ValueError: threshold | must be () or one an expert (3,) | (4,) | see kept_thresholds
+    -> ValueError: threshold | must be () or one per expert (3,) | (4,) | see kept_thresholds
 bits of all experts in one matrix
     masked_linear_grouped_packed(x, weight, packed.flatten(0, 1), offsets)
     -> ValueError: packed | must be (3, 4, 1) | (12, 1)
@@ -150,7 +150,7 @@ scores of nan under peft
 an adapter too many for the rows of a mixture
     model = under_peft(mixture("Olmoe"), mft.MaskPeftConfig(target_parameters=["experts.down_proj"])).eval()
     model(IDS, adapter_names=["default", "__base__", "default"])
-    -> ValueError: adapter_names | must be one a row of a batch | got 3 of them and an input of (2, 12, 32)
+    -> ValueError: adapter_names | must have one entry per row of a batch | got 3 of them and an input of (2, 12, 32)
         | repeat a task for each beam and returned sequence
 a task a row for experts whose rows come sorted
     masks = mft.MaskConfig(target_parameters=["mlp.input_linear.weight"])
@@ -158,6 +158,6 @@ a task a row for experts whose rows come sorted
     bank = mft.load_mask_bank(mixture("JetMoe"), {"code": tmp / "code"})
     with bank.use(["code", None]):
         bank.model(IDS)
-    -> ValueError: tasks | must be one a row of a batch | got 2 of them and an input of (48, 32)
-        | where the model flattens rows, use one task a batch
+    -> ValueError: tasks | must have one entry per row of a batch | got 2 of them and an input of (48, 32)
+        | if the model flattens rows, use one task per batch
 """

@@ -68,7 +68,7 @@ TABLE = r"""
 masks of another base
     load_masks(other_base(), masks_in(tmp))
     -> ValueError: masks | expected base sha256: | the model's is sha256:
-        | To use the masks on this model all the same, pass force=True (--force)
+        | To use the masks on this model anyway, pass force=True (--force)
 masks of the base in another dtype
     load_masks(make_llama(torch.bfloat16), masks_in(tmp))
     -> ValueError: masks | those were float32 | The model's weights are bfloat16 | load it in that dtype
@@ -111,7 +111,7 @@ a module to save that is misspelt
 a module to save where scores alone are trained
     RunConfig(mask=MaskConfig(modules_to_save=["lm_head"]), memory="layerwise")
     -> ValueError: memory | be plain (or auto) with mask.modules_to_save | layerwise
-        | as the other ways train scores alone
+        | because the other ways train only scores
 a mask on a weight of integers
     model = make_llama()
     integers = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
@@ -171,7 +171,7 @@ masks saved in an unknown coding
 masks coded by weight, and no weights
     save_masks(masked_llama(), tmp / "masks", base_model_name_or_path="base", coding="by_weight")
     recode_masks(tmp / "masks", tmp / "again")
-    -> ValueError: masks | in coding by_weight are read with the weights of their base, base | got none
+    -> ValueError: masks | in coding by_weight can only be read with the weights of their base, base | got none
         | mft recode
 masks coded by weight, and the weights of another base
     save_masks(masked_llama(), tmp / "masks", coding="by_weight")
@@ -179,7 +179,7 @@ masks coded by weight, and the weights of another base
     -> ValueError: masks | expected base sha256: | the model's is sha256: | mft recode
 masks to be coded by weight, and no weights
     recode_masks(masks_in(tmp), tmp / "again", coding="by_weight")
-    -> ValueError: coding | takes the base's weights | got masks alone | mft recode loads the base
+    -> ValueError: coding | needs the base's weights | got masks alone | mft recode loads the base
 an export changed by hand
     load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, keep_ratio=0.8))
     -> ValueError: adapter_config.json | expected content_hash sha256: | got sha256: | copy the export again
@@ -222,10 +222,10 @@ a merge of a model without masks
     -> ValueError: model | has no masked layers to merge | a plain LlamaForCausalLM | mask_model or load_masks first
 masks merged by nothing
     merge_model(masked_llama(), alpha=0)
-    -> ValueError: alpha | must lie in (0, 1] | got 0 | 1 bakes it in whole
+    -> ValueError: alpha | must lie in (0, 1] | got 0 | 1 applies the mask in full
 masks merged by more than all of them
     merge_model(masked_llama(), alpha=1.5)
-    -> ValueError: alpha | must lie in (0, 1] | got 1.5 | 1 bakes it in whole
+    -> ValueError: alpha | must lie in (0, 1] | got 1.5 | 1 applies the mask in full
 masks merged by alpha beside a module that was trained whole
     merge_model(masked_llama(modules_to_save=["model.norm"]), alpha=0.8)
     -> ValueError: alpha | must be 1 with modules_to_save | got 0.8 with model.norm | leave alpha out
@@ -339,7 +339,7 @@ a best step that no evaluation finds
     -> ValueError: train.keep_best | must be false unless eval_every or eval_minutes says when to evaluate | got True
 an evaluation every so many steps and minutes
     load_config(None, ["train.eval_every=100", "train.eval_minutes=5"])
-    -> ValueError: train.eval_minutes | must be null beside eval_every = 100 | got 5.0
+    -> ValueError: train.eval_minutes | must be null with eval_every = 100 | got 5.0
 a tracker that is misspelt
     load_config(None, ["report_to=tensorbord"])
     -> ValueError: report_to | must be one of tensorboard, trackio, mlflow, wandb | got ['tensorbord']

@@ -117,11 +117,11 @@ a second patch in place
     masks = masks_in(tmp, patch)
     patch_gguf_in_place(tmp / "model.gguf", masks)
     patch_gguf_in_place(tmp / "model.gguf", masks)
-    -> ValueError: model.gguf | must not have been patched before | got model.gguf.undo beside it
+    -> ValueError: model.gguf | must not have been patched before | got model.gguf.undo next to it
         | undo that patch first (--undo --in-place)
 the undo of a file that was not patched
     undo_gguf_patch(written(tmp), tmp / "back.gguf")
-    -> FileNotFoundError: model.gguf.undo | the undo file that mft patch writes must lie beside | got nothing there
+    -> FileNotFoundError: model.gguf.undo | the undo file that mft patch writes must lie next to | got nothing there
         | move it there
 the undo of a file that was changed since
     patched = patch_gguf(written(tmp), masks_in(tmp, patch), tmp / "out.gguf").path
@@ -130,7 +130,7 @@ the undo of a file that was changed since
     content[-99] ^= 1
     patched.write_bytes(content)
     undo_gguf_patch(patched, tmp / "back.gguf")
-    -> ValueError: out.gguf | must be the patched file, whose undo gives SHA-256 | has been changed since
+    -> ValueError: out.gguf | must be the patched file, from which the undo file restores | has been changed since
         | copy it again, or take the original from where it came from
 an adapter where a file is
     write_gguf_lora(tmp / "model.gguf", masks_in(tmp, patch), tmp / "model.gguf")

@@ -24,7 +24,7 @@ masks that are neither here nor on the hub
     with hub_for(tmp, patch):
         load_masks(make_llama(), "user/maks")
     -> NotOnHub: masks must be | a directory or a repository of the hub | got 'user/maks'
-        | check the name; if it is private, `hf auth login`, or set HF_TOKEN of who may read it
+        | check the name; if it is private, `hf auth login`, or set HF_TOKEN, as a user who may read it
 masks of the hub while it is not asked
     with hub_for(tmp, patch):
         patch.setattr(constants, "HF_HUB_OFFLINE", True)  # as the variable does when the client is imported
@@ -35,7 +35,7 @@ a revision that the hub does not have
     with hub_for(tmp, patch):
         push_to_hub(masks_in(tmp), "user/masks")
         load_masks(make_llama(), "user/masks@v2")
-    -> NotOnHub: 'user/masks' | must have the revision | got 'v2' | check the name
+    -> NotOnHub: 'user/masks' | must have the requested revision | got 'v2' | check the name
 a revision that is given twice
     load_masks(make_llama(), "user/masks@v2", revision="v1")
     -> ValueError: revision | given once | got 'v1' and 'user/masks@v2' | leave one out
@@ -56,17 +56,17 @@ a token that the hub does not know
 a push without a token
     with hub_for(tmp, patch, token=None):
         push_to_hub(masks_in(tmp), "user/masks")
-    -> HubError: 'user/masks' | the hub must know who asks | got no token that it knows
+    -> HubError: 'user/masks' | the hub must know who asks | got no valid token
         | `hf auth login`, or set HF_TOKEN
 a push with a token that may only read
     with hub_for(tmp, patch, token=READS):
         push_to_hub(masks_in(tmp), "user/masks")
-    -> HubError: 'user/masks' | the hub must let you write | got 403 | take a token that may, or another name
+    -> HubError: 'user/masks' | the hub must let you write | got 403 | use a token that may write there, or another name
 a push while somebody else commits
     with hub_for(tmp, patch) as hub:
         hub.fail("POST", "/api/models/user/masks/commit/main", 412, "A commit has happened since.")
         push_to_hub(masks_in(tmp), "user/masks")
-    -> HubError: 'user/masks' | must stay as it was while it is written to | got 412 | try again
+    -> HubError: 'user/masks' | must not change while it is written to | got 412 | try again
 a connection that breaks off while masks are sent
     with hub_for(tmp, patch) as hub:
         hub.fail("PUT", "/lfs/.*", after=100, times=9)
@@ -87,7 +87,7 @@ masks that should be private into a public repository
 a license that the hub does not know
     with hub_for(tmp, patch):
         push_to_hub(masks_in(tmp), "user/masks", license="apache2")
-    -> ValueError: license and README.md | must be as the hub takes them | "license" must be one of
+    -> ValueError: license and README.md | must be valid on the hub | "license" must be one of
 a push of an adapter that is not ours
     (tmp / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     push_to_hub(tmp, "user/lora")

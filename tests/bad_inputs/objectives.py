@@ -47,7 +47,7 @@ distillation without a teacher
     -> ValueError: objective.teacher | must name a model for distill | got None
 a head that learns beside masks that are held to the base
     load_config(None, ["objective.name=dpo", "mask.modules_to_save=[lm_head]"])
-    -> ValueError: mask.modules_to_save | must be null with the objective dpo, which holds masks to the base
+    -> ValueError: mask.modules_to_save | must be null with the objective dpo, which compares the masked model
         | got ['lm_head']
 weights that learn while they are the reference
     finetune(make_llama(), make_rows(), STEP, objective=KL())

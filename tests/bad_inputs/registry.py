@@ -4,7 +4,7 @@ Each module of GROUPS has its rows in TABLE, and above it the code that they use
 
     a threshold for each column
         masked_linear(x, weight, scores, torch.ones(5))
-        -> ValueError: threshold | must be () or one a row (4,) | (5,) | see kept_threshold
+        -> ValueError: threshold | must be () or one per row (4,) | (5,) | see kept_threshold
 
 Its last line has the error and parts of the message: the argument, its rule, the received value and the remedy. The
 remedy is left out if the rule says it. `...` in a part stands for what differs between machines. An odd input that is

@@ -66,14 +66,14 @@ a teacher that is to read what there is not
     -> ValueError: prompt | must have no fields but {question} and {answer} | got {question} {solution}
 a weight of the start beside a teacher
     train_rewards(masked_llama(), Words(), questions(8), RewardsConfig(steps=1, beta=0.1), teacher=OnPolicyTeacher())
-    -> ValueError: config.beta | must be 0 beside a teacher, whose words alone are learned | got 0.1
+    -> ValueError: config.beta | must be 0 with a teacher, because only its words are learned | got 0.1
 an estimate of a study on text
     estimate(config="small")
     -> ValueError: objective | must be rewards for mft estimate --config, which counts steps of sampling and learning
         | got cross_entropy | else give --model alone
 an option that the study says
     estimate("--sequence", "512")
-    -> ValueError: --sequence | must not come with --config, whose study says it | got 512
+    -> ValueError: --sequence | must not come with --config, because its study sets it | got 512
 an estimate of layers that are not there
     estimate("mask.layers_to_transform=7")
     -> ValueError: layers | must lie in 0 to 3 (from scratch has 4 layers) | got [7]

@@ -78,14 +78,14 @@ a list of masks and an option with the same task
     -> ValueError: --masks-file | must name no task of --masks | got 'code'
 a server without masks and without a base
     run.serve({}, options=Options(load_from=tmp))
-    -> ValueError: --model | must name the base where no masks are given | got none
+    -> ValueError: --model | must name the base if no masks are given | got none
 masks to load from a directory that is not there
     run.serve({}, options=Options(load_from=tmp / "masks"))
     -> ValueError: --load-from | must name a directory | got .../masks
 a file of keys that is empty
     (tmp / "keys").write_text("# sk-123")
     ApiKeys(tmp / "keys", warn=print)
-    -> ValueError: --api-keys-file | must hold a key in a line of its own | got none in
+    -> ValueError: --api-keys-file | must hold at least one key, in a line of its own | got none in
 a file of keys with two in a line
     (tmp / "keys").write_text("sk-123 sk-456")
     ApiKeys(tmp / "keys", warn=print)
@@ -113,13 +113,13 @@ rows longer than the base has positions
     -> ValueError: --length | must be at most 2048, as many positions as 'base' has | got 4096
 serving a model with a state
     RunningBatch(MaskBank(MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1))))
-    -> ValueError: base | must remember keys and values alone | got a MambaForCausalLM with LinearAttentionLayer
+    -> ValueError: base | must cache only keys and values | got a MambaForCausalLM with LinearAttentionLayer
         | mft merge makes each task an ordinary model, for any other server
 
 # requests
 a request with a misspelt key
     ask(temprature=0)
-    -> Refused: temprature | must be left out | no key that is known here | temperature?
+    -> Refused: temprature | must be left out | it is not a known key here | temperature?
 a request with too high a temperature
     ask(temperature=3)
     -> Refused: temperature | must be less than or equal to 2 | got 3 (int)

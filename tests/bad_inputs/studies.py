@@ -55,16 +55,16 @@ an ablation of data of a fine tune with one number of epochs
 # processes that join
 a study that is to be joined and deleted
     open_store(load_study("small"), "runs/small", joins=True, overwrite=True).__enter__()
-    -> ValueError: --join | must stand without --overwrite, which deletes what others work on | got runs/small
+    -> ValueError: --join | must not come with --overwrite, which deletes what others work on | got runs/small
 workers on what there is not
     run_compare(load_study("small"), overwrite=False, on="rya")
     -> ValueError: --on | must be one of | got 'rya' | did you mean ray
 processes that join with workers of a cluster
     run_compare(load_study("small"), overwrite=False, joins=True, on="ray")
-    -> ValueError: --join | must stand without --on, whose workers are in one cluster | got ray
+    -> ValueError: --join | must not come with --on, because its workers are in one cluster | got ray
 processes that join with another study's fine tunes
     run_compare(load_study("small"), overwrite=False, joins=True, fine_tunes_of=Path("runs/other"))
-    -> ValueError: --fine-tunes-of | must stand without --join | got runs/other | begin the study with it alone
+    -> ValueError: --fine-tunes-of | must not come with --join | got runs/other | begin the study in a single process
 workers on ray without ray
     patch.setattr(on_ray, "find_spec", lambda name: None)
     run_study(load_study("small"), tmp / "run", console=None, on="ray")

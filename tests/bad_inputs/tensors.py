@@ -74,22 +74,22 @@ scores of another shape than the weight
     -> ValueError: scores | must match weight (4, 5) | (4, 4)
 a threshold for each column
     masked_linear(x, weight, scores, torch.ones(5))
-    -> ValueError: threshold | must be () or one a row (4,) | (5,) | see kept_threshold
+    -> ValueError: threshold | must be () or one per row (4,) | (5,) | see kept_threshold
 a bias of another size
     masked_linear(x, weight, scores, threshold, torch.ones(5))
     -> ValueError: bias | must be (4,) | (5,)
 a packed mask of another weight
     masked_linear_packed(x, weight, torch.zeros(4, 3, dtype=torch.int32))
-    -> ValueError: packed | must be (4, 1), 1 bit a weight of (4, 5) | (4, 3)
+    -> ValueError: packed | must be (4, 1), 1 bit per weight of (4, 5) | (4, 3)
 codes of nf4 one a byte
     masked_linear_quantized(x, torch.zeros(20, dtype=torch.uint8), torch.ones(1), packed, shape=(4, 5))
     -> ValueError: codes | must be 10 bytes for nf4 of (4, 5) | (20,)
 scores of four dimensions to pack
     pack_mask(torch.ones(2, 2, 4, 5), threshold)
-    -> ValueError: scores | must be (N, K), or of experts (E, N, K) | shape (2, 2, 4, 5)
+    -> ValueError: scores | must be (N, K), or (E, N, K) for experts | shape (2, 2, 4, 5)
 a shape of one size to unpack
     unpack_mask(packed, (20,))
-    -> ValueError: shape | must be (N, K), or of experts (E, N, K) | (20,)
+    -> ValueError: shape | must be (N, K), or (E, N, K) for experts | (20,)
 a gradient of other tokens
     accumulate_score_grad(torch.zeros(4, 5), torch.ones(3, 4), x, weight, scores=scores)
     -> ValueError: grad_output | must be (2, 4) | (3, 4)
@@ -98,7 +98,7 @@ a gradient buffer of another shape
     -> ValueError: grad_buffer | must be contiguous (4, 5) | (5, 4)
 a held mask of another layer
     MaskedLinear(5, 4).hold(torch.zeros(4, 2, dtype=torch.int32))
-    -> ValueError: packed | must be (4, 1), 1 bit a weight of (4, 5) | (4, 2)
+    -> ValueError: packed | must be (4, 1), 1 bit per weight of (4, 5) | (4, 2)
 
 # dtypes
 x of integers
@@ -197,7 +197,7 @@ a linear subclass with a forward of its own
     held = {"scale": 2.0, "forward": lambda self, x: self.scale * nn.Linear.forward(self, x)}
     Scaled = type("Scaled", (nn.Linear,), held)
     MaskedLinear.from_linear(Scaled(5, 4))
-    -> ValueError: linear cannot be masked | a plain nn.Linear | its forward is its own
+    -> ValueError: linear cannot be masked | a plain nn.Linear | it has its own forward
         | If it computes what nn.Linear does and no more, set Scaled.computes_linear = True
 a layer around the attention to mask
     MaskedMultiheadAttention.from_attention(nn.TransformerEncoderLayer(8, 2, 8))
@@ -207,7 +207,7 @@ an attention with a forward of its own
     held = {"forward": lambda self, q, k, v: forward(self, q.roll(1, -1), k.roll(1, -1), v)}
     Rotary = type("Rotary", (nn.MultiheadAttention,), held)
     MaskedMultiheadAttention.from_attention(Rotary(8, 2))
-    -> ValueError: attention cannot be masked | a plain nn.MultiheadAttention | its forward is its own
+    -> ValueError: attention cannot be masked | a plain nn.MultiheadAttention | it has its own forward
 a masked projection to pack
     attention = MaskedMultiheadAttention(8, 2)
     attention.in_proj = MaskedLinear(8, 24)
@@ -235,7 +235,7 @@ a keep ratio as text
     -> TypeError: keep_ratio | must be a number | str | use float(keep_ratio)
 a fixed threshold of nan
     MaskedLinear(5, 4, threshold=float("nan"))
-    -> ValueError: threshold | must be a number or None | nan | keep_ratio=0 says that
+    -> ValueError: threshold | must be a number or None | nan | use keep_ratio=0 for that
 nan and inf among the scores
     kept_threshold(torch.tensor([[torch.nan, 1], [torch.inf, 0]]), 0.9)
     -> NonFiniteScores: scores | must be finite | 2 NaN or Inf among (2, 2)
@@ -263,7 +263,7 @@ a sign from nowhere
     -> ValueError: mode "magnitude" | needs scores or signs | neither
 scores without their weight
     accumulate_score_grad(torch.zeros(4, 5), grad, x, None, scores=scores)
-    -> ValueError: scores | must be None where weight is | a tensor
+    -> ValueError: scores | must be None if weight is None | a tensor
 a learning rate as a tensor
     MaskAdamW([nn.Parameter(scores)], lr=torch.tensor(1e-3))
     -> TypeError: lr | must be a number | Tensor | use float(lr)
@@ -313,18 +313,18 @@ a second derivative
 a derivative in forward mode
     torch.func.jvp(lambda v: masked_linear(v, weight, scores, threshold), (x,), (x,))
     -> RuntimeError: masked_linear | must be differentiated by backward() or torch.autograd.grad
-        | torch.func or forward mode | call backward(), for one sample after the other where each needs its own gradient
+        | torch.func or forward mode | call backward(), once per sample if each needs its own gradient
 a dual tensor
     with torch.autograd.forward_ad.dual_level():
         masked_linear(torch.autograd.forward_ad.make_dual(x, x), weight, scores, threshold)
     -> RuntimeError: masked_linear | must be differentiated by backward() or torch.autograd.grad
-        | torch.func or forward mode | call backward(), for one sample after the other where each needs its own gradient
+        | torch.func or forward mode | call backward(), once per sample if each needs its own gradient
 gradients of each sample by vmap
     layer = MaskedLinear(5, 4)
     per_sample = torch.func.grad(lambda s, row: torch.func.functional_call(layer, {"scores": s}, row).sum())
     torch.func.vmap(per_sample, in_dims=(None, 0))(layer.scores.detach(), x)
     -> RuntimeError: masked_linear_by_ratio | must be differentiated by backward() or torch.autograd.grad
-        | torch.func or forward mode | call backward(), for one sample after the other where each needs its own gradient
+        | torch.func or forward mode | call backward(), once per sample if each needs its own gradient
 vmap over sums in place
     torch.vmap(lambda g: accumulate_score_grad(torch.zeros(4, 5), g, x, None))(torch.ones(3, 2, 4))
     -> RuntimeError: accumulate_score_grad | must not be called under torch.vmap | a batched tensor

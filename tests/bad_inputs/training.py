@@ -162,7 +162,7 @@ training on no rows
     -> ValueError: dataset | must hold at least one row to train on | got 0
 an evaluation during training without rows
     finetune(make_llama(), make_rows(), steps(4, eval_every=2))
-    -> ValueError: validation | must be given where train.eval_every is 2 and train.eval_minutes is None | got NoneType
+    -> ValueError: validation | must be given if train.eval_every is 2 and train.eval_minutes is None | got NoneType
 a best step that is lost
     Best(tmp / "best").put(masked_llama(), 40)
     -> BadCheckpoint: best/step-00000040 | expected a file that can be read | No such file or directory
@@ -222,7 +222,7 @@ more processes than micro batches
         | set train.accumulation=4, and train.batch_size so that a step keeps its 6 rows
 dropout on several processes
     train_masks(with_dropout(), make_rows(), steps(accumulation=2), processes=Processes(0, 2))
-    -> ValueError: model | must have no dropout, nor draw at random otherwise, on several processes
+    -> ValueError: model | must have no dropout, and use no other random numbers, on several processes
         | got LlamaForCausalLM on 2 | set the dropout of the model's configuration to 0
 more processes than gpus
     patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -234,7 +234,7 @@ more processes than gpus
     -> ValueError: --nproc-per-node | must be at most 2, the GPUs of this machine | got a process with LOCAL_RANK=2
 fine tuning weights on 8 bit moments
     finetune(make_llama(), make_rows(), steps(moments="8bit"))
-    -> ValueError: train.moments | must be float32 where weights are trained | got 8bit
+    -> ValueError: train.moments | must be float32 if weights are trained | got 8bit
 fine tuning quantised weights
     check_exact(ModelConfig(quantization="int8"), "finetune")
     -> ValueError: model.quantization | must be null for mft finetune | got int8
@@ -252,7 +252,7 @@ tokens that trl adds for a chat template
         | got tokens that were added to the tokenizer | give a chat template without new ones
 a model quantised twice
     quantize_model(quantize_model(masked_llama(), "int8"), "int8")
-    -> ValueError: model | must not be quantised already | 14 layers that are (model.layers.0. | load it anew
+    -> ValueError: model | must not be quantised already | 14 layers that are (model.layers.0. | load it again
 a weight of nan to quantise
     quantize_model(having(masked_llama(), "model.layers.0.mlp.up_proj.weight", (0, 0), torch.nan), "int8")
     -> ValueError: weight | must be finite to be quantised | NaN or infinite values
@@ -266,10 +266,10 @@ packed rows for a model that cannot keep examples apart
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4))
     train_masks(mask_model(bloom, MaskConfig.paper()), make_rows(2).add_column("starts", [[0, 5], [0]]), steps())
-    -> ValueError: BloomForCausalLM | data.packing must be false | moves an example by
+    -> ValueError: BloomForCausalLM | data.packing must be false | changes an example by
 long packed rows for a model whose frequencies depend on the longest example
     check_kept_apart(make_phi3(switch=16), torch.arange(8)[None], 1, longest=24)
-    -> ValueError: Phi3ForCausalLM | data.sequence_length must be at most 16 | got a change by
+    -> ValueError: Phi3ForCausalLM | data.sequence_length must be at most 16 | got a change of
         | run the model inside mft.models.longrope.by_own_length(model)
 a batch of long rows from lm eval for such a model
     model = make_phi3(switch=16)
@@ -313,13 +313,13 @@ a size without a unit
 # runs that go on
 a resumed run with another configuration
     Resume(run_in(tmp), overrides=["train.lr=2e-2"]).look()
-    -> ValueError: the configuration | must be the run's own | train.lr was 0.01, now 0.02
-        | take the changes back, or pass --force
+    -> ValueError: the configuration | must be that of the run | train.lr was 0.01, now 0.02
+        | undo the changes, or pass --force
 a resumed run on other data
     train_in(tmp, masked_llama(), data="old")
     train_in(tmp, masked_llama(), data="new")
     -> ValueError: step-00000001 | must be of this very run | data was old, now new
-        | take the change back, or pass --force
+        | undo the change, or pass --force
 a resumed run with other layers
     train_in(tmp, masked_llama())
     train_in(tmp, masked_llama(layers=(1, 2, 3)))
@@ -340,7 +340,7 @@ a resumed run whose only checkpoint is damaged
     path = write_checkpoint(tmp / "checkpoints", 3, {}, {}).path
     (path / "state.json").write_text("{}")
     find_checkpoint(tmp)
-    -> ValueError: state.json | no other checkpoint verifies | got 2 | --overwrite begins anew
+    -> ValueError: state.json | no other checkpoint verifies | got 2 | --overwrite starts the run again
 a resumed run whose checkpoint another program wrote
     train_in(run_in(tmp) / "checkpoints", masked_llama())
     Resume(tmp / "run").look()
@@ -357,7 +357,7 @@ a lock that points elsewhere
     -> OSError: .lock | must be a file of mft's own | got a symbolic link | remove it
 a summary of a run
     plot(tmp, "summary", {"before": {"loss": 1.44}})
-    -> ValueError: directory | must be a finished study's | with a table of no domains
+    -> ValueError: directory | must be a finished study's | with a table without domains
         | a run of mft train has its curves in plot.png, and mft plot flips draws how its masks moved
 a study whose leaders run with no more seeds than the others
     arms = {"full": make_arm("full", lrs=[1.0])}
@@ -369,7 +369,7 @@ a study whose seeds draw a model that is loaded
 a study's sums in a file that is none
     (tmp / "sums.npz").write_text("loss")
     read_sums(tmp / "sums.npz")
-    -> ValueError: sums.npz | must be the sums.npz of a study | got no archive of arrays
+    -> ValueError: sums.npz | must be the sums.npz of a study | got a file that is not an archive of arrays
 a study that trains weights in codes
     codes = make_arm("quantized", quantization="nf4")
     arms = {"full": make_arm("full", lrs=[1.0]), "NF4": codes, "control": make_arm("control", lrs=[1.0], start="NF4")}

@@ -63,7 +63,7 @@ masks of another base in vLLM
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     tasks_of(model).add(exported(tmp))
     -> ValueError: masks | were learned on other weights of the same shapes | the model's is sha256:...
-        | To use the masks on this model all the same, pass force=True (--force)
+        | To use the masks on this model anyway, pass force=True (--force)
 masks of layers that vLLM's model does not have
     Slices(Fused(), lambda layer: True).find("layers.0.up_proj", (4, 8), torch.bfloat16)
     -> ValueError: layers.0.up_proj: the mask | is for a weight of (4, 8) | which vLLM's Fused does not take

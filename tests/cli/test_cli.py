@@ -244,10 +244,10 @@ def test_flips_of_runs_are_drawn_from_their_metrics(cli, tmp_path):
     code, output = cli("plot", "summary", "run0")
     assert code == 2
     assert "directory must be a finished study's, as mft compare and mft ablate write it" in output
-    assert "got run0 with a table of no domains: a run of mft train has its curves in plot.png" in output
+    assert "got run0 with a table without domains: a run of mft train has its curves in plot.png" in output
     code, output = cli("plot", "flips", "run0", "nowhere")
     assert code == 2
-    assert "a directory must be a run's of mft train, got none with nowhere/metrics.jsonl" in output
+    assert "a directory must be the output_dir of mft train, got one without nowhere/metrics.jsonl" in output
     (tmp_path / "run1" / "metrics.jsonl").write_text("")
     code, output = cli("plot", "flips", "run1")
     assert code == 2

@@ -42,7 +42,7 @@ def test_the_verb_prints_a_table_and_the_choice():
     assert code == 0, output
     assert "llama2-7b, layers 4-7, 1 x 4096 tokens, on a GPU" in output
     assert "memory: resident. it is the fastest way that fits; plain cannot be taken" in output
-    assert "quantized, which auto leaves alone since it changes the base, would fit in 7.8 GB" in output
+    assert "quantized, which auto does not choose because it changes the base, would fit in 7.8 GB" in output
     assert "are not measured: they assume a card that sustains 150 TFLOP/s" in output
     rows = {line[:16].strip(): line[16:].split() for line in output.splitlines()}
     assert rows["device peak"] == ["42.84", "41.13", "15.91", "7.77", "2.71", "24.00"]
@@ -86,10 +86,12 @@ def test_mixtures_on_cards(model, gpu, asked, said):
 
 def test_what_is_said_of_experts():
     _, output = call_paper("--model", "gpt-oss-20b", "--gpu", "24GB", "--layers", "4-7")
-    assert "32 experts a layer, 4 for each token: 38.2 GB of the 41.8 GB of weights, and all of them are held" in output
-    assert "; of a base in few bits each product makes one layer's dense" in output
-    assert "the checkpoint holds weights in mxfp4; masks need them dequantised, and so they are counted" in output
-    assert "eagerly: T x T a head" in output
+    assert "32 experts per layer, 4 per token: 38.2 GB of the 41.8 GB of weights, all held in memory" in output
+    assert "; with a quantised base, each product dequantises the weights of one layer" in output
+    assert (
+        "the checkpoint holds weights in mxfp4; masks need dequantised weights, so the estimate counts those" in output
+    )
+    assert "eagerly: T x T per head" in output
     _, output = call_paper("--model", "llama2-7b", "--gpu", "24GB")
     assert "experts" not in output
 
@@ -107,7 +109,7 @@ def test_processes_share_the_machine_and_a_step():
     assert "16 of a step's 32 batches at once: the hidden states of more do not fit" in output
     assert "on a GPU, each of 4 processes; in GB" in output
     assert "4 processes on one machine: each runs at most 32 of a step's 128 micro-batches" in output
-    assert "seconds, for 32 micro-batches a step, are not measured" in output
+    assert "seconds, for 32 micro-batches per step, are not measured" in output
     _, found = call_paper("--model", "llama2-7b", "--layers", "4-7", "--cpu", "200GB", "--processes", "4", "--json")
     assert json.loads(found)["device_limit_gb"] == 50
     code, output = call(*asked, "--processes", "4", "--accumulation", "3")
@@ -209,7 +211,7 @@ def test_what_is_not_given_is_what_mft_train_would_take():
 
 def test_seconds_of_a_small_step_are_not_rounded_to_none():
     _, output = call("--model", "smollm2-135m")
-    seconds = next(line for line in output.splitlines() if "seconds a step" in line).split()[3:]
+    seconds = next(line for line in output.splitlines() if "seconds per step" in line).split()[3:]
     assert all(0 < float(each) < 10 for each in seconds)
 
 

@@ -126,7 +126,7 @@ def test_a_merged_model_and_a_fine_tune_answer_alone(place, tmp_path):
     for run in (tmp_path / "merged", tmp_path / "run"):
         code, output = call("generate", run, "5 6 7", "--max-tokens", 6)
         assert code == 0, output
-        assert "in float32: an ordinary model, without a base beside it" in output
+        assert "in float32: an ordinary model, without a separate base" in output
         assert continued(merged, [5, 6, 7]) in output
     code, output = call("generate", tmp_path / "merged", "5", "--only", "masked")
     assert code == 2

@@ -36,7 +36,7 @@ def test_a_patch_and_its_undo(here):
     said = mft("model.gguf", "masks", "out.gguf")
     assert "model.gguf is the base of the masks: its weights have their hash" in said
     assert f"patched: {WEIGHTS // 4} weights are 0 in out.gguf" in said
-    assert "the old bytes lie in out.gguf.undo: mft patch out.gguf ORIGINAL --undo gives the original back" in said
+    assert "the old bytes lie in out.gguf.undo: mft patch out.gguf ORIGINAL --undo restores the original" in said
     assert "restored: back.gguf has the SHA-256 of the file that was patched" in mft("out.gguf", "back.gguf", "--undo")
     assert (here / "back.gguf").read_bytes() == (here / "model.gguf").read_bytes()
 

@@ -22,11 +22,11 @@ def test_what_is_trained_with_coding_rice_is_what_every_reader_takes(run, cli, t
     code, output = cli("verify", "run")
     assert code == 0, output
     size = (run / "masks" / "adapter_model.safetensors").stat().st_size
-    assert f"weights kept; rice, {size} bytes, {8 * size / 18432:.3g} bits a weight; content hash" in output
+    assert f"weights kept; rice, {size} bytes, {8 * size / 18432:.3g} bits per weight; content hash" in output
     code, output = cli("recode", "run", "packed", "--coding", "packed")
     assert code == 0, output
     again = (tmp_path / "packed" / "adapter_model.safetensors").stat().st_size
-    assert f"packed: {again} bytes, {8 * again / 18432:.3g} bits a weight, after {size} bytes; content hash" in output
+    assert f"packed: {again} bytes, {8 * again / 18432:.3g} bits per weight, after {size} bytes; content hash" in output
     for verb in ("inspect", "evaluate"):
         shown = [cli(verb, *(["--masks"] if verb == "evaluate" else []), masks) for masks in ("run/masks", "packed")]
         assert [code for code, _ in shown] == [0, 0], shown

@@ -39,7 +39,7 @@ def test_an_export_without_a_content_hash_is_told_from_one_that_was_verified(tmp
     del values["content_hash"]
     path.write_text(json.dumps(values | {"format_version": 1}))
     words = verify_directory(tmp_path)[0].words
-    assert "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one" in words
+    assert "no content_hash, as in format_version 1: swapped masks cannot be detected; save_masks writes one" in words
 
 
 def test_damage_and_another_base_are_told(run, cli, model_dir, tmp_path):

@@ -211,13 +211,13 @@ def test_a_wrong_override_says_which_and_what(override, message):
         (
             DataConfig,
             {"sources": {"a": {"source": "x"}}, "split": "dev"},
-            "split must be left out beside sources, each",
+            "split must be left out with sources, because each",
         ),
         (DataConfig, {"stopping_strategy": "all"}, "must be one of first_exhausted, all_exhausted, got 'all'"),
         (
             DataConfig,
             {"streaming": True, "max_train_tokens": 512},
-            "max_train_tokens must be null with streaming, where",
+            "max_train_tokens must be null with streaming, because",
         ),
         (DataConfig, {"buffer_size": 0}, "buffer_size must be at least 1, got 0"),
         (TrainConfig, {"steps": 1, "lr": 0}, "lr must be positive, got 0.0"),
@@ -256,5 +256,5 @@ def test_a_file_that_the_disk_does_not_give_is_named(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "open", failing)
-    with pytest.raises(ValueError, match="run.yaml: config must be readable, got Input/output error: see to the disk"):
+    with pytest.raises(ValueError, match="run.yaml: config must be readable, got Input/output error: check the disk"):
         load_config(path)

@@ -185,18 +185,18 @@ def test_which_of_both_is_asked_for(h100, folder, both, monkeypatch, tmp_path):
         monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: has_triton or None)
         return backend._unavailable()
 
-    no_cubins = f"no cubins for sm_90 in {tmp_path}; make cubins compiles them"
+    no_cubins = f"no cubins for sm_90 in {tmp_path}; run `make cubins` to compile them"
     no_triton = "triton is not installed; pip install triton (Linux only)"
     assert unavailable("", folder, True) is None
     assert unavailable("", folder, False) is None
     assert unavailable("", tmp_path, True) is None
     assert unavailable("", tmp_path, False) == f"{no_triton}; {no_cubins}"
     assert unavailable("cubins", folder, False) is None
-    assert unavailable("cubins", tmp_path, True) == f"MFT_TRITON=cubins cannot be served: {no_cubins}"
+    assert unavailable("cubins", tmp_path, True) == f"MFT_TRITON=cubins cannot be used: {no_cubins}"
     assert unavailable("jit", folder, True) is None
-    assert unavailable("jit", folder, False) == f"MFT_TRITON=jit cannot be served: {no_triton}"
+    assert unavailable("jit", folder, False) == f"MFT_TRITON=jit cannot be used: {no_triton}"
     with pytest.raises(
-        ValueError, match="MFT_TRITON must be 'cubins' or 'jit', got 'aot'; unset it for whichever there is"
+        ValueError, match="MFT_TRITON must be 'cubins' or 'jit', got 'aot'; unset it to use whichever is available"
     ):
         unavailable("aot", folder, True)
 
@@ -211,7 +211,7 @@ def test_the_report_says_who_compiles(folder, both, monkeypatch):
         (
             "",
             f"{count} cubins of Triton 3.9.0, sm_90, swapped form (docs/explanation/triton-kernels.md); "
-            "others by Triton 3.9.0",
+            "others compiled by Triton 3.9.0",
         ),
         (
             "cubins",
@@ -230,7 +230,8 @@ def test_cubins_of_other_sources_are_not_taken(folder, both, monkeypatch):
     monkeypatch.setattr(cubins, "kernels_hash", lambda: "changed")
     found, reason = cubins.bundle("sm_90")
     assert found is None
-    assert reason == f"{folder / 'sm_90.zip'} is of other sources than these kernels; make cubins compiles it again"
+    remedy = "run `make cubins` to compile it again"
+    assert reason == f"{folder / 'sm_90.zip'} was compiled from other sources than these kernels; {remedy}"
     cubins._bundle.cache_clear()
 
 
@@ -268,4 +269,6 @@ def test_what_the_installed_triton_may_not_compile_is_said(monkeypatch):
     assert "does not compile this form safely" in launcher._not_compiled_here(H100, swapped)
     assert launcher._not_compiled_here(H100, plain) is None
     monkeypatch.setenv("MFT_TRITON", "cubins")
-    assert launcher._not_compiled_here(H100, plain) == "MFT_TRITON=cubins allows no other; unset it"
+    assert (
+        launcher._not_compiled_here(H100, plain) == "MFT_TRITON=cubins does not let Triton compile it; unset MFT_TRITON"
+    )

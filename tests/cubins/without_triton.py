@@ -205,7 +205,7 @@ def planned_anew() -> dict[str, list[bool]]:
 
 
 def short_way() -> list[bool]:
-    """Return whether it serves a remembered forward: unchanged, and with each setting that excludes cubins."""
+    """Return whether it serves a remembered forward: unchanged, and with each setting that does not use cubins."""
     with on_stub.taken_for(H100):
         x, weight = torch.empty(1, 1024, dtype=calls.BF16), torch.empty(512, 1024, dtype=calls.BF16)
         packed, served = torch.empty(512, 32, dtype=torch.int32), []

@@ -72,11 +72,11 @@ def test_generated_and_short_headers_and_other_projects_are_left_out(tmp_path):
 
 def test_a_torch_without_its_headers_is_refused(monkeypatch):
     monkeypatch.setattr("mft.data.sources.header_files", dict)
-    with pytest.raises(ValueError, match="'headers' must give at least 20 files a split, got 0 in all: install a"):
+    with pytest.raises(ValueError, match="'headers' must give at least 20 files per split, got 0 in all: install a"):
         open_source(DataConfig(source="headers"))
 
 
 def test_an_interpreter_without_its_library_is_refused(monkeypatch):
     monkeypatch.setattr("mft.data.sources.stdlib_files", lambda: {f"{i}.py": f"# {i}" for i in range(30)})
-    with pytest.raises(ValueError, match="data.source 'stdlib' must give at least 20 files a split, got"):
+    with pytest.raises(ValueError, match="data.source 'stdlib' must give at least 20 files per split, got"):
         open_source(DataConfig())

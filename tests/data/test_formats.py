@@ -130,7 +130,10 @@ def test_calls_of_other_arguments_in_a_column_of_arrow_stay_apart(tokenizer, mon
             "row 0: messages[0].content[1] must be {type: text, text: ...}, since models read text alone, got the type "
             "image_url",
         ),
-        ({**chat("a", "b"), "tools": "x"}, "row 0: tools must be a list of objects, or one as JSON, got 'x' (str)"),
+        (
+            {**chat("a", "b"), "tools": "x"},
+            "row 0: tools must be a list of objects, or such a list as JSON, got 'x' (str)",
+        ),
         (called("a", b="\ud800"), "row 0: messages[1]: tool_calls must be Unicode text, got half a surrogate pair at"),
         (called("a", b="a" * 2**22), "row 0: an example must have at most 4194304 characters, got"),
         (

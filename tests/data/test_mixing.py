@@ -48,9 +48,7 @@ def test_all_exhausted_repeats_until_each_source_was_seen_whole():
     order = mix_order([6, 2], [1, 1], "all_exhausted", None)
     assert Counter(order) == {0: 6, 1: 5}
     assert Counter(mix_order([6, 2], [1, 1], "all_exhausted", 20)) == {0: 6, 1: 5}
-    with pytest.raises(
-        ValueError, match=r"must not be all_exhausted where that repeats 1001 rows 100 times, got about"
-    ):
+    with pytest.raises(ValueError, match=r"must not be all_exhausted if that repeats 1001 rows 100 times, got about"):
         mix_order([1000, 1], [1e-3, 1], "all_exhausted", None)
 
 

@@ -137,7 +137,9 @@ def test_what_save_to_disk_wrote_is_read_from_that_directory_alone(tokenizer, wr
     for outside in (str(shard), f"../several/test/{shard.name}", "..", "nowhere.arrow"):
         state = {"_data_files": [{"filename": outside}]}
         (tmp_path / "one" / "state.json").write_text(json.dumps(state))
-        with pytest.raises(ValueError, match="state.json: _data_files must be the names of what lies beside it, got"):
+        with pytest.raises(
+            ValueError, match="state.json: _data_files must be the names of files or directories next to it, got"
+        ):
             open_source(DataConfig(source=str(tmp_path / "one")))
 
 
@@ -165,7 +167,7 @@ def test_a_file_without_line_ends_is_not_read_whole(tmp_path, monkeypatch):
         (
             "a.jsonl",
             b'{"text": "a"}\n\n{"text": \n',
-            "a.jsonl:3: broken JSON, must be one object a line: Expecting value",
+            "a.jsonl:3: broken JSON, must be one object per line: Expecting value",
         ),
         ("a.jsonl", b'[{"text": "a"}]', "a.jsonl:1: must be a JSON object, got a list"),
         (
@@ -176,7 +178,7 @@ def test_a_file_without_line_ends_is_not_read_whole(tmp_path, monkeypatch):
         ("a.jsonl", b"\xef\xbb\xbf\xe9", "a.jsonl:1: must be UTF-8 text, got 0xe9 at byte 3 of the file"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "got 0xff at byte 0 of the file: convert it, if it is UTF-16"),
         ("a.jsonl", b'{}\n{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "a.jsonl:2: JSON must nest a few levels deep"),
-        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl:1: broken JSON, must be one object a line: Exceeds the"),
+        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl:1: broken JSON, must be one object per line: Exceeds the"),
         ("a.parquet", b"PAR1", "a.parquet must be a parquet file, and cannot be read as one"),
         ("a.txt", b"text", "data.source must be a .json, .jsonl, .parquet or .csv file if it is a file, got "),
         ("a.csv", b'text,id\na,1\n\n"b\nc",2\nd\n', "a.csv:6: must have 2 values, as many as the header"),
@@ -186,7 +188,7 @@ def test_a_file_without_line_ends_is_not_read_whole(tmp_path, monkeypatch):
         ("a.csv", b"prompt;completion\na;b\n", "a.csv:2: data must have a column messages"),
         ("a.csv", b"", "must hold examples, got an empty train split"),
         ("b/a.txt", b"text", "data.source must be a directory with .jsonl, .parquet or .csv files, got "),
-        ("b/train.jsonl", b'{"text": \n', "b/train.jsonl:1: broken JSON, must be one object a line"),
+        ("b/train.jsonl", b'{"text": \n', "b/train.jsonl:1: broken JSON, must be one object per line"),
         ("c/train.jsonl", b"", "must hold examples, got an empty train split"),
         (
             "d/train-test.jsonl",

@@ -206,7 +206,7 @@ def test_the_shares_of_a_streamed_mix_hold_and_are_told(words, write):
     assert any(
         line.startswith("train: texts (weight 3) gives 150 rows: 75.0% of all rows, ") for line in rows.describe()
     )
-    assert any(re.match(r"sums: train: the data ended \d+ times, and began again", line) for line in rows.describe())
+    assert any(re.match(r"sums: train: the data ended \d+ times, and was read again", line) for line in rows.describe())
 
 
 def test_first_exhausted_begins_all_sources_again_where_one_ends(words, write):
@@ -275,7 +275,7 @@ def recording(found):
     ("rows", "message"),
     [
         ([], "must hold examples, got none"),
-        (texts(6), "must leave rows to train on, got none: give more documents, or fewer of them to data.max_eval"),
+        (texts(6), "must leave rows to train on, got none: give more documents, or lower data.max_eval"),
         ([{"text": str(i + 1)} for i in range(6)] + [{"text": " "}] * 3, "must leave rows to train on, got none"),
         ([{"text": ""}] * 9, "must leave rows to score in every split, got none for validation"),
         (chats(9), "messages need a tokenizer with a chat template, got one without: set model.chat_template"),

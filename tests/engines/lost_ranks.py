@@ -202,7 +202,7 @@ class Lab:
         failed = float((directory / FAILED).read_text())
         for ended in found:
             assert ended.code == 2, ended.output
-            assert f"process {case.rank} of {COUNT} ended without a word" in ended.error, ended.output
+            assert f"process {case.rank} of {COUNT} ended without an error message" in ended.error, ended.output
             assert ended.when - failed < BOUND, f"ended after {ended.when - failed:.1f} s"
         for ended in self.run(directory, "train", "--resume", "run"):
             assert ended.code == 0, ended.output

@@ -39,13 +39,23 @@ def forever(processes):
     time.sleep(60)
 
 
-WITHOUT_A_WORD = "process {} of 2 ended without a word (killed? out of memory?), and so all end: look into"
+WITHOUT_A_WORD = (
+    "process {} of 2 ended without an error message (killed? out of memory?), so all processes end: look at"
+)
 # name: what the failing rank does, what the other one does meanwhile, the expected message.
 ENDS = {
-    "an error": (lambda: fail(ValueError("a word")), meet, "process {} of 2 has stopped, and so do all: ValueError: a"),
-    "an error while the other computes": (lambda: fail(OSError("a word")), forever, "so do all: OSError: a word"),
-    "Ctrl-C": (lambda: fail(KeyboardInterrupt()), meet, "so do all: KeyboardInterrupt"),
-    "sys.exit": (lambda: sys.exit(7), meet, "so do all: SystemExit: 7"),
+    "an error": (
+        lambda: fail(ValueError("a word")),
+        meet,
+        "process {} of 2 has stopped, so all processes stop: ValueError: a",
+    ),
+    "an error while the other computes": (
+        lambda: fail(OSError("a word")),
+        forever,
+        "so all processes stop: OSError: a word",
+    ),
+    "Ctrl-C": (lambda: fail(KeyboardInterrupt()), meet, "so all processes stop: KeyboardInterrupt"),
+    "sys.exit": (lambda: sys.exit(7), meet, "so all processes stop: SystemExit: 7"),
     "kill -9": (lambda: os.kill(os.getpid(), signal.SIGKILL), meet, WITHOUT_A_WORD),
     "an exit without a word": (lambda: os._exit(0), meet, WITHOUT_A_WORD),
 }
@@ -93,7 +103,7 @@ def test_a_process_that_lives_on_after_its_error_does_not_keep_the_others(tmp_pa
 
     first, second = Ranks(tmp_path, 2, run).wait(30)
     assert first.code == 2
-    assert first.error == "error: process 1 of 2 has stopped, and so do all: ValueError: a word"
+    assert first.error == "error: process 1 of 2 has stopped, so all processes stop: ValueError: a word"
     assert first.when < second.when
 
 
@@ -107,7 +117,7 @@ def test_nobody_leaves_before_all_are_done(tmp_path):
 
     first, second = in_ranks(tmp_path, work)
     assert first.error == "error: a full disk"
-    assert second.error == "error: process 0 of 2 has stopped, and so do all: OSError: a full disk"
+    assert second.error == "error: process 0 of 2 has stopped, so all processes stop: OSError: a full disk"
 
 
 def test_processes_killed_together_are_named_together(tmp_path, quick):
@@ -117,7 +127,7 @@ def test_processes_killed_together_are_named_together(tmp_path, quick):
         processes.wait()
 
     first, *_ = in_ranks(tmp_path, work, 3)
-    assert "processes 1 and 2 of 3 ended without a word" in first.error
+    assert "processes 1 and 2 of 3 ended without an error message" in first.error
 
 
 def test_torchrun_shows_the_error_of_the_one_that_failed(tmp_path, quick, monkeypatch):
@@ -155,7 +165,8 @@ def test_an_error_at_any_stage_of_a_step_ends_all_processes(lab, tmp_path, stage
     for other in found[:rank] + found[rank + 1 :]:
         assert other.code == 2
         assert (
-            other.error == f"error: process {rank} of {COUNT} has stopped, and so do all: RuntimeError: out of memory"
+            other.error
+            == f"error: process {rank} of {COUNT} has stopped, so all processes stop: RuntimeError: out of memory"
         )
         assert other.when - failed < BOUND
 
@@ -167,7 +178,8 @@ def test_a_full_disk_under_a_checkpoint_ends_all_processes(lab, tmp_path):
     assert first.error.startswith("error: run/checkpoints/step-00000002 could not be written (No space left on device)")
     for other in others:
         assert (
-            f"process 0 of {COUNT} has stopped, and so do all: OSError: {first.error[len('error: ') :]}" in other.error
+            f"process 0 of {COUNT} has stopped, so all processes stop: OSError: {first.error[len('error: ') :]}"
+            in other.error
         )
 
 

@@ -300,7 +300,9 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_before_a_score_chan
     (kind, words), (other_kind, other) = sorted(each["not finite", way][:2] for each in found)
     assert (kind, other_kind) == ("NonFiniteLoss", "OtherFailed")
     assert words.startswith("the loss must stay finite, got nan at step 1 of 4 in the batch of rows [0] (documents ")
-    assert other in [f"process {rank} of 2 has stopped, and so do all: NonFiniteLoss: {words}" for rank in range(COUNT)]
+    assert other in [
+        f"process {rank} of 2 has stopped, so all processes stop: NonFiniteLoss: {words}" for rank in range(COUNT)
+    ]
     assert all(each["not finite", way][2] for each in found)
 
 
@@ -311,14 +313,17 @@ def test_a_lack_of_memory_in_one_process_stops_both(found, way, data):
     first, second = (each["no memory", way, data] for each in found)
     error = ("RuntimeError", "out of memory at layer 2")
     assert second == error
-    assert first == ("OtherFailed", f"process 1 of 2 has stopped, and so do all: {': '.join(error)}")
+    assert first == ("OtherFailed", f"process 1 of 2 has stopped, so all processes stop: {': '.join(error)}")
 
 
 @pytest.mark.slow
 def test_a_writer_without_room_stops_both_before_the_first_step(found, folder):
     error = ("OSError", f"{folder / 'full'} is full")
     assert found[0]["no disk"] == error
-    assert found[1]["no disk"] == ("OtherFailed", f"process 0 of 2 has stopped, and so do all: {': '.join(error)}")
+    assert found[1]["no disk"] == (
+        "OtherFailed",
+        f"process 0 of 2 has stopped, so all processes stop: {': '.join(error)}",
+    )
 
 
 @pytest.mark.slow
@@ -343,7 +348,7 @@ def test_a_stopped_run_goes_on_with_two_processes_or_one(found, folder, tmp_path
 def test_auto_is_the_way_that_every_process_has_memory_for(found, folder):
     told = "".join((folder / f"told by {rank}").read_text() for rank in range(COUNT))
     assert "memory: resident, an estimated" in told
-    assert "(process 1 has memory for no faster way)" in told
+    assert "(process 1 lacks the memory for a faster way)" in told
     assert told.count("memory: ") == 1  # the second process prints nothing
     assert [each["run"] for each in found] == [128 + signal.SIGTERM] * COUNT
 

@@ -358,7 +358,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
         return forward(hidden * len(seen) % 3, *args, **kwargs)
 
     monkeypatch.setattr(layer, "forward", forward_that_remembers)
-    with pytest.raises(ValueError, match="memory must be plain for LlamaForCausalLM: its layers hand on more"):
+    with pytest.raises(ValueError, match="memory must be plain for LlamaForCausalLM: its layers pass on more"):
         train("resident", model)
 
 

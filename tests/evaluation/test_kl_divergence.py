@@ -94,5 +94,5 @@ def test_what_cannot_be_measured_is_refused():
         kl_divergence(model, model, Dataset.from_dict({"input_ids": [], "labels": [], "document": []}))
     with pytest.raises(ValueError, match="dataset must score at least one token, got 2 rows without a label"):
         kl_divergence(model, model, rows.map(lambda row: {"labels": [-100] * 12}))
-    with pytest.raises(ValueError, match="start must have the words of model, got 70 words for 61"):
+    with pytest.raises(ValueError, match="start must have the vocabulary of model, got 70 words for 61"):
         kl_divergence(model, make_llama(vocab_size=70), rows)

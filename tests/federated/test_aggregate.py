@@ -50,7 +50,7 @@ def test_the_majority_of_signs_and_the_mean_of_updates():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: keep_probabilities([]), "masks must hold at least one client's"),
+        (lambda: keep_probabilities([]), "masks must hold the array of at least one client"),
         (lambda: keep_probabilities([[1, 0], [1]]), "masks must have one shape, got"),
         (lambda: keep_probabilities(MASKS, strength=1), "before must be given with strength 1"),
         (lambda: keep_probabilities(MASKS, strength=-1), "strength must be at least 0"),

@@ -71,9 +71,9 @@ def test_auto_asks_a_backend_from_outside_that_has_a_place(own_table):
 @pytest.mark.parametrize(
     ("backend", "before", "message"),
     [
-        (of_strangers("auto"), None, "name of a backend must be a word of its own, got 'auto'"),
-        (of_strangers(""), None, "name of a backend must be a word of its own, got ''"),
-        (of_strangers(), "cpus", r"before must be a backend that auto asks, one of \('cuda', .*\), got 'cpus'"),
+        (of_strangers("auto"), None, "name of a backend must not be empty or 'auto', got 'auto'"),
+        (of_strangers(""), None, "name of a backend must not be empty or 'auto', got ''"),
+        (of_strangers(), "cpus", r"before must be a backend that auto tries, one of \('cuda', .*\), got 'cpus'"),
         (
             backends.Backend("mine", frozenset(), frozenset(), {"packs": print, "pack": print}),
             None,

@@ -116,7 +116,7 @@ def test_products_in_float32_are_tritons_and_scores_in_float32_are_not(backend):
     gpu = torch.device("cuda", 0)
     for function in ("product", "gradients", "score_grad"):
         assert backend.refusal(function, gpu, (FLOAT32,)) == (
-            "its products take bfloat16 or float16, got float32, which the triton backend takes"
+            "its products take bfloat16 or float16, got float32: the triton backend takes float32"
         )
         assert backend.refusal(function, gpu, (BFLOAT16, FLOAT32)) is None
     for function in ("select", "pack", "signs", "step"):
@@ -185,7 +185,7 @@ def test_what_is_not_built_or_does_not_load_is_told(tmp_path):
     (tmp_path / "libmft_cuda.so").write_bytes(b"not a library")
     assert "does not load with torch" in built.load("cuda", tmp_path)
     shutil.copy(torch._C.__file__, tmp_path / "libmft_cpu.so")
-    assert "has no mft_register_ops, it was built of other sources" in built.load("cpu", tmp_path)
+    assert "has no mft_register_ops: it was built from other sources" in built.load("cpu", tmp_path)
 
 
 needs_cpu = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")

@@ -94,14 +94,14 @@ def whole_numbers(kind=nn.Linear):
 UNMASKABLE = {
     "a forward of its own": (
         lambda: Doubling(16, 8),
-        r"test_maskable\.Doubling, not a plain nn\.Linear: its forward is its own .* would leave that out\. "
+        r"test_maskable\.Doubling, not a plain nn\.Linear: it has its own forward .* would leave out\. "
         r"If it computes what nn\.Linear does and no more, set Doubling\.computes_linear = True",
     ),
-    "a call of its own": (lambda: Calling(16, 8), r"Calling, not a plain nn\.Linear: its forward is its own"),
+    "a call of its own": (lambda: Calling(16, 8), r"Calling, not a plain nn\.Linear: it has its own forward"),
     "a forward over one that is a linear's": (lambda: ClampedProduct(16, 8), r"ClampedProduct, not a plain nn\.Linear"),
     "a call over one that is a linear's": (lambda: CallingProduct(16, 8), r"CallingProduct, not a plain nn\.Linear"),
-    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 8)), "its weight is no parameter"),
-    "pruning": (lambda: prune.random_unstructured(nn.Linear(16, 8), "weight", 0.5), "its weight is no parameter"),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 8)), "its weight is not a parameter"),
+    "pruning": (lambda: prune.random_unstructured(nn.Linear(16, 8), "weight", 0.5), "its weight is not a parameter"),
     "int8": (whole_numbers, "it holds a Tensor of torch.int8"),
     "int8 and a forward of its own": (
         lambda: whole_numbers(Doubling),
@@ -146,7 +146,7 @@ def test_a_class_whose_weight_is_no_matrix_is_not_asked_to_say_so():
             super().__init__(16, 8)
             self.weight = nn.Parameter(torch.randn(2, 8, 16))
 
-    assert why_no_mask(Grouped()).endswith("a masked layer would leave that out")
+    assert why_no_mask(Grouped()).endswith("a masked layer would leave out")
 
 
 def test_what_stands_in_a_linears_place_needs_a_parameter_or_none_as_bias():

@@ -268,7 +268,7 @@ def test_autocast_casts_x_weight_and_bias_but_never_scores():
         ({"weight": torch.ones(5)}, ValueError, r"weight must be \(N, K\), got shape \(5,\)"),
         ({"scores": torch.ones(4, 4)}, ValueError, r"scores must match weight \(4, 5\), got \(4, 4\)"),
         ({"scores": torch.ones(4, 5, dtype=torch.int32)}, TypeError, "scores must be float32.*got torch.int32"),
-        ({"threshold": torch.ones(5)}, ValueError, r"threshold must be \(\) or one a row \(4,\), got shape \(5,\)"),
+        ({"threshold": torch.ones(5)}, ValueError, r"threshold must be \(\) or one per row \(4,\), got shape \(5,\)"),
         ({"bias": torch.ones(5)}, ValueError, r"bias must be \(4,\), got \(5,\)"),
         ({"bias": torch.ones(4).bfloat16()}, TypeError, "bias must have weight's dtype"),
         ({"mode": "top"}, ValueError, r"mode must be one of \('magnitude', 'value'\), got 'top'"),
@@ -322,7 +322,7 @@ def test_empty_scores_have_a_threshold_and_a_mask():
     ("packed", "error", "message"),
     [
         (torch.zeros(4, 1), TypeError, "packed must be int32, got torch.float32"),
-        (torch.zeros(4, 3, dtype=torch.int32), ValueError, r"packed must be \(4, 2\), 1 bit a weight of \(4, 33\)"),
+        (torch.zeros(4, 3, dtype=torch.int32), ValueError, r"packed must be \(4, 2\), 1 bit per weight of \(4, 33\)"),
     ],
 )
 def test_a_packed_mask_of_another_form_is_refused(packed, error, message):
@@ -339,9 +339,13 @@ def test_a_packed_mask_of_another_form_is_refused(packed, error, message):
         ({"masks": [torch.zeros(4, 1)]}, TypeError, r"masks\[0\] must be int32, got torch.float32"),
         ({"masks": torch.zeros(17, 4, 1, dtype=torch.int32)}, ValueError, "masks must be at most 16, got 17"),
         ({"tasks": torch.zeros(2)}, TypeError, "tasks must be integers, got torch.float32"),
-        ({"tasks": torch.tensor([0])}, ValueError, r"tasks must be one a row of x .*, got \(1,\) for x of \(2, 5\)"),
-        ({"x": torch.ones(5)}, ValueError, r"tasks must be one a row of x .*, got \(2,\) for x of \(5,\)"),
-        ({"tasks": torch.tensor([0, 1])}, ValueError, "tasks must be -1 or the place of one of 1 masks, got .* 0 to 1"),
+        (
+            {"tasks": torch.tensor([0])},
+            ValueError,
+            r"tasks must hold one task per row of x .*, got \(1,\) for x of \(2, 5\)",
+        ),
+        ({"x": torch.ones(5)}, ValueError, r"tasks must hold one task per row of x .*, got \(2,\) for x of \(5,\)"),
+        ({"tasks": torch.tensor([0, 1])}, ValueError, "tasks must be -1 or the index of one of 1 masks, got .* 0 to 1"),
         ({"tasks": torch.tensor([-2, 0])}, ValueError, "got values from -2 to 0"),
         ({"weight": torch.ones(4, 5, requires_grad=True)}, ValueError, "weight must be frozen, as masked_linear_many"),
         ({"bias": torch.ones(4, requires_grad=True)}, ValueError, "bias must be frozen, as masked_linear_many"),
@@ -379,9 +383,9 @@ def test_without_a_weight_the_product_alone_is_added(mode, backend):
 def test_without_a_weight_nothing_else_is_taken_and_shapes_come_from_out():
     out, grad, x = torch.zeros(4, 5), torch.ones(2, 4), torch.ones(2, 5)
     accumulate = mft_kernels.accumulate_score_grad
-    with pytest.raises(ValueError, match="scores must be None where weight is"):
+    with pytest.raises(ValueError, match="scores must be None if weight is None"):
         accumulate(out, grad, x, None, scores=torch.ones(4, 5))
-    with pytest.raises(ValueError, match="signs must be None where weight is"):
+    with pytest.raises(ValueError, match="signs must be None if weight is None"):
         accumulate(out, grad, x, None, signs=torch.ones(4, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"out must be contiguous and \(N, K\), got shape \(4, 5\), strides \(1, 4\)"):
         accumulate(torch.zeros(5, 4).T, grad, x, None)

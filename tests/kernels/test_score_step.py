@@ -226,5 +226,5 @@ def test_a_wrong_tensor_is_refused_by_name(name, tensor, error, message):
 
 def test_scales_of_another_size_are_refused():
     codes = torch.zeros(4, 80, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"scales must be contiguous \(2, 2\), one a block of 256, got \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"scales must be contiguous \(2, 2\), one per block of 256, got \(2, 1\)"):
         score_step(torch.zeros(4, 80), torch.zeros(4, 80), None, codes, codes.clone(), torch.zeros(2, 1), **OK)

@@ -210,15 +210,15 @@ def test_masks_by_weight_are_read_and_written_with_the_weights_that_they_were_le
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[3, 5] += 1
     for force in (False, True):
-        with pytest.raises(ValueError, match=r"expected base sha256:.*read with the very weights alone: mft recode"):
+        with pytest.raises(ValueError, match=r"expected base sha256:.*read with exactly the weights .*: mft recode"):
             load_masks(other, path, force=force)
         assert not masked_modules(other)
     with pytest.raises(ValueError, match="expected base sha256"):
         mft.recode_masks(path, tmp_path / "new", model=other)
-    with pytest.raises(ValueError, match="weights of their base, org/base, and got none: mft recode .*--coding rice"):
+    with pytest.raises(ValueError, match="weights of their base, org/base, got none: mft recode .*--coding rice"):
         mft.recode_masks(path, tmp_path / "new")
     alone = mft.recode_masks(path, tmp_path / "alone", model=llama())
-    with pytest.raises(ValueError, match="coding by_weight takes the base's weights to write, got masks alone"):
+    with pytest.raises(ValueError, match="coding by_weight needs the base's weights to write, got masks alone"):
         mft.recode_masks(alone, tmp_path / "new", coding="by_weight")
     assert not (tmp_path / "new").exists()
 

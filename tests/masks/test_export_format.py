@@ -86,7 +86,7 @@ def test_a_truncated_file_tells_its_size(saved, length):
         ({"modules": [{"name": "a", "shape": [4, 4], "dtype": "float32"}]}, r"missing key 'kept' in modules\[0\]"),
         (
             {"modules": [{"name": "a", "shape": [4, 0], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two positive ints \[N, K\], or of experts three",
+            r"modules\[0\].shape must be two positive ints \[N, K\], or three for experts",
         ),
         (
             {"modules": [{"name": "a", "shape": [4], "dtype": "x", "kept": 0}]},
@@ -102,7 +102,7 @@ def test_a_truncated_file_tells_its_size(saved, length):
         ),
         (
             {"modules": [{"name": "a", "shape": [10**4000, 10**4000], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two positive .* three, below 2\*\*31, got \[1000*[.]{3}",
+            r"modules\[0\].shape must be two positive .* three for experts, below 2\*\*31, got \[1000*[.]{3}",
         ),
         (
             {"modules": [{"name": "a", "shape": [4, 4], "dtype": "x", "kept": 17}]},
@@ -125,7 +125,7 @@ def test_a_broken_description_names_the_line(saved):
     with pytest.raises(ValueError, match=rf"{CONFIG}:[23]: expected JSON, "):
         load_masks(llama(), saved)
     (saved / CONFIG).write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match=f"{CONFIG}: expected UTF-8 text, got byte 7, which is not"):
+    with pytest.raises(ValueError, match=f"{CONFIG}: expected UTF-8 text, got an invalid byte at position 7"):
         load_masks(llama(), saved)
 
 
@@ -143,7 +143,7 @@ def flip_bit(tensors):
         (lambda t: t.pop(f"{UP}.mask"), f"missing tensor '{UP}.mask', a module that {CONFIG} lists"),
         (
             lambda t: t.update({"more.mask": torch.zeros(1)}),
-            f"unknown tensor 'more.mask', of which {CONFIG} knows no module",
+            f"unknown tensor 'more.mask', which belongs to no module in {CONFIG}",
         ),
         (
             lambda t: t.update({f"{UP}.mask": t[f"{UP}.mask"][:47].clone()}),
@@ -154,7 +154,10 @@ def flip_bit(tensors):
             rf"{UP}.mask must be int32 .* got F32 \(48, 2\)",
         ),
         (set_padding, f"{UP}.mask must have 0 in each row's last 24 bits, its padding: damaged"),
-        (flip_bit, rf"{UP}.mask must keep \d+ weights as {CONFIG} says, got \d+: the two files are not of one export"),
+        (
+            flip_bit,
+            rf"{UP}.mask must keep \d+ weights as {CONFIG} says, got \d+: the two files come from different exports",
+        ),
     ],
 )
 def test_wrong_masks_name_file_and_tensor(saved, change, message):
@@ -253,7 +256,10 @@ def test_an_old_export_without_a_content_hash_loads_and_it_is_said_what_that_can
     edit_config(saved, format_version=1, **missing)
     loaded = load_masks(llama(), saved)
     assert_same_tensors(masks(loaded), masks(masked))
-    assert "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one" in caplog.text
+    assert (
+        "no content_hash, as in format_version 1: swapped masks cannot be detected; save_masks writes one"
+        in caplog.text
+    )
     save_masks(loaded, saved)
     caplog.clear()
     load_masks(llama(), saved)

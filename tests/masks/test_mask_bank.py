@@ -240,7 +240,7 @@ def test_an_unknown_task_is_an_error_that_offers_the_nearest(bank, tasks):
 
 @pytest.mark.parametrize("tasks", [3, 0.5, object()])
 def test_what_is_no_task_at_all_is_an_error_that_says_what_is(bank, tasks):
-    message = r"tasks must be a task's name, a list with one a row of the batch, or None, got "
+    message = r"tasks must be a task's name, a list with one name per row of the batch, or None, got "
     with pytest.raises(TypeError, match=message), bank.use(tasks):
         pass
     with pytest.raises(ValueError, match=r"task must be one of the bank's .*, got \['code'\]"), bank.use([["code"]]):
@@ -260,13 +260,13 @@ def test_a_copy_of_the_model_takes_the_banks_choices_and_refuses_what_came_later
 
 @pytest.mark.parametrize("count", [0, 5, 12])
 def test_another_number_of_rows_is_an_error(bank, count):
-    message = rf"tasks must be one a row .*, got {count} of them and an input of \(6, 9, 32"
+    message = rf"tasks must have one entry per row .*, got {count} of them and an input of \(6, 9, 32"
     with pytest.raises(ValueError, match=message), bank.use(["code"] * count):
         logits(bank.model)
 
 
 def test_flattened_rows_are_not_guessed(bank):
-    message = r"input of \(6, 32\): .* where the model flattens rows, use one task a batch"
+    message = r"input of \(6, 32\): .* if the model flattens rows, use one task per batch"
     with pytest.raises(ValueError, match=message), bank.use(MIXED):
         bank.model.model.layers[2].mlp.up_proj(torch.randn(6, 32))
     with bank.use("code"):
@@ -386,7 +386,7 @@ def test_a_run_of_mft_train_is_named_by_its_directory(exports, tmp_path):
 
 
 def test_a_failed_call_leaves_no_task_in_use(bank):
-    with pytest.raises(ValueError, match="one a row"), bank.use(["code"]):
+    with pytest.raises(ValueError, match="one entry per row"), bank.use(["code"]):
         logits(bank.model)
     bank.remove("code")
 

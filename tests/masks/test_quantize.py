@@ -329,9 +329,9 @@ def test_masks_by_weight_take_exact_weights(tmp_path):
     path = save_masks(quantize_model(masked_llama(), masked=False), tmp_path / "exact", coding="by_weight")
     assert read_export(path).base_quantization == "nf4"
     quantized = quantize_model(masked_llama(), masked=True)
-    with pytest.raises(ValueError, match="coding by_weight takes the exact weights, got .* choose coding rice or pack"):
+    with pytest.raises(ValueError, match="coding by_weight needs the exact weights, got .* choose coding rice or pack"):
         save_masks(quantized, tmp_path / "codes", coding="by_weight")
-    with pytest.raises(ValueError, match="takes the exact weights, .* to read them, load the unquantised model"):
+    with pytest.raises(ValueError, match="needs the exact weights, .* to read them, load the unquantised model"):
         load_masks(quantized, path)
     with pytest.raises(ValueError, match="coding must be rice .or packed. with model.quantize_masked"):
         RunConfig(model=ModelConfig(quantization="nf4", quantize_masked=True), coding="by_weight")
@@ -354,9 +354,9 @@ def test_an_export_of_before_quantisation_still_loads(tmp_path):
         ({"base_quantization": 4}, "base_quantization must be nf4 or nf4-dq or int8, or null, got 4"),
         (
             {"quantize_masked": 1},
-            "quantize_masked must be true or false, and false where base_quantization is null, got",
+            "quantize_masked must be true or false, and false if base_quantization is null, got",
         ),
-        ({"quantize_masked": True}, "quantize_masked must be true or false, and false where .* is null, got True"),
+        ({"quantize_masked": True}, "quantize_masked must be true or false, and false if .* is null, got True"),
         ({"base_quantisation": None}, r"unknown key 'base_quantisation'; did you mean base_quantization\?"),
     ],
 )
@@ -386,7 +386,7 @@ def test_the_configuration_knows_the_kinds():
     assert ModelConfig(quantization="int8", quantize_masked=True).quantize_masked
     with pytest.raises(ValueError, match="quantization must be one of nf4, nf4-dq, int8, got 'nf'; did you mean nf4"):
         ModelConfig(quantization="nf")
-    with pytest.raises(ValueError, match=r"quantize_masked must be false where quantization is null .*, got True"):
+    with pytest.raises(ValueError, match=r"quantize_masked must be false if quantization is null .*, got True"):
         ModelConfig(quantize_masked=True)
 
 

@@ -31,7 +31,7 @@ def test_tasks_are_directories_of_masks(export):
         (["base", "--masks", "code"], "--masks must be name=DIRECTORY, got 'code'"),
         (["base", "--masks", "code={}", "--masks", "code={}"], "--masks must name each task once, got 'code' twice"),
         (["base", "--masks", "code={}/nothing"], "nothing: expected a directory with adapter_config.json"),
-        (["base", "--masks", "code={}", "-q", "fp8"], "-q must be left out, which masks in vLLM set themselves"),
+        (["base", "--masks", "code={}", "-q", "fp8"], "-q must be left out, because mft sets it for masks in vLLM"),
     ],
 )
 def test_what_is_wrong_ends_it_with_one_line(export, capsys, monkeypatch, arguments, words):

@@ -119,7 +119,7 @@ def test_outside_of_it_they_are_not_and_the_probe_says_so():
     model, few = make(), torch.arange(3, 11)[None]
     check_kept_apart(model, few, 2)
     check_kept_apart(model, few, 2, SWITCH)
-    refused = f"data.sequence_length must be at most {SWITCH} for Phi3ForCausalLM, whose short examples change"
+    refused = f"data.sequence_length must be at most {SWITCH} for Phi3ForCausalLM, because its short examples change"
     with pytest.raises(ValueError, match=refused):
         check_kept_apart(model, few, 2, SWITCH + 1)
     with by_own_length(model):

@@ -132,7 +132,9 @@ def bloom():
 
 def test_a_model_that_cannot_keep_examples_apart_is_refused_before_it_trains():
     model = mask_model(bloom(), MaskConfig.paper())
-    with pytest.raises(ValueError, match="data.packing must be false for BloomForCausalLM, whose examples see others"):
+    with pytest.raises(
+        ValueError, match="data.packing must be false for BloomForCausalLM, because its examples see other"
+    ):
         train_masks(model, packed_rows(), TrainConfig(steps=1))
     with pytest.raises(ValueError, match="data.packing must be false for BloomForCausalLM"):
         evaluate(model, packed_rows())

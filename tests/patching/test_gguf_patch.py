@@ -110,7 +110,9 @@ def test_a_patch_in_place_is_the_patch_and_comes_back(q8, tmp_path):
     before, patched = sha256(path), patch_gguf(path, masks, tmp_path / "out.gguf").path
     patch_gguf_in_place(path, masks)
     assert sha256(path) == sha256(patched)
-    with pytest.raises(ValueError, match="must not have been patched before, got model.gguf.undo beside it: undo that"):
+    with pytest.raises(
+        ValueError, match="must not have been patched before, got model.gguf.undo next to it: undo that"
+    ):
         patch_gguf_in_place(path, masks)
     undo_gguf_patch_in_place(path)
     assert sha256(path) == before
@@ -139,7 +141,7 @@ def test_a_widened_file_is_not_restored_in_place(model, tmp_path):
     masks, _ = mask_of(path, tmp_path / "masks")
     out = patch_gguf(path, masks, tmp_path / "out.gguf", widen="f32").path
     content = sha256(out)
-    with pytest.raises(ValueError, match="got a file that is widened: name a new file for the original"):
+    with pytest.raises(ValueError, match="got a widened file: name a new file for the original"):
         undo_gguf_patch_in_place(out)
     assert sha256(out) == content
 
@@ -172,7 +174,7 @@ class TestTheBase:
             ValueError, match=r"weights of model.layers.1.mlp.up_proj whose correlation with its weights is"
         ):
             patch_gguf(path, masks, tmp_path / "out.gguf", load_base=lambda: model)
-        assert "was not held against it" in patch_gguf(path, masks, tmp_path / "out.gguf", force=True).base
+        assert "was not compared with it" in patch_gguf(path, masks, tmp_path / "out.gguf", force=True).base
 
     def test_rows_in_another_order_are_refused(self, model, tmp_path):
         """In a Llama's file with q and k in the wrong order, the correlation is that of unrelated weights."""
@@ -273,7 +275,8 @@ class TestNothingIsLost:
         content[-5] ^= 1
         out.write_bytes(content)
         with pytest.raises(
-            ValueError, match=r"out.gguf must be the patched file, whose undo gives SHA-256 .* changed since"
+            ValueError,
+            match=r"out.gguf must be the patched file, from which the undo file restores SHA-256 .* changed since",
         ):
             undo_gguf_patch(out, tmp_path / "back.gguf")
         with pytest.raises(ValueError, match="must be the patched file"):
@@ -284,7 +287,7 @@ class TestNothingIsLost:
     def test_an_undo_without_its_file_says_where_it_lies(self, q8, tmp_path):
         path, _ = q8
         with pytest.raises(
-            FileNotFoundError, match=r"model.gguf.undo: the undo file that mft patch writes must lie beside"
+            FileNotFoundError, match=r"model.gguf.undo: the undo file that mft patch writes must lie next to"
         ):
             undo_gguf_patch(path, tmp_path / "back.gguf")
 

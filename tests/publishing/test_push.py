@@ -53,7 +53,7 @@ def test_masks_come_back_bit_for_bit_in_a_new_process_with_an_empty_cache(hub, r
     assert code == 0, output
     head = hub.repositories[NAME].branches["main"]
     assert f"pushed {run} to {hub.url}/{NAME}\n" in output
-    assert f"revision: {head}; as masks {NAME}@{head} is" in output
+    assert f"revision: {head}; {NAME}@{head} always names" in output
     found = contents(hub)
     assert found.keys() == {".gitattributes", CONFIG, MASKS, "README.md"}
     assert hub.repositories[NAME].files()[MASKS].large
@@ -114,7 +114,7 @@ def test_masks_are_entropy_coded_on_the_way_and_the_card_says_what_they_weigh(hu
     assert size < len(before[MASKS])
     weights = 18432
     assert (
-        f"| size | {size} bytes, {8 * size / weights:.3g} bits a weight; entropy-coded".encode() in found["README.md"]
+        f"| size | {size} bytes, {8 * size / weights:.3g} bits per weight; entropy-coded".encode() in found["README.md"]
     )
     loaded, expected = load_masks(make_llama(), NAME), masked_llama()
     for name, module in masked_modules(expected).items():
@@ -122,7 +122,7 @@ def test_masks_are_entropy_coded_on_the_way_and_the_card_says_what_they_weigh(hu
     push_to_hub(run, NAME, base="user/base")  # unchanged files
     assert contents(hub)[MASKS] == before[MASKS]
     size = len(before[MASKS])
-    assert f"| size | {size} bytes, {8 * size / weights:.3g} bits a weight |\n".encode() in contents(hub)["README.md"]
+    assert f"| size | {size} bytes, {8 * size / weights:.3g} bits per weight |\n".encode() in contents(hub)["README.md"]
 
 
 def test_masks_by_weight_are_pushed_as_they_lie_there_and_not_made_on_the_way(hub, tmp_path):
@@ -133,9 +133,11 @@ def test_masks_by_weight_are_pushed_as_they_lie_there_and_not_made_on_the_way(hu
     loaded, expected = masked_modules(load_masks(make_llama(), NAME)), masked_modules(masked_llama())
     assert all(torch.equal(loaded[name].mask(), module.mask()) for name, module in expected.items())
     for change in ({"coding": "rice"}, {"base": "user/other"}):
-        with pytest.raises(ValueError, match="masks in coding by_weight are read with the weights of their base"):
+        with pytest.raises(
+            ValueError, match="masks in coding by_weight can only be read with the weights of their base"
+        ):
             push_to_hub(path, NAME, **change)
-    with pytest.raises(ValueError, match="coding by_weight takes the base's weights to write, got masks alone"):
+    with pytest.raises(ValueError, match="coding by_weight needs the base's weights to write, got masks alone"):
         push_to_hub(save_masks(masked_llama(), tmp_path / "rice"), NAME, coding="by_weight")
 
 
@@ -236,7 +238,7 @@ def flip_a_bit(path):
     ("damage", "message"),
     [
         (lambda run: (run / "masks" / MASKS).write_bytes((run / "masks" / MASKS).read_bytes()[:-8]), "damaged or cut"),
-        (lambda run: flip_a_bit(run / "masks" / MASKS), "not of one export, or damaged"),
+        (lambda run: flip_a_bit(run / "masks" / MASKS), "come from different exports, or are damaged"),
         (lambda run: (run / "masks" / MASKS).unlink(), "missing; an export has"),
         (lambda run: shutil.rmtree(run / "masks"), "must be a finished run's, got .* --resume"),
         (lambda run: [shutil.rmtree(run / "masks"), (run / "config.yaml").unlink()], "must hold masks or an adapter"),
@@ -256,7 +258,7 @@ def test_what_is_not_whole_is_refused_before_the_hub_is_asked(hub, run, damage, 
 def test_masks_that_lie_alone_are_read_whole_too(hub, run, tmp_path):
     alone = shutil.move(run / "masks", tmp_path / "alone")
     flip_a_bit(alone / MASKS)
-    with pytest.raises(ValueError, match="not of one export, or damaged"):
+    with pytest.raises(ValueError, match="come from different exports, or are damaged"):
         push_to_hub(alone, NAME)
     assert hub.requests == []
 
@@ -266,7 +268,7 @@ def test_a_model_whose_shard_is_missing_or_that_is_masked_is_refused(hub, tmp_pa
     save_model(make_llama(), None, directory)
     index = {"weight_map": {"a": "model-1.safetensors", "b": "../b.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="weight_map must name a file beside it"):
+    with pytest.raises(ValueError, match="weight_map must name a file next to it"):
         push_to_hub(directory, "user/model")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     with pytest.raises(ValueError, match="expected the weights of an ordinary model, got none called a"):
@@ -296,8 +298,8 @@ def test_a_bad_argument_is_named_before_the_hub_is_asked(hub, run, options, mess
 @pytest.mark.parametrize(
     ("token", "name", "message"),
     [
-        (None, NAME, r"must know who asks for 'user/masks', got no token .* `hf auth login`, or set HF_TOKEN"),
-        ("hf_forgotten", NAME, "got no token that it knows .Invalid credentials"),
+        (None, NAME, r"must know who asks for 'user/masks', got no valid token .* `hf auth login`, or set HF_TOKEN"),
+        ("hf_forgotten", NAME, "got no valid token .Invalid credentials"),
         (READS, NAME, r"must let you write to 'user/masks', got 403 \(You don't have the rights"),
         (WRITES, "someone/masks", "must let you write to 'someone/masks', got 403"),
     ],
@@ -317,7 +319,7 @@ def test_a_commit_by_somebody_else_meanwhile_is_not_run_over(hub, run, monkeypat
         return commit(api, *arguments, **options)
 
     monkeypatch.setattr(HfApi, "create_commit", commit)
-    with pytest.raises(HubError, match=r"must stay as it was while it is written to, got 412 \(.*A commit .*try again"):
+    with pytest.raises(HubError, match=r"must not change while it is written to, got 412 \(.*A commit .*try again"):
         push_to_hub(run, NAME)
     assert contents(hub).keys() == {".gitattributes"}
 

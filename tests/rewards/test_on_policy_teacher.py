@@ -116,8 +116,8 @@ def test_a_teacher_left_out_is_the_model_as_the_call_found_it(base, tokenizer, r
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"beta": 0.1}, "config.beta must be 0 beside a teacher, whose words alone are learned, got 0.1"),
-        ({"loss_type": "grpo"}, "config.loss_type must be dapo beside a teacher: .* got grpo"),
+        ({"beta": 0.1}, "config.beta must be 0 with a teacher, because only its words are learned, got 0.1"),
+        ({"loss_type": "grpo"}, "config.loss_type must be dapo with a teacher: .* got grpo"),
     ],
 )
 def test_what_would_be_ignored_beside_a_teacher_is_refused(base, tokenizer, rows, changes, rule):

@@ -149,7 +149,9 @@ def test_scores_learn_by_the_sharpness_and_the_penalty_of_their_mask(base, token
             assert (step[name] - expected).norm() <= 1e-3 * expected.norm(), (sharpness, name)
     free = masked(copy.deepcopy(base), mode="value", threshold=0.0, sharpness=20.0)
     next(iter(masked_modules(free).values())).threshold = None
-    with pytest.raises(ValueError, match=r"threshold must be a number with mask.sharpness, which counts from it"):
+    with pytest.raises(
+        ValueError, match=r"threshold must be a number with mask.sharpness, which is measured from the threshold"
+    ):
         train_rewards(free, tokenizer, rows, config())
 
 

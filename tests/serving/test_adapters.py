@@ -166,7 +166,7 @@ def test_an_unknown_name_and_the_bases_are_not_unloaded(serve, root):
     assert told(unload(running, "tiny")) == (400, "lora_name", message)
     assert told(post(running, "unload", lora_nam="code"))[1:] == (
         "lora_nam",
-        "lora_nam must be left out, it is no key that is known here (lora_name); did you mean lora_name?",
+        "lora_nam must be left out, because it is not a known key here (lora_name); did you mean lora_name?",
     )
 
 
@@ -176,7 +176,7 @@ def test_clients_change_nothing_unless_the_server_lets_them(serve):
         status, param, message = told(response)
         assert (status, param) == (403, None)
         assert message == (
-            "loading and unloading must be switched on at the server, got a server that is started without: "
+            "loading and unloading must be switched on at the server, got a server without it: start it with "
             "--load-from DIRECTORY"
         )
     assert names(running) == ["tiny", "code", "math"]

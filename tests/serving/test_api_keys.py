@@ -75,8 +75,8 @@ def test_others_get_401_on_every_route_of_the_api_and_the_log_names_no_key(serve
 
 
 FAULTY = {
-    "": "--api-keys-file must hold a key in a line of its own, got none in ",
-    "\n# sk-old\n": "--api-keys-file must hold a key in a line of its own, got none in ",
+    "": "--api-keys-file must hold at least one key, in a line of its own, got none in ",
+    "\n# sk-old\n": "--api-keys-file must hold at least one key, in a line of its own, got none in ",
     "good-key\nsk secret": "--api-keys-file must hold keys of printable ASCII characters without spaces, one per line, "
     "got others in line 2 of ",
     "sk-\xe9": "got others in line 1 of ",

@@ -71,7 +71,7 @@ def test_a_part_of_a_request_is_told_so_and_closed_in_time(serve, dial, hurried,
     assert 0.2 < time.monotonic() - began < 5
     assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n")
     message = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
-    assert message == "a request must come whole within 0.3 s, got a part"
+    assert message == "a request must arrive complete within 0.3 s, got a part"
     until(lambda: not running.server.server_state.connections)
 
 

@@ -128,7 +128,7 @@ def test_keys_are_read_again_and_a_faulty_file_leaves_the_old_ones(running, tmp_
     path.write_text("")
     hang_up(running, None, keys)
     assert keys.know("sk-two")
-    assert running.lines[-1].startswith("the keys stay as they were: --api-keys-file must hold a key ")
+    assert running.lines[-1].startswith("the keys stay as they were: --api-keys-file must hold at least one key")
     assert "sk-two" not in "".join(running.lines)
 
 

@@ -102,9 +102,7 @@ def test_rows_that_leave_take_their_padding_along():
 
 def test_a_model_with_a_state_beside_keys_and_values_is_refused():
     model = MambaForCausalLM(MambaConfig(**SIZES, num_hidden_layers=1, state_size=4))
-    with pytest.raises(
-        ValueError, match="base must remember keys and values alone, got a MambaForCausalLM with Linear"
-    ):
+    with pytest.raises(ValueError, match="base must cache only keys and values, got a MambaForCausalLM with Linear"):
         RunningBatch(MaskBank(model))
 
 
@@ -115,6 +113,6 @@ def test_a_model_that_mixes_its_rows_is_refused(tmp_path):
     path = save_masks(mask_model(copy.deepcopy(model), MaskConfig()), tmp_path / "masks")
     batch = RunningBatch(load_mask_bank(model, {"code": path}))
     with pytest.raises(
-        ValueError, match="base must keep its rows apart, a OPTForCausalLM does not: tasks must be one a"
+        ValueError, match="base must keep its rows apart, a OPTForCausalLM does not: tasks must have one"
     ):
         batch.check_rows_apart()

@@ -174,7 +174,7 @@ REFUSED = [
     ),
     (
         *({"max_tokens": 63}, 400, "max_tokens"),
-        "max_tokens must be at most 62, what the 2 tokens of prompt leave of 64 (--length), got 63",
+        "max_tokens must be at most 62, the number that the 2 tokens of prompt leave of 64 (--length), got 63",
     ),
     ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be greater than or equal to 1, got 0 (int)"),
     ({"temperature": 2.5}, 400, "temperature", "temperature must be less than or equal to 2, got 2.5 (float)"),
@@ -184,7 +184,7 @@ REFUSED = [
     ({"stop": [""]}, 400, "stop[0]", "stop[0] must have at least 1 character, got '' (str)"),
     ({"n": 2}, 400, "n", "n must be less than or equal to 1, got 2 (int)"),
     ({"echo": True}, 400, "echo", "echo must be False, got True (bool)"),
-    ({"logprobs": 1}, 400, "logprobs", "logprobs must be left out, it is no key that is known here"),
+    ({"logprobs": 1}, 400, "logprobs", "logprobs must be left out, because it is not a known key here"),
     ({"temprature": 1}, 400, "temprature", "did you mean temperature?"),
     ({"stream_options": {"usage": True}}, 400, "stream_options.usage", "stream_options.usage must be left out"),
 ]
@@ -402,7 +402,7 @@ class Hole:
         return self._words.decode(tokens, **options)
 
 
-FAILED = "the server must answer, got an error of its own at this request: its log has the traceback"
+FAILED = "the server must answer, got an internal error for this request: its log has the traceback"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -335,7 +335,7 @@ def test_an_arm_none_of_whose_settings_is_small_enough_has_no_result_and_its_key
         ({"kind": "lora", "lrs": [1], "max_bytes": -1}, "max_bytes must be at least 0, got -1"),
         (
             {"kind": "average", "of": "control", "max_bytes": 1},
-            "max_bytes must be left out for this kind, whose setting the arm that it is of chooses, got 1",
+            "max_bytes must be left out for this kind, because the arm named by `of` chooses its setting, got 1",
         ),
     ],
 )

@@ -90,7 +90,7 @@ def test_an_arm_may_have_a_mode_a_threshold_and_betas_of_its_own(load):
         ("{kind: control, lrs: [1], beta1s: [0, 1]}", "beta1s must lie in [0, 1), got [0.0, 1.0]"),
         ("{kind: mask, lrs: [1], mode: values}", "mode must be one of magnitude, value, got 'values'"),
         ("{kind: mask, lrs: [1], threshold: -1}", "threshold must be at least 0 unless mode is value, got -1"),
-        ("{kind: mask, lrs: [1], threshold: 0, keep_ratios: [0.9]}", "keep_ratios must be left out beside a threshold"),
+        ("{kind: mask, lrs: [1], threshold: 0, keep_ratios: [0.9]}", "keep_ratios must be left out with a threshold"),
     ],
 )
 def test_what_an_arm_may_not_say(load, arm, message):

@@ -40,7 +40,7 @@ def test_the_fine_tunes_of_another_study_are_taken_up(finished, monkeypatch, tmp
     assert trained == []
     again = compare(finished, *more)  # continues with its own fine-tunes
     assert again.exit_code == 0, again.output
-    assert "was begun and goes on with its own" in " ".join(again.output.split())
+    assert "has begun and continues with its own" in " ".join(again.output.split())
 
 
 def test_what_differs_or_is_no_study_is_refused_and_nothing_is_made(finished, monkeypatch, tmp_path):
@@ -49,7 +49,7 @@ def test_what_differs_or_is_no_study_is_refused_and_nothing_is_made(finished, mo
     for more, said in (
         ([new, "full.warmup_ratio=0.5", "--fine-tunes-of", finished / "run"], "--fine-tunes-of must hold fine-tunes"),
         ([new, "--fine-tunes-of", tmp_path], "--fine-tunes-of must be the output_dir of a study"),
-        ([new, "--overwrite", "--fine-tunes-of", finished / "run"], "--fine-tunes-of must stand without --overwrite"),
+        ([new, "--overwrite", "--fine-tunes-of", finished / "run"], "--fine-tunes-of must not come with --overwrite"),
     ):
         result = compare(finished, *more)
         assert result.exit_code == 2, result.output

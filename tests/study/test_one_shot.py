@@ -249,7 +249,9 @@ def test_what_does_not_vary_is_refused():
     with pytest.raises(ValueError, match=rf"importance of {Q} by magnitude must be finite, got values from nan to nan"):
         importance(model, [Q], "magnitude", None)
     unlabelled = make_rows(2).map(lambda row: {"labels": [-100] * 12})
-    with pytest.raises(ValueError, match="dataset must label a token for a gradient, got 0 labels in the rows drawn"):
+    with pytest.raises(
+        ValueError, match="dataset must have at least one labelled token for a gradient, got 0 labels in the rows drawn"
+    ):
         importance(make_llama(), [Q], "gradient", unlabelled)
 
 

@@ -356,7 +356,7 @@ def test_what_rounding_needs_is_asked_for_before_anything_is_trained(done, monke
         ("{kind: mask, lrs: [1], teacher: QLoRA}", "arms.wrong.teacher must name an arm of the kinds base, full, cont"),
         (
             "{kind: mask, lrs: [1], teacher: wrong}",
-            "arms.wrong.teacher must name an arm that needs nothing of",
+            "arms.wrong.teacher must name an arm that does not need",
         ),
     ],
 )

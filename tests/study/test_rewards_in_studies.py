@@ -111,7 +111,7 @@ def test_the_report_judges_by_exact_answers_and_draws_rewards(done, tmp_path):
     said = " ".join(numbers["remarks"])
     assert "learned by rewards" in said
     assert "But taught by control learned at each token of its own answers" in said
-    assert "rows a step" not in said
+    assert "rows per step" not in said
     row = next(row for row in numbers["domains"]["next"]["rows"] if row["arm"] == "MFT")
     assert row["minus_control"]["wrong"]["p_holm"] is not None
     assert row["minus_control"]["loss"]["p_holm"] is None
@@ -270,7 +270,7 @@ def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path
         for each in (dataset, own)
     )
     assert asked <= set(range(20, 46))
-    assert "On next they are other questions than those of the fine-tune." in rewards_remark(
+    assert "On next these are other questions than in the fine-tune." in rewards_remark(
         dataclasses.replace(done[0], study=study)
     )
     assert "other questions" not in rewards_remark(done[0])

@@ -104,8 +104,8 @@ def test_epochs_stop_at_their_bound_and_the_report_names_what_would_go_on():
     assert max(o.unit.setting.epochs for o in done) == 16
     (end,) = open_ends(study, done)
     assert str(end) == (
-        "code, arm: its best number of epochs, 16, lies at the end of its grid: no larger one was tried beside it; "
-        "run the same command with max_epochs=32 to go on"
+        "code, arm: its best number of epochs, 16, lies at the end of its grid: no larger one was tried; run the "
+        "same command with max_epochs=32 to go on"
     )
 
 
@@ -141,8 +141,8 @@ def test_where_nothing_is_gained_the_way_back_to_the_start_is_not_gone():
     assert tried == []
     assert open_ends(study, done) == []
     assert notes(study, done) == [
-        "code, arm: its best setting is within 0.001 nats a token of where it begins, and the rate and number "
-        "of epochs beyond its grid would only lead back there: they were not tried"
+        "code, arm: its best setting is within 0.001 nats a token of its starting point, and the rate and "
+        "number of epochs beyond its grid would only lead back to it: they were not tried"
     ]
     assert grown(make_arm("lora", lrs=RATES), lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"))[2] != []
     harm = grown(make_arm("lora", lrs=RATES), lambda unit: 2.0 if unit.arm == "full" else 2 + 50 * unit.setting.lr)

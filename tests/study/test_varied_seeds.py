@@ -107,7 +107,7 @@ def test_a_study_that_varies_is_another_one(ground, tmp_path):
         ),
         (
             ["vary=[data]", "domains.count.max_train_tokens=null"],
-            "max_train_tokens must say how much of the data a seed",
+            "max_train_tokens must say how much of the data each seed",
         ),
     ],
 )

@@ -80,7 +80,7 @@ def test_distillation_and_kl_from_the_configuration(cli, tmp_path, model_dir):
 def test_a_teacher_with_other_words_is_refused(cli, model_dir, smollm2_dir):
     code, output = cli("train", *LEARN, "objective.name=distill", f"objective.teacher={smollm2_dir}")
     assert code == 2
-    assert "objective.teacher must have the words of" in output
+    assert "objective.teacher must have the vocabulary of" in output
 
 
 def test_keys_that_the_objective_does_not_read_are_refused():

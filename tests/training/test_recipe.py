@@ -284,7 +284,7 @@ def test_layers_that_pass_more_than_hidden_states_are_refused_a_memory():
     kept = []
     second.register_forward_hook(lambda m, args, output: kept.append(args[0]))
     third.register_forward_pre_hook(lambda m, args: (args[0] + 10 * kept.pop(),) if kept else None)
-    with pytest.raises(ValueError, match="must hand on hidden states only"):
+    with pytest.raises(ValueError, match="must pass on hidden states only"):
         train_masks(model, make_rows(2), TrainConfig(steps=4))
 
 

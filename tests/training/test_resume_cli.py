@@ -134,9 +134,7 @@ def test_what_has_changed_is_refused_unless_forced(stopped, cli, tmp_path):
     data.write_text(data.read_text().replace('"text": "1 ', '"text": "2 '))
     code, output = cli("train", "--resume", "run")
     assert code == 2
-    assert re.search(
-        r"must be of this very run, but data was \w+, now \w+: take the change back, or pass --force", output
-    )
+    assert re.search(r"must be of this very run, but data was \w+, now \w+: undo the change, or pass --force", output)
     code, output = cli("train", "--resume", "run", "--force", "train.lr=2e-2")
     assert code == 0, output
     assert "goes on after step" in output
@@ -158,7 +156,7 @@ def test_without_a_checkpoint_that_verifies_nothing_is_begun(stopped, cli):
     code, output = cli("train", "--resume", "run")
     assert code == 2
     assert re.search(
-        r"state.json: expected bytes \d+, got \d+: restore .*; no other checkpoint verifies: --overwrite begins", output
+        r"state.json: expected bytes \d+, got \d+: restore .*; no other checkpoint verifies: --overwrite starts", output
     )
 
 

@@ -77,7 +77,7 @@ def test_a_command_that_torchrun_starts_again_goes_on(config, monkeypatch, capsy
         mft.run_train(config)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=0.5))
-    with pytest.raises(ValueError, match=r"the configuration must be the run's own, .*; train.lr was .*, now 0.5"):
+    with pytest.raises(ValueError, match=r"the configuration must be that of the run, .*; train.lr was .*, now 0.5"):
         mft.run_train(other)
     capsys.readouterr()
     masks = masks_of(mft.run_train(mft.Begin(config, overwrite=True)))

@@ -127,5 +127,5 @@ def test_a_killed_run_of_the_command_line_goes_on_bit_for_bit_and_tells_of_each_
 def test_epochs_of_a_stream_are_refused_before_anything_is_loaded(cli):
     code, output = cli("train", "data.streaming=true", "train.epochs=2")
     assert code == 2
-    assert "train.steps must be given with data.streaming, where nobody knows how long an epoch is" in output
+    assert "train.steps must be given with data.streaming, because the length of an epoch is unknown" in output
     assert "validation" not in output

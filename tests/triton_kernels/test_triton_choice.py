@@ -142,8 +142,8 @@ def test_the_choice_is_said_once_for_each_layer(monkeypatch, caplog):
         for m in (16, 17, 16384, 16385):
             choose(m, [], fused=1.0, scratch=1.0)
     assert [r.getMessage() for r in caplog.records] == [
-        "forward of 4096 x 4096 on sm_90: fused, by the model of the card for its number of tokens",
-        "forward of 4096 x 4096 on sm_90: scratch, by the model of the card for its number of tokens",
+        "forward of 4096 x 4096 on sm_90: fused, chosen by the GPU's performance model for this number of tokens",
+        "forward of 4096 x 4096 on sm_90: scratch, chosen by the GPU's performance model for this number of tokens",
     ]
 
 
@@ -192,7 +192,7 @@ def test_a_file_of_choices_that_there_are_not_is_measured_anew(measuring, tmp_pa
     choice._choices.cache_clear()
     with caplog.at_level(logging.WARNING, logger="mft_kernels"):
         assert choose(100, measuring, fused=2.0, scratch=1.0) == SCRATCH
-    assert "made anew" in caplog.text
+    assert "measurements are repeated" in caplog.text
     assert stored(tmp_path) == [SCRATCH]
 
 

@@ -184,7 +184,7 @@ class _Cuda(Backend):
         if reason := super().refusal(function, device, dtypes, operands):
             return reason
         if function in _PRODUCTS and dtypes[0] == torch.float32:
-            return "its products take bfloat16 or float16, got float32, which the triton backend takes"
+            return "its products take bfloat16 or float16, got float32: the triton backend takes float32"
         return _device_refusal(device.index)
 
 
@@ -254,6 +254,6 @@ register(
         takes=frozenset({Nf4, Int8, Experts, KeepByTask}),
         unavailable=unavailable,
         detail="" if _not_loaded else _detail(),
-        on_request="no GPU has timed it yet; backend='cuda' asks for it",
+        on_request="it has not been timed on a GPU yet; backend='cuda' selects it",
     )
 )

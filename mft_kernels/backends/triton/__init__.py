@@ -35,9 +35,9 @@ def _unavailable() -> str | None:
         return f"it needs compute capability 8.0 or newer, got {major}.{minor}"
     _, no_cubins = cubins.bundle(_card())
     if no_cubins and by == cubins.CUBINS:
-        return f"MFT_TRITON={by} cannot be served: {no_cubins}"
+        return f"MFT_TRITON={by} cannot be used: {no_cubins}"
     if no_compiler and by == cubins.JIT:
-        return f"MFT_TRITON={by} cannot be served: {no_compiler}"
+        return f"MFT_TRITON={by} cannot be used: {no_compiler}"
     return f"{no_compiler}; {no_cubins}" if no_compiler and no_cubins else None
 
 
@@ -118,7 +118,7 @@ def _or_reference(name: str, op: Callable) -> Callable:
 
 @functools.cache  # once for each op and reason
 def _say(op: str, reason: str) -> None:
-    logger.warning("%s: the reference (not triton: %s)", op, reason)
+    logger.warning("%s: the reference backend runs (not triton: %s)", op, reason)
 
 
 def _detail() -> str:
@@ -132,7 +132,7 @@ def _detail() -> str:
     compiler = f"Triton {_version()}" if _no_compiler() is None else ""
     if ahead is None or cubins.asked() == cubins.JIT:
         return f"{compiler}, {form}; {reason or 'MFT_TRITON=jit'}"
-    others = f"others by {compiler}" if compiler and cubins.asked() is None else "no others"
+    others = f"others compiled by {compiler}" if compiler and cubins.asked() is None else "no others"
     return f"{len(ahead.cubins)} cubins of Triton {ahead.triton}, {form}; {others}"
 
 

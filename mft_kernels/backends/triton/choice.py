@@ -96,7 +96,12 @@ def automatic(product: Product, target: Target, candidates: Mapping[str, Callabl
 def _say(n: int, k: int, transposed: bool, chosen: str, target: str) -> None:
     name = "d_x" if transposed else "forward"
     logger.info(
-        "%s of %d x %d on %s: %s, by the model of the card for its number of tokens", name, n, k, target, chosen
+        "%s of %d x %d on %s: %s, chosen by the GPU's performance model for this number of tokens",
+        name,
+        n,
+        k,
+        target,
+        chosen,
     )
 
 

@@ -62,7 +62,9 @@ def asked() -> str | None:
     """
     value = os.environ.get("MFT_TRITON") or None
     if value not in (None, "auto", CUBINS, JIT):
-        raise ValueError(f"MFT_TRITON must be {CUBINS!r} or {JIT!r}, got {value!r}; unset it for whichever there is")
+        raise ValueError(
+            f"MFT_TRITON must be {CUBINS!r} or {JIT!r}, got {value!r}; unset it to use whichever is available"
+        )
     return None if value == "auto" else value
 
 
@@ -75,11 +77,11 @@ def bundle(target: str) -> tuple[Bundle | None, str]:
 def _bundle(target: str, folder: Path) -> tuple[Bundle | None, str]:
     path = folder / f"{target}.zip"
     if not path.exists():
-        return None, f"no cubins for {target} in {folder}; make cubins compiles them"
+        return None, f"no cubins for {target} in {folder}; run `make cubins` to compile them"
     with zipfile.ZipFile(path) as archive:
         about = json.loads(archive.read(MANIFEST))
     if about["kernels"] != kernels_hash():
-        return None, f"{path} is of other sources than these kernels; make cubins compiles it again"
+        return None, f"{path} was compiled from other sources than these kernels; run `make cubins` to compile it again"
     if (reason := load("cuda")) is not None:
         return None, f"the library that launches cubins is missing: {reason}"
     return Bundle(path, about["triton"], about["ptxas"], about["cubins"]), ""
@@ -225,7 +227,7 @@ def find(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any])
 def missing(target: str, kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> str:
     """Return the reason why find returned None."""
     if asked() == JIT:
-        return f"MFT_TRITON={JIT} takes no cubin"
+        return f"MFT_TRITON={JIT} does not use cubins"
     _, reason = bundle(target)
     return reason or f"there is no cubin for {identity(kernel, args, options)} on {target}"
 

@@ -77,7 +77,7 @@ def by_cubins_or_compiled(device: torch.device, run: Callable[[Target], T]) -> T
 def _not_compiled_here(target: Target, options: dict[str, Any]) -> str | None:
     """Return why the installed Triton may not compile this for the target; None if it may."""
     if cubins.asked() == cubins.CUBINS:
-        return f"MFT_TRITON={cubins.CUBINS} allows no other; unset it"
+        return f"MFT_TRITON={cubins.CUBINS} does not let Triton compile it; unset MFT_TRITON"
     if not INSTALLED:
         return "Triton is not installed; pip install triton"
     if options.get("MASK_ON_A") and not compiles_safely(target):

@@ -125,7 +125,9 @@ def remember(
             places.append((at, slot))
         taken |= one.numbers.keys()
         steps += [one.cubin, *one.grid, len(one.values), *one.values, len(places), *itertools.chain(*places)]
-    assert order.keys() <= taken, f"no kernel takes {order.keys() - taken} as a number that no binary depends on"
+    assert order.keys() <= taken, (
+        f"no kernel takes {order.keys() - taken} as a number that its binary does not depend on"
+    )
     built.cuda_ops.remember_plan(given, number, made, len(results), sorted(zeros), len(order), steps)
     _any = True
 

@@ -130,7 +130,7 @@ def _ask(index: int) -> tuple[Target, Target | None]:
         here = target(installed_triton(), installed_assembler(arch) if isinstance(arch, int) else (0, 0))
     ahead = cubins.bundle(f"sm_{arch}")[0] if backend == "cuda" and cubins.asked() != cubins.JIT else None
     if ahead is None:
-        assert here is not None, "the backend is not available without Triton and without cubins"
+        assert here is not None, "the backend needs Triton or cubins"
         return here, None
     by_cubins = target(ahead.compiler, ahead.assembler)
     other = here if here is not None and here.swapped != by_cubins.swapped else None

@@ -150,8 +150,9 @@ def grow_budget(model: nn.Module, step: int, steps: int) -> None:
             masked = [module for module in model.modules() if isinstance(module, MaskedLayer)]
             if not masked:
                 raise ValueError(
-                    f"model must have the masked layers of its budget, got a {type(model).__name__} without, as while "
-                    "masks are in place: call optimizer.grow_budget(step, steps) on what mft.in_place returned"
+                    f"model must have the masked layers of its budget, got a {type(model).__name__} without them "
+                    "(are the masks in place?): call optimizer.grow_budget(step, steps) on what mft.in_place "
+                    "returned"
                 )
             budget.select(masked)
 

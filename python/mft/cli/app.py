@@ -643,8 +643,10 @@ def estimate(
     dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = _DEFAULTS.model.dtype,
     scores: Annotated[str, typer.Option(help="auto, float32, bfloat16 or int16.")] = _DEFAULTS.mask.scores_dtype,
     moments: Annotated[str, typer.Option(help="auto, float32 or 8bit.")] = _DEFAULTS.train.moments,
-    grad_dtype: Annotated[str | None, typer.Option(help="Of the gradient buffers; by default as the weights.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="Of the base: nf4, nf4-dq or int8.")] = None,
+    grad_dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the gradient buffers; by default that of the weights.")
+    ] = None,
+    quantization: Annotated[str | None, typer.Option(help="Quantisation of the base: nf4, nf4-dq or int8.")] = None,
     quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="Quantise masked weights too.")] = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="For plain.")] = False,
     target_modules: Annotated[str | None, typer.Option(help="Linear layers, such as up_proj,down_proj.")] = None,
@@ -660,15 +662,20 @@ def estimate(
     if model is None and config is None:
         raise ValueError("--model or --config must be given, got neither")
     if gpu is not None and cpu is not None:
-        raise ValueError(f"--gpu or --cpu must be given, got both, {gpu} and {cpu}: --host is the memory beside a GPU")
+        raise ValueError(
+            f"--gpu or --cpu must be given, got both, {gpu} and {cpu}: --host is the host memory of a machine with a "
+            "GPU"
+        )
     if gpu is None and host is not None:
-        raise ValueError(f"--host must come with --gpu, got {host} alone: --cpu is the one memory where there is none")
+        raise ValueError(f"--host must come with --gpu, got {host} alone: without a GPU, --cpu is the only memory")
     sizes = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]
     device_bytes, device = sizes[0] if sizes else None, "cpu" if gpu is None else "cuda"
     if config is not None:
         from mft.cli.estimate_rewards import run_estimate_rewards
 
-        _check_only(ctx, {"model", "config", "gpu", "cpu", "as_json", "overrides"}, "--config, whose study says it")
+        _check_only(
+            ctx, {"model", "config", "gpu", "cpu", "as_json", "overrides"}, "--config, because its study sets it"
+        )
         if not run_estimate_rewards(
             config, overrides or [], model, device=device, device_bytes=device_bytes, as_json=as_json
         ):
@@ -765,9 +772,7 @@ def _let_waiting_threads_sleep() -> None:
     threads = int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
     if threads > 1 and (found := core_share(threads)).is_busy:
         os.environ["GOMP_SPINCOUNT"] = "1000"
-        say(
-            f"{found}, other processes use the rest: threads that wait sleep soon (GOMP_SPINCOUNT=1000)", style="yellow"
-        )
+        say(f"{found}, other processes use the rest: waiting threads sleep early (GOMP_SPINCOUNT=1000)", style="yellow")
 
 
 def _check_only(ctx: typer.Context, names: set[str], beside: str) -> None:

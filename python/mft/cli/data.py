@@ -15,7 +15,7 @@ from mft.data.tokenization import IGNORED
 from mft.tracking.console import console, say
 from mft.training.inputs import read_rows
 
-LEGEND = "⟦ ⟧ hold what is scored, · parts tokens, ⏎ is a new line, ▶ begins an example that sees none before it"
+LEGEND = "⟦ ⟧ enclose what is scored, · separates tokens, ⏎ is a new line, ▶ begins an example that sees no earlier one"
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
 
 

@@ -73,7 +73,10 @@ def run_estimate(
         say(line)
     if assumed:
         option = "--host" if workload.device == "cuda" else "--cpu"
-        say(f"this machine has {gigabytes(machine)} ({option} for another); mft train counts what is free of it then")
+        say(
+            f"this machine has {gigabytes(machine)} ({option} for another); mft train counts only the memory that is "
+            "free"
+        )
     return choice.way is not None
 
 
@@ -136,7 +139,7 @@ def table(
     found.add_row(f"linears in {base}", *counts, str(linears))
     if any(one.batches_at_once for one in ways.values()):
         found.add_row("batches at once", *(str(one.batches_at_once or "") for one in ways.values()))
-    found.add_row("seconds a step", *(_seconds(one.seconds) for one in ways.values()))
+    found.add_row("seconds per step", *(_seconds(one.seconds) for one in ways.values()))
     return found
 
 
@@ -152,7 +155,7 @@ def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
     if workload.memory == "auto" and workload.quantization is None:
         refusal = choice.refusals.get("quantized")
         would = f"cannot be taken: {refusal}" if refusal else f"would fit in {gigabytes(quantized.device_peak)}"
-        lines.append(f"quantized, which auto leaves alone since it changes the base, {would}")
+        lines.append(f"quantized, which auto does not choose because it changes the base, {would}")
     lines += _of_budget(shape, workload)
     lines += _of_mixture(shape, choice)
     reserve = RESERVE[workload.device]
@@ -162,13 +165,13 @@ def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
         spreads = choice.way is not None and WAYS[choice.way].spreads
         weights = "a share of all weights" if spreads else "its own weights"
         lines.append(
-            f"{workload.processes} processes on one machine: each runs at most {workload.own_accumulation} of a step's "
-            f"{workload.accumulation} micro-batches, holds {weights}, and has a share of the machine's memory; "
-            "seconds are without the time in which gradients are summed"
+            f"{workload.processes} processes on one machine: each runs at most {workload.own_accumulation} of a "
+            f"step's {workload.accumulation} micro-batches, holds {weights}, and has a share of the machine's "
+            "memory; seconds exclude the time for summing gradients"
         )
     lines.append(
-        f"seconds, for {workload.own_accumulation} micro-batch{'' if workload.own_accumulation == 1 else 'es'} a step, "
-        f"are not measured: {ASSUMED[workload.device]}"
+        f"seconds, for {workload.own_accumulation} micro-batch{'' if workload.own_accumulation == 1 else 'es'} per "
+        f"step, are not measured: {ASSUMED[workload.device]}"
     )
     return lines
 
@@ -254,7 +257,7 @@ def _of_budget(shape: ModelShape, workload: Workload) -> list[str]:
     bits = -(share * math.log2(share) + (1 - share) * math.log2(1 - share))
     return [
         f"a budget of {share:g} drops {int(share * weights):,d} of {weights:,d} masked weights: a file of about "
-        f"{bits * weights / 8e6:.2g} MB ({bits:.2g} bits a weight)"
+        f"{bits * weights / 8e6:.2g} MB ({bits:.2g} bits per weight)"
     ]
 
 
@@ -265,19 +268,18 @@ def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:
         return lines
     held = shape.layers * (shape.layer_weights - sum(n * k for n, k in shape.linears.values())) * shape.dtype_bytes
     weights = f"{gigabytes(held)} of the {gigabytes(shape.parameters * shape.dtype_bytes)} of weights"
-    lines.append(
-        f"{mixture.experts} experts a layer, {mixture.top_k} for each token: {weights}, and all of them are held"
-    )
+    lines.append(f"{mixture.experts} experts per layer, {mixture.top_k} per token: {weights}, all held in memory")
     if any(one.quantized for one in choice.estimates.values()):
-        lines[-1] += "; of a base in few bits each product makes one layer's dense"
+        lines[-1] += "; with a quantised base, each product dequantises the weights of one layer"
     if shape.checkpoint:
         lines.append(
-            f"the checkpoint holds weights in {shape.checkpoint}; masks need them dequantised, and so they are counted"
+            f"the checkpoint holds weights in {shape.checkpoint}; masks need dequantised weights, so the estimate "
+            "counts those"
         )
     if shape.has_sinks:
         lines.append(
-            "attention is counted as transformers runs it without further packages, eagerly: T x T a head, so shorter "
-            "rows need much less"
+            "attention is counted as transformers runs it without further packages, eagerly: T x T per head, so "
+            "shorter rows need much less"
         )
     return lines
 

@@ -56,7 +56,7 @@ def run_estimate_rewards(
     if RESERVE[device]:
         say(f"{gigabytes(RESERVE[device])} of the GPU are set aside for its context and the allocator's fragments")
     if study.arms[str(study.named(Full))].lrs:
-        say("of training by rewards: the full fine-tune before it is counted by mft estimate --model")
+        say("training by rewards only: mft estimate --model counts the full fine-tune before it")
     return all(fits.values())
 
 

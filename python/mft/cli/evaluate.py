@@ -87,8 +87,8 @@ class _Stages:
         bases = {evaluated_base(model, export, unquantized) for export in (first, *exports[1:])}
         if len(masks) > 1 and bases != {(None, False)}:
             raise ValueError(
-                f"--masks must be learned on exact weights where there are several, got {len(masks)} of which some "
-                "were learned on a quantised base: pass --unquantized, or evaluate one at a time"
+                f"--masks must be learned on exact weights if several are given, got {len(masks)} masks, some of "
+                "them learned on a quantised base: pass --unquantized, or evaluate one at a time"
             )
         ((self._kind, self._quantize_masked),) = bases
         self._base = model.name if self._kind is None else f"{model.name} in {self._kind}"

@@ -147,7 +147,7 @@ def open_voices(
         check_rule(value is None, option, f"be left out for {run}, an ordinary model without masks", value)
     stored = read_model_config(str(plain)).get("dtype")
     config = ModelConfig(str(plain), dtype=dtype or (stored if stored in DTYPES else ModelConfig().dtype))
-    say(f"{plain} in {config.dtype}: an ordinary model, without a base beside it")
+    say(f"{plain} in {config.dtype}: an ordinary model, without a separate base")
     return Voices(*read_model(config), {MODEL: nullcontext})
 
 

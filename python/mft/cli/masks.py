@@ -67,14 +67,17 @@ def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force:
     directory = masks_directory(masks)
     run_config, initial = config_of_run(directory), None
     model, _ = read_base(directory, model_name, dtype)
-    why = f"no {CONFIG} of the run beside {directory} tells how the scores began"
+    why = f"no {CONFIG} of the run next to {directory} tells how the scores were initialised"
     begun = None if run_config is None else load_config(run_config).mask
     if begun is not None and begun.init not in DATA_INITS:
         # Initial scores depend only on configuration, layer name and weight, so the first masks can be computed again.
         initial = initial_masks(mask_model(model, begun))
     load_masks(model, directory, force=force)
     if begun is not None and begun.init in DATA_INITS:
-        why = f"mask.init={begun.init} began by data, with mask.keep_ratio={begun.keep_ratio:g} of each matrix kept"
+        why = (
+            f"mask.init={begun.init} initialised the scores from data, with mask.keep_ratio={begun.keep_ratio:g} of "
+            "each matrix kept"
+        )
         if begun.threshold is not None:  # then all scores begin at it or above
             initial = {name: torch.ones_like(mask) for name, mask in initial_masks(model).items()}
     rows = mask_statistics(model, initial)
@@ -127,7 +130,7 @@ def _facts(directory: Path, export: MaskExport, base: str, alpha: float, *, forc
     try:
         facts = facts_of_masks(directory, export)
     except ValueError as error:
-        say(f"the merged model's card will say nothing of the run: {error}")
+        say(f"the merged model's card will say nothing about the run: {error}")
         facts = facts_of_export(export)
     facts = dataclasses.replace(facts, base_model_name_or_path=base)
     if alpha != 1:  # the run's losses hold only for alpha = 1

@@ -76,7 +76,7 @@ def _report(request: Request, patched: Patched) -> None:
         f"changed{grown}"
     )
     how = "--undo --in-place" if request.in_place else "ORIGINAL --undo"
-    say(f"the old bytes lie in {patched.undo}: mft patch {patched.path} {how} gives the original back")
+    say(f"the old bytes lie in {patched.undo}: mft patch {patched.path} {how} restores the original")
 
 
 def _undo(request: Request) -> None:

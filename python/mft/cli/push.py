@@ -13,4 +13,4 @@ def run_push(directory: Path, repository: str, **options: Any) -> None:
     for note in pushed.notes:
         say(f"note: {note}")
     say(f"pushed {directory} to {pushed.url}")
-    say(f"revision: {pushed.revision}; as masks {repository}@{pushed.revision} is what it is now, always")
+    say(f"revision: {pushed.revision}; {repository}@{pushed.revision} always names exactly this state")

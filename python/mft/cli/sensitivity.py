@@ -37,8 +37,10 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
     )
     for key in ("eval_every", "eval_minutes"):
         value = getattr(config.train, key)
-        check_rule(value is None, f"train.{key}", "be null for mft sensitivity, whose runs are brief", value)
-    check_rule(not config.report_to, "report_to", "be [] for mft sensitivity, which is many runs", config.report_to)
+        check_rule(value is None, f"train.{key}", "be null for mft sensitivity, because its runs are short", value)
+    check_rule(
+        not config.report_to, "report_to", "be [] for mft sensitivity, because it starts many runs", config.report_to
+    )
     check_run_directory(config.output_dir, overwrite=True)
     with holding(Path(config.output_dir)):
         check_run_directory(config.output_dir, overwrite=overwrite)

@@ -43,10 +43,12 @@ def run_compare(
 ) -> None:
     """Do mft compare. fine_tunes_of: the directory of another study. For the other arguments, see run_study."""
     check_one_of("--on", on, tuple(ON))
-    check_rule(on == LOCAL or not joins, "--join", "stand without --on, whose workers are in one cluster", on)
+    check_rule(on == LOCAL or not joins, "--join", "not come with --on, because its workers are in one cluster", on)
     directory = Path(study.output_dir)
     if fine_tunes_of is not None:
-        check_rule(not joins, "--fine-tunes-of", "stand without --join: begin the study with it alone", fine_tunes_of)
+        check_rule(
+            not joins, "--fine-tunes-of", "not come with --join: begin the study in a single process", fine_tunes_of
+        )
         _take_fine_tunes(fine_tunes_of, study, directory, overwrite)
     reported: list[Findings] = []
 
@@ -139,10 +141,10 @@ def run_plot(
 
 def _take_fine_tunes(parent: Path, study: StudyConfig, directory: Path, overwrite: bool) -> None:
     """Copy the fine-tunes of another study into directory, unless a study was begun there, which keeps its own."""
-    rule = "stand without --overwrite, which would delete what it copies; name a new output_dir"
+    rule = "not come with --overwrite, which would delete what it copies; name a new output_dir"
     check_rule(not overwrite, "--fine-tunes-of", rule, parent)
     if (directory / STUDY).is_file():
-        say(f"fine-tunes: {directory} was begun and goes on with its own, nothing is taken of {parent}")
+        say(f"fine-tunes: {directory} has begun and continues with its own; nothing is copied from {parent}")
         return
     found = fine_tunes_in(parent, study)
     rule = f"hold fine-tunes of the same model, data and settings as arms.{study.named(Full)} here"
@@ -160,7 +162,7 @@ def _study_table(directory: Path) -> dict[str, Any]:
     numbers = read_object(table, _LARGEST_TABLE) if table.suffix == ".json" else {}
     if not isinstance(numbers.get("domains"), dict):
         raise ValueError(
-            f"{rule}, got {directory} with a table of no domains: a run of mft train has its curves in {PLOT}, and mft "
-            "plot flips draws how its masks moved"
+            f"{rule}, got {directory} with a table without domains: a run of mft train has its curves in {PLOT}, and "
+            "mft plot flips draws how its masks moved"
         )
     return numbers

@@ -65,7 +65,7 @@ def check_base(model: nn.Module, found: Verified) -> None:
     assert found.export is not None
     expected, got = found.export.base_hash, base_hash(model, [entry.name for entry in found.export.modules])
     if got != expected:
-        raise ValueError(f"{found.path}: expected a base with {expected}, the model's is {got}: another base")
+        raise ValueError(f"{found.path}: expected a base with {expected}, the model's is {got}: it is another base")
     if _takes_weights(found.export):
         read_learned(model, found.export, found.path, force=False)
 

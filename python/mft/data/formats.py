@@ -243,7 +243,7 @@ def _tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{place}: tools must be a list of objects, or one as JSON, got {shown(given)}")
+        raise ValueError(f"{place}: tools must be a list of objects, or such a list as JSON, got {shown(given)}")
     read_string({"tools": _as_json(tools)}, "tools", place)
     return tools
 

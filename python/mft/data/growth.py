@@ -23,7 +23,7 @@ def check_growth(path: Path, held: int) -> None:
     times = TIMES[path.suffix]
     if held > LEAST and held > times * (size := path.stat().st_size):
         raise ValueError(
-            f"{path}: what is held of a file at once must take at most {LEAST} bytes of memory, or {times} times the "
-            f"file's own, got {held} or more of a file of {size}: if its rows are right, unpack it, or write it with "
-            "less compression and smaller row groups and set data.streaming=true"
+            f"{path}: the part of a file that is in memory at once must take at most {LEAST} bytes, or {times} times "
+            f"the size of the file, got {held} bytes or more for a file of {size} bytes: if its rows are right, "
+            "unpack it, or write it with less compression and smaller row groups and set data.streaming=true"
         )

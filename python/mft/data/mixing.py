@@ -48,7 +48,7 @@ def mix_order(counts: Sequence[int], weights: Sequence[float], strategy: str, bu
     longest = max(count * sum(weights) / weight for count, weight in zip(counts, weights))
     if strategy == "all_exhausted" and budget is None and longest > _MOST_REPEATS * sum(counts):
         raise ValueError(
-            f"data.stopping_strategy must not be all_exhausted where that repeats {sum(counts)} rows {_MOST_REPEATS} "
+            f"data.stopping_strategy must not be all_exhausted if that repeats {sum(counts)} rows {_MOST_REPEATS} "
             f"times, got about {longest:.0f} rows: set first_exhausted or data.max_train_tokens, or other weights"
         )
     taken = [0] * len(counts)
@@ -86,7 +86,7 @@ def build_mix(
     weights = [given.weight for given in sources.values()]
     order = mix_order([len(rows) for rows in training.values()], weights, config.stopping_strategy, budget)
     if not order:
-        raise ValueError(f"data.sources must leave rows to train on, got none of {config.stopping_strategy}")
+        raise ValueError(f"data.sources must leave rows to train on, got none with {config.stopping_strategy}")
     mix["train"] = _in_order(training, order, first_numbers(parts), config.seed, pad_of(tokenizer))
     taken = {name: Taken() for name in parts}
     for name, size, scored in zip(mix["train"].source, mix["train"].sizes, mix["train"].scored()):

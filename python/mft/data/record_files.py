@@ -105,7 +105,7 @@ def read_files(paths: Sequence[Path]) -> Records:
             table = pyarrow.concat_tables([part.rows for part in parts], promote_options="permissive")
         except pyarrow.ArrowException as error:
             raise ValueError(
-                f"{paths[0]} and the files beside it must have columns of the same types: {error}"
+                f"{paths[0]} and the files next to it must have columns of the same types: {error}"
             ) from None
         rows: Sequence[dict[str, Any]] = datasets.Dataset(table)
     else:
@@ -143,8 +143,8 @@ def read_lines(path: Path, start: Position = (0, 0), *, kept: bool = False) -> I
                     break
                 if len(line) > LONGEST_LINE:
                     raise ValueError(
-                        f"{path}:{number}: a line must have at most {LONGEST_LINE} bytes, got more: write an example a "
-                        "line"
+                        f"{path}:{number}: a line must have at most {LONGEST_LINE} bytes, got more: write one "
+                        "example per line"
                     )
                 if zipped:
                     held = bytes_of_line(line) + (held if kept else 0)
@@ -168,7 +168,7 @@ def parse_line(line: str, place: str) -> dict[str, Any] | None:
             "than messages, each with a role and a content"
         ) from None
     except ValueError as error:  # also for a number with too many digits
-        raise ValueError(f"{place}: broken JSON, must be one object a line: {error}") from None
+        raise ValueError(f"{place}: broken JSON, must be one object per line: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{place}: must be a JSON object, got a {type(row).__name__}")
     return row
@@ -386,7 +386,7 @@ def _checked(names: Any, path: Path, key: str, is_kind: Callable[[Path], bool]) 
     """Return the names that the file at path lists. Raises ValueError unless all of them are next to it."""
     plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
     if not plain or not names or not all(is_kind(path.parent / name) for name in names):
-        raise ValueError(f"{path}: {key} must be the names of what lies beside it, got {str(names)[:100]}")
+        raise ValueError(f"{path}: {key} must be the names of files or directories next to it, got {str(names)[:100]}")
     return names
 
 

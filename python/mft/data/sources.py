@@ -136,7 +136,7 @@ def _headers(config: DataConfig) -> Source:
 
 def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: str) -> Source:
     """Return files that came with Python or a package as a source, one document per file."""
-    rule = f"data.source {config.source!r} must give at least {MINIMUM_FILES} files a split, got"
+    rule = f"data.source {config.source!r} must give at least {MINIMUM_FILES} files per split, got"
     if len(sources) < MINIMUM_FILES * len(SPLITS):
         raise ValueError(f"{rule} {len(sources)} in all: {remedy}, or name other data")
     rows, paths = [{"text": text} for text in sources.values()], list(sources)
@@ -209,8 +209,8 @@ def _directory(directory: Path, config: DataConfig) -> Source:
     """Open a directory of data files."""
     if config.subset is not None:
         raise ValueError(
-            f"data.subset must be left out for a directory, whose card is not read, got {config.subset!r}: name the "
-            "directory of that subset"
+            f"data.subset must be left out for a directory, because its card is not read, got {config.subset!r}: "
+            "name the directory of that subset"
         )
     splits, left_out = find_splits(directory)
     chosen = _chosen(splits, config)
@@ -277,7 +277,7 @@ def _load_from_hub(config: DataConfig) -> dict[str, Any]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if online:
-            reason = " ".join(str(cause).split())[:300] or "a file of it is empty"
+            reason = " ".join(str(cause).split())[:300] or "one of its files is empty"
             message = f"data.source {config.source!r} cannot be loaded: {reason}"
         else:
             message = (

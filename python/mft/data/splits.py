@@ -63,8 +63,8 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
     """
     if config.streaming and pairs:
         raise ValueError(
-            "data.streaming must be false with preference pairs, of which each is met again by its row's number, got "
-            "true: load them"
+            "data.streaming must be false with preference pairs, because training reads each pair again by its row "
+            "number, got true: load them without streaming"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-sequence token, which closes a document; got none")
@@ -90,7 +90,7 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
     for split, documents in source.reserved.items():
         kept = [row for row, document in enumerate(found[split]["document"]) if document not in documents]
         if len(kept) < len(found[split]):
-            notes.append(f"{split}: {len(found[split]) - len(kept)} rows are of the reserve and were left out")
+            notes.append(f"{split}: {len(found[split]) - len(kept)} rows belong to the reserve and were left out")
             found[split] = found[split].select(kept)
     return Splits(found["train"], found["validation"], found["test"], notes, directory.name)
 

@@ -168,7 +168,7 @@ class SourceRows:
                 if not place.given_before:
                     raise ValueError(
                         f"data.source {self.config.source!r} must leave rows to train on, got none: give more "
-                        "documents, or fewer of them to data.max_eval_tokens"
+                        "documents, or lower data.max_eval_tokens"
                     )
                 return None
             assert self._window is not None
@@ -192,7 +192,7 @@ class SourceRows:
         lines = {
             f"{cut} examples were longer than sequence_length = {self.config.sequence_length} and were cut there": cut,
             f"{empty} examples had nothing to score and were left out": empty,
-            f"the data ended {place.passes} times, and began again, shuffled otherwise": place.passes,
+            f"the data ended {place.passes} times, and was read again in another order": place.passes,
         }
         return [line for line, count in lines.items() if count]
 
@@ -207,8 +207,8 @@ class SourceRows:
             self._open_window()
             if self._window is None or _hash(self._window) != known:
                 raise ValueError(
-                    f"the data must be those that the run began with, got other documents from {self._place.document} "
-                    "on: restore them, or begin anew with --overwrite"
+                    "the data must be those that the run began with, got other documents from "
+                    f"{self._place.document} on: restore them, or start again with --overwrite"
                 )
 
     def _open_window(self) -> bool:

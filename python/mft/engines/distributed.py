@@ -59,9 +59,9 @@ class Processes:
         """Raise ValueError if a row's result could depend on which process computes it; few: tokens for the check."""
         if self.count > 1 and draws_at_random(model, few):
             raise ValueError(
-                "model must have no dropout, nor draw at random otherwise, on several processes, got "
-                f"{type(model).__name__} on {self.count}: each would draw otherwise than one process does; set the "
-                "dropout of the model's configuration to 0"
+                "model must have no dropout, and use no other random numbers, on several processes, got "
+                f"{type(model).__name__} on {self.count}: each process would draw other numbers than a single "
+                "process does; set the dropout of the model's configuration to 0"
             )
 
     def share(self, micro_batches: list[T]) -> list[T]:

@@ -41,10 +41,10 @@ class OtherFailed(RuntimeError):
         numbers = " and ".join(map(str, ranks))
         who = f"process{'es' if len(ranks) > 1 else ''} {numbers} of {count}" if ranks else "torchrun"
         super().__init__(
-            f"{who} ended without a word (killed? out of memory?), and so all end: look into the system's log (dmesg), "
-            "then go on with --resume"
+            f"{who} ended without an error message (killed? out of memory?), so all processes end: look at the "
+            "system's log (dmesg), then go on with --resume"
             if words is None
-            else f"{who} has stopped, and so do all: {words}"
+            else f"{who} has stopped, so all processes stop: {words}"
         )
         self.ranks, self.words = tuple(ranks), words
 

@@ -28,7 +28,7 @@ class InPlaceAdamW(MaskAdamW):
         model = unwrapped(model)
         if surrogate_of(model) is not None:
             raise ValueError(
-                "mask.sharpness must be null in a loop of one's own, which learns by the straight-through gradient: "
+                "mask.sharpness must be null in your own training loop, which uses the straight-through gradient: "
                 "call mft.train_masks(model, rows, train, way='in_place')"
             )
         check_rule(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", "be positive or None", max_grad_norm)

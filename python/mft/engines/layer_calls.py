@@ -62,8 +62,8 @@ class LayerCalls:
         same = torch.isclose(ours, whole, rtol=0, atol=tolerance, equal_nan=True).all()
         if not same or not all(map(_equal, calls, others)):
             raise ValueError(
-                f"memory must be plain for {type(self.model).__name__}: its layers hand on more than hidden states, or "
-                f"are told of the tokens (run one by one they move the output by {(ours - whole).abs().max():.3g})"
+                f"memory must be plain for {type(self.model).__name__}: its layers pass on more than hidden states, "
+                f"or read the tokens (run one by one, they change the output by {(ours - whole).abs().max():.3g})"
             )
 
     @torch.no_grad()

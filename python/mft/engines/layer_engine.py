@@ -72,7 +72,7 @@ class LayerEngine(TrainsScores):
         elsewhere = [mask.name for mask in masks if mask not in self.masks]
         if elsewhere:
             raise ValueError(
-                f"memory must be plain where a masked layer lies outside the decoder layers, got {self.way} and "
+                f"memory must be plain if a masked layer lies outside the decoder layers, got {self.way} and "
                 f"{elsewhere[0]}: leave it out with mask.exclude_modules"
             )
         numbers = [i for i, masks in enumerate(self.masks_of_layer) if masks]

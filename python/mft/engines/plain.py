@@ -164,7 +164,7 @@ def make_stepper(model: nn.Module, train: TrainConfig) -> Stepper:
     moments = unless_auto(train.moments)
     if len(masked) != len(trained) or not masked:
         if moments != "float32":
-            raise ValueError(f"train.moments must be float32 where weights are trained, got {moments}")
+            raise ValueError(f"train.moments must be float32 if weights are trained, got {moments}")
         return MasterAdamW(trained, train)
     if moments == "float32" and all(module.scores.dtype == torch.float32 for module in masked):
         return MasterAdamW(trained, train)

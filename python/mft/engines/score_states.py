@@ -162,8 +162,8 @@ class ScoreStates:
         dtype = dtype or mask.weight_dtype()
         if self._surrogate is not None and dtype == torch.float16:
             raise ValueError(
-                "train.grad_dtype must be float32 or bfloat16 with mask.sharpness, whose gradients float16 rounds to "
-                f"0, got float16 for {mask.name}"
+                "train.grad_dtype must be float32 or bfloat16 with mask.sharpness, because float16 rounds its "
+                f"gradients to 0, got float16 for {mask.name}"
             )
         return dtype
 

@@ -280,14 +280,14 @@ def start_sharded(
     check_rule(
         train.accumulation % processes.count == 0,
         "train.accumulation",
-        f"be a multiple of {processes.count}, the number of processes, with memory: sharded, where each micro-batch "
-        "takes all of them",
+        f"be a multiple of {processes.count}, the number of processes, with memory: sharded, because each "
+        "micro-batch runs on all of them",
         train.accumulation,
     )
     check_rule(
         not objective.of_base,
         "objective.name",
-        "be one that does not run the base, with memory: sharded, whose weights hold the mask",
+        "be one that does not run the base, with memory: sharded, because its weights hold the mask",
         objective.name,
     )
     processes.agree_on({f"{name}.scores": module.scores for name, module in masked_modules(model).items()})

@@ -88,8 +88,8 @@ def spread(
     if quantized:
         raise ValueError(
             f"the base must be exact with memory: sharded, got {len(quantized)} layers that are quantised "
-            f"({next(iter(quantized))}, ...): load it exactly, or set memory: quantized, where each process holds all "
-            "of the base in few bits"
+            f"({next(iter(quantized))}, ...): load it exactly, or set memory: quantized, with which each process "
+            "holds the whole quantised base"
         )
     for name, module in masked.items():
         check_layer(name, module)

@@ -74,7 +74,7 @@ def start_runner(
     check_rule(
         train.reduce_every == "step" or way == SHARDED,
         "train.reduce_every",
-        f"be step with memory: {way}, which sums gradients at its own time",
+        f"be step with memory: {way}, which decides itself when gradients are summed",
         train.reduce_every,
     )
     if way == SHARDED:

@@ -75,7 +75,7 @@ def _row_sums(head: nn.Module, states: Tensor, head_start: nn.Module, wanted: Te
         logits, logits_start = head(chunk), head_start(held_to)
         if logits.shape != logits_start.shape:
             raise ValueError(
-                f"start must have the words of model, got {logits_start.shape[-1]} words for {logits.shape[-1]}"
+                f"start must have the vocabulary of model, got {logits_start.shape[-1]} words for {logits.shape[-1]}"
             )
         of_chunk = values[part]
         for rows in few_rows(logits):

@@ -183,13 +183,13 @@ def _programs(tasks_dir: Path) -> str:
         str(path.relative_to(tasks_dir)) for kind in ("py", "yaml") for path in sorted(tasks_dir.rglob(f"*.{kind}"))
     ]
     more = len(names) - _SHOWN
-    return (", ".join(names[:_SHOWN]) or "what is put there") + (f" and {more} more" if more > 0 else "")
+    return (", ".join(names[:_SHOWN]) or "any file put there") + (f" and {more} more" if more > 0 else "")
 
 
 def _runs_code(name: str) -> ValueError:
     return ValueError(
-        f"lm-eval's task {name} runs code that the model wrote, on this machine: pass --run-generated-code if it may, "
-        "in a container at best"
+        f"lm-eval's task {name} runs code that the model wrote, on this machine: pass --run-generated-code to allow "
+        "it, preferably in a container"
     )
 
 

@@ -75,7 +75,7 @@ def weighted_mean(updates: Sequence[ArrayLike], weights: Sequence[float] | None 
 
 
 def _stacked(votes: Sequence[ArrayLike], name: str) -> NDArray:
-    check_rule(len(votes) > 0, name, "hold at least one client's", votes)
+    check_rule(len(votes) > 0, name, "hold the array of at least one client", votes)
     arrays = [np.asarray(vote) for vote in votes]
     shapes = {array.shape for array in arrays}
     check_rule(len(shapes) == 1, name, "have one shape", ", ".join(map(str, sorted(shapes))))

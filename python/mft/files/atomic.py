@@ -137,7 +137,7 @@ def place(source: Path, target: Path) -> bool:
             if error.errno not in _NO_LINKS:
                 raise
             raise NotWritten(
-                f"{target} must be on a disk with hard links, by which one of several writers wins, got "
+                f"{target} must be on a disk with hard links, which decide which of several writers wins, got "
                 f"{error.strerror}: name a directory on another disk"
             ) from error
         else:

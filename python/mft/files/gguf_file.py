@@ -111,7 +111,7 @@ def _read(cursor: Cursor) -> GgufHeader:
     numbers = {name.split(".")[1] for name in found if name.startswith("blk.")}
     blocks = metadata.get(f"{architecture}.block_count")
     if type(blocks) is not int or blocks != len(numbers):  # transformers makes block_count blocks
-        raise Damaged(f"{architecture}.block_count {blocks!r} beside the tensors of {len(numbers)} blocks")
+        raise Damaged(f"{architecture}.block_count {blocks!r}, but the tensors of {len(numbers)} blocks")
     return GgufHeader(metadata, pairs, found, data)
 
 
@@ -123,7 +123,7 @@ def _value(cursor: Cursor) -> tuple[Any, bool]:
     if kind == GGUFValueType.STRING:
         return cursor.text(), True
     if kind != GGUFValueType.ARRAY:
-        raise Damaged(f"a value of type {kind} at byte {cursor.place}, which there is not")
+        raise Damaged(f"a value of the unknown type {kind} at byte {cursor.place}")
     kind, length = cursor.numbers("IQ")
     if kind in _FORMS:
         cursor.skip(length * struct.calcsize(f"<{_FORMS[kind]}"))
@@ -147,10 +147,10 @@ def _read_tensors(cursor: Cursor, count: int, alignment: int) -> tuple[dict[str,
         entry = cursor.place
         kind, offset = cursor.numbers("IQ")
         if kind not in GGML_QUANT_SIZES:
-            raise Damaged(f"the type {kind} of {name[:80]!r}, which there is not")
+            raise Damaged(f"the unknown type {kind} of {name[:80]!r}")
         values, stored = GGML_QUANT_SIZES[kind]
         if not math.prod(shape) or shape[0] % values:
-            raise Damaged(f"the shape {shape} of {name[:80]!r}, whose rows are of {values} values at a time")
+            raise Damaged(f"the shape {shape} of {name[:80]!r}, whose rows must hold a multiple of {values} values")
         found[name] = (shape[::-1], kind, offset, math.prod(shape) // values * stored, entry)
     data = cursor.place + -cursor.place % alignment
     left = len(cursor.content) - data

@@ -121,22 +121,25 @@ def _words(error: BaseException, repository: str, revision: str | None, writing:
     at = "" if revision is None else f" at revision {revision!r}"
     if isinstance(error, GatedRepoError):
         return (
-            f"the hub shows {repository!r} to those alone who have asked its owner: ask at "
+            f"the hub shows {repository!r} only to users to whom its owner has given access: request access at "
             f"{constants.ENDPOINT}/{repository}, then {_LOG_IN}"
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"the hub's {repository!r} must have the revision that is asked for, got {revision!r}: check the name"
+        return f"the hub's {repository!r} must have the requested revision, got {revision!r}: check the name"
     if status == 401 and (writing or _BAD_TOKEN in said):
-        return f"the hub must know who asks for {repository!r}, got no token that it knows ({said}): {_LOG_IN}"
+        return f"the hub must know who asks for {repository!r}, got no valid token ({said}): {_LOG_IN}"
     if _is_missing(error, writing):
         return (
-            f"the hub has no {repository!r}{at} that is shown to you: check the name; if it is private, {_LOG_IN} of "
-            "who may read it"
+            f"the hub has no {repository!r}{at}, or you may not read it: check the name; if it is private, "
+            f"{_LOG_IN}, as a user who may read it"
         )
     if status == 403:
-        return f"the hub must let you write to {repository!r}, got 403 ({said}): take a token that may, or another name"
+        return (
+            f"the hub must let you write to {repository!r}, got 403 ({said}): use a token that may write there, or "
+            "another name"
+        )
     if status in (409, 412):
-        return f"{repository!r} must stay as it was while it is written to, got {status} ({said}): try again"
+        return f"{repository!r} must not change while it is written to, got {status} ({said}): try again"
     if status is not None:
         return f"the hub must answer for {repository!r}{at}, got {status} ({said}): try again later"
     return (

@@ -30,7 +30,7 @@ def parse_value(content: bytes, origin: Path) -> Any:
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{origin}: expected UTF-8 text, got byte {error.start}, which is not") from None
+        raise ValueError(f"{origin}: expected UTF-8 text, got an invalid byte at position {error.start}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{origin}:{error.lineno}: expected JSON, got a file with: {error.msg}") from None
     except RecursionError:

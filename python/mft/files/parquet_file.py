@@ -102,7 +102,7 @@ def _value(cursor: Cursor, kind: int, depth: int) -> int | None:
         for _ in range(_unsigned(cursor) if head >> 4 == 15 else head >> 4):
             _element(cursor, head & 15, depth)
     elif kind not in (_TRUE, _FALSE):  # a map, which no page's header has, or an unknown kind
-        raise Damaged(f"a header of type {kind} before byte {cursor.place}, which there is not")
+        raise Damaged(f"a header of the unknown type {kind} before byte {cursor.place}")
     return None
 
 

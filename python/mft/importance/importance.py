@@ -186,8 +186,8 @@ def _input_norms(
             around = model.get_submodule(path)
             if flags(around) is None:
                 raise ValueError(
-                    f"{path} must hand its experts the rows of tokens for wanda, which {type(around).__name__} does in "
-                    "its own way: leave it out"
+                    f"{path} must pass its experts the rows of tokens for wanda, but {type(around).__name__} passes "
+                    "them in its own way: leave it out"
                 )
             hooks.callback(around.register_forward_pre_hook(leave_out_padding).remove)
         if experts:
@@ -219,7 +219,9 @@ def _gradients(
     batches, divided by the number of all tokens.
     """
     tokens = sum(int(count_labels(batch.labels).sum()) for batch in batches)
-    check_rule(tokens > 0, "dataset", "label a token for a gradient", f"{tokens} labels in the rows drawn")
+    check_rule(
+        tokens > 0, "dataset", "have at least one labelled token for a gradient", f"{tokens} labels in the rows drawn"
+    )
     weights = {name: module.weight for name, module in modules.items()}
     totals = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     square_totals = {name: torch.zeros_like(total) for name, total in totals.items()} if squares else {}
@@ -305,6 +307,6 @@ def check_tells_apart(name: str, method: str, values: Tensor) -> None:
         )
     if low == high and values.numel() > 1:
         raise ValueError(
-            f"importance of {name} by {method} must vary, got {low} for every weight: nothing tells which to keep; "
-            "choose another method, or leave the layer out with exclude_modules"
+            f"importance of {name} by {method} must vary, got {low} for every weight: it does not tell which weights "
+            "to keep; choose another method, or leave the layer out with exclude_modules"
         )

@@ -97,7 +97,9 @@ class MaskBank:
         """
         one = tasks is None or isinstance(tasks, str)
         if not one and not isinstance(tasks, Iterable):
-            raise TypeError(f"tasks must be a task's name, a list with one a row of the batch, or None, got {tasks!r}")
+            raise TypeError(
+                f"tasks must be a task's name, a list with one name per row of the batch, or None, got {tasks!r}"
+            )
         each: tuple[Any, ...] = (tasks,) if one else tuple(tasks or ())
         with self._lock:
             for task in each:
@@ -122,7 +124,7 @@ class MaskBank:
         """Return an export's packed masks by layer, for put. All slow or failing work is here. Errors as for add."""
         path = masks_directory(directory)
         export = read_description(path)
-        check_masks_alone(export, path, "a bank, whose tasks share all but the masks")
+        check_masks_alone(export, path, "a bank, because its tasks share everything but the masks")
         modules, names = dict(self.model.named_modules()), [entry.name for entry in export.modules]
         find_targets(self.model, [name for name in names if not isinstance(modules.get(name), BankedLayer)])
         return read_learned(self.model, export, path, force=force)[0]

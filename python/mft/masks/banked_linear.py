@@ -166,9 +166,9 @@ class TaskPerRow:
     def refusal(self, shape: Sequence[int]) -> ValueError:
         """Return the error for an input of this shape, whose rows do not match the tasks."""
         return ValueError(
-            f"{self._argument} must be one a row of a batch (rows, ..., K), got {len(self.tasks)} of them and an "
-            f"input of {tuple(shape)}: repeat a task for each beam and returned sequence; where the model flattens "
-            "rows, use one task a batch"
+            f"{self._argument} must have one entry per row of a batch (rows, ..., K), got {len(self.tasks)} of them "
+            f"and an input of {tuple(shape)}: repeat a task for each beam and returned sequence; if the model "
+            "flattens rows, use one task per batch"
         )
 
     def groups(self, masked: frozenset[str | None], device: torch.device) -> "Groups":

@@ -113,8 +113,8 @@ def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     """
     if hasattr(model, IN_PLACE):
         raise RuntimeError(
-            f"model must not have its masks in place here, got a {type(model).__name__} whose layers are ordinary ones "
-            "meanwhile: leave mft.in_place(model) first"
+            f"model must not have its masks in place here, got a {type(model).__name__} with masks in place: leave "
+            "mft.in_place(model) first"
         )
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
@@ -214,8 +214,8 @@ def check_interpolable(alpha: float, modules_to_save: Iterable[str]) -> None:
     trained = sorted(modules_to_save)
     if alpha != 1 and trained:
         raise ValueError(
-            f"alpha must be 1 with modules_to_save, got {alpha} with {', '.join(trained)}: where these began is not "
-            "known any more; leave alpha out"
+            f"alpha must be 1 with modules_to_save, got {alpha} with {', '.join(trained)}: the weights that these "
+            "began with are no longer known; leave alpha out"
         )
 
 
@@ -287,9 +287,9 @@ def check_drawn(config: MaskConfig) -> None:
     """Raise ValueError unless scores can be drawn without data."""
     if config.init in DATA_INITS:
         raise ValueError(
-            f"init must be one of {', '.join(INITS)} where masks are made without data, got {config.init}: mft train "
-            "has data; from Python call mft.mask_from_data(model, config, rows), or under PEFT take constant, and then "
-            "mft.init_adapter_from_data(model, config, rows)"
+            f"init must be one of {', '.join(INITS)} if masks are made without data, got {config.init}: mft train "
+            "has data; from Python call mft.mask_from_data(model, config, rows), or under PEFT take constant, and "
+            "then mft.init_adapter_from_data(model, config, rows)"
         )
 
 

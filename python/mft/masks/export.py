@@ -352,7 +352,7 @@ def _exact_weight(model: nn.Module, name: str) -> Tensor:
     """Return weight_named(model, name). Raises: ValueError if that weight is quantised."""
     if name in quantized_weights(model):
         raise ValueError(
-            f"coding by_weight takes the exact weights, got {name} quantised: choose coding rice or packed to save "
+            f"coding by_weight needs the exact weights, got {name} quantised: choose coding rice or packed to save "
             "masks here; to read them, load the unquantised model"
         )
     return weight_named(model, name)

@@ -45,9 +45,9 @@ _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _HASH_RULE = 'a string "sha256:" and 64 hexadecimal digits'
 _ALONE = CODINGS[1]  # the coding for readers without the weights
 _MODES = ("magnitude", "value")
-_COPY_BOTH = "the two files are not of one export, or damaged; copy both again"
-_MASKED_RULE = "true or false, and false where base_quantization is null"
-UNVERIFIED = "no content_hash, as in format_version 1: swapped masks cannot be told; save_masks writes one"
+_COPY_BOTH = "the two files come from different exports, or are damaged; copy both again"
+_MASKED_RULE = "true or false, and false if base_quantization is null"
+UNVERIFIED = "no content_hash, as in format_version 1: swapped masks cannot be detected; save_masks writes one"
 Weights = Callable[[str], Tensor]  # a masked layer's name -> its base weight, (N, K), or (E, N, K) for experts
 _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
 
@@ -127,8 +127,8 @@ def export_files(
     coding = BY_NAME[export.coding]
     if coding.needs_weight and weights is None:
         raise ValueError(
-            f"coding {export.coding} takes the base's weights to write, got masks alone: mft recode loads the base, as "
-            "does mft.recode_masks(..., model=base)"
+            f"coding {export.coding} needs the base's weights to write, got masks alone: mft recode loads the base, "
+            "as does mft.recode_masks(..., model=base)"
         )
     stored = {
         f"{entry.name}.mask": coding.store(masks[entry.name], entry.shape, _weight_for(export, entry, weights))
@@ -193,9 +193,9 @@ def read_tensors(
     """
     if BY_NAME[export.coding].needs_weight and weights is None:
         raise ValueError(
-            f"{directory}: masks in coding {export.coding} are read with the weights of their base, "
-            f"{export.base_model_name_or_path or 'which has no name'}, and got none: mft recode {directory} DIRECTORY "
-            f"--coding {_ALONE} loads it, and writes what is read without"
+            f"{directory}: masks in coding {export.coding} can only be read with the weights of their base, "
+            f"{export.base_model_name_or_path or 'which has no name'}, got none: mft recode {directory} DIRECTORY "
+            f"--coding {_ALONE} loads the base, and writes masks that are read without it"
         )
     masks, saved = _read_tensors(directory / MASK_FILE, export, weights)
     if export.content_hash is not None and (found := content_hash(export, masks, saved)) != export.content_hash:
@@ -233,10 +233,10 @@ def check_base(export: MaskExport, directory: Path, found: str, weights: Weights
         message += f". The model's weights are {' '.join(dtypes)}, those were {' '.join(stored)}: load it in that dtype"
     if BY_NAME[export.coding].needs_weight:
         raise ValueError(
-            f"{message}. Masks in coding {export.coding} are read with the very weights alone: mft recode {directory} "
-            "DIRECTORY on that base writes masks that --force takes"
+            f"{message}. Masks in coding {export.coding} can only be read with exactly the weights that they were "
+            f"learned on: mft recode {directory} DIRECTORY on that base writes masks that --force takes"
         )
-    raise ValueError(f"{message}. To use the masks on this model all the same, pass force=True (--force)")
+    raise ValueError(f"{message}. To use the masks on this model anyway, pass force=True (--force)")
 
 
 def most_bytes(export: MaskExport) -> int | None:
@@ -335,7 +335,7 @@ def _read_entry(path: Path, number: int, entry: Any) -> MaskEntry:
         f"{where}.shape",
         shape,
         is_list_of(shape, int) and len(shape) in (2, 3) and min(shape) > 0 and max(shape) < 2**31,
-        "two positive ints [N, K], or of experts three, below 2**31",
+        "two positive ints [N, K], or three for experts, below 2**31",
     )
     expect(path, f"{where}.dtype", entry["dtype"], isinstance(entry["dtype"], str), "a dtype's name")
     expect(
@@ -378,7 +378,7 @@ def _open_checked(path: Path, export: MaskExport) -> Iterator[tuple[Any, set[str
         unknown, missing = sorted(stored - expected.keys()), sorted(expected.keys() - stored)
         if unknown:
             raise ValueError(
-                f"{path}: unknown tensor {short(unknown[0])}, of which {CONFIG_FILE} knows no module: {_COPY_BOTH}"
+                f"{path}: unknown tensor {short(unknown[0])}, which belongs to no module in {CONFIG_FILE}: {_COPY_BOTH}"
             )
         if missing:
             raise ValueError(

@@ -85,7 +85,7 @@ def said_of_size(size: int, weights: int, modules_to_save: list[str] | None = No
     """Describe a mask file of ``size`` bytes: its bits per weight, or the modules saved in it."""
     if modules_to_save:
         return f"{size} bytes, with {', '.join(modules_to_save)}"
-    return f"{size} bytes, {8 * size / weights:.3g} bits a weight"
+    return f"{size} bytes, {8 * size / weights:.3g} bits per weight"
 
 
 def _ranged(names: list[str]) -> str:

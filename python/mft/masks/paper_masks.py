@@ -79,8 +79,8 @@ def write_paper_masks(model: nn.Module, path: Path) -> None:
     whole = saved_modules(model)
     if whole:
         raise ValueError(
-            f"model must hold masks alone for the paper's format, got modules_to_save too ({', '.join(whole)}), which "
-            "it has no place for: use save_masks"
+            f"model must hold masks alone for the paper's format, got modules_to_save too ({', '.join(whole)}), "
+            "which that format cannot hold: use save_masks"
         )
     masks = {name: module.mask().to(module.weight.dtype).cpu() for name, module in masked.items()}
     with atomic_file(path) as scratch:

@@ -201,7 +201,7 @@ class MaskModel(BaseTuner):
         if self.training:
             raise ValueError("adapter_names are for inference, got a model in training mode: model.eval()")
         if not isinstance(adapter_names, list | tuple):
-            raise TypeError(f"adapter_names must be a list with one a row of the batch, got {adapter_names!r}")
+            raise TypeError(f"adapter_names must be a list with one name per row of the batch, got {adapter_names!r}")
         for name in adapter_names:
             self._check_known("adapter_names", name, (*self.peft_config, _BASE))
 

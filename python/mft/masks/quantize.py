@@ -393,5 +393,5 @@ def _check_unquantized(model: nn.Module) -> None:
         name, weight = next(iter(found.items()))
         raise ValueError(
             f"model must not be quantised already, got {len(found)} layers that are ({name} in {weight.kind}, ...): "
-            "load it anew"
+            "load it again"
         )

@@ -90,7 +90,7 @@ def check_saved_tensors(model: nn.Module, names: Iterable[str], tensors: Mapping
         if shapes.get(key) != given:
             raise ValueError(
                 f"{key} must be of the shape that was saved with the masks, {given or 'none'}, the model's is "
-                f"{shapes.get(key) or 'none'}: load the base with as many classes, or words, as then"
+                f"{shapes.get(key) or 'none'}: load the base with the number of classes, or words, that it had then"
             )
 
 

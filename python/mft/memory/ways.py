@@ -287,7 +287,7 @@ class Sharded(InPlace):
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
         if workload.accumulation % workload.processes:
-            return f"accumulation={workload.accumulation} is no multiple of the {workload.processes} processes"
+            return f"accumulation={workload.accumulation} is not a multiple of the {workload.processes} processes"
         if workload.of_base:
             return f"the objective {workload.objective} runs the base"
         return super().obstacle(workload, quantized)

@@ -128,8 +128,8 @@ class FrozenPrefix:
         if not error <= 0.05 * whole.abs().max():
             self._returns_tuple = None
             raise ValueError(
-                f"the first {self.first} layers of {type(self.model).__name__} must hand on hidden states only to be "
-                f"remembered, but skipping them moves the output by {error.item():.3g}: pass remember=False"
+                f"the first {self.first} layers of {type(self.model).__name__} must pass on hidden states only to be "
+                f"remembered, but skipping them changes the output by {error.item():.3g}: pass remember=False"
             )
 
 

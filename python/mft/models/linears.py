@@ -253,8 +253,8 @@ def _obstacle_of_codes(model: nn.Module, name: str, module: nn.Module) -> str | 
 def _obstacle_of_experts(module: nn.Module, part: str, parameter: nn.Parameter) -> str | None:
     if part not in expert_projections(module):
         return (
-            f"it is one parameter {tuple(parameter.shape)} of {type(module).__name__}, of which is not known how it "
-            "computes: transformers' interface for experts does not run it"
+            f"it is one parameter {tuple(parameter.shape)} of {type(module).__name__}, and how it computes is "
+            "unknown: transformers' interface for experts does not run it"
         )
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over processes: masks need all of them in each"

@@ -66,8 +66,8 @@ def _refuse_long_batch(model: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     rows, tokens = (max(each.shape[i] for each in given if isinstance(each, Tensor)) for i in (0, -1))
     if switch is not None and rows > 1 and tokens > switch:
         raise ValueError(
-            f"batch_size must be 1 for rows of more than {switch} tokens, where {type(model).__name__} has other "
-            f"frequencies for the whole batch, got {rows} rows of up to {tokens} tokens"
+            f"batch_size must be 1 for rows of more than {switch} tokens, because {type(model).__name__} then uses "
+            f"other frequencies for the whole batch, got {rows} rows of up to {tokens} tokens"
         )
 
 

@@ -61,9 +61,10 @@ def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: in
         together, apart = (_moved(model, rows, others, half, where) for where in (None, positions))
     if not apart <= _LEAK * together:
         raise ValueError(
-            f"data.packing must be false for {name}, whose examples see others of their row: one before it moves an "
-            f"example by {apart:.3g} with position_ids that begin again, and by {together:.3g} without; tried with "
-            f"{len(rows)} rows a batch (flash attention keeps those of one apart: train.batch_size: 1)"
+            f"data.packing must be false for {name}, because its examples see other examples of their row: an "
+            f"earlier one changes an example by {apart:.3g} if position_ids begin again, and by {together:.3g} if "
+            f"not; tried with {len(rows)} rows per batch (flash attention separates the examples of a single row: "
+            "set train.batch_size: 1)"
         )
     check_lengths_apart(model, few, longest)
 
@@ -86,8 +87,9 @@ def check_lengths_apart(model: nn.Module, few: Tensor, longest: int) -> None:
         switch = switch_length(model)
         rule = "data.packing must be false" if switch is None else f"data.sequence_length must be at most {switch}"
         raise ValueError(
-            f"{rule} for {type(model).__name__}, whose short examples change beside one of {longest} tokens, got a "
-            f"change by {moved:.3g}: follow the rule, or run the model inside mft.models.longrope.by_own_length(model)"
+            f"{rule} for {type(model).__name__}, because its short examples change next to one of {longest} tokens, "
+            f"got a change of {moved:.3g}: follow the rule, or run the model inside "
+            "mft.models.longrope.by_own_length(model)"
         )
 
 

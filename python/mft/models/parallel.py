@@ -29,7 +29,7 @@ def check_no_deepspeed(model: nn.Module) -> None:
     if engine or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         what = "a DeepSpeedEngine" if engine else f"a {type(model).__name__} that its ZeRO-3 has partitioned"
         raise ValueError(
-            f"model must not be DeepSpeed's, whose flat partitions hold no rows of a mask, got {what}: {INSTEAD}"
+            f"model must not be DeepSpeed's, because its flat partitions hold no rows of a mask, got {what}: {INSTEAD}"
         )
 
 

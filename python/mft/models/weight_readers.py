@@ -44,7 +44,7 @@ def why_read(parent: nn.Module, child: str) -> str | None:
     kind: Any = type(parent)
     for read in _reads(kind):
         if read.child == child and read.happens(parent):
-            return f"{read.place} computes with {child}.weight itself, past what would stand in {child}'s place"
+            return f"{read.place} computes with {child}.weight itself, and would bypass the layer that replaces {child}"
     return None
 
 

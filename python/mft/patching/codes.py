@@ -78,7 +78,9 @@ class Code:
     def _check_scales(self, data: np.ndarray, blocks: np.ndarray) -> None:
         infinite = blocks[~self.finite(data, blocks)]
         if len(infinite):
-            raise ValueError(f"a scale in block {infinite[0]} that is infinite or NaN, whose product with 0 is no zero")
+            raise ValueError(
+                f"a scale in block {infinite[0]} that is infinite or NaN, so that its product with 0 is not 0"
+            )
 
 
 class _Float(Code):

@@ -74,7 +74,7 @@ class Layout:
         if found != len(dropped):
             raise ValueError(
                 f"{self.path}: every weight of {name} must lie in one tensor, got {found} of {len(dropped)} in "
-                f"{', '.join(tensor.name for tensor in self.tensors[name])}: transformers reads them otherwise"
+                f"{', '.join(tensor.name for tensor in self.tensors[name])}: transformers reads them differently"
             )
 
     def weight(self, name: str, values: dict[str, np.ndarray]) -> np.ndarray:
@@ -121,7 +121,7 @@ class Layout:
             came = made["tensors"][parameter].numpy()
         else:
             raise ValueError(
-                f"{self.path}: {tensor.name} must become {parameter}, transformers makes another one of it"
+                f"{self.path}: {tensor.name} must become {parameter}, but transformers turns it into another one"
             )
         is_conv1d = parameter.endswith(".weight") and isinstance(linear_named(self._outline, name), Conv1D)
         return came.T if is_conv1d else came
@@ -137,8 +137,8 @@ class Layout:
         if name in self._heads():
             return self._tied(name)
         return (
-            f"it must hold the weight of {name}, which is masked, got no tensor that transformers makes it of: name "
-            "the GGUF file of the model that the masks were learned on"
+            f"it must hold the weight of {name}, which is masked, got no tensor from which transformers makes it: "
+            "name the GGUF file of the model that the masks were learned on"
         )
 
     def _heads(self) -> list[str]:
@@ -147,8 +147,8 @@ class Layout:
 
     def _tied(self, name: str) -> str:
         return (
-            f"{name} must have a tensor of its own to be masked, got one that shares {_EMBEDDING} with the embedding, "
-            "where the mask would drop weights too: leave it out of the masks"
+            f"{name} must have a tensor of its own to be masked, got one that shares {_EMBEDDING} with the "
+            "embedding, so that the mask would drop weights of the embedding too: leave it out of the masks"
         )
 
 

@@ -87,8 +87,8 @@ def patch_gguf_in_place(
     with changing(path):
         if os.path.lexists(beside):
             raise ValueError(
-                f"{path} must not have been patched before, got {beside.name} beside it: undo that patch first (--undo "
-                "--in-place)"
+                f"{path} must not have been patched before, got {beside.name} next to it: undo that patch first "
+                "(--undo --in-place)"
             )
         plan = plan_patch(path, masks, load_base=load_base, force=force)
         _to_widen(plan, None)
@@ -121,8 +121,8 @@ def undo_gguf_patch_in_place(patched: str | os.PathLike) -> Path:
         undo = read_undo(path)
         if not undo.is_in_order:
             raise ValueError(
-                f"{path} must hold its tensors where the original has them to be restored in place, got a file that is "
-                "widened: name a new file for the original"
+                f"{path} must hold its tensors at the same places as the original to be restored in place, got a "
+                "widened file: name a new file for the original"
             )
         undo.restore(path)  # without a sink: this only checks the hash
         _overwrite(path, undo.places, undo.old)

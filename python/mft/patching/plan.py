@@ -129,7 +129,7 @@ class _Base:
             return f"{self.path} is the base of the masks: its weights have their hash"
         if force:
             self.model = self.load() if self.load is not None and self.export.coding == "by_weight" else None
-            return f"{self.path} is not the base of the masks to the bit, and was not held against it (force)"
+            return f"{self.path} is not bit-identical to the base of the masks, and was not compared with it (force)"
         if self.load is None:
             raise ValueError(
                 f"{self.path} must hold the weights that the masks in {directory} were learned on, "

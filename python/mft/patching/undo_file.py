@@ -92,8 +92,9 @@ class Undo:
                     sink.write(piece.data)
         if digest.hexdigest() != self.facts.sha256_before:
             raise ValueError(
-                f"{patched} must be the patched file, whose undo gives SHA-256 {self.facts.sha256_before}, got "
-                f"{digest.hexdigest()}: it, or {undo_path(patched).name}, has been changed since; {_REMEDY}"
+                f"{patched} must be the patched file, from which the undo file restores SHA-256 "
+                f"{self.facts.sha256_before}, got {digest.hexdigest()}: it, or {undo_path(patched).name}, has been "
+                f"changed since; {_REMEDY}"
             )
 
     def _pieces(self, source: BinaryIO) -> Iterator[np.ndarray]:
@@ -117,7 +118,7 @@ def read_undo(patched: str | os.PathLike) -> Undo:
     path = undo_path(patched)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: the undo file that mft patch writes must lie beside {patched}, got nothing there: move it there"
+            f"{path}: the undo file that mft patch writes must lie next to {patched}, got nothing there: move it there"
         )
     with open_tensors(path, _REMEDY) as file:
         metadata = file.metadata() or {}

@@ -90,7 +90,7 @@ def _setting(contents: Contents) -> list[str]:
         "base": facts.base_model_name_or_path and base_in_a_sentence(facts.base_model_name_or_path),
         "weights of the base": facts.base_hash and text(facts.base_hash),
         "dtype": facts.dtype and text(facts.dtype),
-        "while they learned, the base was in": facts.base_quantization and text(facts.base_quantization),
+        "base during training, quantised to": facts.base_quantization and text(facts.base_quantization),
         "kept": _kept(facts),
         "size": contents.size,
         "`alpha`": facts.alpha,

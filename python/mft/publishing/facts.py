@@ -119,7 +119,9 @@ def read_merged(path: Path) -> Facts:
     known = {field.name for field in dataclasses.fields(Facts)} - {"config"}
     if values.keys() | {"alpha"} != known:
         odd = sorted((values.keys() | {"alpha"}) ^ known)
-        raise ValueError(f"{path}: expected the keys that mft merge writes, {odd[0]!r} is one too many or few")
+        raise ValueError(
+            f"{path}: expected exactly the keys that mft merge writes, got {odd[0]!r} in excess or missing"
+        )
     results = values.pop("results")
     try:
         facts = Facts(**values)

@@ -221,7 +221,7 @@ def _shards(directory: Path) -> dict[str, set[str]]:
     places: Any = read_object(path, MOST_CONFIG).get("weight_map")
     if not isinstance(places, dict) or not places or not all(_is_plain(name) for name in places.values()):
         raise ValueError(
-            f"{path}: weight_map must name a file beside it for each tensor, got {str(places)[:80]}: {_AGAIN}"
+            f"{path}: weight_map must name a file next to it for each tensor, got {str(places)[:80]}: {_AGAIN}"
         )
     return {name: {key for key, place in places.items() if place == name} for name in sorted(set(places.values()))}
 

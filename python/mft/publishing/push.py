@@ -71,7 +71,7 @@ def push_to_hub(
     check_rule(named is not None and named[1] is None, "repository", "be user/name", repr(repository))
     check_rule(revision is None or not COMMIT.fullmatch(revision), "revision", "be a branch, which grows", revision)
     check_rule(revision != "", "revision", "be a branch's name, or None", repr(revision))
-    check_rule(message != "", "message", "be a line, or None", repr(message))
+    check_rule(message != "", "message", "be a single line, or None", repr(message))
     check_rule(base is None or hub_base(base) == base, "base", "be user/name on the hub", repr(base))
     if coding is not None:
         check_one_of("coding", coding, CODINGS)
@@ -110,7 +110,7 @@ def push_to_hub(
             )
     except ValueError as error:
         said = " ".join(str(error).split())
-        raise ValueError(f"license and {README} must be as the hub takes them, got an answer of: {said}") from error
+        raise ValueError(f"license and {README} must be valid on the hub, got the answer: {said}") from error
     return Pushed(url, commit.oid, tuple(notes))
 
 
@@ -152,12 +152,12 @@ def _card(contents: Contents, repository: str, license: str | None, notes: list[
     if path.is_file():
         own = read_regular(path, _MOST_CARD).decode("utf-8", errors="replace")
         if contents.form is not None and contents.form in own:
-            notes.append(f"{path} is PEFT's form, not filled in: a card takes its place")
+            notes.append(f"{path} is PEFT's template, not filled in: a generated card replaces it")
         elif not is_made(own):
             return own
     found = {"license": license} if license is not None else license_of(contents.facts.base_model_name_or_path)
     if not found:
-        notes.append("the card names no license, as none is known of the base: --license says which")
+        notes.append("the card names no license, because that of the base is unknown: name one with --license")
     return model_card(contents, repository, found)
 
 

@@ -92,9 +92,9 @@ def train_rewards(
     model = _unwrapped(model)
     _check_trainable(model)
     if teacher is not None:
-        rule = "be 0 beside a teacher, whose words alone are learned"
+        rule = "be 0 with a teacher, because only its words are learned"
         check_rule(config.beta == 0, "config.beta", rule, config.beta)
-        rule = "be dapo beside a teacher: the mean over a step's tokens"
+        rule = "be dapo with a teacher: the mean over a step's tokens"
         check_rule(config.loss_type == "dapo", "config.loss_type", rule, config.loss_type)
     surrogate = checked_surrogate(model)
     questions = questions_of(dataset, tokenizer, config)
@@ -113,7 +113,7 @@ def train_rewards(
             teacher.prompts(questions, tokenizer),
         )
         words, own = (each.get_input_embeddings().weight.shape[0] for each in (teaching.model, model))
-        rule = f"have the {min(len(tokenizer), own)} words of the model's tokenizer, or more that nobody says"
+        rule = f"have at least the {min(len(tokenizer), own)} words of the model's tokenizer"
         check_rule(words >= min(len(tokenizer), own), "teacher.model", rule, f"one of {words}")
         reads = max(map(len, teaching.prompts)) + config.max_completion_tokens
         check_next_tokens(teaching.model.config, type(teaching.model).__name__, reads)
@@ -183,8 +183,8 @@ def _check_trainable(model: nn.Module) -> None:
     for name, module in masked_modules(model).items():
         if not module.scores.is_floating_point():
             raise ValueError(
-                f"mask.scores_dtype must not be int16 for training by rewards, whose gradient autograd makes, got "
-                f"{name}: take float32 or bfloat16"
+                "mask.scores_dtype must not be int16 for training by rewards, because autograd computes its "
+                f"gradient, got {name}: take float32 or bfloat16"
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

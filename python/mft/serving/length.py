@@ -13,7 +13,7 @@ def row_length(asked: int | None, config: Any, name: str) -> int:
     longest = longest_row(config)
     if asked is None:
         if longest is None:
-            raise ValueError(f"--length must be given, as the positions of {name!r} have no end, got none")
+            raise ValueError(f"--length must be given, because {name!r} has no limit on positions, got none")
         return longest
     if longest is not None and asked > longest:
         raise ValueError(f"--length must be at most {longest}, as many positions as {name!r} has, got {asked}")

@@ -29,21 +29,31 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._of_models: list[MetricWrapperBase] = []
         self._success = self._counter(
-            "mft_request_success", "Requests that ended: stop, length, or abort, whose client left.", "finished_reason"
+            "mft_request_success",
+            "Requests that ended, by reason: stop, length, or abort if the client has left.",
+            "finished_reason",
         )
         self._prompt = self._counter("mft_prompt_tokens", "Tokens of prompts that were read.")
         self._generation = self._counter("mft_generation_tokens", "Tokens that were generated.")
-        self._first = self._seconds("mft_time_to_first_token_seconds", "From a request to its first token.")
-        self._each = self._seconds("mft_request_time_per_output_token_seconds", "Of a request, after the first token.")
-        self._queue = self._seconds("mft_request_queue_time_seconds", "Waiting for a place in the batch.")
-        self._whole = self._seconds("mft_e2e_request_latency_seconds", "From a request to the end of its answer.")
+        self._first = self._seconds("mft_time_to_first_token_seconds", "Time from a request to its first token.")
+        self._each = self._seconds(
+            "mft_request_time_per_output_token_seconds",
+            "Mean time per output token of a request, after the first token.",
+        )
+        self._queue = self._seconds(
+            "mft_request_queue_time_seconds", "Time that a request waits for a place in the batch."
+        )
+        self._whole = self._seconds("mft_e2e_request_latency_seconds", "Time from a request to the end of its answer.")
         self._refused = Counter(
             "mft_request_refused", "Requests that were refused, by HTTP status.", ("status",), registry=registry
         )
         self._rows = Histogram(
-            "mft_batch_rows", "Rows of a step, which makes a token for each.", buckets=_ROWS, registry=registry
+            "mft_batch_rows",
+            "Rows per step of generation; each row gets one token per step.",
+            buckets=_ROWS,
+            registry=registry,
         )
-        Info("mft_build", "The version that runs.", registry=registry).info({"version": __version__})
+        Info("mft_build", "The version of mft_kernels that runs.", registry=registry).info({"version": __version__})
         ProcessCollector(registry=registry)
         registry.register(_Now(tasks, scheduler))
 
@@ -104,12 +114,18 @@ class _Now(Collector):
         masks = self._tasks.bank.nbytes()
         yield GaugeMetricFamily("mft_num_requests_running", "Requests in the batch.", running)
         yield GaugeMetricFamily("mft_num_requests_waiting", "Requests in the queue.", waiting)
-        yield GaugeMetricFamily("mft_masks_loaded", "Tasks that can be asked for, besides the base.", len(masks))
-        yield GaugeMetricFamily("mft_base_bytes", "The base's weights.", self._base)
-        by_task = GaugeMetricFamily("mft_mask_bytes", "A task's masks.", labels=_MODEL)
+        yield GaugeMetricFamily(
+            "mft_masks_loaded", "Tasks that requests can name, in addition to the base.", len(masks)
+        )
+        yield GaugeMetricFamily("mft_base_bytes", "Size of the base's weights.", self._base)
+        by_task = GaugeMetricFamily("mft_mask_bytes", "Size of a task's masks.", labels=_MODEL)
         for task, size in masks.items():
             by_task.add_metric([task], size)
         yield by_task
-        yield GaugeMetricFamily("mft_kv_cache_bytes", "Keys and values of the batch.", self._scheduler.cache_bytes)
+        yield GaugeMetricFamily(
+            "mft_kv_cache_bytes", "Size of the keys and values of the batch.", self._scheduler.cache_bytes
+        )
         if torch.cuda.is_available():
-            yield GaugeMetricFamily("mft_gpu_memory_bytes", "Allocated by torch.", torch.cuda.memory_allocated())
+            yield GaugeMetricFamily(
+                "mft_gpu_memory_bytes", "GPU memory that torch has allocated.", torch.cuda.memory_allocated()
+            )

@@ -42,8 +42,8 @@ class Prompts:
             return tokens, min(room, self._max_tokens or default)
         if asked > room:
             raise Refused(
-                f"max_tokens must be at most {room}, what the {len(tokens)} tokens of {param} leave of {self._length} "
-                f"(--length), got {asked}",
+                f"max_tokens must be at most {room}, the number that the {len(tokens)} tokens of {param} leave of "
+                f"{self._length} (--length), got {asked}",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

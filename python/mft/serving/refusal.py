@@ -20,5 +20,5 @@ class Refused(Exception):
 def failure() -> Refused:
     """Return the refusal for an unforeseen error. It is a new one each time, since each raise adds to its traceback."""
     return Refused(
-        "the server must answer, got an error of its own at this request: its log has the traceback", status=500
+        "the server must answer, got an internal error for this request: its log has the traceback", status=500
     )

@@ -62,7 +62,7 @@ class _Base:
         if directories:
             return learned_base(next(iter(directories.values())), self.name, self.dtype)
         if self.name is None:
-            raise ValueError("--model must name the base where no masks are given, got none")
+            raise ValueError("--model must name the base if no masks are given, got none")
         config = ModelConfig(name=self.name) if self.dtype is None else ModelConfig(name=self.name, dtype=self.dtype)
         return config, f"base {config.name} in {config.dtype}, and no masks yet"
 
@@ -77,7 +77,7 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
     directories = {task: masks_directory(place) for task, place in masks.items()}
     config, words = given.of(directories)
     base = _shown_name(config.name)
-    check_rule(base not in masks, "--masks", "name tasks otherwise than the base", base)
+    check_rule(base not in masks, "--masks", "name tasks differently from the base", base)
     with bind(options.host, options.port) as bound:
         log.tell("loading", words)
         model, tokenizer = read_model(config)
@@ -88,7 +88,10 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
         tasks = Tasks(batch.bank, scheduler, base, force=options.force)
         hosts = known_hosts(bound.getsockname()[0], options.host, options.allow_host)
         if access.keys is None and not is_loopback(bound.getsockname()[0]):
-            _warn(log, f"--host {options.host} lets everyone ask who reaches it, got no --api-keys-file: give one")
+            _warn(
+                log,
+                f"--host {options.host} lets everyone who reaches it send requests, got no --api-keys-file: give one",
+            )
         service = Service(
             tasks,
             tokenizer,
@@ -113,7 +116,7 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
         )
         server.run_until_signal([bound])
     if scheduler.has_failed:
-        raise RuntimeError("the thread that runs the model must not fail, and it did: the traceback stands above")
+        raise RuntimeError("the thread that runs the model must not fail, and it did: see the traceback above")
     log.tell("stopped", "stopped")
 
 

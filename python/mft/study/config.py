@@ -133,7 +133,7 @@ class StudyConfig:
             check_rule(self.scratch is not None, "vary", rule, self.vary)
         if VARY_DATA in self.vary:
             for name, data in self.domains.items():
-                rule = f"say how much of the data a seed draws, as vary has {VARY_DATA}"
+                rule = f"say how much of the data each seed draws, because vary has {VARY_DATA}"
                 check_rule(data.max_train_tokens is not None, f"domains.{name}.max_train_tokens", rule, None)
         if self.leaders is not None:
             rule = f"be more than the study's own {len(self.seeds)}"
@@ -168,7 +168,7 @@ class StudyConfig:
             rule = "be left out unless objective is rewards"
             check_rule(not self.questions, "questions", rule, ", ".join(self.questions))
             for name, arm in self.arms.items():
-                rule = "be left out unless objective is rewards: of a text's words a teacher reads the text"
+                rule = "be left out unless objective is rewards: with other objectives a teacher reads the text itself"
                 check_rule(arm.teacher_prompt is None, f"arms.{name}.teacher_prompt", rule, arm.teacher_prompt)
         self._check_arms()
 
@@ -198,7 +198,7 @@ class StudyConfig:
                 rule = f"lead to no quantized arm{self._why_not_over(name, codes)}"
                 check_rule(False, f"arms.{name}.start", rule, arm.start)
             if arm.teacher is not None:
-                rule = "name an arm that needs nothing of this one"
+                rule = "name an arm that does not need this one"
                 check_rule(name not in self._all_needs(name), f"arms.{name}.teacher", rule, arm.teacher)
 
     def _check_named(self, key: str, value: str, may: Callable[[type[Arm]], bool]) -> None:
@@ -306,4 +306,9 @@ class StudyConfig:
 def _check_not_evaluated(section: str, train: TrainConfig) -> None:
     for key in ("eval_every", "eval_minutes"):
         value = getattr(train, key)
-        check_rule(value is None, section + key, "be null in a study, whose own checkpoints validation chooses", value)
+        check_rule(
+            value is None,
+            section + key,
+            "be null in a study, because validation chooses between the study's own checkpoints",
+            value,
+        )

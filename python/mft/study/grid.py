@@ -44,8 +44,7 @@ class OpenEnd:
     def __str__(self) -> str:
         return (
             f"{self.domain}, {self.arm}: its best {self.what}, {self.value:g}, lies at the end of its grid: no "
-            f"{'larger' if self.above else 'smaller'} one was tried beside it; run the same command with {self.remedy} "
-            "to go on"
+            f"{'larger' if self.above else 'smaller'} one was tried; run the same command with {self.remedy} to go on"
         )
 
 

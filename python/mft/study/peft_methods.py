@@ -28,7 +28,7 @@ LORA, LN_TUNING = "LORA", "LN_TUNING"
 BESIDE_LINEARS = frozenset({LN_TUNING, "TRAINABLE_TOKENS"})
 # Methods for which PEFT builds a model that is still not what the method's paper says, and why.
 _INCOMPLETE = {
-    "ADALORA": "its ranks are shared out by calls between the steps of a training loop of its own",
+    "ADALORA": "it needs a training loop of its own, which reallocates its ranks between steps",
     "POLY": "it routes by the task of each row, and rows here have none",
     "SHADOW": "it trains a second model, not weights of the first",
     "XLORA": "it mixes adapters that were trained before",
@@ -90,7 +90,7 @@ def methods() -> dict[str, str]:
         if not config.__module__.startswith(f"{peft.__name__}."):  # registered by others: masks have arms of their own
             continue
         if issubclass(config, peft.PromptLearningConfig) or kind == "ADAPTION_PROMPT":
-            found[kind] = "it trains what stands before the text, not weights of the model"
+            found[kind] = "it trains a prompt before the text, not weights of the model"
         else:
             found[kind] = _INCOMPLETE.get(kind, "")
     return found

@@ -98,7 +98,7 @@ def open_store(
     """
     path = Path(directory)
     if joins:
-        check_rule(not overwrite, "--join", "stand without --overwrite, which deletes what others work on", path)
+        check_rule(not overwrite, "--join", "not come with --overwrite, which deletes what others work on", path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {path}")
     names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
@@ -360,8 +360,9 @@ def _declare_beside(path: Path, study: StudyConfig, leases: Leases) -> None:
     differs = changed(before, now, additions=False)
     if differs and leases.has_others(JOINED):
         raise ValueError(
-            f"--join must declare what the processes that work there do, as {path / STUDY} has it; changed: "
-            f"{'; '.join(differs)}. Give the same configuration and overrides, or end the others first to add to it"
+            f"--join must have the same configuration as the processes that work there, see {path / STUDY}; changed: "
+            f"{'; '.join(differs)}. Give the same configuration and overrides, or stop the other processes first to "
+            "add to it"
         )
     if differs:
         write_whole(path / STUDY, dump_yaml(now))
@@ -383,13 +384,14 @@ def _check_unchanged(directory: Path, study: StudyConfig, overwrite: bool) -> No
     path = directory / STUDY
     if not path.is_file():
         if (directory / UNITS).exists():
-            raise ValueError(f"output_dir must hold {STUDY} beside {UNITS}/, {directory} lacks it: pass --overwrite")
+            raise ValueError(f"output_dir must hold {STUDY} next to {UNITS}/, {directory} lacks it: pass --overwrite")
         return
     changes = changed(parse_yaml(path.read_text(encoding="utf-8"), str(path)), study_values(study))
     if changes:
         raise ValueError(
-            f"{path} must be what runs, only arms, domains, seeds after the first and grid values may be added; "
-            f"changed: {'; '.join(changes)}. Name another output_dir, or pass --overwrite to delete this study"
+            f"{path} must match the given configuration: only arms, domains, seeds after the first and grid values "
+            f"may be added; changed: {'; '.join(changes)}. Name another output_dir, or pass --overwrite to delete "
+            "this study"
         )
 
 

@@ -47,7 +47,9 @@ def hook_scores(
     if any(isinstance(hook, SurrogateHook) for hook in (scores._backward_hooks or {}).values()):
         return None
     if threshold is None:
-        raise ValueError("threshold must be a number with mask.sharpness, which counts from it, got None")
+        raise ValueError(
+            "threshold must be a number with mask.sharpness, which is measured from the threshold, got None"
+        )
     return scores.register_hook(SurrogateHook(scores, surrogate, threshold, mode))
 
 

@@ -90,7 +90,7 @@ class Trackers:
             except Exception as error:  # whatever a tracker's package raises
                 self.close()
                 raise RuntimeError(
-                    f"report_to: {name} could not begin ({_first_line(error)}): mend that, or leave it out of report_to"
+                    f"report_to: {name} could not begin ({_first_line(error)}): fix that, or leave it out of report_to"
                 ) from error
             say(f"{name}: {_WORDS[name].format(directory=directory / TENSORBOARD, project=project, run=run)}")
         for event in events or ():
@@ -117,8 +117,8 @@ class Trackers:
         except Exception as error:  # noqa: BLE001 - no error of a tracker is worth hours of training
             del self._running[name]
             self._say(
-                f"report_to: {name} has failed and is told no more ({_first_line(error)}); the run goes on, and "
-                "metrics.jsonl has everything"
+                f"report_to: {name} has failed and receives nothing more ({_first_line(error)}); the run goes on, "
+                "and metrics.jsonl has everything"
             )
 
 

@@ -141,8 +141,8 @@ def check_space(root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if free < needed:
         raise OSError(
-            f"{root}: checkpoints take {needed / 1e9:.2f} GB more, as a new one is written beside the old one; "
-            f"{free / 1e9:.2f} GB are free: make room, or name another output_dir"
+            f"{root}: checkpoints take {needed / 1e9:.2f} GB more, because a new one is written before the old one "
+            f"is deleted; {free / 1e9:.2f} GB are free: make room, or name another output_dir"
         )
 
 
@@ -236,7 +236,7 @@ def _expect_keys(path: Path, what: str, got: Any, expected: list[str]) -> None:
 
 def _unreadable(path: str | os.PathLike, reason: str | None) -> BadCheckpoint:
     return BadCheckpoint(
-        f"{path}: expected a file that can be read, got {reason}: see to the disk, or restore what was written"
+        f"{path}: expected a file that can be read, got {reason}: check the disk, or restore what was written"
     )
 
 

@@ -107,19 +107,19 @@ def _check_there(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) ->
     if missing:
         raise ValueError(
             f"the checkpoint must hold the masks that flips were last counted on, {missing[0]} is missing there: "
-            "go on with the version of mft that wrote it, or begin anew with --overwrite"
+            "go on with the version of mft that wrote it, or start again with --overwrite"
         )
 
 
 def read_flips(metrics: Path) -> FlipCurve:
     """Read the curve from a run's metrics file. Raises: ValueError if there is none."""
     if not metrics.is_file():
-        raise ValueError(f"a directory must be a run's of mft train, got none with {metrics}")
+        raise ValueError(f"a directory must be the output_dir of mft train, got one without {metrics}")
     events = [event for event in read_metrics(metrics) if event.get("phase") == PHASE]
     if not events:
         raise ValueError(
-            f"a run must have counted flips to plot them, got none in {metrics}: mft train counts them where memory "
-            "is plain"
+            f"a run must have counted flips to plot them, got none in {metrics}: mft train counts them if memory is "
+            "plain"
         )
     return FlipCurve(*([event[name] for event in events] for name in ("step", "from_start", "a_step")))
 

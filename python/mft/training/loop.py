@@ -85,7 +85,10 @@ def checked_surrogate(model: nn.Module) -> Surrogate | None:
     surrogate = surrogate_of(model)
     free = [name for name, module in masked_modules(model).items() if module.threshold is None]
     if surrogate is not None and free:
-        raise ValueError(f"threshold must be a number with mask.sharpness, which counts from it, got None in {free[0]}")
+        raise ValueError(
+            "threshold must be a number with mask.sharpness, which is measured from the threshold, got None in "
+            f"{free[0]}"
+        )
     return surrogate
 
 
@@ -140,11 +143,14 @@ def train_loop(
     """
     rows = open_rows(dataset, train, processes)
     if before_update is not None and way != "plain":
-        raise ValueError(f"before_update must be None unless way is plain, whose gradients it may change, got {way!r}")
+        raise ValueError(
+            "before_update must be None unless way is plain, because it may only change the gradients of plain, got "
+            f"{way!r}"
+        )
     if train.evaluates != (validation is not None):
         given = "given" if train.evaluates else "None"
         raise ValueError(
-            f"validation must be {given} where train.eval_every is {train.eval_every} and train.eval_minutes is "
+            f"validation must be {given} if train.eval_every is {train.eval_every} and train.eval_minutes is "
             f"{train.eval_minutes}, got {type(validation).__name__}"
         )
     processes.check(train)
@@ -242,8 +248,9 @@ def _check_objective(objective: Objective, model: nn.Module, dataset) -> None:
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in scores]
     if objective.of_base and (others or not scores):
         raise ValueError(
-            f"objective {objective.name} must train masks alone, since it holds them to the base that they lie on, got "
-            f"{others[0] if others else 'no mask'} to train: take another objective, or leave out mask.modules_to_save"
+            f"objective {objective.name} must train masks alone, because it compares the masked model with its base, "
+            f"got {others[0] if others else 'no mask'} to train: take another objective, or leave out "
+            "mask.modules_to_save"
         )
 
 

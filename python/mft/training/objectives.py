@@ -49,9 +49,9 @@ def _teacher(config: RunConfig) -> ModelTeacher:
     )
     if _words(ours) != _words(theirs):
         raise ValueError(
-            f"objective.teacher must have the words of {config.model.name}, got {asked.teacher} with another "
-            f"tokenizer, of {len(theirs)} words for {len(ours)}: their logits are of different things; take a teacher "
-            "of the same family"
+            f"objective.teacher must have the vocabulary of {config.model.name}, got {asked.teacher} with another "
+            f"tokenizer, of {len(theirs)} words for {len(ours)}: their logits stand for different words; choose a "
+            "teacher of the same model family"
         )
     model, _ = load_model(named)
     return ModelTeacher(model, asked.teacher_memory or "plain")

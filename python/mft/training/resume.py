@@ -94,11 +94,11 @@ class Resume:
         changed = [f"{key} was {was[key]}, now {now[key]}" for key in was if was[key] != now[key] and key not in _FREE]
         if changed and not self.force:
             raise ValueError(
-                f"the configuration must be the run's own, or what is learned is neither run's; {'; '.join(changed)}: "
-                "take the changes back, or pass --force"
+                "the configuration must be that of the run, because a mixture would match neither configuration; "
+                f"{'; '.join(changed)}: undo the changes, or pass --force"
             )
         say(
-            f"{self.directory} has no checkpoint yet: begins anew"
+            f"{self.directory} has no checkpoint yet: starts from the beginning"
             if found is None
             else f"goes on after step {found.step}"
         )
@@ -165,9 +165,9 @@ def find_checkpoint(directory: Path) -> Checkpoint | None:
     """
     found, skipped = newest_checkpoint(directory / CHECKPOINTS)
     if found is None and skipped:
-        raise ValueError(f"{skipped[0]}; no other checkpoint verifies: --overwrite begins anew")
+        raise ValueError(f"{skipped[0]}; no other checkpoint verifies: --overwrite starts the run again")
     for reason in skipped:
-        say(f"passed over: {reason}")
+        say(f"skipped: {reason}")
     return found
 
 

@@ -113,7 +113,9 @@ class _Streamed:
 
     def go_on(self, done: int, state: Mapping[str, Any] | None, recall: Callable[[list[MicroBatch]], None]) -> None:
         if done and state is None:
-            raise ValueError("the checkpoint must say where its stream of rows stood, and does not: begin anew")
+            raise ValueError(
+                "the checkpoint must hold the position of its stream of rows, and does not: start the run again"
+            )
         if state is not None:
             self._rows.restore(state)
 

@@ -83,7 +83,7 @@ def run_finetune(start: RunConfig | Start) -> Path:
         if run.config.objective.of_base:
             raise ValueError(
                 "objective.name must be cross_entropy or distill in mft finetune, which changes the base, got "
-                f"{run.config.objective.name}, which holds masks to it: use mft train"
+                f"{run.config.objective.name}, which compares masks with the base: use mft train"
             )
         return _finetune(run)
 
@@ -178,7 +178,7 @@ def _plan(run: "_Run") -> Plan:
         with processes.together():
             if slowest != plan.way:
                 plan = _planned(dataclasses.replace(config, memory=slowest), processes.count)
-                reason = f"{plan.reason} (process {ways.index(slowest)} has memory for no faster way)"
+                reason = f"{plan.reason} (process {ways.index(slowest)} lacks the memory for a faster way)"
                 plan = dataclasses.replace(plan, reason=reason)
     return dataclasses.replace(plan, remember=all(processes.gather(plan.remember)))
 

@@ -95,7 +95,7 @@ class Saver:
         ]
         if changed and not self._force:
             raise ValueError(
-                f"{self._found.path} must be of this very run, but {'; '.join(changed)}: take the change back, or pass "
+                f"{self._found.path} must be of this very run, but {'; '.join(changed)}: undo the change, or pass "
                 "--force"
             )
         tensors = self._found.tensors()

@@ -51,4 +51,7 @@ def shapes_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def _said(folder: Path, what: str, error: CheckpointException) -> str:
     rank, (reason, _) = next(iter(error.failures.items()))
-    return f"{folder}: the rows of process {rank} could not be {what} ({reason}): see to the disk, which all must share"
+    return (
+        f"{folder}: the rows of process {rank} could not be {what} ({reason}): check the disk, which all processes "
+        "must share"
+    )

@@ -92,4 +92,4 @@ def state_bytes(runner: Runner) -> int:
 
 
 def _where(name: str, found: set[str]) -> str:
-    return "in the checkpoint alone" if name in found else "missing there"
+    return "only in the checkpoint" if name in found else "missing there"

@@ -23,7 +23,7 @@ def load(
     check_vllm()
     for key in ("quantization", "weight_transfer_config"):
         if key in options:
-            raise ValueError(f"{key} must be left out, which masks in vLLM set themselves, got {options[key]!r}")
+            raise ValueError(f"{key} must be left out, because mft sets it for masks in vLLM, got {options[key]!r}")
     from vllm import LLM
 
     llm = LLM(model=str(base), quantization=NAME, weight_transfer_config={"backend": NAME}, **options)

@@ -85,4 +85,6 @@ def _check_served(vllm_config: Any) -> None:
     }
     for words, (found, wanted) in refused.items():
         if found != wanted:
-            raise ValueError(f"masks in vLLM must have {words}, got {found}: start vLLM so, or serve a merged model")
+            raise ValueError(
+                f"masks in vLLM must have {words}, got {found}: start vLLM that way, or serve a merged model"
+            )

@@ -37,7 +37,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
     for word in rest:
         if word.partition("=")[0] in _OURS:
             raise ValueError(
-                f"{word.partition('=')[0]} must be left out, which masks in vLLM set themselves, got {word!r}"
+                f"{word.partition('=')[0]} must be left out, because mft sets it for masks in vLLM, got {word!r}"
             )
     return ours, rest
 
@@ -78,7 +78,9 @@ def _serve(tasks: dict[str, str], force: bool, rest: list[str]) -> None:
     if args.model_tag is not None:
         args.model = args.model_tag
     if args.api_server_count not in (None, 1):
-        raise ValueError(f"--api-server-count must be 1, which one process switches, got {args.api_server_count}")
+        raise ValueError(
+            f"--api-server-count must be 1, because a single process switches masks, got {args.api_server_count}"
+        )
     args.mft_tasks, args.mft_force = tasks, force
     validate_parsed_serve_args(args)
     print(f"serving {args.model} with the masks of {', '.join(tasks)}", flush=True)

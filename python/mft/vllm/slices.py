@@ -48,7 +48,7 @@ class Slices:
         if not self._is_plain(layer) or tuple(target.shape) != shape or not target.is_contiguous():
             raise ValueError(
                 f"{name}: its weight must lie in vLLM as an ordinary matrix {shape}, got a part of {owner} "
-                f"({type(layer).__name__}), which is repacked or no plain linear layer: mask other layers, or "
+                f"({type(layer).__name__}), which is repacked or not a plain linear layer: mask other layers, or "
                 "make each task an ordinary model by mft merge"
             )
         return target

@@ -73,7 +73,7 @@ class Tasks:
             self._check_new(task)
             directory = masks_directory(place)
             export = read_description(directory)
-            check_masks_alone(export, directory, "a server, whose tasks share all but the masks")
+            check_masks_alone(export, directory, "a server, because its tasks share everything but the masks")
             read[task] = self._read(export, directory, force)
         self._tasks |= read
 

@@ -258,12 +258,12 @@ def parametrised():
     {
         "own": (
             lambda: Own(WIDTH, HEADS),
-            r"test_masked_attention\.Own, not a plain nn.MultiheadAttention: its forward",
+            r"test_masked_attention\.Own, not a plain nn.MultiheadAttention: it has its own forward",
         ),
         "call": (lambda: Calling(WIDTH, HEADS), r"Calling, not a plain nn.MultiheadAttention"),
         "hook": (hooked, "it has hooks"),
-        "more": (longer, "it lies in an nn.MultiheadAttention with gate beside its own parameters"),
-        "parametrised": (parametrised, "with parametrizations beside its own parameters"),
+        "more": (longer, "it lies in an nn.MultiheadAttention that also holds gate"),
+        "parametrised": (parametrised, "that also holds parametrizations"),
     }.values(),
 )
 def test_an_attention_that_does_more_is_refused(make, why):
@@ -275,10 +275,10 @@ def test_nested_tensors_are_taken_where_torch_takes_them_alone():
     ours = MaskedMultiheadAttention.from_attention(attention(batch_first=True))
     x = torch.nested.as_nested_tensor([torch.randn(2, WIDTH)])
     with pytest.raises(
-        ValueError, match="nested tensors must be self-attention with batch_first, need_weights=False and n"
+        ValueError, match="nested tensors must be used for self-attention with batch_first, need_weights=False"
     ):
         ours(x, x, x)
-    with pytest.raises(ValueError, match="nested tensors must be self-attention"):
+    with pytest.raises(ValueError, match="nested tensors must be used for self-attention"):
         ours(x, x, x, attn_mask=torch.zeros(2, 2), need_weights=False)
 
 

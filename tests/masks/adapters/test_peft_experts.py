@@ -175,12 +175,14 @@ def test_each_row_of_a_batch_takes_the_mask_that_it_names(olmoe):
             alone.append(logits(model, ids[row : row + 1]))
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-6)
     assert (found - logits(model, ids)).abs().amax((1, 2)).gt(1e-3).tolist() == [False, True, True, False]
-    with pytest.raises(ValueError, match=r"adapter_names must be one a row .*, got 3 of them and an input of \(4, 12"):
+    with pytest.raises(
+        ValueError, match=r"adapter_names must have one entry per row .*, got 3 of them and an input of \(4, 12"
+    ):
         logits(model, ids, adapter_names=names[:3])
     hooked = [name for name, module in model.named_modules() if module._forward_pre_hooks]
     assert hooked == ["base_model.model.lm_head"]  # the hook of models/head_input.py
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"no mask is merged, got 'other' in .*: unmerge_adapter\(\) first"):
+    with pytest.raises(ValueError, match=r"no mask merged into them, got 'other' in .*: unmerge_adapter\(\) first"):
         logits(model, ids, adapter_names=names)
 
 

@@ -102,12 +102,14 @@ def test_rows_name_masks_that_there_are_of_a_model_that_infers():
     model, names = two_masks(), ["default", "other", "othre"]
     with pytest.raises(ValueError, match="among default, other, __base__, got 'othre'; did you mean other"):
         model(input_ids=TOKENS, adapter_names=names)
-    with pytest.raises(ValueError, match=r"adapter_names must be one a row of a batch .*, got 2 of them"):
+    with pytest.raises(ValueError, match=r"adapter_names must have one entry per row of a batch .*, got 2 of them"):
         model(input_ids=TOKENS, adapter_names=names[:2])
-    with pytest.raises(TypeError, match="adapter_names must be a list with one a row of the batch, got 'default'"):
+    with pytest.raises(
+        TypeError, match="adapter_names must be a list with one name per row of the batch, got 'default'"
+    ):
         model(input_ids=TOKENS, adapter_names="default")
     model.merge_adapter(["other"])
-    with pytest.raises(ValueError, match=r"no mask is merged, got 'other' in .*: unmerge_adapter\(\) first"):
+    with pytest.raises(ValueError, match=r"no mask merged into them, got 'other' in .*: unmerge_adapter\(\) first"):
         model(input_ids=TOKENS, adapter_names=["default"] * 3)
     with pytest.raises(ValueError, match=r"got a model in training mode: model.eval\(\)"):
         model.train()(input_ids=TOKENS, adapter_names=["default"] * 3)

@@ -222,7 +222,7 @@ def test_a_model_that_heeds_no_position_ids_lets_packed_examples_see_each_other_
     trainer = sft(tmp_path, words, get_peft_model(bloom, mask()), packing=True, max_length=64)
     together, apart, _ = three_ways(trainer, bloom.transformer)
     assert (together - apart).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="whose examples see others of their row"):
+    with pytest.raises(ValueError, match="because its examples see other examples of their row"):
         check_kept_apart(bloom, torch.arange(3, 11)[None], 1)
 
 

@@ -85,7 +85,10 @@ def test_a_task_computes_what_its_masks_alone_do_bit_for_bit(case):
 def test_each_row_of_a_mixed_batch_takes_its_own_masks_or_the_model_is_named(case):
     bank = case.bank()
     if type(case.base).__name__ == "JetMoeForCausalLM":
-        with pytest.raises(ValueError, match=r"tasks must be one a row .* the model flattens rows"), bank.use(MIXED):
+        with (
+            pytest.raises(ValueError, match=r"tasks must have one entry per row .* the model flattens rows"),
+            bank.use(MIXED),
+        ):
             logits(bank.model)
         return
     with bank.use(MIXED):

@@ -129,7 +129,7 @@ def test_lora_is_this_arm_with_its_options():
         ({"peft_type": "SHIRRA"}, "config.peft_type must be a method of PEFT .*; did you mean SHIRA?"),
         (
             {"peft_type": "PREFIX_TUNING"},
-            "config.peft_type must be a method that a study can run, got PREFIX_TUNING: it trains what stands before",
+            "config.peft_type must be a method that a study can run, got PREFIX_TUNING: it trains a prompt before",
         ),
         ({"peft_type": "XLORA"}, ".* got XLORA: it mixes adapters that were trained before"),
         (SHIRA | {"randomseed": 1}, "config must hold options of SHIRA, got 'randomseed'; did you mean random_seed?"),
@@ -139,7 +139,7 @@ def test_lora_is_this_arm_with_its_options():
         (SHIRA | {"layers_to_transform": "3-1"}, "layers_to_transform"),
         (
             {"peft_type": "LN_TUNING", "layers_to_transform": 1},
-            "config.layers_to_transform must be left out for LN_TUNING, which is on no linear layers",
+            "config.layers_to_transform must be left out for LN_TUNING, which does not adapt linear layers",
         ),
     ],
 )

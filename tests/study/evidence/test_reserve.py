@@ -71,7 +71,7 @@ def test_no_run_reads_the_reserve_that_does_not_ask_for_it(ground):
     splits, read, held = rows(ground, None)
     assert len(held) == HELD
     assert read == {"train": set(), "validation": set(), "test": set()}
-    assert any("test: 10 rows are of the reserve and were left out" in note for note in splits.notes)
+    assert any("test: 10 rows belong to the reserve and were left out" in note for note in splits.notes)
     own, read, _ = rows(ground, "reserve")
     assert read == {"train": set(), "validation": set(), "test": held}
     assert set(own.test["document"]) == held
@@ -121,7 +121,7 @@ def test_a_study_opens_the_reserve_once_and_openings_count_across_studies(ground
     assert second.reserve_openings == ["one", "two"]
     write_study_report(second, tmp_path)
     assert "Warning: the reserve was opened 2 times, by one, two: what" in (tmp_path / "table.md").read_text()
-    with pytest.raises(ValueError, match=r"must be opened once by a study, two has opened it on .* Pass --again"):
+    with pytest.raises(ValueError, match=r"must be opened only once per study, two has opened it on .* Pass --again"):
         run(ground, tmp_path / "two", *asked, "seeds=[0,1]")
     third, _ = run(ground, tmp_path / "two", *asked, "seeds=[0,1]", again=True)
     assert third.reserve_openings == ["one", "two", "two"]

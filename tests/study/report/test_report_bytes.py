@@ -96,7 +96,7 @@ def test_a_mask_meets_what_stores_about_as_much_too(bytes_of_mft, expected):
         assert "LoRA 1 (8,001 bytes, 40 % of its own, the best on validation of 2 that store no more)" in said
     if bytes_of_mft == 63_999:
         assert "LoRA 8 (64,001 bytes, 100 % of its own, the only one to store about as much)" in said
-        assert "and of those that take about as much, within a factor of 1.25," in remark_on_bytes(found)[0]
+        assert "and among those that store about as much, within a factor of 1.25," in remark_on_bytes(found)[0]
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def test_remarks_tell_counts_seeds_and_notes():
     assert "code: 17 configurations tried (base 1, full fine-tune 5, control 5, random mask 1, MFT 5)" in text
     assert "39 runs and 390 s in all" in text  # 17 tried, 5 arms in 2 more seeds, 2 more parts of 2 averages in 3 seeds
     assert "over the 2 comparisons of MFT" in text
-    assert "1 rows a step, linear schedule" in text
+    assert "1 rows per step, linear schedule" in text
     assert "The test split was opened once" in text
     assert text.endswith("\na note")
     assert "Warning" not in text
@@ -315,8 +315,8 @@ def test_a_choice_at_an_end_of_its_grid_is_an_error_before_the_verdicts_and_mark
     study.open_ends = [OpenEnd("code", "MFT", "rate", 1e-2, True, "extensions=9")]
     write_study_report(study, tmp_path)
     error = (
-        "Error: code, MFT: its best rate, 0.01, lies at the end of its grid: no larger one was tried beside it; "
-        "run the same command with extensions=9 to go on."
+        "Error: code, MFT: its best rate, 0.01, lies at the end of its grid: no larger one was tried; run the same "
+        "command with extensions=9 to go on."
     )
     assert (tmp_path / "table.md").read_text().startswith(f"{error}\n\n# Verdict\n")
     numbers = json.loads((tmp_path / "table.json").read_text())

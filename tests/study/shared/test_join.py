@@ -72,7 +72,9 @@ def test_one_that_joins_a_study_that_is_done_runs_nothing(ground, alone):
 def test_another_declaration_is_refused_while_others_work(ground, alone, tmp_path):
     directory = shutil.copytree(alone[1], tmp_path / "run")
     with open_store(make_study(ground), directory, joins=True, pace=PACE):
-        with pytest.raises(ValueError, match=r"--join must declare .* as .*study.yaml has it; changed: seeds: "):
+        with pytest.raises(
+            ValueError, match=r"--join must have the same configuration .*, see .*study.yaml; changed: seeds: "
+        ):
             joined(ground, directory, "seeds=[0,1,2]")
         joined(ground, directory, "workers=2")
     assert len(joined(ground, directory, "seeds=[0,1,2]").tested) == 9

@@ -129,7 +129,7 @@ def test_a_lease_of_rubbish_is_told_and_expires(tmp_path, content):
     with Leases(tmp_path, said.append, PACE) as leases:
         until_taken(leases, "unit")
     assert "leases/unit.1 must say who holds it, got b'" in said[0]
-    assert "taken over from somebody whom the file does not name" in said[1]
+    assert "taken over from a process that the file does not name" in said[1]
 
 
 def test_a_directory_in_place_of_a_lease_is_named(tmp_path):
@@ -161,7 +161,7 @@ def test_what_killed_processes_left_on_another_machine_is_waited_for_and_cleared
     said = []
     with open_leases(tmp_path, said.append, joins=joins, pace=PACE):
         pass
-    assert said == [f"{tmp_path / FOLDER}: seeing for up to 0.4 s whether process 7 on far is alive"]
+    assert said == [f"{tmp_path / FOLDER}: checking for up to 0.4 s whether process 7 on far is alive"]
     assert not (tmp_path / FOLDER).exists()
 
 

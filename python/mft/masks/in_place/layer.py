@@ -70,8 +70,8 @@ class InPlaceLayer:
         """Raise RuntimeError if the parameter is not the memory that the mask is held in."""
         if hasattr(self.parameter, "full_tensor") or self.parameter.data_ptr() != self.held.weight.data_ptr():
             raise RuntimeError(
-                f"the weight of {self.name} must stay where it was when masks came in place, got one that was moved, "
-                "cast or spread over processes: do that before"
+                f"the weight of {self.name} must stay where it is while masks are in place, got one that was moved, "
+                "cast or spread over processes: do that before mft.in_place"
             )
 
     def saved(self, prefix: str) -> dict[str, Any]:

@@ -239,7 +239,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         """Raise ValueError if a mask is merged, because rows cannot have their own masks then."""
         if self.merged:
             raise ValueError(
-                f"adapter_names need weights of which no mask is merged, got {self.merged_adapters[0]!r} in "
+                f"adapter_names need weights with no mask merged into them, got {self.merged_adapters[0]!r} in "
                 f"{self.module_name}: unmerge_adapter() first"
             )
 
@@ -298,8 +298,8 @@ class MaskLinear(MaskTunerLayer):
         config: Any = self.mft_config.get(adapter_name)
         if config is not None and config.target_modules is None:
             raise ValueError(
-                "target_modules must be given to convert a mask to LoRA, got null, which means other layers there: "
-                "name them in MaskPeftConfig"
+                "target_modules must be given to convert a mask to LoRA, got null, which selects other layers in "
+                "LoRA: name them in MaskPeftConfig"
             )
         warnings.warn(
             "A LoRA approximates a mask: what a mask drops has nearly full rank. mft.save_masks keeps the mask itself.",

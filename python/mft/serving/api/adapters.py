@@ -64,7 +64,7 @@ class Adapters:
     def _allowed(self) -> Path:
         if self._root is None:
             raise Refused(
-                "loading and unloading must be switched on at the server, got a server that is started without: "
+                "loading and unloading must be switched on at the server, got a server without it: start it with "
                 "--load-from DIRECTORY",
                 status=403,
                 code="loading_is_off",

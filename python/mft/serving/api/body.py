@@ -153,7 +153,7 @@ def _refusal(error: ErrorDetails, known: Iterable[str]) -> Refused:
     if kind == "unknown_key":
         close = nearest(str(place[-1]), known) if len(place) == 1 else ""
         of = f" ({', '.join(known)})" if len(place) == 1 else ""
-        return Refused(f"{param} must be left out, it is no key that is known here{of}{close}", param=param)
+        return Refused(f"{param} must be left out, because it is not a known key here{of}{close}", param=param)
     if kind == "missing":
         return Refused(f"{param} must be given", param=param)
     return Refused(f"{param or 'the body'} must {_rule(error['msg'])}, got {shown(got)}", param=param)

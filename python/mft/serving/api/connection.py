@@ -56,7 +56,7 @@ class Connection(H11Protocol):
         # No answer if the client has sent nothing, like a browser that connects in advance, or if a response has begun.
         has_begun = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
         if has_begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            refused = Refused(f"a request must come whole within {READ_SECONDS:g} s, got a part", status=408)
+            refused = Refused(f"a request must arrive complete within {READ_SECONDS:g} s, got a part", status=408)
             data = json.dumps(refused.body()).encode()
             head = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Type: application/json\r\n"
             self.transport.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)

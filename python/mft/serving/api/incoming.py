@@ -22,7 +22,7 @@ async def json_bytes(request: Request, most: int) -> bytes:
             if len(data) > most:
                 raise _too_long(most, "more")
     except ClientDisconnect:
-        raise Refused("the body must come whole, got a part") from None
+        raise Refused("the body must arrive complete, got a part") from None
     return bytes(data)
 
 

@@ -51,7 +51,9 @@ class ApiKeys:
                 f"others in line {number} of {self._path}",
             )
             digests.append(_digest(key))
-        check_rule(bool(digests), "--api-keys-file", "hold a key in a line of its own", f"none in {self._path}")
+        check_rule(
+            bool(digests), "--api-keys-file", "hold at least one key, in a line of its own", f"none in {self._path}"
+        )
         if mode & stat.S_IROTH:
             self._warn(
                 f"--api-keys-file should be readable by its owner alone, got mode {mode:03o} for {self._path}: "

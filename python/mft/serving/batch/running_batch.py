@@ -33,8 +33,8 @@ class RunningBatch:
         other = beside_keys_and_values(model)
         if other:
             raise ValueError(
-                f"base must remember keys and values alone, got a {type(self._model).__name__} with {other[0]}: "
-                "mft merge makes each task an ordinary model, for any other server"
+                f"base must cache only keys and values, got a {type(self._model).__name__} with {other[0]}: mft "
+                "merge makes each task an ordinary model, for any other server"
             )
         forward = inspect.signature(self._model.forward).parameters
         self._takes_positions = "position_ids" in forward

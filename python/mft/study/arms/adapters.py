@@ -162,7 +162,7 @@ class Peft(Adapters):
         kind, layers = self.config["peft_type"], self.config.get("layers_to_transform")
         for one in values_to_choose_from(self.config).get("layers_to_transform", ()):
             _layers(one)
-        rule = f"be left out for {kind}, which is on no linear layers: its target_modules name what it is on"
+        rule = f"be left out for {kind}, which does not adapt linear layers: its target_modules name what it adapts"
         check_rule(kind not in BESIDE_LINEARS or layers is None, "config.layers_to_transform", rule, layers)
 
     def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:

@@ -139,7 +139,7 @@ class Arm:
         if self.threshold is not None:
             rule = "be at least 0 unless mode is value"
             check_rule(self.threshold >= 0 or self.mode == "value", "threshold", rule, self.threshold)
-            check_rule(not self.keep_ratios, "keep_ratios", "be left out beside a threshold", self.keep_ratios)
+            check_rule(not self.keep_ratios, "keep_ratios", "be left out with a threshold", self.keep_ratios)
         if self.teacher_prompt is not None:
             check_rule(self.teacher is not None, "teacher_prompt", "be left out without a teacher", self.teacher_prompt)
             check_prompt(self.teacher_prompt, "teacher_prompt")

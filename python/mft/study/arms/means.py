@@ -26,7 +26,7 @@ class Average(Between):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rule = "be left out for this kind, whose setting the arm that it is of chooses"
+        rule = "be left out for this kind, because the arm named by `of` chooses its setting"
         check_rule(self.max_bytes is None, "max_bytes", rule, self.max_bytes)
 
     def may_be_of(self, source: type[Arm]) -> bool:

@@ -46,9 +46,9 @@ def open_reserve(study: StudyConfig, directory: Path, models: str, *, again: boo
             return openings
         if own and not again:
             raise ValueError(
-                f"the reserve must be opened once by a study, {directory.name} has opened it on {own[-1]['date']} with "
-                "other models: what is chosen after that has seen it. Pass --again to open it all the same, which is "
-                f"counted in {path}"
+                f"the reserve must be opened only once per study, {directory.name} has opened it on "
+                f"{own[-1]['date']} with other models: choices made since then may depend on it. Pass --again to "
+                f"open it anyway, which is recorded in {path}"
             )
         entry = {"study": directory.name, "opened": opened_by(study), "models": models}
         entry |= {"date": datetime.date.today().isoformat(), "commit": environment()["commit"]}

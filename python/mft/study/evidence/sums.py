@@ -133,7 +133,7 @@ def read_sums(path: str | os.PathLike) -> Sums:
     """Read what write_sums wrote. Raises: ValueError if path is another file."""
     rule = f"{path} must be the {FILE} of a study, got"
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{rule} no archive of arrays")
+        raise ValueError(f"{rule} a file that is not an archive of arrays")
     try:
         with np.load(path, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}

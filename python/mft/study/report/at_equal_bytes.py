@@ -91,15 +91,15 @@ def remark_on_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
     """Return how the comparisons were made, if there are any."""
     count = sum(one.rival is not None for one in found)
     about = (
-        f"; and of those that take about as much, within a factor of {NEAR:g}, where that is another one"
+        f"; and among those that store about as much, within a factor of {NEAR:g}, if that is another arm"
         if any(one.stores == ABOUT for one in found)
         else ""
     )
     return [
-        "At equal bytes: what an arm must keep beside the model that it began at, numbers in 16 bits, masks and "
-        "positions entropy-coded, means over seeds; the rival is that with the least validation loss of all arms from "
-        f"the same start that are no masks and take no more{about}; Holm's correction runs over these {count} "
-        "comparisons."
+        "At equal bytes: what an arm must store in addition to the model that it began at, numbers in 16 bits, "
+        "masks and positions entropy-coded, means over seeds; the rival is the arm with the lowest validation loss "
+        f"among all arms from the same start that are not masks and store no more{about}; Holm's correction runs "
+        f"over these {count} comparisons."
     ] * (count > 0)
 
 

@@ -26,14 +26,14 @@ def dominance_remark(family: int) -> str:
     """Return what the verdicts of dominance mean. family: the number of differences."""
     return (
         "An MFT arm dominates a rival if it is better by one of two losses, on the domain and on a text that no arm "
-        "was trained for, and not worse by the other; it is dominated likewise. Better by one and worse by the other "
-        "is a trade-off; better (or worse) by one alone leaves the other open. Better and worse mean that the "
-        "interval excludes 0, p stays below 0.05 after Holm's correction over these "
-        f"{family} differences ({draws_of(family)} draws; of every MFT arm from every rival, by both losses, over all "
-        "domains and texts), and validation has the same sign. Not worse means that the interval, uncorrected, reaches "
-        f"down to 0 and stays below {MARGIN:g} (nats per token, or wrong answers per question). Level means that both "
-        f"intervals, uncorrected, lie within ±{MARGIN:g}; the rest is undecided. Rivals are the tuned arms that are no "
-        "masks, the full fine-tune among them; of an average of runs the averages of as many."
+        "was trained for, and not worse by the other; it is dominated in the reverse case. Better by one and worse "
+        "by the other is a trade-off; better (or worse) by one alone leaves the other open. Better and worse mean "
+        f"that the interval excludes 0, p stays below 0.05 after Holm's correction over these {family} differences "
+        f"({draws_of(family)} draws; between every MFT arm and every rival, by both losses, over all domains and "
+        "texts), and validation has the same sign. Not worse means that the interval, uncorrected, reaches down to "
+        f"0 and stays below {MARGIN:g} (nats per token, or wrong answers per question). Level means that both "
+        f"intervals, uncorrected, lie within ±{MARGIN:g}; the rest is undecided. Rivals are the tuned arms that are "
+        "not masks, including the full fine-tune; the rivals of an average of runs are averages of as many runs."
     )
 
 
@@ -94,8 +94,8 @@ def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable
             difference = row.minus_control.get(row.decides, row.minus_full)
             if difference is not None and difference.seeds < table.seeds:
                 yield (
-                    f"Warning: {domain}, {row.arm}: compared in {difference.seeds} of {table.seeds} seeds, those that "
-                    "it and its reference have."
+                    f"Warning: {domain}, {row.arm}: compared in {difference.seeds} of {table.seeds} seeds: those "
+                    "that both it and its reference have."
                 )
 
 
@@ -143,8 +143,8 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
         yield rewards_remark(findings)
     else:
         yield (
-            f"Budget of every trained arm after the fine-tune: {stage.batch_size * stage.accumulation} rows a step, "
-            f"{stage.schedule} schedule, as many epochs as validation chose of its grid; the best of "
+            f"Budget of every trained arm after the fine-tune: {stage.batch_size * stage.accumulation} rows per "
+            f"step, {stage.schedule} schedule, as many epochs as validation chose from its grid; the best of "
             f"{study.checkpoints} checkpoints on validation is kept."
         )
     if findings.reserve_openings:

@@ -87,12 +87,13 @@ def rewards_remark(findings: Findings) -> str:
         others = f" But {taught} learned {lesson}." if taught else ""
     asked = ""
     if study.questions:
-        asked = f" On {', '.join(study.questions)} they are other questions than those of the fine-tune."
+        asked = f" On {', '.join(study.questions)} these are other questions than in the fine-tune."
     return (
-        f"Every trained arm after the fine-tune learned {how}; {config.questions} questions a step, "
-        f"{config.num_generations} answers to each of at most {config.max_completion_tokens} tokens; an epoch asks as "
-        f"many questions as there are.{asked} Validation chooses by exact answers, then by loss, checkpoints too "
-        f"({study.checkpoints} a run); verdicts, p and validation - control are of wrong answers a question.{others}"
+        f"Every trained arm after the fine-tune learned {how}; {config.questions} questions per step, "
+        f"{config.num_generations} answers to each of at most {config.max_completion_tokens} tokens; an epoch asks "
+        f"as many questions as the data has.{asked} Validation chooses by exact answers, then by loss, and chooses "
+        f"checkpoints likewise ({study.checkpoints} per run); verdicts, p and validation - control are of wrong "
+        f"answers a question.{others}"
     )
 
 

@@ -26,7 +26,7 @@ from mft.files.atomic import NotWritten, naming
 FOLDER = "leases"
 _MOST = 4096  # bytes of a lease that are read
 _DIGITS = 20  # of a lease's counter
-_UNKNOWN = "somebody whom the file does not name"
+_UNKNOWN = "a process that the file does not name"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Leases:
             if others and not said:
                 said = True
                 who, seconds = self._owner(others[0]), f"{self.pace.expiry:g} s"
-                self._say(f"{self.folder}: seeing for up to {seconds} whether {who} is alive")
+                self._say(f"{self.folder}: checking for up to {seconds} whether {who} is alive")
             if others:
                 time.sleep(min(self.pace.beat, self.pace.look) / 4)
         return None

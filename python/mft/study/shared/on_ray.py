@@ -80,7 +80,7 @@ class _Actors:
             values, weights, error = self._ray.get(done[0])
         except self._ray.exceptions.RayActorError as lost:
             if tries == _TRIES:
-                raise JobFailed(job, f"{tries} actors of Ray that had it died, the last so: {lost}") from lost
+                raise JobFailed(job, f"{tries} Ray actors that ran it died, the last with: {lost}") from lost
             self._give(job, self._new(), tries + 1)
             return None
         self._idle.append(actor)
