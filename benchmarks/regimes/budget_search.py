@@ -110,7 +110,7 @@ class BudgetSearch(Regime):
                 "# Masks under a budget",
                 f"Loss on validation, nats per token; {len(self.seeds)} seeds; 95 % intervals; * where p < 0.05 after "
                 "Holm's correction over the variants.",
-                markdown(["variant", "rate", "loss", f"- {USUAL}", BYTES, "s a run"], rows),
+                markdown(["variant", "rate", "loss", f"- {USUAL}", BYTES, "s per run"], rows),
             ]
         )
 

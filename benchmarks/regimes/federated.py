@@ -149,7 +149,7 @@ class Federated(Regime):
             bits = [f"{one[name]:.3f}" for name in (BITS, f"most {BITS}")]
             curve = ", ".join(f"{loss:.3f}" for _, loss in one[CURVE])
             rows.append([arm, f"{one['lr']:g}", *bits, f"{one[LOSS]:.3f}", *intervals, curve, f"{one[SECONDS]:.0f}"])
-        header = ["arm", "rate", BITS, "at most", LOSS, *(f"- {other}" for other in others), CURVE, "s a run"]
+        header = ["arm", "rate", BITS, "at most", LOSS, *(f"- {other}" for other in others), CURVE, "s per run"]
         return "\n\n".join(
             [
                 f"# {len(self.clients)} clients, {self.rounds} rounds",

@@ -147,7 +147,7 @@ class SequentialTasks(Regime):
             f"Mean test loss over {', '.join(self.tasks)}, nats per token; {len(self.seeds)} seeds; 95 % intervals; * "
             "where p < 0.05 after Holm's correction over the arms. *Forgotten*: the loss of a task at the end less "
             "that just after it was learned, mean over all tasks; nothing of the last one.",
-            markdown(["arm", "rate", END, less, LEARNED, FORGOTTEN, less, "s a run"], rows),
+            markdown(["arm", "rate", END, less, LEARNED, FORGOTTEN, less, "s per run"], rows),
         ]
         places = [str(place) for place in range(1, len(self.tasks) + 1)]
         for arm, one in arms.items():

@@ -68,7 +68,8 @@ def test_each_interval_that_judges_masks_stands_in_a_stored_table(page):
 def test_the_p_of_an_interval_is_the_stored_one(page):
     reports = plain("".join(path.read_text() for path in RESULTS.glob("*.md")))
     for interval, p in P_VALUE.findall(plain(page.read_text())):
-        behind = re.escape(interval) + r"(?: nats a token,| % of questions answered exactly,)? (?:Holm-adjusted p|\|) "
+        unit = r"(?: nats per token,| % of questions answered exactly,)?"
+        behind = re.escape(interval) + unit + r" (?:Holm-adjusted p|\|) "
         assert re.search(rf"{behind}{p.replace(' ', '')}(?![\d.])", reports), (interval, p)
 
 
@@ -111,7 +112,7 @@ def test_steps_and_seconds_of_control_and_mask_are_the_stored_ones(page, row, co
     said = STEPS.match(setting(page)[row][column]).groups()
     rows = stored(study, domain)
     arms = ("control", "MFT" if "MFT" in rows else "MFT on NF4")
-    behind = [rows[arm][of] for arm in arms for of in ("steps", "s a run")]
+    behind = [rows[arm][of] for arm in arms for of in ("steps", "s per run")]
     assert list(said) == [rounded(figure, text) for figure, text in zip(behind, said)]
 
 
@@ -119,7 +120,7 @@ def test_steps_and_seconds_on_experts_are_the_stored_ones():
     rows = stored("compare-moe", "headers")
     control, mask = rows["control"], rows["MFT"]
     assert control["steps"] == mask["steps"]
-    said = f"({mask['steps']}; {mask['s a run']} and {control['s a run']} s a run)"
+    said = f"({mask['steps']}; {mask['s per run']} and {control['s per run']} s per run)"
     assert said in (ROOT / "docs" / "how-to" / "experts.md").read_text()
 
 
@@ -132,7 +133,7 @@ def test_the_losses_by_keep_ratio_are_the_stored_ones():
         assert trained.replace("*", "") == rows[arm]["loss - full fine-tune"]
         for name, loss in zip(("magnitude", "random"), others):
             assert not loss or rows[f"{name} {ratio}"]["loss - full fine-tune"].startswith(loss)
-    seconds = sorted(float(row["s a run"]) for arm, row in rows.items() if arm.startswith("MFT (paper)"))
+    seconds = sorted(float(row["s per run"]) for arm, row in rows.items() if arm.startswith("MFT (paper)"))
     of_the_paper = setting("keep-ratio")["steps per run"][0].split("; ")[-1]
     assert of_the_paper == f"the paper's scores {rows['MFT (paper) 0.9']['steps']}, {seconds[0]} to {seconds[-1]}"
 
@@ -147,7 +148,7 @@ def test_the_losses_by_layer_are_the_stored_ones():
         assert losses == [rows[arm]["loss - full fine-tune"] for arm in arms]
         assert behind == rows[f"MFT {layer}"]["loss - control"]
     for name, arm in (("control", "control"), ("mask", "MFT")):
-        least, *_, most = sorted(float(rows[f"{arm} {i}"]["s a run"]) for i in range(4))
+        least, *_, most = sorted(float(rows[f"{arm} {i}"]["s per run"]) for i in range(4))
         assert setting("layers")[name][0].startswith(f"{least} to {most} s per run")
 
 
@@ -159,7 +160,7 @@ def test_the_losses_by_how_much_data_are_the_stored_ones():
         rows = stored("ablation-data-small", f"headers {amounts[tokens]}")
         arms = ("control", "MFT (paper)", "MFT")
         assert steps == " / ".join(rows[arm]["steps"] for arm in arms)
-        assert seconds == " / ".join(rows[arm]["s a run"] for arm in ("control", "MFT"))
+        assert seconds == " / ".join(rows[arm]["s per run"] for arm in ("control", "MFT"))
         assert losses == [rows[arm]["loss - full fine-tune"] for arm in arms]
         assert behind == rows["MFT"]["loss - control"]
 

@@ -285,7 +285,7 @@ def test_a_model_whose_shard_is_missing_or_that_is_masked_is_refused(hub, tmp_pa
         ({"repository": "user/masks@main"}, "repository must be user/name"),
         ({"repository": "user/ma..sks"}, "repository must be user/name"),
         ({"revision": "0" * 40}, "revision must be a branch"),
-        ({"message": ""}, "message must be a line"),
+        ({"message": ""}, "message must be a single line"),
         ({"base": "../base"}, "base must be user/name on the hub, got '../base'"),
     ],
 )

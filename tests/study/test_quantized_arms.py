@@ -310,7 +310,7 @@ def test_the_report_says_what_rounding_cost_and_holds_masks_against_adapters(don
     tables = study_tables(findings)
     of_full, of_base = verdicts_over_codes(findings, tables)  # nothing began at the rounded control
     assert of_full.startswith("count, over NF4. Rounding costs +")
-    assert "nats a token (NF4 - full). " in of_full
+    assert "nats per token (NF4 - full). " in of_full
     row = tables["count"].row("mask")
     assert f"mask {100 * row.recovered:.0f} %" in of_full
     pairs = re.findall(r"([\w ]+) against ([\w ]+): (ahead|behind|not shown to differ \([^)]*\))\. [+-]", of_full)

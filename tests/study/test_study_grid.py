@@ -141,7 +141,7 @@ def test_where_nothing_is_gained_the_way_back_to_the_start_is_not_gone():
     assert tried == []
     assert open_ends(study, done) == []
     assert notes(study, done) == [
-        "code, arm: its best setting is within 0.001 nats a token of its starting point, and the rate and "
+        "code, arm: its best setting is within 0.001 nats per token of its starting point, and the rate and "
         "number of epochs beyond its grid would only lead back to it: they were not tried"
     ]
     assert grown(make_arm("lora", lrs=RATES), lambda unit: loss(unit) - 0.01 * (unit.arm == "arm"))[2] != []

@@ -113,7 +113,7 @@ def _results(results: Results) -> list[str]:
     ]
     return [
         "## Results",
-        "On the validation split, in nats a token; accuracy is that of the next token.",
+        "On the validation split, in nats per token; accuracy is that of the next token.",
         table(("", "loss", "accuracy"), rows),
         f"Loss after - before: {results.difference:+.4f} ± {results.error:.4f} (one standard error over documents, "
         "paired). Before is the base as it was; training the same layers' weights on may gain as much.",
@@ -138,7 +138,7 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
     if after is None or facts.config is None:
         return []
     source = one_line(", ".join(without_directory(name) for name in facts.config.data.every_source))
-    names = {"loss": "validation loss, nats a token", "accuracy": "validation accuracy of the next token"}
+    names = {"loss": "validation loss, nats per token", "accuracy": "validation accuracy of the next token"}
     return [
         EvalResult(
             task_type="text-generation",

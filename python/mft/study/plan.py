@@ -218,7 +218,7 @@ def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
             if closed := [one for one in found.untried(domain, arm) if found.leads_back(domain, arm, one)]:
                 ways = " and ".join(DIRECTIONS[one.name] for one in closed)
                 lines.append(
-                    f"{domain}, {arm}: its best setting is within {_NOTHING:g} nats a token of its starting point, "
+                    f"{domain}, {arm}: its best setting is within {_NOTHING:g} nats per token of its starting point, "
                     f"and the {ways} beyond its grid would only lead back to it: they were not tried"
                 )
     return lines

@@ -27,7 +27,7 @@ from mft.tracking.metrics import Recorder
 from mft.training.loop import train_masks
 
 LEVEL = 0.05  # two-sided, for all groups together
-_TITLE = "Validation loss with a mask - without, nats a token"
+_TITLE = "Validation loss with a mask - without, nats per token"
 _COLUMNS = ("group", "weights", "before training", "trained", "s.e.", "flips %")
 
 

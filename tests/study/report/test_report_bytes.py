@@ -149,7 +149,7 @@ def test_the_report_holds_the_sentence_the_numbers_and_the_picture(tmp_path):
     assert re.search(
         r"\ncode, at equal bytes\. MFT \(9,001 bytes\) is neither shown ahead of nor behind LoRA 1 \(8,001 bytes, 89 % "
         r"of its own, the best on validation of 2 that store no more\) \(1 test document, at least 20 are needed\): "
-        r"-0\.0\d+ nats a token, Holm-adjusted p -; on validation -0\.0\d+\.\n",
+        r"-0\.0\d+ nats per token, Holm-adjusted p -; on validation -0\.0\d+\.\n",
         text,
     )
     assert "over these 1 comparisons" in text

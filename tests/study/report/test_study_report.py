@@ -376,7 +376,7 @@ def test_the_report_is_markdown_whose_tables_have_a_head_and_as_many_cells_in_ea
 def test_columns_without_an_entry_are_left_out(tmp_path):
     write_study_report(findings(arms={name: SINGLE[name] for name in ("full fine-tune", "MFT")}), tmp_path)
     header = next(line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| arm"))
-    assert header == "| arm | chosen | loss | loss - full fine-tune | acc % | tried | steps | s a run |"
+    assert header == "| arm | chosen | loss | loss - full fine-tune | acc % | tried | steps | s per run |"
 
 
 def test_the_console_report_fits_100_columns():

@@ -146,6 +146,6 @@ def _sentence(one: AtEqualBytes) -> str:
     best = f"the best on validation of {one.rivals} that {store}" if one.rivals > 1 else f"the only one to {store}"
     return (
         f"{mask} {words} {one.rival} ({share}, {best}){f' ({why})' if why else ''}: "
-        f"{shown_interval(one.difference)} nats a token, Holm-adjusted p {shown_p(one.difference)}; "
+        f"{shown_interval(one.difference)} nats per token, Holm-adjusted p {shown_p(one.difference)}; "
         f"on validation {one.validation:+.4f}."
     )

@@ -31,7 +31,7 @@ def verdicts_over_codes(findings: Findings, tables: Mapping[str, DomainTable]) -
         rows = [row for row in table.rows if study.codes_under(row.arm) == name]
         if not rows or place not in cost:
             continue
-        sentences = [f"Rounding costs {shown_interval(cost[place])} nats a token ({name} - {exact})."]
+        sentences = [f"Rounding costs {shown_interval(cost[place])} nats per token ({name} - {exact})."]
         shares = [f"{row.arm} {100 * row.recovered:.0f} %" for row in rows if row.recovered is not None]
         sentences += [f"Taken back of it: {', '.join(shares)}."] if shares else []
         sentences += [_compared(findings, table, pair, held[pair]) for pair in rivals[domain, name] if pair in held]
@@ -73,7 +73,7 @@ def _compared(findings: Findings, table: DomainTable, pair: Pair, difference: Di
     on_validation = "none" if validation is None else f"{validation:+.4f}"
     own, other = (_costs(table.row(arm)) for arm in (mask, lora))
     return (
-        f"{mask} against {lora}: {verdict}. {shown_interval(difference)} nats a token, Holm-adjusted p "
+        f"{mask} against {lora}: {verdict}. {shown_interval(difference)} nats per token, Holm-adjusted p "
         f"{shown_p(difference)}; on validation {on_validation}; {own} against {other}."
     )
 

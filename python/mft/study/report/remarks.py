@@ -102,8 +102,8 @@ def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable
 def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[str]:
     study, stage, seeds = findings.study, findings.study.stage, len(findings.study.seeds)
     yield (
-        f"Test losses in nats a token, means of {seeds} {'seed' if seeds == 1 else 'seeds'}; differences are paired by "
-        f"seed and document; {100 * CONFIDENCE:.0f} % intervals from {DRAWS} draws of seeds and documents at once, "
+        f"Test losses in nats per token, means of {seeds} {'seed' if seeds == 1 else 'seeds'}; differences are paired "
+        f"by seed and document; {100 * CONFIDENCE:.0f} % intervals from {DRAWS} draws of seeds and documents at once, "
         "widened for how few there are; accuracy is that of the next token."
     )
     if study.named(Control) is not None:

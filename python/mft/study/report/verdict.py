@@ -196,7 +196,7 @@ def _compared(row: Row, control: Row, full: str) -> str:
         f"{row.arm}: {what}{f' ({why})' if why else ''}{mark}. "
         f"{row.arm} - {full}: {shown_interval(row.minus_full)}; "
         f"{control.arm} - {full}: {shown_interval(control.minus_full)}; "
-        f"{row.arm} - {control.arm}: {shown_interval(difference)} nats a token, "
+        f"{row.arm} - {control.arm}: {shown_interval(difference)} nats per token, "
         f"Holm-adjusted p {shown_p(difference)}; on validation {validation}."
     )
 

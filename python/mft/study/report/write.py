@@ -155,7 +155,7 @@ _GROUPS = (
         _Column("validation - control", lambda row: "-" if row.validation is None else f"{row.validation:+.4f}"),
         _Column("tried", lambda row: f"{row.tried or '-'}"),
         _Column("steps", lambda row: f"{row.steps:.0f}" if row.steps else "-"),
-        _Column("s a run", lambda row: "-" if not row.seconds else f"{row.seconds:.1f}"),
+        _Column("s per run", lambda row: "-" if not row.seconds else f"{row.seconds:.1f}"),
         _Column("MB in training", lambda row: "-" if row.memory is None else f"{row.memory / _MEGA:.1f}"),
         _Column("recovered %", lambda row: "-" if row.recovered is None else f"{_PERCENT * row.recovered:.0f}"),
         _Column("bytes", lambda row: "-" if row.bytes is None else f"{row.bytes:,.0f}"),
