@@ -9,9 +9,11 @@ from mft.config import MaskConfig
 from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
 from mft.vllm import serve, versions
+from mft.vllm.adapters import Adapters
 from mft.vllm.flips import Flips, read_flips
 from mft.vllm.remote import Remote
 from mft.vllm.slices import Slices
+from mft.vllm.slots import Slots
 from mft.vllm.tasks import Tasks
 
 
@@ -46,6 +48,15 @@ a vLLM server without masks
 a vLLM server with a quantisation of its own
     serve.read_arguments(["base", "--quantization=fp8"])
     -> ValueError: --quantization | must be left out | got '--quantization=fp8'
+a vLLM server with LoRA of its own
+    serve.read_arguments(["base", "--per-request", "--lora-modules", "a=b"])
+    -> ValueError: --lora-modules | must be left out | got '--lora-modules'
+a vLLM server with a task for each request and a compiled model
+    serve.read_arguments(["base", "--per-request", "--no-enforce-eager"])
+    -> ValueError: --enforce-eager | must be on with masks per request | got '--no-enforce-eager' | leave it out
+more tasks than requests can choose from
+    Adapters({str(number): tmp for number in range(17)})
+    -> ValueError: tasks | must be 1 to 16 with masks per request | got 17 | start a server for each 16
 
 # tasks
 an unknown task of a vLLM server
@@ -72,6 +83,17 @@ masks of experts in vLLM
     Slices(Fused(), lambda layer: True).find("layers.0.experts.up_proj", (4, 8, 8), torch.bfloat16)
     -> ValueError: layers.0.experts.up_proj: masks of experts | are not for vLLM, which repacks experts | (4, 8, 8)
         | mft merge makes each task an ordinary model
+
+# a task for each request
+a task for a request of a vLLM that switches
+    mft.vllm.request_of(nn.Linear(1, 1), "code")
+    -> ValueError: llm | must be of mft.vllm.load(..., per_request=True) | got Linear( | use(llm, task)
+an unknown task for a request
+    Adapters(exported(tmp)).request("cod")
+    -> ValueError: task | must be one of the server's (code) | got 'cod' | did you mean code?
+a vLLM that does not tell the slots of LoRA
+    Slots(nn.Module(), {})
+    -> ValueError: vLLM | must tell the LoRA slot of each token | this one does not | pip install
 
 # a stream of flips
 flips of a step that was skipped

@@ -18,6 +18,8 @@ def export(tmp_path_factory):
 def test_options_of_vllm_are_handed_on():
     ours, rest = serve.read_arguments(["base", "--masks", "a=b", "--port", "1", "--masks", "c=d", "--force"])
     assert (ours.masks, ours.force, rest) == (["a=b", "c=d"], True, ["base", "--port", "1"])
+    assert not ours.per_request
+    assert serve.read_arguments(["base", "--per-request"])[0].per_request
 
 
 def test_tasks_are_directories_of_masks(export):
@@ -53,7 +55,10 @@ def test_without_vllm_the_extra_is_named(export, capsys, monkeypatch):
         mft.vllm.load("base", {"code": export})
 
 
-def test_options_that_masks_set_are_refused_in_python(monkeypatch):
+def test_options_that_masks_set_are_refused_in_python(export, monkeypatch):
     monkeypatch.setattr("mft.vllm.client.check_vllm", lambda: None)
-    with pytest.raises(ValueError, match="quantization must be left out, .* got 'fp8'"):
-        mft.vllm.load("base", {}, quantization="fp8")
+    for option, value in (("quantization", "fp8"), ("enable_lora", True), ("max_loras", 3)):
+        with pytest.raises(ValueError, match=f"{option} must be left out, .* got {value!r}"):
+            mft.vllm.load("base", {}, **{option: value})
+    with pytest.raises(ValueError, match="enforce_eager must be on with masks per request, .* leave it out"):
+        mft.vllm.load("base", {"code": export}, per_request=True, enforce_eager=False)

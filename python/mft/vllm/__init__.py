@@ -1,4 +1,4 @@
-"""Masks in vLLM: serve one base with the masks of many tasks, and switch between requests.
+"""Masks in vLLM: serve one base with the masks of many tasks, and switch between requests, or per request.
 
     llm = mft.vllm.load("base", {"python": "runs/python"})
     mft.vllm.use(llm, "python")
@@ -8,12 +8,12 @@ vLLM is imported only when it is needed.
 
 from typing import TYPE_CHECKING, Any
 
-from mft.vllm.client import add_tasks, load, use
+from mft.vllm.client import add_tasks, load, request_of, use
 
 if TYPE_CHECKING:
     from mft.vllm.stream import MaskStream
 
-__all__ = ["MaskStream", "add_tasks", "load", "use"]
+__all__ = ["MaskStream", "add_tasks", "load", "request_of", "use"]
 
 
 def __getattr__(name: str) -> Any:

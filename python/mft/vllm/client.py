@@ -3,31 +3,51 @@
 import os
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from mft.vllm.adapters import EAGER, Adapters
 from mft.vllm.failures import unmarked, while_alive
 from mft.vllm.remote import Remote
-from mft.vllm.versions import NAME, check_vllm
+from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm
+
+_ADAPTERS: WeakKeyDictionary[Any, Adapters] = WeakKeyDictionary()  # by LLM with masks per request
 
 
 def load(
-    base: str | os.PathLike, tasks: Mapping[str, str | os.PathLike], *, force: bool = False, **options: Any
+    base: str | os.PathLike,
+    tasks: Mapping[str, str | os.PathLike],
+    *,
+    force: bool = False,
+    per_request: bool = False,
+    **options: Any,
 ) -> Any:
     """Return a vllm.LLM of a base with the masks of tasks. At first it answers as the base.
 
     Args:
         base: an ordinary model, as vLLM takes it.
         tasks, force: as the arguments directories and force of mft.load_mask_bank.
+        per_request: experimental. The weights stay the base's, and each request names its task, see request_of.
         options: further arguments of vllm.LLM.
     Raises: RuntimeError if vLLM is not installed or has another version; ValueError as add_tasks.
     """
     check_vllm()
-    for key in ("quantization", "weight_transfer_config"):
-        if key in options:
+    for key in options:
+        if key in ("quantization", "weight_transfer_config") or "lora" in key:
             raise ValueError(f"{key} must be left out, because mft sets it for masks in vLLM, got {options[key]!r}")
+    adapters = Adapters(tasks) if per_request else None
+    if adapters:
+        if not options.setdefault("enforce_eager", True):
+            raise ValueError(f"enforce_eager must be {EAGER}, got False: leave it out")
+        options |= adapters.options
     from vllm import LLM
 
-    llm = LLM(model=str(base), quantization=NAME, weight_transfer_config={"backend": NAME}, **options)
-    add_tasks(llm, tasks, force=force)
+    backend = PER_REQUEST_BACKEND if adapters else NAME
+    llm = LLM(model=str(base), quantization=NAME, weight_transfer_config={"backend": backend}, **options)
+    if adapters:
+        _ADAPTERS[llm] = adapters
+        for task in tasks:
+            llm.llm_engine.add_lora(adapters.request(task))
+    _add(llm, tasks, force, {"loras": adapters.ids} if adapters else {})
     return llm
 
 
@@ -36,9 +56,20 @@ def add_tasks(llm: Any, tasks: Mapping[str, str | os.PathLike], *, force: bool =
 
     Raises: ValueError if masks cannot be read, do not fit, or were learned on another base: then no task is added.
     """
-    places = {task: str(place) for task, place in tasks.items()}
-    with unmarked():
-        llm.init_weight_transfer_engine({"init_info": {"tasks": places, "force": force}})
+    _add(llm, tasks, force, {})
+
+
+def request_of(llm: Any, task: str | None) -> Any:
+    """What llm.generate takes as lora_request, to answer a prompt with the masks of this task; None: as the base.
+
+    Args: llm: of load with per_request.
+    Raises: ValueError for an unknown task, or another llm.
+    """
+    if llm not in _ADAPTERS:
+        raise ValueError(
+            f"llm must be of mft.vllm.load(..., per_request=True), got {llm!r}: load it so, or use(llm, task)"
+        )
+    return None if task is None else _ADAPTERS[llm].request(task)
 
 
 def use(llm: Any, task: str | None) -> None:
@@ -61,6 +92,12 @@ def change(llm: Any, update: dict[str, Any]) -> None:
     resources = getattr(engine.engine_core, "resources", None)  # None if the engine has no process of its own
     with unmarked():
         while_alive(lambda: _switch(llm, update), lambda: resources is not None and resources.engine_dead)
+
+
+def _add(llm: Any, tasks: Mapping[str, str | os.PathLike], force: bool, more: dict[str, Any]) -> None:
+    places = {task: str(place) for task, place in tasks.items()}
+    with unmarked():
+        llm.init_weight_transfer_engine({"init_info": {"tasks": places, "force": force} | more})
 
 
 def _switch(llm: Any, update: dict[str, Any]) -> None:

@@ -14,8 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
-from mft.checks import nearest
-from mft.vllm.failures import DEAD, SECONDS, unmarked
+from mft.vllm.failures import DEAD, PER_REQUEST, SECONDS, check_known, unmarked
 from mft.vllm.versions import NAME
 
 Answer = TypeVar("Answer")
@@ -32,6 +31,7 @@ class MaskEndpoint:
         self._engine: Any = None
         self._tasks: list[str] = []
         self._task: str | None = None
+        self._per_request = False
         self._switching = asyncio.Lock()
 
     def attach_router(self, app: FastAPI) -> None:
@@ -44,10 +44,13 @@ class MaskEndpoint:
         self._engine = engine_client
         if not tasks:  # a server that was not started by mft.vllm.serve
             return
+        info = {"tasks": tasks, "force": getattr(args, "mft_force", False)}
+        self._per_request = getattr(args, "mft_per_request", False)
+        if self._per_request:
+            requests = state.openai_serving_models.lora_requests
+            info["loras"] = {task: requests[task].lora_int_id for task in tasks}
         with unmarked():
-            await engine_client.init_weight_transfer_engine(
-                WeightTransferInitRequest({"tasks": tasks, "force": getattr(args, "mft_force", False)})
-            )
+            await engine_client.init_weight_transfer_engine(WeightTransferInitRequest(info))
         self._tasks = list(tasks)
 
     async def tasks(self) -> JSONResponse:
@@ -63,9 +66,11 @@ class MaskEndpoint:
 
     async def _answer(self, request: Request, route: str) -> JSONResponse:
         try:
+            if self._per_request:
+                raise ValueError(PER_REQUEST)
             update = _read(await request.body(), route)
-            if route == "use":
-                self._check_known(update["task"])
+            if route == "use" and update["task"] is not None:
+                check_known(update["task"], self._tasks, ", or null for the base")
             async with self._switching:
                 waited, switched = await self._while_alive(self._change(update))
         except ValueError as error:
@@ -103,14 +108,6 @@ class MaskEndpoint:
         elif update["task"] not in self._tasks:
             self._tasks.append(update["task"])
         return round(paused - begin, 4), round(time.perf_counter() - paused, 4)
-
-    def _check_known(self, task: Any) -> None:
-        if task is not None and task not in self._tasks:
-            known = ", ".join(self._tasks) or "none"
-            raise ValueError(
-                f"task must be one of the server's ({known}), or null for the base, got {task!r}"
-                f"{nearest(str(task), self._tasks)}"
-            )
 
 
 def _read(body: bytes, route: str) -> dict[str, Any]:

@@ -6,11 +6,18 @@ vLLM passes on the text of an exception without its type, and puts text of its o
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
+from typing import Any
+
+from mft.checks import nearest
 
 DEAD = (
     "vLLM's engine must run, got a dead one (its log says why): start it again; base and masks on disk are as they were"
+)
+PER_REQUEST = (
+    "task must come with each request, as its model or as lora_request=mft.vllm.request_of(llm, task), because this "
+    "vLLM has masks per request: start it without --per-request (per_request=True) to switch or update"
 )
 SECONDS = 0.5  # between two checks that the engine lives; a dead engine leaves a call unanswered
 _MARK = "mft: "
@@ -59,6 +66,13 @@ def while_alive(call: Callable[[], None], is_dead: Callable[[], bool]) -> None:
         if is_dead():
             raise RuntimeError(DEAD)
     done.result()
+
+
+def check_known(task: Any, tasks: Collection[str], base: str = "") -> None:
+    """Raise ValueError unless task is one of tasks; base: words for what else it may be."""
+    if task not in tasks:
+        known = ", ".join(tasks) or "none"
+        raise ValueError(f"task must be one of the server's ({known}){base}, got {task!r}{nearest(str(task), tasks)}")
 
 
 def sentence_of(error: BaseException) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -94,6 +95,13 @@ def flipped_places(name: str, stream: bytes, shape: Shape) -> Places:
 def dropped_places(packed: Tensor, shape: Shape) -> Places:
     """Return the positions that a packed mask drops."""
     return places_of(words_of_mask(packed) ^ _all_kept(shape), shape[1])
+
+
+def mask_without(places: NDArray[np.integer], shape: Shape) -> Tensor:
+    """The packed mask that drops these positions, in any order."""
+    kept = np.ones(shape[0] * shape[1], np.bool_)
+    kept[places] = False
+    return torch.from_numpy(rice.words_of(kept.reshape(shape)).view(np.int32))
 
 
 def words_of_mask(packed: Tensor) -> Words:

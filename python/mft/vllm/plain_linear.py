@@ -12,16 +12,21 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from mft.vllm.token_masks import TokenMasks
 from mft.vllm.versions import NAME
 
 
 class PlainLinearMethod(UnquantizedLinearMethod):
-    """Keeps weights as they were loaded, and multiplies with PyTorch."""
+    """Keeps weights as they were loaded, and multiplies with PyTorch, or with token_masks if they are set."""
+
+    token_masks: TokenMasks | None = None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Leave layer.weight as it is."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.token_masks is not None:
+            return self.token_masks.product(x, layer.weight, bias)
         return torch.nn.functional.linear(x, layer.weight, bias)
 
 

@@ -3,13 +3,13 @@
 import logging
 from typing import Any
 
-from mft.vllm.versions import NAME, reason_against
+from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, reason_against
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Register --quantization mft and the backend mft. Entry point in vllm.general_plugins.
+    """Register --quantization mft and our backends. Entry point in vllm.general_plugins.
 
     vLLM calls this wherever the package is installed. With an unsupported vLLM it only logs why, so that models without
     masks still run.
@@ -22,10 +22,11 @@ def register() -> None:
 
     import mft.vllm.plain_linear  # noqa: F401  # registers itself, also in a process that only unpickles its class
 
-    try:
-        WeightTransferEngineFactory.register_engine(NAME, "mft.vllm.engine", "MaskTransferEngine")
-    except ValueError:
-        logger.debug("mft: the engine is registered already")  # vLLM may call a plugin twice in one process
+    for backend, engine in ((NAME, "MaskTransferEngine"), (PER_REQUEST_BACKEND, "PerRequestEngine")):
+        try:
+            WeightTransferEngineFactory.register_engine(backend, "mft.vllm.engine", engine)
+        except ValueError:
+            logger.debug("mft: %s is registered already", backend)  # vLLM may call a plugin twice in one process
 
 
 def endpoint() -> Any:

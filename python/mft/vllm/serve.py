@@ -8,10 +8,11 @@ from typing import Any
 
 from mft.masks.export_format import read_export
 from mft.masks.location import masks_directory
+from mft.vllm.adapters import EAGER, Adapters
 from mft.vllm.failures import sentence_of
-from mft.vllm.versions import NAME, check_vllm
+from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm
 
-USAGE = "python -m mft.vllm BASE --masks NAME=DIR [--masks NAME=DIR ...] [--force] [options of vLLM's server]"
+USAGE = "python -m mft.vllm BASE --masks NAME=DIR [--masks NAME=DIR ...] [--force] [--per-request] [options of vLLM]"
 _OURS = ("--quantization", "-q", "--weight-transfer-config")
 
 
@@ -20,7 +21,8 @@ def main(arguments: Sequence[str]) -> None:
     try:
         ours, rest = read_arguments(arguments)
         check_vllm()
-        _serve(check_tasks(ours.masks), ours.force, rest)
+        tasks = check_tasks(ours.masks)
+        _serve(tasks, ours.force, Adapters(tasks) if ours.per_request else None, rest)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {sentence_of(error) or error}", file=sys.stderr)
         sys.exit(2)
@@ -33,12 +35,16 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
         "--masks", action="append", default=[], help="a task: an output_dir of mft train, or its masks/"
     )
     parser.add_argument("--force", action="store_true", help="use masks that were learned on another base")
+    parser.add_argument(
+        "--per-request", action="store_true", help="experimental: each request names its task as its model"
+    )
     ours, rest = parser.parse_known_args(arguments)
     for word in rest:
-        if word.partition("=")[0] in _OURS:
-            raise ValueError(
-                f"{word.partition('=')[0]} must be left out, because mft sets it for masks in vLLM, got {word!r}"
-            )
+        option = word.partition("=")[0]
+        if ours.per_request and option.replace("_", "-") == "--no-enforce-eager":
+            raise ValueError(f"--enforce-eager must be {EAGER}, got {word!r}: leave it out")
+        if option in _OURS or (option.startswith("--") and "lora" in option):
+            raise ValueError(f"{option} must be left out, because mft sets it for masks in vLLM, got {word!r}")
     return ours, rest
 
 
@@ -62,7 +68,7 @@ def check_tasks(given: Sequence[str]) -> dict[str, str]:
     return tasks
 
 
-def _serve(tasks: dict[str, str], force: bool, rest: list[str]) -> None:
+def _serve(tasks: dict[str, str], force: bool, adapters: Adapters | None, rest: list[str]) -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     os.environ["VLLM_PLUGINS"] = f"{allowed},{NAME}" if allowed else NAME
     import uvloop
@@ -73,7 +79,8 @@ def _serve(tasks: dict[str, str], force: bool, rest: list[str]) -> None:
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="python -m mft.vllm", usage=USAGE))
-    words = [*rest, "--quantization", NAME, "--weight-transfer-config", f'{{"backend": "{NAME}"}}']
+    backend = PER_REQUEST_BACKEND if adapters else NAME
+    words = [*rest, "--quantization", NAME, "--weight-transfer-config", f'{{"backend": "{backend}"}}']
     args: Any = parser.parse_args(words)
     if args.model_tag is not None:
         args.model = args.model_tag
@@ -81,7 +88,32 @@ def _serve(tasks: dict[str, str], force: bool, rest: list[str]) -> None:
         raise ValueError(
             f"--api-server-count must be 1, because a single process switches masks, got {args.api_server_count}"
         )
-    args.mft_tasks, args.mft_force = tasks, force
+    args.mft_tasks, args.mft_force, args.mft_per_request = tasks, force, adapters is not None
+    if adapters:
+        _choose_by_model(args, adapters)
     validate_parsed_serve_args(args)
-    print(f"serving {args.model} with the masks of {', '.join(tasks)}", flush=True)
+    how = ", a task for each request (experimental)" if adapters else ""
+    print(f"serving {args.model} with the masks of {', '.join(tasks)}{how}", flush=True)
     uvloop.run(run_server(args))
+
+
+def _choose_by_model(args: Any, adapters: Adapters) -> None:
+    """Let each task be a model of the server, beside the base."""
+    from vllm import envs
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    for option, given in (
+        ("--enable-lora", args.enable_lora),  # in a file of --config
+        ("--lora-modules", args.lora_modules),
+        ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING),
+    ):
+        if given:
+            raise ValueError(
+                f"{option} must be left out with --per-request, which takes vLLM's LoRA slots, got {given}"
+            )
+    names = args.served_model_name or [args.model]
+    for task in adapters.ids:
+        if task in names:
+            raise ValueError(f"--masks must name no task as the base, got {task!r}: --served-model-name names the base")
+    vars(args).update(adapters.options, enforce_eager=True)
+    args.lora_modules = [LoRAModulePath(task, adapters.path) for task in adapters.ids]

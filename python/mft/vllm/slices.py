@@ -53,6 +53,10 @@ class Slices:
             )
         return target
 
+    def layer_of(self, weight: Tensor) -> Any:
+        """The layer in whose parameter lies what find gave."""
+        return self._owners[weight.untyped_storage().data_ptr()][1]
+
     def _copies(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         weight = torch.empty(shape, dtype=dtype, device="meta")
         load: Any = self._model.load_weights

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mft.checks import nearest
 from mft.files.weights_hash import weights_hash
 from mft.masks.export_format import (
     UNVERIFIED,
@@ -27,6 +26,7 @@ from mft.masks.export_format import (
 )
 from mft.masks.location import masks_directory
 from mft.vllm.dropped import Dropped, nothing_dropped
+from mft.vllm.failures import check_known
 from mft.vllm.flips import Flips, Places, Shape, dropped_places, flipped_places
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Tasks:
 
     def __init__(self, find: Find) -> None:
         self._find = find
-        self._weights: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}  # of the layers that a task masks
         self._tasks: dict[str, Masks] = {}
         self._steps: dict[str, int] = {}  # next step of each task that comes as flips
         self._task: str | None = None
@@ -59,6 +59,13 @@ class Tasks:
     def task(self) -> str | None:
         """The task whose masks are applied to the weights, or None for the base."""
         return self._task
+
+    def masks(self, task: str | None) -> Masks:
+        """What a task drops, by layer; None: nothing. Raises: ValueError for an unknown task."""
+        if task is None:
+            return {}
+        check_known(task, self._tasks)
+        return self._tasks[task]
 
     @torch.no_grad()
     def add(self, directories: Mapping[str, str], *, force: bool = False) -> None:
@@ -83,7 +90,7 @@ class Tasks:
 
         Returns: the number of weights written. Raises: ValueError for an unknown task.
         """
-        before, after = self._masks(self._task), self._masks(task)
+        before, after = self.masks(self._task), self.masks(task)
         if self._task == task:
             return 0
         try:
@@ -128,7 +135,7 @@ class Tasks:
 
     def _switch(self, before: Masks, after: Masks) -> None:
         for name in before.keys() | after.keys():
-            weight = self._weights[name]
+            weight = self.weights[name]
             if name in before:
                 before[name].put_back(weight)
             if name in after:
@@ -155,7 +162,7 @@ class Tasks:
                     f"task {task!r} must be trained on the base that is served, whose masked weights have {found}, got "
                     f"{flips.base_hash}: serve that base, in that dtype"
                 )
-            return {name: nothing_dropped(self._weights[name]) for name in flips.shapes}
+            return {name: nothing_dropped(self.weights[name]) for name in flips.shapes}
         known = self._steps.get(task)
         if known != flips.step:
             at = "is unknown" if known is None else f"is at step {known}"
@@ -168,24 +175,24 @@ class Tasks:
         """Write these values into the weights. After an interrupt, all are written again before it is raised."""
         try:
             for name, each in written.items():
-                each.put_back(self._weights[name])
+                each.put_back(self.weights[name])
         except BaseException:
             for name, each in written.items():
-                each.put_back(self._weights[name])
+                each.put_back(self.weights[name])
             raise
 
     def _with_values(self, name: str, places: Places) -> Dropped:
         """Return the places with the base's values there, also while a task's masks are applied to the weight."""
-        weight = self._weights[name]
-        held = self._masks(self._task).get(name, nothing_dropped(weight))
+        weight = self.weights[name]
+        held = self.masks(self._task).get(name, nothing_dropped(weight))
         return Dropped(places, held.values_at(places, weight))
 
     def _base(self, name: str) -> Tensor:
         """Return the base's weight: the one in memory, or a copy without masks while masks are applied to it."""
-        held = self._masks(self._task).get(name)
+        held = self.masks(self._task).get(name)
         if held is None:
-            return self._weights[name]
-        whole = self._weights[name].clone()
+            return self.weights[name]
+        whole = self.weights[name].clone()
         held.put_back(whole)
         return whole
 
@@ -201,23 +208,13 @@ class Tasks:
             raise ValueError(
                 f"{name}: a masked weight must have fewer than 2**31 elements in vLLM, got {shape}: mft merge"
             )
-        known = self._weights.get(name)
+        known = self.weights.get(name)
         if known is None or tuple(known.shape) != shape:
-            self._weights[name] = self._find(name, shape, getattr(torch, dtype, torch.float32))
+            self.weights[name] = self._find(name, shape, getattr(torch, dtype, torch.float32))
 
     def _shape(self, name: str) -> Shape:
-        rows, columns = self._weights[name].shape
+        rows, columns = self.weights[name].shape
         return rows, columns
-
-    def _masks(self, task: str | None) -> Masks:
-        if task is None:
-            return {}
-        if task not in self._tasks:
-            known = ", ".join(self._tasks) or "none"
-            raise ValueError(
-                f"task must be one of the server's ({known}), got {task!r}{nearest(str(task), self._tasks)}"
-            )
-        return self._tasks[task]
 
     def _check_new(self, task: str) -> None:
         if not isinstance(task, str) or not task:

