@@ -44,10 +44,10 @@ def missing():
     return "" if os.environ.get("MFT_VLLM_BASE") else "MFT_VLLM_BASE names no base: make vllm-test"
 
 
-def masked_base(seed, dtype):
+def masked_base(seed, dtype, **mask):
     """Return SmolLM2 with random scores: the mask drops SHARE of each linear layer."""
     model = AutoModelForCausalLM.from_pretrained(os.environ["MFT_VLLM_BASE"], dtype=dtype)
-    masked = mask_model(model, MaskConfig(keep_ratio=1 - SHARE))
+    masked = mask_model(model, MaskConfig(keep_ratio=1 - SHARE, **mask))
     set_scores(masked, seed)
     return masked
 
@@ -72,25 +72,37 @@ def make_tasks(root, dtype, *, merged=True):
 
 
 def run_session(kind, *arguments):
-    """Return what python real_base.py KIND ARGUMENTS prints last, parsed as JSON."""
+    """What python real_base.py KIND ARGUMENTS prints as JSON, before vLLM's last words."""
     command = [sys.executable, __file__, kind, *map(str, arguments)]
     done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
 # ---------------------------------------------------------------------------------------------- in its process
 
 
-def look(llm):
-    """Return greedy tokens, and the checksum of every tensor."""
+def answers(llm, prompts=PROMPTS, requests=None):
+    """Return each prompt's greedy tokens, their log-probabilities, and how many tokens the prefix cache had."""
     from vllm import SamplingParams
 
-    made = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)
+    asked = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=0)
+    made = llm.generate(prompts, asked, use_tqdm=False, lora_request=requests)
+    outputs = [each.outputs[0] for each in made]
     return {
-        "tokens": [list(each.outputs[0].token_ids) for each in made],
-        "checksums": llm.collective_rpc("compute_weight_checksums")[0],
+        "tokens": [list(each.token_ids) for each in outputs],
+        "logprobs": [[step[token].logprob for step, token in zip(o.logprobs, o.token_ids)] for o in outputs],
+        "cached": [each.num_cached_tokens for each in made],
     }
+
+
+def look(llm):
+    """Greedy tokens, and the checksum of every tensor."""
+    return {"tokens": answers(llm)["tokens"], "checksums": checksums(llm)}
+
+
+def checksums(llm):
+    return llm.collective_rpc("compute_weight_checksums")[0]
 
 
 def plain_session(directory):
@@ -136,6 +148,42 @@ def masks_session(root):
     return seen
 
 
+def switching_session(root, dtype):
+    """The answers of each task in turn: test_real_llm.py shows that they are the merged model's."""
+    import mft.vllm
+
+    llm = mft.vllm.load(os.environ["MFT_VLLM_BASE"], tasks_of(root), dtype=dtype, **OPTIONS)
+    seen = {"base": answers(llm)}
+    for task in tasks_of(root):
+        mft.vllm.use(llm, task)
+        seen[task] = answers(llm)
+    mft.vllm.use(llm, None)
+    return seen | {"checksums": checksums(llm)}
+
+
+def per_request_session(root, dtype):
+    """The same with a task for each request: one task a batch, twice, then all in one batch."""
+    import mft.vllm
+
+    tasks = tasks_of(root)
+    llm = mft.vllm.load(os.environ["MFT_VLLM_BASE"], tasks, per_request=True, dtype=dtype, **OPTIONS)
+    requests = {task or "base": mft.vllm.request_of(llm, task) for task in (*tasks, None)}
+    seen = {name: [answers(llm, requests=request) for _ in range(2)] for name, request in requests.items()}
+    pairs = [(prompt, name) for prompt in PROMPTS for name in requests]
+    seen["mixed"] = answers(llm, [prompt for prompt, _ in pairs], [requests[name] for _, name in pairs])
+    seen["refused"] = {
+        "unknown task": refusal(lambda: mft.vllm.request_of(llm, "math")),
+        "switch": refusal(lambda: mft.vllm.use(llm, "code")),
+        "more tasks": refusal(lambda: mft.vllm.add_tasks(llm, {"more": tasks["code"]})),
+    }
+    seen["code again"] = answers(llm, requests=requests["code"])
+    return seen | {"checksums": checksums(llm)}
+
+
+def tasks_of(root):
+    return {path.parent.name: path.parent for path in sorted(Path(root).glob("*/adapter_config.json"))}
+
+
 def timed(llm):
     """Return milliseconds for each kind of switch."""
     import time
@@ -161,4 +209,6 @@ def refusal(call):
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps({"plain": plain_session, "masks": masks_session}[sys.argv[1]](*sys.argv[2:])), flush=True)
+    sessions = {"plain": plain_session, "masks": masks_session}
+    sessions |= {"switching": switching_session, "per request": per_request_session}
+    print("\n" + json.dumps(sessions[sys.argv[1]](*sys.argv[2:])), flush=True)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,8 +33,8 @@ class Noted:
         return call
 
 
-def ask(engine, task="code"):
-    """Return (status, body) of POST /v1/mft/use, and the task that the server then reports."""
+def ask(engine, task="code", **more):
+    """Return (status, body) of POST /v1/mft/use, and the task that the server then reports. more: its arguments."""
     from mft.vllm.endpoint import MaskEndpoint
 
     class Request:
@@ -42,7 +43,9 @@ def ask(engine, task="code"):
 
     async def asked():
         endpoint = MaskEndpoint()
-        await endpoint.init_state(engine, None, Namespace(mft_tasks={"code": "runs/code"}))
+        models = SimpleNamespace(lora_requests={"code": SimpleNamespace(lora_int_id=1)})
+        state = SimpleNamespace(openai_serving_models=models)
+        await endpoint.init_state(engine, state, Namespace(mft_tasks={"code": "runs/code"}, **more))
         answer = await endpoint.use(Request())
         return answer.status_code, json.loads(answer.body), json.loads((await endpoint.tasks()).body)["task"]
 
@@ -62,6 +65,14 @@ def test_a_switch_that_fails_goes_on_with_the_old_task():
     status, body, task = ask(engine)
     assert (status, body["error"]["message"], task) == (400, "no such task", None)
     assert engine.calls[-1] == "resume_generation"
+
+
+def test_with_a_task_for_each_request_there_is_no_switch():
+    engine = Noted()
+    status, body, task = ask(engine, mft_per_request=True)
+    assert (status, task) == (400, None)
+    assert body["error"]["message"].startswith("task must come with each request")
+    assert engine.calls == ["init_weight_transfer_engine"]
 
 
 @pytest.mark.parametrize("call", ["pause_generation", "update_weights", "reset_prefix_cache"])

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -15,32 +14,14 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from real_base import PROMPTS, SETTINGS, TOKENS, make_tasks, masked_base, missing
+from real_base import PROMPTS, SETTINGS, make_tasks, masked_base, missing
+from real_http import ADDRESS, command, complete, running
 
 import mft.vllm
 from mft.masks.export import save_masks
 from mft.vllm.remote import Remote
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
-PORT = 18731
-ADDRESS = f"http://127.0.0.1:{PORT}"
-BASE = os.environ.get("MFT_VLLM_BASE", "")
-
-
-def command(*arguments):
-    # fp32, because the batch size changes how bf16 rounds, and thus now and then a token
-    words = [
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "1024",
-        "--port",
-        str(PORT),
-        "--host",
-        "127.0.0.1",
-    ]
-    return [sys.executable, "-m", "mft.vllm", BASE, *arguments, *words]
 
 
 @pytest.fixture(scope="module")
@@ -50,36 +31,8 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(tasks, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    given = [word for task, place in tasks.items() for word in ("--masks", f"{task}={place}")]
-    with log.open("w") as sink:
-        process = subprocess.Popen(command(*given), env={**os.environ, **SETTINGS}, stdout=sink, stderr=sink)
-        try:
-            wait_until_up(process, log)
-            yield process
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def wait_until_up(process, log):
-    for _ in range(240):
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            urllib.request.urlopen(f"{ADDRESS}/health", timeout=5)
-        except OSError:
-            time.sleep(1)
-        else:
-            return
-    raise AssertionError(log.read_text()[-4000:])
-
-
-def complete(prompt):
-    body = {"model": BASE, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{ADDRESS}/v1/completions", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return json.load(answer)["choices"][0]["text"]
+    with running(tasks, tmp_path_factory.mktemp("log") / "server.log") as process:
+        yield process
 
 
 def test_switches_under_load_lose_no_request_and_mix_no_tasks(server):
