@@ -27,8 +27,9 @@ def _ablation(what: str, numbers: Numbers, path: Path) -> None:
     plot_ablation(numbers, what, path)
 
 
-def _board(numbers: Numbers, path: Path) -> None:
-    picture({"board-small": numbers}, path)
+def _board(path: Path) -> None:
+    boards = ("board-small", "board-smollm2")
+    picture({name: json.loads((RESULTS / f"compare-{name}.json").read_text(encoding="utf-8")) for name in boards}, path)
 
 
 #: Picture in benchmarks/results: (the study whose numbers it shows, the function that draws it).
@@ -69,7 +70,7 @@ def main() -> None:
             print(record)
     draw_cpu(RESULTS / "cpu-amx.json")
     draw_memory(RESULTS)
-    _board(json.loads((RESULTS / "compare-board-small.json").read_text()), ROOT / "docs" / "images" / "board.png")
+    _board(ROOT / "docs" / "images" / "board.png")
 
 
 if __name__ == "__main__":
