@@ -45,7 +45,7 @@ def test_the_verb_tells_how_large_a_file_it_makes():
     said = " ".join(result.output.split())
     bits = -(0.006 * math.log2(0.006) + 0.994 * math.log2(0.994))
     assert bits * WEIGHTS / 8e6 == pytest.approx(0.70, abs=0.005)
-    assert "a budget of 0.006 drops 637,009 of 106,168,320 masked weights: a file of about 0.7 MB (0.053 bits a" in said
+    assert "a budget of 0.006 drops 637,009 of 106,168,320 masked weights: a file of about 0.7 MB (0.053 bits" in said
     assert "budget" not in CliRunner().invoke(app, asked).output
     result = CliRunner().invoke(app, [*asked, "--budget", "1"])
     assert result.exit_code == 2

@@ -122,7 +122,7 @@ def assert_reads_what_was_written_or_refuses(directory, original):
         (b"[" * 100_000, "nested too deeply"),
         (b'{"format_version": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
         (b"[1]", "expected an object, got list"),
-        (b'{"a": "\xff"}', "got byte 7, which is not"),
+        (b'{"a": "\xff"}', "got an invalid byte at position 7"),
         (b"{\n,}", ":2: expected JSON"),
         (b'{"a": 1, "a": 1}', "the key 'a' twice: leave one out"),
         (b'{"modules": [{"name": "a", "b": 1, "name": "c"}]}', "the key 'name' twice"),

@@ -129,7 +129,7 @@ def test_a_teacher_of_fewer_words_is_refused(base, tokenizer, rows):
     teacher = copy.deepcopy(base)
     teacher.resize_token_embeddings(200)
     with pytest.raises(
-        ValueError, match=r"teacher.model must have the 270 words of the model's tokenizer.* got one of 200"
+        ValueError, match="teacher.model must have at least the 270 words of the model's tokenizer, got one of 200"
     ):
         train_rewards(masked(copy.deepcopy(base)), tokenizer, rows, config(), teacher=OnPolicyTeacher(teacher))
 
