@@ -105,7 +105,7 @@ class SimulatedMover(Mover):
 
 
 class SimulatedProcesses(Processes):
-    """Processes of which the others send nothing."""
+    """Simulated processes: the others send nothing."""
 
     def together(self) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
