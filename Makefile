@@ -178,7 +178,8 @@ WHEELS_OF_TORCH := https://download.pytorch.org/whl/cpu
 vllm-test: $(VLLM_VENV)/.installed $(if $(MFT_VLLM_BASE),,install)
 	MFT_VLLM_BASE="$${MFT_VLLM_BASE:-$$($(BIN)/python -c 'from mft.models.pretrained import smollm2_directory; print(smollm2_directory())')}" \
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(VLLM_VENV)/bin/python -m pytest -o addopts= \
-	  $(addprefix tests/masks_in_vllm/test_real_,$(addsuffix .py,endpoint llm per_request server))
+	  tests/masks_in_vllm/test_real_endpoint.py tests/masks_in_vllm/test_real_llm.py \
+	  tests/masks_in_vllm/test_real_per_request.py tests/masks_in_vllm/test_real_server.py
 
 $(VLLM_VENV)/.installed: pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

@@ -349,7 +349,7 @@ def test_what_takes_longer_than_a_request_may_is_refused_and_frees_its_place(ser
             message = r"a request must be answered within 0\.5 s \(--timeout\), got \d tokens by then: ask for fewer"
             with pytest.raises(openai.APIError, match=message):
                 each.result()
-    until(lambda: running.scheduler.counts == (0, 0))
+    until(lambda: running.scheduler.counts == (0, 0) and len(running.lines) == 2)  # a stream has its line after its end
     assert sorted(re.sub(r".* code (504 a request) .*: 3 \+ (\d) .*", r"\1 \2", line) for line in running.lines) == [
         "504 a request 0",
         "504 a request 2",
@@ -425,7 +425,7 @@ def test_an_answer_that_cannot_be_decoded_ends_alone(serve, words, caplog, until
     assert "one answer failed, the others go on" in caplog.text
     assert "expected str instance, NoneType found" in caplog.text
     until(lambda: running.scheduler.counts == (0, 0))
-    assert [line for line in running.lines if f" code 500 {FAILED}: 3 + " in line]
+    until(lambda: [line for line in running.lines if f" code 500 {FAILED}: 3 + " in line])
 
 
 def test_a_prompt_that_the_model_cannot_read_ends_its_answer_alone(serve, words, monkeypatch, until):
