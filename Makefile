@@ -170,7 +170,7 @@ architectures: dev
 peft-methods: dev
 	PYTHONPATH=tests:tests/study/adapters $(BIN)/python -W ignore -m method_sweep
 
-# Masks in the real vLLM (docs/how-to/vllm.md), in an environment of its own: 3.4 GB, two minutes to install, then about five on 2
+# Masks in the real vLLM (docs/how-to/vllm.md), in an environment of its own: 3.6 GB, three minutes to install, then about ten on 2
 # quiet cores. Elsewhere than in .venv-vllm: make vllm-test VLLM_VENV=a/folder; on another base than SmolLM2-135M:
 # MFT_VLLM_BASE=a/model. The package is installed for its entry points alone: what is tested are the files here.
 VLLM_VENV ?= .venv-vllm
@@ -179,12 +179,13 @@ vllm-test: $(VLLM_VENV)/.installed $(if $(MFT_VLLM_BASE),,install)
 	MFT_VLLM_BASE="$${MFT_VLLM_BASE:-$$($(BIN)/python -c 'from mft.models.pretrained import smollm2_directory; print(smollm2_directory())')}" \
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(VLLM_VENV)/bin/python -m pytest -o addopts= \
 	  tests/masks_in_vllm/test_real_endpoint.py tests/masks_in_vllm/test_real_llm.py \
-	  tests/masks_in_vllm/test_real_per_request.py tests/masks_in_vllm/test_real_server.py
+	  tests/masks_in_vllm/test_real_per_request.py tests/masks_in_vllm/test_real_server.py \
+	  tests/masks_in_vllm/test_real_trl.py
 
 $(VLLM_VENV)/.installed: pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --extra-index-url $(WHEELS_OF_TORCH) pytest \
-	  $$($(PYTHON) -m building.requirements vllm)
+	  $$($(PYTHON) -m building.requirements vllm trl)
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	MFT_BUILD=0 $(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 	@touch $@

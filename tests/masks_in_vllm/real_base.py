@@ -44,10 +44,10 @@ def missing():
     return "" if os.environ.get("MFT_VLLM_BASE") else "MFT_VLLM_BASE names no base: make vllm-test"
 
 
-def masked_base(seed, dtype, **mask):
-    """Return SmolLM2 with random scores: the mask drops SHARE of each linear layer."""
+def masked_base(seed, dtype, share=SHARE, **mask):
+    """Return SmolLM2 with random scores: the mask drops this share of each linear layer."""
     model = AutoModelForCausalLM.from_pretrained(os.environ["MFT_VLLM_BASE"], dtype=dtype)
-    masked = mask_model(model, MaskConfig(keep_ratio=1 - SHARE, **mask))
+    masked = mask_model(model, MaskConfig(keep_ratio=1 - share, **mask))
     set_scores(masked, seed)
     return masked
 
@@ -97,8 +97,8 @@ def answers(llm, prompts=PROMPTS, requests=None):
 
 
 def look(llm):
-    """Greedy tokens, and the checksum of every tensor."""
-    return {"tokens": answers(llm)["tokens"], "checksums": checksums(llm)}
+    """Greedy tokens, and the checksum of every tensor. One prompt at a time: a batch's size changes how bf16 rounds."""
+    return {"tokens": [answers(llm, [prompt])["tokens"][0] for prompt in PROMPTS], "checksums": checksums(llm)}
 
 
 def checksums(llm):

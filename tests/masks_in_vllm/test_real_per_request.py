@@ -1,17 +1,21 @@
 """The real vLLM with a task for each request: in a batch of all tasks each answer is its merged model's."""
 
 import json
+import os
+import re
+import subprocess
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("transformers")
 
 import torch
-from real_base import PROMPTS, make_tasks, masked_base, missing, run_session
-from real_http import ADDRESS, BASE, complete, running
+from real_base import PROMPTS, SETTINGS, make_tasks, masked_base, missing, run_session
+from real_http import ADDRESS, BASE, command, complete, running
 
 import mft.vllm
 from mft.masks.export import save_masks
@@ -32,7 +36,7 @@ def seen(request, tmp_path_factory):
 
 
 def make_three(root, dtype):
-    prose = save_masks(masked_base(2, dtype, layers_to_transform=[1]), root / "prose")
+    prose = save_masks(masked_base(2, dtype, share=0.3, layers_to_transform=[1]), root / "prose")
     return make_tasks(root, dtype, merged=False) | {"prose": str(prose)}
 
 
@@ -93,6 +97,57 @@ def test_what_it_refuses_is_one_sentence_and_it_goes_on(seen, what, words):
     _, found, _ = seen
     assert words in found["refused"][what]
     assert found["code again"]["tokens"] == found["code"][1]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"parallel_config": {"world_size": 2}}, "one process without parallelism, got 2"),
+        ({"lora_config": {"target_modules": ["q_proj"]}}, "no LoRA, got True"),
+        ({"model_config": {"use_mla": True}}, "an attention without absorbed weights (MLA), got True"),
+        ({"model_config": {"quantization": "fp8"}}, "quantization='mft', got fp8"),
+        ({"model_config": {"enforce_eager": False}}, "an eager model (enforce_eager), got False"),
+        ({"model_config": {"is_multimodal_model": True}}, "a model of text alone, got True"),
+    ],
+)
+def test_the_engine_refuses_a_vllm_that_was_started_otherwise(change, words):
+    from mft.vllm.engine import NO_MODULES, PerRequestEngine, _check
+
+    model = {"use_mla": False, "quantization": "mft", "enforce_eager": True, "is_multimodal_model": False}
+    given = {
+        "parallel_config": {"world_size": 1},
+        "lora_config": {"target_modules": NO_MODULES},
+        "model_config": model,
+    }
+    config = SimpleNamespace(**{key: SimpleNamespace(**(value | change.get(key, {}))) for key, value in given.items()})
+    if words is None:
+        _check(PerRequestEngine.must_have(config))
+        return
+    with pytest.raises(ValueError, match=re.escape(f"masks in vLLM must have {words}: start vLLM that way")):
+        _check(PerRequestEngine.must_have(config))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "environment", "words"),
+    [
+        ("base", {"served-model-name": "base"}, {}, "--masks must name no task as the base, got 'base'"),
+        ("code", {"enable-lora": True}, {}, "--enable-lora must be left out with --per-request"),
+        ("code", {"lora-modules": ["a=b"]}, {}, "--lora-modules must be left out with --per-request"),
+        ("code", {}, {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING must be left out"),
+    ],
+)
+def test_a_start_with_another_use_of_the_slots_is_refused(tmp_path, task, options, environment, words):
+    """The options stand in a file of vLLM's --config, which mft does not read itself."""
+    masks = save_masks(masked_base(0, torch.float32, layers_to_transform=[1]), tmp_path / "masks")
+    (tmp_path / "options.yaml").write_text(json.dumps(options))  # JSON is YAML too
+    started = command("--masks", f"{task}={masks}", "--per-request", "--config", str(tmp_path / "options.yaml"))
+    done = subprocess.run(
+        started, env={**os.environ, **SETTINGS, **environment}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
 
 
 def test_a_server_takes_the_task_as_the_model(tmp_path):

@@ -37,12 +37,17 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return _tensors(model, "", set())
 
 
+def is_peft_mask(module: Any) -> bool:
+    """Return whether module is a PEFT mask layer, without importing PEFT, which may be absent."""
+    return getattr(type(module), "masks_weight", False) and hasattr(module, "mft_scores")
+
+
 # ---------------------------------------------------------------------------------------------- private
 
 
 def _peft_base(model: Any) -> nn.Module:
     """Return the model inside a PeftModel. Raises ValueError as merged_weights does."""
-    layers = [module for module in model.modules() if _is_peft_mask(module)]
+    layers = [module for module in model.modules() if is_peft_mask(module)]
     if not layers:
         kinds = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}))
         raise ValueError(f"model must have masks to merge, got a {type(model).__name__} of {kinds}: use merge_adapter")
@@ -50,11 +55,6 @@ def _peft_base(model: Any) -> nn.Module:
         for parameter in layer.names:
             layer.merged_weight(parameter)  # raises here rather than halfway through
     return model.get_base_model()
-
-
-def _is_peft_mask(module: Any) -> bool:
-    """Return whether module is a PEFT mask layer, without importing PEFT, which may be absent."""
-    return getattr(type(module), "masks_weight", False) and hasattr(module, "mft_scores")
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -71,7 +71,7 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
         yield from _packed(module, prefix, seen)
     elif isinstance(module, MaskedExperts):
         yield from _tensors_of_experts(module, prefix, seen)
-    elif _is_peft_mask(module):
+    elif is_peft_mask(module):
         base = module.base_layer
         for name, tensor in (base._parameters | _saved_buffers(base)).items():
             if name in module.names:

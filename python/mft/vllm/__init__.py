@@ -12,14 +12,19 @@ from mft.vllm.client import add_tasks, load, request_of, use
 
 if TYPE_CHECKING:
     from mft.vllm.stream import MaskStream
+    from mft.vllm.trl_trainers import masks_in_trl
 
-__all__ = ["MaskStream", "add_tasks", "load", "request_of", "use"]
+__all__ = ["MaskStream", "add_tasks", "load", "masks_in_trl", "request_of", "use"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import MaskStream at its first use: only training needs it, and it loads transformers."""
-    if name != "MaskStream":
-        raise AttributeError(f"module 'mft.vllm' has no attribute {name!r}")
-    from mft.vllm.stream import MaskStream
+    """Import what training needs at its first use: it loads transformers."""
+    if name == "MaskStream":
+        from mft.vllm.stream import MaskStream
 
-    return MaskStream
+        return MaskStream
+    if name == "masks_in_trl":
+        from mft.vllm.trl_trainers import masks_in_trl
+
+        return masks_in_trl
+    raise AttributeError(f"module 'mft.vllm' has no attribute {name!r}")

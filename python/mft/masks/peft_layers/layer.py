@@ -154,6 +154,13 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         return self._as_stored(self.baked([name], safe_merge=False)[parameter][1])
 
     @torch.no_grad()
+    def active_masks(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield (parameter, packed mask, weight in the layout of the scores) of the active mask."""
+        name = self._active()
+        for part in () if name is None else self.scores_of(name):
+            yield part, self.packed_mask(str(name), part), self._weight(part).detach()
+
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the dropped weights back, bit for bit."""
         if not self.merged:
