@@ -48,7 +48,7 @@ def test_busy_cores_are_said_once_with_the_slowdown_and_the_remedy(monkeypatch):
     work.steps(started(), 20, wall=2.0, cpu=0.5)
     assert work.said == [
         "warning: a step takes about 4.0 times as long as on free cores: 2 threads get 0.9 cores, other processes use "
-        "the rest; end these, or stop this run and set OMP_NUM_THREADS=1 (see docs/how-to/checkpoints.md)"
+        "the rest; end these, or stop this run and set OMP_NUM_THREADS=1 (see docs/how-to/reporting.md)"
     ]
 
 

@@ -64,4 +64,4 @@ def said_of(what: str, slower: float, found: Contention) -> str:
     )
     if found.free_threads == found.threads:
         return line
-    return f"{line}, or stop this run and set OMP_NUM_THREADS={found.free_threads} (see docs/how-to/checkpoints.md)"
+    return f"{line}, or stop this run and set OMP_NUM_THREADS={found.free_threads} (see docs/how-to/reporting.md)"
