@@ -182,7 +182,7 @@ vllm-test: $(VLLM_VENV)/.installed $(if $(MFT_VLLM_BASE),,install)
 	  tests/masks_in_vllm/test_real_per_request.py tests/masks_in_vllm/test_real_server.py \
 	  tests/masks_in_vllm/test_real_trl.py
 
-$(VLLM_VENV)/.installed: pyproject.toml
+$(VLLM_VENV)/.installed: pyproject.toml Makefile
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --extra-index-url $(WHEELS_OF_TORCH) pytest \
 	  $$($(PYTHON) -m building.requirements vllm trl)
