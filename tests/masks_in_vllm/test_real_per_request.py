@@ -23,8 +23,8 @@ from mft.masks.export import save_masks
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 TASKS = ("code", "maths", "prose")
 NAMES = (*TASKS, "base")
-# Of a token's log-probability. A product by masks adds in another order than the merged model's: in bf16 that moved one by
-# up to 0.21 on a Xeon with AMX. So fp32 decides, and bf16 only looks for gross errors.
+# Of a token's log-probability. A product by masks adds in another order than the merged model's: in bf16 that moved one
+# by up to 0.21 on a Xeon with AMX. So fp32 decides, and bf16 only looks for gross errors.
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.5}
 
 
