@@ -40,7 +40,9 @@ KILLED, NO_COMPILER = 137, 3  # exit codes
 RUN = "run"
 CONFIG = "../config.yaml"
 _UNLIKE = ("seconds",)
-REMEDY = re.compile("go on with --resume run|start again|has its result|name another (output_dir|one)|check the disk")
+REMEDY = re.compile(
+    r"go on with (mft \w+ )?--resume run|start again|has its result|name another (output_dir|one)|check the disk"
+)
 
 
 @dataclasses.dataclass(frozen=True)

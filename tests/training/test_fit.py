@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_gguf import write_tiny_gguf
 
 import mft.training.plan
 import mft.training.run
@@ -199,6 +200,23 @@ def test_shapes_that_are_not_known_are_not_refused(with_free, tmp_path):
     assert plan_training(config_of(name=str(tmp_path), memory="layerwise")).way == "layerwise"
     assert plan_training(config_of(name=str(tmp_path), mask={"scores_dtype": "int16"})).way == "in_place"
     assert plan_training(config_of(name=str(tmp_path), quantization="nf4")).way == "quantized"
+
+
+def test_a_model_that_is_not_there_is_refused_in_the_words_of_its_loader(with_free, monkeypatch):
+    with_free(1)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"^model.name must be a model that exists, got 'runs/ful/model'"):
+        plan_training(config_of(name="runs/ful/model"))
+    with pytest.raises(ValueError, match=r"^model.name 'smollm2-135' is neither .*did you mean smollm2-135m\?"):
+        plan_training(config_of(name="smollm2-135"))
+
+
+def test_a_gguf_file_is_estimated(with_free, tmp_path, monkeypatch):
+    with_free(1)
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    plan = plan_training(config_of(name="tiny.gguf", mask={"layers_to_transform": "1"}))
+    assert plan.reason.startswith("memory: plain, an estimated ")
 
 
 def test_a_setting_is_what_the_configuration_says():

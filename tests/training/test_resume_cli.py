@@ -57,7 +57,7 @@ def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code, own):
     process.send_signal(number)
     output = finish(process, code)
     step = int(re.search(r"stopped by SIG\w+ after step (\d+) of 16; saved: ", output).group(1))
-    assert "go on with --resume run" in output
+    assert "go on with mft train --resume run" in output
     code, output = cli("train", "--resume", "run")
     assert code == 0, output
     assert f"goes on after step {step}" in output
@@ -96,6 +96,9 @@ def test_a_killed_fine_tune_goes_on(cli, tmp_path):
     wait_for_checkpoint(tmp_path / "run", process)
     process.send_signal(signal.SIGKILL)
     finish(process, -signal.SIGKILL)
+    code, output = cli("train", "--resume", "run")
+    assert code == 2
+    assert "got run, a run of mft finetune: mft finetune --resume run" in " ".join(output.split())
     code, output = cli("finetune", "--resume", "run")
     assert code == 0, output
     assert steps(tmp_path / "run", "full fine-tune") == steps(tmp_path / "straight", "full fine-tune")
@@ -120,6 +123,16 @@ def stopped(cli, tmp_path):
 
     assert in_a_fork(work) == 9
     return tmp_path / "run"
+
+
+def test_a_run_is_resumed_only_by_the_command_that_began_it(stopped, cli):
+    before = sorted(path.name for path in (stopped / "checkpoints").rglob("*.json"))
+    code, output = cli("finetune", "--resume", "run")
+    assert code == 2
+    words = "--resume must name a run of mft finetune, got run, a run of mft train: mft train --resume run"
+    assert words in " ".join(output.split())
+    assert "before, validation" not in output
+    assert sorted(path.name for path in (stopped / "checkpoints").rglob("*.json")) == before != []
 
 
 def test_what_has_changed_is_refused_unless_forced(stopped, cli, tmp_path):

@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from mft.memory.shapes import ModelShape, shape_from_config
 from mft.memory.ways import WAYS, ways_over
 from mft.memory.workload import Workload
 from mft.models.frozen_layers import PrefixMemory
+from mft.models.pretrained import load_outline
 from mft.number_formats import unless_auto
 
 _LOGS = 100_000_000  # bytes: metrics, tables, plot
@@ -65,14 +67,14 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
     A model whose shapes are unknown is not refused; the plan's reason says so.
 
     Args: processes: Number of processes that train together. Those on one machine share the host's memory equally.
-    Raises: ValueError if no setting fits, with the numbers and the nearest setting that does; or if the disk is too
-        small.
+    Raises: ValueError if there is no such model; if no setting fits, with the numbers and the nearest setting that
+        does; or if the disk is too small.
     """
     device = default_device()
     workload = workload_of(config, device, processes)
+    name, values = config.model.name, _model_config(config)
     try:
-        name = config.model.name
-        shape = shape_from_config(read_model_config(name), name, dtype=config.model.dtype)
+        shape = shape_from_config(values, name, dtype=config.model.dtype)
     except ValueError as error:
         way = config.memory
         if way == "auto":
@@ -101,6 +103,14 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
     remember = free - held >= PrefixMemory.max_bytes and _saves_a_tenth(shape, workload)
     reason = f"memory: {choice.way}, an estimated {needs}; {choice.reason}"
     return _plan(config, choice.chosen.memory, device, remember, reason, choice.chosen)
+
+
+def _model_config(config: RunConfig) -> dict[str, Any]:
+    """Return the config of the model. Raises: ValueError if there is no such model, as load_model does."""
+    try:
+        return read_model_config(config.model.name)
+    except ValueError:  # a GGUF file, or no model
+        return load_outline(config.model).config.to_dict()
 
 
 def replan(config: RunConfig, *, way: str, remember: bool) -> Plan:

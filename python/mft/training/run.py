@@ -295,13 +295,25 @@ def _begun(command: str, start: RunConfig | Start) -> Iterator["_Run"]:
         check_trackers(config.report_to)
         if config.data.streaming:
             config.train.steps_for(None)  # raises before anything is loaded if the number of steps is not set
-        yield _Run(copy.deepcopy(config), start, found, processes, CoreWatch.of(processes))  # a plan changes the config
+        _check_same_command(command, start.directory, found)
+        cores = CoreWatch.of(processes)
+        yield _Run(command, copy.deepcopy(config), start, found, processes, cores)  # a plan changes the config
+
+
+def _check_same_command(command: str, directory: Path, found: Checkpoint | None) -> None:
+    """Raise ValueError if a run is resumed by the command that did not begin it. Only mft train stores a plan."""
+    began = "mft train" if found is not None and "plan" in found.facts()["facts"] else "mft finetune"
+    if found is not None and began != command:
+        raise ValueError(
+            f"--resume must name a run of {command}, got {directory}, a run of {began}: {began} --resume {directory}"
+        )
 
 
 @dataclass(frozen=True)
 class _Run:
     """A run. found: the checkpoint from which it resumes. Of several processes only the first one writes files."""
 
+    command: str
     config: RunConfig
     start: Start
     found: Checkpoint | None
@@ -325,7 +337,7 @@ class _Run:
                 open_run(directory, self.config, overwrite=self.start.overwrite)
             else:  # a resumed run deletes nothing
                 save_config(self.config, directory / CONFIG)
-            again = f"go on with --resume {directory}"
+            again = f"go on with {self.command} --resume {directory}"
             events = found.run()["events"] if found is not None else []
             with self._trackers(events) as trackers:
                 more: dict[str, Any] = {"trackers": trackers, "plot": True, "objective": self.config.objective.name}
@@ -335,7 +347,7 @@ class _Run:
                 if (directory / name).exists():
                     remove(directory / name)
         except Stopped as stopped:
-            say(f"{stopped.message}; go on with --resume {directory}")
+            say(f"{stopped.message}; go on with {self.command} --resume {directory}")
             raise
         except (NotWritten, BadCheckpoint) as error:
             raise OSError(f"{error}; then {again}") from error
