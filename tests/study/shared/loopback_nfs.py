@@ -60,7 +60,7 @@ def missing():
         subprocess.run([shutil.which("modprobe", path=_PATH), "--quiet", module], check=False, capture_output=True)
     known = Path("/proc/filesystems").read_text().split()
     if lacking := [name for name in ("nfsd", "nfs4") if name not in known]:
-        return f"this kernel has no NFS ({', '.join(lacking)} is missing); `make nfs-test` boots one that has"
+        return f"this kernel has no NFS ({', '.join(lacking)} is missing): see nfs-test in the Makefile"
     return None
 
 
@@ -95,7 +95,7 @@ def served(folder, options):
                 said.append(line)
                 if line == "ready\n":
                     break
-            assert said and said[-1] == "ready\n", "".join(said)
+            assert said[-1:] == ["ready\n"], "".join(said)
             yield Shares(process, folder)
         finally:
             process.stdin.close()

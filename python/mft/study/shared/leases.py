@@ -95,7 +95,7 @@ class Leases:
             if not self._create(path):
                 return False  # another was faster
         for _ in os.walk(self.folder.parent):
-            pass  # NFS remembers for up to 60 s that a file was absent, until the folder is opened
+            pass  # NFS remembers for 30 to 60 s that a file was absent, unless its folder is opened
         if before is not None:
             self._say(f"{name}: taken over from {self._owner(before)}, which is gone")
         with self._lock:
@@ -140,6 +140,7 @@ class Leases:
     def wait(self) -> None:
         """Sleep for about pace.look seconds; at random, so that waiting processes do not all wake at once."""
         time.sleep(self.pace.look * random.uniform(0.5, 1.5))
+        os.listdir(self.folder.parent)  # as in take(): a look then finds new folders
 
     def enter(self, prefix: str, against: tuple[str, ...]) -> None:
         """Hold a lease of this process's own, whose name begins with prefix, while it works in the directory.
