@@ -143,6 +143,12 @@ faults: dev
 	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= \
 	  tests/training/test_checkpoint.py tests/files/test_strangers.py tests/files/test_gguf_file.py
 
+# mft compare --join through two clients of a loopback NFS server, as root, if this kernel has NFS. Under virtme-ng:
+# make nfs-test VNG="vng --run 6.12.118+deb13-amd64 --user root --memory 4G --"
+.PHONY: nfs-test
+nfs-test: dev
+	$(VNG) $(BIN)/python -m pytest -rs -o addopts= tests/study/shared/test_nfs.py
+
 # The same readers under a coverage-guided fuzzer, each for so many seconds; fetches atheris.
 FUZZ_SECONDS ?= 60
 FUZZED := export-config export-masks coded-masks masks-by-weight checkpoint checkpoint-facts checkpoint-tensors config paper-masks gguf undo model-config

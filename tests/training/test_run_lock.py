@@ -1,5 +1,6 @@
 """One process at a time in a run directory."""
 
+import fcntl
 import json
 import os
 import threading
@@ -63,3 +64,15 @@ def test_never_two_at_once(tmp_path):
         thread.join()
     assert max(most) == 1
     assert len(turns) >= 200
+
+
+def test_one_that_shares_waits_for_another_that_leaves(tmp_path):
+    """To remove the file, the one that leaves holds the lock alone for a moment."""
+    (tmp_path / LOCK).touch()
+    with (tmp_path / LOCK).open() as leaving:
+        fcntl.flock(leaving, fcntl.LOCK_EX)
+        timer = threading.Timer(0.2, fcntl.flock, (leaving, fcntl.LOCK_UN))
+        timer.start()
+        with hold(tmp_path, shared=True):
+            pass
+        timer.join()

@@ -65,6 +65,7 @@ _OURS = {
     ALIKE,
 }
 BYTES = "bytes.png"
+_NFS = ".nfs"  # begins the name of a file that was deleted on NFS while a process had it open
 _OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # written by mft plot
 _OPENINGS, _REPORTED = "openings.json", "reported.json"
 _FREE = ("output_dir", "workers")  # keys that do not change any result
@@ -102,7 +103,7 @@ def open_store(
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {path}")
     names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    if foreign := [name for name in names if (target_of(name) or name) not in _OURS]:
+    if foreign := [name for name in names if not name.startswith(_NFS) and (target_of(name) or name) not in _OURS]:
         raise ValueError(
             f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
         )

@@ -6,12 +6,14 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of a disk that cannot lock, such as some NFS
+_MOMENT = 1.0  # seconds; one that shares the lock holds it alone while it removes the file
 _MOST = 1000  # bytes of the lock file that a message shows
 
 
@@ -53,11 +55,20 @@ def hold(directory: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def _lock(descriptor: int, shared: bool) -> None:
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        if not shared or error.errno not in _NO_LOCKS:
-            raise
+    end = time.monotonic() + (_MOMENT if shared else 0.0)
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
+        except OSError as error:
+            if not shared or error.errno not in _NO_LOCKS:
+                raise
+            return
+        else:
+            return
 
 
 def _open(path: Path) -> int:

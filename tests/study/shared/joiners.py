@@ -85,8 +85,7 @@ def facts(ground, directory, **options):
 
 def told(directory):
     """Return the names of the results that were written, once for each time."""
-    path = directory.parent / f"{directory.name}-{_TOLD}"
-    return path.read_text().split() if path.exists() else []
+    return [line for path in directory.parent.glob(f"{directory.name}-*-{_TOLD}") for line in path.read_text().split()]
 
 
 def start(ground, directory, **options):
@@ -173,7 +172,7 @@ def _note_what_is_told(directory):
     def publish(path, content):
         first = real(path, content)
         if first:
-            with (directory.parent / f"{directory.name}-{_TOLD}").open("a") as file:
+            with (directory.parent / f"{directory.name}-{os.getpid()}-{_TOLD}").open("a") as file:
                 file.write(f"{Path(path).relative_to(directory)}\n")
         return first
 

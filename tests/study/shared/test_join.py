@@ -69,6 +69,12 @@ def test_one_that_joins_a_study_that_is_done_runs_nothing(ground, alone):
     assert before == {path: path.stat().st_mtime_ns for path in directory.glob("units/*/*/*")}
 
 
+def test_what_nfs_keeps_of_a_deleted_file_hinders_nobody(ground, alone, tmp_path):
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    (directory / ".nfs000000000000002a00000001").touch()  # of a lock that a process still has open
+    joined(ground, directory)
+
+
 def test_another_declaration_is_refused_while_others_work(ground, alone, tmp_path):
     directory = shutil.copytree(alone[1], tmp_path / "run")
     with open_store(make_study(ground), directory, joins=True, pace=PACE):

@@ -1,5 +1,6 @@
 """Leases on one directory: who holds which, when a holder counts as dead, and what is refused."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -130,6 +131,35 @@ def test_a_lease_of_rubbish_is_told_and_expires(tmp_path, content):
         until_taken(leases, "unit")
     assert "leases/unit.1 must say who holds it, got b'" in said[0]
     assert "taken over from a process that the file does not name" in said[1]
+
+
+def test_a_lease_that_another_machine_deletes_while_it_is_read_is_gone(tmp_path, monkeypatch):
+    """NFS says so with ESTALE."""
+
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "unit.1").touch()
+    with Leases(tmp_path, pace=PACE) as leases, monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "open", stale)
+        assert not leases.take("unit")
+
+
+def test_the_folder_may_vanish_while_a_lease_is_created(tmp_path, monkeypatch):
+    (tmp_path / FOLDER).mkdir()
+    with Leases(tmp_path, pace=PACE) as leases, monkeypatch.context() as patch:
+        real = os.mkdir
+
+        def mkdir(path, *mode):
+            try:
+                real(path, *mode)
+            finally:
+                (tmp_path / FOLDER).rmdir()
+                patch.undo()
+
+        patch.setattr(os, "mkdir", mkdir)
+        assert leases.take("unit")
 
 
 def test_a_directory_in_place_of_a_lease_is_named(tmp_path):

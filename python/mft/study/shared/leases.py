@@ -9,6 +9,7 @@ may write at once must therefore be written by atomic.publish(), which lets one 
 """
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -81,7 +82,10 @@ class Leases:
             self.folder.rmdir()
 
     def take(self, name: str) -> bool:
-        """Take the lease on name, unless a live process holds it. Returns: whether it was taken. Raises: NotWritten."""
+        """Take the lease on name, unless a live process holds it; then see all that earlier holders wrote.
+
+        Returns: whether it was taken. Raises: NotWritten.
+        """
         before = self._latest(name)
         if before is not None and not self._is_dead(before):
             return False
@@ -90,6 +94,8 @@ class Leases:
         with naming(path):
             if not self._create(path):
                 return False  # another was faster
+        for _ in os.walk(self.folder.parent):
+            pass  # NFS remembers for 30 to 60 s that a file was absent, unless its folder is opened
         if before is not None:
             self._say(f"{name}: taken over from {self._owner(before)}, which is gone")
         with self._lock:
@@ -134,6 +140,7 @@ class Leases:
     def wait(self) -> None:
         """Sleep for about pace.look seconds; at random, so that waiting processes do not all wake at once."""
         time.sleep(self.pace.look * random.uniform(0.5, 1.5))
+        os.listdir(self.folder.parent)  # as in take(): a look then finds new folders
 
     def enter(self, prefix: str, against: tuple[str, ...]) -> None:
         """Hold a lease of this process's own, whose name begins with prefix, while it works in the directory.
@@ -209,7 +216,8 @@ class Leases:
 
     def _create(self, path: Path) -> bool:
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # exist_ok fails if it vanishes meanwhile
+                self.folder.mkdir(parents=True)
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             except FileExistsError:
@@ -327,6 +335,8 @@ def _read(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno == errno.ESTALE:  # deleted on NFS
+            return None
         raise NotWritten(
             f"{path} must be a lease that can be read ({error.strerror}): remove it if no process of this study runs"
         ) from error
