@@ -169,6 +169,7 @@ def test_manifest_is_played(site, name):
         until(lambda: '"reloaded"' in podman("logs", container).stdout, container)
     finally:
         podman("kube", "down", "--force", site / "manifest.yaml", check=False)
+        podman("volume", "rm", "--force", f"{name}-keys", check=False)  # which podman leaves
 
 
 def test_systemd_starts_reloads_and_stops_the_unit(site, name):
