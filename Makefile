@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz llama-test vllm-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz llama-test vllm-test container-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -195,6 +195,12 @@ $(VLLM_VENV)/.installed: pyproject.toml Makefile
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	MFT_BUILD=0 $(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 	@touch $@
+
+# examples/serving under podman: the image of the wheel, its manifest, and the unit under a systemd in it (from apt). MFT_PODMAN:
+# more options of the image's build, such as --build-arg TORCH_INDEX=...; SLIM=1 is the wheel's. Minutes after the wheel.
+container-test: dev wheel
+	podman build --format docker $(MFT_PODMAN) -f examples/serving/Containerfile -t mft-serve .
+	$(BIN)/python -m pytest tests/serving/test_podman.py
 
 cuda-tools: install
 	packages="$$($(BIN)/python -m building.missing)" && test -z "$$packages" || \

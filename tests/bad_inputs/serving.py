@@ -62,6 +62,9 @@ serving without its packages
 a task with a space in its name
     parse_masks([f"my task={tmp}"])
     -> ValueError: --masks | must name a task by 1 to 128 letters, digits and . _ : / - | got 'my task'
+a list of masks that is not there
+    read_masks_file(tmp / "masks")
+    -> FileNotFoundError: --masks-file | must name a file that can be read | got | masks: No such file or directory
 a list of masks that is empty
     (tmp / "masks").write_text("# code=runs/code")
     read_masks_file(tmp / "masks")
@@ -82,6 +85,9 @@ a server without masks and without a base
 masks to load from a directory that is not there
     run.serve({}, options=Options(load_from=tmp / "masks"))
     -> ValueError: --load-from | must name a directory | got .../masks
+a file of keys that is a directory
+    ApiKeys(tmp, warn=print)
+    -> IsADirectoryError: --api-keys-file | must name a file that can be read | got | Is a directory
 a file of keys that is empty
     (tmp / "keys").write_text("# sk-123")
     ApiKeys(tmp / "keys", warn=print)

@@ -357,7 +357,7 @@ def serve(
         typer.Option(help="name=DIR, an output_dir of mft train, its masks/, or user/repo[@revision]; repeatable."),
     ] = None,
     masks_file: Annotated[
-        Path | None, typer.Option(help="A file with one name=DIR per line; SIGHUP reads it again.")
+        Path | None, typer.Option(readable=False, help="A file with one name=DIR per line; SIGHUP reads it again.")
     ] = None,
     load_from: Annotated[
         Path | None, typer.Option(help="Allow clients to load masks below this directory, and to unload masks.")
@@ -368,7 +368,10 @@ def serve(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
     api_keys_file: Annotated[
-        Path | None, typer.Option(help="A file of keys, one per line: clients must send one. SIGHUP reads it again.")
+        Path | None,
+        typer.Option(
+            readable=False, help="A file of keys, one per line: clients must send one. SIGHUP reads it again."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,

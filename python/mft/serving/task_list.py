@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mft.checks import check_rule, nearest_path
+from mft.serving.option_file import read_option_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")  # names are used in logs, in metrics and in paths of URLs
-_MOST_BYTES = 1 << 20  # most bytes of a file
 
 
 def check_name(option: str, name: str) -> None:
@@ -33,8 +33,7 @@ def read_masks_file(path: Path) -> dict[str, str]:
     Raises: ValueError that names the line; OSError if the file cannot be read.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            lines = file.read(_MOST_BYTES).splitlines()
+        lines = read_option_file("--masks-file", path).decode().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--masks-file must be UTF-8 text, got byte {error.start} of {path}") from None
     numbered = ((line.strip(), f" in line {number} of {path}") for number, line in enumerate(lines, 1))
