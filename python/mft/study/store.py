@@ -25,7 +25,7 @@ from typing import Any
 
 from mft.checks import check_rule
 from mft.data.reserve import RESERVE
-from mft.files.atomic import sweep, target_of, write_whole
+from mft.files.atomic import remove, sweep, target_of, write_whole
 from mft.files.json_file import parse_value
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.study.arms.full import Full
@@ -112,13 +112,17 @@ def open_store(
             if joins:
                 with leases.holding("study"):
                     _declare_beside(path, study, leases)
-                yield Store(study, path, Joined(leases))
+                store = Store(study, path, Joined(leases))
+                store.clear_scratch()
+                yield store
                 return
             sweep(path, _OURS.__contains__)
             if overwrite:
                 _empty(path)
             write_whole(path / STUDY, dump_yaml(study_values(study)))
-            yield Store(study, path)
+            store = Store(study, path)
+            store.clear_scratch()
+            yield store
 
 
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
@@ -245,6 +249,25 @@ class Store:
             if unit.setting != best.get((unit.domain, unit.arm)):
                 self.trained(unit, chosen).unlink(missing_ok=True)
 
+    def clear_scratch(self) -> None:
+        """Delete weights and base models, and if alone also results, that killed processes left half-written.
+
+        A live process holds the claim on what it writes. Raises: NotWritten.
+        """
+        bases = [*self.directory.glob(f".{BASE_MODEL}.*"), *self.directory.glob(f"{BASES}/.*")]
+        folders = (TRAINED,) if self.claims.shares else (UNITS, TRAINED, TEST)
+        for path in [*bases, *(path for folder in folders for path in self.directory.glob(f"{folder}/*/*/.*"))]:
+            target, inner = path.name, target_of(path.name)
+            while inner is not None:  # a file that becomes a scratch file has a scratch name inside its own
+                target, inner = inner, target_of(inner)
+            claim = claim_of_base(Path(target)) if path in bases else Path(target).stem
+            if target != path.name and self.claims.take(claim, lambda: False):
+                try:
+                    if path.exists():
+                        remove(path)
+                finally:
+                    self.claims.release(claim)
+
     def tested(self, unit: Unit, chosen: Chosen) -> Tested | None:
         path = self.test_path(unit, chosen)
         return tested_from(_read(path)) if path.is_file() else None
@@ -318,6 +341,11 @@ class Store:
         parts: list[Any] = [self.key(unit, chosen), unit.domain in self.study.answers]
         parts += [opened] if (opened := opened_by(self.study)) else []
         return self._path(TEST, unit, _digest(parts), "json")
+
+
+def claim_of_base(path: Path) -> str:
+    """Return the name of the claim on training the base model at path."""
+    return f"base-{path.name}"
 
 
 # ---------------------------------------------------------------------------------------------- private

@@ -2,20 +2,27 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
-from joiners import facts, finish, start, told
+from joiners import facts, finish, results_in, start, told
 from rich.console import Console
 from tiny_study import FEW, equal, make_study, new_ground
 
+from mft.files.atomic import NotWritten
 from mft.study import workers
 from mft.study.arms.setting import Setting
 from mft.study.evidence.host import this_host
 from mft.study.outcome import Outcome, Unit, outcome_from, outcome_values
 from mft.study.report.remarks import _places
 from mft.study.run import run_study
-from mft.study.shared.leases import FOLDER, Pace
+from mft.study.shared import claims
+from mft.study.shared.claims import Joined
+from mft.study.shared.leases import FOLDER, Leases, Pace, _process
 from mft.study.store import ALIKE, open_store
 
 PACE = Pace(beat=0.1, expiry=1.0, look=0.1)
@@ -32,6 +39,17 @@ def alone(ground, tmp_path_factory):
     """Return what one process finds, and its directory; tests that write there take a copy."""
     directory = tmp_path_factory.mktemp("alone") / "run"
     return facts(ground, directory), directory
+
+
+def until(is_true, what, seconds=300):
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, f"within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def children_of(process):
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def joined(ground, directory, *overrides, **options):
@@ -60,6 +78,74 @@ def test_one_killed_before_its_weights_are_in_place_is_replaced_to_the_same_bits
     finish(ground, directory, [start(ground, directory)])
     assert equal(facts(ground, directory), alone[0])
     assert len(told(directory)) == len(set(told(directory)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["after a claim", "before a result", "after a result", "while it is reported"])
+def test_one_that_hung_while_others_went_on_wakes_up_and_adds_nothing(ground, alone, tmp_path, stage):
+    directory = tmp_path / "run"
+    hung = start(ground, directory, stage=stage, number=signal.SIGSTOP)
+    until(lambda: _process(hung.pid)[1] == "T", "it stopped")
+    finish(ground, directory, [start(ground, directory)])
+    before = told(directory)
+    os.kill(hung.pid, signal.SIGCONT)
+    finish(ground, directory, [hung])
+    assert told(directory) == before
+    assert len(before) == len(set(before)) == len(results_in(directory)) == 14
+    assert not list(directory.rglob(".*"))
+    assert equal(facts(ground, directory), alone[0])
+
+
+@pytest.mark.slow
+def test_a_killed_pool_leaves_no_process_and_another_pool_finds_the_same_bits(ground, alone, tmp_path):
+    directory = tmp_path / "run"
+    one, other = (start(ground, directory, workers=2) for _ in range(2))
+    until(lambda: len(children_of(one.pid)) == 3 and told(directory), "two workers and a tracker of resources work")
+    children = children_of(one.pid)
+    os.kill(one.pid, signal.SIGKILL)
+    until(lambda: not any(_process(child)[1] for child in children), "its workers ended")
+    finish(ground, directory, [other])
+    assert equal(facts(ground, directory), alone[0])
+    assert len(told(directory)) == len(set(told(directory)))
+
+
+def test_scratch_files_of_the_dead_are_deleted_and_those_of_the_living_are_not(ground, alone, tmp_path):
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    kept, *gone = [
+        directory / "trained" / "count" / "MFT" / name
+        for name in (
+            ".aaaa.safetensors.01234567.tmp",
+            ".bbbb.safetensors.01234567.tmp",
+            "..cccc.safetensors.01234567.tmp.abcdefgh.tmp",
+            ".aaa.safetensors.01234567.tmp",
+        )
+    ]
+    for path in (kept, *gone):
+        path.write_bytes(b"half")
+    base = directory / ".base.01234567.tmp"
+    base.mkdir()
+    weights = set(directory.glob("trained/*/*/[!.]*"))
+    with Leases(directory, pace=PACE) as living:
+        assert living.take("aaaa")
+        joined(ground, directory)
+        assert kept.exists()
+        assert not any(path.exists() for path in (*gone, base))
+    joined(ground, directory)
+    assert not kept.exists()
+    assert set(directory.glob("trained/*/*/[!.]*")) == weights
+
+
+def test_weights_that_were_deleted_as_scratch_meanwhile_do_not_stop_their_process(tmp_path, monkeypatch):
+    def place(source, target):
+        source.unlink()
+        raise NotWritten("gone")
+
+    monkeypatch.setattr(claims, "place", place)
+    own = tmp_path / "own"
+    own.write_bytes(b"weights")
+    with Leases(tmp_path, pace=PACE) as leases:
+        Joined(leases).tell(tmp_path / "result.json", "{}", own, tmp_path / "trained")
+    assert not (tmp_path / "trained").exists()
 
 
 def test_one_that_joins_a_study_that_is_done_runs_nothing(ground, alone):

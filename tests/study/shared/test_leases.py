@@ -75,7 +75,9 @@ def test_a_holder_that_beats_is_never_taken_over(entered, foreign):
 def test_a_holder_that_stopped_is_taken_over_and_learns_it(entered, foreign, tmp_path):
     one, other = entered(KEPT), entered()
     assert one.take("unit")
+    assert one.holds("unit")
     assert until_taken(other, "unit") >= KEPT.expiry
+    assert (one.holds("unit"), other.holds("unit"), other.holds("another")) == (False, True, False)
     assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"unit.1", "unit.2"}
     assert not one._beat(tmp_path / FOLDER / "unit.1")
     one.release("unit")  # it no longer holds the lease

@@ -107,6 +107,15 @@ class Leases:
                 (self.folder / f"{name}.{older}").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
+    def holds(self, name: str) -> bool:
+        """Return whether this process took name and no other one has taken over, as far as the disk can say."""
+        with self._lock:
+            path = self._held.get(name)
+        try:
+            return path is not None and self._beat(path)
+        except OSError:
+            return True
+
     @contextlib.contextmanager
     def holding(self, name: str) -> Iterator[None]:
         """Wait until nobody else holds name, then hold it while the block runs."""
