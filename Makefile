@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz llama-test vllm-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults join-kills fuzz llama-test vllm-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -142,6 +142,11 @@ faults: dev
 	$(BIN)/python tests/engines/lost_ranks.py
 	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= \
 	  tests/training/test_checkpoint.py tests/files/test_strangers.py tests/files/test_gguf_file.py
+
+# Kills 200 processes of mft compare --join, as often at each stage, and compares each study with one process alone.
+JOIN_KILLS ?= 200
+join-kills: dev
+	PYTHONPATH=.:python:tests $(BIN)/python tests/study/shared/joiners.py --kills $(JOIN_KILLS)
 
 # The same readers under a coverage-guided fuzzer, each for so many seconds; fetches atheris.
 FUZZ_SECONDS ?= 60
