@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mft.checks import check_rule
 from mft.data.reserve import RESERVE
@@ -74,6 +74,7 @@ _OPTIONS = ("config", "formats")  # an arm's keys with options: a setting holds 
 _CHOOSES = ("max_bytes",)  # decides which setting is chosen, but not the result of a setting
 
 Chosen = dict[str, dict[str, Setting]]
+Result = TypeVar("Result", Outcome, Tested)
 
 
 @contextlib.contextmanager
@@ -136,7 +137,7 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
     new = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not new or not (source / STUDY).is_file():
         return 0
-    values, now = parse_yaml((source / STUDY).read_text(encoding="utf-8"), str(source / STUDY)), study_values(study)
+    values, now = _declared(source / STUDY), study_values(study)
     if any(values.get(name) != now[name] for name in ("model", "scratch")):
         return 0
     shared = [path for folder in (BASE_MODEL, BASES) for path in source.glob(f"{folder}/**/*") if path.is_file()]
@@ -205,7 +206,7 @@ class Store:
     def outcomes(self) -> list[Outcome]:
         """Return the stored outcomes whose keys still match the study."""
         paths = sorted(self.directory.glob(f"{UNITS}/*/*/*.json"))
-        self._outcomes = {path: self._outcomes.get(path) or outcome_from(_read(path)) for path in paths}
+        self._outcomes = {path: self._outcomes.get(path) or _read_as(outcome_from, path) for path in paths}
         found = [(path.stem, outcome) for path, outcome in self._outcomes.items()]
         known = [(key, outcome) for key, outcome in found if self._is_declared(outcome.unit)]
         valid: list[Outcome] = []
@@ -270,7 +271,7 @@ class Store:
 
     def tested(self, unit: Unit, chosen: Chosen) -> Tested | None:
         path = self.test_path(unit, chosen)
-        return tested_from(_read(path)) if path.is_file() else None
+        return _read_as(tested_from, path) if path.is_file() else None
 
     def save_tested(self, tested: Tested, chosen: Chosen) -> None:
         self.tell_tested(tested, self.test_path(tested.unit, chosen))
@@ -377,14 +378,32 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} must be the JSON that was written, got {error}: delete it to run it again") from None
 
 
+def _read_as(kind: Callable[[Any], Result], path: Path) -> Result:
+    values = _read(path)
+    try:
+        return kind(values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must be the JSON that was written, got {error!r} from its values: delete it to run it again"
+        ) from None
+
+
+def _declared(path: Path) -> dict[str, Any]:
+    """Return what a study.yaml declares. Raises: ValueError that names it."""
+    values = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    keys = set(values) if isinstance(values, dict) else set()
+    if not {"domains", "arms"} <= keys or not all(isinstance(values[key], dict) for key in ("domains", "arms")):
+        raise ValueError(f"{path} must declare a study, got other YAML: name another output_dir, or pass --overwrite")
+    return values
+
+
 def _declare_beside(path: Path, study: StudyConfig, leases: Leases) -> None:
     """Write what was declared. It must not change while other processes work on the study."""
     _check_unchanged(path, study, False)
     if not (path / STUDY).is_file():
         write_whole(path / STUDY, dump_yaml(study_values(study)))
         return
-    before = parse_yaml((path / STUDY).read_text(encoding="utf-8"), str(path / STUDY))
-    now = study_values(study)
+    before, now = _declared(path / STUDY), study_values(study)
     differs = changed(before, now, additions=False)
     if differs and leases.has_others(JOINED):
         raise ValueError(
@@ -414,7 +433,7 @@ def _check_unchanged(directory: Path, study: StudyConfig, overwrite: bool) -> No
         if (directory / UNITS).exists():
             raise ValueError(f"output_dir must hold {STUDY} next to {UNITS}/, {directory} lacks it: pass --overwrite")
         return
-    changes = changed(parse_yaml(path.read_text(encoding="utf-8"), str(path)), study_values(study))
+    changes = changed(_declared(path), study_values(study))
     if changes:
         raise ValueError(
             f"{path} must match the given configuration: only arms, domains, seeds after the first and grid values "

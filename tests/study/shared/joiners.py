@@ -87,7 +87,7 @@ def join(
 def facts(ground, directory, **options):
     """Return what a study found, without times; a finished study is only read."""
     console = Console(file=io.StringIO(), width=200)
-    findings = run_study(make_study(ground, ARMS), directory, console=console, **options)
+    findings = run_study(make_study(ground, ARMS), directory, console=console, pace=PACE, **options)
     for outcome in findings.outcomes:
         outcome.seconds = 0.0
     names = ("outcomes", "chosen", "validation", "test", "notes", "test_openings")
