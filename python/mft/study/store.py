@@ -173,22 +173,33 @@ class Store:
     def __init__(self, study: StudyConfig, directory: Path, claims: Claims | None = None) -> None:
         self.study, self.directory, self.claims = study, directory, claims or Alone()
         self._outcomes: dict[Path, Outcome] = {}
+        self._hashes: dict[Any, str] = {}  # by a unit and the keys of what it needs: each look asks for all of them
         self._values = study_values(study)
 
     def key(self, unit: Unit, chosen: Chosen) -> str:
         """Return a hash of all that determines the unit's result. chosen: the settings of the arms that it needs."""
-        values, arm, config = self._values, self._values["arms"][unit.arm], self.study.arms[unit.arm]
         start, source = start_of(self.study, chosen, unit), source_of(self.study, chosen, unit)
         teachers = teachers_of(self.study, chosen, unit)
+        needs = (
+            None if start is None else self.key(start, chosen),
+            None if source is None else self.key(source, chosen),
+            None if teachers is None else tuple(self.key(teacher, chosen) for teacher in teachers[-1:]),
+        )
+        if (unit, needs) not in self._hashes:
+            self._hashes[unit, needs] = self._hashed(unit, *needs)
+        return self._hashes[unit, needs]
+
+    def _hashed(self, unit: Unit, start: str | None, source: str | None, teacher: tuple[str, ...] | None) -> str:
+        values, arm, config = self._values, self._values["arms"][unit.arm], self.study.arms[unit.arm]
         parts: dict[str, Any] = {
             "format": FORMAT,
             "domain": _as_trained(values["domains"][unit.domain]),
             "arm": {key: value for key, value in _without_grid(arm).items() if key not in _OF_OTHERS},
             "unit": {"seed": unit.seed, "setting": _setting_values(unit.setting), "part": unit.part},
             "of": _without_grid(values["arms"][arm["of"]]) if isinstance(config, Average) else None,
-            "start": None if start is None else self.key(start, chosen),
-            "source": None if source is None else self.key(source, chosen),
-            "teacher": None if teachers is None else [self.key(teacher, chosen) for teacher in teachers[-1:]],
+            "start": start,
+            "source": source,
+            "teacher": teacher,
             "stage": values["stage"] if config.follows else None,
         }
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}

@@ -105,7 +105,7 @@ def test_one_that_hung_while_others_went_on_wakes_up_and_adds_nothing(ground, al
 def test_a_killed_pool_leaves_no_process_and_another_pool_finds_the_same_bits(ground, alone, tmp_path):
     directory = tmp_path / "run"
     one, other = (start(ground, directory, workers=2) for _ in range(2))
-    until(lambda: len(children_of(one.pid)) == 3 and told(directory), "two workers and a tracker of resources work")
+    until(lambda: len(children_of(one.pid)) >= 2 and told(directory), "two workers work")
     children = children_of(one.pid)
     os.kill(one.pid, signal.SIGKILL)
     until(lambda: not any(_process(child)[1] for child in children), "its workers ended")
