@@ -4,17 +4,20 @@ The study has 24 runs and 12 tests of a small Llama, and is made below DIRECTORY
 On a busy machine, only the processor times can be compared.
 """
 
+import argparse
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mft.config import TrainConfig
+from mft.config import DataConfig, TrainConfig
 from mft.study.config import ScratchConfig
 from mft.study.evidence.host import this_host
 from mft.study.from_scratch import train_from_scratch
@@ -22,7 +25,7 @@ from mft.study.from_scratch import train_from_scratch
 STUDY = """
 model: {{name: {model}, dtype: float32}}
 mask: {{layers_to_transform: 2-3, init: magnitude, keep_ratio: 0.98}}
-domains: {{problems: {{source: problems, sequence_length: 96, max_train_tokens: 49152, max_eval_tokens: 24000}}}}
+domains: {{code: {{source: {data}, sequence_length: 128, max_train_tokens: 24576, max_eval_tokens: 8192}}}}
 full: {{batch_size: 8}}
 stage: {{batch_size: 8}}
 arms:
@@ -47,9 +50,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         place = Path(name)
         os.environ["MFT_CACHE"] = str(place / "cache")
-        train_from_scratch(ScratchConfig(train=TrainConfig(lr=5e-3, steps=60, batch_size=4)), place / "model")
-        config = place / "study.yaml"
-        config.write_text(STUDY.format(model=place / "model"))
+        data, config = place / "data.jsonl", place / "study.yaml"
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in _texts()))
+        source, train = DataConfig(str(data), sequence_length=128), TrainConfig(lr=5e-3, steps=40, batch_size=4)
+        train_from_scratch(ScratchConfig(vocab_size=512, data=source, train=train), place / "model")
+        config.write_text(STUDY.format(model=place / "model", data=data))
         _measure(config, place / "warm-up", [["workers=1", "seeds=[0]", "arms.MFT.lrs=[4e-3]"]])  # fills the cache
         print(f"{this_host().kind}; load before: {os.getloadavg()[0]:.1f}\n")
         print("| way | seconds | seconds of processors | of those, beyond 1 process |\n|---|---:|---:|---:|")
@@ -61,6 +66,12 @@ def main() -> None:
             print(f"| {way} | {wall:.1f} | {busy:.1f} | {100 * (busy / first - 1):+.1f} % |", flush=True)
         assert all(table == tables[0] for table in tables), "two ways found different numbers"
         print("\nall ways gave the same table")
+
+
+def _texts() -> list[str]:
+    """Return code of the standard library in pieces of 30 lines."""
+    lines = [line for module in (argparse, inspect, typing) for line in inspect.getsource(module).splitlines(True)]
+    return ["".join(lines[first : first + 30]) for first in range(0, len(lines), 30)]
 
 
 def _measure(config: Path, directory: Path, processes: Sequence[Sequence[str]]) -> tuple[float, float, Any]:

@@ -63,7 +63,7 @@ def join(
     time. skew: seconds that its clock is ahead. foreign: as on another machine, its process id tells nobody whether it
     is alive.
     """
-    faulthandler.dump_traceback_later(300, exit=True)  # a joiner that hangs prints where
+    faulthandler.dump_traceback_later(900, exit=True)  # a joiner that hangs prints where
     if skew:
         real = time.time
         time.time = lambda: real() + skew
@@ -115,7 +115,7 @@ def start(ground, directory, **options):
     return process
 
 
-def finish(ground, directory, processes, seconds=180):
+def finish(ground, directory, processes, seconds=600):
     """Wait for joiners, and assert that each ends with exit code 0."""
     for process in processes:
         process.join(seconds)
@@ -139,16 +139,16 @@ def round_of_kills(ground, directory, wanted, at_once, results, rng, seconds):
             if max(left.values()) <= 0:
                 break
             stage = rng.choice([stage for stage in left if left[stage] == max(left.values())])
-            options = {"seconds": rng.uniform(0, seconds)} if stage == RANDOM else {"stage": stage}
+            options = {"seconds": rng.uniform(0, seconds / at_once)} if stage == RANDOM else {"stage": stage}
             if stage not in (RANDOM, *LAST):
                 options["call"] = rng.randint(1, 2)
             process = start(ground, directory, foreign=rng.random() < 0.2, workers=1 + (begun % 20 == 7), **options)
             running[process], begun = stage, begun + 1
         if not running:
             break
-        wait([process.sentinel for process in running], 300)
+        wait([process.sentinel for process in running], 900)
         ended = [process for process in running if not process.is_alive()]
-        assert ended, "no joiner ended for 300 s"
+        assert ended, "no joiner ended for 900 s"
         for process in ended:
             assert process.exitcode in (0, -9), process.exitcode
             made[running.pop(process)] += process.exitcode == -9

@@ -42,7 +42,7 @@ def alone(ground, tmp_path_factory):
     return facts(ground, directory), directory
 
 
-def until(is_true, what, seconds=300):
+def until(is_true, what, seconds=600):
     end = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < end, f"within {seconds} s: {what}"
