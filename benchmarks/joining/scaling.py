@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mft.config import DataConfig, TrainConfig
 from mft.study.config import ScratchConfig
 from mft.study.evidence.host import this_host
@@ -50,6 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         place = Path(name)
         os.environ["MFT_CACHE"] = str(place / "cache")
+        torch.set_num_threads(1)  # as a study does: several wait for each other on a busy machine
         data, config = place / "data.jsonl", place / "study.yaml"
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in _texts()))
         source, train = DataConfig(str(data), sequence_length=128), TrainConfig(lr=5e-3, steps=40, batch_size=4)

@@ -230,3 +230,23 @@ def test_weights_that_another_has_deleted_are_planned_again(ground, alone, tmp_p
     findings = joined(ground, directory)
     assert deleted[0].is_file()
     assert len(findings.outcomes) == len(alone[0]["outcomes"])
+
+
+def test_a_job_that_fails_after_another_process_took_over_its_claim_stops_nobody(ground, alone, tmp_path, monkeypatch):
+    """The process had stopped for long, and the other one has deleted the file that it was writing."""
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    for path in directory.glob("units/*/MFT/*.json"):
+        path.unlink()
+    real, lost = workers.run_job, []
+
+    def run(workspace, job):
+        if not lost:
+            lost.append(job.trained.name.split(".")[1])
+            (directory / FOLDER / f"{lost[0]}.2").write_text('{"host": "far", "process": 7}\n1\n')
+            raise NotWritten("gone")
+        return real(workspace, job)
+
+    monkeypatch.setattr(workers, "run_job", run)
+    findings = joined(ground, directory)
+    assert len(findings.outcomes) == len(alone[0]["outcomes"])
+    assert (directory / "units" / "count" / "MFT" / f"{lost[0]}.json").is_file()
