@@ -133,6 +133,12 @@ SLIM_SANITIZED := tests/ops tests/cpu_kernels/test_cpu.py tests/cpu_kernels/test
 ports: dev
 	$(BIN)/python -m building.ports $(ONLY)
 
+# Kills 200 processes of mft compare --join, as often at each stage, and compares each study with one process alone: half an
+# hour on 2 busy cores.
+JOIN_KILLS ?= 200
+join-kills: dev
+	PYTHONPATH=.:python:tests $(BIN)/python tests/study/shared/joiners.py --kills $(JOIN_KILLS)
+
 # What the tests do in small, for long: runs that die or whose disk fails at every call that touches a file, writers of
 # checkpoints killed, files edited. make faults KILLS=1000 EDITS=20000
 KILLS ?= 1000
@@ -142,11 +148,6 @@ faults: dev
 	$(BIN)/python tests/engines/lost_ranks.py
 	MFT_KILLS=$(KILLS) MFT_FUZZ=$(EDITS) $(BIN)/python -m pytest -s -o addopts= \
 	  tests/training/test_checkpoint.py tests/files/test_strangers.py tests/files/test_gguf_file.py
-
-# Kills 200 processes of mft compare --join, as often at each stage, and compares each study with one process alone.
-JOIN_KILLS ?= 200
-join-kills: dev
-	PYTHONPATH=.:python:tests $(BIN)/python tests/study/shared/joiners.py --kills $(JOIN_KILLS)
 
 # The same readers under a coverage-guided fuzzer, each for so many seconds; fetches atheris.
 FUZZ_SECONDS ?= 60
