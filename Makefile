@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults fuzz llama-test vllm-test container-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults join-kills fuzz llama-test vllm-test container-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -132,6 +132,12 @@ SLIM_SANITIZED := tests/ops tests/cpu_kernels/test_cpu.py tests/cpu_kernels/test
 # executed under qemu. Says which of these tools are missing, and installs none. make ports ONLY="clang++-22 aarch64"
 ports: dev
 	$(BIN)/python -m building.ports $(ONLY)
+
+# Kills 200 processes of mft compare --join, as often at each stage, and compares each study with one process alone: half an
+# hour on 2 busy cores.
+JOIN_KILLS ?= 200
+join-kills: dev
+	PYTHONPATH=.:python:tests $(BIN)/python tests/study/shared/joiners.py --kills $(JOIN_KILLS)
 
 # What the tests do in small, for long: runs that die or whose disk fails at every call that touches a file, writers of
 # checkpoints killed, files edited. make faults KILLS=1000 EDITS=20000

@@ -2,4 +2,5 @@
 
 python -m benchmarks.joining               simulates the stored study board-small with 1 to 64 processes
 python -m benchmarks.joining.overhead      measures what a unit costs in addition to its own work
+python -m benchmarks.joining.scaling       measures a small study with one process and with two
 """

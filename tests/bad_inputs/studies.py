@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 
 from mft.cli.study import run_compare
-from mft.files.atomic import NotWritten, publish
+from mft.files.atomic import NotWritten, publish, write_whole
+from mft.files.yaml_file import dump_yaml
 from mft.study.ablate import derive
 from mft.study.arms.kinds import make_arm
-from mft.study.load import load_study
+from mft.study.load import load_study, study_values
 from mft.study.run import run_study
 from mft.study.shared import on_ray
+from mft.study.shared.alike import read_noted
 from mft.study.shared.leases import Leases, Pace, open_leases
-from mft.study.store import fine_tunes_in, open_store
+from mft.study.store import Store, fine_tunes_in, open_store
 
 
 def fail_with(code):
@@ -91,6 +93,32 @@ one that works alone where another joined
     with open_leases(tmp, joins=True, pace=PACE), open_leases(tmp, joins=False, pace=PACE):
         pass
     -> RuntimeError: output_dir | is in use by process ... on ..., one of several | one of several | pass --join too
+a file in place of the folder of leases
+    (tmp / "leases").write_text("")
+    Leases(tmp).take("unit")
+    -> NotWritten: leases | must be a folder of leases that can be read | Not a directory
+        | remove it if no process of this study runs
+one that joins in the directory of a study with another batch size
+    write_whole(tmp / "study.yaml", dump_yaml(study_values(load_study("small", ["stage.batch_size=7"]))))
+    open_store(load_study("small"), tmp, joins=True).__enter__()
+    -> ValueError: study.yaml | must match the given configuration | changed: stage.batch_size: 7 -> 8
+        | Name another output_dir
+one that joins where study yaml holds a list
+    write_whole(tmp / "study.yaml", "- 1")
+    open_store(load_study("small"), tmp, joins=True).__enter__()
+    -> ValueError: study.yaml | must declare a study | got other YAML | name another output_dir
+a list in place of what all processes must have alike
+    write_whole(tmp / "alike.json", "[]")
+    read_noted(tmp / "alike.json")
+    -> ValueError: alike.json | expected an object | got list
+a number in place of the versions that all processes must have
+    write_whole(tmp / "alike.json", '{"versions": 3}')
+    read_noted(tmp / "alike.json")
+    -> ValueError: alike.json | versions must be an object | got 3 | delete the file if no process of this study runs
+a result with other values
+    write_whole(tmp / "units" / "code" / "MFT" / "0.json", "{}")
+    Store(load_study("small"), tmp).outcomes()
+    -> ValueError: 0.json | must be the JSON that was written | got KeyError('measured') | delete it to run it again
 a lease with rubbish in it
     (tmp / "leases").mkdir()
     (tmp / "leases" / "unit.1").write_bytes(b"rubbish")

@@ -17,6 +17,7 @@ from mft.study.arms.setting import Setting
 from mft.study.config import LeadersConfig, StudyConfig
 from mft.study.outcome import Measured, Outcome, Unit
 from mft.study.plan import (
+    _Found,
     best_so_far,
     chosen_units,
     left_to_do,
@@ -387,3 +388,24 @@ def test_what_leads_on_validation_runs_with_further_seeds(leaders, expected, wor
 def test_leaders_must_have_more_seeds_than_the_others():
     with pytest.raises(ValueError, match=r"leaders.seeds must be more than the study's own 2, got 2"):
         make(leaders=LeadersConfig(seeds=2))
+
+
+@pytest.mark.parametrize("leaders", [None, LeadersConfig(seeds=4)])
+def test_a_look_finds_each_arms_next_units_once_and_what_it_keeps_changes_no_answer(leaders, monkeypatch):
+    """Every process that joined plans at every look. With leaders, each arm once searched all others again."""
+    study, table, calls = make(LEADING, domains=("code", "math"), leaders=leaders), random.Random(0), []
+    done = play(study, lambda unit: math.inf if table.random() < 0.05 and unit.arm != "full" else 1 + table.random())
+    real = _Found._find_next
+
+    def counted(found, domain, arm, seeds):
+        calls.append((domain, arm, *seeds))
+        return real(found, domain, arm, seeds)
+
+    monkeypatch.setattr(_Found, "_find_next", counted)
+    kept = []
+    for count in range(0, len(done) + 1, 3):
+        calls.clear()
+        kept.append(ready(study, done[:count]))
+        assert len(calls) == len(set(calls))
+    monkeypatch.setattr(_Found, "_next_with", real)
+    assert kept == [ready(study, done[:count]) for count in range(0, len(done) + 1, 3)]

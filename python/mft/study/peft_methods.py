@@ -9,6 +9,7 @@ What a method draws but does not train, such as VeRA's projections and SHiRA's p
 
 import contextlib
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -106,9 +107,15 @@ def _hints_of(options: Mapping[str, Any]) -> dict[str, Any]:
     if known[kind]:
         raise ValueError(f"config.peft_type must be a method that a study can run, got {kind}: {known[kind]}")
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    hints = typing.get_type_hints(config)
+    hints = _type_hints(config)
     names = {item.name for item in dataclasses.fields(config)} - _NOT_OPTIONS
     return {name: hints[name] for name in sorted(names)} | PLACES
+
+
+@functools.cache
+def _type_hints(config: type) -> dict[str, Any]:
+    """Return typing.get_type_hints(config), which takes milliseconds; the planner asks at each look at a study."""
+    return typing.get_type_hints(config)
 
 
 def _near(name: str, hints: Mapping[str, Any]) -> str:

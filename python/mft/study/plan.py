@@ -273,6 +273,7 @@ class _Found:
         self._grids = {name: dict.fromkeys(arm.settings(study.mask)) for name, arm in study.arms.items()}
         self._losses: dict[tuple[str, str], dict[Setting, float]] = {}
         self._leading: dict[str, set[str]] = {}
+        self._next: dict[tuple[Any, ...], list[Unit]] = {}  # by domain, arm and seeds
         for unit, outcome in self.by_unit.items():
             if (unit.seed, unit.part) == (study.seeds[0], 0):
                 self._first.setdefault((unit.domain, unit.arm), []).append(outcome)
@@ -376,6 +377,7 @@ class _Found:
         study = self.study
         if study.leaders is None or domain in self._leading:
             return self._leading.get(domain, set())
+        self._leading[domain] = set()
         if any(self._next_with(domain, arm, study.seeds_of(arm)) for arm in study.arms):
             return set()
         runs = {}
@@ -388,6 +390,12 @@ class _Found:
         return self._leading[domain]
 
     def _next_with(self, domain: str, arm: str, seeds: list[int]) -> list[Unit]:
+        place = (domain, arm, *seeds)
+        if place not in self._next:
+            self._next[place] = self._find_next(domain, arm, seeds)
+        return self._next[place]
+
+    def _find_next(self, domain: str, arm: str, seeds: list[int]) -> list[Unit]:
         if isinstance(self.study.arms[arm], Average):
             return self._next_of_average(domain, arm, seeds)
         waiting = self.unexplored(domain, arm)

@@ -38,7 +38,7 @@ from mft.study.progress import Shown, shown_progress
 from mft.study.shared.alike import check_alike, check_processor
 from mft.study.shared.leases import Pace
 from mft.study.shared.on_ray import check_ray, start_on_ray
-from mft.study.store import Store, open_store
+from mft.study.store import Store, claim_of_base, open_store
 from mft.study.units.job import Job
 from mft.study.workers import JobFailed, Result, Workers, job_words, start_workers
 from mft.study.workspace import Workspace
@@ -119,14 +119,16 @@ def run_study(
                 raise
         found = _findings(study, run, lines, _hashes(study, workspace))
         found = dataclasses.replace(found, test_openings=openings, reserve_openings=reserve)
+        store.clear_scratch()
         store.report_once(list(run.tested), run.chosen, lambda: report(found))
         return found
 
 
 def _make_base(bases: Bases, store: Store, seed: int, shown: Shown) -> None:
     """Train the base model of a seed in one process; the others wait for it."""
-    name = f"base-{bases.path(seed).name}"
-    store.claims.once(name, lambda: bases.is_made(seed), lambda: bases.make(seed, shown.step))
+    store.claims.once(
+        claim_of_base(bases.path(seed)), lambda: bases.is_made(seed), lambda: bases.make(seed, shown.step)
+    )
 
 
 @dataclass(frozen=True)
@@ -226,9 +228,10 @@ class _Run:
         return True
 
     def _drop(self, error: JobFailed) -> None:
-        """Drop a failed job, to plan it again, if another process deleted files that it reads; otherwise raise."""
+        """Drop a failed job, to plan it again, if others deleted its files or took over its claim; otherwise raise."""
         begun = self._running.pop(error.job.unit)
-        if not self.claims.shares or all(path.is_file() for path in begun.reads):
+        whole = self.claims.holds(begun.claim) and all(path.is_file() for path in begun.reads)
+        if whole or not self.claims.shares:
             raise error
         self.claims.release(begun.claim)
 

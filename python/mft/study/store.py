@@ -21,11 +21,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mft.checks import check_rule
 from mft.data.reserve import RESERVE
-from mft.files.atomic import sweep, target_of, write_whole
+from mft.files.atomic import remove, sweep, target_of, write_whole
 from mft.files.json_file import parse_value
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.study.arms.full import Full
@@ -75,6 +75,7 @@ _OPTIONS = ("config", "formats")  # an arm's keys with options: a setting holds 
 _CHOOSES = ("max_bytes",)  # decides which setting is chosen, but not the result of a setting
 
 Chosen = dict[str, dict[str, Setting]]
+Result = TypeVar("Result", Outcome, Tested)
 
 
 @contextlib.contextmanager
@@ -113,13 +114,17 @@ def open_store(
             if joins:
                 with leases.holding("study"):
                     _declare_beside(path, study, leases)
-                yield Store(study, path, Joined(leases))
+                store = Store(study, path, Joined(leases))
+                store.clear_scratch()
+                yield store
                 return
             sweep(path, _OURS.__contains__)
             if overwrite:
                 _empty(path)
             write_whole(path / STUDY, dump_yaml(study_values(study)))
-            yield Store(study, path)
+            store = Store(study, path)
+            store.clear_scratch()
+            yield store
 
 
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
@@ -133,7 +138,7 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
     new = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not new or not (source / STUDY).is_file():
         return 0
-    values, now = parse_yaml((source / STUDY).read_text(encoding="utf-8"), str(source / STUDY)), study_values(study)
+    values, now = _declared(source / STUDY), study_values(study)
     if any(values.get(name) != now[name] for name in ("model", "scratch")):
         return 0
     shared = [path for folder in (BASE_MODEL, BASES) for path in source.glob(f"{folder}/**/*") if path.is_file()]
@@ -169,22 +174,33 @@ class Store:
     def __init__(self, study: StudyConfig, directory: Path, claims: Claims | None = None) -> None:
         self.study, self.directory, self.claims = study, directory, claims or Alone()
         self._outcomes: dict[Path, Outcome] = {}
+        self._hashes: dict[Any, str] = {}  # by a unit and the keys of what it needs: each look asks for all of them
         self._values = study_values(study)
 
     def key(self, unit: Unit, chosen: Chosen) -> str:
         """Return a hash of all that determines the unit's result. chosen: the settings of the arms that it needs."""
-        values, arm, config = self._values, self._values["arms"][unit.arm], self.study.arms[unit.arm]
         start, source = start_of(self.study, chosen, unit), source_of(self.study, chosen, unit)
         teachers = teachers_of(self.study, chosen, unit)
+        needs = (
+            None if start is None else self.key(start, chosen),
+            None if source is None else self.key(source, chosen),
+            None if teachers is None else tuple(self.key(teacher, chosen) for teacher in teachers[-1:]),
+        )
+        if (unit, needs) not in self._hashes:
+            self._hashes[unit, needs] = self._hashed(unit, *needs)
+        return self._hashes[unit, needs]
+
+    def _hashed(self, unit: Unit, start: str | None, source: str | None, teacher: tuple[str, ...] | None) -> str:
+        values, arm, config = self._values, self._values["arms"][unit.arm], self.study.arms[unit.arm]
         parts: dict[str, Any] = {
             "format": FORMAT,
             "domain": _as_trained(values["domains"][unit.domain]),
             "arm": {key: value for key, value in _without_grid(arm).items() if key not in _OF_OTHERS},
             "unit": {"seed": unit.seed, "setting": _setting_values(unit.setting), "part": unit.part},
             "of": _without_grid(values["arms"][arm["of"]]) if isinstance(config, Average) else None,
-            "start": None if start is None else self.key(start, chosen),
-            "source": None if source is None else self.key(source, chosen),
-            "teacher": None if teachers is None else [self.key(teacher, chosen) for teacher in teachers[-1:]],
+            "start": start,
+            "source": source,
+            "teacher": teacher,
             "stage": values["stage"] if config.follows else None,
         }
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
@@ -202,7 +218,7 @@ class Store:
     def outcomes(self) -> list[Outcome]:
         """Return the stored outcomes whose keys still match the study."""
         paths = sorted(self.directory.glob(f"{UNITS}/*/*/*.json"))
-        self._outcomes = {path: self._outcomes.get(path) or outcome_from(_read(path)) for path in paths}
+        self._outcomes = {path: self._outcomes.get(path) or _read_as(outcome_from, path) for path in paths}
         found = [(path.stem, outcome) for path, outcome in self._outcomes.items()]
         known = [(key, outcome) for key, outcome in found if self._is_declared(outcome.unit)]
         valid: list[Outcome] = []
@@ -246,9 +262,28 @@ class Store:
             if unit.setting != best.get((unit.domain, unit.arm)):
                 self.trained(unit, chosen).unlink(missing_ok=True)
 
+    def clear_scratch(self) -> None:
+        """Delete weights and base models, and if alone also results, that killed processes left half-written.
+
+        A live process holds the claim on what it writes. Raises: NotWritten.
+        """
+        bases = [*self.directory.glob(f".{BASE_MODEL}.*"), *self.directory.glob(f"{BASES}/.*")]
+        folders = (TRAINED,) if self.claims.shares else (UNITS, TRAINED, TEST)
+        for path in [*bases, *(path for folder in folders for path in self.directory.glob(f"{folder}/*/*/.*"))]:
+            target, inner = path.name, target_of(path.name)
+            while inner is not None:  # a file that becomes a scratch file has a scratch name inside its own
+                target, inner = inner, target_of(inner)
+            claim = claim_of_base(Path(target)) if path in bases else Path(target).stem
+            if target != path.name and self.claims.take(claim, lambda: False):
+                try:
+                    if path.exists():
+                        remove(path)
+                finally:
+                    self.claims.release(claim)
+
     def tested(self, unit: Unit, chosen: Chosen) -> Tested | None:
         path = self.test_path(unit, chosen)
-        return tested_from(_read(path)) if path.is_file() else None
+        return _read_as(tested_from, path) if path.is_file() else None
 
     def save_tested(self, tested: Tested, chosen: Chosen) -> None:
         self.tell_tested(tested, self.test_path(tested.unit, chosen))
@@ -321,6 +356,11 @@ class Store:
         return self._path(TEST, unit, _digest(parts), "json")
 
 
+def claim_of_base(path: Path) -> str:
+    """Return the name of the claim on training the base model at path."""
+    return f"base-{path.name}"
+
+
 # ---------------------------------------------------------------------------------------------- private
 
 
@@ -350,14 +390,32 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} must be the JSON that was written, got {error}: delete it to run it again") from None
 
 
+def _read_as(kind: Callable[[Any], Result], path: Path) -> Result:
+    values = _read(path)
+    try:
+        return kind(values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must be the JSON that was written, got {error!r} from its values: delete it to run it again"
+        ) from None
+
+
+def _declared(path: Path) -> dict[str, Any]:
+    """Return what a study.yaml declares. Raises: ValueError that names it."""
+    values = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    keys = set(values) if isinstance(values, dict) else set()
+    if not {"domains", "arms"} <= keys or not all(isinstance(values[key], dict) for key in ("domains", "arms")):
+        raise ValueError(f"{path} must declare a study, got other YAML: name another output_dir, or pass --overwrite")
+    return values
+
+
 def _declare_beside(path: Path, study: StudyConfig, leases: Leases) -> None:
     """Write what was declared. It must not change while other processes work on the study."""
     _check_unchanged(path, study, False)
     if not (path / STUDY).is_file():
         write_whole(path / STUDY, dump_yaml(study_values(study)))
         return
-    before = parse_yaml((path / STUDY).read_text(encoding="utf-8"), str(path / STUDY))
-    now = study_values(study)
+    before, now = _declared(path / STUDY), study_values(study)
     differs = changed(before, now, additions=False)
     if differs and leases.has_others(JOINED):
         raise ValueError(
@@ -387,7 +445,7 @@ def _check_unchanged(directory: Path, study: StudyConfig, overwrite: bool) -> No
         if (directory / UNITS).exists():
             raise ValueError(f"output_dir must hold {STUDY} next to {UNITS}/, {directory} lacks it: pass --overwrite")
         return
-    changes = changed(parse_yaml(path.read_text(encoding="utf-8"), str(path)), study_values(study))
+    changes = changed(_declared(path), study_values(study))
     if changes:
         raise ValueError(
             f"{path} must match the given configuration: only arms, domains, seeds after the first and grid values "

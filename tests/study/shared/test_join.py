@@ -1,21 +1,29 @@
 """Processes that join one study find what one process finds, each result once, even if some of them are killed."""
 
+import contextlib
 import io
 import json
+import os
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
-from joiners import facts, finish, start, told
+from joiners import facts, finish, results_in, start, told
 from rich.console import Console
 from tiny_study import FEW, equal, make_study, new_ground
 
+from mft.files.atomic import NotWritten
 from mft.study import workers
 from mft.study.arms.setting import Setting
 from mft.study.evidence.host import this_host
 from mft.study.outcome import Outcome, Unit, outcome_from, outcome_values
 from mft.study.report.remarks import _places
 from mft.study.run import run_study
-from mft.study.shared.leases import FOLDER, Pace
+from mft.study.shared import claims
+from mft.study.shared.claims import Joined
+from mft.study.shared.leases import FOLDER, Leases, Pace, _process
 from mft.study.store import ALIKE, open_store
 
 PACE = Pace(beat=0.1, expiry=1.0, look=0.1)
@@ -32,6 +40,21 @@ def alone(ground, tmp_path_factory):
     """Return what one process finds, and its directory; tests that write there take a copy."""
     directory = tmp_path_factory.mktemp("alone") / "run"
     return facts(ground, directory), directory
+
+
+def until(is_true, what, seconds=600):
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, f"within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def children_of(process):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            found += [int(path.parent.name)] if path.read_text().rpartition(")")[2].split()[1] == str(process) else []
+    return found
 
 
 def joined(ground, directory, *overrides, **options):
@@ -60,6 +83,74 @@ def test_one_killed_before_its_weights_are_in_place_is_replaced_to_the_same_bits
     finish(ground, directory, [start(ground, directory)])
     assert equal(facts(ground, directory), alone[0])
     assert len(told(directory)) == len(set(told(directory)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["after a claim", "before a result", "after a result", "while it is reported"])
+def test_one_that_hung_while_others_went_on_wakes_up_and_adds_nothing(ground, alone, tmp_path, stage):
+    directory = tmp_path / "run"
+    hung = start(ground, directory, stage=stage, number=signal.SIGSTOP)
+    until(lambda: _process(hung.pid)[1] == "T", "it stopped")
+    finish(ground, directory, [start(ground, directory)])
+    before = told(directory)
+    os.kill(hung.pid, signal.SIGCONT)
+    finish(ground, directory, [hung])
+    assert told(directory) == before
+    assert len(before) == len(set(before)) == len(results_in(directory)) == 14
+    assert not list(directory.rglob(".*"))
+    assert equal(facts(ground, directory), alone[0])
+
+
+@pytest.mark.slow
+def test_a_killed_pool_leaves_no_process_and_another_pool_finds_the_same_bits(ground, alone, tmp_path):
+    directory = tmp_path / "run"
+    one, other = (start(ground, directory, workers=2) for _ in range(2))
+    until(lambda: len(children_of(one.pid)) >= 2 and told(directory), "two workers work")
+    children = children_of(one.pid)
+    os.kill(one.pid, signal.SIGKILL)
+    until(lambda: not any(_process(child)[1] for child in children), "its workers ended")
+    finish(ground, directory, [other])
+    assert equal(facts(ground, directory), alone[0])
+    assert len(told(directory)) == len(set(told(directory)))
+
+
+def test_scratch_files_of_the_dead_are_deleted_and_those_of_the_living_are_not(ground, alone, tmp_path):
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    kept, *gone = [
+        directory / "trained" / "count" / "MFT" / name
+        for name in (
+            ".aaaa.safetensors.01234567.tmp",
+            ".bbbb.safetensors.01234567.tmp",
+            "..cccc.safetensors.01234567.tmp.abcdefgh.tmp",
+            ".aaa.safetensors.01234567.tmp",
+        )
+    ]
+    for path in (kept, *gone):
+        path.write_bytes(b"half")
+    base = directory / ".base.01234567.tmp"
+    base.mkdir()
+    weights = set(directory.glob("trained/*/*/[!.]*"))
+    with Leases(directory, pace=PACE) as living:
+        assert living.take("aaaa")
+        joined(ground, directory)
+        assert kept.exists()
+        assert not any(path.exists() for path in (*gone, base))
+    joined(ground, directory)
+    assert not kept.exists()
+    assert set(directory.glob("trained/*/*/[!.]*")) == weights
+
+
+def test_weights_that_were_deleted_as_scratch_meanwhile_do_not_stop_their_process(tmp_path, monkeypatch):
+    def place(source, target):
+        source.unlink()
+        raise NotWritten("gone")
+
+    monkeypatch.setattr(claims, "place", place)
+    own = tmp_path / "own"
+    own.write_bytes(b"weights")
+    with Leases(tmp_path, pace=PACE) as leases:
+        Joined(leases).tell(tmp_path / "result.json", "{}", own, tmp_path / "trained")
+    assert not (tmp_path / "trained").exists()
 
 
 def test_one_that_joins_a_study_that_is_done_runs_nothing(ground, alone):
@@ -145,3 +236,23 @@ def test_weights_that_another_has_deleted_are_planned_again(ground, alone, tmp_p
     findings = joined(ground, directory)
     assert deleted[0].is_file()
     assert len(findings.outcomes) == len(alone[0]["outcomes"])
+
+
+def test_a_job_that_fails_after_another_process_took_over_its_claim_stops_nobody(ground, alone, tmp_path, monkeypatch):
+    """The process had stopped for long, and the other one has deleted the file that it was writing."""
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    for path in directory.glob("units/*/MFT/*.json"):
+        path.unlink()
+    real, lost = workers.run_job, []
+
+    def run(workspace, job):
+        if not lost:
+            lost.append(job.trained.name.split(".")[1])
+            (directory / FOLDER / f"{lost[0]}.2").write_text('{"host": "far", "process": 7}\n1\n')
+            raise NotWritten("gone")
+        return real(workspace, job)
+
+    monkeypatch.setattr(workers, "run_job", run)
+    findings = joined(ground, directory)
+    assert len(findings.outcomes) == len(alone[0]["outcomes"])
+    assert (directory / "units" / "count" / "MFT" / f"{lost[0]}.json").is_file()

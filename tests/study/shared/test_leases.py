@@ -76,7 +76,9 @@ def test_a_holder_that_beats_is_never_taken_over(entered, foreign):
 def test_a_holder_that_stopped_is_taken_over_and_learns_it(entered, foreign, tmp_path):
     one, other = entered(KEPT), entered()
     assert one.take("unit")
+    assert one.holds("unit")
     assert until_taken(other, "unit") >= KEPT.expiry
+    assert (one.holds("unit"), other.holds("unit"), other.holds("another")) == (False, True, False)
     assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"unit.1", "unit.2"}
     assert not one._beat(tmp_path / FOLDER / "unit.1")
     one.release("unit")  # it no longer holds the lease
@@ -99,17 +101,20 @@ def test_a_beat_neither_makes_a_lease_again_nor_writes_in_anothers(entered, tmp_
     assert path.read_bytes() == before
 
 
-def test_a_process_of_this_machine_that_was_killed_is_taken_over_at_once(entered, tmp_path):
+def test_a_process_of_this_machine_that_was_killed_is_taken_over_at_once_and_leaves_nothing(tmp_path):
     def hold():
         leases = Leases(tmp_path, pace=KEPT).__enter__()
+        leases.enter(JOINED, (ALONE,))
         leases.take("unit")
         os.kill(os.getpid(), 9)
 
     process = multiprocessing.get_context("fork").Process(target=hold)
     process.start()
     process.join()
-    assert (tmp_path / FOLDER / "unit.1").exists()
-    assert entered(Pace(expiry=3600.0)).take("unit")
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2
+    with Leases(tmp_path, pace=Pace(expiry=3600.0)) as leases:
+        assert leases.take("unit")
+    assert not (tmp_path / FOLDER).exists()
 
 
 def test_no_clock_that_others_could_disagree_on_is_read(entered, foreign, monkeypatch):

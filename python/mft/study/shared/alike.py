@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.atomic import write_whole
-from mft.files.json_file import parse_value
+from mft.files.json_file import parse_object, short
 from mft.files.weights_hash import weights_hash
 from mft.study.evidence.host import Host, this_host
 from mft.study.outcome import Outcome, Tested
@@ -28,7 +28,19 @@ def check_alike(workspace: Workspace, directory: Path, claims: Claims) -> None:
     path = directory / ALIKE
     claims.once("alike", path.is_file, lambda: write_whole(path, json.dumps(_values(workspace), indent=1) + "\n"))
     if claims.shares:
-        check_same(parse_value(path.read_bytes(), path), workspace, "--join")
+        check_same(read_noted(path), workspace, "--join")
+
+
+def read_noted(path: Path) -> dict[str, Any]:
+    """Return what check_alike() wrote. Raises: ValueError that names the file."""
+    noted = parse_object(path.read_bytes(), path)
+    for section, values in noted.items():
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{path}: {section} must be an object, got {short(values)}: delete the file if no process of this "
+                "study runs"
+            )
+    return noted
 
 
 def check_same(noted: dict[str, Any], workspace: Workspace, what: str) -> None:

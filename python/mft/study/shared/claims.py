@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from mft.files.atomic import place, publish, write_whole
+from mft.files.atomic import NotWritten, place, publish, write_whole
 from mft.study.shared.leases import Leases
 
 
@@ -19,6 +19,10 @@ class Claims(Protocol):
         ...
 
     def release(self, name: str) -> None: ...
+
+    def holds(self, name: str) -> bool:
+        """Return whether no other process has taken over what take() claimed."""
+        ...
 
     def own(self, trained: Path) -> Path:
         """Return where this process writes weights that will later be at trained."""
@@ -54,6 +58,9 @@ class Alone:
     def release(self, name: str) -> None:
         pass
 
+    def holds(self, name: str) -> bool:
+        return True
+
     def own(self, trained: Path) -> Path:
         return trained
 
@@ -77,7 +84,8 @@ class Joined:
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
-        self.once, self.wait, self.release = leases.once, leases.wait, leases.release
+        self.once, self.wait = leases.once, leases.wait
+        self.release, self.holds = leases.release, leases.holds
         self.look: float | None = leases.pace.look
 
     def take(self, name: str, done: Callable[[], bool]) -> bool:
@@ -97,7 +105,11 @@ class Joined:
         first = publish(path, result)
         if own is None or trained is None or not own.exists():
             return
-        if first or known:
-            place(own, trained)
-        else:
-            own.unlink(missing_ok=True)
+        try:
+            if first or known:
+                place(own, trained)
+            else:
+                own.unlink(missing_ok=True)
+        except NotWritten:
+            if own.exists():  # otherwise this process had stopped, and another one has deleted them
+                raise

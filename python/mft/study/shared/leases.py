@@ -78,8 +78,11 @@ class Leases:
         for name in list(self._held):
             with contextlib.suppress(OSError):  # a lease that is left behind expires
                 self.release(name)
-        with contextlib.suppress(OSError):  # it still holds leases of others
-            self.folder.rmdir()
+        with contextlib.suppress(OSError):
+            for path in self._others((ALONE, JOINED)):
+                if self._is_dead(path):
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()  # fails if it still holds leases of others
 
     def take(self, name: str) -> bool:
         """Take the lease on name, unless a live process holds it; then see all that earlier holders wrote.
@@ -112,6 +115,15 @@ class Leases:
             for older in range(1, _generation(path)):
                 (self.folder / f"{name}.{older}").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
+
+    def holds(self, name: str) -> bool:
+        """Return whether this process took name and no other one has taken over, as far as the disk can say."""
+        with self._lock:
+            path = self._held.get(name)
+        try:
+            return path is not None and self._beat(path)
+        except OSError:
+            return True
 
     @contextlib.contextmanager
     def holding(self, name: str) -> Iterator[None]:
@@ -205,6 +217,11 @@ class Leases:
                 names = sorted(os.listdir(self.folder))
             except FileNotFoundError:
                 names = []
+            except OSError as error:
+                raise NotWritten(
+                    f"{self.folder} must be a folder of leases that can be read ({error.strerror}): remove it if no "
+                    "process of this study runs"
+                ) from error
             paths = [self.folder / name for name in names if name.rpartition(".")[2].isdigit()]
             self._listed = time.monotonic(), paths
         return self._listed[1]

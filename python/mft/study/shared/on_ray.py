@@ -18,11 +18,10 @@ import numpy as np
 import torch
 
 from mft.files.atomic import write_whole
-from mft.files.json_file import parse_value
 from mft.study.bases import Bases
 from mft.study.config import StudyConfig
 from mft.study.outcome import Tested, outcome_from, outcome_values, tested_from, tested_values
-from mft.study.shared.alike import check_same
+from mft.study.shared.alike import check_same, read_noted
 from mft.study.store import ALIKE
 from mft.study.units.job import Job
 from mft.study.workers import TOLD, JobFailed, Result, Workers, run_job
@@ -61,7 +60,7 @@ class _Actors:
 
         self._ray, self.count = ray, study.workers
         self._study, self._bases, self._directory = study, bases, bases.directory
-        self._alike = parse_value((self._directory / ALIKE).read_bytes(), self._directory / ALIKE)
+        self._alike = read_noted(self._directory / ALIKE)
         self._folder = f"mft-study-{secrets.token_hex(4)}"  # of this command, on every node
         self._class = ray.remote(num_cpus=1, max_restarts=0)(_Actor)
         self._idle = [self._new() for _ in range(self.count)]
