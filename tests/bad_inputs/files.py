@@ -305,8 +305,16 @@ a model directory without a config
         | name a directory that save_pretrained wrote
 masks where a model is due
     load_model(str(masks_in(tmp)))
-    -> ValueError: model.name | must be a model | which holds an adapter or a mask
-        | name its base model, or merge the mask first
+    -> ValueError: model.name | must be a model | which holds masks or an adapter
+        | load the base, and put masks on it by mft.load_masks(model, '/tmp/dir/masks')
+a run of masks where a model is due
+    load_model(str(masks_in(tmp).parent))
+    -> ValueError: model.name | must be a model | which holds masks or an adapter
+        | or write a merged model by mft merge /tmp/dir DIRECTORY
+a run of mft finetune where its model is due
+    make_llama().save_pretrained(tmp / "model")
+    load_model(str(tmp))
+    -> ValueError: model.name | must be a directory with a config.json | without one | name /tmp/dir/model
 a pickled model
     torch.save({}, tmp / "model.bin")
     load_model(str(tmp / "model.bin"))
