@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mft.checks import check_rule
 from mft.serving.api.exchange import refuse
 from mft.serving.refusal import Refused
+from mft.serving.task_list import read_listed
 
 GUARDED = "/v1"  # health and metrics need no key, for monitoring
-_MOST_BYTES = 1 << 20  # most bytes of a file
 
 
 class ApiKeys:
@@ -37,8 +37,8 @@ class ApiKeys:
 
         Raises: ValueError that names the line, not the key; OSError if the file cannot be read. The keys then stay.
         """
-        with self._path.open("rb") as file:
-            mode, lines = stat.S_IMODE(self._path.stat().st_mode), file.read(_MOST_BYTES).splitlines()
+        lines = read_listed("--api-keys-file", "a key", self._path).splitlines()
+        mode = stat.S_IMODE(self._path.stat().st_mode)
         digests = []
         for number, line in enumerate(lines, 1):
             key = line.strip()
