@@ -401,7 +401,7 @@ a plot of forgetting where none was measured
 a run over an earlier one
     check_run_directory(run_in(tmp))
     -> ValueError: output_dir | already holds a run | already holds a run (config.yaml)
-        | name another one, or pass --overwrite to delete it
+        | name another one, or pass --overwrite to delete it; from Python, Begin(config, overwrite=True)
 checkpoints on a disk that is too small
     check_space(tmp, 10**18)
     -> OSError: checkpoints | checkpoints take 1000000000.00 GB more | ; ... GB are free

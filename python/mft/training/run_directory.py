@@ -48,7 +48,7 @@ def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False
         resumed = f"go on with --resume {path}, " if CHECKPOINTS in entries and result_of(path) is None else ""
         raise ValueError(
             f"output_dir {path} already holds a run ({', '.join(entries)}): {resumed}name another one, or pass "
-            "--overwrite to delete it"
+            "--overwrite to delete it; from Python, Begin(config, overwrite=True)"
         )
 
 
