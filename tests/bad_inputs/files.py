@@ -20,11 +20,14 @@ from mft.config_file import load_config
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, recode_masks, save_masks
 from mft.masks.paper_masks import read_paper_masks
+from mft.masks.peft import MaskPeftConfig
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import known_config, shape_from_config
 from mft.models.pretrained import load_model, save_model
 from mft.training.checkpoint import BadCheckpoint, newest_checkpoint, verify_checkpoint, write_checkpoint
 from mft.training.run_directory import check_run_directory
+
+from .experts import under_peft
 
 CONFIG, MASKS = "adapter_config.json", "adapter_model.safetensors"
 UP = "model.layers.2.mlp.up_proj"
@@ -213,6 +216,14 @@ masks saved over something else
 masks of a model without any
     save_masks(make_llama(), tmp / "masks")
     -> ValueError: model | no masked layers to save | a plain LlamaForCausalLM | mask_model it
+masks under PEFT saved as an export
+    save_masks(under_peft(make_llama(), MaskPeftConfig(target_modules=["up_proj"])), tmp / "masks")
+    -> ValueError: model | must have masked layers of mask_model to save | got a PeftModel with masks under PEFT
+        | save mft.to_masked_model(model), which takes this model apart; model.save_pretrained keeps the scores
+masks under PEFT merged as masked layers
+    merge_model(under_peft(make_llama(), MaskPeftConfig(target_modules=["up_proj"])))
+    -> ValueError: model | must have masked layers of mask_model to merge | got a PeftModel with masks under PEFT
+        | call model.merge_and_unload()
 a masked model saved as an ordinary one
     save_model(masked_llama(), None, tmp / "model")
     -> ValueError: model | must be merged before it is saved | got 14 masked layers such as model.layers.2.
@@ -294,8 +305,16 @@ a model directory without a config
         | name a directory that save_pretrained wrote
 masks where a model is due
     load_model(str(masks_in(tmp)))
-    -> ValueError: model.name | must be a model | which holds an adapter or a mask
-        | name its base model, or merge the mask first
+    -> ValueError: model.name | must be a model | which holds masks or an adapter
+        | load the base, and put masks on it by mft.load_masks(model, '/tmp/dir/masks')
+a run of masks where a model is due
+    load_model(str(masks_in(tmp).parent))
+    -> ValueError: model.name | must be a model | which holds masks or an adapter
+        | or write a merged model by mft merge /tmp/dir DIRECTORY
+a run of mft finetune where its model is due
+    make_llama().save_pretrained(tmp / "model")
+    load_model(str(tmp))
+    -> ValueError: model.name | must be a directory with a config.json | without one | name /tmp/dir/model
 a pickled model
     torch.save({}, tmp / "model.bin")
     load_model(str(tmp / "model.bin"))

@@ -62,9 +62,6 @@ serving without its packages
 a task with a space in its name
     parse_masks([f"my task={tmp}"])
     -> ValueError: --masks | must name a task by 1 to 128 letters, digits and . _ : / - | got 'my task'
-a list of masks that is not there
-    read_masks_file(tmp / "masks")
-    -> FileNotFoundError: --masks-file | must name a file that can be read | got | masks: No such file or directory
 a list of masks that is empty
     (tmp / "masks").write_text("# code=runs/code")
     read_masks_file(tmp / "masks")
@@ -85,9 +82,19 @@ a server without masks and without a base
 masks to load from a directory that is not there
     run.serve({}, options=Options(load_from=tmp / "masks"))
     -> ValueError: --load-from | must name a directory | got .../masks
+a file of keys that is not there
+    (tmp / "api-keys").touch()
+    ApiKeys(tmp / "api-keyz", warn=print)
+    -> FileNotFoundError: --api-keys-file | must be a file with a key in each line | got /tmp/dir/api-keyz, which
+        | did you mean /tmp/dir/api-keys?
+a file of masks that is not there
+    read_masks_file(tmp / "masks")
+    -> FileNotFoundError: --masks-file | must be a file with name=DIRECTORY in each line
+        | got /tmp/dir/masks, which cannot be read | name another one, or write it
 a file of keys that is a directory
     ApiKeys(tmp, warn=print)
-    -> IsADirectoryError: --api-keys-file | must name a file that can be read | got | Is a directory
+    -> IsADirectoryError: --api-keys-file | must be a file with a key in each line | (Is a directory)
+        | name another one, or write it
 a file of keys that is empty
     (tmp / "keys").write_text("# sk-123")
     ApiKeys(tmp / "keys", warn=print)

@@ -22,6 +22,7 @@ from mft.engines.step import NonFiniteLoss
 from mft.evaluation.evaluate import evaluate, paired_difference
 from mft.evaluation.evaluated_base import check_exact
 from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.export import load_masks
 from mft.masks.peft import MaskPeftConfig
 from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
@@ -355,6 +356,15 @@ a lock that points elsewhere
     with hold(tmp):
         pass
     -> OSError: .lock | must be a file of mft's own | got a symbolic link | remove it
+masks of a run that is not finished
+    load_masks(make_llama(), run_in(tmp))
+    -> ValueError: run | must hold masks | got a run that is not finished
+        | mft train --resume /tmp/dir/run goes on with it
+masks of a run of mft finetune
+    (run_in(tmp) / "model").mkdir()
+    load_masks(make_llama(), tmp / "run")
+    -> ValueError: run | must hold masks | got a run of mft finetune
+        | it trains all weights, and its result is an ordinary model, /tmp/dir/run/model
 a summary of a run
     plot(tmp, "summary", {"before": {"loss": 1.44}})
     -> ValueError: directory | must be a finished study's | with a table without domains
@@ -391,7 +401,7 @@ a plot of forgetting where none was measured
 a run over an earlier one
     check_run_directory(run_in(tmp))
     -> ValueError: output_dir | already holds a run | already holds a run (config.yaml)
-        | name another one, or pass --overwrite to delete it
+        | name another one, or pass --overwrite to delete it; from Python, Begin(config, overwrite=True)
 checkpoints on a disk that is too small
     check_space(tmp, 10**18)
     -> OSError: checkpoints | checkpoints take 1000000000.00 GB more | ; ... GB are free

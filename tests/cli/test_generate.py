@@ -154,7 +154,7 @@ def test_what_is_no_run_is_told_in_one_message(place, tmp_path, monkeypatch, ver
     save_llama(tmp_path / "other")
     for run, options, message in (
         ("begin", (), "got begin: no such directory; did you mean ./begun?"),
-        ("begun", (), "got begun, a run that is not finished: mft train --resume begun goes on with it"),
+        ("begun", (), "begun must hold masks, got a run that is not finished: mft train --resume begun goes on"),
         ("notes", (), "got notes, which is none of these"),
         (place / "masks", ("--model", tmp_path / "other"), "learned on"),
     ):

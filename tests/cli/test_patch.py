@@ -35,7 +35,7 @@ def mft(*words):
 def test_a_patch_and_its_undo(here):
     said = mft("model.gguf", "masks", "out.gguf")
     assert "model.gguf is the base of the masks: its weights have their hash" in said
-    assert f"patched: {WEIGHTS // 4} weights are 0 in out.gguf" in said
+    assert f"patched: {WEIGHTS // 4:,} weights are 0 in out.gguf, where " in said
     assert "the old bytes lie in out.gguf.undo: mft patch out.gguf ORIGINAL --undo restores the original" in said
     assert "restored: back.gguf has the SHA-256 of the file that was patched" in mft("out.gguf", "back.gguf", "--undo")
     assert (here / "back.gguf").read_bytes() == (here / "model.gguf").read_bytes()
@@ -58,7 +58,8 @@ def test_an_adapter_says_its_size_first_and_whether_it_is_exact(here):
     assert size < (here / "adapter.gguf").stat().st_size < size + 4000
     assert model == (here / "model.gguf").stat().st_size
     assert re.search(
-        rf"adapter: minus {WEIGHTS // 4} dropped weights .*; float16 rounds \d+ of them, by [\d.e-]+ at", said
+        rf"adapter.gguf: an adapter that subtracts {WEIGHTS // 4:,} dropped weights; float16 rounds [\d,]+ of them",
+        said,
     )
 
 
@@ -68,10 +69,14 @@ def test_a_widened_file_says_what_it_grows_by(here):
     assert result.exit_code == 2
     assert "got Q4_1 of blk.0.ffn_down.weight and 1 more: --widen f32" in " ".join(result.output.split())
     said = mft("other.gguf", "masks", "out.gguf", "--force", "--widen", "f32")
-    assert f"it is {2 * 16 * (32 * 4 - 20)} bytes longer, for tensors in float32" in said
+    assert re.search(
+        rf"patched: {WEIGHTS // 4:,} weights are 0 in out.gguf, where [\d,]+ bytes of codes changed; "
+        rf"{2 * 16 * 32 // 4:,} of them lie in tensors .* float32, .* the file {2 * 16 * (32 * 4 - 20):,} bytes longer",
+        said,
+    )
 
 
 def test_a_quantisation_of_ones_own_is_compared_with_the_base_that_the_masks_name(here):
     write_tiny_gguf(here / "other.gguf", down="Q8_0")
     said = mft("other.gguf", "masks", "out.gguf")
-    assert "other.gguf is a quantisation of the base of the masks, not the base itself: shapes agree" in said
+    assert "other.gguf is taken for a quantisation of the base of the masks: shapes agree" in said

@@ -121,8 +121,8 @@ def test_saving_refuses_an_unmerged_model(tiny_llama, tokenizer, tmp_path):
         ("{dir}/modle", "got '{dir}/modle': no such file or directory; did you mean {dir}/model?"),
         ("{dir}/no/model", "no such file or directory (nor {dir}/no)"),
         ("./nowhere.gguf", "model.name must be a model that exists, got './nowhere.gguf'"),
-        ("{dir}", "model.name must be a directory with a config.json, got {dir} without one: name a directory that"),
-        ("{dir}/adapter", "got {dir}/adapter, which holds an adapter or a mask: name its base model"),
+        ("{dir}", "model.name must be a directory with a config.json, got {dir} without one: name {dir}/model"),
+        ("{dir}/adapter", "got {dir}/adapter, which holds masks or an adapter: load the base"),
         ("{dir}/ggufs", "without one: name the file, {dir}/ggufs/broken.gguf"),
         (
             "{dir}/ggufs/broken.gguf",

@@ -162,7 +162,27 @@ class TestTheBase:
         ):
             patch_gguf(path, masks, tmp_path / "out.gguf")
         words = patch_gguf(path, masks, tmp_path / "out.gguf", load_base=lambda: model).base
-        assert "not the base itself: shapes agree, and the correlation of weights is 0.99" in words
+        assert "a quantisation of the base of the masks: shapes agree, and the correlation of weights is 0.99" in words
+
+    @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+    def test_a_model_in_floats_whose_weights_differ_is_no_quantisation(self, kind, model, tmp_path):
+        tuned = make("llama")
+        with torch.no_grad():
+            tuned.model.layers[1].mlp.up_proj.weight[:8].mul_(1.1)
+        masks = save_masks(mask_model(make("llama"), MaskConfig(keep_ratio=0.9)), tmp_path / "masks")
+        path = write_gguf(tuned, tmp_path / "model.gguf", kind)
+        words = patch_gguf(path, masks, tmp_path / "out.gguf", load_base=lambda: model).base
+        assert words.startswith(f"warning: {path} holds other weights than the base of the masks, in {kind}: ")
+        assert "it is no quantisation, and may be another model, such as a fine-tune or a merged model" in words
+        assert "correlation of weights is 0.99" in words
+        assert "(lowest in model.layers.1.mlp.up_proj)" in words
+
+    @pytest.mark.parametrize("kind", ["F16", "BF16"])
+    def test_the_base_rounded_to_16_bits_is_known_as_that(self, kind, model, tmp_path):
+        masks = save_masks(mask_model(make("llama"), MaskConfig(keep_ratio=0.9)), tmp_path / "masks")
+        path = write_gguf(model, tmp_path / "model.gguf", kind)
+        words = patch_gguf(path, masks, tmp_path / "out.gguf", load_base=lambda: model).base
+        assert words == f"{path} is the base of the masks, rounded to {kind}"
 
     def test_another_model_is_refused_unless_it_is_forced(self, model, tmp_path):
         other = make("llama")

@@ -5,6 +5,7 @@ Service, and it asks the probes by curl, which the image lacks: they need a clus
 """
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -121,19 +122,19 @@ def test_container_answers_reloads_and_stops(site, name):
 
 
 @pytest.mark.parametrize(
-    ("file", "mode", "option", "reason"),
+    ("file", "mode", "said"),
     [
-        ("masks.txt", None, "--masks-file", "No such file or directory"),
-        ("api-keys", 0o600, "--api-keys-file", "Permission denied"),
+        ("masks.txt", None, r"--masks-file must be .*, got /etc/mft/masks.txt, .*\(No such file or directory\)"),
+        ("api-keys", 0o600, r"--api-keys-file must be .*, got /etc/mft/api-keys, .*\(Permission denied\)"),
     ],
 )
-def test_refusals_are_one_sentence(file, mode, option, reason, site):
+def test_refusals_are_one_sentence(file, mode, said, site):
     path = site / "etc" / file
     path.unlink() if mode is None else path.chmod(mode)
     done = podman("run", "--rm", *mounts(site), IMAGE, *listed("CMD"), *TINY, check=False)
     assert done.returncode == 2
-    said = f"error: {option} must name a file that can be read, got /etc/mft/{file}: {reason}"
-    assert [line for line in done.stderr.splitlines() if not line.startswith("{")] == [said]
+    [line] = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert re.match(f"error: {said}", line)
 
 
 def test_manifest_is_played(site, name):

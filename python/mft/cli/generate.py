@@ -12,11 +12,11 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from mft.checks import check_one_of, check_rule, nearest_path
-from mft.config import CONFIG, DTYPES, ModelConfig
+from mft.config import DTYPES, ModelConfig
 from mft.evaluation.continuation import generating
 from mft.evaluation.evaluated_base import base_words, learned_base
 from mft.masks.bank import load_mask_bank
-from mft.masks.export_format import CONFIG_FILE, read_config
+from mft.masks.export_format import CONFIG_FILE, check_not_begun, read_config
 from mft.masks.location import local_directory, masks_directory
 from mft.memory.model_config import read_model_config
 from mft.models.next_tokens import longest_row
@@ -142,6 +142,7 @@ def open_voices(
         return _voices_of_masks(run, masks, model_name, dtype, force, ONLY if only is None else (only,))
     plain = next((each for each in (place, place / MODEL) if (each / "config.json").is_file()), None)
     if plain is None:
+        check_not_begun(place)
         raise _nothing_there(run, place)
     for option, value in (("--model", model_name), ("--only", only)):
         check_rule(value is None, option, f"be left out for {run}, an ordinary model without masks", value)
@@ -180,10 +181,6 @@ def _nothing_there(run: str, place: Path) -> Exception:
     kinds = "an output_dir of mft train, its masks/, or a model's directory"
     if not place.is_dir():
         return FileNotFoundError(f"RUN must be {kinds}, got {run}: no such directory{nearest_path(place)}")
-    if (place / CONFIG).is_file():
-        return ValueError(
-            f"RUN must have its masks, got {run}, a run that is not finished: mft train --resume {run} goes on with it"
-        )
     return ValueError(f"RUN must be {kinds}, got {run}, which is none of these")
 
 

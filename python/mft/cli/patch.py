@@ -70,11 +70,13 @@ def _patch(request: Request) -> None:
 
 def _report(request: Request, patched: Patched) -> None:
     say(patched.base)
-    grown = f"; it is {patched.grown} bytes longer, for tensors in float32" if patched.grown else ""
-    say(
-        f"patched: {patched.dropped} weights are 0 in {patched.path}, where {patched.changed} bytes of codes "
-        f"changed{grown}"
-    )
+    how = f", where {patched.changed:,} bytes of codes changed" if patched.widened < patched.dropped else ""
+    if patched.grown:
+        how += (
+            f"; {patched.widened:,} of them lie in tensors that are now float32, which makes the file "
+            f"{patched.grown:,} bytes longer"
+        )
+    say(f"patched: {patched.dropped:,} weights are 0 in {patched.path}{how}")
     how = "--undo --in-place" if request.in_place else "ORIGINAL --undo"
     say(f"the old bytes lie in {patched.undo}: mft patch {patched.path} {how} restores the original")
 
@@ -103,8 +105,8 @@ def _write_lora(request: Request) -> None:
     adapter = write_adapter(plan, request.lora)
     exact = "float16 holds each of them exactly"
     if not adapter.is_exact:
-        exact = f"float16 rounds {adapter.rounded} of them, by {adapter.largest_error:.2g} at the most"
-    say(f"adapter: minus {adapter.dropped} dropped weights in {adapter.path}; {exact}")
+        exact = f"float16 rounds {adapter.rounded:,} of them, by {adapter.largest_error:.2g} at the most"
+    say(f"{adapter.path}: an adapter that subtracts {adapter.dropped:,} dropped weights; {exact}")
 
 
 def _arguments(request: Request, *names: str) -> tuple[str, ...]:

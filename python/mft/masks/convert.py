@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.budget.budget import keep_budget, load_with_threshold, magnitude_scores, make_budget
 from mft.config import DATA_INITS, INITS, MaskConfig
 from mft.masks.experts import mask_experts, unmask_experts
+from mft.masks.export_format import PEFT_TYPE
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
 from mft.masks.saved_modules import forget_saved_modules, saved_modules, select_saved_modules, train_whole
 from mft.masks.targets import select_targets
@@ -119,6 +120,19 @@ def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
+def without_masks(model: nn.Module, purpose: str, remedy: str, under_peft: str) -> ValueError:
+    """Return the error for a model without masked layers. under_peft: the remedy if PEFT has masks on it."""
+    adapters = getattr(model, "peft_config", None)
+    kinds = [getattr(config, "peft_type", None) for config in adapters.values()] if isinstance(adapters, dict) else []
+    name = type(model).__name__
+    if PEFT_TYPE in kinds:
+        return ValueError(
+            f"model must have masked layers of mask_model to {purpose}, got a {name} with masks under PEFT: "
+            f"{under_peft}"
+        )
+    return ValueError(f"model has no masked layers to {purpose}, got a plain {name}: {remedy}")
+
+
 @torch.no_grad()
 def set_scores(module: MaskedLayer, scores: Tensor) -> None:
     """Copy floating-point scores into the layer, rounded to the layer's score format."""
@@ -194,9 +208,7 @@ def mergeable_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     """Return masked_modules(model). Raises ValueError if it is empty or weights are quantised, and NonFiniteScores."""
     masked = masked_modules(model)
     if not masked:
-        raise ValueError(
-            f"model has no masked layers to merge, got a plain {type(model).__name__}: mask_model or load_masks first"
-        )
+        raise without_masks(model, "merge", "mask_model or load_masks first", "call model.merge_and_unload()")
     quantized = quantized_weights(model)
     if quantized:
         raise ValueError(

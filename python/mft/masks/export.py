@@ -19,7 +19,7 @@ from mft.checks import check_one_of
 from mft.config import CODINGS, MaskConfig
 from mft.files.atomic import atomic_directory
 from mft.files.weights_hash import dtype_name, weights_hash
-from mft.masks.convert import check_unwrapped, convert, masked_modules, set_scores
+from mft.masks.convert import check_unwrapped, convert, masked_modules, set_scores, without_masks
 from mft.masks.export_format import (
     CONFIG_FILE,
     MASK_FILE,
@@ -247,6 +247,12 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
             )
 
 
+def not_to_save(model: nn.Module) -> ValueError:
+    """Return the error for a model without masked layers, from which no masks can be saved."""
+    under_peft = "save mft.to_masked_model(model), which takes this model apart; model.save_pretrained keeps the scores"
+    return without_masks(model, "save", "mask_model it first", under_peft)
+
+
 def keep_base_hash(model: nn.Module) -> None:
     """Remember base_hash(model) of the masked layers' exact weights, which are about to be replaced by codes."""
     names = set(masked_modules(model))
@@ -260,7 +266,7 @@ def keep_base_hash(model: nn.Module) -> None:
 def _save_masks(model: nn.Module, target: Path, base_model_name_or_path: str | None, coding: str) -> Path:
     masked = masked_modules(model)
     if not masked:
-        raise ValueError(f"model has no masked layers to save, got a plain {type(model).__name__}: mask_model it first")
+        raise not_to_save(model)
     _check_replaceable(target)
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None

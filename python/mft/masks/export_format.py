@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from mft.config import CODINGS, QUANTIZATIONS
+from mft.config import CONFIG as RUN_CONFIG
 from mft.files.json_file import check_keys, expect, is_list_of, is_number, read_object, short
 from mft.files.mask_coding import BY_NAME, damaged, of_version
 from mft.files.safetensors_file import MOST_HEADER, open_tensors
@@ -36,6 +37,7 @@ from mft.masks.saved_modules import is_inside
 
 CONFIG_FILE = "adapter_config.json"
 MASK_FILE = "adapter_model.safetensors"
+MODEL = "model"  # in the directory of a run of mft finetune
 PEFT_TYPE = "MFT"
 FORMAT_VERSION = max(coding.version for coding in BY_NAME.values())
 _UNHASHED_VERSION = 1  # may lack content_hash
@@ -173,12 +175,27 @@ def read_description(directory: Path) -> MaskExport:
             f"{directory}: expected a directory with {CONFIG_FILE} and {MASK_FILE}, got "
             f"{'a file' if directory.exists() else 'nothing there'}"
         )
+    check_not_begun(directory)
     for name in (CONFIG_FILE, MASK_FILE):
         if not (directory / name).exists():
             raise FileNotFoundError(
                 f"{directory / name}: missing; an export has {CONFIG_FILE} and {MASK_FILE}: copy both"
             )
     return read_config(directory / CONFIG_FILE)
+
+
+def check_not_begun(directory: Path) -> None:
+    """Raise ValueError if directory is a run's and holds no masks: of mft train before its end, or of mft finetune."""
+    if not (directory / RUN_CONFIG).is_file() or (directory / CONFIG_FILE).exists():
+        return
+    if (model := directory / MODEL).exists():
+        raise ValueError(
+            f"{directory} must hold masks, got a run of mft finetune: it trains all weights, and its result is an "
+            f"ordinary model, {model}"
+        )
+    raise ValueError(
+        f"{directory} must hold masks, got a run that is not finished: mft train --resume {directory} goes on with it"
+    )
 
 
 def read_tensors(

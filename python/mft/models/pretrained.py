@@ -330,13 +330,16 @@ def _model_directory(path: Path) -> Path:
     if (path / _CONFIG).exists():
         _check_files(path)
         return path
-    if (path / "adapter_config.json").is_file():
+    if any((each / "adapter_config.json").is_file() for each in (path, path / "masks")):  # masks/: a run's
         raise ValueError(
-            f"model.name must be a model, got {path}, which holds an adapter or a mask: name its base "
-            "model, or merge the mask first"
+            f"model.name must be a model, got {path}, which holds masks or an adapter: load the base, and put masks on "
+            f"it by mft.load_masks(model, {str(path)!r}); or write a merged model by mft merge {path} DIRECTORY"
         )
-    files = sorted(path.glob("*.gguf"))
-    remedy = f"name the file, {files[0]}" if files else "name a directory that save_pretrained wrote"
+    remedy = "name a directory that save_pretrained wrote"
+    if files := sorted(path.glob("*.gguf")):
+        remedy = f"name the file, {files[0]}"
+    elif (path / "model" / _CONFIG).is_file():  # of a run of mft finetune
+        remedy = f"name {path / 'model'}"
     raise ValueError(f"model.name must be a directory with a config.json, got {path} without one: {remedy}")
 
 

@@ -27,6 +27,7 @@ class Patched:
     changed: int  # bytes of codes; dropped weights that were 0 before change none
     grown: int  # bytes by which the file is longer than the original
     base: str  # a sentence that says whether the file was the masks' base
+    widened: int = 0  # dropped weights in tensors that became float32
 
 
 def patch_gguf(
@@ -72,7 +73,8 @@ def patch_gguf(
                 undo.flush()
                 os.fsync(undo.fileno())  # before the patched file appears
     grown = rewrite.bytes_after - rewrite.bytes_before
-    return Patched(target, beside, plan.count, len(rewrite.places), grown, plan.base)
+    in_widened = sum(len(plan.dropped[name]) for name in widened)
+    return Patched(target, beside, plan.count, len(rewrite.places), grown, plan.base, in_widened)
 
 
 def patch_gguf_in_place(

@@ -30,6 +30,11 @@ from mft.patching.threads import made_ahead
 
 LoadBase = Callable[[], nn.Module]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOATS = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
 # Correlation of a layer's weights in the file with those in the base. Weights of another model, or in another order,
 # correlate at about 0. A ternary quantisation of ordinary weights has 0.75, and 3 bits have 0.98.
 _LEAST_CORRELATION = 0.5
@@ -145,9 +150,19 @@ class _Base:
                 f"weights of {name} whose correlation with its weights is {least:.2f}: name the file of that model, or "
                 "take it as it is (force, --force)"
             )
+        likeness = (
+            f"shapes agree, and the correlation of weights is {math.floor(1e5 * least) / 1e5:.5f} or more "
+            f"(lowest in {name})"
+        )
+        kinds = set().union(*map(self._kinds, names))
+        if not kinds <= _FLOATS.keys():
+            return f"{self.path} is taken for a quantisation of the base of the masks: {likeness}"
+        formats = ", ".join(sorted(kind.name for kind in kinds))
+        if self._is_rounded_base(names):
+            return f"{self.path} is the base of the masks, rounded to {formats}"
         return (
-            f"{self.path} is a quantisation of the base of the masks, not the base itself: shapes agree, and the "
-            f"correlation of weights is {math.floor(1e5 * least) / 1e5:.5f} or more (lowest in {name})"
+            f"warning: {self.path} holds other weights than the base of the masks, in {formats}: it is no "
+            f"quantisation, and may be another model, such as a fine-tune or a merged model; {likeness}"
         )
 
     def weight(self, name: str) -> Tensor:
@@ -158,6 +173,22 @@ class _Base:
         values = {tensor.name: tensor_values(self.path, tensor) for tensor in self.layout.tensors[entry.name]}
         weight = torch.from_numpy(np.ascontiguousarray(self.layout.weight(entry.name, values)))
         return weight.to(_DTYPES.get(entry.dtype, torch.float32))
+
+    def _kinds(self, name: str) -> set[GGMLQuantizationType]:
+        return {GGMLQuantizationType(tensor.kind) for tensor in self.layout.tensors[name]}
+
+    def _is_rounded_base(self, names: list[str]) -> bool:
+        """Return whether the loaded model is the masks' base, and the file holds its weights in other float formats."""
+        model = self.model
+        assert model is not None
+        if weights_hash(names, lambda name: weight_named(model, name)) != self.export.base_hash:
+            return False
+        for name in names:
+            kinds, ours = self._kinds(name), self._of_file(self.entries[name])
+            rounded = (weight_named(model, name).cpu().to(_FLOATS[kind]).to(ours.dtype) for kind in kinds)
+            if len(kinds) > 1 or not torch.equal(ours, next(rounded)):
+                return False
+        return True
 
     def _correlation(self, name: str) -> float:
         assert self.model is not None

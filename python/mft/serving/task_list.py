@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mft.checks import check_rule, nearest_path
-from mft.serving.option_file import read_option_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")  # names are used in logs, in metrics and in paths of URLs
 
@@ -33,13 +32,26 @@ def read_masks_file(path: Path) -> dict[str, str]:
     Raises: ValueError that names the line; OSError if the file cannot be read.
     """
     try:
-        lines = read_option_file("--masks-file", path).decode().splitlines()
+        lines = read_listed("--masks-file", "name=DIRECTORY", path).decode().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--masks-file must be UTF-8 text, got byte {error.start} of {path}") from None
     numbered = ((line.strip(), f" in line {number} of {path}") for number, line in enumerate(lines, 1))
     found = _parse("--masks-file", (each for each in numbered if each[0] and not each[0].startswith("#")))
     check_rule(bool(found), "--masks-file", "hold name=DIRECTORY in a line for each task", f"none in {path}")
     return found
+
+
+def read_listed(option: str, content: str, path: Path) -> bytes:
+    """Return the bytes of an option's file, which has some content in each line. Raises: OSError that names both."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES)
+    except OSError as error:
+        close = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
+        raise type(error)(
+            f"{option} must be a file with {content} in each line, got {path}, which cannot be read "
+            f"({error.strerror}): name another one, or write it{close}"
+        ) from None
 
 
 def _parse(option: str, entries: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from mft.config import CONFIG, RunConfig
 from mft.config_file import save_config
 from mft.files.atomic import remove, sweep, target_of
-from mft.masks.export_format import CONFIG_FILE, read_config
+from mft.masks.export_format import CONFIG_FILE, MODEL, read_config
 from mft.masks.location import MASKS
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS
@@ -24,7 +24,7 @@ from mft.training.run_lock import LOCK, hold
 
 TABLE_MARKDOWN, TABLE_JSON = "table.md", "table.json"
 ABLATION, FLIPS = "ablation.png", "flips.png"
-MODEL, CHECKPOINTS, BEST = "model", "checkpoints", "best"
+CHECKPOINTS, BEST = "checkpoints", "best"
 # In the order of deletion: a run without its configuration cannot start again, whatever else is left.
 _OURS = (
     *(CONFIG, METRICS, PLOT, FLIPS, TABLE_MARKDOWN, TABLE_JSON, MASKS, MODEL, CHECKPOINTS, BEST),
@@ -48,7 +48,7 @@ def check_run_directory(directory: str | os.PathLike, *, overwrite: bool = False
         resumed = f"go on with --resume {path}, " if CHECKPOINTS in entries and result_of(path) is None else ""
         raise ValueError(
             f"output_dir {path} already holds a run ({', '.join(entries)}): {resumed}name another one, or pass "
-            "--overwrite to delete it"
+            "--overwrite to delete it; from Python, Begin(config, overwrite=True)"
         )
 
 

@@ -11,8 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mft.checks import check_rule
 from mft.serving.api.exchange import refuse
-from mft.serving.option_file import read_option_file
 from mft.serving.refusal import Refused
+from mft.serving.task_list import read_listed
 
 GUARDED = "/v1"  # health and metrics need no key, for monitoring
 
@@ -37,7 +37,7 @@ class ApiKeys:
 
         Raises: ValueError that names the line, not the key; OSError if the file cannot be read. The keys then stay.
         """
-        lines = read_option_file("--api-keys-file", self._path).splitlines()
+        lines = read_listed("--api-keys-file", "a key", self._path).splitlines()
         mode = stat.S_IMODE(self._path.stat().st_mode)
         digests = []
         for number, line in enumerate(lines, 1):
