@@ -1,4 +1,4 @@
-"""Read the weights of a model on the meta device from its safetensors files: one tensor, or some of its rows, at a time.
+"""Read the weights of a model on the meta device from its safetensors files: a tensor, or some of its rows, at a time.
 
     files = WeightFiles(model, make_outline(), directory)    # the dtypes and the ties of from_pretrained
     files.read("model.layers.0.mlp.up_proj.weight")          # its bits
@@ -55,7 +55,7 @@ class WeightFiles:
             _put(model, name, torch.empty_like(buffer, device="cpu"))
         model.initialize_weights()  # the flags of what was loaded keep it from touching anything but buffers
         model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
-        self._same = {}
+        self._same: dict[str, str] = {}
         for name, other in model.all_tied_weights_keys.items():
             self._tie(model, name, other)
         model._adjust_missing_and_unexpected_keys(found)
