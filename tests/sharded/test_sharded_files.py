@@ -12,12 +12,12 @@ from mft.engines.distributed import Processes
 from mft.engines.sharded.engine import start_forward
 from mft.engines.sharded.score_rows import ScoreRows
 from mft.importance.scores import drawn, init_from_data
-from mft.masks.convert import mask_model, masked_modules
+from mft.masks.convert import keeping_all, mask_model, masked_modules
 from mft.masks.export import base_hash
 from mft.models.causal_lm import split_at_head
 from mft.models.pretrained import load_model, load_unread
 from mft.training.best import _put_rows, put_result
-from mft_kernels import pack_mask
+from mft_kernels import pack_mask, unpack_mask
 
 COUNT = 3  # so that rows are not shared evenly
 # name: (model, the settings of its masks). Gemma 2 caps its logits; GPT-2's weights are transposed.
@@ -71,6 +71,10 @@ def compared(rank, folder, case):
     found["number gathered"] = len(gathered)
     found["hashes"] = len({base_hash(whole), base_hash(unread)})
     found["masked logits"] = (logits(unread) - head(run(whole, ids))).abs().max().item()
+    with keeping_all(unread):
+        found["dropped"] = sum(
+            int((~unpack_mask(kept, rows.rows[name].shape)).sum()) for name, kept in rows.masks().items()
+        )
     best = {f"{name}.mask": random_mask(name, module) for name, module in modules.items()}
     put_result(whole, best)
     _put_rows(unread, rows, best if rank == 0 else {})
@@ -117,5 +121,5 @@ def test_rows_from_files_give_what_the_whole_model_gives(of_each, case):
         assert found["masked logits"] < 1e-5
         assert [found[what] for what in ("scores", "masks", "gathered", "best")] == [[], [], [], []]
         assert (found["number gathered"] > 0) == (rank == 0)
-        assert found["hashes"] == 1
+        assert (found["hashes"], found["dropped"]) == (1, 0)
         assert found["flipped"] == of_each[0][case]["flipped"] > 0

@@ -55,12 +55,15 @@ class ScoreRows:
             if change is not None:
                 change(name, layer)
             self.rows[name] = self._own(layer.scores.detach()).to(self.device, copy=True)
+        budget = budget_of(self._model)
+        if budget is not None and budget.quota:
+            select_rows(self.rows, masked_modules(self._model), budget, self.processes)
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
         """Return this process's rows of the masks that the scores select now, packed."""
         modules = masked_modules(self._model)
-        thresholds = select_rows(self.rows, modules, budget_of(self._model), self.processes)
+        thresholds = select_rows(self.rows, modules, None, self.processes)  # a budget has set its threshold
         return {name: pack_mask(self.rows[name], thresholds[name], mode=modules[name].mode) for name in modules}
 
     def gathered(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
