@@ -10,6 +10,7 @@ The embedding and the head are gathered separately. If they share one weight, ea
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,6 @@ class SpreadModel:
     head: nn.Module
     weights: dict[str, nn.Parameter]
     units: list[FSDPModule]
-    own_rows: bool = False  # whether no one else uses the memory of the rows
     own_group: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def sum_gradients(self, wanted: bool) -> None:
@@ -72,9 +72,7 @@ class SpreadModel:
         return _whole(self.model, self.units)
 
     def close(self) -> None:
-        """Free the rows now, as FSDP2's cycles would keep them, and the group of one process that spread() made."""
-        if self.own_rows:
-            _free(self.model)
+        """Destroy the process group of one process, if spread() made one."""
         self.own_group.close()
 
 
@@ -147,6 +145,7 @@ def _spread_from_files(
     turned = {f"{name}.weight" for name, module in masked.items() if came_from_conv1d(module)}
     known: tuple[Run, nn.Module] | None = None
     while True:
+        gc.collect()  # the rows of an earlier copy, which FSDP2 keeps in cycles
         own, places = _ordinary(model, masked)
         run, head = known or (run_decoder, head_of(own))
         units = _shard(own, run, head, mesh)
@@ -158,8 +157,8 @@ def _spread_from_files(
                 known = split(own, few)
         if known[0] is run:
             weights = {name: getattr(*place) for name, place in places.items()}
-            return SpreadModel(own, run, head, weights, units, own_rows=True, own_group=group.pop_all())
-        _free(own)
+            return SpreadModel(own, run, head, weights, units, own_group=group.pop_all())
+        del own, places, units
 
 
 def _ordinary(model: nn.Module, masked: dict[str, MaskedLayer]) -> tuple[nn.Module, dict[str, tuple[nn.Module, str]]]:
@@ -213,11 +212,6 @@ def _shard(model: Any, run: Run, head: nn.Module, mesh: DeviceMesh) -> list[FSDP
         unit.set_gradient_divide_factor(1.0)  # gradients are summed, as the loss is divided already
         unit.set_force_sum_reduction_for_comms(True)
     return units
-
-
-def _free(model: nn.Module) -> None:
-    for p in model.parameters():
-        rows_here(p).untyped_storage().resize_(0)
 
 
 @contextlib.contextmanager
