@@ -18,10 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import TrainConfig
-from mft.engines import spread_model
 from mft.engines.distributed import Processes
-from mft.engines.sharded import Sharded, ShardedStates
-from mft.engines.spread_model import spread
+from mft.engines.sharded import model as spread_model
+from mft.engines.sharded.engine import Sharded, ShardedStates
+from mft.engines.sharded.model import spread
 from mft.memory.workload import Workload
 from mft.models.causal_lm import head_of, run_decoder
 from mft.objectives.objective import Objective

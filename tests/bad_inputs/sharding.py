@@ -8,7 +8,7 @@ from tiny import make_llama, make_rows, masked_llama
 
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.distributed import Processes, joined
-from mft.engines.spread_model import spread
+from mft.engines.sharded.model import spread
 from mft.engines.start import start_runner
 from mft.masks.convert import mask_model
 from mft.masks.quantize import quantize_model

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mft.cli import estimate as estimate_command
 from mft.cli.app import app
 from mft.cli.estimate import parse_bytes
-from mft.config import RunConfig
+from mft.config import WAYS, RunConfig
 from mft.memory.estimate import estimate
 from mft.memory.shapes import shape_from_config
 from mft.memory.workload import Workload
@@ -134,6 +134,11 @@ def test_the_default_is_what_fits_a_workstation():
     code, output = call_paper(*asked, "--moments", "float32")
     assert code == 2
     assert "nothing fits" in output
+
+
+def test_help_names_every_memory_mode():
+    _, output = call("--help")
+    assert all(way in output for way in ("auto", *WAYS)), output
 
 
 def test_what_the_host_must_hold_is_part_of_what_fits():

@@ -60,10 +60,22 @@ def test_other_shapes(way, config):
     ids=str,
 )
 def test_sharded_is_as_simulated(config, changes):
-    """One of four processes; the rest of the base is on the host, where all processes map the same file."""
+    """One of four processes; the others' rows are nowhere on it."""
     workload = Workload(**{"memory": "sharded", "sequence": 512, "accumulation": 4, "processes": 4} | changes)
     expected, found = estimate(shape_from_config(config), workload), simulate_step(config, workload, steps=2)
     assert expected.device_peak == pytest.approx(found.device_peak, rel=0.06)
+
+
+def test_sharded_needs_host_memory_for_one_matrix_and_the_exported_masks():
+    workload = Workload(memory="sharded", layers=(4, 5, 6, 7), accumulation=8, processes=8)
+    found = estimate(SEVENTY, workload)
+    assert found.host == {}
+    assert found.loading == 16 * 28672 * 8192  # of 69 G weights
+    everywhere = estimate(SEVENTY, replace(workload, layers=None))
+    weights = sum(n * k for n, k in SEVENTY.linears.values()) * SEVENTY.layers
+    assert everywhere.loading == 2 * weights // 8
+    alone, cpu = (estimate(SEVENTY, replace(workload, device=device)).phases for device in ("cuda", "cpu"))
+    assert cpu["backward"] - alone["backward"] < 1e8  # without flash attention, with a workspace
 
 
 @pytest.mark.parametrize(

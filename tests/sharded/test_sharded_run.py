@@ -14,7 +14,7 @@ from tiny_architectures import MIXTURES
 import mft
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.distributed import Processes
-from mft.engines.spread_model import spread
+from mft.engines.sharded.model import spread
 from mft.engines.start import start_runner
 from mft.engines.step import NonFiniteLoss
 from mft.masks.convert import mask_model, masked_modules

@@ -186,14 +186,17 @@ def _take_rule(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any)
 
 
 @torch.no_grad()
-def magnitude_scores(weights: Sequence[Tensor]) -> Iterator[Tensor]:
+def magnitude_scores(weights: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield fp32 scores |weight| of each matrix with one common scale: root mean square 0.02 over all weights together.
 
     So the smallest weights of the model are dropped first. (MaskedLinear's own scores have that root mean square in
     each matrix, which would drop the same share of each.) As there, weights of 0 are kept.
+
+    weights: is read twice, one matrix at a time.
     """
-    squares = sum(float(weight.float().square().sum(dtype=torch.float64)) for weight in weights)
-    scale = _SCALE / max(squares / sum(weight.numel() for weight in weights), torch.finfo(torch.float32).tiny) ** 0.5
+    sizes = [(float(weight.float().square().sum(dtype=torch.float64)), weight.numel()) for weight in weights]
+    squares, count = (sum(each) for each in zip(*sizes))
+    scale = _SCALE / max(squares / count, torch.finfo(torch.float32).tiny) ** 0.5
     for weight in weights:
         scores = (weight.abs().float() * scale).clamp_(min=torch.finfo(torch.float32).tiny)
         yield scores.masked_fill_(weight == 0, _SCALE)

@@ -10,7 +10,7 @@ import typer
 import mft
 from mft.checks import check_one_of
 from mft.cli.keys import Keyed, ListedKeys, StudyKeys, run_schema, study_schema
-from mft.config import RunConfig
+from mft.config import WAYS, RunConfig
 from mft.config_file import load_config
 from mft.contention import core_share
 from mft.tracking.console import console, say
@@ -639,7 +639,7 @@ def estimate(
         int | None, typer.Option(help="For layerwise: micro-batches held by the host; by default as many as fit.")
     ] = None,
     processes: Annotated[int, typer.Option(help="Processes of torchrun on the machine, one GPU each.")] = 1,
-    memory: Annotated[str, typer.Option(help="auto, plain, in_place, resident, quantized or layerwise.")] = "auto",
+    memory: Annotated[str, typer.Option(help=f"auto, {', '.join(WAYS[:-1])} or {WAYS[-1]}.")] = "auto",
     gpu: Annotated[str | None, typer.Option(help="Memory of the GPU, such as 24GB or 24GiB.")] = None,
     cpu: Annotated[str | None, typer.Option(help="Memory without a GPU; by default this machine's.")] = None,
     host: Annotated[str | None, typer.Option(help="Host memory with a GPU; by default this machine's.")] = None,

@@ -133,6 +133,37 @@ class Processes:
         dist.all_gather(list(whole.view(torch.uint8).chunk(self.count)), padded.view(torch.uint8))
         return whole[:count]
 
+    def rows_on_first(self, rows: Tensor, count: int) -> Tensor | None:
+        """Gather the whole tensor, as all_rows does, on the first process only; None on the others."""
+        if self.count == 1:
+            return rows
+        most = -(-count // self.count)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        whole = padded.new_empty(most * self.count, *rows.shape[1:]) if self.first else None
+        parts = None if whole is None else list(whole.view(torch.uint8).chunk(self.count))
+        dist.gather(padded.view(torch.uint8), parts)
+        return None if whole is None else whole[:count]
+
+    def from_first(self, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the first process's tensor, of this shape and dtype, on all of them."""
+        if self.count == 1:
+            assert tensor is not None, "this process is the first one"
+            return tensor
+        there = torch.empty(shape, dtype=dtype, device=self.device)
+        if self.first:
+            assert tensor is not None, "the first process sends it"
+            there.copy_(tensor)
+        dist.broadcast(there.view(torch.uint8), 0)
+        return there
+
+    def add_up(self, counts: Tensor) -> None:
+        """Replace counts by their sums over the processes, in place."""
+        if self.count > 1:
+            there = counts.to(self.device)
+            dist.all_reduce(there)
+            counts.copy_(there)
+
     def sum(self, *values: float) -> list[float]:
         """Return the sum of each value over the processes, in fp64."""
         if self.count == 1:

@@ -22,7 +22,7 @@ from mft.engines.plain import Plain
 from mft.engines.randomness import draws_at_random
 from mft.engines.resident import Resident
 from mft.engines.score_states import ScoreStates, current_masks, score_groups, score_optimizer
-from mft.engines.sharded import start_sharded
+from mft.engines.sharded.engine import start_sharded
 from mft.engines.step import Runner
 from mft.masks.convert import masked_modules
 from mft.models.causal_lm import split_at_head

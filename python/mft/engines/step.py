@@ -61,11 +61,14 @@ class Runner(Protocol):
         """Return what a finished run saves, in its present state and on its present device.
 
         Masks are named LAYER.mask and have pack_mask's format (int32 words of bits). Trained weights are named by their
-        parameter, in the model's dtype.
+        parameter, in the model's dtype. Of processes in lockstep the first one gets it, the others nothing.
         """
 
     def packed_masks(self) -> list[Tensor]:
-        """Return the next step's masks, one per layer, in pack_mask's format: the runner's own, ready to be read."""
+        """Return the next step's masks, one per layer, in pack_mask's format: the runner's own, ready to be read.
+
+        A runner in lockstep returns this process's rows.
+        """
 
     def relearned(self) -> None:
         """Update the model after a change of the trained tensors, so that it computes with them."""

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from mft.checks import check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows, without_trailing_padding
 from mft.engines.distributed import ALONE, Processes
-from mft.engines.start import OWN_FORWARD, Device, start_engine
+from mft.engines.layer_engine import LayerEngine
+from mft.engines.sharded.engine import SpreadForward, start_forward
+from mft.engines.sharded.score_rows import score_rows
+from mft.engines.start import OWN_FORWARD, SHARDED, Device, start_engine
 from mft.engines.step import Runner
 from mft.masks.base_pass import as_base
 from mft.masks.convert import masked_modules
 from mft.masks.in_place.model import masks_in_place
-from mft.models.causal_lm import FEW, split_at_head
+from mft.models.causal_lm import FEW, input_device, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import inputs_of
 from mft.models.next_tokens import check_next_tokens
-from mft.models.packed_rows import keeping_apart
+from mft.models.packed_rows import check_apart, keeping_apart
 from mft.models.token_loss import token_losses
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
@@ -121,13 +124,16 @@ def evaluate(
     taken = (take_rows(dataset, list(rows)) for _, rows in own)
     # The cached output of a row has the length of the whole row.
     batches = taken if first and memory is not None else map(without_trailing_padding, taken)
-    few = first_row[:, :FEW].to(next(model.parameters()).device)
+    few = first_row[:, :FEW].to(input_device(model))
     found: list[_Found] = []
     try:
         with (
             torch.no_grad(),
             keeping_apart(model, dataset, few, batch_size),
-            _runner(model, few, way, device, first, memory, objective, runner) as (hidden_of, head),
+            _runner(model, dataset, batch_size, few, way, device, first, memory, objective, runner) as (
+                hidden_of,
+                head,
+            ),
             contextlib.closing(hidden_of(batches)) as states,  # so that an engine always finishes its pass
         ):
             for (batch, hidden, base), (number, _) in zip(states, own):  # states first, so that it is exhausted
@@ -197,6 +203,8 @@ _Found = tuple[int, list[int], Sequence[str], tuple[list[float], ...], int, dict
 @contextlib.contextmanager
 def _runner(
     model: nn.Module,
+    dataset,
+    batch_size: int,
     few: Tensor,
     way: str,
     device: Device,
@@ -220,7 +228,12 @@ def _runner(
 
         yield _hidden_of(plain, model, objective, 1), head
         return
-    engine = start_engine(model, few, way, device)
+    engine: SpreadForward | LayerEngine
+    if way == SHARDED and score_rows(model) is not None:
+        engine = start_forward(model, few)
+        check_apart(engine.model, dataset, few.to(engine.device), batch_size, engine.run)
+    else:
+        engine = start_engine(model, few, way, device)
     try:
         yield _hidden_of(engine.hidden_states, model, objective, _TOGETHER), engine.head
     finally:

@@ -22,15 +22,17 @@ from transformers.pytorch_utils import Conv1D
 
 from mft.checks import check_one_of, check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows
-from mft.engines.start import OWN_FORWARD, Device, start_engine
+from mft.engines.sharded.engine import start_forward
+from mft.engines.sharded.score_rows import score_rows
+from mft.engines.start import OWN_FORWARD, SHARDED, Device, start_engine
 from mft.masks.convert import keeping_all, masked_modules
 from mft.masks.experts import watching_experts
-from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
+from mft.models.causal_lm import FEW, evaluating, input_device, run_decoder, split_at_head
 from mft.models.experts import expert_projections, flags
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import Candidate, find_targets
 from mft.models.longrope import inputs_of
-from mft.models.packed_rows import keeping_apart
+from mft.models.packed_rows import check_apart, keeping_apart
 from mft.models.token_loss import backward_token_loss
 
 METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient", "fisher")
@@ -106,8 +108,17 @@ def input_norms(
         Others: see importance.
     """
     batches = list(_calibration(dataset, rows, batch_size, seed))
-    few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
+    few = batches[0].input_ids[:1, :FEW].to(input_device(model))
     with keeping_all(model), evaluating(model), keeping_apart(model, dataset, few, batch_size):
+        if way == SHARDED and score_rows(model) is not None:
+            spread = start_forward(model, few)
+            try:
+                check_apart(spread.model, dataset, few.to(spread.device), batch_size, spread.run)
+                inner = spread.model.get_submodule
+                of_spread = {name: m if m.weight.dim() == 3 else inner(name) for name, m in modules.items()}
+                return _input_norms(spread.model, of_spread, batches, lambda batch: list(spread.hidden_states([batch])))
+            finally:
+                spread.close()
         if way in OWN_FORWARD:
             return _input_norms(model, modules, batches, lambda batch: _read(model, batch))
         engine = start_engine(model, few, way, device)

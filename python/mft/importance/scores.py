@@ -11,6 +11,7 @@ from mft.budget.budget import budget_of
 from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
 from mft.engines.distributed import ALONE, Processes
+from mft.engines.sharded.score_rows import score_rows
 from mft.engines.start import Device
 from mft.importance.importance import SIGNED, check_tells_apart, importance, input_norms, is_transposed, matrix_of
 from mft.masks.convert import mask_model, masked_modules, set_scores
@@ -95,8 +96,16 @@ def init_from_data(
         device=device,
     )
     norms = processes.gather({name: norm.cpu() for name, norm in norms.items()})[0]
-    for name, module in masked.items():
+
+    def begin(name: str, module: Any) -> None:
         _begin(module, wanda_scores(name, matrix_of(module), norms[name], mask))
+
+    rows = score_rows(model)
+    if rows is not None:
+        rows.begin(drawn(mask), begin)
+        return model
+    for name, module in masked.items():
+        begin(name, module)
     _select(model, masked)
     return model
 

@@ -19,7 +19,14 @@ from mft.checks import check_one_of
 from mft.config import CODINGS, MaskConfig
 from mft.files.atomic import atomic_directory
 from mft.files.weights_hash import dtype_name, weights_hash
-from mft.masks.convert import check_unwrapped, convert, masked_modules, set_scores, without_masks
+from mft.masks.convert import (
+    came_from_conv1d,
+    check_unwrapped,
+    convert,
+    masked_modules,
+    set_scores,
+    without_masks,
+)
 from mft.masks.export_format import (
     CONFIG_FILE,
     MASK_FILE,
@@ -36,11 +43,13 @@ from mft.masks.export_format import (
     read_whole_export,
 )
 from mft.masks.in_place.model import as_masked
+from mft.masks.inspection import kept_weights
 from mft.masks.location import masks_directory
 from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
 from mft.models.codes.weight import quantized_weights
 from mft.models.linears import find_targets, layer_index, layer_stacks, linear_named
 from mft.models.parallel import check_unsharded, uncompiled, unwrapped
+from mft.models.weight_files import weight_files
 from mft_kernels import MaskedLayer, unpack_mask
 
 logger = logging.getLogger(__name__)
@@ -58,6 +67,7 @@ def save_masks(
     *,
     base_model_name_or_path: str | None = None,
     coding: str = "rice",
+    masks: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a masked model's masks and its modules_to_save. Either the whole export appears in directory, or nothing.
 
@@ -69,6 +79,7 @@ def save_masks(
         coding: "rice" is about the entropy of the masks (0.08 bit per weight if 99 % are kept). "by_weight" is a sixth
             smaller if small weights are dropped first, but only a reader that has the base's weights can use it.
             "packed" is 1 bit per weight and can also be read by versions that know only format 2.
+        masks: the packed masks by layer, for a model that does not hold its scores itself.
     Returns: the directory.
     Raises: ValueError for a wrong argument, or for by_weight if the masked layers are quantised.
     """
@@ -76,7 +87,7 @@ def save_masks(
     model = unwrapped(model)
     check_unwrapped(model)
     with as_masked(model):
-        return _save_masks(model, Path(directory), base_model_name_or_path, coding)
+        return _save_masks(model, Path(directory), base_model_name_or_path, coding, masks)
 
 
 @torch.no_grad()
@@ -206,14 +217,19 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
 
 
 def weight_named(model: nn.Module, name: str) -> Tensor:
-    """Return the weight (N, K) that a mask of this name applies to, also for a Conv1D; for experts, their parameter."""
+    """Return the weight (N, K) that a mask of this name applies to, also for a Conv1D; for experts, their parameter.
+
+    A weight on the meta device is read from the model's files.
+    """
     path, _, part = name.rpartition(".")
-    alone = model.get_submodule(path)._parameters.get(part)
+    files, alone = weight_files(model), model.get_submodule(path)._parameters.get(part)
     if alone is not None:
-        return alone.detach()
+        return alone.detach() if files is None else files.read(name)
     module = linear_named(model, name)
-    weight = module.weight.detach()
-    return weight.t() if isinstance(module, Conv1D) else weight
+    if files is None:
+        return module.weight.detach().t() if isinstance(module, Conv1D) else module.weight.detach()
+    weight = files.read(name if module.weight.dim() == 3 else f"{name}.weight")
+    return weight.t() if isinstance(module, Conv1D) or came_from_conv1d(module) else weight
 
 
 @torch.no_grad()
@@ -263,14 +279,21 @@ def keep_base_hash(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _save_masks(model: nn.Module, target: Path, base_model_name_or_path: str | None, coding: str) -> Path:
+def _save_masks(
+    model: nn.Module,
+    target: Path,
+    base_model_name_or_path: str | None,
+    coding: str,
+    packed: dict[str, Tensor] | None,
+) -> Path:
     masked = masked_modules(model)
     if not masked:
         raise not_to_save(model)
     _check_replaceable(target)
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
+    if packed is None:
+        packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
     saved = saved_tensors(model)
     export = _describe(model, masked, packed, saved, base_model_name_or_path)
     return _write(target, dataclasses.replace(export, coding=coding), packed, saved, partial(_exact_weight, model))
@@ -304,7 +327,7 @@ def _describe(
     layers = sorted({index for name in masked if (index := layer_index(name, stacks)) is not None})
     quantized = quantized_weights(model)
     entries = [
-        MaskEntry(name, tuple(module.scores.shape), dtype_name(module.weight), int(module.mask().sum()))
+        MaskEntry(name, tuple(module.scores.shape), dtype_name(module.weight), kept_weights([packed[name]]))
         for name, module in masked.items()
     ]
     export = MaskExport(

@@ -68,12 +68,16 @@ def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
 
 
 def dropped_share(packed: Iterable[Tensor], weights: int) -> float:
-    """Return the share of ``weights`` weights that these masks of pack_mask drop. Waits for the device once."""
-    kept = [_count_bits(words) for words in packed]
-    return 1 - int(torch.stack(kept).sum()) / weights
+    """Return the share of ``weights`` weights that these masks of pack_mask drop."""
+    return 1 - kept_weights(packed) / weights
 
 
-def _count_bits(words: Tensor) -> Tensor:
+def kept_weights(packed: Iterable[Tensor]) -> int:
+    """Return the number of weights that these masks of pack_mask keep. Waits for the device once."""
+    return int(torch.stack([count_bits(words) for words in packed]).sum())
+
+
+def count_bits(words: Tensor) -> Tensor:
     """Return the number of set bits in int32 words, int64 (): summed per pair of bits, four bits, byte and word."""
     pairs = words - (words >> 1 & 0x55555555)
     fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)

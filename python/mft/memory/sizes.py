@@ -98,7 +98,7 @@ class RunSizes:
 
     @property
     def masked_weights(self) -> int:
-        return sum(map(self._size, self.named))
+        return sum(map(self.size_of, self.named))
 
     @property
     def states(self) -> int:
@@ -111,7 +111,7 @@ class RunSizes:
         return math.ceil(dropped * self.masked_weights) * self.shape.dtype_bytes
 
     def weights_masked_in(self, layer: int) -> int:
-        return sum(map(self._size, self.named_in[layer]))
+        return sum(map(self.size_of, self.named_in[layer]))
 
     def mask_of(self, name: str) -> int:
         n, k = self.shape.matrices[name]
@@ -131,7 +131,7 @@ class RunSizes:
 
         A copy of its whole weight, a byte per weight that marks the dropped ones, and its mask.
         """
-        staging = max(self._size(name) * (self.shape.dtype_bytes + 1) + self.mask_of(name) for name in names)
+        staging = max(self.size_of(name) * (self.shape.dtype_bytes + 1) + self.mask_of(name) for name in names)
         return {"staging": staging, "sums": max(self.sum_of(name, self.grad_bytes) for name in names)}
 
     def selection(self, held: Sizes) -> dict[str, Sizes]:
@@ -139,19 +139,20 @@ class RunSizes:
         if self.workload.budget is None:
             return {}
         score = SCORE_FORMATS[self.workload.scores].bytes
-        staging = max(int(self._size(name) * score) + self.mask_of(name) for name in self.named)
+        staging = max(int(self.size_of(name) * score) + self.mask_of(name) for name in self.named)
         return {"selection": held | {"staging": staging, "workspace": _SELECTION_WORKSPACE}}
 
     def sum_of(self, name: str, grad_bytes: float) -> int:
         """Return the bytes of one matrix's gradient in fp32 if several processes sum gradients in 16 bits; else 0."""
-        return 4 * self._size(name) if self.workload.processes > 1 and grad_bytes == 2 else 0
+        return 4 * self.size_of(name) if self.workload.processes > 1 and grad_bytes == 2 else 0
 
     def _staging(self, name: str) -> int:
         """Return the bytes of one matrix's states, new mask, and dense weight if it is quantised."""
         dense = self.shape.dtype_bytes if self.workload.quantize_masked else 0
-        return int(self._size(name) * (self.workload.state_bytes + dense)) + self.mask_of(name)
+        return int(self.size_of(name) * (self.workload.state_bytes + dense)) + self.mask_of(name)
 
-    def _size(self, name: str) -> int:
+    def size_of(self, name: str) -> int:
+        """Return the number of weights of one matrix, or of all experts' matrices of a projection."""
         n, k = self.shape.matrices[name]
         return n * k
 

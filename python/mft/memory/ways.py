@@ -302,8 +302,6 @@ class Sharded(InPlace):
             "gradients": run.masked_weights * run.grad_bytes // parts,
             "states": run.states // parts,
         }
-        if workload.device == "cpu":
-            resident["base"] = run.outside + sum(run.weights_of_layer)  # an upper bound, as it is mapped
         own = self.autograd(run, resident, 0)  # only "loss" stays: gradients come layer by layer here
         several = workload.own_accumulation > 1
         unsummed = 0 if workload.reduces_every_batch or not several else _REDUCED * run.masked_weights
@@ -330,10 +328,15 @@ class Sharded(InPlace):
         return {**own, "optimiser": resident | flipping, **run.selection(resident)}
 
     def host(self, run: RunSizes) -> Sizes:
-        return {"weights": run.shape.parameters * run.shape.dtype_bytes // run.workload.processes}  # mapped once
+        return {}
 
     def loading(self, run: RunSizes) -> Sizes:
-        return self.host(run) | {"states": run.scores}  # whole in each process until it takes its rows
+        """Return what is whole in host memory before the first step, or on the first process after the last."""
+        # Of the largest matrix: the weight, its absolute values, and three tensors in fp32 to draw the scores.
+        begun = max(map(run.size_of, run.named)) * (2 * run.shape.dtype_bytes + 12)
+        exported = 2 * sum(run.mask_bytes)  # packed, and as they are written
+        rows = run.scores // run.workload.processes if run.workload.device == "cpu" else 0
+        return {"whole": max(begun, exported), "states": rows}
 
 
 # The fastest first.

@@ -77,6 +77,12 @@ def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Run, nn.Module]:
     return _run_model, nn.Identity()
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's inputs: the CPU if its weights are in files, on the meta device."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def first_trainable_layer(model: nn.Module) -> int:
     """Return the number of leading decoder layers with nothing trainable in or before them.
 

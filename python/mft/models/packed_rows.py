@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from mft.data.batches import holds_packed_rows, row_length
 from mft.models.block_attention import attention_in_blocks
-from mft.models.causal_lm import decoder_of, evaluating, run_decoder
+from mft.models.causal_lm import Run, decoder_of, evaluating, run_decoder
 from mft.models.longrope import by_own_length, switch_length
+from mft.models.weight_files import weight_files
 
 _LEAK = 1e-2  # relative to the change without position_ids; another order of sums changes bits only
 _ROUNDING = 1e-3  # relative to the largest state: room for the same sums in another order
@@ -29,25 +30,33 @@ def keeping_apart(model: nn.Module, dataset, few: Tensor, batch_size: int) -> It
 
     Each example, packed or in its own row, uses the rotary frequencies of its own length.
 
-    Args: few: some tokens (1, T), T >= 2, on the model's device. Raises: the errors of check_kept_apart.
+    Args: few: some tokens (1, T), T >= 2, on the model's device. Raises: the errors of check_kept_apart. A model whose
+        weights are in files is not checked: call check_apart with what runs it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(by_own_length(model))
-        longest, switch = row_length(dataset), switch_length(model)
         if holds_packed_rows(dataset):
             stack.enter_context(attention_in_blocks(model))
-            check_kept_apart(model, few, batch_size, longest)
-        elif switch is not None and longest > switch:
-            check_lengths_apart(model, few, longest)
+        if weight_files(model) is None:
+            check_apart(model, dataset, few, batch_size)
         yield
 
 
+def check_apart(model: nn.Module, dataset, few: Tensor, batch_size: int, run: Run = run_decoder) -> None:
+    """Raise ValueError if the model cannot keep the examples of dataset's rows apart; see keeping_apart."""
+    longest, switch = row_length(dataset), switch_length(model)
+    if holds_packed_rows(dataset):
+        check_kept_apart(model, few, batch_size, longest, run)
+    elif switch is not None and longest > switch:
+        check_lengths_apart(model, few, longest, run)
+
+
 @torch.no_grad()
-def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: int = 0) -> None:
+def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: int = 0, run: Run = run_decoder) -> None:
     """Raise ValueError if an example depends on an earlier one in its row, or on the length of that one.
 
     Args: few: some tokens (1, T), T >= 2, on the model's device. batch_size: of the rows to come. longest: tokens of
-        the longest of these rows; by default lengths beyond that of few are not tried.
+        the longest of these rows; by default lengths beyond that of few are not tried. run: how the model is run.
     """
     half = few.shape[1] // 2
     rows = few.expand(min(batch_size, 2), -1)
@@ -58,7 +67,7 @@ def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: in
     if not takes_positions(decoder_of(model)):
         raise ValueError(f"data.packing must be false for {name}, which takes no position_ids: examples see each other")
     with evaluating(model):
-        together, apart = (_moved(model, rows, others, half, where) for where in (None, positions))
+        together, apart = (_moved(run, model, rows, others, half, where) for where in (None, positions))
     if not apart <= _LEAK * together:
         raise ValueError(
             f"data.packing must be false for {name}, because its examples see other examples of their row: an "
@@ -66,11 +75,11 @@ def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: in
             f"not; tried with {len(rows)} rows per batch (flash attention separates the examples of a single row: "
             "set train.batch_size: 1)"
         )
-    check_lengths_apart(model, few, longest)
+    check_lengths_apart(model, few, longest, run)
 
 
 @torch.no_grad()
-def check_lengths_apart(model: nn.Module, few: Tensor, longest: int) -> None:
+def check_lengths_apart(model: nn.Module, few: Tensor, longest: int, run: Run = run_decoder) -> None:
     """Raise ValueError if an example changes when it follows an example of ``longest`` tokens instead of a short one.
 
     Only positions tell how many tokens came before, so a few tokens can stand for any length.
@@ -79,7 +88,7 @@ def check_lengths_apart(model: nn.Module, few: Tensor, longest: int) -> None:
     short, second = torch.arange(half), torch.arange(few.shape[1] - half)
     with evaluating(model):
         one, other = (
-            run_decoder(model, few, torch.cat([first, second])[None].to(few.device))[:, half:].float().nan_to_num()
+            run(model, few, torch.cat([first, second])[None].to(few.device))[:, half:].float().nan_to_num()
             for first in (short, short + max(longest - half, 0))
         )
     moved = (one - other).abs().max()
@@ -104,7 +113,7 @@ def positions_of(decoder: nn.Module, seen: Tensor) -> Tensor | None:
     return (seen.cumsum(-1) - 1).clamp(min=0) if takes_positions(decoder) else None
 
 
-def _moved(model: nn.Module, rows: Tensor, others: Tensor, half: int, positions: Tensor | None) -> float:
+def _moved(run: Run, model: nn.Module, rows: Tensor, others: Tensor, half: int, positions: Tensor | None) -> float:
     """Return how much the second half's hidden states differ between two first halves. NaN counts as no difference."""
-    one, other = (run_decoder(model, ids, positions)[:, half:].float() for ids in (rows, others))
+    one, other = (run(model, ids, positions)[:, half:].float() for ids in (rows, others))
     return (one - other).nan_to_num().abs().max().item()

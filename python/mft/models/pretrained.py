@@ -1,5 +1,6 @@
 """Load a causal language model from a directory, a GGUF file or the Hub. Save it so that transformers can load it."""
 
+import copy
 import io
 import logging
 import os
@@ -30,6 +31,7 @@ from mft.models.claims import check_layers, check_parameters
 from mft.models.hub_model import fetch_model
 from mft.models.next_tokens import check_next_tokens
 from mft.models.smollm2 import GGUF_SHA256, fetch_smollm2
+from mft.models.weight_files import WeightFiles, are_readable, quiet_progress
 
 __all__ = [
     "SHORTHANDS",
@@ -37,6 +39,7 @@ __all__ = [
     "load_model",
     "load_outline",
     "load_tokenizer",
+    "load_unread",
     "save_model",
     "smollm2_directory",
 ]
@@ -82,6 +85,15 @@ def load_tokenizer(config: ModelConfig, *, sequence_length: int | None = None) -
     return _reached(config, partial(_load_tokenizer, sequence_length=sequence_length))
 
 
+def load_unread(config: ModelConfig) -> tuple[Any, Any]:
+    """Load as load_model, but leave the weights in their files: parameters are on the meta device, buffers are real.
+
+    weight_files(model) reads the weights. A model in a format that it does not read, such as a quantised one, is loaded
+    as load_model does. Raises: as load_model.
+    """
+    return _reached(config, partial(_load, sequence_length=None, unread=True), weights=True)
+
+
 def load_outline(config: ModelConfig) -> Any:
     """Build the model of load_model on the meta device: modules and shapes only. No weight is read."""
     return _reached(config, _load_outline)
@@ -117,7 +129,7 @@ def save_model(
             f"{masked[0].removesuffix('.scores')}: call merge_model(model) first"
         )
     _forget_gguf(model)
-    with atomic_directory(target) as scratch, _quiet_progress():
+    with atomic_directory(target) as scratch, quiet_progress():
         model.save_pretrained(scratch)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, scratch)
@@ -153,7 +165,7 @@ def _reached(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, we
 @contextmanager
 def _loading(config: ModelConfig, what: str) -> Iterator[None]:
     """Turn transformers' errors into a ValueError that names the model."""
-    with refusing(f"model.name {config.name!r} cannot be loaded as a {what}"), _quiet_progress():
+    with refusing(f"model.name {config.name!r} cannot be loaded as a {what}"), quiet_progress():
         yield
 
 
@@ -173,14 +185,14 @@ def _load_outline(source: str, config: ModelConfig) -> Any:
         return outline_of(transformers.AutoConfig.from_pretrained(source, **LOCAL), config.dtype)
 
 
-def outline_of(settings: Any, dtype: str) -> Any:
+def outline_of(settings: Any, dtype: str, **attention: str) -> Any:
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(
-            settings, dtype=getattr(torch, dtype), trust_remote_code=False
+            settings, dtype=getattr(torch, dtype), trust_remote_code=False, **attention
         )
 
 
-def _load(source: str, config: ModelConfig, *, sequence_length: int | None) -> tuple[Any, Any]:
+def _load(source: str, config: ModelConfig, *, sequence_length: int | None, unread: bool = False) -> tuple[Any, Any]:
     tokenizer = _load_tokenizer(source, config, sequence_length=sequence_length)
     stored = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
     if stored:  # if there are none, transformers reports it
@@ -190,6 +202,12 @@ def _load(source: str, config: ModelConfig, *, sequence_length: int | None) -> t
     info: Any
     what = " ".join(["causal language model", *(f"with {key}={value!r}" for key, value in attention.items())])
     with _loading(config, what):
+        settings = transformers.AutoConfig.from_pretrained(source, **LOCAL) if unread else None
+        if settings is not None and are_readable(settings, Path(source)):
+            model, other = (outline_of(copy.deepcopy(settings), config.dtype, **attention) for _ in range(2))
+            info = {"missing_keys": WeightFiles(model, other, Path(source), getattr(torch, config.dtype)).missing}
+            _check_whole(model, info, config.name)
+            return _prepared(model, tokenizer, config.name)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             source,
             dtype=getattr(torch, config.dtype),
@@ -290,7 +308,7 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
         settings = transformers.AutoConfig.from_pretrained(gguf.parent, **options)
         outline = outline_of(settings, dtype)
     check_parameters(outline, gguf.stat().st_size, str(gguf))
-    with refusing(refusal), _quiet_progress(), _bar_on_a_terminal():
+    with refusing(refusal), quiet_progress(), _bar_on_a_terminal():
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             gguf.parent, config=settings, dtype=getattr(torch, dtype), output_loading_info=True, **dense, **options
@@ -298,7 +316,7 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     _check_whole(model, info, str(gguf))
     _prepared(model, _padding(tokenizer, str(gguf)), str(gguf))
     _forget_gguf(model)
-    with atomic_directory(target, replace=False) as scratch, _quiet_progress():
+    with atomic_directory(target, replace=False) as scratch, quiet_progress():
         model.save_pretrained(scratch)
         _save_tokenizer(tokenizer, scratch)
     logger.warning("dequantised %s in %.0f s", gguf.name, time.monotonic() - begin)
@@ -389,18 +407,6 @@ def _first_lines(error: BaseException) -> str:
     """Return at most 300 characters of a library's message, on one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-@contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """Hide transformers' progress bars while weights load, which is quick. A download's own bar stays."""
-    enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers.utils.logging.enable_progress_bar()
 
 
 @contextmanager

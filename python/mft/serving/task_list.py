@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mft.checks import check_rule, nearest_path
 
+_MOST_BYTES = 1 << 20  # most bytes of a file
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")  # names are used in logs, in metrics and in paths of URLs
 
 

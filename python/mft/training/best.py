@@ -6,16 +6,17 @@ A killed run resumes from its newest checkpoint, which records the best step of 
 until a newer checkpoint records another one, even if better steps have been written since.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mft.budget.budget import budget_of
+from mft.engines.sharded.score_rows import ScoreRows, score_rows
 from mft.masks.convert import masked_modules, set_scores
 from mft.training.checkpoint import BadCheckpoint, checkpoint_at, write_checkpoint
-from mft_kernels import MaskedLayer, unpack_mask
+from mft_kernels import MaskedLayer, fixed_from_float, unpack_mask
 
 _KEPT, _DROPPED = 0.03, 0.01  # scores for masks with a keep_ratio: any two values that differ in every scores dtype
 _CUT = 0.02  # a threshold between them
@@ -38,15 +39,24 @@ class Best:
         write_checkpoint(self.root, step, result, {"validation loss": loss}, keep=self.resumed)
 
     def put(self, model: nn.Module, step: int) -> None:
-        """Restore a model to its state at that step.
+        """Restore a model to its state at that step. For a model with score_rows, all processes must call this.
 
         Raises: BadCheckpoint if the stored step is lost or damaged; ValueError if it belongs to another model.
         """
+        rows = score_rows(model)
+        if rows is not None:
+            with rows.processes.together():
+                found = self._tensors(step) if rows.processes.first else {}
+                _check_names(found, {f"{name}.mask" for name in rows.rows} if found else ())
+            _put_rows(model, rows, found)
+            return
+        put_result(model, self._tensors(step))
+
+    def _tensors(self, step: int) -> dict[str, Tensor]:
         try:
-            tensors = checkpoint_at(self.root, step).tensors()
+            return checkpoint_at(self.root, step).tensors()
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{error}; or {_REMEDY}") from None
-        put_result(model, tensors)
 
 
 @torch.no_grad()
@@ -56,21 +66,46 @@ def put_result(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises: ValueError, which names a tensor that the model does not have.
     """
     masked, parameters = masked_modules(model), dict(model.named_parameters())
-    if budget_of(model) is not None:  # the present threshold may be too close to 0 to place scores on both sides
-        for module in masked.values():
-            module.threshold = _CUT
+    _check_names(tensors, {*(f"{name}.mask" for name in masked), *parameters})
+    _set_cut(model)
     for name, tensor in tensors.items():
         layer = name.removesuffix(".mask")
         if layer in masked:
             _put_mask(masked[layer], tensor)
-        elif name in parameters:
-            parameters[name].copy_(tensor)
         else:
+            parameters[name].copy_(tensor)
+
+
+def _check_names(found: Iterable[str], known: Collection[str]) -> None:
+    for name in found:
+        if name not in known:
             raise ValueError(f"the best step must be of this model, which has no {name}: {_REMEDY}")
 
 
+def _put_rows(model: nn.Module, rows: ScoreRows, tensors: Mapping[str, Tensor]) -> None:
+    """Do put_result for this process's rows; tensors: the result on the first process."""
+    masked = masked_modules(model)
+    _set_cut(model)
+    for name, packed in rows.sent({name.removesuffix(".mask"): mask for name, mask in tensors.items()}):
+        own = rows.rows[name]
+        scores = _selecting(masked[name], unpack_mask(packed, own.shape))
+        own.copy_(fixed_from_float(scores) if own.dtype == torch.int16 else scores)
+
+
+def _set_cut(model: nn.Module) -> None:
+    if budget_of(model) is not None:  # the present threshold may be too close to 0 to place scores on both sides
+        for module in masked_modules(model).values():
+            module.threshold = _CUT
+
+
 def _put_mask(module: MaskedLayer, packed: Tensor) -> None:
-    """Give the layer scores that select the mask.
+    """Give the layer scores that select the mask."""
+    set_scores(module, _selecting(module, unpack_mask(packed.to(module.scores.device), module.scores.shape)))
+    assert torch.equal(module.packed_mask().cpu(), packed.cpu()), "scores select the mask that they were made of"
+
+
+def _selecting(module: MaskedLayer, keep: Tensor) -> Tensor:
+    """Return scores that select these weights by the layer's own rule.
 
     With a keep_ratio this works because the threshold is one of the scores, and the mask keeps that share or more.
     """
@@ -81,7 +116,4 @@ def _put_mask(module: MaskedLayer, packed: Tensor) -> None:
         else:
             margin = max(_MARGIN, abs(threshold) / 2)
             kept, dropped = threshold + margin, threshold - margin
-    place = module.scores.device
-    scores = torch.where(unpack_mask(packed.to(place), module.scores.shape), kept, dropped)
-    set_scores(module, scores)
-    assert torch.equal(module.packed_mask().cpu(), packed.cpu()), "scores select the mask that they were made of"
+    return torch.where(keep, kept, dropped)

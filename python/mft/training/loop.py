@@ -16,16 +16,18 @@ from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.randomness import seeded
+from mft.engines.sharded.engine import SpreadForward
 from mft.engines.start import OWN_FORWARD, SHARDED, Device, start_runner
 from mft.engines.step import NonFiniteLoss, Runner, StepReport
 from mft.masks.convert import masked_modules
-from mft.masks.inspection import dropped_share
+from mft.masks.inspection import kept_weights
 from mft.masks.saved_modules import saved_modules, train_whole
-from mft.models.causal_lm import FEW
+from mft.models.causal_lm import FEW, input_device
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.linears import weight_name
 from mft.models.next_tokens import check_next_tokens
-from mft.models.packed_rows import keeping_apart
+from mft.models.packed_rows import check_apart, keeping_apart
+from mft.models.weight_files import weight_files
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.surrogate.surrogate import Surrogate, surrogate_of
@@ -163,8 +165,9 @@ def train_loop(
         memory = None
     elif memory is None and steps * train.batch_size * train.accumulation > rows.count:
         memory = PrefixMemory()
-    few = first_row[:, :FEW].to(next(model.parameters()).device)
-    processes.check_model(model, few)
+    few = first_row[:, :FEW].to(input_device(model))
+    if weight_files(model) is None:
+        processes.check_model(model, few)
     counted_weights = _weights_of_free_masks(model)
     budget = budget_of(model)
     reports: list[StepReport] = []
@@ -182,6 +185,11 @@ def train_loop(
             surrogate=surrogate,
         )
         try:
+            if isinstance(runner, SpreadForward) and weight_files(model) is not None:
+                few = few.to(runner.device)
+                with runner.whole_outside_layers():
+                    processes.check_model(runner.model, few)
+                check_apart(runner.model, dataset, few, train.batch_size, runner.run)
             if way not in (*OWN_FORWARD, SHARDED):
                 _rehearse(runner, rows, train)
             if saver is not None:
@@ -214,7 +222,11 @@ def train_loop(
                 (loss,) = processes.sum(losses.total)
                 seconds = time.perf_counter() - begin
                 logged = step % train.log_every == 0 or step == steps
-                dropped = dropped_share(runner.packed_masks(), counted_weights) if counted_weights and logged else None
+                dropped = None
+                if counted_weights and logged:
+                    kept: float = kept_weights(runner.packed_masks())
+                    kept = processes.sum(kept)[0] if runner.in_lockstep else kept
+                    dropped = 1 - kept / counted_weights
                 reports.append(StepReport(step, steps, loss / max(count, 1), lr, tokens, seconds, dropped))
                 if on_step is not None:
                     on_step(reports[-1])

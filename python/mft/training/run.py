@@ -24,6 +24,7 @@ from mft.config_file import config_values, save_config
 from mft.data.splits import Splits
 from mft.data.streams import count_rows
 from mft.engines.distributed import Processes, joined
+from mft.engines.sharded.score_rows import ScoreRows, score_rows
 from mft.engines.start import OWN_FORWARD, SHARDED
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
@@ -38,7 +39,8 @@ from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.location import MASKS
 from mft.masks.quantize import quantize_model
 from mft.masks.targets import select_targets
-from mft.models.pretrained import load_model, load_outline, save_model
+from mft.models.pretrained import load_model, load_outline, load_unread, save_model
+from mft.models.weight_files import weight_files
 from mft.number_formats import state_bytes
 from mft.objectives.objective import Objective
 from mft.tracking.console import console, say
@@ -142,19 +144,25 @@ def _train(run: "_Run") -> Path:
     say(plan.reason)
     plan.write_into(config)
     splits = read_data(config)
-    model = _base_model(config, plan)
+    model = _base_model(run, plan)
     objective = make_objective(config)
     with run.opened() as recorder:
         before = _mask(run, plan, model, splits, recorder, objective)
-        initial = initial_masks(model)
+        rows = score_rows(model)
+        initial = initial_masks(model) if rows is None else rows.masks()
         ended = _learn(run, plan, model, splits, recorder, initial, objective)
-        asked = {"step": ended.exported, "objective": objective, **_evaluated(config, plan)}
+        asked = {"step": ended.exported, "objective": objective, **_evaluated(config, plan, model)}
         after = recorder.evaluate("after, validation", model, splits.validation, **asked)
+        masks, share = None, 0.0
+        if rows is not None:
+            own = rows.masks()
+            masks, share = rows.gathered(own), rows.flipped(initial, own)
         if run.processes.first:
-            flipped = 100 * flip_share(model, initial)
+            flipped = 100 * (flip_share(model, initial) if rows is None else share)
             console.print(f"{flipped:.2f} % of the mask's bits flipped since initialisation", highlight=False)
             with run.finishing(recorder, before, after, ended, MASKS) as result:
-                save_masks(model, result, base_model_name_or_path=config.model.name, coding=config.coding)
+                named = {"base_model_name_or_path": config.model.name, "coding": config.coding}
+                save_masks(model, result, masks=masks, **named)
     return run.directory / MASKS
 
 
@@ -190,20 +198,26 @@ def _planned(config: RunConfig, processes: int) -> Plan:
     return dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain with mask.modules_to_save)")
 
 
-def _base_model(config: RunConfig, plan: Plan) -> nn.Module:
-    """Load the model to be masked. If this raises, nothing has been written."""
+def _base_model(run: "_Run", plan: Plan) -> nn.Module:
+    """Load the model to be masked; with memory: sharded its weights stay in their files, if they can be read there.
+
+    If this raises, nothing has been written.
+    """
+    config = run.config
     select_targets(load_outline(config.model), config.mask)  # first, as reading the weights may take minutes
-    model, _ = load_model(config.model)
+    model, _ = (load_unread if plan.way == SHARDED else load_model)(config.model)
+    if weight_files(model) is not None:
+        ScoreRows(model, run.processes, plan.device)
     if plan.way in OWN_FORWARD:
         model.to(plan.device)
     select_targets(model, config.mask)
     return model
 
 
-def _evaluated(config: RunConfig, plan: Plan) -> dict[str, Any]:
+def _evaluated(config: RunConfig, plan: Plan, model: nn.Module) -> dict[str, Any]:
     """Return the options of evaluate that say where the model runs."""
     way = plan.way
-    if way == SHARDED:  # the whole model is then in host memory
+    if way == SHARDED and score_rows(model) is None:  # the whole model is then in host memory
         way = "plain" if plan.device.type == "cpu" else "layerwise"
     where: dict[str, Any] = {"way": way, "device": plan.device}
     return where if way in OWN_FORWARD else where | {"batch_size": config.train.batch_size}
@@ -213,22 +227,26 @@ def _mask(
     run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: Recorder, objective: Objective
 ) -> Evaluation:
     """Mask the model, and quantise its base if planned; return the evaluation of the model before masking."""
-    config, kind, options = run.config, plan.quantization, _evaluated(run.config, plan)
+    config, kind, options = run.config, plan.quantization, _evaluated(run.config, plan, model)
     measured = options | {"objective": objective}
+    rows = score_rows(model)
     if kind is None:
         before = run.before(recorder, "before, validation", model, splits.validation, **measured)
         mask_model(model, drawn(config.mask))
+        if rows is not None:
+            rows.begin(drawn(config.mask))
     else:
         mask_model(model, drawn(config.mask))
         quantize_model(model, kind, masked=config.model.quantize_masked)
         with keeping_all(model):
             before = run.before(recorder, f"before in {kind}, validation", model, splits.validation, **measured)
     print_trainable_parameters(model)
-    if run.found is None and config.mask.init in DATA_INITS:
-        rows = min(config.mask.calibration_rows, count_rows(splits.train) or 0)
-        say(f"scores begin by mask.init={config.mask.init} on {rows} rows of the training data")
+    # A checkpoint has the first masks of a whole model; rows of them are found again.
+    if (run.found is None or rows is not None) and config.mask.init in DATA_INITS:
+        drawn_from = min(config.mask.calibration_rows, count_rows(splits.train) or 0)
+        say(f"scores begin by mask.init={config.mask.init} on {drawn_from} rows of the training data")
         init_from_data(model, config.mask, splits.train, processes=run.processes, **options)
-    if run.found is None and run.processes.first:
+    if run.found is None and (run.processes.first or rows is not None):
         cost = said_of_cost(model, config.mask, splits.validation, **options)
         if cost is not None:
             say(cost)
@@ -250,7 +268,7 @@ def _learn(
     # Only with memory: plain are the scores in the model itself while they train.
     counts = plan.way == "plain" and processes.first
     flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if counts else None
-    begun = FirstMasks(initial) if config.mask.init in DATA_INITS else None
+    begun = FirstMasks(initial) if config.mask.init in DATA_INITS and score_rows(model) is None else None
     facts = {
         "plan": {"way": plan.way, "remember": plan.remember},
         "data": splits.key,
@@ -258,7 +276,7 @@ def _learn(
     } | facts_of(objective)
     processes.agree(facts)
     with run.training(recorder, "mask fine-tune", splits.train) as on_step:
-        batch = _evaluated(config, plan).get("batch_size", EVALUATION_BATCH)
+        batch = _evaluated(config, plan, model).get("batch_size", EVALUATION_BATCH)
         validation = run.validation(recorder, on_step, splits.validation, objective, batch)
 
         def after_step(report: StepReport) -> None:
@@ -436,7 +454,7 @@ class _Run:
             say(said_of_stop(standing, last, train))
         if not train.keep_best:
             return Ended(last.step, last.step, last.steps)
-        if standing.best != last.step and self.processes.first:
+        if standing.best != last.step and (self.processes.first or score_rows(model) is not None):
             Best(self.directory / BEST).put(model, standing.best)
         say(f"the best step is {standing.best} of {last.step}, with a validation loss of {standing.best_loss:.4f}")
         return Ended(standing.best, last.step, last.steps)

@@ -8,7 +8,6 @@ the flips           in the local rows
 Processes send weights and gradients, as plain FSDP2 does, and the histograms. They send neither scores nor masks.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +24,8 @@ from mft.engines.in_place import InPlaceMask, WeightStates
 from mft.engines.offload import Mover
 from mft.engines.own_forward import OwnForward
 from mft.engines.score_states import HeldMask, score_optimizer
-from mft.engines.spread_model import SpreadModel, spread
+from mft.engines.sharded.model import SpreadModel, spread
+from mft.engines.sharded.score_rows import as_scores, nan_of, score_rows, select_rows
 from mft.engines.step import OnLoss
 from mft.engines.trains_scores import TrainsScores
 from mft.masks.convert import masked_modules
@@ -33,23 +33,24 @@ from mft.models.longrope import inputs_of
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.surrogate.surrogate import Surrogate
-from mft_kernels import MaskedLayer, kept_thresholds, pack_mask
+from mft_kernels import MaskedLayer, pack_mask
 from mft_kernels.mask.in_place import MaskedInPlace
-from mft_kernels.mask.shared_threshold import part_thresholds
 from mft_kernels.ops.checks import NonFiniteScores
-from mft_kernels.reference.fixed_point import code_at_least, selectable
+from mft_kernels.reference.fixed_point import selectable
 from mft_kernels.shards import first_row, rows_here, spread_like
-
-_NOT_FINITE = 0x7E00  # for int16 scores: the code that the selection of masks reads as NaN
 
 
 class ShardedMask(InPlaceMask):
-    """A mask of which this process holds some rows, in its rows of the weight; module: the layer of the whole model."""
+    """A mask of which this process holds some rows, in its rows of the weight; module: the layer of the whole model.
 
-    def __init__(self, name: str, module: MaskedLayer, parameter: nn.Parameter) -> None:
+    own: The rows of the scores, which are trained in place; None: copied from module.
+    """
+
+    def __init__(self, name: str, module: MaskedLayer, parameter: nn.Parameter, own: Tensor | None) -> None:
         held = MaskedInPlace(rows_here(parameter))
-        first, count = first_row(parameter), len(held.weight)
-        own = module.scores.detach()[first : first + count].to(held.weight.device, copy=True)
+        if own is None:
+            first, count = first_row(parameter), len(held.weight)
+            own = module.scores.detach()[first : first + count].to(held.weight.device, copy=True)
         self._scores = spread_like(own, parameter, parameter.shape)
         threshold = own.new_zeros(())
         super().__init__(name, module, own.new_empty(0), threshold, held=held, parameter=parameter)
@@ -65,7 +66,8 @@ class ShardedStates(WeightStates):
     The selected masks do not depend on the number of processes.
 
     Args:
-        model: The whole model. Training starts from its scores; finish() writes the trained ones back.
+        model: The whole model. Training starts from its scores; finish() writes the trained ones back. For a model
+            whose weights are in files these are its score_rows.
         own: The spread copy that runs.
         Others: see WeightStates.
     """
@@ -81,19 +83,21 @@ class ShardedStates(WeightStates):
         grad_dtype: torch.dtype | None,
     ) -> None:
         masked = masked_modules(model)
-        masks = [ShardedMask(name, module, own.weights[name]) for name, module in masked.items()]
+        held, self.device = score_rows(model), device
+        rows = {} if held is None else held.rows
+        masks = [ShardedMask(name, module, own.weights[name], rows.get(name)) for name, module in masked.items()]
         groups = [{"params": [mask.scores], "mode": mask.module.mode} for mask in masks]
         mover = Mover(device, separate=False)
         optimizer = score_optimizer(groups, train)
-        self.group, self._rows, self._bad = processes, masks, [False] * len(masks)
+        self.group, self._rows, self._is_whole = processes, masks, held is None
         super().__init__(masks, optimizer, mover, surrogate=surrogate, budget=budget_of(model), grad_dtype=grad_dtype)
         for mask in masks:
             mask.scores.requires_grad_(False)
-            self._forget(mask.module)
+            if self._is_whole:
+                self._forget(mask.module)
         for mask in masks:
             if mask.module.threshold is not None and self.budget is None:
-                mask.threshold = self._as_scores(mask, mask.module.threshold)
-                mask.take(pack_mask(rows_here(mask.scores), mask.threshold, mode=mask.module.mode))
+                self._take([mask], [as_scores(rows_here(mask.scores), mask.module.threshold)])
         self.select()
         self.check()
 
@@ -105,23 +109,9 @@ class ShardedStates(WeightStates):
     def select(self) -> None:
         """Select the masks of all layers by thresholds over the scores of all processes: two or three all-reduces."""
         later = [mask for mask in self._rows if self.selects_later(mask)]
-        if self.budget is not None:
-            with self.group.together():
-                shared = self.budget.threshold(self._brought, self._add_up)
-            for mask in later:
-                mask.module.threshold = shared
-            found = [shared] * len(later)
-            self._take(later, [self._as_scores(mask, value) for mask, value in zip(later, found)])
-            return
-        matrices = [mask for mask in later if mask.module.scores.dim() == 2]
-        for mode in sorted({mask.module.mode for mask in matrices}):
-            these = [mask for mask in matrices if mask.module.mode == mode]
-            dropped = [int((1 - mask.module.keep_ratio) * mask.scores.numel()) for mask in these]
-            parts = [rows_here(mask.scores) for mask in these]
-            values = part_thresholds(parts, dropped, mode=mode, add_up=self._add_up)
-            self._take(these, [self._as_scores(mask, value) for mask, value in zip(these, values)])
-        experts = [mask for mask in later if mask.module.scores.dim() == 3]  # each whole, on one process
-        self._take(experts, [_of_experts(mask) for mask in experts])
+        rows = {mask.name: rows_here(mask.scores) for mask in later}
+        thresholds = select_rows(rows, {mask.name: mask.module for mask in later}, self.budget, self.group)
+        self._take(later, [thresholds[mask.name] for mask in later])
 
     def check(self) -> None:
         """See step.Runner."""
@@ -136,16 +126,21 @@ class ShardedStates(WeightStates):
                 if not scores.isfinite().all():
                     raise NonFiniteScores(scores, mask.name)
 
-    def packed_masks(self) -> list[Tensor]:
-        """Return the whole masks, gathered from all processes. All processes must call this."""
-        return [self.group.all_rows(mask.packed, len(mask.parameter)) for mask in self._rows]
+    def result(self) -> dict[str, Tensor]:
+        """See step.Runner. All processes must call this."""
+        found = {}
+        for mask in self._rows:
+            whole = self.group.rows_on_first(mask.packed, len(mask.parameter))
+            if whole is not None:
+                found[f"{mask.name}.mask"] = whole.cpu()
+        return found
 
     def relearned(self) -> None:
         self.select()
 
     def finish(self) -> None:
-        """Gather the trained scores and write them into the whole model. All processes must call this."""
-        for mask in self._rows:
+        """Gather the trained scores and write them into a whole model. All processes must call this."""
+        for mask in self._rows if self._is_whole else ():
             whole = self.group.all_rows(rows_here(mask.scores), len(mask.parameter))
             mask.module.scores.data = whole.to(mask.module.weight.device)
 
@@ -158,33 +153,46 @@ class ShardedStates(WeightStates):
             mask.threshold = threshold
             mask.take(pack_mask(rows_here(mask.scores), threshold, mode=mask.module.mode))
 
-    def _as_scores(self, mask: Any, threshold: float) -> Tensor:
-        """Return the threshold as a 0-d tensor in the dtype of the scores; for int16 as their code."""
-        own = rows_here(mask.scores)
-        if own.dtype != torch.int16:
-            return own.new_full((), threshold)
-        return own.new_full((), _nan_of(own.dtype) if math.isnan(threshold) else code_at_least(threshold))
-
     def _squares(self) -> Tensor:
         total = super()._squares()
         if self.group.count > 1:
             dist.all_reduce(total)
         return total
 
-    def _add_up(self, counts: Tensor) -> None:
-        if self.group.count > 1:
-            there = counts.to(self.group.device)
-            dist.all_reduce(there)
-            counts.copy_(there)
-
     @staticmethod
     def _forget(module: MaskedLayer) -> None:
         """Free the module's whole scores. Until finish() they read as NaN, which every reader rejects."""
         scores = module.scores.detach()
-        module.scores.data = scores.new_full((), _nan_of(scores.dtype)).expand(scores.shape)
+        module.scores.data = scores.new_full((), nan_of(scores.dtype)).expand(scores.shape)
 
 
-class Sharded(TrainsScores, OwnForward):
+class SpreadForward(OwnForward):
+    """Runs a spread copy of a model. All processes run the same batches, except in a step.
+
+    model, run, device: the copy, how it is run, and the device of its inputs.
+    """
+
+    way = "sharded"
+
+    def __init__(
+        self, own: SpreadModel, device: torch.device, processes: Processes, objective: Objective = CROSS_ENTROPY
+    ) -> None:
+        super().__init__(own.model, own.run, own.head, None, processes, objective)
+        self.model, self.run, self.device, self._own = own.model, own.run, device, own
+        self.whole_outside_layers = own.whole_outside_layers
+        self._device = device
+
+    @torch.no_grad()
+    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        """See step.Runner. All processes must ask for the same number of batches."""
+        with self._own.whole_head():
+            yield from super().hidden_states(batches)
+
+    def close(self) -> None:
+        self._own.close()
+
+
+class Sharded(TrainsScores, SpreadForward):
     """Trains only scores, in any format, on a model of which each process holds some rows.
 
     Args:
@@ -193,7 +201,6 @@ class Sharded(TrainsScores, OwnForward):
         every_batch: Sum gradients over processes in each micro-batch, not once per step.
     """
 
-    way = "sharded"
     in_lockstep = True
 
     def __init__(
@@ -204,9 +211,8 @@ class Sharded(TrainsScores, OwnForward):
         *,
         every_batch: bool = False,
     ) -> None:
-        super().__init__(own.model, own.run, own.head, None, states.group, objective)
-        self._states, self._own, self._every_batch = states, own, every_batch
-        self._device = states.optimizer.param_groups[0]["params"][0].device
+        SpreadForward.__init__(self, own, states.device, states.group, objective)
+        self._states, self._every_batch = states, every_batch
 
     @property
     def states(self) -> ShardedStates:
@@ -233,18 +239,12 @@ class Sharded(TrainsScores, OwnForward):
         with self._at("the optimiser step"):
             self._update(lr, max_norm)
 
-    @torch.no_grad()
-    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """See step.Runner. All processes must ask for the same number of batches."""
-        with self._own.whole_head():
-            yield from super().hidden_states(batches)
-
     def finish(self) -> None:
         self.states.finish()
 
     def close(self) -> None:
         self.states.close()
-        self._own.close()
+        super().close()
 
     def _backward(self, batch: MicroBatch, scale: float) -> Tensor:
         with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
@@ -290,20 +290,20 @@ def start_sharded(
         "be one that does not run the base, with memory: sharded, because its weights hold the mask",
         objective.name,
     )
-    processes.agree_on({f"{name}.scores": module.scores for name, module in masked_modules(model).items()})
+    if score_rows(model) is None:
+        processes.agree_on({f"{name}.scores": module.scores for name, module in masked_modules(model).items()})
     own = spread(model, few, device, processes)
     dtype = None if train.grad_dtype is None else getattr(torch, train.grad_dtype)
     states = ShardedStates(model, own, train, device, processes, surrogate, dtype)
     return Sharded(states, own, objective, every_batch=train.reduce_every == "micro_batch")
 
 
-def _of_experts(mask: Any) -> Tensor:
-    """Return the thresholds of this process's experts."""
-    module, own = mask.module, rows_here(mask.scores)
-    if own.is_cpu and not selectable(own).isfinite().all():  # kept_thresholds would raise, in this process only
-        return own.new_full((len(own),), _nan_of(own.dtype))
-    return kept_thresholds(own, module.keep_ratio, mode=module.mode)
-
-
-def _nan_of(dtype: torch.dtype) -> float:
-    return _NOT_FINITE if dtype == torch.int16 else math.nan
+def start_forward(model: nn.Module, few: Tensor) -> SpreadForward:
+    """Spread a model that has score_rows, with the masks that they select now; return what runs it."""
+    held = score_rows(model)
+    assert held is not None, "asked for where there are rows"
+    own = spread(model, few, held.device, held.processes)
+    if masked_modules(model):
+        for name, packed in held.masks().items():
+            MaskedInPlace(rows_here(own.weights[name])).change(packed)
+    return SpreadForward(own, held.device, held.processes)

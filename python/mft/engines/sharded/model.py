@@ -1,13 +1,16 @@
 """A copy of a masked model, spread over processes by FSDP2: each row of each parameter is on one process.
 
-    the model       whole, in host memory, unchanged (on a CPU mapped from its file)
+    the model       unchanged: whole in host memory, or on the meta device with its weights in files
     the copy        masked layers are ordinary ones; fully_shard gathers a decoder layer while it runs, then frees it
+
+If the weights are in files, each process reads its rows of one parameter after the other.
 
 The embedding and the head are gathered separately. If they share one weight, each process keeps it whole.
 """
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +22,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from mft.engines.distributed import Processes
-from mft.masks.convert import masked_modules, replace_module
+from mft.masks.convert import came_from_conv1d, masked_modules, replace_module
 from mft.masks.experts import unmask_experts
 from mft.masks.in_place.layer import check_layer
-from mft.models.causal_lm import Run, decoder_layers, decoder_of, run_decoder, split_at_head
+from mft.models.causal_lm import Run, decoder_layers, decoder_of, head_of, run_decoder, split_at_head
 from mft.models.codes.weight import quantized_weights
+from mft.models.weight_files import WeightFiles, weight_files
 from mft_kernels import MaskedLayer, MaskedLinear
 from mft_kernels.layers.shells import linear_on
+from mft_kernels.shards import first_row, is_spread, rows_here, spread_like
 
 # Gradients in 16 bits are summed in fp32 and rounded once.
 _POLICY = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -62,6 +67,10 @@ class SpreadModel:
         finally:
             self.head.reshard()
 
+    def whole_outside_layers(self) -> contextlib.AbstractContextManager[None]:
+        """Keep all but the decoder layers gathered inside the context, so that any part of the model can be called."""
+        return _whole(self.model, self.units)
+
     def close(self) -> None:
         """Destroy the process group of one process, if spread() made one."""
         self.own_group.close()
@@ -75,10 +84,10 @@ def spread(
     *,
     split: Callable[[nn.Module, Tensor], tuple[Run, nn.Module]] = split_at_head,
 ) -> SpreadModel:
-    """Spread a copy of model over processes; model itself stays unchanged in host memory.
+    """Spread a copy of model over processes; model itself stays unchanged.
 
     Args:
-        model: A model from mask_model, on the CPU.
+        model: A model, masked or not, on the CPU; or one whose weights are in files (load_unread).
         few: Tokens (1, T) for a forward pass that finds out how the model is run.
         device: The device of this process.
         split: Returns how the copy is run. A simulation, which cannot run the model, passes its own.
@@ -106,15 +115,56 @@ def spread(
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             group.callback(dist.destroy_process_group)
         mesh = init_device_mesh(device.type, (processes.count,))
-        own = _copy(model, masked)
-        places = {name: _make_ordinary(own, name, module) for name, module in masked.items()}
+        if weight_files(model) is not None:
+            return _spread_from_files(model, masked, few.to(device), device, mesh, split, group)
+        own, places = _ordinary(model, masked)
         run, head = split(own, few)
         units = _shard(own, run, head, mesh)
         weights = {name: getattr(*place) for name, place in places.items()}
-        return SpreadModel(own, run, head, weights, units, group.pop_all())
+        return SpreadModel(own, run, head, weights, units, own_group=group.pop_all())
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _spread_from_files(
+    model: nn.Module,
+    masked: dict[str, MaskedLayer],
+    few: Tensor,
+    device: torch.device,
+    mesh: DeviceMesh,
+    split: Callable[[nn.Module, Tensor], tuple[Run, nn.Module]],
+    group: contextlib.ExitStack,
+) -> SpreadModel:
+    """Spread a model on the meta device. It can only run once it is spread, and how it is run decides how it is spread.
+
+    So it is spread for run_decoder, which serves most models, and a second time if it must be run in another way.
+    """
+    files = weight_files(model)
+    assert files is not None, "asked for where there are files"
+    turned = {f"{name}.weight" for name, module in masked.items() if came_from_conv1d(module)}
+    known: tuple[Run, nn.Module] | None = None
+    while True:
+        gc.collect()  # the rows of an earlier copy, which FSDP2 keeps in cycles
+        own, places = _ordinary(model, masked)
+        run, head = known or (run_decoder, head_of(own))
+        units = _shard(own, run, head, mesh)
+        _read(own, files, device, turned)
+        with torch.no_grad():
+            run(own, few)  # FSDP2 takes the first module that runs for the root, and pads the rows
+        if known is None:
+            with _whole(own, units):
+                known = split(own, few)
+        if known[0] is run:
+            weights = {name: getattr(*place) for name, place in places.items()}
+            return SpreadModel(own, run, head, weights, units, own_group=group.pop_all())
+        del own, places, units
+
+
+def _ordinary(model: nn.Module, masked: dict[str, MaskedLayer]) -> tuple[nn.Module, dict[str, tuple[nn.Module, str]]]:
+    """Return a copy without masked layers, and where it has their weights."""
+    own = _copy(model, masked)
+    return own, {name: _make_ordinary(own, name, module) for name, module in masked.items()}
 
 
 def _copy(model: nn.Module, masked: dict[str, MaskedLayer]) -> nn.Module:
@@ -155,9 +205,47 @@ def _shard(model: Any, run: Run, head: nn.Module, mesh: DeviceMesh) -> list[FSDP
         fully_shard(head, reshard_after_forward=False, **options)
         head.set_reshard_after_backward(False)  # type: ignore[operator]  # whole_head() reshards it
     for p in shared:
-        p.data = p.data.to(mesh.device_type)
+        if not p.is_meta:
+            p.data = p.data.to(mesh.device_type)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_gradient_divide_factor(1.0)  # gradients are summed, as the loss is divided already
         unit.set_force_sum_reduction_for_comms(True)
     return units
+
+
+@contextlib.contextmanager
+def _whole(model: nn.Module, units: list[FSDPModule]) -> Iterator[None]:
+    layers = set(decoder_layers(model))
+    others = [unit for unit in units if unit not in layers]
+    for unit in others:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in others:
+            unit.reshard()
+
+
+@torch.no_grad()
+def _read(own: nn.Module, files: WeightFiles, device: torch.device, turned: set[str]) -> None:
+    """Read this process's rows of every parameter. turned: parameters that the files hold transposed."""
+    made: dict[int, nn.Parameter] = {}
+    for path, module in own.named_modules():
+        for part, p in list(module._parameters.items()):
+            if p is None:
+                continue
+            if id(p) not in made:
+                found = _rows(f"{path}.{part}" if path else part, p, files, turned).to(device)
+                found = spread_like(found, p, p.shape) if is_spread(p) else found
+                made[id(p)] = nn.Parameter(found, requires_grad=p.requires_grad)
+            setattr(module, part, made[id(p)])
+
+
+def _rows(name: str, p: Tensor, files: WeightFiles, turned: set[str]) -> Tensor:
+    if not is_spread(p):
+        return files.read(name).clone()
+    first, count = first_row(p), len(rows_here(p))
+    if name in turned:
+        return files.read(name).t()[first : first + count].contiguous()
+    return files.read(name, first, count)

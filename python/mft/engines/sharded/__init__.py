@@ -1,0 +1,1 @@
+"""The memory mode sharded: each process holds some rows of every tensor."""
