@@ -54,5 +54,6 @@ def test_no_process_holds_the_model(cli, tmp_path):
     assert size > 200e6
     pairs = zip(rises(cli, "output_dir=of tiny"), rises(cli, "output_dir=of large", "model.name=large"))
     shares = [(large - tiny) / size for tiny, large in pairs]
-    # A quarter at rest, two decoder layers of sixteen while one runs, scores and moments of two layers.
-    assert max(shares) < 0.75, shares
+    # A quarter at rest, two decoder layers of sixteen while one runs, scores and moments of two layers; and the pages
+    # of the file that was read, up to half. Seen: 0.53 to 0.77. A process that loads the model had 2.07 to 2.29.
+    assert max(shares) < 1, shares
