@@ -38,7 +38,10 @@ def ask(engine, task="code", **more):
     from mft.vllm.endpoint import MaskEndpoint
 
     class Request:
+        read = False
+
         async def body(self):
+            Request.read = True
             return json.dumps({"task": task}).encode()
 
     async def asked():
@@ -47,6 +50,7 @@ def ask(engine, task="code", **more):
         state = SimpleNamespace(openai_serving_models=models)
         await endpoint.init_state(engine, state, Namespace(mft_tasks={"code": "runs/code"}, **more))
         answer = await endpoint.use(Request())
+        assert Request.read  # else a client that is still sending loses its connection, and with it the answer
         return answer.status_code, json.loads(answer.body), json.loads((await endpoint.tasks()).body)["task"]
 
     return asyncio.run(asked())

@@ -66,9 +66,10 @@ class MaskEndpoint:
 
     async def _answer(self, request: Request, route: str) -> JSONResponse:
         try:
+            body = await request.body()  # first: a client that is still sending would not read a refusal
             if self._per_request:
                 raise ValueError(PER_REQUEST)
-            update = _read(await request.body(), route)
+            update = _read(body, route)
             if route == "use" and update["task"] is not None:
                 check_known(update["task"], self._tasks, ", or null for the base")
             async with self._switching:
