@@ -44,7 +44,7 @@ def test_recoding_in_place_replaces_the_export_and_nothing_else(run, cli):
     shutil.rmtree(run / "masks")
     code, output = cli("recode", "run", "other")
     assert code == 2
-    assert "adapter_config.json: missing" in output.replace("\n", "")
+    assert "run must hold masks, got a run that is not finished" in output.replace("\n", " ")
 
 
 def test_masks_by_weight_are_read_by_every_verb_that_loads_the_base(run, cli, tmp_path):
