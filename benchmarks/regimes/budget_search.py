@@ -17,7 +17,7 @@ import numpy as np
 from mft.config import DataConfig, MaskConfig, TrainConfig
 from mft.data.splits import Splits, load_splits
 from mft.masks.convert import masked_modules
-from mft.masks.inspection import dropped_share
+from mft.masks.inspection import kept_weights
 from mft.study.arms.masks import Mask
 from mft.study.evidence.power import Spread
 
@@ -78,7 +78,8 @@ class BudgetSearch(Regime):
         trained = arm.untrained(ground)
         arm.train(trained, ground, splits.train, train)
         nats = nats_of(trained, splits.validation)
-        dropped = dropped_share([module.packed_mask() for module in masked_modules(trained).values()], ground.numbers())
+        kept = kept_weights([module.packed_mask() for module in masked_modules(trained).values()])
+        dropped = 1 - kept / ground.numbers()
         return {CHOICE: sum(nats), NATS: {TEXT: nats}, BYTES: arm.stored_bytes(ground, trained), DROPPED: dropped}
 
     def tests(self, tokenizer: Any) -> dict[str, Any]:

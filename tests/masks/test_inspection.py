@@ -13,9 +13,9 @@ from mft.masks.inspection import (
     MaskStatistics,
     by_kind,
     combined,
-    dropped_share,
     flip_share,
     initial_masks,
+    kept_weights,
     mask_statistics,
 )
 from mft.tracking.console import new_console
@@ -86,10 +86,9 @@ def test_rows_together_are_what_one_layer_of_all_their_weights_would_be():
     assert combined([MaskStatistics("all kept", 5, 1.0, 0.0, 1.0)], "total").overlap == 1
 
 
-def test_the_dropped_share_counts_bits_whatever_stands_beside_them():
+def test_kept_weights_count_bits_without_the_padding():
     """Rows that end within a word, words of all ones, and several layers."""
     masks = [torch.rand(5, 45, generator=torch.Generator().manual_seed(0)) > 0.3, torch.ones(2, 64, dtype=torch.bool)]
     packed = [pack_mask(mask.float(), torch.tensor(0.5)) for mask in masks]
-    dropped, weights = int((~masks[0]).sum()), 5 * 45 + 2 * 64
-    assert dropped_share(packed, weights) == pytest.approx(dropped / weights)
-    assert dropped_share(packed[1:], 128) == 0
+    assert kept_weights(packed) == int(masks[0].sum()) + 128
+    assert kept_weights(packed[1:]) == 128

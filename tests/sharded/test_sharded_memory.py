@@ -22,7 +22,7 @@ def measured(cli):
     """Return cli with a file that has the rise of this process's memory at its peak, in bytes."""
 
     def call(*arguments):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = of_process("VmRSS")
         code, output = cli(*arguments)
         Path(f"rise of {os.environ['RANK']}").write_text(str(of_process("VmHWM") - before))

@@ -67,11 +67,6 @@ def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
     return flipped / sum(mask.numel() for mask in initial.values())
 
 
-def dropped_share(packed: Iterable[Tensor], weights: int) -> float:
-    """Return the share of ``weights`` weights that these masks of pack_mask drop."""
-    return 1 - kept_weights(packed) / weights
-
-
 def kept_weights(packed: Iterable[Tensor]) -> int:
     """Return the number of weights that these masks of pack_mask keep. Waits for the device once."""
     return int(torch.stack([count_bits(words) for words in packed]).sum())

@@ -98,7 +98,7 @@ def _serve(tasks: dict[str, str], force: bool, adapters: Adapters | None, rest: 
 
 
 def _choose_by_model(args: Any, adapters: Adapters) -> None:
-    """Let each task be a model of the server, beside the base."""
+    """Make each task a model name of the server, next to the base."""
     from vllm import envs
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 

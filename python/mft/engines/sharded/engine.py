@@ -41,9 +41,11 @@ from mft_kernels.shards import first_row, rows_here, spread_like
 
 
 class ShardedMask(InPlaceMask):
-    """A mask of which this process holds some rows, in its rows of the weight; module: the layer of the whole model.
+    """This process's rows of a mask, which lie in place in its rows of the weight.
 
-    own: The rows of the scores, which are trained in place; None: copied from module.
+    Args:
+        module: The layer of the whole model.
+        own: This process's rows of the scores, trained in place. If None, they are copied from module.
     """
 
     def __init__(self, name: str, module: MaskedLayer, parameter: nn.Parameter, own: Tensor | None) -> None:

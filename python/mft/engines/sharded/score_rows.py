@@ -103,7 +103,7 @@ def select_rows(
 ) -> dict[str, Tensor]:
     """Return the thresholds of these layers over the rows of all processes: two or three all-reduces.
 
-    For experts, each of which is whole on one process, they are those of this process's experts.
+    Each expert is whole on one process, so experts have the thresholds of this process's experts alone.
     """
     if budget is not None:
         with processes.together():
