@@ -47,6 +47,8 @@ WAYS = {  # by name, the options of each process
     "1 process of 2 workers with --join": [["workers=2", "--join"]],
 }
 
+TIMES = ("seconds", "seconds_tried", "equal_budgets")  # the keys of a table that depend on how long runs took
+
 
 def main() -> None:
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
@@ -93,7 +95,7 @@ def _measure(config: Path, directory: Path, processes: Sequence[Sequence[str]]) 
 
 def _without_times(values: Any) -> Any:
     if isinstance(values, dict):
-        return {name: _without_times(value) for name, value in values.items() if name != "seconds"}
+        return {name: _without_times(value) for name, value in values.items() if name not in TIMES}
     return [_without_times(value) for value in values] if isinstance(values, list) else values
 
 
