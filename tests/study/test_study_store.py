@@ -242,4 +242,4 @@ def test_a_second_process_is_refused(tmp_path):
         process.start()
         said = queue.get(timeout=60)
         process.join()
-    assert f'output_dir {tmp_path / "run"} is in use by {{"process": {os.getpid()}, ' in said
+    assert f"output_dir {tmp_path / 'run'} is in use by process {os.getpid()} on " in said

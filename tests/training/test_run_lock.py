@@ -13,13 +13,33 @@ from mft.training.run_lock import LOCK, hold
 
 def test_a_second_holder_is_told_who_the_first_is(tmp_path):
     with hold(tmp_path / "run"):
-        refused = pytest.raises(RuntimeError, match=rf'run is in use by {{"process": {os.getpid()}, "host": "')
+        refused = pytest.raises(RuntimeError, match=rf"run is in use by process {os.getpid()} on \S+: wait for it")
         with refused, hold(tmp_path / "run"):
             pass
         assert json.loads((tmp_path / "run" / LOCK).read_text())["process"] == os.getpid()
     assert not (tmp_path / "run" / LOCK).exists()
     with hold(tmp_path / "run"):
         pass
+
+
+def test_who_shares_a_lock_is_told_from_who_works_alone(tmp_path):
+    with hold(tmp_path, shared=True), hold(tmp_path, shared=True):
+        refused = pytest.raises(RuntimeError, match=rf"by process {os.getpid()} on \S+, one of several: pass --join")
+        with refused, hold(tmp_path):
+            pass
+        with hold(tmp_path, shared=True):
+            pass
+    with hold(tmp_path):
+        refused = pytest.raises(RuntimeError, match=r", which works alone: wait for it, or stop it and pass --join to")
+        with refused, hold(tmp_path, shared=True):
+            pass
+
+
+def test_a_lock_with_words_of_another_program_is_shown_as_it_is(tmp_path):
+    with hold(tmp_path):
+        (tmp_path / LOCK).write_text("[1]")
+        with pytest.raises(RuntimeError, match=r"is in use by \[1\]: wait for it"), hold(tmp_path):
+            pass
 
 
 def test_a_lock_that_a_killed_process_left_holds_nobody(tmp_path):

@@ -651,7 +651,9 @@ def estimate(
     ] = None,
     quantization: Annotated[str | None, typer.Option(help="Quantisation of the base: nf4, nf4-dq or int8.")] = None,
     quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="Quantise masked weights too.")] = False,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="For plain.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="For plain, in_place, sharded.")
+    ] = False,
     target_modules: Annotated[str | None, typer.Option(help="Linear layers, such as up_proj,down_proj.")] = None,
     budget: Annotated[float | None, typer.Option(help="Share of all masked weights that is dropped.")] = None,
     objective: Annotated[str, typer.Option(help="kl, distill (its teacher not counted) or dpo.")] = "cross_entropy",

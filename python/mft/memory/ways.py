@@ -286,8 +286,10 @@ class Sharded(InPlace):
         return False  # it needs several processes, so users ask for it by name
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
-        if workload.accumulation % workload.processes:
-            return f"accumulation={workload.accumulation} is not a multiple of the {workload.processes} processes"
+        if over := workload.accumulation % workload.processes:
+            more = workload.accumulation - over + workload.processes
+            asked = f"accumulation={workload.accumulation}"
+            return f"{asked} must be a multiple of the {workload.processes} processes, such as {more}"
         if workload.of_base:
             return f"the objective {workload.objective} runs the base"
         return super().obstacle(workload, quantized)

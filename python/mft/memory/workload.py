@@ -26,7 +26,7 @@ class Workload:
         grad_dtype: dtype of the gradient buffers; None for the weights' dtype.
         quantization: Format of the base; None for exact weights.
         quantize_masked: Whether the masked layers' weights are quantised too.
-        gradient_checkpointing: For plain and in_place. The other modes recompute every layer anyway.
+        gradient_checkpointing: For plain, in_place and sharded. The other modes recompute every layer anyway.
         clipping: Whether the gradients' global norm is clipped, which layerwise does not support.
         keep_ratio: Share of the masked weights that is kept; 0 if a fixed threshold leaves it open.
         fixed_threshold: Whether masks use a given threshold, which int16 scores do not support.

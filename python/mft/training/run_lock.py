@@ -15,6 +15,8 @@ LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of a disk that cannot lock, such as some NFS
 _MOMENT = 1.0  # seconds; one that shares the lock holds it alone while it removes the file
 _MOST = 1000  # bytes of the lock file that a message shows
+ONE_OF_SEVERAL = "one of several: pass --join too, or wait for it"
+WORKS_ALONE = "which works alone: wait for it, or stop it and pass --join to each"
 
 
 @contextlib.contextmanager
@@ -34,10 +36,7 @@ def hold(directory: Path, *, shared: bool = False) -> Iterator[None]:
             try:
                 _lock(descriptor, shared)
             except BlockingIOError:
-                holder = os.read(descriptor, _MOST).decode(errors="replace").strip() or "another process"
-                raise RuntimeError(
-                    f"output_dir {directory} is in use by {holder}: wait for it, stop it, or name another output_dir"
-                ) from None
+                raise RuntimeError(f"output_dir {directory} is in use by {_refusal(descriptor, shared)}") from None
             if not _is_at(path, descriptor):  # its last holder has removed it: lock the present file
                 continue
             try:
@@ -69,6 +68,22 @@ def _lock(descriptor: int, shared: bool) -> None:
             return
         else:
             return
+
+
+def _refusal(descriptor: int, shared: bool) -> str:
+    """Say which process holds the lock, and what to do."""
+    words = os.read(descriptor, _MOST).decode(errors="replace").strip()
+    try:
+        holder = "process {process} on {host}".format_map(json.loads(words))
+    except (ValueError, TypeError, LookupError):
+        holder = words or "another process"
+    if shared:
+        return f"{holder}, {WORKS_ALONE}"
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return f"{holder}: wait for it, stop it, or name another output_dir"
+    return f"{holder}, {ONE_OF_SEVERAL}"
 
 
 def _open(path: Path) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.atomic import NotWritten, naming
+from mft.training.run_lock import ONE_OF_SEVERAL, WORKS_ALONE
 
 FOLDER = "leases"
 _MOST = 4096  # bytes of a lease that are read
@@ -203,12 +204,8 @@ class Leases:
         return [path for path in found if path not in own]
 
     def _refusal(self, path: Path) -> str:
-        joins = path.name.startswith(JOINED)
-        remedy = "pass --join too, or wait for it" if joins else "wait for it, or stop it and pass --join to each"
-        return (
-            f"output_dir {self.folder.parent} is in use by {self._owner(path)}, "
-            f"{'one of several' if joins else 'which works alone'}: {remedy}"
-        )
+        what = ONE_OF_SEVERAL if path.name.startswith(JOINED) else WORKS_ALONE
+        return f"output_dir {self.folder.parent} is in use by {self._owner(path)}, {what}"
 
     def _files(self, age: float = 0.0) -> list[Path]:
         """Return the paths of all leases, from a listing of the folder at most age seconds old."""
