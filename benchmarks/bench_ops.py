@@ -11,9 +11,10 @@ import torch
 
 from mft_kernels.timing import Samples, time_within
 
+from . import cpu_targets
 from . import layer_competitors as layers
 from . import matrix_competitors as matrices
-from .harness import Finding, Spread, ratio, report
+from .harness import Finding, Spread, instruction_set, ratio, report
 from .layer_competitors import LayerCompetitors, inputs_of
 from .plots import draw_ops
 from .roofline import Ceilings, count_work
@@ -26,13 +27,6 @@ SQUARE = (4096, 4096)
 STEP_SHAPES = ((576, 1536), SQUARE)  # shapes of which the whole step, forward and backward, is measured too
 TOKENS = (1, 8, 64, 512, 4096)
 PAPER_TOKENS = 512  # tokens at which the paper's layer runs: it sorts all scores, so M hardly matters
-# Upper bounds in units of the dense step of the square layer, on 2 threads.
-STEP_TARGETS = {
-    (layers.FROM_SCORES, 64): 1.25,
-    (layers.FROM_SCORES, 512): 1.05,
-    (layers.HELD, 64): 1.10,
-    (layers.HELD, 512): 1.05,
-}
 FEW, FEWEST = 2e10, 1.5e11  # M N K from which fewer competitors run, and from which only ours and the dense layer run
 SLOW = 2**25  # number of scores from which sort and kthvalue are not timed
 
@@ -170,4 +164,7 @@ def _groups(m: int, n: int, k: int, budget: Budget) -> Iterator[tuple[list[str],
 
 
 def _bound(case: Case, name: str) -> float | None:
-    return STEP_TARGETS.get((name, case.m)) if case.op == "step" and (case.n, case.k) == SQUARE else None
+    if case.op != "step":
+        return None
+    shape = case.n, case.k
+    return cpu_targets.bound(instruction_set(), "bf16", case.op, shape, case.m, torch.get_num_threads(), name)
