@@ -136,6 +136,15 @@ def test_the_default_is_what_fits_a_workstation():
     assert "nothing fits" in output
 
 
+def test_a_mode_that_is_refused_is_still_the_one_that_is_described():
+    asked = ("--model", "llama2-7b", "--processes", "8", "--gpu", "80GB", "--accumulation", "100")
+    code, output = call(*asked, "--memory", "sharded")
+    assert code == 2
+    assert "accumulation=100 must be a multiple of the 8 processes, such as 104" in output
+    assert "holds a share of all weights" in output
+    assert "holds its own weights" in call(*asked)[1]
+
+
 def test_help_names_every_memory_mode():
     _, output = call("--help")
     assert all(way in output for way in ("auto", *WAYS)), output

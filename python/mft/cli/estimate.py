@@ -162,7 +162,8 @@ def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
     if reserve:
         lines.append(f"{gigabytes(reserve)} of the GPU are set aside for its context and the allocator's fragments")
     if workload.processes > 1:
-        spreads = choice.way is not None and WAYS[choice.way].spreads
+        way = choice.way or workload.memory  # auto if nothing fits
+        spreads = way in WAYS and WAYS[way].spreads
         weights = "a share of all weights" if spreads else "its own weights"
         lines.append(
             f"{workload.processes} processes on one machine: each runs at most {workload.own_accumulation} of a "
