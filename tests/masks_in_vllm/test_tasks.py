@@ -1,7 +1,9 @@
 """Masks of tasks in a server's weights: each equals the merged model bit for bit, and removing it restores the base."""
 
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from served import Served, is_plain, same_bits, save_scattered, scattered
@@ -113,6 +115,20 @@ def test_one_damaged_export_adds_none(served, exports, tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         tasks.add({"code": exports["code"][0], "maths": str(tmp_path / "maths")})
     assert tasks.names == ()
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_a_weight_loses_and_gets_back_its_bits_on_every_device(is_cpu):
+    weight = base().model.layers[0].mlp.up_proj.weight.detach()
+    bits = weight.view(-1).view(torch.int16)
+    whole = bits.clone()
+    places = np.arange(0, len(bits), 5, dtype=np.int32)
+    dropped = dropped_module.Dropped(places, weight.view(-1)[::5].clone())
+    there = SimpleNamespace(is_cpu=False, device=weight.device, view=weight.view, new_zeros=weight.new_zeros)
+    dropped.drop(weight if is_cpu else there)
+    assert torch.equal(bits, whole.index_fill(0, torch.from_numpy(places).long(), 0))
+    dropped.put_back(weight if is_cpu else there)
+    assert torch.equal(bits, whole)
 
 
 @pytest.mark.parametrize("writes", [0, 1, 5, 27])

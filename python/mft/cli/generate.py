@@ -16,7 +16,7 @@ from mft.config import DTYPES, ModelConfig
 from mft.evaluation.continuation import generating
 from mft.evaluation.evaluated_base import base_words, learned_base
 from mft.masks.bank import load_mask_bank
-from mft.masks.export_format import CONFIG_FILE, check_not_begun, read_config
+from mft.masks.export_format import CONFIG_FILE, check_run_has_masks, read_config
 from mft.masks.location import local_directory, masks_directory
 from mft.memory.model_config import read_model_config
 from mft.models.next_tokens import longest_row
@@ -142,7 +142,7 @@ def open_voices(
         return _voices_of_masks(run, masks, model_name, dtype, force, ONLY if only is None else (only,))
     plain = next((each for each in (place, place / MODEL) if (each / "config.json").is_file()), None)
     if plain is None:
-        check_not_begun(place)
+        check_run_has_masks(place)
         raise _nothing_there(run, place)
     for option, value in (("--model", model_name), ("--only", only)):
         check_rule(value is None, option, f"be left out for {run}, an ordinary model without masks", value)

@@ -175,7 +175,7 @@ def read_description(directory: Path) -> MaskExport:
             f"{directory}: expected a directory with {CONFIG_FILE} and {MASK_FILE}, got "
             f"{'a file' if directory.exists() else 'nothing there'}"
         )
-    check_not_begun(directory)
+    check_run_has_masks(directory)
     for name in (CONFIG_FILE, MASK_FILE):
         if not (directory / name).exists():
             raise FileNotFoundError(
@@ -184,7 +184,7 @@ def read_description(directory: Path) -> MaskExport:
     return read_config(directory / CONFIG_FILE)
 
 
-def check_not_begun(directory: Path) -> None:
+def check_run_has_masks(directory: Path) -> None:
     """Raise ValueError if directory is a run's and holds no masks: of mft train before its end, or of mft finetune."""
     if not (directory / RUN_CONFIG).is_file() or (directory / CONFIG_FILE).exists():
         return

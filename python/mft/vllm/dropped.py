@@ -21,16 +21,10 @@ class Dropped:
     values: Tensor
 
     def put_back(self, weight: Tensor) -> None:
-        if weight.is_cpu:
-            _bits(weight)[self.places.astype(np.intp)] = _bits(self.values)
-        else:
-            weight.view(-1).index_copy_(0, _index(self.places).to(weight.device), self.values)
+        _write(weight, self.places, self.values)
 
     def drop(self, weight: Tensor) -> None:
-        if weight.is_cpu:
-            _bits(weight)[self.places.astype(np.intp)] = 0
-        else:
-            weight.view(-1).index_fill_(0, _index(self.places).to(weight.device), 0)
+        _write(weight, self.places, weight.new_zeros(1))
 
     def values_at(self, places: Places, weight: Tensor) -> Tensor:
         """Return the base's values at these places of a weight from which this mask's places are dropped."""
@@ -69,13 +63,21 @@ def nothing_dropped(weight: Tensor) -> Dropped:
     return Dropped(np.empty(0, np.int32), weight.new_empty(0))
 
 
-def _bits(weight: Tensor) -> NDArray[np.generic]:
-    """Return the bits of a weight on the CPU, flat, in the same memory.
+def _write(weight: Tensor, places: Places, values: Tensor) -> None:
+    """Write one value per place, or one value to all places.
 
-    NumPy writes them on one thread, faster than index_copy_. In PyTorch weight[places] = values waits for several
-    threads: for seconds on a busy processor.
+    On a CPU NumPy does so on one thread, faster than index_copy_. PyTorch's own assignment waits for several threads:
+    for seconds on a busy processor.
     """
-    return weight.view(-1).view(_INTEGERS[weight.element_size()]).numpy()
+    if weight.is_cpu:
+        _bits(weight)[places.astype(np.intp)] = _bits(values)
+    else:
+        weight.view(-1)[_index(places).to(weight.device)] = values
+
+
+def _bits(tensor: Tensor) -> NDArray[np.generic]:
+    """Return the bits of a tensor on the CPU, flat, in the same memory."""
+    return tensor.view(-1).view(_INTEGERS[tensor.element_size()]).numpy()
 
 
 def _index(places: Places) -> Tensor:
