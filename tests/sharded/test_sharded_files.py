@@ -48,7 +48,7 @@ def compared(rank, folder, case):
     run, head = split_at_head(whole, ids)
 
     def logits(of):
-        spread = start_forward(of, ids[:1, :8])
+        spread = start_forward(of, data, ids[:1, :8], 1)
         with spread._own.whole_head():
             result = spread.head(spread.run(spread.model, ids))
         spread.close()

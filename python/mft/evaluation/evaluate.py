@@ -27,7 +27,7 @@ from mft.models.causal_lm import FEW, input_device, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import inputs_of
 from mft.models.next_tokens import check_next_tokens
-from mft.models.packed_rows import check_apart, keeping_apart
+from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import token_losses
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
@@ -230,8 +230,7 @@ def _runner(
         return
     engine: SpreadForward | LayerEngine
     if way == SHARDED and score_rows(model) is not None:
-        engine = start_forward(model, few)
-        check_apart(engine.model, dataset, few.to(engine.device), batch_size, engine.run)
+        engine = start_forward(model, dataset, few, batch_size)
     else:
         engine = start_engine(model, few, way, device)
     try:

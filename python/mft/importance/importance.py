@@ -32,7 +32,7 @@ from mft.models.experts import expert_projections, flags
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import Candidate, find_targets
 from mft.models.longrope import inputs_of
-from mft.models.packed_rows import check_apart, keeping_apart
+from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import backward_token_loss
 
 METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient", "fisher")
@@ -111,9 +111,8 @@ def input_norms(
     few = batches[0].input_ids[:1, :FEW].to(input_device(model))
     with keeping_all(model), evaluating(model), keeping_apart(model, dataset, few, batch_size):
         if way == SHARDED and score_rows(model) is not None:
-            spread = start_forward(model, few)
+            spread = start_forward(model, dataset, few, batch_size)
             try:
-                check_apart(spread.model, dataset, few.to(spread.device), batch_size, spread.run)
                 inner = spread.model.get_submodule
                 of_spread = {name: m if m.weight.dim() == 3 else inner(name) for name, m in modules.items()}
                 return _input_norms(spread.model, of_spread, batches, lambda batch: list(spread.hidden_states([batch])))

@@ -30,6 +30,7 @@ from mft.engines.step import OnLoss
 from mft.engines.trains_scores import TrainsScores
 from mft.masks.convert import masked_modules
 from mft.models.longrope import inputs_of
+from mft.models.packed_rows import check_apart
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.surrogate.surrogate import Surrogate
@@ -300,12 +301,21 @@ def start_sharded(
     return Sharded(states, own, objective, every_batch=train.reduce_every == "micro_batch")
 
 
-def start_forward(model: nn.Module, few: Tensor) -> SpreadForward:
-    """Spread a model that has score_rows, with the masks that they select now; return what runs it."""
+def start_forward(model: nn.Module, dataset: Any, few: Tensor, batch_size: int) -> SpreadForward:
+    """Spread a model that has score_rows, with the masks that they select now; return what runs it.
+
+    Raises: the errors of packed_rows.check_apart.
+    """
     held = score_rows(model)
     assert held is not None, "asked for where there are rows"
     own = spread(model, few, held.device, held.processes)
     if masked_modules(model):
         for name, packed in held.masks().items():
             MaskedInPlace(rows_here(own.weights[name])).change(packed)
-    return SpreadForward(own, held.device, held.processes)
+    forward = SpreadForward(own, held.device, held.processes)
+    try:
+        check_apart(forward.model, dataset, few.to(forward.device), batch_size, forward.run)
+    except BaseException:
+        forward.close()
+        raise
+    return forward
