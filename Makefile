@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test test-slow lint errors reference docs sanitize ports faults join-kills fuzz llama-test vllm-test container-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow lint reference docs sanitize ports faults join-kills fuzz llama-test vllm-test container-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -104,10 +104,6 @@ build/pages/architectures.md: dev
 # built.
 build/pages/kernels-compiled.md: | dev
 	$(BIN)/python -m benchmarks.kernel_code --only cuda --out $@
-
-# The page of bad inputs, and tests/docs/error_messages.json: the words of every message, which a test compares.
-errors: build/pages/errors.md
-	PYTHONPATH=.:tests $(BIN)/python tests/docs/error_messages.py
 
 # The page of public names, and docs/reference/configuration.md: every key of a run and a study, its default and its comment.
 reference: build/pages/reference.md

@@ -15,8 +15,7 @@ def report() -> str:
     lines = [
         "# Bad inputs: what is refused, and what is accepted",
         "",
-        "Made by `make docs` of the tables in `tests/bad_inputs/`; `tests/docs/test_bad_inputs.py` runs each and",
-        "compares its words with those recorded:",
+        "Made by `make docs` from the tables in `tests/bad_inputs/`; `tests/docs/test_bad_inputs.py` runs each row:",
         f"{len(REFUSED)} inputs are refused, {len(ACCEPTED)} odd ones accepted.",
         f"Some texts are {VERSIONS}'s own, which others may put in other words.",
         "`/tmp/dir` is a new directory, `patch` pytest's `MonkeyPatch`, `...` what differs from machine to machine.",
