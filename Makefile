@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test test-slow lint reference docs sanitize ports faults join-kills fuzz llama-test vllm-test container-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow test-lower lint reference docs sanitize ports faults join-kills fuzz llama-test vllm-test container-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -63,7 +63,7 @@ demo: install
 # quick-start. .ci/run runs both.
 # Byte-code is written, whatever PYTHONDONTWRITEBYTECODE says: else every process of a test compiles all that it imports,
 # and pytest rewrites 300 files of tests again (9 s for each of its processes).
-test test-slow: export PYTHONDONTWRITEBYTECODE :=
+test test-slow test-lower: export PYTHONDONTWRITEBYTECODE :=
 test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops tests/kernels/test_ops.py tests/kernels/test_repeatability.py -m "not slow" -k "triton and not ($(SLOW_INTERPRETED))"
@@ -75,6 +75,13 @@ TIME_BOX := $(if $(SLOW_SECONDS),--seconds $(SLOW_SECONDS) --no-loadscope-reorde
 test-slow: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(TIME_BOX)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops -m slow -k triton $(TIME_BOX)
+
+# The numeric tests again, as on a processor with a lower instruction set: the one below the best, or
+# make test-lower CAPABILITY=avx2. A failure that only another processor shows has to show before a change lands.
+NUMERIC := $(addprefix tests/,ops kernels cpu_kernels sharded in_place importance)
+test-lower: dev
+	settings="$$($(BIN)/python tests/lower_capability.py $(CAPABILITY))" && \
+	env $$settings $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC) -m "not slow" $(TIME_BOX)
 
 lint: dev
 	$(BIN)/ruff check .

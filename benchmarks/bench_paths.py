@@ -7,11 +7,7 @@ through torch's GEMM. Weights are cold, as in a model of many layers: calls rota
 
 To measure a lower instruction set, hold torch back to it too. Otherwise its slabs would use torch's best GEMM:
 
-    MFT_CPU_CAPABILITY  ONEDNN_MAX_CPU_ISA  MKL_ENABLE_INSTRUCTIONS  ATEN_CPU_CAPABILITY
-    avx512_bf16         AVX512_CORE_BF16
-    avx512              AVX512_CORE
-    avx2                AVX2                AVX2                     avx2
-    portable            SSE41               SSE4_2                   default
+    env $(python tests/lower_capability.py avx2) python -m benchmarks paths
 """
 
 import itertools
