@@ -160,11 +160,6 @@ def write_results_to(folder: Path) -> None:
     _folder = folder
 
 
-def results_folder() -> Path:
-    """Return the folder that report() writes to."""
-    return _folder
-
-
 def report(
     question: str,
     title: str,
