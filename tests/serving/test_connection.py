@@ -14,6 +14,7 @@ pytest.importorskip("uvicorn")
 
 from mft.serving.api import connection
 
+METRICS = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n"
 BODY = json.dumps({"model": "code", "prompt": "3 4", "max_tokens": 2, "temperature": 0}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 WHOLE = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
@@ -135,3 +136,14 @@ def test_where_every_connection_is_being_answered_one_more_is_refused(serve, dia
     assert status(dial(running, WHOLE)) == 503
     gate.set()
     assert [status(each) for each in asked] == [200] * 3
+
+
+TWO_LENGTHS = HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + METRICS + b"\r\n"
+
+
+def test_a_request_with_two_lengths_is_refused_and_nothing_after_it_is_answered(serve, dial):
+    answer = rest(dial(serve(), TWO_LENGTHS))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"connection: close\r\n" in answer.lower()
+    assert b"a request must have Content-Length or Transfer-Encoding, got both: send one" in answer
+    assert answer.count(b"HTTP/1.1") == 1
