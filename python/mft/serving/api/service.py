@@ -19,6 +19,7 @@ from mft.checks import shown
 from mft.serving.api.adapters import Adapters
 from mft.serving.api.answer import ChatAnswer, TextAnswer
 from mft.serving.api.body import Body, ChatBody, CompletionBody, most_bytes, read_body
+from mft.serving.api.connection import check_room
 from mft.serving.api.exchange import Exchanges, check_length, exchange_of, refuse
 from mft.serving.api.hosts import check_host
 from mft.serving.api.incoming import json_bytes
@@ -111,6 +112,7 @@ class Service:
             check_length,
             functools.partial(check_host, hosts=access.hosts),
             functools.partial(check_key, keys=access.keys),
+            check_room,
         )
         self.app = Exchanges(app, self._journal.responded, checks)
 
