@@ -104,6 +104,10 @@ a file of keys with two in a line
     ApiKeys(tmp / "keys", warn=print)
     -> ValueError: --api-keys-file | must hold keys of printable ASCII characters without spaces, one per line
         | got others in line 1 of
+a file of keys that is too long
+    (tmp / "keys").write_text("sk-12345\n" * 120_000)
+    ApiKeys(tmp / "keys", warn=print)
+    -> ValueError: --api-keys-file | must be at most 1048576 bytes | got more in /tmp/dir/keys | remove lines
 a time zone of the log that there is not
     new_log("text", "info", "Europe/Berlim")
     -> ValueError: --log-zone | must be local, UTC or a name of the time zone database | got 'Europe/Berlim'
@@ -161,6 +165,14 @@ loading a mask of another base
 loading a mask from elsewhere
     directory_below(tmp, "../masks")
     -> Refused: lora_path | must be a directory below ... (--load-from) | got '../masks'
+loading a mask whose files lie elsewhere
+    (tmp / "runs" / "code").mkdir(parents=True)
+    (tmp / "runs" / "code" / "adapter_config.json").symlink_to(tmp / "adapter_config.json")
+    directory_below(tmp / "runs", "code")
+    -> Refused: lora_path | must be a directory below ... (--load-from), as must its files | got 'code'
+loading more masks than a server holds
+    asyncio.run(tasks(tmp).load("math", tmp / "masks", most=1))
+    -> ValueError: lora_name | must be one of at most 1 tasks | got one more | unload another first
 unloading a mask that there is not
     asyncio.run(tasks(tmp).unload("cod"))
     -> Refused: lora_name | must be one of base, code | got 'cod' | code?

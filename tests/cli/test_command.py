@@ -1,5 +1,6 @@
 """The console script if the packages of an extra are missing."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -7,7 +8,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from mft.cli.app import app
 from mft.cli.command import NEEDED
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -34,6 +38,17 @@ def test_without_its_extra_it_says_which_in_one_line_and_exits_with_2(hidden, na
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: mft needs {named}, not installed here: pip install 'mft_kernels[train]'")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_after_the_help_is_no_error(monkeypatch):
+    """As in `mft serve --help | head`, if head leaves before the last newline, which click prints."""
+
+    def leave(*_, **__):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(typer.core.TyperCommand, "get_help", leave)
+    done = CliRunner().invoke(app, ["serve", "--help"])
+    assert (done.exit_code, done.output) == (1, "")
 
 
 def test_with_it_the_command_runs():

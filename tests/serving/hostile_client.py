@@ -140,6 +140,7 @@ ANSWERED: dict[str, tuple[bytes, int]] = {
     "a long head": (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 9000, 400),
     "a negative length": (request(COMPLETION, "Content-Length: -1"), 400),
     "two lengths": (request(COMPLETION, "Content-Length: 5", "Content-Length: 6"), 400),
+    "a length and chunks": (request(b"0\r\n\r\n", "Content-Length: 5", "Transfer-Encoding: chunked"), 400),
     "a length of a terabyte": (request(b"{", length=10**12), 413),
     "oversized messages of zeros": (request(filled(MESSAGES, "0", "]}", HUGE), route=CHAT_ROUTE), 413),
     "oversized stop strings of zeros": (request(filled(STOP, "0", "]}", HUGE)), 413),

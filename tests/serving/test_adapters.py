@@ -1,5 +1,6 @@
 """Masks that come and go while requests are answered: vLLM's routes for adapters."""
 
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from tiny import make_llama
 from mft.config import MaskConfig
 from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
+from mft.serving.api import adapters
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -132,30 +134,58 @@ BAD = [
     ("a" * 257, "code", 400, "lora_name", "lora_name must have at most 256 characters, got 'aaa"),
     ("new", "cod", 404, "lora_path", "lora_path must be a directory, got 'cod'; did you mean"),
     ("new", "", 400, "lora_path", "lora_path must have at least 1 character, got ''"),
-    ("new", ".", 400, "lora_path", "(--load-from), got '.'"),
-    ("new", "../..", 400, "lora_path", "(--load-from), got '../..'"),
-    ("new", "code/../../../etc", 400, "lora_path", "(--load-from), got 'code/../../../etc'"),
-    ("new", "/etc", 400, "lora_path", "(--load-from), got '/etc'"),
-    ("new", "/nowhere", 400, "lora_path", "(--load-from), got '/nowhere'"),
-    ("new", "a\0b", 400, "lora_path", "(--load-from), got 'a\\x00b'"),
-    ("new", "link", 400, "lora_path", "(--load-from), got 'link'"),
-    ("new", "run", 400, "lora_path", "(--load-from), got 'run'"),
+    ("new", ".", 400, "lora_path", "(--load-from), as must its files, got '.'"),
+    ("new", "../..", 400, "lora_path", "(--load-from), as must its files, got '../..'"),
+    ("new", "code/../../../etc", 400, "lora_path", "(--load-from), as must its files, got 'code/../../../etc'"),
+    ("new", "/etc", 400, "lora_path", "(--load-from), as must its files, got '/etc'"),
+    ("new", "/nowhere", 400, "lora_path", "(--load-from), as must its files, got '/nowhere'"),
+    ("new", "a\0b", 400, "lora_path", "(--load-from), as must its files, got 'a\\x00b'"),
+    ("new", "link", 400, "lora_path", "(--load-from), as must its files, got 'link'"),
+    ("new", "run", 400, "lora_path", "(--load-from), as must its files, got 'run'"),
+    ("new", "circle", 404, "lora_path", "lora_path must be a directory, got 'circle'"),
+    ("new", "circle/masks", 404, "lora_path", "lora_path must be a directory, got 'circle/masks'"),
+    ("new", "a" * 999, 400, "lora_path", "(--load-from), as must its files, got 'aaa"),
+    ("new", "linked", 400, "lora_path", "(--load-from), as must its files, got 'linked'"),
+    ("new", "linked-run", 400, "lora_path", "(--load-from), as must its files, got 'linked-run'"),
     ("new", "empty", 404, "lora_path", "empty"),
     ("new", "other", 400, "lora_path", "the masks were learned on other weights of the same shapes"),
 ]
 
 
-def test_what_cannot_be_loaded_is_one_message_and_nothing_is_lost(serve, root):
+def test_what_cannot_be_loaded_is_one_message_and_nothing_is_lost(serve, root, tmp_path):
     (root / "empty").mkdir()
     (root / "link").symlink_to("/etc")
     (root / "run").mkdir()
     (root / "run" / "masks").symlink_to("/etc")
+    (root / "circle").symlink_to(root / "circle")
+    outside = shutil.copytree(root / "code", tmp_path / "outside")
+    for inside in (root / "linked", root / "linked-run" / "masks"):  # inside, their files outside
+        inside.mkdir(parents=True)
+        for file in outside.iterdir():
+            (inside / file.name).symlink_to(file)
     running = serve(load_from=root)
     for name, path, status, param, message in BAD:
         found = told(load(running, name, path))
         assert (*found[:2], message in found[2]) == (status, param, True), found
     assert names(running) == ["tiny", "code", "math"]
     assert text(running, "code") != text(running, "math")
+
+
+def test_clients_load_so_many_tasks_and_an_unknown_name_is_answered_with_a_few(serve, root, monkeypatch):
+    monkeypatch.setattr(adapters, "MOST_TASKS", 25)
+    running = serve(load_from=root)
+    loaded = [load(running, f"task{i}", "code").status_code for i in range(23)]
+    assert loaded == [200] * 23
+    assert told(load(running, "more", "code")) == (
+        400,
+        "lora_name",
+        "lora_name must be one of at most 25 tasks, got one more: unload another first",
+    )
+    assert load(running, "task0", "math", load_inplace=True).status_code == 200
+    status, _, message = told(unload(running, "more"))
+    assert status == 404
+    assert message.startswith("lora_name must be one of tiny, code, math, task1, ")
+    assert ", task17 and 6 more (GET /v1/models), got 'more'" in message
 
 
 def test_an_unknown_name_and_the_bases_are_not_unloaded(serve, root):

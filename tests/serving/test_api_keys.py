@@ -80,6 +80,7 @@ FAULTY = {
     "good-key\nsk secret": "--api-keys-file must hold keys of printable ASCII characters without spaces, one per line, "
     "got others in line 2 of ",
     "sk-\xe9": "got others in line 1 of ",
+    "sk-" + "0" * (1 << 20): "--api-keys-file must be at most 1048576 bytes, got more in ",
 }
 
 

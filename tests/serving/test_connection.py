@@ -1,4 +1,4 @@
-"""A request must arrive whole in time, and half-sent ones must not take the place of whole ones."""
+"""A request must arrive whole and its answer be read in time, and clients that do neither keep no one out."""
 
 import contextlib
 import http.client
@@ -19,14 +19,21 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 WHOLE = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 
 
+METRICS = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n"
+
+
 @pytest.fixture
 def dial():
-    """Yield dial(running, data), which sends data over a new connection and returns it."""
+    """Yield dial(running, data), which sends data over a new connection and returns it. buffer: the client's bytes."""
     with contextlib.ExitStack() as stack:
 
-        def connect(running, data=b""):
+        def connect(running, data=b"", *, buffer=None):
             host, port = running.address.removeprefix("http://").split(":")
-            made = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            made = stack.enter_context(socket.socket())
+            made.settimeout(20)
+            if buffer is not None:
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            made.connect((host, int(port)))
             made.sendall(data)
             return made
 
@@ -129,9 +136,74 @@ def test_where_every_connection_is_being_answered_one_more_is_refused(serve, dia
     running = serve(connections=2)
     gate.clear()
     asked = []
-    for count in (1, 2, 3):
+    for count in (1, 2):
         asked.append(dial(running, WHOLE))
         until(lambda count=count: sum(running.scheduler.counts) == count)
     assert status(dial(running, WHOLE)) == 503
+    assert any(": connections must be at most 2 that wait for an answer, got one" in line for line in running.lines)
+    for route in (b"/metrics", b"/health", b"/health/live", b"/health/ready"):
+        assert status(dial(running, b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % route)) == 200
     gate.set()
-    assert [status(each) for each in asked] == [200] * 3
+    assert [status(each) for each in asked] == [200] * 2
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """Make the operating system buffer less than one page of metrics for each connection."""
+    made = connection.Connection.connection_made
+
+    def shrink(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        made(self, transport)
+
+    monkeypatch.setattr(connection.Connection, "connection_made", shrink)
+
+
+UNREAD = {"one after the other": (METRICS + b"\r\n") * 20, "and closed": METRICS + b"Connection: close\r\n\r\n"}
+
+
+@pytest.mark.parametrize("data", UNREAD.values(), ids=UNREAD)
+def test_answers_that_are_not_read_in_time_end_their_connection(serve, dial, small_buffers, until, monkeypatch, data):
+    monkeypatch.setattr(connection, "WRITE_SECONDS", 0.3)
+    running = serve()
+    unread = dial(running, data, buffer=1)
+    until(lambda: running.server.server_state.connections)
+    until(lambda: not running.server.server_state.connections)
+    assert not rest(unread).endswith(b"# EOF\n")
+
+
+def test_a_client_that_reads_slowly_gets_its_answer(serve, dial, small_buffers, monkeypatch):
+    monkeypatch.setattr(connection, "WRITE_SECONDS", 0.5)
+    slow, parts = dial(serve(), UNREAD["and closed"], buffer=1), []
+    while part := slow.recv(500):
+        parts.append(part)
+        time.sleep(0.02)
+    body = b"".join(parts).partition(b"\r\n\r\n")[2]
+    assert body.startswith(b"# HELP ")
+    assert body.count(b"mft_base_bytes") == 3
+    assert len(parts) > 10
+
+
+def test_clients_that_do_not_read_make_room_before_those_that_still_send(serve, dial, small_buffers, until):
+    running = serve(connections=4)
+    half = dial(running, PARTS["half a body"])
+    for _ in range(3):
+        dial(running, UNREAD["one after the other"], buffer=1)
+    connections = running.server.server_state.connections
+    until(lambda: sum(each.flow.write_paused for each in connections) == 3)
+    for _ in range(3):
+        assert status(dial(running, WHOLE)) == 200
+    assert len(connections) <= 4
+    half.sendall(b" " * 89 + b"}")
+    assert status(half) == 400
+
+
+TWO_LENGTHS = HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + METRICS + b"\r\n"
+
+
+def test_a_request_with_two_lengths_is_refused_and_nothing_after_it_is_answered(serve, dial):
+    answer = rest(dial(serve(), TWO_LENGTHS))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"connection: close\r\n" in answer.lower()
+    assert b"a request must have Content-Length or Transfer-Encoding, got both: send one" in answer
+    assert answer.count(b"HTTP/1.1") == 1

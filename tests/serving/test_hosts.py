@@ -1,28 +1,21 @@
 """The host names that requests may use."""
 
-import asyncio
-import json
-
 import pytest
 
 pytest.importorskip("starlette")
 
-from starlette.responses import PlainTextResponse
-
-from mft.serving.api.hosts import HostCheck, known_hosts
+from mft.serving.api.hosts import check_host, known_hosts
+from mft.serving.refusal import Refused
 
 
 def asked(hosts, name):
-    """Return (status, message)."""
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
+    """Return (status, message) of the refusal, or (200, None)."""
     headers = [] if name is None else [(b"host", name.encode())]
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
-    asyncio.run(HostCheck(PlainTextResponse("{}"), hosts)(scope, None, send))
-    return sent[0]["status"], json.loads(sent[1]["body"]).get("error", {}).get("message")
+    try:
+        check_host({"type": "http", "headers": headers}, hosts)
+    except Refused as refused:
+        return refused.status, refused.message
+    return 200, None
 
 
 LOOPBACK = ["localhost", "localhost:8000", "LocalHost.:80", "app.localhost", "127.0.0.1:8000", "127.9.9.9", "[::1]:80"]

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,6 +78,41 @@ def test_masks_that_are_listed_otherwise_come_and_go(running, listed, tmp_path):
     hang_up(running, file)
     assert running.lines[len(before) :][0].startswith("SIGHUP: ")
     assert not any("loaded " in line for line in running.lines[len(before) :])  # nothing has changed
+
+
+def test_of_lists_that_overlap_the_newest_wins(running, listed, tmp_path, monkeypatch):
+    """While an older list still loads math, the newer one takes both tasks off and adds another one."""
+    file, keys = MasksFile(listed), tmp_path / "keys"
+    keys.write_text("sk-one")
+    keys.chmod(0o600)
+    known, begun, go_on, read = ApiKeys(keys, pytest.fail), threading.Event(), threading.Event(), running.bank.read
+
+    def wait(directory, **options):
+        begun.set()
+        assert go_on.wait(20)
+        return read(directory, **options)
+
+    monkeypatch.setattr(running.bank, "read", wait)
+    reload = Reload(running.log)
+
+    async def run():
+        reload.begin(running.tasks, known, file)
+        listed.write_text(f"math={tmp_path / 'code'}\ncode={tmp_path / 'math'}")
+        runs = [asyncio.ensure_future(reload.run())]
+        await asyncio.to_thread(begun.wait, 20)
+        keys.write_text("sk-two")
+        for lines in ("faulty", f"new={tmp_path / 'math'}"):
+            listed.write_text(lines)
+            runs += [asyncio.ensure_future(reload.run()) for _ in range(3)]
+            await asyncio.sleep(0.05)
+        assert known.know("sk-two")  # keys wait for no masks
+        go_on.set()
+        await asyncio.gather(*runs)
+
+    asyncio.run_coroutine_threadsafe(run(), running.server.loop).result(20)
+    assert running.tasks.names == ("tiny", "new")
+    assert file.loaded == {"new": str(tmp_path / "math")}
+    assert not any("stay" in line for line in running.lines)
 
 
 FAULTY = {

@@ -32,7 +32,7 @@ class _OneMessageAnError(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except typer.Exit:  # a subclass of RuntimeError
+        except (typer.Exit, BrokenPipeError):  # a RuntimeError; typer ends quietly if the reader of a pipe has left
             raise
         except (ValueError, RuntimeError, OSError) as error:
             if os.environ.get(TRACEBACK):

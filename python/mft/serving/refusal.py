@@ -6,11 +6,22 @@ _KINDS = {429: "requests", 500: "server_error", 503: "server_error", 504: "serve
 
 
 class Refused(Exception):
-    """A refused request. param: the request's key at fault. code: an identifier of the refusal for programs."""
+    """A refused request. param: the request's key at fault. code: an identifier of the refusal for programs.
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    closes: whether its connection is closed.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        closes: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.message, self.status, self.param, self.code = message, status, param, code
+        self.message, self.status, self.param, self.code, self.closes = message, status, param, code, closes
 
     def body(self) -> dict[str, Any]:
         kind = _KINDS.get(self.status, "invalid_request_error")

@@ -30,6 +30,8 @@ class Reload:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_asked = False
         self._running: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()  # one list of masks at a time, so that the newest one is the last
+        self._has_next = False
 
     @contextlib.contextmanager
     def on_hang_up(self) -> Iterator[None]:
@@ -69,18 +71,25 @@ class Reload:
                 self._log.tell("reloaded", f"API keys: {len(self._keys)}", keys=len(self._keys))
             except (ValueError, OSError) as error:
                 self._fail(f"the keys stay as they were: {error}")
-        if self._masks_file is not None:
-            try:
-                listed = await asyncio.to_thread(read_masks_file, self._masks_file.path)
-            except (ValueError, OSError) as error:
-                self._fail(f"the masks stay as they were: {error}")
-                return
-            before = self._masks_file.loaded
-            gone = [task for task in before if task not in listed and task in self._tasks.names]
-            new = [task for task in listed if listed[task] != before.get(task) or task not in self._tasks.names]
-            loading = (self._load(task, listed[task], before) for task in new)
-            await asyncio.gather(*(self._unload(task, before) for task in gone), *loading)
-            self._log.tell("reloaded", f"serving {', '.join(self._tasks.names)}", models=list(self._tasks.names))
+        if self._masks_file is None or self._has_next:  # the next one will read the file as it is then
+            return
+        self._has_next = True
+        async with self._turn:
+            self._has_next = False
+            await self._reload_masks(self._masks_file)
+
+    async def _reload_masks(self, file: MasksFile) -> None:
+        try:
+            listed = await asyncio.to_thread(read_masks_file, file.path)
+        except (ValueError, OSError) as error:
+            self._fail(f"the masks stay as they were: {error}")
+            return
+        before = file.loaded
+        gone = [task for task in before if task not in listed and task in self._tasks.names]
+        new = [task for task in listed if listed[task] != before.get(task) or task not in self._tasks.names]
+        loading = (self._load(task, listed[task], before) for task in new)
+        await asyncio.gather(*(self._unload(task, before) for task in gone), *loading)
+        self._log.tell("reloaded", f"serving {', '.join(self._tasks.names)}", models=list(self._tasks.names))
 
     async def _load(self, task: str, place: str, loaded: dict[str, str]) -> None:
         try:

@@ -16,7 +16,7 @@ from mft.serving.batch.scheduler import Scheduler
 class Server(uvicorn.Server):
     """Args:
     grace: seconds between being asked to stop and refusing the requests that are not answered by then.
-    connections: most connections at once (Connection.most); one whose request is running is never closed to make room.
+    connections: most connections at once (Connection.most).
     """
 
     def __init__(
@@ -31,8 +31,6 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=Limited,
-                # Further requests get 503. Doubled, since uvicorn also counts closed connections for a moment.
-                limit_concurrency=2 * connections,
                 loop="asyncio",
                 ws="none",
                 lifespan="off",

@@ -43,16 +43,21 @@ def read_masks_file(path: Path) -> dict[str, str]:
 
 
 def read_listed(option: str, content: str, path: Path) -> bytes:
-    """Return the bytes of an option's file, which has some content in each line. Raises: OSError that names both."""
+    """Return the bytes of an option's file, which has some content in each line.
+
+    Raises: OSError that names both; ValueError if the file is larger than 1 MiB.
+    """
     try:
         with path.open("rb") as file:
-            return file.read(_MOST_BYTES)
+            data = file.read(_MOST_BYTES + 1)
     except OSError as error:
         close = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
         raise type(error)(
             f"{option} must be a file with {content} in each line, got {path}, which cannot be read "
             f"({error.strerror}): name another one, or write it{close}"
         ) from None
+    check_rule(len(data) <= _MOST_BYTES, option, f"be at most {_MOST_BYTES} bytes", f"more in {path}: remove lines")
+    return data
 
 
 def _parse(option: str, entries: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -11,6 +11,8 @@ from mft.serving.batch.scheduler import Scheduler
 from mft.serving.refusal import Refused
 from mft.serving.task_list import check_name
 
+_MOST_SHOWN = 20  # names in a message
+
 
 class Tasks:
     """The tasks of a bank, while the scheduler answers requests. Coroutines run on one event loop.
@@ -37,23 +39,29 @@ class Tasks:
             return None
         if model not in self.names:
             raise Refused(
-                f"{param} must be one of {', '.join(self.names)}, got {model!r}{nearest(model, self.names)}",
+                f"{param} must be one of {self._shown()}, got {model!r}{nearest(model, self.names)}",
                 status=404,
                 param=param,
                 code="model_not_found",
             )
         return model
 
-    async def load(self, name: str, directory: str | PathLike, *, replace: bool = False) -> None:
+    async def load(
+        self, name: str, directory: str | PathLike, *, replace: bool = False, most: int | None = None
+    ) -> None:
         """Load one more task, or replace the masks of a task after its running requests have ended.
 
-        Raises: ValueError that names lora_name, the parameter, if the name is invalid or taken; or as MaskBank.read. In
-            each case, the tasks are as before.
+        Args: most: most tasks afterwards, if this is one more.
+        Raises: ValueError that names lora_name, the parameter, if the name is invalid or taken, or one more than most;
+            or as MaskBank.read. In each case, the tasks are as before.
         """
         check_name("lora_name", name)
         check_rule(name != self.base, "lora_name", "be another name than the base's", repr(name))
         async with self._reading:
             self._check_free(name, replace)
+            loaded = len(self.bank.tasks)
+            if most is not None and loaded >= most and name not in self.bank.tasks:
+                raise ValueError(f"lora_name must be one of at most {most} tasks, got one more: unload another first")
             masks = await asyncio.to_thread(self.bank.read, directory, force=self._force)
             self._check_free(name, replace)
             if name not in self.bank.tasks:
@@ -75,6 +83,11 @@ class Tasks:
             raise Refused(f"lora_name must be a task's name, got the base's, {name!r}", param="lora_name")
         await self._when_unused(name, lambda: self.bank.remove(name))
         self.on_unload(name)
+
+    def _shown(self) -> str:
+        """Return the names for a message, at most 20."""
+        more = len(self.names) - _MOST_SHOWN
+        return ", ".join(self.names[:_MOST_SHOWN]) + (f" and {more} more (GET /v1/models)" if more > 0 else "")
 
     def _check_free(self, name: str, replace: bool) -> None:
         if name not in self.bank.tasks:

@@ -1,6 +1,7 @@
 """vLLM's routes for adapters, by which clients load and unload masks while the service runs."""
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from mft.checks import nearest_path
+from mft.masks.export_format import CONFIG_FILE, MASK_FILE
 from mft.masks.location import masks_directory
 from mft.serving.api.body import Keys, read_body
 from mft.serving.api.exchange import exchange_of
@@ -18,6 +20,7 @@ from mft.serving.log import Log
 from mft.serving.refusal import Refused
 from mft.serving.tasks import Tasks
 
+MOST_TASKS = 256  # that clients may load, with those that the server has from its own options
 _MOST_BYTES = 1 << 14  # of a body, which has a name and a path
 
 
@@ -48,7 +51,7 @@ class Adapters:
         body = read_body(LoadBody, await json_bytes(request, _MOST_BYTES))
         directory, began = directory_below(root, body.lora_path), time.monotonic()
         try:
-            await self._tasks.load(body.lora_name, directory, replace=body.load_inplace)
+            await self._tasks.load(body.lora_name, directory, replace=body.load_inplace, most=MOST_TASKS)
         except (ValueError, RuntimeError, OSError) as error:  # errors that the client can fix
             missing = isinstance(error, FileNotFoundError)
             param = "lora_name" if str(error).startswith("lora_name ") else "lora_path"
@@ -87,19 +90,27 @@ class Adapters:
 def directory_below(root: Path, path: str) -> Path:
     """Return a client's path, relative to root or absolute, with its links followed.
 
-    Raises: Refused if the path leads out of root, whether or not something exists there, or is not a directory.
+    Raises: Refused if the path, or that of a file of the masks there, leads out of root, whether or not something
+        exists there, or if it is not a directory.
     """
     try:
-        found = (root / path).resolve()
-        masks = masks_directory(found).resolve()  # for a run, its directory of masks, which may be a link
-    except (ValueError, OSError):  # a null byte, a circle of links
-        found = masks = root.parent
-    if found == root or not (found.is_relative_to(root) and masks.is_relative_to(root)):
+        found = _real(root / path)
+        masks = masks_directory(found)  # for a run, its directory of masks, which may be a link
+        files = [_real(masks / name) for name in (CONFIG_FILE, MASK_FILE)]
+    except (ValueError, OSError):  # a null byte, too long a name
+        found, files = root, []
+    if found == root or not all(each.is_relative_to(root) for each in (found, *files)):
         raise Refused(
-            f"lora_path must be a directory below {root} (--load-from), got {path[:200]!r}", param="lora_path"
+            f"lora_path must be a directory below {root} (--load-from), as must its files, got {path[:200]!r}",
+            param="lora_path",
         )
     if not found.is_dir():
         raise Refused(
             f"lora_path must be a directory, got {path[:200]!r}{nearest_path(found)}", status=404, param="lora_path"
         )
     return found
+
+
+def _real(path: Path) -> Path:
+    """Return a path with its links followed, as far as they lead: a circle of links leads nowhere."""
+    return Path(os.path.realpath(path))

@@ -2,7 +2,7 @@
 
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,15 @@ class Exchange:
 class Exchanges:
     """ASGI middleware around everything else, which makes an Exchange for each request.
 
-    Args: responded: is called with the exchange and the status when a response begins.
+    Args:
+        responded: is called with the exchange and the status when a response begins.
+        checks: are called in turn with a request's scope, before the app; the first one to raise Refused ends it.
     """
 
-    def __init__(self, app: ASGIApp, responded: Callable[[Exchange, int], None]) -> None:
-        self._app, self._responded = app, responded
+    def __init__(
+        self, app: ASGIApp, responded: Callable[[Exchange, int], None], checks: Sequence[Callable[[Scope], None]]
+    ) -> None:
+        self._app, self._responded, self._checks = app, responded, checks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,7 +53,19 @@ class Exchanges:
                 self._responded(exchange, message["status"])
             await send(message)
 
-        await self._app(scope, receive, with_id)
+        app = self._app
+        try:
+            for check in self._checks:
+                check(scope)
+        except Refused as refused:
+            app = refuse(scope, refused)
+        await app(scope, receive, with_id)
+
+
+def check_length(scope: Scope) -> None:
+    """Raise Refused if a request has two lengths: a proxy in front may take the other one, and see other requests."""
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+        raise Refused("a request must have Content-Length or Transfer-Encoding, got both: send one", closes=True)
 
 
 def exchange_of(scope: Scope) -> Exchange:
@@ -61,7 +77,8 @@ def refuse(scope: Scope, refused: Refused) -> JSONResponse:
     exchange: Any = scope.get("state", {}).get(_KEY)
     if exchange is not None:
         exchange.refused = refused
-    return JSONResponse(refused.body(), refused.status, _HEADERS.get(refused.status))
+    headers = {"Connection": "close"} if refused.closes else _HEADERS.get(refused.status)
+    return JSONResponse(refused.body(), refused.status, headers)
 
 
 def _request_id(scope: Scope) -> str:

@@ -10,10 +10,9 @@ import re
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from mft.checks import shown
-from mft.serving.api.exchange import refuse
 from mft.serving.refusal import Refused
 
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?")  # a name or an IPv6 address in brackets, and perhaps a port
@@ -29,26 +28,19 @@ def known_hosts(address: str, host: str, allowed: Collection[str]) -> frozenset[
     return frozenset(name.lower() for name in (host, *allowed))
 
 
-class HostCheck:
-    """ASGI middleware that refuses requests to another name with 403. hosts: from known_hosts."""
-
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
-        self._app, self._hosts = app, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http" and self._hosts is not None:
-            given = Headers(scope=scope).get("host", "")
-            matched = _HOST.fullmatch(given)
-            name = matched[1].lower().removesuffix(".") if matched else ""
-            if not (is_loopback(name.strip("[]")) or name in self._hosts):
-                refused = Refused(
-                    "Host must be a name of this machine's loopback, such as localhost, or one that --allow-host "
-                    f"names, got {shown(given)}",
-                    status=403,
-                )
-                app = refuse(scope, refused)
-        await app(scope, receive, send)
+def check_host(scope: Scope, hosts: frozenset[str] | None) -> None:
+    """Raise Refused (403) if a request is to another name. hosts: from known_hosts."""
+    if hosts is None:
+        return
+    given = Headers(scope=scope).get("host", "")
+    matched = _HOST.fullmatch(given)
+    name = matched[1].lower().removesuffix(".") if matched else ""
+    if not (is_loopback(name.strip("[]")) or name in hosts):
+        raise Refused(
+            "Host must be a name of this machine's loopback, such as localhost, or one that --allow-host names, "
+            f"got {shown(given)}",
+            status=403,
+        )
 
 
 def is_loopback(name: str) -> bool:

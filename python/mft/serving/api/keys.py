@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from mft.checks import check_rule
-from mft.serving.api.exchange import refuse
 from mft.serving.refusal import Refused
 from mft.serving.task_list import read_listed
 
@@ -69,22 +68,16 @@ class ApiKeys:
         return found
 
 
-class KeyCheck:
-    """ASGI middleware that refuses requests without one of the keys with 401. keys: None to refuse nobody."""
-
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
-        self._app, self._keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http" and self._keys is not None and scope["path"].startswith(GUARDED):
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            is_bearer = scheme.lower() == "bearer"
-            if not (is_bearer and self._keys.know(key.strip())):
-                got = "another key" if is_bearer else "another scheme" if scheme else "none"
-                message = f"Authorization must be Bearer and one of the server's keys (--api-keys-file), got {got}"
-                app = refuse(scope, Refused(message, status=401, code="invalid_api_key"))
-        await app(scope, receive, send)
+def check_key(scope: Scope, keys: ApiKeys | None) -> None:
+    """Raise Refused (401) if a request has none of the keys. keys: None to refuse nobody."""
+    if keys is None or not scope["path"].startswith(GUARDED):
+        return
+    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    is_bearer = scheme.lower() == "bearer"
+    if not (is_bearer and keys.know(key.strip())):
+        got = "another key" if is_bearer else "another scheme" if scheme else "none"
+        message = f"Authorization must be Bearer and one of the server's keys (--api-keys-file), got {got}"
+        raise Refused(message, status=401, code="invalid_api_key")
 
 
 def _digest(key: bytes) -> bytes:

@@ -11,7 +11,6 @@ from typing import Any
 
 from openai.types import Model
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -20,10 +19,11 @@ from mft.checks import shown
 from mft.serving.api.adapters import Adapters
 from mft.serving.api.answer import ChatAnswer, TextAnswer
 from mft.serving.api.body import Body, ChatBody, CompletionBody, most_bytes, read_body
-from mft.serving.api.exchange import Exchanges, exchange_of, refuse
-from mft.serving.api.hosts import HostCheck
+from mft.serving.api.connection import check_room
+from mft.serving.api.exchange import Exchanges, check_length, exchange_of, refuse
+from mft.serving.api.hosts import check_host
 from mft.serving.api.incoming import json_bytes
-from mft.serving.api.keys import ApiKeys, KeyCheck
+from mft.serving.api.keys import ApiKeys, check_key
 from mft.serving.api.pieces import Pieces, Stream, events, unless_client_leaves, whole
 from mft.serving.batch.answer_text import AnswerText
 from mft.serving.batch.generation import Generation, Piece
@@ -106,10 +106,15 @@ class Service:
                 Route("/health/ready", self._ready),
                 Route("/metrics", self._page_of_metrics),
             ],
-            middleware=[Middleware(HostCheck, hosts=access.hosts), Middleware(KeyCheck, keys=access.keys)],
             exception_handlers={Refused: _refusal, 404: _no_such_route, 405: _no_such_route, Exception: _failure},
         )
-        self.app = Exchanges(app, self._journal.responded)
+        checks = (
+            check_length,
+            functools.partial(check_host, hosts=access.hosts),
+            functools.partial(check_key, keys=access.keys),
+            check_room,
+        )
+        self.app = Exchanges(app, self._journal.responded, checks)
 
     async def _health(self, _: Request) -> Response:
         running, waiting = self._scheduler.counts
