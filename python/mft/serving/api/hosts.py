@@ -37,18 +37,25 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if scope["type"] == "http" and self._hosts is not None:
-            given = Headers(scope=scope).get("host", "")
-            matched = _HOST.fullmatch(given)
-            name = matched[1].lower().removesuffix(".") if matched else ""
-            if not (is_loopback(name.strip("[]")) or name in self._hosts):
-                refused = Refused(
-                    "Host must be a name of this machine's loopback, such as localhost, or one that --allow-host "
-                    f"names, got {shown(given)}",
-                    status=403,
-                )
+        if scope["type"] == "http":
+            try:
+                check_host(Headers(scope=scope), self._hosts, ", or one that --allow-host names")
+            except Refused as refused:
                 app = refuse(scope, refused)
         await app(scope, receive, send)
+
+
+def check_host(headers: Headers, hosts: frozenset[str] | None, other: str = "") -> None:
+    """Raise Refused if the Host header has another name. hosts: from known_hosts; other: words for how to allow it."""
+    if hosts is None:
+        return
+    given = headers.get("host", "")
+    matched = _HOST.fullmatch(given)
+    name = matched[1].lower().removesuffix(".") if matched else ""
+    if not (is_loopback(name.strip("[]")) or name in hosts):
+        raise Refused(
+            f"Host must be a name of this machine's loopback, such as localhost{other}, got {shown(given)}", status=403
+        )
 
 
 def is_loopback(name: str) -> bool:

@@ -143,7 +143,7 @@ class Service:
         return await self._answer(request, ChatBody, ChatAnswer)
 
     async def _answer(self, request: Request, kind: type[Body], form: type[TextAnswer]) -> Response:
-        data = await json_bytes(request, self._most_bytes)
+        data = await json_bytes(request, self._most_bytes, ", 64 KiB and 32 bytes per token of --length")
         async with self._reading:
             asked = await asyncio.to_thread(self._read, kind, data)
         body, exchange = asked.body, exchange_of(request.scope)
