@@ -193,7 +193,7 @@ WHEELS_OF_TORCH := https://download.pytorch.org/whl/cpu
 vllm-test: $(VLLM_VENV)/.installed $(if $(MFT_VLLM_BASE),,install)
 	MFT_VLLM_BASE="$${MFT_VLLM_BASE:-$$($(BIN)/python -c 'from mft.models.pretrained import smollm2_directory; print(smollm2_directory())')}" \
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(VLLM_VENV)/bin/python -m pytest -o addopts= \
-	  tests/masks_in_vllm/test_real_endpoint.py tests/masks_in_vllm/test_real_llm.py \
+	  tests/masks_in_vllm/test_endpoint.py tests/masks_in_vllm/test_real_llm.py \
 	  tests/masks_in_vllm/test_real_per_request.py tests/masks_in_vllm/test_real_server.py \
 	  tests/masks_in_vllm/test_real_trl.py
 

@@ -80,7 +80,7 @@ class MaskedLinear(MaskedLayer):
         return self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
+        if getattr(x, "is_nested", False):  # the op says what is wrong with other things than tensors
             return self._forward_nested(x)
         if self._held is not None:
             packed, grad_buffer, weight = self._held

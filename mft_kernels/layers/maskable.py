@@ -42,8 +42,11 @@ def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | N
             "its weight is not a parameter, but computed from others (by a parametrisation or pruning): make that "
             "permanent first"
         )
-    if getattr(module, "bias", weight) is not module._parameters.get("bias") and other is not None:
-        return "its bias must be a parameter or None"
+    if getattr(module, "bias", weight) is not module._parameters.get("bias"):
+        return (
+            "its bias must be a parameter or None, got one that is computed from others (by a parametrisation or "
+            "pruning) or stored in another way: make that permanent first"
+        )
     return why_no_scores(weight) or why_lost(module)
 
 

@@ -21,6 +21,7 @@ from ..ops.checks import (
     check_mode,
     check_packed,
     check_scores_dtype,
+    check_tensor,
 )
 from ..ops.select import unpack_mask
 from ..reference.fixed_point import fixed_from_float, selectable
@@ -137,6 +138,7 @@ class MaskedLayer(nn.Module):
         shape = tuple(self.scores.shape)
         check_packed("packed", packed, shape)
         if grad_buffer is not None:
+            check_tensor("grad_buffer", grad_buffer)
             check_floating("grad_buffer", grad_buffer)
             if grad_buffer.shape != shape or not grad_buffer.is_contiguous():
                 raise ValueError(f"grad_buffer must be contiguous {shape}, got {tuple(grad_buffer.shape)}")

@@ -88,6 +88,7 @@ def _op(name: str, packed: Op, gradients: Op, check: Callable[[Any], None], by: 
     def checked(call: Any) -> Any:
         checks.check_mode(call.mode)
         check(call)
+        checks.check_tensor("scores", call.scores)
         checks.check_scores(selectable(call.scores), call.weight)
         checks.check_keep_ratio(call.keep_ratio)
         checks.check_fixed_threshold(call.threshold)

@@ -99,6 +99,17 @@ def check_packed(name: str, packed: Tensor, shape: tuple[int, ...] | torch.Size)
         raise ValueError(f"{name} must be {words}, 1 bit per weight of {tuple(shape)}, got {tuple(packed.shape)}")
 
 
+def check_shape(shape: tuple[int, ...] | torch.Size, *, experts: bool = False) -> None:
+    """Raise unless shape is (N, K), or (E, N, K) if experts is True."""
+    rule = "(N, K), or (E, N, K) for experts" if experts else "(N, K)"
+    try:
+        dimensions = len(torch.Size(shape))
+    except TypeError:
+        raise TypeError(f"shape must be {rule}, in integers, got {shape!r}") from None
+    if dimensions != 2 and not (experts and dimensions == 3):
+        raise ValueError(f"shape must be {rule}, got {tuple(shape)}")
+
+
 def check_factors(call: Any) -> None:
     """Raise unless a call of accumulate_score_grad has the scores or signs that it needs, and they fit weight."""
     weight, scores, signs = call.weight, call.scores, call.signs
@@ -243,7 +254,7 @@ def check_step_inputs(
     if scores.dim() != 2 or not scores.is_contiguous():
         raise ValueError(f"scores must be (N, K) and contiguous, got {tuple(scores.shape)}, strides {scores.stride()}")
     for name, tensor in (("grad", grad), ("weight", weight)):
-        if tensor is None:
+        if tensor is None and name == "weight":
             continue
         check_tensor(name, tensor)
         if tensor.dtype not in FLOATING[:3]:
@@ -307,6 +318,8 @@ def check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: 
 
 def check_betas(betas: tuple[float, float]) -> tuple[float, float]:
     """Return betas. Raise unless there are two of them."""
+    if not isinstance(betas, tuple | list):
+        raise TypeError(f"betas must be a pair, got {betas!r}")
     if len(betas) != 2:
         raise ValueError(f"betas must be a pair, got {betas!r}")
     return betas

@@ -48,6 +48,8 @@ def _check_masks(masks: Tensor | Sequence[Tensor], weight: Tensor) -> None:
     words = (weight.shape[0], -(-weight.shape[1] // 32))
     if isinstance(masks, Tensor):
         raise ValueError(f"masks must be (masks, {words[0]}, {words[1]}) in one tensor, got {tuple(masks.shape)}")
+    if not isinstance(masks, Sequence):
+        raise TypeError(f"masks must be a sequence of tensors, or one tensor, got {type(masks).__name__}")
     if len(masks) > MOST_MASKS:
         raise ValueError(f"masks must be at most {MOST_MASKS}, got {len(masks)}: make one call per {MOST_MASKS} masks")
     for i, mask in enumerate(masks):

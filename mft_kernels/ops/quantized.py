@@ -15,7 +15,7 @@ from ..backends.table import asked_for, choose, registered
 from ..codes import FORMATS, Codes
 from ..operands import Keep
 from . import served
-from .checks import autocasts, check_device, check_floating, check_packed, check_tensor
+from .checks import autocasts, check_device, check_floating, check_packed, check_shape, check_tensor
 from .linear import GRADIENTS_OF_PACKED, masked_linear_packed
 from .route import Gradient, Op, unchanged
 
@@ -146,16 +146,15 @@ def dequantize(
 ) -> Tensor:
     """Return the dense matrix (N, K) of ``dtype`` that codes and absmax hold; see masked_linear_quantized."""
     absmax = _check_codes(codes, absmax, shape, kind)
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating, got {dtype}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
     return _DEQUANTIZE(codes, absmax, list(shape), kind, dtype, backend)
 
 
 def _check_codes(codes, absmax, shape, kind) -> list[Tensor]:
     if kind not in FORMATS:
         raise ValueError(f"kind must be one of {tuple(FORMATS)}, got {kind!r}")
-    if len(shape) != 2:
-        raise ValueError(f"shape must be (N, K), got {tuple(shape)}")
+    check_shape(shape)
     check_tensor("codes", codes)
     form = FORMATS[kind]
     if codes.dtype != form.code_dtype:
@@ -164,6 +163,8 @@ def _check_codes(codes, absmax, shape, kind) -> list[Tensor]:
     if (tuple(codes.shape) != needed) if len(needed) > 1 else (codes.numel() != needed[0]):
         expected = needed if len(needed) > 1 else f"{needed[0]} bytes"
         raise ValueError(f"codes must be {expected} for {kind} of {tuple(shape)}, got {tuple(codes.shape)}")
+    if not isinstance(absmax, Tensor | Sequence):
+        raise TypeError(f"absmax must be a tensor, or four for double quantisation, got {type(absmax).__name__}")
     scales = [absmax] if isinstance(absmax, Tensor) else list(absmax)
     for scale, (name, size, dtype) in zip(scales, form.scales_expected(shape, len(scales))):
         check_tensor(name, scale)

@@ -11,9 +11,10 @@ so it alone would make generation slower than with the dense model.
 
 import functools
 import itertools
+import operator
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,14 +47,23 @@ _plain_keys: set[int] = set()
 _seen_device_types: set[str] = set()
 #: Exact types of plain tensors: a subclass may have to see a call.
 plain_types: set[type] = {Tensor, nn.Parameter}
-_usual_types: set[type] = {*plain_types, type(None), str, float, int, bool, list, tuple}
+_plain_or_none: set[type] = {*plain_types, type(None)}
+#: What Python may give to a short way, by the type in the op's schema. C++ would refuse others in words of its own.
+_usual_types: dict[str, Collection[type]] = {
+    "Tensor": plain_types,
+    "Optional[Tensor]": _plain_or_none,
+    "List[Tensor]": (list, tuple),
+    "str": (str,),
+    "float": (float, int),
+    "Optional[float]": (float, int, type(None)),
+}
 _WRITTEN = object()
 
 
 def treat_as_plain(kind: type[Tensor]) -> None:
     """Treat tensors of exactly this class as plain ones, which need no dispatcher."""
     plain_types.add(kind)
-    _usual_types.add(kind)
+    _plain_or_none.add(kind)
 
 
 class _Caller(threading.local):
@@ -117,8 +127,8 @@ class Op:
         #: All arguments that are or may be tensors come before this position.
         self._past_tensors = 1 + max(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
         names = [a.name for a in itertools.takewhile(lambda a: str(a.type) == "Tensor", arguments)]
-        #: How many of the first arguments must be tensors, and which one's dtype selects the short way.
-        self._required = len(names)
+        self._usual = [_usual_types.get(str(a.type), ()) for a in arguments]
+        #: Which of the first arguments, which must be tensors, selects the short way by its dtype.
         self._deciding = max((i for i, name in enumerate(names) if name in ("x", "weight")), default=0)
         library.impl(name, self._dispatched, "CompositeExplicitAutograd")
         self._differentiate = None if gradient is None else _with_autograd(self, gradient)
@@ -178,7 +188,7 @@ class Op:
 
     def _is_usual(self, given: tuple) -> bool:
         """Return whether a short way may be tried. Otherwise the checks have to say what is wrong."""
-        return plain_types.issuperset(map(type, given[: self._required])) and _usual_types.issuperset(map(type, given))
+        return all(map(operator.contains, self._usual, map(type, given)))
 
     def by_short_way(self, given: tuple) -> Any:
         """Return the result of the short way of "auto"'s backend, or _WRITTEN; None if it declines or there is none."""

@@ -13,6 +13,7 @@ from .checks import (
     check_keep_ratio,
     check_mode,
     check_packed,
+    check_shape,
     check_tensor,
     check_threshold,
     check_whole,
@@ -90,8 +91,7 @@ def pack_mask(scores: Tensor, threshold: Tensor, *, mode: str = "magnitude", bac
 
 def unpack_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """Return the boolean mask of ``shape``, (N, K) or (E, N, K), that pack_mask packed."""
-    if len(shape) not in (2, 3):
-        raise ValueError(f"shape must be (N, K), or (E, N, K) for experts, got {tuple(shape)}")
+    check_shape(shape, experts=True)
     check_packed("packed", packed, shape)
     return _UNPACK_MASK(packed, list(shape))
 

@@ -23,6 +23,8 @@ def fixed_from_float(scores: Tensor) -> Tensor:
 
     Zero of either sign becomes +0. An infinity becomes 0x7c00 with its sign, and NaN becomes 0x7c00.
     """
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores must be a tensor, got {type(scores).__name__}; use torch.as_tensor(scores)")
     scores = scores.float()
     codes = (scores.abs() * 2.0**18).round().clamp(max=LARGEST_CODE)
     codes = torch.where(scores.isfinite(), codes, LARGEST_CODE + 1).to(torch.int16)
@@ -31,6 +33,8 @@ def fixed_from_float(scores: Tensor) -> Tensor:
 
 def float_from_fixed(codes: Tensor) -> Tensor:
     """Return the exact fp32 values of int16 codes. A code above the largest is not finite and becomes NaN."""
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int16:
+        raise TypeError(f"codes must be int16, got {getattr(codes, 'dtype', type(codes).__name__)}")
     magnitude = (codes & _MAGNITUDE).float() * FIXED_POINT_STEP
     magnitude = torch.where((codes & _MAGNITUDE) > LARGEST_CODE, torch.nan, magnitude)
     return torch.where(codes < 0, -magnitude, magnitude)

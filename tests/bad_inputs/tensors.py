@@ -15,8 +15,13 @@ from mft_kernels import (
     MaskedLinear,
     MaskedMultiheadAttention,
     accumulate_score_grad,
+    dequantize,
+    fixed_from_float,
+    float_from_fixed,
     kept_threshold,
     masked_linear,
+    masked_linear_by_ratio,
+    masked_linear_many,
     masked_linear_packed,
     masked_linear_quantized,
     pack_mask,
@@ -96,6 +101,15 @@ a gradient of other tokens
 a gradient buffer of another shape
     MaskedLinear(5, 4).hold(packed, torch.zeros(5, 4))
     -> ValueError: grad_buffer | must be contiguous (4, 5) | (5, 4)
+a size in place of a shape to unpack
+    unpack_mask(packed, 20)
+    -> TypeError: shape | must be (N, K), or (E, N, K) for experts, in integers | 20
+a shape of texts to unpack
+    unpack_mask(packed, ("4", "5"))
+    -> TypeError: shape | must be (N, K), or (E, N, K) for experts, in integers | ('4', '5')
+a size in place of the shape of codes
+    dequantize(torch.zeros(10, dtype=torch.uint8), torch.ones(1), shape=20)
+    -> TypeError: shape | must be (N, K), in integers | 20
 a held mask of another layer
     MaskedLinear(5, 4).hold(torch.zeros(4, 2, dtype=torch.int32))
     -> ValueError: packed | must be (4, 1), 1 bit per weight of (4, 5) | (4, 2)
@@ -137,6 +151,12 @@ a layer with scores of 8 bits
 half precision scores to optimise
     MaskAdamW([nn.Parameter(scores.half())])
     -> TypeError: params | must be float32, bfloat16 (rounded stochastically) or int16 | torch.float16
+a dtype by its name
+    dequantize(torch.zeros(10, dtype=torch.uint8), torch.ones(1), shape=(4, 5), dtype="float32")
+    -> TypeError: dtype | must be a floating torch.dtype | 'float32'
+codes of fixed point that are floats
+    float_from_fixed(scores)
+    -> TypeError: codes | must be int16 | torch.float32
 moments in 8 bits without scales
     codes = torch.zeros(4, 5, dtype=torch.uint8)
     score_step(scores.clone(), weight, None, codes, codes.clone(), step=1, lr=1e-3)
@@ -164,6 +184,35 @@ transposed scores to optimise
 x as a list
     masked_linear([[1.0] * 5], weight, scores, threshold)
     -> TypeError: x | must be a tensor | list | use torch.as_tensor(x)
+x as a list in a layer
+    MaskedLinear(5, 4)([[1.0] * 5])
+    -> TypeError: x | must be a tensor | list | use torch.as_tensor(x)
+a bias as a list
+    masked_linear(x, weight, scores, threshold)  # afterwards there is a short way, which C++ checks
+    masked_linear(x, weight, scores, threshold, [0.0] * 4)
+    -> TypeError: bias | must be a tensor | list | use torch.as_tensor(bias)
+a mode as a number
+    masked_linear(x, weight, scores, threshold)
+    masked_linear(x, weight, scores, threshold, mode=0)
+    -> ValueError: mode | must be one of ('magnitude', 'value') | 0
+no scores for a keep ratio
+    masked_linear_by_ratio(x, weight, None, keep_ratio=0.9)
+    -> TypeError: scores | must be a tensor | NoneType
+no masks for many tasks
+    masked_linear_many(x, weight, None, torch.tensor([-1, -1]))
+    -> TypeError: masks | must be a sequence of tensors | NoneType
+a scale as a number
+    dequantize(torch.zeros(10, dtype=torch.uint8), 1.0, shape=(4, 5))
+    -> TypeError: absmax | must be a tensor, or four for double quantisation | float
+a gradient buffer as a list
+    MaskedLinear(5, 4).hold(packed, [[0.0] * 5] * 4)
+    -> TypeError: grad_buffer | must be a tensor | list
+a step without a gradient
+    score_step(scores.clone(), None, None, weight.clone(), weight.clone(), step=1, lr=1e-3)
+    -> TypeError: grad | must be a tensor | NoneType
+scores as a list to convert
+    fixed_from_float([0.1])
+    -> TypeError: scores | must be a tensor | list
 a threshold as a number
     masked_linear(x, weight, scores, 0.5)
     -> TypeError: threshold | must be a tensor | float | use torch.as_tensor(threshold)
@@ -187,6 +236,12 @@ a linear with a hook to mask by hand
     MaskedLinear.from_linear(linear)
     -> ValueError: linear cannot be masked | which a masked layer would lose | has hooks
         | mask it first, and add them afterwards
+a linear whose bias is parametrised
+    linear = nn.Linear(5, 4)
+    nn.utils.parametrize.register_parametrization(linear, "bias", nn.Tanh())
+    MaskedLinear.from_linear(linear)
+    -> ValueError: linear cannot be masked | its bias must be a parameter or None
+        | one that is computed from others (by a parametrisation or pruning) | make that permanent first
 a masked layer where the weight is read past it
     attention = nn.MultiheadAttention(8, 2)
     attention.out_proj = MaskedLinear(8, 8)
@@ -267,6 +322,9 @@ scores without their weight
 a learning rate as a tensor
     MaskAdamW([nn.Parameter(scores)], lr=torch.tensor(1e-3))
     -> TypeError: lr | must be a number | Tensor | use float(lr)
+a single decay rate
+    MaskAdamW([nn.Parameter(scores)], betas=0.9)
+    -> TypeError: betas | must be a pair | 0.9
 a decay rate of one
     MaskAdamW([nn.Parameter(scores)], betas=(0.9, 1.0))
     -> ValueError: betas[1] | must lie in [0, 1) | 1.0

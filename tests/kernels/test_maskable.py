@@ -153,9 +153,9 @@ def test_what_stands_in_a_linears_place_needs_a_parameter_or_none_as_bias():
     layer = InPlaceOfLinear(16, 8)
     assert why_no_mask(layer) is None
     layer.bias = torch.zeros(8)
-    assert why_no_mask(layer) == "its bias must be a parameter or None"
+    assert why_no_mask(layer).startswith("its bias must be a parameter or None, got ")
     del layer.bias
-    assert why_no_mask(layer) == "its bias must be a parameter or None"
+    assert why_no_mask(layer).startswith("its bias must be a parameter or None, got ")
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Product, Doubling])

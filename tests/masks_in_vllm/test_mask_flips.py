@@ -63,6 +63,9 @@ def test_another_message_is_refused(message):
 
 def test_a_damaged_stream_is_refused_with_its_layer():
     stream = flips_between({}, {"a": mask(5, 33, 0.3)[0]}, {"a": (5, 33)})["a"]
-    with pytest.raises(ValueError, match=r"^a: its flips must be a stream for a weight of \(5, 33\)"):
-        flipped_places("a", stream + b"\xff", (5, 33))
+    padded = np.zeros((5, 2), np.uint32)
+    padded[[0, 4], 1] = 1 << 7  # column 39 of 33
+    for damaged in (stream + b"\xff", b"\x40\0\0\0\0" + padded.tobytes()):
+        with pytest.raises(ValueError, match=r"^a: its flips must be a stream for a weight of \(5, 33\)"):
+            flipped_places("a", damaged, (5, 33))
     assert flipped_places("a", stream, (5, 33)).dtype == np.int32

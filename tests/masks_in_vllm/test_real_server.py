@@ -90,6 +90,24 @@ def test_what_is_wrong_is_refused_with_a_sentence_and_the_task_stays(server, bod
     assert Remote(ADDRESS).tasks()["task"] == "code"
 
 
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (415, {"Content-Type": "text/plain"}),
+        (403, {"Origin": "http://stranger.example"}),
+        (403, {"Host": "stranger.example"}),
+    ],
+)
+def test_a_page_of_another_site_switches_nothing(server, status, headers):
+    mft.vllm.use(ADDRESS, "code")
+    headers = {"Content-Type": "application/json"} | headers
+    request = urllib.request.Request(f"{ADDRESS}/v1/mft/use", b'{"task": "maths"}', headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == status
+    assert Remote(ADDRESS).tasks()["task"] == "code"
+
+
 def test_a_killed_engine_is_said_and_the_server_ends(server):
     """This must be the last test: it ends the server."""
     import psutil

@@ -134,10 +134,46 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         train_masks(masks(scores_dtype="bfloat16"), rows, train, saver=Saver(tmp_path, math.inf, checkpoint))
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.fixture
+def ending():
+    """Let SIGHUP raise an error here instead of ending pytest."""
+
+    def end(number, frame):
+        raise AssertionError(f"{signal.Signals(number).name} ended the run")
+
+    before = signal.signal(signal.SIGHUP, end)
+    yield end
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_signals_act_as_before_once_training_is_over(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     train_masks(masks(), make_rows(ROWS), settings(steps=1), saver=Saver(tmp_path, 0))
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_terminal_that_closes_stops_a_run_as_sigterm_does(tmp_path, ending):
+    """The kernel and the shell each send a SIGHUP: the second one does not end the run before its checkpoint."""
+
+    def hang_up(report):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    with pytest.raises(Stopped, match="129"):
+        train_masks(masks(), make_rows(ROWS), settings(), on_step=hang_up, saver=Saver(tmp_path, math.inf))
+    assert newest_checkpoint(tmp_path)[0].step == 1
+    assert signal.getsignal(signal.SIGHUP) is ending
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path, ending):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    hang_up = lambda report: os.kill(os.getpid(), signal.SIGHUP)  # noqa: E731
+    reports = train_masks(masks(), make_rows(ROWS), settings(), on_step=hang_up, saver=Saver(tmp_path, math.inf))
+    assert len(reports) == STEPS
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_frozen_layers_are_run_in_the_groups_of_a_straight_run(tmp_path, monkeypatch):

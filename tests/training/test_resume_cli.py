@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -65,6 +66,21 @@ def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code, own):
     assert_same_masks(tmp_path / "run", tmp_path / "straight")
     assert sorted(os.listdir(tmp_path / "run")) == sorted([*os.listdir(tmp_path / "straight")])
     assert (tmp_path / "run" / "table.json").read_text() == (tmp_path / "straight" / "table.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_closes_saves_and_goes_on(cli, tmp_path):
+    """Nothing can be written to a closed terminal, so neither the bar nor a line may end the run."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, "-m", "mft", "train", "--config", "config.yaml", *SLOW])
+    while not list(tmp_path.glob("run/checkpoints/step-*/manifest.json")):
+        os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
+    assert re.search(r"goes on after step \d+", output)
 
 
 @pytest.mark.parametrize(

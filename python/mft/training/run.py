@@ -78,7 +78,7 @@ def run_finetune(start: RunConfig | Start) -> Path:
     Args: start: A configuration, for a run in a new output_dir; or Begin or Resume.
     Returns: output_dir/model.
     Raises: ValueError if the configuration, the data or the directory do not allow the run, before anything is written;
-        OSError if the disk fails; SystemExit after SIGTERM or Ctrl-C, once a checkpoint is written.
+        OSError if the disk fails; SystemExit after SIGTERM, SIGHUP or Ctrl-C, once a checkpoint is written.
     """
     with _begun("mft finetune", start) as run:
         check_exact(run.config.model, "finetune")

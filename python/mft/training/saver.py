@@ -1,10 +1,12 @@
 """Write the checkpoints of a training run: at a fixed interval, after the last step, and when a signal stops it.
 
-After SIGTERM or Ctrl-C (SIGINT) the run finishes the step, saves, and exits with code 128 + the signal's number: 143 or
-130. After a second signal it exits at once, and the last checkpoint remains.
+After SIGTERM, Ctrl-C (SIGINT) or the end of its terminal (SIGHUP) the run finishes the step, saves, and exits with code
+128 + the signal's number: 143, 130 or 129. After a second SIGTERM or Ctrl-C it exits at once, and the last checkpoint
+remains. Under nohup the end of the terminal changes nothing.
 """
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from mft.training.checkpoint import Checkpoint, check_space, prepare, write_chec
 from mft.training.row_source import RowSource
 from mft.training.state import put_state, state_bytes, take_state
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
@@ -145,15 +147,23 @@ class Saver:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the first SIGTERM or SIGINT in after_step; the second one acts as it did before this context."""
+        """Handle the first signal in after_step; a second SIGTERM or SIGINT acts as it did before this context."""
         before = {number: signal.getsignal(number) for number in _SIGNALS}
+        if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+            del before[signal.SIGHUP]
+        terminals = [number for number in (1, 2) if os.isatty(number)]
 
         def hear(number: int, frame: FrameType | None) -> None:
             self._told = number
-            for known, handler in before.items():
-                signal.signal(known, handler)
+            for known, handler in before.items():  # the kernel and the shell each send a SIGHUP
+                signal.signal(known, signal.SIG_IGN if known == signal.SIGHUP else handler)
+            for output in terminals:
+                if not os.isatty(output):  # the terminal is gone: each write would raise OSError
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, output)
+                    os.close(null)
 
-        for number in _SIGNALS:
+        for number in before:
             signal.signal(number, hear)
         try:
             yield

@@ -10,15 +10,22 @@ from argparse import Namespace
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
+from mft.checks import shown
+from mft.serving.api.hosts import check_host, known_hosts
+from mft.serving.api.incoming import json_bytes
+from mft.serving.refusal import Refused
 from mft.vllm.failures import DEAD, PER_REQUEST, SECONDS, check_known, unmarked
 from mft.vllm.versions import NAME
 
 Answer = TypeVar("Answer")
 KEYS = {"use": {"task"}, "update": {"task", "flips"}}
+# An update has at most 1 bit per weight, in base64: 1 GiB is enough for 6.4 billion weights with any mask.
+MOST_BYTES = {"use": 1 << 14, "update": 1 << 30}
 
 
 class MaskEndpoint:
@@ -32,16 +39,19 @@ class MaskEndpoint:
         self._tasks: list[str] = []
         self._task: str | None = None
         self._per_request = False
+        self._hosts: frozenset[str] | None = frozenset()
+        self._origins: list[str] = []
         self._switching = asyncio.Lock()
 
-    def attach_router(self, app: FastAPI) -> None:
-        app.add_api_route("/v1/mft/tasks", self.tasks, methods=["GET"])
-        app.add_api_route("/v1/mft/use", self.use, methods=["POST"])
-        app.add_api_route("/v1/mft/update", self.update, methods=["POST"])
+    def attach_router(self, app: Starlette) -> None:
+        app.add_route("/v1/mft/tasks", self.tasks, methods=["GET"])
+        app.add_route("/v1/mft/use", self.use, methods=["POST"])
+        app.add_route("/v1/mft/update", self.update, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         tasks = getattr(args, "mft_tasks", {})
-        self._engine = engine_client
+        self._engine, host = engine_client, getattr(args, "host", None) or ""
+        self._hosts, self._origins = known_hosts(host, host, ()), getattr(args, "allowed_origins", [])
         if not tasks:  # a server that was not started by mft.vllm.serve
             return
         info = {"tasks": tasks, "force": getattr(args, "mft_force", False)}
@@ -53,7 +63,7 @@ class MaskEndpoint:
             await engine_client.init_weight_transfer_engine(WeightTransferInitRequest(info))
         self._tasks = list(tasks)
 
-    async def tasks(self) -> JSONResponse:
+    async def tasks(self, _: Request) -> JSONResponse:
         return JSONResponse({"tasks": self._tasks, "task": self._task})
 
     async def use(self, request: Request) -> JSONResponse:
@@ -66,19 +76,32 @@ class MaskEndpoint:
 
     async def _answer(self, request: Request, route: str) -> JSONResponse:
         try:
-            body = await request.body()  # first: a client that is still sending would not read a refusal
-            if self._per_request:
+            self._check_sender(request)
+            body = await json_bytes(request, MOST_BYTES[route])
+            if self._per_request:  # not before: a client that is still sending would not read a refusal
                 raise ValueError(PER_REQUEST)
             update = _read(body, route)
             if route == "use" and update["task"] is not None:
                 check_known(update["task"], self._tasks, ", or null for the base")
             async with self._switching:
                 waited, switched = await self._while_alive(self._change(update))
+        except Refused as refused:
+            return _refusal(refused.status, refused)
         except ValueError as error:
             return _refusal(400, error)
         except RuntimeError as error:
             return _refusal(503, error)
         return JSONResponse({"task": update["task"], "waited_seconds": waited, "switch_seconds": switched})
+
+    def _check_sender(self, request: Request) -> None:
+        """Refuse web pages. By default vLLM lets those of all sites send JSON (CORS); a browser adds their Origin."""
+        check_host(request.scope, self._hosts)
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in self._origins:
+            raise Refused(
+                f"Origin must be one that --allowed-origins names, or left out by a program, got {shown(origin)}",
+                status=403,
+            )
 
     async def _while_alive(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """Return the result of work. Raises: RuntimeError if the engine dies meanwhile."""
@@ -99,15 +122,15 @@ class MaskEndpoint:
             try:
                 await self._engine.start_weight_update()
                 await self._engine.update_weights(WeightTransferUpdateRequest(update))
+                if "flips" not in update:  # at once: what follows may fail, and the weights are the task's
+                    self._task = update["task"]
+                elif update["task"] not in self._tasks:
+                    self._tasks.append(update["task"])
                 await self._engine.finish_weight_update(update["task"] or "base")
                 if not await self._engine.reset_prefix_cache():
                     raise RuntimeError("vLLM must empty its prefix cache after a switch, and did not: restart it")
             finally:
                 await self._engine.resume_generation()
-        if update.get("flips") is None:
-            self._task = update["task"]
-        elif update["task"] not in self._tasks:
-            self._tasks.append(update["task"])
         return round(paused - begin, 4), round(time.perf_counter() - paused, 4)
 
 
@@ -119,6 +142,8 @@ def _read(body: bytes, route: str) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict) or values.keys() != keys:
         raise ValueError(f"body must be a JSON object with {' and '.join(sorted(keys))}, got {body[:100]!r}")
+    if route == "update" and not (isinstance(values["task"], str) and isinstance(values["flips"], dict)):
+        raise ValueError(f"task must be a name, and flips what mft.vllm.MaskStream sends, got {body[:100]!r}")
     return values
 
 

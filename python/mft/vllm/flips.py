@@ -85,6 +85,8 @@ def flipped_places(name: str, stream: bytes, shape: Shape) -> Places:
     """Return the positions that a stream flips. Raises: ValueError if no mask of this shape has this stream."""
     try:
         words = rice.decode(np.frombuffer(stream, np.uint8), *shape)
+        if shape[1] % 32 and (words[:, -1] >> shape[1] % 32).any():
+            raise ValueError("it flips padding")
     except ValueError as error:
         raise ValueError(
             f"{name}: its flips must be a stream for a weight of {shape}, got one with a fault: {error}"

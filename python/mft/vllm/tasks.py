@@ -90,15 +90,16 @@ class Tasks:
 
         Returns: the number of weights written. Raises: ValueError for an unknown task.
         """
-        before, after = self.masks(self._task), self.masks(task)
-        if self._task == task:
+        old, before, after = self._task, self.masks(self._task), self.masks(task)
+        if old == task:
             return 0
         try:
             self._switch(before, after)
+            self._task = task
         except BaseException:  # also an interrupt: restore the old task
             self._switch(after, before)
+            self._task = old
             raise
-        self._task = task
         return sum(len(dropped.places) for masks in (before, after) for dropped in masks.values())
 
     @torch.no_grad()
@@ -126,9 +127,11 @@ class Tasks:
                 f"flips of step {flips.step} must leave {flips.dropped} weights dropped, as the sender says, got "
                 f"{dropped}: begin a new task"
             )
-        self._tasks[task], self._steps[task] = after, flips.step + 1  # before the write, which `after` can take back
-        if task == self._task:
-            self._write(written)
+        try:
+            self._store(task, after, flips.step, written)
+        except BaseException:  # also an interrupt: store all of it first
+            self._store(task, after, flips.step, written)
+            raise
         return sum(len(each.places) for each in written.values())
 
     # ------------------------------------------------------------------------------------------ private
@@ -171,15 +174,12 @@ class Tasks:
             )
         return self._tasks[task]
 
-    def _write(self, written: Masks) -> None:
-        """Write these values into the weights. After an interrupt, all are written again before it is raised."""
-        try:
+    def _store(self, task: str, masks: Masks, step: int, written: Masks) -> None:
+        """Store a task's masks after this step, and write the values of its flips if it is in use."""
+        self._tasks[task], self._steps[task] = masks, step + 1
+        if task == self._task:
             for name, each in written.items():
                 each.put_back(self.weights[name])
-        except BaseException:
-            for name, each in written.items():
-                each.put_back(self.weights[name])
-            raise
 
     def _with_values(self, name: str, places: Places) -> Dropped:
         """Return the places with the base's values there, also while a task's masks are applied to the weight."""

@@ -28,8 +28,8 @@ def known_hosts(address: str, host: str, allowed: Collection[str]) -> frozenset[
     return frozenset(name.lower() for name in (host, *allowed))
 
 
-def check_host(scope: Scope, hosts: frozenset[str] | None) -> None:
-    """Raise Refused (403) if a request is to another name. hosts: from known_hosts."""
+def check_host(scope: Scope, hosts: frozenset[str] | None, other: str = "") -> None:
+    """Raise Refused (403) if a request is to another name. hosts: from known_hosts; other: words for how to allow it."""
     if hosts is None:
         return
     given = Headers(scope=scope).get("host", "")
@@ -37,9 +37,7 @@ def check_host(scope: Scope, hosts: frozenset[str] | None) -> None:
     name = matched[1].lower().removesuffix(".") if matched else ""
     if not (is_loopback(name.strip("[]")) or name in hosts):
         raise Refused(
-            "Host must be a name of this machine's loopback, such as localhost, or one that --allow-host names, "
-            f"got {shown(given)}",
-            status=403,
+            f"Host must be a name of this machine's loopback, such as localhost{other}, got {shown(given)}", status=403
         )
 
 

@@ -110,7 +110,7 @@ class Service:
         )
         checks = (
             check_length,
-            functools.partial(check_host, hosts=access.hosts),
+            functools.partial(check_host, hosts=access.hosts, other=", or one that --allow-host names"),
             functools.partial(check_key, keys=access.keys),
             check_room,
         )
@@ -148,7 +148,7 @@ class Service:
         return await self._answer(request, ChatBody, ChatAnswer)
 
     async def _answer(self, request: Request, kind: type[Body], form: type[TextAnswer]) -> Response:
-        data = await json_bytes(request, self._most_bytes)
+        data = await json_bytes(request, self._most_bytes, ", 64 KiB and 32 bytes per token of --length")
         async with self._reading:
             asked = await asyncio.to_thread(self._read, kind, data)
         body, exchange = asked.body, exchange_of(request.scope)
