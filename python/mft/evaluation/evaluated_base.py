@@ -9,6 +9,7 @@ from pathlib import Path
 from mft.config import CONFIG, ModelConfig, RunConfig
 from mft.config_file import load_config
 from mft.data.sources import NAMED
+from mft.escaping import one_line
 from mft.masks.export_format import MaskExport, read_export
 from mft.masks.location import MASKS
 from mft.models.pretrained import SHORTHANDS
@@ -142,7 +143,7 @@ def _source(path: Path | None, masks: Path) -> str:
 
 
 def _name(model: ModelConfig) -> str:
-    return model.name if model.revision is None else f"{model.name} at {model.revision}"
+    return one_line(model.name if model.revision is None else f"{model.name} at {model.revision}")
 
 
 def _words(kind: str | None, quantize_masked: bool) -> str:
