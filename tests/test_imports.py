@@ -19,9 +19,10 @@ KERNEL_ORDER = (
 )
 BACKENDS = ("cpu", "cuda", "triton")  # packages of mft_kernels/backends, none of which imports another
 RECIPE_ORDER = (
-    *("checks", "contention", "files", "number_formats", "config", "config_file", "memory", "data", "models", "budget"),
-    *("surrogate", "masks", "federated", "objectives", "engines", "importance", "evaluation", "tracking", "training"),
-    *("rewards", "publishing", "patching", "serving", "vllm", "study", "study.report", "cli", "__main__"),
+    *("checks", "contention", "escaping", "files", "number_formats", "config", "config_file", "memory", "data"),
+    *("models", "budget", "surrogate", "masks", "federated", "objectives", "engines", "importance", "evaluation"),
+    *("tracking", "training", "rewards", "publishing", "patching", "serving", "vllm", "study", "study.report", "cli"),
+    "__main__",
 )
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
 

@@ -111,6 +111,16 @@ def check_rule(holds: bool, name: str, rule: str, value: Any) -> None:
         raise ValueError(f"{name} must {rule}, got {value}")
 
 
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError unless text can be written as UTF-8, which a tokenizer needs."""
+    try:
+        _ = text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        bad = error.object[error.start]
+        kind = "a byte that is not UTF-8" if "\udc80" <= bad <= "\udcff" else "half a surrogate pair"
+        raise ValueError(f"{name} must be Unicode text, got {kind} at character {error.start}: {shown(bad)}") from None
+
+
 def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     one_of(known).check(name, value)
 

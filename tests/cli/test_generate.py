@@ -69,6 +69,47 @@ def test_base_and_masked_answer_as_the_two_models_do(place):
     assert output.count("(cut after 6 tokens)") == 2
 
 
+def controls(output):
+    return {letter for letter in output if not letter.isprintable()} - {"\n"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("generate", "evil", "5"), ("inspect", "evil"), ("verify", "evil"), ("verify", "\x1b[2J")]
+)
+def test_no_text_of_a_stranger_controls_the_terminal_or_becomes_a_line(place, monkeypatch, arguments):
+    monkeypatch.chdir(place)
+    model = mask_model(make_llama(), MaskConfig.paper(keep_ratio=0.5))
+    save_masks(model, place / "evil", base_model_name_or_path="x/\x1b[2Jy\u202e\nbase: agrees")
+    code, output = call(*arguments)
+    assert code == 2
+    assert r"\x1b[2J" in output
+    assert not controls(output)
+    assert "\nbase: agrees" not in output
+
+
+def test_no_generated_token_controls_the_terminal(place, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"] = {
+        word if number < 10 else f"\x1b[{number}m": number for word, number in values["model"]["vocab"].items()
+    }
+    path.write_text(json.dumps(values))
+    code, output = call("generate", tmp_path / "base", "5 6 7", "--raw", "--max-tokens", 6)
+    assert code == 0, output
+    assert "\\x1b[" in output
+    assert not controls(output)
+
+
+@pytest.mark.parametrize("raw", [("--raw",), ()])
+def test_a_prompt_that_is_not_utf_8_is_one_sentence(place, raw):
+    code, output = call("generate", place / "masks", "5 \udcff", *raw)
+    assert (code, output) == (
+        2,
+        "error: PROMPT must be Unicode text, got a byte that is not UTF-8 at character 2: '\\udcff' (str)\n",
+    )
+
+
 def test_only_one_of_them_answers(place):
     both = answers(call("generate", place / "masks", "5", "--max-tokens", 4)[1])
     for name in ("base", "masked"):

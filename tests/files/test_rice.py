@@ -109,7 +109,7 @@ def head(kind, count, rest=b""):
     ("stream", "message"),
     [
         (head(65, 0), "known kinds and counts up to 6144, got 65 and 0"),
-        (head(23, 0), "known kinds and counts up to 6144, got 23 and 0"),
+        (head(23, 0), "known kinds and counts up to 267, got 23 and 0"),
         (head(64, 1, bytes(768)), "known kinds and counts up to 0, got 64 and 1"),
         (head(0, 6145, b"\xff" * 760), "known kinds and counts up to 6144, got 0 and 6145"),
         (head(0, 2**32 - 1, b"\xff" * 760), "got 0 and 4294967295"),

@@ -1,17 +1,18 @@
 """The two files of an export: the error names what is missing, damaged or in another format, and where."""
 
-import multiprocessing
-import resource
+import dataclasses
 
 import pytest
 import torch
 from exports import CONFIG, MASKS, UP, assert_same_tensors, edit_config, edit_masks, llama, masks
+from limits import peak_of
+from tiny import save_llama
 from tiny_mixtures import mixture
 
 import mft
 from mft.config import CODINGS, MaskConfig
 from mft.files import rice
-from mft.files.mask_coding import BY_NAME
+from mft.files.mask_coding import BY_NAME, packed_mask
 from mft.files.safetensors_file import MOST_HEADER
 from mft.masks import export_format
 from mft.masks.convert import mask_model, masked_modules
@@ -153,7 +154,7 @@ def flip_bit(tensors):
             lambda t: t.update({f"{UP}.mask": t[f"{UP}.mask"].float()}),
             rf"{UP}.mask must be int32 .* got F32 \(48, 2\)",
         ),
-        (set_padding, f"{UP}.mask must have 0 in each row's last 24 bits, its padding: damaged"),
+        (set_padding, f"{UP}.mask: mask must have 0 in each row's last 24 bits, its padding: damaged; copy the export"),
         (
             flip_bit,
             rf"{UP}.mask must keep \d+ weights as {CONFIG} says, got \d+: the two files come from different exports",
@@ -179,7 +180,7 @@ def cut(tensors, _):
 
 def edit_packed(tensors, coding, change):
     weight = llama().get_parameter(f"{UP}.weight")
-    packed = BY_NAME[coding].restore(tensors[f"{UP}.mask"], UP_SHAPE, weight)
+    packed = packed_mask(BY_NAME[coding].pieces(tensors[f"{UP}.mask"], UP_SHAPE, weight), UP_SHAPE)
     change(packed)
     tensors[f"{UP}.mask"] = BY_NAME[coding].store(packed, UP_SHAPE, weight)
 
@@ -226,7 +227,7 @@ def test_wrong_coded_masks_name_file_and_tensor(coded, change, message):
 
 def test_a_small_coded_file_cannot_ask_for_much_memory(coded, monkeypatch):
     """Zeros compress without limit. The length of such a stream refuses it before any word is decoded."""
-    monkeypatch.setattr(rice, "decode", None)
+    monkeypatch.setattr(rice, "_decoded_blocks", None)
     entry = {"name": UP, "shape": [2**31 - 1, 2**31 - 1], "dtype": "float32", "kept": 0}
     edit_config(coded, modules=[entry])
     edit_masks(coded, lambda t: [t.pop(key) for key in list(t) if key != f"{UP}.mask"])
@@ -266,26 +267,49 @@ def test_an_old_export_without_a_content_hash_loads_and_it_is_said_what_that_can
     assert caplog.text == ""
 
 
-def peak_of_check(packed, entry, answers):
-    """Put into ``answers`` how many bytes the check took at its peak, beyond those before."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    export_format._checked_mask("file: key", packed, entry)
-    answers.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+READERS = """
+import contextlib
+from pathlib import Path
+from mft.cli.masks import run_inspect
+from mft.cli.verify import run_verify
+from mft.masks.export_format import read_export
+from mft.publishing.kinds import read_contents
+"""
+READ = """
+path = Path({!r})
+read_export(path)
+read_contents(path).with_base("user/name")
+with contextlib.redirect_stdout(None):
+    run_verify(str(path), None, None, base=False)
+run_inspect(str(path), None, None, force=False)
+"""
 
 
-def test_a_mask_is_checked_in_little_more_memory_than_it_takes():
-    """Unpacked whole, the mask would take 64 times as many bytes.
-
-    The check runs in a process of its own, because a peak never falls.
-    """
-    packed = torch.full((2048, 2048), 0x0F0F0F0F, dtype=torch.int32)  # 16 MiB
-    packed[0, 0] = -1
-    entry = export_format.MaskEntry("layer", (2048, 65536), "float32", 16 * packed.numel() + 16)
-    answers = multiprocessing.get_context("fork").Queue()
-    process = multiprocessing.get_context("fork").Process(target=peak_of_check, args=(packed, entry, answers))
-    process.start()
-    assert answers.get(timeout=60) <= 4 * packed.nbytes
-    process.join()
+@pytest.mark.parametrize("coding", ["packed", "rice"])
+def test_an_export_is_read_in_little_memory_whatever_it_says_of_the_model(tmp_path, coding):
+    """Unpacked whole, a mask would take 64 times its words; a coded file may be 1024 times smaller than them."""
+    save_llama(tmp_path / "base")
+    shape, name = (8192, 1 << 16), "model.layers.0.mlp.up_proj"
+    packed = {name: torch.zeros(8192, 1 << 11, dtype=torch.int32)}  # 64 MiB
+    packed[name][5, 7] = -1
+    export = export_format.MaskExport(
+        base_model_name_or_path=str(tmp_path / "base"),
+        base_hash=f"sha256:{'0' * 64}",
+        mode="magnitude",
+        keep_ratio=None,
+        target_modules=["up_proj"],
+        layers_to_transform=None,
+        modules=[export_format.MaskEntry(name, shape, "float32", 32)],
+        coding=coding,
+    )
+    export = dataclasses.replace(export, content_hash=export_format.content_hash(export, packed))
+    for file, content in export_format.export_files(export, packed).items():
+        (tmp_path / file).write_bytes(content)
+    taken = peak_of(READERS, READ.format(str(tmp_path)))
+    assert taken.said.endswith(
+        f"the mask is for a weight of {shape}, the model's is (64, 32): load the base that it was learned on"
+    )
+    assert taken.bytes < 2 * (tmp_path / MASKS).stat().st_size + (32 << 20)
 
 
 def test_no_pickle_is_read(saved, monkeypatch):

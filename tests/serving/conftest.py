@@ -34,7 +34,7 @@ class Recorded(logging.Formatter):
         self._events = events
 
     def format(self, record):
-        from mft.serving.log import one_line
+        from mft.escaping import one_line
 
         self._events.append({"event": record.event, "level": record.levelname, **record.fields})
         return one_line(record.getMessage())

@@ -27,6 +27,28 @@ def test_nothing_in_a_line_or_a_table_is_markup(text):
     assert file.getvalue().count(text) == 5
 
 
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("\x1b[2J\x07", r"\x1b[2J\x07"),
+        ("\r\x08\x0b\x7f", r"\r\x08\x0b\x7f"),
+        ("\x9b31m", r"\x9b31m"),
+        ("a\u202eb\u2066c\u2029", r"a\u202eb\u2066c\u2029"),
+        ("\ud800", r"\ud800"),
+        ("a\xa0é\u3000👩\u200d🚀", "a\xa0é\u3000👩\u200d🚀"),
+    ],
+)
+def test_no_text_controls_the_terminal(text, seen, capsys):
+    say(f"{text}\n{text}", style="bold")
+    assert capsys.readouterr().out == f"{seen}\n{seen}\n"
+    file = io.StringIO()
+    table = Table(text, title=text)
+    table.add_row(text)
+    new_console(file, width=80).print(table)
+    assert file.getvalue().count(seen) == 3
+    assert not {letter for letter in file.getvalue() if letter < " "} - {"\n"}
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_nothing_in_a_name_of_progress_is_markup(text, capsys):
     say(text)

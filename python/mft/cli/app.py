@@ -13,6 +13,7 @@ from mft.cli.keys import Keyed, ListedKeys, StudyKeys, run_schema, study_schema
 from mft.config import WAYS, RunConfig
 from mft.config_file import load_config
 from mft.contention import core_share
+from mft.escaping import escaped
 from mft.tracking.console import console, say
 
 # The commands import their modules themselves: transformers takes seconds, and `mft --help` should not wait for it.
@@ -37,7 +38,7 @@ class _OneMessageAnError(typer.core.TyperGroup):
         except (ValueError, RuntimeError, OSError) as error:
             if os.environ.get(TRACEBACK):
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(escaped(f"error: {error}"), err=True)
             raise typer.Exit(2) from None
 
 

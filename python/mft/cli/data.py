@@ -12,6 +12,7 @@ from mft.data.sources import SPLITS
 from mft.data.split_rows import pad_of
 from mft.data.streams import StreamedRows
 from mft.data.tokenization import IGNORED
+from mft.escaping import one_line
 from mft.tracking.console import console, say
 from mft.training.inputs import read_rows
 
@@ -87,5 +88,4 @@ def _decoded(ids: list[int], tokenizer: Any) -> str:
 
 
 def _visible(text: str) -> str:
-    """Escape characters that would move the cursor or colour the terminal."""
-    return "".join(c if c.isprintable() else "⏎\n" if c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "⏎\n".join(map(one_line, text.split("\n")))

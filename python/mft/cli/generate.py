@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from mft.checks import check_one_of, check_rule, nearest_path
+from mft.checks import check_one_of, check_rule, check_text, nearest_path
 from mft.config import DTYPES, ModelConfig
+from mft.escaping import escaped
 from mft.evaluation.continuation import generating
 from mft.evaluation.evaluated_base import base_words, learned_base
 from mft.masks.bank import load_mask_bank
@@ -79,7 +80,7 @@ class Voices:
             pad_token_id=self.tokenizer.pad_token_id,
             **({"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}),
         )
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, **_AS_TEXT) if shown else None
+        streamer = _Shown(self.tokenizer, skip_prompt=True, **_AS_TEXT) if shown else None
         ids = torch.tensor([prompt], device=next(self.model.parameters()).device)
         torch.manual_seed(sampling.seed)
         with torch.no_grad(), generating(self.model, settings), self._named[name]():
@@ -93,6 +94,7 @@ class Voices:
 
 def run_generate(run: str, prompt: str, sampling: Sampling, *, raw: bool, **options: Any) -> None:
     """Do mft generate. options: as for open_voices."""
+    check_text("PROMPT", prompt)
     voices = open_voices(run, **options)
     templated = voices.has_template and not raw
     ids = voices.chat_prompt([_user(prompt)]) if templated else voices.prompt(prompt)
@@ -154,6 +156,12 @@ def open_voices(
 
 # ---------------------------------------------------------------------------------------------- private
 
+
+class _Shown(TextStreamer):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(escaped(text), stream_end)
+
+
 _AS_TEXT = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
@@ -193,9 +201,11 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 
 def _line(question: str) -> str | None:
     try:
-        return input(question)
+        line = input(question)
     except EOFError:
         return None
+    check_text("a message", line)
+    return line
 
 
 def _user(text: str) -> dict[str, str]:

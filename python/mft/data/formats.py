@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mft.checks import nearest, shown
+from mft.checks import check_text, nearest, shown
 
 ROLES = ("system", "user", "assistant", "tool")
 # Role of each speaker's name in ShareGPT's conversations and similar ones.
@@ -149,14 +149,7 @@ def read_string(row: dict[str, Any], column: str, place: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         raise ValueError(f"{place}: {column} must be a string, got {shown(value)}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{place}: {column} must be Unicode text, got half a surrogate pair at character "
-                f"{error.start}: {shown(value[error.start])}"
-            ) from None
+    check_text(f"{place}: {column}", value)
     return value
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from mft.config import CONFIG, ModelConfig, RunConfig
 from mft.config_file import load_config
 from mft.data.sources import NAMED
-from mft.masks.export_format import MaskExport, read_export
+from mft.escaping import one_line
+from mft.masks.export_format import MaskExport, read_description
 from mft.masks.location import MASKS
 from mft.models.pretrained import SHORTHANDS
 
@@ -19,7 +20,7 @@ def learned_base(masks: Path, name: str | None = None, dtype: str | None = None)
 
     The base comes from the run's configuration if it is next to the masks, else from the masks. name and dtype
     override it.
-    Raises: ValueError if neither names a base, or as read_export.
+    Raises: ValueError if neither names a base, or as read_description.
     """
     path, known = _known(masks)
     model = load_config(path, known).model
@@ -38,7 +39,7 @@ def config_of_run(masks: Path) -> Path | None:
     path = masks.parent / CONFIG
     if masks.name != MASKS or not path.is_file():
         return None
-    named = read_export(masks).base_model_name_or_path
+    named = read_description(masks).base_model_name_or_path
     return path if named in (None, load_config(path).model.name) else None
 
 
@@ -114,7 +115,7 @@ def _known(masks: Path) -> tuple[Path | None, list[str]]:
             for key, place in places.items()
             if place is not None
         ]
-    export = read_export(masks)
+    export = read_description(masks)
     if export.base_model_name_or_path is None:
         return None, []
     return None, [
@@ -142,7 +143,7 @@ def _source(path: Path | None, masks: Path) -> str:
 
 
 def _name(model: ModelConfig) -> str:
-    return model.name if model.revision is None else f"{model.name} at {model.revision}"
+    return one_line(model.name if model.revision is None else f"{model.name} at {model.revision}")
 
 
 def _words(kind: str | None, quantize_masked: bool) -> str:

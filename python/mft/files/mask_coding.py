@@ -7,6 +7,7 @@ by_weight  uint8 (bytes,): a stream of files/by_weight.py, which can be read onl
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mft.files import by_weight, rice
-from mft.files.rice import Bytes, Words
+from mft.files.rice import Words
 
 Shape = tuple[int, ...]
 
@@ -34,10 +35,11 @@ class MaskCoding(ABC):
         """Return the tensor that goes into the file."""
 
     @abstractmethod
-    def restore(self, stored: Tensor, shape: Shape, weight: Tensor | None) -> Tensor:
-        """Return the packed mask. stored: untrusted, but check_declared accepted its dtype and shape.
+    def pieces(self, stored: Tensor, shape: Shape, weight: Tensor | None) -> Iterator[Words]:
+        """Return an iterator over the flattened words of the packed mask, some at a time. See packed_mask.
 
-        Raises: ValueError if it is damaged.
+        Args: stored: untrusted, but check_declared accepted its dtype and shape.
+        Raises: ValueError, also while it is iterated over, if stored is damaged.
         """
 
     @abstractmethod
@@ -55,8 +57,9 @@ class _Packed(MaskCoding):
     def store(self, packed: Tensor, shape: Shape, weight: Tensor | None) -> Tensor:
         return packed
 
-    def restore(self, stored: Tensor, shape: Shape, weight: Tensor | None) -> Tensor:
-        return stored
+    def pieces(self, stored: Tensor, shape: Shape, weight: Tensor | None) -> Iterator[Words]:
+        words = stored.numpy().view(np.uint32).reshape(-1)
+        return (words[begin : begin + rice.BLOCK] for begin in range(0, len(words), rice.BLOCK))
 
     def check_declared(self, key: str, dtype: str, stored: Shape, shape: Shape) -> None:
         expected = _packed_shape(shape)
@@ -74,9 +77,8 @@ class _Rice(MaskCoding):
         words = packed.numpy().view(np.uint32).reshape(-1, packed.shape[-1])
         return torch.frombuffer(bytearray(self._encode(words, shape[-1], weight)), dtype=torch.uint8)
 
-    def restore(self, stored: Tensor, shape: Shape, weight: Tensor | None) -> Tensor:
-        words = self._decode(stored.numpy(), *_matrix(shape), weight)
-        return torch.from_numpy(words.view(np.int32)).view(_packed_shape(shape))
+    def pieces(self, stored: Tensor, shape: Shape, weight: Tensor | None) -> Iterator[Words]:
+        return rice.decoded_blocks(stored.numpy(), *_matrix(shape))
 
     def check_declared(self, key: str, dtype: str, stored: Shape, shape: Shape) -> None:
         if dtype != "U8" or len(stored) != 1:
@@ -92,9 +94,6 @@ class _Rice(MaskCoding):
     def _encode(self, words: Words, columns: int, weight: Tensor | None) -> bytes:
         return rice.encode(words, columns)
 
-    def _decode(self, stream: Bytes, rows: int, columns: int, weight: Tensor | None) -> Words:
-        return rice.decode(stream, rows, columns)
-
     def _check_length(self, length: int, rows: int, columns: int) -> None:
         rice.check_length(length, rows, columns)
 
@@ -103,16 +102,16 @@ class _ByWeight(_Rice):
     version = 4
     needs_weight = True
 
+    def pieces(self, stored: Tensor, shape: Shape, weight: Tensor | None) -> Iterator[Words]:
+        assert weight is not None, "who reads has asked for it"
+        return iter((by_weight.decode(stored.numpy(), *_matrix(shape), weight).reshape(-1),))
+
     def most_bytes(self, shape: Shape) -> int:
         return by_weight.most_bytes(*_matrix(shape))
 
     def _encode(self, words: Words, columns: int, weight: Tensor | None) -> bytes:
         assert weight is not None, "who writes has asked for it"
         return by_weight.encode(words, columns, weight)
-
-    def _decode(self, stream: Bytes, rows: int, columns: int, weight: Tensor | None) -> Words:
-        assert weight is not None, "who reads has asked for it"
-        return by_weight.decode(stream, rows, columns, weight)
 
     def _check_length(self, length: int, rows: int, columns: int) -> None:
         by_weight.check_length(length, rows, columns)
@@ -124,6 +123,11 @@ BY_NAME: dict[str, MaskCoding] = {"packed": _Packed(), "rice": _Rice(), "by_weig
 def of_version(version: int) -> list[str]:
     """Return the codings that an export of this format_version may name. A version without the key has only packed."""
     return [name for name, coding in BY_NAME.items() if coding.version == max(version, BY_NAME["packed"].version)]
+
+
+def packed_mask(pieces: Iterable[Words], shape: Shape) -> Tensor:
+    """Return the packed mask of a weight of this shape whose flattened words come in pieces."""
+    return torch.from_numpy(rice.joined(pieces, *_matrix(shape)).view(np.int32)).view(_packed_shape(shape))
 
 
 def damaged(key: str, error: ValueError) -> ValueError:

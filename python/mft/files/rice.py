@@ -22,7 +22,7 @@ least 1/1024 of the words' bytes, so a small file cannot ask for much memory.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,16 +69,25 @@ def decode(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None 
     In a block of kind 64, the padding bits of the words are returned as they are.
     Raises: ValueError if no matrix of this shape has this stream.
     """
+    return joined(decoded_blocks(stream, rows, columns, blocks), rows, columns)
+
+
+def decoded_blocks(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None = None) -> Iterator[Words]:
+    """Return an iterator over the blocks of the matrix that decode returns, flattened; one is in memory at a time.
+
+    Raises: ValueError as decode, for a wrong length at once, and else when the damaged block comes.
+    """
     check_length(len(stream), rows, columns, None if blocks is None else len(blocks))
-    width = -(-columns // 32)
-    flat = np.empty(rows * width, "<u4")
-    place = 0
-    for begin, end in _places(len(flat), blocks):
-        place += _decode_block(stream[place:], flat[begin:end], begin, width, columns)
-    end = max(place, fewest_bytes(rows, columns))
-    if len(stream) != end or stream[place:].any():
-        raise ValueError(f"stream must end after {end} bytes, with 0 from {place} on, got {len(stream)}")
-    return flat.reshape(rows, width)
+    return _decoded_blocks(stream, rows, columns, blocks)
+
+
+def joined(pieces: Iterable[Words], rows: int, columns: int) -> Words:
+    """Return the matrix whose flattened words come in pieces."""
+    flat, place = np.empty(rows * -(-columns // 32), "<u4"), 0
+    for piece in pieces:
+        flat[place : place + len(piece)] = piece
+        place += len(piece)
+    return flat.reshape(rows, -1)
 
 
 def check_length(length: int, rows: int, columns: int, blocks: int | None = None) -> None:
@@ -107,6 +116,17 @@ def most_bytes(rows: int, columns: int, blocks: int | None = None) -> int:
 
 def _raw_bytes(rows: int, columns: int) -> int:
     return 4 * rows * -(-columns // 32)
+
+
+def _decoded_blocks(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None) -> Iterator[Words]:
+    width, place = -(-columns // 32), 0
+    for begin, end in _places(rows * width, blocks):
+        words, size = _decode_block(stream[place:], end - begin, begin, width, columns)
+        place += size
+        yield words
+    end = max(place, fewest_bytes(rows, columns))
+    if len(stream) != end or stream[place:].any():
+        raise ValueError(f"stream must end after {end} bytes, with 0 from {place} on, got {len(stream)}")
 
 
 def _places(words: int, blocks: Sequence[int] | None) -> Iterator[tuple[int, int]]:
@@ -147,30 +167,32 @@ def _encode_block(words: Words, start: int, width: int, columns: int) -> bytes:
     return _head(kind + k, len(gaps)) + _packed(low.astype(np.uint8)) + _packed(high)
 
 
-def _decode_block(stream: Bytes, words: Words, start: int, width: int, columns: int) -> int:
-    """Fill words from the start of stream, and return the number of bytes read."""
+def _decode_block(stream: Bytes, size: int, start: int, width: int, columns: int) -> tuple[Words, int]:
+    """Return the ``size`` words of the block at the start of stream, and the number of bytes read."""
     if len(stream) < _HEAD:
         raise ValueError(f"stream must have a block from word {start} on, got its end")
     kind, count = int(stream[0]), int.from_bytes(stream[1:_HEAD].tobytes(), "little")
     first = _columns_before(start, width, columns)
-    total = _columns_before(start + len(words), width, columns) - first
-    k, most = kind % _ONES, 0 if kind == _RAW else total
+    total = _columns_before(start + size, width, columns) - first
+    k = kind % _ONES
+    # No encoder writes low bits that take more than the words, and they take much memory here.
+    most = 0 if kind == _RAW else min(total, 32 * size // max(k, 1))
     if kind > _RAW or k > _MOST_K or count > most:
         raise ValueError(f"stream must have known kinds and counts up to {most}, got {kind} and {count}")
     stream = stream[_HEAD:]
     if kind == _RAW:
-        raw = stream[: words.nbytes]
-        if len(raw) < words.nbytes:
-            raise ValueError(f"stream must have {words.nbytes} bytes of words, got {len(raw)}")
-        words[:] = raw.copy().view("<u4")
-        return _HEAD + words.nbytes
+        raw = stream[: 4 * size]
+        if len(raw) < 4 * size:
+            raise ValueError(f"stream must have {4 * size} bytes of words, got {len(raw)}")
+        return raw.copy().view("<u4"), _HEAD + 4 * size
     split = -(-count * k // 8)
     low = _unpacked(stream[:split], count * k)
     # The gaps together span at most `total` columns, which bounds the length of the unary part.
-    high = np.unpackbits(stream[split : split - (-(count + (total >> k)) // 8)], bitorder="little")
+    most = count + (total >> k) if count else 0
+    high = np.unpackbits(stream[split : split - (-most // 8)], bitorder="little")
     ends = np.flatnonzero(high)[:count]
     if low is None or len(ends) < count:
-        raise ValueError(f"stream must have {count} gaps before word {start + len(words)}, got fewer, or too long ones")
+        raise ValueError(f"stream must have {count} gaps before word {start + size}, got fewer, or too long ones")
     used = -(-(int(ends[-1]) + 1) // 8) if count else 0
     if high[ends[-1] + 1 if count else 0 : 8 * used].any():
         raise ValueError("stream must have 0 in what fills up its bytes")
@@ -183,14 +205,14 @@ def _decode_block(stream: Bytes, words: Words, start: int, width: int, columns: 
     if columns % 32:
         row, column = np.divmod(places, columns)
         places = row * (32 * width) + column
-    bits = np.zeros(32 * len(words), np.uint8)
+    bits = np.zeros(32 * size, np.uint8)
     bits[places - 32 * start] = 1
-    words[:] = np.packbits(bits, bitorder="little").view("<u4")
+    words = np.packbits(bits, bitorder="little").view("<u4")
     if kind < _ONES:
         np.invert(words, out=words)
         if columns % 32:
             words[(width - 1 - start) % width :: width] &= np.uint32((1 << columns % 32) - 1)
-    return _HEAD + split + used
+    return words, _HEAD + split + used
 
 
 def _head(kind: int, count: int) -> bytes:

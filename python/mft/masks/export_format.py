@@ -18,19 +18,21 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mft.config import CODINGS, QUANTIZATIONS
 from mft.config import CONFIG as RUN_CONFIG
 from mft.files.json_file import check_keys, expect, is_list_of, is_number, read_object, short
-from mft.files.mask_coding import BY_NAME, damaged, of_version
+from mft.files.mask_coding import BY_NAME, damaged, of_version, packed_mask
+from mft.files.rice import Words
 from mft.files.safetensors_file import MOST_HEADER, open_tensors
 from mft.files.weights_hash import dtype_name
 from mft.masks.saved_modules import is_inside
@@ -42,7 +44,6 @@ PEFT_TYPE = "MFT"
 FORMAT_VERSION = max(coding.version for coding in BY_NAME.values())
 _UNHASHED_VERSION = 1  # may lack content_hash
 MOST_CONFIG = 1 << 24  # bytes, for 120,000 masked layers; 100 layers of 256 experts with 3 matrices each have 76,800
-_CHUNK = 1 << 22  # words of a mask whose bits are counted at a time
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _HASH_RULE = 'a string "sha256:" and 64 hexadecimal digits'
 _ALONE = CODINGS[1]  # the coding for readers without the weights
@@ -105,15 +106,8 @@ class MaskExport:
 
 def content_hash(export: MaskExport, masks: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> str:
     """Return the sha256 of the other fields, packed masks and saved tensors. It detects damage to either file."""
-    said = {key: value for key, value in _said(export).items() if key != "content_hash"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name in sorted(masks):
-        digest.update(f"\0{name}\0".encode())
-        digest.update(masks[name].contiguous().numpy().tobytes())
-    for name, tensor in sorted((saved or {}).items()):
-        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
+    words = ((name, [masks[name].contiguous().view(-1).numpy()]) for name in sorted(masks))
+    return _hash_of(export, words, sorted((saved or {}).items()))
 
 
 def export_files(
@@ -158,8 +152,21 @@ def read_export(directory: Path) -> MaskExport:
     if BY_NAME[export.coding].needs_weight:
         with _open_checked(directory / MASK_FILE, export):
             return export
-    read_tensors(directory, export)
+    _check_hash(directory, export, stored_hash(directory, export))
     return export
+
+
+def stored_hash(directory: Path, export: MaskExport) -> str:
+    """Return content_hash of what an export's other file holds, with this description of it, whatever hash it names.
+
+    The masks are checked, and a block of one is in memory at a time: a small file may describe large ones.
+    Raises: as read_tensors without weights.
+    """
+    _check_alone(directory, export)
+    path, entries = directory / MASK_FILE, sorted(export.modules, key=lambda entry: entry.name)
+    with _open_checked(path, export) as (file, saved):
+        words = ((entry.name, _read_words(path, file, export, entry)) for entry in entries)
+        return _hash_of(export, words, ((key, file.get_tensor(key)) for key in sorted(saved)))
 
 
 def read_whole_export(directory: Path) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
@@ -208,18 +215,17 @@ def read_tensors(
         weights: those that the masks were learned on, checked by base_hash. Only a coding that needs them reads them.
     Raises: as read_export; ValueError if the coding needs weights and weights is None.
     """
-    if BY_NAME[export.coding].needs_weight and weights is None:
-        raise ValueError(
-            f"{directory}: masks in coding {export.coding} can only be read with the weights of their base, "
-            f"{export.base_model_name_or_path or 'which has no name'}, got none: mft recode {directory} DIRECTORY "
-            f"--coding {_ALONE} loads the base, and writes masks that are read without it"
-        )
-    masks, saved = _read_tensors(directory / MASK_FILE, export, weights)
-    if export.content_hash is not None and (found := content_hash(export, masks, saved)) != export.content_hash:
-        raise ValueError(
-            f"{directory / CONFIG_FILE}: expected content_hash {found}, as the two files together give, got "
-            f"{export.content_hash}: damaged, or changed by hand; copy the export again"
-        )
+    if weights is None:
+        _check_alone(directory, export)
+    path = directory / MASK_FILE
+    with _open_checked(path, export) as (file, keys):
+        masks = {
+            entry.name: packed_mask(_read_words(path, file, export, entry, weights), entry.shape)
+            for entry in export.modules
+        }
+        saved = {key: file.get_tensor(key) for key in keys}
+    if export.content_hash is not None:
+        _check_hash(directory, export, content_hash(export, masks, saved))
     return masks, saved
 
 
@@ -372,16 +378,38 @@ def _is_hash(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------- the masks
 
 
-def _read_tensors(
-    path: Path, export: MaskExport, weights: Weights | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the masks by module, and the saved tensors by name."""
-    with _open_checked(path, export) as (file, saved):
-        masks = {}
-        for entry in export.modules:
-            key = f"{entry.name}.mask"
-            masks[entry.name] = _read_mask(f"{path}: {key}", file.get_tensor(key), export, entry, weights)
-        return masks, {key: file.get_tensor(key) for key in saved}
+def _check_alone(directory: Path, export: MaskExport) -> None:
+    """Raise ValueError if the masks cannot be read without weights."""
+    if BY_NAME[export.coding].needs_weight:
+        raise ValueError(
+            f"{directory}: masks in coding {export.coding} can only be read with the weights of their base, "
+            f"{export.base_model_name_or_path or 'which has no name'}, got none: mft recode {directory} DIRECTORY "
+            f"--coding {_ALONE} loads the base, and writes masks that are read without it"
+        )
+
+
+def _check_hash(directory: Path, export: MaskExport, found: str) -> None:
+    if export.content_hash not in (None, found):
+        raise ValueError(
+            f"{directory / CONFIG_FILE}: expected content_hash {found}, as the two files together give, got "
+            f"{export.content_hash}: damaged, or changed by hand; copy the export again"
+        )
+
+
+def _hash_of(
+    export: MaskExport, masks: Iterable[tuple[str, Iterable[NDArray]]], saved: Iterable[tuple[str, Tensor]]
+) -> str:
+    """Return content_hash, given masks and saved tensors in the order of their names, and a mask's words in pieces."""
+    said = {key: value for key, value in _said(export).items() if key != "content_hash"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, pieces in masks:
+        digest.update(f"\0{name}\0".encode())
+        for words in pieces:
+            digest.update(words.data)
+    for name, tensor in saved:
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
 
 
 @contextlib.contextmanager
@@ -408,32 +436,31 @@ def _open_checked(path: Path, export: MaskExport) -> Iterator[tuple[Any, set[str
         yield file, saved
 
 
-def _read_mask(key: str, stored: Tensor, export: MaskExport, entry: MaskEntry, weights: Weights | None) -> Tensor:
-    """Return the packed mask. key: its file and name, for error messages."""
+def _read_words(
+    path: Path, file: Any, export: MaskExport, entry: MaskEntry, weights: Weights | None = None
+) -> Iterator[Words]:
+    """Yield the flattened words of a packed mask, some at a time.
+
+    Raises: ValueError if it is damaged, has bits in its padding, or at the end if it does not keep what entry says.
+    """
+    key, columns = f"{entry.name}.mask", entry.shape[-1]
+    width, used, place, kept = -(-columns // 32), columns % 32, 0, 0
     weight = _weight_for(export, entry, weights)
     try:
-        packed = BY_NAME[export.coding].restore(stored, entry.shape, weight)
+        for words in BY_NAME[export.coding].pieces(file.get_tensor(key), entry.shape, weight):
+            if used and (words[(width - 1 - place) % width :: width] >> used).any():
+                raise ValueError(f"mask must have 0 in each row's last {32 - used} bits, its padding")
+            kept += int.from_bytes(words.tobytes(), "little").bit_count()
+            place += len(words)
+            yield words
     except ValueError as error:
-        raise damaged(key, error) from None
-    return _checked_mask(key, packed, entry)
+        raise damaged(f"{path}: {key}", error) from None
+    if kept != entry.kept:
+        raise ValueError(
+            f"{path}: {key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: {_COPY_BOTH}"
+        )
 
 
 def _weight_for(export: MaskExport, entry: MaskEntry, weights: Weights | None) -> Tensor | None:
     """Return the module's base weight; None if the coding does not need it."""
     return weights(entry.name) if weights is not None and BY_NAME[export.coding].needs_weight else None
-
-
-def _checked_mask(key: str, packed: Tensor, entry: MaskEntry) -> Tensor:
-    used = entry.shape[-1] % 32
-    if used and (packed[..., -1] >> used & (1 << 32 - used) - 1).any():
-        raise ValueError(f"{key} must have 0 in each row's last {32 - used} bits, its padding: damaged")
-    kept = _count_bits(packed)
-    if kept != entry.kept:
-        raise ValueError(f"{key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: {_COPY_BOTH}")
-    return packed
-
-
-def _count_bits(packed: Tensor) -> int:
-    """Return how many bits are set. Counts in chunks, because a whole unpacked mask takes 64 times its bytes."""
-    words = packed.flatten().split(_CHUNK)
-    return sum(int.from_bytes(chunk.numpy().tobytes(), "little").bit_count() for chunk in words)

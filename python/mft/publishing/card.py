@@ -20,7 +20,7 @@ from mft.files.regular_file import read_regular
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.publishing.contents import README, Contents
 from mft.publishing.facts import Facts, Results
-from mft.publishing.markdown import base_in_a_sentence, block, hub_base, one_line, table, text, without_directory
+from mft.publishing.markdown import base_in_a_sentence, block, hub_base, short_line, table, text, without_directory
 
 _MADE = re.compile(r"\n<!-- made by mft push of what it read, sha256:([0-9a-f]{64}); edited, it is yours -->\n\Z")
 _HEAD = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -73,7 +73,7 @@ def license_of(base: str | None) -> dict[str, str]:
     head = _HEAD.match(read_regular(path, _MOST).decode("utf-8", errors="replace"))
     values = parse_yaml(head[1], str(path)) if head else None
     found = values if isinstance(values, dict) and isinstance(values.get("license"), str) else {}
-    return {key: one_line(found[key]) for key in _LICENSE if isinstance(found.get(key), str)}
+    return {key: short_line(found[key]) for key in _LICENSE if isinstance(found.get(key), str)}
 
 
 # ---------------------------------------------------------------------------------------------- parts of it
@@ -137,7 +137,7 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
     after = None if facts.results is None else facts.results.evaluations.get("after")
     if after is None or facts.config is None:
         return []
-    source = one_line(", ".join(without_directory(name) for name in facts.config.data.every_source))
+    source = short_line(", ".join(without_directory(name) for name in facts.config.data.every_source))
     names = {"loss": "validation loss, nats per token", "accuracy": "validation accuracy of the next token"}
     return [
         EvalResult(

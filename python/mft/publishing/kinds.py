@@ -19,10 +19,11 @@ from mft.masks.export_format import (
     MOST_CONFIG,
     PEFT_TYPE,
     UNVERIFIED,
-    content_hash,
     export_files,
     is_export,
+    read_description,
     read_export,
+    stored_hash,
 )
 from mft.masks.inspection import said_of_size
 from mft.models.pretrained import MODEL_FILES
@@ -112,9 +113,8 @@ class MaskContents(Contents):
         return dataclasses.replace(self, coding=coding, file_bytes=len(changed[MASK_FILE])), changed
 
     def _naming(self, base: str) -> dict[str, bytes]:
-        export, masks, saved = recoded(self.directory, self.coding)
-        export = dataclasses.replace(export, base_model_name_or_path=base)
-        export = dataclasses.replace(export, content_hash=content_hash(export, masks, saved))
+        export = dataclasses.replace(read_description(self.directory), base_model_name_or_path=base)
+        export = dataclasses.replace(export, content_hash=stored_hash(self.directory, export))
         return {CONFIG_FILE: export.to_json().encode()}
 
 

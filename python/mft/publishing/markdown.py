@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.data.sources import NAMED
+from mft.escaping import one_line
 from mft.files.hub import split_hub_id
 from mft.models.pretrained import SHORTHANDS
 
@@ -41,12 +42,9 @@ def without_directory(name: str) -> str:
     return Path(name).name if is_path and name not in (*SHORTHANDS, *NAMED) else name
 
 
-def one_line(text: str) -> str:
-    """Return text with line ends and other invisible characters as Python escapes, cut to LONGEST characters."""
-    escaped = (
-        c.encode("unicode_escape").decode() if c == "\\" or not c.isprintable() else c for c in text[: LONGEST + 1]
-    )
-    seen = "".join(escaped)
+def short_line(text: str) -> str:
+    """Return one_line of text with backslashes doubled, cut to LONGEST characters."""
+    seen = one_line(text[: LONGEST + 1].replace("\\", "\\\\"))
     return seen if len(seen) <= LONGEST else seen[: LONGEST - 3] + "..."
 
 
@@ -70,7 +68,7 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
 
 def _code(fact: str) -> str:
     """Return a fact as inline code, between more backticks than it contains in a row."""
-    fact = one_line(fact)
+    fact = short_line(fact)
     fence = _fence(fact, 1)
     space = " " if fact.startswith("`") or fact.endswith("`") else ""
     return f"{fence}{space}{fact}{space}{fence}"

@@ -9,6 +9,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from mft.checks import one_of
+from mft.escaping import one_line
 from mft.tracking.console import say
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -97,11 +98,6 @@ def new_log(form: str, level: str, zone: str) -> Log:
     one_of(tuple(FORMATS)).check("--log-format", form)
     one_of(LEVELS).check("--log-level", level)
     return Log(FORMATS[form](read_zone(zone)), level)
-
-
-def one_line(text: str) -> str:
-    """Escape characters that would break a line of the log or control a terminal."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 class _Written(logging.Handler):

@@ -1,11 +1,15 @@
 """The one console of all commands. It prints text as it is, since a path may hold [brackets] or :colons:.
 
-Styles are given as arguments. rich's markup is never interpreted.
+Styles are given as arguments. rich's markup is never interpreted. Control characters in strings and cells are escaped,
+since names and texts may come from files of strangers.
 """
 
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleDimensions
+from rich.text import Text
+
+from mft.escaping import escaped
 
 _UNBROKEN = 10_000  # columns if the output is not a terminal: wider than any of our tables
 
@@ -27,6 +31,9 @@ class _Console(Console):
     @size.setter
     def size(self, new_size: tuple[int, int]) -> None:
         self.width, self.height = new_size
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escaped(text), **options)
 
 
 def new_console(file: TextIO | None = None, *, width: int | None = None) -> Console:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mft.escaping import escaped
 from mft.masks.export_format import read_export
 from mft.masks.location import masks_directory
 from mft.vllm.adapters import EAGER, Adapters
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         tasks = check_tasks(ours.masks)
         _serve(tasks, ours.force, Adapters(tasks) if ours.per_request else None, rest)
     except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {sentence_of(error) or error}", file=sys.stderr)
+        print(escaped(f"error: {sentence_of(error) or error}"), file=sys.stderr)
         sys.exit(2)
 
 
