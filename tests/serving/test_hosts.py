@@ -12,7 +12,7 @@ def asked(hosts, name):
     """Return (status, message) of the refusal, or (200, None)."""
     headers = [] if name is None else [(b"host", name.encode())]
     try:
-        check_host({"type": "http", "headers": headers}, hosts)
+        check_host({"type": "http", "headers": headers}, hosts, ", or one that the page names")
     except Refused as refused:
         return refused.status, refused.message
     return 200, None
@@ -36,7 +36,7 @@ def test_a_service_on_loopback_answers_to_names_of_loopback_alone():
     assert [name for name in LOOPBACK if asked(hosts, name)[0] != 200] == []
     assert [name for name in FOREIGN if asked(hosts, name)[0] != 403] == []
     assert asked(hosts, "evil.example:80")[1] == (
-        "Host must be a name of this machine's loopback, such as localhost, or one that --allow-host names, "
+        "Host must be a name of this machine's loopback, such as localhost, or one that the page names, "
         "got 'evil.example:80' (str)"
     )
 

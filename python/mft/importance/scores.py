@@ -82,8 +82,8 @@ def init_from_data(
         way, device: The memory mode, and where the model runs; see train_masks.
         processes: All of them use the norms of the first one.
 
-    The scores of all processes are one set of bits. Those of two memory modes may differ by one rounding of their dtype,
-    because some modes run the masked layers' products and others the base's.
+    All processes get the same bits. The scores of two memory modes may differ by one rounding of their dtype, because
+    some modes run the masked layers' products and others the base's.
 
     Returns: the same model. Raises: ValueError as importance, for another init, or if nothing is masked.
     """

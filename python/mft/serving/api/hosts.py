@@ -29,7 +29,10 @@ def known_hosts(address: str, host: str, allowed: Collection[str]) -> frozenset[
 
 
 def check_host(scope: Scope, hosts: frozenset[str] | None, other: str = "") -> None:
-    """Raise Refused (403) if a request is to another name. hosts: from known_hosts; other: words for how to allow it."""
+    """Raise Refused (403) if a request is to another name.
+
+    Args: hosts: from known_hosts; other: words that say how to allow a name.
+    """
     if hosts is None:
         return
     given = Headers(scope=scope).get("host", "")
