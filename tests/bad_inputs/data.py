@@ -52,6 +52,16 @@ a weight by which a source would be repeated without end
     mix_order([10000, 100], [1, 199], "all_exhausted", None)
     -> ValueError: data.stopping_strategy | must not be all_exhausted if that repeats 10100 rows 100 times
         | got about 2000000 rows | set first_exhausted or data.max_train_tokens, or other weights
+shares that leave nothing to train on
+    DataConfig(validation_share=0.5, test_share=0.5)
+    -> ValueError: validation_share | must leave examples to train on, with test_share | got 0.5
+a share of a stream
+    DataConfig(streaming=True, validation_share=0.2)
+    -> ValueError: validation_share | must be left out with streaming, because max_eval_tokens says what is held out
+        | got 0.2
+a share of everything
+    DataConfig(test_share=1)
+    -> ValueError: test_share | must lie in [0, 1) | got 1.0
 epochs of a stream
     TrainConfig(epochs=1).steps_for(None)
     -> ValueError: train.steps | must be given with data.streaming, because the length of an epoch is unknown
