@@ -79,7 +79,26 @@ data that is misspelt
     -> ValueError: data.source | must be data that exists | dta.jsonl' | did you mean /tmp/dir/data.jsonl?
 data with a broken line
     source(write(tmp / "data.jsonl", '{"text": "a"}\n{"text": }\n')).load()
-    -> ValueError: data.jsonl:2 | must be one object per line | Expecting value
+    -> ValueError: data.jsonl:2: broken JSON | must be one object per line | Expecting value at character 10
+an array in a file of lines
+    source(write(tmp / "data.jsonl", '[{"text": "a"}, {"text": "b"}]')).load()
+    -> ValueError: data.jsonl:1 | must be one object per line | got an array | name a file of one array .json
+an array over several lines in a file of lines
+    source(write(tmp / "data.jsonl", '[\n{"text": "a"}\n]')).load()
+    -> ValueError: data.jsonl:1 | must be one object per line | got an array | name a file of one array .json
+lines in a file of an array
+    source(write(tmp / "data.json", '{"text": "a"}\n{"text": "b"}\n')).load()
+    -> ValueError: data.json:2 | must be one array | got a file with: Extra data
+        | name a file of one object per line .jsonl
+a chat among texts
+    source(write(tmp / "data.jsonl", '{"text": "a"}\n{"text": "b"}\n{"messages": []}\n')).load()
+    -> ValueError: data.jsonl:3 | must have text, as the first example has | got messages
+        | put examples of another form into another file
+pairs, some of them with a text
+    pair = '"chosen": "a", "rejected": "b"'
+    lines = [f'{{"prompt": "{i}", {pair}}}' for i in range(9)] + [f'{{"text": "c", {pair}}}']
+    assert source(write(tmp / "data.jsonl", "\n".join(lines))).load()
+    -> accepted: every one of them is a pair
 data in latin 1
     (tmp / "data.jsonl").write_bytes('{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"))
     source(tmp / "data.jsonl").load()

@@ -356,7 +356,7 @@ def _complete(records: dict[str, Records], config: DataConfig, notes: list[str])
     for split, found in records.items():
         if not len(found.rows):
             raise ValueError(f"data.source {config.source!r} must hold examples, got an empty {split} split")
-        form_of(found)
+        _check_alike(found)
     lacking = {split: getattr(config, f"{split}_share") for split in SPLITS[1:] if split not in records}
     shares = {split: share for split, share in lacking.items() if share}
     records = {**records, **(_split_off(records["train"], shares) if shares else {})}
@@ -370,6 +370,20 @@ def _complete(records: dict[str, Records], config: DataConfig, notes: list[str])
             f"content hash, at least {HELD_OUT} examples or a fifth: examples are now {sizes}"
         )
     return {split: records[split] for split in SPLITS}
+
+
+def _check_alike(records: Records) -> None:
+    """Raise ValueError for the first record without the columns of the first example's form."""
+    form = form_of(records)
+    first = find_form(records.rows[0]) if isinstance(records.rows, list) else form  # a table's rows are alike
+    if first is not None and first != form:
+        needs = FORMS[first].needs
+        for number, row in enumerate(records.rows):
+            if not set(needs) <= row.keys():
+                raise ValueError(
+                    f"{records.place(number)}: must have {' and '.join(needs)}, as the first example has, got "
+                    f"{', '.join(row) or 'none'}: put examples of another form into another file"
+                )
 
 
 def _split_off(records: Records, shares: Mapping[str, float]) -> dict[str, Records]:
