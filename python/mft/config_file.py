@@ -13,14 +13,19 @@ from typing import Any
 from mft.checks import nearest, nearest_path, shown
 from mft.config import CONFIGS, RunConfig
 from mft.files.atomic import write_whole
-from mft.files.nested import Nested
+from mft.files.nested import YAML, Nested
 from mft.files.regular_file import read_regular
 from mft.files.yaml_file import dump_yaml, parse_yaml
 
 _MOST_CONFIG = 1 << 16  # bytes: 25 times our longest file; parsing this many takes a second
-# Our keys by the names that other trainers, and the paper's own code, use.
+# Our keys by the names that TRL, axolotl and other trainers, and the paper's own code, use.
 FOREIGN_NAMES = {
     "learning_rate": "train.lr",
+    "num_epochs": "train.epochs",
+    "micro_batch_size": "train.batch_size",
+    "lr_scheduler": "train.schedule",
+    "warmup_steps": "train.warmup_ratio",
+    "gradient_clipping": "train.max_grad_norm",
     "max_steps": "train.steps",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
@@ -34,14 +39,34 @@ FOREIGN_NAMES = {
     "eval_strategy": "train.eval_every",
     "save_steps": "checkpoint_minutes",
     "log_with": "report_to",
+    "wandb_project": "project",
+    "max_length": "data.sequence_length",
     "max_seq_length": "data.sequence_length",
+    "sequence_len": "data.sequence_length",
+    "sample_packing": "data.packing",
+    "assistant_only_loss": "data.assistant_only",
+    "train_on_inputs": "data.assistant_only",
+    "val_set_size": "data.validation_share",
+    "data": "data.source",
+    "path": "data.source",
+    "data_files": "data.source",
+    "train_file": "data.source",
     "dataset": "data.source",
+    "dataset_name": "data.source",
+    "dataset_train_split": "data.split",
+    "dataset_test_split": "data.validation_split",
     "datasets": "data.sources",
     "dataset_mixer": "data.sources",
     "interleave_probs": "data.sources",
     "mix_strategy": "data.stopping_strategy",
     "shuffle_buffer_size": "data.buffer_size",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
     "torch_dtype": "model.dtype",
+    "load_in_4bit": "model.quantization",
+    "load_in_8bit": "model.quantization",
+    "model": "model.name",
+    "base_model": "model.name",
     "model_name_or_path": "model.name",
     "sparsity": "mask.keep_ratio",
     "layers": "mask.layers_to_transform",
@@ -73,6 +98,12 @@ def config_from(
     return _RUN.build(values, path, overrides)
 
 
+def check_overrides(overrides: list[str]) -> None:
+    """Raise ValueError for an override of an unknown key, whatever configuration it changes."""
+    for override in overrides:
+        _RUN.apply_override({}, override)
+
+
 def save_config(config: RunConfig, path: str | os.PathLike) -> None:
     """Write YAML from which load_config returns an equal config, whole or not at all. Raises: NotWritten."""
     write_whole(path, dump_yaml(config_values(config)))
@@ -94,6 +125,8 @@ def find_config(name: str | os.PathLike, directory: Path) -> Path:
     if path.exists() or len(path.parts) > 1:
         return path
     close = nearest(path.name.removesuffix(".yaml"), known) or nearest_path(path)
+    if path.suffix in YAML:
+        raise ValueError(f"config must be a YAML file that exists, got {path}: no such file{close}")
     raise ValueError(f"config must be a YAML file or one of {', '.join(known)}, got {path}{close}")
 
 

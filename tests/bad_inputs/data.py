@@ -52,6 +52,16 @@ a weight by which a source would be repeated without end
     mix_order([10000, 100], [1, 199], "all_exhausted", None)
     -> ValueError: data.stopping_strategy | must not be all_exhausted if that repeats 10100 rows 100 times
         | got about 2000000 rows | set first_exhausted or data.max_train_tokens, or other weights
+shares that leave nothing to train on
+    DataConfig(validation_share=0.5, test_share=0.5)
+    -> ValueError: validation_share | must leave examples to train on, with test_share | got 0.5
+a share of a stream
+    DataConfig(streaming=True, validation_share=0.2)
+    -> ValueError: validation_share | must be left out with streaming, because max_eval_tokens says what is held out
+        | got 0.2
+a share of everything
+    DataConfig(test_share=1)
+    -> ValueError: test_share | must lie in [0, 1) | got 1.0
 epochs of a stream
     TrainConfig(epochs=1).steps_for(None)
     -> ValueError: train.steps | must be given with data.streaming, because the length of an epoch is unknown
@@ -69,7 +79,26 @@ data that is misspelt
     -> ValueError: data.source | must be data that exists | dta.jsonl' | did you mean /tmp/dir/data.jsonl?
 data with a broken line
     source(write(tmp / "data.jsonl", '{"text": "a"}\n{"text": }\n')).load()
-    -> ValueError: data.jsonl:2 | must be one object per line | Expecting value
+    -> ValueError: data.jsonl:2: broken JSON | must be one object per line | Expecting value at character 10
+an array in a file of lines
+    source(write(tmp / "data.jsonl", '[{"text": "a"}, {"text": "b"}]')).load()
+    -> ValueError: data.jsonl:1 | must be one object per line | got an array | name a file of one array .json
+an array over several lines in a file of lines
+    source(write(tmp / "data.jsonl", '[\n{"text": "a"}\n]')).load()
+    -> ValueError: data.jsonl:1 | must be one object per line | got an array | name a file of one array .json
+lines in a file of an array
+    source(write(tmp / "data.json", '{"text": "a"}\n{"text": "b"}\n')).load()
+    -> ValueError: data.json:2 | must be one array | got a file with: Extra data
+        | name a file of one object per line .jsonl
+a chat among texts
+    source(write(tmp / "data.jsonl", '{"text": "a"}\n{"text": "b"}\n{"messages": []}\n')).load()
+    -> ValueError: data.jsonl:3 | must have text, as the first example has | got messages
+        | put examples of another form into another file
+pairs, some of them with a text
+    pair = '"chosen": "a", "rejected": "b"'
+    lines = [f'{{"prompt": "{i}", {pair}}}' for i in range(9)] + [f'{{"text": "c", {pair}}}']
+    assert source(write(tmp / "data.jsonl", "\n".join(lines))).load()
+    -> accepted: every one of them is a pair
 data in latin 1
     (tmp / "data.jsonl").write_bytes('{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"))
     source(tmp / "data.jsonl").load()

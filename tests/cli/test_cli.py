@@ -173,7 +173,10 @@ def test_a_failed_run_keeps_the_metrics_so_far(cli, tmp_path):
     ("arguments", "message"),
     [
         (["train", "train.learning_rate=1"], "unknown key 'train.learning_rate'; did you mean train.lr?"),
-        (["train", "--config", "nowhere.yaml"], "config must be a YAML file or one of deletion, "),
+        (
+            ["train", "--config", "nowhere.yaml"],
+            "config must be a YAML file that exists, got nowhere.yaml: no such file",
+        ),
         (["finetune", "--config", "papr"], "llama3.1_8b_math, paper, got papr; did you mean paper?"),
         (["train", "--config", "broken.yaml"], "broken.yaml:3:1: broken YAML"),
         (["train", "mask.keep_ratio=1.5"], "keep_ratio must lie in [0, 1], got 1.5"),

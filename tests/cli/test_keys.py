@@ -63,6 +63,7 @@ def test_keys_are_listed_once(schema):
         ("learning_rate", ["train.lr=0.0003"]),
         ("seed", ["data.seed=0", "mask.seed=0", "train.seed=0"]),
         ("mask", ["mask.keep_ratio=0.99", "mask.seed=0"]),
+        ("model", ["model.name=", "model.dtype="]),
         ("sources", ["data.sources.NAME.weight=1"]),
         ("data.sources.code.source", ["data.sources.NAME.source=...", "text; must be given"]),
     ],
@@ -100,14 +101,68 @@ def test_an_unknown_key_gets_the_nearest(asked, message):
     assert output.strip() == f"error: {message}"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (["--model", "gpt2"], "--model: write model.name=gpt2"),
+        (["--model=gpt2"], "--model: write model.name=gpt2"),
+        (["--train.lr", "1e-3"], "--train.lr: write train.lr=1e-3"),
+        (["--learning-rate", "1e-3"], "--learning-rate: write train.lr=1e-3"),
+        (["--packing"], "--packing: write data.packing=..."),
+        (["--packing", "--overwrite"], "--packing: write data.packing=..."),
+        (["--seed", "1"], "--seed: write data.seed=1 or mask.seed=1 or train.seed=1"),
+    ],
+)
+def test_a_key_as_an_option_is_told_how_it_is_written(arguments, written):
+    code, output = call("train", *arguments)
+    assert code == 2
+    assert output == f"error: a key must be given without dashes, got {written}\n"
+
+
+def test_an_option_that_is_no_key_is_an_unknown_option():
+    code, output = call("train", "--overwrit")
+    assert code == 2
+    assert "No such option" in output
+
+
+def test_a_busy_machine_is_told_after_the_keys_are_checked(monkeypatch):
+    monkeypatch.setattr("mft.cli.app.core_share", lambda *_: pytest.fail("it looks for other processes"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    assert call("train", "trian.lr=1")[0] == 2
+
+
 def test_an_option_after_help_asks_for_no_key():
     code, output = call("train", "--help", "--overwrite")
     assert code == 0
     assert "Usage" in output
 
 
-@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--help", "train.lr"], ["compare", "--help"]])
-def test_help_loads_no_torch(arguments):
-    script = f"import sys\nfrom mft.cli.app import app\ntry: app({arguments!r})\nexcept SystemExit: pass\n"
-    script += "sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+def test_help_and_a_wrong_key_load_no_torch():
+    script = """
+import sys
+from mft.cli.app import app
+for line in sys.argv[1:]:
+    try:
+        app(line.split())
+    except SystemExit as ended:
+        print(f"{line} ends with {ended.code}")
+sys.exit(any(name in sys.modules for name in ("torch", "transformers", "datasets")))
+"""
+    helped = ["train --help", "train --help train.lr", "compare --help"]
+    wrong = [
+        "train trian.lr=1",
+        "finetune chats.jsonl",
+        "train --config nothere.yaml",
+        "train --model x",
+        "train -c papr",
+    ]
+    wrong += ["evaluate --masks x data.surce=1", "evaluate mask.k=1", "data show data.surce=1", "sensitivity train.r=1"]
+    wrong += ["train --resume x data.surce=1", "train train.lr=fast", "train --force"]
+    done = subprocess.run([sys.executable, "-c", script, *helped, *wrong], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    codes = dict.fromkeys(helped, 0) | dict.fromkeys(wrong, 2)
+    assert [line for line in done.stdout.splitlines() if " ends with " in line] == [
+        f"{line} ends with {code}" for line, code in codes.items()
+    ]

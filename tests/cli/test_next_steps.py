@@ -52,6 +52,12 @@ def test_a_run_with_whole_modules_is_not_sent_to_generate(cli):
     assert [command[0] for command in printed_commands(output)] == ["inspect", "evaluate", "merge"]
 
 
+def test_a_run_without_test_rows_is_not_sent_to_evaluate_on_them(cli):
+    code, output = cli("train", *LEARN, "train.steps=1", "data.test_share=0")
+    assert code == 0, output
+    assert [command[0] for command in printed_commands(output)] == ["generate", "inspect", "merge"]
+
+
 def test_what_is_given_wins(cli, model_dir, tmp_path, monkeypatch):
     assert cli("train", *LEARN)[0] == 0
     code, output = cli("inspect", "run", "--dtype", "bfloat16")

@@ -1,6 +1,7 @@
 """mft train --merge: from data to an ordinary model in one command."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,6 @@ def test_the_merged_model_is_that_of_mft_merge(cli, tmp_path):
 def test_by_alpha_dropped_weights_are_scaled_and_the_card_says_so(cli, tmp_path, model_dir):
     code, output = cli("train", *LEARN, "mask.keep_ratio=0.8")
     assert code == 0, output
-    table = json.loads((tmp_path / "run" / "table.json").read_text())  # one document gives no standard error
-    (tmp_path / "run" / "table.json").write_text(json.dumps(table | {"standard error": 0.5}))
     assert cli("merge", "run", "whole")[0] == 0
     code, output = cli("merge", "run", "part", "--alpha", "0.75")
     assert code == 0, output
@@ -49,6 +48,18 @@ def test_by_alpha_dropped_weights_are_scaled_and_the_card_says_so(cli, tmp_path,
         read_contents(tmp_path / "part")
     code, output = cli("merge", "run", "more", "--alpha", "0")
     assert (code, "error: alpha must lie in (0, 1]" in output) == (2, True)
+
+
+def test_one_held_out_document_gives_a_difference_without_a_standard_error(cli, tmp_path):
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "{i} 1 2 3"}}\n' for i in range(3)))
+    code, output = cli("train", *LEARN, "--merge", "merged")
+    assert code == 0, output
+    assert "nan" not in output
+    assert output.count("warning: validation has 4 scored tokens of 1 document, too few") == 1
+    assert json.loads((tmp_path / "run" / "table.json").read_text())["standard error"] is None
+    assert re.search(
+        r"Loss after - before: .0\.\d{4}\. Before", model_card(read_contents(tmp_path / "merged"), "user/x")
+    )
 
 
 def test_its_place_is_looked_at_before_training(cli, tmp_path):

@@ -155,6 +155,13 @@ def test_a_run_is_one_epoch_long_unless_the_file_or_an_override_says_how_long(wr
     ("override", "message"),
     [
         ("train.lr", "an override must look like train.lr=3e-4, got 'train.lr'"),
+        ("chats.jsonl", "train.lr=3e-4, got 'chats.jsonl': give data as data.source=chats.jsonl"),
+        ("my.yaml", "train.lr=3e-4, got 'my.yaml': give a configuration as --config my.yaml"),
+        (".", "train.lr=3e-4, got '.': give a directory as data.source=. or model.name=."),
+        ("data.path=x", "unknown key 'data.path'; did you mean data.source?"),
+        ("data.max_length=9", "unknown key 'data.max_length'; did you mean data.sequence_length?"),
+        ("train.bf16=true", "unknown key 'train.bf16'; did you mean model.dtype?"),
+        ("model.load_in_4bit=true", "unknown key 'model.load_in_4bit'; did you mean model.quantization?"),
         ("=3", "an override must look like train.lr=3e-4, got '=3'"),
         ("train={lr: 1}", "an override must name one key, got the section 'train': its keys are train.lr, train.steps"),
         ("train.stpes=1", "override 'train.stpes=1': unknown key 'train.stpes'; did you mean train.steps?"),

@@ -24,14 +24,16 @@ def test_a_missing_split_is_split_off_by_content_and_said(tokenizer, write):
     sizes = [len(split) for split in (splits.train, splits.validation, splits.test)]
     assert sum(sizes) == 100
     assert min(sizes) >= 3
-    assert "no validation and no test split given, so about a tenth of train was split off for each" in splits.notes[0]
+    assert (
+        "no validation and no test split given, so about 10 % for validation and 10 % for test was" in splits.notes[0]
+    )
     shuffled = load_splits(DataConfig(source=write(rows[::-1]), sequence_length=64, packing=False), tokenizer)
     assert sorted(splits.test["input_ids"]) == sorted(shuffled.test["input_ids"])
 
 
-def sides(path):
+def sides(path, **shares):
     """Return {example: its split}."""
-    splits = open_source(DataConfig(source=path)).load()
+    splits = open_source(DataConfig(source=path, **shares)).load()
     return {str(row): name for name, records in splits.items() for row in records.rows}
 
 
@@ -56,6 +58,19 @@ def test_a_large_source_is_split_by_the_hash_of_each_example_alone(write):
     found = {split: {row["text"] for row in splits[split].rows} for split in ("validation", "test")}
     assert found["validation"] == {text for text, digit in digits.items() if digit == 8}
     assert found["test"] == {text for text, digit in digits.items() if digit == 9}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("share", [0, 0.03, 0.4])
+def test_a_share_moves_examples_between_train_and_its_split_alone(write, split, share):
+    before, after = (sides(write(chats(400)), **shares) for shares in ({}, {f"{split}_share": share}))
+    moved = {(before[example], after[example]) for example in before if before[example] != after[example]}
+    assert moved == {("train", split) if share > 0.1 else (split, "train")}
+    assert abs(Counter(after.values())[split] / 400 - share) < 0.06
+
+
+def test_shares_that_would_take_everything_leave_examples_to_train_on(write):
+    assert Counter(sides(write(chats(10)), validation_share=0.9, test_share=0.09).values())["train"] == 6
 
 
 def test_equal_examples_fall_into_the_same_split(tokenizer, write):
@@ -105,6 +120,7 @@ def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path, monkeypatc
             "stdlib, headers, problems, a .json, .jsonl, .parquet or .csv file, a directory or a hub id, got 'no data'",
         ),
         ({"split": "test"}, "data.split must be left out for this source, got 'test': the stdlib corpus is split by"),
+        ({"test_share": 0}, "data.test_share must be left out for this source, got 0.0: the stdlib corpus is split by"),
         ({"subset": "main"}, "data.subset must be pretrain, finetune or null for the stdlib corpus, got 'main'"),
     ],
 )

@@ -11,7 +11,7 @@ from chats import chat, chats
 from mft.config import DataConfig
 from mft.data import split_rows
 from mft.data.split_rows import pad_of, warn_of_few
-from mft.data.splits import load_splits
+from mft.data.splits import _LATER, load_splits
 from mft.data.tokenization import IGNORED, open_documents
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -121,7 +121,39 @@ def test_wrong_records_say_which_and_what(tokenizer, write, rows, message):
         load_splits(DataConfig(source=path, sequence_length=64), tokenizer)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_with_shares_of_0_all_examples_are_trained_on_and_that_is_said_once(tokenizer, write, several):
+    shares = {"validation_share": 0, "test_share": 0, "sequence_length": 64, "packing": False}
+    named = {"sources": {"a": {"source": write(chats())}}} if several else {"source": write(chats())}
+    splits = load_splits(DataConfig(**named, **shares), tokenizer)
+    assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [40, 0, 0]
+    said = [note.removeprefix("a: ") for note in splits.notes if "share" in note]
+    assert said == [
+        "validation: none, because data.validation_share is 0: the run has no validation loss and no best step",
+        "test: none, because data.test_share is 0",
+    ]
+    for split in ("validation", "test"):
+        with pytest.raises(ValueError, match=f"data.{split}_share must be above 0 for a loss on {split}, got 0"):
+            splits.rows_of(split)
+
+
+def test_a_split_of_its_own_needs_no_share(tokenizer, write, tmp_path):
+    write(chats(20), "set/train.jsonl")
+    write(chats(4), "set/validation.jsonl")
+    config = DataConfig(source=str(tmp_path / "set"), sequence_length=64, validation_share=0, packing=False)
+    splits = load_splits(config, tokenizer)
+    assert [len(splits.validation), len(splits.train) + len(splits.test)] == [4, 20]
+
+
 # ---------------------------------------------------------------------------------------------- the cache
+
+
+def test_keys_that_came_later_do_not_change_the_key_of_rows_while_they_have_their_defaults():
+    first = "source subset split validation_split sequence_length packing assistant_only max_train_tokens "
+    first += "max_eval_tokens seed"
+    defaults = dataclasses.asdict(DataConfig())
+    assert defaults.keys() - _LATER.keys() == set(first.split())
+    assert _LATER.items() <= defaults.items()
 
 
 def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer, write, monkeypatch):

@@ -58,7 +58,7 @@ def test_what_costs_much_is_told_with_what_would_not(learned):
     said = said_of_cost(masked(learned, config), config, HELD_OUT)
     assert said is not None
     assert said.startswith(SAID)
-    assert "(on 4 validation rows). mask.init=normal mask.keep_ratio=0.3 on 28 layers drops" in said
+    assert "(on 4 rows). mask.init=normal mask.keep_ratio=0.3 on 28 layers drops" in said
     assert said.endswith("; mask.keep_ratio=0.99 mask.init=magnitude begins near the model as it is")
     better = MaskConfig(keep_ratio=0.99, init="magnitude")
     assert said_of_cost(masked(learned, better), better, HELD_OUT) is None

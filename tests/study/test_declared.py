@@ -131,6 +131,11 @@ def test_what_is_written_loads_equal(load, tmp_path):
     assert load(text=dump_yaml(study_values(study))) == study
 
 
+def test_shares_are_written_only_if_they_are_given_so_that_older_studies_stay_equal(load):
+    assert not re.search("(validation|test)_share: ", dump_yaml(study_values(load("scratch.layers=2"))))
+    assert study_values(load("data.test_share=0.2"))["domains"]["count"]["test_share"] == 0.2
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -141,6 +146,14 @@ def test_what_is_written_loads_equal(load, tmp_path):
         ("arms.contrl.lrs=[1]", "unknown name 'contrl'; did you mean control?"),
         ("arms.control.rates=[1]", "unknown key 'arms.control.rates'; known here: arms.control.kind"),
         ("arms.control={kind: base}", "must name one key, such as arms.NAME.KEY; the names are full, control, MFT 0.9"),
+        (
+            "data.validation_share=0",
+            "domains.count.validation_share must be above 0 in a study, which chooses by validation rows, got 0.0",
+        ),
+        (
+            "domains.count.test_share=0",
+            "domains.count.test_share must be above 0 in a study, which reports by test rows, got 0.0",
+        ),
         ("seeds", "an override must look like stage.batch_size=8, got 'seeds'"),
         ("seeds=[1", "broken YAML"),
         ("seeds=[1, 1]", "seeds must be different ints, got [1, 1]"),

@@ -3,11 +3,12 @@
 import copy
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import LEARN, killed_after
+from tiny_run import LEARN, events_of, killed_after
 
 import mft
 import mft.training.run
@@ -52,6 +53,21 @@ def test_the_configuration_stays_the_callers(config, start):
     before = copy.deepcopy(config)
     mft.run_train(start(config))
     assert config == before
+
+
+@pytest.mark.parametrize(("run", "result"), [(mft.run_train, "masks"), (mft.run_finetune, "model")])
+def test_a_run_without_validation_has_no_table(config, run, result):
+    config.data.validation_share = config.data.test_share = 0.0
+    run(config)
+    assert set(os.listdir("run")) == {"config.yaml", result, "metrics.jsonl", "plot.png"}
+    assert all("accuracy" not in event for event in events_of(Path("run")))
+
+
+def test_an_evaluation_while_training_needs_validation(config):
+    config.data.validation_share, config.train.eval_every = 0.0, 2
+    with pytest.raises(ValueError, match="data.validation_share must be above 0 for a loss on validation, got 0"):
+        mft.run_train(config)
+    assert not os.path.exists("run")
 
 
 def test_a_run_is_not_overwritten_unasked(config):

@@ -11,7 +11,7 @@ import mft
 from mft.checks import check_one_of
 from mft.cli.keys import Keyed, ListedKeys, StudyKeys, run_schema, study_schema
 from mft.config import WAYS, RunConfig
-from mft.config_file import load_config
+from mft.config_file import check_overrides, load_config
 from mft.contention import core_share
 from mft.escaping import escaped
 from mft.tracking.console import console, say
@@ -103,10 +103,10 @@ def finetune(
     force: Force = False,
 ) -> None:
     """Fine-tune all weights, and write an ordinary model to output_dir/model."""
-    _let_waiting_threads_sleep()
+    start = _start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force)
     from mft.training.run import run_finetune
 
-    run_finetune(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
+    run_finetune(start)
 
 
 @app.command(cls=ListedKeys)
@@ -123,14 +123,14 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune masks over frozen weights, and write them to output_dir/masks."""
-    _let_waiting_threads_sleep()
+    start = _start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force)
     from mft.cli.masks import check_merged, run_merge
     from mft.training.run import run_train
     from mft.training.run_directory import next_steps
 
     if merge is not None:
         check_merged("--merge", merge)  # before it trains for hours
-    masks = run_train(_start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force))
+    masks = run_train(start)
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, only the first one continues
         return
     if merge is not None:
@@ -172,14 +172,14 @@ def evaluate(
 
     Without --config, masks are evaluated on the base and the data of their run. Overrides take precedence.
     """
+    given = _given(overrides, sets)
+    run_config = None if config is None and masks else load_config(config, given)
     from mft.cli.evaluate import masks_config, run_evaluate, run_lm_eval
     from mft.masks.location import masks_directory
 
     directories = {name: masks_directory(name) for name in masks or ()}
-    if config is None and directories:
-        run_config = masks_config(next(iter(directories.values())), [*(overrides or []), *(sets or [])])
-    else:
-        run_config = _read(config, overrides, sets)
+    if run_config is None:
+        run_config = masks_config(next(iter(directories.values())), given)
     if run_task_code and lm_eval_tasks is None:
         raise ValueError("--run-task-code must come with --lm-eval-tasks, got it alone")
     if lm_eval is not None:
@@ -215,9 +215,10 @@ def show(
     rows: Annotated[int, typer.Option(min=1, help="Number of rows, from the first on.")] = 3,
 ) -> None:
     """Show rows as the model sees them: tokens, which of them are scored, where examples begin. Loads no weights."""
+    run_config = load_config(config, _given(overrides, sets))
     from mft.cli.data import run_data_show
 
-    run_data_show(_read(config, overrides, sets), split, rows)
+    run_data_show(run_config, split, rows)
 
 
 @app.command(cls=StudyKeys)
@@ -304,9 +305,10 @@ def sensitivity(
     overwrite: Overwrite = False,
 ) -> None:
     """Rank groups of layers by the effect on validation loss of a brief mask training on each group alone."""
+    run_config = load_config(config, _given(overrides, sets))
     from mft.cli.sensitivity import run_sensitivity
 
-    run_sensitivity(_read(config, overrides, sets), None if kinds else layers, overwrite=overwrite)
+    run_sensitivity(run_config, None if kinds else layers, overwrite=overwrite)
 
 
 @app.command()
@@ -804,20 +806,26 @@ def _start(
     resume: Path | None,
     force: bool,
 ) -> Any:
-    """Return how a run of finetune or train begins: new, or resumed."""
+    """Return how a run of finetune or train begins: new, or resumed. Loads torch after it has checked the keys."""
+    given = _given(overrides, sets)
+    if resume is None and force:
+        raise ValueError("--force must come with --resume, got it alone")
+    if resume is not None and overwrite:
+        raise ValueError("--overwrite must not come with --resume: one deletes the run, the other goes on with it")
+    run_config = load_config(config, given) if resume is None else None
+    _let_waiting_threads_sleep()
     from mft.training.resume import Begin, Resume
 
-    if resume is None:
-        if force:
-            raise ValueError("--force must come with --resume, got it alone")
-        return Begin(_read(config, overrides, sets), overwrite=overwrite)
-    if overwrite:
-        raise ValueError("--overwrite must not come with --resume: one deletes the run, the other goes on with it")
-    return Resume(resume, config, [*(overrides or []), *(sets or [])], force=force)
+    if run_config is not None:
+        return Begin(run_config, overwrite=overwrite)
+    return Resume(resume, config, given, force=force)
 
 
-def _read(config: Path | None, overrides: list[str] | None, sets: list[str] | None) -> RunConfig:
-    return load_config(None if config is None else str(config), [*(overrides or []), *(sets or [])])
+def _given(overrides: list[str] | None, sets: list[str] | None) -> list[str]:
+    """Return all overrides. Raises: ValueError for an unknown key."""
+    given = [*(overrides or []), *(sets or [])]
+    check_overrides(given)
+    return given
 
 
 if __name__ == "__main__":

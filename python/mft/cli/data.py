@@ -24,7 +24,7 @@ def run_data_show(config: RunConfig, split: str, count: int) -> None:
     """mft data show"""
     check_one_of("--split", split, SPLITS)
     splits, tokenizer = read_rows(config)
-    dataset = getattr(splits, split)
+    dataset = splits.rows_of(split)
     pad = pad_of(tokenizer)
     for number, row in enumerate(_first_rows(dataset, count)):
         heading, text = describe_row(row, tokenizer, pad, pairs=config.objective.of_pairs)

@@ -32,7 +32,7 @@ def run_evaluate(config: RunConfig, masks: Mapping[str, Path], split: str, *, fo
     if split not in ("validation", "test"):
         raise ValueError(f"--split must be validation or test, got {split!r}")
     stages = _Stages(config.model, masks, unquantized=unquantized)
-    dataset = getattr(read_data(config), split)
+    dataset = read_data(config).rows_of(split)
     model, _ = read_model(config.model)
     recorder, objective = Recorder(progress=Progress(console)), make_objective(config)
     results = {

@@ -75,7 +75,8 @@ def explain(asked: str, schema: Mapping[str, Any]) -> None:
     """
     known = sections(schema)
     keys = [key for section in known for key in section.keys]
-    asked = FOREIGN_NAMES.get(asked, asked)
+    if asked not in (section.path for section in known):
+        asked = FOREIGN_NAMES.get(asked, asked)
     found = [key for key in keys if _matches(asked, key.path)]
     found = found or [key for key in keys if _last(key.path) == asked]
     if found:
@@ -97,7 +98,7 @@ def explain(asked: str, schema: Mapping[str, Any]) -> None:
 
 
 class Keyed(TyperCommand):
-    """A command whose --help KEY explains a key of its configuration."""
+    """A command whose --help KEY explains a key of its configuration. It refuses a key that is given as an option."""
 
     def schema(self) -> dict[str, Any]:
         return run_schema()
@@ -108,7 +109,21 @@ class Keyed(TyperCommand):
             for asked in after:
                 explain(asked.partition("=")[0], self.schema())
             ctx.exit()
+        known = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
+        for argument, following in zip(args, [*args[1:], ""]):
+            option, equals, value = argument.partition("=")
+            if option.startswith("--") and option not in known and (paths := self._keys_named(option[2:])):
+                value = value if equals or following.startswith("-") else following
+                keys = " or ".join(f"{path}={value or '...'}" for path in paths)
+                raise ValueError(f"a key must be given without dashes, got {option}: write {keys}")
         return super().parse_args(ctx, args)
+
+    def _keys_named(self, name: str) -> list[str]:
+        """Return the paths of keys with this path or last name, or with this name in other trainers."""
+        name = name.replace("-", "_")
+        asked = FOREIGN_NAMES.get(name, name)
+        paths = [key.path for section in sections(self.schema()) for key in section.keys]
+        return [path for path in paths if asked == path] or [path for path in paths if asked == _last(path)]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)

@@ -49,14 +49,13 @@ def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> 
 
 def _sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:
     splits = read_data(config)
+    validation = splits.rows_of("validation")
     outline = load_outline(config.model)
     groups = kind_groups(outline, config.mask) if size is None else layer_groups(outline, config.mask, size=size)
     model, _ = read_model(config.model)
     directory = open_run(config.output_dir, config, overwrite=overwrite)
     recorder = Recorder(directory, Progress(console))
-    rows = layer_sensitivity(
-        model, splits.train, splits.validation, config.mask, groups, config.train, recorder=recorder
-    )
+    rows = layer_sensitivity(model, splits.train, validation, config.mask, groups, config.train, recorder=recorder)
     console.print(sensitivity_table(rows))
     say(recommendation(rows))
     write_whole(directory / TABLE_MARKDOWN, sensitivity_markdown(rows))

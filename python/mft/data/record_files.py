@@ -168,7 +168,13 @@ def parse_line(line: str, place: str) -> dict[str, Any] | None:
             "than messages, each with a role and a content"
         ) from None
     except ValueError as error:  # also for a number with too many digits
-        raise ValueError(f"{place}: broken JSON, must be one object per line: {error}") from None
+        if line.lstrip().startswith("["):
+            row = []
+        else:
+            said = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{place}: broken JSON, must be one object per line: {said}") from None
+    if isinstance(row, list):
+        raise ValueError(f"{place}: must be one object per line, got an array: name a file of one array {ARRAY}")
     if not isinstance(row, dict):
         raise ValueError(f"{place}: must be a JSON object, got a {type(row).__name__}")
     return row
@@ -198,7 +204,10 @@ def read_csv(
 
 def read_array(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON array; the file is read whole."""
-    rows = parse_value(path.read_bytes(), path)
+    try:
+        rows = parse_value(path.read_bytes(), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; must be one array, name a file of one object per line .jsonl") from None
     for place, row in enumerate(rows) if isinstance(rows, list) else [(None, rows)]:
         if place is None or not isinstance(row, dict):
             where, rule = (path, "an array of objects") if place is None else (f"{path} item {place}", "a JSON object")

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from mft.checks import nearest, nearest_path
-from mft.config import DataConfig
+from mft.config import HELD_OUT_SHARE, DataConfig
 from mft.data.corpora import describe_headers, describe_stdlib, header_files, stdlib_files
 from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
 from mft.data.problems import PROBLEM_SUBSETS, Problem, describe_problems, fingerprint_of, make_problems
@@ -26,6 +26,7 @@ SPLITS = ("train", "validation", "test")
 NAMED = ("stdlib", "headers", "problems")  # sources that every machine has
 STDLIB_SUBSETS = ("pretrain", "finetune")  # about 60 % and 40 % of the training files
 _KEYS = {"train": "split", "validation": "validation_split"}  # keys of data that name a source's split
+_SHARES = ("validation_share", "test_share")
 MINIMUM_FILES = 20  # in each split of an installed corpus, so that a standard error over files is meaningful
 HELD_OUT = 8  # minimum examples split off for validation and for test; with fewer than 40 examples, a fifth
 
@@ -141,7 +142,7 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
         raise ValueError(f"{rule} {len(sources)} in all: {remedy}, or name other data")
     rows, paths = [{"text": text} for text in sources.values()], list(sources)
     everything = Records(rows, paths.__getitem__, ["text"], range(len(rows)))
-    splits = _split_off(everything, ["validation", "test"])
+    splits = _split_off(everything, dict.fromkeys(SPLITS[1:], HELD_OUT_SHARE))
     part, held = "", reserved(list(sources.values())) if config.source == RESERVED_SOURCE else frozenset()
     left_out = dict.fromkeys(SPLITS[1:], held)
     if config.subset == RESERVE:
@@ -192,7 +193,11 @@ def _problem_records(split: str, problems: Sequence[Problem]) -> Records:
 
 
 def _single_file(path: Path, config: DataConfig) -> Source:
-    _only_defaults(config, f"the single file {path} has no splits, so name a directory with train and validation files")
+    _only_defaults(
+        config,
+        f"the single file {path} has no splits, so name a directory with train and validation files",
+        but=_SHARES,
+    )
     if type_of(path) not in (*FILE_TYPES, ARRAY):
         raise ValueError(
             f"data.source must be a {ARRAY}, {TYPES} file if it is a file, got {path}: convert it; "
@@ -201,7 +206,7 @@ def _single_file(path: Path, config: DataConfig) -> Source:
     if config.streaming:
         return _stream_of({"train": [path]}, {"train": "train"})
     source = Source(sha256_of(path), dict, hash=lambda: sha256_of(path))
-    source.load = lambda: _complete({"train": read_files([path])}, str(path), source.notes)
+    source.load = lambda: _complete({"train": read_files([path])}, config, source.notes)
     return source
 
 
@@ -225,7 +230,7 @@ def _directory(directory: Path, config: DataConfig) -> Source:
 
     def load() -> dict[str, Records]:  # not used by a stream
         available = {name: read_files(paths) for name, paths in used.items()}
-        return _complete(_cut(available, chosen), config.source, source.notes)
+        return _complete(_cut(available, chosen), config, source.notes)
 
     source.load = load
     return source
@@ -255,7 +260,7 @@ def _hub(config: DataConfig) -> Source:
 
     def load() -> dict[str, Records]:
         available = {name: records_of(name) for name in map(_name_of, chosen.values())}
-        return _complete(_cut(available, chosen), config.source, source.notes)
+        return _complete(_cut(available, chosen), config, source.notes)
 
     source.load = load
     return source
@@ -346,55 +351,80 @@ def _cut(available: Mapping[str, Records], chosen: Mapping[str, str]) -> dict[st
     return cut
 
 
-def _complete(records: dict[str, Records], source: str, notes: list[str]) -> dict[str, Records]:
+def _complete(records: dict[str, Records], config: DataConfig, notes: list[str]) -> dict[str, Records]:
     """Split off missing validation and test splits from train by content hash; see _split_off."""
     for split, found in records.items():
         if not len(found.rows):
-            raise ValueError(f"data.source {source!r} must hold examples, got an empty {split} split")
-        form_of(found)
-    lacking = [split for split in SPLITS if split not in records]
-    if lacking:
-        records = {**records, **_split_off(records["train"], lacking)}
+            raise ValueError(f"data.source {config.source!r} must hold examples, got an empty {split} split")
+        _check_alike(found)
+    lacking = {split: getattr(config, f"{split}_share") for split in SPLITS[1:] if split not in records}
+    shares = {split: share for split, share in lacking.items() if share}
+    records = {**records, **(_split_off(records["train"], shares) if shares else {})}
+    for split in lacking.keys() - shares.keys():
+        records[split] = records["train"].select([])
+    if shares:
+        said = " and ".join(f"{100 * share:g} % for {split}" for split, share in shares.items())
         sizes = ", ".join(f"{len(records[split].rows)} for {split}" for split in SPLITS)
         notes.append(
-            f"{source}: no {' and no '.join(lacking)} split given, so about a tenth of train was split off "
-            f"for each by content hash, at least {HELD_OUT} examples or a fifth: examples are now {sizes}"
+            f"{config.source}: no {' and no '.join(shares)} split given, so about {said} was split off from train by "
+            f"content hash, at least {HELD_OUT} examples or a fifth: examples are now {sizes}"
         )
     return {split: records[split] for split in SPLITS}
 
 
-def _split_off(records: Records, lacking: list[str]) -> dict[str, Records]:
-    """Return train and the missing splits: a tenth of the hashes each, and at least HELD_OUT examples if there are 40.
+def _check_alike(records: Records) -> None:
+    """Raise ValueError for the first record without the columns of the first example's form."""
+    form = form_of(records)
+    first = find_form(records.rows[0]) if isinstance(records.rows, list) else form  # a table's rows are alike
+    if first is not None and first != form:
+        needs = FORMS[first].needs
+        for number, row in enumerate(records.rows):
+            if not set(needs) <= row.keys():
+                raise ValueError(
+                    f"{records.place(number)}: must have {' and '.join(needs)}, as the first example has, got "
+                    f"{', '.join(row) or 'none'}: put examples of another form into another file"
+                )
 
-    Equal rows fall into the same split, and their order does not matter. If a tenth is too few, more rows of train are
-    taken: those with the smallest hashes for validation, those with the largest for test.
+
+def _split_off(records: Records, shares: Mapping[str, float]) -> dict[str, Records]:
+    """Return train and a split for each share: of all hashes, and at least HELD_OUT examples if there are 40.
+
+    The hash of a row is its place in [0, 1): test is read upwards from 0.9 (and on from 0), validation downwards. So
+    neither depends on the other's share, and a larger share adds to the rows of a smaller one. Equal rows fall into the
+    same split, and their order does not matter. If a share is too few, more rows of train are taken: those with the
+    smallest hashes for validation, those with the largest for test.
     """
-    share = {"validation": 8, "test": 9}
     columns = content_of(records.columns)
     digests = [hashlib.sha256(content_key(row, columns)).hexdigest() for row in records.rows]
-    groups: dict[str, set[str]] = {
-        split: {digest for digest in digests if int(digest[:8], 16) % 10 == share[split]} for split in lacking
-    }
     distinct = sorted(set(digests))
-    if len(distinct) <= len(lacking):
+    if len(distinct) <= len(shares):
         raise ValueError(
-            f"data.source must have more than {len(lacking)} different examples to split off "
-            f"{' and '.join(lacking)}, got {len(distinct)}: add examples, or give those splits"
+            f"data.source must have more than {len(shares)} different examples to split off "
+            f"{' and '.join(shares)}, got {len(distinct)}: add examples, or give those splits"
         )
+    groups = {
+        split: {digest for digest in distinct if _is_within(digest, split, share)} for split, share in shares.items()
+    }
     least = max(1, min(HELD_OUT, len(distinct) // 5))
     missing = {split: max(0, least - len(group)) for split, group in groups.items()}
     rest = [digest for digest in distinct if not any(digest in group for group in groups.values())]
     if len(rest) <= sum(missing.values()):  # otherwise nothing would be left to train on
-        groups = {split: set(distinct[i * least : (i + 1) * least]) for i, split in enumerate(lacking)}
+        groups = {split: set(distinct[i * least : (i + 1) * least]) for i, split in enumerate(shares)}
     else:  # from the two ends, so that one more example moves few others
         for split, ordered in (("validation", rest), ("test", rest[::-1])):
             if split in groups:
                 groups[split].update(ordered[: missing[split]])
     owner = {digest: split for split, group in groups.items() for digest in group}
-    picked: dict[str, list[int]] = {"train": [], **{split: [] for split in lacking}}
+    picked: dict[str, list[int]] = {"train": [], **{split: [] for split in shares}}
     for i, digest in enumerate(digests):
         picked[owner.get(digest, "train")].append(i)
     return {split: records.select(indices) for split, indices in picked.items()}
+
+
+def _is_within(digest: str, split: str, share: float) -> bool:
+    """Return whether a hash belongs to a split with this share. With a tenth, one decimal digit of it decides."""
+    above = ((int(digest[:8], 16) % 10 - 9) % 10 + int(digest[16:24], 16) / 2**32) / 10  # how far above 0.9, cyclic
+    return above < share if split == "test" else above >= 1 - share
 
 
 def content_key(row: dict[str, Any], columns: Sequence[str]) -> bytes:
@@ -404,9 +434,9 @@ def content_key(row: dict[str, Any], columns: Sequence[str]) -> bytes:
 
 
 def _only_defaults(config: DataConfig, why: str, *, but: tuple[str, ...] = ()) -> None:
-    for key, default in (("subset", None), ("split", "train"), ("validation_split", None)):
+    for key in ("subset", "split", "validation_split", *_SHARES):
         value = getattr(config, key)
-        if value != default and key not in but:
+        if value != getattr(DataConfig, key) and key not in but:
             raise ValueError(f"data.{key} must be left out for this source, got {value!r}: {why}")
 
 

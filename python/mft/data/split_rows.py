@@ -11,6 +11,7 @@ from mft.data.tokenization import open_documents
 # Below these limits, a comparison means nothing. The standard error over 8 documents is itself uncertain by a quarter.
 # The mean loss of 256 tokens is uncertain by 0.06 nats per token, because a token's loss varies by about 1 nat.
 FEW_DOCUMENTS, FEW_TOKENS = 8, 256
+_WITHOUT = {"validation": ": the run has no validation loss and no best step", "test": ""}
 
 
 def build_splits(
@@ -23,6 +24,10 @@ def build_splits(
     records = source.load()
     built, notes = {}, list(source.notes)
     for split in SPLITS:
+        if not len(records[split].rows):  # its share is 0
+            built[split] = Rows(config.sequence_length, pad_of(tokenizer))
+            notes.append(f"{split}: none, because data.{split}_share is 0{_WITHOUT[split]}")
+            continue
         documents = open_documents(records[split], tokenizer, assistant_only=config.assistant_only, pairs=pairs)
         training = split == "train"
         budget, tokens = row_budget(config, share, training=training), None

@@ -12,19 +12,25 @@ import datasets
 import numpy
 import pyarrow
 
-from mft.config import DataConfig
+from mft.config import HELD_OUT_SHARE, DataConfig
 from mft.data.mixing import build_mix
 from mft.data.packing import Rows
 from mft.data.sources import NAMED, SPLITS, Source, open_source
 from mft.data.split_rows import build_splits, pad_of
-from mft.data.streams import StreamedRows, open_streamed
+from mft.data.streams import StreamedRows, count_rows, open_streamed
 from mft.files.atomic import atomic_directory
 from mft.files.cache import cache_root, sha256_of
 
 logger = logging.getLogger(__name__)
 
 # Keys added to the configuration later. They do not enter the rows' key while they have these defaults.
-_LATER = {"sources": None, "stopping_strategy": "first_exhausted", "streaming": False, "buffer_size": 1000}
+_LATER: dict[str, Any] = {
+    "sources": None,
+    "stopping_strategy": "first_exhausted",
+    "streaming": False,
+    "buffer_size": 1000,
+}
+_LATER |= {"validation_share": HELD_OUT_SHARE, "test_share": HELD_OUT_SHARE}
 FORMAT = 5  # increment when the rows made from the same data change
 _FORMAT_OF_NAMED = 4  # for NAMED sources, whose rows have not changed since
 NOTES_FILE = "notes.json"
@@ -42,6 +48,7 @@ class Splits:
     notes: sentences that a reader of the results must know: where splits came from, what was cut or left out.
     key identifies the rows: another configuration, source or tokenizer has another key.
     With data.streaming, train has no length, and is made while it is read; the others are in memory.
+    A held-out split is empty if its share is 0 and the source has none.
     """
 
     train: datasets.Dataset | StreamedRows
@@ -49,6 +56,16 @@ class Splits:
     test: datasets.Dataset
     notes: list[str] = field(default_factory=list)
     key: str = ""
+
+    def rows_of(self, split: str) -> datasets.Dataset | StreamedRows:
+        """Return a split. Raises: ValueError if it is empty."""
+        rows = getattr(self, split)
+        if count_rows(rows) == 0:
+            raise ValueError(
+                f"data.{split}_share must be above 0 for a loss on {split}, got 0: give the source a split named "
+                f"{split}, or train with a share above 0"
+            )
+        return rows
 
 
 def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None, *, pairs: bool = False) -> Splits:
@@ -158,4 +175,5 @@ def _table(rows: Rows) -> pyarrow.Table:
 
 
 def _fixed(values: list[numpy.ndarray], length: int) -> pyarrow.Array:
-    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(numpy.concatenate(values)), length)
+    flat = numpy.concatenate(values) if values else numpy.empty(0, numpy.int32)
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), length)

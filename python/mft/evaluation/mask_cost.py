@@ -32,7 +32,7 @@ def said_of_cost(model: nn.Module, config: MaskConfig, dataset, **options) -> st
     cut = f"{name}={getattr(config, name):g}"
     return (
         f"the masks alone cost {masked - unmasked:.2f} nats per token: the loss is {masked:.2f} before the first step, "
-        f"{unmasked:.2f} without them (on {len(few)} validation rows). mask.init={config.init} mask.{cut} on "
+        f"{unmasked:.2f} without them (on {len(few)} rows). mask.init={config.init} mask.{cut} on "
         f"{len(masked_modules(model))} layers drops what the model needs; {_remedy(config)}"
     )
 

@@ -1,9 +1,10 @@
 """Tables of evaluations for the terminal: each is compared with the first by a paired difference."""
 
+import math
+
 from rich import box
 from rich.table import Table
 
-from mft.data.split_rows import warn_of_few
 from mft.evaluation.evaluate import Evaluation, paired_difference
 
 
@@ -18,9 +19,9 @@ def evaluation_table(split: str, results: dict[str, Evaluation]) -> Table:
         table.add_row(
             name,
             f"{result.loss:.4f}",
-            "" if result is first else _loss_pair(loss),
+            "" if result is first else _pair(*loss),
             f"{100 * result.accuracy:.2f} %",
-            "" if result is first else _accuracy_pair(accuracy),
+            "" if result is first else _pair(*accuracy, 100, 2),
         )
     return table
 
@@ -46,7 +47,7 @@ def evaluation_tables(split: str, results: dict[str, Evaluation]) -> list[Table]
                 found = parts[source][name]
                 cells.append(f"{found['loss']:.4f}")
                 if "difference" in found:
-                    cells.append(_loss_pair((found["difference"], found["standard error"])))
+                    cells.append(_pair(found["difference"], found["standard error"]))
             table.add_row(source, *cells)
         tables.append(table)
     return tables
@@ -64,11 +65,6 @@ def source_losses(results: dict[str, Evaluation]) -> dict[str, dict[str, dict[st
     return found
 
 
-def warn_of_few_scored(split: str, result: Evaluation) -> list[str]:
-    """Return a warning line if too little was scored for a meaningful comparison."""
-    return warn_of_few(split, len(result.documents), int(result.tokens.sum()))
-
-
 def figure_lines(objective: str, results: dict[str, Evaluation]) -> list[str]:
     """Return a line per model with the objective's figures; none for cross entropy, which is in the table."""
     return [
@@ -79,15 +75,14 @@ def figure_lines(objective: str, results: dict[str, Evaluation]) -> list[str]:
 
 
 def _counts(result: Evaluation) -> str:
+    count = len(result.documents)
     return (
-        f"{int(result.tokens.sum())} scored tokens of {len(result.documents)} documents. Loss in nats per token; "
+        f"{int(result.tokens.sum())} scored tokens of {count} document{'s' * (count != 1)}. Loss in nats per token; "
         "differences are paired, ± one standard error over documents; accuracy is that of the next token."
     )
 
 
-def _loss_pair(pair: tuple[float, float]) -> str:
-    return f"{pair[0]:+.4f}±{pair[1]:.4f}"
-
-
-def _accuracy_pair(pair: tuple[float, float]) -> str:
-    return f"{100 * pair[0]:+.2f}±{100 * pair[1]:.2f}"
+def _pair(difference: float, error: float, scale: int = 1, digits: int = 4) -> str:
+    """Format a difference with its standard error, which a single document does not have."""
+    shown = "" if math.isnan(error) else f"±{scale * error:.{digits}f}"
+    return f"{scale * difference:+.{digits}f}{shown}"

@@ -1,6 +1,7 @@
 """Read JSON from untrusted files: any bytes give either a value or one clear error."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,15 @@ def short(value: Any) -> str:
     """Return the repr of a value, cut to fit a message."""
     text = repr(value)
     return text if len(text) < _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def finite(value: Any) -> Any:
+    """Return value for JSON: NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_list_of(value: Any, kind: type) -> bool:

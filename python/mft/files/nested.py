@@ -8,12 +8,15 @@ import os
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mft.checks import nearest, shown
 from mft.files.yaml_file import parse_yaml
 
 CLASS_BY_VALUES = "class_by_values"  # in a field's metadata: a function from a section's values to its class
+YAML = (".yaml", ".yml")
+_DATA = (".jsonl", ".json", ".parquet", ".csv", ".gz")
 _EITHER = (("steps", "epochs"), ("epochs", "steps"))  # if the first is given, the other's default does not apply
 
 
@@ -34,7 +37,7 @@ class Nested:
         """Apply a key=value override to values."""
         key, equals, text = (part.strip() for part in override.partition("="))
         if not equals or not key:
-            raise ValueError(f"an override must look like {self.example}, got {override!r}")
+            raise ValueError(f"an override must look like {self.example}, got {override!r}{_key_of_file(override)}")
         try:
             path, section = self._place(key, values)
         except ValueError as error:
@@ -159,6 +162,16 @@ class _Below:
             return self.choose(values)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
+
+
+def _key_of_file(name: str) -> str:
+    """Return how to give a file, or "" if this is no name of one."""
+    path = Path(name)
+    if path.suffix in YAML:
+        return f": give a configuration as --config {name}"
+    if path.suffix in _DATA or path.is_file():
+        return f": give data as data.source={name}"
+    return f": give a directory as data.source={name} or model.name={name}" if path.is_dir() else ""
 
 
 def _shallow(section: Any) -> dict[str, Any]:

@@ -111,12 +111,13 @@ def _results(results: Results) -> list[str]:
         (text(name), f"{row['loss']:.4f}", f"{100 * row['accuracy']:.2f} %")
         for name, row in results.evaluations.items()
     ]
+    error = "" if results.error is None else f" ± {results.error:.4f} (one standard error over documents, paired)"
     return [
         "## Results",
         "On the validation split, in nats per token; accuracy is that of the next token.",
         table(("", "loss", "accuracy"), rows),
-        f"Loss after - before: {results.difference:+.4f} ± {results.error:.4f} (one standard error over documents, "
-        "paired). Before is the base as it was; training the same layers' weights on may gain as much.",
+        f"Loss after - before: {results.difference:+.4f}{error}. Before is the base as it was; training "
+        "the same layers' weights on may gain as much.",
     ]
 
 

@@ -24,12 +24,12 @@ class Results:
     """The evaluations of a run, and what its loss has gained.
 
     evaluations: by name, with loss in nats per token and accuracy as a share. difference: loss after - before. error:
-    the standard error of difference.
+    the standard error of difference, None if it is of one document.
     """
 
     evaluations: dict[str, dict[str, float]]
     difference: float
-    error: float
+    error: float | None
 
 
 @dataclass
@@ -143,7 +143,9 @@ def _results(values: Any, path: Path) -> Results:
     whole = isinstance(values, dict) and values.keys() == known and isinstance(values["evaluations"], dict)
     rows = list(values["evaluations"].values()) if whole else [None]
     numbers = [row.get(key) if isinstance(row, dict) else None for row in rows for key in ("loss", "accuracy")]
-    for number in (*numbers, *((values["difference"], values["error"]) if whole else ())):
+    if whole:
+        numbers += [values["difference"], *([] if values["error"] is None else [values["error"]])]
+    for number in numbers:
         if not isinstance(number, int | float) or not math.isfinite(number):
             raise ValueError(
                 f"{path}: expected finite losses and accuracies, as a finished run writes them, got {number}"

@@ -151,6 +151,9 @@ class StudyConfig:
         for section in ("domains", "general", "questions"):  # arms read them for several epochs, in their own order
             for name, data in getattr(self, section).items():
                 check_rule(not data.streaming, f"{section}.{name}.streaming", "be false in a study", data.streaming)
+                for split, use in (("validation", "chooses"), ("test", "reports")):
+                    share, rule = getattr(data, f"{split}_share"), f"be above 0 in a study, which {use} by {split} rows"
+                    check_rule(share > 0 or section == "questions", f"{section}.{name}.{split}_share", rule, share)
         for name in ("full", "stage"):
             _check_not_evaluated(f"{name}.", getattr(self, name))
         annealed = self.full.schedule != "constant"

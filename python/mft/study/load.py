@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.checks import shown
-from mft.config import CONFIGS
+from mft.config import CONFIGS, HELD_OUT_SHARE
 from mft.config_file import FOREIGN_NAMES, find_config, plain_values, read_mapping
 from mft.files.json_schema import schema_of
 from mft.files.nested import Nested
@@ -58,6 +58,11 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
             del train["batches_at_once"]
         if train.get("reduce_every") == "step":
             del train["reduce_every"]
+    texts = (values["domains"], values["general"], values["questions"], {"": (values["scratch"] or {}).get("data", {})})
+    for data in (data for section in texts for data in section.values()):
+        for key in ("validation_share", "test_share"):
+            if data.get(key) == HELD_OUT_SHARE:
+                del data[key]
     if study.objective == CROSS_ENTROPY:
         del values["objective"], values["rewards"], values["questions"]
     for keys in (values["mask"], *values["arms"].values()):

@@ -30,8 +30,9 @@ from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft.evaluation.evaluated_base import check_exact
 from mft.evaluation.mask_cost import said_of_cost
-from mft.evaluation.table import evaluation_tables, figure_lines, source_losses, warn_of_few_scored
+from mft.evaluation.table import evaluation_tables, figure_lines, source_losses
 from mft.files.atomic import NotWritten, remove, write_whole
+from mft.files.json_file import finite
 from mft.importance.scores import drawn, init_from_data
 from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
 from mft.masks.export import base_hash, save_masks
@@ -108,7 +109,7 @@ def run_train(start: RunConfig | Start) -> Path:
 def _finetune(run: "_Run") -> Path:
     config = run.config
     run.processes.check(config.train)
-    splits = read_data(config)
+    splits = _read_splits(config)
     model, tokenizer = read_model(config.model)
     objective = make_objective(config)
     facts = {"data": splits.key} | facts_of(objective)
@@ -130,8 +131,7 @@ def _finetune(run: "_Run") -> Path:
                 validation=validation,
             )
         ended = run.ended(model, reports[-1], validation)
-        asked: dict[str, Any] = {"step": ended.exported, "objective": objective}
-        after = recorder.evaluate("after, validation", model, splits.validation, **asked)
+        after = run.after(recorder, model, splits.validation, step=ended.exported, objective=objective)
         if run.processes.first:
             with run.finishing(recorder, before, after, ended, MODEL) as result:
                 save_model(model, tokenizer, result)
@@ -143,7 +143,7 @@ def _train(run: "_Run") -> Path:
     plan = _plan(run)
     say(plan.reason)
     plan.write_into(config)
-    splits = read_data(config)
+    splits = _read_splits(config)
     model = _base_model(run, plan)
     objective = make_objective(config)
     with run.opened() as recorder:
@@ -152,7 +152,7 @@ def _train(run: "_Run") -> Path:
         initial = initial_masks(model) if rows is None else rows.masks()
         ended = _learn(run, plan, model, splits, recorder, initial, objective)
         asked = {"step": ended.exported, "objective": objective, **_evaluated(config, plan, model)}
-        after = recorder.evaluate("after, validation", model, splits.validation, **asked)
+        after = run.after(recorder, model, splits.validation, **asked)
         masks, share = None, 0.0
         if rows is not None:
             own = rows.masks()
@@ -164,6 +164,13 @@ def _train(run: "_Run") -> Path:
                 named = {"base_model_name_or_path": config.model.name, "coding": config.coding}
                 save_masks(model, result, masks=masks, **named)
     return run.directory / MASKS
+
+
+def _read_splits(config: RunConfig) -> Splits:
+    splits = read_data(config)
+    if config.train.evaluates:
+        splits.rows_of(VALIDATION)
+    return splits
 
 
 def _plan(run: "_Run") -> Plan:
@@ -225,8 +232,8 @@ def _evaluated(config: RunConfig, plan: Plan, model: nn.Module) -> dict[str, Any
 
 def _mask(
     run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: Recorder, objective: Objective
-) -> Evaluation:
-    """Mask the model, and quantise its base if planned; return the evaluation of the model before masking."""
+) -> Evaluation | None:
+    """Mask the model, and quantise its base if planned; return the evaluation of the model before masking, if any."""
     config, kind, options = run.config, plan.quantization, _evaluated(run.config, plan, model)
     measured = options | {"objective": objective}
     rows = score_rows(model)
@@ -247,7 +254,9 @@ def _mask(
         say(f"scores begin by mask.init={config.mask.init} on {drawn_from} rows of the training data")
         init_from_data(model, config.mask, splits.train, processes=run.processes, **options)
     if run.found is None and (run.processes.first or rows is not None):
-        cost = said_of_cost(model, config.mask, splits.validation, **options)
+        cost = said_of_cost(
+            model, config.mask, splits.validation if len(splits.validation) else splits.train, **options
+        )
         if cost is not None:
             say(cost)
     return before
@@ -381,13 +390,18 @@ class _Run:
         finally:
             trackers.close()
 
-    def before(self, recorder: Recorder, *arguments: Any, **options: Any) -> Evaluation:
-        """Call recorder.evaluate. A resumed run does not record the result again."""
+    def before(self, recorder: Recorder, phase: str, model: nn.Module, rows: Any, **options: Any) -> Evaluation | None:
+        """Call recorder.evaluate, if there are rows. A resumed run does not record the result again."""
+        if not len(rows):
+            return None
         own = recorder if self.found is None else Recorder(progress=recorder.progress)
         self.cores.begin()
-        before = own.evaluate(*arguments, step=0, **options)
+        before = own.evaluate(phase, model, rows, step=0, **options)
         self.cores.look("evaluation")
         return before
+
+    def after(self, recorder: Recorder, model: nn.Module, rows: Any, **options: Any) -> Evaluation | None:
+        return recorder.evaluate("after, validation", model, rows, **options) if len(rows) else None
 
     @contextlib.contextmanager
     def training(self, recorder: Recorder, phase: str, rows: Any) -> Iterator[Steps]:
@@ -461,16 +475,28 @@ class _Run:
 
     @contextlib.contextmanager
     def finishing(
-        self, recorder: Recorder, before: Evaluation, after: Evaluation, ended: Ended, name: str
+        self, recorder: Recorder, before: Evaluation | None, after: Evaluation | None, ended: Ended, name: str
     ) -> Iterator[Path]:
         """Write table, plot and metrics; then the block writes the result under this name, which finishes the run."""
+        directory = self.directory
+        if before is not None and after is not None:
+            self._write_table(before, after, ended)
+        best = ended.exported if ended.exported < ended.last else None
+        recorder.draw(directory / PLOT, best=best, note=ended.note)
+        if recorder.metrics is not None:
+            recorder.metrics.sync()
+        yield directory / name
+        table = "" if before is None else ", table"
+        say(f"result: {directory / name}; metrics{table} and plot: {directory}/")
+
+    def _write_table(self, before: Evaluation, after: Evaluation, ended: Ended) -> None:
         directory, results = self.directory, {"before": before, f"after{ended.words}": after}
         tables = evaluation_tables("validation", results)
         for table in tables:
             console.print(table)
         write_whole(directory / TABLE_MARKDOWN, "\n".join(map(markdown_table, tables)))
         objective = self.config.objective.name
-        for line in (*figure_lines(objective, results), *warn_of_few_scored("validation", after)):
+        for line in figure_lines(objective, results):
             say(line)
         difference, error = paired_difference(after, before)
         numbers: dict[str, Any] = {
@@ -482,13 +508,7 @@ class _Run:
         numbers |= {"documents": len(after.documents), "tokens": int(after.tokens.sum())} | ended.numbers
         if parts := source_losses({"before": before, "after": after}):
             numbers["sources"] = parts
-        write_whole(directory / TABLE_JSON, json.dumps(numbers, indent=2) + "\n")
-        best = ended.exported if ended.exported < ended.last else None
-        recorder.draw(directory / PLOT, best=best, note=ended.note)
-        if recorder.metrics is not None:
-            recorder.metrics.sync()
-        yield directory / name
-        say(f"result: {directory / name}; metrics, table and plot: {directory}/")
+        write_whole(directory / TABLE_JSON, json.dumps(finite(numbers), indent=2) + "\n")
 
 
 def said_of_training(train: TrainConfig, rows: Any) -> str:

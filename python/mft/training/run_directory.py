@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mft.config import CONFIG, RunConfig
-from mft.config_file import save_config
+from mft.config_file import load_config, save_config
 from mft.files.atomic import remove, sweep, target_of
 from mft.masks.export_format import CONFIG_FILE, MODEL, read_config
 from mft.masks.location import MASKS
@@ -96,4 +96,5 @@ def next_steps(directory: Path) -> list[str]:
     run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
     masks_alone = not read_config(directory / MASKS / CONFIG_FILE).modules_to_save
     answers = [f'mft generate {run} "Hello"'] if masks_alone else []
-    return [*answers, f"mft inspect {run}", f"mft evaluate --masks {run} --split test", f"mft merge {run} {merged}"]
+    tested = [f"mft evaluate --masks {run} --split test"] if load_config(directory / CONFIG).data.test_share else []
+    return [*answers, f"mft inspect {run}", *tested, f"mft merge {run} {merged}"]

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mft.files.json_file import finite
 from mft.study.config import StudyConfig
 from mft.study.outcome import Findings
 from mft.study.report.judge import side
 from mft.study.report.statistics import Difference, Paired, differences, paired, with_holm
-from mft.study.report.table import DomainTable, Row, finite
+from mft.study.report.table import DomainTable, Row
 from mft.study.report.verdict import shown_interval, shown_p
 
 AHEAD, BEHIND, UNDECIDED = "ahead", "behind", "undecided"

@@ -1,12 +1,12 @@
 """All numbers of a report: a row per arm, a table per domain, and the same as values for JSON."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mft.evaluation.evaluate import Evaluation
+from mft.files.json_file import finite
 from mft.study.arms.full import Base, Control, Full
 from mft.study.arms.means import Average, Between
 from mft.study.arms.setting import Setting
@@ -195,15 +195,6 @@ def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None =
         ]
     numbers = {"domains": domains, "seeds": findings.study.seeds, "test_openings": findings.test_openings}
     return finite(numbers | {"open_ends": [dataclasses.asdict(end) for end in findings.open_ends]})
-
-
-def finite(value: Any) -> Any:
-    """Return value for JSON: NaN and infinity become None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(findings: Findings, domain: str) -> DomainTable:
