@@ -148,6 +148,9 @@ def evaluate(
         typer.Option(help="Masks to put on the model, as for mft merge; repeatable: each is evaluated."),
     ] = None,
     split: Annotated[str, typer.Option(help="validation or test: the held-out split.")] = "validation",
+    answers: Annotated[
+        int, typer.Option(min=0, help="Most held-out answers that are generated and compared with the data's own.")
+    ] = 100,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, such as gsm8k,humaneval.")
     ] = None,
@@ -167,7 +170,7 @@ def evaluate(
         bool, typer.Option("--unquantized", help="Use exact weights even if the masks were learned on quantised ones.")
     ] = False,
 ) -> None:
-    """Measure held-out loss and accuracy, or the tasks of --lm-eval; with --masks, both without and with the masks.
+    """Measure held-out loss, accuracy and exact answers, or --lm-eval's tasks; with --masks, also without the masks.
 
     Without --config, masks are evaluated on the base and the data of their run. Overrides take precedence.
     """
@@ -198,7 +201,7 @@ def evaluate(
     for option, value in (("--lm-eval-tasks", lm_eval_tasks), ("--limit", limit), ("--output", output)):
         if value is not None:
             raise ValueError(f"{option} must come with --lm-eval, got {value} alone")
-    run_evaluate(run_config, directories, split, force=force, unquantized=unquantized)
+    run_evaluate(run_config, directories, split, answers=answers, force=force, unquantized=unquantized)
 
 
 data = typer.Typer(no_args_is_help=True, help="Look at the rows that training and evaluation read.")
