@@ -95,5 +95,5 @@ def next_steps(directory: Path) -> list[str]:
     """
     run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
     masks_alone = not read_config(directory / MASKS / CONFIG_FILE).modules_to_save
-    answers = [f'mft generate {run} "Hello"'] if masks_alone else []
+    answers = [f"mft generate {run} --held-out 3"] if masks_alone else []
     return [*answers, f"mft inspect {run}", f"mft evaluate --masks {run} --split test", f"mft merge {run} {merged}"]
