@@ -52,6 +52,7 @@ def run_evaluate(
     for name in stages.reached(model, force=force):
         results[name] = recorder.evaluate(f"{name}, {split}", model, dataset, objective=objective)
         if asked:
+            say(f"{name}, {split}: answering {len(asked)} prompts", style="dim")
             most = max(len(each.completion) for each in asked)  # a longer answer is another one
             matches[name] = match_answers(model, tokenizer, asked, ends, max_new_tokens=most)
     for table in evaluation_tables(split, results):

@@ -12,6 +12,8 @@ from mft.models.head_input import read_in_one_piece
 from mft.models.key_value_cache import read_on, reads_on
 from mft.models.longrope import switch_length
 
+_TOKENS_TOGETHER = 4096
+
 
 def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
     """Return the tokens that model.generate appends to each prompt.
@@ -41,12 +43,15 @@ def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list
 
 
 def continue_all(
-    prompts: Sequence[list[int]], model: Any, settings: GenerationConfig, batch_size: int = 16
+    prompts: Sequence[list[int]], model: Any, settings: GenerationConfig, batch_size: int | None = None
 ) -> list[list[int]]:
     """Return the tokens that follow each prompt under these settings, which name a pad_token_id; see continue_prompts.
 
-    Args: batch_size: Number of prompts that are continued together. It changes greedy tokens only by rounding.
+    Args:
+        batch_size: Number of prompts that are continued together. It changes greedy tokens only by rounding. By default
+            16, or fewer of long prompts, whose keys and values fill the memory: at most 4096 tokens.
     """
+    batch_size = batch_size or min(16, max(1, _TOKENS_TOGETHER // max(map(len, prompts), default=1)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
     found: list[list[int]] = [[] for _ in prompts]
     with torch.no_grad(), generating(model, settings):

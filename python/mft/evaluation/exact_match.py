@@ -54,13 +54,16 @@ def match_answers(
     asked: Sequence[Exchange],
     ends: Sequence[int],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_new_tokens: int = 32,
     verifier: str = "exact",
 ) -> Evaluation:
     """Answer the prompts greedily, and count the correct answers: an evaluation whose unit is an answer, without loss.
 
-    Args: ends: The tokens that end an answer. batch_size, max_new_tokens, verifier: as for exact_matches.
+    Args:
+        ends: The tokens that end an answer.
+        batch_size: as for continue_all.
+        max_new_tokens, verifier: as for exact_matches.
     """
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
     found = continue_all([each.prompt for each in asked], model, greedy, batch_size)
