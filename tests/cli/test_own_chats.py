@@ -33,8 +33,9 @@ def mft(*arguments):
     return result.exit_code, result.output
 
 
-def test_a_run_of_chats_asks_and_compares_as_it_was_trained(cli, chats, tmp_path):
-    code, output = cli("train", *LEARN, *chats)
+@pytest.mark.parametrize("more", [(), ("data.streaming=true", "data.max_eval_tokens=64")], ids=["rows", "stream"])
+def test_a_run_of_chats_asks_and_compares_as_it_was_trained(cli, chats, tmp_path, more):
+    code, output = cli("train", *LEARN, *chats, *more)
     assert code == 0, output
     assert read_description(tmp_path / "run" / "masks").system_prompt == SYSTEM
     assert "mft generate run --held-out 3" in output
