@@ -134,7 +134,7 @@ def test_a_seed_says_what_is_drawn_and_a_temperature_of_0_draws_nothing(place):
 
 def test_a_template_is_applied_unless_raw(place, monkeypatch):
     (place / "base" / "chat_template.jinja").write_text("60 " + TEMPLATE)
-    monkeypatch.setattr("mft.cli.generate._ends", lambda *_: [])
+    monkeypatch.setattr("mft.cli.generate.end_tokens", lambda *_: [])
     base = make_llama(initializer_range=0.3)
     try:
         for options, prompt in (((), [60, 5]), (("--raw",), [5])):
@@ -143,6 +143,45 @@ def test_a_template_is_applied_unless_raw(place, monkeypatch):
             assert ("the prompt is a user's message" in output) == (not options)
     finally:
         (place / "base" / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def test_the_prompt_is_asked_with_a_system_prompt(place, tmp_path):
+    model = mask_model(make_llama(initializer_range=0.3), MaskConfig.paper(keep_ratio=0.5))
+    save_masks(model, tmp_path / "own", base_model_name_or_path=str(place / "base"), system_prompt="7 8")
+    base = make_llama(initializer_range=0.3)
+    (tmp_path / "lines.txt").write_text("5\n\n")
+    for masks, options, prompt in (
+        (tmp_path / "own", (), [7, 8, 5]),
+        (tmp_path / "own", ("--system", "9"), [9, 5]),
+        (tmp_path / "own", ("--system", ""), [5]),
+        (place / "masks", (), [5]),
+        (place / "masks", ("--system", "9"), [9, 5]),
+    ):
+        wanted = continued(base, prompt)
+        for verb in (
+            ("generate", masks, "5"),
+            ("chat", masks),
+            ("generate", masks, "--prompts", tmp_path / "lines.txt"),
+        ):
+            code, output = call(*verb, "--max-tokens", 6, *options, lines="5\n")
+            assert code == 0, output
+            assert wanted in output, verb
+            assert (f"system prompt{' of the run' * (not options)}: " in output) == (len(prompt) > 1)
+
+
+def test_a_file_of_chats_is_answered_up_to_its_last_answer(place, tmp_path):
+    base = make_llama(initializer_range=0.3)
+    wanted = continued(base, [7, 5])
+    chats = [
+        [("system", "7"), ("user", "5"), ("assistant", wanted)],
+        [("user", "5"), ("assistant", "6"), ("user", "9")],
+    ]
+    lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]}) for chat in chats]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    code, output = call("generate", place / "masks", "--prompts", tmp_path / "chats.jsonl", "--max-tokens", 6)
+    assert code == 0, output
+    assert f"1 of 2: 5\nwanted: {wanted}\nbase: {wanted} (cut after 6 tokens)\nmasked: " in output
+    assert f"2 of 2: 9\nbase: {continued(base, [5, 6, 9])} (cut" in output
 
 
 def test_a_conversation_goes_on_with_each_ones_own_answers(place):
@@ -223,3 +262,31 @@ def test_a_prompt_must_leave_room_for_an_answer(place):
         voices.answer("base", [5] * 8, GREEDY)
     with pytest.raises(ValueError, match="the prompt must hold at least one token, got none"):
         voices.answer("base", [], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "mft generate must be given one of PROMPT, --held-out, --prompts, got none"),
+        (("9", "--held-out", 2), "mft generate must be given one of PROMPT, --held-out, --prompts, got PROMPT and --h"),
+        (("--held-out", 2, "--system", "7"), "--system must be left out with --held-out, whose prompts are whole"),
+        (("--held-out", 2, "--raw"), "--raw must be left out with --held-out, whose prompts are whole"),
+        (
+            ("9", "--raw", "--system", "7"),
+            "--system must be left out if the prompt is no message, by --raw or",
+        ),
+        (("--held-out", 2), "--held-out must come with an output_dir of mft train, whose config.yaml names its data"),
+        (("--prompts", "empty.txt"), "--prompts empty.txt must hold a prompt per line, got none"),
+        (("--prompts", "wrong.jsonl"), "wrong.jsonl:1: messages[0].role must be one of system, user, assistant, tool"),
+        (("--prompts", "answer.jsonl"), "answer.jsonl:1: messages must hold a turn before the answer, got none"),
+        (("--prompts", "missing.txt"), "missing.txt"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(place, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for name, role in (("wrong", "me"), ("answer", "assistant")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": [{"role": role, "content": "9"}]}))
+    code, output = call("generate", place / "masks", *arguments)
+    assert code == 2
+    assert message in output

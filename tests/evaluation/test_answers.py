@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mft.config import MaskConfig, TrainConfig
 from mft.evaluation.exact_match import exact_matches
+from mft.evaluation.questions import Exchange, find_answers
 from mft.masks.convert import mask_model
 from mft.study.from_scratch import train_tokenizer
 from mft.training.loop import finetune
@@ -122,6 +123,24 @@ def test_the_text_up_to_eos_must_be_the_same_but_for_white_space_around(tokenize
     tokens = [*tokenizer.encode(reply), tokenizer.eos_token_id, *tokenizer.encode(" and")]
     answers, asked = exact_matches(Parrot(tokens), tokenizer, dataset)
     assert (answers.tolist(), asked.tolist()) == ([int(right)], [1])
+
+
+@pytest.mark.parametrize(
+    ("ids", "scored", "starts", "pairs", "found"),
+    [
+        ([1, 2, 3, 0, 0], [2, 3], [0], False, [([1, 2], [3, 0])]),
+        ([1, 2, 0, 4, 5, 6, 0], [1, 2, 5, 6], [0], False, [([1], [2, 0]), ([1, 2, 0, 4, 5], [6, 0])]),
+        ([1, 2, 9, 4, 5, 6], [1, 2, 5], [0], False, [([1], [2, 9])]),
+        ([1, 2, 3, 0], [0, 1, 2, 3], [0], False, []),
+        ([1, 2, 0, 1, 3, 0], [1, 2, 4, 5], [0, 3], True, [([1], [2, 0])]),
+        ([1, 2, 0, 1, 3, 0], [1, 2, 4, 5], [0, 3], False, [([1], [2, 0]), ([1], [3, 0])]),
+    ],
+    ids=["padding", "two turns", "one cut off", "text", "pair", "packed"],
+)
+def test_an_answer_is_what_is_scored_after_a_prompt_up_to_an_end(ids, scored, starts, pairs, found):
+    labels = [token if place in scored else -100 for place, token in enumerate(ids)]
+    rows = Dataset.from_dict({"input_ids": [ids], "labels": [labels], "document": [7], "starts": [starts]})
+    assert find_answers(rows, [0, 9], pairs=pairs) == [Exchange(*tokens, 7) for tokens in found]
 
 
 def test_by_the_last_number_any_way_to_it_is_right_and_the_data_s_own_may_be_long(tokenizer):

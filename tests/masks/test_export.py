@@ -18,7 +18,7 @@ import mft
 from mft.config import CODINGS, MaskConfig
 from mft.files import weights_hash
 from mft.masks.convert import mask_model, masked_modules, merge_model
-from mft.masks.export import base_hash, load_masks, save_masks
+from mft.masks.export import base_hash, load_masks, recode_masks, save_masks
 from mft.masks.export_format import read_export, read_whole_export
 from mft.masks.saved_modules import train_whole
 
@@ -160,6 +160,10 @@ def test_a_merged_model_is_an_ordinary_one_that_transformers_reloads_bit_equal(m
 
 def test_a_new_export_is_entropy_coded_unless_packed_is_asked_for(masked, tmp_path):
     assert mft.RunConfig().coding == "rice"
+    asked = save_masks(masked, tmp_path / "asked", system_prompt="Sort tickets.")
+    assert read_export(asked).system_prompt == read_export(recode_masks(asked, asked, coding="packed")).system_prompt
+    assert read_export(asked).system_prompt == "Sort tickets."
+    assert "system_prompt" not in json.loads((save_masks(masked, tmp_path / "unasked") / CONFIG).read_text())
     assert contents(save_masks(masked, tmp_path / "new")) == contents(save_masks(masked, tmp_path / "c", coding="rice"))
     assert read_export(tmp_path / "new").coding == "rice"
 

@@ -81,6 +81,8 @@ def test_a_truncated_file_tells_its_size(saved, length):
         ({"target_modules": "q_proj"}, "target_modules must be a list of strings, got 'q_proj'"),
         ({"layers_to_transform": [1.5]}, r"layers_to_transform must be a list of ints or null, got \[1.5\]"),
         ({"base_model_name_or_path": []}, r"base_model_name_or_path must be a string or null, got \[\]"),
+        ({"system_prompt": ["Sort."]}, r"system_prompt must be Unicode text or null, got \['Sort.'\]"),
+        ({"system_prompt": "half a pair: \ud800"}, "system_prompt must be Unicode text or null, got 'half a pair: "),
         ({"modules": []}, r"modules must be a list of masked layers, got \[\]"),
         ({"modules": {}}, "modules must be a list of masked layers"),
         ({"modules": [7]}, r"modules\[0\] must be an object, got 7"),

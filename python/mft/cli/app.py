@@ -149,6 +149,9 @@ def evaluate(
         typer.Option(help="Masks to put on the model, as for mft merge; repeatable: each is evaluated."),
     ] = None,
     split: Annotated[str, typer.Option(help="validation or test: the held-out split.")] = "validation",
+    answers: Annotated[
+        int, typer.Option(min=0, help="Most held-out answers that are generated and compared with the data's own.")
+    ] = 100,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, such as gsm8k,humaneval.")
     ] = None,
@@ -168,7 +171,7 @@ def evaluate(
         bool, typer.Option("--unquantized", help="Use exact weights even if the masks were learned on quantised ones.")
     ] = False,
 ) -> None:
-    """Measure held-out loss and accuracy, or the tasks of --lm-eval; with --masks, both without and with the masks.
+    """Measure held-out loss, accuracy and exact answers, or --lm-eval's tasks; with --masks, also without the masks.
 
     Without --config, masks are evaluated on the base and the data of their run. Overrides take precedence.
     """
@@ -199,7 +202,7 @@ def evaluate(
     for option, value in (("--lm-eval-tasks", lm_eval_tasks), ("--limit", limit), ("--output", output)):
         if value is not None:
             raise ValueError(f"{option} must come with --lm-eval, got {value} alone")
-    run_evaluate(run_config, directories, split, force=force, unquantized=unquantized)
+    run_evaluate(run_config, directories, split, answers=answers, force=force, unquantized=unquantized)
 
 
 data = typer.Typer(no_args_is_help=True, help="Look at the rows that training and evaluation read.")
@@ -433,6 +436,10 @@ Run = Annotated[
     typer.Argument(metavar="RUN", help="An output_dir of mft train, its masks/, user/repo of the hub, or a model."),
 ]
 Only = Annotated[str | None, typer.Option(help="base or masked; both if not given.")]
+System = Annotated[
+    str | None,
+    typer.Option(help="System prompt; by default the one that all of the run's chats share, if any. '' for none."),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[
     float, typer.Option(min=0, help="0: always the likeliest token; 1: the model's own probabilities; more: wilder.")
@@ -443,7 +450,18 @@ AnswerSeed = Annotated[int, typer.Option(min=0, help="Random seed, the same for 
 @app.command()
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A message, or with --raw a text to continue.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="A message, or with --raw a text to continue.")
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(min=1, help="Answer so many prompts of the run's validation data, and show the wanted answers."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(readable=False, help="Answer the prompts of a file: one per line, or a .jsonl of messages."),
+    ] = None,
+    system: System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not use the tokenizer's chat template.")] = False,
     only: Only = None,
     max_tokens: MaxTokens = 256,
@@ -453,16 +471,18 @@ def generate(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """Answer one prompt, with the base and with the base plus masks."""
-    from mft.cli.generate import Sampling, run_generate
+    """Answer one prompt or several, with the base and with the base plus masks."""
+    from mft.cli.generate import Asked, Sampling, run_generate
 
+    asked = Asked(prompt, held_out, prompts, system=system, raw=raw)
     sampling = Sampling(max_tokens, temperature, seed)
-    run_generate(run, prompt, sampling, raw=raw, only=only, model_name=model, dtype=dtype, force=force)
+    run_generate(run, asked, sampling, only=only, model_name=model, dtype=dtype, force=force)
 
 
 @app.command()
 def chat(
     run: Run,
+    system: System = None,
     only: Only = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0,
@@ -474,7 +494,8 @@ def chat(
     """Chat with the base and with the base plus masks, each in its own conversation. Ctrl-D ends it."""
     from mft.cli.generate import Sampling, run_chat
 
-    run_chat(run, Sampling(max_tokens, temperature, seed), only=only, model_name=model, dtype=dtype, force=force)
+    sampling = Sampling(max_tokens, temperature, seed)
+    run_chat(run, sampling, system=system, only=only, model_name=model, dtype=dtype, force=force)
 
 
 @app.command()

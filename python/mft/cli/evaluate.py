@@ -1,23 +1,31 @@
 """mft evaluate: measure held-out loss, or lm-eval's tasks, of a model without masks and with them."""
 
+import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mft.config import ModelConfig, RunConfig
+from mft.evaluation.continuation import end_tokens
 from mft.evaluation.evaluated_base import base_words, evaluated_base, evaluated_config
+from mft.evaluation.exact_match import match_answers
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
-from mft.evaluation.table import evaluation_tables, figure_lines
+from mft.evaluation.questions import Exchange, find_answers
+from mft.evaluation.table import answer_table, evaluation_tables, figure_lines
 from mft.masks.bank import load_mask_bank
 from mft.masks.convert import keeping_all
 from mft.masks.export import load_masks
 from mft.masks.export_format import read_export
 from mft.masks.quantize import quantize_model
+from mft.models.next_tokens import longest_row
 from mft.tracking.console import console, say
 from mft.tracking.metrics import Recorder
 from mft.tracking.progress import Progress
 from mft.training.inputs import read_data, read_model
 from mft.training.objectives import make_objective
+
+LONGEST_ANSWER = 32  # tokens with the one that ends it: two longer texts are hardly ever the same
 
 
 def masks_config(masks: Path, overrides: Sequence[str]) -> RunConfig:
@@ -27,22 +35,34 @@ def masks_config(masks: Path, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def run_evaluate(config: RunConfig, masks: Mapping[str, Path], split: str, *, force: bool, unquantized: bool) -> None:
-    """mft evaluate"""
+def run_evaluate(
+    config: RunConfig, masks: Mapping[str, Path], split: str, *, answers: int, force: bool, unquantized: bool
+) -> None:
+    """mft evaluate. answers: Most answers that are generated and compared with the data's own."""
     if split not in ("validation", "test"):
         raise ValueError(f"--split must be validation or test, got {split!r}")
     stages = _Stages(config.model, masks, unquantized=unquantized)
     dataset = read_data(config).rows_of(split)
-    model, _ = read_model(config.model)
+    model, tokenizer = read_model(config.model)
     recorder, objective = Recorder(progress=Progress(console)), make_objective(config)
-    results = {
-        name: recorder.evaluate(f"{name}, {split}", model, dataset, objective=objective)
-        for name in stages.reached(model, force=force)
-    }
+    ends = end_tokens(model, tokenizer)
+    found = find_answers(dataset, ends, pairs=config.objective.of_pairs) if answers else []
+    asked = _short_answers(found, answers, longest_row(model.config))
+    results, matches = {}, {}
+    for name in stages.reached(model, force=force):
+        results[name] = recorder.evaluate(f"{name}, {split}", model, dataset, objective=objective)
+        if asked:
+            say(f"{name}, {split}: answering {len(asked)} prompts", style="dim")
+            most = max(len(each.completion) for each in asked)  # a longer answer is another one
+            matches[name] = match_answers(model, tokenizer, asked, ends, max_new_tokens=most)
     for table in evaluation_tables(split, results):
         console.print(table)
     for line in figure_lines(objective.name, results):
         say(line)
+    if matches:
+        console.print(answer_table(split, matches, len(found)))
+    elif found:
+        say(f"{split}: no answer has at most {LONGEST_ANSWER} tokens, so none was compared as a text", style="dim")
     say(stages.words)
 
 
@@ -71,6 +91,13 @@ def run_lm_eval(
     if output is not None:
         write_scores(output, results, limit)
         say(f"scores: {output}")
+
+
+def _short_answers(found: Sequence[Exchange], most: int, positions: int | None) -> list[Exchange]:
+    """Draw answers that can be compared as texts: those of few tokens, with room for as many among the positions."""
+    room = math.inf if positions is None else positions - LONGEST_ANSWER
+    short = [each for each in found if len(each.completion) <= LONGEST_ANSWER and len(each.prompt) <= room]
+    return random.Random(0).sample(short, min(most, len(short)))
 
 
 class _Stages:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,15 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from mft.checks import check_one_of, check_rule, check_text, nearest_path
+from mft.cli.held_out import Prompt, config_of_data, held_out_prompts
 from mft.config import DTYPES, ModelConfig
+from mft.data.formats import Chat, read_messages
+from mft.data.record_files import read_files, read_lines, type_of
+from mft.data.tokenization import apply_template
 from mft.escaping import escaped
-from mft.evaluation.continuation import generating
+from mft.evaluation.continuation import before_end, continue_all, end_tokens, generating
 from mft.evaluation.evaluated_base import base_words, learned_base
+from mft.evaluation.verifiers import same_text
 from mft.masks.bank import load_mask_bank
 from mft.masks.export_format import CONFIG_FILE, check_run_has_masks, read_config
 from mft.masks.location import local_directory, masks_directory
@@ -25,6 +30,7 @@ from mft.tracking.console import say
 from mft.training.inputs import read_model
 from mft.training.run_directory import MODEL
 
+Message = dict[str, Any]
 BASE, MASKED = "base", "masked"
 ONLY = (BASE, MASKED)
 
@@ -41,13 +47,19 @@ class Sampling:
 class Voices:
     """One model that can answer under several names: as the base, or with the masks.
 
-    Args: named: {name: a function whose context puts the model into that state}. An ordinary model has one name.
+    Args:
+        named: {name: a function whose context puts the model into that state}. An ordinary model has one name.
+        system: the system prompt of the run, if its chats share one.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, named: Mapping[str, Callable[[], AbstractContextManager[Any]]]
+        self,
+        model: Any,
+        tokenizer: Any,
+        named: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+        system: str | None = None,
     ) -> None:
-        self.model, self.tokenizer, self._named = model, tokenizer, named
+        self.model, self.tokenizer, self._named, self._system = model, tokenizer, named, system
         self.names = tuple(named)
 
     @property
@@ -58,54 +70,115 @@ class Voices:
         """Return the tokens of a text to continue."""
         return self.tokenizer(text)["input_ids"]
 
-    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens of messages, up to the start of the assistant's answer."""
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    def begin_chat(self, system: str | None) -> list[Message]:
+        """Return the first messages of a chat, and print them: the system prompt, by default the run's; "" for none."""
+        text = self._system if system is None else system
+        if not text:
+            return []
+        say(f"system prompt{' of the run' if system is None else ''}: {text}", style="dim")
+        return [{"role": "system", "content": text}]
+
+    def chat_prompt(self, messages: list[Message], place: str = "the chat") -> list[int]:
+        """Return the tokens of messages, up to the start of the assistant's answer.
+
+        Raises: ValueError that starts with place if the chat template does not render them.
+        """
+        return apply_template(self.tokenizer, Chat(messages), messages, place, add_generation_prompt=True)["input_ids"]
 
     def answer(self, name: str, prompt: list[int], sampling: Sampling, *, shown: bool = False) -> str:
         """Return the text that follows a prompt's tokens. shown: print it as it comes.
 
         Raises: ValueError if the prompt is empty, or leaves no room among the model's positions.
         """
-        check_rule(bool(prompt), "the prompt", "hold at least one token", "none")
-        most = sampling.max_tokens
-        if (positions := longest_row(self.model.config)) is not None:
-            rule = f"leave room for an answer among the model's {positions} positions"
-            check_rule(len(prompt) < positions, "the prompt", rule, f"{len(prompt)} tokens: begin with fewer")
-            most = min(most, positions - len(prompt))
-        settings = GenerationConfig(
-            max_new_tokens=most,
-            do_sample=sampling.temperature > 0,
-            eos_token_id=_ends(self.model, self.tokenizer),
-            pad_token_id=self.tokenizer.pad_token_id,
-            **({"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}),
-        )
+        settings = self._settings([prompt], sampling)
         streamer = _Shown(self.tokenizer, skip_prompt=True, **_AS_TEXT) if shown else None
         ids = torch.tensor([prompt], device=next(self.model.parameters()).device)
         torch.manual_seed(sampling.seed)
         with torch.no_grad(), generating(self.model, settings), self._named[name]():
             made = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)[0, len(prompt) :]
-        if shown and len(made) == most and int(made[-1]) not in settings.eos_token_id:
-            say(f"(cut after {most} tokens)", style="dim")
-        # Decoded with the prompt: with some tokenizers, the first token of a text loses its space.
-        before, whole = (self.tokenizer.decode(tokens, **_AS_TEXT) for tokens in (prompt, [*prompt, *made.tolist()]))
+        if shown and len(made) == settings.max_new_tokens and int(made[-1]) not in settings.eos_token_id:
+            say(f"(cut after {settings.max_new_tokens} tokens)", style="dim")
+        return self.text_after(prompt, made.tolist())
+
+    def answers(self, name: str, prompts: list[list[int]], sampling: Sampling) -> list[str]:
+        """Return the answer to each prompt; one that is cut says so. Prompts are continued together."""
+        settings = self._settings(prompts, sampling)
+        torch.manual_seed(sampling.seed)
+        with self._named[name]():
+            found = continue_all(prompts, self.model, settings)
+        texts = []
+        for prompt, tokens in zip(prompts, found):
+            made = before_end(settings.eos_token_id, tokens)
+            cut = f" (cut after {len(made)} tokens)" if len(made) == settings.max_new_tokens else ""
+            texts.append(self.text_after(prompt, made) + cut)
+        return texts
+
+    def text_after(self, prompt: list[int], tokens: list[int]) -> str:
+        """Return the text of tokens that follow a prompt; with some tokenizers, it would lose its first space alone."""
+        before, whole = (self.tokenizer.decode(ids, **_AS_TEXT) for ids in (prompt, [*prompt, *tokens]))
         return whole[len(before) :]
 
+    def _settings(self, prompts: list[list[int]], sampling: Sampling) -> GenerationConfig:
+        check_rule(all(prompts), "the prompt", "hold at least one token", "none")
+        most, longest = sampling.max_tokens, max(map(len, prompts))
+        if (positions := longest_row(self.model.config)) is not None:
+            rule = f"leave room for an answer among the model's {positions} positions"
+            check_rule(longest < positions, "the prompt", rule, f"{longest} tokens: begin with fewer")
+            most = min(most, positions - longest)
+        ends, pad = end_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id
+        return GenerationConfig(
+            max_new_tokens=most,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=ends,
+            pad_token_id=(ends or [0])[0] if pad is None else pad,
+            **({"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}),
+        )
 
-def run_generate(run: str, prompt: str, sampling: Sampling, *, raw: bool, **options: Any) -> None:
+
+@dataclass(frozen=True)
+class Asked:
+    """What mft generate answers: a prompt, this many of the run's held-out prompts, or those of a file.
+
+    system: see Voices.begin_chat. raw: do not use the chat template.
+    """
+
+    prompt: str | None = None
+    held_out: int | None = None
+    prompts: Path | None = None
+    system: str | None = None
+    raw: bool = False
+
+    def check(self) -> None:
+        options = {"PROMPT": self.prompt, "--held-out": self.held_out, "--prompts": self.prompts}
+        given = [name for name, value in options.items() if value is not None]
+        rule = f"be given one of {', '.join(options)}"
+        check_rule(len(given) == 1, "mft generate", rule, " and ".join(given) or "none")
+        for option, text in (("PROMPT", self.prompt), ("--system", self.system)):
+            check_text(option, text or "")
+        for option, value in (("--system", self.system), ("--raw", self.raw or None)):
+            rule = "be left out with --held-out, whose prompts are whole"
+            check_rule(self.held_out is None or value is None, option, rule, repr(value))
+
+
+def run_generate(run: str, asked: Asked, sampling: Sampling, **options: Any) -> None:
     """Do mft generate. options: as for open_voices."""
-    check_text("PROMPT", prompt)
+    asked.check()
+    config = None if asked.held_out is None else config_of_data(run)
     voices = open_voices(run, **options)
-    templated = voices.has_template and not raw
-    ids = voices.chat_prompt([_user(prompt)]) if templated else voices.prompt(prompt)
-    if templated:
-        say("the prompt is a user's message, by the chat template; --raw continues it as text", style="dim")
+    if config is not None and asked.held_out is not None:
+        ends = end_tokens(voices.model, voices.tokenizer)
+        _answer_all(voices, held_out_prompts(config, voices.tokenizer, ends, asked.held_out, sampling.seed), sampling)
+        return
+    if asked.prompts is not None:
+        _answer_all(voices, _read_prompts(voices, asked.prompts, asked), sampling)
+        return
+    (ids,) = _user_prompts(voices, [str(asked.prompt)], asked)
     for name in voices.names:
         _say_name(name, voices)
         voices.answer(name, ids, sampling, shown=True)
 
 
-def run_chat(run: str, sampling: Sampling, **options: Any) -> None:
+def run_chat(run: str, sampling: Sampling, *, system: str | None = None, **options: Any) -> None:
     """Do mft chat: each line of standard input is a message, until its end. options: as for open_voices."""
     voices = open_voices(run, **options)
     if not voices.has_template:
@@ -116,7 +189,8 @@ def run_chat(run: str, sampling: Sampling, **options: Any) -> None:
     is_asked = sys.stdin.isatty()
     if is_asked:
         say("a line is a message, Ctrl-D ends", style="dim")
-    talks: dict[str, list[dict[str, str]]] = {name: [] for name in voices.names}  # each with its own answers
+    begin = voices.begin_chat(system)
+    talks = {name: [*begin] for name in voices.names}  # each with its own answers
     while (line := _line("you: " if is_asked else "")) is not None:
         for name, talk in talks.items() if line.strip() else ():
             _say_name(name, voices)
@@ -162,6 +236,7 @@ class _Shown(TextStreamer):
         super().on_finalized_text(escaped(text), stream_end)
 
 
+_BEYOND = 16  # tokens by which an answer may exceed the longest wanted one
 _AS_TEXT = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
@@ -181,7 +256,52 @@ def _voices_of_masks(
     if export.base_quantization is not None:
         say(base_words(None, False, export))
     tasks = {BASE: None, MASKED: MASKED}
-    return Voices(model, tokenizer, {name: partial(bank.use, tasks[name]) for name in names})
+    return Voices(model, tokenizer, {name: partial(bank.use, tasks[name]) for name in names}, export.system_prompt)
+
+
+def _user_prompts(voices: Voices, texts: list[str], asked: Asked) -> list[list[int]]:
+    """Return the tokens of texts: each a user's message by the chat template if there is one, else to be continued."""
+    if not voices.has_template or asked.raw:
+        rule = "be left out if the prompt is no message, by --raw or for lack of a chat template"
+        check_rule(asked.system is None, "--system", rule, repr(asked.system))
+        return [voices.prompt(text) for text in texts]
+    say("the prompt is a user's message, by the chat template; --raw continues it as text", style="dim")
+    begin = voices.begin_chat(asked.system)
+    return [voices.chat_prompt([*begin, _user(text)]) for text in texts]
+
+
+def _read_prompts(voices: Voices, path: Path, asked: Asked) -> list[Prompt]:
+    """Read a file: a prompt per line, or .jsonl with whole chats, whose last answer is what is wanted."""
+    if type_of(path) != ".jsonl":
+        lines = [line for _, line, _ in read_lines(path)]
+        texts = [text for line in lines if (text := line.strip())]
+        check_rule(bool(texts), f"--prompts {path}", "hold a prompt per line", "none")
+        return [Prompt(*pair) for pair in zip(texts, _user_prompts(voices, texts, asked))]
+    records, found = read_files([path]), []
+    for i, row in enumerate(records.rows):
+        messages = read_messages(row.get("messages"), "messages", records.place(i))
+        wanted = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
+        check_rule(bool(messages), f"{records.place(i)}: messages", "hold a turn before the answer", "none")
+        found.append(Prompt(messages[-1]["content"], voices.chat_prompt(messages, records.place(i)), wanted))
+    return found
+
+
+def _answer_all(voices: Voices, prompts: list[Prompt], sampling: Sampling) -> None:
+    """Print each prompt with its answers and the wanted one. Answers far longer than all wanted ones are cut."""
+    wanted = [each.wanted for each in prompts if each.wanted is not None]
+    if len(wanted) == len(prompts):
+        longest = max(len(voices.tokenizer(text)["input_ids"]) for text in wanted)
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, longest + _BEYOND))
+    answers = {name: voices.answers(name, [each.ids for each in prompts], sampling) for name in voices.names}
+    for number, each in enumerate(prompts):
+        say(f"\n{number + 1} of {len(prompts)}: {each.text}", style="bold")
+        if each.wanted is not None:
+            say(f"wanted: {each.wanted.strip()}", style="green")
+        for name, texts in answers.items():
+            say(f"{name}: {texts[number].strip()}")
+    if len(wanted) == len(prompts):
+        right = {name: sum(map(same_text, texts, wanted)) for name, texts in answers.items()}
+        say(f"\nas wanted: {', '.join(f'{name} {count} of {len(wanted)}' for name, count in right.items())}")
 
 
 def _nothing_there(run: str, place: Path) -> Exception:
@@ -190,13 +310,6 @@ def _nothing_there(run: str, place: Path) -> Exception:
     if not place.is_dir():
         return FileNotFoundError(f"RUN must be {kinds}, got {run}: no such directory{nearest_path(place)}")
     return ValueError(f"RUN must be {kinds}, got {run}, which is none of these")
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: those that the model and its tokenizer name."""
-    said = getattr(model.generation_config, "eos_token_id", None)
-    found = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
-    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def _line(question: str) -> str | None:
@@ -208,7 +321,7 @@ def _line(question: str) -> str | None:
     return line
 
 
-def _user(text: str) -> dict[str, str]:
+def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 

@@ -92,7 +92,7 @@ def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool)
     Raises: ValueError that starts with place.
     """
     if form == "messages":
-        return _chat(row, _checked(row.get("messages"), "messages", place), place)
+        return _chat(row, read_messages(row.get("messages"), "messages", place), place)
     if form == "conversations":
         return _chat(row, _conversation(row.get("conversations"), place), place)
     if form == "instruction":
@@ -113,8 +113,8 @@ def read_pair(row: dict[str, Any], place: str) -> tuple[Chat | Completion, Chat 
     both = [row.get("chosen"), row.get("rejected")]
     if all(isinstance(value, list) for value in both):
         given = row.get("prompt")
-        common = _checked(given, "prompt", place) if isinstance(given, list) else []
-        chats = [[*common, *_checked(value, name, place)] for name, value in zip(("chosen", "rejected"), both)]
+        common = read_messages(given, "prompt", place) if isinstance(given, list) else []
+        chats = [[*common, *read_messages(value, name, place)] for name, value in zip(("chosen", "rejected"), both)]
         first = len(common) if common else _shared(*chats)
         chosen, rejected = (_chat(row, messages, place, first=first) for messages in chats)
         return chosen, rejected
@@ -161,7 +161,7 @@ def _prompted(row: dict[str, Any], place: str) -> Chat | Completion:
     both = [row.get(column) for column in ("prompt", "completion")]
     lists = [isinstance(value, list) for value in both]
     if all(lists):
-        prompt, completion = _checked(both[0], "prompt", place), _checked(both[1], "completion", place)
+        prompt, completion = read_messages(both[0], "prompt", place), read_messages(both[1], "completion", place)
         return _chat(row, [*prompt, *completion], place, first=len(prompt))
     if any(lists):
         raise ValueError(
@@ -245,7 +245,7 @@ def _as_json(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _checked(messages: Any, column: str, place: str) -> list[dict[str, Any]]:
+def read_messages(messages: Any, column: str, place: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
         raise ValueError(f"{place}: {column} must be a list of {{role, content}}, got {shown(messages)}")
     return [_message(message, f"{place}: {column}[{turn}]") for turn, message in enumerate(messages)]

@@ -142,14 +142,14 @@ def _chat(chat: Chat, place: str, tokenizer: Any, assistant_only: bool) -> Encod
         return _whole([])
     _check_calls(chat, template, place)
     if not assistant_only and not chat.first:
-        return _whole(_templated(tokenizer, chat, chat.messages, place)["input_ids"])
+        return _whole(apply_template(tokenizer, chat, chat.messages, place)["input_ids"])
     if re.search(r"\{%-?\s*generation\b", template) is None:
         return _by_prefixes(tokenizer, chat, place)
-    output = _templated(tokenizer, chat, chat.messages, place, return_assistant_tokens_mask=True)
+    output = apply_template(tokenizer, chat, chat.messages, place, return_assistant_tokens_mask=True)
     ids, scored = output["input_ids"], numpy.array(output["assistant_masks"], dtype=bool)
     prompt = chat.messages[: chat.first]
     if any(message["role"] == "assistant" for message in prompt):
-        before = _templated(tokenizer, chat, prompt, place)["input_ids"]
+        before = apply_template(tokenizer, chat, prompt, place)["input_ids"]
         if ids[: len(before)] != before:
             raise _not_a_continuation(chat, chat.first, place)
         scored[: len(before)] = False
@@ -159,14 +159,14 @@ def _chat(chat: Chat, place: str, tokenizer: Any, assistant_only: bool) -> Encod
 def _by_prefixes(tokenizer: Any, chat: Chat, place: str) -> Encoded:
     """Score each assistant turn: what the template adds after the generation prompt, up to the end-of-turn token."""
     messages = chat.messages
-    ids = _templated(tokenizer, chat, messages, place)["input_ids"]
+    ids = apply_template(tokenizer, chat, messages, place)["input_ids"]
     labels = numpy.full(len(ids), IGNORED, dtype=numpy.int32)
     for turn in range(chat.first, len(messages)):
         if messages[turn]["role"] != "assistant":
             continue
-        before, after = [], _templated(tokenizer, chat, messages[: turn + 1], place)["input_ids"]
+        before, after = [], apply_template(tokenizer, chat, messages[: turn + 1], place)["input_ids"]
         if turn:
-            before = _templated(tokenizer, chat, messages[:turn], place, add_generation_prompt=True)["input_ids"]
+            before = apply_template(tokenizer, chat, messages[:turn], place, add_generation_prompt=True)["input_ids"]
         if not turn or after[: len(before)] != before or ids[: len(after)] != after:
             raise _not_a_continuation(chat, turn, place)
         end = len(after)
@@ -199,10 +199,14 @@ def _not_a_continuation(chat: Chat, turn: int, place: str) -> ValueError:
     )
 
 
-def _templated(
+def apply_template(
     tokenizer: Any, chat: Chat, messages: list[dict[str, Any]], place: str, **asked: bool
 ) -> dict[str, list[int]]:
-    """Apply the chat template to the chat's messages, or to the first ones."""
+    """Apply the chat template to the chat's messages, or to the first ones.
+
+    Raises: ValueError that starts with place if there is no template, or it does not render them.
+    """
+    _template(tokenizer, place, chat.tools)
     try:
         return tokenizer.apply_chat_template(messages, tools=chat.tools, return_dict=True, **asked)
     except _TEMPLATE_ERRORS as error:

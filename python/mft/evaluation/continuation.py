@@ -1,7 +1,8 @@
 """Continue prompts with a model's own generate, in eval mode and only with the given settings."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers import GenerationConfig
 from mft.models.head_input import read_in_one_piece
 from mft.models.key_value_cache import read_on, reads_on
 from mft.models.longrope import switch_length
+
+_TOKENS_TOGETHER = 4096
 
 
 def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
@@ -39,6 +42,26 @@ def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list
     return model.generate(ids[rows], attention_mask=seen[rows], **read)[:, longest:].tolist()
 
 
+def continue_all(
+    prompts: Sequence[list[int]], model: Any, settings: GenerationConfig, batch_size: int | None = None
+) -> list[list[int]]:
+    """Return the tokens that follow each prompt under these settings, which name a pad_token_id; see continue_prompts.
+
+    Args:
+        batch_size: Number of prompts that are continued together. It changes greedy tokens only by rounding. By default
+            16, or fewer of long prompts, whose keys and values fill the memory: at most 4096 tokens.
+    """
+    batch_size = batch_size or min(16, max(1, _TOKENS_TOGETHER // max(map(len, prompts), default=1)))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
+    found: list[list[int]] = [[] for _ in prompts]
+    with torch.no_grad(), generating(model, settings):
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            for i, tokens in zip(picked, continue_prompts([prompts[i] for i in picked], model, settings.pad_token_id)):
+                found[i] = tokens
+    return found
+
+
 @contextlib.contextmanager
 def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Enter eval mode with only these generation settings; generate would add the model's own, such as penalties."""
@@ -54,7 +77,18 @@ def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
         model.train(was_training)
 
 
-def text_before(eos: int, tokens: Sequence[int], tokenizer: Any) -> str:
-    """Return the text before eos, without white space at its ends."""
-    end = tokens.index(eos) if eos in tokens else len(tokens)
-    return tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False).strip()
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: those that the model and its tokenizer name."""
+    said = getattr(model.generation_config, "eos_token_id", None)
+    found = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def before_end(ends: Collection[int], tokens: Sequence[int]) -> list[int]:
+    """Return the tokens before the first of ends."""
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
+
+
+def text_before(ends: Collection[int], tokens: Sequence[int], tokenizer: Any) -> str:
+    """Return the text before the first of ends, without white space at its own ends."""
+    return tokenizer.decode(before_end(ends, tokens), clean_up_tokenization_spaces=False).strip()

@@ -1,6 +1,7 @@
 """Exact match: continue each row's prompt greedily and compare the text with the row's completion."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mft.checks import check_one_of
-from mft.data.batches import take_rows
-from mft.evaluation.continuation import continue_prompts, generating, text_before
-from mft.evaluation.questions import split_row
+from mft.evaluation.continuation import continue_all, text_before
+from mft.evaluation.evaluate import Evaluation
+from mft.evaluation.questions import Exchange, split_rows
 from mft.evaluation.verifiers import VERIFIERS
 
 
@@ -40,19 +41,37 @@ def exact_matches(
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to answer, got 0")
     eos = tokenizer.eos_token_id
-    batch = take_rows(dataset, list(range(len(dataset))))
-    most = max_new_tokens if verifier == "exact" else None
-    rows = [split_row(*row, eos, most) for row in zip(batch.rows, batch.input_ids, batch.labels)]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # similar lengths together: less padding
-    answers: Counter[int] = Counter()
-    greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos)
-    with torch.no_grad(), generating(model, greedy):
-        for start in range(0, len(order), batch_size):
-            picked = order[start : start + batch_size]
-            found = continue_prompts([rows[i][0] for i in picked], model, eos)
-            for i, tokens in zip(picked, found):
-                texts = (text_before(eos, each, tokenizer) for each in (tokens, rows[i][1]))
-                answers[batch.documents[i]] += VERIFIERS[verifier](*texts)
-    questions = Counter(batch.documents)
-    numbers = sorted(questions)
-    return torch.tensor([answers[n] for n in numbers]), torch.tensor([questions[n] for n in numbers])
+    asked = split_rows(dataset, eos, max_new_tokens if verifier == "exact" else None)
+    matches = match_answers(
+        model, tokenizer, asked, [eos], batch_size=batch_size, max_new_tokens=max_new_tokens, verifier=verifier
+    )
+    return matches.correct, matches.tokens
+
+
+def match_answers(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[Exchange],
+    ends: Sequence[int],
+    *,
+    batch_size: int | None = None,
+    max_new_tokens: int = 32,
+    verifier: str = "exact",
+) -> Evaluation:
+    """Answer the prompts greedily, and count the correct answers: an evaluation whose unit is an answer, without loss.
+
+    Args:
+        ends: The tokens that end an answer.
+        batch_size: as for continue_all.
+        max_new_tokens, verifier: as for exact_matches.
+    """
+    greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+    found = continue_all([each.prompt for each in asked], model, greedy, batch_size)
+    correct: Counter[int] = Counter()
+    for each, tokens in zip(asked, found):
+        texts = (text_before(ends, part, tokenizer) for part in (tokens, each.completion))
+        correct[each.document] += VERIFIERS[verifier](*texts)
+    count = Counter(each.document for each in asked)
+    documents = torch.tensor(sorted(count))
+    answers, right = (torch.tensor([counter[n] for n in documents.tolist()]) for counter in (count, correct))
+    return Evaluation(documents, answers, torch.full(answers.shape, torch.nan), right)

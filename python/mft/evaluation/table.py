@@ -53,6 +53,23 @@ def evaluation_tables(split: str, results: dict[str, Evaluation]) -> list[Table]
     return tables
 
 
+def answer_table(split: str, results: dict[str, Evaluation], found: int) -> Table:
+    """Return a table of match_answers, each compared with the first. found: answers among which these were chosen."""
+    first = next(iter(results.values()))
+    count = int(first.tokens.sum())
+    title = (
+        f"{split}: {count} of {found} answers, generated greedily; right if the text is the data's own, but for white "
+        "space at its ends. The difference is paired, ± one standard error over documents."
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("model", "right", "exact match", "difference"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, result in results.items():
+        pair = "" if result is first else _pair(*paired_difference(result, first, "accuracy"), 100, 2)
+        table.add_row(name, f"{int(result.correct.sum())} of {count}", f"{100 * result.accuracy:.2f} %", pair)
+    return table
+
+
 def source_losses(results: dict[str, Evaluation]) -> dict[str, dict[str, dict[str, float]]]:
     """Return for each source of a mix, by name: the loss, and the difference from the first result and its error."""
     found: dict[str, dict[str, dict[str, float]]] = {}

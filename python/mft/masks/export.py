@@ -68,6 +68,7 @@ def save_masks(
     base_model_name_or_path: str | None = None,
     coding: str = "rice",
     masks: dict[str, Tensor] | None = None,
+    system_prompt: str | None = None,
 ) -> Path:
     """Write a masked model's masks and its modules_to_save. Either the whole export appears in directory, or nothing.
 
@@ -80,6 +81,7 @@ def save_masks(
             smaller if small weights are dropped first, but only a reader that has the base's weights can use it.
             "packed" is 1 bit per weight and can also be read by versions that know only format 2.
         masks: the packed masks by layer, for a model that does not hold its scores itself.
+        system_prompt: stored for the reader: the one with which all chats began on which the masks were learned.
     Returns: the directory.
     Raises: ValueError for a wrong argument, or for by_weight if the masked layers are quantised.
     """
@@ -87,7 +89,7 @@ def save_masks(
     model = unwrapped(model)
     check_unwrapped(model)
     with as_masked(model):
-        return _save_masks(model, Path(directory), base_model_name_or_path, coding, masks)
+        return _save_masks(model, Path(directory), base_model_name_or_path, coding, masks, system_prompt)
 
 
 @torch.no_grad()
@@ -285,6 +287,7 @@ def _save_masks(
     base_model_name_or_path: str | None,
     coding: str,
     packed: dict[str, Tensor] | None,
+    system_prompt: str | None,
 ) -> Path:
     masked = masked_modules(model)
     if not masked:
@@ -295,7 +298,7 @@ def _save_masks(
     if packed is None:
         packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
     saved = saved_tensors(model)
-    export = _describe(model, masked, packed, saved, base_model_name_or_path)
+    export = _describe(model, masked, packed, saved, base_model_name_or_path, system_prompt)
     return _write(target, dataclasses.replace(export, coding=coding), packed, saved, partial(_exact_weight, model))
 
 
@@ -318,6 +321,7 @@ def _describe(
     packed: dict[str, Tensor],
     saved: dict[str, Tensor],
     base: str | None,
+    system_prompt: str | None,
 ) -> MaskExport:
     modes = sorted({module.mode for module in masked.values()})
     if len(modes) > 1:
@@ -341,6 +345,7 @@ def _describe(
         base_quantization=next((weight.kind for weight in quantized.values()), None),
         quantize_masked=not quantized.keys().isdisjoint(masked),
         modules_to_save=list(saved_modules(model)) or None,
+        system_prompt=system_prompt,
     )
     return dataclasses.replace(export, content_hash=content_hash(export, packed, saved))
 

@@ -53,6 +53,7 @@ _MASKED_RULE = "true or false, and false if base_quantization is null"
 UNVERIFIED = "no content_hash, as in format_version 1: swapped masks cannot be detected; save_masks writes one"
 Weights = Callable[[str], Tensor]  # a masked layer's name -> its base weight, (N, K), or (E, N, K) for experts
 _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
+_IF_ANY = ("modules_to_save", "system_prompt")  # absent if None, as in files of earlier versions
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class MaskExport:
     quantize_masked: whether the masked layers were quantised too.
     content_hash: see content_hash(). Version 1 may lack this field and the two above; then it is None.
     modules_to_save: modules whose tensors are saved too; the key is absent if there are none.
+    system_prompt: the one that all chats of the training data share; the key is absent if there is none.
     coding: one of CODINGS, how the masks are stored; not part of the content.
     """
 
@@ -91,6 +93,7 @@ class MaskExport:
     quantize_masked: bool = False
     content_hash: str | None = None
     modules_to_save: list[str] | None = None
+    system_prompt: str | None = None
     coding: str = CODINGS[0]
 
     def to_json(self) -> str:
@@ -294,7 +297,7 @@ def read_config(path: Path) -> MaskExport:
     known = [field.name for field in fields]
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
     if version > _UNHASHED_VERSION:
-        optional = ["modules_to_save"]
+        optional = [*_IF_ANY]
     if CODINGS[0] in of_version(version):
         known.remove("coding")
     check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
@@ -318,10 +321,10 @@ def _is_of_peft(values: dict) -> bool:
 
 
 def _said(export: MaskExport) -> dict[str, Any]:
-    """Return the fields of the content. modules_to_save is left out if there are none, as in files with masks alone."""
+    """Return the fields of the content."""
     fields = dataclasses.asdict(export)
     del fields["coding"]
-    return {k: v for k, v in fields.items() if k != "modules_to_save" or v is not None}
+    return {k: v for k, v in fields.items() if k not in _IF_ANY or v is not None}
 
 
 def _check_fields(path: Path, export: MaskExport, version: int) -> None:
@@ -340,6 +343,9 @@ def _check_fields(path: Path, export: MaskExport, version: int) -> None:
     expect(path, "layers_to_transform", layers, layers is None or is_list_of(layers, int), "a list of ints or null")
     saved = export.modules_to_save
     expect(path, "modules_to_save", saved, saved is None or is_list_of(saved, str), "a list of strings or null")
+    system = export.system_prompt
+    readable = system is None or (isinstance(system, str) and system == system.encode(errors="ignore").decode())
+    expect(path, "system_prompt", system, readable, "Unicode text or null")
     coded = of_version(version)
     expect(path, "coding", export.coding, export.coding in coded, " or ".join(coded))
     kind, masked = export.base_quantization, export.quantize_masked

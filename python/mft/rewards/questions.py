@@ -1,15 +1,13 @@
 """Turn rows into questions, and compute the rewards of sampled answers."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mft.data.batches import take_rows
 from mft.evaluation.continuation import text_before
-from mft.evaluation.questions import split_row
+from mft.evaluation.questions import split_rows
 from mft.evaluation.verifiers import VERIFIERS
 from mft.rewards.config import RewardsConfig
 
@@ -29,15 +27,10 @@ def questions_of(dataset, tokenizer: Any, config: RewardsConfig) -> list[Questio
         an answer.
     """
     eos, longest = tokenizer.eos_token_id, config.max_completion_tokens if config.verifier == "exact" else None
-    columns = getattr(dataset, "column_names", ())
-    found = []
-    if len(dataset):
-        batch = take_rows(dataset, list(range(len(dataset))))
-        starts = dataset.with_format(None)["starts"] if "starts" in columns else itertools.repeat([0])
-        for row, ids, labels, places in zip(batch.rows, batch.input_ids, batch.labels, starts):
-            for first, last in itertools.pairwise([*places, len(ids)]):
-                prompt, completion = split_row(row, ids[first:last], labels[first:last], eos, longest)
-                found.append(Question(prompt, text_before(eos, completion, tokenizer)))
+    found = [
+        Question(each.prompt, text_before([eos], each.completion, tokenizer))
+        for each in split_rows(dataset, eos, longest)
+    ]
     if len(found) < config.questions:
         raise ValueError(
             f"dataset must hold at least as many questions as a step asks, questions = {config.questions}, got "
@@ -62,7 +55,7 @@ def rewards_of(
     """Return 1.0 for each correct answer (tokens), 0.0 for the others."""
     verify, eos = VERIFIERS[config.verifier], tokenizer.eos_token_id
     pairs = zip(answers, asked, strict=True)
-    return [float(verify(text_before(eos, list(tokens), tokenizer), question.answer)) for tokens, question in pairs]
+    return [float(verify(text_before([eos], tokens, tokenizer), question.answer)) for tokens, question in pairs]
 
 
 def share_that_differs(rewards: Sequence[float], num_generations: int) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mft.config import ModelConfig, RunConfig
-from mft.data.sources import open_source
+from mft.data.sources import Source, open_source
 from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluated_base import learned_base
 from mft.models.pretrained import load_model, load_tokenizer
@@ -26,17 +26,17 @@ def read_base(masks: Path, name: str | None, dtype: str | None) -> tuple[Any, An
     return load_model(config)
 
 
-def read_data(config: RunConfig) -> Splits:
-    """Read the rows of config.data without the model.
+def read_data(config: RunConfig, source: Source | None = None) -> Splits:
+    """Read the rows of config.data, or of ``source`` if it is open already, without the model.
 
     Checks that need no tokenizer come first, because the tokenizer may have to be downloaded.
     """
-    return read_rows(config)[0]
+    return read_rows(config, source)[0]
 
 
-def read_rows(config: RunConfig) -> tuple[Splits, Any]:
+def read_rows(config: RunConfig, source: Source | None = None) -> tuple[Splits, Any]:
     """Do the same as read_data, and return the tokenizer that made the rows too."""
-    source = open_source(config.data)
+    source = source or open_source(config.data)
     tokenizer = load_tokenizer(config.model, sequence_length=config.data.sequence_length)
     splits = load_splits(config.data, tokenizer, source, pairs=config.objective.of_pairs)
     for note in splits.notes:

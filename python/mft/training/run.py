@@ -21,8 +21,10 @@ from torch import nn
 
 from mft.config import CONFIG, DATA_INITS, WAYS, RunConfig, TrainConfig
 from mft.config_file import config_values, save_config
+from mft.data.sources import Source, open_source
 from mft.data.splits import Splits
 from mft.data.streams import count_rows
+from mft.data.system_prompt import shared_system
 from mft.engines.distributed import Processes, joined
 from mft.engines.sharded.score_rows import ScoreRows, score_rows
 from mft.engines.start import OWN_FORWARD, SHARDED
@@ -143,7 +145,9 @@ def _train(run: "_Run") -> Path:
     plan = _plan(run)
     say(plan.reason)
     plan.write_into(config)
-    splits = _read_splits(config)
+    source = open_source(config.data)
+    splits = _read_splits(config, source)
+    system = shared_system(source)
     model = _base_model(run, plan)
     objective = make_objective(config)
     with run.opened() as recorder:
@@ -161,13 +165,13 @@ def _train(run: "_Run") -> Path:
             flipped = 100 * (flip_share(model, initial) if rows is None else share)
             console.print(f"{flipped:.2f} % of the mask's bits flipped since initialisation", highlight=False)
             with run.finishing(recorder, before, after, ended, MASKS) as result:
-                named = {"base_model_name_or_path": config.model.name, "coding": config.coding}
-                save_masks(model, result, masks=masks, **named)
+                named = {"base_model_name_or_path": config.model.name, "system_prompt": system}
+                save_masks(model, result, masks=masks, coding=config.coding, **named)
     return run.directory / MASKS
 
 
-def _read_splits(config: RunConfig) -> Splits:
-    splits = read_data(config)
+def _read_splits(config: RunConfig, source: Source | None = None) -> Splits:
+    splits = read_data(config, source)
     if config.train.evaluates:
         splits.rows_of(VALIDATION)
     return splits

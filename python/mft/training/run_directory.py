@@ -95,6 +95,8 @@ def next_steps(directory: Path) -> list[str]:
     """
     run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
     masks_alone = not read_config(directory / MASKS / CONFIG_FILE).modules_to_save
-    answers = [f'mft generate {run} "Hello"'] if masks_alone else []
-    tested = [f"mft evaluate --masks {run} --split test"] if load_config(directory / CONFIG).data.test_share else []
+    data = load_config(directory / CONFIG).data
+    asked = "--held-out 3" if data.validation_share else '"Hello"'
+    answers = [f"mft generate {run} {asked}"] if masks_alone else []
+    tested = [f"mft evaluate --masks {run} --split test"] if data.test_share else []
     return [*answers, f"mft inspect {run}", *tested, f"mft merge {run} {merged}"]
