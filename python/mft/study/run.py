@@ -253,7 +253,10 @@ class _Run:
         result = job.trained if lost else path
         claim = f"test-{path.stem}" if on_test else path.stem
         if not self.claims.take(claim, result.is_file):
-            self._is_behind |= result.is_file()
+            if result.is_file():
+                self._is_behind = True
+                if not lost and not on_test:
+                    self.store.check_outcome(unit, path)
             return
         _make_base(self.bases, self.store, unit.seed, self.shown)
         trained = job.trained
