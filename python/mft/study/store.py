@@ -100,15 +100,7 @@ def open_store(
         RuntimeError: Another process has the directory open and does not share it.
     """
     path = Path(directory)
-    if joins:
-        check_rule(not overwrite, "--join", "not come with --overwrite, which deletes what others work on", path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir must be a directory, got the file {path}")
-    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    if foreign := [name for name in names if not name.startswith(_NFS) and (target_of(name) or name) not in _OURS]:
-        raise ValueError(
-            f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
-        )
+    check_place(study, path, overwrite=overwrite, joins=joins)
     with hold(path, shared=joins):
         _check_unchanged(path, study, overwrite)
         with open_leases(path, say, joins=joins, pace=pace) as leases:
@@ -126,6 +118,20 @@ def open_store(
             store = Store(study, path)
             store.clear_scratch()
             yield store
+
+
+def check_place(study: StudyConfig, path: Path, *, overwrite: bool, joins: bool) -> None:
+    """Raise ValueError, as open_store does, if a directory holds anything else, or a study that differs."""
+    if joins:
+        check_rule(not overwrite, "--join", "not come with --overwrite, which deletes what others work on", path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir must be a directory, got the file {path}")
+    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    if foreign := [name for name in names if not name.startswith(_NFS) and (target_of(name) or name) not in _OURS]:
+        raise ValueError(
+            f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
+        )
+    _check_unchanged(path, study, overwrite)
 
 
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
