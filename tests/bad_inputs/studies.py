@@ -119,6 +119,15 @@ a result with other values
     write_whole(tmp / "units" / "code" / "MFT" / "0.json", "{}")
     Store(load_study("small"), tmp).outcomes()
     -> ValueError: 0.json | must be the JSON that was written | got KeyError('measured') | delete it to run it again
+a result whose numbers were changed
+    write_whole(tmp / "units" / "code" / "MFT" / "0.json", '{"measured": null, "checksum": "another"}')
+    Store(load_study("small"), tmp).outcomes()
+    -> ValueError: 0.json | must be the JSON that was written | got another unit's, or changed values
+        | delete it to run it again
+a number in place of what test has seen
+    write_whole(tmp / "test" / "openings.json", "3")
+    Store(load_study("small"), tmp).open_test([], {})
+    -> ValueError: openings.json | must be the JSON that was written | got 3 | delete it to run it again
 a lease with rubbish in it
     (tmp / "leases").mkdir()
     (tmp / "leases" / "unit.1").write_bytes(b"rubbish")

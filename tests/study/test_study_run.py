@@ -26,6 +26,7 @@ from mft.study.report.write import write_study_report
 from mft.study.run import run_study
 from mft.study.units.job import Job
 
+SCRATCH = "scratch.vocab_size=300"
 UNTRAINED = FULL + "  random: {kind: random}\n  temperature: {kind: temperature}\n"
 
 
@@ -268,6 +269,28 @@ def test_the_command_writes_its_tables_and_continues(ground, tmp_path):
     anew = CliRunner().invoke(app, [*call, "--set", "stage.batch_size=2", "--overwrite"])
     assert anew.exit_code == 0, anew.output
     assert "[1/" in anew.output
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (["domains.count.source=typo.jsonl"], "no such file or directory"),
+        (["model.name=typo"], "typo"),
+        (["mask.layers_to_transform=2-9"], "layers_to_transform"),
+        ([SCRATCH, "domains.count.source=typo.jsonl"], "no such file or directory"),
+        ([SCRATCH, "scratch.data.subset=typo"], "'typo'"),
+    ],
+    ids=["no data", "no model", "no such layer", "no data for a new model", "no data for its base"],
+)
+def test_a_wrong_study_writes_nothing_and_deletes_nothing(study, wrong, why):
+    with pytest.raises((ValueError, OSError), match=why):
+        study(*wrong)
+    assert not study.directory.exists()
+    study.directory.mkdir()
+    (study.directory / "table.md").write_text("found")
+    with pytest.raises((ValueError, OSError), match=why):
+        study(*wrong, overwrite=True)
+    assert [path.name for path in study.directory.iterdir()] == ["table.md"]
 
 
 def test_a_full_arm_without_rates_is_the_model_as_it_comes(study):

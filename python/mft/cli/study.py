@@ -1,7 +1,8 @@
 """The commands on a study: compare, ablate, plot."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def run_compare(
     joins: bool = False,
     same_processor: bool = False,
     on: str = LOCAL,
+    begin: Callable[[], None] = lambda: None,
 ) -> None:
     """Do mft compare. fine_tunes_of: the directory of another study. For the other arguments, see run_study."""
     check_one_of("--on", on, tuple(ON))
@@ -49,7 +51,9 @@ def run_compare(
         check_rule(
             not joins, "--fine-tunes-of", "not come with --join: begin the study in a single process", fine_tunes_of
         )
-        _take_fine_tunes(fine_tunes_of, study, directory, overwrite)
+        rule = "not come with --overwrite, which would delete what it copies; name a new output_dir"
+        check_rule(not overwrite, "--fine-tunes-of", rule, fine_tunes_of)
+        begin = partial(_take_fine_tunes, fine_tunes_of, study, directory)
     reported: list[Findings] = []
 
     def report(findings: Findings) -> None:
@@ -65,6 +69,7 @@ def run_compare(
         joins=joins,
         same_processor=same_processor,
         on=on,
+        begin=begin,
         report=report,
     )
     for findings in reported:
@@ -89,9 +94,12 @@ def run_ablate(
     parent = Path(study.output_dir)
     study = derive(study, what, values, domains, masks)
     directory = Path(study.output_dir)
-    if not overwrite and copy_fine_tunes(parent, study, directory):
-        say(f"base model and fine-tunes: those of {parent}")
-    run_compare(study, overwrite=overwrite)
+
+    def begin() -> None:
+        if not overwrite and copy_fine_tunes(parent, study, directory):
+            say(f"base model and fine-tunes: those of {parent}")
+
+    run_compare(study, overwrite=overwrite, begin=begin)
     numbers = json.loads((directory / TABLE_JSON).read_text(encoding="utf-8"))
     plot_ablation(numbers, what, directory / ABLATION)
     say(f"written: {directory / ABLATION}")
@@ -139,10 +147,8 @@ def run_plot(
     say(f"written: {output}")
 
 
-def _take_fine_tunes(parent: Path, study: StudyConfig, directory: Path, overwrite: bool) -> None:
+def _take_fine_tunes(parent: Path, study: StudyConfig, directory: Path) -> None:
     """Copy the fine-tunes of another study into directory, unless a study was begun there, which keeps its own."""
-    rule = "not come with --overwrite, which would delete what it copies; name a new output_dir"
-    check_rule(not overwrite, "--fine-tunes-of", rule, parent)
     if (directory / STUDY).is_file():
         say(f"fine-tunes: {directory} has begun and continues with its own; nothing is copied from {parent}")
         return

@@ -38,7 +38,7 @@ from mft.study.progress import Shown, shown_progress
 from mft.study.shared.alike import check_alike, check_processor
 from mft.study.shared.leases import Pace
 from mft.study.shared.on_ray import check_ray, start_on_ray
-from mft.study.store import Store, claim_of_base, open_store
+from mft.study.store import Store, check_place, claim_of_base, open_store
 from mft.study.units.job import Job
 from mft.study.workers import JobFailed, Result, Workers, job_words, start_workers
 from mft.study.workspace import Workspace
@@ -59,6 +59,7 @@ def run_study(
     same_processor: bool = False,
     on: str = LOCAL,
     pace: Pace | None = None,
+    begin: Callable[[], object] = lambda: None,
     report: Callable[[Findings], None] = lambda findings: None,
 ) -> Findings:
     """Run the parts of the study that directory does not hold yet, and return all findings.
@@ -71,6 +72,7 @@ def run_study(
         same_processor: Refuse units that ran on another kind of processor.
         on: Where the workers run, a name in ON.
         pace: The pace of all processes that join; for tests.
+        begin: Called when model and data have been checked, just before anything is written.
         report: Called with the findings while directory is held, by one of the processes.
     Raises:
         RuntimeError: A unit failed, which the message names. What was done before is kept.
@@ -83,21 +85,21 @@ def run_study(
     def say(words: str) -> None:
         console.print(words, style="dim", highlight=False, soft_wrap=True, markup=False)
 
+    check_place(study, directory, overwrite=overwrite, joins=joins)
+    for arm in study.arms.values():
+        arm.check_installed()
+    if study.objective == REWARDS:
+        check_installed()
+    _check_sources(study)
+    bases = Bases(study, directory)
+    workspace = _loaded(study, bases) if study.scratch is None else None
+    begin()
     with open_store(study, directory, overwrite=overwrite, joins=joins, say=say, pace=pace) as store:
-        for arm in study.arms.values():
-            arm.check_installed()
-        if study.objective == REWARDS:
-            check_installed()
-            _check_forms(study)
-        bases = Bases(study, store.directory)
-        if not bases.is_made(study.seeds[0]):
+        if workspace is None:
             with shown_progress(console) as shown:
                 _make_base(bases, store, study.seeds[0], shown)
-        workspace = Workspace(study, bases)
+            workspace = _loaded(study, bases)
         check_alike(workspace, store.directory, store.claims)
-        if study.objective == REWARDS:
-            for domain in study.domains:
-                questions_of(workspace.questions(domain).train, workspace.tokenizer, study.rewards)
         lines = [f"{domain}: {note}" for domain in study.domains for note in workspace.splits(domain).notes]
         for domain in study.questions:
             notes_of_train = [note for note in workspace.questions(domain).notes if not note.startswith(SPLITS[1:])]
@@ -253,7 +255,10 @@ class _Run:
         result = job.trained if lost else path
         claim = f"test-{path.stem}" if on_test else path.stem
         if not self.claims.take(claim, result.is_file):
-            self._is_behind |= result.is_file()
+            if result.is_file():
+                self._is_behind = True
+                if not lost and not on_test:
+                    self.store.check_outcome(unit, path)
             return
         _make_base(self.bases, self.store, unit.seed, self.shown)
         trained = job.trained
@@ -311,11 +316,18 @@ class _Run:
         self.tested[tested.unit] = tested
 
 
-def _check_forms(study: StudyConfig) -> None:
-    """Raise ValueError unless every domain has questions, before a base from scratch takes minutes to train."""
+def _check_sources(study: StudyConfig) -> None:
+    """Raise ValueError unless all data can be read if a base from scratch must first be trained, for minutes.
+
+    For rewards, every domain must also have questions.
+    """
     given = [("domains", domain, data) for domain, data in study.domains.items()]
     given += [("questions", domain, data) for domain, data in study.questions.items()]
-    for section, domain, data in given:
+    rewarded = given if study.objective == REWARDS else []
+    if study.scratch is not None:
+        for data in (study.scratch.data, *study.general.values(), *(data for *_, data in given)):
+            open_source(data)
+    for section, domain, data in rewarded:
         form = form_of(open_source(data).load()["train"]) if data.sources is None else None
         if form in ("text", PREFERENCE):
             what = "plain text" if form == "text" else "preference pairs"
@@ -323,6 +335,19 @@ def _check_forms(study: StudyConfig) -> None:
                 f"{section}.{domain}.source must have questions with answers for objective: rewards, got {what} in "
                 f"{data.source!r}: leave this domain out, as --config rewards does"
             )
+
+
+def _loaded(study: StudyConfig, bases: Bases) -> Workspace:
+    """Return the workspace with all data loaded. Raises: ValueError that says what is wrong with model or data."""
+    workspace = Workspace(study, bases)
+    for name in study.general:
+        workspace.general(name)
+    for domain in study.domains:
+        workspace.splits(domain)
+        questions = workspace.questions(domain).train
+        if study.objective == REWARDS:
+            questions_of(questions, workspace.tokenizer, study.rewards)
+    return workspace
 
 
 def _units_words(study: StudyConfig) -> str:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from mft.checks import check_rule
 from mft.data.reserve import RESERVE
 from mft.files.atomic import remove, sweep, target_of, write_whole
-from mft.files.json_file import parse_value
+from mft.files.json_file import is_list_of, parse_value, short
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.study.arms.full import Full
 from mft.study.arms.means import Average
@@ -67,6 +67,7 @@ _OURS = {
 BYTES = "bytes.png"
 _NFS = ".nfs"  # begins the name of a file that was deleted on NFS while a process had it open
 _OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # written by mft plot
+_CHECKSUM = "checksum"  # key of a result's file: of its other values and of the file's name
 _OPENINGS, _REPORTED = "openings.json", "reported.json"
 _FREE = ("output_dir", "workers")  # keys that do not change any result
 _OF_OTHERS = ("start", "of", "teacher")  # an arm's keys that name other arms: hashed by the runs that they stand for
@@ -99,15 +100,7 @@ def open_store(
         RuntimeError: Another process has the directory open and does not share it.
     """
     path = Path(directory)
-    if joins:
-        check_rule(not overwrite, "--join", "not come with --overwrite, which deletes what others work on", path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir must be a directory, got the file {path}")
-    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    if foreign := [name for name in names if not name.startswith(_NFS) and (target_of(name) or name) not in _OURS]:
-        raise ValueError(
-            f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
-        )
+    check_place(study, path, overwrite=overwrite, joins=joins)
     with hold(path, shared=joins):
         _check_unchanged(path, study, overwrite)
         with open_leases(path, say, joins=joins, pace=pace) as leases:
@@ -125,6 +118,20 @@ def open_store(
             store = Store(study, path)
             store.clear_scratch()
             yield store
+
+
+def check_place(study: StudyConfig, path: Path, *, overwrite: bool, joins: bool) -> None:
+    """Raise ValueError, as open_store does, if a directory holds anything else, or a study that differs."""
+    if joins:
+        check_rule(not overwrite, "--join", "not come with --overwrite, which deletes what others work on", path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir must be a directory, got the file {path}")
+    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    if foreign := [name for name in names if not name.startswith(_NFS) and (target_of(name) or name) not in _OURS]:
+        raise ValueError(
+            f"output_dir must be new, empty or a study's, got {path} with {', '.join(foreign[:3])}: name another one"
+        )
+    _check_unchanged(path, study, overwrite)
 
 
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
@@ -246,8 +253,12 @@ class Store:
 
     def tell_outcome(self, outcome: Outcome, path: Path, own: Path | None = None, trained: Path | None = None) -> None:
         """Write an outcome to its path. own: where its weights are now, if they must still be moved to trained."""
-        self.claims.tell(path, json.dumps(outcome_values(outcome), allow_nan=False), own, trained)
+        self.claims.tell(path, _sealed(path, outcome_values(outcome)), own, trained)
         self._outcomes.pop(path, None)
+
+    def check_outcome(self, unit: Unit, path: Path) -> None:
+        """Raise ValueError if the file at a unit's path holds another unit's outcome."""
+        _check_unit(unit, _read_as(outcome_from, path).unit, path)
 
     def trained(self, unit: Unit, chosen: Chosen) -> Path:
         """Return where the trained weights of a unit lie, or will lie."""
@@ -283,21 +294,25 @@ class Store:
 
     def tested(self, unit: Unit, chosen: Chosen) -> Tested | None:
         path = self.test_path(unit, chosen)
-        return _read_as(tested_from, path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        tested = _read_as(tested_from, path)
+        _check_unit(unit, tested.unit, path)
+        return tested
 
     def save_tested(self, tested: Tested, chosen: Chosen) -> None:
         self.tell_tested(tested, self.test_path(tested.unit, chosen))
 
     def tell_tested(self, tested: Tested, path: Path) -> None:
         """Write what test found to its path."""
-        self.claims.tell(path, json.dumps(tested_values(tested), allow_nan=False))
+        self.claims.tell(path, _sealed(path, tested_values(tested)))
 
     def open_test(self, units: list[Unit], chosen: Chosen) -> int:
         """Record that test will see these units' models. Returns: how many different sets of models it has seen."""
         keys, path = self._keys(units, chosen), self.directory / TEST / _OPENINGS
 
         def openings() -> list[list[str]]:
-            return _read(path) if path.is_file() else []
+            return _read_list(path, list) if path.is_file() else []
 
         self.claims.once("test", lambda: keys in openings(), lambda: write_whole(path, json.dumps([*openings(), keys])))
         return len(openings())
@@ -317,7 +332,7 @@ class Store:
             write_whole(path, json.dumps([entry["study"] for entry in found]))
 
         self.claims.once("reserve", lambda: self.claims.shares and path.is_file(), open_it)
-        return _read(path)
+        return _read_list(path, str)
 
     def report_once(self, units: list[Unit], chosen: Chosen, report: Callable[[], None]) -> bool:
         """Report what test found for these units, in one of the processes. Returns: whether it was this one."""
@@ -387,17 +402,44 @@ def _read(path: Path) -> Any:
     try:
         return parse_value(path.read_bytes(), path)
     except ValueError as error:
-        raise ValueError(f"{path} must be the JSON that was written, got {error}: delete it to run it again") from None
+        raise _other(path, error) from None
+
+
+def _read_list(path: Path, kind: type) -> list[Any]:
+    values = _read(path)
+    if not is_list_of(values, kind):
+        raise _other(path, short(values))
+    return values
 
 
 def _read_as(kind: Callable[[Any], Result], path: Path) -> Result:
     values = _read(path)
+    if not isinstance(values, dict):
+        raise _other(path, short(values))
+    seal = values.pop(_CHECKSUM, None)  # older files have none
+    if seal not in (None, _checksum(path, values)):
+        raise _other(path, "another unit's, or changed values")
     try:
         return kind(values)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} must be the JSON that was written, got {error!r} from its values: delete it to run it again"
-        ) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _other(path, f"{error!r} from its values") from None
+
+
+def _check_unit(unit: Unit, found: Unit, path: Path) -> None:
+    if found != unit:
+        raise _other(path, f"the result of {found} in place of {unit}")
+
+
+def _other(path: Path, found: Any) -> ValueError:
+    return ValueError(f"{path} must be the JSON that was written, got {found}: delete it to run it again")
+
+
+def _sealed(path: Path, values: dict[str, Any]) -> str:
+    return json.dumps(values | {_CHECKSUM: _checksum(path, values)}, allow_nan=False)
+
+
+def _checksum(path: Path, values: dict[str, Any]) -> str:
+    return _digest([path.stem, values])
 
 
 def _declared(path: Path) -> dict[str, Any]:

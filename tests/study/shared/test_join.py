@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from mft.study.run import run_study
 from mft.study.shared import claims
 from mft.study.shared.claims import Joined
 from mft.study.shared.leases import FOLDER, Leases, Pace, _process
-from mft.study.store import ALIKE, open_store
+from mft.study.store import ALIKE, Store, open_store
 
 PACE = Pace(beat=0.1, expiry=1.0, look=0.1)
 
@@ -195,12 +196,29 @@ def test_other_packages_and_data_are_refused(ground, alone, tmp_path, section, n
     facts(ground, directory)  # a process alone may go on elsewhere; its report says so
 
 
+@pytest.mark.parametrize("is_older", [False, True], ids=["", "without a checksum"])
+@pytest.mark.parametrize("folder", ["units", "test"])
+def test_a_file_with_another_units_result_is_named(ground, alone, tmp_path, monkeypatch, folder, is_older):
+    directory = shutil.copytree(alone[1], tmp_path / "run")
+    path, other = sorted(directory.glob(f"{folder}/*/MFT/*.json"))[:2]
+    values = json.loads(other.read_text())
+    if is_older:
+        del values["checksum"]
+    path.write_text(json.dumps(values))
+    looks, real = itertools.count(), Store.outcomes
+    monkeypatch.setattr(Store, "outcomes", lambda store: real(store) if next(looks) < 50 else pytest.fail("no end"))
+    found = "the result of count, MFT, .* in place of count, MFT, " if is_older else "another unit's, or changed values"
+    with pytest.raises(ValueError, match=rf"{path} must be the JSON that was written, got {found}.*: delete it to run"):
+        joined(ground, directory)
+
+
 def test_a_study_from_another_processor_is_refused_if_it_is_to_be_the_same(ground, alone, tmp_path):
     directory = shutil.copytree(alone[1], tmp_path / "run")
     joined(ground, directory, same_processor=True)
     path = next(directory.glob("units/*/control/*.json"))
     values = json.loads(path.read_text())
     values["where"]["instructions"] = "avx2"
+    del values["checksum"]  # as in older files
     path.write_text(json.dumps(values))
     words = r"--same-processor must run where .*: count, control, .* ran on .* \(avx2\), host .*, got .*: start it on"
     with pytest.raises(ValueError, match=words):
@@ -212,6 +230,7 @@ def test_a_study_from_another_processor_is_refused_if_it_is_to_be_the_same(groun
 def test_where_a_unit_ran_is_kept_and_older_files_do_without(alone):
     (path, *_) = alone[1].glob("units/*/*/*.json")
     values = json.loads(path.read_text())
+    del values["checksum"]
     assert outcome_from(values).where == this_host()
     del values["where"]
     assert outcome_from(values).where is None

@@ -127,7 +127,7 @@ def test_no_clock_that_others_could_disagree_on_is_read(entered, foreign, monkey
     until_taken(other, "unit")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe rubbish", b"[]\n", b'{"host": 1}\n', b"x" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe rubbish", b"[]\n", b'{"host": 1}\n', b"x" * 100_000, b"[" * 4000])
 def test_a_lease_of_rubbish_is_told_and_expires(tmp_path, content):
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "unit.1").write_bytes(content)

@@ -219,7 +219,7 @@ class Leases:
                     f"{self.folder} must be a folder of leases that can be read ({error.strerror}): remove it if no "
                     "process of this study runs"
                 ) from error
-            paths = [self.folder / name for name in names if name.rpartition(".")[2].isdigit()]
+            paths = [self.folder / name for name in names if name.rpartition(".")[2].isdecimal()]
             self._listed = time.monotonic(), paths
         return self._listed[1]
 
@@ -364,7 +364,7 @@ def _owner_of(content: bytes) -> dict[str, Any]:
     """Return who holds a lease, from its content; {} if it does not say."""
     try:
         owner = json.loads(content.partition(b"\n")[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) and {"host", "process"} <= owner.keys() else {}
 
