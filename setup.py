@@ -23,7 +23,7 @@ setup(
         "mft": ["configs/*.yaml", "configs/compare/*.yaml", "data/reserve.txt", "py.typed"],
         "mft.memory": ["known_models/*.json"],
         "mft.models": ["templates/*.jinja"],
-        "mft_kernels": ["py.typed", "cubins/*.zip"],  # PEP 561: type checkers read our annotations
+        "mft_kernels": ["py.typed"],  # PEP 561: type checkers read our annotations
     },
     ext_modules=[Extension("mft_kernels.libmft_cpu", sources=[])],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": StableWheel},

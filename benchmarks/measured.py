@@ -149,7 +149,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Records], str]]] = {
     "generate": ("generate", generate_table),
     "experts": ("experts", experts_table),
     "launch": ("launch", launch_table),
-    "cubin_launch": ("cubin_launch", launch_table),
     "step": ("ops", step_table),
     "once": ("ops", once_table),
     "train_step": ("train_step", train_step_table),
@@ -177,11 +176,7 @@ def main() -> None:
 
 
 def _missing(question: str) -> str:
-    return f"No machine has answered this yet: `{_command(question)}`, then `python -m benchmarks.measured`."
-
-
-def _command(question: str) -> str:
-    return "python -m benchmarks.cubin_launch" if question == "cubin_launch" else f"make bench WHAT={question}"
+    return f"No machine has answered this yet: `make bench WHAT={question}`, then `python -m benchmarks.measured`."
 
 
 def _origins(question: str, records: Records) -> str:
@@ -192,7 +187,7 @@ def _origins(question: str, records: Records) -> str:
         told.append(
             f"{machine(record)}: {threads}, torch {where['torch']}, commit {where['commit'][:10]}, {where['date'][:10]}"
         )
-    return f"`{_command(question)}`. {'; '.join(told)}."
+    return f"`make bench WHAT={question}`. {'; '.join(told)}."
 
 
 def _competitors(record: Record) -> list[str]:

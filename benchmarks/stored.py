@@ -50,8 +50,6 @@ def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return f"python -m benchmarks.memory {question.removeprefix('memory_')}", SIMULATED
     if question == "memory":
         return "make bench WHAT=memory", (*SIMULATED, "benchmarks/bench_memory.py")
-    if question == "cubin_launch":
-        return "python -m benchmarks.cubin_launch", ("mft_kernels", "csrc/cuda", "benchmarks/cubin_launch.py")
     if question.startswith("gpu"):
         return "make gpu", ("mft_kernels", "csrc/cuda", "benchmarks/gpu")
     question = question.removesuffix("_time")

@@ -181,7 +181,6 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "decode": generate_tables,
     "experts": experts_tables,
     "launch": launch_tables,
-    "cubin_launch": launch_tables,
     "many_masks": many_masks_tables,
 }
 

@@ -1,8 +1,7 @@
-"""python -m building.wheel [--slim]: write one wheel for every Python, torch and Linux, and its sdist, into dist/.
+"""python -m building.wheel: write one wheel for every Python, torch and Linux, and its sdist, into dist/.
 
-The wheel has both libraries with every group of kernels, and Triton's kernels compiled ahead (run make cuda cubins
-first, as make wheel does). --slim: without the latter. auditwheel checks that the libraries keep to manylinux_2_28
-(glibc 2.28), and names the wheel accordingly.
+The wheel has both libraries with every group of kernels. auditwheel checks that they keep to manylinux_2_28 (glibc
+2.28), and names the wheel accordingly.
 """
 
 import argparse
@@ -20,7 +19,7 @@ OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # already loaded whe
 LARGEST = 60_000_000  # bytes; PyPI accepts 100 MB per file
 
 
-def build(dist: Path = DIST, *, slim: bool = False) -> tuple[Path, Path]:
+def build(dist: Path = DIST) -> tuple[Path, Path]:
     """Build (wheel, sdist) in an empty ``dist``. Raises: SystemExit if the wheel lacks kernels or is too large."""
     for folder in (dist, ROOT / "build" / "lib", *(ROOT / "build").glob("lib.*"), ROOT / "build" / "wheel"):
         shutil.rmtree(folder, ignore_errors=True)  # otherwise deleted files would be packed
@@ -32,27 +31,24 @@ def build(dist: Path = DIST, *, slim: bool = False) -> tuple[Path, Path]:
     audit = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", *exclude]
     run([*audit, "--wheel-dir", str(dist), str(built)])
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
-    if found := faults(wheel, slim=slim):
+    if found := faults(wheel):
         sys.exit("\n".join(found))
     return wheel, sdist
 
 
-def faults(wheel: Path, *, slim: bool) -> list[str]:
-    """Return why a wheel must not be published, one reason per line; a slim one may lack what is compiled ahead."""
+def faults(wheel: Path) -> list[str]:
+    """Return why a wheel must not be published, one reason per line."""
     found = []
     if not wheel.name.endswith(f"-py3-none-{PLATFORM}.whl"):
         found.append(f"{wheel.name} must end in py3-none-{PLATFORM}: one for every Python")
     if (size := wheel.stat().st_size) > LARGEST:
         found.append(f"{wheel.name} must have at most {LARGEST:,} bytes, got {size:,}")
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
         report = json.loads(archive.read("mft_kernels/_build.json"))
     for part, entry in report.items():
         if not entry["built"]:
             found.append(f"{wheel.name} is without libmft_{part}.so: {entry['reason']}")
         found += [f"{wheel.name} is without {name}: {why}" for name, why in entry.get("left_out", {}).items()]
-    if not slim and not any(name.startswith("mft_kernels/cubins/") for name in names):
-        found.append(f"{wheel.name} is without Triton's kernels compiled ahead; make cubins")
     return found
 
 
@@ -63,9 +59,8 @@ def run(command: list[str]) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slim", action="store_true")
-    for path in build(slim=parser.parse_args().slim):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for path in build():
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -9,7 +9,6 @@ report.py     gpu.md: failures first, then goals (goals.py) and all figures; als
 correctness.py   ops on real shapes, equality.py bit for bit; layouts.py: CUDA's on small and odd shapes
 programs.py      programs that run in their own process: Triton's tests, compute-sanitizer
 timing.py        competitors on rotated inputs (operands.py), in CUDA graphs, in interleaved rounds
-forms.py         checks that the timed kernels came from the binary and form that the record names
 ways.py, products.py, two_passes.py   a layer's products in every way
 once_a_step.py, codes.py, many.py, experts.py   other ops
 train.py         whole optimiser steps, compared with the figures of mft estimate

@@ -1,8 +1,7 @@
 """python -m benchmarks.gpu.bundle [FOLDER]: pack what `make gpu` needs on a machine without a network into one folder.
 
-The folder holds sources and tests, the libraries from mft_kernels with _build.json, and mft_kernels/cubins. The cubins
-are Triton's kernels, compiled ahead (make cubins) by a newer Triton than that machine's, which launches them. On that
-machine: cd FOLDER && make gpu OUT=results. BUNDLE.json names the commit and what the CUDA library lacks.
+The folder holds sources and tests, and the libraries from mft_kernels with _build.json. On that machine: cd FOLDER &&
+make gpu OUT=results. BUNDLE.json names the commit and what the CUDA library lacks.
 
 Exit code: 0 complete; 2 too large, nothing was written; 3 written, but the CUDA library lacks something.
 """
@@ -22,12 +21,8 @@ from ..records import RESULTS, ROOT
 MANIFEST = "BUNDLE.json"
 #: Size of the whole folder: a session may carry 64 MiB to a lent machine.
 MOST_BYTES = 64_000_000
-#: The cubins' part of it: some 2,500, compressed.
-CUBIN_BYTES = 25_000_000
-CUBINS = ROOT / "mft_kernels" / "cubins"
 _FOLDERS = ("mft_kernels", "python", "benchmarks", "building", "csrc", "tests")
 _FILES = ("Makefile", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md")
-_INSIDE = Path("mft_kernels", "cubins")
 _LEFT_OUT = frozenset({"__pycache__", RESULTS.name, ".pytest_cache"})
 
 
@@ -35,7 +30,7 @@ class TooLarge(ValueError):
     """The bundle is too large to be carried."""
 
 
-def write(folder: Path, cubins: Path) -> list[str]:
+def write(folder: Path) -> list[str]:
     """Create the folder again and return in words what the CUDA library lacks.
 
     Raises:
@@ -43,20 +38,15 @@ def write(folder: Path, cubins: Path) -> list[str]:
         ValueError: the folder exists and is something else.
     """
     files = dict(_files())
-    binaries = {_INSIDE / p.relative_to(cubins): p for p in sorted(cubins.rglob("*")) if p.is_file()}
-    for name, some, most in (
-        ("without cubins", files, MOST_BYTES - CUBIN_BYTES),
-        ("of cubins", binaries, CUBIN_BYTES),
-    ):
-        size = sum(path.stat().st_size for path in some.values())
-        if size > most:
-            raise TooLarge(f"the bundle {name} must be at most {most / 1e6:g} MB, got {size / 1e6:.1f} MB")
+    size = sum(path.stat().st_size for path in files.values())
+    if size > MOST_BYTES:
+        raise TooLarge(f"the bundle must be at most {MOST_BYTES / 1e6:g} MB, got {size / 1e6:.1f} MB")
     lacks = lacking(report("cuda"))
     if folder.exists():
         if not (folder / MANIFEST).exists():
             raise ValueError(f"the folder must be new or an earlier bundle, got {folder} without {MANIFEST}")
         shutil.rmtree(folder)
-    for name, path in (files | binaries).items():
+    for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, folder / name)
     about = {"commit": _git("rev-parse", "HEAD"), "tree_is_dirty": bool(_git("status", "--porcelain")), "lacks": lacks}
@@ -82,7 +72,7 @@ def main(arguments: list[str]) -> int:
     """Make the bundle, print what it holds, and return the exit code."""
     folder = Path(arguments[0]) if arguments else ROOT / "build" / "gpu-bundle"
     try:
-        lacks = write(folder, CUBINS)
+        lacks = write(folder)
     except TooLarge as error:
         print(error, file=sys.stderr)
         return 2
@@ -99,7 +89,7 @@ def _files() -> Iterator[tuple[Path, Path]]:
     for path in [ROOT / name for name in _FILES] + [p for name in _FOLDERS for p in sorted((ROOT / name).rglob("*"))]:
         name = path.relative_to(ROOT)
         left_out = (_LEFT_OUT | stale) & {*name.parts} or any(part.endswith(".egg-info") for part in name.parts)
-        if path.is_file() and not left_out and name.parent != _INSIDE:
+        if path.is_file() and not left_out:
             yield name, path
 
 

@@ -127,7 +127,7 @@ def _other_ops(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -
 def _random(m: int, n: int, k: int, names: tuple[str, ...], device: Device) -> Iterator[Check]:
     t = _to(random_inputs(m, n, k, torch.bfloat16, torch.bfloat16), device)
     threshold = t.scores.abs().flatten().sort().values[int((1 - KEEP_RATIO) * t.scores.numel())]
-    threshold = threshold.clone()  # a view into the sorted values can begin anywhere, but cubins need multiples of 16
+    threshold = threshold.clone()  # a view into the sorted values can begin anywhere, a layer's at multiples of 16
     for name in names:
         for op, arguments in _of_a_step(t, threshold).items():
             run = functools.partial(_assert_budget, op, device.backends[name], arguments)

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from mft_kernels import backend_report
 from mft_kernels.backends.built import report
-from mft_kernels.backends.triton.target import target_of
 
 from . import on_host
 from .cases import AUTO, CUDA, FUSED
-from .forms import Form
 from .results import first_line
 
 #: How a competitor is timed: captured in a CUDA graph; queued behind a spin, if its host code cannot be captured; or by
@@ -68,11 +66,6 @@ class Gpu:
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
 
-    @property
-    def form(self) -> Form:
-        """Which of Triton's binaries are timed."""
-        return Form.of(target_of(self.torch_device))
-
     def environment(self) -> dict[str, Any]:
         """Return the card, its driver and versions."""
         backends = backend_report()["backends"]
@@ -85,7 +78,6 @@ class Gpu:
             "cuda": torch.version.cuda or f"hip {torch.version.hip}",
             "triton": triton.__version__,
             "triton_kernels": backends["triton"]["detail"],
-            "triton_form": str(self.form),
             "cuda_library": cuda if CUDA in self.without else f"{cuda}; {report('cuda').get('nvcc', 'nvcc unknown')}",
             "cuda_lacks": [] if CUDA in self.without else lacking(capability),
             "multiprocessors": properties.multi_processor_count,
@@ -218,7 +210,6 @@ class Interpreter:
     backends = {FUSED: "triton", AUTO: "auto", CUDA: on_host.BACKEND}  # noqa: RUF012
     torch_device = torch.device("cpu")
     l2_bytes = 768  # two copies of the dry shape
-    form = Form()
 
     def __init__(self) -> None:
         torch.set_num_threads(1)  # the work is so small that a second thread would only wait

@@ -118,8 +118,7 @@ def time_experts(case: Case, bench: Bench) -> dict[str, Any]:
         if by in bench.device.without or (packed and case.detail == "d_scores"):
             continue
         run = _ours(case.detail, t, bench.device.backends[by], packed=packed)
-        # There are no cubins for experts, because they would not fit a bundle.
-        found[name] = Competitor(run, expected, phases=[_work(case, t, name)], ahead=False)
+        found[name] = Competitor(run, expected, phases=[_work(case, t, name)])
     return bench.compare(found, 1)  # one copy is already larger than L2
 
 

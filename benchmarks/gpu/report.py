@@ -65,7 +65,7 @@ _WHERE = (
     "driver",
     "torch",
     "triton",
-    "triton_form",
+    "triton_kernels",
     "cuda_library",
     "python",
     "commit",

@@ -17,7 +17,6 @@ from mft_kernels.timing import Samples, time_told
 from ..harness import Spread
 from .cases import CUDA, DENSE
 from .device import GRAPH, Device, Timer
-from .forms import watched
 from .operands import Inputs
 from .results import first_line
 
@@ -40,8 +39,7 @@ class Competitor:
     """One way to compute something. ``run`` takes the index of a copy of the operands.
 
     expected: the correct result on copy 0; None if there is nothing to compare. apart: used instead; returns the
-    distance from the correct result. clear: called before the check. ahead: whether its Triton kernels are among the
-    cubins.
+    distance from the correct result. clear: called before the check.
     """
 
     run: Callable[[int], Any]
@@ -51,7 +49,6 @@ class Competitor:
     most_apart: float = MOST_APART
     phases: Phases = ()
     how: str = GRAPH
-    ahead: bool = True
 
 
 class Bench:
@@ -66,7 +63,6 @@ class Bench:
         """Return samples: times and shares of the floors by name; failures: why others have none; left_out."""
         timers: dict[str, Timer] = {}
         failures: dict[str, str] = {}
-        kernels: dict[str, list[str]] = {}
         for name, one in competitors.items():
             if why := self._wrong(one):
                 failures[name] = why
@@ -74,20 +70,12 @@ class Bench:
         # A capture empties the allocator's cache, so competitors that allocate while timed come after all captures.
         for name, one in sorted(right.items(), key=lambda item: item[1].how != GRAPH):
             try:
-                with watched() as launches:
-                    timer = self.device.timer(one.run, copies, one.how)
+                timers[name] = self.device.timer(one.run, copies, one.how)
             except FAILURES as error:
                 failures[name] = reason(error, self.device)
-                continue
-            if stray := launches.stray(self.device.form, ahead=right[name].ahead):
-                failures[name] = stray
-            else:
-                timers[name], kernels[name] = timer, launches.names()
         rounds = _in_rounds(timers, 2 if self.device.dry else _ROUNDS)
         samples = {
-            name: self._sample(timers[name], rounds[name], one.phases) | {"kernels": kernels[name]}
-            for name, one in right.items()
-            if name in timers
+            name: self._sample(timers[name], rounds[name], one.phases) for name, one in right.items() if name in timers
         }
         for name, sample in samples.items() if DENSE in samples else ():
             shares = [100 * dense / own for dense, own in zip(rounds[DENSE], rounds[name])]

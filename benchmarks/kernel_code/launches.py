@@ -11,7 +11,6 @@ from torch import Tensor
 from building.ahead import recorded
 from mft_kernels.backends.triton import bits, in_place, ops, score_step, select
 from mft_kernels.backends.triton.launch import Launch
-from mft_kernels.backends.triton.specialise import identity
 from mft_kernels.backends.triton.target import (
     A100,
     B200,
@@ -27,6 +26,8 @@ from mft_kernels.backends.triton.target import (
 )
 from mft_kernels.operands import Backward, Experts, Keep, KeepByTask, Sums, Update
 from mft_kernels.reference.step import BLOCK
+
+from .specialise import identity
 
 FEATURES = 4096  # N and K
 #: One for each height of a tile, with cases in which one launch makes both gradients and in which two do.

@@ -98,10 +98,6 @@ a triton that is too old
     without(patch, "triton", triton._unavailable())
     masked_linear(*arguments, backend="triton")
     -> RuntimeError: backend='triton' | it needs Triton 3.6 or newer | got 3.5.1 | pip install 'triton>=3.6'
-an unknown value of triton
-    patch.setenv("MFT_TRITON", "aot")
-    triton._unavailable()
-    -> ValueError: MFT_TRITON | must be 'cubins' or 'jit' | got 'aot' | unset it to use whichever is available
 a gpu that is too old
     without(patch, "cuda", cuda._capability_refusal(75, ["sm_80", "sm_90", "compute_80"]))
     masked_linear(*arguments, backend="cuda")

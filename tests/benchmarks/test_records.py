@@ -1,6 +1,5 @@
 """Stored results by machine: names, what is read again, and the page that shows them next to each other."""
 
-import contextlib
 import json
 import re
 import sys
@@ -14,7 +13,6 @@ from benchmarks import (
     bench_experts,
     bench_generate,
     bench_launch,
-    cubin_launch,
     harness,
     measured,
     plots,
@@ -299,21 +297,6 @@ def test_launch_tells_ours_above_nn_linear_in_every_situation(tmp_path, monkeypa
     assert re.search(r"\| without grad: MaskedLinear - nn.Linear \| -?[\d.e+,]+ \(1e\+06\) \|", table)
     assert re.search(r"\| with grad: MaskedLinear, held - nn.Linear \| \*\*-?[\d.e+,]+\*\* \(-1e\+06\) \|", table)
     assert table.count("\n") == 1 + 4 * 4
-
-
-def test_launch_by_cubins_is_stored_by_processor_and_shown_as_launch_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "_folder", tmp_path)
-    monkeypatch.setattr(cubin_launch, "_by_cubins", contextlib.nullcontext)  # which needs a compiler and archives
-    cubin_launch.main(bench_launch.Budget(rounds=2, calls=1))
-    (name,) = [path.name for path in tmp_path.iterdir()]
-    assert name == f"cubin_launch-cpu-{harness.instruction_set()}.json"
-    (record,) = by_machine(tmp_path, "cubin_launch").values()
-    assert len(record["calls"]) == 4 * 4 + 3 + 6  # gradients only, and other ops
-    assert ratios(record) == {}  # else they would be compared on machines without cubins
-    page = measured.written(measured.DOCUMENT.read_text(), tmp_path)
-    assert "bf16 |\n|---|---:|\n| without grad: nn.Linear |" in page
-    assert "`python -m benchmarks.cubin_launch`. " in page
-    assert "yet: `python -m benchmarks.cubin_launch`, then" not in page
 
 
 def test_times_of_launch_are_taken_round_by_round():

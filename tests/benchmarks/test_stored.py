@@ -16,7 +16,6 @@ COMMANDS = {
     "memory_cards-cpu.json": "python -m benchmarks.memory cards",
     "memory-cpu-avx512_bf16.json": "make bench WHAT=memory",
     "score_optimiser_time-cpu-avx512_bf16.json": "make bench WHAT=score_optimiser",
-    "cubin_launch-cpu-amx.json": "python -m benchmarks.cubin_launch",
     "gpu-h100.json": "make gpu",
 }
 

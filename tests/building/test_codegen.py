@@ -19,10 +19,10 @@ from by_name import ByName
 
 from benchmarks.kernel_code import launches, report
 from benchmarks.kernel_code.__main__ import main, summary
+from benchmarks.kernel_code.specialise import identity
 from building import ahead
 from building.machine_code import sass
 from mft_kernels.backends.triton import launch, ops, target
-from mft_kernels.backends.triton.specialise import identity
 
 flat = ByName(ops)
 

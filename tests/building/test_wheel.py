@@ -13,39 +13,37 @@ NAME = "mft_kernels-0.2.0-py3-none-manylinux_2_28_x86_64.whl"
 WHOLE = {"built": True, "reason": None, "left_out": {}}
 
 
-def packed(folder, name=NAME, report=None, cubins=True, sources=()):
+def packed(folder, name=NAME, report=None, sources=()):
     """Make a wheel with these files."""
     path = folder / name
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("mft_kernels/_build.json", json.dumps(report or {"cpu": WHOLE, "cuda": WHOLE}))
-        for source in (*sources, *(["mft_kernels/cubins/sm_90.zip"] if cubins else [])):
+        for source in sources:
             archive.writestr(source, "")
     return path
 
 
 def test_a_whole_wheel_has_no_fault(tmp_path):
-    assert wheel.faults(packed(tmp_path), slim=False) == []
-    assert wheel.faults(packed(tmp_path, cubins=False), slim=True) == []
+    assert wheel.faults(packed(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
         ({"name": "mft_kernels-0.2.0-cp311-cp311-linux_x86_64.whl"}, "must end in py3-none-manylinux_2_28_x86_64"),
-        ({"cubins": False}, "is without Triton's kernels compiled ahead; make cubins"),
         ({"report": {"cpu": WHOLE, "cuda": {"built": False, "reason": "no nvcc"}}}, "without libmft_cuda.so: no nvcc"),
         ({"report": {"cpu": WHOLE, "cuda": WHOLE | {"left_out": {"g": "no headers"}}}}, "is without g: no headers"),
     ],
 )
 def test_each_fault_is_named(tmp_path, changes, fault):
-    (found,) = wheel.faults(packed(tmp_path, **changes), slim=False)
+    (found,) = wheel.faults(packed(tmp_path, **changes))
     assert found.startswith("mft_kernels-0.2.0-")
     assert fault in found
 
 
 def test_a_wheel_has_a_bound(tmp_path, monkeypatch):
     monkeypatch.setattr(wheel, "LARGEST", 100)
-    (found,) = wheel.faults(packed(tmp_path), slim=False)
+    (found,) = wheel.faults(packed(tmp_path))
     assert "must have at most 100 bytes, got" in found
 
 

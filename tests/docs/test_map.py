@@ -5,7 +5,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NOT_OURS = {"build", "runs", "dist"}
-BUILT = {"cubins/"}  # made by `make cubins`
 
 
 def tables():
@@ -25,7 +24,7 @@ def tables():
 def entries(folder):
     """Return Python files and folders as the map writes them."""
     paths = [p for p in folder.iterdir() if not p.name.startswith(("_", ".")) and not p.name.endswith(".egg-info")]
-    return {f"{p.name}/" if p.is_dir() else p.name for p in paths if p.is_dir() or p.suffix == ".py"} - BUILT
+    return {f"{p.name}/" if p.is_dir() else p.name for p in paths if p.is_dir() or p.suffix == ".py"}
 
 
 def test_the_map_names_every_package_and_module_of_both_and_no_other():

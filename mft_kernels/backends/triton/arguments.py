@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...operands import Keep
-from .language import TensorDescriptor
 from .plan import Operands
 from .target import Target, interpreting
 

@@ -18,16 +18,17 @@ The number of tokens from which that holds depends on the layer and the card; pl
 
 import math
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...operands import Sums
 from .arguments import aligned, arithmetic, describable, operands, sign_kind, strides, tiled
-from .language import tl, triton
-from .launch import by_cubins_or_compiled, launch
+from .launch import launch
 from .plan import EPILOGUE_COLUMNS, Problem, backward_tiles
 from .product import Split, product_tile, store_part
 from .score_grad import gradients_of_tile
-from .target import Target
+from .target import target_of
 from .tiles import store_tile
 
 
@@ -82,14 +83,10 @@ def _backward_kernel(
 
 def both(sums: Sums) -> Tensor:
     """Fill d_scores (and d_weight), (N, K) contiguous, and return d_x (M, K). No axis may be empty."""
-    return by_cubins_or_compiled(sums.x.device, lambda target: _both_on(target, sums))
-
-
-def _both_on(target: Target, sums: Sums) -> Tensor:
     grad, x, weight, sign, d_scores, _, _, d_weight, keep = sums
     assert weight is not None
     assert keep is not None
-    (n, k), m = weight.shape, grad.shape[0]
+    (n, k), m, target = weight.shape, grad.shape[0], target_of(x.device)
     given = operands(weight, keep, aligned(grad, x, weight, *keep.tiled))
     described = describable(target, given)
     tiles = backward_tiles(Problem(target, m, n, k, given), weight_grad=d_weight is not None)

@@ -4,10 +4,10 @@ scores (N, K), any strides  ->  words int32 (N, ceil(K / 32)) contiguous; bit j 
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from . import planned
-from .language import tl, triton
 from .launch import launch
 from .tiles import is_kept, load_thresholds, load_tile
 
@@ -19,19 +19,13 @@ _BLOCK_K = 256
 
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
     """Return the mask as bits, int32 (N, ceil(K / 32)). threshold: () or (N,), one per row."""
-    run = lambda: [_pack(scores, threshold, mode, None)]  # noqa: E731
-    return planned.by_plan((scores, threshold), planned.kind("mask", None, mode), run)[0]
+    return _pack(scores, threshold, mode, None)
 
 
 def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return (scores > 0 as bits, the number of scores that are exactly 0)."""
-
-    def run() -> list[Tensor]:
-        zeros = torch.zeros((), dtype=torch.int64, device=scores.device)
-        return [_pack(scores, None, "signs", zeros), zeros]
-
-    words, zeros = planned.by_plan((scores,), planned.kind("signs", None), run)
-    return words, zeros
+    zeros = torch.zeros((), dtype=torch.int64, device=scores.device)
+    return _pack(scores, None, "signs", zeros), zeros
 
 
 def _pack(scores: Tensor, thresholds: Tensor | None, mode: str, zeros: Tensor | None) -> Tensor:

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 KIB, MIB = 1024, 1024**2
 #: Bytes per cycle from L2 to a multiprocessor. NVIDIA's A100 white paper has 5,120 per cycle, which is 47 for each of
-#: 108. For sm_90, csrc/cuda/tile_cost.h has 25.6. Here that would change which tiles are chosen, and so which binaries
-#: are needed. The sizes of building/cubin_calls.py have to be searched again first.
+#: 108. For sm_90, csrc/cuda/tile_cost.h has 25.6, which would change the tiles here.
 L2_RATE = 40
 
 

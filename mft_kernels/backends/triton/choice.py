@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import triton
 
 from ..autotune import Choices, fastest, measuring
-from .language import INSTALLED, triton
 from .plan import Operands, Problem, fused_seconds, packed_seconds, scratch_seconds
 from .target import Target
 
@@ -77,7 +77,7 @@ def automatic(product: Product, target: Target, candidates: Mapping[str, Callabl
     Args:
         candidates: functions that run the product on M tokens, by name; called only to measure.
     """
-    if not measuring() or not INSTALLED:  # Triton is needed to measure
+    if not measuring():
         chosen = by_model(product, target)
         _say(product.n, product.k, product.transposed, chosen, str(target))
         return chosen

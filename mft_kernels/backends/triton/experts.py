@@ -14,10 +14,12 @@ In a product, an expert without rows has no job. The host never waits: it needs 
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arguments import aligned, tiled
-from .language import TensorDescriptor, tl, triton
 from .target import Target
 
 

@@ -9,46 +9,37 @@ E small products fill a card sooner than one does. No tile size was measured on 
 
 import math
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...operands import Experts, Keep, Sums
 from .arguments import aligned, arithmetic, describable, operands, sign_kind, strides, tiled
 from .experts import block_of, expert_of, readable, rows_as_experts, rows_each, rows_of_experts, tiled_matrices
-from .language import tl, triton
-from .launch import by_cubins_or_compiled, launch
+from .launch import launch
 from .plan import EPILOGUE_COLUMNS, Problem, outer_tiles, product_tiles
 from .product import product_tile
 from .score_grad import gradients_of_tile
-from .target import Target, target_of
+from .target import target_of
 from .tiles import grouped, store_tile
 
 
 def product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     """Compute the product of each expert's rows; rows of no expert are 0."""
-    matrices, thresholds = weight.matrices, keep.thresholds
+    matrices, offsets, thresholds = weight.matrices, weight.offsets, keep.thresholds
     source = keep.source.contiguous() if thresholds is None else keep.source
     keep = Keep(source, None if thresholds is None else thresholds.contiguous(), keep.mode)
-    (_, n, k), rows = matrices.shape, len(a)
+    (experts, n, k), rows, target = matrices.shape, len(a), target_of(a.device)
     p, q = (k, n) if transposed else (n, k)
-    if rows == 0 or p == 0 or len(matrices) == 0:
+    if rows == 0 or p == 0 or experts == 0:
         return a.new_zeros(rows, p)
     if q == 0:  # only the bias, if any
-        y = a.new_zeros(len(matrices) + 1, p)
+        y = a.new_zeros(experts + 1, p)
         if bias is not None:
             y[:-1] = bias
-        return y[rows_as_experts(weight.offsets, rows)]
-    return by_cubins_or_compiled(
-        a.device, lambda target: _product_on(target, a, matrices, keep, weight.offsets, bias, transposed)
-    )
-
-
-def _product_on(
-    target: Target, a: Tensor, weight: Tensor, keep: Keep, offsets: Tensor, bias: Tensor | None, transposed: bool
-) -> Tensor:
-    (experts, n, k), rows = weight.shape, len(a)
-    p, q = (k, n) if transposed else (n, k)
+        return y[rows_as_experts(offsets, rows)]
     out = a.new_empty((rows, p))
-    given = operands(weight, keep, aligned(a) and readable(target, weight, *keep.tiled))
+    given = operands(matrices, keep, aligned(a) and readable(target, matrices, *keep.tiled))
     described = describable(target, given)
     busy, each = rows_each(rows, experts)
     tiles = product_tiles(Problem(target, each, p, q, given, busy))
@@ -58,7 +49,7 @@ def _product_on(
         _grouped_product_kernel,
         (min(tiles.blocks * target.multiprocessors, most),),
         tiled(a, [tiles.rows, tiles.inner], described),
-        tiled_matrices(weight, block, described),
+        tiled_matrices(matrices, block, described),
         tiled_matrices(keep.source, block, described and keep.mode != "packed"),
         keep.thresholds,
         None if bias is None else bias.contiguous(),
@@ -69,7 +60,7 @@ def _product_on(
         n,
         k,
         *a.stride(),
-        *weight.stride(),
+        *matrices.stride(),
         *keep.source.stride(),
         TRANSPOSED=transposed,
         MASK_ON_A=target.swapped and not tiles.plain,
@@ -79,7 +70,7 @@ def _product_on(
         BLOCK_E=block_of(experts),
         GROUP=tiles.group,
         **tiles.options("MPQ"),
-        **arithmetic(weight),
+        **arithmetic(matrices),
     )
     return out
 

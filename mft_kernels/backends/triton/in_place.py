@@ -9,11 +9,12 @@ launch of its own counts. An element's place within its row is a running sum.
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ...reference import in_place as reference
-from .language import tl, triton
 from .launch import launch
 
 _BLOCK = 1024  # elements of a row at a time, 8 per thread

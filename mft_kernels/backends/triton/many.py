@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...operands import Keep, KeepByTask
-from . import planned
 from .arguments import arithmetic, operands
-from .language import tl, triton
 from .launch import launch
 from .plan import Problem, many_tiles
 from .product import Split, fused_product, store_product
@@ -29,10 +29,7 @@ def product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | 
     """Compute the product with a mask per row, the forward in one pass over the weight. An unknown task gives NaN."""
     if transposed:
         return _d_x(a, weight, keep.masks, keep.tasks)
-    kind = planned.kind("many", weight)
-    return planned.by_plan(
-        (a, weight, keep.tasks, bias, *keep.masks), kind, lambda: [_forward(a, weight, keep.masks, keep.tasks, bias)]
-    )[0]
+    return _forward(a, weight, keep.masks, keep.tasks, bias)
 
 
 def _forward(x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,12 +18,10 @@ from ...operands import Backward, Experts, Keep, KeepByTask, Sums, Weight
 from ...reference.linear import Gradients
 from ..by_kind import product_by_kind
 from ..gradients import by_two_functions
-from . import planned
 from .arguments import aligned, is_exact, operands
 from .backward import both
 from .bits import pack_mask
-from .choice import FUSED, PACKED, SCRATCH, Product, automatic, by_model
-from .cubins import noting
+from .choice import FUSED, PACKED, SCRATCH, Product, by_model
 from .grouped import product_of_experts, score_grad_of_experts
 from .many import product_by_task
 from .plan import Problem, one_launch
@@ -77,8 +75,6 @@ def score_grad(sums: Sums) -> None:
     sums = _with_whole_words(sums)
     if sums.offsets is not None:
         score_grad_of_experts(sums)
-    elif sums.accumulate:
-        _add_sums(sums)
     else:
         fill_gradients(_by_rows(sums))
 
@@ -113,42 +109,17 @@ def _product_as(choose: Choose) -> Callable[..., Tensor]:
         if transposed:
             asked = Backward(a, a, weight, keep, None, torch.float32, [True, False, False, False])
             return _backward(asked, choose)[0]
-        return _forward(a, weight, Keep(keep.source.contiguous()) if _has_gaps(keep.source) else keep, bias, choose)
+        keep = Keep(keep.source.contiguous()) if _has_gaps(keep.source) else keep
+        return _product(_rows(a), weight, keep, bias, False, choose).view(*a.shape[:-1], weight.shape[0])
 
     return product_by_kind(of_matrix, product_of_experts, product_of_codes, product_by_task)
 
 
-def _forward(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, choose: Choose) -> Tensor:
-    given = (x, weight, keep.source, keep.thresholds, bias, None)
-    kind = _kind(planned.FORWARD, weight, keep.mode, choose=choose)
-    y = planned.forward(given, kind)
-    if y is None:
-        with noting() as launched:
-            y = _product(_rows(x), weight, keep, bias, False, choose).view(*x.shape[:-1], weight.shape[0])
-        planned.remember(given, kind, [y], launched)
-    return y
-
-
 def _backward(asked: Backward, choose: Choose) -> Gradients:
     asked = _with_whole_words(asked)
-    grad_output, weight, keep, wanted = asked.grad_output, asked.weight, asked.keep, asked.output_mask
-    assert isinstance(weight, Tensor)
-    own_sign = None if asked.sign is keep.source else asked.sign
-    given = (grad_output, asked.x if wanted[1] or wanted[2] else None, weight, keep.source, keep.thresholds, own_sign)
-    kind = _kind(planned.GRADIENTS, weight, keep.mode, *wanted[:3], asked.score_dtype, choose=choose)
-    grads = planned.gradients(given, kind)
-    if grads is None:
-        with noting() as launched:
-            grads = _gradients(asked, choose)
-        planned.remember(given, kind, grads, launched)
-    return grads[0], grads[1], grads[2], _rows(grad_output).sum(0) if wanted[3] else grads[3]
-
-
-def _gradients(asked: Backward, choose: Choose) -> list[Tensor]:
-    """Return the gradients of _backward, without d_bias."""
     grad, weight, keep = _rows(asked.grad_output), asked.weight, asked.keep
     assert isinstance(weight, Tensor)
-    wants_x, wants_weight, wants_scores, _ = asked.output_mask
+    wants_x, wants_weight, wants_scores, wants_bias = asked.output_mask
     d_x = None
     d_weight = weight.new_empty(weight.shape) if wants_weight else None
     d_scores = weight.new_empty(weight.shape, dtype=asked.score_dtype) if wants_scores else None
@@ -162,24 +133,9 @@ def _gradients(asked: Backward, choose: Choose) -> list[Tensor]:
             fill_gradients(sums)
     if d_x is not None:
         d_x = d_x.view(*asked.grad_output.shape[:-1], weight.shape[1])
-    return [grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, None)]
-
-
-def _add_sums(sums: Sums) -> None:
-    out = sums.d_scores
-    given = (out, sums.grad_output, sums.x, sums.weight, sums.sign, None)
-    kind = planned.kind(planned.SUMS, sums.x)
-    if not planned.sums(given, kind):
-        with noting() as launched:
-            fill_gradients(_by_rows(sums))
-        planned.remember(given, kind, [], launched)
-
-
-def _kind(what: str, weight: Tensor, *decide: object, choose: Choose) -> int | None:
-    """Return planned.kind; None if ``choose`` is none that a user can ask for."""
-    if choose is not automatic and choose is not own_kernels:
-        return None
-    return planned.kind(what, weight, *decide, automatic=choose is automatic)
+    d_bias = grad.sum(0) if wants_bias else None
+    d_x, d_weight, d_scores, d_bias = (grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias))
+    return d_x, d_weight, d_scores, d_bias
 
 
 def _is_one_launch(sums: Sums, choose: Choose) -> bool:

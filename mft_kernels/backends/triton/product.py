@@ -16,14 +16,15 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...operands import Keep
 from .arguments import aligned, arithmetic, describable, operands, tiled
-from .language import tl, triton
-from .launch import by_cubins_or_compiled, launch
+from .launch import launch
 from .plan import MOST_SPLITS, Problem, Tiles, product_tiles
-from .target import Target
+from .target import target_of
 from .tiles import grouped, is_kept, load_bits, load_thresholds, load_tile, store_tile
 
 
@@ -157,11 +158,7 @@ def _sum_splits_kernel(parts, bias, out, M, P, SPLITS, HAS_BIAS: tl.constexpr, M
 
 def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     """Compute a (M, Q) -> (M, P): a @ Wm.T + bias, or a @ Wm if transposed. No axis may be empty."""
-    return by_cubins_or_compiled(a.device, lambda target: _product_on(target, a, weight, keep, bias, transposed))
-
-
-def _product_on(target: Target, a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
-    (n, k), m = weight.shape, a.shape[0]
+    (n, k), m, target = weight.shape, a.shape[0], target_of(a.device)
     p, q = (k, n) if transposed else (n, k)
     out = a.new_empty((m, p))
     bias = None if bias is None else bias.contiguous()

@@ -19,13 +19,13 @@ one by one, by their place in the whole matrix: correct, but not fast. No GPU ha
 
 import math
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...codes import NESTED_BLOCK, Codes, Table
 from ...operands import Keep
-from . import planned
 from .arguments import arithmetic, is_exact
-from .language import tl, triton
 from .launch import launch
 from .plan import Operands, Problem, quantized_tiles
 from .product import Split, store_product
@@ -35,23 +35,12 @@ from .tiles import load_bits, load_tile
 
 def product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
     """Compute a @ where(keep, decoded, 0).T + bias; if transposed, without the ``.T``."""
-    packed = None if keep is None else keep.source
-    levels = weight.levels_on(a.device) if isinstance(weight, Table) else None
-    number = planned.kind("codes", a, weight.name, *weight.shape, transposed)
-
-    def run() -> list[Tensor]:
-        return [_launch(a, weight, packed, bias, transposed)]
-
-    return planned.by_plan((a, weight.codes, levels, packed, bias, *weight.scales), number, run)[0]
-
-
-def _launch(given: Tensor, weight: Codes, packed: Tensor | None, bias: Tensor | None, transposed: bool) -> Tensor:
-    (n, k), m = weight.shape, given.shape[:-1].numel()
-    p, q = (k, n) if transposed else (n, k)
-    a = given.reshape(m, q)
+    (n, k), axes = weight.shape, a.shape[:-1]
+    m, (p, q) = axes.numel(), (k, n) if transposed else (n, k)
+    a = a.reshape(m, q)
     out = a.new_empty((m, p))
     bias = None if bias is None else bias.contiguous()
-    packed = None if packed is None else packed.contiguous()
+    packed = None if keep is None else keep.source.contiguous()
     levels = weight.levels_on(a.device) if isinstance(weight, Table) else None
     block = weight.block if isinstance(weight, Table) else 0
     whole = k % (block or 16) == 0
@@ -87,7 +76,7 @@ def _launch(given: Tensor, weight: Codes, packed: Tensor | None, bias: Tensor | 
         **arithmetic(a),
     )
     split.add_up(bias, out)
-    return out.view(*given.shape[:-1], p)
+    return out.view(*axes, p)
 
 
 @triton.jit(do_not_specialize=["M", "SPLITS"])

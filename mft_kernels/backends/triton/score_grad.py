@@ -10,9 +10,11 @@ grad_output (M, N), x (M, K) -> (N, K). One program takes tiles of BLOCK_N x BLO
 
 import math
 
+import triton
+import triton.language as tl
+
 from ...operands import Sums
 from .arguments import aligned, arithmetic, describable, operands, sign_kind, strides, tiled
-from .language import tl, triton
 from .launch import launch
 from .plan import EPILOGUE_COLUMNS, Problem, outer_tiles
 from .target import target_of

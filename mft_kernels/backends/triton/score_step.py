@@ -15,16 +15,16 @@ the scores again only if the flag is set. So the host never waits.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...operands import Update
 from ...reference.linear import kept_count
 from ...reference.step import BLOCK, CHUNK, MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES
-from . import planned
 from .bits import pack_mask
-from .language import tl, triton
 from .launch import launch
-from .select import INFINITY, kept_threshold, many_bins, rank_of
+from .select import INFINITY, kept_threshold, many_bins
 from .target import Target, target_of
 
 # Four elements per thread: 16 bytes of fp32, 8 and 4 bytes of the other dtypes, and whole lines of 128 bytes per warp.
@@ -44,33 +44,6 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
     Both are empty without a keep_ratio. Gradient and weight are copied if they are not contiguous.
     """
     update, clock = update.by_clock()
-    scores, beta1, beta2 = update.scores, update.beta1, update.beta2
-    numbers = {
-        "step": _signed(update.step),
-        "seed_low": _signed(update.seed),
-        "seed_high": _signed(update.seed >> 32),
-        "decay": float(update.decay),
-        "beta1": float(beta1),
-        "minus_beta1": 1.0 - beta1,
-        "beta2": float(beta2),
-        "minus_beta2": 1.0 - beta2,
-        "minus_step_size": -update.step_size,
-        "correction": update.correction,
-        "eps": float(update.eps),
-    }
-    kept = None if update.keep_ratio is None else kept_count(scores.numel(), update.keep_ratio)
-    from_selection = {} if kept is None else {"kept": kept, "rank": rank_of(scores.numel(), kept)}
-    # A number outside int32 needs another binary, so such a call is not remembered.
-    kind = planned.kind("step", None, update.mode, kept is None, 1 - beta1 >= 0.5) if scores.numel() < 2**31 else None
-    given = (
-        *(scores, update.grad, update.weight, update.exp_avg, update.exp_avg_sq, update.scales),
-        *(update.grad_scale, update.threshold, clock),
-    )
-    found, packed = planned.by_plan(given, kind, lambda: _score_step(update, clock, numbers), numbers | from_selection)
-    return found, packed
-
-
-def _score_step(update: Update, clock: Tensor | None, numbers: dict[str, float]) -> list[Tensor]:
     scores, keep_ratio, mode = update.scores, update.keep_ratio, update.mode
     target = target_of(scores.device)
     # As integers: the interpreter has no bf16 arithmetic, and int16 is not a float.
@@ -92,9 +65,19 @@ def _score_step(update: Update, clock: Tensor | None, numbers: dict[str, float])
         counts,
         clock,
         scores.numel(),
-        *numbers.values(),
+        _signed(update.step),
+        _signed(update.seed),
+        _signed(update.seed >> 32),
+        float(update.decay),
+        float(update.beta1),
+        1.0 - update.beta1,
+        float(update.beta2),
+        1.0 - update.beta2,
+        -update.step_size,
+        update.correction,
+        float(update.eps),
         FORMAT={torch.float32: "fp32", torch.bfloat16: "bf16", torch.int16: "fixed"}[scores.dtype],
-        FROM_END=numbers["minus_beta1"] >= 0.5,
+        FROM_END=1.0 - update.beta1 >= 0.5,
         **keys,
         BLOCK=BLOCK,
         CHUNKS=_CHUNKS,
@@ -105,9 +88,9 @@ def _score_step(update: Update, clock: Tensor | None, numbers: dict[str, float])
         enable_fp_fusion=False,  # the reference rounds every product
     )
     if keep_ratio is None:
-        return [scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)]
+        return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
     found = _next_threshold(scores, hint, counts, keep_ratio, keys)
-    return [found.view(scores.dtype), pack_mask(_floats(scores), found, mode)]
+    return found.view(scores.dtype), pack_mask(_floats(scores), found, mode)
 
 
 def window_of(target: Target) -> int:

@@ -5,11 +5,12 @@ a faster GEMM repays the pass. The scratch has the size of the weight and is fre
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...operands import Keep
 from ...reference.linear import filled
-from .language import tl, triton
 from .launch import launch
 from .tiles import load_tile, store_kept
 

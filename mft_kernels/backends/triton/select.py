@@ -18,11 +18,11 @@ with the digits of _NARROW). Counts are integers, so their order does not change
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...reference.linear import kept_count
-from . import planned
-from .language import tl, triton
 from .launch import launch
 from .target import Target, target_of
 
@@ -53,23 +53,16 @@ def kept_threshold(
     A threshold of zero may be -0.0. That depends on the scores, not on their order. Scores that are not contiguous are
     copied. ``into`` receives the threshold. If ``only_if``, an int32 on the device, is 0, the kernels do nothing.
     """
-    target, kept = target_of(scores.device), kept_count(scores.numel(), keep_ratio)
-
-    def run() -> list[Tensor]:
-        threshold = _kth_largest(
-            scores,
-            kept,
-            mode,
-            digits=_digits(target)[scores.element_size(), mode],
-            multiprocessors=target.multiprocessors,
-            into=into,
-            only_if=only_if,
-        )
-        return [threshold]
-
-    # A number outside int32 needs another binary, so such a call is not remembered.
-    number = planned.kind("threshold", None, mode) if into is None and scores.numel() < 2**31 else None
-    return planned.by_plan((scores,), number, run, {"kept": kept, "rank": rank_of(scores.numel(), kept)})[0]
+    target = target_of(scores.device)
+    return _kth_largest(
+        scores,
+        kept_count(scores.numel(), keep_ratio),
+        mode,
+        digits=_digits(target)[scores.element_size(), mode],
+        multiprocessors=target.multiprocessors,
+        into=into,
+        only_if=only_if,
+    )
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
@@ -88,11 +81,6 @@ def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) 
         multiprocessors=target.multiprocessors,
         matrices=len(scores),
     )
-
-
-def rank_of(numel: int, kept: int) -> int:
-    """Return the threshold's rank among all keys. Rank 1 is the smallest key."""
-    return numel - max(kept, 1) + 1
 
 
 def many_bins(target: Target) -> bool:
@@ -125,7 +113,7 @@ def _kth_largest(
     word = torch.uint16 if scores.element_size() == 2 else torch.uint32
     bits = scores.detach().contiguous().view(word)
     histograms = torch.zeros((count, len(digits), 1 << max(digits)), dtype=torch.int64, device=scores.device)
-    rank = rank_of(numel, kept)
+    rank = numel - max(kept, 1) + 1  # of the threshold among all keys; 1 is the smallest key
     options = {"MODE": mode, "SIGN": 1 << (8 * scores.element_size() - 1), "DIGITS": digits, "PITCH": 1 << max(digits)}
     for i in range(len(digits)):
         launch(

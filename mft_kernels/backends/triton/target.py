@@ -4,12 +4,9 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-
-from . import cubins
-from .language import INSTALLED, triton
+import triton
 
 #: Older versions let the sm_90 code overwrite registers that a matrix instruction still reads (Triton issue 9433).
 #: Triton 3.6 waits too late. ptxas 12.9 removes the copies that make the code of Triton 3.9 safe.
@@ -61,12 +58,6 @@ def make_target(
     return replace(target, swapped=arch != 90 or _is_safe(compiler, assembler), descriptors=True)
 
 
-@functools.cache
-def compiles_safely(target: Target) -> bool:
-    """Return whether the installed Triton and its ptxas compile the swapped form for the target without a hazard."""
-    return target.arch != 90 or _is_safe(installed_triton(), installed_assembler(90))
-
-
 def _is_safe(compiler: tuple[int, int], assembler: tuple[int, int]) -> bool:
     return compiler >= _SAFE_TRITON and assembler >= _SAFE_ASSEMBLER
 
@@ -76,7 +67,7 @@ def interpreting() -> bool:
 
     They do if TRITON_INTERPRET=1 was set before they were imported.
     """
-    return INSTALLED and triton.knobs.runtime.interpret
+    return triton.knobs.runtime.interpret
 
 
 def target_of(device: torch.device) -> Target:
@@ -85,14 +76,7 @@ def target_of(device: torch.device) -> Target:
         return _assumed
     if interpreting():
         return INTERPRETER
-    return _ask(device.index if device.index is not None else torch.cuda.current_device())[0]
-
-
-def compiled_here(device: torch.device) -> Target | None:
-    """Return the target in the installed Triton's form, if the cubins in use have another form; otherwise None."""
-    if _assumed is not None or interpreting():
-        return None
-    return _ask(device.index if device.index is not None else torch.cuda.current_device())[1]
+    return _ask(device.index if device.index is not None else torch.cuda.current_device())
 
 
 @contextlib.contextmanager
@@ -106,53 +90,18 @@ def assume(target: Target) -> Iterator[None]:
         _assumed = before
 
 
-def is_assumed() -> bool:
-    """Return whether devices are treated as another target; see assume."""
-    return _assumed is not None
-
-
 @functools.cache
-def _ask(index: int) -> tuple[Target, Target | None]:
-    """Return (the target in use, the installed Triton's target or None).
-
-    The target in use has the form of the cubins if there are any, otherwise that of the installed Triton. The second is
-    None if it has the same form.
-    """
-    card = _card_by_triton(index) if INSTALLED else _card_by_torch(index)
-    backend, arch, multiprocessors, shared_memory, bandwidth = card
-
-    def target(compiler: tuple[int, int], assembler: tuple[int, int]) -> Target:
-        made = make_target(backend, arch, multiprocessors, shared_memory, compiler, assembler)
-        return replace(made, bandwidth=bandwidth)
-
-    here = None
-    if INSTALLED:
-        here = target(installed_triton(), installed_assembler(arch) if isinstance(arch, int) else (0, 0))
-    ahead = cubins.bundle(f"sm_{arch}")[0] if backend == "cuda" and cubins.asked() != cubins.JIT else None
-    if ahead is None:
-        assert here is not None, "the backend needs Triton or cubins"
-        return here, None
-    by_cubins = target(ahead.compiler, ahead.assembler)
-    other = here if here is not None and here.swapped != by_cubins.swapped else None
-    return by_cubins, other
-
-
-def _card_by_triton(index: int) -> tuple[str, Any, int, int, float]:
+def _ask(index: int) -> Target:
     from triton.runtime import driver
 
     with torch.cuda.device(index):
         gpu = driver.active.get_current_target()
     found = driver.active.utils.get_device_properties(index)
+    assembler = installed_assembler(gpu.arch) if isinstance(gpu.arch, int) else (0, 0)
+    sizes = found["multiprocessor_count"], found["max_shared_mem"]
     # Two transfers per clock. The clock is in kHz, the bus width in bits. A driver that does not know them says 0.
     bandwidth = 2e3 * found["mem_clock_rate"] * found["mem_bus_width"] / 8
-    return gpu.backend, gpu.arch, found["multiprocessor_count"], found["max_shared_mem"], bandwidth
-
-
-def _card_by_torch(index: int) -> tuple[str, Any, int, int, float]:
-    found = torch.cuda.get_device_properties(index)
-    shared = found.shared_memory_per_multiprocessor - 1024  # the driver takes 1024 bytes from each block
-    bandwidth = 2e3 * found.memory_clock_rate * found.memory_bus_width / 8
-    return "cuda", 10 * found.major + found.minor, found.multi_processor_count, shared, bandwidth
+    return replace(make_target(gpu.backend, gpu.arch, *sizes, installed_triton(), assembler), bandwidth=bandwidth)
 
 
 def installed_triton() -> tuple[int, int]:
@@ -184,6 +133,6 @@ RTX_4090 = make_target("cuda", 89, 128, 101376, (3, 9), (13, 4))
 RTX_5090 = make_target("cuda", 120, 170, 101376, (3, 9), (13, 4))
 MI300X = make_target("hip", "gfx942", 304, 65536, (3, 9), (0, 0))
 #: The interpreter runs one program after another. There are few of them, so that each loops over several tiles.
-INTERPRETER = Target("interpreter", 0, 3, 65536, compiler=installed_triton() if INSTALLED else (0, 0))
+INTERPRETER = Target("interpreter", 0, 3, 65536, compiler=installed_triton())
 
 _assumed: Target | None = None

@@ -4,7 +4,8 @@ A tile is read through a TMA descriptor if the launcher made one, otherwise thro
 says which. Offsets are int64 before they are multiplied, and both axes are masked.
 """
 
-from .language import tl, triton
+import triton
+import triton.language as tl
 
 
 @triton.jit

@@ -15,19 +15,16 @@ from benchmarks.gpu import bundle
 def folder(tmp_path_factory):
     """Return a bundle of this checkout, and its list of what it lacks."""
     root = tmp_path_factory.mktemp("bundle")
-    cubins = root / "cubins"
-    cubins.mkdir(parents=True)
-    (cubins / "sm_90.zip").write_bytes(b"code")
-    lacks = bundle.write(root / "made", cubins)
+    lacks = bundle.write(root / "made")
     return root / "made", lacks
 
 
-def test_it_holds_sources_tests_cubins_and_no_results(folder):
+def test_it_holds_sources_tests_and_no_results(folder):
     made, _ = folder
     for name in (
         "Makefile", "setup.py", "mft_kernels/backends/triton/product.py", "python/mft/engines/plain.py",
         "python/mft/memory/known_models/smollm2-135m.json", "benchmarks/gpu/__main__.py", "csrc/cuda/api.h",
-        "mft_kernels/cubins/sm_90.zip", "tests/triton_kernels", "tests/conftest.py",
+        "tests/triton_kernels", "tests/conftest.py",
     ):  # fmt: skip
         assert (made / name).exists(), name
     assert not list(made.rglob("__pycache__"))
@@ -36,11 +33,10 @@ def test_it_holds_sources_tests_cubins_and_no_results(folder):
     assert (made / "mft_kernels" / "libmft_cuda.so").exists() == bool(bundle.report("cuda").get("built"))
 
 
-def test_it_is_small_enough_to_be_carried_with_room_for_cubins(folder):
+def test_it_is_small_enough_to_be_carried(folder):
     made, _ = folder
     size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
-    assert size < bundle.MOST_BYTES - bundle.CUBIN_BYTES
-    assert bundle.MOST_BYTES < 64 << 20
+    assert size < bundle.MOST_BYTES < 64 << 20
 
 
 def test_it_says_of_which_commit_it_is_and_what_it_lacks(folder):
@@ -62,12 +58,10 @@ def test_the_suite_runs_from_it_alone(folder, tmp_path):
     assert where["commit"] == bundle.commit_of(made)["commit"]
 
 
-def test_a_whole_library_is_whole_with_cubins_or_without(tmp_path, monkeypatch, capsys):
+def test_what_the_library_lacks_is_said_and_is_the_exit_code(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bundle, "report", lambda part: {"built": True, "left_out": {}})
-    monkeypatch.setattr(bundle, "CUBINS", tmp_path / "none")
     assert bundle.main([str(tmp_path / "made")]) == 0
     assert "WITHOUT" not in capsys.readouterr().out
-    assert not (tmp_path / "made" / "mft_kernels" / "cubins").exists()
     monkeypatch.setattr(bundle, "report", lambda part: {"built": True, "left_out": {"score_grad_sm90": "no headers"}})
     assert bundle.main([str(tmp_path / "made")]) == 3
     assert "WITHOUT score_grad_sm90: no headers" in capsys.readouterr().out
@@ -89,20 +83,14 @@ def test_a_library_without_a_group_is_named(built, lacks):
 
 
 def test_what_is_too_large_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
-    cubins, made = tmp_path / "cubins", tmp_path / "made"
-    cubins.mkdir()
-    with (cubins / "large").open("wb") as file:
-        file.truncate(bundle.CUBIN_BYTES + 1)
-    with pytest.raises(bundle.TooLarge, match="of cubins must be at most 25 MB, got 25.0 MB"):
-        bundle.write(made, cubins)
-    assert not made.exists()
-    monkeypatch.setattr(bundle, "MOST_BYTES", bundle.CUBIN_BYTES + 1000)
-    assert bundle.main([str(made)]) == 2
-    assert "without cubins must be at most 0.001 MB" in capsys.readouterr().err
+    monkeypatch.setattr(bundle, "MOST_BYTES", 1000)
+    assert bundle.main([str(tmp_path / "made")]) == 2
+    assert "the bundle must be at most 0.001 MB" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ValueError, match="must be new or an earlier bundle"):
-        bundle.write(tmp_path, tmp_path / "none")
+        bundle.write(tmp_path)
     assert (tmp_path / "mine").read_text() == "mine"

@@ -5,14 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 
-from gpu_records import CEILINGS, Card, on_host
+from gpu_records import Card
 
 from benchmarks.gpu import device
 from benchmarks.gpu.device import CLOCK, QUEUED, Gpu, Timer
-from benchmarks.gpu.forms import Form
-from benchmarks.gpu.timing import Bench, Competitor
-from mft_kernels.backends.triton import cubins, target
-from mft_kernels.backends.triton.cubins import Launched
 
 
 def test_a_graph_holds_whole_rotations_over_the_copies(monkeypatch):
@@ -60,10 +56,8 @@ def test_by_the_clock_what_the_host_needs_counts(monkeypatch):
 
 def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypatch):
     Card(monkeypatch)
-    monkeypatch.setattr(Gpu, "form", BY_CUBINS)
     gpu = Gpu()
     described = gpu.environment()
-    assert described["triton_form"] == "cubins, swapped form"
     assert (described["device"], described["l2_mib"]) == ("a card", 1.0)
     assert described["capability"] == [9, 0]
     assert {"triton_kernels", "cuda_library", "cuda_lacks"} <= described.keys()
@@ -82,53 +76,3 @@ def test_the_slowest_take_part_in_the_first_rounds_alone():
 
     timers = {"fast": Timer("graph", 1, 1.0, lambda: 1.0), "slow": Timer("queued", 1, 400.0, lambda: 400.0)}
     assert {name: len(v) for name, v in _in_rounds(timers, 11).items()} == {"fast": 11, "slow": 3}
-
-
-BY_CUBINS, COMPILED = Form(by_cubins=True, swapped=True), Form(by_cubins=False, swapped=False)
-OURS, PLAIN_OURS = Launched("product", swapped=True, cubin=7), Launched("few", cubin=8)
-HERE, SWAPPED_HERE = Launched("product"), Launched("product", swapped=True)
-
-
-@pytest.mark.parametrize(
-    ("form", "launched", "why"),
-    [
-        (BY_CUBINS, [OURS, PLAIN_OURS], ""),  # few tokens take the plain form either way
-        (BY_CUBINS, [], ""),  # no Triton kernel was launched
-        (
-            BY_CUBINS,
-            [OURS, HERE],
-            "from the installed Triton, plain form, and the record says cubins, swapped",
-        ),
-        (COMPILED, [HERE], ""),
-        (COMPILED, [SWAPPED_HERE], "came from the installed Triton, swapped form, and the record says the installed"),
-    ],
-)
-def test_what_did_not_come_from_what_the_record_names_is_not_timed(form, launched, why):
-    """A call without a cubin silently goes to the installed Triton, in another form."""
-    bench = Bench(on_host(form=form), CEILINGS)
-    others = {"others": Competitor(lambda copy: None), "ours": Competitor(lambda copy: [*map(cubins.note, launched)])}
-    fields = bench.compare(others, 1)
-    assert fields["samples"].keys() == {"others"} | ({"ours"} if not why else set())
-    assert why in fields["failures"].get("ours", "")
-    assert bool(why) == ("ours" in fields["failures"])
-    if not why:
-        came = [f"{one.kernel}: {form if one.swapped == form.swapped else 'cubins, plain form'}" for one in launched]
-        assert fields["samples"]["ours"]["kernels"] == sorted(came)
-
-
-def test_what_no_cubin_is_made_of_says_what_it_came_from():
-    """Experts: for every user, the installed Triton compiles their kernels."""
-    bench = Bench(on_host(form=BY_CUBINS), CEILINGS)
-    fields = bench.compare({"ours": Competitor(lambda copy: cubins.note(HERE), ahead=False)}, 1)
-    assert fields["failures"] == {}
-    assert fields["samples"]["ours"]["kernels"] == ["product: the installed Triton, plain form"]
-
-
-def test_a_device_s_form_is_that_of_its_cubins(monkeypatch):
-    monkeypatch.setattr(cubins, "bundle", lambda name: (name, "") if name == "sm_90" else (None, "none"))
-    monkeypatch.delenv("MFT_TRITON", raising=False)
-    assert Form.of(target.H100) == BY_CUBINS
-    assert Form.of(target.H100_OLD_TRITON) == Form(by_cubins=True, swapped=False)
-    assert Form.of(target.B200) == Form(by_cubins=False, swapped=True)
-    monkeypatch.setenv("MFT_TRITON", "jit")
-    assert Form.of(target.H100) == Form(by_cubins=False, swapped=True)
