@@ -63,7 +63,7 @@ def at_least(least: int) -> Rule:
 POSITIVE = Rule("be positive", exclusiveMinimum=0)
 POSITIVE_OR_NULL = Rule("be positive (or null)", exclusiveMinimum=0)
 SHARE = Rule("lie in [0, 1]", minimum=0, maximum=1)
-BELOW_ONE = Rule("lie in [0, 1)", minimum=0, exclusiveMaximum=1)
+BETA = Rule("lie in [0, 1)", minimum=0, exclusiveMaximum=1)
 SEED = Rule("lie in [0, 2**63)", minimum=0, exclusiveMaximum=2**63)
 
 

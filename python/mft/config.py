@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from mft.checks import (
-    BELOW_ONE,
+    BETA,
     POSITIVE,
     POSITIVE_OR_NULL,
     SEED,
@@ -251,8 +251,8 @@ class DataConfig:
     split: str = "train"  # Split of the source to train on
     validation_split: str | None = None  # Split of the source to validate on (null: its own, else validation_share)
     # Share of the training examples held out if the source has no validation split (0: no validation)
-    validation_share: Annotated[float, BELOW_ONE] = HELD_OUT_SHARE
-    test_share: Annotated[float, BELOW_ONE] = HELD_OUT_SHARE  # The same for test (0: no test; a study needs one)
+    validation_share: Annotated[float, SHARE] = HELD_OUT_SHARE
+    test_share: Annotated[float, SHARE] = HELD_OUT_SHARE  # The same for test (0: no test; a study needs one)
     # Several sources with weights, under names of your choice; replaces data.source
     sources: dict[str, SourceConfig] | None = None
     # End an epoch when the first source is used up, or when all are
@@ -280,8 +280,8 @@ class DataConfig:
                     "be left out with sources, because each source has its own (sources: null drops them)",
                     given,
                 )
-        shares = self.validation_share + self.test_share
-        check_rule(shares < 1, "validation_share", "leave examples to train on, with test_share", self.validation_share)
+        rule = f"leave examples to train on, with test_share = {self.test_share:g}"
+        check_rule(self.validation_share + self.test_share < 1, "validation_share", rule, self.validation_share)
         for name in ("validation_share", "test_share"):
             share, rule = (
                 getattr(self, name),
@@ -336,7 +336,7 @@ class TrainConfig:
     schedule: Annotated[str, one_of(SCHEDULES)] = "linear"  # How the learning rate falls after the warm-up
     max_grad_norm: Annotated[float | None, POSITIVE_OR_NULL] = None  # Clip gradients to this norm (null: no clipping)
     weight_decay: Annotated[float, at_least(0)] = 0.0  # Weight decay of AdamW
-    betas: Annotated[tuple[float, float], BELOW_ONE] = (0.9, 0.999)  # Betas of AdamW
+    betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)  # Betas of AdamW
     # Format of the optimiser's moments. auto: mft train takes the widest with which a step fits in memory
     moments: Annotated[str, one_of((AUTO, *MOMENTS))] = "float32"
     # Data type of the gradient buffers (null: that of the weights)

@@ -54,14 +54,14 @@ a weight by which a source would be repeated without end
         | got about 2000000 rows | set first_exhausted or data.max_train_tokens, or other weights
 shares that leave nothing to train on
     DataConfig(validation_share=0.5, test_share=0.5)
-    -> ValueError: validation_share | must leave examples to train on, with test_share | got 0.5
+    -> ValueError: validation_share | must leave examples to train on | got 0.5 | with test_share = 0.5
 a share of a stream
     DataConfig(streaming=True, validation_share=0.2)
     -> ValueError: validation_share | must be left out with streaming, because max_eval_tokens says what is held out
         | got 0.2
-a share of everything
-    DataConfig(test_share=1)
-    -> ValueError: test_share | must lie in [0, 1) | got 1.0
+a share in percent
+    DataConfig(test_share=100)
+    -> ValueError: test_share | must lie in [0, 1] | got 100.0
 epochs of a stream
     TrainConfig(epochs=1).steps_for(None)
     -> ValueError: train.steps | must be given with data.streaming, because the length of an epoch is unknown

@@ -829,15 +829,16 @@ def _start(
 ) -> Any:
     """Return how a run of finetune or train begins: new, or resumed. Loads torch after it has checked the keys."""
     given = _given(overrides, sets)
-    if resume is None and force:
-        raise ValueError("--force must come with --resume, got it alone")
-    if resume is not None and overwrite:
+    if resume is None:
+        if force:
+            raise ValueError("--force must come with --resume, got it alone")
+        run_config = load_config(config, given)
+    elif overwrite:
         raise ValueError("--overwrite must not come with --resume: one deletes the run, the other goes on with it")
-    run_config = load_config(config, given) if resume is None else None
     _let_waiting_threads_sleep()
     from mft.training.resume import Begin, Resume
 
-    if run_config is not None:
+    if resume is None:
         return Begin(run_config, overwrite=overwrite)
     return Resume(resume, config, given, force=force)
 

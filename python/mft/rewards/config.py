@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from mft.checks import BELOW_ONE, POSITIVE, POSITIVE_OR_NULL, SEED, SHARE, at_least, check_rule, coerce_fields, one_of
+from mft.checks import BETA, POSITIVE, POSITIVE_OR_NULL, SEED, SHARE, at_least, check_rule, coerce_fields, one_of
 from mft.config import MOMENTS, SCHEDULES, TrainConfig
 from mft.evaluation.verifiers import VERIFIERS
 
@@ -38,7 +38,7 @@ class RewardsConfig:
     loss_type: Annotated[str, one_of(LOSSES)] = "dapo"  # How token losses are combined (TRL's names and default)
     divergence: Annotated[str, one_of(DIVERGENCES)] = "reverse_kl"  # From the teacher, if any; replaces the rewards
     micro_batch: Annotated[int | None, at_least(1)] = None  # Answers that are backpropagated together (null: all)
-    betas: Annotated[tuple[float, float], BELOW_ONE] = (0.9, 0.999)  # Betas of AdamW
+    betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)  # Betas of AdamW
     schedule: Annotated[str, one_of(SCHEDULES)] = "constant"
     warmup_ratio: Annotated[float, SHARE] = 0.03
     weight_decay: Annotated[float, at_least(0)] = 0.0

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mft.checks import (
-    BELOW_ONE,
+    BETA,
     POSITIVE,
     SHARE,
     Rule,
@@ -87,10 +87,8 @@ class Arm:
     # What is compared with the threshold; null: the study's mask.mode.
     mode: Annotated[str | None, one_of(MODES)] = None
     threshold: float | None = None  # fixed; replaces keep_ratios
-    beta1s: Annotated[list[float], BELOW_ONE] = field(
-        default_factory=list
-    )  # AdamW's momentum, to choose from; empty: betas
-    betas: Annotated[tuple[float, float] | None, BELOW_ONE] = None  # AdamW's; null: those of full or stage
+    beta1s: Annotated[list[float], BETA] = field(default_factory=list)  # AdamW's momentum, to choose from; empty: betas
+    betas: Annotated[tuple[float, float] | None, BETA] = None  # AdamW's; null: those of full or stage
     layers_to_transform: ArmLayers = None  # null: the study's mask.layers_to_transform; all, or []: every layer
     target_modules: list[str] | None = None  # null: the study's mask.target_modules
     sharpness: Sharpness = None  # for scores with a threshold; null: the study's mask.sharpness
