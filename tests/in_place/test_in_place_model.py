@@ -15,7 +15,6 @@ from mft.config import MaskConfig
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import base_hash, save_masks
-from mft.masks.in_place.layer import InPlaceLayer
 from mft.masks.in_place.model import MasksInPlace, masks_in_place
 from mft.masks.in_place.others_memory import layers_to_copy
 from mft.masks.quantize import quantize_model
@@ -277,26 +276,7 @@ def test_an_optimiser_that_writes_the_weights_is_found_out():
     model = masked_llama()
     held = MasksInPlace(model)
     model.model.layers[2].mlp.up_proj.weight.data.add_(1)
-    with pytest.raises(RuntimeError, match=r"the weight of model.layers.2.mlp.up_proj must not be written while masks"):
-        held.close()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"of model.layers.2.mlp.up_proj must not be written while masks"):
+            held.close()
     assert len(masked_modules(model)) == 14
-
-
-def test_an_exception_on_the_way_in_leaves_the_model_as_it_was(monkeypatch):
-    model = masked_llama()
-    before, masked = bits(model.state_dict()), masked_modules(model)
-    entered = []
-
-    def fail_at_the_third(layer):
-        entered.append(layer)
-        if len(entered) == 3:
-            raise KeyboardInterrupt
-        real(layer)
-
-    real = InPlaceLayer.enter
-    monkeypatch.setattr(InPlaceLayer, "enter", fail_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        MasksInPlace(model)
-    assert masked_modules(model) == masked
-    assert not any(module.training for module in model.modules())
-    assert_same_bits(bits(model.state_dict()), before)
