@@ -272,10 +272,39 @@ def test_functions_of_masked_models_refuse_it_meanwhile():
     held.close()
 
 
-def test_an_optimiser_that_writes_the_weights_is_found_out():
-    model = masked_llama()
+def add(weight):
+    weight += 1
+
+
+def swap_in_a_row(weight):
+    weight[3, [5, 8]] = weight[3, [8, 5]]
+
+
+def swap_in_a_column(weight):
+    weight[[3, 6], 5] = weight[[6, 3], 5]
+
+
+def swap_rows(weight):
+    weight[[3, 6]] = weight[[6, 3]]
+
+
+def negate_two(weight):
+    weight[3, [5, 8]] *= -1
+
+
+def negate_all(weight):
+    weight.neg_()
+
+
+WRITES = [add, swap_in_a_row, swap_in_a_column, swap_rows, negate_two, negate_all]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("write", WRITES, ids=lambda each: each.__name__)
+def test_who_writes_the_weights_is_found_out(write, dtype):
+    model = mask_model(make_llama(dtype), MaskConfig.paper(layers_to_transform=[2, 3], keep_ratio=1.0))
     held = MasksInPlace(model)
-    model.model.layers[2].mlp.up_proj.weight.data.add_(1)
+    write(model.model.layers[2].mlp.up_proj.weight.data)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"of model.layers.2.mlp.up_proj must not be written while masks"):
             held.close()
