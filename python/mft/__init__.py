@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .config import DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
     from .config_file import load_config
     from .data.splits import load_splits
-    from .engines.in_place_adamw import InPlaceAdamW, in_place
+    from .engines.in_place_adamw import InPlaceAdamW, in_place, leave_in_place
     from .evaluation.evaluate import evaluate
     from .files.mask_coding import coded_size
     from .importance.adapters import init_adapter_from_data
@@ -61,7 +61,7 @@ _HOMES = {
     "config": ("DataConfig", "MaskConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainConfig"),
     "config_file": ("load_config",),
     "data.splits": ("load_splits",),
-    "engines.in_place_adamw": ("InPlaceAdamW", "in_place"),
+    "engines.in_place_adamw": ("InPlaceAdamW", "in_place", "leave_in_place"),
     "evaluation.evaluate": ("evaluate",),
     "importance.adapters": ("init_adapter_from_data",),
     "importance.scores": ("init_from_data", "mask_from_data"),
@@ -133,6 +133,7 @@ __all__ = [
     "in_place",
     "init_adapter_from_data",
     "init_from_data",
+    "leave_in_place",
     "load_config",
     "load_mask_bank",
     "load_masks",

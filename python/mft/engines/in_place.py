@@ -7,6 +7,7 @@ the step            d_scores = weight.grad * whole weight * sign(scores), MaskAd
 the flips           newly dropped weights are moved out of the parameter; weights that are kept again are restored
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,16 +119,19 @@ class InPlaceStates(WeightStates):
         grad_dtype: torch.dtype | None = None,
     ) -> None:
         masks = current_masks(masked_modules(model)) if masks is None else masks
-        self._in_place = MasksInPlace(model, {mask.name: mask.packed for mask in masks}, copied)
-        self._layers = list(self._in_place.layers)
-        of_layers = [
-            InPlaceMask(
-                *(mask.name, mask.module, mask.packed, mask.threshold), held=layer.held, parameter=layer.parameter
-            )
-            for mask, layer in zip(masks, self._layers, strict=True)
-        ]
-        mover = Mover(self._layers[0].parameter.device, separate=False)
-        super().__init__(*(of_layers, optimizer, mover, processes, surrogate, budget_of(model)), grad_dtype=grad_dtype)
+        self.in_place = MasksInPlace(model, {mask.name: mask.packed for mask in masks}, copied)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.in_place.close)
+            self._layers = list(self.in_place.layers)
+            of_layers = [
+                InPlaceMask(
+                    *(mask.name, mask.module, mask.packed, mask.threshold), held=layer.held, parameter=layer.parameter
+                )
+                for mask, layer in zip(masks, self._layers, strict=True)
+            ]
+            mover, budget = Mover(self._layers[0].parameter.device, separate=False), budget_of(model)
+            super().__init__(of_layers, optimizer, mover, processes, surrogate, budget, grad_dtype=grad_dtype)
+            undo.pop_all()
 
     def check_there(self) -> None:
         """Raise RuntimeError if a parameter no longer uses the memory in which its mask is applied."""
@@ -136,10 +140,7 @@ class InPlaceStates(WeightStates):
 
     def close(self) -> None:
         """Turn the model back into the masked one, with the scores as learned."""
-        try:
-            self._in_place.close()
-        finally:
-            super().close()
+        self.in_place.close()
 
 
 class InPlace(TrainsScores, OwnForward):

@@ -12,6 +12,7 @@ from mft.checks import check_rule
 from mft.engines.in_place import InPlaceStates
 from mft.engines.score_states import score_groups
 from mft.masks.convert import masked_modules
+from mft.masks.in_place.model import masks_in_place
 from mft.models.parallel import unwrapped
 from mft.surrogate.surrogate import surrogate_of
 from mft_kernels import MaskAdamW
@@ -80,10 +81,13 @@ class InPlaceAdamW(MaskAdamW):
         return {name.removesuffix(".mask"): packed for name, packed in found.items()}
 
     def close(self) -> None:
-        """Turn the model back into the masked one: the weights restored bit for bit, the scores as learned."""
-        states, self._states = self._states, None
-        if states is not None:
-            states.close()
+        """Turn the model back into the masked one: the weights restored bit for bit, the scores as learned.
+
+        It may be called again. An interrupt is raised once the model is restored.
+        """
+        if self._states is not None:
+            self._states.close()
+            self._states = None
 
     def __enter__(self) -> "InPlaceAdamW":
         return self
@@ -92,9 +96,10 @@ class InPlaceAdamW(MaskAdamW):
         self.close()
 
     def _open(self, name: str) -> InPlaceStates:
-        if self._states is None:
+        if self._states is None or not self._states.in_place.is_held:
             raise RuntimeError(
-                f"{name} must come before close(), got a closed optimiser: call mft.in_place(model) again"
+                f"{name} must come before close(), got an optimiser that was closed, or stopped by an interrupt: call "
+                "close(), then call mft.in_place(model) again"
             )
         return self._states
 
@@ -113,7 +118,8 @@ def in_place(model: nn.Module, *, max_grad_norm: float | None = None, **options:
     DistributedDataParallel, fused modules and inference engines see a dense model. If experts share one parameter, that
     parameter holds the mask. After the block, also after an exception, the model is the masked one again: the weights
     are restored bit for bit, and the scores are as learned. state_dict() has the whole weights and the scores, inside
-    the block too.
+    the block too. If an interrupt leaves masks in place, masked models' functions refuse the model, and
+    leave_in_place(model) restores it.
 
     Args:
         model: A model from mask_model or load_masks with weights that are not quantised, on its device. It may be
@@ -124,3 +130,14 @@ def in_place(model: nn.Module, *, max_grad_norm: float | None = None, **options:
         masks are in place already. The model is then unchanged.
     """
     return InPlaceAdamW(model, max_grad_norm, **options)
+
+
+def leave_in_place(model: nn.Module) -> None:
+    """Turn a model back into the masked one if its masks are in place, as the end of mft.in_place's block does.
+
+    For a model whose block was interrupted so early that nobody has its optimiser.
+    Raises: RuntimeError if something has written to the weights; they are restored even then.
+    """
+    found = masks_in_place(unwrapped(model))
+    if found is not None:
+        found.close()

@@ -115,7 +115,7 @@ def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     if hasattr(model, IN_PLACE):
         raise RuntimeError(
             f"model must not have its masks in place here, got a {type(model).__name__} with masks in place: leave "
-            "mft.in_place(model) first"
+            "mft.in_place(model) first, or call mft.leave_in_place(model) after an interrupt"
         )
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 

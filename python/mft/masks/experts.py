@@ -80,11 +80,25 @@ def unmask_experts(experts: Any, name: str, weight: Tensor, bias: Tensor | None)
         experts.__class__ = experts._kind
 
 
+Layout = tuple[type, dict[str, Any]]
+
+
+def layout(experts: Any) -> Layout:
+    """Return the class, parameters and masked layers of experts, for restore_layout."""
+    return type(experts), {name: copy.copy(part) for name, part in vars(experts).items() if name in _LAYOUT}
+
+
+def restore_layout(experts: Any, saved: Layout) -> None:
+    """Undo all mask_experts and unmask_experts since ``saved``, also those that an exception stopped midway."""
+    kind, parts = saved
+    vars(experts).update({name: copy.copy(part) for name, part in parts.items()})
+    experts.__class__ = kind
+
+
 def beside(experts: Any) -> nn.Module:
     """Return a copy of experts, masked or not, that shares its tensors. A mask on one does not affect the other."""
     made = copy.copy(experts)
-    own = ("_parameters", "_modules", "_projections")
-    made.__dict__ = experts.__dict__ | {name: dict(vars(experts)[name]) for name in own if name in vars(experts)}
+    made.__dict__ = experts.__dict__ | layout(experts)[1]
     return made
 
 
@@ -158,6 +172,7 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
+_LAYOUT = ("_parameters", "_modules", "_projections", "_order")  # what mask_experts changes, besides the class
 _CLASSES: dict[tuple[type, type], type[MaskedExperts]] = {}  # by (MaskedExperts class, original class)
 
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mft.masks.convert import replace_module
-from mft.masks.experts import mask_experts, unmask_experts
+from mft.masks.experts import Layout, layout, restore_layout, unmask_experts
 from mft_kernels import MaskedLayer, MaskedLinear
 from mft_kernels.layers.maskable import why_lost
 from mft_kernels.layers.shells import linear_on
@@ -16,6 +16,8 @@ from mft_kernels.mask.in_place import MaskedInPlace
 class InPlaceLayer:
     """One masked layer, and the ordinary layer that replaces it.
 
+    At each moment of enter() and leave() the model computes with the mask, and state_dict() has the whole weight.
+
     parameter: the ordinary layer's weight, on the masked layer's memory or (if is_copy) on a copy.
     held: the mask that is in the weight.
     """
@@ -23,48 +25,50 @@ class InPlaceLayer:
     def __init__(self, model: nn.Module, name: str, module: MaskedLayer, *, is_copy: bool) -> None:
         self.name, self.module, self._model = name, module, model
         weight = module.weight.detach()
-        self._hash = None if is_copy else torch.hash_tensor(weight)
+        self._sums = None if is_copy else _sums(weight)
         self.parameter = nn.Parameter(weight.clone() if is_copy else weight, requires_grad=True)
         self.held = MaskedInPlace(self.parameter.detach())
-        self._linear: nn.Linear | None = None
+        self.own: tuple[str, str | None] = ("weight", "bias")  # names of the ordinary layer's parameters
+        self.path = ""  # of the masked layer, from the module that has these parameters
+        self._layout: Layout | None = None
+        self._holder: Any
         if isinstance(module, MaskedLinear):
-            self._linear = linear_on(self.parameter, module.bias).train(module.training)
-        self.own: tuple[str | None, ...] = ("weight", "bias")  # names of the ordinary layer's parameters
+            self._holder = linear_on(self.parameter, module.bias).train(module.training)
+        else:
+            path, _, part = name.rpartition(".")
+            self._holder = model.get_submodule(path)
+            self._layout = layout(self._holder)
+            self.own, self.path = (part, self._holder._projections[part].bias), f"{part}."
         self._hooks: list[Any] = []
 
-    def enter(self) -> None:
-        """Put the ordinary layer in the model."""
-        holder: Any = self._linear
-        if holder is not None:
-            replace_module(self._model, self.name, holder)
+    def enter(self, packed: Tensor) -> None:
+        """Put this mask in the weight, and the ordinary layer in the model."""
+        self.module.scores.requires_grad_(False)
+        for each in (self._holder, self.module):
+            self._hooks.append(each.register_state_dict_post_hook(_SavesBase(self)))
+            self._hooks.append(each.register_load_state_dict_pre_hook(self._refuse_to_load))
+        self.held.change(packed)
+        if self._layout is None:
+            replace_module(self._model, self.name, self._holder)
         else:
-            holder, part = self._place()
-            self.own = (part, holder._projections[part].bias)
-            unmask_experts(holder, part, self.parameter, self.module.bias)
-        self._hooks = [
-            holder.register_state_dict_post_hook(_SavesBase(self)),
-            holder.register_load_state_dict_pre_hook(self._refuse_to_load),
-        ]
+            unmask_experts(self._holder, self.own[0], self.parameter, self.module.bias)
 
     def leave(self) -> None:
-        """Put the masked layer in the model, even if it is there already. The weight may still hold the mask."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        if self._linear is not None:
-            self.module.train(self._linear.training)
+        """Put the masked layer in the model, on its whole weight. Repeat it after an exception, here or in enter()."""
+        self.module.scores.requires_grad_(self.module.scores.is_floating_point())
+        self.module.train(self._holder.training)
+        if self._layout is None:
             replace_module(self._model, self.name, self.module)
-            return
-        holder, part = self._place()
-        if getattr(holder, part) is not self.module:
-            mask_experts(holder, part, lambda *_, **__: self.module)
+        else:
+            restore_layout(self._holder, self._layout)
+        self.held.lift()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
-    def check_whole(self) -> None:
-        """Raise RuntimeError if the masked layer's weight differs from the original. Call after held.lift()."""
-        if self._hash is not None and not torch.equal(torch.hash_tensor(self.module.weight.detach()), self._hash):
-            raise RuntimeError(
-                f"the weight of {self.name} must not be written while masks are in place, but kept elements have "
-                "changed: give an optimiser none of model.parameters(), and load the base again"
-            )
+    def is_written(self) -> bool:
+        """Whether the masked layer's weight differs from the original. Call after leave()."""
+        return self._sums is not None and not torch.equal(_sums(self.module.weight.detach()), self._sums)
 
     def check_there(self) -> None:
         """Raise RuntimeError if the parameter is not the memory that the mask is held in."""
@@ -74,16 +78,6 @@ class InPlaceLayer:
                 "cast or spread over processes: do that before mft.in_place"
             )
 
-    def saved(self, prefix: str) -> dict[str, Any]:
-        """Return the masked layer's state_dict with its whole weight; prefix: of the ordinary layer's module."""
-        at = prefix if self._linear is not None else f"{prefix}{self.own[0]}."
-        return self.module.state_dict(prefix=at) | {f"{at}weight": self.held.whole()}
-
-    def _place(self) -> tuple[Any, str]:
-        """Return the experts module, and the name of this layer's parameter in it."""
-        path, _, part = self.name.rpartition(".")
-        return self._model.get_submodule(path), part
-
     def _refuse_to_load(self, *_: Any) -> None:
         raise RuntimeError(
             f"state_dict must be loaded before masks are in place, or after, got one for {self.name} while they are: "
@@ -92,15 +86,18 @@ class InPlaceLayer:
 
 
 class _SavesBase:
-    """State-dict hook: replaces the ordinary layer's entries by the masked layer's."""
+    """State-dict hook of both layers: saves the masked layer's entries, with the whole weight."""
 
     def __init__(self, layer: InPlaceLayer) -> None:
         self.layer = layer
 
     def __call__(self, holder: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        if holder is self.layer.module:
+            state[f"{prefix}weight"] = self.layer.held.whole()
+            return
         for own in self.layer.own:
             state.pop(f"{prefix}{own}", None)
-        state |= self.layer.saved(prefix)
+        state |= self.layer.module.state_dict(prefix=f"{prefix}{self.layer.path}")
 
 
 def check_layer(name: str, module: MaskedLayer) -> None:
@@ -115,3 +112,16 @@ def check_layer(name: str, module: MaskedLayer) -> None:
             f"{name} must have no hooks of its own, nor a replaced forward, which an ordinary layer in its place would "
             "lose: add them while masks are in place, or dispatch the model to one device"
         )
+
+
+def _sums(weight: Tensor) -> Tensor:
+    """Return one checksum per row, (N,) or (E * N,): the sum of bits * random odd numbers, one per column, mod 2**64.
+
+    Each changed weight changes its row's sum. Two changes in one row, such as a swap or two signs, cancel with a
+    probability of 2**-33 or less.
+    """
+    bits = weight.contiguous().view(torch.int16 if weight.itemsize == 2 else torch.int32).flatten(0, -2)
+    products = 1 << 16 if weight.is_cpu else 1 << 22  # at once: in a core's cache; a GPU wants few launches
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).mul_(2).add_(1).to(weight.device)
+    return torch.cat([(part * odd).sum(-1) for part in bits.split(max(1, products // bits.shape[1]))])

@@ -45,61 +45,88 @@ class MasksInPlace:
             )
         for name, module in masked.items():
             check_layer(name, module)
-        self.model = model
         copied = layers_to_copy(model, masked) if copied is None else copied
         bits = {name: module.packed_mask() for name, module in masked.items()} if packed is None else packed
+        self.model = model
         self.layers: list[InPlaceLayer] = []
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.close)
+        self.is_held = False  # whether all layers hold their masks; False for good if an exception stopped a change
+        self._written: str | None = None  # the first layer whose weight something else has changed
+        try:
             setattr(model, IN_PLACE, self)
             for name, module in masked.items():
-                layer = InPlaceLayer(model, name, module, is_copy=name in copied)
-                self.layers.append(layer)
-                layer.held.change(bits[name])
-                layer.enter()
-            undo.pop_all()
+                self.layers.append(InPlaceLayer(model, name, module, is_copy=name in copied))
+                self.layers[-1].enter(bits[name])
+            self.is_held = True
+        finally:
+            if not self.is_held:
+                self.close()
 
     def close(self) -> None:
-        """Restore the masked model on its original weights.
+        """Restore the masked model on its original weights, or finish that. An interrupt is raised afterwards.
 
         Raises: RuntimeError if something has written to the weights; all layers are restored even then.
         """
-        if masks_in_place(self.model) is self:
-            delattr(self.model, IN_PLACE)
-        back: list[InPlaceLayer] = []
-        while self.layers:
-            self.layers[-1].held.lift()
-            self.layers[-1].leave()
-            back.append(self.layers.pop())
-        for layer in back:
-            layer.check_whole()
+        try:
+            self._restore()
+        finally:
+            self._restore()
+        if self._written is not None:
+            raise RuntimeError(
+                f"the weight of {self._written} must not be written while masks are in place, but kept elements have "
+                "changed: give an optimiser none of model.parameters(), and load the base again"
+            )
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
         """Make the ordinary layers compute with their whole weights, as the base, in this context."""
-        packed = [layer.held.packed for layer in self.layers]
+        packed = self._begin_change()
+        for layer in self.layers:
+            layer.held.lift()
         try:
-            for layer in self.layers:
-                layer.held.lift()
             yield
         finally:
             for layer, bits in zip(self.layers, packed):
-                assert bits is not None, "a layer in place holds a mask"
                 layer.held.change(bits)
+            self.is_held = True
 
     @contextlib.contextmanager
     def masked_again(self) -> Iterator[None]:
         """Make the model the masked one, on its whole weights, in this context."""
-        with self.lifted():
-            delattr(self.model, IN_PLACE)
-            try:
-                for layer in self.layers:
-                    layer.leave()
-                yield
-            finally:
-                for layer in self.layers:
-                    layer.enter()
-                setattr(self.model, IN_PLACE, self)
+        packed = self._begin_change()
+        for layer in reversed(self.layers):
+            layer.leave()
+        delattr(self.model, IN_PLACE)
+        try:
+            yield
+        finally:
+            setattr(self.model, IN_PLACE, self)
+            for layer, bits in zip(self.layers, packed):
+                layer.enter(bits)
+            self.is_held = True
+
+    def _restore(self) -> None:
+        """Do what is left to do; an exception may stop it anywhere. The model's attribute is the last that goes."""
+        self.is_held = False
+        if masks_in_place(self.model) is not self:
+            return
+        while self.layers:
+            layer = self.layers[-1]
+            layer.leave()
+            if layer.is_written():
+                self._written = layer.name
+            self.layers.pop()
+        delattr(self.model, IN_PLACE)
+
+    def _begin_change(self) -> list[Tensor]:
+        """Return the masks that the layers hold. Raises RuntimeError if an exception has stopped an earlier change."""
+        if not self.is_held:
+            raise RuntimeError(
+                "masks must be wholly in place here, got a model on which an interrupt stopped mft.in_place: call "
+                "mft.leave_in_place(model)"
+            )
+        self.is_held = False
+        packed = [layer.held.packed for layer in self.layers]
+        return [bits for bits in packed if bits is not None]
 
 
 def masks_in_place(model: nn.Module) -> MasksInPlace | None:
