@@ -50,23 +50,35 @@ class Address:
     host: str
     port: int
 
-    def ask(self, route: str, body: dict) -> tuple[int, str]:
+    def ask(self, route: str, body: dict, *, timeout: float = TIMEOUT) -> tuple[int, str]:
         """Return (status, text) of a well-formed request."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=TIMEOUT)
-        with contextlib.closing(connection):
-            connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            found = json.loads(response.read())
-        if response.status != 200:
-            return response.status, found["error"]["message"]
+        status, data = self.exchange("POST", route, body, timeout=timeout)
+        found = json.loads(data)
+        if status != 200:
+            return status, found["error"]["message"]
         choice = found["choices"][0]
         return 200, choice["text"] if "text" in choice else choice["message"]["content"]
 
-    def get(self, route: str) -> dict:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=TIMEOUT)
-        with contextlib.closing(connection):
-            connection.request("GET", route)
-            return json.loads(connection.getresponse().read())
+    def get(self, route: str, *, timeout: float = TIMEOUT) -> dict:
+        return json.loads(self.exchange("GET", route, timeout=timeout)[1])
+
+    def exchange(
+        self, method: str, route: str, body: dict | None = None, *, timeout: float = TIMEOUT
+    ) -> tuple[int, bytes]:
+        """Return (status, body). If the server closes the connection to make room for others, connect once more."""
+        for is_last in (False, True):
+            connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+            with contextlib.closing(connection):
+                try:
+                    connection.request(
+                        method, route, json.dumps(body) if body else None, {"Content-Type": "application/json"}
+                    )
+                    response = connection.getresponse()
+                    return response.status, response.read()
+                except ConnectionResetError:
+                    if is_last:
+                        raise
+        raise AssertionError
 
     def send(self, data: bytes) -> socket.socket:
         connected = socket.create_connection((self.host, self.port), timeout=TIMEOUT)
@@ -285,15 +297,10 @@ class WellFormed:
 
     def ask(self, number: int) -> None:
         index, began = number % len(self._requests), time.monotonic()
-        for last in (False, True):
-            try:
-                found = self._address.ask(*self._requests[index])
-            except OSError as error:
-                found = (0, repr(error))
-                # With too many connections, the server closes one whose request is late: clients connect again.
-                if isinstance(error, ConnectionResetError) and not last:
-                    continue
-            break
+        try:
+            found = self._address.ask(*self._requests[index])
+        except OSError as error:
+            found = (0, repr(error))
         self.seconds.append(time.monotonic() - began)
         if found != self._alone[index]:
             self.wrong.append(f"well-formed {index}: {found} for {self._alone[index]}")

@@ -4,6 +4,8 @@ import socket
 
 from mft.checks import check_rule
 
+_UNREAD = 1 << 16  # bytes that Linux buffers (doubled) for each client that does not read; by default up to 4 MB
+
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket bound to a port of this machine. Clients are refused until it is served.
@@ -20,6 +22,7 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)  # its connections inherit it
     try:
         bound.bind((host, port))
     except OSError as error:
