@@ -103,7 +103,8 @@ a patched file that is there already
 the undo file of another patch
     (tmp / "out.gguf.undo").write_text("of another patch")
     patch_gguf(written(tmp), masks_in(tmp, patch), tmp / "out.gguf")
-    -> ValueError: out.gguf.undo | must not exist | got the undo file of another patch | move it, or delete it
+    -> ValueError: out.gguf.undo | must not exist | got an undo file without the patched file
+        | delete it if a patch was killed here
 a GGUF file that is not there
     patch_gguf(tmp / "modle.gguf", masks_in(tmp, patch), tmp / "out.gguf")
     -> FileNotFoundError: modle.gguf | must be a GGUF file that exists | got nothing there | did you mean

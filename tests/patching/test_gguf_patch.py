@@ -1,5 +1,6 @@
 """Masks in GGUF files: transformers reads the mask on the base, the original can be restored, nothing is lost."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -223,12 +224,12 @@ class TestNothingIsLost:
                 patch_gguf(path, masks, output)
             assert sha256(output) == before
 
-    def test_the_undo_file_of_another_patch_is_not_replaced(self, q8, tmp_path):
+    def test_an_undo_file_whose_patched_file_was_moved_is_not_replaced(self, q8, tmp_path):
         path, masks = q8
         patch_gguf(path, masks, tmp_path / "out.gguf")
         (tmp_path / "out.gguf").rename(tmp_path / "moved.gguf")
         with pytest.raises(
-            ValueError, match=r"out.gguf.undo must not exist, got the undo file of another patch: move it"
+            ValueError, match=r"out.gguf.undo must not exist, got an undo file without the patched file: delete it if a"
         ):
             patch_gguf(path, masks, tmp_path / "out.gguf")
         (tmp_path / "out.gguf.undo").rename(tmp_path / "moved.gguf.undo")
@@ -256,6 +257,26 @@ class TestNothingIsLost:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert names_in(tmp_path) == ["masks", "model.gguf"]
         assert sha256(path) == before
+
+    @pytest.mark.parametrize("left", range(3))
+    def test_a_disk_that_is_full_at_a_sync_leaves_nothing(self, q8, tmp_path, monkeypatch, left):
+        """The syncs are those of the undo file, of the patched file, and of their directory. left: those that work."""
+        path, masks = q8
+        done, sync = [], os.fsync
+
+        def fsync(descriptor):
+            done.append(descriptor)
+            if len(done) > left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"out.gguf(.undo)? could not be written \(No space left on device\)"):
+            patch_gguf(path, masks, tmp_path / "out.gguf")
+        assert len(done) == left + 1
+        assert names_in(tmp_path) == ["masks", "model.gguf"]
+        monkeypatch.setattr(os, "fsync", sync)
+        patch_gguf(path, masks, tmp_path / "out.gguf")
 
     def test_an_undo_file_that_does_not_fit_on_the_disk_leaves_nothing(self, q8, tmp_path, monkeypatch):
         path, masks = q8

@@ -34,7 +34,7 @@ def changing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claiming(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file to write to, which no other process holds. It is deleted if the block fails.
+    """Yield a new file to write and sync, which no other process holds. It is deleted if the block fails.
 
     Raises: RuntimeError if another process holds it; ValueError if a file with content exists there; OSError.
     """
@@ -43,12 +43,13 @@ def claiming(path: Path) -> Iterator[BinaryIO]:
             if not _is_at(path, descriptor):  # its last holder has deleted it
                 continue
             if os.fstat(descriptor).st_size:  # a killed process leaves an empty file
-                raise ValueError(f"{path} must not exist, got the undo file of another patch: move it, or delete it")
+                raise ValueError(
+                    f"{path} must not exist, got an undo file without the patched file: delete it if a patch was "
+                    "killed here; if the patched file was moved, move this one to it"
+                )
             try:
                 with os.fdopen(descriptor, "wb", closefd=False) as file:
                     yield file
-                    file.flush()
-                    os.fsync(descriptor)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise

@@ -66,12 +66,16 @@ def patch_gguf(
         with naming(beside), claiming(beside) as undo:
             _check_new(target)
             sweep(target.parent, lambda name: name == target.name)
-            with atomic_file(target) as scratch:
-                with scratch.open("wb") as sink:
-                    rewrite = Rewrite(plan, sink, widened).run()
-                undo.write(rewrite.undo().to_bytes())
-                undo.flush()
-                os.fsync(undo.fileno())  # before the patched file appears
+            try:
+                with atomic_file(target) as scratch:
+                    with scratch.open("wb") as sink:
+                        rewrite = Rewrite(plan, sink, widened).run()
+                    undo.write(rewrite.undo().to_bytes())
+                    undo.flush()
+                    os.fsync(undo.fileno())  # before the patched file appears
+            except BaseException:
+                target.unlink(missing_ok=True)  # it may be there if only its directory could not be synced
+                raise
     grown = rewrite.bytes_after - rewrite.bytes_before
     in_widened = sum(len(plan.dropped[name]) for name in widened)
     return Patched(target, beside, plan.count, len(rewrite.places), grown, plan.base, in_widened)
