@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,7 @@ from mft_kernels.backends.triton.target import (
     installed_triton,
     make_target,
 )
+from mft_kernels.codes import FORMATS
 from mft_kernels.operands import Backward, Experts, Keep, KeepByTask, Sums, Update
 from mft_kernels.reference.step import BLOCK
 
@@ -123,6 +125,8 @@ def _calls(few: bool) -> Calls:
         yield from _usual(m, fp16, fp16)
     for m, masks, dtype in ((8, 3, bf16), (8, 16, bf16), (32, 16, bf16), (64, 16, bf16), (8, 3, fp32)):
         yield from _of_many(m, masks, dtype)
+    for m, (kind, scales) in itertools.product((1, 32, 64, 2048), (("nf4", 4), ("int8", 1))):
+        yield from _of_codes(m, kind, scales)
     yield from over_experts()
     yield from _usual(2048, bf16, bf16, features=1024)  # fewer tiles than multiprocessors
     yield from _usual(64, bf16, bf16, odd=True)
@@ -210,6 +214,17 @@ def _of_many(m: int, masks: int, dtype: torch.dtype) -> Calls:
     packed, tasks = [_empty(FEATURES, FEATURES // 32, dtype=torch.int32)] * masks, _empty(m, dtype=torch.int32)
     name = f"{masks} masks, M = {m}, {_name(dtype)}"
     yield name, lambda: ops.product(x, weight, KeepByTask(packed, tasks), bias)
+
+
+def _of_codes(m: int, kind: str, scales: int) -> Calls:
+    """Yield products of bf16 over codes; 4 scales: NF4 whose absmax are codes too."""
+    form, shape = FORMATS[kind], (FEATURES, FEATURES)
+    absmax = [_empty(*size, dtype=dtype) for _, size, dtype in form.scales_expected(shape, scales)]
+    weight = form(_empty(*form.code_shape(shape), dtype=form.code_dtype), absmax, shape)
+    a, words = _empty(m, FEATURES, dtype=torch.bfloat16), _empty(FEATURES, FEATURES // 32, dtype=torch.int32)
+    for name, transposed in (("forward", False), ("d_x", True)):
+        call = functools.partial(ops.product, a, weight, Keep(words), None, transposed=transposed)
+        yield f"{name}, {kind}, M = {m}", call
 
 
 def over_experts() -> Calls:

@@ -35,7 +35,6 @@ inline int chosen_capability(int capability) {
 struct Place {
   Device device{nullptr, 4, chosen_capability(80)};
   int index;
-  explicit Place(int device_index) : index(device_index) {}
   explicit Place(const torch::stable::Tensor& t) : index(t.get_device()) {}
 };
 
@@ -56,7 +55,7 @@ struct Place {
   int index;
   torch::stable::accelerator::DeviceGuard guard;
 
-  explicit Place(int device_index) : index(device_index), guard(device_index) {
+  explicit Place(const torch::stable::Tensor& t) : index(t.get_device()), guard(index) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "torch must be built with CUDA to launch a kernel");
     check(cudaSetDevice(index));  // this library has a CUDA runtime of its own
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream));
@@ -66,7 +65,6 @@ struct Place {
     device.capability = chosen_capability(10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
                                           attribute(cudaDevAttrComputeCapabilityMinor, index));
   }
-  explicit Place(const torch::stable::Tensor& t) : Place(t.get_device()) {}
 };
 
 #endif

@@ -39,7 +39,7 @@ KERNELS = {
 }
 #: In the report only: rarer calls.
 OTHERS = {"_masked_weight_kernel", "_many_masks_kernel", "_grouped_product_kernel", "_grouped_score_grad_kernel"}
-OTHERS |= {"_count_kernel", "_put_aside_kernel", "_put_back_kernel", "_drop_kernel"}
+OTHERS |= {"_quantized_product_kernel", "_count_kernel", "_put_aside_kernel", "_put_back_kernel", "_drop_kernel"}
 every_entry = functools.cache(launches.entries)
 
 

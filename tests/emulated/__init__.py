@@ -37,8 +37,6 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
 NOT_EMULATED = (
     "score_grad_sm90_",
     "bindings",
-    "cubin",
-    "plan_bindings",
     "many_bindings",
     "quantized_bindings",
     "grouped_bindings",
