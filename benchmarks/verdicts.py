@@ -186,7 +186,7 @@ def main() -> None:
 
 
 def _write(path: Path, numbers: dict[str, Any], tables: Mapping[str, DomainTable]) -> None:
-    words = (numbers["verdicts"], numbers["remarks"], numbers.get("errors", []), numbers["environment"])
+    words = (numbers["verdicts"], numbers["remarks"], numbers["environment"])
     path.write_text(numbers_text(numbers))
     path.with_suffix(".md").write_text(report_text(tables, *words))
 

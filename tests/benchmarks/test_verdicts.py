@@ -25,7 +25,7 @@ def test_a_stored_study_concludes_what_todays_rules_conclude(path):
     again, tables, changes = verdicts.judge_again(copy.deepcopy(stored))
     assert changes == []
     assert again == stored
-    words = (again["verdicts"], again["remarks"], again.get("errors", []), again["environment"])
+    words = (again["verdicts"], again["remarks"], again["environment"])
     assert report_text(tables, *words) == path.with_suffix(".md").read_text()
 
 

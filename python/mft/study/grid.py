@@ -41,12 +41,6 @@ class OpenEnd:
     above: bool
     remedy: str  # overrides that let the study go on, "extensions=9"
 
-    def __str__(self) -> str:
-        return (
-            f"{self.domain}, {self.arm}: its best {self.what}, {self.value:g}, lies at the end of its grid: no "
-            f"{'larger' if self.above else 'smaller'} one was tried; run the same command with {self.remedy} to go on"
-        )
-
 
 def neighbours(best: Setting, grid: Collection[Setting], tried: Collection[Setting]) -> list[Neighbour]:
     """Return the untried neighbours of best.

@@ -15,7 +15,7 @@ from mft.rewards.questions import questions_of
 from mft.rewards.train import check_installed
 from mft.study.bases import Bases
 from mft.study.config import REWARDS, StudyConfig
-from mft.study.evidence.power import power_lines
+from mft.study.evidence.power import power_lines, shortage_lines
 from mft.study.evidence.sums import document_hashes
 from mft.study.outcome import Findings, Outcome, Tested, Unit
 from mft.study.plan import (
@@ -105,6 +105,8 @@ def run_study(
             notes_of_train = [note for note in workspace.questions(domain).notes if not note.startswith(SPLITS[1:])]
             lines += [f"{domain}, questions: {note}" for note in notes_of_train]
         documents = {domain: len(set(workspace.splits(domain).test["document"])) for domain in study.domains}
+        for line in shortage_lines(study, documents):
+            console.print(line, style="bold", highlight=False, soft_wrap=True, markup=False)
         for line in [*lines, _units_words(study), *power_lines(study, documents, store.directory)]:
             say(line)
         with ON[on](study, bases, workspace) as workers, shown_progress(console) as shown:

@@ -14,6 +14,7 @@ from mft.study.evidence.power import (
     UNKNOWN,
     Spread,
     power_lines,
+    shortage_lines,
     smallest_difference,
     spread_in,
 )
@@ -83,6 +84,19 @@ def test_a_study_takes_its_own_earlier_result_or_that_of_the_same_model_and_text
     write_sums(Sums(held), tmp_path / "sums.npz")
     assert "vary by 0.00" in (line := power_lines(study, {"count": 40}, tmp_path)[0])
     assert "as for the 1 pairs of tuned arms in its earlier sums.npz" in line
-    assert power_lines(make_study(tmp_path, overrides=["seeds=[0]"]), {"count": 40}, tmp_path)[0].endswith(
-        "can show no difference: at least 2 of both are needed"
-    )
+
+
+@pytest.mark.parametrize(
+    ("seeds", "documents", "lacks"),
+    [
+        ("[0,1]", 20, None),
+        ("[0,1]", 19, "19 test documents, at least 20 are needed"),
+        ("[0]", 40, "a single seed, at least 2 are needed, better 3"),
+    ],
+)
+def test_a_study_that_can_conclude_nothing_is_told_what_it_lacks(tmp_path, seeds, documents, lacks):
+    study = make_study(tmp_path, overrides=[f"seeds={seeds}"])
+    said, power = shortage_lines(study, {"count": documents}), power_lines(study, {"count": documents}, tmp_path)
+    assert (len(said), len(power)) == ((1, 0) if lacks else (0, 1))
+    if lacks:
+        assert said[0].startswith(f"Nothing will be concluded on count: {lacks}. Stop now (Ctrl-C) and give more")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from mft.study.config import StudyConfig
 from mft.study.grid import OpenEnd
 from mft.study.outcome import Findings, Measured, Outcome, Unit
 from mft.study.report.pictures.plots import plot_study, plot_summary
-from mft.study.report.remarks import remarks
+from mft.study.report.remarks import remarks, unsettled_remark
 from mft.study.report.statistics import differences, paired
 from mft.study.report.table import study_numbers, study_tables
 from mft.study.report.verdict import HELPS, INCONCLUSIVE, LOST, NO_EVIDENCE, study_verdicts
-from mft.study.report.write import console_report, write_study_report
+from mft.study.report.write import _LOSS, _NO_CONTROL, _cell_or_why, _screen_groups, console_report, write_study_report
 
 DOCUMENTS = 30
 ARMS = {
@@ -308,19 +309,22 @@ def test_the_report_writes_table_numbers_and_plot(tmp_path):
     assert "# At equal budgets, validation, first seed\n\n- code, MFT and its control, each in at most so many " in text
 
 
-def test_a_choice_at_an_end_of_its_grid_is_an_error_before_the_verdicts_and_marks_those_that_rest_on_it(tmp_path):
+def test_choices_at_an_end_of_their_grid_are_one_remark_and_mark_the_verdicts_that_rest_on_them(tmp_path):
     study = findings(
         arms=SINGLE | {"MFT too": ARMS["MFT"]}, test=LOSSES | {"MFT too": 1.96}, validation=LOSSES | {"MFT too": 1.96}
     )
     study.open_ends = [OpenEnd("code", "MFT", "rate", 1e-2, True, "extensions=9")]
-    write_study_report(study, tmp_path)
-    error = (
-        "Error: code, MFT: its best rate, 0.01, lies at the end of its grid: no larger one was tried; run the same "
-        "command with extensions=9 to go on."
+    few = OpenEnd("code", "MFT", "number of epochs", 4, False, "extensions=3 max_epochs=8")
+    assert unsettled_remark([*study.open_ends, few]).endswith(
+        ": code, MFT: largest rate 0.01, smallest number of epochs 4. Run the same command with extensions=9 "
+        "max_epochs=8 to go on."
     )
-    assert (tmp_path / "table.md").read_text().startswith(f"{error}\n\n# Verdict\n")
+    write_study_report(study, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith("code: lowest test loss: MFT, 1.89")
+    assert f"# How\n\n- {unsettled_remark(study.open_ends)}\n" in text
     numbers = json.loads((tmp_path / "table.json").read_text())
-    assert numbers["errors"] == [error]
+    assert numbers["remarks"][0] == unsettled_remark(study.open_ends)
     assert numbers["open_ends"] == [vars(study.open_ends[0])]
     (text,) = study_verdicts(study)
     assert f"MFT: {HELPS} (unsettled, at an end of its grid: MFT's rate). " in text
@@ -332,15 +336,53 @@ def test_a_choice_at_an_end_of_its_grid_is_an_error_before_the_verdicts_and_mark
     assert "unsettled" not in study_verdicts(study)[0]
 
 
-def test_errors_stand_in_the_console_before_the_verdicts():
-    study = findings(arms=SINGLE)
-    study.open_ends = [OpenEnd("code", "control", "rate", 1e-2, True, "extensions=9")]
-    console = Console(width=100, record=True, file=io.StringIO())
+def printed(study, width=180):
+    console = Console(width=width, record=True, file=io.StringIO())
     for part in console_report(study):
         console.print(part)
-    text = console.export_text()
-    assert 0 < text.index("Error: code, control: its best rate") < text.index(f"MFT: {HELPS} (unsettled")
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("losses", "first"),
+    [
+        (
+            {},
+            "code: lowest test loss: MFT, 1.89.. in 6.0 kB; control, the best arm that is no mask, is 0.02.. ",
+        ),
+        ({"MFT": 2.06}, "code: lowest test loss: control, 1.91..; MFT, the best mask, is 0.0... above it.\n"),
+    ],
+)
+def test_the_result_is_printed_first_and_what_is_unsettled_is_a_note(losses, first):
+    study = findings(arms=SINGLE, test=LOSSES | losses)
+    for one in study.outcomes:
+        one.bytes = 6000 if one.unit.arm == "MFT" else None
+    study.open_ends = [OpenEnd("code", "control", "rate", 1e-2, True, "extensions=9")]
+    text = printed(study)
+    assert re.match(first, text)
+    assert (
+        text.index("MFT: ") < text.index("(unsettled, at an end") < text.index("\n- Unsettled, the best setting lies")
+    )
     assert "- code, MFT and its control, each in at most so many steps: 40 steps: MFT" in text
+
+
+def test_the_terminals_tables_have_six_columns_at_most_and_a_difference_or_the_reason_in_each_cell():
+    other = make_arm("control", lrs=[1e-5, 1e-4, 1e-3], layers_to_transform="all")
+    study = findings(
+        arms=SINGLE | {"alone": make_arm("lora", lrs=[1e-3], layers_to_transform="0")} | {"all": other},
+        test=LOSSES | {"alone": 1.96, "all": 1.9},
+        validation=LOSSES | {"alone": 1.96, "all": 1.9},
+        answers=0.4,
+    )
+    del study.test["code"]["random mask"][2], study.test["code"]["random mask"][1], study.test["code"]["random mask"][0]
+    study.test["code"]["random mask"][9] = measured(2.5, 9, 0.4)
+    (table,) = study_tables(study).values()
+    assert all(len(group) + 1 <= 6 for group in _screen_groups(table))
+    assert {row.arm: _cell_or_why(_LOSS[1], row, table) for row in table.rows}["full fine-tune"] == "reference"
+    cells = {row.arm: _cell_or_why(_LOSS[2], row, table) for row in table.rows}
+    assert (cells["control"], cells["random mask"], cells["alone"]) == ("reference", "no seed in common", _NO_CONTROL)
+    assert "-" not in cells.values()
+    assert f"{_NO_CONTROL}: alone" in printed(study)
 
 
 def test_json_holds_the_numbers_and_goes_round(tmp_path):
@@ -382,10 +424,7 @@ def test_columns_without_an_entry_are_left_out(tmp_path):
 def test_the_console_report_fits_100_columns():
     arms = SINGLE | {"MFT of a rather long name": ARMS["MFT"]}
     losses = LOSSES | {"MFT of a rather long name": 1.96}
-    console = Console(width=180, record=True, file=io.StringIO())
-    for part in console_report(findings(arms=arms, test=losses, validation=losses, answers=0.4)):
-        console.print(part)
-    text = console.export_text()
+    text = printed(findings(arms=arms, test=losses, validation=losses, answers=0.4))
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
     assert HELPS in text
     assert "exact % -" in text

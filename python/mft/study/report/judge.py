@@ -13,16 +13,12 @@ import math
 from collections.abc import Mapping
 
 from mft.study.config import LEAST_RATES
+from mft.study.evidence.power import lacking
 from mft.study.report.statistics import LEVEL, Difference
 
 MARGIN = (
     0.01  # nats per token (1 % of the perplexity), or wrong answers per question: smaller differences do not matter
 )
-LEAST_DOCUMENTS = 20
-# One seed says nothing about how seeds differ. In a simulation without any difference, with 50 documents and the spread
-# of studies on headers (SD 0.0038 over seeds, 0.018 over documents, nats per token), a p below 0.05 occurs with a
-# probability of 0.24 for one seed and 0.07 for two.
-LEAST_SEEDS = 2
 
 
 def side(difference: Difference, validation: float | None) -> tuple[int, str]:
@@ -55,13 +51,7 @@ def is_level(difference: Difference) -> bool:
 
 def shortage(difference: Difference) -> str:
     """Return which documents and seeds are missing for any conclusion; "" if none are."""
-    lacks = []
-    if difference.documents < LEAST_DOCUMENTS:
-        documents = "1 test document" if difference.documents == 1 else f"{difference.documents} test documents"
-        lacks.append(f"{documents}, at least {LEAST_DOCUMENTS} are needed")
-    if difference.seeds < LEAST_SEEDS:
-        lacks.append(f"a single seed, at least {LEAST_SEEDS} are needed, better 3")
-    return "; ".join(lacks)
+    return lacking(difference.documents, difference.seeds)
 
 
 def few_rates(tried: Mapping[str, int | None]) -> str:

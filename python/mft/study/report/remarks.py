@@ -1,15 +1,17 @@
 """What a reader of the verdicts must know: warnings, how differences were judged, what was tried."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from mft.study.arms.full import Control
 from mft.study.arms.means import Average
 from mft.study.config import REWARDS, VARY_BASE, VARY_DATA
 from mft.study.evidence.host import Host
+from mft.study.evidence.power import LEAST_DOCUMENTS
+from mft.study.grid import OpenEnd
 from mft.study.outcome import Findings
 from mft.study.report.dominance import draws_of, family_size
-from mft.study.report.judge import LEAST_DOCUMENTS, MARGIN
+from mft.study.report.judge import MARGIN
 from mft.study.report.rewards import rewards_remark
 from mft.study.report.statistics import CONFIDENCE, DRAWS, LEVEL, smallest_p
 from mft.study.report.table import DomainTable
@@ -34,6 +36,23 @@ def dominance_remark(family: int) -> str:
         f"0 and stays below {MARGIN:g} (nats per token, or wrong answers per question). Level means that both "
         f"intervals, uncorrected, lie within ±{MARGIN:g}; the rest is undecided. Rivals are the tuned arms that are "
         "not masks, including the full fine-tune; the rivals of an average of runs are averages of as many runs."
+    )
+
+
+def unsettled_remark(ends: Sequence[OpenEnd]) -> str:
+    """Return which arms' best settings lie at an end of their grid, and with which overrides to go on."""
+    arms: dict[str, list[str]] = {}
+    remedies: dict[str, float] = {}
+    for end in ends:
+        words = f"{'largest' if end.above else 'smallest'} {end.what} {end.value:g}"
+        arms.setdefault(f"{end.domain}, {end.arm}", []).append(words)
+        for key, value in (remedy.split("=") for remedy in end.remedy.split()):
+            remedies[key] = max(float(value), remedies.get(key, 0.0))
+    overrides = " ".join(f"{key}={value:g}" for key, value in remedies.items())
+    return (
+        "Unsettled, the best setting lies at an end of its grid: "
+        f"{'; '.join(arm + ': ' + ', '.join(words) for arm, words in arms.items())}. Run the same command with "
+        f"{overrides} to go on."
     )
 
 
@@ -70,6 +89,8 @@ def _versions_words(host: Host) -> str:
 
 def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[str]:
     study = findings.study
+    if findings.open_ends:
+        yield unsettled_remark(findings.open_ends)
     yield from _places(findings)
     if findings.test_openings > 1:
         yield (

@@ -44,6 +44,7 @@ _WORDS = {
     (LEVEL_WITH, 0): "is level with",
     (UNDECIDED, 0): "cannot be told from",
 }
+_MEGA = 1e6
 _NOT_JUDGED = "is not judged against"  # too few documents, seeds or rates
 
 
@@ -91,9 +92,9 @@ def conclusion_of(table: DomainTable, row: Row) -> str | None:
     return conclusion(row, control)[0]
 
 
-def errors(findings: Findings) -> list[str]:
-    """Return what must be fixed before the verdicts can be believed."""
-    return [f"Error: {end}." for end in findings.open_ends]
+def results_of(tables: Mapping[str, DomainTable]) -> list[str]:
+    """Return a sentence per domain: the best arm on test, and how far from it the best mask or other arm is."""
+    return [_result(domain, table) for domain, table in tables.items()]
 
 
 def shown_interval(difference: Difference | None, scale: float = 1, digits: int = 4) -> str:
@@ -112,6 +113,21 @@ def shown_p(difference: Difference | None) -> str:
         return "-"
     least = smallest_p(difference.seeds)
     return f"<{least:g}" if difference.p_holm < least else f"{difference.p_holm:.3f}"
+
+
+def _result(domain: str, table: DomainTable) -> str:
+    by_answers = all(row.decides == WRONG and row.exact is not None for row in table.rows)
+    wrong = {row.arm: 1 - (row.exact or 0.0) if by_answers else row.loss for row in table.rows}
+    best, *others = sorted(table.rows, key=lambda row: wrong[row.arm])
+    size = f" in {best.bytes / 1000:,.{1 if best.bytes < _MEGA else 0}f} kB" if best.bytes else ""
+    found = f"{100 * (best.exact or 0.0):.1f} %" if by_answers else f"{best.loss:.4f}"
+    said = f"{domain}: {'most exact answers' if by_answers else 'lowest test loss'}: {best.arm}, {found}{size}"
+    other = next((row for row in others if row.masked != best.masked), None)
+    if other is None:
+        return f"{said}."
+    gap = wrong[other.arm] - wrong[best.arm]
+    far = f"{100 * gap:.1f} points below it" if by_answers else f"{gap:.4f} above it"
+    return f"{said}; {other.arm}, the best {'mask' if other.masked else 'arm that is no mask'}, is {far}."
 
 
 def _sentences(table: DomainTable, uncompared: Callable[[DomainTable, Row], str]) -> Iterable[str]:

@@ -29,7 +29,7 @@ from mft.study.report.remarks import remarks
 from mft.study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
 from mft.study.report.sums import sums_of
 from mft.study.report.table import DomainTable, Row, study_numbers, study_tables
-from mft.study.report.verdict import conclusion_of, errors, shown_interval, shown_p, study_verdicts
+from mft.study.report.verdict import conclusion_of, results_of, shown_interval, shown_p, study_verdicts
 from mft.study.store import BYTES, FORGETTING
 from mft.tracking.curves import PLOT
 from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
@@ -37,6 +37,7 @@ from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN
 WIDTH = 100  # of the terminal's tables
 _PLAIN_LIST = re.compile(r"\[\n([^][{}\"]*)\]")  # no string of JSON has a line break in it
 _PERCENT = 100
+_REFERENCE, _NO_SEED, _NO_CONTROL = "reference", "no seed in common", "no control like it"
 _MEGA = 1e6
 
 
@@ -50,14 +51,13 @@ def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, 
     """
     tables, extra = study_tables(findings), dict(extra or {})
     said, known, by_bytes = _words_of(findings, tables)
-    wrong = errors(findings)
-    write_whole(directory / TABLE_MARKDOWN, report_text(tables, said, known, wrong, extra))
+    write_whole(directory / TABLE_MARKDOWN, report_text(tables, said, known, extra))
     numbers = study_numbers(findings, tables)
     for domain, table in tables.items():
         for row, entry in zip(table.rows, numbers["domains"][domain]["rows"]):
             entry["conclusion"] = conclusion_of(table, row)
         numbers["domains"][domain]["by_rewards"] = reward_curves(findings, domain)
-    numbers |= {"errors": wrong, "verdicts": said, "remarks": known, "environment": extra}
+    numbers |= {"verdicts": said, "remarks": known, "environment": extra}
     numbers |= {"at_equal_bytes": bytes_values(by_bytes)}
     write_whole(directory / TABLE_JSON, numbers_text(numbers))
     write_sums(sums_of(findings, tables), directory / SUMS)
@@ -74,11 +74,15 @@ def report_text(
     tables: Mapping[str, DomainTable],
     said: Iterable[str],
     known: Iterable[str],
-    wrong: Iterable[str],
     extra: Mapping[str, Any],
 ) -> str:
-    """Return table.md from tables, verdicts, remarks, errors and where the numbers come from."""
-    lines = [*(f"{error}\n" for error in wrong), "# Verdict", "", *(f"{paragraph}\n" for paragraph in said)]
+    """Return table.md from tables, verdicts, remarks and where the numbers come from."""
+    lines = [
+        *(f"{result}\n" for result in results_of(tables)),
+        "# Verdict",
+        "",
+        *(f"{paragraph}\n" for paragraph in said),
+    ]
     for domain, table in tables.items():
         lines += [f"# {domain}: {_counts(table)}", "", *_markdown(table), ""]
         for text in table.general:
@@ -97,15 +101,21 @@ def numbers_text(numbers: Mapping[str, Any]) -> str:
 
 
 def console_report(findings: Findings) -> list[RenderableType]:
-    """Return tables, verdicts and remarks for a terminal, at most 100 columns wide."""
+    """Return results, tables, verdicts and remarks for a terminal, at most 100 columns wide; table.md has all columns.
+
+    No table has more than six columns, and a difference that an arm lacks is replaced by the reason.
+    """
     tables = study_tables(findings)
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [_fitted(Text(result, style="bold")) for result in results_of(tables)]
     for domain, table in tables.items():
         parts.append(_fitted(Text(f"{domain}: {_counts(table)}", style="bold")))
-        parts += [_console_table(table, columns) for columns in _shown_groups(table)]
+        parts += [_console_table(table, columns) for columns in _screen_groups(table)]
+        if alone := [row.arm for row in table.rows if _why_uncompared(row, table) == _NO_CONTROL]:
+            parts.append(_fitted(Text(f"{_NO_CONTROL}: {', '.join(alone)}; no control has the same layers and start.")))
+        if chosen := [f"{row.arm} {row.setting}" for row in table.rows if str(row.setting or "")]:
+            parts.append(_fitted(Text(f"chosen on validation: {'; '.join(chosen)}")))
         parts += [_fitted(Text(f"without a result: {why}")) for why in table.without_result.values()]
     said, known, _ = _words_of(findings, tables)
-    parts += [_fitted(Text(error, style="bold red")) for error in errors(findings)]
     parts += [_fitted(Text(paragraph, style="bold")) for paragraph in said]
     parts += [_fitted(Text(f"- {sentence}")) for sentence in _budgets(tables)]
     return parts + [_fitted(Text(f"- {note}")) for note in known]
@@ -133,23 +143,26 @@ def _holm(row: Row) -> str:
 
 
 _CHOSEN = _Column("chosen", lambda row: str(row.setting or "") or "-")
-# Groups stand side by side in Markdown and below each other in the terminal; a column without an entry is left out.
+_LOSS = (
+    _Column("loss", lambda row: f"{row.loss:.4f}"),
+    _Column("loss - {full}", lambda row: shown_interval(row.minus_full)),
+    _Column("loss - control", _minus_control("loss")),
+)
+_EXACT = (
+    _Column("exact %", lambda row: "-" if row.exact is None else f"{_PERCENT * row.exact:.1f}"),
+    _Column("exact % - control", _minus_control("answers", _PERCENT, 1)),
+)
+_SIZE = _Column("kB", lambda row: "-" if row.bytes is None else f"{row.bytes / 1000:,.1f}")  # on the terminal
+# Side by side in Markdown; a column without an entry is left out.
 _GROUPS = (
-    (
-        _Column("loss", lambda row: f"{row.loss:.4f}"),
-        _Column("loss - {full}", lambda row: shown_interval(row.minus_full)),
-        _Column("loss - control", _minus_control("loss")),
-    ),
+    _LOSS,
     (
         _Column("p (Holm)", _holm),
         _Column("tempered loss - control", _minus_control("tempered")),
         _Column("acc %", lambda row: f"{_PERCENT * row.accuracy:.2f}"),
         _Column("acc % - control", _minus_control("accuracy", _PERCENT, 2)),
     ),
-    (
-        _Column("exact %", lambda row: "-" if row.exact is None else f"{_PERCENT * row.exact:.1f}"),
-        _Column("exact % - control", _minus_control("answers", _PERCENT, 1)),
-    ),
+    _EXACT,
     (
         _CHOSEN,
         _Column("validation - control", lambda row: "-" if row.validation is None else f"{row.validation:+.4f}"),
@@ -178,14 +191,19 @@ def _on(text: str) -> tuple[_Column, ...]:
     )
 
 
-def _shown_groups(table: DomainTable) -> list[list[_Column]]:
-    groups = (*_GROUPS[:-1], *map(_on, table.general), _GROUPS[-1])
+def _screen_groups(table: DomainTable) -> list[list[_Column]]:
+    """Return the columns of each table on the terminal, one below the other."""
+    return _with_entries(table, [(*_LOSS, _SIZE), _EXACT, *map(_on, table.general)])
+
+
+def _with_entries(table: DomainTable, groups: Iterable[tuple[_Column, ...]]) -> list[list[_Column]]:
     shown = [[c for c in group if any(c.cell(row) != "-" for row in table.rows)] for group in groups]
     return [group for group in shown if group]
 
 
 def _markdown(table: DomainTable) -> list[str]:
-    columns = [column for group in _shown_groups(table) for column in group]
+    groups = (*_GROUPS[:-1], *map(_on, table.general), _GROUPS[-1])
+    columns = [column for group in _with_entries(table, groups) for column in group]
     columns.sort(key=lambda column: column is not _CHOSEN)  # the chosen setting comes first
     headings = [column.heading.format(full=table.full) for column in columns]
     lines = [f"| arm | {' | '.join(headings)} |", f"|---|{'---:|' * len(columns)}"]
@@ -214,11 +232,31 @@ def _console_table(table: DomainTable, columns: list[_Column]) -> Table:
     drawn.add_column("arm", max_width=20, overflow="fold")
     for column in columns:
         heading = column.heading.format(full=table.full).replace(" - ", " -\n", 1)
-        drawn.add_column(heading, justify="right", no_wrap=column is not _CHOSEN, max_width=30)
+        drawn.add_column(heading, justify="right", max_width=30)
     for row in table.rows:
-        cells = (Text(cell) for cell in (row.arm, *(column.cell(row) for column in columns)))
-        drawn.add_row(*cells, style="bold" if row.masked else None)
+        cells = (Text(_cell_or_why(column, row, table)) for column in columns)
+        drawn.add_row(Text(row.arm), *cells, style="bold" if row.masked else None)
     return drawn
+
+
+def _cell_or_why(column: _Column, row: Row, table: DomainTable) -> str:
+    """Return a cell of the terminal's tables; if it has no value, the reason."""
+    if (cell := column.cell(row)) != "-":
+        return cell
+    if column.heading.endswith("- {full}"):
+        return _REFERENCE if row.arm == table.full else _NO_SEED
+    if column.heading.endswith("- control"):
+        return _why_uncompared(row, table)
+    return "no start" if column.heading.endswith("- start") else "not measured"
+
+
+def _why_uncompared(row: Row, table: DomainTable) -> str:
+    """Return why an arm has no difference from a control; "" if it has one, or if there is no control."""
+    if row.decides in row.minus_control or table.control is None:
+        return ""
+    if any(other.against == row.arm for other in table.rows):
+        return _REFERENCE
+    return _NO_CONTROL if row.against is None else _NO_SEED
 
 
 def _budgets(tables: Mapping[str, DomainTable]) -> list[str]:
