@@ -114,7 +114,7 @@ class MaskContents(Contents):
 
     def _naming(self, base: str) -> dict[str, bytes]:
         export = dataclasses.replace(read_description(self.directory), base_model_name_or_path=base)
-        export = dataclasses.replace(export, content_hash=stored_hash(self.directory, export))
+        export = dataclasses.replace(export, content_hash=stored_hash(self.directory, export), coding=self.coding)
         return {CONFIG_FILE: export.to_json().encode()}
 
 
