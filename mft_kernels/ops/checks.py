@@ -253,8 +253,9 @@ def check_step_inputs(
     check_stepped("scores", scores)
     if scores.dim() != 2 or not scores.is_contiguous():
         raise ValueError(f"scores must be (N, K) and contiguous, got {tuple(scores.shape)}, strides {scores.stride()}")
+    check_tensor("grad", grad)
     for name, tensor in (("grad", grad), ("weight", weight)):
-        if tensor is None and name == "weight":
+        if tensor is None:
             continue
         check_tensor(name, tensor)
         if tensor.dtype not in FLOATING[:3]:
