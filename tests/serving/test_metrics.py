@@ -108,8 +108,13 @@ def test_probes_say_whether_it_lives_and_takes_requests(serve, gate, until):
     for route, status in (("live", "live"), ("ready", "ready")):
         response = httpx.get(f"{running.address}/health/{route}")
         assert (response.status_code, response.json()) == (200, {"status": status})
-    running.scheduler.close()
-    with httpx.Client() as kept:
-        response = kept.get(f"{running.address}/health/ready")
-        assert response.status_code == 503
-        assert response.json()["error"]["message"] == "the server must be running, got one that is stopping"
+    gate.clear()
+    with ThreadPoolExecutor(1) as pool:  # a request that runs, so that the server does not end at once
+        asked = pool.submit(running.client.completions.create, model="code", prompt="3 4", max_tokens=2)
+        until(lambda: running.scheduler.counts == (1, 0))
+        running.scheduler.close()
+        response = httpx.get(f"{running.address}/health/ready")
+        gate.set()
+        assert asked.result().choices
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "the server must be running, got one that is stopping"
