@@ -37,8 +37,3 @@ def test_the_changelog_has_the_version_that_the_packages_name():
     headings = re.findall(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[:2] == ["Unreleased", mft.__version__]
     assert "0.1.0" in headings
-
-
-def test_a_release_takes_at_most_60_lines_of_the_changelog():
-    _, *releases = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
-    assert {text.split("\n")[0]: text.count("\n") for text in releases if text.count("\n") > 60} == {}
