@@ -56,6 +56,8 @@ _usual_types: dict[str, Collection[type]] = {
     "str": (str,),
     "float": (float, int),
     "Optional[float]": (float, int, type(None)),
+    "bool": (bool,),
+    "List[bool]": (list, tuple),
 }
 _WRITTEN = object()
 
