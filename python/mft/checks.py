@@ -5,6 +5,7 @@ Every message begins with the field's name, so that a reader of files can put th
 
 import dataclasses
 import difflib
+import functools
 import math
 import operator
 import os
@@ -26,6 +27,9 @@ _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "maximum": operator.le,
     "exclusiveMaximum": operator.lt,
 }
+
+# The annotations of a class. Where they are text, as under "from __future__ import annotations", reading takes long.
+type_hints: Callable[..., dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 class Rule:
@@ -74,7 +78,7 @@ def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def coerce_fields(config: Any) -> None:
     """Check each field against its annotation. A float field turns 1 into 1.0; an int field turns 1e6 into 1000000."""
-    for name, annotation in typing.get_type_hints(type(config), include_extras=True).items():
+    for name, annotation in type_hints(type(config), include_extras=True).items():
         hint, beside = split_hint(annotation)
         value = getattr(config, name)
         for text in beside:

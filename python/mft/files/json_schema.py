@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Any
 
-from mft.checks import Rule, Text, split_hint
+from mft.checks import Rule, Text, split_hint, type_hints
 
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
@@ -25,7 +25,7 @@ def schema_of(cls: type, title: str) -> dict[str, Any]:
 
 def _section(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of cls itself, and add the dataclasses below it to definitions."""
-    hints, comments = typing.get_type_hints(cls, include_extras=True), _comments(cls)
+    hints, comments = type_hints(cls, include_extras=True), _comments(cls)
     properties = {}
     for item in dataclasses.fields(cls):
         said = {"description": comments[item.name]} if item.name in comments else {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mft.checks import nearest, shown
+from mft.checks import nearest, shown, type_hints
 from mft.files.yaml_file import parse_yaml
 
 CLASS_BY_VALUES = "class_by_values"  # in a field's metadata: a function from a section's values to its class
@@ -193,7 +193,7 @@ def _below(cls: type, name: str) -> _Below | None:
 
     A mapping of names that may also be null counts as a value: the dataclass that has the field reads it.
     """
-    hint = typing.get_type_hints(cls)[name]
+    hint = type_hints(cls)[name]
     options = typing.get_args(hint) or (hint,)
     section = next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
     (item,) = (item for item in dataclasses.fields(cls) if item.name == name)
@@ -203,7 +203,7 @@ def _below(cls: type, name: str) -> _Below | None:
 
 def _holds_names(cls: type, name: str) -> bool:
     """Return whether a value is a mapping of names, or a mapping or null, such as data.sources."""
-    hint = typing.get_type_hints(cls)[name]
+    hint = type_hints(cls)[name]
     return any(typing.get_origin(option) is dict for option in (hint, *typing.get_args(hint)))
 
 
