@@ -8,7 +8,7 @@ import json
 import torch
 from tiny_gguf import write_tiny_gguf
 
-from mft.cli.patch import Request, run_patch
+from mft.cli.patch import Request
 from mft.config import MaskConfig, ModelConfig
 from mft.files.gguf_file import read_gguf_header
 from mft.masks.convert import mask_model
@@ -137,13 +137,13 @@ an adapter where a file is
     write_gguf_lora(tmp / "model.gguf", masks_in(tmp, patch), tmp / "model.gguf")
     -> ValueError: output | must be a new file | model.gguf, which exists | name another one, or delete it
 mft patch without an output
-    run_patch(request(tmp, "runs/masks"))
+    request(tmp, "runs/masks")
     -> ValueError: arguments | must be MODEL MASKS OUTPUT with these options | model.gguf runs/masks
 mft patch --in-place with --widen
-    run_patch(request(tmp, "runs/masks", in_place=True, widen="f32"))
+    request(tmp, "runs/masks", in_place=True, widen="f32")
     -> ValueError: --widen | must not come with --in-place | f32 | wider tensors do not fit
 mft patch --undo with --widen
-    run_patch(request(tmp, "back.gguf", undo=True, widen="f32"))
+    request(tmp, "back.gguf", undo=True, widen="f32")
     -> ValueError: --widen | must not come with --undo | got f32
 
 a type without an exact zero, widened

@@ -570,10 +570,11 @@ def patch(
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
     """Write masks into a GGUF file, or undo it: dropped weights become exact zeros, all others keep their bits."""
-    _let_waiting_threads_sleep()
     from mft.cli.patch import Request, run_patch
 
-    run_patch(Request(model, tuple(masks_and_output or ()), undo, in_place, widen, lora, base, dtype, force))
+    request = Request(model, tuple(masks_and_output or ()), undo, in_place, widen, lora, base, dtype, force)
+    _let_waiting_threads_sleep()
+    run_patch(request)
 
 
 @app.command()

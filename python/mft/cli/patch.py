@@ -1,28 +1,27 @@
-"""mft patch: write masks into a GGUF file, restore the original, or write a LoRA adapter for the file."""
+"""mft patch: write masks into a GGUF file, restore the original, or write a LoRA adapter for the file.
+
+Its arguments are checked before torch is loaded.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from mft.masks.location import masks_directory
-from mft.patching.lora import adapter_size, write_adapter
-from mft.patching.patch import (
-    Patched,
-    patch_gguf,
-    patch_gguf_in_place,
-    undo_gguf_patch,
-    undo_gguf_patch_in_place,
-)
-from mft.patching.plan import plan_patch
+from mft.patching.locks import check_there
 from mft.tracking.console import say
-from mft.training.inputs import read_base
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mft.patching.patch import Patched
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of mft patch."""
+    """The arguments of mft patch. Raises: ValueError if they do not go together; FileNotFoundError without a model."""
 
     model: Path
     rest: tuple[str, ...]  # MASKS OUTPUT; with undo OUTPUT alone; without OUTPUT in place and for lora
@@ -33,6 +32,25 @@ class Request:
     base: str | None
     dtype: str | None
     force: bool
+
+    def __post_init__(self) -> None:
+        if self.undo:
+            for option, value in (("--widen", self.widen), ("--lora", self.lora), ("--base", self.base)):
+                if value is not None:
+                    raise ValueError(f"{option} must not come with --undo, got {value}")
+        elif self.lora is not None:
+            for option, given in (("--in-place", self.in_place), ("--widen", self.widen)):
+                if given:
+                    raise ValueError(f"{option} must not come with --lora, which leaves the model as it is, got both")
+        elif self.in_place and self.widen is not None:
+            raise ValueError(f"--widen must not come with --in-place, got {self.widen}: wider tensors do not fit")
+        names = [] if self.undo else ["MASKS"]
+        names += [] if self.in_place or self.lora is not None else ["OUTPUT"]
+        if len(self.rest) != len(names):
+            wanted = " ".join(["MODEL", *names])
+            given = " ".join((str(self.model), *self.rest))
+            raise ValueError(f"arguments must be {wanted} with these options, got {given}")
+        check_there(self.model)
 
 
 def run_patch(request: Request) -> None:
@@ -46,17 +64,17 @@ def run_patch(request: Request) -> None:
 
 
 def _patch(request: Request) -> None:
+    from mft.patching.patch import patch_gguf, patch_gguf_in_place
+
     if request.in_place:
-        if request.widen is not None:
-            raise ValueError(f"--widen must not come with --in-place, got {request.widen}: wider tensors do not fit")
-        (masks,) = _arguments(request, "MASKS")
+        (masks,) = request.rest
         say(
             f"warning: a running llama.cpp that has {request.model} open computes with the new weights at once",
             "yellow",
         )
         patched = patch_gguf_in_place(request.model, masks, load_base=_loader(request, masks), force=request.force)
     else:
-        masks, output = _arguments(request, "MASKS", "OUTPUT")
+        masks, output = request.rest
         patched = patch_gguf(
             request.model,
             masks,
@@ -82,22 +100,20 @@ def _report(request: Request, patched: Patched) -> None:
 
 
 def _undo(request: Request) -> None:
-    for option, value in (("--widen", request.widen), ("--lora", request.lora), ("--base", request.base)):
-        if value is not None:
-            raise ValueError(f"{option} must not come with --undo, got {value}")
+    from mft.patching.patch import undo_gguf_patch, undo_gguf_patch_in_place
+
     if request.in_place:
-        _arguments(request)
         restored = undo_gguf_patch_in_place(request.model)
     else:
-        restored = undo_gguf_patch(request.model, *_arguments(request, "OUTPUT"))
+        restored = undo_gguf_patch(request.model, *request.rest)
     say(f"restored: {restored} has the SHA-256 of the file that was patched")
 
 
 def _write_lora(request: Request) -> None:
-    for option, given in (("--in-place", request.in_place), ("--widen", request.widen)):
-        if given:
-            raise ValueError(f"{option} must not come with --lora, which leaves the model as it is, got both")
-    (masks,) = _arguments(request, "MASKS")
+    from mft.patching.lora import adapter_size, write_adapter
+    from mft.patching.plan import plan_patch
+
+    (masks,) = request.rest
     plan = plan_patch(request.model, masks, load_base=_loader(request, masks), force=request.force)
     size = adapter_size(plan)
     assert request.lora is not None
@@ -109,16 +125,9 @@ def _write_lora(request: Request) -> None:
     say(f"{adapter.path}: an adapter that subtracts {adapter.dropped:,} dropped weights; {exact}")
 
 
-def _arguments(request: Request, *names: str) -> tuple[str, ...]:
-    """Return the arguments after the model. Raises: ValueError unless there is one for each of these names."""
-    if len(request.rest) != len(names):
-        wanted = f"MODEL {' '.join(names)}".rstrip()
-        raise ValueError(
-            f"arguments must be {wanted} with these options, got {' '.join((str(request.model), *request.rest))}"
-        )
-    return request.rest
-
-
 def _loader(request: Request, masks: str) -> Callable[[], nn.Module]:
     """Return a function that loads the base of the masks, as mft verify does."""
+    from mft.masks.location import masks_directory
+    from mft.training.inputs import read_base
+
     return lambda: read_base(masks_directory(masks), request.base, request.dtype)[0]

@@ -12,6 +12,13 @@ from mft.files.atomic import naming
 from mft.files.regular_file import check_regular
 
 
+def check_there(path: Path) -> None:
+    """Raise FileNotFoundError if there is no file, ValueError if it is no regular file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} must be a GGUF file that exists, got nothing there{nearest_path(path)}")
+    check_regular(path)
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Keep other processes from patching the file in place while the block runs.
@@ -59,9 +66,7 @@ def claiming(path: Path) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def _locked(path: Path, flags: int, kind: int) -> Iterator[int]:
     if not flags & os.O_CREAT:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} must be a GGUF file that exists, got nothing there{nearest_path(path)}")
-        check_regular(path)
+        check_there(path)
     with naming(path, "opened"):
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     try:
