@@ -32,6 +32,7 @@ from mft.number_formats import AUTO, DTYPE_BYTES, MOMENT_FORMATS, QUANTIZED_FORM
 DTYPES = tuple(DTYPE_BYTES)
 MODES = ("magnitude", "value")
 INITS = ("normal", "magnitude", "constant")
+IMPORTANCE_METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient", "fisher")  # of one-shot masks
 DATA_INITS = ("wanda",)  # initial scores are computed from rows of the training data
 SCHEDULES = ("linear", "constant", "cosine")
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # as in datasets.interleave_datasets

@@ -151,7 +151,7 @@ for line in sys.argv[1:]:
         print(f"{line} ends with {ended.code}")
 sys.exit(any(name in sys.modules for name in ("torch", "transformers", "datasets")))
 """
-    helped = ["train --help", "train --help train.lr", "compare --help"]
+    helped = ["train --help", "train --help train.lr", "compare --help", "compare --help arms.MFT.lrs", "schema study"]
     wrong = [
         "train trian.lr=1",
         "finetune chats.jsonl",
@@ -161,6 +161,10 @@ sys.exit(any(name in sys.modules for name in ("torch", "transformers", "datasets
     ]
     wrong += ["evaluate --masks x data.surce=1", "evaluate mask.k=1", "data show data.surce=1", "sensitivity train.r=1"]
     wrong += ["train --resume x data.surce=1", "train train.lr=fast", "train --force"]
+    wrong += ["compare sedes=1", "compare arms.MFT.lsr=1", "compare chats.jsonl", "compare --config nothere.yaml"]
+    wrong += ["compare arms.MFT.lrs=fast", "compare -c board-small arms.MFT.lsr=1", "ablate ratio arms.MFT.lsr=1"]
+    wrong += ["estimate --config rewards arms.MFT.lsr=1", "estimate --config nothere.yaml"]
+    wrong += ["patch model.gguf masks", "patch nothere.gguf masks out.gguf"]
     done = subprocess.run([sys.executable, "-c", script, *helped, *wrong], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     codes = dict.fromkeys(helped, 0) | dict.fromkeys(wrong, 2)

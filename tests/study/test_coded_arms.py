@@ -14,9 +14,10 @@ from tiny_study import FULL, equal, make_study
 
 from mft.evaluation.evaluate import evaluate
 from mft.files.mask_coding import coded_mask, coded_size, decoded_mask
+from mft.number_formats import CODED_FORMATS
 from mft.study.arms.kinds import make_arm
 from mft.study.arms.setting import Setting
-from mft.study.number_codes import FORMATS, decode, encode
+from mft.study.number_codes import decode, encode
 from mft.study.outcome import Unit
 from mft.study.report.write import write_study_report
 from mft.study.run import run_study
@@ -37,7 +38,7 @@ def drawn(*shapes):
 WEIGHTS = drawn((48, 100), (7,), (2, 20, 33), (1,))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", CODED_FORMATS)
 def test_numbers_come_back_rounded_in_at_most_the_bits_of_their_format(kind):
     stream = encode(WEIGHTS, kind)
     found = decode(stream, WEIGHTS, kind)
@@ -61,7 +62,7 @@ def test_nf4_has_the_levels_that_kernels_decode():
     assert torch.equal(found, Nf4(codes, [scales], weight.shape).decode())
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", CODED_FORMATS)
 def test_numbers_of_little_entropy_take_fewer_bits(kind):
     few = {"p": torch.where(drawn((100, 100))["p0"] > 0.02, 0.5, 0.0)}  # one in 44
     stream = encode(few, kind)
@@ -69,7 +70,7 @@ def test_numbers_of_little_entropy_take_fewer_bits(kind):
     assert 8 * len(stream) < 0.75 * BITS[kind] * 10_000
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", CODED_FORMATS)
 @pytest.mark.parametrize("share", [0.05, 1.0])
 def test_of_a_share_the_largest_numbers_come_back_and_their_places_are_coded_as_masks(kind, share):
     stream = encode(WEIGHTS, kind, share)
@@ -121,7 +122,7 @@ def test_a_coded_arm_is_evaluated_as_its_bytes_are_decoded(ground, arm):
     of = ground.job(arm.removeprefix("coded "))
     source = run_unit(ground.workspace, of)
     losses, sizes = {}, {}
-    for kind in FORMATS:
+    for kind in CODED_FORMATS:
         job = job_of(ground, arm, kind)
         found = run_unit(ground.workspace, job)
         losses[kind], sizes[kind] = found.loss, found.bytes

@@ -7,8 +7,8 @@ from datasets import Dataset
 from tiny import make_rows
 from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-from mft.config import MaskConfig, TrainConfig
-from mft.importance.importance import METHODS, importance
+from mft.config import IMPORTANCE_METHODS, MaskConfig, TrainConfig
+from mft.importance.importance import importance
 from mft.importance.scores import initialise_scores
 from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import clone_with_own_weights
@@ -98,7 +98,7 @@ def test_wanda_takes_the_rows_that_each_expert_sees_without_padding(model):
         torch.testing.assert_close(of_masked[name], expected[name])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IMPORTANCE_METHODS)
 def test_each_expert_keeps_its_share_by_every_method(model, method):
     mask = MaskConfig(target_parameters=["experts.gate_up_proj"], keep_ratio=0.75)
     found = importance(model, [UP], method, _padded_rows(), **ALL)[UP]

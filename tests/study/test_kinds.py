@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_study import FULL, make_study, write_ground
 
 from mft.checks import at_least
-from mft.importance.importance import METHODS
+from mft.config import IMPORTANCE_METHODS
 from mft.study.arms.arm import TRAINING, Arm
 from mft.study.arms.kinds import KINDS, class_of, make_arm
 from mft.study.arms.memory import trained_weight_bytes
@@ -153,7 +153,7 @@ def test_what_the_kinds_are_to_plans_and_reports(what, kinds):
 
 def test_rivals_of_masks_are_all_that_is_tuned_and_no_mask():
     untuned = [kind for kind, cls in KINDS.items() if not cls.tuned]
-    assert untuned == ["base", *METHODS, "temperature"]
+    assert untuned == ["base", *IMPORTANCE_METHODS, "temperature"]
 
 
 def test_keys_are_those_that_0_2_wrote(tmp_path):

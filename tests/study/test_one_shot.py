@@ -5,8 +5,8 @@ import torch
 from datasets import Dataset
 from tiny import make_llama, make_rows, masked_llama
 
-from mft.config import MaskConfig
-from mft.importance.importance import METHODS, importance
+from mft.config import IMPORTANCE_METHODS, MaskConfig
+from mft.importance.importance import importance
 from mft.importance.scores import initialise_scores
 from mft.masks.convert import masked_modules
 from mft.study.one_shot import one_shot_mask
@@ -113,7 +113,7 @@ def test_dropping_the_weight_of_least_importance_lowers_the_loss_most():
 
 
 @pytest.mark.parametrize("keep_ratio", [0.9, 0.5])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IMPORTANCE_METHODS)
 def test_the_most_important_share_is_kept(method, keep_ratio):
     model, rows = make_llama(), padded_rows()
     found = importance(model, [UP, Q], method, rows, seed=3)
@@ -156,7 +156,7 @@ def test_equal_importance_in_a_row_goes_by_column_so_that_wanda_keeps_each_rows_
     assert _row_ranks(torch.tensor([[5.0, 5, 5, 1], [1, 2, 3, 4]])).tolist() == [[4, 3, 2, 1], [1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IMPORTANCE_METHODS)
 def test_the_model_is_left_as_it_was_found(method):
     model, rows = make_llama().train(), make_rows(4)
     up = model.get_submodule(UP)
@@ -192,7 +192,7 @@ def test_the_calibration_rows_follow_the_seed():
 
 
 @pytest.mark.parametrize("scores_dtype", ["float32", "bfloat16", "int16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IMPORTANCE_METHODS)
 def test_scores_to_train_begin_with_the_one_shot_mask(method, scores_dtype):
     rows = padded_rows()
     model = initialise_scores(masked_llama(scores_dtype=scores_dtype, seed=3), method, rows)
@@ -233,7 +233,7 @@ def test_conv1d_counts_its_weight_the_other_way_round():
 
     config = {"vocab_size": 61, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **config)).eval()
-    for method in METHODS:
+    for method in IMPORTANCE_METHODS:
         found = importance(model, ["transformer.h.1.mlp.c_fc"], method, make_rows(4))
         assert found["transformer.h.1.mlp.c_fc"].shape == (128, 32)
     one_shot_mask(model, MaskConfig(layers_to_transform=1, keep_ratio=0.9), "wanda", make_rows(4))

@@ -257,10 +257,11 @@ def compare(
     ] = "local",
 ) -> None:
     """Compare MFT with honest baselines, chosen on validation, reported on test. Continues an interrupted study."""
-    from mft.cli.study import run_compare
     from mft.study.load import load_study
 
     study = load_study(config, [*(overrides or []), *(sets or [])])
+    from mft.cli.study import run_compare
+
     run_compare(
         study,
         overwrite=overwrite,
@@ -291,11 +292,13 @@ def ablate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing study in its directory.")] = False,
 ) -> None:
     """Vary MFT's keep ratio, masked layers or share of the data, with the same baselines. Continues like compare."""
-    from mft.cli.study import run_ablate
     from mft.study.load import load_study
 
+    study = load_study(config, overrides or [])
+    from mft.cli.study import run_ablate
+
     given = [] if values is None else values.split(",")
-    run_ablate(load_study(config, overrides or []), what, given, domains or [], arms or [], overwrite=overwrite)
+    run_ablate(study, what, given, domains or [], arms or [], overwrite=overwrite)
 
 
 @app.command(cls=Keyed)

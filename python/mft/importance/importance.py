@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.checks import check_one_of, check_rule
+from mft.config import IMPORTANCE_METHODS
 from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.engines.sharded.engine import start_forward
 from mft.engines.sharded.score_rows import score_rows
@@ -35,7 +36,6 @@ from mft.models.longrope import inputs_of
 from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import backward_token_loss
 
-METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient", "fisher")
 SIGNED = ("gradient", "fisher")  # importance may be negative
 _BY_DATA = ("wanda", *SIGNED)
 
@@ -62,7 +62,7 @@ def importance(
     Raises: ValueError if a name is not a linear layer, if no token is labelled, or if a layer's importance is not
         finite or the same for all its weights.
     """
-    check_one_of("method", method, METHODS)
+    check_one_of("method", method, IMPORTANCE_METHODS)
     for argument, value in (("rows", rows), ("batch_size", batch_size)):
         check_rule(value >= 1, argument, "be at least 1", value)
     modules = linear_modules(model, names)

@@ -7,10 +7,12 @@ the model itself.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mft.checks import check_rule
-from mft.rewards.questions import Question
+
+if TYPE_CHECKING:
+    from mft.rewards.questions import Question
 
 QUESTION, ANSWER = "{question}", "{answer}"
 _FIELD = re.compile(r"\{\w*\}")
@@ -34,7 +36,7 @@ class OnPolicyTeacher:
     def __post_init__(self) -> None:
         check_prompt(self.prompt, "prompt")
 
-    def prompts(self, questions: Sequence[Question], tokenizer: Any) -> list[list[int]]:
+    def prompts(self, questions: "Sequence[Question]", tokenizer: Any) -> list[list[int]]:
         """Return the tokens that the teacher reads before an answer, for each question."""
         return [_filled(self.prompt, question, tokenizer) for question in questions]
 
@@ -55,7 +57,7 @@ def check_prompt(prompt: str, name: str) -> None:
     check_rule(not others, name, f"have no fields but {QUESTION} and {ANSWER}", prompt)
 
 
-def _filled(prompt: str, question: Question, tokenizer: Any) -> list[int]:
+def _filled(prompt: str, question: "Question", tokenizer: Any) -> list[int]:
     """Return the tokens of the filled prompt. Text between two questions is tokenized as one piece; bos stays first."""
     begins = question.prompt[:1] if question.prompt[:1] == [tokenizer.bos_token_id] else []
     words = question.prompt[len(begins) :]

@@ -89,7 +89,7 @@ def _table(kind: type[Table]) -> _Levels:
     return _Levels(kind.levels, kind.block)
 
 
-FORMATS: dict[str, _Format] = {
+_FORMATS: dict[str, _Format] = {
     "bf16": _Bf16(),
     "int8": _Levels(tuple(map(float, range(-INT8_LARGEST, INT8_LARGEST + 1))), 64),
     "nf4": _table(Nf4),
@@ -100,7 +100,7 @@ FORMATS: dict[str, _Format] = {
 def encode(weights: Mapping[str, Tensor], kind: str, share: float | None = None) -> bytes:
     """Return the stream of these tensors.
 
-    kind: one of FORMATS. share: how much of each tensor, its largest numbers, is kept; in (0, 1].
+    kind: one of number_formats.CODED_FORMATS. share: how much of each tensor, its largest numbers, is kept; in (0, 1].
     Raises: ValueError if a number is not finite.
     """
     numbers = [weight.detach().to("cpu", torch.float32).reshape(-1) for weight in weights.values()]
@@ -111,7 +111,7 @@ def encode(weights: Mapping[str, Tensor], kind: str, share: float | None = None)
         kept = [_largest(one, share) for one in numbers]
         numbers = [one[where] for one, where in zip(numbers, kept)]
         places = _run(coded_mask(torch.cat(kept)[None]))
-    runs = [b"".join(parts) for parts in zip(*map(FORMATS[kind].encode, numbers))]
+    runs = [b"".join(parts) for parts in zip(*map(_FORMATS[kind].encode, numbers))]
     return b"".join([places, *map(_run, runs)])
 
 
@@ -123,7 +123,7 @@ def decode(stream: bytes, like: Mapping[str, Tensor], kind: str, share: float | 
         places, *runs = runs
         kept = list(decoded_mask(places, (1, sum(counts)))[0].split(counts))
     counts = [int(where.sum()) for where in kept]
-    found = FORMATS[kind].decode(runs, counts)
+    found = _FORMATS[kind].decode(runs, counts)
     numbers = [torch.zeros(len(where)).masked_scatter(where, one) for where, one in zip(kept, found)]
     return {name: one.view(weight.shape) for (name, weight), one in zip(like.items(), numbers)}
 

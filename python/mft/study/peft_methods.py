@@ -7,22 +7,22 @@ What a method draws but does not train, such as VeRA's projections and SHiRA's p
 `make peft-methods` tries every method that the installed PEFT has: docs/reference/peft-methods.md.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
-import functools
 import re
 import types
 import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from mft.checks import check_rule, check_seed, nearest, type_hints
 
-from mft.checks import check_rule, check_seed, nearest
-from mft.models.linears import find_targets
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 LORA, LN_TUNING = "LORA", "LN_TUNING"
 # Methods that train modules other than linear layers. PEFT chooses these modules unless target_modules names them.
@@ -107,15 +107,9 @@ def _hints_of(options: Mapping[str, Any]) -> dict[str, Any]:
     if known[kind]:
         raise ValueError(f"config.peft_type must be a method that a study can run, got {kind}: {known[kind]}")
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    hints = _type_hints(config)
+    hints = type_hints(config)
     names = {item.name for item in dataclasses.fields(config)} - _NOT_OPTIONS
     return {name: hints[name] for name in sorted(names)} | PLACES
-
-
-@functools.cache
-def _type_hints(config: type) -> dict[str, Any]:
-    """Return typing.get_type_hints(config), which takes milliseconds; the planner asks at each look at a study."""
-    return typing.get_type_hints(config)
 
 
 def _near(name: str, hints: Mapping[str, Any]) -> str:
@@ -160,6 +154,8 @@ def add_adapter(model: nn.Module, names: Iterable[str], options: Mapping[str, An
     Returns: A PeftModel around the same model.
     Raises: ValueError for a name that is not a plain linear layer; MethodFailsError; RuntimeError without peft.
     """
+    import torch
+
     check_seed(seed)
     peft, kind, names = import_peft(), str(options["peft_type"]), list(names)
     places = {"target_modules": names or None} if kind in BESIDE_LINEARS else _places_of(model, names, options)
@@ -185,6 +181,9 @@ def merge_adapter(adapted: Any) -> tuple[nn.Module, list[str]]:
     Returns: (the frozen model, the names of the parameters that the adapter was on).
     Raises: MethodFailsError if the method cannot be merged.
     """
+    import torch
+    from torch import nn
+
     changed: dict[str, torch.dtype] = {}
     with torch.no_grad(), _told(f"{adapted.peft_type.value} cannot be merged"):
         for module, path in _adapters(adapted).items():
@@ -213,6 +212,8 @@ def resident_bytes(adapted: Any, number: int) -> int:
 
 def _tensors_of(held: Any) -> Iterator[Tensor]:
     """Yield all tensors of a module, a dictionary or a tensor."""
+    from torch import Tensor, nn
+
     if isinstance(held, Tensor):
         yield held
     elif isinstance(held, nn.Module):
@@ -224,6 +225,10 @@ def _tensors_of(held: Any) -> Iterator[Tensor]:
 
 def _places_of(model: nn.Module, names: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that say which layers the adapter goes on."""
+    from transformers.pytorch_utils import Conv1D
+
+    from mft.models.linears import find_targets
+
     targets = find_targets(model, names)
     chosen = [target.name for target in targets]
     experts = [target.name for target in targets if target.is_parameter]

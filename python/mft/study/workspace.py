@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from mft.config import DataConfig
@@ -26,7 +25,7 @@ from mft.models.packed_rows import keeping_apart
 from mft.models.pretrained import load_model
 from mft.study.arms.arm import Arm
 from mft.study.arms.setting import Setting
-from mft.study.arms.weights import with_weights
+from mft.study.arms.weights import load_weights, with_weights
 from mft.study.bases import Bases
 from mft.study.config import VARY_DATA, StudyConfig
 from mft.study.teacher import RememberedTeacher
@@ -166,7 +165,7 @@ class Workspace:
         """Return the base model with these trained weights, one file after the other."""
         model = self.base
         for path in trained:
-            model = with_weights(model, load_file(path))
+            model = with_weights(model, load_weights(path))
         return model
 
 

@@ -3,20 +3,16 @@
 What a method draws but does not train comes from the run's seed, so a file holds only what was trained.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from mft.checks import check_rule
 from mft.config import MaskConfig, TrainConfig
 from mft.files.figure import COLOURS
-from mft.masks.quantize import rounded_weights
-from mft.masks.targets import select_targets
-from mft.models.causal_lm import FEW, clone_with_own_weights, evaluating, first_trainable_layer
 from mft.study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground, parse_arm_layers
 from mft.study.arms.memory import ADAPTER_BYTES
 from mft.study.arms.setting import Setting
@@ -34,6 +30,9 @@ from mft.study.peft_methods import (
     resident_bytes,
     values_to_choose_from,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _SAME = 1e-3  # how far loading an adapter again may move a logit, as a share of the largest logit
 
@@ -57,6 +56,8 @@ class Adapters(Arm):
 
     def targets(self, model: nn.Module, mask: MaskConfig, setting: Setting) -> list[str]:
         """Return the layers that a mask would choose; for a method not on linear layers, its target_modules or []."""
+        from mft.masks.targets import select_targets
+
         options, mask = self.options(setting), self.mask_config(mask)
         if options["peft_type"] in BESIDE_LINEARS:
             return options.get("target_modules") or []
@@ -66,6 +67,8 @@ class Adapters(Arm):
         return select_targets(model, replace(mask, **places))
 
     def frozen_below(self, model: nn.Module, mask: MaskConfig, setting: Setting) -> int:
+        from mft.models.causal_lm import first_trainable_layer
+
         return first_trainable_layer(self._put_on(model, mask, setting, seed=0).get_base_model())
 
     def untrained(self, ground: Ground) -> nn.Module:
@@ -73,6 +76,10 @@ class Adapters(Arm):
 
     def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
         """Return what was trained, after checking that it gives the same model when it is loaded again."""
+        import torch
+
+        from mft.models.causal_lm import FEW, evaluating
+
         weights, device = super().trained_weights(model, ground), next(model.parameters()).device
         again, few = self.model_with(ground, weights), torch.arange(FEW, device=device)[None]
         with torch.no_grad(), evaluating(model):
@@ -97,6 +104,8 @@ class Adapters(Arm):
 
     def in_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
         """Return the weights rounded to codes again, with new scales per block."""
+        from mft.masks.quantize import rounded_weights
+
         rounded = rounded_weights(with_weights(start, merged), codes)
         return {name: rounded.get(name, weight) for name, weight in merged.items()}
 
@@ -124,11 +133,15 @@ class Adapters(Arm):
 
     def _put_on(self, model: nn.Module, mask: MaskConfig, setting: Setting, seed: int) -> Any:
         """Return a PeftModel around a clone of model, whose weights it may write to."""
+        from mft.models.causal_lm import clone_with_own_weights
+
         options, names = self.options(setting), self.targets(model, mask, setting)
         clone = clone_with_own_weights(model, () if options["peft_type"] in BESIDE_LINEARS else names)
         return add_adapter(clone, names, {k: v for k, v in options.items() if k not in PLACES}, seed)
 
     def _loaded(self, ground: Ground, weights: Weights) -> Any:
+        import torch
+
         adapted = self._adapted(ground)
         model = adapted.get_base_model()
         with torch.no_grad():

@@ -3,7 +3,11 @@
 A kind names the keys that it takes. Class attributes tell plans and reports what it is, and methods make and train its
 models and count their bytes. A key that no other kind has is a field of the kind's own class, which is then a
 dataclass, because the keys of Arm itself enter the hashes of all arms.
+
+Methods import what needs torch themselves: a wrong key should be told at once, and torch takes seconds.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import itertools
@@ -11,10 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-from safetensors.torch import load_file
-from torch import nn
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mft.checks import (
     BETA,
@@ -30,6 +31,7 @@ from mft.checks import (
     split_hint,
 )
 from mft.config import (
+    IMPORTANCE_METHODS,
     INITS,
     MODES,
     QUANTIZATIONS,
@@ -40,17 +42,16 @@ from mft.config import (
     parse_layers,
 )
 from mft.files.figure import COLOURS
-from mft.importance.importance import METHODS
-from mft.masks.targets import select_targets
-from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
-from mft.models.linears import weight_name
 from mft.rewards.teacher import check_prompt
-from mft.study.arms.fp32_steps import compute_in_fp32
 from mft.study.arms.memory import trained_weight_bytes
 from mft.study.arms.setting import CHOICES, Setting
 from mft.study.arms.size import NUMBER, model_numbers
-from mft.study.arms.weights import Weights, with_weights
-from mft.training.loop import StepReport, train_loop
+from mft.study.arms.weights import Weights, load_weights, with_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mft.training.loop import StepReport
 
 _SOME = Rule("lie in (0, 1]", exclusiveMinimum=0, maximum=1)
 # Keys that several kinds take: for training, for learning after the full fine-tune, for arms on chosen layers.
@@ -83,7 +84,7 @@ class Arm:
     epochs: Annotated[list[float], POSITIVE] = field(default_factory=lambda: [1.0])
     keep_ratios: Annotated[list[float], SHARE] = field(default_factory=list)  # empty: the study's mask.keep_ratio
     # How scores start: a value of mask.init, or a one-shot method; null: the study's mask.init.
-    init: Annotated[str | None, one_of(tuple(dict.fromkeys((*INITS, *METHODS))))] = None
+    init: Annotated[str | None, one_of(tuple(dict.fromkeys((*INITS, *IMPORTANCE_METHODS))))] = None
     # What is compared with the threshold; null: the study's mask.mode.
     mode: Annotated[str | None, one_of(MODES)] = None
     threshold: float | None = None  # fixed; replaces keep_ratios
@@ -172,7 +173,7 @@ class Arm:
             said["layers_to_transform"] = None  # in a MaskConfig: every layer
         return dataclasses.replace(mask, **said)
 
-    def may_be_of(self, source: type["Arm"]) -> bool:
+    def may_be_of(self, source: type[Arm]) -> bool:
         """Return whether it can be made of the runs of an arm of the kind source."""
         return False
 
@@ -196,10 +197,15 @@ class Arm:
 
     def targets(self, model: nn.Module, mask: MaskConfig, setting: Setting) -> list[str]:
         """Return the names of the linear layers that it changes. mask: the study's. Raises: ValueError if none."""
+        from mft.masks.targets import select_targets
+
         return select_targets(model, self.mask_config(mask))
 
     def frozen_below(self, model: nn.Module, mask: MaskConfig, setting: Setting) -> int:
         """Return how many of the model's layers lie below everything that it changes."""
+        from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
+        from mft.models.linears import weight_name
+
         names = self.targets(model, mask, setting)
         clone = clone_with_own_weights(model, names)
         for name in names:
@@ -208,26 +214,29 @@ class Arm:
 
     # ------------------------------------------------------------------------------- its models
 
-    def made(self, ground: "Ground") -> Weights | None:
+    def made(self, ground: Ground) -> Weights | None:
         """Return the weights that an untrained arm's run saves; None: it saves none."""
         return None
 
-    def model(self, ground: "Ground", path: Path) -> nn.Module:
+    def model(self, ground: Ground, path: Path) -> nn.Module:
         """Return the model of a finished run, in eval mode. path: the weights that the run saved."""
-        return self.model_with(ground, load_file(path))
+        return self.model_with(ground, load_weights(path))
 
-    def model_with(self, ground: "Ground", weights: Weights) -> nn.Module:
+    def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
         """Return the model from what trained_weights returned."""
         return with_weights(ground.start, weights).eval()
 
-    def decoded(self, ground: "Ground", weights: Weights) -> nn.Module:
+    def decoded(self, ground: Ground, weights: Weights) -> nn.Module:
         """Return the model from fp32 weights; a model of a narrower dtype computes with them in fp32 too."""
+        from mft.models.causal_lm import clone_with_own_weights
+        from mft.study.arms.fp32_steps import compute_in_fp32
+
         model = ground.start
         if not self.whole_model:  # then no changed weight is tied
             model = compute_in_fp32(clone_with_own_weights(model), weights)
         return with_weights(model, weights).eval()
 
-    def merged(self, ground: "Ground", weights: Weights) -> Weights:
+    def merged(self, ground: Ground, weights: Weights) -> Weights:
         """Return the weights as the ordinary model has them, by its names."""
         return weights
 
@@ -237,39 +246,41 @@ class Arm:
 
     # ------------------------------------------------------------------------------- its training
 
-    def untrained(self, ground: "Ground") -> nn.Module:
+    def untrained(self, ground: Ground) -> nn.Module:
         """Return a clone of the start with what the arm trains added. Nothing else requires grad."""
         raise NotImplementedError
 
     def train(
-        self, model: nn.Module, ground: "Ground", rows: Any, train: TrainConfig, **options: Any
+        self, model: nn.Module, ground: Ground, rows: Any, train: TrainConfig, **options: Any
     ) -> Sequence[StepReport]:
         """Train model, which untrained returned, in place. options: as in train_loop."""
+        from mft.training.loop import train_loop
+
         return train_loop(model, rows, train, **options)
 
-    def begun(self, ground: "Ground") -> Weights:
+    def begun(self, ground: Ground) -> Weights:
         """Return what trained_weights would return before any training."""
         return {name: p.detach() for name, p in self.untrained(ground).named_parameters() if p.requires_grad}
 
-    def trained_weights(self, model: nn.Module, ground: "Ground") -> Weights:
+    def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
         """Return what was trained, on the CPU."""
         return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
 
     # ------------------------------------------------------------------------------- its bytes
 
-    def stored_bytes(self, ground: "Ground", model: nn.Module) -> int:
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return the bytes that must be stored besides the start (see size.py). model: the run's."""
         return NUMBER * ground.numbers()
 
-    def bytes_of_mean(self, ground: "Ground", model: nn.Module, runs: int) -> int:
+    def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
         """Return the same for a model whose weights are the mean of this arm's runs. runs: how many."""
         return NUMBER * ground.numbers()
 
-    def resident_bytes(self, ground: "Ground", model: nn.Module) -> int:
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return the bytes in memory besides the start while the model runs; the start stays unchanged."""
         return NUMBER * ground.numbers()
 
-    def training_bytes(self, ground: "Ground", train: TrainConfig) -> int:
+    def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
         """Return the bytes in memory while it trains, besides its start's weights (memory.py). Here: all weights."""
         return trained_weight_bytes(ground.base, model_numbers(ground.base))
 
@@ -282,27 +293,27 @@ class Source:
     setting: Setting
     path: Path  # the weights that it saved
 
-    def weights(self, ground: "Ground") -> Weights:
+    def weights(self, ground: Ground) -> Weights:
         """Return its weights by the ordinary model's names. ground: of the arm that is made of this run."""
-        return self.arm.merged(self._ground(ground), load_file(self.path))
+        return self.arm.merged(self._ground(ground), load_weights(self.path))
 
-    def begun(self, ground: "Ground") -> Weights:
+    def begun(self, ground: Ground) -> Weights:
         """Return what it trained, as it was before training."""
         return self.arm.begun(self._ground(ground))
 
-    def model_with(self, ground: "Ground", weights: Weights) -> nn.Module:
+    def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
         """Return its model with other weights in place of its own, in fp32."""
         return self.arm.decoded(self._ground(ground), weights)
 
-    def stored_bytes(self, ground: "Ground", model: nn.Module) -> int:
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return the bytes to store, as if model were this run's."""
         return self.arm.stored_bytes(self._ground(ground), model)
 
-    def resident_bytes(self, ground: "Ground", model: nn.Module) -> int:
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return the bytes in memory, as if model were this run's."""
         return self.arm.resident_bytes(self._ground(ground), model)
 
-    def _ground(self, ground: "Ground") -> "Ground":
+    def _ground(self, ground: Ground) -> Ground:
         return dataclasses.replace(ground, setting=self.setting)
 
 
@@ -322,6 +333,8 @@ class Ground:
 
     def weight_names(self) -> list[str]:
         """Return the names of the layers' weights."""
+        from mft.models.linears import weight_name
+
         return [weight_name(self.start, name) for name in self.layers]
 
     def shapes(self) -> list[tuple[int, ...]]:

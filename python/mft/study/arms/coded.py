@@ -4,23 +4,23 @@ What is coded is the difference from where the training began. For weights that 
 the method drew from the seed, which is drawn again.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mft.checks import check_rule, one_of
 from mft.config import MaskConfig
 from mft.files.figure import COLOURS
+from mft.number_formats import CODED_FORMATS
 from mft.study.arms.adapters import Adapters
 from mft.study.arms.arm import Arm, Ground
-from mft.study.arms.weights import Weights
-from mft.study.number_codes import FORMATS, decode, encode
+from mft.study.arms.weights import Weights, load_weights
 from mft.study.peft_methods import MethodFailsError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _STREAM = "stream"  # the key in its file
 
@@ -30,7 +30,7 @@ class Coded(Arm):
     """What the arm `of` trained, in one of `formats` and entropy-coded; with `shares`, only its largest numbers."""
 
     # to choose from: bf16, int8 (in blocks of 64), nf4, int4
-    formats: Annotated[list[str], one_of(tuple(FORMATS))] = field(default_factory=list)
+    formats: Annotated[list[str], one_of(CODED_FORMATS)] = field(default_factory=list)
 
     takes = frozenset({"of", "shares"})
     needs = frozenset({"of"})
@@ -40,7 +40,7 @@ class Coded(Arm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rule(bool(self.formats), "formats", f"hold at least one of {', '.join(FORMATS)}", self.formats)
+        check_rule(bool(self.formats), "formats", f"hold at least one of {', '.join(CODED_FORMATS)}", self.formats)
 
     def may_be_of(self, source: type[Arm]) -> bool:
         return source.compressible or issubclass(source, Adapters)
@@ -54,12 +54,13 @@ class Coded(Arm):
         return True
 
     def made(self, ground: Ground) -> Weights:
+        import torch
+
         return {_STREAM: torch.frombuffer(bytearray(self._stream(ground)), dtype=torch.uint8)}
 
-    def model(self, ground: Ground, path: Path) -> nn.Module:
-        return self.model_with(ground, load_file(path))
-
     def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
+        from mft.study.number_codes import decode
+
         (source,) = ground.sources
         begun, stream = source.begun(ground), weights[_STREAM].numpy().tobytes()
         steps = decode(stream, begun, _format(ground), ground.setting.share)
@@ -74,8 +75,10 @@ class Coded(Arm):
         return source.resident_bytes(ground, model)
 
     def _stream(self, ground: Ground) -> bytes:
+        from mft.study.number_codes import encode
+
         (source,) = ground.sources
-        begun, ended = source.begun(ground), load_file(source.path)
+        begun, ended = source.begun(ground), load_weights(source.path)
         steps: dict[str, Tensor] = {name: ended[name].float() - begun[name].float().cpu() for name in begun}
         try:
             return encode(steps, _format(ground), ground.setting.share)

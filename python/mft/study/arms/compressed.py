@@ -14,21 +14,20 @@ BitDelta's second step trains the scales, each through a factor that starts at 1
 data; the paper distils the trained model's logits.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from mft.files.figure import COLOURS
-from mft.files.mask_coding import coded_size
-from mft.models.causal_lm import clone_with_own_weights
 from mft.study.arms.arm import TRAINING, Arm, Ground
-from mft.study.arms.fp32_steps import compute_in_fp32, factors_of, learn_factors
 from mft.study.arms.size import NUMBER
-from mft.study.arms.weights import Weights
+from mft.study.arms.weights import Weights, load_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class _Compressed(Arm):
@@ -65,7 +64,7 @@ class _Compressed(Arm):
 
     def with_factors(self, ground: Ground, factors: Mapping[str, Tensor]) -> nn.Module:
         """Return the model with start + what is kept of trained - start, in fp32."""
-        (source,), weights = ground.sources, dict[str, Tensor]()
+        (source,), weights = ground.sources, Weights()
         for name, (start, end) in _starts_and_ends(ground).items():
             left = self.of_delta(end.float() - start.float(), ground.setting.share, factors.get(name))
             weights[name] = start.float() + left
@@ -100,6 +99,8 @@ class BitDelta(_Compressed):
 
     @classmethod
     def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
+        import torch
+
         scale = matrices.abs().mean(-1, keepdim=True)
         scale = _rounded(scale if factor is None else factor.reshape(-1, 1) * scale)
         even = torch.arange(matrices.shape[-1], device=matrices.device) % 2 == 0
@@ -110,13 +111,18 @@ class BitDelta(_Compressed):
         return math.ceil(weight.numel() / 8) + NUMBER * matrices
 
     def model(self, ground: Ground, path: Path) -> nn.Module:
-        return self.model_with(ground, load_file(path)) if self.lrs else super().model(ground, path)
+        return self.model_with(ground, load_weights(path)) if self.lrs else super().model(ground, path)
 
     def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
+        from mft.study.arms.fp32_steps import factors_of
+
         return self.with_factors(ground, factors_of(weights))
 
     def untrained(self, ground: Ground) -> nn.Module:
         """Return a model in which only the scales can be trained."""
+        from mft.models.causal_lm import clone_with_own_weights
+        from mft.study.arms.fp32_steps import compute_in_fp32, learn_factors
+
         pairs = _starts_and_ends(ground).items()
         steps = {name: self.of_delta(end.float() - start.float()) for name, (start, end) in pairs}
         return learn_factors(compute_in_fp32(clone_with_own_weights(ground.start), steps), steps)
@@ -136,10 +142,12 @@ class Ternary(_OfShare):
     def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
         largest = _largest(matrices.abs(), share)
         scale = _rounded((matrices.abs() * largest).sum(-1, keepdim=True) / largest.sum(-1, keepdim=True))
-        return torch.where(largest, scale * matrices.sign(), 0)
+        return (scale * matrices.sign()).where(largest, 0)
 
     @classmethod
     def bytes_of_matrices(cls, weight: Tensor, start: Tensor, matrices: int) -> int:
+        from mft.files.mask_coding import coded_size
+
         changed = weight != start
         return coded_size(~changed) + math.ceil(int(changed.sum()) / 8) + NUMBER * matrices
 
@@ -151,10 +159,12 @@ class SparseDelta(_OfShare):
 
     @classmethod
     def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
-        return torch.where(_largest(matrices.abs(), share), _rounded(matrices), 0)
+        return _rounded(matrices).where(_largest(matrices.abs(), share), 0)
 
     @classmethod
     def bytes_of_matrices(cls, weight: Tensor, start: Tensor, matrices: int) -> int:
+        from mft.files.mask_coding import coded_size
+
         changed = weight != start
         return coded_size(~changed) + NUMBER * int(changed.sum())
 
@@ -168,6 +178,8 @@ def _starts_and_ends(ground: Ground) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _largest(sizes: Tensor, share: float | None) -> Tensor:
     """Return a mask of the share of largest entries in each row; at least one."""
+    import torch
+
     assert share is not None
     count = max(1, round(share * sizes.shape[-1]))
     return torch.zeros_like(sizes, dtype=torch.bool).scatter_(-1, sizes.topk(count, sorted=False).indices, True)

@@ -1,17 +1,20 @@
 """Arms of the weights themselves: the base model, the full fine-tune where most others start, continued training."""
 
+from __future__ import annotations
+
 import copy
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from mft.config import TrainConfig
 from mft.files.figure import COLOURS
-from mft.models.causal_lm import clone_with_own_weights
 from mft.study.arms.arm import LEARNING, ON_LAYERS, TRAINING, Arm, Ground
 from mft.study.arms.memory import trained_weight_bytes
 from mft.study.arms.size import NUMBER, model_numbers
 from mft.study.arms.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Base(Arm):
@@ -101,6 +104,8 @@ class Control(Arm):
     colour = COLOURS["control"]
 
     def untrained(self, ground: Ground) -> nn.Module:
+        from mft.models.causal_lm import clone_with_own_weights
+
         model = clone_with_own_weights(ground.start, ground.layers)
         for name in ground.weight_names():
             model.get_parameter(name).requires_grad_(True)

@@ -5,13 +5,18 @@ dropped weights to the code that stands for 0, which nf4 and int8 have. All othe
 equals the masked one bit by bit.
 """
 
-from torch import nn
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from mft.files.figure import COLOURS
 from mft.study.arms.adapters import Adapters
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.masks import Mask
 from mft.study.arms.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class InCodes(Arm):

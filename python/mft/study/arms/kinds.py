@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mft.checks import check_one_of
-from mft.importance.importance import METHODS
+from mft.config import IMPORTANCE_METHODS
 from mft.study.arms.adapters import Lora, Peft
 from mft.study.arms.arm import Arm
 from mft.study.arms.coded import Coded
@@ -24,7 +24,7 @@ KINDS: dict[str, type[Arm]] = {
     "lora": Lora,
     "peft": Peft,
     "mask": Mask,
-    **dict.fromkeys(METHODS, OneShot),  # random, magnitude, magnitude_rows, wanda, gradient, fisher
+    **dict.fromkeys(IMPORTANCE_METHODS, OneShot),  # random, magnitude, magnitude_rows, wanda, gradient, fisher
     "temperature": Temperature,
     "quantized": Quantized,
     "average": Average,

@@ -1,26 +1,24 @@
 """Masks: MFT, whose scores are trained, and masks that are found in one shot."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mft.checks import SHARE, check_rule
 from mft.config import BUDGET, DATA_INITS, INITS, MaskConfig, TrainConfig
 from mft.files.figure import COLOURS
-from mft.files.mask_coding import coded_size
-from mft.importance.scores import initialise_scores, mask_from_data
-from mft.masks.convert import came_from_conv1d, mask_model, masked_modules
-from mft.models.causal_lm import clone_with_own_weights
-from mft.models.linears import weight_name
 from mft.study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground
 from mft.study.arms.memory import score_bytes
 from mft.study.arms.weights import Weights
-from mft.study.one_shot import one_shot_mask
-from mft.training.loop import StepReport, train_masks
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mft.training.loop import StepReport
 
 
 class _AnyMask(Arm):
@@ -77,6 +75,8 @@ class Mask(_AnyMask):
         return replace(found, keep_ratio=MaskConfig.keep_ratio, budget=self.budget, budget_ramp=ramp)
 
     def untrained(self, ground: Ground) -> nn.Module:
+        from mft.masks.convert import masked_modules
+
         model = self._masked(ground).requires_grad_(False)
         for module in masked_modules(model).values():
             if module.scores.is_floating_point():  # for other dtypes, training raises with the reason
@@ -84,6 +84,10 @@ class Mask(_AnyMask):
         return model
 
     def _masked(self, ground: Ground) -> nn.Module:
+        from mft.importance.scores import initialise_scores, mask_from_data
+        from mft.masks.convert import mask_model
+        from mft.models.causal_lm import clone_with_own_weights
+
         model, init = clone_with_own_weights(ground.start), self.init or ground.mask.init
         if init in DATA_INITS:
             return mask_from_data(model, replace(ground.mask, init=init), ground.rows())
@@ -93,10 +97,15 @@ class Mask(_AnyMask):
     def train(
         self, model: nn.Module, ground: Ground, rows: Any, train: TrainConfig, **options: Any
     ) -> Sequence[StepReport]:
+        from mft.training.loop import train_masks
+
         return train_masks(model, rows, train, **options)
 
     def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
         """Return the weights with the masks applied."""
+        from mft.masks.convert import came_from_conv1d, masked_modules
+        from mft.models.linears import weight_name
+
         weights = {}
         for name, module in masked_modules(model).items():
             kept = module.merged_weight()
@@ -122,12 +131,17 @@ class OneShot(_AnyMask):
     tuned = False
 
     def model(self, ground: Ground, path: Path) -> nn.Module:
+        from mft.models.causal_lm import clone_with_own_weights
+        from mft.study.one_shot import one_shot_mask
+
         clone = clone_with_own_weights(ground.start)
         return one_shot_mask(clone, ground.mask, self.kind, ground.rows()).eval()
 
 
 def _export_bytes(masks: Iterable[tuple[Tensor, Tensor]]) -> int:
     """Return the bytes of an export of these masks, each with its weight, in the smaller of two codings."""
+    from mft.files.mask_coding import coded_size
+
     alone = by_weight = 0
     for mask, weight in masks:
         alone += coded_size(mask)
@@ -137,6 +151,9 @@ def _export_bytes(masks: Iterable[tuple[Tensor, Tensor]]) -> int:
 
 def _kept(ground: Ground, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield for each layer a mask, True where a weight is kept, and the weight."""
+    from mft.masks.convert import masked_modules
+    from mft.models.linears import weight_name
+
     masked = masked_modules(model)
     for name in ground.layers:
         if name in masked:
@@ -148,6 +165,8 @@ def _kept(ground: Ground, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _kept_by_runs(ground: Ground, model: nn.Module, runs: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield for a mean of masks: where at least 1, 2, ... runs keep a weight, each with the weight, layer by layer."""
+    from mft.models.linears import weight_name
+
     for name in ground.layers:
         weight, start = (each.get_parameter(weight_name(each, name)).detach() for each in (model, ground.start))
         kept = (weight / start * runs).nan_to_num(runs).round()  # a weight that is 0 tells nothing: count it as kept

@@ -1,15 +1,18 @@
 """Arms between models: the mean of several runs, and points between a run and its start."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import torch
-from torch import nn
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mft.checks import check_rule
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.full import Full
 from mft.study.arms.size import NUMBER, model_numbers
 from mft.study.arms.weights import with_weights
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Between(Arm):
@@ -36,6 +39,8 @@ class Average(Between):
         return f"no arm averages {self.runs} runs of {control}, and a single run is no match"
 
     def model(self, ground: Ground, path: Path) -> nn.Module:
+        import torch
+
         parts = [source.weights(ground) for source in ground.sources]
         mean = {
             name: torch.stack([part[name].double() for part in parts]).mean(0).to(weight.dtype)

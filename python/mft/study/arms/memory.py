@@ -4,14 +4,18 @@ Not counted are activations, which are alike in arms on the same layers (mft est
 weights.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from mft.config import MaskConfig, TrainConfig
 from mft.number_formats import MOMENT_FORMATS, SCORE_FORMATS, unless_auto
 from mft.study.arms.size import adapter_sides
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ADAPTER_BYTES = 4 + 4 + 8.0  # per number of an adapter: itself, its gradient and two moments, all fp32
 _FP32_BYTES = 4 + 8.0  # besides an fp32 weight: its gradient and two moments

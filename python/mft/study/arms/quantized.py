@@ -1,11 +1,15 @@
 """The start rounded once to codes; arms that train over codes start there."""
 
-from torch import nn
+from __future__ import annotations
 
-from mft.masks.quantize import rounded_weights
+from typing import TYPE_CHECKING
+
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.size import NUMBER, weights_bytes
 from mft.study.arms.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Quantized(Arm):
@@ -23,6 +27,8 @@ class Quantized(Arm):
         return True
 
     def made(self, ground: Ground) -> Weights | None:
+        from mft.masks.quantize import rounded_weights
+
         return rounded_weights(ground.start, str(self.quantization))
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:

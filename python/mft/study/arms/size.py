@@ -11,14 +11,14 @@ moved the loss by:
     LoRA of rank 8                                           0.000006
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from mft.masks.quantize import coded_shapes
-from mft.models.codes.weight import QuantizedWeight
+if TYPE_CHECKING:
+    from torch import nn
 
 NUMBER = 2
 
@@ -40,6 +40,11 @@ def weights_bytes(base: nn.Module, quantization: str | None, number: float | Non
         quantization: None: no layer is in codes.
         number: Bytes per number outside the codes; None: as many as its dtype has.
     """
+    import torch
+
+    from mft.masks.quantize import coded_shapes
+    from mft.models.codes.weight import QuantizedWeight
+
     coded = coded_shapes(base) if quantization is not None else {}
     empty = [QuantizedWeight.empty(shape, torch.float32, str(quantization), "meta") for shape in coded.values()]
     codes = sum(each.nbytes for each in empty)

@@ -1,11 +1,15 @@
 """The arm whose only change to the fine-tune is one number that validation chooses."""
 
-from pathlib import Path
+from __future__ import annotations
 
-from torch import nn
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mft.study.arms.arm import Arm, Ground
 from mft.study.arms.size import NUMBER
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Temperature(Arm):

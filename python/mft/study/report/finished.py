@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mft.checks import nearest
@@ -13,7 +12,7 @@ from mft.study.arms.arm import Arm
 from mft.study.arms.kinds import name_of
 from mft.study.arms.masks import Mask
 from mft.study.arms.setting import Setting
-from mft.study.arms.weights import with_weights
+from mft.study.arms.weights import load_weights, with_weights
 from mft.study.bases import Bases
 from mft.study.load import load_study
 from mft.study.outcome import Unit
@@ -68,14 +67,14 @@ class Finished:
     def model(self, domain: str, arm: str, seed: int):
         job = self.job(domain, arm, seed)
         self.workspace.begin(domain, job.starts or (job.trained,), seed)
-        return with_weights(self.workspace.model, load_file(job.trained)) if job.starts else self.workspace.model
+        return with_weights(self.workspace.model, load_weights(job.trained)) if job.starts else self.workspace.model
 
     def dropped(self, domain: str, arm: str, seed: int) -> dict[str, Tensor]:
         job = self.job(domain, arm, seed)
         if not job.starts:
             self.workspace.begin(domain, (), seed)
-        before = load_file(job.starts[-1]) if job.starts else dict(self.workspace.base.named_parameters())
-        return {name: (weight == 0) & (before[name] != 0) for name, weight in load_file(job.trained).items()}
+        before = load_weights(job.starts[-1]) if job.starts else dict(self.workspace.base.named_parameters())
+        return {name: (weight == 0) & (before[name] != 0) for name, weight in load_weights(job.trained).items()}
 
     def job(self, domain: str, arm: str, seed: int) -> Job:
         """Return the chosen run of a trained arm, with its files."""
