@@ -208,7 +208,7 @@ stepping in place after the end
     optimizer = in_place(masked_llama())
     optimizer.close()
     optimizer.step()
-    -> RuntimeError: step | must come before close() | a closed optimiser | call mft.in_place(model) again
+    -> RuntimeError: step | must come before close() | an optimiser that was closed | call mft.in_place(model) again
 training with dropout layer by layer
     train_masks(with_dropout(), make_rows(), steps(), way="resident")
     -> ValueError: memory | must be plain for a model with dropout, or other noise in training | got resident

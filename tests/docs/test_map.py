@@ -39,15 +39,3 @@ def test_the_map_names_folders_that_there_are():
     named = {name.split("/")[0] for name in tables()["elsewhere"]} | {"python", "mft_kernels", "docs"}
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
     assert {name for name in folders if not name.endswith(".egg-info")} - NOT_OURS <= named
-
-
-def test_the_map_is_one_screen():
-    assert len((ROOT / "docs" / "reference" / "map.md").read_text().splitlines()) <= 50
-
-
-def test_no_folder_is_crowded():
-    """If more than 20 files are in one folder, packages are missing."""
-    for top in ("python", "tests"):
-        for folder in (ROOT / top, *(ROOT / top).rglob("*")):
-            if folder.is_dir() and "__pycache__" not in folder.parts:
-                assert sum(path.is_file() for path in folder.iterdir()) <= 20, folder
