@@ -7,7 +7,10 @@ Sums of products have another order there, as on another processor: a test that 
 may fail there alone.
 """
 
+import os
 import sys
+import tempfile
+from pathlib import Path
 
 from mft_kernels.backends import cpu
 
@@ -35,7 +38,10 @@ def settings(capability: str) -> dict[str, str]:
     """Return the environment variables that hold our library, oneDNN, MKL and torch's own kernels back to it."""
     if capability not in HOLDS_BACK:
         raise SystemExit(f"the capability must be one of {', '.join(HOLDS_BACK)}, got {capability!r}")
-    return {"MFT_CPU_CAPABILITY": capability, **HOLDS_BACK[capability]}
+    # torch.compile finds a stored graph again whatever the width of its vectors, and then fails if it is not the width
+    # of this process (torch 2.13). So each capability stores its own.
+    stored = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{capability}"
+    return {"MFT_CPU_CAPABILITY": capability, "TORCHINDUCTOR_CACHE_DIR": str(stored), **HOLDS_BACK[capability]}
 
 
 if __name__ == "__main__":

@@ -79,6 +79,16 @@ def evaluation(tokens, loss_sums, correct=None):
     return Evaluation(torch.arange(len(tokens)), tokens, torch.tensor(loss_sums, dtype=torch.float64), correct)
 
 
+def assert_masks_agree(one, other, near):
+    """Assert that two masked linears keep the same weights, but for those whose score is about ``near`` the threshold.
+
+    near: how far their scores may differ, and so their thresholds.
+    """
+    values = one.scores if one.mode == "value" else one.scores.abs()
+    doubtful = (values - one.current_mask().threshold).abs() <= 2 * near
+    assert (doubtful | (one.mask() == other.mask())).all()
+
+
 def train_by_trainer(model, directory, *callbacks, **arguments):
     """Return the model after transformers' Trainer has trained it: each step takes all four rows at a fixed rate."""
     from transformers import Trainer, TrainingArguments

@@ -74,8 +74,11 @@ def test_masks_that_were_learned_on_a_quantised_base_are_scored_on_it(tiny_llama
     path = save_masks(learned, tmp_path / "masks", base_model_name_or_path=str(base))
     tokens = torch.arange(40, 60)[None]
     with torch.no_grad():
-        assert torch.equal(MaskedLM(str(path)).model(tokens).logits, learned(tokens).logits)
+        found, wanted = MaskedLM(str(path)).model(tokens).logits, learned(tokens).logits
         exact = MaskedLM(str(path), unquantized=True).model
+        # Where weights lie may change the order of sums. The exact weights are farther away.
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert (exact(tokens).logits - wanted).abs().max() > 1e-4
     assert not masked_modules(exact)
 
 

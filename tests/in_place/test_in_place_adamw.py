@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import make_llama, masked_llama
+from tiny import assert_masks_agree, make_llama, masked_llama
 from tiny_run import in_a_fork
 
 import mft
@@ -58,7 +58,7 @@ def assert_learned_the_same(one, other):
     theirs = masked_modules(other)
     for name, module in masked_modules(one).items():
         assert (module.scores - theirs[name].scores).abs().max() <= NEAR, name
-        assert torch.equal(module.mask(), theirs[name].mask()), name
+        assert_masks_agree(module, theirs[name], NEAR)
 
 
 @pytest.mark.parametrize("mask", [{}, {"mode": "value"}, {"threshold": 0.01}, {"keep_ratio": 0.5}], ids=str)

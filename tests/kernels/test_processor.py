@@ -76,6 +76,8 @@ def test_the_numeric_tests_run_again_on_the_instruction_set_below_the_best():
     for best, below in itertools.pairwise(names[:-1]):
         assert lower_capability.lower(names[names.index(best) :]) == below
     assert lower_capability.lower(["portable", "amx_emulated"]) == "portable"
+    stored = {lower_capability.settings(name)["TORCHINDUCTOR_CACHE_DIR"] for name in lower_capability.HOLDS_BACK}
+    assert len(stored) == len(lower_capability.HOLDS_BACK)  # torch takes a stored graph whatever its vectors' width
 
 
 def test_without_the_library_the_reason_is_told(monkeypatch):

@@ -473,9 +473,10 @@ def test_conv1d_layers_of_gpt2_hold_masks_too(tmp_path):
     for task, mask in masks.items():
         save_masks(mask_model(gpt2(), mask), tmp_path / task)
     bank = load_mask_bank(gpt2(), {task: tmp_path / task for task in masks})
-    for task in masks:
-        with bank.use(task):
-            assert torch.equal(logits(bank.model), logits(load_masks(gpt2(), tmp_path / task)))
+    with bank.use("a"):
+        assert torch.equal(logits(bank.model), logits(load_masks(gpt2(), tmp_path / "a")))
+    with bank.use("b"):  # load_masks leaves the first layer a Conv1D, whose weight is transposed: another order of sums
+        torch.testing.assert_close(logits(bank.model), logits(load_masks(gpt2(), tmp_path / "b")), **FP32_NOISE)
     with bank.use(["b", "a", "b", None, "a", "a"]):
         found = logits(bank.model)
     torch.testing.assert_close(found[3], logits(gpt2())[3], rtol=1e-5, atol=1e-5)

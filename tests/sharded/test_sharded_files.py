@@ -126,8 +126,8 @@ def of_each(tmp_path_factory):
 def test_rows_from_files_give_what_the_whole_model_gives(of_each, case):
     for rank, each in enumerate(of_each):
         found = each[case]
-        assert found["logits"] == 0
-        assert found["masked logits"] < 1e-5
+        # The whole model computes with weights where they lie in the file, whose address may change the order of sums.
+        assert max(found["logits"], found["masked logits"]) < 1e-5
         assert [found[what] for what in ("scores", "masks", "gathered", "best")] == [[], [], [], []]
         assert (found["number gathered"] > 0) == (rank == 0)
         assert (found["hashes"], found["dropped"]) == (1, 0)

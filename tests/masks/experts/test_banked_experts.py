@@ -70,14 +70,15 @@ def block(model, layer=1):
 # ---------------------------------------------------------------------------------------------- what is computed
 
 
-def test_a_task_computes_what_its_masks_alone_do_bit_for_bit(case):
+def test_a_task_computes_what_its_masks_alone_do(case):
     bank, found = case.bank(), []
     assert any(isinstance(module, BankedGroupedLinear) for module in bank.model.modules())
     for task in (*TASKS, None):
         with bank.use(task):
             found.append(logits(bank.model))
-        if task is not None:
-            assert torch.equal(found[-1], logits(case.alone(task)))
+        if task is not None:  # only "code" masks all experts; the others' whole ones are multiplied in another order
+            exact = {"rtol": 0, "atol": 0} if task == "code" else NOISE
+            torch.testing.assert_close(found[-1], logits(case.alone(task)), **exact)
     torch.testing.assert_close(found[-1], logits(case.base), **NOISE)
     assert all((found[i] - found[j]).abs().max() > 1e-2 for i in range(4) for j in range(i))
 
@@ -99,7 +100,8 @@ def test_each_row_of_a_mixed_batch_takes_its_own_masks_or_the_model_is_named(cas
         torch.testing.assert_close(logits(bank.model), logits(case.alone("code")), **NOISE)
 
 
-def test_a_group_of_rows_has_what_its_task_gives_these_rows_bit_for_bit(olmoe):
+def test_a_group_of_rows_has_what_its_task_gives_these_rows(olmoe):
+    """Up to rounding: the router multiplies all rows at once."""
     bank, x = olmoe.bank(), torch.randn(6, 7, 32, generator=torch.Generator().manual_seed(0))
     mlp = block(bank.model)
     with torch.no_grad():
@@ -107,7 +109,7 @@ def test_a_group_of_rows_has_what_its_task_gives_these_rows_bit_for_bit(olmoe):
             found = mlp(x)
         for task, rows in (("math", [0, 4]), ("code", [2, 5]), ("chat", [3]), (None, [1])):
             with bank.use(task):
-                assert torch.equal(found[rows], mlp(x[rows]))
+                torch.testing.assert_close(found[rows], mlp(x[rows]), **NOISE)
 
 
 def test_a_mixed_batch_generates_what_each_row_alone_does(olmoe):
@@ -141,7 +143,7 @@ def test_tasks_are_added_removed_and_joined_and_weights_shared(olmoe):
     assert list(experts.layers()) == ["down_proj"]
     with bank.use("chat"):
         bank.add("code", olmoe.exports["code"])  # it masks gate_up_proj too, which gets a module of its own
-        assert torch.equal(logits(model), logits(olmoe.alone("chat")))
+        torch.testing.assert_close(logits(model), logits(olmoe.alone("chat")), **NOISE)
     assert list(experts.layers()) == ["down_proj"]
     layers = block(model).experts.layers()
     assert sorted(layers) == ["down_proj", "gate_up_proj"]
