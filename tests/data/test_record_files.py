@@ -169,7 +169,7 @@ def test_a_file_without_line_ends_is_not_read_whole(tmp_path, monkeypatch):
             b'{"text": "a"}\n\n{"text": \n',
             "a.jsonl:3: broken JSON, must be one object per line: Expecting value",
         ),
-        ("a.jsonl", b'[{"text": "a"}]', "a.jsonl:1: must be a JSON object, got a list"),
+        ("a.jsonl", b'[{"text": "a"}]', "a.jsonl:1: must be one object per line, got an array"),
         (
             "a.jsonl",
             b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xe9"}\n',

@@ -10,7 +10,7 @@ from test_study_plan import RATES, make, play
 
 from mft.study.arms.kinds import make_arm
 from mft.study.arms.setting import Setting
-from mft.study.grid import DIRECTIONS, neighbours
+from mft.study.grid import DIRECTIONS, OpenEnd, neighbours
 from mft.study.plan import notes, open_ends, selection, without_result
 
 FULL = {"full": make_arm("full", lrs=RATES)}
@@ -103,10 +103,7 @@ def test_epochs_stop_at_their_bound_and_the_report_names_what_would_go_on():
     done = play(study, valley(lr=1e-3, epochs=64))
     assert max(o.unit.setting.epochs for o in done) == 16
     (end,) = open_ends(study, done)
-    assert str(end) == (
-        "code, arm: its best number of epochs, 16, lies at the end of its grid: no larger one was tried; run the "
-        "same command with max_epochs=32 to go on"
-    )
+    assert end == OpenEnd("code", "arm", "number of epochs", 16.0, True, "max_epochs=32")
 
 
 def test_a_spent_budget_is_an_open_end_and_more_of_it_goes_on_from_there():
