@@ -70,7 +70,7 @@ def lacking(documents: int, seeds: int) -> str:
 
 
 def shortage_lines(study: StudyConfig, documents: Mapping[str, int]) -> list[str]:
-    """Return a line per domain of which nothing can be concluded. documents: the number of test documents by domain."""
+    """Return a line per domain that allows no conclusion. documents: the number of test documents by domain."""
     short = {domain: lacking(count, len(study.all_seeds)) for domain, count in documents.items()}
     return [
         f"Nothing will be concluded on {domain}: {lacks}. Stop now (Ctrl-C) and give more: about a tenth of the data "
@@ -81,7 +81,7 @@ def shortage_lines(study: StudyConfig, documents: Mapping[str, int]) -> list[str
 
 
 def power_lines(study: StudyConfig, documents: Mapping[str, int], directory: Path) -> list[str]:
-    """Return a line per domain of which something can be concluded, to print before the study begins.
+    """Return a line per domain that allows a conclusion, to print before the study begins.
 
     documents: the number of test documents by domain. directory: the study's.
     """
