@@ -59,8 +59,8 @@ class Connection(H11Protocol):
 
     def check_room(self) -> None:
         """Raise Refused if ``most`` other connections are busy."""
-        busy = sum(isinstance(each, Connection) and each is not self and not each._due for each in self.connections)
-        if busy >= self.most:
+        others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
+        if sum(not each._due and not each.transport.is_closing() for each in others) >= self.most:
             raise Refused(
                 f"connections must be at most {self.most} that wait for an answer, got one more: try again later",
                 status=503,
