@@ -9,7 +9,7 @@ import pytest
 from chats import chat, chats
 
 from mft.config import DataConfig
-from mft.data import split_rows
+from mft.data import split_rows, splits
 from mft.data.split_rows import pad_of, warn_of_few
 from mft.data.splits import _LATER, load_splits
 from mft.data.tokenization import IGNORED, open_documents
@@ -165,6 +165,27 @@ def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer, w
     assert (first.train[:], first.notes) == (second.train[:], second.notes)
     write([chat("Other?", "Yes.")] * 5 + chats())
     assert load_splits(config, tokenizer).train[:] != first.train[:]
+
+
+def test_of_processes_that_make_the_same_rows_at_once_the_first_one_s_stay(tokenizer, write, monkeypatch):
+    """Four ranks that start on an empty cache each make the rows; one had lost them to another that replaced them."""
+    config, write_split = DataConfig(source=write(chats()), sequence_length=64), splits._write
+    others = []
+
+    def file_of(found):
+        return Path(found.train.cache_files[0]["filename"])
+
+    def meanwhile(*arguments):
+        if not others:
+            others.append(None)
+            other = load_splits(config, tokenizer)
+            others.append((other, file_of(other).stat().st_ino))
+        write_split(*arguments)
+
+    monkeypatch.setattr(splits, "_write", meanwhile)
+    ours, (other, file) = load_splits(config, tokenizer), others[1]
+    assert file_of(ours).stat().st_ino == file
+    assert ours.train[:] == other.train[:]
 
 
 def test_data_that_change_while_they_are_read_are_refused_and_not_kept(tokenizer, write, tmp_path, monkeypatch):

@@ -94,8 +94,8 @@ def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None
             logger.warning("the rows kept in %s are damaged or incomplete: they are made again", directory)
         built, notes = (build_mix if source.parts else build_splits)(config, tokenizer, source, pairs=pairs)
         source.check()
-        # Check again: another process may have made and opened them meanwhile.
-        with atomic_directory(directory, replace=not _is_whole(directory)) as scratch:
+        # Another process may make and open them meanwhile: then its rows stay.
+        with atomic_directory(directory, replace=lambda: not _is_whole(directory)) as scratch:
             for split, rows in built.items():
                 _write(rows, scratch / f"{split}.arrow")
             (scratch / NOTES_FILE).write_text(json.dumps(notes), encoding="utf-8")

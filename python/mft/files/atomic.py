@@ -40,11 +40,11 @@ def naming(target: str | os.PathLike, what: str = "written") -> Iterator[None]:
 
 
 @contextmanager
-def atomic_directory(target: str | os.PathLike, *, replace: bool = True) -> Iterator[Path]:
+def atomic_directory(target: str | os.PathLike, *, replace: Callable[[], bool] = lambda: True) -> Iterator[Path]:
     """Yield an empty directory that becomes target if the block succeeds, and is deleted if it fails.
 
-    With replace=False, a target that another process finished first stays, and ours is deleted: both have the same
-    content. Raises: NotWritten.
+    replace: Asked when ours is finished, if target exists then: whether ours replaces it. If not, ours is deleted. So
+        of several processes that write the same content, the first one's stays. Raises: NotWritten.
     """
     target = Path(target)
     with naming(target):
@@ -201,7 +201,7 @@ def sweep(directory: Path, ours: Callable[[str], object]) -> None:
                 entry.unlink()
 
 
-def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:
+def _move_into_place(scratch: Path, target: Path, replace: Callable[[], bool]) -> None:
     if not target.exists():
         try:
             scratch.rename(target)
@@ -209,7 +209,7 @@ def _move_into_place(scratch: Path, target: Path, replace: bool) -> None:
         except OSError:
             if not target.is_dir():  # a real failure, not a race with another writer
                 raise
-    if not replace:
+    if not replace():
         return
     old = scratch.with_suffix(".old")
     target.rename(old)

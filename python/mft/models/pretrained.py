@@ -316,7 +316,7 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     _check_whole(model, info, str(gguf))
     _prepared(model, _padding(tokenizer, str(gguf)), str(gguf))
     _forget_gguf(model)
-    with atomic_directory(target, replace=False) as scratch, quiet_progress():
+    with atomic_directory(target, replace=lambda: False) as scratch, quiet_progress():
         model.save_pretrained(scratch)
         _save_tokenizer(tokenizer, scratch)
     logger.warning("dequantised %s in %.0f s", gguf.name, time.monotonic() - begin)
