@@ -89,6 +89,7 @@ def ground(tmp_path_factory, tokenizer):
     chats = [[("user", f"What follows {i}?"), ("assistant", f"{i + 1} follows {i}.")] for i in range(60)]
     messages = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
     (directory / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in messages))
+    (directory / "questions.txt").write_text("What is 2 + 3?\nWhat is 1 + 1?\n")
     (directory / "run.yaml").write_text("mask: {layers_to_transform: 28-29}\ndata: {sequence_length: 64}\n")
     shutil.copy(ROOT / "python/mft/configs/compare/small.yaml", directory / "my.yaml")
     shutil.copytree(ROOT / "benchmarks/studies", directory / "benchmarks/studies")
