@@ -42,12 +42,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "beta1 0.9": {"betas": (0.9, 0.99)},
     "half the steps": {"epochs": [2]},
     "twice the steps": {"epochs": [8]},
-    "share of each matrix": {"budget": None},
+    "share of each matrix": {"budget": None, "fill_budget": None},
 }
 
 
 def mask_arm(variant: str, lrs: list[float]) -> Mask:
-    values: dict[str, Any] = {"mode": "value", "budget": SHARE, "epochs": [4], "lrs": lrs} | VARIANTS[variant]
+    usual: dict[str, Any] = {"mode": "value", "budget": SHARE, "fill_budget": True, "epochs": [4], "lrs": lrs}
+    values = usual | VARIANTS[variant]
     return Mask("mask", **values)
 
 

@@ -166,8 +166,11 @@ class MaskConfig:
     exclude_modules: str | list[str] | None = None  # Names of linear layers that get no mask, or a pattern
     modules_to_save: list[str] | None = None  # Modules that are trained in full, and saved with the masks
     keep_ratio: Annotated[float, SHARE] = 0.99  # Share of each matrix's weights that is kept
-    # Share of all masked weights together that is dropped, those with the smallest scores (null: keep_ratio decides)
+    # Largest share of all masked weights together that is dropped: of those with scores below 0 the lowest (null:
+    # keep_ratio decides)
     budget: Annotated[float | None, BUDGET] = None
+    # Drop the whole budget, whatever the signs of the scores (null: in mode=magnitude, where signs say nothing)
+    fill_budget: bool | None = None
     budget_ramp: Annotated[float, SHARE] = 0.67  # Share of the steps over which the dropped share grows to the budget
     mode: Annotated[str, one_of(MODES)] = "magnitude"  # Keep a weight by its score's magnitude or by its value
     # How scores start: at random (normal), from weight magnitudes, all equal (constant) or from training data (wanda)
@@ -207,8 +210,9 @@ class MaskConfig:
     def _check_budget(self) -> None:
         """Raise ValueError if a budget is given together with another key that decides what is dropped."""
         if self.budget is None:
-            default = type(self).budget_ramp
-            check_rule(self.budget_ramp == default, "budget_ramp", "be left out without budget", self.budget_ramp)
+            for name in ("budget_ramp", "fill_budget"):
+                default = getattr(type(self), name)
+                check_rule(getattr(self, name) == default, name, "be left out without budget", getattr(self, name))
             return
         rule = (
             f"be left out when budget = {self.budget:g} is set, because a budget counts the weights of all layers "
@@ -217,6 +221,8 @@ class MaskConfig:
         check_rule(self.keep_ratio == type(self).keep_ratio, "keep_ratio", rule, self.keep_ratio)
         rule = f"be null when budget = {self.budget:g} is set, because a budget finds the threshold"
         check_rule(self.threshold is None, "threshold", rule, self.threshold)
+        rule = "be true or null with mode = magnitude, because the sign of a score says nothing there (mode=value?)"
+        check_rule(self.mode == "value" or self.fill_budget is not False, "fill_budget", rule, self.fill_budget)
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:

@@ -98,6 +98,25 @@ def config_from(
     return _RUN.build(values, path, overrides)
 
 
+def load_saved(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Do the same as load_config with the file that a run saved in its directory, perhaps before some keys existed."""
+    return config_from_saved(read_mapping(path), path, overrides)
+
+
+def config_from_saved(values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Do the same as config_from with what a run has saved."""
+    values = copy.deepcopy(values)
+    if isinstance(values.get("mask"), dict):
+        complete_saved_mask(values["mask"])
+    return config_from(values, path, overrides)
+
+
+def complete_saved_mask(values: dict[str, Any]) -> None:
+    """Add to the saved values of a MaskConfig the keys that they lack, with what an older run meant."""
+    if values.get("budget") is not None:
+        values.setdefault("fill_budget", True)  # before 2 December 2026 a budget was always filled
+
+
 def check_overrides(overrides: list[str]) -> None:
     """Raise ValueError for an override of an unknown key, whatever configuration it changes."""
     for override in overrides:

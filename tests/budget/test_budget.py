@@ -53,14 +53,14 @@ def smallest(values, count):
 
 
 def test_the_quota_grows_evenly_over_the_ramp():
-    budget = Budget(0.1, 0.5, "magnitude", 1000)
+    budget = Budget(0.1, 0.5, "magnitude", 1000, fills=True)
     assert budget.quota == 100  # without a run
     found = []
     for step in range(9):
         budget.grow(step, 8)
         found.append(budget.quota)
     assert found == [0, 25, 50, 75, 100, 100, 100, 100, 100]
-    at_once = Budget(0.1, 0.0, "magnitude", 1000)
+    at_once = Budget(0.1, 0.0, "magnitude", 1000, fills=True)
     at_once.grow(0, 8)
     assert at_once.quota == 100
 
@@ -92,7 +92,7 @@ def test_without_a_ramp_the_smallest_weights_of_the_model_are_dropped():
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 @pytest.mark.parametrize("way", ["plain", *WAYS])
 def test_the_budget_is_dropped_where_the_scores_of_all_layers_are_smallest(way, mode):
-    model, reports = train(way, masked(mode=mode))
+    model, reports = train(way, masked(mode=mode, fill_budget=True))
     scores = scores_of(model)
     assert torch.equal(masks_of(model), smallest(scores.abs() if mode == "magnitude" else scores, int(0.03 * 12288)))
     shares = [report.dropped for report in reports]
@@ -101,6 +101,32 @@ def test_the_budget_is_dropped_where_the_scores_of_all_layers_are_smallest(way, 
     assert len(thresholds) == 1
     by_layer = [int((~module.mask()).sum()) for module in masked_modules(model).values()]
     assert len(set(by_layer)) > 1  # a share of each layer would give equal numbers
+
+
+@pytest.mark.parametrize("way", ["plain", *WAYS])
+def test_a_weight_is_dropped_only_once_its_score_is_below_0(way):
+    """Half of the quota is needed: no more is dropped. Half as much is not enough: then of these the lowest go."""
+    free, _ = train(way, masked(mode="value", budget=0.9, budget_ramp=0))
+    below = scores_of(free) < 0
+    assert torch.equal(masks_of(free), ~below)
+    assert 0 < below.float().mean() < 0.9
+    quota = int(below.sum()) // 2
+    bounded, _ = train(way, masked(mode="value", budget=quota / below.numel() + 1e-9, budget_ramp=0))
+    scores = scores_of(bounded)
+    assert (scores < 0).sum() > quota
+    assert torch.equal(masks_of(bounded), smallest(scores, quota))
+
+
+def test_a_budget_is_filled_in_magnitude_mode_and_where_it_is_asked_for():
+    filled = [
+        masked(mode=mode, fill_budget=fill, budget_ramp=0) for mode, fill in (("magnitude", None), ("value", True))
+    ]
+    assert all(int((~masks_of(model)).sum()) == int(BUDGET * 12288) for model in filled)
+    assert masks_of(masked(mode="value", budget_ramp=0)).all()
+    with pytest.raises(ValueError, match="fill_budget must be true or null with mode = magnitude.*got False"):
+        MaskConfig(budget=BUDGET, fill_budget=False)
+    with pytest.raises(ValueError, match="fill_budget must be left out without budget, got True"):
+        MaskConfig(fill_budget=True)
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,19 @@ def test_the_best_step_has_what_was_dropped_then(cli, tmp_path):
     assert sum(dropped(tmp_path / "run" / "masks").values()) == int(0.04 * WEIGHTS * best / 6)
 
 
+def test_a_run_from_before_a_budget_was_a_bound_resumes_with_the_rule_that_it_began_with(cli, tmp_path):
+    few = [*BUDGET, "mask.mode=value", "checkpoint_minutes=0"]
+    code, output = cli("train", *few, "mask.fill_budget=true", "output_dir=straight")
+    assert code == 0, output
+    killed_after(cli, 3, "train", *few, "mask.fill_budget=true")
+    for path in (tmp_path / "run").rglob("*.y*ml"):
+        path.write_text(path.read_text().replace("  fill_budget: true\n", ""))
+    code, output = cli("train", "--resume", "run")
+    assert code == 0, output
+    assert_same_masks(tmp_path / "run", tmp_path / "straight")
+    assert sum(dropped(tmp_path / "run" / "masks").values()) == int(0.04 * WEIGHTS)
+
+
 def test_few_dropped_weights_take_about_their_entropy():
     mask = torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0)) >= 0.006
     share = 1 - mask.float().mean().item()

@@ -1,8 +1,11 @@
-"""A budget: a share of all masked weights of a model is dropped, those with the smallest scores in any layer.
+"""A budget: at most a share of all masked weights of a model is dropped, those with the smallest scores in any layer.
 
     quota     = share * weights, reached after the fraction ``ramp`` of a run's steps; it grows linearly from 0
-    threshold = the (quota + 1)-th smallest |score| over all layers together (score in mode "value")
-    keep      = |score| >= threshold, in every layer
+    threshold = the (quota + 1)-th smallest score over all layers together, or 0 if that is less
+    keep      = score >= threshold, in every layer
+
+So a weight is dropped only once its score is below 0. A budget that is filled has no such bound: quota weights are
+dropped. In mode "magnitude", |score| takes the place of the score and budgets are always filled.
 
 The threshold is found again after each optimiser step. Between two steps it is a fixed threshold of every layer.
 """
@@ -32,13 +35,14 @@ class Budget:
     """The budget of one model.
 
     share: the share of its masked ``weights`` to drop. quota: the number of weights that may be dropped now; before the
-    first grow() it is the whole budget.
+    first grow() it is the whole budget. fills: whether the quota is dropped whatever the signs of the scores.
     """
 
     share: float
     ramp: float
     mode: str
     weights: int
+    fills: bool
     quota: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,11 +56,12 @@ class Budget:
         self.quota = int(self.share * self.weights * (1.0 if step >= ramp else step / ramp))
 
     def threshold(self, read: Callable[[], Iterable[Tensor]], add_up: AddUp = one_process) -> float:
-        """Return the threshold that drops the quota.
+        """Return the threshold that drops the quota, or fewer weights unless the budget fills.
 
         read: Returns the scores of all layers, or those that this process holds; see shared_threshold.
         """
-        return shared_threshold(read, self.quota, mode=self.mode, add_up=add_up)
+        found = shared_threshold(read, self.quota, mode=self.mode, add_up=add_up)
+        return found if self.fills else min(found, 0.0)
 
     def select(self, masked: Sequence[MaskedLayer]) -> None:
         """Give all layers of the budget the threshold that their scores share now.
@@ -170,7 +175,10 @@ def keep_budget(holder: Any, budget: Budget | None) -> None:
 
 def make_budget(mask: MaskConfig, weights: int) -> Budget | None:
     """Return the budget that ``mask`` asks for, or None. weights: number of masked weights."""
-    return None if mask.budget is None else Budget(mask.budget, mask.budget_ramp, mask.mode, weights)
+    if mask.budget is None:
+        return None
+    fills = mask.mode == "magnitude" if mask.fill_budget is None else mask.fill_budget
+    return Budget(mask.budget, mask.budget_ramp, mask.mode, weights, fills)
 
 
 def load_with_threshold(module: MaskedLayer) -> None:

@@ -38,7 +38,7 @@ def said_of_cost(model: nn.Module, config: MaskConfig, dataset, **options) -> st
 
 
 def _remedy(config: MaskConfig) -> str:
-    ours = ("init", "budget_ramp", "threshold", "sharpness", "deletion_penalty")  # the last two need a threshold
+    ours = ("init", "budget_ramp", "fill_budget", "threshold", "sharpness", "deletion_penalty")
     harmless = dataclasses.replace(config, **{name: getattr(MaskConfig(), name) for name in ours})
     harmless.keep_ratio = max(config.keep_ratio, MaskConfig().keep_ratio)
     was, better = (dataclasses.asdict(value) for value in (config, harmless))

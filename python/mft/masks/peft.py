@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mft.budget.budget import Budget, SharedThreshold, budget_of, keep_budget, magnitude_scores, make_budget
 from mft.checks import check_rule, nearest
 from mft.config import MaskConfig
+from mft.config_file import complete_saved_mask
 from mft.files.hub import HubError, asking_hub, split_hub_id
 from mft.masks.banked_experts import note_shapes
 from mft.masks.banked_linear import TaskPerRow
@@ -99,6 +100,13 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
         )
         setattr(config, _EXPORT, (directory, export))
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Return the values of an adapter's file, which an older version may have written."""
+        values = super().from_json_file(path_json_file, **kwargs)
+        complete_saved_mask(values)
+        return values
 
 
 class MaskModel(BaseTuner):

@@ -67,7 +67,7 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
         del values["objective"], values["rewards"], values["questions"]
     for keys in (values["mask"], *values["arms"].values()):
         if keys.get("budget") is None:
-            for key in ("budget", "budget_ramp"):
+            for key in ("budget", "budget_ramp", "fill_budget"):
                 keys.pop(key, None)
     for name in ("vary", "leaders"):
         if not values[name]:

@@ -19,7 +19,7 @@ from mft.training.checkpoint import BadCheckpoint, checkpoint_at, write_checkpoi
 from mft_kernels import MaskedLayer, fixed_from_float, unpack_mask
 
 _KEPT, _DROPPED = 0.03, 0.01  # scores for masks with a keep_ratio: any two values that differ in every scores dtype
-_CUT = 0.02  # a threshold between them
+_CUT = {"magnitude": 0.02, "value": 0.0}  # by mode: the threshold of masks under a budget
 _MARGIN = 0.01  # least distance of scores from a fixed threshold near 0
 _REMEDY = "export the last step instead, with train.keep_best=false --force"
 
@@ -95,7 +95,7 @@ def _put_rows(model: nn.Module, rows: ScoreRows, tensors: Mapping[str, Tensor]) 
 def _set_cut(model: nn.Module) -> None:
     if budget_of(model) is not None:  # the present threshold may be too close to 0 to place scores on both sides
         for module in masked_modules(model).values():
-            module.threshold = _CUT
+            module.threshold = _CUT[module.mode]
 
 
 def _put_mask(module: MaskedLayer, packed: Tensor) -> None:

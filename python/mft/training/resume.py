@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mft.config import CONFIG, RunConfig
-from mft.config_file import config_from, config_values, load_config
+from mft.config_file import config_from, config_from_saved, config_values, load_config, load_saved
 from mft.engines.distributed import Processes
 from mft.number_formats import AUTO
 from mft.tracking.console import say
@@ -107,10 +107,10 @@ class Resume:
     def _own(self, found: Checkpoint | None) -> RunConfig:
         """Return the run's configuration when the checkpoint was written; without a checkpoint, its config file."""
         if found is not None:
-            return config_from(found.run()["config"], found.path)
+            return config_from_saved(found.run()["config"], found.path)
         if not self._has_config():
             raise ValueError(f"--resume must name the output_dir of a run, {self.directory} has no {CONFIG}")
-        return load_config(self.directory / CONFIG)
+        return load_saved(self.directory / CONFIG)
 
     def _asked(self, own: RunConfig) -> RunConfig:
         """Return the configuration that the config file has now; if the file is lost, the checkpoint's."""
@@ -118,7 +118,9 @@ class Resume:
             return copy.deepcopy(self.config)
         if self.path is None and not self._has_config():
             return config_from(config_values(own), None, list(self.overrides))
-        return load_config(self.path or self.directory / CONFIG, list(self.overrides))
+        if self.path is not None:
+            return load_config(self.path, list(self.overrides))
+        return load_saved(self.directory / CONFIG, list(self.overrides))
 
     def _has_config(self) -> bool:
         path = self.directory / CONFIG

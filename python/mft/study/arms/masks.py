@@ -45,6 +45,7 @@ class Mask(_AnyMask):
 
     budget: Annotated[float | None, BUDGET] = None  # replaces keep_ratios: as a run's mask.budget
     budget_ramp: Annotated[float | None, SHARE] = None  # null: the study's mask.budget_ramp
+    fill_budget: bool | None = None  # as a run's mask.fill_budget
 
     takes = _AnyMask.takes | LEARNING | {"init", "mode", "threshold", "sharpness", "deletion_penalty"}
     needs = frozenset({"lrs"})
@@ -61,7 +62,8 @@ class Mask(_AnyMask):
             for name in ("keep_ratios", "threshold"):
                 check_rule(not getattr(self, name), name, "be left out when budget is set", getattr(self, name))
         else:
-            check_rule(self.budget_ramp is None, "budget_ramp", "be left out without budget", self.budget_ramp)
+            for name in ("budget_ramp", "fill_budget"):
+                check_rule(getattr(self, name) is None, name, "be left out without budget", getattr(self, name))
 
     def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:
         found = super().choices(mask)
@@ -72,7 +74,8 @@ class Mask(_AnyMask):
         if self.budget is None:
             return found
         ramp = found.budget_ramp if self.budget_ramp is None else self.budget_ramp
-        return replace(found, keep_ratio=MaskConfig.keep_ratio, budget=self.budget, budget_ramp=ramp)
+        keep_ratio = MaskConfig.keep_ratio
+        return replace(found, keep_ratio=keep_ratio, budget=self.budget, budget_ramp=ramp, fill_budget=self.fill_budget)
 
     def untrained(self, ground: Ground) -> nn.Module:
         from mft.masks.convert import masked_modules
