@@ -1,6 +1,7 @@
 """The boards' page in pieces: a table for each budget, and a picture of loss over bytes, from table.json of studies.
 
     python -m benchmarks.board RESULT.json [RESULT.json ...] [--picture docs/images/board.png]
+    python -m benchmarks.board RESULT.json --equal-bytes  # only each mask and its best rivals, with p
 
 Each table belongs to one budget: the masks of about as many bytes. It lists every arm that stores 0.5 to 1.25 times as
 many bytes, the base and the full fine-tune. The mask in bold ran with the most seeds, because it was the best on
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.figure import COLOURS, new_figure, save_figure, shade
+from mft.study.report.at_equal_bytes import UNDECIDED
+from mft.study.report.statistics import Difference
+from mft.study.report.verdict import shown_interval, shown_p
 
 from .tables import markdown
 
@@ -43,6 +47,20 @@ def board(name: str, numbers: Mapping[str, Any]) -> str:
             title = f"### {name}, {domain}: about {mask['bytes']:,.0f} bytes"
             parts += [title, markdown(_HEADER, [_cells(table, mask, row) for row in _of_budget(table, mask)])]
     return "\n\n".join(parts)
+
+
+def equal_bytes(numbers: Mapping[str, Any]) -> str:
+    """Return the stored comparisons of each mask with its best rivals of no more, and of about as many bytes."""
+    header = ["the mask's bytes", "rival", "its bytes", "mask less rival", "p", "the mask is"]
+    rows = []
+    for one in numbers.get("at_equal_bytes", []):
+        if one["rival"] is None:
+            continue
+        found = Difference(**one["difference"])
+        shown = "not shown to differ" if one["verdict"] == UNDECIDED else one["verdict"]
+        sizes = [_count(one["bytes"]), one["rival"], _count(one["rival_bytes"])]
+        rows.append([*sizes, shown_interval(found), shown_p(found), shown])
+    return markdown(header, rows)
 
 
 def picture(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -155,13 +173,15 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--equal-bytes", action="store_true", help="only each mask and its best rivals")
     asked = parser.parse_args(given)
     if missing := [path for path in asked.results if not path.is_file()]:
         parser.error(f"RESULT.json must be the table.json of a study, got {missing[0]}, which is no file")
     results = {
         path.stem.removeprefix("compare-"): json.loads(path.read_text(encoding="utf-8")) for path in asked.results
     }
-    print("\n\n".join(board(name, numbers) for name, numbers in results.items()))
+    found = (equal_bytes(numbers) if asked.equal_bytes else board(name, numbers) for name, numbers in results.items())
+    print("\n\n".join(found))
     if asked.picture is not None:
         picture(results, asked.picture)
 
