@@ -428,3 +428,9 @@ def test_the_bytes_of_a_task_follow_from_the_shapes():
         rounded = [f"{weights * layers * coded(dropped) / 1e6:.2f} MB" for dropped in (0.0332, 0.01)]
         for text in [*(f"{count:,}" for count in exact), *rounded]:
             assert f" {text} |" in page, text
+    llama2 = [(4096, 4096)] * 4 + [(11008, 4096)] * 3
+    weights, sides = (32 * sum(n * k for n, k in llama2), 32 * sum(n + k for n, k in llama2))
+    tasks = [2 * weights, weights / 8, 16 * sides, weights * coded(0.0332), 4 * sides, weights * coded(0.01)]
+    column = [f"{30 * count / 1e9:.1f} GB" for count in tasks]
+    assert re.findall(r"\| ([\d.]+ GB) \|$", page, re.MULTILINE) == column
+    assert f"{column[2]} as LoRA of rank 8, and {column[1]} as masks" in page
