@@ -94,7 +94,8 @@ def test_every_code_is_rounded_once_at_every_size_of_absmax(capability, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_change_no_bit(kind, dtype):
+def test_threads_change_no_bit_of_our_own_products(kind, dtype):
+    """Below AVX-512 many tokens take torch's product, which MKL sums in another order with other threads."""
     n, k = 1100, 1100
     codes, absmax, *rest = coded(n, k, kind)
     packed, before, found = pack_mask(torch.randn(n, k), torch.tensor(0.4)), torch.get_num_threads(), {}
@@ -105,7 +106,11 @@ def test_threads_change_no_bit(kind, dtype):
                 x = torch.linspace(-1, 1, m * n).view(m, n).to(dtype)
                 for product, bias in ((flat.masked_linear_quantized, [None]), (flat.masked_linear_quantized_d_x, [])):
                     y = product(x, codes, absmax, packed, *bias, *rest)
-                    assert_same_bits(y, found.setdefault((m, product), y))
+                    first = found.setdefault((m, product), y)
+                    if m <= 64 or "fused" in paths("forward", dtype, m, n, k):
+                        assert_same_bits(y, first)
+                    else:
+                        torch.testing.assert_close(y, first, rtol=1e-5, atol=1e-5 * first.abs().max().item())
         finally:
             torch.set_num_threads(before)
 

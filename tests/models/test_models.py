@@ -248,7 +248,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(saved):
 
 def test_the_first_of_two_writers_of_the_same_directory_wins(tmp_path):
     def write(number):
-        with atomic_directory(tmp_path / "target", replace=False) as scratch:
+        with atomic_directory(tmp_path / "target", replace=lambda: False) as scratch:
             (scratch / "file").write_text(str(number))
             time.sleep(0.05)
 
