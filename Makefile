@@ -187,22 +187,19 @@ peft-methods: dev
 
 # Masks in the real vLLM (docs/how-to/vllm.md), in an environment of its own: 3.6 GB, three minutes to install, then about ten on 2
 # quiet cores. Elsewhere than in .venv-vllm: make vllm-test VLLM_VENV=a/folder; on another base than SmolLM2-135M:
-# MFT_VLLM_BASE=a/model. The package is installed for its entry points alone: what is tested are the files here.
+# MFT_VLLM_BASE=a/model. The environment is made by the page's first block of commands, under its own name and PYTHON.
 VLLM_VENV ?= .venv-vllm
-WHEELS_OF_TORCH := https://download.pytorch.org/whl/cpu
+VLLM_PAGE := docs/how-to/vllm.md
 vllm-test: $(VLLM_VENV)/.installed $(if $(MFT_VLLM_BASE),,install)
 	MFT_VLLM_BASE="$${MFT_VLLM_BASE:-$$($(BIN)/python -c 'from mft.models.pretrained import smollm2_directory; print(smollm2_directory())')}" \
-	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(VLLM_VENV)/bin/python -m pytest -o addopts= \
+	$(VLLM_VENV)/bin/python -m pytest -o addopts= \
 	  tests/masks_in_vllm/test_endpoint.py tests/masks_in_vllm/test_real_llm.py \
 	  tests/masks_in_vllm/test_real_per_request.py tests/masks_in_vllm/test_real_server.py \
 	  tests/masks_in_vllm/test_real_trl.py
 
-$(VLLM_VENV)/.installed: pyproject.toml Makefile
-	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --extra-index-url $(WHEELS_OF_TORCH) pytest \
-	  $$($(PYTHON) -m building.requirements vllm trl)
-	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	MFT_BUILD=0 $(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+$(VLLM_VENV)/.installed: $(VLLM_PAGE) pyproject.toml Makefile
+	sh -exc "$$(sed '1,/^```sh/d; /^```/,$$d; s|^python3 |$(PYTHON) |; s|vllm-env|$(VLLM_VENV)|' $(VLLM_PAGE))"
+	$(VLLM_VENV)/bin/pip install --quiet pytest $$($(PYTHON) -m building.requirements trl)
 	@touch $@
 
 # examples/serving under podman: the image of the wheel, its manifest, and the unit under a systemd in it (from apt). MFT_PODMAN:

@@ -1,4 +1,4 @@
-"""Check what users give: compare fields with annotations and rules, and suggest a known name for a mistyped one.
+"""Check what users give: compare fields with annotations and rules, and suggest what to do: a known name, a command.
 
 Every message begins with the field's name, so that a reader of files can put the section before it.
 """
@@ -194,6 +194,11 @@ def nearest_path(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (nor {path.parent})"
     return nearest(path.name, [entry.name for entry in path.parent.iterdir()], prefix=f"{path.parent}/")
+
+
+def install_command(extra: str) -> str:
+    """Return how to add an extra, in a clone and with a wheel. No package index has mft_kernels."""
+    return f"pip install --no-build-isolation -e '.[{extra}]' in the clone, or pip install 'WHEEL[{extra}]'"
 
 
 def _match(value: Any, hint: Any) -> tuple[bool, Any]:

@@ -181,11 +181,13 @@ nf4 without bitsandbytes
 lora without peft
     patch.setitem(sys.modules, "peft", None)
     peft_methods.add_adapter(masked_llama(), ["model"], peft_methods.lora_options(8))
-    -> RuntimeError: adapters | need peft | which is not installed | pip install 'mft_kernels[compare]'
+    -> RuntimeError: adapters | need peft | which is not installed
+        | pip install --no-build-isolation -e '.[compare]' in the clone
 benchmarks without lm eval
     patch.setitem(sys.modules, "lm_eval", None)
     lm_eval_tasks.load_tasks(["gsm8k"])
-    -> RuntimeError: --lm-eval | needs lm-eval | which is not installed | pip install 'mft_kernels[lm-eval]'
+    -> RuntimeError: --lm-eval | needs lm-eval | which is not installed
+        | pip install --no-build-isolation -e '.[lm-eval]' in the clone
 task files without leave to run
     (tmp / "sums.yaml").write_text("task: sums\nprocess_docs: !function utils.docs\n")
     lm_eval_tasks.load_tasks(["sums"], tasks_dir=tmp)
@@ -274,5 +276,5 @@ a tracker that is not installed
     patch.setitem(sys.modules, "trackio", None)
     check_trackers(["trackio"])
     -> ValueError: report_to | must name trackers that are installed | got trackio, whose package is missing
-        | pip install 'mft_kernels[trackers]', or leave it out
+        | pip install 'WHEEL[trackers]', or leave it out
 """

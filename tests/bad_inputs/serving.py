@@ -58,7 +58,7 @@ serving without its packages
     patch.setattr(serve, "find_spec", lambda name: None)
     serve.run_serve([f"code={tmp}"], None, None, masks_file=None, load_from=None)
     -> RuntimeError: mft serve | needs openai | openai, prometheus_client, starlette, uvicorn, not installed here
-        | pip install 'mft_kernels[serve]'
+        | pip install --no-build-isolation -e '.[serve]' in the clone
 a task with a space in its name
     parse_masks([f"my task={tmp}"])
     -> ValueError: --masks | must name a task by 1 to 128 letters, digits and . _ : / - | got 'my task'

@@ -70,7 +70,8 @@ processes that join with another study's fine tunes
 workers on ray without ray
     patch.setattr(on_ray, "find_spec", lambda name: None)
     run_study(load_study("small"), tmp / "run", console=None, on="ray")
-    -> ValueError: --on ray | must find the package ray | got none | pip install 'mft_kernels[ray]'
+    -> ValueError: --on ray | must find the package ray | got none
+        | pip install --no-build-isolation -e '.[ray]' in the clone
 a result on a disk without hard links
     patch.setattr(os, "link", fail_with(errno.EPERM))
     publish(tmp / "result.json", "{}")

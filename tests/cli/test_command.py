@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from mft.checks import install_command
 from mft.cli.app import app
 from mft.cli.command import NEEDED
 
@@ -36,7 +37,7 @@ def test_without_its_extra_it_says_which_in_one_line_and_exits_with_2(hidden, na
     done = without(hidden, "--help")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(f"error: mft needs {named}, not installed here: pip install 'mft_kernels[train]'")
+    assert done.stderr.startswith(f"error: mft needs {named}, not installed here: {install_command('train')} (")
     assert done.stderr.count("\n") == 1
 
 

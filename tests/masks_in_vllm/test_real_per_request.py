@@ -19,6 +19,7 @@ from real_http import ADDRESS, BASE, command, complete, running
 
 import mft.vllm
 from mft.masks.export import save_masks
+from mft_kernels import backend_report
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 TASKS = ("code", "maths", "prose")
@@ -51,6 +52,10 @@ def distance(found, wanted):
                 break
             most = max(most, abs(found["logprobs"][number][place] - wanted["logprobs"][number][place]))
     return most, differing
+
+
+def test_the_environment_of_the_page_has_compiled_kernels():
+    assert backend_report()["auto"]["cpu"] == "cpu"
 
 
 def of_name(mixed, name):

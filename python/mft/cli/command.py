@@ -3,6 +3,8 @@
 import sys
 from importlib.util import find_spec
 
+from mft.checks import install_command
+
 # The packages of the extra "train" in pyproject.toml, by their import names.
 NEEDED = (
     *("accelerate", "datasets", "filelock", "gguf", "huggingface_hub", "jinja2", "matplotlib", "rich", "safetensors"),
@@ -15,8 +17,8 @@ def main() -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         print(
-            f"error: mft needs {', '.join(missing)}, not installed here: pip install 'mft_kernels[train]' (the kernels "
-            "and modules of mft_kernels work without)",
+            f"error: mft needs {', '.join(missing)}, not installed here: {install_command('train')} "
+            "(the kernels and modules of mft_kernels work without)",
             file=sys.stderr,
         )
         sys.exit(2)

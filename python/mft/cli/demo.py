@@ -192,6 +192,6 @@ def _next(directory: Path) -> list[str]:
         "   compare the mask with LoRA and with training the weights, about 24 minutes on two cores; in our",
         "   studies LoRA on all layers gained more than the mask (docs/explanation/evidence.md, N):",
         "   mft compare --config demo",
-        "   an HTTP server in OpenAI's form (pip install 'mft_kernels[serve]'); the model's name is demo:",
+        "   an HTTP server in OpenAI's form; the model's name is demo:",
         f"   mft serve --masks {shlex.quote(f'demo={directory}')}",
     ]

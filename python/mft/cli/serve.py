@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from mft.checks import install_command
 from mft.serving.task_list import parse_masks
 
 _NEEDED = ("openai", "prometheus_client", "starlette", "uvicorn")
@@ -15,9 +16,7 @@ def run_serve(masks: Sequence[str], model_name: str | None, dtype: str | None, *
     directories = parse_masks(masks) if masks or not has_others else {}
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise RuntimeError(
-            f"mft serve needs {', '.join(missing)}, not installed here: pip install 'mft_kernels[serve]'"
-        )
+        raise RuntimeError(f"mft serve needs {', '.join(missing)}, not installed here: {install_command('serve')}")
     from mft.serving.options import Options
     from mft.serving.run import serve
 

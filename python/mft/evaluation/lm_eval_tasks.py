@@ -13,7 +13,7 @@ import torch
 from rich.table import Column, Table
 from torch import nn
 
-from mft.checks import check_rule, nearest, nearest_path
+from mft.checks import check_rule, install_command, nearest, nearest_path
 from mft.models.longrope import refuse_long_batches, switch_length
 
 # lm_eval is imported inside the functions: it takes seconds, and only benchmarks need it.
@@ -150,9 +150,7 @@ def _import_lm_eval() -> Any:
     try:
         import lm_eval
     except ImportError:
-        raise RuntimeError(
-            "--lm-eval needs lm-eval, which is not installed: pip install 'mft_kernels[lm-eval]'"
-        ) from None
+        raise RuntimeError(f"--lm-eval needs lm-eval, which is not installed: {install_command('lm-eval')}") from None
     return lm_eval
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mft.budget.trainer import BudgetCallback
-from mft.checks import check_rule
+from mft.checks import check_rule, install_command
 from mft.engines.plain import make_stepper, replace_gradients
 from mft.engines.randomness import seeded
 from mft.engines.step import NonFiniteLoss
@@ -211,6 +211,6 @@ def _import_trainer() -> Any:
         if error.name not in ("trl", "accelerate"):
             raise
         raise RuntimeError(
-            f"training by rewards needs {error.name}, which is not installed: pip install 'mft_kernels[trl]'"
+            f"training by rewards needs {error.name}, which is not installed: {install_command('trl')}"
         ) from None
     return trainer

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mft.checks import check_rule, check_seed, nearest, type_hints
+from mft.checks import check_rule, check_seed, install_command, nearest, type_hints
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def import_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise RuntimeError("adapters need peft, which is not installed: pip install 'mft_kernels[compare]'") from None
+        raise RuntimeError(f"adapters need peft, which is not installed: {install_command('compare')}") from None
     return peft
 
 

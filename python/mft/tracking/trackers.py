@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mft.checks import install_command
 from mft.files.atomic import write_whole
 from mft.files.json_file import read_object
 
 TENSORBOARD, WANDB, IDENTITY = "tensorboard", "wandb", "trackers.json"  # in the directory of a run
-EXTRA = "mft_kernels[trackers]"
 _MOST_IDENTITY = 1 << 12  # bytes
 _MLFLOW_TAG, _MLFLOW_AT_ONCE = "mft_run", 100  # _MLFLOW_AT_ONCE: most parameters in one call
 _WORDS = {
@@ -37,7 +37,7 @@ _WORDS = {
     "mlflow": "experiment {project}, run {run}",
     "wandb": "project {project}, run {run}",
 }
-_PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}  # packages that the extra does not install
+_INSTALL = {name: f"pip install {name}" for name in ("mlflow", "wandb")}  # the extra does not bring these
 
 
 class Tracker(Protocol):
@@ -56,8 +56,8 @@ def check_trackers(names: Iterable[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"report_to must name trackers that are installed, got {name}, whose package is missing: pip install "
-                f"'{_PACKAGES.get(name, EXTRA)}', or leave it out"
+                f"report_to must name trackers that are installed, got {name}, whose package is missing: "
+                f"{_INSTALL.get(name, install_command('trackers'))}, or leave it out"
             )
 
 

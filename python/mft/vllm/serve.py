@@ -11,6 +11,7 @@ from mft.masks.export_format import read_export
 from mft.masks.location import masks_directory
 from mft.vllm.adapters import EAGER, Adapters
 from mft.vllm.failures import sentence_of
+from mft.vllm.token_masks import warn_without_kernels
 from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm
 
 USAGE = "python -m mft.vllm BASE --masks NAME=DIR [--masks NAME=DIR ...] [--force] [--per-request] [options of vLLM]"
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str]) -> None:
         ours, rest = read_arguments(arguments)
         check_vllm()
         tasks = check_tasks(ours.masks)
+        if ours.per_request:
+            warn_without_kernels()
         _serve(tasks, ours.force, Adapters(tasks) if ours.per_request else None, rest)
     except (OSError, RuntimeError, ValueError) as error:
         print(escaped(f"error: {sentence_of(error) or error}"), file=sys.stderr)

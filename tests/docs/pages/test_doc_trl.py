@@ -10,7 +10,7 @@ from tiny import make_llama
 from mft.masks.peft_layers.layer import MaskLinear
 from mft.models import pretrained
 
-pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
+pytest.importorskip("trl")
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from mft.models.packed_rows import check_kept_apart
 from mft.models.pretrained import read_chat_template
 from mft_kernels import MaskAdamW
 
-pytest.importorskip("trl", reason="needs trl: pip install 'mft_kernels[trl]'")
+pytest.importorskip("trl")
 
 import datasets
 from trl import (

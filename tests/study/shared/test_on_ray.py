@@ -14,7 +14,7 @@ from tiny_study import FEW, equal, make_study, new_ground
 from mft.study.run import run_study
 from mft.study.shared import on_ray as module
 
-ray = pytest.importorskip("ray", reason="pip install 'mft_kernels[ray]' runs this test")
+ray = pytest.importorskip("ray", reason="needs ray, which make dev does not install")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mft.checks import install_command
 from mft.files.atomic import write_whole
 from mft.study.bases import Bases
 from mft.study.config import StudyConfig
@@ -34,7 +35,7 @@ _Files = dict[str, Any]  # references to contents in the object store, by path i
 def check_ray() -> None:
     """Raise ValueError if Ray is missing. It is called before anything is trained."""
     if find_spec("ray") is None:
-        raise ValueError("--on ray must find the package ray, got none: pip install 'mft_kernels[ray]'")
+        raise ValueError(f"--on ray must find the package ray, got none: {install_command('ray')}")
 
 
 @contextlib.contextmanager
