@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.board import board, family, main
+from benchmarks.board import _finding, _styles, board, family, main
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-all-layers-smollm2.json"
 
@@ -59,6 +59,37 @@ def test_the_command_writes_tables_and_a_picture(capsys, tmp_path):
     main([str(RESULT), "--picture", str(tmp_path / "board.png")])
     assert "about 737,704 bytes" in capsys.readouterr().out
     assert (tmp_path / "board.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("study", "domain", "said"),
+    [
+        ("board-small", "headers", "masks are behind at 3 of 3 sizes"),
+        (
+            "board-smollm2",
+            "code",
+            "masks of 0.29 and 0.90 MB are not shown to differ\n"
+            "from LoRA in 4 bits of about as many bytes; at 2.33 MB the mask is behind",
+        ),
+        ("all-layers-smollm2", "code", "masks are behind at 1 of 1 sizes"),
+    ],
+)
+def test_a_title_says_what_the_comparison_at_equal_bytes_found(study, domain, said):
+    numbers = json.loads(RESULT.with_name(f"compare-{study}.json").read_text(encoding="utf-8"))
+    assert _finding(numbers, domain) == said
+
+
+def test_each_family_has_a_colour_and_a_marker_of_its_own():
+    rows = [
+        row
+        for study in ("board-small", "board-smollm2")
+        for table in json.loads(RESULT.with_name(f"compare-{study}.json").read_text())["domains"].values()
+        for row in table["rows"]
+        if row["bytes"] and row["kind"] != "full"
+    ]
+    styles = _styles(map(family, rows)).values()
+    assert len(styles) == 14
+    assert len({style["marker"] for style in styles}) == len({style["color"] for style in styles}) == 14
 
 
 def test_a_result_that_is_not_there_is_said(capsys):
