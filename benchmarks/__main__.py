@@ -1,99 +1,118 @@
-"""Answer every question, or those named: python -m benchmarks [--quick] [--out FOLDER] [ops | train_step | ...] ..."""
+"""Answer questions about speed and memory; the answers go to benchmarks/results.
+
+python -m benchmarks cpu                                                 one question
+python -m benchmarks cpu --case "step, bf16, 4096 x 4096, M = 64"        one row of its table
+python -m benchmarks ops train_step --quick                              two questions, few cases
+"""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 
-from . import (
-    bench_cpu,
-    bench_decode,
-    bench_experts,
-    bench_generate,
-    bench_launch,
-    bench_many_masks,
-    bench_memory,
-    bench_ops,
-    bench_paths,
-    bench_scaling,
-    bench_score_optimiser,
-    bench_train_step,
-    pooled,
-)
-from .harness import RESULTS, ROOT, THREADS, environment, threads_of, write_results_to
-from .plots import draw_ops, draw_scaling, draw_train_step
-from .side_by_side import OURS, SideBySide
+class Question(NamedTuple):
+    """The module that answers, what it asks, and functions of the module by name: its import takes seconds."""
 
-# question: the function that answers it; its argument says whether to be quick
-QUESTIONS: dict[str, Callable[[bool], None]] = {
-    "ops": bench_ops.main,
-    "cpu": bench_cpu.main,
-    "paths": bench_paths.main,
-    "small_paths": bench_paths.main_small,
-    "generate": bench_generate.main,
-    "decode": bench_decode.main,
-    "experts": bench_experts.main,
-    "launch": bench_launch.main,
-    "train_step": bench_train_step.main,
-    "scaling": bench_scaling.main,
-    "memory": lambda quick: bench_memory.main(),
-    "score_optimiser": lambda quick: bench_score_optimiser.main(),
-    "many_masks": lambda quick: bench_many_masks.main(),
+    module: str
+    asks: str
+    shows: str | None = None  # what shows the answer of several processes; None if one answers, and never quickly
+    main: str = "main"
+    joins: str | None = None  # what joins several records, if they are not pooled
+    cases: bool = False  # whether --case can choose among its rows
+
+    def function(self, name: str) -> Callable[..., Any]:
+        return getattr(import_module(f"{__package__}.{self.module}"), name)
+
+
+QUESTIONS = {
+    "cpu": Question("bench_cpu", "Is the mask free on this processor? (minutes)", "conclude", cases=True),
+    "ops": Question("bench_ops", "What does each op cost, next to a dense layer? (an hour)", "draw_ops", cases=True),
+    "experts": Question("bench_experts", "Are masks free on a mixture's experts?", "conclude", cases=True),
+    "train_step": Question("bench_train_step", "What does a whole step cost? (16 GB of memory)", "draw_train_step"),
+    "scaling": Question("bench_scaling", "How does a step grow with tokens, width, layers, threads?", "draw_scaling"),
+    "memory": Question("bench_memory", "How much memory does the step of one layer need?"),
+    "generate": Question("bench_generate", "Does a masked model generate as fast as a dense one?", "conclude"),
+    "decode": Question("bench_decode", "How fast is a batch whose rows use different masks?", "conclude"),
+    "many_masks": Question("bench_many_masks", "What do three tasks' masks on one base give and cost?"),
+    "launch": Question("bench_launch", "What does a call cost, beyond nn.Linear? (a minute)", "conclude"),
+    "paths": Question("bench_paths", "Which path is fastest for large layers? (half an hour)", "show", joins="joined"),
+    "small_paths": Question("bench_paths", "The same for small layers (90 s)", "show", "main_small", "joined"),
+    "score_optimiser": Question("bench_score_optimiser", "What do 16-bit scores and 8-bit moments cost a mask?"),
 }
-# Questions that several processes answer together, and the function that shows the answer. They can also be quick.
-POOLED: dict[str, Callable[[Path], None]] = {
-    "ops": draw_ops,
-    "cpu": bench_cpu.conclude,
-    "paths": lambda path: None,
-    "small_paths": lambda path: None,
-    "generate": bench_generate.conclude,
-    "decode": bench_decode.conclude,
-    "experts": bench_experts.conclude,
-    "launch": bench_launch.conclude,
-    "train_step": draw_train_step,
-    "scaling": draw_scaling,
-}
-# How the records of several processes are joined if they are not pooled.
-JOINED: dict[str, Callable[[Sequence], dict]] = {"paths": bench_paths.joined, "small_paths": bench_paths.joined}
-# Questions that measure backends side by side; the others measure only ours.
-SIDE_BY_SIDE = ("ops", "cpu")
-QUICK_RESULTS = ROOT / "build" / "benchmarks"
+WITH_CASES = [name for name, question in QUESTIONS.items() if question.cases]
+SIDE_BY_SIDE = ("ops", "cpu")  # questions that measure backends side by side; the others measure only ours
 
 
 def main() -> None:
     """Answer the questions and print where the answers are."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("questions", nargs="*", help=f"among {', '.join(QUESTIONS)}; all unless given")
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: minutes; not for the record")
-    parser.add_argument("--alone", action="store_true", help="measure in this process; not for the record")
-    parser.add_argument(
-        "--out", type=Path, help="folder of the results (benchmarks/results; build/benchmarks if quick)"
-    )
-    parser.add_argument("--threads", type=int, default=THREADS, help=f"{THREADS} unless given")
+    parser = _parser()
     asked = parser.parse_args()
-    unknown = [question for question in asked.questions if question not in QUESTIONS]
-    if unknown:
-        parser.error(f"questions must be among {', '.join(QUESTIONS)}, got {', '.join(unknown)}")
+    _check(parser, asked)
+    # torch and others, which take seconds, are imported when it is known that they are needed
+    import torch
+
+    from . import pooled
+    from .harness import RESULTS, ROOT, THREADS, choose_cases, environment, threads_of, write_results_to
+    from .side_by_side import OURS, SideBySide
+
     others = [name for name in SideBySide.here().asked if name != OURS]
-    questions = asked.questions or (POOLED if asked.quick else QUESTIONS)
+    questions = asked.questions or [name for name, of in QUESTIONS.items() if of.shows or not asked.quick]
     if others and (alone := [question for question in questions if question not in SIDE_BY_SIDE]):
         parser.error(
             f"questions must be among {', '.join(SIDE_BY_SIDE)} to measure {', '.join(others)} beside ours, got "
             f"{', '.join(alone)}; name one of these, or unset MFT_KERNELS"
         )
-    folder = (asked.out or (QUICK_RESULTS if asked.quick else RESULTS)).resolve()
+    not_for_the_record = asked.quick or asked.case is not None
+    folder = (asked.out or (ROOT / "build" / "benchmarks" if not_for_the_record else RESULTS)).resolve()
     write_results_to(folder)
-    torch.set_num_threads(asked.threads)
+    if asked.case is not None:
+        choose_cases(asked.case)
+    many = asked.threads or THREADS
+    torch.set_num_threads(many)
     print("\n".join(f"{key}: {value}" for key, value in environment().items()))
-    for question in questions:
-        threads = threads_of(question, asked.threads)
+    for name in questions:
+        question, threads = QUESTIONS[name], threads_of(name, many)
         torch.set_num_threads(threads)
-        if question in POOLED and not (asked.quick or asked.alone):
-            POOLED[question](pooled.answer(question, folder, threads, JOINED.get(question, pooled.pooled)))
+        if question.shows is None:
+            question.function(question.main)()
+        elif not_for_the_record or asked.alone:
+            question.function(question.main)(asked.quick)
         else:
-            QUESTIONS[question](asked.quick)
+            together = pooled.pooled if question.joins is None else question.function(question.joins)
+            question.function(question.shows)(pooled.answer(name, folder, threads, together))
     print(f"\nwritten to {folder}")
 
 
-main()
+def _parser() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {name:16} {question.asks}" for name, question in QUESTIONS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        usage="%(prog)s [QUESTION ...] [--case CASE] [--quick] [--alone] [--out OUT] [--threads THREADS]",
+        description=__doc__,
+        epilog=f"questions, all unless given:\n{lines}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="of those below")
+    parser.add_argument("--quick", action="store_true", help="few cases and rounds, in minutes; into build/benchmarks")
+    parser.add_argument(
+        "--case",
+        help=f"one row of {', '.join(WITH_CASES)}, as docs/reference/measured.md names it; * stands for any text; "
+        "into build/benchmarks",
+    )
+    parser.add_argument("--alone", action="store_true", help="measure in this process; not for the record")
+    parser.add_argument("--out", type=Path, help="another folder for the results")
+    parser.add_argument("--threads", type=int, help="as in the stored results unless given")
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    if unknown := [name for name in asked.questions if name not in QUESTIONS]:
+        parser.error(f"questions must be among {', '.join(QUESTIONS)}, got {', '.join(unknown)}")
+    if asked.case is not None and (len(asked.questions) != 1 or asked.questions[0] not in WITH_CASES):
+        parser.error(f"--case needs one question among {', '.join(WITH_CASES)}, got {' '.join(asked.questions)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,9 @@ best GEMM of the dtype at 4096 x 4096 x 4096, and reading and copying as many by
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mft_kernels.timing import Samples, time_interleaved, time_within
 from . import layer_competitors as layers
 from .cpu_ceilings import DTYPES, CpuCeilings
 from .cpu_targets import EAGER_BOUND, NARROW, SQUARE, bound
-from .harness import Finding, Spread, instruction_set, ratio, report
+from .harness import Finding, Spread, chosen, instruction_set, ratio, report
 from .layer_competitors import DENSE, EAGER, FROM_SCORES, HELD, IN_PLACE, LayerCompetitors, inputs_of
 from .plots import draw_cpu
 from .roofline import count_work
@@ -120,20 +121,20 @@ class Measured:
         }
 
 
-def measure(measured: Measured, ceilings: CpuCeilings, dtype: str, cases: Cases, threads: int, budget: Budget) -> None:
-    """Measure the cases of one dtype with torch's current thread count. Ceilings are sampled before each shape."""
-    for (n, k), asked in cases:
+def measure(measured: Measured, ceilings: CpuCeilings, cases: Iterable[Case], seconds: float) -> None:
+    """Measure cases of torch's current thread count. Ceilings are sampled before each dtype and shape."""
+    for (dtype, n, k), of_shape in groupby(cases, lambda case: (case.dtype, case.n, case.k)):
         ceilings.sample(dtype)
         made = LayerCompetitors(n, k, DTYPES[dtype])
-        for op, m in asked:
-            inputs = inputs_of(m, n, k, DTYPES[dtype])
-            calls = {name: made.call(name, op, inputs) for name in measured.backends.competitors(COMPETITORS)}
+        for case in of_shape:
+            inputs = inputs_of(case.m, n, k, DTYPES[dtype])
+            calls = {name: made.call(name, case.op, inputs) for name in measured.backends.competitors(COMPETITORS)}
             around = measured.backends.around
-            if m * n * k / threads >= SLOW:
+            if case.m * n * k / case.threads >= SLOW:
                 samples = time_interleaved(calls, rounds=3, around=around)
             else:
-                samples = time_within(calls, budget.seconds, least=3, around=around)
-            measured.add(Case(op, dtype, n, k, m, threads), samples)
+                samples = time_within(calls, seconds, least=3, around=around)
+            measured.add(case, samples)
 
 
 def main(quick: bool = False, budget: Budget = STORED) -> None:
@@ -141,12 +142,18 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
     torch.manual_seed(0)
     measured, many = Measured(), torch.get_num_threads()
     by_threads = {many: budget.many} | ({} if many == 1 or quick else {1: budget.one})
+    asked = chosen(
+        Case(op, dtype, n, k, m, threads)
+        for threads, cases in by_threads.items()
+        for dtype in DTYPES
+        for (n, k), of_shape in cases
+        for op, m in of_shape
+    )
     ceilings = {}
-    for threads, cases in by_threads.items():
+    for threads, of_threads in groupby(asked, lambda case: case.threads):
         torch.set_num_threads(threads)
         ceilings[threads] = CpuCeilings(budget.ceilings)
-        for dtype in DTYPES:
-            measure(measured, ceilings[threads], dtype, cases, threads, budget)
+        measure(measured, ceilings[threads], of_threads, budget.seconds)
     torch.set_num_threads(many)
     report(
         "cpu",

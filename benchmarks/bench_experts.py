@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from mft_kernels import MaskedGroupedLinear
 from mft_kernels.timing import Samples, time_within
 
 from .cpu_ceilings import DTYPES
-from .harness import Finding, Spread, ratio, report
+from .harness import Finding, Spread, chosen, ratio, report
 from .layer_competitors import FROM_SCORES, HELD
 from .plots import draw_experts
 from .rivals import KEEP_RATIO
-from .tables import experts_tables
+from .tables import experts_case_name, experts_tables
 
 GROUPED, BATCHED, EAGER = "grouped_mm", "batched_mm", "eager"  # transformers' names
 BOUND = 1.15  # times the fastest of transformers' implementations, at most
@@ -71,6 +72,23 @@ class Budget:
 
 
 STORED = Budget()
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op on some tokens, in a dtype."""
+
+    size: Size
+    dtype: str
+    tokens: int
+    op: str
+
+    def columns(self) -> dict[str, Any]:
+        """Return what a row of the record begins with."""
+        return {"op": self.op, "dtype": self.dtype, "experts": self.size.experts, "tokens": self.tokens}
+
+    def __str__(self) -> str:
+        return experts_case_name(self.columns())
 
 
 class Competitors:
@@ -154,20 +172,22 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
     """Print and store the answer of this process."""
     torch.manual_seed(0)
     findings, cases = [], []
-    for size in budget.sizes:
-        for dtype in DTYPES:
-            made = Competitors(size, DTYPES[dtype])
-            for tokens in budget.tokens:
-                for op in ("forward", "step"):
-                    if op == "forward" and tokens > 1:
-                        continue
-                    seconds = 0 if quick else budget.seconds
-                    samples = time_within(made.calls(op, tokens), seconds, least=1 if quick else budget.least)
-                    case = {"op": op, "dtype": dtype, "experts": size.experts, "tokens": tokens}
-                    cases += rows_of(case, samples)
-                    findings += findings_of(case, samples)
-                    shown = {name: f"{Spread.of(times).median:.1f}" for name, times in samples.items()}
-                    print(f"{', '.join(map(str, case.values()))}, ms: {shown}", flush=True)
+    asked = chosen(
+        Case(size, dtype, tokens, op)
+        for size in budget.sizes
+        for dtype in DTYPES
+        for tokens in budget.tokens
+        for op in (("forward", "step") if tokens == 1 else ("step",))
+    )
+    for (size, dtype), of_module in groupby(asked, lambda case: (case.size, case.dtype)):
+        made = Competitors(size, DTYPES[dtype])
+        for case in of_module:
+            seconds = 0 if quick else budget.seconds
+            samples = time_within(made.calls(case.op, case.tokens), seconds, least=1 if quick else budget.least)
+            cases += rows_of(case.columns(), samples)
+            findings += findings_of(case.columns(), samples)
+            shown = {name: f"{Spread.of(times).median:.1f}" for name, times in samples.items()}
+            print(f"{case}, ms: {shown}", flush=True)
     threads = torch.get_num_threads()
     title = f"A mixture's experts, masked, beside transformers' dense ones, {threads} threads"
     report("experts", title, findings, printed=False, cases=cases)

@@ -4,8 +4,9 @@ bf16, layers of SmolLM2-135M, LLaMA2-7B and LLaMA3.1-8B, M = 1 to 4096 tokens. R
 (d_weight for d_scores), round by round. Shares are of the roofline (see roofline.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -14,7 +15,7 @@ from mft_kernels.timing import Samples, time_within
 from . import cpu_targets
 from . import layer_competitors as layers
 from . import matrix_competitors as matrices
-from .harness import Finding, Spread, instruction_set, ratio, report
+from .harness import Finding, Spread, all_cases, chosen, instruction_set, ratio, report
 from .layer_competitors import LayerCompetitors, inputs_of
 from .plots import draw_ops
 from .roofline import Ceilings, count_work
@@ -103,30 +104,39 @@ class Measured:
         return row
 
 
-def measure_layer(measured: Measured, n: int, k: int, budget: Budget) -> None:
-    """Measure forward, d_x, d_scores and, for two shapes, the whole step."""
-    made = LayerCompetitors(n, k)
+def cases_of(n: int, k: int, budget: Budget) -> Iterator[Case]:
+    """Yield forward, d_x, d_scores and, for two shapes, the whole step; then the work on the matrix."""
     for m in budget.tokens:
-        inputs = inputs_of(m, n, k)
         for op in ("forward", "d_x", "d_scores", *(["step"] if (n, k) in STEP_SHAPES else [])):
+            yield Case(op, n, k, m)
+    for op in ("threshold", "packing", "optimiser"):
+        yield Case(op, n, k, 0)
+
+
+def measure_layer(measured: Measured, n: int, k: int, cases: Iterable[Case], budget: Budget) -> None:
+    """Measure the cases of one shape that have tokens."""
+    made = LayerCompetitors(n, k)
+    for m, of_tokens in groupby(cases, lambda case: case.m):
+        inputs = inputs_of(m, n, k)
+        for case in of_tokens:
             for names, least in _groups(m, n, k, budget):
-                calls = {name: made.call(name, op, inputs) for name in measured.backends.competitors(names)}
+                calls = {name: made.call(name, case.op, inputs) for name in measured.backends.competitors(names)}
                 samples = time_within(calls, budget.seconds, least=least, around=measured.backends.around)
-                measured.add(Case(op, n, k, m), layers.DENSE, layers.FORMS, samples)
+                measured.add(case, layers.DENSE, layers.FORMS, samples)
 
 
-def measure_matrix(measured: Measured, n: int, k: int, budget: Budget) -> None:
-    """Measure threshold, packing and optimiser step."""
+def measure_matrix(measured: Measured, n: int, k: int, cases: Iterable[Case], budget: Budget) -> None:
+    """Measure the cases of one shape that have no tokens: threshold, packing and optimiser step."""
     makers: dict[str, Callable[[], matrices.Calls]] = {
         "threshold": lambda: matrices.threshold_calls(n, k, slow=n * k < SLOW),
         "packing": lambda: matrices.packing_calls(n, k),
         "optimiser": lambda: matrices.optimiser_calls(n, k),
     }
-    for op, make in makers.items():
+    for case in cases:
         with measured.backends.around(matrices.OURS):
-            calls = measured.backends.calls(make())
+            calls = measured.backends.calls(makers[case.op]())
         samples = time_within(calls, budget.seconds, least=2, around=measured.backends.around)
-        measured.add(Case(op, n, k, 0), matrices.BASELINES[op], matrices.FORMS, samples)
+        measured.add(case, matrices.BASELINES[case.op], matrices.FORMS, samples)
 
 
 def main(quick: bool = False) -> None:
@@ -134,11 +144,10 @@ def main(quick: bool = False) -> None:
     budget = QUICK if quick else STORED
     torch.manual_seed(0)
     measured = Measured()
-    for n, k in budget.shapes:
+    asked = chosen(case for shape in budget.shapes for case in cases_of(*shape, budget))
+    for (n, k, with_tokens), cases in groupby(asked, lambda case: (case.n, case.k, case.m > 0)):
         measured.ceilings.sample()
-        measure_layer(measured, n, k, budget)
-        measured.ceilings.sample()
-        measure_matrix(measured, n, k, budget)
+        (measure_layer if with_tokens else measure_matrix)(measured, n, k, cases, budget)
     path = report(
         "ops",
         f"Ops of one layer in bf16, {torch.get_num_threads()} threads, as ratios to a dense layer's",
@@ -147,7 +156,8 @@ def main(quick: bool = False) -> None:
         ceilings=measured.ceilings.record(),
         cases=measured.rows(),
     )
-    draw_ops(path)
+    if all_cases():
+        draw_ops(path)
 
 
 def _groups(m: int, n: int, k: int, budget: Budget) -> Iterator[tuple[list[str], int]]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.board RESULT.json [RESULT.json ...] [--picture docs/images/board.png]
     python -m benchmarks.board RESULT.json --equal-bytes  # only each mask and its best rivals, with p
+    python -m benchmarks.board benchmarks/results/compare-board-smollm2.json --picture docs/images/board-smollm2.png
 
 Each table belongs to one budget: the masks of about as many bytes. It lists every arm that stores 0.5 to 1.25 times as
 many bytes, the base and the full fine-tune. The mask in bold ran with the most seeds, because it was the best on
@@ -9,9 +10,9 @@ validation. Differences from it with an interval are those of the report. Others
 """
 
 import argparse
+import itertools
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,20 @@ from mft.files.figure import COLOURS, new_figure, save_figure, shade
 from mft.study.report.at_equal_bytes import UNDECIDED
 from mft.study.report.statistics import Difference
 from mft.study.report.verdict import shown_interval, shown_p
+from mft.study.report.pictures.labels import Label, place_labels
 
 from .tables import markdown
 
 LEAST, MOST = 0.5, 1.25  # times a mask's bytes
 _SAME = 1.05  # times the bytes of another mask of its budget, at most
 _FEW_BITS = " in few bits"
+_LABELS = 8  # a panel of more families has a legend instead of labels on its lines
+_MODELS = {"board-small": "Small model", "board-smollm2": "SmolLM2-135M"}
+_MARKERS = {  # so that families can be told apart without colours
+    **{"mask": "o", "mask from equal scores": "X", "LoRA": "^", "LoRA in few bits": "v", "sparse fine-tune": "x"},
+    **{"SHiRA": "s", "SHiRA in few bits": "D", "DoRA": ">", "DoRA in few bits": "<", "norm gains": "P"},
+    **{"rsLoRA": "p", "rsLoRA in few bits": "h", "IA3": "*", "VeRA": "d"},
+}
 _HEADER = [
     "arm",
     "bytes",
@@ -64,26 +73,56 @@ def equal_bytes(numbers: Mapping[str, Any]) -> str:
 
 
 def picture(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw one panel for each domain of each study: loss over bytes, one line for each family of arms."""
-    panels = {f"{name}, {domain}": table for name, of in results.items() for domain, table in of["domains"].items()}
-    figure = new_figure(9, 4.6 * len(panels))
-    for axes, (title, table) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items()):
-        adapters = (row for row in table["rows"] if row["bytes"] and row["kind"] != "full")
-        stored = sorted(adapters, key=lambda row: row["bytes"])
-        for row in table["rows"]:
-            if row["kind"] in ("base", "full"):
-                axes.axhline(row["loss"], color="0.6", linestyle="--", linewidth=1)
-                side = "bottom" if row["kind"] == "base" else "top"
-                axes.annotate(row["arm"], (1, row["loss"]), xycoords=("axes fraction", "data"), ha="right", va=side)
-        for name, style in _styles(map(family, stored)).items():
-            own = [row for row in stored if family(row) == name]
-            axes.plot([row["bytes"] for row in own], [row["loss"] for row in own], label=name, **style)
-        axes.set(xscale="log", xlabel="bytes to store, the base not counted")
-        axes.set_ylabel("test loss, nats per token (lower is better)")
-        axes.set_title(_finding(title, stored), loc="left")
-        axes.grid(color="0.92")
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    """Draw one panel for each domain of each study: loss over bytes, one line for each family of arms.
+
+    A bar is the 95 % interval of an arm's difference from the full fine-tune, around the arm's loss.
+    """
+    panels = [(name, domain, numbers) for name, numbers in results.items() for domain in numbers["domains"]]
+    figure = new_figure(9.5, 5.2 * len(panels))
+    drawn = []
+    for axes, (name, domain, numbers) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels):
+        drawn.append((axes, *_draw(axes, numbers["domains"][domain]["rows"])))
+        several = f", {domain}" if len(numbers["domains"]) > 1 else ""
+        axes.set_title(f"{_MODELS.get(name, name)}{several}: {_finding(numbers, domain)}", loc="left", fontsize=11)
+    figure.draw_without_rendering()
+    for axes, labels, covered in drawn:
+        place_labels(axes, labels, size="small", others=covered)
     save_figure(figure, path, dpi=100)
+
+
+def _draw(axes: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Label], list[tuple[float, float]]]:
+    """Draw the rows of one domain; return the labels at the ends of lines, and points on lines and bars."""
+    stored = sorted((row for row in rows if row["bytes"] and row["kind"] != "full"), key=lambda row: row["bytes"])
+    for row in rows:
+        if row["kind"] in ("base", "full"):
+            axes.axhline(row["loss"], color="0.6", linestyle="--", linewidth=1)
+            side = "bottom" if row["kind"] == "base" else "top"
+            words = f"{row['arm']} {row['loss']:.3f}"
+            axes.annotate(words, (0.99, row["loss"]), xycoords=("axes fraction", "data"), ha="right", va=side)
+    labels, covered, styles = [], [], _styles(map(family, stored))
+    for name, style in styles.items():
+        own = [row for row in stored if family(row) == name]
+        axes.plot([row["bytes"] for row in own], [row["loss"] for row in own], label=_in_bits(name, own), **style)
+        for row in own:
+            ends = [row["loss"] + row["minus_full"][end] - row["minus_full"]["estimate"] for end in ("low", "high")]
+            axes.plot([row["bytes"]] * 2, ends, color=style["color"], linewidth=1.2, alpha=0.6)
+            covered += [(row["bytes"], loss) for loss in (*ends, row["loss"])]
+        for one, other in itertools.pairwise(own):
+            shares = [part / 20 for part in range(21)]
+            covered += [
+                (one["bytes"] * (other["bytes"] / one["bytes"]) ** s, one["loss"] + s * (other["loss"] - one["loss"]))
+                for s in shares
+            ]
+        labels.append((own[-1]["bytes"], own[-1]["loss"], _in_bits(name, own), style["color"]))
+    axes.set(xscale="log", xlabel="bytes to store, the base not counted (bars: 95 % interval of loss - full fine-tune)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB")
+    axes.set_ylabel("test loss, nats per token (lower is better)")
+    axes.margins(x=0.12)
+    axes.grid(color="0.92")
+    if len(styles) > _LABELS:
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        labels = []
+    return labels, covered
 
 
 def family(row: Mapping[str, Any]) -> str:
@@ -92,31 +131,55 @@ def family(row: Mapping[str, Any]) -> str:
     return f"{name}{_FEW_BITS}" if row["kind"] == "coded" and " bits" in row["arm"] else name
 
 
+def _in_bits(name: str, arms: Iterable[Mapping[str, Any]]) -> str:
+    """Return a family's name with the bits of its arms: "LoRA in 4 bits" for "LoRA in few bits"."""
+    bits = sorted({found[1] for arm in arms if (found := re.search(r" in (\d+) bits", arm["arm"]))})
+    return name.replace("few", " or ".join(bits)) if bits else name
+
+
 def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return the line style of each family, masks first: the method's colour; dashed and hollow in few bits."""
+    """Return the look of each family, masks first: a colour and a marker of its own; dashed and hollow in few bits."""
     found: dict[str, dict[str, Any]] = {}
-    of_method = Counter[str]()
+    others = 0
     for name in sorted(set(names), key=lambda name: ("mask" not in name, name)):
-        method = name.removesuffix(_FEW_BITS).replace("sparse fine-tune", "sparse delta")
-        colour = COLOURS["mask"] if "mask" in name else COLOURS.get(method)
-        if colour is None:  # a method without a colour of its own
-            colour, of_method["others"] = shade(COLOURS["ternary"], of_method["others"]), of_method["others"] + 1
-        elif "mask" in name:
-            colour, of_method["mask"] = shade(colour, of_method["mask"]), of_method["mask"] + 1
-        few = name.endswith(_FEW_BITS)
+        few, method = name.endswith(_FEW_BITS), name.removesuffix(_FEW_BITS).replace("sparse fine-tune", "sparse delta")
+        if "mask" in name:
+            colour = shade(COLOURS["mask"], sum("mask" in other for other in found))
+        elif method in COLOURS:
+            colour = shade(COLOURS[method], 2) if few else COLOURS[method]
+        else:  # a method without a colour of its own
+            colour, others = shade(COLOURS["ternary"], others), others + 1
         look = {"linestyle": "--" if few else "-", "markerfacecolor": "white" if few else colour}
-        found[name] = {"color": colour, "marker": "o", "linewidth": 2.5 if "mask" in name else 1.2, **look}
+        width = 2.5 if "mask" in name else 1.2
+        found[name] = {"color": colour, "marker": _MARKERS.get(name, "."), "markersize": 8, "linewidth": width, **look}
     return found
 
 
-def _finding(title: str, stored: Sequence[Mapping[str, Any]]) -> str:
-    """Return a title that says for how many of the masks' sizes an arm of no more bytes has a lower loss."""
-    masks, rivals = _masks({"rows": stored}), [row for row in stored if "mask" not in row["arm"]]
-    behind = sum(
-        any(rival["loss"] < mask["loss"] and rival["bytes"] <= MOST * mask["bytes"] for rival in rivals)
+def _finding(numbers: Mapping[str, Any], domain: str) -> str:
+    """Return what the study's comparison at equal bytes says of the masks, size by size."""
+    masks = _masks(numbers["domains"][domain])
+    compared = [one for one in numbers.get("at_equal_bytes", []) if one["domain"] == domain]
+    if not compared:
+        return "test loss by bytes"
+    of_mask = {mask["arm"]: [one for one in compared if one["mask"] == mask["arm"]] for mask in masks}
+    behind = [mask for mask in masks if any(one["verdict"] == "behind" for one in of_mask[mask["arm"]])]
+    alike = [
+        (mask, one)
         for mask in masks
-    )
-    return f"{title}: masks are behind at {behind} of {len(masks)} sizes"
+        for one in of_mask[mask["arm"]]
+        if mask not in behind and one.get("stores") == "about as much" and one["verdict"] == "undecided"
+    ]
+    if not alike:
+        return f"masks are behind at {len(behind)} of {len(masks)} sizes"
+    rows = {row["arm"]: row for row in numbers["domains"][domain]["rows"]}
+    rivals = [rows[one["rival"]] for _, one in alike]
+    names = sorted({_in_bits(family(rival), [rival]) for rival in rivals})
+    told = f"masks of {_sizes(mask for mask, _ in alike)} are not shown to differ\nfrom {' and '.join(names)}"
+    return f"{told} of about as many bytes{f'; at {_sizes(behind)} the mask is behind' if behind else ''}"
+
+
+def _sizes(masks: Iterable[Mapping[str, Any]]) -> str:
+    return " and ".join(f"{mask['bytes'] / 1e6:.2f}" for mask in masks) + " MB"
 
 
 def _masks(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -56,6 +56,7 @@ class CpuCeilings:
                     "copy_gb_per_s": _spread(self._copy[dtype]),
                 }
                 for dtype in DTYPES
+                if self._gemm[dtype]
             },
         }
 

@@ -9,9 +9,11 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +28,8 @@ from .side_by_side import SideBySide
 THREADS = 2
 ONE_THREAD = frozenset({"launch"})  # questions about the host, not about how threads wait for each other
 _folder = RESULTS  # where report() writes; see write_results_to
+Case = TypeVar("Case")
+_pattern = "*"  # the cases that are measured; see choose_cases
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,27 @@ def write_results_to(folder: Path) -> None:
     """Make report() write into ``folder`` from now on, instead of benchmarks/results."""
     global _folder
     _folder = folder
+
+
+def choose_cases(pattern: str) -> None:
+    """Measure only the cases whose names match ``pattern`` from now on; * in it stands for any text."""
+    global _pattern
+    _pattern = pattern
+
+
+def all_cases() -> bool:
+    """Whether no case is left out."""
+    return _pattern == "*"
+
+
+def chosen(cases: Iterable[Case]) -> list[Case]:
+    """Return the cases that are asked for. A case's name is str(case). Exits if there is none."""
+    known = list(cases)
+    found = [case for case in known if fnmatchcase(str(case), _pattern)]
+    if not found:
+        names = "\n    ".join(map(str, known))
+        raise SystemExit(f"--case must name one of these, * stands for any text, got {_pattern}:\n    {names}")
+    return found
 
 
 def report(

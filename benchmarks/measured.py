@@ -47,7 +47,7 @@ def step_table(records: Records) -> str:
     tokens = sorted({case["m"] for cases in found.values() for case in cases} - {8})
     rows = []
     for name, cases in found.items():
-        rows.append([f"**{machine(records[name])}**", *("" for _ in tokens)])
+        rows.append([f"*{machine(records[name])}*", *("" for _ in tokens)])
         ratios = {(case["competitor"], case["m"]): case["ratio"]["median"] for case in cases}
         rows += [[label, *(_ratio(ratios.get((own, m))) for m in tokens)] for own, label in STEPS.items()]
     return markdown(["", *(f"M = {m}" for m in tokens)], rows)
@@ -68,7 +68,7 @@ def train_step_table(records: Records) -> str:
     models = list(dict.fromkeys(row["model"] for r in records.values() for row in r["competitors"]))
     rows = []
     for record in records.values():
-        rows.append([f"**{machine(record)}**", *("" for _ in range(2 * len(models)))])
+        rows.append([f"*{machine(record)}*", *("" for _ in range(2 * len(models)))])
         own = {(row["model"], row["competitor"]): row for row in record["competitors"]}
         for name in dict.fromkeys(row["competitor"] for row in record["competitors"]):
             shown = [own[model, name] for model in models]

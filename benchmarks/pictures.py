@@ -12,7 +12,7 @@ from typing import Any
 from mft.study.ablate import plot_ablation
 from mft.study.report.pictures.by_bytes import plot_bytes
 from mft.study.report.pictures.forgetting import plot_forgetting
-from mft.study.report.pictures.plots import plot_study
+from mft.study.report.pictures.plots import plot_study, plot_summary
 from mft.study.report.rewards import plot_rewards
 
 from .board import picture
@@ -27,8 +27,16 @@ def _ablation(what: str, numbers: Numbers, path: Path) -> None:
     plot_ablation(numbers, what, path)
 
 
-def _board(path: Path) -> None:
-    boards = ("board-small", "board-smollm2")
+def _masks_alone(numbers: Numbers, path: Path) -> None:
+    """Draw the masks of a study next to their controls, without its other arms."""
+    domains = {
+        name: {**table, "rows": [row for row in table["rows"] if row["masked"]]}
+        for name, table in numbers["domains"].items()
+    }
+    plot_summary({**numbers, "domains": domains}, path)
+
+
+def _board(path: Path, *boards: str) -> None:
     picture({name: json.loads((RESULTS / f"compare-{name}.json").read_text(encoding="utf-8")) for name in boards}, path)
 
 
@@ -43,7 +51,7 @@ STUDIES: dict[str, tuple[str, Callable[[Numbers, Path], None]]] = {
     "bytes-quantised": ("compare-quantised", plot_bytes),
     "bytes-quantised-small": ("compare-quantised-small", plot_bytes),
     "bytes-smollm2": ("compare-from-base-smollm2", plot_bytes),
-    "compare-small": ("compare-small", plot_study),
+    "compare-small": ("compare-small", _masks_alone),
     "compare-smollm2": ("compare-smollm2", plot_study),
     "compare-smollm2-unfinished": ("compare-smollm2-unfinished", plot_study),
     "forgetting-bytes": ("compare-bytes", plot_forgetting),
@@ -70,7 +78,8 @@ def main() -> None:
             print(record)
     draw_cpu(RESULTS / "cpu-amx.json")
     draw_memory(RESULTS)
-    _board(ROOT / "docs" / "images" / "board.png")
+    _board(ROOT / "docs" / "images" / "board.png", "board-small", "board-smollm2")
+    _board(ROOT / "docs" / "images" / "board-smollm2.png", "board-smollm2")
 
 
 if __name__ == "__main__":

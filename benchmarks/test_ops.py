@@ -1,6 +1,7 @@
 """The competitors of `ops` under pytest-benchmark: pytest benchmarks/test_ops.py --benchmark-only
 
-Two shapes and three M; --benchmark-compare and the tool's other options work as usual. A group holds one comparison.
+Two shapes and three M. A group holds one comparison, and -k chooses: -k 'forward and 4096x4096-64'. The tool's options
+work as usual, such as --benchmark-compare and --benchmark-columns=min,max,median.
 """
 
 import pytest

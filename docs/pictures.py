@@ -35,21 +35,27 @@ def main() -> None:
 
 
 def draw_mask(weight: torch.Tensor, scores: torch.Tensor) -> None:
-    """Draw a corner of the matrix: weight, |scores|, keep, where(keep, weight, 0)."""
+    """Draw a corner of the matrix: weight, |scores|, keep, where(keep, weight, 0); below each what its colours mean."""
     keep = reference.keep_mask(scores, kept_threshold(scores, KEEP_RATIO), "magnitude")
     corner = (slice(0, 10), slice(0, 16))
     figure = Figure(figsize=(13, 2.6), layout="constrained")
     bound = weight[corner].abs().max()
     coloured = {"cmap": "RdBu", "vmin": -bound, "vmax": bound}
     pictures = [
-        ("weight W, frozen", weight, coloured),
-        ("|scores|, trained", scores.abs(), {"cmap": "viridis"}),
-        ("keep = |scores| >= t, 1 bit each", keep.float(), {"cmap": "Greys", "vmin": 0, "vmax": 1.4}),
-        ("where(keep, W, 0)", torch.where(keep, weight, 0), coloured),
+        ("weight W, frozen", "blue: above 0, red: below 0", weight, coloured),
+        ("|scores|, which learn", "yellow: large, dark: near 0", scores.abs(), {"cmap": "viridis"}),
+        (
+            "keep = |scores| >= t",
+            "grey: 1, keep; white: 0, drop",
+            keep.float(),
+            {"cmap": "Greys", "vmin": 0, "vmax": 1.4},
+        ),
+        ("where(keep, W, 0)", "0: dropped; all others are W", torch.where(keep, weight, 0), coloured),
     ]
-    for axes, (title, matrix, colours) in zip(figure.subplots(1, 4), pictures):
+    for axes, (title, key, matrix, colours) in zip(figure.subplots(1, 4), pictures):
         axes.imshow(matrix[corner], **colours)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=12)
+        axes.set_xlabel(key, fontsize=11)
         axes.set_xticks([])
         axes.set_yticks([])
         if "where" in title:

@@ -1,6 +1,8 @@
 """Benchmarks: what is counted, recorded and printed; nothing is timed."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from ratio_records import spread
 
 from benchmarks import bench_ops, bench_paths, harness
+from benchmarks.__main__ import QUESTIONS
 from benchmarks.bench_paths import joined
 from benchmarks.harness import Finding, Spread, report
 from benchmarks.layer_competitors import DENSE, EAGER, FROM_SCORES, LORA, PAPER
@@ -101,6 +104,33 @@ def test_a_case_of_ops_is_printed_once_with_every_competitor(capsys):
     assert [line.split()[0] for line in lines[1:]] == ["2.000", "3.000", "1.500", "10.0"]
     assert [line.split("x  ")[1] for line in lines[1:]] == [FROM_SCORES, EAGER, LORA, PAPER]
     assert [finding.quantity for finding in measured.findings] == [f"{FROM_SCORES} / {DENSE}: {case}"]
+
+
+def test_help_has_a_line_for_each_question_and_needs_no_torch():
+    ask = "import sys, benchmarks.__main__ as b; b._parser().print_help(); assert 'torch' not in sys.modules"
+    printed = subprocess.run([sys.executable, "-c", ask], cwd=harness.ROOT, capture_output=True, text=True, check=True)
+    lines = printed.stdout.splitlines()
+    assert all(f"  {name:16} {question.asks}" in lines for name, question in QUESTIONS.items())
+    assert printed.stderr == ""
+
+
+def test_each_question_names_functions_that_exist():
+    for question in QUESTIONS.values():
+        for name in filter(None, (question.main, question.shows, question.joins)):
+            assert callable(question.function(name))
+
+
+def test_a_case_is_chosen_by_its_name_or_a_pattern(monkeypatch):
+    monkeypatch.setattr(harness, "_pattern", "*")
+    cases = ["step, bf16, M = 1", "step, bf16, M = 16", "step, fp32, M = 1"]
+    assert harness.chosen(cases) == cases
+    harness.choose_cases("step, bf16, M = 1")
+    assert harness.chosen(cases) == cases[:1]
+    harness.choose_cases("*M = 1")
+    assert harness.chosen(cases) == cases[::2]
+    harness.choose_cases("forward")
+    with pytest.raises(SystemExit, match=r"--case must name one of these, .* got forward:\n    step, bf16, M = 1\n"):
+        harness.chosen(cases)
 
 
 def test_the_table_of_ops_has_a_row_a_shape_and_competitor():

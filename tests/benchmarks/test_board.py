@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.board import board, family, main
+from benchmarks.board import _finding, _styles, board, family, main
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-all-layers-smollm2.json"
 
@@ -68,6 +68,37 @@ def test_the_command_prints_each_mask_and_its_best_rivals(capsys):
     level = "898,506 | LoRA 7 in 4 bits | 1,080,060 | -0.0065 [-0.0161, +0.0018] | 0.256 | not shown to differ"
     assert f"| {ahead} |\n| {level} |" in table
     assert table in (RESULT.parents[2] / "docs" / "explanation" / "board.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("study", "domain", "said"),
+    [
+        ("board-small", "headers", "masks are behind at 3 of 3 sizes"),
+        (
+            "board-smollm2",
+            "code",
+            "masks of 0.29 and 0.90 MB are not shown to differ\n"
+            "from LoRA in 4 bits of about as many bytes; at 2.33 MB the mask is behind",
+        ),
+        ("all-layers-smollm2", "code", "masks are behind at 1 of 1 sizes"),
+    ],
+)
+def test_a_title_says_what_the_comparison_at_equal_bytes_found(study, domain, said):
+    numbers = json.loads(RESULT.with_name(f"compare-{study}.json").read_text(encoding="utf-8"))
+    assert _finding(numbers, domain) == said
+
+
+def test_each_family_has_a_colour_and_a_marker_of_its_own():
+    rows = [
+        row
+        for study in ("board-small", "board-smollm2")
+        for table in json.loads(RESULT.with_name(f"compare-{study}.json").read_text())["domains"].values()
+        for row in table["rows"]
+        if row["bytes"] and row["kind"] != "full"
+    ]
+    styles = _styles(map(family, rows)).values()
+    assert len(styles) == 14
+    assert len({style["marker"] for style in styles}) == len({style["color"] for style in styles}) == 14
 
 
 def test_a_result_that_is_not_there_is_said(capsys):

@@ -19,6 +19,16 @@ def test_the_lowest_loss_is_named_if_it_is_below_the_reference():
     assert titles.lowest_loss("code", rows(mask=0.1), "full") == "code: no arm has a lower test loss than full"
 
 
+@pytest.mark.parametrize(
+    ("estimate", "p", "said"),
+    [(-0.1, 0.01, "code: mask is"), (-0.1, 0.06, "code: no mask is"), (0.1, 0.01, "code: no mask is")],
+)
+def test_a_mask_is_ahead_of_its_control_if_the_difference_is_shown(estimate, p, said):
+    mask = {"arm": "mask", "masked": True, "minus_control": {"loss": {"estimate": estimate, "p_holm": p}}}
+    control = {"arm": "control", "masked": False, "minus_control": {}}
+    assert titles.masks_beside_control("code", {"rows": [control, mask]}) == f"{said} ahead of the control"
+
+
 def test_rates_at_the_end_of_a_grid_are_named():
     tried = {"mask": {1.0, 2.0, 3.0}, "lora": {1.0, 2.0, 3.0}, "one": {1.0}}
     inside = titles.rates("code", tried, {"mask": 2.0, "lora": 2.0, "one": 1.0})

@@ -18,9 +18,14 @@ _OFFSETS = (
 Label = tuple[float, float, str, str]  # x, y, words, colour
 
 
-def place_labels(axes: Any, labels: Sequence[Label], *, size: str = "x-small") -> None:
-    """Write each label at the first place that is free, or that covers least. The figure must have been laid out."""
-    points = [tuple(axes.transData.transform((x, y))) for x, y, _, _ in labels]
+def place_labels(
+    axes: Any, labels: Sequence[Label], *, size: str = "x-small", others: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Write each label at the first place that is free, or that covers least. The figure must have been laid out.
+
+    others: further points that labels had better not cover.
+    """
+    points = [tuple(axes.transData.transform(at)) for at in [*((x, y) for x, y, _, _ in labels), *others]]
     taken: list[Any] = []
     for x, y, words, colour in labels:
         note = axes.annotate(words, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=size, color=colour)

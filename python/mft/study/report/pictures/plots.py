@@ -63,7 +63,7 @@ def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, pa
             axes.tick_params(labelleft=False)
         named = names
         axes.axvline(0, color=_CONTROL, linestyle="--", linewidth=1)
-        axes.set_title(titles.lowest_loss(domain, table, table["full"]), loc="left")
+        axes.set_title(titles.masks_beside_control(domain, table), loc="left")
         axes.set_xlabel(f"test loss - loss of {table['control']}\nnats per token with 95 % interval (lower is better)")
     save_figure(figure, path, dpi=100)
 

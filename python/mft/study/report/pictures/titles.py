@@ -7,6 +7,7 @@ from mft.study.arms.kinds import KINDS
 from mft.study.arms.means import Between
 
 Row = Mapping[str, Any]
+_SHOWN = 0.05  # a difference is shown if its p is below this
 _LARGER = 1.05  # an arm stores no more than a mask if its bytes are below this multiple
 
 
@@ -20,6 +21,13 @@ def lowest_loss(domain: str, table: Mapping[str, Any], reference: str) -> str:
     if difference >= 0:
         return f"{domain}: no arm has a lower test loss than {reference}"
     return f"{domain}: {arm} has the lowest test loss"
+
+
+def masks_beside_control(domain: str, table: Mapping[str, Any]) -> str:
+    """Say which masks have a lower test loss than their control, after Holm's correction."""
+    found = [(row["arm"], row["minus_control"].get("loss")) for row in table["rows"] if row["masked"]]
+    ahead = [arm for arm, less in found if less and less["estimate"] < 0 and (less["p_holm"] or less["p"]) < _SHOWN]
+    return f"{domain}: {', '.join(ahead) or 'no mask'} {'are' if len(ahead) > 1 else 'is'} ahead of the control"
 
 
 def rates(domain: str, tried: Mapping[str, set[float]], chosen: Mapping[str, float]) -> str:
