@@ -19,9 +19,9 @@ from typing import Any
 
 from mft.files.figure import COLOURS, new_figure, save_figure, shade
 from mft.study.report.at_equal_bytes import UNDECIDED
+from mft.study.report.pictures.labels import Label, place_labels
 from mft.study.report.statistics import Difference
 from mft.study.report.verdict import shown_interval, shown_p
-from mft.study.report.pictures.labels import Label, place_labels
 
 from .tables import markdown
 
