@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,8 @@ class _OneMessageAnError(typer.core.TyperGroup):
     """Prints errors that the user can fix as one message, with exit code 2. MFT_TRACEBACK=1 shows the traceback."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(self.commands, key=lambda name: PANELS.index(self.commands[name].rich_help_panel))
+        commands: Mapping[str, Any] = self.commands  # typer's, which know their group
+        return sorted(commands, key=lambda name: PANELS.index(commands[name].rich_help_panel))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [_at_home(argument) for argument in args])
