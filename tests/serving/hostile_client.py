@@ -187,22 +187,30 @@ class Hostile:
     held: list[socket.socket] = field(default_factory=list)
 
     def send(self, name: str) -> None:
+        """Send one request. If the server closes the connection to make room for others, connect once more."""
         self.sent[name] += 1
-        try:
-            if name in ANSWERED:
-                self._answered(name)
-            elif name in CANCELLED:
-                self._cancelled(name)
-            else:
-                self.held.append(self.address.send(HALF_SENT[name]))
-                if len(self.held) > MOST_HELD:
-                    self.held.pop(0).close()
-        except OSError as error:
-            self.wrong.append(f"{name}: {error!r}")
+        for is_last in (False, True):
+            try:
+                self._send(name)
+            except OSError as error:
+                if not is_last and isinstance(error, ConnectionResetError):
+                    continue
+                self.wrong.append(f"{name}: {error!r}")
+            return
 
     def close(self) -> None:
         for each in self.held:
             each.close()
+
+    def _send(self, name: str) -> None:
+        if name in ANSWERED:
+            self._answered(name)
+        elif name in CANCELLED:
+            self._cancelled(name)
+        else:
+            self.held.append(self.address.send(HALF_SENT[name]))
+            if len(self.held) > MOST_HELD:
+                self.held.pop(0).close()
 
     def _answered(self, name: str) -> None:
         data, status = ANSWERED[name]
