@@ -1,6 +1,7 @@
 """transformers' Trainer and PEFT drop the same budget as train_masks, with the same threshold."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -127,3 +128,12 @@ def test_the_budget_of_a_wrapped_model_grows(make, wrap):
         grow_budget(wrap(model), step, 2)
         quota.append(budget_of(getattr(model, "peft_config", {}).get("default", model)).quota)
     assert quota == [0, int(0.03 * 4 * 2048 / (2 * 0.67)), QUOTA]
+
+
+def test_an_adapter_from_before_a_budget_was_a_bound_keeps_the_rule_that_it_began_with(tmp_path):
+    MaskPeftConfig(budget=0.1, mode="value", fill_budget=True).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    assert values.pop("fill_budget") is True
+    path.write_text(json.dumps(values))
+    assert MaskPeftConfig.from_pretrained(str(tmp_path)).fill_budget is True
