@@ -31,6 +31,7 @@ from mft.number_formats import AUTO, DTYPE_BYTES, MOMENT_FORMATS, QUANTIZED_FORM
 
 DTYPES = tuple(DTYPE_BYTES)
 MODES = ("magnitude", "value")
+DEFAULT_BUDGET = 0.012  # docs/how-to/recipe.md, "The default, and why"
 INITS = ("normal", "magnitude", "constant")
 IMPORTANCE_METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient", "fisher")  # of one-shot masks
 DATA_INITS = ("wanda",)  # initial scores are computed from rows of the training data
@@ -151,10 +152,10 @@ class ModelConfig:
 
 @dataclass
 class MaskConfig:
-    """Which linear layers get a mask, how much of each is kept, and how the scores begin.
+    """Which linear layers get a mask, what decides which weights are dropped, and how the scores begin.
 
-    With the defaults, training begins near the unchanged model: only the smallest hundredth of each matrix is dropped
-    (docs/how-to/recipe.md).
+    One of budget, keep_ratio and threshold decides, the budget if none is given. With the defaults nothing is dropped
+    before the first step, and never more than the budget (docs/how-to/recipe.md).
     """
 
     # Names of the linear layers that get masks, or a pattern (null: those of attention and MLP, unless
@@ -165,18 +166,20 @@ class MaskConfig:
     layers_to_transform: Layers = None  # Decoder layers that get masks, such as 24-29 (null: all)
     exclude_modules: str | list[str] | None = None  # Names of linear layers that get no mask, or a pattern
     modules_to_save: list[str] | None = None  # Modules that are trained in full, and saved with the masks
-    keep_ratio: Annotated[float, SHARE] = 0.99  # Share of each matrix's weights that is kept
     # Largest share of all masked weights together that is dropped: of those with scores below 0 the lowest (null:
-    # keep_ratio decides)
+    # 0.012, unless keep_ratio or threshold is given)
     budget: Annotated[float | None, BUDGET] = None
     # Drop the whole budget, whatever the signs of the scores (null: in mode=magnitude, where signs say nothing)
     fill_budget: bool | None = None
     budget_ramp: Annotated[float, SHARE] = 0.67  # Share of the steps over which the dropped share grows to the budget
-    mode: Annotated[str, one_of(MODES)] = "magnitude"  # Keep a weight by its score's magnitude or by its value
+    # Share of each matrix's weights that is kept, in place of a budget
+    keep_ratio: Annotated[float | None, SHARE] = None
+    threshold: float | None = None  # Keep weights whose score is at least this, in place of a budget or keep_ratio
+    # Keep a weight by its score's magnitude or by its value (auto: by value with a budget, else by magnitude)
+    mode: Annotated[str, one_of((AUTO, *MODES))] = AUTO
     # How scores start: at random (normal), from weight magnitudes, all equal (constant) or from training data (wanda)
     init: Annotated[str, one_of((*INITS, *DATA_INITS))] = "magnitude"
     calibration_rows: Annotated[int, at_least(1)] = 64  # Training rows that init=wanda reads
-    threshold: float | None = None  # Keep weights whose score is at least this (null: keep_ratio decides)
     # Slope k of the surrogate gradient at the threshold, or [start, end] (null: straight-through gradient)
     sharpness: Sharpness = None
     # Nats added to the loss if all weights are dropped, in proportion to the dropped share
@@ -191,6 +194,12 @@ class MaskConfig:
         check_not_empty(self, "exclude_modules", "modules_to_save")
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = sorted(set(self.layers_to_transform))
+        if self.keep_ratio is None and self.threshold is None and self.budget is None:
+            self.budget = DEFAULT_BUDGET
+        if self.budget is None and self.threshold is not None:
+            self.keep_ratio = None  # the threshold decides
+        if self.mode == AUTO:
+            self.mode = "magnitude" if self.budget is None else "value"
         fixed, sharp = self.threshold is not None, self.sharpness is not None
         has_gradient = SCORE_FORMATS[unless_auto(self.scores_dtype)].has_gradient
         for holds, name, rule in (
@@ -218,11 +227,17 @@ class MaskConfig:
             f"be left out when budget = {self.budget:g} is set, because a budget counts the weights of all layers "
             "together"
         )
-        check_rule(self.keep_ratio == type(self).keep_ratio, "keep_ratio", rule, self.keep_ratio)
+        check_rule(self.keep_ratio is None, "keep_ratio", rule, self.keep_ratio)
         rule = f"be null when budget = {self.budget:g} is set, because a budget finds the threshold"
         check_rule(self.threshold is None, "threshold", rule, self.threshold)
         rule = "be true or null with mode = magnitude, because the sign of a score says nothing there (mode=value?)"
         check_rule(self.mode == "value" or self.fill_budget is not False, "fill_budget", rule, self.fill_budget)
+
+    @property
+    def rule(self) -> str:
+        """What decides which weights are dropped, as an override: mask.keep_ratio=0.9."""
+        name = next(name for name in ("budget", "threshold", "keep_ratio") if getattr(self, name) is not None)
+        return f"mask.{name}={getattr(self, name):g}"
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
@@ -327,11 +342,12 @@ class DataConfig:
 class TrainConfig:
     """One training run. Exactly one of steps and epochs says how long it is.
 
-    steps counts optimiser steps; each takes batch_size * accumulation rows.
+    steps counts optimiser steps; each takes batch_size * accumulation rows. The defaults are those of masks; see
+    of_weights.
     """
 
     # Learning rate. Masks move at 3e-4 to 4e-3 in short runs; the paper's 2e-5 needs about a thousand steps
-    lr: Annotated[float, POSITIVE] = 3e-4
+    lr: Annotated[float, POSITIVE] = 1e-3
     steps: Annotated[int | None, POSITIVE_OR_NULL] = None  # Optimiser steps; set either steps or epochs
     # Passes over the training rows; set either steps or epochs
     epochs: Annotated[float | None, POSITIVE_OR_NULL] = None
@@ -339,11 +355,11 @@ class TrainConfig:
     accumulation: Annotated[int, at_least(1)] = 1  # Batches per optimiser step
     # Batches of a step whose hidden states memory: layerwise holds together (null: as many as fit in host memory)
     batches_at_once: Annotated[int | None, at_least(1)] = None
-    warmup_ratio: Annotated[float, SHARE] = 0.03  # Share of the steps in which the learning rate rises to lr
+    warmup_ratio: Annotated[float, SHARE] = 0.05  # Share of the steps in which the learning rate rises to lr
     schedule: Annotated[str, one_of(SCHEDULES)] = "linear"  # How the learning rate falls after the warm-up
     max_grad_norm: Annotated[float | None, POSITIVE_OR_NULL] = None  # Clip gradients to this norm (null: no clipping)
     weight_decay: Annotated[float, at_least(0)] = 0.0  # Weight decay of AdamW
-    betas: Annotated[tuple[float, float], BETA] = (0.9, 0.999)  # Betas of AdamW
+    betas: Annotated[tuple[float, float], BETA] = (0.0, 0.99)  # Betas of AdamW
     # Format of the optimiser's moments. auto: mft train takes the widest with which a step fits in memory
     moments: Annotated[str, one_of((AUTO, *MOMENTS))] = "float32"
     # Data type of the gradient buffers (null: that of the weights)
@@ -385,6 +401,12 @@ class TrainConfig:
                 f"steps or epochs must be given (exactly one of them), got steps={self.steps} and "
                 f"epochs={self.epochs}: set the other to null"
             )
+
+    @classmethod
+    def of_weights(cls, **changes: Any) -> Self:
+        """Return the defaults for training weights, where momentum helps."""
+        values: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.999), "warmup_ratio": 0.03} | changes
+        return cls(**values)
 
     @property
     def evaluates(self) -> bool:
@@ -479,3 +501,10 @@ class RunConfig:
         check_not_empty(self, "output_dir", "project")
         expand_home(self, "output_dir")
         self.report_to = list(dict.fromkeys(self.report_to))
+
+
+@dataclass
+class FinetuneConfig(RunConfig):
+    """A run of mft finetune: the keys of RunConfig, with other defaults of train."""
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig.of_weights(epochs=1.0, moments=AUTO))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.checks import nearest, nearest_path, shown
-from mft.config import CONFIGS, RunConfig
+from mft.config import CONFIGS, FinetuneConfig, RunConfig
 from mft.files.atomic import write_whole
 from mft.files.nested import YAML, Nested
 from mft.files.regular_file import read_regular
@@ -76,34 +76,43 @@ FOREIGN_NAMES = {
     "teacher_model_name_or_path": "objective.teacher",
 }
 _RUN = Nested(RunConfig, "train.lr=3e-4", FOREIGN_NAMES, elsewhere=True)
+_FINETUNE = Nested(FinetuneConfig, "train.lr=3e-4", FOREIGN_NAMES, elsewhere=True)
 
 
-def load_config(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_config(
+    path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = (), *, of_weights: bool = False
+) -> RunConfig:
     """Load a configuration: the defaults, then the YAML file at path, if any, then overrides such as "train.lr=3e-4".
 
     path may be the name of a shipped file, such as "paper". An override's value is YAML: null, true, 3e-4,
-    [q_proj, v_proj]. If a key has two overrides, the last one wins.
+    [q_proj, v_proj]. If a key has two overrides, the last one wins. of_weights: with the defaults of mft finetune.
     """
     path = None if path is None else find_config(path, CONFIGS)
-    return config_from({} if path is None else read_mapping(path), path, overrides)
+    return config_from({} if path is None else read_mapping(path), path, overrides, of_weights=of_weights)
 
 
 def config_from(
-    values: dict[str, Any], path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()
+    values: dict[str, Any],
+    path: str | os.PathLike | None,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    of_weights: bool = False,
 ) -> RunConfig:
     """Do the same with the file's values, in the form of config_values. path is for messages."""
     values = copy.deepcopy(values)
     for override in overrides:
         _RUN.apply_override(values, override)
-    return _RUN.build(values, path, overrides)
+    return (_FINETUNE if of_weights else _RUN).build(values, path, overrides)
 
 
-def load_saved(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_saved(path: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Do the same as load_config with the file that a run saved in its directory, perhaps before some keys existed."""
-    return config_from_saved(read_mapping(path), path, overrides)
+    return config_from_saved({} if path is None else read_mapping(path), path, overrides)
 
 
-def config_from_saved(values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def config_from_saved(
+    values: dict[str, Any], path: Path | None, overrides: list[str] | tuple[str, ...] = ()
+) -> RunConfig:
     """Do the same as config_from with what a run has saved."""
     values = copy.deepcopy(values)
     if isinstance(values.get("mask"), dict):
@@ -115,6 +124,10 @@ def complete_saved_mask(values: dict[str, Any]) -> None:
     """Add to the saved values of a MaskConfig the keys that they lack, with what an older run meant."""
     if values.get("budget") is not None:
         values.setdefault("fill_budget", True)  # before 2 December 2026 a budget was always filled
+    if values.get("budget") is not None or values.get("threshold") is not None:
+        values["keep_ratio"] = None  # until then it was given too, and not used
+    elif values.get("keep_ratio") is None:
+        values["keep_ratio"] = 0.99  # the default until then
 
 
 def check_overrides(overrides: list[str]) -> None:

@@ -43,7 +43,7 @@ a budget beside a sharpness
     MaskConfig(budget=0.006, sharpness=50)
     -> ValueError: sharpness | must be null if threshold is null, because it is measured from the threshold | got 50.0
 a ramp of no budget
-    MaskConfig(budget_ramp=0.5)
+    MaskConfig(keep_ratio=0.9, budget_ramp=0.5)
     -> ValueError: budget_ramp | must be left out without budget | got 0.5
 a ramp longer than the run
     MaskConfig(budget=0.006, budget_ramp=1.5)
@@ -65,7 +65,7 @@ a mask found in one shot under a budget
     -> ValueError: mask.budget | must be null for a one-shot mask: give keep_ratio | got 0.01
 a study whose arms would all have a budget
     study = load_study("small")
-    dataclasses.replace(study, mask=dataclasses.replace(study.mask, keep_ratio=0.99, budget=0.006))
+    dataclasses.replace(study, mask=dataclasses.replace(study.mask, keep_ratio=None, budget=0.006))
     -> ValueError: mask.budget | must be null: an arm has it | got 0.006
 an arm with a budget and keep ratios
     make_arm("mask", lrs=[1e-3], budget=0.006, keep_ratios=[0.9])

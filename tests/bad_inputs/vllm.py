@@ -22,7 +22,7 @@ def tasks_of(model):
 
 
 def exported(directory, **changes):
-    save_masks(mask_model(make_llama(**changes), MaskConfig()), directory)
+    save_masks(mask_model(make_llama(**changes), MaskConfig(keep_ratio=0.99)), directory)
     return {"code": str(directory)}
 
 

@@ -10,8 +10,10 @@ from tiny_architectures import MIXTURES
 import mft.engines.start
 from mft.budget.budget import Budget, budget_of, grow_budget
 from mft.config import MaskConfig, TrainConfig
+from mft.engines.in_place_adamw import in_place
 from mft.engines.offload import Mover
 from mft.masks.convert import keeping_all, mask_model, masked_modules, merge_model
+from mft.masks.export import save_masks
 from mft.masks.quantize import quantize_model
 from mft.training.loop import train_masks
 from mft_kernels import MaskedGroupedLinear, float_from_fixed
@@ -26,7 +28,7 @@ BUDGET = 0.03
 
 def masked(dtype=torch.float32, **changes):
     layers = {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1, 2, 3]}
-    return mask_model(make_llama(dtype), MaskConfig(**layers | {"budget": BUDGET} | changes))
+    return mask_model(make_llama(dtype), MaskConfig(**layers | {"budget": BUDGET, "mode": "magnitude"} | changes))
 
 
 def train(way, model=None, rows=None, **options):
@@ -66,10 +68,9 @@ def test_the_quota_grows_evenly_over_the_ramp():
 
 
 def test_a_model_begins_as_it_is():
-    model = masked()
-    assert masks_of(model).all()
-    assert budget_of(model).quota == 0
-    assert all(module.keep_ratio == 1 for module in masked_modules(model).values())
+    for model in (masked(), masked(mode="value")):
+        assert masks_of(model).all()
+        assert all(module.keep_ratio == 1 for module in masked_modules(model).values())
 
 
 def test_without_a_ramp_the_smallest_weights_of_the_model_are_dropped():
@@ -78,8 +79,8 @@ def test_without_a_ramp_the_smallest_weights_of_the_model_are_dropped():
     weight = model.model.layers[2].mlp.up_proj.weight.data
     weight[0, :5] = 0.0
     before = copy.deepcopy(model)
-    config = MaskConfig(target_modules=["up_proj"], layers_to_transform=[1, 2, 3], budget=BUDGET, budget_ramp=0)
-    mask_model(model, config)
+    layers = {"target_modules": ["up_proj"], "layers_to_transform": [1, 2, 3]}
+    mask_model(model, MaskConfig(**layers, budget=BUDGET, budget_ramp=0, mode="magnitude"))
     values = torch.cat([before.model.layers[i].mlp.up_proj.weight.detach().abs().flatten() for i in (1, 2, 3)])
     kept = smallest(values.masked_fill(values == 0, torch.inf), int(BUDGET * len(values)))
     assert torch.equal(masks_of(model), kept)
@@ -124,9 +125,9 @@ def test_a_budget_is_filled_in_magnitude_mode_and_where_it_is_asked_for():
     assert all(int((~masks_of(model)).sum()) == int(BUDGET * 12288) for model in filled)
     assert masks_of(masked(mode="value", budget_ramp=0)).all()
     with pytest.raises(ValueError, match="fill_budget must be true or null with mode = magnitude.*got False"):
-        MaskConfig(budget=BUDGET, fill_budget=False)
+        MaskConfig(budget=BUDGET, fill_budget=False, mode="magnitude")
     with pytest.raises(ValueError, match="fill_budget must be left out without budget, got True"):
-        MaskConfig(fill_budget=True)
+        MaskConfig(keep_ratio=0.9, fill_budget=True)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_experts_share_the_threshold_of_the_other_layers(way, separate):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MIXTURES["olmoe"]().eval()
-    mask_model(model, MaskConfig(budget=BUDGET))
+    mask_model(model, MaskConfig(budget=BUDGET, mode="magnitude"))
     found = [module for module in masked_modules(model).values() if isinstance(module, MaskedGroupedLinear)]
     assert found
     train(way, model)
@@ -219,11 +220,29 @@ def test_a_model_without_its_masks_has_them_again_afterwards(plain):
     assert torch.equal(masks_of(plain[0]), before)
 
 
+def test_a_loop_that_never_grows_its_budget_drops_scores_below_0_and_is_told(tmp_path):
+    """An optimiser in place selects by itself, so there the budget is a bound without a call too."""
+    rows = torch.tensor(make_rows(4)["input_ids"])
+    model = masked(mode="value", budget=1e-3)
+    optimizer = torch.optim.AdamW([m.scores for m in masked_modules(model).values()], lr=1.0)
+    model(input_ids=rows, labels=rows).loss.backward()
+    optimizer.step()
+    assert torch.equal(masks_of(model), scores_of(model) >= 0)
+    with pytest.warns(UserWarning, match=r"drop .*% of the weights, more than mask.budget = 0.001: call mft.grow"):
+        save_masks(model, tmp_path / "masks")
+    placed = masked(mode="value", budget=1e-3)
+    with in_place(placed, lr=1.0) as optimizer:
+        placed(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+    assert int((~masks_of(placed)).sum()) == int(1e-3 * 12288)
+    save_masks(placed, tmp_path / "placed")
+
+
 def test_a_loop_of_one_s_own_learns_as_train_masks():
     model, steps = masked(), 4
     model.requires_grad_(False)
     scores = [module.scores.requires_grad_() for module in masked_modules(model).values()]
-    optimizer = torch.optim.AdamW(scores, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(scores, lr=1e-3, weight_decay=0.0, betas=(0.0, 0.99))
     rows = make_rows(4)
     ids = torch.tensor(rows["input_ids"])
     grow_budget(model, 0, steps)

@@ -35,7 +35,7 @@ def test_its_mask_is_the_study_s_but_for_what_is_dropped(tmp_path):
     arms = ARMS + "  slow: {kind: mask, lrs: [1e-2], budget: 0.02, budget_ramp: 0.9, mode: value}\n"
     study = make_study(tmp_path, arms)
     assert study.mask.keep_ratio == 0.9
-    expected = MaskConfig(layers_to_transform=[2, 3], budget=0.02)
+    expected = MaskConfig(layers_to_transform=[2, 3], budget=0.02, mode="magnitude")
     assert study.mask_of(study.arms["budget"]) == expected
     assert study.mask_of(study.arms["slow"]) == MaskConfig(
         layers_to_transform=[2, 3], budget=0.02, budget_ramp=0.9, mode="value"

@@ -21,7 +21,7 @@ from mft_kernels.ops.checks import NonFiniteScores
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT calls it
 
 STEPS, LR = 4, 1e-3
-MASK = {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1, 3], "budget": 0.03}
+MASK = {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1, 3], "budget": 0.03, "mode": "magnitude"}
 QUOTA = int(0.03 * 4 * 2048)
 EXACT = 1e-6
 BATCH = {name: torch.tensor(make_rows(2)[name]) for name in ("input_ids", "labels")}
@@ -30,7 +30,7 @@ BATCH = {name: torch.tensor(make_rows(2)[name]) for name in ("input_ids", "label
 def ours(**changes):
     """Train by train_masks; each step takes all four rows."""
     model = mask_model(make_llama(), MaskConfig(**MASK | changes))
-    settings = {"schedule": "constant", "warmup_ratio": 0}
+    settings = {"schedule": "constant", "warmup_ratio": 0, "betas": (0.9, 0.999)}  # the Trainer's
     train_masks(model, make_rows(4), TrainConfig(lr=LR, steps=STEPS, batch_size=2, accumulation=2, **settings))
     return model
 

@@ -11,7 +11,7 @@ from tiny_run import LEARN, assert_same_masks, events_of, killed_after
 from mft.files.mask_coding import coded_size
 from mft.masks.export_format import read_export
 
-BUDGET = [*LEARN, "mask.budget=0.04", "train.steps=6"]
+BUDGET = [*LEARN, "mask.budget=0.04", "mask.mode=magnitude", "train.steps=6"]
 WEIGHTS = 2 * 9216  # of layers 2 and 3
 
 
@@ -58,7 +58,14 @@ def test_what_is_dropped_is_shown_exported_evaluated_and_merged(cli, tmp_path):
 
 def test_the_best_step_has_what_was_dropped_then(cli, tmp_path):
     """The best step is within the ramp; later steps have other thresholds."""
-    few = [*BUDGET, "train.lr=1", "train.eval_every=1", "train.keep_best=true", "mask.budget_ramp=1"]
+    few = [
+        *BUDGET,
+        "train.lr=1",
+        "train.betas=[0.9,0.999]",
+        "train.eval_every=1",
+        "train.keep_best=true",
+        "mask.budget_ramp=1",
+    ]
     code, output = cli("train", *few)
     assert code == 0, output
     best = json.loads((tmp_path / "run" / "table.json").read_text())["step"]
@@ -72,11 +79,17 @@ def test_a_run_from_before_a_budget_was_a_bound_resumes_with_the_rule_that_it_be
     assert code == 0, output
     killed_after(cli, 3, "train", *few, "mask.fill_budget=true")
     for path in (tmp_path / "run").rglob("*.y*ml"):
-        path.write_text(path.read_text().replace("  fill_budget: true\n", ""))
+        text = path.read_text().replace("  fill_budget: true\n", "")
+        path.write_text(text.replace("  keep_ratio: null\n", "  keep_ratio: 0.99\n"))
     code, output = cli("train", "--resume", "run")
     assert code == 0, output
     assert_same_masks(tmp_path / "run", tmp_path / "straight")
     assert sum(dropped(tmp_path / "run" / "masks").values()) == int(0.04 * WEIGHTS)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("  keep_ratio: null\n", "  keep_ratio: 0.99\n"))
+    for verb in (["evaluate", "--masks", "run"], ["inspect", "run"]):
+        code, output = cli(*verb)
+        assert code == 0, output
 
 
 def test_few_dropped_weights_take_about_their_entropy():

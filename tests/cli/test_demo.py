@@ -1,5 +1,6 @@
 """mft demo on a tiny model: what it prints, what it writes, and what it deletes."""
 
+import dataclasses
 import json
 import re
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mft.cli import demo
 from mft.cli.demo import demo_config, run_demo
+from mft.config import RunConfig
 from mft.config_file import load_config, save_config
 from mft.masks.convert import masked_modules, merge_model
 from mft.tracking.console import new_console
@@ -26,7 +28,13 @@ def config(model_dir, tmp_path, monkeypatch):
     lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     tiny = [f"model.name={model_dir}", f"data.source={tmp_path}/data.jsonl", "data.sequence_length=12"]
-    tiny += ["data.max_train_tokens=192", "mask.layers_to_transform=2-3", "train.lr=5e-2", f"output_dir={tmp_path}/run"]
+    tiny += [
+        "data.max_train_tokens=192",
+        "mask.layers_to_transform=2-3",
+        "mask.budget=0.2",
+        "train.lr=5e-2",
+        f"output_dir={tmp_path}/run",
+    ]
     return load_config("demo", tiny)
 
 
@@ -120,12 +128,9 @@ def test_a_bit_that_differs_is_an_error(name, dtype):
         demo._check_bits(masked, merged)
 
 
-def test_the_shipped_configuration_is_what_the_studies_chose(tmp_path):
+def test_the_shipped_configuration_is_the_default_mask(tmp_path):
     config = demo_config(tmp_path / "a demo")
     assert (config.output_dir, config.model.name) == (str(tmp_path / "a demo"), "smollm2-135m")
-    assert (config.mask.mode, config.mask.threshold, config.mask.layers_to_transform) == (
-        "value",
-        0,
-        list(range(24, 30)),
-    )
-    assert (config.train.lr, config.train.steps_for(96), config.train.batch_size) == (1e-3, 24, 4)
+    assert config.mask == RunConfig().mask
+    assert config.train == dataclasses.replace(RunConfig().train, batch_size=4)
+    assert config.train.steps_for(96) == 24

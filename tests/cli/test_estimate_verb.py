@@ -45,7 +45,7 @@ def test_the_verb_prints_a_table_and_the_choice():
     assert "quantized, which auto does not choose because it changes the base, would fit in 7.8 GB" in output
     assert "are not measured: they assume a card that sustains 150 TFLOP/s" in output
     rows = {line[:16].strip(): line[16:].split() for line in output.splitlines()}
-    assert rows["device peak"] == ["42.84", "41.13", "15.91", "7.77", "2.71", "24.00"]
+    assert rows["device peak"] == ["42.84", "41.14", "15.91", "7.77", "2.71", "24.00"]
     assert rows["host peak"] == ["13.48", "13.48", "16.82", "16.82", "56.05", "64.00"]
     assert rows["batches at once"] == ["32"]
     assert rows["linears in nf4"] == ["none", "none", "none", "196", "none", "224"]

@@ -34,7 +34,7 @@ def test_help_lists_every_key_with_type_default_and_a_line(verb):
     assert code == 0
     lines = {line.split("=")[0].strip(): line for line in output.splitlines() if line.startswith("   ")}
     assert paths_of_a_run() <= set(lines)
-    assert "train.lr=0.0003 " in lines["train.lr"]
+    assert f"train.lr={'0.0003' if verb == 'finetune' else '0.001'} " in lines["train.lr"]
     assert "float above 0: Learning rate. Masks move" in lines["train.lr"]
     assert "model.quantization=null " in lines["model.quantization"]
     assert "nf4, nf4-dq, int8 or null: Quantise the frozen linear" in lines["model.quantization"]
@@ -58,11 +58,11 @@ def test_keys_are_listed_once(schema):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("train.lr", ["train.lr=0.0003", "float above 0; by default 0.0003", "called learning_rate by other trainers"]),
-        ("train.lr=1e-3", ["train.lr=0.0003"]),
-        ("learning_rate", ["train.lr=0.0003"]),
+        ("train.lr", ["train.lr=0.001", "float above 0; by default 0.001", "called learning_rate by other trainers"]),
+        ("train.lr=1e-3", ["train.lr=0.001"]),
+        ("learning_rate", ["train.lr=0.001"]),
         ("seed", ["data.seed=0", "mask.seed=0", "train.seed=0"]),
-        ("mask", ["mask.keep_ratio=0.99", "mask.seed=0"]),
+        ("mask", ["mask.keep_ratio=null", "mask.seed=0"]),
         ("model", ["model.name=", "model.dtype="]),
         ("sources", ["data.sources.NAME.weight=1"]),
         ("data.sources.code.source", ["data.sources.NAME.source=...", "text; must be given"]),

@@ -128,8 +128,8 @@ def test_the_demo_leaves_a_run_and_ends_with_three_commands_that_work_as_printed
     train, compare, serve = printed_commands(output[output.index("Done in ") :])
     assert train[0] == "train"
     assert "runs/mine/masks" in mft_runs(*train)
-    assert compare == ["compare", "--config", "demo"]
-    assert load_study(compare[2]).arms.keys() >= {"control", "LoRA (rank 1 on all layers)"}
+    assert compare == ["compare", "--config", "own", "data.source=chats.jsonl"]
+    assert load_study(compare[2]).arms.keys() >= {"control", "LoRA 7 in 4 bits"}
     served = []
     monkeypatch.setattr("mft.serving.run.serve", lambda masks, *_, **__: served.append(masks))
     mft_runs(*serve)

@@ -80,7 +80,7 @@ def test_a_saved_config_loads_equal(tmp_path):
     config = RunConfig(
         ModelConfig(name="./my model", revision="1e5", attn_implementation="null"),
         DataConfig(source="é: # x", subset="0755", validation_split="true", max_train_tokens=4096),
-        MaskConfig(target_modules=["a", "b"], layers_to_transform=[3, 1], keep_ratio=0.1, threshold=1e-7),
+        MaskConfig(target_modules=["a", "b"], layers_to_transform=[3, 1], threshold=1e-7),
         TrainConfig(lr=2e-5, steps=3, max_grad_norm=1.0),
         "runs/123",
         "resident",
@@ -197,7 +197,7 @@ def test_a_wrong_override_says_which_and_what(override, message):
         (
             MaskConfig,
             {"mode": "magnitud"},
-            "mode must be one of magnitude, value, got 'magnitud'; did you mean magnitude?",
+            "mode must be one of auto, magnitude, value, got 'magnitud'; did you mean magnitude?",
         ),
         (MaskConfig, {"init": "zeros"}, "init must be one of normal, magnitude, constant, wanda, got 'zeros'"),
         (MaskConfig, {"threshold": -1.0}, "threshold must be at least 0 in magnitude mode, got -1.0"),

@@ -45,7 +45,7 @@ def test_masks_and_rates_do_not_lean_on_defaults(model, task):
     config = load_config(str(CONFIGS / f"{model}_{task}.yaml"))
     assert config.mask == MaskConfig.paper(layers_to_transform=LAYERS[task], scores_dtype="auto", seed=42)
     assert {"keep_ratio", "mode", "init"} <= read_mapping(CONFIGS / f"{model}_{task}.yaml")["mask"].keys()
-    assert config.train == TrainConfig(
+    assert config.train == TrainConfig.of_weights(
         lr=2e-5, steps=STEPS[task], accumulation=128, moments="auto", gradient_checkpointing=True, seed=42
     )
 
@@ -55,20 +55,19 @@ def test_the_papers_setting_has_a_name_in_files_and_in_python():
     ours = MaskConfig.paper(layers_to_transform=[4, 5, 6, 7])
     assert ours == MaskConfig(layers_to_transform=[4, 5, 6, 7], keep_ratio=0.9, mode="magnitude", init="normal")
     assert config.mask == replace(ours, scores_dtype="auto")
-    assert config.train == TrainConfig(lr=2e-5, epochs=2.0, accumulation=128, moments="auto")
+    assert config.train == TrainConfig.of_weights(lr=2e-5, epochs=2.0, accumulation=128, moments="auto")
     assert (config.model, config.data) == (ModelConfig(), DataConfig())
     assert MaskConfig.paper(keep_ratio=0.8).keep_ratio == 0.8
 
 
-@pytest.mark.parametrize("name", ["demo", "small", "smollm2"])
+@pytest.mark.parametrize("name", ["small", "smollm2"])
 def test_masks_of_studies_do_not_lean_on_defaults(name):
     given = read_mapping(CONFIGS / "compare" / f"{name}.yaml")
     assert given["mask"].keys() >= {"keep_ratio", "init"}
     mask, upper = load_study(name).mask, [24, 25, 26, 27, 28, 29]
-    keep, layers = {"small": (0.98, [2, 3]), "smollm2": (0.99, upper), "demo": (0.99, upper)}[name]
+    keep, layers = {"small": (0.98, [2, 3]), "smollm2": (0.99, upper)}[name]
     assert mask == MaskConfig(layers_to_transform=layers, keep_ratio=keep, mode="magnitude", init="magnitude")
-    if name != "demo":
-        assert (given["arms"]["MFT (paper)"]["init"], given["arms"]["MFT (paper)"]["keep_ratios"]) == ("normal", [0.9])
+    assert (given["arms"]["MFT (paper)"]["init"], given["arms"]["MFT (paper)"]["keep_ratios"]) == ("normal", [0.9])
 
 
 def test_a_shipped_file_goes_by_its_name_unless_a_file_has_it(tmp_path, monkeypatch):

@@ -12,5 +12,5 @@ def test_the_page_is_of_the_keys_of_now():
     spec.loader.exec_module(page)
     text = (DOCS / "reference" / "configuration.md").read_text(encoding="utf-8")
     assert text == page.configuration(), "docs/reference/configuration.md is stale: make reference"
-    assert "| `train.lr` | float above 0 | `0.0003` | Learning rate. " in text
+    assert "| `train.lr` | float above 0 | `0.001` | Learning rate. " in text
     assert "| `arms.NAME.kind` |" in text

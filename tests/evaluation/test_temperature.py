@@ -19,7 +19,7 @@ from mft.training.loop import finetune
 def trained():
     """Return a Llama that has learned to count a little, so that a sharper distribution suits it."""
     model = make_llama()
-    finetune(model, make_rows(16), TrainConfig(lr=1e-2, steps=10, batch_size=4))
+    finetune(model, make_rows(16), TrainConfig.of_weights(lr=1e-2, steps=10, batch_size=4))
     return model
 
 

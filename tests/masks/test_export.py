@@ -56,8 +56,8 @@ def test_an_average_of_the_scores_that_takes_their_place_is_what_is_saved(masked
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 @pytest.mark.parametrize("base", BASES)
 def test_masks_come_back_exactly_on_a_fresh_base(base, mode, tmp_path):
-    threshold = 0.005 if mode == "value" else None
-    model = mask_model(BASES[base](), MaskConfig.paper(layers_to_transform=[1], mode=mode, threshold=threshold))
+    rule = {"keep_ratio": 0.9} if mode == "magnitude" else {"threshold": 0.005}
+    model = mask_model(BASES[base](), MaskConfig(layers_to_transform=[1], init="normal", mode=mode, **rule))
     save_masks(model, tmp_path / "export")
     loaded = load_masks(BASES[base](), tmp_path / "export")
     assert_same_tensors(masks(loaded), masks(model))
@@ -74,8 +74,8 @@ def test_masks_come_back_onto_a_masked_model(masked, saved):
 
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 def test_a_loaded_mask_still_trains_both_ways(mode, tmp_path):
-    threshold = 0.0 if mode == "value" else None
-    save_masks(mask_model(llama(), MaskConfig.paper(mode=mode, threshold=threshold)), tmp_path / "export")
+    rule = {"keep_ratio": 0.9} if mode == "magnitude" else {"threshold": 0.0}
+    save_masks(mask_model(llama(), MaskConfig(init="normal", mode=mode, **rule)), tmp_path / "export")
     model = load_masks(llama(), tmp_path / "export")
     tokens = torch.arange(3, 21).reshape(2, 9)
     model(input_ids=tokens, labels=tokens).loss.backward()

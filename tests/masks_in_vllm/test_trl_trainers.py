@@ -79,8 +79,8 @@ def without_vllm(monkeypatch):
 def masked(kind):
     model = make_llama(torch.bfloat16)
     if kind == "mask_model":
-        return mask_model(model, MaskConfig())
-    return peft.get_peft_model(model, MaskPeftConfig(task_type="CAUSAL_LM"))
+        return mask_model(model, MaskConfig(keep_ratio=0.99))
+    return peft.get_peft_model(model, MaskPeftConfig(keep_ratio=0.99, task_type="CAUSAL_LM"))
 
 
 @pytest.mark.parametrize("kind", ["mask_model", "peft"])

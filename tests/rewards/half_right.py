@@ -51,7 +51,7 @@ def make_model(tokenizer, steps=120):
                 vocab_size=len(tokenizer), **sizes, **heads, eos_token_id=eos, pad_token_id=eos, bos_token_id=None
             )
         )
-    finetune(model, make_rows(questions(24), tokenizer), TrainConfig(lr=3e-3, steps=steps, batch_size=8))
+    finetune(model, make_rows(questions(24), tokenizer), TrainConfig.of_weights(lr=3e-3, steps=steps, batch_size=8))
     return model
 
 
@@ -68,7 +68,7 @@ def assert_near(found, expected):
 
 def masked(model, **options):
     """Mask the model, with scores that learn."""
-    mask_model(model, MaskConfig(**{"keep_ratio": 0.98} | options))
+    mask_model(model, MaskConfig(**({} if "budget" in options else {"keep_ratio": 0.98}) | options))
     model.requires_grad_(False)
     for module in masked_modules(model).values():
         module.scores.requires_grad_()

@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_the_divergence_by_hand(base, tokenizer, rows, k
 def test_the_model_says_at_last_what_its_teacher_says(base, tokenizer, rows):
     """Rewards could not teach this: no answer is right before or after."""
     teacher, pairs = copy.deepcopy(base), [(prompt, " 3") for prompt, _ in questions(24)]
-    finetune(teacher, make_rows(pairs, tokenizer), TrainConfig(lr=3e-3, steps=60, batch_size=8))
+    finetune(teacher, make_rows(pairs, tokenizer), TrainConfig.of_weights(lr=3e-3, steps=60, batch_size=8))
     model = copy.deepcopy(base)
     rows = make_rows([(prompt, " 77") for prompt, _ in questions(24)], tokenizer)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}

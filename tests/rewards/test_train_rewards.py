@@ -157,7 +157,7 @@ def test_scores_learn_by_the_sharpness_and_the_penalty_of_their_mask(base, token
 
 @pytest.mark.parametrize("ramp", [0, 1])
 def test_scores_under_a_budget_share_a_threshold_after_each_step(base, tokenizer, rows, ramp):
-    model, shares = masked(copy.deepcopy(base), keep_ratio=0.99, budget=0.04, budget_ramp=ramp), []
+    model, shares = masked(copy.deepcopy(base), mode="magnitude", budget=0.04, budget_ramp=ramp), []
 
     def look(report):
         modules = list(masked_modules(model).values())

@@ -28,7 +28,7 @@ EXACT = 1e-6
 def ours(**changes):
     """Train by train_masks; each step takes all four rows."""
     model = mask_model(make_llama(), MaskConfig(**MASK | changes))
-    settings = {"schedule": "constant", "warmup_ratio": 0, "max_grad_norm": NORM}
+    settings = {"schedule": "constant", "warmup_ratio": 0, "max_grad_norm": NORM, "betas": (0.9, 0.999)}
     train_masks(model, make_rows(4), TrainConfig(lr=LR, steps=STEPS, batch_size=2, accumulation=2, **settings))
     return model
 

@@ -17,7 +17,7 @@ from mft.training.checkpoint import write_checkpoint
 pytest.importorskip("tensorboard")
 pytest.importorskip("trackio")
 LONG = [*LEARN, "train.steps=8", "train.lr=5e-2", "mask.keep_ratio=0.8"]  # its fourth step is the best
-EVALUATED = [*LONG, "train.eval_every=2", "train.keep_best=true"]
+EVALUATED = [*LONG, "train.betas=[0.9,0.999]", "train.eval_every=2", "train.keep_best=true"]
 BOTH = "report_to=tensorboard,trackio"
 
 

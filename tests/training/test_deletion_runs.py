@@ -32,7 +32,7 @@ def test_a_killed_run_goes_on_bit_for_bit_without_a_look_at_the_data(cli, tmp_pa
     assert events_of(tmp_path / "run", timed=False) == events_of(tmp_path / "straight", timed=False)
     assert_same_masks(tmp_path / "run", tmp_path / "straight")
     assert output.split("% of the mask's bits flipped")[0].split()[-1] != "0.00"
-    unknown = "flips are unknown: mask.init=wanda initialised the scores from data, with mask.keep_ratio=0.8 of each"
+    unknown = "flips are unknown: mask.init=wanda initialised the scores from data, with mask.keep_ratio=0.8"
     assert (unknown in cli("inspect", "run")[1]) == (how is BY_RATIO)
 
 

@@ -64,7 +64,7 @@ def test_pairs_are_mixed_from_several_sources(cli, tmp_path):
 
 
 def test_distillation_and_kl_from_the_configuration(cli, tmp_path, model_dir):
-    short = [*LEARN, "memory=resident", "data.max_eval_tokens=48"]
+    short = [*LEARN, "memory=resident", "data.max_eval_tokens=48", "mask.keep_ratio=0.9"]
     code, output = cli("train", *short, "objective.name=kl", "objective.beta=0.5")
     assert code == 0, output
     after = events_of(tmp_path / "run")[-1]

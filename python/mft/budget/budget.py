@@ -11,6 +11,7 @@ The threshold is found again after each optimiser step. Between two steps it is 
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -140,8 +141,10 @@ class _Found:
 def grow_budget(model: nn.Module, step: int, steps: int) -> None:
     """Drop what the budget allows after ``step``. Call it before the first step of a loop (step 0) and after each one.
 
-    Args: model: A model from mask_model; or a PeftModel, whose adapters select by themselves, and drop their whole
-        budget from the first step if this is never called. It may be wrapped by torch.compile, DistributedDataParallel
+    Without a call the masks of mask_model keep their first threshold, usually 0, and may drop more than the budget.
+    Adapters of PEFT select by themselves, and drop up to the whole budget from the first step.
+
+    Args: model: A model from mask_model, or a PeftModel. It may be wrapped by torch.compile, DistributedDataParallel
         or DataParallel. A model without a budget is not changed.
     Raises: NonFiniteScores, which names the layer.
     """
@@ -160,6 +163,18 @@ def grow_budget(model: nn.Module, step: int, steps: int) -> None:
                     "returned"
                 )
             budget.select(masked)
+
+
+def check_within_budget(model: nn.Module, kept: int) -> None:
+    """Warn if a model's masks drop more than its budget, as those of a loop do that never calls grow_budget."""
+    budget = budget_of(model)
+    if budget is not None and budget.weights - kept > budget.quota:
+        warnings.warn(
+            f"the masks drop {(budget.weights - kept) / budget.weights:.2%} of the weights, more than mask.budget = "
+            f"{budget.share:g}: call mft.grow_budget(model, step, steps) after each step, or pass "
+            "callbacks=[mft.BudgetCallback()] to the trainer",
+            stacklevel=4,
+        )
 
 
 def budget_of(holder: Any) -> Budget | None:

@@ -10,7 +10,7 @@ import typer
 
 import mft
 from mft.checks import check_one_of
-from mft.cli.keys import Keyed, ListedKeys, StudyKeys, run_schema, study_schema
+from mft.cli.keys import FinetuneKeys, Keyed, ListedKeys, StudyKeys, run_schema, study_schema
 from mft.config import WAYS, RunConfig
 from mft.config_file import check_overrides, load_config
 from mft.contention import core_share
@@ -150,7 +150,7 @@ def train(
         say(line)
 
 
-@app.command(cls=ListedKeys, rich_help_panel=TRAIN)
+@app.command(cls=FinetuneKeys, rich_help_panel=TRAIN)
 def finetune(
     config: Config = None,
     overrides: Overrides = None,
@@ -160,7 +160,7 @@ def finetune(
     force: Force = False,
 ) -> None:
     """Fine-tune all weights, and write an ordinary model to output_dir/model."""
-    start = _start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force)
+    start = _start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force, of_weights=True)
     from mft.training.run import run_finetune
 
     run_finetune(start)
@@ -747,7 +747,12 @@ def estimate(
         bool, typer.Option("--gradient-checkpointing", help="For plain, in_place, sharded.")
     ] = False,
     target_modules: Annotated[str | None, typer.Option(help="Linear layers, such as up_proj,down_proj.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Share of all masked weights that is dropped.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Largest share of all masked weights that is dropped.")
+    ] = _DEFAULTS.mask.budget,
+    keep_ratio: Annotated[
+        float | None, typer.Option(help="Share of each matrix's weights that is kept, in place of a budget.")
+    ] = None,
     objective: Annotated[str, typer.Option(help="kl, distill (its teacher not counted) or dpo.")] = "cross_entropy",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -799,7 +804,8 @@ def estimate(
         quantization=quantization,
         quantize_masked=quantize_masked,
         gradient_checkpointing=gradient_checkpointing,
-        budget=budget,
+        keep_ratio=1.0 if keep_ratio is None else keep_ratio,
+        budget=budget if keep_ratio is None else None,
         objective=objective,
         device=device,
     )
@@ -882,13 +888,14 @@ def _start(
     overwrite: bool,
     resume: Path | None,
     force: bool,
+    of_weights: bool = False,
 ) -> Any:
     """Return how a run of finetune or train begins: new, or resumed. Loads torch after it has checked the keys."""
     given = _given(overrides, sets)
     if resume is None:
         if force:
             raise ValueError("--force must come with --resume, got it alone")
-        run_config = load_config(config, given)
+        run_config = load_config(config, given, of_weights=of_weights)
     elif overwrite:
         raise ValueError("--overwrite must not come with --resume: one deletes the run, the other goes on with it")
     _let_waiting_threads_sleep()

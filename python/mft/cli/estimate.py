@@ -257,8 +257,8 @@ def _of_budget(shape: ModelShape, workload: Workload) -> list[str]:
     weights = RunSizes(shape, WAYS["plain"].of(workload)).masked_weights
     bits = -(share * math.log2(share) + (1 - share) * math.log2(1 - share))
     return [
-        f"a budget of {share:g} drops {int(share * weights):,d} of {weights:,d} masked weights: a file of about "
-        f"{bits * weights / 8e6:.2g} MB ({bits:.2g} bits per weight)"
+        f"a budget of {share:g} drops at most {int(share * weights):,d} of {weights:,d} masked weights: a file of "
+        f"up to about {bits * weights / 8e6:.2g} MB ({bits:.2g} bits per weight)"
     ]
 
 

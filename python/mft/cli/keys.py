@@ -13,7 +13,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from mft.checks import nearest
-from mft.config import RunConfig
+from mft.config import FinetuneConfig, RunConfig
 from mft.config_file import FOREIGN_NAMES
 from mft.files.json_schema import schema_of
 from mft.tracking.console import console, say
@@ -52,8 +52,8 @@ class Section:
     keys: tuple[Key, ...]
 
 
-def run_schema() -> dict[str, Any]:
-    return schema_of(RunConfig, "A run of mft train, finetune, evaluate or sensitivity")
+def run_schema(config: type[RunConfig] = RunConfig) -> dict[str, Any]:
+    return schema_of(config, "A run of mft train, finetune, evaluate or sensitivity")
 
 
 def study_schema() -> dict[str, Any]:
@@ -139,6 +139,13 @@ class ListedKeys(Keyed):
         for section in sections(self.schema()):
             _print_section(section)
         say(f"\n {verb} --help KEY explains one; mft schema run has them for editors.")
+
+
+class FinetuneKeys(ListedKeys):
+    """The same with the defaults of mft finetune."""
+
+    def schema(self) -> dict[str, Any]:
+        return run_schema(FinetuneConfig)
 
 
 class StudyKeys(Keyed):

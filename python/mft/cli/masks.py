@@ -9,9 +9,10 @@ import torch
 from rich import box
 from rich.table import Column, Table
 
+from mft.budget.budget import grow_budget
 from mft.checks import check_one_of
 from mft.config import CODINGS, CONFIG, DATA_INITS, ModelConfig
-from mft.config_file import load_config
+from mft.config_file import load_saved
 from mft.evaluation.evaluated_base import config_of_run
 from mft.files.mask_coding import BY_NAME
 from mft.masks.convert import check_interpolable, mask_model, masked_modules, merge_model
@@ -68,16 +69,15 @@ def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force:
     run_config, initial = config_of_run(directory), None
     model, _ = read_base(directory, model_name, dtype)
     why = f"no {CONFIG} of the run next to {directory} tells how the scores were initialised"
-    begun = None if run_config is None else load_config(run_config).mask
+    begun = None if run_config is None else load_saved(run_config).mask
     if begun is not None and begun.init not in DATA_INITS:
         # Initial scores depend only on configuration, layer name and weight, so the first masks can be computed again.
-        initial = initial_masks(mask_model(model, begun))
+        mask_model(model, begun)
+        grow_budget(model, 0, 1)
+        initial = initial_masks(model)
     load_masks(model, directory, force=force)
     if begun is not None and begun.init in DATA_INITS:
-        why = (
-            f"mask.init={begun.init} initialised the scores from data, with mask.keep_ratio={begun.keep_ratio:g} of "
-            "each matrix kept"
-        )
+        why = f"mask.init={begun.init} initialised the scores from data, with {begun.rule}"
         if begun.threshold is not None:  # then all scores begin at it or above
             initial = {name: torch.ones_like(mask) for name, mask in initial_masks(model).items()}
     rows = mask_statistics(model, initial)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mft.config import CONFIG, ModelConfig, RunConfig
-from mft.config_file import load_config
+from mft.config_file import load_saved
 from mft.data.sources import NAMED
 from mft.escaping import one_line
 from mft.masks.export_format import MaskExport, read_description
@@ -23,7 +23,7 @@ def learned_base(masks: Path, name: str | None = None, dtype: str | None = None)
     Raises: ValueError if neither names a base, or as read_description.
     """
     path, known = _known(masks)
-    model = load_config(path, known).model
+    model = load_saved(path, known).model
     if name is None and not known:
         raise ValueError(f"--model must name the base, {masks} does not")
     if name is not None:
@@ -40,7 +40,7 @@ def config_of_run(masks: Path) -> Path | None:
     if masks.name != MASKS or not path.is_file():
         return None
     named = read_description(masks).base_model_name_or_path
-    return path if named in (None, load_config(path).model.name) else None
+    return path if named in (None, load_saved(path).model.name) else None
 
 
 def evaluated_config(masks: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
@@ -49,7 +49,7 @@ def evaluated_config(masks: Path, overrides: Sequence[str]) -> tuple[RunConfig, 
     They are found as in learned_base. overrides have precedence.
     """
     path, known = _known(masks)
-    config = load_config(path, [*known, *overrides])
+    config = load_saved(path, [*known, *overrides])
     model = config.model
     sources = config.data.sources
     named = config.data.source if sources is None else " and ".join(given.source for given in sources.values())
@@ -102,7 +102,7 @@ def _known(masks: Path) -> tuple[Path | None, list[str]]:
     """
     path = config_of_run(masks)
     if path is not None:
-        config = load_config(path)
+        config = load_saved(path)
         places = {
             "model.name": config.model.name,
             "model.chat_template": config.model.chat_template,

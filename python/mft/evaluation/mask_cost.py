@@ -12,6 +12,7 @@ ROWS = 4  # very cheap compared with a validation
 # Nats per token; 10 % in perplexity. On SmolLM2-135M, magnitude masks begin within 0.01 nats per token of the unmasked
 # model at a keep_ratio of 0.9 to 0.99; random ones begin 0.25 above it at 0.99 and 7.3 at 0.9 (docs/how-to/recipe.md).
 WELL_ABOVE = 0.1
+_HARMLESS = 0.99  # a keep ratio
 
 
 def said_of_cost(model: nn.Module, config: MaskConfig, dataset, **options) -> str | None:
@@ -28,23 +29,22 @@ def said_of_cost(model: nn.Module, config: MaskConfig, dataset, **options) -> st
         unmasked = evaluate(model, few, **options).loss
     if not masked > unmasked + WELL_ABOVE:  # if the loss is NaN, the first step reports it
         return None
-    name = next((name for name in ("budget", "threshold") if getattr(config, name) is not None), "keep_ratio")
-    cut = f"{name}={getattr(config, name):g}"
     return (
         f"the masks alone cost {masked - unmasked:.2f} nats per token: the loss is {masked:.2f} before the first step, "
-        f"{unmasked:.2f} without them (on {len(few)} rows). mask.init={config.init} mask.{cut} on "
+        f"{unmasked:.2f} without them (on {len(few)} rows). mask.init={config.init} {config.rule} on "
         f"{len(masked_modules(model))} layers drops what the model needs; {_remedy(config)}"
     )
 
 
 def _remedy(config: MaskConfig) -> str:
     ours = ("init", "budget_ramp", "fill_budget", "threshold", "sharpness", "deletion_penalty")
-    harmless = dataclasses.replace(config, **{name: getattr(MaskConfig(), name) for name in ours})
-    harmless.keep_ratio = max(config.keep_ratio, MaskConfig().keep_ratio)
+    keep_ratio = None if config.keep_ratio is None else max(config.keep_ratio, _HARMLESS)
+    defaults = {name: getattr(MaskConfig(), name) for name in ours}
+    harmless = dataclasses.replace(config, keep_ratio=keep_ratio, **defaults)
     was, better = (dataclasses.asdict(value) for value in (config, harmless))
     changes = [
         f"mask.{name}={'null' if value is None else value}" for name, value in better.items() if was[name] != value
     ]
     if changes:
         return f"{' '.join(changes)} begins near the model as it is"
-    return "set mask.keep_ratio nearer to 1, or mask fewer layers with mask.layers_to_transform"
+    return "mask fewer layers with mask.layers_to_transform"

@@ -17,7 +17,14 @@ from mft.files.yaml_file import parse_yaml
 CLASS_BY_VALUES = "class_by_values"  # in a field's metadata: a function from a section's values to its class
 YAML = (".yaml", ".yml")
 _DATA = (".jsonl", ".json", ".parquet", ".csv", ".gz")
-_EITHER = (("steps", "epochs"), ("epochs", "steps"))  # if the first is given, the other's default does not apply
+# If the first is given, the defaults of the others do not apply.
+_REPLACES = {
+    "steps": ("epochs",),
+    "epochs": ("steps",),
+    "budget": ("keep_ratio", "mode"),
+    "keep_ratio": ("budget", "mode"),
+    "threshold": ("budget", "keep_ratio", "mode"),
+}
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,9 @@ class Nested:
         if not isinstance(given, Mapping):
             raise ValueError(f"{prefix.removesuffix('.')} must be a mapping of keys, got {shown(given)}")
         kept = {} if default is dataclasses.MISSING else _shallow(default())
-        for one, other in _EITHER:
-            if one in given:
-                kept.pop(other, None)
+        for one, others in _REPLACES.items():
+            if given.get(one) is not None:
+                kept = {name: value for name, value in kept.items() if name not in others}
         return self._built(below.section_of(given, prefix), kept | dict(given), prefix)
 
     def _place(self, key: str, values: dict[str, Any]) -> tuple[list[str], type | None]:

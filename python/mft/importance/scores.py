@@ -127,12 +127,9 @@ def wanda_scores(name: str, weight: Tensor, norms: Tensor, mask: MaskConfig) -> 
     reached = torch.where((norms != 0).any(-1, keepdim=True), norms, 1.0)
     values = (weight.abs().float() * reached.to(weight.device)).double()
     check_tells_apart(name, mask.init, values)
-    if mask.budget is not None:
-        return _scaled(values)
-    if mask.threshold is None:
+    if mask.keep_ratio is not None:
         values = values / _last_kept(values, mask.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
-        return _scaled(values)
-    return _scaled(values) + mask.threshold
+    return _scaled(values) + (mask.threshold or 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- for one-shot masks

@@ -333,7 +333,7 @@ def check_unmasked(model: nn.Module) -> None:
 def _scores_options(name: str, config: MaskConfig, weight: Tensor) -> dict[str, Any]:
     dtype = torch.float64 if weight.dtype == torch.float64 else getattr(torch, unless_auto(config.scores_dtype))
     return {
-        "keep_ratio": config.keep_ratio if config.budget is None else 1.0,  # until the budget selects
+        "keep_ratio": 1.0 if config.keep_ratio is None else config.keep_ratio,  # 1 until a budget selects
         "mode": config.mode,
         "init": config.init,
         "threshold": config.threshold,
@@ -347,7 +347,8 @@ def _begin_budget(model: nn.Module, masked: list[MaskedLayer], config: MaskConfi
     """Initialise magnitude scores on one scale for all layers, and select the masks used before the first step."""
     budget = make_budget(config, weights)
     assert budget is not None, "asked for where there is one"
-    budget.grow(0, 1)
+    if budget.fills:
+        budget.grow(0, 1)
     keep_budget(model, budget)
     for module in masked:
         load_with_threshold(module)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mft.budget.budget import check_within_budget
 from mft.checks import check_one_of
 from mft.config import CODINGS, MaskConfig
 from mft.files.atomic import atomic_directory
@@ -183,18 +184,16 @@ def put_masks(
     _check_fit(model, shapes)
     masked = masked_modules(model)
     if not masked:
-        convert(model, list(shapes), loaded_config(mode, keep_ratio))
+        convert(model, list(shapes), loaded_config(mode))
         masked = masked_modules(model)
     for name, packed in masks.items():
         _set_mask(masked[name], packed, mode, keep_ratio)
     return model
 
 
-def loaded_config(mode: str, keep_ratio: float | None) -> MaskConfig:
-    """Return the configuration of a loaded mask: a fixed threshold, see scores_of_mask. keep_ratio is recorded only."""
-    return MaskConfig(
-        keep_ratio=1.0 if keep_ratio is None else keep_ratio, mode=mode, init="constant", threshold=_THRESHOLD[mode]
-    )
+def loaded_config(mode: str) -> MaskConfig:
+    """Return the configuration of a loaded mask: a fixed threshold, see scores_of_mask."""
+    return MaskConfig(mode=mode, init="constant", threshold=_THRESHOLD[mode])
 
 
 def scores_of_mask(packed: Tensor, shape: tuple[int, ...] | torch.Size, mode: str) -> Tensor:
@@ -299,6 +298,7 @@ def _save_masks(
         packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
     saved = saved_tensors(model)
     export = _describe(model, masked, packed, saved, base_model_name_or_path, system_prompt)
+    check_within_budget(model, sum(entry.kept for entry in export.modules))
     return _write(target, dataclasses.replace(export, coding=coding), packed, saved, partial(_exact_weight, model))
 
 

@@ -93,8 +93,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
         export = read_export(directory)
         check_masks_alone(export, directory, "PEFT, which keeps such modules in files of its own")
         config = cls(
-            **vars(loaded_config(export.mode, export.keep_ratio))
-            | {"target_modules": [entry.name for entry in export.modules]},
+            **vars(loaded_config(export.mode)) | {"target_modules": [entry.name for entry in export.modules]},
             task_type="CAUSAL_LM",
             base_model_name_or_path=export.base_model_name_or_path,
         )
@@ -277,7 +276,7 @@ class MaskModel(BaseTuner):
             for part, shape in layer.shapes_of(adapters).items():
                 masks = [layer.keep(name, part, shape) for name in adapters]
                 keeps[layer.names[part]] = combine(masks, combination_type, shares)
-        settings = vars(loaded_config("value", None)) | {"target_modules": list(keeps)}
+        settings = vars(loaded_config("value")) | {"target_modules": list(keeps)}
         self.peft_config[adapter_name] = MaskPeftConfig(**settings, task_type=self.peft_config[adapters[0]].task_type)
         self.inject_adapter(self.model, adapter_name)
         for layer in _mask_layers(self.model):

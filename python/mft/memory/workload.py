@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mft.checks import check_one_of, check_rule
-from mft.config import BUDGET, DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS, MaskConfig
+from mft.config import BUDGET, DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS
 from mft.number_formats import AUTO, state_bytes
 
 
@@ -30,7 +30,7 @@ class Workload:
         clipping: Whether the gradients' global norm is clipped, which layerwise does not support.
         keep_ratio: Share of the masked weights that is kept; 0 if a fixed threshold leaves it open.
         fixed_threshold: Whether masks use a given threshold, which int16 scores do not support.
-        budget: Share of all masked weights that is dropped by one shared threshold; None for one threshold per layer.
+        budget: Largest share of all masked weights that one shared threshold drops; None for one threshold per layer.
         objective: cross_entropy, kl, distill or dpo.
         teacher_bytes: Bytes of a teacher's weights on the device.
         device: "cuda", which has its own memory, or "cpu", which shares the host's.
@@ -51,7 +51,7 @@ class Workload:
     quantize_masked: bool = False
     gradient_checkpointing: bool = False
     clipping: bool = False
-    keep_ratio: float = MaskConfig.keep_ratio
+    keep_ratio: float = 0.99
     fixed_threshold: bool = False
     budget: float | None = None
     objective: str = "cross_entropy"

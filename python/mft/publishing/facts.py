@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from mft.checks import Rule, coerce_fields
 from mft.config import RunConfig
-from mft.config_file import load_config
+from mft.config_file import load_saved
 from mft.evaluation.evaluated_base import config_of_run
 from mft.files.json_file import read_object
 from mft.masks.export_format import MaskExport
@@ -88,7 +88,7 @@ def with_run(facts: Facts, config: Path) -> Facts:
     """
     table = config.with_name(TABLE_JSON)
     results = read_results(table) if table.is_file() else None
-    return dataclasses.replace(facts, config=load_config(config), results=results)
+    return dataclasses.replace(facts, config=load_saved(config), results=results)
 
 
 def facts_of_adapter(values: dict[str, Any]) -> Facts:

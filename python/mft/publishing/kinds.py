@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from mft.checks import nearest_path
 from mft.config import CODINGS, CONFIG
-from mft.config_file import load_config
+from mft.config_file import load_saved
 from mft.files.json_file import read_object
 from mft.files.mask_coding import BY_NAME
 from mft.files.safetensors_file import open_tensors
@@ -174,7 +174,7 @@ class ModelContents(Contents):
         if (directory / MERGED).is_file():
             facts = read_merged(directory / MERGED)
         elif directory.absolute().name == MODEL and (path := directory.absolute().parent / CONFIG).is_file():
-            facts = with_run(Facts(base_model_name_or_path=load_config(path).model.name), path)
+            facts = with_run(Facts(base_model_name_or_path=load_saved(path).model.name), path)
         else:
             facts = Facts()
         return cls(directory, tuple(name for name in names if name not in OF_THE_HUB), facts)

@@ -58,7 +58,7 @@ class ScratchConfig:
         default_factory=lambda: DataConfig(source="stdlib", subset="pretrain", sequence_length=256)
     )
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
+        default_factory=lambda: TrainConfig.of_weights(
             lr=5e-3, epochs=2.0, batch_size=4, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0
         )
     )
@@ -100,9 +100,15 @@ class StudyConfig:
     domains: dict[str, DataConfig]
     model: ModelConfig = field(default_factory=ModelConfig)
     scratch: ScratchConfig | None = None  # instead of model.name
-    mask: MaskConfig = field(default_factory=MaskConfig)  # which layers the control, LoRA and every mask change
-    full: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # lr and epochs come from the arms
-    stage: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1.0))  # for all trained arms after full
+    mask: MaskConfig = field(
+        default_factory=lambda: MaskConfig(keep_ratio=0.99)
+    )  # which layers the control, LoRA and every mask change
+    full: TrainConfig = field(
+        default_factory=lambda: TrainConfig.of_weights(epochs=1.0)
+    )  # lr and epochs come from the arms
+    stage: TrainConfig = field(
+        default_factory=lambda: TrainConfig.of_weights(epochs=1.0)
+    )  # for all trained arms after full
     objective: Annotated[str, one_of(OBJECTIVES)] = CROSS_ENTROPY
     # Replaces stage if the objective is rewards; an epoch asks as many questions as the data has.
     rewards: RewardsConfig = field(default_factory=RewardsConfig)

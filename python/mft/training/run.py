@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from mft.budget.budget import grow_budget
 from mft.config import CONFIG, DATA_INITS, WAYS, RunConfig, TrainConfig
 from mft.config_file import config_values, save_config
 from mft.data.sources import Source, open_source
@@ -257,6 +258,8 @@ def _mask(
         drawn_from = min(config.mask.calibration_rows, count_rows(splits.train) or 0)
         say(f"scores begin by mask.init={config.mask.init} on {drawn_from} rows of the training data")
         init_from_data(model, config.mask, splits.train, processes=run.processes, **options)
+    if rows is None:
+        grow_budget(model, 0, 1)
     if run.found is None and (run.processes.first or rows is not None):
         cost = said_of_cost(
             model, config.mask, splits.validation if len(splits.validation) else splits.train, **options

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mft.config import CONFIG, RunConfig
-from mft.config_file import load_config, save_config
+from mft.config_file import load_saved, save_config
 from mft.files.atomic import remove, sweep, target_of
 from mft.masks.export_format import CONFIG_FILE, MODEL, read_config
 from mft.masks.location import MASKS
@@ -95,7 +95,7 @@ def next_steps(directory: Path) -> list[str]:
     """
     run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
     masks_alone = not read_config(directory / MASKS / CONFIG_FILE).modules_to_save
-    data = load_config(directory / CONFIG).data
+    data = load_saved(directory / CONFIG).data
     asked = "--held-out 3" if data.validation_share else '"Hello"'
     answers = [f"mft generate {run} {asked}"] if masks_alone else []
     tested = [f"mft evaluate --masks {run} --split test"] if data.test_share else []

@@ -171,6 +171,8 @@ class Arm:
         said = {name: value for name in _OF_MASKS if (value := getattr(self, name)) is not None}
         if self.layers_to_transform == []:
             said["layers_to_transform"] = None  # in a MaskConfig: every layer
+        if self.threshold is not None:
+            said |= {"keep_ratio": None, "budget": None}
         return dataclasses.replace(mask, **said)
 
     def may_be_of(self, source: type[Arm]) -> bool:

@@ -74,8 +74,7 @@ class Mask(_AnyMask):
         if self.budget is None:
             return found
         ramp = found.budget_ramp if self.budget_ramp is None else self.budget_ramp
-        keep_ratio = MaskConfig.keep_ratio
-        return replace(found, keep_ratio=keep_ratio, budget=self.budget, budget_ramp=ramp, fill_budget=self.fill_budget)
+        return replace(found, keep_ratio=None, budget=self.budget, budget_ramp=ramp, fill_budget=self.fill_budget)
 
     def untrained(self, ground: Ground) -> nn.Module:
         from mft.masks.convert import masked_modules
