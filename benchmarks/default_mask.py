@@ -28,7 +28,9 @@ TEXTS = {
 STEPS = (24, 64, 256)
 _VALUE = "mask.mode=value train.betas=[0,0.99] train.warmup_ratio=0.05"
 SETTINGS = {
-    "1 % of each matrix, by magnitude, 3e-4": "mask.keep_ratio=0.99 train.lr=3e-4",
+    "1 % of each matrix, by magnitude, 3e-4": (
+        "mask.keep_ratio=0.99 train.lr=3e-4 train.betas=[0.9,0.999] train.warmup_ratio=0.03"
+    ),
     "every score below 0, 5e-4": f"mask.threshold=0 {_VALUE} train.lr=5e-4",
     "every score below 0, 1e-3": f"mask.threshold=0 {_VALUE} train.lr=1e-3",
     "6 layers, every score below 0, 1e-3": f"mask.layers_to_transform=24-29 mask.threshold=0 {_VALUE} train.lr=1e-3",
@@ -39,7 +41,9 @@ SETTINGS = {
     for share, fill, rate in (
         (0.012, True, "3e-3"),
         (0.012, False, "1e-3"),
+        (0.02, False, "1e-3"),
         (0.03, False, "1e-3"),
+        (0.03, False, "7e-4"),
         (0.03, False, "5e-4"),
     )
 }

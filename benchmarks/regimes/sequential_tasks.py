@@ -15,6 +15,7 @@ is once at every place. After each task the test loss of every task is measured.
     masks united               a mask per task from the base, then what all of them keep
     LoRAs added                an adapter per task from the base, then the sum of all
     a mask per task            the same masks, each task under its own: the task of a text must be known
+    a LoRA per task            the same with adapters
     joint                      the weights, on all tasks at once: a bound
 
 All change the linears of all layers, with the same steps. Validation chooses each arm's rate with the first seed, by
@@ -69,6 +70,7 @@ WAYS = {
     "masks united": Way(mask_arm, MasksUnited, _SCORE_RATES),
     "LoRAs added": Way(lora_arm, AdaptersAdded, _ADAPTER_RATES),
     "a mask per task": Way(mask_arm, PerTask, _SCORE_RATES),
+    "a LoRA per task": Way(lora_arm, PerTask, _ADAPTER_RATES),
     BOUND: Way(control_arm, AtOnce, _WEIGHT_RATES),
 }
 
