@@ -99,8 +99,13 @@ def run_command(
     )
     parser.add_argument("--out", type=Path, default=Path("runs") / name.replace("_", "-"))
     parser.add_argument("--quick", action="store_true", help="a smaller model, little text, two seeds: minutes")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these, in quotes; the reference must be one")
     asked = parser.parse_args(given)
     regime = declare(asked.out / "texts", quick=asked.quick)
+    if asked.arms is not None:
+        if unknown := sorted(set(asked.arms) - regime.rates.keys()):
+            parser.error(f"--arms must name arms of {', '.join(regime.rates)}, got {', '.join(unknown)}")
+        regime = dataclasses.replace(regime, rates={arm: regime.rates[arm] for arm in asked.arms})
     carry_out(regime, asked.out, " ".join([command, *(sys.argv[1:] if given is None else given)]))
 
 
