@@ -167,6 +167,7 @@ def test_a_server_takes_the_task_as_the_model(tmp_path):
             assert [each["id"] for each in json.load(answer)["data"]] == [BASE, *TASKS]
         with pytest.raises(urllib.error.HTTPError) as unknown:
             complete(PROMPTS[0], "math")
+        unknown.value.close()
         assert unknown.value.code == 404
         for change in (
             lambda: mft.vllm.use(ADDRESS, "code"),

@@ -84,7 +84,8 @@ def test_what_is_wrong_is_refused_with_a_sentence_and_the_task_stays(server, bod
     request = urllib.request.Request(f"{ADDRESS}/v1/mft/use", body, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
-    error = json.load(refused.value)["error"]
+    with refused.value as answer:
+        error = json.load(answer)["error"]
     assert error["code"] == refused.value.code == 400
     assert " must be " in error["message"]
     assert Remote(ADDRESS).tasks()["task"] == "code"
@@ -104,6 +105,7 @@ def test_a_page_of_another_site_switches_nothing(server, status, headers):
     request = urllib.request.Request(f"{ADDRESS}/v1/mft/use", b'{"task": "maths"}', headers)
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
+    refused.value.close()
     assert refused.value.code == status
     assert Remote(ADDRESS).tasks()["task"] == "code"
 
