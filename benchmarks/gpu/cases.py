@@ -41,12 +41,11 @@ WHY_NOT_PAPER = f"left out above M = {PAPER_MOST_TOKENS}: there the products hid
 
 #: Run before anything is timed. Those of csrc/cuda are separate cases, so that a fault stays with its backend.
 _FIRST_CHECKS = (
-    "cuda layouts", "exact", "cuda exact", "random", "cuda random", "other ops", "cuda other ops", "repeats",
-    "cuda repeats",
+    "cuda layouts", "exact", "cuda exact", "random", "cuda random", "other ops", "repeats", "cuda repeats",
 )  # fmt: skip
 SANITIZERS = ("cuda memcheck", "cuda racecheck")
 TESTS = "tests"
-CUDA_CHECKS = ("cuda exact", "cuda random", "cuda other ops", "cuda repeats", "cuda layouts")
+CUDA_CHECKS = ("cuda exact", "cuda random", "cuda repeats", "cuda layouts")
 
 #: In this order: tokens that other answers rest on, then few tokens, for which the launch dominates, then many.
 _TOKENS_BY_WORTH = (2048, 512, 1024, 64, 1, 4096, 16, 8192, 16384)
@@ -94,8 +93,8 @@ _GUESS = 4.0
 _GUESS_COMPILED = 20.0
 _GUESSES = {"train": 25.0, "experts": 8.0, "threshold": 6.0}
 _GUESSES_OF_CHECKS = {
-    "cuda layouts": 45.0, "exact": 30.0, "cuda exact": 30.0, "other ops": 30.0, "cuda other ops": 30.0, "random": 10.0,
-    "cuda random": 10.0, "repeats": 10.0, "cuda repeats": 10.0, **SECONDS_OF,
+    "cuda layouts": 45.0, "exact": 30.0, "cuda exact": 30.0, "other ops": 30.0, "random": 10.0, "cuda random": 10.0,
+    "repeats": 10.0, "cuda repeats": 10.0, **SECONDS_OF,
 }  # fmt: skip
 
 
@@ -186,7 +185,7 @@ def left_out(case: Case) -> dict[str, str]:
 
 def is_beside_others(case: Case) -> bool:
     """Whether the CUDA kernels are one competitor among several, so that the case is useful without them."""
-    return case.what not in ("correctness", "host", "train")
+    return case.what in (*PRODUCTS, "memory", "threshold")
 
 
 def plan(whats: Iterable[str], shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> list[Case]:

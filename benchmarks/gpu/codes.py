@@ -1,8 +1,8 @@
 """The products over NF4 and int8 codes: calls that are checked bit for bit, and timings of forward and d_x.
 
-fused, cuda   the kernels, which decode while they mask
-decoded       torch decodes the whole weight, then the fused product: what a layer does without such a kernel
-cuBLAS        on a dense bf16 weight, unmasked: four and two times the bytes of the codes
+fused     Triton's kernels, which decode while they mask
+decoded   torch decodes the whole weight, then the fused product: what a layer does without such a kernel
+cuBLAS    on a dense bf16 weight, unmasked: four and two times the bytes of the codes
 
 Codes are random, which does not change the times.
 """
@@ -20,7 +20,7 @@ from mft_kernels import dequantize, reference
 from mft_kernels.codes import NESTED_BLOCK, Nf4
 from mft_kernels.testing import Inputs
 
-from .cases import CUDA, DENSE, FUSED, Case
+from .cases import DENSE, FUSED, Case
 from .device import GRAPH, QUEUED
 from .equality import REFERENCE, Call
 from .operands import MODE, Operands
@@ -119,8 +119,7 @@ def time_codes(case: Case, bench: Bench) -> dict[str, Any]:
             how=QUEUED if name == DECODED else GRAPH,
         )
 
-    names = [name for name in (DENSE, FUSED, CUDA, DECODED) if name not in bench.device.without]
-    return bench.compare({name: competitor(name) for name in names}, len(copies))
+    return bench.compare({name: competitor(name) for name in (DENSE, FUSED, DECODED)}, len(copies), with_cuda=False)
 
 
 def _product(name: str, product: str, o: Operands, of: Codes, bench: Bench) -> Tensor:
@@ -134,7 +133,7 @@ def _product(name: str, product: str, o: Operands, of: Codes, bench: Bench) -> T
         wanted = [True, False, False, False]
         rest = (o.packed, None, None, "value", wanted, fused)
         return torch.ops.mft.masked_linear_packed_backward(o.grad, o.x, weight, *rest)[0]
-    backend = bench.device.backends[name]
+    backend = bench.device.backends[FUSED]
     if forward:
         return torch.ops.mft.masked_linear_quantized(o.x, *of.given, o.packed, None, *of.tail, backend)
     return torch.ops.mft.masked_linear_quantized_d_x(o.grad, *of.given, o.packed, *of.tail, backend)

@@ -7,8 +7,9 @@ repeats   the same call gives the same bits, 100 times
 tests     tests/triton_kernels and the Triton tests of tests/ops, in their own process; in a dry run what a GPU does
           and the interpreter does not, on a driver that launches nothing
 
-"cuda exact" and so on are the same for csrc/cuda. "cuda layouts" (layouts.py) replaces its tests, which run in an
-emulator. "cuda memcheck" and "cuda racecheck" (programs.py) repeat a part of it under compute-sanitizer.
+"cuda exact" and so on are the same for csrc/cuda, which has no other ops. "cuda layouts" (layouts.py) replaces its
+tests, which run in an emulator. "cuda memcheck" and "cuda racecheck" (programs.py) repeat a part of it under
+compute-sanitizer.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The products over experts: bit-for-bit checks, and timings of forward, d_x and d_scores.
 
-fused, cuda   the kernels by scores, and by packed masks; "auto" takes CUDA's by the number of rows (faster_table.py)
-cuBLAS        torch's grouped_mm on the unmasked weight, whatever it runs; for d_scores without the factor
+fused    Triton's kernels by scores, and by packed masks
+cuBLAS   torch's grouped_mm on the unmasked weight, whatever it runs; for d_scores without the factor
 
 Rows are distributed unevenly, and some experts have few or none.
 """
@@ -19,18 +19,17 @@ from torch.nn import functional as F
 from mft_kernels import reference
 
 from ..rivals import KEEP_RATIO
-from .cases import CUDA, CUDA_PACKED, DENSE, EXPERTS, FUSED, PACKED, Case
+from .cases import DENSE, EXPERTS, FUSED, PACKED, Case
 from .device import Device
 from .equality import EVERYTHING, REFERENCE, Call, Check, equal, name_of, named, results, thresholds_check
 from .operands import MODE
 from .timing import Bench, Competitor
 
-_BY = {FUSED: FUSED, PACKED: FUSED, CUDA: CUDA, CUDA_PACKED: CUDA}
 _D_SCORES = [False, False, True, False]
 #: Rows per expert in the checks: none at the ends and between, one, a tile's edge, more than one tile; then rows that
 #: belong to no expert.
 ROWS, NOBODYS = (0, 1, 7, 0, 130, 64, 0), 3
-#: The same with more rows on average, so that Hopper's kernel is chosen where the model agrees.
+#: The same with more rows on average.
 MANY_ROWS = (0, 1, 259, 0, 640, 128, 300)
 _DRY_EXPERTS = 5
 
@@ -113,13 +112,10 @@ def time_experts(case: Case, bench: Bench) -> dict[str, Any]:
     t = drawn(case, bench.device)
     expected = _ours(case.detail, t, REFERENCE, packed=False)(0)
     found = {DENSE: Competitor(_dense(case.detail, t), phases=[_work(case, t, DENSE)])}
-    for name, by in _BY.items():
-        packed = name in (PACKED, CUDA_PACKED)
-        if by in bench.device.without or (packed and case.detail == "d_scores"):
-            continue
-        run = _ours(case.detail, t, bench.device.backends[by], packed=packed)
+    for name in (FUSED,) if case.detail == "d_scores" else (FUSED, PACKED):
+        run = _ours(case.detail, t, bench.device.backends[FUSED], packed=name == PACKED)
         found[name] = Competitor(run, expected, phases=[_work(case, t, name)])
-    return bench.compare(found, 1)  # one copy is already larger than L2
+    return bench.compare(found, 1, with_cuda=False)  # one copy is already larger than L2
 
 
 def drawn(case: Case, device: Device) -> Experts:
@@ -160,7 +156,7 @@ def _work(case: Case, t: Experts, name: str) -> tuple[float, float]:
     """Return (bytes, floating-point operations). Experts without rows count only their zeros."""
     rows = t.offsets.diff(prepend=t.offsets.new_zeros(1))
     elements, every = float((rows > 0).sum().item() * case.n * case.k), float(t.weight.numel())
-    tokens, keep = 2.0 * case.m * (case.n + case.k), {DENSE: 0.0, PACKED: 1 / 8, CUDA_PACKED: 1 / 8}.get(name, 2.0)
+    tokens, keep = 2.0 * case.m * (case.n + case.k), {DENSE: 0.0, PACKED: 1 / 8}.get(name, 2.0)
     moved = elements * (2 + keep)
     if case.detail == "d_scores":
         moved = 2 * every + (0.0 if name == DENSE else 4 * elements)

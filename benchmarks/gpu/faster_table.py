@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .cases import AUTO, AUTO_PACKED, CUDA, CUDA_CHECKS, CUDA_PACKED, FUSED, PACKED, SANITIZERS
-from .once_a_step import SCHEMES, TRITON
+from .cases import AUTO, AUTO_PACKED, CUDA, CUDA_CHECKS, CUDA_PACKED, FUSED, SANITIZERS
 from .results import FAILED, MEASURED, Document, Record
 
 FASTER = "gpu-faster.json"
@@ -80,17 +79,6 @@ def _ops(records: Sequence[Record]) -> Iterable[tuple[str, list[str], list[_Time
         both = steps.keys() & forward.keys()
         yield f"{op}_backward", dtypes, _of_tokens({key: _minus(steps[key], forward[key]) for key in both})
     yield "masked_linear_many", [_BF16], _of_tokens(_pairs(records, "many", FUSED, CUDA))
-    # The op alone does not tell "auto" NF4 from int8, so a size is faster only if it is faster for both.
-    for op, product in (("masked_linear_quantized", "forward"), ("masked_linear_quantized_d_x", "d_x")):
-        over = [_pairs(records, "codes", FUSED, CUDA, _with_detail(f"{kind}, {product}")) for kind in ("nf4", "int8")]
-        yield op, [_BF16], [times for found in over for times in _of_tokens(found)]
-    # One op has both directions.
-    for op, dtypes, names in (
-        ("masked_linear_grouped", [_BF16, _BF16], (FUSED, CUDA)),
-        ("masked_linear_grouped_packed", [_BF16], (PACKED, CUDA_PACKED)),
-    ):
-        over = [_pairs(records, "experts", *names, _with_detail(way)) for way in ("forward", "d_x")]
-        yield op, dtypes, [times for found in over for times in _of_tokens(found)]
     accumulate = _pairs(records, "accumulate", FUSED, CUDA)
     yield "accumulate_score_grad", [_BF16, "float32"], _of_tokens(accumulate)
     for op in ("kept_threshold", "pack_mask", "pack_signs"):
@@ -99,11 +87,6 @@ def _ops(records: Sequence[Record]) -> Iterable[tuple[str, list[str], list[_Time
             yield op, [dtype], [(n * k, *times) for (n, k, _), times in found.items()]
     added = _pairs(records, "accumulate_product", FUSED, CUDA)
     yield "accumulate_product", [_BF16, "float32"], _of_tokens(added)
-    for scheme, (scores, _) in SCHEMES.items():
-        # int16 is not a dtype of the backends' table.
-        dtypes = [*(["float32"] if scores.is_floating_point else []), "float32", _BF16]
-        steps = _pairs(records, "score_step", f"{scheme}, {TRITON}", f"{scheme}, {CUDA}")
-        yield "score_step", dtypes, [(n * k, *times) for (n, k, _), times in steps.items()]
 
 
 def _with_detail(detail: str) -> Callable[[Record], bool]:

@@ -24,7 +24,6 @@ from mft_kernels.testing import Inputs, integer_inputs
 
 from . import on_host
 from .cases import CUDA
-from .codes import code_calls
 from .device import Device
 from .equality import (
     EVERYTHING,
@@ -34,14 +33,12 @@ from .equality import (
     assert_equal,
     dense_calls,
     equal,
-    many_calls,
     name_of,
     poisoned,
     results,
     selection_checks,
     widened,
 )
-from .experts import expert_checks
 from .operands import MODE
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -62,10 +59,6 @@ SMALL: tuple[Size, ...] = (
 TILES, PARTS, MASKED_BY = (64, 128, 256), (1, 2, 3), ("words", MODE, "value")
 _TILED: Size = (200, 264, 640)
 _CUT: Size = (64, 256, 128)  # a part of a wider matrix
-#: (N, K) of experts. One kernel serves every capability. In the second shape, rows are whole chunks and every direction
-#: has more than one tile.
-_EXPERTS = ((33, 47), (264, 136))
-
 #: (weight, scores, mode, whether there is one threshold per row)
 Kind = tuple[torch.dtype, torch.dtype, str, bool]
 #: The kinds that compute-sanitizer and a dry run have time for.
@@ -92,17 +85,12 @@ def checks(device: Device) -> Iterator[Check]:
         for name, run in (*_strided(cut, on, backend), ("in a graph", functools.partial(in_a_graph, cut, device))):
             yield f"{name}, {capability}", functools.partial(_by, capability, run)
     yield from tile_checks((_BF16,) if dry else (_BF16, _FP16), on)
-    for n, k in _EXPERTS[: 1 if dry else None]:
-        for dtype in (_BF16, _FP16):
-            yield from expert_checks(f"experts of {(n, k)}", n, k, dtype, backend, on)
 
 
 def few(on: torch.device, backend: str) -> Iterator[Check]:
     """Yield one check per kernel and kind of memory access: compute-sanitizer takes a hundred times as long."""
     yield from _by_each_capability(_FEW_SIZES, on, backend)
     yield from tile_checks((_BF16,), on, PARTS[:2])
-    for n, k in _EXPERTS:
-        yield from expert_checks(f"experts of {(n, k)}", n, k, _BF16, backend, on)
 
 
 def tile_checks(dtypes: Sequence[torch.dtype], on: torch.device, parts: Sequence[int] = PARTS) -> Iterator[Check]:
@@ -187,8 +175,6 @@ def _of_size(size: Size, kind: Kind, on: torch.device, backend: str) -> Iterator
     row = ", by row" if by_row else ""
     label = f"{size}, {name_of(dtype)}, scores {name_of(scores_dtype)}, {mode}{row}"
     calls = [*dense_calls(t, threshold, mode, EVERYTHING), *accumulating_calls(t, mode)]
-    if (scores_dtype, mode, by_row) == (dtype, MODE, False):
-        calls += [*code_calls(t, threshold), *many_calls(t, threshold)]
     yield from equal(backend, label, calls, poison=True)
     if t.scores.numel() > 1:
         yield from selection_checks(label, t.scores, threshold, backend, poison=True)

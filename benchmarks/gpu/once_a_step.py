@@ -73,21 +73,19 @@ def time_score_step(case: Case, bench: Bench) -> dict[str, Any]:
     found: dict[str, Competitor] = {}
     for scheme in SCHEMES:
         matrix = Matrix(case.n, case.k, scheme, bench.device.torch_device)
-        for name, by in ((TRITON, FUSED), (CUDA, CUDA)):
-            if by not in bench.device.without:
-                backend = bench.device.backends[by]
-                found[f"{scheme}, {name}"] = Competitor(
-                    functools.partial(lambda matrix, backend, copy: matrix.step(backend), matrix, backend),
-                    apart=functools.partial(matrix.apart, backend),
-                    most_apart=_MOST_APART,
-                    phases=[(matrix.moved_bytes, 0.0)],
-                )
+        backend = bench.device.backends[FUSED]
+        found[f"{scheme}, {TRITON}"] = Competitor(
+            functools.partial(lambda matrix, backend, copy: matrix.step(backend), matrix, backend),
+            apart=functools.partial(matrix.apart, backend),
+            most_apart=_MOST_APART,
+            phases=[(matrix.moved_bytes, 0.0)],
+        )
     parameter = nn.Parameter(torch.zeros(case.n, case.k, device=bench.device.torch_device))
     parameter.grad = torch.ones_like(parameter)
     adam = torch.optim.AdamW([parameter], fused=True)
     moved = 4.0 * 7 * case.n * case.k
     found[TORCH_ADAMW] = Competitor(lambda copy: adam.step(), phases=[(moved, 0.0)], how=QUEUED)
-    return bench.compare(found, 1)
+    return bench.compare(found, 1, with_cuda=False)
 
 
 def step_checks(label: str, n: int, k: int, backend: str, device: torch.device) -> Iterator[Check]:

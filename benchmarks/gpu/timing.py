@@ -59,8 +59,11 @@ class Bench:
         self.inputs = Inputs(device)
         self._ceilings = ceilings
 
-    def compare(self, competitors: Mapping[str, Competitor], copies: int) -> dict[str, Any]:
-        """Return samples: times and shares of the floors by name; failures: why others have none; left_out."""
+    def compare(self, competitors: Mapping[str, Competitor], copies: int, *, with_cuda: bool = True) -> dict[str, Any]:
+        """Return samples: times and shares of the floors by name; failures: why others have none; left_out.
+
+        ``with_cuda``: whether the CUDA kernels serve this op, so that a run without them leaves something out.
+        """
         timers: dict[str, Timer] = {}
         failures: dict[str, str] = {}
         for name, one in competitors.items():
@@ -80,7 +83,8 @@ class Bench:
         for name, sample in samples.items() if DENSE in samples else ():
             shares = [100 * dense / own for dense, own in zip(rounds[DENSE], rounds[name])]
             sample["percent_of_cublas"] = asdict(Spread.of(shares))
-        return {"copies": copies, "samples": samples, "failures": failures, "left_out": self.without_cuda()}
+        left_out = self.without_cuda() if with_cuda else {}
+        return {"copies": copies, "samples": samples, "failures": failures, "left_out": left_out}
 
     def without_cuda(self) -> dict[str, str]:
         """Return why the CUDA kernels take no part, under their name."""

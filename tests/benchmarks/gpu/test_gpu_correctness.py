@@ -16,15 +16,18 @@ pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 from gpu_records import CEILINGS, on_host
 
 from benchmarks.gpu import cases, correctness, equality, layouts, once_a_step, products, timing
-from benchmarks.gpu.cases import CUDA, Case
+from benchmarks.gpu.cases import CUDA, FUSED, Case
 from benchmarks.gpu.results import FAILED, NOT_MEASURED
 
 BACKEND = "cuda_on_host"
 IN_PLACE = ("accumulate_score_grad", "accumulate_score_grad_grouped")
 OPS = (
     "masked_linear", "masked_linear_backward", "masked_linear_packed", "masked_linear_packed_backward",
-    "masked_linear_many", "masked_linear_many_backward", "accumulate_score_grad",
-    "kept_threshold", "pack_mask", "pack_signs", "masked_linear_quantized", "masked_linear_quantized_d_x",
+    "accumulate_score_grad", "kept_threshold", "pack_mask", "pack_signs",
+)  # fmt: skip
+#: Those that csrc/cuda does not serve.
+OTHER_OPS = (
+    "masked_linear_many", "masked_linear_many_backward", "masked_linear_quantized", "masked_linear_quantized_d_x",
     "masked_linear_grouped", "masked_linear_grouped_backward", "masked_linear_grouped_packed",
     "masked_linear_grouped_packed_backward", "accumulate_score_grad_grouped", "kept_thresholds",
 )  # fmt: skip
@@ -54,7 +57,7 @@ def changes(monkeypatch):
         made = registered("reference").function("step")(update)
         return found["score_step"](made, update.scores) if "score_step" in found else made
 
-    for name in OPS:
+    for name in (*OPS, *OTHER_OPS):
         monkeypatch.setattr(torch.ops.mft, name, replaced(name))
 
     def in_tile(a, weight, scores, threshold, packed, bias, magnitude, transposed, tokens, parts):
@@ -96,7 +99,15 @@ def complaints_of(detail, device):
     return fields
 
 
-@pytest.mark.parametrize(("detail", "least"), zip(cases.CUDA_CHECKS, (40, 2, 30, 3, 150)))
+@pytest.fixture
+def other():
+    """Return a device on which Triton's name stands for BACKEND."""
+    device = on_host(without={})
+    device.backends = device.backends | {FUSED: BACKEND}
+    return device
+
+
+@pytest.mark.parametrize(("detail", "least"), zip(cases.CUDA_CHECKS, (40, 2, 3, 150)))
 def test_right_kernels_pass_every_check(detail, least, changes, here):
     fields = complaints_of(detail, here)
     assert fields["complaints"] == []
@@ -148,8 +159,20 @@ def test_one_wrong_element_of_any_op_is_found(op, changes, here):
     found = complaints_of("cuda layouts", here)["complaints"]
     assert any(c.startswith(op) for c in found)
     assert any("1 of" in c for c in found)
-    of_a_layer = [c for detail in ("cuda exact", "cuda other ops") for c in complaints_of(detail, here)["complaints"]]
-    assert any(c.startswith(f"{op}, ") for c in of_a_layer)
+    assert any(c.startswith(f"{op}, ") for c in complaints_of("cuda exact", here)["complaints"])
+
+
+def test_other_ops_that_are_right_pass(changes, other):
+    fields = complaints_of("other ops", other)
+    assert fields["complaints"] == []
+    assert fields["passed"] >= 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OTHER_OPS)
+def test_one_wrong_element_of_another_op_is_found(op, changes, other):
+    changes[op] = add_late if op in IN_PLACE else flip_last
+    assert any(c.startswith(f"{op}, ") and "1 of" in c for c in complaints_of("other ops", other)["complaints"])
 
 
 def test_every_tile_and_sum_of_hopper_s_product_is_asked_for_and_a_wrong_one_is_found(changes, here):
@@ -174,14 +197,14 @@ def test_every_tile_and_sum_of_hopper_s_product_is_asked_for_and_a_wrong_one_is_
     assert not [name for name, _ in layouts.few(torch.device("cpu"), BACKEND) if name.startswith("product_sm90")]
 
 
-def test_a_wrong_step_is_found(changes, here):
+def test_a_wrong_step_is_found(changes, other):
     def forgets(result, scores, *arguments):
         scores.zero_()
         return result
 
     changes["score_step"] = forgets
-    found = complaints_of("cuda other ops", here)["complaints"]
-    assert {c.split(", cuda")[0] for c in found} == {f"score_step, {scheme}" for scheme in once_a_step.SCHEMES}
+    found = complaints_of("other ops", other)["complaints"]
+    assert {c.split(", fused")[0] for c in found} == {f"score_step, {scheme}" for scheme in once_a_step.SCHEMES}
     assert all("% of the new scores differ" in c for c in found)
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 from gpu_records import HERE, check, documents_of, record, results_of, sample
 
 from benchmarks.gpu import faster_table, report
-from benchmarks.gpu.cases import AUTO, AUTO_PACKED, CUDA, CUDA_CHECKS, CUDA_PACKED, FUSED, PACKED, SQUARE, Case
+from benchmarks.gpu.cases import AUTO, AUTO_PACKED, CUDA, CUDA_CHECKS, CUDA_PACKED, FUSED, SQUARE, Case
 from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED, REPORTED, SLOW
 from mft_kernels.backends import faster
 from mft_kernels.backends import table as backends
@@ -52,42 +52,29 @@ def test_a_backward_is_what_a_step_takes_beyond_its_forward():
     assert sizes_of(records) == {"2048": False}
 
 
-def test_selections_and_steps_are_told_by_scores_and_accumulation_by_tokens():
+def test_selections_are_told_by_scores_and_accumulation_by_tokens():
     threshold = record("threshold", 0, {"kept_threshold": sample(1.0), "kept_threshold, cuda": sample(0.5)})
-    step = record("score_step", 0, {"int16, 8-bit, Triton": sample(1.0), "int16, 8-bit, cuda": sample(0.5)})
     added = [timed(what, 2048, 1.0, 0.5, auto=FUSED) for what in ("accumulate", "accumulate_product")]
-    found = faster_table.table(documents_of(*checks(), threshold | {"detail": "bfloat16"}, step, *added))
+    found = faster_table.table(documents_of(*checks(), threshold | {"detail": "bfloat16"}, *added))
     assert [(entry["op"], entry["dtypes"], entry["sizes"]) for entry in found["ops"]] == [
         ("accumulate_score_grad", ["bfloat16", "float32"], {"2048": True}),
         ("kept_threshold", ["bfloat16"], {str(4096 * 4096): True}),
         ("accumulate_product", ["bfloat16", "float32"], {"2048": True}),
-        ("score_step", ["float32", "bfloat16"], {str(4096 * 4096): True}),
     ]
 
 
-def test_words_rows_codes_and_experts_have_entries_of_their_own():
-    def both(what, m, by_auto, by_cuda, names=(FUSED, CUDA), detail=""):
-        return record(what, m, dict(zip(names, map(sample, (by_auto, by_cuda)))), detail=detail)
+def test_words_have_entries_of_their_own():
+    def both(what, m, by_auto, by_cuda):
+        samples = {AUTO_PACKED: sample(by_auto), CUDA_PACKED: sample(by_cuda)}
+        return record(what, m, samples)
 
-    by_words, experts = (AUTO_PACKED, CUDA_PACKED), (PACKED, CUDA_PACKED)
     found = faster_table.table(documents_of(
         *checks(),
-        both("forward", 1, 1.0, 0.5, by_words), both("forward", 64, 1.0, 2.0, by_words),
-        both("step", 1, 3.0, 2.0, by_words),
-        both("many", 16, 1.0, 0.5),
-        *(both("codes", 1, 1.0, by, detail=f"{kind}, forward") for kind, by in (("nf4", 0.5), ("int8", 2.0))),
-        *(both("codes", 1, 1.0, 0.5, detail=f"{kind}, d_x") for kind in ("nf4", "int8")),
-        both("experts", 512, 1.0, 0.5, detail="forward"), both("experts", 512, 1.0, 2.0, detail="d_x"),
-        *(both("experts", 512, 1.0, 0.5, experts, detail=way) for way in ("forward", "d_x")),
+        both("forward", 1, 1.0, 0.5), both("forward", 64, 1.0, 2.0), both("step", 1, 3.0, 2.0),
     ))  # fmt: skip
     assert {entry["op"]: (entry["dtypes"], entry["sizes"]) for entry in found["ops"]} == {
         "masked_linear_packed": (["bfloat16"], {"1": True, "64": False}),
         "masked_linear_packed_backward": (["bfloat16"], {"1": True}),
-        "masked_linear_many": (["bfloat16"], {"16": True}),
-        "masked_linear_quantized": (["bfloat16"], {"1": False}),  # only over NF4, which "auto" cannot tell from int8
-        "masked_linear_quantized_d_x": (["bfloat16"], {"1": True}),
-        "masked_linear_grouped": (["bfloat16", "bfloat16"], {"512": False}),  # forward and d_x are one op
-        "masked_linear_grouped_packed": (["bfloat16"], {"512": True}),
     }
     assert {entry["op"] for entry in found["ops"]} <= calls.keys()
 

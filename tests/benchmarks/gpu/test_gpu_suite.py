@@ -35,17 +35,17 @@ def test_the_first_lease_holds_checks_headline_and_memcheck_and_fits_its_time():
     first = cases.within(every, command.BUDGET)
     assert sum(case.guess for case in first) < command.BUDGET < sum(case.guess for case in every)
     assert first[0].detail == "cuda layouts"
-    assert {case.detail for case in first[:9]} == {
-        f"{by}{kind}" for by in ("", "cuda ") for kind in ("exact", "random", "other ops", "repeats")
-    } | {"cuda layouts"}
-    assert first[9:14] == list(cases.HEADLINE)
-    assert first[14].detail == "cuda memcheck"
+    assert {case.detail for case in first[:8]} == {
+        f"{by}{kind}" for by in ("", "cuda ") for kind in ("exact", "random", "repeats")
+    } | {"other ops", "cuda layouts"}
+    assert first[8:13] == list(cases.HEADLINE)
+    assert first[13].detail == "cuda memcheck"
     assert [case for case in first if cases.COMPILED in cases.competitors(case)] == [cases.HEADLINE[0]]
     assert not {"train", "experts", "memory"} & {case.what for case in first}  # these have slices of their own
     # First what decodes, also with packed masks, and with a mask per row; then the hardest goals of CUDA's kernels.
-    few = {(case.what, case.m) for case in first[15:24]}
+    few = {(case.what, case.m) for case in first[14:23]}
     assert few == {(what, m) for what in ("forward", "step", "many") for m in (1, 16, 64)}
-    assert {(c.m, c.n, c.k) for c in first[24:30]} == {(4096, *s) for s in SHAPES["llama2-7b"][1:]}
+    assert {(c.m, c.n, c.k) for c in first[23:29]} == {(4096, *s) for s in SHAPES["llama2-7b"][1:]}
 
 
 def test_a_longer_time_or_a_slice_takes_the_rest(monkeypatch, capsys, tmp_path):
@@ -78,9 +78,9 @@ def test_results_go_into_one_archive(monkeypatch, tmp_path):
         assert packed.namelist() == ["gpu-d_x.json"]
 
 
-def test_cuda_takes_part_beside_triton_wherever_something_is_timed():
+def test_cuda_takes_part_beside_triton_wherever_it_serves_what_is_timed():
     planned = plan(WHATS, EVERY_SHAPE, TOKENS)
-    assert {case.what for case in planned if not cases.is_beside_others(case)} == {"correctness", "host", "train"}
+    assert {case.what for case in planned if cases.is_beside_others(case)} == {*cases.PRODUCTS, "memory", "threshold"}
     for case in (case for case in planned if case.what in (*cases.PRODUCTS, "memory")):
         assert {CUDA, cases.FUSED, cases.DENSE} <= {*cases.competitors(case)}
 
