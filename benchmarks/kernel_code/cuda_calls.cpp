@@ -83,21 +83,6 @@ void products() {
   }
 }
 
-void many_masks() {
-  for (const Type type : kShortTypes) {
-    for (const bool aligned : {true, false}) {
-      for (const int64_t tokens : {16, 64}) {
-        ManyProduct p;
-        p.weight = matrix(type, kFeatures, kFeatures, aligned);
-        p.in = p.out = matrix(type, tokens, kFeatures, aligned);
-        p.masks[0] = words(), p.count = 1;
-        p.tasks = p.workspace = kMemory;
-        check(product_many(p, device));
-      }
-    }
-  }
-}
-
 void quantized(bool nf4, bool nested, Type type, int64_t tokens, bool aligned) {
   QuantizedProduct p;
   p.in = p.out = matrix(type, tokens, kFeatures, aligned);
@@ -242,7 +227,6 @@ int main() {
     const int kib = each == 80 || each == 87 ? 164 : each == 90 || each == 100 ? 228 : 100;  // cuda.py has them too
     mft::cuda::device = {nullptr, 132, each, kib * 1024};
     mft::cuda::products();
-    mft::cuda::many_masks();
     mft::cuda::quantized();
     mft::cuda::grouped();
     mft::cuda::score_grads();

@@ -45,21 +45,6 @@ struct Product {
   int tokens = 0, parts = 0;  // of product_sm90's tile and sum, if they are not to be planned; else 0
 };
 
-constexpr int kMostMasks = 16;
-
-// out[i] (N,) = in[i] @ where(masks[tasks[i / each]], weight, 0).T + bias. Task -1 keeps every weight. An unknown task
-// gives NaN.
-struct ManyProduct {
-  Matrix out, in, weight;  // of the same 16-bit type
-  const uint32_t* masks[kMostMasks] = {};  // each (N, ceil(K / 32)), contiguous
-  int count = 0;
-  const void* tasks = nullptr;  // int64 or int32, contiguous, one per `each` rows of in
-  bool long_tasks = false;
-  int64_t each = 1;
-  const void* bias = nullptr;  // as in Product, and so is the workspace
-  void* workspace = nullptr;
-};
-
 // A quantised weight (rows, columns), stored as codes. mft_kernels/codes.py defines how they are decoded. Contiguous,
 // with any alignment.
 struct Quantized {
@@ -219,8 +204,6 @@ Plan plan_general(const Product&, const Device&);
 std::string decode_sm80(const Product&, const Device&);
 std::string product_general(const Product&, const Device&);
 
-Plan plan_many(const ManyProduct&, const Device&);
-std::string product_many(const ManyProduct&, const Device&);
 Plan plan_quantized(const QuantizedProduct&, const Device&);  // of the kernel that product_quantized chooses
 std::string product_quantized(const QuantizedProduct&, const Device&);
 

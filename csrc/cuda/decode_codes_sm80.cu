@@ -39,7 +39,7 @@ bool takes_decode(const QuantizedProduct& p) {
 
 DecodeCut decode_cut(const QuantizedProduct& p, const Device& device, bool in_parts) {
   DecodeSize size;
-  size.tokens = p.out.rows, size.groups = 1, size.tiles = decode_tiles(p.out.rows);
+  size.tokens = p.out.rows, size.tiles = decode_tiles(p.out.rows);
   size.pieces = decode_codes_pieces(p.weight.nf4);
   size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodePiece * size.pieces);
   size.weight_bytes = weight_bytes(p), size.bytes = bytes_of(p);

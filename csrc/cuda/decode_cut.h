@@ -41,7 +41,7 @@ constexpr int decode_codes_blocks(bool nf4, int tiles, int row_bits) {
 
 // The problem to cut.
 struct DecodeSize {
-  int64_t tokens, groups;        // tokens of a block; blocks along the tokens
+  int64_t tokens;
   int tiles;                     // tiles of 8 tokens that are multiplied
   int64_t features, units;
   int pieces = 1;                // per unit
@@ -89,7 +89,7 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
   const double busy =
       busy_cycles(jobs, multiprocessors, size.blocks, size.ahead + 1, rates.multiply_adds, rates.l2) +
       waves * waits * kLatency;
-  const double results = static_cast<double>(size.tokens) * size.groups * size.features;
+  const double results = static_cast<double>(size.tokens) * size.features;
   const double of_parts = in_memory > 1 ? 8 * in_memory * results : 0;
   const double again = 2.0 * unit * size.units * size.tokens * tiles + of_parts;
   const double sum = sum_cycles(in_memory, results, device);
@@ -113,7 +113,7 @@ inline DecodeCut find_decode_cut(const DecodeSize& size, const Device& device, b
     const int slices = 1 << slice_bits;
     const int round = slices * size.ahead;  // a slab that is not the last of its part has whole rounds
     if (slices > units) break;
-    const int64_t tiles = quotient(size.features, (1 << size.row_bits) / slices) * size.groups;
+    const int64_t tiles = quotient(size.features, (1 << size.row_bits) / slices);
     const int64_t most = in_parts ? std::min<int64_t>(quotient(units, slices), kMostDecodeParts) : 1;
     const auto consider = [&](int64_t part_units, int cluster_bits) {
       if (part_units > size.most_slab && round > size.most_slab && slices > 1) return;
@@ -161,7 +161,7 @@ class DecodeCuts {
   }
 
  private:
-  using Key = std::array<double, 19>;  // a double holds every number here exactly
+  using Key = std::array<double, 18>;  // a double holds every number here exactly
   struct Entry {
     Key key{};  // matches no cut: none is for 0 multiprocessors
     DecodeCut cut;
@@ -169,7 +169,7 @@ class DecodeCuts {
 
   static Key key_of(const DecodeSize& s, const Device& d, bool in_parts) {
     const auto exact = [](int64_t number) { return static_cast<double>(number); };
-    return {exact(s.tokens), exact(s.groups), exact(s.tiles), exact(s.features), exact(s.units), exact(s.pieces),
+    return {exact(s.tokens), exact(s.tiles), exact(s.features), exact(s.units), exact(s.pieces),
             s.weight_bytes, s.weight_cycles, s.bytes, exact(s.row_bits), exact(s.blocks), exact(s.ahead),
             exact(s.most_slab), exact(s.clusters), exact(d.multiprocessors), exact(d.capability),
             exact(d.shared_bytes), exact(d.l2_bytes), exact(in_parts)};

@@ -29,7 +29,7 @@ bool takes_decode(const Product& p) {
 DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
   const bool words = p.keep.words != nullptr;
   DecodeSize size;
-  size.tokens = p.out.rows, size.groups = 1, size.tiles = decode_tiles(p.out.rows);
+  size.tokens = p.out.rows, size.tiles = decode_tiles(p.out.rows);
   size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodePiece);
   size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
   size.bytes = bytes_of(p);

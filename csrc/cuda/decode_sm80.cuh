@@ -49,7 +49,7 @@ struct DecodeArguments {
 // different banks.
 inline int decode_row_stride(int slab_pieces) { return (slab_pieces | 1) * 64; }
 
-// Return the arguments of a Product or a ManyProduct, without the mask. pieces: per unit.
+// Return the arguments of a product, without the mask. pieces: per unit.
 template <class Arguments, class P>
 Arguments decode_arguments(const P& p, const DecodeCut& cut, int pieces = 1) {
   Arguments a = {};
@@ -72,17 +72,8 @@ MFT_DEVICE char* at_16(const View& matrix, int row, int column) {
 }
 
 // Load 8 neighbours of a row, with zeros behind its end, which is `left` elements further on.
-template <bool kChunked>
 MFT_DEVICE isa::Words4 eight_of(const char* from, int left) {
-  isa::Words4 v = {};
-  if constexpr (kChunked) {
-    if (left > 0) v = isa::load_streaming(from);
-  } else {
-    for (int i = 0; i < 8; ++i) {
-      if (i < left) v.words[i / 2] |= static_cast<uint32_t>(load<uint16_t>(from + 2 * i)) << (16 * (i % 2));
-    }
-  }
-  return v;
+  return left > 0 ? isa::load_streaming(from) : isa::Words4{};
 }
 
 // The block's tile of weight rows, and its part of the depth. Computed again where needed: registers are short in the
@@ -134,7 +125,6 @@ struct DecodePlace {
 };
 
 // Reads the lane's 16 bytes of both rows, unit after unit.
-template <bool kChunked>
 class UnitReader {
  public:
   MFT_DEVICE UnitReader(const View& matrix, const DecodePlace& place) {
@@ -144,7 +134,7 @@ class UnitReader {
   // left: columns left, counted from the lane's first in this unit.
   MFT_DEVICE void load(isa::Words4 (&to)[2], int left, const DecodeArguments& a) {
     for (int i = 0; i < 2; ++i) {
-      to[i] = eight_of<kChunked>(from_[i], left);
+      to[i] = eight_of(from_[i], left);
       from_[i] += a.step_bytes;
     }
   }
@@ -176,7 +166,7 @@ class DecodeMask {
   }
 
  private:
-  UnitReader<true> reader_;
+  UnitReader reader_;
   Pair pairs_[2];
   isa::Words4 scores_[kAhead][2];
 };
@@ -192,15 +182,12 @@ class DecodeMask<Words, kMagnitude, kAhead> {
 
   MFT_DEVICE void load(int, int, const DecodeArguments&) {}
 
-  // From here on, select() uses the words that were loaded before. words is null: every weight is kept.
+  // From here on, select() uses the words that were loaded before.
   MFT_DEVICE void ask(const uint32_t* words, int unit, const DecodePlace& place, const DecodeArguments& a) {
     const int own = unit + isa::lane() % 4;
     for (int i = 0; i < 2; ++i) {
       now_[i] = next_[i];
-      next_[i] = ~0u;
-      if (words != nullptr && own < place.count) {
-        next_[i] = isa::load_words<1>(words + at_[i] + (own << a.slice_bits)).words[0];
-      }
+      next_[i] = own < place.count ? isa::load_words<1>(words + at_[i] + (own << a.slice_bits)).words[0] : ~0u;
     }
   }
 
@@ -256,7 +243,7 @@ class WeightSource {
   }
 
  private:
-  UnitReader<true> reader_;
+  UnitReader reader_;
   DecodeMask<S, kMagnitude, kAhead> mask_;
   isa::Words4 weights_[kAhead][2];
   int left_;  // columns from the lane's first in the next unit on

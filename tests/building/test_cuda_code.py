@@ -283,7 +283,6 @@ std::string product_general(const Product& p, const Device&) {
   ASK
   return launch(p.transposed ? 65536 : 512);
 }
-std::string product_many(const ManyProduct&, const Device&) { return ""; }
 bool takes_decode(const QuantizedProduct&) { return false; }
 std::string decode_sm80(const QuantizedProduct&, const Device&) { return ""; }
 std::string product_general(const QuantizedProduct&, const Device&) { return ""; }
@@ -356,7 +355,7 @@ def library():
 
 
 GENERAL = (
-    *("PackKernel", "ClearKernel", "ProductKernel", "DecodeKernel", "ManyKernel", "QuantizedKernel"),
+    *("PackKernel", "ClearKernel", "ProductKernel", "DecodeKernel", "QuantizedKernel"),
     *("ScoreGradKernel", "GroupedProductKernel", "GroupedScoreGradKernel", "SumPartsKernel", "FinishPartsKernel"),
     *("SelectKernel", "ScoreStepKernel", "WindowKernel"),
 )
@@ -386,7 +385,7 @@ def test_compiled_kernels_are_as_they_should_be(library, monkeypatch):
     """
     objects = {name: cuda.OBJECTS / f"{name}.o" for name in library["kernels"]}
     read = [name for name, path in objects.items() if "_fp16" not in name and path.stat().st_size < 2e6]
-    kinds = {"decode_sm80.cu", "many_sm80.cu", "product_sm90_bf16.cu", "score_grad_sm80.cu", "select.cu"}
+    kinds = {"decode_sm80.cu", "product_sm90_bf16.cu", "score_grad_sm80.cu", "select.cu"}
     left_out = tuple(library["left_out"])  # groups, such as product_sm90 for product_sm90_bf16.cu
     assert {kind for kind in kinds if not kind.startswith(left_out)} <= {*read}
     others = [path for name, path in objects.items() if name not in read]  # they link with each other

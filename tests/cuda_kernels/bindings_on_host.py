@@ -10,8 +10,7 @@ from building.compile import TORCH_TARGET, CannotBuild, Link, Unit
 from building.compile import build as build_units
 
 BINDINGS = [
-    emulated.ROOT / "csrc/cuda" / name
-    for name in ("bindings.cpp", "many_bindings.cpp", "quantized_bindings.cpp", "grouped_bindings.cpp")
+    emulated.ROOT / "csrc/cuda" / name for name in ("bindings.cpp", "quantized_bindings.cpp", "grouped_bindings.cpp")
 ]
 
 

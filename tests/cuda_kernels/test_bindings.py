@@ -114,41 +114,6 @@ def test_only_what_is_wanted_is_made(wanted):
         assert_same(g, e)
 
 
-@pytest.mark.parametrize("tasks_dtype", [torch.int64, torch.int32, torch.int8])
-def test_a_mask_a_row(tasks_dtype, capability):
-    for shape, each, masks in (((6, 12, 40), 1, 3), ((12, 12, 39), 2, 16), ((0, 12, 40), 1, 2), ((4, 12, 40), 4, 0)):
-        t = inputs(m=shape[0], n=shape[1], k=shape[2])
-        bits = [reference.pack_bits(t.scores.roll(i) > 0) for i in range(masks)]
-        bits = [words.repeat(1, 2)[:, : words.shape[1]] for words in bits]  # with wider rows
-        tasks = (torch.arange(shape[0] // each).flip(0) % (masks + 1) - 1).to(tasks_dtype)
-        x, grad = t.x.view(-1, each, shape[2]), t.grad_output.view(-1, each, shape[1])
-        for bias in (t.bias, None):
-            expected = oracle.masked_linear_many(x, t.weight, bits, tasks, bias)
-            assert_same(flat.masked_linear_many(x, t.weight, bits, tasks, bias), expected)
-        expected = oracle.masked_linear_many_backward(grad, t.weight, bits, tasks)
-        assert_same(flat.masked_linear_many_backward(grad, t.weight, bits, tasks), expected)
-    y = flat.masked_linear_many(x, t.weight, [], torch.full((1,), 3, dtype=tasks_dtype), None)
-    assert y.isnan().all()
-
-
-def test_what_does_not_fit_a_mask_a_row_is_refused(ops):
-    t = inputs()
-    words, tasks = torch.zeros(12, 2, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)
-    given = {"x": t.x, "weight": t.weight, "masks": [words], "tasks": tasks, "bias": None, "each": 1}
-    assert ops.product_many(*given.values()).shape == (5, 12)
-    for message, changed in {
-        "x must be .5, 40., got .5, 39.": {"x": t.x[:, :39]},
-        "weight must be bfloat16 or float16": {"weight": t.weight.float()},
-        "masks must be at most 16": {"masks": [words] * 17},
-        "masks must be int32, contiguous and .12, 2.": {"masks": [words, words[:11]]},
-        "tasks must be int64 or int32": {"tasks": tasks.short()},
-        "tasks must be one for each 1 of 5 rows": {"tasks": tasks[:4]},
-        "bias must be .N,.": {"bias": t.bias[:11]},
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            ops.product_many(*(given | changed).values())
-
-
 def quantized_weight(kind, n, k):
     """Return arguments of the ops over codes, with small integers as weights. nested: double quantisation."""
     generator = torch.Generator().manual_seed(0)
@@ -660,8 +625,6 @@ std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }
 std::string pack_signs(const PackSigns&, const Device&) { return ""; }
 std::string score_step(const ScoreStep&, const Device&) { return ""; }
-Plan plan_many(const ManyProduct&, const Device&) { return {}; }
-std::string product_many(const ManyProduct&, const Device&) { return ""; }
 Plan plan_quantized(const QuantizedProduct&, const Device&) { return {}; }
 std::string product_quantized(const QuantizedProduct&, const Device&) { return ""; }
 bool reads_scores(const GroupedProduct&) { return true; }

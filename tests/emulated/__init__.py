@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,7 +37,6 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
 NOT_EMULATED = (
     "score_grad_sm90_",
     "bindings",
-    "many_bindings",
     "quantized_bindings",
     "grouped_bindings",
 )  # these need CUTLASS, torch or the driver
@@ -87,21 +86,6 @@ class Product(ctypes.Structure):
         ("workspace", Pointer),
         ("tokens", ctypes.c_int),
         ("parts", ctypes.c_int),
-    )
-
-
-class ManyProduct(ctypes.Structure):
-    _fields_ = (
-        ("out", Matrix),
-        ("in", Matrix),
-        ("weight", Matrix),
-        ("masks", Pointer * 16),
-        ("count", ctypes.c_int),
-        ("tasks", Pointer),
-        ("long_tasks", ctypes.c_bool),
-        ("each", Int64),
-        ("bias", Pointer),
-        ("workspace", Pointer),
     )
 
 
@@ -228,7 +212,6 @@ class Plan(ctypes.Structure):
 
 _STRUCTS = {
     "product": Product,
-    "many_product": ManyProduct,
     "quantized_product": QuantizedProduct,
     "score_grad": ScoreGrad,
     "grouped_product": GroupedProduct,
@@ -314,24 +297,6 @@ def masked_linear(
 
 def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, **device) -> Tensor:
     return _linear(x, weight, Keep(words=_words(packed)), bias, device)
-
-
-def masked_linear_many(
-    x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None, **device
-) -> Tensor:
-    rows = _rows(x)
-    out = _new((rows.shape[0], weight.shape[0]), x.dtype)
-    asked = ManyProduct(out=_matrix(out), weight=_matrix(weight), count=len(masks))
-    setattr(asked, "in", _matrix(rows))
-    for i, mask in enumerate(masks):
-        asked.masks[i] = _words(mask)
-    asked.tasks, asked.long_tasks = tasks.data_ptr() or _nowhere(), tasks.dtype == torch.int64
-    asked.each = max(1, len(rows) // max(1, len(tasks)))
-    asked.bias = None if bias is None else bias.data_ptr()
-    workspace = _new((plan("product_many", asked, device).workspace // 4,), torch.float32)
-    asked.workspace = workspace.data_ptr() or None
-    _call("product_many", asked, device)
-    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def masked_linear_quantized(

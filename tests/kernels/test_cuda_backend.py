@@ -15,6 +15,7 @@ from mft_kernels import backend_report
 from mft_kernels.backends import built, cpu, cuda, faster
 from mft_kernels.backends import table as backends
 from mft_kernels.codes import Int4, Int8, Nf4
+from mft_kernels.operands import KeepByTask
 from mft_kernels.testing import integer_inputs
 
 LIBRARY = Path(cuda.__file__).with_name("libmft_cuda.so")
@@ -123,6 +124,11 @@ def test_products_in_float32_are_tritons_and_scores_in_float32_are_not(backend):
         assert backend.refusal(function, gpu, (FLOAT32,)) is None
     assert "it takes bfloat16, float16, float32, got float64" in backend.refusal("pack", gpu, (torch.float64,))
     assert "it runs on cuda, got a tensor on cpu" in backend.refusal("pack", torch.device("cpu"), (FLOAT32,))
+
+
+def test_masks_per_row_are_tritons(backend):
+    gpu = torch.device("cuda", 0)
+    assert backend.refusal("product", gpu, (BFLOAT16,), frozenset({KeepByTask})) == "its product takes no KeepByTask"
 
 
 def test_a_format_that_it_does_not_decode_is_refused_by_its_name(backend):

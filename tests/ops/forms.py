@@ -30,6 +30,8 @@ every_form_and_card = pytest.mark.parametrize(
 )
 #: Also with Hopper's own kernel, which takes only rows of certain lengths: kernels.columns.
 every_form_and_hopper = pytest.mark.parametrize("kernels", [*FORMS, "cuda-sm_90"], indirect=True)
+#: For the ops that cuda leaves to Triton.
+every_backend_but_cuda = pytest.mark.parametrize("kernels", [*INSTRUCTION_SETS, "triton", *OTHERS], indirect=True)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 
 from ...codes import Codes, Int8, Nf4
-from ...operands import Experts, Keep, KeepByTask, Sums, Update
+from ...operands import Experts, Keep, Sums, Update, Weight
 from ...reference.linear import kept_count
 from .. import built
 from ..built import load, report
-from ..by_kind import product_by_kind
 from ..table import Backend, Dtypes, register
 
 _OLDEST = 80
+
+
+def product(a: Tensor, weight: Weight, keep: Keep | None, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
+    """Compute a @ where(keep, weight, 0).T + bias, without the .T if transposed; see the reference."""
+    if isinstance(weight, Codes):
+        return _product_of_codes(a, weight, keep, bias, transposed)
+    assert keep is not None, "only quantised weights are multiplied without a mask"
+    if isinstance(weight, Experts):
+        return _product_of_experts(a, weight, keep, bias, transposed)
+    return _product_of_matrix(a, weight, keep, bias, transposed)
 
 
 def score_grad(sums: Sums) -> None:
@@ -143,34 +152,6 @@ def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor 
     return out.view(*a.shape[:-1], weight.shape[transposed])
 
 
-def _product_by_task(x: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Multiply each row with its own mask. The weight is read once per 64 rows, whatever their masks."""
-    if transposed:
-        return _d_x_by_task(x, weight, keep)
-    rows, tasks = _rows(x), keep.tasks
-    tasks = (tasks if tasks.dtype in (torch.int64, torch.int32) else tasks.int()).contiguous()
-    masks = [packed.contiguous() for packed in keep.masks]
-    y = built.cuda_ops.product_many(
-        rows, _matrix(weight), masks, tasks, _contiguous(bias), _rows_of_a_task(rows, tasks)
-    )
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _d_x_by_task(grad_output: Tensor, weight: Tensor, keep: KeepByTask) -> Tensor:
-    """Multiply all rows once per mask, and take from each product the rows with that mask."""
-    grad, weight = _rows(grad_output), _matrix(weight)
-    task = keep.tasks.repeat_interleave(_rows_of_a_task(grad, keep.tasks))[: len(grad)].unsqueeze(1)
-    everything = weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
-    d_x = grad.new_full((len(grad), weight.shape[1]), torch.nan)
-    for place, packed in enumerate([everything, *keep.masks], start=-1):
-        d_x = torch.where(task == place, _product_of_matrix(grad, weight, Keep(packed), None, True), d_x)
-    return d_x.view(*grad_output.shape[:-1], weight.shape[1])
-
-
-def _rows_of_a_task(rows: Tensor, tasks: Tensor) -> int:
-    return max(1, len(rows) // max(1, len(tasks)))
-
-
 # Functions of tokens or a weight. The others take scores, also in float32.
 _PRODUCTS = ("product", "score_grad", "gradients")
 
@@ -241,7 +222,6 @@ def _detail() -> str:
     return f"CUDA C++, {targets.replace('.', ' ')}{''.join(f', {name}' for name in kernels)}{without}"
 
 
-product = product_by_kind(_product_of_matrix, _product_of_experts, _product_of_codes, _product_by_task)
 _not_loaded = load("cuda")
 unavailable = _not_loaded or _unavailable()
 
@@ -251,7 +231,7 @@ register(
         device_types=frozenset({"cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         functions={f.__name__: f for f in (product, score_grad, select, pack, signs, step)},
-        takes=frozenset({Nf4, Int8, Experts, KeepByTask}),
+        takes=frozenset({Nf4, Int8, Experts}),
         unavailable=unavailable,
         detail="" if _not_loaded else _detail(),
         on_request="it has not been timed on a GPU yet; backend='cuda' selects it",

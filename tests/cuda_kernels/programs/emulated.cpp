@@ -18,8 +18,6 @@ MFT_WEAK Plan plan_sm80(const ScoreGrad&, const Device&);
 MFT_WEAK std::string product_sm90(const Product&, const Device&);
 MFT_WEAK std::string product_sm80(const Product&, const Device&);
 MFT_WEAK std::string score_grad_sm80(const ScoreGrad&, const Device&);
-MFT_WEAK Plan plan_many(const ManyProduct&, const Device&);
-MFT_WEAK std::string product_many(const ManyProduct&, const Device&);
 MFT_WEAK Plan plan_quantized(const QuantizedProduct&, const Device&);
 MFT_WEAK std::string product_quantized(const QuantizedProduct&, const Device&);
 MFT_WEAK bool takes_decode(const QuantizedProduct&);
@@ -155,9 +153,6 @@ void emulated_plan_score_grad_sm90(const ScoreGrad& p, const Device& d, Plan* pl
   *plan = plan_of(&plan_sm90, p, d);
 }
 
-const char* emulated_product_many(const ManyProduct& p, const Device& d) { return call(&product_many, p, d); }
-void emulated_plan_product_many(const ManyProduct& p, const Device& d, Plan* plan) { *plan = plan_of(&plan_many, p, d); }
-
 const char* emulated_product_quantized(const QuantizedProduct& p, const Device& d) {
   return call(&product_quantized, p, d);
 }
@@ -225,7 +220,6 @@ void emulated_rates(int capability, double* rates) {
 
 // Python checks its copies of the structs with these.
 int64_t emulated_size_of_product() { return sizeof(Product); }
-int64_t emulated_size_of_many_product() { return sizeof(ManyProduct); }
 int64_t emulated_size_of_quantized_product() { return sizeof(QuantizedProduct); }
 int64_t emulated_size_of_score_grad() { return sizeof(ScoreGrad); }
 int64_t emulated_size_of_grouped_product() { return sizeof(GroupedProduct); }

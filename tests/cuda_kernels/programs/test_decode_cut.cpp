@@ -10,7 +10,7 @@ namespace {
 
 DecodeSize size_of(int64_t tokens, int64_t features, int64_t units, bool words) {
   DecodeSize size;
-  size.tokens = tokens, size.groups = 1, size.tiles = decode_tiles(tokens);
+  size.tokens = tokens, size.tiles = decode_tiles(tokens);
   size.features = features, size.units = units;
   size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
   size.bytes = features * units * kDecodePiece * size.weight_bytes;
