@@ -27,7 +27,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 USUAL = (80, 90)  # for newer GPUs the driver compiles compute_80's code once, and caches it
 GROUPS = ("product_sm90", "score_grad_sm90")  # bindings.cpp works without these
 REGISTER_FED = "product_sm90"
-CLUSTERED = ("decode_codes_sm80.cu", "decode_sm80.cu")  # have instructions on sm_90 that compute_80 lacks
+CLUSTERED = ("decode_sm80.cu",)  # have instructions on sm_90 that compute_80 lacks
 
 NVCC_FLAGS = [
     "-O3",

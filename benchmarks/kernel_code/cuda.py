@@ -149,7 +149,7 @@ def faults(kernel: Kernel, launched: Mapping[int, Launch], blocks: int) -> Itera
         yield f"{kernel.blocks} blocks shall share a multiprocessor, registers and shared memory let {blocks}"
     yield from kernel.warnings
     yield from _faults_of_launches(kernel, launched)
-    if kernel.name.startswith(("Product", "ScoreGrad", "Decode", "Quantized")):
+    if kernel.name.startswith(("Product", "ScoreGrad", "Decode")):
         yield from _faults_of_hopper(kernel) if kernel.target == "sm_90a" else _faults_of_general(kernel)
 
 

@@ -18,10 +18,7 @@ __attribute__((weak)) std::string refusal_sm90(const ScoreGrad&);
 __attribute__((weak)) std::string product_sm90(const Product&, const Device&);
 __attribute__((weak)) std::string score_grad_sm90(const ScoreGrad&, const Device&);
 
-// quantized_sm80.cu and grouped_sm80.cu call these themselves.
-__attribute__((weak)) std::string refusal_sm90(const QuantizedProduct&) { return "left out"; }
-__attribute__((weak)) Plan plan_sm90(const QuantizedProduct&, const Device&) { return {}; }
-__attribute__((weak)) std::string product_sm90(const QuantizedProduct& p, const Device&) { return refusal_sm90(p); }
+// grouped_sm80.cu calls these itself.
 __attribute__((weak)) std::string refusal_sm90(const GroupedProduct&) { return "left out"; }
 __attribute__((weak)) Plan plan_sm90(const GroupedProduct&, const Device&) { return {}; }
 __attribute__((weak)) std::string product_sm90(const GroupedProduct& g, const Device&) { return refusal_sm90(g); }
@@ -78,38 +75,6 @@ void products() {
             products(p, type, tokens, aligned);
           }
         }
-      }
-    }
-  }
-}
-
-void quantized(bool nf4, bool nested, Type type, int64_t tokens, bool aligned) {
-  QuantizedProduct p;
-  p.in = p.out = matrix(type, tokens, kFeatures, aligned);
-  p.weight = {nf4, kFeatures, kFeatures, kMemory};
-  if (!nested) p.weight.absmax = reinterpret_cast<const float*>(kMemory);
-  p.words = words();
-  p.workspace = kMemory;
-  for (const bool transposed : {false, true}) {
-    p.transposed = transposed;
-    check(product_general(p, device));
-    if (takes_decode(p)) check(decode_sm80(p, device));
-    p.parts = 1;
-    for (const int tile : {128, 256}) {
-      p.tokens = tile;
-      if (hopper_takes(p)) check(product_sm90(p, device));
-    }
-    p.tokens = p.parts = 0;
-  }
-}
-
-void quantized() {
-  for (const Type type : kShortTypes) {
-    for (const bool aligned : {true, false}) {
-      for (const int64_t tokens : {1, 16, 64, 4096}) {
-        quantized(true, false, type, tokens, aligned);
-        quantized(true, true, type, tokens, aligned);
-        quantized(false, false, type, tokens, aligned);
       }
     }
   }
@@ -227,7 +192,6 @@ int main() {
     const int kib = each == 80 || each == 87 ? 164 : each == 90 || each == 100 ? 228 : 100;  // cuda.py has them too
     mft::cuda::device = {nullptr, 132, each, kib * 1024};
     mft::cuda::products();
-    mft::cuda::quantized();
     mft::cuda::grouped();
     mft::cuda::score_grads();
     mft::cuda::masks();

@@ -45,28 +45,6 @@ struct Product {
   int tokens = 0, parts = 0;  // of product_sm90's tile and sum, if they are not to be planned; else 0
 };
 
-// A quantised weight (rows, columns), stored as codes. mft_kernels/codes.py defines how they are decoded. Contiguous,
-// with any alignment.
-struct Quantized {
-  bool nf4 = true;  // else int8
-  int64_t rows = 0, columns = 0;
-  const void* codes = nullptr;     // nf4: two per byte, the first in the high bits
-  const float* absmax = nullptr;   // nf4: one per 64 flattened weights, or null: double quantisation; int8: one per row
-  const uint8_t* absmax_codes = nullptr;  // double quantisation: absmax[i] = map[code[i]] * nested[i / 256] + offset
-  const float *nested = nullptr, *map = nullptr, *offset = nullptr;
-};
-
-// A Product with a quantised weight.
-struct QuantizedProduct {
-  Matrix out, in;  // of the same 16-bit type, to which the decoded weight is rounded
-  Quantized weight;
-  const uint32_t* words = nullptr;  // as in Keep; null: every weight is kept
-  const void* bias = nullptr;
-  bool transposed = false;
-  void* workspace = nullptr;
-  int tokens = 0, parts = 0;  // as in Product
-};
-
 // G = grad_output.T @ x (N, K), never stored: d_scores = [d_scores +] G [* weight] * sign;
 // d_weight = where(keep, G, 0).
 struct ScoreGrad {
@@ -180,18 +158,15 @@ struct Plan {
 // may be empty. The sm_90 functions take the problems for which refusal_sm90 returns ""; the others take all of the
 // above.
 std::string refusal_sm90(const Product&);
-std::string refusal_sm90(const QuantizedProduct&);
 std::string refusal_sm90(const GroupedProduct&);
 std::string refusal_sm90(const ScoreGrad&);
 Plan plan_sm90(const Product&, const Device&);
 Plan plan_sm80(const Product&, const Device&);
-Plan plan_sm90(const QuantizedProduct&, const Device&);
 Plan plan_sm90(const GroupedProduct&, const Device&);  // the host knows only the total number of rows
 Plan plan_sm80(const GroupedProduct&, const Device&);
 Plan plan_sm90(const ScoreGrad&, const Device&);
 Plan plan_sm80(const ScoreGrad&, const Device&);
 std::string product_sm90(const Product&, const Device&);
-std::string product_sm90(const QuantizedProduct&, const Device&);
 std::string product_sm90(const GroupedProduct&, const Device&);
 std::string score_grad_sm90(const ScoreGrad&, const Device&);
 std::string product_sm80(const Product&, const Device&);
@@ -203,17 +178,6 @@ Plan plan_decode(const Product&, const Device&);
 Plan plan_general(const Product&, const Device&);
 std::string decode_sm80(const Product&, const Device&);
 std::string product_general(const Product&, const Device&);
-
-Plan plan_quantized(const QuantizedProduct&, const Device&);  // of the kernel that product_quantized chooses
-std::string product_quantized(const QuantizedProduct&, const Device&);
-
-// The two kernels that product_quantized and plan_quantized choose from. The product must have results.
-bool takes_decode(const QuantizedProduct&);
-bool decodes(const QuantizedProduct&, const Device&);
-Plan plan_decode(const QuantizedProduct&, const Device&);
-Plan plan_general(const QuantizedProduct&, const Device&);
-std::string decode_sm80(const QuantizedProduct&, const Device&);
-std::string product_general(const QuantizedProduct&, const Device&);
 
 int grouped_tokens(const GroupedProduct&);  // tokens of a tile
 bool reads_scores(const GroupedProduct&);   // if false, the kernel takes only words

@@ -15,7 +15,7 @@
 namespace mft::cuda {
 
 constexpr int kDecodeRowBits = 7;     // a block of 8 warps that share no rows has 128 rows; one of 16 warps has 256
-constexpr int kDecodePiece = 32;      // columns that two mma.sync multiply: a unit, or part of a unit
+constexpr int kDecodeUnit = 32;       // columns that two mma.sync multiply
 constexpr int kMostClusterBits = 3;   // 8 blocks
 constexpr int kMostDecodeTokens = 64;
 constexpr int kMostDecodeParts = 32;  // a thread of sum_parts reads them one after another
@@ -32,26 +32,16 @@ constexpr int decode_blocks(bool words, int tiles, int row_bits) {
 // Return how many units of a warp are in flight: 4 KiB.
 constexpr int decode_ahead(bool words) { return words ? 4 : 2; }
 
-// The same for quantised weights. In a row, a unit is 16 bytes from each of four lanes: 1 KiB per warp.
-constexpr int decode_codes_pieces(bool nf4) { return nf4 ? 4 : 2; }
-constexpr int kDecodeCodesAhead = 2;
-constexpr int decode_codes_blocks(bool nf4, int tiles, int row_bits) {
-  return row_bits > kDecodeRowBits ? 1 : tiles <= (nf4 ? 1 : 2) ? 3 : 2;
-}
-
 // The problem to cut.
 struct DecodeSize {
   int64_t tokens;
   int tiles;                     // tiles of 8 tokens that are multiplied
   int64_t features, units;
-  int pieces = 1;                // per unit
   double weight_bytes;           // of one weight and its masks
-  double weight_cycles = 0;      // cycles of a multiprocessor to decode one weight
   double bytes;                  // of all operands, once each
   int row_bits, blocks, ahead;   // of a block; blocks that share a multiprocessor; units of a warp in flight
   int most_slab;                 // units of `in` that fit in shared memory
   bool clusters = false;         // whether the parts may be the blocks of a cluster
-  int table_bytes = 0;           // of shared memory, in addition to `in`
 };
 
 struct DecodeCut {
@@ -70,28 +60,26 @@ struct DecodeCut {
 
 // tiles: blocks per part.
 inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, const Device& device) {
-  const int unit = kDecodePiece * size.pieces;
   const int rows = 1 << cut.row_bits, slices = 1 << cut.slice_bits, in_memory = cut.parts_in_memory();
   // The multiprocessors that clusters of this size can fill.
   const int multiprocessors = std::max(1, device.multiprocessors >> cut.cluster_bits) << cut.cluster_bits;
   Jobs jobs;
   jobs.count = tiles * cut.parts;
   jobs.steps = quotient(cut.part_units, slices);
-  jobs.read = unit * (rows * size.weight_bytes + 2.0 * size.tokens * slices);
+  jobs.read = kDecodeUnit * (rows * size.weight_bytes + 2.0 * size.tokens * slices);
   jobs.written = static_cast<double>(cut.features()) * size.tokens * (cut.parts > 1 ? 4 : 2);
   const int clusters = cut.cluster_bits > 0 ? kMostClusterBits : 0;  // clusters of 8 leave 4 of 132 without work
   cut.all_work = jobs.count >= device.multiprocessors >> clusters << clusters;
   const int64_t waves = quotient(jobs.count, static_cast<int64_t>(multiprocessors) * size.blocks);
   const int64_t waits = quotient(cut.part_units, cut.slab_units) - 1 + (cut.cluster_bits > 0);  // slabs; the cluster
   const Rates rates = rates_of(device.capability);
-  const double weights = static_cast<double>(rows) * unit;
-  jobs.multiply_adds = weights * std::max(8.0 * size.tiles, size.weight_cycles * rates.multiply_adds);
+  jobs.multiply_adds = 8.0 * size.tiles * rows * kDecodeUnit;
   const double busy =
       busy_cycles(jobs, multiprocessors, size.blocks, size.ahead + 1, rates.multiply_adds, rates.l2) +
       waves * waits * kLatency;
   const double results = static_cast<double>(size.tokens) * size.features;
   const double of_parts = in_memory > 1 ? 8 * in_memory * results : 0;
-  const double again = 2.0 * unit * size.units * size.tokens * tiles + of_parts;
+  const double again = 2.0 * kDecodeUnit * size.units * size.tokens * tiles + of_parts;
   const double sum = sum_cycles(in_memory, results, device);
   cut.cycles = launch_cycles(busy, size.bytes, device) + sum;
   cut.cost = launch_cycles(busy, size.bytes + again, device) + sum;
@@ -100,9 +88,9 @@ inline void count_cycles(DecodeCut& cut, const DecodeSize& size, int64_t tiles, 
 // Return how many units of `in` fit in a block's shared memory if it keeps `rows` rows there; at least a warp's round.
 inline int decode_slab(int64_t rows, const DecodeSize& size, const Device& device) {
   constexpr int kReserved = 1024;  // for the system
-  const int64_t piece = 2 * kDecodePiece * rows;
-  const int64_t room = device.shared_bytes / size.blocks - kReserved - size.table_bytes - piece;  // see row_stride
-  return static_cast<int>(std::max<int64_t>(size.ahead, room / (piece * size.pieces)));
+  const int64_t unit = 2 * kDecodeUnit * rows;
+  const int64_t room = device.shared_bytes / size.blocks - kReserved - unit;  // see row_stride
+  return static_cast<int>(std::max<int64_t>(size.ahead, room / unit));
 }
 
 // in_parts: whether there is a workspace for more than one part.
@@ -161,7 +149,7 @@ class DecodeCuts {
   }
 
  private:
-  using Key = std::array<double, 18>;  // a double holds every number here exactly
+  using Key = std::array<double, 16>;  // a double holds every number here exactly
   struct Entry {
     Key key{};  // matches no cut: none is for 0 multiprocessors
     DecodeCut cut;
@@ -169,8 +157,8 @@ class DecodeCuts {
 
   static Key key_of(const DecodeSize& s, const Device& d, bool in_parts) {
     const auto exact = [](int64_t number) { return static_cast<double>(number); };
-    return {exact(s.tokens), exact(s.tiles), exact(s.features), exact(s.units), exact(s.pieces),
-            s.weight_bytes, s.weight_cycles, s.bytes, exact(s.row_bits), exact(s.blocks), exact(s.ahead),
+    return {exact(s.tokens), exact(s.tiles), exact(s.features), exact(s.units),
+            s.weight_bytes, s.bytes, exact(s.row_bits), exact(s.blocks), exact(s.ahead),
             exact(s.most_slab), exact(s.clusters), exact(d.multiprocessors), exact(d.capability),
             exact(d.shared_bytes), exact(d.l2_bytes), exact(in_parts)};
   }
@@ -200,15 +188,5 @@ DecodeCut decode_cut(DecodeSize size, const Blocks& blocks, const Device& device
 
 // For the products that takes_decode() accepts.
 DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts);
-DecodeCut decode_cut(const QuantizedProduct& p, const Device& device, bool in_parts);
-
-// P: Product or QuantizedProduct.
-template <class P>
-Plan plan_of_cut(const P& p, const Device& device) {
-  const DecodeCut cut = decode_cut(p, device, true);
-  const int parts = cut.parts_in_memory();
-  const int64_t bytes = parts > 1 ? parts * p.out.rows * cut.part_stride(p.out.columns) * 4 : 0;
-  return {cut.cycles, 8 * decode_tiles(p.out.rows), parts, bytes};
-}
 
 }  // namespace mft::cuda

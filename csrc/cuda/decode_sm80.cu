@@ -6,7 +6,7 @@ namespace {
 
 template <class T, class S, bool kMagnitude>
 std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
-  auto a = sm80::decode_arguments<sm80::DecodeArguments>(p, cut);
+  auto a = sm80::decode_arguments(p, cut);
   a.keep = sm80::keep_arguments(p.keep, p.weight);
   return sm80::launch_decode<T, sm80::WeightSource<S, kMagnitude>>(p, a, cut, device);
 }
@@ -30,7 +30,7 @@ DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
   const bool words = p.keep.words != nullptr;
   DecodeSize size;
   size.tokens = p.out.rows, size.tiles = decode_tiles(p.out.rows);
-  size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodePiece);
+  size.features = p.out.columns, size.units = quotient(p.in.columns, kDecodeUnit);
   size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
   size.bytes = bytes_of(p);
   size.ahead = decode_ahead(words);
@@ -39,7 +39,12 @@ DecodeCut decode_cut(const Product& p, const Device& device, bool in_parts) {
   return decode_cut(size, blocks, device, in_parts);
 }
 
-Plan plan_decode(const Product& p, const Device& device) { return plan_of_cut(p, device); }
+Plan plan_decode(const Product& p, const Device& device) {
+  const DecodeCut cut = decode_cut(p, device, true);
+  const int parts = cut.parts_in_memory();
+  const int64_t bytes = parts > 1 ? parts * p.out.rows * cut.part_stride(p.out.columns) * 4 : 0;
+  return {cut.cycles, 8 * decode_tiles(p.out.rows), parts, bytes};
+}
 
 std::string decode_sm80(const Product& p, const Device& device) {
   const DecodeCut cut = decode_cut(p, device, p.workspace != nullptr);

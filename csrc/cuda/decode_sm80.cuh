@@ -1,6 +1,5 @@
 // out = in @ where(keep, weight, 0).T + bias for few tokens, as in decoding. The weight goes once from memory to
-// registers, 16 bytes per load, and is an operand of mma.sync there. For any GPU from sm_80 on. This header describes
-// WeightSource, the source of 16-bit weights; decode_codes_sm80.cuh has the source of quantised weights.
+// registers, 16 bytes per load, and is an operand of mma.sync there. For any GPU from sm_80 on.
 //
 //                unit: 32 columns        The rows of A in mma.sync (16 x 16) are 16 features; tokens are columns, 8 per
 //              +----+----+----+----+-    tile. Lane (g, q) holds columns 8 q to 8 q + 7 of a unit, for features g and
@@ -45,24 +44,23 @@ struct DecodeArguments {
   int in_stride;                      // bytes from one token to the next in shared memory
 };
 
-// Return the bytes of a row: an odd multiple of 64, so that the pieces of two tokens, which 8 lanes read, lie in
+// Return the bytes of a row: an odd multiple of 64, so that the units of two tokens, which 8 lanes read, lie in
 // different banks.
-inline int decode_row_stride(int slab_pieces) { return (slab_pieces | 1) * 64; }
+inline int decode_row_stride(int slab_units) { return (slab_units | 1) * 64; }
 
-// Return the arguments of a product, without the mask. pieces: per unit.
-template <class Arguments, class P>
-Arguments decode_arguments(const P& p, const DecodeCut& cut, int pieces = 1) {
-  Arguments a = {};
+// Return the arguments of a product, without the mask.
+inline DecodeArguments decode_arguments(const Product& p, const DecodeCut& cut) {
+  DecodeArguments a = {};
   a.out = view_of(p.out), a.in = view_of(p.in), a.weight = view_of(p.weight);
   a.bias = static_cast<const char*>(p.bias);
   a.part_stride = cut.part_stride(p.out.columns);
   if (cut.parts_in_memory() > 1) a.parts = static_cast<float*>(p.workspace);
-  a.units = static_cast<int>(quotient(p.in.columns, kDecodePiece * pieces));
+  a.units = static_cast<int>(quotient(p.in.columns, kDecodeUnit));
   a.part_units = cut.part_units, a.slab_units = cut.slab_units, a.slice_bits = cut.slice_bits;
   a.feature_bits = cut.row_bits - cut.slice_bits, a.cluster_bits = cut.cluster_bits;
-  a.step_columns = kDecodePiece * pieces << cut.slice_bits, a.step_bytes = 2 * a.step_columns;
+  a.step_columns = kDecodeUnit << cut.slice_bits, a.step_bytes = 2 * a.step_columns;
   a.slab_steps = static_cast<int>(quotient(cut.slab_units, int64_t{1} << cut.slice_bits));
-  a.in_stride = decode_row_stride(cut.slab_units * pieces);
+  a.in_stride = decode_row_stride(cut.slab_units);
   return a;
 }
 
@@ -105,9 +103,7 @@ struct DecodePlace {
 
   // Rows behind the last one read that row again, and nobody writes their sums. A warp that has only such rows reads
   // none.
-  template <int kPieces = 1>
   MFT_DEVICE static DecodePlace of(const DecodeArguments& a) {
-    constexpr int kColumns = kDecodePiece * kPieces;  // of a unit
     const auto [group, slice] = DecodeWarp::of(a);
     const auto [tile, part] = DecodeBlock::of(a);
     const int feature = (tile << a.feature_bits) + 16 * group;
@@ -117,8 +113,8 @@ struct DecodePlace {
     for (int i = 0; i < 2; ++i) place.rows[i] = feature + g + 8 * i < last ? feature + g + 8 * i : last;
     place.unit = first + slice;
     place.count = feature <= last ? (units - slice + (1 << a.slice_bits) - 1) >> a.slice_bits : 0;
-    place.column = kColumns * place.unit + 8 * kPieces * (isa::lane() % 4);
-    const int end = kColumns * (first + units);
+    place.column = kDecodeUnit * place.unit + 8 * (isa::lane() % 4);
+    const int end = kDecodeUnit * (first + units);
     place.end = place.count == 0 ? 0 : end < a.weight.columns ? end : a.weight.columns;
     return place;
   }
@@ -208,39 +204,33 @@ class DecodeMask<Words, kMagnitude, kAhead> {
   uint32_t now_[2] = {}, next_[2] = {};
 };
 
-// The source of a 16-bit weight, masked by scores of type S or by Words.
-//
-// A source gives DecodeKernel the units of a warp, and keeps kAhead of them in flight. A unit has kPieces pieces of 32
-// columns. The columns of a lane are neighbours in the unit, and 8 of them are its share of each piece.
+// The source of a 16-bit weight, masked by scores of type S or by Words. It gives DecodeKernel the units of a warp, and
+// keeps kAhead of them in flight. A lane's share of a unit is 8 neighbouring columns.
 template <class S, bool kMagnitude>
 class WeightSource {
   static constexpr bool kWords = std::is_same_v<S, Words>;
 
  public:
-  using Arguments = DecodeArguments;
-  static constexpr int kPieces = 1, kAhead = decode_ahead(kWords);
-  static constexpr int kTableBytes = 0;  // at the front of shared memory, for the source alone
+  static constexpr int kAhead = decode_ahead(kWords);
   static constexpr int blocks(int tiles, int row_bits) { return decode_blocks(kWords, tiles, row_bits); }
 
-  MFT_DEVICE WeightSource(const Arguments& a, const DecodePlace& place)
+  MFT_DEVICE WeightSource(const DecodeArguments& a, const DecodePlace& place)
       : reader_(a.weight, place), mask_(a, place), left_(place.end - place.column) {}
 
   // Start loading the warp's next unit, the j-th of kAhead.
-  MFT_DEVICE void load(int j, const Arguments& a) {
+  MFT_DEVICE void load(int j, const DecodeArguments& a) {
     reader_.load(weights_[j], left_, a);
     mask_.load(j, left_, a);
     left_ -= a.step_columns;
   }
 
   // Called before the kAhead units in front of `unit` are selected.
-  MFT_DEVICE void ask(int unit, const DecodePlace& place, const Arguments& a) {
+  MFT_DEVICE void ask(int unit, const DecodePlace& place, const DecodeArguments& a) {
     mask_.ask(a.keep.words, unit, place, a);
   }
 
-  // Write the lane's share of a piece, for rows g and g + 8, with +0 where the mask drops a weight.
-  MFT_DEVICE void select(uint32_t (&kept)[2][4], int j, int, const Arguments&) const {
-    mask_.select(kept, weights_[j], j);
-  }
+  // Write the lane's share of a unit, for rows g and g + 8, with +0 where the mask drops a weight.
+  MFT_DEVICE void select(uint32_t (&kept)[2][4], int j) const { mask_.select(kept, weights_[j], j); }
 
  private:
   UnitReader reader_;
@@ -254,12 +244,12 @@ template <class T, class Source, int kTiles, int kRowBits>
 struct DecodeKernel {
   static constexpr int kThreads = 2 << kRowBits;
   static constexpr int kBlocksPerMultiprocessor = Source::blocks(kTiles, kRowBits);
-  static constexpr int kAhead = Source::kAhead, kPieces = Source::kPieces, kUnitBytes = 64 * kPieces;
-  using Arguments = typename Source::Arguments;
+  static constexpr int kAhead = Source::kAhead, kUnitBytes = 2 * kDecodeUnit;
+  using Arguments = DecodeArguments;
 
   MFT_DEVICE static void run(const Arguments& a) {
-    const DecodePlace place = DecodePlace::of<kPieces>(a);
-    char* const shared = isa::shared_memory() + Source::kTableBytes;
+    const DecodePlace place = DecodePlace::of(a);
+    char* const shared = isa::shared_memory();
     Source source(a, place);
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) source.load(j, a);
@@ -279,13 +269,10 @@ struct DecodeKernel {
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
           if (unit + j >= end) break;
-#pragma unroll
-          for (int piece = 0; piece < kPieces; ++piece) {
-            uint32_t kept[2][4];
-            source.select(kept, j, piece, a);
-            if (piece == kPieces - 1) source.load(j, a);
-            multiply(sums, kept, x + 64 * piece, a.in_stride, a.out.rows);
-          }
+          uint32_t kept[2][4];
+          source.select(kept, j);
+          source.load(j, a);
+          multiply(sums, kept, x, a.in_stride, a.out.rows);
           x += a.step_bytes;
         }
       }
@@ -296,8 +283,7 @@ struct DecodeKernel {
 
   static int shared_bytes(int tokens, int slab_units, int slice_bits) {
     const int rows = kTiles == 1 ? tokens : 8 * decode_tiles(tokens);  // the last ones may hold anything: see multiply()
-    return Source::kTableBytes + std::max(rows * decode_row_stride(slab_units * kPieces),
-                                          4 * tokens * sum_stride(kRowBits - slice_bits) << slice_bits);
+    return std::max(rows * decode_row_stride(slab_units), 4 * tokens * sum_stride(kRowBits - slice_bits) << slice_bits);
   }
 
  private:
@@ -309,21 +295,15 @@ struct DecodeKernel {
   // Return 4 more than the number of features: then the 8 x 4 sums that a warp writes at once lie in different banks.
   static constexpr MFT_DEVICE int sum_stride(int feature_bits) { return (1 << feature_bits) + 4; }
 
-  // In memory, the chunks of one lane are neighbours. Here, the chunks that the four lanes read for one piece are.
-  MFT_DEVICE static int place_of_chunk(int chunk) {
-    const int in_unit = chunk % (4 * kPieces);
-    return kPieces == 1 ? chunk : chunk - in_unit + in_unit % kPieces * 4 + in_unit / kPieces;
-  }
-
   MFT_DEVICE static void copy_in(const Arguments& a, char* shared, int slab) {
     const int left = a.part_units - slab, units = left < a.slab_units ? left : a.slab_units;
-    const int first = kDecodePiece * kPieces * (DecodeBlock::of(a).part * a.part_units + slab);
+    const int first = kDecodeUnit * (DecodeBlock::of(a).part * a.part_units + slab);
     constexpr bool kByWarp = kTiles > 1;  // each warp copies a token
-    const int chunks = 4 * kPieces * units;
+    const int chunks = 4 * units;
     for (int token = kByWarp ? isa::warp() : 0; token < a.out.rows; token += kByWarp ? kThreads / 32 : 1) {
 #pragma unroll 1
       for (int chunk = kByWarp ? isa::lane() : isa::thread(); chunk < chunks; chunk += kByWarp ? 32 : kThreads) {
-        char* const to = shared + token * a.in_stride + kChunkBytes * place_of_chunk(chunk);
+        char* const to = shared + token * a.in_stride + kChunkBytes * chunk;
         isa::copy_async<kChunkBytes>(to, at_16(a.in, token, first + 8 * chunk), first + 8 * chunk < a.in.columns);
       }
     }
@@ -401,8 +381,7 @@ struct DecodeKernel {
 // Launch the kernel with this cut, and sum_parts after it if there are parts in memory. p: the output, bias and
 // workspace.
 template <class T, class Source, int kTiles, int kRowBits>
-std::string launch_decode(const Product& p, const typename Source::Arguments& a, const DecodeCut& cut,
-                          const Device& device) {
+std::string launch_decode(const Product& p, const DecodeArguments& a, const DecodeCut& cut, const Device& device) {
   using Kernel = DecodeKernel<T, Source, kTiles, kRowBits>;
   LaunchShape shape;
   shape.cluster = 1 << cut.cluster_bits;
@@ -414,8 +393,7 @@ std::string launch_decode(const Product& p, const typename Source::Arguments& a,
 }
 
 template <class T, class Source>
-std::string launch_decode(const Product& p, const typename Source::Arguments& a, const DecodeCut& cut,
-                          const Device& device) {
+std::string launch_decode(const Product& p, const DecodeArguments& a, const DecodeCut& cut, const Device& device) {
   constexpr int kUsual = kDecodeRowBits, kWide = kDecodeRowBits + 1;
   const bool wide = cut.row_bits > kUsual;
   if (p.out.rows <= 8) return launch_decode<T, Source, 1, kUsual>(p, a, cut, device);

@@ -17,7 +17,7 @@ namespace mft::cuda::isa {
 
 // The bits of the number of a 128-byte row that TMA XORs into the number of a 16-byte chunk, so that chunks of
 // neighbouring rows lie in different banks.
-enum class Swizzle : int { kNone = 0, k64 = 3, k128 = 7 };
+enum class Swizzle : int { kNone = 0, k128 = 7 };
 
 }  // namespace mft::cuda::isa
 

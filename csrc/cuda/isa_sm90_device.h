@@ -54,10 +54,10 @@ MFT_DEVICE void wait(TransactionBarrier* b, uint32_t parity) { cutlass::arch::Cl
 
 using TensorMap = CUtensorMap;
 
-// Make a map of rows of 1-, 2- or 4-byte elements, in boxes (box_rows, box_columns). Elements outside the matrix read
-// as 0 and are not written. Rows of a swizzled box have 64 or 128 bytes. The 16-byte chunk c of row r lies at
-// c ^ (r / 2 % 4) in 64 bytes, at c ^ (r % 8) in 128. If `experts` is not 0, there are that many matrices,
-// expert_bytes apart, each with its own edges. Return "" or an error text.
+// Make a map of rows of 2- or 4-byte elements, in boxes (box_rows, box_columns). Elements outside the matrix read as 0
+// and are not written. Rows of a swizzled box have 128 bytes, and the 16-byte chunk c of row r lies at c ^ (r % 8). If
+// `experts` is not 0, there are that many matrices, expert_bytes apart, each with its own edges. Return "" or an error
+// text.
 inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, int64_t rows, int64_t columns,
                                    int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle,
                                    int64_t experts = 0, int64_t expert_bytes = 0) {
@@ -75,12 +75,9 @@ inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, 
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(expert_bytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1};
   const cuuint32_t steps[] = {1, 1, 1};
-  const CUtensorMapDataType type = bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                   : bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
-                                                : CU_TENSOR_MAP_DATA_TYPE_UINT32;
-  const CUtensorMapSwizzle pattern = swizzle == Swizzle::k128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : swizzle == Swizzle::k64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                               : CU_TENSOR_MAP_SWIZZLE_NONE;
+  const CUtensorMapDataType type = bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_UINT32;
+  const CUtensorMapSwizzle pattern =
+      swizzle == Swizzle::k128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult result =
       encode(map, type, experts > 0 ? 3 : 2, const_cast<void*>(data), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, pattern, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -9,14 +9,10 @@ Plan plan_sm90_fp16(const Product&, const Device&);
 std::string product_sm90_bf16(const Product&, const Device&);
 std::string product_sm90_fp16(const Product&, const Device&);
 
-Plan plan_codes_bf16(const QuantizedProduct&, const Device&);
-Plan plan_codes_fp16(const QuantizedProduct&, const Device&);
 Plan plan_experts_bf16(const GroupedProduct&, const Device&);
 Plan plan_experts_fp16(const GroupedProduct&, const Device&);
 std::string experts_bf16(const GroupedProduct&, const Device&);
 std::string experts_fp16(const GroupedProduct&, const Device&);
-std::string codes_bf16(const QuantizedProduct&, const Device&);
-std::string codes_fp16(const QuantizedProduct&, const Device&);
 
 namespace {
 
@@ -40,20 +36,6 @@ std::string refusal_sm90(const Product& p) {
   return refusal_of_tma("scores", p.keep.scores);
 }
 
-std::string refusal_sm90(const QuantizedProduct& p) {
-  if (p.out.type == Type::kFloat32) return "x must be of a 16-bit type";
-  if (p.out.rows == 0 || p.out.columns == 0 || p.in.columns == 0) return "the product is empty";
-  const int64_t rows = p.weight.rows, columns = p.weight.columns;
-  if (columns % 64 != 0) return "in_features must be a multiple of 64, got " + std::to_string(columns);
-  // The codes as 32-bit words: contiguous rows of whole words.
-  const int64_t row_words = columns / (p.weight.nf4 ? 8 : 4);
-  const Matrix codes{const_cast<void*>(p.weight.codes), Type::kFloat32, rows, row_words, row_words};
-  for (const auto& [name, matrix] : {std::pair{"the codes", &codes}, {"the input", &p.in}, {"the output", &p.out}}) {
-    if (std::string reason = refusal_of_tma(name, *matrix); !reason.empty()) return reason;
-  }
-  return p.words == nullptr ? "" : refusal_of_words(p.words, rows, columns);
-}
-
 std::string refusal_sm90(const GroupedProduct& g) {
   if (g.experts == 0) return "there are no experts";
   Product p = g.of;
@@ -73,14 +55,6 @@ Plan plan_sm90(const GroupedProduct& g, const Device& device) {
 
 std::string product_sm90(const GroupedProduct& g, const Device& device) {
   return g.of.weight.type == Type::kBFloat16 ? experts_bf16(g, device) : experts_fp16(g, device);
-}
-
-Plan plan_sm90(const QuantizedProduct& p, const Device& device) {
-  return p.out.type == Type::kBFloat16 ? plan_codes_bf16(p, device) : plan_codes_fp16(p, device);
-}
-
-std::string product_sm90(const QuantizedProduct& p, const Device& device) {
-  return p.out.type == Type::kBFloat16 ? codes_bf16(p, device) : codes_fp16(p, device);
 }
 
 Plan plan_sm90(const Product& p, const Device& device) {

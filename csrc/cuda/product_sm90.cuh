@@ -4,8 +4,7 @@
 //   transposed   out.T (K, M) = Wm.T (K, N) @ in.T (N, M)      P = K, Q = N
 //
 // A tile of out.T is 128 features x kTokens tokens; two blocks of a cluster take neighbouring features and the same
-// tokens. Each block: one producer thread, two warps for the scales of codes, and two consumer warpgroups, 64 features
-// each.
+// tokens. Each block: one producer thread and two consumer warpgroups, 64 features each.
 //
 //                     Q, 64 per step                      tokens
 //              +----------------------+            +---------------------+
@@ -120,24 +119,19 @@ struct ProductSm90 {
       isa::prefetch(a.in);
       isa::prefetch(a.out);
       for (int stage = 0; stage < kStages; ++stage) {
-        isa::init_barrier(weight_full(stage), 1 + Source::kScaleWarps);
+        isa::init_barrier(weight_full(stage), 1);
         isa::init_barrier(weight_empty(stage), kConsumers * 4);  // warps
         isa::init_barrier(input_full(stage), 1);
         isa::init_barrier(input_empty(stage), kConsumers * kCluster);  // both blocks write into each other's ring
       }
       isa::publish_barriers();
     }
-    Source::prepare(a.weight, kStages);
     isa::sync_warp();  // sync_cluster is for whole warps
     isa::sync_cluster();
     const int group = isa::warp() / 4;
     if (group == kConsumers) {
       isa::give_registers<kProducerRegisters>();
       if (Source::kGrouped ? isa::warp() == kConsumers * 4 : isa::thread() == kConsumers * 128) produce(a, rank);
-      if constexpr (Source::kScaleWarps > 0) {
-        const int warp = isa::warp() - kConsumers * 4 - 1;
-        if (warp >= 0 && warp < Source::kScaleWarps) produce_scales(a, rank, warp * 32 + isa::lane());
-      }
       isa::sync_warp();
     } else {
       isa::claim_registers<kConsumerRegisters>();
@@ -181,7 +175,7 @@ struct ProductSm90 {
       for (int step = first; step < end; ++step, place.advance()) {
         isa::TransactionBarrier* b = weight_full(place.stage);
         isa::wait(weight_empty(place.stage), place.parity ^ 1);  // true at once on the first round
-        isa::arrive_expecting(b, Source::bytes_of_step(a.weight));
+        isa::arrive_expecting(b, Source::kStageBytes);
         const int q = step * kStep;
         Source::bring(a.weight, b, weight_of(place.stage), job.feature, q, job.expert);
         constexpr int kHalf = kTokens / kCluster;
@@ -192,33 +186,6 @@ struct ProductSm90 {
                                  job.token + rank * kHalf);
       }
     });
-  }
-
-  // Called by Source::kScaleWarps warps; `thread` counts their threads. Scales are loaded two steps ahead, because they
-  // may come from memory.
-  MFT_DEVICE static void produce_scales(const Arguments& a, int rank, int thread) {
-    Place place;
-    for_each_tile(a, rank, [&](const Job& job) {
-      const int first = job.part * a.part_steps, end = first + steps_of(a, job.part);
-      auto even = Source::fetch_scales(a.weight, thread, job.feature, first * kStep);
-      auto odd = Source::fetch_scales(a.weight, thread, job.feature, (first + 1) * kStep);
-      for (int step = first; step < end; step += 2) {
-        write_scales(a, rank, thread, even, place);
-        even = Source::fetch_scales(a.weight, thread, job.feature, (step + 2) * kStep);
-        write_scales(a, rank, thread, odd, place);
-        odd = Source::fetch_scales(a.weight, thread, job.feature, (step + 3) * kStep);
-      }
-    });
-  }
-
-  template <class Scales>
-  MFT_DEVICE static void write_scales(const Arguments& a, int rank, int thread, const Scales& scales,
-                                      Place& place) {
-    isa::wait(weight_empty(place.stage), place.parity ^ 1);
-    Source::write_scales(a.weight, thread, scales, weight_of(place.stage));
-    isa::sync_warp();
-    if (isa::lane() == 0) isa::arrive(weight_full(place.stage), rank);
-    place.advance();
   }
 
   MFT_DEVICE static int steps_of(const Arguments& a, int part) {

@@ -28,8 +28,7 @@ template <class Source, int kTokens>
 void try_experts(Plan& best, const GroupedProduct& g, const Device& device) {
   if (g.of.tokens > 0 && g.of.tokens != kTokens) return;
   const int64_t tiles = usual_tiles(g, kTokens);
-  const StepCost step{static_cast<double>(Source::kStageBytes)};
-  const double busy = busy_cycles_of<Source, kTokens>(tiles, g.of.out, g.of.in, step, 1, device);
+  const double busy = busy_cycles_of<Source, kTokens>(tiles, g.of.out, g.of.in, 1, device);
   const double cycles = launch_cycles(busy, bytes_of(g), device);
   if (cycles < best.cycles) best = {cycles, kTokens, 1, 0};
 }

@@ -47,20 +47,8 @@ std::string tell(sm90::DenseWeight<T, kMask, kTransposed>, sm90::DenseArguments&
   }
 }
 
-// The cost of a step of the weight for a block: the bytes that it reads, and the cycles in which it issues
-// instructions. For a dense weight, wgmma hides these cycles.
-struct StepCost {
-  double bytes, cycles = 0;
-};
-
-template <class T, MaskKind kMask, bool kTransposed>
-StepCost step_cost(sm90::DenseWeight<T, kMask, kTransposed>, const Product&) {
-  return {sm90::DenseWeight<T, kMask, kTransposed>::kStageBytes};
-}
-
 // Return the product that holds the sizes.
 inline const Product& sides_of(const Product& p) { return p; }
-inline const QuantizedProduct& sides_of(const QuantizedProduct& p) { return p; }
 inline const Product& sides_of(const GroupedProduct& g) { return g.of; }
 
 template <class Source, int kTokens, class Problem>
@@ -115,14 +103,13 @@ int most_parts(const Problem& p, int tokens, const Device& device) {
 // Return the busy cycles with tiles of kTokens. A cluster's two blocks, each on its multiprocessor, read half of the
 // tokens from L2.
 template <class Source, int kTokens>
-double busy_cycles_of(int64_t token_tiles, const Matrix& out, const Matrix& in, const StepCost& step, int parts,
-                      const Device& device) {
+double busy_cycles_of(int64_t token_tiles, const Matrix& out, const Matrix& in, int parts, const Device& device) {
   using Kernel = ProductSm90<Source, kTokens>;
   Jobs jobs;
   jobs.count = quotient(out.columns, 256) * token_tiles * parts;
   jobs.steps = part_steps(in.columns, Kernel::kStep, parts);
-  jobs.multiply_adds = std::max<double>(Kernel::kFeatures * kTokens * Kernel::kStep, step.cycles * kWgmma);
-  jobs.read = step.bytes + Kernel::kInputBytes / Kernel::kCluster;
+  jobs.multiply_adds = Kernel::kFeatures * kTokens * Kernel::kStep;
+  jobs.read = Source::kStageBytes + Kernel::kInputBytes / Kernel::kCluster;
   jobs.written = (parts > 1 ? 4 : 2) * Kernel::kFeatures * kTokens;
   const int clusters = std::max(1, device.multiprocessors / Kernel::kCluster);
   return busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kWgmma,
@@ -131,8 +118,7 @@ double busy_cycles_of(int64_t token_tiles, const Matrix& out, const Matrix& in, 
 
 template <class Source, int kTokens, class Problem>
 double cycles_of_tile(const Problem& p, int parts, const Device& device) {
-  const double busy = busy_cycles_of<Source, kTokens>(quotient(p.out.rows, kTokens), p.out, p.in,
-                                                      step_cost(Source{}, p), parts, device);
+  const double busy = busy_cycles_of<Source, kTokens>(quotient(p.out.rows, kTokens), p.out, p.in, parts, device);
   return launch_cycles(busy, bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }

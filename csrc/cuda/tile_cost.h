@@ -91,17 +91,6 @@ inline double bytes_of(const GroupedProduct& g) {
   return 2.0 * p.out.rows * (p.out.columns + p.in.columns) + elements * (2 + keep);
 }
 
-// Return the bytes of one quantised weight, with its scale and its bit of the mask.
-inline double weight_bytes(const QuantizedProduct& p) {
-  const double scale = !p.weight.nf4 ? 0 : p.weight.absmax != nullptr ? 4.0 / 64 : 1.0 / 64;
-  return (p.weight.nf4 ? 0.5 : 1) + scale + (p.words != nullptr ? 1.0 / 8 : 0);
-}
-
-inline double bytes_of(const QuantizedProduct& p) {
-  return static_cast<double>(p.weight.rows) * p.weight.columns * weight_bytes(p) +
-         2.0 * p.out.rows * (p.out.columns + p.in.columns);
-}
-
 // Per element of d_scores: weight, sign and result in 16 bits, or weight and fp32.
 constexpr int kEpilogueBytes = 6;
 

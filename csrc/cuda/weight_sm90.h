@@ -1,18 +1,13 @@
-// The sources of the masked weight for product_sm90.cuh. A source says how one step, 128 features x 64 of Q, is loaded
-// into a stage of shared memory, and how the lanes of a consumer read it as wgmma's first operand.
-//
-//   DenseWeight   16-bit weights, masked by packed words or by scores; below
-//   CodedWeight   codes, masked by packed words or not at all; codes_sm90.h
+// The source of the masked weight for product_sm90.cuh: 16-bit weights, masked by packed words or by scores. It says how
+// one step, 128 features x 64 of Q, is loaded into a stage of shared memory, and how the lanes of a consumer read it as
+// wgmma's first operand.
 //
 //   Number, kTransposed   type of the product; whether d_x is computed
 //   kGrouped, Groups      whether rows belong to experts, with a weight each; which rows are whose
 //   kStageBytes           of a stage, a multiple of 1024
 //   kFewestTokens         of the smallest tile: 64 or 128
-//   kScaleWarps           how many extra warps write scales into each stage: fetch_scales, write_scales
 //   Arguments             the kernel's arguments for the weight
 //   prefetch(a)           prefetch the tensor maps, once per block; one thread
-//   prepare(a, stages)    write what stays in shared memory, before the block begins; all threads
-//   bytes_of_step(a)      the bytes that TMA loads into a stage
 //   bring(a, b, stage, feature, q, expert)    issue those copies; one thread
 //   Lane, begin_tile(lane, a, features, feature, expert)  what a lane keeps; called for each tile
 //   read(registers, stage, lane, step)        read the masked weight of a step, 16 of Q per four registers
@@ -111,7 +106,6 @@ struct DenseWeight {
   static constexpr int kRows = kTransposed ? kStep : kFeatures;  // of the weight, in a tile
   static constexpr int kMaskBytes = kMask == MaskKind::kWords ? kRows * kWordsOfTile * 4 : kWeightBytes;
   static constexpr int kStageBytes = kWeightBytes + kMaskBytes;
-  static constexpr int kScaleWarps = 0;
   static constexpr int kFewestTokens = kGrouped ? 128 : 64;
   static_assert(kStageBytes % 1024 == 0);
 
@@ -133,10 +127,6 @@ struct DenseWeight {
     isa::prefetch(a.weight);
     isa::prefetch(a.mask);
   }
-
-  MFT_DEVICE static void prepare(const Arguments&, int) {}
-
-  MFT_DEVICE static int bytes_of_step(const Arguments&) { return kStageBytes; }
 
   MFT_DEVICE static void bring(const Arguments& a, isa::TransactionBarrier* b, char* stage, int feature, int q,
                                int expert) {

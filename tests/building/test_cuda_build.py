@@ -214,13 +214,12 @@ def test_a_file_of_no_group_and_a_tree_without_kernels_are_refused(sources, tmp_
 
 def test_each_file_is_compiled_for_its_own_gpus(sources):
     general, groups, _ = cuda.plan(sources, cuda.Wanted(), compiler(), True, None)
-    general += [Path("decode_codes_sm80.cu"), Path("decode_sm80.cu")]
+    general.append(Path("decode_sm80.cu"))
     units = cuda.kernel_units(general, groups, cuda.Wanted(), compiler(), "g++", [Path("/cutlass")])
     flags = {unit.source.name: unit.flags for some in units.values() for unit in some}
     assert "-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]" in flags["select.cu"]
-    for name in ("decode_codes_sm80.cu", "decode_sm80.cu"):
-        of_decode = {flag for flag in flags[name] if flag.startswith("-gencode")}
-        assert of_decode == {"-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90,code=sm_90"}
+    of_decode = {flag for flag in flags["decode_sm80.cu"] if flag.startswith("-gencode")}
+    assert of_decode == {"-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90,code=sm_90"}
     assert "-gencode=arch=compute_90a,code=sm_90a" in flags["product_sm90_bf16.cu"]
     assert "--ptxas-options=-v" in flags["product_sm90_bf16.cu"]
     assert not any(flag.startswith(("-gencode", "--")) for flag in flags["product_sm90.cpp"])

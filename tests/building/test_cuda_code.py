@@ -283,9 +283,6 @@ std::string product_general(const Product& p, const Device&) {
   ASK
   return launch(p.transposed ? 65536 : 512);
 }
-bool takes_decode(const QuantizedProduct&) { return false; }
-std::string decode_sm80(const QuantizedProduct&, const Device&) { return ""; }
-std::string product_general(const QuantizedProduct&, const Device&) { return ""; }
 bool reads_scores(const GroupedProduct&) { return true; }
 std::string grouped_product(const GroupedProduct&, const Device&) { return ""; }
 std::string grouped_score_grad(const GroupedScoreGrad&, const Device&) { return ""; }
@@ -355,7 +352,7 @@ def library():
 
 
 GENERAL = (
-    *("PackKernel", "ClearKernel", "ProductKernel", "DecodeKernel", "QuantizedKernel"),
+    *("PackKernel", "ClearKernel", "ProductKernel", "DecodeKernel"),
     *("ScoreGradKernel", "GroupedProductKernel", "GroupedScoreGradKernel", "SumPartsKernel", "FinishPartsKernel"),
     *("SelectKernel", "ScoreStepKernel", "WindowKernel"),
 )

@@ -9,9 +9,7 @@ import torch
 from building.compile import TORCH_TARGET, CannotBuild, Link, Unit
 from building.compile import build as build_units
 
-BINDINGS = [
-    emulated.ROOT / "csrc/cuda" / name for name in ("bindings.cpp", "quantized_bindings.cpp", "grouped_bindings.cpp")
-]
+BINDINGS = [emulated.ROOT / "csrc/cuda" / name for name in ("bindings.cpp", "grouped_bindings.cpp")]
 
 
 def build(library: Path, name: str, *kernels: str) -> None:

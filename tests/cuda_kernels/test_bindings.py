@@ -12,7 +12,7 @@ import pytest
 import torch
 from by_name import ByName, oracle
 
-from mft_kernels import MaskAdamW, MaskedGroupedLinear, MaskedLinear, kept_threshold, masked_linear_quantized, reference
+from mft_kernels import MaskAdamW, MaskedGroupedLinear, MaskedLinear, kept_threshold, reference
 from mft_kernels.backends import built, cuda
 from mft_kernels.backends import table as backends
 from mft_kernels.reference.fixed_point import fixed_from_float, selectable
@@ -114,85 +114,10 @@ def test_only_what_is_wanted_is_made(wanted):
         assert_same(g, e)
 
 
-def quantized_weight(kind, n, k):
-    """Return arguments of the ops over codes, with small integers as weights. nested: double quantisation."""
-    generator = torch.Generator().manual_seed(0)
-    if kind == "int8":
-        return torch.randint(-4, 5, (n, k), generator=generator).to(torch.int8), [torch.full((n,), 127.0)], [n, k], kind
-    codes = torch.tensor([0x07, 0x70, 0xF7, 0xF0])[torch.randint(4, (-(-n * k // 2),), generator=generator)].byte()
-    blocks = -(-n * k // 64)
-    absmax = [torch.arange(1.0, blocks + 1) % 3]
-    if kind == "nested":
-        absmax = [torch.arange(blocks).byte(), torch.full((-(-blocks // 256),), 2.0), torch.arange(256.0) % 3]
-        absmax.append(torch.tensor(-1.0))
-    return codes, absmax, [n, k], "nf4"
-
-
-@pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_weight_in_codes(dtype, kind, capability):
-    for shape in ((6, 12, 64), (6, 12, 39), (0, 12, 64), (40, 12, 1088)):  # the last depth is summed in parts
-        t = inputs(dtype, m=shape[0], n=shape[1], k=shape[2])
-        codes, absmax, *rest = quantized_weight(kind, *shape[1:])
-        packed = reference.pack_bits(t.scores > 0).repeat(1, 2)[:, : -(-shape[2] // 32)]  # with wider rows
-        absmax = [scale.repeat_interleave(2)[::2] if scale.dim() else scale for scale in absmax]
-        x, grad = t.x.view(2, -1, shape[2]), t.grad_output.T.contiguous().T
-        for mask, bias in ((packed, t.bias.repeat_interleave(2)[::2]), (None, None)):
-            given = (codes, absmax, mask)
-            expected = oracle.masked_linear_quantized(x, *given, bias, *rest)
-            assert_same(flat.masked_linear_quantized(x, *given, bias, *rest), expected)
-            expected = oracle.masked_linear_quantized_d_x(grad, *given, *rest)
-            assert_same(flat.masked_linear_quantized_d_x(grad, *given, *rest), expected)
-
-
 def on_the_host() -> backends.Backend:
     """Return the cuda backend, for tensors of the CPU."""
     functions = backends.registered("cuda").functions
     return backends.Backend("cuda", frozenset({"cpu"}), frozenset(), functions, backends.OPERANDS)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
-def test_a_weight_in_codes_by_the_backend_s_name(kind, monkeypatch):
-    served = backends.Backend(
-        "cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").functions, backends.OPERANDS
-    )
-    monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "cuda": served})
-    monkeypatch.setattr(backends, "_chosen", {})
-    t, found = inputs(k=64), []
-    codes, absmax, shape, kind = quantized_weight(kind, 12, 64)
-    for backend in ("cuda", "reference"):
-        x, bias = t.x.clone().requires_grad_(), t.bias.clone().requires_grad_()
-        packed = reference.pack_bits(t.scores > 0)
-        y = masked_linear_quantized(x, codes, absmax, packed, bias, shape=shape, kind=kind, backend=backend)
-        found.append((y, *torch.autograd.grad(y, (x, bias), t.grad_output)))
-    for got, expected in zip(*found):
-        assert_same(got, expected)
-
-
-def test_what_does_not_fit_a_weight_in_codes_is_refused(ops):
-    t = inputs(k=64)
-    codes, absmax, _, _ = quantized_weight("nested", 12, 64)
-    words = torch.zeros(12, 2, dtype=torch.int32)
-    given = {"x": t.x, "codes": codes, "absmax": absmax, "packed": words, "bias": t.bias, "rows": 12, "columns": 64}
-    given |= {"nf4": True, "transposed": False}
-    assert ops.product_quantized(*given.values()).shape == (5, 12)
-    for message, changed in {
-        "x must be .5, 64., got .5, 63.": {"x": t.x[:, :63]},
-        "x must be bfloat16 or float16": {"x": t.x.float()},
-        "codes must be contiguous, of its kind's dtype and of 384 elements": {"codes": codes[1:]},
-        "codes must be contiguous": {"codes": codes.view(torch.int8)},
-        "absmax must be one tensor, or the four": {"absmax": absmax[:2]},
-        "absmax must be contiguous, of its kind's dtype and of 12 elements": {"absmax": [torch.ones(11)]},
-        "absmax's codes must be contiguous": {"absmax": [absmax[0].int(), *absmax[1:]]},
-        "absmax's absmax must be contiguous": {"absmax": [absmax[0], torch.ones(2), *absmax[2:]]},
-        "absmax's map must be contiguous": {"absmax": [*absmax[:2], torch.ones(255), absmax[3]]},
-        "absmax's offset must be contiguous": {"absmax": [*absmax[:3], absmax[3].double()]},
-        "packed must be int32, contiguous and .12, 2.": {"packed": words[:11]},
-        "bias must be .N,.": {"bias": t.bias[:11]},
-        "bias must be for the forward": {"x": t.grad_output, "transposed": True},
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            ops.product_quantized(*(given | changed).values())
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
@@ -625,8 +550,6 @@ std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }
 std::string pack_signs(const PackSigns&, const Device&) { return ""; }
 std::string score_step(const ScoreStep&, const Device&) { return ""; }
-Plan plan_quantized(const QuantizedProduct&, const Device&) { return {}; }
-std::string product_quantized(const QuantizedProduct&, const Device&) { return ""; }
 bool reads_scores(const GroupedProduct&) { return true; }
 std::string grouped_product(const GroupedProduct&, const Device&) { return ""; }
 std::string grouped_score_grad(const GroupedScoreGrad&, const Device&) { return ""; }

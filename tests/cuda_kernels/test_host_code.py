@@ -31,10 +31,6 @@ def test_a_cut_is_searched_for_once():
     run("test_decode_cut.cpp")
 
 
-def test_an_absmax_is_divided_by_127_without_a_division():
-    run("test_over_127.cpp")
-
-
 def test_factors_of_d_scores_are_the_reference_s():
     run("test_score_factor.cpp")
 

@@ -1,7 +1,6 @@
 """Launches that the CUDA kernels plan for cards not in this machine: tiles, parts of sums, and the chosen kernel."""
 
 import itertools
-import math
 from dataclasses import replace
 
 import emulated
@@ -93,11 +92,11 @@ def hopper_seconds(card, m, shape, mask, tokens, parts):
     return seconds(clusters, [jobs], **busy) + sum_seconds(card, parts, m * p)
 
 
-def ways(card, m, shape, smallest=64):
+def ways(card, m, shape):
     """Yield the possible (tokens, parts): no taller than necessary, four steps per part, two waves, half of L2."""
     p, q = shape
     for tokens in (64, 128, 256):
-        if tokens < smallest or (tokens > smallest and m <= tokens // 2):
+        if tokens > 64 and m <= tokens // 2:
             continue
         tiles, pairs = quotient(p, 256) * quotient(m, tokens), quotient(q, 128)
         most = min(16, q // 256, card.multiprocessors // tiles, card.l2 // 2 // (4 * m * quotient(p, 256) * 256))
@@ -152,73 +151,6 @@ def test_hopper_s_own_product_is_expected_to_win_but_for_some_small_weights(card
     assert max(m for m, *_ in general) <= 1024
     worst = max(planned("product_sm90", card, *c).cycles / planned("product_general", card, *c).cycles for c in general)
     assert worst < 1.1
-
-
-# -------------------------------------------------------------------------------------------------- over codes on sm_90
-
-CODED = [*itertools.product((1, 64, 65, 128, 512, 2048), ((4096, 4096), (14336, 4096), (1024, 4096)), (False, True))]
-
-
-def planned_codes(kernel, card, m, shape, transposed, kind):
-    """Return the plan of a product with a packed mask; ``shape``: P and Q."""
-    p, q = shape
-    n, k = (q, p) if transposed else (p, q)
-    of_weight = emulated.Quantized(kind == "nf4", n, k, codes=128, absmax=128)
-    asked = emulated.QuantizedProduct(out=emulated.Matrix(None, 1, m, p, p), weight=of_weight, transposed=transposed)
-    setattr(asked, "in", emulated.Matrix(None, 1, m, q, q))
-    asked.words = 128
-    return emulated.plan(kernel, asked, device_of(card))
-
-
-def coded_seconds(card, m, shape, transposed, kind, tokens, parts):
-    """Return the seconds of product_sm90 over codes.
-
-    A step takes as long as its wgmma, or as the decoding instructions of two warps.
-    """
-    p, q = shape
-    rows, weight = 64 if transposed else 128, 0.5 + 4 / 64 + 1 / 8 if kind == "nf4" else 1 + 1 / 8
-    scales = 128 if kind == "nf4" or not transposed else 64
-    codes = 128 * 64 * (0.5 if kind == "nf4" else 1) + rows * 16 + scales * 4
-    stage = quotient(int(codes), 1024) * 1024 + tokens * 64 * 2
-    jobs = Jobs(
-        count=quotient(p, 256) * quotient(m, tokens) * parts,
-        steps=2 * quotient(quotient(q, 128), parts),
-        multiply_adds=max(128 * tokens * 64, 654 * 2048),
-        read=128 * 64 * weight + tokens * 64,
-        written=(2 if parts == 1 else 4) * 128 * tokens,
-    )
-    stages = min(8, (227 * 1024 - 2 * 3 * 32 * 128 - 1024) // stage)
-    clusters = replace(card, multiprocessors=card.multiprocessors // 2)
-    memory = 2 * m * (p + q) + p * q * weight
-    busy = {"memory": memory, "blocks": 1, "stages": stages, "rate": 2048}
-    return seconds(clusters, [jobs], **busy) + sum_seconds(card, parts, m * p)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_the_hopper_product_over_codes_is_cut_by_the_model(kind):
-    card = known(H100)
-    for m, shape, transposed in CODED:
-        plan = planned_codes("product_quantized_sm90", H100, m, shape, transposed, kind)
-        expected = {
-            way: coded_seconds(card, m, shape, transposed, kind, *way) for way in ways(card, m, shape, smallest=128)
-        }
-        assert plan.cycles == pytest.approx(min(expected.values()) * card.clock), (m, shape, transposed)
-        assert expected[plan.tokens, plan.parts] == pytest.approx(min(expected.values())), (m, shape, transposed)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_prefill_over_codes_takes_wgmma_on_an_h100(kind):
-    """wgmma wins from 65 tokens on; other kernels are faster below. For 2048 tokens it takes about half as long."""
-    for m, shape, transposed in CODED:
-        general, own, few, chosen = (
-            planned_codes(f"product_quantized{kernel}", H100, m, shape, transposed, kind)
-            for kernel in ("_general", "_sm90", "_decode", "")
-        )
-        assert chosen.cycles == min(general.cycles, own.cycles, few.cycles or math.inf)
-        if shape[0] >= 4096:  # with fewer features, smaller general tiles keep more multiprocessors busy
-            assert (chosen.cycles == own.cycles) == (m > 64), (m, shape)
-        if shape[0] >= 4096 and m == 2048:
-            assert own.cycles < 0.6 * general.cycles
 
 
 # ------------------------------------------------------------------------------------------------ over experts on sm_90

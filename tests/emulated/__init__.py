@@ -2,8 +2,8 @@
 
 The functions have the names and arguments of ``mft_kernels.reference``, and keywords for what a device would decide:
 ``multiprocessors``, ``capability``, ``shared_bytes`` and ``arch``. ``arch`` is "sm_80" or "sm_90"; "decode" or
-"general" for one of sm_80's two products; or "hopper" for sm_90's if it takes the operands, else sm_80's. Over codes,
-"sm_90" is Hopper's kernel, and the others leave the choice to the op. Rows may have any stride.
+"general" for one of sm_80's two products; or "hopper" for sm_90's if it takes the operands, else sm_80's. Rows may
+have any stride.
 
 Outputs begin as NaN or as bits of alternating sign, so that an element that is never written is detected. With
 ``outputs_at_guard_pages()`` they lie between forbidden pages. A fault of the emulator is a RuntimeError.
@@ -37,7 +37,6 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
 NOT_EMULATED = (
     "score_grad_sm90_",
     "bindings",
-    "quantized_bindings",
     "grouped_bindings",
 )  # these need CUTLASS, torch or the driver
 
@@ -81,29 +80,6 @@ class Product(ctypes.Structure):
         ("in", Matrix),
         ("weight", Matrix),
         ("keep", Keep),
-        ("bias", Pointer),
-        ("transposed", ctypes.c_bool),
-        ("workspace", Pointer),
-        ("tokens", ctypes.c_int),
-        ("parts", ctypes.c_int),
-    )
-
-
-class Quantized(ctypes.Structure):
-    _fields_ = (
-        ("nf4", ctypes.c_bool),
-        ("rows", Int64),
-        ("columns", Int64),
-        *((name, Pointer) for name in ("codes", "absmax", "absmax_codes", "nested", "map", "offset")),
-    )
-
-
-class QuantizedProduct(ctypes.Structure):
-    _fields_ = (
-        ("out", Matrix),
-        ("in", Matrix),
-        ("weight", Quantized),
-        ("words", Pointer),
         ("bias", Pointer),
         ("transposed", ctypes.c_bool),
         ("workspace", Pointer),
@@ -212,7 +188,6 @@ class Plan(ctypes.Structure):
 
 _STRUCTS = {
     "product": Product,
-    "quantized_product": QuantizedProduct,
     "score_grad": ScoreGrad,
     "grouped_product": GroupedProduct,
     "grouped_score_grad": GroupedScoreGrad,
@@ -297,32 +272,6 @@ def masked_linear(
 
 def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, **device) -> Tensor:
     return _linear(x, weight, Keep(words=_words(packed)), bias, device)
-
-
-def masked_linear_quantized(
-    x: Tensor,
-    codes: Tensor,
-    absmax: list[Tensor],
-    packed: Tensor | None,
-    bias: Tensor | None,
-    shape: list[int],
-    kind: str,
-    **device,
-) -> Tensor:
-    return _quantized(x, *quantized_product(x, codes, absmax, packed, bias, shape, kind, transposed=False), device)
-
-
-def masked_linear_quantized_d_x(
-    grad_output: Tensor,
-    codes: Tensor,
-    absmax: list[Tensor],
-    packed: Tensor | None,
-    shape: list[int],
-    kind: str,
-    **device,
-) -> Tensor:
-    asked = quantized_product(grad_output, codes, absmax, packed, None, shape, kind, transposed=True)
-    return _quantized(grad_output, *asked, device)
 
 
 def masked_linear_backward(
@@ -507,44 +456,19 @@ def plan(kernel: str, asked: ctypes.Structure, device: dict) -> Plan:
     return found
 
 
-def quantized_product(
-    given: Tensor,
-    codes: Tensor,
-    absmax: list[Tensor],
-    packed: Tensor | None,
-    bias: Tensor | None,
-    shape: list[int],
-    kind: str,
-    *,
-    transposed: bool,
-) -> tuple[QuantizedProduct, Tensor]:
-    """Return the arguments of the product, and its result, which is not yet written."""
-    rows = _rows(given)
-    out = _new((rows.shape[0], shape[transposed]), given.dtype)
-    weight = Quantized(kind == "nf4", *shape, codes.data_ptr() or _nowhere())
-    names = ("absmax",) if len(absmax) == 1 else ("absmax_codes", "nested", "map", "offset")
-    for name, scale in zip(names, absmax, strict=True):
-        setattr(weight, name, scale.data_ptr() or _nowhere())
-    asked = QuantizedProduct(out=_matrix(out), weight=weight, transposed=transposed)
-    setattr(asked, "in", _matrix(rows))
-    asked.words = None if packed is None else _words(packed)
-    asked.bias = None if bias is None else bias.data_ptr() or _nowhere()
-    return asked, out
-
-
-def decode_cut(asked: Product | QuantizedProduct, device: dict) -> tuple[int, ...]:
+def decode_cut(asked: Product, device: dict) -> tuple[int, ...]:
     """Return how decode_sm80 cuts a product with a workspace.
 
     These are: slices, parts, units of a part and of a slab, blocks of a cluster, features of a block.
     """
     found = (ctypes.c_int * 6)()
-    _of_product(asked, "decode_cut")(ctypes.byref(asked), ctypes.byref(_device(device)), found)
+    library().emulated_decode_cut(ctypes.byref(asked), ctypes.byref(_device(device)), found)
     return tuple(found)
 
 
-def decodes(asked: Product | QuantizedProduct, device: dict) -> bool:
-    """Return whether product_sm80, or product_quantized, passes the product to decode_sm80."""
-    asks = _of_product(asked, "decodes")
+def decodes(asked: Product, device: dict) -> bool:
+    """Return whether product_sm80 passes the product to decode_sm80."""
+    asks = library().emulated_decodes
     asks.restype = ctypes.c_bool
     return asks(ctypes.byref(asked), ctypes.byref(_device(device)))
 
@@ -560,10 +484,6 @@ def rates(capability: int) -> tuple[float, float, float, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------- private
-
-
-def _of_product(asked: Product | QuantizedProduct, function: str):
-    return getattr(library(), f"emulated_{'quantized_' * isinstance(asked, QuantizedProduct)}{function}")
 
 
 def _linear(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, device: dict) -> Tensor:
@@ -588,17 +508,6 @@ def _product(
     workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
     asked.workspace = workspace.data_ptr() or None
     _call(kernel, asked, device)
-
-
-def _quantized(given: Tensor, asked: QuantizedProduct, out: Tensor, device: dict) -> Tensor:
-    arch = device.get("arch", usual_arch)
-    kernel = f"product_quantized_{arch}" if arch in ("decode", "general") else "product_quantized"
-    if device.get("arch") == "sm_90":
-        kernel = "product_quantized_sm90"
-    workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
-    asked.workspace = workspace.data_ptr() or None
-    _call(kernel, asked, device)
-    return out.view(*given.shape[:-1], out.shape[1])
 
 
 def _score_grad(asked: ScoreGrad, device: dict) -> None:

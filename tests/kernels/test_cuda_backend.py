@@ -126,16 +126,10 @@ def test_products_in_float32_are_tritons_and_scores_in_float32_are_not(backend):
     assert "it runs on cuda, got a tensor on cpu" in backend.refusal("pack", torch.device("cpu"), (FLOAT32,))
 
 
-def test_masks_per_row_are_tritons(backend):
-    gpu = torch.device("cuda", 0)
-    assert backend.refusal("product", gpu, (BFLOAT16,), frozenset({KeepByTask})) == "its product takes no KeepByTask"
-
-
-def test_a_format_that_it_does_not_decode_is_refused_by_its_name(backend):
-    gpu = torch.device("cuda", 0)
-    for form in (Nf4, Int8):
-        assert backend.refusal("product", gpu, (BFLOAT16,), frozenset({form})) is None
-    assert backend.refusal("product", gpu, (BFLOAT16,), frozenset({Int4})) == "its product takes no Int4"
+@pytest.mark.parametrize("operand", [KeepByTask, Nf4, Int8, Int4])
+def test_what_it_does_not_take_is_refused_by_its_name(backend, operand):
+    refusal = backend.refusal("product", torch.device("cuda", 0), (BFLOAT16,), frozenset({operand}))
+    assert refusal == f"its product takes no {operand.__name__}"
 
 
 def test_auto_passes_it_over_until_it_is_timed(backend, monkeypatch):

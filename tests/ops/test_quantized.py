@@ -7,6 +7,7 @@ import pytest
 import torch
 from by_name import oracle
 from coded_weights import KINDS, Coded, coded
+from forms import every_backend_but_cuda
 from products import assert_same
 
 from mft_kernels import reference
@@ -14,6 +15,8 @@ from mft_kernels.testing import assert_within_budget, random_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (FP32, BF16, FP16)
+pytestmark = every_backend_but_cuda
+
 BY_KIND = pytest.mark.parametrize("kind", KINDS)
 BY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # (M, N, K): no tokens, one, tiles of 16, 64 and 128; rows that begin within a byte, within a block and at whole blocks.
@@ -29,8 +32,6 @@ def kernels(kernels, request):
     given = request.node.callspec.params
     if "dtype" in given:
         kernels.need(given["dtype"])
-    if kernels.name == "cuda" and given.get("kind") == "int4":
-        pytest.skip("cuda takes no int4")
     return kernels
 
 

@@ -9,8 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ...codes import Codes, Int8, Nf4
-from ...operands import Experts, Keep, Sums, Update, Weight
+from ...operands import Experts, Keep, Sums, Update
 from ...reference.linear import kept_count
 from .. import built
 from ..built import load, report
@@ -19,11 +18,10 @@ from ..table import Backend, Dtypes, register
 _OLDEST = 80
 
 
-def product(a: Tensor, weight: Weight, keep: Keep | None, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
+def product(
+    a: Tensor, weight: Tensor | Experts, keep: Keep, bias: Tensor | None, *, transposed: bool = False
+) -> Tensor:
     """Compute a @ where(keep, weight, 0).T + bias, without the .T if transposed; see the reference."""
-    if isinstance(weight, Codes):
-        return _product_of_codes(a, weight, keep, bias, transposed)
-    assert keep is not None, "only quantised weights are multiplied without a mask"
     if isinstance(weight, Experts):
         return _product_of_experts(a, weight, keep, bias, transposed)
     return _product_of_matrix(a, weight, keep, bias, transposed)
@@ -137,21 +135,6 @@ def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | N
     )
 
 
-def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Multiply by codes, which the kernel decodes: the dense weight is never in memory."""
-    out = built.cuda_ops.product_quantized(
-        _rows(a),
-        weight.codes.contiguous(),
-        [scale.contiguous() for scale in weight.scales],
-        None if keep is None else _contiguous(keep.words),
-        _contiguous(bias),
-        *weight.shape,
-        isinstance(weight, Nf4),
-        transposed,
-    )
-    return out.view(*a.shape[:-1], weight.shape[transposed])
-
-
 # Functions of tokens or a weight. The others take scores, also in float32.
 _PRODUCTS = ("product", "score_grad", "gradients")
 
@@ -231,7 +214,7 @@ register(
         device_types=frozenset({"cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         functions={f.__name__: f for f in (product, score_grad, select, pack, signs, step)},
-        takes=frozenset({Nf4, Int8, Experts}),
+        takes=frozenset({Experts}),
         unavailable=unavailable,
         detail="" if _not_loaded else _detail(),
         on_request="it has not been timed on a GPU yet; backend='cuda' selects it",

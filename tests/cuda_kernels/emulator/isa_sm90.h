@@ -247,8 +247,7 @@ inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, 
   if (rows < 1 || columns < 1 || rows > int64_t{1} << 32 || columns > int64_t{1} << 32) return "TMA: sizes";
   if (box_rows < 1 || box_rows > 256 || box_columns < 1 || box_columns > 256) return "TMA: boxes are 1 to 256";
   if (box_columns * bytes % 16 != 0) return "TMA: rows of a box must be multiples of 16 bytes";
-  const int most = swizzle == Swizzle::k64 ? 64 : 128;
-  if (swizzle != Swizzle::kNone && box_columns * bytes > most) return "TMA: swizzled rows are at most 64 or 128 bytes";
+  if (swizzle != Swizzle::kNone && box_columns * bytes > 128) return "TMA: swizzled rows are at most 128 bytes";
   *map = {static_cast<char*>(const_cast<void*>(data)), bytes, rows, columns, row_bytes, box_rows, box_columns,
           std::max<int64_t>(experts, 1), expert_bytes, static_cast<int>(swizzle)};
   return "";
@@ -259,7 +258,7 @@ inline void prefetch(const TensorMap&) {}
 namespace detail {
 
 // Return the address of the 16-byte chunk in which TMA keeps (row, byte) of a box at `shared`. Bits 4 to 6 of the
-// address within shared memory are XORed with bits 7 to 9, or bits 4 and 5 with bits 7 and 8.
+// address within shared memory are XORed with bits 7 to 9.
 inline char* chunk_of(char* block, char* shared, const TensorMap& map, int row, int byte) {
   int64_t offset = shared - block + static_cast<int64_t>(row) * map.box_columns * map.bytes + byte;
   offset ^= (offset >> 7 & map.swizzle) << 4;

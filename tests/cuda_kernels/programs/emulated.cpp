@@ -18,15 +18,6 @@ MFT_WEAK Plan plan_sm80(const ScoreGrad&, const Device&);
 MFT_WEAK std::string product_sm90(const Product&, const Device&);
 MFT_WEAK std::string product_sm80(const Product&, const Device&);
 MFT_WEAK std::string score_grad_sm80(const ScoreGrad&, const Device&);
-MFT_WEAK Plan plan_quantized(const QuantizedProduct&, const Device&);
-MFT_WEAK std::string product_quantized(const QuantizedProduct&, const Device&);
-MFT_WEAK bool takes_decode(const QuantizedProduct&);
-MFT_WEAK bool decodes(const QuantizedProduct&, const Device&);
-MFT_WEAK Plan plan_decode(const QuantizedProduct&, const Device&);
-MFT_WEAK Plan plan_general(const QuantizedProduct&, const Device&);
-MFT_WEAK std::string decode_sm80(const QuantizedProduct&, const Device&);
-MFT_WEAK std::string product_general(const QuantizedProduct&, const Device&);
-MFT_WEAK DecodeCut decode_cut(const QuantizedProduct&, const Device&, bool);
 MFT_WEAK std::string grouped_product(const GroupedProduct&, const Device&);
 MFT_WEAK std::string grouped_score_grad(const GroupedScoreGrad&, const Device&);
 MFT_WEAK int grouped_tokens(const GroupedProduct&);
@@ -44,10 +35,7 @@ MFT_WEAK std::string score_step(const ScoreStep&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
 MFT_WEAK int64_t step_workspace(ScoreFormat);
 
-// The sm_90 functions, for builds of quantized_sm80.cu or grouped_sm80.cu without them.
-MFT_WEAK std::string refusal_sm90(const QuantizedProduct&) { return "no compiled file has this function"; }
-MFT_WEAK Plan plan_sm90(const QuantizedProduct&, const Device&) { return {}; }
-MFT_WEAK std::string product_sm90(const QuantizedProduct& p, const Device&) { return refusal_sm90(p); }
+// The sm_90 functions, for builds of grouped_sm80.cu without them.
 MFT_WEAK std::string refusal_sm90(const GroupedProduct&) { return "no compiled file has this function"; }
 MFT_WEAK Plan plan_sm90(const GroupedProduct&, const Device&) { return {}; }
 MFT_WEAK std::string product_sm90(const GroupedProduct& g, const Device&) { return refusal_sm90(g); }
@@ -153,36 +141,6 @@ void emulated_plan_score_grad_sm90(const ScoreGrad& p, const Device& d, Plan* pl
   *plan = plan_of(&plan_sm90, p, d);
 }
 
-const char* emulated_product_quantized(const QuantizedProduct& p, const Device& d) {
-  return call(&product_quantized, p, d);
-}
-void emulated_plan_product_quantized(const QuantizedProduct& p, const Device& d, Plan* plan) {
-  *plan = plan_of(&plan_quantized, p, d);
-}
-const char* emulated_product_quantized_decode(const QuantizedProduct& p, const Device& d) {
-  return takes_decode(p) ? call(&decode_sm80, p, d) : "decode_sm80 does not take it";
-}
-void emulated_plan_product_quantized_decode(const QuantizedProduct& p, const Device& d, Plan* plan) {
-  *plan = takes_decode(p) ? plan_of(&plan_decode, p, d) : Plan{};
-}
-// If no kernel takes the product, product_quantized refuses it, or needs no kernel.
-const char* emulated_product_quantized_general(const QuantizedProduct& p, const Device& d) {
-  const bool none = p.out.type == Type::kFloat32 || p.out.rows == 0 || p.out.columns == 0;
-  return none ? call(&product_quantized, p, d) : call(&product_general, p, d);
-}
-void emulated_plan_product_quantized_general(const QuantizedProduct& p, const Device& d, Plan* plan) {
-  *plan = plan_of(&plan_general, p, d);
-}
-
-const char* emulated_product_quantized_sm90(const QuantizedProduct& p, const Device& d) {
-  static std::string refusal;
-  refusal = refusal_sm90(p);
-  return refusal.empty() ? call(&product_sm90, p, d) : refusal.c_str();
-}
-void emulated_plan_product_quantized_sm90(const QuantizedProduct& p, const Device& d, Plan* plan) {
-  *plan = refusal_sm90(p).empty() ? plan_of(&plan_sm90, p, d) : Plan{};
-}
-
 const char* emulated_grouped_product(const GroupedProduct& p, const Device& d) { return call(&grouped_product, p, d); }
 const char* emulated_grouped_score_grad(const GroupedScoreGrad& p, const Device& d) {
   return call(&grouped_score_grad, p, d, half_of_shared(d));
@@ -200,18 +158,13 @@ void emulated_plan_grouped_product_sm80(const GroupedProduct& p, const Device& d
 }
 int emulated_grouped_tokens(const GroupedProduct& p) { return &grouped_tokens == nullptr ? 0 : grouped_tokens(p); }
 
-static void tell(const DecodeCut& found, int* cut) {
+void emulated_decode_cut(const Product& p, const Device& d, int* cut) {
+  const DecodeCut found = decode_cut(p, d, true);
   cut[0] = 1 << found.slice_bits, cut[1] = found.parts, cut[2] = found.part_units, cut[3] = found.slab_units;
   cut[4] = 1 << found.cluster_bits, cut[5] = found.features();
 }
 
-void emulated_decode_cut(const Product& p, const Device& d, int* cut) { tell(decode_cut(p, d, true), cut); }
-void emulated_quantized_decode_cut(const QuantizedProduct& p, const Device& d, int* cut) {
-  tell(decode_cut(p, d, true), cut);
-}
-
 bool emulated_decodes(const Product& p, const Device& d) { return decodes(p, d); }
-bool emulated_quantized_decodes(const QuantizedProduct& p, const Device& d) { return decodes(p, d); }
 
 void emulated_rates(int capability, double* rates) {
   const Rates found = rates_of(capability);
@@ -220,7 +173,6 @@ void emulated_rates(int capability, double* rates) {
 
 // Python checks its copies of the structs with these.
 int64_t emulated_size_of_product() { return sizeof(Product); }
-int64_t emulated_size_of_quantized_product() { return sizeof(QuantizedProduct); }
 int64_t emulated_size_of_score_grad() { return sizeof(ScoreGrad); }
 int64_t emulated_size_of_grouped_product() { return sizeof(GroupedProduct); }
 int64_t emulated_size_of_grouped_score_grad() { return sizeof(GroupedScoreGrad); }

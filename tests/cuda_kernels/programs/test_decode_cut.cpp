@@ -13,7 +13,7 @@ DecodeSize size_of(int64_t tokens, int64_t features, int64_t units, bool words) 
   size.tokens = tokens, size.tiles = decode_tiles(tokens);
   size.features = features, size.units = units;
   size.weight_bytes = 2 + (words ? 1.0 / 8 : 2);
-  size.bytes = features * units * kDecodePiece * size.weight_bytes;
+  size.bytes = features * units * kDecodeUnit * size.weight_bytes;
   size.row_bits = kDecodeRowBits, size.ahead = decode_ahead(words);
   size.blocks = decode_blocks(words, size.tiles, size.row_bits);
   size.clusters = !words;

@@ -140,8 +140,6 @@ int main() {
                                     isa::Swizzle::k128);
   check_tensor_map<uint32_t>(cute::Layout<cute::Shape<Int<128>, Int<4>>, cute::Stride<Int<4>, Int<1>>>{},
                              isa::Swizzle::kNone);
-  const gmma::Layout_K_SW64_Atom<uint8_t> rows_of_64_bytes;
-  check_tensor_map<uint8_t>(cute::tile_to_shape(rows_of_64_bytes, cute::Shape<Int<64>, Int<64>>{}), isa::Swizzle::k64);
   std::printf("%d mistakes\n", mistakes);
   return mistakes != 0;
 }
