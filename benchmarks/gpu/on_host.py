@@ -49,8 +49,8 @@ def install() -> str | None:
 
 
 def _bindings(on_host: ModuleType) -> Path:
-    headers = [on_host.BINDINGS[0].parent / name for name in ("api.h", "operands.h", "place.h", "../registration.h")]
-    sources = [*on_host.BINDINGS, *headers, Path(on_host.__file__)]
+    headers = [on_host.BINDINGS.parent / name for name in ("api.h", "operands.h", "place.h", "../registration.h")]
+    sources = [on_host.BINDINGS, *headers, Path(on_host.__file__)]
     library = _FOLDER / f"{torch.__version__}.so"
     if library.exists() and library.stat().st_mtime > max(source.stat().st_mtime for source in sources):
         return library

@@ -18,11 +18,6 @@ __attribute__((weak)) std::string refusal_sm90(const ScoreGrad&);
 __attribute__((weak)) std::string product_sm90(const Product&, const Device&);
 __attribute__((weak)) std::string score_grad_sm90(const ScoreGrad&, const Device&);
 
-// grouped_sm80.cu calls these itself.
-__attribute__((weak)) std::string refusal_sm90(const GroupedProduct&) { return "left out"; }
-__attribute__((weak)) Plan plan_sm90(const GroupedProduct&, const Device&) { return {}; }
-__attribute__((weak)) std::string product_sm90(const GroupedProduct& g, const Device&) { return refusal_sm90(g); }
-
 namespace {
 
 constexpr int64_t kFeatures = 4096;
@@ -76,51 +71,6 @@ void products() {
           }
         }
       }
-    }
-  }
-}
-
-void grouped(Matrix weight, Keep keep, int64_t tokens) {
-  constexpr int64_t kExperts = 64, kElements = kFeatures * kFeatures;
-  const bool aligned = weight.stride == kFeatures;
-  for (const bool transposed : {false, true}) {
-    GroupedProduct g;
-    g.of.weight = weight;
-    g.of.in = g.of.out = matrix(weight.type, tokens, kFeatures, aligned);
-    g.of.keep = keep;
-    g.of.transposed = transposed;
-    g.offsets = reinterpret_cast<const int32_t*>(kMemory);
-    g.experts = kExperts, g.weight_stride = g.score_stride = kElements;
-    if (keep.words != nullptr || reads_scores(g)) check(grouped_product(g, device));
-    for (const int tile : {128, 256}) {
-      g.of.tokens = tile;
-      if (hopper_takes(g)) check(product_sm90(g, device));
-    }
-  }
-}
-
-void grouped() {
-  for (const Type type : kShortTypes) {
-    for (const bool aligned : {true, false}) {
-      const Matrix weight = matrix(type, kFeatures, kFeatures, aligned);
-      for (const int64_t tokens : {64, 16384}) {
-        Keep keep;
-        keep.words = words();
-        grouped(weight, keep, tokens);
-        for (const Type scores : kTypes) {
-          for (const bool magnitude : {true, false}) {
-            grouped(weight, {nullptr, matrix(scores, kFeatures, kFeatures, aligned), kMemory, 0, magnitude}, tokens);
-          }
-        }
-      }
-      GroupedScoreGrad g;
-      g.of.d_scores = matrix(Type::kFloat32, kFeatures, kFeatures);
-      g.of.weight = weight;
-      g.of.grad_output = g.of.x = matrix(type, 8192, kFeatures, aligned);
-      g.of.sign.words = words();
-      g.offsets = reinterpret_cast<const int32_t*>(kMemory);
-      g.experts = 64, g.weight_stride = kFeatures * kFeatures;
-      check(grouped_score_grad(g, device));
     }
   }
 }
@@ -192,7 +142,6 @@ int main() {
     const int kib = each == 80 || each == 87 ? 164 : each == 90 || each == 100 ? 228 : 100;  // cuda.py has them too
     mft::cuda::device = {nullptr, 132, each, kib * 1024};
     mft::cuda::products();
-    mft::cuda::grouped();
     mft::cuda::score_grads();
     mft::cuda::masks();
     mft::cuda::steps();

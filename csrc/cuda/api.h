@@ -58,24 +58,6 @@ struct ScoreGrad {
   void* workspace = nullptr;  // as in Product
 };
 
-// The product of the rows of each expert with its own weight. offsets (E,) say where the rows of each expert end
-// (groups_sm80.h). Results of rows that belong to no expert are 0.
-struct GroupedProduct {
-  Product of;  // in, out: all rows; weight, scores, words: the first expert's; one threshold per expert; bias (E, N)
-  const int32_t* offsets = nullptr;
-  int64_t experts = 0;
-  int64_t weight_stride = 0, score_stride = 0;  // elements from one expert to the next
-};
-
-// The d_scores of each expert from its own rows, (E, N, K) and contiguous. An expert without rows gets 0, or keeps its
-// d_scores if `accumulate` is set.
-struct GroupedScoreGrad {
-  ScoreGrad of;  // grad_output and x: all rows; the others: the first expert's; no d_weight
-  const int32_t* offsets = nullptr;
-  int64_t experts = 0;
-  int64_t weight_stride = 0, score_stride = 0;
-};
-
 // threshold = the k-th largest key of `count` contiguous scores, +inf if k is 0, NaN if a score is not finite.
 // If words are given, they receive the mask of the scores, seen as (rows, columns).
 struct Select {
@@ -158,16 +140,12 @@ struct Plan {
 // may be empty. The sm_90 functions take the problems for which refusal_sm90 returns ""; the others take all of the
 // above.
 std::string refusal_sm90(const Product&);
-std::string refusal_sm90(const GroupedProduct&);
 std::string refusal_sm90(const ScoreGrad&);
 Plan plan_sm90(const Product&, const Device&);
 Plan plan_sm80(const Product&, const Device&);
-Plan plan_sm90(const GroupedProduct&, const Device&);  // the host knows only the total number of rows
-Plan plan_sm80(const GroupedProduct&, const Device&);
 Plan plan_sm90(const ScoreGrad&, const Device&);
 Plan plan_sm80(const ScoreGrad&, const Device&);
 std::string product_sm90(const Product&, const Device&);
-std::string product_sm90(const GroupedProduct&, const Device&);
 std::string score_grad_sm90(const ScoreGrad&, const Device&);
 std::string product_sm80(const Product&, const Device&);
 
@@ -179,10 +157,6 @@ Plan plan_general(const Product&, const Device&);
 std::string decode_sm80(const Product&, const Device&);
 std::string product_general(const Product&, const Device&);
 
-int grouped_tokens(const GroupedProduct&);  // tokens of a tile
-bool reads_scores(const GroupedProduct&);   // if false, the kernel takes only words
-std::string grouped_product(const GroupedProduct&, const Device&);
-std::string grouped_score_grad(const GroupedScoreGrad&, const Device&);
 std::string sum_parts(const Product&, int count, int64_t stride, const Device&);  // sums p.workspace (count, M, stride)
 std::string score_grad_sm80(const ScoreGrad&, const Device&);
 std::string kept_threshold(const Select&, const Device&);

@@ -25,9 +25,6 @@ namespace mft::cuda {
 std::string refusal_sm90(const Product&) { return "this build has no product_sm90"; }
 Plan plan_sm90(const Product&, const Device&) { return {}; }
 std::string product_sm90(const Product& product, const Device&) { return refusal_sm90(product); }
-std::string refusal_sm90(const GroupedProduct&) { return "this build has no product_sm90"; }
-Plan plan_sm90(const GroupedProduct&, const Device&) { return {}; }
-std::string product_sm90(const GroupedProduct& product, const Device&) { return refusal_sm90(product); }
 #endif
 #ifndef MFT_CUDA_SCORE_GRAD_SM90
 std::string refusal_sm90(const ScoreGrad&) { return "this build has no score_grad_sm90"; }

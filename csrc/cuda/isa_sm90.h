@@ -3,7 +3,7 @@
 //
 //   barriers   init_barrier(b, arrivals) publish_barriers() arrive(b, rank) arrive_after(registers, b, rank)
 //              arrive_expecting(b, bytes) wait(b, parity)
-//   TMA        TensorMap make_tensor_map(...) prefetch(map) load_tile(map, b, shared, column, row[, expert])
+//   TMA        TensorMap make_tensor_map(...) prefetch(map) load_tile(map, b, shared, column, row)
 //              load_tile_multicast(map, b, ranks, shared, column, row) store_tile(map, shared, column, row)
 //              commit_stores() wait_stores_read<N>() fence_shared_for_tma()
 //   stmatrix   store_matrices_transposed(row, r)

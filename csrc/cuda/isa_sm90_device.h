@@ -55,12 +55,10 @@ MFT_DEVICE void wait(TransactionBarrier* b, uint32_t parity) { cutlass::arch::Cl
 using TensorMap = CUtensorMap;
 
 // Make a map of rows of 2- or 4-byte elements, in boxes (box_rows, box_columns). Elements outside the matrix read as 0
-// and are not written. Rows of a swizzled box have 128 bytes, and the 16-byte chunk c of row r lies at c ^ (r % 8). If
-// `experts` is not 0, there are that many matrices, expert_bytes apart, each with its own edges. Return "" or an error
-// text.
+// and are not written. Rows of a swizzled box have 128 bytes, and the 16-byte chunk c of row r lies at c ^ (r % 8).
+// Return "" or an error text.
 inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, int64_t rows, int64_t columns,
-                                   int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle,
-                                   int64_t experts = 0, int64_t expert_bytes = 0) {
+                                   int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -70,16 +68,15 @@ inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, 
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled; CUDA 12 is needed";
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                              static_cast<cuuint64_t>(experts)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(expert_bytes)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1};
-  const cuuint32_t steps[] = {1, 1, 1};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[] = {1, 1};
   const CUtensorMapDataType type = bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_UINT32;
   const CUtensorMapSwizzle pattern =
       swizzle == Swizzle::k128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult result =
-      encode(map, type, experts > 0 ? 3 : 2, const_cast<void*>(data), sizes, strides, box, steps,
+      encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, pattern, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? "" : "cuTensorMapEncodeTiled failed with " + std::to_string(result);
@@ -93,12 +90,6 @@ MFT_DEVICE void prefetch(const TensorMap& map) {
 MFT_DEVICE void load_tile(const TensorMap& map, TransactionBarrier* b, void* shared, int column, int row) {
   cute::SM90_TMA_LOAD_2D::copy(&map, b, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, column,
                                row);
-}
-
-// The same for one expert.
-MFT_DEVICE void load_tile(const TensorMap& map, TransactionBarrier* b, void* shared, int column, int row, int expert) {
-  cute::SM90_TMA_LOAD_3D::copy(&map, b, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, column,
-                               row, expert);
 }
 
 // Load into every block whose rank is a bit of `ranks`, at the same offset. The bytes arrive at that block's barrier.

@@ -44,9 +44,8 @@ MFT_DEVICE V threshold_of(const KeepArguments& keep, int row) {
 
 // Masks by 16-bit scores, which are loaded as fragments like the weights. If the weight's rows are columns of B, their
 // thresholds are in registers. If they are depths, the thresholds follow the tile in shared memory, as the numbers that
-// KeepPair adds (low[32], high[32]), and are loaded one tile ahead. If all rows have one threshold (not kPerRow), the
-// columns share the registers of that one; otherwise the kernel spilled.
-template <class S, bool kMagnitude, bool kTransposed, bool kChunked, bool kPerRow>
+// KeepPair adds (low[32], high[32]), and are loaded one tile ahead.
+template <class S, bool kMagnitude, bool kTransposed, bool kChunked>
 class Mask {
   using Scores = WeightTile<kTransposed, 2>;
   using Pair = KeepPair<S, kMagnitude>;
@@ -65,7 +64,7 @@ class Mask {
       prefetch();
     } else {
       for (int i = 0; i < kPairs; ++i) {
-        const int row = first + (kPerRow ? warp_column + 8 * i + isa::lane() / 4 : 0);
+        const int row = first + warp_column + 8 * i + isa::lane() / 4;
         pairs_[i] = Pair::of(threshold_of<uint16_t>(keep, row) * 0x10001u);
       }
     }
@@ -98,7 +97,7 @@ class Mask {
       const char* const from = tile + Scores::kBytes + 2 * (depth + 2 * (isa::lane() % 4));
       return {load<uint32_t>(from), kMagnitude ? 0 : load<uint32_t>(from + 2 * kTileDepth)};
     } else {
-      return pairs_[kPerRow ? column / 8 : 0];
+      return pairs_[column / 8];
     }
   }
 
@@ -110,15 +109,15 @@ class Mask {
   const KeepArguments& keep_;
   int warp_column_;
   TileReader<Scores, kTransposed, kChunked, kThreads> reader_;
-  static constexpr int kPairs = kTransposed || !kPerRow ? 1 : 4;
+  static constexpr int kPairs = kTransposed ? 1 : 4;
   Pair pairs_[kPairs];
   uint32_t threshold_ = 0;  // of the thread's row in the next tile
   int row_;                 // the first row of the tile after that
 };
 
 // Masks by fp32 scores, which are read one or two at a time from a tile of twice the size.
-template <bool kMagnitude, bool kTransposed, bool kChunked, bool kPerRow>
-class Mask<float, kMagnitude, kTransposed, kChunked, kPerRow> {
+template <bool kMagnitude, bool kTransposed, bool kChunked>
+class Mask<float, kMagnitude, kTransposed, kChunked> {
   using Scores = WeightTile<kTransposed, 4>;
 
  public:
@@ -186,8 +185,8 @@ class Mask<float, kMagnitude, kTransposed, kChunked, kPerRow> {
 
 // Masks by packed words, 128 per tile. They are aligned to only 4 bytes, so each is copied by itself. A lane shifts its
 // two bits of all four groups of 8 columns to the tops of bytes at once.
-template <bool kMagnitude, bool kTransposed, bool kChunked, bool kPerRow>
-class Mask<Words, kMagnitude, kTransposed, kChunked, kPerRow> {
+template <bool kMagnitude, bool kTransposed, bool kChunked>
+class Mask<Words, kMagnitude, kTransposed, kChunked> {
  public:
   static constexpr int kBytes = 4 * kTileFeatures;
 

@@ -33,15 +33,15 @@ struct ProductArguments : ProductTileArguments {
 };
 
 // T: of in, weight and out. S: of the scores, or Words. kChunked: in, weight and scores are chunked. kTokens: 128 or 64
-// per tile. kPerRow: each row of the scores may have a threshold of its own.
-template <class T, class S, bool kMagnitude, bool kTransposed, bool kChunked, int kTokens, bool kPerRow = true>
+// per tile.
+template <class T, class S, bool kMagnitude, bool kTransposed, bool kChunked, int kTokens>
 struct ProductKernel {
   static constexpr int kThreads = sm80::kThreads;
   static constexpr int kBlocksPerMultiprocessor = kChunked ? 2 : 1;  // one: loads by elements need registers
   static constexpr bool kParts = kChunked;                           // the depth may be cut
   using Arguments = ProductArguments;
 
-  using Mask = sm80::Mask<S, kMagnitude, kTransposed, kChunked, kPerRow>;
+  using Mask = sm80::Mask<S, kMagnitude, kTransposed, kChunked>;
   using In = Tile<kTokens, kTileDepth, 2>;
   using Weight = WeightTile<kTransposed, 2>;
   using Result = ProductTile<T, kTokens, 2>;

@@ -9,11 +9,6 @@ Plan plan_sm90_fp16(const Product&, const Device&);
 std::string product_sm90_bf16(const Product&, const Device&);
 std::string product_sm90_fp16(const Product&, const Device&);
 
-Plan plan_experts_bf16(const GroupedProduct&, const Device&);
-Plan plan_experts_fp16(const GroupedProduct&, const Device&);
-std::string experts_bf16(const GroupedProduct&, const Device&);
-std::string experts_fp16(const GroupedProduct&, const Device&);
-
 namespace {
 
 std::string refusal_of_words(const uint32_t* words, int64_t rows, int64_t columns) {
@@ -34,27 +29,6 @@ std::string refusal_sm90(const Product& p) {
   if (p.keep.scores.type != p.weight.type) return "scores must be of weight's type, or packed";
   if (p.transposed && p.keep.threshold_stride != 0) return "thresholds by row must be packed for d_x";
   return refusal_of_tma("scores", p.keep.scores);
-}
-
-std::string refusal_sm90(const GroupedProduct& g) {
-  if (g.experts == 0) return "there are no experts";
-  Product p = g.of;
-  p.keep.threshold_stride = 0;  // each expert has one
-  if (std::string reason = refusal_sm90(p); !reason.empty()) return reason;
-  const int64_t scores = p.keep.words != nullptr ? 0 : g.score_stride;
-  if (g.experts > 1 && (g.weight_stride % 8 != 0 || scores % 8 != 0)) {
-    return "weights and scores of experts must begin at multiples of 16 bytes";
-  }
-  if (p.out.columns % 8 != 0) return "the output must have a multiple of 8 columns";
-  return "";
-}
-
-Plan plan_sm90(const GroupedProduct& g, const Device& device) {
-  return g.of.weight.type == Type::kBFloat16 ? plan_experts_bf16(g, device) : plan_experts_fp16(g, device);
-}
-
-std::string product_sm90(const GroupedProduct& g, const Device& device) {
-  return g.of.weight.type == Type::kBFloat16 ? experts_bf16(g, device) : experts_fp16(g, device);
 }
 
 Plan plan_sm90(const Product& p, const Device& device) {

@@ -42,9 +42,7 @@ struct ProductSm90 {
   using T = typename Source::Number;
   static constexpr int kConsumers = sm90::kConsumers, kFeatures = sm90::kFeatures, kStep = sm90::kStep;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // Registers of a thread. A block begins with 168 each. A producer that looks up experts needs more than 40.
-  static constexpr int kProducerRegisters = Source::kGrouped ? 56 : 40;
-  static constexpr int kConsumerRegisters = Source::kGrouped ? 224 : 232;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of a thread. A block begins with 168 each.
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * 168);
   static constexpr int kBlocksPerMultiprocessor = 1;
   static constexpr int kCluster = 2;
@@ -76,15 +74,11 @@ struct ProductSm90 {
     int part_count, part_steps;      // even
     float* parts;                    // (part_count, tokens, part_stride); null: one part, and `out` is written
     int64_t part_stride;
-    typename Source::Groups groups;
-    T* result;  // with experts: `out`, and its row stride
-    int64_t result_stride;
   };
 
   // A tile of the output, for one part.
   struct Job {
     int feature, token, part;  // the first ones
-    int rows, expert;          // with experts: tokens of this expert; the expert, or the number of experts: nobody
   };
 
   struct Place {  // in the ring
@@ -131,7 +125,7 @@ struct ProductSm90 {
     const int group = isa::warp() / 4;
     if (group == kConsumers) {
       isa::give_registers<kProducerRegisters>();
-      if (Source::kGrouped ? isa::warp() == kConsumers * 4 : isa::thread() == kConsumers * 128) produce(a, rank);
+      if (isa::thread() == kConsumers * 128) produce(a, rank);
       isa::sync_warp();
     } else {
       isa::claim_registers<kConsumerRegisters>();
@@ -141,43 +135,30 @@ struct ProductSm90 {
   }
 
  private:
-  // Call body for each of the cluster's tiles. With experts, a whole warp looks up whose rows a tile has.
+  // Call body for each of the cluster's tiles.
   template <class Body>
   MFT_DEVICE static void for_each_tile(const Arguments& a, int rank, Body body) {
     const int clusters = static_cast<int>(isa::blocks(0)) / kCluster;
     const int tiles = a.feature_tiles * a.token_tiles;
     for (int i = static_cast<int>(isa::block(0)) / kCluster; i < tiles * a.part_count; i += clusters) {
       const Tile tile = tile_at(i % tiles, a.feature_tiles, a.token_tiles);
-      Job job{(tile.feature * kCluster + rank) * kFeatures, tile.token * kTokens, i / tiles, kTokens, 0};
-      if constexpr (Source::kGrouped) {
-        const auto found = sm80::GroupTile::of<kTokens>(a.groups, tile.token);
-        if (found.rows == 0) continue;
-        job.token = found.first, job.rows = found.rows, job.expert = found.expert;
-      }
-      body(job);
+      body(Job{(tile.feature * kCluster + rank) * kFeatures, tile.token * kTokens, i / tiles});
     }
-  }
-
-  // Return whether the tile's rows lie behind the last offset. Their results are 0.
-  MFT_DEVICE static bool is_nobodys(const Arguments& a, const Job& job) {
-    if constexpr (Source::kGrouped) return job.expert == a.groups.experts;
-    return false;
   }
 
   // ------------------------------------------------------------------------------------------------ producer
 
-  // Called by one thread; with experts by its whole warp, whose first lane copies.
+  // Called by one thread.
   MFT_DEVICE static void produce(const Arguments& a, int rank) {
     Place place;
     for_each_tile(a, rank, [&](const Job& job) {
-      if (Source::kGrouped && (isa::lane() != 0 || is_nobodys(a, job))) return;
       const int first = job.part * a.part_steps, end = first + steps_of(a, job.part);
       for (int step = first; step < end; ++step, place.advance()) {
         isa::TransactionBarrier* b = weight_full(place.stage);
         isa::wait(weight_empty(place.stage), place.parity ^ 1);  // true at once on the first round
         isa::arrive_expecting(b, Source::kStageBytes);
         const int q = step * kStep;
-        Source::bring(a.weight, b, weight_of(place.stage), job.feature, q, job.expert);
+        Source::bring(a.weight, b, weight_of(place.stage), job.feature, q);
         constexpr int kHalf = kTokens / kCluster;
         b = input_full(place.stage);
         isa::wait(input_empty(place.stage), place.parity ^ 1);
@@ -211,11 +192,10 @@ struct ProductSm90 {
       float sums[kTokens / 2];
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
-      const bool nobodys = is_nobodys(a, job);
-      if (!nobodys) Source::begin_tile(lane, a.weight, a.features, feature, job.expert);
+      Source::begin_tile(lane, a.weight, a.features, feature);
       Fragments even, odd;
       int before = place.stage;  // the stage that the product in flight reads
-      const int steps = nobodys ? 0 : steps_of(a, job.part);
+      const int steps = steps_of(a, job.part);
       for (int step = 0; step < steps; step += 2) {
         load(even, lane, place, step);
         multiply(sums, even, place);
@@ -232,11 +212,11 @@ struct ProductSm90 {
       }
       isa::wait_products<0>();
       isa::fence_registers(sums);
-      if (!nobodys) release_input(before);
+      release_input(before);
       if (a.parts != nullptr) {
         store_part(a, lane, sums, feature, job.token, job.part);
       } else {
-        store(a, lane, sums, feature, job, buffer);
+        store(a, lane, sums, feature, job.token, buffer);
       }
     });
     isa::wait_stores_read<0>();
@@ -279,23 +259,19 @@ struct ProductSm90 {
     }
   }
 
-  // Write out (tokens, features). Every 32 tokens of the sums are transposed into a buffer, which TMA stores. The last
-  // buffer of an expert may hold fewer tokens, and the rows behind them belong to the next expert. Then threads copy
-  // only the expert's own rows.
+  // Write out (tokens, features). Every 32 tokens of the sums are transposed into a buffer, which TMA stores.
   MFT_DEVICE static void store(const Arguments& a, const Lane& lane, const float (&sums)[kTokens / 2], int feature,
-                               const Job& job, int& buffer) {
+                               int token, int& buffer) {
     float bias[2] = {0, 0};
-    if (a.bias != nullptr && !is_nobodys(a, job)) {
-      const T* const of_expert = a.bias + static_cast<int64_t>(job.expert) * a.features;
+    if (a.bias != nullptr) {
       for (int i = 0; i < 2; ++i) {
         const int f = feature + 16 * lane.warp + lane.g + 8 * i;
-        bias[i] = f < a.features ? isa::widen(of_expert[f]) : 0;
+        bias[i] = f < a.features ? isa::widen(a.bias[f]) : 0;
       }
     }
     const bool leader = isa::thread() % 128 == 0;
 #pragma unroll
     for (int t = 0; t < kTokens; t += kStoreTokens) {
-      if (Source::kGrouped && t >= job.rows) break;
       char* shared = stores_of(lane.group) + buffer * kStoreBytes;
       if (leader) isa::wait_stores_read<kStoreBuffers - 1>();
       isa::sync_threads(1 + lane.group, 128);  // the buffer is free
@@ -310,24 +286,11 @@ struct ProductSm90 {
       }
       isa::fence_shared_for_tma();
       isa::sync_threads(1 + lane.group, 128);  // the buffer is full
-      if (Source::kGrouped && t + kStoreTokens > job.rows) {
-        copy_rows(a, shared, feature, job.token + t, job.rows - t);
-      } else if (leader) {
-        isa::store_tile(a.out, shared, feature, job.token + t);
+      if (leader) {
+        isa::store_tile(a.out, shared, feature, token + t);
         isa::commit_stores();
       }
       buffer = buffer + 1 == kStoreBuffers ? 0 : buffer + 1;
-    }
-  }
-
-  // Copy the first rows of a buffer, 16 bytes per thread.
-  MFT_DEVICE static void copy_rows(const Arguments& a, const char* shared, int feature, int token, int rows) {
-    const int thread = isa::thread() % 128, chunk = thread % 8, first = feature + 8 * chunk;
-    if (first >= a.features) return;  // a.features is a whole number of chunks
-#pragma unroll 1
-    for (int row = thread / 8; row < rows; row += 16) {
-      isa::store_words(a.result + (token + row) * a.result_stride + first,
-                       isa::load_words<4>(shared + swizzled(row, chunk)));
     }
   }
 };

@@ -18,18 +18,16 @@ constexpr int part_steps(int64_t q, int step, int parts) {
 // Return the elements of a row of the workspace: whole tiles.
 constexpr int64_t part_stride_sm90(int64_t features) { return quotient(features, 256) * 256; }
 
-// experts: the number of matrices, which begin `apart` elements apart; 0: one matrix.
-inline std::string make_matrix_map(isa::TensorMap* map, const Matrix& matrix, int rows, int64_t experts = 0,
-                                   int64_t apart = 0) {
+inline std::string make_matrix_map(isa::TensorMap* map, const Matrix& matrix, int rows) {
   return isa::make_tensor_map(map, matrix.data, 2, matrix.rows, matrix.columns, 2 * matrix.stride, rows, kRowBytes / 2,
-                              isa::Swizzle::k128, experts, 2 * apart);
+                              isa::Swizzle::k128);
 }
 
 inline std::string make_words_map(isa::TensorMap* map, const uint32_t* words, int64_t rows, int64_t columns,
-                                  int box_rows, int64_t experts = 0) {
+                                  int box_rows) {
   const int64_t row_words = quotient(columns, 32);
   return isa::make_tensor_map(map, words, 4, rows, row_words, 4 * row_words, box_rows, sm90::kWordsOfTile,
-                              isa::Swizzle::kNone, experts, 4 * rows * row_words);
+                              isa::Swizzle::kNone);
 }
 
 // Write the kernel's arguments for the weight. Return "" or an error text.
@@ -47,13 +45,8 @@ std::string tell(sm90::DenseWeight<T, kMask, kTransposed>, sm90::DenseArguments&
   }
 }
 
-// Return the product that holds the sizes.
-inline const Product& sides_of(const Product& p) { return p; }
-inline const Product& sides_of(const GroupedProduct& g) { return g.of; }
-
-template <class Source, int kTokens, class Problem>
-std::string launch_tile(const Problem& problem, int parts, const Device& device) {
-  const auto& p = sides_of(problem);
+template <class Source, int kTokens>
+std::string launch_tile(const Product& p, int parts, const Device& device) {
   using Kernel = ProductSm90<Source, kTokens>;
   static_assert(Kernel::kCluster * Kernel::kFeatures == 256);
   typename Kernel::Arguments a{};
@@ -69,14 +62,7 @@ std::string launch_tile(const Problem& problem, int parts, const Device& device)
   if (parts > 1) a.parts = static_cast<float*>(p.workspace);
   a.part_stride = part_stride_sm90(a.features);
 
-  if constexpr (Source::kGrouped) {
-    a.groups = {problem.offsets, static_cast<int>(problem.experts), a.tokens};
-    a.token_tiles = static_cast<int>(sm80::most_tiles(a.tokens, problem.experts, kTokens));
-    a.result = static_cast<typename Kernel::T*>(p.out.data);
-    a.result_stride = p.out.stride;
-  }
-
-  std::string failure = tell(Source{}, a.weight, problem);
+  std::string failure = tell(Source{}, a.weight, p);
   if (failure.empty()) failure = make_matrix_map(&a.in, p.in, kTokens / Kernel::kCluster);
   if (failure.empty()) failure = make_matrix_map(&a.out, p.out, Kernel::kStoreTokens);
   if (!failure.empty()) return failure;
@@ -92,8 +78,7 @@ std::string launch_tile(const Problem& problem, int parts, const Device& device)
 
 // Return the largest number of parts of Q worth trying. Each part has at least four steps, all parts run in two waves,
 // and their sums fit in half of L2.
-template <class Problem>
-int most_parts(const Problem& p, int tokens, const Device& device) {
+inline int most_parts(const Product& p, int tokens, const Device& device) {
   const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, tokens);
   const int64_t of_l2 = device.l2_bytes / 2 / (4 * p.out.rows * part_stride_sm90(p.out.columns));
   return static_cast<int>(std::min<int64_t>(
@@ -103,11 +88,11 @@ int most_parts(const Problem& p, int tokens, const Device& device) {
 // Return the busy cycles with tiles of kTokens. A cluster's two blocks, each on its multiprocessor, read half of the
 // tokens from L2.
 template <class Source, int kTokens>
-double busy_cycles_of(int64_t token_tiles, const Matrix& out, const Matrix& in, int parts, const Device& device) {
+double busy_cycles_of(const Product& p, int parts, const Device& device) {
   using Kernel = ProductSm90<Source, kTokens>;
   Jobs jobs;
-  jobs.count = quotient(out.columns, 256) * token_tiles * parts;
-  jobs.steps = part_steps(in.columns, Kernel::kStep, parts);
+  jobs.count = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens) * parts;
+  jobs.steps = part_steps(p.in.columns, Kernel::kStep, parts);
   jobs.multiply_adds = Kernel::kFeatures * kTokens * Kernel::kStep;
   jobs.read = Source::kStageBytes + Kernel::kInputBytes / Kernel::kCluster;
   jobs.written = (parts > 1 ? 4 : 2) * Kernel::kFeatures * kTokens;
@@ -116,18 +101,18 @@ double busy_cycles_of(int64_t token_tiles, const Matrix& out, const Matrix& in, 
                      rates_of(device.capability).l2);
 }
 
-template <class Source, int kTokens, class Problem>
-double cycles_of_tile(const Problem& p, int parts, const Device& device) {
-  const double busy = busy_cycles_of<Source, kTokens>(quotient(p.out.rows, kTokens), p.out, p.in, parts, device);
+template <class Source, int kTokens>
+double cycles_of_tile(const Product& p, int parts, const Device& device) {
+  const double busy = busy_cycles_of<Source, kTokens>(p, parts, device);
   return launch_cycles(busy, bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
 
-template <class Source, int kTokens, class Problem>
-void try_tile(Plan& best, const Problem& p, const Device& device, bool in_parts) {
+template <class Source, int kTokens>
+void try_tile(Plan& best, const Product& p, const Device& device, bool in_parts) {
   const bool is_asked = p.tokens > 0;
   // No tiles with more tokens than the product needs.
-  if (is_asked ? p.tokens != kTokens : kTokens > Source::kFewestTokens && p.out.rows <= kTokens / 2) return;
+  if (is_asked ? p.tokens != kTokens : kTokens > 64 && p.out.rows <= kTokens / 2) return;
   const int most = is_asked ? p.parts : in_parts ? most_parts(p, kTokens, device) : 1;
   const int64_t pairs = part_steps(p.in.columns, sm90::kStep, 1) / 2;
   for (int parts = is_asked ? p.parts : 1; parts <= std::max(1, most); ++parts) {
@@ -139,30 +124,28 @@ void try_tile(Plan& best, const Problem& p, const Device& device, bool in_parts)
 }
 
 // Return the fastest plan by this estimate.
-template <class Source, class Problem>
-Plan plan_source(const Problem& p, const Device& device, bool in_parts) {
+template <class Source>
+Plan plan_source(const Product& p, const Device& device, bool in_parts) {
   Plan best{kNever};
-  if constexpr (Source::kFewestTokens <= 64) try_tile<Source, 64>(best, p, device, in_parts);
+  try_tile<Source, 64>(best, p, device, in_parts);
   try_tile<Source, 128>(best, p, device, in_parts);
   try_tile<Source, 256>(best, p, device, in_parts);
   return best;
 }
 
-template <class Source, class Problem>
-std::string launch_source(const Problem& p, const Device& device) {
+template <class Source>
+std::string launch_source(const Product& p, const Device& device) {
   const Plan plan = plan_source<Source>(p, device, p.workspace != nullptr);
   std::string error;
   if (plan.tokens == 256) {
     error = launch_tile<Source, 256>(p, plan.parts, device);
   } else if (plan.tokens == 128) {
     error = launch_tile<Source, 128>(p, plan.parts, device);
-  } else if constexpr (Source::kFewestTokens <= 64) {
+  } else {
     error = launch_tile<Source, 64>(p, plan.parts, device);
   }
   if (!error.empty() || plan.parts == 1) return error;
-  Product sum;
-  sum.out = p.out, sum.bias = p.bias, sum.workspace = p.workspace;
-  return sum_parts(sum, plan.parts, part_stride_sm90(p.out.columns), device);
+  return sum_parts(p, plan.parts, part_stride_sm90(p.out.columns), device);
 }
 
 template <class T>

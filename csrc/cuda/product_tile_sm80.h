@@ -18,9 +18,9 @@ struct ProductTileArguments {
   int64_t part_stride;
 };
 
-// Return all arguments but tile_rows and stages. P: a product of api.h.
-template <class Arguments, class P>
-Arguments tile_arguments(const P& p, const Plan& plan, int tile_depth) {
+// Return all arguments but tile_rows and stages.
+template <class Arguments>
+Arguments tile_arguments(const Product& p, const Plan& plan, int tile_depth) {
   Arguments a = {};
   a.out = view_of(p.out), a.in = view_of(p.in);
   a.bias = static_cast<const char*>(p.bias);

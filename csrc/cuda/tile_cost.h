@@ -79,18 +79,6 @@ inline double bytes_of(const Product& p) {
   return 2.0 * p.out.rows * (p.out.columns + p.in.columns) + elements * (2 + keep);
 }
 
-// Return the usual number of tiles of all rows: an expert's last tile is half full on average.
-inline int64_t usual_tiles(const GroupedProduct& g, int tokens) {
-  return std::min(g.of.out.rows, quotient(g.of.out.rows, tokens) + g.experts / 2);
-}
-
-inline double bytes_of(const GroupedProduct& g) {
-  const Product& p = g.of;
-  const double elements = static_cast<double>(g.experts) * p.weight.rows * p.weight.columns;
-  const double keep = p.keep.words != nullptr ? 1.0 / 8 : bytes_of(p.keep.scores.type);
-  return 2.0 * p.out.rows * (p.out.columns + p.in.columns) + elements * (2 + keep);
-}
-
 // Per element of d_scores: weight, sign and result in 16 bits, or weight and fp32.
 constexpr int kEpilogueBytes = 6;
 

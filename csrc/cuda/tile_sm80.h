@@ -182,10 +182,10 @@ struct TilePlace {
 constexpr int tiles_of(int64_t length, int tile) { return static_cast<int>((length + tile - 1) / tile); }
 
 // Return the number of stages in shared memory: as many as let two blocks share a multiprocessor. If 2 stages are too
-// many for that, as many as fit one block alone. beside: further bytes that a block needs.
-inline int stages_of(int stage_bytes, const Device& device, int beside = 0) {
+// many for that, as many as fit one block alone.
+inline int stages_of(int stage_bytes, const Device& device) {
   constexpr int kMost = 4, kReserved = 1024;  // bytes of each block, for the system
-  const int half = device.shared_bytes / 2 - kReserved - beside, whole = device.shared_bytes - kReserved - beside;
+  const int half = device.shared_bytes / 2 - kReserved, whole = device.shared_bytes - kReserved;
   return std::min(kMost, (half >= 2 * stage_bytes ? half : whole) / stage_bytes);
 }
 

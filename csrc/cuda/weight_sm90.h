@@ -3,19 +3,14 @@
 // wgmma's first operand.
 //
 //   Number, kTransposed   type of the product; whether d_x is computed
-//   kGrouped, Groups      whether rows belong to experts, with a weight each; which rows are whose
 //   kStageBytes           of a stage, a multiple of 1024
-//   kFewestTokens         of the smallest tile: 64 or 128
 //   Arguments             the kernel's arguments for the weight
 //   prefetch(a)           prefetch the tensor maps, once per block; one thread
-//   bring(a, b, stage, feature, q, expert)    issue those copies; one thread
-//   Lane, begin_tile(lane, a, features, feature, expert)  what a lane keeps; called for each tile
-//   read(registers, stage, lane, step)        read the masked weight of a step, 16 of Q per four registers
+//   bring(a, b, stage, feature, q)    load a step by TMA; one thread
+//   Lane, begin_tile(lane, a, features, feature)  what a lane keeps; called for each tile
+//   read(registers, stage, lane, step)    read the masked weight of a step, 16 of Q per four registers
 #pragma once
 
-#include <type_traits>
-
-#include "groups_sm80.h"
 #include "isa_sm90.h"
 #include "keep.h"
 #include "tile_sm90.h"
@@ -71,24 +66,11 @@ MFT_DEVICE void select_by_words(isa::Register (&weights)[4], const uint32_t* wor
   }
 }
 
-struct OneMatrix {};  // all rows have one weight
-
-template <bool kGrouped>
-MFT_DEVICE void load_tile_of(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int column, int row,
-                             int expert) {
-  if constexpr (kGrouped) {
-    isa::load_tile(map, b, shared, column, row, expert);
-  } else {
-    isa::load_tile(map, b, shared, column, row);
-  }
-}
-
 // Load the words that hold the columns of a step. TMA requires them at multiples of 16 bytes.
-template <bool kTransposed, bool kGrouped>
-MFT_DEVICE void bring_words(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature, int q,
-                            int expert) {
+template <bool kTransposed>
+MFT_DEVICE void bring_words(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature, int q) {
   const int column = kTransposed ? feature : q, row = kTransposed ? q : feature;
-  load_tile_of<kGrouped>(map, b, shared, column / 128 * kWordsOfTile, row, expert);
+  isa::load_tile(map, b, shared, column / 128 * kWordsOfTile, row);
 }
 
 struct DenseArguments {
@@ -97,16 +79,14 @@ struct DenseArguments {
   int64_t threshold_stride;
 };
 
-template <class T, MaskKind kMask, bool kIsTransposed, bool kIsGrouped = false>
+template <class T, MaskKind kMask, bool kIsTransposed>
 struct DenseWeight {
   using Number = T;
-  using Groups = std::conditional_t<kIsGrouped, sm80::Groups, OneMatrix>;
-  static constexpr bool kTransposed = kIsTransposed, kGrouped = kIsGrouped;
+  static constexpr bool kTransposed = kIsTransposed;
   static constexpr int kWeightBytes = kFeatures * kStep * 2;
   static constexpr int kRows = kTransposed ? kStep : kFeatures;  // of the weight, in a tile
   static constexpr int kMaskBytes = kMask == MaskKind::kWords ? kRows * kWordsOfTile * 4 : kWeightBytes;
   static constexpr int kStageBytes = kWeightBytes + kMaskBytes;
-  static constexpr int kFewestTokens = kGrouped ? 128 : 64;
   static_assert(kStageBytes % 1024 == 0);
 
   using KeepOfScores = KeepPair<T, kMask == MaskKind::kMagnitude>;
@@ -128,22 +108,21 @@ struct DenseWeight {
     isa::prefetch(a.mask);
   }
 
-  MFT_DEVICE static void bring(const Arguments& a, isa::TransactionBarrier* b, char* stage, int feature, int q,
-                               int expert) {
-    bring_tile(a.weight, b, stage, feature, q, expert);
+  MFT_DEVICE static void bring(const Arguments& a, isa::TransactionBarrier* b, char* stage, int feature, int q) {
+    bring_tile(a.weight, b, stage, feature, q);
     if constexpr (kMask == MaskKind::kWords) {
-      bring_words<kTransposed, kGrouped>(a.mask, b, stage + kWeightBytes, feature, q, expert);
+      bring_words<kTransposed>(a.mask, b, stage + kWeightBytes, feature, q);
     } else {
-      bring_tile(a.mask, b, stage + kWeightBytes, feature, q, expert);
+      bring_tile(a.mask, b, stage + kWeightBytes, feature, q);
     }
   }
 
-  MFT_DEVICE static void begin_tile(Lane& lane, const Arguments& a, int features, int feature, int expert) {
+  MFT_DEVICE static void begin_tile(Lane& lane, const Arguments& a, int features, int feature) {
     if constexpr (kMask != MaskKind::kWords) {
       for (int i = 0; i < 2; ++i) {
-        // Transposed, thresholds by row would vary along Q, so there is one for the matrix. Each expert has its own.
+        // Transposed, thresholds by row would vary along Q, so there is one for the matrix.
         int row = feature + 16 * lane.warp + lane.g + 8 * i;
-        row = kGrouped ? expert : kTransposed ? 0 : row < features ? row : features - 1;
+        row = kTransposed ? 0 : row < features ? row : features - 1;
         const uint32_t threshold = a.thresholds[row * a.threshold_stride];
         lane.keep[i] = KeepOfScores::of(threshold | threshold << 16);
       }
@@ -169,13 +148,13 @@ struct DenseWeight {
  private:
   // Load 128 features x 64 of Q; transposed, one tile per consumer.
   MFT_DEVICE static void bring_tile(const isa::TensorMap& map, isa::TransactionBarrier* b, char* shared, int feature,
-                                    int q, int expert) {
+                                    int q) {
     if constexpr (kTransposed) {
       for (int i = 0; i < kConsumers; ++i) {
-        load_tile_of<kGrouped>(map, b, shared + i * kStep * kRowBytes, feature + 64 * i, q, expert);
+        isa::load_tile(map, b, shared + i * kStep * kRowBytes, feature + 64 * i, q);
       }
     } else {
-      load_tile_of<kGrouped>(map, b, shared, q, feature, expert);
+      isa::load_tile(map, b, shared, q, feature);
     }
   }
 

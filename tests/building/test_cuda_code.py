@@ -283,9 +283,6 @@ std::string product_general(const Product& p, const Device&) {
   ASK
   return launch(p.transposed ? 65536 : 512);
 }
-bool reads_scores(const GroupedProduct&) { return true; }
-std::string grouped_product(const GroupedProduct&, const Device&) { return ""; }
-std::string grouped_score_grad(const GroupedScoreGrad&, const Device&) { return ""; }
 std::string score_grad_sm80(const ScoreGrad&, const Device&) { return ""; }
 std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }
@@ -353,7 +350,7 @@ def library():
 
 GENERAL = (
     *("PackKernel", "ClearKernel", "ProductKernel", "DecodeKernel"),
-    *("ScoreGradKernel", "GroupedProductKernel", "GroupedScoreGradKernel", "SumPartsKernel", "FinishPartsKernel"),
+    *("ScoreGradKernel", "SumPartsKernel", "FinishPartsKernel"),
     *("SelectKernel", "ScoreStepKernel", "WindowKernel"),
 )
 OF_HOPPER = {"product_sm90": "ProductSm90", "score_grad_sm90": "ScoreEpilogue"}  # the latter is within CUTLASS's kernel

@@ -9,7 +9,7 @@ import torch
 from building.compile import TORCH_TARGET, CannotBuild, Link, Unit
 from building.compile import build as build_units
 
-BINDINGS = [emulated.ROOT / "csrc/cuda" / name for name in ("bindings.cpp", "grouped_bindings.cpp")]
+BINDINGS = emulated.ROOT / "csrc/cuda/bindings.cpp"
 
 
 def build(library: Path, name: str, *kernels: str) -> None:
@@ -21,19 +21,20 @@ def build(library: Path, name: str, *kernels: str) -> None:
     Raises: RuntimeError with the compiler's output.
     """
     torch_folder, compiler = Path(torch.__file__).parent, emulated.compiler()
-    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{BINDINGS[0].parent}"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{BINDINGS.parent}"]
     own = [TORCH_TARGET, "-DMFT_CUDA_ON_HOST", "-DMFT_CUDA_PRODUCT_SM90", "-isystem", f"{torch_folder}/include"]
-    units = [Unit(source, compiler, [*flags, *own]) for source in BINDINGS]
     linked = [*flags, *kernels, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-Wl,-Bsymbolic"]
     directory = emulated.ROOT / "build" / name / torch.__version__
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs build one after the other
         try:
-            build_units(directory, units, Link(str(library.absolute()), compiler, linked))
+            build_units(
+                directory, [Unit(BINDINGS, compiler, [*flags, *own])], Link(str(library.absolute()), compiler, linked)
+            )
         except CannotBuild as error:
             said = "".join(log.read_text() for log in sorted(directory.glob("*.log")))
-            raise RuntimeError(f"csrc/cuda/*bindings.cpp do not compile for the host: {error}\n{said}") from None
+            raise RuntimeError(f"csrc/cuda/bindings.cpp does not compile for the host: {error}\n{said}") from None
 
 
 def emulated_kernels() -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from by_name import ByName, oracle
 
-from mft_kernels import MaskAdamW, MaskedGroupedLinear, MaskedLinear, kept_threshold, reference
+from mft_kernels import MaskAdamW, MaskedLinear, kept_threshold, reference
 from mft_kernels.backends import built, cuda
 from mft_kernels.backends import table as backends
 from mft_kernels.reference.fixed_point import fixed_from_float, selectable
@@ -296,143 +296,6 @@ def test_what_does_not_fit_a_step_is_refused():
     step()
 
 
-def experts(*, transposed=False, k=40, scores_dtype=torch.bfloat16):
-    """Return (x or grad_output, weight, scores, thresholds, packed, offsets, bias); one of three experts is empty."""
-    each = [inputs(scores_dtype=scores_dtype, m=4, k=k) for _ in range(3)]
-    weight, scores = (
-        torch.stack([getattr(t, name).roll(i) for i, t in enumerate(each)]) for name in ("weight", "scores")
-    )
-    threshold, offsets = torch.arange(3).to(scores_dtype), torch.tensor([3, 3, 9], dtype=torch.int32)
-    packed = torch.stack([reference.pack_mask(s, t, "magnitude") for s, t in zip(scores, threshold)])
-    x = torch.cat([t.grad_output if transposed else t.x for t in each])
-    bias = torch.arange(3 * (k if transposed else 12)).view(3, -1).bfloat16() % 3
-    return x, weight, scores, threshold, packed, offsets, bias
-
-
-def apart(t):
-    """Return the same values, with a gap as large as a matrix between the matrices."""
-    return t if t is None or t.dim() < 3 else torch.cat((t, t), 1)[:, : t.shape[1]]
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("mode", ["magnitude", "value"])
-def test_products_over_experts(mode, transposed, capability):
-    """With bits and with scores; scores that the kernel does not read (fp16, odd rows) become bits."""
-    for k, scores_dtype in ((40, torch.bfloat16), (40, torch.float32), (40, torch.float16), (39, torch.bfloat16)):
-        x, weight, scores, threshold, packed, offsets, bias = experts(
-            transposed=transposed, k=k, scores_dtype=scores_dtype
-        )
-        wide = packed.repeat(1, 1, 2)[..., : packed.shape[2]]
-        for keep in ((scores, threshold, None), (None, None, wide)):
-            others = (x.T.contiguous().T, weight.mT.contiguous().mT, *keep), (x, apart(weight), *map(apart, keep))
-            for given in ((x, weight, *keep), *others):
-                arguments = (*given, offsets.repeat_interleave(2)[::2], bias, mode, transposed)
-                assert_same(flat.grouped_product(*arguments), oracle.grouped_product(*arguments))
-        arguments = (x, weight, scores, threshold[:1].expand(3), None, offsets, None, mode, transposed)
-        assert_same(flat.grouped_product(*arguments), oracle.grouped_product(*arguments))
-
-
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("source", ["scores", "signs", "value", None])
-def test_score_gradients_of_experts(source, accumulate, capability):
-    grad, weight, scores, *_, offsets, _ = experts(transposed=True)
-    x = experts()[0]
-    scores[scores == 0] = 1
-    signs = torch.stack([reference.pack_signs(each)[0] for each in scores]).repeat(1, 1, 2)[..., :2]
-    given = {"scores": (apart(weight), apart(scores), None), "signs": (weight, None, signs)}
-    given["value"] = (weight, scores, signs)
-    for out_dtype in (torch.float32, torch.bfloat16):
-        outs = [torch.full((3, 12, 40), 2.0, dtype=out_dtype) for _ in range(2)]
-        mode = "value" if source == "value" else "magnitude"
-        for out, by in zip(outs, (flat, oracle)):
-            left, right = (grad, x) if by is oracle else (grad.T.contiguous().T, x.T.contiguous().T)
-            by.grouped_score_grad(out, left, right, offsets, *given.get(source, (None,) * 3), mode, accumulate)
-        assert_same(*outs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
-def test_a_threshold_for_each_expert(dtype, capability):
-    scores = torch.randn(5, 12, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
-    scores[3, 4, 5] = torch.nan
-    for mode in ("magnitude", "value"):
-        for keep_ratio in (0.0, 0.3, 1.0):
-            found = flat.kept_thresholds(scores.mT.contiguous().mT, keep_ratio, mode)
-            expected = oracle.kept_thresholds(scores, keep_ratio, mode)
-            assert found[3].isnan()
-            assert_same(found.nan_to_num(), expected.nan_to_num())
-
-
-def test_what_does_not_fit_experts_is_refused(ops):
-    x, weight, scores, threshold, packed, offsets, bias = experts()
-    given = {
-        "x": x, "weight": weight, "scores": scores, "threshold": threshold, "packed": None, "offsets": offsets,
-        "bias": bias, "magnitude": True, "transposed": False,
-    }  # fmt: skip
-    for message, changed in {
-        "x must be .12, 40., got .12, 39.": {"x": x[:, :39]},
-        "x must have weight's dtype": {"x": x.half()},
-        "weight must be bfloat16 or float16": {"weight": weight.float()},
-        "weight must be 3-d with unit column stride": {"weight": weight[0]},
-        "weight must have rows that do not overlap": {"weight": weight[:, :1].expand(3, 12, 40)},
-        "scores must be of 3 experts, got 2": {"scores": scores[:2]},
-        "scores must be .12, 40., got .11, 40.": {"scores": scores[:, :11]},
-        "threshold must be contiguous, of its dtype and of 3": {"threshold": threshold[:2]},
-        "threshold must be contiguous, of its dtype": {"threshold": threshold.float()},
-        "give scores and threshold, or packed": {"scores": None},
-        "packed must be contiguous, of its dtype and of 72": {"packed": packed[:2]},
-        "offsets must be contiguous, of its dtype and of 3": {"offsets": offsets[:2]},
-        "offsets must be contiguous, of its dtype": {"offsets": offsets.long()},
-        "bias must be contiguous, of its dtype and of 36 elements, got 33": {"bias": bias[:, :11].contiguous()},
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            ops.grouped_product(*(given | changed).values())
-    assert ops.grouped_product(*given.values()).shape == (12, 12)
-    sums = {
-        "out": torch.zeros(3, 12, 40), "grad": experts(transposed=True)[0], "x": x, "offsets": offsets,
-        "weight": weight, "scores": scores, "signs": None, "accumulate": True,
-    }  # fmt: skip
-    for message, changed in {
-        "out must be contiguous": {"out": torch.zeros(3, 40, 12).mT},
-        "x must be bfloat16 or float16": {"x": x.float()},
-        "x must be .12, 40., got .12, 39.": {"x": x[:, :39]},
-        "grad_output must have weight's dtype": {"grad": sums["grad"].half()},
-        "grad_output must be .12, 12., got .12, 11.": {"grad": sums["grad"][:, :11]},
-        "weight must have x's dtype": {"weight": weight.half()},
-        "weight must be of 3 experts, got 2": {"weight": weight[:2]},
-        "scores must be .12, 40., got .12, 39.": {"scores": scores[..., :39]},
-        "signs must be contiguous, of its dtype and of 72": {"signs": packed[:2]},
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            ops.grouped_score_grad_(*(sums | changed).values())
-    ops.grouped_score_grad_(*sums.values())
-    with pytest.raises(RuntimeError, match="k must lie in .0, 480."):
-        ops.kept_thresholds(scores, 481, True)
-
-
-def test_a_layer_of_experts_trains_by_name_as_it_does_with_the_reference(monkeypatch):
-    """Masks from scores: the product in both directions, d_scores, and the experts' thresholds."""
-    served = backends.Backend(
-        "cuda", frozenset({"cpu"}), frozenset(), backends.registered("cuda").functions, backends.OPERANDS
-    )
-    monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "cuda": served})
-    x, weight, *_, offsets, bias = experts()
-    for transposed in (False, True):
-        results = []
-        for name in ("cuda", "reference"):
-            monkeypatch.setattr(backends, "_chosen", {})
-            monkeypatch.setenv("MFT_KERNELS", name)
-            own = weight.mT.contiguous() if transposed else weight
-            layer = MaskedGroupedLinear(own, bias, keep_ratio=0.7, transposed=transposed)
-            with torch.no_grad():
-                layer.scores.copy_(torch.arange(own.numel()).view(own.shape) % 11 - 5)
-            leaf = x.clone().requires_grad_()
-            y = layer(leaf, offsets)
-            y.backward(torch.ones_like(y))
-            results.append([y.detach(), leaf.grad, layer.scores.grad])
-        for got, expected in zip(*results):
-            assert_same(got, expected)
-
-
 @pytest.mark.parametrize("scores_dtype", [torch.float32, torch.bfloat16, torch.int16])
 @pytest.mark.parametrize("moments", ["8bit", "fp32"])
 def test_a_layer_trains_by_name_as_it_does_with_the_reference(
@@ -550,9 +413,6 @@ std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }
 std::string pack_signs(const PackSigns&, const Device&) { return ""; }
 std::string score_step(const ScoreStep&, const Device&) { return ""; }
-bool reads_scores(const GroupedProduct&) { return true; }
-std::string grouped_product(const GroupedProduct&, const Device&) { return ""; }
-std::string grouped_score_grad(const GroupedScoreGrad&, const Device&) { return ""; }
 int64_t select_workspace(Type) { return 0; }
 int64_t step_workspace(ScoreFormat) { return 0; }
 }

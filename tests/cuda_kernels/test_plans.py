@@ -153,34 +153,6 @@ def test_hopper_s_own_product_is_expected_to_win_but_for_some_small_weights(card
     assert worst < 1.1
 
 
-# ------------------------------------------------------------------------------------------------ over experts on sm_90
-
-
-def planned_experts(arch, rows, experts, shape, transposed):
-    """Return the plan of a product with a packed mask; ``rows``: of each expert."""
-    p, q = shape
-    n, k = (q, p) if transposed else (p, q)
-    of = {"out": emulated.Matrix(128, 1, rows * experts, p, p), "weight": emulated.Matrix(128, 1, n, k, k)}
-    asked = emulated.Product(**of, transposed=transposed)
-    setattr(asked, "in", emulated.Matrix(128, 1, rows * experts, q, q))
-    asked.keep.words = 128
-    groups = emulated.GroupedProduct(asked, 128, experts, n * k, n * k)
-    return emulated.plan(f"grouped_product_{arch}", groups, device_of(H100))
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("experts", "shape"), [(8, (14336, 4096)), (128, (768, 2048)), (64, (1024, 2048))])
-def test_prefill_over_experts_is_expected_to_gain_by_wgmma_on_an_h100(experts, shape, transposed):
-    """It is expected to gain from 128 rows per expert on, where it is chosen, and most with many rows."""
-    ratio = {
-        rows: planned_experts("sm90", rows, experts, shape, transposed).cycles
-        / planned_experts("sm80", rows, experts, shape, transposed).cycles
-        for rows in (128, 512, 2048)
-    }
-    assert max(ratio.values()) < 0.85
-    assert ratio[2048] < 0.65
-
-
 # ------------------------------------------------------------------------------------------------- the general product
 
 

@@ -37,7 +37,6 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
 NOT_EMULATED = (
     "score_grad_sm90_",
     "bindings",
-    "grouped_bindings",
 )  # these need CUTLASS, torch or the driver
 
 usual_arch = "sm_80"
@@ -100,17 +99,6 @@ class ScoreGrad(ctypes.Structure):
         ("accumulate", ctypes.c_bool),
         ("workspace", Pointer),
     )
-
-
-_GROUPS = (("offsets", Pointer), ("experts", Int64), ("weight_stride", Int64), ("score_stride", Int64))
-
-
-class GroupedProduct(ctypes.Structure):
-    _fields_ = (("of", Product), *_GROUPS)
-
-
-class GroupedScoreGrad(ctypes.Structure):
-    _fields_ = (("of", ScoreGrad), *_GROUPS)
 
 
 class Select(ctypes.Structure):
@@ -189,8 +177,6 @@ class Plan(ctypes.Structure):
 _STRUCTS = {
     "product": Product,
     "score_grad": ScoreGrad,
-    "grouped_product": GroupedProduct,
-    "grouped_score_grad": GroupedScoreGrad,
     "select": Select,
     "pack_mask": PackMask,
     "pack_signs": PackSigns,

@@ -7,7 +7,6 @@ test what only one backend has: tiles, instructions, schedules, the choice of a 
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,8 +64,5 @@ def _on_triton(card: str, request: pytest.FixtureRequest) -> Iterator[Kernels]:
 
 def _in_emulator(arch: str, request: pytest.FixtureRequest) -> Kernels:
     emulated = request.getfixturevalue("emulator")
-    from emulated import grouped
-
-    ops = SimpleNamespace(**vars(emulated) | vars(grouped))
-    kernels = Emulated("cuda", ops, dtypes=(torch.bfloat16, torch.float16), any_strides=False, emulated=emulated)
+    kernels = Emulated("cuda", emulated, dtypes=(torch.bfloat16, torch.float16), any_strides=False, emulated=emulated)
     return kernels.of_hopper() if arch else kernels

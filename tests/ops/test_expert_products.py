@@ -10,12 +10,15 @@ import pytest
 import torch
 from by_name import oracle
 from experts import assert_product_equals_reference, assert_sums_equal_reference, integer_experts
+from forms import every_backend_but_cuda
 
 from mft_kernels import reference
 from mft_kernels.testing import assert_within_budget
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (FP32, BF16, FP16)
+pytestmark = every_backend_but_cuda
+
 LAYOUTS = pytest.mark.parametrize("transposed", [False, True], ids=["(E, N, K)", "(E, K, N)"])
 ACCUMULATE = pytest.mark.parametrize("accumulate", [False, True], ids=["anew", "added"])
 TENSORS = ("x", "weight", "scores", "bias", "offsets", "grad_output", "threshold")
@@ -30,17 +33,9 @@ def experts(kernels, n, k, dtype=FP16, scores_dtype=None, **options):
     return replace(t, **{name: getattr(t, name).to(kernels.device) for name in TENSORS})
 
 
-def masks_of(kernels, t, mode="magnitude"):
-    """Return [((scores, threshold, bits), mode)] for a product: with bits, and with scores if the kernel reads them."""
-    masks = [((None, None, t.words(mode)), "value")]
-    whole = (
-        t.scores.shape[2]
-        and t.scores.shape[2] * t.scores.element_size() % 16 == 0
-        and t.scores.dtype in (t.weight.dtype, FP32)
-    )
-    if kernels.name != "cuda" or whole:  # others are packed first: cuda_kernels/test_bindings.py
-        masks.append(((t.scores, t.threshold, None), mode))
-    return masks
+def masks_of(t, mode="magnitude"):
+    """Return [((scores, threshold, bits), mode)] for a product: with bits, and with scores."""
+    return [((None, None, t.words(mode)), "value"), ((t.scores, t.threshold, None), mode)]
 
 
 @LAYOUTS
@@ -51,7 +46,7 @@ def test_every_row_meets_its_own_expert(kernels, dtype, transposed):
         [(sizes, mode) for sizes in ((21, 19), (16, 32), (56, 40)) for mode in ("magnitude", "value")], 6
     ):
         t = experts(kernels, *sizes, dtype, transposed=transposed)
-        for mask, told in masks_of(kernels, t, mode):
+        for mask, told in masks_of(t, mode):
             assert_product_equals_reference(kernels, t.x, t.weight, *mask, t.offsets, t.bias, told, transposed)
             d_x = (t.grad_output, t.weight, *mask, t.offsets, None, told, not transposed)
             assert_product_equals_reference(kernels, *d_x)
@@ -62,7 +57,7 @@ def test_every_row_meets_its_own_expert(kernels, dtype, transposed):
 def test_scores_of_another_dtype_tell_the_same(kernels, dtype, transposed):
     t = experts(kernels, 24, 40, dtype, FP32, transposed=transposed)
     for mode in kernels.fewer(("value", "magnitude"), 2):
-        for mask, told in masks_of(kernels, t, mode):
+        for mask, told in masks_of(t, mode):
             assert_product_equals_reference(kernels, t.x, t.weight, *mask, t.offsets, None, told, transposed)
 
 
@@ -98,7 +93,7 @@ def test_what_is_dropped_has_no_rows_or_is_nobody_s_may_be_nan(kernels, transpos
     t.weight[0] = t.weight[3] = torch.inf
     t.x[int(t.offsets[-1]) :] = torch.nan
     t.x[1] = torch.inf  # a row of the expert with 7
-    for mask, told in masks_of(kernels, t):
+    for mask, told in masks_of(t):
         assert_product_equals_reference(kernels, t.x, t.weight, *mask, t.offsets, t.bias, told, transposed)
 
 
@@ -108,7 +103,7 @@ def test_what_is_dropped_has_no_rows_or_is_nobody_s_may_be_nan(kernels, transpos
 def test_offsets_that_fall_or_exceed_the_rows_are_taken_as_the_reference_takes_them(kernels, ends):
     t = experts(kernels, 16, 32)
     t.offsets = torch.tensor(ends, dtype=torch.int32, device=kernels.device)
-    for mask, told in masks_of(kernels, t):
+    for mask, told in masks_of(t):
         assert_product_equals_reference(kernels, t.x, t.weight, *mask, t.offsets, t.bias, told, False)
     for accumulate in (True, False):
         assert_sums_equal_reference(kernels, t, "scores", FP32, accumulate=accumulate)
@@ -120,7 +115,7 @@ def test_offsets_that_fall_or_exceed_the_rows_are_taken_as_the_reference_takes_t
 def test_axes_of_none_and_of_one(kernels, n, k, rows):
     for transposed in (False, True):
         t = experts(kernels, n, k, rows=rows, nobodys=2 if any(rows) else 0, transposed=transposed)
-        for mask, told in masks_of(kernels, t):
+        for mask, told in masks_of(t):
             assert_product_equals_reference(kernels, t.x, t.weight, *mask, t.offsets, t.bias, told, transposed)
         for accumulate in (True, False):
             assert_sums_equal_reference(kernels, t, None, FP32, accumulate=accumulate)
@@ -133,10 +128,7 @@ def test_matrices_inside_larger_ones_are_read_as_they_lie(kernels):
         around = torch.full((7, rows, pitch), torch.nan, dtype=FP16, device=kernels.device)
         weight, scores = around[:, :24, column : column + 40], torch.full_like(around, torch.nan)[:, :24, :40]
         t.weight, t.scores = weight.copy_(t.weight), scores.copy_(t.scores)
-        masks = masks_of(kernels, t, mode)
-        if kernels.name == "cuda" and pitch % 8:
-            masks = masks[:1]
-        for mask, told in masks:
+        for mask, told in masks_of(t, mode):
             assert_product_equals_reference(kernels, t.x, t.weight, *mask, t.offsets, t.bias, told, False)
             assert_product_equals_reference(kernels, t.grad_output, t.weight, *mask, t.offsets, None, told, True)
         assert_sums_equal_reference(kernels, t, "scores", FP32, accumulate=True)

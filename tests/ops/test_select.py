@@ -3,6 +3,7 @@
 import pytest
 import torch
 from by_name import oracle
+from forms import every_backend_but_cuda
 
 from mft_kernels import reference
 
@@ -172,6 +173,7 @@ def test_any_bits_give_the_threshold_of_the_reference(kernels):
     check()
 
 
+@every_backend_but_cuda
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_expert_has_its_own_kth_largest(kernels, dtype, mode):

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ...operands import Experts, Keep, Sums, Update
+from ...operands import Keep, Sums, Update
 from ...reference.linear import kept_count
 from .. import built
 from ..built import load, report
@@ -18,13 +18,11 @@ from ..table import Backend, Dtypes, register
 _OLDEST = 80
 
 
-def product(
-    a: Tensor, weight: Tensor | Experts, keep: Keep, bias: Tensor | None, *, transposed: bool = False
-) -> Tensor:
+def product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
     """Compute a @ where(keep, weight, 0).T + bias, without the .T if transposed; see the reference."""
-    if isinstance(weight, Experts):
-        return _product_of_experts(a, weight, keep, bias, transposed)
-    return _product_of_matrix(a, weight, keep, bias, transposed)
+    bias = _contiguous(bias)
+    y = built.cuda_ops.product(_rows(a), _matrix(weight), *_mask(keep), bias, keep.magnitude, transposed)
+    return y.view(*a.shape[:-1], weight.shape[transposed])
 
 
 def score_grad(sums: Sums) -> None:
@@ -36,24 +34,15 @@ def score_grad(sums: Sums) -> None:
         of_sign = (None if sign is None else _matrix(sign), None)
     weight = None if sums.weight is None else _matrix(sums.weight)
     operands = _rows(sums.grad_output), _rows(sums.x)
-    if sums.offsets is not None:
-        offsets = sums.offsets.contiguous()
-        built.cuda_ops.grouped_score_grad_(d_scores, *operands, offsets, weight, *of_sign, sums.accumulate)
-        return
     mask, magnitude = ((None, None, None), False) if keep is None else (_mask(keep), keep.magnitude)
     outputs = d_scores, sums.d_weight
     built.cuda_ops.score_grad_(*outputs, *operands, weight, *of_sign, *mask, magnitude, sums.accumulate)
 
 
-def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
-    """Return the k-th largest key, by histograms: +inf if nothing is kept, NaN if a score is not finite.
-
-    Experts are launched one after the other.
-    """
-    run, numel = built.cuda_ops.kept_threshold, scores.numel()
-    if each:
-        run, numel = built.cuda_ops.kept_thresholds, scores[0].numel()
-    return run(scores.contiguous(), kept_count(numel, keep_ratio), mode == "magnitude")
+def select(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
+    """Return the k-th largest key, by histograms: +inf if nothing is kept, NaN if a score is not finite."""
+    k = kept_count(scores.numel(), keep_ratio)
+    return built.cuda_ops.kept_threshold(scores.contiguous(), k, mode == "magnitude")
 
 
 def pack(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
@@ -90,12 +79,12 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def _matrix(t: Tensor) -> Tensor:
-    """Return t, (N, K) or (E, N, K), or a copy unless columns have unit stride and rows do not overlap.
+    """Return t, (N, K), or a copy unless columns have unit stride and rows do not overlap.
 
     The rows of an expanded tensor overlap.
     """
-    rows, columns = t.shape[-2:]
-    fits = (columns <= 1 or t.stride(-1) == 1) and (rows <= 1 or t.stride(-2) >= columns)
+    rows, columns = t.shape
+    fits = (columns <= 1 or t.stride(1) == 1) and (rows <= 1 or t.stride(0) >= columns)
     return t if fits else t.contiguous()
 
 
@@ -107,32 +96,6 @@ def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (scores, thresholds, packed) as the library takes them."""
     scores = None if keep.scores is None else _matrix(keep.scores)
     return scores, keep.thresholds, _contiguous(keep.words)
-
-
-def _product_of_matrix(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
-    bias = _contiguous(bias)
-    y = built.cuda_ops.product(_rows(a), _matrix(weight), *_mask(keep), bias, keep.magnitude, transposed)
-    return y.view(*a.shape[:-1], weight.shape[transposed])
-
-
-def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Multiply all experts in one launch, without waiting: the kernel reads from the offsets which rows each one has.
-
-    Scores that it cannot read are packed first, in one launch per expert. These are scores in the other 16-bit type,
-    and all scores if rows are not whole, aligned chunks of 16 bytes.
-    """
-    scores, thresholds, packed = _mask(keep)
-    return built.cuda_ops.grouped_product(
-        _rows(a),
-        _matrix(weight.matrices),
-        scores,
-        _contiguous(thresholds),
-        packed,
-        weight.offsets.contiguous(),
-        _contiguous(bias),
-        keep.magnitude,
-        transposed,
-    )
 
 
 # Functions of tokens or a weight. The others take scores, also in float32.
@@ -214,7 +177,6 @@ register(
         device_types=frozenset({"cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         functions={f.__name__: f for f in (product, score_grad, select, pack, signs, step)},
-        takes=frozenset({Experts}),
         unavailable=unavailable,
         detail="" if _not_loaded else _detail(),
         on_request="it has not been timed on a GPU yet; backend='cuda' selects it",

@@ -233,23 +233,20 @@ struct TensorMap {
   int bytes = 0;
   int64_t rows = 0, columns = 0, row_bytes = 0;
   int box_rows = 0, box_columns = 0;
-  int64_t experts = 1, expert_bytes = 0;
   int swizzle = 0;  // which bits of the number of a 128-byte row change the number of a chunk
 };
 
 // Return an error for what the driver refuses.
 inline std::string make_tensor_map(TensorMap* map, const void* data, int bytes, int64_t rows, int64_t columns,
-                                   int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle,
-                                   int64_t experts = 0, int64_t expert_bytes = 0) {
+                                   int64_t row_bytes, int box_rows, int box_columns, Swizzle swizzle) {
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return "TMA: the address must be a multiple of 16";
-  if (expert_bytes % 16 != 0 || expert_bytes >= int64_t{1} << 40) return "TMA: experts must be multiples of 16 bytes apart";
   if (row_bytes % 16 != 0 || row_bytes >= int64_t{1} << 40) return "TMA: the stride must be a multiple of 16";
   if (rows < 1 || columns < 1 || rows > int64_t{1} << 32 || columns > int64_t{1} << 32) return "TMA: sizes";
   if (box_rows < 1 || box_rows > 256 || box_columns < 1 || box_columns > 256) return "TMA: boxes are 1 to 256";
   if (box_columns * bytes % 16 != 0) return "TMA: rows of a box must be multiples of 16 bytes";
   if (swizzle != Swizzle::kNone && box_columns * bytes > 128) return "TMA: swizzled rows are at most 128 bytes";
   *map = {static_cast<char*>(const_cast<void*>(data)), bytes, rows, columns, row_bytes, box_rows, box_columns,
-          std::max<int64_t>(experts, 1), expert_bytes, static_cast<int>(swizzle)};
+          static_cast<int>(swizzle)};
   return "";
 }
 
@@ -266,15 +263,14 @@ inline char* chunk_of(char* block, char* shared, const TensorMap& map, int row, 
 }
 
 template <class Visit>
-void for_each_element(const TensorMap& map, char* block, char* shared, int column, int row, int expert, Visit visit) {
-  const bool exists = expert >= 0 && expert < map.experts;
+void for_each_element(const TensorMap& map, char* block, char* shared, int column, int row, Visit visit) {
   for (int r = 0; r < map.box_rows; ++r) {
     for (int c = 0; c < map.box_columns; ++c) {
       const int64_t at_row = static_cast<int64_t>(row) + r, at_column = static_cast<int64_t>(column) + c;
-      const bool inside = exists && at_row >= 0 && at_row < map.rows && at_column >= 0 && at_column < map.columns;
+      const bool inside = at_row >= 0 && at_row < map.rows && at_column >= 0 && at_column < map.columns;
       const int byte = c * map.bytes;
       char* here = chunk_of(block, shared, map, r, byte / 16 * 16) + byte % 16;
-      const int64_t offset = expert * map.expert_bytes + at_row * map.row_bytes + at_column * map.bytes;
+      const int64_t offset = at_row * map.row_bytes + at_column * map.bytes;
       visit(here, inside ? map.data + offset : nullptr);
     }
   }
@@ -283,7 +279,7 @@ void for_each_element(const TensorMap& map, char* block, char* shared, int colum
 }  // namespace detail
 
 inline void load_tile_multicast(const TensorMap& map, TransactionBarrier* b, uint16_t ranks, void* shared, int column,
-                                int row, int expert = 0) {
+                                int row) {
   const int64_t bytes = static_cast<int64_t>(map.box_rows) * map.box_columns * map.bytes;
   const int alignment = 128 * (map.swizzle + 1);
   for (int rank = 0; rank < 16; ++rank) {
@@ -296,7 +292,7 @@ inline void load_tile_multicast(const TensorMap& map, TransactionBarrier* b, uin
     const TensorMap copy = map;
     emulator::defer([=, &owner, &state = detail::state()] {
       const int size = copy.bytes;
-      detail::for_each_element(copy, block, target, column, row, expert, [size](char* here, const char* element) {
+      detail::for_each_element(copy, block, target, column, row, [size](char* here, const char* element) {
         if (element != nullptr) {
           std::memcpy(here, element, static_cast<size_t>(size));
         } else {
@@ -310,8 +306,8 @@ inline void load_tile_multicast(const TensorMap& map, TransactionBarrier* b, uin
   }
 }
 
-inline void load_tile(const TensorMap& map, TransactionBarrier* b, void* shared, int column, int row, int expert = 0) {
-  load_tile_multicast(map, b, static_cast<uint16_t>(1 << rank_in_cluster()), shared, column, row, expert);
+inline void load_tile(const TensorMap& map, TransactionBarrier* b, void* shared, int column, int row) {
+  load_tile_multicast(map, b, static_cast<uint16_t>(1 << rank_in_cluster()), shared, column, row);
 }
 
 inline void store_tile(const TensorMap& map, const void* shared, int column, int row) {
@@ -332,7 +328,7 @@ inline void store_tile(const TensorMap& map, const void* shared, int column, int
   emulator::defer([=, group = self.current, &owner = *emulator::this_thread().block] {
     if (owner.unfinished == 0) emulator::fault("TMA reads the shared memory of a block that has ended");
     const size_t size = static_cast<size_t>(map.bytes);
-    detail::for_each_element(map, block, source, column, row, 0, [size](const char* here, char* element) {
+    detail::for_each_element(map, block, source, column, row, [size](const char* here, char* element) {
       if (element != nullptr) std::memcpy(element, here, size);
     });
     --group->open;

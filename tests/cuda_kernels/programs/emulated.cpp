@@ -18,9 +18,6 @@ MFT_WEAK Plan plan_sm80(const ScoreGrad&, const Device&);
 MFT_WEAK std::string product_sm90(const Product&, const Device&);
 MFT_WEAK std::string product_sm80(const Product&, const Device&);
 MFT_WEAK std::string score_grad_sm80(const ScoreGrad&, const Device&);
-MFT_WEAK std::string grouped_product(const GroupedProduct&, const Device&);
-MFT_WEAK std::string grouped_score_grad(const GroupedScoreGrad&, const Device&);
-MFT_WEAK int grouped_tokens(const GroupedProduct&);
 MFT_WEAK bool decodes(const Product&, const Device&);
 MFT_WEAK bool takes_decode(const Product&);
 MFT_WEAK Plan plan_decode(const Product&, const Device&);
@@ -34,12 +31,6 @@ MFT_WEAK std::string pack_signs(const PackSigns&, const Device&);
 MFT_WEAK std::string score_step(const ScoreStep&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
 MFT_WEAK int64_t step_workspace(ScoreFormat);
-
-// The sm_90 functions, for builds of grouped_sm80.cu without them.
-MFT_WEAK std::string refusal_sm90(const GroupedProduct&) { return "no compiled file has this function"; }
-MFT_WEAK Plan plan_sm90(const GroupedProduct&, const Device&) { return {}; }
-MFT_WEAK std::string product_sm90(const GroupedProduct& g, const Device&) { return refusal_sm90(g); }
-MFT_WEAK Plan plan_sm80(const GroupedProduct&, const Device&);
 
 // CUTLASS's kernels. The rest of score_grad_sm90 is compiled.
 std::string score_grad_sm90_bf16(const ScoreGrad&, const Device&) { return "CUTLASS's kernels are not executed"; }
@@ -141,23 +132,6 @@ void emulated_plan_score_grad_sm90(const ScoreGrad& p, const Device& d, Plan* pl
   *plan = plan_of(&plan_sm90, p, d);
 }
 
-const char* emulated_grouped_product(const GroupedProduct& p, const Device& d) { return call(&grouped_product, p, d); }
-const char* emulated_grouped_score_grad(const GroupedScoreGrad& p, const Device& d) {
-  return call(&grouped_score_grad, p, d, half_of_shared(d));
-}
-const char* emulated_grouped_product_sm90(const GroupedProduct& p, const Device& d) {
-  static std::string refusal;
-  refusal = refusal_sm90(p);
-  return refusal.empty() ? call(&product_sm90, p, d) : refusal.c_str();
-}
-void emulated_plan_grouped_product_sm90(const GroupedProduct& p, const Device& d, Plan* plan) {
-  *plan = refusal_sm90(p).empty() ? plan_of(&plan_sm90, p, d) : Plan{};
-}
-void emulated_plan_grouped_product_sm80(const GroupedProduct& p, const Device& d, Plan* plan) {
-  *plan = plan_of(&plan_sm80, p, d);
-}
-int emulated_grouped_tokens(const GroupedProduct& p) { return &grouped_tokens == nullptr ? 0 : grouped_tokens(p); }
-
 void emulated_decode_cut(const Product& p, const Device& d, int* cut) {
   const DecodeCut found = decode_cut(p, d, true);
   cut[0] = 1 << found.slice_bits, cut[1] = found.parts, cut[2] = found.part_units, cut[3] = found.slab_units;
@@ -174,8 +148,6 @@ void emulated_rates(int capability, double* rates) {
 // Python checks its copies of the structs with these.
 int64_t emulated_size_of_product() { return sizeof(Product); }
 int64_t emulated_size_of_score_grad() { return sizeof(ScoreGrad); }
-int64_t emulated_size_of_grouped_product() { return sizeof(GroupedProduct); }
-int64_t emulated_size_of_grouped_score_grad() { return sizeof(GroupedScoreGrad); }
 int64_t emulated_size_of_select() { return sizeof(Select); }
 int64_t emulated_size_of_pack_mask() { return sizeof(PackMask); }
 int64_t emulated_size_of_pack_signs() { return sizeof(PackSigns); }
