@@ -102,34 +102,10 @@ void masks() {
     auto* const bits = const_cast<uint32_t*>(words());
     for (const bool magnitude : {true, false}) {
       constexpr int64_t kCount = kFeatures * kFeatures;
-      check(kept_threshold({kMemory, type, kCount, kCount / 2, magnitude, kMemory, kMemory, bits, kFeatures, kFeatures},
-                           device));
+      check(kept_threshold({kMemory, type, kCount, kCount / 2, magnitude, kMemory, kMemory}, device));
       check(pack_mask({bits, {nullptr, scores, kMemory, 0, magnitude}}, device));
     }
     check(pack_signs({bits, reinterpret_cast<int64_t*>(kMemory), scores}, device));
-  }
-}
-
-void steps() {
-  for (const ScoreFormat format : {ScoreFormat::kFloat32, ScoreFormat::kBFloat16, ScoreFormat::kFixed16}) {
-    for (const bool coded : {true, false}) {
-      for (const Type grad : kTypes) {
-        for (const Type weight : kTypes) {
-          for (const bool with_weight : {true, false}) {
-            ScoreStep s;
-            s.format = format;
-            s.rows = s.columns = kFeatures;
-            s.scores = s.exp_avg = s.exp_avg_sq = s.threshold = s.workspace = kMemory;
-            s.grad = s.hint = kMemory;
-            s.grad_type = grad, s.weight_type = weight;
-            if (with_weight) s.weight = kMemory;
-            if (coded) s.scales = reinterpret_cast<float*>(kMemory);
-            s.words = const_cast<uint32_t*>(words());
-            check(score_step(s, device));
-          }
-        }
-      }
-    }
   }
 }
 
@@ -144,6 +120,5 @@ int main() {
     mft::cuda::products();
     mft::cuda::score_grads();
     mft::cuda::masks();
-    mft::cuda::steps();
   }
 }

@@ -59,7 +59,6 @@ struct ScoreGrad {
 };
 
 // threshold = the k-th largest key of `count` contiguous scores, +inf if k is 0, NaN if a score is not finite.
-// If words are given, they receive the mask of the scores, seen as (rows, columns).
 struct Select {
   const void* scores = nullptr;
   Type type = Type::kBFloat16;
@@ -67,43 +66,6 @@ struct Select {
   bool magnitude = true;
   void* threshold = nullptr;      // one element of the scores' type
   void* workspace = nullptr;      // select_workspace() bytes, of any content
-  uint32_t* words = nullptr;      // (rows, ceil(columns / 32)), or null
-  int64_t rows = 0, columns = 0;  // rows * columns == count
-  const uint32_t* only_if = nullptr;  // on the device; if it holds 0, the threshold stays unchanged
-};
-
-// kFixed16: sign and magnitude in steps of 2^-18. The selection treats its bits as fp16.
-enum class ScoreFormat : int { kFloat32, kBFloat16, kFixed16 };
-
-// One AdamW step on contiguous scores and moments, in place (mft_kernels/reference/step.py). If `threshold` is given,
-// the threshold and the mask of the new scores follow, as in Select.
-struct ScoreStep {
-  void* scores = nullptr;
-  ScoreFormat format = ScoreFormat::kFloat32;
-  int64_t rows = 0, columns = 0;
-  const void* grad = nullptr;
-  Type grad_type = Type::kFloat32;
-  const void* weight = nullptr;  // null: neither weight nor sign is a factor
-  Type weight_type = Type::kFloat32;
-  void* exp_avg = nullptr;              // fp32, or 8-bit codes if there are scales
-  void* exp_avg_sq = nullptr;
-  float* scales = nullptr;              // (2, ceil(count / 256)), or null
-  const float* grad_scale = nullptr;    // or null
-  float decay = 1;                      // 1 - lr * weight_decay
-  float beta1 = 0, rest1 = 1, beta2 = 0, rest2 = 1;  // rest: 1 - beta
-  float minus_step_size = 0;            // -lr / (1 - beta1^step)
-  float correction = 1;                 // (1 - beta2^step)^0.5; its inverse if there are scales
-  float eps = 0;
-  uint32_t step = 1;
-  uint64_t seed = 0;
-  bool magnitude = true;
-  int64_t k = 0;
-  void* threshold = nullptr;            // one element of the scores' format; null: only the step
-  const void* hint = nullptr;           // the threshold before the step, or null
-  uint32_t* words = nullptr;            // (rows, ceil(columns / 32))
-  void* workspace = nullptr;            // step_workspace() bytes, with any content; the first word becomes 0 if the
-                                        // hint saved a pass over the scores
-  const void* clock = nullptr;          // step, decay, minus_step_size and correction in memory; null: those above
 };
 
 // Write keep as bits to words (N, ceil(K / 32)).
@@ -163,10 +125,6 @@ std::string kept_threshold(const Select&, const Device&);
 std::string pack_mask(const PackMask&, const Device&);
 std::string pack_signs(const PackSigns&, const Device&);
 
-std::string score_step(const ScoreStep&, const Device&);
-
-std::string refusal(const Select&);  // "" if kept_threshold takes it
 int64_t select_workspace(Type type);
-int64_t step_workspace(ScoreFormat format);
 
 }  // namespace mft::cuda

@@ -211,97 +211,6 @@ std::tuple<Tensor, Tensor> pack_signs(Tensor scores) {
   return {signs, zeros};
 }
 
-mft::cuda::ScoreFormat format_of(const Tensor& scores) {
-  if (scores.scalar_type() == ScalarType::Short) return mft::cuda::ScoreFormat::kFixed16;
-  if (scores.scalar_type() == ScalarType::Float) return mft::cuda::ScoreFormat::kFloat32;
-  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::BFloat16, "scores must be float32, bfloat16 or int16");
-  return mft::cuda::ScoreFormat::kBFloat16;
-}
-
-void check_like_scores(const Tensor& t, const Tensor& scores, const Place& place, const char* name) {
-  check_device(t, place, name);
-  STD_TORCH_CHECK(t.is_contiguous() && t.dim() == 2 && t.size(0) == scores.size(0) && t.size(1) == scores.size(1), name,
-                  " must be contiguous and (", scores.size(0), ", ", scores.size(1), ")");
-}
-
-const void* scalar(const Tensor& t, ScalarType type, const Place& place, const char* name) {
-  check_device(t, place, name);
-  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == type, name, " must be one number of the right dtype");
-  return t.const_data_ptr();
-}
-
-// Return the next threshold and packed mask. With k < 0 only the step runs, and both tensors are empty.
-std::tuple<Tensor, Tensor> score_step_(Tensor scores, Tensor grad, std::optional<Tensor> weight, Tensor exp_avg,
-                                       Tensor exp_avg_sq, std::optional<Tensor> scales, int64_t step, double step_size,
-                                       double beta1, double beta2, double correction, double eps, double decay,
-                                       std::optional<Tensor> grad_scale, int64_t seed, bool magnitude, int64_t k,
-                                       std::optional<Tensor> threshold, std::optional<Tensor> clock) {
-  const Place place(scores);
-  mft::cuda::ScoreStep s;
-  s.format = format_of(scores);
-  check_like_scores(scores, scores, place, "scores");
-  s.scores = present(scores.mutable_data_ptr());
-  s.rows = scores.size(0), s.columns = scores.size(1);
-  check_like_scores(grad, scores, place, "grad");
-  s.grad = present(grad.const_data_ptr());
-  s.grad_type = type_of(grad, "grad");
-  if (weight.has_value()) {
-    check_like_scores(*weight, scores, place, "weight");
-    s.weight = present(weight->const_data_ptr());
-    s.weight_type = type_of(*weight, "weight");
-  }
-  check_like_scores(exp_avg, scores, place, "exp_avg");
-  check_like_scores(exp_avg_sq, scores, place, "exp_avg_sq");
-  s.exp_avg = present(exp_avg.mutable_data_ptr());
-  s.exp_avg_sq = present(exp_avg_sq.mutable_data_ptr());
-  const ScalarType moments = scales.has_value() ? ScalarType::Byte : ScalarType::Float;
-  STD_TORCH_CHECK(exp_avg.scalar_type() == moments && exp_avg_sq.scalar_type() == moments,
-                  "exp_avg and exp_avg_sq must be uint8 with scales, else float32");
-  if (scales.has_value()) {
-    check_device(*scales, place, "scales");
-    const int64_t blocks = (scores.numel() + 255) / 256;
-    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->is_contiguous() && scales->dim() == 2 &&
-                        scales->size(0) == 2 && scales->size(1) == blocks,
-                    "scales must be float32, contiguous and (2, ", blocks, ")");
-    s.scales = present(static_cast<float*>(scales->mutable_data_ptr()));
-  }
-  if (grad_scale.has_value()) {
-    s.grad_scale = static_cast<const float*>(scalar(*grad_scale, ScalarType::Float, place, "grad_scale"));
-  }
-  s.decay = static_cast<float>(decay);
-  s.beta1 = static_cast<float>(beta1), s.rest1 = static_cast<float>(1 - beta1);
-  s.beta2 = static_cast<float>(beta2), s.rest2 = static_cast<float>(1 - beta2);
-  s.minus_step_size = static_cast<float>(-step_size);
-  s.correction = static_cast<float>(correction);
-  s.eps = static_cast<float>(eps);
-  s.step = static_cast<uint32_t>(step);
-  s.seed = static_cast<uint64_t>(seed);
-  s.magnitude = magnitude;
-  if (clock.has_value()) {
-    check_device(*clock, place, "clock");
-    STD_TORCH_CHECK(clock->numel() == 4 && clock->is_contiguous() && clock->scalar_type() == ScalarType::Int,
-                    "clock must be int32, contiguous and (4,)");
-    s.clock = clock->const_data_ptr();
-  }
-  if (k < 0) {
-    check_launch(mft::cuda::score_step(s, place.device));
-    const int64_t none[] = {0};
-    return {torch::stable::new_empty(scores, {none, 1}),
-            torch::stable::new_empty(scores, {none, 1}, ScalarType::Int)};
-  }
-  Tensor found = torch::stable::new_empty(scores, {});
-  Tensor packed = empty_words(scores, {s.scores, Type::kFloat32, s.rows, s.columns, s.columns});
-  const int64_t bytes[] = {mft::cuda::step_workspace(s.format)};
-  Tensor workspace = torch::stable::new_empty(scores, {bytes, 1}, ScalarType::Byte);
-  s.k = k;
-  s.threshold = found.mutable_data_ptr();
-  s.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  s.workspace = workspace.mutable_data_ptr();
-  if (threshold.has_value()) s.hint = scalar(*threshold, scores.scalar_type(), place, "threshold");
-  check_launch(mft::cuda::score_step(s, place.device));
-  return {found, packed};
-}
-
 // Return what the library contains: its targets, as "sm_80.sm_90.compute_80", then a space and the name of each Hopper
 // kernel.
 std::string contents() {
@@ -339,11 +248,6 @@ MFT_OPS(m) {
   m.def("kept_threshold(Tensor scores, int k, bool magnitude) -> Tensor");
   m.def("pack_mask(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
   m.def("pack_signs(Tensor scores) -> (Tensor, Tensor)");
-  m.def(
-      "score_step_(Tensor(a!) scores, Tensor grad, Tensor? weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-      "Tensor(d!)? scales, int step, float step_size, float beta1, float beta2, float correction, float eps, "
-      "float decay, Tensor? grad_scale, int seed, bool magnitude, int k, Tensor? threshold, "
-      "Tensor? clock) -> (Tensor, Tensor)");
   m.def("contents() -> str");
   m.def("versions() -> (int, int)");
 }
@@ -354,7 +258,6 @@ MFT_OPS_ON(MFT_KEY, m) {
   m.impl("kept_threshold", TORCH_BOX(&kept_threshold));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("pack_signs", TORCH_BOX(&pack_signs));
-  m.impl("score_step_", TORCH_BOX(&score_step_));
 }
 
 MFT_OPS_ON(CompositeExplicitAutograd, m) {

@@ -1,4 +1,4 @@
-// kept_threshold: the launches that find the threshold and, if requested, the mask that it implies.
+// kept_threshold: the launches that find the threshold.
 #include "select.cuh"
 
 #include <algorithm>
@@ -33,7 +33,6 @@ std::string run(const Select& s, const Device& device, uint32_t infinity) {
   arguments.blocks_done = workspace + kFoundWords;
   arguments.counts = workspace + kHeaderWords;
   arguments.threshold = s.threshold;
-  arguments.only_if = s.only_if;
 
   std::string error = clear(workspace, kHeaderWords + (Kernels::kBins + ...), device.stream);
   const auto pass = [&](auto kernel) {
@@ -68,13 +67,6 @@ std::string run(const Select& s, const Device& device) {
   return run<SelectKernel<uint16_t, true, 4, 11>, SelectKernel<uint16_t, true, 0, 4>>(s, device, infinity);
 }
 
-}  // namespace
-
-int64_t select_workspace(Type type) {
-  const int64_t counts = type == Type::kFloat32 ? 2048 + 2048 + 1024 : 32768;
-  return 4 * (kHeaderWords + counts);
-}
-
 std::string refusal(const Select& s) {
   if (s.count < 0 || s.count >= int64_t{1} << 32) {
     return "scores are counted in 32 bits and must be fewer than 2^32, got " + std::to_string(s.count) +
@@ -86,16 +78,16 @@ std::string refusal(const Select& s) {
   return "";
 }
 
+}  // namespace
+
+int64_t select_workspace(Type type) {
+  const int64_t counts = type == Type::kFloat32 ? 2048 + 2048 + 1024 : 32768;
+  return 4 * (kHeaderWords + counts);
+}
+
 std::string kept_threshold(const Select& s, const Device& device) {
-  std::string error = refusal(s);
-  if (error.empty()) error = run(s, device);
-  if (!error.empty() || s.words == nullptr) return error;
-  PackMask mask;
-  mask.words = s.words;
-  mask.keep.scores = {const_cast<void*>(s.scores), s.type, s.rows, s.columns, s.columns};
-  mask.keep.thresholds = s.threshold;
-  mask.keep.magnitude = s.magnitude;
-  return pack_mask(mask, device);
+  const std::string error = refusal(s);
+  return error.empty() ? run(s, device) : error;
 }
 
 }  // namespace mft::cuda

@@ -42,7 +42,6 @@ struct SelectArguments {
   uint32_t* blocks_done;  // of this pass; zero at the beginning
   uint32_t* counts;       // the 2^kBits counts of this pass; zero at the beginning
   void* threshold;
-  const uint32_t* only_if;  // if not null and it holds 0, nothing is done
 };
 
 // Counts the digit of kBits above the lowest kShift bits. Word: unsigned, of a score's size.
@@ -62,7 +61,6 @@ struct SelectKernel {
   static_assert(!kFirst || kBits >= 9 - kMagnitude);
 
   MFT_DEVICE static void run(const Arguments& a) {
-    if (a.only_if != nullptr && *a.only_if == 0) return;
     uint32_t* const bins = reinterpret_cast<uint32_t*>(isa::shared_memory());
     for (int i = isa::thread(); i < kBins; i += kThreads) bins[i] = 0;
     isa::sync_block();

@@ -7,7 +7,7 @@ mft_kernels/faster.json:
      "sizes": {"512": false, "2048": true, "4096": true}}]}
 
 dtypes are those that backends.choose is called with: of the weight, then of what the mask comes from. A size is a
-number of tokens, or of scores for selections and steps. A size between two measured ones counts as faster if both are.
+number of tokens, or of scores for selections. A size between two measured ones counts as faster if both are.
 A size outside of the measured range never does.
 """
 
@@ -50,7 +50,7 @@ def where_faster(
 def size_of(function: str, first: Any) -> int:
     """Return the number of tokens of a call, or of scores, from its first argument."""
     if function not in OF_TOKENS:
-        return first.scores.numel() if function == "step" else first.numel()
+        return first.numel()
     tokens = first if function == "product" else first.grad_output
     return tokens.shape[:-1].numel()
 

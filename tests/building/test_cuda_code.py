@@ -287,7 +287,6 @@ std::string score_grad_sm80(const ScoreGrad&, const Device&) { return ""; }
 std::string kept_threshold(const Select&, const Device&) { return ""; }
 std::string pack_mask(const PackMask&, const Device&) { return ""; }
 std::string pack_signs(const PackSigns&, const Device&) { return ""; }
-std::string score_step(const ScoreStep&, const Device&) { return ""; }
 }
 """
 
@@ -351,7 +350,7 @@ def library():
 GENERAL = (
     *("PackKernel", "ClearKernel", "ProductKernel", "DecodeKernel"),
     *("ScoreGradKernel", "SumPartsKernel", "FinishPartsKernel"),
-    *("SelectKernel", "ScoreStepKernel", "WindowKernel"),
+    "SelectKernel",
 )
 OF_HOPPER = {"product_sm90": "ProductSm90", "score_grad_sm90": "ScoreEpilogue"}  # the latter is within CUTLASS's kernel
 

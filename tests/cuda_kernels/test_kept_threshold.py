@@ -1,4 +1,4 @@
-"""Tests specific to the CUDA kernels' kept_threshold: vectors, blocks, capabilities, warps, a mask with it.
+"""Tests specific to the CUDA kernels' kept_threshold: vectors, blocks, capabilities, warps.
 
 tests/ops/test_select.py tests the results, which are the same for every backend.
 """
@@ -104,18 +104,6 @@ def test_scores_may_begin_and_end_within_a_vector(dtype, mode):
             scores = memory[begin : begin + numel]
             assert_same_threshold(scores, 0.6, mode, CAPABILITIES[:1])
             assert_same_threshold(scores, ratio(1, numel), mode, CAPABILITIES[1:])
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_packs_the_mask_that_the_threshold_implies(dtype, mode):
-    for scores in (normal(33, 70).to(dtype), normal(5, 64, seed=1).to(dtype)):
-        threshold, words = emulated.kept_threshold(scores, 0.9, mode, words=True)
-        assert torch.equal(words, reference.pack_mask(scores, threshold, mode))
-        scores[1, 1] = torch.nan  # then nothing is kept
-        threshold, words = emulated.kept_threshold(scores, 0.9, mode, words=True)
-        assert threshold.isnan()
-        assert words.count_nonzero() == 0
 
 
 def test_what_cannot_be_counted_is_refused():

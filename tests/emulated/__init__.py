@@ -24,7 +24,6 @@ import torch
 from guarded import guarded
 from torch import Tensor
 
-from mft_kernels.operands import Update
 from mft_kernels.reference.linear import Gradients, kept_count
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +44,6 @@ ASYNCHRONIES = ("at_issue", "as_late_as_possible", "random")
 SCHEDULES = ("in_turn", "by_rank")  # by rank, a warp may run far ahead of another
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int16: 2}
 _POISON = -1431655766  # 0xaaaaaaaa
 
 Pointer, Int64 = ctypes.c_void_p, ctypes.c_int64
@@ -110,40 +108,6 @@ class Select(ctypes.Structure):
         ("magnitude", ctypes.c_bool),
         ("threshold", Pointer),
         ("workspace", Pointer),
-        ("words", Pointer),
-        ("rows", Int64),
-        ("columns", Int64),
-        ("only_if", Pointer),
-    )
-
-
-_ADAM = ("decay", "beta1", "rest1", "beta2", "rest2", "minus_step_size", "correction", "eps")
-
-
-class ScoreStep(ctypes.Structure):
-    _fields_ = (
-        ("scores", Pointer),
-        ("format", ctypes.c_int),
-        ("rows", Int64),
-        ("columns", Int64),
-        ("grad", Pointer),
-        ("grad_type", ctypes.c_int),
-        ("weight", Pointer),
-        ("weight_type", ctypes.c_int),
-        ("exp_avg", Pointer),
-        ("exp_avg_sq", Pointer),
-        ("scales", Pointer),
-        ("grad_scale", Pointer),
-        *((name, ctypes.c_float) for name in _ADAM),
-        ("step", ctypes.c_uint32),
-        ("seed", ctypes.c_uint64),
-        ("magnitude", ctypes.c_bool),
-        ("k", Int64),
-        ("threshold", Pointer),
-        ("hint", Pointer),
-        ("words", Pointer),
-        ("workspace", Pointer),
-        ("clock", Pointer),
     )
 
 
@@ -180,7 +144,6 @@ _STRUCTS = {
     "select": Select,
     "pack_mask": PackMask,
     "pack_signs": PackSigns,
-    "score_step": ScoreStep,
     "device": Device,
     "plan": Plan,
 }
@@ -318,17 +281,12 @@ def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor, **device) ->
     _score_grad(asked, device)
 
 
-def kept_threshold(
-    scores: Tensor, keep_ratio: float, mode: str, *, words: bool = False, **device
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the threshold; with ``words`` also the packed mask of the scores (N, K), from the same chain."""
+def kept_threshold(scores: Tensor, keep_ratio: float, mode: str, **device) -> Tensor:
     scores = scores.contiguous()
     threshold = _new((), scores.dtype)
     size = library().emulated_select_workspace
     size.restype = Int64
     workspace = _new((size(_TYPES[scores.dtype]),), torch.uint8)
-    rows, columns = scores.shape if scores.dim() == 2 else (1, scores.numel())
-    packed = _new((rows, -(-columns // 32)), torch.int32) if words else None
     asked = Select(
         scores=scores.data_ptr(),
         type=_TYPES[scores.dtype],
@@ -337,12 +295,9 @@ def kept_threshold(
         magnitude=mode == "magnitude",
         threshold=threshold.data_ptr(),
         workspace=workspace.data_ptr(),
-        words=None if packed is None else packed.data_ptr(),
-        rows=rows,
-        columns=columns,
     )
     _call("kept_threshold", asked, device)
-    return threshold if packed is None else (threshold, packed)
+    return threshold
 
 
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str, **device) -> Tensor:
@@ -357,80 +312,6 @@ def pack_signs(scores: Tensor, **device) -> tuple[Tensor, Tensor]:
     asked = PackSigns(words=words.data_ptr(), zeros=zeros.data_ptr(), scores=_matrix(scores))
     _call("pack_signs", asked, device)
     return words, zeros
-
-
-def score_step(
-    scores: Tensor,
-    grad: Tensor,
-    weight: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor | None,
-    step: int | Tensor,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    seed: int,
-    mode: str,
-    keep_ratio: float | None,
-    threshold: Tensor | None,
-    *,
-    workspace: Tensor | None = None,
-    **device,
-) -> tuple[Tensor, Tensor]:
-    """``workspace``: from ``step_workspace``, for tests that inspect it afterwards."""
-    fields = (scores, grad, weight, exp_avg, exp_avg_sq, scales, step, lr, beta1, beta2, eps, weight_decay)
-    update, clock = Update(*fields, grad_scale, seed, mode, keep_ratio, threshold).by_clock()
-    given = [scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, threshold]
-    assert all(t is None or t.is_contiguous() for t in given)
-    workspace = step_workspace(scores.dtype) if workspace is None else workspace
-    found = packed = scores.new_empty(0)
-    if keep_ratio is not None:
-        found = _new((), scores.dtype)
-        packed = _new((scores.shape[0], -(-scores.shape[1] // 32)), torch.int32)
-    data = [None if t is None else t.data_ptr() or _nowhere() for t in given]
-    asked = ScoreStep(
-        scores=data[0],
-        format=_FORMATS[scores.dtype],
-        rows=scores.shape[0],
-        columns=scores.shape[1],
-        grad=data[1],
-        grad_type=_TYPES[grad.dtype],
-        weight=data[2],
-        weight_type=0 if weight is None else _TYPES[weight.dtype],
-        exp_avg=data[3],
-        exp_avg_sq=data[4],
-        scales=data[5],
-        grad_scale=data[6],
-        decay=update.decay,
-        beta1=beta1,
-        rest1=1 - beta1,
-        beta2=beta2,
-        rest2=1 - beta2,
-        minus_step_size=-update.step_size,
-        correction=update.correction,
-        eps=eps,
-        step=update.step,
-        seed=seed,
-        magnitude=mode == "magnitude",
-        k=0 if keep_ratio is None else kept_count(scores.numel(), keep_ratio),
-        threshold=None if keep_ratio is None else found.data_ptr(),
-        hint=data[7],
-        words=packed.data_ptr() or _nowhere(),
-        workspace=workspace.data_ptr(),
-        clock=None if clock is None else clock.data_ptr(),
-    )
-    _call("score_step", asked, device)
-    return found, packed if keep_ratio is not None else packed.int()
-
-
-def step_workspace(dtype: torch.dtype) -> Tensor:
-    size = library().emulated_step_workspace
-    size.restype = Int64
-    return _new((size(_FORMATS[dtype]),), torch.uint8)
 
 
 def plan(kernel: str, asked: ctypes.Structure, device: dict) -> Plan:

@@ -27,7 +27,7 @@ BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 @needs_library
 def test_the_ops_are_registered_for_cuda_tensors():
-    for name in ("product", "score_grad_", "kept_threshold", "pack_mask", "pack_signs", "score_step_"):
+    for name in ("product", "score_grad_", "kept_threshold", "pack_mask", "pack_signs"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mft_cuda::{name}", "CUDA"), name
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"mft_cuda::{name}", "CPU"), name
 
@@ -85,11 +85,11 @@ def test_without_a_gpu_a_request_raises_and_the_report_says_why():
         mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), backend="cuda")
 
 
-def test_every_function_of_the_reference_that_computes_is_served_with_its_arguments():
+def test_it_serves_its_functions_with_the_reference_s_arguments():
     import inspect
 
     functions = backends._TABLE["cuda"].functions
-    others = {"decode", "put_aside", "put_back", "drop"}  # served by Triton and by torch
+    others = {"step", "decode", "put_aside", "put_back", "drop"}  # served by Triton and by torch
     assert backends._TABLE["reference"].functions.keys() - others == functions.keys()
     for name, function in functions.items():
         expected = inspect.signature(backends._TABLE["reference"].functions[name])
@@ -119,7 +119,7 @@ def test_products_in_float32_are_tritons_and_scores_in_float32_are_not(backend):
             "its products take bfloat16 or float16, got float32: the triton backend takes float32"
         )
         assert backend.refusal(function, gpu, (BFLOAT16, FLOAT32)) is None
-    for function in ("select", "pack", "signs", "step"):
+    for function in ("select", "pack", "signs"):
         assert backend.refusal(function, gpu, (FLOAT32,)) is None
     assert "it takes bfloat16, float16, float32, got float64" in backend.refusal("pack", gpu, (torch.float64,))
     assert "it runs on cuda, got a tensor on cpu" in backend.refusal("pack", torch.device("cpu"), (FLOAT32,))

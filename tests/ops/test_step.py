@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from by_name import oracle
+from forms import every_backend_but_cuda
 from score_steps import (
     DEFAULTS,
     STATE,
@@ -19,6 +20,8 @@ from score_steps import (
 
 from mft_kernels import reference
 from mft_kernels.reference.fixed_point import LARGEST_CODE, selectable
+
+pytestmark = every_backend_but_cuda
 
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)
 NARROW = (torch.bfloat16, torch.int16)

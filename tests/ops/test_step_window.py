@@ -1,4 +1,4 @@
-"""The window around the last threshold, in which Triton's and CUDA's steps look for the next one.
+"""The window around the last threshold, in which Triton's steps look for the next one.
 
 A step counts the 16-bit scores whose keys are near the old threshold's. Only if the next threshold is not among these
 keys, a selection over all scores finds it.
@@ -6,7 +6,6 @@ keys, a selection over all scores finds it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import pytest
 import torch
@@ -16,13 +15,12 @@ from mft_kernels import reference
 from mft_kernels.reference.fixed_point import selectable
 
 MODES = ("magnitude", "value")
-SELECTION = 4 * 1040  # offset of the workspace of CUDA's selection, in bytes
 BY_DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int16], ids=str)
 BY_MODE = pytest.mark.parametrize("mode", MODES)
 
 pytestmark = [
     pytest.mark.usefixtures("correctly_rounded_sqrt"),
-    pytest.mark.parametrize("kernels", ["triton", "cuda"], indirect=True),
+    pytest.mark.parametrize("kernels", ["triton"], indirect=True),
 ]
 
 
@@ -43,15 +41,7 @@ class Window:
 
 @pytest.fixture
 def window(kernels, monkeypatch):
-    if kernels.name == "triton":
-        return _of_triton(kernels, monkeypatch)
-    found = Window(1024, partial(_step_of_cuda, kernels), kernels.device)
-    found.step = partial(found.step, found.missed)
-    return found
-
-
-def _of_triton(kernels, monkeypatch):
-    """Triton's window: the selection is launched with a flag on the device that says whether it missed."""
+    """Return Triton's window: the selection is launched with a flag on the device that says whether it missed."""
     from mft_kernels.backends.triton import score_step, select
     from mft_kernels.backends.triton.target import target_of
 
@@ -63,15 +53,6 @@ def _of_triton(kernels, monkeypatch):
 
     monkeypatch.setattr(score_step, "kept_threshold", spy)
     return found
-
-
-def _step_of_cuda(kernels, missed, **given):
-    """Make a step of CUDA's; the workspace holds the results of a selection's passes if the window missed."""
-    workspace = kernels.step_workspace(given["scores"].dtype)
-    got = kernels.score_step(**given, workspace=workspace)
-    missed.append(bool(workspace.view(torch.int32)[0]))
-    assert workspace[SELECTION:][:64].any() == missed[-1]
-    return got
 
 
 @BY_MODE

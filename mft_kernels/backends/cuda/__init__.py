@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ...operands import Keep, Sums, Update
+from ...operands import Keep, Sums
 from ...reference.linear import kept_count
 from .. import built
 from ..built import load, report
@@ -53,22 +53,6 @@ def pack(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
 def signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return scores > 0 as bits, and how many scores are exactly 0."""
     return built.cuda_ops.pack_signs(_matrix(scores))
-
-
-def step(update: Update) -> tuple[Tensor, Tensor]:
-    """Step in one pass over gradient, weight, scores and moments; a second pass packs the mask.
-
-    The first pass also counts for the next threshold if scores have 16 bits. They take one or two more passes if the
-    threshold before the step is not given, or far from the next. fp32 scores take three more passes.
-    """
-    update, clock = update.by_clock()
-    return built.cuda_ops.score_step_(
-        *update.until_seed(),
-        update.magnitude,
-        -1 if update.keep_ratio is None else kept_count(update.scores.numel(), update.keep_ratio),
-        update.threshold,
-        clock,
-    )
 
 
 # ---------------------------------------------------------------------------------------------- below: private
@@ -176,7 +160,7 @@ register(
         name="cuda",
         device_types=frozenset({"cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-        functions={f.__name__: f for f in (product, score_grad, select, pack, signs, step)},
+        functions={f.__name__: f for f in (product, score_grad, select, pack, signs)},
         unavailable=unavailable,
         detail="" if _not_loaded else _detail(),
         on_request="it has not been timed on a GPU yet; backend='cuda' selects it",

@@ -28,9 +28,7 @@ MFT_WEAK DecodeCut decode_cut(const Product&, const Device&, bool);
 MFT_WEAK std::string kept_threshold(const Select&, const Device&);
 MFT_WEAK std::string pack_mask(const PackMask&, const Device&);
 MFT_WEAK std::string pack_signs(const PackSigns&, const Device&);
-MFT_WEAK std::string score_step(const ScoreStep&, const Device&);
 MFT_WEAK int64_t select_workspace(Type);
-MFT_WEAK int64_t step_workspace(ScoreFormat);
 
 // CUTLASS's kernels. The rest of score_grad_sm90 is compiled.
 std::string score_grad_sm90_bf16(const ScoreGrad&, const Device&) { return "CUTLASS's kernels are not executed"; }
@@ -91,7 +89,6 @@ const char* emulated_score_grad_sm80(const ScoreGrad& p, const Device& d) {
 const char* emulated_kept_threshold(const Select& p, const Device& d) { return call(&kept_threshold, p, d); }
 const char* emulated_pack_mask(const PackMask& p, const Device& d) { return call(&pack_mask, p, d); }
 const char* emulated_pack_signs(const PackSigns& p, const Device& d) { return call(&pack_signs, p, d); }
-const char* emulated_score_step(const ScoreStep& p, const Device& d) { return call(&score_step, p, d); }
 
 const char* emulated_product_sm90(const Product& p, const Device& d) {
   std::string (*const refusal_of)(const Product&) = &refusal_sm90;
@@ -114,10 +111,6 @@ void emulated_plan_product_general(const Product& p, const Device& d, Plan* plan
 void emulated_plan_product_sm90(const Product& p, const Device& d, Plan* plan) {
   std::string (*const refusal)(const Product&) = &refusal_sm90;
   *plan = refusal == nullptr || !refusal(p).empty() ? Plan{} : plan_of(&plan_sm90, p, d);
-}
-
-int64_t emulated_step_workspace(int format) {
-  return &step_workspace == nullptr ? 0 : step_workspace(static_cast<ScoreFormat>(format));
 }
 
 void emulated_set_settings(unsigned seed, int asynchrony, int schedule) {
@@ -151,7 +144,6 @@ int64_t emulated_size_of_score_grad() { return sizeof(ScoreGrad); }
 int64_t emulated_size_of_select() { return sizeof(Select); }
 int64_t emulated_size_of_pack_mask() { return sizeof(PackMask); }
 int64_t emulated_size_of_pack_signs() { return sizeof(PackSigns); }
-int64_t emulated_size_of_score_step() { return sizeof(ScoreStep); }
 int64_t emulated_size_of_device() { return sizeof(Device); }
 int64_t emulated_size_of_plan() { return sizeof(Plan); }
 }
