@@ -36,8 +36,7 @@ _NOT_SLOWER = 0.99
 #: its 60 %.
 _FORMS = {"register-fed": 90, "plain": 60}
 #: The share of cuBLAS, in percent, that the model of csrc/cuda/tile_cost.h expects at the worst of these shapes, for
-#: products by words. With many tokens, scores are first packed into words. Directly by scores it expects 67, limited by
-#: L2.
+#: products by words. By scores it expects 67, limited by L2.
 _EXPECTED = {"forward": 94, "d_x": 97, "d_scores": 90}
 #: The time of a mask pass divided by that of auto, for a step of 2048 tokens, as triton/cost.py predicts it. Here auto
 #: keeps the masked weight from forward to d_x. If it masks twice, the model says 1.12 and 1.03.

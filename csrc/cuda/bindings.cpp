@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "operands.h"
-#include "tile_cost.h"
 
 #define MFT_TEXT(x) #x
 #define MFT_EXPANDED(x) MFT_TEXT(x)
@@ -73,26 +72,6 @@ std::pair<bool, Plan> chosen_plan(const Problem& problem, const Device& device) 
   return {false, general};
 }
 
-// Return the mask as bits if packing it first is expected to save at least 5 %; the model cannot tell smaller
-// differences. With bits, a tile reads 1 bit per weight. Hopper's kernel then also serves scores of other types, and
-// for d_x a threshold per row.
-std::optional<Tensor> packed_first(const mft::cuda::Product& p, const Place& place, const Tensor& weight) {
-  constexpr int64_t kFewest = 256;  // tokens: with fewer, memory bounds the product, and packing reads more memory
-  if (p.keep.words != nullptr || p.tokens > 0 || p.in.rows < kFewest) return std::nullopt;
-  Tensor packed = empty_words(weight, p.weight);
-  mft::cuda::PackMask mask;
-  mask.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  mask.keep = p.keep;
-  mft::cuda::Product by_bits = p;
-  by_bits.keep = {};
-  by_bits.keep.words = mask.words;
-  const double packing = mft::cuda::pack_cycles(p.keep.scores, place.device);
-  const double after = chosen_plan(by_bits, place.device).second.cycles;
-  if (packing + after > 0.95 * chosen_plan(p, place.device).second.cycles) return std::nullopt;
-  check_launch(mft::cuda::pack_mask(mask, place.device));
-  return packed;
-}
-
 // Return the plan of Hopper's product with the tile and the parts that p asks for.
 Plan plan_as_asked(const mft::cuda::Product& p, const Device& device) {
   const std::string refusal = device.capability == 90 ? mft::cuda::refusal_sm90(p) : "the device must be of 9.0";
@@ -120,11 +99,6 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optio
   Tensor out = torch::stable::new_empty(x, {sizes, 2});
   p.out = output(out, place, "out");
   p.tokens = static_cast<int>(tokens), p.parts = static_cast<int>(parts);
-  const std::optional<Tensor> bits = packed_first(p, place, weight);
-  if (bits.has_value()) {
-    p.keep = {};
-    p.keep.words = words(*bits, place, p.weight, "packed");
-  }
   const auto [hopper, plan] = tokens > 0 ? std::pair(true, plan_as_asked(p, place.device)) : chosen_plan(p, place.device);
   const std::optional<Tensor> workspace = workspace_of(x, plan);
   if (workspace.has_value()) p.workspace = workspace->mutable_data_ptr();

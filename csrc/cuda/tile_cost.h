@@ -65,13 +65,6 @@ inline double sum_cycles(int parts, double elements, const Device& device) {
   return rates.launch + 2 * parts * 4 * elements / (rates.l2 * device.multiprocessors);
 }
 
-// Return the cycles of the launch that packs the mask of these scores.
-inline double pack_cycles(const Matrix& scores, const Device& device) {
-  const Rates rates = rates_of(device.capability);
-  const double bytes = (bytes_of(scores.type) + 1.0 / 8) * scores.rows * scores.columns;
-  return rates.launch + bytes / (rates.memory * device.multiprocessors);
-}
-
 // Return the bytes that a product reads and writes, counted once each.
 inline double bytes_of(const Product& p) {
   const double elements = static_cast<double>(p.weight.rows) * p.weight.columns;
