@@ -6,16 +6,12 @@
 //
 //   where      thread() block(axis) blocks(axis) lane() warp() shared_memory()
 //   numbers    widen(T) round_to<T>(float) round_pair<T>(low, high) magnitude(float) as_bits(float) as_float(bits)
-//              byte_of(word, i, above) rotate_right(word, places) permute_bytes(a, b, selector)
-//              spread_signs(pair) spread_signs(low, high) spread_signs(low, high, byte)
-//              multiply(a, b) add(a, b) fused(a, b, c) divide(a, b) root(a), rounded to nearest and never contracted
-//   warps      sync_warp() shuffle(v, lane) shuffle_xor(v, mask) ballot(predicate) largest_of_warp(v)
+//              spread_signs(pair) spread_signs(low, high)
+//   warps      sync_warp() shuffle(v, lane) shuffle_xor(v, mask) ballot(predicate)
 //   blocks     sync_block() sync_threads(barrier, threads)
-//   memory     Register load_shared(p) load_shared(registers, p) load_at_byte(table, offsets, i) look_up(table, r)
-//              store_shared(p, v) note_read(p)
-//              add_shared(p, v) add_global(p, v) fence_device() load_streaming(p) load_volatile(p)
-//              load_words<1 | 2 | 4>(p) store_words(p, words)
-//   sm_80      copy_async<16 | 8 | 4>(shared, global, valid) commit_copies() wait_copies<N>()
+//   memory     Register load_shared(p) note_read(p) add_shared(p, v) add_global(p, v) fence_device()
+//              load_streaming(p) load_volatile(p) load_words<1 | 2 | 4>(p)
+//   sm_80      copy_async<16 | 4>(shared, global, valid) commit_copies() wait_copies<N>()
 //              load_matrices(r, row) load_matrices_transposed(r, row) multiply_16x8x16<T>(d, a, b0, b1)
 //   sm_90      kMostCluster rank_in_cluster() sync_cluster() load_of_rank(p, rank); below sm_90, clusters of one block
 //   launching  launch<Kernel>(shape, stream, arguments)

@@ -57,22 +57,6 @@ MFT_DEVICE float magnitude(float value) { return fabsf(value); }
 MFT_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 MFT_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
-// These intrinsics keep the compiler from fusing a product and a sum into one multiply-add.
-MFT_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
-MFT_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
-MFT_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-MFT_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
-MFT_DEVICE float root(float a) { return __fsqrt_rn(a); }
-
-// Return byte i of word, with the upper three bytes of `above` above it. This is one instruction; the compiler would
-// shift and mask.
-MFT_DEVICE uint32_t byte_of(uint32_t word, int i, uint32_t above = 0) { return __byte_perm(word, above, 0x7650 | i); }
-
-MFT_DEVICE uint32_t rotate_right(uint32_t word, int places) { return __funnelshift_r(word, word, places); }
-
-// Digit i of the selector chooses byte i of the result: 0 to 3 are the bytes of a, 4 to 7 those of b.
-MFT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
-
 // Return 0xffff in each half whose top bit is set, else 0. Selector digits 9 and b repeat the sign of bytes 1 and 3.
 MFT_DEVICE uint32_t spread_signs(uint32_t pair) {
   uint32_t mask;
@@ -85,13 +69,6 @@ MFT_DEVICE uint32_t spread_signs(uint32_t pair) {
 MFT_DEVICE uint32_t spread_signs(uint32_t low, uint32_t high) {
   uint32_t mask;
   asm("prmt.b32 %0, %1, %2, 0xff99;" : "=r"(mask) : "r"(low), "r"(high));
-  return mask;
-}
-
-// The same: the top bit of that byte of `low` decides the lower half, the one of `high` the upper half.
-MFT_DEVICE uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
-  uint32_t mask;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(mask) : "r"(low), "r"(high), "r"(0xcc88 | byte * 0x1111));
   return mask;
 }
 
@@ -115,7 +92,6 @@ MFT_DEVICE T shuffle_xor(T value, int mask) {
 }
 
 MFT_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
-MFT_DEVICE uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 
 // ------------------------------------------------------------------------------------------------------- memory
 
@@ -128,20 +104,6 @@ template <class T>
 MFT_DEVICE Register load_shared(const T* p) {
   return *p;
 }
-
-// Load the float in shared memory whose byte offset from `table` is byte i of `offsets`. The table begins at a multiple
-// of 256, so one instruction puts the byte into the address.
-MFT_DEVICE float load_at_byte(const char* table, uint32_t offsets, int i) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(byte_of(offsets, i, shared_address(table))));
-  return value;
-}
-
-// Store a value that other warps will read.
-MFT_DEVICE void store_shared(float* p, float value) { *p = value; }
-
-// Load the float at byte `offset` of a table in shared memory.
-MFT_DEVICE float look_up(const char* table, Register offset) { return *reinterpret_cast<const float*>(table + offset); }
 
 // The two 32-bit additions return the value before.
 MFT_DEVICE uint32_t add_shared(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
@@ -161,21 +123,8 @@ using Words4 = Words<4>;
 
 // Load kCount words by one instruction, from a multiple of their size.
 template <int kCount>
-MFT_DEVICE void load_shared(Register (&r)[kCount], const void* p) {
-  const auto v = *static_cast<const Words<kCount>*>(p);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) r[i] = v.words[i];
-}
-
-// Load or store kCount words by one instruction, at a multiple of their size.
-template <int kCount>
 MFT_DEVICE Words<kCount> load_words(const void* p) {
   return *static_cast<const Words<kCount>*>(p);
-}
-
-template <int kCount>
-MFT_DEVICE void store_words(void* p, const Words<kCount>& v) {
-  *static_cast<Words<kCount>*>(p) = v;
 }
 
 // Load 16 bytes that nothing reads again soon.

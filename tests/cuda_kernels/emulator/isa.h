@@ -79,55 +79,8 @@ uint32_t round_pair(float low, float high) {
 }
 
 inline float magnitude(float value) { return std::fabs(value); }
-inline float multiply(float a, float b) { return a * b; }  // -ffp-contract=off, see emulated.py
-inline float add(float a, float b) { return a + b; }
-inline float fused(float a, float b, float c) { return std::fmaf(a, b, c); }
-inline float divide(float a, float b) { return a / b; }
-inline float root(float a) { return std::sqrt(a); }
-inline uint32_t byte_of(uint32_t word, int i, uint32_t above = 0) { return (word >> (8 * i) & 0xff) | (above & ~0xffu); }
 inline uint32_t spread_signs(uint32_t pair) { return (pair >> 31) * 0xffff0000u | (pair >> 15 & 1) * 0xffffu; }
 inline uint32_t spread_signs(uint32_t low, uint32_t high) { return spread_signs((low & 0x8000) | (high & 0x80000000u)); }
-inline uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
-  const int top = 8 * byte + 7;
-  return (low >> top & 1) * 0xffffu | (high >> top & 1) * 0xffff0000u;
-}
-
-inline uint32_t rotate_right(uint32_t word, int places) { return word >> (places & 31) | word << (-places & 31); }
-
-// Digit i of the selector chooses byte i of the result: 0 to 3 are the bytes of a, 4 to 7 those of b.
-inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
-  uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t digit = selector >> (4 * i) & 15;
-    if (digit > 7) emulator::fault("permute_bytes repeats no signs here");
-    result |= static_cast<uint32_t>(both >> (8 * digit) & 0xff) << (8 * i);
-  }
-  return result;
-}
-
-inline Register rotate_right(const Register& word, int places) { return word.with(rotate_right(word.bits, places)); }
-inline Register permute_bytes(const Register& a, const Register& b, uint32_t selector) {
-  return a.with(permute_bytes(a.bits, b.bits, selector), b);
-}
-inline Number as_float(const Register& bits) { return {as_float(bits.bits), bits}; }
-inline Number add(const Number& a, float b) { return {a.value + b, a.from}; }
-inline Number multiply(const Number& a, const Number& b) {
-  return {a.value * b.value, a.from.with(0, b.from)};
-}
-
-template <class T>
-Register round_pair(const Number& low, const Number& high) {
-  return low.from.with(round_pair<T>(low.value, high.value), high.from);
-}
-
-inline Number look_up(const char* table, const Register& offset) {
-  emulator::shared_offset(table + offset.bits, 4, 4, "look_up");
-  float value;
-  std::memcpy(&value, table + offset.bits, 4);
-  return {value, offset};
-}
-
 inline Register spread_signs(const Register& pair) { return pair.with(spread_signs(pair.bits)); }
 inline Register spread_signs(const Register& low, const Register& high) {
   return low.with(spread_signs(low.bits, high.bits), high);
@@ -189,30 +142,11 @@ inline uint32_t ballot(bool predicate) {
   return output;
 }
 
-inline uint32_t largest_of_warp(uint32_t value) {
-  uint32_t output = 0;
-  emulator::collective("largest_of_warp", &value, &output, [](const void* const* in, void* const* out) {
-    uint32_t largest = 0;
-    for (int i = 0; i < 32; ++i) largest = std::max(largest, *static_cast<const uint32_t*>(in[i]));
-    for (int i = 0; i < 32; ++i) *static_cast<uint32_t*>(out[i]) = largest;
-  });
-  return output;
-}
-
 inline void sync_warp() {
   emulator::collective("sync_warp", nullptr, nullptr, [](const void* const*, void* const*) {});
 }
 
 // ------------------------------------------------------------------------------------------------------- memory
-
-inline float load_at_byte(const char* table, uint32_t offsets, int i) {
-  emulator::shared_offset(table, 4, 256, "load_at_byte's table");
-  const char* const from = table + byte_of(offsets, i);
-  note_read(from);
-  float value;
-  std::memcpy(&value, from, 4);
-  return value;
-}
 
 inline uint32_t add_shared(uint32_t* p, uint32_t v) {
   emulator::shared_offset(p, 4, 4, "add_shared");
@@ -243,12 +177,6 @@ Words<kCount> load_words(const void* p) {
   Words<kCount> v;
   std::memcpy(&v, p, 4 * kCount);
   return v;
-}
-
-template <int kCount>
-void store_words(void* p, const Words<kCount>& v) {
-  if (reinterpret_cast<uintptr_t>(p) % (4 * kCount) != 0) emulator::fault("store_words to a misaligned address");
-  std::memcpy(p, &v, 4 * kCount);
 }
 
 inline Words4 load_streaming(const void* p) {

@@ -159,27 +159,4 @@ Register load_shared(const T* p) {
   return Register::of_read(*p, emulator::begin_read(p));
 }
 
-template <int kCount>
-void load_shared(Register (&r)[kCount], const void* p) {
-  const auto* words = static_cast<const uint32_t*>(p);
-  emulator::shared_offset(p, 4 * kCount, 4 * kCount, "load_shared");
-  const int number = emulator::begin_read(p);
-  for (int i = 0; i < kCount; ++i) r[i] = Register::of_read(words[i], number);
-}
-
-inline void store_shared(float* p, float value) {
-  emulator::shared_offset(p, 4, 4, "store_shared");
-  emulator::check_no_read(emulator::this_thread().block->rank, reinterpret_cast<const char*>(p), 4, "a thread stores");
-  *p = value;
-}
-
-// A float that is computed from registers.
-struct Number {
-  float value;
-  Register from;
-
-  Number(float value) : value(value) {}
-  Number(float value, const Register& from) : value(value), from(from) {}
-};
-
 }  // namespace mft::cuda::isa

@@ -12,8 +12,6 @@ enum class Writes {
   kTmaAfterOtherRegisters,
   kTmaAfterArrival,
   kTmaAfterProduct,
-  kStoreAtOnce,
-  kStoreAfterArrival,
   kCopyAtOnce,
   kCopyAfterBarrier
 };
@@ -58,15 +56,13 @@ struct Reader {
       isa::commit_products();
       isa::wait_products<0>();
     }
-    constexpr bool kStores = kWrites == Writes::kStoreAtOnce || kWrites == Writes::kStoreAfterArrival;
-    if (kWrites == Writes::kTmaAtOnce || kWrites == Writes::kTmaAfterProduct || kWrites == Writes::kStoreAtOnce) {
+    if (kWrites == Writes::kTmaAtOnce || kWrites == Writes::kTmaAfterProduct) {
       if (isa::lane() == 0) isa::arrive(barriers + 1, 0);
     } else if (isa::lane() == 0) {
       isa::arrive_after(arrived, barriers + 1, 0);
     }
     if (isa::thread() == 0) {
       isa::wait(barriers + 1, 0);
-      if (kStores) isa::store_shared(reinterpret_cast<float*>(stage), 0);
       isa::arrive_expecting(barriers, kBytes);
       isa::load_tile(a.map, barriers, stage, 0, 0);
     }
@@ -97,6 +93,5 @@ int main() {
   using namespace mft::cuda;
   return check<Writes::kTmaAtOnce>("still reads") + check<Writes::kTmaAfterOtherRegisters>("still reads") +
          check<Writes::kTmaAfterArrival>("") + check<Writes::kTmaAfterProduct>("") +
-         check<Writes::kStoreAtOnce>("a thread stores into") + check<Writes::kStoreAfterArrival>("") +
          check<Writes::kCopyAtOnce>("has read since its last barrier") + check<Writes::kCopyAfterBarrier>("");
 }
