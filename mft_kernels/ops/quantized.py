@@ -48,7 +48,7 @@ class QuantizedMatrix:
         """Return whether a product with x, which may be a gradient, is made without a dense matrix."""
         if isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
             return False  # simulated: a fake "cpu" stands for any device, and other devices make the dense matrix
-        return x.dtype == self.dtype and _decodes(FORMATS[self.levels()], self.codes.device.type, x.dtype)
+        return x.dtype == self.dtype and _decodes(FORMATS[self.levels()], self.codes.device.type)
 
     def masked_linear(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x @ where(mask, dense(), 0).T + bias."""
@@ -67,16 +67,14 @@ class QuantizedMatrix:
         )
 
 
-def _decodes(form: type[Codes], device_type: str, dtype: torch.dtype) -> bool:
-    """Return whether one of our kernels decodes this format on this device type and for this dtype.
+def _decodes(form: type[Codes], device_type: str) -> bool:
+    """Return whether one of our kernels decodes this format on this device type.
 
-    On a GPU that is a triton kernel, or one of the cuda backend if MFT_KERNELS=cuda.
+    On a GPU that is a triton kernel. With MFT_KERNELS=cuda none does: that backend takes dense weights.
     """
     name = "cpu"
     if device_type == "cuda":
         name = "cuda" if asked_for() == "cuda" else "triton"
-    if name == "cuda" and dtype == torch.float32:
-        return False  # its kernels take 16-bit dtypes only
     found = registered(name)
     return device_type in found.device_types and found.takes_operand(form)
 
