@@ -176,4 +176,4 @@ def test_a_model_without_decoder_layers_needs_target_modules():
         mask_model(model, MaskConfig())
     with pytest.raises(ValueError, match="layers_to_transform needs a model with a list of decoder layers"):
         mask_model(model, MaskConfig(target_modules="all-linear", layers_to_transform=0))
-    assert names(mask_model(model, MaskConfig(target_modules=["0"]))) == ["0"]
+    assert names(mask_model(model, MaskConfig(target_modules=["0"], keep_ratio=0.9))) == ["0"]

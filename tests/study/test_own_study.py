@@ -7,21 +7,20 @@ from tiny_study import write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
+from mft.config import MaskConfig
 from mft.study.evidence.sums import read_sums
 from mft.study.load import load_study
 
-TRAINED = ("control", "MFT", "LoRA", "LoRA-all")
+TRAINED = ("control", "MFT", "LoRA", "LoRA 7")
+CODED = "LoRA 7 in 4 bits"
 
 
 def test_it_holds_every_arm_against_the_same_start_with_as_many_settings_to_choose_from():
     study = load_study("own")
-    assert {name: study.arms[name].kind for name in study.arms} == {
-        **{"base": "full", "control": "control", "MFT": "mask", "LoRA": "lora", "LoRA-all": "lora"}
-    }
+    assert list(study.arms) == ["base", *TRAINED, CODED]
     assert len({len(study.arms[name].settings(study.mask)) for name in TRAINED}) == 1
-    layers = {name: study.mask_of(study.arms[name]).layers_to_transform for name in TRAINED}
-    assert layers.pop("LoRA-all") is None
-    assert all(own == list(range(24, 30)) for own in layers.values())
+    assert all(study.mask_of(study.arms[name]).layers_to_transform is None for name in TRAINED)
+    assert study.mask_of(study.arms["MFT"]).budget == MaskConfig().budget
 
 
 def test_data_stands_for_the_only_domain():
@@ -49,8 +48,8 @@ def test_one_command_runs_it_on_a_model_and_a_file_of_ones_own(tmp_path, monkeyp
     assert first.endswith(" left)")  # the time that the rest takes
     numbers = json.loads((tmp_path / "run" / "table.json").read_text())
     assert "own. MFT: Nothing can be concluded (" in numbers["verdicts"][0]
-    assert [row["arm"] for row in numbers["domains"]["own"]["rows"]] == ["base", *TRAINED]
+    assert [row["arm"] for row in numbers["domains"]["own"]["rows"]] == ["base", *TRAINED, CODED]
     bytes_of = {row["arm"]: row["bytes"] for row in numbers["domains"]["own"]["rows"]}
-    assert bytes_of["LoRA-all"] is not None
+    assert bytes_of[CODED] < bytes_of["LoRA 7"]
     sums = read_sums(tmp_path / "run" / "sums.npz")
-    assert set(sums.arms("own")) == {"base", *TRAINED} <= set(sums.arms("own", split="validation"))
+    assert set(sums.arms("own")) == {"base", *TRAINED, CODED} <= set(sums.arms("own", split="validation"))
