@@ -1,4 +1,4 @@
-"""Answer questions about speed and memory; the answers go to benchmarks/results.
+"""Answer questions about speed and memory; the answers go to benchmarks/results, rows to fit costs to into runs/paths.
 
 python -m benchmarks cpu                                                 one question
 python -m benchmarks cpu --case "step, bf16, 4096 x 4096, M = 64"        one row of its table
@@ -21,6 +21,7 @@ class Question(NamedTuple):
     main: str = "main"
     joins: str | None = None  # what joins several records, if they are not pooled
     cases: bool = False  # whether --case can choose among its rows
+    fitted: bool = False  # whether costs are fitted to its rows, which then go to runs/paths
 
     def function(self, name: str) -> Callable[..., Any]:
         return getattr(import_module(f"{__package__}.{self.module}"), name)
@@ -37,8 +38,12 @@ QUESTIONS = {
     "decode": Question("bench_decode", "How fast is a batch whose rows use different masks?", "conclude"),
     "many_masks": Question("bench_many_masks", "What do three tasks' masks on one base give and cost?"),
     "launch": Question("bench_launch", "What does a call cost, beyond nn.Linear? (a minute)", "conclude"),
-    "paths": Question("bench_paths", "Which path is fastest for large layers? (half an hour)", "show", joins="joined"),
-    "small_paths": Question("bench_paths", "The same for small layers (90 s)", "show", "main_small", "joined"),
+    "paths": Question(
+        "bench_paths", "Which path is fastest for large layers? (half an hour)", "show", joins="joined", fitted=True
+    ),
+    "small_paths": Question(
+        "bench_paths", "The same for small layers (90 s)", "show", "main_small", "joined", fitted=True
+    ),
     "score_optimiser": Question("bench_score_optimiser", "What do 16-bit scores and 8-bit moments cost a mask?"),
 }
 WITH_CASES = [name for name, question in QUESTIONS.items() if question.cases]
@@ -54,7 +59,8 @@ def main() -> None:
     import torch
 
     from . import pooled
-    from .harness import RESULTS, ROOT, THREADS, choose_cases, environment, threads_of, write_results_to
+    from .harness import ROOT, THREADS, choose_cases, environment, threads_of, write_results_to
+    from .records import RESULTS, TIMINGS
     from .side_by_side import OURS, SideBySide
 
     others = [name for name in SideBySide.here().asked if name != OURS]
@@ -65,8 +71,6 @@ def main() -> None:
             f"{', '.join(alone)}; name one of these, or unset MFT_KERNELS"
         )
     not_for_the_record = asked.quick or asked.case is not None
-    folder = (asked.out or (ROOT / "build" / "benchmarks" if not_for_the_record else RESULTS)).resolve()
-    write_results_to(folder)
     if asked.case is not None:
         choose_cases(asked.case)
     many = asked.threads or THREADS
@@ -74,6 +78,9 @@ def main() -> None:
     print("\n".join(f"{key}: {value}" for key, value in environment().items()))
     for name in questions:
         question, threads = QUESTIONS[name], threads_of(name, many)
+        stored = ROOT / "build" / "benchmarks" if not_for_the_record else TIMINGS if question.fitted else RESULTS
+        folder = (asked.out or stored).resolve()
+        write_results_to(folder)
         torch.set_num_threads(threads)
         if question.shows is None:
             question.function(question.main)()
@@ -82,7 +89,7 @@ def main() -> None:
         else:
             together = pooled.pooled if question.joins is None else question.function(question.joins)
             question.function(question.shows)(pooled.answer(name, folder, threads, together))
-    print(f"\nwritten to {folder}")
+        print(f"\n{name}: written to {folder}")
 
 
 def _parser() -> argparse.ArgumentParser:

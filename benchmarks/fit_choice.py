@@ -1,15 +1,18 @@
-"""Write csrc/cpu/choice_costs.inl from the stored answers to `paths` and `small_paths`:
+"""Write csrc/cpu/choice_costs.inl from answers to `paths` and `small_paths`, which are in runs/paths:
 
     python -m benchmarks.fit_choice [FOLDER]
 
+Instruction sets without an answer in the folder keep their costs.
+
 The model is in csrc/cpu/choice.h: max(reading, work) + call. Its costs are fitted to the measured times for each
 product and path, by squared relative errors. Times of a path that is far behind the best one count little. The costs
-are then moved if that makes the chosen paths less slow. Afterwards build the library again. The test of the stored
-records (tests/cpu_kernels/test_cpu_choice.py) says how good the choice is.
+are then moved if that makes the chosen paths less slow. benchmarks/results/fast-paths.json gets the paths that were
+fast. Afterwards build the library again. tests/cpu_kernels/test_cpu_choice.py compares its choice with that file.
 """
 
 import argparse
 import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +24,13 @@ import torch
 from mft_kernels.backends.processor import NEEDS
 
 from .bench_paths import BOUND, DTYPES, HOPELESS
-from .records import RESULTS, ROOT, by_machine, machine
+from .harness import one_line_an_entry
+from .records import RESULTS, ROOT, TIMINGS, by_machine, machine
 
 FILE = ROOT / "csrc" / "cpu" / "choice_costs.inl"
+FAST = RESULTS / "fast-paths.json"
+SETS = (*NEEDS, "portable")
+SMALL = "// and of small layers"
 FORMATS = {"fp32": "kFloat32", "bf16": "kBFloat16", "fp16": "kFloat16"}
 PRODUCTS = {"forward": "kForward", "d_x": "kGradX", "d_scores": "kGradScores"}
 PATHS = {"few": "kFew", "fused": "kFused", "slabs": "kSlabs"}
@@ -153,8 +160,7 @@ def small_rows(name: str, records: Mapping[str, Mapping]) -> list[Mapping]:
     """Return the cases of small layers; if a set has none, those of few tokens of the next set that has some."""
     if name in records:
         return records[name]["cases"]
-    sets = (*NEEDS, "portable")
-    others = [other for other in sets[sets.index(name) + 1 :] if other in records]
+    others = [other for other in SETS[SETS.index(name) + 1 :] if other in records]
     return [row for other in others[:1] for row in records[other]["cases"] if row["m"] <= FEW]
 
 
@@ -186,27 +192,50 @@ def lines_of(name: str, records: Mapping[str, Mapping], small: Mapping[str, Mapp
             yield f"{{{place}, {{{', '.join(map(written, own))}}}}},"
 
 
-def measured_on(records: Mapping[str, Mapping]) -> list[str]:
-    """Return one line per record: machine, instruction set, torch."""
-    return [f"//   {machine(record)}, torch {record['environment']['torch']}" for record in records.values()]
+def measured_on(records: Mapping[str, Mapping], old: Sequence[str]) -> Iterator[str]:
+    """Yield one line per instruction set: machine, set, torch. A set without a record keeps its line among ``old``."""
+    for name in SETS:
+        if name in records:
+            yield f"//   {machine(records[name])}, torch {records[name]['environment']['torch']}"
+        else:
+            yield from (line for line in old if line.startswith("//   ") and f", {name}, torch " in line)
+
+
+def fast_paths(rows: Sequence[Mapping]) -> list[dict]:
+    """Return an entry per product and shape: by path, the M for which a run found it within BOUND of the best."""
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        case = {key: row[key] for key in ("product", "dtype", "source", "n", "k", "weight_bytes", "mask_bytes")}
+        fast = found.setdefault(tuple(case.values()), case | {"fast": {}})["fast"]
+        for path, spread in row["times_best"].items():
+            if spread["low"] <= BOUND and row["m"] not in fast.setdefault(path, []):
+                fast[path].append(row["m"])
+    return list(found.values())
 
 
 def main() -> None:
-    """Print the file."""
+    """Write both files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_choice", description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="of records (benchmarks/results)")
+    parser.add_argument("folder", nargs="?", type=Path, default=TIMINGS, help="of records (runs/paths)")
     folder = parser.parse_args().folder
     records, small = by_machine(folder, "paths"), by_machine(folder, "small_paths")
+    if not records:
+        parser.error(f'FOLDER must hold answers to paths, got none in {folder}: make bench WHAT="paths small_paths"')
+    old = FILE.read_text().splitlines()
     lines = [
         "// What each path costs; see choice.h. Written by `python -m benchmarks.fit_choice` from what was measured on",
-        *measured_on(records),
-        "// and of small layers",
-        *measured_on(small),
+        *measured_on(records, old[: old.index(SMALL)]),
+        SMALL,
+        *measured_on(small, old[old.index(SMALL) :]),
     ]
-    for name in (*NEEDS, "portable"):
-        lines += lines_of(name, records, small)
+    for name in SETS:
+        kept = [line for line in old if line.startswith(f'{{"{name}",')]
+        lines += lines_of(name, records, small) if name in records else kept
     FILE.write_text("\n".join(lines) + "\n")
-    print(f"written to {FILE.relative_to(ROOT)}")
+    rows = {name: [*records[name]["cases"], *small.get(name, {"cases": ()})["cases"]] for name in records}
+    fast = json.loads(FAST.read_text()) | {name: fast_paths(own) for name, own in rows.items()}
+    FAST.write_text(one_line_an_entry(fast))
+    print(f"written to {FILE} and {FAST}")
 
 
 if __name__ == "__main__":

@@ -217,11 +217,11 @@ def write_record(
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (file_name(question, instruction_set()) if device == "cpu" else f"{question}-{device}.json")
-    path.write_text(_one_line_an_entry(record))
+    path.write_text(one_line_an_entry(record))
     return path
 
 
-def _one_line_an_entry(record: Mapping[str, object]) -> str:
+def one_line_an_entry(record: Mapping[str, object]) -> str:
     """Return JSON with one line per list entry: hundreds of findings stay readable, and a change is one line."""
     parts = []
     for key, value in record.items():

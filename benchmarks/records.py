@@ -18,6 +18,7 @@ from mft_kernels.backends.processor import NEEDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+TIMINGS = ROOT / "runs" / "paths"  # rows that only fit_choice reads
 # Independent of the processor: simulated memory, and losses and masks after training, except for the order of sums.
 ON_ANY = frozenset({"memory_cards", "memory_mixtures", "score_optimiser"})
 

@@ -6,16 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from by_name import ByName, oracle
 
-from benchmarks.bench_paths import BOUND, behind
-from benchmarks.fit_choice import FILE, FORMATS, PATHS, PRODUCTS, measured_on, small_rows
-from benchmarks.records import RESULTS, by_machine
+from benchmarks import bench_paths, fit_choice
+from benchmarks.bench_paths import BOUND, Case
+from benchmarks.fit_choice import FAST, FILE, FORMATS, PATHS, PRODUCTS, fast_paths, small_rows
 from mft_kernels import reference
 from mft_kernels.backends import cpu
 from mft_kernels.backends.cpu import choice as cpu_choice
@@ -25,10 +24,7 @@ flat = ByName(cpu)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
-RECORDS = by_machine(RESULTS, "paths")
-SMALL = by_machine(RESULTS, "small_paths")
 SETS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
-CASE = ("product", "dtype", "source", "n", "k", "m")
 # Known to be slower: no costs in the fit improve these without worsening others. The comment is times the best path.
 MISSED = {
     ("amx", "forward", "bf16", "scores", 4096, 4096, 1024),  # 1.18
@@ -47,14 +43,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_model_takes_a_path_that_was_within_5_percent_of_the_best(name):
-    runs = defaultdict(list)
-    for row in (*RECORDS[name]["cases"], *SMALL.get(name, {"cases": ()})["cases"]):
-        runs[tuple(row[key] for key in CASE)].append(behind(row, name))
-    late = []
-    for case, found in runs.items():
-        if min(run.low for run in found) > BOUND and (name, *case) not in MISSED:  # every run's whole spread is beyond
-            late.append(f"{', '.join(map(str, found))} {case}")
-    assert not late, "\n".join(late)
+    late = set()
+    for row in json.loads(FAST.read_text())[name]:
+        for m in set().union(*row["fast"].values()):
+            case = Case(*(row[key] for key in ("product", "dtype", "source", "n", "k")), m)
+            taken = bench_paths.paths_of(case, (row["weight_bytes"], row["mask_bytes"]), name)[0]
+            if m not in row["fast"].get(taken, ()):
+                late.add((name, *vars(case).values()))
+    assert late <= MISSED
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -75,19 +71,55 @@ def test_a_set_without_cases_of_small_layers_has_those_of_few_tokens_of_the_next
     assert small_rows("portable", records) == []
 
 
-def test_there_are_costs_of_each_path_that_was_measured_and_of_no_other():
-    """The costs cover the machines, sets, dtypes and products of the stored records. Fitting again takes minutes."""
+def test_there_are_costs_of_each_path_and_of_no_other():
     text = FILE.read_text()
-    told = [line.removeprefix("//   ") for line in text.splitlines() if line.startswith("//   ")]
-    assert told == [line.removeprefix("//   ") for line in (*measured_on(RECORDS), *measured_on(SMALL))]
     costs = re.findall(r'^{"(\w+)", Format::(\w+), Product::(\w+), Path::(\w+), {.*}},$', text, re.MULTILINE)
-    measured = {
-        (name, FORMATS[row["dtype"]], PRODUCTS[row["product"]], PATHS[path])
-        for name, record in RECORDS.items()
-        for row in record["cases"]
-        for path in row["ms"]
-    }
-    assert sorted(costs) == sorted(measured)
+    assert sorted(costs) == sorted(
+        (name, FORMATS[dtype], PRODUCTS[product], PATHS[path])
+        for name in SETS
+        for dtype in FORMATS
+        for product in PRODUCTS
+        for path in paths_of(name, product, bench_paths.DTYPES[dtype])
+    )
+
+
+def test_a_path_is_fast_if_the_lowest_quartile_of_a_run_is_near_the_best():
+    case = {"product": "forward", "dtype": "fp32", "source": "words", "n": 64, "k": 64}
+    case |= {"weight_bytes": 4.125, "mask_bytes": 0.125}
+
+    def row(m, **lows):
+        return case | {"m": m, "times_best": {path: {"median": 1.2, "low": low} for path, low in lows.items()}}
+
+    rows = [row(1, few=1.0, slabs=2.0), row(4, few=1.06, slabs=1.0), row(4, few=BOUND, slabs=1.0)]
+    assert fast_paths(rows) == [case | {"fast": {"few": [1, 4], "slabs": [4]}}]
+
+
+def test_sets_that_were_not_measured_again_keep_their_costs(tmp_path, monkeypatch, capsys):
+    """One machine answers for its own instruction sets alone."""
+    for name, path in (("FILE", FILE), ("FAST", FAST)):
+        (tmp_path / path.name).write_text(path.read_text())
+        monkeypatch.setattr(fit_choice, name, tmp_path / path.name)
+    monkeypatch.setattr(sys, "argv", ["fit_choice", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        fit_choice.main()
+    assert "FOLDER must hold answers to paths, got none in" in capsys.readouterr().err
+
+    near, ms = {"median": 1.0, "low": 1.0, "high": 1.0}, {"median": 2.0, "low": 2.0, "high": 2.0}
+    case = {"product": "d_scores", "dtype": "fp32", "source": "", "n": 64, "k": 64}
+    case |= {"weight_bytes": 8.0, "mask_bytes": 0.0}
+    rows = [case | {"m": m, "ms": {"slabs": ms}, "times_best": {"slabs": near}} for m in (1, 4, 16, 64, 256)]
+    where = {"device": "AMD EPYC family 1", "instruction_set": "portable", "torch": "2.99"}
+    (tmp_path / "paths-cpu-portable.json").write_text(json.dumps({"environment": where, "cases": rows}))
+    fit_choice.main()
+    before, after = FILE.read_text().splitlines(), (tmp_path / FILE.name).read_text().splitlines()
+    assert [line for line in after if "portable" not in line] == [line for line in before if "portable" not in line]
+    assert [line.split(", {")[0] for line in after if "portable" in line] == [
+        "//   AMD EPYC, portable, torch 2.99",
+        "//   AMD EPYC, portable, torch 2.13.0+cpu",
+        '{"portable", Format::kFloat32, Product::kGradScores, Path::kSlabs',
+    ]
+    fast, stored = (json.loads(path.read_text()) for path in (tmp_path / FAST.name, FAST))
+    assert fast == stored | {"portable": [case | {"fast": {"slabs": [1, 4, 16, 64, 256]}}]}
 
 
 @pytest.mark.parametrize(("tokens", "slabs"), [(64, 32), (512, 32), (1024, 16), (4096, 4), (2**20, 4)])
