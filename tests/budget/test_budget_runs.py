@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny_run import LEARN, assert_same_masks, events_of, killed_after
 
 from mft.files.mask_coding import coded_size
+from mft.masks.convert import masked_modules
 from mft.masks.export_format import read_export
 
 BUDGET = [*LEARN, "mask.budget=0.04", "mask.mode=magnitude", "train.steps=6"]
@@ -54,6 +55,19 @@ def test_what_is_dropped_is_shown_exported_evaluated_and_merged(cli, tmp_path):
     assert code == 0, output
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert sum(int((merged[f"{name}.weight"] == 0).sum()) for name in by_layer) == quota
+
+
+def test_random_scores_drop_nothing_before_the_first_step(cli, monkeypatch):
+    kept = []
+
+    def look(model, *_, **__):
+        kept.extend(bool(module.mask().all()) for module in masked_modules(model).values())
+
+    monkeypatch.setattr("mft.training.run.said_of_cost", look)
+    code, output = cli("train", *LEARN, "mask.init=normal")
+    assert code == 0, output
+    assert kept
+    assert all(kept)
 
 
 def test_the_best_step_has_what_was_dropped_then(cli, tmp_path):

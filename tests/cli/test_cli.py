@@ -9,6 +9,7 @@ from tiny_run import LEARN
 
 import mft
 from mft.cli.environment import served_on
+from mft.config_file import load_config
 from mft.training.flips import read_flips
 from mft.training.run_directory import check_run_directory
 from mft_kernels.backends import table as backends
@@ -53,6 +54,7 @@ def test_finetune_writes_a_model_that_train_evaluate_merge_and_inspect_use(cli, 
     ]
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if "lr" in e] == [1, 2, 3, 4]
+    assert load_config(run / "config.yaml").train.betas == (0.9, 0.999)  # of weights, not of masks
 
     tuned = ["model.name=run/model", "output_dir=masked", "--set", "mask.keep_ratio=0.9"]
     code, output = cli("train", *LEARN, *tuned)

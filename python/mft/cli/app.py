@@ -789,6 +789,8 @@ def estimate(
     if overrides:
         raise ValueError(f"KEY=VALUE must come with --config, got {' '.join(overrides)}")
     assert model is not None
+    if keep_ratio is not None and _is_given(ctx, "budget"):
+        raise ValueError(f"--budget or --keep-ratio must be given, got both, {budget} and {keep_ratio}")
     workload = Workload(
         memory=memory,
         layers=None if layers == "all" else tuple(parse_layers(layers)),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mft.checks import check_one_of, check_rule
+from mft.checks import SHARE, check_one_of, check_rule
 from mft.config import BUDGET, DTYPES, MOMENTS, OBJECTIVES, QUANTIZATIONS, SCORES_DTYPES, WAYS
 from mft.number_formats import AUTO, state_bytes
 
@@ -65,6 +65,7 @@ class Workload:
         check_one_of("moments", self.moments, (AUTO, *MOMENTS))
         check_one_of("objective", self.objective, tuple(OBJECTIVES))
         check_one_of("device", self.device, ("cuda", "cpu"))
+        SHARE.check("keep_ratio", self.keep_ratio)
         if self.budget is not None:
             BUDGET.check("budget", self.budget)
         if self.grad_dtype is not None:

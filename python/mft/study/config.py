@@ -100,15 +100,12 @@ class StudyConfig:
     domains: dict[str, DataConfig]
     model: ModelConfig = field(default_factory=ModelConfig)
     scratch: ScratchConfig | None = None  # instead of model.name
-    mask: MaskConfig = field(
-        default_factory=lambda: MaskConfig(keep_ratio=0.99)
-    )  # which layers the control, LoRA and every mask change
-    full: TrainConfig = field(
-        default_factory=lambda: TrainConfig.of_weights(epochs=1.0)
-    )  # lr and epochs come from the arms
-    stage: TrainConfig = field(
-        default_factory=lambda: TrainConfig.of_weights(epochs=1.0)
-    )  # for all trained arms after full
+    # Which layers the control, LoRA and every mask change
+    mask: MaskConfig = field(default_factory=lambda: MaskConfig(keep_ratio=0.99))
+    # lr and epochs come from the arms
+    full: TrainConfig = field(default_factory=lambda: TrainConfig.of_weights(epochs=1.0))
+    # For all trained arms after full
+    stage: TrainConfig = field(default_factory=lambda: TrainConfig.of_weights(epochs=1.0))
     objective: Annotated[str, one_of(OBJECTIVES)] = CROSS_ENTROPY
     # Replaces stage if the objective is rewards; an epoch asks as many questions as the data has.
     rewards: RewardsConfig = field(default_factory=RewardsConfig)

@@ -259,7 +259,7 @@ def _mask(
         say(f"scores begin by mask.init={config.mask.init} on {drawn_from} rows of the training data")
         init_from_data(model, config.mask, splits.train, processes=run.processes, **options)
     if rows is None:
-        grow_budget(model, 0, 1)
+        grow_budget(model, 0, 1)  # as before the first step, for what the masks cost then
     if run.found is None and (run.processes.first or rows is not None):
         cost = said_of_cost(
             model, config.mask, splits.validation if len(splits.validation) else splits.train, **options

@@ -109,3 +109,14 @@ def test_a_command_declares_its_regime_and_carries_it_out(given, quick, out, mon
     runs.run_command("What it shows.", "a_regime", lambda texts, *, quick: (texts, quick), given)
     words = " ".join(["python -m benchmarks.regimes.a_regime", *given])
     assert carried == [((Path(out) / "texts", quick), Path(out), words)]
+
+
+def test_a_command_may_run_some_arms_alone(monkeypatch, capsys):
+    carried = []
+    monkeypatch.setattr(runs, "carry_out", lambda regime, *_: carried.append(regime.rates))
+    regime = runs.Regime(rates={"a": [1.0], "b c": [2.0]}, seeds=[0])
+    runs.run_command("What it shows.", "a_regime", lambda *_, **__: regime, ["--arms", "b c"])
+    assert carried == [{"b c": [2.0]}]
+    with pytest.raises(SystemExit):
+        runs.run_command("What it shows.", "a_regime", lambda *_, **__: regime, ["--arms", "c"])
+    assert "--arms must name arms of a, b c, got c" in capsys.readouterr().err

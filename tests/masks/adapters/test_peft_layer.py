@@ -29,15 +29,16 @@ pytestmark = STILL_CALLED
 # ---------------------------------------------------------------------------------------------- several masks
 
 
-def test_adapters_are_switched_and_share_the_frozen_weights():
+@pytest.mark.parametrize("keep_ratio", [0.5, 0.0])
+def test_adapters_are_switched_and_share_the_frozen_weights(keep_ratio):
     base = make_llama()
     address = base.get_submodule(UP).weight.data_ptr()
     model = get_peft_model(base, config())
     first = logits(model)
-    model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
+    model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=keep_ratio, seed=1))
     assert torch.equal(logits(model), first)
     model.set_adapter("other")
-    alone = mask_model(make_llama(), MaskConfig.paper(layers_to_transform=[1, 2], keep_ratio=0.5, seed=1))
+    alone = mask_model(make_llama(), MaskConfig.paper(layers_to_transform=[1, 2], keep_ratio=keep_ratio, seed=1))
     assert torch.equal(logits(model), logits(alone))
     trained = {name.rpartition(".mft_scores.")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"other"}

@@ -231,8 +231,9 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     def _selection(self, adapter_name: str, scores: nn.Parameter, *, anew: bool = False) -> dict[str, Any]:
         config, shared = self.mft_config[adapter_name], self.shared_thresholds.get(adapter_name)
+        keep_ratio = 1.0 if config.keep_ratio is None else config.keep_ratio
         threshold = config.threshold if shared is None else shared.value(scores, look_at_all=anew)
-        return {"keep_ratio": config.keep_ratio or 1.0, "threshold": threshold, "mode": config.mode}
+        return {"keep_ratio": keep_ratio, "threshold": threshold, "mode": config.mode}
 
     def _selected(self, adapter_name: str, parameter: str, anew: bool) -> Tensor:
         scores = self.scores_of(adapter_name)[parameter]
