@@ -41,6 +41,12 @@ def what_stays_is_not_looked_through_again():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Seed torch before each test, so that what it draws does not depend on the tests before it or on their order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["reference", "cpu", "triton", *os.environ.get("MFT_TEST_BACKENDS", "").split()])
 def backend(request):
     """Yield each backend of this machine and of MFT_TEST_BACKENDS; skip with the reason if one is missing."""
