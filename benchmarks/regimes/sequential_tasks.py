@@ -48,6 +48,7 @@ from .texts import docstrings_of, sources_of, write_texts
 ORDER, NATS = "order", "nats"  # keys of a run's result
 END, LEARNED, FORGOTTEN = "loss at the end", "just learned", "forgotten"
 REFERENCE = "control"  # the arm that all others are compared with
+MASKS, LORAS = "a mask per task", "a LoRA per task"
 BOUND = "joint"
 
 
@@ -69,8 +70,8 @@ WAYS = {
     "mask trained on": Way(mask_arm, TrainedOn, _SCORE_RATES),
     "masks united": Way(mask_arm, MasksUnited, _SCORE_RATES),
     "LoRAs added": Way(lora_arm, AdaptersAdded, _ADAPTER_RATES),
-    "a mask per task": Way(mask_arm, PerTask, _SCORE_RATES),
-    "a LoRA per task": Way(lora_arm, PerTask, _ADAPTER_RATES),
+    MASKS: Way(mask_arm, PerTask, _SCORE_RATES),
+    LORAS: Way(lora_arm, PerTask, _ADAPTER_RATES),
     BOUND: Way(control_arm, AtOnce, _WEIGHT_RATES),
 }
 
@@ -131,6 +132,9 @@ class SequentialTasks(Regime):
             for arm, by_seed in nats.items():
                 arms[arm][measure] = float(np.mean([documents.mean_loss(one) for one in by_seed.values()]))
                 arms[arm][f"{measure} - {REFERENCE}"] = differences.get(arm)
+        if {MASKS, LORAS} <= runs.keys():
+            nats = {arm: {seed: at_the_end(one) for seed, one in runs[arm].items()} for arm in (MASKS, LORAS)}
+            arms[MASKS][f"{END} - {LORAS}"] = compared(nats, LORAS, documents)[MASKS]
         for arm, own in runs.items():
             if LEARNED in arms[arm]:
                 arms[arm]["matrix"] = matrix(list(own.values()), documents)
@@ -151,6 +155,8 @@ class SequentialTasks(Regime):
             "that just after it was learned, mean over all tasks; nothing of the last one.",
             markdown(["arm", "rate", END, less, LEARNED, FORGOTTEN, less, "s per run"], rows),
         ]
+        if against := arms.get(MASKS, {}).get(f"{END} - {LORAS}"):
+            parts.append(f"{MASKS} less {LORAS}: {interval(against)}")
         places = [str(place) for place in range(1, len(self.tasks) + 1)]
         for arm, one in arms.items():
             if "matrix" in one:
