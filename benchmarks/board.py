@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.figure import COLOURS, new_figure, save_figure, shade
-from mft.study.report.at_equal_bytes import UNDECIDED
-from mft.study.report.pictures.labels import Label, place_labels
-from mft.study.report.statistics import Difference
-from mft.study.report.verdict import shown_interval, shown_p
+from mft_study.report.at_equal_bytes import UNDECIDED
+from mft_study.report.pictures.labels import Label, place_labels
+from mft_study.report.statistics import Difference
+from mft_study.report.verdict import shown_interval, shown_p
 
 from .tables import markdown
 

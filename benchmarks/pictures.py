@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mft.study.ablate import plot_ablation
-from mft.study.report.pictures.by_bytes import plot_bytes
-from mft.study.report.pictures.forgetting import plot_forgetting
-from mft.study.report.pictures.plots import plot_study, plot_summary
-from mft.study.report.rewards import plot_rewards
+from mft_study.ablate import plot_ablation
+from mft_study.report.pictures.by_bytes import plot_bytes
+from mft_study.report.pictures.forgetting import plot_forgetting
+from mft_study.report.pictures.plots import plot_study, plot_summary
+from mft_study.report.rewards import plot_rewards
 
 from .board import picture
 from .memory.plot import draw as draw_memory

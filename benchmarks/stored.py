@@ -18,8 +18,11 @@ from .records import RESULTS, ROOT, question_of
 
 # Code that can change a result; in the recipe not what prints, publishes or serves.
 KERNELS = ("mft_kernels", "csrc/cpu")
-_NO_RESULT = ("cli", "publishing", "serving", "tracking", "study/report", "study/evidence", "memory")
-RECIPE = (*KERNELS, "python/mft", *(f":!python/mft/{folder}" for folder in _NO_RESULT))
+_NO_RESULT = (
+    *("mft/cli", "mft/publishing", "mft/serving", "mft/tracking", "mft/memory"),
+    *("mft_study/report", "mft_study/evidence"),
+)
+RECIPE = (*KERNELS, "python/mft", "python/mft_study", *(f":!python/{folder}" for folder in _NO_RESULT))
 SIMULATED = ("python/mft", "mft_kernels", "benchmarks/memory")
 
 

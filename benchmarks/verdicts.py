@@ -15,17 +15,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mft.study.arms.setting import Setting
-from mft.study.report.at_equal_bytes import AtEqualBytes, said_of_bytes
-from mft.study.report.dominance import Comparison, OnLoss, family_size, judged
-from mft.study.report.equal_budgets import EqualBudget
-from mft.study.report.general import OnText
-from mft.study.report.judge import side
-from mft.study.report.remarks import dominance_remark, p_remark
-from mft.study.report.statistics import Difference, smallest_p
-from mft.study.report.table import DomainTable, Row
-from mft.study.report.verdict import conclusion_of, shown_interval, verdicts_of
-from mft.study.report.write import numbers_text, report_text
+from mft_study.arms.setting import Setting
+from mft_study.report.at_equal_bytes import AtEqualBytes, said_of_bytes
+from mft_study.report.dominance import Comparison, OnLoss, family_size, judged
+from mft_study.report.equal_budgets import EqualBudget
+from mft_study.report.general import OnText
+from mft_study.report.judge import side
+from mft_study.report.remarks import dominance_remark, p_remark
+from mft_study.report.statistics import Difference, smallest_p
+from mft_study.report.table import DomainTable, Row
+from mft_study.report.verdict import conclusion_of, shown_interval, verdicts_of
+from mft_study.report.write import numbers_text, report_text
 
 from .records import RESULTS
 from .tables import markdown

@@ -110,7 +110,7 @@ def missing_from_sdist(wheel: Path, sdist: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.endswith((".py", ".yaml", ".json", ".jinja", ".typed"))}
     packed -= {name for name in packed if ".dist-info/" in name or name == "mft_kernels/_build.json"}
-    needed = {f"python/{name}" if name.startswith("mft/") else name for name in packed}
+    needed = {f"python/{name}" if name.startswith(("mft/", "mft_study/")) else name for name in packed}
     needed |= {"setup.py", "pyproject.toml", "LICENSE", "README.md"}
     for folder in ("csrc", "building"):
         paths = (path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc")

@@ -17,13 +17,22 @@ KERNEL_ORDER = (
     *("_ops", "_version", "eager", "testing", "timing", "codes", "operands", "page_locked", "shards"),
     *("reference", "backends", "ops", "mask", "layers", "optim"),
 )
+STOREYS = {  # the lowest first, as docs/reference/map.md tells them from the top
+    "inputs": (
+        *("mft.checks", "mft.contention", "mft.escaping", "mft.files", "mft.number_formats", "mft.config"),
+        *("mft.config_file", "mft.memory"),
+    ),
+    "models": ("mft.data", "mft.models", "mft.budget", "mft.surrogate", "mft.masks", "mft.federated"),
+    "learning": ("mft.objectives", "mft.engines", "mft.importance", "mft.evaluation"),
+    "runs": ("mft.tracking", "mft.training", "mft.rewards"),
+    "lab": ("mft_study", "mft_study.report"),
+    "faces": ("mft.publishing", "mft.patching", "mft.serving", "mft.vllm", "mft.cli", "mft.__main__"),
+}
+ORDERS = {
+    (ROOT, "mft_kernels"): [f"mft_kernels.{name}" for name in KERNEL_ORDER],
+    (ROOT / "python", "mft", "mft_study"): [name for packages in STOREYS.values() for name in packages],
+}
 BACKENDS = ("cpu", "cuda", "triton")  # packages of mft_kernels/backends, none of which imports another
-RECIPE_ORDER = (
-    *("checks", "contention", "escaping", "files", "number_formats", "config", "config_file", "memory", "data"),
-    *("models", "budget", "surrogate", "masks", "federated", "objectives", "engines", "importance", "evaluation"),
-    *("tracking", "training", "rewards", "publishing", "patching", "serving", "vllm", "study", "study.report", "cli"),
-    "__main__",
-)
 EXTERNAL = {"torch", "triton", "numpy"}  # all that mft_kernels may import besides the standard library
 
 
@@ -38,35 +47,33 @@ def others_of(path: Path, package: str) -> set[str]:
     return found - {package}
 
 
-def modules_of(folder: Path) -> dict[str, Path]:
-    """Return {dotted name below the package: file}. A package's name means its __init__.py; the outermost's is ""."""
+def modules_of(root: Path, *packages: str) -> dict[str, Path]:
+    """Return {dotted name: file} of all modules below these folders of root. A folder's name means its __init__.py."""
     found = {}
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).with_suffix("").parts
+    for path in sorted(path for package in packages for path in (root / package).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+    return {name: path for name, path in found.items() if "." in name}
 
 
-def imported_modules(path: Path, folder: Path, modules: Collection[str]) -> set[str]:
-    """Return those of ``modules`` that a file of the package in ``folder`` imports anywhere."""
-    inside, found = path.relative_to(folder).parent.parts, set()
+def imported_modules(path: Path, root: Path, modules: Collection[str]) -> set[str]:
+    """Return those of ``modules`` that a file below root imports anywhere."""
+    inside, found = path.relative_to(root).parent.parts, set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = [folder.name, *inside][: len(inside) + 2 - node.level] if node.level else []
+            above = inside[: len(inside) + 1 - node.level] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
             found |= {module} if node.module else set()
             found |= {f"{module}.{alias.name}" for alias in node.names}
-    prefix = f"{folder.name}."
-    below = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}  # the package vllm is not mft.vllm
-    return {name for name in below if name in modules and name != ""}
+    return found & set(modules)
 
 
-def faults(folder: Path, order: Sequence[str]) -> list[str]:
+def faults(root: Path, packages: Sequence[str], order: Sequence[str]) -> list[str]:
     """Return every import of a package that is later in ``order``, and every import circle inside one package."""
-    modules = modules_of(folder)
-    known = {name: imported_modules(path, folder, modules) for name, path in modules.items() if name}
+    modules = modules_of(root, *packages)
+    known = {name: imported_modules(path, root, modules) for name, path in modules.items()}
     home = {name: max((p for p in order if f"{name}.".startswith(f"{p}.")), key=len, default=None) for name in known}
     found = [f"{name} stands in no package of the order" for name in known if home[name] is None]
     rank = {name: len(order) if place is None else order.index(place) for name, place in home.items()}
@@ -81,22 +88,22 @@ def faults(folder: Path, order: Sequence[str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("folder", "order"), [("mft_kernels", KERNEL_ORDER), ("python/mft", RECIPE_ORDER)])
-def test_packages_import_downward_and_in_no_circle(folder, order):
-    assert faults(ROOT / folder, order) == []
+@pytest.mark.parametrize("where", ORDERS, ids=lambda where: where[1])
+def test_packages_import_downward_and_in_no_circle(where):
+    root, *packages = where
+    assert faults(root, packages, ORDERS[where]) == []
 
 
 def test_a_backend_knows_no_other():
-    folder = ROOT / "mft_kernels"
-    modules = modules_of(folder)
+    modules = modules_of(ROOT, "mft_kernels")
+    folders = {backend: f"mft_kernels.backends.{backend}" for backend in BACKENDS}
     for name, path in modules.items():
-        room, _, place = name.partition(".")
-        backend = place.partition(".")[0]
-        if room == "backends" and backend in BACKENDS:
-            known = imported_modules(path, folder, modules)
-            assert not [
-                other for other in known if other.startswith(tuple(f"backends.{o}" for o in BACKENDS if o != backend))
-            ]
+        for backend, folder in folders.items():
+            if f"{name}.".startswith(f"{folder}."):
+                others = tuple(other for other in folders.values() if other != folder)
+                assert not [known for known in imported_modules(path, ROOT, modules) if known.startswith(others)], (
+                    backend
+                )
 
 
 def test_the_kernel_package_names_itself_by_dots_alone():
@@ -137,11 +144,6 @@ def test_tests_of_kernels_are_collected_where_pytest_torch_triton_and_numpy_are_
     assert len(seen) > 40
 
 
-def test_contributing_names_the_packages_in_their_order():
-    packages = ", ".join(f"`{name}`" for name in RECIPE_ORDER if name not in ("study.report", "__main__"))
-    assert f"{packages}." in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
-
-
 def test_the_kernel_package_needs_torch_triton_and_numpy_alone():
     for path in (ROOT / "mft_kernels").rglob("*.py"):
         assert others_of(path, "mft_kernels") <= EXTERNAL | set(sys.stdlib_module_names), path
@@ -159,10 +161,11 @@ def test_a_line_crossed_between_packages_and_a_circle_inside_one_are_found(tmp_p
     }.items():
         (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "p" / name).write_text(text)
-    found = faults(tmp_path / "p", ("low", "high"))
-    assert found[:3] == ["new stands in no package of the order", "low.d imports high.e", "low.f imports high.e"]
+    found = faults(tmp_path, ("p",), ("p.low", "p.high"))
+    upward = ["p.low.d imports p.high.e", "p.low.f imports p.high.e"]
+    assert found[:3] == ["p.new stands in no package of the order", *upward]
     assert len(found) == 4
-    assert found[3].startswith("a circle: low.")
+    assert found[3].startswith("a circle: p.low.")
 
 
 def test_importing_the_kernels_loads_nothing_of_the_recipe():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import WORDS, make_llama
 
-from mft.study.load import load_study
+from mft_study.load import load_study
 
 STUDY = """
 model: {{name: {directory}/model, dtype: float32}}

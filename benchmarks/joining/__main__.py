@@ -1,6 +1,6 @@
 """Simulate mft compare --join with 1 to 64 processes on the stored study board-small: python -m benchmarks.joining.
 
-The simulation has discrete events. The planner is the real one (mft.study.plan.ready), applied to what a process has
+The simulation has discrete events. The planner is the real one (mft_study.plan.ready), applied to what a process has
 seen so far. A run takes the training seconds that the stored study measured, plus OVERHEAD. Not simulated: evaluation,
 the test split, and shared processors.
 """
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.joining.board import run_of, study
-from mft.study.outcome import Outcome, Unit
-from mft.study.plan import ready
-from mft.study.shared.leases import Pace
+from mft_study.outcome import Outcome, Unit
+from mft_study.plan import ready
+from mft_study.shared.leases import Pace
 
 START = 10.0  # seconds from the command to the first claim: imports and the base model
 OVERHEAD = 0.1  # seconds per unit: see benchmarks.joining.overhead

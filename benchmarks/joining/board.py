@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.records import RESULTS
 from mft.evaluation.evaluate import Evaluation
-from mft.study.arms.setting import Setting
-from mft.study.config import StudyConfig
-from mft.study.load import load_study
-from mft.study.outcome import Measured, Outcome, Unit
+from mft_study.arms.setting import Setting
+from mft_study.config import StudyConfig
+from mft_study.load import load_study
+from mft_study.outcome import Measured, Outcome, Unit
 
 NAME = "board-small"
 _FIELDS = Setting.__dataclass_fields__

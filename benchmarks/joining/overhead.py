@@ -15,12 +15,12 @@ import torch
 
 from benchmarks.joining.board import runs, study
 from mft.evaluation.evaluate import Evaluation
-from mft.study.evidence.host import this_host
-from mft.study.outcome import General, Measured, Outcome
-from mft.study.plan import ready, selection
-from mft.study.shared.claims import Joined
-from mft.study.shared.leases import Leases
-from mft.study.store import Store
+from mft_study.evidence.host import this_host
+from mft_study.outcome import General, Measured, Outcome
+from mft_study.plan import ready, selection
+from mft_study.shared.claims import Joined
+from mft_study.shared.leases import Leases
+from mft_study.store import Store
 
 DOCUMENTS = 200  # per split, about as many as board-small's
 _TIMES = 20

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from mft.config import DataConfig, TrainConfig
-from mft.study.config import ScratchConfig
-from mft.study.evidence.host import this_host
-from mft.study.from_scratch import train_from_scratch
+from mft_study.config import ScratchConfig
+from mft_study.evidence.host import this_host
+from mft_study.from_scratch import train_from_scratch
 
 STUDY = """
 model: {{name: {model}, dtype: float32}}

@@ -6,11 +6,11 @@ from torch import nn
 
 from mft.config import MaskConfig
 from mft.masks.targets import select_targets
-from mft.study.arms.adapters import Lora
-from mft.study.arms.arm import Arm, Ground
-from mft.study.arms.full import Control
-from mft.study.arms.masks import Mask
-from mft.study.arms.setting import Setting
+from mft_study.arms.adapters import Lora
+from mft_study.arms.arm import Arm, Ground
+from mft_study.arms.full import Control
+from mft_study.arms.masks import Mask
+from mft_study.arms.setting import Setting
 
 from .runs import Run
 

@@ -18,8 +18,8 @@ from mft.config import DataConfig, MaskConfig, TrainConfig
 from mft.data.splits import Splits, load_splits
 from mft.masks.convert import masked_modules
 from mft.masks.inspection import kept_weights
-from mft.study.arms.masks import Mask
-from mft.study.evidence.power import Spread
+from mft_study.arms.masks import Mask
+from mft_study.evidence.power import Spread
 
 from ..tables import markdown
 from .arms import ground_of

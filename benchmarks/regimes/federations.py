@@ -23,8 +23,8 @@ from mft.federated.aggregate import (
 )
 from mft.federated.messages import Message, decode_mask, decode_signs, encode_mask, encode_signs, encode_with_feedback
 from mft.masks.convert import masked_modules, set_scores
-from mft.study.arms.arm import Arm, Ground
-from mft.study.arms.weights import with_weights
+from mft_study.arms.arm import Arm, Ground
+from mft_study.arms.weights import with_weights
 
 Messages = dict[str, Message]  # by matrix
 

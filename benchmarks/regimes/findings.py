@@ -13,9 +13,9 @@ import numpy as np
 from torch import nn
 
 from mft.evaluation.evaluate import evaluate
-from mft.study.evidence.power import ALPHA, POWER, Spread, smallest_difference, squared_errors
-from mft.study.evidence.sums import NATS_DECIMALS, document_hashes
-from mft.study.report.statistics import Paired, differences, with_holm
+from mft_study.evidence.power import ALPHA, POWER, Spread, smallest_difference, squared_errors
+from mft_study.evidence.sums import NATS_DECIMALS, document_hashes
+from mft_study.report.statistics import Paired, differences, with_holm
 
 Nats = Mapping[str, Sequence[float]]  # by text, for each document
 SPREADS = ("over_seeds", "over_documents")  # standard deviations

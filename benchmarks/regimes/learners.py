@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mft.config import TrainConfig
-from mft.study.arms.arm import Arm, Ground
-from mft.study.arms.weights import Weights, with_weights
+from mft_study.arms.arm import Arm, Ground
+from mft_study.arms.weights import Weights, with_weights
 
 
 class Learner:

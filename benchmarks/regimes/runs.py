@@ -27,13 +27,13 @@ from mft.config import ModelConfig
 from mft.engines.step import NonFiniteLoss
 from mft.files.atomic import write_whole
 from mft.models.pretrained import load_model
-from mft.study.arms.setting import Setting
-from mft.study.config import ScratchConfig
-from mft.study.evidence.environment import environment
-from mft.study.evidence.power import Spread
-from mft.study.from_scratch import train_from_scratch
-from mft.study.grid import neighbours
 from mft_kernels.ops.checks import NonFiniteScores
+from mft_study.arms.setting import Setting
+from mft_study.config import ScratchConfig
+from mft_study.evidence.environment import environment
+from mft_study.evidence.power import Spread
+from mft_study.from_scratch import train_from_scratch
+from mft_study.grid import neighbours
 
 from .findings import Documents, power_line
 

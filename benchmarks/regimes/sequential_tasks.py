@@ -35,8 +35,8 @@ import numpy as np
 from mft.config import DataConfig, TrainConfig
 from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluate import evaluate
-from mft.study.arms.arm import Arm
-from mft.study.evidence.power import Spread
+from mft_study.arms.arm import Arm
+from mft_study.evidence.power import Spread
 
 from ..tables import markdown
 from .arms import control_arm, ground_of, lora_arm, mask_arm

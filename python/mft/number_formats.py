@@ -48,7 +48,7 @@ QUANTIZED_FORMATS = {
     "nf4-dq": QuantizedFormat(0.5 + (1 + 4 / 256) / 64),  # double quantisation: 1-byte scales, an fp32 for each 256
     "int8": QuantizedFormat(1, bytes_a_row=4),
 }
-CODED_FORMATS = ("bf16", "int8", "nf4", "int4")  # of a study's coded arms; study/number_codes.py has them
+CODED_FORMATS = ("bf16", "int8", "nf4", "int4")  # of a study's coded arms; mft_study/number_codes.py has them
 
 
 def unless_auto(name: str) -> str:

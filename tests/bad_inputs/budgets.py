@@ -8,12 +8,12 @@ from tiny import make_llama, make_rows
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.peft import MaskPeftConfig
-from mft.study.ablate import derive
-from mft.study.arms.kinds import make_arm
-from mft.study.load import load_study
-from mft.study.one_shot import one_shot_mask
 from mft.training.loop import train_masks
 from mft_kernels.ops.checks import NonFiniteScores
+from mft_study.ablate import derive
+from mft_study.arms.kinds import make_arm
+from mft_study.load import load_study
+from mft_study.one_shot import one_shot_mask
 
 
 def budgeted(**changes):

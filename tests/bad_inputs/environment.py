@@ -30,13 +30,13 @@ from mft.masks.export import save_masks
 from mft.models import smollm2
 from mft.models.codes import weight as quantized_weight
 from mft.models.pretrained import load_model
-from mft.study import peft_methods
 from mft.tracking.trackers import check_trackers
 from mft.training.loop import train_masks
 from mft.training.run_lock import hold
 from mft_kernels import masked_linear
 from mft_kernels.backends import autotune, built, cpu, cuda, triton
 from mft_kernels.backends import table as backends
+from mft_study import peft_methods
 
 ones = torch.ones(4, 5)
 arguments = torch.ones(2, 5), ones, ones, torch.tensor(0.5)

@@ -16,7 +16,7 @@ from mft.memory.shapes import known_config, shape_from_config
 from mft.rewards.config import RewardsConfig
 from mft.rewards.teacher import OnPolicyTeacher
 from mft.rewards.train import train_rewards
-from mft.study.load import SHIPPED, load_study
+from mft_study.load import SHIPPED, load_study
 
 
 class Words:

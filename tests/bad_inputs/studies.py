@@ -8,14 +8,14 @@ from pathlib import Path
 from mft.cli.study import run_compare
 from mft.files.atomic import NotWritten, publish, write_whole
 from mft.files.yaml_file import dump_yaml
-from mft.study.ablate import derive
-from mft.study.arms.kinds import make_arm
-from mft.study.load import load_study, study_values
-from mft.study.run import run_study
-from mft.study.shared import on_ray
-from mft.study.shared.alike import read_noted
-from mft.study.shared.leases import Leases, Pace, open_leases
-from mft.study.store import Store, fine_tunes_in, open_store
+from mft_study.ablate import derive
+from mft_study.arms.kinds import make_arm
+from mft_study.load import load_study, study_values
+from mft_study.run import run_study
+from mft_study.shared import on_ray
+from mft_study.shared.alike import read_noted
+from mft_study.shared.leases import Leases, Pace, open_leases
+from mft_study.store import Store, fine_tunes_in, open_store
 
 
 def fail_with(code):

@@ -28,9 +28,6 @@ from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
 from mft.models.longrope import refuse_long_batches
 from mft.models.packed_rows import check_kept_apart
-from mft.study.arms.kinds import make_arm
-from mft.study.config import LeadersConfig, StudyConfig
-from mft.study.evidence.sums import read_sums
 from mft.training import plan
 from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
@@ -41,6 +38,9 @@ from mft.training.run_lock import LOCK, hold
 from mft.training.saver import Saver
 from mft.training.validation import Validation
 from mft_kernels.ops.checks import NonFiniteScores
+from mft_study.arms.kinds import make_arm
+from mft_study.config import LeadersConfig, StudyConfig
+from mft_study.evidence.sums import read_sums
 
 DOWN = "model.layers.3.mlp.down_proj"
 

@@ -54,24 +54,24 @@ def keep(tmp_path, commit, name="compare-small.json"):
 
 
 def test_code_that_changed_is_counted_and_what_only_prints_is_not(checkout, tmp_path):
-    first = checkout("python/mft/study/run.py", "1\n" * 20)
+    first = checkout("python/mft_study/run.py", "1\n" * 20)
     keep(tmp_path, first[:7])
     assert (only(tmp_path).changed, only(tmp_path).words) == ([], "as it was")
     checkout("python/mft/cli/app.py", "2")
-    checkout("python/mft/study/report/table.py", "2")
+    checkout("python/mft_study/report/table.py", "2")
     checkout("docs/page.md", "2")
     assert only(tmp_path).changed == []
-    checkout("python/mft/study/run.py", "3")
+    checkout("python/mft_study/run.py", "3")
     checkout("csrc/cpu/kernel.cpp", "3")
-    (tmp_path / "python/mft/study/plan.py").write_text("not committed")
+    (tmp_path / "python/mft_study/plan.py").write_text("not committed")
     subprocess.run(["git", "-C", tmp_path, "add", "-N", "."], check=True)
-    assert only(tmp_path).changed == ["csrc/cpu/kernel.cpp", "python/mft/study/plan.py", "python/mft/study/run.py"]
+    assert only(tmp_path).changed == ["csrc/cpu/kernel.cpp", "python/mft_study/plan.py", "python/mft_study/run.py"]
     assert only(tmp_path).words == "3 files changed"
 
 
 def test_a_file_that_only_moved_has_not_changed(checkout, tmp_path):
-    keep(tmp_path, checkout("python/mft/study/run.py", "1\n" * 20))
-    (tmp_path / "python/mft/study/run.py").rename(tmp_path / "python/mft/run.py")
+    keep(tmp_path, checkout("python/mft_study/run.py", "1\n" * 20))
+    (tmp_path / "python/mft_study/run.py").rename(tmp_path / "python/mft_study/moved.py")
     checkout("docs/page.md", "2")
     assert only(tmp_path).changed == []
 

@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks import verdicts
 from benchmarks.records import RESULTS
-from mft.study.evidence.sums import read_sums
-from mft.study.report.sums import recomputed
-from mft.study.report.write import report_text
+from mft_study.evidence.sums import read_sums
+from mft_study.report.sums import recomputed
+from mft_study.report.write import report_text
 
 STUDIES = sorted([*RESULTS.glob("compare-*.json"), *RESULTS.glob("ablation-*.json")])
 WITH_SUMS = [path for path in STUDIES if path.with_suffix(".npz").is_file()]

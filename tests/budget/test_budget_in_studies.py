@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from tiny_study import FULL, make_study, write_ground
 
 from mft.config import MaskConfig
-from mft.study.load import study_values
-from mft.study.report.table import study_numbers
-from mft.study.report.write import write_study_report
-from mft.study.run import run_study
+from mft_study.load import study_values
+from mft_study.report.table import study_numbers
+from mft_study.report.write import write_study_report
+from mft_study.run import run_study
 
 ARMS = FULL + "  control: {kind: control, lrs: [1e-2]}\n  budget: {kind: mask, lrs: [1e-2, 3e-2], budget: 0.02}\n"
 WEIGHTS = 2 * 9216  # of layers 2 and 3

@@ -69,10 +69,10 @@ model(input_ids=ids, labels=ids).loss.backward()
 """,
     "compare": f"""
 {MODEL}
-from mft.study.peft_methods import add_adapter, lora_options
+from mft_study.peft_methods import add_adapter, lora_options
 adapted = add_adapter(model, ["model.layers.0.mlp.up_proj"], lora_options(8))
 adapted(input_ids=ids, labels=ids).loss.backward()
-import mft.study.run
+import mft_study.run
 """,
     "peft": f"""
 {MODEL}
@@ -112,7 +112,7 @@ except SystemExit as error:
     assert error.code == 2
 """,
     "ray": """
-from mft.study.shared.on_ray import start_on_ray
+from mft_study.shared.on_ray import start_on_ray
 """,
     "trackers": """
 from pathlib import Path

@@ -15,7 +15,7 @@ import mft
 import mft_kernels
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"mft_kernels": ROOT / "mft_kernels", "mft": ROOT / "python" / "mft"}
+PACKAGES = {"mft_kernels": ROOT / "mft_kernels"} | {name: ROOT / "python" / name for name in ("mft", "mft_study")}
 BUILT = {".so", ".pyc"}  # and everything named like these: they are not sources
 BUILT_FILES = {"mft_kernels/_build.json", "mft_kernels/faster.json"}
 

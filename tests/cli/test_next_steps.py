@@ -17,7 +17,7 @@ from mft.evaluation.evaluated_base import learned_base
 from mft.masks.bank import load_mask_bank
 from mft.models import pretrained
 from mft.models.pretrained import load_model, save_model
-from mft.study.load import load_study
+from mft_study.load import load_study
 
 
 def printed_commands(output):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig, parse_layers
 from mft.config_file import load_config, save_config
-from mft.study.load import load_study
+from mft_study.load import load_study
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import mft.config
 from mft.config import DataConfig, MaskConfig, ModelConfig, TrainConfig
 from mft.config_file import load_config, read_mapping
-from mft.study.load import load_study
+from mft_study.load import SHIPPED, load_study
 
 CONFIGS = Path(mft.config.__file__).parent / "configs"
 LAYERS = {"math": [4, 5, 6, 7], "code": [20, 21, 22, 23], "instructions": [0, 1, 2, 3]}
@@ -62,7 +62,7 @@ def test_the_papers_setting_has_a_name_in_files_and_in_python():
 
 @pytest.mark.parametrize("name", ["small", "smollm2"])
 def test_masks_of_studies_do_not_lean_on_defaults(name):
-    given = read_mapping(CONFIGS / "compare" / f"{name}.yaml")
+    given = read_mapping(SHIPPED / f"{name}.yaml")
     assert given["mask"].keys() >= {"keep_ratio", "init"}
     mask, upper = load_study(name).mask, [24, 25, 26, 27, 28, 29]
     keep, layers = {"small": (0.98, [2, 3]), "smollm2": (0.99, upper)}[name]

@@ -94,7 +94,7 @@ def ground(tmp_path_factory, tokenizer):
     (directory / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in messages))
     (directory / "questions.txt").write_text("What is 2 + 3?\nWhat is 1 + 1?\n")
     (directory / "run.yaml").write_text("mask: {layers_to_transform: 28-29}\ndata: {sequence_length: 64}\n")
-    shutil.copy(ROOT / "python/mft/configs/compare/small.yaml", directory / "my.yaml")
+    shutil.copy(ROOT / "python/mft_study/configs/small.yaml", directory / "my.yaml")
     shutil.copytree(ROOT / "benchmarks/studies", directory / "benchmarks/studies")
     with pytest.MonkeyPatch.context() as patch:
         enter(directory, directory, patch)
@@ -204,7 +204,7 @@ def run_mft(words):
 
 
 def parse(verb, rest):
-    from mft.study.load import load_study
+    from mft_study.load import load_study
 
     with typer.main.get_command(app).commands[verb].make_context(verb, list(rest)) as context:
         if verb in ("compare", "ablate"):

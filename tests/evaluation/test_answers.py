@@ -12,8 +12,8 @@ from mft.config import MaskConfig, TrainConfig
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.questions import Exchange, find_answers
 from mft.masks.convert import mask_model
-from mft.study.from_scratch import train_tokenizer
 from mft.training.loop import finetune
+from mft_study.from_scratch import train_tokenizer
 
 LENGTH = 24
 NAMES = ("Al", "Bert", "Christopher", "Dee", "Evangeline", "Fay")

@@ -11,7 +11,7 @@ from mft.evaluation.evaluate import evaluate
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.convert import masked_modules
 from mft.models.frozen_layers import PrefixMemory
-from mft.study.workspace import with_layers_remembered
+from mft_study.workspace import with_layers_remembered
 
 
 def rows_of_three_documents():

@@ -12,9 +12,9 @@ from mft.cli.app import app
 from mft.config import CONFIGS, OBJECTIVES, ObjectiveConfig, RunConfig, TrainConfig
 from mft.config_file import config_from, config_values
 from mft.files.yaml_file import dump_yaml, parse_yaml
-from mft.study.arms.arm import Arm
-from mft.study.config import ScratchConfig
-from mft.study.load import SHIPPED, load_study, study_values
+from mft_study.arms.arm import Arm
+from mft_study.config import ScratchConfig
+from mft_study.load import SHIPPED, load_study, study_values
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed: pip install jsonschema")
 
@@ -41,7 +41,7 @@ def validators():
     return found
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted([*CONFIGS.glob("*.yaml"), *SHIPPED.glob("*.yaml")]), ids=lambda path: path.stem)
 def test_every_shipped_file_is_valid(validators, path):
     what = "study" if path.parent == SHIPPED else "run"
     validators[what].validate(parse_yaml(path.read_text(), str(path)))

@@ -22,7 +22,7 @@ def tracked(learns, generations):
     from mft.masks.convert import mask_model, masked_modules
     from mft.rewards.log_probs import token_log_probs
     from mft.rewards.shared_prompts import states_before_answers
-    from mft.study.peft_methods import add_adapter, lora_options
+    from mft_study.peft_methods import add_adapter, lora_options
 
     values = {name: value for name, value in CONFIG.items() if name != "model_type"}
     with torch.random.fork_rng():

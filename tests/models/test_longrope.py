@@ -31,9 +31,9 @@ from mft.models.next_tokens import longest_row
 from mft.models.packed_rows import check_kept_apart
 from mft.rewards.shared_prompts import states_before_answers
 from mft.serving.batch.running_batch import RunningBatch
-from mft.study.teacher import RememberedTeacher
 from mft.training.loop import train_masks
 from mft.training.teacher import ModelTeacher
+from mft_study.teacher import RememberedTeacher
 
 SWITCH, LENGTH = 16, 40
 ROPE = {

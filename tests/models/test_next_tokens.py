@@ -23,9 +23,9 @@ from mft.config import MaskConfig, TrainConfig
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model
 from mft.models.next_tokens import check_next_tokens, longest_row
-from mft.study.bases import Bases
-from mft.study.workspace import Workspace
 from mft.training.loop import finetune, train_masks
+from mft_study.bases import Bases
+from mft_study.workspace import Workspace
 
 SIZES = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = {**SIZES, "intermediate_size": 64, "max_position_embeddings": 64}

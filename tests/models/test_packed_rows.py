@@ -18,8 +18,8 @@ from mft.models.causal_lm import head_of, run_decoder
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.packed_rows import check_kept_apart
 from mft.models.token_loss import backward_token_loss
-from mft.study.workspace import _remembered
 from mft.training.loop import train_masks
+from mft_study.workspace import _remembered
 
 LENGTHS = [[7, 1, 9, 5], [11, 12], [24]]  # lengths of the examples in a row; the second row has a token of padding
 LENGTH = 24

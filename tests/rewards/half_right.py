@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules
 from mft.rewards.config import RewardsConfig
-from mft.study.from_scratch import train_tokenizer
 from mft.training.loop import finetune
+from mft_study.from_scratch import train_tokenizer
 
 NAMES = ("Al", "Bert", "Christopher", "Dee", "Evangeline", "Fay")
 LENGTH = 24

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from mft.cli import study as study_verbs
 from mft.cli.app import app
-from mft.study.ablate import ablation_lines, derive, plot_ablation
-from mft.study.report.table import reference_of
-from mft.study.run import run_study
-from mft.study.store import copy_fine_tunes
+from mft_study.ablate import ablation_lines, derive, plot_ablation
+from mft_study.report.table import reference_of
+from mft_study.run import run_study
+from mft_study.store import copy_fine_tunes
 
 DATA = "domains.count.max_train_tokens=120"
 

@@ -18,16 +18,16 @@ from torch.testing import assert_close
 from mft.config import MaskConfig, ModelConfig
 from mft.evaluation.evaluate import evaluate
 from mft.models.causal_lm import clone_with_own_weights
-from mft.study.arms.fp32_steps import compute_in_fp32, learn_factors
-from mft.study.arms.kinds import KINDS, make_arm
-from mft.study.arms.setting import Setting
-from mft.study.arms.weights import with_weights
-from mft.study.bases import Bases
-from mft.study.plan import best_so_far, selection, without_result
-from mft.study.run import run_study
-from mft.study.units.job import model_of, stored_bytes
-from mft.study.units.run import run_test, run_unit
-from mft.study.workspace import Workspace
+from mft_study.arms.fp32_steps import compute_in_fp32, learn_factors
+from mft_study.arms.kinds import KINDS, make_arm
+from mft_study.arms.setting import Setting
+from mft_study.arms.weights import with_weights
+from mft_study.bases import Bases
+from mft_study.plan import best_so_far, selection, without_result
+from mft_study.run import run_study
+from mft_study.units.job import model_of, stored_bytes
+from mft_study.units.run import run_test, run_unit
+from mft_study.workspace import Workspace
 
 DELTA = torch.tensor([[1.0, -2.0, 0.0], [4.0, -8.0, 0.5]])
 COMPRESSED = ("bitdelta", "ternary", "sparse_delta")

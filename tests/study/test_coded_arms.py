@@ -15,15 +15,15 @@ from tiny_study import FULL, equal, make_study
 from mft.evaluation.evaluate import evaluate
 from mft.files.mask_coding import coded_mask, coded_size, decoded_mask
 from mft.number_formats import CODED_FORMATS
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.setting import Setting
-from mft.study.number_codes import decode, encode
-from mft.study.outcome import Unit
-from mft.study.report.write import write_study_report
-from mft.study.run import run_study
-from mft.study.units.job import Job, model_of
-from mft.study.units.run import run_unit
 from mft_kernels.codes import Nf4
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
+from mft_study.number_codes import decode, encode
+from mft_study.outcome import Unit
+from mft_study.report.write import write_study_report
+from mft_study.run import run_study
+from mft_study.units.job import Job, model_of
+from mft_study.units.run import run_unit
 
 BITS = {"bf16": 16, "int8": 8 + 16 / 64, "nf4": 4 + 16 / 64, "int4": 4 + 16 / 32}
 # Largest error relative to a block's largest number: half of the widest gap between levels, plus rounding.

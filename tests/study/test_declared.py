@@ -8,11 +8,11 @@ from tiny_study import STUDY
 
 from mft.config import DataConfig, MaskConfig
 from mft.files.yaml_file import dump_yaml
-from mft.study.arms.full import Full
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.setting import Setting
-from mft.study.config import LEAST_RATES, ScratchConfig
-from mft.study.load import SHIPPED, load_study, study_values
+from mft_study.arms.full import Full
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
+from mft_study.config import LEAST_RATES, ScratchConfig
+from mft_study.load import SHIPPED, load_study, study_values
 
 ARMS = """
   full: {kind: full, lrs: [1e-3, 1e-2]}

@@ -13,10 +13,10 @@ from mft.importance.scores import initialise_scores
 from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.experts import expert_projections
-from mft.study.arms.weights import with_weights
-from mft.study.one_shot import one_shot_mask
-from mft.study.peft_methods import add_adapter, lora_options, merge_adapter
 from mft.training.loop import train_loop, train_weights
+from mft_study.arms.weights import with_weights
+from mft_study.one_shot import one_shot_mask
+from mft_study.peft_methods import add_adapter, lora_options, merge_adapter
 
 SIZES = {
     "vocab_size": 128,

@@ -8,7 +8,7 @@ from tiny_study import FEW, make_study, write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
-from mft.study.run import run_study
+from mft_study.run import run_study
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""mft.study.from_scratch, and the two parts of the stdlib corpus that it keeps apart."""
+"""mft_study.from_scratch, and the two parts of the stdlib corpus that it keeps apart."""
 
 import json
 
@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mft.config import DataConfig, ModelConfig, TrainConfig
 from mft.data.sources import open_source
 from mft.models.pretrained import load_model
-from mft.study.config import ScratchConfig
-from mft.study.from_scratch import EOS, make_model, train_from_scratch, train_tokenizer
+from mft_study.config import ScratchConfig
+from mft_study.from_scratch import EOS, make_model, train_from_scratch, train_tokenizer
 
 TEXTS = [f"def add_{i}(first, second):\n    return first + second + {i}\n\n" for i in range(60)]
 

@@ -13,17 +13,17 @@ from tiny_study import FULL, make_study, write_ground
 
 from mft.checks import at_least
 from mft.config import IMPORTANCE_METHODS
-from mft.study.arms.arm import TRAINING, Arm
-from mft.study.arms.kinds import KINDS, class_of, make_arm
-from mft.study.arms.memory import trained_weight_bytes
-from mft.study.arms.size import NUMBER
-from mft.study.load import load_study, study_schema, study_values
-from mft.study.outcome import Unit
-from mft.study.report.dominance import rivals_of
-from mft.study.report.table import study_numbers
-from mft.study.report.write import write_study_report
-from mft.study.run import run_study
-from mft.study.store import Store
+from mft_study.arms.arm import TRAINING, Arm
+from mft_study.arms.kinds import KINDS, class_of, make_arm
+from mft_study.arms.memory import trained_weight_bytes
+from mft_study.arms.size import NUMBER
+from mft_study.load import load_study, study_schema, study_values
+from mft_study.outcome import Unit
+from mft_study.report.dominance import rivals_of
+from mft_study.report.table import study_numbers
+from mft_study.report.write import write_study_report
+from mft_study.run import run_study
+from mft_study.store import Store
 
 ARMS = FULL + "  MFT: {kind: mask, lrs: [1e-2]}\n"
 NORMS = "  norms: {kind: norms, lrs: [1e-2, 1e-1], last: 2}\n  mean: {kind: average, of: norms, runs: 2}\n"

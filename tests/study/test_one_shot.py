@@ -9,7 +9,7 @@ from mft.config import IMPORTANCE_METHODS, MaskConfig
 from mft.importance.importance import importance
 from mft.importance.scores import initialise_scores
 from mft.masks.convert import masked_modules
-from mft.study.one_shot import one_shot_mask
+from mft_study.one_shot import one_shot_mask
 
 UP, Q = "model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"
 LAYERS = MaskConfig(layers_to_transform=[2, 3], keep_ratio=0.9)
@@ -141,7 +141,7 @@ def test_ties_are_all_kept():
 
 
 def test_ranks_tell_neighbouring_floats_apart():
-    from mft.study.one_shot import _ranks
+    from mft_study.one_shot import _ranks
 
     values = torch.tensor([[-1.0, 1.0], [1.0 + 2**-23, 1.0 - 2**-24], [0.0, -0.0]])
     ranks = _ranks(values)
@@ -151,7 +151,7 @@ def test_ranks_tell_neighbouring_floats_apart():
 
 
 def test_equal_importance_in_a_row_goes_by_column_so_that_wanda_keeps_each_rows_share():
-    from mft.study.one_shot import _row_ranks
+    from mft_study.one_shot import _row_ranks
 
     assert _row_ranks(torch.tensor([[5.0, 5, 5, 1], [1, 2, 3, 4]])).tolist() == [[4, 3, 2, 1], [1, 2, 3, 4]]
 

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from mft.cli.app import app
 from mft.config import MaskConfig
-from mft.study.evidence.sums import read_sums
-from mft.study.load import load_study
+from mft_study.evidence.sums import read_sums
+from mft_study.load import load_study
 
 TRAINED = ("control", "MFT", "LoRA", "LoRA 7")
 CODED = "LoRA 7 in 4 bits"

@@ -17,21 +17,21 @@ from mft.masks.quantize import quantize_model
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.linears import weight_name
-from mft.study import workspace as workspaces
-from mft.study.arms.memory import ADAPTER_BYTES, equal_memory_rank, score_bytes
-from mft.study.arms.weights import with_weights
-from mft.study.bases import Bases
-from mft.study.load import load_study
-from mft.study.outcome import Unit
-from mft.study.plan import starts_of, teachers_of
-from mft.study.report.over_codes import verdicts_over_codes
-from mft.study.report.table import recovered_share, reference_of, study_tables
-from mft.study.report.write import write_study_report
-from mft.study.run import run_study
-from mft.study.store import Store
-from mft.study.teacher import RememberedTeacher
-from mft.study.workspace import Workspace
 from mft_kernels.codes import Nf4
+from mft_study import workspace as workspaces
+from mft_study.arms.memory import ADAPTER_BYTES, equal_memory_rank, score_bytes
+from mft_study.arms.weights import with_weights
+from mft_study.bases import Bases
+from mft_study.load import load_study
+from mft_study.outcome import Unit
+from mft_study.plan import starts_of, teachers_of
+from mft_study.report.over_codes import verdicts_over_codes
+from mft_study.report.table import recovered_share, reference_of, study_tables
+from mft_study.report.write import write_study_report
+from mft_study.run import run_study
+from mft_study.store import Store
+from mft_study.teacher import RememberedTeacher
+from mft_study.workspace import Workspace
 
 FULL = "  base: {kind: base}\n  full: {kind: full, lrs: [1e-2]}\n"
 ARMS = (

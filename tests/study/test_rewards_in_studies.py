@@ -13,19 +13,19 @@ from tiny_study import write_ground
 
 from mft.rewards.config import RewardsConfig
 from mft.rewards.questions import count_questions, questions_of
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.setting import Setting
-from mft.study.bases import Bases
-from mft.study.load import load_study, study_values
-from mft.study.outcome import Measured, Outcome, Unit
-from mft.study.plan import selection
-from mft.study.report.rewards import rewards_remark
-from mft.study.report.write import console_report, write_study_report
-from mft.study.run import run_study
-from mft.study.store import Store
-from mft.study.units.job import Job
-from mft.study.units.train import train_unit
-from mft.study.workspace import Workspace
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
+from mft_study.bases import Bases
+from mft_study.load import load_study, study_values
+from mft_study.outcome import Measured, Outcome, Unit
+from mft_study.plan import selection
+from mft_study.report.rewards import rewards_remark
+from mft_study.report.write import console_report, write_study_report
+from mft_study.run import run_study
+from mft_study.store import Store
+from mft_study.units.job import Job
+from mft_study.units.train import train_unit
+from mft_study.workspace import Workspace
 
 pytest.importorskip("trl")
 
@@ -140,7 +140,7 @@ def test_what_arms_learn_by_is_said_where_all_are_taught_and_where_none_is(done)
 
 
 def test_plain_text_is_refused_before_a_base_is_trained_from_scratch(tmp_path, monkeypatch):
-    monkeypatch.setattr("mft.study.bases.train_from_scratch", pytest.fail)
+    monkeypatch.setattr("mft_study.bases.train_from_scratch", pytest.fail)
     study = load_study("small", ["objective=rewards", f"output_dir={tmp_path / 'run'}"])
     rule = "domains.headers.source must have questions with answers for objective: rewards, got plain text in 'headers'"
     with pytest.raises(ValueError, match=rule):
@@ -260,7 +260,7 @@ def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     workspace, given = Workspace(study, Bases(study, tmp_path)), []
     workspace.begin("next", (), 0)
-    monkeypatch.setattr("mft.study.units.train.train_rewards", lambda *args, **options: given.append(args) or [])
+    monkeypatch.setattr("mft_study.units.train.train_rewards", lambda *args, **options: given.append(args) or [])
     with pytest.raises(AssertionError):  # the run fails without a checkpoint, because nothing is trained
         train_unit(workspace, Job(control, (), tmp_path / "control.safetensors"))
     (_, _, dataset, config), own = given[0], workspace.splits("next").train

@@ -11,7 +11,9 @@ from mft.config_file import load_config
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model
 from mft.masks.targets import select_targets
-from mft.study.sensitivity import (
+from mft.tracking.metrics import METRICS, Recorder
+from mft.training.loop import finetune, train_masks
+from mft_study.sensitivity import (
     Group,
     Sensitivity,
     kind_groups,
@@ -21,8 +23,6 @@ from mft.study.sensitivity import (
     recommendation,
     sensitivity_table,
 )
-from mft.tracking.metrics import METRICS, Recorder
-from mft.training.loop import finetune, train_masks
 
 TRAIN = TrainConfig(lr=1e-3, steps=12, batch_size=8)
 

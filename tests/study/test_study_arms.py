@@ -15,14 +15,14 @@ from mft.evaluation.kl_divergence import kl_divergence
 from mft.files.mask_coding import coded_size
 from mft.masks.convert import masked_modules
 from mft.models.frozen_layers import PrefixMemory
-from mft.study.arms.setting import Setting
-from mft.study.arms.weights import with_weights
-from mft.study.bases import Bases
-from mft.study.outcome import Unit
-from mft.study.units import measure
-from mft.study.units.job import Job, model_of
-from mft.study.units.run import run_test, run_unit
-from mft.study.workspace import Workspace, with_layers_remembered
+from mft_study.arms.setting import Setting
+from mft_study.arms.weights import with_weights
+from mft_study.bases import Bases
+from mft_study.outcome import Unit
+from mft_study.units import measure
+from mft_study.units.job import Job, model_of
+from mft_study.units.run import run_test, run_unit
+from mft_study.workspace import Workspace, with_layers_remembered
 
 ARMS = """
   base: {kind: base}
@@ -145,7 +145,7 @@ def test_layers_below_an_earlier_start_stay_remembered_while_there_is_room(groun
     assert not torch.equal(of_base.states[0], seen[0].states[0])
     workspace.begin("count", ends, 0)
     assert (workspace.memory("validation", 2), workspace.memory("validation", 2, "other")) == seen
-    monkeypatch.setattr("mft.study.workspace._EARLIER", of_base.nbytes + sum(memory.nbytes for memory in seen) - 1)
+    monkeypatch.setattr("mft_study.workspace._EARLIER", of_base.nbytes + sum(memory.nbytes for memory in seen) - 1)
     workspace.begin("count", (), 0)  # the start that was left earliest is dropped first
     assert workspace.memory("validation", 2) is of_base
     workspace.begin("count", ends, 0)

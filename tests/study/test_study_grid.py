@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_study_plan import RATES, make, play
 
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.setting import Setting
-from mft.study.grid import DIRECTIONS, OpenEnd, neighbours
-from mft.study.plan import notes, open_ends, selection, without_result
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
+from mft_study.grid import DIRECTIONS, OpenEnd, neighbours
+from mft_study.plan import notes, open_ends, selection, without_result
 
 FULL = {"full": make_arm("full", lrs=RATES)}
 

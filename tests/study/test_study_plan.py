@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from mft.config import DataConfig
 from mft.evaluation.evaluate import Evaluation
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.setting import Setting
-from mft.study.config import LeadersConfig, StudyConfig
-from mft.study.outcome import Measured, Outcome, Unit
-from mft.study.plan import (
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
+from mft_study.config import LeadersConfig, StudyConfig
+from mft_study.outcome import Measured, Outcome, Unit
+from mft_study.plan import (
     _Found,
     best_so_far,
     chosen_units,

@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from benchmarks import recompute
 from mft.cli.app import app
-from mft.study import run, workers
-from mft.study.arms.setting import Setting
-from mft.study.bases import Bases
-from mft.study.evidence.sums import read_sums
-from mft.study.outcome import Unit
-from mft.study.report.write import write_study_report
-from mft.study.run import run_study
-from mft.study.units.job import Job
+from mft_study import run, workers
+from mft_study.arms.setting import Setting
+from mft_study.bases import Bases
+from mft_study.evidence.sums import read_sums
+from mft_study.outcome import Unit
+from mft_study.report.write import write_study_report
+from mft_study.run import run_study
+from mft_study.units.job import Job
 
 SCRATCH = "scratch.vocab_size=300"
 UNTRAINED = FULL + "  random: {kind: random}\n  temperature: {kind: temperature}\n"

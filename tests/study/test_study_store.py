@@ -9,11 +9,11 @@ from test_study_plan import bowl, outcome, play
 from tiny_study import equal, make_study
 
 from mft.evaluation.evaluate import Evaluation
-from mft.study import outcome as outcomes
-from mft.study.arms.setting import Setting
-from mft.study.outcome import Measured, Outcome, Unit, outcome_from, outcome_values
-from mft.study.plan import selection
-from mft.study.store import Store, open_store
+from mft_study import outcome as outcomes
+from mft_study.arms.setting import Setting
+from mft_study.outcome import Measured, Outcome, Unit, outcome_from, outcome_values
+from mft_study.plan import selection
+from mft_study.store import Store, open_store
 
 ARMS = """
   base: {kind: base}

@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 from tiny_study import make_study
 
-from mft.study.bases import Bases
-from mft.study.load import load_study
-from mft.study.run import run_study
-from mft.study.workspace import Workspace
+from mft_study.bases import Bases
+from mft_study.load import load_study
+from mft_study.run import run_study
+from mft_study.workspace import Workspace
 
 ARMS = "  base: {kind: base}\n  full: {kind: full, lrs: [1e-2]}\n  MFT: {kind: mask, start: base, lrs: [1e-2]}\n"
 STUDY = """

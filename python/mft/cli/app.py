@@ -291,7 +291,7 @@ def compare(
 
     Settings are chosen on validation data and reported on test data. An interrupted study continues.
     """
-    from mft.study.load import load_study
+    from mft_study.load import load_study
 
     study = load_study(config, [*(overrides or []), *(sets or [])])
     from mft.cli.study import run_compare
@@ -329,7 +329,7 @@ def ablate(
 
     An interrupted study continues.
     """
-    from mft.study.load import load_study
+    from mft_study.load import load_study
 
     study = load_study(config, overrides or [])
     from mft.cli.study import run_ablate

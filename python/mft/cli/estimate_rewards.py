@@ -14,10 +14,10 @@ from mft.memory.fit import RESERVE, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.rewards import Sizes, rewards_memory, rewards_peak
 from mft.memory.shapes import ModelShape, shape_from_config
-from mft.study.arms.full import Full
-from mft.study.config import REWARDS, StudyConfig
-from mft.study.load import load_study
 from mft.tracking.console import console, say
+from mft_study.arms.full import Full
+from mft_study.config import REWARDS, StudyConfig
+from mft_study.load import load_study
 
 
 def run_estimate_rewards(
@@ -63,7 +63,7 @@ def run_estimate_rewards(
 def shape_of(study: StudyConfig, model: str | None) -> ModelShape:
     """Return the shape of the study's model, or of the given one, in the study's dtype."""
     if model is None and study.scratch is not None:
-        from mft.study.from_scratch import model_config
+        from mft_study.from_scratch import model_config
 
         return shape_from_config(model_config(study.scratch).to_dict(), "from scratch", dtype="float32")
     name = study.model.name if model is None else model

@@ -57,7 +57,7 @@ def run_schema(config: type[RunConfig] = RunConfig) -> dict[str, Any]:
 
 
 def study_schema() -> dict[str, Any]:
-    from mft.study.load import study_schema  # takes a tenth of a second
+    from mft_study.load import study_schema  # takes a tenth of a second
 
     return study_schema()
 

@@ -9,7 +9,13 @@ from mft.config import RunConfig
 from mft.evaluation.evaluated_base import check_exact
 from mft.files.atomic import write_whole
 from mft.models.pretrained import load_outline
-from mft.study.sensitivity import (
+from mft.tracking.console import console, say
+from mft.tracking.curves import PLOT
+from mft.tracking.metrics import Recorder
+from mft.tracking.progress import Progress
+from mft.training.inputs import read_data, read_model
+from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN, check_run_directory, holding, open_run
+from mft_study.sensitivity import (
     kind_groups,
     layer_groups,
     layer_sensitivity,
@@ -18,12 +24,6 @@ from mft.study.sensitivity import (
     sensitivity_markdown,
     sensitivity_table,
 )
-from mft.tracking.console import console, say
-from mft.tracking.curves import PLOT
-from mft.tracking.metrics import Recorder
-from mft.tracking.progress import Progress
-from mft.training.inputs import read_data, read_model
-from mft.training.run_directory import TABLE_JSON, TABLE_MARKDOWN, check_run_directory, holding, open_run
 
 
 def run_sensitivity(config: RunConfig, size: int | None, *, overwrite: bool) -> None:

@@ -8,25 +8,25 @@ from typing import Any
 
 from mft.checks import check_one_of, check_rule, nearest
 from mft.files.json_file import read_object
-from mft.study.ablate import derive, plot_ablation
-from mft.study.arms.full import Full
-from mft.study.config import StudyConfig
-from mft.study.evidence.environment import environment
-from mft.study.evidence.sums import FILE as SUMS
-from mft.study.outcome import Findings
-from mft.study.report.pictures.by_bytes import plot_bytes
-from mft.study.report.pictures.figures import draw_overlap, draw_surface
-from mft.study.report.pictures.forgetting import plot_forgetting
-from mft.study.report.pictures.plots import plot_summary
-from mft.study.report.write import console_report, write_study_report
-from mft.study.run import LOCAL, ON, run_study
-from mft.study.store import FORGETTING, STUDY, copy_fine_tunes, fine_tunes_in
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS
 from mft.tracking.progress import Progress
 from mft.training.flips import plot_flips, read_flips
 from mft.training.run_directory import ABLATION, TABLE_JSON, TABLE_MARKDOWN
+from mft_study.ablate import derive, plot_ablation
+from mft_study.arms.full import Full
+from mft_study.config import StudyConfig
+from mft_study.evidence.environment import environment
+from mft_study.evidence.sums import FILE as SUMS
+from mft_study.outcome import Findings
+from mft_study.report.pictures.by_bytes import plot_bytes
+from mft_study.report.pictures.figures import draw_overlap, draw_surface
+from mft_study.report.pictures.forgetting import plot_forgetting
+from mft_study.report.pictures.plots import plot_summary
+from mft_study.report.write import console_report, write_study_report
+from mft_study.run import LOCAL, ON, run_study
+from mft_study.store import FORGETTING, STUDY, copy_fine_tunes, fine_tunes_in
 
 PLOTS = ("summary", "bytes", "forgetting", "surface", "overlap", "flips")
 _LARGEST_TABLE = 1 << 28  # bytes

@@ -3,7 +3,7 @@
 import json
 
 from mft.config import DataConfig, TrainConfig
-from mft.study.config import ScratchConfig
+from mft_study.config import ScratchConfig
 
 
 def counting(directory, name, step):

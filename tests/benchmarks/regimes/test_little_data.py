@@ -1,9 +1,9 @@
 """The study of little data: what it declares, and that it fits into an hour on two cores."""
 
 from benchmarks.records import ROOT
-from mft.study.load import load_study
-from mft.study.outcome import Unit
-from mft.study.plan import left_to_do, work_of
+from mft_study.load import load_study
+from mft_study.outcome import Unit
+from mft_study.plan import left_to_do, work_of
 
 STUDY = ROOT / "benchmarks" / "studies" / "little-data.yaml"
 TOKENS_PER_SECOND = 6_000  # trained per core of a busy Zen 4 by this model, all layers, weights or scores

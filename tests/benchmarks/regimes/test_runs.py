@@ -12,7 +12,7 @@ from benchmarks.regimes import runs
 from benchmarks.regimes.findings import Documents, compared, interval, spreads
 from benchmarks.regimes.runs import CHOICE, Regime, Run, best_rate, complete, open_ends
 from mft.engines.step import NonFiniteLoss
-from mft.study.report.statistics import Paired
+from mft_study.report.statistics import Paired
 
 BEST = {"low": 1e-3, "high": 8e-3}
 

@@ -13,11 +13,11 @@ import torch
 from tiny import make_llama, make_rows
 
 from mft.config import MaskConfig, TrainConfig
-from mft.study.arms.adapters import Peft
-from mft.study.arms.arm import Ground
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.weights import with_weights
-from mft.study.peft_methods import MethodFailsError, methods
+from mft_study.arms.adapters import Peft
+from mft_study.arms.arm import Ground
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.weights import with_weights
+from mft_study.peft_methods import MethodFailsError, methods
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "peft-methods.md"
 MASK = MaskConfig.paper(layers_to_transform=[2, 3])

@@ -12,15 +12,15 @@ from tiny import make_llama, make_rows
 from tiny_study import FEW, FULL, make_study, write_ground
 
 from mft.config import MaskConfig, TrainConfig
-from mft.study.arms.arm import Ground
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.setting import Setting
-from mft.study.load import load_study, study_values
-from mft.study.outcome import Unit
-from mft.study.plan import units_declared
-from mft.study.report.write import write_study_report
-from mft.study.run import run_study
-from mft.study.store import Store, changed
+from mft_study.arms.arm import Ground
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
+from mft_study.load import load_study, study_values
+from mft_study.outcome import Unit
+from mft_study.plan import units_declared
+from mft_study.report.write import write_study_report
+from mft_study.run import run_study
+from mft_study.store import Store, changed
 
 MASK = MaskConfig.paper(layers_to_transform=[2, 3])
 SHIRA = {"peft_type": "SHIRA", "r": 2}

@@ -15,7 +15,8 @@ from mft.config import TrainConfig
 from mft.evaluation.evaluate import evaluate
 from mft.models.causal_lm import clone_with_own_weights, first_trainable_layer
 from mft.models.frozen_layers import PrefixMemory
-from mft.study.peft_methods import (
+from mft.training.loop import train_loop
+from mft_study.peft_methods import (
     MethodFailsError,
     add_adapter,
     check_options,
@@ -23,8 +24,7 @@ from mft.study.peft_methods import (
     merge_adapter,
     methods,
 )
-from mft.study.run import run_study
-from mft.training.loop import train_loop
+from mft_study.run import run_study
 
 NAMES = ["model.layers.2.mlp.up_proj", "model.layers.3.self_attn.q_proj"]
 TRAIN = TrainConfig(lr=3e-2, steps=20, batch_size=4)

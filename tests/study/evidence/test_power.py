@@ -8,7 +8,7 @@ import torch
 from tiny_study import make_study
 
 from mft.evaluation.evaluate import Evaluation
-from mft.study.evidence.power import (
+from mft_study.evidence.power import (
     SMALL_HEADERS,
     SMOLLM2_CODE,
     UNKNOWN,
@@ -18,9 +18,9 @@ from mft.study.evidence.power import (
     smallest_difference,
     spread_in,
 )
-from mft.study.evidence.sums import Sums, write_sums
-from mft.study.outcome import Measured
-from mft.study.report.statistics import Paired, differences
+from mft_study.evidence.sums import Sums, write_sums
+from mft_study.outcome import Measured
+from mft_study.report.statistics import Paired, differences
 
 KNOWN = Spread(0.003, 0.02, "a test")
 

@@ -16,9 +16,9 @@ from mft.data import reserve as documents
 from mft.data import sources
 from mft.data.splits import load_splits
 from mft.models.pretrained import load_model
-from mft.study.evidence import reserve
-from mft.study.report.write import write_study_report
-from mft.study.run import run_study
+from mft_study.evidence import reserve
+from mft_study.report.write import write_study_report
+from mft_study.run import run_study
 
 HELD = 20  # files in the reserve
 SOURCE = "domains.count.source=headers"

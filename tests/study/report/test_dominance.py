@@ -12,19 +12,19 @@ from typer.testing import CliRunner
 from mft.cli.app import app
 from mft.config import DataConfig, MaskConfig
 from mft.evaluation.evaluate import Evaluation
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.setting import Setting
-from mft.study.config import StudyConfig
-from mft.study.outcome import Findings, General, Measured, Outcome, Unit
-from mft.study.report.dominance import OnLoss, comparisons, draws_of, is_mft, rivals_of, verdict
-from mft.study.report.judge import side
-from mft.study.report.pictures.forgetting import curves, plot_forgetting, points
-from mft.study.report.pictures.plots import colours_of
-from mft.study.report.remarks import remarks
-from mft.study.report.statistics import DRAWS, Difference, differences, paired, with_holm
-from mft.study.report.table import reference_of, study_numbers, study_tables
-from mft.study.report.verdict import HELPS, study_verdicts
-from mft.study.report.write import console_report, write_study_report
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
+from mft_study.config import StudyConfig
+from mft_study.outcome import Findings, General, Measured, Outcome, Unit
+from mft_study.report.dominance import OnLoss, comparisons, draws_of, is_mft, rivals_of, verdict
+from mft_study.report.judge import side
+from mft_study.report.pictures.forgetting import curves, plot_forgetting, points
+from mft_study.report.pictures.plots import colours_of
+from mft_study.report.remarks import remarks
+from mft_study.report.statistics import DRAWS, Difference, differences, paired, with_holm
+from mft_study.report.table import reference_of, study_numbers, study_tables
+from mft_study.report.verdict import HELPS, study_verdicts
+from mft_study.report.write import console_report, write_study_report
 
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
 ARMS = {
@@ -285,7 +285,7 @@ def test_holm_runs_over_all_pairs_both_losses_and_all_texts():
 def test_a_large_family_has_draws_enough_for_its_least_p(monkeypatch):
     assert draws_of(12) == DRAWS
     assert 600 * 2 / (1 + draws_of(600)) == pytest.approx(0.01, rel=1e-3)
-    monkeypatch.setattr("mft.study.report.dominance._DRAWS_EACH", 2000)  # so that a family of 8 is already large
+    monkeypatch.setattr("mft_study.report.dominance._DRAWS_EACH", 2000)  # so that a family of 8 is already large
     found = [one.domain.difference.p for one in comparisons(findings())["code"]]
     assert min(found) == pytest.approx(2 / (1 + 8 * 2000))
 
@@ -296,7 +296,7 @@ def test_differences_in_parts_are_those_at_once(monkeypatch):
         paired(found.test["code"][arm], found.test["code"]["control"]) for arm in ("MFT", "base", "full fine-tune")
     ]
     whole = differences(pairs, draws=200)
-    monkeypatch.setattr("mft.study.report.statistics._DRAWN_BYTES", 2 * 8 * 200)
+    monkeypatch.setattr("mft_study.report.statistics._DRAWN_BYTES", 2 * 8 * 200)
     for one, part in zip(whole, differences(pairs, draws=200), strict=True):
         assert shown(part) == pytest.approx(shown(one), rel=1e-9)
 
@@ -424,7 +424,7 @@ def test_the_panel_near_the_fine_tune_leaves_out_what_is_far(monkeypatch, tmp_pa
     arms = ARMS | {"far": ARMS["control"]}
     drawn = []
     monkeypatch.setattr(
-        "mft.study.report.pictures.forgetting.save_figure", lambda figure, path, dpi: drawn.append(figure)
+        "mft_study.report.pictures.forgetting.save_figure", lambda figure, path, dpi: drawn.append(figure)
     )
     numbers = study_numbers(findings(arms=arms, both=BOTH | {"far": (2.2, 3.0), "random mask": (4.0, 2.3)}))
     plot_forgetting(numbers, tmp_path / "unused.png")

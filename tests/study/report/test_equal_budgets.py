@@ -5,11 +5,11 @@ import torch
 
 from mft.config import DataConfig
 from mft.evaluation.evaluate import Evaluation
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.setting import Setting
-from mft.study.config import StudyConfig
-from mft.study.outcome import Findings, Measured, Outcome, Unit
-from mft.study.report.equal_budgets import budget_sentences, equal_budgets
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
+from mft_study.config import StudyConfig
+from mft_study.outcome import Findings, Measured, Outcome, Unit
+from mft_study.report.equal_budgets import budget_sentences, equal_budgets
 
 ARMS = {
     "full": make_arm("full", lrs=[1]),

@@ -10,15 +10,15 @@ from tiny_study import FEW, make_study, write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
-from mft.study.outcome import Unit
-from mft.study.report.pictures import figures
-from mft.study.report.pictures.figures import draw_overlap, draw_surface
-from mft.study.report.pictures.forgetting import curves
-from mft.study.report.table import study_numbers, study_tables
-from mft.study.report.verdict import study_verdicts
-from mft.study.report.write import write_study_report
-from mft.study.run import run_study
-from mft.study.store import open_store
+from mft_study.outcome import Unit
+from mft_study.report.pictures import figures
+from mft_study.report.pictures.figures import draw_overlap, draw_surface
+from mft_study.report.pictures.forgetting import curves
+from mft_study.report.table import study_numbers, study_tables
+from mft_study.report.verdict import study_verdicts
+from mft_study.report.write import write_study_report
+from mft_study.run import run_study
+from mft_study.store import open_store
 
 ARMS = (
     FEW

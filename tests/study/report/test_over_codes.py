@@ -3,9 +3,9 @@
 import pytest
 from test_study_report import ARMS, LOSSES, findings
 
-from mft.study.arms.kinds import make_arm
-from mft.study.report.over_codes import verdicts_over_codes
-from mft.study.report.table import study_tables
+from mft_study.arms.kinds import make_arm
+from mft_study.report.over_codes import verdicts_over_codes
+from mft_study.report.table import study_tables
 
 RATES = {"lrs": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}
 OVER_CODES = {

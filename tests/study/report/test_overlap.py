@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mft.study.report.pictures.overlap import overlap, overlaps, plot_overlaps
+from mft_study.report.pictures.overlap import overlap, overlaps, plot_overlaps
 
 
 def marked(*places, size=10):

@@ -9,12 +9,12 @@ import pytest
 from test_study_report import ARMS, LOSSES, findings
 
 from mft.files.figure import new_figure
-from mft.study.arms.kinds import make_arm
-from mft.study.report.at_equal_bytes import ABOUT, NO_MORE, at_equal_bytes, remark_on_bytes, said_of_bytes
-from mft.study.report.pictures import by_bytes as by_bytes_module
-from mft.study.report.pictures.by_bytes import Point, frontier, plot_bytes, points
-from mft.study.report.table import study_numbers, study_tables
-from mft.study.report.write import write_study_report
+from mft_study.arms.kinds import make_arm
+from mft_study.report.at_equal_bytes import ABOUT, NO_MORE, at_equal_bytes, remark_on_bytes, said_of_bytes
+from mft_study.report.pictures import by_bytes as by_bytes_module
+from mft_study.report.pictures.by_bytes import Point, frontier, plot_bytes, points
+from mft_study.report.table import study_numbers, study_tables
+from mft_study.report.write import write_study_report
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 RATES = {"lrs": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}

@@ -13,17 +13,17 @@ from rich.console import Console
 
 from mft.config import DataConfig, MaskConfig
 from mft.evaluation.evaluate import Evaluation
-from mft.study.arms.kinds import make_arm
-from mft.study.arms.setting import Setting
-from mft.study.config import StudyConfig
-from mft.study.grid import OpenEnd
-from mft.study.outcome import Findings, Measured, Outcome, Unit
-from mft.study.report.pictures.plots import plot_study, plot_summary
-from mft.study.report.remarks import remarks, unsettled_remark
-from mft.study.report.statistics import differences, paired
-from mft.study.report.table import study_numbers, study_tables
-from mft.study.report.verdict import HELPS, INCONCLUSIVE, LOST, NO_EVIDENCE, study_verdicts
-from mft.study.report.write import _LOSS, _NO_CONTROL, _cell_or_why, _screen_groups, console_report, write_study_report
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
+from mft_study.config import StudyConfig
+from mft_study.grid import OpenEnd
+from mft_study.outcome import Findings, Measured, Outcome, Unit
+from mft_study.report.pictures.plots import plot_study, plot_summary
+from mft_study.report.remarks import remarks, unsettled_remark
+from mft_study.report.statistics import differences, paired
+from mft_study.report.table import study_numbers, study_tables
+from mft_study.report.verdict import HELPS, INCONCLUSIVE, LOST, NO_EVIDENCE, study_verdicts
+from mft_study.report.write import _LOSS, _NO_CONTROL, _cell_or_why, _screen_groups, console_report, write_study_report
 
 DOCUMENTS = 30
 ARMS = {

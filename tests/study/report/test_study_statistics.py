@@ -11,9 +11,9 @@ import torch
 from scipy import stats
 
 from mft.evaluation.evaluate import Evaluation, paired_difference
-from mft.study.outcome import Measured
-from mft.study.report import statistics
-from mft.study.report.statistics import Paired, differences, holm, paired, resampled, with_holm
+from mft_study.outcome import Measured
+from mft_study.report import statistics
+from mft_study.report.statistics import Paired, differences, holm, paired, resampled, with_holm
 
 ROUNDING = 1e-6  # nats per token: sums of ten tokens are rounded to 1e-4
 

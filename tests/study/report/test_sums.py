@@ -12,13 +12,13 @@ from test_dominance import findings as findings_with_texts
 from test_study_report import findings
 
 from benchmarks import recompute
-from mft.study.arms.setting import Setting
-from mft.study.evidence.sums import UNITS, read_sums
-from mft.study.report.dominance import draws_of
-from mft.study.report.equal_budgets import EqualBudget
-from mft.study.report.statistics import METRICS, paired
-from mft.study.report.sums import recomputed, recomputed_at_budget
-from mft.study.report.write import write_study_report
+from mft_study.arms.setting import Setting
+from mft_study.evidence.sums import UNITS, read_sums
+from mft_study.report.dominance import draws_of
+from mft_study.report.equal_budgets import EqualBudget
+from mft_study.report.statistics import METRICS, paired
+from mft_study.report.sums import recomputed, recomputed_at_budget
+from mft_study.report.write import write_study_report
 
 _OF_A_PAIR = ("estimate", "low", "high", "p", "seeds", "documents")  # Holm's p needs the whole family
 

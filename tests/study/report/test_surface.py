@@ -5,7 +5,7 @@ import torch
 from tiny import make_llama, make_rows, masked_llama
 
 from mft.evaluation.evaluate import evaluate
-from mft.study.report.pictures.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
+from mft_study.report.pictures.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
 
 NAMES = ["model.layers.2.mlp.down_proj", "model.layers.3.self_attn.q_proj"]
 

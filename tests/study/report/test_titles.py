@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from mft.files.figure import COLOURS, PHASES, new_figure, shade
-from mft.study.report.pictures import titles
-from mft.study.report.pictures.by_bytes import Point
-from mft.study.report.pictures.labels import place_labels
+from mft_study.report.pictures import titles
+from mft_study.report.pictures.by_bytes import Point
+from mft_study.report.pictures.labels import place_labels
 
 
 def rows(**losses):

@@ -2,8 +2,8 @@
 
 from test_dominance import findings
 
-from mft.study.grid import OpenEnd
-from mft.study.report.verdict import study_verdicts
+from mft_study.grid import OpenEnd
+from mft_study.report.verdict import study_verdicts
 
 
 def test_a_verdict_of_dominance_that_rests_on_an_end_of_a_grid_is_marked():

@@ -25,13 +25,13 @@ from pathlib import Path
 from rich.console import Console
 from tiny_study import FULL, equal, make_study, write_ground
 
-from mft.study.load import load_study
-from mft.study.report.write import write_study_report
-from mft.study.run import run_study
-from mft.study.shared import claims as claims_module
-from mft.study.shared import leases as leases_module
-from mft.study.shared.leases import Pace
-from mft.study.store import Store
+from mft_study.load import load_study
+from mft_study.report.write import write_study_report
+from mft_study.run import run_study
+from mft_study.shared import claims as claims_module
+from mft_study.shared import leases as leases_module
+from mft_study.shared.leases import Pace
+from mft_study.store import Store
 
 ARMS = FULL + "  control: {kind: control, lrs: [1e-2]}\n  MFT: {kind: mask, lrs: [1e-2, 3e-2]}\n"
 PACE = Pace(beat=0.2, expiry=2.0, look=0.2)
@@ -51,7 +51,7 @@ LAST = [stage for stage, (owner, *_) in STAGES.items() if owner is Store]  # onl
 RANDOM = "at a random moment"
 AT_THE_END = 3  # kills of a study at each stage of LAST
 _TOLD, _STUDY = "told.txt", "joined.yaml"
-_PRELOADED = ["mft.study.run", "mft.study.report.write", "transformers.models.llama.modeling_llama"]  # slow imports
+_PRELOADED = ["mft_study.run", "mft_study.report.write", "transformers.models.llama.modeling_llama"]  # slow imports
 
 
 def join(

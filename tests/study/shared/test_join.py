@@ -16,16 +16,16 @@ from rich.console import Console
 from tiny_study import FEW, equal, make_study, new_ground
 
 from mft.files.atomic import NotWritten
-from mft.study import workers
-from mft.study.arms.setting import Setting
-from mft.study.evidence.host import this_host
-from mft.study.outcome import Outcome, Unit, outcome_from, outcome_values
-from mft.study.report.remarks import _places
-from mft.study.run import run_study
-from mft.study.shared import claims
-from mft.study.shared.claims import Joined
-from mft.study.shared.leases import FOLDER, Leases, Pace, _process
-from mft.study.store import ALIKE, Store, open_store
+from mft_study import workers
+from mft_study.arms.setting import Setting
+from mft_study.evidence.host import this_host
+from mft_study.outcome import Outcome, Unit, outcome_from, outcome_values
+from mft_study.report.remarks import _places
+from mft_study.run import run_study
+from mft_study.shared import claims
+from mft_study.shared.claims import Joined
+from mft_study.shared.leases import FOLDER, Leases, Pace, _process
+from mft_study.store import ALIKE, Store, open_store
 
 PACE = Pace(beat=0.1, expiry=1.0, look=0.1)
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from mft.study.shared import leases as module
-from mft.study.shared.leases import ALONE, FOLDER, JOINED, Leases, Pace, open_leases
+from mft_study.shared import leases as module
+from mft_study.shared.leases import ALONE, FOLDER, JOINED, Leases, Pace, open_leases
 
 PACE = Pace(beat=0.05, expiry=0.4, look=0.05)
 KEPT = Pace(beat=60.0, expiry=0.4, look=0.05)  # for a holder that does not beat

@@ -11,7 +11,7 @@ from loopback_nfs import CLIENTS, served
 from tiny_study import equal, new_ground
 
 from mft.files.atomic import publish
-from mft.study.shared.leases import FOLDER, Leases, Pace
+from mft_study.shared.leases import FOLDER, Leases, Pace
 
 PACE = Pace(beat=0.2, expiry=2.0, look=0.1)
 

@@ -11,8 +11,8 @@ from joiners import facts
 from rich.console import Console
 from tiny_study import FEW, equal, make_study, new_ground
 
-from mft.study.run import run_study
-from mft.study.shared import on_ray as module
+from mft_study.run import run_study
+from mft_study.shared import on_ray as module
 
 ray = pytest.importorskip("ray", reason="needs ray, which make dev does not install")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings

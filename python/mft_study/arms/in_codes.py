@@ -1,0 +1,50 @@
+"""Put what another arm trained over codes into the codes: it then needs no further memory and no kernel of its own.
+
+Adapters are merged into the weights, which are rounded to codes again, with new scales. A mask sets the codes of
+dropped weights to the code that stands for 0, which nf4 and int8 have. All other codes and scales stay, so the model
+equals the masked one bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mft.files.figure import COLOURS
+from mft_study.arms.adapters import Adapters
+from mft_study.arms.arm import Arm, Ground
+from mft_study.arms.masks import Mask
+from mft_study.arms.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class InCodes(Arm):
+    """The end of the arm `of`, which started over codes, in codes of the same kind."""
+
+    takes = frozenset({"of"})
+    needs = frozenset({"of"})
+    near = True
+    colour = COLOURS["in codes"]
+    joined = False  # its sources are different arms
+    needs_codes = True
+
+    def may_be_of(self, source: type[Arm]) -> bool:
+        return issubclass(source, Adapters | Mask)
+
+    @property
+    def leaves_weights(self) -> bool:
+        return True
+
+    def made(self, ground: Ground) -> Weights:
+        (source,) = ground.sources
+        return source.arm.in_codes(ground.start, source.weights(ground), str(ground.codes))
+
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
+        """Return its source's: the codes can be made again from it and the start."""
+        (source,) = ground.sources
+        return source.stored_bytes(ground, model)
+
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        """Return 0: the codes are as large as the start's and replace them."""
+        return 0

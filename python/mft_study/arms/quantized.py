@@ -1,0 +1,38 @@
+"""The start rounded once to codes; arms that train over codes start there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mft_study.arms.arm import Arm, Ground
+from mft_study.arms.size import NUMBER, weights_bytes
+from mft_study.arms.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Quantized(Arm):
+    """Its start with the linear layers of the decoder rounded to codes of `quantization`. Arms that start at it train
+    over codes."""
+
+    takes = frozenset({"quantization", "start"})
+    needs = frozenset({"quantization"})
+    whole_model = True
+    may_start = True
+    over_codes = False
+
+    @property
+    def leaves_weights(self) -> bool:
+        return True
+
+    def made(self, ground: Ground) -> Weights | None:
+        from mft.masks.quantize import rounded_weights
+
+        return rounded_weights(ground.start, str(self.quantization))
+
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
+        return weights_bytes(ground.base, self.quantization, NUMBER)
+
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        return self.stored_bytes(ground, model)

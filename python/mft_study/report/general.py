@@ -1,0 +1,81 @@
+"""Forgetting: each arm's loss on text that no arm was trained on, compared with the full fine-tune and its start."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mft_study.arms.full import Base, Full
+from mft_study.config import StudyConfig
+from mft_study.outcome import Findings, General, Unit
+from mft_study.report.statistics import Difference, Paired, differences, paired
+
+Runs = Mapping[int, General]
+
+
+@dataclass
+class OnText:
+    """An arm on the test split of a text; means over seeds, differences of losses paired."""
+
+    loss: float
+    kl: float  # nats per token, from the model at which the arm started
+    minus_full: Difference | None = None
+    minus_start: Difference | None = None  # for the full fine-tune: from the base model
+
+
+def general_tables(findings: Findings) -> dict[str, dict[str, dict[str, OnText]]]:
+    """Return each arm's results on the general texts, by domain, arm and text."""
+    study, tables = findings.study, dict[str, dict[str, dict[str, OnText]]]()
+    places: list[tuple[OnText, str]] = []
+    pairs: list[Paired] = []
+    for domain, arms in findings.general.items():
+        tables[domain] = {}
+        for arm in arms:
+            tables[domain][arm] = {}
+            for text in study.general_of(domain):
+                runs = on_test(findings, domain, arm, text)
+                if not runs:
+                    continue
+                found = OnText(_mean([run.evaluation.loss for run in runs.values()]), _mean_kl(runs))
+                tables[domain][arm][text] = found
+                for name, reference in (("minus_full", study.named(Full)), ("minus_start", start_of(study, arm))):
+                    others = on_test(findings, domain, reference, text)
+                    if reference != arm and (pair := paired(runs, others)) is not None:
+                        places.append((found, name))
+                        pairs.append(pair)
+    for (found, name), difference in zip(places, differences(pairs), strict=True):
+        setattr(found, name, difference)
+    return tables
+
+
+def start_of(study: StudyConfig, arm: str) -> str | None:
+    """Return the arm at whose model an arm started; None for the base model, and if no arm has that model."""
+    return study.start_of(arm) or (None if study.is_base(arm) else study.named(Base))
+
+
+def on_test(findings: Findings, domain: str, arm: str | None, text: str) -> Runs:
+    """Return an arm's models on a text, by seed. A base model that is one for all seeds counts for each."""
+    found = findings.general.get(domain, {}).get(arm, {}) if arm is not None else {}
+    runs = {seed: texts[text] for seed, texts in found.items() if text in texts}
+    if runs and arm is not None and findings.study.is_one_model(arm):
+        return dict.fromkeys(findings.study.all_seeds, next(iter(runs.values())))
+    return runs
+
+
+def on_validation(findings: Findings, domain: str, arm: str, text: str) -> Runs:
+    """Return the same for an arm's chosen runs on the text's validation split."""
+    setting = findings.chosen.get(domain, {}).get(arm)
+    if setting is None:
+        return {}
+    units = {Unit(domain, arm, seed, setting): seed for seed in findings.study.all_seeds}
+    return {
+        units[outcome.unit]: outcome.general[text]
+        for outcome in findings.outcomes
+        if outcome.unit in units and text in outcome.general
+    }
+
+
+def _mean_kl(runs: Runs) -> float:
+    return _mean([run.mean_kl for run in runs.values()])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

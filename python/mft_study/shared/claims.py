@@ -1,0 +1,115 @@
+"""Which work a process of a study may do: all of it if it works alone; together with others, what it has claimed."""
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from mft.files.atomic import NotWritten, place, publish, write_whole
+from mft_study.shared.leases import Leases
+
+
+class Claims(Protocol):
+    """Claims on pieces of work, by name. A result is written under its path once."""
+
+    shares: bool  # whether other processes may add results and delete files
+
+    def take(self, name: str, done: Callable[[], bool]) -> bool:
+        """Return whether this process is to do the work: nobody else does, and it is not done."""
+        ...
+
+    def release(self, name: str) -> None: ...
+
+    def holds(self, name: str) -> bool:
+        """Return whether no other process has taken over what take() claimed."""
+        ...
+
+    def own(self, trained: Path) -> Path:
+        """Return where this process writes weights that will later be at trained."""
+        ...
+
+    def tell(self, path: Path, result: str, own: Path | None = None, trained: Path | None = None) -> None:
+        """Write a result, and move the weights that belong to it from own to trained."""
+        ...
+
+    def once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
+        """Call make unless it is done. Returns: whether this process called it."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for other processes, which hold all work that could be done."""
+        ...
+
+    @property
+    def look(self) -> float | None:
+        """Seconds after which to look at what others did; None: there are no others."""
+        ...
+
+
+class Alone:
+    """One process has the directory."""
+
+    shares = False
+    look = None
+
+    def take(self, name: str, done: Callable[[], bool]) -> bool:
+        return True
+
+    def release(self, name: str) -> None:
+        pass
+
+    def holds(self, name: str) -> bool:
+        return True
+
+    def own(self, trained: Path) -> Path:
+        return trained
+
+    def tell(self, path: Path, result: str, own: Path | None = None, trained: Path | None = None) -> None:
+        write_whole(path, result)
+
+    def once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
+        if done():
+            return False
+        make()
+        return True
+
+    def wait(self) -> None:
+        raise AssertionError("alone, a process does what is ready")
+
+
+class Joined:
+    """One of several processes. If two did the same work, because one seemed dead, the first result written counts."""
+
+    shares = True
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+        self.once, self.wait = leases.once, leases.wait
+        self.release, self.holds = leases.release, leases.holds
+        self.look: float | None = leases.pace.look
+
+    def take(self, name: str, done: Callable[[], bool]) -> bool:
+        if not self._leases.take(name):
+            return False
+        if done():  # its result was written between the last look and the claim
+            self._leases.release(name)
+            return False
+        return True
+
+    def own(self, trained: Path) -> Path:
+        return trained.with_name(f".{trained.name}.{secrets.token_hex(4)}.tmp")
+
+    def tell(self, path: Path, result: str, own: Path | None = None, trained: Path | None = None) -> None:
+        """Write a result; move its weights only if this write won, or if they replace lost ones of an older result."""
+        known = path.exists()
+        first = publish(path, result)
+        if own is None or trained is None or not own.exists():
+            return
+        try:
+            if first or known:
+                place(own, trained)
+            else:
+                own.unlink(missing_ok=True)
+        except NotWritten:
+            if own.exists():  # otherwise this process had stopped, and another one has deleted them
+                raise

@@ -1,0 +1,93 @@
+"""A unit with the files that it needs, its arm, and the Ground on which the arm works."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from mft_study.arms.arm import Arm, Ground, Source
+from mft_study.arms.size import weights_bytes
+from mft_study.outcome import Unit
+from mft_study.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Job:
+    """A unit and the files that it needs."""
+
+    unit: Unit
+    starts: tuple[Path, ...]  # trained weights that lead from the base model to the unit's start, in order
+    trained: Path  # where the unit's own weights are, or go
+    parts: tuple[tuple[Unit, Path], ...] = ()  # for an average: the runs that it averages
+    source: tuple[Unit, Path] | None = None  # for other derived arms: the run that they are made of
+    teacher: tuple[Path, ...] | None = None  # like starts, but to the teacher's model; None: no teacher
+    on_test: bool = False
+
+    @property
+    def reads(self) -> list[Path]:
+        """The files that it reads; on test also its own weights, if it has any."""
+        paths = [*self.starts, *(path for _, path in self.parts), *(self.teacher or ())]
+        paths += [] if self.source is None else [self.source[1]]
+        return paths + ([self.trained] if self.on_test and self.trained.is_file() else [])
+
+    def with_paths(self, moved: Callable[[Path], Path]) -> "Job":
+        """Return the same job with its files elsewhere."""
+        return replace(
+            self,
+            starts=tuple(map(moved, self.starts)),
+            trained=moved(self.trained),
+            parts=tuple((unit, moved(path)) for unit, path in self.parts),
+            source=None if self.source is None else (self.source[0], moved(self.source[1])),
+            teacher=None if self.teacher is None else tuple(map(moved, self.teacher)),
+        )
+
+
+def arm_of(workspace: Workspace, unit: Unit) -> Arm:
+    """Return the unit's arm. A part of an average is a run of the average's source arm."""
+    arm = workspace.study.arms[unit.arm]
+    return workspace.study.arms[str(arm.of)] if unit.part else arm
+
+
+def ground_of(workspace: Workspace, job: Job) -> Ground:
+    """Return the ground of a job's arm; call it after workspace.begin."""
+    unit, arm = job.unit, arm_of(workspace, job.unit)
+    mask, keep_ratio = replace(workspace.study.mask_of(arm), seed=unit.seed), unit.setting.keep_ratio
+    codes = workspace.study.codes_under(unit.arm)
+    runs = job.parts or (() if job.source is None else (job.source,))
+    return Ground(
+        workspace.model,
+        workspace.base,
+        workspace.layers_of(arm, unit.setting)[0],
+        mask if keep_ratio is None else replace(mask, keep_ratio=keep_ratio),
+        unit.setting,
+        unit.seed,
+        lambda: workspace.splits(unit.domain).train,
+        tuple(Source(arm_of(workspace, run), run.setting, path) for run, path in runs),
+        None if codes is None else workspace.study.arms[codes].quantization,
+    )
+
+
+def model_of(workspace: Workspace, job: Job) -> nn.Module:
+    """Return the unit's model from its files, in eval mode; call it after workspace.begin."""
+    return arm_of(workspace, job.unit).model(ground_of(workspace, job), job.trained)
+
+
+def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
+    """Return the bytes to store besides the unit's start; call it after workspace.begin. model: the unit's."""
+    return arm_of(workspace, job.unit).stored_bytes(ground_of(workspace, job), model)
+
+
+def resident_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
+    """Return the bytes in memory besides the unit's start while its model runs."""
+    return arm_of(workspace, job.unit).resident_bytes(ground_of(workspace, job), model)
+
+
+def training_bytes(workspace: Workspace, job: Job) -> int:
+    """Return the bytes in memory while a trained arm trains, its start included.
+
+    A start over codes counts as codes, although the model here holds equal ordinary weights.
+    """
+    ground = ground_of(workspace, job)
+    start = weights_bytes(workspace.base, ground.codes)
+    return start + arm_of(workspace, job.unit).training_bytes(ground, workspace.study.stage)

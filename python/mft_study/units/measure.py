@@ -1,0 +1,74 @@
+"""How a unit's model is evaluated: on a split of its domain, and on text that no arm is trained on."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mft.evaluation.evaluate import Evaluation, evaluate
+from mft.evaluation.exact_match import exact_matches
+from mft.evaluation.kl_divergence import kl_divergence
+from mft.training.loop import NonFiniteLoss
+from mft_study.config import REWARDS
+from mft_study.outcome import General, Measured, Unit
+from mft_study.units.job import arm_of
+from mft_study.workspace import ROWS, Workspace, with_layers_remembered
+
+
+def evaluation_options(workspace: Workspace, unit: Unit, general: str | None = None) -> Callable[[str], dict[str, Any]]:
+    """Return a function from a split's name to the options of evaluate, for the domain or for a general text.
+
+    The outputs of the layers below those that the arm changes are remembered.
+    """
+    arm = arm_of(workspace, unit)
+    source = arm if arm.of is None else workspace.study.arms[arm.of]
+    if source.whole_model:
+        return lambda split: {"batch_size": ROWS}
+    _, first = workspace.layers_of(arm, unit.setting)
+    return lambda split: {"batch_size": ROWS, "first": first, "memory": workspace.memory(split, first, general)}
+
+
+def on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Measured:
+    """Evaluate model on the domain's validation split, with answers if validation chooses by them."""
+    measured = Measured(_evaluated(workspace, unit, model))
+    if workspace.study.objective == REWARDS:
+        answer(workspace, model, workspace.splits(unit.domain).validation, measured)
+    return measured
+
+
+def answer(workspace: Workspace, model: nn.Module, dataset, measured: Measured) -> None:
+    """Ask the questions of dataset, and record in measured how many answers are right."""
+    options: dict[str, Any] = {}
+    if workspace.study.objective == REWARDS:
+        rewards = workspace.study.rewards
+        options = {"max_new_tokens": rewards.max_completion_tokens, "verifier": rewards.verifier}
+    measured.answers, measured.questions = exact_matches(model, workspace.tokenizer, dataset, **options)
+
+
+def _evaluated(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation:
+    options = evaluation_options(workspace, unit)
+    evaluation = evaluate(model, workspace.splits(unit.domain).validation, **options("validation"))
+    if not math.isfinite(evaluation.loss):
+        raise NonFiniteLoss(f"the loss must stay finite, got {evaluation.loss} on validation: lower the rate")
+    return evaluation
+
+
+def on_general(
+    workspace: Workspace, unit: Unit, model: nn.Module, split: str, start: nn.Module | None = None
+) -> dict[str, General]:
+    """Evaluate model on the general texts; if start is given, also its KL divergence from start there.
+
+    The divergence takes twice as long as the loss, so it is left out for runs that are not chosen.
+    """
+    found = {}
+    for name in workspace.study.general_of(unit.domain):
+        dataset = getattr(workspace.general(name), split)
+        options = evaluation_options(workspace, unit, name)(split)
+        if start is None:
+            found[name] = General(evaluate(model, dataset, **options))
+            continue
+        remembering = with_layers_remembered(model, dataset, **options)
+        kl = kl_divergence(model, start, dataset, **options, whole=remembering["memory"])[0]
+        found[name] = General(evaluate(model, dataset, **remembering), kl)
+    return found

@@ -1,0 +1,70 @@
+"""Run a unit from its start to an outcome on validation, and later evaluate it on test."""
+
+from mft.evaluation.temperature import evaluate_tempered, fit_temperature
+from mft.training.loop import NonFiniteLoss
+from mft_kernels.ops.checks import NonFiniteScores
+from mft_study.arms.full import Full
+from mft_study.arms.weights import save_weights
+from mft_study.outcome import Measured, Outcome, Tested
+from mft_study.peft_methods import MethodFailsError
+from mft_study.units.job import Job, arm_of, ground_of, model_of, resident_bytes, stored_bytes
+from mft_study.units.measure import answer, evaluation_options, on_general, on_validation
+from mft_study.units.train import train_unit
+from mft_study.workspace import Workspace, with_layers_remembered
+
+
+def run_unit(workspace: Workspace, job: Job) -> Outcome:
+    """Train what the unit trains, and evaluate it on validation.
+
+    A run that does not stay finite, or whose method fails, is an outcome too.
+    """
+    unit, arm = job.unit, arm_of(workspace, job.unit)
+    workspace.begin(unit.domain, job.starts, unit.seed)
+    try:
+        if arm.lrs:
+            return train_unit(workspace, job)
+        weights = arm.made(ground_of(workspace, job))
+        if weights is not None:
+            save_weights(weights, job.trained)
+        model = model_of(workspace, job)
+        if arm.tempered:
+            validation, options = (
+                workspace.splits(unit.domain).validation,
+                evaluation_options(workspace, unit)("validation"),
+            )
+            temperature = fit_temperature(model, validation, **options)
+            _, tempered = evaluate_tempered(model, validation, temperature, **options)
+            measured = Measured(tempered, tempered, temperature)
+        else:
+            measured = on_validation(workspace, unit, model)
+    except (NonFiniteLoss, NonFiniteScores, MethodFailsError) as error:
+        return Outcome(unit, None, diverged=str(error), fails=isinstance(error, MethodFailsError))
+    return Outcome(
+        unit,
+        measured,
+        [(1.0, measured.evaluation.loss)],
+        bytes=stored_bytes(workspace, job, model),
+        resident=resident_bytes(workspace, job, model),
+        general=on_general(workspace, unit, model, "validation"),
+    )
+
+
+def run_test(workspace: Workspace, job: Job) -> Tested:
+    """Evaluate a unit's model on validation again and on test, also at the temperature that is best on validation."""
+    unit, arm = job.unit, arm_of(workspace, job.unit)
+    is_full = isinstance(arm, Full)  # its own model becomes workspace.model, where others start
+    workspace.begin(unit.domain, (job.trained,) if is_full else job.starts, unit.seed)
+    model, splits = model_of(workspace, job), workspace.splits(unit.domain)
+    options, temperature = evaluation_options(workspace, unit), 0.0
+    measured = {}
+    for split in ("validation", "test"):
+        dataset = getattr(splits, split)
+        remembering = with_layers_remembered(model, dataset, **options(split))
+        if split == "validation":
+            temperature = fit_temperature(model, dataset, **remembering)
+        plain, tempered = evaluate_tempered(model, dataset, temperature, **remembering)
+        measured[split] = Measured(tempered if arm.tempered else plain, tempered, temperature)
+        if unit.domain in workspace.study.answers:
+            answer(workspace, model, dataset, measured[split])
+    start = workspace.base if is_full else workspace.model
+    return Tested(unit, measured["validation"], measured["test"], on_general(workspace, unit, model, "test", start))
