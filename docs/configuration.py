@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mft.cli.keys import Section, run_schema, sections, study_schema
+from mft.cli.keys import Section, run_schema, sections
 from mft.tracking.markdown import markdown_table
+from mft_study.load import study_schema
 
 PAGE = Path(__file__).parent / "reference" / "configuration.md"
 HEAD = """# Configuration

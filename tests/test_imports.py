@@ -26,7 +26,7 @@ STOREYS = {  # the lowest first, as docs/reference/map.md tells them from the to
     "learning": ("mft.objectives", "mft.engines", "mft.importance", "mft.evaluation"),
     "runs": ("mft.tracking", "mft.training", "mft.rewards"),
     "lab": ("mft_study", "mft_study.report"),
-    "faces": ("mft.publishing", "mft.patching", "mft.serving", "mft.vllm", "mft.cli", "mft.__main__"),
+    "faces": ("mft.publishing", "mft.patching", "mft.serving", "mft.vllm", "mft.cli", "mft_study.cli", "mft.__main__"),
 }
 ORDERS = {
     (ROOT, "mft_kernels"): [f"mft_kernels.{name}" for name in KERNEL_ORDER],
@@ -92,6 +92,12 @@ def faults(root: Path, packages: Sequence[str], order: Sequence[str]) -> list[st
 def test_packages_import_downward_and_in_no_circle(where):
     root, *packages = where
     assert faults(root, packages, ORDERS[where]) == []
+
+
+def test_the_recipe_names_the_lab_in_no_file():
+    """The command line finds the lab's verbs by entry points."""
+    for path in (ROOT / "python" / "mft").rglob("*.py"):
+        assert "mft_study" not in others_of(path, "mft"), path
 
 
 def test_a_backend_knows_no_other():

@@ -5,11 +5,11 @@ import errno
 import os
 from pathlib import Path
 
-from mft.cli.study import run_compare
 from mft.files.atomic import NotWritten, publish, write_whole
 from mft.files.yaml_file import dump_yaml
 from mft_study.ablate import derive
 from mft_study.arms.kinds import make_arm
+from mft_study.cli.compare import run_compare
 from mft_study.load import load_study, study_values
 from mft_study.run import run_study
 from mft_study.shared import on_ray

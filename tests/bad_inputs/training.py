@@ -13,7 +13,6 @@ from tiny import make_llama, make_phi3, make_rows, masked_llama
 from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausalLM
 
 from mft.cli.estimate import parse_bytes
-from mft.cli.study import run_plot
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.config_file import load_config, save_config
 from mft.engines.distributed import Processes, joined
@@ -39,6 +38,7 @@ from mft.training.saver import Saver
 from mft.training.validation import Validation
 from mft_kernels.ops.checks import NonFiniteScores
 from mft_study.arms.kinds import make_arm
+from mft_study.cli.compare import run_plot
 from mft_study.config import LeadersConfig, StudyConfig
 from mft_study.evidence.sums import read_sums
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,13 @@ def test_without_its_extra_it_says_which_in_one_line_and_exits_with_2(hidden, na
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: mft needs {named}, not installed here: {install_command('train')} (")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("group", ["mft.verbs", "mft.studies"])
+def test_what_the_study_adds_to_the_command_is_installed_as_declared(group):
+    installed = entry_points(group=group)
+    assert {entry.name: entry.value for entry in installed} == PROJECT["entry-points"][group], "make dev installs them"
+    assert all(entry.load() for entry in installed)
 
 
 def test_a_reader_that_leaves_after_the_help_is_no_error(monkeypatch):

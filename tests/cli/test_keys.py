@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from mft.cli.app import app
-from mft.cli.keys import run_schema, sections, study_schema
+from mft.cli.keys import run_schema, sections
 from mft.config import RunConfig
 from mft.config_file import load_config
+from mft_study.load import study_schema
 
 SECTIONS = {item.name: item.type for item in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(item.type)}
 NAMED = "data.sources"  # its keys have no default

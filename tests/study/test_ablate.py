@@ -8,9 +8,9 @@ from rich.console import Console
 from tiny_study import FEW, equal, make_study, write_ground
 from typer.testing import CliRunner
 
-from mft.cli import study as study_verbs
 from mft.cli.app import app
 from mft_study.ablate import ablation_lines, derive, plot_ablation
+from mft_study.cli import compare as study_verbs
 from mft_study.report.table import reference_of
 from mft_study.run import run_study
 from mft_study.store import copy_fine_tunes

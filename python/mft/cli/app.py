@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,27 @@ import typer
 
 import mft
 from mft.checks import check_one_of
-from mft.cli.keys import FinetuneKeys, Keyed, ListedKeys, StudyKeys, run_schema, study_schema
+from mft.cli.keys import FinetuneKeys, Keyed, ListedKeys, run_schema
+from mft.cli.options import (
+    INSPECT,
+    PANELS,
+    SHARE,
+    START,
+    TRAIN,
+    USE,
+    BaseDtype,
+    BaseModel,
+    Config,
+    Force,
+    Masks,
+    Overrides,
+    Overwrite,
+    Resume,
+    Set,
+    given_overrides,
+)
 from mft.config import WAYS, RunConfig
-from mft.config_file import check_overrides, load_config
+from mft.config_file import load_config
 from mft.contention import core_share
 from mft.escaping import escaped
 from mft.tracking.console import console, say
@@ -23,10 +42,6 @@ TRACEBACK = "MFT_TRACEBACK"
 
 # torch reads this at its first allocation: it puts large tensors in huge pages, which saves a page fault per 4 KB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-# The groups of `mft --help`, in this order.
-START, TRAIN, USE, SHARE, STUDY, INSPECT = PANELS = ("Start here", "Train", "Use", "Share", "Study", "Inspect")
 
 
 class _OneMessageAnError(typer.core.TyperGroup):
@@ -82,24 +97,6 @@ def _options(
 
 
 _DEFAULTS = RunConfig()  # the defaults of mft train, which mft estimate uses too
-
-Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, or paper; by default none.")]
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, such as train.lr=3e-4; repeatable.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Overrides, such as train.lr=3e-4; --help KEY explains a key.", metavar="[KEY=VALUE]..."),
-]
-Resume = Annotated[
-    Path | None, typer.Option("--resume", help="Continue the run in this output_dir, with its own configuration.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Resume even if configuration, data or base have changed.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete an existing run in output_dir.")]
-
-Masks = Annotated[
-    str, typer.Argument(help="An output_dir of mft train, its masks/, or user/repo[@revision] of the hub.")
-]
-BaseModel = Annotated[str | None, typer.Option(help="The base; by default the one that the masks were learned on.")]
-BaseDtype = Annotated[str | None, typer.Option(help="The base's dtype; by default the one used in training.")]
 
 
 @app.command(rich_help_panel=START)
@@ -204,7 +201,7 @@ def evaluate(
     With --masks, the model is measured with and without them. Without --config, masks are evaluated on the base and the
     data of their run. Overrides take precedence.
     """
-    given = _given(overrides, sets)
+    given = given_overrides(overrides, sets)
     run_config = None if config is None and masks else load_config(config, given)
     from mft.cli.evaluate import masks_config, run_evaluate, run_lm_eval
     from mft.masks.location import masks_directory
@@ -247,139 +244,10 @@ def show(
     rows: Annotated[int, typer.Option(min=1, help="Number of rows to show.")] = 3,
 ) -> None:
     """Show rows as the model sees them: tokens, which of them are scored, where examples begin. Loads no weights."""
-    run_config = load_config(config, _given(overrides, sets))
+    run_config = load_config(config, given_overrides(overrides, sets))
     from mft.cli.data import run_data_show
 
     run_data_show(run_config, split, rows)
-
-
-@app.command(cls=StudyKeys, rich_help_panel=STUDY)
-def compare(
-    config: Annotated[
-        str,
-        typer.Option(
-            "--config", "-c", help="own (your data), demo, small, smollm2, board-small, board-smollm2, or a YAML file."
-        ),
-    ] = "small",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Overrides, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
-    ] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", "-s", help="Override, such as arms.MFT.lrs=[1e-3]; repeatable.")
-    ] = None,
-    fine_tunes_of: Annotated[
-        Path | None,
-        typer.Option(
-            "--fine-tunes-of", help="Another study's output_dir, to reuse its fine-tunes if they match this study."
-        ),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing study in output_dir.")] = False,
-    again: Annotated[
-        bool, typer.Option("--again", help="Use the reserve again; normally a study uses it once.")
-    ] = False,
-    join: Annotated[
-        bool, typer.Option("--join", help="Share the work with other --join processes, on any machine with this disk.")
-    ] = False,
-    same_processor: Annotated[
-        bool, typer.Option("--same-processor", help="Refuse units that ran on another kind of processor than this one.")
-    ] = False,
-    on: Annotated[
-        str, typer.Option("--on", help="Where workers run: local, or ray (a Ray cluster, which needs no shared disk).")
-    ] = "local",
-) -> None:
-    """Compare masks with tuned baselines over several seeds.
-
-    Settings are chosen on validation data and reported on test data. An interrupted study continues.
-    """
-    from mft_study.load import load_study
-
-    study = load_study(config, [*(overrides or []), *(sets or [])])
-    from mft.cli.study import run_compare
-
-    run_compare(
-        study,
-        overwrite=overwrite,
-        fine_tunes_of=fine_tunes_of,
-        again=again,
-        joins=join,
-        same_processor=same_processor,
-        on=on,
-    )
-
-
-@app.command(cls=StudyKeys, rich_help_panel=STUDY)
-def ablate(
-    what: Annotated[str, typer.Argument(help="ratio, layers or data.")],
-    config: Annotated[str, typer.Option("--config", "-c", help="The study to derive from.")] = "small",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Overrides of that study, such as seeds=[0,1].", metavar="[KEY=VALUE]...")
-    ] = None,
-    values: Annotated[
-        str | None, typer.Option(help="Keep ratios, groups of layers (0-3,4-7) or shares of the data.")
-    ] = None,
-    domains: Annotated[
-        list[str] | None, typer.Option("--domain", help="A domain of the study; repeatable; all if not given.")
-    ] = None,
-    arms: Annotated[
-        list[str] | None, typer.Option("--arm", help="A mask of the study; repeatable; all if not given.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing study in its directory.")] = False,
-) -> None:
-    """Compare keep ratios, masked layers or shares of the data, with the same baselines.
-
-    An interrupted study continues.
-    """
-    from mft_study.load import load_study
-
-    study = load_study(config, overrides or [])
-    from mft.cli.study import run_ablate
-
-    given = [] if values is None else values.split(",")
-    run_ablate(study, what, given, domains or [], arms or [], overwrite=overwrite)
-
-
-@app.command(cls=Keyed, rich_help_panel=STUDY)
-def sensitivity(
-    config: Config = None,
-    overrides: Overrides = None,
-    sets: Set = None,
-    layers: Annotated[int, typer.Option(min=1, help="Layers in a group.")] = 1,
-    kinds: Annotated[bool, typer.Option("--kinds", help="Group layers by kind instead, such as down_proj.")] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Rank groups of layers by how much a short mask training on each lowers the loss."""
-    run_config = load_config(config, _given(overrides, sets))
-    from mft.cli.sensitivity import run_sensitivity
-
-    run_sensitivity(run_config, None if kinds else layers, overwrite=overwrite)
-
-
-@app.command(rich_help_panel=STUDY)
-def plot(
-    what: Annotated[str, typer.Argument(help="summary, bytes, forgetting, surface, overlap or flips.")],
-    directories: Annotated[
-        list[Path],
-        typer.Argument(
-            help="A finished study of mft compare; for summary, bytes and forgetting also a table.json; for flips, "
-            "runs of mft train."
-        ),
-    ],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The PNG file; by default next to what it shows.")
-    ] = None,
-    domain: Annotated[str | None, typer.Option(help="For surface: the domain; the first if not given.")] = None,
-    arm: Annotated[str | None, typer.Option(help="For surface, overlap: an arm of MFT; by default the first.")] = None,
-    rows: Annotated[int, typer.Option(help="For surface: validation rows for every point.")] = 32,
-    points: Annotated[int, typer.Option(help="For surface: points along each axis.")] = 11,
-) -> None:
-    """Draw pictures of a study, or of how masks change during training.
-
-    They are summary (differences from the control), bytes (loss against file size), forgetting (gain against loss on
-    other text), surface (of the loss), overlap (of masks) and flips (over training).
-    """
-    from mft.cli.study import run_plot
-
-    run_plot(what, directories, output, domain=domain, arm=arm, rows=rows, points=points)
 
 
 @app.command(rich_help_panel=USE)
@@ -776,12 +644,10 @@ def estimate(
     sizes = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]
     device_bytes, device = sizes[0] if sizes else None, "cpu" if gpu is None else "cuda"
     if config is not None:
-        from mft.cli.estimate_rewards import run_estimate_rewards
-
         _check_only(
             ctx, {"model", "config", "gpu", "cpu", "as_json", "overrides"}, "--config, because its study sets it"
         )
-        if not run_estimate_rewards(
+        if not _on_studies("estimate")(
             config, overrides or [], model, device=device, device_bytes=device_bytes, as_json=as_json
         ):
             raise typer.Exit(2)
@@ -830,7 +696,7 @@ def estimate(
 def schema(what: Annotated[str, typer.Argument(help="run, or study: what mft compare reads.")] = "run") -> None:
     """Print a JSON Schema, with which editors complete and check the YAML files."""
     check_one_of("what", what, ("run", "study"))
-    written = run_schema() if what == "run" else study_schema()
+    written = run_schema() if what == "run" else _on_studies("schema")()
     typer.echo(json.dumps(written, indent=2))
 
 
@@ -844,6 +710,10 @@ def env(
     from mft.cli.environment import run_env
 
     run_env(measure=measure)
+
+
+for others in entry_points(group="mft.verbs"):  # of mft_study, which mft never imports
+    app.add_typer(others.load())
 
 
 def main() -> None:
@@ -866,6 +736,11 @@ def _let_waiting_threads_sleep() -> None:
     if threads > 1 and (found := core_share(threads)).is_busy:
         os.environ["GOMP_SPINCOUNT"] = "1000"
         say(f"{found}, other processes use the rest: waiting threads sleep early (GOMP_SPINCOUNT=1000)", style="yellow")
+
+
+def _on_studies(verb: str) -> Callable[..., Any]:
+    """Return what mft_study does for a verb that also takes a study."""
+    return entry_points(group="mft.studies")[verb].load()
 
 
 def _check_only(ctx: typer.Context, names: set[str], beside: str) -> None:
@@ -893,7 +768,7 @@ def _start(
     of_weights: bool = False,
 ) -> Any:
     """Return how a run of finetune or train begins: new, or resumed. Loads torch after it has checked the keys."""
-    given = _given(overrides, sets)
+    given = given_overrides(overrides, sets)
     if resume is None:
         if force:
             raise ValueError("--force must come with --resume, got it alone")
@@ -906,13 +781,6 @@ def _start(
     if resume is None:
         return Begin(run_config, overwrite=overwrite)
     return Resume(resume, config, given, force=force)
-
-
-def _given(overrides: list[str] | None, sets: list[str] | None) -> list[str]:
-    """Return all overrides. Raises: ValueError for an unknown key."""
-    given = [*(overrides or []), *(sets or [])]
-    check_overrides(given)
-    return given
 
 
 if __name__ == "__main__":

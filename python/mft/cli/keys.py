@@ -56,12 +56,6 @@ def run_schema(config: type[RunConfig] = RunConfig) -> dict[str, Any]:
     return schema_of(config, "A run of mft train, finetune, evaluate or sensitivity")
 
 
-def study_schema() -> dict[str, Any]:
-    from mft_study.load import study_schema  # takes a tenth of a second
-
-    return study_schema()
-
-
 def sections(schema: Mapping[str, Any]) -> list[Section]:
     """Return every section of a configuration. The sections inside another one follow it."""
     return list(_sections("", "", schema, {}, schema["$defs"]))
@@ -146,16 +140,6 @@ class FinetuneKeys(ListedKeys):
 
     def schema(self) -> dict[str, Any]:
         return run_schema(FinetuneConfig)
-
-
-class StudyKeys(Keyed):
-    """A command on a study."""
-
-    def schema(self) -> dict[str, Any]:
-        return study_schema()
-
-    def print_keys(self, verb: str) -> None:
-        say(f" {verb} --help KEY explains a key, or a section such as arms. All keys: docs/reference/configuration.md")
 
 
 # ---------------------------------------------------------------------------------------------- private
