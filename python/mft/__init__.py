@@ -7,8 +7,6 @@ from runpy import run_path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .budget.budget import grow_budget
-    from .budget.trainer import BudgetCallback
     from .config import DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
     from .config_file import load_config
     from .data.splits import load_splits
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
     from .importance.adapters import init_adapter_from_data
     from .importance.scores import init_from_data, mask_from_data
     from .masks.bank import MaskBank, load_mask_bank
+    from .masks.budget import grow_budget
     from .masks.convert import (
         mask_model,
         masked_modules,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from .masks.merged_weights import merged_weights
     from .masks.peft import MaskPeftConfig, to_masked_model
     from .masks.quantize import quantize_model
+    from .masks.trainer_callbacks import BudgetCallback, SharpnessCallback
     from .masks.unmasked import unmasked_model
     from .models.parallel import gathered
     from .models.pretrained import load_model, save_model
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from .rewards.config import RewardsConfig
     from .rewards.teacher import OnPolicyTeacher
     from .rewards.train import RewardReport, train_rewards
-    from .surrogate.trainer import SharpnessCallback
     from .training.checkpoint import newest_checkpoint
     from .training.loop import finetune, train_masks
     from .training.resume import Begin, Resume
@@ -56,8 +55,6 @@ if TYPE_CHECKING:
 
 # {module: its public names}, imported at first use, so that `mft --help` and `mft env` do not wait for transformers.
 _HOMES = {
-    "budget.budget": ("grow_budget",),
-    "budget.trainer": ("BudgetCallback",),
     "config": ("DataConfig", "MaskConfig", "ModelConfig", "ObjectiveConfig", "RunConfig", "TrainConfig"),
     "config_file": ("load_config",),
     "data.splits": ("load_splits",),
@@ -66,6 +63,7 @@ _HOMES = {
     "importance.adapters": ("init_adapter_from_data",),
     "importance.scores": ("init_from_data", "mask_from_data"),
     "masks.bank": ("MaskBank", "load_mask_bank"),
+    "masks.budget": ("grow_budget",),
     "masks.convert": (
         *("mask_model", "masked_modules", "merge_model"),
         *("print_trainable_parameters", "trainable_parameters"),
@@ -75,6 +73,7 @@ _HOMES = {
     "masks.merged_weights": ("merged_weights",),
     "masks.peft": ("MaskPeftConfig", "to_masked_model"),
     "masks.quantize": ("quantize_model",),
+    "masks.trainer_callbacks": ("BudgetCallback", "SharpnessCallback"),
     "masks.unmasked": ("unmasked_model",),
     "models.parallel": ("gathered",),
     "models.pretrained": ("load_model", "save_model"),
@@ -90,7 +89,6 @@ _HOMES = {
     "rewards.config": ("RewardsConfig",),
     "rewards.teacher": ("OnPolicyTeacher",),
     "rewards.train": ("RewardReport", "train_rewards"),
-    "surrogate.trainer": ("SharpnessCallback",),
     "training.checkpoint": ("newest_checkpoint",),
     "training.loop": ("finetune", "train_masks"),
     "training.resume": ("Begin", "Resume"),

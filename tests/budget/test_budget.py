@@ -8,10 +8,10 @@ from tiny import make_llama, make_rows
 from tiny_architectures import MIXTURES
 
 import mft.engines.start
-from mft.budget.budget import Budget, budget_of, grow_budget
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.in_place_adamw import in_place
 from mft.engines.offload import Mover
+from mft.masks.budget import Budget, budget_of, grow_budget
 from mft.masks.convert import keeping_all, mask_model, masked_modules, merge_model
 from mft.masks.export import save_masks
 from mft.masks.quantize import quantize_model

@@ -8,12 +8,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny import make_llama, make_rows, train_by_trainer
 
-from mft.budget.budget import budget_of, grow_budget
-from mft.budget.trainer import BudgetCallback
 from mft.config import MaskConfig, TrainConfig
+from mft.masks.budget import budget_of, grow_budget
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.peft import MaskPeftConfig, to_masked_model
 from mft.masks.peft_layers.layer import MaskTunerLayer
+from mft.masks.trainer_callbacks import BudgetCallback
 from mft.training.loop import train_masks
 from mft_kernels import unpack_mask
 from mft_kernels.ops.checks import NonFiniteScores

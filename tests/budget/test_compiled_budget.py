@@ -7,8 +7,8 @@ from tiny import make_llama, make_rows
 from tiny_mixtures import mixture
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mft.budget.budget import grow_budget
 from mft.config import MaskConfig
+from mft.masks.budget import grow_budget
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.peft import MaskPeftConfig
 from mft.masks.quantize import quantize_model

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mft.config import MaskConfig
 from mft.evaluation.exact_match import exact_matches
 from mft.masks.convert import mask_model, masked_modules
-from mft.surrogate.surrogate import Surrogate
+from mft.masks.surrogate import Surrogate
 from mft_study.peft_methods import add_adapter, lora_options
 
 pytest.importorskip("trl")

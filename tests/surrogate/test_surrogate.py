@@ -9,7 +9,7 @@ from mft.config import MaskConfig, TrainConfig
 from mft.engines.offload import Mover
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.quantize import quantize_model
-from mft.surrogate.surrogate import Surrogate, make_surrogate, surrogate_of
+from mft.masks.surrogate import Surrogate, make_surrogate, surrogate_of
 from mft.training.loop import train_masks
 
 WAYS = ["in_place", "resident", "layerwise"]

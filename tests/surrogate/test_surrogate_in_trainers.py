@@ -8,7 +8,7 @@ from tiny import make_llama, make_rows, train_by_trainer
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.peft import MaskPeftConfig, to_masked_model
-from mft.surrogate.trainer import SharpnessCallback
+from mft.masks.trainer_callbacks import SharpnessCallback
 from mft.training.loop import train_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT calls it

@@ -9,12 +9,12 @@ import torch
 from rich import box
 from rich.table import Column, Table
 
-from mft.budget.budget import grow_budget
 from mft.checks import check_one_of
 from mft.config import CODINGS, CONFIG, DATA_INITS, ModelConfig
 from mft.config_file import load_saved
 from mft.evaluation.evaluated_base import config_of_run
 from mft.files.mask_coding import BY_NAME
+from mft.masks.budget import grow_budget
 from mft.masks.convert import check_interpolable, mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, recode_masks, save_masks
 from mft.masks.export_format import MASK_FILE, MaskExport, read_description, read_export

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.budget.budget import budget_of
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
 from mft.engines.own_forward import OwnForward
 from mft.engines.score_states import HeldMask, ScoreStates, current_masks
 from mft.engines.trains_scores import TrainsScores
+from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
 from mft.masks.in_place.model import MasksInPlace
+from mft.masks.surrogate import Surrogate
 from mft.models.causal_lm import Run
 from mft.models.frozen_layers import PrefixMemory
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
-from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW
 from mft_kernels.mask.in_place import MaskedInPlace
 from mft_kernels.shards import rows_here

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.budget.budget import budget_of
 from mft.checks import check_rule
 from mft.engines.in_place import InPlaceStates
 from mft.engines.score_states import score_groups
+from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
 from mft.masks.in_place.model import masks_in_place
+from mft.masks.surrogate import surrogate_of
 from mft.models.parallel import unwrapped
-from mft.surrogate.surrogate import surrogate_of
 from mft_kernels import MaskAdamW
 
 

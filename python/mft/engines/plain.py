@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.budget.budget import budget_of
 from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.master_weights import MasterAdamW
 from mft.engines.own_forward import OwnForward
 from mft.engines.score_states import score_groups, score_optimizer
 from mft.engines.step import NonFiniteLoss
+from mft.masks.budget import budget_of
+from mft.masks.surrogate import Surrogate
 from mft.models.causal_lm import Run
 from mft.models.frozen_layers import PrefixMemory
 from mft.number_formats import unless_auto
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
-from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskedLayer
 from mft_kernels.mask.masking import current_mask
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft.budget.budget import Budget, naming_layer
 from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
+from mft.masks.budget import Budget, naming_layer
+from mft.masks.surrogate import Surrogate
 from mft.models.codes.weight import QuantizedWeight
 from mft.number_formats import MOMENT_FORMATS, unless_auto
-from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskAdamW, MaskedLayer, pack_mask
 from mft_kernels.mask.masking import outdate
 from mft_kernels.reference.fixed_point import code_at_least, selectable

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mft.budget.budget import budget_of
 from mft.checks import check_rule
 from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
@@ -24,12 +23,13 @@ from mft.engines.resident import Resident
 from mft.engines.score_states import ScoreStates, current_masks, score_groups, score_optimizer
 from mft.engines.sharded.engine import start_sharded
 from mft.engines.step import Runner
+from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
+from mft.masks.surrogate import Surrogate
 from mft.models.causal_lm import split_at_head
 from mft.models.frozen_layers import PrefixMemory
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
-from mft.surrogate.surrogate import Surrogate
 
 Device = torch.device | str | None
 

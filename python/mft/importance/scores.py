@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.budget.budget import budget_of
 from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.sharded.score_rows import score_rows
 from mft.engines.start import Device
 from mft.importance.importance import SIGNED, check_tells_apart, importance, input_norms, is_transposed, matrix_of
+from mft.masks.budget import budget_of
 from mft.masks.convert import mask_model, masked_modules, set_scores
 
 _SCALE = 0.02  # root mean square of initial scores, as in MaskedLinear

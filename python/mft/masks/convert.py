@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mft.budget.budget import keep_budget, load_with_threshold, magnitude_scores, make_budget
 from mft.config import DATA_INITS, INITS, MaskConfig
+from mft.masks.budget import keep_budget, load_with_threshold, magnitude_scores, make_budget
 from mft.masks.experts import mask_experts, unmask_experts
 from mft.masks.export_format import PEFT_TYPE
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
 from mft.masks.saved_modules import forget_saved_modules, saved_modules, select_saved_modules, train_whole
+from mft.masks.surrogate import forget_surrogate, keep_surrogate
 from mft.masks.targets import select_targets
 from mft.models.codes.weight import quantized_weights
 from mft.models.experts import expert_projections
@@ -23,7 +24,6 @@ from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_no_deepspeed, check_unsharded, unwrapped
 from mft.number_formats import unless_auto
-from mft.surrogate.surrogate import forget_surrogate, keep_surrogate
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
 from mft_kernels.layers.shells import filled, linear_on, without
 from mft_kernels.ops.checks import check_alpha

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mft.budget.budget import check_within_budget
 from mft.checks import check_one_of
 from mft.config import CODINGS, MaskConfig
 from mft.files.atomic import atomic_directory
 from mft.files.weights_hash import dtype_name, weights_hash
+from mft.masks.budget import check_within_budget
 from mft.masks.convert import (
     came_from_conv1d,
     check_unwrapped,

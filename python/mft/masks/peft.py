@@ -16,24 +16,24 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from mft.budget.budget import Budget, SharedThreshold, budget_of, keep_budget, magnitude_scores, make_budget
 from mft.checks import check_rule, nearest
 from mft.config import MaskConfig
 from mft.config_file import complete_saved_mask
 from mft.files.hub import HubError, asking_hub, split_hub_id
 from mft.masks.banked_experts import note_shapes
 from mft.masks.banked_linear import TaskPerRow
+from mft.masks.budget import Budget, SharedThreshold, budget_of, keep_budget, magnitude_scores, make_budget
 from mft.masks.convert import check_drawn, convert, masked_modules, pack_attentions, split_attentions
 from mft.masks.export import loaded_config, read_learned, scores_of_keep, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetched_masks
 from mft.masks.peft_layers.combination import check_combination, combine
+from mft.masks.surrogate import keep_surrogate
 from mft.masks.targets import select_targets
 from mft.models.codes.linear import holds_codes
 from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.number_formats import SCORE_FORMATS, unless_auto
-from mft.surrogate.surrogate import keep_surrogate
 
 _TRIED = "0.21", "0.22"  # first supported version, first unsupported one
 _REMEDY = f"pip install 'peft>={_TRIED[0]},<{_TRIED[1]}'"

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mft.budget.trainer import BudgetCallback
 from mft.checks import check_rule, install_command
 from mft.engines.plain import make_stepper, replace_gradients
 from mft.engines.randomness import seeded
 from mft.engines.step import NonFiniteLoss
 from mft.masks.convert import masked_modules
+from mft.masks.trainer_callbacks import BudgetCallback
 from mft.models.next_tokens import check_next_tokens
 from mft.rewards.config import RewardsConfig
 from mft.rewards.optimizer import SteppedOptimizer, scheduled

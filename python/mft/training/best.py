@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mft.budget.budget import budget_of
 from mft.engines.sharded.score_rows import ScoreRows, score_rows
+from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules, set_scores
 from mft.training.checkpoint import BadCheckpoint, checkpoint_at, write_checkpoint
 from mft_kernels import MaskedLayer, fixed_from_float, unpack_mask

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from mft.budget.budget import budget_of
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
 from mft.engines.distributed import ALONE, Processes
@@ -19,9 +18,11 @@ from mft.engines.randomness import seeded
 from mft.engines.sharded.engine import SpreadForward
 from mft.engines.start import OWN_FORWARD, SHARDED, Device, start_runner
 from mft.engines.step import NonFiniteLoss, Runner, StepReport
+from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
 from mft.masks.inspection import kept_weights
 from mft.masks.saved_modules import saved_modules, train_whole
+from mft.masks.surrogate import Surrogate, surrogate_of
 from mft.models.causal_lm import FEW, input_device
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.linears import weight_name
@@ -30,7 +31,6 @@ from mft.models.packed_rows import check_apart, keeping_apart
 from mft.models.weight_files import weight_files
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
-from mft.surrogate.surrogate import Surrogate, surrogate_of
 from mft.training.row_source import RowSource, open_rows
 from mft.training.saver import Saver
 from mft.training.validation import Validation

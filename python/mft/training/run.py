@@ -19,7 +19,6 @@ from typing import Any
 
 from torch import nn
 
-from mft.budget.budget import grow_budget
 from mft.config import CONFIG, DATA_INITS, WAYS, RunConfig, TrainConfig
 from mft.config_file import config_values, save_config
 from mft.data.sources import Source, open_source
@@ -37,6 +36,7 @@ from mft.evaluation.table import evaluation_tables, figure_lines, source_losses
 from mft.files.atomic import NotWritten, remove, write_whole
 from mft.files.json_file import finite
 from mft.importance.scores import drawn, init_from_data
+from mft.masks.budget import grow_budget
 from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
 from mft.masks.export import base_hash, save_masks
 from mft.masks.inspection import flip_share, initial_masks

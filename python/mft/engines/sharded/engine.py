@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mft.budget.budget import budget_of
 from mft.checks import check_rule
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
@@ -28,12 +27,13 @@ from mft.engines.sharded.model import SpreadModel, spread
 from mft.engines.sharded.score_rows import as_scores, nan_of, score_rows, select_rows
 from mft.engines.step import OnLoss
 from mft.engines.trains_scores import TrainsScores
+from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
+from mft.masks.surrogate import Surrogate
 from mft.models.longrope import inputs_of
 from mft.models.packed_rows import check_apart
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
-from mft.surrogate.surrogate import Surrogate
 from mft_kernels import MaskedLayer, pack_mask
 from mft_kernels.mask.in_place import MaskedInPlace
 from mft_kernels.ops.checks import NonFiniteScores

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.budget.budget import Budget, budget_of, magnitude_scores
 from mft.config import MaskConfig
 from mft.engines.distributed import Processes
+from mft.masks.budget import Budget, budget_of, magnitude_scores
 from mft.masks.convert import masked_grouped_layer, masked_layer, masked_modules, set_scores
 from mft.masks.export import weight_named
 from mft.masks.inspection import count_bits

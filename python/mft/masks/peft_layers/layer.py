@@ -11,15 +11,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mft.budget.budget import SharedThreshold
 from mft.config import MaskConfig
 from mft.masks.banked_experts import grouped_product, mixed_experts
 from mft.masks.banked_linear import TaskPerRow
+from mft.masks.budget import SharedThreshold
 from mft.masks.convert import masked_grouped_layer, masked_layer
 from mft.masks.experts import experts_forward, project
+from mft.masks.surrogate import surrogate_of
+from mft.masks.surrogate_hook import hook_scores
 from mft.models.experts import expert_projections
-from mft.surrogate.surrogate import surrogate_of
-from mft.surrogate.trainer import hook_scores
 from mft_kernels import masked_linear_by_ratio, masked_linear_grouped_by_ratio, unpack_mask
 from mft_kernels.mask.masking import current_mask
 from mft_kernels.mask.scores import watch
