@@ -22,7 +22,7 @@ STOREYS = {  # the lowest first, as docs/reference/map.md tells them from the to
         *("mft.checks", "mft.contention", "mft.escaping", "mft.files", "mft.number_formats", "mft.config"),
         *("mft.config_file", "mft.memory"),
     ),
-    "models": ("mft.data", "mft.models", "mft.masks", "mft.federated"),
+    "models": ("mft.data", "mft.models", "mft.masks"),
     "learning": ("mft.objectives", "mft.engines", "mft.importance", "mft.evaluation"),
     "runs": ("mft.tracking", "mft.training", "mft.rewards"),
     "lab": ("mft_study", "mft_study.report"),

@@ -1,6 +1,6 @@
 """Ways of learning together: what a client trains and sends in a round, and how the server uses it.
 
-A federation holds what server and clients know. A client sends only the bytes of its messages (mft.federated). The way
+A federation holds what server and clients know. A client sends only the bytes of its messages (messages.py). The way
 down is not limited: the server sends its whole state.
 """
 
@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mft.config import TrainConfig
-from mft.federated.aggregate import (
+from mft.masks.convert import masked_modules, set_scores
+from mft_study.arms.arm import Arm, Ground
+from mft_study.arms.weights import with_weights
+
+from .aggregate import (
     keep_probabilities,
     majority_mask,
     majority_sign,
     sample_mask,
     weighted_mean,
 )
-from mft.federated.messages import Message, decode_mask, decode_signs, encode_mask, encode_signs, encode_with_feedback
-from mft.masks.convert import masked_modules, set_scores
-from mft_study.arms.arm import Arm, Ground
-from mft_study.arms.weights import with_weights
+from .messages import Message, decode_mask, decode_signs, encode_mask, encode_signs, encode_with_feedback
 
 Messages = dict[str, Message]  # by matrix
 

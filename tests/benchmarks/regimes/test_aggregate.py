@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from mft.federated.aggregate import (
+from benchmarks.regimes.aggregate import (
     keep_probabilities,
     majority_mask,
     majority_sign,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mft.federated.messages import decode_mask, decode_signs, encode_mask, encode_signs, encode_with_feedback
+from benchmarks.regimes.messages import decode_mask, decode_signs, encode_mask, encode_signs, encode_with_feedback
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 32), (5, 33), (4, 6, 40), (40, 700)])
