@@ -13,8 +13,9 @@ import typer
 from typer.testing import CliRunner
 
 from mft.checks import install_command
-from mft.cli.app import PANELS, app
+from mft.cli.app import app
 from mft.cli.command import NEEDED
+from mft.cli.options import PANELS
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 

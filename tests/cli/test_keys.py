@@ -128,7 +128,7 @@ def test_an_option_that_is_no_key_is_an_unknown_option():
 
 @pytest.mark.parametrize("line", ["train trian.lr=1", "patch nothere.gguf masks out.gguf"])
 def test_a_busy_machine_is_told_after_what_is_typed_is_checked(monkeypatch, line):
-    monkeypatch.setattr("mft.cli.app.core_share", lambda *_: pytest.fail("it looks for other processes"))
+    monkeypatch.setattr("mft.cli.waiting_threads.core_share", lambda *_: pytest.fail("it looks for other processes"))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(variable, raising=False)

@@ -30,7 +30,8 @@ from tiny import make_rows, masked_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from mft.cli.app import PANELS, app
+from mft.cli.app import app
+from mft.cli.options import PANELS
 from mft.config import TrainConfig
 from mft.files.hub import hub_is_reachable
 from mft.models import pretrained

@@ -101,8 +101,8 @@ def test_several_processes_which_wait_for_each_other_are_not_watched(monkeypatch
 )
 def test_on_busy_cores_waiting_threads_sleep_before_torch_is_loaded(share, set_by_user, spins):
     code = (
-        "import os, sys, mft.cli.app as app; from mft.contention import Contention; "
-        f"app.core_share = lambda threads: Contention(({share},) * threads); app._let_waiting_threads_sleep(); "
+        "import os, sys, mft.cli.waiting_threads as waiting; from mft.contention import Contention; "
+        f"waiting.core_share = lambda threads: Contention(({share},) * threads); waiting.let_waiting_threads_sleep(); "
         "assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
     )
     ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
