@@ -1,6 +1,5 @@
 """Runs that report: what TensorBoard and trackio then contain, read with their own readers."""
 
-import importlib
 import json
 import os
 import sys
@@ -10,7 +9,7 @@ import pytest
 from tiny_run import LEARN, assert_same_masks, events_of, in_a_fork, steps
 
 from mft.config_file import load_config
-from mft.tracking import metrics, trackers
+from mft.tracking import metrics
 from mft.tracking.trackers import Scalars, Trackers
 from mft.training.checkpoint import write_checkpoint
 
@@ -153,14 +152,16 @@ def test_a_fine_tune_stops_early_as_a_finished_run_and_exports_its_best(cli, tmp
 
 
 def test_a_tracker_that_fails_is_given_up_and_the_run_is_not(cli, tmp_path, monkeypatch):
-    log = trackers._TensorBoard.log
+    from torch.utils.tensorboard import SummaryWriter
 
-    def fail(self, step, scalars):
-        if step == 3:
+    add_scalar = SummaryWriter.add_scalar
+
+    def fail(self, key, value, global_step):
+        if global_step == 3:
             raise OSError("No space left on device")
-        log(self, step, scalars)
+        add_scalar(self, key, value, global_step)
 
-    monkeypatch.setattr(trackers._TensorBoard, "log", fail)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
     code, output = cli("train", *LEARN, BOTH)
     assert code == 0, output
     error = "OSError: No space left on device"
@@ -173,10 +174,11 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_is_not(cli, tmp_path, monk
 
 
 def test_a_tracker_that_cannot_begin_ends_the_run_before_it_trains(cli, tmp_path, monkeypatch):
-    monkeypatch.setitem(trackers._START, "tensorboard", lambda *_: importlib.import_module("no_such_package"))
-    code, output = cli("train", *LEARN, "report_to=tensorboard")
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-store://host")
+    code, output = cli("train", *LEARN, "report_to=mlflow")
     assert code == 2
-    assert "report_to: tensorboard could not begin (ModuleNotFoundError: No module named 'no_such_package')" in output
+    assert "report_to: mlflow could not begin (UnsupportedModelRegistryStoreURIException: " in output
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "mlflow", "wandb"])

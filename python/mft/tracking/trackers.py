@@ -1,4 +1,4 @@
-"""Report a run to TensorBoard, trackio, MLflow or Weights & Biases, in addition to metrics.jsonl, by their own writers.
+"""Report a run to TensorBoard, trackio, MLflow or Weights & Biases by accelerate's trackers, besides metrics.jsonl.
 
     an event of metrics.jsonl              scalars, at its step
     a training step                        train/loss, train/lr, train/tokens_per_second, and mask/dropped if masks
@@ -18,11 +18,14 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import secrets
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from mft.checks import install_command
 from mft.files.atomic import write_whole
@@ -30,7 +33,6 @@ from mft.files.json_file import read_object
 
 TENSORBOARD, WANDB, IDENTITY = "tensorboard", "wandb", "trackers.json"  # in the directory of a run
 _MOST_IDENTITY = 1 << 12  # bytes
-_MLFLOW_TAG, _MLFLOW_AT_ONCE = "mft_run", 100  # _MLFLOW_AT_ONCE: most parameters in one call
 _WORDS = {
     "tensorboard": "tensorboard --logdir {directory}",
     "trackio": 'trackio show --project "{project}", run {run}',
@@ -40,15 +42,8 @@ _WORDS = {
 _INSTALL = {name: f"pip install {name}" for name in ("mlflow", "wandb")}  # the extra does not bring these
 
 
-class Tracker(Protocol):
-    """A tracker that has started."""
-
-    def has(self, step: int, key: str) -> bool:
-        """Return whether an earlier process has reported this scalar for this step."""
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+# A tracker that has started, and a function that returns whether an earlier process has reported a scalar for a step.
+Started = tuple[GeneralTracker, Callable[[int, str], bool]]
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -81,9 +76,11 @@ class Trackers:
         say: Callable[[str], None],
     ) -> None:
         self._say, self._scalars = say, Scalars()
-        self._running: dict[str, Tracker] = {}
+        self._running: dict[str, Started] = {}
         names = list(names)
         run = _identity(directory) if names else ""
+        if names:  # accelerate's trackers need its state; cpu: it does not look at the GPUs, unless torchrun started us
+            PartialState(cpu="LOCAL_RANK" not in os.environ)
         for name in names:
             try:
                 self._running[name] = _START[name](directory, project, run, config, events)
@@ -101,14 +98,14 @@ class Trackers:
         found = self._scalars(event)
         if found is not None:
             step, scalars = found
-            for name, tracker in list(self._running.items()):
-                new = {key: value for key, value in scalars.items() if not tracker.has(step, key)}
+            for name, (tracker, has) in list(self._running.items()):
+                new = {key: value for key, value in scalars.items() if not has(step, key)}
                 if new:
-                    self._guarded(name, functools.partial(tracker.log, step, new))
+                    self._guarded(name, functools.partial(tracker.log, new, step))
 
     def close(self) -> None:
-        for name, tracker in list(self._running.items()):
-            self._guarded(name, tracker.close)
+        for name, (tracker, _) in list(self._running.items()):
+            self._guarded(name, tracker.finish)
         self._running = {}
 
     def _guarded(self, name: str, call: Callable[[], None]) -> None:
@@ -168,132 +165,85 @@ def _first_line(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------- one by one
 
 
-class _TensorBoard:
-    def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
+def _start_tensorboard(directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> Started:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard.summary import hparams
 
-        place, last = directory / TENSORBOARD, max((event.get("step", 0) for event in events or ()), default=-1)
-        self._told: set[tuple[int, str]] = set()
-        if is_known := place.is_dir() and any(place.iterdir()):
-            read = EventAccumulator(str(place), {"scalars": 0}).Reload()
-            for key in read.Tags()["scalars"]:
-                self._told |= {(point.step, key) for point in read.Scalars(key) if point.step <= last}
-        # For a resumed run, this hides what was reported after its checkpoint.
-        self._writer: Any = SummaryWriter(str(place), purge_step=last + 1 if is_known else None)
-        if not self._told:
-            values = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
-            for summary in hparams(values, {"validation/loss": 0}):
-                self._writer._get_file_writer().add_summary(summary)  # add_hparams writes a run of its own
-            table = "\n".join(f"| {key} | {value} |" for key, value in values.items())
-            self._writer.add_text("configuration", f"| key | value |\n|---|---|\n{table}", 0)
-
-    def has(self, step: int, key: str) -> bool:
-        return (step, key) in self._told
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        for key, value in scalars.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()  # so that a killed process has saved what it reported
-
-    def close(self) -> None:
-        self._writer.close()
+    place, last = directory / TENSORBOARD, max((event.get("step", 0) for event in events or ()), default=-1)
+    told: set[tuple[int, str]] = set()
+    if is_known := place.is_dir() and any(place.iterdir()):
+        read = EventAccumulator(str(place), {"scalars": 0}).Reload()
+        for key in read.Tags()["scalars"]:
+            told |= {(point.step, key) for point in read.Scalars(key) if point.step <= last}
+    # For a resumed run, purge_step hides what was reported after its checkpoint.
+    tracker = TensorBoardTracker(TENSORBOARD, directory, purge_step=last + 1 if is_known else None)
+    tracker.start()
+    if not told:
+        values = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
+        for summary in hparams(values, {"validation/loss": 0}):
+            tracker.writer.file_writer.add_summary(summary)  # store_init_configuration writes a run of its own
+        table = "\n".join(f"| {key} | {value} |" for key, value in values.items())
+        tracker.log({"configuration": f"| key | value |\n|---|---|\n{table}"}, step=0)
+    return tracker, lambda step, key: (step, key) in told
 
 
-class _Trackio:
-    def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
+class _Trackio(TrackioTracker):
+    def start(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().start()
+
+    def finish(self) -> None:
         import trackio
-        from trackio.sqlite_storage import SQLiteStorage
 
-        # If the logs are on a Space, this finds nothing, and steps after the checkpoint may appear twice.
-        told = SQLiteStorage.get_logs(project, run) if events is not None else []
-        self._told, self._trackio = {(row["step"], key) for row in told for key in row}, trackio
-        with _unheard():
-            self._run = trackio.init(
-                project=project, name=run, config=dict(config), resume="allow", embed=False, auto_log_cpu=False
-            )
-
-    def has(self, step: int, key: str) -> bool:
-        return (step, key) in self._told
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def close(self) -> None:
-        with _unheard():
-            self._trackio.finish()  # self._run.finish() would be called again when the process ends
+        with contextlib.redirect_stdout(io.StringIO()):
+            trackio.finish()  # self.run.finish() would be called again when the process ends
 
 
-class _Mlflow:
-    """Reports to MLFLOW_TRACKING_URI: a server, or a database that mlflow opens itself."""
+def _start_trackio(directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> Started:
+    from trackio.sqlite_storage import SQLiteStorage
 
-    def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
-
-        self._client = MlflowClient()
-        known = self._client.get_experiment_by_name(project)
-        experiment = self._client.create_experiment(project) if known is None else known.experiment_id
-        found = self._client.search_runs([experiment], f"tags.{_MLFLOW_TAG} = '{run}'")
-        is_new = not found
-        begun = self._client.create_run(experiment, tags={_MLFLOW_TAG: run}, run_name=run) if is_new else found[0]
-        self._run, self._told = begun.info.run_id, dict[str, set[int]]()
-        params = [Param(key, str(value)) for key, value in config.items()] if is_new else []
-        for first in range(0, len(params), _MLFLOW_AT_ONCE):
-            self._client.log_batch(self._run, params=params[first : first + _MLFLOW_AT_ONCE])
-
-    def has(self, step: int, key: str) -> bool:
-        if key not in self._told:
-            self._told[key] = {point.step for point in self._client.get_metric_history(self._run, key)}
-        return step in self._told[key]
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._client.log_batch(self._run, [Metric(key, value, now, step) for key, value in scalars.items()])
-
-    def close(self) -> None:
-        self._client.set_terminated(self._run)
+    # If the logs are on a Space, this finds nothing, and steps after the checkpoint may appear twice.
+    rows = SQLiteStorage.get_logs(project, run) if events is not None else []
+    told = {(row["step"], key) for row in rows for key in row}
+    options: dict[str, Any] = {"config": dict(config), "resume": "allow", "embed": False, "auto_log_cpu": False}
+    tracker = _Trackio(project, name=run, **options)
+    tracker.start()
+    return tracker, lambda step, key: (step, key) in told
 
 
-class _Wandb:
-    def __init__(self, directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> None:
-        import wandb
+def _start_mlflow(directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> Started:
+    """Report to MLFLOW_TRACKING_URI: a server, or a database that mlflow opens itself."""
+    from mlflow import MlflowClient
 
-        logging.getLogger("wandb").setLevel(logging.ERROR)
-        self._run = wandb.init(
-            project=project,
-            name=run,
-            id=run,
-            dir=str(directory),
-            config=dict(config),
-            resume="allow",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        self._next = self._run.starting_step if events is not None else 0
-
-    def has(self, step: int, key: str) -> bool:
-        return step < self._next
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    client, told = MlflowClient(), set[tuple[int, str]]()
+    known = client.get_experiment_by_name(project)
+    found = client.search_runs([known.experiment_id], f"attributes.run_name = '{run}'") if known else []
+    for key in found[0].data.metrics if found else ():
+        told |= {(point.step, key) for point in client.get_metric_history(found[0].info.run_id, key)}
+    tracker = MLflowTracker(run_name=run)
+    # Set here, because MLFLOW_EXPERIMENT_NAME and MLFLOW_RUN_ID would precede the arguments and split a resumed run.
+    tracker.experiment_name, tracker.run_id = project, found[0].info.run_id if found else None
+    tracker.start()
+    if not found:
+        tracker.store_init_configuration(dict(config))
+    return tracker, lambda step, key: (step, key) in told
 
 
-_START: dict[str, Callable[..., Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "trackio": _Trackio,
-    "mlflow": _Mlflow,
-    "wandb": _Wandb,
+def _start_wandb(directory: Path, project: str, run: str, config: Mapping[str, Any], events: Any) -> Started:
+    import wandb
+
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    settings = wandb.Settings(silent=True, console="off")
+    options = {"name": run, "id": run, "dir": str(directory), "config": dict(config), "resume": "allow"}
+    tracker = WandBTracker(project, settings=settings, **options)
+    tracker.start()
+    following = tracker.run.starting_step if events is not None else 0
+    return tracker, lambda step, key: step < following
+
+
+_START: dict[str, Callable[..., Started]] = {
+    "tensorboard": _start_tensorboard,
+    "trackio": _start_trackio,
+    "mlflow": _start_mlflow,
+    "wandb": _start_wandb,
 }
-
-
-@contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Hide what is printed in the block."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
