@@ -203,7 +203,10 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture
 def cli(model_dir, tmp_path, monkeypatch):
-    """Return cli("train", "key=value", ...) -> (exit code, output); it runs in tmp_path on the tiny model and data."""
+    """Return cli("train", "key=value", ...) -> (exit code, output); it runs in tmp_path on the tiny model and data.
+
+    cli.done(...) and cli.refused(...) return the output of a call that must exit with 0 or 2.
+    """
     from tiny import WORDS
     from typer.testing import CliRunner
 
@@ -226,4 +229,13 @@ def cli(model_dir, tmp_path, monkeypatch):
             raise result.exception
         return result.exit_code, result.output
 
+    def expect(code):
+        def called(*arguments):
+            found, output = call(*arguments)
+            assert found == code, output
+            return output
+
+        return called
+
+    call.done, call.refused = expect(0), expect(2)
     return call

@@ -3,7 +3,18 @@
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from mft.config import MaskConfig
 from mft.evaluation.evaluate import Evaluation
@@ -12,19 +23,36 @@ from mft.masks.convert import mask_model
 WORDS = 61
 
 
-def make_llama(dtype=torch.float32, **changes):
+SIZES = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "pad_token_id": 0}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def _made(cls, config):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {
-            "vocab_size": WORDS,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "pad_token_id": 0,
-        }
-        return LlamaForCausalLM(LlamaConfig(**sizes | changes)).to(dtype).eval()
+        return cls(config).eval()
+
+
+def make_llama(dtype=torch.float32, **changes):
+    return _made(LlamaForCausalLM, LlamaConfig(**SIZES | changes)).to(dtype)
+
+
+def make_mistral(**changes):
+    """Return a Mistral that sees three tokens back."""
+    return _made(MistralForCausalLM, MistralConfig(**SIZES | {"num_hidden_layers": 2, "sliding_window": 3} | changes))
+
+
+def make_gpt2(dropout=0.0, **changes):
+    """Return a GPT-2, whose positions are absolute. dropout: of embeddings, attention and the layers' outputs."""
+    sizes = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    drops = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
+    return _made(GPT2LMHeadModel, GPT2Config(**sizes | drops | {"bos_token_id": 0, "eos_token_id": 0} | changes))
+
+
+def make_gemma2(**changes):
+    """Return a Gemma 2 that caps its logits after the head, so that the head alone would give others."""
+    sizes = SIZES | {"num_hidden_layers": 2, "head_dim": 8, "final_logit_softcapping": 0.05}
+    return _made(Gemma2ForCausalLM, Gemma2Config(**sizes | changes))
 
 
 def make_phi3(switch=16, **changes):
@@ -39,15 +67,19 @@ def make_phi3(switch=16, **changes):
         return Phi3ForCausalLM(config).eval()
 
 
-def save_llama(directory):
-    """Save the tiny Llama with save_pretrained, with a tokenizer that has one word per number."""
+def make_words(count=WORDS):
+    """Return a tokenizer with one word per number below ``count``, and 0 as the end."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<end>": 0} | {str(i): i for i in range(1, WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer = Tokenizer(models.WordLevel({"<end>": 0} | {str(i): i for i in range(1, count)}, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>").save_pretrained(directory)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>")
+
+
+def save_llama(directory):
+    """Save the tiny Llama with save_pretrained, with a tokenizer that has one word per number."""
+    make_words().save_pretrained(directory)
     make_llama().save_pretrained(directory)
 
 
@@ -77,6 +109,11 @@ def evaluation(tokens, loss_sums, correct=None):
     tokens = torch.tensor(tokens, dtype=torch.float64)
     correct = torch.zeros_like(tokens) if correct is None else torch.tensor(correct, dtype=torch.float64)
     return Evaluation(torch.arange(len(tokens)), tokens, torch.tensor(loss_sums, dtype=torch.float64), correct)
+
+
+def equal(found, wanted):
+    """Return whether two dictionaries hold the same tensors under the same names."""
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def assert_masks_agree(one, other, near):

@@ -1,7 +1,9 @@
 """Runs of the command line on a tiny model (conftest's cli): how they learn, and what they write."""
 
 import json
+import math
 import os
+import signal
 import socket
 import sys
 import time
@@ -11,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import equal
 
 from mft.tracking.metrics import METRICS, Steps
+from mft.training.checkpoint import newest_checkpoint
+from mft.training.saver import Saver, Stopped
 
 LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_size=2", "mask.layers_to_transform=2-3"]
 
@@ -62,6 +67,11 @@ def free_port():
         return str(any_port.getsockname()[1])
 
 
+def listens(port):
+    with socket.socket() as attempt:
+        return attempt.connect_ex(("127.0.0.1", int(port))) == 0
+
+
 def events_of(directory, *, timed=True):
     """Return a run's metrics; with timed=False, without their times."""
     events = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
@@ -73,9 +83,7 @@ def steps(directory, phase="mask fine-tune"):
 
 
 def assert_same_masks(*runs):
-    ours, theirs = (load_file(run / "masks" / "adapter_model.safetensors") for run in runs)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], words) for name, words in theirs.items())
+    assert equal(*(load_file(run / "masks" / "adapter_model.safetensors") for run in runs))
 
 
 def in_a_fork(work):
@@ -107,6 +115,27 @@ def run_main(command):
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def assert_goes_on_bit_for_bit(run, make, root, step):
+    """Assert that run(model, on_step, saver), stopped by SIGTERM after ``step``, goes on as if it had not stopped."""
+
+    def stop(report):
+        if report.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    straight, resumed, heard = make(), make(), []
+    expected = run(straight)
+    with pytest.raises(Stopped) as stopped:
+        run(make(), on_step=stop, saver=Saver(root, math.inf))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    checkpoint, skipped = newest_checkpoint(root)
+    assert (checkpoint.step, skipped) == (step, [])
+    reports = run(resumed, on_step=lambda report: heard.append(report.step), saver=Saver(root, math.inf, checkpoint))
+    assert heard == list(range(step + 1, expected[-1].step + 1))
+    assert [report.loss for report in reports] == [report.loss for report in expected]
+    assert equal(resumed.state_dict(), straight.state_dict())
+    assert newest_checkpoint(root)[0].step == expected[-1].step
 
 
 class Killed(BaseException):

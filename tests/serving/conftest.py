@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from tiny import WORDS, make_llama
+from tiny import make_llama, make_words
 
 from mft.config import MaskConfig
 from mft.masks.bank import load_mask_bank
@@ -53,12 +53,7 @@ def exports(tmp_path_factory):
 @pytest.fixture(scope="session")
 def words():
     """Return a tokenizer with one word per number, 0 as the end, and a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({"<end>": 0} | {str(i): i for i in range(1, WORDS)}, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>")
+    made = make_words()
     made.chat_template = TEMPLATE
     return made
 
@@ -99,6 +94,8 @@ def serve(exports, words):
             client=client, bank=bank, scheduler=scheduler, server=server, lines=lines, address=address, thread=thread
         )
         running.events, running.log, running.tasks = events, log, tasks
+        asked = {"prompt": "3 4 5", "temperature": 0, "max_tokens": 8}
+        running.text = lambda model: client.completions.create(model=model, **asked).choices[0].text
         running.fails = False
         started.append(running)
         return running

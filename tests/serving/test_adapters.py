@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from tiny import make_llama
 
@@ -14,10 +15,6 @@ from mft.config import MaskConfig
 from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
 from mft.serving.api import adapters
-
-openai = pytest.importorskip("openai")
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
 
 ASKED = {"prompt": "3 4 5", "temperature": 0, "max_tokens": 8}
 
@@ -47,42 +44,38 @@ def told(response):
     return response.status_code, error["param"], error["message"]
 
 
-def text(running, model):
-    return running.client.completions.create(model=model, **ASKED).choices[0].text
-
-
 def names(running):
     return [model.id for model in running.client.models.list()]
 
 
 def test_masks_are_loaded_by_name_and_unloaded_again(serve, root):
     running = serve(load_from=root)
-    before = text(running, "code")
+    before = running.text("code")
     response = load(running, "again", "code")
     assert (response.status_code, response.text) == (200, "Success: again is loaded.")
     assert names(running) == ["tiny", "code", "math", "again"]
-    assert text(running, "again") == before != text(running, "math")
+    assert running.text("again") == before != running.text("math")
     response = unload(running, "again")
     assert (response.status_code, response.text) == (200, "Success: again is unloaded.")
     assert names(running) == ["tiny", "code", "math"]
     with pytest.raises(openai.NotFoundError, match="model must be one of tiny, code, math, got 'again'"):
-        text(running, "again")
+        running.text("again")
     assert load(running, "x/y:z", root / "math").status_code == 200  # an absolute path, and a name of the user's choice
-    assert text(running, "x/y:z") == text(running, "math")
+    assert running.text("x/y:z") == running.text("math")
     assert [event["event"] for event in running.events if event.get("model") == "again"][::2] == ["loaded", "unloaded"]
 
 
 def test_unloading_waits_for_the_requests_of_the_task_and_takes_no_more(serve, root, gate, until):
     running = serve(rows=1, load_from=root)
-    expected = {model: text(running, model) for model in ("code", "math")}
+    expected = {model: running.text(model) for model in ("code", "math")}
     gate.clear()
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(text, running, model) for model in ("code", "code", "math")]
+        asked = [pool.submit(running.text, model) for model in ("code", "code", "math")]
         until(lambda: running.scheduler.counts == (1, 2))
         unloading = pool.submit(unload, running, "code")
         until(lambda: names(running) == ["tiny", "math"])
         with pytest.raises(openai.NotFoundError):
-            text(running, "code")
+            running.text("code")
         assert told(unload(running, "code"))[0] == 404
         assert told(load(running, "code", "code"))[2] == (
             "lora_name must be free, got 'code', which is being unloaded: try again later"
@@ -95,7 +88,7 @@ def test_unloading_waits_for_the_requests_of_the_task_and_takes_no_more(serve, r
         assert unloading.result().status_code == 200
     assert running.bank.tasks == ("math",)
     assert load(running, "code", "code").status_code == 200
-    assert text(running, "code") == expected["code"]
+    assert running.text("code") == expected["code"]
 
 
 def test_a_client_that_leaves_is_not_waited_for(serve, root, gate, until):
@@ -115,11 +108,11 @@ def test_a_client_that_leaves_is_not_waited_for(serve, root, gate, until):
 
 def test_masks_are_replaced_in_place_once_the_new_ones_are_read(serve, root):
     running = serve(load_from=root)
-    math = text(running, "math")
+    math = running.text("math")
     assert load(running, "code", "other", load_inplace=True).status_code == 400
-    assert text(running, "code") != math
+    assert running.text("code") != math
     assert load(running, "code", "math", load_inplace=True).status_code == 200
-    assert text(running, "code") == math
+    assert running.text("code") == math
     assert names(running) == ["tiny", "math", "code"]
 
 
@@ -168,7 +161,7 @@ def test_what_cannot_be_loaded_is_one_message_and_nothing_is_lost(serve, root, t
         found = told(load(running, name, path))
         assert (*found[:2], message in found[2]) == (status, param, True), found
     assert names(running) == ["tiny", "code", "math"]
-    assert text(running, "code") != text(running, "math")
+    assert running.text("code") != running.text("math")
 
 
 def test_clients_load_so_many_tasks_and_an_unknown_name_is_answered_with_a_few(serve, root, monkeypatch):
@@ -215,20 +208,20 @@ def test_clients_change_nothing_unless_the_server_lets_them(serve):
 def test_tasks_come_and_go_beneath_running_requests(serve, root):
     """A task that stays gives the same answers throughout; a task that goes gives its answers or a 404."""
     running = serve(rows=4, waiting=32, load_from=root)
-    expected, over, counts = {model: text(running, model) for model in ("code", "math")}, threading.Event(), [0, 0]
+    expected, over, counts = {model: running.text(model) for model in ("code", "math")}, threading.Event(), [0, 0]
 
     def ask(_):
         while not over.is_set():
-            assert text(running, "code") == expected["code"]
+            assert running.text("code") == expected["code"]
             try:
-                assert text(running, "math") == expected["math"]
+                assert running.text("math") == expected["math"]
                 counts[0] += 1
             except openai.NotFoundError:
                 counts[1] += 1
 
     with ThreadPoolExecutor(5) as pool:
         asked = [pool.submit(ask, i) for i in range(4)]
-        for _ in range(12):
+        for _ in range(6):
             assert unload(running, "math").status_code == 200
             assert load(running, "math", "math").status_code == 200
             time.sleep(0.02)
@@ -242,7 +235,7 @@ def test_what_waits_to_be_unloaded_ends_with_the_service(serve, root, gate, unti
     running = serve(rows=1, load_from=root, grace=0.2)
     gate.clear()
     with ThreadPoolExecutor(2) as pool:
-        asked = pool.submit(text, running, "code")
+        asked = pool.submit(running.text, "code")
         until(lambda: running.scheduler.counts == (1, 0))
         unloading = pool.submit(unload, running, "code")
         until(lambda: running.scheduler.is_retiring("code"))

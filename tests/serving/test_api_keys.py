@@ -5,16 +5,12 @@ import json
 import os
 
 import httpx
+import openai
 import pytest
 
 from mft.serving.api.keys import ApiKeys
 from mft.serving.options import Options
 from mft.serving.run import serve as serve_masks
-
-openai = pytest.importorskip("openai")
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
-
 
 KEYS = ("sk-first-0123456789", "sk-second-0123456789")
 ASKED = {"model": "code", "prompt": "3 4", "max_tokens": 2, "temperature": 0}
@@ -46,11 +42,7 @@ def test_whoever_has_a_key_is_answered(serve, path):
     assert not any(key in str(part) for key in (*KEYS, "none") for part in (running.lines[:2], running.events[:2]))
 
 
-HEADERS = {
-    "none": None,
-    "another scheme": f"Basic {KEYS[0]}",
-    "another key": f"Bearer {KEYS[0]}x",
-}
+HEADERS = {"none": None, "another scheme": f"Basic {KEYS[0]}", "another key": f"Bearer {KEYS[0]}x"}
 HEADERS |= {f"another key ({i})": header for i, header in enumerate(("Bearer ", "Bearer \xe9", f"Bearer x{KEYS[0]}"))}
 
 

@@ -8,10 +8,6 @@ import time
 
 import pytest
 
-pytest.importorskip("openai")
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
-
 from mft.serving.api import connection
 
 BODY = json.dumps({"model": "code", "prompt": "3 4", "max_tokens": 2, "temperature": 0}).encode()

@@ -1,9 +1,5 @@
 """The host names that requests may use."""
 
-import pytest
-
-pytest.importorskip("starlette")
-
 from mft.serving.api.hosts import check_host, known_hosts
 from mft.serving.refusal import Refused
 
@@ -20,15 +16,7 @@ def asked(hosts, name):
 
 LOOPBACK = ["localhost", "localhost:8000", "LocalHost.:80", "app.localhost", "127.0.0.1:8000", "127.9.9.9", "[::1]:80"]
 FOREIGN = [None, "", ":80", "evil.example", "localhost.evil.example", "evillocalhost", "10.0.0.5:8000", "0.0.0.0"]
-FOREIGN += [
-    "[::1",
-    "[::1]evil",
-    "127.0.0.1.evil.example",
-    "127.0.0.1@evil.example",
-    "localhost:80:80",
-    "::1",
-    "a" * 999,
-]
+FOREIGN += ["[::1", "[::1]evil", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "localhost:80:80", "::1", "a" * 99]
 
 
 def test_a_service_on_loopback_answers_to_names_of_loopback_alone():

@@ -5,18 +5,17 @@ Service, and it asks the probes by curl, which the image lacks: they need a clus
 """
 
 import json
-import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
+import openai
 import pytest
 from test_examples import EXAMPLES, listed
+from tiny import make_llama
 
 from mft.models.pretrained import save_model
-
-openai = pytest.importorskip("openai")
 
 IMAGE = "localhost/mft-serve"
 INSIDE = Path("/var/lib/mft/masks")
@@ -54,11 +53,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missi
 @pytest.fixture
 def site(exports, words, tmp_path):
     """Return a folder with masks/ and etc/, which every user can read: the container's user is another one."""
-    from conftest import base
-
     for task, directory in exports.items():
         shutil.copytree(directory, tmp_path / "masks" / task)
-    save_model(base(), words, tmp_path / "masks" / "base")
+    save_model(make_llama(initializer_range=0.3), words, tmp_path / "masks" / "base")
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc" / "masks.txt").write_text(LIST)
     (tmp_path / "etc" / "api-keys").write_text("sk-one\n")
@@ -119,22 +116,6 @@ def test_container_answers_reloads_and_stops(site, name):
     assert podman("inspect", name, "--format={{.State.ExitCode}}").stdout.strip() == "0"
     logged = podman("logs", name)
     assert json.loads((logged.stdout + logged.stderr).splitlines()[-1])["event"] == "stopped"
-
-
-@pytest.mark.parametrize(
-    ("file", "mode", "said"),
-    [
-        ("masks.txt", None, r"--masks-file must be .*, got /etc/mft/masks.txt, .*\(No such file or directory\)"),
-        ("api-keys", 0o600, r"--api-keys-file must be .*, got /etc/mft/api-keys, .*\(Permission denied\)"),
-    ],
-)
-def test_refusals_are_one_sentence(file, mode, said, site):
-    path = site / "etc" / file
-    path.unlink() if mode is None else path.chmod(mode)
-    done = podman("run", "--rm", *mounts(site), IMAGE, *listed("CMD"), *TINY, check=False)
-    assert done.returncode == 2
-    [line] = [line for line in done.stderr.splitlines() if not line.startswith("{")]
-    assert re.match(f"error: {said}", line)
 
 
 def test_manifest_is_played(site, name):

@@ -5,24 +5,21 @@ import json
 import os
 import shutil
 import signal
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import openai
 import pytest
 from tiny import make_llama
+from tiny_run import free_port, listens
 
+from mft.models.pretrained import save_model
 from mft.serving.api.keys import ApiKeys
 from mft.serving.log import Log, TextLines
 from mft.serving.reload import MasksFile, Reload
 from mft.serving.task_list import read_masks_file
-
-openai = pytest.importorskip("openai")
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
-
 
 ASKED = {"prompt": "3 4 5", "temperature": 0, "max_tokens": 8}
 
@@ -35,10 +32,6 @@ def listed(tmp_path, exports):
     path = tmp_path / "masks.txt"
     path.write_text(f"# tasks\ncode={tmp_path / 'code'}\n\n  math = {tmp_path / 'math'}\n")
     return path
-
-
-def text(running, model):
-    return running.client.completions.create(model=model, **ASKED).choices[0].text
 
 
 def hang_up(running, masks_file, keys=None):
@@ -68,11 +61,11 @@ def running(serve, monkeypatch):
 
 
 def test_masks_that_are_listed_otherwise_come_and_go(running, listed, tmp_path):
-    file, math, code = MasksFile(listed), text(running, "math"), text(running, "code")
+    file, math, code = MasksFile(listed), running.text("math"), running.text("code")
     listed.write_text(f"math={tmp_path / 'code'}\nnew={tmp_path / 'math'}")
     hang_up(running, file)
     assert set(running.tasks.names) == {"tiny", "math", "new"}
-    assert (text(running, "math"), text(running, "new")) == (code, math)
+    assert (running.text("math"), running.text("new")) == (code, math)
     assert running.lines[-3].startswith("serving tiny, ")
     before = list(running.lines)
     hang_up(running, file)
@@ -125,7 +118,7 @@ FAULTY = {
 
 
 def test_a_faulty_list_changes_nothing(running, listed, tmp_path):
-    file, code = MasksFile(listed), text(running, "code")
+    file, code = MasksFile(listed), running.text("code")
     for lines, message in FAULTY.items():
         listed.write_text(lines.format(tmp_path))
         with pytest.raises(ValueError, match="--masks-file must ") as error:
@@ -137,20 +130,20 @@ def test_a_faulty_list_changes_nothing(running, listed, tmp_path):
     listed.unlink()
     hang_up(running, file)
     assert running.tasks.names == ("tiny", "code", "math")
-    assert text(running, "code") == code
+    assert running.text("code") == code
 
 
 def test_masks_that_cannot_be_read_leave_the_old_ones_and_the_others_are_loaded(running, listed, tmp_path):
-    file, math = MasksFile(listed), text(running, "math")
+    file, math = MasksFile(listed), running.text("math")
     (tmp_path / "empty").mkdir()
     listed.write_text(f"math={tmp_path / 'empty'}\nnew={tmp_path / 'math'}\ncode={tmp_path / 'code'}")
     hang_up(running, file)
-    assert text(running, "math") == text(running, "new") == math
+    assert running.text("math") == running.text("new") == math
     assert any(line.startswith("math stays as it was: ") for line in running.lines)
     listed.write_text(f"math={tmp_path / 'empty'}\nnew={tmp_path / 'math'}\ncode={tmp_path / 'code'}")
     shutil.copytree(tmp_path / "code", tmp_path / "empty", dirs_exist_ok=True)
     hang_up(running, file)  # retries what failed before
-    assert text(running, "math") == text(running, "code") != math
+    assert running.text("math") == running.text("code") != math
 
 
 def test_keys_are_read_again_and_a_faulty_file_leaves_the_old_ones(running, tmp_path):
@@ -170,26 +163,18 @@ def test_keys_are_read_again_and_a_faulty_file_leaves_the_old_ones(running, tmp_
 
 def test_a_signal_reaches_the_verb_whose_requests_go_on(cli, listed, tmp_path, words, until, gate):
     """In this process: SIGHUP with one row running, then SIGTERM."""
-    model, keys = tmp_path / "base", tmp_path / "keys"
-    make_llama(initializer_range=0.3).save_pretrained(model)
-    words.save_pretrained(model)
+    model = save_model(make_llama(initializer_range=0.3), words, tmp_path / "base")
+    keys, port = tmp_path / "keys", free_port()
     keys.write_text("sk-one\n")
     keys.chmod(0o644)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-
-    def is_up():
-        with socket.socket() as attempt:
-            return attempt.connect_ex(("127.0.0.1", port)) == 0
 
     def models(key):
         response = httpx.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {key}"})
         return [each["id"] for each in response.json()["data"]] if response.status_code == 200 else response.status_code
 
     def ask():
-        until(is_up)
+        until(lambda: listens(port))
         try:
             assert models("sk-one") == ["base", "code", "math"]
             client = openai.OpenAI(base_url=f"{address}/v1", api_key="sk-one", max_retries=0, timeout=20)
@@ -210,7 +195,7 @@ def test_a_signal_reaches_the_verb_whose_requests_go_on(cli, listed, tmp_path, w
             os.kill(os.getpid(), signal.SIGTERM)
 
     options = ["--model", str(model), "--masks-file", str(listed), "--api-keys-file", str(keys)]
-    options += ["--dtype", "float32", "--port", str(port), "--log-format", "json", "--log-zone", "UTC"]
+    options += ["--dtype", "float32", "--port", port, "--log-format", "json", "--log-zone", "UTC"]
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
         code, output = cli("serve", *options)

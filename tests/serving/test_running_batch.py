@@ -4,18 +4,9 @@ import copy
 
 import pytest
 import torch
-from tiny import WORDS, make_llama
+from tiny import SIZES, WORDS, make_gpt2, make_llama
 from tiny_mixtures import mixture
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MambaConfig,
-    MambaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 from mft.config import MaskConfig
 from mft.masks.bank import MaskBank, load_mask_bank
@@ -23,28 +14,17 @@ from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
 from mft.serving.batch.running_batch import RunningBatch
 
-SIZES = {"vocab_size": WORDS, "hidden_size": 32, "initializer_range": 0.3}
-LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-ENDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
-
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **ENDS)
-    )
-
-
-def sliding():
+def sliding(**changes):
     """Return a model in which half of the layers see four tokens back."""
-    config = Gemma3TextConfig(**SIZES, **LAYERS, **ENDS, sliding_window=4, head_dim=16, num_key_value_heads=1)
-    config.layer_types = ["sliding_attention", "full_attention"]
-    return Gemma3ForCausalLM(config)
+    sizes = SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "eos_token_id": None} | changes
+    layers = ["sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=4, layer_types=layers))
 
 
-@pytest.mark.parametrize("make", [lambda: make_llama(initializer_range=0.3), gpt2, sliding])
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, sliding])
 def test_rows_that_join_and_leave_at_any_time_get_what_each_gets_alone(make):
-    torch.manual_seed(0)
-    model = make().eval()
+    model = make(initializer_range=0.3).eval()
     prompts = {"a": [3, 4, 5], "b": [7], "c": list(range(20, 31)), "d": [9, 9], "e": [50, 2, 40, 8]}
     joins = {0: ["a", "b"], 2: ["c"], 6: ["d", "e"]}  # by step
     leaves = {4: ["a"], 7: ["c"], 9: ["d"]}
@@ -101,7 +81,7 @@ def test_rows_that_leave_take_their_padding_along():
 
 
 def test_a_model_with_a_state_beside_keys_and_values_is_refused():
-    model = MambaForCausalLM(MambaConfig(**SIZES, num_hidden_layers=1, state_size=4))
+    model = MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, state_size=4))
     with pytest.raises(ValueError, match="base must cache only keys and values, got a MambaForCausalLM with Linear"):
         RunningBatch(MaskBank(model))
 
@@ -112,7 +92,5 @@ def test_a_model_that_mixes_its_rows_is_refused(tmp_path):
     model = OPTForCausalLM(config).eval()
     path = save_masks(mask_model(copy.deepcopy(model), MaskConfig()), tmp_path / "masks")
     batch = RunningBatch(load_mask_bank(model, {"code": path}))
-    with pytest.raises(
-        ValueError, match="base must keep its rows apart, a OPTForCausalLM does not: tasks must have one"
-    ):
+    with pytest.raises(ValueError, match="base must keep its rows apart, a OPTForCausalLM does not: tasks must have"):
         batch.check_rows_apart()

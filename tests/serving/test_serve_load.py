@@ -3,12 +3,6 @@
 import os
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("openai")
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
-
 from benchmarks.serve_load import Load, Target, percentiles, run, table
 
 

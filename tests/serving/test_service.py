@@ -5,24 +5,22 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import openai
 import pytest
 import torch
 from tiny import make_llama
+from tiny_run import free_port, listens
 
 from mft.masks.bank import load_mask_bank
+from mft.models.pretrained import save_model
 from mft.serving.api.body import read_body
 from mft.serving.batch.running_batch import RunningBatch
 from mft.serving.port import bind
-
-openai = pytest.importorskip("openai")
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
 
 PROMPTS = ["3 4 5", "7", "1 2 3 4 5 6 7 8 9", "40 41", "9 9 9 9", "12 13 14", "5 50", "33"]
 MIXED = ["code", "tiny", "math", "code", "math", "tiny", "code", "math"]
@@ -128,9 +126,7 @@ def test_the_models_are_the_base_and_its_tasks(serve):
     client = serve().client
     assert [model.id for model in client.models.list()] == ["tiny", "code", "math"]
     assert client.models.retrieve("math").id == "math"
-    with pytest.raises(
-        openai.NotFoundError, match="model must be one of tiny, code, math, got 'maths'; did you mean math"
-    ):
+    with pytest.raises(openai.NotFoundError, match="must be one of tiny, code, math, got 'maths'; did you mean math"):
         client.models.retrieve("maths")
 
 
@@ -155,27 +151,11 @@ REFUSED = [
     ({"model": 3}, 400, "model", "model must be a valid string, got 3 (int)"),
     ({"prompt": None}, 400, "prompt", "prompt must be given"),
     ({"prompt": ""}, 400, "prompt", "prompt must hold at least one token, got none"),
-    (
-        {"prompt": ["3", "4"]},
-        400,
-        "prompt",
-        "prompt must be one text or one list of token ids; send a request for each",
-    ),
+    ({"prompt": ["3", "4"]}, 400, "prompt", "must be one text or one list of token ids; send a request for each"),
     ({"prompt": [3, 61]}, 400, "prompt", "prompt must hold tokens from 0 to 60, got 61"),
-    (
-        *({"prompt": "3 " * 64}, 400, "prompt"),
-        "prompt must be at most 63 tokens, so that one more fits into 64 (--length), got 64",
-    ),
-    (
-        {"prompt": "3" * 999},
-        400,
-        "prompt",
-        "prompt must be at most 63 tokens, so that one more fits into 64 (--length), got 199 or more",
-    ),
-    (
-        *({"max_tokens": 63}, 400, "max_tokens"),
-        "max_tokens must be at most 62, the number that the 2 tokens of prompt leave of 64 (--length), got 63",
-    ),
+    ({"prompt": "3 " * 64}, 400, "prompt", "at most 63 tokens, so that one more fits into 64 (--length), got 64"),
+    ({"prompt": "3" * 999}, 400, "prompt", "so that one more fits into 64 (--length), got 199 or more"),
+    ({"max_tokens": 63}, 400, "max_tokens", "must be at most 62, the number that the 2 tokens of prompt leave of 64 "),
     ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be greater than or equal to 1, got 0 (int)"),
     ({"temperature": 2.5}, 400, "temperature", "temperature must be less than or equal to 2, got 2.5 (float)"),
     ({"temperature": "hot"}, 400, "temperature", "temperature must be a valid number, got 'hot' (str)"),
@@ -188,50 +168,26 @@ REFUSED = [
     ({"temprature": 1}, 400, "temprature", "did you mean temperature?"),
     ({"stream_options": {"usage": True}}, 400, "stream_options.usage", "stream_options.usage must be left out"),
 ]
+TOOL, PICTURE, SYSTEM = (
+    [{"role": role, "content": content}]
+    for role, content in (("tool", "3"), ("user", [{"type": "image_url"}]), ("system", "3"))
+)
 REFUSED_CHATS = [
     ({"messages": []}, 400, "messages", "messages must have at least 1 item, got [] (list)"),
-    (
-        *({"messages": [{"role": "tool", "content": "3"}]}, 400, "messages[0].role"),
-        "messages[0].role must be 'system', 'user' or 'assistant', got 'tool' (str)",
-    ),
-    (
-        *({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
-        "messages[0].content must be a text, or a list of {type: text, text: ...}",
-    ),
-    (
-        *({"messages": [{"role": "system", "content": "3"}]}, 400, "messages"),
-        "messages must be what the chat template takes: no system here",
-    ),
+    ({"messages": TOOL}, 400, "messages[0].role", "role must be 'system', 'user' or 'assistant', got 'tool' (str)"),
+    ({"messages": PICTURE}, 400, "messages[0].content", "must be a text, or a list of {type: text, text: ...}"),
+    ({"messages": SYSTEM}, 400, "messages", "messages must be what the chat template takes: no system here"),
     ({"tools": [{}]}, 400, "tools", "tools must have at most 0 items, got [{}] (list)"),
     ({"tool_choice": "required"}, 400, "tool_choice", "tool_choice must be 'none' or 'auto', got 'required' (str)"),
-    (
-        *({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
-        "response_format.type must be 'text', got 'json_object' (str)",
-    ),
+    ({"response_format": {"type": "json"}}, 400, "response_format.type", "must be 'text', got 'json' (str)"),
     ({"modalities": ["audio"]}, 400, "modalities[0]", "modalities[0] must be 'text', got 'audio' (str)"),
     ({"reasoning_effort": "low"}, 400, "reasoning_effort", "reasoning_effort must be left out"),
     ({"top_logprobs": 3}, 400, "top_logprobs", "top_logprobs must be less than or equal to 0, got 3 (int)"),
 ]
-HARMLESS = {
-    "user": "me",
-    "metadata": {"a": "b"},
-    "store": True,
-    "service_tier": "flex",
-    "safety_identifier": "me",
-    "prompt_cache_key": "key",
-    "prompt_cache_retention": "24h",
-    "parallel_tool_calls": False,
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-    "tools": [],
-    "tool_choice": "auto",
-    "functions": [],
-    "function_call": "none",
-    "logprobs": False,
-    "top_logprobs": 0,
-    "n": 1,
-    "logit_bias": {},
-}
+HARMLESS = {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "safety_identifier": "me"}
+HARMLESS |= {"prompt_cache_key": "key", "prompt_cache_retention": "24h", "parallel_tool_calls": False, "tools": []}
+HARMLESS |= {"response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "auto", "functions": []}
+HARMLESS |= {"function_call": "none", "logprobs": False, "top_logprobs": 0, "n": 1, "logit_bias": {}}
 
 
 def test_a_bad_request_is_told_the_parameter_the_rule_and_the_value(serve, until):
@@ -280,13 +236,6 @@ def test_a_body_of_another_type_or_size_is_refused_before_it_is_read(serve):
     data = b"%x\r\n%s\r\n0\r\n\r\n" % (most + 1, whole.ljust(most + 1))
     status, body = post(running, data, **chunks)
     assert (status, body["error"]["message"]) == (413, f"{message}more")
-
-
-def test_a_service_on_loopback_is_not_asked_by_the_name_of_a_strangers_site(serve):
-    running = serve(hosts=frozenset())
-    assert post(running, COMPLETION)[0] == 200
-    status, body = post(running, COMPLETION, Host="stranger.example")
-    assert (status, body["error"]["message"].partition(", got ")[2]) == (403, "'stranger.example' (str)")
 
 
 def test_bodies_are_read_beside_the_event_loop(serve, monkeypatch):
@@ -522,14 +471,6 @@ def test_a_client_that_does_not_wait_for_its_answer_frees_its_place(serve, gate,
     assert gate.steps <= steps + 1
 
 
-def test_there_is_a_line_in_the_log_for_each_answer(serve):
-    running = serve()
-    found = complete(running, "math", max_tokens=4)
-    assert re.fullmatch(
-        rf"{found.id} math 200 length: 3 \+ 4 tokens in \d+\.\d\d s, first token after \d+\.\d\d s", running.lines[0]
-    )
-
-
 # ---------------------------------------------------------------------------------------------- stopping
 
 
@@ -580,16 +521,11 @@ def test_no_host_is_not_every_address(host):
 
 def test_the_verb_serves_until_a_signal_comes(cli, exports, tmp_path, words, until):
     """In this process, as a signal would arrive."""
-    model = tmp_path / "base"
-    make_llama(initializer_range=0.3).save_pretrained(model)
-    words.save_pretrained(model)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    model, port = save_model(make_llama(initializer_range=0.3), words, tmp_path / "base"), free_port()
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=20)
 
     def ask():
-        until(lambda: answers(port))
+        until(lambda: listens(port))
         service = SimpleNamespace(address=f"http://127.0.0.1:{port}")
         statuses = [post(service, {}, Host=name)[0] for name in ("other.example", f"masks.example:{port}", "[::1]")]
         assert statuses == [403, 400, 400]
@@ -606,7 +542,7 @@ def test_the_verb_serves_until_a_signal_comes(cli, exports, tmp_path, words, unt
     masks = [word for task in exports for word in ("--masks", f"{task}={exports[task]}")]
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
-        options = ("--dtype", "float32", "--port", str(port), "--allow-host", "masks.example")
+        options = ("--dtype", "float32", "--port", port, "--allow-host", "masks.example")
         code, output = cli("serve", "--model", str(model), *masks, *options)
         text = asked.result()
     client.close()
@@ -614,8 +550,3 @@ def test_the_verb_serves_until_a_signal_comes(cli, exports, tmp_path, words, unt
     assert f"serving base, code, math on http://127.0.0.1:{port}/v1" in output
     assert text == generated(load_mask_bank(make_llama(initializer_range=0.3), exports), words, "code", "3 4 5", 16)
     assert output.splitlines()[-1].endswith(" info stopped")
-
-
-def answers(port):
-    with socket.socket() as attempt:
-        return attempt.connect_ex(("127.0.0.1", port)) == 0
