@@ -1,30 +1,26 @@
 """KL, distillation and DPO: in every way, losses and gradients equal those of whole logits; what they keep and run."""
 
 import math
-import os
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tiny import WORDS, make_llama, make_rows
-from torch.utils._python_dispatch import TorchDispatchMode
-from whole_logits import WAYS, assert_same, by_hand, make_masked, step
+from tiny_run import assert_goes_on_bit_for_bit
+from whole_logits import WAYS, Widths, assert_same, by_hand, make_masked, step
 
 from mft.config import TrainConfig
 from mft.data.batches import take_rows
 from mft.engines.layerwise import Layerwise
 from mft.engines.start import OWN_FORWARD, start_runner
 from mft.evaluation.evaluate import evaluate
-from mft.masks.convert import keeping_all, masked_modules
+from mft.masks.convert import keeping_all
 from mft.objectives.cross_entropy import CrossEntropy
 from mft.objectives.distillation import Distillation
 from mft.objectives.dpo import DPO
 from mft.objectives.kl import KL
-from mft.training.checkpoint import newest_checkpoint
 from mft.training.loop import train_masks
-from mft.training.saver import Saver, Stopped
 from mft.training.teacher import ModelTeacher
 
 LENGTH = 120  # a micro-batch scores more tokens than a chunk has
@@ -131,21 +127,6 @@ def test_a_teacher_runs_in_its_own_way_and_words_of_padding_are_left_out(way, mo
     assert runs[2][0][0] > 0
 
 
-class Widths(TorchDispatchMode):
-    """Records the rows of every tensor that is as wide as the vocabulary."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = set()
-
-    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        out = function(*arguments, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == WORDS:
-                self.rows.add(tensor.shape[:-1].numel())
-        return out
-
-
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_no_tensor_as_wide_as_the_vocabulary_has_more_rows_than_a_chunk(name, monkeypatch):
     batch = take_rows(make_pairs(), [0, 1])
@@ -202,21 +183,11 @@ def test_rows_that_are_recalled_ask_the_base_no_more(way, monkeypatch):
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, make, way):
     train, rows = TrainConfig(steps=9, batch_size=2, lr=1e-2, seed=3), make_pairs(10, 40)
-    straight, resumed = make_masked(way), make_masked(way)
-    expected = train_masks(straight, rows, train, way=way, objective=make())
 
-    def stop(report):
-        if report.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def run(model, **options):
+        return train_masks(model, rows, train, way=way, objective=make(), **options)
 
-    options = {"way": way, "objective": make()}
-    with pytest.raises(Stopped):
-        train_masks(make_masked(way), rows, train, on_step=stop, saver=Saver(tmp_path, math.inf), **options)
-    found, _ = newest_checkpoint(tmp_path)
-    reports = train_masks(resumed, rows, train, saver=Saver(tmp_path, math.inf, found), way=way, objective=make())
-    assert [report.loss for report in reports] == [report.loss for report in expected]
-    for name, module in masked_modules(straight).items():
-        assert torch.equal(masked_modules(resumed)[name].scores, module.scores), name
+    assert_goes_on_bit_for_bit(run, lambda: make_masked(way), tmp_path, 3)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -6,9 +6,11 @@ import sys
 import time
 
 import pytest
+from tiny import make_rows
 from tiny_run import LEARN, assert_same_masks, events_of, in_a_fork, steps
 
-from mft.config_file import load_config
+from mft.config import TrainConfig
+from mft.engines.step import StepReport
 from mft.tracking import metrics
 from mft.tracking.trackers import Scalars, Trackers
 from mft.training.checkpoint import write_checkpoint
@@ -67,25 +69,28 @@ def reported(run):
     return [in_tensorboard(run), in_trackio(run)]
 
 
+def die_before_the_checkpoint_of_step_6(cli, *settings, wait=lambda: None):
+    """Step 6 and its evaluation are reported before."""
+
+    def write(root, step, *arguments, **options):
+        if step == 6 and root.name == "checkpoints":
+            wait()
+            os._exit(9)
+        return write_checkpoint(root, step, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mft.training.saver.write_checkpoint", write)
+        assert in_a_fork(lambda: cli("train", *settings, "checkpoint_minutes=0")[0]) == 9
+
+
 def test_a_killed_run_goes_on_in_the_same_runs_with_every_step_once(cli, tmp_path):
-    code, output = cli("train", *EVALUATED, "checkpoint_minutes=0", "output_dir=straight")
-    assert code == 0, output
+    output = cli.done("train", *EVALUATED, "checkpoint_minutes=0", "output_dir=straight")
 
-    def die():
-        """Die after step 6 and its evaluation are reported, before their checkpoint."""
-        with pytest.MonkeyPatch.context() as patch:
+    def wait():
+        while in_trackio(tmp_path / "run").get("train/loss", [(0, 0)])[-1][0] < 6:
+            time.sleep(0.1)  # trackio writes twice a second
 
-            def write(root, step, *arguments, **options):
-                if step == 6 and root.name == "checkpoints":
-                    while in_trackio(tmp_path / "run").get("train/loss", [(0, 0)])[-1][0] < 6:
-                        time.sleep(0.1)  # trackio writes twice a second
-                    os._exit(9)
-                return write_checkpoint(root, step, *arguments, **options)
-
-            patch.setattr("mft.training.saver.write_checkpoint", write)
-            return cli("train", *EVALUATED, "checkpoint_minutes=0", BOTH)[0]
-
-    assert in_a_fork(die) == 9
+    die_before_the_checkpoint_of_step_6(cli, *EVALUATED, BOTH, wait=wait)
     run, wanted = tmp_path / "run", expected(tmp_path / "straight")
     # TensorBoard reads files in order of their names, in which the second precedes the process's number.
     (killed,) = (run / "tensorboard").iterdir()
@@ -93,8 +98,7 @@ def test_a_killed_run_goes_on_in_the_same_runs_with_every_step_once(cli, tmp_pat
         time.sleep(0.05)
     for found in reported(run):
         assert found["train/loss"][-1][0] == 6
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
+    output = cli.done("train", "--resume", "run")
     assert "trackio show" in output
     for found in reported(run):
         assert found.pop("train/tokens_per_second")[-1][0] == 8
@@ -110,8 +114,7 @@ def test_a_killed_run_goes_on_in_the_same_runs_with_every_step_once(cli, tmp_pat
 
 
 def test_what_is_exported_is_the_best_and_said_to_be(cli, tmp_path):
-    code, output = cli("train", *EVALUATED, "memory=resident")
-    assert code == 0, output
+    output = cli.done("train", *EVALUATED, "memory=resident")
     table, events = json.loads((tmp_path / "run" / "table.json").read_text()), events_of(tmp_path / "run")
     losses = {event["step"]: event["loss"] for event in events if event["phase"] == "validation"}
     best = min(losses, key=losses.get)
@@ -124,20 +127,16 @@ def test_what_is_exported_is_the_best_and_said_to_be(cli, tmp_path):
 
 def test_where_the_last_step_is_the_best_nothing_changes(cli, tmp_path):
     few = [*LEARN, "train.steps=8", "mask.keep_ratio=0.8"]
-    code, output = cli("train", *few, "train.eval_every=4", "train.keep_best=true")
-    assert code == 0, output
+    output = cli.done("train", *few, "train.eval_every=4", "train.keep_best=true")
     assert "the best step is 8 of 8" in output
     cli("train", *few, "output_dir=plain")
-    assert (tmp_path / "run" / "table.md").read_text() == (tmp_path / "plain" / "table.md").read_text()
-    assert (tmp_path / "run" / "table.json").read_text() == (tmp_path / "plain" / "table.json").read_text()
-    files = [(tmp_path / name / "masks" / "adapter_model.safetensors").read_bytes() for name in ("run", "plain")]
-    assert files[0] == files[1]
+    for name in ("table.md", "table.json", "masks/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 def test_a_fine_tune_stops_early_as_a_finished_run_and_exports_its_best(cli, tmp_path):
     stop = ["train.eval_every=1", "train.keep_best=true", "train.patience=2", "train.min_delta=9", "train.log_every=5"]
-    code, output = cli("finetune", *LEARN, "train.steps=8", "train.lr=1", *stop)
-    assert code == 0, output
+    output = cli.done("finetune", *LEARN, "train.steps=8", "train.lr=1", *stop)
     assert "stopped early after step 3 of 8: 2 evaluations without a loss below" in output
     run = tmp_path / "run"
     assert [event["step"] for event in events_of(run) if event["phase"] == "full fine-tune"] == [3]
@@ -162,8 +161,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_is_not(cli, tmp_path, monk
         add_scalar(self, key, value, global_step)
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
-    code, output = cli("train", *LEARN, BOTH)
-    assert code == 0, output
+    output = cli.done("train", *LEARN, BOTH)
     error = "OSError: No space left on device"
     words = f"report_to: tensorboard has failed and receives nothing more ({error}); the run goes on"
     assert output.count(words) == 1
@@ -176,16 +174,14 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_is_not(cli, tmp_path, monk
 def test_a_tracker_that_cannot_begin_ends_the_run_before_it_trains(cli, tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-store://host")
-    code, output = cli("train", *LEARN, "report_to=mlflow")
-    assert code == 2
+    output = cli.refused("train", *LEARN, "report_to=mlflow")
     assert "report_to: mlflow could not begin (UnsupportedModelRegistryStoreURIException: " in output
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "mlflow", "wandb"])
 def test_a_missing_package_is_told_before_anything_is_written(cli, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    code, output = cli("train", *LEARN, f"report_to={name}")
-    assert code == 2
+    output = cli.refused("train", *LEARN, f"report_to={name}")
     assert f"report_to must name trackers that are installed, got {name}, whose package is missing: pip" in output
     assert not (tmp_path / "run").exists()
 
@@ -227,38 +223,28 @@ def test_a_run_that_goes_on_shows_the_objectives_losses_of_before():
     assert metrics.Recorder(events=[plain]).validation == {2: 4.0}
 
 
-def test_the_plot_is_drawn_anew_while_the_run_trains_in_a_hundredth_of_its_time(cli, tmp_path, monkeypatch):
+def test_the_plot_is_drawn_again_while_the_run_trains_in_a_hundredth_of_its_time(tmp_path, monkeypatch):
     now, drawn = [0.0], []
 
-    def plot(curves, path, validation, **_):
+    def plot(curves, *_, **__):
         now[0] += 2.0
-        drawn.append((now[0], len(curves["mask fine-tune"]), dict(validation)))
+        drawn.append((now[0], len(curves["mask fine-tune"])))
 
-    def advance(self, report):
-        now[0] += 10.0
-        record(self, report)
-
-    record = metrics.Steps.__call__
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(metrics, "plot_curves", plot)
-    monkeypatch.setattr(metrics.Steps, "__call__", advance)
-    code, output = cli("train", *LEARN, "train.steps=24", "train.eval_every=2")
-    assert code == 0, output
-    assert [(when, steps) for when, steps, _ in drawn[:-1]] == [(32.0, 3), (234.0, 23)]
-    assert drawn[-1][1] == 24  # at the end, whatever the time
-    assert list(drawn[0][2]) == [0, 2]
-
-
-def test_a_run_reports_nowhere_unless_asked():
-    assert load_config(None).report_to == []
+    recorder = metrics.Recorder(tmp_path, plot=True)
+    with recorder.training("mask fine-tune", make_rows(), TrainConfig(steps=24)) as on_step:
+        for step in range(1, 25):
+            now[0] += 10.0
+            on_step(StepReport(step, 24, 2.0, 1e-3, 64, now[0]))
+    assert drawn == [(32.0, 3), (234.0, 23)]
 
 
 @pytest.mark.slow
 def test_wandb_takes_a_run_offline(cli, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    code, output = cli("train", *LEARN, "report_to=wandb")
-    assert code == 0, output
+    output = cli.done("train", *LEARN, "report_to=wandb")
     assert "has failed" not in output
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     content = written.read_bytes()
@@ -283,22 +269,9 @@ def test_mlflow_takes_a_run_and_what_it_lacks_once_that_goes_on(cli, tmp_path, m
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
 
-    def die():
-        """Die after step 6 is reported, before its checkpoint."""
-        with pytest.MonkeyPatch.context() as patch:
-
-            def write(root, step, *arguments, **options):
-                if step == 6 and root.name == "checkpoints":
-                    os._exit(9)
-                return write_checkpoint(root, step, *arguments, **options)
-
-            patch.setattr("mft.training.saver.write_checkpoint", write)
-            return cli("train", *LONG, "train.eval_every=2", "checkpoint_minutes=0", "report_to=mlflow", "project=p")[0]
-
-    assert in_a_fork(die) == 9
+    die_before_the_checkpoint_of_step_6(cli, *LONG, "train.eval_every=2", "report_to=mlflow", "project=p")
     assert in_mlflow("p")[0]["train/loss"][-1][0] == 6
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
+    output = cli.done("train", "--resume", "run")
     assert "mlflow: experiment p, run run-" in output
     assert "has failed" not in output
     found, run = in_mlflow("p")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import equal
 
 from mft.training.checkpoint import (
     FACTS,
@@ -37,10 +38,8 @@ def tensors_of(step):
 
 
 def assert_holds(checkpoint, step):
-    found, expected = checkpoint.tensors(), tensors_of(step)
     assert checkpoint.facts() == {"step squared": step**2}
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert equal(checkpoint.tensors(), tensors_of(step))
 
 
 def write(root, step):

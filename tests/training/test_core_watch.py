@@ -43,33 +43,25 @@ def started(**options):
     return watch
 
 
-def test_busy_cores_are_said_once_with_the_slowdown_and_the_remedy(monkeypatch):
-    work = Work(monkeypatch, BUSY)
-    work.steps(started(), 20, wall=2.0, cpu=0.5)
-    assert work.said == [
-        "warning: a step takes about 4.0 times as long as on free cores: 2 threads get 0.9 cores, other processes use "
-        "the rest; end these, or stop this run and set OMP_NUM_THREADS=1 (see docs/how-to/reporting.md)"
-    ]
-
-
-def test_one_thread_is_not_told_to_take_fewer(monkeypatch):
-    work = Work(monkeypatch, Contention((0.5,)))
-    work.steps(started(), 1, wall=2.0, cpu=1.0)
-    assert len(work.said) == 1
-    assert work.said[0].endswith("1 thread gets 0.5 cores, other processes use the rest; end these")
-
-
 @pytest.mark.parametrize(
-    ("cores", "cpu", "measured"),
+    ("cores", "steps", "wall", "cpu", "measured", "said"),
     [
-        (BUSY, 0.95, 0),  # at full speed nothing is measured
-        (FREE, 0.1, 5),  # it waits for a disk: measured after 1, 2, 4, 8 and 16 seconds, never for long
+        (BUSY, 20, 2.0, 0.5, 1, "warning: a step takes about 4.0 times as long as on free cores: 2 threads get 0.9 "),
+        (Contention((0.5,)), 1, 2.0, 1.0, 1, "1 thread gets 0.5 cores, other processes use the rest; end these"),
+        (BUSY, 40, 1.0, 0.95, 0, None),  # at full speed nothing is measured
+        (FREE, 40, 1.0, 0.1, 5, None),  # it waits for a disk: measured after 1, 2, 4, 8 and 16 seconds
     ],
+    ids=["busy", "one thread", "full speed", "a slow disk"],
 )
-def test_free_cores_and_slow_disks_are_said_nothing_of(monkeypatch, cores, cpu, measured):
+def test_busy_cores_are_said_once_and_free_cores_and_slow_disks_never(
+    monkeypatch, cores, steps, wall, cpu, measured, said
+):
     work = Work(monkeypatch, cores)
-    work.steps(started(), 40, wall=1.0, cpu=cpu)
-    assert (work.said, work.measured) == ([], measured)
+    work.steps(started(), steps, wall=wall, cpu=cpu)
+    assert work.measured == measured
+    assert [said in line for line in work.said] == [True] * (said is not None)
+    remedy = "end these, or stop this run and set OMP_NUM_THREADS=1 (see docs/how-to/reporting.md)"
+    assert [line.endswith(remedy) for line in work.said] == [cores is BUSY] * len(work.said)
 
 
 def test_short_steps_are_judged_together(monkeypatch):

@@ -23,12 +23,10 @@ BY_RATIO = ["mask.threshold=null", "mask.keep_ratio=0.8", "mask.sharpness=null",
 def test_a_killed_run_goes_on_bit_for_bit_without_a_look_at_the_data(cli, tmp_path, monkeypatch, how):
     """Flips too: they count from the first masks, which with a ratio come from the data; `mft inspect` lacks these."""
     few = [*ASKED, *how, "checkpoint_minutes=0"]
-    code, output = cli("train", *few, "output_dir=straight")
-    assert code == 0, output
+    output = cli.done("train", *few, "output_dir=straight")
     killed_after(cli, 4, "train", *few)
     monkeypatch.setattr("mft.training.run.init_from_data", never)
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
+    output = cli.done("train", "--resume", "run")
     assert events_of(tmp_path / "run", timed=False) == events_of(tmp_path / "straight", timed=False)
     assert_same_masks(tmp_path / "run", tmp_path / "straight")
     assert output.split("% of the mask's bits flipped")[0].split()[-1] != "0.00"
@@ -44,8 +42,7 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
         return init_from_data(model, mask, rows, **where)
 
     monkeypatch.setattr("mft.training.run.init_from_data", begin)
-    code, output = cli("train", *ASKED, "train.log_every=3", "mask.deletion_penalty=0", "coding=packed")
-    assert code == 0, output
+    output = cli.done("train", *ASKED, "train.log_every=3", "mask.deletion_penalty=0", "coding=packed")
     assert "scores begin by mask.init=wanda on 5 rows of the training data" in output
     assert begun == [(5, "plain")]
     steps = {event["step"]: event["dropped"] for event in events_of(tmp_path / "run") if "lr" in event}
@@ -56,15 +53,13 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
     assert steps[6] == pytest.approx(share)
     assert 0 < share < 0.5
     assert f"{100 * share:.3g} % dropped" in output
-    code, output = cli("inspect", "run", "--all")
-    assert code == 0, output
+    output = cli.done("inspect", "run", "--all")
     rows = [line.split() for line in output.splitlines() if "mlp.gate_proj" in line]
     assert [float(row[2]) + float(row[4]) for row in rows] == [100, 100]  # every weight kept at first has flipped
 
 
 def test_the_shipped_configuration_masks_gate_projections_alone(cli, tmp_path, model_dir):
     tiny = [f"model.name={model_dir}", "model.dtype=float32", "data.source=data.jsonl", "data.sequence_length=12"]
-    code, output = cli("train", "--config", "deletion", *tiny, "train.steps=3", "output_dir=run")
-    assert code == 0, output
+    cli.done("train", "--config", "deletion", *tiny, "train.steps=3", "output_dir=run")
     masks = load_file(tmp_path / "run" / "masks" / "adapter_model.safetensors")
     assert sorted(masks) == [f"model.layers.{i}.mlp.gate_proj.mask" for i in range(4)]

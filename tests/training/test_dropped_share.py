@@ -21,13 +21,10 @@ def test_it_is_that_of_the_masks_at_steps_that_are_logged():
     reports = train_masks(model, make_rows(), STEPS, on_step=lambda _: shares.append(share(model)))
     assert [report.dropped for report in reports] == pytest.approx([None, shares[1], None, shares[3], shares[4]])
     assert 0 < shares[4] < 1
+    assert {report.dropped for report in train_masks(masked_llama(), make_rows(), STEPS)} == {None}  # of a ratio
 
 
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_other_ways_tell_the_last_as_it_is(way):
     model = masked_llama(**FREE)
     assert train_masks(model, make_rows(), STEPS, way=way)[-1].dropped == pytest.approx(share(model))
-
-
-def test_of_a_ratio_nothing_is_told():
-    assert {report.dropped for report in train_masks(masked_llama(), make_rows(), STEPS)} == {None}

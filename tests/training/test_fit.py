@@ -27,6 +27,9 @@ def config_of(name="llama2-7b", memory="auto", **sections):
     )
 
 
+EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
 @pytest.fixture
 def with_free(monkeypatch, tmp_path):
     """Return with_free(gigabytes), which sets the free memory."""
@@ -74,10 +77,22 @@ def test_processes_on_one_machine_share_its_memory(with_free, monkeypatch):
     assert "of 100.0 GB on cpu" in plan_training(config_of()).reason
 
 
-def test_what_cannot_fit_is_refused_with_numbers_and_the_nearest_setting(with_free):
-    with_free(24)
-    with pytest.raises(ValueError, match=r"nothing fits: resident: needs .* GB of 24.0 GB, in backward; the nearest"):
-        plan_training(config_of(memory="resident"))
+ALL = {"memory": "quantized", "mask": {"layers_to_transform": None}}
+
+
+@pytest.mark.parametrize(
+    ("free", "changes", "message"),
+    [
+        (24, {"memory": "resident"}, r"nothing fits: resident: needs .* GB of 24.0 GB, in backward; the nearest"),
+        (400, {"memory": "layerwise", "train": {"max_grad_norm": 1.0}}, "layerwise: it has no global gradient norm to"),
+        (400, {"mask": {"layers_to_transform": "30-32"}}, r"must lie in 0 to 31, llama2-7b has 32 layers"),
+        (400, ALL, "quantized: every linear layer is masked, so nothing would be quantised"),
+    ],
+)
+def test_what_cannot_be_trained_so_is_refused_with_numbers(with_free, free, changes, message):
+    with_free(free)
+    with pytest.raises(ValueError, match=message):
+        plan_training(config_of(**changes))
 
 
 def test_the_nearest_setting_fits(with_free):
@@ -117,20 +132,14 @@ def test_no_weight_is_loaded_before_the_refusal(with_free, monkeypatch):
 
 def test_quantized_means_nf4_unless_said_otherwise(with_free):
     with_free(400)
+    everything = config_of(**ALL)
+    everything.model.quantization, everything.model.quantize_masked = "nf4", True
+    assert plan_training(everything).way == "quantized"
     assert plan_training(config_of(memory="quantized")).quantization == "nf4"
     assert plan_training(config_of(memory="quantized", quantization="int8")).quantization == "int8"
     plan = plan_training(config_of(quantization="int8"))
     assert (plan.way, plan.quantization) == ("quantized", "int8")
     assert plan_training(config_of()).quantization is None
-
-
-def test_a_base_of_which_nothing_would_be_quantised_is_refused(with_free):
-    with_free(400)
-    everything = config_of(memory="quantized", mask={"layers_to_transform": None})
-    with pytest.raises(ValueError, match="quantized: every linear layer is masked, so nothing would be quantised"):
-        plan_training(everything)
-    everything.model.quantization, everything.model.quantize_masked = "nf4", True
-    assert plan_training(everything).way == "quantized"
 
 
 def test_frozen_layers_are_remembered_where_there_is_room_and_a_tenth_to_save(with_free):
@@ -144,12 +153,6 @@ def test_frozen_layers_are_remembered_where_there_is_room_and_a_tenth_to_save(wi
     with_free((needed.device_peak + 1e9) / 1e9)
     plan = plan_training(config_of(memory="layerwise", mask=upper))
     assert not plan.remember
-
-
-def test_clipping_rules_layerwise_out(with_free):
-    with_free(400)
-    with pytest.raises(ValueError, match="layerwise: it has no global gradient norm to clip"):
-        plan_training(config_of(memory="layerwise", train={"max_grad_norm": 1.0}))
 
 
 @pytest.mark.parametrize(
@@ -167,28 +170,19 @@ def test_what_is_masked_is_what_is_estimated(mask, named):
     assert workload_of(config_of("mixtral-8x7b", mask=mask), torch.device("cpu")).target_modules == named
 
 
-def test_masks_of_experts_need_room_on_the_disk(with_free, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "mask", "free", "message"),
+    [
+        ("llama2-7b", {}, 10_000_000, "with 0.2 GB free, run has 0.0 GB"),
+        ("mixtral-8x7b", EXPERTS, 4 * 8 * 3 * 14336 * 4096 // 8, "with 0.8 GB free, run has 0.7 GB"),
+    ],
+)
+def test_masks_need_room_on_the_disk(with_free, monkeypatch, name, mask, free, message):
     with_free(2000)
-    parameters = 4 * 8 * 3 * 14336 * 4096
-    usage = shutil._ntuple_diskusage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, parameters // 8))
-    mask = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    with pytest.raises(ValueError, match="output_dir must lie on a disk with 0.8 GB free, run has 0.7 GB"):
-        plan_training(config_of("mixtral-8x7b", mask=mask))
-
-
-def test_a_full_disk_is_refused(with_free, monkeypatch):
-    with_free(400)
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
-    with pytest.raises(ValueError, match=r"output_dir must lie on a disk with 0.2 GB free, run has 0.0 GB"):
-        plan_training(config_of())
-
-
-def test_a_layer_that_the_model_does_not_have(with_free):
-    with_free(400)
-    with pytest.raises(ValueError, match=r"mask.layers_to_transform must lie in 0 to 31, llama2-7b has 32 layers"):
-        plan_training(config_of(mask={"layers_to_transform": "30-32"}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+    with pytest.raises(ValueError, match=f"output_dir must lie on a disk {message}"):
+        plan_training(config_of(name, mask=mask))
 
 
 def test_shapes_that_are_not_known_are_not_refused(with_free, tmp_path):

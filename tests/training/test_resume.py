@@ -8,8 +8,8 @@ import signal
 
 import pytest
 import torch
-from tiny import make_llama, make_rows, masked_llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny import equal, make_gpt2, make_llama, make_rows, masked_llama
+from tiny_run import assert_goes_on_bit_for_bit
 
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model
@@ -29,17 +29,15 @@ def masks(dtype=torch.float32, *, quantized=None, **mask):
 
 
 def gpt2():
-    """Return a GPT-2 that drops a tenth of embeddings, of attention and of the layers' outputs."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=2, n_positions=32))
+    return make_gpt2(dropout=0.1, n_layer=3, n_head=2)
 
 
 def masked_gpt2():
     return mask_model(gpt2(), MaskConfig.paper(layers_to_transform=[1, 2]))
 
 
-EIGHT = {"moments": "8bit"}
+EIGHT, FREE = {"moments": "8bit"}, {"mode": "value", "threshold": 0.0, "init": "magnitude"}
+CODED = {"quantized": "nf4", "scores_dtype": "int16"}
 RUNS = {
     "weights": (make_llama, finetune, {}, {}),
     "16-bit weights on masters": (lambda: make_llama(torch.bfloat16), finetune, {}, {}),
@@ -52,18 +50,8 @@ RUNS = {
     "plain, clipped": (masks, train_masks, {"max_grad_norm": 0.1}, {"way": "plain"}),
     "resident": (lambda: masks(scores_dtype="int16"), train_masks, EIGHT, {"way": "resident"}),
     "resident, fp32": (lambda: masks(torch.bfloat16), train_masks, {}, {"way": "resident"}),
-    "resident, free threshold": (
-        lambda: masks(mode="value", threshold=0.0, init="magnitude"),
-        train_masks,
-        {},
-        {"way": "resident"},
-    ),
-    "quantized": (
-        lambda: masks(torch.bfloat16, quantized="nf4", scores_dtype="int16"),
-        train_masks,
-        EIGHT,
-        {"way": "quantized"},
-    ),
+    "resident, free threshold": (lambda: masks(**FREE), train_masks, {}, {"way": "resident"}),
+    "quantized": (lambda: masks(torch.bfloat16, **CODED), train_masks, EIGHT, {"way": "quantized"}),
     "layerwise": (lambda: masks(scores_dtype="int16"), train_masks, EIGHT, {"way": "layerwise"}),
 }
 
@@ -82,32 +70,7 @@ IN_TURN = [*zip(RUNS, itertools.cycle(BATCHES)), ("layerwise", "accumulated")]
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name, batch):
     make, run, changes, options = RUNS[name]
     train, rows = settings(**changes, **BATCHES[batch]), make_rows(ROWS)
-    straight = make()
-    expected = run(straight, rows, train, **options)
-
-    def stop(report):
-        if report.step == FIRST:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Stopped) as stopped:
-        run(make(), rows, train, on_step=stop, saver=Saver(tmp_path, math.inf), **options)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    checkpoint, skipped = newest_checkpoint(tmp_path)
-    assert (checkpoint.step, skipped) == (FIRST, [])
-    resumed, heard = make(), []
-    reports = run(
-        resumed,
-        rows,
-        train,
-        on_step=lambda report: heard.append(report.step),
-        saver=Saver(tmp_path, math.inf, checkpoint),
-        **options,
-    )
-    assert heard == list(range(FIRST + 1, STEPS + 1))
-    assert [report.loss for report in reports] == [report.loss for report in expected]
-    found, wanted = resumed.state_dict(), straight.state_dict()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-    assert newest_checkpoint(tmp_path)[0].step == STEPS
+    assert_goes_on_bit_for_bit(lambda model, **more: run(model, rows, train, **options, **more), make, tmp_path, FIRST)
 
 
 def test_a_run_without_its_checkpoint_would_differ(tmp_path):
@@ -118,7 +81,7 @@ def test_a_run_without_its_checkpoint_would_differ(tmp_path):
     with torch.no_grad():
         other.get_submodule("model.layers.2.mlp.up_proj").scores.mul_(1.01)
     train_masks(other, rows, train)
-    assert not all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), other.state_dict().values()))
+    assert not equal(straight.state_dict(), other.state_dict())
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -129,7 +92,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=r"learned.model.layers.1.mlp.down_proj.scores is missing there"):
         train_masks(other, rows, train, saver=Saver(tmp_path, math.inf, checkpoint))
-    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    assert equal(other.state_dict(), before)
     with pytest.raises(ValueError, match=r"must be torch.bfloat16 of shape .*, the checkpoint has torch.float32"):
         train_masks(masks(scores_dtype="bfloat16"), rows, train, saver=Saver(tmp_path, math.inf, checkpoint))
 

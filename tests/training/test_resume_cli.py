@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import equal
 from tiny_run import (
     LEARN,
     Forked,
@@ -24,7 +25,6 @@ from tiny_run import (
     wait_for_checkpoint,
 )
 
-from mft.tracking.metrics import Steps
 from mft.training.flips import PHASE
 from mft.training.run_lock import hold
 
@@ -59,8 +59,7 @@ def test_a_run_told_to_stop_saves_and_goes_on(cli, tmp_path, number, code, own):
     output = finish(process, code)
     step = int(re.search(r"stopped by SIG\w+ after step (\d+) of 16; saved: ", output).group(1))
     assert "go on with mft train --resume run" in output
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
+    output = cli.done("train", "--resume", "run")
     assert f"goes on after step {step}" in output
     assert steps(tmp_path / "run") == steps(tmp_path / "straight")
     assert_same_masks(tmp_path / "run", tmp_path / "straight")
@@ -78,8 +77,7 @@ def test_a_run_whose_terminal_closes_saves_and_goes_on(cli, tmp_path):
         os.read(terminal, 1 << 16)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
+    output = cli.done("train", "--resume", "run")
     assert re.search(r"goes on after step \d+", output)
 
 
@@ -94,12 +92,10 @@ def test_the_metrics_of_a_run_that_goes_on_are_those_of_a_straight_one(cli, tmp_
     """Flips included: every third step counts from the one that counted before, which is before the checkpoint."""
     monkeypatch.setattr("mft.training.run.POINTS", 4)
     few = [*LEARN, "train.steps=10", f"memory={way}", "mask.init=magnitude", "checkpoint_minutes=0"]
-    code, output = cli("train", *few, "output_dir=straight")
-    assert code == 0, output
+    cli.done("train", *few, "output_dir=straight")
     killed_after(cli, 6, "train", *few)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
-    code, output = cli("train", "--resume", "run", "--config", "run/config.yaml")
-    assert code == 0, output
+    cli.done("train", "--resume", "run", "--config", "run/config.yaml")
     events = events_of(tmp_path / "run", timed=False)
     assert events == events_of(tmp_path / "straight", timed=False)
     assert [event["step"] for event in events if event["phase"] == PHASE] == ([3, 6, 9, 10] if way == "plain" else [])
@@ -112,39 +108,23 @@ def test_a_killed_fine_tune_goes_on(cli, tmp_path):
     wait_for_checkpoint(tmp_path / "run", process)
     process.send_signal(signal.SIGKILL)
     finish(process, -signal.SIGKILL)
-    code, output = cli("train", "--resume", "run")
-    assert code == 2
+    output = cli.refused("train", "--resume", "run")
     assert "got run, a run of mft finetune: mft finetune --resume run" in " ".join(output.split())
-    code, output = cli("finetune", "--resume", "run")
-    assert code == 0, output
+    output = cli.done("finetune", "--resume", "run")
     assert steps(tmp_path / "run", "full fine-tune") == steps(tmp_path / "straight", "full fine-tune")
-    found, expected = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "straight"))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert equal(*(load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "straight")))
 
 
 @pytest.fixture
 def stopped(cli, tmp_path):
-    """Make a run that died at its third step, after a checkpoint."""
-    record = Steps.__call__
-
-    def die(self, report):
-        record(self, report)
-        if report.step == 3:
-            os._exit(9)
-
-    def work():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Steps, "__call__", die)
-            return cli("train", *SLOW)[0]
-
-    assert in_a_fork(work) == 9
+    """Return a run that died at its third step, after a checkpoint."""
+    killed_after(cli, 3, "train", *SLOW)
     return tmp_path / "run"
 
 
 def test_a_run_is_resumed_only_by_the_command_that_began_it(stopped, cli):
     before = sorted(path.name for path in (stopped / "checkpoints").rglob("*.json"))
-    code, output = cli("finetune", "--resume", "run")
-    assert code == 2
+    output = cli.refused("finetune", "--resume", "run")
     words = "--resume must name a run of mft finetune, got run, a run of mft train: mft train --resume run"
     assert words in " ".join(output.split())
     assert "before, validation" not in output
@@ -152,38 +132,24 @@ def test_a_run_is_resumed_only_by_the_command_that_began_it(stopped, cli):
 
 
 def test_what_has_changed_is_refused_unless_forced(stopped, cli, tmp_path):
-    code, output = cli("train", *SLOW)
-    assert code == 2
+    output = cli.refused("train", *SLOW)
     assert "already holds a run" in output
     assert "go on with --resume run" in output
-    code, output = cli("train", "--resume", "run", "train.lr=2e-2", "mask.seed=1")
-    assert code == 2
+    output = cli.refused("train", "--resume", "run", "train.lr=2e-2", "mask.seed=1")
     assert "mask.seed was 0, now 1; train.lr was 0.01, now 0.02" in output
     data = tmp_path / "data.jsonl"
     data.write_text(data.read_text().replace('"text": "1 ', '"text": "2 '))
-    code, output = cli("train", "--resume", "run")
-    assert code == 2
+    output = cli.refused("train", "--resume", "run")
     assert re.search(r"must be of this very run, but data was \w+, now \w+: undo the change, or pass --force", output)
-    code, output = cli("train", "--resume", "run", "--force", "train.lr=2e-2")
-    assert code == 0, output
+    output = cli.done("train", "--resume", "run", "--force", "train.lr=2e-2")
     assert "goes on after step" in output
-
-
-def test_only_one_process_works_in_a_run(stopped, cli):
-    with hold(stopped):
-        code, output = cli("train", "--resume", "run")
-    assert code == 2
-    assert re.search(rf"output_dir run is in use by process {os.getpid()} on \S+: wait for it", output)
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
 
 
 def test_without_a_checkpoint_that_verifies_nothing_is_begun(stopped, cli):
     (checkpoint,) = (stopped / "checkpoints").glob("step-*")
     state = checkpoint / "state.json"
     state.write_bytes(state.read_bytes()[:-3])
-    code, output = cli("train", "--resume", "run")
-    assert code == 2
+    output = cli.refused("train", "--resume", "run")
     assert re.search(
         r"state.json: expected bytes \d+, got \d+: restore .*; no other checkpoint verifies: --overwrite starts", output
     )
@@ -199,16 +165,8 @@ def test_without_a_checkpoint_that_verifies_nothing_is_begun(stopped, cli):
     ],
 )
 def test_wrong_requests_are_told(cli, arguments, message):
-    code, output = cli("train", *arguments)
-    assert code == 2
+    output = cli.refused("train", *arguments)
     assert message in output
-
-
-def test_a_finished_run_is_not_resumed(cli):
-    cli("train", *LEARN)
-    code, output = cli("train", "--resume", "run")
-    assert code == 2
-    assert "must name a run that is not finished, run has its masks/ already" in output
 
 
 # ---------------------------------------------------------------------------------------------- killed at a place
@@ -231,8 +189,7 @@ def test_what_is_lost_beside_a_checkpoint_is_made_anew_from_it(cli, tmp_path, da
     killed_before(cli, BEFORE_FINISHING, "train", *SHORT, "--overwrite")
     for name in ("config.yaml", "metrics.jsonl"):
         damage(tmp_path / "run" / name)
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
+    output = cli.done("train", "--resume", "run")
     assert "goes on after step 3" in output
     assert files(tmp_path / "run") == wanted
 
@@ -241,8 +198,7 @@ def test_a_configuration_edited_beside_a_checkpoint_is_refused(cli, tmp_path):
     killed_before(cli, BEFORE_FINISHING, "train", *SHORT)
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("lr: 0.01", "lr: 0.02"))
-    code, output = cli("train", "--resume", "run")
-    assert code == 2
+    output = cli.refused("train", "--resume", "run")
     assert "train.lr was 0.01, now 0.02" in output
 
 
@@ -284,8 +240,7 @@ def test_what_another_process_finishes_meanwhile_stays(cli, tmp_path, monkeypatc
         lock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    code, output = cli(*arguments)
-    assert code == 2
+    output = cli.refused(*arguments)
     assert ("run already holds a run" if begun is None else "run has its masks/ already") in output
     assert files(tmp_path / "run") == late.found
 
@@ -294,7 +249,6 @@ def test_nothing_is_deleted_without_the_lock(cli, tmp_path):
     (tmp_path / "run" / "masks").mkdir(parents=True)
     with hold(tmp_path / "run"):
         for verb in ("train", "finetune", "sensitivity"):
-            code, output = cli(verb, *([] if verb != "sensitivity" else ["--config", "config.yaml"]), "--overwrite")
-            assert code == 2
+            output = cli.refused(verb, *([] if verb != "sensitivity" else ["--config", "config.yaml"]), "--overwrite")
             assert "is in use by" in output
     assert (tmp_path / "run" / "masks").is_dir()

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
+from tiny import equal
 from tiny_run import LEARN, events_of, killed_after
 
 import mft
@@ -29,8 +29,7 @@ def test_a_run_from_python_is_that_of_the_command_line(cli, config, tmp_path):
     assert result.resolve() == tmp_path / "run" / "masks"
     cli("train", *LEARN, "checkpoint_minutes=null", "output_dir=other")
     own, other = masks_of(result), masks_of(tmp_path / "other" / "masks")
-    assert own.keys() == other.keys()
-    assert all(torch.equal(own[name], other[name]) for name in own)
+    assert equal(own, other)
     assert sorted(os.listdir("run")) == sorted(os.listdir("other"))
 
 
@@ -74,8 +73,10 @@ def test_a_run_is_not_overwritten_unasked(config):
     first = masks_of(mft.run_train(config))
     with pytest.raises(ValueError, match=r"output_dir run already holds a run .*: name another one, or pass "):
         mft.run_train(config)
+    (Path("run") / "model").mkdir()
     again = masks_of(mft.run_train(mft.Begin(config, overwrite=True)))
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not Path("run", "model").exists()
+    assert equal(again, first)
 
 
 def test_a_finished_run_does_not_go_on(config):
@@ -98,7 +99,7 @@ def test_a_command_that_torchrun_starts_again_goes_on(config, monkeypatch, capsy
     capsys.readouterr()
     masks = masks_of(mft.run_train(mft.Begin(config, overwrite=True)))
     assert "goes on after step 1" in capsys.readouterr().out
-    assert all(torch.equal(masks[name], straight[name]) for name in masks)
+    assert equal(masks, straight)
 
 
 def test_what_trains_weights_refuses_a_quantised_base_and_writes_nothing(config):

@@ -2,10 +2,9 @@
 
 import pytest
 
-from mft.config import RunConfig
 from mft.tracking.metrics import MetricsFile, read_metrics
 from mft.training.checkpoint import write_checkpoint
-from mft.training.run_directory import check_run_directory, holding, open_run
+from mft.training.run_directory import check_run_directory, holding
 
 
 def test_a_line_that_is_being_written_is_not_an_event_yet(tmp_path):
@@ -60,12 +59,3 @@ def test_a_directory_made_for_a_run_that_fails_goes_again(tmp_path):
     with pytest.raises(ValueError, match="no such model"):
         failing()
     assert not (tmp_path / "a").exists()
-
-
-def test_a_run_is_overwritten_only_if_that_is_asked(tmp_path):
-    open_run(tmp_path, RunConfig())
-    (tmp_path / "masks").mkdir()
-    with pytest.raises(ValueError, match=r"already holds a run \(config.yaml, masks\): name another one"):
-        open_run(tmp_path, RunConfig())
-    open_run(tmp_path, RunConfig(), overwrite=True)
-    assert not (tmp_path / "masks").exists()

@@ -3,24 +3,20 @@
 import dataclasses
 import json
 import math
-import os
 import random
 import re
-import signal
 
 import pytest
 import torch
 from tiny import WORDS, masked_llama
-from tiny_run import LEARN, assert_same_masks, killed_after, steps
+from tiny_run import LEARN, assert_goes_on_bit_for_bit, assert_same_masks, killed_after, steps
 
 from mft.config import DataConfig, TrainConfig
 from mft.data.splits import load_splits
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.step import NonFiniteLoss
-from mft.training.checkpoint import newest_checkpoint
 from mft.training.loop import train_masks
 from mft.training.row_source import open_rows
-from mft.training.saver import Saver, Stopped
 
 STEPS, FIRST = 12, 5
 TRAIN = TrainConfig(lr=1e-2, steps=STEPS, batch_size=2, accumulation=2, seed=3)
@@ -50,23 +46,10 @@ def streamed(tmp_path):
 
 @pytest.mark.parametrize("way", ["plain", "resident"])
 def test_a_stopped_run_on_a_stream_goes_on_bit_for_bit(streamed, numbers, tmp_path, way):
-    straight = masked_llama()
-    expected = train_masks(straight, load_splits(streamed, numbers).train, TRAIN, way=way)
+    def run(model, **options):
+        return train_masks(model, load_splits(streamed, numbers).train, TRAIN, way=way, **options)
 
-    def stop(report):
-        if report.step == FIRST:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    root = tmp_path / "checkpoints"
-    rows = load_splits(streamed, numbers).train
-    with pytest.raises(Stopped):
-        train_masks(masked_llama(), rows, TRAIN, way=way, on_step=stop, saver=Saver(root, math.inf))
-    resumed = masked_llama()
-    saver = Saver(root, math.inf, newest_checkpoint(root)[0])
-    reports = train_masks(resumed, load_splits(streamed, numbers).train, TRAIN, way=way, saver=saver)
-    assert [report.loss for report in reports] == [report.loss for report in expected]
-    found, wanted = resumed.state_dict(), straight.state_dict()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert_goes_on_bit_for_bit(run, masked_llama, tmp_path / "checkpoints", FIRST)
 
 
 def test_processes_take_the_micro_batches_that_one_alone_would(streamed, numbers):
@@ -102,14 +85,12 @@ def test_a_killed_run_of_the_command_line_goes_on_bit_for_bit_and_tells_of_each_
         "data.max_eval_tokens=96",
     ]
     run = [*LEARN, *data, "data.streaming=true", "train.steps=6", "checkpoint_minutes=0"]
-    code, output = cli("train", *run, "output_dir=straight")
-    assert code == 0, output
+    output = cli.done("train", *run, "output_dir=straight")
     assert "texts: validation: documents 0 to 5 of the stream, which are not trained on" in output
     assert "train: texts (weight 3) gives 9 rows: 75.0% of all rows" in output
     assert "validation by source" in output
     killed_after(cli, 4, "train", *run)
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
+    output = cli.done("train", "--resume", "run")
     assert "goes on after step 3" in output
     assert "train: texts (weight 3) gives 9 rows: 75.0% of all rows" in output
     assert steps(tmp_path / "run") == steps(tmp_path / "straight")
@@ -117,15 +98,13 @@ def test_a_killed_run_of_the_command_line_goes_on_bit_for_bit_and_tells_of_each_
     tables = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("run", "straight")]
     assert tables[0] == tables[1]
     assert tables[0]["sources"].keys() == {"texts", "sums"}
-    code, output = cli("evaluate", "--masks", "run", "--config", "run/config.yaml")
-    assert code == 0, output
+    output = cli.done("evaluate", "--masks", "run", "--config", "run/config.yaml")
     assert f"{tables[0]['sources']['sums']['after']['loss']:.4f}" in output
     assert re.search(r"texts +6 ", output)
     assert re.search(r"sums +2 ", output)
 
 
 def test_epochs_of_a_stream_are_refused_before_anything_is_loaded(cli):
-    code, output = cli("train", "data.streaming=true", "train.epochs=2")
-    assert code == 2
+    output = cli.refused("train", "data.streaming=true", "train.epochs=2")
     assert "train.steps must be given with data.streaming, because the length of an epoch is unknown" in output
     assert "validation" not in output

@@ -1,6 +1,5 @@
 """Evaluation during training: it changes no bit of what is learned, in any way, and its decisions survive a resume."""
 
-import contextlib
 import math
 import os
 import signal
@@ -8,7 +7,8 @@ import signal
 import pytest
 import torch
 from test_resume import RUNS
-from tiny import make_rows
+from tiny import equal, make_rows
+from tiny_run import Killed
 
 from mft.config import TrainConfig
 from mft.evaluation.evaluate import evaluate
@@ -46,14 +46,6 @@ def exported(model):
     return masks | {name: p.detach() for name, p in model.named_parameters() if not name.endswith("scores")}
 
 
-def equal(found, wanted):
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-def _draw():
-    torch.rand(3)
-
-
 @pytest.mark.parametrize("name", WAYS)
 def test_evaluation_moves_no_bit_of_a_run_and_is_that_of_the_model_then(tmp_path, name):
     make, run, changes, options = RUNS[name]
@@ -81,8 +73,12 @@ def test_evaluation_moves_no_bit_of_a_run_and_is_that_of_the_model_then(tmp_path
 def test_random_numbers_that_evaluation_draws_are_none_of_training_s():
     make, run, changes, options = RUNS["plain, dropout"]
     models = [make(), make()]
+
+    def draw(*_):
+        torch.rand(3)
+
     for model in models:
-        model.get_input_embeddings().register_forward_hook(lambda *_: _draw())
+        model.get_input_embeddings().register_forward_hook(draw)
     run(models[0], ROWS, settings(**changes), **options)
     validation = Validation(HELD_OUT)
     run(models[1], ROWS, settings(eval_every=3, **changes), validation=validation, **options)
@@ -119,25 +115,10 @@ def test_the_seconds_of_a_step_are_those_of_training(monkeypatch):
         RUNS["plain"][0](),
         ROWS,
         settings(4, eval_every=1),
+        on_step=lambda _: pass_time(1),
         validation=Validation(HELD_OUT, on_result=lambda *_: pass_time(100)),
-        saver=Passing(pass_time),
     )
     assert [report.seconds for report in reports] == [0, 1, 2, 3]
-
-
-class Passing:
-    """A saver's stand-in that takes a second."""
-
-    told = 0
-
-    def __init__(self, pass_time):
-        self.after_step = lambda *_: pass_time(1)
-
-    def begin(self, runner, rows):
-        return []
-
-    def listening(self):
-        return contextlib.nullcontext()
 
 
 @pytest.mark.parametrize(
@@ -214,10 +195,6 @@ class Interrupting:
 
 def noting(found):
     return lambda step, result, seconds, standing: found.append((step, result.loss))
-
-
-class Killed(BaseException):
-    """An exception that no code catches."""
 
 
 def test_the_best_of_the_newest_checkpoint_stays_until_a_newer_one_knows_another(tmp_path, monkeypatch):
