@@ -1,8 +1,7 @@
 """A small Llama that answers some questions right, and the questions as rows."""
 
-import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import make_llama
 
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model, masked_modules
@@ -25,14 +24,14 @@ def make_tokenizer():
 
 
 def make_rows(pairs, tokenizer):
-    """Return rows as load_splits makes them, from (prompt, completion)."""
+    """Return rows as load_splits makes them, from (prompt, completion), or (prompt, completion, document)."""
     columns = {"input_ids": [], "labels": [], "document": []}
-    for number, (prompt, completion) in enumerate(pairs):
+    for number, (prompt, completion, *document) in enumerate(pairs):
         head, tail = tokenizer.encode(prompt), [*tokenizer.encode(completion), tokenizer.eos_token_id]
         padding = LENGTH - len(head) - len(tail)
         columns["input_ids"].append(head + tail + [tokenizer.eos_token_id] * padding)
         columns["labels"].append([-100] * len(head) + tail + [-100] * padding)
-        columns["document"].append(number)
+        columns["document"].append(*document or [number])
     return Dataset.from_dict(columns)
 
 
@@ -41,16 +40,9 @@ def questions(count):
 
 
 def make_model(tokenizer, steps=120):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        eos = tokenizer.eos_token_id
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), **sizes, **heads, eos_token_id=eos, pad_token_id=eos, bos_token_id=None
-            )
-        )
+    eos = tokenizer.eos_token_id
+    words = {"vocab_size": len(tokenizer), "eos_token_id": eos, "pad_token_id": eos, "bos_token_id": None}
+    model = make_llama(num_hidden_layers=2, **words).train()
     finetune(model, make_rows(questions(24), tokenizer), TrainConfig.of_weights(lr=3e-3, steps=steps, batch_size=8))
     return model
 

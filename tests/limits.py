@@ -61,3 +61,8 @@ def cpu_seconds(limit):
             signal.setitimer(timer, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def assert_named(error, path, what=""):
+    """Assert that an error's message names the file."""
+    assert str(path) in str(error), what

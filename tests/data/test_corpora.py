@@ -70,13 +70,8 @@ def test_generated_and_short_headers_and_other_projects_are_left_out(tmp_path):
     assert header_files(tmp_path) == {"torch/kept.h": text}
 
 
-def test_a_torch_without_its_headers_is_refused(monkeypatch):
-    monkeypatch.setattr("mft.data.sources.header_files", dict)
-    with pytest.raises(ValueError, match="'headers' must give at least 20 files per split, got 0 in all: install a"):
-        open_source(DataConfig(source="headers"))
-
-
-def test_an_interpreter_without_its_library_is_refused(monkeypatch):
-    monkeypatch.setattr("mft.data.sources.stdlib_files", lambda: {f"{i}.py": f"# {i}" for i in range(30)})
-    with pytest.raises(ValueError, match="data.source 'stdlib' must give at least 20 files per split, got"):
-        open_source(DataConfig())
+@pytest.mark.parametrize(("source", "found"), [("headers", {}), ("stdlib", {f"{i}.py": f"# {i}" for i in range(30)})])
+def test_an_installation_without_the_corpus_is_refused(monkeypatch, source, found):
+    monkeypatch.setattr(f"mft.data.sources.{source.removesuffix('s')}_files", lambda: found)
+    with pytest.raises(ValueError, match=f"'{source}' must give at least 20 files per split, got"):
+        open_source(DataConfig(source=source))

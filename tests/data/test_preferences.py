@@ -93,13 +93,10 @@ def test_chats_are_pairs_too_and_long_ones_are_left_out_and_counted(own_cache, w
     assert len(row["starts"]) == 2
 
 
-def test_pairs_are_refused_unless_asked_for_and_missed_where_they_are(own_cache, write, tokenizer):
+def test_pairs_are_refused_unless_asked_for(own_cache, write, tokenizer):
     config = DataConfig(write(pairs()), sequence_length=64)
     with pytest.raises(ValueError, match="data must not be preference pairs .* unless .*: set objective.name=dpo"):
         load_splits(config, tokenizer)
-    completions = [{"prompt": f"{i}", "completion": f"{i}"} for i in range(40)]
-    with pytest.raises(ValueError, match=r"must have the columns chosen and rejected .*, got completion, prompt: give"):
-        load_splits(DataConfig(write(completions, "other.jsonl"), sequence_length=64), tokenizer, pairs=True)
 
 
 def test_pairs_beside_messages_are_pairs_where_they_are_asked_for(own_cache, write, tokenizer):

@@ -27,14 +27,13 @@ def rows_of(path, tokenizer):
     return splits.train[:], splits.test[:]
 
 
-def test_parquet_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats()), tmp_path / "data.parquet")
-    assert rows_of(tmp_path / "data.parquet", tokenizer) == rows_of(write(chats()), tokenizer)
-
-
-def test_a_json_array_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
-    (tmp_path / "data.json").write_text(json.dumps(chats(), indent=1))
-    assert rows_of(tmp_path / "data.json", tokenizer) == rows_of(write(chats()), tokenizer)
+@pytest.mark.parametrize("name", ["data.parquet", "data.json"])
+def test_a_file_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path, name):
+    if name == "data.json":
+        (tmp_path / name).write_text(json.dumps(chats(), indent=1))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats()), tmp_path / name)
+    assert rows_of(tmp_path / name, tokenizer) == rows_of(write(chats()), tokenizer)
 
 
 def test_csv_gives_the_rows_of_the_same_jsonl(tokenizer, write, tmp_path):
@@ -137,17 +136,14 @@ def test_what_save_to_disk_wrote_is_read_from_that_directory_alone(tokenizer, wr
     for outside in (str(shard), f"../several/test/{shard.name}", "..", "nowhere.arrow"):
         state = {"_data_files": [{"filename": outside}]}
         (tmp_path / "one" / "state.json").write_text(json.dumps(state))
-        with pytest.raises(
-            ValueError, match="state.json: _data_files must be the names of files or directories next to it, got"
-        ):
+        with pytest.raises(ValueError, match="state.json: _data_files must be the names of files or directories next"):
             open_source(DataConfig(source=str(tmp_path / "one")))
 
 
 def test_a_columns_declared_pictures_are_not_fetched(tmp_path, no_network):
     pytest.importorskip("PIL")
-    table = pyarrow.table(
-        {"text": list("abcdefghi"), "seen": [{"bytes": None, "path": "http://example.com/x.png"}] * 9}
-    )
+    pictures = [{"bytes": None, "path": "http://example.com/x.png"}] * 9
+    table = pyarrow.table({"text": list("abcdefghi"), "seen": pictures})
     features = datasets.Features({"text": datasets.Value("string"), "seen": datasets.Image()})
     pyarrow.parquet.write_table(table.cast(features.arrow_schema), tmp_path / "data.parquet")
     source = open_source(DataConfig(source=str(tmp_path / "data.parquet")))
@@ -164,11 +160,7 @@ def test_a_file_without_line_ends_is_not_read_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n\n{"text": \n',
-            "a.jsonl:3: broken JSON, must be one object per line: Expecting value",
-        ),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl:3: broken JSON, must be one object per line: Expecting"),
         ("a.jsonl", b'[{"text": "a"}]', "a.jsonl:1: must be one object per line, got an array"),
         (
             "a.jsonl",
@@ -190,11 +182,7 @@ def test_a_file_without_line_ends_is_not_read_whole(tmp_path, monkeypatch):
         ("b/a.txt", b"text", "data.source must be a directory with .jsonl, .parquet or .csv files, got "),
         ("b/train.jsonl", b'{"text": \n', "b/train.jsonl:1: broken JSON, must be one object per line"),
         ("c/train.jsonl", b"", "must hold examples, got an empty train split"),
-        (
-            "d/train-test.jsonl",
-            b"",
-            "must have files of one split each, got train-test.jsonl, which names train and test",
-        ),
+        ("d/train-test.jsonl", b"", "have files of one split each, got train-test.jsonl, which names train and test"),
     ],
 )
 def test_wrong_files_say_where_and_what(tokenizer, tmp_path, name, content, message):

@@ -62,14 +62,6 @@ def test_what_is_too_little_to_judge_a_model_by_is_warned_of(tokenizer, write):
     assert not [note for note in splits.notes if note.startswith("warning")]
 
 
-@pytest.mark.slow
-def test_evaluation_rows_are_the_same_for_every_seed(tokenizer):
-    config = {"sequence_length": 128, "max_train_tokens": 1280, "max_eval_tokens": 1280}
-    one, two = (load_splits(DataConfig(seed=seed, **config), tokenizer) for seed in (0, 1))
-    assert one.validation["input_ids"] == two.validation["input_ids"]
-    assert one.train["input_ids"] != two.train["input_ids"]
-
-
 def test_what_is_cut_or_left_out_is_said(tokenizer, write):
     rows = [*chats(200), chat("a " * 100, "late"), chat("Why?", "so " * 100), chat("only a question"), chat("b", " ")]
     splits = load_splits(DataConfig(source=write(rows), sequence_length=64), tokenizer)
@@ -103,10 +95,7 @@ def test_what_is_cut_or_left_out_is_said(tokenizer, write):
             [{"messages": [{"role": "asistant", "content": str(i)}]} for i in range(9)],
             "messages[0].role must be one of system, user, assistant, tool, got 'asistant'; did you mean assistant?",
         ),
-        (
-            [{"messages": [{"role": "user", "content": [i]}]} for i in range(9)],
-            "].content[0] must be {{type: text, text: ",
-        ),
+        ([{"messages": [{"role": "user", "content": [i]}]} for i in range(9)], "].content[0] must be {{type: text, "),
         ([{"messages": [{"role": "user", "content": i}]} for i in range(9)], "]: content must be a string, got "),
         ([{"text": f"{i} \ud800"} for i in range(9)], "text must be Unicode text, got half a surrogate pair at"),
         (
@@ -200,9 +189,7 @@ def test_data_that_change_while_they_are_read_are_refused_and_not_kept(tokenizer
 
         with monkeypatch.context() as patch:
             patch.setattr(split_rows, "open_documents", replaced)
-            with pytest.raises(
-                ValueError, match="data.source must stay as it is while it is read, got files that changed"
-            ):
+            with pytest.raises(ValueError, match="data.source must stay as it is while it is read, got files that"):
                 load_splits(config, tokenizer)
         write(chats())
         write(chats(), "set/train.jsonl")
@@ -234,7 +221,5 @@ def test_rows_that_rotted_in_the_cache_are_made_again_and_that_is_said(tokenizer
 
 @pytest.mark.parametrize(("documents", "scored", "is_few"), [(7, 9999, True), (8, 255, True), (8, 256, False)])
 def test_few_documents_are_warned_of_and_few_tokens_too(documents, scored, is_few):
-    assert [
-        f"validation has {scored} scored tokens of {documents} documents" in line
-        for line in warn_of_few("validation", documents, scored)
-    ] == [True] * is_few
+    said = f"validation has {scored} scored tokens of {documents} documents"
+    assert [said in line for line in warn_of_few("validation", documents, scored)] == [True] * is_few

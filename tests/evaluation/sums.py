@@ -36,7 +36,7 @@ def write_tasks(folder):
 def log_likelihood(model, tokenizer, question, answer):
     """Return the log-likelihood of the answer's tokens after the question, from the model's own logits."""
     context, whole = tokenizer(question).input_ids, tokenizer(f"{question} {answer}").input_ids
-    shares = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    shares = model(torch.tensor([whole[:-1]])).logits[0].float().log_softmax(-1)
     return sum(shares[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
 
 

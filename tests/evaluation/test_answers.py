@@ -5,63 +5,28 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from half_right import make_model, make_rows, make_tokenizer, questions
 from tiny import make_llama
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from mft.config import MaskConfig, TrainConfig
+from mft.config import MaskConfig
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.questions import Exchange, find_answers
 from mft.masks.convert import mask_model
-from mft.training.loop import finetune
-from mft_study.from_scratch import train_tokenizer
-
-LENGTH = 24
-NAMES = ("Al", "Bert", "Christopher", "Dee", "Evangeline", "Fay")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = [f"{name} has {i}{j} and" for name in NAMES for i in range(10) for j in range(10)]
-    return train_tokenizer(texts, 270)
-
-
-def make_rows(pairs, tokenizer):
-    """Return rows as load_splits makes them, from (prompt, completion, document)."""
-    columns = {"input_ids": [], "labels": [], "document": []}
-    for prompt, completion, document in pairs:
-        head = tokenizer.encode(prompt)
-        tail = [*tokenizer.encode(completion), tokenizer.eos_token_id]
-        padding = LENGTH - len(head) - len(tail)
-        columns["input_ids"].append(head + tail + [tokenizer.eos_token_id] * padding)
-        columns["labels"].append([-100] * len(head) + tail + [-100] * padding)
-        columns["document"].append(document)
-    return Dataset.from_dict(columns)
-
-
-def questions(start, stop):
-    return [(f"{NAMES[i % 6]} has {i}:", f" {i % 7}", i % 3) for i in range(start, stop)]
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """Return a half-trained model: some answers are right, some wrong."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id,
-                bos_token_id=None,
-            )
-        )
-    finetune(model, make_rows(questions(0, 24), tokenizer), TrainConfig(lr=3e-3, steps=120, batch_size=8))
-    return model
+    return make_model(tokenizer)
+
+
+def in_documents(count):
+    """Return questions in three documents."""
+    return [(*pair, i % 3) for i, pair in enumerate(questions(count))]
 
 
 def by_hand(model, tokenizer, dataset):
@@ -83,7 +48,7 @@ def by_hand(model, tokenizer, dataset):
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
 def test_answers_are_those_of_greedy_decoding_by_hand_whatever_the_batch(model, tokenizer, batch_size):
-    dataset = make_rows(questions(0, 40), tokenizer)
+    dataset = make_rows(in_documents(40), tokenizer)
     wanted, asked = by_hand(model, tokenizer, dataset)
     assert 5 < wanted.sum() < 35
     answers, count = exact_matches(model, tokenizer, dataset, batch_size=batch_size, max_new_tokens=8)
@@ -93,7 +58,7 @@ def test_answers_are_those_of_greedy_decoding_by_hand_whatever_the_batch(model, 
 
 
 def test_masked_models_answer_and_a_mask_changes_answers(model, tokenizer):
-    dataset = make_rows(questions(0, 24), tokenizer)
+    dataset = make_rows(in_documents(24), tokenizer)
     plain, _ = exact_matches(model, tokenizer, dataset)
     kept = mask_model(copy.deepcopy(model), MaskConfig(keep_ratio=1.0))
     assert torch.equal(exact_matches(kept, tokenizer, dataset)[0], plain)
@@ -162,7 +127,7 @@ def test_documents_come_in_ascending_order_of_number(tokenizer):
 
 
 def test_the_models_own_generation_settings_do_not_count_and_come_back(model, tokenizer):
-    dataset = make_rows(questions(0, 24), tokenizer)
+    dataset = make_rows(in_documents(24), tokenizer)
     plain, _ = exact_matches(model, tokenizer, dataset)
     own = model.generation_config
     try:
@@ -182,13 +147,13 @@ def test_rows_without_one_prompt_and_one_completion_are_refused(model, tokenizer
     with pytest.raises(ValueError, match="row 0 of dataset must be answerable in max_new_tokens = 3, eos included"):
         exact_matches(model, tokenizer, dataset, max_new_tokens=3)
     whole = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]], "document": [0]})
-    with pytest.raises(ValueError, match="must have a prompt that is not scored"):
-        exact_matches(make_llama(), tokenizer, whole)
     two = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]], "labels": [[-100, 2, -100, 4]], "document": [0]})
-    with pytest.raises(ValueError, match="must have one completion, scored in one piece: load it without packing"):
-        exact_matches(make_llama(), tokenizer, two)
     cut = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]], "document": [0]})
-    with pytest.raises(ValueError, match="must end its completion with eos: it was cut off, so raise data.sequence_le"):
-        exact_matches(make_llama(), tokenizer, cut)
-    with pytest.raises(ValueError, match="at least one row to answer, got 0"):
-        exact_matches(make_llama(), tokenizer, whole.select([]))
+    for rows, message in (
+        (whole, "must have a prompt that is not scored"),
+        (two, "must have one completion, scored in one piece: load it without packing"),
+        (cut, "must end its completion with eos: it was cut off, so raise data.sequence_le"),
+        (whole.select([]), "at least one row to answer, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exact_matches(make_llama(), tokenizer, rows)

@@ -4,16 +4,8 @@ import pytest
 import torch
 from architectures.small import small_model
 from architectures.sweeps import SWEEPS
-from tiny import make_llama
-from transformers import (
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from tiny import WORDS, make_gpt2, make_llama, make_mistral
+from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from mft.evaluation import continuation
 from mft.evaluation.continuation import continue_all, continue_prompts, generating
@@ -21,26 +13,10 @@ from mft.models.key_value_cache import reads_on
 
 DISTINCT = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
 ORDER = [0, 0, 2, 1, 0, 1, 2]
-SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
-
-
-def make(cls, config):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return cls(config).eval().requires_grad_(False)
-
-
-def mistral():
-    sizes = SIZES | {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3}
-    return make(MistralForCausalLM, MistralConfig(**sizes))
-
-
-def gpt2():
-    return make(GPT2LMHeadModel, GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4))
 
 
 def mamba():
-    return make(MambaForCausalLM, MambaConfig(**SIZES))
+    return MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=2)).eval()
 
 
 def settings(**changes):
@@ -58,7 +34,7 @@ class Reads:
         )
 
 
-@pytest.mark.parametrize("make_model", [make_llama, mistral, gpt2, mamba])
+@pytest.mark.parametrize("make_model", [make_llama, make_mistral, make_gpt2, mamba])
 def test_a_prompt_given_several_times_is_continued_as_alone(make_model):
     model = make_model()
     with torch.no_grad(), generating(model, settings()):
@@ -71,7 +47,8 @@ def test_a_prompt_given_several_times_is_continued_as_alone(make_model):
 
 
 @pytest.mark.parametrize(
-    ("make_model", "first"), [(make_llama, [(3, 5), (7, 1)]), (mistral, [(3, 5), (7, 1)]), (mamba, [(7, 6), (7, 1)])]
+    ("make_model", "first"),
+    [(make_llama, [(3, 5), (7, 1)]), (make_mistral, [(3, 5), (7, 1)]), (mamba, [(7, 6), (7, 1)])],
 )
 def test_and_read_once_where_keys_and_values_are_all_that_is_remembered(make_model, first):
     model = make_model()

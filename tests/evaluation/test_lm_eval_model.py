@@ -53,10 +53,8 @@ def test_in_python_the_model_is_known_by_its_name(masks, tiny_llama, tokenizer, 
     found = lm_eval.simple_evaluate(
         "mft", f"pretrained={masks},dtype=float32", tasks=list(METRICS), task_manager=manager, log_samples=False
     )["results"]
-    expected = expected_scores(tiny_llama, tokenizer)
-    assert {task: found[task][f"{metric},none"] for task, metric in METRICS.items()} == pytest.approx(
-        expected, rel=1e-3
-    )
+    values = {task: found[task][f"{metric},none"] for task, metric in METRICS.items()}
+    assert values == pytest.approx(expected_scores(tiny_llama, tokenizer), rel=1e-3)
     assert get_model("hf").__name__ == "HFLM"  # lm-eval's own models are still there
 
 
@@ -84,9 +82,7 @@ def test_masks_that_were_learned_on_a_quantised_base_are_scored_on_it(tiny_llama
 
 def test_another_base_or_none_is_refused_and_force_accepts_it(tiny_llama, tokenizer, tmp_path):
     path = save_masks(mask_model(tiny_llama, MASK), tmp_path / "masks")
-    with pytest.raises(
-        ValueError, match=r"base must name the model that the masks are for, .*: --model_args base=\.\.\."
-    ):
+    with pytest.raises(ValueError, match=r"base must name the model that the masks are for, .*: --model_args base="):
         MaskedLM(str(path))
     with pytest.raises(FileNotFoundError, match="nowhere: expected a directory"):
         MaskedLM(str(tmp_path / "nowhere"))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import WORDS, make_llama, make_rows, masked_llama
+from tiny import WORDS, make_gemma2, make_llama, make_rows, masked_llama
 
 from mft.config import TrainConfig
 from mft.evaluation.evaluate import evaluate
@@ -132,12 +132,7 @@ def test_where_the_loss_falls_without_end_the_range_ends():
 
 
 def test_capped_logits_are_divided_after_the_cap():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    sizes = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.05)).eval()
-    rows = make_rows(2)
+    model, rows = make_gemma2(), make_rows(2)
     batch = rows.with_format("torch")[:]
     with torch.no_grad():
         logits = model(batch["input_ids"]).logits[:, :-1] / 0.3

@@ -113,49 +113,30 @@ def main(arguments: list[str]) -> int:
         if library is None:
             print("needs a C compiler: cc, gcc or clang")
             return NO_COMPILER
-        threads = {
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "MFT_CACHE": str(work / "cache"),
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        own |= {"MFT_CACHE": str(work / "cache"), "LD_PRELOAD": str(library)}
         command = [sys.executable, str(Path(__file__)), "--inside", name, *arguments]
-        return subprocess.call(command, env=os.environ | threads | {"LD_PRELOAD": str(library)})
+        return subprocess.call(command, env=os.environ | own)
 
 
 def sweep(work: Path, only: str, most: int | None, jobs: int) -> int:
-    """Try all cases, or only those that contain ``only``, and print a table; return 1 if one went wrong."""
-    from mft.tracking.console import console
-    from mft.tracking.progress import Progress
-
+    """Try all cases, or only those that contain ``only``, and print how they ended; return 1 if one went wrong."""
     global _lab  # for the pool's processes too, which are forks of this one
     lab = _lab = Lab(work)
-    scenarios = lab.scenarios()
-    cases = [case for scenario in scenarios for case in _cases(scenario) if only in str(case)]
+    cases = [case for scenario in lab.scenarios() for case in _cases(scenario) if only in str(case)]
     if most is not None:
         cases = [cases[i * len(cases) // most] for i in range(most)]
-    ends: Counter[tuple[str, str]] = Counter()
-    wrong: list[str] = []
-    with Progress(console).phase("faults", len(cases)) as shown, multiprocessing.get_context("fork").Pool(jobs) as pool:
-        for case, end, problem in pool.imap_unordered(_tried, cases):
-            ends[case.scenario.name, end] += 1
+    ends: Counter[str] = Counter()
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for number, (end, problem) in enumerate(pool.imap_unordered(_tried, cases), 1):
+            ends[end] += 1
             if problem:
-                wrong.append(problem)
-                console.print(problem, markup=False, highlight=False, soft_wrap=True)
-            shown.advance()
-    print(f"\n| {'command':<50} | calls | faults | killed | refused in one message | went on | wrong |")
-    print(f"|{'-' * 52}|---:|---:|---:|---:|---:|---:|")
-    for scenario in scenarios:
-        counts = [ends[scenario.name, end] for end in ENDS]
-        print(f"| {scenario.name:<50} | {len(scenario.tried)} | {sum(counts)} | {' | '.join(map(str, counts))} |")
-    totals = [sum(ends[scenario.name, end] for scenario in scenarios) for end in ENDS]
-    calls = sum(len(scenario.tried) for scenario in scenarios)
-    print(f"| {'all':<50} | {calls} | {sum(totals)} | {' | '.join(map(str, totals))} |")
+                print(problem, flush=True)
+            if number % 50 == 0:
+                print(f"{number} of {len(cases)} faults", flush=True)
+    print(f"{len(cases)} faults: {', '.join(f'{count} {end}' for end, count in ends.items())}")
     gc.unfreeze()
-    return 1 if wrong else 0
-
-
-ENDS = ("killed", "refused", "done", "wrong")
+    return 1 if ends["wrong"] else 0
 
 
 class Lab:
@@ -220,13 +201,13 @@ class Lab:
         last = len(calls) if end is None else calls.index(end) + 1
         return dataclasses.replace(scenario, calls=calls, tried=range(first, last + 1))
 
-    def tried(self, case: Case) -> tuple[Case, str, str]:
-        """Return (case, how it ended, what went wrong)."""
+    def tried(self, case: Case) -> tuple[str, str]:
+        """Return (how it ended, what went wrong)."""
         with self.directory(case.scenario.begun) as directory:
             try:
-                return case, self.try_case(directory, case), ""
+                return self.try_case(directory, case), ""
             except Wrong as error:
-                return case, "wrong", f"{case}: {error}"
+                return "wrong", f"{case}: {error}"
 
     def try_case(self, directory: Path, case: Case) -> str:
         scenario, fault, run = case.scenario, case.fault, directory / RUN
@@ -242,7 +223,7 @@ class Lab:
             named = f"{RUN}/" in errors[0] or f"got {RUN} (" in errors[0]
             _must(named and any(reason in errors[0] for reason in reasons), f"must name file and reason: {errors[0]}")
             _must(REMEDY.search(errors[0]) is not None, f"must say what to do: {errors[0]}")
-        end = "killed" if fault.kills else "refused" if code else "done"
+        end = "killed" if fault.kills else "refused in one message" if code else "went on"
         self.lost_nothing(run, case)
         self.settle(directory, scenario)
         found = contents(run)
@@ -326,7 +307,7 @@ def _cases(scenario: Scenario) -> Iterator[Case]:
         written = call == "write" or (written and not changes)
 
 
-def _tried(case: Case) -> tuple[Case, str, str]:
+def _tried(case: Case) -> tuple[str, str]:
     return _lab.tried(case)
 
 

@@ -65,9 +65,8 @@ def test_a_stream_is_these_bytes_for_ever():
     weight[0, 38], weight[0, 39] = 0.5, 3
     kept = np.ones((1, 40), bool)
     kept[0, [1, 38]] = False
-    assert (
-        by_weight.encode(rice.words_of(kept), 40, weight).hex() == "0302000000" + "00" + "03"
-    )  # gaps 0 = 0|0, 0 = 0|0
+    # gaps 0 = 0|0, 0 = 0|0
+    assert by_weight.encode(rice.words_of(kept), 40, weight).hex() == "0302000000" + "00" + "03"
 
 
 def test_the_order_of_equal_weights_is_that_of_the_matrix():

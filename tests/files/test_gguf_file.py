@@ -6,7 +6,7 @@ import shutil
 import struct
 
 import pytest
-from limits import cpu_seconds
+from limits import assert_named, cpu_seconds
 from tiny_gguf import write_tiny_gguf
 
 from mft.config import ModelConfig
@@ -43,10 +43,6 @@ def tiny_gguf(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "model.gguf"
     return path, write_tiny_gguf(path)
-
-
-def assert_named(error, path, what):
-    assert str(path) in str(error), what
 
 
 def load_gguf(path):
@@ -94,16 +90,8 @@ def field(content, key):
         (lambda c: field(c, "general.alignment"), struct.pack("<I", 0), "general.alignment 0, which must be a power"),
         (lambda c: field(c, "token_embd.weight") - 4, struct.pack("<I", 1 << 30), "1073741824 dimensions of "),
         (lambda c: field(c, "token_embd.weight"), struct.pack("<Q", 0), r"the shape \(0, 41\) of 'token_embd.weight'"),
-        (
-            lambda c: field(c, "token_embd.weight"),
-            struct.pack("<Q", 1 << 50),
-            r"\d+ bytes of tensors, where \d+ are left",
-        ),
-        (
-            lambda c: field(c, "token_embd.weight") + 16,
-            struct.pack("<I", 77),
-            "the unknown type 77 of 'token_embd.weight'",
-        ),
+        (lambda c: field(c, "token_embd.weight"), struct.pack("<Q", 1 << 50), r"\d+ bytes of tensors, where \d+ are"),
+        (lambda c: field(c, "token_embd.weight") + 16, struct.pack("<I", 77), "type 77 of 'token_embd.weight'"),
         (lambda c: field(c, "token_embd.weight") + 20, struct.pack("<Q", 1 << 50), "bytes of tensors, where"),
         (lambda c: c.index(b"blk.1.attn_k.weight"), b"blk.1.attn_q", "the tensor 'blk.1.attn_q.weight' twice"),
         (lambda c: c.index(b"blk.1.attn_k.weight"), b"blk.1.attn_j", "such as model.layers.1.self_attn.k"),
@@ -120,4 +108,4 @@ def test_a_gguf_that_claims_what_it_has_not_is_told_so(tiny_gguf, place, number,
     path.write_bytes(content)
     with cpu_seconds(20), pytest.raises(ValueError, match=message) as caught:
         load_gguf(path)
-    assert str(path) in str(caught.value)
+    assert_named(caught.value, path)

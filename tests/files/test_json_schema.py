@@ -174,13 +174,9 @@ def test_an_editor_shows_comments_choices_and_defaults(validators):
     assert train["properties"]["lr"]["default"] == TrainConfig(steps=1).lr
     assert schema["properties"]["train"]["default"]["epochs"] == RunConfig().train.epochs
     assert "optimiser steps" in train["description"]
-
-
-def test_a_comment_of_several_lines_is_read_whole(validators):
-    """The description must contain all comment lines above a key, not only the last one."""
-    said = validators["study"].schema["properties"]["extensions"]["description"]
-    assert said.startswith("Further settings that an arm may try")
-    assert said.endswith("rates beside it are three.")
+    whole = validators["study"].schema["properties"]["extensions"]["description"]  # a comment of several lines
+    assert whole.startswith("Further settings that an arm may try")
+    assert whole.endswith("rates beside it are three.")
 
 
 def test_what_there_is_no_schema_of_is_named():

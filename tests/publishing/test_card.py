@@ -4,9 +4,8 @@ import dataclasses
 import re
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
-from tiny import make_llama, masked_llama, save_llama
+from tiny import equal, masked_llama, save_llama
 from typer.testing import CliRunner
 
 import mft
@@ -97,14 +96,10 @@ def test_what_nothing_says_is_left_out(tmp_path):
 def test_the_license_is_that_of_the_bases_card_if_it_lies_here(tmp_path):
     save_llama(tmp_path / "base")
     assert license_of(str(tmp_path / "base")) == {}
-    (tmp_path / "base" / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\n---\n# It\n"
-    )
-    assert license_of(str(tmp_path / "base")) == {
-        "license": "other",
-        "license_name": "llama2",
-        "license_link": "LICENSE",
-    }
+    told = {"license": "other", "license_name": "llama2", "license_link": "LICENSE"}
+    head = "".join(f"{key}: {value}\n" for key, value in told.items())
+    (tmp_path / "base" / "README.md").write_text(f"---\n{head}---\n# It\n")
+    assert license_of(str(tmp_path / "base")) == told
     assert license_of("someone/not-here") == license_of(None) == {}
 
 
@@ -123,9 +118,7 @@ def test_its_blocks_run_and_give_the_merged_model(hub, run, tmp_path, monkeypatc
         names = {"mft": mft}
         exec(text, names)
         model = names["model"].merge_and_unload() if text is through_peft else names["model"]
-        found = model.state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert equal(model.state_dict(), expected)
     result = CliRunner().invoke(app, merge.split())
     assert result.exit_code == 0, result.output
     push_to_hub(tmp_path / "merged", "user/merged")
@@ -134,11 +127,10 @@ def test_its_blocks_run_and_give_the_merged_model(hub, run, tmp_path, monkeypatc
     assert (data["base_model_relation"], data.library_name) == ("finetune", "transformers")
     assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "masks of" in merged
-    assert make_llama() is not None
     assert "| `layers_to_transform` | 2-3 |" in merged
     (loading,) = re.findall(r"```python\n(.*?)```", merged, re.DOTALL)
     exec(loading, names)
-    assert all(torch.equal(names["model"].state_dict()[name], expected[name]) for name in expected)
+    assert equal(names["model"].state_dict(), expected)
 
 
 # ---------------------------------------------------------------------------------------------- texts of strangers
@@ -163,9 +155,8 @@ def test_no_text_of_a_file_becomes_a_line_or_a_tag_of_the_card(run, evil):
     texts = dict.fromkeys(("base_model_name_or_path", "base_hash", "content_hash", "dtype", "mode"), evil)
     lists = {key: [evil] for key in ("target_modules", "modules_to_save")}
     results = dataclasses.replace(contents.facts.results, evaluations=rows)
-    facts = dataclasses.replace(
-        contents.facts, **texts, **lists, base_quantization=evil, config=config, results=results
-    )
+    more = {"base_quantization": evil, "config": config, "results": results}
+    facts = dataclasses.replace(contents.facts, **texts, **lists, **more)
     plain = model_card(contents, NAME)
     others = (kind(contents.directory, contents.files, facts) for kind in (AdapterContents, ModelContents))
     for one in (dataclasses.replace(contents, facts=facts), *others):

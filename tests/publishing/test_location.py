@@ -83,12 +83,9 @@ def test_a_revision_is_a_branch_or_a_commit_that_stays_what_it_was(hub, reposito
             module.scores.data.neg_().add_(0.01)
     new = save_masks(masked, tmp_path / "new")
     repository.branches["next"] = old
-    head = repository.commit(
-        "next",
-        repository.files()
-        | {k: type(f)(v, f.large) for k, v in files_of(new).items() for f in [repository.files()[k]]},
-        "2",
-    )
+    files = repository.files()
+    changed = {name: type(files[name])(content, files[name].large) for name, content in files_of(new).items()}
+    head = repository.commit("next", files | changed, "2")
     assert masks_directory(NAME, "next").name == masks_directory(f"{NAME}@next").name == head
     assert files_of(masks_directory(NAME, "next")) == files_of(new)
     assert files_of(masks_directory(NAME, old)) == files_of(saved)
@@ -195,8 +192,7 @@ def test_a_bank_takes_tasks_from_both(hub, repository, saved):
 
 def test_a_hub_that_answers_with_an_error_is_told_apart_from_one_without_the_repository(hub, repository):
     hub.fail("GET", f"/api/models/{NAME}", 503, "Service Unavailable", times=9)
-    with pytest.raises(
-        HubError, match=r"must answer for 'user/masks', got 503 \(.*Service Unavailable\): try again"
-    ) as caught:
+    message = r"must answer for 'user/masks', got 503 \(.*Service Unavailable\): try again"
+    with pytest.raises(HubError, match=message) as caught:
         masks_directory(NAME)
     assert not isinstance(caught.value, NotOnHub)

@@ -11,9 +11,9 @@ import torch
 from hub_stub.asked import environment
 from hub_stub.repository import File
 from hub_stub.server import READS, WRITES
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from safetensors.torch import load_file
-from tiny import make_llama, masked_llama, save_llama
+from tiny import equal, make_llama, masked_llama, save_llama
 from typer.testing import CliRunner
 
 from mft.cli.app import app
@@ -32,6 +32,10 @@ from mft.masks.export_format import read_whole_export
 from mft.masks.location import masks_directory
 torch.save(read_whole_export(masks_directory(sys.argv[1]))[1], sys.argv[2])
 """
+
+
+def contents_of(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def contents(hub, name=NAME, revision="main"):
@@ -61,10 +65,8 @@ def test_masks_come_back_bit_for_bit_in_a_new_process_with_an_empty_cache(hub, r
     variables = os.environ | environment(hub, tmp_path / "home")
     words = [f"{NAME}@{head}", str(tmp_path / "read.pt")]
     subprocess.run([sys.executable, "-c", READ, *words], check=True, env=variables)
-    read = torch.load(tmp_path / "read.pt")
     expected = {name: module.packed_mask() for name, module in masked_modules(masked_llama()).items()}
-    assert read.keys() == expected.keys()
-    assert all(torch.equal(read[name], expected[name]) for name in expected)
+    assert equal(torch.load(tmp_path / "read.pt"), expected)
 
 
 def test_a_second_push_of_the_same_changes_nothing(hub, run):
@@ -113,9 +115,8 @@ def test_masks_are_entropy_coded_on_the_way_and_the_card_says_what_they_weigh(hu
     size = len(found[MASKS])
     assert size < len(before[MASKS])
     weights = 18432
-    assert (
-        f"| size | {size} bytes, {8 * size / weights:.3g} bits per weight; entropy-coded".encode() in found["README.md"]
-    )
+    said = f"| size | {size} bytes, {8 * size / weights:.3g} bits per weight"
+    assert f"{said}; entropy-coded".encode() in found["README.md"]
     loaded, expected = load_masks(make_llama(), NAME), masked_llama()
     for name, module in masked_modules(expected).items():
         assert torch.equal(masked_modules(loaded)[name].mask(), module.mask())
@@ -133,9 +134,7 @@ def test_masks_by_weight_are_pushed_as_they_lie_there_and_not_made_on_the_way(hu
     loaded, expected = masked_modules(load_masks(make_llama(), NAME)), masked_modules(masked_llama())
     assert all(torch.equal(loaded[name].mask(), module.mask()) for name, module in expected.items())
     for change in ({"coding": "rice"}, {"base": "user/other"}):
-        with pytest.raises(
-            ValueError, match="masks in coding by_weight can only be read with the weights of their base"
-        ):
+        with pytest.raises(ValueError, match="masks in coding by_weight can only be read with the weights of their"):
             push_to_hub(path, NAME, **change)
     with pytest.raises(ValueError, match="coding by_weight needs the base's weights to write, got masks alone"):
         push_to_hub(save_masks(masked_llama(), tmp_path / "rice"), NAME, coding="by_weight")
@@ -148,10 +147,6 @@ def test_only_masks_have_a_coding(hub, tmp_path):
     with pytest.raises(ValueError, match="coding must be one of packed, rice, by_weight, got 'rar'"):
         push_to_hub(tmp_path / "model", NAME, coding="rar")
     assert not writes(hub)
-
-
-def contents_of(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_a_model_is_pushed_with_its_tokenizer_and_an_older_ones_shards_go(hub, tmp_path):
@@ -210,9 +205,8 @@ def test_a_card_that_was_edited_on_the_hub_stays_until_it_is_given_up(hub, run):
     made = contents(hub)["README.md"]
     assert made.startswith(b"---\n")
     assert b"My masks" not in made
-    (run / "table.json").write_text(
-        '{"before": {"loss": 1.0, "accuracy": 0.5}, "loss after - before": 0, "standard error": 0}'
-    )
+    table = '{"before": {"loss": 1.0, "accuracy": 0.5}, "loss after - before": 0, "standard error": 0}'
+    (run / "table.json").write_text(table)
     push_to_hub(run, NAME)  # our own card is made again
     assert b"## Results" in contents(hub)["README.md"]
 
@@ -250,16 +244,9 @@ def flip_a_bit(path):
 )
 def test_what_is_not_whole_is_refused_before_the_hub_is_asked(hub, run, damage, message):
     damage(run)
-    with pytest.raises((ValueError, OSError), match=message):
-        push_to_hub(run, NAME)
-    assert hub.requests == []
-
-
-def test_masks_that_lie_alone_are_read_whole_too(hub, run, tmp_path):
-    alone = shutil.move(run / "masks", tmp_path / "alone")
-    flip_a_bit(alone / MASKS)
-    with pytest.raises(ValueError, match="come from different exports, or are damaged"):
-        push_to_hub(alone, NAME)
+    for directory in (run, run / "masks") if "different exports" in message else (run,):
+        with pytest.raises((ValueError, OSError), match=message):
+            push_to_hub(directory, NAME)
     assert hub.requests == []
 
 
@@ -311,19 +298,6 @@ def test_who_may_not_write_is_told(hub, run, monkeypatch, token, name, message):
     assert hub.repositories == {}
 
 
-def test_a_commit_by_somebody_else_meanwhile_is_not_run_over(hub, run, monkeypatch):
-    repository = hub.add(NAME)
-
-    def commit(api, *arguments, commit=HfApi.create_commit, **options):
-        repository.commit("main", repository.files(), "theirs")
-        return commit(api, *arguments, **options)
-
-    monkeypatch.setattr(HfApi, "create_commit", commit)
-    with pytest.raises(HubError, match=r"must not change while it is written to, got 412 \(.*A commit .*try again"):
-        push_to_hub(run, NAME)
-    assert contents(hub).keys() == {".gitattributes"}
-
-
 @pytest.mark.parametrize("route", ["/lfs/[0-9a-f]+", f"/api/models/{NAME}/commit/main"])
 def test_a_connection_that_breaks_off_leaves_the_repository_as_it_was(hub, run, route):
     hub.add(NAME)
@@ -343,12 +317,6 @@ def test_without_a_hub_the_message_says_why(hub, run, monkeypatch):
     assert code == 2
     assert "repository 'user/masks' cannot be pushed to: the hub is not asked, as HF_HUB_OFFLINE is set" in output
     assert hub.requests == []
-
-
-def test_the_client_of_the_real_hub_lists_what_was_pushed(hub, run):
-    pushed = push_to_hub(run, NAME)
-    info = HfApi().model_info(NAME, revision=pushed.revision)
-    assert {file.rfilename for file in info.siblings} >= {CONFIG, MASKS, "README.md"}
 
 
 def test_a_verb_takes_the_name_of_a_repository_with_its_revision(hub, run):
