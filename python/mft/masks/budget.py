@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from mft.checks import check_rule
 from mft.config import MaskConfig
+from mft.models.attached import attached
 from mft.models.parallel import unwrapped
 from mft_kernels import MaskedLayer
 from mft_kernels.mask.scores import Scores, State, state, still, watch
 from mft_kernels.mask.shared_threshold import AddUp, one_process, shared_threshold
 from mft_kernels.ops.checks import NonFiniteScores
 
-_BUDGET = "_mft_budget"  # an attribute of a model, or of PEFT's configuration
 _SCALE = 0.02  # root mean square of initial scores, as in MaskedLinear
 
 
@@ -179,13 +179,7 @@ def check_within_budget(model: nn.Module, kept: int) -> None:
 
 def budget_of(holder: Any) -> Budget | None:
     """Return the budget of a masked model or an adapter's PEFT configuration; None if each layer has its own share."""
-    return getattr(holder, _BUDGET, None)
-
-
-def keep_budget(holder: Any, budget: Budget | None) -> None:
-    """Store the budget on holder, for budget_of."""
-    if budget is not None or hasattr(holder, _BUDGET):
-        setattr(holder, _BUDGET, budget)
+    return attached(holder).budget
 
 
 def make_budget(mask: MaskConfig, weights: int) -> Budget | None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.config import DATA_INITS, INITS, MaskConfig
-from mft.masks.budget import keep_budget, load_with_threshold, magnitude_scores, make_budget
+from mft.masks.budget import load_with_threshold, magnitude_scores, make_budget
 from mft.masks.experts import mask_experts, unmask_experts
 from mft.masks.export_format import PEFT_TYPE
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
-from mft.masks.saved_modules import forget_saved_modules, saved_modules, select_saved_modules, train_whole
-from mft.masks.surrogate import forget_surrogate, keep_surrogate
+from mft.masks.saved_modules import saved_modules, select_saved_modules, train_whole
+from mft.masks.surrogate import make_surrogate
 from mft.masks.targets import select_targets
+from mft.models.attached import attach, attached
 from mft.models.codes.weight import quantized_weights
 from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
@@ -27,14 +28,6 @@ from mft.number_formats import unless_auto
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
 from mft_kernels.layers.shells import filled, linear_on, without
 from mft_kernels.ops.checks import check_alpha
-
-# Attribute of the model: names of the parameters that were trainable before masking; merge_model restores this.
-_TRAINABLE_BEFORE = "_mft_trainable_before"
-# Attribute of a masked layer that replaced no nn.Linear: the replaced module without its weights. It is in a tuple so
-# that it is not registered as a child.
-_ORIGINAL = "_mft_original"
-# Attribute of the model: the object that holds its masks in its weights (in_place/).
-IN_PLACE = "_mft_in_place"
 
 
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
@@ -96,14 +89,10 @@ def merge_model(model: nn.Module, *, alpha: float = 1.0) -> nn.Module:
     pack_attentions(model)
     remove_checkpointing_hooks(model)
     forget_in_one_piece(model)
-    forget_saved_modules(model)
-    forget_surrogate(model)
-    keep_budget(model, None)
-    before = getattr(model, _TRAINABLE_BEFORE, None)
+    before = attached(model).trainable_before
+    attach(model, budget=None, surrogate=None, modules_to_save=(), trainable_before=None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() if before is None else name in before)
-    if before is not None:
-        delattr(model, _TRAINABLE_BEFORE)
     return model
 
 
@@ -112,7 +101,7 @@ def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
 
     Raises: RuntimeError while the masks are in place, because no layer is a masked one then.
     """
-    if hasattr(model, IN_PLACE):
+    if attached(model).in_place is not None:
         raise RuntimeError(
             f"model must not have its masks in place here, got a {type(model).__name__} with masks in place: leave "
             "mft.in_place(model) first, or call mft.leave_in_place(model) after an interrupt"
@@ -184,7 +173,7 @@ def keeping_all(model: nn.Module) -> Iterator[None]:
 def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
     """Do the work of mask_model for the layers of these names, which must be maskable."""
     names = list(names)
-    setattr(model, _TRAINABLE_BEFORE, {name for name, p in model.named_parameters() if p.requires_grad})
+    attach(model, trainable_before=frozenset(name for name, p in model.named_parameters() if p.requires_grad))
     model.requires_grad_(False)
     read_in_one_piece(model)
     split_attentions(model, names)
@@ -197,7 +186,7 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
             replace_module(model, name, masked_layer(model.get_submodule(name), name, config))
     masked = list(masked_modules(model).values())
     weights = sum(module.scores.numel() for module in masked)
-    keep_surrogate(model, config, weights)
+    attach(model, surrogate=make_surrogate(config, weights))
     if config.budget is not None:
         _begin_budget(model, masked, config, weights)
     train_whole(model, select_saved_modules(model, config.modules_to_save))
@@ -238,7 +227,7 @@ def came_from_conv1d(module: MaskedLayer) -> bool:
 
 def original_of(module: MaskedLayer) -> Any:
     """Return the module that the layer replaced, without weight and bias; None for an nn.Linear."""
-    return next(iter(getattr(module, _ORIGINAL, ())), None)
+    return attached(module).replaced
 
 
 def split_attentions(model: nn.Module, names: Iterable[str]) -> None:
@@ -261,7 +250,7 @@ def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
     masked = MaskedLinear.from_linear(as_linear(source), **_scores_options(name, config, source.weight))
     masked.module_name = name
     if type(source) is not nn.Linear:
-        setattr(masked, _ORIGINAL, (without(source, "weight", "bias"),))
+        attach(masked, replaced=without(source, "weight", "bias"))
     return masked
 
 
@@ -349,7 +338,7 @@ def _begin_budget(model: nn.Module, masked: list[MaskedLayer], config: MaskConfi
     assert budget is not None, "asked for where there is one"
     if budget.fills:
         budget.grow(0, 1)
-    keep_budget(model, budget)
+    attach(model, budget=budget)
     for module in masked:
         load_with_threshold(module)
     if any(module.weight.is_meta for module in masked):

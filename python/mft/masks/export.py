@@ -47,6 +47,7 @@ from mft.masks.in_place.model import as_masked
 from mft.masks.inspection import kept_weights
 from mft.masks.location import masks_directory
 from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
+from mft.models.attached import attach, attached
 from mft.models.codes.weight import quantized_weights
 from mft.models.linears import find_targets, layer_index, layer_stacks, linear_named
 from mft.models.parallel import check_unsharded, uncompiled, unwrapped
@@ -58,8 +59,6 @@ logger = logging.getLogger(__name__)
 # Scores of a loaded mask lie _MARGIN above or below the threshold, on the scale of freshly initialised scores.
 _THRESHOLD = {"magnitude": 0.02, "value": 0.0}
 _MARGIN = 0.01
-# Attribute of the model: (names, hash) from keep_base_hash.
-_EXACT_BASE = "_mft_exact_base"
 
 
 def save_masks(
@@ -274,7 +273,7 @@ def keep_base_hash(model: nn.Module) -> None:
     """Remember base_hash(model) of the masked layers' exact weights, which are about to be replaced by codes."""
     names = set(masked_modules(model))
     if names:
-        setattr(model, _EXACT_BASE, (names, base_hash(model)))
+        attach(model, exact_base=(names, base_hash(model)))
 
 
 # ---------------------------------------------------------------------------------------------- private
@@ -305,7 +304,7 @@ def _save_masks(
 def _base_hash(model: nn.Module, names: set[str]) -> str:
     quantized = sorted(names & quantized_weights(model).keys())
     if quantized:
-        known, found = getattr(model, _EXACT_BASE, (set(), ""))
+        known, found = attached(model).exact_base or (set(), "")
         if names != known:
             raise ValueError(
                 f"model must hold the exact weights that are hashed, got {len(quantized)} that are quantised "

@@ -22,14 +22,15 @@ from mft.config_file import complete_saved_mask
 from mft.files.hub import HubError, asking_hub, split_hub_id
 from mft.masks.banked_experts import note_shapes
 from mft.masks.banked_linear import TaskPerRow
-from mft.masks.budget import Budget, SharedThreshold, budget_of, keep_budget, magnitude_scores, make_budget
+from mft.masks.budget import Budget, SharedThreshold, budget_of, magnitude_scores, make_budget
 from mft.masks.convert import check_drawn, convert, masked_modules, pack_attentions, split_attentions
 from mft.masks.export import loaded_config, read_learned, scores_of_keep, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetched_masks
 from mft.masks.peft_layers.combination import check_combination, combine
-from mft.masks.surrogate import keep_surrogate
+from mft.masks.surrogate import make_surrogate
 from mft.masks.targets import select_targets
+from mft.models.attached import attach, attached
 from mft.models.codes.linear import holds_codes
 from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
@@ -50,11 +51,9 @@ try:
 except ImportError as error:
     raise ImportError(f"mft.masks.peft needs peft >= {_TRIED[0]}: {_REMEDY}. {error}") from error
 
-_CHOSEN = "_mft_chosen"  # attribute of a configuration: the chosen modules, and which of their parameters
 _AS_WRITTEN = "target_modules", "target_parameters", "exclude_modules"  # fields that select_targets reads, not PEFT
 _BASE = "__base__"  # PEFT's word, in adapter_names, for a row without an adapter
 _OF_THE_HUB = "revision", "token", "cache_dir", "local_files_only"  # PEFT's options that locate files on the Hub
-_EXPORT = "_mft_export"  # attribute of a configuration that came from an export: its directory and description
 
 
 @dataclass
@@ -97,7 +96,7 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
             task_type="CAUSAL_LM",
             base_model_name_or_path=export.base_model_name_or_path,
         )
-        setattr(config, _EXPORT, (directory, export))
+        attach(config, export=(directory, export))
         return config
 
     @classmethod
@@ -125,7 +124,7 @@ class MaskModel(BaseTuner):
             saved = config.modules_to_save or []
             names = [name for name in names if not any(f".{module}." in f".{name}." for module in saved)]
             chosen = _parameters_of_modules(model, names)
-        setattr(config, _CHOSEN, chosen)
+        attach(config, chosen=chosen)
         split_attentions(model, names)
         read_in_one_piece(model)
         # PEFT reads these fields in its own way, and may write a shorter list to them.
@@ -136,13 +135,13 @@ class MaskModel(BaseTuner):
             vars(config).update(written)
         layers = [layer for layer in _mask_layers(model) if adapter_name in layer.mft_scores]
         weights = sum(scores.numel() for layer in layers for scores in layer.scores_of(adapter_name).values())
-        keep_surrogate(config, config, weights)
+        attach(config, surrogate=make_surrogate(config, weights))
         if (budget := make_budget(config, weights)) is not None:
             _begin_budget(layers, adapter_name, config, budget)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        return key in getattr(peft_config, _CHOSEN)
+        return key in attached(peft_config).chosen
 
     def _create_and_replace(
         self,
@@ -158,7 +157,7 @@ class MaskModel(BaseTuner):
         if not isinstance(target, MaskTunerLayer):
             kind = MaskExperts if expert_projections(target) else MaskCodes if holds_codes(target) else MaskLinear
             layer = kind(target, current_key)
-        layer.add_mask(adapter_name, peft_config, getattr(peft_config, _CHOSEN).get(current_key))
+        layer.add_mask(adapter_name, peft_config, attached(peft_config).chosen.get(current_key))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -320,7 +319,7 @@ def to_masked_model(model: PeftModel) -> nn.Module:
     for name, masked in modules.items():
         masked.scores = scores[name]
     if (budget := budget_of(config)) is not None:
-        keep_budget(base, budget)
+        attach(base, budget=budget)
         budget.select(list(modules.values()))
     return base
 
@@ -340,7 +339,7 @@ def _begin_budget(layers: list[MaskTunerLayer], name: str, config: MaskPeftConfi
     """
     pairs = [pair for layer in layers for pair in layer.learned_on(name)]
     if name != TRL_REFERENCE:
-        keep_budget(config, budget)
+        attach(config, budget=budget)
         if config.init == "magnitude" and not any(weight.is_meta for _, weight in pairs):
             for (scores, _), begun in zip(pairs, magnitude_scores([weight for _, weight in pairs])):
                 scores.copy_(begun)
@@ -396,12 +395,12 @@ def _scores_of_export(model: Any, config: PeftConfig) -> dict[str, Tensor]:
 
     The files are read again: PEFT did not check what it read, and a file on the Hub may be from another commit.
     """
-    if not hasattr(config, _EXPORT):
+    if attached(config).export is None:
         raise ValueError(
             "an export of masks must be given to PeftModel.from_pretrained or load_adapter without a config, got "
             f"{config.peft_type} masks with a config of their own"
         )
-    directory, export = getattr(config, _EXPORT)
+    directory, export = attached(config).export
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with _unwrapped(base):
         masks, _ = read_learned(base, export, directory, force=False)

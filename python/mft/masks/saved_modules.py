@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.checks import nearest
-
-_NAMES = "_mft_modules_to_save"  # attribute of the model: names of the modules that are trained whole
+from mft.models.attached import attach, attached
 
 
 def select_saved_modules(model: nn.Module, patterns: Iterable[str] | None) -> list[str]:
@@ -49,19 +48,14 @@ def is_inside(name: str, modules: Iterable[str]) -> bool:
 
 def train_whole(model: nn.Module, names: Iterable[str]) -> None:
     """Make the modules of these names trainable, and record them on the model."""
-    setattr(model, _NAMES, tuple(names))
+    attach(model, modules_to_save=tuple(names))
     for module in saved_modules(model).values():
         module.requires_grad_(True)
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that are trained whole, by name."""
-    return {name: model.get_submodule(name) for name in getattr(model, _NAMES, ())}
-
-
-def forget_saved_modules(model: nn.Module) -> None:
-    """Treat them as ordinary modules again; they keep what they learned."""
-    vars(model).pop(_NAMES, None)
+    return {name: model.get_submodule(name) for name in attached(model).modules_to_save}
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mft.config import MaskConfig
+from mft.models.attached import attached
 
-_SURROGATE = "_mft_surrogate"  # an attribute of a model, or of PEFT's configuration
 _ROWS = 256  # rows of a matrix that are in fp32 at once
 
 
@@ -88,18 +88,7 @@ class Surrogate:
 
 def surrogate_of(holder: Any) -> Surrogate | None:
     """Return the surrogate of a masked model or of an adapter's PEFT configuration; None: straight-through gradient."""
-    return getattr(holder, _SURROGATE, None)
-
-
-def keep_surrogate(holder: Any, mask: MaskConfig, weights: int) -> None:
-    """Store on holder the surrogate that mask asks for, for surrogate_of. weights: number of masked weights."""
-    setattr(holder, _SURROGATE, make_surrogate(mask, weights))
-
-
-def forget_surrogate(holder: Any) -> None:
-    """Remove the surrogate from holder."""
-    if hasattr(holder, _SURROGATE):
-        delattr(holder, _SURROGATE)
+    return attached(holder).surrogate
 
 
 def make_surrogate(mask: MaskConfig, weights: int) -> Surrogate | None:

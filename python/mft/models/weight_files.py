@@ -22,8 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
 from mft.files.json_file import read_object
+from mft.models.attached import attach, attached
 
-_FILES = "_mft_weight_files"  # attribute of a model: what reads its weights
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MOST_INDEX = 1 << 26  # bytes: a model of 100,000 tensors has 10 MB
 
@@ -63,7 +63,7 @@ class WeightFiles:
         for name, buffer in list(model.named_buffers()):
             if buffer.is_meta and name not in found.missing_keys:
                 _put(model, name, self.read(name).clone())
-        setattr(model, _FILES, self)
+        attach(model, files=self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightFiles":
         return self
@@ -183,7 +183,7 @@ class _Rows:
 
 def weight_files(model: nn.Module) -> WeightFiles | None:
     """Return what reads the weights of a model that was loaded without them; None for any other model."""
-    return getattr(model, _FILES, None)
+    return attached(model).files
 
 
 def are_readable(settings: Any, directory: Path) -> bool:

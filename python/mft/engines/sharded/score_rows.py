@@ -17,12 +17,12 @@ from mft.masks.budget import Budget, budget_of, magnitude_scores
 from mft.masks.convert import masked_grouped_layer, masked_layer, masked_modules, set_scores
 from mft.masks.export import weight_named
 from mft.masks.inspection import count_bits
+from mft.models.attached import attach, attached
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, kept_thresholds, pack_mask
 from mft_kernels.layers.shells import linear_on
 from mft_kernels.mask.shared_threshold import part_thresholds
 from mft_kernels.reference.fixed_point import code_at_least, selectable
 
-_ROWS = "_mft_score_rows"  # attribute of a model: the ScoreRows of its masks
 NOT_FINITE = 0x7E00  # for int16 scores: the code that the selection of masks reads as NaN
 
 
@@ -36,7 +36,7 @@ class ScoreRows:
         self.processes, self.device = processes, device
         self.rows: dict[str, Tensor] = {}
         self._model = model
-        setattr(model, _ROWS, self)
+        attach(model, score_rows=self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ScoreRows":
         return self
@@ -95,7 +95,7 @@ class ScoreRows:
 
 def score_rows(model: nn.Module) -> ScoreRows | None:
     """Return the rows that this process holds; None for a model that is whole."""
-    return getattr(model, _ROWS, None)
+    return attached(model).score_rows
 
 
 def select_rows(

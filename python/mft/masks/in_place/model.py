@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from mft.masks.convert import IN_PLACE, check_unwrapped, masked_modules
+from mft.masks.convert import check_unwrapped, masked_modules
 from mft.masks.in_place.layer import InPlaceLayer, check_layer
 from mft.masks.in_place.others_memory import layers_to_copy
+from mft.models.attached import attach, attached
 from mft.models.parallel import check_unsharded
 
 
@@ -52,7 +53,7 @@ class MasksInPlace:
         self.is_held = False  # whether all layers hold their masks; False for good if an exception stopped a change
         self._written: str | None = None  # the first layer whose weight something else has changed
         try:
-            setattr(model, IN_PLACE, self)
+            attach(model, in_place=self)
             for name, module in masked.items():
                 self.layers.append(InPlaceLayer(model, name, module, is_copy=name in copied))
                 self.layers[-1].enter(bits[name])
@@ -95,11 +96,11 @@ class MasksInPlace:
         packed = self._begin_change()
         for layer in reversed(self.layers):
             layer.leave()
-        delattr(self.model, IN_PLACE)
+        attach(self.model, in_place=None)
         try:
             yield
         finally:
-            setattr(self.model, IN_PLACE, self)
+            attach(self.model, in_place=self)
             for layer, bits in zip(self.layers, packed):
                 layer.enter(bits)
             self.is_held = True
@@ -115,7 +116,7 @@ class MasksInPlace:
             if layer.is_written():
                 self._written = layer.name
             self.layers.pop()
-        delattr(self.model, IN_PLACE)
+        attach(self.model, in_place=None)
 
     def _begin_change(self) -> list[Tensor]:
         """Return the masks that the layers hold. Raises RuntimeError if an exception has stopped an earlier change."""
@@ -131,7 +132,7 @@ class MasksInPlace:
 
 def masks_in_place(model: nn.Module) -> MasksInPlace | None:
     """Return the object that has model's masks in place; None if there is none."""
-    return getattr(model, IN_PLACE, None)
+    return attached(model).in_place
 
 
 @contextlib.contextmanager

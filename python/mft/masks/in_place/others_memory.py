@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from mft.files.mapped import Mappings
+from mft.models.attached import attach, attached
 from mft_kernels import MaskedLayer
-
-_LENT = "_mft_lent"  # attribute of a model: whether another model shares its memory
 
 
 def layers_to_copy(model: nn.Module, masked: Mapping[str, MaskedLayer]) -> set[str]:
     """Return the layers whose weight is mapped from a file, or shared with processes, other modules or models."""
-    if getattr(model, _LENT, False):
+    if attached(model).shares_memory:
         return set(masked)
     mappings = Mappings()
     others = [
@@ -36,7 +35,7 @@ def layers_to_copy(model: nn.Module, masked: Mapping[str, MaskedLayer]) -> set[s
 
 def lend_weights(model: nn.Module) -> None:
     """Record that another model shares the memory of this model from now on."""
-    setattr(model, _LENT, True)
+    attach(model, shares_memory=True)
 
 
 # ---------------------------------------------------------------------------------------------- private
