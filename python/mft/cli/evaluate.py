@@ -9,7 +9,7 @@ from typing import Any
 from mft.config import ModelConfig, RunConfig
 from mft.evaluation.continuation import end_tokens
 from mft.evaluation.evaluated_base import base_words, evaluated_base, evaluated_config
-from mft.evaluation.exact_match import match_answers
+from mft.evaluation.exact_match import greedy, match_answers
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
 from mft.evaluation.questions import Exchange, find_answers
 from mft.evaluation.table import answer_table, evaluation_tables, figure_lines
@@ -54,7 +54,7 @@ def run_evaluate(
         if asked:
             say(f"{name}, {split}: answering {len(asked)} prompts", style="dim")
             most = max(len(each.completion) for each in asked)  # a longer answer is another one
-            matches[name] = match_answers(model, tokenizer, asked, ends, max_new_tokens=most)
+            matches[name] = match_answers(model, tokenizer, asked, greedy(ends, most))
     for table in evaluation_tables(split, results):
         console.print(table)
     for line in figure_lines(objective.name, results):

@@ -42,31 +42,34 @@ def exact_matches(
         raise ValueError("dataset must hold at least one row to answer, got 0")
     eos = tokenizer.eos_token_id
     asked = split_rows(dataset, eos, max_new_tokens if verifier == "exact" else None)
-    matches = match_answers(
-        model, tokenizer, asked, [eos], batch_size=batch_size, max_new_tokens=max_new_tokens, verifier=verifier
-    )
+    settings = greedy([eos], max_new_tokens)
+    matches = match_answers(model, tokenizer, asked, settings, batch_size=batch_size, verifier=verifier)
     return matches.correct, matches.tokens
+
+
+def greedy(ends: Sequence[int], max_new_tokens: int) -> GenerationConfig:
+    """Return the settings of answers that continue greedily up to one of ends, which are tokens."""
+    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[*ends], pad_token_id=ends[0])
 
 
 def match_answers(
     model: Any,
     tokenizer: Any,
     asked: Sequence[Exchange],
-    ends: Sequence[int],
+    settings: GenerationConfig,
     *,
     batch_size: int | None = None,
-    max_new_tokens: int = 32,
     verifier: str = "exact",
 ) -> Evaluation:
     """Answer the prompts greedily, and count the correct answers: an evaluation whose unit is an answer, without loss.
 
     Args:
-        ends: The tokens that end an answer.
-        batch_size: as for continue_all.
-        max_new_tokens, verifier: as for exact_matches.
+        settings: As greedy makes them.
+        batch_size: As for continue_all.
+        verifier: As for exact_matches.
     """
-    greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
-    found = continue_all([each.prompt for each in asked], model, greedy, batch_size)
+    ends = settings.eos_token_id
+    found = continue_all([each.prompt for each in asked], model, settings, batch_size)
     correct: Counter[int] = Counter()
     for each, tokens in zip(asked, found):
         texts = (text_before(ends, part, tokenizer) for part in (tokens, each.completion))

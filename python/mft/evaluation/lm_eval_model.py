@@ -37,7 +37,7 @@ class MaskedLM(HFLM):
         device: As for lm-eval's hf model. If it is a GPU and there is none, the CPU is used.
         force: Accept other base weights of the same shapes.
         unquantized: Use exact weights even if the masks were learned on quantised ones.
-        softmax_dtype, options: As for HFLM with a model that is loaded already.
+        options: As for HFLM with a model that is loaded already. softmax_dtype is float32 if it is not given.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class MaskedLM(HFLM):
         device: str = "cuda",
         force: bool = False,
         unquantized: bool = False,
-        softmax_dtype: str = "float32",
         **options: Any,
     ) -> None:
         model, tokenizer = load_masked(pretrained, base, dtype, force=force, unquantized=unquantized)
@@ -57,7 +56,7 @@ class MaskedLM(HFLM):
         without_gpu = device.startswith("cuda") and not torch.cuda.is_available()
         model.to("cpu" if without_gpu else device)
         refuse_long_batches(model)
-        super().__init__(pretrained=model, tokenizer=tokenizer, softmax_dtype=softmax_dtype, **options)
+        super().__init__(pretrained=model, tokenizer=tokenizer, **{"softmax_dtype": "float32"} | options)
 
 
 def load_masked(
