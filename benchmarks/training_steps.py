@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mft.config import MaskConfig, TrainConfig
 from mft.data.batches import MicroBatch, take_rows
-from mft.engines.start import start_runner
+from mft.engines.mode import place
 from mft.masks.convert import mask_model
 from mft.masks.quantize import quantize_model
 from mft.memory.shapes import known_config
@@ -100,7 +100,7 @@ class TrainingStep:
                 quantize_model(model, quantization, masked=quantize_masked)
         else:
             raise ValueError(f"competitor must be among {', '.join(COMPETITORS)}, got {competitor!r}")
-        runner = start_runner(model, few, way, "cpu", train)
+        runner = place(model, way=way, device="cpu").start(few, train)
         self._closing.callback(runner.close)
         return lambda batches: _run(runner, batches, train.lr)
 

@@ -99,7 +99,7 @@ class Steps:
 
         from mft.config import MaskConfig, TrainConfig
         from mft.data.batches import MicroBatch
-        from mft.engines.start import start_runner
+        from mft.engines.mode import MODES, place
         from mft.masks.convert import mask_model
         from mft.models.causal_lm import FEW
 
@@ -117,11 +117,10 @@ class Steps:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, config["vocab_size"], (ACCUMULATION, 1, tokens), generator=generator)
         self._batches = [MicroBatch([i], row, row, [i]) for i, row in enumerate(ids)]
-        if way == "plain":
-            model.to(device.torch_device)
+        MODES[way].move(model, device.torch_device)
         few = ids[0, :, :FEW].to(next(model.parameters()).device)
         train = TrainConfig(steps=_CHECKED_STEPS, accumulation=ACCUMULATION, moments=states["moments"])
-        self._runner = start_runner(model, few, way, device.torch_device, train)
+        self._runner = place(model, way=way, device=device.torch_device).start(few, train)
 
     def __call__(self) -> float:
         """Run one step and return the mean loss per token."""

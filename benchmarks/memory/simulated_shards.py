@@ -19,6 +19,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import TrainConfig
 from mft.engines.distributed import Processes
+from mft.engines.mode import MODES
+from mft.engines.placed import Placed
 from mft.engines.sharded import model as spread_model
 from mft.engines.sharded.engine import Sharded, ShardedStates
 from mft.engines.sharded.model import spread
@@ -76,12 +78,11 @@ def sharded_runner(
         tracker.mark_host(tensor)
     processes = _Alone(0, workload.processes)
     few, device = torch.zeros(1, 4, dtype=torch.int64), torch.device("cpu")
-    own = spread(model, few, device, processes, split=lambda model, few: (run_decoder, head_of(model)))
-    for p in (p for p in own.head.parameters() if not is_spread(p)):
+    copy = spread(model, few, device, processes, split=lambda model, few: (run_decoder, head_of(model)))
+    for p in (p for p in copy.head.parameters() if not is_spread(p)):
         tracker.mark_device(p)  # a tensor shared with the embedding is copied whole
-    dtype = None if workload.grad_dtype is None else getattr(torch, workload.grad_dtype)
-    states = _States(model, own, train, device, processes, None, dtype)
-    return Sharded(states, own, objective, every_batch=workload.reduces_every_batch)
+    placed = Placed(model, MODES["sharded"], device, processes, objective)
+    return Sharded(placed, copy, _States(placed, copy, train), every_batch=workload.reduces_every_batch)
 
 
 def _real_mesh(*args: Any) -> Any:

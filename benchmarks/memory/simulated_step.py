@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,13 +27,13 @@ from benchmarks.memory.simulated_shards import sharded_processes, sharded_runner
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import MaskConfig, TrainConfig, parse_layers
 from mft.data.batches import Labelled, MicroBatch
-from mft.engines.distributed import Processes
+from mft.engines.distributed import ALONE, Processes
 from mft.engines.in_place import InPlace, InPlaceStates
 from mft.engines.layer_calls import LayerCalls
+from mft.engines.mode import ResidentMode, place
 from mft.engines.offload import Mover
 from mft.engines.plain import Plain
-from mft.engines.score_states import HeldMask, ScoreStates, score_groups, score_optimizer
-from mft.engines.start import ENGINES
+from mft.engines.score_states import HeldMask, grad_dtype, score_groups, score_optimizer
 from mft.masks.convert import convert, masked_modules
 from mft.masks.experts import mask_experts
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
@@ -197,30 +198,30 @@ def _empty(weight: Tensor, kind: str) -> QuantizedWeight:
 
 
 def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any:
-    train = TrainConfig(steps=1, moments=workload.moments, grad_dtype=workload.grad_dtype)
+    at_once = workload.batches_at_once
+    train = TrainConfig(steps=1, moments=workload.moments, grad_dtype=workload.grad_dtype, batches_at_once=at_once)
+    processes, objective = SimulatedProcesses(count=workload.processes), _OBJECTIVES[workload.objective]
+    placed = place(model, way=workload.memory, device="cpu", processes=processes, objective=objective)
     if workload.memory == "sharded":
-        return sharded_runner(model, workload, train, _OBJECTIVES[workload.objective], tracker)
+        return sharded_runner(model, workload, train, objective, tracker)
     if workload.memory == "plain":
-        return Plain(model, train, run_decoder, head_of(model), None, objective=_OBJECTIVES[workload.objective])
+        alone = replace(placed, processes=ALONE)
+        return Plain(alone, run_decoder, head_of(model), train)
     masks = [
         HeldMask(name, module, _packed(module.scores), torch.zeros((), dtype=module.scores.dtype))
         for name, module in masked_modules(model).items()
     ]
-    optimizer = score_optimizer(score_groups(mask.module for mask in masks), train)
-    processes, objective = SimulatedProcesses(count=workload.processes), _OBJECTIVES[workload.objective]
-    dtype = None if workload.grad_dtype is None else getattr(torch, workload.grad_dtype)
     if workload.memory == "in_place":
-        in_place = InPlaceStates(model, optimizer, processes, masks=masks, copied=(), grad_dtype=dtype)
-        return InPlace(model, in_place, run_decoder, head_of(model), None, objective)
-    mover = SimulatedMover(tracker)
-    states = ScoreStates(masks, optimizer, mover, processes)
+        optimizer = score_optimizer(score_groups(mask.module for mask in masks), train)
+        in_place = InPlaceStates(placed, optimizer, masks=masks, copied=(), grad_dtype=grad_dtype(train))
+        return InPlace(placed, run_decoder, head_of(model), in_place)
+    mode, calls = placed.mode, LayerCalls(model, run_decoder)
+    assert isinstance(mode, ResidentMode), "the other modes run the model's own forward"
+    engine = mode.engine(placed, calls, head_of(model), masks, SimulatedMover(tracker), train)
     with tracker.host():
         for mask in masks:
-            states.optimizer.tensors(mask.module.scores)
-    calls = LayerCalls(model, run_decoder)
-    options = {"states": states, "grad_dtype": dtype, "objective": objective}
-    options |= {"at_once": workload.batches_at_once}
-    return ENGINES[workload.memory](calls, head_of(model), masks, mover, **options)
+            engine.optimizer.tensors(mask.module.scores)
+    return engine
 
 
 def _known_number_aside(workload: Workload) -> AbstractContextManager[Any]:

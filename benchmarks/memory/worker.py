@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mft.config import MaskConfig, TrainConfig
+from mft.engines.mode import MODES
 from mft.masks.convert import mask_model
 from mft.masks.quantize import quantize_model
 from mft.memory.estimate import Workload
@@ -90,8 +91,7 @@ def train(competitor: str, model: Any, data: Rows, accumulation: int, device: st
     mask_model(model, MaskConfig.paper(scores_dtype=states["scores"]))
     if quantization is not None:
         quantize_model(model, quantization, masked=quantize_masked)
-    if way == "plain":
-        model.to(device)
+    MODES[way].move(model, device)
     reports = train_masks(model, data, workloads, way=way, device=device, remember=False)
     return [report.loss for report in reports]
 

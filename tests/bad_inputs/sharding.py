@@ -8,8 +8,8 @@ from tiny import make_llama, make_rows, masked_llama
 
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.distributed import Processes, joined
+from mft.engines.mode import place
 from mft.engines.sharded.model import spread
-from mft.engines.start import start_runner
 from mft.masks.convert import mask_model
 from mft.masks.quantize import quantize_model
 from mft.memory.workload import Workload
@@ -22,13 +22,12 @@ FEW = torch.ones(1, 4, dtype=torch.int64)
 
 def start(model, count=2, objective=None, **changes):
     options = {} if objective is None else {"objective": objective}
-    return start_runner(
-        *(model, FEW, "sharded", "cpu", TrainConfig(**{"steps": 1} | changes)), processes=Processes(0, count), **options
-    )
+    placed = place(model, way="sharded", device="cpu", processes=Processes(0, count), **options)
+    return placed.start(FEW, TrainConfig(**{"steps": 1} | changes))
 
 
 def start_plain(model, **changes):
-    return start_runner(model, FEW, "plain", None, TrainConfig(steps=1, **changes))
+    return place(model).start(FEW, TrainConfig(steps=1, **changes))
 
 
 def as_deepspeed(model):

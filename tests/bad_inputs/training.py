@@ -34,7 +34,7 @@ from mft.training.loop import finetune, train_loop, train_masks
 from mft.training.resume import Resume, find_checkpoint
 from mft.training.run_directory import check_run_directory
 from mft.training.run_lock import LOCK, hold
-from mft.training.saver import Saver
+from mft.training.saver import Saved, Saver
 from mft.training.validation import Validation
 from mft_kernels.ops.checks import NonFiniteScores
 from mft_study.arms.kinds import make_arm
@@ -93,7 +93,7 @@ def run_in(tmp):
 
 def train_in(tmp, model, **facts):
     """Train one step, from the newest checkpoint there, if any."""
-    train_masks(model, make_rows(), steps(), saver=Saver(tmp, 0, newest_checkpoint(tmp)[0], facts=facts))
+    train_masks(model, make_rows(), steps(), saver=Saver(tmp, 0, newest_checkpoint(tmp)[0], saved=Saved(facts)))
 
 
 def plot(tmp, what, table):

@@ -7,7 +7,7 @@ import torch
 from tiny import make_llama, make_rows
 from tiny_architectures import MIXTURES
 
-import mft.engines.start
+import mft.engines.mode
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.in_place_adamw import in_place
 from mft.engines.offload import Mover
@@ -138,7 +138,7 @@ def plain():
 @pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
 def separate(request, monkeypatch):
     """Run on the CPU as if it did, or did not, have memory separate from the host's."""
-    monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
+    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=request.param))
 
 
 def assert_equal(ours, theirs, exact=EXACT):

@@ -60,10 +60,10 @@ def test_what_is_dropped_is_shown_exported_evaluated_and_merged(cli, tmp_path):
 def test_random_scores_drop_nothing_before_the_first_step(cli, monkeypatch):
     kept = []
 
-    def look(model, *_, **__):
-        kept.extend(bool(module.mask().all()) for module in masked_modules(model).values())
+    def look(placed, *_):
+        kept.extend(bool(module.mask().all()) for module in masked_modules(placed.model).values())
 
-    monkeypatch.setattr("mft.training.run.said_of_cost", look)
+    monkeypatch.setattr("mft.training.run.mask_cost_warning", look)
     code, output = cli("train", *LEARN, "mask.init=normal")
     assert code == 0, output
     assert kept

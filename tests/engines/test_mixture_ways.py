@@ -10,7 +10,7 @@ from test_ways import EXACT, TOLERANCE, assert_same_training, scores_of, train
 from tiny import make_rows
 from tiny_architectures import MIXTURES
 
-import mft.engines.start
+import mft.engines.mode
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.offload import Mover
 from mft.evaluation.evaluate import evaluate
@@ -33,7 +33,7 @@ WAYS = ["in_place", *BY_LAYERS]
 @pytest.fixture(autouse=True, params=[True])
 def separate(request, monkeypatch):
     """Run on the CPU as if it were a device with its own memory."""
-    monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
+    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=request.param))
 
 
 def mixture(kind="gpt_oss", dtype=torch.float32, layers=None, changes=None, **mask):

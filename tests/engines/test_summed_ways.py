@@ -23,7 +23,7 @@ import mft.training.saver
 from mft.config import MaskConfig, ModelConfig, TrainConfig
 from mft.config_file import load_config
 from mft.engines.distributed import Processes
-from mft.engines.start import ENGINES
+from mft.engines.mode import MODES
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.quantize import quantize_model
 from mft.memory.estimate import estimate
@@ -170,7 +170,7 @@ def one_row_is_not_finite(way, processes):
 
 def one_lacks_memory(way, data, processes):
     """The second process lacks memory, in the last layer but one."""
-    engine = ENGINES[way]
+    engine = MODES[way].engine
     down = engine.down
 
     def failing(self, layer, *arguments):

@@ -9,11 +9,11 @@ from tiny import assert_masks_agree, make_llama, make_rows, masked_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import mft.config
-import mft.engines.start
+import mft.engines.mode
 from mft.config import MaskConfig, TrainConfig
 from mft.data.batches import take_rows
+from mft.engines.mode import place
 from mft.engines.offload import Mover
-from mft.engines.start import start_engine
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules, merge_model, trainable_parameters
 from mft.objectives.kl import KL
@@ -29,7 +29,7 @@ TOLERANCE = dict.fromkeys(mft.config.WAYS, EXACT) | {"in_place": 2e-5}
 @pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
 def separate(request, monkeypatch):
     """Run on the CPU as if it did, or did not, have memory separate from the host's."""
-    monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
+    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=request.param))
     return request.param
 
 
@@ -111,12 +111,12 @@ def test_ways_of_one_batch_at_a_time_refuse_portions(way):
         train(way, batches_at_once=2)
 
 
-def test_portions_leave_one_layers_gradients_on_the_device():
+def test_portions_leave_one_layers_gradients_on_the_device(separate):
     """The next layer's sums may be there too, in transit; those of all layers rest on the host."""
     model = masked_llama(layers=(0, 1, 2, 3))
     batch = take_rows(make_rows(), [0, 1])
     settings = TrainConfig(steps=1, batches_at_once=1)
-    engine = start_engine(model, batch.input_ids[:1, :8], "layerwise", train=settings, separate=True)
+    engine = place(model, way="layerwise").start(batch.input_ids[:1, :8], settings)
     held = []
     down = engine.down
     engine.down = lambda layer, *args: (held.append([m.grad is not None for m in engine.masks]), down(layer, *args))[1]
@@ -280,7 +280,7 @@ def test_lack_of_memory_names_layer_contents_and_remedy(way, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
-    engine_of = mft.engines.start.ENGINES[way]
+    engine_of = mft.engines.mode.MODES[way].engine
     down = engine_of.down
 
     def down_until_layer_two(self, layer, *args):
@@ -365,7 +365,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
 def test_the_first_masked_layer_makes_no_gradient_of_its_input():
     model = masked_llama(layers=(2, 3))
     batch = take_rows(make_rows(), [0, 1])
-    engine = start_engine(model, batch.input_ids[:1, :8], "resident", train=TrainConfig(steps=1))
+    engine = place(model, way="resident").start(batch.input_ids[:1, :8], TrainConfig(steps=1))
     hidden = torch.randn(*engine.enter(batch).shape)
     assert engine.down(3, hidden, torch.ones_like(hidden), batch).shape == hidden.shape
     assert engine.down(2, hidden, torch.ones_like(hidden), batch) is None
@@ -375,7 +375,7 @@ def test_the_first_masked_layer_makes_no_gradient_of_its_input():
 def test_layerwise_holds_one_layers_gradients(separate):
     model = masked_llama(layers=(0, 1, 2, 3))
     batch = take_rows(make_rows(), [0, 1])
-    engine = start_engine(model, batch.input_ids[:1, :8], "layerwise", train=TrainConfig(steps=1))
+    engine = place(model, way="layerwise").start(batch.input_ids[:1, :8], TrainConfig(steps=1))
     held = []
     down = engine.down
     engine.down = lambda layer, *args: (held.append([m.grad is not None for m in engine.masks]), down(layer, *args))[1]

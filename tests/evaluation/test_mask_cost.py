@@ -14,7 +14,7 @@ from mft.cli.app import app
 from mft.config import MaskConfig, TrainConfig
 from mft.evaluation import mask_cost
 from mft.evaluation.evaluate import evaluate
-from mft.evaluation.mask_cost import said_of_cost
+from mft.evaluation.mask_cost import mask_cost_warning
 from mft.masks.convert import mask_model, masked_modules
 from mft.training.loop import finetune, train_masks
 from mft.training.run_directory import CHECKPOINTS
@@ -54,13 +54,13 @@ def test_layer_and_configuration_have_the_same_defaults():
 
 def test_what_costs_much_is_told_with_what_would_not(learned):
     config = MaskConfig.paper(keep_ratio=0.3)
-    said = said_of_cost(masked(learned, config), config, HELD_OUT)
+    said = mask_cost_warning(masked(learned, config), config, HELD_OUT)
     assert said is not None
     assert said.startswith(SAID)
     assert "(on 4 rows). mask.init=normal mask.keep_ratio=0.3 on 28 layers drops" in said
     assert said.endswith("; mask.keep_ratio=0.99 mask.init=magnitude begins near the model as it is")
     better = MaskConfig(keep_ratio=0.99, init="magnitude")
-    assert said_of_cost(masked(learned, better), better, HELD_OUT) is None
+    assert mask_cost_warning(masked(learned, better), better, HELD_OUT) is None
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_what_costs_much_is_told_with_what_would_not(learned):
 )
 def test_only_what_has_to_change_is_named(learned, config, remedy, monkeypatch):
     monkeypatch.setattr(mask_cost, "WELL_ABOVE", -1.0)
-    assert remedy in said_of_cost(masked(learned, config), config, HELD_OUT)
+    assert remedy in mask_cost_warning(masked(learned, config), config, HELD_OUT)
 
 
 def test_looking_at_the_cost_changes_no_mask_and_draws_no_number():
     model = masked_llama(keep_ratio=0.7)
     masks = {name: module.mask() for name, module in masked_modules(model).items()}
     state = torch.get_rng_state()
-    said_of_cost(model, MaskConfig.paper(keep_ratio=0.7), HELD_OUT)
+    mask_cost_warning(model, MaskConfig.paper(keep_ratio=0.7), HELD_OUT)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(module.mask(), masks[name]) for name, module in masked_modules(model).items())
 

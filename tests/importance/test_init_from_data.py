@@ -9,7 +9,7 @@ from tiny import make_llama, make_rows
 from tiny_mixtures import mixture
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import mft.engines.start
+import mft.engines.mode
 import mft.importance.importance
 from mft.config import MaskConfig
 from mft.engines.offload import Mover
@@ -65,7 +65,7 @@ def plain():
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_every_way_begins_alike(way, plain, monkeypatch):
     """The device has its own memory."""
-    monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=True))
+    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=True))
     monkeypatch.setattr(mft.importance.importance, "run_decoder", None)  # the whole model must not run
     assert_same(scores_of(mask_from_data(make_llama(), MaskConfig(**LAYERS | FREE), ROWS, way=way)), plain, exact=False)
 

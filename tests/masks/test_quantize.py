@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import mft.config
-import mft.engines.start
+import mft.engines.mode
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import QUANTIZATIONS, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.engines.offload import Mover
@@ -248,7 +248,7 @@ def test_nf4_without_its_library_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("way", ["resident", "quantized", "layerwise"])
 @pytest.mark.parametrize("separate", [False, True], ids=["one memory", "two memories"])
 def test_every_way_gives_the_plain_update_on_a_quantised_base(way, masked, separate, monkeypatch):
-    monkeypatch.setattr(mft.engines.start, "Mover", lambda device, **_: Mover(device, separate=separate))
+    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=separate))
     settings = TrainConfig(lr=1e-3, steps=3, batch_size=2, accumulation=2)
     runs = []
     for name in ("plain", way):

@@ -9,7 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma3ForCausalLM, Gemma
 
 from mft.config import MaskConfig, TrainConfig
 from mft.data.batches import take_rows
-from mft.engines.start import start_runner
+from mft.engines.mode import place
 from mft.evaluation.evaluate import evaluate
 from mft.importance.importance import importance
 from mft.masks.convert import mask_model, masked_modules
@@ -219,7 +219,7 @@ def test_what_a_resumed_run_recalls_of_packed_rows_is_what_a_step_remembers(way)
     batches = [take_rows(rows, [i]) for i in range(len(rows))]
     few, train = rows.with_format("torch")[:1]["input_ids"][:, :8], TrainConfig(steps=1)
     for memory in memories:
-        runner = start_runner(masked_llama(), few, way, None, train, memory)
+        runner = place(masked_llama(), way=way, memory=memory).start(few, train)
         if memory is memories[0]:
             runner.recall(batches)
         else:

@@ -13,7 +13,7 @@ from whole_logits import WAYS, Widths, assert_same, by_hand, make_masked, step
 from mft.config import TrainConfig
 from mft.data.batches import take_rows
 from mft.engines.layerwise import Layerwise
-from mft.engines.start import OWN_FORWARD, start_runner
+from mft.engines.mode import MODES, place
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import keeping_all
 from mft.objectives.cross_entropy import CrossEntropy
@@ -112,7 +112,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(way, name, monkeypatch):
     count = sum(map(make().count, batches))
     assert count == (6 if name == "dpo" else sum(len(batch.labelled.targets) for batch in batches))
     expected = by_hand(make_masked(way), batches, count, formula)
-    for separate in {False, way not in OWN_FORWARD}:
+    for separate in {False, MODES[way].runs_by_layers}:
         assert_same(step(make_masked(way), way, make(), batches, monkeypatch, separate=separate), expected, 2e-5)
 
 
@@ -166,8 +166,8 @@ def test_rows_that_are_recalled_ask_the_base_no_more(way, monkeypatch):
     for recalled in (True, False):
         objective, model = DPO(), make_masked(way)
         if recalled:
-            few = batches[0].input_ids[:1, :8]
-            runner = start_runner(model, few, way, "cpu", TrainConfig(steps=1), objective=objective)
+            placed = place(model, way=way, device="cpu", objective=objective)
+            runner = placed.start(batches[0].input_ids[:1, :8], TrainConfig(steps=1))
             runner.recall(batches)
             runner.close()
         else:

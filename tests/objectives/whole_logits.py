@@ -6,10 +6,10 @@ import torch
 from tiny import WORDS, make_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mft.engines.start
+import mft.engines.mode
 from mft.config import MaskConfig, TrainConfig
+from mft.engines.mode import place
 from mft.engines.offload import Mover
-from mft.engines.start import start_runner
 from mft.masks.convert import keeping_all, mask_model, masked_modules
 from mft.masks.quantize import quantize_model
 
@@ -24,8 +24,7 @@ def make_masked(way, layers=(1, 3)):
 
 def step(model, way, objective, batches, patch, *, separate=False):
     """Return (losses, gradient of each layer's scores) of one step, which changes nothing."""
-    mover = functools.partial(Mover, separate=separate)
-    patch.setattr(mft.engines.start, "Mover", lambda device, separate: mover(device))
+    patch.setattr(mft.engines.mode, "Mover", functools.partial(Mover, separate=separate))
     losses, grads = [], {}
     for p in model.parameters():
         p.requires_grad_(way == "plain" and any(p is module.scores for module in masked_modules(model).values()))
@@ -34,9 +33,9 @@ def step(model, way, objective, batches, patch, *, separate=False):
         for name, module in masked_modules(model).items():
             grads[name] = module.scores.grad.clone()
 
-    few = batches[0].input_ids[:1, :8]
     model.train()
-    runner = start_runner(model, few, way, "cpu", TrainConfig(steps=1), before_update=keep_plain, objective=objective)
+    placed = place(model, way=way, device="cpu", objective=objective)
+    runner = placed.start(batches[0].input_ids[:1, :8], TrainConfig(steps=1), keep_plain)
     if way != "plain":
 
         def keep(masks, *_):

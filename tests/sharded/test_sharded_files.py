@@ -9,7 +9,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from mft.config import MaskConfig, ModelConfig
 from mft.engines.distributed import Processes
-from mft.engines.sharded.engine import start_forward
+from mft.engines.mode import place
 from mft.engines.sharded.score_rows import ScoreRows
 from mft.importance.scores import drawn, init_from_data
 from mft.masks.convert import keeping_all, mask_model, masked_modules
@@ -48,8 +48,9 @@ def compared(rank, folder, case):
     run, head = split_at_head(whole, ids)
 
     def logits(of):
-        spread = start_forward(of, data, ids[:1, :8], 1)
-        with spread._own.whole_head():
+        spread = place(of, way="sharded").read(ids[:1, :8])
+        spread.check_apart(data, ids[:1, :8], 1)
+        with spread._spread.whole_head():
             result = spread.head(spread.run(spread.model, ids))
         spread.close()
         return result

@@ -14,8 +14,8 @@ from tiny_architectures import MIXTURES
 import mft
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.distributed import Processes
+from mft.engines.mode import place
 from mft.engines.sharded.model import spread
-from mft.engines.start import start_runner
 from mft.engines.step import NonFiniteLoss
 from mft.masks.convert import mask_model, masked_modules
 from mft.objectives.kl import KL
@@ -181,8 +181,9 @@ def at_rest(rank):
     whole = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
     masked = sum(module.scores.numel() for module in masked_modules(model).values())
     few = torch.ones(1, 4, dtype=torch.int64)
-    runner = start_runner(model, few, "sharded", "cpu", settings(moments="8bit"), processes=Processes(rank, 2))
-    own, states = sum(p.to_local().numel() for p in runner._model.parameters()), runner.states
+    placed = place(model, way="sharded", device="cpu", processes=Processes(rank, 2))
+    runner = placed.start(few, settings(moments="8bit"))
+    own, states = sum(p.to_local().numel() for p in runner.model.parameters()), runner.states
     here = [runner.optimizer.tensors(scores) for scores in runner.learned().values()]
     found = {"weights": (own, whole), "masks": (sum(m.packed.numel() for m in states._rows), 0)}
     found |= {name: (sum(t[name].numel() for t in here), masked) for name in ("scores", "exp_avg", "exp_avg_sq")}
@@ -321,12 +322,12 @@ def test_a_loss_that_is_not_finite_ends_all_processes(of_two):
 
 
 def test_masks_of_any_number_of_processes_are_the_same_file(of_one, of_two, tmp_path):
-    for place, masks in enumerate((of_one["fp32"][1], of_two[0]["fp32"][1])):
+    for number, masks in enumerate((of_one["fp32"][1], of_two[0]["fp32"][1])):
         model = llama()
         with torch.no_grad():
             for name, module in masked_modules(model).items():
                 module.scores.copy_(masks[name])
-        mft.save_masks(model, tmp_path / str(place))
+        mft.save_masks(model, tmp_path / str(number))
     files = [(tmp_path / place / "adapter_model.safetensors").read_bytes() for place in "01"]
     assert files[0] == files[1]
     assert Path(tmp_path / "0").is_dir()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_llama, make_rows
 
-import mft.engines.start
+import mft.engines.mode
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.offload import Mover
 from mft.masks.convert import mask_model, masked_modules, merge_model
@@ -88,7 +88,7 @@ def plain():
 @pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
 def separate(request, monkeypatch):
     """Run on the CPU as if it did, or did not, have memory separate from the host's."""
-    monkeypatch.setattr(mft.engines.start, "Mover", lambda device, separate: Mover(device, separate=request.param))
+    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=request.param))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -37,9 +37,9 @@ def test_a_killed_run_goes_on_bit_for_bit_without_a_look_at_the_data(cli, tmp_pa
 def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_path, monkeypatch):
     begun = []
 
-    def begin(model, mask, rows, **where):
-        begun.append((mask.calibration_rows, where["way"]))
-        return init_from_data(model, mask, rows, **where)
+    def begin(placed, mask, rows, **options):
+        begun.append((mask.calibration_rows, placed.mode.name))
+        return init_from_data(placed, mask, rows, **options)
 
     monkeypatch.setattr("mft.training.run.init_from_data", begin)
     output = cli.done("train", *ASKED, "train.log_every=3", "mask.deletion_penalty=0", "coding=packed")

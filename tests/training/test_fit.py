@@ -42,7 +42,7 @@ def with_free(monkeypatch, tmp_path):
 def test_auto_takes_the_fastest_that_fits_and_says_why(with_free, free, way):
     with_free(free)
     plan = plan_training(config_of())
-    assert plan.way == way
+    assert plan.mode.name == way
     assert f"memory: {way}, an estimated " in plan.reason
     assert f"of {free:.1f} GB on cpu" in plan.reason
     if way != "plain":
@@ -57,7 +57,7 @@ def test_formats_that_are_left_open_are_those_that_fit(with_free):
         plan = plan_training(config)
         assert (plan.scores, plan.moments) == found
         assert (f"scores in {found[0]} and moments in {found[1]}" in plan.reason) == (free != 400)
-        plan.write_into(config)
+        config = plan.applied_to(config)
         assert (config.mask.scores_dtype, config.train.moments) == found
     with pytest.raises(ValueError, match="nothing fits"):
         plan_training(load_config(None, [*sizes, "mask.scores_dtype=float32", "train.moments=float32"]))
@@ -110,7 +110,7 @@ def test_the_nearest_setting_fits(with_free):
         train={"moments": overrides.get("train.moments", "float32")},
     )
     config.model.quantize_masked = overrides.get("model.quantize_masked") == "true"
-    assert plan_training(config).way == config.memory
+    assert plan_training(config).mode.name == config.memory
 
 
 def test_the_exact_weights_have_to_fit_before_they_are_quantised(with_free):
@@ -120,12 +120,12 @@ def test_the_exact_weights_have_to_fit_before_they_are_quantised(with_free):
     with pytest.raises(ValueError, match="quantized: needs 13.9 GB of 12.0 GB, in loading"):
         plan_training(config)
     with_free(14.5)
-    assert plan_training(config).way == "quantized"
+    assert plan_training(config).mode.name == "quantized"
 
 
 def test_no_weight_is_loaded_before_the_refusal(with_free, monkeypatch):
     with_free(1)
-    monkeypatch.setattr(mft.training.run, "load_model", lambda *_: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr("mft.engines.placed.load_model", lambda *_: pytest.fail("a weight was loaded"))
     with pytest.raises(ValueError, match="nothing fits"):
         mft.training.run.run_train(Begin(config_of()))
 
@@ -138,7 +138,7 @@ def test_quantized_means_nf4_unless_said_otherwise(with_free):
     assert plan_training(config_of(memory="quantized")).quantization == "nf4"
     assert plan_training(config_of(memory="quantized", quantization="int8")).quantization == "int8"
     plan = plan_training(config_of(quantization="int8"))
-    assert (plan.way, plan.quantization) == ("quantized", "int8")
+    assert (plan.mode.name, plan.quantization) == ("quantized", "int8")
     assert plan_training(config_of()).quantization is None
 
 
@@ -189,11 +189,11 @@ def test_shapes_that_are_not_known_are_not_refused(with_free, tmp_path):
     with_free(1)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     plan = plan_training(config_of(name=str(tmp_path)))
-    assert plan.way == "plain"
+    assert plan.mode.name == "plain"
     assert plan.reason.startswith("memory: plain, not estimated: model must be of a family")
-    assert plan_training(config_of(name=str(tmp_path), memory="layerwise")).way == "layerwise"
-    assert plan_training(config_of(name=str(tmp_path), mask={"scores_dtype": "int16"})).way == "in_place"
-    assert plan_training(config_of(name=str(tmp_path), quantization="nf4")).way == "quantized"
+    assert plan_training(config_of(name=str(tmp_path), memory="layerwise")).mode.name == "layerwise"
+    assert plan_training(config_of(name=str(tmp_path), mask={"scores_dtype": "int16"})).mode.name == "in_place"
+    assert plan_training(config_of(name=str(tmp_path), quantization="nf4")).mode.name == "quantized"
 
 
 def test_a_model_that_is_not_there_is_refused_in_the_words_of_its_loader(with_free, monkeypatch):

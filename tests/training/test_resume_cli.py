@@ -179,7 +179,7 @@ def files(run):
 
 
 SHORT = [*LEARN, "train.steps=3", "checkpoint_minutes=0", "mask.keep_ratio=0.8"]
-BEFORE_FINISHING = "mft.training.run.evaluation_tables"
+BEFORE_FINISHING = "mft.training.outputs.evaluation_tables"
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["missing", "empty"])
@@ -207,7 +207,7 @@ def test_a_configuration_edited_beside_a_checkpoint_is_refused(cli, tmp_path):
     [
         ("train", "mft.tracking.metrics.plot_curves"),
         ("train", "safetensors.torch.save"),
-        ("train", "mft.training.run.remove"),
+        ("train", "mft.training.run_checkpoints.remove"),
         ("finetune", "transformers.PreTrainedTokenizerBase.save_pretrained"),
     ],
 )
@@ -217,7 +217,7 @@ def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, plac
     wanted = files(tmp_path / "run")
     killed_before(cli, place, verb, *SHORT, "--overwrite")
     code, output = cli(verb, "--resume", "run")
-    if place == "mft.training.run.remove":  # it removes checkpoints once the result is there
+    if place == "mft.training.run_checkpoints.remove":  # it removes checkpoints once the result is there
         assert (code, "has its masks/ already" in output) == (2, True)
     else:
         assert code == 0, output

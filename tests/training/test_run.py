@@ -12,6 +12,7 @@ from tiny_run import LEARN, events_of, killed_after
 
 import mft
 import mft.training.run
+from mft.engines.mode import MODES
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_run_from_python_is_that_of_the_command_line(cli, config, tmp_path):
 
 
 def test_formats_that_are_chosen_are_those_of_the_run(config, monkeypatch):
-    planned, chosen = mft.training.run._planned, {"way": "resident", "scores": "int16", "moments": "8bit"}
+    planned, chosen = mft.training.run._planned, {"mode": MODES["resident"], "scores": "int16", "moments": "8bit"}
     monkeypatch.setattr(mft.training.run, "_planned", lambda *args: dataclasses.replace(planned(*args), **chosen))
     mft.run_train(config)
     saved = mft.load_config("run/config.yaml")

@@ -55,9 +55,9 @@ class Processes:
                 f"train.batch_size so that a step keeps its {train.batch_size * train.accumulation} rows"
             )
 
-    def check_model(self, model: nn.Module, few: Tensor) -> None:
-        """Raise ValueError if a row's result could depend on which process computes it; few: tokens for the check."""
-        if self.count > 1 and draws_at_random(model, few):
+    def check_model(self, model: nn.Module, sample: Tensor) -> None:
+        """Raise ValueError if a row's result could depend on which process computes it; sample: see Mode.place."""
+        if self.count > 1 and draws_at_random(model, sample):
             raise ValueError(
                 "model must have no dropout, and use no other random numbers, on several processes, got "
                 f"{type(model).__name__} on {self.count}: each process would draw other numbers than a single "

@@ -15,19 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
 from mft.engines.own_forward import OwnForward
+from mft.engines.placed import Placed
+from mft.engines.score_runner import ScoreRunner
 from mft.engines.score_states import HeldMask, ScoreStates, current_masks
-from mft.engines.trains_scores import TrainsScores
 from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
 from mft.masks.in_place.model import MasksInPlace
-from mft.masks.surrogate import Surrogate
 from mft.models.causal_lm import Run
-from mft.models.frozen_layers import PrefixMemory
-from mft.objectives.cross_entropy import CROSS_ENTROPY
-from mft.objectives.objective import Objective
 from mft_kernels import MaskAdamW
 from mft_kernels.mask.in_place import MaskedInPlace
 from mft_kernels.shards import rows_here
@@ -100,6 +96,7 @@ class InPlaceStates(WeightStates):
     Scores and moments are on the model's device.
 
     Args:
+        placed: The model, whose mode does not matter here.
         optimizer: MaskAdamW over the scores of the model's masked layers, in their order.
         masks: The masks that the layers hold at first; None: the masks that the scores select now.
         copied: See MasksInPlace.
@@ -109,15 +106,14 @@ class InPlaceStates(WeightStates):
 
     def __init__(
         self,
-        model: nn.Module,
+        placed: Placed,
         optimizer: MaskAdamW,
-        processes: Processes = ALONE,
-        surrogate: Surrogate | None = None,
         *,
         masks: Sequence[HeldMask] | None = None,
         copied: Collection[str] | None = None,
         grad_dtype: torch.dtype | None = None,
     ) -> None:
+        model = placed.model
         masks = current_masks(masked_modules(model)) if masks is None else masks
         self.in_place = MasksInPlace(model, {mask.name: mask.packed for mask in masks}, copied)
         with contextlib.ExitStack() as undo:
@@ -129,8 +125,9 @@ class InPlaceStates(WeightStates):
                 )
                 for mask, layer in zip(masks, self._layers, strict=True)
             ]
-            mover, budget = Mover(self._layers[0].parameter.device, separate=False), budget_of(model)
-            super().__init__(of_layers, optimizer, mover, processes, surrogate, budget, grad_dtype=grad_dtype)
+            mover = Mover(self._layers[0].parameter.device, separate=False)
+            of_model = (placed.processes, placed.surrogate, budget_of(model))
+            super().__init__(of_layers, optimizer, mover, *of_model, grad_dtype=grad_dtype)
             undo.pop_all()
 
     def check_there(self) -> None:
@@ -143,29 +140,17 @@ class InPlaceStates(WeightStates):
         self.in_place.close()
 
 
-class InPlace(TrainsScores, OwnForward):
+class InPlace(ScoreRunner, OwnForward):
     """Trains only scores, in any format; the model computes with weights that hold their masks.
 
     Args: states: of the model's scores. Others: see OwnForward.
     """
 
-    way = "in_place"
+    states: InPlaceStates
 
-    def __init__(
-        self,
-        model: nn.Module,
-        states: InPlaceStates,
-        run: Run,
-        head: nn.Module,
-        memory: PrefixMemory | None,
-        objective: Objective = CROSS_ENTROPY,
-    ) -> None:
-        super().__init__(model, run, head, memory, states.processes, objective)
-        self._states = states
-
-    @property
-    def states(self) -> InPlaceStates:
-        return self._states
+    def __init__(self, placed: Placed, run: Run, head: nn.Module, states: InPlaceStates) -> None:
+        super().__init__(placed, run, head)
+        self.states = states
 
     def close(self) -> None:
         self.states.close()

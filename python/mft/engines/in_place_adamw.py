@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mft.checks import check_rule
 from mft.engines.in_place import InPlaceStates
+from mft.engines.mode import place
 from mft.engines.score_states import score_groups
 from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
@@ -40,7 +41,7 @@ class InPlaceAdamW(MaskAdamW):
             )
         super().__init__(groups, **options)
         self._budget, self._max_norm = budget_of(model), max_grad_norm
-        self._states: InPlaceStates | None = InPlaceStates(model, self)
+        self._states: InPlaceStates | None = InPlaceStates(place(model, way="in_place"), self)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all scores and select the next masks. Return the result of closure, or None.

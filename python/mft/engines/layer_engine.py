@@ -11,7 +11,7 @@ Nothing else of the forward pass is kept. In the backward pass only one layer's 
 objective needs the base model, the way up also runs the layers with all weights kept, from the first masked layer on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from weakref import WeakKeyDictionary
 
@@ -19,50 +19,49 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
 from mft.engines.layer_calls import Call, LayerCalls
 from mft.engines.offload import Mover
-from mft.engines.score_states import HeldMask, ScoreStates
-from mft.engines.step import OnLoss, naming_lack_of_memory
-from mft.engines.trains_scores import TrainsScores
+from mft.engines.placed import Placed
+from mft.engines.score_runner import ScoreRunner
+from mft.engines.score_states import HeldMask, ScoreStates, grad_dtype, score_groups, score_optimizer
+from mft.engines.step import naming_lack_of_memory
 from mft.masks.base_pass import as_base
-from mft.models.frozen_layers import PrefixMemory
+from mft.masks.budget import budget_of
 from mft.models.longrope import inputs_of
-from mft.objectives.cross_entropy import CROSS_ENTROPY
-from mft.objectives.objective import Objective
 
 
-class LayerEngine(TrainsScores):
+class LayerEngine(ScoreRunner):
     """Runs steps of a masked causal LM.
 
     Args:
+        placed: The model. Its memory caches the outputs of the layers below the first masked one.
         calls, head: How the model is run; see LayerCalls and causal_lm.split_at_head.
         masks: The masks of the masked layers.
-        states: The states of their scores; None for evaluation only.
-        grad_dtype: The dtype of the gradient buffers; None: the weights' dtype.
-        at_once: For layerwise: number of micro-batches whose boundaries exist at the same time; None: all of a step.
-        memory: A cache of the frozen layers' output for each row: the layers below the first masked one.
-        objective: The objective to minimise.
+        train: The settings of training; None for evaluation only.
     """
-
-    way = ""  # the memory mode's name in the configuration
 
     def __init__(
         self,
+        placed: Placed,
         calls: LayerCalls,
         head: nn.Module,
         masks: Sequence[HeldMask],
         mover: Mover,
-        *,
-        states: ScoreStates | None = None,
-        grad_dtype: torch.dtype | None = None,
-        at_once: int | None = None,
-        memory: PrefixMemory | None = None,
-        objective: Objective = CROSS_ENTROPY,
+        train: TrainConfig | None = None,
     ) -> None:
-        self.calls, self.head, self.mover, self.objective = calls, head, mover, objective
+        self.model, self.calls, self.head, self.mover = placed.model, calls, head, mover
+        self.objective, self._mode = placed.objective, placed.mode
         calls.device = mover.device
-        self._states, self.grad_dtype, self.at_once, self.memory = states, grad_dtype, at_once, memory
+        self.memory = None if train is None else placed.memory
+        self.grad_dtype = None if train is None else grad_dtype(train)
+        self.at_once = None if train is None else train.batches_at_once  # for layerwise
+        self.trains = train is not None
+        if train is not None:
+            optimizer = score_optimizer(score_groups(mask.module for mask in masks), train)
+            of_model = (placed.processes, placed.surrogate, budget_of(placed.model))
+            self.states = ScoreStates(masks, optimizer, mover, *of_model)
         for mask in masks:
             mask.threshold = mask.threshold.to(mover.device)
         self.masks_of_layer = [
@@ -72,7 +71,7 @@ class LayerEngine(TrainsScores):
         elsewhere = [mask.name for mask in masks if mask not in self.masks]
         if elsewhere:
             raise ValueError(
-                f"memory must be plain if a masked layer lies outside the decoder layers, got {self.way} and "
+                f"memory must be plain if a masked layer lies outside the decoder layers, got {self._mode.name} and "
                 f"{elsewhere[0]}: leave it out with mask.exclude_modules"
             )
         numbers = [i for i, masks in enumerate(self.masks_of_layer) if masks]
@@ -88,30 +87,11 @@ class LayerEngine(TrainsScores):
     def masks(self) -> list[HeldMask]:
         return [mask for masks in self.masks_of_layer for mask in masks]
 
-    @property
-    def states(self) -> ScoreStates:
-        assert self._states is not None, "an engine for evaluation alone takes no step"
-        return self._states
-
-    def step(
-        self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
-    ) -> None:
-        """See step.Runner."""
-        raise NotImplementedError
-
-    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """Yield the input of the head (B, T, D) for each batch, without gradients."""
-        raise NotImplementedError
-
-    def recall(self, batches: Sequence[MicroBatch]) -> None:
-        """Cache the frozen layers' outputs for these rows, as step does; nothing is trained."""
-        raise NotImplementedError
-
     def close(self) -> None:
         """Let the layers compute with their scores again. The scores can then be read."""
         self.mover.finish()
-        if self._states is not None:
-            self._states.close()
+        if self.trains:
+            self.states.close()
         for mask in self.masks:
             mask.module.release()
 
@@ -218,7 +198,7 @@ class LayerEngine(TrainsScores):
         sizes = [f"weights {here / 1e9:.2f} GB", f"gradient buffers {grads / 1e9:.2f} GB"]
         if self.mover.device.type == "cuda":
             sizes.append(f"all tensors {torch.cuda.memory_allocated(self.mover.device) / 1e9:.2f} GB")
-        return f"live on {self.mover.device} under memory: {self.way}: {', '.join(sizes)}"
+        return f"live on {self.mover.device} under memory: {self._mode.name}: {', '.join(sizes)}"
 
     def _remedy(self) -> str:
         return "Set train.batch_size or data.sequence_length lower; `mft estimate` tells what fits"

@@ -44,8 +44,6 @@ class _Top:
 class Layerwise(LayerEngine):
     """Keeps weights, masks and boundaries in host memory, and two layers' weights and one's gradients on the device."""
 
-    way = "layerwise"
-
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
         self._outside = self.depth  # the group of tensors outside all layers: norm and head, without the embedding

@@ -3,58 +3,35 @@
 The other memory modes must give equal results.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mft.config import TrainConfig
-from mft.engines.distributed import ALONE, Processes
 from mft.engines.master_weights import MasterAdamW
 from mft.engines.own_forward import OwnForward
+from mft.engines.placed import Hook, Placed
 from mft.engines.score_states import score_groups, score_optimizer
 from mft.engines.step import NonFiniteLoss
 from mft.masks.budget import budget_of
 from mft.masks.surrogate import Surrogate
 from mft.models.causal_lm import Run
-from mft.models.frozen_layers import PrefixMemory
 from mft.number_formats import unless_auto
-from mft.objectives.cross_entropy import CROSS_ENTROPY
-from mft.objectives.objective import Objective
 from mft_kernels import MaskedLayer
 from mft_kernels.mask.masking import current_mask
 
 
 class Plain(OwnForward):
-    """Trains the parameters that require grad; see make_stepper for the optimiser.
+    """Trains the parameters that require grad; see make_stepper for the optimiser."""
 
-    Args:
-        before_update: Called when a step's gradients are complete and not yet clipped or applied.
-        surrogate: The gradient of the scores; None: the straight-through gradient.
-        Others: see OwnForward.
-    """
-
-    way = "plain"
-    in_lockstep = False
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train: TrainConfig,
-        run: Run,
-        head: nn.Module,
-        memory: PrefixMemory | None,
-        processes: Processes = ALONE,
-        before_update: Callable[[], None] | None = None,
-        objective: Objective = CROSS_ENTROPY,
-        surrogate: Surrogate | None = None,
-    ) -> None:
-        super().__init__(model, run, head, memory, processes, objective)
-        self._surrogate, self._before_update = surrogate, before_update
-        self._stepper = make_stepper(model, train)
+    def __init__(self, placed: Placed, run: Run, head: nn.Module, train: TrainConfig, hook: Hook = None) -> None:
+        super().__init__(placed, run, head)
+        self._surrogate, self._hook = placed.surrogate, hook
+        self._stepper = make_stepper(placed.model, train)
         self._stepper.__enter__()
-        self._masked = [module for module in model.modules() if isinstance(module, MaskedLayer)]
+        self._masked = [module for module in placed.model.modules() if isinstance(module, MaskedLayer)]
 
     def check(self) -> None:
         """Do nothing: a masked layer detects non-finite scores in its next forward."""
@@ -79,12 +56,12 @@ class Plain(OwnForward):
     def learned(self) -> dict[str, Tensor]:
         """Return the trained tensors by parameter name: fp32 masters of 16-bit weights, else the parameters."""
         masters = {id(p): master for p, master in zip(self._stepper.parameters, self._stepper.masters)}
-        return {name: masters[id(p)] for name, p in self._model.named_parameters() if id(p) in masters}
+        return {name: masters[id(p)] for name, p in self.model.named_parameters() if id(p) in masters}
 
     def result(self) -> dict[str, Tensor]:
         """Return what a finished run saves: see step.Runner."""
-        trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
-        masked = {n: m for n, m in self._model.named_modules() if isinstance(m, MaskedLayer)}
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        masked = {n: m for n, m in self.model.named_modules() if isinstance(m, MaskedLayer)}
         for name, module in masked.items():
             if trained.pop(f"{name}.scores", None) is not None:
                 trained[f"{name}.mask"] = module.packed_mask()
@@ -105,9 +82,9 @@ class Plain(OwnForward):
     def _update(self, lr: float, max_norm: float | None) -> None:
         self._processes.sum_gradients(self._stepper.masters)
         if self._surrogate is not None:
-            replace_gradients(self._model, self._stepper, self._surrogate)
-        if self._before_update is not None:
-            self._before_update()
+            replace_gradients(self.model, self._stepper, self._surrogate)
+        if self._hook is not None:
+            self._hook()
         self._stepper.set_lr(lr)
         if max_norm is not None:
             self._stepper.clip(max_norm)
@@ -116,7 +93,7 @@ class Plain(OwnForward):
 
     def _select(self) -> None:
         """Select the shared threshold of masks under a budget. Other masks compute theirs in the next forward."""
-        budget = budget_of(self._model)
+        budget = budget_of(self.model)
         if budget is not None:
             budget.select(self._masked)
 

@@ -13,8 +13,6 @@ from mft.engines.step import OnLoss
 class Resident(LayerEngine):
     """Keeps all weights, masks and gradient buffers on the device; runs one micro-batch after another."""
 
-    way = "resident"
-
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
         elsewhere = {id(mask.module.scores) for mask in self.masks} | {id(t) for t in self.embedding_alone()}
@@ -25,7 +23,7 @@ class Resident(LayerEngine):
                 tensor.data = tensor.data.to(self.mover.device)
         for mask in self.masks:
             mask.packed = mask.packed.to(self.mover.device)
-            mask.hold(None if self._states is None else self.states.new_buffer(mask, self.grad_dtype))
+            mask.hold(self.states.new_buffer(mask, self.grad_dtype) if self.trains else None)
 
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss

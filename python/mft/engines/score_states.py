@@ -96,6 +96,11 @@ def score_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> MaskAda
     )
 
 
+def grad_dtype(train: TrainConfig) -> torch.dtype | None:
+    """Return the dtype of gradient buffers; None for that of the weights."""
+    return None if train.grad_dtype is None else getattr(torch, train.grad_dtype)
+
+
 class ScoreStates:
     """MaskAdamW over the scores of masked layers, which hold their masks between steps.
 

@@ -1,4 +1,4 @@
-"""Runner, the interface of all engines; StepReport, what a step reports; and the errors that end a step.
+"""Reader and Runner, the interfaces of the engines; StepReport, what a step reports; and the errors that end a step.
 
 A step fails if a number is not finite or if memory runs out. The error then names the place.
 """
@@ -6,7 +6,6 @@ A step fails if a number is not finite or if memory runs out. The error then nam
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,28 @@ from mft.data.batches import MicroBatch
 OnLoss = Callable[[MicroBatch, Tensor], None]  # may raise; no score has changed then
 
 
-class Runner(Protocol):
-    """The interface of Plain, InPlace, Resident, Layerwise and Sharded on one model; start.start_runner makes one."""
+class Reader:
+    """Runs a model without gradients."""
 
-    # Whether each process holds a part of the trained tensors. All processes must then make the same calls.
-    in_lockstep: bool
+    model: nn.Module  # what runs: the model, or a copy of it
+    head: nn.Module  # hidden states -> logits
+    together = 16  # batches to ask for at once: they run through a layer while its weights are on the device
+
+    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        """Yield the input of the head (B, T, D) for each batch, with what is learned so far, without gradients."""
+        raise NotImplementedError
+
+    def check_apart(self, dataset, sample: Tensor, batch_size: int) -> None:
+        """Raise ValueError if what runs is a copy that cannot keep the examples of dataset's rows apart."""
+
+    def close(self) -> None:
+        """Give the model back, except for what finish() writes into it."""
+
+
+class Runner(Reader):
+    """Trains a model: the base class of Plain, InPlace, Resident, Layerwise and Sharded. Placed.start makes one."""
+
+    in_lockstep = False  # whether each process holds a part of the trained tensors; then all must make the same calls
 
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
@@ -33,6 +49,7 @@ class Runner(Protocol):
                 nothing is updated.
         Raises: what on_loss raises; RuntimeError if memory runs out, which names the rows or the layer.
         """
+        raise NotImplementedError
 
     def check(self) -> None:
         """Raise if the last step made a score NaN or infinite and no later forward detects it. Call it every step."""
@@ -44,18 +61,15 @@ class Runner(Protocol):
         """Cache the frozen layers' outputs for these rows, as step does; nothing is trained."""
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
+    def optimizer(self) -> torch.optim.Optimizer:
+        raise NotImplementedError
 
     def learned(self) -> Mapping[str, Tensor]:
         """Return the trained tensors by parameter name: scores, or fp32 masters of 16-bit weights.
 
         They stay where they are stored. They are DTensors if each process holds some rows.
         """
-
-    head: nn.Module  # hidden states -> logits
-
-    def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """Yield the input of the head (B, T, D) for each batch, with what is learned so far, without gradients."""
+        raise NotImplementedError
 
     def result(self) -> Mapping[str, Tensor]:
         """Return what a finished run saves, in its present state and on its present device.
@@ -63,21 +77,20 @@ class Runner(Protocol):
         Masks are named LAYER.mask and have pack_mask's format (int32 words of bits). Trained weights are named by their
         parameter, in the model's dtype. Of processes in lockstep the first one gets it, the others nothing.
         """
+        raise NotImplementedError
 
     def packed_masks(self) -> list[Tensor]:
         """Return the next step's masks, one per layer, in pack_mask's format: the runner's own, ready to be read.
 
         A runner in lockstep returns this process's rows.
         """
+        raise NotImplementedError
 
     def relearned(self) -> None:
         """Update the model after a change of the trained tensors, so that it computes with them."""
 
     def finish(self) -> None:
         """Write what was learned into the model, after the last step. All processes must call it."""
-
-    def close(self) -> None:
-        """Give the model back, except for what finish() writes into it."""
 
 
 @dataclass

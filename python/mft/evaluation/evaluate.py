@@ -8,33 +8,25 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mft.checks import check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows, without_trailing_padding
-from mft.engines.distributed import ALONE, Processes
-from mft.engines.layer_engine import LayerEngine
-from mft.engines.sharded.engine import SpreadForward, start_forward
-from mft.engines.sharded.score_rows import score_rows
-from mft.engines.start import OWN_FORWARD, SHARDED, Device, start_engine
-from mft.engines.step import Runner
+from mft.engines.distributed import ALONE
+from mft.engines.mode import place
+from mft.engines.placed import Placed
+from mft.engines.step import Reader
 from mft.masks.base_pass import as_base
 from mft.masks.convert import masked_modules
 from mft.masks.in_place.model import masks_in_place
-from mft.models.causal_lm import FEW, input_device, split_at_head
-from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
-from mft.models.longrope import inputs_of
 from mft.models.next_tokens import check_next_tokens
-from mft.models.packed_rows import keeping_apart
 from mft.models.token_loss import token_losses
-from mft.objectives.cross_entropy import CROSS_ENTROPY
-from mft.objectives.objective import Objective
 from mft_kernels import outdate
 
 METRICS = ("loss", "accuracy")
-_TOGETHER = 16  # batches that run through a layer while its weights are on the device
 
 
 @dataclass
@@ -79,41 +71,33 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Placed,
     dataset,
     *,
     batch_size: int = 2,
-    first: int = 0,
-    memory: PrefixMemory | None = None,
-    way: str = "plain",
-    device: Device = None,
     on_batch: Callable[[int, int], None] | None = None,
-    objective: Objective = CROSS_ENTROPY,
-    runner: Runner | None = None,
-    processes: Processes = ALONE,
     temperature: float | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Compute loss and accuracy of model on dataset (columns input_ids, labels, document).
 
     Args:
-        first, memory: The outputs of the first ``first`` layers are cached in memory, or taken from it; see
-            FrozenPrefix. Only for way "plain" (and "in_place", which is the same here).
-        way, device: The memory mode, and where the model runs; see train_masks.
         on_batch: Called with the numbers of rows and of tokens after each batch. It may raise.
-        objective: The objective whose figures are measured too.
-        runner: The runner that trains the model; it then also runs the evaluation. way, device, first and memory are
-            not used.
-        processes: The processes that share the batches. Each calls this with the same arguments and gets all sums.
         temperature: Divides the logits for the sums of a second loss.
+        options: See engines.mode.place: way and device; objective, whose figures are measured too; processes, which
+            share the batches and get all sums; first and memory.
     Raises: ValueError if dataset scores no token, the model predicts no next tokens or has too few positions, or
         temperature is not positive.
     """
+    placed = place(model, **options)
+    model, objective, processes = placed.model, placed.objective, placed.processes
+    if placed.runner is not None and placed.runner.in_lockstep:
+        processes = ALONE
     divisor = 1.0 if temperature is None else temperature
     check_rule(0 < divisor < math.inf, "temperature", "be positive and finite", divisor)
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row to evaluate, got 0")
-    first_row = take_rows(dataset, [0]).input_ids
-    check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
+    check_next_tokens(model.config, type(model).__name__, take_rows(dataset, [0]).input_ids.shape[1])
     objective.check_rows(dataset)
     outdate()  # select the masks again, however the scores were written
     was_training = model.training
@@ -123,23 +107,18 @@ def evaluate(
     own = groups[processes.rank :: processes.count]
     taken = (take_rows(dataset, list(rows)) for _, rows in own)
     # The cached output of a row has the length of the whole row.
-    batches = taken if first and memory is not None else map(without_trailing_padding, taken)
-    few = first_row[:, :FEW].to(input_device(model))
+    batches = taken if placed.first and placed.memory is not None else map(without_trailing_padding, taken)
     found: list[_Found] = []
     try:
         with (
             torch.no_grad(),
-            keeping_apart(model, dataset, few, batch_size),
-            _runner(model, dataset, batch_size, few, way, device, first, memory, objective, runner) as (
-                hidden_of,
-                head,
-            ),
-            contextlib.closing(hidden_of(batches)) as states,  # so that an engine always finishes its pass
+            placed.reading(dataset, batch_size) as reader,
+            contextlib.closing(_states(placed, reader, batches)) as states,  # so that an engine always ends its pass
         ):
             for (batch, hidden, base), (number, _) in zip(states, own):  # states first, so that it is exhausted
-                of_tokens = token_losses(head, hidden, batch.labels.to(hidden.device), divisor)
+                of_tokens = token_losses(reader.head, hidden, batch.labels.to(hidden.device), divisor)
                 values = (count_labels(batch.labels).tolist(), *(each.sum(-1).tolist() for each in of_tokens))
-                measured = objective.measure(head, hidden, batch, base)
+                measured = objective.measure(reader.head, hidden, batch, base)
                 found.append((number, batch.documents, batch.sources, values, objective.count(batch), measured))
                 if on_batch is not None:
                     on_batch(len(batch.rows), batch.input_ids.numel())
@@ -193,75 +172,27 @@ def paired_difference(a: Evaluation, b: Evaluation, metric: str = "loss") -> tup
     return mean, error.item()
 
 
-# Yields for each batch: the batch, the head's input, and the base's if the objective needs it.
-HiddenOf = Callable[[Iterable[MicroBatch]], Generator[tuple[MicroBatch, Tensor, Tensor | None], None, None]]
 # For a batch: its number; documents; their sources in a mix; lists of tokens, losses, correct tokens and tempered
 # losses; the objective's count and its figures.
 _Found = tuple[int, list[int], Sequence[str], tuple[list[float], ...], int, dict[str, float]]
 
 
-@contextlib.contextmanager
-def _runner(
-    model: nn.Module,
-    dataset,
-    batch_size: int,
-    few: Tensor,
-    way: str,
-    device: Device,
-    first: int,
-    memory: PrefixMemory | None,
-    objective: Objective,
-    runner: Runner | None,
-) -> Iterator[tuple[HiddenOf, nn.Module]]:
-    """Yield a function that gives the head's input for each batch, and the head."""
-    if runner is not None:
-        yield _hidden_of(runner.hidden_states, model, objective, _TOGETHER), runner.head
-        return
-    if way in OWN_FORWARD:
-        run, head = split_at_head(model, few)
-        prefix = FrozenPrefix(model, first, memory, run)
-
-        def plain(batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-            for batch in batches:
-                ids, positions = inputs_of(batch, model, few.device)
-                yield prefix(ids, batch.rows, positions)
-
-        yield _hidden_of(plain, model, objective, 1), head
-        return
-    engine: SpreadForward | LayerEngine
-    if way == SHARDED and score_rows(model) is not None:
-        engine = start_forward(model, dataset, few, batch_size)
-    else:
-        engine = start_engine(model, few, way, device)
-    try:
-        yield _hidden_of(engine.hidden_states, model, objective, _TOGETHER), engine.head
-    finally:
-        engine.close()
-
-
-def _hidden_of(
-    hidden_states: Callable[[Sequence[MicroBatch]], Iterator[Tensor]],
-    model: nn.Module,
-    objective: Objective,
-    together: int,
-) -> HiddenOf:
+def _states(
+    placed: Placed, reader: Reader, batches: Iterable[MicroBatch]
+) -> Generator[tuple[MicroBatch, Tensor, Tensor | None], None, None]:
+    """Yield each batch, the head's input, and the base's if the objective needs it."""
+    model, objective = placed.model, placed.objective
     is_base = masks_in_place(model) is None and not masked_modules(model)
-
-    def hidden_of(
-        batches: Iterable[MicroBatch],
-    ) -> Generator[tuple[MicroBatch, Tensor, Tensor | None], None, None]:
-        for group in _groups(batches, together):
-            bases: list[Tensor] = []
-            if objective.of_base and not is_base:
-                with as_base(model):
-                    bases += [base.cpu() for base in hidden_states(group)]
-            objective.prepare(group)
-            # The states come first in zip, so that the engine's iterator is exhausted.
-            for hidden, (number, batch) in zip(hidden_states(group), enumerate(group)):
-                base = hidden if objective.of_base and is_base else None
-                yield batch, hidden, bases[number].to(hidden.device) if bases else base
-
-    return hidden_of
+    for group in _groups(batches, reader.together):
+        bases: list[Tensor] = []
+        if objective.of_base and not is_base:
+            with as_base(model):
+                bases += [base.cpu() for base in reader.hidden_states(group)]
+        objective.prepare(group)
+        # The states come first in zip, so that the engine's iterator is exhausted.
+        for hidden, (number, batch) in zip(reader.hidden_states(group), enumerate(group)):
+            base = hidden if objective.of_base and is_base else None
+            yield batch, hidden, bases[number].to(hidden.device) if bases else base
 
 
 def _groups(batches: Iterable[MicroBatch], size: int) -> Iterator[list[MicroBatch]]:

@@ -1,12 +1,15 @@
 """The KL divergence of a model's next-token distributions from those of its start, over given rows."""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mft.checks import check_rule
 from mft.data.batches import MicroBatch, count_labels, take_rows
+from mft.engines.mode import place
+from mft.engines.placed import Placed
 from mft.models.causal_lm import FEW, decoder_layers, evaluating, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import inputs_of
@@ -19,14 +22,13 @@ from mft_kernels import outdate
 
 @torch.no_grad()
 def kl_divergence(
-    model: nn.Module,
+    model: nn.Module | Placed,
     start: nn.Module,
     dataset,
     *,
     batch_size: int = 2,
-    first: int = 0,
-    memory: PrefixMemory | None = None,
     whole: PrefixMemory | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute KL(start || model) = sum over words of p_start * (log p_start - log p_model) for each scored token.
 
@@ -36,28 +38,31 @@ def kl_divergence(
     Args:
         model, start: Two models on one device with one vocabulary. Their modes (train or eval) are restored.
         dataset: Rows of input_ids, labels and document, as for evaluate.
-        first, memory: The first ``first`` layers are the same in both models and run once per row; see FrozenPrefix.
         whole: A cache of the outputs of all layers of model, if there is one.
+        options: See engines.mode.place: first and memory. The first ``first`` layers are the same in both models and
+            run once per row.
     Returns: (sums, tokens), each fp64 (documents,) in ascending order of document number, as in Evaluation.
     Raises: ValueError if dataset scores no token, or if the models' vocabularies differ in size.
     """
+    placed = place(model, **options)
+    model, first, memory = placed.model, placed.first, placed.memory
     check_rule(len(dataset) > 0, "dataset", "hold at least one row to measure", len(dataset))
     first_row = take_rows(dataset, [0]).input_ids
     for one in (model, start):
         check_next_tokens(one.config, type(one).__name__, first_row.shape[1])
     outdate()  # select the masks again, however the scores were written
-    few = first_row[:, :FEW].to(next(model.parameters()).device)
+    sample = first_row[:, :FEW].to(next(model.parameters()).device)
     sums: dict[int, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for one in (model, start):
             stack.enter_context(evaluating(one))
-            stack.enter_context(keeping_apart(one, dataset, few, batch_size))
-        (run, head), (run_start, head_start) = split_at_head(model, few), split_at_head(start, few)
+            stack.enter_context(keeping_apart(one, dataset, sample, batch_size))
+        (run, head), (run_start, head_start) = split_at_head(model, sample), split_at_head(start, sample)
         deepest = (first, memory) if whole is None else (len(decoder_layers(model)), whole)
         prefix, prefix_start = FrozenPrefix(model, *deepest, run), FrozenPrefix(start, first, memory, run_start)
         for row in range(0, len(dataset), batch_size):
             batch = take_rows(dataset, list(range(row, min(row + batch_size, len(dataset)))))
-            ids, positions = inputs_of(batch, model, few.device)
+            ids, positions = inputs_of(batch, model, sample.device)
             states = scored_states(prefix(ids, batch.rows, positions), batch)
             wanted = scored_states(prefix_start(ids, batch.rows, positions), batch)
             found = torch.stack([_row_sums(head, states, head_start, wanted, batch), count_labels(batch.labels)], -1)

@@ -5,6 +5,8 @@ import dataclasses
 from torch import nn
 
 from mft.config import MaskConfig
+from mft.engines.mode import place
+from mft.engines.placed import Placed
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import keeping_all, masked_modules
 
@@ -15,24 +17,24 @@ WELL_ABOVE = 0.1
 _HARMLESS = 0.99  # a keep ratio
 
 
-def said_of_cost(model: nn.Module, config: MaskConfig, dataset, **options) -> str | None:
+def mask_cost_warning(model: nn.Module | Placed, config: MaskConfig, dataset, batch_size: int = 2) -> str | None:
     """Return a warning if the initial masks of config raise the loss well above the unmasked model's, else None.
 
     The warning names a setting that would not. The loss is that of the first rows of dataset in eval mode, so no random
     number is drawn.
 
-    Args: model: A model masked by mask_model. options: Options of evaluate.
+    Args: model: A model masked by mask_model. batch_size: As for evaluate.
     """
-    few = dataset.select(range(min(ROWS, len(dataset))))
-    masked = evaluate(model, few, **options).loss
-    with keeping_all(model):
-        unmasked = evaluate(model, few, **options).loss
+    rows, placed = dataset.select(range(min(ROWS, len(dataset)))), place(model)
+    masked = evaluate(placed, rows, batch_size=batch_size).loss
+    with keeping_all(placed.model):
+        unmasked = evaluate(placed, rows, batch_size=batch_size).loss
     if not masked > unmasked + WELL_ABOVE:  # if the loss is NaN, the first step reports it
         return None
     return (
         f"the masks alone cost {masked - unmasked:.2f} nats per token: the loss is {masked:.2f} before the first step, "
-        f"{unmasked:.2f} without them (on {len(few)} rows). mask.init={config.init} {config.rule} on "
-        f"{len(masked_modules(model))} layers drops what the model needs; {_remedy(config)}"
+        f"{unmasked:.2f} without them (on {len(rows)} rows). mask.init={config.init} {config.rule} on "
+        f"{len(masked_modules(placed.model))} layers drops what the model needs; {_remedy(config)}"
     )
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
+from mft.engines.mode import place
 from mft.importance.importance import input_norms, linear_modules, matrix_of
 from mft.importance.scores import as_stored, wanda_scores
 from mft.masks.peft_layers.layer import MaskExperts, MaskTunerLayer
@@ -41,8 +42,8 @@ def init_adapter_from_data(model: Any, mask: MaskConfig, dataset, *, batch_size:
         scores |= below
     rows, seed = mask.calibration_rows, mask.seed
     with model.disable_adapter():  # keep every weight
-        norms = input_norms(base, modules, dataset, rows=rows, batch_size=batch_size, seed=seed)
+        norms = input_norms(place(base), modules, dataset, rows=rows, batch_size=batch_size, seed=seed)
     for name, module in modules.items():
-        begun = wanda_scores(name, matrix_of(module), norms[name], mask)
-        scores[name].copy_(begun if name in layers else as_stored(module, begun))  # (N, K) also for a Conv1D
+        wanted = wanda_scores(name, matrix_of(module), norms[name], mask)
+        scores[name].copy_(wanted if name in layers else as_stored(module, wanted))  # (N, K) also for a Conv1D
     return model

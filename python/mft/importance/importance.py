@@ -23,12 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from mft.checks import check_one_of, check_rule
 from mft.config import IMPORTANCE_METHODS
 from mft.data.batches import MicroBatch, count_labels, take_rows
-from mft.engines.sharded.engine import start_forward
-from mft.engines.sharded.score_rows import score_rows
-from mft.engines.start import OWN_FORWARD, SHARDED, Device, start_engine
+from mft.engines.placed import Placed
 from mft.masks.convert import keeping_all, masked_modules
 from mft.masks.experts import watching_experts
-from mft.models.causal_lm import FEW, evaluating, input_device, run_decoder, split_at_head
+from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
 from mft.models.experts import expert_projections, flags
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import Candidate, find_targets
@@ -70,8 +68,8 @@ def importance(
     found: dict[str, Tensor] = {}
     with keeping_all(model), evaluating(model), contextlib.ExitStack() as stack:
         if batches:
-            few = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
-            stack.enter_context(keeping_apart(model, dataset, few, batch_size))
+            sample = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
+            stack.enter_context(keeping_apart(model, dataset, sample, batch_size))
         if method == "wanda":
             norms = _input_norms(model, modules, batches, lambda batch: _read(model, batch))
             found = {name: matrix_of(module).abs().float() * norms.pop(name) for name, module in modules.items()}
@@ -90,41 +88,26 @@ def importance(
 
 
 def input_norms(
-    model: nn.Module,
+    placed: Placed,
     modules: dict[str, Any],
     dataset,
     *,
     rows: int = 64,
     batch_size: int = 4,
     seed: int = 0,
-    way: str = "plain",
-    device: Device = None,
 ) -> dict[str, Tensor]:
     """Return the norms ||x_j||_2 of each linear layer's input, which wanda uses: fp32 (K,), or (E, 1, K) for experts.
 
     Args:
-        modules: The layers of model, as returned by linear_modules.
-        way, device: The memory mode, and where the model runs; see train_masks.
+        modules: The layers of the model, as returned by linear_modules.
         Others: see importance.
     """
-    batches = list(_calibration(dataset, rows, batch_size, seed))
-    few = batches[0].input_ids[:1, :FEW].to(input_device(model))
-    with keeping_all(model), evaluating(model), keeping_apart(model, dataset, few, batch_size):
-        if way == SHARDED and score_rows(model) is not None:
-            spread = start_forward(model, dataset, few, batch_size)
-            try:
-                inner = spread.model.get_submodule
-                of_spread = {name: m if m.weight.dim() == 3 else inner(name) for name, m in modules.items()}
-                return _input_norms(spread.model, of_spread, batches, lambda batch: list(spread.hidden_states([batch])))
-            finally:
-                spread.close()
-        if way in OWN_FORWARD:
-            return _input_norms(model, modules, batches, lambda batch: _read(model, batch))
-        engine = start_engine(model, few, way, device)
-        try:
-            return _input_norms(model, modules, batches, lambda batch: list(engine.hidden_states([batch])))
-        finally:
-            engine.close()
+    model, batches = placed.model, list(_calibration(dataset, rows, batch_size, seed))
+    with keeping_all(model), evaluating(model), placed.reading(dataset, batch_size) as reader:
+        if reader.model is not model:  # a copy has its own modules, but reports experts under the model's names
+            copied = reader.model.get_submodule
+            modules = {name: m if m.weight.dim() == 3 else copied(name) for name, m in modules.items()}
+        return _input_norms(reader.model, modules, batches, lambda batch: list(reader.hidden_states([batch])))
 
 
 # ---------------------------------------------------------------------------------------------- importance

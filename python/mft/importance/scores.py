@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
-from mft.engines.distributed import ALONE, Processes
+from mft.engines.mode import place
+from mft.engines.placed import Placed
 from mft.engines.sharded.score_rows import score_rows
-from mft.engines.start import Device
 from mft.importance.importance import SIGNED, check_tells_apart, importance, input_norms, is_transposed, matrix_of
 from mft.masks.budget import budget_of
 from mft.masks.convert import mask_model, masked_modules, set_scores
@@ -56,14 +56,7 @@ def mask_from_data(model: nn.Module, mask: MaskConfig, dataset, **options: Any) 
 
 
 def init_from_data(
-    model: nn.Module,
-    mask: MaskConfig,
-    dataset,
-    *,
-    batch_size: int = 4,
-    way: str = "plain",
-    device: Device = None,
-    processes: Processes = ALONE,
+    model: nn.Module | Placed, mask: MaskConfig, dataset, *, batch_size: int = 4, **options: Any
 ) -> nn.Module:
     """Initialise the scores of a masked model as mask.init says, from mask.calibration_rows rows of dataset.
 
@@ -79,8 +72,7 @@ def init_from_data(
     Args:
         model: A model masked with the configuration drawn(mask). Its base may be quantised.
         dataset: Columns input_ids, labels, document. Rows are drawn by mask.seed.
-        way, device: The memory mode, and where the model runs; see train_masks.
-        processes: All of them use the norms of the first one.
+        options: See engines.mode.place: way, device and processes, which all use the norms of the first one.
 
     All processes get the same bits. The scores of two memory modes may differ by one rounding of their dtype, because
     some modes run the masked layers' products and others the base's.
@@ -88,18 +80,11 @@ def init_from_data(
     Returns: the same model. Raises: ValueError as importance, for another init, or if nothing is masked.
     """
     check_one_of("init", mask.init, DATA_INITS)
+    placed = place(model, **options)
+    model = placed.model
     masked = _masked(model)
-    norms = input_norms(
-        model,
-        masked,
-        dataset,
-        rows=mask.calibration_rows,
-        batch_size=batch_size,
-        seed=mask.seed,
-        way=way,
-        device=device,
-    )
-    norms = processes.gather({name: norm.cpu() for name, norm in norms.items()})[0]
+    norms = input_norms(placed, masked, dataset, rows=mask.calibration_rows, batch_size=batch_size, seed=mask.seed)
+    norms = placed.processes.gather({name: norm.cpu() for name, norm in norms.items()})[0]
 
     def begin(name: str, module: Any) -> None:
         _begin(module, wanda_scores(name, matrix_of(module), norms[name], mask))

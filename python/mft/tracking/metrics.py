@@ -13,6 +13,7 @@ from torch import nn
 
 from mft.config import TrainConfig
 from mft.data.streams import StreamedRows, count_rows
+from mft.engines.placed import Placed
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.files.atomic import naming, write_whole
@@ -81,7 +82,7 @@ class Recorder:
     def evaluate(
         self,
         phase: str,
-        model: nn.Module,
+        model: nn.Module | Placed,
         dataset,
         *,
         step: int | None = None,

@@ -11,7 +11,7 @@ import torch
 
 from mft.contention import Contention, core_share
 from mft.engines.distributed import Processes
-from mft.engines.start import default_device
+from mft.engines.mode import default_device
 from mft.tracking.console import say
 
 SHORTEST = 1.0  # seconds of work that are enough to judge its speed
@@ -50,13 +50,13 @@ class CoreWatch:
         if slower > SLOW:
             found = core_share(torch.get_num_threads())
             if found.is_busy:
-                say(said_of(what, slower, found), style="yellow")
+                say(busy_cores_warning(what, slower, found), style="yellow")
                 self._on = False
         self._least *= 2
         self.begin()
 
 
-def said_of(what: str, slower: float, found: Contention) -> str:
+def busy_cores_warning(what: str, slower: float, found: Contention) -> str:
     """Return the text of the warning."""
     line = (
         f"warning: {what} takes about {slower:.1f} times as long as on free cores: {found}, other processes use the "

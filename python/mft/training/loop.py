@@ -8,15 +8,16 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
-from mft.engines.distributed import ALONE, Processes
+from mft.engines.mode import Device, place
+from mft.engines.placed import Placed
 from mft.engines.randomness import seeded
-from mft.engines.sharded.engine import SpreadForward
-from mft.engines.start import OWN_FORWARD, SHARDED, Device, start_runner
 from mft.engines.step import NonFiniteLoss, Runner, StepReport
 from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
@@ -27,23 +28,41 @@ from mft.models.causal_lm import FEW, input_device
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.linears import weight_name
 from mft.models.next_tokens import check_next_tokens
-from mft.models.packed_rows import check_apart, keeping_apart
+from mft.models.packed_rows import keeping_apart
 from mft.models.weight_files import weight_files
-from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
 from mft.training.row_source import RowSource, open_rows
 from mft.training.saver import Saver
 from mft.training.validation import Validation
 
 
-def finetune(model: nn.Module, dataset, train: TrainConfig, **options) -> list[StepReport]:
+@dataclass(frozen=True)
+class Hooks:
+    """What a training loop calls besides the engine.
+
+    Args:
+        on_step: Called with the report of each step.
+        before_update: Called with (step, steps) when a step's gradients are complete and not yet clipped or applied. It
+            may change the gradients (for fp32 parameters: .grad) and the parameters. Only for way "plain".
+        saver: Writes checkpoints, and may resume from one. on_step is not called for the steps before that checkpoint.
+        validation: Evaluates as often as the settings say, and may end the run before its last step. To be resumed with
+            the run, it must be one of the saver's counters.
+    """
+
+    on_step: Callable[[StepReport], None] | None = None
+    before_update: Callable[[int, int], None] | None = None
+    saver: Saver | None = None
+    validation: Validation | None = None
+
+
+def finetune(model: nn.Module, dataset, train: TrainConfig, **options: Any) -> list[StepReport]:
     """Train all weights of model in place. options: see train_loop."""
     model.requires_grad_(True)
     return train_loop(model, dataset, train, **options)
 
 
 def train_masks(
-    model: nn.Module, dataset, train: TrainConfig, *, way: str = "plain", device: Device = None, **options
+    model: nn.Module | Placed, dataset, train: TrainConfig, *, way: str = "plain", device: Device = None, **options: Any
 ) -> list[StepReport]:
     """Train the scores of a masked model in place, and its modules_to_save; nothing else.
 
@@ -56,13 +75,13 @@ def train_masks(
         device: For the last four modes; None: the first GPU, or the CPU. model is on the CPU or on this device.
         options: See train_loop.
     """
+    placed = place(model, way=way, device=device)
+    model, by_autograd = placed.model, placed.mode.trains_by_autograd
     masked = masked_modules(model)
     if not masked:
         raise ValueError("model must hold masked layers, found none: call mask_model(model, config) first")
     model.requires_grad_(False)
-    for name, module in masked.items():
-        if way != "plain":
-            continue
+    for name, module in masked.items() if by_autograd else ():
         if not module.scores.is_floating_point():
             raise ValueError(
                 f"memory must not be plain with int16 scores, which autograd cannot reach, got {name}: set memory: "
@@ -70,13 +89,13 @@ def train_masks(
             )
         module.scores.requires_grad_(True)
     whole = saved_modules(model)
-    if whole and way != "plain":
+    if whole and not by_autograd:
         raise ValueError(
-            f"memory must be plain to train modules_to_save ({', '.join(whole)}), got {way}, which trains scores "
-            "alone: set memory: plain"
+            f"memory must be plain to train modules_to_save ({', '.join(whole)}), got {placed.mode.name}, which trains "
+            "scores alone: set memory: plain"
         )
     train_whole(model, whole)
-    return train_loop(model, dataset, train, way=way, device=device, surrogate=checked_surrogate(model), **options)
+    return train_loop(placed, dataset, train, surrogate=checked_surrogate(model), **options)
 
 
 def checked_surrogate(model: nn.Module) -> Surrogate | None:
@@ -102,23 +121,7 @@ def train_weights(model: nn.Module, modules: list[str], dataset, train: TrainCon
     return train_loop(model, dataset, train, **options)
 
 
-def train_loop(
-    model: nn.Module,
-    dataset,
-    train: TrainConfig,
-    *,
-    way: str = "plain",
-    device: Device = None,
-    memory: PrefixMemory | None = None,
-    remember: bool = True,
-    before_update: Callable[[int, int], None] | None = None,
-    on_step: Callable[[StepReport], None] | None = None,
-    saver: Saver | None = None,
-    processes: Processes = ALONE,
-    objective: Objective = CROSS_ENTROPY,
-    validation: Validation | None = None,
-    surrogate: Surrogate | None = None,
-) -> list[StepReport]:
+def train_loop(model: nn.Module | Placed, dataset, train: TrainConfig, **options: Any) -> list[StepReport]:
     """Train the parameters that require grad; the model ends in eval mode.
 
     Random operations, such as dropout, are seeded by train.seed. torch's generators are restored afterwards.
@@ -126,28 +129,24 @@ def train_loop(
     Args:
         dataset: Rows of input_ids, labels (-100: not scored) and document; or StreamedRows, which continue from where
             they are and whose frozen layers' outputs are not cached.
-        way, device: See train_masks.
-        memory: A cache of the frozen layers' outputs, shared with other runs on the same rows.
-        remember: Whether to cache these outputs. If memory is None, they are cached only if rows are seen twice. They
-            are never cached if the model draws random numbers in training, because a frozen layer's dropout differs in
-            each pass.
-        before_update: Called with (step, steps) when a step's gradients are complete and not yet clipped or applied. It
-            may change the gradients (for fp32 parameters: .grad) and the parameters. Only for way "plain".
-        saver: Writes checkpoints, and may resume from one. on_step is not called for the steps before that checkpoint.
-        processes: The processes that train together. Each calls this with the same arguments; see distributed.py.
-        objective: The objective to minimise; default: cross entropy. See docs/how-to/objectives.md.
-        validation: Evaluates as often as train says, and may end the run before its last step. To be resumed with the
-            run, it must be one of the saver's counters.
-        surrogate: The gradient of the model's scores, instead of the straight-through gradient.
+        options: The fields of Hooks, and the options of engines.mode.place: way, device, objective (see
+            docs/how-to/objectives.md), processes, memory and remember.
     Raises: ValueError if the model predicts no next tokens, or has too few positions; NonFiniteLoss, which names step,
         rows and documents (the step's gradients are not applied); RuntimeError if memory runs out, which names the rows
         or the layer.
     """
+    hooks = Hooks(**{field.name: options.pop(field.name) for field in fields(Hooks) if field.name in options})
+    return _train(place(model, **options), dataset, train, hooks)
+
+
+def _train(placed: Placed, dataset, train: TrainConfig, hooks: Hooks) -> list[StepReport]:
+    model, mode, processes, objective = placed.model, placed.mode, placed.processes, placed.objective
+    saver, validation = hooks.saver, hooks.validation
     rows = open_rows(dataset, train, processes)
-    if before_update is not None and way != "plain":
+    if hooks.before_update is not None and not mode.trains_by_autograd:
         raise ValueError(
             "before_update must be None unless way is plain, because it may only change the gradients of plain, got "
-            f"{way!r}"
+            f"{mode.name!r}"
         )
     if train.evaluates != (validation is not None):
         given = "given" if train.evaluates else "None"
@@ -161,83 +160,32 @@ def train_loop(
     first_row = rows.first()
     check_next_tokens(model.config, type(model).__name__, first_row.shape[1])
     steps = train.steps_for(rows.count)
-    if rows.count is None or not remember:
-        memory = None
-    elif memory is None and steps * train.batch_size * train.accumulation > rows.count:
-        memory = PrefixMemory()
-    few = first_row[:, :FEW].to(input_device(model))
+    if rows.count is None or not placed.remember:
+        placed = replace(placed, memory=None)
+    elif placed.memory is None and steps * train.batch_size * train.accumulation > rows.count:
+        placed = replace(placed, memory=PrefixMemory())
+    sample = first_row[:, :FEW].to(input_device(model))
     if weight_files(model) is None:
-        processes.check_model(model, few)
+        processes.check_model(model, sample)
     counted_weights = _weights_of_free_masks(model)
-    budget = budget_of(model)
     reports: list[StepReport] = []
     with (
         seeded(train.seed),
-        keeping_apart(model, dataset, few, train.batch_size),
-        training_mode(model, checkpointed=way in (*OWN_FORWARD, SHARDED) and train.gradient_checkpointing),
+        keeping_apart(model, dataset, sample, train.batch_size),
+        training_mode(model, checkpointed=train.gradient_checkpointing and not mode.runs_by_layers),
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):
-        updated = None if before_update is None else lambda: before_update(len(reports) + 1, steps)
-        runner = start_runner(
-            *(model, few, way, device, train, memory, processes),
-            before_update=updated,
-            objective=objective,
-            surrogate=surrogate,
-        )
+        hook = hooks.before_update
+        runner = placed.start(sample, train, None if hook is None else lambda: hook(len(reports) + 1, steps))
+        placed = replace(placed, runner=runner)
         try:
-            if isinstance(runner, SpreadForward) and weight_files(model) is not None:
-                few = few.to(runner.device)
-                with runner.whole_outside_layers():
-                    processes.check_model(runner.model, few)
-                check_apart(runner.model, dataset, few, train.batch_size, runner.run)
-            if way not in (*OWN_FORWARD, SHARDED):
+            runner.check_apart(dataset, sample, train.batch_size)
+            if mode.runs_by_layers:
                 _rehearse(runner, rows, train)
             if saver is not None:
                 with contextlib.nullcontext() if runner.in_lockstep else processes.together():
                     reports += saver.begin(runner, rows)
-            if budget is not None:
-                budget.grow(len(reports), steps)
-                runner.relearned()
-            if not runner.in_lockstep:
-                processes.agree_on(runner.learned())
-            ended = False
-            if validation is not None:
-                validation.begin(lambda: 0 if saver is None else saver.told)
-                # A signal may have come after the checkpoint's step and before its evaluation.
-                ended = bool(reports) and validation.after_step(model, runner, reports[-1], train, processes)
-            begin = time.perf_counter() - (reports[-1].seconds if reports else 0.0)
-            for step in range(len(reports) + 1, 1 if ended else steps + 1):
-                batches = rows.next_step()
-                counted = sum(objective.count(batch) for batch in batches)
-                length = sum(batch.input_ids.numel() for batch in batches)
-                count, tokens = (int(total) for total in processes.sum(counted, length))
-                losses = _Losses(f"step {step} of {steps}", train)
-                lr = train.lr * schedule_factor(step, steps, train)
-                if surrogate is not None:
-                    surrogate.sharpen(step, steps)
-                if budget is not None:
-                    budget.grow(step, steps)
-                runner.step(batches, 1 / max(count, 1), lr, train.max_grad_norm, losses)
-                runner.check()
-                (loss,) = processes.sum(losses.total)
-                seconds = time.perf_counter() - begin
-                logged = step % train.log_every == 0 or step == steps
-                dropped = None
-                if counted_weights and logged:
-                    kept: float = kept_weights(runner.packed_masks())
-                    kept = processes.sum(kept)[0] if runner.in_lockstep else kept
-                    dropped = 1 - kept / counted_weights
-                reports.append(StepReport(step, steps, loss / max(count, 1), lr, tokens, seconds, dropped))
-                if on_step is not None:
-                    on_step(reports[-1])
-                if validation is not None:
-                    before = time.perf_counter()
-                    ended = validation.after_step(model, runner, reports[-1], train, processes)
-                    begin += time.perf_counter() - before  # tokens/s are those of training only
-                if saver is not None:
-                    saver.after_step(runner, reports, ended)
-                if ended:
-                    break
+            _take_steps(placed, rows, train, hooks, reports, counted_weights)
             runner.check_learned()
             if not runner.in_lockstep:
                 processes.agree_on(runner.learned())  # they differ if the processes' machines compute differently
@@ -245,6 +193,64 @@ def train_loop(
         finally:
             runner.close()
     return reports
+
+
+def _take_steps(
+    placed: Placed,
+    rows: RowSource,
+    train: TrainConfig,
+    hooks: Hooks,
+    reports: list[StepReport],
+    counted_weights: int,
+) -> None:
+    """Take the steps after those in reports, and append theirs. counted_weights: of _weights_of_free_masks."""
+    runner, processes, objective, surrogate = placed.runner, placed.processes, placed.objective, placed.surrogate
+    assert runner is not None, "it was started"
+    saver, validation, budget = hooks.saver, hooks.validation, budget_of(placed.model)
+    steps = train.steps_for(rows.count)
+    if budget is not None:
+        budget.grow(len(reports), steps)
+        runner.relearned()
+    if not runner.in_lockstep:
+        processes.agree_on(runner.learned())
+    ended = False
+    if validation is not None:
+        validation.begin(lambda: 0 if saver is None else saver.told)
+        # A signal may have come after the checkpoint's step and before its evaluation.
+        ended = bool(reports) and validation.after_step(placed, reports[-1], train)
+    begin = time.perf_counter() - (reports[-1].seconds if reports else 0.0)
+    for step in range(len(reports) + 1, 1 if ended else steps + 1):
+        batches = rows.next_step()
+        counted = sum(objective.count(batch) for batch in batches)
+        length = sum(batch.input_ids.numel() for batch in batches)
+        count, tokens = (int(total) for total in processes.sum(counted, length))
+        losses = _Losses(f"step {step} of {steps}", train)
+        lr = train.lr * schedule_factor(step, steps, train)
+        if surrogate is not None:
+            surrogate.sharpen(step, steps)
+        if budget is not None:
+            budget.grow(step, steps)
+        runner.step(batches, 1 / max(count, 1), lr, train.max_grad_norm, losses)
+        runner.check()
+        (loss,) = processes.sum(losses.total)
+        seconds = time.perf_counter() - begin
+        logged = step % train.log_every == 0 or step == steps
+        dropped = None
+        if counted_weights and logged:
+            kept: float = kept_weights(runner.packed_masks())
+            kept = processes.sum(kept)[0] if runner.in_lockstep else kept
+            dropped = 1 - kept / counted_weights
+        reports.append(StepReport(step, steps, loss / max(count, 1), lr, tokens, seconds, dropped))
+        if hooks.on_step is not None:
+            hooks.on_step(reports[-1])
+        if validation is not None:
+            before = time.perf_counter()
+            ended = validation.after_step(placed, reports[-1], train)
+            begin += time.perf_counter() - before  # tokens/s are those of training only
+        if saver is not None:
+            saver.after_step(runner, reports, ended)
+        if ended:
+            break
 
 
 def _weights_of_free_masks(model: nn.Module) -> int:

@@ -10,7 +10,8 @@ import torch
 
 from mft.checks import check_rule
 from mft.config import MaskConfig, RunConfig
-from mft.engines.start import default_device
+from mft.engines.mode import MODES, default_device
+from mft.engines.placed import Mode
 from mft.memory.fit import Choice, choose, gigabytes
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import ModelShape, shape_from_config
@@ -46,7 +47,7 @@ class Plan:
         remember: Whether the frozen layers' outputs are cached.
     """
 
-    way: str
+    mode: Mode
     device: torch.device
     quantization: str | None
     scores: str
@@ -55,10 +56,12 @@ class Plan:
     remember: bool
     reason: str
 
-    def write_into(self, config: RunConfig) -> None:
-        """Write the chosen values into the fields that config left open."""
-        config.model.quantization, config.train.batches_at_once = self.quantization, self.batches_at_once
-        config.mask.scores_dtype, config.train.moments = self.scores, self.moments
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        """Return config with the chosen values in the fields that it left open."""
+        model = replace(config.model, quantization=self.quantization)
+        mask = replace(config.mask, scores_dtype=self.scores)
+        train = replace(config.train, moments=self.moments, batches_at_once=self.batches_at_once)
+        return replace(config, model=model, mask=mask, train=train)
 
 
 def plan_training(config: RunConfig, processes: int = 1) -> Plan:
@@ -77,7 +80,7 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
         shape = shape_from_config(values, name, dtype=config.model.dtype)
     except ValueError as error:
         way = config.memory
-        if way == "auto":
+        if way not in WAYS:  # auto
             ways = ways_over(config.model.quantization, workload.device)
             scores, moments = unless_auto(workload.scores), unless_auto(workload.moments)
             known = replace(workload, scores=scores, moments=moments)
@@ -161,7 +164,7 @@ def _plan(
     formats = unless_auto(config.mask.scores_dtype), unless_auto(config.train.moments), config.train.batches_at_once
     if chosen is not None:
         formats = chosen.scores, chosen.moments, chosen.batches_at_once
-    return Plan(way, device, WAYS[way].base(config.model.quantization), *formats, remember, reason)
+    return Plan(MODES[way], device, WAYS[way].base(config.model.quantization), *formats, remember, reason)
 
 
 def _named(mask: MaskConfig) -> tuple[str, ...] | None:
@@ -173,9 +176,9 @@ def _named(mask: MaskConfig) -> tuple[str, ...] | None:
 
 
 def _teacher_bytes(config: RunConfig) -> int:
-    """Return the bytes of the teacher's weights on the device; 0 without a teacher or if its shapes are unknown."""
+    """Return the bytes of the teacher's weights on the device; 0 without one, in host memory, or of unknown shapes."""
     name = config.objective.teacher
-    if name is None or config.objective.teacher_memory == "layerwise":
+    if name is None or WAYS[config.objective.teacher_memory or "plain"].offloads:
         return 0
     try:
         shape = shape_from_config(read_model_config(name), name, dtype=config.model.dtype)

@@ -130,6 +130,21 @@ class Resume:
 Start = Begin | Resume
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run. found: the checkpoint from which it resumes. Of several processes only the first one writes files."""
+
+    command: str
+    config: RunConfig
+    start: Start
+    found: Checkpoint | None
+    processes: Processes
+
+    @property
+    def directory(self) -> Path:
+        return self.start.directory
+
+
 def after_restart(start: Start) -> Start:
     """Return start; but if torchrun --max-restarts repeats a command, resume the run that the command has begun."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -8,33 +8,28 @@ progress. The result is written last. A run is finished when the directory has i
 """
 
 import contextlib
-import copy
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mft.config import CONFIG, DATA_INITS, WAYS, RunConfig, TrainConfig
-from mft.config_file import config_values, save_config
+from mft.config import CONFIG, DATA_INITS, WAYS, RunConfig
+from mft.config_file import save_config
 from mft.data.sources import Source, open_source
 from mft.data.splits import Splits
 from mft.data.streams import count_rows
 from mft.data.system_prompt import shared_system
-from mft.engines.distributed import Processes, joined
-from mft.engines.sharded.score_rows import ScoreRows, score_rows
-from mft.engines.start import OWN_FORWARD, SHARDED
+from mft.engines.distributed import ALONE, joined
+from mft.engines.mode import place
+from mft.engines.placed import Placed
+from mft.engines.sharded.score_rows import score_rows
 from mft.engines.step import StepReport
-from mft.evaluation.evaluate import Evaluation, paired_difference
+from mft.evaluation.evaluate import Evaluation
 from mft.evaluation.evaluated_base import check_exact
-from mft.evaluation.mask_cost import said_of_cost
-from mft.evaluation.table import evaluation_tables, figure_lines, source_losses
-from mft.files.atomic import NotWritten, remove, write_whole
-from mft.files.json_file import finite
+from mft.evaluation.mask_cost import mask_cost_warning
+from mft.files.atomic import NotWritten
 from mft.importance.scores import drawn, init_from_data
 from mft.masks.budget import grow_budget
 from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
@@ -43,37 +38,24 @@ from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.location import MASKS
 from mft.masks.quantize import quantize_model
 from mft.masks.targets import select_targets
-from mft.models.pretrained import load_model, load_outline, load_unread, save_model
-from mft.models.weight_files import weight_files
+from mft.models.pretrained import load_outline, save_model
 from mft.number_formats import state_bytes
-from mft.objectives.objective import Objective
+from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.tracking.console import console, say
-from mft.tracking.curves import PLOT
-from mft.tracking.markdown import markdown_table
-from mft.tracking.metrics import EVALUATION_BATCH, Recorder, Steps
-from mft.tracking.progress import Progress
-from mft.tracking.trackers import Trackers, check_trackers
-from mft.training.best import Best
+from mft.tracking.metrics import Recorder
+from mft.tracking.trackers import check_trackers
 from mft.training.checkpoint import BadCheckpoint, Checkpoint
-from mft.training.core_watch import CoreWatch
 from mft.training.flips import PHASE, POINTS, FirstMasks, FlipCounter
 from mft.training.inputs import read_data, read_model
-from mft.training.loop import finetune, train_masks
+from mft.training.loop import train_loop, train_masks
 from mft.training.objectives import facts_of, make_objective
+from mft.training.outputs import VALIDATION, Outputs, evaluation_batch
 from mft.training.plan import Plan, plan_training, replan
-from mft.training.resume import Begin, Start, after_restart, flat, started
-from mft.training.run_directory import (
-    BEST,
-    CHECKPOINTS,
-    MODEL,
-    TABLE_JSON,
-    TABLE_MARKDOWN,
-    open_run,
-)
-from mft.training.saver import Counter, Saver, Stopped
-from mft.training.validation import Ended, Standing, Validation, said_of, said_of_stop
-
-VALIDATION = "validation"  # the name of the phase in the metrics
+from mft.training.resume import Begin, Run, Start, after_restart, started
+from mft.training.run_checkpoints import RunCheckpoints
+from mft.training.run_directory import MODEL, open_run
+from mft.training.saver import Stopped
+from mft.training.validation import Ended
 
 
 def run_finetune(start: RunConfig | Start) -> Path:
@@ -84,7 +66,7 @@ def run_finetune(start: RunConfig | Start) -> Path:
     Raises: ValueError if the configuration, the data or the directory do not allow the run, before anything is written;
         OSError if the disk fails; SystemExit after SIGTERM, SIGHUP or Ctrl-C, once a checkpoint is written.
     """
-    with _begun("mft finetune", start) as run:
+    with _started("mft finetune", start) as run:
         check_exact(run.config.model, "finetune")
         if run.config.objective.of_base:
             raise ValueError(
@@ -102,62 +84,54 @@ def run_train(start: RunConfig | Start) -> Path:
     Args, Raises: as run_finetune.
     Returns: output_dir/masks.
     """
-    with _begun("mft train", start) as run:
+    with _started("mft train", start) as run:
         return _train(run)
 
 
 # ---------------------------------------------------------------------------------------------- the steps, in order
 
 
-def _finetune(run: "_Run") -> Path:
-    config = run.config
+def _finetune(run: Run) -> Path:
+    config, checkpoints = run.config, RunCheckpoints(run)
     run.processes.check(config.train)
     splits = _read_splits(config)
     model, tokenizer = read_model(config.model)
-    objective = make_objective(config)
-    facts = {"data": splits.key} | facts_of(objective)
+    placed = place(model, objective=make_objective(config), processes=run.processes)
+    facts = {"data": splits.key} | facts_of(placed.objective)
     run.processes.agree(facts)
-    with run.opened() as recorder:
-        before = run.before(recorder, "before, validation", model, splits.validation, objective=objective)
+    with _opened(run) as outputs:
+        before = outputs.before("before, validation", placed, splits.validation)
         model.requires_grad_(True)
         print_trainable_parameters(model)
-        with run.training(recorder, "full fine-tune", splits.train) as on_step:
-            validation = run.validation(recorder, on_step, splits.validation, objective)
-            reports = finetune(
-                model,
-                splits.train,
-                config.train,
-                on_step=on_step,
-                saver=run.saver(recorder, on_step, facts, [validation]),
-                processes=run.processes,
-                objective=objective,
-                validation=validation,
-            )
-        ended = run.ended(model, reports[-1], validation)
-        after = run.after(recorder, model, splits.validation, step=ended.exported, objective=objective)
+        with outputs.training("full fine-tune", splits.train) as on_step:
+            validation = outputs.validation(on_step, placed, splits.validation, checkpoints.best())
+            saver = checkpoints.saver(outputs.events, facts, on_step.go_on, [validation])
+            hooks: dict[str, Any] = {"on_step": on_step, "saver": saver, "validation": validation}
+            reports = train_loop(placed, splits.train, config.train, **hooks)
+        ended = checkpoints.ended(model, reports[-1], validation)
+        after = outputs.after(placed, splits.validation, ended.exported)
         if run.processes.first:
-            with run.finishing(recorder, before, after, ended, MODEL) as result:
+            with outputs.finishing(before, after, ended, MODEL) as result:
                 save_model(model, tokenizer, result)
     return run.directory / MODEL
 
 
-def _train(run: "_Run") -> Path:
-    config = run.config
+def _train(run: Run) -> Path:
     plan = _plan(run)
     say(plan.reason)
-    plan.write_into(config)
+    config = plan.applied_to(run.config)
+    run = dataclasses.replace(run, config=config)
     source = open_source(config.data)
     splits = _read_splits(config, source)
     system = shared_system(source)
     model = _base_model(run, plan)
-    objective = make_objective(config)
-    with run.opened() as recorder:
-        before = _mask(run, plan, model, splits, recorder, objective)
+    placed = Placed(model, plan.mode, plan.device, run.processes, make_objective(config), remember=plan.remember)
+    with _opened(run) as outputs:
+        before = _mask(outputs, placed, splits)
         rows = score_rows(model)
         initial = initial_masks(model) if rows is None else rows.masks()
-        ended = _learn(run, plan, model, splits, recorder, initial, objective)
-        asked = {"step": ended.exported, "objective": objective, **_evaluated(config, plan, model)}
-        after = run.after(recorder, model, splits.validation, **asked)
+        ended = _learn(outputs, placed, splits, initial)
+        after = outputs.after(placed, splits.validation, ended.exported)
         masks, share = None, 0.0
         if rows is not None:
             own = rows.masks()
@@ -165,7 +139,7 @@ def _train(run: "_Run") -> Path:
         if run.processes.first:
             flipped = 100 * (flip_share(model, initial) if rows is None else share)
             console.print(f"{flipped:.2f} % of the mask's bits flipped since initialisation", highlight=False)
-            with run.finishing(recorder, before, after, ended, MASKS) as result:
+            with outputs.finishing(before, after, ended, MASKS) as result:
                 named = {"base_model_name_or_path": config.model.name, "system_prompt": system}
                 save_masks(model, result, masks=masks, coding=config.coding, **named)
     return run.directory / MASKS
@@ -178,7 +152,7 @@ def _read_splits(config: RunConfig, source: Source | None = None) -> Splits:
     return splits
 
 
-def _plan(run: "_Run") -> Plan:
+def _plan(run: Run) -> Plan:
     """Plan how all processes train, before any weight is loaded."""
     config, found, processes = run.config, run.found, run.processes
     processes.check(config.train)
@@ -189,61 +163,42 @@ def _plan(run: "_Run") -> Plan:
             plan = _planned(config, processes.count)
         formats = min(processes.gather((plan.scores, plan.moments)), key=lambda pair: state_bytes(*pair))
         if formats != (plan.scores, plan.moments):
-            config = copy.deepcopy(config)
-            config.mask.scores_dtype, config.train.moments = formats
+            mask = dataclasses.replace(config.mask, scores_dtype=formats[0])
+            config = dataclasses.replace(config, mask=mask, train=dataclasses.replace(config.train, moments=formats[1]))
         with processes.together():
             plan = plan if config is run.config else _planned(config, processes.count)
-        ways = processes.gather(plan.way)
-        slowest = max(ways, key=WAYS.index)  # processes may differ in free memory
+        names = processes.gather(plan.mode.name)
+        slowest = max(names, key=WAYS.index)  # processes may differ in free memory
         with processes.together():
-            if slowest != plan.way:
+            if slowest != plan.mode.name:
                 plan = _planned(dataclasses.replace(config, memory=slowest), processes.count)
-                reason = f"{plan.reason} (process {ways.index(slowest)} lacks the memory for a faster way)"
+                reason = f"{plan.reason} (process {names.index(slowest)} lacks the memory for a faster way)"
                 plan = dataclasses.replace(plan, reason=reason)
     return dataclasses.replace(plan, remember=all(processes.gather(plan.remember)))
 
 
 def _planned(config: RunConfig, processes: int) -> Plan:
-    if not (config.mask.modules_to_save and config.memory == "auto"):
+    if not config.mask.modules_to_save or config.memory in WAYS:
         return plan_training(config, processes)
     plan = plan_training(dataclasses.replace(config, memory="plain"), processes)
     return dataclasses.replace(plan, reason=f"{plan.reason} (auto is plain with mask.modules_to_save)")
 
 
-def _base_model(run: "_Run", plan: Plan) -> nn.Module:
-    """Load the model to be masked; with memory: sharded its weights stay in their files, if they can be read there.
-
-    If this raises, nothing has been written.
-    """
+def _base_model(run: Run, plan: Plan) -> nn.Module:
+    """Load the model to be masked, as the memory mode needs it. If this raises, nothing has been written."""
     config = run.config
     select_targets(load_outline(config.model), config.mask)  # first, as reading the weights may take minutes
-    model, _ = (load_unread if plan.way == SHARDED else load_model)(config.model)
-    if weight_files(model) is not None:
-        ScoreRows(model, run.processes, plan.device)
-    if plan.way in OWN_FORWARD:
-        model.to(plan.device)
+    model = plan.mode.load(config.model, plan.device, run.processes)
     select_targets(model, config.mask)
     return model
 
 
-def _evaluated(config: RunConfig, plan: Plan, model: nn.Module) -> dict[str, Any]:
-    """Return the options of evaluate that say where the model runs."""
-    way = plan.way
-    if way == SHARDED and score_rows(model) is None:  # the whole model is then in host memory
-        way = "plain" if plan.device.type == "cpu" else "layerwise"
-    where: dict[str, Any] = {"way": way, "device": plan.device}
-    return where if way in OWN_FORWARD else where | {"batch_size": config.train.batch_size}
-
-
-def _mask(
-    run: "_Run", plan: Plan, model: nn.Module, splits: Splits, recorder: Recorder, objective: Objective
-) -> Evaluation | None:
+def _mask(outputs: Outputs, placed: Placed, splits: Splits) -> Evaluation | None:
     """Mask the model, and quantise its base if planned; return the evaluation of the model before masking, if any."""
-    config, kind, options = run.config, plan.quantization, _evaluated(run.config, plan, model)
-    measured = options | {"objective": objective}
-    rows = score_rows(model)
+    run, model = outputs.run, placed.model
+    config, kind, rows = run.config, run.config.model.quantization, score_rows(placed.model)
     if kind is None:
-        before = run.before(recorder, "before, validation", model, splits.validation, **measured)
+        before = outputs.before("before, validation", placed, splits.validation)
         mask_model(model, drawn(config.mask))
         if rows is not None:
             rows.begin(drawn(config.mask))
@@ -251,78 +206,60 @@ def _mask(
         mask_model(model, drawn(config.mask))
         quantize_model(model, kind, masked=config.model.quantize_masked)
         with keeping_all(model):
-            before = run.before(recorder, f"before in {kind}, validation", model, splits.validation, **measured)
+            before = outputs.before(f"before in {kind}, validation", placed, splits.validation)
     print_trainable_parameters(model)
     # A checkpoint has the first masks of a whole model; rows of them are found again.
     if (run.found is None or rows is not None) and config.mask.init in DATA_INITS:
         drawn_from = min(config.mask.calibration_rows, count_rows(splits.train) or 0)
         say(f"scores begin by mask.init={config.mask.init} on {drawn_from} rows of the training data")
-        init_from_data(model, config.mask, splits.train, processes=run.processes, **options)
+        init_from_data(placed, config.mask, splits.train, batch_size=evaluation_batch(placed, config.train))
     if rows is None:
         grow_budget(model, 0, 1)  # as before the first step, for what the masks cost then
     if run.found is None and (run.processes.first or rows is not None):
-        cost = said_of_cost(
-            model, config.mask, splits.validation if len(splits.validation) else splits.train, **options
-        )
+        held_out = splits.validation if len(splits.validation) else splits.train
+        alone = dataclasses.replace(placed, processes=ALONE, objective=CROSS_ENTROPY)
+        cost = mask_cost_warning(alone, config.mask, held_out, evaluation_batch(placed, config.train))
         if cost is not None:
             say(cost)
     return before
 
 
-def _learn(
-    run: "_Run",
-    plan: Plan,
-    model: nn.Module,
-    splits: Splits,
-    recorder: Recorder,
-    initial: dict[str, Any],
-    objective: Objective,
-) -> Ended:
+def _learn(outputs: Outputs, placed: Placed, splits: Splits, initial: dict[str, Any]) -> Ended:
     """Train the scores, with checkpoints and a count of flips. The model then has the masks to export."""
+    run, model, checkpoints = outputs.run, placed.model, RunCheckpoints(outputs.run)
     config, processes = run.config, run.processes
     steps = config.train.steps_for(count_rows(splits.train))
-    # Only with memory: plain are the scores in the model itself while they train.
-    counts = plan.way == "plain" and processes.first
+    # Only if autograd trains them are the scores in the model itself meanwhile.
+    counts = placed.mode.trains_by_autograd and processes.first
     flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if counts else None
-    begun = FirstMasks(initial) if config.mask.init in DATA_INITS and score_rows(model) is None else None
+    first_masks = FirstMasks(initial) if config.mask.init in DATA_INITS and score_rows(model) is None else None
     facts = {
-        "plan": {"way": plan.way, "remember": plan.remember},
+        "plan": {"way": placed.mode.name, "remember": placed.remember},
         "data": splits.key,
         "base": base_hash(model),
-    } | facts_of(objective)
+    } | facts_of(placed.objective)
     processes.agree(facts)
-    with run.training(recorder, "mask fine-tune", splits.train) as on_step:
-        batch = _evaluated(config, plan, model).get("batch_size", EVALUATION_BATCH)
-        validation = run.validation(recorder, on_step, splits.validation, objective, batch)
+    with outputs.training("mask fine-tune", splits.train) as on_step:
+        validation = outputs.validation(on_step, placed, splits.validation, checkpoints.best())
 
         def after_step(report: StepReport) -> None:
             on_step(report)
             if flips is not None and (counted := flips(report)) is not None:
-                recorder.write(phase=PHASE, **counted)
+                outputs.recorder.write(phase=PHASE, **counted)
 
-        reports = train_masks(
-            model,
-            splits.train,
-            config.train,
-            way=plan.way,
-            device=plan.device,
-            remember=plan.remember,
-            on_step=after_step,
-            saver=run.saver(recorder, on_step, facts, [flips, validation, begun]),
-            processes=processes,
-            objective=objective,
-            validation=validation,
-        )
+        saver = checkpoints.saver(outputs.events, facts, on_step.go_on, [flips, validation, first_masks])
+        hooks: dict[str, Any] = {"on_step": after_step, "saver": saver, "validation": validation}
+        reports = train_masks(placed, splits.train, config.train, **hooks)
         if flips is not None and (counted := flips.finish(reports[-1])) is not None:
-            recorder.write(phase=PHASE, **counted)
-    return run.ended(model, reports[-1], validation)
+            outputs.recorder.write(phase=PHASE, **counted)
+    return checkpoints.ended(model, reports[-1], validation)
 
 
 # ---------------------------------------------------------------------------------------------- shared by both commands
 
 
 @contextlib.contextmanager
-def _begun(command: str, start: RunConfig | Start) -> Iterator["_Run"]:
+def _started(command: str, start: RunConfig | Start) -> Iterator[Run]:
     """Yield the run, and hold the lock of its directory until the block ends."""
     start = after_restart(Begin(start) if isinstance(start, RunConfig) else start)
     with joined() as processes, started(start, processes, {"the command": command}) as (config, found):
@@ -330,8 +267,7 @@ def _begun(command: str, start: RunConfig | Start) -> Iterator["_Run"]:
         if config.data.streaming:
             config.train.steps_for(None)  # raises before anything is loaded if the number of steps is not set
         _check_same_command(command, start.directory, found)
-        cores = CoreWatch.of(processes)
-        yield _Run(command, copy.deepcopy(config), start, found, processes, cores)  # a plan changes the config
+        yield Run(command, config, start, found, processes)
 
 
 def _check_same_command(command: str, directory: Path, found: Checkpoint | None) -> None:
@@ -343,184 +279,25 @@ def _check_same_command(command: str, directory: Path, found: Checkpoint | None)
         )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run. found: the checkpoint from which it resumes. Of several processes only the first one writes files."""
-
-    command: str
-    config: RunConfig
-    start: Start
-    found: Checkpoint | None
-    processes: Processes
-    cores: CoreWatch
-
-    @property
-    def directory(self) -> Path:
-        return self.start.directory
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[Recorder]:
-        """Yield the recorder of the run's directory, restored to the checkpoint; finally delete the checkpoints."""
-        directory, found = self.directory, self.found
-        if not self.processes.first:
-            yield Recorder()
-            return
-        again = "start again"
-        try:
-            if isinstance(self.start, Begin):
-                open_run(directory, self.config, overwrite=self.start.overwrite)
-            else:  # a resumed run deletes nothing
-                save_config(self.config, directory / CONFIG)
-            again = f"go on with {self.command} --resume {directory}"
-            events = found.run()["events"] if found is not None else []
-            with self._trackers(events) as trackers:
-                more: dict[str, Any] = {"trackers": trackers, "plot": True, "objective": self.config.objective.name}
-                yield Recorder(directory, Progress(console), events=events, **more)
-            again = f"{directory} has its result"
-            for name in (CHECKPOINTS, BEST):
-                if (directory / name).exists():
-                    remove(directory / name)
-        except Stopped as stopped:
-            say(f"{stopped.message}; go on with {self.command} --resume {directory}")
-            raise
-        except (NotWritten, BadCheckpoint) as error:
-            raise OSError(f"{error}; then {again}") from error
-
-    @contextlib.contextmanager
-    def _trackers(self, events: list[dict[str, Any]]) -> Iterator[Trackers]:
-        """Open the trackers of config.report_to until the block ends."""
-        config, begun = self.config, isinstance(self.start, Begin)
-        told = None if begun else events
-        trackers = Trackers(config.report_to, self.directory, config.project, flat(config), told, say)
-        try:
-            yield trackers
-        finally:
-            trackers.close()
-
-    def before(self, recorder: Recorder, phase: str, model: nn.Module, rows: Any, **options: Any) -> Evaluation | None:
-        """Call recorder.evaluate, if there are rows. A resumed run does not record the result again."""
-        if not len(rows):
-            return None
-        own = recorder if self.found is None else Recorder(progress=recorder.progress)
-        self.cores.begin()
-        before = own.evaluate(phase, model, rows, step=0, **options)
-        self.cores.look("evaluation")
-        return before
-
-    def after(self, recorder: Recorder, model: nn.Module, rows: Any, **options: Any) -> Evaluation | None:
-        return recorder.evaluate("after, validation", model, rows, **options) if len(rows) else None
-
-    @contextlib.contextmanager
-    def training(self, recorder: Recorder, phase: str, rows: Any) -> Iterator[Steps]:
-        """Enter recorder.training, after a line about the amount of data. Warns if busy cores slow the run down."""
-        train = self.config.train
-        if self.processes.first:
-            say(said_of_training(train, rows))
-        self.cores.begin()
-        with recorder.training(phase, rows, train, after_step=lambda: self.cores.look("a step")) as on_step:
-            yield on_step
-
-    def saver(
-        self, recorder: Recorder, on_step: Steps, facts: dict[str, Any], counters: Sequence[Counter | None]
-    ) -> Saver | None:
-        """Return what writes the checkpoints and resumes from found; None if neither is needed."""
-        config, minutes = self.config, self.config.checkpoint_minutes
-        if minutes is None and self.found is None:
-            return None
-
-        def kept() -> dict[str, Any]:
-            events = [] if recorder.metrics is None else recorder.metrics.events
-            return {"config": config_values(config), "events": events}
-
-        return Saver(
-            self.directory / CHECKPOINTS,
-            math.inf if minutes is None else minutes,
-            self.found,
-            facts=facts,
-            run=kept,
-            force=self.start.force,
-            on_found=on_step.go_on,
-            processes=self.processes,
-            counters=[counter for counter in counters if counter is not None],
-        )
-
-    def validation(
-        self, recorder: Recorder, on_step: Steps, rows: Any, objective: Objective, batch_size: int = EVALUATION_BATCH
-    ) -> Validation | None:
-        """Return what evaluates the run on rows while it trains; None if the configuration asks for no evaluation."""
-        train = self.config.train
-        if not train.evaluates:
-            return None
-
-        @contextlib.contextmanager
-        def shown(step: int) -> Iterator[Callable[[int, int], None]]:
-            with on_step.shown.within(f"step {step}, {VALIDATION}", len(rows)) as phase:
-                yield lambda done, tokens: phase.advance(done, tokens=tokens)
-
-        def on_result(step: int, result: Evaluation, seconds: float, standing: Standing) -> None:
-            stands = {"best": standing.best, "without": standing.without, "seconds": seconds}
-            recorder.evaluated(VALIDATION, result, step, objective, **stands)
-            if self.processes.first:
-                say(f"{VALIDATION} after step {step}: {said_of(result, step, standing, train)}")
-
-        best = Best(self.directory / BEST) if train.keep_best else None
-        return Validation(rows, objective=objective, best=best, batch_size=batch_size, shown=shown, on_result=on_result)
-
-    def ended(self, model: nn.Module, last: StepReport, validation: Validation | None) -> Ended:
-        """Return how the run ended, and print it. Puts the exported step (the best or the last) into the model."""
-        if validation is None:
-            return Ended(last.step, last.step, last.steps)
-        standing, train = validation.standing, self.config.train
-        if standing.stopped and last.step < last.steps:
-            say(said_of_stop(standing, last, train))
-        if not train.keep_best:
-            return Ended(last.step, last.step, last.steps)
-        if standing.best != last.step and (self.processes.first or score_rows(model) is not None):
-            Best(self.directory / BEST).put(model, standing.best)
-        say(f"the best step is {standing.best} of {last.step}, with a validation loss of {standing.best_loss:.4f}")
-        return Ended(standing.best, last.step, last.steps)
-
-    @contextlib.contextmanager
-    def finishing(
-        self, recorder: Recorder, before: Evaluation | None, after: Evaluation | None, ended: Ended, name: str
-    ) -> Iterator[Path]:
-        """Write table, plot and metrics; then the block writes the result under this name, which finishes the run."""
-        directory = self.directory
-        if before is not None and after is not None:
-            self._write_table(before, after, ended)
-        best = ended.exported if ended.exported < ended.last else None
-        recorder.draw(directory / PLOT, best=best, note=ended.note)
-        if recorder.metrics is not None:
-            recorder.metrics.sync()
-        yield directory / name
-        table = "" if before is None else ", table"
-        say(f"result: {directory / name}; metrics{table} and plot: {directory}/")
-
-    def _write_table(self, before: Evaluation, after: Evaluation, ended: Ended) -> None:
-        directory, results = self.directory, {"before": before, f"after{ended.words}": after}
-        tables = evaluation_tables("validation", results)
-        for table in tables:
-            console.print(table)
-        write_whole(directory / TABLE_MARKDOWN, "\n".join(map(markdown_table, tables)))
-        objective = self.config.objective.name
-        for line in figure_lines(objective, results):
-            say(line)
-        difference, error = paired_difference(after, before)
-        numbers: dict[str, Any] = {
-            name: {"loss": result.loss, "accuracy": result.accuracy}
-            | {f"{objective}/{key}": figure for key, figure in result.figures.items()}
-            for name, result in (("before", before), ("after", after))
-        }
-        numbers |= {"loss after - before": difference, "standard error": error}
-        numbers |= {"documents": len(after.documents), "tokens": int(after.tokens.sum())} | ended.numbers
-        if parts := source_losses({"before": before, "after": after}):
-            numbers["sources"] = parts
-        write_whole(directory / TABLE_JSON, json.dumps(finite(numbers), indent=2) + "\n")
-
-
-def said_of_training(train: TrainConfig, rows: Any) -> str:
-    """Return the line with the amount of data and the units of the figures shown while training."""
-    count = count_rows(rows)
-    steps, taken = train.steps_for(count), train.batch_size * train.accumulation
-    seen = "" if count is None else f", so each of {count} rows about {steps * taken / count:.2g} times"
-    return f"{steps} steps of {taken} rows{seen}; loss is in nats per token, tokens/s count padding too"
+@contextlib.contextmanager
+def _opened(run: Run) -> Iterator[Outputs]:
+    """Open the run's directory and its outputs; finally delete the checkpoints."""
+    if not run.processes.first:
+        yield Outputs(run, Recorder())
+        return
+    directory, again = run.directory, "start again"
+    try:
+        if isinstance(run.start, Begin):
+            open_run(directory, run.config, overwrite=run.start.overwrite)
+        else:  # a resumed run deletes nothing
+            save_config(run.config, directory / CONFIG)
+        again = f"go on with {run.command} --resume {directory}"
+        with Outputs.opened(run) as outputs:
+            yield outputs
+        again = f"{directory} has its result"
+        RunCheckpoints(run).delete()
+    except Stopped as stopped:
+        say(f"{stopped.message}; go on with {run.command} --resume {directory}")
+        raise
+    except (NotWritten, BadCheckpoint) as error:
+        raise OSError(f"{error}; then {again}") from error

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -42,6 +42,22 @@ class Counter(Protocol):
     def put_state(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a run adds to each of its checkpoints.
+
+    Args:
+        facts: Those of the checkpoint that is resumed must be the same unless force is True.
+        run: Returns further values, for resuming (Checkpoint.run).
+        on_found: Called with the reports of the steps before the checkpoint that is resumed.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    force: bool = False
+    run: Callable[[], dict[str, Any]] = dict
+    on_found: Callable[[list[StepReport]], None] | None = None
+
+
 class Saver:
     """Writes checkpoints; train_loop calls it after each step.
 
@@ -49,9 +65,7 @@ class Saver:
         root: The directory of the checkpoints.
         minutes: Minutes between two checkpoints; 0 saves after every step.
         found: The checkpoint to resume from.
-        facts: Saved in every checkpoint. Those of found must be the same unless force is True.
-        run: Returns further values to save in every checkpoint, for resuming (Checkpoint.run).
-        on_found: Called with the reports of the steps before found.
+        saved: What is saved besides the state of the training.
         processes: The processes that train together. The first one writes; if tensors are spread, each writes its rows.
             All resume from the written files.
         counters: Objects whose tensors are saved in the checkpoint and restored from it.
@@ -63,16 +77,12 @@ class Saver:
         minutes: float,
         found: Checkpoint | None = None,
         *,
-        facts: dict[str, Any] | None = None,
-        run: Callable[[], dict[str, Any]] = dict,
-        force: bool = False,
-        on_found: Callable[[list[StepReport]], None] | None = None,
+        saved: Saved = Saved(),
         processes: Processes = ALONE,
         counters: Sequence[Counter] = (),
     ) -> None:
-        self._root, self._minutes, self._found, self._facts = root, minutes, found, facts or {}
-        self._run, self._counters = run, counters
-        self._force, self._on_found, self._processes = force, on_found, processes
+        self._root, self._minutes, self._found, self._saved = root, minutes, found, saved
+        self._counters, self._processes = counters, processes
         self._last = time.monotonic()
         self._told: int | None = None  # the number of the received signal
         self._rows: RowSource | None = None
@@ -92,10 +102,10 @@ class Saver:
         found = self._found.facts()
         changed = [
             f"{key} was {found['facts'].get(key)}, now {v}"
-            for key, v in self._facts.items()
+            for key, v in self._saved.facts.items()
             if key not in found["facts"] or found["facts"][key] != v
         ]
-        if changed and not self._force:
+        if changed and not self._saved.force:
             raise ValueError(
                 f"{self._found.path} must be of this very run, but {'; '.join(changed)}: undo the change, or pass "
                 "--force"
@@ -106,8 +116,8 @@ class Saver:
         put_state(runner, tensors, found["numbers"], self._found.path)
         rows.go_on(len(found["reports"]), found.get("rows"), runner.recall)
         reports = [StepReport(**report) for report in found["reports"]]
-        if self._on_found is not None:
-            self._on_found(reports)
+        if self._saved.on_found is not None:
+            self._saved.on_found(reports)
         return reports
 
     @property
@@ -135,9 +145,9 @@ class Saver:
             facts: dict[str, Any] = {
                 "numbers": numbers,
                 "reports": [asdict(report) for report in reports],
-                "facts": self._facts,
+                "facts": self._saved.facts,
             }
-            facts["run"] = self._run()
+            facts["run"] = self._saved.run()
             facts["rows"] = None if self._rows is None else self._rows.state()
             where = write_checkpoint(self._root, reports[-1].step, tensors, facts, processes=writers).path
             self._last = time.monotonic()

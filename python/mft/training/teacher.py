@@ -1,5 +1,6 @@
 """The teacher of a distillation: another model with the same vocabulary, which runs without gradients."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mft.data.batches import MicroBatch
-from mft.engines.layer_engine import LayerEngine
-from mft.engines.start import Device, default_device, start_engine
-from mft.models.causal_lm import FEW, Run, split_at_head
-from mft.models.longrope import by_own_length, inputs_of
+from mft.engines.mode import Device, device_named, place
+from mft.engines.step import Reader
+from mft.models.causal_lm import FEW
+from mft.models.longrope import by_own_length
 from mft.models.packed_rows import check_kept_apart
 
 
@@ -29,14 +30,11 @@ class ModelTeacher:
     head: nn.Module
 
     def __init__(self, model: Any, way: str = "plain", device: Device = None) -> None:
-        self._device = default_device() if device is None else torch.device(device)
         self.model = model.requires_grad_(False).eval()
-        if way == "plain":
-            self.model.to(self._device)
-        self._way = way
+        self._placed = dataclasses.replace(place(model, way=way), device=device_named(device))
+        self._placed.mode.move(model, self._placed.device)
         self._apart = False  # whether packed rows have been tried
-        self._run: Run | None = None
-        self._engine: LayerEngine | None = None
+        self._reader: Reader | None = None
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
@@ -44,27 +42,15 @@ class ModelTeacher:
 
         The head stays on the same device until the next batch is asked for.
         """
-        if self._run is None and self._engine is None:
-            self._begin(batches[0])
+        if self._reader is None:
+            self._reader = self._placed.read(self._sample(batches[0]))
+            self.head = self._reader.head
         with by_own_length(self.model):
             if not self._apart and any(batch.position_ids is not None for batch in batches):
                 batch = batches[0]
-                check_kept_apart(self.model, self._few(batch), len(batch.rows), batch.input_ids.shape[1])
+                check_kept_apart(self.model, self._sample(batch), len(batch.rows), batch.input_ids.shape[1])
                 self._apart = True
-            if self._engine is not None:
-                yield from self._engine.hidden_states(batches)
-                return
-            assert self._run is not None
-            for batch in batches:
-                yield self._run(self.model, *inputs_of(batch, self.model, self._device))
+            yield from self._reader.hidden_states(batches)
 
-    def _begin(self, batch: MicroBatch) -> None:
-        few = self._few(batch)
-        if self._way == "plain":
-            self._run, self.head = split_at_head(self.model, few)
-        else:
-            self._engine = start_engine(self.model, few, self._way, self._device)
-            self.head = self._engine.head
-
-    def _few(self, batch: MicroBatch) -> Tensor:
+    def _sample(self, batch: MicroBatch) -> Tensor:
         return batch.input_ids[:1, :FEW].to(next(self.model.parameters()).device)

@@ -15,14 +15,16 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mft.config import TrainConfig
-from mft.engines.distributed import ALONE, Processes
+from mft.engines.distributed import Processes
+from mft.engines.placed import Placed
 from mft.engines.randomness import put_random_states, take_random_states
-from mft.engines.step import NonFiniteLoss, Runner, StepReport
+from mft.engines.step import NonFiniteLoss, StepReport
 from mft.evaluation.evaluate import Evaluation, evaluate
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
@@ -82,19 +84,19 @@ class Validation:
         """Start before this process's first step. told returns the number of a signal that asks to stop, or 0."""
         self._told, self._last = told, time.monotonic()
 
-    def after_step(
-        self, model: nn.Module, runner: Runner, report: StepReport, train: TrainConfig, processes: Processes = ALONE
-    ) -> bool:
+    def after_step(self, placed: Placed, report: StepReport, train: TrainConfig) -> bool:
         """Evaluate if it is time and this step is not evaluated yet; return whether the run ends here.
+
+        placed: Has the runner that trains.
 
         Raises: NonFiniteLoss; as evaluate and Best.write.
         """
         standing = self.standing
-        if standing.evaluated < report.step and self._is_due(report, train, processes):
-            if processes.largest(self._told()):
+        if standing.evaluated < report.step and self._is_due(report, train, placed.processes):
+            if placed.processes.largest(self._told()):
                 return False  # the run is about to stop and has little time; it evaluates when it is resumed
             try:
-                self._evaluate(model, runner, report, train, processes)
+                self._evaluate(placed, report, train)
             except _Interrupted:
                 return False
             self._last = time.monotonic()
@@ -124,9 +126,9 @@ class Validation:
         late = processes.first and time.monotonic() - self._last >= 60 * train.eval_minutes
         return bool(processes.largest(int(late)))
 
-    def _evaluate(
-        self, model: nn.Module, runner: Runner, report: StepReport, train: TrainConfig, processes: Processes
-    ) -> None:
+    def _evaluate(self, placed: Placed, report: StepReport, train: TrainConfig) -> None:
+        runner, processes = placed.runner, placed.processes
+        assert runner is not None, "the training loop has started it"
         begin, before = time.perf_counter(), take_random_states()
         try:
             with self._shown(report.step) as advance:
@@ -136,15 +138,8 @@ class Validation:
                     if processes.count == 1 and self._told():
                         raise _Interrupted
 
-                result = evaluate(
-                    model,
-                    self._dataset,
-                    batch_size=self._batch_size,
-                    objective=self._objective,
-                    runner=runner,
-                    processes=ALONE if runner.in_lockstep else processes,
-                    on_batch=on_batch,
-                )
+                options: dict[str, Any] = {"objective": self._objective, "on_batch": on_batch}
+                result = evaluate(placed, self._dataset, batch_size=self._batch_size, **options)
         finally:
             put_random_states(before)
         loss = result.objective_loss
@@ -199,7 +194,7 @@ class Ended:
         return {} if self.exported == self.steps else {"step": self.exported, "steps": self.last, "of": self.steps}
 
 
-def said_of(result: Evaluation, step: int, standing: Standing, train: TrainConfig) -> str:
+def validation_message(result: Evaluation, step: int, standing: Standing, train: TrainConfig) -> str:
     """Return a line about an evaluation, compared with the earlier ones."""
     figures = f"loss {result.loss:.4f} nats per token, accuracy {100 * result.accuracy:.2f} %"
     if result.figures:  # they include the loss that is compared
@@ -210,7 +205,7 @@ def said_of(result: Evaluation, step: int, standing: Standing, train: TrainConfi
     return f"{figures} ({scored}); {place}{f' ({left[2:]} without a lower one)' if left else ''}"
 
 
-def said_of_stop(standing: Standing, last: StepReport, train: TrainConfig) -> str:
+def stop_message(standing: Standing, last: StepReport, train: TrainConfig) -> str:
     """Return a line that says why a run ended early."""
     by = f" by more than {train.min_delta:g}" if train.min_delta else ""
     return (

@@ -8,6 +8,8 @@ the flips           in the local rows
 Processes send weights and gradients, as plain FSDP2 does, and the histograms. They send neither scores nor masks.
 """
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,22 +20,20 @@ from torch import Tensor, nn
 from mft.checks import check_rule
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
-from mft.engines.distributed import Processes
 from mft.engines.in_place import InPlaceMask, WeightStates
 from mft.engines.offload import Mover
 from mft.engines.own_forward import OwnForward
-from mft.engines.score_states import HeldMask, score_optimizer
+from mft.engines.placed import Placed
+from mft.engines.score_runner import ScoreRunner
+from mft.engines.score_states import HeldMask, grad_dtype, score_optimizer
 from mft.engines.sharded.model import SpreadModel, spread
 from mft.engines.sharded.score_rows import as_scores, nan_of, score_rows, select_rows
 from mft.engines.step import OnLoss
-from mft.engines.trains_scores import TrainsScores
 from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
-from mft.masks.surrogate import Surrogate
 from mft.models.longrope import inputs_of
 from mft.models.packed_rows import check_apart
-from mft.objectives.cross_entropy import CROSS_ENTROPY
-from mft.objectives.objective import Objective
+from mft.models.weight_files import weight_files
 from mft_kernels import MaskedLayer, pack_mask
 from mft_kernels.mask.in_place import MaskedInPlace
 from mft_kernels.ops.checks import NonFiniteScores
@@ -69,31 +69,22 @@ class ShardedStates(WeightStates):
     The selected masks do not depend on the number of processes.
 
     Args:
-        model: The whole model. Training starts from its scores; finish() writes the trained ones back. For a model
+        placed: The whole model. Training starts from its scores; finish() writes the trained ones back. For a model
             whose weights are in files these are its score_rows.
-        own: The spread copy that runs.
-        Others: see WeightStates.
+        spread: The spread copy that runs.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        own: SpreadModel,
-        train: TrainConfig,
-        device: torch.device,
-        processes: Processes,
-        surrogate: Surrogate | None,
-        grad_dtype: torch.dtype | None,
-    ) -> None:
-        masked = masked_modules(model)
-        held, self.device = score_rows(model), device
+    def __init__(self, placed: Placed, spread: SpreadModel, train: TrainConfig) -> None:
+        model, masked = placed.model, masked_modules(placed.model)
+        held = score_rows(model)
         rows = {} if held is None else held.rows
-        masks = [ShardedMask(name, module, own.weights[name], rows.get(name)) for name, module in masked.items()]
+        masks = [ShardedMask(name, module, spread.weights[name], rows.get(name)) for name, module in masked.items()]
         groups = [{"params": [mask.scores], "mode": mask.module.mode} for mask in masks]
-        mover = Mover(device, separate=False)
+        mover = Mover(placed.device, separate=False)
         optimizer = score_optimizer(groups, train)
-        self.group, self._rows, self._is_whole = processes, masks, held is None
-        super().__init__(masks, optimizer, mover, surrogate=surrogate, budget=budget_of(model), grad_dtype=grad_dtype)
+        self.group, self._rows, self._is_whole = placed.processes, masks, held is None
+        of_model: dict[str, Any] = {"surrogate": placed.surrogate, "budget": budget_of(model)}
+        super().__init__(masks, optimizer, mover, **of_model, grad_dtype=grad_dtype(train))
         for mask in masks:
             mask.scores.requires_grad_(False)
             if self._is_whole:
@@ -170,56 +161,40 @@ class ShardedStates(WeightStates):
 
 
 class SpreadForward(OwnForward):
-    """Runs a spread copy of a model. All processes run the same batches, except in a step.
+    """Runs a spread copy of a model, which is its model. All processes run the same batches, except in a step."""
 
-    model, run, device: the copy, how it is run, and the device of its inputs.
-    """
-
-    way = "sharded"
-
-    def __init__(
-        self, own: SpreadModel, device: torch.device, processes: Processes, objective: Objective = CROSS_ENTROPY
-    ) -> None:
-        super().__init__(own.model, own.run, own.head, None, processes, objective)
-        self.model, self.run, self.device, self._own = own.model, own.run, device, own
-        self.whole_outside_layers = own.whole_outside_layers
-        self._device = device
+    def __init__(self, placed: Placed, spread: SpreadModel) -> None:
+        super().__init__(dataclasses.replace(placed, model=spread.model, memory=None), spread.run, spread.head)
+        self._spread, self._device, self._is_from_files = spread, placed.device, weight_files(placed.model) is not None
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
         """See step.Runner. All processes must ask for the same number of batches."""
-        with self._own.whole_head():
+        with self._spread.whole_head():
             yield from super().hidden_states(batches)
 
+    def check_apart(self, dataset: Any, sample: Tensor, batch_size: int) -> None:
+        if self._is_from_files:  # else the whole model has been checked
+            check_apart(self.model, dataset, sample.to(self._device), batch_size, self.run)
+
     def close(self) -> None:
-        self._own.close()
+        self._spread.close()
 
 
-class Sharded(TrainsScores, SpreadForward):
+class Sharded(ScoreRunner, SpreadForward):
     """Trains only scores, in any format, on a model of which each process holds some rows.
 
     Args:
         states: The states of the scores.
-        own: The spread copy that runs.
         every_batch: Sum gradients over processes in each micro-batch, not once per step.
     """
 
+    states: ShardedStates
     in_lockstep = True
 
-    def __init__(
-        self,
-        states: ShardedStates,
-        own: SpreadModel,
-        objective: Objective = CROSS_ENTROPY,
-        *,
-        every_batch: bool = False,
-    ) -> None:
-        SpreadForward.__init__(self, own, states.device, states.group, objective)
-        self._states, self._every_batch = states, every_batch
-
-    @property
-    def states(self) -> ShardedStates:
-        return self._states
+    def __init__(self, placed: Placed, spread: SpreadModel, states: ShardedStates, *, every_batch: bool) -> None:
+        SpreadForward.__init__(self, placed, spread)
+        self.states, self._every_batch = states, every_batch
 
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
@@ -230,7 +205,7 @@ class Sharded(TrainsScores, SpreadForward):
         found: list[Exception] = []
         self._objective.prepare(batches)
         for place, batch in enumerate(batches, 1):
-            self._own.sum_gradients(self._every_batch or place == len(batches))
+            self._spread.sum_gradients(self._every_batch or place == len(batches))
             total = self._backward(batch, scale)
             try:
                 on_loss(batch, total)
@@ -251,10 +226,10 @@ class Sharded(TrainsScores, SpreadForward):
 
     def _backward(self, batch: MicroBatch, scale: float) -> Tensor:
         with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
-            ids, positions = inputs_of(batch, self._model, self._device)
+            ids, positions = inputs_of(batch, self.model, self._device)
             hidden, reached = self._prefix(ids, batch.rows, positions), []
             hidden.register_hook(lambda grad: reached.append(True))
-            with self._own.whole_head():
+            with self._spread.whole_head():
                 total = self._objective.backward(self.head, hidden, batch, scale, None)
             if not reached:  # the batch has no token with a loss, but the other processes wait for this backward pass
                 hidden.backward(torch.zeros_like(hidden))
@@ -265,21 +240,14 @@ class Sharded(TrainsScores, SpreadForward):
         self.states.zero_grad()
 
 
-def start_sharded(
-    model: nn.Module,
-    few: Tensor,
-    device: torch.device,
-    train: TrainConfig,
-    processes: Processes,
-    objective: Objective,
-    surrogate: Surrogate | None,
-) -> Sharded:
-    """Spread model over processes and return the engine that trains it.
+def start_sharded(placed: Placed, sample: Tensor, train: TrainConfig) -> Sharded:
+    """Spread the model over its processes and return the engine that trains it.
 
-    Its finish() gives the scores back to model; its close() releases the rest.
+    Its finish() gives the scores back to the model; its close() releases the rest.
 
     Raises: ValueError if the model or the settings do not allow it.
     """
+    model, processes = placed.model, placed.processes
     check_rule(
         train.accumulation % processes.count == 0,
         "train.accumulation",
@@ -288,34 +256,30 @@ def start_sharded(
         train.accumulation,
     )
     check_rule(
-        not objective.of_base,
+        not placed.objective.of_base,
         "objective.name",
         "be one that does not run the base, with memory: sharded, because its weights hold the mask",
-        objective.name,
+        placed.objective.name,
     )
     if score_rows(model) is None:
         processes.agree_on({f"{name}.scores": module.scores for name, module in masked_modules(model).items()})
-    own = spread(model, few, device, processes)
-    dtype = None if train.grad_dtype is None else getattr(torch, train.grad_dtype)
-    states = ShardedStates(model, own, train, device, processes, surrogate, dtype)
-    return Sharded(states, own, objective, every_batch=train.reduce_every == "micro_batch")
+    copy = spread(model, sample, placed.device, processes)
+    runner = Sharded(placed, copy, ShardedStates(placed, copy, train), every_batch=train.reduce_every == "micro_batch")
+    if weight_files(model) is not None:  # a whole model has been checked
+        with contextlib.ExitStack() as undo:
+            undo.callback(runner.close)
+            with copy.whole_outside_layers():
+                processes.check_model(copy.model, sample.to(placed.device))
+            undo.pop_all()
+    return runner
 
 
-def start_forward(model: nn.Module, dataset: Any, few: Tensor, batch_size: int) -> SpreadForward:
-    """Spread a model that has score_rows, with the masks that they select now; return what runs it.
-
-    Raises: the errors of packed_rows.check_apart.
-    """
-    held = score_rows(model)
+def start_forward(placed: Placed, sample: Tensor) -> SpreadForward:
+    """Spread a model that has score_rows, with the masks that they select now; return what runs it."""
+    held = score_rows(placed.model)
     assert held is not None, "asked for where there are rows"
-    own = spread(model, few, held.device, held.processes)
-    if masked_modules(model):
+    copy = spread(placed.model, sample, held.device, held.processes)
+    if masked_modules(placed.model):
         for name, packed in held.masks().items():
-            MaskedInPlace(rows_here(own.weights[name])).change(packed)
-    forward = SpreadForward(own, held.device, held.processes)
-    try:
-        check_apart(forward.model, dataset, few.to(forward.device), batch_size, forward.run)
-    except BaseException:
-        forward.close()
-        raise
-    return forward
+            MaskedInPlace(rows_here(copy.weights[name])).change(packed)
+    return SpreadForward(dataclasses.replace(placed, device=held.device, processes=held.processes), copy)

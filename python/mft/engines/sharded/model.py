@@ -78,7 +78,7 @@ class SpreadModel:
 
 def spread(
     model: nn.Module,
-    few: Tensor,
+    sample: Tensor,
     device: torch.device,
     processes: Processes,
     *,
@@ -88,7 +88,7 @@ def spread(
 
     Args:
         model: A model, masked or not, on the CPU; or one whose weights are in files (load_unread).
-        few: Tokens (1, T) for a forward pass that finds out how the model is run.
+        sample: Tokens (1, T) for a forward pass that finds out how the model is run.
         device: The device of this process.
         split: Returns how the copy is run. A simulation, which cannot run the model, passes its own.
     Raises: ValueError if a masked layer has hooks of its own or a quantised weight, or fewer rows than processes.
@@ -116,9 +116,9 @@ def spread(
             group.callback(dist.destroy_process_group)
         mesh = init_device_mesh(device.type, (processes.count,))
         if weight_files(model) is not None:
-            return _spread_from_files(model, masked, few.to(device), device, mesh, split, group)
+            return _spread_from_files(model, sample.to(device), device, mesh, split, group)
         own, places = _ordinary(model, masked)
-        run, head = split(own, few)
+        run, head = split(own, sample)
         units = _shard(own, run, head, mesh)
         weights = {name: getattr(*place) for name, place in places.items()}
         return SpreadModel(own, run, head, weights, units, own_group=group.pop_all())
@@ -129,8 +129,7 @@ def spread(
 
 def _spread_from_files(
     model: nn.Module,
-    masked: dict[str, MaskedLayer],
-    few: Tensor,
+    sample: Tensor,
     device: torch.device,
     mesh: DeviceMesh,
     split: Callable[[nn.Module, Tensor], tuple[Run, nn.Module]],
@@ -140,7 +139,7 @@ def _spread_from_files(
 
     So it is spread for run_decoder, which serves most models, and a second time if it must be run in another way.
     """
-    files = weight_files(model)
+    files, masked = weight_files(model), masked_modules(model)
     assert files is not None, "asked for where there are files"
     turned = {f"{name}.weight" for name, module in masked.items() if came_from_conv1d(module)}
     known: tuple[Run, nn.Module] | None = None
@@ -151,10 +150,10 @@ def _spread_from_files(
         units = _shard(own, run, head, mesh)
         _read(own, files, device, turned)
         with torch.no_grad():
-            run(own, few)  # FSDP2 takes the first module that runs for the root, and pads the rows
+            run(own, sample)  # FSDP2 takes the first module that runs for the root, and pads the rows
         if known is None:
             with _whole(own, units):
-                known = split(own, few)
+                known = split(own, sample)
         if known[0] is run:
             weights = {name: getattr(*place) for name, place in places.items()}
             return SpreadModel(own, run, head, weights, units, own_group=group.pop_all())

@@ -1,19 +1,16 @@
-"""The methods of step.Runner that all engines which train only scores share, based on their ScoreStates."""
+"""The base class of all runners that train only scores."""
 
 from torch import Tensor
 
 from mft.engines.score_states import ScoreStates
+from mft.engines.step import Runner
 from mft_kernels import MaskAdamW
 
 
-class TrainsScores:
-    """The part of step.Runner that concerns the trained tensors."""
+class ScoreRunner(Runner):
+    """Trains scores, which its ScoreStates hold."""
 
-    in_lockstep = False
-
-    @property
-    def states(self) -> ScoreStates:
-        raise NotImplementedError
+    states: ScoreStates
 
     def check(self) -> None:
         """Raise NonFiniteScores, which names the layer, if the last step made a score NaN or infinite."""
