@@ -6,10 +6,11 @@ import torch
 from by_name import oracle
 from torch import Tensor
 
-from mft_kernels.codes import FORMATS, Table
+from mft_kernels.codes import FORMATS, INT8_LARGEST
 
-#: "nf4-dq" is nf4 with double quantisation.
-KINDS = ("nf4", "nf4-dq", "int8", "int4")
+KINDS = tuple(FORMATS)
+#: Formats whose scales are numbers, not codes.
+PLAIN_KINDS = tuple(kind for kind in KINDS if len(FORMATS[kind].scale_names) == 1)
 
 
 class Coded(NamedTuple):
@@ -18,7 +19,7 @@ class Coded(NamedTuple):
     codes: Tensor
     absmax: list[Tensor]
     shape: list[int]
-    kind: str  # the name that the ops use
+    kind: str
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the weight as decoded by the reference, on the CPU."""
@@ -34,26 +35,22 @@ def coded(n: int, k: int, kind: str, *, integers: bool = False, seed: int = 0) -
     With ``integers``, its elements are -1, 0 and 1 times scales that are small powers of two. Otherwise it draws from
     all codes, with scales of either sign.
     """
-    generator = torch.Generator().manual_seed(seed)
+    form, generator = FORMATS[kind], torch.Generator().manual_seed(seed)
 
     def choice(values, *shape: int) -> Tensor:
         return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
 
-    def scales(*shape: int) -> Tensor:
-        return choice([1.0, 2.0, -4.0], *shape) if integers else torch.randn(shape, generator=generator)
-
-    name = kind.removesuffix("-dq")
-    if name == "int8":
-        codes = choice(range(-1, 2) if integers else range(-128, 128), n, k).to(torch.int8)
-        return Coded(codes, [scales(n) * (127 if integers else 1)], [n, k], name)
-    form = FORMATS[name]
-    assert issubclass(form, Table)
-    of_integers = [form.levels.index(value) for value in (-1.0, 0.0, 1.0)]
-    codes = choice(of_integers if integers else range(16), 2, -(-n * k // 2))
-    codes, blocks = (codes[0] << 4 | codes[1]).to(torch.uint8), -(-n * k // form.block)
-    if kind == name:
-        return Coded(codes, [scales(blocks)], [n, k], name)
-    nested, levels, offset = scales(-(-blocks // 256)), scales(256), scales(1)[0]
-    if integers:
-        nested, levels, offset = nested.sign(), levels.clamp(min=-2), offset.sign()
-    return Coded(codes, [choice(range(256), blocks).to(torch.uint8), nested, levels, offset], [n, k], name)
+    codes = [-1, 0, 1] if integers else range(-128, 128)
+    if form.levels:
+        codes = [form.levels.index(value) for value in (-1.0, 0.0, 1.0)] if integers else range(len(form.levels))
+    empty = form(torch.zeros(form.code_shape((n, k)), dtype=form.code_dtype), [], (n, k))
+    absmax = []
+    for size, dtype in form.scale_layout((n, k)):
+        if not dtype.is_floating_point:
+            absmax.append(choice(range(256), *size).to(dtype))
+        elif integers:
+            whole = choice([1.0, 2.0, -4.0] if kind in PLAIN_KINDS else [1.0, -1.0], *size)
+            absmax.append(whole if form.levels else whole * INT8_LARGEST)
+        else:
+            absmax.append(torch.randn(size, generator=generator))
+    return Coded(empty.packed(choice(codes, n * k).to(form.code_dtype)), absmax, [n, k], kind)

@@ -19,8 +19,8 @@ KERNEL_ORDER = (
 )
 STOREYS = {  # the lowest first, as docs/reference/map.md tells them from the top
     "inputs": (
-        *("mft.checks", "mft.contention", "mft.escaping", "mft.files", "mft.number_formats", "mft.config"),
-        *("mft.config_file", "mft.memory"),
+        *("mft.checks", "mft.contention", "mft.escaping", "mft.files", "mft.number_formats", "mft.quantizers"),
+        *("mft.config", "mft.config_file", "mft.memory"),
     ),
     "models": ("mft.data", "mft.models", "mft.masks"),
     "learning": ("mft.objectives", "mft.engines", "mft.importance", "mft.evaluation"),

@@ -125,8 +125,8 @@ def _calls(few: bool) -> Calls:
         yield from _usual(m, fp16, fp16)
     for m, masks, dtype in ((8, 3, bf16), (8, 16, bf16), (32, 16, bf16), (64, 16, bf16), (8, 3, fp32)):
         yield from _of_many(m, masks, dtype)
-    for m, (kind, scales) in itertools.product((1, 32, 64, 2048), (("nf4", 4), ("int8", 1))):
-        yield from _of_codes(m, kind, scales)
+    for m, kind in itertools.product((1, 32, 64, 2048), ("nf4-dq", "int8")):
+        yield from _of_codes(m, kind)
     yield from over_experts()
     yield from _usual(2048, bf16, bf16, features=1024)  # fewer tiles than multiprocessors
     yield from _usual(64, bf16, bf16, odd=True)
@@ -216,11 +216,11 @@ def _of_many(m: int, masks: int, dtype: torch.dtype) -> Calls:
     yield name, lambda: ops.product(x, weight, KeepByTask(packed, tasks), bias)
 
 
-def _of_codes(m: int, kind: str, scales: int) -> Calls:
-    """Yield products of bf16 over codes; 4 scales: NF4 whose absmax are codes too."""
-    form, shape = FORMATS[kind], (FEATURES, FEATURES)
-    absmax = [_empty(*size, dtype=dtype) for _, size, dtype in form.scales_expected(shape, scales)]
-    weight = form(_empty(*form.code_shape(shape), dtype=form.code_dtype), absmax, shape)
+def _of_codes(m: int, kind: str) -> Calls:
+    """Yield products of bf16 over codes."""
+    shape = FEATURES, FEATURES
+    codes, *scales = (_empty(*size, dtype=dtype) for size, dtype in FORMATS[kind].layout(shape).values())
+    weight = FORMATS[kind](codes, scales, shape)
     a, words = _empty(m, FEATURES, dtype=torch.bfloat16), _empty(FEATURES, FEATURES // 32, dtype=torch.int32)
     for name, transposed in (("forward", False), ("d_x", True)):
         call = functools.partial(ops.product, a, weight, Keep(words), None, transposed=transposed)

@@ -4,6 +4,7 @@ A product reads 0.5625 bytes per weight in NF4 (0.516 with double quantisation),
 of the mask. pack_mask makes the bits from scores. dequantize makes the dense matrix.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,19 +26,13 @@ class QuantizedMatrix:
 
     If the cpu, triton or cuda backend serves a product, it makes no dense matrix. Otherwise dense() makes one.
 
-    Attributes: shape: (N, K). dtype: the dtype of dense(). codes: see masked_linear_quantized.
+    Attributes: dtype: the dtype of dense().
     """
 
-    shape: torch.Size
     dtype: torch.dtype
-    codes: Tensor
 
-    def levels(self) -> str:
-        """Return the kind, a key of FORMATS; see masked_linear_quantized."""
-        raise NotImplementedError
-
-    def scales(self) -> list[Tensor]:
-        """Return absmax, or the four tensors of double quantisation; see masked_linear_quantized."""
+    def coded(self) -> Codes:
+        """Return the codes and scales, of a class of FORMATS."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
@@ -48,35 +43,37 @@ class QuantizedMatrix:
         """Return whether a product with x, which may be a gradient, is made without a dense matrix."""
         if isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
             return False  # simulated: a fake "cpu" stands for any device, and other devices make the dense matrix
-        return x.dtype == self.dtype and _decodes(FORMATS[self.levels()], self.codes.device.type)
+        return x.dtype == self.dtype and _decodes(self.coded())
 
-    def masked_linear(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x @ where(mask, dense(), 0).T + bias."""
-        if not self.is_fused(x):
+    def masked_linear(self, x: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Compute x @ where(mask, dense(), 0).T + bias. packed None, which keeps all, needs is_fused."""
+        if packed is not None and not self.is_fused(x):
             return masked_linear_packed(x, self.dense(), packed, bias)
-        return masked_linear_quantized(x, self.codes, self.scales(), packed, bias, shape=self.shape, kind=self.levels())
+        coded = self.coded()
+        return _QUANTIZED(x, coded.codes, coded.scales, packed, bias, coded.shape, coded.name, "auto")
 
-    def masked_d_x(self, grad_output: Tensor, packed: Tensor) -> Tensor:
-        """Compute grad_output @ where(mask, dense(), 0)."""
-        if not self.is_fused(grad_output):
+    def masked_d_x(self, grad_output: Tensor, packed: Tensor | None) -> Tensor:
+        """Compute grad_output @ where(mask, dense(), 0). packed None, which keeps all, needs is_fused."""
+        if packed is not None and not self.is_fused(grad_output):
             wants = [True, False, False, False]
             dense = self.dense()
             return GRADIENTS_OF_PACKED(grad_output, grad_output, dense, packed, None, None, "value", wants, "auto")[0]
-        return masked_linear_quantized_d_x(
-            grad_output, self.codes, self.scales(), packed, shape=self.shape, kind=self.levels()
+        coded = self.coded()
+        return _QUANTIZED_D_X(
+            grad_output, coded.codes, list(coded.scales), packed, list(coded.shape), coded.name, "auto"
         )
 
 
-def _decodes(form: type[Codes], device_type: str) -> bool:
-    """Return whether one of our kernels decodes this format on this device type.
+def _decodes(coded: Codes) -> bool:
+    """Return whether one of our kernels decodes this format on its device.
 
     On a GPU that is a triton kernel. With MFT_KERNELS=cuda none does: that backend takes dense weights.
     """
-    name = "cpu"
+    name, device_type = "cpu", coded.codes.device.type
     if device_type == "cuda":
         name = "cuda" if asked_for() == "cuda" else "triton"
     found = registered(name)
-    return device_type in found.device_types and found.takes_operand(form)
+    return device_type in found.device_types and found.takes_operand(type(coded))
 
 
 def masked_linear_quantized(
@@ -94,43 +91,21 @@ def masked_linear_quantized(
 
     On a CPU and by GPU kernels, w is never stored as a dense matrix.
 
-    nf4: w[i] = NF4[code[i]] * absmax[i // 64], i over the whole matrix. int4: w[i] = (code[i] - 8) * absmax[i // 32].
-    int8: w[n, k] = code[n, k] * (absmax[n] / 127).
-    w is decoded in fp32 and rounded once to x's dtype, as in bitsandbytes. On a CPU the result equals that of
-    masked_linear_packed on the matrix of dequantize, bit for bit. x and bias get gradients.
+    The class of the kind in codes.py says how w is decoded, in fp32; it is then rounded once to x's dtype. On a CPU the
+    result equals that of masked_linear_packed on the matrix of dequantize, bit for bit. x and bias get gradients.
 
     Args:
         x: (..., K), floating.
-        codes: for nf4 and int4, ceil(N * K / 2) bytes of uint8, two codes per byte, the first in the high bits. For
-            int8, int8 (N, K).
-        absmax: fp32 (B,), with B = ceil(N * K / 64) for nf4, ceil(N * K / 32) for int4 and N for int8. For
-            bitsandbytes' double quantisation of nf4, four tensors: the codes of absmax, uint8 (B,); the nested absmax,
-            fp32 (ceil(B / 256),); the map of codes, fp32 (256,); and the offset, fp32 ().
+        codes: as the layout of the class says; two codes per byte may have any shape.
+        absmax: the scale, or a list of all scales of the layout. nf4 also takes the four of nf4-dq.
         packed: int32 (N, ceil(K / 32)), see pack_mask; None keeps all.
         bias: (N,), dtype of x.
         shape: (N, K).
-        kind: "nf4", "int8" or "int4".
+        kind: a key of FORMATS in codes.py.
     Returns: (..., N) in x's dtype; accumulated in fp32.
     Raises: ValueError for shapes, devices or kind, TypeError for dtypes, RuntimeError for a backend that cannot serve.
     """
     return _QUANTIZED(x, codes, absmax, packed, bias, shape, kind, backend)
-
-
-def masked_linear_quantized_d_x(
-    grad_output: Tensor,
-    codes: Tensor,
-    absmax: list[Tensor],
-    packed: Tensor | None = None,
-    *,
-    shape: tuple[int, int] | torch.Size,
-    kind: str = "nf4",
-    backend: str = "auto",
-) -> Tensor:
-    """Compute ``d_x = grad_output @ where(mask, w, 0)``, (..., K), for the backward pass of masked_linear_quantized.
-
-    Arguments are not checked.
-    """
-    return _QUANTIZED_D_X(grad_output, codes, absmax, packed, list(shape), kind, backend)
 
 
 def dequantize(
@@ -154,22 +129,24 @@ def _check_codes(codes, absmax, shape, kind) -> list[Tensor]:
         raise ValueError(f"kind must be one of {tuple(FORMATS)}, got {kind!r}")
     check_shape(shape)
     check_tensor("codes", codes)
-    form = FORMATS[kind]
-    if codes.dtype != form.code_dtype:
-        raise TypeError(f"codes must be {form.code_dtype} for {kind}, got {codes.dtype}")
-    needed = form.code_shape(shape)
-    if (tuple(codes.shape) != needed) if len(needed) > 1 else (codes.numel() != needed[0]):
-        expected = needed if len(needed) > 1 else f"{needed[0]} bytes"
-        raise ValueError(f"codes must be {expected} for {kind} of {tuple(shape)}, got {tuple(codes.shape)}")
     if not isinstance(absmax, Tensor | Sequence):
-        raise TypeError(f"absmax must be a tensor, or four for double quantisation, got {type(absmax).__name__}")
+        raise TypeError(f"absmax must be a tensor, or a list of all scales, got {type(absmax).__name__}")
     scales = [absmax] if isinstance(absmax, Tensor) else list(absmax)
-    for scale, (name, size, dtype) in zip(scales, form.scales_expected(shape, len(scales))):
+    form = FORMATS[kind].with_scales(len(scales))
+    (needed, dtype), *expected = form.layout(shape).values()
+    if codes.dtype != dtype:
+        raise TypeError(f"codes must be {dtype} for {kind}, got {codes.dtype}")
+    if codes.numel() != math.prod(needed) if form.packs else tuple(codes.shape) != needed:
+        words = f"{math.prod(needed)} bytes" if form.packs else needed
+        raise ValueError(f"codes must be {words} for {kind} of {tuple(shape)}, got {tuple(codes.shape)}")
+    for i, (scale, (size, dtype)) in enumerate(zip(scales, expected)):
+        name = f"absmax[{i}]" if len(scales) > 1 else "absmax"
         check_tensor(name, scale)
         if scale.dtype != dtype:
-            is_half_given = form.has_coded_scales and scale.dtype == torch.uint8
-            advice = ": give all four tensors of double quantisation" if is_half_given else ""
-            raise TypeError(f"{name} must be {dtype}, got {scale.dtype}{advice}")
+            others = (other for other in FORMATS.values() if issubclass(other, form) and other is not form)
+            fits = [other for other in others if other.scale_layout(shape)[0][1] == scale.dtype]
+            advice = "".join(f": give all {len(other.scale_names)} scales of {other.name}" for other in fits)
+            raise TypeError(f"{name} must be {dtype} for {form.name}, got {scale.dtype}{advice}")
         if tuple(scale.shape) != size:
             raise ValueError(f"{name} must be {size} for {kind} of {tuple(shape)}, got {tuple(scale.shape)}")
         check_device(name, scale, "codes", codes)
@@ -205,7 +182,7 @@ def _check(call: Any) -> Any:
 
 
 def _weight(call: Any) -> Codes:
-    return FORMATS[call.kind](call.codes, call.absmax, call.shape)
+    return FORMATS[call.kind].with_scales(len(call.absmax))(call.codes, call.absmax, call.shape)
 
 
 def _keep(call: Any) -> Keep | None:

@@ -27,7 +27,8 @@ from mft.checks import (
     read_named,
     shown,
 )
-from mft.number_formats import AUTO, DTYPE_BYTES, MOMENT_FORMATS, QUANTIZED_FORMATS, SCORE_FORMATS, unless_auto
+from mft.number_formats import AUTO, DTYPE_BYTES, MOMENT_FORMATS, SCORE_FORMATS, unless_auto
+from mft.quantizers import QUANTIZERS
 
 DTYPES = tuple(DTYPE_BYTES)
 MODES = ("magnitude", "value")
@@ -37,7 +38,7 @@ IMPORTANCE_METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradien
 DATA_INITS = ("wanda",)  # initial scores are computed from rows of the training data
 SCHEDULES = ("linear", "constant", "cosine")
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # as in datasets.interleave_datasets
-SCORES_DTYPES, MOMENTS, QUANTIZATIONS = tuple(SCORE_FORMATS), tuple(MOMENT_FORMATS), tuple(QUANTIZED_FORMATS)
+SCORES_DTYPES, MOMENTS, QUANTIZATIONS = tuple(SCORE_FORMATS), tuple(MOMENT_FORMATS), tuple(QUANTIZERS)
 CODINGS = ("packed", "rice", "by_weight")  # codings of masks in an export (files/mask_coding.py)
 CONFIG = "config.yaml"  # in the directory of a run
 CONFIGS = Path(__file__).parent / "configs"  # the shipped configurations; --config takes their names

@@ -23,17 +23,6 @@ class MomentsFormat:
     name: str
 
 
-@dataclass(frozen=True)
-class QuantizedFormat:
-    """A format of a base's quantised weights. models/codes/weight.py encodes and decodes them."""
-
-    bytes_a_weight: float
-    bytes_a_row: int = 0
-
-    def bytes(self, rows: int, columns: int) -> int:
-        return int(rows * columns * self.bytes_a_weight) + rows * self.bytes_a_row
-
-
 SCORE_FORMATS = {
     "float32": ScoreFormat(4),
     "bfloat16": ScoreFormat(2),
@@ -42,11 +31,6 @@ SCORE_FORMATS = {
 MOMENT_FORMATS = {
     "float32": MomentsFormat(8, "fp32"),
     "8bit": MomentsFormat(2 + 2 * 4 / 256, "8bit"),  # one fp32 scale for each 256 values
-}
-QUANTIZED_FORMATS = {
-    "nf4": QuantizedFormat(0.5 + 4 / 64),  # one fp32 scale for each 64 weights
-    "nf4-dq": QuantizedFormat(0.5 + (1 + 4 / 256) / 64),  # double quantisation: 1-byte scales, an fp32 for each 256
-    "int8": QuantizedFormat(1, bytes_a_row=4),
 }
 CODED_FORMATS = ("bf16", "int8", "nf4", "int4")  # of a study's coded arms; mft_study/number_codes.py has them
 

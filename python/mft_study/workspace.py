@@ -18,11 +18,11 @@ from mft.data.batches import take_rows
 from mft.data.splits import Splits, load_splits
 from mft.masks.quantize import coded_shapes
 from mft.models.causal_lm import FEW, decoder_layers, split_at_head
-from mft.models.codes.weight import check_library
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import inputs_of
 from mft.models.packed_rows import keeping_apart
 from mft.models.pretrained import load_model
+from mft.quantizers import quantizer
 from mft_study.arms.arm import Arm
 from mft_study.arms.setting import Setting
 from mft_study.arms.weights import load_weights, with_weights
@@ -61,7 +61,7 @@ class Workspace:
                 for setting in _by_config(arm.settings(study.mask)):
                     arm.targets(self.base, study.mask, setting)  # raises before anything is trained
             if arm.quantization is not None:
-                check_library(arm.quantization)
+                quantizer(arm.quantization).check_library()
                 coded_shapes(self.base)
 
     def splits(self, domain: str) -> Splits:

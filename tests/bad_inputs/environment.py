@@ -21,6 +21,7 @@ import mft_kernels
 from building import cuda as building_cuda
 from building import nvcc
 from building.compile import CannotBuild, find_compiler
+from mft import quantizers
 from mft.config import DataConfig, TrainConfig
 from mft.data.sources import open_source
 from mft.evaluation import lm_eval_tasks
@@ -28,7 +29,6 @@ from mft.files.atomic import NotWritten, atomic_directory
 from mft.files.cache import cache_root
 from mft.masks.export import save_masks
 from mft.models import smollm2
-from mft.models.codes import weight as quantized_weight
 from mft.models.pretrained import load_model
 from mft.tracking.trackers import check_trackers
 from mft.training.loop import train_masks
@@ -173,9 +173,9 @@ an architecture that nobody builds for
     building_cuda.wanted()
     -> ValueError: MFT_CUDA | must be 0, 1 or a list of 80, 90, 100, 120 | got '89' | for 8.6 and 8.9 say 80
 nf4 without bitsandbytes
-    patch.setattr(quantized_weight, "_functional", None)
+    patch.setattr(quantizers, "_functional", None)
     patch.setitem(sys.modules, "bitsandbytes", None)
-    quantized_weight.check_library("nf4")
+    quantizers.quantizer("nf4").check_library()
     -> RuntimeError: quantization nf4 | needs bitsandbytes | cannot be imported (...):
         | pip install "bitsandbytes>=0.50", or choose int8, which needs nothing
 lora without peft

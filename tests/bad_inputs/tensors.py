@@ -134,7 +134,7 @@ a bias of another dtype
 the codes of a doubly quantised absmax alone
     codes, absmax = torch.zeros(10, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
     masked_linear_quantized(x, codes, absmax, packed, shape=(4, 5))
-    -> TypeError: absmax | must be torch.float32 | torch.uint8 | give all four tensors of double quantisation
+    -> TypeError: absmax | must be torch.float32 | torch.uint8 | give all 4 scales of nf4-dq
 a mask of ones where bits are due
     masked_linear_packed(x, weight, torch.ones(4, 5))
     -> TypeError: packed | must be int32 | torch.float32
@@ -203,7 +203,7 @@ no masks for many tasks
     -> TypeError: masks | must be a sequence of tensors | NoneType
 a scale as a number
     dequantize(torch.zeros(10, dtype=torch.uint8), 1.0, shape=(4, 5))
-    -> TypeError: absmax | must be a tensor, or four for double quantisation | float
+    -> TypeError: absmax | must be a tensor, or a list of all scales | float
 a gradient buffer as a list
     MaskedLinear(5, 4).hold(packed, [[0.0] * 5] * 4)
     -> TypeError: grad_buffer | must be a tensor | list

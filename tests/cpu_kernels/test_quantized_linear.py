@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from by_name import ByName, oracle
-from coded_weights import KINDS, coded
+from coded_weights import KINDS, PLAIN_KINDS, coded
 
 from benchmarks.bench_memory import process_bytes
 from mft_kernels import pack_mask
 from mft_kernels.backends import cpu
-from mft_kernels.codes import FORMATS, Table
+from mft_kernels.codes import FORMATS
 
 flat = ByName(cpu)
 
@@ -49,7 +49,7 @@ def products(x, grad, weight, given, packed, bias):
     codes, absmax, (n, k), kind = given
     every = pack_mask(torch.ones(n, k), torch.tensor(1.0)) if packed is None else packed
     ops, form = torch.ops.mft_cpu, FORMATS[kind]
-    table = (form.levels_on(codes.device), form.block) if issubclass(form, Table) else (None, 0)
+    table = form.levels_on(codes.device), form.block
     of_codes = codes, absmax, packed
     for path in paths("forward", weight.dtype, len(x), n, k):
         ours = ops.masked_linear_quantized(x, *of_codes, bias, n, k, *table, path)
@@ -83,11 +83,13 @@ def test_every_code_is_rounded_once_at_every_size_of_absmax(capability, dtype):
         [1e-45, 1e-40, 3e-38, 1e-33, 1e-7, 0.7, 3e4, 1e38, 3e38, 0.0, -0.5, float("inf"), float("nan")]
     )
     both = torch.arange(256).to(torch.uint8).repeat(13)
-    nf4, int4 = (both, [sizes.repeat_interleave(8)], "nf4"), (both, [sizes.repeat_interleave(16)], "int4")
-    int8 = (torch.arange(-128, 128).to(torch.int8).repeat(13, 1), [sizes], "int8")
-    for (codes, absmax, levels), shape in ((nf4, [13, 512]), (int4, [13, 512]), (int8, [13, 256])):
-        expected = oracle.dequantize(codes, absmax, shape, levels, dtype)
-        got = flat.dequantize(codes, absmax, shape, levels, dtype)
+    for kind in PLAIN_KINDS:
+        form = FORMATS[kind]
+        shape = [13, 512 if form.packs else 256]
+        codes = both.view(form.code_dtype).view(form.code_shape(shape))
+        absmax = [sizes.repeat_interleave(form.scale_count(shape) // 13)]
+        expected = oracle.dequantize(codes, absmax, shape, kind, dtype)
+        got = flat.dequantize(codes, absmax, shape, kind, dtype)
         assert torch.equal(got.isnan(), expected.isnan())
         assert_same_bits(got.nan_to_num(nan=1.0), expected.nan_to_num(nan=1.0))
 
@@ -116,7 +118,7 @@ def test_threads_change_no_bit_of_our_own_products(kind, dtype):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="/proc/self/clear_refs is Linux's")
-@pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_no_dense_copy_of_the_weight_is_made(kind):
     n, k = 4096, 4096
     codes, absmax, *rest = coded(n, k, kind)

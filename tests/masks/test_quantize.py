@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import mft.config
 import mft.engines.mode
 from benchmarks.memory.tracker import MemoryTracker
+from mft import quantizers
 from mft.config import QUANTIZATIONS, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.engines.offload import Mover
 from mft.evaluation.evaluate import evaluate
@@ -32,7 +33,6 @@ from mft.masks.quantize import (
     quantize_model,
     rounded_weights,
 )
-from mft.models.codes import weight as quantized_weight
 from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.linears import find_candidates, layer_stacks, weight_name
 from mft.training.loop import train_masks
@@ -233,7 +233,7 @@ def test_a_weight_that_is_not_finite_is_named():
 
 def test_nf4_without_its_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(quantized_weight, "_functional", None)
+    monkeypatch.setattr(quantizers, "_functional", None)
     model = make_llama().requires_grad_(False)
     with pytest.raises(RuntimeError, match=r'nf4 needs bitsandbytes, .*: pip install "bitsandbytes>=0.50", or choose'):
         quantize_model(model)

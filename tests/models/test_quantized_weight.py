@@ -8,11 +8,12 @@ from by_name import ByName, oracle
 from tiny import frozen_linear, normal
 from torch import nn
 
+from mft import quantizers
 from mft.config import QUANTIZATIONS
 from mft.masks.quantize import QuantizedLinear
-from mft.models.codes import weight as quantized_weight
-from mft.models.codes.weight import BLOCK, QuantizedWeight
-from mft.number_formats import QUANTIZED_FORMATS
+from mft.models.codes.weight import QuantizedWeight
+from mft.quantizers import QUANTIZERS
+from mft_kernels import codes as formats
 from mft_kernels.backends import cpu
 
 flat = ByName(cpu)
@@ -28,7 +29,7 @@ def absmax_of_each(weight, kind):
     """Return the absmax of each weight, (N, K)."""
     if kind == "int8":
         return weight.abs().amax(1, keepdim=True).expand_as(weight)
-    blocks = [block.abs().max().expand(len(block)) for block in weight.flatten().split(BLOCK)]
+    blocks = [block.abs().max().expand(len(block)) for block in weight.flatten().split(64)]
     return torch.cat(blocks).view_as(weight)
 
 
@@ -85,14 +86,14 @@ def test_memory_for_codes_has_the_shapes_and_dtypes_that_they_have(kind):
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_the_bytes_that_an_estimate_counts_are_those_of_the_tensors(kind):
     held = QuantizedWeight.empty((2048, 4096), torch.bfloat16, kind, "meta").nbytes
-    assert QUANTIZED_FORMATS[kind].bytes(2048, 4096) == pytest.approx(held, rel=3e-4)  # except the map of nf4-dq
+    assert QUANTIZERS[kind].bytes(2048, 4096) == pytest.approx(held, rel=3e-4)  # except the map of nf4-dq
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_what_lies_on_the_levels_comes_back_exactly(kind):
     numbers = torch.arange(64 * 128).view(64, 128) * 7
     chosen = levels(kind)[numbers % len(levels(kind))]
-    chosen[:, ::BLOCK] = 1
+    chosen[:, ::64] = 1
     weight = chosen * 0.5  # absmax is a power of two, so no product is rounded
     quantized = QuantizedWeight.quantize(weight, kind)
     if kind == "int8":  # times 127 / 127 is not exact in fp32
@@ -107,8 +108,8 @@ def test_chunks_and_strides_change_no_code(kind, shape, monkeypatch):
     weight = normal(*shape)
     whole = QuantizedWeight.quantize(weight, kind)
     dense = whole.dense()
-    monkeypatch.setattr(quantized_weight, "_QUANTIZED_AT_ONCE", 4096)
-    monkeypatch.setattr(quantized_weight, "_DEQUANTIZED_AT_ONCE", 100)
+    monkeypatch.setattr(quantizers, "_AT_ONCE", 4096)
+    monkeypatch.setattr(formats, "_DECODED_AT_ONCE", 100)
     for same in (weight, weight.t().contiguous().t()):
         chunked = QuantizedWeight.quantize(same, kind)
         for name, tensor in whole.tensors().items():
@@ -149,7 +150,7 @@ def test_wrong_weights_and_kinds_are_refused():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
 def test_nf4_is_stored_and_decoded_as_bitsandbytes_does_it_to_the_last_bit(kind, shape, monkeypatch):
-    functional = quantized_weight._bitsandbytes()
+    functional = quantizers._bitsandbytes()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = (normal(*shape, seed=1) * 10 ** normal(shape[0], 1, seed=2)).to(dtype)
         ours = QuantizedWeight.quantize(weight, kind)
@@ -166,7 +167,7 @@ def test_nf4_is_stored_and_decoded_as_bitsandbytes_does_it_to_the_last_bit(kind,
         # block.
         state.shape = torch.Size((1, 2 * codes.numel()))
         expected = functional.dequantize_4bit(codes, state).view(-1)[: weight.numel()].view(shape)
-        arguments = ours.codes, ours.scales(), list(shape), "nf4", dtype
+        arguments = ours.codes, ours.coded().scales, list(shape), kind, dtype
         assert torch.equal(oracle.dequantize(*arguments), expected)
         assert torch.equal(ours.dense(), expected)
         for capability in cpu.capabilities():
@@ -188,13 +189,13 @@ def test_casting_a_model_changes_the_dense_dtype_and_no_code(kind):
 
 
 @pytest.mark.parametrize("shape", [(3, 64), (5, 7), (4, 130)], ids=str)
-@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_dropped_weights_get_the_level_0_and_come_back(kind, shape):
     generator = torch.Generator().manual_seed(0)
     weight = QuantizedWeight.quantize(torch.randn(shape, generator=generator), kind)
     keep = torch.rand(shape, generator=generator) > 0.3
     dense, codes = weight.dense(), weight.codes.clone()
-    weight.codes, taken = weight.dropped(keep)
+    weight.codes, taken = weight.coded().dropped(keep)
     assert torch.equal(weight.dense(), torch.where(keep, dense, 0))
     assert len(taken) == int((~keep).sum())
-    assert torch.equal(weight.put_back(keep, taken), codes)
+    assert torch.equal(weight.coded().put_back(keep, taken), codes)

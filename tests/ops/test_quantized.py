@@ -6,11 +6,13 @@ test_quantized_ops.py tests the public ops; tests/models compares NF4 with bitsa
 import pytest
 import torch
 from by_name import oracle
-from coded_weights import KINDS, Coded, coded
+from coded_weights import KINDS, PLAIN_KINDS, Coded, coded
 from forms import every_backend_but_cuda
 from products import assert_same
 
 from mft_kernels import reference
+from mft_kernels.backends.table import registered
+from mft_kernels.codes import FORMATS
 from mft_kernels.testing import assert_within_budget, random_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -32,6 +34,8 @@ def kernels(kernels, request):
     given = request.node.callspec.params
     if "dtype" in given:
         kernels.need(given["dtype"])
+    if "kind" in given and not registered(kernels.name).takes_operand(FORMATS[given["kind"]]):
+        pytest.skip(f"{kernels.name} takes no {given['kind']}")
     return kernels
 
 
@@ -74,14 +78,14 @@ def test_every_weight_is_decoded_to_the_bit(kernels, kind, dtype):
     """With 45 and 39 columns, blocks begin anywhere in a row. 48 x 352 weights nest more than 256 scales."""
     for n, k in kernels.fewer(((29, 45), (48, 352), (16, 39)), 2):
         weight = coded(n, k, kind)
-        assert kind != "nf4-dq" or len(weight.absmax[1]) == 1 + (n == 48)
+        assert kind in PLAIN_KINDS or len(weight.absmax[1]) == 1 + (n == 48)
         assert_decodes(kernels, weight, dtype)
 
 
 @BY_DTYPE
-@pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_scales_of_every_size_are_decoded_to_the_bit(kernels, kind, dtype):
-    largest = 7e3 if kind == "int4" else 3e4  # times a level and up to 1.1, in fp16
+    largest = 5e4 / max(map(abs, FORMATS[kind].levels), default=1)  # times a level and up to 1.1, in fp16
     for n, k in kernels.fewer(((9, 45), (16, 128)), 2):
         weight = coded(n, k, kind)
         scales = weight.absmax[0]
@@ -133,12 +137,12 @@ def test_random_products_err_at_most_twice_as_much_as_torch(kernels, kind, dtype
 def test_what_is_not_finite_stays_in_its_row_and_a_dropped_one_reaches_nothing(kernels, kind):
     for k in (64, 45):
         weight = coded(9, k, kind, integers=True)
-        weight.codes[:] = 1 if kind == "int8" else 255  # no code stands for level 0
-        if kind == "nf4-dq":  # a map entry that only block 1 uses
+        weight.codes[:] = 255 if FORMATS[kind].packs else 1  # no code stands for level 0
+        if kind in PLAIN_KINDS:
+            weight.absmax[0][1] = torch.inf
+        else:  # a map entry that only block 1 uses
             weight.absmax[0].zero_()
             weight.absmax[0][1], weight.absmax[2][5] = 5, torch.inf
-        else:
-            weight.absmax[0][1] = torch.inf
         dense = weight.dense(FP16)
         x, grad = torch.ones(2, k, dtype=FP16), torch.ones(2, 9, dtype=FP16)
         x[1, 3] = torch.nan

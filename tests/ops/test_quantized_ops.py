@@ -13,8 +13,7 @@ from torch.library import opcheck
 import mft_kernels
 from mft_kernels import masked_linear_packed, pack_mask, reference
 from mft_kernels.backends.table import registered
-from mft_kernels.codes import Nf4
-from mft_kernels.ops.quantized import masked_linear_quantized_d_x
+from mft_kernels.codes import FORMATS
 from mft_kernels.testing import integer_inputs
 
 
@@ -48,14 +47,15 @@ def test_gradients_strides_autocast_opcheck_and_compile(kind):
     opcheck(ops.masked_linear_quantized, (x, codes, absmax, packed, bias, shape, levels, "auto"))
     opcheck(ops.masked_linear_quantized_d_x, (t.grad_output, codes, absmax, None, shape, levels, "auto"))
     opcheck(ops.dequantize, (codes, absmax, shape, levels, torch.bfloat16, "auto"))
-    d_x = masked_linear_quantized_d_x(t.grad_output, codes, absmax, None, **options)
+    d_x = ops.masked_linear_quantized_d_x(t.grad_output, codes, absmax, None, shape, levels, "auto")
     assert torch.equal(d_x, t.grad_output @ values)
 
 
-def test_leading_axes_strides_and_no_tokens_are_taken_and_have_gradients(backend):
-    if Nf4 not in registered(backend).takes and backend != "reference":
-        pytest.skip(f"{backend} has no products over nf4")
-    codes, absmax, shape, kind = coded(6, 64, "nf4", integers=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_leading_axes_strides_and_no_tokens_are_taken_and_have_gradients(backend, kind):
+    if not registered(backend).takes_operand(FORMATS[kind]):
+        pytest.skip(f"{backend} has no products over {kind}")
+    codes, absmax, shape, kind = coded(6, 64, kind, integers=True)
     generator = torch.Generator().manual_seed(1)
     for size in ((2, 3), (0, 3)):
         x = torch.randint(-1, 2, (64, *size), generator=generator).float().movedim(0, -1).requires_grad_()
@@ -78,24 +78,31 @@ def test_one_product_by_scores_is_one_by_their_bits():
     assert torch.allclose(y, mft_kernels.masked_linear(x, dense, scores, threshold), atol=1e-5)
 
 
+def test_nf4_takes_the_scales_of_double_quantisation_too():
+    codes, absmax, shape, kind = coded(6, 64, "nf4-dq")
+    dense = [mft_kernels.dequantize(codes, absmax, shape=shape, kind=each) for each in ("nf4", kind)]
+    assert torch.equal(*dense)
+
+
 NESTED = [torch.zeros(6).byte(), torch.zeros(1), torch.zeros(256), torch.tensor(0.0)]
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"kind": "fp4"}, ValueError, "kind must be one of ('nf4', 'int8', 'int4'), got 'fp4'"),
+        ({"kind": "fp4"}, ValueError, "kind must be one of ('nf4', 'nf4-dq', 'int8', 'int4'), got 'fp4'"),
         ({"kind": "int4"}, ValueError, "absmax must be (12,) for int4 of (6, 64), got (6,)"),
-        ({"kind": "int4", "absmax": NESTED}, ValueError, "absmax must be one tensor for int4, got 4"),
+        ({"kind": "int4", "absmax": NESTED}, ValueError, "absmax must have length 1 for int4, got 4"),
+        ({"kind": "nf4-dq"}, ValueError, "absmax must have length 4 for nf4-dq, got 1"),
         ({"shape": (6, 66)}, ValueError, "codes must be 198 bytes for nf4 of (6, 66), got (192,)"),
         ({"codes": torch.zeros(6, 64)}, TypeError, "codes must be torch.uint8 for nf4, got torch.float32"),
         ({"absmax": torch.zeros(7)}, ValueError, "absmax must be (6,) for nf4 of (6, 64), got (7,)"),
-        ({"absmax": torch.zeros(6).byte()}, TypeError, "absmax must be torch.float32, got torch.uint8"),
         (
-            {"absmax": NESTED[:2]},
-            ValueError,
-            "absmax must be one tensor, or the four tensors of double quantisation for nf4",
+            {"absmax": torch.zeros(6).byte()},
+            TypeError,
+            "absmax must be torch.float32 for nf4, got torch.uint8: give all 4 scales of nf4-dq",
         ),
+        ({"absmax": NESTED[:2]}, ValueError, "absmax must have length 1 or 4 for nf4, got 2"),
         (
             {"absmax": [*NESTED[:2], torch.zeros(16), NESTED[3]]},
             ValueError,
@@ -109,13 +116,6 @@ NESTED = [torch.zeros(6).byte(), torch.zeros(1), torch.zeros(256), torch.tensor(
 )
 def test_wrong_arguments_are_named_with_rule_and_value(change, error, message):
     codes, absmax, *_ = coded(6, 64, "nf4")
-    arguments = {"x": torch.zeros(2, 64), "codes": codes, "absmax": absmax, "shape": (6, 64)}
+    arguments = {"x": torch.zeros(2, 64), "codes": codes.flatten(), "absmax": absmax, "shape": (6, 64)}
     with pytest.raises(error, match=re.escape(message)):
         mft_kernels.masked_linear_quantized(**arguments | change)
-
-
-@pytest.mark.parametrize(("kind", "blocks", "advice"), [("nf4", 6, ": give all four tensors of .*"), ("int4", 12, "")])
-def test_double_quantisation_is_advised_for_nf4_alone(kind, blocks, advice):
-    codes, absmax = torch.zeros(192).byte(), torch.zeros(blocks).byte()
-    with pytest.raises(TypeError, match=f"^absmax must be torch.float32, got torch.uint8{advice}$"):
-        mft_kernels.dequantize(codes, absmax, shape=(6, 64), kind=kind)

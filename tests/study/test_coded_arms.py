@@ -59,7 +59,7 @@ def test_nf4_has_the_levels_that_kernels_decode():
     levels = torch.tensor(Nf4.levels)
     nearest = (weight[..., None] / scales[:, None, None] - levels).abs().argmin(-1)
     codes = (nearest.view(-1, 2) * torch.tensor([16, 1])).sum(1).to(torch.uint8)
-    assert torch.equal(found, Nf4(codes, [scales], weight.shape).decode())
+    assert torch.equal(found, Nf4(codes, [scales], weight.shape).dense())
 
 
 @pytest.mark.parametrize("kind", CODED_FORMATS)

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -11,14 +12,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_study import equal, make_study, write_ground
 
+from mft import quantizers
 from mft.config import MaskConfig, TrainConfig
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.quantize import quantize_model
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.linears import weight_name
-from mft_kernels.codes import Nf4
-from mft_study import workspace as workspaces
 from mft_study.arms.memory import ADAPTER_BYTES, equal_memory_rank, score_bytes
 from mft_study.arms.weights import with_weights
 from mft_study.bases import Bases
@@ -133,9 +133,7 @@ def test_a_mask_in_codes_is_the_mask_and_its_codes_differ_where_it_drops(done):
         held, dropped = QuantizedWeight.quantize(before[name], "nf4"), (after != before[name]).flatten()
         assert torch.equal(held.dense(), before[name])
         assert dropped.any()
-        codes = torch.stack((held.codes.flatten() >> 4, held.codes.flatten() & 15), 1).flatten()
-        codes[: len(dropped)][dropped] = Nf4.levels.index(0.0)
-        held.codes = (codes[::2] << 4 | codes[1::2]).view_as(held.codes)
+        held.codes, _ = held.coded().dropped(~dropped)
         assert torch.equal(held.dense(), after), name
 
 
@@ -325,8 +323,9 @@ def test_the_report_says_what_rounding_cost_and_holds_masks_against_adapters(don
 
 
 def test_what_rounding_needs_is_asked_for_before_anything_is_trained(done, monkeypatch):
-    monkeypatch.setattr(workspaces, "check_library", lambda kind: (_ for _ in ()).throw(RuntimeError(f"no {kind}")))
-    with pytest.raises(RuntimeError, match="^no nf4$"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(quantizers, "_functional", None)
+    with pytest.raises(RuntimeError, match="nf4 needs bitsandbytes"):
         Workspace(done.study, Bases(done.study, done.directory))
 
 

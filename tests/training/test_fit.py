@@ -134,7 +134,7 @@ def test_quantized_means_nf4_unless_said_otherwise(with_free):
     with_free(400)
     everything = config_of(**ALL)
     everything.model.quantization, everything.model.quantize_masked = "nf4", True
-    assert plan_training(everything).way == "quantized"
+    assert plan_training(everything).mode.name == "quantized"
     assert plan_training(config_of(memory="quantized")).quantization == "nf4"
     assert plan_training(config_of(memory="quantized", quantization="int8")).quantization == "int8"
     plan = plan_training(config_of(quantization="int8"))

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import torch
 from by_name import ByName, oracle
-from coded_weights import coded
+from coded_weights import PLAIN_KINDS, coded
 
 from mft_kernels.backends import table as backends
 from mft_kernels.backends.triton import ops
 from mft_kernels.backends.triton import quantized as kernels
 from mft_kernels.backends.triton.launch import record
-from mft_kernels.ops import quantized
+from mft_kernels.codes import FORMATS, Nf4
+from mft_kernels.ops.quantized import QuantizedMatrix
 
 flat = ByName(ops)
 
@@ -24,7 +25,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target, monkeypatch):
     plan = kernels.quantized_tiles
     monkeypatch.setattr(kernels, "quantized_tiles", lambda *sizes: replace(plan(*sizes), splits=3))
-    for kind, (n, k) in (("nf4", (24, 704)), ("int4", (24, 672)), ("int8", (24, 689))):
+    for kind in PLAIN_KINDS:
+        n, k = 24, 704 if FORMATS[kind].block else 689  # whole blocks, and odd rows
         codes, absmax, *rest = coded(n, k, kind, integers=True).to(device)
         x, bias = (torch.randint(-1, 2, size).to(device, torch.float16) for size in ((3, k), (n,)))
         arguments = x, codes, absmax, None, bias, *rest
@@ -35,16 +37,14 @@ def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target, m
         assert torch.equal(y, oracle.masked_linear_quantized(*arguments))
 
 
-class Coded(quantized.QuantizedMatrix):
+class Coded(QuantizedMatrix):
     """A matrix in codes that claims to be on a GPU."""
 
-    shape, codes = torch.Size((6, 64)), SimpleNamespace(device=torch.device("cuda"))
+    def __init__(self, dtype=torch.bfloat16):
+        self.dtype = dtype
 
-    def __init__(self, dtype=torch.bfloat16, kind="nf4"):
-        self.dtype, self.kind = dtype, kind
-
-    def levels(self):
-        return self.kind
+    def coded(self):
+        return Nf4(SimpleNamespace(device=torch.device("cuda")), [], (6, 64))
 
 
 def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles_and_cuda_is_not_asked_for(monkeypatch):

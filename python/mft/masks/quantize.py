@@ -1,4 +1,4 @@
-"""Quantise the base of a model: which linears hold their weight in NF4 or int8, and how these layers compute.
+"""Quantise the base of a model: which linears hold their weight as codes, and how these layers compute.
 
 If a kernel decodes the codes (QuantizedMatrix.is_fused), neither the product of a masked layer nor its d_x makes a
 dense matrix. One exists only while d_scores is computed, which is as large, and in frozen layers during products of
@@ -22,16 +22,16 @@ from mft.masks.convert import check_unwrapped, masked_modules, split_attentions
 from mft.masks.experts import mask_experts
 from mft.masks.export import keep_base_hash
 from mft.models.codes.experts import QuantizedGroupedLinear, dense_experts, quantize_experts
-from mft.models.codes.weight import QuantizedWeight, check_library, quantized_weights
+from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.head_input import read_in_one_piece
 from mft.models.linears import find_candidates, layer_stacks, linear_named, weight_name
-from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, masked_linear_quantized
+from mft.quantizers import quantizer
+from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 from mft_kernels.mask.held import Weight
 from mft_kernels.mask.masking import CurrentMask, current_mask
 from mft_kernels.ops.checks import NonFiniteScores
 from mft_kernels.ops.grouped import GRADIENTS_OF_GROUPED_PACKED, GROUPED_PACKED
 from mft_kernels.ops.linear import GRADIENTS_OF_PACKED
-from mft_kernels.ops.quantized import masked_linear_quantized_d_x
 from mft_kernels.ops.route import is_seen_by_others, unchanged
 
 
@@ -43,14 +43,14 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
 
     Args:
         model: masked or not, unquantised. Trainable layers are left alone.
-        kind: "nf4", "nf4-dq" (with double quantisation) or "int8".
+        kind: a format of mft/quantizers.py: "nf4", "nf4-dq" (with double quantisation) or "int8".
         masked: quantise the masked layers' weights too.
     Returns: the same model.
     Raises: ValueError if nothing can be quantised, or if a module cannot be, which it names; RuntimeError if the NF4
         library is missing. The model is then unchanged, with one exception: if a weight is not finite, the weights
         before it are quantised.
     """
-    check_library(kind)
+    quantizer(kind).check_library()
     check_unwrapped(model)
     _check_unquantized(model)
     names = _quantizable(model, masked)
@@ -83,7 +83,7 @@ def rounded_weights(model: nn.Module, kind: str = "nf4") -> dict[str, Tensor]:
     Returns: for every weight that would be quantised, a tensor of the same shape and dtype.
     Raises: as quantize_model; model is never changed.
     """
-    check_library(kind)
+    quantizer(kind).check_library()
     _check_unquantized(model)
     found: dict[str, Tensor] = {}
     for name, (own_name, as_matrix) in _coded(model).items():
@@ -237,9 +237,7 @@ class _QuantizedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, quantized: QuantizedWeight) -> Tensor:
         ctx.quantized, ctx.x_dtype = quantized, x.dtype
         if _is_fused(x, quantized):
-            return masked_linear_quantized(
-                x, quantized.codes, quantized.scales(), None, bias, shape=quantized.shape, kind=quantized.levels()
-            )
+            return quantized.masked_linear(x, None, bias)
         return F.linear(x, quantized.dense(), bias)
 
     @staticmethod
@@ -266,9 +264,7 @@ def _is_fused(x: Tensor, quantized: QuantizedWeight) -> bool:
 
 def _d_x(grad_output: Tensor, quantized: QuantizedWeight) -> Tensor:
     if _is_fused(grad_output, quantized):
-        return masked_linear_quantized_d_x(
-            grad_output, quantized.codes, quantized.scales(), shape=quantized.shape, kind=quantized.levels()
-        )
+        return quantized.masked_d_x(grad_output, None)
     return grad_output @ quantized.dense().to(grad_output.dtype)
 
 

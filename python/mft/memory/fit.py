@@ -9,6 +9,7 @@ from mft.memory.shapes import ModelShape
 from mft.memory.ways import WAYS, ways_over
 from mft.memory.workload import Workload
 from mft.number_formats import AUTO, MOMENT_FORMATS, SCORE_FORMATS, at_most_as_wide
+from mft.quantizers import DEFAULT
 
 # Bytes of the device on top of the allocated ones: a CUDA context (about 0.4 GB), cuBLAS's workspace (up to 32 MiB) and
 # the allocator's fragmentation. Not measured.
@@ -194,7 +195,7 @@ def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
     moments = ["8bit"] if workload.moments == AUTO else at_most_as_wide(workload.moments, MOMENT_FORMATS)
     scores = ["int16", "bfloat16"] if workload.scores == AUTO else at_most_as_wide(workload.scores, SCORE_FORMATS)
     bases = [(workload.quantization, workload.quantize_masked and workload.quantization is not None)]
-    bases += [base for base in (("nf4", False), ("nf4", True)) if base not in bases]
+    bases += [base for base in ((DEFAULT, False), (DEFAULT, True)) if base not in bases]
     rows = _halvings(workload.micro_batch, 1)
     accumulations = _halvings(workload.accumulation, workload.processes)
     lengths = _halvings(workload.sequence, min(_SHORTEST, workload.sequence))

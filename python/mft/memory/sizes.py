@@ -7,7 +7,8 @@ from mft.checks import check_rule
 from mft.memory.activations import Layer, loss_peak
 from mft.memory.shapes import ModelShape
 from mft.memory.workload import Workload
-from mft.number_formats import DTYPE_BYTES, QUANTIZED_FORMATS, SCORE_FORMATS
+from mft.number_formats import DTYPE_BYTES, SCORE_FORMATS
+from mft.quantizers import QUANTIZERS
 
 Sizes = dict[str, int]
 
@@ -185,7 +186,7 @@ class RunSizes:
         size = shape.layer_rest * shape.dtype_bytes
         for name, (n, k) in shape.matrices.items():
             if workload.quantization is not None and self._is_quantized(layer, name):
-                size += QUANTIZED_FORMATS[workload.quantization].bytes(n, k)
+                size += QUANTIZERS[workload.quantization].bytes(n, k)
             else:
                 size += n * k * shape.dtype_bytes
         return size

@@ -9,6 +9,7 @@ from dataclasses import replace
 from mft.memory.sizes import RunSizes, Sizes
 from mft.memory.workload import Workload
 from mft.number_formats import SCORE_FORMATS
+from mft.quantizers import DEFAULT
 
 # Boundaries on the device in addition to the layer's own input and its output's gradient. Resident: the next input.
 # Layerwise: the next input, the next gradient, and the one that is being copied to the host.
@@ -31,7 +32,7 @@ class Way:
         """Return the format of the base that the mode uses if this one is asked for; None for exact weights."""
         if not self.over_codes:
             return None
-        return asked if asked is not None or self.over_exact else "nf4"
+        return asked if asked is not None or self.over_exact else DEFAULT
 
     def of(self, workload: Workload) -> Workload:
         """Return the workload in this mode: with a quantised base if the mode needs one, without if it has none."""

@@ -12,7 +12,7 @@ from mft.cli.keys import Keyed
 from mft.cli.options import START, Config, Overrides, Set, given_overrides
 from mft.cli.studies import on_studies
 from mft.cli.waiting_threads import let_waiting_threads_sleep
-from mft.config import WAYS, RunConfig
+from mft.config import QUANTIZATIONS, WAYS, RunConfig
 from mft.config_file import load_config
 
 verbs = typer.Typer()
@@ -68,7 +68,9 @@ def estimate(
     grad_dtype: Annotated[
         str | None, typer.Option(help="Dtype of the gradient buffers; by default that of the weights.")
     ] = None,
-    quantization: Annotated[str | None, typer.Option(help="Quantisation of the base: nf4, nf4-dq or int8.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help=f"Quantisation of the base: {', '.join(QUANTIZATIONS)}.")
+    ] = None,
     quantize_masked: Annotated[bool, typer.Option("--quantize-masked", help="Quantise masked weights too.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="For plain, in_place, sharded.")

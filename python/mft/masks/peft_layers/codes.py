@@ -82,10 +82,10 @@ class MaskCodes(MaskLinear):
 
     @torch.no_grad()
     def _take_out(self, parameter: str, keep: Tensor, merged: Tensor) -> Tensor:
-        codes, taken = self._quantized.dropped(keep)
+        codes, taken = self._quantized.coded().dropped(keep)
         set_codes(self.base_layer, codes)
         return taken
 
     @torch.no_grad()
     def _put_back(self, parameter: str, keep: Tensor, taken: Tensor) -> None:
-        set_codes(self.base_layer, self._quantized.put_back(keep, taken))
+        set_codes(self.base_layer, self._quantized.coded().put_back(keep, taken))

@@ -1,1 +1,1 @@
-"""Weights held as NF4 or int8 codes: a matrix, experts in one parameter, and the linear layers that hold a matrix."""
+"""Weights held as codes: a matrix, experts in one parameter, and the linear layers that hold a matrix."""

@@ -1,4 +1,4 @@
-"""Linear layers that hold NF4 or int8 codes instead of a weight: bitsandbytes' 4-bit layers, and QuantizedLinear.
+"""Linear layers that hold codes instead of a weight: bitsandbytes' 4-bit layers, and QuantizedLinear.
 
 Transformers makes bitsandbytes' layers for ``BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")``. Their
 codes are used in place, not copied.
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.models.codes.weight import BLOCK, NESTED_BLOCK, Nf4DqWeight, Nf4Weight, QuantizedWeight
+from mft.models.codes.weight import QuantizedWeight
+from mft_kernels.codes import NESTED_BLOCK, Nf4, Nf4Dq
 
 _REMEDY = 'load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")'
 
@@ -30,10 +31,9 @@ def why_no_codes(module: nn.Module) -> str | None:
     if getattr(state, "packing_format_for_cpu", False):
         return "a forward pass on the CPU has repacked its codes: load the model again, and add the mask first"
     nested = state.state2.blocksize if state.nested else NESTED_BLOCK
-    if (state.quant_type, state.blocksize, nested) != ("nf4", BLOCK, NESTED_BLOCK) or len(state.shape) != 2:
-        return (
-            f"its codes are {state.quant_type} in blocks of {state.blocksize}, not nf4 in blocks of {BLOCK}: {_REMEDY}"
-        )
+    if (state.quant_type, state.blocksize, nested) != (Nf4.name, Nf4.block, NESTED_BLOCK) or len(state.shape) != 2:
+        found = f"{state.quant_type} in blocks of {state.blocksize}"
+        return f"its codes are {found}, not nf4 in blocks of {Nf4.block}: {_REMEDY}"
     return None
 
 
@@ -43,16 +43,11 @@ def codes_of(module: nn.Module) -> QuantizedWeight:
         return module.quantized  # type: ignore[return-value]
     weight: Any = module._parameters["weight"]
     state = weight.quant_state
-    shape = int(state.shape[0]), int(state.shape[1])
-    tensors = {"codes": weight.data.view(torch.uint8), "absmax": state.absmax}
+    shape, codes = (int(state.shape[0]), int(state.shape[1])), weight.data.view(torch.uint8)
     if not state.nested:
-        return Nf4Weight(shape, state.dtype, tensors)
-    nested = {
-        "nested_absmax": state.state2.absmax,
-        "nested_quant_map": state.state2.code,
-        "nested_offset": state.offset,
-    }
-    return Nf4DqWeight(shape, state.dtype, tensors | nested)
+        return QuantizedWeight(Nf4(codes, [state.absmax], shape), state.dtype)
+    nested = [state.absmax, state.state2.absmax, state.state2.code, state.offset]
+    return QuantizedWeight(Nf4Dq(codes, nested, shape), state.dtype)
 
 
 def set_codes(module: nn.Module, codes: Tensor) -> None:
