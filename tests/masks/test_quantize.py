@@ -36,8 +36,9 @@ from mft.masks.quantize import (
 from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.linears import find_candidates, layer_stacks, weight_name
 from mft.training.loop import train_masks
-from mft_kernels import MaskedLinear, masked_linear_packed, pack_mask
+from mft_kernels import MaskedLinear, dequantize, masked_linear_packed, pack_mask
 from mft_kernels.backends import cpu
+from mft_kernels.codes import FORMATS, Codes
 
 GATE = "model.layers.0.mlp.gate_proj"
 
@@ -304,6 +305,60 @@ def test_gradients_without_hold_are_those_of_the_dense_weight_which_d_scores_alo
             assert ours is theirs is None or torch.equal(ours, theirs)
         if cpu.unavailable is None:
             assert len(made) == scores_learn
+
+
+# ---------------------------------------------------------------------------------------------- a new format
+
+
+class Eighths(Codes):
+    """w[n, k] = (code[n, k] - 100) * step"""
+
+    name, code_dtype, zero, scale_names = "eighths", torch.uint8, 100, ("step",)
+
+    @classmethod
+    def scale_count(cls, shape):
+        return 1
+
+    def dense(self, dtype=torch.float32):
+        return ((self.codes.float() - self.zero) * self.scales[0]).to(dtype)
+
+
+class EighthsQuantizer(quantizers.Quantizer):
+    name, bytes_a_weight = "eighths", 1
+
+    def encode(self, weight):
+        step = weight.abs().max().float().view(1) / 100
+        return Eighths((weight / step + 100).round().to(torch.uint8), [step], weight.shape)
+
+
+def test_a_format_is_a_class_that_decodes_and_one_that_encodes(monkeypatch):
+    monkeypatch.setitem(FORMATS, Eighths.name, Eighths)
+    monkeypatch.setitem(quantizers.QUANTIZERS, Eighths.name, EighthsQuantizer())
+    model, dense = (masked_llama(layers=(1,)) for _ in range(2))
+    quantize_model(model, "eighths", masked=True)
+    for name, weight in quantized_weights(model).items():
+        linear = dense.get_submodule(name)
+        assert weight.nbytes == linear.weight.numel() + 4
+        assert 0 < (linear.weight - weight.dense()).abs().max() < 0.006 * linear.weight.abs().max()
+        linear.weight.data.copy_(weight.dense())
+    for each in (model, dense):
+        for module in masked_modules(each).values():  # then no score depends on the exact weight
+            module.scores.data.copy_(normal(*module.scores.shape, seed=1))
+        each(torch.arange(12)[None]).logits.square().sum().backward()
+    for name, module in masked_modules(dense).items():
+        ours = masked_modules(model)[name]
+        assert torch.allclose(ours.scores.grad, module.scores.grad, rtol=1e-4, atol=1e-6)
+        assert module.scores.grad.any()
+        weight, keep, x = ours.quantized, ours.mask(), normal(3, module.in_features)
+        ours.hold(ours.packed_mask(), weight=weight)
+        assert torch.allclose(ours(x), module(x), atol=1e-5)
+        codes, taken = weight.coded().dropped(keep)
+        assert torch.equal(Eighths(codes, [weight.step], keep.shape).dense(), torch.where(keep, weight.dense(), 0))
+        assert torch.equal(weight.coded().put_back(keep, taken), codes.where(keep, weight.codes))
+    call = {"absmax": weight.step, "shape": weight.shape, "kind": "eighths"}
+    assert torch.equal(dequantize(weight.codes, backend="reference", **call), weight.dense())
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot serve dequantize: its decode takes no Eighths"):
+        dequantize(weight.codes, backend="cpu", **call)
 
 
 # ---------------------------------------------------------------------------------------------- exports
