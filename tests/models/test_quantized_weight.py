@@ -51,30 +51,6 @@ def test_every_weight_goes_to_the_nearest_level(kind, shape, dtype):
     assert ((weight.float() - dense.float()).abs() <= distances.amin(-1) + slack).all()
 
 
-@pytest.mark.parametrize(("kind", "gap"), [("nf4", 1 - 0.69619280), ("int8", 1 / 127)])
-def test_the_error_stays_below_half_of_the_widest_gap(kind, gap):
-    weight = normal(256, 512)
-    error = (weight - QuantizedWeight.quantize(weight, kind).dense()).abs() / absmax_of_each(weight, kind)
-    assert 0.45 * gap < error.max() <= 0.5 * gap + 1e-6
-
-
-NORMAL_ERRORS = [
-    ("nf4", 0.092, 0.5625),
-    ("nf4-dq", 0.092, 0.5 + (1 + 4 / 256) / 64 + 4 * 257 / (512 * 1024)),
-    ("int8", 0.0075, 1 + 4 / 1024),
-]
-
-
-@pytest.mark.parametrize(("kind", "error", "bytes_a_weight"), NORMAL_ERRORS)
-def test_normal_weights_lose_what_is_known_of_each_kind(kind, error, bytes_a_weight):
-    weight = normal(512, 1024)
-    quantized = QuantizedWeight.quantize(weight, kind)
-    relative = ((weight - quantized.dense()).norm() / weight.norm()).item()
-    assert relative == pytest.approx(error, rel=0.05)
-    assert quantized.nbytes == bytes_a_weight * weight.numel()
-    assert quantized.nbytes == sum(tensor.nbytes for tensor in quantized.tensors().values())
-
-
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_memory_for_codes_has_the_shapes_and_dtypes_that_they_have(kind):
     for shape in SHAPES:
@@ -87,19 +63,6 @@ def test_memory_for_codes_has_the_shapes_and_dtypes_that_they_have(kind):
 def test_the_bytes_that_an_estimate_counts_are_those_of_the_tensors(kind):
     held = QuantizedWeight.empty((2048, 4096), torch.bfloat16, kind, "meta").nbytes
     assert QUANTIZERS[kind].bytes(2048, 4096) == pytest.approx(held, rel=3e-4)  # except the map of nf4-dq
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_what_lies_on_the_levels_comes_back_exactly(kind):
-    numbers = torch.arange(64 * 128).view(64, 128) * 7
-    chosen = levels(kind)[numbers % len(levels(kind))]
-    chosen[:, ::64] = 1
-    weight = chosen * 0.5  # absmax is a power of two, so no product is rounded
-    quantized = QuantizedWeight.quantize(weight, kind)
-    if kind == "int8":  # times 127 / 127 is not exact in fp32
-        assert torch.equal(quantized.codes, (chosen * 127).round().to(torch.int8))
-    else:
-        assert torch.equal(quantized.dense(), weight)
 
 
 @pytest.mark.parametrize("shape", [(257, 63), (400, 64), (70, 5)])

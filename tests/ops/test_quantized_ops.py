@@ -11,7 +11,7 @@ from coded_weights import KINDS, coded
 from torch.library import opcheck
 
 import mft_kernels
-from mft_kernels import masked_linear_packed, pack_mask, reference
+from mft_kernels import pack_mask, reference
 from mft_kernels.backends.table import registered
 from mft_kernels.codes import FORMATS
 from mft_kernels.testing import integer_inputs
@@ -66,16 +66,6 @@ def test_leading_axes_strides_and_no_tokens_are_taken_and_have_gradients(backend
             found.append((y, *torch.autograd.grad(y.sum(), (x, bias))))
         for got, expected in zip(*found):
             assert torch.equal(got, expected)
-
-
-def test_one_product_by_scores_is_one_by_their_bits():
-    codes, absmax, *_ = coded(40, 64, "nf4")
-    scores, threshold, x = torch.randn(40, 64), torch.tensor(0.3), torch.randn(3, 64)
-    dense = mft_kernels.dequantize(codes, absmax[0], shape=(40, 64))
-    packed = pack_mask(scores, threshold)
-    y = mft_kernels.masked_linear_quantized(x, codes, absmax[0], packed, shape=(40, 64))
-    assert torch.equal(y, masked_linear_packed(x, dense, packed))
-    assert torch.allclose(y, mft_kernels.masked_linear(x, dense, scores, threshold), atol=1e-5)
 
 
 def test_nf4_takes_the_scales_of_double_quantisation_too():
