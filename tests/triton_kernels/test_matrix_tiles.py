@@ -23,7 +23,6 @@ from exact import (
 from products import ALL, MODES, assert_same
 
 from mft_kernels.backends.triton import ops
-from mft_kernels.backends.triton.choice import PACKED
 from mft_kernels.backends.triton.target import assume, interpreting
 from mft_kernels.testing import Inputs, random_inputs
 
@@ -144,22 +143,6 @@ def test_the_pass_through_scratch_is_one_launch_over_several_tiles(device, mode)
         entries = launches_of(lambda run=through_scratch, arguments=arguments: run(*arguments))
         assert [entry.kernel.__name__ for entry in entries] == ["_masked_weight_kernel"]
         assert_equals_reference(op, *arguments, choose=ops.always_scratch)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_mask_that_is_packed_first_is_the_same(device, mode):
-    """With one threshold or one per row; a NaN score is dropped."""
-    t = integers(device, 21, 70, 72, HALF, torch.bfloat16)
-    t.scores[3, 5] = torch.nan
-    for threshold in (threshold_of(t.scores.nan_to_num()), (torch.arange(70) % 6 - 1).to(device, torch.bfloat16)):
-        for op, arguments in (
-            ("masked_linear", (t.x, t.weight, t.scores, threshold, t.bias, mode)),
-            ("masked_linear_backward", arguments_of_backward(t, threshold, mode, [True, False, False, False])),
-        ):
-            run = partial(getattr(flat, op), choose=lambda *_: PACKED)
-            entries = launches_of(lambda run=run, arguments=arguments: run(*arguments))
-            assert [entry.kernel.__name__ for entry in entries] == ["_pack_kernel", "_masked_product_kernel"]
-            assert_equals_reference(op, *arguments, choose=lambda *_: PACKED)
 
 
 def test_x_is_not_read_where_no_weight_or_score_asks_for_a_gradient(device, target):

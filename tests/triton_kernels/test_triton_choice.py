@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mft_kernels.backends.triton import choice, plan, target
-from mft_kernels.backends.triton.choice import FUSED, PACKED, SCRATCH, Product
+from mft_kernels.backends.triton.choice import FUSED, SCRATCH, Product
 
 
 def product(m, **changes):
@@ -59,12 +59,6 @@ def most_fused(card, mask, **changes):
     return max(m for m in powers if choice.by_model(product(m, mask=mask, **changes), card) != SCRATCH)
 
 
-def fewest_packed(card, mask, **changes):
-    """Return the smallest power of two of tokens for which our own kernels pack the mask first, or None."""
-    of = (product(2**i, mask=mask, **changes) for i in range(16))
-    return next((p.m for p in of if choice.by_model(p, card, own=True) == PACKED), None)
-
-
 def test_few_tokens_are_fused_and_many_go_through_scratch_on_every_card():
     for card, mask, (n, k), transposed in itertools.product(CARDS, MASKS, SHAPES, (False, True)):
         sizes = {"mask": mask, "n": n, "k": k, "transposed": transposed}
@@ -73,41 +67,21 @@ def test_few_tokens_are_fused_and_many_go_through_scratch_on_every_card():
 
 
 def test_how_many_tokens_are_fused_hangs_on_the_card_and_on_the_bytes_of_the_mask():
-    """Mask bytes slow both the fused product and the pass. Faster tensor cores favour the pass from fewer tokens on."""
+    """Faster tensor cores favour the pass from fewer tokens on.
+
+    Mask bytes slow the fused product and the pass. Hopper's L2 cannot bring scores to every tile as fast as its tensor
+    cores multiply.
+    """
     found = {card: tuple(most_fused(card, mask) for mask in MASKS) for card in CARDS}
     assert found == {
         target.A100: (512, 512, 512),
-        target.H100: (2048, 2048, 2048),
+        target.H100: (2048, 1024, 512),
         target.H100_OLD_TRITON: (512, 512, 512),
         target.B200: (256, 256, 256),
         target.RTX_4090: (512, 512, 1024),
         target.RTX_5090: (512, 512, 512),
         target.MI300X: (1024, 1024, 1024),
     }
-
-
-def test_from_how_many_tokens_the_mask_is_packed_first_hangs_on_the_card_and_on_the_bytes_of_the_scores():
-    """Hopper's L2 cannot bring scores to every tile as fast as its tensor cores multiply."""
-    found = {card: tuple(fewest_packed(card, mask) for mask in MASKS) for card in CARDS}
-    assert found == {
-        target.A100: (None, None, 4096),
-        target.H100: (None, 1024, 1024),
-        target.H100_OLD_TRITON: (None, 512, 256),
-        target.B200: (None, 512, 512),
-        target.RTX_4090: (None, None, None),
-        target.RTX_5090: (None, None, None),
-        target.MI300X: (None, None, 8192),
-    }
-
-
-def test_what_packing_first_is_expected_to_save_is_what_the_page_says():
-    problem = plan.Problem(target.H100, 2048, 4096, 4096, plan.Operands(2, 2))
-    assert [round(1e6 * seconds(problem)) for seconds in (plan.fused_seconds, plan.packed_seconds)] == [133, 114]
-
-
-def test_no_mask_is_packed_first_where_that_cannot_be_or_is_not_known_to_pay():
-    for one in ({"exact": True}, {"aligned": False}, {"with_scores": True}):
-        assert fewest_packed(target.H100, "torch.bfloat16", **one) is None
 
 
 def test_fp32_in_full_precision_and_rows_that_are_not_aligned_are_fused_up_to_64_tokens():

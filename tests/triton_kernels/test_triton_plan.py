@@ -183,20 +183,10 @@ def test_a_tensor_that_tma_cannot_read_takes_the_pointer_path():
     assert not described(x, weight, empty(1, 512).expand(4096, 512))  # the same row for every index
 
 
-def test_many_tokens_of_hopper_read_a_mask_that_is_packed_first():
-    """This is for d_x; d_scores takes the signs from the scores."""
-
-    def names(m):
-        return [entry.kernel.__name__ for entry in launches_of(target.H100, lambda: backward(m))]
-
-    assert names(2048) == ["_pack_kernel", "_masked_product_kernel", "_score_grad_kernel"]
-    assert "_pack_kernel" not in names(512)
-
-
 def test_precision_of_fp32_follows_torchs_setting():
     def precision():
         entries = launches_of(target.H100, lambda: backward(2048, dtype=torch.float32))
-        return {entry.options["PRECISION"] for entry in entries if entry.kernel.__name__ != "_pack_kernel"}
+        return {entry.options["PRECISION"] for entry in entries}
 
     before = torch.get_float32_matmul_precision()
     try:

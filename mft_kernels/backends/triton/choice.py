@@ -1,7 +1,7 @@
 """Choose the way to a product by the model of the card (cost.py), or by a measurement that is made once and remembered.
 
-The ways are the fused kernel, the fused kernel with the mask packed first, and a mask pass into scratch followed by
-torch's GEMM. The same sizes on the same device give the same way.
+The ways are the fused kernel, and a mask pass into scratch followed by torch's GEMM. The same sizes on the same device
+give the same way.
 
 A measurement (MFT_AUTOTUNE=1) rounds M up to a power of two, 16 at least, so that it does not depend on which batch
 came first. It is kept on disk, and torch.use_deterministic_algorithms(True) ignores it.
@@ -18,20 +18,17 @@ import torch
 import triton
 
 from ..autotune import Choices, fastest, measuring
-from .plan import Operands, Problem, fused_seconds, packed_seconds, scratch_seconds
+from .plan import Operands, Problem, fused_seconds, scratch_seconds
 from .target import Target
 
 logger = logging.getLogger("mft_kernels")
 
-FUSED, PACKED, SCRATCH = "fused", "packed", "scratch"
+FUSED, SCRATCH = "fused", "scratch"
 
 #: The most tokens that are fused in two cases: fp32 in full precision, which runs on ordinary cores, and rows that are
 #: not aligned, which are read element by element. There torch's GEMM is far faster than Triton's. The model covers
 #: neither case. An estimate.
 _MOST_TOKENS_SLOW = 64
-#: Packing first has to save 5 %, because the model cannot tell smaller differences. With few tokens it saves nothing:
-#: memory bounds their product, and packing reads more memory.
-_WORTH_PACKING, _FEWEST_PACKED = 0.95, 256
 _MEMORY = 2**14  # as in plan.py
 
 
@@ -51,20 +48,14 @@ class Product:
 
 
 @functools.lru_cache(_MEMORY)
-def by_model(product: Product, target: Target, *, own: bool = False) -> str:
-    """Return FUSED, PACKED or SCRATCH: what the model of the card expects to be fastest. ``own``: never SCRATCH."""
+def by_model(product: Product, target: Target) -> str:
+    """Return FUSED or SCRATCH: what the model of the card expects to be faster."""
     if product.exact or not product.aligned:
-        return FUSED if own or product.m <= _MOST_TOKENS_SLOW else SCRATCH
+        return FUSED if product.m <= _MOST_TOKENS_SLOW else SCRATCH
     p, q = (product.k, product.n) if product.transposed else (product.n, product.k)
     operands = Operands(_bytes(product.dtype), 0 if product.mask == "packed" else _bytes(product.mask))
     problem = Problem(target, product.m, p, q, operands)
-    expected = {FUSED: fused_seconds(problem)}
-    packed = packed_seconds(problem)
-    if product.m >= _FEWEST_PACKED and packed <= _WORTH_PACKING * expected[FUSED] and not product.with_scores:
-        expected[PACKED] = packed
-    if not own:
-        expected[SCRATCH] = scratch_seconds(problem)
-    return min(expected, key=expected.__getitem__)
+    return FUSED if fused_seconds(problem) <= scratch_seconds(problem) else SCRATCH
 
 
 def _bytes(dtype: str) -> int:
@@ -118,7 +109,7 @@ def _time(run: Callable[[], object]) -> float:
 
 @functools.cache
 def _choices() -> Choices:
-    return Choices(_made_for(), lambda product, chosen: chosen in (FUSED, PACKED, SCRATCH))
+    return Choices(_made_for(), lambda product, chosen: chosen in (FUSED, SCRATCH))
 
 
 def _made_for() -> dict[str, str]:

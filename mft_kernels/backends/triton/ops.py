@@ -3,8 +3,8 @@
 Kernels handle strides, alignment and more than 2^31 elements. Copies are made here only of tensors whose leading axes
 no view can merge, and of packed words that are not contiguous.
 
-``choose`` decides between the fused product, the fused product with the mask packed first, and a pass into scratch. If
-a caller asks for this backend by name, it never takes scratch. Under "auto" it is ``choice.automatic``.
+``choose`` decides between the fused product and a pass into scratch. If a caller asks for this backend by name, it
+never takes scratch. Under "auto" it is ``choice.automatic``.
 """
 
 import functools
@@ -20,8 +20,7 @@ from ..by_kind import product_by_kind
 from ..gradients import by_two_functions
 from .arguments import aligned, is_exact, operands
 from .backward import both
-from .bits import pack_mask
-from .choice import FUSED, PACKED, SCRATCH, Product, by_model
+from .choice import FUSED, SCRATCH, Product
 from .grouped import product_of_experts, score_grad_of_experts
 from .many import product_by_task
 from .plan import Problem, one_launch
@@ -35,13 +34,8 @@ Asked = TypeVar("Asked", Backward, Sums)
 Choose = Callable[[Product, Target, Mapping[str, Callable[[int], object]]], str]
 
 
-def own_kernels(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
-    """Return FUSED or PACKED, by the model of the card."""
-    return by_model(product, target, own=True)
-
-
 def always_fused(product: Product, target: Target, candidates: Mapping[str, Callable[[int], object]]) -> str:
-    """Return FUSED for all sizes: to compile, check and time these kernels alone."""
+    """Return FUSED for all sizes: a request by name runs these kernels alone."""
     return FUSED
 
 
@@ -57,13 +51,13 @@ def product(
     bias: Tensor | None,
     *,
     transposed: bool = False,
-    choose: Choose = own_kernels,
+    choose: Choose = always_fused,
 ) -> Tensor:
     """Compute a @ where(keep, weight, 0).T + bias; if transposed, a @ where(keep, weight, 0). See the reference."""
     return _product_as(choose)(a, weight, keep, bias, transposed=transposed)
 
 
-def gradients(asked: Backward, *, choose: Choose = own_kernels) -> Gradients:
+def gradients(asked: Backward, *, choose: Choose = always_fused) -> Gradients:
     """Return d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
     if isinstance(asked.weight, Experts):
         return _of_experts(asked)
@@ -173,8 +167,6 @@ def _product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transpo
         empty = a.new_zeros((m, p))
         return empty if bias is None else empty.add_(bias)
     runs = {FUSED: fused_product, SCRATCH: product_through_scratch}
-    if keep.scores is not None:
-        runs[PACKED] = _packed_product
 
     def candidate(name: str) -> Callable[[int], Tensor]:
         return lambda tokens: runs[name](_tokens_like(a, tokens, q), weight, keep, bias, transposed)
@@ -182,12 +174,6 @@ def _product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transpo
     product = _describe(a, weight, keep, transposed=transposed, with_scores=False)
     chosen = choose(product, target_of(a.device), {name: candidate(name) for name in runs})
     return runs[chosen](a, weight, keep, bias, transposed)
-
-
-def _packed_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
-    assert keep.scores is not None
-    assert keep.thresholds is not None
-    return fused_product(a, weight, Keep(pack_mask(keep.scores, keep.thresholds, keep.mode)), bias, transposed)
 
 
 def _describe(a: Tensor, weight: Tensor, keep: Keep, *, transposed: bool, with_scores: bool) -> Product:

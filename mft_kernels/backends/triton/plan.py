@@ -233,15 +233,6 @@ def fused_seconds(problem: Problem) -> float:
     return product_seconds(problem, product_tiles(problem), share=share)
 
 
-def packed_seconds(problem: Problem) -> float:
-    """Return the expected seconds to pack the mask and run the fused product by bits; infinity if already packed."""
-    keep = problem.operands.keep
-    if keep == 0:
-        return math.inf
-    moved = problem.p * problem.q * (keep + 1 / 8)
-    return LAUNCH + moved / _card(problem.target).bandwidth + fused_seconds(_maskless(problem))
-
-
 def scratch_seconds(problem: Problem) -> float:
     """Return the expected seconds of a mask pass into scratch and a GEMM at the data sheet's rate.
 
