@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .mask.scores import Scores
 from .ops.checks import BLOCK, check_adam, check_mode, check_stepped
-from .ops.select import select_each
+from .ops.select import select_mask
 from .ops.step import score_step
 from .page_locked import empty_locked, zeros_locked
 from .shards import bands_of, check_spread, is_spread, rows_here, split_bands, spread_like
@@ -239,7 +239,9 @@ class MaskAdamW(Optimizer):
                 **asked,
             )
         state["step"] += 1
-        return result if of_each is None else select_each(tensors["scores"].detach(), of_each, group["mode"])
+        if of_each is None:
+            return result
+        return select_mask(tensors["scores"], of_each, None, group["mode"], with_signs=False)[:2]
 
 
 def _parts(

@@ -3,6 +3,7 @@
 Other packages add their backends by ``register``; docs/how-to/adding-a-kernel.md shows how.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from ..operands import Experts, KeepByTask
 from ..reference import functions as reference
 from . import faster
 from .gradients import by_two_functions
+from .selection import select_by_pieces
 
 logger = logging.getLogger("mft_kernels")
 
@@ -29,6 +31,7 @@ ENTRY_POINTS = "mft_kernels.backends"
 Dtypes = tuple[torch.dtype, ...]
 #: Functions that a backend may serve; reference/functions.py says what each computes. A backend without "gradients"
 #: uses "product" and "score_grad" for them. The last three are passes for masks in place, which the reference has too.
+#: choose() also finds "select_mask", which is put together from "select", "pack" and "signs".
 FUNCTIONS = (
     *("product", "score_grad", "gradients", "select", "pack", "signs", "step", "decode"),
     *("put_aside", "put_back", "drop"),
@@ -189,6 +192,13 @@ def _usual(device: torch.device) -> Request:
 
 
 def _find(call: Request, requested: str, source: str) -> Callable:
+    if call.function == "select_mask":  # experts are selected together, and packed as one matrix
+        pieces = (
+            Request("kept_threshold", "select", call.operands, call.device, call.dtypes),
+            Request("pack_mask", "pack", frozenset(), call.device, call.dtypes),
+            Request("pack_signs", "signs", frozenset(), call.device, call.dtypes),
+        )
+        return functools.partial(select_by_pieces, *(_find(piece, requested, source) for piece in pieces))
     if requested == "auto":
         backend = _automatic(call)
         run = backend.function(call.function, automatic=True)

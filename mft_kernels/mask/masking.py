@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
-from ..ops.select import kept_threshold, kept_thresholds, pack_mask, pack_signs
-from ..reference.fixed_point import code_at_least, selectable
+from ..ops.select import select_mask
+from ..reference.fixed_point import selectable
 from . import companions
 from .scores import Scores, State, forget_states, state, still
 
@@ -161,27 +161,18 @@ def _find_masks(wanted: list[tuple[Tensor, Rule]]) -> list[CurrentMask | None]:
     ]
 
 
-@torch.no_grad()
 def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
     """Return the mask, whether scores are not finite, and how many are 0. The mask has signs as if none were 0.
 
     Within a CUDA graph the host cannot read results. Scores that are not finite then give the threshold NaN, which
     keeps no weight, and the sign comes from the scores.
     """
-    scores = scores.detach()
-    fixed_point = scores.dtype == torch.int16
+    captured = _capturing(scores)
+    with_signs = mode != "value" and scores.dtype != torch.int16 and not captured
+    threshold, packed, signs, zeros = select_mask(scores, keep_ratio, fixed, mode, with_signs=with_signs)
+    mask = CurrentMask(threshold, packed, signs if with_signs else None)
+    if captured:
+        return mask, None, zeros
     if fixed is None:
-        of_all = kept_threshold if scores.dim() == 2 else kept_thresholds
-        threshold = of_all(scores, keep_ratio, mode=mode)
-    else:
-        # Filled on the device: a copy from the host cannot be captured.
-        threshold = scores.new_full((), code_at_least(fixed) if fixed_point else fixed)
-    packed = pack_mask(scores, threshold, mode=mode)
-    if _capturing(scores):
-        return CurrentMask(threshold, packed, None), None, 0
-    bad = selectable(threshold).isnan().any() if fixed is None else ~selectable(scores).isfinite().all()
-    signs: Tensor | None = None
-    zeros: Tensor | int = 0
-    if mode != "value" and not fixed_point:
-        signs, zeros = pack_signs(scores.flatten(0, -2))
-    return CurrentMask(threshold, packed, None if signs is None else signs.view(packed.shape)), bad, zeros
+        return mask, selectable(threshold).isnan().any(), zeros
+    return mask, ~selectable(scores.detach()).isfinite().all(), zeros

@@ -83,6 +83,13 @@ def _words(scores: Tensor) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], (scores.shape[-1] + 31) // 32), dtype=torch.int32)
 
 
+def _selection(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores, words = call.scores, _words(call.scores)
+    threshold = scores.new_empty(scores.shape[:1] if scores.dim() == 3 and call.threshold is None else ())
+    signs = torch.empty_like(words) if call.with_signs else words.new_empty(0)
+    return threshold, words, signs, words.new_empty((), dtype=torch.int64)
+
+
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
 
 # ---------------------------------------------------------------------------------------------- one matrix
@@ -210,8 +217,9 @@ _define(
     lambda call: call.packed.new_empty(call.shape, dtype=torch.bool),
 )
 _define(
-    "select_each(Tensor scores, float keep_ratio, str mode) -> (Tensor, Tensor)",
-    lambda call: (call.scores.new_empty(call.scores.shape[:1]), _words(call.scores)),
+    "select_mask(Tensor scores, float keep_ratio, float? threshold, str mode, bool with_signs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _selection,
 )
 
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..backends.selection import Selection
 from ..backends.table import choose
 from ..operands import Experts
-from ..reference.fixed_point import selectable
+from ..reference.fixed_point import code_at_least, selectable
 from .checks import (
     NonFiniteScores,
     check_floating,
@@ -104,14 +105,28 @@ def pack_signs(scores: Tensor) -> tuple[Tensor, Tensor]:
     return _PACK_SIGNS(scores, "auto")
 
 
-def select_each(scores: Tensor, keep_ratio: float, mode: str) -> tuple[Tensor, Tensor]:
-    """Return the thresholds (E,) and the packed mask of scores (E, N, K), floating or int16.
+def select_mask(
+    scores: Tensor,
+    keep_ratio: float,
+    threshold: float | None,
+    mode: str,
+    *,
+    with_signs: bool = True,
+    backend: str = "auto",
+) -> Selection:
+    """Select a whole mask: the results of kept_threshold, pack_mask and pack_signs, by one op.
 
-    Each expert gets what score_step returns for a matrix. If its scores are not all finite, its threshold is NaN
-    (0x7e00 for int16) and it keeps nothing, also on a CPU.
+    Arguments are not checked. Scores that are not finite do not raise, also on a CPU: a threshold that is found is then
+    NaN (0x7e00 for int16), and a matrix with that threshold keeps nothing.
+
+    Args:
+        scores: (N, K), or (E, N, K) for experts; floating or int16 (see fixed_point.py).
+        threshold: a fixed one, or None to find the one that keeps ``keep_ratio`` of each matrix.
+        with_signs: whether signs are needed. int16 scores have none.
+    Returns: threshold, () or (E,), in the scores' dtype; packed mask and packed signs, int32 (..., ceil(K / 32)); the
+        number of scores that are exactly 0. Without signs these are empty, and the number is 0.
     """
-    with torch.no_grad():
-        return _SELECT_EACH(scores, keep_ratio, mode)
+    return _SELECT_MASK(scores.detach(), keep_ratio, threshold, mode, with_signs, backend)
 
 
 # ---------------------------------------------------------------------------------------------- the ops' definitions
@@ -143,11 +158,16 @@ def _signs(scores, backend):
     return choose("signs", scores.device, (scores.dtype,), backend, op="pack_signs")(scores)
 
 
-def _select_each(scores, keep_ratio, mode):
+def _select_mask(scores, keep_ratio, fixed, mode, with_signs, backend):
     keys = selectable(scores)
-    found = _thresholds(keys, keep_ratio, mode, "auto")
-    packed = _pack(keys.flatten(0, 1), found.repeat_interleave(keys.shape[1]), mode, "auto")
-    return found.view(scores.dtype), packed.unflatten(0, keys.shape[:2])
+    threshold = None
+    if fixed is not None:
+        # Filled on the device: a copy from the host cannot be captured.
+        threshold = selectable(scores.new_full((), code_at_least(fixed) if scores.dtype == torch.int16 else fixed))
+    operands = frozenset({Experts}) if scores.dim() == 3 else frozenset()
+    run = choose("select_mask", scores.device, (keys.dtype,), backend, operands=operands)
+    found, *rest = run(keys, keep_ratio, threshold, mode, with_signs)
+    return found.view(scores.dtype), *rest
 
 
 _KEPT_THRESHOLD = Op("kept_threshold", lambda call: _kept_threshold(*call))
@@ -155,4 +175,4 @@ _KEPT_THRESHOLDS = Op("kept_thresholds", lambda call: _finite(_thresholds(*call)
 _PACK_MASK = Op("pack_mask", lambda call: _pack(*call))
 _PACK_SIGNS = Op("pack_signs", lambda call: _signs(*call))
 _UNPACK_MASK = Op("unpack_mask", lambda call: reference.unpack_mask(*call).contiguous())
-_SELECT_EACH = Op("select_each", lambda call: _select_each(*call))
+_SELECT_MASK = Op("select_mask", lambda call: _select_mask(*call))

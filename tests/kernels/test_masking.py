@@ -19,13 +19,13 @@ from mft_kernels.testing import random_inputs
 def selections(monkeypatch):
     """Return the list of shapes selected from so far. A list of the scores would keep them alive."""
     made = []
-    select = masking.kept_threshold
+    select = masking.select_mask
 
     def counted(*args, **kwargs):
         made.append(args[0].shape)
         return select(*args, **kwargs)
 
-    monkeypatch.setattr(masking, "kept_threshold", counted)
+    monkeypatch.setattr(masking, "select_mask", counted)
     return made
 
 
@@ -212,5 +212,5 @@ def test_a_captured_graph_holds_the_selection_and_asks_the_host_nothing(selectio
         assert mask.signs is None  # the host does not know whether a score is 0
     assert len(selections) == 2
     assert masking.current_mask(scores, 0.5, 2.0, "magnitude").threshold.item() == 2
-    monkeypatch.setattr(masking, "kept_threshold", lambda *_, **__: torch.tensor(torch.nan))
+    scores.data = torch.tensor([[torch.nan, 1], [2, 4]])
     assert not masking.current_mask(scores, 0.5, None, "magnitude").packed.any()

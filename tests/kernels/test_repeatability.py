@@ -130,7 +130,7 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         ),
         "accumulate_score_grad_grouped": accumulated_of_experts,
         "kept_thresholds": lambda: mft_kernels.kept_thresholds(of_experts(t.scores), KEPT, backend=backend),
-        "select_each": lambda: torch.ops.mft.select_each(of_experts(t.scores), KEPT, "magnitude"),
+        "select_mask": lambda: torch.ops.mft.select_mask(of_experts(t.scores), KEPT, None, "magnitude", True, backend),
         "masked_linear": linear("magnitude"),
         "masked_linear by value": linear("value"),
         "masked_linear_packed": lambda: differentiated(linear_packed, "x", "weight", "bias"),

@@ -206,8 +206,6 @@ def test_opcheck(transposed):
     out, grad = torch.zeros(t.weight.shape), t.grad_output
     opcheck(ops.accumulate_score_grad_grouped, (out, grad, t.x, t.offsets, None, None, None, *tail))
     opcheck(ops.kept_thresholds, (t.scores, 0.9, "magnitude", "auto"))
-    opcheck(ops.select_each, (t.scores, 0.9, "magnitude"))
-    opcheck(ops.select_each, (t.scores.mul(1000).short(), 0.9, "value"))
 
 
 def test_compiled_whole_with_counts_that_change():
