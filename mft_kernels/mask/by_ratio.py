@@ -14,7 +14,7 @@ from ..ops.route import Op, is_called_by_graph, is_seen_by_others
 from ..ops.schema import arguments_of, calls
 from ..ops.straight_through import StraightThrough
 from ..reference.fixed_point import selectable
-from .masking import CurrentMask, current_mask, remembered_mask
+from .masking import CurrentMask, current_mask, refreshed_mask, remembered_mask
 
 
 def masked_linear_by_ratio(
@@ -78,7 +78,7 @@ class _ByTheForwardsMask(StraightThrough):
         return self._with_mask(self._by.call_of(given), ctx.mask)
 
 
-def _op(name: str, packed: Op, gradients: Op, check: Callable[[Any], None], by: Callable | None = None) -> Op:
+def _op(name: str, packed: Op, gradients: Op, check: Callable[[Any], None], fast_path: Callable | None = None) -> Op:
     """Define the op ``name``, which finds the mask and leaves the rest to the ops ``packed`` and ``gradients``."""
     backward = f"{name}_backward"
     of_product = arguments_of(packed.name, (*calls[name]._fields, "packed"))
@@ -106,12 +106,12 @@ def _op(name: str, packed: Op, gradients: Op, check: Callable[[Any], None], by: 
         return with_mask(call, current_mask(call.scores, call.keep_ratio, call.threshold, call.mode, remember=False))
 
     gradient = _ByTheForwardsMask(name, Op(backward, select_again, is_gradient=True), with_mask)
-    return Op(name, product, check=checked, gradient=gradient, short=by is not None, by=by)
+    return Op(name, product, check=checked, gradient=gradient, fast_path=fast_path)
 
 
-def _by_memo(x, weight, scores, bias, *rule):
-    """Take the short way of the packed op, if a mask is remembered. Otherwise return None."""
-    mask = remembered_mask(scores, rule)
+def _fast_path(x, weight, scores, bias, *rule):
+    """Take the short way of the packed op with the current mask. None for scores that have had none by this rule."""
+    mask = refreshed_mask(scores, rule)
     return None if mask is None else MASKED_LINEAR_PACKED.by_short_way((x, weight, mask.packed, bias, "auto"))
 
 
@@ -120,6 +120,6 @@ _BY_RATIO = _op(
     MASKED_LINEAR_PACKED,
     GRADIENTS_OF_PACKED,
     checks.check_linear,
-    by=_by_memo,
+    fast_path=_fast_path,
 )
 _GROUPED_BY_RATIO = _op("masked_linear_grouped_by_ratio", GROUPED_PACKED, GRADIENTS_OF_GROUPED_PACKED, check_grouped)

@@ -106,6 +106,17 @@ def remembered_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
     return memo.mask if memo is not None and memo.rule == rule and still(scores, memo.state) else None
 
 
+def refreshed_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
+    """Return the current mask of ``scores`` if they have had a mask by this rule, which is then valid, else None."""
+    memo = scores.memo if type(scores) is Scores else None
+    if memo is None or memo.rule != rule:
+        return None
+    if still(scores, memo.state):
+        return memo.mask
+    del memo  # the new mask takes the old one's memory
+    return current_mask(scores, *rule)
+
+
 def _capturing(scores: Tensor) -> bool:
     return scores.is_cuda and torch.cuda.is_current_stream_capturing()
 

@@ -38,6 +38,12 @@ def masked_linear_many(
     """
     if isinstance(masks, Tensor) and masks.dim() == 3:
         masks = masks.unbind()
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must be frozen, as masked_linear_many is for inference, got one that requires a gradient: "
+                f"use {name}.detach(), or masked_linear_packed with one mask per call"
+            )
     return _MANY(x, weight, masks, tasks, bias, backend)
 
 
@@ -68,15 +74,6 @@ def _check_tasks(tasks: Tensor, x: Tensor) -> None:
     check_device("tasks", tasks, "x", x)
 
 
-def _check_frozen(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} must be frozen, as masked_linear_many is for inference, got one that requires a gradient: "
-                f"use {name}.detach(), or masked_linear_packed with one mask per call"
-            )
-
-
 def _check_values(tasks: Tensor, masks: Sequence[Tensor]) -> None:
     """Raise unless tasks on the CPU are -1 or the place of a mask. On an accelerator this would wait for the device."""
     if tasks.device.type == "cpu" and tasks.numel():
@@ -94,7 +91,6 @@ def _check(call: Any) -> Any:
     check_linear(call)
     _check_masks(call.masks, call.weight)
     _check_tasks(call.tasks, call.x)
-    _check_frozen(weight=call.weight, bias=call.bias)
     return call
 
 

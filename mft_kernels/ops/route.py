@@ -103,8 +103,8 @@ class Op:
         gradient: None: the op is not differentiable. Otherwise autocast casts x, weight and bias, and never scores.
         is_gradient: whether the op is a gradient itself. Differentiating it is then an error.
         short: whether a backend may have a short way for it.
-        by: a short way that replaces that of "auto"'s backend. It takes all arguments but the last, and returns None
-            if it declines.
+        fast_path: replaces the short way of "auto"'s backend. It takes all arguments but the last, and returns None if
+            it declines.
     """
 
     def __init__(
@@ -116,11 +116,12 @@ class Op:
         gradient: Gradient | None = None,
         is_gradient: bool = False,
         short: bool = False,
-        by: Callable | None = None,
+        fast_path: Callable | None = None,
     ) -> None:
-        self.name, self.kind, self.run, self._check, self._short, self._by = name, calls[name], run, check, short, by
+        self.name, self.kind, self.run, self._check = name, calls[name], run, check
+        self._short, self._fast_path = short or fast_path is not None, fast_path
         #: Whether the short way is a backend's. If so, compute() tries it too.
-        self.asks_backend = short and by is None
+        self._asks_backend = short
         #: Makes a call from a tuple of arguments, like _make of a named tuple, which takes 0.1 us more.
         self.call_of: Callable[[tuple], Any] = functools.partial(tuple.__new__, self.kind)
         arguments = getattr(ops, name).default._schema.arguments
@@ -142,27 +143,34 @@ class Op:
     def __call__(self, *given: Any) -> Any:
         seen = _is_watched()
         asks = not seen and not self._writes and torch.is_grad_enabled() and _any_requires_grad(*given)
-        if self._short and not seen and not asks and given[-1] == "auto" and self._is_usual(given):
-            result = self._by(*given[:-1]) if self._by is not None else self.by_short_way(given)
-            if result is not None:
-                return None if result is _WRITTEN else result
-        call = self.call_of(given)
-        if self._check is not None:
-            call = self._check(call)
-        if not seen and _are_plain(call[: self._past_tensors]):
-            if not asks:
-                return self.compute(call)
-            if self._differentiate is not None:
-                return self._differentiate(*call)
+        if not seen and not asks and (result := self.try_usual(given)) is not None:
+            return None if result is _WRITTEN else result
+        plain = not seen and _are_plain(given[: self._past_tensors])
+        if plain and asks and self._differentiate is not None:
+            return self._differentiate(*given)
+        call = self.checked(given)
+        if plain and not asks:
+            return self.compute(call)
         check_transforms(self.name, *_tensors(call), in_place=bool(self._writes))
         if self._writes:
             with torch.no_grad():
                 return self._dispatch(call)
         return self._dispatch(call)
 
+    def try_usual(self, given: tuple) -> Any:
+        """Return the result of the short way, or _WRITTEN; None if the checks have to say what is unusual, or wrong."""
+        if not self._short or given[-1] != "auto" or not all(map(operator.contains, self._usual, map(type, given))):
+            return None
+        return self.by_short_way(given) if self._fast_path is None else self._fast_path(*given[:-1])
+
+    def checked(self, given: tuple) -> Any:
+        """Return the call with these arguments, once the checks have passed."""
+        call = self.call_of(given)
+        return call if self._check is None else self._check(call)
+
     def compute(self, given: tuple) -> Any:
         """Compute the result without checks, autograd or dispatcher; for use below these, and within other ops."""
-        if self.asks_backend and given[-1] == "auto":
+        if self._asks_backend and given[-1] == "auto":
             result = self.by_short_way(given)
             if result is not None:
                 return None if result is _WRITTEN else result
@@ -187,10 +195,6 @@ class Op:
             return self.compute(given)
         finally:
             _caller.is_graph = before
-
-    def _is_usual(self, given: tuple) -> bool:
-        """Return whether a short way may be tried. Otherwise the checks have to say what is wrong."""
-        return all(map(operator.contains, self._usual, map(type, given)))
 
     def by_short_way(self, given: tuple) -> Any:
         """Return the result of the short way of "auto"'s backend, or _WRITTEN; None if it declines or there is none."""
@@ -287,7 +291,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _with_autograd(op: Op, gradient: Gradient) -> Callable:
-    """Register the gradient, and return the op under autograd for calls that nobody else has to see.
+    """Register the gradient, and return the op with its checks under autograd, for calls that nobody else has to see.
 
     The dispatcher would take 20 us more, and again in the backward pass (Xeon).
     """
@@ -298,12 +302,12 @@ def _with_autograd(op: Op, gradient: Gradient) -> Callable:
     name = add_op_namespace_prefix(op.name)
     torch.library.register_autograd(name, gradient.backward, setup_context=setup_context, lib=library)
 
-    compute = op.compute if op.asks_backend else op.run
-
     def forward(ctx, *inputs):
-        call = op.call_of(inputs)
-        output = compute(call)
-        gradient.save(ctx, call)
+        output, call = op.try_usual(inputs), inputs
+        if output is None:
+            call = op.checked(inputs)
+            output = op.run(call)
+        gradient.save(ctx, op.call_of(call))
         return output
 
     def flat(ctx, *grads):  # a list of tensors is no tensor to an autograd.Function

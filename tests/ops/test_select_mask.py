@@ -1,10 +1,12 @@
 """select_mask is kept_threshold, pack_mask and pack_signs in one op, on every backend."""
 
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
 
-from mft_kernels import fixed_from_float, reference
+from mft_kernels import MaskedLinear, fixed_from_float, reference
 from mft_kernels.ops.select import select_mask
 from mft_kernels.reference.fixed_point import code_at_least, selectable
 
@@ -84,3 +86,28 @@ def test_opcheck(form, shape, backend):
     op, scores = torch.ops.mft.select_mask.default, FORMATS[form](some_scores(*shape))
     opcheck(op, (scores, 0.9, None, "magnitude", form == "fp32", backend))
     opcheck(op, (scores, 0.9, 0.01, "value", False, backend))
+
+
+def test_a_forward_in_training_enters_few_functions_of_ours():
+    """The host pays for them in each call. The first forward after a step also selects the mask."""
+    layer, x = MaskedLinear(64, 64), torch.randn(4, 64)
+    optimizer = torch.optim.AdamW([layer.scores])
+    entered = []
+
+    def enter(frame, event, argument):
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("mft_kernels"):
+            entered.append(frame.f_code.co_name)
+
+    def functions_of_a_forward():
+        entered.clear()
+        sys.setprofile(enter)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+        return len(entered)
+
+    layer(x).sum().backward()
+    optimizer.step()
+    assert functions_of_a_forward() <= 50, entered
+    assert functions_of_a_forward() <= 15, entered
