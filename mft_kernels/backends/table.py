@@ -198,7 +198,8 @@ def _find(call: Request, requested: str, source: str) -> Callable:
             Request("pack_mask", "pack", frozenset(), call.device, call.dtypes),
             Request("pack_signs", "signs", frozenset(), call.device, call.dtypes),
         )
-        return functools.partial(select_by_pieces, *(_find(piece, requested, source) for piece in pieces))
+        select, pack, signs = (_find(piece, requested, source) for piece in pieces)
+        return functools.partial(select_by_pieces, select, pack, signs)
     if requested == "auto":
         backend = _automatic(call)
         run = backend.function(call.function, automatic=True)

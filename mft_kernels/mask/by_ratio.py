@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
-from ..ops.grouped import GRADIENTS_OF_GROUPED_PACKED, GROUPED_PACKED
+from ..ops.grouped import GROUPED_PACKED, GROUPED_PACKED_BACKWARD
 from ..ops.grouped_checks import check_grouped
-from ..ops.linear import GRADIENTS_OF_PACKED, MASKED_LINEAR_PACKED
+from ..ops.linear import MASKED_LINEAR_PACKED, MASKED_LINEAR_PACKED_BACKWARD
 from ..ops.route import Op, is_called_by_graph, is_seen_by_others
-from ..ops.schema import arguments_of, calls
 from ..ops.straight_through import StraightThrough
 from ..reference.fixed_point import selectable
 from .masking import CurrentMask, current_mask, refreshed_mask, remembered_mask
@@ -60,12 +59,17 @@ def masked_linear_grouped_by_ratio(
 # ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
-class _ByTheForwardsMask(StraightThrough):
-    """Gradients with the mask that the forward pass selected, if it is remembered, or else by the op that selects."""
+class ForwardMaskGradient(StraightThrough):
+    """Gradients with the mask that the forward pass selected, if it is remembered, or else by the op that selects.
 
-    def __init__(self, of: str, by: Op, with_mask: Callable) -> None:
-        super().__init__(of, by)
-        self._with_mask = with_mask
+    Args:
+        op, backward_op: see StraightThrough.
+        gradients: computes what backward_op does, from a call of it and a mask.
+    """
+
+    def __init__(self, op: str, backward_op: Op, gradients: Callable) -> None:
+        super().__init__(op, backward_op)
+        self._gradients_with = gradients
 
     def save(self, ctx: Any, call: Any) -> None:
         super().save(ctx, call)
@@ -75,38 +79,34 @@ class _ByTheForwardsMask(StraightThrough):
         # A trace would keep this mask even when the scores change. The op refuses a second derivative.
         if ctx.mask is None or torch.is_grad_enabled() or is_seen_by_others(given[0]):
             return super()._gradients(ctx, given)
-        return self._with_mask(self._by.call_of(given), ctx.mask)
+        return self._gradients_with(self._backward_op.call_of(given), ctx.mask)
 
 
-def _op(name: str, packed: Op, gradients: Op, check: Callable[[Any], None], fast_path: Callable | None = None) -> Op:
-    """Define the op ``name``, which finds the mask and leaves the rest to the ops ``packed`` and ``gradients``."""
-    backward = f"{name}_backward"
-    of_product = arguments_of(packed.name, (*calls[name]._fields, "packed"))
-    given = ("all scores" if field == "scores" else field for field in calls[backward]._fields)
-    of_gradients = arguments_of(gradients.name, (*given, "packed", "scores", "signs"))  # "scores": for the sign
+def _check(call: Any) -> Any:
+    checks.check_linear(call)
+    return _check_rule(call)
 
-    def checked(call: Any) -> Any:
-        checks.check_mode(call.mode)
-        check(call)
-        checks.check_tensor("scores", call.scores)
-        checks.check_scores(selectable(call.scores), call.weight)
-        checks.check_keep_ratio(call.keep_ratio)
-        checks.check_fixed_threshold(call.threshold)
-        return call
 
-    def product(call: Any) -> Tensor:
-        mask = current_mask(call.scores, call.keep_ratio, call.threshold, call.mode, remember=not is_called_by_graph())
-        return packed.compute(of_product((*call, mask.packed)))
+def _check_of_experts(call: Any) -> Any:
+    check_grouped(call)
+    return _check_rule(call)
 
-    def with_mask(call: Any, mask: CurrentMask) -> tuple[Tensor, ...]:
-        sign = call.scores.detach() if call.scores.is_floating_point() else None  # int16 scores have no gradient
-        return gradients.compute(of_gradients((*call, mask.packed, sign, mask.signs)))
 
-    def select_again(call: Any) -> tuple[Tensor, ...]:
-        return with_mask(call, current_mask(call.scores, call.keep_ratio, call.threshold, call.mode, remember=False))
+def _check_rule(call: Any) -> Any:
+    checks.check_mode(call.mode)
+    checks.check_tensor("scores", call.scores)
+    checks.check_scores(selectable(call.scores), call.weight)
+    checks.check_keep_ratio(call.keep_ratio)
+    checks.check_fixed_threshold(call.threshold)
+    return call
 
-    gradient = _ByTheForwardsMask(name, Op(backward, select_again, is_gradient=True), with_mask)
-    return Op(name, product, check=checked, gradient=gradient, fast_path=fast_path)
+
+def _mask(call: Any, *, remember: bool) -> CurrentMask:
+    return current_mask(call.scores, call.keep_ratio, call.threshold, call.mode, remember=remember)
+
+
+def _sign(call: Any) -> Tensor | None:
+    return call.scores.detach() if call.scores.is_floating_point() else None  # int16 scores have no gradient
 
 
 def _fast_path(x, weight, scores, bias, *rule):
@@ -115,11 +115,47 @@ def _fast_path(x, weight, scores, bias, *rule):
     return None if mask is None else MASKED_LINEAR_PACKED.by_short_way((x, weight, mask.packed, bias, "auto"))
 
 
-_BY_RATIO = _op(
+def _product(call: Any) -> Tensor:
+    packed = _mask(call, remember=not is_called_by_graph()).packed
+    return MASKED_LINEAR_PACKED.compute((call.x, call.weight, packed, call.bias, call.backend))
+
+
+def _gradients(call: Any, mask: CurrentMask) -> tuple[Tensor, ...]:
+    tensors = call.grad_output, call.x, call.weight, mask.packed, _sign(call), mask.signs
+    return MASKED_LINEAR_PACKED_BACKWARD.compute((*tensors, call.mode, call.output_mask, call.backend))
+
+
+def _product_of_experts(call: Any) -> Tensor:
+    packed = _mask(call, remember=not is_called_by_graph()).packed
+    tensors = call.x, call.weight, packed, call.offsets, call.bias
+    return GROUPED_PACKED.compute((*tensors, call.transposed, call.backend))
+
+
+def _gradients_of_experts(call: Any, mask: CurrentMask) -> tuple[Tensor, ...]:
+    tensors = call.grad_output, call.x, call.weight, mask.packed, _sign(call), mask.signs, call.offsets
+    return GROUPED_PACKED_BACKWARD.compute((*tensors, call.transposed, call.mode, call.output_mask, call.backend))
+
+
+_BY_RATIO_BACKWARD = Op(
+    "masked_linear_by_ratio_backward",
+    lambda call: _gradients(call, _mask(call, remember=False)),
+    is_gradient=True,
+)
+_BY_RATIO = Op(
     "masked_linear_by_ratio",
-    MASKED_LINEAR_PACKED,
-    GRADIENTS_OF_PACKED,
-    checks.check_linear,
+    _product,
+    check=_check,
+    gradient=ForwardMaskGradient("masked_linear_by_ratio", _BY_RATIO_BACKWARD, _gradients),
     fast_path=_fast_path,
 )
-_GROUPED_BY_RATIO = _op("masked_linear_grouped_by_ratio", GROUPED_PACKED, GRADIENTS_OF_GROUPED_PACKED, check_grouped)
+_GROUPED_BY_RATIO_BACKWARD = Op(
+    "masked_linear_grouped_by_ratio_backward",
+    lambda call: _gradients_of_experts(call, _mask(call, remember=False)),
+    is_gradient=True,
+)
+_GROUPED_BY_RATIO = Op(
+    "masked_linear_grouped_by_ratio",
+    _product_of_experts,
+    check=_check_of_experts,
+    gradient=ForwardMaskGradient("masked_linear_grouped_by_ratio", _GROUPED_BY_RATIO_BACKWARD, _gradients_of_experts),
+)

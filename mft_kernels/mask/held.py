@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops.grouped import GRADIENTS_OF_GROUPED_PACKED, accumulate_score_grad_grouped, masked_linear_grouped_packed
-from ..ops.linear import GRADIENTS_OF_PACKED, accumulate_score_grad, masked_linear_packed
+from ..ops.grouped import GROUPED_PACKED_BACKWARD, accumulate_score_grad_grouped, masked_linear_grouped_packed
+from ..ops.linear import MASKED_LINEAR_PACKED_BACKWARD, accumulate_score_grad, masked_linear_packed
 from ..ops.quantized import QuantizedMatrix
 
 # A function makes the weight again for each product. A quantised matrix is decoded within the product.
@@ -105,7 +105,10 @@ def _product(x: Tensor, weight: Weight, packed: Tensor, bias: Tensor | None, *ex
 
 
 def _d_x(grad_output: Tensor, x: Tensor, weight: Weight, packed: Tensor, *experts) -> Tensor:
-    gradients, wanted = GRADIENTS_OF_GROUPED_PACKED if experts else GRADIENTS_OF_PACKED, [True, False, False, False]
+    gradients, wanted = (
+        GROUPED_PACKED_BACKWARD if experts else MASKED_LINEAR_PACKED_BACKWARD,
+        [True, False, False, False],
+    )
     if not experts and isinstance(weight, QuantizedMatrix):
         return weight.masked_d_x(grad_output, packed)
     return gradients(grad_output, x, _dense(weight), packed, None, None, *experts, "value", wanted, "auto")[0]

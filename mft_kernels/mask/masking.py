@@ -108,7 +108,9 @@ def remembered_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
 
 def refreshed_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
     """Return the current mask of ``scores`` if they have had a mask by this rule, which is then valid, else None."""
-    memo = scores.memo if type(scores) is Scores else None
+    if type(scores) is not Scores:
+        return None
+    memo = scores.memo
     if memo is None or memo.rule != rule:
         return None
     if still(scores, memo.state):

@@ -12,8 +12,9 @@ from ..operands import Experts
 from . import served
 from .checks import check_device, check_factors, check_floating, check_mode, check_tensor
 from .grouped_checks import check_grouped, check_grouped_sums, check_offset_values
-from .products import masked_products
+from .products import check_mask_of_scores, check_mask_of_words, keep_by_scores, keep_by_words
 from .route import Op
+from .straight_through import StraightThrough
 
 
 def masked_linear_grouped(
@@ -106,12 +107,44 @@ def accumulate_score_grad_grouped(
 # ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
-#: GRADIENTS_OF_GROUPED_PACKED: the counterpart of GRADIENTS_OF_PACKED in linear.py.
-_GROUPED, GROUPED_PACKED, GRADIENTS_OF_GROUPED_PACKED = masked_products(
+def _experts(call: Any) -> Experts:
+    """Return the weight operand. The offsets' values are checked within the op, so that compiled code does it too."""
+    check_offset_values(call)
+    return Experts(call.weight, call.offsets)
+
+
+def _check_scores(call: Any) -> Any:
+    check_grouped(call)
+    return check_mask_of_scores(call)
+
+
+def _check_words(call: Any) -> Any:
+    check_grouped(call)
+    return check_mask_of_words(call)
+
+
+_GROUPED_BACKWARD = Op(
+    "masked_linear_grouped_backward",
+    lambda call: served.gradients(call, _experts(call), keep_by_scores(call)),
+    is_gradient=True,
+)
+_GROUPED = Op(
     "masked_linear_grouped",
-    lambda call: Experts(call.weight, call.offsets),
-    check=check_grouped,
-    check_values=check_offset_values,
+    lambda call: served.product(call, _experts(call), keep_by_scores(call)),
+    check=_check_scores,
+    gradient=StraightThrough("masked_linear_grouped", _GROUPED_BACKWARD),
+)
+#: Returns d_x, d_weight, d_scores and d_bias.
+GROUPED_PACKED_BACKWARD = Op(
+    "masked_linear_grouped_packed_backward",
+    lambda call: served.gradients(call, _experts(call), keep_by_words(call)),
+    is_gradient=True,
+)
+GROUPED_PACKED = Op(
+    "masked_linear_grouped_packed",
+    lambda call: served.product(call, _experts(call), keep_by_words(call)),
+    check=_check_words,
+    gradient=StraightThrough("masked_linear_grouped_packed", GROUPED_PACKED_BACKWARD),
 )
 
 

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from . import served
 from .checks import check_factors, check_linear, check_mode, check_product, check_tensor
-from .products import masked_products
+from .products import check_mask_of_scores, check_mask_of_words, keep_by_scores, keep_by_words
 from .route import Op
+from .straight_through import StraightThrough
 
 
 def masked_linear(
@@ -88,9 +89,42 @@ def accumulate_score_grad(
 # ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
-#: GRADIENTS_OF_PACKED: the op masked_linear_packed_backward, which returns d_x, d_weight, d_scores and d_bias.
-_MASKED_LINEAR, MASKED_LINEAR_PACKED, GRADIENTS_OF_PACKED = masked_products(
-    "masked_linear", lambda call: call.weight, check=check_linear, short=True
+def _check_scores(call: Any) -> Any:
+    check_linear(call)
+    return check_mask_of_scores(call)
+
+
+def _check_words(call: Any) -> Any:
+    check_linear(call)
+    return check_mask_of_words(call)
+
+
+_MASKED_LINEAR_BACKWARD = Op(
+    "masked_linear_backward",
+    lambda call: served.gradients(call, call.weight, keep_by_scores(call)),
+    is_gradient=True,
+    short=True,
+)
+_MASKED_LINEAR = Op(
+    "masked_linear",
+    lambda call: served.product(call, call.weight, keep_by_scores(call)),
+    check=_check_scores,
+    gradient=StraightThrough("masked_linear", _MASKED_LINEAR_BACKWARD),
+    short=True,
+)
+#: Returns d_x, d_weight, d_scores and d_bias.
+MASKED_LINEAR_PACKED_BACKWARD = Op(
+    "masked_linear_packed_backward",
+    lambda call: served.gradients(call, call.weight, keep_by_words(call)),
+    is_gradient=True,
+    short=True,
+)
+MASKED_LINEAR_PACKED = Op(
+    "masked_linear_packed",
+    lambda call: served.product(call, call.weight, keep_by_words(call)),
+    check=_check_words,
+    gradient=StraightThrough("masked_linear_packed", MASKED_LINEAR_PACKED_BACKWARD),
+    short=True,
 )
 
 

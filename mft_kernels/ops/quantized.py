@@ -17,7 +17,7 @@ from ..codes import FORMATS, Codes
 from ..operands import Keep
 from . import served
 from .checks import autocasts, check_device, check_floating, check_packed, check_shape, check_tensor
-from .linear import GRADIENTS_OF_PACKED, masked_linear_packed
+from .linear import MASKED_LINEAR_PACKED_BACKWARD, masked_linear_packed
 from .route import Gradient, Op, unchanged
 
 
@@ -57,7 +57,9 @@ class QuantizedMatrix:
         if packed is not None and not self.is_fused(grad_output):
             wants = [True, False, False, False]
             dense = self.dense()
-            return GRADIENTS_OF_PACKED(grad_output, grad_output, dense, packed, None, None, "value", wants, "auto")[0]
+            return MASKED_LINEAR_PACKED_BACKWARD(
+                grad_output, grad_output, dense, packed, None, None, "value", wants, "auto"
+            )[0]
         coded = self.coded()
         return _QUANTIZED_D_X(
             grad_output, coded.codes, list(coded.scales), packed, list(coded.shape), coded.name, "auto"

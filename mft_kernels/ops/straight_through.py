@@ -12,16 +12,16 @@ class StraightThrough(Gradient):
     """The gradient of an op with the arguments (x, weight, tensors ..., bias, settings ..., backend).
 
     Args:
-        of: the name of that op. If it has an argument "scores", scores get a gradient.
-        by: the op that computes d_x, d_weight, d_scores and d_bias.
+        op: the name of that op. If it has an argument "scores", scores get a gradient.
+        backward_op: the op that computes d_x, d_weight, d_scores and d_bias.
     """
 
-    def __init__(self, of: str, by: Op) -> None:
-        names = calls[of]._fields
+    def __init__(self, op: str, backward_op: Op) -> None:
+        names = calls[op]._fields
         self._bias = names.index("bias")
         self._scores = names.index("scores") if "scores" in names else None
         saved = ("grad_output", *names[: self._bias], *names[self._bias + 1 :], "output_mask")
-        self._by, self._arguments = by, arguments_of(by.name, saved)
+        self._backward_op, self._arguments = backward_op, arguments_of(backward_op.name, saved)
 
     def save(self, ctx: Any, call: Any) -> None:
         x, *tensors = call[: self._bias]
@@ -43,5 +43,5 @@ class StraightThrough(Gradient):
         return tuple(grads)
 
     def _gradients(self, ctx: Any, given: tuple) -> tuple[Tensor, ...]:
-        """Compute d_x, d_weight, d_scores and d_bias from the arguments of the op ``by``."""
-        return self._by(*given)
+        """Compute d_x, d_weight, d_scores and d_bias from the arguments of ``backward_op``."""
+        return self._backward_op(*given)

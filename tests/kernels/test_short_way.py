@@ -11,7 +11,7 @@ from mft_kernels.backends import cpu
 from mft_kernels.backends import table as backends
 from mft_kernels.mask.held import masked_linear_held
 from mft_kernels.ops import served
-from mft_kernels.ops.linear import GRADIENTS_OF_PACKED
+from mft_kernels.ops.linear import MASKED_LINEAR_PACKED_BACKWARD
 from mft_kernels.testing import integer_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"the CPU library: {cpu.unavailable}")
@@ -199,7 +199,7 @@ def gradients():
     names = ["grad_output", "x", "weight", "packed", "scores", "signs", "mode", "output_mask"]
     values = t.grad_output, t.x, t.weight, packed, t.scores, signs, "magnitude", [True, False, True, False]
     call = dict(zip(names, values, strict=True))
-    GRADIENTS_OF_PACKED(*values, "auto")  # so that "auto" has already made its choice
+    MASKED_LINEAR_PACKED_BACKWARD(*values, "auto")  # so that "auto" has already made its choice
     return call
 
 

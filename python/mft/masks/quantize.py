@@ -30,8 +30,8 @@ from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 from mft_kernels.mask.held import Weight
 from mft_kernels.mask.masking import CurrentMask, current_mask
 from mft_kernels.ops.checks import NonFiniteScores
-from mft_kernels.ops.grouped import GRADIENTS_OF_GROUPED_PACKED, GROUPED_PACKED
-from mft_kernels.ops.linear import GRADIENTS_OF_PACKED
+from mft_kernels.ops.grouped import GROUPED_PACKED, GROUPED_PACKED_BACKWARD
+from mft_kernels.ops.linear import MASKED_LINEAR_PACKED_BACKWARD
 from mft_kernels.ops.route import is_seen_by_others, unchanged
 
 
@@ -295,7 +295,7 @@ class _QuantizedMaskedProduct(torch.autograd.Function):
             sign = Tensor.detach(scores) if scores.is_floating_point() else None
             wants = [wants_x, False, True, wants_bias]
             weight, mask = ctx.quantized.dense(), ctx.mask
-            d_x, _, d_scores, d_bias = GRADIENTS_OF_PACKED(
+            d_x, _, d_scores, d_bias = MASKED_LINEAR_PACKED_BACKWARD(
                 grad_output, x, weight, mask.packed, sign, mask.signs, ctx.mode, wants, "auto"
             )
         else:
@@ -330,7 +330,7 @@ class _GroupedMaskedProduct(torch.autograd.Function):
         wants_x, wants_scores, wants_bias = ctx.needs_input_grad[:3]
         wants = [wants_x, False, wants_scores, wants_bias]
         x = grad_output if x is None else x
-        d_x, _, d_scores, d_bias = GRADIENTS_OF_GROUPED_PACKED(
+        d_x, _, d_scores, d_bias = GROUPED_PACKED_BACKWARD(
             grad_output,
             x,
             layer.weight,
