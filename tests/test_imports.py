@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # A package may import only the packages before it. Inside a package there is no order, but circles are forbidden.
 KERNEL_ORDER = (
     *("_ops", "_version", "eager", "testing", "timing", "codes", "operands", "page_locked", "shards"),
-    *("reference", "backends", "ops", "mask", "layers", "optim"),
+    *("reference", "backends", "ops", "mask", "layers", "optim", "internal"),
 )
 STOREYS = {  # the lowest first, as docs/reference/map.md tells them from the top
     "inputs": (
@@ -116,6 +116,20 @@ def test_the_kernel_package_names_itself_by_dots_alone():
     """The Kernel Hub loads it under another name (docs/how-to/kernel-hub.md)."""
     for path in (ROOT / "mft_kernels").rglob("*.py"):
         assert "mft_kernels" not in others_of(path, ""), path
+
+
+def test_the_recipe_takes_private_names_of_the_kernels_from_their_internal_page_alone():
+    used = set()
+    for path in (ROOT / "python").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not [alias.name for alias in node.names if alias.name.startswith("mft_kernels.")], path
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mft_kernels":
+                assert node.module in ("mft_kernels", "mft_kernels.internal"), path
+                used |= {alias.name for alias in node.names if node.module == "mft_kernels.internal"}
+    page = ast.parse((ROOT / "mft_kernels" / "internal.py").read_text())
+    listed = {alias.name for node in page.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert used == listed
 
 
 def needed(path: Path) -> set[str]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mft_kernels.codes import Codes
+    from mft_kernels.internal import Codes
 
 DEFAULT = "nf4"  # where a base must be quantised, and nobody says how
 _AT_ONCE = 1 << 20  # weights: bitsandbytes' temporaries take about 20 bytes per weight
@@ -56,7 +56,7 @@ class Nf4(Quantizer):
         _bitsandbytes()
 
     def encode(self, weight: Tensor) -> Codes:
-        from mft_kernels.codes import Nf4
+        from mft_kernels.internal import Nf4
 
         found = Nf4.empty(weight.shape, weight.device)
         block, (absmax,) = Nf4.block, found.scales
@@ -89,7 +89,7 @@ class Nf4Dq(Nf4):
     name, bytes_a_weight = "nf4-dq", 0.5 + (1 + 4 / 256) / 64  # 1-byte scales, an fp32 for each 256 of them
 
     def encode(self, weight: Tensor) -> Codes:
-        from mft_kernels.codes import NESTED_BLOCK, Nf4Dq
+        from mft_kernels.internal import NESTED_BLOCK, Nf4Dq
 
         plain = super().encode(weight)
         # The same values as quantize_4bit(compress_statistics=True) on the whole matrix.
@@ -101,7 +101,7 @@ class Nf4Dq(Nf4):
     def _scales(self, absmax: Tensor, *nested: Tensor) -> dict[str, Any]:
         import torch
 
-        from mft_kernels.codes import NESTED_BLOCK
+        from mft_kernels.internal import NESTED_BLOCK
 
         scale, levels, offset = nested
         state = _bitsandbytes().QuantState(absmax=scale, code=levels, blocksize=NESTED_BLOCK, dtype=torch.float32)
@@ -114,7 +114,7 @@ class Int8(Quantizer):
     name, bytes_a_weight, bytes_a_row = "int8", 1, 4
 
     def encode(self, weight: Tensor) -> Codes:
-        from mft_kernels.codes import INT8_LARGEST, Int8
+        from mft_kernels.internal import INT8_LARGEST, Int8
 
         found = Int8.empty(weight.shape, weight.device)
         (scales,) = found.scales

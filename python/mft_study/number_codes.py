@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mft.files.mask_coding import coded_mask, decoded_mask
-from mft_kernels.codes import INT8_LARGEST, Int4, Nf4, Table
+from mft_kernels.internal import INT8_LARGEST, Int4, Nf4, Table
 from mft_study.arms.weights import Weights
 
 _LENGTH = 4  # bytes

@@ -8,9 +8,7 @@ from rich.table import Table
 
 import mft_kernels
 from mft.tracking.console import console, say
-from mft_kernels.backends.cpu import path_taken
-from mft_kernels.backends.processor import this_processor
-from mft_kernels.backends.table import asked_for, registered
+from mft_kernels.internal import asked_for, path_taken, registered, this_processor
 
 
 def run_env(*, measure: bool) -> None:

@@ -18,10 +18,17 @@ from torch.nn import functional as F
 import mft_kernels
 from mft.contention import Contention, core_share
 from mft.tracking.progress import Progress
-from mft_kernels.backends.table import asked_for
-from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear
-from mft_kernels.testing import Inputs, random_inputs
-from mft_kernels.timing import Samples, median_ratio, time_within
+from mft_kernels.internal import (
+    Inputs,
+    Samples,
+    asked_for,
+    eager_grad_scores,
+    eager_grad_x,
+    eager_linear,
+    median_ratio,
+    random_inputs,
+    time_within,
+)
 
 DENSE, SCORES, HELD, EAGER = "dense", "from scores", "held mask", "eager"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -25,8 +25,7 @@ from mft.masks.convert import masked_modules
 from mft.masks.in_place.model import MasksInPlace
 from mft.models.causal_lm import Run
 from mft_kernels import MaskAdamW
-from mft_kernels.mask.in_place import MaskedInPlace
-from mft_kernels.shards import rows_here
+from mft_kernels.internal import MaskedInPlace, rows_here
 
 
 @dataclass(eq=False)

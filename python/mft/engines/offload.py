@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mft_kernels.page_locked import empty_locked, page_locked
+from mft_kernels.internal import empty_locked, page_locked
 
 
 @dataclass(frozen=True)

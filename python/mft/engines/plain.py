@@ -20,7 +20,7 @@ from mft.masks.surrogate import Surrogate
 from mft.models.causal_lm import Run
 from mft.number_formats import unless_auto
 from mft_kernels import MaskedLayer
-from mft_kernels.mask.masking import current_mask
+from mft_kernels.internal import current_mask
 
 
 class Plain(OwnForward):

@@ -20,10 +20,8 @@ from mft.masks.budget import Budget, naming_layer
 from mft.masks.surrogate import Surrogate
 from mft.models.codes.weight import QuantizedWeight
 from mft.number_formats import MOMENT_FORMATS, unless_auto
-from mft_kernels import MaskAdamW, MaskedLayer, pack_mask
-from mft_kernels.mask.masking import outdate
-from mft_kernels.reference.fixed_point import code_at_least, selectable
-from mft_kernels.shards import is_spread, rows_here
+from mft_kernels import MaskAdamW, MaskedLayer, outdate, pack_mask
+from mft_kernels.internal import code_at_least, is_spread, rows_here, selectable
 
 _CLIP_ROWS = 256  # rows of a gradient that are squared at once
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_

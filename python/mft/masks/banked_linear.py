@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mft_kernels import masked_linear_many, masked_linear_packed
-from mft_kernels.ops.many import MOST_MASKS
+from mft_kernels.internal import MOST_MASKS
 
 #: Maximum number of tokens for masked_linear_many on an accelerator, where it multiplies all tokens by each mask.
 _FEW_TOKENS = 64

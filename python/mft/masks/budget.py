@@ -24,9 +24,17 @@ from mft.config import MaskConfig
 from mft.models.attached import attached
 from mft.models.parallel import unwrapped
 from mft_kernels import MaskedLayer
-from mft_kernels.mask.scores import Scores, State, state, still, watch
-from mft_kernels.mask.shared_threshold import AddUp, one_process, shared_threshold
-from mft_kernels.ops.checks import NonFiniteScores
+from mft_kernels.internal import (
+    AddUp,
+    NonFiniteScores,
+    Scores,
+    State,
+    one_process,
+    shared_threshold,
+    state,
+    still,
+    watch,
+)
 
 _SCALE = 0.02  # root mean square of initial scores, as in MaskedLinear
 

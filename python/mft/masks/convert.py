@@ -26,8 +26,7 @@ from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_no_deepspeed, check_unsharded, unwrapped
 from mft.number_formats import unless_auto
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
-from mft_kernels.layers.shells import filled, linear_on, without
-from mft_kernels.ops.checks import check_alpha
+from mft_kernels.internal import check_alpha, filled, linear_on, without
 
 
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:

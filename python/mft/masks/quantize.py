@@ -27,12 +27,17 @@ from mft.models.head_input import read_in_one_piece
 from mft.models.linears import find_candidates, layer_stacks, linear_named, weight_name
 from mft.quantizers import quantizer
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
-from mft_kernels.mask.held import Weight
-from mft_kernels.mask.masking import CurrentMask, current_mask
-from mft_kernels.ops.checks import NonFiniteScores
-from mft_kernels.ops.grouped import GROUPED_PACKED, GROUPED_PACKED_BACKWARD
-from mft_kernels.ops.linear import MASKED_LINEAR_PACKED_BACKWARD
-from mft_kernels.ops.route import is_seen_by_others, unchanged
+from mft_kernels.internal import (
+    GROUPED_PACKED,
+    GROUPED_PACKED_BACKWARD,
+    MASKED_LINEAR_PACKED_BACKWARD,
+    CurrentMask,
+    NonFiniteScores,
+    Weight,
+    current_mask,
+    is_seen_by_others,
+    unchanged,
+)
 
 
 def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False) -> nn.Module:

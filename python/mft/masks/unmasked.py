@@ -13,7 +13,7 @@ from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, Qu
 from mft.models.codes.experts import QuantizedGroupedLinear
 from mft.models.parallel import check_unsharded, unwrapped
 from mft_kernels import MaskedLinear
-from mft_kernels.layers.shells import linear_on
+from mft_kernels.internal import linear_on
 
 
 def unmasked_model(model: nn.Module) -> nn.Module:

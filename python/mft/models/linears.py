@@ -20,8 +20,15 @@ from mft.models.codes.weight import QuantizedWeight
 from mft.models.experts import expert_projections
 from mft.models.weight_readers import why_read
 from mft_kernels import MaskedLayer
-from mft_kernels.layers.attention import projections, why_not_split
-from mft_kernels.layers.maskable import has_slow_path, why_lost, why_no_mask, why_no_scores, why_not_there
+from mft_kernels.internal import (
+    has_slow_path,
+    projections,
+    why_lost,
+    why_no_mask,
+    why_no_scores,
+    why_not_split,
+    why_not_there,
+)
 
 _HEADS = {"lm_head", "embed_out"}
 _SHOWN = 3  # names that a message lists

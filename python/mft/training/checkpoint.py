@@ -29,7 +29,7 @@ from mft.files.cache import sha256_of
 from mft.files.json_file import read_object
 from mft.files.safetensors_file import open_tensors
 from mft.training.spread_rows import ROWS, write_rows
-from mft_kernels.shards import is_spread, rows_here
+from mft_kernels.internal import is_spread, rows_here
 
 FORMAT_VERSION = 1
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"

@@ -18,7 +18,7 @@ from mft.engines.randomness import put_random_states, take_random_states
 from mft.engines.step import Runner
 from mft.training.spread_rows import read_rows, shapes_in
 from mft_kernels import MaskAdamW
-from mft_kernels.shards import is_spread
+from mft_kernels.internal import is_spread
 
 _MOMENTS = 8  # bytes per element of torch's AdamW
 

@@ -18,7 +18,7 @@ import torch
 from mft.masks.export_format import read_description
 from mft.masks.location import masks_directory
 from mft.vllm.failures import check_known
-from mft_kernels.ops.many import MOST_MASKS
+from mft_kernels.internal import MOST_MASKS
 
 EAGER = "on with masks per request, which a compiled model would not read"
 NO_MODULES = ["mft-per-request"]  # the layers that take LoRA, by a name that none has

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mft_kernels._version import __version__
-from mft_kernels.backends.processor import this_processor
+from mft_kernels import __version__
+from mft_kernels.internal import this_processor
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from mft.evaluation.temperature import evaluate_tempered, fit_temperature
 from mft.training.loop import NonFiniteLoss
-from mft_kernels.ops.checks import NonFiniteScores
+from mft_kernels.internal import NonFiniteScores
 from mft_study.arms.full import Full
 from mft_study.arms.weights import save_weights
 from mft_study.outcome import Measured, Outcome, Tested

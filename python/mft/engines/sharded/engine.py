@@ -35,10 +35,7 @@ from mft.models.longrope import inputs_of
 from mft.models.packed_rows import check_apart
 from mft.models.weight_files import weight_files
 from mft_kernels import MaskedLayer, pack_mask
-from mft_kernels.mask.in_place import MaskedInPlace
-from mft_kernels.ops.checks import NonFiniteScores
-from mft_kernels.reference.fixed_point import selectable
-from mft_kernels.shards import first_row, rows_here, spread_like
+from mft_kernels.internal import MaskedInPlace, NonFiniteScores, first_row, rows_here, selectable, spread_like
 
 
 class ShardedMask(InPlaceMask):

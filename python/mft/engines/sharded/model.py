@@ -29,8 +29,7 @@ from mft.models.causal_lm import Run, decoder_layers, decoder_of, head_of, run_d
 from mft.models.codes.weight import quantized_weights
 from mft.models.weight_files import WeightFiles, weight_files
 from mft_kernels import MaskedLayer, MaskedLinear
-from mft_kernels.layers.shells import linear_on
-from mft_kernels.shards import first_row, is_spread, rows_here, spread_like
+from mft_kernels.internal import first_row, is_spread, linear_on, rows_here, spread_like
 
 # Gradients in 16 bits are summed in fp32 and rounded once.
 _POLICY = MixedPrecisionPolicy(reduce_dtype=torch.float32)

@@ -19,9 +19,7 @@ from mft.masks.export import weight_named
 from mft.masks.inspection import count_bits
 from mft.models.attached import attach, attached
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, kept_thresholds, pack_mask
-from mft_kernels.layers.shells import linear_on
-from mft_kernels.mask.shared_threshold import part_thresholds
-from mft_kernels.reference.fixed_point import code_at_least, selectable
+from mft_kernels.internal import code_at_least, linear_on, part_thresholds, selectable
 
 NOT_FINITE = 0x7E00  # for int16 scores: the code that the selection of masks reads as NaN
 

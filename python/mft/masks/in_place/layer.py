@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from mft.masks.convert import replace_module
 from mft.masks.experts import Layout, layout, restore_layout, unmask_experts
 from mft_kernels import MaskedLayer, MaskedLinear
-from mft_kernels.layers.maskable import why_lost
-from mft_kernels.layers.shells import linear_on
-from mft_kernels.mask.in_place import MaskedInPlace
+from mft_kernels.internal import MaskedInPlace, linear_on, why_lost
 
 
 class InPlaceLayer:

@@ -12,9 +12,7 @@ from mft.masks.quantize import can_skip_dense, masked_product, quantized_product
 from mft.models.codes.linear import codes_of, set_codes
 from mft.models.codes.weight import QuantizedWeight
 from mft_kernels import masked_linear_by_ratio
-from mft_kernels.layers.shells import linear_on
-from mft_kernels.mask.masking import current_mask
-from mft_kernels.ops.checks import NonFiniteScores
+from mft_kernels.internal import NonFiniteScores, current_mask, linear_on
 
 
 class MaskCodes(MaskLinear):

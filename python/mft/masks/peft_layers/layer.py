@@ -21,9 +21,7 @@ from mft.masks.surrogate import surrogate_of
 from mft.masks.surrogate_hook import hook_scores
 from mft.models.experts import expert_projections
 from mft_kernels import masked_linear_by_ratio, masked_linear_grouped_by_ratio, unpack_mask
-from mft_kernels.mask.masking import current_mask
-from mft_kernels.mask.scores import watch
-from mft_kernels.ops.checks import NonFiniteScores
+from mft_kernels.internal import NonFiniteScores, current_mask, watch
 
 # If a model comes with an adapter, TRL's trainers add one of this name with the same configuration, as the initial
 # policy. They copy the parameters over by LoRA's names, which scores do not have.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.models.codes.weight import QuantizedWeight
-from mft_kernels.codes import NESTED_BLOCK, Nf4, Nf4Dq
+from mft_kernels.internal import NESTED_BLOCK, Nf4, Nf4Dq
 
 _REMEDY = 'load it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")'
 

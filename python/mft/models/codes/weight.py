@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from mft.quantizers import quantizer
 from mft_kernels import dequantize
-from mft_kernels.backends import cpu
-from mft_kernels.codes import FORMATS, Codes
-from mft_kernels.ops.quantized import QuantizedMatrix
+from mft_kernels.internal import FORMATS, Codes, QuantizedMatrix, registered
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,7 +65,7 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
     def dense(self) -> Tensor:
         """Return (N, K) in dtype, contiguous. Calls decode again, bit-equal. Values are rounded once, from fp32."""
         coded = self.coded()
-        if self.codes.device.type == "cpu" and cpu.unavailable is None:
+        if self.codes.device.type == "cpu" and registered("cpu").unavailable is None:
             return dequantize(coded.codes, coded.scales, shape=self.shape, kind=self.kind, dtype=self.dtype)
         return quantizer(self.kind).dense(coded, self.dtype)
 
