@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = {
     "optimiser": ("Optimizer.step", "MasterAdamW.step", "mft::score_step"),
     "threshold and packing": (
+        "mft::select_mask",
         "mft::kept_threshold",
         "mft_cpu::kept_threshold",
         "mft::pack_",

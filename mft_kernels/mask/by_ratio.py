@@ -110,8 +110,11 @@ def _sign(call: Any) -> Tensor | None:
 
 
 def _fast_path(x, weight, scores, bias, *rule):
-    """Take the short way of the packed op with the current mask. None for scores that have had none by this rule."""
-    mask = refreshed_mask(scores, rule)
+    """Take the short way of the packed op with the current mask. None for scores that have had none by this rule.
+
+    Only CPUs have a short way. Elsewhere a selection here would be one too many within a CUDA graph.
+    """
+    mask = refreshed_mask(scores, rule) if scores.is_cpu else None
     return None if mask is None else MASKED_LINEAR_PACKED.by_short_way((x, weight, mask.packed, bias, "auto"))
 
 

@@ -1,9 +1,11 @@
 """Op: an op of namespace ``mft``. Only this module decides which of three ways a call takes to its kernel.
 
     short       one function of a backend, in C++, checks the arguments and computes; it declines an unusual call
-    direct      the checks, then the backend's function, under autograd if a gradient is needed
+    direct      the checks, then the backend's function
     dispatcher  the checks, then PyTorch's dispatcher, for calls that others have to see: autocast, a compiler or
                 tracer, modes and subclasses, torch.func, forward mode, and the profiler
+
+If a gradient is needed, the first two run within an autograd function.
 
 The dispatcher takes 20 to 50 us for an op in Python (Xeon). That is more than the work of one token on a small layer,
 so it alone would make generation slower than with the dense model.
