@@ -42,23 +42,23 @@ class ByName:
     def masked_linear_many_backward(self, grad_output, weight, masks, tasks):
         return self._f.product(grad_output, weight, KeepByTask(masks, tasks), None, transposed=True)
 
-    def accumulate_score_grad(self, out, grad_output, x, weight, scores, signs, mode):
-        self._f.score_grad(Sums(grad_output, x, weight, _sign(scores, signs, mode), out, accumulate=True))
+    def accumulate_score_grad(self, out, grad_output, x, weight, scores, signs, mode, **how):
+        self._f.score_grad(Sums(grad_output, x, weight, _sign(scores, signs, mode), out, accumulate=True), **how)
 
-    def accumulate_product(self, out, grad_output, x):
-        self._f.score_grad(Sums(grad_output, x, None, None, out, accumulate=True))
+    def accumulate_product(self, out, grad_output, x, **how):
+        self._f.score_grad(Sums(grad_output, x, None, None, out, accumulate=True), **how)
 
-    def kept_threshold(self, scores, keep_ratio, mode):
-        return self._f.select(scores, keep_ratio, mode)
+    def kept_threshold(self, scores, keep_ratio, mode, **how):
+        return self._f.select(scores, keep_ratio, mode, **how)
 
     def kept_thresholds(self, scores, keep_ratio, mode):
         return self._f.select(scores, keep_ratio, mode, each=True)
 
-    def pack_mask(self, scores, threshold, mode):
-        return self._f.pack(scores, threshold, mode)
+    def pack_mask(self, scores, threshold, mode, **how):
+        return self._f.pack(scores, threshold, mode, **how)
 
-    def pack_signs(self, scores):
-        return self._f.signs(scores)
+    def pack_signs(self, scores, **how):
+        return self._f.signs(scores, **how)
 
     def score_step(self, *fields, **named):
         return self._f.step(Update(*fields, **named))

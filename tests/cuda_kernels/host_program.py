@@ -1,13 +1,13 @@
 """Compile the programs in programs/ if something has changed, and run them."""
 
-import fcntl
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import emulated
 
-from building.compile import Unit, build
+from building.compile import Unit
 
 
 def built(name: str) -> Path:
@@ -18,15 +18,12 @@ def built(name: str) -> Path:
 def run(source: str, objects: Sequence[Path] = (), flags: Sequence[str] = ()) -> str:
     """Compile a source of programs/ with ``flags``, link and run it; return its output, which describes any failure."""
     directory = emulated.ROOT / "build" / "host_programs" / Path(source).stem
-    directory.mkdir(parents=True, exist_ok=True)
-    compiler = emulated.compiler()
-    unit = Unit(emulated.PROGRAMS / source, compiler, [*emulated.FLAGS, *flags])
-    program = directory / "program"
-    with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs build one after the other
-        build(directory, [unit])
+    unit = Unit(emulated.PROGRAMS / source, emulated.compiler(), [*emulated.FLAGS, *flags])
+    emulated.build(directory, [unit])
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder, "program"))
         linked = [str(directory / unit.object), *map(str, objects)]
-        subprocess.run([compiler, *linked, "-o", str(program)], check=True)
-        result = subprocess.run([str(program)], capture_output=True, text=True)
+        subprocess.run([unit.compiler, *linked, "-o", program], check=True)
+        result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -11,6 +11,18 @@ import bindings_on_host
 import pytest
 import torch
 from by_name import ByName, oracle
+from products import (
+    MODES,
+    Operands,
+    assert_equals_reference,
+    assert_same,
+    column_major,
+    every_second_column,
+    inside_a_larger_one,
+    integers,
+    misaligned,
+    pitched,
+)
 
 from mft_kernels import MaskedLinear, kept_threshold, reference
 from mft_kernels.backends import built, cuda
@@ -20,7 +32,7 @@ from mft_kernels.testing import integer_inputs
 flat = ByName(cuda)
 
 DTYPES = (torch.bfloat16, torch.float16)
-ALL = [True, True, True, True]
+MATRICES = ("x", "weight", "scores", "grad_output")
 
 
 def compiled(folder: Path, name: str, *kernels: str):
@@ -49,53 +61,43 @@ def capability(request, monkeypatch):
     monkeypatch.setenv("MFT_CUDA_CAPABILITY", request.param)
 
 
-def assert_same(got, expected):
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    assert torch.equal(got, expected)
-
-
 def inputs(dtype=torch.bfloat16, scores_dtype=torch.bfloat16, *, m=5, n=12, k=40):
     return integer_inputs(m, n, k, dtype, scores_dtype)
 
 
-@pytest.mark.parametrize("mode", ["magnitude", "value"])
-@pytest.mark.parametrize("scores_dtype", [torch.float32, *DTYPES])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_backward(dtype, scores_dtype, mode, capability):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scores_dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_argument_arrives_where_it_belongs(dtype, scores_dtype, mode, capability):
+    """Forward, gradients and sums, from scores and from bits, with one threshold and with one per row."""
     t = inputs(dtype, scores_dtype)
     for threshold in (torch.tensor(1.0), torch.arange(12) % 3):
-        threshold = threshold.to(scores_dtype)
-        forward = (t.x, t.weight, t.scores, threshold, t.bias, mode)
-        assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
-        backward = (t.grad_output, t.x, t.weight, t.scores, threshold, mode, ALL)
-        got = flat.masked_linear_backward(*backward)
-        for g, e in zip(got, oracle.masked_linear_backward(*backward)):
-            assert_same(g, e)
+        assert_equals_reference(flat, Operands.of(t, threshold.to(scores_dtype), mode))
 
 
-@pytest.mark.parametrize("mode", ["magnitude", "value"])
-@pytest.mark.parametrize("sign", ["scores", "signs"])
-def test_the_packed_mask(mode, sign, capability):
-    t = inputs()
-    t.scores[t.scores == 0] = 1  # a zero has no sign bit
-    packed, signs = reference.pack_mask(t.scores, torch.tensor(2.0), "magnitude"), reference.pack_signs(t.scores)[0]
-    packed, signs = (torch.stack([words, ~words], 1).flatten(1)[:, :2] for words in (packed, signs))  # with wider rows
-    forward = (t.x, t.weight, packed, t.bias)
-    assert_same(flat.masked_linear_packed(*forward), oracle.masked_linear_packed(*forward))
-    source = (t.scores, None) if sign == "scores" else (None, signs)
-    backward = (t.grad_output, t.x, t.weight, packed, *source, mode, ALL)
-    for g, e in zip(flat.masked_linear_packed_backward(*backward), oracle.masked_linear_packed_backward(*backward)):
-        assert_same(g, e)
+LAYOUTS = {
+    "columns first": (column_major, MATRICES),
+    "every second column": (every_second_column, MATRICES),
+    "inside a larger one": (inside_a_larger_one, MATRICES),
+    "an odd address": (misaligned, MATRICES),
+    "strided bias and words": (pitched, ("bias", "packed", "signs")),
+    "an expanded gradient": (lambda v: torch.ones((), dtype=v.dtype).expand(v.shape), ("grad_output",)),
+    "three dimensions": (lambda v: v.view(2, 3, -1), ("x", "grad_output")),
+    "one token": (lambda v: v[0], ("x", "grad_output")),
+    "no token": (lambda v: v[:0], ("x", "grad_output")),
+}
 
 
-@pytest.mark.parametrize("wanted", [[i == j for j in range(4)] for i in range(4)])
-def test_only_what_is_wanted_is_made(wanted):
-    t = inputs()
-    arguments = (t.grad_output, t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), "magnitude", wanted)
-    expected = oracle.masked_linear_backward(*arguments)
-    for g, e in zip(flat.masked_linear_backward(*arguments), expected):
-        assert_same(g, e)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_odd_layouts(layout, capability):
+    change, names = LAYOUTS[layout]
+    o = integers(6, 12, 39, dtype=torch.bfloat16, scores_dtype=torch.bfloat16)
+    assert_equals_reference(flat, o.change(change, *names))
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 5), (5, 0), (0, 0), (1, 1)])
+def test_matrices_without_elements(n, k):
+    assert_equals_reference(flat, integers(3, n, k, dtype=torch.bfloat16, scores_dtype=torch.bfloat16))
 
 
 def on_the_host() -> backends.Backend:
@@ -104,25 +106,11 @@ def on_the_host() -> backends.Backend:
     return backends.Backend("cuda", frozenset({"cpu"}), frozenset(), cuda.functions, cuda.takes)
 
 
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("source", ["scores", "signs", "none"])
-def test_score_gradients_are_added(out_dtype, source, capability):
-    t = inputs()
-    t.scores[t.scores == 0] = -1
-    signs = reference.pack_signs(t.scores)[0]
-    sign = {"scores": (t.scores, None), "signs": (None, signs), "none": (None, None)}[source]
-    mode = "value" if source == "none" else "magnitude"
-    got, expected = torch.full((12, 40), 3.0, dtype=out_dtype), torch.full((12, 40), 3.0, dtype=out_dtype)
-    flat.accumulate_score_grad(got, t.grad_output, t.x, t.weight, *sign, mode)
-    oracle.accumulate_score_grad(expected, t.grad_output, t.x, t.weight, *sign, mode)
-    assert_same(got, expected)
-
-
 @pytest.mark.parametrize("tokens", [5, 70])
 def test_products_of_a_long_depth_get_a_workspace(tokens, capability):
     t = inputs(m=tokens, n=16, k=1096)  # on 4 multiprocessors in 4 parts; d_x in one
     forward = (t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), t.bias, "magnitude")
-    assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
+    assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward), small=False)
 
 
 def test_score_gradients_of_many_tokens_get_a_workspace(capability):
@@ -132,23 +120,6 @@ def test_score_gradients_of_many_tokens_get_a_workspace(capability):
     flat.accumulate_score_grad(got[:8], *given)
     oracle.accumulate_score_grad(expected[:8], *given)
     assert_same(got, expected)
-
-
-@pytest.mark.parametrize("out_dtype", [torch.float32, *DTYPES])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_products_are_added_without_a_weight(dtype, out_dtype, capability):
-    t = inputs(dtype)
-    for x, grad in (
-        (t.x, t.grad_output),
-        (t.x[0], t.grad_output[0]),
-        (t.x.T.contiguous().T, t.grad_output[:1].expand(5, 12)),
-        (t.x[:0], t.grad_output[:0]),
-        (t.x[:4].view(2, 2, 40), t.grad_output[:4].view(2, 2, 12)),
-    ):
-        got, expected = torch.full((12, 40), 3.0, dtype=out_dtype), torch.full((12, 40), 3.0, dtype=out_dtype)
-        flat.accumulate_product(got, grad, x)
-        oracle.accumulate_product(expected, grad, x)
-        assert_same(got, expected)
 
 
 def test_products_without_a_weight_that_do_not_fit_are_refused():
@@ -164,7 +135,7 @@ def test_products_without_a_weight_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
-@pytest.mark.parametrize("mode", ["magnitude", "value"])
+@pytest.mark.parametrize("mode", MODES)
 def test_thresholds_masks_and_signs(dtype, mode):
     scores = inputs(scores_dtype=dtype).scores
     for ratio in (0.0, 0.5, 0.9, 1.0):
@@ -177,44 +148,6 @@ def test_thresholds_masks_and_signs(dtype, mode):
     assert_same(flat.pack_mask(scores, rows, mode), reference.pack_mask(scores, rows, mode))
     for got, expected in zip(flat.pack_signs(scores), reference.pack_signs(scores)):
         assert_same(got, expected)
-
-
-def test_rows_of_any_stride_are_read_where_they_lie():
-    whole = torch.arange(240.0).view(10, 24).bfloat16()
-    for view in (whole, whole[:, :7], whole[::2], whole[:1, 3:4], whole[:0]):
-        assert cuda._matrix(view).data_ptr() == view.data_ptr()
-    for view in (whole.T, whole[:, ::2], whole[:1].expand(4, 24), whole[:, :1].expand(10, 4)):
-        copy = cuda._matrix(view)
-        assert copy.is_contiguous()
-        assert torch.equal(copy, view)
-
-
-def test_odd_layouts(capability):
-    """Columns of a wider tensor, a transposed one, an expanded gradient, three dimensions, one token and no token."""
-    wide = inputs(m=6, n=14, k=44)
-    weight, scores = wide.weight[1:13, 3:42], wide.scores.T.contiguous().T[1:13, 3:42]
-    threshold, bias = torch.tensor(1.0).bfloat16(), wide.bias.repeat_interleave(2)[2:26:2]
-    for x in (wide.x[:, 3:42], wide.x[:, 3:42].view(2, 3, 39), wide.x[0, 3:42], wide.x[:1, 3:42], wide.x[:0, 3:42]):
-        forward = (x, weight, scores, threshold, bias, "magnitude")
-        assert_same(flat.masked_linear(*forward), oracle.masked_linear(*forward))
-        grad = torch.ones((), dtype=torch.bfloat16).expand(*x.shape[:-1], 12)
-        backward = (grad, x, weight, scores, threshold, "magnitude", ALL)
-        got = flat.masked_linear_backward(*backward)
-        for g, e in zip(got, oracle.masked_linear_backward(*backward)):
-            assert_same(g, e)
-
-
-@pytest.mark.parametrize(("n", "k"), [(0, 5), (5, 0), (0, 0), (1, 1)])
-def test_matrices_without_elements(n, k):
-    t = inputs(m=3, n=n, k=k)
-    packed = reference.pack_mask(t.scores, torch.tensor(1.0), "magnitude")
-    assert_same(
-        flat.masked_linear_packed(t.x, t.weight, packed, t.bias),
-        oracle.masked_linear_packed(t.x, t.weight, packed, t.bias),
-    )
-    backward = (t.grad_output, t.x, t.weight, t.scores, torch.tensor(1.0).bfloat16(), "magnitude", ALL)
-    for g, e in zip(flat.masked_linear_backward(*backward), oracle.masked_linear_backward(*backward)):
-        assert_same(g, e)
 
 
 @pytest.mark.parametrize("scores_dtype", [torch.float32, torch.bfloat16])

@@ -7,12 +7,15 @@ import emulated
 import pytest
 import torch
 from by_name import oracle
+from checked_products import assert_one_product_in_every_schedule
 from guarded import guarded
+from in_turn import in_turn
+from products import MODES, row_thresholds, within
 from products import assert_same as same
-from products import row_thresholds, within
-from test_plans import A100, H100, H200, HOPPERS, NVIDIAS, SHAPES, device_of, planned
+from test_plans import HOPPERS, SHAPES, device_of, planned
 
 from mft_kernels import reference
+from mft_kernels.backends.triton.cards import A100, H100
 from mft_kernels.testing import assert_within_budget, integer_inputs, random_inputs
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -53,24 +56,26 @@ def check(t, mode="magnitude", **device):
         same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode, **device), expected)
 
 
-@pytest.mark.parametrize("mode", ["magnitude", "value"])
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("tokens", range(1, 17))
+@pytest.mark.parametrize(("dtype", "mode", "tokens"), in_turn([BF16, FP16], MODES, range(1, 17)))
 def test_every_number_of_tokens(tokens, dtype, mode, cuts):
     check(integer_inputs(tokens, 40, 200, dtype, dtype), mode)
     assert None not in cuts
 
 
-@pytest.mark.parametrize(("dtype", "mode"), [(BF16, "magnitude"), (FP16, "value")])
-@pytest.mark.parametrize("tokens", [17, 24, 25, 32, 33, 48, 49, 56, 63, 64])
+@pytest.mark.parametrize(("dtype", "tokens", "mode"), in_turn([BF16, FP16], [17, 24, 32, 33, 49, 64], MODES))
 def test_up_to_64_tokens(tokens, dtype, mode):
     """Pairs of tiles, of which the last may have 1 to 16 tokens."""
     check(integer_inputs(tokens, 40, 200, dtype, dtype), mode, arch="decode")
     check(integer_inputs(tokens, 133, 296, dtype, dtype), mode, arch="decode", multiprocessors=17)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 4, 132])
-@pytest.mark.parametrize("shape", [(3, 1, 8), (5, 130, 264), (9, 17, 32), (16, 129, 1096), (1, 8, 4104), (2, 300, 40)])
+@pytest.mark.parametrize(
+    ("multiprocessors", "shape"),
+    [
+        *((count, (16, 129, 1096)) for count in (1, 4, 132)),
+        *((1, (3, 1, 8)), (4, (5, 130, 264)), (132, (9, 17, 32)), (132, (1, 8, 4104)), (4, (2, 300, 40))),
+    ],
+)
 def test_every_tail(shape, multiprocessors, cuts):
     """Tails of features and of columns, in one part and in many parts, of which the last is shorter."""
     check(integer_inputs(*shape, BF16, BF16), multiprocessors=multiprocessors)
@@ -117,18 +122,9 @@ def test_on_hopper_a_cluster_s_blocks_take_the_parts(cuts):
     assert {cut.slabs > 1 for cut in cuts} == {True, False}
 
 
-def test_without_a_workspace_the_depth_is_in_one(monkeypatch):
-    monkeypatch.setattr(emulated, "plan", lambda kernel, asked, device: emulated.Plan())
+@pytest.mark.usefixtures("without_a_workspace")
+def test_without_a_workspace_the_depth_is_in_one():
     check(integer_inputs(9, 40, 1096, FP16, FP16), multiprocessors=132)
-
-
-def test_other_kernels_take_what_has_many_tokens_odd_rows_or_other_scores(cuts):
-    for shape, scores in (((65, 24, 40), BF16), ((3, 24, 41), BF16), ((3, 24, 40), torch.float32)):
-        t = integer_inputs(*shape, BF16, scores)
-        threshold = torch.tensor(1.0, dtype=scores)
-        expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-        same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude"), expected)
-    assert {*cuts} == {None}
 
 
 @pytest.mark.parametrize("at_end", [True, False])
@@ -154,9 +150,9 @@ def test_strided_rows_are_read_where_they_lie(cuts):
     assert None not in cuts
 
 
-@pytest.mark.parametrize("tokens", [11, 27])
-def test_what_is_not_finite_stays_with_its_token_and_its_weight(tokens):
-    t = integer_inputs(tokens, 24, 40, BF16, BF16)
+def test_among_many_tokens_too_what_is_not_finite_stays_with_its_token_and_its_weight():
+    """Pairs of tiles; tests/ops has fewer tokens."""
+    t = integer_inputs(27, 24, 40, BF16, BF16)
     t.x[3, 7], t.x[10] = torch.nan, torch.inf
     t.scores[:, 7] = 5  # kept
     t.scores[:, 9], t.weight[:, 9] = 0, torch.nan  # dropped
@@ -174,31 +170,21 @@ def test_what_is_not_finite_stays_with_its_token_and_its_weight(tokens):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("shape", [(12, 136, 2056), (5, 264, 1096), (50, 136, 2056)])
 def test_sums_are_added_in_one_order_whatever_ends_first(shape, capability, cuts):
-    """Random floats give the same bits in every schedule, within the error budget."""
+    """Random floats, by scores and by words."""
     t = random_inputs(*shape, BF16, BF16)
+    device = {"arch": "decode", "multiprocessors": 132, "capability": capability}
+    assert_one_product_in_every_schedule(t, transposed=False, **device)
     threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
-    arguments = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
     packed = reference.pack_mask(t.scores, threshold, "magnitude")
-    device, results = {"arch": "decode", "multiprocessors": 132, "capability": capability}, []
-    for seed, asynchrony in enumerate(emulated.ASYNCHRONIES):
-        emulated.set_settings(seed, asynchrony, emulated.SCHEDULES[seed % 2])
-        results.append(emulated.masked_linear(*arguments, **device))
-        words = emulated.masked_linear_packed(t.x, t.weight, packed, t.bias, **device)
-        assert_within_budget(words, oracle.masked_linear(*arguments), _exact(t, threshold))
+    words = emulated.masked_linear_packed(t.x, t.weight, packed, t.bias, **device)
+    arguments = (t.scores, threshold, t.bias, "magnitude")
+    exact = oracle.masked_linear(t.x.double(), t.weight.double(), t.scores, threshold, t.bias.double(), "magnitude")
+    assert_within_budget(words, oracle.masked_linear(t.x, t.weight, *arguments), exact)
     assert all(cut.parts > 1 for cut in cuts)
     assert {cut.cluster > 1 for cut in cuts} == {capability == 90}
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-    assert_within_budget(results[0], oracle.masked_linear(*arguments), _exact(t, threshold))
-
-
-def _exact(t, threshold):
-    return oracle.masked_linear(t.x.double(), t.weight.double(), t.scores, threshold, t.bias.double(), "magnitude")
 
 
 # ------------------------------------------------------------------------------------------------- cards not here
-
-FEATURES, DEPTHS = (1024, 4096, 14336), (576, 4096, 14336)
 
 
 def _asked(tokens, n, k):
@@ -207,56 +193,6 @@ def _asked(tokens, n, k):
     setattr(asked, "in", of["in"])
     asked.keep.words = 128
     return asked
-
-
-def traffic(card, tokens, n, k):
-    """Return (blocks, bytes read and written relative to the bytes of weight and mask).
-
-    The bytes come from L2 and memory; x is read repeatedly, and parts are written and read again.
-    """
-    _, parts, _, _, cluster, features = emulated.decode_cut(_asked(tokens, n, k), device_of(card))
-    tiles, in_memory = -(-n // features), parts // cluster
-    least = n * k * (2 + 1 / 8)
-    again = tiles * tokens * k * 2 + (2 * in_memory * tokens * n * 4 if in_memory > 1 else 0) + tokens * n * 2
-    return tiles * parts, (least + again) / least
-
-
-def test_every_multiprocessor_has_a_block_and_little_more_is_read_than_the_weight():
-    """At most a tenth more is read for one token; on an H100, where parts are clusters, also for 16 of a large weight.
-
-    On other cards, the rest is the tokens, which 16 and more blocks read from L2, and the parts.
-    """
-    for card in NVIDIAS:
-        clusters = card.arch == 90
-        for n, k in itertools.product(FEATURES, DEPTHS):
-            of = {tokens: traffic(card, tokens, n, k) for tokens in (1, 4, 8, 16, 64)}
-            # Clusters of 8 blocks fill 128 of 132 multiprocessors.
-            least = card.multiprocessors // 8 * 8 if clusters else card.multiprocessors
-            assert min(blocks for blocks, _ in of.values()) >= least, (card.name, n, k)
-            assert of[1][1] <= 1.1, (card.name, n, k)
-            if min(n, k) >= 4096:
-                assert of[16][1] <= (1.13 if clusters else 1.3), (card.name, n, k)
-                assert of[64][1] <= (1.5 if clusters else 1.85), (card.name, n, k)
-                assert (
-                    card not in (H100, H200) or max(ratio for tokens, (_, ratio) in of.items() if tokens <= 16) <= 1.07
-                )
-
-
-def test_from_17_to_64_tokens_the_model_finds_the_cheaper_of_two_kernels():
-    """The cheaper one is decode_sm80 for small weights, and for half of the large ones (over 90 % with clusters)."""
-    small, large = [], {True: [], False: []}
-    for card, shape, mask, tokens in itertools.product(NVIDIAS, SHAPES, ("bf16", "words"), (17, 32, 33, 64)):
-        taken, few, general = (planned(f"product_{kernel}", card, tokens, shape, mask) for kernel in _KERNELS)
-        decodes = few.cycles <= general.cycles
-        assert taken.cycles == (few if decodes else general).cycles
-        assert taken.workspace == (few if decodes else general).workspace
-        (small if shape[0] * shape[1] < 1024**2 else large[card.arch == 90]).append(decodes)
-    assert sum(small) >= 0.95 * len(small)
-    assert 0.4 < sum(large[False]) / len(large[False]) < 0.55
-    assert sum(large[True]) / len(large[True]) > 0.9
-
-
-_KERNELS = ("sm80", "decode", "general")
 
 
 @pytest.mark.parametrize("card", HOPPERS, ids=lambda card: card.name)

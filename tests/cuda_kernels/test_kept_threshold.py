@@ -8,11 +8,10 @@ import pytest
 import torch
 from guarded import guarded
 from in_turn import in_turn
+from products import DTYPES, MODES
 
 from mft_kernels import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODES = ("magnitude", "value")
 VECTORS = 4096  # of 16 bytes, that a block reads at once
 #: One capability whose blocks have shared memory for 32,768 counts, and one without.
 CAPABILITIES = (80, 86)
@@ -65,15 +64,6 @@ def test_the_number_of_blocks_changes_no_bit(mode, dtype, multiprocessors):
     scores = normal(7 * VECTORS * 16 // dtype.itemsize + 77, seed=1).to(dtype)
     emulated.set_settings(seed=multiprocessors)
     assert_same_threshold(scores, 0.9, mode, (90,), multiprocessors=multiprocessors)
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_order_of_the_warps_changes_nothing(dtype, seed):
-    emulated.set_settings(seed=seed)
-    scores = normal(5000, seed=seed).to(dtype)
-    for mode in MODES:
-        assert_same_threshold(scores, 0.3 + 0.1 * seed, mode, multiprocessors=3)
 
 
 @pytest.mark.parametrize(("mode", "dtype", "value"), in_turn(MODES, DTYPES, [0.25, -0.25, -0.0]))

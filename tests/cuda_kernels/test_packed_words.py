@@ -7,11 +7,10 @@ import emulated
 import pytest
 import torch
 from guarded import guarded
+from products import DTYPES
 
 from mft_kernels import reference
 from mft_kernels.testing import integer_inputs
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def assert_matches_reference(scores, threshold, mode, **device):
@@ -44,10 +43,3 @@ def test_nothing_outside_the_scores_is_touched(dtype, at_end):
         thresholds = guarded(torch.arange(shape[0]).to(dtype), at_end=at_end)
         with emulated.outputs_at_guard_pages(at_end=at_end):
             assert_matches_reference(scores, thresholds, "magnitude")
-
-
-def test_the_order_of_the_warps_changes_nothing():
-    scores = integer_scores(100, 1111, torch.float16)
-    for seed in range(5):
-        emulated.set_settings(seed=seed)
-        assert_matches_reference(scores, torch.tensor(1).half(), "value", multiprocessors=seed + 1)

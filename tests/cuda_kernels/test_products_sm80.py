@@ -9,21 +9,19 @@ import emulated
 import pytest
 import torch
 from by_name import oracle
+from checked_products import assert_one_product_in_every_schedule, assert_one_sum_in_every_schedule, check_products
 from guarded import guarded
 from host_program import built, run
 from in_turn import in_turn
-from products import assert_same, row_thresholds, within
+from products import ALL, MODES, assert_same, row_thresholds, within
 from torch import Tensor
 
 from mft_kernels import reference
-from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, random_inputs
+from mft_kernels.testing import Inputs, integer_inputs, random_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16)
 SCORES = (FP32, BF16, FP16)
-MODES = ("magnitude", "value")
-ALL = [True, True, True, True]
-D_X = [True, False, False, False]
 slow = partial(pytest.param, marks=pytest.mark.slow)  # takes seconds in the emulator
 
 
@@ -31,21 +29,6 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # takes seconds in the emu
 def general(monkeypatch):
     """Use the general kernel where few tokens would go to decode_sm80, which test_decode.py tests."""
     monkeypatch.setattr(emulated, "usual_arch", "general")
-
-
-def check_products(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
-    """Check forward and d_x, by scores with a bias and by packed mask without; the bias does not depend on the mask."""
-    packed = reference.pack_mask(t.scores, threshold, mode)
-    expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode)
-    assert_same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode, **device), expected)
-    expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, None, mode)
-    assert_same(emulated.masked_linear_packed(t.x, t.weight, packed, None, **device), expected)
-    arguments = (t.grad_output, t.x, t.weight)
-    expected = oracle.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X)[0]
-    assert_same(emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X, **device)[0], expected)
-    assert_same(
-        emulated.masked_linear_packed_backward(*arguments, packed, None, None, mode, D_X, **device)[0], expected
-    )
 
 
 def check_score_grad(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
@@ -79,21 +62,6 @@ def check_product_added(t: Inputs, **device) -> None:
         oracle.accumulate_product(right, t.grad_output, t.x)
         emulated.accumulate_product(out, t.grad_output, t.x, **device)
         assert_same(out, right)
-
-
-@pytest.fixture
-def ways(monkeypatch):
-    """Return a list of (tokens of a tile, parts of the sum) for each product and d_scores that is computed."""
-    seen, plan = [], emulated.plan
-
-    def counted(kernel, asked, device):
-        found = plan(kernel, asked, device)
-        assert (found.workspace > 0) == (found.parts > 1)
-        seen.append((found.tokens, found.parts))
-        return found
-
-    monkeypatch.setattr(emulated, "plan", counted)
-    return seen
 
 
 def parts_of(ways) -> set[int]:
@@ -151,8 +119,7 @@ def test_two_blocks_of_score_gradients_share_what_a_gpu_has(shared_kib):
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [(64, 129, 31), (65, 8, 8), (129, 130, 128), (3, 24, 520), (5, 1, 1031), (128, 128, 32)],
+    "shape", [(64, 129, 31), (65, 8, 8), (129, 130, 128), (3, 24, 520), (5, 1, 1031), (128, 128, 32)]
 )
 def test_shapes_round_the_tiles(shape):
     t = integer_inputs(*shape, FP16, BF16)
@@ -205,9 +172,10 @@ def test_strided_outputs_and_nothing_around_them_is_written(before, more):
         assert int(memory.isnan().sum()) == around
 
 
-@pytest.mark.parametrize("at_end", [True, False])
-@pytest.mark.parametrize("shape", [(70, 136, 40), (5, 24, 520), (66, 129, 130), (9, 5, 36)])
-@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP16, BF16)])
+@pytest.mark.parametrize(
+    ("dtypes", "at_end", "shape"),
+    in_turn([(BF16, FP32), (FP16, BF16)], [True, False], [(70, 136, 40), (5, 24, 520), (66, 129, 130), (9, 5, 36)]),
+)
 def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
     """Inputs and outputs end or begin at forbidden pages."""
     t = integer_inputs(*shape, *dtypes)
@@ -263,31 +231,13 @@ def test_parts_write_nothing_around_their_workspace(tokens, multiprocessors, at_
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_parts_are_added_in_one_order_and_rounded_once(transposed, ways):
-    """Random floats give the same bits, whichever block ends first, within the error budget."""
     t = random_inputs(20, 1040, 1096, BF16, BF16)
-    threshold = reference.kept_threshold(t.scores, 0.9, "magnitude")
-    results = []
-    for seed, asynchrony in enumerate(emulated.ASYNCHRONIES):
-        emulated.set_settings(seed, asynchrony)
-        if transposed:
-            arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", D_X)
-            results.append(emulated.masked_linear_backward(*arguments, multiprocessors=132)[0])
-        else:
-            arguments = (t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-            results.append(emulated.masked_linear(*arguments, multiprocessors=132))
+    assert_one_product_in_every_schedule(t, transposed=transposed, multiprocessors=132)
     assert parts_of(ways) == {4}
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-    op = oracle.masked_linear_backward if transposed else oracle.masked_linear
-    exact = op(*(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments))
-    own = op(*arguments)
-    if transposed:
-        own, exact = own[0], exact[0]
-    assert_within_budget(results[0], own, exact)
 
 
-def test_without_a_workspace_the_depth_is_in_one(monkeypatch):
-    monkeypatch.setattr(emulated, "plan", lambda kernel, asked, device: emulated.Plan())
+@pytest.mark.usefixtures("without_a_workspace")
+def test_without_a_workspace_the_depth_is_in_one():
     t = integer_inputs(9, 40, 1096, FP16, FP16)
     check_products(t, row_thresholds(t), "magnitude", multiprocessors=132)
     t = integer_inputs(1096, 40, 72, FP16, FP16)
@@ -319,24 +269,16 @@ def test_parts_of_score_gradients_write_nothing_around_their_workspace(at_end, w
 
 
 def test_parts_of_score_gradients_are_added_in_one_order(ways):
-    """Random floats added to a buffer give the same bits, whichever block ends first, within the error budget."""
-    t = random_inputs(1096, 136, 72, BF16, BF16)
-    before, results = torch.randn(136, 72), []
-    for seed, asynchrony in enumerate(emulated.ASYNCHRONIES):
-        emulated.set_settings(seed, asynchrony)
-        out = before.clone()
-        emulated.accumulate_score_grad(
-            out, t.grad_output, t.x, t.weight, t.scores, None, "magnitude", multiprocessors=132
-        )
-        results.append(out)
+    """Random floats added to a buffer."""
+    t, before = random_inputs(1096, 136, 72, BF16, BF16), torch.randn(136, 72)
+
+    def added(by, to, widen=lambda v: v, **device):
+        by.accumulate_score_grad(to, *map(widen, (t.grad_output, t.x, t.weight)), t.scores, None, "magnitude", **device)
+        return to
+
+    own, exact = added(oracle, before.clone()), added(oracle, before.double(), Tensor.double)
+    assert_one_sum_in_every_schedule(lambda: added(emulated, before.clone(), multiprocessors=132), own, exact)
     assert parts_of(ways) == {4}
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-    own, exact = before.clone(), before.double()
-    oracle.accumulate_score_grad(own, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
-    wide = (t.grad_output.double(), t.x.double(), t.weight.double(), t.scores)
-    oracle.accumulate_score_grad(exact, *wide, None, "magnitude")
-    assert_within_budget(results[0], own, exact)
 
 
 # --------------------------------------------------------------------------------------------------------- schedules

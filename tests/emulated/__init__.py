@@ -1,6 +1,6 @@
 """The CUDA kernels on CPU tensors: every kernel's file compiled with g++ for the emulator, called like the reference.
 
-The functions have the names and arguments of ``mft_kernels.reference``, and keywords for what a device would decide:
+It has a backend's functions, the ops by name (by_name.py), and keywords for what a device would decide:
 ``multiprocessors``, ``capability``, ``shared_bytes`` and ``arch``. ``arch`` is "sm_80" or "sm_90"; "decode" or
 "general" for one of sm_80's two products; or "hopper" for sm_90's if it takes the operands, else sm_80's. Rows may
 have any stride.
@@ -14,16 +14,18 @@ import fcntl
 import functools
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from by_name import ByName
 from guarded import guarded
 from torch import Tensor
 
+from building import compile
+from building.compile import CannotBuild, Link, Unit
+from mft_kernels import operands
 from mft_kernels.reference.linear import Gradients, kept_count
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,10 +35,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # only nvcc knows "unro
 NUMBERS = "-ffp-contract=off"  # round products and sums separately, even if the host could fuse them
 INCLUDE = [f"-I{folder}" for folder in (ROOT / "csrc/cuda", PROGRAMS, SOURCES)]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", NUMBERS, *WARNINGS, *INCLUDE]
-NOT_EMULATED = (
-    "score_grad_sm90_",
-    "bindings",
-)  # these need CUTLASS, torch or the driver
+NOT_EMULATED = ("score_grad_sm90_", "bindings")  # these need CUTLASS, torch or the driver
 
 usual_arch = "sm_80"
 
@@ -46,107 +45,64 @@ SCHEDULES = ("in_turn", "by_rank")  # by rank, a warp may run far ahead of anoth
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POISON = -1431655766  # 0xaaaaaaaa
 
-Pointer, Int64 = ctypes.c_void_p, ctypes.c_int64
+Pointer, Int, Int64, Bool = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_bool
 
 
 class NotBuilt(RuntimeError):
     """Why there is no library on this machine."""
 
 
+def _of(kind: type, names: str) -> tuple[tuple[str, type], ...]:
+    """Return the fields of these names, in order."""
+    return tuple((name, kind) for name in names.split())
+
+
 class Matrix(ctypes.Structure):
-    _fields_ = (("data", Pointer), ("type", ctypes.c_int), ("rows", Int64), ("columns", Int64), ("stride", Int64))
+    _fields_ = _of(Pointer, "data") + _of(Int, "type") + _of(Int64, "rows columns stride")
 
 
 class Keep(ctypes.Structure):
-    _fields_ = (
-        ("words", Pointer),
-        ("scores", Matrix),
-        ("thresholds", Pointer),
-        ("threshold_stride", Int64),
-        ("magnitude", ctypes.c_bool),
-    )
+    _fields_ = _of(Pointer, "words") + _of(Matrix, "scores") + _of(Pointer, "thresholds")
+    _fields_ += _of(Int64, "threshold_stride") + _of(Bool, "magnitude")
 
 
 class Sign(ctypes.Structure):
-    _fields_ = (("scores", Matrix), ("words", Pointer))
+    _fields_ = _of(Matrix, "scores") + _of(Pointer, "words")
 
 
 class Product(ctypes.Structure):
-    _fields_ = (
-        ("out", Matrix),
-        ("in", Matrix),
-        ("weight", Matrix),
-        ("keep", Keep),
-        ("bias", Pointer),
-        ("transposed", ctypes.c_bool),
-        ("workspace", Pointer),
-        ("tokens", ctypes.c_int),
-        ("parts", ctypes.c_int),
-    )
+    _fields_ = _of(Matrix, "out in weight") + _of(Keep, "keep") + _of(Pointer, "bias") + _of(Bool, "transposed")
+    _fields_ += _of(Pointer, "workspace") + _of(Int, "tokens parts")
 
 
 class ScoreGrad(ctypes.Structure):
-    _fields_ = (
-        ("d_scores", Matrix),
-        ("d_weight", Matrix),
-        ("grad_output", Matrix),
-        ("x", Matrix),
-        ("weight", Matrix),
-        ("sign", Sign),
-        ("keep", Keep),
-        ("accumulate", ctypes.c_bool),
-        ("workspace", Pointer),
-    )
+    _fields_ = _of(Matrix, "d_scores d_weight grad_output x weight") + _of(Sign, "sign") + _of(Keep, "keep")
+    _fields_ += _of(Bool, "accumulate") + _of(Pointer, "workspace")
 
 
 class Select(ctypes.Structure):
-    _fields_ = (
-        ("scores", Pointer),
-        ("type", ctypes.c_int),
-        ("count", Int64),
-        ("k", Int64),
-        ("magnitude", ctypes.c_bool),
-        ("threshold", Pointer),
-        ("workspace", Pointer),
-    )
+    _fields_ = _of(Pointer, "scores") + _of(Int, "type") + _of(Int64, "count k") + _of(Bool, "magnitude")
+    _fields_ += _of(Pointer, "threshold workspace")
 
 
 class PackMask(ctypes.Structure):
-    _fields_ = (("words", Pointer), ("keep", Keep))
+    _fields_ = _of(Pointer, "words") + _of(Keep, "keep")
 
 
 class PackSigns(ctypes.Structure):
-    _fields_ = (("words", Pointer), ("zeros", Pointer), ("scores", Matrix))
+    _fields_ = _of(Pointer, "words zeros") + _of(Matrix, "scores")
 
 
 class Device(ctypes.Structure):
-    _fields_ = (
-        ("stream", Pointer),
-        ("multiprocessors", ctypes.c_int),
-        ("capability", ctypes.c_int),
-        ("shared_bytes", ctypes.c_int),
-        ("l2_bytes", ctypes.c_int),
-    )
+    _fields_ = _of(Pointer, "stream") + _of(Int, "multiprocessors capability shared_bytes l2_bytes")
 
 
 class Plan(ctypes.Structure):
-    _fields_ = (
-        ("cycles", ctypes.c_double),
-        ("tokens", ctypes.c_int),
-        ("parts", ctypes.c_int),
-        ("workspace", Int64),
-    )
+    _fields_ = _of(ctypes.c_double, "cycles") + _of(Int, "tokens parts") + _of(Int64, "workspace")
 
 
-_STRUCTS = {
-    "product": Product,
-    "score_grad": ScoreGrad,
-    "select": Select,
-    "pack_mask": PackMask,
-    "pack_signs": PackSigns,
-    "device": Device,
-    "plan": Plan,
-}
+_STRUCTS = {"product": Product, "score_grad": ScoreGrad, "select": Select, "pack_mask": PackMask}
+_STRUCTS |= {"pack_signs": PackSigns, "device": Device, "plan": Plan}
 
 # ------------------------------------------------------------------------------------------------------- building
 
@@ -157,10 +113,11 @@ def library() -> ctypes.CDLL:
     wanted = tuple(filter(None, os.environ.get("MFT_EMULATED", "").split(",")))
     sources = [s for pattern in ("*.cu", "*.cpp") for s in sorted((ROOT / "csrc/cuda").glob(pattern))]
     kernels = [s for s in sources if not s.name.startswith(NOT_EMULATED) and s.name.startswith(wanted or "")]
-    path = _build(
-        ROOT / "build" / "-".join(["cuda_emulated", *wanted]),
-        [*kernels, SOURCES / "emulator/machine.cpp", PROGRAMS / "emulated.cpp"],
-    )
+    sources = [*kernels, SOURCES / "emulator/machine.cpp", PROGRAMS / "emulated.cpp"]
+    directory, gxx = ROOT / "build" / "-".join(["cuda_emulated", *wanted]), compiler()
+    units = [Unit(source, gxx, [*FLAGS, "-x", "c++"]) for source in sources]  # "-x": also what ends in .cu
+    build(directory, units, Link("libemulated.so", gxx, []))
+    path = directory / "libemulated.so"
     loaded = ctypes.CDLL(str(path))
     for name, struct in _STRUCTS.items():
         size = getattr(loaded, f"emulated_size_of_{name}")
@@ -176,33 +133,19 @@ def compiler() -> str:
     return path
 
 
-def _build(directory: Path, sources: list[Path]) -> Path:
-    gxx, ninja = compiler(), _ninja()
+def build(directory: Path, units: Sequence[Unit], link: Link | None = None) -> None:
+    """Compile and link what has changed, while no other process builds there.
+
+    Raises: RuntimeError with the compiler's output.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    # fmt: off
-    lines = [
-        "rule compile", f"  command = {gxx} {' '.join(FLAGS)} -MMD -MF $out.d -x c++ -c $in -o $out",
-        "  depfile = $out.d", "  deps = gcc",
-        "rule link", f"  command = {gxx} -shared $in -o $out",
-        *(f"build {source.name}.o: compile {source}" for source in sources),
-        f"build libemulated.so: link {' '.join(f'{source.name}.o' for source in sources)}", "",
-    ]
-    # fmt: on
     with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs build one after the other
-        (directory / "build.ninja").write_text("\n".join(lines))
-        built = subprocess.run([ninja, "-C", str(directory), "-j2"], capture_output=True, text=True)
-        if built.returncode != 0:
-            raise RuntimeError(f"the emulated kernels do not compile:\n{built.stdout}{built.stderr}")
-    return directory / "libemulated.so"
-
-
-def _ninja() -> str:
-    beside_python = Path(sys.executable).parent / "ninja"
-    path = shutil.which("ninja") or (str(beside_python) if beside_python.exists() else None)
-    if path is None:
-        raise NotBuilt("the emulator is built with ninja, and there is none; pip install ninja")
-    return path
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            compile.build(directory, units, link)
+        except CannotBuild as error:
+            said = "".join(log.read_text() for log in sorted(directory.glob("*.log")))
+            raise RuntimeError(f"{directory.name} does not compile: {error}\n{said}") from None
 
 
 def set_settings(seed: int = 0, asynchrony: str = "random", schedule: str = "in_turn") -> None:
@@ -210,78 +153,55 @@ def set_settings(seed: int = 0, asynchrony: str = "random", schedule: str = "in_
     library().emulated_set_settings(ctypes.c_uint(seed), ASYNCHRONIES.index(asynchrony), SCHEDULES.index(schedule))
 
 
-# ---------------------------------------------------------------------------------------- the reference's functions
+# ------------------------------------------------------------------------------------------ a backend's functions
 
 
-def masked_linear(
-    x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None, mode: str, **device
-) -> Tensor:
-    return _linear(x, weight, _keep(scores, threshold, mode), bias, device)
+def product(x: Tensor, weight: Tensor, keep: operands.Keep, bias: Tensor | None, *, transposed: bool = False, **device):
+    rows = _rows(x)
+    out = _new((len(rows), weight.shape[1 if transposed else 0]), x.dtype)
+    asked = Product(out=_matrix(out), weight=_matrix(weight), keep=_keep(keep), transposed=transposed)
+    setattr(asked, "in", _matrix(rows))  # a Python keyword
+    if bias is not None:
+        assert bias.is_contiguous()
+        assert bias.dtype == weight.dtype
+        asked.bias = bias.data_ptr()
+    kernel = f"product_{device.get('arch', usual_arch).replace('_', '')}"
+    if kernel == "product_hopper":  # its own kernel if it takes the operands, like the bindings
+        kernel = "product_sm90" if plan("product_sm90", asked, device).tokens else "product_sm80"
+    _call_with_workspace(kernel, asked, device)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
-def masked_linear_packed(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, **device) -> Tensor:
-    return _linear(x, weight, Keep(words=_words(packed)), bias, device)
+def gradients(asked: operands.Backward, **device) -> Gradients:
+    grad, weight, wants = asked.grad_output, asked.weight, asked.output_mask
+    d_x = d_weight = d_scores = d_bias = grad.new_empty(0)
+    if wants[0]:
+        d_x = product(grad, weight, asked.keep, None, transposed=True, **device)
+    if wants[1]:
+        d_weight = _new(weight.shape, weight.dtype)
+    if wants[2]:
+        d_scores = _new(weight.shape, asked.score_dtype)
+    if wants[1] or wants[2]:
+        wanted = {"d_scores": d_scores if wants[2] else None, "d_weight": d_weight if wants[1] else None}
+        score_grad(operands.Sums(grad, asked.x, weight, asked.sign, **wanted, keep=asked.keep), **device)
+    if wants[3]:
+        d_bias = _rows(grad).sum(0)
+    return d_x, d_weight, d_scores, d_bias
 
 
-def masked_linear_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    mode: str,
-    output_mask: list[bool],
-    **device,
-) -> Gradients:
-    keep = _keep(scores, threshold, mode)
-    return _backward(grad_output, x, weight, keep, scores, None, mode, output_mask, device)
+def score_grad(sums: operands.Sums, **device) -> None:
+    grad, rows = _rows(sums.grad_output), _rows(sums.x)
+    n, k = grad.shape[1], rows.shape[1]
+    weight = Matrix(None, _TYPES[rows.dtype], n, k, k) if sums.weight is None else _matrix(sums.weight)
+    asked = ScoreGrad(grad_output=_matrix(grad), x=_matrix(rows), weight=weight, accumulate=sums.accumulate)
+    if sums.d_weight is not None:
+        asked.d_weight, asked.keep = _matrix(sums.d_weight), _keep(sums.keep)
+    if sums.d_scores is not None:
+        asked.d_scores, asked.sign = _matrix(sums.d_scores), _sign(sums.sign)
+    _call_with_workspace("score_grad_sm80", asked, device)
 
 
-def masked_linear_packed_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    packed: Tensor,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
-    output_mask: list[bool],
-    **device,
-) -> Gradients:
-    keep = Keep(words=_words(packed))
-    return _backward(grad_output, x, weight, keep, scores, signs, mode, output_mask, device)
-
-
-def accumulate_score_grad(
-    out: Tensor,
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
-    **device,
-) -> None:
-    grad, rows = _rows(grad_output), _rows(x)
-    asked = ScoreGrad(
-        d_scores=_matrix(out),
-        grad_output=_matrix(grad),
-        x=_matrix(rows),
-        weight=_matrix(weight),
-        sign=_sign(scores, signs, mode),
-        accumulate=True,
-    )
-    _score_grad(asked, device)
-
-
-def accumulate_product(out: Tensor, grad_output: Tensor, x: Tensor, **device) -> None:
-    grad, rows = _rows(grad_output), _rows(x)
-    weight = Matrix(None, _TYPES[x.dtype], *out.shape, out.shape[1])
-    asked = ScoreGrad(d_scores=_matrix(out), grad_output=_matrix(grad), x=_matrix(rows), weight=weight, accumulate=True)
-    _score_grad(asked, device)
-
-
-def kept_threshold(scores: Tensor, keep_ratio: float, mode: str, **device) -> Tensor:
+def select(scores: Tensor, keep_ratio: float, mode: str, **device) -> Tensor:
     scores = scores.contiguous()
     threshold = _new((), scores.dtype)
     size = library().emulated_select_workspace
@@ -300,18 +220,30 @@ def kept_threshold(scores: Tensor, keep_ratio: float, mode: str, **device) -> Te
     return threshold
 
 
-def pack_mask(scores: Tensor, threshold: Tensor, mode: str, **device) -> Tensor:
+def pack(scores: Tensor, threshold: Tensor, mode: str, **device) -> Tensor:
     words = _new((scores.shape[0], -(-scores.shape[1] // 32)), torch.int32)
-    _call("pack_mask", PackMask(words=words.data_ptr(), keep=_keep(scores, threshold, mode)), device)
+    keep = _keep(operands.Keep(scores, threshold, mode))
+    _call("pack_mask", PackMask(words=words.data_ptr(), keep=keep), device)
     return words
 
 
-def pack_signs(scores: Tensor, **device) -> tuple[Tensor, Tensor]:
+def signs(scores: Tensor, **device) -> tuple[Tensor, Tensor]:
     words = _new((scores.shape[0], -(-scores.shape[1] // 32)), torch.int32)
     zeros = _new((), torch.int64)
     asked = PackSigns(words=words.data_ptr(), zeros=zeros.data_ptr(), scores=_matrix(scores))
     _call("pack_signs", asked, device)
     return words, zeros
+
+
+_by_name = ByName(globals())
+masked_linear, masked_linear_backward = _by_name.masked_linear, _by_name.masked_linear_backward
+masked_linear_packed = _by_name.masked_linear_packed
+masked_linear_packed_backward = _by_name.masked_linear_packed_backward
+accumulate_score_grad, accumulate_product = _by_name.accumulate_score_grad, _by_name.accumulate_product
+kept_threshold, pack_mask, pack_signs = _by_name.kept_threshold, _by_name.pack_mask, _by_name.pack_signs
+
+
+# ---------------------------------------------------------------------------------------------- plans and rates
 
 
 def plan(kernel: str, asked: ctypes.Structure, device: dict) -> Plan:
@@ -353,68 +285,6 @@ def rates(capability: int) -> tuple[float, float, float, float]:
 # ---------------------------------------------------------------------------------------------------------- private
 
 
-def _linear(x: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, device: dict) -> Tensor:
-    rows = _rows(x)
-    out = _new((rows.shape[0], weight.shape[0]), x.dtype)
-    _product(out, rows, weight, keep, bias, False, device)
-    return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _product(
-    out: Tensor, rows: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool, device: dict
-) -> None:
-    asked = Product(out=_matrix(out), weight=_matrix(weight), keep=keep, transposed=transposed)
-    setattr(asked, "in", _matrix(rows))  # a Python keyword
-    if bias is not None:
-        assert bias.is_contiguous()
-        assert bias.dtype == weight.dtype
-        asked.bias = bias.data_ptr()
-    kernel = f"product_{device.get('arch', usual_arch).replace('_', '')}"
-    if kernel == "product_hopper":  # its own kernel if it takes the operands, like the bindings
-        kernel = "product_sm90" if plan("product_sm90", asked, device).tokens else "product_sm80"
-    workspace = _new((plan(kernel, asked, device).workspace // 4,), torch.float32)
-    asked.workspace = workspace.data_ptr() or None
-    _call(kernel, asked, device)
-
-
-def _score_grad(asked: ScoreGrad, device: dict) -> None:
-    workspace = _new((plan("score_grad_sm80", asked, device).workspace // 4,), torch.float32)
-    asked.workspace = workspace.data_ptr() or None
-    _call("score_grad_sm80", asked, device)
-
-
-def _backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    keep: Keep,
-    scores: Tensor | None,
-    signs: Tensor | None,
-    mode: str,
-    output_mask: list[bool],
-    device: dict,
-) -> Gradients:
-    grad, rows = _rows(grad_output), _rows(x)
-    empty = grad_output.new_empty(0)
-    d_x = d_weight = d_scores = d_bias = empty
-    if output_mask[0]:
-        d_x = _new((grad.shape[0], weight.shape[1]), weight.dtype)
-        _product(d_x, grad, weight, keep, None, True, device)
-        d_x = d_x.view(*grad_output.shape[:-1], weight.shape[1])
-    if output_mask[1] or output_mask[2]:
-        asked = ScoreGrad(grad_output=_matrix(grad), x=_matrix(rows), weight=_matrix(weight))
-        if output_mask[1]:
-            d_weight = _new(weight.shape, weight.dtype)
-            asked.d_weight, asked.keep = _matrix(d_weight), keep
-        if output_mask[2]:
-            d_scores = _new(weight.shape, scores.dtype if scores is not None else torch.float32)
-            asked.d_scores, asked.sign = _matrix(d_scores), _sign(scores, signs, mode)
-        _score_grad(asked, device)
-    if output_mask[3]:
-        d_bias = grad.sum(0)
-    return d_x, d_weight, d_scores, d_bias
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
@@ -426,23 +296,22 @@ def _matrix(tensor: Tensor) -> Matrix:
     return Matrix(data, _TYPES[tensor.dtype], rows, columns, tensor.stride(0))
 
 
-def _keep(scores: Tensor, threshold: Tensor, mode: str) -> Keep:
-    assert threshold.dtype == scores.dtype
+def _keep(keep: operands.Keep) -> Keep:
+    if keep.words is not None:
+        return Keep(words=_words(keep.words))
+    assert keep.thresholds.dtype == keep.scores.dtype
     return Keep(
-        scores=_matrix(scores),
-        thresholds=threshold.data_ptr() or _nowhere(),
-        threshold_stride=threshold.stride(0) if threshold.dim() == 1 else 0,
-        magnitude=mode == "magnitude",
+        scores=_matrix(keep.scores),
+        thresholds=keep.thresholds.data_ptr() or _nowhere(),
+        threshold_stride=keep.threshold_stride,
+        magnitude=keep.magnitude,
     )
 
 
-def _sign(scores: Tensor | None, signs: Tensor | None, mode: str) -> Sign:
-    if mode == "value":
+def _sign(sign: Tensor | None) -> Sign:
+    if sign is None:
         return Sign()
-    if signs is not None:
-        return Sign(words=_words(signs))
-    assert scores is not None, "magnitude mode takes the sign from scores or signs"
-    return Sign(scores=_matrix(scores))
+    return Sign(words=_words(sign)) if sign.dtype == torch.int32 else Sign(scores=_matrix(sign))
 
 
 def _words(packed: Tensor) -> int:
@@ -456,6 +325,12 @@ _NOWHERE = ctypes.create_string_buffer(64)
 
 def _nowhere() -> int:
     return ctypes.addressof(_NOWHERE)
+
+
+def _call_with_workspace(function: str, asked: Product | ScoreGrad, device: dict) -> None:
+    workspace = _new((plan(function, asked, device).workspace // 4,), torch.float32)
+    asked.workspace = workspace.data_ptr() or None
+    _call(function, asked, device)
 
 
 def _call(function: str, asked: ctypes.Structure, device: dict) -> None:
