@@ -12,18 +12,13 @@ import pytest
 import torch
 from amx_gemm import amx_gemm
 from by_name import ByName, oracle
-from products import Operands, assert_equals_reference, assert_same, before, every_product, every_sum
+from products import DTYPES, Operands, assert_equals_reference, assert_same, before, every_product, every_sum
 
 from mft_kernels import reference
 from mft_kernels.backends import cpu
 from mft_kernels.testing import integer_inputs, random_inputs
 
 flat = ByName(cpu)
-
-pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODES = ("magnitude", "value")
 
 
 @pytest.fixture
@@ -50,9 +45,12 @@ def test_slabs_meet_without_a_seam(fused, shape):
     assert_equals_reference(flat, Operands.of(sparse(integer_inputs(*shape, dtype, torch.bfloat16)), 2.0))
 
 
-@pytest.mark.parametrize(("scores_dtype", "count"), [(torch.float32, 2), (torch.bfloat16, 1)])
 @pytest.mark.parametrize(
-    "shape", [(513, 97, 70), (12, 193, 1057), (37, 517, 289), (25, 1030, 33), (2049, 14, 40), (64, 96, 512)]
+    ("shape", "scores_dtype", "count"),  # where blocks meet depends on neither dtype nor threads
+    [
+        *((shape, torch.float32, 2) for shape in ((513, 97, 70), (37, 517, 289), (64, 96, 512))),
+        *((shape, torch.bfloat16, 1) for shape in ((12, 193, 1057), (25, 1030, 33), (2049, 14, 40))),
+    ],
 )
 def test_blocks_of_the_bfloat16_gemm_meet_without_a_seam(fused, threads, shape, scores_dtype, count):
     # Its blocks: 512 deep, 96 rows, 256 and 1024 columns, 2048 tokens, tiles of 12 x 32.
@@ -103,20 +101,6 @@ def test_emulated_tiles_give_the_bits_of_real_ones(monkeypatch, take_path, shape
         assert torch.equal(real.nan_to_num(), emulated.nan_to_num())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_scores_are_dropped_and_have_no_sign(capability, dtype):
-    scores = torch.tensor([[torch.nan, -torch.nan, 1.0, -0.0, 0.0, -1.0]]).to(dtype)
-    for threshold in (0.0, -1.0, torch.inf, torch.nan):
-        t = torch.tensor(threshold, dtype=dtype)
-        for mode in MODES:
-            assert_same(flat.pack_mask(scores, t, mode), reference.pack_mask(scores, t, mode))
-    ones = torch.ones(1, 6, dtype=dtype)
-    want = [False, False, True, False]
-    t = torch.tensor(0.0, dtype=dtype)
-    d_scores = flat.masked_linear_backward(ones[:, :1], ones, ones, scores, t, "magnitude", want)[2]
-    assert d_scores.tolist() == [[0, 0, 1, 0, 0, -1]]
-
-
 def test_no_slab_is_read_beyond_its_rows(fused):
     """The weight is cut in two, so that grad_output's columns have a pitch. One token has NaN in one feature."""
     t = sparse(integer_inputs(3, 500, 2500, torch.bfloat16))
@@ -127,21 +111,6 @@ def test_no_slab_is_read_beyond_its_rows(fused):
         results = list(every_product(flat, o))
     for (name, got), (_, right) in zip(results, every_product(oracle, exact), strict=True):
         assert_same(got, right.to(got.dtype), name)
-
-
-def test_thread_count_changes_no_bit(threads):
-    t = random_inputs(40, 513, 700, torch.bfloat16)
-    results = []
-    for count in (1, 2):
-        threads(count)
-        threshold = flat.kept_threshold(t.scores, 0.9, "magnitude")
-        packed = flat.pack_mask(t.scores, threshold, "magnitude")
-        y = flat.masked_linear_packed(t.x, t.weight, packed, t.bias)
-        arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, True, False])
-        d_x, _, d_scores, _ = flat.masked_linear_backward(*arguments)
-        results.append((threshold, packed, *flat.pack_signs(t.scores), y, d_x, d_scores))
-    for one, two in zip(*results):
-        assert_same(one, two)
 
 
 def test_scratch_memory_carries_nothing_from_one_call_to_the_next(capability):

@@ -6,20 +6,18 @@ tests/ops/test_step.py tests the results, which are the same for every backend.
 import pytest
 import torch
 from by_name import ByName
+from products import MODES
 from score_steps import arguments, assert_steps_equal_the_reference
 
 from mft_kernels.backends import cpu
 
 flat = ByName(cpu)
 
-pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)
-MODES = ("magnitude", "value")
 
 
-@pytest.mark.parametrize("eight_bit", [True, False], ids=["8bit", "exact"])
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("dtype", "eight_bit"), zip(FORMATS, (False, True, True)), ids=str)
 def test_chunks_on_several_threads_meet_without_a_seam(dtype, eight_bit, threads):
     """Three chunks of 2^18, the last one cut within a block."""
     threads(2)

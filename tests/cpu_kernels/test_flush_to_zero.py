@@ -84,16 +84,6 @@ def test_products_select_the_same_and_every_score_keeps_its_sign(dtype, compared
     assert bits(flushing(results)) == bits(expected)
 
 
-def test_the_oracle_selects_the_same_in_fp64(flushing):
-    scores = small_scores(torch.float64)
-
-    def selected():
-        threshold = reference.kept_threshold(scores, 0.5, "value")
-        return threshold, reference.pack_mask(scores, threshold, "value")
-
-    assert bits(flushing(selected)) == bits(selected())
-
-
 @pytest.mark.parametrize("moments", [torch.float32, torch.uint8])
 def test_a_step_gives_subnormal_scores_their_sign(moments, compared, flushing):
     scores = small_scores(torch.float32)

@@ -7,30 +7,16 @@ import pytest
 import torch
 from by_name import ByName, oracle
 from experts import integer_experts
+from products import DTYPES, misaligned
 
 from mft_kernels import reference
 from mft_kernels.backends import cpu
 
 flat = ByName(cpu)
 
-pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
 
-CAPABILITIES = ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATHS = ("few", "fused", "slabs")
 LAYOUTS = pytest.mark.parametrize("transposed", [False, True], ids=["(E, N, K)", "(E, K, N)"])
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request, monkeypatch):
-    if request.param not in cpu.capabilities():
-        pytest.skip(f"{request.param} is not among {cpu.capabilities()} of this machine and build")
-    monkeypatch.setenv("MFT_CPU_CAPABILITY", request.param)
-    return request.param
-
-
-def _pack(scores, threshold):
-    return torch.stack([reference.pack_mask(s, t, "magnitude") for s, t in zip(scores, threshold)])
 
 
 def _product(x, weight, mask, offsets, bias, transposed, path):
@@ -62,7 +48,7 @@ def _random(rows, n, k, dtype, seed=0):
 def test_products_equal_the_reference_on_integers(capability, dtype, scores_dtype, transposed, path):
     t = integer_experts(45, 57, dtype, scores_dtype, rows=(0, 1, 20, 0, 33), transposed=transposed)
     scores, threshold, none = t.scores, t.threshold, (None, None)
-    packed = _pack(scores, threshold)
+    packed = t.words()
     for mask in ((scores, threshold, None), (*none, packed)):
         for bias in (t.bias, None):
             expected = oracle.grouped_product(t.x, t.weight, *mask, t.offsets, bias, "magnitude", transposed)
@@ -151,32 +137,22 @@ def test_weights_with_gaps_and_transposed_ones_equal_their_copies(transposed, pa
             assert torch.equal(*grads)
 
 
-def test_misaligned_operands_equal_aligned_ones(capability):
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = _random((3, 0, 21), 41, 77, dtype)
-
-        def shifted(t):
-            room = t.new_empty(t.numel() + 1)
-            return room[1:].view(t.shape).copy_(t)
-
-        for path in PATHS:
-            results = []
-            for x, grad, weight, packed, signs, offsets in (tensors, map(shifted, tensors)):
-                out = shifted(torch.empty(weight.shape, dtype=dtype))
-                results.append(
-                    (
-                        _product(x, weight, (None, None, packed), offsets, None, False, path),
-                        _product(grad, weight, (None, None, packed), offsets, None, True, path),
-                        _score_grad(out, grad, x, offsets, weight, None, signs, False, path),
-                    )
-                )
-            # Slabs use torch's GEMM, whose sums depend on where rows lie. They also replace paths that a set lacks.
-            fused = path == "fused" and capability not in ("avx2", "portable")
-            for got, want, ours in zip(*results, (fused or path == "few", fused or path == "few", fused)):
-                if ours:
-                    assert torch.equal(got, want)
-                else:
-                    torch.testing.assert_close(got, want)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_misaligned_operands_equal_aligned_ones(capability, path, dtype):
+    tensors, results = _random((3, 0, 21), 41, 77, dtype), []
+    for x, grad, weight, packed, signs, offsets in (tensors, map(misaligned, tensors)):
+        mask, out = (None, None, packed), misaligned(torch.empty(weight.shape, dtype=dtype))
+        results.append([_product(x, weight, mask, offsets, None, False, path)])
+        results[-1].append(_product(grad, weight, mask, offsets, None, True, path))
+        results[-1].append(_score_grad(out, grad, x, offsets, weight, None, signs, False, path))
+    # Slabs use torch's GEMM, whose sums depend on where rows lie. They also replace paths that a set lacks.
+    fused = path == "fused" and capability not in ("avx2", "portable")
+    for got, want, ours in zip(*results, (fused or path == "few", fused or path == "few", fused)):
+        if ours:
+            assert torch.equal(got, want)
+        else:
+            torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("experts", [1, 3, 5])

@@ -3,16 +3,13 @@
 import pytest
 import torch
 from by_name import ByName, oracle
+from products import DTYPES
 
 from mft_kernels import masked_linear_many
 from mft_kernels.backends import cpu
 from mft_kernels.testing import integer_inputs, random_inputs
 
 flat = ByName(cpu)
-
-pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"cpu backend: {cpu.unavailable}")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def masks_of(count, n, k, seed=0):
@@ -71,25 +68,3 @@ def test_many_rows_have_the_bits_of_the_product_of_all_that_share_their_mask(cap
                 rows = tasks == task
                 expected = flat.masked_linear_packed(t.x[rows], t.weight, every[task], t.bias)
                 assert torch.equal(y[rows], expected)
-
-
-@pytest.mark.parametrize(
-    "unusual",
-    [
-        {"x": lambda v: v.T.contiguous().T},
-        {"weight": lambda v: v.repeat(1, 2)[:, : v.shape[1]]},
-        {"masks": lambda v: [mask.repeat(1, 2)[:, : mask.shape[1]] for mask in v]},
-        {"tasks": lambda v: v.to(torch.int8)},
-        {"tasks": lambda v: v.repeat_interleave(2)[::2]},
-        {"bias": lambda v: v.repeat_interleave(2)[::2]},
-    ],
-    ids=["x by columns", "pitched weight", "pitched masks", "int8 tasks", "strided tasks", "strided bias"],
-)
-def test_strides_and_small_integers_are_served_too(unusual):
-    t = integer_inputs(4, 19, 45)
-    call = {"x": t.x, "weight": t.weight, "masks": masks_of(3, 19, 45), "tasks": torch.tensor([2, 0, -1, 2])}
-    call["bias"] = t.bias
-    expected = oracle.masked_linear_many(*call.values())
-    ((name, change),) = unusual.items()
-    call[name] = change(call[name])
-    assert torch.equal(masked_linear_many(**call), expected)
