@@ -74,7 +74,7 @@ def test_an_interrupted_model_is_restored_or_says_that_it_is_not(use, tmp_path):
     config = {"target_modules": ["o_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
     before, refused = Before(mft.mask_model(model, mft.MaskConfig.paper(**config))), 0
     for place in itertools.count():
-        for waits in [(place,), (place, 0), (place, place)][: 3 if place % 5 == 0 else 1]:
+        for waits in [(place,), (place, 0), (place, place)][: 3 if place % 15 == 0 else 1]:  # some a second time
             interrupts = Interrupts(*waits)
             with contextlib.suppress(KeyboardInterrupt):
                 use(model, interrupts)

@@ -7,7 +7,7 @@ from processes import in_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mft_kernels import MaskAdamW, fixed_from_float
+from mft_kernels import MaskAdamW, fixed_from_float, float_from_fixed
 
 STEPS = 3
 SHAPES = {"matrix": (64, 40), "experts": (4, 12, 20), "odd rows": (27, 10)}
@@ -18,12 +18,9 @@ FORMATS = {
     "bf16, 8 bits": (torch.bfloat16, "8bit"),
     "int16, 8 bits": (torch.int16, "8bit"),
 }
-CASES = [
-    (shape, kind)
-    for shape in SHAPES
-    for kind in FORMATS
-    if (shape, kind) == ("odd rows", "fp32") or shape != "odd rows"
-]
+#: Each format on one shape, fp32 and the narrowest on every shape: formats and shapes do not meet in the code.
+CASES = [("matrix", kind) for kind in FORMATS]
+CASES += [("experts", "fp32"), ("experts", "int16, 8 bits"), ("odd rows", "fp32")]
 
 
 def drawn(*shape, seed):
@@ -118,12 +115,10 @@ def test_what_is_rounded_nowhere_is_as_of_a_plain_parameter(found, case):
     plain, spread = stepped(0, SHAPES[case[0]], case[1], None)["scores"], found[2][0][case]["scores"]
     if case[1] == "fp32":
         assert torch.equal(spread, plain)
-    else:  # random words differ, so scores differ by rounding of scores and moments
-        assert not torch.equal(spread, plain) or case[1] == "fp32, 8 bits"
-        wide = [fixed.float() / 2**18 if fixed.dtype == torch.int16 else fixed.float() for fixed in (spread, plain)]
-        assert (wide[0] - wide[1]).norm() < 0.15 * wide[
-            1
-        ].norm()  # for a score at this rate, 8-bit moments have as large an error
+        return
+    one, other = (float_from_fixed(s) if s.dtype == torch.int16 else s.float() for s in (spread, plain))
+    # Random words differ, and so roundings; for a score at this rate, 8-bit moments have as large an error.
+    assert (one - other).norm() < 0.15 * other.norm()
 
 
 def test_what_cannot_be_stepped_in_parts_is_refused(found):

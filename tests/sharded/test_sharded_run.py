@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from processes import in_processes
 from tiny import make_llama, make_rows
 from tiny_architectures import MIXTURES
 
-import mft
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.distributed import Processes
 from mft.engines.mode import place
@@ -319,15 +317,3 @@ def test_more_processes_than_a_layer_has_rows_are_refused():
 
 def test_a_loss_that_is_not_finite_ends_all_processes(of_two):
     assert "the loss must stay finite, got nan at step 1" in "".join(each["not finite"] for each in of_two)
-
-
-def test_masks_of_any_number_of_processes_are_the_same_file(of_one, of_two, tmp_path):
-    for number, masks in enumerate((of_one["fp32"][1], of_two[0]["fp32"][1])):
-        model = llama()
-        with torch.no_grad():
-            for name, module in masked_modules(model).items():
-                module.scores.copy_(masks[name])
-        mft.save_masks(model, tmp_path / str(number))
-    files = [(tmp_path / place / "adapter_model.safetensors").read_bytes() for place in "01"]
-    assert files[0] == files[1]
-    assert Path(tmp_path / "0").is_dir()
