@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from mft_kernels.backends.autotune import Choices, fastest, measuring
+from mft_kernels.backends.autotune import Choices, measuring
 
 KEY, OTHER = {"m": 8, "n": 24}, {"m": 16, "n": 24}
 MADE_FOR = {"device": "a card", "torch": "2.13"}
@@ -44,12 +44,6 @@ def test_deterministic_algorithms_measure_nothing(monkeypatch):
         assert not measuring()
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_a_lead_within_the_noise_does_not_overrule_the_default():
-    assert fastest({"fused": 1.02, "slabs": 1.0}, "fused") == "fused"
-    assert fastest({"fused": 1.04, "slabs": 1.0}, "fused") == "slabs"
-    assert fastest({"few": 2.0, "fused": 1.0, "slabs": 0.9}, "few") == "slabs"
 
 
 def test_what_is_added_is_known_to_this_process_and_the_next():
@@ -114,9 +108,3 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(folder, monkeypatch, caplo
     assert "No space left" in caplog.text
     assert choices().get(KEY) == "slabs"
     assert [path.suffix for path in folder.iterdir()] == [".json"]
-
-
-def test_each_that_it_was_made_for_has_a_file_of_its_own(folder):
-    names = {choices(MADE_FOR | {field: "another"}).file for field in MADE_FOR} | {choices().file}
-    assert len(names) == 3
-    assert all(name.parent == folder for name in names)

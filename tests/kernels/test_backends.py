@@ -87,12 +87,6 @@ def test_what_cannot_be_registered_is_refused_and_leaves_nothing(own_table, back
     assert list(mft_kernels.backend_report()["backends"]) == list(backends.PREFERENCE)
 
 
-def test_a_backend_is_found_by_its_name():
-    assert backends.registered("reference").detail == "plain PyTorch"
-    with pytest.raises(ValueError, match=r"name must be one of .*got 'mine'; import the module that registers it"):
-        backends.registered("mine")
-
-
 def test_a_backend_says_why_it_refuses():
     backend = backends.Backend("cpu", frozenset({"cpu"}), frozenset({torch.float32}), {"product": print})
     cpu, floats = torch.device("cpu"), (torch.float32,)
@@ -139,14 +133,3 @@ def test_auto_takes_a_backends_own_choice_and_a_request_its_plain_function(monke
     assert backends.choose("pack", cpu, floats) is chosen
     assert backends.choose("signs", cpu, floats) is plain
     assert backends.choose("pack", cpu, floats, "cpu") is plain
-
-
-def test_auto_passes_over_a_backend_for_tests_and_a_request_does_not(monkeypatch):
-    slow = backends.Backend("triton", frozenset(), frozenset(), {"pack": print}, on_request="for tests")
-    fast = backends.Backend("cpu", frozenset(), frozenset(), {"pack": repr})
-    monkeypatch.setattr(backends, "_TABLE", {"triton": slow, "cpu": fast})
-    monkeypatch.setattr(backends, "_announced", set())
-    monkeypatch.setattr(backends, "_chosen", {})
-    cpu, floats = torch.device("cpu"), (torch.float32,)
-    assert backends.choose("pack", cpu, floats) is repr
-    assert backends.choose("pack", cpu, floats, "triton") is print

@@ -151,20 +151,6 @@ def test_a_write_that_nothing_shows_is_told_by_outdate(machine):
     assert machine.forward()[1] == ALL
 
 
-def test_a_layer_that_is_no_longer_used_costs_one_selection_more(machine):
-    used = machine.layers[:3]
-    rounds = []
-    for _ in range(3):
-        rounds.append(machine.forward(used))
-        machine.step()
-    assert rounds == [(1, ALL), (1, [0, 1, 2]), (1, [0, 1, 2])]
-    again = []
-    for _ in range(3):
-        again.append(machine.forward())
-        machine.step()
-    assert again == [(3, ALL), (1, ALL), (1, ALL)]  # two select alone, because the last selection ahead was wasted
-
-
 def test_a_held_layer_is_left_alone_wherever_its_scores_rest(machine):
     machine.layers[4].hold(machine.layers[4].packed_mask())
     for layer in machine.layers[3:]:
@@ -191,29 +177,6 @@ def test_frozen_scores_wait_for_themselves(machine):
     assert machine.forward() == (2, ALL)
 
 
-def test_two_models_that_learn_in_turns_wait_once_each(machine):
-    other = MaskedLinear(8, 8)
-    stepper = torch.optim.SGD([other.scores], lr=0.1)
-    for _ in range(3):
-        machine.waits = 0
-        other(X).sum().backward()
-        assert machine.waits == 1
-        stepper.step()
-        assert machine.forward() == (1, ALL)
-        machine.step()
-
-
-def test_three_thousand_layers_are_looked_through_once_a_step(machine, monkeypatch):
-    looked = []
-    scores_of = companions._scores_of
-    monkeypatch.setattr(companions, "_scores_of", lambda optimizer: looked.append(optimizer) or scores_of(optimizer))
-    machine.forward()
-    for layer in machine.layers:
-        layer.scores.data = torch.randn(8, 8)
-    assert machine.forward() == (LAYERS, ALL)
-    assert len(looked) == 1
-
-
 @pytest.mark.parametrize("stepped_elsewhere", [True, False])
 def test_another_stream_selects_for_itself(machine, stepped_elsewhere):
     if stepped_elsewhere:  # the first layer may have waited for that stream, but not yet the others
@@ -228,49 +191,6 @@ def test_another_stream_selects_for_itself(machine, stepped_elsewhere):
     machine.waits = 0
     machine.layers[1](X)
     assert (machine.waits, machine.selected[-1:]) == (1, [1])
-
-
-def test_scores_that_another_stream_asked_for_are_not_selected_ahead(machine):
-    machine.stream = "stream 1"
-    outdate(machine.layers[2].scores)
-    machine.layers[2](X)
-    machine.stream = "stream 0"
-    machine.forward()
-    machine.step()
-    machine.layers[0](X)
-    assert sorted(machine.selected) == [0, 1, 3, 4]
-
-
-def test_scores_whose_mask_was_asked_for_before_are_not_selected_ahead(machine):
-    machine.layers[2].mask()
-    machine.layers[0](X)
-    assert sorted(machine.selected) == ALL
-
-
-def test_a_captured_graph_selects_for_itself_and_asks_the_host_nothing(machine, monkeypatch):
-    machine.selected, machine.waits = [], 0
-    monkeypatch.setattr(masking, "_capturing", lambda _: True)
-    machine.layers[0](X)
-    monkeypatch.undo()
-    assert (machine.waits, machine.selected) == (0, [0])
-
-
-def test_scores_that_a_captured_graph_may_write_are_not_selected_ahead(machine):
-    machine.layers[3].scores.in_graph = True
-    machine.layers[0](X)
-    assert sorted(machine.selected) == [0, 1, 2, 4]
-
-
-def test_new_masks_take_the_old_ones_memory(machine):
-    old = [weakref.ref(layer.scores.memo.mask.packed) for layer in machine.layers]
-    alive = []
-    launch = machine.launch
-    machine.launch = lambda *arguments: alive.append(sum(ref() is not None for ref in old)) or launch(*arguments)
-    machine.layers[0](X)
-    assert alive == [0] * LAYERS
-    machine.launch = launch
-    machine.layers[1](X)
-    assert machine.layers[1].scores.ahead is None
 
 
 def test_nothing_keeps_a_dead_layer(machine):

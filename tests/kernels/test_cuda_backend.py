@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import mft_kernels
-from mft_kernels import backend_report
-from mft_kernels.backends import built, cpu, cuda, faster
+from mft_kernels.backends import built, cpu, cuda
 from mft_kernels.backends import table as backends
 from mft_kernels.codes import Int4, Int8, Nf4
 from mft_kernels.operands import Experts, KeepByTask
@@ -51,16 +50,6 @@ def test_the_library_says_what_it_holds():
 
 
 @needs_library
-def test_what_the_library_holds_is_said_without_a_gpu_too(monkeypatch):
-    assert backend_report()["backends"]["cuda"]["detail"] == cuda._detail()
-    monkeypatch.setattr(cuda, "report", lambda part: {"left_out": {"product_sm90": "no headers"}})
-    assert cuda._detail().endswith("; without product_sm90 (general kernels only): no headers")
-    both = {"product_sm90": "no headers", "score_grad_sm90": "no headers"}
-    monkeypatch.setattr(cuda, "report", lambda part: {"left_out": both})
-    assert cuda._detail().endswith("; without product_sm90 and score_grad_sm90 (general kernels only): no headers")
-
-
-@needs_library
 def test_the_library_needs_torch_and_nothing_of_cuda():
     needed = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True)
     if needed.returncode != 0:
@@ -83,18 +72,6 @@ def test_without_a_gpu_a_request_raises_and_the_report_says_why():
     assert row["reason"].startswith(expected)
     with pytest.raises(RuntimeError, match=f"backend='cuda' cannot serve masked_linear: {expected}"):
         mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), backend="cuda")
-
-
-def test_it_serves_its_functions_with_the_reference_s_arguments():
-    import inspect
-
-    functions = backends._TABLE["cuda"].functions
-    others = {"step", "decode", "put_aside", "put_back", "drop"}  # served by Triton and by torch
-    assert backends._TABLE["reference"].functions.keys() - others == functions.keys()
-    for name, function in functions.items():
-        expected = inspect.signature(backends._TABLE["reference"].functions[name])
-        of_experts = {"each"}  # of select: the scores of each expert
-        assert list(inspect.signature(function).parameters) == [p for p in expected.parameters if p not in of_experts]
 
 
 @pytest.fixture
@@ -129,17 +106,6 @@ def test_products_in_float32_are_tritons_and_scores_in_float32_are_not(backend):
 def test_what_it_does_not_take_is_refused_by_its_name(backend, operand):
     refusal = backend.refusal("product", torch.device("cuda", 0), (BFLOAT16,), frozenset({operand}))
     assert refusal == f"its product takes no {operand.__name__}"
-
-
-def test_auto_passes_it_over_until_it_is_timed(backend, monkeypatch):
-    other = backends.Backend("triton", frozenset({"cuda"}), frozenset(), {"pack": print})
-    monkeypatch.setattr(backends, "_TABLE", {"cuda": backend, "triton": other})
-    monkeypatch.setattr(backends, "_announced", set())
-    monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(faster, "_table", dict)  # nothing was timed
-    gpu = torch.device("cuda", 0)
-    assert backends.choose("pack", gpu, (BFLOAT16,)) is print
-    assert backends.choose("pack", gpu, (BFLOAT16,), "cuda") is cuda.pack
 
 
 def test_each_gpu_is_asked_for(backend, monkeypatch):

@@ -2,17 +2,15 @@
 
 import pytest
 import torch
+from products import MODES
 
 import mft_kernels
 from mft_kernels import fixed_from_float, float_from_fixed, reference
 from mft_kernels.mask import masking
-from mft_kernels.mask.scores import watch
-from mft_kernels.reference import fixed_point
 from mft_kernels.reference.fixed_point import FIXED_POINT_STEP, LARGEST_CODE, LARGEST_FIXED, code_at_least
 
 EVERY_CODE = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16)
 FINITE = EVERY_CODE[(EVERY_CODE & 0x7FFF).le(LARGEST_CODE)]
-MODES = ("magnitude", "value")
 
 
 def normal(*shape, seed=0):
@@ -102,15 +100,6 @@ def test_the_smallest_code_that_reaches_a_threshold():
     assert code_at_least(-torch.inf) == LARGEST_CODE + 1 - 0x8000
 
 
-def test_a_change_of_the_codes_outdates_the_mask():
-    codes = torch.nn.Parameter(fixed_from_float(normal(8, 33)), requires_grad=False)
-    watch(codes)
-    before = masking.current_mask(codes, 0.5, None, "magnitude")
-    assert masking.current_mask(codes, 0.5, None, "magnitude") is before
-    codes.copy_(fixed_from_float(normal(8, 33, seed=1)))
-    assert not torch.equal(masking.current_mask(codes, 0.5, None, "magnitude").packed, before.packed)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_layer_computes_from_codes_what_it_computes_from_their_values(mode):
     codes = fixed_from_float(normal(12, 45))
@@ -121,8 +110,3 @@ def test_a_layer_computes_from_codes_what_it_computes_from_their_values(mode):
         results.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
     for a, b in zip(*results):
         assert torch.equal(a, b)
-
-
-def test_selectable_leaves_floats_alone():
-    scores = normal(2, 3)
-    assert fixed_point.selectable(scores) is scores

@@ -2,12 +2,12 @@
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
+from score_steps import normal
 
-from mft_kernels import MaskAdamW, MaskedLinear, fixed_from_float, float_from_fixed, kept_threshold, pack_mask
+from mft_kernels import MaskAdamW, MaskedLinear, fixed_from_float, kept_threshold, pack_mask
 from mft_kernels.backends import cpu
 from mft_kernels.mask.masking import current_mask
 
@@ -20,10 +20,6 @@ MOMENTS = ("fp32", "8bit")
 def backend(request, monkeypatch):
     monkeypatch.setenv("MFT_KERNELS", request.param)
     return request.param
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def parameter(shape, dtype=torch.float32, seed=0):
@@ -41,8 +37,7 @@ def warm_up_then_down(step):
     return min(1.0, (step + 1) / 5) * (1 - step / 60)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(("threads", "weight_decay"), [(1, 0.0), (1, 0.1), (2, 0.1)])
 def test_fp32_is_torch_s_adamw_bit_for_bit(backend, weight_decay, threads):
     shape = (61, 103) if threads == 1 else (257, 1031)  # the second is split among threads within a vector
     p, q = parameter(shape), parameter(shape)
@@ -52,7 +47,7 @@ def test_fp32_is_torch_s_adamw_bit_for_bit(backend, weight_decay, threads):
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, warm_up_then_down) for o in (ours, theirs)]
     torch.set_num_threads(threads)
     try:
-        for i in range(40 if threads == 1 else 5):
+        for i in range(40 if threads == 1 else 3):
             p.grad = gradient(i, shape)
             q.grad = p.grad.clone()
             for thing in (ours, theirs, *schedules):
@@ -267,18 +262,6 @@ def test_copies_are_stepped_in_place_of_what_rests(backend, moments):
         assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
-def test_tensors_are_what_a_scheme_needs():
-    p, q = parameter((3, 300)), parameter((3, 300))
-    optimizer = MaskAdamW([{"params": [p]}, {"params": [q], "moments": "fp32"}])
-    eight, exact = optimizer.tensors(p), optimizer.tensors(q)
-    assert list(eight) == ["scores", "exp_avg", "exp_avg_sq", "scales"]
-    assert list(exact) == ["scores", "exp_avg", "exp_avg_sq"]
-    assert eight["scores"] is p
-    assert (eight["exp_avg"].dtype, eight["scales"].shape) == (torch.uint8, (2, 4))
-    assert exact["exp_avg_sq"].dtype == torch.float32
-    assert optimizer.tensors(p)["exp_avg"] is eight["exp_avg"]
-
-
 def test_matrices_of_one_optimizer_round_by_different_random_words():
     params = [parameter((8, 256), torch.bfloat16) for _ in range(2)]
     optimizer = MaskAdamW(params)
@@ -306,21 +289,6 @@ def test_a_masked_layer_sees_the_scores_that_a_step_changed(backend, dtype):
     scores = layer.scores.detach()
     assert torch.equal(now, pack_mask(scores, kept_threshold(scores, 0.5)))
     assert not torch.equal(now, before)
-
-
-@pytest.mark.parametrize("dtype", SCORES)
-def test_training_lowers_a_loss_that_only_the_scores_can_lower(dtype):
-    # Each score is pulled to a target of either sign by its own gradient; 16-bit scores arrive as fp32 scores do.
-    p, target = parameter((16, 256), dtype), 0.02 * normal(16, 256, seed=4)
-    optimizer = MaskAdamW([p], lr=1e-3)
-
-    def value():
-        return float_from_fixed(p) if dtype == torch.int16 else p.detach().float()
-
-    before = (value() - target).square().mean()
-    for _ in range(150):
-        optimizer.step_one(p, 2 * (value() - target))
-    assert (value() - target).square().mean() < before / 50
 
 
 @pytest.mark.parametrize(
@@ -354,25 +322,14 @@ def test_parameters_of_another_dtype_or_layout_are_refused_and_not_added():
     assert len(optimizer.param_groups) == 1
 
 
-def test_a_tensor_that_is_no_parameter_is_refused():
-    optimizer = MaskAdamW([parameter((2, 2))])
-    with pytest.raises(ValueError, match="p must be one of the optimiser's parameters, got another tensor"):
-        optimizer.step_one(torch.zeros(2, 2), torch.zeros(2, 2))
-
-
-def test_a_sparse_gradient_is_refused():
-    p = parameter((2, 2))
-    optimizer = MaskAdamW([p])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sparse = torch.ones(2, 2).to_sparse()
-    with pytest.raises(TypeError, match="grad must be dense"):
-        optimizer.step_one(p, sparse)
-
-
+@pytest.mark.filterwarnings("ignore:Sparse")
 def test_a_refused_step_does_not_count():
     p = parameter((2, 2))
     optimizer = MaskAdamW([p])
     with pytest.raises(ValueError, match="grad must match scores"):
         optimizer.step_one(p, torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="grad must be dense"):
+        optimizer.step_one(p, torch.ones(2, 2).to_sparse())
+    with pytest.raises(ValueError, match="p must be one of the optimiser's parameters, got another tensor"):
+        optimizer.step_one(torch.zeros(2, 2), torch.zeros(2, 2))
     assert optimizer.state[p]["step"] == 0

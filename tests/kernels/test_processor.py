@@ -1,8 +1,5 @@
 """The detected processor, and which path of the cpu library is taken and why."""
 
-import itertools
-
-import lower_capability
 import pytest
 import torch
 
@@ -68,16 +65,6 @@ def test_every_path_of_the_library_is_described():
     assert set(cpu.capabilities()) <= set(cpu.PATHS)
     assert [*processor.NEEDS, "portable", "amx_emulated"] == list(cpu.PATHS)
     assert torch.ops.mft_cpu.capability() in cpu.PATHS
-
-
-def test_the_numeric_tests_run_again_on_the_instruction_set_below_the_best():
-    names = list(cpu.PATHS)
-    assert [*lower_capability.HOLDS_BACK, "amx_emulated"] == names
-    for best, below in itertools.pairwise(names[:-1]):
-        assert lower_capability.lower(names[names.index(best) :]) == below
-    assert lower_capability.lower(["portable", "amx_emulated"]) == "portable"
-    stored = {lower_capability.settings(name)["TORCHINDUCTOR_CACHE_DIR"] for name in lower_capability.HOLDS_BACK}
-    assert len(stored) == len(lower_capability.HOLDS_BACK)  # torch takes a stored graph whatever its vectors' width
 
 
 def test_without_the_library_the_reason_is_told(monkeypatch):

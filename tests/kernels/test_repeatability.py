@@ -12,7 +12,7 @@ from mft_kernels.backends import cpu
 from mft_kernels.backends import table as backends
 from mft_kernels.testing import random_inputs
 
-REPEATS, RACES = 100, 20  # threads wait long for each other on a busy machine
+REPEATS, RACES = 100, 10  # threads wait long for each other on a busy machine
 INTERPRETED = 20  # a call takes up to a tenth of a second; only the memory that it gets may differ
 KEPT = 0.7
 #: M, N, K. Triton's interpreter takes milliseconds per call, whatever the size. Threads share large scores.
@@ -50,11 +50,8 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         y.backward(t.grad_output)
         return y, *[leaf.grad for leaf in leaves if leaf.requires_grad]
 
-    def linear(mode):
-        def op(x, weight, scores, bias):
-            return mft_kernels.masked_linear(x, weight, scores, threshold, bias, mode=mode, backend=backend)
-
-        return lambda: differentiated(op, *EVERYTHING)
+    def linear(x, weight, scores, bias):
+        return mft_kernels.masked_linear(x, weight, scores, threshold, bias, backend=backend)
 
     def linear_packed(x, weight, bias):
         return mft_kernels.masked_linear_packed(x, weight, packed, bias, backend=backend)
@@ -131,8 +128,7 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         "accumulate_score_grad_grouped": accumulated_of_experts,
         "kept_thresholds": lambda: mft_kernels.kept_thresholds(of_experts(t.scores), KEPT, backend=backend),
         "select_mask": lambda: torch.ops.mft.select_mask(of_experts(t.scores), KEPT, None, "magnitude", True, backend),
-        "masked_linear": linear("magnitude"),
-        "masked_linear by value": linear("value"),
+        "masked_linear": lambda: differentiated(linear, *EVERYTHING),
         "masked_linear_packed": lambda: differentiated(linear_packed, "x", "weight", "bias"),
         "masked_linear_many": lambda: differentiated(linear_many, "x"),
         "masked_linear_by_ratio": lambda: differentiated(linear_by_ratio, *EVERYTHING),
@@ -142,7 +138,6 @@ def calls(backend, shape, dtype=torch.float32, learned=EVERYTHING):
         "accumulate_score_grad by signs": accumulated(t.weight, signs=signs),
         "accumulate_score_grad of the product": accumulated(None),
         "kept_threshold": lambda: mft_kernels.kept_threshold(t.scores, KEPT, backend=backend),
-        "kept_threshold by value": lambda: mft_kernels.kept_threshold(t.scores, KEPT, mode="value", backend=backend),
         "pack_mask": lambda: mft_kernels.pack_mask(t.scores, threshold, backend=backend),
         "unpack_mask": lambda: mft_kernels.unpack_mask(packed, t.weight.shape),
         "pack_signs": lambda: torch.ops.mft.pack_signs(t.scores, backend),

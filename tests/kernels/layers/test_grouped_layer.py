@@ -7,7 +7,7 @@ import pytest
 import torch
 from experts import integer_experts
 
-from mft_kernels import MaskAdamW, MaskedGroupedLinear, MaskedLinear, fixed_from_float, pack_mask
+from mft_kernels import MaskAdamW, MaskedGroupedLinear
 
 LAYOUTS = pytest.mark.parametrize("transposed", [False, True], ids=["(E, N, K)", "(E, K, N)"])
 
@@ -66,19 +66,6 @@ def test_a_weight_changed_before_the_backward_pass_is_an_error():
         y.backward(t.grad_output)
 
 
-@pytest.mark.parametrize("scores_dtype", [torch.float32, torch.bfloat16, torch.int16], ids=str)
-def test_a_step_selects_from_each_expert(scores_dtype):
-    layer = _layer(keep_ratio=0.8, scores_dtype=scores_dtype)
-    optimizer = MaskAdamW([layer.scores], lr=1e-3)
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(layer.weight.shape, generator=generator)
-    threshold, packed = optimizer.step_one(layer.scores, grad, layer.weight, keep_ratio=0.8)
-    assert threshold.dtype == scores_dtype
-    selected = layer.current_mask()
-    assert torch.equal(selected.packed, packed)
-    assert torch.equal(selected.threshold, threshold)
-
-
 def test_a_step_equals_that_of_each_expert_alone():
     layer = _layer(keep_ratio=0.8)
     singles = [torch.nn.Parameter(s.detach().clone()) for s in layer.scores]
@@ -119,15 +106,3 @@ def test_copies_pickles_and_states_carry_scores_and_rule():
     assert torch.equal(other(x, offsets), y)
     with pytest.raises(RuntimeError, match=r"keep_ratio=0\.8"):
         _layer(keep_ratio=0.7).load_state_dict(layer.state_dict())
-
-
-def test_one_expert_is_a_masked_linear():
-    linear = MaskedLinear(24, 40, bias=False, keep_ratio=0.8)
-    layer = MaskedGroupedLinear(linear.weight[None], keep_ratio=0.8)
-    layer.scores.data.copy_(linear.scores.detach()[None])
-    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(layer(x, torch.tensor([5], dtype=torch.int32)), linear(x), atol=1e-6)
-    assert torch.equal(layer.merged_weight()[0], linear.merged_weight())
-    assert torch.equal(layer.packed_mask()[0], linear.packed_mask())
-    fixed = fixed_from_float(layer.scores.detach())
-    assert pack_mask(fixed, fixed_from_float(torch.full((1,), 0.01))).shape == (1, 40, 1)

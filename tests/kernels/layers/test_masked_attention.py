@@ -96,9 +96,9 @@ def results(module, inputs, call):
 
 
 def test_every_option_gives_torchs_results():
-    """200 of 24,576 choices, drawn with a seed; bitwise equal if torch also multiplies the tokens in their order."""
+    """100 of 24,576 choices, drawn with a seed; bitwise equal if torch also multiplies the tokens in their order."""
     choices = [dict(zip(OPTIONS, values)) for values in itertools.product(*OPTIONS.values())]
-    for choice in random.Random(0).sample(choices, 200):
+    for choice in random.Random(0).sample(choices, 100):
         options, inputs, call = case(choice)
         expected = attention(**options)
         ours = MaskedMultiheadAttention.from_attention(expected)
@@ -123,29 +123,6 @@ def test_masked_projections_compute_what_the_merged_attention_does(names):
         y = ours(*inputs, **call)[0]
         y.sum().backward()
         assert all(child.scores.grad.any() for child in ours.children() if isinstance(child, MaskedLinear)), choice
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize(("inputs", "calls"), [("self", 1), ("cross", 2), ("three", 3)])
-def test_what_is_one_tensor_is_projected_once(inputs, calls, batch_first):
-    ours = MaskedMultiheadAttention(WIDTH, HEADS, batch_first=batch_first)
-    seen = []
-    ours.in_proj.register_forward_hook(lambda module, args, output: seen.append(args))
-    x, y, z = torch.randn(3, ROWS, QUERIES, WIDTH)
-    ours(*{"self": (x, x, x), "cross": (x, y, y), "three": (x, y, z)}[inputs])
-    assert len(seen) == calls
-
-
-def test_scores_of_packed_projections_learn_as_if_each_were_apart():
-    """d_scores = (d_weight of the merged attention) * weight * sign(scores)."""
-    x, context = torch.randn(ROWS, QUERIES, WIDTH), torch.randn(ROWS, KEYS, WIDTH)
-    ours = masked(attention(batch_first=True), ["in_proj"])
-    expected = merged(ours)
-    for module in (ours, expected):
-        module(x, context, context)[0].sin().sum().backward()
-    layer = ours.in_proj
-    wanted = expected.in_proj_weight.grad * layer.weight * layer.scores.sign()
-    torch.testing.assert_close(layer.scores.grad, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_merged_it_is_torchs_again_with_kept_weights_bit_equal():
@@ -177,15 +154,6 @@ def test_unmasked_it_gives_back_the_very_parameters():
     assert all(dict(back.named_parameters())[name] is p for name, p in shared.items())
     assert torch.equal(back.in_proj_bias, base.in_proj_bias)
     assert dict(base.named_parameters()).keys() == dict(back.named_parameters()).keys()
-
-
-def test_made_by_torchs_arguments_it_is_torchs():
-    torch.manual_seed(0)
-    ours = MaskedMultiheadAttention(WIDTH, HEADS, batch_first=True)
-    torch.manual_seed(0)
-    expected = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-    x = torch.randn(ROWS, QUERIES, WIDTH)
-    torch.testing.assert_close(ours(x, x, x)[0], expected(x, x, x)[0], rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- torch's encoder
