@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from building import compile, cuda, gpu, left_out, missing, nvcc, ptxas_log, register_hazards
-from building.compile import CannotBuild, Link, Unit
+from building import compile, cuda, left_out, nvcc, ptxas_log, register_hazards
+from building.compile import CannotBuild, Unit
 
 ROOT = Path(__file__).parents[2]
 READERS = register_hazards.Readers("cuobjdump", "nvdisasm")
@@ -169,16 +169,6 @@ def planned(sources, *, asked=None, ptxas=(13, 5), cutlass=True, readers=None):
     return {name: [path.name for path in files] for name, files in groups.items()}, left_out
 
 
-def test_every_file_is_built_where_everything_is_at_hand(sources):
-    assert planned(sources) == (
-        {
-            "product_sm90": ["product_sm90.cpp", "product_sm90_bf16.cu"],
-            "score_grad_sm90": ["score_grad_sm90.cpp", "score_grad_sm90_bf16.cu"],
-        },
-        {},
-    )
-
-
 def test_without_cutlass_only_what_includes_it_is_left_out(sources):
     groups, left_out = planned(sources, cutlass=False)
     assert list(groups) == ["product_sm90"]
@@ -255,15 +245,6 @@ def test_an_old_assemblers_code_is_read(code, refusal, monkeypatch, tmp_path):
     assert reason is None if refusal is None else re.search(refusal, reason)
 
 
-def test_the_code_of_several_kernels_is_taken_apart():
-    text = 'head\n\t.section\t.text.one,"ax",@progbits\nA\n\t.section\t.text.two,"ax"\nB\n'
-    assert {name: code.strip() for name, code in register_hazards.split(text).items()} == {"one": "A", "two": "B"}
-
-
-def test_there_are_no_readers_without_triton(monkeypatch):
-    assert register_hazards.find_readers() is None
-
-
 LOG = """\
 ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ... 'f'
 ptxas info    : 0 bytes gmem
@@ -288,28 +269,6 @@ def test_the_assemblers_words_are_read():
     assert ptxas_log.summary("") == {"kernels": 0, "registers": 0, "spilled": 0, "serialised": 0}
 
 
-def test_ninjas_file_names_what_makes_a_file_be_compiled_again():
-    unit = Unit(Path("/a b/x.cu"), "/cuda/nvcc", ["-gencode=arch=compute_80,code=[sm_80]"], [Path("/cuda/ptxas")])
-    text = compile.ninja_file([unit], Link("lib.so", "g++", ["-lrt"]))
-    assert "build x.cu.o: compile /a$ b/x.cu | /cuda/ptxas\n" in text
-    assert "  flags = '-gencode=arch=compute_80,code=[sm_80]'\n" in text
-    assert "build lib.so: link x.cu.o\n" in text
-
-
-def test_ninja_is_the_one_beside_python_whatever_path_says(tmp_path, monkeypatch):
-    for folder in ("beside", "in_path"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "ninja").write_text("#!/bin/sh\n")
-        (tmp_path / folder / "ninja").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "beside" / "python"))
-    monkeypatch.setenv("PATH", str(tmp_path / "in_path"))
-    assert compile.find_ninja() == str(tmp_path / "beside" / "ninja")
-    (tmp_path / "beside" / "ninja").unlink()
-    assert compile.find_ninja() == str(tmp_path / "in_path" / "ninja")
-    (tmp_path / "in_path" / "ninja").unlink()
-    assert compile.find_ninja() is None
-
-
 @pytest.mark.parametrize("with_ninja", [True, False])
 def test_logs_are_kept_and_the_first_error_is_the_reason(with_ninja, tmp_path, monkeypatch, capsys):
     fake = tmp_path / "nvcc"
@@ -329,13 +288,6 @@ def test_logs_are_kept_and_the_first_error_is_the_reason(with_ninja, tmp_path, m
     assert "good.cu" in capsys.readouterr().out
     with pytest.raises(CannotBuild, match=r"failed: bad.cu\(1\): error: no$"):
         compile.build(tmp_path / "out", [good, bad], jobs=1)
-
-
-def test_what_is_missing_is_named_for_pip(tmp_path, monkeypatch):
-    needs = ["nvidia-cuda-nvcc>=13.3", "nvidia-cuda-cccl>=13.3", "nvidia-cutlass>=4.2"]
-    assert missing.missing(needs) == needs
-    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda", "13.0").parent.parent))
-    assert missing.missing(needs) == ["nvidia-cutlass>=4.2"]
 
 
 def setup_in(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -370,14 +322,6 @@ def test_a_gpu_is_present_if_the_driver_counts_one(tmp_path, gpus, status, prese
     code = "from building.gpu import gpu_is_present; print(gpu_is_present())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(present), done.stderr
-
-
-def test_no_gpu_is_present_without_a_driver(monkeypatch):
-    def no_library(name):
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(gpu.ctypes, "CDLL", no_library)
-    assert not gpu.gpu_is_present()
 
 
 @pytest.mark.slow
@@ -439,16 +383,6 @@ def test_an_isolated_build_says_first_that_it_hides_torch(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
-def test_a_compile_error_ends_the_build(tmp_path):
-    setup_in(tmp_path, "--version")
-    (tmp_path / "csrc" / "cpu" / "two.cpp").write_text("int two() { return }\n")
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"MFT_CUDA": "0"}, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "two.cpp:1:" in done.stderr
-
-
 @pytest.mark.parametrize(("kernels", "tag"), [("1", "py3-none-linux"), ("0", "py3-none-any")])
 def test_a_wheel_is_for_every_python(tmp_path, kernels, tag):
     done = setup_in(tmp_path, "bdist_wheel", "--dist-dir", "out", MFT_BUILD=kernels, MFT_CUDA="0")
@@ -457,28 +391,3 @@ def test_a_wheel_is_for_every_python(tmp_path, kernels, tag):
     assert tag in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         assert ("mft_kernels/libmft_cpu.so" in archive.namelist()) == (kernels == "1")
-
-
-@pytest.mark.slow
-def test_the_switches_skip_or_demand_the_library(tmp_path):
-    assert setup_in(tmp_path, MFT_CUDA="0").returncode == 0
-    report = json.loads((tmp_path / "mft_kernels" / "_build.json").read_text())
-    assert report["cuda"] == {"built": False, "reason": "the build was skipped: MFT_CUDA=0"}
-    demanded = setup_in(tmp_path, MFT_CUDA="1", MFT_NVCC=str(tmp_path / "nvcc"))
-    assert demanded.returncode != 0
-    assert "nvcc does not run" in demanded.stderr
-    unknown = setup_in(tmp_path, MFT_CUDA="89")
-    assert unknown.returncode != 0
-    assert "MFT_CUDA must be 0, 1 or a list of 80, 90, 100, 120, got '89'" in unknown.stderr
-
-
-def test_what_was_left_out_is_said_after_an_installation():
-    built = {"built": True, "reason": None}
-    assert left_out.lines({"cpu": built, "cuda": built | {"left_out": {}}}) == []
-    why = "CUTLASS's headers are missing"
-    said = left_out.lines({"cpu": built, "cuda": built | {"left_out": {"product_sm90": why, "score_grad_sm90": why}}})
-    assert said[0] == f"without product_sm90 and score_grad_sm90 (general kernels only): {why}"
-    assert said[1:] == ["make cuda completes the CUDA library: it fetches what is missing, and builds"]
-    said = left_out.lines({"cpu": built, "cuda": {"built": False, "reason": "no nvcc was found"}})
-    assert said[0] == "without libmft_cuda.so: no nvcc was found"
-    assert said[1].startswith("make cuda completes")

@@ -74,11 +74,6 @@ def test_build_toml_names_the_stable_abi_and_the_licence():
     assert f"torch>={oldest}" in project["dependencies"]
 
 
-def test_the_kernels_tool_reads_build_toml():
-    rust = kernels_tool()._rust
-    assert [str(backend) for backend in rust.Build.open(ROOT).general.backends] == ["cpu", "cuda"]
-
-
 # ---------------------------------------------------------------------------------------------- the folder
 
 
@@ -93,16 +88,6 @@ def variants(tmp_path_factory):
 
 def metadata(variant):
     return json.loads((variant / "metadata.json").read_text())
-
-
-def test_a_variant_is_named_by_what_it_runs_on(variants):
-    names = {backend: variant.name for backend, variant in variants.items()}
-    abi = BUILD["torch"]["stable-abi"]["cpu"].replace(".", "")
-    assert re.fullmatch(rf"torch-stable-abi{abi}-cpu-\w+-linux", names["cpu"])
-    assert variants["cpu"].parent.name == "build"
-    if "cuda" in names:
-        assert re.fullmatch(rf"torch-stable-abi{abi}-cu1\d\d-\w+-linux", names["cuda"])
-        assert "8.0" in "".join(metadata(variants["cuda"])["backend"]["archs"])
 
 
 def test_the_libraries_are_the_packages_own(variants):
@@ -171,12 +156,6 @@ def test_the_libraries_need_no_symbol_of_python(variants):
         assert not any(fault.endswith("(Python)") for fault in found), found
 
 
-def test_an_abi_that_is_too_new_is_told(variants, monkeypatch):
-    pytest.importorskip("kernel_abi_check", reason="the ABI checker of the kernels tool is not installed")
-    monkeypatch.setattr(hub_kernel, "MANYLINUX", "manylinux_2_5")
-    assert any(re.search(r"GLIBC", fault) for fault in hub_kernel.abi_faults(variants["cpu"] / "libmft_cpu.so"))
-
-
 # ---------------------------------------------------------------------------------------------- loaded
 
 
@@ -230,24 +209,6 @@ def test_its_results_are_the_installed_packages_bit_for_bit(loaded):
         by_bits = package.masked_linear_packed(x.detach(), t.weight, packed, t.bias)
         found.append([threshold, y, x.grad, scores.grad, packed, by_bits])
     assert all(torch.equal(a, b) for a, b in zip(*found))
-
-
-def test_its_ops_stand_torchs_own_checks(loaded):
-    t = integer_inputs(6, 8, 37, torch.float32)
-    ops = sys.modules[f"{loaded.__name__}._ops"].ops
-    arguments = (t.x, t.weight, t.scores.requires_grad_(), torch.tensor(2.0), t.bias, "magnitude", "auto")
-    torch.library.opcheck(ops.masked_linear.default, arguments)
-
-
-def test_watched_scores_are_selected_from_once(loaded):
-    t = integer_inputs(6, 8, 37, torch.float32)
-    scores = nn.Parameter(t.scores.clone())
-    loaded.watch(scores)
-    memos = []
-    for _ in range(2):
-        loaded.masked_linear_by_ratio(t.x, t.weight, scores, keep_ratio=0.5)
-        memos.append(scores.memo)
-    assert memos[0] is memos[1] is not None
 
 
 def test_kernelize_gives_a_models_layers_the_kernels_forward(loaded, variants):

@@ -3,14 +3,13 @@
 import gzip
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 if knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -18,12 +17,9 @@ if knobs.runtime.interpret:
 from masked_dot import compile_masked_dot
 
 from benchmarks.kernel_code import amdgcn
-from building.ahead import gpu_target, recorded
 from building.machine_code import sass
 from building.machine_code.flow import natural_loops
 from building.machine_code.hazard import Hazard, hazards
-from mft_kernels.backends.triton.launch import launch
-from mft_kernels.backends.triton.target import A100, H100, MI300X
 
 SM80, SM90, SM100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
 GFX942 = GPUTarget("hip", "gfx942", 64)
@@ -65,11 +61,6 @@ def test_main_loop_of_sm_90(hopper):
     assert sass.assembler_warnings(hopper) == []
 
 
-def test_operands_in_shared_memory_are_told_from_registers():
-    (loop,) = sass.read(compile_masked_dot(SM90, 128, 128, 8, masked=False)).loops
-    assert (loop.mma, loop.register_a, loop.full_waits, loop.partial_waits) == (4, 0, 0, 1)
-
-
 @pytest.mark.parametrize(
     ("target", "mma", "count", "copy"),
     [(SM80, "HMMA", 64, "LDGSTS"), (SM100, "UTCHMMA", 4, "UTMALDG")],
@@ -105,17 +96,6 @@ def test_spills_are_seen(spilling):
     assert code.loops[0].full_waits > 0
 
 
-def test_assembler_says_that_it_serialises(spilling):
-    warnings = sass.assembler_warnings(spilling)
-    assert any("C7511" in line and "serialized" in line for line in warnings), warnings
-
-
-def test_spills_of_gfx942_are_seen():
-    code = amdgcn.read(compile_masked_dot(GFX942, 256, 256, 4, masked=False))
-    assert code.vgpr_spills > 0
-    assert code.scratch > 0
-
-
 @safe_triton
 def test_no_operand_is_overwritten_in_flight(clean):
     assert hazards(clean) == []
@@ -142,6 +122,7 @@ def test_operands_that_triton_3_6_overwrites_are_found():
 
 
 HGMMA = "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24"
+HMMA = "HMMA.16816.F32 R24, R20, R68, R24"
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, "
 OTHER = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
 
@@ -178,6 +159,8 @@ def kernel(*lines):
         ([HGMMA, OTHER, OTHER, f"{WAIT}0x1", "MOV R4, R9"], []),
         ([HGMMA, OTHER, f"{WAIT}0x1", "MOV R4, R9"], [(0x30, 4, 0x00)]),
         ([HGMMA, f"{WAIT}0x0", "MOV R4, R9"], [(0x20, 4, 0x00)]),
+        # A group that nothing waits for stays in flight.
+        ([f"{HGMMA}, gsb0", ".L_a:", OTHER, "@P0 BRA `(.L_a)", f"{WAIT}0x7", "MOV R4, R9"], [(0x40, 4, 0x00)]),
         # A hazard only around the loop; only after a jump out of it; only through a call.
         ([".L_a:", "MOV R4, R9", f"{HGMMA}, gsb0", "@P0 BRA `(.L_a)", f"{WAIT}0x0"], [(0x00, 4, 0x10)]),
         ([".L_a:", "MOV R4, R9", f"{HGMMA}, gsb0", f"{WAIT}0x0", "@P0 BRA `(.L_a)"], []),
@@ -203,11 +186,6 @@ def kernel(*lines):
 )
 def test_hazards_of_written_code(lines, expected):
     assert hazards(kernel(*lines)) == [Hazard(*values) for values in expected]
-
-
-def test_a_group_that_nothing_waits_for_stays_in_flight():
-    lines = [f"{HGMMA}, gsb0", ".L_a:", OTHER, "@P0 BRA `(.L_a)", f"{WAIT}0x7", "MOV R4, R9"]
-    assert hazards(kernel(*lines)) == [Hazard(0x40, 4, 0x00)]
 
 
 def test_jumps_without_a_known_target_are_refused():
@@ -241,35 +219,16 @@ def test_written_registers_are_those_of_nvdisasm(hopper, tmp_path):
     assert writing > len(lines) / 3  # the others store, jump, wait or compute on uniform registers
 
 
+def test_a_loop_in_which_threads_part_is_still_a_loop():
+    """Each barrier is used repeatedly: here before the loop and inside it, for each tile."""
+    before = [".L_tiles:", "BSSY B0, `(.L_a)", "@P1 BRA `(.L_b)", "NOP", ".L_b:", "BSYNC B0", ".L_a:", "NOP"]
+    inside = [".L_loop:", "BSSY B0, `(.L_c)", "@P1 BRA `(.L_d)", "NOP", ".L_d:", "BSYNC B0", ".L_c:", HMMA]
+    text = kernel(*before, *inside, "@P0 BRA `(.L_loop)", "@P2 BRA `(.L_tiles)")
+    (loop,) = sass.code_of(text, 0, 0, 0).loops
+    assert loop.counts == Counter(BSSY=1, BRA=2, NOP=1, BSYNC=1, HMMA=1)
+
+
 def test_spins_behind_the_end_are_no_loops():
     #   0 -> 1 -> 2 -> 3 -> 4, where 3 -> 1 closes the loop and 1 may spin in 5, which jumps back to 2
     loops = natural_loops([(1,), (2, 5), (3,), (1, 4), (), (5, 2)])
     assert sorted(map(sorted, loops)) == [[1, 2, 3, 5], [5]]
-
-
-def test_the_innermost_loop_that_multiplies_is_the_main_loop():
-    text = kernel(
-        ".L_tiles:", "NOP",
-        ".L_main:", "NOP", ".L_spin:", "@!P1 BRA `(.L_spin)", f"{HGMMA}, gsb0", "@P0 BRA `(.L_main)",
-        ".L_store:", "STG.E desc[UR4][R2.64], R24", "@P3 BRA `(.L_store)", "@P2 BRA `(.L_tiles)",
-    )  # fmt: skip
-    (body,) = sass.parse(text).innermost_loops(sass.is_mma)
-    assert [instruction.address for instruction in body] == [0x10, 0x20, 0x30, 0x40]
-
-
-def test_compiling_ahead_leaves_the_driver_as_it_was(hopper):
-    before = driver._active
-    compile_masked_dot(SM90, 128, 128, 8)
-    assert driver._active is before
-
-
-@pytest.mark.parametrize("target", [A100, H100, MI300X], ids=str)
-def test_recorded_launches_are_what_would_run(target):
-    class Never:
-        def __getitem__(self, grid):
-            raise AssertionError("nothing must run")
-
-    kernel, tensor = Never(), torch.empty(3, device="meta")
-    (one,) = recorded(lambda: launch(kernel, (4,), tensor, 2, BLOCK=64), target)
-    assert (one.kernel, one.grid, one.args, one.options["BLOCK"]) == (kernel, (4,), (tensor, 2), 64)
-    assert gpu_target(target) in (SM80, SM90, GFX942)

@@ -46,7 +46,7 @@ def test_a_target_installs_the_extras_that_it_needs(target, extras, tmp_path):
     assert [extra for extra in ("train", "dev") if f"building.requirements {extra}" in planned.stdout] == extras
 
 
-def test_torch_comes_first_and_the_package_last_and_each_step_says_what_it_does(environment):
+def test_torch_comes_first_and_the_package_last(environment):
     done = make(f"VENV={environment}", "dev")
     assert done.returncode == 0, done.stderr
     words = (environment / "python.log").read_text()
@@ -58,14 +58,6 @@ def test_torch_comes_first_and_the_package_last_and_each_step_says_what_it_does(
     ]
     assert [words.index(step) for step in order] == sorted(words.index(step) for step in order)
     assert words.index("--no-compile torch") < words.index("train.txt") < words.index("-e .[train,compare,serve]")
-    begins = [line.split(" (")[0] for line in done.stdout.splitlines() if line.endswith("...")]
-    assert set(begins) == {
-        "Installing torch",
-        "Compiling the kernels",
-        "Installing transformers and the rest",
-        f"Installing mft_kernels into {environment} ...",
-        "Installing the tools of development",
-    }
     assert "Nothing to be done" in make(f"VENV={environment}", "dev").stdout
 
 

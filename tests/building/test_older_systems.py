@@ -48,10 +48,3 @@ def test_the_libraries_of_this_checkout_need_no_newer_glibc(part):
     names = older_systems.glibc_names(library)
     newer = {name: version for name, version in names.items() if version > older_systems.OLDEST}
     assert newer == {}, f"make {'cuda' if part == 'cuda' else 'install'} builds it again"
-
-
-def test_a_jump_names_the_version_and_no_address():
-    text = older_systems.assembler({"dlsym": "2.2.5"})
-    assert ".symver older_dlsym, dlsym@GLIBC_2.2.5" in text
-    assert "jmp *older_dlsym@GOTPCREL(%rip)" in text
-    assert text.endswith('.section .note.GNU-stack, "", @progbits\n')

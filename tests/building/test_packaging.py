@@ -44,31 +44,33 @@ def test_a_wheel_has_every_file_of_a_package(package, wheel):
     assert (wheel / package / "py.typed").exists()
 
 
-def test_an_sdist_holds_sources_and_no_library(tmp_path):
+@pytest.fixture
+def bare(tmp_path):
+    """Return a folder with what a build reads before any source."""
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "mft_kernels/_version.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "building", tmp_path / "building", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_an_sdist_holds_sources_and_no_library(bare):
     for name in ("mft_kernels/__init__.py", "mft_kernels/libmft_cpu.so", "csrc/one.cpp"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        (bare / name).parent.mkdir(exist_ok=True)
+        (bare / name).touch()
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "out"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
-    (sdist,) = (tmp_path / "out").iterdir()
+    subprocess.run(command, cwd=bare, capture_output=True, check=True)
+    (sdist,) = (bare / "out").iterdir()
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert {"csrc/one.cpp", "building/wheel.py", "mft_kernels/__init__.py"} <= held
     assert not [name for name in held if name.endswith(".so")]
 
 
-def test_a_build_brings_what_was_measured_of_the_choice_or_nothing(tmp_path):
-    for name in ("setup.py", "pyproject.toml", "mft_kernels/_version.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "building", tmp_path / "building", ignore=shutil.ignore_patterns("__pycache__"))
-    measured = tmp_path / "benchmarks" / "results" / "gpu-faster.json"
+def test_a_build_brings_what_was_measured_of_the_choice_or_nothing(bare):
+    measured = bare / "benchmarks" / "results" / "gpu-faster.json"
     measured.parent.mkdir(parents=True)
-    built = tmp_path / "out" / "mft_kernels" / "faster.json"
+    built = bare / "out" / "mft_kernels" / "faster.json"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out", "--build-temp", "temporary"]
     environment = {**os.environ, "MFT_BUILD": "0", "MFT_CUDA": "0"}
     for text in ('{"ops": []}', None):
@@ -76,7 +78,7 @@ def test_a_build_brings_what_was_measured_of_the_choice_or_nothing(tmp_path):
             measured.write_text(text)
         else:
             measured.unlink()
-        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+        subprocess.run(command, cwd=bare, env=environment, capture_output=True, check=True)
         assert (built.read_text() if built.exists() else None) == text
 
 

@@ -1,7 +1,6 @@
 """The CPU library with other compilers and for other processors: what `make ports` checks, and a part of it."""
 
 import fcntl
-import os
 import platform
 from pathlib import Path
 
@@ -11,52 +10,6 @@ from building import compile, cpu, ports
 from building.compile import CannotBuild, Unit
 
 ROOT = Path(__file__).parents[2]
-
-
-def tool(folder: Path, name: str, target: str | None = None) -> None:
-    path = folder / name
-    if target:
-        path.symlink_to(folder / target)
-    else:
-        path.write_text("#!/bin/sh\n")
-        path.chmod(0o755)
-
-
-def test_each_compiler_is_found_once_the_oldest_first(tmp_path):
-    for name in ("x86_64-linux-gnu-g++-12", "x86_64-linux-gnu-g++-9", "llvm-14", "llvm-22", "clang++-format", "c++"):
-        tool(tmp_path, name)
-    for name, target in (
-        ("g++", "x86_64-linux-gnu-g++-12"),
-        ("g++-12", "x86_64-linux-gnu-g++-12"),
-        ("g++-9", "x86_64-linux-gnu-g++-9"),
-        ("clang++-22", "llvm-22"),
-        ("clang++-14", "llvm-14"),
-        ("clang++", "llvm-22"),
-    ):
-        tool(tmp_path, name, target)
-    found = ports.compilers(f"{tmp_path}{os.pathsep}{tmp_path / 'not there'}")
-    assert [Path(path).name for path in found] == ["g++-9", "g++", "clang++-14", "clang++"]
-
-
-def test_aarch64_is_a_port_where_cross_compiler_and_emulator_are(tmp_path):
-    for name in ("g++", "clang++-14", "clang++-22", "aarch64-linux-gnu-g++"):
-        tool(tmp_path, name)
-    assert [port.name for port in ports.ports(str(tmp_path))] == ["g++", "clang++-14", "clang++-22"]
-    tool(tmp_path, "qemu-aarch64-static")
-    found = ports.ports(str(tmp_path))[3:]
-    assert [port.name for port in found] == ["aarch64", "aarch64-clang++-22"]
-    assert all(port.emulator == str(tmp_path / "qemu-aarch64-static") for port in found)
-
-
-def test_what_is_missing_is_told_with_its_package(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    tool(tmp_path, "g++")
-    lines = ports.missing()
-    assert [line.split(" ")[0] for line in lines] == ["clang++", "aarch64-linux-gnu-g++", "qemu-aarch64"]
-    assert lines[-1].endswith("apt-get install qemu-user")
-    tool(tmp_path, "clang++-19")
-    tool(tmp_path, "qemu-aarch64-static")
-    assert [line.split(" ")[0] for line in ports.missing()] == ["aarch64-linux-gnu-g++"]
 
 
 def test_an_aarch64_build_takes_every_file_that_is_for_any_machine():
@@ -80,23 +33,6 @@ def test_a_function_that_the_linker_may_give_to_other_files_is_seen(tmp_path):
     compile.build(tmp_path / "build", units)
     found = ports.shared_functions(tmp_path / "build", units)
     assert found == (["kernel.cpp: shared_one(int)"] if instruction_set else [])
-
-
-def test_a_warning_that_ends_a_build_is_its_reason(tmp_path):
-    source = tmp_path / "unused.cpp"
-    source.write_text("static int nobody_calls_it() { return 1; }\n")
-    with pytest.raises(CannotBuild, match="nobody_calls_it"):
-        compile.build(tmp_path / "build", [Unit(source, compiler_or_skip(), ["-Wall", "-Werror"])])
-
-
-def test_a_checksum_that_differs_is_named():
-    expected = "0123456789abcdef  pack fp32\n00000000000000ff  pack bf16\n"
-    assert ports.differences(expected, expected) == []
-    assert ports.differences(expected.replace("ff", "fe"), expected) == [
-        "pack bf16 gives 00000000000000fe, expected 00000000000000ff"
-    ]
-    assert ports.differences("", expected)[0] == "pack fp32 gives nothing, expected 0123456789abcdef"
-    assert ports.differences(expected, "")[1] == "pack bf16 gives 00000000000000ff, expected nothing"
 
 
 def test_portable_kernels_compute_what_every_build_has_to():

@@ -71,30 +71,3 @@ def test_an_sdist_that_lacks_a_source_is_told(tmp_path):
 
     assert missing_without() == []
     assert missing_without("python/mft/config.py", "csrc/operands.h") == ["csrc/operands.h", "python/mft/config.py"]
-
-
-def test_what_is_tried_is_one_wheel_and_one_sdist(tmp_path):
-    with pytest.raises(SystemExit, match="must hold one wheel and one sdist, got neither; make wheel"):
-        wheel_test.packed(tmp_path)
-    for name in ("a.whl", "a.tar.gz"):
-        (tmp_path / name).touch()
-    assert wheel_test.packed(tmp_path) == (tmp_path / "a.whl", tmp_path / "a.tar.gz")
-    (tmp_path / "b.whl").touch()
-    with pytest.raises(SystemExit, match=r"got a\.whl, b\.whl, a\.tar\.gz"):
-        wheel_test.packed(tmp_path)
-
-
-def test_each_python_has_its_torch(monkeypatch):
-    monkeypatch.setattr(wheel_test, "working_python", lambda version: {"3.13": "/usr/bin/python3.13"}.get(version))
-    (here, torch), (other, oldest) = wheel_test.environments(slim=False)
-    assert (other, oldest) == ("/usr/bin/python3.13", "torch==2.11.0")
-    assert "+" not in torch
-    assert wheel_test.environments(slim=True) == [(here, torch)]
-    assert wheel_test.named_environment("3.13", "torch==2.15.0") == ("/usr/bin/python3.13", "torch==2.15.0")
-    with pytest.raises(SystemExit, match="--environment must name a Python .* got '3.9'"):
-        wheel_test.named_environment("3.9", "torch")
-    with pytest.raises(SystemExit, match="--environment must name a torch .* got '2.15.0'"):
-        wheel_test.named_environment("3.13", "2.15.0")
-    monkeypatch.setattr(wheel_test, "working_python", lambda version: None)
-    with pytest.raises(SystemExit, match="a second Python is needed"):
-        wheel_test.environments(slim=False)
