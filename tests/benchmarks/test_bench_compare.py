@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import pytest
-from ratio_records import QUANTITY, record, spread
+from ratio_records import QUANTITY, record
 
 from benchmarks import compare, harness
 from benchmarks.records import by_question, file_name
@@ -22,16 +22,6 @@ from benchmarks.records import by_question, file_name
 def test_a_regression_exceeds_both_spreads_and_5_percent(before, now, verdict):
     (change,) = compare.compare(record(*before), record(*now))
     assert change.verdict == verdict
-
-
-def test_new_and_missing_ratios_are_told_apart():
-    changes = compare.compare(record(quantity="ours / a"), record(quantity="ours / b"))
-    assert {change.quantity: change.verdict for change in changes} == {"ours / a": "MISSING", "ours / b": "new"}
-
-
-def test_what_a_quick_run_leaves_out_is_not_missing():
-    changes = compare.compare(record(quantity="ours / a"), record(quantity="ours / b"), partial=True)
-    assert [change.verdict for change in changes] == ["new"]
 
 
 @pytest.mark.parametrize(("quantity", "unit"), [("LoRA / dense: forward", "x"), (QUANTITY, "ms"), ("ours", "x")])
@@ -99,28 +89,14 @@ def test_a_question_that_was_not_measured_fails(tmp_path, monkeypatch, capsys):
     assert "scaling: MISSING" in capsys.readouterr().out
 
 
-def with_time(median, device, ratio=1.0):
-    both = record(ratio, device=device)
-    both["findings"].append({"quantity": "dense", "measured": spread(median), "unit": "ms"})
-    return both
-
-
-def test_times_are_shown_for_one_machine_and_decide_nothing(tmp_path, monkeypatch, capsys):
-    old = write(tmp_path / "old", with_time(5.0, "a"))
-    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", with_time(7.0, "a"))) == 0
-    assert "(for information) dense: 5 -> 7 ms" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(("ratio", "told"), [(1.5, "higher here"), (0.5, "lower here"), (1.0, "1 of 1 ratios within")])
 def test_between_two_machines_nothing_is_concluded(tmp_path, monkeypatch, capsys, ratio, told):
-    old = write(tmp_path / "old", with_time(5.0, "a"))
-    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", with_time(7.0, "b", ratio))) == 2
+    old = write(tmp_path / "old", record(1.0, device="a"))
+    assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", record(ratio, device="b"))) == 2
     printed = capsys.readouterr().out
     assert "!!! NOT THE SAME MACHINE: device was 'a' and is 'b'" in printed
     assert told in printed
-    assert "whether the code became slower cannot be told. Measure REF here: python -m benchmarks --out" in printed
-    for verdict in ("REGRESSION", "no regression", "better", "worse", "for information"):
-        assert verdict not in printed
+    assert "REGRESSION" not in printed
 
 
 def test_answers_of_another_instruction_set_are_not_compared(tmp_path, monkeypatch, capsys):
@@ -134,45 +110,10 @@ def test_answers_of_another_instruction_set_are_not_compared(tmp_path, monkeypat
     assert run_compare(monkeypatch, both, "--now", write(tmp_path / "same", record(1.0))) == 0
 
 
-def test_a_ref_from_before_names_told_the_instruction_set_is_placed_by_its_backend(tmp_path, monkeypatch):
-    old = tmp_path / "old"
-    old.mkdir()
-    placed = record(1.0, backend=f"C++, {harness.instruction_set()}")
-    (old / "ops-cpu.json").write_text(json.dumps(placed))
-    now = write(tmp_path / "now", record(1.5, backend=placed["environment"]["backend"]))
-    assert run_compare(monkeypatch, old, "--now", now) == 1
-
-
 def test_a_ratio_that_is_missing_on_another_machine_fails(tmp_path, monkeypatch):
     old = write(tmp_path / "old", record(quantity="ours / a", device="a"))
     now = write(tmp_path / "now", record(quantity="ours / b", device="b"))
     assert run_compare(monkeypatch, old, "--now", now) == 1
-
-
-def test_another_machine_is_said_before_anything_is_measured_and_nothing_is_asked_twice(tmp_path, monkeypatch, capsys):
-    old = write(tmp_path / "old", record(1.0))
-    environment = {**harness.environment(), "device": "b"}
-    monkeypatch.setattr(compare, "environment", lambda: environment)
-
-    def answer(questions, *, quick):
-        assert "REF was not measured on this machine (" in capsys.readouterr().out
-        return {question: record(1.5, device="b") for question in questions}
-
-    monkeypatch.setattr(compare, "_answers", answer)
-    assert run_compare(monkeypatch, old) == 2
-    assert "asked again" not in capsys.readouterr().out
-
-
-def test_a_question_that_one_thread_answers_is_of_this_machine(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness.torch, "get_num_threads", lambda: 8)
-    own = harness.environment()
-    answers = {"launch": record(**own | {"threads": 1}), "ops": record(**own | {"threads": harness.THREADS})}
-    for question, answer in answers.items():
-        write(tmp_path / "old", answer, question)
-    monkeypatch.setattr(compare, "_answers", lambda questions, *, quick: {q: answers[q] for q in questions})
-    assert run_compare(monkeypatch, tmp_path / "old") == 0
-    assert "REF was not measured on this machine" not in capsys.readouterr().out
-    assert [harness.threads_of(question, 4) for question in ("launch", "ops")] == [1, 4]
 
 
 def test_a_ref_is_a_commit_whose_results_are_read(tmp_path, monkeypatch):

@@ -63,8 +63,3 @@ def test_local_data_has_the_columns_of_pefts():
     assert [len(row["text"]) for row in texts] == [small_data.LONGEST] * small_data.TEXTS
     with pytest.raises(ValueError, match="PEFT's data.py has changed"):
         small_data._load_dataset("other")
-
-
-def test_a_changed_script_of_peft_is_told(checkout):
-    with pytest.raises(RuntimeError, match="must hold '1 < wiki_loss_before < 2'"):
-        small_data._change(checkout / SUITE, *small_data.ANY_LOSS)

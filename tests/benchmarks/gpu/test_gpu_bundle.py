@@ -67,21 +67,6 @@ def test_what_the_library_lacks_is_said_and_is_the_exit_code(tmp_path, monkeypat
     assert "WITHOUT score_grad_sm90: no headers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("built", "lacks"),
-    [
-        ({"built": True, "left_out": {}}, []),
-        ({"built": True, "left_out": {"product_sm90": "no headers"}}, ["product_sm90: no headers"]),
-        ({"built": False, "reason": "no nvcc"}, ["libmft_cuda.so: no nvcc"]),
-        ({}, ["libmft_cuda.so: setup.py has not run"]),
-    ],
-)
-def test_a_library_without_a_group_is_named(built, lacks):
-    found = bundle.lacking(built)
-    assert len(found) == len(lacks)
-    assert all(text.startswith(start) for text, start in zip(found, lacks))
-
-
 def test_what_is_too_large_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bundle, "MOST_BYTES", 1000)
     assert bundle.main([str(tmp_path / "made")]) == 2

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 from gpu_records import Card
 
 from benchmarks.gpu import device
-from benchmarks.gpu.device import CLOCK, QUEUED, Gpu, Timer
+from benchmarks.gpu.device import CLOCK, QUEUED, Gpu
 
 
 def test_a_graph_holds_whole_rotations_over_the_copies(monkeypatch):
@@ -69,10 +69,3 @@ def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypat
     for warm, count in ((True, 2), (False, 3)):  # a function that makes a model runs only once
         assert gpu.peak(lambda: runs.append(1) or [torch.zeros(10), torch.zeros(15)], warm=warm) == (500, 100)
         assert len(runs) == count
-
-
-def test_the_slowest_take_part_in_the_first_rounds_alone():
-    from benchmarks.gpu.timing import _in_rounds
-
-    timers = {"fast": Timer("graph", 1, 1.0, lambda: 1.0), "slow": Timer("queued", 1, 400.0, lambda: 400.0)}
-    assert {name: len(v) for name, v in _in_rounds(timers, 11).items()} == {"fast": 11, "slow": 3}

@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from benchmarks.regimes import runs
-from benchmarks.regimes.findings import Documents, compared, interval, spreads
+from benchmarks.regimes.findings import Documents, compared, spreads
 from benchmarks.regimes.runs import CHOICE, Regime, Run, best_rate, complete, open_ends
 from mft.engines.step import NonFiniteLoss
 from mft_study.report.statistics import Paired
@@ -91,32 +89,3 @@ def test_spreads_are_those_that_a_difference_was_drawn_with():
     over_seeds, over_documents = spreads(Paired(sums, np.ones(400)))
     assert over_seeds == pytest.approx(0.05, rel=0.15)
     assert over_documents == pytest.approx(0.3, rel=0.1)
-
-
-def test_an_interval_has_a_star_where_holms_correction_leaves_it():
-    one = {"estimate": -0.15, "low": -0.2, "high": -0.1, "p": 0.01, "p_holm": 0.04}
-    assert interval(one) == "-0.150 [-0.200, -0.100] *"
-    assert interval(one | {"p_holm": 0.06}) == "-0.150 [-0.200, -0.100]"
-    assert interval(None) == ""
-
-
-@pytest.mark.parametrize(
-    ("given", "quick", "out"), [([], False, "runs/a-regime"), (["--quick", "--out", "x"], True, "x")]
-)
-def test_a_command_declares_its_regime_and_carries_it_out(given, quick, out, monkeypatch):
-    carried = []
-    monkeypatch.setattr(runs, "carry_out", lambda *arguments: carried.append(arguments))
-    runs.run_command("What it shows.", "a_regime", lambda texts, *, quick: (texts, quick), given)
-    words = " ".join(["python -m benchmarks.regimes.a_regime", *given])
-    assert carried == [((Path(out) / "texts", quick), Path(out), words)]
-
-
-def test_a_command_may_run_some_arms_alone(monkeypatch, capsys):
-    carried = []
-    monkeypatch.setattr(runs, "carry_out", lambda regime, *_: carried.append(regime.rates))
-    regime = runs.Regime(rates={"a": [1.0], "b c": [2.0]}, seeds=[0])
-    runs.run_command("What it shows.", "a_regime", lambda *_, **__: regime, ["--arms", "b c"])
-    assert carried == [{"b c": [2.0]}]
-    with pytest.raises(SystemExit):
-        runs.run_command("What it shows.", "a_regime", lambda *_, **__: regime, ["--arms", "c"])
-    assert "--arms must name arms of a, b c, got c" in capsys.readouterr().err
