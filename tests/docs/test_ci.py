@@ -40,26 +40,6 @@ def test_what_the_makefile_runs_is_there():
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
-def test_each_action_is_of_a_named_major_version():
-    uses = [step["uses"] for step in JOB["steps"] if "uses" in step]
-    assert uses
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", use) for use in uses)
-
-
-def test_the_hooks_are_the_linters_of_make_lint_out_of_the_dev_extra():
-    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert repository["repo"] == "local"
-    entries = [hook["entry"].removeprefix(".venv/bin/") for hook in repository["hooks"] if "stages" not in hook]
-    hooks = [entry.removesuffix(" --force-exclude") for entry in entries]
-    lint = re.search(r"^lint: dev\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    asked = [line.removeprefix("\t$(BIN)/") for line in lint.splitlines() if line.startswith("\t$(BIN)/")]
-    # The hooks apply the formatting that make lint only checks.
-    assert hooks == [line.removesuffix(" .").removesuffix(" --check") for line in asked]
-    tools = {hook.split()[0] for hook in hooks}
-    dev = {re.match(r"[\w-]+", need)[0] for need in PROJECT["optional-dependencies"]["dev"]}
-    assert {"pre-commit", "commit-check", *tools} <= dev
-
-
 @pytest.mark.parametrize(
     ("subject", "refused"),
     [
@@ -94,16 +74,3 @@ def test_a_run_with_a_time_box_leaves_out_what_begins_too_late_and_says_so():
     stats = {"skipped": [SimpleNamespace(longrepr=("file", 1, str(skipped.value))), SimpleNamespace(longrepr="no GPU")]}
     time_box.pytest_terminal_summary(SimpleNamespace(stats=stats, write_line=lines.append), item(5.0).config)
     assert lines == ["left out, because the time was up: 1 tests"]
-
-
-def test_a_time_box_changes_the_order_of_files_and_none_within_a_file(monkeypatch):
-    items = [SimpleNamespace(path=Path(f"test_{file}.py"), number=number) for file in range(20) for number in range(2)]
-    config = SimpleNamespace(getoption={"--seconds": 5.0}.get)
-    orders = set()
-    for commit in ("a", "b"):
-        monkeypatch.setattr(time_box, "_commit", lambda commit=commit: commit)
-        shuffled = list(items)
-        time_box.pytest_collection_modifyitems(config, shuffled)
-        assert [item.number for item in shuffled] == [0, 1] * 20
-        orders.add(tuple(item.path.name for item in shuffled))
-    assert len(orders) == 2

@@ -281,11 +281,3 @@ def test_the_page_of_the_command_line_lists_every_verb_in_the_groups_of_the_help
     for verb in mft.list_commands(None):
         listed[mft.commands[verb].rich_help_panel].append(verb)
     assert list(verbs.items()) == list(listed.items())
-
-
-def test_readme_is_short_shows_one_picture_and_begins_with_few_numbers():
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 60
-    assert text.count("![") == 1
-    prose = re.sub(r"arXiv [0-9.]+|\]\(.*?\)|`.*?`", "", text.partition("## Install")[0])
-    assert len(re.findall(r"(?<![\w-])\d[\d.,]*", prose)) <= 20

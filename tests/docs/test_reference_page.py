@@ -66,21 +66,3 @@ def test_sections_become_lists_and_what_is_not_markup_stays_text(page):
         "**Args**\n\n- `x`: (K,), as of\n  [mask_model](#mask_model).\n- `y`, `z`: others.\n\nMore of all.\n\n"
         '**Returns**: {"a": 1,\n"b": 2}.\n\n**Raises**: ValueError if x is empty.\n'
     )
-
-
-def test_signatures_have_every_kind_of_parameter_and_what_a_field_says_of_itself(page, tmp_path):
-    (tmp_path / "signed.py").write_text(
-        "from contextlib import contextmanager\nfrom dataclasses import dataclass, field\n"
-        "from typing import Annotated\n\nFew = Annotated[int | None, 'a rule']\n\n\n"
-        "def f(a, /, b: int = 1, *args: int, c='x', **more: str) -> None: ...\n\n\n"
-        "@contextmanager\ndef g(*, name: str = 'a'): ...\n\n\n"
-        "@dataclass\nclass Config:\n    rate: float = 0.5  # of change\n    seed: Annotated[int, 'a rule'] = 0\n"
-        "    few: Few | str = field(default_factory=lambda: int('3'))\n"
-    )
-    loader = page.griffe.GriffeLoader(search_paths=[tmp_path], allow_inspection=False)
-    signed = loader.load("signed")
-    assert [page.signature(name, signed[name]) for name in ("f", "g", "Config")] == [
-        'f(a, /, b: int = 1, *args: int, c="x", **more: str) -> None',
-        '@contextmanager\ng(*, name: str = "a")',
-        "Config(\n    rate: float = 0.5,  # of change\n    seed: int = 0,\n    few: int | None | str = int('3'),\n)",
-    ]

@@ -60,10 +60,6 @@ def test_what_make_docs_fetches_is_the_extra_docs():
     assert f"pip install --quiet {' '.join(extra)}\n" in recipe
 
 
-def test_the_theme_asks_nobody_for_fonts():
-    assert CONFIG["theme"]["font"] is False
-
-
 def test_every_link_of_the_pages_leads_into_the_staged_tree(site, tmp_path):
     site.stage(ROOT, tmp_path)
     written = {
@@ -105,12 +101,6 @@ def test_pages_that_commands_write_are_staged_beside_those_of_docs(site, tmp_pat
     assert sorted(path.name for path in staged.iterdir()) == sorted(site.WRITTEN)
     linked = (staged / site.WRITTEN[1]).read_text()
     assert linked == "[concepts](concepts.md#masks) [source](../../setup.py.md)\n"
-
-
-def test_the_recipe_of_the_site_writes_the_pages_first(site):
-    makefile = (ROOT / "Makefile").read_text()
-    assert sorted(re.findall(r"^build/pages/(\S+):", makefile, re.MULTILINE)) == sorted(site.WRITTEN)
-    assert re.search(r"^docs: dev \$\(WRITTEN\) build/pages/kernels-compiled.md$", makefile, re.MULTILINE)
 
 
 def test_code_stays_but_for_the_escape_of_a_cell(site, tree):
