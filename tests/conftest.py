@@ -3,7 +3,6 @@
 import atexit
 import gc
 import importlib.util
-import json
 import os
 from unittest import mock
 
@@ -207,15 +206,12 @@ def cli(model_dir, tmp_path, monkeypatch):
 
     cli.done(...) and cli.refused(...) return the output of a call that must exit with 0 or 2.
     """
-    from tiny import WORDS
-    from typer.testing import CliRunner
-
-    from mft.cli.app import app
+    from tiny import counting_lines
+    from tiny_run import invoke
 
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "data.jsonl").write_text(counting_lines())
     (tmp_path / "config.yaml").write_text(
         f"model: {{name: {model_dir}, dtype: float32}}\ndata: {{source: data.jsonl, sequence_length: 12}}\n"
         "output_dir: run\n"
@@ -224,10 +220,7 @@ def cli(model_dir, tmp_path, monkeypatch):
     def call(verb, *arguments):
         own = verb in ("finetune", "train", "evaluate") and not {"--resume", "--config"} & set(arguments)
         options = ["--config", "config.yaml"] if own else []
-        result = CliRunner().invoke(app, [verb, *options, *arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
+        return invoke(verb, *options, *arguments)
 
     def expect(code):
         def called(*arguments):

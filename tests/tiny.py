@@ -1,5 +1,7 @@
 """Tiny models, linears and rows that tests share: a random Llama with 61 words that learns to count."""
 
+import json
+
 import torch
 from datasets import Dataset
 from torch import nn
@@ -83,11 +85,35 @@ def save_llama(directory):
     make_llama().save_pretrained(directory)
 
 
+def counting_lines():
+    """Return 60 lines of JSON; the text of each is 20 numbers that count upwards."""
+    texts = (" ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20)) for i in range(60))
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
 def make_rows(count=8, length=12, seed=0):
     """Return rows that count upwards from a random start, so that there is something to learn."""
     start = torch.randint(0, WORDS, (count, 1), generator=torch.Generator().manual_seed(seed))
     ids = ((start + torch.arange(length)) % WORDS).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids, "document": [100 + i // 2 for i in range(count)]})
+
+
+TOKENS = torch.tensor(make_rows(3)["input_ids"])
+
+
+@torch.no_grad()
+def logits(model, ids=TOKENS, **options):
+    return model(input_ids=ids, **options).logits
+
+
+def padded_rows():
+    """Return rows of 12 tokens. Row i has 12 - i real tokens, all labelled but the first two; the rest is padding."""
+    rows = make_rows(6)
+    ids, labels = [], []
+    for number, row in enumerate(rows["input_ids"]):
+        ids.append(row[: 12 - number] + [0] * number)
+        labels.append([-100, -100, *row[2 : 12 - number]] + [-100] * number)
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "document": rows["document"]})
 
 
 def masked_llama(layers=(2, 3), dtype=torch.float32, **mask):

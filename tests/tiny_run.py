@@ -14,12 +14,30 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import equal
+from typer.testing import CliRunner
 
 from mft.tracking.metrics import METRICS, Steps
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.saver import Saver, Stopped
 
 LEARN = ["train.lr=1e-2", "train.epochs=null", "train.steps=4", "train.batch_size=2", "mask.layers_to_transform=2-3"]
+
+
+def invoke(*arguments, lines=""):
+    """Return (exit code, output) of mft on these arguments; lines: what the user types."""
+    from mft.cli.app import app
+
+    result = CliRunner().invoke(app, list(map(str, arguments)), input=lines)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def succeed(*arguments):
+    """Return what mft prints on these arguments; it must end well."""
+    code, output = invoke(*arguments)
+    assert code == 0, output
+    return output
 
 
 class Forked:

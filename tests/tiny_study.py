@@ -1,13 +1,15 @@
 """A study small enough for a test: the tiny Llama on disk, rows of counting words, two or three settings per arm."""
 
 import contextlib
-import json
+import io
 
 import pytest
 import torch
-from tiny import WORDS, make_llama
+from rich.console import Console
+from tiny import counting_lines, save_llama
 
 from mft_study.load import load_study
+from mft_study.run import run_study
 
 STUDY = """
 model: {{name: {directory}/model, dtype: float32}}
@@ -38,23 +40,21 @@ def new_ground(tmp_path_factory):
 
 def write_ground(directory):
     """Write the model and the data."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<end>": 0} | {str(i): i for i in range(1, WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>")
-    wrapped.save_pretrained(directory / "model")
-    make_llama().save_pretrained(directory / "model")
-    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)]
-    (directory / "data.jsonl").write_text("\n".join(lines) + "\n")
+    save_llama(directory / "model")
+    (directory / "data.jsonl").write_text(counting_lines())
 
 
 def make_study(directory, arms=FEW, overrides=()):
     path = directory / "study.yaml"
     path.write_text(STUDY.format(directory=directory) + arms)
     return load_study(path, list(overrides))
+
+
+def run_quietly(study, directory, **options):
+    """Run a study; return its findings, and the lines that told its progress."""
+    said = io.StringIO()
+    found = run_study(study, directory, console=Console(file=said, width=1000), **options)
+    return found, [line for line in said.getvalue().splitlines() if line.startswith("[")]
 
 
 def equal(a, b):

@@ -1,16 +1,12 @@
 """A study's arm under a budget: what its runs drop and store, whatever the study's keep ratio is."""
 
-import io
-
-from rich.console import Console
 from safetensors.torch import load_file
-from tiny_study import FULL, make_study, write_ground
+from tiny_study import FULL, make_study, run_quietly, write_ground
 
 from mft.config import MaskConfig
 from mft_study.load import study_values
 from mft_study.report.table import study_numbers
 from mft_study.report.write import write_study_report
-from mft_study.run import run_study
 
 ARMS = FULL + "  control: {kind: control, lrs: [1e-2]}\n  budget: {kind: mask, lrs: [1e-2, 3e-2], budget: 0.02}\n"
 WEIGHTS = 2 * 9216  # of layers 2 and 3
@@ -20,7 +16,7 @@ def test_an_arm_drops_its_budget_of_all_its_layers(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     write_ground(tmp_path)
     study = make_study(tmp_path, ARMS, ["checkpoints=1"])
-    findings = run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    findings, _ = run_quietly(study, tmp_path / "run")
     write_study_report(findings, tmp_path / "run", {})
     row = next(row for row in study_numbers(findings)["domains"]["count"]["rows"] if row["arm"] == "budget")
     assert row["setting"]["keep_ratio"] is None
@@ -40,12 +36,7 @@ def test_its_mask_is_the_study_s_but_for_what_is_dropped(tmp_path):
     assert study.mask_of(study.arms["slow"]) == MaskConfig(
         layers_to_transform=[2, 3], budget=0.02, budget_ramp=0.9, mode="value"
     )
+    assert study_values(study)["arms"]["budget"]["budget"] == 0.02
+    assert "budget" not in study_values(study)["mask"]
     for name in ("budget", "slow"):
         assert all(setting.keep_ratio is None for setting in study.arms[name].settings(study.mask))
-
-
-def test_a_stored_study_has_the_budget_again(tmp_path):
-    study = make_study(tmp_path, ARMS)
-    values = study_values(study)
-    assert values["arms"]["budget"]["budget"] == 0.02
-    assert "budget" not in values["mask"]

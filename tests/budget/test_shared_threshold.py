@@ -27,7 +27,7 @@ def in_order(scores, mode):
     return (values.abs() if mode == "magnitude" else values).sort().values
 
 
-@pytest.mark.parametrize("chunk", [7, 1 << 18])
+@pytest.mark.parametrize("chunk", [50, 1 << 18])
 @pytest.mark.parametrize("mode", ["magnitude", "value"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_the_next_larger_score_after_those_that_are_dropped(dtype, mode, chunk, monkeypatch):

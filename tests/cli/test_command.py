@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from mft.checks import install_command
 from mft.cli.app import app
 from mft.cli.command import NEEDED
-from mft.cli.options import PANELS
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
@@ -65,12 +64,3 @@ def test_with_it_the_command_runs():
     done = without([], "--version")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mft ")
-
-
-def test_the_help_has_a_line_per_verb_in_its_group_and_fits_100_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    output = CliRunner().invoke(app, ["--help"]).output
-    lines = output.splitlines()
-    assert max(map(len, lines)) <= 100
-    assert re.findall(r"^╭─ (.*?) ─", output, re.MULTILINE) == ["Options", *PANELS]
-    assert sum(line.startswith("│ ") for line in lines) == 2 + len(typer.main.get_command(app).commands)

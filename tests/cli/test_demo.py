@@ -1,20 +1,17 @@
 """mft demo on a tiny model: what it prints, what it writes, and what it deletes."""
 
-import dataclasses
 import json
 import re
 
 import pytest
 import torch
-from tiny import WORDS, masked_llama
+from tiny import counting_lines, masked_llama
 from transformers import AutoModelForCausalLM
 
 from mft.cli import demo
-from mft.cli.demo import demo_config, run_demo
-from mft.config import RunConfig
+from mft.cli.demo import run_demo
 from mft.config_file import load_config, save_config
 from mft.masks.convert import masked_modules, merge_model
-from mft.tracking.console import new_console
 
 LEFT = {"config.yaml", "masks", "metrics.jsonl", "model", "plot.png", "table.json", "table.md"}
 
@@ -25,17 +22,10 @@ def config(model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "PROMPT", "1 2 3")
     monkeypatch.setattr(demo, "TOKENS", 6)
-    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "data.jsonl").write_text(counting_lines())
     tiny = [f"model.name={model_dir}", f"data.source={tmp_path}/data.jsonl", "data.sequence_length=12"]
-    tiny += [
-        "data.max_train_tokens=192",
-        "mask.layers_to_transform=2-3",
-        "mask.budget=0.2",
-        "train.lr=5e-2",
-        f"output_dir={tmp_path}/run",
-    ]
-    return load_config("demo", tiny)
+    tiny += ["data.max_train_tokens=192", "mask.layers_to_transform=2-3", "mask.budget=0.2", "train.lr=5e-2"]
+    return load_config("demo", [*tiny, f"output_dir={tmp_path}/run"])
 
 
 def told(config, capsys, **options):
@@ -103,16 +93,6 @@ def test_a_directory_of_something_else_is_refused_before_the_model_is_loaded(con
             run_demo(config, overwrite=overwrite)
 
 
-def test_two_texts_stand_side_by_side_where_there_is_room(monkeypatch, capsys):
-    for width, beside in ((demo.COLUMNS, True), (demo.COLUMNS - 1, False)):
-        console = new_console(width=width)
-        console._force_terminal = True
-        monkeypatch.setattr(demo, "console", console)
-        demo._show({"before": "one\n  two", "after": "three\nfour"})
-        printed = capsys.readouterr().out
-        assert (re.search(r"^ *two +four", printed, re.MULTILINE) is not None) == beside
-
-
 @pytest.mark.parametrize("name", ["model.layers.3.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bit_that_differs_is_an_error(name, dtype):
@@ -126,11 +106,3 @@ def test_a_bit_that_differs_is_an_error(name, dtype):
         weight[at] = -0.0 if weight[at] == 0 else weight[at].nextafter(torch.tensor(9.0, dtype=dtype))
     with pytest.raises(RuntimeError, match=f"must hold the base's bits, and [+]0 .*; {name} differs"):
         demo._check_bits(masked, merged)
-
-
-def test_the_shipped_configuration_is_the_default_mask(tmp_path):
-    config = demo_config(tmp_path / "a demo")
-    assert (config.output_dir, config.model.name) == (str(tmp_path / "a demo"), "smollm2-135m")
-    assert config.mask == RunConfig().mask
-    assert config.train == dataclasses.replace(RunConfig().train, batch_size=4)
-    assert config.train.steps_for(96) == 24

@@ -1,22 +1,17 @@
 """mft estimate --config: each arm of a study with rewards, as rewards_memory counts it, and exit codes."""
 
+import functools
 import json
 
 import pytest
-from typer.testing import CliRunner
+from tiny_run import invoke
 
-from mft.cli.app import app
 from mft.memory.rewards import rewards_memory, rewards_peak
 from mft.memory.shapes import known_config, shape_from_config
 
+call = functools.partial(invoke, "estimate")
 QWEN = ("--config", "rewards-qwen2.5-0.5b", "--model", "qwen2.5-0.5b")
 STEP = {"answers": 64, "prompt": 1024, "completion": 400, "micro_batch": 4, "target_modules": ["gate_proj"]}
-
-
-def call(*arguments):
-    result = CliRunner().invoke(app, ["estimate", *arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
 
 
 def test_each_arm_holds_what_is_counted_of_what_it_learns():

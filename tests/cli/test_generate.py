@@ -6,10 +6,8 @@ import shutil
 import pytest
 import torch
 from tiny import make_llama, save_llama
-from tiny_run import LEARN
-from typer.testing import CliRunner
+from tiny_run import LEARN, invoke
 
-from mft.cli.app import app
 from mft.cli.generate import Sampling, open_voices
 from mft.config import MaskConfig
 from mft.masks.convert import mask_model, merge_model
@@ -32,12 +30,6 @@ def place(tmp_path_factory):
     return directory
 
 
-def call(*arguments, lines=""):
-    result = CliRunner().invoke(app, list(map(str, arguments)), input=lines)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
-
-
 def continued(model, prompt, tokens=6):
     """Return a greedy continuation, token by token, without a cache."""
     ids = list(prompt)
@@ -58,7 +50,7 @@ def answers(output):
 
 
 def test_base_and_masked_answer_as_the_two_models_do(place):
-    code, output = call("generate", place / "masks", "5 6 7", "--max-tokens", 6)
+    code, output = invoke("generate", place / "masks", "5 6 7", "--max-tokens", 6)
     assert code == 0, output
     base = make_llama(initializer_range=0.3)
     expected = {"base": [continued(base, [5, 6, 7])]}
@@ -80,7 +72,7 @@ def test_no_text_of_a_stranger_controls_the_terminal_or_becomes_a_line(place, mo
     monkeypatch.chdir(place)
     model = mask_model(make_llama(), MaskConfig.paper(keep_ratio=0.5))
     save_masks(model, place / "evil", base_model_name_or_path="x/\x1b[2Jy\u202e\nbase: agrees")
-    code, output = call(*arguments)
+    code, output = invoke(*arguments)
     assert code == 2
     assert r"\x1b[2J" in output
     assert not controls(output)
@@ -95,7 +87,7 @@ def test_no_generated_token_controls_the_terminal(place, tmp_path):
         word if number < 10 else f"\x1b[{number}m": number for word, number in values["model"]["vocab"].items()
     }
     path.write_text(json.dumps(values))
-    code, output = call("generate", tmp_path / "base", "5 6 7", "--raw", "--max-tokens", 6)
+    code, output = invoke("generate", tmp_path / "base", "5 6 7", "--raw", "--max-tokens", 6)
     assert code == 0, output
     assert "\\x1b[" in output
     assert not controls(output)
@@ -103,7 +95,7 @@ def test_no_generated_token_controls_the_terminal(place, tmp_path):
 
 @pytest.mark.parametrize("raw", [("--raw",), ()])
 def test_a_prompt_that_is_not_utf_8_is_one_sentence(place, raw):
-    code, output = call("generate", place / "masks", "5 \udcff", *raw)
+    code, output = invoke("generate", place / "masks", "5 \udcff", *raw)
     assert (code, output) == (
         2,
         "error: PROMPT must be Unicode text, got a byte that is not UTF-8 at character 2: '\\udcff' (str)\n",
@@ -111,13 +103,13 @@ def test_a_prompt_that_is_not_utf_8_is_one_sentence(place, raw):
 
 
 def test_only_one_of_them_answers(place):
-    both = answers(call("generate", place / "masks", "5", "--max-tokens", 4)[1])
+    both = answers(invoke("generate", place / "masks", "5", "--max-tokens", 4)[1])
     for name in ("base", "masked"):
-        code, output = call("generate", place / "masks", "5", "--max-tokens", 4, "--only", name)
+        code, output = invoke("generate", place / "masks", "5", "--max-tokens", 4, "--only", name)
         assert code == 0, output
         assert both[name][0] in output
         assert f"{name}:" not in output
-    code, output = call("generate", place / "masks", "5", "--only", "both")
+    code, output = invoke("generate", place / "masks", "5", "--only", "both")
     assert code == 2
     assert "--only must be one of base, masked, got 'both'" in output
 
@@ -138,7 +130,7 @@ def test_a_template_is_applied_unless_raw(place, monkeypatch):
     base = make_llama(initializer_range=0.3)
     try:
         for options, prompt in (((), [60, 5]), (("--raw",), [5])):
-            output = call("generate", place / "masks", "5", "--max-tokens", 5, *options)[1]
+            output = invoke("generate", place / "masks", "5", "--max-tokens", 5, *options)[1]
             assert answers(output)["base"] == [continued(base, prompt, 5)]
             assert ("the prompt is a user's message" in output) == (not options)
     finally:
@@ -163,7 +155,7 @@ def test_the_prompt_is_asked_with_a_system_prompt(place, tmp_path):
             ("chat", masks),
             ("generate", masks, "--prompts", tmp_path / "lines.txt"),
         ):
-            code, output = call(*verb, "--max-tokens", 6, *options, lines="5\n")
+            code, output = invoke(*verb, "--max-tokens", 6, *options, lines="5\n")
             assert code == 0, output
             assert wanted in output, verb
             assert (f"system prompt{' of the run' * (not options)}: " in output) == (len(prompt) > 1)
@@ -178,14 +170,14 @@ def test_a_file_of_chats_is_answered_up_to_its_last_answer(place, tmp_path):
     ]
     lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]}) for chat in chats]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
-    code, output = call("generate", place / "masks", "--prompts", tmp_path / "chats.jsonl", "--max-tokens", 6)
+    code, output = invoke("generate", place / "masks", "--prompts", tmp_path / "chats.jsonl", "--max-tokens", 6)
     assert code == 0, output
     assert f"1 of 2: 5\nwanted: {wanted}\nbase: {wanted} (cut after 6 tokens)\nmasked: " in output
     assert f"2 of 2: 9\nbase: {continued(base, [5, 6, 9])} (cut" in output
 
 
 def test_a_conversation_goes_on_with_each_ones_own_answers(place):
-    code, output = call("chat", place / "masks", "--max-tokens", 3, lines="5\n\n6 7\n")
+    code, output = invoke("chat", place / "masks", "--max-tokens", 3, lines="5\n\n6 7\n")
     assert code == 0, output
     found = answers(output)
     base = make_llama(initializer_range=0.3)
@@ -204,22 +196,18 @@ def test_a_merged_model_and_a_fine_tune_answer_alone(place, tmp_path):
     for directory in (tmp_path / "merged", tmp_path / "run" / "model"):
         save_model(merged, tokenizer, directory)
     for run in (tmp_path / "merged", tmp_path / "run"):
-        code, output = call("generate", run, "5 6 7", "--max-tokens", 6)
+        code, output = invoke("generate", run, "5 6 7", "--max-tokens", 6)
         assert code == 0, output
         assert "in float32: an ordinary model, without a separate base" in output
         assert continued(merged, [5, 6, 7]) in output
-    code, output = call("generate", tmp_path / "merged", "5", "--only", "masked")
+    code, output = invoke("generate", tmp_path / "merged", "5", "--only", "masked")
     assert code == 2
     assert "--only must be left out" in output
 
 
-def test_a_run_of_train_answers_with_its_own_base(cli, tmp_path):
+def test_a_run_of_train_without_a_chat_template_has_no_chat(cli, tmp_path):
     assert cli("train", *LEARN)[0] == 0
-    code, output = call("generate", "run", "5 6", "--max-tokens", 2)
-    assert code == 0, output
-    assert "from run/config.yaml unless given: base " in output
-    assert set(answers(output)) == {"base", "masked"}
-    code, output = call("chat", "run", lines="5\n")
+    code, output = invoke("chat", "run", lines="5\n")
     assert code == 2
     assert "run must have a tokenizer with a chat template, got none: mft generate run PROMPT continues text" in output
 
@@ -238,7 +226,7 @@ def test_what_is_no_run_is_told_in_one_message(place, tmp_path, monkeypatch, ver
         ("notes", (), "got notes, which is none of these"),
         (place / "masks", ("--model", tmp_path / "other"), "learned on"),
     ):
-        code, output = call(verb, run, *prompt, *options)
+        code, output = invoke(verb, run, *prompt, *options)
         assert code == 2
         assert message in output
         assert "Traceback" not in output
@@ -249,7 +237,7 @@ def test_masks_with_whole_modules_are_to_be_merged_first(place, tmp_path):
     path = tmp_path / "masks" / "adapter_config.json"
     values = json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}
     path.write_text(json.dumps(values))
-    code, output = call("generate", tmp_path / "masks", "5")
+    code, output = invoke("generate", tmp_path / "masks", "5")
     assert code == 2
     assert f"got modules_to_save too (lm_head): mft merge {tmp_path / 'masks'} DIRECTORY" in output
 
@@ -271,10 +259,7 @@ def test_a_prompt_must_leave_room_for_an_answer(place):
         (("9", "--held-out", 2), "mft generate must be given one of PROMPT, --held-out, --prompts, got PROMPT and --h"),
         (("--held-out", 2, "--system", "7"), "--system must be left out with --held-out, whose prompts are whole"),
         (("--held-out", 2, "--raw"), "--raw must be left out with --held-out, whose prompts are whole"),
-        (
-            ("9", "--raw", "--system", "7"),
-            "--system must be left out if the prompt is no message, by --raw or",
-        ),
+        (("9", "--raw", "--system", "7"), "--system must be left out if the prompt is no message, by --raw or"),
         (("--held-out", 2), "--held-out must come with an output_dir of mft train, whose config.yaml names its data"),
         (("--prompts", "empty.txt"), "--prompts empty.txt must hold a prompt per line, got none"),
         (("--prompts", "wrong.jsonl"), "wrong.jsonl:1: messages[0].role must be one of system, user, assistant, tool"),
@@ -287,6 +272,6 @@ def test_what_cannot_be_answered_is_refused(place, tmp_path, monkeypatch, argume
     (tmp_path / "empty.txt").write_text("\n \n")
     for name, role in (("wrong", "me"), ("answer", "assistant")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": [{"role": role, "content": "9"}]}))
-    code, output = call("generate", place / "masks", *arguments)
+    code, output = invoke("generate", place / "masks", *arguments)
     assert code == 2
     assert message in output

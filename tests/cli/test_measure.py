@@ -1,7 +1,6 @@
 """mft env --measure: what it times is correct, and its conclusions follow from the times."""
 
 import io
-import re
 
 import pytest
 import torch
@@ -55,26 +54,6 @@ def test_on_a_busy_machine_no_verdict_is_given():
     assert conclusion(rows, busy=True) == (
         "whether eager PyTorch is faster anywhere is left open: the machine was busy"
     )
-
-
-def test_a_backend_that_is_asked_for_is_named(monkeypatch):
-    monkeypatch.setenv("MFT_KERNELS", "reference")
-    assert "reference and eager, times dense" in shown(table_of([row(1.0, 1.0)], 64))
-    assert conclusion([row(1.0, 1.0)]).startswith("eager PyTorch is nowhere faster than reference by")
-
-
-@pytest.mark.parametrize(
-    ("shares", "told"),
-    [
-        ((1.0, 0.95), "the machine is quiet: 2 threads get 1.9 cores"),
-        ((0.9, 0.6), "the machine is busy: 2 threads get 1.5 cores, .* quiet machine, or with OMP_NUM_THREADS=1$"),
-        ((0.5, 0.2), "the machine is busy: 2 threads get 0.7 cores, .* quiet machine$"),
-        ((0.5,), "the machine is busy: 1 thread gets 0.5 cores, .* quiet machine$"),
-    ],
-    ids=["quiet", "one thread is free", "none is free", "one thread waits"],
-)
-def test_what_the_machine_is_busy_with_and_what_to_do_is_told(shares, told):
-    assert re.match(told, measure.told_of(Contention(shares)))
 
 
 @pytest.mark.parametrize("busy", [(True, False), (False, True), (False, False)], ids=str)

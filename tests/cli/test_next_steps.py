@@ -7,11 +7,9 @@ import shutil
 
 import pytest
 from tiny import make_llama
-from tiny_run import LEARN
-from typer.testing import CliRunner
+from tiny_run import LEARN, succeed
 
 from mft.cli import demo
-from mft.cli.app import app
 from mft.config_file import load_config
 from mft.evaluation.evaluated_base import learned_base
 from mft.masks.bank import load_mask_bank
@@ -25,14 +23,6 @@ def printed_commands(output):
     return [shlex.split(line)[1:] for line in re.findall(r"^ *(mft .*?) *$", output, re.MULTILINE)]
 
 
-def mft_runs(*arguments):
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def test_what_train_prints_works_as_printed(cli, model_dir, tmp_path):
     code, output = cli("train", *LEARN, "output_dir=runs/a b")  # the tiny model in float32
     assert code == 0, output
@@ -40,10 +30,10 @@ def test_what_train_prints_works_as_printed(cli, model_dir, tmp_path):
     assert [command[0] for command in commands] == ["generate", "inspect", "evaluate", "merge"]
     told = f"from runs/a b/config.yaml unless given: base {model_dir} in float32"
     for command in commands:
-        assert told in mft_runs(*command)
-    assert "data data.jsonl" in mft_runs(*commands[2])
+        assert told in succeed(*command)
+    assert "data data.jsonl" in succeed(*commands[2])
     assert load_model("runs/a b-merged")[0].config.num_hidden_layers == 4
-    assert "agrees" in mft_runs("verify", "runs/a b")
+    assert "agrees" in succeed("verify", "runs/a b")
 
 
 def test_a_run_with_whole_modules_is_not_sent_to_generate(cli):
@@ -68,7 +58,7 @@ def test_what_is_given_wins(cli, model_dir, tmp_path, monkeypatch):
     assert code == 2
     assert f"base {tmp_path}/other in float32" in output.replace("\n", "")
     shutil.copy(tmp_path / "data.jsonl", tmp_path / "more.jsonl")
-    assert "data more.jsonl" in mft_runs("evaluate", "--masks", "run", "data.source=more.jsonl")
+    assert "data more.jsonl" in succeed("evaluate", "--masks", "run", "data.source=more.jsonl")
 
 
 def test_relative_paths_are_those_of_the_run_wherever_it_is_used(cli, model_dir, tmp_path, monkeypatch):
@@ -76,11 +66,11 @@ def test_relative_paths_are_those_of_the_run_wherever_it_is_used(cli, model_dir,
     assert cli("train", *LEARN, "model.name=base", "output_dir=runs/x")[0] == 0
     (tmp_path / "else" / "base").mkdir(parents=True)  # the same name, but not a model
     monkeypatch.chdir(tmp_path / "else")
-    assert f"base {tmp_path}/base in float32" in mft_runs("verify", tmp_path / "runs" / "x")
-    output = mft_runs("evaluate", "--masks", tmp_path / "runs" / "x")
+    assert f"base {tmp_path}/base in float32" in succeed("verify", tmp_path / "runs" / "x")
+    output = succeed("evaluate", "--masks", tmp_path / "runs" / "x")
     assert f"data {tmp_path}/data.jsonl" in output
     monkeypatch.chdir(tmp_path / "runs" / "x" / "masks")
-    assert f"base {tmp_path}/base in float32" in mft_runs("verify", ".")
+    assert f"base {tmp_path}/base in float32" in succeed("verify", ".")
 
 
 def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, tmp_path):
@@ -91,14 +81,14 @@ def test_masks_without_their_run_name_base_and_dtype_themselves(cli, model_dir, 
     assert learned_base(tmp_path / "run" / "masks", "elsewhere")[0].revision is None  # they belong to another base
     shutil.move(tmp_path / "run" / "masks", tmp_path / "alone")
     told = f"from the masks in alone unless given: base {model_dir} in float32"
-    assert told in mft_runs("verify", "alone")
-    assert f"{told}; data: data.jsonl" in mft_runs(
+    assert told in succeed("verify", "alone")
+    assert f"{told}; data: data.jsonl" in succeed(
         "evaluate", "--masks", "alone", "data.source=data.jsonl", "data.sequence_length=12"
     )
     # A config.yaml in the same place, for another model, says nothing about these masks.
     shutil.move(tmp_path / "alone", tmp_path / "masks")
     (tmp_path / "config.yaml").write_text("model: {name: another}\n")
-    assert f"from the masks in masks unless given: base {model_dir}" in mft_runs("verify", "masks")
+    assert f"from the masks in masks unless given: base {model_dir}" in succeed("verify", "masks")
 
 
 @pytest.fixture
@@ -124,18 +114,18 @@ def demo_ground(tmp_path, monkeypatch, tokenizer, tiny_llama):
 
 @pytest.mark.slow
 def test_the_demo_leaves_a_run_and_ends_with_three_commands_that_work_as_printed(demo_ground, monkeypatch):
-    output = mft_runs("demo")
+    output = succeed("demo")
     train, compare, serve = printed_commands(output[output.index("Done in ") :])
     assert train[0] == "train"
-    assert "runs/mine/masks" in mft_runs(*train)
+    assert "runs/mine/masks" in succeed(*train)
     assert compare == ["compare", "--config", "own", "data.source=chats.jsonl"]
     assert load_study(compare[2]).arms.keys() >= {"control", "LoRA 7 in 4 bits"}
     served = []
     monkeypatch.setattr("mft.serving.run.serve", lambda masks, *_, **__: served.append(masks))
-    mft_runs(*serve)
+    succeed(*serve)
     assert served == [{"demo": "runs/my demo"}]
     load_mask_bank(load_model("model")[0], served[0])
     for command in (["generate", "runs/my demo", "Hello", "--max-tokens", "2"], ["merge", "runs/my demo", "merged"]):
-        assert "from runs/my demo/config.yaml unless given: base smollm2-135m in " in mft_runs(*command)
+        assert "from runs/my demo/config.yaml unless given: base smollm2-135m in " in succeed(*command)
     for name in ("model.safetensors", "config.json"):
         assert (demo_ground / "merged" / name).read_bytes() == (demo_ground / "runs/my demo/model" / name).read_bytes()

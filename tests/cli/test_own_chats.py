@@ -4,10 +4,8 @@ import json
 import re
 
 import pytest
-from tiny_run import LEARN
-from typer.testing import CliRunner
+from tiny_run import LEARN, invoke
 
-from mft.cli.app import app
 from mft.masks.export_format import read_description
 
 TEMPLATE = "{% for m in messages %}{{ m.content + ' ' }}{% if m.role == 'assistant' %}<end> {% endif %}{% endfor %}"
@@ -27,12 +25,6 @@ def chats(cli, tmp_path):
     return ["data.source=chats.jsonl", "data.sequence_length=12", "model.chat_template=template.jinja"]
 
 
-def mft(*arguments):
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
-
-
 @pytest.mark.parametrize("more", [(), ("data.streaming=true", "data.max_eval_tokens=64")], ids=["rows", "stream"])
 def test_a_run_of_chats_asks_and_compares_as_it_was_trained(cli, chats, tmp_path, more):
     code, output = cli("train", *LEARN, *chats, *more)
@@ -40,20 +32,20 @@ def test_a_run_of_chats_asks_and_compares_as_it_was_trained(cli, chats, tmp_path
     assert read_description(tmp_path / "run" / "masks").system_prompt == SYSTEM
     assert "mft generate run --held-out 3" in output
 
-    code, output = mft("generate", "run", "9", "--max-tokens", 2)
+    code, output = invoke("generate", "run", "9", "--max-tokens", 2)
     assert code == 0, output
     assert f"system prompt of the run: {SYSTEM}\n" in output
 
-    code, output = mft("generate", "run", "--held-out", 3)
+    code, output = invoke("generate", "run", "--held-out", 3)
     assert code == 0, output
     assert len(set(re.findall(r"^\d of 3: 7 8 (\d\d) 9\nwanted: 5\nbase: .+\nmasked: ", output, re.MULTILINE))) == 3
     assert re.search(r"^as wanted: base \d of 3, masked \d of 3$", output, re.MULTILINE)
 
-    code, output = mft("evaluate", "--masks", "run", "--answers", 5)
+    code, output = invoke("evaluate", "--masks", "run", "--answers", 5)
     assert code == 0, output
     assert re.search(r"validation: 5 of \d+ answers, generated greedily", output)
     assert len(re.findall(r" \d of 5  +\d", output)) == 2
-    assert "generated greedily" not in mft("evaluate", "--masks", "run", "--answers", 0)[1]
+    assert "generated greedily" not in invoke("evaluate", "--masks", "run", "--answers", 0)[1]
 
 
 def test_exact_answers_are_counted(cli, chats, model_dir):
@@ -67,6 +59,6 @@ def test_exact_answers_are_counted(cli, chats, model_dir):
 
 def test_texts_are_continued_from_their_half(cli):
     assert cli("train", *LEARN)[0] == 0
-    code, output = mft("generate", "run", "--held-out", 2)
+    code, output = invoke("generate", "run", "--held-out", 2)
     assert code == 0, output
     assert len(re.findall(r"^\d of 2: (\d+ ){5}\d+\nwanted: (\d+ ){5}\d+\nbase: ", output, re.MULTILINE)) == 2

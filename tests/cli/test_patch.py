@@ -4,9 +4,8 @@ import re
 
 import pytest
 from tiny_gguf import write_tiny_gguf
-from typer.testing import CliRunner
+from tiny_run import invoke, succeed
 
-from mft.cli.app import app
 from mft.config import MaskConfig, ModelConfig
 from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
@@ -27,9 +26,7 @@ def here(tmp_path, monkeypatch):
 
 
 def mft(*words):
-    result = CliRunner().invoke(app, ["patch", *words])
-    assert result.exit_code == 0, result.output
-    return " ".join(result.output.split())
+    return " ".join(succeed("patch", *words).split())
 
 
 def test_a_patch_and_its_undo(here):
@@ -65,9 +62,8 @@ def test_an_adapter_says_its_size_first_and_whether_it_is_exact(here):
 
 def test_a_widened_file_says_what_it_grows_by(here):
     write_tiny_gguf(here / "other.gguf", down="Q4_1")
-    result = CliRunner().invoke(app, ["patch", "other.gguf", "masks", "out.gguf", "--force"])
-    assert result.exit_code == 2
-    assert "got Q4_1 of blk.0.ffn_down.weight and 1 more: --widen f32" in " ".join(result.output.split())
+    code, output = invoke("patch", "other.gguf", "masks", "out.gguf", "--force")
+    assert (code, "Q4_1 of blk.0.ffn_down.weight and 1 more: --widen" in " ".join(output.split())) == (2, True)
     said = mft("other.gguf", "masks", "out.gguf", "--force", "--widen", "f32")
     assert re.search(
         rf"patched: {WEIGHTS // 4:,} weights are 0 in out.gguf, where [\d,]+ bytes of codes changed; "

@@ -5,10 +5,8 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import time_box
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -60,17 +58,3 @@ def test_a_subject_is_short_and_begins_with_an_imperative_verb(subject, refused,
     program = Path(sys.executable).with_name("commit-check")
     run = subprocess.run([program, *check.split()[1:], tmp_path / "message"], cwd=ROOT, capture_output=True, text=True)
     assert bool(run.returncode or re.search(grep, subject)) == refused, run.stdout + run.stderr
-
-
-def test_a_run_with_a_time_box_leaves_out_what_begins_too_late_and_says_so():
-    def item(seconds):
-        return SimpleNamespace(config=SimpleNamespace(getoption={"--seconds": seconds}.get))
-
-    for seconds in (None, 1e6):
-        time_box.pytest_runtest_setup(item(seconds))
-    with pytest.raises(pytest.skip.Exception, match="the time is up") as skipped:
-        time_box.pytest_runtest_setup(item(0.0))
-    lines = []
-    stats = {"skipped": [SimpleNamespace(longrepr=("file", 1, str(skipped.value))), SimpleNamespace(longrepr="no GPU")]}
-    time_box.pytest_terminal_summary(SimpleNamespace(stats=stats, write_line=lines.append), item(5.0).config)
-    assert lines == ["left out, because the time was up: 1 tests"]

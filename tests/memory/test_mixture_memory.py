@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from known_shapes import assert_as_simulated
 
-from benchmarks.memory.simulated_step import simulate_step
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
 from mft.memory.workload import Workload
@@ -19,14 +19,6 @@ def of_two_layers(name):
     few = {"vocab_size": 2048} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     experts = {key: 8 for key in ("num_experts", "num_local_experts") if key in config}
     return config | few | experts | types | {"num_hidden_layers": 2}
-
-
-def assert_as_simulated(config, workload, tolerance):
-    steps = 2 if workload.memory == "plain" else 1  # the second step has moments
-    expected, found = estimate(shape_from_config(config), workload), simulate_step(config, workload, steps=steps)
-    assert expected.device_peak == pytest.approx(found.device_peak, rel=tolerance)
-    assert expected.host_peak == pytest.approx(found.host_peak, rel=tolerance)
-    return expected
 
 
 @pytest.mark.slow

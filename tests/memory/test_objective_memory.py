@@ -3,13 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from known_shapes import SEVEN, SMALL
+from known_shapes import SEVEN, SMALL, assert_as_simulated
 
-from benchmarks.memory.simulated_step import simulate_step
-from mft.config import OBJECTIVES
-from mft.memory import activations
 from mft.memory.estimate import estimate
-from mft.memory.shapes import shape_from_config
 from mft.memory.workload import Workload
 from mft.objectives import chunks
 
@@ -20,10 +16,7 @@ def test_objectives_of_the_base_are_as_simulated(way, objective, monkeypatch):
     monkeypatch.setattr(chunks, "rows_at_once", lambda logits: len(logits))
     config = SMALL | {"vocab_size": 64000}
     workload = Workload(memory=way, layers=(1, 2), sequence=256, accumulation=2, objective=objective)
-    expected, found = estimate(shape_from_config(config), workload), simulate_step(config, workload, steps=2)
-    assert expected.phase == "loss"
-    assert expected.device_peak == pytest.approx(found.device_peak, rel=0.05)
-    assert expected.host_peak == pytest.approx(found.host_peak, rel=0.05)
+    assert assert_as_simulated(config, workload).phase == "loss"
 
 
 def test_no_objective_has_a_second_copy_of_the_weights():
@@ -39,7 +32,3 @@ def test_no_objective_has_a_second_copy_of_the_weights():
 def test_a_teachers_weights_count():
     workload = Workload(memory="resident", objective="distill", teacher_bytes=10**9)
     assert estimate(SEVEN, workload).device["teacher"] == 10**9
-
-
-def test_rows_in_fp32_are_counted_as_they_are():
-    assert (activations.ROWS, set(activations._LOGITS)) == (chunks.ROWS, set(OBJECTIVES))

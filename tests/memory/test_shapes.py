@@ -56,6 +56,10 @@ def test_a_shipped_config_is_the_published_model(name):
     assert_same_shapes(shape, on_meta(known_config(name)))
 
 
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 100}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -68,22 +72,11 @@ def test_a_shipped_config_is_the_published_model(name):
     ids=str,
 )
 def test_biases_heads_and_ties(changes):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 100}
-    config = sizes | {"num_attention_heads": 4, "num_key_value_heads": 2} | changes
+    config = SIZES | changes
     assert_same_shapes(shape_from_config(config), on_meta(config))
 
 
-SMALL_MIXTURE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "vocab_size": 100,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "num_experts": 8,
-}
+SMALL_MIXTURE = SIZES | {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "num_experts": 8}
 
 
 @pytest.mark.parametrize(
@@ -136,10 +129,7 @@ def test_target_modules_are_suffixes():
     shape = shape_from_config(known_config("llama2-7b"), "llama2-7b")
     assert shape.targets(["down_proj", "self_attn.q_proj"]) == ["self_attn.q_proj", "mlp.down_proj"]
     assert shape.targets(None) == list(shape.linears)
-    with pytest.raises(
-        ValueError,
-        match="target_modules and target_parameters must name linear layers of llama2-7b.*did you mean q_proj",
-    ):
+    with pytest.raises(ValueError, match="must name linear layers of llama2-7b.*did you mean q_proj"):
         shape.targets(["qproj"])
 
 
@@ -158,10 +148,7 @@ def test_what_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"mlp_only_layers": [0]},
-            r"experts in every layer.*mine has dense layers between them \(mlp_only_layers=\[0\]",
-        ),
+        ({"mlp_only_layers": [0]}, r"in every layer.*mine has dense layers between them \(mlp_only_layers=\[0\]"),
         ({"decoder_sparse_step": 2}, r"mine has dense layers between them \(decoder_sparse_step=2\)"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok must be at most 8, the number of experts.*got 9"),
         ({"num_experts": 0}, "num_experts must be a positive integer in the config of mine, got 0"),

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 from tiny_gguf import write_tiny_gguf
-from typer.testing import CliRunner
-
-from mft.cli.app import app
+from tiny_run import succeed
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +22,7 @@ SHORT = ["train.steps=2", "train.batch_size=2", "data.max_train_tokens=2048", "d
 
 def mft(words):
     short = [*SHORT, "data.sequence_length=64"] if words[0] == "train" else []
-    result = CliRunner().invoke(app, [*words, *short])
-    assert result.exit_code == 0, f"mft {shlex.join(words)}: {result.output} {result.exception}"
+    succeed(*words, *short)
 
 
 def test_the_blocks_run(tmp_path, monkeypatch):

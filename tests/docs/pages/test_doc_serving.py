@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from tiny_run import succeed
 
-from mft.cli.app import app
 from mft.models import pretrained
 
 pytest.importorskip("openai")
@@ -23,12 +22,6 @@ pytestmark = pytest.mark.slow
 
 DOC = Path(__file__).parents[3] / "docs" / "how-to" / "serving.md"
 SHORT = ["train.steps=2", "data.max_train_tokens=2048", "data.max_eval_tokens=1024", "data.sequence_length=64"]
-
-
-def mft(words):
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, f"mft {shlex.join(words)}: {result.output} {result.exception}"
-    return result.output
 
 
 def answers(port):
@@ -63,10 +56,10 @@ def test_the_blocks_run(tiny_llama, tokenizer, tmp_path, monkeypatch):
     assert install[:2] == ["pip", "install"]
     assert len(trainings) == 2
     for words in trainings:
-        mft([*words[1:], *SHORT])
+        succeed(*words[1:], *SHORT)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, {})
-        output = mft(serving[1:])
+        output = succeed(*serving[1:])
         names = asked.result()
     names["client"].close()
     assert names["made"].usage.completion_tokens > 0
