@@ -1,18 +1,15 @@
 """Ablations: the studies that they derive, what their plot reads, and one run from the command line."""
 
 import dataclasses
-import io
 
 import pytest
-from rich.console import Console
-from tiny_study import FEW, equal, make_study, write_ground
+from test_study_store import filled
+from tiny_study import FEW, equal, make_study, run_quietly, write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
 from mft_study.ablate import ablation_lines, derive, plot_ablation
-from mft_study.cli import compare as study_verbs
 from mft_study.report.table import reference_of
-from mft_study.run import run_study
 from mft_study.store import copy_fine_tunes
 
 DATA = "domains.count.max_train_tokens=120"
@@ -144,18 +141,6 @@ def test_shares_of_the_data_join_into_a_line_an_arm():
     assert drawn == {"MFT": [("0.1", 0.1), ("1", 0.2)], "MFT paper": [("0.1", 0.2), ("1", 0.4)]}
 
 
-def test_each_mask_has_a_line_of_its_own_over_the_layers():
-    arms = [
-        (f"{name} {layer}", kind, 0.1)
-        for layer in (0, 1)
-        for name, kind in (("control", "control"), ("free", "mask"), ("MFT", "mask"))
-    ]
-    lines = ablation_lines(numbers(arms), "layers")["code"]
-    assert {name: [label for label, _ in line.points] for name, line in lines.items()} == {
-        name: ["0", "1"] for name in ("control", "free", "MFT")
-    }
-
-
 @pytest.mark.slow
 def test_an_ablation_runs_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
@@ -174,33 +159,18 @@ def test_an_ablation_takes_the_fine_tunes_of_its_study(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     write_ground(tmp_path)
     study = make_study(tmp_path, FEW, ["seeds=[0]"])
-    findings = run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    findings, _ = run_quietly(study, tmp_path / "run")
     ablated = derive(study, "ratio", ["0.5"])
-    assert (
-        copy_fine_tunes(tmp_path / "run", ablated, tmp_path / "ablated") == 3
-    )  # two rates, and the weights of the best one
-    said = io.StringIO()
-    again = run_study(ablated, tmp_path / "ablated", console=Console(file=said, width=200))
-    assert "full, lr" not in "".join(line for line in said.getvalue().splitlines(True) if "on test" not in line)
+    # two rates, and the weights of the best one
+    assert copy_fine_tunes(tmp_path / "run", ablated, tmp_path / "ablated") == 3
+    again, lines = run_quietly(ablated, tmp_path / "ablated")
+    assert "full, lr" not in "".join(line for line in lines if "on test" not in line)
     assert again.chosen["count"]["full"] == findings.chosen["count"]["full"]
     assert equal(again.test["count"]["full"], findings.test["count"]["full"])
 
 
-def test_what_is_overwritten_is_not_copied_first(tmp_path, monkeypatch):
-    """The copy would be deleted at once, after a message that says the opposite."""
-    monkeypatch.setattr(study_verbs, "copy_fine_tunes", lambda *_: pytest.fail("copied"))
-    monkeypatch.setattr(study_verbs, "run_compare", lambda study, *, overwrite, begin: begin() or ran.append(study))
-    ran = []
-    with pytest.raises(FileNotFoundError, match="table.json"):
-        study_verbs.run_ablate(make_study(tmp_path, FEW), "ratio", ["0.5"], [], overwrite=True)
-    assert len(ran) == 1
-
-
-def test_fine_tunes_of_another_model_are_not_taken(tmp_path, monkeypatch):
-    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    write_ground(tmp_path)
-    study = make_study(tmp_path, FEW, ["seeds=[0]"])
-    run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+def test_fine_tunes_of_another_model_are_not_taken(tmp_path):
+    study, _, _ = filled(tmp_path)
     other = dataclasses.replace(study, model=dataclasses.replace(study.model, dtype="bfloat16"))
     assert copy_fine_tunes(tmp_path / "run", other, tmp_path / "other") == 0
     assert not (tmp_path / "other").exists()

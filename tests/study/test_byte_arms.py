@@ -1,18 +1,15 @@
 """Arms by bytes: compressed arms by hand and as units, the ranks of adapters, and settings that store too much."""
 
 import dataclasses
-import io
 import math
-import re
 import shutil
 
 import pytest
 import torch
-from rich.console import Console
 from test_study_arms import Ground, fine_tune
-from test_study_plan import ARMS, RATES, bowl, make, play
+from test_study_plan import RATES, bowl, make, play
 from tiny import make_llama, make_rows
-from tiny_study import FULL, equal, make_study
+from tiny_study import FULL, equal, make_study, run_quietly
 from torch.testing import assert_close
 
 from mft.config import MaskConfig, ModelConfig
@@ -24,7 +21,6 @@ from mft_study.arms.setting import Setting
 from mft_study.arms.weights import with_weights
 from mft_study.bases import Bases
 from mft_study.plan import best_so_far, selection, without_result
-from mft_study.run import run_study
 from mft_study.units.job import model_of, stored_bytes
 from mft_study.units.run import run_test, run_unit
 from mft_study.workspace import Workspace
@@ -38,7 +34,7 @@ def ground(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         ground = Ground(tmp_path_factory.mktemp("compress"), patch)
         for arm in ("control", "continued"):
-            run_unit(ground.workspace, ground.job(arm))
+            ground.run(arm)
         yield ground
 
 
@@ -183,23 +179,23 @@ def test_bytes_are_those_of_signs_scales_positions_and_kept_numbers(ground):
 
 def test_scales_are_trained_alone_and_the_file_holds_a_factor_a_matrix(ground):
     before = {name: p.clone() for name, p in fine_tune(ground).named_parameters()}
-    plain = run_unit(ground.workspace, ground.job("bitdelta"))
-    still, moved = (run_unit(ground.workspace, ground.job("bitdelta trained", lr=lr)) for lr in (1e-9, 3e-2))
+    plain = ground.run("bitdelta")
+    still, moved = (ground.run("bitdelta trained", lr=lr) for lr in (1e-9, 3e-2))
     assert still.loss == pytest.approx(plain.loss, abs=1e-5)
     assert moved.bytes == plain.bytes
     assert moved.steps > 0
     assert moved.loss < plain.loss
-    factors = ground.weights("bitdelta trained")
+    factors = ground.weights("bitdelta trained", lr=3e-2)
     assert [tuple(factor.shape) for factor in factors.values()] == [(1, 1)] * len(ground.weights("control"))
-    tested = run_test(ground.workspace, ground.job("bitdelta trained", lr=3e-2, on_test=True))
+    tested = ground.tested("bitdelta trained", lr=3e-2)
     assert tested.validation.evaluation.loss == pytest.approx(moved.loss, abs=1e-4)
     assert equal(dict(fine_tune(ground).named_parameters()), before)
 
 
 def test_the_rank_of_adapters_is_the_settings(ground):
-    found = {rank: run_unit(ground.workspace, ground.job("lora", rank=rank)) for rank in (1, None)}
+    found = {rank: ground.run("lora", rank=rank) for rank in (1, None)}
     assert 2 * found[1].bytes == found[None].bytes  # the arm's own rank is 2
-    tested = run_test(ground.workspace, ground.job("lora", rank=None, on_test=True))
+    tested = ground.tested("lora", rank=None)
     assert tested.validation.evaluation.loss == pytest.approx(found[None].loss, abs=1e-6)
 
 
@@ -209,46 +205,6 @@ def test_a_mean_of_whole_models_is_whole_and_a_part_of_adapters_has_their_rank(g
     assert found["part of lora"] == found["lora"] + 2  # alpha
     whole = stored_bytes(ground.workspace, ground.job("mean of continued"), model)
     assert whole == 2 * sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kind": "ternary", "of": "x"}, "shares must be given for this kind, got []"),
-        (
-            {"kind": "bitdelta", "of": "x", "shares": [0.1]},
-            "shares must be left out for this kind, got [0.1]",
-        ),
-        ({"kind": "ternary", "of": "x", "shares": [0]}, "shares must lie in (0, 1], got [0.0]"),
-        (
-            {"kind": "ternary", "of": "x", "shares": [0.1], "lrs": [1]},
-            "lrs must be left out for this kind, got [1.0]",
-        ),
-        ({"kind": "bitdelta", "of": "x", "lrs": [1], "start": "x"}, "start must be left out for this kind, got x"),
-        ({"kind": "bitdelta"}, "of must be given for this kind, got None"),
-    ],
-)
-def test_what_a_compressed_arm_may_not_say(options, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        make_arm(**options)
-
-
-@pytest.mark.parametrize(
-    ("arm", "message"),
-    [
-        (
-            make_arm("ternary", of="LoRA", shares=[0.1]),
-            "arms.x.of must name an arm of the kinds full, continued, control",
-        ),
-        (
-            make_arm("bitdelta", of="full", lrs=[1e-3]),
-            "arms.x.of must name an arm of the kinds control: control, got fu",
-        ),
-    ],
-)
-def test_a_compressed_arm_is_made_of_weights_that_were_trained(arm, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        make({**ARMS, "LoRA": make_arm("lora", lrs=[1e-3]), "x": arm})
 
 
 BY_BYTES = (
@@ -266,15 +222,15 @@ BY_BYTES = (
 @pytest.mark.slow
 def test_a_study_of_them_runs_to_its_end_and_makes_lost_files_again(ground, tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(ground.directory / "cache"))
-    rank_2 = run_unit(ground.workspace, ground.job("lora", rank=2)).bytes
+    rank_2 = ground.run("lora", rank=2).bytes
     study = make_study(ground.directory, BY_BYTES.replace("MOST", str(rank_2)), ["seeds=[0]"])
-    found = run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    found = run_quietly(study, tmp_path / "run")[0]
     sizes = {o.unit.arm: o.bytes for o in found.outcomes if o.unit.setting == found.chosen["count"][o.unit.arm]}
     assert 0 < sizes["LoRA"] <= rank_2
     assert sizes["ternary"] < sizes["bitdelta"] < sizes["control"] / 15
     shutil.rmtree(tmp_path / "run" / "trained")
     shutil.rmtree(tmp_path / "run" / "test")
-    again = run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    again = run_quietly(study, tmp_path / "run")[0]
     assert equal(again.test, found.test)
 
 
@@ -325,20 +281,3 @@ def test_an_arm_none_of_whose_settings_is_small_enough_has_no_result_and_its_key
     )
     study = study_of(make_arm("lora", lrs=RATES, lora_ranks=[1, 2], max_bytes=99), extensions=0)
     assert without_result(study, better_and_larger_by_rank(study)) == {"code": {"arm": message}}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kind": "control", "lrs": [1], "lora_ranks": [1]}, "lora_ranks must be left out for this kind, got [1]"),
-        ({"kind": "lora", "lrs": [1], "lora_ranks": [0]}, "lora_ranks must be at least 1, got [0]"),
-        ({"kind": "lora", "lrs": [1], "max_bytes": -1}, "max_bytes must be at least 0, got -1"),
-        (
-            {"kind": "average", "of": "control", "max_bytes": 1},
-            "max_bytes must be left out for this kind, because the arm named by `of` chooses its setting, got 1",
-        ),
-    ],
-)
-def test_what_an_arm_may_not_say_of_bytes(options, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        make_arm(**options)

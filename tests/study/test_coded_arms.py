@@ -1,19 +1,15 @@
 """Trained weights in few bits: the bytes and the numbers that they encode, and arms evaluated with decoded weights."""
 
-import io
 import json
 import math
-import re
 
 import pytest
 import torch
-from rich.console import Console
 from test_study_arms import Ground, fine_tune
-from test_study_plan import ARMS, make
-from tiny_study import FULL, equal, make_study
+from tiny_study import FULL, equal, make_study, run_quietly
 
 from mft.evaluation.evaluate import evaluate
-from mft.files.mask_coding import coded_mask, coded_size, decoded_mask
+from mft.files.mask_coding import coded_size
 from mft.number_formats import CODED_FORMATS
 from mft_kernels.codes import Nf4
 from mft_study.arms.kinds import make_arm
@@ -21,7 +17,6 @@ from mft_study.arms.setting import Setting
 from mft_study.number_codes import decode, encode
 from mft_study.outcome import Unit
 from mft_study.report.write import write_study_report
-from mft_study.run import run_study
 from mft_study.units.job import Job, model_of
 from mft_study.units.run import run_unit
 
@@ -86,12 +81,6 @@ def test_of_a_share_the_largest_numbers_come_back_and_their_places_are_coded_as_
     assert places < len(stream) <= places + BITS[kind] * kept / 8 + 5 * 7 + 16
 
 
-def test_a_mask_comes_back_from_its_bytes():
-    for shape in ((5, 100), (1, 7), (3, 64)):
-        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.1
-        assert torch.equal(decoded_mask(coded_mask(mask), shape), mask)
-
-
 def test_what_is_not_finite_is_not_coded():
     with pytest.raises(ValueError, match="what was trained must be finite to be coded, got nan"):
         encode({"p": torch.tensor([1.0, math.nan])}, "nf4")
@@ -102,7 +91,7 @@ def ground(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         ground = Ground(tmp_path_factory.mktemp("coded"), patch)
         for arm in ("control", "lora", "continued"):
-            run_unit(ground.workspace, ground.job(arm))
+            ground.run(arm)
         ground.workspace.study.arms |= {of: make_arm("coded", of=of[6:], formats=["nf4"]) for of in CODED}
         yield ground
 
@@ -119,8 +108,7 @@ def job_of(ground, arm, kind, share=None):
 
 @pytest.mark.parametrize("arm", CODED)
 def test_a_coded_arm_is_evaluated_as_its_bytes_are_decoded(ground, arm):
-    of = ground.job(arm.removeprefix("coded "))
-    source = run_unit(ground.workspace, of)
+    source = ground.run(arm.removeprefix("coded "))
     losses, sizes = {}, {}
     for kind in CODED_FORMATS:
         job = job_of(ground, arm, kind)
@@ -153,7 +141,7 @@ def fine_tune_loss(ground):
 def test_resident_bytes_are_those_of_what_lies_beside_the_start(ground, arm, resident):
     names, _ = ground.workspace.layers_of(ground.workspace.study.arms["control"])
     numbers = sum(fine_tune(ground).get_parameter(f"{name}.weight").numel() for name in names)
-    assert run_unit(ground.workspace, ground.job(arm)).resident == resident(numbers)
+    assert ground.run(arm).resident == resident(numbers)
 
 
 def test_what_a_method_draws_and_does_not_train_is_resident_and_not_stored(ground):
@@ -163,28 +151,8 @@ def test_what_a_method_draws_and_does_not_train_is_resident_and_not_stored(groun
     job = Job(Unit("count", "vera", 0, setting), ground.job("control").starts, ground.directory / "vera.safetensors")
     found = run_unit(ground.workspace, job)
     assert found.resident == found.bytes + 2 * 4 * (64 + 64)  # A and B, as wide as the widest layers, shared by all
-    lora = run_unit(ground.workspace, ground.job("lora"))
+    lora = ground.run("lora")
     assert lora.resident == lora.bytes
-
-
-@pytest.mark.parametrize(
-    ("arm", "message"),
-    [
-        ({"kind": "coded", "of": "control"}, "formats must hold at least one of bf16, int8, nf4, int4, got []"),
-        ({"kind": "coded", "of": "control", "formats": ["nf5"]}, "formats must be one of bf16, int8, nf4, int4, got"),
-        ({"kind": "coded", "formats": ["nf4"]}, "of must be given for this kind, got None"),
-    ],
-)
-def test_what_a_coded_arm_may_not_say(arm, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        make_arm(**arm)
-
-
-def test_a_coded_arm_is_of_adapters_or_weights_that_were_trained():
-    with pytest.raises(
-        ValueError, match=r"^arms.x.of must name an arm of the kinds full, continued, control, lora, peft:"
-    ):
-        make({**ARMS, "x": make_arm("coded", of="MFT", formats=["nf4"])})
 
 
 STUDY = (
@@ -205,7 +173,7 @@ STUDY = (
 def test_a_study_of_them_chooses_formats_and_shares_and_shows_both_sizes(ground, tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(ground.directory / "cache"))
     study = make_study(ground.directory, STUDY, ["seeds=[0]"])
-    found = run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    found = run_quietly(study, tmp_path / "run")[0]
     write_study_report(found, tmp_path / "run", {})
     rows = json.loads((tmp_path / "run" / "table.json").read_text())["domains"]["count"]["rows"]
     by_arm = {row["arm"]: row for row in rows}
@@ -221,5 +189,5 @@ def test_a_study_of_them_chooses_formats_and_shares_and_shows_both_sizes(ground,
         path.unlink()
     for path in (tmp_path / "run" / "test" / "count" / "LoRA in 4 bits").iterdir():
         path.unlink()
-    again = run_study(study, tmp_path / "run", console=Console(file=io.StringIO()))
+    again = run_quietly(study, tmp_path / "run")[0]
     assert equal(again.test, found.test)

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from tiny import make_rows
-from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from tiny import padded_rows
+from tiny_architectures import MIXTURES
 
 from mft.config import IMPORTANCE_METHODS, MaskConfig, TrainConfig
 from mft.importance.importance import importance
@@ -18,43 +17,13 @@ from mft_study.arms.weights import with_weights
 from mft_study.one_shot import one_shot_mask
 from mft_study.peft_methods import add_adapter, lora_options, merge_adapter
 
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-}
 UP, DOWN = (f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj"))
 ALL = {"rows": 6, "batch_size": 4}
 
 
-def _olmoe():
-    return OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4))
-
-
-def _gpt_oss():
-    model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, head_dim=8))
-    for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-@pytest.fixture(params=[_olmoe, _gpt_oss], ids=["(E, N, K)", "(E, K, N)"])
+@pytest.fixture(params=["olmoe", "gpt_oss"], ids=["(E, N, K)", "(E, K, N)"])
 def model(request):
-    torch.manual_seed(0)
-    return request.param().eval()
-
-
-def _padded_rows():
-    rows = make_rows(6)
-    ids = [[token % 128 for token in row[: 12 - n]] + [0] * n for n, row in enumerate(rows["input_ids"])]
-    labels = [[-100, *row[1 : 12 - n]] + [-100] * n for n, row in enumerate(ids)]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels, "document": rows["document"]})
+    return MIXTURES[request.param](num_hidden_layers=2, intermediate_size=24).eval()
 
 
 def _as_linears(experts, part):
@@ -85,7 +54,7 @@ def _wanda_by_hand(model, rows):
 
 
 def test_wanda_takes_the_rows_that_each_expert_sees_without_padding(model):
-    rows = _padded_rows()
+    rows = padded_rows()
     expected = _wanda_by_hand(model, rows)
     found = importance(model, [UP, DOWN], "wanda", rows, **ALL)
     kinds = [type(m) for m in model.modules()]
@@ -101,9 +70,9 @@ def test_wanda_takes_the_rows_that_each_expert_sees_without_padding(model):
 @pytest.mark.parametrize("method", IMPORTANCE_METHODS)
 def test_each_expert_keeps_its_share_by_every_method(model, method):
     mask = MaskConfig(target_parameters=["experts.gate_up_proj"], keep_ratio=0.75)
-    found = importance(model, [UP], method, _padded_rows(), **ALL)[UP]
+    found = importance(model, [UP], method, padded_rows(), **ALL)[UP]
     transposed = expert_projections(model.model.layers[1].mlp.experts)["gate_up_proj"].transposed
-    masked = one_shot_mask(model, mask, method, _padded_rows(), **ALL)
+    masked = one_shot_mask(model, mask, method, padded_rows(), **ALL)
     kept = masked_modules(masked)[UP].mask()
     kept = kept.mT if transposed else kept
     for values, keep in zip(found, kept):
@@ -117,7 +86,7 @@ def test_each_expert_keeps_its_share_by_every_method(model, method):
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "fisher"])
 def test_scores_that_will_be_trained_have_one_scale_in_every_expert(model, method):
     masked = mask_model(model, MaskConfig(target_parameters=["experts.down_proj"], keep_ratio=0.75))
-    initialise_scores(masked, method, _padded_rows(), **ALL)
+    initialise_scores(masked, method, padded_rows(), **ALL)
     scores = masked_modules(masked)[DOWN].scores.detach()
     assert scores.gt(0).all()
     torch.testing.assert_close(scores.square().mean((1, 2)).sqrt(), torch.full((4,), 0.02), rtol=1e-4, atol=0)
@@ -127,7 +96,7 @@ def test_a_clones_experts_are_trained_and_put_back_by_their_parameters_name(mode
     before = model.get_parameter(UP).detach().clone()
     clone = clone_with_own_weights(model, [UP])
     assert clone.get_parameter(DOWN) is model.get_parameter(DOWN)
-    train_weights(clone, [UP], _padded_rows(), TrainConfig(steps=1, lr=1e-2, batch_size=2))
+    train_weights(clone, [UP], padded_rows(), TrainConfig(steps=1, lr=1e-2, batch_size=2))
     trained = clone.get_parameter(UP).detach()
     assert not torch.equal(trained, before)
     assert torch.equal(model.get_parameter(UP), before)
@@ -138,14 +107,14 @@ def test_a_clones_experts_are_trained_and_put_back_by_their_parameters_name(mode
 
 def test_lora_on_experts_and_its_merge(model):
     base, q = clone_with_own_weights(model), "model.layers.1.self_attn.q_proj"
-    ids = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     plain = model(ids).logits
     around = add_adapter(base, [q, UP, DOWN], lora_options(2))
     adapted = around.get_base_model()
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trained) == 6
     assert torch.equal(adapted(ids).logits, plain)
-    train_loop(adapted, _padded_rows(), TrainConfig(steps=2, lr=1e-2, batch_size=2))
+    train_loop(adapted, padded_rows(), TrainConfig(steps=2, lr=1e-2, batch_size=2))
     out = adapted(ids).logits
     assert not torch.allclose(out, plain, atol=1e-3)
     merged, _ = merge_adapter(around)

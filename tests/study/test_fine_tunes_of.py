@@ -1,14 +1,10 @@
 """mft compare --fine-tunes-of: equal fine-tunes are taken and reported, all others are refused, nothing is lost."""
 
-import io
-
 import pytest
-from rich.console import Console
-from tiny_study import FEW, make_study, write_ground
+from tiny_study import FEW, make_study, run_quietly, write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
-from mft_study.run import run_study
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +14,7 @@ def finished(tmp_path_factory):
         directory = tmp_path_factory.mktemp("study")
         patch.setenv("MFT_CACHE", str(directory / "cache"))
         write_ground(directory)
-        run_study(make_study(directory, FEW, ["seeds=[0]"]), directory / "run", console=Console(file=io.StringIO()))
+        run_quietly(make_study(directory, FEW, ["seeds=[0]"]), directory / "run")
     return directory
 
 

@@ -2,17 +2,14 @@
 
 import copy
 import dataclasses
-import io
 import re
 from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
-from rich.console import Console
-from tiny_study import FULL, make_study, write_ground
+from tiny_study import FULL, make_study, run_quietly, write_ground
 
 from mft.checks import at_least
-from mft.config import IMPORTANCE_METHODS
 from mft_study.arms.arm import TRAINING, Arm
 from mft_study.arms.kinds import KINDS, class_of, make_arm
 from mft_study.arms.memory import trained_weight_bytes
@@ -22,7 +19,6 @@ from mft_study.outcome import Unit
 from mft_study.report.dominance import rivals_of
 from mft_study.report.table import study_numbers
 from mft_study.report.write import write_study_report
-from mft_study.run import run_study
 from mft_study.store import Store
 
 ARMS = FULL + "  MFT: {kind: mask, lrs: [1e-2]}\n"
@@ -83,7 +79,7 @@ def norms(monkeypatch):
 def test_a_new_kind_trains_is_chosen_weighed_and_reported(norms, tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     write_ground(tmp_path)
-    findings = run_study(make_study(tmp_path, ARMS + NORMS), tmp_path / "run", console=Console(file=io.StringIO()))
+    findings, _ = run_quietly(make_study(tmp_path, ARMS + NORMS, ["seeds=[0]"]), tmp_path / "run")
     write_study_report(findings, tmp_path / "run", {})
     rows = {row["arm"]: row for row in study_numbers(findings)["domains"]["count"]["rows"]}
     assert rows["norms"]["bytes"] == 2 * sum(p.shape[0] for p in parameters(tmp_path, last=2))
@@ -133,27 +129,6 @@ def test_a_kind_needs_only_keys_that_it_takes_and_says_what_it_is(kind):
     assert cls.__doc__
     if cls.learns:
         assert "lrs" in cls.needs
-
-
-@pytest.mark.parametrize(
-    ("what", "kinds"),
-    [
-        ("fades", "continued control lora peft bitdelta"),
-        ("may_start", "base full continued control mask quantized"),
-        ("may_teach", "base full continued control mask"),
-        ("compressible", "full continued control"),
-        ("near", "continued control lora peft mask average interpolated coded in_codes"),
-        ("learns", "continued control lora peft mask"),
-        ("whole_model", "base full continued quantized"),
-    ],
-)
-def test_what_the_kinds_are_to_plans_and_reports(what, kinds):
-    assert [kind for kind, cls in KINDS.items() if getattr(cls, what)] == kinds.split()
-
-
-def test_rivals_of_masks_are_all_that_is_tuned_and_no_mask():
-    untuned = [kind for kind, cls in KINDS.items() if not cls.tuned]
-    assert untuned == ["base", *IMPORTANCE_METHODS, "temperature"]
 
 
 def test_keys_are_those_that_0_2_wrote(tmp_path):

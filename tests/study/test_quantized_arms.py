@@ -1,19 +1,18 @@
 """Studies over codes: what rounding keeps, arms that begin there, what is refused, and what the report says."""
 
 import copy
-import io
 import math
 import re
 import sys
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
-from tiny_study import equal, make_study, write_ground
+from tiny_study import equal, make_study, run_quietly, write_ground
 
 from mft import quantizers
 from mft.config import MaskConfig, TrainConfig
+from mft.data.batches import take_rows
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.quantize import quantize_model
 from mft.models.causal_lm import clone_with_own_weights
@@ -28,7 +27,6 @@ from mft_study.plan import starts_of, teachers_of
 from mft_study.report.over_codes import verdicts_over_codes
 from mft_study.report.table import recovered_share, reference_of, study_tables
 from mft_study.report.write import write_study_report
-from mft_study.run import run_study
 from mft_study.store import Store
 from mft_study.teacher import RememberedTeacher
 from mft_study.workspace import Workspace
@@ -70,9 +68,7 @@ class Done:
         self.workspace = Workspace(self.study, Bases(self.study, directory))
 
     def run(self):
-        said = io.StringIO()
-        findings = run_study(self.study, self.directory / "run", console=Console(file=said, width=200))
-        return findings, [line for line in said.getvalue().splitlines() if line.startswith("[")]
+        return run_quietly(self.study, self.directory / "run")
 
     def unit(self, arm):
         return Unit("count", arm, 0, self.findings.chosen["count"][arm])
@@ -152,13 +148,6 @@ def test_what_lies_in_codes_costs_no_memory_and_the_bytes_of_what_it_is_made_of(
         assert source.resident > 0
 
 
-def test_what_began_exact_has_no_codes_to_go_into(done):
-    with pytest.raises(ValueError, match=r"of must name an arm that begins at a quantized one, got .*like base"):
-        make_study(done.directory, ARMS + "  x: {kind: in_codes, of: like base}\n", [])
-    with pytest.raises(ValueError, match=r"of must name an arm of the kinds lora, peft, mask"):
-        make_study(done.directory, ARMS + "  x: {kind: in_codes, of: control}\n", [])
-
-
 def test_an_arm_with_a_teacher_learns_its_words_and_not_the_texts(done):
     base, rows = done.workspace.base, done.workspace.splits("count").train
     full, like = (with_weights(base, done.weights(arm)) for arm in ("full", "like full"))
@@ -174,7 +163,7 @@ def test_a_teacher_is_asked_once_a_row_and_says_what_its_model_says(done):
     handle = full.model.layers[0].register_forward_hook(lambda *call: calls.append(call))
     teacher = RememberedTeacher(full, rows, batch_size=8)
     asked = len(calls)
-    batch = next(iter(_batches(rows, [5, 2])))
+    batch = take_rows(rows, [5, 2])
     (hidden,) = teacher.hidden_states([batch])
     assert len(calls) == asked
     handle.remove()
@@ -182,12 +171,6 @@ def test_a_teacher_is_asked_once_a_row_and_says_what_its_model_says(done):
     teacher._known.states.pop(2)
     (again,) = teacher.hidden_states([batch])
     torch.testing.assert_close(again, hidden)
-
-
-def _batches(rows, numbers):
-    from mft.data.batches import take_rows
-
-    return [take_rows(rows, numbers)]
 
 
 def test_what_was_done_is_kept_and_what_was_lost_is_made_again(done):
@@ -327,40 +310,3 @@ def test_what_rounding_needs_is_asked_for_before_anything_is_trained(done, monke
     monkeypatch.setattr(quantizers, "_functional", None)
     with pytest.raises(RuntimeError, match="nf4 needs bitsandbytes"):
         Workspace(done.study, Bases(done.study, done.directory))
-
-
-@pytest.mark.parametrize(
-    ("arm", "message"),
-    [
-        (
-            "{kind: control, start: NF4, lrs: [1]}",
-            "arms.wrong.start must lead to no quantized arm for the kind control, here NF4: weights in nf4 do not "
-            "train; train them exactly, and round them in an arm {kind: quantized, start: wrong, quantization: nf4}",
-        ),
-        (
-            "{kind: continued, start: mask, lrs: [1]}",
-            "arms.wrong.start must lead to no quantized arm for the kind c",
-        ),
-        (
-            "{kind: quantized, start: mask, quantization: int8}",
-            "arms.wrong.start must lead to no quantized arm, here NF4, whose weights are nf4 already, got mask",
-        ),
-        ("{kind: quantized}", "arms.wrong.quantization must be given for this kind, got None"),
-        (
-            "{kind: random, quantization: nf4}",
-            "quantization must be left out for this kind, got nf4",
-        ),
-        ("{kind: quantized, quantization: nf5}", "arms.wrong.quantization must be one of nf4, nf4-dq, int8"),
-        ("{kind: random, teacher: full}", "arms.wrong.teacher must be left out for this kind, got full"),
-        ("{kind: mask, lrs: [1], teacher: QLoRA}", "arms.wrong.teacher must name an arm of the kinds base, full, cont"),
-        (
-            "{kind: mask, lrs: [1], teacher: wrong}",
-            "arms.wrong.teacher must name an arm that does not need",
-        ),
-    ],
-)
-def test_what_an_arm_may_not_say_of_codes(done, arm, message):
-    arms = FULL + "  NF4: {kind: quantized, quantization: nf4}\n  mask: {kind: mask, start: NF4, lrs: [1]}\n"
-    arms += "  QLoRA: {kind: lora, lrs: [1], start: NF4}\n"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        make_study(done.directory, f"{arms}  wrong: {arm}\n")

@@ -67,49 +67,49 @@ LAYERS = ("model.layers.2.", "model.layers.3.")
 
 
 class Ground:
-    """A workspace on files, its fine-tune of seed 0, and units of all arms that begin there."""
+    """A workspace on files, its fine-tune of seed 0, and units of all arms that begin there; each runs once."""
 
     def __init__(self, directory: Path, monkeypatch) -> None:
         monkeypatch.setenv("MFT_CACHE", str(directory / "cache"))
         write_ground(directory)
-        self.directory = directory
+        self.directory, self._ran = directory, {}
         self.workspace = self.fresh()
-        self.full = run_unit(self.workspace, self.job("full"))
+        self.full = self.run("full")
 
     def fresh(self, **options) -> Workspace:
-        study = make_study(
-            self.directory,
-            ARMS.replace("DIRECTORY", str(self.directory)),
-            [f"{key}={value}" for key, value in options.items()],
-        )
+        arms = ARMS.replace("DIRECTORY", str(self.directory))
+        study = make_study(self.directory, arms, [f"{key}={value}" for key, value in options.items()])
         return Workspace(study, Bases(study, self.directory))
 
-    def job(self, arm, *, part=0, seed=0, keep=0.9, lr=1e-2, alpha=None, share=None, rank=None, on_test=False) -> Job:
-        kind = self.workspace.study.arms[arm].kind
-        kind = self.workspace.study.arms[self.workspace.study.arms[arm].of].kind if kind == "average" else kind
-        trained = kind in ("full", *TRAINED) or bool(self.workspace.study.arms[arm].lrs)
+    def job(self, arm, *, part=0, keep=0.9, lr=1e-2, on_test=False, **more) -> Job:
+        study = self.workspace.study
+        config, starts, before, parts, source = study.arms[arm], (), study.start_of(arm), (), None
+        kind = study.arms[config.of].kind if config.kind == "average" else config.kind
+        trained = kind in ("full", *TRAINED) or bool(config.lrs)
         masked = kind in (*ONE_SHOT, "magnitude_rows", "mask")
-        setting = Setting(lr if trained else None, 1.0 if trained else None, keep if masked else None)
-        setting = replace(setting, alpha=alpha, share=share, rank=rank)
-        parts = ()
-        if self.workspace.study.arms[arm].kind == "average" and part == 0:
-            jobs = [self.job(self.workspace.study.arms[arm].of), self.job(arm, part=1)]
-            parts = tuple((job.unit, job.trained) for job in jobs)
-        starts, before = (), self.workspace.study.start_of(arm)
+        setting = Setting(lr if trained else None, 1.0 if trained else None, keep if masked else None, **more)
+        if config.kind == "average" and part == 0:
+            parts = tuple((job.unit, job.trained) for job in (self.job(config.of), self.job(arm, part=1)))
         while before is not None:
-            starts, before = (
-                (self.directory / f"{before} 0.safetensors", *starts),
-                self.workspace.study.start_of(before),
-            )
-        source = None
-        if self.workspace.study.arms[arm].of is not None and self.workspace.study.arms[arm].kind != "average":
-            of = self.job(self.workspace.study.arms[arm].of)
+            starts, before = (self.job(before).trained, *starts), study.start_of(before)
+        if config.of is not None and config.kind != "average":
+            of = self.job(config.of)
             source = of.unit, of.trained
-        path = self.directory / f"{arm} {part}.safetensors"
-        return Job(Unit("count", arm, seed, setting, part), starts, path, parts, source, on_test=on_test)
+        path = self.directory / f"{arm}, part {part}, {setting}.safetensors"
+        return Job(Unit("count", arm, 0, setting, part), starts, path, parts, source, on_test=on_test)
 
-    def weights(self, arm, part=0):
-        return load_file(self.job(arm, part=part).trained)
+    def run(self, arm, **options):
+        """Return the outcome of this unit, which has run once."""
+        job = self.job(arm, **options)
+        if job.trained not in self._ran:
+            self._ran[job.trained] = run_unit(self.workspace, job)
+        return self._ran[job.trained]
+
+    def tested(self, arm, **options):
+        return run_test(self.workspace, self.job(arm, on_test=True, **options))
+
+    def weights(self, arm, **options):
+        return load_file(self.job(arm, **options).trained)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def ground(tmp_path_factory):
 
 
 def fine_tune(ground):
-    ground.workspace.begin("count", (ground.directory / "full 0.safetensors",), 0)
+    ground.workspace.begin("count", (ground.job("full").trained,), 0)
     return ground.workspace.model
 
 
@@ -127,8 +127,13 @@ def fine_tune(ground):
     "arm", [*TRAINED, *ONE_SHOT, "base", "magnitude_rows", "temperature", "mask from wanda", "mask lower"]
 )
 def test_every_kind_runs_and_its_files_give_on_test_what_validation_saw(ground, arm):
+    """It changes neither the fine-tune nor the base."""
+    before, base = (copy.deepcopy(model.state_dict()) for model in (fine_tune(ground), ground.workspace.base))
     found = run_unit(ground.workspace, ground.job(arm))
-    tested = run_test(ground.workspace, ground.job(arm, on_test=True))
+    assert equal(dict(fine_tune(ground).state_dict()), dict(before))
+    assert equal(dict(ground.workspace.base.state_dict()), dict(base))
+    assert not masked_modules(fine_tune(ground))
+    tested = ground.tested(arm)
     assert tested.validation.evaluation.loss == pytest.approx(found.loss, abs=1e-5)
     assert tested.test.evaluation.tokens.sum() > 0
     assert tested.test.tempered is not None
@@ -137,7 +142,7 @@ def test_every_kind_runs_and_its_files_give_on_test_what_validation_saw(ground, 
 
 
 def test_layers_below_an_earlier_start_stay_remembered_while_there_is_room(ground, monkeypatch):
-    workspace, ends = ground.fresh(), (ground.directory / "full 0.safetensors",)
+    workspace, ends = ground.fresh(), (ground.job("full").trained,)
     workspace.begin("count", ends, 0)
     seen = workspace.memory("validation", 2), workspace.memory("validation", 2, "other")
     workspace.begin("count", (), 0)
@@ -154,10 +159,9 @@ def test_layers_below_an_earlier_start_stay_remembered_while_there_is_room(groun
     assert torch.equal(again.states[0], seen[0].states[0])
 
 
-@pytest.mark.parametrize("first", [0, 2])
-def test_with_its_layers_remembered_a_model_runs_its_head_alone(ground, first):
+def test_with_its_layers_remembered_a_model_runs_its_head_alone(ground):
     model, rows, tokens = fine_tune(ground).eval(), ground.workspace.splits("count").test, []
-    options = {"batch_size": 3, "first": first, "memory": PrefixMemory()}
+    options = {"batch_size": 3, "first": 2, "memory": PrefixMemory()}
     expected = evaluate(model, rows, batch_size=3)
     remembering = with_layers_remembered(model, rows, **options)
     handle = model.model.layers[3].mlp.register_forward_hook(lambda *call: tokens.append(call[1][0].shape[:2].numel()))
@@ -169,27 +173,16 @@ def test_with_its_layers_remembered_a_model_runs_its_head_alone(ground, first):
 
 def test_the_fine_tune_begins_at_the_base_and_is_evaluated_at_its_end_alone(ground):
     assert [share for share, _ in ground.full.curve] == [1.0]
-    base = run_unit(ground.workspace, ground.job("base"))
+    base = ground.run("base")
     assert ground.full.loss < base.loss - 0.3
     assert set(ground.weights("full")) == {name for name, _ in ground.workspace.base.named_parameters()}
     assert not torch.equal(ground.weights("full")["model.norm.weight"], ground.workspace.base.model.norm.weight)
 
 
-@pytest.mark.parametrize("arm", [*TRAINED, *ONE_SHOT])
-def test_no_arm_changes_the_fine_tune_or_the_base(ground, arm):
-    model = fine_tune(ground)
-    before, base = copy.deepcopy(model.state_dict()), copy.deepcopy(ground.workspace.base.state_dict())
-    run_unit(ground.workspace, ground.job(arm))
-    assert fine_tune(ground) is model
-    assert equal(dict(model.state_dict()), dict(before))
-    assert equal(dict(ground.workspace.base.state_dict()), dict(base))
-    assert not masked_modules(model)
-
-
 def test_control_and_masks_change_the_chosen_layers_linears_alone(ground):
     state = fine_tune(ground).state_dict()
     for arm in ("control", "mask"):
-        run_unit(ground.workspace, ground.job(arm))
+        ground.run(arm)
         weights = ground.weights(arm)
         names, _ = ground.workspace.layers_of(ground.workspace.study.arms[arm])
         assert set(weights) == {f"{name}.weight" for name in names}
@@ -203,15 +196,10 @@ def test_control_and_masks_change_the_chosen_layers_linears_alone(ground):
                 assert changed.float().mean() > 0.9
 
 
-def test_an_arm_may_have_layers_of_its_own(ground):
-    run_unit(ground.workspace, ground.job("mask lower"))
-    assert {name[:15] for name in ground.weights("mask lower")} == {"model.layers.1."}
-
-
 def test_flips_count_from_the_initial_mask(ground):
-    assert run_unit(ground.workspace, ground.job("mask")).flips > 0
-    assert run_unit(ground.workspace, ground.job("mask", lr=1e-9)).flips == 0
-    assert run_unit(ground.workspace, ground.job("control")).flips is None
+    assert ground.run("mask").flips > 0
+    assert ground.run("mask", lr=1e-9).flips == 0
+    assert ground.run("control").flips is None
 
 
 @pytest.mark.slow
@@ -220,7 +208,8 @@ def test_evaluating_on_the_way_leaves_training_as_it_was(ground):
     for checkpoints in (1, 3):
         workspace = ground.fresh(checkpoints=checkpoints)
         for arm in TRAINED:
-            ends.append((arm, run_unit(workspace, ground.job(arm)).curve))
+            job = replace(ground.job(arm), trained=ground.directory / "other.safetensors")
+            ends.append((arm, run_unit(workspace, job).curve))
     for (arm, once), (_, thrice) in zip(ends[: len(TRAINED)], ends[len(TRAINED) :], strict=True):
         assert len(thrice) == 3, arm
         assert once[-1] == thrice[-1], arm
@@ -258,16 +247,17 @@ def export_bytes(ground, kept):
 
 def test_an_average_is_the_mean_of_the_merged_weights(ground):
     for arm, of in (("mean of masks", "mask"), ("mean of adapters", "lora")):
-        for job in (ground.job(of), ground.job(arm, part=1)):
-            run_unit(ground.workspace, job)
-        average = run_unit(ground.workspace, ground.job(arm))
-        tested = run_test(ground.workspace, ground.job(arm, on_test=True))
+        ground.run(of)
+        ground.run(arm, part=1)
+        average = ground.run(arm)
+        tested = ground.tested(arm)
         assert tested.validation.evaluation.loss == average.loss
-        one = run_unit(ground.workspace, ground.job(of)).bytes
+        one = ground.run(of).bytes
         if of == "lora":
             assert average.bytes == 2 * one
         if of == "mask":
             first, second = ground.weights(of), ground.weights(arm, part=1)
+            assert not equal(first, second)  # in the order of data
             kept = [(name, (first[name] != 0).int() + (second[name] != 0)) for name in first]
             assert one == export_bytes(ground, [(name, first[name] != 0) for name in first])
             assert average.bytes == export_bytes(ground, [(name, by >= n) for name, by in kept for n in (1, 2)])
@@ -277,23 +267,16 @@ def test_an_average_is_the_mean_of_the_merged_weights(ground):
             assert average.loss == pytest.approx(evaluate(with_weights(fine_tune(ground), mean), validation).loss)
 
 
-def test_parts_begin_alike_and_differ_in_the_order_of_data(ground):
-    for job in (ground.job("mask"), ground.job("mean of masks", part=1)):
-        run_unit(ground.workspace, job)
-    first, second = ground.weights("mask"), ground.weights("mean of masks", part=1)
-    assert not equal(first, second)
-
-
 def test_a_run_that_does_not_stay_finite_is_an_outcome(ground):
-    found = run_unit(ground.workspace, ground.job("control", lr=1e30))
+    found = ground.run("control", lr=1e30)
     assert found.measured is None
     assert found.loss == float("inf")
     assert "must stay finite" in found.diverged
 
 
 def test_results_do_not_depend_on_what_ran_before(ground):
-    run_unit(ground.workspace, ground.job("control"))
-    run_unit(ground.workspace, ground.job("gradient"))
+    for arm in ("control", "gradient"):
+        run_unit(ground.workspace, ground.job(arm))
     after = run_unit(ground.workspace, ground.job("mask", keep=0.8))
     alone = run_unit(ground.fresh(), ground.job("mask", keep=0.8))
     assert equal(after.measured, alone.measured)
@@ -301,11 +284,11 @@ def test_results_do_not_depend_on_what_ran_before(ground):
 
 
 def test_temperature_scales_the_fine_tunes_logits(ground):
-    found = run_unit(ground.workspace, ground.job("temperature"))
-    tested = run_test(ground.workspace, ground.job("full", on_test=True))
+    found = ground.run("temperature")
+    tested = ground.tested("full")
     assert found.loss <= ground.full.loss
     assert found.measured.temperature == pytest.approx(tested.test.temperature, rel=1e-3)
-    tempered = run_test(ground.workspace, ground.job("temperature", on_test=True))
+    tempered = ground.tested("temperature")
     assert equal(tempered.test.evaluation, tempered.test.tempered)
     assert tempered.test.evaluation.loss == pytest.approx(tested.test.tempered.loss, abs=1e-4)
 
@@ -318,7 +301,7 @@ def test_answers_are_counted_where_the_study_asks_for_them(ground, monkeypatch):
         return torch.tensor([1]), torch.tensor([2])
 
     monkeypatch.setattr(measure, "exact_matches", count)
-    assert run_test(ground.workspace, ground.job("full", on_test=True)).test.answers is None
+    assert ground.tested("full").test.answers is None
     tested = run_test(ground.fresh(answers="[count]"), ground.job("full", on_test=True))
     assert (tested.test.answers.tolist(), tested.validation.questions.tolist()) == ([1], [2])
     splits = ground.workspace.splits("count")
@@ -326,20 +309,19 @@ def test_answers_are_counted_where_the_study_asks_for_them(ground, monkeypatch):
 
 
 def test_a_mask_with_a_fixed_threshold_begins_at_the_fine_tune_and_drops_what_it_learns_to(ground):
-    unit = ground.job("mask free", keep=None, lr=1e-9)
-    still = run_unit(ground.workspace, unit)
+    still = ground.run("mask free", keep=None, lr=1e-9)
     assert still.flips == 0
     assert still.loss == pytest.approx(ground.full.loss, abs=1e-6)
-    moved = run_unit(ground.workspace, ground.job("mask free", keep=None, lr=1e-1))
+    moved = ground.run("mask free", keep=None, lr=1e-1)
     assert moved.flips > 0
-    dropped = [weight == 0 for weight in load_file(ground.job("mask free", keep=None, lr=1e-1).trained).values()]
+    dropped = [weight == 0 for weight in ground.weights("mask free", keep=None, lr=1e-1).values()]
     assert sum(int(d.sum()) for d in dropped) / sum(d.numel() for d in dropped) == pytest.approx(moved.flips, abs=1e-6)
 
 
 @pytest.mark.parametrize("arm", ["mask", "random", "magnitude"])
 def test_what_is_kept_is_the_settings_share_not_the_studys(ground, arm):
     job = ground.job(arm, keep=0.6)
-    run_unit(ground.workspace, job)
+    ground.run(arm, keep=0.6)
     ground.workspace.begin("count", job.starts, 0)
     model = model_of(ground.workspace, job)
     names, _ = ground.workspace.layers_of(ground.workspace.study.arms[arm])
@@ -351,13 +333,11 @@ def test_what_is_kept_is_the_settings_share_not_the_studys(ground, arm):
 
 @pytest.mark.parametrize("of", ["full", "control", "lora", "mask"])
 def test_an_interpolated_arm_lies_between_where_another_began_and_ended(ground, of):
-    ended = run_unit(ground.workspace, ground.job(of))
-    jobs = [ground.job(f"part of {of}", alpha=a) for a in (0.0, 0.5, 1.0)]
-    start, _, end = (run_unit(ground.workspace, job) for job in jobs)
-    near, middle, far = (run_test(ground.workspace, replace(job, on_test=True)).general["other"] for job in jobs)
-    assert start.loss == pytest.approx(
-        run_unit(ground.workspace, ground.job("base")).loss if of == "full" else ground.full.loss
-    )
+    ended = ground.run(of)
+    arm, alphas = f"part of {of}", (0.0, 0.5, 1.0)
+    start, _, end = (ground.run(arm, alpha=alpha) for alpha in alphas)
+    near, middle, far = (ground.tested(arm, alpha=alpha).general["other"] for alpha in alphas)
+    assert start.loss == pytest.approx(ground.run("base").loss if of == "full" else ground.full.loss)
     assert end.loss == pytest.approx(ended.loss, abs=1e-6)
     assert near.mean_kl == 0
     assert min(middle.mean_kl, far.mean_kl) > 0
@@ -370,8 +350,8 @@ def test_an_interpolated_arm_lies_between_where_another_began_and_ended(ground, 
 
 
 def test_an_arm_may_begin_at_another_ones_end(ground):
-    run_unit(ground.workspace, ground.job("control"))
-    run_unit(ground.workspace, ground.job("mask on control"))
+    ground.run("control")
+    ground.run("mask on control")
     control = ground.weights("control")
     for name, weight in ground.weights("mask on control").items():
         assert ((weight == control[name]) | (weight == 0)).all()
@@ -379,33 +359,26 @@ def test_an_arm_may_begin_at_another_ones_end(ground):
 
 
 def test_what_is_forgotten_is_measured_on_other_text(ground):
-    outcome, tested = ground.full, run_test(ground.workspace, ground.job("full", on_test=True))
+    outcome, tested = ground.full, ground.tested("full")
     other = ground.workspace.general("other")
     assert outcome.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.validation, batch_size=8).loss
     assert tested.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.test, batch_size=8).loss
-    outcome = run_unit(ground.workspace, ground.job("control"))  # only its layers above those of the start run
+    outcome = ground.run("control")  # only its layers above those of the start run
     control = with_weights(fine_tune(ground), ground.weights("control")).eval()
     assert outcome.general["other"].evaluation.loss == evaluate(control, other.validation, batch_size=8).loss
     assert outcome.general["other"].kl is None  # measured for chosen runs only
     kl, _ = kl_divergence(control, fine_tune(ground), other.test, batch_size=8)
-    assert torch.equal(run_test(ground.workspace, ground.job("control", on_test=True)).general["other"].kl, kl)
+    assert torch.equal(ground.tested("control").general["other"].kl, kl)
     assert tested.general["other"].mean_kl > 0  # compared with the base, where the fine-tune began
-    still = run_test(ground.workspace, ground.job("temperature", on_test=True))
+    still = ground.tested("temperature")
     assert still.general["other"].mean_kl == 0
-
-
-def test_a_text_that_bears_the_domains_name_is_not_measured(ground, monkeypatch):
-    texts = ground.workspace.study.general
-    monkeypatch.setattr(ground.workspace.study, "general", texts | {"count": texts["other"]})
-    assert set(run_unit(ground.workspace, ground.job("base")).general) == {"other"}
-    assert set(run_test(ground.workspace, ground.job("base", on_test=True)).general) == {"other"}
 
 
 def test_bytes_are_those_of_what_an_arm_adds_to_its_start(ground):
     names, _ = ground.workspace.layers_of(ground.workspace.study.arms["control"])
     shapes = [tuple(ground.workspace.base.get_parameter(f"{name}.weight").shape) for name in names]
     weights = sum(rows * columns for rows, columns in shapes)
-    found = {arm: run_unit(ground.workspace, ground.job(arm)).bytes for arm in ("base", *TRAINED, "magnitude")}
+    found = {arm: ground.run(arm).bytes for arm in ("base", *TRAINED, "magnitude")}
     assert found["base"] == 0
     assert found["control"] == 2 * weights
     assert found["continued"] == ground.full.bytes == 2 * sum(p.numel() for p in ground.workspace.base.parameters())
@@ -415,13 +388,13 @@ def test_bytes_are_those_of_what_an_arm_adds_to_its_start(ground):
 
 
 def test_a_mask_by_deletion_begins_from_data_with_all_kept_and_a_price_keeps_more(ground):
-    still = run_unit(ground.workspace, ground.job("deletion", keep=None, lr=1e-9))
+    still = ground.run("deletion", keep=None, lr=1e-9)
     assert still.flips == 0
     assert still.loss == pytest.approx(ground.full.loss, abs=1e-6)
-    free, dear = (run_unit(ground.workspace, ground.job(arm, keep=None)) for arm in ("deletion", "dear deletion"))
+    free, dear = (ground.run(arm, keep=None) for arm in ("deletion", "dear deletion"))
     assert dear.flips < free.flips
     assert dear.bytes < free.bytes
-    assert {name.split(".")[4] for name in ground.weights("deletion")} == {"gate_proj"}
+    assert {name.split(".")[4] for name in ground.weights("deletion", keep=None)} == {"gate_proj"}
     arms = ground.workspace.study.arms
     names, every = (ground.workspace.layers_of(arms[arm])[0] for arm in ("deletion", "mask"))
     assert {name.split(".")[-1] for name in names} == {"gate_proj"}

@@ -59,11 +59,6 @@ def test_an_outcome_is_read_as_it_was_written():
     assert equal(outcome_from(outcome_values(outcome(one.unit, float("inf")))), outcome(one.unit, float("inf")))
 
 
-def test_all_that_was_saved_is_found_again(tmp_path):
-    _, done, _ = filled(tmp_path)
-    assert units_kept(tmp_path) == {one.unit for one in done}
-
-
 @pytest.mark.parametrize(
     "addition",
     [

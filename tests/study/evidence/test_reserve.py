@@ -1,13 +1,11 @@
 """The reserve: no other run reads it, a study that asks for it does not train again, and each opening is counted."""
 
-import io
 import json
 import random
 
 import pytest
-from rich.console import Console
 from tiny import WORDS
-from tiny_study import FEW, make_study, write_ground
+from tiny_study import FEW, make_study, run_quietly, write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
@@ -18,7 +16,6 @@ from mft.data.splits import load_splits
 from mft.models.pretrained import load_model
 from mft_study.evidence import reserve
 from mft_study.report.write import write_study_report
-from mft_study.run import run_study
 
 HELD = 20  # files in the reserve
 SOURCE = "domains.count.source=headers"
@@ -55,9 +52,7 @@ def study(ground, *overrides):
 
 
 def run(ground, directory, *overrides, **options):
-    said = io.StringIO()
-    found = run_study(study(ground, *overrides), directory, console=Console(file=said, width=200), **options)
-    return found, [line for line in said.getvalue().splitlines() if line.startswith("[")]
+    return run_quietly(study(ground, *overrides), directory, **options)
 
 
 def rows(ground, subset, **options):
@@ -142,7 +137,3 @@ def test_the_library_source_has_no_reserve():
         ValueError, match="data.subset must be pretrain, finetune or null for the stdlib corpus, got 'res"
     ):
         sources.open_source(DataConfig(source="stdlib", subset="reserve"))
-
-
-def test_the_ledger_is_in_the_repository_of_a_checkout():
-    assert reserve.ledger_path().parent.name in ("benchmarks", "mft")

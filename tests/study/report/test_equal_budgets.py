@@ -81,11 +81,6 @@ def test_nothing_within_a_budget_is_said():
     )
 
 
-def test_a_single_document_has_no_interval():
-    (sentence, _) = budget_sentences("code", equal_budgets(findings(documents=1), "code", REFERENCES))
-    assert sentence.endswith("- control (lr 1, epochs 2) -0.1000")
-
-
 def test_only_masks_with_a_control_are_compared():
     assert {one.arm for one in equal_budgets(findings(), "code", REFERENCES)} == {"MFT"}
     assert equal_budgets(findings(), "code", {"MFT": None}) == []

@@ -1,12 +1,10 @@
 """mft plot: pictures from a finished study's files, and its messages for an unfinished or a wrong one."""
 
-import io
 import re
 
 import pytest
 import torch
-from rich.console import Console
-from tiny_study import FEW, make_study, write_ground
+from tiny_study import FEW, make_study, run_quietly, write_ground
 from typer.testing import CliRunner
 
 from mft.cli.app import app
@@ -17,7 +15,6 @@ from mft_study.report.pictures.forgetting import curves
 from mft_study.report.table import study_numbers, study_tables
 from mft_study.report.verdict import study_verdicts
 from mft_study.report.write import write_study_report
-from mft_study.run import run_study
 from mft_study.store import open_store
 
 ARMS = (
@@ -39,7 +36,7 @@ def study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MFT_CACHE", str(directory / "cache"))
         declared = make_study(directory, ARMS.replace("DIRECTORY", str(directory)))
-        findings = run_study(declared, directory / "run", console=Console(file=io.StringIO()))
+        findings, _ = run_quietly(declared, directory / "run")
         write_study_report(findings, directory / "run", {})
         yield directory / "run", findings
 
@@ -71,14 +68,6 @@ def test_a_study_that_ran_has_its_curves_and_a_verdict_of_dominance(study):
         validation for one in compared for validation in (one.domain.validation, one.general.validation)
     ]
     assert study_verdicts(findings)[0].startswith("count, and what is left of other. MFT: nothing can be concluded (")
-
-
-def test_an_arm_can_be_named(study, tmp_path, monkeypatch):
-    titles = []
-    monkeypatch.setattr(figures, "plot_overlaps", lambda overlaps, path, title: titles.append(title))
-    for arm in (None, "MFT 2"):
-        draw_overlap(study[0], tmp_path / "unused.png", arm=arm)
-    assert titles == ["weights dropped by MFT", "weights dropped by MFT 2"]
 
 
 def test_the_surface_has_the_losses_that_the_study_measured(study, tmp_path, monkeypatch):

@@ -3,20 +3,16 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from test_study_report import ARMS, LOSSES, findings
 
-from mft.files.figure import new_figure
 from mft_study.arms.kinds import make_arm
 from mft_study.report.at_equal_bytes import ABOUT, NO_MORE, at_equal_bytes, remark_on_bytes, said_of_bytes
-from mft_study.report.pictures import by_bytes as by_bytes_module
-from mft_study.report.pictures.by_bytes import Point, frontier, plot_bytes, points
+from mft_study.report.pictures.by_bytes import Point, frontier, points
 from mft_study.report.table import study_numbers, study_tables
 from mft_study.report.write import write_study_report
 
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 RATES = {"lrs": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}
 SIZES = {"base": 0, "control": 200_000, "random mask": 4_000, "MFT": 9_000, "MFT x3": 200_000}
 BY_BYTES = {
@@ -51,15 +47,11 @@ def by_bytes(arms=BY_BYTES, sizes=SIZES | RIVALS, losses=LOSS, **options):
     return study, at_equal_bytes(study, study_tables(study))
 
 
-def test_a_row_has_the_mean_bytes_of_the_chosen_runs_and_where_they_began():
+def test_a_row_has_the_mean_bytes_of_the_chosen_runs():
     table = study_tables(with_bytes())["code"]
     assert table.row("MFT").bytes == 9_001
     assert table.row("MFT x3").bytes == 200_001
     assert table.row("control x3").bytes is None
-    assert {row.arm: row.start for row in table.rows} == dict.fromkeys(ARMS, "full fine-tune") | {
-        "base": None,
-        "full fine-tune": "base",
-    }
 
 
 def test_a_masks_rival_is_the_best_on_validation_that_stores_no_more_from_the_same_start():
@@ -181,46 +173,3 @@ def test_the_frontier_is_what_no_arm_of_as_few_bytes_reaches():
         ("worse than the start", 1, 0.1), ("a", 2, -0.1), ("b", 3, -0.05), ("c", 4, -0.1), ("d", 5, -0.2)
     )]  # fmt: skip
     assert [point.arm for point in frontier(at)] == ["a", "d"]
-
-
-def test_each_place_where_a_mask_began_is_a_panel(tmp_path, monkeypatch):
-    table = json.loads((RESULTS / "compare-quantised-small.json").read_text())
-    drawn = {}
-    monkeypatch.setattr(by_bytes_module, "_draw", lambda axes, found, level: drawn.update({axes: (found, level)}) or [])
-    plot_bytes(table, tmp_path / "bytes.png")
-    said = {(axes.get_title("left").split(":")[0], axes.get_xlabel()): of for axes, of in drawn.items()}
-    starts = ("NF4", "int8", "NF4 of base")
-    assert list(said) == [
-        (d, f"bytes to store, {start} not counted") for d in ("headers", "pretraining") for start in starts
-    ]
-    found, level = said["headers", "bytes to store, NF4 not counted"]
-    arms = {point.arm for point in found}
-    assert {"MFT on NF4", "QLoRA 4 on NF4", "QLoRA 81 on NF4"} < arms
-    assert not {"control", "NF4", "MFT on int8"} & arms
-    (start,) = (row for row in table["domains"]["headers"]["rows"] if row["arm"] == "NF4")
-    assert level == start["minus_full"]["estimate"]
-    assert frontier(found, -1.0) == []
-
-
-def test_a_line_joins_those_of_a_kind_that_learned_from_the_same():
-    """An arm taught by the base learns nothing from the text, so a line from it to other arms would mean nothing."""
-    arms = {
-        "base": make_arm("base"),
-        "full fine-tune": make_arm("full"),
-        **{f"LoRA {rank}": make_arm("lora", lrs=[1e-3]) for rank in (1, 8)},
-        **{f"LoRA {rank} taught": make_arm("lora", lrs=[1e-3], teacher="base") for rank in (1, 8)},
-    }
-    sizes = {"LoRA 1": 1_000, "LoRA 8": 8_000, "LoRA 1 taught": 1_000, "LoRA 8 taught": 8_000}
-    losses = LOSSES | {"LoRA 1": 1.9, "LoRA 8": 1.8, "LoRA 1 taught": 2.5, "LoRA 8 taught": 2.4}
-    study = with_bytes(sizes, arms=arms, test=losses, validation=losses)
-    found = points(study_numbers(study)["domains"]["code"], "full fine-tune")
-    axes = new_figure(4, 4).subplots()
-    by_bytes_module._draw(axes, found, 0.0)
-    ends = [tuple(line.get_xdata()) for line in axes.lines if line.get_alpha() == 0.6]
-    assert ends == [(1_001, 8_001)] * 2
-    assert all(line.get_ydata()[0] - line.get_ydata()[1] < 0.3 for line in axes.lines if line.get_alpha() == 0.6)
-
-
-def test_a_table_without_bytes_is_not_drawn(tmp_path):
-    with pytest.raises(ValueError, match="a plot by bytes must have a domain with arms that began at the full fine-"):
-        plot_bytes(study_numbers(findings()), tmp_path / "bytes.png")

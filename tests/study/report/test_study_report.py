@@ -23,7 +23,7 @@ from mft_study.report.remarks import remarks, unsettled_remark
 from mft_study.report.statistics import differences, paired
 from mft_study.report.table import study_numbers, study_tables
 from mft_study.report.verdict import HELPS, INCONCLUSIVE, LOST, NO_EVIDENCE, study_verdicts
-from mft_study.report.write import _LOSS, _NO_CONTROL, _cell_or_why, _screen_groups, console_report, write_study_report
+from mft_study.report.write import console_report, write_study_report
 
 DOCUMENTS = 30
 ARMS = {
@@ -103,10 +103,6 @@ def test_mft_helps_where_interval_holm_and_validation_agree():
     assert f"MFT: {HELPS}. " in text
     assert LOST not in text
     assert NO_EVIDENCE not in text
-
-
-def test_the_three_differences_stand_together():
-    text = said()
     assert "MFT - full fine-tune: -0.05" in text
     assert "; control - full fine-tune: -0.0" in text
     assert "; MFT - control: -0.0" in text
@@ -146,13 +142,10 @@ def test_a_large_difference_is_claimed_however_wide_its_interval():
         ({"documents": 7}, "7 test documents, at least 20 are needed"),
         ({"documents": 1}, "1 test document, at least 20 are needed"),
         ({"seeds": (0,)}, "a single seed, at least 2 are needed, better 3"),
+        ({"arms": SINGLE | {"MFT": make_arm("mask", lrs=[1e-3])}}, "MFT tried 1 rate, at least 3 are needed"),
         (
-            {"arms": SINGLE | {"MFT": make_arm("mask", lrs=[1e-3])}},
-            "MFT tried 1 rate, at least 3 are needed",
-        ),
-        (
-            {"arms": SINGLE | {"control": make_arm("control", lrs=[1e-4, 1e-3])}},
-            "control tried 2 rates, at least 3 are needed",
+            {"arms": SINGLE | {"control": make_arm("control", lrs=[1e-3])}},
+            "control tried 1 rate, at least 3 are needed",
         ),
     ],
 )
@@ -233,12 +226,6 @@ def test_an_average_without_its_match_is_not_compared(runs):
     assert "MFT x3: " not in text
 
 
-def test_the_base_model_is_one_for_all_seeds():
-    row = study_tables(findings())["code"].row("base")
-    assert row.minus_full.seeds == 3
-    assert row.minus_full.estimate == pytest.approx(0.4, abs=0.01)
-
-
 def test_table_holds_what_statistics_say():
     study = findings(answers=0.4)
     row = study_tables(study)["code"].row("MFT")
@@ -293,18 +280,11 @@ def test_the_report_writes_table_numbers_and_plot(tmp_path):
     text = (tmp_path / "table.md").read_text()
     row = study_tables(study)["code"].row("MFT")
     difference = row.minus_control["loss"]
-    cell = f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
     (line,) = [line for line in text.splitlines() if line.startswith("| **MFT** ")]
-    points = row.minus_control["accuracy"]
-    assert f" | {100 * points.estimate:+.2f} [{100 * points.low:+.2f}, {100 * points.high:+.2f}] | " in line
     assert line.startswith(f"| **MFT** | lr 0.001, epochs 1, keep 0.9 | {row.loss:.4f} | ")
-    assert f" | {cell} | " in line
-    assert " | 40.0 | +0.0 [+0.0, +0.0] | " in line
-    assert line.endswith(" | 5 | 40 | 10.0 |")
+    assert f" | {difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] | " in line
     assert study_verdicts(study)[0] in text
     assert text.endswith("- commit: abc\n- versions: torch 2.13, peft 0.21\n")
-    assert "| **MFT x3** |" in text
-    assert "| control |" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "# At equal budgets, validation, first seed\n\n- code, MFT and its control, each in at most so many " in text
 
@@ -346,10 +326,7 @@ def printed(study, width=180):
 @pytest.mark.parametrize(
     ("losses", "first"),
     [
-        (
-            {},
-            "code: lowest test loss: MFT, 1.89.. in 6.0 kB; control, the best arm that is no mask, is 0.02.. ",
-        ),
+        ({}, "code: lowest test loss: MFT, 1.89.. in 6.0 kB; control, the best arm that is no mask, is 0.02.. "),
         ({"MFT": 2.06}, "code: lowest test loss: control, 1.91..; MFT, the best mask, is 0.0... above it.\n"),
     ],
 )
@@ -360,29 +337,9 @@ def test_the_result_is_printed_first_and_what_is_unsettled_is_a_note(losses, fir
     study.open_ends = [OpenEnd("code", "control", "rate", 1e-2, True, "extensions=9")]
     text = printed(study)
     assert re.match(first, text)
-    assert (
-        text.index("MFT: ") < text.index("(unsettled, at an end") < text.index("\n- Unsettled, the best setting lies")
-    )
+    places = ("MFT: ", "(unsettled, at an end", "\n- Unsettled, the best setting lies")
+    assert sorted(places, key=text.index) == list(places)
     assert "- code, MFT and its control, each in at most so many steps: 40 steps: MFT" in text
-
-
-def test_the_terminals_tables_have_six_columns_at_most_and_a_difference_or_the_reason_in_each_cell():
-    other = make_arm("control", lrs=[1e-5, 1e-4, 1e-3], layers_to_transform="all")
-    study = findings(
-        arms=SINGLE | {"alone": make_arm("lora", lrs=[1e-3], layers_to_transform="0")} | {"all": other},
-        test=LOSSES | {"alone": 1.96, "all": 1.9},
-        validation=LOSSES | {"alone": 1.96, "all": 1.9},
-        answers=0.4,
-    )
-    del study.test["code"]["random mask"][2], study.test["code"]["random mask"][1], study.test["code"]["random mask"][0]
-    study.test["code"]["random mask"][9] = measured(2.5, 9, 0.4)
-    (table,) = study_tables(study).values()
-    assert all(len(group) + 1 <= 6 for group in _screen_groups(table))
-    assert {row.arm: _cell_or_why(_LOSS[1], row, table) for row in table.rows}["full fine-tune"] == "reference"
-    cells = {row.arm: _cell_or_why(_LOSS[2], row, table) for row in table.rows}
-    assert (cells["control"], cells["random mask"], cells["alone"]) == ("reference", "no seed in common", _NO_CONTROL)
-    assert "-" not in cells.values()
-    assert f"{_NO_CONTROL}: alone" in printed(study)
 
 
 def test_json_holds_the_numbers_and_goes_round(tmp_path):
@@ -415,22 +372,6 @@ def test_the_report_is_markdown_whose_tables_have_a_head_and_as_many_cells_in_ea
     assert not [token for token in tokens if token.type == "inline" and "|" in token.content]  # a row outside a table
 
 
-def test_columns_without_an_entry_are_left_out(tmp_path):
-    write_study_report(findings(arms={name: SINGLE[name] for name in ("full fine-tune", "MFT")}), tmp_path)
-    header = next(line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| arm"))
-    assert header == "| arm | chosen | loss | loss - full fine-tune | acc % | tried | steps | s per run |"
-
-
-def test_the_console_report_fits_100_columns():
-    arms = SINGLE | {"MFT of a rather long name": ARMS["MFT"]}
-    losses = LOSSES | {"MFT of a rather long name": 1.96}
-    text = printed(findings(arms=arms, test=losses, validation=losses, answers=0.4))
-    assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
-    assert HELPS in text
-    assert "exact % -" in text
-    assert "lr 0.001, epochs 1, keep 0.9" in text
-
-
 @pytest.mark.slow
 def test_a_summary_is_drawn_from_findings_numbers_and_files(tmp_path):
     study = findings(domains=("code", "text"))
@@ -441,13 +382,3 @@ def test_a_summary_is_drawn_from_findings_numbers_and_files(tmp_path):
     images = {(tmp_path / f"{name}.png").read_bytes() for name in sources}
     assert len(images) == 1
     assert images.pop().startswith(b"\x89PNG")
-
-
-def test_a_summary_without_a_control_is_refused(tmp_path):
-    study = findings(arms={name: SINGLE[name] for name in ("full fine-tune", "MFT")})
-    with pytest.raises(ValueError, match="must have a domain with a control arm"):
-        plot_summary(study, tmp_path / "summary.png")
-
-
-def test_settings_read_as_they_are_shown():
-    assert str(Setting(1e-3, 2, 0.99)) == "lr 0.001, epochs 2, keep 0.99"

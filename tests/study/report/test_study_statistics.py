@@ -1,7 +1,6 @@
 """The study's intervals compared with plain loops and with known variances; Holm's correction by hand."""
 
 import dataclasses
-import itertools
 import math
 import tracemalloc
 
@@ -93,37 +92,10 @@ def test_draws_are_those_of_a_plain_loop():
         assert draws[r] == pytest.approx(estimate + math.sqrt(v / chi[r]) * deviation)
 
 
-def test_without_its_two_corrections_it_is_the_joint_bootstrap(monkeypatch):
-    """All 3^3 x 4^4 resamples give the exact distribution; the draws must have its mean and deviation."""
-    generator = np.random.default_rng(5)
-    sums, counts = generator.normal(0.2, 1, (3, 4)), np.array([1.0, 2, 3, 4])
-    monkeypatch.setattr(statistics, "_few", lambda count: 1.0)
-    monkeypatch.setattr(statistics, "degrees_of_freedom", lambda *args: np.array([1e9]))
-    every = [
-        sums[np.ix_(seeds, documents)].sum() / (3 * counts[list(documents)].sum())
-        for seeds in itertools.product(range(3), repeat=3)
-        for documents in itertools.product(range(4), repeat=4)
-    ]
-    draws = resampled(sums[None], counts[None], draws=40_000)[0]
-    assert draws.mean() == pytest.approx(np.mean(every), abs=4 * np.std(every) / 200)
-    assert draws.std() == pytest.approx(np.std(every), rel=0.02)
-    assert np.quantile(draws, [0.025, 0.975]) == pytest.approx(np.quantile(every, [0.025, 0.975]), rel=0.05)
-
-
-def test_the_shape_is_students_where_seeds_decide():
-    """With one mean per seed and no document noise, the draws' median variance is s^2 / S times that of Student's t."""
-    sums, counts = simulated((1, 0, 0), seeds=6, documents=4, repeats=300)
-    draws = resampled(sums, counts, draws=500)
-    by_seed = sums.sum(-1) / counts.sum(-1)[:, None]
-    standard_errors = by_seed.std(-1, ddof=1) / math.sqrt(6)
-    students = stats.t(5).var()  # 5 degrees of freedom: 5/3
-    assert np.median(draws.var(-1) / standard_errors**2) == pytest.approx(students, rel=0.15)
-
-
 @pytest.mark.parametrize(
     "components",
-    [(0, 1, 0), (0.15, 1, 0.5), (0.3, 1, 0.5), (1, 0.3, 0.3)],
-    ids=["documents", "mostly documents", "both", "seeds"],
+    [(0, 1, 0), (0.3, 1, 0.5), (1, 0.3, 0.3)],
+    ids=["documents", "both", "seeds"],
 )
 def test_95_percent_intervals_of_3_seeds_and_40_documents_cover(components):
     sums, counts = simulated(components, seeds=3, documents=40, repeats=600)
@@ -174,11 +146,11 @@ def test_a_difference_does_not_depend_on_its_neighbours_or_on_chunks(monkeypatch
     pairs = [Paired(generator.normal(0, 1, (3, d)), generator.integers(1, 9, d).astype(float)) for d in (7, 9, 7, 7)]
     together = differences(pairs, draws=500)
     monkeypatch.setattr(statistics, "_CHUNK_BYTES", 8 * 21 * 13)
-    for pair, difference in zip(pairs, together):
-        for value, expected in zip(
-            dataclasses.astuple(differences([pair], draws=500)[0]), dataclasses.astuple(difference)
-        ):
-            assert value == (expected if expected is None else pytest.approx(expected))
+    monkeypatch.setattr(statistics, "_DRAWN_BYTES", 2 * 8 * 500)
+    for found in (differences(pairs, draws=500), [differences([pair], draws=500)[0] for pair in pairs]):
+        for one, other in zip(found, together, strict=True):
+            for value, expected in zip(dataclasses.astuple(one), dataclasses.astuple(other)):
+                assert value == (expected if expected is None else pytest.approx(expected))
 
 
 def test_memory_stays_below_200_mb():
@@ -225,12 +197,6 @@ def test_other_documents_or_tokens_are_an_error():
     other, _ = arms(tokens=np.arange(20, 26))
     with pytest.raises(ValueError, match="got 6 documents that count 75, and 6 that count 135"):
         paired(a, other)
-
-
-def test_an_unknown_metric_is_an_error():
-    a, b = arms()
-    with pytest.raises(ValueError, match="metric must be one of .* got 'perplexity'"):
-        paired(a, b, "perplexity")
 
 
 def test_holm_of_a_worked_example():

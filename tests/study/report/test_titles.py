@@ -1,13 +1,9 @@
-"""Titles and labels of pictures: each agrees with the numbers, and no label covers another."""
-
-import itertools
+"""Titles of pictures: each agrees with the numbers."""
 
 import pytest
 
-from mft.files.figure import COLOURS, PHASES, new_figure, shade
 from mft_study.report.pictures import titles
 from mft_study.report.pictures.by_bytes import Point
-from mft_study.report.pictures.labels import place_labels
 
 
 def rows(**losses):
@@ -48,21 +44,3 @@ def test_rates_at_the_end_of_a_grid_are_named():
 def test_an_adapter_of_no_more_bytes_is_compared_with_the_mask(loss, size, said):
     found = [Point("mask", "mask", 100, 0, -0.1, 0), Point("lora", "lora", size, 0, loss, 0)]
     assert titles.at_equal_bytes("code", found) == f"code: {said}"
-
-
-def test_names_of_close_points_do_not_cover_each_other():
-    figure = new_figure(4, 3)
-    axes = figure.subplots()
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    figure.draw_without_rendering()
-    place_labels(axes, [(0.5, 0.5 + 0.01 * number, f"a name {number}", "#000000") for number in range(4)])
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert len(boxes) == 4
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-
-
-def test_no_method_has_the_colour_of_another_or_of_a_phase():
-    used = [*COLOURS.values(), *PHASES]
-    assert len({shade(colour, 0) for colour in used}) == len(used)
-    assert shade("#c1121f", 0) == "#c1121f"
-    assert len({shade("#c1121f", number) for number in range(4)}) == 4
