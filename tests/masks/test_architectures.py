@@ -1,13 +1,10 @@
 """make architectures: what it reports as converted, wrong and refused, in its rows and their page."""
 
 import pytest
-from architectures import attempts
 from architectures.attempts import attempt
 from architectures.page import page
 from architectures.rows import Row, read, write
 from architectures.sweeps import SWEEPS
-
-from mft.masks.convert import merge_model
 
 
 def tried(name):
@@ -43,31 +40,6 @@ def test_what_mask_model_refuses_is_told_in_its_words_without_the_remedy():
     assert "exclude_modules" not in row.words
 
 
-def test_a_merge_that_changes_the_outputs_is_wrong(monkeypatch):
-    def merge_and_drop(model):
-        merged = merge_model(model)
-        merged.bert.encoder.layer[0].output.dense.weight[0] = 0
-        return merged
-
-    monkeypatch.setattr(attempts, "merge_model", merge_and_drop)
-    row = tried("encoder/bert")
-    assert row.state == "wrong"
-    assert "merging changed the outputs" in row.words
-
-
-def test_a_mask_that_does_not_keep_all_is_wrong(monkeypatch):
-    masked = attempts._masked
-    monkeypatch.setattr(attempts, "_masked", lambda base, choice, keep_ratio: masked(base, choice, keep_ratio=0.7))
-    assert tried("encoder/bert").words.startswith("with everything kept the outputs differ by ")
-
-
-def test_scores_without_a_gradient_are_wrong(monkeypatch):
-    monkeypatch.setattr(attempts, "INSTEAD", {})  # BLT's patcher decides where patches end, without autograd
-    row = tried("causal/blt")
-    assert row.state == "wrong"
-    assert "no gradient reached model.patcher.layers.0.self_attn.q_proj" in row.words
-
-
 ROWS = {
     "encoder": {
         "bert": Row("bert", "converted", "24 layers: dense", "reduction"),
@@ -80,15 +52,6 @@ ROWS = {
 def test_rows_are_read_as_they_were_written(tmp_path):
     write(ROWS, tmp_path / "rows.csv")
     assert read(tmp_path / "rows.csv") == ROWS
-
-
-def test_the_page_has_a_table_of_each_state_with_its_rows():
-    lines = page(ROWS).splitlines()
-    assert "**2 converted, 1 refused, 1 not made.**" in lines
-    assert "| Vision | 1 | 0 | 1 | 0 |" in lines
-    for row in ("| bert | 24 layers: dense | reduction |", "| mra | a / b |"):  # a table cell cannot hold a bar
-        assert lines.index("## Encoders") < lines.index(row) < lines.index("## Vision")
-    assert lines.index("| vit | 3, 4 |  |") < lines.index('| bit | no "layers" |')
 
 
 def test_the_page_of_the_stored_rows_has_each_in_its_section():

@@ -1,37 +1,20 @@
-"""The projections of nn.MultiheadAttention, which are parameters, by name: masks, exports, banks, PEFT, and back."""
+"""Projections of nn.MultiheadAttention, which are parameters; test_linear_subclasses.py has those of SigLIP's head."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_architectures import names, state
+from tiny_architectures import names
 from torch import nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from mft.config import MaskConfig
 from mft.masks.bank import load_mask_bank
-from mft.masks.convert import mask_model, masked_modules, merge_model
-from mft.masks.export import load_masks, save_masks
+from mft.masks.convert import mask_model, merge_model
+from mft.masks.export import save_masks
 from mft.masks.merged_weights import merged_weights
-from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear, quantize_model
-from mft.masks.unmasked import unmasked_model
+from mft.masks.quantize import QuantizedLinear, quantize_model
 from mft_kernels import MaskedMultiheadAttention
-
-HEAD = MaskConfig.paper(target_modules=["in_proj", "head.attention.out_proj"], keep_ratio=0.5)
-IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def siglip():
-    """Return a SigLIP whose pooling head attends from a probe to the patches with nn.MultiheadAttention."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=4)).eval()
-
-
-def pooled(model):
-    with torch.no_grad():
-        return model(pixel_values=IMAGES).pooler_output
 
 
 def encoder(**options):
@@ -51,41 +34,6 @@ class TimeFirst(nn.Module):
         return self.attn(x, x, x)[0].transpose(0, 1)
 
 
-def test_siglips_head_is_masked_by_name_learns_and_merges_to_what_it_was(siglip):
-    model = mask_model(copy.deepcopy(siglip), HEAD)
-    assert names(model) == ["head.attention.in_proj", "head.attention.out_proj"]
-    model(pixel_values=IMAGES).pooler_output.sum().backward()
-    assert all(module.scores.grad.any() for module in masked_modules(model).values())
-    expected, y, given = state(siglip), pooled(model), dict(merged_weights(model))
-    for name, module in masked_modules(model).items():
-        weight = f"{name}_weight" if name.endswith("in_proj") else f"{name}.weight"
-        expected[weight].masked_fill_(~module.mask(), 0)
-    merge_model(model)
-    assert [type(module) for module in model.modules()] == [type(module) for module in siglip.modules()]
-    assert list(given) == [name for name, _ in model.named_parameters()]
-    assert list(state(model)) == list(expected)
-    for name, tensor in state(model).items():
-        assert torch.equal(tensor, expected[name]), name
-        assert name not in given or torch.equal(given[name], tensor), name
-    assert all(p.requires_grad for p in model.parameters())
-    torch.testing.assert_close(pooled(model), y)
-
-
-def test_exports_and_banks_name_the_projections(siglip, tmp_path):
-    model = mask_model(copy.deepcopy(siglip), HEAD)
-    save_masks(model, tmp_path)
-    assert torch.equal(pooled(load_masks(copy.deepcopy(siglip), tmp_path)), pooled(model))
-    bank = load_mask_bank(copy.deepcopy(siglip), {"task": tmp_path})
-    with bank.use(["task", None]):
-        y = pooled(bank.model)
-    torch.testing.assert_close(y, torch.stack([pooled(model)[0], pooled(siglip)[1]]))
-    other = copy.deepcopy(siglip)
-    nn.init.ones_(other.head.attention.in_proj_weight)
-    with pytest.raises(ValueError, match="learned on other weights of the same shapes"):
-        load_masks(other, tmp_path)
-    assert type(other.head.attention) is nn.MultiheadAttention
-
-
 def test_rows_of_a_batch_take_their_masks_where_torch_puts_the_tokens_first(tmp_path):
     base, x = TimeFirst(), torch.randn(3, 3, 8)  # as many tokens as rows, so that mixing them up raises no error
     model = mask_model(copy.deepcopy(base), MaskConfig(target_modules=["in_proj", "out_proj"], keep_ratio=0.5))
@@ -94,37 +42,6 @@ def test_rows_of_a_batch_take_their_masks_where_torch_puts_the_tokens_first(tmp_
     with torch.no_grad(), bank.use(["task", None, "task"]):
         y = bank.model(x)
     torch.testing.assert_close(y, torch.stack([model(x)[0], base(x)[1], model(x)[2]]))
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning")
-def test_peft_masks_and_merges_them_as_we_do(siglip):
-    peft = pytest.importorskip("peft")
-    from mft.masks.peft import MaskPeftConfig, to_masked_model
-
-    expected = mask_model(copy.deepcopy(siglip), HEAD)
-    weights = dict(merged_weights(expected))
-    model = peft.get_peft_model(copy.deepcopy(siglip), MaskPeftConfig(**vars(HEAD)))
-    assert torch.equal(pooled(model), pooled(expected))
-    given = dict(merged_weights(model))
-    assert list(given) == list(weights)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in given.items())
-    model.add_adapter("other", MaskPeftConfig(target_modules=["in_proj"], keep_ratio=0.9))
-    y = model.eval()(pixel_values=IMAGES, adapter_names=["default", "__base__"]).pooler_output
-    torch.testing.assert_close(y, torch.stack([pooled(expected)[0], pooled(siglip)[1]]))
-    ours = to_masked_model(copy.deepcopy(model))
-    assert torch.equal(pooled(ours), pooled(expected))
-    merged, wanted = state(model.merge_and_unload()), state(merge_model(ours))
-    assert list(merged) == list(wanted) == list(state(siglip))
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in merged.items())
-
-
-def test_quantised_and_unmasked_it_computes_its_own(siglip):
-    model = mask_model(copy.deepcopy(siglip), HEAD)
-    torch.testing.assert_close(pooled(unmasked_model(model)), pooled(siglip))
-    y = pooled(model)
-    quantize_model(model, "int8", masked=True)
-    assert type(model.head.attention.in_proj) is QuantizedMaskedLinear
-    torch.testing.assert_close(pooled(model), y, atol=0.05, rtol=0.1)
 
 
 def test_frozen_projections_are_quantised_as_other_linears_are():
@@ -219,10 +136,7 @@ def tied():
             lambda: nn.ModuleList([Own(8, 2)]),
             r"cannot mask 0.in_proj: it lies in a \S+Own, not a plain nn.MultiheadAtt",
         ),
-        (
-            lambda: nn.MultiheadAttention(8, 2),
-            r"cannot mask in_proj: it lies in the model itself, which cannot be repl",
-        ),
+        (lambda: nn.MultiheadAttention(8, 2), "cannot mask in_proj: it lies in the model itself, which cannot be repl"),
         (wrapped, r"cannot mask 0.base_layer.in_proj: it belongs to the Module around it"),
         (tied, r"cannot mask 0.in_proj: its weight is tied to 1.in_proj_weight"),
     ],

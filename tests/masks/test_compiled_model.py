@@ -102,6 +102,7 @@ def test_quantised_bases_are_one_graph_and_checkpointing_takes_several(change, f
         assert_close(got, loss_and_gradients(expected, expected), ROUNDING[torch.float32])
 
 
+@pytest.mark.slow
 def test_inductor_changes_nothing_but_rounding():
     model = tiny(layers=1)
     expected = loss_and_gradients(model, model)

@@ -267,11 +267,6 @@ def test_the_hash_sees_weight_dtype_and_name_but_not_its_chunks(change, monkeypa
     assert (base_hash(model, others) == expected) == (change == "chunks")
 
 
-def test_hashing_nothing_is_an_error():
-    with pytest.raises(ValueError, match="no masked layers whose base could be hashed"):
-        base_hash(llama())
-
-
 def test_another_base_is_refused_with_both_hashes_unless_forced(masked, saved):
     other = llama()
     with torch.no_grad():
@@ -284,32 +279,12 @@ def test_another_base_is_refused_with_both_hashes_unless_forced(masked, saved):
     assert_same_tensors(masks(load_masks(other, saved, force=True)), masks(masked))
 
 
-def test_the_right_base_in_another_dtype_is_told_so(saved):
-    with pytest.raises(ValueError, match="model's weights are bfloat16, those were float32: load it in that dtype"):
-        load_masks(llama().to(torch.bfloat16), saved)
-
-
 # ---------------------------------------------------------------------------------------------- what does not fit
-
-
-def test_a_base_of_other_shapes_is_refused_even_when_forced(saved):
-    with pytest.raises(ValueError, match=r"q_proj: the mask is for a weight of \(40, 40\), the model's is \(48, 48\)"):
-        load_masks(llama(hidden_size=48), saved, force=True)
 
 
 def test_a_model_without_the_layers_is_refused(saved):
     with pytest.raises(ValueError, match="model has no linear layer named 'model.layers.1.self_attn.q_proj'"):
         load_masks(gpt2(), saved)
-
-
-def test_a_model_masked_elsewhere_is_refused(saved):
-    model = mask_model(llama(), MaskConfig.paper(layers_to_transform=[0, 1]))
-    with pytest.raises(
-        ValueError,
-        match=r"masked in the 14 layers of the export, or in none; only in the export: "
-        r"\['model.layers.2.*only in the model: \['model.layers.0",
-    ):
-        load_masks(model, saved)
 
 
 def test_an_export_that_names_the_head_is_refused(saved):
@@ -322,12 +297,6 @@ def test_an_export_that_names_the_head_is_refused(saved):
 
 
 # ---------------------------------------------------------------------------------------------- writing
-
-
-def test_a_plain_model_has_no_masks_to_save(tmp_path):
-    with pytest.raises(ValueError, match="no masked layers to save, got a plain LlamaForCausalLM"):
-        save_masks(llama(), tmp_path / "export")
-    assert not os.listdir(tmp_path)
 
 
 def test_nan_scores_are_not_saved(masked, tmp_path):
@@ -345,21 +314,12 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is_left(saved):
     assert os.listdir(saved.parent) == [saved.name]
 
 
-def test_an_empty_directory_and_a_string_path_are_fine(masked, tmp_path):
-    (tmp_path / "empty").mkdir()
-    save_masks(masked, str(tmp_path / "empty"))
-    assert sorted(os.listdir(tmp_path / "empty")) == [CONFIG, MASKS]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"model.safetensors": "x"}, "new, empty or an earlier export of masks, got .*target, which holds model.safe"),
         ({CONFIG: '{"peft_type": "LORA"}'}, f"which holds {CONFIG}: choose another one"),
-        (
-            {CONFIG: '{"peft_type": "MFT"}', "notes.txt": "mine"},
-            r"holds more than an export \(notes.txt\), which replacing it",
-        ),
+        ({CONFIG: '{"peft_type": "MFT"}', "notes.txt": "mine"}, r"holds more than an export \(notes.txt\), which"),
     ],
 )
 def test_what_is_not_an_export_is_not_overwritten(masked, tmp_path, content, message):

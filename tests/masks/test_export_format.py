@@ -29,38 +29,25 @@ def test_a_missing_file_is_named(saved, name):
         load_masks(llama(), saved)
 
 
-def test_a_missing_directory_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: expected a directory with .* got nothing there"):
-        load_masks(llama(), tmp_path / "nowhere")
-    (tmp_path / "file").touch()
-    with pytest.raises(FileNotFoundError, match="got a file"):
-        load_masks(llama(), tmp_path / "file")
-
-
 @pytest.mark.parametrize("length", [0, 5, 100, -1])
 def test_a_truncated_file_tells_its_size(saved, length):
     content = (saved / MASKS).read_bytes()
     (saved / MASKS).write_bytes(content[:length])
     size = len(content[:length])
-    message = (
-        rf"{MASKS}: expected a safetensors file, got {size} bytes that are damaged or cut off .*: copy the export again"
-    )
+    message = rf"{MASKS}: expected a safetensors file, got {size} bytes that are damaged or cut off .*: copy the export"
     with pytest.raises(ValueError, match=message):
         load_masks(llama(), saved)
+
+
+def one_module(shape, kept=0, times=1):
+    return {"modules": times * [{"name": "a", "shape": shape, "dtype": "x", "kept": kept}]}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LORA"}, "expected peft_type 'MFT', got 'LORA': not our masks"),
-        ({"format_version": 5}, "expected format_version 4, got 5: upgrade mft"),
-        (
-            {"format_version": True},
-            "expected format_version 4, got True: use the version",
-        ),
         ({"format_version": 0}, "expected format_version 4, got 0: use the version"),
         ({"format_version": 3}, "missing key 'coding'"),
-        ({"format_version": 3, "coding": "packed"}, "coding must be rice, got 'packed'"),
         ({"format_version": 3, "coding": ["rice"]}, r"coding must be rice, got \['rice'\]"),
         ({"format_version": 3, "coding": "by_weight"}, "coding must be rice, got 'by_weight'"),
         ({"format_version": 4}, "missing key 'coding'"),
@@ -68,53 +55,23 @@ def test_a_truncated_file_tells_its_size(saved, length):
         ({"coding": "rice"}, "unknown key 'coding'"),
         ({"content_hash": KeyError}, "missing key 'content_hash'"),
         ({"content_hash": None}, 'content_hash must be a string "sha256:" and 64 hexadecimal digits, got None'),
-        ({"content_hash": "sha256:"}, "content_hash must be a string"),
         ({"base_quantization": KeyError}, "missing key 'base_quantization'"),
-        ({"keep_raito": 0.5}, r"unknown key 'keep_raito'; did you mean keep_ratio\?"),
         ({"base_hash": KeyError}, "missing key 'base_hash'"),
-        ({"base_hash": 5}, 'base_hash must be a string "sha256:" and 64 hexadecimal digits, got 5'),
-        ({"base_hash": ""}, "base_hash must be a string"),
         ({"base_hash": "sha256:"}, "base_hash must be a string"),
         ({"mode": "sideways"}, "mode must be magnitude or value, got 'sideways'"),
         ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \[0, 1\] or null, got 1.5"),
-        ({"keep_ratio": "0.9"}, "keep_ratio must be a number"),
         ({"target_modules": "q_proj"}, "target_modules must be a list of strings, got 'q_proj'"),
         ({"layers_to_transform": [1.5]}, r"layers_to_transform must be a list of ints or null, got \[1.5\]"),
         ({"base_model_name_or_path": []}, r"base_model_name_or_path must be a string or null, got \[\]"),
         ({"system_prompt": ["Sort."]}, r"system_prompt must be Unicode text or null, got \['Sort.'\]"),
         ({"system_prompt": "half a pair: \ud800"}, "system_prompt must be Unicode text or null, got 'half a pair: "),
         ({"modules": []}, r"modules must be a list of masked layers, got \[\]"),
-        ({"modules": {}}, "modules must be a list of masked layers"),
         ({"modules": [7]}, r"modules\[0\] must be an object, got 7"),
         ({"modules": [{"name": "a", "shape": [4, 4], "dtype": "float32"}]}, r"missing key 'kept' in modules\[0\]"),
-        (
-            {"modules": [{"name": "a", "shape": [4, 0], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two positive ints \[N, K\], or three for experts",
-        ),
-        (
-            {"modules": [{"name": "a", "shape": [4], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two positive",
-        ),
-        (
-            {"modules": [{"name": "a", "shape": [2, 2, 2, 2], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two",
-        ),
-        (
-            {"modules": [{"name": "a", "shape": [2, 4, 8], "dtype": "x", "kept": 65}]},
-            r"modules\[0\].kept must be an int from 0 to 64, got 65",
-        ),
-        (
-            {"modules": [{"name": "a", "shape": [10**4000, 10**4000], "dtype": "x", "kept": 0}]},
-            r"modules\[0\].shape must be two positive .* three for experts, below 2\*\*31, got \[1000*[.]{3}",
-        ),
-        (
-            {"modules": [{"name": "a", "shape": [4, 4], "dtype": "x", "kept": 17}]},
-            r"modules\[0\].kept must be an int from 0 to 16, got 17",
-        ),
-        (
-            {"modules": 2 * [{"name": "a", "shape": [4, 4], "dtype": "x", "kept": 3}]},
-            r"modules must be layers of different names, got \['a'\]",
-        ),
+        (one_module([4, 0]), r"modules\[0\].shape must be two positive ints \[N, K\], or three for experts"),
+        (one_module([2, 4, 8], kept=65), r"modules\[0\].kept must be an int from 0 to 64, got 65"),
+        (one_module([10**4000] * 2), r"modules\[0\].shape must be two .* below 2\*\*31, got \[1000*[.]{3}"),
+        (one_module([4, 4], times=2), r"modules must be layers of different names, got \['a'\]"),
     ],
 )
 def test_a_wrong_description_names_file_key_and_value(saved, changes, message):
@@ -151,10 +108,6 @@ def flip_bit(tensors):
         (
             lambda t: t.update({f"{UP}.mask": t[f"{UP}.mask"][:47].clone()}),
             rf"{UP}.mask must be int32 \(48, 2\) for a weight of \(48, 40\), got I32 \(47, 2\)",
-        ),
-        (
-            lambda t: t.update({f"{UP}.mask": t[f"{UP}.mask"].float()}),
-            rf"{UP}.mask must be int32 .* got F32 \(48, 2\)",
         ),
         (set_padding, f"{UP}.mask: mask must have 0 in each row's last 24 bits, its padding: damaged; copy the export"),
         (
@@ -208,10 +161,6 @@ def drop_one_more(tensors, coding):
         (
             lambda t, _: t.update({f"{UP}.mask": torch.zeros(48, 2, dtype=torch.int32)}),
             rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) as its coding says, got I32 \(48, 2\)",
-        ),
-        (
-            lambda t, _: t.update({f"{UP}.mask": torch.zeros(99)}),
-            rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) as its coding says, got F32 \(99,\)",
         ),
         (cut, f"{MASKS}: {UP}.mask: stream must .*: damaged; copy the export again"),
         (drop_one_more, rf"{MASKS}: {UP}.mask must keep \d+ weights as {CONFIG} says, got \d+"),
@@ -291,8 +240,8 @@ run_inspect(str(path), None, None, force=False)
 def test_an_export_is_read_in_little_memory_whatever_it_says_of_the_model(tmp_path, coding):
     """Unpacked whole, a mask would take 64 times its words; a coded file may be 1024 times smaller than them."""
     save_llama(tmp_path / "base")
-    shape, name = (8192, 1 << 16), "model.layers.0.mlp.up_proj"
-    packed = {name: torch.zeros(8192, 1 << 11, dtype=torch.int32)}  # 64 MiB
+    shape, name = (5120, 1 << 16), "model.layers.0.mlp.up_proj"
+    packed = {name: torch.zeros(5120, 1 << 11, dtype=torch.int32)}  # 40 MiB
     packed[name][5, 7] = -1
     export = export_format.MaskExport(
         base_model_name_or_path=str(tmp_path / "base"),

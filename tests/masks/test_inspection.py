@@ -1,13 +1,10 @@
 """The statistics of a mask, layer by layer, and the table that shows them."""
 
-import io
-
 import pytest
 import torch
 from tiny import make_rows, masked_llama
 from torch import nn
 
-from mft.cli.masks import _mask_table
 from mft.config import TrainConfig
 from mft.masks.inspection import (
     MaskStatistics,
@@ -18,7 +15,6 @@ from mft.masks.inspection import (
     kept_weights,
     mask_statistics,
 )
-from mft.tracking.console import new_console
 from mft.training.loop import train_masks
 from mft_kernels import MaskedGroupedLinear, pack_mask
 
@@ -55,16 +51,6 @@ def test_flips_are_counted_against_the_first_mask():
         assert row.overlap < 0.6  # random scores do not depend on magnitudes
     assert 0 < flip_share(model, initial) < 0.3
     assert mask_statistics(model)[0].flips is None
-
-
-def test_a_table_of_masks_is_eighty_columns_wide():
-    names = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in (3, 31) for kind in "qkvo"]
-    names += [f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in (3, 31)]
-    file = io.StringIO()
-    rows = [MaskStatistics(name, 402_653_184, 0.9004, 0.1681, 0.127) for name in names]
-    new_console(file, width=80).print(_mask_table(rows, combined(rows, "total of 10")))
-    assert all(f"{name} " in file.getvalue() for name in names)  # no name is broken over lines
-    assert "since" in file.getvalue()
 
 
 def test_layers_that_differ_in_their_numbers_alone_are_one_row():

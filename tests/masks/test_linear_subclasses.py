@@ -1,87 +1,127 @@
-"""Linear layers of other classes, such as Falcon's, with masks, merging, exports, banks, PEFT and quantisation."""
+"""Linears of other classes: Falcon's, and those in the nn.MultiheadAttention of SigLIP's head."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_architectures import llama, names, state
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM
-from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers import FalconConfig, FalconForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from mft.config import MaskConfig
 from mft.masks.bank import load_mask_bank
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.export import load_masks, save_masks
 from mft.masks.merged_weights import merged_weights
-from mft.masks.quantize import QuantizedLinear, quantize_model
+from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear, quantize_model
+from mft.masks.unmasked import unmasked_model
 
-HALF = MaskConfig.paper(keep_ratio=0.5)
-IDS = torch.arange(9)[None]
+IDS = torch.arange(18).view(2, 9)
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+SIZES = {"hidden_size": 32, "num_attention_heads": 4}
+PARTS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 
-@pytest.fixture(scope="module")
 def falcon():
-    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True)
-    return FalconForCausalLM(config).eval()
+    base = FalconForCausalLM(FalconConfig(vocab_size=64, num_hidden_layers=2, bias=True, **SIZES)).eval()
+    masked = [f"transformer.h.{layer}.{part}" for layer in range(2) for part in PARTS]
+    call = lambda model: model(input_ids=IDS).logits  # noqa: E731
+    return SimpleNamespace(base=base, config=MaskConfig.paper(keep_ratio=0.5), masked=masked, call=call)
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+def siglip():
+    """Its pooling head attends from a probe to the patches with nn.MultiheadAttention."""
+    config = SiglipVisionConfig(**SIZES, intermediate_size=48, num_hidden_layers=1, image_size=16, patch_size=4)
+    masked = ["head.attention.in_proj", "head.attention.out_proj"]
+    call = lambda model: model(pixel_values=IMAGES).pooler_output  # noqa: E731
+    masks = MaskConfig.paper(target_modules=["in_proj", "head.attention.out_proj"], keep_ratio=0.5)
+    return SimpleNamespace(base=SiglipVisionModel(config).eval(), config=masks, masked=masked, call=call)
 
 
-def test_falcons_own_linears_are_masked_merged_and_given_back(falcon):
-    model = mask_model(copy.deepcopy(falcon), HALF)
-    parts = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    assert names(model) == [f"transformer.h.{layer}.{part}" for layer in range(2) for part in parts]
-    model(input_ids=IDS, labels=IDS).loss.backward()
+@pytest.fixture(scope="module", params=[falcon, siglip])
+def kind(request):
+    return request.param()
+
+
+def masked(kind):
+    return mask_model(copy.deepcopy(kind.base), kind.config)
+
+
+@torch.no_grad()
+def out(kind, model):
+    return kind.call(model)
+
+
+def weight_name(name):
+    return f"{name}_weight" if name.endswith("in_proj") else f"{name}.weight"
+
+
+def test_they_are_masked_by_name_learn_and_merge_to_what_they_were(kind):
+    model = masked(kind)
+    assert names(model) == kind.masked
+    kind.call(model).square().sum().backward()
     assert all(module.scores.grad.any() for module in masked_modules(model).values())
-    expected = state(falcon)
+    expected, y, given = state(kind.base), out(kind, model), dict(merged_weights(model))
     for name, module in masked_modules(model).items():
-        expected[f"{name}.weight"].masked_fill_(~module.mask(), 0)
-    y, given = logits(model), dict(merged_weights(model))
+        expected[weight_name(name)].masked_fill_(~module.mask(), 0)
     merge_model(model)
-    assert [type(module) for module in model.modules()] == [type(module) for module in falcon.modules()]
-    assert [name for name, _ in model.named_parameters()] == list(given)
+    assert [type(module) for module in model.modules()] == [type(module) for module in kind.base.modules()]
+    assert list(given) == [name for name, _ in model.named_parameters()]
+    assert list(state(model)) == list(expected)
     for name, tensor in state(model).items():
         assert torch.equal(tensor, expected[name]), name
         assert name not in given or torch.equal(tensor, given[name]), name
-    torch.testing.assert_close(logits(model), y)
+    torch.testing.assert_close(out(kind, model), y)
 
 
-def test_keeping_everything_is_falcon_again_bit_for_bit(falcon):
-    model = mask_model(copy.deepcopy(falcon), MaskConfig(keep_ratio=1.0))
-    torch.testing.assert_close(logits(model), logits(falcon))
-    assert torch.equal(logits(merge_model(model)), logits(falcon))
-
-
-def test_exports_banks_and_quantised_bases_take_them(falcon, tmp_path):
-    model = mask_model(copy.deepcopy(falcon), HALF)
-    y = logits(model)
+def test_exports_and_banks_take_them_and_a_base_that_differs_there_is_refused(kind, tmp_path):
+    model = masked(kind)
     save_masks(model, tmp_path)
-    assert torch.equal(logits(load_masks(copy.deepcopy(falcon), tmp_path)), y)
-    bank = load_mask_bank(copy.deepcopy(falcon), {"task": tmp_path})
-    with bank.use("task"):
-        assert torch.equal(logits(bank.model), y)
-    frozen = copy.deepcopy(falcon).requires_grad_(False)
-    quantized = quantize_model(frozen, "int8")
-    assert type(quantized.transformer.h[0].mlp.dense_h_to_4h) is QuantizedLinear
-    torch.testing.assert_close(logits(quantized), logits(falcon), atol=0.02, rtol=0.1)
+    assert torch.equal(out(kind, load_masks(copy.deepcopy(kind.base), tmp_path)), out(kind, model))
+    bank = load_mask_bank(copy.deepcopy(kind.base), {"task": tmp_path})
+    with bank.use(["task", None]):
+        y = out(kind, bank.model)
+    torch.testing.assert_close(y, torch.stack([out(kind, model)[0], out(kind, kind.base)[1]]))
+    other = copy.deepcopy(kind.base)
+    other.get_parameter(weight_name(kind.masked[0])).data[0, 0] += 1
+    with pytest.raises(ValueError, match="learned on other weights of the same shapes"):
+        load_masks(other, tmp_path)
+    assert not masked_modules(other)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning")
-def test_peft_masks_and_merges_them_as_we_do(falcon):
+def test_peft_masks_and_merges_them_as_we_do(kind):
     peft = pytest.importorskip("peft")
-    from mft.masks.peft import MaskPeftConfig
+    from mft.masks.peft import MaskPeftConfig, to_masked_model
 
-    expected = mask_model(copy.deepcopy(falcon), HALF)
-    model = peft.get_peft_model(copy.deepcopy(falcon), MaskPeftConfig(**vars(HALF)))
-    assert torch.equal(logits(model), logits(expected))
+    expected = masked(kind)
+    model = peft.get_peft_model(copy.deepcopy(kind.base), MaskPeftConfig(**vars(kind.config)))
+    assert torch.equal(out(kind, model), out(kind, expected))
+    given, weights = dict(merged_weights(model)), dict(merged_weights(expected))
+    assert list(given) == list(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in given.items())
+    assert torch.equal(out(kind, to_masked_model(copy.deepcopy(model))), out(kind, expected))
     merged = model.merge_and_unload()
-    assert type(merged.transformer.h[0].mlp.dense_h_to_4h) is FalconLinear
-    merge_model(expected)
-    assert all(torch.equal(tensor, state(expected)[name]) for name, tensor in state(merged).items())
+    assert [type(module) for module in merged.modules()] == [type(module) for module in kind.base.modules()]
+    wanted = state(merge_model(expected))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in state(merged).items())
+
+
+def test_quantised_and_unmasked_they_compute_their_own(kind):
+    model = masked(kind)
+    torch.testing.assert_close(out(kind, unmasked_model(model)), out(kind, kind.base))
+    y = out(kind, model)
+    quantize_model(model, "int8", masked=True)
+    assert {type(module) for module in masked_modules(model).values()} == {QuantizedMaskedLinear}
+    torch.testing.assert_close(out(kind, model), y, atol=0.05, rtol=0.1)
+
+
+def test_frozen_linears_of_a_subclass_are_quantised():
+    base = falcon().base.requires_grad_(False)
+    y = base(IDS).logits
+    assert type(quantize_model(base, "int8").transformer.h[0].mlp.dense_h_to_4h) is QuantizedLinear
+    torch.testing.assert_close(base(IDS).logits, y, atol=0.02, rtol=0.1)
 
 
 class Clamped(nn.Linear):

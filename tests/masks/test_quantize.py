@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 import textwrap
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from mft import quantizers
 from mft.config import QUANTIZATIONS, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.engines.offload import Mover
 from mft.evaluation.evaluate import evaluate
-from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import base_hash, load_masks, save_masks
 from mft.masks.export_format import read_export
 from mft.masks.quantize import (
@@ -220,9 +219,6 @@ def test_what_cannot_be_quantised_is_refused_and_left_as_it_was():
     with pytest.raises(ValueError, match="must have linears in decoder layers to quantise, got Sequential without any"):
         quantize_model(nn.Sequential(frozen_linear()))
     assert not quantized_weights(model)
-    quantized = quantize_model(make_llama().requires_grad_(False), "int8")
-    with pytest.raises(ValueError, match=r"not be quantised already, got 28 layers that are \(.* in int8, ...\): load"):
-        quantize_model(quantized)
 
 
 def test_a_weight_that_is_not_finite_is_named():
@@ -232,24 +228,13 @@ def test_a_weight_that_is_not_finite_is_named():
         quantize_model(model)
 
 
-def test_nf4_without_its_library_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(quantizers, "_functional", None)
-    model = make_llama().requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r'nf4 needs bitsandbytes, .*: pip install "bitsandbytes>=0.50", or choose'):
-        quantize_model(model)
-    assert not quantized_weights(model)
-    assert quantized_weights(quantize_model(model, "int8"))
-
-
 # ---------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, True], ids=["one memory", "masked layers too, two memories"])
 @pytest.mark.parametrize("way", ["resident", "quantized", "layerwise"])
-@pytest.mark.parametrize("separate", [False, True], ids=["one memory", "two memories"])
-def test_every_way_gives_the_plain_update_on_a_quantised_base(way, masked, separate, monkeypatch):
-    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=separate))
+def test_every_way_gives_the_plain_update_on_a_quantised_base(way, masked, monkeypatch):
+    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=masked))
     settings = TrainConfig(lr=1e-3, steps=3, batch_size=2, accumulation=2)
     runs = []
     for name in ("plain", way):
@@ -406,11 +391,6 @@ def test_an_export_of_before_quantisation_still_loads(tmp_path):
     ("changes", "message"),
     [
         ({"base_quantization": "nf5"}, "base_quantization must be nf4 or nf4-dq or int8, or null, got 'nf5'"),
-        ({"base_quantization": 4}, "base_quantization must be nf4 or nf4-dq or int8, or null, got 4"),
-        (
-            {"quantize_masked": 1},
-            "quantize_masked must be true or false, and false if base_quantization is null, got",
-        ),
         ({"quantize_masked": True}, "quantize_masked must be true or false, and false if .* is null, got True"),
         ({"base_quantisation": None}, r"unknown key 'base_quantisation'; did you mean base_quantization\?"),
     ],
@@ -420,15 +400,6 @@ def test_a_damaged_statement_is_named(changes, message, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
         read_export(path.parent)
-
-
-def test_masks_merge_into_exact_weights_alone():
-    model = quantize_model(masked_llama(), masked=True)
-    with pytest.raises(
-        ValueError, match="masks must be merged into exact weights, got 28 layers that are quantised .*: save_m"
-    ):
-        merge_model(model)
-    assert len(masked_modules(model)) == 2 * 7
 
 
 def test_the_hash_of_exact_weights_that_are_gone_is_refused():

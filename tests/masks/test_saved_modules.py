@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import WORDS, make_llama, make_rows
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from mft.config import MaskConfig, RunConfig, TrainConfig
+from mft.config import MaskConfig, TrainConfig
 from mft.masks.bank import load_mask_bank
 from mft.masks.convert import mask_model, masked_modules, merge_model, trainable_parameters
 from mft.masks.export import load_masks, save_masks
@@ -87,10 +87,7 @@ def test_it_is_saved_with_the_masks_and_comes_back_on_a_base_with_another_head(t
 
 
 def test_after_merging_it_is_an_ordinary_module():
-    merged = merge_model(trained())
-    with pytest.raises(ValueError, match="no masked layers to save"):
-        save_masks(merged, "nowhere")
-    mask_model(merged, MaskConfig())
+    merged = mask_model(merge_model(trained()), MaskConfig())
     assert not merged.score.weight.requires_grad
 
 
@@ -148,8 +145,6 @@ def test_who_cannot_take_it_over_says_so(tmp_path):
         load_mask_bank(classifier(), {"task": tmp_path / "masks"})
     with pytest.raises(ValueError, match=r"masks alone for the paper's format, got modules_to_save too \(score\)"):
         write_paper_masks(model, tmp_path / "masks.pt")
-    with pytest.raises(ValueError, match=r"memory must be plain \(or auto\) with mask.modules_to_save"):
-        RunConfig(mask=MaskConfig(**MASK), memory="layerwise")
 
 
 # ---------------------------------------------------------------------------------------------- the recipe
@@ -167,9 +162,3 @@ def test_the_recipe_trains_it_beside_the_scores(dtype):
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {name for name in changed if "scores" not in name} == {"model.norm.weight", "lm_head.weight"}
     assert len(changed) == 2 + len(masked_modules(model))
-
-
-@pytest.mark.parametrize("way", ["resident", "layerwise"])
-def test_ways_that_train_scores_alone_refuse_it_by_name(way):
-    with pytest.raises(ValueError, match=rf"to train modules_to_save \(model.norm, lm_head\), got {way}"):
-        train_masks(masked_llama(), make_rows(), TrainConfig(steps=1), way=way)

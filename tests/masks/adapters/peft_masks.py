@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import make_llama, make_rows
+from tiny import make_llama
 
 from mft.masks.peft import MaskPeftConfig
 from mft.masks.peft_layers.layer import MaskLinear
@@ -12,7 +12,6 @@ from mft.masks.peft_layers.layer import MaskLinear
 STILL_CALLED = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.* is deprecated and will be removed:FutureWarning"
 )
-TOKENS = torch.tensor(make_rows(3)["input_ids"])
 UP = "model.layers.2.mlp.up_proj"
 SETTING = {"layers_to_transform": [2, 3], "keep_ratio": 0.7, "init": "normal"}
 
@@ -32,17 +31,8 @@ def two_masks():
     return model
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
-
-
 def layers(model):
     return [module for module in model.modules() if isinstance(module, MaskLinear)]
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_same(found, expected):

@@ -6,9 +6,9 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft_masks import STILL_CALLED, assert_same, config, layers, logits, state, with_masks
-from tiny import make_llama, masked_llama
-from tiny_architectures import MODELS
+from peft_masks import STILL_CALLED, assert_same, config, layers, with_masks
+from tiny import logits, make_llama, masked_llama
+from tiny_architectures import MODELS, state
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 

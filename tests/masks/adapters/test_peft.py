@@ -14,22 +14,10 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft_masks import (
-    SETTING,
-    STILL_CALLED,
-    TOKENS,
-    UP,
-    assert_same,
-    config,
-    layers,
-    logits,
-    state,
-    two_masks,
-    with_masks,
-)
+from peft_masks import SETTING, STILL_CALLED, UP, assert_same, config, layers, two_masks, with_masks
 from safetensors.torch import load_file
-from tiny import make_llama
-from torch import nn
+from tiny import TOKENS, logits, make_llama
+from tiny_architectures import state
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 from mft import MaskConfig, load_masks, mask_model, masked_modules, merge_model, save_masks
@@ -106,16 +94,8 @@ def test_autocast_computes_what_mask_model_does():
 
 
 def test_every_field_of_mask_config_is_taken():
-    ours = MaskConfig(
-        target_modules="all-linear",
-        exclude_modules=["mlp"],
-        layers_to_transform="0,3",
-        mode="value",
-        threshold=0.01,
-        init="magnitude",
-        scores_dtype="bfloat16",
-        seed=5,
-    )
+    where = {"target_modules": "all-linear", "exclude_modules": ["mlp"], "layers_to_transform": "0,3"}
+    ours = MaskConfig(**where, mode="value", threshold=0.01, init="magnitude", scores_dtype="bfloat16", seed=5)
     model = get_peft_model(make_llama(), MaskPeftConfig(**vars(ours)))
     masked = mask_model(make_llama(), ours)
     assert_same(scores(model), scores(masked))
@@ -144,12 +124,6 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
     model.prepare_model_for_gradient_checkpointing(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert_same(gradients(model), plain)
-
-
-def test_a_base_prepared_for_quantised_training_trains():
-    base = peft.prepare_model_for_kbit_training(make_llama())
-    assert not any(p.requires_grad for p in base.parameters())
-    assert_same(gradients(with_masks(base)), gradients(with_masks()))
 
 
 def test_inputs_embeds_and_generate_work():
@@ -280,14 +254,6 @@ def test_an_export_of_another_base_is_refused(tmp_path):
         PeftModel.from_pretrained(make_llama(), tmp_path / "masks", config=config())
 
 
-def test_a_damaged_export_is_refused(tmp_path):
-    save_masks(mask_model(make_llama(), MaskConfig(**SETTING)), tmp_path / "masks")
-    file = tmp_path / "masks" / "adapter_config.json"
-    file.write_text(file.read_text().replace('"keep_ratio": 0.7', '"keep_ratio": 0.8'))
-    with pytest.raises(ValueError, match="damaged, or changed by hand"):
-        PeftModel.from_pretrained(make_llama(), tmp_path / "masks")
-
-
 def test_an_adapter_of_peft_is_no_export(tmp_path):
     with_masks().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="an adapter that PEFT saved, which holds scores: load it with PeftModel"):
@@ -304,8 +270,6 @@ def test_an_adapter_of_peft_is_no_export(tmp_path):
     [
         ({"target_modules": ["q_porj"]}, "did you mean q_proj?"),
         ({"target_modules": ["embed_tokens"]}, r"embed_tokens \(Embedding\), not a linear layer"),
-        ({"target_modules": ["lm_head"]}, "matches only the output embedding lm_head, which is never masked"),
-        ({"layers_to_transform": 4}, "must lie in 0 to 3"),
         ({"keep_ratio": 1.5}, r"keep_ratio must lie in \[0, 1\], got 1.5"),
         ({"scores_dtype": "int16"}, "scores_dtype must be float32 or bfloat16 under PEFT"),
     ],
@@ -316,12 +280,6 @@ def test_what_cannot_be_masked_is_refused_before_the_model_changes(changes, mess
         with_masks(base, **changes)
     assert_same(state(base), state(make_llama()))
     assert all(p.requires_grad for p in base.parameters())
-
-
-def test_a_convolution_is_refused():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"'0' names 0 \(Conv2d\), not a linear layer; linear layers here: 2"):
-        get_peft_model(model, MaskPeftConfig(target_modules=["0"]))
 
 
 def test_an_adapted_layer_is_refused():

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft_masks import STILL_CALLED, TOKENS, config, logits
-from tiny import make_llama
+from peft_masks import STILL_CALLED, config
+from tiny import TOKENS, logits, make_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

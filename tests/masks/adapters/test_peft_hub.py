@@ -6,8 +6,9 @@ from hub_stub.asked import hub_for
 from hub_stub.repository import File
 from huggingface_hub import constants
 from peft import PeftModel
-from peft_masks import STILL_CALLED, assert_same, config, logits, state, with_masks
-from tiny import make_llama, masked_llama
+from peft_masks import STILL_CALLED, assert_same, config, with_masks
+from tiny import logits, make_llama, masked_llama
+from tiny_architectures import state
 
 from mft.files.hub import hub_is_reachable
 from mft.masks.convert import merge_model

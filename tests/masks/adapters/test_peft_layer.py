@@ -14,11 +14,11 @@ from peft import (
     convert_to_lora,
     get_base_model_state_dict,
     get_peft_model,
-    inject_adapter_in_model,
     save_as_lora,
 )
-from peft_masks import STILL_CALLED, TOKENS, UP, assert_same, config, layers, logits, state, two_masks, with_masks
-from tiny import make_llama
+from peft_masks import STILL_CALLED, UP, assert_same, config, layers, two_masks, with_masks
+from tiny import TOKENS, logits, make_llama
+from tiny_architectures import state
 from torch import nn
 
 from mft import MaskConfig, mask_model
@@ -150,11 +150,6 @@ def test_the_state_of_the_base_is_found_under_its_own_names():
     assert_same(get_base_model_state_dict(two_masks()), state(make_llama()))
 
 
-def test_masks_are_injected_into_a_plain_model():
-    model = inject_adapter_in_model(config(), make_llama())
-    assert torch.equal(logits(model), logits(with_masks()))
-
-
 # ---------------------------------------------------------------------------------------------- merging
 
 
@@ -252,12 +247,6 @@ def test_safe_merge_refuses_a_kept_infinity_and_takes_a_dropped_one():
     with torch.no_grad():
         layer.mft_scores["default"][0, 0] = 1e-9
     assert model.merge_and_unload(safe_merge=True).get_submodule(UP).weight[0, 0] == 0
-
-
-def test_tied_embeddings_stay_tied():
-    model = with_masks(make_llama(tie_word_embeddings=True), target_modules="all-linear").merge_and_unload()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.config.tie_word_embeddings
 
 
 # ---------------------------------------------------------------------------------------------- TRL's reference

@@ -1,23 +1,18 @@
 """TRL's trainers on masks: PEFT and mask_model learn the same, the base is the reference, and runs continue."""
 
-import importlib.metadata
-import re
-import tomllib
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft_masks import STILL_CALLED, assert_same, layers
 from tiny import make_llama
-from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
+from transformers import AutoTokenizer
 
 from mft import MaskConfig, mask_model, masked_modules, merged_weights, unmasked_model
 from mft.masks.peft import MaskPeftConfig
 from mft.models.block_attention import NAME as IN_BLOCKS
 from mft.models.block_attention import SHORT
-from mft.models.packed_rows import check_kept_apart
 from mft.models.pretrained import read_chat_template
 from mft_kernels import MaskAdamW
 
@@ -29,10 +24,8 @@ from trl import (
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
-    ModelConfig,
     SFTConfig,
     SFTTrainer,
-    get_peft_config,
 )
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
@@ -136,22 +129,6 @@ def trained(trainer, **options):
     return found
 
 
-# ---------------------------------------------------------------------------------------------- versions
-
-
-def test_the_installed_versions_are_those_that_were_tried():
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    assert set(extras["trl"]) <= set(extras["dev"])
-    for requirement in extras["trl"]:
-        name, low, high = re.fullmatch(r"(\w+)>=([\d.]+),<([\d.]+)", requirement).groups()
-        version, first, last = (
-            tuple(map(int, text.split(".")[:2])) for text in (importlib.metadata.version(name), low, high)
-        )
-        assert first <= version < last, f"{requirement}: {name} {version} was not tried"
-    assert [requirement.partition(">")[0] for requirement in extras["trl"]] == ["peft", "trl"]
-
-
 # ---------------------------------------------------------------------------------------------- SFT
 
 
@@ -162,13 +139,6 @@ def test_sft_by_peft_learns_what_mask_model_does_bit_for_bit(tmp_path, words):
     learned = trained(by_peft)
     assert_same(trained(sft(tmp_path, words, ours(), bf16=True, max_steps=1)), learned)
     assert_same(trained(sft(tmp_path, words, bf16=True, max_steps=1, gradient_checkpointing=False)), learned)
-
-
-def test_two_accumulated_batches_are_one(tmp_path, words):
-    options = {"optim": "sgd", "learning_rate": 100.0, "max_steps": 1}
-    whole = trained(sft(tmp_path, words, **options))
-    halves = trained(sft(tmp_path, words, per_device_train_batch_size=1, gradient_accumulation_steps=2, **options))
-    assert_close(halves, whole)
 
 
 def assert_close(found, expected):
@@ -192,11 +162,6 @@ def test_what_the_assistant_says_and_its_end_is_scored_alone(tmp_path, words, ca
     assert "is not a prefix" not in caplog.text
 
 
-def test_smollm2_s_own_template_marks_nothing_and_is_refused_by_trl(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="not training-compatible"):
-        sft(tmp_path, tokenizer)
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager", IN_BLOCKS])
 def test_packed_examples_do_not_see_each_other(tmp_path, words, attention):
     long = datasets.Dataset.from_list([{"text": " ".join(map(str, range(i, i + 90)))} for i in range(6)])
@@ -213,17 +178,6 @@ def test_packed_examples_do_not_see_each_other(tmp_path, words, attention):
     assert together.shape[1] > SHORT
     torch.testing.assert_close(together, apart)
     assert (together - as_one).abs().max() > 0.1
-
-
-def test_a_model_that_heeds_no_position_ids_lets_packed_examples_see_each_other_and_trl_says_nothing(tmp_path, words):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        bloom = BloomForCausalLM(BloomConfig(vocab_size=49152, hidden_size=32, n_layer=2, n_head=2, pad_token_id=2))
-    trainer = sft(tmp_path, words, get_peft_model(bloom, mask()), packing=True, max_length=64)
-    together, apart, _ = three_ways(trainer, bloom.transformer)
-    assert (together - apart).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="because its examples see other examples of their row"):
-        check_kept_apart(bloom, torch.arange(3, 11)[None], 1)
 
 
 def three_ways(trainer, decoder):
@@ -268,38 +222,6 @@ def test_a_run_that_goes_on_is_one_that_never_stopped(tmp_path, words, kind):
 
     expected = trained(make())
     assert_same(trained(make(), resume_from_checkpoint=str(tmp_path / "checkpoint-1")), expected)
-
-
-def test_what_the_trainer_saves_is_loaded_back(tmp_path, words):
-    trainer = sft(tmp_path, words)
-    learned = trained(trainer)
-    trainer.save_model(str(tmp_path / "adapter"))
-    model = PeftModel.from_pretrained(base(), tmp_path / "adapter")
-    assert_same(scores(model), learned)
-    assert model.peft_config["default"].keep_ratio == MASK["keep_ratio"]
-
-
-def test_scores_of_16_bits_learn_by_mask_adamw(tmp_path, words):
-    given = {"optimizer_cls_and_kwargs": (MaskAdamW, {"lr": 1e-2})}
-    by_class = sft(tmp_path, words, ours(scores_dtype="bfloat16"), trainer=given)
-    assert {value.dtype for value in trained(by_class).values()} == {torch.bfloat16}
-    preference = dpo(tmp_path, words)
-    preference.optimizer_cls_and_kwargs = (MaskAdamW, {"lr": 1e-2})  # for trainers without that argument
-    trained(preference)
-    assert type(preference.optimizer.optimizer) is MaskAdamW
-
-
-def test_tokens_that_trl_would_train_are_refused_with_their_reason(tmp_path, model_dir):
-    template = read_chat_template("tulu")
-    numbers, source = (AutoTokenizer.from_pretrained(model_dir, chat_template=template) for _ in range(2))
-    source.add_tokens(["<|assistant|>"])
-    source.save_pretrained(tmp_path / "source")
-    with pytest.raises(AttributeError, match="not for masks, which leave embeddings as they are"):
-        sft(tmp_path, numbers, chat_template_path=str(tmp_path / "source"))
-
-
-def test_trl_s_command_line_makes_lora_of_everything():
-    assert type(get_peft_config(ModelConfig(model_name_or_path="base", use_peft=True))) is LoraConfig
 
 
 # ---------------------------------------------------------------------------------------------- DPO
@@ -372,11 +294,6 @@ def test_precomputed_references_are_the_base_s_by_peft_and_the_untrained_mask_s_
         batch = next(iter(trainer.get_train_dataloader()))
         found = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
         torch.testing.assert_close(found, log_probs(expected, batch), rtol=1e-5, atol=0)
-
-
-def test_a_reference_that_follows_is_refused_by_trl_under_peft(tmp_path, words):
-    with pytest.raises(NotImplementedError, match="sync_ref_model=True"):
-        dpo(tmp_path, words, sync_ref_model=True)
 
 
 # ---------------------------------------------------------------------------------------------- GRPO

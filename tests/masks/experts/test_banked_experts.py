@@ -100,18 +100,6 @@ def test_each_row_of_a_mixed_batch_takes_its_own_masks_or_the_model_is_named(cas
         torch.testing.assert_close(logits(bank.model), logits(case.alone("code")), **NOISE)
 
 
-def test_a_group_of_rows_has_what_its_task_gives_these_rows(olmoe):
-    """Up to rounding: the router multiplies all rows at once."""
-    bank, x = olmoe.bank(), torch.randn(6, 7, 32, generator=torch.Generator().manual_seed(0))
-    mlp = block(bank.model)
-    with torch.no_grad():
-        with bank.use(MIXED):
-            found = mlp(x)
-        for task, rows in (("math", [0, 4]), ("code", [2, 5]), ("chat", [3]), (None, [1])):
-            with bank.use(task):
-                torch.testing.assert_close(found[rows], mlp(x[rows]), **NOISE)
-
-
 def test_a_mixed_batch_generates_what_each_row_alone_does(olmoe):
     bank = olmoe.bank()
     prompts = [TOKENS[row, : 2 + row].tolist() for row in range(len(MIXED))]

@@ -74,11 +74,6 @@ def test_every_score_learns_and_a_layers_mask_says_what_is_computed(base):
     assert not _close(out, _logits(base))
 
 
-def test_every_layer_knows_its_name_for_messages(base):
-    for name, layer in masked_modules(_masked(base)).items():
-        assert layer.module_name == name
-
-
 def test_merged_the_model_is_of_its_own_class_with_its_own_names(base):
     masked = _masked(base)
     layers, out, one_by_one = _grouped(masked), _logits(masked), dict(merged_weights(masked))
@@ -161,12 +156,3 @@ def test_gradient_checkpointing_gives_the_same_gradients(base):
         grads.append([layer.scores.grad for layer in masked_modules(masked).values()])
     for one, other in zip(*grads):
         assert torch.equal(one, other)
-
-
-def test_tied_experts_are_refused(base):
-    name = next(iter(_grouped(_masked(base))))
-    tied = copy.deepcopy(base)
-    tied.another = torch.nn.Module()
-    tied.another.weight = tied.get_parameter(name)
-    with pytest.raises(ValueError, match=rf"cannot mask {name}: its weight is tied to another.weight"):
-        mask_model(tied, MaskConfig(target_parameters=[name]))

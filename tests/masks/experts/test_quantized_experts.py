@@ -6,13 +6,13 @@ import weakref
 
 import pytest
 import torch
-from tiny import normal
+from tiny import TOKENS, logits, normal
 from tiny_architectures import MIXTURES
 
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import QUANTIZATIONS, MaskConfig
 from mft.masks.base_pass import as_base
-from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import base_hash, load_masks, save_masks
 from mft.masks.export_format import read_export
 from mft.masks.quantize import QuantizedMaskedGroupedLinear, _quantize_masked, quantize_model
@@ -22,7 +22,6 @@ from mft.models.codes.weight import quantized_weights
 from mft.models.experts import unmasked_product
 from mft_kernels import MaskedGroupedLinear
 
-IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 OFFSETS = torch.tensor([3, 3, 7], dtype=torch.int32)  # the second of three experts has no rows
 
 
@@ -31,11 +30,6 @@ def mixture(kind="gpt_oss", layers=None, keep_ratio=0.7):
         torch.manual_seed(0)
         model = MIXTURES[kind]().eval().requires_grad_(False)
     return model if layers is None else mask_model(model, MaskConfig(layers_to_transform=layers, keep_ratio=keep_ratio))
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS, use_cache=False).logits
 
 
 def dense_in_place(model, quantized):
@@ -162,7 +156,7 @@ def test_one_of_two_projections_masked_leaves_the_other_to_be_quantised():
     assert len([name for name in names if name.endswith("gate_up_proj")]) == 3
     assert not any(name.endswith("down_proj") for name in names)
     masked = masked_modules(model)
-    model(input_ids=IDS).logits.sum().backward()
+    model(input_ids=TOKENS).logits.sum().backward()
     assert all(layer.scores.grad.any() for layer in masked.values())
 
 
@@ -175,8 +169,6 @@ def test_an_export_says_on_which_base_the_masks_were_learned(tmp_path):
     assert (export.base_quantization, export.quantize_masked, export.base_hash) == ("int8", True, exact)
     loaded = load_masks(mixture(), tmp_path / "export").requires_grad_(False)
     assert torch.equal(logits(quantize_model(loaded, "int8", masked=True)), out)
-    with pytest.raises(ValueError, match="masks must be merged into exact weights, got .* layers that are quantised"):
-        merge_model(model)
 
 
 def test_what_cannot_be_quantised_is_named_and_what_learns_left_alone():
