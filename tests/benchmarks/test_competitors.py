@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.layer_competitors import (
     DENSE,
@@ -29,6 +30,23 @@ def test_every_competitor_makes_the_gradients_that_are_asked(name, op):
     assert [tuple(grad.shape) for grad in found or []] == wanted
 
 
+@pytest.mark.parametrize(("op", "products"), [("d_x", 1), ("d_scores", 1), ("step", 3)])
+def test_the_eager_form_does_no_product_that_nobody_asks_for(op, products):
+    call = LayerCompetitors(24, 40).call(EAGER, op, inputs_of(3, 24, 40))
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() == products * 2 * 3 * 24 * 40
+
+
+def test_the_held_mask_makes_no_score_gradient_for_d_x(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("d_x alone was asked for")
+
+    call = LayerCompetitors(24, 40).call(HELD, "d_x", inputs_of(3, 24, 40))
+    monkeypatch.setattr("mft_kernels.mask.held.accumulate_score_grad", refuse)
+    call()
+
+
 def test_the_formulations_from_scores_agree():
     n, k = 24, 64
     made, inputs = LayerCompetitors(n, k), inputs_of(5, n, k)
@@ -40,6 +58,12 @@ def test_the_formulations_from_scores_agree():
     held = made.call(HELD, "forward", inputs)()
     torch.testing.assert_close(held, made.call(FROM_SCORES, "forward", inputs)(), rtol=0.02, atol=0.02)
     torch.testing.assert_close(held, made.call(IN_PLACE, "forward", inputs)(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", [DENSE, IN_PLACE, FROM_SCORES, MODULE, HELD, EAGER, LORA])
+def test_every_competitor_runs_in_fp32_too(name):
+    call = LayerCompetitors(24, 40, torch.float32).call(name, "step", inputs_of(3, 24, 40, torch.float32))
+    assert all(grad.dtype == torch.float32 for grad in call() or [])
 
 
 def test_the_eager_packing_is_the_packed_mask():

@@ -1,5 +1,8 @@
 """Programs that the GPU suite starts: how it finds and reads compute-sanitizer, and how it counts a pytest run."""
 
+import importlib
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,6 +41,11 @@ def test_outcomes_are_counted_line_by_line():
     assert programs.summarise("no tests ran", 5, 60)["status"] == FAILED
 
 
+def test_tests_that_time_does_not_suffice_for_have_not_failed():
+    reason = "stopped after 60 s, 1 passed and none failed until then"
+    assert programs.summarise(_PARALLEL, None, 60) == {"status": NOT_MEASURED, "reason": reason, "passed": 1}
+
+
 @pytest.mark.slow
 def test_a_program_that_runs_out_of_time_ends_with_its_children(tmp_path):
     code = f"import os, time; os.fork() or time.sleep(2) or open({str(tmp_path / 'late')!r}, 'w'); time.sleep(60)"
@@ -46,6 +54,29 @@ def test_a_program_that_runs_out_of_time_ends_with_its_children(tmp_path):
     assert time.monotonic() - before < 8
     time.sleep(2.5)
     assert not (tmp_path / "late").exists()
+
+
+def a_program(path, text="exit 0"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_sanitizer_is_looked_for_in_path_toolkit_and_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    nowhere = {"PATH": str(tmp_path / "empty"), "CUDA_HOME": str(tmp_path / "cuda")}
+    found, why = programs.find_sanitizer(nowhere)
+    assert found is None
+    assert why.startswith("not found: compute-sanitizer is neither in PATH nor in ")
+    package = a_program(tmp_path / "site/nvidia/cu13/compute-sanitizer/compute-sanitizer")
+    importlib.invalidate_caches()
+    assert programs.find_sanitizer(nowhere) == (package, "")
+    toolkit = a_program(tmp_path / "cuda/bin/compute-sanitizer")
+    assert programs.find_sanitizer(nowhere) == (toolkit, "")
+    first = a_program(tmp_path / "bin/compute-sanitizer")
+    assert programs.find_sanitizer({**nowhere, "PATH": str(tmp_path / "bin")}) == (first, "")
 
 
 _END = "sanitized: 240 passed, 0 failed\n"
@@ -90,3 +121,30 @@ def test_a_sanitizer_without_a_verdict_proves_nothing(output, code, reason):
     assert found["status"] == NOT_MEASURED
     assert found["unproven"]
     assert reason in found["reason"]
+
+
+def test_the_sanitizer_s_program_gets_its_options_and_a_time_limit(tmp_path, monkeypatch):
+    said = f'echo "$@" $PYTORCH_NO_CUDA_MEMORY_CACHING > {tmp_path / "asked"}; echo "{_CLEAN.strip()}"'
+    program = a_program(tmp_path / "compute-sanitizer", said)
+    monkeypatch.setattr(programs, "find_sanitizer", lambda: (program, ""))
+    found = programs.sanitize("memcheck", 60)
+    assert (found["status"], found["passed"]) == (MEASURED, 240)
+    asked = (tmp_path / "asked").read_text()
+    assert asked.startswith("--tool memcheck --kernel-name kns=3mft4cuda")
+    assert asked.endswith("-m benchmarks.gpu.layouts 1\n")
+    a_program(tmp_path / "compute-sanitizer", "sleep 60")
+    before = time.monotonic()
+    found = programs.sanitize("racecheck", 0.3)
+    assert (found["status"], found["unproven"]) == (NOT_MEASURED, True)
+    assert time.monotonic() - before < 8
+    monkeypatch.setattr(programs, "find_sanitizer", lambda: (None, "not found: nowhere"))
+    expected = {"status": NOT_MEASURED, "reason": "not found: nowhere", "unproven": True}
+    assert programs.sanitize("racecheck", 60) == expected
+    assert "unproven" not in programs.sanitize("racecheck", 60, dry=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("code", [0, 3])
+def test_make_gpu_fails_without_the_sanitizer_s_verdict(code):
+    run = subprocess.run(["make", "gpu", f"GPU_PYTHON=sh -c 'exit {code}'"], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode == 0) == (code == 0), run.stderr

@@ -1,5 +1,10 @@
 """The GPU suite keeps to its time, and survives kernels that hang or kill the process."""
 
+import faulthandler
+import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -60,6 +65,13 @@ def test_programs_leave_time_for_what_comes_behind_them(tmp_path):
         assert (allowed["cuda memcheck"], allowed["exact"]) == (100, 500)
 
 
+def test_progress_is_a_line_a_case(tmp_path):
+    lines = []
+    run(D_X, tmp_path, lambda case: 2.0, 2000.0, lines)
+    assert lines[1].startswith("[2/3] d_x 1024 x 4096, M = 16: ")
+    assert lines[1].endswith("2.0 s, at 4 s")
+
+
 def test_a_case_is_on_disk_as_failed_while_it_runs(tmp_path):
     results, seen = results_of(tmp_path, D_X), []
 
@@ -73,6 +85,30 @@ def test_a_case_is_on_disk_as_failed_while_it_runs(tmp_path):
         [MEASURED, FAILED, NOT_MEASURED],
         [MEASURED, MEASURED, FAILED],
     ]
+
+
+def test_a_lost_device_ends_the_process_and_is_told(tmp_path):
+    results = results_of(tmp_path, D_X)
+
+    def measure(case, seconds):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_cases(D_X, measure, results, 2000.0, clock=Clock())
+    again = Results(tmp_path, "a run")
+    assert again.running() == D_X[0]
+    assert again.of(D_X[0])["running"]["lost"] == "CUDA error: an illegal memory access was encountered"
+
+
+def test_each_case_has_its_patience_and_the_watch_ends_with_it(tmp_path, monkeypatch):
+    watched = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, *, exit: watched.append(seconds))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: watched.append("off"))
+    cases = [Case("correctness", detail="exact"), Case("correctness", detail="cuda memcheck"), Case("host", 8, 8, 1)]
+    run(cases, tmp_path, lambda case: 1.0, 2000.0)
+    assert watched == [225.0, "off", 130.0, "off", 60.0, "off"]
+    compiled, plain = Case("step", *SQUARE, 2048), Case("step", *SQUARE, 4096)
+    assert compiled.patience > plain.patience
 
 
 # ---------------------------------------------------------------------------------------------- several processes
@@ -134,6 +170,14 @@ def test_a_process_that_dies_or_hangs_loses_one_case(tmp_path, ending, reason, v
     assert well
 
 
+def test_what_is_slow_is_said_and_costs_an_exit_code_of_its_own(tmp_path, capsys):
+    measured(tmp_path, _UNLESS_WITHOUT_CUDA + _HANG)
+    assert command.main(["--report", str(tmp_path)]) == 3
+    said = capsys.readouterr().out
+    assert "## What failed\n\nNothing." in said
+    assert "- SLOW: d_x 1024 x 4096, M = 16: cuda: no end after 0 s: it hangs, or is slow" in said
+
+
 def test_a_case_that_fails_with_cuda_is_measured_once_more_without(tmp_path):
     records, _ = measured(tmp_path, _UNLESS_WITHOUT_CUDA + _CRASH)
     assert statuses(records) == [MEASURED, FAILED, MEASURED]
@@ -143,6 +187,14 @@ def test_a_case_that_fails_with_cuda_is_measured_once_more_without(tmp_path):
     assert culprit["left_out"] == {}
     why = "not tried again after d_x 1024 x 4096, M = 16: the process died, exit code -11"
     assert later["left_out"] == {CUDA: why}
+
+
+@pytest.mark.parametrize(("ending", "is_tried"), [(_CRASH, True), (_HANG, False)])
+def test_cuda_is_left_out_of_its_kind_of_case_and_after_a_hang_of_every_kind(tmp_path, ending, is_tried):
+    cases = [Case("d_x", *SQUARE, 16), Case("d_x", *SQUARE, 64), Case("forward", *SQUARE, 1)]
+    records, _ = measured(tmp_path, _UNLESS_WITHOUT_CUDA + ending, cases)
+    assert CUDA in records[64, ""]["left_out"]
+    assert (CUDA not in records[1, ""]["left_out"]) == is_tried
 
 
 def test_a_cuda_check_that_hangs_is_not_followed_by_others(tmp_path):
@@ -158,6 +210,34 @@ def test_what_overruns_the_time_is_ended_and_nothing_else_begun(tmp_path):
     assert records[16, ""]["status"] == NOT_MEASURED
     assert records[16, ""]["reason"] == "the time was up while it ran"
     assert well
+
+
+def test_a_process_that_cannot_begin_is_not_begun_again(tmp_path, capsys):
+    assert not command.measure([sys.executable, "-c", "raise SystemExit(7)"], tmp_path, time.time() + 60)
+    assert "died between two cases, exit code 7" in capsys.readouterr().err
+    assert read(tmp_path) == []
+
+
+def test_what_was_measured_when_the_machine_went_away_is_reported_from_its_files(tmp_path, capsys):
+    script = tmp_path / "a_worker.py"
+    ending = f"Path({str(tmp_path)!r}, 'pid').write_text(str(os.getpid())); time.sleep(60)"
+    script.write_text(_WORKER.format(ending=ending, cases=D_X).replace("patience = 0.5", "patience = 600.0"))
+    own = json.dumps({"run": "a run", "deadline": time.time() + 60, "without_cuda": {}})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path), own], env=environment)
+    pid, patience = tmp_path / "pid", time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert command.main(["--report", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "- d_x 1024 x 4096, M = 16: the process ended while it ran" in said
+    assert "1 of 3 cases were measured, 1 failed." in said
+    assert "a card" in (tmp_path / "gpu.md").read_text()
+    assert command.main(["--report", str(tmp_path / "none")]) == 2
 
 
 def test_a_run_leaves_the_results_of_other_kinds_and_replaces_its_own(tmp_path):
