@@ -44,7 +44,6 @@ QUESTIONS = {
     "small_paths": Question(
         "bench_paths", "The same for small layers (90 s)", "show", "main_small", "joined", fitted=True
     ),
-    "score_optimiser": Question("bench_score_optimiser", "What do 16-bit scores and 8-bit moments cost a mask?"),
 }
 WITH_CASES = [name for name, question in QUESTIONS.items() if question.cases]
 SIDE_BY_SIDE = ("ops", "cpu")  # questions that measure backends side by side; the others measure only ours

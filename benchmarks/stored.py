@@ -24,6 +24,11 @@ _NO_RESULT = (
 )
 RECIPE = (*KERNELS, "python/mft", "python/mft_study", *(f":!python/{folder}" for folder in _NO_RESULT))
 SIMULATED = ("python/mft", "mft_kernels", "benchmarks/memory")
+#: Questions that only the commit of their result can answer, and the command there.
+GONE = {
+    "memory_mixtures": "python -m benchmarks.memory mixtures",
+    "score_optimiser": "python -m benchmarks score_optimiser",
+}
 
 
 @dataclass
@@ -49,14 +54,15 @@ def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     if name.startswith("serve-load"):
         return record["environment"]["command"], ("mft_kernels", "csrc/cpu", "python/mft/serving", "python/mft/masks")
     question = question_of(name) or name
+    if question in GONE:
+        return f"git switch --detach {record['environment']['commit'][:8]}; {GONE[question]}", ()
     if question.startswith("memory_"):
         return f"python -m benchmarks.memory {question.removeprefix('memory_')}", SIMULATED
     if question == "memory":
         return "make bench WHAT=memory", (*SIMULATED, "benchmarks/bench_memory.py")
     if question.startswith("gpu"):
         return "make gpu", ("mft_kernels", "csrc/cuda", "benchmarks/gpu")
-    question = question.removesuffix("_time")
-    recipe = ("train_step", "generate", "decode", "many_masks", "score_optimiser")
+    recipe = ("train_step", "generate", "decode", "many_masks")
     code = RECIPE if question in recipe else KERNELS
     return f"make bench WHAT={question}", (*code, f"benchmarks/bench_{question}.py")
 

@@ -1,9 +1,7 @@
-"""Find how much memory a training step takes: python -m benchmarks.memory [cards | mixtures | smollm2 | blocks] ...
+"""Find how much memory a training step takes: python -m benchmarks.memory [cards | blocks] ...
 
-cards    LLaMA2-7B and others on cards that we do not have: estimated, and simulated on fake tensors (2 minutes)
-mixtures gpt-oss-20b, qwen3-30b-a3b and mixtral-8x7b on cards of 12, 24 and 80 GB, likewise (10 minutes)
-smollm2  SmolLM2-135M's real weights, every way of running: the same losses step by step (4 minutes)
-blocks   two layers of LLaMA2-7B's shape, measured: each way, the paper's formulation, eager PyTorch (10 minutes)
+cards   LLaMA2-7B and others on cards that we do not have: estimated, and simulated on fake tensors (2 minutes)
+blocks  two layers of LLaMA2-7B's shape, measured: each way, the paper's formulation, eager PyTorch (10 minutes)
 
 Each writes a record memory_<name> into benchmarks/results. The plot of all is benchmarks/results/memory.png.
 """
@@ -12,23 +10,16 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import torch
 
 from benchmarks.memory.simulated_step import simulate_step
-from mft.config import DataConfig, MaskConfig, ModelConfig, TrainConfig
-from mft.data.splits import load_splits
-from mft.masks.convert import mask_model
-from mft.masks.quantize import quantize_model
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
 from mft.memory.workload import Workload
-from mft.models.pretrained import load_model
-from mft.training.loop import train_masks
 
 from ..harness import RESULTS, ROOT, THREADS, Finding, Spread, environment, report
-from . import mixtures, plot
+from . import plot
 from .rivals import RIVALS, simulate_rival
 from .worker import MODEL, WAYS, workload_of
 
@@ -71,41 +62,6 @@ def cards() -> None:
     report("memory_cards", "Peak on the device, sequence 4096, micro-batch 1; not measured on a GPU", findings)
 
 
-def all_mixtures() -> None:
-    """Estimate and simulate peaks of mixtures on device and host, sequence 4096, micro-batch 1."""
-    findings = [finding for model in mixtures.MODELS for finding in mixtures.findings_of(model)]
-    title = "Mixtures of experts, peaks in a step of 2 x 4096 tokens; simulated on fake tensors, not measured on a GPU"
-    report("memory_mixtures", title, findings)
-
-
-def smollm2() -> None:
-    """Compare losses step by step, in fp32, so that only the order of sums differs."""
-    runs: dict[str, list[float]] = {}
-    seconds = {}
-    for name, way, quantization in (
-        *((way, way, None) for way in ("plain", "resident", "layerwise")),
-        *((f"{way} on nf4", way, "nf4") for way in ("plain", "quantized", "layerwise")),
-    ):
-        model, tokenizer = load_model(ModelConfig("smollm2-135m", dtype="float32"))
-        data = load_splits(DataConfig(sequence_length=256, max_train_tokens=8192, max_eval_tokens=2048), tokenizer)
-        mask_model(model, MaskConfig(layers_to_transform="24-29", keep_ratio=0.99, init="magnitude"))
-        if quantization is not None:
-            quantize_model(model, quantization)
-        begin = time.perf_counter()
-        train = TrainConfig(lr=1e-3, steps=6, accumulation=4)
-        runs[name] = [r.loss for r in train_masks(model, data.train, train, way=way, remember=False)]
-        seconds[name] = (time.perf_counter() - begin) / train.steps
-        print(f"{name:20} " + " ".join(f"{loss:.6f}" for loss in runs[name]) + f"  {seconds[name]:.1f} s", flush=True)
-    findings = []
-    for name, losses in runs.items():
-        plain = runs["plain on nf4" if "nf4" in name else "plain"]
-        apart = max(abs(a - b) for a, b in zip(losses, plain))
-        findings.append(Finding(f"{name}: largest difference from plain", Spread.of([apart]), "nats", "at most", 1e-4))
-        findings.append(Finding(f"{name}: time a step", Spread.of([seconds[name]]), "s"))
-        findings += [Finding(f"{name}: loss of step {i}", Spread.of([v]), "nats") for i, v in enumerate(losses, 1)]
-    report("memory_smollm2", "SmolLM2-135M, fp32, layers 24-29, 6 steps of 4 x 256 tokens", findings)
-
-
 def blocks() -> None:
     """Measure peaks, each in its own process, and compare them with mft estimate."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,7 +96,7 @@ def measure(competitor: str) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-QUESTIONS = {"cards": cards, "mixtures": all_mixtures, "smollm2": smollm2, "blocks": blocks}
+QUESTIONS = {"cards": cards, "blocks": blocks}
 
 
 def main() -> None:
