@@ -6,6 +6,7 @@ python -m benchmarks ops train_step --quick                              two que
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ class Question(NamedTuple):
 
     module: str
     asks: str
-    shows: str | None = None  # what shows the answer of several processes; None if one answers, and never quickly
+    alone: bool = False  # whether one process answers, and never quickly
     main: str = "main"
     joins: str | None = None  # what joins several records, if they are not pooled
     cases: bool = False  # whether --case can choose among its rows
@@ -28,21 +29,21 @@ class Question(NamedTuple):
 
 
 QUESTIONS = {
-    "cpu": Question("bench_cpu", "Is the mask free on this processor? (minutes)", "conclude", cases=True),
-    "ops": Question("bench_ops", "What does each op cost, next to a dense layer? (an hour)", "draw_ops", cases=True),
-    "experts": Question("bench_experts", "Are masks free on a mixture's experts?", "conclude", cases=True),
-    "train_step": Question("bench_train_step", "What does a whole step cost? (16 GB of memory)", "draw_train_step"),
-    "scaling": Question("bench_scaling", "How does a step grow with tokens, width, layers, threads?", "draw_scaling"),
-    "memory": Question("bench_memory", "How much memory does the step of one layer need?"),
-    "generate": Question("bench_generate", "Does a masked model generate as fast as a dense one?", "conclude"),
-    "decode": Question("bench_decode", "How fast is a batch whose rows use different masks?", "conclude"),
-    "many_masks": Question("bench_many_masks", "What do three tasks' masks on one base give and cost?"),
-    "launch": Question("bench_launch", "What does a call cost, beyond nn.Linear? (a minute)", "conclude"),
+    "cpu": Question("bench_cpu", "Is the mask free on this processor? (minutes)", cases=True),
+    "ops": Question("bench_ops", "What does each op cost, next to a dense layer? (an hour)", cases=True),
+    "experts": Question("bench_experts", "Are masks free on a mixture's experts?", cases=True),
+    "train_step": Question("bench_train_step", "What does a whole step cost? (16 GB of memory)"),
+    "scaling": Question("bench_scaling", "How does a step grow with tokens, width, layers, threads?"),
+    "memory": Question("bench_memory", "How much memory does the step of one layer need?", alone=True),
+    "generate": Question("bench_generate", "Does a masked model generate as fast as a dense one?"),
+    "decode": Question("bench_decode", "How fast is a batch whose rows use different masks?"),
+    "many_masks": Question("bench_many_masks", "What do three tasks' masks on one base give and cost?", alone=True),
+    "launch": Question("bench_launch", "What does a call cost, beyond nn.Linear? (a minute)"),
     "paths": Question(
-        "bench_paths", "Which path is fastest for large layers? (half an hour)", "show", joins="joined", fitted=True
+        "bench_paths", "Which path is fastest for large layers? (half an hour)", joins="joined", fitted=True
     ),
     "small_paths": Question(
-        "bench_paths", "The same for small layers (90 s)", "show", "main_small", "joined", fitted=True
+        "bench_paths", "The same for small layers (90 s)", main="main_small", joins="joined", fitted=True
     ),
 }
 WITH_CASES = [name for name, question in QUESTIONS.items() if question.cases]
@@ -61,9 +62,10 @@ def main() -> None:
     from .harness import ROOT, THREADS, choose_cases, environment, threads_of, write_results_to
     from .records import RESULTS, TIMINGS
     from .side_by_side import OURS, SideBySide
+    from .tables import show
 
     others = [name for name in SideBySide.here().asked if name != OURS]
-    questions = asked.questions or [name for name, of in QUESTIONS.items() if of.shows or not asked.quick]
+    questions = asked.questions or [name for name, of in QUESTIONS.items() if not (of.alone and asked.quick)]
     if others and (alone := [question for question in questions if question not in SIDE_BY_SIDE]):
         parser.error(
             f"questions must be among {', '.join(SIDE_BY_SIDE)} to measure {', '.join(others)} beside ours, got "
@@ -81,13 +83,13 @@ def main() -> None:
         folder = (asked.out or stored).resolve()
         write_results_to(folder)
         torch.set_num_threads(threads)
-        if question.shows is None:
+        if question.alone:
             question.function(question.main)()
         elif not_for_the_record or asked.alone:
             question.function(question.main)(asked.quick)
         else:
             together = pooled.pooled if question.joins is None else question.function(question.joins)
-            question.function(question.shows)(pooled.answer(name, folder, threads, together))
+            show(name, json.loads(pooled.answer(name, folder, threads, together).read_text()))
         print(f"\n{name}: written to {folder}")
 
 

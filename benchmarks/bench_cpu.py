@@ -5,11 +5,9 @@ cpu_targets.py and their neighbours. Shares are relative to the machine's own ce
 best GEMM of the dtype at 4096 x 4096 x 4096, and reading and copying as many bytes as the 4096 x 4096 weight has.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import torch
 
@@ -20,10 +18,8 @@ from .cpu_ceilings import DTYPES, CpuCeilings
 from .cpu_targets import EAGER_BOUND, NARROW, SQUARE, bound
 from .harness import Finding, Spread, chosen, instruction_set, ratio, report
 from .layer_competitors import DENSE, EAGER, FROM_SCORES, HELD, IN_PLACE, LayerCompetitors, inputs_of
-from .plots import draw_cpu
 from .roofline import count_work
 from .side_by_side import SideBySide
-from .tables import cpu_tables
 
 COMPETITORS = (DENSE, IN_PLACE, FROM_SCORES, HELD, EAGER)
 Cases = tuple[tuple[tuple[int, int], tuple[tuple[str, int], ...]], ...]  # (N, K), (op, M)
@@ -163,12 +159,6 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
         ceilings=[found.record(threads) for threads, found in ceilings.items()],
         cases=measured.rows(ceilings),
     )
-
-
-def conclude(path: Path) -> None:
-    """Print the tables of the written record, and draw it together with the records of other machines."""
-    print("\n" + "\n\n".join(cpu_tables(json.loads(path.read_text()))))
-    draw_cpu(path)
 
 
 def _bound(case: Case, name: str) -> float | None:

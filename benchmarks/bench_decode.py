@@ -5,7 +5,6 @@ compared with the dense model, one merged model and one held mask, which give ev
 random, which does not change the times. Cache, sampling and attention are those of transformers.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from mft_kernels.timing import time_within
 from .bench_generate import generate
 from .cpu_ceilings import DTYPES
 from .harness import Finding, Spread, ratio, report
-from .tables import generate_tables
 from .training_steps import build
 
 DENSE, MERGED, HELD = "dense", "merged", "ours, one held mask"
@@ -90,8 +88,3 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
     tokens = f"{budget.rows} rows of {budget.prompt} + {budget.new} tokens"
     title = f"SmolLM2-135M's generate, masks by row, {tokens}, {torch.get_num_threads()} threads"
     report("decode", title, findings, competitors=rows)
-
-
-def conclude(path: Path) -> None:
-    """Print the table of the written record."""
-    print("\n" + "\n\n".join(generate_tables(json.loads(path.read_text()))))

@@ -6,11 +6,9 @@ modules run with each of transformers' implementations that can keep up. Weights
 """
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +24,8 @@ from mft_kernels.timing import Samples, time_within
 from .cpu_ceilings import DTYPES
 from .harness import Finding, Spread, chosen, ratio, report
 from .layer_competitors import FROM_SCORES, HELD
-from .plots import draw_experts
 from .rivals import KEEP_RATIO
-from .tables import experts_case_name, experts_tables
+from .tables import experts_case_name
 
 GROUPED, BATCHED, EAGER = "grouped_mm", "batched_mm", "eager"  # transformers' names
 BOUND = 1.15  # times the fastest of transformers' implementations, at most
@@ -191,9 +188,3 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
     threads = torch.get_num_threads()
     title = f"A mixture's experts, masked, beside transformers' dense ones, {threads} threads"
     report("experts", title, findings, printed=False, cases=cases)
-
-
-def conclude(path: Path) -> None:
-    """Print the table of the written record, and draw it."""
-    print("\n" + "\n\n".join(experts_tables(json.loads(path.read_text()))))
-    draw_experts(path)

@@ -5,10 +5,8 @@ bits, also over weights in NF4 and int8, which the kernels decode. Weights are r
 Cache, greedy sampling and the rest are those of transformers, so much of the time per token is spent on the host.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from mft_kernels.timing import time_within
 
 from .cpu_ceilings import DTYPES
 from .harness import Finding, Spread, ratio, report
-from .tables import generate_tables
 from .training_steps import build
 
 DENSE, MODULE, HELD = "dense", "ours, module", "ours, held mask"
@@ -76,8 +73,3 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
     tokens = f"{budget.prompt} + {budget.new} tokens"
     title = f"SmolLM2-135M's generate, batch 1, {tokens}, {torch.get_num_threads()} threads"
     report("generate", title, findings, competitors=rows)
-
-
-def conclude(path: Path) -> None:
-    """Print the table of the written record."""
-    print("\n" + "\n\n".join(generate_tables(json.loads(path.read_text()))))

@@ -6,10 +6,8 @@ op is the one that compiled graphs call. The goal limits how much longer than nn
 by round.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +112,3 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
             findings += [finding for row in own for finding in findings_of(row, samples)]
     report("launch", f"What a call of a layer of {SIDE} x {SIDE} costs, M = 1", findings, printed=False, calls=rows)
     print("\n\n".join(launch_tables({"calls": rows})))
-
-
-def conclude(path: Path) -> None:
-    """Print the tables of the written record."""
-    print("\n" + "\n\n".join(launch_tables(json.loads(path.read_text()))))

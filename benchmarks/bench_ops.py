@@ -15,9 +15,8 @@ from mft_kernels.timing import Samples, time_within
 from . import cpu_targets
 from . import layer_competitors as layers
 from . import matrix_competitors as matrices
-from .harness import Finding, Spread, all_cases, chosen, instruction_set, ratio, report
+from .harness import Finding, Spread, chosen, instruction_set, ratio, report
 from .layer_competitors import LayerCompetitors, inputs_of
-from .plots import draw_ops
 from .roofline import Ceilings, count_work
 from .side_by_side import SideBySide
 
@@ -140,7 +139,7 @@ def measure_matrix(measured: Measured, n: int, k: int, cases: Iterable[Case], bu
 
 
 def main(quick: bool = False) -> None:
-    """Print, store and draw the answer."""
+    """Print and store the answer."""
     budget = QUICK if quick else STORED
     torch.manual_seed(0)
     measured = Measured()
@@ -148,7 +147,7 @@ def main(quick: bool = False) -> None:
     for (n, k, with_tokens), cases in groupby(asked, lambda case: (case.n, case.k, case.m > 0)):
         measured.ceilings.sample()
         (measure_layer if with_tokens else measure_matrix)(measured, n, k, cases, budget)
-    path = report(
+    report(
         "ops",
         f"Ops of one layer in bf16, {torch.get_num_threads()} threads, as ratios to a dense layer's",
         measured.findings,
@@ -156,8 +155,6 @@ def main(quick: bool = False) -> None:
         ceilings=measured.ceilings.record(),
         cases=measured.rows(),
     )
-    if all_cases():
-        draw_ops(path)
 
 
 def _groups(m: int, n: int, k: int, budget: Budget) -> Iterator[tuple[list[str], int]]:

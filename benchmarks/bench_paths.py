@@ -220,10 +220,6 @@ def joined(records: Sequence[Mapping]) -> dict:
     return {**records[0], "cases": rows, "findings": findings}
 
 
-def show(path: Path) -> None:
-    """Show nothing: every process has printed its cases."""
-
-
 def write(rows: list[dict], question: str = "paths") -> Path:
     """Print how good the choice is, and store everything."""
     return report(

@@ -11,7 +11,6 @@ import torch
 from mft_kernels.timing import time_within
 
 from .harness import Finding, Spread, ratio, report
-from .plots import draw_scaling
 from .training_steps import FULL, TrainingStep, build, small_config
 
 COMPETITORS = (FULL, "ours, plain", "ours, resident", "ours, layerwise")
@@ -66,7 +65,7 @@ def measure(axis: str, value: int, point: Point, seconds: float, least: int) -> 
 
 
 def main(quick: bool = False) -> None:
-    """Print, store and draw the answer."""
+    """Print and store the answer."""
     seconds, least = (0.1, 2) if quick else (0.7, 2)  # in one of the processes (pooled.py)
     findings, rows = [], []
     for axis, (name, start, values) in AXES.items():
@@ -75,6 +74,4 @@ def main(quick: bool = False) -> None:
             found, measured = measure(axis, value, replace(start, **{name: value}), seconds, least)
             findings += found
             rows += measured
-    draw_scaling(
-        report("scaling", "A training step of small LLaMAs in bf16, one setting at a time", findings, points=rows)
-    )
+    report("scaling", "A training step of small LLaMAs in bf16, one setting at a time", findings, points=rows)

@@ -20,7 +20,6 @@ from mft.memory.shapes import known_config
 from mft_kernels.timing import Samples, time_told
 
 from .harness import ROOT, Finding, Spread, ratio, report
-from .plots import draw_train_step
 from .training_steps import COMPETITORS, FULL, PAPER
 
 TOKENS, ACCUMULATION = 256, 2
@@ -114,7 +113,7 @@ def _ask(
 
 
 def main(quick: bool = False) -> None:
-    """Print, store and draw the answer."""
+    """Print and store the answer."""
     budget = QUICK if quick else STORED
     findings, rows = [], []
     for model, config in budget.models.items():
@@ -122,4 +121,4 @@ def main(quick: bool = False) -> None:
         findings += found
         rows += measured
     title = f"A training step of {ACCUMULATION} x {budget.tokens} tokens, bf16, {torch.get_num_threads()} threads"
-    draw_train_step(report("train_step", title, findings, competitors=rows))
+    report("train_step", title, findings, competitors=rows)

@@ -170,11 +170,6 @@ def choose_cases(pattern: str) -> None:
     _pattern = pattern
 
 
-def all_cases() -> bool:
-    """Whether no case is left out."""
-    return _pattern == "*"
-
-
 def chosen(cases: Iterable[Case]) -> list[Case]:
     """Return the cases that are asked for. A case's name is str(case). Exits if there is none."""
     known = list(cases)

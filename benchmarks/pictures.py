@@ -12,12 +12,10 @@ from typing import Any
 from mft_study.ablate import plot_ablation
 from mft_study.report.pictures.by_bytes import plot_bytes
 from mft_study.report.pictures.forgetting import plot_forgetting
-from mft_study.report.pictures.plots import plot_study, plot_summary
+from mft_study.report.pictures.plots import plot_summary
 from mft_study.report.rewards import plot_rewards
 
 from .board import picture
-from .memory.plot import draw as draw_memory
-from .plots import draw_cpu, draw_ops, draw_scaling, draw_train_step
 from .records import RESULTS, ROOT
 
 Numbers = Mapping[str, Any]
@@ -52,18 +50,13 @@ STUDIES: dict[str, tuple[str, Callable[[Numbers, Path], None]]] = {
     "bytes-quantised-small": ("compare-quantised-small", plot_bytes),
     "bytes-smollm2": ("compare-from-base-smollm2", plot_bytes),
     "compare-small": ("compare-small", _masks_alone),
-    "compare-smollm2": ("compare-smollm2", plot_study),
-    "compare-smollm2-unfinished": ("compare-smollm2-unfinished", plot_study),
     "forgetting-bytes": ("compare-bytes", plot_forgetting),
     "forgetting-distillation-smollm2": ("compare-distillation-smollm2", plot_forgetting),
-    "forgetting-quantised-small": ("compare-quantised-small", plot_forgetting),
     "forgetting-small": ("compare-small", plot_forgetting),
     "rewards": ("compare-rewards", plot_rewards),
     "rewards-distillation-smollm2": ("compare-distillation-smollm2", plot_rewards),
     "rewards-smollm2": ("compare-rewards-smollm2", plot_rewards),
 }
-#: Question: the function that draws its records, each next to its file.
-MEASURED = {"ops": draw_ops, "train_step": draw_train_step, "scaling": draw_scaling}
 
 
 def main() -> None:
@@ -72,12 +65,6 @@ def main() -> None:
         numbers = json.loads((RESULTS / f"{study}.json").read_text(encoding="utf-8"))
         draw(numbers, RESULTS / f"{name}.png")
         print(RESULTS / f"{name}.png")
-    for question, draw_record in MEASURED.items():
-        for record in sorted(RESULTS.glob(f"{question}-cpu-*.json")):
-            draw_record(record)
-            print(record)
-    draw_cpu(RESULTS / "cpu-amx.json")
-    draw_memory(RESULTS)
     _board(ROOT / "docs" / "images" / "board.png", "board-small", "board-smollm2")
     _board(ROOT / "docs" / "images" / "board-smollm2.png", "board-smollm2")
 

@@ -205,6 +205,12 @@ def origin(record: Record) -> str:
     )
 
 
+def show(question: str, record: Record) -> None:
+    """Print the tables of a record, if its question has any."""
+    if question in TABLES:
+        print("\n\n".join([origin(record), *TABLES[question](record)]) + "\n")
+
+
 def main() -> None:
     """Print the tables of the named questions, or of those that have results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
@@ -216,7 +222,7 @@ def main() -> None:
         if not stored.get(question):
             parser.error(f"questions must be stored ones among {', '.join(TABLES)}, got {question} ({asked.results})")
         for record in stored[question].values():
-            print("\n\n".join([origin(record), *TABLES[question](record)]) + "\n")
+            show(question, record)
 
 
 def _ratio_and_share(case: Record | None) -> str:

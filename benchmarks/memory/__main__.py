@@ -3,7 +3,7 @@
 cards   LLaMA2-7B and others on cards that we do not have: estimated, and simulated on fake tensors (2 minutes)
 blocks  two layers of LLaMA2-7B's shape, measured: each way, the paper's formulation, eager PyTorch (10 minutes)
 
-Each writes a record memory_<name> into benchmarks/results. The plot of all is benchmarks/results/memory.png.
+Each writes a record memory_<name> into benchmarks/results.
 """
 
 import json
@@ -19,7 +19,6 @@ from mft.memory.shapes import known_config, shape_from_config
 from mft.memory.workload import Workload
 
 from ..harness import RESULTS, ROOT, THREADS, Finding, Spread, environment, report
-from . import plot
 from .rivals import RIVALS, simulate_rival
 from .worker import MODEL, WAYS, workload_of
 
@@ -100,7 +99,7 @@ QUESTIONS = {"cards": cards, "blocks": blocks}
 
 
 def main() -> None:
-    """Answer all questions, or those named, and draw the stored results."""
+    """Answer all questions, or those named."""
     asked = sys.argv[1:] or list(QUESTIONS)
     unknown = [question for question in asked if question not in QUESTIONS]
     if unknown:
@@ -109,7 +108,6 @@ def main() -> None:
     print("\n".join(f"{key}: {value}" for key, value in environment().items()))
     for question in asked:
         QUESTIONS[question]()
-    plot.draw(RESULTS)
     print(f"\nwritten to {RESULTS.relative_to(ROOT)}")
 
 

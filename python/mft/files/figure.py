@@ -1,4 +1,4 @@
-"""Pictures as PNG files, each written whole or not at all, and their colours: one per method, others for phases."""
+"""Pictures as PNG files, each written whole or not at all, and their colours: one per method."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +15,6 @@ COLOURS = {
     "continued": "#a6761d",
     "control": "#e69f00",
     "mask": "#c1121f",
-    "paper's mask": "#8f2d56",
-    "eager mask": "#ff8fab",
-    "compiled mask": "#c9a0dc",
-    "mask in place": "#f4a261",
     "one-shot mask": "0.5",
     "LoRA": "#0072b2",
     "rsLoRA": "#56b4e9",
@@ -31,8 +27,6 @@ COLOURS = {
     "ternary": "#7a5195",
     "sparse delta": "#bc8f6f",
 }
-# The colours of phases, which no method has.
-PHASES = ("#2f6b5f", "#8fd0a5", "#d9c27a", "#5b5ea6", "#b9b3d9", "#9fc5c9", "#c7c7c7", "#6f6f6f", "#e3d5ca")
 
 # How far, and towards black or white, for each arm after the first.
 _TOWARDS = ((0.0, 0.0), (0.45, 1.0), (0.4, 0.0), (0.7, 1.0), (0.2, 0.0), (0.25, 1.0), (0.65, 0.0), (0.58, 1.0))
