@@ -55,6 +55,7 @@ SHORT = {
 } | {"generate": ["--max-tokens", "8"]}
 OF_THE_SHELL = {
     "cd",
+    "cp",
     "export",
     "git",
     "hf",
@@ -179,6 +180,8 @@ def run_command(words):
         run_mft(rest)
     elif name == "make":
         ask_make(tuple(rest))
+    elif name == "python" and rest[0] == "-c":
+        compile(rest[1], shlex.join(words), "exec")
     elif name in ("python", "python3", "torchrun"):
         module = rest[rest.index("-m") + 1]
         assert importlib.util.find_spec(module) is not None, module

@@ -1,1 +1,0 @@
-"""Our method as an entry of PEFT's method comparison: python -m benchmarks.peft_board."""
