@@ -1,5 +1,6 @@
 """Compile and read each launch: a row of figures, and its faults by the rules of its target."""
 
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from building.machine_code import hazard, sass
 from mft_kernels.backends.triton.launch import Launch
 from mft_kernels.backends.triton.target import Target
 
-from . import amdgcn
 from .launches import Entry, entries
 
 #: Registers per multiprocessor of sm_80 to sm_100.
@@ -73,10 +73,9 @@ def row(entry: Entry) -> Row:
     name = launch.kernel.__name__
     blocks = _blocks(launch) if name in _PRODUCTS else 1
     if target.backend == "hip":
-        amd = amdgcn.read(compiled)
-        loops = tuple(f"MFMA {amdgcn.mma_count(loop)}" for loop in amd.loops)
-        registers, spills, shared = amd.vgprs, amd.spills, amd.shared
-        faults = list(_faults_of_amd(amd, name, entry))
+        registers, spills, mma = read_amd(compiled.asm["amdgcn"])
+        loops, shared = (f"MFMA {mma} in all",) if mma else (), compiled.metadata.shared
+        faults = ["no MFMA instruction"] if name in _PRODUCTS and not _is_exact(entry) and not mma else []
     else:
         code = sass.read(compiled)
         loops = tuple(map(_loop_text, code.loops))
@@ -134,9 +133,14 @@ def _faults_of_hopper(code: sass.Code, compiled: object, name: str, entry: Entry
     yield from (warning for warning in sass.assembler_warnings(compiled) if "(C75" in warning)
 
 
-def _faults_of_amd(code: amdgcn.Code, name: str, entry: Entry) -> Iterator[str]:
-    if name in _PRODUCTS and not _is_exact(entry) and code.mma == 0:
-        yield "no MFMA instruction"
+def read_amd(text: str) -> tuple[int, int, int]:
+    """Return from assembly for AMD (vector registers, spills, instructions that multiply matrices).
+
+    Without scratch, spilled scalars are kept in lanes of vector registers, which is no fault.
+    """
+    found = {key: int(value) for key, value in re.findall(r"^[\s-]+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    scalars = found["sgpr_spill_count"] if found["private_segment_fixed_size"] else 0
+    return found["vgpr_count"], found["vgpr_spill_count"] + scalars, len(re.findall(r"^\s+v_mfma", text, re.MULTILINE))
 
 
 def _is_exact(entry: Entry) -> bool:
