@@ -26,6 +26,7 @@ RECIPE = (*KERNELS, "python/mft", "python/mft_study", *(f":!python/{folder}" for
 SIMULATED = ("python/mft", "mft_kernels", "benchmarks/memory")
 #: Questions that only the commit of their result can answer, and the command there.
 GONE = {
+    "budget-search.json": "python -m benchmarks.regimes.budget_search",
     "memory_mixtures": "python -m benchmarks.memory mixtures",
     "score_optimiser": "python -m benchmarks score_optimiser",
 }
@@ -49,7 +50,7 @@ class Stored:
 
 def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """Return (the command that makes a file of results, the code that decides its content)."""
-    if name.startswith(("compare-", "ablation-")):
+    if name.startswith(("compare-", "ablation-", "federated")):
         return record["environment"]["command"], RECIPE
     if name.startswith("serve-load"):
         return record["environment"]["command"], ("mft_kernels", "csrc/cpu", "python/mft/serving", "python/mft/masks")

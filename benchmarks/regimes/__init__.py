@@ -3,6 +3,4 @@
 mft compare --config benchmarks/studies/little-data.yaml     little data, trained on for long
 python -m benchmarks.regimes.sequential_tasks                five tasks, learned one after the other
 python -m benchmarks.regimes.federated                       ten clients that send at most 1 bit per weight
-
-python -m benchmarks.regimes.budget_search uses the same runs to search which mask under a budget learns most.
 """

@@ -28,8 +28,8 @@ def mask_arm(lrs: list[float]) -> Arm:
     return Mask("mask", lrs=lrs, mode="value", threshold=0.0)
 
 
-def ground_of(model: nn.Module, arm: Arm, run: Run, mask: MaskConfig | None = None) -> Ground:
-    """Return where a run of the arm begins. ``model`` is the base; the arm completes the settings of ``mask``."""
-    mask = dataclasses.replace(arm.mask_config(mask or MaskConfig()), seed=run.seed)
+def ground_of(model: nn.Module, arm: Arm, run: Run) -> Ground:
+    """Return where a run of the arm begins. ``model`` is the base."""
+    mask = dataclasses.replace(arm.mask_config(MaskConfig()), seed=run.seed)
     layers = select_targets(model, mask)
     return Ground(model, model, layers, mask, Setting(lr=run.lr), run.seed, lambda: None)

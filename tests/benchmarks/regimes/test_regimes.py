@@ -9,7 +9,6 @@ import torch
 from small_regime import counting, scratch
 
 from benchmarks.regimes import federated, sequential_tasks
-from benchmarks.regimes.budget_search import BYTES, DROPPED, LOSS, SHARE, USUAL, VARIANTS, BudgetSearch, mask_arm
 from benchmarks.regimes.federated import BITS, BOUND, CURVE, UP, Federated
 from benchmarks.regimes.learners import AdaptersAdded, MasksUnited
 from benchmarks.regimes.runs import RESULT, RUNS, TABLE, carry_out
@@ -35,12 +34,6 @@ def clients(directory, arms=federated.WAYS):
     return small(Federated, arms, directory, clients=texts, rounds=2, looks=2, local=local)
 
 
-def budget(directory):
-    return small(
-        BudgetSearch, (USUAL, "wanda start", "share of each matrix"), directory, data=counting(directory, "a", 1)
-    )
-
-
 def carried_out(make, factory):
     regime, out, lines = make(factory.mktemp("texts")), factory.mktemp("out"), []
     return regime, out, carry_out(regime, out, "test", lines.append), lines
@@ -54,11 +47,6 @@ def of_tasks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_clients(tmp_path_factory):
     return carried_out(clients, tmp_path_factory)[2]
-
-
-@pytest.fixture(scope="module")
-def of_budget(tmp_path_factory):
-    return carried_out(budget, tmp_path_factory)[2]
 
 
 # ---------------------------------------------------------------------------------------------- tasks one after another
@@ -135,23 +123,3 @@ def test_rounds_bring_the_clients_text_nearer(arm, tmp_path):
     longer = dataclasses.replace(regime, rates={arm: [2e-2]}, seeds=[0], rounds=6, local=local)
     curve = carry_out(longer, tmp_path / "out", "test", lambda line: None)["arms"][arm][CURVE]
     assert curve[-1][1] < curve[0][1]
-
-
-# ---------------------------------------------------------------------------------------------- masks under a budget
-
-
-def test_variants_keep_the_budget_and_are_compared_with_the_usual_one(of_budget):
-    assert all(run[BYTES] > 0 and run[DROPPED] == pytest.approx(SHARE, abs=0.002) for run in of_budget["runs"])
-    for arm, found in of_budget["arms"].items():
-        if arm != USUAL:
-            difference = found[LOSS] - of_budget["arms"][USUAL][LOSS]
-            assert found[f"{LOSS} - {USUAL}"]["estimate"] == pytest.approx(difference, abs=1e-4)
-
-
-def test_a_variant_is_the_usual_budget_but_for_what_its_name_says():
-    usual = dataclasses.asdict(mask_arm(USUAL, [1e-2]))
-    assert usual["budget"] == SHARE
-    for variant in VARIANTS:
-        arm = dataclasses.asdict(mask_arm(variant, [1e-2]))
-        differing = [name for name in arm if arm[name] != usual[name] and name != "fill_budget"]
-        assert len(differing) == (variant != USUAL), variant
