@@ -93,10 +93,21 @@ def test_a_gguf_file_with_a_tokenizer_of_sentencepiece_is_read_without_that_pack
     assert tokenizer.decode(tokenizer("abc cd").input_ids, skip_special_tokens=True) == "abc cd"
 
 
+def test_a_file_of_the_same_name_in_the_working_directory_is_not_read_instead(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "elsewhere").mkdir()
+    write_tiny_gguf(tmp_path / "elsewhere" / "model.gguf")
+    write_tiny_gguf(tmp_path / "model.gguf", down="Q4_0")
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_model(ModelConfig("elsewhere/model.gguf", dtype="float32"))
+    found = model.model.layers[0].mlp.down_proj.weight
+    assert torch.equal(found, read_gguf(tmp_path / "elsewhere" / "model.gguf").model.layers[0].mlp.down_proj.weight)
+
+
 def read_gguf(path, dtype=torch.float32):
     dense = GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype, quantization_config=dense
+        path.parent, gguf_file=str(path), dtype=dtype, quantization_config=dense
     ).eval()
 
 

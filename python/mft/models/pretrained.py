@@ -297,7 +297,8 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     gguf = gguf or fetch_smollm2()
     logger.warning("dequantising %s to %s, once; kept in %s", gguf.name, dtype, target)
     begin = time.monotonic()
-    options = {**LOCAL, "gguf_file": gguf.name}
+    # A whole path: transformers takes the weights of a file of this name in the working directory before those of gguf.
+    options = {**LOCAL, "gguf_file": str(gguf.absolute())}
     dense = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed in layers other than nn.Linear
         dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
