@@ -1,4 +1,4 @@
-"""The names that the recipe (python/mft) uses beside the public ones. They may change with any version.
+"""The private names that the recipe (python/mft) uses. They may change with any version.
 
 Each line says what the recipe needs the name for. tests/test_imports.py checks that the recipe imports no other private
 name, and that it uses all of these.

@@ -1,4 +1,4 @@
-"""The memory modes, one class each, beside its estimate in memory/ways.py. A new mode is a class here and one there.
+"""The memory modes, one class each. A new mode is a class here, and one in memory/ways.py that estimates it.
 
 Their engines are in plain.py, in_place.py, resident.py, layerwise.py and sharded/.
 """

@@ -184,12 +184,12 @@ def show(
     run_data_show(run_config, split, rows)
 
 
-def _check_only(ctx: typer.Context, names: set[str], beside: str) -> None:
+def _check_only(ctx: typer.Context, names: set[str], source: str) -> None:
     """Raise ValueError if other options than these were given."""
     for parameter in ctx.command.params:
         name = str(parameter.name)
         if name not in names and _is_given(ctx, name):
-            raise ValueError(f"{parameter.opts[0]} must not come with {beside}, got {ctx.params[name]}")
+            raise ValueError(f"{parameter.opts[0]} must not come with {source}, got {ctx.params[name]}")
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
