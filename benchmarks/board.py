@@ -60,7 +60,7 @@ def board(name: str, numbers: Mapping[str, Any]) -> str:
 
 def equal_bytes(numbers: Mapping[str, Any]) -> str:
     """Return the stored comparisons of each mask with its best rivals of no more, and of about as many bytes."""
-    header = ["the mask's bytes", "rival", "its bytes", "mask minus rival", "p", "the mask is"]
+    header = ["the mask, MB", "rival", "its MB", "mask minus rival", "p", "the mask is"]
     rows = []
     for one in numbers.get("at_equal_bytes", []):
         if one["rival"] is None:
@@ -68,7 +68,7 @@ def equal_bytes(numbers: Mapping[str, Any]) -> str:
         found = Difference(**one["difference"])
         shown = "not shown to differ" if one["verdict"] == UNDECIDED else one["verdict"]
         rival, _, _ = one["rival"].partition(" (")  # without the bytes that it aimed at
-        sizes = [_count(one["bytes"]), rival, _count(one["rival_bytes"])]
+        sizes = [f"{one['bytes'] / 1e6:.2f}", rival, f"{one['rival_bytes'] / 1e6:.2f}"]
         rows.append([*sizes, shown_interval(found), shown_p(found), shown])
     return markdown(header, rows)
 
