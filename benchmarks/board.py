@@ -60,7 +60,7 @@ def board(name: str, numbers: Mapping[str, Any]) -> str:
 
 def equal_bytes(numbers: Mapping[str, Any]) -> str:
     """Return the stored comparisons of each mask with its best rivals of no more, and of about as many bytes."""
-    header = ["the mask, MB", "rival", "its MB", "mask minus rival", "p", "the mask is"]
+    header = ["the mask, MB", "rival", "its MB", "mask minus rival", "p", "p, all", "the mask is"]
     rows = []
     for one in numbers.get("at_equal_bytes", []):
         if one["rival"] is None:
@@ -69,7 +69,10 @@ def equal_bytes(numbers: Mapping[str, Any]) -> str:
         shown = "not shown to differ" if one["verdict"] == UNDECIDED else one["verdict"]
         rival, _, _ = one["rival"].partition(" (")  # without the bytes that it aimed at
         sizes = [f"{one['bytes'] / 1e6:.2f}", rival, f"{one['rival_bytes'] / 1e6:.2f}"]
-        rows.append([*sizes, shown_interval(found), shown_p(found), shown])
+        pairs = numbers["domains"][one["domain"]]["comparisons"]
+        pair = next(pair for pair in pairs if (pair["arm"], pair["rival"]) == (one["mask"], one["rival"]))
+        of_all = shown_p(Difference(**pair["domain"]["difference"]))  # corrected over all comparisons of the study
+        rows.append([*sizes, shown_interval(found), shown_p(found), of_all, shown])
     return markdown(header, rows)
 
 
