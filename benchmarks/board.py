@@ -60,19 +60,23 @@ def board(name: str, numbers: Mapping[str, Any]) -> str:
 
 def equal_bytes(numbers: Mapping[str, Any]) -> str:
     """Return the stored comparisons of each mask with its best rivals of no more, and of about as many bytes."""
-    header = ["the mask, MB", "rival", "its MB", "mask minus rival", "p", "p, all", "the mask is"]
+    header = ["mask, MB", "loss", "rival", "MB", "loss", "mask minus rival", "p", "the mask is"]
     rows = []
     for one in numbers.get("at_equal_bytes", []):
         if one["rival"] is None:
             continue
+        table = numbers["domains"][one["domain"]]
+        loss = {row["arm"]: f"{row['loss']:.4f}" for row in table["rows"]}
+        mask, rival = one["mask"], one["rival"]
+        pair = next(pair for pair in table["comparisons"] if (pair["arm"], pair["rival"]) == (mask, rival))
         found = Difference(**one["difference"])
         shown = "not shown to differ" if one["verdict"] == UNDECIDED else one["verdict"]
-        rival, _, _ = one["rival"].partition(" (")  # without the bytes that it aimed at
-        sizes = [f"{one['bytes'] / 1e6:.2f}", rival, f"{one['rival_bytes'] / 1e6:.2f}"]
-        pairs = numbers["domains"][one["domain"]]["comparisons"]
-        pair = next(pair for pair in pairs if (pair["arm"], pair["rival"]) == (one["mask"], one["rival"]))
-        of_all = shown_p(Difference(**pair["domain"]["difference"]))  # corrected over all comparisons of the study
-        rows.append([*sizes, shown_interval(found), shown_p(found), of_all, shown])
+        if one["verdict"] != UNDECIDED and pair["domain"]["difference"]["p_holm"] >= 0.05:
+            shown += ", not over all"  # comparisons of the study
+        sizes = [f"{size / 1e6:.2f}" for size in (one["bytes"], one["rival_bytes"])]
+        name, _, _ = rival.partition(" (")  # without the bytes that it aimed at
+        compared = [sizes[0], loss[mask], name, sizes[1], loss[rival]]
+        rows.append([*compared, shown_interval(found), shown_p(found), shown])
     return markdown(header, rows)
 
 
