@@ -60,9 +60,9 @@ def board(name: str, numbers: Mapping[str, Any]) -> str:
 
 def equal_bytes(numbers: Mapping[str, Any]) -> str:
     """Return the stored comparisons of each mask with its best rivals of no more, and of about as many bytes."""
-    header = ["mask, MB", "loss", "rival", "MB", "loss", "mask minus rival", "p", "the mask is"]
+    header = ["rival stores", "mask, MB", "loss", "rival", "MB", "loss", "mask minus rival", "p", "the mask is"]
     rows = []
-    for one in numbers.get("at_equal_bytes", []):
+    for one in sorted(numbers.get("at_equal_bytes", []), key=lambda one: one["stores"]):
         if one["rival"] is None:
             continue
         table = numbers["domains"][one["domain"]]
@@ -72,10 +72,10 @@ def equal_bytes(numbers: Mapping[str, Any]) -> str:
         found = Difference(**one["difference"])
         shown = "not shown to differ" if one["verdict"] == UNDECIDED else one["verdict"]
         if one["verdict"] != UNDECIDED and pair["domain"]["difference"]["p_holm"] >= 0.05:
-            shown += ", not over all"  # comparisons of the study
+            shown += " (not of all)"  # comparisons of the study
         sizes = [f"{size / 1e6:.2f}" for size in (one["bytes"], one["rival_bytes"])]
         name, _, _ = rival.partition(" (")  # without the bytes that it aimed at
-        compared = [sizes[0], loss[mask], name, sizes[1], loss[rival]]
+        compared = [one["stores"], sizes[0], loss[mask], name, sizes[1], loss[rival]]
         rows.append([*compared, shown_interval(found), shown_p(found), shown])
     return markdown(header, rows)
 
