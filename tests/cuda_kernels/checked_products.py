@@ -12,13 +12,18 @@ from mft_kernels import reference
 from mft_kernels.testing import Inputs, assert_within_budget
 
 
+def one_threshold(t: Inputs) -> Tensor:
+    """Return a threshold with ties among the scores of integer_inputs."""
+    return torch.ones((), dtype=t.scores.dtype)
+
+
 def check_products(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
     """Check forward and d_x, by scores with a bias and by packed mask without; the bias does not depend on the mask.
 
-    Hopper's own product takes words in whole 16-byte chunks, and no scores with thresholds by row for d_x.
+    Hopper's own product takes words in whole 16-byte chunks.
     """
-    packed, hopper = reference.pack_mask(t.scores, threshold, mode), device.get("arch") == "sm_90"
-    by_words = not hopper or packed.shape[1] % 4 == 0
+    packed = reference.pack_mask(t.scores, threshold, mode)
+    by_words = device.get("arch") != "sm_90" or packed.shape[1] % 4 == 0
     expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode)
     assert_same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode, **device), expected)
     if by_words:
@@ -26,9 +31,8 @@ def check_products(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
         assert_same(emulated.masked_linear_packed(t.x, t.weight, packed, None, **device), expected)
     arguments = (t.grad_output, t.x, t.weight)
     expected = oracle.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X)[0]
-    if not (hopper and threshold.dim()):
-        got = emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X, **device)
-        assert_same(got[0], expected)
+    got = emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X, **device)
+    assert_same(got[0], expected)
     if by_words:
         got = emulated.masked_linear_packed_backward(*arguments, packed, None, None, mode, D_X, **device)
         assert_same(got[0], expected)

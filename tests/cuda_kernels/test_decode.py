@@ -7,10 +7,10 @@ import emulated
 import pytest
 import torch
 from by_name import oracle
-from checked_products import assert_one_product_in_every_schedule
+from checked_products import assert_one_product_in_every_schedule, one_threshold
 from guarded import guarded
 from in_turn import in_turn
-from products import MODES, row_thresholds, within
+from products import MODES, within
 from products import assert_same as same
 from test_plans import HOPPERS, SHAPES, device_of, planned
 
@@ -48,7 +48,7 @@ def cuts(monkeypatch):
 
 def check(t, mode="magnitude", **device):
     """Check with scores and with packed masks, with a bias and without."""
-    threshold = row_thresholds(t)
+    threshold = one_threshold(t)
     packed = reference.pack_mask(t.scores, threshold, mode)
     for bias in (t.bias, None):
         expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode)
@@ -133,7 +133,7 @@ def test_nothing_outside_the_matrices_is_touched(shape, at_end):
     t = integer_inputs(*shape, BF16, BF16)
     for name in ("x", "weight", "scores", "bias"):
         setattr(t, name, guarded(getattr(t, name), at_end=at_end))
-    threshold = guarded(row_thresholds(t), at_end=at_end)
+    threshold = guarded(one_threshold(t), at_end=at_end)
     packed = guarded(reference.pack_mask(t.scores, threshold, "magnitude"), at_end=at_end)
     for multiprocessors, capability in ((1, 80), (132, 80), (132, 90)):
         with emulated.outputs_at_guard_pages(at_end=at_end):

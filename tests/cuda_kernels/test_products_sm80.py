@@ -9,11 +9,16 @@ import emulated
 import pytest
 import torch
 from by_name import oracle
-from checked_products import assert_one_product_in_every_schedule, assert_one_sum_in_every_schedule, check_products
+from checked_products import (
+    assert_one_product_in_every_schedule,
+    assert_one_sum_in_every_schedule,
+    check_products,
+    one_threshold,
+)
 from guarded import guarded
 from host_program import built, run
 from in_turn import in_turn
-from products import ALL, MODES, assert_same, row_thresholds, within
+from products import ALL, MODES, assert_same, within
 from torch import Tensor
 
 from mft_kernels import reference
@@ -79,7 +84,6 @@ def test_products_equal_the_reference(sized, dtype, scores_dtype, mode, ways):
     shape, tokens = sized
     t = integer_inputs(*shape, dtype, scores_dtype)
     check_products(t, torch.tensor(2.0, dtype=scores_dtype), mode, multiprocessors=2)
-    check_products(t, row_thresholds(t), mode, multiprocessors=2)
     assert {*ways} == {(tokens, 1)}
 
 
@@ -106,13 +110,12 @@ def test_as_many_stages_as_a_gpu_has_room_for_give_the_same(shared_kib, scores_d
 def test_score_gradients_equal_the_reference(shape, dtype, scores_dtype, mode):
     t = integer_inputs(*shape, dtype, scores_dtype)
     check_score_grad(t, torch.tensor(2.0, dtype=scores_dtype), mode)
-    check_score_grad(t, row_thresholds(t), mode)
 
 
 @pytest.mark.parametrize("shared_kib", [100, slow(164), 228])
 def test_two_blocks_of_score_gradients_share_what_a_gpu_has(shared_kib):
     t = integer_inputs(200, 136, 264, BF16, BF16)  # 7 steps: more than there are stages
-    check_score_grad(t, row_thresholds(t), "magnitude", shared_bytes=shared_kib * 1024)
+    check_score_grad(t, one_threshold(t), "magnitude", shared_bytes=shared_kib * 1024)
 
 
 # ------------------------------------------------------------------------------------------- shapes, rows, alignment
@@ -123,8 +126,8 @@ def test_two_blocks_of_score_gradients_share_what_a_gpu_has(shared_kib):
 )
 def test_shapes_round_the_tiles(shape):
     t = integer_inputs(*shape, FP16, BF16)
-    check_products(t, row_thresholds(t), "magnitude")
-    check_score_grad(t, row_thresholds(t), "value")
+    check_products(t, one_threshold(t), "magnitude")
+    check_score_grad(t, one_threshold(t), "value")
 
 
 @pytest.mark.parametrize("tokens", [1, slow(1200)])
@@ -146,7 +149,7 @@ def test_rows_of_any_alignment_and_stride(name, before, more):
         for field in ("x", "grad_output", "weight", "scores") if name == "all" else (name,):
             tensor = getattr(t, field)
             setattr(t, field, within(tensor, before, columns + more))
-        threshold = row_thresholds(t)
+        threshold = one_threshold(t)
         check_products(t, threshold, "magnitude")
         arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [False, True, True, False])
         expected = oracle.masked_linear_backward(*arguments)
@@ -181,7 +184,7 @@ def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
     t = integer_inputs(*shape, *dtypes)
     for name in ("x", "grad_output", "weight", "scores", "bias"):
         setattr(t, name, guarded(getattr(t, name), at_end=at_end))
-    threshold = guarded(row_thresholds(t), at_end=at_end)
+    threshold = guarded(one_threshold(t), at_end=at_end)
     packed = guarded(reference.pack_mask(t.scores, threshold, "magnitude"), at_end=at_end)
     signs = guarded(reference.pack_signs(t.scores)[0], at_end=at_end)
     arguments = (t.grad_output, t.x, t.weight)
@@ -216,7 +219,7 @@ def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
 )
 def test_the_depth_is_summed_in_parts_where_tiles_are_few(shape, device, expected, scores_dtype, ways):
     t = integer_inputs(*shape, FP16, scores_dtype)
-    check_products(t, row_thresholds(t), "magnitude", **{"multiprocessors": 132} | device)
+    check_products(t, one_threshold(t), "magnitude", **{"multiprocessors": 132} | device)
     assert {*ways} == expected
 
 
@@ -225,7 +228,7 @@ def test_the_depth_is_summed_in_parts_where_tiles_are_few(shape, device, expecte
 def test_parts_write_nothing_around_their_workspace(tokens, multiprocessors, at_end, ways):
     t = integer_inputs(65, 136, 1096, BF16, BF16)
     with emulated.outputs_at_guard_pages(at_end=at_end):
-        check_products(t, row_thresholds(t), "value", multiprocessors=multiprocessors)
+        check_products(t, one_threshold(t), "value", multiprocessors=multiprocessors)
     assert max(parts for of, parts in ways if of == tokens) > 1
 
 
@@ -239,9 +242,9 @@ def test_parts_are_added_in_one_order_and_rounded_once(transposed, ways):
 @pytest.mark.usefixtures("without_a_workspace")
 def test_without_a_workspace_the_depth_is_in_one():
     t = integer_inputs(9, 40, 1096, FP16, FP16)
-    check_products(t, row_thresholds(t), "magnitude", multiprocessors=132)
+    check_products(t, one_threshold(t), "magnitude", multiprocessors=132)
     t = integer_inputs(1096, 40, 72, FP16, FP16)
-    check_score_grad(t, row_thresholds(t), "magnitude", multiprocessors=132)
+    check_score_grad(t, one_threshold(t), "magnitude", multiprocessors=132)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +259,7 @@ def test_without_a_workspace_the_depth_is_in_one():
 )
 def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocessors, expected, scores_dtype, ways):
     t = integer_inputs(*shape, FP16, scores_dtype)
-    check_score_grad(t, row_thresholds(t), "magnitude", multiprocessors=multiprocessors)
+    check_score_grad(t, one_threshold(t), "magnitude", multiprocessors=multiprocessors)
     assert parts_of(ways) == expected
 
 
@@ -264,7 +267,7 @@ def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocesso
 def test_parts_of_score_gradients_write_nothing_around_their_workspace(at_end, ways):
     t = integer_inputs(520, 136, 72, BF16, BF16)
     with emulated.outputs_at_guard_pages(at_end=at_end):
-        check_score_grad(t, row_thresholds(t), "value", multiprocessors=132)
+        check_score_grad(t, one_threshold(t), "value", multiprocessors=132)
     assert parts_of(ways) == {2, 1}
 
 
@@ -289,10 +292,10 @@ def test_results_do_not_depend_on_the_schedule(scores_dtype, seed, asynchrony):
     """Warps run in any order, copies land at once or as late as possible; the ring of stages is used several times."""
     emulated.set_settings(seed, asynchrony, emulated.SCHEDULES[seed % 2])
     t = integer_inputs(40, 328, 360, FP16, scores_dtype, seed=seed)
-    threshold = row_thresholds(t)
+    threshold = one_threshold(t)
     check_products(t, threshold, "magnitude")
     t = integer_inputs(360, 40, 48, FP16, scores_dtype, seed=seed)
-    rest = (t.grad_output, t.x, t.weight, t.scores, row_thresholds(t), "magnitude", [False, True, True, False])
+    rest = (t.grad_output, t.x, t.weight, t.scores, one_threshold(t), "magnitude", [False, True, True, False])
     for got, right in zip(emulated.masked_linear_backward(*rest), oracle.masked_linear_backward(*rest)):
         assert_same(got, right)
     check_product_added(t)

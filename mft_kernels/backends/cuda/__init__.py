@@ -77,7 +77,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (scores, thresholds, packed) as the library takes them."""
+    """Return (scores, threshold, packed) as the library takes them. Scores with a threshold per row are packed."""
+    if keep.by_row:
+        return None, None, pack(keep.source, keep.thresholds, keep.mode)
     scores = None if keep.scores is None else _matrix(keep.scores)
     return scores, keep.thresholds, _contiguous(keep.words)
 

@@ -79,7 +79,7 @@ void check_products(Type type, bool transposed, bool packed, int tokens) {
   p.out = matrix(2, type, tokens, transposed ? kInputs : kFeatures);
   if (packed) p.keep.words = reinterpret_cast<const uint32_t*>(memory[3]);
   p.keep.scores = matrix(3, type, kFeatures, kInputs);
-  p.keep.thresholds = memory[4];
+  p.keep.threshold = memory[4];
   const std::string name = "product" + std::string(transposed ? ", transposed" : "") + (packed ? ", packed" : "");
   const std::string load = transposed ? "load_matrices_transposed" : "load_matrices";
   expect(name + " on sm_90", product_sm90(p, kDevice), {load, "store_matrices_transposed"});
