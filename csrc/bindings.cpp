@@ -255,53 +255,35 @@ std::string missing_capabilities() { return mft::missing_capabilities(); }
 
 }  // namespace
 
-MFT_OPS(m) {
-  m.def(
-      "masked_linear(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
-      "bool magnitude, str path) -> Tensor");
-  m.def(
-      "grad_x(Tensor grad_output, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, "
-      "str path) -> Tensor");
-  m.def(
-      "grad_weight(Tensor grad_output, Tensor x, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude) "
-      "-> Tensor");
-  m.def(
-      "grad_scores_(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? scores, Tensor? signs, "
-      "bool accumulate, str path) -> ()");
-  m.def("kept_threshold(Tensor scores, int k, bool magnitude) -> Tensor");
-  m.def("pack_mask(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
-  m.def("pack_signs(Tensor scores) -> (Tensor, Tensor)");
-  m.def(
-      "score_step_(Tensor(a!) scores, Tensor grad, Tensor? weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-      "Tensor(d!)? scales, int step, float step_size, float beta1, float beta2, float correction, float eps, "
-      "float decay, Tensor? grad_scale, int seed, bool sign, int k, bool magnitude, Tensor? near) -> Tensor");
-  m.def(
-      "paths(str capability, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) "
-      "-> str");
-  m.def("weight_bytes(str product, int weight, float mask, int out, bool accumulate) -> float");
-  m.def(
-      "path_work(str capability, str path, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) -> str");
-  m.def("capability() -> str");
-  m.def("capabilities() -> str");
-  m.def("missing_capabilities() -> str");
+MFT_OPS(CPU) {
+  MFT_OP(masked_linear,
+         "(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, bool magnitude, str "
+         "path) -> Tensor");
+  MFT_OP(grad_x,
+         "(Tensor grad_output, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, str "
+         "path) -> Tensor");
+  MFT_OP(grad_weight,
+         "(Tensor grad_output, Tensor x, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude) -> Tensor");
+  MFT_OP(grad_scores_,
+         "(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? scores, Tensor? signs, bool accumulate, "
+         "str path) -> ()");
+  MFT_OP(kept_threshold, "(Tensor scores, int k, bool magnitude) -> Tensor");
+  MFT_OP(pack_mask, "(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
+  MFT_OP(pack_signs, "(Tensor scores) -> (Tensor, Tensor)");
+  MFT_OP(score_step_,
+         "(Tensor(a!) scores, Tensor grad, Tensor? weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? "
+         "scales, int step, float step_size, float beta1, float beta2, float correction, float eps, float decay, Tensor? "
+         "grad_scale, int seed, bool sign, int k, bool magnitude, Tensor? near) -> Tensor");
 }
 
-MFT_OPS_ON(CPU, m) {
-  m.impl("masked_linear", TORCH_BOX(&masked_linear));
-  m.impl("grad_x", TORCH_BOX(&grad_x));
-  m.impl("grad_weight", TORCH_BOX(&grad_weight));
-  m.impl("grad_scores_", TORCH_BOX(&grad_scores_));
-  m.impl("kept_threshold", TORCH_BOX(&kept_threshold));
-  m.impl("pack_mask", TORCH_BOX(&pack_mask));
-  m.impl("pack_signs", TORCH_BOX(&pack_signs));
-  m.impl("score_step_", TORCH_BOX(&score_step_));
-}
-
-MFT_OPS_ON(CompositeExplicitAutograd, m) {
-  m.impl("paths", TORCH_BOX(&paths));
-  m.impl("weight_bytes", TORCH_BOX(&weight_bytes));
-  m.impl("path_work", TORCH_BOX(&path_work));
-  m.impl("capability", TORCH_BOX(&capability));
-  m.impl("capabilities", TORCH_BOX(&capabilities));
-  m.impl("missing_capabilities", TORCH_BOX(&missing_capabilities));
+MFT_OPS(CompositeExplicitAutograd) {
+  MFT_OP(paths,
+         "(str capability, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) -> str");
+  MFT_OP(weight_bytes, "(str product, int weight, float mask, int out, bool accumulate) -> float");
+  MFT_OP(path_work,
+         "(str capability, str path, str product, str dtype, int m, int n, int k, float weight_bytes, float mask_bytes) "
+         "-> str");
+  MFT_OP(capability, "() -> str");
+  MFT_OP(capabilities, "() -> str");
+  MFT_OP(missing_capabilities, "() -> str");
 }

@@ -162,20 +162,13 @@ Tensor pack_mask_by_row(Tensor scores, Tensor threshold, bool magnitude) {
 
 }  // namespace
 
-MFT_OPS(m) {
-  m.def(
-      "grouped_product(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor offsets, "
-      "Tensor? bias, bool magnitude, bool transposed, str path) -> Tensor");
-  m.def(
-      "grouped_score_grad_(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor offsets, Tensor? weight, Tensor? scores, "
-      "Tensor? signs, bool accumulate, str path) -> ()");
-  m.def("kept_thresholds(Tensor scores, int k, bool magnitude) -> Tensor");
-  m.def("pack_mask_by_row(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
-}
-
-MFT_OPS_ON(CPU, m) {
-  m.impl("grouped_product", TORCH_BOX(&grouped_product));
-  m.impl("grouped_score_grad_", TORCH_BOX(&grouped_score_grad_));
-  m.impl("kept_thresholds", TORCH_BOX(&kept_thresholds));
-  m.impl("pack_mask_by_row", TORCH_BOX(&pack_mask_by_row));
+MFT_OPS(CPU) {
+  MFT_OP(grouped_product,
+         "(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor offsets, Tensor? bias, "
+         "bool magnitude, bool transposed, str path) -> Tensor");
+  MFT_OP(grouped_score_grad_,
+         "(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor offsets, Tensor? weight, Tensor? scores, Tensor? signs, "
+         "bool accumulate, str path) -> ()");
+  MFT_OP(kept_thresholds, "(Tensor scores, int k, bool magnitude) -> Tensor");
+  MFT_OP(pack_mask_by_row, "(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
 }

@@ -64,14 +64,8 @@ void drop_(Tensor weight, Tensor packed, Optional held) {
 
 }  // namespace
 
-MFT_OPS(m) {
-  m.def("put_aside(Tensor weight, Tensor packed, Tensor? aside, Tensor? held) -> Tensor");
-  m.def("put_back_(Tensor(a!) weight, Tensor aside, Tensor held, Tensor? wanted) -> ()");
-  m.def("drop_(Tensor(a!) weight, Tensor packed, Tensor? held) -> ()");
-}
-
-MFT_OPS_ON(CPU, m) {
-  m.impl("put_aside", TORCH_BOX(&put_aside));
-  m.impl("put_back_", TORCH_BOX(&put_back_));
-  m.impl("drop_", TORCH_BOX(&drop_));
+MFT_OPS(CPU) {
+  MFT_OP(put_aside, "(Tensor weight, Tensor packed, Tensor? aside, Tensor? held) -> Tensor");
+  MFT_OP(put_back_, "(Tensor(a!) weight, Tensor aside, Tensor held, Tensor? wanted) -> ()");
+  MFT_OP(drop_, "(Tensor(a!) weight, Tensor packed, Tensor? held) -> ()");
 }

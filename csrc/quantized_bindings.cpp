@@ -95,18 +95,12 @@ void dequantize_(Tensor out, Tensor codes, std::vector<Tensor> absmax, std::opti
 
 }  // namespace
 
-MFT_OPS(m) {
-  m.def(
-      "masked_linear_quantized(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, int rows, "
-      "int columns, Tensor? levels, int block, str path) -> Tensor");
-  m.def(
-      "grad_x_quantized(Tensor grad_output, Tensor codes, Tensor[] absmax, Tensor? packed, int rows, int columns, "
-      "Tensor? levels, int block, str path) -> Tensor");
-  m.def("dequantize_(Tensor(a!) out, Tensor codes, Tensor[] absmax, Tensor? levels, int block) -> ()");
-}
-
-MFT_OPS_ON(CPU, m) {
-  m.impl("masked_linear_quantized", TORCH_BOX(&masked_linear_quantized));
-  m.impl("grad_x_quantized", TORCH_BOX(&grad_x_quantized));
-  m.impl("dequantize_", TORCH_BOX(&dequantize_));
+MFT_OPS(CPU) {
+  MFT_OP(masked_linear_quantized,
+         "(Tensor x, Tensor codes, Tensor[] absmax, Tensor? packed, Tensor? bias, int rows, int columns, Tensor? levels, "
+         "int block, str path) -> Tensor");
+  MFT_OP(grad_x_quantized,
+         "(Tensor grad_output, Tensor codes, Tensor[] absmax, Tensor? packed, int rows, int columns, Tensor? levels, int "
+         "block, str path) -> Tensor");
+  MFT_OP(dequantize_, "(Tensor(a!) out, Tensor codes, Tensor[] absmax, Tensor? levels, int block) -> ()");
 }

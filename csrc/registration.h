@@ -16,17 +16,17 @@ namespace registration __attribute__((visibility("hidden"))) {
 
 using Library = torch::stable::detail::StableLibrary;
 
-// One block of schemas, or of what serves them on a dispatch key. In a list, as the files of ops are many.
+// One block of ops, all served on one dispatch key. In a list, as the files of ops are many.
 struct Block {
-  void (*add)(Library&);
-  const char* key;  // nullptr: schemas
+  void (*add)(Library& schemas, Library& kernels);
+  const char* key;
   uint32_t line;
   const char* file;
   const Block* next;
 
   static inline const Block* first = nullptr;
 
-  Block(void (*add_)(Library&), const char* key_, const char* file_, uint32_t line_)
+  Block(void (*add_)(Library&, Library&), const char* key_, const char* file_, uint32_t line_)
       : add(add_), key(key_), line(line_), file(file_), next(first) {
     first = this;
   }
@@ -38,14 +38,11 @@ inline const char* register_ops(const char* name) {
   static std::string error;
   if (!done.insert(name).second) return nullptr;
   try {
-    for (const bool schemas : {true, false}) {
-      for (const Block* block = Block::first; block != nullptr; block = block->next) {
-        if (schemas != (block->key == nullptr)) continue;
-        const auto kind = schemas ? Library::Kind::FRAGMENT : Library::Kind::IMPL;
-        // Never freed: what an entry of the dispatcher's lives by, until the process ends.
-        auto* library = new Library(kind, name, block->key, block->file, block->line);
-        block->add(*library);
-      }
+    for (const Block* block = Block::first; block != nullptr; block = block->next) {
+      // Never freed: what an entry of the dispatcher's lives by, until the process ends.
+      auto* schemas = new Library(Library::Kind::FRAGMENT, name, nullptr, block->file, block->line);
+      auto* kernels = new Library(Library::Kind::IMPL, name, block->key, block->file, block->line);
+      block->add(*schemas, *kernels);
     }
   } catch (const std::exception& failed) {
     done.erase(name);
@@ -63,10 +60,11 @@ extern "C" __attribute__((visibility("default"), used)) inline const char* mft_r
   return mft::registration::register_ops(name);
 }
 
-// MFT_OPS(m) { m.def(...); }  MFT_OPS_ON(CPU, m) { m.impl(...); }
-#define MFT_OPS(m) MFT_BLOCK_(C10_CONCATENATE(mft_ops_, C10_UID), nullptr, m)
-#define MFT_OPS_ON(key, m) MFT_BLOCK_(C10_CONCATENATE(mft_ops_on_, C10_UID), C10_STRINGIZE(key), m)
-#define MFT_BLOCK_(name, key, m)                                                                       \
-  static void name(mft::registration::Library&);                                                       \
-  static const mft::registration::Block C10_CONCATENATE(name, _block)(&name, key, __FILE__, __LINE__); \
-  static void name(mft::registration::Library& m)
+// MFT_OPS(CPU) { MFT_OP(function, "(Tensor x) -> Tensor"); }
+#define MFT_OPS(key) MFT_BLOCK_(C10_CONCATENATE(mft_ops_, C10_UID), C10_STRINGIZE(key))
+#define MFT_OP(function, arguments) \
+  schemas.def(#function arguments), kernels.impl(#function, TORCH_BOX(&function))
+#define MFT_BLOCK_(name, key)                                                                            \
+  static void name(mft::registration::Library& schemas, mft::registration::Library& kernels);            \
+  static const mft::registration::Block C10_CONCATENATE(name, _block)(&name, key, __FILE__, __LINE__);   \
+  static void name(mft::registration::Library& schemas, mft::registration::Library& kernels)

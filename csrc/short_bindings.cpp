@@ -239,27 +239,17 @@ Optional try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> mas
 
 }  // namespace
 
-MFT_OPS(m) {
-  m.def(
-      "try_masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Tensor? bias, str mode) -> Tensor?");
-  m.def(
-      "try_masked_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, "
-      "str mode, bool[] output_mask) -> Tensor[]");
-  m.def("try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
-  m.def(
-      "try_masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, "
-      "Tensor? signs, str mode, bool[] output_mask) -> Tensor[]");
-  m.def("try_accumulate_product(Tensor(a!) out, Tensor grad_output, Tensor x) -> bool");
-  m.def(
-      "try_masked_linear_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str way) "
-      "-> Tensor?");
-}
-
-MFT_OPS_ON(CompositeExplicitAutograd, m) {
-  m.impl("try_masked_linear", TORCH_BOX(&try_masked_linear));
-  m.impl("try_masked_linear_backward", TORCH_BOX(&try_masked_linear_backward));
-  m.impl("try_masked_linear_packed", TORCH_BOX(&try_masked_linear_packed));
-  m.impl("try_masked_linear_packed_backward", TORCH_BOX(&try_masked_linear_packed_backward));
-  m.impl("try_accumulate_product", TORCH_BOX(&try_accumulate_product));
-  m.impl("try_masked_linear_many", TORCH_BOX(&try_masked_linear_many));
+MFT_OPS(CompositeExplicitAutograd) {
+  MFT_OP(try_masked_linear,
+         "(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Tensor? bias, str mode) -> Tensor?");
+  MFT_OP(try_masked_linear_backward,
+         "(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, str mode, bool[] output_mask) "
+         "-> Tensor[]");
+  MFT_OP(try_masked_linear_packed, "(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
+  MFT_OP(try_masked_linear_packed_backward,
+         "(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, Tensor? signs, str mode, bool[] "
+         "output_mask) -> Tensor[]");
+  MFT_OP(try_accumulate_product, "(Tensor(a!) out, Tensor grad_output, Tensor x) -> bool");
+  MFT_OP(try_masked_linear_many,
+         "(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str way) -> Tensor?");
 }

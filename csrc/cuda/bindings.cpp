@@ -214,30 +214,20 @@ std::tuple<int64_t, int64_t> versions() {
 
 }  // namespace
 
-MFT_OPS(m) {
-  m.def(
-      "product(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, "
-      "bool magnitude, bool transposed, int tokens=0, int parts=0) -> Tensor");
-  m.def(
-      "score_grad_(Tensor(a!)? d_scores, Tensor(b!)? d_weight, Tensor grad_output, Tensor x, Tensor? weight, "
-      "Tensor? sign_scores, Tensor? sign_words, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, "
-      "bool accumulate) -> ()");
-  m.def("kept_threshold(Tensor scores, int k, bool magnitude) -> Tensor");
-  m.def("pack_mask(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
-  m.def("pack_signs(Tensor scores) -> (Tensor, Tensor)");
-  m.def("contents() -> str");
-  m.def("versions() -> (int, int)");
+MFT_OPS(MFT_KEY) {
+  MFT_OP(product,
+         "(Tensor x, Tensor weight, Tensor? scores, Tensor? threshold, Tensor? packed, Tensor? bias, bool magnitude, "
+         "bool transposed, int tokens=0, int parts=0) -> Tensor");
+  MFT_OP(score_grad_,
+         "(Tensor(a!)? d_scores, Tensor(b!)? d_weight, Tensor grad_output, Tensor x, Tensor? weight, Tensor? "
+         "sign_scores, Tensor? sign_words, Tensor? scores, Tensor? threshold, Tensor? packed, bool magnitude, bool "
+         "accumulate) -> ()");
+  MFT_OP(kept_threshold, "(Tensor scores, int k, bool magnitude) -> Tensor");
+  MFT_OP(pack_mask, "(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
+  MFT_OP(pack_signs, "(Tensor scores) -> (Tensor, Tensor)");
 }
 
-MFT_OPS_ON(MFT_KEY, m) {
-  m.impl("product", TORCH_BOX(&product));
-  m.impl("score_grad_", TORCH_BOX(&score_grad_));
-  m.impl("kept_threshold", TORCH_BOX(&kept_threshold));
-  m.impl("pack_mask", TORCH_BOX(&pack_mask));
-  m.impl("pack_signs", TORCH_BOX(&pack_signs));
-}
-
-MFT_OPS_ON(CompositeExplicitAutograd, m) {
-  m.impl("contents", TORCH_BOX(&contents));
-  m.impl("versions", TORCH_BOX(&versions));
+MFT_OPS(CompositeExplicitAutograd) {
+  MFT_OP(contents, "() -> str");
+  MFT_OP(versions, "() -> (int, int)");
 }
