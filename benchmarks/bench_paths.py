@@ -77,7 +77,7 @@ class Weights:
         # Scores have the weight's dtype; fp16 models come with bf16 scores.
         scores_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         first = random_inputs(1, n, k, dtype, scores_dtype)
-        self.threshold = torch.ops.mft_cpu.kept_threshold(first.scores, int(KEEP * n * k), True)
+        self.threshold = torch.ops.mft_cpu.kept_thresholds(first.scores.view(1, -1), int(KEEP * n * k), True).squeeze(0)
         packed = torch.ops.mft_cpu.pack_mask(first.scores, self.threshold, True)
         masks = {"words": packed, "scores": first.scores}
         mask = masks.get(source)

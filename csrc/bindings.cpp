@@ -17,39 +17,18 @@
 #include "operands.h"
 #include "text.h"
 
+namespace mft::ops {
 namespace {
-
-using mft::check_size;
-using mft::empty_matrix;
-using mft::empty_product;
-using mft::expect_writes;
-using mft::flat;
-using mft::Format;
-using mft::format_of;
-using mft::input;
-using mft::mask_source;
-using mft::MaskSource;
-using mft::Matrix;
-using mft::output;
-using mft::Text;
-using mft::value_of;
-using mft::words;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
                      std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, Text path) {
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix w = input(weight, "weight"), in = flat(x, w.columns, "x", const_cast<void*>(x.const_data_ptr()));
   STD_TORCH_CHECK(in.format == w.format, "x must be in weight's dtype");
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->numel() == w.rows && bias->is_contiguous() && format_of(*bias, "bias") == w.format,
-                    "bias must be (N,) in weight's dtype");
-  }
+  const void* added = bias_of(bias, w.rows, w.format);
   Tensor y = empty_product(x, in.rows, w.rows);
   mft::masked_linear(cpu, flat(y, w.rows, "y", y.mutable_data_ptr()), in, w,
-                     mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
-                     bias.has_value() ? bias->const_data_ptr() : nullptr, mft::path_of(path));
+                     mask_source(scores, threshold, packed, magnitude, w.rows, w.columns), added, mft::path_of(path));
   return y;
 }
 
@@ -85,14 +64,7 @@ void grad_scores_(Tensor out, Tensor grad_output, Tensor x, std::optional<Tensor
                       grad.columns == w.rows && in.columns == w.columns,
                   "grad_output must be (M, N) and x (M, K), in weight's dtype");
   check_size(out, w.rows, w.columns, "out");
-  mft::SignSource sign{nullptr, Format::kFloat32, nullptr, w.columns};
-  if (signs.has_value()) {
-    sign.words = words(*signs, w.rows, w.columns, "signs");
-  } else if (scores.has_value()) {
-    check_size(*scores, w.rows, w.columns, "scores");
-    sign.scores = input(*scores, "scores").data;
-    sign.score_format = format_of(*scores, "scores");
-  }
+  const mft::SignSource sign = sign_source(scores, signs, w.rows, w.columns);
   const Matrix destination = output(out, "out");
   if (!accumulate) {  // then out was most likely just allocated
     expect_writes(destination.data, w.rows * w.columns * mft::bytes_of(destination.format), in.rows);
@@ -100,37 +72,59 @@ void grad_scores_(Tensor out, Tensor grad_output, Tensor x, std::optional<Tensor
   mft::grad_scores(cpu, destination, grad, in, w, sign, accumulate, mft::path_of(path));
 }
 
-Tensor kept_threshold(Tensor scores, int64_t k, bool magnitude) {
-  const Format format = format_of(scores, "scores");
-  STD_TORCH_CHECK(scores.is_contiguous() && k >= 0 && k <= scores.numel(), "k must lie in [0, numel]");
-  Tensor threshold = torch::stable::new_empty(scores, {});
-  const uint32_t bits = mft::kth_largest(scores.const_data_ptr(), format, scores.numel(), k, magnitude);
+// Write the bits of a number of 4 or 2 bytes.
+void write(void* to, uint32_t bits, int64_t bytes) {
   const auto low = static_cast<uint16_t>(bits);
-  const void* value = format == Format::kFloat32 ? static_cast<const void*>(&bits) : &low;
-  std::memcpy(threshold.mutable_data_ptr(), value, mft::bytes_of(format));
-  return threshold;
+  std::memcpy(to, bytes == 4 ? static_cast<const void*>(&bits) : &low, bytes);
 }
 
-Tensor pack_rows(const Matrix& s, const Tensor& like, mft::KeepRange range) {
+// Return the k-th largest score of each matrix in scores (E, ...), (E,).
+Tensor kept_thresholds(Tensor scores, int64_t k, bool magnitude) {
+  const Format format = format_of(scores, "scores");
+  STD_TORCH_CHECK(scores.dim() >= 1 && scores.size(0) > 0 && scores.is_contiguous(), "scores must be (E, ...)");
+  const int64_t count = scores.size(0), each = scores.numel() / count, width = mft::bytes_of(format);
+  STD_TORCH_CHECK(k >= 0 && k <= each, "k must lie in [0, ", each, "]");
+  const int64_t sizes[] = {count};
+  Tensor thresholds = torch::stable::new_empty(scores, {sizes, 1});
+  const auto* from = static_cast<const char*>(scores.const_data_ptr());
+  auto* to = static_cast<char*>(thresholds.mutable_data_ptr());
+  const auto select = [&](int64_t e) {
+    write(to + e * width, mft::kth_largest(from + e * each * width, format, each, k, magnitude), width);
+  };
+  // Each thread selects for one matrix at a time, as long as there are enough. All threads together select for each of
+  // the rest.
+  const int64_t alone = count / mft::num_threads() * mft::num_threads();
+  mft::parallel_for(0, alone, 1, [&](int64_t begin, int64_t end) {
+    const mft::Alone guard;
+    for (int64_t e = begin; e < end; ++e) select(e);
+  });
+  for (int64_t e = alone; e < count; ++e) select(e);
+  return thresholds;
+}
+
+// ranges: one for all rows, or one per row.
+Tensor pack_rows(const Matrix& s, const Tensor& like, const std::vector<mft::KeepRange>& ranges) {
   const mft::Capability& cpu = mft::chosen_capability();
   const int64_t sizes[] = {s.rows, (s.columns + 31) / 32};
   Tensor packed = torch::stable::new_empty(like, {sizes, 2}, ScalarType::Int);
   auto* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
   mft::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) cpu.rows->pack(words + r * sizes[1], s.row(r), s.format, range, s.columns);
+    for (int64_t r = begin; r < end; ++r) {
+      cpu.rows->pack(words + r * sizes[1], s.row(r), s.format, ranges[ranges.size() == 1 ? 0 : r], s.columns);
+    }
   });
   return packed;
 }
 
 Tensor pack_mask(Tensor scores, Tensor threshold, bool magnitude) {
   const Matrix s = input(scores, "scores");
-  return pack_rows(s, scores, mft::range_at_least(value_of(threshold), s.format, magnitude));
+  return pack_rows(s, scores, ranges(threshold, threshold.dim() == 0 ? 1 : s.rows, s.format, magnitude));
 }
 
 std::tuple<Tensor, Tensor> pack_signs(Tensor scores) {
   const mft::Capability& cpu = mft::chosen_capability();
   const Matrix s = input(scores, "scores");
-  Tensor signs = pack_rows(s, scores, mft::range_positive(s.format));
+  Tensor signs = pack_rows(s, scores, {mft::range_positive(s.format)});
   std::atomic<int64_t> zeros{0};
   mft::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
     int64_t found = 0;
@@ -210,9 +204,7 @@ Tensor score_step_(Tensor scores, Tensor grad, std::optional<Tensor> weight, Ten
   }
   const uint32_t bits = mft::score_step(*mft::chosen_capability().step, t, c, n, k, magnitude, hint);
   Tensor threshold = torch::stable::new_empty(scores, {});
-  const auto low = static_cast<uint16_t>(bits);
-  const bool wide = t.score_format == mft::ScoreFormat::kFloat32;
-  std::memcpy(threshold.mutable_data_ptr(), wide ? static_cast<const void*>(&bits) : &low, wide ? 4 : 2);
+  write(threshold.mutable_data_ptr(), bits, t.score_format == mft::ScoreFormat::kFloat32 ? 4 : 2);
   return threshold;
 }
 
@@ -267,7 +259,7 @@ MFT_OPS(CPU) {
   MFT_OP(grad_scores_,
          "(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor? weight, Tensor? scores, Tensor? signs, bool accumulate, "
          "str path) -> ()");
-  MFT_OP(kept_threshold, "(Tensor scores, int k, bool magnitude) -> Tensor");
+  MFT_OP(kept_thresholds, "(Tensor scores, int k, bool magnitude) -> Tensor");
   MFT_OP(pack_mask, "(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
   MFT_OP(pack_signs, "(Tensor scores) -> (Tensor, Tensor)");
   MFT_OP(score_step_,
@@ -287,3 +279,5 @@ MFT_OPS(CompositeExplicitAutograd) {
   MFT_OP(capabilities, "() -> str");
   MFT_OP(missing_capabilities, "() -> str");
 }
+
+}  // namespace mft::ops

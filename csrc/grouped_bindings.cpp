@@ -1,33 +1,15 @@
-// The ops of namespace mft_cpu over experts (cpu/grouped.h), and the ops that choose their masks.
+// The ops of namespace mft_cpu over experts (cpu/grouped.h).
 // mft_kernels/backends/cpu/__init__.py makes all tensors but the weight contiguous.
-#include <cstring>
 #include <optional>
-#include <string>
-#include <vector>
 
 #include "cpu/capability.h"
 #include "cpu/grouped.h"
-#include "cpu/parallel.h"
-#include "cpu/select.h"
 #include "operands.h"
 #include "text.h"
 
+namespace mft::ops {
 namespace {
 
-using mft::check_size;
-using mft::empty_matrix;
-using mft::Experts;
-using mft::flat;
-using mft::Format;
-using mft::format_of;
-using mft::input;
-using mft::KeepRange;
-using mft::Matrix;
-using mft::output;
-using mft::Text;
-using mft::words;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 Experts experts(const Tensor& t, const char* name, void* data) {
@@ -57,19 +39,6 @@ const uint32_t* stacked_words(const Tensor& t, const Experts& like, const char* 
   return static_cast<const uint32_t*>(stacked(t, like, name, (like.columns + 31) / 32).data);
 }
 
-// Return the range of each threshold in a contiguous tensor. Neighbours are often equal and then share the work.
-std::vector<KeepRange> ranges(const Tensor& thresholds, int64_t count, Format format, bool magnitude) {
-  STD_TORCH_CHECK(thresholds.numel() == count && thresholds.is_contiguous(), "threshold must be (", count, ",)");
-  std::vector<KeepRange> found;
-  double last = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double threshold = mft::value_at(thresholds, i);
-    found.push_back(i > 0 && threshold == last ? found.back() : mft::range_at_least(threshold, format, magnitude));
-    last = threshold;
-  }
-  return found;
-}
-
 Tensor grouped_product(Tensor x, Tensor weight, Optional scores, Optional threshold, Optional packed, Tensor offsets,
                        Optional bias, bool magnitude, bool transposed, Text path) {
   const Experts w = inputs(weight, "weight");
@@ -83,7 +52,7 @@ Tensor grouped_product(Tensor x, Tensor weight, Optional scores, Optional thresh
     STD_TORCH_CHECK(scores.has_value() && threshold.has_value(), "give scores and threshold, or packed");
     masks.score_format = format_of(*scores, "scores");
     masks.scores = stacked(*scores, w, "scores", w.columns).data;
-    masks.ranges = ranges(*threshold, w.count, masks.score_format, magnitude);
+    masks.ranges = mft::ranges(*threshold, w.count, masks.score_format, magnitude);
   }
   if (bias.has_value()) {
     check_size(*bias, w.count, across, "bias");
@@ -120,46 +89,6 @@ void grouped_score_grad_(Tensor out, Tensor grad_output, Tensor x, Tensor offset
                            mft::path_of(path));
 }
 
-// Return the k-th largest score of each expert in scores (E, ...).
-Tensor kept_thresholds(Tensor scores, int64_t k, bool magnitude) {
-  const Format format = format_of(scores, "scores");
-  STD_TORCH_CHECK(scores.dim() >= 1 && scores.size(0) > 0 && scores.is_contiguous(), "scores must be (E, ...)");
-  const int64_t count = scores.size(0), each = scores.numel() / count, width = mft::bytes_of(format);
-  STD_TORCH_CHECK(k >= 0 && k <= each, "k must lie in [0, ", each, "]");
-  const int64_t sizes[] = {count};
-  Tensor thresholds = torch::stable::new_empty(scores, {sizes, 1});
-  const auto* from = static_cast<const char*>(scores.const_data_ptr());
-  auto* to = static_cast<char*>(thresholds.mutable_data_ptr());
-  const auto select = [&](int64_t e) {
-    const uint32_t bits = mft::kth_largest(from + e * each * width, format, each, k, magnitude);
-    const auto low = static_cast<uint16_t>(bits);
-    std::memcpy(to + e * width, width == 4 ? static_cast<const void*>(&bits) : &low, width);
-  };
-  // Each thread selects for one expert at a time, as long as there are enough. All threads together select for each of
-  // the rest.
-  const int64_t alone = count / mft::num_threads() * mft::num_threads();
-  mft::parallel_for(0, alone, 1, [&](int64_t begin, int64_t end) {
-    const mft::Alone guard;
-    for (int64_t e = begin; e < end; ++e) select(e);
-  });
-  for (int64_t e = alone; e < count; ++e) select(e);
-  return thresholds;
-}
-
-// pack_mask() with one threshold per row.
-Tensor pack_mask_by_row(Tensor scores, Tensor threshold, bool magnitude) {
-  const mft::Capability& cpu = mft::chosen_capability();
-  const Matrix s = input(scores, "scores");
-  const std::vector<KeepRange> own = ranges(threshold, s.rows, s.format, magnitude);
-  const int64_t sizes[] = {s.rows, (s.columns + 31) / 32};
-  Tensor packed = torch::stable::new_empty(scores, {sizes, 2}, ScalarType::Int);
-  auto* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  mft::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) cpu.rows->pack(words + r * sizes[1], s.row(r), s.format, own[r], s.columns);
-  });
-  return packed;
-}
-
 }  // namespace
 
 MFT_OPS(CPU) {
@@ -169,6 +98,6 @@ MFT_OPS(CPU) {
   MFT_OP(grouped_score_grad_,
          "(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor offsets, Tensor? weight, Tensor? scores, Tensor? signs, "
          "bool accumulate, str path) -> ()");
-  MFT_OP(kept_thresholds, "(Tensor scores, int k, bool magnitude) -> Tensor");
-  MFT_OP(pack_mask_by_row, "(Tensor scores, Tensor threshold, bool magnitude) -> Tensor");
 }
+
+}  // namespace mft::ops

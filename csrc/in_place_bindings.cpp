@@ -6,14 +6,9 @@
 
 #include "operands.h"
 
+namespace mft::ops {
 namespace {
 
-using mft::Bits;
-using mft::bytes_of;
-using mft::flat;
-using mft::Matrix;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 Matrix rows(const Tensor& weight, void* data) { return flat(weight, weight.size(-1), "weight", data); }
@@ -69,3 +64,5 @@ MFT_OPS(CPU) {
   MFT_OP(put_back_, "(Tensor(a!) weight, Tensor aside, Tensor held, Tensor? wanted) -> ()");
   MFT_OP(drop_, "(Tensor(a!) weight, Tensor packed, Tensor? held) -> ()");
 }
+
+}  // namespace mft::ops

@@ -76,6 +76,37 @@ inline double value_of(const Tensor& threshold) {
   return value_at(threshold, 0);
 }
 
+// Return the range of each threshold in a contiguous tensor. Neighbours are often equal and then share the work.
+inline std::vector<KeepRange> ranges(const Tensor& thresholds, int64_t count, Format format, bool magnitude) {
+  STD_TORCH_CHECK(thresholds.numel() == count && thresholds.is_contiguous(), "threshold must be (", count, ",)");
+  std::vector<KeepRange> found;
+  double last = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double threshold = value_at(thresholds, i);
+    found.push_back(i > 0 && threshold == last ? found.back() : range_at_least(threshold, format, magnitude));
+    last = threshold;
+  }
+  return found;
+}
+
+// Return the source of the sign of scores (rows, columns): words if given, else scores, else none.
+inline SignSource sign_source(const std::optional<Tensor>& scores, const std::optional<Tensor>& signs, int64_t rows,
+                              int64_t columns) {
+  if (signs.has_value()) return {nullptr, Format::kFloat32, words(*signs, rows, columns, "signs"), columns};
+  if (!scores.has_value()) return {nullptr, Format::kFloat32, nullptr, columns};
+  check_size(*scores, rows, columns, "scores");
+  const Matrix s = input(*scores, "scores");
+  return {s.data, s.format, nullptr, columns};
+}
+
+// Return the data of a bias (rows,), or nullptr if there is none.
+inline const void* bias_of(const std::optional<Tensor>& bias, int64_t rows, Format format) {
+  if (!bias.has_value()) return nullptr;
+  STD_TORCH_CHECK(bias->numel() == rows && bias->is_contiguous() && format_of(*bias, "bias") == format,
+                  "bias must be (N,) in x's dtype");
+  return bias->const_data_ptr();
+}
+
 inline MaskSource mask_source(const std::optional<Tensor>& scores, const std::optional<Tensor>& threshold,
                        const std::optional<Tensor>& packed, bool magnitude, int64_t rows, int64_t columns) {
   if (packed.has_value()) {

@@ -6,13 +6,8 @@
 #include "operands.h"
 #include "text.h"
 
+namespace mft::ops {
 namespace {
-
-using mft::MaskSource;
-using mft::Matrix;
-using mft::Text;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Return a quantised weight. Its codes index a table of `levels`, or are int8. `absmax` is fp32, or, for a table, the
 // four tensors of bitsandbytes' double quantisation: the codes of absmax, their fp32 absmax, the map of the codes, the
@@ -63,15 +58,11 @@ Tensor masked_linear_quantized(Tensor x, Tensor codes, std::vector<Tensor> absma
   const mft::Capability& cpu = mft::chosen_capability();
   const mft::Quantized weight = quantized(codes, absmax, rows, columns, levels, block);
   const Matrix in = mft::flat(x, columns, "x", const_cast<void*>(x.const_data_ptr()));
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->numel() == rows && bias->is_contiguous() && mft::format_of(*bias, "bias") == in.format,
-                    "bias must be (N,) in x's dtype");
-  }
+  const void* added = mft::bias_of(bias, rows, in.format);
   std::vector<uint32_t> all;
   Tensor y = mft::empty_product(x, in.rows, rows);
   mft::masked_linear(cpu, mft::flat(y, rows, "y", y.mutable_data_ptr()), in, {weight, cpu.decode, in.format},
-                     bits_or_all(packed, all, rows, columns), bias.has_value() ? bias->const_data_ptr() : nullptr,
-                     mft::path_of(path));
+                     bits_or_all(packed, all, rows, columns), added, mft::path_of(path));
   return y;
 }
 
@@ -104,3 +95,5 @@ MFT_OPS(CPU) {
          "block, str path) -> Tensor");
   MFT_OP(dequantize_, "(Tensor(a!) out, Tensor codes, Tensor[] absmax, Tensor? levels, int block) -> ()");
 }
+
+}  // namespace mft::ops

@@ -13,20 +13,9 @@
 #include "operands.h"
 #include "text.h"
 
+namespace mft::ops {
 namespace {
 
-using mft::empty_product;
-using mft::expect_writes;
-using mft::flat;
-using mft::Format;
-using mft::input;
-using mft::mask_source;
-using mft::MaskSource;
-using mft::Matrix;
-using mft::output;
-using mft::Text;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 // Return whether an environment variable is set, and to something else than its default.
@@ -157,11 +146,7 @@ std::vector<Tensor> try_masked_linear_backward(Tensor grad_output, Tensor x, Ten
   const int64_t rows = weight.size(0), columns = weight.size(1);
   if (!is_step(grad_output, x, weight, output_mask[2])) return {};
   if (!is_scores(scores, rows, columns) || !is_threshold(threshold, scores)) return {};
-  mft::SignSource sign{nullptr, Format::kFloat32, nullptr, columns};
-  if (mode == "magnitude") {
-    sign.scores = scores.const_data_ptr();
-    sign.score_format = mft::format_of(scores, "scores");
-  }
+  const auto sign = sign_source(mode == "magnitude" ? Optional(scores) : std::nullopt, std::nullopt, rows, columns);
   const MaskSource mask = mask_of(scores, threshold, mode, input(weight, "weight"));
   return gradients(grad_output, x, weight, mask, sign, scores.scalar_type(), output_mask);
 }
@@ -172,22 +157,12 @@ std::vector<Tensor> try_masked_linear_packed_backward(Tensor grad_output, Tensor
   if (is_asked_for() || !is_weight(weight) || !is_wanted(output_mask)) return {};
   const int64_t rows = weight.size(0), columns = weight.size(1);
   if (!is_step(grad_output, x, weight, output_mask[2]) || !is_words(packed, rows, columns)) return {};
-  mft::SignSource sign{nullptr, Format::kFloat32, nullptr, columns};
-  ScalarType score_type = ScalarType::Float;
-  if (output_mask[2]) {
-    if (scores.has_value()) {
-      score_type = scores->scalar_type();
-      if (!is_scores(*scores, rows, columns)) return {};
-    }
-    if (mode != "value" && signs.has_value()) {
-      if (!is_words(*signs, rows, columns)) return {};
-      sign.words = static_cast<const uint32_t*>(signs->const_data_ptr());
-    } else if (mode != "value") {
-      if (!scores.has_value()) return {};
-      sign.scores = scores->const_data_ptr();
-      sign.score_format = mft::format_of(*scores, "scores");
-    }
-  }
+  const bool is_signed = output_mask[2] && mode != "value";
+  if (output_mask[2] && scores.has_value() && !is_scores(*scores, rows, columns)) return {};
+  if (is_signed && (signs.has_value() ? !is_words(*signs, rows, columns) : !scores.has_value())) return {};
+  const ScalarType score_type = scores.has_value() ? scores->scalar_type() : ScalarType::Float;
+  const mft::SignSource sign =
+      sign_source(is_signed ? scores : std::nullopt, is_signed ? signs : std::nullopt, rows, columns);
   const MaskSource mask = mask_of(packed, input(weight, "weight"));
   return gradients(grad_output, x, weight, mask, sign, score_type, output_mask);
 }
@@ -253,3 +228,5 @@ MFT_OPS(CompositeExplicitAutograd) {
   MFT_OP(try_masked_linear_many,
          "(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str way) -> Tensor?");
 }
+
+}  // namespace mft::ops

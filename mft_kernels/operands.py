@@ -182,21 +182,6 @@ class Update:
         weight = None if self.weight is None else self.weight.contiguous()
         return self.scores, self.grad.contiguous(), weight, self.exp_avg, self.exp_avg_sq, self.scales
 
-    def until_seed(self) -> tuple:
-        """Return the first fifteen arguments of score_step_ in both C++ libraries."""
-        return (
-            *self.tensors(),
-            self.step,
-            self.step_size,
-            self.beta1,
-            self.beta2,
-            self.correction,
-            self.eps,
-            self.decay,
-            self.grad_scale,
-            self.seed,
-        )
-
     def on_host(self) -> "Update":
         """Return this update with numbers for step and lr. The host may wait for them."""
         if not isinstance(self.step, Tensor):

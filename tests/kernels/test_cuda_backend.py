@@ -161,7 +161,7 @@ def test_a_library_defines_its_ops_in_as_many_namespaces_as_are_asked_for():
     library, x = built.library_path("cpu"), torch.tensor([[3.0, -1.0, 2.0]])
     for _ in range(2):  # the second call has nothing left to do
         built.load_ops(library, "test_built_cpu")
-    assert torch.ops.test_built_cpu.kept_threshold(x, 2, True) == torch.ops.mft_cpu.kept_threshold(x, 2, True) == 2
+    assert torch.ops.test_built_cpu.kept_thresholds(x, 2, True) == torch.ops.mft_cpu.kept_thresholds(x, 2, True) == 2
 
 
 @needs_cpu

@@ -42,16 +42,15 @@ def score_grad(sums: Sums) -> None:
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
     """Return the k-th largest key, by histograms: +inf if nothing is kept, NaN if a score is not finite."""
-    run, numel = built.cpu_ops.kept_threshold, scores.numel()
-    if each:
-        run, numel = built.cpu_ops.kept_thresholds, scores[0].numel()
-    return run(scores.contiguous(), kept_count(numel, keep_ratio), mode == "magnitude")
+    matrices = scores if each else scores.reshape(1, -1)
+    kept = kept_count(matrices[0].numel(), keep_ratio)
+    found = built.cpu_ops.kept_thresholds(matrices.contiguous(), kept, mode == "magnitude")
+    return found if each else found.squeeze(0)
 
 
 def pack(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
     """Return keep as bits, int32 (N, ceil(K / 32)). threshold is () or (N,), one per row."""
-    run = built.cpu_ops.pack_mask_by_row if threshold.dim() == 1 else built.cpu_ops.pack_mask
-    return run(scores.contiguous(), threshold.contiguous(), mode == "magnitude")
+    return built.cpu_ops.pack_mask(scores.contiguous(), threshold.contiguous(), mode == "magnitude")
 
 
 def signs(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,9 +64,12 @@ def step(update: Update) -> tuple[Tensor, Tensor]:
     A second pass packs the mask. fp32 scores take a third pass if the threshold before the step is not given, or is
     more than 3 % away from the next.
     """
+    update = update.on_host()
     scores = update.scores
     found = built.cpu_ops.score_step_(
-        *update.on_host().until_seed(),
+        *update.tensors(),
+        *(update.step, update.step_size, update.beta1, update.beta2, update.correction, update.eps, update.decay),
+        *(update.grad_scale, update.seed),
         update.magnitude and update.weight is not None,
         -1 if update.keep_ratio is None else kept_count(scores.numel(), update.keep_ratio),
         update.magnitude,
