@@ -304,15 +304,5 @@ def test_results_do_not_depend_on_the_schedule(scores_dtype, seed, asynchrony):
 # ------------------------------------------------------------------------------------------------------------- other
 
 
-def test_fp32_weights_are_refused():
-    t = integer_inputs(4, 8, 8, FP32, FP32)
-    with pytest.raises(RuntimeError, match="weight must be bf16 or fp16, got fp32"):
-        emulated.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), None, "magnitude")
-    with pytest.raises(RuntimeError, match="weight must be bf16 or fp16, got fp32"):
-        emulated.accumulate_score_grad(t.scores, t.grad_output, t.x, t.weight, t.scores, None, "magnitude")
-    with pytest.raises(RuntimeError, match="weight must be bf16 or fp16, got fp32"):
-        emulated.accumulate_product(t.scores, t.grad_output, t.x)
-
-
 def test_tiles_give_the_right_fragments_without_bank_conflicts():
     run("test_tile_sm80.cpp", [built("machine.cpp")])
