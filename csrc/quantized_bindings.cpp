@@ -43,13 +43,10 @@ mft::Quantized quantized(const Tensor& codes, const std::vector<Tensor>& absmax,
   return found;
 }
 
-// Return the mask of a weight (rows, columns): its bits or, without a mask, the bits of one row that keeps every
-// weight. `all` holds that row.
+// Return the mask of a weight (rows, columns): its bits, or one that keeps every weight, whose words are in `all`.
 MaskSource bits_or_all(const std::optional<Tensor>& packed, std::vector<uint32_t>& all, int64_t rows, int64_t columns) {
-  if (packed.has_value()) return mft::mask_source(std::nullopt, std::nullopt, packed, false, rows, columns);
-  all.assign((columns + 31) / 32, ~0u);
-  if (columns % 32 != 0) all.back() = (1u << columns % 32) - 1;
-  return {nullptr, mft::Format::kFloat32, all.data(), {0, 0, false}, columns, true};
+  if (!packed.has_value()) return mft::keep_all(all, columns);
+  return mft::mask_source(std::nullopt, std::nullopt, packed, false, rows, columns);
 }
 
 Tensor masked_linear_quantized(Tensor x, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,

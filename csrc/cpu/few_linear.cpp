@@ -32,26 +32,6 @@ int64_t bytes_read(const Weight& weight, const MaskSource& mask) {
   return weight.rows * weight.columns * each;
 }
 
-FewTokens call_of(const Matrix& out, const Weight& weight, const MaskSource& mask, const void* bias,
-                  const Prepared& tokens) {
-  return {weight.format,
-          out.rows,
-          weight.rows,
-          weight.columns,
-          static_cast<const char*>(weight.data),
-          mask.scores,
-          mask.score_format,
-          mask.words,
-          mask.range,
-          static_cast<const char*>(bias),
-          tokens.get(),
-          static_cast<char*>(out.data),
-          nullptr,
-          mask.one_row,
-          weight.codes,
-          weight.decode};
-}
-
 // A call with its own memory for kDotRows decoded parts of rows.
 class WithRoom {
  public:
@@ -68,13 +48,22 @@ class WithRoom {
 
 }  // namespace
 
+FewTokens few_tokens(const Matrix& out, const Weight& weight, const MaskSource& mask, const void* bias,
+                     const float* tokens, int64_t count) {
+  FewTokens call{weight.format, count, weight.rows, weight.columns, static_cast<const char*>(weight.data), mask.scores,
+                 mask.score_format, mask.words, mask.range, static_cast<const char*>(bias), tokens,
+                 static_cast<char*>(out.data)};
+  call.one_row = mask.one_row, call.codes = weight.codes, call.decode = weight.decode;
+  return call;
+}
+
 void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,
                        const MaskSource& mask, const void* bias, Columns part) {
   const int64_t words = mask.scores == nullptr ? 0 : kDotRows * ((weight.columns + 31) / 32);
   for (int64_t t = 0; t < x.rows; t += kFewTokens) {
     const int64_t count = std::min(kFewTokens, x.rows - t);
     const Prepared tokens(x.narrow_rows(t, count), cpu.few->prepare_dot);
-    const FewTokens call = call_of(y.narrow_rows(t, count), weight, mask, bias, tokens);
+    const FewTokens call = few_tokens(y.narrow_rows(t, count), weight, mask, bias, tokens.get(), count);
     for_few_spans(part, kDotRows, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
       const Scratch scratch(words * sizeof(uint32_t));
       cpu.few->dot(WithRoom(call, weight, weight.columns).get(), first, end, static_cast<uint32_t*>(scratch.get()));
@@ -87,7 +76,7 @@ void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_out
   for (int64_t t = 0; t < grad_output.rows; t += kFewTokens) {
     const int64_t count = std::min(kFewTokens, grad_output.rows - t);
     const Prepared tokens(grad_output.narrow_rows(t, count), cpu.few->prepare_sum);
-    const FewTokens call = call_of(d_x.narrow_rows(t, count), weight, mask, bias, tokens);
+    const FewTokens call = few_tokens(d_x.narrow_rows(t, count), weight, mask, bias, tokens.get(), count);
     for_few_spans(part, 64, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
       const int64_t strip = few_strip_columns(call.format, count);
       const Scratch scratch(count * (strip + 16) * sizeof(float));

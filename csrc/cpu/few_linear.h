@@ -9,6 +9,10 @@
 
 namespace mft {
 
+// Returns a call of few_tokens.h for `count` prepared tokens.
+FewTokens few_tokens(const Matrix& out, const Weight& weight, const MaskSource& mask, const void* bias,
+                     const float* tokens, int64_t count);
+
 // masked_linear() and grad_x() of linear.h for columns `part` of the result. No matrix is empty. part.first is a
 // multiple of 32.
 void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, const Weight& weight,

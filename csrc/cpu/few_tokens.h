@@ -60,9 +60,9 @@ struct FewKernels {
 
   // Computes y[:, first_row .. end_row). scratch has room for kDotRows rows of words.
   void (*dot)(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch);
-  // The same for several calls that share weight, bias and out. Each has its own tokens and words. A call with neither
-  // words nor scores keeps everything; `all` has the words of one such row. The weight is read once for all calls.
-  void (*dot_many)(const FewTokens* calls, int64_t count, int64_t first_row, int64_t end_row, const uint32_t* all);
+  // The same for several calls that share weight, bias and out. Each has its own tokens and words. The weight is read
+  // once for all calls.
+  void (*dot_many)(const FewTokens* calls, int64_t count, int64_t first_row, int64_t end_row);
   // Computes d_x[:, first_column .. end_column) + bias. first_column is a multiple of 32. scratch has room for
   // few_strip_columns() + 16 floats per token.
   void (*sum)(const FewTokens& call, int64_t first_column, int64_t end_column, float* scratch);

@@ -85,6 +85,12 @@ double sign_bytes(const SignSource& sign) {
 
 }  // namespace
 
+MaskSource keep_all(std::vector<uint32_t>& words, int64_t columns) {
+  words.assign((columns + 31) / 32, ~0u);
+  if (columns % 32 != 0) words.back() = (1u << columns % 32) - 1;
+  return {nullptr, Format::kFloat32, words.data(), {0, 0, false}, columns, true};
+}
+
 Call call_of(Product product, const Matrix& weight, const MaskSource& mask, int64_t tokens) {
   const double masked = mask_bytes(mask);
   return {product, weight.format, tokens, weight.rows, weight.columns,

@@ -29,6 +29,9 @@ struct MaskSource {
   }
 };
 
+// Returns the mask that keeps everything. `words` receives those of one row.
+MaskSource keep_all(std::vector<uint32_t>& words, int64_t columns);
+
 // The source of the sign of the scores. Both nullptr: no sign factor.
 struct SignSource {
   const void* scores;

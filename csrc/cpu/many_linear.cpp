@@ -38,9 +38,15 @@ struct Order {
   }
 };
 
+// Returns the mask of a task. `all` receives the words of one that keeps everything.
+MaskSource mask_of(const std::vector<const uint32_t*>& masks, int64_t task, std::vector<uint32_t>& all, int64_t columns) {
+  if (task < 0) return keep_all(all, columns);
+  return {nullptr, Format::kFloat32, masks[task], {0, 0, false}, columns};
+}
+
 void in_one_pass(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
                  const std::vector<const uint32_t*>& masks, const Order& order, const void* bias) {
-  const std::vector<uint32_t> all((weight.columns + 31) / 32, ~0u);
+  std::vector<uint32_t> all;
   const int64_t stride = few_token_stride(weight.columns), bytes = weight.rows * weight.columns * bytes_of(weight.format);
   const Scratch memory(order.size() * stride * sizeof(float));
   auto* tokens = static_cast<float*>(memory.get());
@@ -49,22 +55,12 @@ void in_one_pass(const Capability& cpu, const Matrix& y, const Matrix& x, const 
   }
   std::vector<FewTokens> calls;
   order.for_tasks([&](int64_t task, int64_t first, int64_t end) {
-    calls.push_back({weight.format,
-                     end - first,
-                     weight.rows,
-                     weight.columns,
-                     static_cast<const char*>(weight.data),
-                     nullptr,
-                     Format::kFloat32,
-                     task < 0 ? nullptr : masks[task],
-                     {0, 0, false},
-                     static_cast<const char*>(bias),
-                     tokens + first * stride,
-                     static_cast<char*>(y.data),
-                     order.places.data() + first});
+    const MaskSource mask = mask_of(masks, task, all, weight.columns);
+    calls.push_back(few_tokens(y, weight, mask, bias, tokens + first * stride, end - first));
+    calls.back().places = order.places.data() + first;
   });
   for_few_spans({0, weight.rows}, kDotRows, few_work(bytes, order.size()), [&](int64_t first, int64_t end) {
-    cpu.few->dot_many(calls.data(), static_cast<int64_t>(calls.size()), first, end, all.data());
+    cpu.few->dot_many(calls.data(), static_cast<int64_t>(calls.size()), first, end);
   });
 }
 
@@ -76,21 +72,11 @@ void for_places(const Order& order, int64_t bytes, const Copy& copy) {
   });
 }
 
-// Returns the words of a mask that keeps everything.
-std::vector<uint32_t> everything(const Matrix& weight) {
-  const int64_t words = (weight.columns + 31) / 32, left = weight.columns % 32;
-  std::vector<uint32_t> all(weight.rows * words, ~0u);
-  for (int64_t r = 0; left != 0 && r < weight.rows; ++r) all[(r + 1) * words - 1] = (1u << left) - 1;
-  return all;
-}
-
 void by_mask(const Capability& cpu, const Matrix& y, const Matrix& x, const Matrix& weight,
              const std::vector<const uint32_t*>& masks, const Order& order, const void* bias) {
   std::vector<uint32_t> all;
   const auto multiply = [&](const Matrix& out, const Matrix& in, int64_t task) {
-    if (task < 0) all = everything(weight);
-    const uint32_t* words = task < 0 ? all.data() : masks[task];
-    masked_linear(cpu, out, in, weight, {nullptr, Format::kFloat32, words, {0, 0, false}, weight.columns}, bias);
+    masked_linear(cpu, out, in, weight, mask_of(masks, task, all, weight.columns), bias);
   };
   if (order.task_of(order.places.front()) == order.task_of(order.places.back())) {
     return multiply(y, x, order.task_of(0));
@@ -114,9 +100,8 @@ void by_mask(const Capability& cpu, const Matrix& y, const Matrix& x, const Matr
 //   bf16, 8 masks: 64 rows 0.86
 //   fp32, 3 masks: 128 rows 0.91
 bool is_one_pass(const Capability& cpu, const Matrix& x, const Matrix& weight, int64_t used) {
-  constexpr double kMask = 1.0 / 8;
-  const Call alone{Product::kForward, weight.format, (x.rows + used - 1) / used, weight.rows, weight.columns,
-                   weight_bytes(Product::kForward, bytes_of(weight.format), kMask), kMask};
+  std::vector<uint32_t> all;
+  const Call alone = call_of(Product::kForward, weight, keep_all(all, weight.columns), (x.rows + used - 1) / used);
   return used > 1 && choose(cpu.name, alone, Path::kAuto) == Path::kFew;
 }
 

@@ -30,7 +30,7 @@ void dot_one(const FewTokens& call, const typename Kind::Element* weight, const 
 }
 
 template <typename Kind>
-void dot_many_rows(const FewTokens* calls, int64_t count, int64_t first_row, int64_t end_row, const uint32_t* all) {
+void dot_many_rows(const FewTokens* calls, int64_t count, int64_t first_row, int64_t end_row) {
   using Element = typename Kind::Element;
   constexpr int64_t kRows = kDotRows, kLine = 64 / sizeof(Element);
   const int64_t columns = calls[0].columns, words_stride = (columns + kStep - 1) / kStep;
@@ -55,11 +55,11 @@ void dot_many_rows(const FewTokens* calls, int64_t count, int64_t first_row, int
       const uint32_t* words[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
         const int64_t mine = row + smaller(r, rows - 1) * part;
-        words[r] = call.words == nullptr ? all : words_of(call, mine, 0, columns, 1, nullptr);
+        words[r] = words_of(call, mine, 0, columns, 1, nullptr);
       }
       if (call.count == 1 && rows == kRows && columns % kStep == 0) {
         fetch(0, rows);
-        dot_one<Kind, kRows>(call, weight[0], words[0], call.words == nullptr ? 0 : words_stride * part, row, part);
+        dot_one<Kind, kRows>(call, weight[0], words[0], call.one_row ? 0 : words_stride * part, row, part);
       } else {
         for (int64_t r = 0; r < rows; r += kManyRows) {
           fetch(r, smaller(r + kManyRows, rows));
@@ -70,6 +70,6 @@ void dot_many_rows(const FewTokens* calls, int64_t count, int64_t first_row, int
   }
 }
 
-void dot_many(const FewTokens* calls, int64_t count, int64_t first_row, int64_t end_row, const uint32_t* all) {
-  with_kind(calls[0].format, [&](auto kind) { dot_many_rows<decltype(kind)>(calls, count, first_row, end_row, all); });
+void dot_many(const FewTokens* calls, int64_t count, int64_t first_row, int64_t end_row) {
+  with_kind(calls[0].format, [&](auto kind) { dot_many_rows<decltype(kind)>(calls, count, first_row, end_row); });
 }

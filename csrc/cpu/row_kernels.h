@@ -34,8 +34,6 @@ struct SignRow {
 };
 
 struct RowKernels {
-  const char* name;
-
   // out[j] = keep[j] ? weight[j] : +0. out may be weight. score_format is not read if words are given.
   void (*mask)(void* out, const void* weight, int weight_bytes, MaskRow mask, Format score_format, int64_t columns);
 

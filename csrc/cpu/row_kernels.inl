@@ -1,5 +1,4 @@
-// The row kernels. One source file per instruction set defines MFT_ROW_KERNELS and MFT_ROW_KERNELS_NAME and includes
-// this file.
+// The row kernels. One source file per instruction set defines MFT_ROW_KERNELS and includes this file.
 //
 // Only raw pointers here: an inline function shared with other files could be linked from the wrong instruction set.
 
@@ -155,7 +154,7 @@ void score_grad_row(void* out, Format out_format, const void* grad, Format grad_
 }  // namespace
 
 const RowKernels& MFT_ROW_KERNELS() {
-  static const RowKernels table = {MFT_ROW_KERNELS_NAME, mask_row, score_grad_row, pack_row, count_row};
+  static const RowKernels table = {mask_row, score_grad_row, pack_row, count_row};
   return table;
 }
 

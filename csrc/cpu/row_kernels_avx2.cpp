@@ -1,4 +1,3 @@
 // The row kernels for avx2; building/cpu.py compiles this file with its flags.
 #define MFT_ROW_KERNELS avx2_row_kernels
-#define MFT_ROW_KERNELS_NAME "avx2"
 #include "row_kernels.inl"
