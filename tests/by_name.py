@@ -1,5 +1,6 @@
 """Call a backend's functions by the names and flat arguments of the ops, without checks: for tests of kernels."""
 
+import functools
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ class ByName:
         named = functions if isinstance(functions, Mapping) else vars(functions)
         self._f = SimpleNamespace(**named)
         if "gradients" not in named and {"product", "score_grad"} <= named.keys():
-            self._f.gradients = by_two_functions(named["product"], named["score_grad"])
+            self._f.gradients = functools.partial(by_two_functions, named["product"], named["score_grad"])
 
     def masked_linear(self, x, weight, scores, threshold, bias, mode, **how):
         return self._f.product(x, weight, Keep(scores, threshold, mode), bias, **how)

@@ -193,7 +193,7 @@ def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = 
 def _of_selection(dtype: torch.dtype) -> Calls:
     scores, threshold = _empty(FEATURES, FEATURES, dtype=dtype), _empty(dtype=dtype)
     for mode in (_MAGNITUDE, "value"):
-        yield f"kept_threshold, {mode}, {_name(dtype)}", lambda mode=mode: select.kept_threshold(scores, 0.9, mode)
+        yield f"kept_threshold, {mode}, {_name(dtype)}", lambda mode=mode: select.select(scores, 0.9, mode)
         yield f"pack_mask, {mode}, {_name(dtype)}", lambda mode=mode: bits.pack_mask(scores, threshold, mode)
     yield f"pack_signs, {_name(dtype)}", lambda: bits.pack_signs(scores)
 

@@ -58,7 +58,9 @@ class Backend:
     def function(self, name: str, *, automatic: bool = False) -> Callable:
         """Return one of FUNCTIONS, as a request by name runs it, or as "auto" does if automatic."""
         chosen = {**self.functions, **self.automatic} if automatic else self.functions
-        return chosen[name] if name in chosen else by_two_functions(chosen["product"], chosen["score_grad"])
+        if name in chosen:
+            return chosen[name]
+        return functools.partial(by_two_functions, chosen["product"], chosen["score_grad"])
 
     def takes_operand(self, operand: type) -> bool:
         """Return whether one of ``takes`` stands for this class."""

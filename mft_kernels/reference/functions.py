@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..codes import Codes
 from ..operands import Experts, Keep, KeepByTask, Sums, Weight
-from .in_place import drop, put_aside, put_back
+from .in_place import drop as drop
+from .in_place import put_aside as put_aside
+from .in_place import put_back as put_back
 from .linear import (
     grad_of_linear,
     keep_mask,
@@ -24,20 +26,6 @@ from .linear import (
     weight_gradient,
 )
 from .step import score_step
-
-__all__ = [
-    "decode",
-    "drop",
-    "kept",
-    "pack",
-    "product",
-    "put_aside",
-    "put_back",
-    "score_grad",
-    "select",
-    "signs",
-    "step",
-]
 
 pack = pack_mask
 signs = pack_signs

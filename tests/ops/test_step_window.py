@@ -49,9 +49,9 @@ def window(kernels, monkeypatch):
 
     def spy(*args, only_if, **kwargs):
         found.missed.append(bool(only_if.item()))
-        return select.kept_threshold(*args, only_if=only_if, **kwargs)
+        return select.select(*args, only_if=only_if, **kwargs)
 
-    monkeypatch.setattr(score_step, "kept_threshold", spy)
+    monkeypatch.setattr(score_step, "select", spy)
     return found
 
 

@@ -66,7 +66,7 @@ def run_every_op(t: Inputs, out_dtype: torch.dtype, by_row: bool, at_end: bool) 
     """Run every op on guarded copies of the inputs; the caller guards what the ops allocate."""
     guard = partial(guarded, at_end=at_end)
     grad, x, weight, scores, bias = map(guard, (t.grad_output, t.x, t.weight, t.scores, t.bias))
-    threshold = select.kept_threshold(scores, 0.7, "magnitude")
+    threshold = select.select(scores, 0.7, "magnitude")
     threshold = guard(threshold.expand(scores.shape[0]) if by_row else threshold)
     packed, signs = bits.pack_mask(scores, threshold, "magnitude"), bits.pack_signs(scores)[0]
     for choose in (ops.always_fused, ops.always_scratch):

@@ -53,19 +53,19 @@ def test_triton_3_6_and_hip_count_fewer_bins_at_once():
 
 def test_scores_that_require_grad_are_taken(device):
     scores = normal(5, 7).to(device).requires_grad_()
-    assert not select.kept_threshold(scores, 0.5, "magnitude").requires_grad
+    assert not select.select(scores, 0.5, "magnitude").requires_grad
 
 
 @pytest.mark.skipif(interpreting(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("mode", MODES)
 def test_it_runs_in_a_cuda_graph_and_never_waits_for_the_device(device, mode):
     scores = normal(300, 1000).to(device)
-    select.kept_threshold(scores, 0.9, mode)  # compiles first
+    select.select(scores, 0.9, mode)  # compiles first
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.graph(graph):
-            threshold = select.kept_threshold(scores, 0.9, mode)
+            threshold = select.select(scores, 0.9, mode)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for seed in (1, 2):

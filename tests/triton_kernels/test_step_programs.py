@@ -46,6 +46,6 @@ def test_the_full_selection_leaves_its_output_alone_where_it_is_not_asked_for(de
     for asked in (0, 1):
         into = torch.full((), 5.0, device=device)
         flag = torch.tensor(asked, dtype=torch.int32, device=device)
-        assert select.kept_threshold(scores, 0.9, "magnitude", into=into, only_if=flag) is into
+        assert select.select(scores, 0.9, "magnitude", into=into, only_if=flag) is into
         expected = reference.kept_threshold(scores.cpu(), 0.9, "magnitude") if asked else torch.tensor(5.0)
         assert torch.equal(into.cpu(), expected)

@@ -13,15 +13,29 @@ from torch import Tensor
 
 from ... import reference
 from ...codes import Codes, Int8, Table
-from ...operands import MODES, MOST_MASKS, Experts, Keep, KeepByTask, Sums, Update
+from ...operands import MODES, MOST_MASKS, Experts, Keep, KeepByTask, Sums, Update, Weight
 from ...reference.linear import grad_of_linear, kept_count
 from .. import built
 from ..autotune import AUTOTUNE, measuring
 from ..built import load
-from ..by_kind import product_by_kind
 from ..table import Backend, register
 from .choice import grad_product_of, measured_path, product_of
 from .in_place import drop, put_aside, put_back
+
+
+def product(
+    a: Tensor, weight: Weight, keep: Keep | KeepByTask | None, bias: Tensor | None, *, transposed: bool = False
+) -> Tensor:
+    """Compute a @ where(keep, weight, 0).T + bias, without the .T if transposed; see the reference."""
+    if isinstance(keep, KeepByTask):
+        assert isinstance(weight, Tensor), "a mask per row needs a dense matrix"
+        return _product_by_task(a, weight, keep, bias, transposed)
+    if isinstance(weight, Codes):
+        return _product_of_codes(a, weight, keep, bias, transposed)
+    assert keep is not None, "only quantised weights are multiplied without a mask"
+    if isinstance(weight, Experts):
+        return _product_of_experts(a, weight, keep, bias, transposed)
+    return _product_of_matrix(a, weight, keep, bias, transposed)
 
 
 def score_grad(sums: Sums) -> None:
@@ -279,7 +293,6 @@ def _short() -> dict[str, Callable]:
     }
 
 
-product = product_by_kind(_product_of_matrix, _product_of_experts, _product_of_codes, _product_by_task)
 unavailable = load("cpu")
 
 register(

@@ -37,7 +37,7 @@ def _backward_kernel(
     grad_rows, grad_columns, x, weight_tiles, keep_tiles, weight, keep, thresholds, signs, d_x, parts, d_scores,
     d_weight, M, N, K, SPLITS, N_SPLIT, stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
     stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
-    SIGN: tl.constexpr, MODE: tl.constexpr, BY_ROW: tl.constexpr, WRITE_WEIGHT: tl.constexpr,
+    SIGN: tl.constexpr, MODE: tl.constexpr, BY_ROW: tl.constexpr,
     DESCRIPTORS: tl.constexpr, MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, PIECES: tl.constexpr,
@@ -76,7 +76,7 @@ def _backward_kernel(
             gradients_of_tile(
                 grad_columns, x, weight, keep, thresholds, signs, d_scores, d_weight, row, column, M, N, K,
                 stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
-                stride_kn, stride_kk, stride_t, stride_sn, stride_sk, SIGN, MODE, False, True, WRITE_WEIGHT,
+                stride_kn, stride_kk, stride_t, stride_sn, stride_sk, SIGN, MODE, False,
                 DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_S, STAGES, PIECES,
             )  # fmt: skip
 
@@ -125,7 +125,6 @@ def both(sums: Sums) -> Tensor:
         SIGN=sign_kind(sign),
         MODE=keep.mode,
         BY_ROW=keep.by_row,
-        WRITE_WEIGHT=d_weight is not None,
         MASK_ON_A=target.swapped,
         DESCRIPTORS=described,
         BLOCK_N=tiles.columns,

@@ -66,7 +66,6 @@ def product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | No
         MASK_ON_A=target.swapped and not tiles.plain,
         MODE=keep.mode,
         DESCRIPTORS=described,
-        HAS_BIAS=bias is not None,
         BLOCK_E=block_of(experts),
         GROUP=tiles.group,
         **tiles.options("MPQ"),
@@ -80,9 +79,8 @@ def _grouped_product_kernel(
     a, weight, keep, thresholds, bias, out, offsets, T, E, N, K,
     stride_am, stride_aq, stride_we, stride_wn, stride_wk, stride_ke, stride_kn, stride_kk,
     TRANSPOSED: tl.constexpr, MODE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
+    MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write out (T, P)."""
     P = K if TRANSPOSED else N
@@ -116,7 +114,7 @@ def _grouped_product_kernel(
             stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, 0,
             TRANSPOSED, MODE, DESCRIPTORS, DESCRIPTORS, MASK_ON_A, PRECISION, UPCAST, BLOCK_M, BLOCK_P, BLOCK_Q, STAGES,
         )  # fmt: skip
-        if HAS_BIAS:
+        if bias is not None:
             p = column + tl.arange(0, BLOCK_P)
             added = tl.load(bias + expert.to(tl.int64) * P + p, mask=p < P, other=0)
             sums += added.to(tl.float32)[None, :]
@@ -211,8 +209,7 @@ def _grouped_score_grad_kernel(
             gradients_of_tile(
                 g, b, w, None, None, s, o, None, row, column, rows, N, K,
                 stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk, 0, 0, 0, stride_sn, stride_sk,
-                SIGN, "packed", ACCUMULATE, True, False,
-                False, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES, PIECES,
+                SIGN, "packed", ACCUMULATE, False, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES, PIECES,
             )  # fmt: skip
         elif not ACCUMULATE:
             store_tile(o, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), row, column, N, K, K, 1, BLOCK_N, BLOCK_K)

@@ -27,17 +27,15 @@ from .tiles import load_tile, load_words, spread
 
 def product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
     """Compute the product with a mask per row, the forward in one pass over the weight. An unknown task gives NaN."""
+    masks, tasks = keep.masks, keep.tasks
     if transposed:
-        return _d_x(a, weight, keep.masks, keep.tasks)
-    return _forward(a, weight, keep.masks, keep.tasks, bias)
-
-
-def _forward(x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, bias: Tensor | None) -> Tensor:
-    (n, k), rows = weight.shape, x.shape[:-1].numel()
-    y = x.new_empty((rows, n))
-    a = x.reshape(rows, k)
+        return _d_x(a, weight, masks, tasks)
+    (n, k), axes = weight.shape, a.shape[:-1]
+    rows = axes.numel()
+    y = a.new_empty((rows, n))
+    a = a.reshape(rows, k)
     least = max(1, rows), max(1, n), max(1, k)
-    tiles = many_tiles(Problem(target_of(x.device), *least, operands(weight, None, True)), len(masks))
+    tiles = many_tiles(Problem(target_of(a.device), *least, operands(weight, None, True)), len(masks))
     split = Split.of(tiles, y, k)
     every = [packed.contiguous() for packed in masks]
     # One binary for 3 and 4 masks, one for 5 to 8, and so on: serving does not compile for each new task.
@@ -64,12 +62,11 @@ def _forward(x: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor, 
         *weight.stride(),
         *y.stride(),
         COUNT=len(masks) + unused,
-        HAS_BIAS=bias is not None,
         **tiles.options("MNK"),
         **arithmetic(weight),
     )
     split.add_up(bias, y)
-    return y.view(*x.shape[:-1], n)
+    return y.view(*axes, n)
 
 
 def _d_x(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Tensor) -> Tensor:
@@ -78,7 +75,7 @@ def _d_x(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Te
     grad, task = grad_output.reshape(rows, n), tasks.repeat_interleave(max(1, rows // max(1, len(tasks)))).unsqueeze(1)
     d_x = grad.new_full((rows, k), torch.nan)
     if 0 not in (rows, n, k):
-        every = [torch.full_like(masks[0], -1) if masks else _everything(weight), *masks]
+        every = [weight.new_full((n, -(-k // 32)), -1, dtype=torch.int32), *masks]
         for place, packed in enumerate(every, start=-1):
             product = fused_product(grad, weight, Keep(packed.contiguous()), None, True)
             d_x = torch.where(task == place, product, d_x)
@@ -87,15 +84,11 @@ def _d_x(grad_output: Tensor, weight: Tensor, masks: Sequence[Tensor], tasks: Te
     return d_x.view(*grad_output.shape[:-1], k)
 
 
-def _everything(weight: Tensor) -> Tensor:
-    return weight.new_full((weight.shape[0], -(-weight.shape[1] // 32)), -1, dtype=torch.int32)
-
-
 @triton.jit(do_not_specialize=["M", "EACH", "MASKS", "SPLITS"])
 def _many_masks_kernel(
     x, weight, masks, tasks, bias, y, parts, M, N, K, EACH, MASKS, SPLITS, K_SPLIT,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ym, stride_yn,
-    COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    COUNT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile per program: of y if SPLITS is 1, otherwise of one of the parts. MASKS <= COUNT.
@@ -135,6 +128,4 @@ def _many_masks_kernel(
                 mine = task == (i if i < COUNT else -1)
                 sums = tl.where(mine[:, None], tl.dot(a, masked.T, sums, input_precision=PRECISION), sums)
     sums = tl.where((task >= -1)[:, None], sums, float("nan"))
-    store_product(
-        y, parts, split, SPLITS, sums, bias, row, column, M, N, stride_ym, stride_yn, HAS_BIAS, BLOCK_M, BLOCK_N
-    )
+    store_product(y, parts, split, SPLITS, sums, bias, row, column, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N)

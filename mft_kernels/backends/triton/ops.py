@@ -14,9 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ...codes import Codes
 from ...operands import Backward, Experts, Keep, KeepByTask, Sums, Weight
 from ...reference.linear import Gradients
-from ..by_kind import product_by_kind
 from ..gradients import by_two_functions
 from .arguments import aligned, is_exact, operands
 from .backward import both
@@ -54,14 +54,32 @@ def product(
     choose: Choose = always_fused,
 ) -> Tensor:
     """Compute a @ where(keep, weight, 0).T + bias; if transposed, a @ where(keep, weight, 0). See the reference."""
-    return _product_as(choose)(a, weight, keep, bias, transposed=transposed)
+    if isinstance(keep, KeepByTask):
+        assert isinstance(weight, Tensor), "a mask per row needs a dense matrix"
+        return product_by_task(a, weight, keep, bias, transposed)
+    if isinstance(weight, Codes):
+        return product_of_codes(a, weight, keep, bias, transposed)
+    assert keep is not None, "only quantised weights are multiplied without a mask"
+    if isinstance(weight, Experts):
+        return product_of_experts(a, weight, keep, bias, transposed)
+    keep = Keep(keep.source.contiguous()) if _has_gaps(keep.source) else keep
+    return _product(_rows(a), weight, keep, bias, transposed, choose).view(*a.shape[:-1], weight.shape[transposed])
 
 
 def gradients(asked: Backward, *, choose: Choose = always_fused) -> Gradients:
     """Return d_x, d_weight, d_scores, d_bias; (0,) for what output_mask leaves out."""
-    if isinstance(asked.weight, Experts):
-        return _of_experts(asked)
-    return _backward(asked, choose)
+    wants_x, wants_weight, wants_scores, wants_bias = asked.output_mask
+    grad, weight, dtype = asked.grad_output, asked.weight, asked.score_dtype
+    if wants_x and wants_scores and isinstance(weight, Tensor):
+        asked = _with_whole_words(asked)
+        sums = _by_rows(Sums(grad, asked.x, weight, asked.sign, None, keep=asked.keep))
+        if _is_one_launch(sums, dtype, choose):
+            d_scores = weight.new_empty(weight.shape, dtype=dtype)
+            d_weight = weight.new_empty(weight.shape) if wants_weight else None
+            d_x = both(sums._replace(d_scores=d_scores, d_weight=d_weight)).view(*grad.shape[:-1], weight.shape[1])
+            d_bias = sums.grad_output.sum(0) if wants_bias else grad.new_empty(0)
+            return d_x, grad.new_empty(0) if d_weight is None else d_weight, d_scores, d_bias
+    return by_two_functions(functools.partial(product, choose=choose), score_grad, asked)
 
 
 def score_grad(sums: Sums) -> None:
@@ -97,57 +115,24 @@ def _with_whole_words(asked: Asked) -> Asked:
     return asked
 
 
-@functools.cache
-def _product_as(choose: Choose) -> Callable[..., Tensor]:
-    def of_matrix(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
-        if transposed:
-            asked = Backward(a, a, weight, keep, None, torch.float32, [True, False, False, False])
-            return _backward(asked, choose)[0]
-        keep = Keep(keep.source.contiguous()) if _has_gaps(keep.source) else keep
-        return _product(_rows(a), weight, keep, bias, False, choose).view(*a.shape[:-1], weight.shape[0])
+def _is_one_launch(sums: Sums, dtype: torch.dtype, choose: Choose) -> bool:
+    """Return whether one launch makes d_x and d_scores. The alternative is d_x through scratch, then d_scores.
 
-    return product_by_kind(of_matrix, product_of_experts, product_of_codes, product_by_task)
-
-
-def _backward(asked: Backward, choose: Choose) -> Gradients:
-    asked = _with_whole_words(asked)
-    grad, weight, keep = _rows(asked.grad_output), asked.weight, asked.keep
-    assert isinstance(weight, Tensor)
-    wants_x, wants_weight, wants_scores, wants_bias = asked.output_mask
-    d_x = None
-    d_weight = weight.new_empty(weight.shape) if wants_weight else None
-    d_scores = weight.new_empty(weight.shape, dtype=asked.score_dtype) if wants_scores else None
-    sums = Sums(grad, _rows(asked.x), weight, asked.sign, d_scores, d_weight=d_weight, keep=keep)
-    if wants_x and wants_scores and _is_one_launch(sums, choose):
-        d_x = both(sums)
-    else:
-        if wants_x:
-            d_x = _product(grad, weight, keep, None, True, choose)
-        if wants_weight or wants_scores:
-            fill_gradients(sums)
-    if d_x is not None:
-        d_x = d_x.view(*asked.grad_output.shape[:-1], weight.shape[1])
-    d_bias = grad.sum(0) if wants_bias else None
-    d_x, d_weight, d_scores, d_bias = (grad.new_empty(0) if g is None else g for g in (d_x, d_weight, d_scores, d_bias))
-    return d_x, d_weight, d_scores, d_bias
-
-
-def _is_one_launch(sums: Sums, choose: Choose) -> bool:
-    """Return whether one launch makes d_x and d_scores. The alternative is d_x through scratch, then d_scores."""
+    dtype: of d_scores.
+    """
     grad, x, weight, keep = sums.grad_output, sums.x, sums.weight, sums.keep
     assert weight is not None
     assert keep is not None
-    assert sums.d_scores is not None
     if len(grad) == 0 or weight.numel() == 0:
         return False
-    target, dtype = target_of(grad.device), sums.d_scores.dtype
+    target = target_of(grad.device)
     given = operands(weight, keep, aligned(grad, x, weight, *keep.tiled))
     if not one_launch(Problem(target, len(grad), weight.shape[0], weight.shape[1], given)):
         return False
 
     def run(tokens: int, fused: bool) -> None:
         g, a = (_tokens_like(t, tokens, t.shape[1]) for t in (grad, x))
-        aside = sums._replace(grad_output=g, x=a, d_scores=weight.new_empty(weight.shape, dtype=dtype), d_weight=None)
+        aside = sums._replace(grad_output=g, x=a, d_scores=weight.new_empty(weight.shape, dtype=dtype))
         if fused:
             both(aside)
         else:
@@ -194,6 +179,3 @@ def _tokens_like(tensor: Tensor, tokens: int, features: int) -> Tensor:
     """Return (tokens, features) to measure with: not zeros, which take less power, and not from the user's RNG."""
     values = torch.arange(tokens * features, device=tensor.device) * 7919 % 257 / 128 - 1
     return values.view(tokens, features).to(tensor.dtype)
-
-
-_of_experts = by_two_functions(product, score_grad)

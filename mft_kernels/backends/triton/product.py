@@ -87,7 +87,7 @@ def _masked_product_kernel(
     a, weight, keep, thresholds, bias, out, parts, M, N, K, SPLITS, Q_SPLIT,
     stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_om, stride_op,
     TRANSPOSED: tl.constexpr, MODE: tl.constexpr, BY_ROW: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    MASK_ON_A: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write out (M, P) if SPLITS is 1; otherwise parts (SPLITS, M, P) in fp32, whose sum gets the bias later."""
@@ -109,18 +109,16 @@ def _masked_product_kernel(
             stride_am, stride_aq, stride_wn, stride_wk, stride_kn, stride_kk, stride_t,
             TRANSPOSED, MODE, BY_ROW, DESCRIPTORS, MASK_ON_A, PRECISION, UPCAST, BLOCK_M, BLOCK_P, BLOCK_Q, STAGES,
         )  # fmt: skip
-        store_product(
-            out, parts, split, SPLITS, sums, bias, row, column, M, P, stride_om, stride_op, HAS_BIAS, BLOCK_M, BLOCK_P
-        )
+        store_product(out, parts, split, SPLITS, sums, bias, row, column, M, P, stride_om, stride_op, BLOCK_M, BLOCK_P)
 
 
 @triton.jit
 def store_product(
     out, parts, split, SPLITS, sums, bias, row, column, M, P, stride_om, stride_op,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of out (M, P) with the bias if SPLITS is 1; otherwise a tile of a part, without the bias."""
-    if HAS_BIAS:
+    if bias is not None:
         p = column + tl.arange(0, BLOCK_P)
         sums += tl.load(bias + p, mask=p < tl.where(SPLITS == 1, P, 0), other=0).to(tl.float32)[None, :]
     if SPLITS == 1:
@@ -139,7 +137,7 @@ def store_part(parts, split, sums, row, column, M, P, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit(do_not_specialize=["M", "SPLITS"])  # one binary for any number of tokens and parts
-def _sum_splits_kernel(parts, bias, out, M, P, SPLITS, HAS_BIAS: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_splits_kernel(parts, bias, out, M, P, SPLITS, MOST: tl.constexpr, BLOCK: tl.constexpr):
     """Write out (M, P) = sum of parts (SPLITS, M, P), always in the same order, + bias.
 
     The loop runs to MOST, so that all loads are in flight at once. Parts beyond SPLITS are not read and add 0.
@@ -151,7 +149,7 @@ def _sum_splits_kernel(parts, bias, out, M, P, SPLITS, HAS_BIAS: tl.constexpr, M
     for split in tl.static_range(MOST):
         there = element < tl.where(SPLITS > split, size, 0)  # noqa: SIM300  the constexpr must be on the right
         total += tl.load(parts + split * size + element, mask=there, other=0)
-    if HAS_BIAS:
+    if bias is not None:
         total += tl.load(bias + element % P, mask=inside, other=0).to(tl.float32)
     tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)
 
@@ -193,7 +191,6 @@ def fused_product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, tr
         MODE=keep.mode,
         BY_ROW=keep.by_row,
         DESCRIPTORS=described,
-        HAS_BIAS=bias is not None,
         GROUP=tiles.group,
         **tiles.options("MPQ"),
         **arithmetic(weight),
@@ -218,23 +215,9 @@ class Split(NamedTuple):
 
     def add_up(self, bias: Tensor | None, out: Tensor) -> None:
         """Write out (M, P) = sum of the parts + bias, if there are several parts."""
-        if self.splits > 1 and out.numel():
-            _sum_splits(self.parts, bias, out)
-
-
-def _sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    block = 512  # 4 elements per thread; with 8, sixteen loads in flight spill
-    launch(
-        _sum_splits_kernel,
-        (triton.cdiv(out.numel(), block),),
-        parts,
-        bias,
-        out,
-        *out.shape,
-        parts.shape[0],
-        HAS_BIAS=bias is not None,
-        MOST=MOST_SPLITS,
-        BLOCK=block,
-        num_warps=4,
-        maxnreg=96,
-    )
+        if self.splits == 1 or out.numel() == 0:
+            return
+        block = 512  # 4 elements per thread; with 8, sixteen loads in flight spill
+        grid = (triton.cdiv(out.numel(), block),)
+        operands = (self.parts, bias, out, *out.shape, self.splits)
+        launch(_sum_splits_kernel, grid, *operands, MOST=MOST_SPLITS, BLOCK=block, num_warps=4, maxnreg=96)

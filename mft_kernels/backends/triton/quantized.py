@@ -69,8 +69,6 @@ def product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor |
         WHOLE=whole,
         BLOCK=block,
         NESTED=NESTED_BLOCK if len(weight.scales) > 1 else 0,
-        PACKED=packed is not None,
-        HAS_BIAS=bias is not None,
         **tiles.options("MPQ"),
         enable_fp_fusion=False,  # the reference rounds the product of double quantisation before it adds
         **arithmetic(a),
@@ -84,7 +82,7 @@ def _quantized_product_kernel(
     a, codes, absmax, levels, keep, bias, out, parts, M, N, K, SPLITS, Q_SPLIT,
     stride_am, stride_aq, stride_om, stride_op,
     TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile per program: of out (M, P) if SPLITS is 1, otherwise of one of the parts.
@@ -119,7 +117,7 @@ def _quantized_product_kernel(
             code = load_tile(codes, n, k, N, K, K, 1, ROWS, COLUMNS, False)
             # 0 beyond the edges, also where absmax is not finite.
             w = tl.where((k + tl.arange(0, COLUMNS) < K)[None, :], code.to(tl.float32) * scale, 0.0)
-        if PACKED:
+        if keep is not None:
             w = tl.where(load_bits(keep, n, k, N, K, tl.cdiv(K, 32), ROWS, COLUMNS), w, 0.0)
         if UPCAST:  # see product_tile
             tokens = tokens.to(tl.float32)
@@ -129,9 +127,7 @@ def _quantized_product_kernel(
         if not TRANSPOSED:
             w = w.T
         sums = tl.dot(tokens, w, sums, input_precision=PRECISION)
-    store_product(
-        out, parts, split, SPLITS, sums, bias, row, column, M, P, stride_om, stride_op, HAS_BIAS, BLOCK_M, BLOCK_P
-    )
+    store_product(out, parts, split, SPLITS, sums, bias, row, column, M, P, stride_om, stride_op, BLOCK_M, BLOCK_P)
 
 
 @triton.jit

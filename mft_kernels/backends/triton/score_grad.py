@@ -22,24 +22,6 @@ from .tiles import grouped, load_bits, load_tile, store_kept, store_tile
 
 
 @triton.jit
-def outer_tile(
-    grad, x, row, column, M, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Return a tile (BLOCK_N, BLOCK_K) of grad.T @ x in fp32."""
-    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for m in tl.range(0, M, BLOCK_M, num_stages=STAGES):
-        g = load_tile(grad, m, row, M, N, stride_gm, stride_gn, BLOCK_M, BLOCK_N, DESCRIPTORS)
-        b = load_tile(x, m, column, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTORS)
-        if UPCAST:
-            g = g.to(tl.float32)
-            b = b.to(tl.float32)
-        sums = tl.dot(g.T, b, sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
 def store_score_grad(
     sums, weight, signs, d_scores, row, column, N, K,
     stride_wn, stride_wk, stride_sn, stride_sk,
@@ -69,19 +51,23 @@ def gradients_of_tile(
     grad, x, weight, keep, thresholds, signs, d_scores, d_weight, row, column, M, N, K,
     stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
     stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
-    SIGN: tl.constexpr, MODE: tl.constexpr, ACCUMULATE: tl.constexpr, WRITE_SCORES: tl.constexpr,
-    WRITE_WEIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SIGN: tl.constexpr, MODE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Compute and store one tile of d_scores and d_weight (N, K), if WRITE_SCORES and WRITE_WEIGHT respectively."""
-    sums = outer_tile(
-        grad, x, row, column, M, N, K, stride_gm, stride_gn, stride_xm, stride_xk,
-        DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
-    )  # fmt: skip
+    """Compute and store one tile of d_scores and d_weight (N, K), each unless it is None."""
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for m in tl.range(0, M, BLOCK_M, num_stages=STAGES):
+        g = load_tile(grad, m, row, M, N, stride_gm, stride_gn, BLOCK_M, BLOCK_N, DESCRIPTORS)
+        b = load_tile(x, m, column, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTORS)
+        if UPCAST:
+            g = g.to(tl.float32)
+            b = b.to(tl.float32)
+        sums = tl.dot(g.T, b, sums, input_precision=PRECISION)
     store_gradients(
         sums, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
         stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
-        SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT, BLOCK_N, BLOCK_K, PIECES,
+        SIGN, MODE, ACCUMULATE, BLOCK_N, BLOCK_K, PIECES,
     )  # fmt: skip
 
 
@@ -90,17 +76,16 @@ def store_gradients(
     sums, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
     stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
     SIGN: tl.constexpr, MODE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    WRITE_SCORES: tl.constexpr, WRITE_WEIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Store one tile in PIECES pieces of its columns, so that weight, sign and old sums need few registers."""
     if PIECES == 1:
-        if WRITE_SCORES:
+        if d_scores is not None:
             store_score_grad(
                 sums, weight, signs, d_scores, row, column, N, K, stride_wn, stride_wk, stride_sn, stride_sk,
                 SIGN, ACCUMULATE, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        if WRITE_WEIGHT:
+        if d_weight is not None:
             store_kept(
                 d_weight, sums, keep, thresholds, row, column, N, K, stride_kn, stride_kk, stride_t,
                 MODE, BLOCK_N, BLOCK_K,
@@ -110,12 +95,12 @@ def store_gradients(
         store_gradients(
             left, weight, keep, thresholds, signs, d_scores, d_weight, row, column, N, K,
             stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
-            SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT, BLOCK_N, BLOCK_K // 2, PIECES // 2,
+            SIGN, MODE, ACCUMULATE, BLOCK_N, BLOCK_K // 2, PIECES // 2,
         )  # fmt: skip
         store_gradients(
             right, weight, keep, thresholds, signs, d_scores, d_weight, row, column + BLOCK_K // 2, N, K,
             stride_wn, stride_wk, stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
-            SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT, BLOCK_N, BLOCK_K // 2, PIECES // 2,
+            SIGN, MODE, ACCUMULATE, BLOCK_N, BLOCK_K // 2, PIECES // 2,
         )  # fmt: skip
 
 
@@ -125,7 +110,6 @@ def _score_grad_kernel(
     stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
     stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
     SIGN: tl.constexpr, MODE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    WRITE_SCORES: tl.constexpr, WRITE_WEIGHT: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     PIECES: tl.constexpr,
@@ -141,8 +125,7 @@ def _score_grad_kernel(
             grad, x, weight, keep, thresholds, signs, d_scores, d_weight, row, column, M, N, K,
             stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
             stride_kn, stride_kk, stride_t, stride_sn, stride_sk,
-            SIGN, MODE, ACCUMULATE, WRITE_SCORES, WRITE_WEIGHT,
-            DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES, PIECES,
+            SIGN, MODE, ACCUMULATE, DESCRIPTORS, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_M, STAGES, PIECES,
         )  # fmt: skip
 
 
@@ -184,8 +167,6 @@ def fill_gradients(sums: Sums) -> None:
         SIGN=sign_kind(sign),
         MODE=keep.mode if keep else "packed",
         ACCUMULATE=accumulate,
-        WRITE_SCORES=d_scores is not None,
-        WRITE_WEIGHT=d_weight is not None,
         DESCRIPTORS=described,
         GROUP=tiles.group,
         PIECES=tiles.columns // EPILOGUE_COLUMNS,

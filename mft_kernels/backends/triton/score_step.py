@@ -24,7 +24,7 @@ from ...reference.linear import kept_count
 from ...reference.step import BLOCK, CHUNK, MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES
 from .bits import pack_mask
 from .launch import launch
-from .select import INFINITY, kept_threshold, many_bins
+from .select import INFINITY, many_bins, select
 from .target import Target, target_of
 
 # Four elements per thread: 16 bytes of fp32, 8 and 4 bytes of the other dtypes, and whole lines of 128 bytes per warp.
@@ -101,10 +101,10 @@ def window_of(target: Target) -> int:
 def _next_threshold(
     scores: Tensor, hint: Tensor | None, counts: Tensor | None, keep_ratio: float, keys: dict[str, str | int]
 ) -> Tensor:
-    """Return kept_threshold of the scores, 0-d, from the counts if the window holds it; as fp16 for int16 scores."""
+    """Return the threshold of the scores, 0-d, from the counts if the window holds it; as fp16 for int16 scores."""
     floats, mode = _floats(scores), str(keys["MODE"])
     if counts is None or scores.numel() == 0:
-        return kept_threshold(floats, keep_ratio, mode)
+        return select(floats, keep_ratio, mode)
     found = floats.new_empty(())
     missed = torch.empty((), dtype=torch.int32, device=scores.device)
     launch(
@@ -118,7 +118,7 @@ def _next_threshold(
         **keys,
         num_warps=4,
     )
-    return kept_threshold(floats, keep_ratio, mode, into=found, only_if=missed)
+    return select(floats, keep_ratio, mode, into=found, only_if=missed)
 
 
 def _floats(scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""kept_threshold: the exact k-th largest key, from histograms of its digits. The host never waits.
+"""select: the exact k-th largest key, from histograms of its digits. The host never waits.
 
 A score's bits become an integer key that orders as the score does: without the sign bit ("magnitude"), or with the
 order of negative scores reversed ("value"). The key is found digit by digit, the highest first. Each pass counts how
@@ -45,41 +45,31 @@ _PROGRAMS = 4  # per multiprocessor; each adds its counts to memory once
 INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 
 
-def kept_threshold(
-    scores: Tensor, keep_ratio: float, mode: str, *, into: Tensor | None = None, only_if: Tensor | None = None
+def select(
+    scores: Tensor,
+    keep_ratio: float,
+    mode: str,
+    *,
+    each: bool = False,
+    into: Tensor | None = None,
+    only_if: Tensor | None = None,
 ) -> Tensor:
     """Return the k-th largest key, 0-d in the scores' dtype; +inf if nothing is kept, NaN if a score is not finite.
 
     A threshold of zero may be -0.0. That depends on the scores, not on their order. Scores that are not contiguous are
-    copied. ``into`` receives the threshold. If ``only_if``, an int32 on the device, is 0, the kernels do nothing.
+    copied. ``each``: return that of each matrix of scores (E, ...), (E,), by the same launches. ``into`` receives the
+    threshold. If ``only_if``, an int32 on the device, is 0, the kernels do nothing.
     """
     target = target_of(scores.device)
     return _kth_largest(
         scores,
-        kept_count(scores.numel(), keep_ratio),
+        kept_count(scores[0].numel() if each else scores.numel(), keep_ratio),
         mode,
         digits=_digits(target)[scores.element_size(), mode],
         multiprocessors=target.multiprocessors,
         into=into,
         only_if=only_if,
-    )
-
-
-def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
-    """Return kept_threshold of all scores, (); with ``each``, that of each matrix of scores (E, ...), (E,).
-
-    All matrices take the same launches.
-    """
-    if not each:
-        return kept_threshold(scores, keep_ratio, mode)
-    target = target_of(scores.device)
-    return _kth_largest(
-        scores,
-        kept_count(scores[0].numel(), keep_ratio),
-        mode,
-        digits=_digits(target)[scores.element_size(), mode],
-        multiprocessors=target.multiprocessors,
-        matrices=len(scores),
+        matrices=len(scores) if each else None,
     )
 
 
