@@ -69,21 +69,6 @@ def integer_inputs(
     )
 
 
-def detached_masked_linear(
-    x: Tensor, weight: Tensor, scores: Tensor, threshold: Tensor, bias: Tensor | None = None, *, mode: str = "magnitude"
-) -> Tensor:
-    """Compute a masked linear layer in plain autograd, as x @ (weight * (mask + key - key.detach())).T + bias.
-
-    key is |scores| or scores. The value is the masked product and the gradients are the straight-through ones, without
-    any code of ours. It multiplies where we select, so weights must be finite. Its d_weight is grad.T @ x masked, like
-    ours.
-    """
-    key = scores.abs() if mode == "magnitude" else scores
-    mask = (key >= threshold).to(weight.dtype)
-    straight_through = mask + (key - key.detach()).to(weight.dtype)
-    return torch.nn.functional.linear(x, weight * straight_through, bias)
-
-
 def assert_within_budget(got: Tensor, same_dtype: Tensor, exact: Tensor, factor: float = 2.0) -> None:
     """Fail unless got's largest error against float64 is at most ``factor`` times PyTorch's own in the same dtype.
 

@@ -147,7 +147,7 @@ def check_linear(call: Any) -> None:
             f"x must end in in_features = {weight.shape[1]} of weight {tuple(weight.shape)}, got shape {tuple(x.shape)}"
         )
     check_multiplied(x, weight)
-    check_bias(bias, x, weight, (weight.shape[0],))
+    check_bias(bias, x, (weight.shape[0],))
 
 
 def check_multiplied(x: Tensor, weight: Tensor) -> None:
@@ -162,16 +162,16 @@ def check_multiplied(x: Tensor, weight: Tensor) -> None:
             )
 
 
-def check_bias(bias: Tensor | None, x: Tensor, weight: Tensor, shape: tuple[int, ...], meaning: str = "") -> None:
-    """Raise unless bias is None, or has this shape and weight's dtype and device."""
+def check_bias(bias: Tensor | None, x: Tensor, shape: tuple[int, ...], meaning: str = "") -> None:
+    """Raise unless bias is None, or has this shape and x's dtype and device."""
     if bias is None:
         return
     check_tensor("bias", bias)
     if bias.shape != shape:
         raise ValueError(f"bias must be {meaning}{shape}, got {tuple(bias.shape)}")
-    check_device("bias", bias, "weight", weight)
-    if bias.dtype != weight.dtype and not autocasts(x):
-        raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+    check_device("bias", bias, "x", x)
+    if bias.dtype != x.dtype and not autocasts(x):
+        raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
 
 
 def autocasts(x: Tensor) -> bool:
@@ -179,17 +179,24 @@ def autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def check_product(out: Tensor, grad_output: Tensor, x: Tensor) -> None:
-    """Raise unless grad_output (..., N), x (..., K) and out (N, K) fit each other for out += grad_output.T @ x."""
+def check_product(call: Any, layout: str = "(N, K)", *, transposed: bool = False) -> None:
+    """Raise unless grad_output (..., N), x (..., K) and out fit each other for out += grad_output.T @ x.
+
+    layout: of out; for experts "(E, N, K)", or "(E, K, N)" if transposed. Their tokens are (T, N) and (T, K).
+    """
+    out, grad_output, x = call.out, call.grad_output, call.x
     for name, tensor in (("out", out), ("grad_output", grad_output), ("x", x)):
         check_tensor(name, tensor)
-    if out.dim() != 2 or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous and (N, K), got shape {tuple(out.shape)}, strides {out.stride()}")
+    if out.dim() != layout.count(",") + 1 or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and {layout}, got shape {tuple(out.shape)}, strides {out.stride()}")
     check_floating("out", out)
     check_floating("x", x)
-    if x.dim() == 0 or x.shape[-1] != out.shape[1]:
-        raise ValueError(f"x must end in K = {out.shape[1]} of out {tuple(out.shape)}, got shape {tuple(x.shape)}")
-    expected = (*x.shape[:-1], out.shape[0])
+    n, k = out.shape[-2:] if not transposed else out.shape[:-3:-1]
+    experts = out.dim() == 3
+    if x.dim() == 0 or x.shape[-1] != k or (experts and x.dim() != 2):
+        rule = f"be (rows, {k}) for" if experts else f"end in K = {k} of"
+        raise ValueError(f"x must {rule} out {tuple(out.shape)}, got shape {tuple(x.shape)}")
+    expected = (*x.shape[:-1], n)
     if grad_output.shape != expected:
         raise ValueError(f"grad_output must be {expected}, got {tuple(grad_output.shape)}")
     if grad_output.dtype != x.dtype:

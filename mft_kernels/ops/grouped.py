@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..operands import Experts
 from . import served
-from .checks import check_device, check_factors, check_floating, check_mode, check_tensor
-from .grouped_checks import check_grouped, check_grouped_sums, check_offset_values
+from .checks import check_device, check_factors, check_floating, check_mode, check_product, check_tensor
+from .grouped_checks import check_grouped, check_offset_values, check_offsets
 from .products import check_mask_of_scores, check_mask_of_words, keep_by_scores, keep_by_words
 from .route import Op
 from .straight_through import StraightThrough
@@ -151,7 +151,8 @@ GROUPED_PACKED = Op(
 def _check_sums(call: Any) -> Any:
     out, weight = call.out, call.weight
     check_mode(call.mask_mode)
-    check_grouped_sums(call)
+    check_product(call, "(E, K, N)" if call.transposed else "(E, N, K)", transposed=call.transposed)
+    check_offsets(call.offsets, out.shape[0], call.x)
     if weight is not None:
         check_tensor("weight", weight)
         check_floating("weight", weight)

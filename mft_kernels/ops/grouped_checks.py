@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_bias, check_device, check_floating, check_multiplied, check_tensor
+from .checks import check_bias, check_device, check_multiplied, check_tensor
 
 
 def check_grouped(call: Any) -> None:
@@ -30,7 +30,7 @@ def check_grouped(call: Any) -> None:
         )
     check_multiplied(x, weight)
     check_offsets(call.offsets, weight.shape[0], x)
-    check_bias(call.bias, x, weight, (weight.shape[0], n), "one value per output feature and expert ")
+    check_bias(call.bias, x, (weight.shape[0], n), "one value per output feature and expert ")
 
 
 def check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
@@ -68,28 +68,3 @@ def check_offset_values(call: Any) -> None:
         begin = end
     if begin > rows:
         raise ValueError(f"offsets must end within the {rows} rows of x, got {begin}")
-
-
-def check_grouped_sums(call: Any) -> None:
-    """Raise unless grad_output (T, N), x (T, K) and out (E, N, K) fit each other for accumulate_score_grad_grouped.
-
-    If transposed, out is (E, K, N).
-    """
-    out, grad_output, x, transposed = call.out, call.grad_output, call.x, call.transposed
-    for name, tensor in (("out", out), ("grad_output", grad_output), ("x", x)):
-        check_tensor(name, tensor)
-    layout = "(E, K, N)" if transposed else "(E, N, K)"
-    if out.dim() != 3 or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous and {layout}, got shape {tuple(out.shape)}, strides {out.stride()}")
-    check_floating("out", out)
-    check_floating("x", x)
-    n, k = (out.shape[2], out.shape[1]) if transposed else (out.shape[1], out.shape[2])
-    if x.dim() != 2 or x.shape[1] != k:
-        raise ValueError(f"x must be (rows, {k}) for out {layout} = {tuple(out.shape)}, got shape {tuple(x.shape)}")
-    if grad_output.shape != (x.shape[0], n):
-        raise ValueError(f"grad_output must be {(x.shape[0], n)}, got {tuple(grad_output.shape)}")
-    if grad_output.dtype != x.dtype:
-        raise TypeError(f"grad_output must have x's dtype {x.dtype}, got {grad_output.dtype}; convert one of them")
-    check_device("x", x, "out", out)
-    check_device("grad_output", grad_output, "out", out)
-    check_offsets(call.offsets, out.shape[0], x)

@@ -16,7 +16,7 @@ from ..backends.table import asked_for, choose, registered
 from ..codes import FORMATS, Codes
 from ..operands import Keep
 from . import served
-from .checks import autocasts, check_device, check_floating, check_packed, check_shape, check_tensor
+from .checks import check_bias, check_device, check_floating, check_packed, check_shape, check_tensor
 from .linear import MASKED_LINEAR_PACKED_BACKWARD, masked_linear_packed
 from .route import Gradient, Op, unchanged
 
@@ -167,19 +167,13 @@ def _check_tokens(name: str, x: Tensor, codes: Tensor, columns: int) -> None:
 
 
 def _check(call: Any) -> Any:
-    x, codes, packed, bias, shape = call.x, call.codes, call.packed, call.bias, call.shape
+    x, codes, packed, shape = call.x, call.codes, call.packed, call.shape
     absmax = _check_codes(codes, call.absmax, shape, call.kind)
     _check_tokens("x", x, codes, shape[1])
     if packed is not None:
         check_packed("packed", packed, shape)
         check_device("packed", packed, "codes", codes)
-    if bias is not None:
-        check_tensor("bias", bias)
-        if bias.shape != (shape[0],):
-            raise ValueError(f"bias must be ({shape[0]},), got {tuple(bias.shape)}")
-        check_device("bias", bias, "codes", codes)
-        if bias.dtype != x.dtype and not autocasts(x):
-            raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
+    check_bias(call.bias, x, (shape[0],))
     return call._replace(absmax=absmax, shape=list(shape))
 
 

@@ -1,5 +1,7 @@
 """Compute thresholds, packed masks and packed signs from scores."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,13 +35,7 @@ def kept_threshold(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude"
         these are the codes that are +inf and NaN when read as fp16.
     Raises: ValueError if keep_ratio is outside [0, 1], or if scores on the CPU are not all finite.
     """
-    check_whole("scores", scores)
-    check_mode(mode)
-    check_keep_ratio(keep_ratio)
-    check_tensor("scores", scores)
-    keys = selectable(scores.detach())
-    check_floating("scores", keys)
-    return _KEPT_THRESHOLD(keys, keep_ratio, mode, backend).view(scores.dtype)
+    return _KEPT_THRESHOLD(_keys(scores, keep_ratio, mode), keep_ratio, mode, backend).view(scores.dtype)
 
 
 def kept_thresholds(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude", backend: str = "auto") -> Tensor:
@@ -48,14 +44,9 @@ def kept_thresholds(scores: Tensor, keep_ratio: float, *, mode: str = "magnitude
     Raises: ValueError if keep_ratio is outside [0, 1], or if scores on the CPU are not all finite. On an accelerator
         an expert whose scores are not all finite gets the threshold NaN instead.
     """
-    check_whole("scores", scores)
-    check_mode(mode)
-    check_keep_ratio(keep_ratio)
-    check_tensor("scores", scores)
+    keys = _keys(scores, keep_ratio, mode)
     if scores.dim() < 2 or scores.shape[0] == 0:
         raise ValueError(f"scores must be (experts, ...), at least one, got shape {tuple(scores.shape)}")
-    keys = selectable(scores.detach())
-    check_floating("scores", keys)
     return _KEPT_THRESHOLDS(keys, keep_ratio, mode, backend).view(scores.dtype)
 
 
@@ -132,22 +123,25 @@ def select_mask(
 # ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
-def _finite(threshold: Tensor, scores: Tensor) -> Tensor:
+def _keys(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
+    """Return floating scores to select from. Raises: see kept_threshold."""
+    check_whole("scores", scores)
+    check_mode(mode)
+    check_keep_ratio(keep_ratio)
+    check_tensor("scores", scores)
+    keys = selectable(scores.detach())
+    check_floating("scores", keys)
+    return keys
+
+
+def _threshold(call: Any, operands: frozenset[type] = frozenset(), **each: bool) -> Tensor:
+    scores = call.scores
+    run = choose("select", scores.device, (scores.dtype,), call.backend, op=type(call).__name__, operands=operands)
+    threshold = run(scores, call.keep_ratio, call.mode, **each)
     # Inside the op, so that compiled code and vmap run it too. On an accelerator it would wait for the device.
     if scores.device.type == "cpu" and threshold.isnan().any():
         raise NonFiniteScores(scores)
     return threshold
-
-
-def _kept_threshold(scores, keep_ratio, mode, backend):
-    run = choose("select", scores.device, (scores.dtype,), backend, op="kept_threshold")
-    return _finite(run(scores, keep_ratio, mode), scores)
-
-
-def _thresholds(scores, keep_ratio, mode, backend):
-    operands = frozenset({Experts})
-    run = choose("select", scores.device, (scores.dtype,), backend, op="kept_thresholds", operands=operands)
-    return run(scores, keep_ratio, mode, each=True)
 
 
 def _pack(scores, threshold, mode, backend):
@@ -170,8 +164,8 @@ def _select_mask(scores, keep_ratio, fixed, mode, with_signs, backend):
     return found.view(scores.dtype), *rest
 
 
-_KEPT_THRESHOLD = Op("kept_threshold", lambda call: _kept_threshold(*call))
-_KEPT_THRESHOLDS = Op("kept_thresholds", lambda call: _finite(_thresholds(*call), call.scores))
+_KEPT_THRESHOLD = Op("kept_threshold", _threshold)
+_KEPT_THRESHOLDS = Op("kept_thresholds", lambda call: _threshold(call, frozenset({Experts}), each=True))
 _PACK_MASK = Op("pack_mask", lambda call: _pack(*call))
 _PACK_SIGNS = Op("pack_signs", lambda call: _signs(*call))
 _UNPACK_MASK = Op("unpack_mask", lambda call: reference.unpack_mask(*call).contiguous())

@@ -11,7 +11,20 @@ from torch.library import opcheck
 
 import mft_kernels
 from mft_kernels import reference
-from mft_kernels.testing import detached_masked_linear, integer_inputs, random_inputs
+from mft_kernels.testing import integer_inputs, random_inputs
+
+
+def detached_masked_linear(x, weight, scores, threshold, bias=None, *, mode="magnitude"):
+    """Compute a masked linear layer in plain autograd, as x @ (weight * (mask + key - key.detach())).T + bias.
+
+    key is |scores| or scores. The value is the masked product and the gradients are the straight-through ones, without
+    any code of ours. It multiplies where we select, so weights must be finite. Its d_weight is grad.T @ x masked, like
+    ours.
+    """
+    key = scores.abs() if mode == "magnitude" else scores
+    mask = (key >= threshold).to(weight.dtype)
+    straight_through = mask + (key - key.detach()).to(weight.dtype)
+    return torch.nn.functional.linear(x, weight * straight_through, bias)
 
 
 def _leaves(t, *names):
@@ -250,7 +263,7 @@ NEITHER = {"weight": None, "scores": None}  # of accumulate_score_grad: the prod
         ({"scores": torch.ones(4, 5, dtype=torch.int32)}, TypeError, "scores must be float32.*got torch.int32"),
         ({"threshold": torch.ones(5)}, ValueError, r"threshold must be \(\) or one per row \(4,\), got shape \(5,\)"),
         ({"bias": torch.ones(5)}, ValueError, r"bias must be \(4,\), got \(5,\)"),
-        ({"bias": torch.ones(4).bfloat16()}, TypeError, "bias must have weight's dtype"),
+        ({"bias": torch.ones(4).bfloat16()}, TypeError, "bias must have x's dtype"),
         ({"mode": "top"}, ValueError, r"mode must be one of \('magnitude', 'value'\), got 'top'"),
         ({"backend": "quantum"}, ValueError, "backend must be one of .*got 'quantum'"),
         ({"backend": "cuda"}, RuntimeError, "backend='cuda' cannot serve masked_linear"),
