@@ -187,8 +187,8 @@ def test_a_kernel_has_ops_of_its_own_beside_the_installed_package(loaded, varian
         (modules[f"{name}._ops"].ops, torch.ops.mft),
         (modules[f"{name}.backends.built"].cpu_ops, torch.ops.mft_cpu),
     ):
-        assert ours.kept_threshold is not theirs.kept_threshold
-        assert ours.kept_threshold._qualified_op_name.startswith(name)
+        assert ours.pack_mask is not theirs.pack_mask
+        assert ours.pack_mask._qualified_op_name.startswith(name)
     assert loaded.backend_report()["backends"]["cpu"]["available"]
 
 
