@@ -147,18 +147,22 @@ def plan(
 
 def needs_cutlass(files: Sequence[Path]) -> bool:
     """Whether one of the files includes CuTe or CUTLASS, directly or through our headers in its folder."""
-    seen: set[Path] = set()
+    return any(
+        re.search(r'^\s*#include [<"]cut(e|lass)/', path.read_text(), re.MULTILINE) for path in with_headers(files)
+    )
+
+
+def with_headers(files: Sequence[Path]) -> list[Path]:
+    """Return the files and the headers in their folder that they include, directly or through others."""
+    found: dict[Path, None] = {}
     waiting = list(files)
     while waiting:
         path = waiting.pop()
-        if path in seen or not path.exists():
-            continue
-        seen.add(path)
-        included = re.findall(r'^\s*#include [<"](.+)[>"]', path.read_text(), re.MULTILINE)
-        if any(name.startswith(("cute/", "cutlass/")) for name in included):
-            return True
-        waiting += [path.parent / name for name in included]
-    return False
+        if path not in found and path.exists():
+            found[path] = None
+            included = re.findall(r'^\s*#include [<"](.+)[>"]', path.read_text(), re.MULTILINE)
+            waiting += [path.parent / name for name in included]
+    return list(found)
 
 
 def kernel_units(

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,20 +76,27 @@ def refusal_after(ptxas: Version, readers: Readers | None, objects: Sequence[Pat
 def disassemble(readers: Readers, path: Path) -> dict[str, str]:
     """Return {kernel: nvdisasm's text} of an object made by nvcc."""
     texts: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        _output([readers.cuobjdump, "--extract-elf", "all", str(path.resolve())], directory)
-        for cubin in sorted(Path(directory).glob("*.cubin")):
-            texts |= split(_output([readers.nvdisasm, "-c", str(cubin)], directory))
+    for cubin in cubins(readers, path):
+        texts |= disassembled(readers, cubin)
     return texts
 
 
-def split(text: str) -> dict[str, str]:
-    """Split nvdisasm's text by kernel: each is in a section .text.NAME."""
+def cubins(readers: Readers, path: Path) -> Iterator[Path]:
+    """Yield the machine code for each target in an object; a file lives until the next."""
+    with tempfile.TemporaryDirectory() as directory:
+        output([readers.cuobjdump, "--extract-elf", "all", str(path.resolve())], directory)
+        yield from sorted(Path(directory).glob("*.cubin"))
+
+
+def disassembled(readers: Readers, cubin: Path) -> dict[str, str]:
+    """Return {kernel: nvdisasm's text}: each kernel is in a section .text.NAME."""
+    text = output([readers.nvdisasm, "-c", str(cubin)])
     pieces = re.split(r"^\s*\.section\s+\.text\.([^\s,]+).*$", text, flags=re.MULTILINE)
     return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 
 
-def _output(command: list[str], directory: str) -> str:
+def output(command: list[str], directory: str | None = None) -> str:
+    """Return the standard output of a reader. Raises: CannotBuild with the first line of its error."""
     result = subprocess.run(command, capture_output=True, text=True, cwd=directory)
     if result.returncode != 0:
         lines = (result.stderr + result.stdout).splitlines()

@@ -26,15 +26,10 @@ _TITLE = "# Binaries of the GPU kernels\n\nWritten by `make kernels-report`, wit
 
 _UNREAD = "Not read here: `make kernels-report` compiles every kernel for every target and reads the machine code."
 
-_TRITON = """A line is a kernel with its tiles on a target: how many binaries there are (dtypes, masks, modes), the most
-registers and shared memory of any, and the loops of the one with most registers: instructions that multiply, waits
-(full + partial), asynchronous copies."""
-
-_CUDA = """A line is a kernel with the numbers among its template's arguments (tokens of a tile, digits of a key) on a
-target: how many binaries there are, the most registers, bytes spilled and bytes of shared memory (the launch's
-included) of any, the fewest blocks that fit a multiprocessor of those that the kernel asks for, and the loops of the
-one with most registers: instructions that multiply, waits (full + partial), loads from shared memory, asynchronous
-copies of the same warps. The kernels for sm_90a copy in warps of their own."""
+_LINE = """A line is a kernel on a target, with its tiles (of CUDA C++: the numbers among its template's arguments): how
+many binaries there are (dtypes, masks, modes), the most registers and shared memory of any (of CUDA C++ without what
+the launch adds), and the loops of the one with most registers: instructions that multiply, waits (full + partial),
+loads from shared memory, asynchronous copies of the same warps."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +72,7 @@ def _compile_triton(chosen: list, few: bool, processes: int) -> tuple[str, bool]
     print("\n" + summary(done))
     for one in faulty:
         print(f"FAULT {one.target} {one.kernel} {one.tiles} ({one.call}): {'; '.join(one.faults)}")
-    return f"{_TRITON}\n{versions}.\n\n{summary(done)}", bool(faulty)
+    return f"{_LINE}\n{versions}.\n\n{summary(done)}", bool(faulty)
 
 
 def _read_cuda(processes: int) -> tuple[str, bool]:
@@ -95,11 +90,11 @@ def _read_cuda(processes: int) -> tuple[str, bool]:
     except ValueError as error:
         print(f"FAULT of the CUDA library: {error}\n")
         return f"Not read: {error}.", True
-    print(f"{len(done)} binaries, {versions}", *left_out, "", cuda.table(done), "", sep="\n")
+    print(f"{len(done)} binaries, {versions}", *left_out, "", summary(done), "", sep="\n")
     faulty = [one for one in done if one.faults]
     for one in faulty:
         print(f"FAULT {one.target} {one.kernel}: {'; '.join(one.faults)}")
-    return "\n".join([_CUDA, f"{versions}.", *left_out, "", cuda.table(done)]), bool(faulty)
+    return "\n".join([_LINE, f"{versions}.", *left_out, "", summary(done)]), bool(faulty)
 
 
 def document(sections: dict[str, str], before: str) -> str:

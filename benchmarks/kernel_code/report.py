@@ -24,10 +24,7 @@ _PRODUCTS = (*_MASKED, "_score_grad_kernel", "_grouped_score_grad_kernel", "_bac
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one binary. A binary without faults is fine.
-
-    ``loops``: "HGMMA 4 (4 from registers), waits 0+2, copies 3, 242 instructions" each.
-    """
+    """Figures of one binary. A binary without faults is fine; ``loops``: see loop_text."""
 
     target: str
     kernel: str
@@ -36,7 +33,6 @@ class Row:
     registers: int
     spills: int
     shared: int
-    blocks: int
     loops: tuple[str, ...]
     faults: tuple[str, ...]
 
@@ -78,14 +74,14 @@ def row(entry: Entry) -> Row:
         faults = ["no MFMA instruction"] if name in _PRODUCTS and not _is_exact(entry) and not mma else []
     else:
         code = sass.read(compiled)
-        loops = tuple(map(_loop_text, code.loops))
+        loops = tuple(map(loop_text, code.loops))
         registers, spills, shared = code.registers, code.spills, code.shared
         faults = list(_faults_of_nvidia(code, compiled, name, entry, blocks))
     if spills:
         faults.append(f"{spills} spills")
     if shared > target.shared_memory:
         faults.append(f"{shared} bytes of shared memory, the target has {target.shared_memory}")
-    return Row(str(target), name, _tiles(entry), entry.call, registers, spills, shared, blocks, loops, tuple(faults))
+    return Row(str(target), name, _tiles(entry), entry.call, registers, spills, shared, loops, tuple(faults))
 
 
 def _blocks(launch: Launch) -> int:
@@ -149,12 +145,13 @@ def _is_exact(entry: Entry) -> bool:
     return "float32" in str(getattr(tensors[0], "dtype", "")) and entry.launch.options["PRECISION"] == "ieee"
 
 
-def _loop_text(loop: sass.Loop) -> str:
+def loop_text(loop: sass.Loop) -> str:
+    """Return ``HGMMA 8 (8 from registers), waits 0+2, LDSM 16, copies 3, 431 instructions``."""
     name = next((op for op in loop.counts if op.endswith("MMA")), "MMA")
-    registers = f" ({loop.register_a} from registers)" if loop.register_a else ""
-    waits = f", waits {loop.full_waits}+{loop.partial_waits}" if name == "HGMMA" else ""
-    size = f", {sum(loop.counts.values())} instructions"
-    return f"{name} {loop.mma}{registers}{waits}, copies {loop.async_copies}{size}"
+    parts = [f"{name} {loop.mma}" + (f" ({loop.register_a} from registers)" if loop.register_a else "")]
+    parts += [f"waits {loop.full_waits}+{loop.partial_waits}"] if name == "HGMMA" else []
+    parts += [f"LDSM {loop.counts['LDSM']}"] if loop.counts["LDSM"] else []
+    return ", ".join([*parts, f"copies {loop.async_copies}", f"{sum(loop.counts.values())} instructions"])
 
 
 def _tiles(entry: Entry) -> str:
