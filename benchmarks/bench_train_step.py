@@ -23,6 +23,7 @@ from .harness import ROOT, Finding, Spread, ratio, report
 from .training_steps import COMPETITORS, FULL, PAPER
 
 TOKENS, ACCUMULATION = 256, 2
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # for torch's large tensors, as the command mft sets it
 PAPER_STEPS = 1  # alone and once: it takes ten times as long as the others, and their memory would go cold meanwhile
 
 
@@ -66,13 +67,14 @@ class Worker:
 
 
 @contextmanager
-def started(name: str, config: dict[str, Any], tokens: int) -> Iterator[Worker]:
-    """Yield the worker after its first step. It ends when its input ends."""
+def started(
+    name: str, config: dict[str, Any], tokens: int, variables: Mapping[str, str] = HUGE_PAGES
+) -> Iterator[Worker]:
+    """Yield the worker after its first step, in these environment variables too. It ends when its input ends."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_step_worker"]
     command += [name, json.dumps(config), str(tokens), str(ACCUMULATION), str(torch.get_num_threads())]
-    huge_pages = {"THP_MEM_ALLOC_ENABLE": "1"}  # for torch's large tensors, as the command mft sets it
     with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | huge_pages
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | variables
     ) as process:
         yield Worker(process, name)
 

@@ -27,11 +27,11 @@ from mft_kernels.mask.held import masked_linear_held
 from mft_kernels.mask.in_place import MaskedInPlace
 from mft_kernels.testing import Inputs, random_inputs
 
-from .rivals import KEEP_RATIO, eager_fast, paper_linear
+from .rivals import KEEP_RATIO, LORA, LORA_RANK, eager_fast, paper_linear
 from .side_by_side import OURS as OURS_ALONE
 from .side_by_side import SideBySide
 
-DENSE, PAPER, LORA = "dense", "the paper's layer", "LoRA"
+DENSE, PAPER = "dense", "the paper's layer"
 FROM_SCORES, MODULE, HELD = "ours, from scores", "ours, module", "ours, held mask"
 IN_PLACE = "in place"
 EAGER, COMPILED = "eager", "compiled"
@@ -47,7 +47,6 @@ FORMS = {
     COMPILED: "scores",
     PAPER: "scores",
 }
-LORA_RANK = 16
 
 # Backward passes are timed on a graph that is kept.
 torch._functorch.config.donated_buffer = False

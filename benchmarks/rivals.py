@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from mft_kernels.eager import eager_grad_scores, eager_grad_x
 
 KEEP_RATIO = 0.9
+LORA, LORA_RANK = "LoRA", 16  # peft's
 
 
 class _SortedSubnet(torch.autograd.Function):

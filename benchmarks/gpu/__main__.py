@@ -5,7 +5,7 @@ This process measures nothing. It starts the one that measures (worker.py), and 
 
 Exit code:
 
-0   done; also if a goal is missed, time left cases out, or Triton alone was measured because libmft_cuda.so is missing
+0   done; also if the time was up before the last case, or Triton alone was measured because libmft_cuda.so is missing
 1   something failed or is wrong
 2   no GPU, or a bad argument
 3   nothing failed, but something was slow, or compute-sanitizer on the CUDA kernels complained, is missing or gave no
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ..records import RESULTS
 from . import report
-from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, EVERY_SHAPE, SHAPES, TOKENS, WHATS, is_beside_others, plan, within
+from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, EVERY_SHAPE, SHAPES, TOKENS, WHATS, is_beside_others, plan
 from .programs import run_for
 from .results import FAILED, NOT_MEASURED, SLOW, WAITING, Results
 
@@ -67,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
     if asked.report:
         return _reported(asked.report, WHATS)
-    every = plan(asked.what, asked.shapes, asked.tokens)
-    cases = every if asked.dry_run else within(every, asked.budget)
+    cases = plan(asked.what, asked.shapes, asked.tokens)
     if asked.worker:
         from .worker import work
 
@@ -80,13 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         print("nothing to measure: no case has such a shape and M", file=sys.stderr)
         return 2
-    if len(cases) < len(every):
-        needed, left_out = sum(case.guess for case in every), len(every) - len(cases)
-        print(
-            f"{left_out} of {len(every)} cases are left out: all are expected to take {needed:.0f} s, "
-            f"and --budget is {asked.budget}; a slice takes others: --what, --shapes, --tokens",
-            flush=True,
-        )
     archive = asked.out if asked.out.suffix == ".zip" else None
     out = Path(tempfile.mkdtemp(prefix="gpu-")) if archive else asked.out
     out.mkdir(parents=True, exist_ok=True)

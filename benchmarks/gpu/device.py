@@ -135,16 +135,14 @@ class Gpu:
 
         return replay
 
-    def peak(self, run: Callable[[], Sequence[Tensor]], *, warm: bool = True) -> tuple[int, int]:
-        """Return (peak of allocated bytes in run(), bytes of its results); ``warm``: measure a second run."""
-        if warm:
-            run()  # creates what is created only once: binaries, cuBLAS' workspace
+    def peak(self, run: Callable[[], object]) -> int:
+        """Return the peak of allocated bytes in run()."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        results = run()
+        run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, sum(t.nbytes for t in results)
+        return torch.cuda.max_memory_allocated() - before
 
     def _copy_rate(self, size: int) -> float:
         source = torch.randint(0, 100, (size,), dtype=torch.uint8, device=self.torch_device)
@@ -255,10 +253,10 @@ class Interpreter:
         """Return a function that runs again each time."""
         return run
 
-    def peak(self, run: Callable[[], Sequence[Tensor]], *, warm: bool = True) -> tuple[int, int]:
-        """Return sizes as if only the results were allocated."""
-        size = sum(t.nbytes for t in run())
-        return size, size
+    def peak(self, run: Callable[[], object]) -> int:
+        """Run and return 0."""
+        run()
+        return 0
 
 
 Device = Gpu | Interpreter

@@ -1,4 +1,4 @@
-"""Time a layer's products and a whole step, measure a step's memory, and time what a caller waits for."""
+"""Time a layer's products and a whole step, and what a caller waits for."""
 
 import functools
 from collections.abc import Callable
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from .cases import AUTO_PACKED, CUDA, CUDA_PACKED, DENSE, HELD, LAYER, PACKED, PAPER, Case, competitors, left_out
+from .cases import AUTO_PACKED, CUDA, CUDA_PACKED, DENSE, HELD, LAYER, PACKED, PAPER, Case, competitors
 from .device import CLOCK, GRAPH, QUEUED, Device
 from .operands import Operands
-from .timing import FAILURES, MOST_APART, Bench, Competitor, Phases, reason
+from .timing import MOST_APART, Bench, Competitor, Phases
 from .ways import Eager, Layer, Op, Way, dense_layer, held_layer, masked_layer, way_of
 
 IN_GRAPH = ", in a graph"
@@ -25,14 +25,11 @@ _KEEP_BYTES = {DENSE: 0.0} | dict.fromkeys((PACKED, CUDA_PACKED, AUTO_PACKED), 1
 _SCORE_BYTES = 2.0
 #: Tolerance: the paper's sort drops some scores that tie with the threshold and are kept here, about 1 weight in 300.
 _MOST_APART_OF = {PAPER: 0.25}
-#: Cannot be captured in a graph: autograd, and in the paper's layer indexing by a tensor on the host.
-_NOT_CAPTURED = frozenset({PAPER, LAYER, HELD})
 
 
 def time_product(case: Case, bench: Bench) -> dict[str, Any]:
     """Time one of cases.PRODUCTS."""
-    sums = case.what.startswith("accumulate") or HELD in competitors(case)
-    operands = bench.inputs.get(case.n, case.k, case.m, sums=sums)
+    operands = bench.inputs.get(case.n, case.k, case.m, sums=case.what.startswith("accumulate"))
     first = operands[0]
     expected = _expected(case, first)
 
@@ -43,32 +40,12 @@ def time_product(case: Case, bench: Bench) -> dict[str, Any]:
             None if name == DENSE else expected,
             clear=first.sums.zero_ if first.sums is not None else None,
             most_apart=_MOST_APART_OF.get(name, MOST_APART),
-            phases=() if name in (LAYER, HELD) else work(case, _KEEP_BYTES.get(name, _SCORE_BYTES)),
-            how=QUEUED if name in _NOT_CAPTURED else GRAPH,
+            phases=work(case, _KEEP_BYTES.get(name, _SCORE_BYTES)),
+            how=QUEUED if name == PAPER else GRAPH,  # autograd, and indexing by a tensor on the host
         )
 
     found = {name: competitor(name, way) for name, way in _ways(case, bench.device).items()}
-    fields = bench.compare(found, len(operands))
-    return fields | {"left_out": fields["left_out"] | left_out(case)}
-
-
-def measure_memory(case: Case, bench: Bench) -> dict[str, Any]:
-    """Measure peak memory of each competitor's step, and its results: y, d_x and the gradient of the weight's size."""
-    operands = bench.inputs.get(case.n, case.k, case.m)[0]
-    weight = operands.weight.nbytes
-    samples: dict[str, dict[str, Any]] = {}
-    failures: dict[str, str] = {}
-    for name, way in _ways(case, bench.device).items():
-        bench.device.tidy()
-        try:
-            peak, results = bench.device.peak(functools.partial(way.step, operands))
-        except FAILURES as error:
-            failures[name] = reason(error, bench.device)
-            continue
-        beyond = (peak - results) / weight
-        samples[name] = {"peak_bytes": peak, "result_bytes": results, "beyond_results_of_weight": beyond}
-    left = bench.without_cuda() | left_out(case)
-    return {"weight_bytes": weight, "samples": samples, "failures": failures, "left_out": left}
+    return bench.compare(found, len(operands))
 
 
 def time_host(case: Case, bench: Bench) -> dict[str, Any]:

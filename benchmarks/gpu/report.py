@@ -1,6 +1,6 @@
-"""Write gpu.md and gpu-faster.json from the gpu-*.json in a folder: failures first, then goals, then all figures."""
+"""Write gpu.md and gpu-faster.json from the gpu-*.json in a folder: failures first, then all figures."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from .cases import (
     EAGER,
     FUSED,
     HELD,
-    KEPT,
     LAYER,
     PACKED,
     PAPER,
@@ -23,11 +22,22 @@ from .cases import (
     Case,
 )  # fmt: skip
 from .faster_table import FASTER, is_wrong, table
-from .goals import goals, no_cuda
-from .results import FAILED, MEASURED, NOT_MEASURED, REPORTED, SLOW, Document, Record, figures, read, write_whole
+from .results import (
+    FAILED,
+    MEASURED,
+    NOT_MEASURED,
+    REPORTED,
+    SLOW,
+    WAITING,
+    Document,
+    Record,
+    figures,
+    read,
+    write_whole,
+)
 
 _COLUMNS = (
-    DENSE, CUDA, CUDA_PACKED, FUSED, PACKED, AUTO, AUTO_PACKED, LAYER, HELD, PASS, KEPT, COMPILED, EAGER, PAPER,
+    DENSE, CUDA, CUDA_PACKED, FUSED, PACKED, AUTO, AUTO_PACKED, LAYER, HELD, PASS, COMPILED, EAGER, PAPER,
 )  # fmt: skip
 #: Prefix of a line about something missing that does not change the exit code.
 WARNING = "WARNING"
@@ -40,8 +50,7 @@ _DRY = """
 """
 _TIMED = """Times are ms, medians [quartiles] of rounds in which the competitors take turns, of CUDA graphs over inputs
 that rotate through more copies than L2 holds; (q) marks what was queued behind a spin instead, (c) what was taken by
-the clock. After it: % of cuBLAS; % of the floor that the bytes set / that the operations set; peak memory, and what it
-is beyond the results in % of the weight.
+the clock. After it: % of cuBLAS; % of the floor that the bytes set / that the operations set; peak memory.
 """
 _TITLES = {
     "correctness": "Correctness",
@@ -50,7 +59,6 @@ _TITLES = {
     "d_x": "d_x",
     "d_scores": "d_scores",
     "accumulate": "d_scores, added to an fp32 buffer",
-    "memory": "Peak memory of a step",
     "threshold": "The threshold and the packed mask",
     "accumulate_product": "grad.T @ x, added to an fp32 buffer",
     "score_step": "score_step",
@@ -99,13 +107,13 @@ def text(documents: Sequence[Document]) -> str:
 
 
 def top(documents: Sequence[Document]) -> str:
-    """Return what a reader must know: failures, what was not checked, and the goals."""
+    """Return what a reader must know: failures, and what was not checked."""
     failed = [f"- {line}" for line in failures(documents)] or ["Nothing."]
     states = [record["status"] for _, record in _records(documents)]
     counts = f"{states.count(MEASURED)} of {len(states)} cases were measured, {states.count(FAILED)} failed."
     dry = any(document["environment"].get("dry_run") for document in documents)
     lines = ["## What failed", "", *failed, "", *(f"- {line}" for line in gaps(documents)), "", counts, _DRY * dry]
-    return "\n".join([*lines, "## Goals", "", _goals(documents), ""])
+    return "\n".join(lines)
 
 
 def failures(documents: Iterable[Document]) -> list[str]:
@@ -147,18 +155,14 @@ def gaps(documents: Sequence[Document]) -> list[str]:
     return lines
 
 
+def no_cuda(environment: Mapping[str, Any]) -> str:
+    """Return why the CUDA kernels did not run, "" if they did."""
+    library = environment.get("cuda_library", "")
+    return library.removeprefix("none: ") if library.startswith("none: ") else ""
+
+
 def _records(documents: Iterable[Document]) -> Iterable[tuple[Case, Record]]:
     return ((Case.of(record), record) for document in documents for record in document["cases"])
-
-
-def _goals(documents: Iterable[Document]) -> str:
-    """Return a table with one row per goal."""
-    judged = [goal for d in documents for goal in goals(d["what"], d["cases"], d["environment"])]
-    rows = [
-        [g.quantity, f"{g.measured} {g.unit}".strip() if g.measured else "", f"{g.rule} {g.bound:g}", g.state]
-        for g in judged
-    ]
-    return markdown(["", "median [quartiles]", "goal", ""], rows)
 
 
 def _where(documents: Sequence[Document]) -> str:
@@ -189,6 +193,8 @@ def _timed(document: Document) -> Iterable[str]:
     """Yield a table for each shape and detail: one row per number of tokens, one column per competitor."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in document["cases"]:
+        if record.get("reason") == WAITING:
+            continue
         # For training, the ways are rows; other details are separate tables.
         detail = "" if document["what"] == "train" else record["detail"]
         groups.setdefault((detail, record["n"], record["k"]), []).append(record)
@@ -223,8 +229,11 @@ def _cell(record: Record, name: str) -> str:
 def _remarks(document: Document) -> str:
     """Return why something is not in the tables, each reason once with its places."""
     places: dict[str, list[str]] = {}
+    waiting = 0
     for case, record in _records([document]):
-        if record["status"] == NOT_MEASURED and not record.get("unproven"):
+        if record.get("reason") == WAITING:
+            waiting += 1
+        elif record["status"] == NOT_MEASURED and not record.get("unproven"):
             places.setdefault(f"not measured: {record['reason']}", []).append(case.place)
         for name, why in record.get("left_out", {}).items():
             places.setdefault(f"{name}: {why}", [])
@@ -235,4 +244,5 @@ def _remarks(document: Document) -> str:
             for remark in record.get("complaints", []):
                 places.setdefault(remark, []).append(case.place)
     lines = [f"- {remark}" + (f" ({'; '.join(at)})" if at else "") for remark, at in places.items()]
+    lines += [f"- {waiting} cases were not measured: {WAITING}"] if waiting else []
     return "\n".join(lines) + "\n" if lines else ""

@@ -92,8 +92,6 @@ def figures(sample: Record) -> str:
         parts.append(f"{sample['percent_of_byte_floor']:.0f} / {sample['percent_of_flop_floor']:.0f}")
     if "peak_bytes" in sample:
         parts.append(f"{sample['peak_bytes'] / 1e6:,.1f} MB")
-    if "beyond_results_of_weight" in sample:
-        parts.append(f"{100 * sample['beyond_results_of_weight']:.0f} %")
     return ", ".join(parts)
 
 

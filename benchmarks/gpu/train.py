@@ -8,11 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
-
-import torch
 
 from ..harness import Spread
 from ..records import ROOT
@@ -24,18 +22,10 @@ from .timing import FAILURES, Bench, reason
 STEP, ESTIMATE = "a step", "mft estimate, of a card as in memory.md"
 ACCUMULATION = 2
 _ROUNDS, _CHECKED_STEPS = 5, 2
-_LR = 1e-3
+_QUANTIZATION = "int8"  # needs no package, unlike nf4
 #: Largest difference of the first losses from those of plain by the reference: bf16 sums in another order, scores
-#: rounded to 16 bits, and in quantized a base of 8 bits.
+#: rounded to 16 bits, and in quantized a coded base.
 _MOST_APART = 0.02
-_COMPACT = {"scores": "int16", "moments": "8bit"}
-#: way: (quantisation of the base, whether of masked layers too, storage of states). int8, unlike nf4, needs no package.
-WAYS: Mapping[str, tuple[str | None, bool, dict[str, str]]] = {
-    "plain": (None, False, {"scores": "float32", "moments": "float32"}),
-    "resident": (None, False, _COMPACT),
-    "quantized": ("int8", True, _COMPACT),
-    "layerwise": (None, False, _COMPACT),
-}
 #: Vocabulary of a single layer, so small that the head costs little.
 _FEW_WORDS = 512
 _TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_key_value_heads": 1,
@@ -50,15 +40,14 @@ def time_train(case: Case, bench: Bench) -> dict[str, Any]:
     try:
         config = config_of(model, dry=device.dry)
         expected = _losses_by_the_reference(model, case.m, device)
-        steps: list[Steps] = []
+        steps: list[Any] = []
         losses: list[float] = []
 
-        def run() -> list[torch.Tensor]:
-            steps.append(Steps(config, way, case.m, device))
+        def run() -> None:
+            steps.append(_started(config, way, case.m, device))
             losses.extend(steps[0]() for _ in range(_CHECKED_STEPS))
-            return []
 
-        peak, _ = device.peak(run, warm=False)
+        peak = device.peak(run)
         seconds = [_seconds(steps[0], device) for _ in range(1 if device.dry else _ROUNDS)]
         steps[0].close()
         estimate = _estimate(config, way, case.m, device)
@@ -91,51 +80,7 @@ def config_of(model: str, *, dry: bool = False) -> dict[str, Any]:
     return known_config(name) | (_TINY if dry else alone)
 
 
-class Steps:
-    """Optimiser steps of a model with masks everywhere, in one way of running; call() runs one."""
-
-    def __init__(self, config: Mapping[str, Any], way: str, tokens: int, device: Device) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        from mft.config import MaskConfig, TrainConfig
-        from mft.data.batches import MicroBatch
-        from mft.engines.mode import MODES, place
-        from mft.masks.convert import mask_model
-        from mft.models.causal_lm import FEW
-
-        quantization, quantize_masked, states = WAYS[way]
-        fields = dict(config)
-        family = fields.pop("model_type")
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=torch.bfloat16)
-        model.train().requires_grad_(False)
-        mask_model(model, MaskConfig.paper(scores_dtype=states["scores"]))
-        if quantization is not None:
-            from mft.masks.quantize import quantize_model
-
-            quantize_model(model, quantization, masked=quantize_masked)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, config["vocab_size"], (ACCUMULATION, 1, tokens), generator=generator)
-        self._batches = [MicroBatch([i], row, row, [i]) for i, row in enumerate(ids)]
-        MODES[way].move(model, device.torch_device)
-        few = ids[0, :, :FEW].to(next(model.parameters()).device)
-        train = TrainConfig(steps=_CHECKED_STEPS, accumulation=ACCUMULATION, moments=states["moments"])
-        self._runner = place(model, way=way, device=device.torch_device).start(few, train)
-
-    def __call__(self) -> float:
-        """Run one step and return the mean loss per token."""
-        count = sum(len(batch.labelled.targets) for batch in self._batches)
-        totals: list[torch.Tensor] = []
-        self._runner.step(self._batches, 1 / count, _LR, None, lambda batch, total: totals.append(total.detach()))
-        self._runner.check()
-        return sum(total.item() for total in totals) / count
-
-    def close(self) -> None:
-        """Free the device's memory."""
-        self._runner.close()
-
-
-def _seconds(step: Steps, device: Device) -> float:
+def _seconds(step: Callable[[], object], device: Device) -> float:
     device.synchronize()
     start = time.perf_counter()
     step()
@@ -143,11 +88,20 @@ def _seconds(step: Steps, device: Device) -> float:
     return time.perf_counter() - start
 
 
+def _started(config: Mapping[str, Any], way: str, tokens: int, device: Device) -> Any:
+    from ..training_steps import TrainingStep, build
+
+    model = build(config)
+    return TrainingStep(
+        f"ours, {way}", model, tokens, ACCUMULATION, device=device.torch_device, quantization=_QUANTIZATION
+    )
+
+
 @functools.cache
 def _losses_by_the_reference(model: str, tokens: int, device: Device) -> list[float]:
     os.environ["MFT_KERNELS"] = "reference"
     try:
-        steps = Steps(config_of(model, dry=device.dry), "plain", tokens, device)
+        steps = _started(config_of(model, dry=device.dry), "plain", tokens, device)
         losses = [steps() for _ in range(_CHECKED_STEPS)]
         steps.close()
     finally:
@@ -159,16 +113,8 @@ def _losses_by_the_reference(model: str, tokens: int, device: Device) -> list[fl
 def _estimate(config: Mapping[str, Any], way: str, tokens: int, device: Device) -> Any:
     from mft.memory.estimate import estimate
     from mft.memory.shapes import shape_from_config
-    from mft.memory.workload import Workload
 
-    quantization, quantize_masked, states = WAYS[way]
-    workload = Workload(
-        memory=way,
-        sequence=tokens,
-        accumulation=ACCUMULATION,
-        quantization=quantization,
-        quantize_masked=quantize_masked,
-        device=device.torch_device.type,
-        **states,
-    )
+    from ..training_steps import workload_of
+
+    workload = workload_of(way, tokens, ACCUMULATION, device.torch_device.type, _QUANTIZATION)
     return estimate(shape_from_config(config, "random weights"), workload)

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mft_kernels import MaskedLinear, masked_linear
+from mft_kernels.backends.triton import ops
 from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear, eager_step
+from mft_kernels.operands import Keep
 
 from ..rivals import KEEP_RATIO, paper_linear
-from . import two_passes
 from .cases import (
     AUTO,
     AUTO_PACKED,
@@ -20,9 +21,6 @@ from .cases import (
     DENSE,
     EAGER,
     FUSED,
-    HELD,
-    KEPT,
-    LAYER,
     PACKED,
     PAPER,
     PASS,
@@ -136,28 +134,21 @@ class Packed(Ours):
         return torch.ops.mft.masked_linear_packed_backward(o.grad, o.x, o.weight, *by)
 
 
-class Passes(Way):
-    """A masking pass, cuBLAS, and a pass that applies weight and sign; ``keep``: a step masks once."""
-
-    def __init__(self, *, keep: bool = False) -> None:
-        self._keep = keep
+class Passes(Ours):
+    """Triton's other way to y and d_x: a mask pass into scratch memory, and torch's product."""
 
     def forward(self, o: Operands) -> Tensor:
-        return F.linear(o.x, two_passes.mask(o.weight, o.scores, o.threshold))
+        return ops.product(o.x, o.weight, _keep(o), None, choose=ops.always_scratch)
 
     def d_x(self, o: Operands) -> Tensor:
-        return o.grad @ two_passes.mask(o.weight, o.scores, o.threshold)
-
-    def d_scores(self, o: Operands) -> Tensor:
-        return two_passes.grad_scores(o.grad, o.x, o.weight, o.scores)
+        return ops.product(o.grad, o.weight, _keep(o), None, transposed=True, choose=ops.always_scratch)
 
     def step(self, o: Operands) -> tuple[Tensor, ...]:
-        if not self._keep:
-            return super().step(o)
-        masked = two_passes.mask(o.weight, o.scores, o.threshold)
-        y, d_x = F.linear(o.x, masked), o.grad @ masked
-        del masked
-        return y, d_x, self.d_scores(o)
+        return self.forward(o), self.d_x(o), self.d_scores(o)
+
+
+def _keep(o: Operands) -> Keep:
+    return Keep(o.scores, o.threshold, MODE)
 
 
 class Paper(Way):
@@ -170,7 +161,7 @@ class Paper(Way):
 
 
 class Layer(Way):
-    """A module on the operands' weight, as users call it; a step by autograd."""
+    """A module on the operands' weight, as users call it."""
 
     def __init__(self, make: Callable[[Operands], nn.Module]) -> None:
         self._make = make
@@ -178,13 +169,6 @@ class Layer(Way):
 
     def forward(self, o: Operands) -> Tensor:
         return self._of(o)(o.x)
-
-    def step(self, o: Operands) -> tuple[Tensor, ...]:
-        """Return (y, d_x, d_scores); without d_scores if the mask is held, because it is added to the sums."""
-        x = o.x.detach().requires_grad_()
-        wanted = (x, *(p for p in self._of(o).parameters() if p.requires_grad))
-        y = self._of(o)(x)
-        return y.detach(), *torch.autograd.grad(y, wanted, o.grad)
 
     def _of(self, o: Operands) -> nn.Module:
         if id(o) not in self._made:
@@ -218,7 +202,7 @@ def held_layer(o: Operands) -> MaskedLinear:
     """Return a MaskedLinear that holds its mask."""
     layer = masked_layer(o)
     layer.scores.requires_grad_(False)
-    layer.hold(o.packed, o.sums)
+    layer.hold(o.packed, None)
     return layer
 
 
@@ -231,10 +215,7 @@ def way_of(name: str, device: Device) -> Way:
             name: lambda by=by: Packed(device.backends[by])
             for name, by in ((PACKED, FUSED), (CUDA_PACKED, CUDA), (AUTO_PACKED, AUTO))
         },
-        PASS: Passes,
-        KEPT: lambda: Passes(keep=True),
-        LAYER: lambda: Layer(masked_layer),
-        HELD: lambda: Layer(held_layer),
+        PASS: lambda: Passes(device.backends[FUSED]),
         COMPILED: lambda: Eager(device.compile),
         EAGER: Eager,
         PAPER: Paper,

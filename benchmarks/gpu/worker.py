@@ -78,7 +78,6 @@ def work(
     bench, missing = Bench(device, ceilings), dict(device.without)
     timed: Mapping[str, Callable[[Case, Bench], dict[str, Any]]] = {
         **dict.fromkeys(PRODUCTS, products.time_product),
-        "memory": products.measure_memory,
         "host": products.time_host,
         "threshold": once_a_step.time_threshold,
         "score_step": once_a_step.time_score_step,

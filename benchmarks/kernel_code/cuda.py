@@ -74,8 +74,8 @@ def row(
     code = sass.code_of(text, registers, stack, shared)
     numbers = ", ".join(re.findall(r"[<,]\s*(\d+)(?=[,>])", name))  # of the template's arguments
     faults = [*_faults(name, target, code, text), *warnings]
-    return Row(target, name.split('<')[0], numbers, name, registers, code.spills, shared, tuple(map(loop_text, code.loops)),
-               tuple(faults))  # fmt: skip
+    loops = tuple(map(loop_text, code.loops))
+    return Row(target, name.split("<")[0], numbers, name, registers, code.spills, shared, loops, tuple(faults))
 
 
 def _faults(name: str, target: str, code: sass.Code, text: str) -> Iterator[str]:

@@ -6,9 +6,6 @@ blocks  two layers of LLaMA2-7B's shape, measured: each way, the paper's formula
 Each writes a record memory_<name> into benchmarks/results.
 """
 
-import json
-import os
-import subprocess
 import sys
 
 import torch
@@ -18,11 +15,13 @@ from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
 from mft.memory.workload import Workload
 
+from ..bench_train_step import ACCUMULATION, started
 from ..harness import RESULTS, ROOT, THREADS, Finding, Spread, environment, report
+from ..training_steps import EAGER, OURS, PAPER, workload_of
 from .rivals import RIVALS, simulate_rival
-from .worker import MODEL, WAYS, workload_of
 
-LAYERS, TOKENS, ACCUMULATION = 2, 512, 2  # of the question blocks
+MODEL = "llama2-7b"
+LAYERS, TOKENS = 2, 512  # of the question blocks
 LOCAL = (4, 5, 6, 7)
 # (model, way, masked layers, quantised base, whether masked layers are quantised): upper limit in GB on the device
 TARGETS = {
@@ -63,36 +62,26 @@ def cards() -> None:
 
 def blocks() -> None:
     """Measure peaks, each in its own process, and compare them with mft estimate."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = shape_from_config(known_config(MODEL) | {"num_hidden_layers": LAYERS})
+    config = known_config(MODEL) | {"num_hidden_layers": LAYERS}
+    shape = shape_from_config(config)
+    # glibc then returns freed memory at once, so resident memory equals allocated memory
+    variables = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     findings, breakdown = [], {}
-    for name in (*WAYS, *RIVALS):
-        measured = measure(name)
-        peak = Spread.of([measured["peak_bytes"] / 1e9])
-        if name in WAYS:
-            estimated = estimate(shape, workload_of(name, TOKENS, ACCUMULATION, device))
+    for competitor in (*OURS, PAPER, EAGER):
+        name = competitor.removeprefix("ours, ")
+        with started(competitor, config, TOKENS, variables) as worker:
+            seconds, peak = worker.ask("step"), Spread.of([worker.ask("peak") / 1e9])
+        if competitor in OURS:
+            estimated = estimate(shape, workload_of(name, TOKENS, ACCUMULATION, "cpu"))
             breakdown[name] = estimated.device
             findings.append(Finding(f"{name}: measured", peak, "GB", "at most", estimated.device_peak / 1e9))
             findings.append(Finding(f"{name}: estimated", Spread.of([estimated.device_peak / 1e9]), "GB"))
         else:
             findings.append(Finding(f"{name}: measured", peak, "GB"))
-        findings.append(Finding(f"{name}: time a step", Spread.of([measured["seconds"]]), "s"))
-        print(f"{name}: {peak} GB, {measured['seconds']:.1f} s a step, losses {measured['losses']}", flush=True)
-    title = f"{LAYERS} layers of {MODEL}'s shape, all masked, bf16, {ACCUMULATION} x {TOKENS} tokens a step, {device}"
-    path = report("memory_blocks", title, findings, device)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"estimated_bytes": breakdown}, indent=2) + "\n")
-
-
-def measure(competitor: str) -> dict:
-    """Return the worker's JSON. glibc returns freed memory at once, so resident memory equals allocated memory."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory.worker", competitor]
-    command += [str(LAYERS), str(TOKENS), str(ACCUMULATION)]
-    threshold = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-    variables = os.environ | threshold | {"OMP_NUM_THREADS": str(THREADS)}
-    run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"{competitor} failed: {run.stderr[-2000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
+        findings.append(Finding(f"{name}: time a step", Spread.of([seconds]), "s"))
+        print(f"{name}: {peak} GB, {seconds:.1f} s a step", flush=True)
+    title = f"{LAYERS} layers of {MODEL}'s shape, all masked, bf16, {ACCUMULATION} x {TOKENS} tokens a step, cpu"
+    report("memory_blocks", title, findings, estimated_bytes=breakdown)
 
 
 QUESTIONS = {"cards": cards, "blocks": blocks}

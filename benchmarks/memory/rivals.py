@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.memory.simulated_step import checkpoint, fake_batch, fake_model
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import TrainConfig
-from mft.data.batches import MicroBatch, take_rows
+from mft.data.batches import MicroBatch
 from mft.memory.workload import Workload
 from mft.models.causal_lm import decoder_layers, head_of, run_decoder
 from mft.models.token_loss import backward_labelled_loss
@@ -91,13 +91,6 @@ class RivalLoop:
         for linear in self._linears:
             linear.threshold = None
         return torch.stack(losses).sum()
-
-
-def train_rival(rival: Rival, model: Any, data: Any, train: TrainConfig) -> list[float]:
-    """Run optimiser steps over all layers and return the loss of each."""
-    loop, size = RivalLoop(rival, model, train), train.accumulation
-    steps = [range(start, start + size) for start in range(0, (train.steps or 0) * size, size)]
-    return [loop.step([take_rows(data, [row]) for row in rows]).item() for rows in steps]
 
 
 def simulate_rival(rival: Rival, config: Mapping[str, Any], workload: Workload) -> MemoryTracker:

@@ -16,7 +16,7 @@ from mft.memory.workload import Workload
 from mft.number_formats import AUTO
 
 # On a CPU the kernels' own scratch memory counts: slabs of 2 MiB, histograms of 0.5 MiB per thread, pages of code.
-# The measured peaks of two LLaMA2-7B layers differed by -6 to +4 MB from the sum without it (benchmarks.memory.worker,
+# The measured peaks of two LLaMA2-7B layers differed by -6 to +4 MB from the sum without it (benchmarks.memory blocks,
 # 128 to 1024 tokens).
 _CPU_WORKSPACE = 32 << 20
 

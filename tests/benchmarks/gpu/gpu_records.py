@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.gpu.cases import AUTO, CUDA, DENSE, FUSED, KEPT, PAPER, PASS, SQUARE, WHATS
+from benchmarks.gpu.cases import AUTO, CUDA, FUSED, SQUARE, WHATS
 from benchmarks.gpu.results import MEASURED, Results
 
 CEILINGS = {"bytes_per_second": 3e12, "flops_per_second": 8e14}
@@ -26,11 +26,6 @@ def sample(ms, *, of_cublas=100.0, floor=0.0):
 def record(what, m, samples, shape=SQUARE, detail=""):
     return {"what": what, "n": shape[0], "k": shape[1], "m": m, "detail": detail, "status": MEASURED,
             "samples": samples, "failures": {}, "left_out": {}}  # fmt: skip
-
-
-def step(m, auto, passes, kept, paper=100.0, shape=SQUARE):
-    times = {DENSE: 1.0, AUTO: auto, PASS: passes, KEPT: kept, PAPER: paper}
-    return record("step", m, {name: sample(ms) for name, ms in times.items()}, shape)
 
 
 def check(detail, status=MEASURED, **fields):

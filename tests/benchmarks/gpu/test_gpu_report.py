@@ -1,48 +1,15 @@
-"""The GPU suite's conclusions from its records: failures, goals, and gpu.md."""
+"""The GPU suite's conclusions from its records: failures, and gpu.md."""
 
 import pytest
 
 pytest.importorskip("triton", reason="the GPU suite measures Triton kernels")
 
-from gpu_records import HERE, check, documents_of, record, results_of, sample, step
+from gpu_records import HERE, check, documents_of, record, results_of, sample
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import report
 from benchmarks.gpu.cases import DENSE, FUSED, Case
-from benchmarks.gpu.goals import MET, NOT_MET
-from benchmarks.gpu.goals import goals as goals_of
 from benchmarks.gpu.results import FAILED, MEASURED, NOT_MEASURED
-
-
-def goals(what, cases, environment=HERE):
-    return goals_of(what, cases, environment)
-
-
-def states(what, cases, environment=HERE):
-    return [goal.state for goal in goals(what, cases, environment)]
-
-
-def test_a_goal_takes_the_worst_case():
-    found = goals("step", [step(2048, 1.0, 1.5, 1.4), step(2048, 1.0, 1.4, 1.05, paper=4.0, shape=(1024, 4096))])
-    assert [goal.state for goal in found] == [MET, NOT_MET, MET, NOT_MET]
-    assert found[1].measured.median == pytest.approx(1.05)
-    assert "worst of 2, 1024 x 4096, M = 2048" in found[1].quantity
-
-
-def test_one_failed_check_misses_the_goal_and_a_missing_one_leaves_it_open():
-    passed, failed = check("exact", passed=3, failed=0), check("random", passed=3, failed=2)
-    missing = check("tests", NOT_MEASURED, reason="no time")
-    for cases, state in (
-        ([passed], MET),
-        ([passed, failed], NOT_MET),
-        ([passed, check("random", passed=3, failed=0, complete=False)], NOT_MET),
-        ([passed, missing], NOT_MEASURED),
-        ([failed, missing], NOT_MET),
-    ):
-        assert states("correctness", cases)[0] == state
-
-
-# ---------------------------------------------------------------------------------------------- what failed, first
 
 
 def test_what_failed_comes_first():
@@ -58,7 +25,7 @@ def test_what_failed_comes_first():
         "step 4096 x 4096, M = 2048: fused: wrong: 0.5",
     ):
         assert f"- {line}\n" in first
-    assert then.startswith("Goals")
+    assert then.startswith("Where")
     assert "## What failed\n\nNothing.\n" in report.text(documents_of(check("exact", passed=1, failed=0)))
 
 
@@ -81,6 +48,3 @@ def test_a_missing_sanitizer_ends_with_exit_code_3_and_all_results_written(tmp_p
     assert "UNPROVEN: cuda memcheck: not found: nowhere" in said
     assert "- UNPROVEN: cuda memcheck: not found: nowhere" in text
     assert "| cuda memcheck | not measured |" in text
-
-
-# ---------------------------------------------------------------------------------------------- tables

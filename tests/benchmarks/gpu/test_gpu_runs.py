@@ -56,7 +56,7 @@ def test_no_case_is_begun_after_the_deadline(tmp_path):
 
 
 def test_programs_leave_time_for_what_comes_behind_them(tmp_path):
-    whole = plan(["correctness", "memory"], [SQUARE], [512])
+    whole = plan(["correctness", "accumulate"], [SQUARE], [512])
     for cases, seconds in ((whole, 60), (whole[: [case.detail for case in whole].index("tests") + 1], 500)):
         out = tmp_path / str(len(cases))
         out.mkdir()
@@ -106,7 +106,7 @@ def test_each_case_has_its_patience_and_the_watch_ends_with_it(tmp_path, monkeyp
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: watched.append("off"))
     cases = [Case("correctness", detail="exact"), Case("correctness", detail="cuda memcheck"), Case("host", 8, 8, 1)]
     run(cases, tmp_path, lambda case: 1.0, 2000.0)
-    assert watched == [225.0, "off", 130.0, "off", 60.0, "off"]
+    assert watched == [225.0, "off", 130.0, "off", 90.0, "off"]
     compiled, plain = Case("step", *SQUARE, 2048), Case("step", *SQUARE, 4096)
     assert compiled.patience > plain.patience
 

@@ -65,7 +65,4 @@ def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypat
     gpu.torch_device = torch.device("cpu")
     assert gpu._copy_rate(64) > 0
     assert gpu._product_rate(8) > 0
-    runs = []
-    for warm, count in ((True, 2), (False, 3)):  # a function that makes a model runs only once
-        assert gpu.peak(lambda: runs.append(1) or [torch.zeros(10), torch.zeros(15)], warm=warm) == (500, 100)
-        assert len(runs) == count
+    assert gpu.peak(lambda: None) == 500
