@@ -89,7 +89,7 @@ def main() -> None:
             question.function(question.main)(asked.quick)
         else:
             together = pooled.pooled if question.joins is None else question.function(question.joins)
-            show(name, json.loads(pooled.answer(name, folder, threads, together).read_text()))
+            show(name, {"": json.loads(pooled.answer(name, folder, threads, together).read_text())})
         print(f"\n{name}: written to {folder}")
 
 

@@ -18,7 +18,6 @@ from mft_kernels.timing import Samples, time_interleaved
 from .cpu_ceilings import DTYPES
 from .harness import Finding, Spread, report
 from .rivals import KEEP_RATIO
-from .tables import launch_tables
 
 SIDE = 64
 DENSE_LAYER, LAYER, HELD_LAYER, OP = "nn.Linear", "MaskedLinear", "MaskedLinear, held", "mft.masked_linear_packed"
@@ -110,5 +109,4 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
             own = rows_of(name, situation, samples)
             rows += own
             findings += [finding for row in own for finding in findings_of(row, samples)]
-    report("launch", f"What a call of a layer of {SIDE} x {SIDE} costs, M = 1", findings, printed=False, calls=rows)
-    print("\n\n".join(launch_tables({"calls": rows})))
+    report("launch", f"What a call of a layer of {SIDE} x {SIDE} costs, M = 1", findings, calls=rows)

@@ -1,4 +1,4 @@
-"""Measure what a whole training step costs: tokens/s, peak memory, and where the time goes.
+"""Measure what a whole training step costs: tokens/s and peak memory.
 
 Models are SmolLM2-135M and one block of LLaMA2-7B's shape, with 2 micro-batches of 256 tokens per step. Everything
 learns, or has a mask. Each competitor has its own process, so that its peak is its own. Their steps are interleaved:
@@ -49,7 +49,7 @@ class Worker:
         self._heard()  # ready
 
     def ask(self, order: str) -> Any:
-        """Send an order. Returns for step: seconds; peak: bytes; profile: milliseconds by kind.
+        """Send an order. Returns for step: seconds; peak: bytes.
 
         Raises: RuntimeError if the process has died.
         """
@@ -81,8 +81,8 @@ def started(
 
 def measure(model: str, config: dict[str, Any], budget: Budget) -> tuple[list[Finding], list[dict]]:
     """Return the findings and one row per competitor."""
-    samples, peaks, kinds = _ask([name for name in COMPETITORS if name != PAPER], budget.rounds, model, config, budget)
-    for whole, part in zip((samples, peaks, kinds), _ask([PAPER], PAPER_STEPS, model, config, budget)):
+    samples, peaks = _ask([name for name in COMPETITORS if name != PAPER], budget.rounds, model, config, budget)
+    for whole, part in zip((samples, peaks), _ask([PAPER], PAPER_STEPS, model, config, budget)):
         whole.update(part)
     findings, rows = [], []
     for name in COMPETITORS:
@@ -94,14 +94,14 @@ def measure(model: str, config: dict[str, Any], budget: Budget) -> tuple[list[Fi
             memory = Spread.of([peaks[name] / peaks[FULL]])
             findings.append(Finding(f"{name} / {FULL}: {model}, peak memory", memory))
         row = {"model": model, "competitor": name, "ms": vars(Spread.of(samples[name])), "tokens_per_s": vars(rate)}
-        rows.append(row | {"peak_gb": peaks[name] / 1e9, "ms_by_kind": kinds[name]})
+        rows.append(row | {"peak_gb": peaks[name] / 1e9})
     return findings, rows
 
 
 def _ask(
     names: Sequence[str], rounds: int, model: str, config: dict[str, Any], budget: Budget
-) -> tuple[Samples, dict[str, int], dict[str, dict[str, float]]]:
-    """Return for each competitor: ms of interleaved steps, peak bytes, and ms by kind of one more step."""
+) -> tuple[Samples, dict[str, int]]:
+    """Return for each competitor: ms of interleaved steps, and peak bytes."""
     with ExitStack() as stack:
         workers = {}
         for name in names:
@@ -110,8 +110,7 @@ def _ask(
         orders = {name: lambda worker=worker: worker.ask("step") * 1e3 for name, worker in workers.items()}
         samples = time_told(orders, rounds)
         peaks = {name: worker.ask("peak") for name, worker in workers.items()}
-        kinds = {name: worker.ask("profile") for name, worker in workers.items()}
-    return samples, peaks, kinds
+    return samples, peaks
 
 
 def main(quick: bool = False) -> None:

@@ -1,13 +1,148 @@
-"""Print Markdown tables of stored results by machine: python -m benchmarks.tables [ops | cpu | train_step] ..."""
+"""The tables of stored results, machines side by side: python -m benchmarks.tables [ops | cpu | train_step] ...
+
+measured.py writes some of them into docs/reference/measured.md.
+"""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .records import RESULTS, Record, by_machine
+from .records import RESULTS, Record, by_machine, machine
+
+SQUARE = (4096, 4096)
+STEPS = {
+    "ours, from scores": "ours, from bf16 scores",
+    "ours, module": "`MaskedLinear`, fp32 scores, mask memoised",
+    "ours, held mask": "ours, held mask of 1 bit a weight, accumulating",
+    "eager": "eager PyTorch from a given threshold, keeps the masked weight",
+    "compiled": "the same under `torch.compile`",
+    "LoRA": "LoRA of rank 16 (peft)",
+    "the paper's layer": "the paper's layer (a sort in every forward)",
+}
+ONCE = {
+    ("threshold", "ours"): "`kept_threshold`",
+    ("threshold", "sort"): "`torch.sort`",
+    ("threshold", "kthvalue"): "`kthvalue`",
+    ("threshold", "copy"): "a copy of the scores",
+    ("packing", "ours"): "`pack_mask`",
+    ("optimiser", "ours, int16 and 8 bits"): "`score_step`, int16 scores and 8-bit moments, with the next mask",
+    ("optimiser", "ours, fp32"): "`score_step`, fp32, with the next mask",
+    ("optimiser", "torch AdamW, fused"): "torch's fused AdamW from finished gradients, without a mask",
+    ("optimiser", "compiled"): "the same mathematics under `torch.compile`, fp32, without a mask",
+}
+#: Records of one question, by machine.
+Records = Mapping[str, Record]
+Table = Callable[[Records], str]
 
 
-def ops_tables(record: Record) -> list[str]:
+def step_table(records: Records) -> str:
+    """Return from `ops` the whole step of the square layer, in units of dense; one group of rows per machine."""
+    found = {
+        name: [c for c in r["cases"] if c["op"] == "step" and (c["n"], c["k"]) == SQUARE] for name, r in records.items()
+    }
+    tokens = sorted({case["m"] for cases in found.values() for case in cases} - {8})
+    rows = []
+    for name, cases in found.items():
+        rows.append([f"*{machine(records[name])}*", *("" for _ in tokens)])
+        ratios = {(case["competitor"], case["m"]): case["ratio"]["median"] for case in cases}
+        rows += [[label, *(_ratio(ratios.get((own, m))) for m in tokens)] for own, label in STEPS.items()]
+    return markdown(["", *(f"M = {m}" for m in tokens)], rows)
+
+
+def once_table(records: Records) -> str:
+    """Return from `ops` the work on 4096 x 4096 scores once per step, in ms; one column per machine."""
+    columns = []
+    for record in records.values():
+        own = [case for case in record["cases"] if not case["m"] and (case["n"], case["k"]) == SQUARE]
+        columns.append({(case["op"], case["competitor"]): case["ms"]["median"] for case in own})
+    rows = [[label, *(_three(column.get(key)) for column in columns)] for key, label in ONCE.items()]
+    return markdown(["ms", *map(machine, records.values())], rows)
+
+
+def train_step_table(records: Records) -> str:
+    """Return from `train_step` tokens/s and peak memory of each model; one group of rows per machine."""
+    models = list(dict.fromkeys(row["model"] for r in records.values() for row in r["competitors"]))
+    rows = []
+    for record in records.values():
+        rows.append([f"*{machine(record)}*", *("" for _ in range(2 * len(models)))])
+        own = {(row["model"], row["competitor"]): row for row in record["competitors"]}
+        for name in dict.fromkeys(row["competitor"] for row in record["competitors"]):
+            shown = [own[model, name] for model in models]
+            rows.append(
+                [name, *(t for row in shown for t in (f"{row['tokens_per_s']['median']:.0f}", f"{row['peak_gb']:.2f}"))]
+            )
+    return markdown(["", *(head for model in models for head in (f"{model}: tokens/s", "peak GB"))], rows)
+
+
+def memory_table(records: Records) -> str:
+    """Return from `memory` the % of the weight's bytes beyond the gradients; one column per machine."""
+    columns = [{f["quantity"]: f["measured"]["median"] for f in r["findings"]} for r in records.values()]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(f"{column[name]:.0f}" if name in column else "" for column in columns)] for name in names]
+    return markdown(["% of the weight", *map(machine, records.values())], rows)
+
+
+def cpu_table(records: Records) -> str:
+    """Return from `cpu` the times in units of dense, with the goal in brackets; one group of columns per machine."""
+    names = list(dict.fromkeys(case_name(case) for r in records.values() for case in r["cases"]))
+    competitors = {name: _competitors(record) for name, record in records.items()}
+    columns = {
+        (name, own): {case_name(c): c for c in records[name]["cases"] if c["competitor"] == own}
+        for name in records
+        for own in competitors[name]
+    }
+    rows = [[place, *(_measured_and_asked(column.get(place)) for column in columns.values())] for place in names]
+    heads = [f"{machine(records[name])}: {own}" for name, own in columns]
+    return markdown(["times dense (asked)", *heads], rows)
+
+
+def shares_table(records: Records) -> str:
+    """Return from `cpu` the % of the machine's ceilings that ours and dense reach; one group of columns per machine."""
+    names = list(dict.fromkeys(case_name(c) for r in records.values() for c in r["cases"]))
+    competitors = ("dense", "ours, from scores", "ours, held mask")
+    columns = [{(case_name(c), c["competitor"]): c["share"] for c in r["cases"]} for r in records.values()]
+    rows = [[name, *(_percent(column.get((name, own))) for column in columns for own in competitors)] for name in names]
+    heads = [f"{machine(r)}: {own}" for r in records.values() for own in competitors]
+    return markdown(["% of the ceiling", *heads], rows)
+
+
+def generate_table(records: Records) -> str:
+    """Return from `generate` tokens/s; one column per machine and dtype."""
+    columns = {
+        (name, dtype): {row["competitor"]: row for row in r["competitors"] if row["dtype"] == dtype}
+        for name, r in records.items()
+        for dtype in dict.fromkeys(row["dtype"] for row in r["competitors"])
+    }
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    rows = [[name, *(f"{c[name]['tokens_per_s']['median']:.3g}" for c in columns.values())] for name in names]
+    return markdown(["tokens/s", *(f"{machine(records[name])}, {dtype}" for name, dtype in columns)], rows)
+
+
+def launch_table(records: Records) -> str:
+    """Return from `launch` us per call of nn.Linear, and our difference from it; one column per machine and dtype."""
+    columns: dict[tuple[str, str], dict[str, str]] = {}
+    for name, record in records.items():
+        for row in record["calls"]:
+            label, shown = f"{row['situation']}: {row['competitor']}", _three(row["us"]["median"])
+            if row["above"] is not None:
+                label, shown = f"{label} - nn.Linear", _beside_asked(row["above"]["median"], row["target"])
+            columns.setdefault((name, row["dtype"]), {})[label] = shown
+    labels = dict.fromkeys(label for column in columns.values() for label in column)
+    heads = [f"{machine(records[name])}, {dtype}" for name, dtype in columns]
+    rows = [[label, *(column.get(label, "") for column in columns.values())] for label in labels]
+    return markdown(["us (asked)", *heads], rows)
+
+
+def _by_machine(tables: Callable[[Record], list[str]]) -> Table:
+    """Return a table that shows each machine by itself."""
+
+    def every(records: Records) -> str:
+        return "\n\n".join(f"{machine(record)}:\n\n" + "\n\n".join(tables(record)) for record in records.values())
+
+    return every
+
+
+def _ops_of(record: Record) -> list[str]:
     """Return one table per op with the ratios of every competitor at every shape and M; then the work once per step."""
     cases, parts = record["cases"], []
     for op in dict.fromkeys(case["op"] for case in cases if case["m"]):
@@ -30,27 +165,7 @@ def ops_tables(record: Record) -> list[str]:
     return [*parts, f"Ceilings of the run: {ceilings}."]
 
 
-def train_step_tables(record: Record) -> list[str]:
-    """Return one table per model: tokens/s, peak memory, seconds by kind."""
-    parts = []
-    for model in dict.fromkeys(row["model"] for row in record["competitors"]):
-        own = [row for row in record["competitors"] if row["model"] == model]
-        kinds = list(own[0]["ms_by_kind"])
-        rows = [
-            [
-                row["competitor"],
-                _with_quartiles(row["tokens_per_s"]),
-                f"{row['peak_gb']:.2f}",
-                *(f"{row['ms_by_kind'][kind] / 1e3:.2f}" for kind in kinds),
-            ]
-            for row in own
-        ]
-        header = [model, "tokens/s [quartiles]", "peak GB", *(f"{kind}, s" for kind in kinds)]
-        parts.append(markdown(header, rows))
-    return parts
-
-
-def scaling_tables(record: Record) -> list[str]:
+def _scaling_of(record: Record) -> list[str]:
     """Return one table per setting: seconds per step."""
     parts = []
     for axis in dict.fromkeys(point["axis"] for point in record["points"]):
@@ -64,7 +179,7 @@ def scaling_tables(record: Record) -> list[str]:
     return parts
 
 
-def many_masks_tables(record: Record) -> list[str]:
+def _many_masks_of(record: Record) -> list[str]:
     """Return the loss of every task under every mask, nats per token (difference from the base); then the bytes."""
     own = record["losses"]
     masks = list(dict.fromkeys(row["mask"] for row in own))
@@ -76,48 +191,7 @@ def many_masks_tables(record: Record) -> list[str]:
     return [markdown(["held-out loss of", *masks], losses), markdown(["", "bytes"], sizes)]
 
 
-def cpu_tables(record: Record) -> list[str]:
-    """Return goals and whether they are met; cases relative to dense and eager; what is slower than eager; ceilings."""
-    cases = record["cases"]
-    asked = [case for case in cases if case["target"] is not None]
-    rows = [
-        [
-            case_name(case),
-            case["competitor"],
-            f"{case['target']:.2f}",
-            f"{case['ratio']['median']:.2f}",
-            "met" if case["ratio"]["median"] <= case["target"] else "NOT MET",
-        ]
-        for case in asked
-    ]
-    header = ["times the dense layer", "", "target", "measured", ""]
-    parts = [markdown(header, rows) if asked else "Nothing is asked of this instruction set beside dense."]
-    names = list(dict.fromkeys(case["competitor"] for case in cases if case["competitor"] != "dense"))
-    rows = []
-    for place in dict.fromkeys(map(case_name, cases)):
-        own = {case["competitor"]: case for case in cases if case_name(case) == place}
-        dense = own["dense"]
-        first = f"{dense['ms']['median']:.3g} ({100 * dense['share']:.0f})"
-        rows.append([place, first, *(_ratio_and_share(own[name]) for name in names)])
-    header = ["", "dense, ms (% of the ceiling)", *(f"{name}, times dense (%)" for name in names)]
-    parts.append(markdown(header, rows))
-    slower = [f for f in record["findings"] if "/ eager" in f["quantity"] and f["met"] is False]
-    told = "; ".join(f"{f['quantity']}: {f['measured']['median']:.2f}" for f in slower)
-    parts.append(f"Slower than eager PyTorch by more than 5 %: {told or 'nowhere'}.")
-    return [*parts, *map(_ceilings, record["ceilings"])]
-
-
-def generate_tables(record: Record) -> list[str]:
-    """Return tokens/s by dtype."""
-    rows = record["competitors"]
-    names = list(dict.fromkeys(row["competitor"] for row in rows))
-    found = {(row["dtype"], row["competitor"]): row for row in rows}
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    lines = [[name, *(_with_quartiles(found[dtype, name]["tokens_per_s"]) for dtype in dtypes)] for name in names]
-    return [markdown(["tokens/s [quartiles]", *dtypes], lines)]
-
-
-def experts_tables(record: Record) -> list[str]:
+def _experts_of(record: Record) -> list[str]:
     """Return one row per case: ms of grouped_mm, and the others relative to it; bold if ours misses the goal."""
     cases = record["cases"]
     names = [name for name in dict.fromkeys(case["competitor"] for case in cases) if name != "grouped_mm"]
@@ -129,30 +203,26 @@ def experts_tables(record: Record) -> list[str]:
     return [markdown(["", "grouped_mm, ms", *(f"{name}, times that" for name in names)], rows)]
 
 
+ops_table, experts_table = _by_machine(_ops_of), _by_machine(_experts_of)
+#: What is printed of a question.
+TABLES: dict[str, tuple[Table, ...]] = {
+    "ops": (ops_table,),
+    "train_step": (train_step_table,),
+    "scaling": (_by_machine(_scaling_of),),
+    "cpu": (cpu_table, shares_table),
+    "generate": (generate_table,),
+    "decode": (generate_table,),
+    "experts": (experts_table,),
+    "launch": (launch_table,),
+    "many_masks": (_by_machine(_many_masks_of),),
+    "memory": (memory_table,),
+}
+
+
 def experts_case_name(case: Record) -> str:
     """Return a case of `experts` in words."""
     tokens = f"{case['tokens']} token{'s' if case['tokens'] > 1 else ''}"
     return f"{case['op']}, {case['dtype']}, {case['experts']} experts, {tokens}"
-
-
-def launch_tables(record: Record) -> list[str]:
-    """Return one table per dtype: us per call, the difference from nn.Linear, and whether that meets the goal."""
-    parts = []
-    for dtype in dict.fromkeys(row["dtype"] for row in record["calls"]):
-        rows = []
-        for row in (row for row in record["calls"] if row["dtype"] == dtype):
-            above, target = row["above"], row["target"]
-            rows.append(
-                [
-                    f"{row['situation']}: {row['competitor']}",
-                    _with_quartiles(row["us"]),
-                    "" if above is None else _with_quartiles(above),
-                    "" if target is None else f"{target:g}",
-                    "" if target is None else "met" if above["median"] <= target else "NOT MET",
-                ]
-            )
-        parts.append(markdown([f"us, {dtype}", "a call [quartiles]", "above nn.Linear's", "at most", ""], rows))
-    return parts
 
 
 def case_name(case: Record) -> str:
@@ -161,54 +231,29 @@ def case_name(case: Record) -> str:
     return f"{case['op']}, {case['dtype']}, {case['n']} x {case['k']}, M = {case['m']}{thread}"
 
 
-def _ceilings(found: Record) -> str:
-    told = [
-        f"{dtype} GEMM {by['gemm_gflops']['median']:.4g} GFLOP/s, reading {by['read_gb_per_s']['median']:.3g} GB/s, "
-        f"copy {by['copy_gb_per_s']['median']:.3g}"
-        for dtype, by in found.items()
-        if dtype != "threads"
-    ]
-    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
-    return f"Ceilings of the run, {threads}: {'; '.join(told)}."
-
-
-TABLES: dict[str, Callable[[Record], list[str]]] = {
-    "ops": ops_tables,
-    "train_step": train_step_tables,
-    "scaling": scaling_tables,
-    "cpu": cpu_tables,
-    "generate": generate_tables,
-    "decode": generate_tables,
-    "experts": experts_tables,
-    "launch": launch_tables,
-    "many_masks": many_masks_tables,
-}
-
-
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table; the first column is left-aligned, the others right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def origin(record: Record) -> str:
-    """Return where a record was measured."""
-    where = record["environment"]
-    dirty = " and changes" if where["tree_is_dirty"] else ""
-    threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
-    # Records with one backend, and older records, need only that backend's own description.
-    named = where.get("backends", {})
-    backend = ", ".join(f"{name} = {told}" for name, told in named.items()) if len(named) > 1 else where["backend"]
-    return (
-        f"{record['title']}. {where['device']}, {threads}, torch {where['torch']}, "
-        f"{backend}, commit {where['commit'][:10]}{dirty}, {where['date'][:10]}."
-    )
+def origins(question: str, records: Records) -> str:
+    """Return the command that measures, and where each record was measured."""
+    told = []
+    for record in records.values():
+        where = record["environment"]
+        threads = f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}"
+        named = where.get("backends", {})
+        others = [f"{name} = {described}" for name, described in named.items()] if len(named) > 1 else []
+        parts = [threads, f"torch {where['torch']}", *others, f"commit {where['commit'][:10]}", where["date"][:10]]
+        told.append(f"{machine(record)}: {', '.join(parts)}")
+    return f"`make bench WHAT={question}`. {'; '.join(told)}."
 
 
-def show(question: str, record: Record) -> None:
-    """Print the tables of a record, if its question has any."""
+def show(question: str, records: Records) -> None:
+    """Print the tables of a question, if it has any."""
     if question in TABLES:
-        print("\n\n".join([origin(record), *TABLES[question](record)]) + "\n")
+        print("\n\n".join([*(table(records) for table in TABLES[question]), origins(question, records)]) + "\n")
 
 
 def main() -> None:
@@ -221,8 +266,7 @@ def main() -> None:
     for question in asked.questions or [question for question in TABLES if stored[question]]:
         if not stored.get(question):
             parser.error(f"questions must be stored ones among {', '.join(TABLES)}, got {question} ({asked.results})")
-        for record in stored[question].values():
-            show(question, record)
+        show(question, stored[question])
 
 
 def _ratio_and_share(case: Record | None) -> str:
@@ -242,8 +286,41 @@ def _loss_and_difference(row: Record) -> str:
     return f"{shown} ({row['difference']:+.4f} ± {row['error']:.4f})" if row["difference"] else shown
 
 
-def _with_quartiles(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.3g} [{spread['low']:.3g}, {spread['high']:.3g}]"
+def _competitors(record: Record) -> list[str]:
+    return [name for name in dict.fromkeys(case["competitor"] for case in record["cases"]) if name != "dense"]
+
+
+def _measured_and_asked(case: Record | None) -> str:
+    """Return the cell, bold if the goal was missed."""
+    if case is None:
+        return ""
+    shown, asked = _ratio(case["ratio"]["median"]), case["target"]
+    if asked is None:
+        return shown
+    return f"{shown} ({asked:.2f})" if case["ratio"]["median"] <= asked else f"**{shown}** ({asked:.2f})"
+
+
+def _beside_asked(us: float, asked: float | None) -> str:
+    """Return the cell, bold if the goal was missed."""
+    if asked is None:
+        return _three(us)
+    return f"{_three(us)} ({asked:g})" if us <= asked else f"**{_three(us)}** ({asked:g})"
+
+
+def _three(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 10 else f"{value:.3g}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}"
 
 
 if __name__ == "__main__":

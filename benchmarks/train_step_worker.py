@@ -2,7 +2,6 @@
 
 step      seconds of an optimiser step
 peak      bytes by which resident memory has peaked since before the model was made
-profile   milliseconds of a step by kind
 """
 
 import ctypes
@@ -14,7 +13,6 @@ from pathlib import Path
 import torch
 
 from .bench_memory import process_bytes
-from .step_profile import profile_step
 from .training_steps import TrainingStep, build, small_config
 
 
@@ -35,10 +33,8 @@ def main(competitor: str, config: dict, tokens: int, accumulation: int, threads:
             _answer(time.perf_counter() - start)
         elif line.strip() == "peak":
             _answer(process_bytes("VmHWM") - before)
-        elif line.strip() == "profile":
-            _answer(profile_step(step))
         else:
-            raise ValueError(f"the order must be step, peak or profile, got {line!r}")
+            raise ValueError(f"the order must be step or peak, got {line!r}")
 
 
 def _answer(value: object) -> None:
