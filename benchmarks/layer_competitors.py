@@ -1,4 +1,4 @@
-"""One linear layer in each formulation, on common inputs, for `ops` and for `pytest benchmarks/test_ops.py`.
+"""One linear layer in each formulation, on common inputs.
 
 dense                 nn.Linear with a learning weight: the bound
 ours, from scores     mft_kernels.masked_linear from scores and a threshold, like the eager formulations

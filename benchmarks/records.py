@@ -1,7 +1,7 @@
 """Stored answers: one JSON file per question and instruction set, so that machines can be compared.
 
     ops-cpu-amx.json, ops-cpu-avx512_bf16.json     times and measured memory, which depend on the processor
-    memory_cards-cpu.json                          simulated memory, or a loss, which do not
+    memory_cards-cpu.json                          simulated memory, which does not
     cpu-amx.json                                   the question `cpu`
     ops-cpu-mine.json                              a backend named in MFT_KERNELS, next to ours (side_by_side.py)
 
@@ -19,8 +19,8 @@ from mft_kernels.backends.processor import NEEDS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TIMINGS = ROOT / "runs" / "paths"  # rows that only fit_choice reads
-# Independent of the processor: simulated memory, and losses and masks after training, except for the order of sums.
-ON_ANY = frozenset({"memory_cards", "memory_mixtures", "score_optimiser"})
+# Independent of the processor: simulated memory.
+ON_ANY = frozenset({"memory_cards"})
 
 Record = Mapping[str, Any]
 _NAME = re.compile(r"(?:(?P<question>\w+)-)?cpu(?:-(?P<instruction_set>\w+))?\.json")

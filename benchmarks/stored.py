@@ -25,11 +25,7 @@ _NO_RESULT = (
 RECIPE = (*KERNELS, "python/mft", "python/mft_study", *(f":!python/{folder}" for folder in _NO_RESULT))
 SIMULATED = ("python/mft", "mft_kernels", "benchmarks/memory")
 #: Questions that only the commit of their result can answer, and the command there.
-GONE = {
-    "budget-search.json": "python -m benchmarks.regimes.budget_search",
-    "memory_mixtures": "python -m benchmarks.memory mixtures",
-    "score_optimiser": "python -m benchmarks score_optimiser",
-}
+GONE = {"budget-search.json": "python -m benchmarks.regimes.budget_search"}
 
 
 @dataclass
