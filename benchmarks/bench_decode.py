@@ -20,9 +20,9 @@ from mft.masks.export import load_masks, save_masks
 from mft.memory.shapes import known_config
 from mft_kernels.timing import time_within
 
-from .bench_generate import generate
+from .bench_generate import generate, rates
 from .cpu_ceilings import DTYPES
-from .harness import Finding, Spread, ratio, report
+from .harness import Finding, ratio, report
 from .training_steps import build
 
 DENSE, MERGED, HELD = "dense", "merged", "ours, one held mask"
@@ -74,15 +74,13 @@ def ways(masks: Path, budget: Budget, dtype: torch.dtype) -> dict[str, Callable[
 
 def main(quick: bool = False, budget: Budget = STORED) -> None:
     """Print and store the answer of this process."""
-    findings, rows = [], []
+    findings: list[Finding] = []
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         masks = save_masks(mask_model(build(budget.config), MaskConfig.paper()), Path(folder, "masks"))
         for dtype in DTYPES:
             samples = time_within(ways(masks, budget, DTYPES[dtype]), 0 if quick else budget.seconds, least=3)
-            for name, times in samples.items():
-                rate = Spread.of([budget.rows * budget.new * 1e3 / ms for ms in times])
-                rows.append({"dtype": dtype, "competitor": name, "tokens_per_s": vars(rate), "rounds": len(times)})
-                findings.append(Finding(f"{name}: {dtype}", rate, "tokens/s"))
+            rates(dtype, samples, budget.rows * budget.new, findings, rows)
             findings += [ratio(samples, name, MERGED, suffix=f": {dtype}") for name in (DENSE, HELD)]
             findings += [ratio(samples, banked(tasks), MERGED, "at most", 1.1, f": {dtype}") for tasks in TASKS]
     tokens = f"{budget.rows} rows of {budget.prompt} + {budget.new} tokens"

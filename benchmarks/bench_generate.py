@@ -15,7 +15,7 @@ from mft.config import MaskConfig
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.quantize import quantize_model
 from mft.memory.shapes import known_config
-from mft_kernels.timing import time_within
+from mft_kernels.timing import Samples, time_within
 
 from .cpu_ceilings import DTYPES
 from .harness import Finding, Spread, ratio, report
@@ -57,18 +57,24 @@ def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
+def rates(dtype: str, samples: Samples, tokens: int, findings: list[Finding], rows: list[dict]) -> None:
+    """Add tokens/s of each competitor to findings and rows."""
+    for name, times in samples.items():
+        rate = Spread.of([tokens * 1e3 / ms for ms in times])
+        rows.append({"dtype": dtype, "competitor": name, "tokens_per_s": vars(rate), "rounds": len(times)})
+        findings.append(Finding(f"{name}: {dtype}", rate, "tokens/s"))
+
+
 def main(quick: bool = False, budget: Budget = STORED) -> None:
     """Print and store the answer of this process."""
     prompt = torch.randint(3, 200, (1, budget.prompt), generator=torch.Generator().manual_seed(0))
-    findings, rows = [], []
+    findings: list[Finding] = []
+    rows: list[dict] = []
     for dtype in DTYPES:
         found = models(budget.config, DTYPES[dtype])
         calls = {name: lambda m=model: generate(m, prompt, budget.new) for name, model in found.items()}
         samples = time_within(calls, 0 if quick else budget.seconds, least=3)
-        for name, times in samples.items():
-            rate = Spread.of([budget.new * 1e3 / ms for ms in times])
-            rows.append({"dtype": dtype, "competitor": name, "tokens_per_s": vars(rate), "rounds": len(times)})
-            findings.append(Finding(f"{name}: {dtype}", rate, "tokens/s"))
+        rates(dtype, samples, budget.new, findings, rows)
         findings += [ratio(samples, name, DENSE, "at most", 1.0, f": {dtype}") for name in (MODULE, HELD)]
     tokens = f"{budget.prompt} + {budget.new} tokens"
     title = f"SmolLM2-135M's generate, batch 1, {tokens}, {torch.get_num_threads()} threads"

@@ -7,7 +7,7 @@ REF is a folder of results, or a git ref whose benchmarks/results are read. The 
 The compared quantities are ratios of ours to another competitor within a run, because a busy machine changes times but
 hardly ratios. A ratio is suspect if its spread lies above REF's and its median is worse by more than 5 %. Among
 hundreds of ratios some are suspect by chance. A question with suspects is therefore answered a second time, and a ratio
-that is suspect both times is a regression. Times are shown if both runs name the same device, and decide nothing.
+that is suspect both times is a regression.
 
 On another processor, with other threads or another torch, the competitor has another speed too, so a ratio says nothing
 about the code. Then the differences are shown, and there is no verdict. Exit code 1: a regression, or a missing ratio;
@@ -23,12 +23,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .harness import Spread, environment, instruction_set, threads_of
+from .harness import Spread, environment, instruction_set, print_aligned, threads_of
 from .records import RESULTS, ROOT, Record, by_question, instruction_sets, is_record, read_all, read_records
 
 WORSE = 1.05  # times the median of REF, at most
 REMEDY = "Measure REF here: python -m benchmarks --out FOLDER in a checkout of it; then compare with FOLDER."
-TIMES = ("ms", "us", "tokens/s")
 SAME = ("device", "threads", "backend", "torch_instruction_set", "torch")  # any of these can change the numbers
 
 
@@ -145,13 +144,9 @@ def show(question: str, before: Record, now: Record, changes: list[Change]) -> N
     for difference in others:
         print(f"  !!! NOT THE SAME MACHINE: {difference}")
     told = [change.row() for change in changes if change.verdict]
-    header = ("ratio", "before", "now", "median", "")
-    widths = [max(len(row[i]) for row in [header, *told]) for i in range(5)]
-    for row in [header, *told] if told else []:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    if told:
+        print_aligned([("ratio", "before", "now", "median", ""), *told])
     print(f"  {len(changes) - len(told)} of {len(changes)} ratios within the spread or {100 * (WORSE - 1):.0f} %")
-    if not others:
-        _show_times(before, now)
 
 
 def main() -> None:
@@ -229,16 +224,6 @@ def _warn(before: Mapping[str, Record]) -> None:
     }
     if others:
         print(f"REF was not measured on this machine ({'; '.join(sorted(others))}): there will be no verdict. {REMEDY}")
-
-
-def _show_times(before: Record, now: Record) -> None:
-    old = {f["quantity"]: f["measured"]["median"] for f in before["findings"] if f["unit"] in TIMES}
-    for finding in now["findings"]:
-        name = finding["quantity"]
-        if name in old and finding["unit"] in TIMES:
-            print(
-                f"  (for information) {name}: {old[name]:.4g} -> {finding['measured']['median']:.4g} {finding['unit']}"
-            )
 
 
 def _git(*arguments: str) -> str | None:

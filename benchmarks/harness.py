@@ -9,7 +9,7 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -190,13 +190,17 @@ def report(
     **details: object,
 ) -> Path:
     """Print the table and write the record with ``details`` unchanged; return its path."""
-    header = ("", "median [spread]", "target", "")
-    rows = [finding.row() for finding in findings]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
     print(f"\n{title}")
-    for row in [header, *rows] if printed else []:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
+    if printed:
+        print_aligned([("", "median [spread]", "target", ""), *(finding.row() for finding in findings)])
     return write_record(question, title, findings, _folder, device, **details)
+
+
+def print_aligned(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of equally many cells as columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
 
 
 def write_record(

@@ -1,4 +1,4 @@
-"""python -m benchmarks.kernel_code [--only cuda] [--few] [--target sm_90,gfx942] [--out FILE.md]: read and judge.
+"""python -m benchmarks.kernel_code [--only cuda] [--out FILE.md]: read and judge.
 
 Compiles every Triton kernel, and reads the CUDA library as it was built. Exit code: 0 if no kernel has a fault, 1
 otherwise, 2 for a bad argument. No GPU is needed.
@@ -18,9 +18,8 @@ import triton
 from mft_kernels.backends import built
 from mft_kernels.backends.triton.target import installed_assembler
 
-from . import cuda
-from .launches import targets
-from .report import Row, count, rows
+from . import cuda, report
+from .report import Row
 
 _TITLE = "# Binaries of the GPU kernels\n\nWritten by `make kernels-report`, without a GPU."
 
@@ -34,24 +33,17 @@ loads from shared memory, asynchronous copies of the same warps."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables, Triton's as it grows, and return the exit code."""
-    every = {str(target): target for target in targets()}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_code", description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["triton", "cuda"], help="only this part; FILE.md keeps the other section")
-    parser.add_argument("--few", action="store_true", help="Triton: only what the tests compile (bf16, usual calls)")
-    parser.add_argument("--target", default=",".join(every), help=f"Triton: {', '.join(every)}")
     parser.add_argument("--out", type=Path, help="write the summary as Markdown")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
     asked = parser.parse_args(arguments)
-    unknown = [name for name in asked.target.split(",") if name not in every]
-    if unknown:
-        parser.error(f"--target must be among {', '.join(every)}, got {unknown[0]!r}")
     sections, faulty = {}, False
     if asked.only != "triton":  # takes seconds, so it comes before the minutes
         sections["CUDA C++"], faults = _read_cuda(asked.processes)
         faulty |= faults
     if asked.only != "cuda":
-        chosen = [every[name] for name in asked.target.split(",")]
-        sections["Triton"], faults = _compile_triton(chosen, asked.few, asked.processes)
+        sections["Triton"], faults = _compile_triton(asked.processes)
         faulty |= faults
     if asked.out:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if faulty else 0
 
 
-def _compile_triton(chosen: list, few: bool, processes: int) -> tuple[str, bool]:
+def _compile_triton(processes: int) -> tuple[str, bool]:
     """Return (the section's text, whether a kernel has a fault)."""
-    total, done, start = count(chosen, few=few), [], time.monotonic()
+    jobs, done, start = report.jobs(), [], time.monotonic()
+    total = len(jobs)
     versions = f"Triton {triton.__version__}, ptxas {'.'.join(map(str, installed_assembler(90)))} on sm_90"
     print(f"{total} binaries, {versions}")
-    for i, one in enumerate(rows(chosen, few=few, processes=processes), 1):
+    for i, one in enumerate(report.rows(jobs, processes), 1):
         done.append(one)
         seconds = time.monotonic() - start
         print(f"[{i}/{total}, {i / seconds:.1f}/s, {seconds * (total - i) / i:.0f} s left] {_line(one)}", flush=True)
@@ -77,16 +70,16 @@ def _compile_triton(chosen: list, few: bool, processes: int) -> tuple[str, bool]
 
 def _read_cuda(processes: int) -> tuple[str, bool]:
     """Return (the section's text, whether a kernel has a fault). What is not built is no fault; the text says so."""
-    report = built.report("cuda")
-    if reason := cuda.missing(report):
+    made = built.report("cuda")
+    if reason := cuda.missing(made):
         print(f"without the CUDA kernels: {reason}\n")
         return f"Not read: {reason}.", False
-    versions = f"{report['nvcc'].split(' (')[0]}, ptxas {report['ptxas']}"  # without nvcc's path
-    versions += f", CUTLASS {report['cutlass']}" if report["cutlass"] else ""
-    versions += f"; general code for {', '.join(report['targets'])}"
-    left_out = [f"Without {name}: {why}." for name, why in report["left_out"].items()]
+    versions = f"{made['nvcc'].split(' (')[0]}, ptxas {made['ptxas']}"  # without nvcc's path
+    versions += f", CUTLASS {made['cutlass']}" if made["cutlass"] else ""
+    versions += f"; general code for {', '.join(made['targets'])}"
+    left_out = [f"Without {name}: {why}." for name, why in made["left_out"].items()]
     try:
-        done = cuda.rows(report, processes=processes)
+        done = cuda.rows(made, processes=processes)
     except ValueError as error:
         print(f"FAULT of the CUDA library: {error}\n")
         return f"Not read: {error}.", True

@@ -1,7 +1,8 @@
 """Compile and read each launch: a row of figures, and its faults by the rules of its target."""
 
+import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -11,7 +12,7 @@ from building.machine_code import hazard, sass
 from mft_kernels.backends.triton.launch import Launch
 from mft_kernels.backends.triton.target import Target
 
-from .launches import Entry, entries
+from .launches import Entry, entries, targets
 
 #: Registers per multiprocessor of sm_80 to sm_100.
 _REGISTERS = 65536
@@ -37,29 +38,23 @@ class Row:
     faults: tuple[str, ...]
 
 
-def rows(targets: Iterable[Target], *, few: bool = False, processes: int = 2) -> Iterator[Row]:
-    """Yield one row for each launch of launches.entries, as soon as it is ready."""
-    jobs = [(target, few, i) for target in targets for i in range(len(entries(target, few=few)))]
-    if processes == 1:
-        yield from map(_row_of, jobs)
-        return
+def jobs() -> list[tuple[Target, int]]:
+    """Return the target of every launch of launches.entries and its place among that target's."""
+    return [(target, i) for target in targets() for i in range(len(_entries(target)))]
+
+
+def rows(jobs: Sequence[tuple[Target, int]], processes: int) -> Iterator[Row]:
+    """Yield one row for each launch, as soon as it is ready."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         yield from pool.map(_row_of, jobs, chunksize=4)
 
 
-def count(targets: Iterable[Target], *, few: bool = False) -> int:
-    """Return the number of rows."""
-    return sum(len(entries(target, few=few)) for target in targets)
+_entries = functools.cache(entries)
 
 
-_entries: dict[tuple[Target, bool], list[Entry]] = {}
-
-
-def _row_of(job: tuple[Target, bool, int]) -> Row:
-    target, few, i = job
-    if (target, few) not in _entries:  # a launch cannot be sent to another process, but its index can
-        _entries[target, few] = entries(target, few=few)
-    return row(_entries[target, few][i])
+def _row_of(job: tuple[Target, int]) -> Row:
+    target, i = job
+    return row(_entries(target)[i])  # a launch cannot be sent to another process, but its index can
 
 
 def row(entry: Entry) -> Row:
