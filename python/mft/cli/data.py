@@ -36,10 +36,7 @@ def run_data_show(config: RunConfig, split: str, count: int) -> None:
 
 
 def describe_row(row: Mapping[str, Any], tokenizer: Any, pad: int, *, pairs: bool = False) -> tuple[str, Text]:
-    """Return (the counts of a row, its tokens as text without the padding).
-
-    row: has input_ids, labels and starts. pairs: whether it holds preference pairs.
-    """
+    """Return (counts of a row, its tokens as text without the padding). pairs: whether it holds preference pairs."""
     ids, starts = row["input_ids"], row["starts"]
     scored = [False, *(label != IGNORED for label in row["labels"][1:])]  # nothing predicts the first token
     end = len(ids)

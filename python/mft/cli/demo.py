@@ -51,7 +51,7 @@ def demo_config(output: Path) -> RunConfig:
 def run_demo(config: RunConfig, *, overwrite: bool = False) -> None:
     """Run config and explain each step. The run is written to its output_dir, with the merged model in model/.
 
-    overwrite: delete an existing run there. The run of an earlier demo, finished or not, is always deleted.
+    overwrite: delete any existing run there. The run of an earlier demo is always deleted.
     Raises: ValueError if output_dir holds anything else.
     """
     begin, directory = time.perf_counter(), Path(config.output_dir)
@@ -81,13 +81,25 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> None:
     say(_check_bits(model, AutoModelForCausalLM.from_pretrained(directory / MODEL, dtype="auto")))
 
     _title("5. What is stored")
-    sizes = {"model": _bytes_of(directory / MODEL), "mask": (masks / MASK_FILE).stat().st_size}
+    model_bytes = sum(path.stat().st_size for path in (directory / MODEL).glob("*.safetensors"))
+    sizes = {"model": model_bytes, "mask": (masks / MASK_FILE).stat().st_size}
     smaller = sizes["model"] / sizes["mask"]
     say(f"model: {sizes['model']:,} bytes; mask: {sizes['mask']:,} bytes, {smaller:.0f} times smaller")
     read_recorder(directory / METRICS).draw(directory / PLOT, title=PLOT_TITLE, sizes=sizes)
 
     _title(f"Done in {time.perf_counter() - begin:.0f} s")
-    say("\n".join([_files(directory), "", *_next(directory)]))
+    say(f"""Files in {directory}/:
+   {MASKS}/: the mask
+   {MODEL}/: the merged model, for AutoModelForCausalLM.from_pretrained
+   {PLOT}: loss by step, and the sizes
+
+Next:
+   a mask from your own chats, a JSON object per line (docs/how-to/data.md):
+   mft train model.name=smollm2-135m data.source=chats.jsonl output_dir=runs/mine
+   compare that mask with LoRA and with training the weights (hours; docs/how-to/comparison.md):
+   mft compare --config own data.source=chats.jsonl
+   an HTTP server in OpenAI's form; the model's name is demo:
+   mft serve --masks {shlex.quote(f"demo={directory}")}""")
 
 
 def faster_dtype() -> str:
@@ -150,9 +162,9 @@ def _show(texts: dict[str, str]) -> None:
 
 @torch.no_grad()
 def _check_bits(masked: nn.Module, reloaded: nn.Module) -> str:
-    """Check that each weight of reloaded is bit-equal to the masked model's base, or +0 where the mask drops it.
+    """Return a line that says that each weight of reloaded is bit-equal to the base, or +0 where the mask drops it.
 
-    Returns: a line that says so. Raises: RuntimeError if a weight differs.
+    Raises: RuntimeError if a weight differs.
     """
     dropped = {f"{name}.weight": ~module.mask() for name, module in masked_modules(masked).items()}
     base, zeros = dict(masked.named_parameters()), 0
@@ -167,27 +179,3 @@ def _check_bits(masked: nn.Module, reloaded: nn.Module) -> str:
             )
     total = sum(weight.numel() for weight in reloaded.parameters())
     return f"bit-equal: {zeros:,} of {total:,} weights are 0 now, the others have the base model's own bits"
-
-
-def _bytes_of(model: Path) -> int:
-    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
-
-
-def _files(directory: Path) -> str:
-    return f"""Files in {directory}/:
-   {MASKS}/: the mask
-   {MODEL}/: the merged model, for AutoModelForCausalLM.from_pretrained
-   {PLOT}: loss by step, and the sizes"""
-
-
-def _next(directory: Path) -> list[str]:
-    """Return lines that suggest three next commands."""
-    return [
-        "Next:",
-        "   a mask from your own chats, a JSON object per line (docs/how-to/data.md):",
-        "   mft train model.name=smollm2-135m data.source=chats.jsonl output_dir=runs/mine",
-        "   compare that mask with LoRA and with training the weights (hours; docs/how-to/comparison.md):",
-        "   mft compare --config own data.source=chats.jsonl",
-        "   an HTTP server in OpenAI's form; the model's name is demo:",
-        f"   mft serve --masks {shlex.quote(f'demo={directory}')}",
-    ]

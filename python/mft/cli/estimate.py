@@ -109,10 +109,7 @@ def title(shape: ModelShape, workload: Workload) -> str:
 def table(
     shape: ModelShape, workload: Workload, choice: Choice, device_bytes: float, host_bytes: float | None
 ) -> Table:
-    """Return a table of GB by kind, at the peak of the device and at the peak of the host.
-
-    It has one column per memory mode, and one for the available memory.
-    """
+    """Return a table of GB by kind, at the peaks of device and host: a column per memory mode, one for the machine."""
     alone = workload.processes == 1 and workload.memory == "auto"
     ways = {name: one for name, one in choice.estimates.items() if not (alone and WAYS[name].spreads)}
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -139,7 +136,8 @@ def table(
     found.add_row(f"linears in {base}", *counts, str(linears))
     if any(one.batches_at_once for one in ways.values()):
         found.add_row("batches at once", *(str(one.batches_at_once or "") for one in ways.values()))
-    found.add_row("seconds per step", *(_seconds(one.seconds) for one in ways.values()))
+    shown = (f"{each.seconds:.0f}" if each.seconds >= 10 else f"{each.seconds:.2g}" for each in ways.values())
+    found.add_row("seconds per step", *shown)
     return found
 
 
@@ -192,10 +190,7 @@ def difference(workload: Workload, near: Workload) -> str:
 def as_dictionary(
     shape: ModelShape, workload: Workload, choice: Choice, device_bytes: float | None, host_bytes: float | None
 ) -> dict[str, Any]:
-    """Return the table's numbers, with those of the chosen memory mode at the top level.
-
-    If no mode fits, they are those of the mode asked for, or of layerwise, the smallest.
-    """
+    """Return the table's numbers. On top: the chosen mode's; if none fits, those of the one asked for or layerwise."""
     asked = workload.memory if workload.memory != "auto" else "layerwise"
     shown = choice.estimates[choice.way or asked]
     ways = {
@@ -287,11 +282,6 @@ def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:
 
 def _option(name: str) -> str:
     return f"--{_OPTIONS.get(name, name)}"
-
-
-def _seconds(seconds: float) -> str:
-    """Format seconds with two digits, or with all digits before the point."""
-    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def _gb(size: float | None) -> str:

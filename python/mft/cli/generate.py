@@ -79,10 +79,7 @@ class Voices:
         return [{"role": "system", "content": text}]
 
     def chat_prompt(self, messages: list[Message], place: str = "the chat") -> list[int]:
-        """Return the tokens of messages, up to the start of the assistant's answer.
-
-        Raises: ValueError that starts with place if the chat template does not render them.
-        """
+        """Return the tokens of messages, up to the assistant's answer. Raises: ValueError that starts with place."""
         return apply_template(self.tokenizer, Chat(messages), messages, place, add_generation_prompt=True)["input_ids"]
 
     def answer(self, name: str, prompt: list[int], sampling: Sampling, *, shown: bool = False) -> str:

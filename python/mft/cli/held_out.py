@@ -39,10 +39,7 @@ def config_of_data(run: str) -> RunConfig:
 
 
 def held_out_prompts(config: RunConfig, tokenizer: Any, ends: Sequence[int], count: int, seed: int) -> list[Prompt]:
-    """Draw prompts of the validation data. A plain text is cut in half, and the next tokens are wanted.
-
-    Args: ends: The tokens that end an answer.
-    """
+    """Draw prompts of the validation data; of a text the first half. ends: the tokens that end an answer."""
     rows = load_splits(config.data, tokenizer, pairs=config.objective.of_pairs).rows_of("validation")
     found = find_answers(rows, ends, pairs=config.objective.of_pairs) or _halves(rows)
     texts = _shown(found, tokenizer)

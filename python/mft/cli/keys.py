@@ -41,10 +41,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """Keys that share the part of their path before the last dot. The path of a configuration's first section is "".
-
-    kind: the class whose fields these are.
-    """
+    """Keys with the same path before the last dot, "" for the first section. kind: the class whose fields these are."""
 
     path: str
     kind: str
@@ -97,8 +94,8 @@ class Keyed(TyperCommand):
         return run_schema()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, found, after = _partition(args, "--help")
-        if found and after and not after[0].startswith("-"):
+        after = args[args.index("--help") + 1 :] if "--help" in args else []
+        if after and not after[0].startswith("-"):
             for asked in after:
                 explain(asked.partition("=")[0], self.schema())
             ctx.exit()
@@ -218,11 +215,6 @@ def _matches(asked: str, path: str) -> bool:
 
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _partition(args: list[str], word: str) -> tuple[list[str], bool, list[str]]:
-    at = args.index(word) if word in args else len(args)
-    return args[:at], at < len(args), args[at + 1 :]
 
 
 def _print_section(section: Section) -> None:

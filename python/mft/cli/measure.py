@@ -61,7 +61,7 @@ class Row:
 def run_measure(console: Console, *, seconds: float = SECONDS) -> list[Row]:
     """Print whether the machine is busy, measure, and print the table and whether eager is better anywhere.
 
-    Contention is measured again at the end. If a thread had to wait at either time, no verdict is given.
+    No verdict is given if the machine is busy at the start or at the end.
     """
     before = core_share(torch.get_num_threads())
     console.print(told_of(before), soft_wrap=True)
@@ -92,10 +92,7 @@ def told_of(found: Contention) -> str:
 
 
 def fitting_size(seconds: float) -> int:
-    """Return the largest size N = K with which all rows fit into seconds.
-
-    It times dense fp32 and bf16 products with the most tokens at a small size.
-    """
+    """Return the largest size N = K with which all rows fit into seconds, judged by dense products at a small size."""
     small = SIZES[-2]
     took = 0.0
     for dtype in DTYPES.values():

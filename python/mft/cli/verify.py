@@ -41,15 +41,13 @@ class Verified:
 def verify_directory(directory: Path) -> list[Verified]:
     """Verify every export and checkpoint in a directory: an export, a checkpoint, or the directory of a run.
 
-    Raises: FileNotFoundError if there is none; ValueError that names the first damaged file, what was found and what
-    was expected.
+    Raises: FileNotFoundError if there is none; ValueError that names the first damaged file.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: expected a directory with masks or checkpoints, got nothing there")
     exports = [path for path in (directory, directory / MASKS) if (path / CONFIG_FILE).is_file()]
-    checkpoints = [
-        path for path in (directory, *sorted(directory.glob(f"{CHECKPOINTS}/step-*"))) if _is_checkpoint(path)
-    ]
+    places = (directory, *sorted(directory.glob(f"{CHECKPOINTS}/step-*")))
+    checkpoints = [path for path in places if (path / MANIFEST).is_file() or (path / FACTS).is_file()]
     if not exports and not checkpoints:
         raise FileNotFoundError(
             f"{directory}: expected {CONFIG_FILE} or {MANIFEST}, here, in {MASKS}/ or in {CHECKPOINTS}/, got neither"
@@ -72,10 +70,6 @@ def check_base(model: nn.Module, found: Verified) -> None:
 
 def _takes_weights(export: MaskExport) -> bool:
     return BY_NAME[export.coding].needs_weight
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return (path / MANIFEST).is_file() or (path / FACTS).is_file()
 
 
 def _verified_export(path: Path) -> Verified:

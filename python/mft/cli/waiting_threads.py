@@ -10,8 +10,7 @@ def let_waiting_threads_sleep() -> None:
     """On a busy machine, make libgomp's waiting threads sleep after a short spin. Call it before torch is loaded.
 
     By default they spin for milliseconds, while another process may hold the core of the thread that they wait for: 2
-    threads of mft train then took 17 times as long as one. Results do not change. libgomp itself takes 1000 turns if it
-    knows that there are more threads than cores. On free cores the long spin is a tenth faster, so it stays
+    threads of mft train then took 17 times as long as one. On free cores the long spin is a tenth faster, so it stays
     (SmolLM2-135M, Zen 4).
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():

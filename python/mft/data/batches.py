@@ -66,10 +66,7 @@ class MicroBatch:
 
 
 def take_rows(dataset, rows: list[int]) -> MicroBatch:
-    """Return the rows with these numbers.
-
-    Raises: ValueError if dataset has starts, and a row's starts do not begin with 0 and rise below its length.
-    """
+    """Return the rows with these numbers. Raises: ValueError unless each row's starts rise from 0 below its length."""
     batch = dataset.with_format("torch")[rows]
     starts = [torch.as_tensor(places).tolist() for places in batch.get("starts", ())]
     return make_batch(
@@ -103,10 +100,7 @@ def without_trailing_padding(batch: MicroBatch) -> MicroBatch:
 
 
 def holds_packed_rows(dataset) -> bool:
-    """Return whether a row holds several examples that must not see each other. A stream answers for rows to come.
-
-    Raises: as take_rows, for any row.
-    """
+    """Return whether a row holds several examples that must not see each other. Raises: as take_rows, for any row."""
     if (known := getattr(dataset, "holds_packed_rows", None)) is not None:
         return known
     if "starts" not in dataset.column_names:

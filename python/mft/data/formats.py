@@ -87,10 +87,7 @@ def content_of(columns: Collection[str]) -> list[str]:
 
 
 def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool) -> Chat | Completion:
-    """Read a record that is not a text. templated: whether the tokenizer has a chat template.
-
-    Raises: ValueError that starts with place.
-    """
+    """Read a record that is not a text; templated: there is a chat template. Raises: ValueError starting with place."""
     if form == "messages":
         return _chat(row, read_messages(row.get("messages"), "messages", place), place)
     if form == "conversations":
@@ -106,9 +103,7 @@ def read_example(form: str, row: dict[str, Any], place: str, *, templated: bool)
 def read_pair(row: dict[str, Any], place: str) -> tuple[Chat | Completion, Chat | Completion]:
     """Read chosen and rejected, strings or lists of messages. The prompt has the same type, or is their common start.
 
-    If both are lists and the prompt is a string, it is only a remark (the Hub has such prompts). The prompt is then the
-    common start of the lists, as in TRL.
-    Raises: ValueError that starts with place.
+    A prompt that is a string next to two lists is only a remark, as in TRL. Raises: ValueError that starts with place.
     """
     both = [row.get("chosen"), row.get("rejected")]
     if all(isinstance(value, list) for value in both):

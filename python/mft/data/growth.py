@@ -1,7 +1,6 @@
 """Limit the growth of a compressed file in memory: to a fixed size for small files, else to a multiple of its size.
 
-A few hundred bytes of parquet or gzip may stand for gigabytes. Texts in .gz grow 3- to 20-fold. They grow 100-fold if
-rows are a few characters each, because Python takes some hundred bytes per row. Parquet stores content that rows share
+Texts in .gz grow 3- to 20-fold, and 100-fold if rows are a few characters each. Parquet stores content that rows share
 only once: chats of ten characters after one system prompt of 2000 grow 300-fold.
 """
 

@@ -1,8 +1,7 @@
 """Mix several sources: choose whose row comes next so that each gets its share of the rows, and report the result.
 
-Shares are of rows, and so of tokens with padding, as token budgets count them. If data.packing is false, a row is an
-example. The next row comes from the source that is furthest behind its share. So the shares hold at any moment as
-closely as whole rows allow, without random draws.
+Shares are of rows, and so of tokens with padding, as token budgets count them. The next row comes from the source that
+is furthest behind its share, without random draws, so the shares hold at any moment as closely as whole rows allow.
 """
 
 import itertools
@@ -67,10 +66,7 @@ def mix_order(counts: Sequence[int], weights: Sequence[float], strategy: str, bu
 def build_mix(
     config: DataConfig, tokenizer: Any, source: Source, *, pairs: bool = False
 ) -> tuple[dict[str, Rows], list[str]]:
-    """Return (rows by split, notes) for config.sources. Each source holds out rows by its share of the budget.
-
-    Raises: ValueError that names the source.
-    """
+    """Return (rows by split, notes) for config.sources, by budget shares. Raises: ValueError that names the source."""
     sources = config.sources or {}
     whole = sum(given.weight for given in sources.values())
     parts, notes = {}, []

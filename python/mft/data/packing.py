@@ -88,10 +88,9 @@ def build_rows(
 ) -> Rows:
     """Return at most budget rows (None: all), drawn from as many documents as the budget allows.
 
-    tokens: only for examples without packing: at most this many tokens without padding, but at least one row; budget is
-    then None. With packing, a row is filled with the ends and beginnings of several texts, or with several whole
-    examples. Without packing, no row mixes documents.
-    The result depends only on the arguments. Order: shuffled with packing, else by document.
+    tokens: only for examples without packing, with budget None: at most this many tokens without padding, but at least
+    one row. With packing, several texts or several whole examples share a row. Order: shuffled with packing, else by
+    document. The result depends only on the arguments.
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
@@ -255,10 +254,7 @@ def _add_packed(rows: Rows, examples: Sequence[tuple[int, Encoded]]) -> None:
 
 
 def best_fit_decreasing(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Group the indices of sizes, each group at most ``length`` in sum: largest first, into the group with least room.
-
-    Needs at most 11/9 times the minimum number of groups, plus four (Johnson, 1973).
-    """
+    """Group the indices of sizes, at most ``length`` in sum: largest first, into the group with least room left."""
     groups: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # room -> groups with exactly this room
     rooms: list[int] = []  # keys of with_room, ascending

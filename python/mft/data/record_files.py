@@ -68,9 +68,8 @@ def type_of(path: Path) -> str:
 def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     """Return ({split: its files in order}, files that were left out), by names alone.
 
-    Directories of save_to_disk have their own splits. Otherwise a word for a split (train, validation, test or a
-    synonym) decides, in the name of the file or of its nearest directory. If no file has one, all files are train.
-    CSV files next to data of another type are tables about the data, and are ignored.
+    A word for a split (train, validation, test or a synonym) in the name of the file or of its nearest directory
+    decides. If no file has one, all files are train. CSV files next to data of another type are ignored.
     Raises: ValueError if there are no data files, or files of several types, or a name with words of several splits.
     """
     if any((directory / name).is_file() for name in SAVED):
@@ -129,7 +128,7 @@ Position = tuple[int, int]  # bytes and lines of a file before it
 def read_lines(path: Path, start: Position = (0, 0), *, kept: bool = False) -> Iterator[tuple[int, str, Position]]:
     """Yield (number, line with its end, position of the next line) for each line from start on.
 
-    Bytes count the text: in a .gz file, the unpacked bytes. Such a file is unpacked again up to start.
+    Bytes count the text: a .gz file is unpacked again up to start.
     kept: whether the caller keeps all lines; for a .gz file they must then fit check_growth together.
     """
     zipped, held = path.suffix == ".gz", 0
@@ -183,10 +182,7 @@ def parse_line(line: str, place: str) -> dict[str, Any] | None:
 def read_csv(
     path: Path, start: Position = (0, 0), *, kept: bool = False
 ) -> Iterator[tuple[int, dict[str, str], Position]]:
-    """Yield (first line, record, position of the next one) for each record from start on, after the header.
-
-    A record is one line, or several if quotes contain line ends. kept: as for read_lines.
-    """
+    """Yield (first line, record, position of the next one) for each record from start on; kept: as for read_lines."""
     records = _csv_values(path, kept=kept)
     place, header, begin = next(records, (0, [], start))
     if len(set(header)) != len(header):

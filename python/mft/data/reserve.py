@@ -19,15 +19,11 @@ _DIGITS = 32
 
 def reserved(texts: Sequence[str]) -> frozenset[int]:
     """Return the indices of the texts that are in the reserve."""
-    known = _hashes()
-    return frozenset(number for number, text in enumerate(texts) if _hash(text) in known)
+    known, digests = _hashes(), (hashlib.sha256(text.encode("utf-8")).hexdigest() for text in texts)
+    return frozenset(number for number, digest in enumerate(digests) if digest[:_DIGITS] in known)
 
 
 @functools.cache
 def _hashes() -> frozenset[str]:
     lines = _LIST.read_text(encoding="utf-8").splitlines()
     return frozenset(line.split()[0] for line in lines if not line.startswith("#"))
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_DIGITS]

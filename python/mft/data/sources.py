@@ -106,17 +106,14 @@ def of_source(name: str) -> Iterator[None]:
 
 def _open(config: DataConfig) -> Source:
     path = Path(config.source)
-    if config.source == "stdlib":
-        return _stdlib(config)
-    if config.source == "headers":
-        return _headers(config)
-    if config.source == "problems":
-        return _problems(config)
+    if config.source in NAMED:
+        return {"stdlib": _stdlib, "headers": _headers, "problems": _problems}[config.source](config)
     if path.is_file():
         return _single_file(path, config)
     if path.is_dir():
         return _directory(path, config)
-    if not _looks_like_a_path(config.source):
+    is_path = config.source.startswith((".", "/", "~")) or config.source.count("/") > 1
+    if not is_path and not config.source.endswith((*FILE_TYPES, ".json", ".gz", "/")):
         return _hub(config)
     raise ValueError(
         f"data.source must be data that exists, got {config.source!r}: no such file or directory{nearest_path(path)}"
@@ -124,14 +121,12 @@ def _open(config: DataConfig) -> Source:
 
 
 def _stdlib(config: DataConfig) -> Source:
-    _only_defaults(config, "the stdlib corpus is split by file hash", but=("subset",))
-    _check_subset(config.subset, STDLIB_SUBSETS, "the stdlib corpus")
+    _check_named(config, STDLIB_SUBSETS, "the stdlib corpus", "is split by file hash")
     return _installed(config, stdlib_files(), describe_stdlib(), "install the interpreter's whole library")
 
 
 def _headers(config: DataConfig) -> Source:
-    _only_defaults(config, "the corpus of headers is split by file hash", but=("subset",))
-    _check_subset(config.subset, (RESERVE,), "the corpus of headers")
+    _check_named(config, (RESERVE,), "the corpus of headers", "is split by file hash")
     return _installed(config, header_files(), describe_headers(), "install a torch that has its include directory")
 
 
@@ -168,8 +163,7 @@ def _part_of(train: Records, subset: str) -> Records:
 
 
 def _problems(config: DataConfig) -> Source:
-    _only_defaults(config, "problems have three fixed splits", but=("subset",))
-    _check_subset(config.subset, PROBLEM_SUBSETS, "problems")
+    _check_named(config, PROBLEM_SUBSETS, "problems", "have three fixed splits")
     problems = make_problems(config.subset)
 
     def load() -> dict[str, Records]:
@@ -179,10 +173,13 @@ def _problems(config: DataConfig) -> Source:
     return Source(fingerprint_of(problems), load, [describe_problems(problems) + part], counts_padding=True)
 
 
-def _check_subset(subset: str | None, known: Sequence[str], source: str) -> None:
-    if subset not in (None, *known):
+def _check_named(config: DataConfig, subsets: Sequence[str], source: str, why: str) -> None:
+    _only_defaults(config, f"{source} {why}", but=("subset",))
+    subset = config.subset
+    if subset not in (None, *subsets):
         raise ValueError(
-            f"data.subset must be {', '.join(known)} or null for {source}, got {subset!r}{nearest(str(subset), known)}"
+            f"data.subset must be {', '.join(subsets)} or null for {source}, got {subset!r}"
+            f"{nearest(str(subset), subsets)}"
         )
 
 
@@ -390,9 +387,8 @@ def _split_off(records: Records, shares: Mapping[str, float]) -> dict[str, Recor
     """Return train and a split for each share: of all hashes, and at least HELD_OUT examples if there are 40.
 
     The hash of a row is its place in [0, 1): test is read upwards from 0.9 (and on from 0), validation downwards. So
-    neither depends on the other's share, and a larger share adds to the rows of a smaller one. Equal rows fall into the
-    same split, and their order does not matter. If a share is too few, more rows of train are taken: those with the
-    smallest hashes for validation, those with the largest for test.
+    neither depends on the other's share, nor on the order of rows, and equal rows fall into the same split. If a share
+    is too few, more rows of train are taken: those with the smallest hashes for validation, the largest for test.
     """
     columns = content_of(records.columns)
     digests = [hashlib.sha256(content_key(row, columns)).hexdigest() for row in records.rows]
@@ -438,7 +434,3 @@ def _only_defaults(config: DataConfig, why: str, *, but: tuple[str, ...] = ()) -
         value = getattr(config, key)
         if value != getattr(DataConfig, key) and key not in but:
             raise ValueError(f"data.{key} must be left out for this source, got {value!r}: {why}")
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((*FILE_TYPES, ".json", ".gz", "/"))

@@ -17,10 +17,7 @@ _WITHOUT = {"validation": ": the run has no validation loss and no best step", "
 def build_splits(
     config: DataConfig, tokenizer: Any, source: Source, share: float = 1.0, *, pairs: bool = False
 ) -> tuple[dict[str, Rows], list[str]]:
-    """Return (rows by split, notes). share: part of the token budgets that is used; pairs: see load_splits.
-
-    Raises: ValueError if a split has no row with a token to score.
-    """
+    """Return (rows by split, notes); share: of the budgets. Raises: ValueError if a split has no token to score."""
     records = source.load()
     built, notes = {}, list(source.notes)
     for split in SPLITS:

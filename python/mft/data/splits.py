@@ -71,9 +71,8 @@ class Splits:
 def load_splits(config: DataConfig, tokenizer: Any, source: Source | None = None, *, pairs: bool = False) -> Splits:
     """Return the rows of config.source, or of ``source`` if it is open already.
 
-    max_train_tokens counts whole rows, padding included. max_eval_tokens (for validation and test each) does the same
-    for texts and problems. For other examples, which have one row each, it counts tokens without padding. Both are
-    spread over as many documents as possible.
+    max_train_tokens counts whole rows, padding included; so does max_eval_tokens (for validation and test each) for
+    texts and problems. For other examples, which have one row each, it counts tokens without padding.
     pairs: rows hold preference pairs, two examples each, the chosen and the rejected one; for objectives that compare.
     The evaluation rows do not depend on config.seed, so that runs with different seeds can be compared.
     Raises: ValueError that names the file, line or row, and the rule that it breaks.

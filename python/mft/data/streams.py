@@ -265,11 +265,10 @@ class SourceRows:
 def open_streamed(
     config: DataConfig, tokenizer: Any, source: Source
 ) -> tuple[StreamedRows, dict[str, Rows], list[str]]:
-    """Return (training rows, rows of validation and test, notes).
+    """Return (training rows, rows of validation and test, notes). Raises: ValueError that names the source.
 
-    Held-out rows come from the source's own splits if it has them, else from its first documents, which training skips.
-    Training also skips every document that equals a held-out one. max_eval_tokens counts one row per document.
-    Raises: ValueError that names the source.
+    Held-out rows come from the source's own splits if it has them, else from its first documents. Training skips every
+    document that equals a held-out one. max_eval_tokens counts one row per document.
     """
     parts = source.parts or {"": source}
     weights = {name: given.weight for name, given in (config.sources or {}).items()} or {"": 1.0}

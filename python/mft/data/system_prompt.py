@@ -13,8 +13,7 @@ _FIRST = 1000  # records of a stream that are read
 def shared_system(source: Source) -> str | None:
     """Return the text of the system turn with which every training chat begins; None if they differ or have none.
 
-    Records that cannot be read do not count: loading the rows refuses them if they are trained on. Of a stream, only
-    the first 1000 records are read.
+    Records that cannot be read do not count. Of a stream, only the first 1000 records are read.
     """
     found = None
     for system in itertools.chain.from_iterable(map(_systems, source.parts.values() or [source])):

@@ -60,10 +60,7 @@ class Documents:
 
 
 def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool, pairs: bool = False) -> Documents:
-    """Return records as examples, by their columns: chats, completions or texts; with pairs, pairs of the first two.
-
-    Raises: ValueError if pairs are requested but the records are no pairs, or the other way round.
-    """
+    """Return records as examples, by their columns. Raises: ValueError unless they are pairs just if pairs is True."""
     form = _form(records, pairs)
     if form == "text":
         return Documents(records, lambda rows, place: _texts(rows, place, tokenizer), is_text=True)
@@ -202,10 +199,7 @@ def _not_a_continuation(chat: Chat, turn: int, place: str) -> ValueError:
 def apply_template(
     tokenizer: Any, chat: Chat, messages: list[dict[str, Any]], place: str, **asked: bool
 ) -> dict[str, list[int]]:
-    """Apply the chat template to the chat's messages, or to the first ones.
-
-    Raises: ValueError that starts with place if there is no template, or it does not render them.
-    """
+    """Apply the chat template to these messages of chat. Raises: ValueError that starts with place if it cannot."""
     _template(tokenizer, place, chat.tools)
     try:
         return tokenizer.apply_chat_template(messages, tools=chat.tools, return_dict=True, **asked)

@@ -62,9 +62,8 @@ def load_mask_bank(
 class MaskBank:
     """The tasks whose masks a model holds, and the choice of the task in use.
 
-    Threads may call the model with different tasks at the same time, and add tasks meanwhile. A choice holds in the
-    thread or asyncio task that made it. A thread started inside ``use`` has no choice, and calling the model without
-    one is an error.
+    Threads may call the model with different tasks at the same time, and add tasks meanwhile. A choice holds only in
+    the thread or asyncio task that made it, and calling the model without a choice is an error.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -142,12 +141,10 @@ class MaskBank:
                 layer.tasks = frozenset(self._tasks)
 
     def union(self, *tasks: str, name: str | None = None) -> str:
-        """Add a task that keeps every weight that any of these tasks keeps.
+        """Add a task that keeps every weight that any of these tasks keeps, and return its name.
 
-        The union is exact, and stays if the tasks that it was made from are removed. A layer that one of them does not
-        mask keeps every weight.
+        A layer that one of them does not mask keeps every weight. The union stays if these tasks are removed.
         Args: name: the new task's name; by default "a | b".
-        Returns: the new task's name.
         Raises: ValueError for fewer than two tasks, an unknown task, or a name that is taken.
         """
         return self._combine(tasks, name, " | ", torch.bitwise_or, whole_wins=True)
@@ -188,10 +185,7 @@ class MaskBank:
         )
 
     def _banked(self, name: str) -> BankedLayer:
-        """Return the layer of this name; replace it with one that can hold masks if it cannot yet.
-
-        Modules are replaced, not changed, because another thread may be computing with them.
-        """
+        """Return the layer of this name, replaced by one that can hold masks: other threads may compute with it."""
         path, _, part = name.rpartition(".")
         parent: Any = self.model.get_submodule(path)
         layer: Any = parent._modules.get(part)

@@ -77,10 +77,7 @@ def grouped_product(
 
 
 def note_shapes(around: nn.Module, choice: Callable[[], Any]) -> list[RemovableHandle]:
-    """Record the input shape of the module ``around`` in choice() while the module runs, if choice() is a TaskPerRow.
-
-    Such a module flattens rows for its experts, and often for linear layers next to them.
-    """
+    """Record in choice(), if it is a TaskPerRow, the input shape of ``around``, which flattens rows for its experts."""
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         rows = choice()

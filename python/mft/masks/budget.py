@@ -65,18 +65,12 @@ class Budget:
         self.quota = int(self.share * self.weights * (1.0 if step >= ramp else step / ramp))
 
     def threshold(self, read: Callable[[], Iterable[Tensor]], add_up: AddUp = one_process) -> float:
-        """Return the threshold that drops the quota, or fewer weights unless the budget fills.
-
-        read: Returns the scores of all layers, or those that this process holds; see shared_threshold.
-        """
+        """Return the threshold that drops the quota, or less unless the budget fills. read: see shared_threshold."""
         found = shared_threshold(read, self.quota, mode=self.mode, add_up=add_up)
         return found if self.fills else min(found, 0.0)
 
     def select(self, masked: Sequence[MaskedLayer]) -> None:
-        """Give all layers of the budget the threshold that their scores share now.
-
-        Raises: NonFiniteScores, which names the layer.
-        """
+        """Give all layers the threshold that their scores share now. Raises: NonFiniteScores, which names the layer."""
         with naming_layer(masked):
             threshold = self.threshold(lambda: (module.scores for module in masked))
         for module in masked:
@@ -97,10 +91,8 @@ def naming_layer(masked: Iterable[MaskedLayer]) -> Iterator[None]:
 class SharedThreshold:
     """The threshold of an adapter's layers in PEFT. It is computed again when the scores or the quota have changed.
 
-    Any loop may train the scores, and PEFT replaces them when it loads, so each layer asks in each forward. Changes are
-    detected as for the mask of one layer (mft_kernels/mask/scores.py).
-
-    Args: scores: Returns the present scores of all layers by name.
+    Any loop may train the scores, and PEFT replaces them when it loads, so each layer asks in each forward.
+    Args: scores: returns the present scores of all layers by name.
     """
 
     def __init__(self, budget: Budget, scores: Callable[[], dict[str, nn.Parameter]]) -> None:
@@ -108,10 +100,9 @@ class SharedThreshold:
         self._found: _Found | None = None
 
     def value(self, asking: Tensor, *, look_at_all: bool = False) -> float:
-        """Return the threshold for the layer with these scores.
+        """Return the threshold for the layer with these scores. Raises: NonFiniteScores, which names the layer.
 
-        look_at_all: Check the scores of every layer for changes, not only these. This is too slow for each forward.
-        Raises: NonFiniteScores, which names the layer.
+        look_at_all: check the scores of every layer for changes. This is too slow for each forward.
         """
         found, quota = self._found, self.budget.quota
         asked = self._scores().values() if look_at_all else [asking]
@@ -181,7 +172,7 @@ def check_within_budget(model: nn.Module, kept: int) -> None:
             f"the masks drop {(budget.weights - kept) / budget.weights:.2%} of the weights, more than mask.budget = "
             f"{budget.share:g}: call mft.grow_budget(model, step, steps) after each step, or pass "
             "callbacks=[mft.BudgetCallback()] to the trainer",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -98,7 +98,7 @@ def merge_model(model: nn.Module, *, alpha: float = 1.0) -> nn.Module:
 def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     """Return the masked layers by name, in the model's order. Masked experts have the name of their parameter.
 
-    Raises: RuntimeError while the masks are in place, because no layer is a masked one then.
+    Raises: RuntimeError while the masks are in place.
     """
     if attached(model).in_place is not None:
         raise RuntimeError(
@@ -128,10 +128,7 @@ def set_scores(module: MaskedLayer, scores: Tensor) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return (trainable, total) numbers of parameters.
-
-    Scores count in both. So do int16 scores, although they train without autograd.
-    """
+    """Return (trainable, total) numbers of parameters. All scores count as trainable, also int16 ones."""
     fixed_point = {id(m.scores) for m in masked_modules(model).values() if m.scores.dtype == torch.int16}
     sizes = [(p.numel(), p.requires_grad or id(p) in fixed_point) for p in model.parameters()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)

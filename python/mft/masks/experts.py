@@ -47,9 +47,8 @@ def mask_experts(
 ) -> Any:
     """Replace the parameter ``name`` of experts by the layer mask(weight, bias, transposed=...), in place.
 
-    The class of experts becomes a subclass of ``masked``. The layer is a MaskedGroupedLinear or another one (see
-    quantize.py); it is called with rows sorted by expert and their offsets.
-    Returns: the layer.
+    The class of experts becomes a subclass of ``masked``. The layer is called with rows sorted by expert and their
+    offsets. Returns: the layer.
     """
     projection = expert_projections(experts)[name]
     parameters = experts._parameters

@@ -88,8 +88,21 @@ def save_masks(
     check_one_of("coding", coding, CODINGS)
     model = unwrapped(model)
     check_unwrapped(model)
+    target = Path(directory)
     with as_masked(model):
-        return _save_masks(model, Path(directory), base_model_name_or_path, coding, masks, system_prompt)
+        masked = masked_modules(model)
+        if not masked:
+            raise not_to_save(model)
+        _check_replaceable(target)
+        if base_model_name_or_path is None:
+            base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        if masks is None:
+            masks = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
+        saved = saved_tensors(model)
+        export = _describe(model, masked, masks, saved, base_model_name_or_path, system_prompt)
+        check_within_budget(model, sum(entry.kept for entry in export.modules))
+        export = dataclasses.replace(export, coding=coding)
+        return _write(target, export, masks, saved, partial(_exact_weight, model))
 
 
 @torch.no_grad()
@@ -213,14 +226,21 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
     Raises: ValueError if a layer's exact weight is gone, because it was quantised without keep_base_hash.
     """
     with as_masked(model):
-        return _base_hash(model, set(masked_modules(model) if names is None else names))
+        hashed = set(masked_modules(model) if names is None else names)
+        quantized = sorted(hashed & quantized_weights(model).keys())
+        known, found = attached(model).exact_base or (set(), "")
+        if not quantized:
+            return weights_hash(hashed, partial(weight_named, model))
+        if hashed != known:
+            raise ValueError(
+                f"model must hold the exact weights that are hashed, got {len(quantized)} that are quantised "
+                f"({quantized[0]}, ...): load the unquantised model"
+            )
+        return found
 
 
 def weight_named(model: nn.Module, name: str) -> Tensor:
-    """Return the weight (N, K) that a mask of this name applies to, also for a Conv1D; for experts, their parameter.
-
-    A weight on the meta device is read from the model's files.
-    """
+    """Return the weight (N, K) of a masked layer, or the parameter of experts; from the files if it is on meta."""
     path, _, part = name.rpartition(".")
     files, alone = weight_files(model), model.get_submodule(path)._parameters.get(part)
     if alone is not None:
@@ -238,10 +258,8 @@ def read_learned(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Run read_tensors on an export that was learned on model's weights, or (with force) on others of the same shapes.
 
-    Logs a warning if the export has no content_hash, because swapped masks cannot be detected then.
     Args: export: read_description of directory; model must have all its layers.
-    Raises: ValueError if the shapes differ, or the weights (without force, or if the coding needs them); the errors of
-        read_tensors.
+    Raises: ValueError if the shapes or, without force, the weights differ; the errors of read_tensors.
     """
     check_shapes(model, {entry.name: entry.shape for entry in export.modules})
     found = base_hash(model, [entry.name for entry in export.modules])
@@ -277,41 +295,6 @@ def keep_base_hash(model: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- private
-
-
-def _save_masks(
-    model: nn.Module,
-    target: Path,
-    base_model_name_or_path: str | None,
-    coding: str,
-    packed: dict[str, Tensor] | None,
-    system_prompt: str | None,
-) -> Path:
-    masked = masked_modules(model)
-    if not masked:
-        raise not_to_save(model)
-    _check_replaceable(target)
-    if base_model_name_or_path is None:
-        base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    if packed is None:
-        packed = {name: module.packed_mask().cpu().contiguous() for name, module in masked.items()}
-    saved = saved_tensors(model)
-    export = _describe(model, masked, packed, saved, base_model_name_or_path, system_prompt)
-    check_within_budget(model, sum(entry.kept for entry in export.modules))
-    return _write(target, dataclasses.replace(export, coding=coding), packed, saved, partial(_exact_weight, model))
-
-
-def _base_hash(model: nn.Module, names: set[str]) -> str:
-    quantized = sorted(names & quantized_weights(model).keys())
-    if quantized:
-        known, found = attached(model).exact_base or (set(), "")
-        if names != known:
-            raise ValueError(
-                f"model must hold the exact weights that are hashed, got {len(quantized)} that are quantised "
-                f"({quantized[0]}, ...): load the unquantised model"
-            )
-        return found
-    return weights_hash(names, partial(weight_named, model))
 
 
 def _describe(
@@ -398,9 +381,10 @@ def _check_replaceable(target: Path) -> None:
     if not target.exists() or not any(target.iterdir()):
         return
     if not is_export(target):
+        held = ", ".join(sorted(path.name for path in target.iterdir())[:3])
         raise ValueError(
-            f"directory must be new, empty or an earlier export of masks, got {target}, which holds "
-            f"{_first_names(target)}: choose another one"
+            f"directory must be new, empty or an earlier export of masks, got {target}, which holds {held}: choose "
+            "another one"
         )
     foreign = sorted({path.name for path in target.iterdir()} - {CONFIG_FILE, MASK_FILE})
     if foreign:
@@ -408,7 +392,3 @@ def _check_replaceable(target: Path) -> None:
             f"directory {target} holds more than an export ({', '.join(foreign[:3])}), which replacing it "
             "would lose: move that, or choose another directory"
         )
-
-
-def _first_names(target: Path) -> str:
-    return ", ".join(sorted(path.name for path in target.iterdir())[:3])

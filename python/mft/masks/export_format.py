@@ -58,10 +58,7 @@ _IF_ANY = ("modules_to_save", "system_prompt")  # absent if None, as in files of
 
 @dataclass(frozen=True)
 class MaskEntry:
-    """One masked layer: its weight's shape and dtype, and how many weights its mask keeps.
-
-    The shape is (N, K). For experts in one parameter, name is the parameter's, and the shape is (E, N, K).
-    """
+    """One masked layer: its weight, (N, K) or (E, N, K) for experts in one parameter, and how many weights are kept."""
 
     name: str
     shape: tuple[int, ...]
@@ -119,10 +116,7 @@ def export_files(
     saved: Mapping[str, Tensor] | None = None,
     weights: Weights | None = None,
 ) -> dict[str, bytes]:
-    """Return the bytes of the two files by file name, for packed masks and saved tensors. read_tensors reads them.
-
-    Raises: ValueError if the coding needs weights and weights is None.
-    """
+    """Return the bytes of the two files by name. Raises: ValueError if the coding needs weights and got None."""
     coding = BY_NAME[export.coding]
     if coding.needs_weight and weights is None:
         raise ValueError(
@@ -160,9 +154,9 @@ def read_export(directory: Path) -> MaskExport:
 
 
 def stored_hash(directory: Path, export: MaskExport) -> str:
-    """Return content_hash of what an export's other file holds, with this description of it, whatever hash it names.
+    """Return content_hash of an export's other file with this description, whatever hash the description names.
 
-    The masks are checked, and a block of one is in memory at a time: a small file may describe large ones.
+    Only a block of a mask is in memory at a time: a small file may describe large ones.
     Raises: as read_tensors without weights.
     """
     _check_alone(directory, export)
@@ -242,10 +236,7 @@ def check_masks_alone(export: MaskExport, directory: Path, reader: str) -> None:
 
 
 def check_base(export: MaskExport, directory: Path, found: str, weights: Weights, *, force: bool) -> None:
-    """Raise ValueError unless found is the hash of the base that the masks were learned on, or force allows another.
-
-    Args: found: the hash of the model's weights.
-    """
+    """Raise ValueError unless found, the hash of the model's weights, is the export's, or force allows another."""
     if found == export.base_hash or (force and not BY_NAME[export.coding].needs_weight):
         return
     learned_on = export.base_model_name_or_path or "a base without a name"
@@ -332,13 +323,8 @@ def _check_fields(path: Path, export: MaskExport, version: int) -> None:
     expect(path, "base_model_name_or_path", base, base is None or isinstance(base, str), "a string or null")
     expect(path, "base_hash", export.base_hash, _is_hash(export.base_hash), _HASH_RULE)
     expect(path, "mode", export.mode, export.mode in _MODES, " or ".join(_MODES))
-    expect(
-        path,
-        "keep_ratio",
-        ratio,
-        ratio is None or (is_number(ratio) and 0 <= ratio <= 1),
-        "a number in [0, 1] or null",
-    )
+    within = ratio is None or (is_number(ratio) and 0 <= ratio <= 1)
+    expect(path, "keep_ratio", ratio, within, "a number in [0, 1] or null")
     expect(path, "target_modules", export.target_modules, is_list_of(export.target_modules, str), "a list of strings")
     expect(path, "layers_to_transform", layers, layers is None or is_list_of(layers, int), "a list of ints or null")
     saved = export.modules_to_save
@@ -359,21 +345,11 @@ def _read_entry(path: Path, number: int, entry: Any) -> MaskEntry:
     check_keys(path, entry, [field.name for field in dataclasses.fields(MaskEntry)], where)
     name, shape, kept = entry["name"], entry["shape"], entry["kept"]
     expect(path, f"{where}.name", name, isinstance(name, str) and bool(name), "a module's name")
-    expect(
-        path,
-        f"{where}.shape",
-        shape,
-        is_list_of(shape, int) and len(shape) in (2, 3) and min(shape) > 0 and max(shape) < 2**31,
-        "two positive ints [N, K], or three for experts, below 2**31",
-    )
+    sized = is_list_of(shape, int) and len(shape) in (2, 3) and min(shape) > 0 and max(shape) < 2**31
+    expect(path, f"{where}.shape", shape, sized, "two positive ints [N, K], or three for experts, below 2**31")
     expect(path, f"{where}.dtype", entry["dtype"], isinstance(entry["dtype"], str), "a dtype's name")
-    expect(
-        path,
-        f"{where}.kept",
-        kept,
-        is_list_of([kept], int) and 0 <= kept <= math.prod(shape),
-        f"an int from 0 to {math.prod(shape)}",
-    )
+    counted = is_list_of([kept], int) and 0 <= kept <= math.prod(shape)
+    expect(path, f"{where}.kept", kept, counted, f"an int from 0 to {math.prod(shape)}")
     return MaskEntry(name, tuple(shape), entry["dtype"], kept)
 
 
@@ -445,10 +421,7 @@ def _open_checked(path: Path, export: MaskExport) -> Iterator[tuple[Any, set[str
 def _read_words(
     path: Path, file: Any, export: MaskExport, entry: MaskEntry, weights: Weights | None = None
 ) -> Iterator[Words]:
-    """Yield the flattened words of a packed mask, some at a time.
-
-    Raises: ValueError if it is damaged, has bits in its padding, or at the end if it does not keep what entry says.
-    """
+    """Yield the flattened words of a packed mask, some at a time. Raises: ValueError if the mask is damaged."""
     key, columns = f"{entry.name}.mask", entry.shape[-1]
     width, used, place, kept = -(-columns // 32), columns % 32, 0, 0
     weight = _weight_for(export, entry, weights)

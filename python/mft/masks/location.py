@@ -64,10 +64,9 @@ def fetched_masks(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Fetch the two files of an export, of one commit, to huggingface_hub's cache. Cached files are not fetched again.
+    """Fetch the two files of an export, of one commit, to huggingface_hub's cache, unless they are there.
 
-    Args: token, cache_dir, local_files_only: as for hf_hub_download.
-    Raises: as local_directory.
+    Args: token, cache_dir, local_files_only: as for hf_hub_download. Raises: as local_directory.
     """
     cache = None if cache_dir is None else str(cache_dir)
     if COMMIT.fullmatch(revision or "") and (there := _in_cache(repository, str(revision), cache)):

@@ -1,8 +1,7 @@
 """Read and write masks.pt, the paper code's pickled file: module name -> (N, K) tensor of ones (kept) and zeros.
 
-It is read by torch's weights-only loader, and only on explicit request: no other file of ours is a pickle. That loader
-would also make gigabytes of bytes and nested, quantised or meta tensors. Here the pickle may name dense tensors only.
-Their values are mapped from the file, and no tensor is read before all of them are known to lie in the file.
+It is read by torch's weights-only loader, restricted to dense tensors. Their values are mapped from the file, and no
+tensor is read before all of them are known to lie in the file. No other file of ours is a pickle.
 """
 
 import pickle

@@ -333,10 +333,7 @@ def _mask_layers(model: nn.Module) -> list[MaskTunerLayer]:
 
 @torch.no_grad()
 def _begin_budget(layers: list[MaskTunerLayer], name: str, config: MaskPeftConfig, budget: Budget) -> None:
-    """Let the layers share one threshold. Magnitude scores start on one scale for all layers.
-
-    TRL's reference adapter has its scores already, and its budget is moved by no callback.
-    """
+    """Let the layers share one threshold. TRL's reference adapter has its scores already, and its budget stays."""
     pairs = [pair for layer in layers for pair in layer.learned_on(name)]
     if name != TRL_REFERENCE:
         attach(config, budget=budget)
@@ -393,7 +390,7 @@ def _export_directory(place: str, subfolder: str | None, options: dict[str, Any]
 def _scores_of_export(model: Any, config: PeftConfig) -> dict[str, Tensor]:
     """Return an export's masks as the scores that PEFT would have saved. Raises ValueError if model has another base.
 
-    The files are read again: PEFT did not check what it read, and a file on the Hub may be from another commit.
+    PEFT did not check what it read, and a file on the Hub may be from another commit, so the files are read again.
     """
     if attached(config).export is None:
         raise ValueError(

@@ -83,10 +83,7 @@ def quantize_model(model: nn.Module, kind: str = "nf4", *, masked: bool = False)
 def rounded_weights(model: nn.Module, kind: str = "nf4") -> dict[str, Tensor]:
     """Return the dense weights that quantize_model's codes would stand for, by parameter name, for an unmasked model.
 
-    A model with these weights computes what the quantised one does, up to the order of sums.
-
-    Returns: for every weight that would be quantised, a tensor of the same shape and dtype.
-    Raises: as quantize_model; model is never changed.
+    They have the shape and dtype of the parameters. Raises: as quantize_model; model is never changed.
     """
     quantizer(kind).check_library()
     _check_unquantized(model)
@@ -129,10 +126,8 @@ def quantized_product(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None
 class QuantizedLinear(nn.Module):
     """y = x @ dense().T + bias, in nn.Linear's place, over a frozen weight that is held quantised.
 
-    Neither x nor a dense weight is saved for the backward pass: d_x = grad_output @ dense(). If a kernel decodes, up to
-    512 tokens make no dense weight. On a CPU the products then equal those of a MaskedLinear that keeps every weight,
-    bit for bit.
-
+    Neither x nor a dense weight is saved for the backward pass. If a kernel decodes, up to 512 tokens make no dense
+    weight; on a CPU the products then equal those of a MaskedLinear that keeps every weight, bit for bit.
     Shapes: x (..., K), in the weight's dtype; weight (N, K), bias (N,).
     """
 
@@ -163,10 +158,7 @@ def can_skip_dense(quantized: QuantizedWeight, x: Tensor, scores: Tensor) -> boo
 def masked_product(
     x: Tensor, quantized: QuantizedWeight, mask: CurrentMask, scores: Tensor, bias: Tensor | None, *, mode: str
 ) -> Tensor:
-    """Compute ``x @ where(mask, dense(), 0).T + bias``. A dense weight is made only for the scores' gradient.
-
-    Args: mask: of these scores, as current_mask returns it. The other arguments are as for MaskedLinear.
-    """
+    """Compute ``x @ where(mask, dense(), 0).T + bias``. A dense weight is made only for the scores' gradient."""
     if not torch.is_grad_enabled():
         return quantized.masked_linear(x, mask.packed, bias)
     return _QuantizedMaskedProduct.apply(x, scores, bias, quantized, mask, mode)
@@ -205,11 +197,7 @@ class QuantizedMaskedLinear(MaskedLinear):
 
 
 class QuantizedMaskedGroupedLinear(MaskedGroupedLinear):
-    """A MaskedGroupedLinear whose weight is decoded from codes, for all experts at once, each time that it is read.
-
-    Each product frees it under hold, and also without hold if only autograd has to see the call. Otherwise autograd
-    keeps it.
-    """
+    """A MaskedGroupedLinear whose weight is decoded from codes, for all experts at once, each time that it is read."""
 
     quantized: QuantizedWeight  # as a matrix (E * N, K)
 
@@ -362,10 +350,7 @@ def _quantize_masked(module: Any, kind: str) -> None:
 
 
 def _quantizable(model: nn.Module, masked: bool) -> list[str]:
-    """Return the names of the decoder layers' frozen linears; with ``masked``, of the masked layers too.
-
-    Experts in one parameter go by the parameter's name.
-    """
+    """Return the names of the decoder layers' frozen linears and experts; with ``masked``, of masked layers too."""
     names, trainable = list(masked_modules(model)) if masked else [], 0
     for candidate in find_candidates(model, layer_stacks(model)):
         if isinstance(candidate.module, MaskedLayer) or candidate.layer is None or candidate.is_head:

@@ -73,10 +73,7 @@ class Surrogate:
     ) -> None:
         """Overwrite grad with the surrogate gradient, a few rows at a time; it is rounded once.
 
-        Args:
-            grad: (N, K), or (E, N, K) for experts: d_scores; or grad_output.T @ x if weight is given.
-            scores: In grad's shape, on its device.
-            weight: None, or in grad's shape.
+        grad: d_scores, (N, K) or (E, N, K); or grad_output.T @ x if weight is given. scores, weight: in grad's shape.
         """
         for part, some, own in _rows(grad, scores, weight):
             straight = part.float()
@@ -92,10 +89,7 @@ def surrogate_of(holder: Any) -> Surrogate | None:
 
 
 def make_surrogate(mask: MaskConfig, weights: int) -> Surrogate | None:
-    """Return the surrogate that mask asks for; None for the straight-through gradient.
-
-    weights: number of masked weights.
-    """
+    """Return the surrogate that mask asks for N = weights; None for the straight-through gradient."""
     if mask.sharpness is None:
         return None
     start, end = mask.sharpness if isinstance(mask.sharpness, tuple) else (mask.sharpness, mask.sharpness)

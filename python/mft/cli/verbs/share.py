@@ -40,9 +40,10 @@ def push(
     ] = False,
 ) -> None:
     """Upload masks or a merged model to the Hugging Face Hub, with a model card."""
-    from mft.cli.push import run_push
+    from mft.publishing.push import push_to_hub
+    from mft.tracking.console import say
 
-    run_push(
+    pushed = push_to_hub(
         directory,
         repository,
         revision=revision,
@@ -53,6 +54,10 @@ def push(
         coding=coding,
         overwrite_card=overwrite_card,
     )
+    for note in pushed.notes:
+        say(f"note: {note}")
+    say(f"pushed {directory} to {pushed.url}")
+    say(f"revision: {pushed.revision}; {repository}@{pushed.revision} always names exactly this state")
 
 
 @verbs.command("import-masks", rich_help_panel=SHARE)

@@ -105,9 +105,7 @@ def estimate(
     sizes = [parse_bytes(size, option) for size, option in ((gpu, "--gpu"), (cpu, "--cpu")) if size is not None]
     device_bytes, device = sizes[0] if sizes else None, "cpu" if gpu is None else "cuda"
     if config is not None:
-        _check_only(
-            ctx, {"model", "config", "gpu", "cpu", "as_json", "overrides"}, "--config, because its study sets it"
-        )
+        _check_study_options(ctx)
         if not on_studies("estimate")(
             config, overrides or [], model, device=device, device_bytes=device_bytes, as_json=as_json
         ):
@@ -184,12 +182,13 @@ def show(
     run_data_show(run_config, split, rows)
 
 
-def _check_only(ctx: typer.Context, names: set[str], source: str) -> None:
-    """Raise ValueError if other options than these were given."""
+def _check_study_options(ctx: typer.Context) -> None:
+    """Raise ValueError for an option that a study sets itself."""
     for parameter in ctx.command.params:
         name = str(parameter.name)
-        if name not in names and _is_given(ctx, name):
-            raise ValueError(f"{parameter.opts[0]} must not come with {source}, got {ctx.params[name]}")
+        if name not in ("model", "config", "gpu", "cpu", "as_json", "overrides") and _is_given(ctx, name):
+            option, given = parameter.opts[0], ctx.params[name]
+            raise ValueError(f"{option} must not come with --config, because its study sets it, got {given}")
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:

@@ -115,8 +115,7 @@ def check_layer(name: str, module: MaskedLayer) -> None:
 def _sums(weight: Tensor) -> Tensor:
     """Return one checksum per row, (N,) or (E * N,): the sum of bits * random odd numbers, one per column, mod 2**64.
 
-    Each changed weight changes its row's sum. Two changes in one row, such as a swap or two signs, cancel with a
-    probability of 2**-33 or less.
+    Each changed weight changes its row's sum; two changes in one row cancel with a probability of at most 2**-33.
     """
     bits = weight.contiguous().view(torch.int16 if weight.itemsize == 2 else torch.int32).flatten(0, -2)
     products = 1 << 16 if weight.is_cpu else 1 << 22  # at once: in a core's cache; a GPU wants few launches

@@ -9,14 +9,6 @@ from torch import Tensor
 from mft.checks import check_one_of, check_rule
 
 
-def _union(keeps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return reduce(torch.logical_or, keeps)
-
-
-def _intersection(keeps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return reduce(torch.logical_and, keeps)
-
-
 def _vote(keeps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     in_favour = torch.zeros(keeps[0].shape, dtype=torch.float64, device=keeps[0].device)
     for keep, weight in zip(keeps, weights):
@@ -25,8 +17,8 @@ def _vote(keeps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 COMBINATIONS: dict[str, Callable[[Sequence[Tensor], Sequence[float]], Tensor]] = {
-    "union": _union,
-    "intersection": _intersection,
+    "union": lambda keeps, _: reduce(torch.logical_or, keeps),
+    "intersection": lambda keeps, _: reduce(torch.logical_and, keeps),
     "vote": _vote,
 }
 
@@ -44,15 +36,8 @@ def check_combination(how: str, weights: Sequence[float] | None, masks: int) -> 
 
 
 def combine(keeps: Sequence[Tensor], how: str, weights: Sequence[float]) -> Tensor:
-    """Return the mask of the weights that stay.
+    """Return the mask (booleans of keeps' shape) of the weights that stay; how, weights: of check_combination.
 
-    union: weights that any mask keeps, so only those that all masks drop are dropped. intersection: weights that all
-    masks keep. vote: a weight stays if the masks that keep it hold at least half of the sum of ``weights``, so a tie
-    keeps it.
-
-    Args:
-        keeps: Boolean tensors of one shape, True where a weight stays.
-        how, weights: As check_combination accepts and returns them.
-    Returns: Boolean, the same shape.
+    vote keeps a weight if the masks that keep it hold at least half of the sum of ``weights``.
     """
     return COMBINATIONS[how](keeps, weights)

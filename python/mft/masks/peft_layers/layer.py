@@ -31,8 +31,7 @@ TRL_REFERENCE = "ref"
 class MaskTunerLayer(nn.Module, BaseTunerLayer):
     """Masks on the frozen, shared parameters of base_layer. Subclasses define the forward.
 
-    Args: base_layer: the masked module; module_name: its name in the model; names: for each parameter, the name of its
-        masked layer in the model; scores: an empty container for the scores, by adapter.
+    names: for each parameter, the name of its masked layer in the model. scores: an empty container, by adapter.
     """
 
     adapter_layer_names = ("mft_scores",)
@@ -257,10 +256,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
 
 class MaskLinear(MaskTunerLayer):
-    """y = x @ where(keep, weight, 0).T + bias with the active mask; the wrapped layer itself if no mask is active.
-
-    Args: base_layer: an nn.Linear or Conv1D, frozen and shared; module_name: its name in the model.
-    """
+    """y = x @ where(keep, weight, 0).T + bias with the active mask; the nn.Linear or Conv1D itself without one."""
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         super().__init__(base_layer, module_name, {"weight": module_name}, _Scores())  # by adapter: (N, K)
@@ -349,10 +345,7 @@ class MaskLinear(MaskTunerLayer):
 
 
 class MaskExperts(MaskTunerLayer):
-    """The function of MaskedExperts with the active mask; the wrapped experts themselves if no mask is active.
-
-    Args: base_layer: experts as transformers has them, frozen and shared; module_name: their name in the model.
-    """
+    """The function of MaskedExperts with the active mask; the wrapped experts themselves if no mask is active."""
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         projections = expert_projections(base_layer)
