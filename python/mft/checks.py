@@ -33,10 +33,7 @@ type_hints: Callable[..., dict[str, Any]] = functools.cache(typing.get_type_hint
 
 
 class Rule:
-    """A rule for a field's value, or for each item of a list: in words, and in keywords of JSON Schema.
-
-    It is part of the annotation, as in Annotated[int | None, at_least(1)]. It is not applied to null.
-    """
+    """A rule for a field's value, or for each item of a list: in words and in JSON Schema. null always passes."""
 
     def __init__(self, words: str, **keywords: Any) -> None:
         self.words, self.keywords = words, keywords
@@ -141,10 +138,7 @@ def check_seed(seed: int) -> None:
 
 
 def read_named(field: str, given: Any, cls: type) -> Any:
-    """Return a mapping of names to mappings as {name: cls}. cls is a dataclass whose errors begin with a field's name.
-
-    A value that is not a mapping is returned as it is, and coerce_fields refuses it later. Raises: ValueError.
-    """
+    """Return a mapping of names to mappings as {name: cls}; any other value unchanged. Raises: ValueError."""
     if not isinstance(given, dict):
         return given
     check_rule(bool(given), field, "hold at least one name", given)
@@ -173,10 +167,7 @@ def read_named(field: str, given: Any, cls: type) -> Any:
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "", paths: Mapping[str, str] | None = None) -> str:
-    """Return "; did you mean X?" with the closest known name, or "" if none is close.
-
-    prefix is put before the name in the answer. paths maps the full path of each known name to that name.
-    """
+    """Return "; did you mean X?" with the closest known name, or "". paths: that of each name, to show instead."""
     if len(name) > _LONGEST:
         return ""
     folded = {candidate.lower(): candidate for candidate in known}

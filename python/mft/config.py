@@ -415,10 +415,7 @@ class TrainConfig:
         return self.eval_every is not None or self.eval_minutes is not None
 
     def steps_for(self, rows: int | None) -> int:
-        """Return the optimiser steps of a run on this number of rows, None for a stream.
-
-        Raises: ValueError for a stream if steps is not set.
-        """
+        """Return the optimiser steps for this number of rows, None for a stream. Raises: ValueError without steps."""
         if self.steps is not None:
             return self.steps
         if rows is None:

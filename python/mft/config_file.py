@@ -1,8 +1,4 @@
-"""Read a configuration from strict YAML plus `section.key=value` overrides, and write it as YAML.
-
-files/nested.py builds the dataclasses.
-A key that is unknown, or a value of the wrong type or out of range, is a ValueError that names key, rule and value.
-"""
+"""Read a configuration from strict YAML plus `section.key=value` overrides (files/nested.py), and write it as YAML."""
 
 import copy
 import dataclasses
@@ -147,10 +143,7 @@ def config_values(config: RunConfig) -> dict[str, Any]:
 
 
 def find_config(name: str | os.PathLike, directory: Path) -> Path:
-    """Return the file at the path name, or the file name.yaml in directory.
-
-    Raises: ValueError that lists the files of directory, if name is neither and has no directory part.
-    """
+    """Return the file at the path name, or name.yaml in directory. Raises: ValueError that lists the files there."""
     path, known = Path(name), {file.stem: file for file in sorted(directory.glob("*.yaml"))}
     if str(name) in known and not path.is_file():  # a directory is no configuration
         return known[str(name)]

@@ -49,11 +49,7 @@ class Contention:
 def core_share(threads: int, *, seconds: float = SECONDS) -> Contention:
     """Keep ``threads`` threads busy for ``seconds`` and return the share of a core that each one got.
 
-    Pass ``torch.get_num_threads()`` to learn whether torch's threads find a core each. Call it while nothing else
-    runs in this process.
-
-    Raises:
-        ValueError: threads is below 1, or seconds is not positive.
+    Call it while nothing else runs in this process. Raises: ValueError if threads or seconds is not positive.
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}; pass torch.get_num_threads()")

@@ -1,7 +1,4 @@
-"""Show text of others: characters that move a terminal's cursor, colour it or reorder a line become escapes like \\x1b.
-
-The console and the printed errors apply escaped to everything, so no caller has to.
-"""
+"""Show text of others: characters that move a cursor, colour or reorder a line become escapes like \\x1b."""
 
 import re
 

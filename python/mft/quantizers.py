@@ -36,10 +36,7 @@ class Quantizer:
         """Raise RuntimeError if a library that the format needs is not installed."""
 
     def encode(self, weight: Tensor) -> Codes:
-        """Return codes of a weight (N, K) on its device, each weight rounded to its nearest level.
-
-        Raises: ValueError if a weight is not finite.
-        """
+        """Return codes of a weight (N, K), rounded to nearest levels. Raises: ValueError if it is not finite."""
         raise NotImplementedError
 
     def dense(self, coded: Codes, dtype: torch.dtype) -> Tensor:

@@ -32,10 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together, and the rank of this one.
-
-    All processes must call the methods that communicate, in the same order.
-    """
+    """The processes that train together, and the rank of this one. All must communicate in the same order."""
 
     rank: int = 0
     count: int = 1
@@ -84,10 +81,7 @@ class Processes:
             pass
 
     def summed(self, buffers: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield each buffer once it holds its sum over all processes, while the next one is being summed.
-
-        Buffers in 16 bits are summed in fp32 and rounded once. Only one fp32 copy exists at a time.
-        """
+        """Yield each buffer once it is summed over all processes (16 bits in fp32); the next one is on its way."""
         if self.count == 1 or not buffers:
             yield from buffers
             return
@@ -239,9 +233,8 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the processes of this run: as many as torchrun started (WORLD_SIZE), or this one alone.
+    """Join the processes of this run: as many as torchrun started (WORLD_SIZE), or this one alone; all leave together.
 
-    All processes leave the context together. Only the first one's standard output is shown.
     Raises: what the block raises; OtherFailed if the block failed because another process did.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":

@@ -31,10 +31,8 @@ _EXIT_CODE = 2  # as for an error of the command line
 class OtherFailed(RuntimeError):
     """Another process has failed, so this one ends too.
 
-    Args:
-        ranks: Ranks of the processes that failed; empty if torchrun failed.
-        count: Number of all processes.
-        words: The error message, or None if the processes were killed.
+    Args: ranks: those that failed, empty if torchrun failed; count: of all processes; words: the error message, or None
+        if the processes were killed.
     """
 
     def __init__(self, ranks: Sequence[int], count: int, words: str | None) -> None:
@@ -52,10 +50,7 @@ class OtherFailed(RuntimeError):
 class Failures:
     """Tells the other processes about a failure of this one, and ends this one some time after a failure of theirs.
 
-    Args:
-        store: The store of the process group's rendezvous.
-        rank: Rank of this process.
-        count: Number of all processes.
+    store: of the process group's rendezvous; count: number of all processes.
     """
 
     def __init__(self, store: dist.Store, rank: int, count: int) -> None:
@@ -73,10 +68,7 @@ class Failures:
         self._thread.join()
 
     def report(self, error: BaseException) -> None:
-        """Tell the others about the error that ends this process, unless another process failed first.
-
-        Raises: OtherFailed, if the error is only a consequence of another process's failure.
-        """
+        """Tell the others of the error that ends this process. Raises: OtherFailed if another failed first."""
         follows = isinstance(error, OtherFailed) or _is_of_a_collective(error)
         with _deaf_to_torchrun():
             try:
@@ -102,10 +94,7 @@ class Failures:
         return (self._wait_for_words() if follows else None) or self._put([self._rank], words)
 
     def _wait_for_words(self) -> OtherFailed | None:
-        """Return the first failure. If no process reports one, it is that of the processes without a beat meanwhile.
-
-        None if all processes beat.
-        """
+        """Return the first failure; if none is reported, that of the processes without a beat; None if all beat."""
         until, before = time.monotonic() + SILENCE, self._beats()
         while time.monotonic() < until:
             if (first := self._told()) is not None:

@@ -50,9 +50,8 @@ class InPlaceMask(HeldMask):
 class WeightStates(ScoreStates):
     """Scores that learn from the gradients of weights that hold their masks.
 
-    Args:
-        grad_dtype: The dtype in which micro-batches are summed; None: the weights' dtype, summed by autograd itself.
-        Others: see ScoreStates.
+    grad_dtype: the dtype in which micro-batches are summed; None: the weights', summed by autograd. Others: see
+    ScoreStates.
     """
 
     def __init__(
@@ -65,10 +64,7 @@ class WeightStates(ScoreStates):
                 mask.parameter.register_post_accumulate_grad_hook(_sum_in(mask, grad_dtype))
 
     def step(self, lr: float | None = None, max_norm: float | None = None) -> None:
-        """Take one optimiser step from the weights' gradients, and flip the mask bits.
-
-        A layer without a gradient is updated with a gradient of 0.
-        """
+        """Take one optimiser step from the weights' gradients (0 for a layer without one), and flip the mask bits."""
         for mask in self._in_weights:
             grad = mask.parameter.grad if mask.grad is None else mask.grad
             mask.grad = self.new_buffer(mask, self._grad_dtype) if grad is None else rows_here(grad).contiguous()
@@ -90,16 +86,10 @@ class WeightStates(ScoreStates):
 
 
 class InPlaceStates(WeightStates):
-    """Scores whose masks are held in the model's weights from construction until close().
+    """Scores whose masks are held in the model's weights from construction until close(), on the model's device.
 
-    Scores and moments are on the model's device.
-
-    Args:
-        placed: The model, whose mode does not matter here.
-        optimizer: MaskAdamW over the scores of the model's masked layers, in their order.
-        masks: The masks that the layers hold at first; None: the masks that the scores select now.
-        copied: See MasksInPlace.
-        Others: see WeightStates.
+    Args: optimizer: MaskAdamW over the scores of the masked layers, in their order; masks: those held at first, or None
+        for those that the scores select now; copied: see MasksInPlace. Others: see WeightStates.
     Raises: as MasksInPlace.
     """
 
@@ -140,10 +130,7 @@ class InPlaceStates(WeightStates):
 
 
 class InPlace(ScoreRunner, OwnForward):
-    """Trains only scores, in any format; the model computes with weights that hold their masks.
-
-    Args: states: of the model's scores. Others: see OwnForward.
-    """
+    """Trains only scores (states), in any format, with weights that hold their masks. Others: see OwnForward."""
 
     states: InPlaceStates
 

@@ -22,8 +22,7 @@ from mft_kernels import MaskAdamW
 class InPlaceAdamW(MaskAdamW):
     """MaskAdamW over the scores of a masked model whose masks are in place until close(); see in_place.
 
-    It works with any scheduler of torch. The scores learn from the gradients of the model's weights, which zero_grad()
-    sets to None.
+    The scores learn from the gradients of the model's weights, which zero_grad() sets to None.
     """
 
     def __init__(self, model: nn.Module, max_grad_norm: float | None = None, **options: Any) -> None:
@@ -82,10 +81,7 @@ class InPlaceAdamW(MaskAdamW):
         return {name.removesuffix(".mask"): packed for name, packed in found.items()}
 
     def close(self) -> None:
-        """Turn the model back into the masked one: the weights restored bit for bit, the scores as learned.
-
-        It may be called again. An interrupt is raised once the model is restored.
-        """
+        """Restore the masked model: weights bit for bit, scores as learned. It may be called again."""
         if self._states is not None:
             self._states.close()
             self._states = None
@@ -136,7 +132,6 @@ def in_place(model: nn.Module, *, max_grad_norm: float | None = None, **options:
 def leave_in_place(model: nn.Module) -> None:
     """Turn a model back into the masked one if its masks are in place, as the end of mft.in_place's block does.
 
-    For a model whose block was interrupted so early that nobody has its optimiser.
     Raises: RuntimeError if something has written to the weights; they are restored even then.
     """
     found = masks_in_place(unwrapped(model))

@@ -26,10 +26,7 @@ class Call:
 
 
 class LayerCalls:
-    """Runs the layers of ``model`` one by one.
-
-    Args: run: run(model, input_ids) returns the input of the head; see causal_lm.split_at_head.
-    """
+    """Runs the layers of ``model`` one by one. run(model, input_ids): the head's input; see causal_lm.split_at_head."""
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         self.model, self._run = model, run

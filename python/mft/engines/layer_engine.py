@@ -35,11 +35,8 @@ from mft.models.longrope import inputs_of
 class LayerEngine(ScoreRunner):
     """Runs steps of a masked causal LM.
 
-    Args:
-        placed: The model. Its memory caches the outputs of the layers below the first masked one.
-        calls, head: How the model is run; see LayerCalls and causal_lm.split_at_head.
-        masks: The masks of the masked layers.
-        train: The settings of training; None for evaluation only.
+    Args: placed: its memory caches the outputs of the layers below the first masked one; calls, head: see LayerCalls
+        and causal_lm.split_at_head; train: None for evaluation only.
     """
 
     def __init__(
@@ -130,10 +127,7 @@ class LayerEngine(ScoreRunner):
     def loss(
         self, batch: MicroBatch, hidden: Tensor, scale: float, base: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the sum of the losses, and the gradient of scale * sum with respect to hidden.
-
-        base: the base model's output of the last layer, if the objective needs it.
-        """
+        """Return the sum of losses and d(scale * sum) / d(hidden). base: as hidden, if the objective needs it."""
         with self._at("the loss"):
             reference = None if base is None else self._left(batch, base)
             leaf = hidden.detach().requires_grad_()

@@ -152,10 +152,7 @@ class Layerwise(LayerEngine):
     def _through_base(
         self, layer: int, base: Resting, hidden: Resting, batches: Sequence[MicroBatch], referring: list[MicroBatch]
     ) -> Resting:
-        """Run the layer with all weights kept, for the batches in referring, while its weights are on the device.
-
-        In the first masked layer base starts from the batches' hidden states, which are kept.
-        """
+        """Run the layer with all weights kept, for the batches in referring; the first one starts from hidden."""
         if not referring:
             return base
         if layer == self.first:

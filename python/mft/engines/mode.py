@@ -1,7 +1,4 @@
-"""The memory modes, one class each. A new mode is a class here, and one in memory/ways.py that estimates it.
-
-Their engines are in plain.py, in_place.py, resident.py, layerwise.py and sharded/.
-"""
+"""The memory modes, one class each. A new mode is a class here, and one in memory/ways.py that estimates it."""
 
 import contextlib
 import dataclasses
@@ -140,12 +137,10 @@ MODES: dict[str, Mode] = {
 
 
 def place(model: nn.Module | Placed, *, way: str = "plain", device: Device = None, **options: Any) -> Placed:
-    """Return the model in the memory mode that ``way`` names; a model that is placed already only gets the options.
+    """Return the model in the memory mode ``way``; a model that is placed already only gets the options.
 
-    Args:
-        way: "plain", "in_place", "resident", "quantized", "layerwise" or "sharded" (docs/how-to/memory.md).
-        device: Where the model runs. None: the first GPU, or the CPU. The first two modes run it where it is.
-        options: Further fields of Placed, such as objective and processes.
+    Args: way: see docs/how-to/memory.md; device: None for the first GPU, or the CPU (plain and in_place run the model
+        where it is); options: further fields of Placed, such as objective and processes.
     """
     if isinstance(model, Placed):
         return dataclasses.replace(model, **options)

@@ -37,10 +37,8 @@ class Arrival:
 class Mover:
     """Copies to and from ``device``.
 
-    Args:
-        separate: Whether tensors at rest are in another memory than the device's. None: True unless the device is the
-            CPU. With True a run on the CPU copies as a run on a GPU does, for tests and for the simulation of memory.
-            With False nothing is copied, even on a GPU.
+    separate: whether tensors at rest are in another memory than the device's. None: True unless the device is the CPU.
+    True on a CPU copies as on a GPU, for tests and for the simulation of memory.
     """
 
     def __init__(self, device: torch.device | str, *, separate: bool | None = None) -> None:

@@ -55,10 +55,8 @@ class Mode:
     def place(self, placed: "Placed", sample: Tensor, train: TrainConfig | None = None, hook: Hook = None) -> Runner:
         """Return the engine of the model; its close() gives the model back.
 
-        Args:
-            sample: A few tokens (1, T) on the model's device, for forward passes that find out how the model is run.
-            train: None for an engine that is only a Reader.
-            hook: Called when a step's gradients are complete and not yet clipped or applied; only if autograd trains.
+        Args: sample: a few tokens (1, T) on the model's device; train: None for an engine that is only a Reader; hook:
+            called when a step's gradients are complete and not yet clipped or applied; only if autograd trains.
         """
         raise NotImplementedError
 
@@ -69,16 +67,14 @@ class Placed:
 
     Args:
         model: On the device if the mode runs the model's own forward; else on the CPU or on the device.
-        device: Where the model runs.
         processes: The processes that train or evaluate together. Each makes the same calls.
         objective: What is minimised, and measured in evaluations.
         surrogate: The gradient of the scores; None: the straight-through gradient.
-        first, memory: In evaluations, the outputs of the first ``first`` layers are cached in memory, or taken from it,
-            if the model's own forward runs; see FrozenPrefix. In training memory is such a cache for the frozen layers,
-            shared with other runs on the same rows.
-        remember: Whether training caches these outputs. If memory is None, they are cached only if rows are seen twice.
-            They are never cached if the model draws random numbers in training, because a frozen layer's dropout
-            differs in each pass.
+        first, memory: In evaluations, the outputs of the first ``first`` layers are cached in memory (see
+        FrozenPrefix).
+            In training memory is such a cache for the frozen layers, shared with other runs on the same rows.
+        remember: Whether training caches these outputs. If memory is None, they are cached only if rows are seen twice,
+            and never if the model draws random numbers in training, because a frozen layer's dropout then differs.
         runner: The engine that is training the model, if one is; it then also runs evaluations.
     """
 

@@ -1,7 +1,4 @@
-"""The memory mode plain: a step by autograd over the model's own forward, then AdamW.
-
-The other memory modes must give equal results.
-"""
+"""The memory mode plain: a step by autograd over the model's own forward, then AdamW. Others must equal it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -130,9 +127,7 @@ Stepper = MasterAdamW | _ScoreAdamW  # a context, which removes its hooks at its
 
 
 def make_stepper(model: nn.Module, train: TrainConfig) -> Stepper:
-    """Make the optimiser of the parameters that require grad.
-
-    This is AdamW on fp32 masters, or MaskAdamW if only scores are trained and the scores or the moments are not fp32.
+    """Make AdamW on fp32 masters of what requires grad, or MaskAdamW for scores if they or the moments are not fp32.
 
     Raises: ValueError if no parameter requires grad, or if weights are trained with moments that are not float32.
     """

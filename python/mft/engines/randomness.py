@@ -34,10 +34,7 @@ def put_random_states(tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def draws_at_random(model: Any, input_ids: Tensor) -> bool:
-    """Whether a causal LM draws random numbers in training (dropout, router noise), so that two passes differ.
-
-    Tested by a forward pass over a few tokens, because no list of module names covers every model.
-    """
+    """Return whether a causal LM draws random numbers in training, tested by forward passes over a few tokens."""
     was_training, before = model.training, take_random_states()
     model.train()
     model(input_ids=input_ids, use_cache=False)

@@ -56,10 +56,7 @@ class Resident(LayerEngine):
                 yield self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
 
     def _top(self, batch: MicroBatch, boundaries: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """Run the forward pass and the loss; see loss.
-
-        The inputs of the layers from the first masked one on are appended to boundaries, in host memory.
-        """
+        """Run the forward pass and the loss; append the inputs from the first masked layer on to boundaries."""
         hidden, base = self._climb(batch, boundaries)
         return self.loss(batch, hidden, scale, base)
 
@@ -74,10 +71,7 @@ class Resident(LayerEngine):
         return hidden, base
 
     def _climb_base(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
-        """Return the base model's output for hidden, the input of the first masked layer.
-
-        Below that layer the model and the base are the same.
-        """
+        """Return the base model's output for hidden, the input of the first masked layer."""
         for layer in range(self.first, self.depth):
             hidden = self.up_base(layer, hidden, batch)
         return hidden

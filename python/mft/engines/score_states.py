@@ -65,10 +65,7 @@ class HeldMask:
 
 
 def current_masks(masked: dict[str, MaskedLayer]) -> list[HeldMask]:
-    """Return the masks that the layers' scores select now. The caller may change them in place.
-
-    Raises: NonFiniteScores, which names the layer.
-    """
+    """Return the masks that the scores select now, to be changed in place. Raises: NonFiniteScores."""
     found = []
     for name, module in masked.items():
         mask = module.current_mask()
@@ -103,13 +100,9 @@ class ScoreStates:
     """MaskAdamW over the scores of masked layers, which hold their masks between steps.
 
     The scores are moved to (pinned) host memory. Only this class updates them.
-
-    Args:
-        optimizer: MaskAdamW of the layers' scores, in the order of masks; see score_optimizer.
-        processes: The processes whose gradients are summed for a step. Each takes the same step, rounding included.
-        surrogate: The gradient of the scores; None: the straight-through gradient. It overwrites a layer's gradient
-            buffer, so no further matrix is needed. Moments in 8 bits then include the weight as a factor.
-        budget: The budget of these masks, which select() then selects together.
+    Args: optimizer: over the scores, in the order of masks; see score_optimizer. processes: those whose gradients are
+        summed. surrogate: overwrites a layer's gradient buffer; None: the straight-through gradient. budget: select()
+        then selects these masks together.
     """
 
     def __init__(
@@ -158,10 +151,7 @@ class ScoreStates:
             mask.threshold = selected.threshold.to(self._mover.device)
 
     def buffer_dtype(self, mask: HeldMask, dtype: torch.dtype | None) -> torch.dtype:
-        """Return the dtype of one layer's gradient buffer: dtype, or the weight's dtype if that is None.
-
-        Raises: ValueError for fp16 with a surrogate, as products with weights would be rounded to 0.
-        """
+        """Return the dtype of a layer's gradient buffer. Raises: ValueError for fp16 with a surrogate."""
         dtype = dtype or mask.weight_dtype()
         if self._surrogate is not None and dtype == torch.float16:
             raise ValueError(
@@ -178,8 +168,7 @@ class ScoreStates:
     def clip_factor(self, max_norm: float) -> Tensor:
         """Return min(1, max_norm / (norm + 1e-6)) for the gradients of all scores together: fp32, 0-d on the device.
 
-        |weight * sign(score)| = |weight|, so the scores are not needed. A surrogate's gradients are in the buffers
-        already. Squares are added up in fp64, so that their order hardly matters.
+        |weight * sign(score)| = |weight|, so the scores are not needed. Squares are added up in fp64.
         """
         total = self._squares()
         return (max_norm / (total.sqrt() + _EPSILON)).clamp_(max=1.0).float()
@@ -201,12 +190,9 @@ class ScoreStates:
     def update(self, masks: Sequence[HeldMask], lr: float | None = None, max_norm: float | None = None) -> None:
         """Take one optimiser step of these layers from their buffers, summed over processes, and set their next masks.
 
-        lr: None uses the rate in each of the optimizer's groups.
-
-        With a budget the layers keep their masks until all layers have taken the step and select() is called.
-
-        One matrix takes its step while the next one is being summed. With max_norm, which limits the norm of all
-        layers' gradients together, all sums are finished first.
+        lr: None uses the rate in each of the optimizer's groups. With a budget the layers keep their masks until
+        select(). One matrix takes its step while the next one is being summed. With max_norm, which limits the norm of
+        all layers' gradients together, all sums are finished first.
         """
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
@@ -229,10 +215,7 @@ class ScoreStates:
         return self.budget is not None
 
     def select(self) -> None:
-        """With a budget, select the masks of all layers by the threshold that their scores share now.
-
-        Raises: NonFiniteScores, which names the layer.
-        """
+        """With a budget, select all masks by the threshold that their scores share. Raises: NonFiniteScores."""
         if self.budget is None:
             return
         self._mover.finish()

@@ -43,10 +43,8 @@ class Runner(Reader):
     ) -> None:
         """Take one optimiser step. on_loss gets each micro-batch's sum of losses before any trained tensor changes.
 
-        Args:
-            scale: The factor of the gradients.
-            lr: None is a rehearsal, only for the memory modes that run layer by layer: gradients are computed, and
-                nothing is updated.
+        Args: scale: the factor of the gradients; lr: None is a rehearsal in the modes that run layer by layer:
+            gradients are computed, and nothing is updated.
         Raises: what on_loss raises; RuntimeError if memory runs out, which names the rows or the layer.
         """
         raise NotImplementedError
@@ -65,25 +63,19 @@ class Runner(Reader):
         raise NotImplementedError
 
     def learned(self) -> Mapping[str, Tensor]:
-        """Return the trained tensors by parameter name: scores, or fp32 masters of 16-bit weights.
-
-        They stay where they are stored. They are DTensors if each process holds some rows.
-        """
+        """Return the trained tensors by parameter name, where they are: scores, fp32 masters, or DTensors of rows."""
         raise NotImplementedError
 
     def result(self) -> Mapping[str, Tensor]:
         """Return what a finished run saves, in its present state and on its present device.
 
-        Masks are named LAYER.mask and have pack_mask's format (int32 words of bits). Trained weights are named by their
-        parameter, in the model's dtype. Of processes in lockstep the first one gets it, the others nothing.
+        Masks are LAYER.mask in pack_mask's format; weights go by parameter, in the model's dtype. Of processes in
+        lockstep the first one gets it, the others nothing.
         """
         raise NotImplementedError
 
     def packed_masks(self) -> list[Tensor]:
-        """Return the next step's masks, one per layer, in pack_mask's format: the runner's own, ready to be read.
-
-        A runner in lockstep returns this process's rows.
-        """
+        """Return the next step's masks in pack_mask's format, to be read; in lockstep, this process's rows."""
         raise NotImplementedError
 
     def relearned(self) -> None:

@@ -16,13 +16,10 @@ _TOKENS_TOGETHER = 4096
 
 
 def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
-    """Return the tokens that model.generate appends to each prompt.
+    """Return the tokens that model.generate appends to each prompt, padded after eos up to the longest one.
 
-    Prompts are padded on the left, so that all end where generation begins. generate counts positions from the
-    attention mask, so padding does not shift positions. After its eos a continuation is padded up to the longest one.
-
-    A prompt that occurs several times is read only once if key_value_cache.reads_on allows it. If frequencies depend on
-    the longest row (longrope.py) and a row may pass the switch, each prompt is continued separately.
+    Prompts are padded on the left. One that occurs several times is read once if key_value_cache.reads_on allows it. If
+    a row may pass the switch of longrope.py, each prompt is continued separately.
     """
     longest, switch = max(map(len, prompts)), switch_length(model)
     if len(prompts) > 1 and switch is not None and longest + model.generation_config.max_new_tokens > switch:
@@ -47,9 +44,7 @@ def continue_all(
 ) -> list[list[int]]:
     """Return the tokens that follow each prompt under these settings, which name a pad_token_id; see continue_prompts.
 
-    Args:
-        batch_size: Number of prompts that are continued together. It changes greedy tokens only by rounding. By default
-            16, or fewer of long prompts, whose keys and values fill the memory: at most 4096 tokens.
+    batch_size: prompts that are continued together; by default 16, or as many as have 4096 tokens together.
     """
     batch_size = batch_size or min(16, max(1, _TOKENS_TOGETHER // max(map(len, prompts), default=1)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding

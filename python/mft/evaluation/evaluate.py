@@ -33,9 +33,8 @@ METRICS = ("loss", "accuracy")
 class Evaluation:
     """Sums per document, in ascending order of document number; all tensors are (documents,).
 
-    figures: The objective's figures, as means per unit that it counts; "loss" is its own loss. Empty for cross entropy.
-    sources: The source of each document, for a mix of sources.
-    tempered_sums: loss_sums with logits divided by a temperature, if evaluate was given one.
+    figures: the objective's figures, as means per unit that it counts; "loss" is its own loss. sources: of each
+    document of a mix. tempered_sums: loss_sums with logits divided by a temperature, if evaluate was given one.
     """
 
     documents: Tensor
@@ -86,8 +85,7 @@ def evaluate(
         temperature: Divides the logits for the sums of a second loss.
         options: See engines.mode.place: way and device; objective, whose figures are measured too; processes, which
             share the batches and get all sums; first and memory.
-    Raises: ValueError if dataset scores no token, the model predicts no next tokens or has too few positions, or
-        temperature is not positive.
+    Raises: ValueError if dataset scores no token, the model has too few positions, or temperature is not positive.
     """
     placed = place(model, **options)
     model, objective, processes = placed.model, placed.objective, placed.processes

@@ -18,9 +18,8 @@ from mft.models.pretrained import SHORTHANDS
 def learned_base(masks: Path, name: str | None = None, dtype: str | None = None) -> tuple[ModelConfig, str]:
     """Return the base on which exported masks were learned, and a line that says where this was found.
 
-    The base comes from the run's configuration if it is next to the masks, else from the masks. name and dtype
-    override it.
-    Raises: ValueError if neither names a base, or as read_description.
+    The run's configuration comes before the masks; name and dtype override both.
+    Raises: ValueError if none names a base, or as read_description.
     """
     path, known = _known(masks)
     model = load_saved(path, known).model
@@ -44,10 +43,7 @@ def config_of_run(masks: Path) -> Path | None:
 
 
 def evaluated_config(masks: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
-    """Return the base and data on which masks are evaluated, and a line that says where this was found.
-
-    They are found as in learned_base. overrides have precedence.
-    """
+    """Return the base and data on which masks are evaluated, and where they were found. overrides take precedence."""
     path, known = _known(masks)
     config = load_saved(path, [*known, *overrides])
     model = config.model
@@ -66,10 +62,7 @@ def check_exact(model: ModelConfig, verb: str) -> None:
 
 
 def evaluated_base(model: ModelConfig, export: MaskExport | None, unquantized: bool) -> tuple[str | None, bool]:
-    """Return the base's quantisation (or None), and whether it includes the masked layers: as the masks were learned.
-
-    Raises: ValueError if the configuration asks for another quantisation.
-    """
+    """Return the base's quantisation, and whether masked layers have it. Raises: ValueError if model names another."""
     if unquantized:
         return None, False
     asked = (model.quantization, model.quantize_masked)
@@ -96,10 +89,7 @@ def base_words(kind: str | None, quantize_masked: bool, export: MaskExport | Non
 
 
 def _known(masks: Path) -> tuple[Path | None, list[str]]:
-    """Return the configuration file of the run that wrote masks, and overrides with its paths as seen from here.
-
-    Without such a run return None and overrides from the masks themselves; these are empty if the masks name no base.
-    """
+    """Return the run's configuration file or None, and overrides: its paths as seen from here, or the masks' base."""
     path = config_of_run(masks)
     if path is not None:
         config = load_saved(path)
@@ -125,10 +115,7 @@ def _known(masks: Path) -> tuple[Path | None, list[str]]:
 
 
 def _seen_from_here(place: str, output_dir: str, run: Path) -> str:
-    """Return a path of a run's configuration as seen from here. ``run`` is the run's present directory.
-
-    A relative path in the configuration starts from the same directory as its output_dir.
-    """
+    """Return a path of a run's configuration, relative to where its output_dir is, as seen from here."""
     if place in (*SHORTHANDS, *NAMED) or os.path.isabs(place) != os.path.isabs(output_dir):
         return place
     found = os.path.normpath(run / os.path.relpath(place, output_dir))

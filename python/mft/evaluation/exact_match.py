@@ -27,12 +27,9 @@ def exact_matches(
     """Return (correct answers, questions) per document: int64 (documents,) in ascending order of document number.
 
     A row's prompt is the text before its first scored token. Its completion is the scored tokens, up to eos. The greedy
-    continuation, up to eos or max_new_tokens, must be the same text except for white space at its ends.
-
+    continuation must be the same text except for white space at its ends.
     Args:
-        model: A model that can generate, with or without masked layers. Its mode (train or eval) is restored.
         dataset: Rows with one prompt and one completion each, as load_splits makes them for validation and test.
-        batch_size: Number of prompts that are continued together. It changes the result only by rounding.
         verifier: "exact", or "last_number": the last number of the continuation must equal the completion's last
             number, and the completion itself may be longer than max_new_tokens.
     Raises: ValueError if a row has no prompt, or not exactly one completion that ends with eos within max_new_tokens.
@@ -61,13 +58,7 @@ def match_answers(
     batch_size: int | None = None,
     verifier: str = "exact",
 ) -> Evaluation:
-    """Answer the prompts greedily, and count the correct answers: an evaluation whose unit is an answer, without loss.
-
-    Args:
-        settings: As greedy makes them.
-        batch_size: As for continue_all.
-        verifier: As for exact_matches.
-    """
+    """Answer the prompts greedily (settings of greedy), and count the correct answers; the unit is an answer."""
     ends = settings.eos_token_id
     found = continue_all([each.prompt for each in asked], model, settings, batch_size)
     correct: Counter[int] = Counter()

@@ -32,15 +32,12 @@ def kl_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Compute KL(start || model) = sum over words of p_start * (log p_start - log p_model) for each scored token.
 
-    This is the forward direction, over the whole vocabulary. It is large if the model finds unlikely what the start
-    found likely. In nats; sums.sum() / tokens.sum() is the mean in nats per token.
-
+    This is large if the model finds unlikely what the start found likely. sums.sum() / tokens.sum() is in nats per
+    token.
     Args:
         model, start: Two models on one device with one vocabulary. Their modes (train or eval) are restored.
-        dataset: Rows of input_ids, labels and document, as for evaluate.
         whole: A cache of the outputs of all layers of model, if there is one.
-        options: See engines.mode.place: first and memory. The first ``first`` layers are the same in both models and
-            run once per row.
+        options: See engines.mode.place: first and memory. The first ``first`` layers are the same in both models.
     Returns: (sums, tokens), each fp64 (documents,) in ascending order of document number, as in Evaluation.
     Raises: ValueError if dataset scores no token, or if the models' vocabularies differ in size.
     """

@@ -26,14 +26,11 @@ from mft.models.pretrained import load_model
 
 
 class MaskedLM(HFLM):
-    """lm-eval's HFLM on a base with masks.
-
-    Masks are merged into exact weights. Over the quantised weights that they were learned on they stay separate.
+    """lm-eval's HFLM on a base with masks: merged into exact weights, or separate over quantised ones.
 
     Args:
         pretrained: A directory that save_masks wrote, a run of mft train, or a hub repository as for load_masks.
-        base: The base, as model.name in a configuration; default: the one that the masks name.
-        dtype: dtype of the base; "auto": the one in which the masks were learned.
+        base, dtype: Of the base; by default (dtype: "auto") those that the masks name.
         device: As for lm-eval's hf model. If it is a GPU and there is none, the CPU is used.
         force: Accept other base weights of the same shapes.
         unquantized: Use exact weights even if the masks were learned on quantised ones.

@@ -20,10 +20,7 @@ _HARMLESS = 0.99  # a keep ratio
 def mask_cost_warning(model: nn.Module | Placed, config: MaskConfig, dataset, batch_size: int = 2) -> str | None:
     """Return a warning if the initial masks of config raise the loss well above the unmasked model's, else None.
 
-    The warning names a setting that would not. The loss is that of the first rows of dataset in eval mode, so no random
-    number is drawn.
-
-    Args: model: A model masked by mask_model. batch_size: As for evaluate.
+    The loss is that of the first rows of dataset in eval mode. The warning names a setting that would not raise it.
     """
     rows, placed = dataset.select(range(min(ROWS, len(dataset)))), place(model)
     masked = evaluate(placed, rows, batch_size=batch_size).loss

@@ -23,7 +23,6 @@ class Exchange:
 def split_rows(dataset, eos: int, max_new_tokens: int | None) -> list[Exchange]:
     """Return the one exchange of each row, in their order; a packed row has one per example.
 
-    Args: max_new_tokens: Length limit of a completion; None for no limit.
     Raises: ValueError if there is no prompt, or not exactly one completion that ends with eos within max_new_tokens.
     """
     return [
@@ -33,11 +32,9 @@ def split_rows(dataset, eos: int, max_new_tokens: int | None) -> list[Exchange]:
 
 
 def find_answers(dataset, ends: Collection[int], *, pairs: bool = False) -> list[Exchange]:
-    """Return each scored answer with all that comes before it. Answers without a prompt or an end are left out.
+    """Return each scored answer with all that comes before it; without a prompt or one of ends, it is left out.
 
     A chat of several turns has several answers. Of a pair, only the chosen one counts.
-
-    Args: ends: The tokens that end an answer.
     """
     found = []
     for _, ids, labels, document in itertools.islice(_examples(dataset), 0, None, 1 + pairs):

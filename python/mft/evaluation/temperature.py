@@ -28,10 +28,7 @@ def fit_temperature(
 ) -> float:
     """Return the temperature in [1 / 64, 64] with the smallest mean token loss of model on dataset.
 
-    This takes 2 to 4 passes over the data from T = 1, or about 15 if the optimum is at an end of the range. Each pass
-    computes one chunk of logits at a time.
-
-    Args: dataset, batch_size, first, memory: see evaluate.
+    This takes 2 to 4 passes over the data, or about 15 if the optimum is at an end of the range. Args: see evaluate.
     Raises: ValueError if no token is scored, or if logits are not finite.
     """
     check_rule(len(dataset) > 0, "dataset", "hold at least one row to fit a temperature on", len(dataset))
@@ -53,10 +50,7 @@ def fit_temperature(
 
 
 def evaluate_tempered(model: nn.Module, dataset, temperature: float, **options: Any) -> tuple[Evaluation, Evaluation]:
-    """Evaluate the model, and the model with its logits divided by ``temperature``, in one pass.
-
-    Args: options: Options of evaluate.
-    """
+    """Evaluate the model, and the model with its logits divided by ``temperature``. options: of evaluate."""
     found = evaluate(model, dataset, temperature=temperature, **options)
     assert found.tempered_sums is not None
     plain = dataclasses.replace(found, tempered_sums=None)

@@ -16,9 +16,8 @@ def same_text(answer: str, wanted: str) -> bool:
 
 
 def same_last_number(answer: str, wanted: str) -> bool:
-    """Whether the last numbers of both are equal: "so she has $1,200.00 left" is correct for "... #### 1200".
+    """Return whether both last numbers are equal: "so she has $1,200.00 left" is correct for "... #### 1200".
 
-    The text before the number does not matter. An answer without a number is wrong.
     Raises: ValueError if wanted has no number.
     """
     number = last_number(wanted)

@@ -15,10 +15,7 @@ _HEADER, _COMPRESSION, _DATA = 2, 3, 1  # field numbers: in a message; in a reco
 
 
 def map_arrow(path: Path) -> pyarrow.Table:
-    """Return the table in the file. Its values are not checked yet.
-
-    Raises: ValueError that names the file, if it is compressed; pyarrow.ArrowException and OSError as pyarrow does.
-    """
+    """Return the table in the file, unchecked. Raises: ValueError if it is compressed; pyarrow's errors."""
     source = pyarrow.memory_map(str(path))
     for message in pyarrow.ipc.MessageReader.open_stream(source):
         try:

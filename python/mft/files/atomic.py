@@ -43,8 +43,7 @@ def naming(target: str | os.PathLike, what: str = "written") -> Iterator[None]:
 def atomic_directory(target: str | os.PathLike, *, replace: Callable[[], bool] = lambda: True) -> Iterator[Path]:
     """Yield an empty directory that becomes target if the block succeeds, and is deleted if it fails.
 
-    replace: Asked when ours is finished, if target exists then: whether ours replaces it. If not, ours is deleted. So
-        of several processes that write the same content, the first one's stays. Raises: NotWritten.
+    replace: asked at the end if target exists: whether ours replaces it, or is deleted. Raises: NotWritten.
     """
     target = Path(target)
     with naming(target):
@@ -63,10 +62,7 @@ def atomic_directory(target: str | os.PathLike, *, replace: Callable[[], bool] =
 
 @contextmanager
 def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield the path of a file that becomes target if the block succeeds, and is deleted if it fails.
-
-    Raises: NotWritten.
-    """
+    """Yield the path of a file that becomes target if the block succeeds, else is deleted. Raises: NotWritten."""
     target = Path(target)
     with naming(target):
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
@@ -84,10 +80,7 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
-    """Write content to target, text as UTF-8. A file that already has this content is not touched.
-
-    Raises: NotWritten.
-    """
+    """Write content to target, text as UTF-8, unless the file already has this content. Raises: NotWritten."""
     target = Path(target)
     content = content.encode() if isinstance(content, str) else content
     with naming(target):
@@ -101,7 +94,7 @@ def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
 def publish(target: str | os.PathLike, content: str | bytes) -> bool:
     """Write content to target unless target exists, and return whether the file there is ours.
 
-    If several writers race, on one machine or on several that share the disk, exactly one gets True and its file stays.
+    If several writers race, also on several machines, exactly one gets True.
     Raises: NotWritten, also if the disk has no hard links.
     """
     target = Path(target)
@@ -123,10 +116,7 @@ def publish(target: str | os.PathLike, content: str | bytes) -> bool:
 
 
 def place(source: Path, target: Path) -> bool:
-    """Move a file on the same disk to target unless target exists, and return whether the file there is ours.
-
-    Raises: NotWritten.
-    """
+    """Move a file on the same disk to target unless it exists. Return whether it was moved. Raises: NotWritten."""
     with naming(target):
         try:
             os.link(source, target)
@@ -148,10 +138,7 @@ def place(source: Path, target: Path) -> bool:
 
 
 def place_directory(source: Path, target: Path) -> bool:
-    """Rename a directory to target unless target exists, and return whether the directory there is ours.
-
-    If it is not ours, source is deleted. Raises: NotWritten.
-    """
+    """Rename source to target, or delete it if target exists; return whether it is ours. Raises: NotWritten."""
     with naming(target):
         try:
             source.rename(target)  # fails if target is a directory that is not empty
@@ -182,10 +169,9 @@ def target_of(name: str) -> str | None:
 
 
 def sweep(directory: Path, ours: Callable[[str], object]) -> None:
-    """Delete what killed writers left in directory, for targets whose names satisfy ours.
+    """Delete what killed writers left for targets whose names satisfy ours, and restore targets about to be replaced.
 
-    No process may be writing there. A target is restored if it is missing because it was about to be replaced.
-    Raises: NotWritten.
+    No process may be writing there. Raises: NotWritten.
     """
     for entry in list(directory.iterdir()):
         name = target_of(entry.name)

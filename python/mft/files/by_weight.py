@@ -27,10 +27,7 @@ _SMALLEST = 128  # words: with heads of 5 bytes, shorter blocks cost more than t
 
 
 def encode(words: Words, columns: int, weight: Tensor) -> bytes:
-    """Return the stream of a matrix in the form that rice.encode takes.
-
-    weight: as many numbers as the matrix has bits, in any shape and dtype.
-    """
+    """Return the stream of a matrix in the form that rice.encode takes. weight has one number per bit of the matrix."""
     bits = rice.bits_of(words, columns).reshape(-1)
     ordered = np.empty_like(bits)
     for section, order in _orders(weight):
@@ -39,10 +36,7 @@ def encode(words: Words, columns: int, weight: Tensor) -> bytes:
 
 
 def decode(stream: Bytes, rows: int, columns: int, weight: Tensor) -> Words:
-    """Return the matrix of a stream. weight: the one that encode was given.
-
-    Raises: ValueError if no matrix of this shape has this stream.
-    """
+    """Return the matrix of a stream that encode made with this weight. Raises: ValueError if no matrix fits."""
     check_length(len(stream), rows, columns)
     count = rows * columns
     words = rice.decode(stream, 1, count, _blocks(count))

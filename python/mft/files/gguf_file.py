@@ -68,10 +68,7 @@ class GgufHeader:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Return the header of a GGUF file, after checking that everything it names lies within the file.
-
-    Raises: ValueError that names the file and what is wrong; OSError.
-    """
+    """Return the header; all that it names lies within the file. Raises: ValueError that names the file; OSError."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size < _SHORTEST:

@@ -1,7 +1,4 @@
-"""The model hub: whether it answers, how its repositories are named, and what its client's errors mean.
-
-Without this check, the client retries for half a minute if nobody answers.
-"""
+"""The model hub: whether it answers, how its repositories are named, and what its client's errors mean."""
 
 import functools
 import re
@@ -88,10 +85,7 @@ def split_hub_id(text: str) -> tuple[str, str | None] | None:
 
 @contextmanager
 def asking_hub(repository: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
-    """Turn the client's errors in the block into one that names repository and revision and says what to do.
-
-    Raises: HubError, NotOnHub.
-    """
+    """Turn the client's errors into one that names repository, revision and remedy. Raises: HubError, NotOnHub."""
     try:
         yield
     except (*_CLIENT, OSError) as error:

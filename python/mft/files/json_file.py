@@ -41,10 +41,7 @@ def parse_value(content: bytes, origin: Path) -> Any:
 
 
 def check_keys(path: Path, values: dict, known: list[str], where: str = "", optional: Sequence[str] = ()) -> None:
-    """Raise ValueError unless values have all the known keys, except optional ones, and no others.
-
-    where: the place of values in the file, for the message; "" for the whole file.
-    """
+    """Raise ValueError unless values (at ``where``) have all the known keys, except optional ones, and no others."""
     place = f" in {where}" if where else ""
     for key in values:
         if key not in known:

@@ -21,9 +21,8 @@ Shape = tuple[int, ...]
 
 
 class MaskCoding(ABC):
-    """One coding of a mask.
+    """One coding of a mask. version: the first format_version that has it. needs_weight: to write and to read.
 
-    version: the first format_version of an export that has it. needs_weight: whether writer and reader need the weight.
     In all methods, shape is the weight's: (N, K), or (E, N, K) for experts.
     """
 
@@ -36,11 +35,7 @@ class MaskCoding(ABC):
 
     @abstractmethod
     def pieces(self, stored: Tensor, shape: Shape, weight: Tensor | None) -> Iterator[Words]:
-        """Return an iterator over the flattened words of the packed mask, some at a time. See packed_mask.
-
-        Args: stored: untrusted, but check_declared accepted its dtype and shape.
-        Raises: ValueError, also while it is iterated over, if stored is damaged.
-        """
+        """Return an iterator over the flattened words. Raises: ValueError, also while it is iterated, if damaged."""
 
     @abstractmethod
     def check_declared(self, key: str, dtype: str, stored: Shape, shape: Shape) -> None:
@@ -136,10 +131,7 @@ def damaged(key: str, error: ValueError) -> ValueError:
 
 
 def coded_size(mask: Tensor, weight: Tensor | None = None) -> int:
-    """Return the bytes that a boolean mask takes in an export, without its name.
-
-    mask: Shape (N, K), or (E, N, K) for experts. The coding is rice, or by_weight if the masked weight is given.
-    """
+    """Return the bytes of a mask (N, K) or (E, N, K) in an export: as by_weight if weight is given, else as rice."""
     if weight is None:
         return len(coded_mask(mask))
     bits = _bits(mask)

@@ -31,8 +31,8 @@ _REPLACES = {
 class Nested:
     """Builds cls, whose fields hold values, other dataclasses (sections) or mappings of names to sections.
 
-    example: what an override looks like. foreign: our keys by the names that other programs use. elsewhere: whether the
-    message about a key in the wrong section names the right one.
+    example: what an override looks like. foreign: our keys by other programs' names. elsewhere: whether a message about
+    a key in the wrong section names the right one.
     """
 
     cls: type
@@ -65,10 +65,7 @@ class Nested:
     def build(
         self, values: Mapping[str, Any], path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()
     ) -> Any:
-        """Return a cls with these values. A section that is given in part keeps its defaults for the rest.
-
-        Raises: ValueError that begins with the path, and ends with the overrides.
-        """
+        """Return a cls; a section given in part keeps its defaults. Raises: ValueError with path and overrides."""
         try:
             return self._built(self.cls, values, "")
         except ValueError as error:
@@ -133,11 +130,7 @@ class Nested:
         return path, section
 
     def _unknown_key(self, name: str, prefix: str, names: list[str]) -> ValueError:
-        """Return the error about an unknown key, with a suggestion.
-
-        It suggests the same name in another section, else the nearest name in this section or another, else it lists
-        all names of this section.
-        """
+        """Return the error about an unknown key, with the same name elsewhere, the nearest name, or all names."""
         elsewhere = _paths(self.cls) if self.elsewhere else {}
         last = name.rpartition(".")[2]
         foreign = self.foreign.get(last, "")
@@ -196,10 +189,7 @@ def _names(cls: type) -> list[str]:
 
 
 def _below(cls: type, name: str) -> _Below | None:
-    """Return what a key holds, or None if it holds a value.
-
-    A mapping of names that may also be null counts as a value: the dataclass that has the field reads it.
-    """
+    """Return the dataclass that a key holds, or None for a value, such as a mapping that may be null."""
     hint = type_hints(cls)[name]
     options = typing.get_args(hint) or (hint,)
     section = next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)

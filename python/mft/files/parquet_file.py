@@ -34,10 +34,7 @@ class GroupClaims:
 
 
 def read_claims(path: Path, metadata: pyarrow.parquet.FileMetaData, columns: Sequence[str]) -> list[GroupClaims]:
-    """Return what each row group of a file claims for these columns. metadata: the file's footer.
-
-    Raises: ValueError that names the file, if a header is damaged; OSError.
-    """
+    """Return what each row group claims for these columns, given the footer. Raises: ValueError if damaged; OSError."""
     with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
             return [_group(content, metadata.row_group(i), columns) for i in range(metadata.num_row_groups)]

@@ -15,10 +15,7 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading its bytes.
-
-    Raises: ValueError that names the file, if it is a pipe, a device or anything else that may never end; OSError.
-    """
+    """Open a regular file for reading bytes. Raises: ValueError if it is a pipe or device, which may never end."""
     check_regular(path)
     # The file may have become a pipe since: without O_NONBLOCK, open waits for a writer, which may never come.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

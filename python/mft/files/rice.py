@@ -52,10 +52,8 @@ def bits_of(words: Words, columns: int) -> NDArray[np.bool_]:
 def encode(words: Words, columns: int, blocks: Sequence[int] | None = None) -> bytes:
     """Return the stream of a matrix.
 
-    Args:
-        words: Shape (rows, ceil(columns / 32)). Bit j % 32 of word j // 32 is column j, or 0 past the last.
-        blocks: How many words each block has: at most BLOCK each, and all words in total. By default each block has
-            BLOCK words, and the last one the rest.
+    words: (rows, ceil(columns / 32)); bit j % 32 of word j // 32 is column j, or 0 past the last. blocks: how many
+    words each block has, at most BLOCK and all in total. By default each has BLOCK words, and the last one the rest.
     """
     rows, width = words.shape
     flat = np.ascontiguousarray(words, "<u4").reshape(-1)
@@ -64,16 +62,15 @@ def encode(words: Words, columns: int, blocks: Sequence[int] | None = None) -> b
 
 
 def decode(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None = None) -> Words:
-    """Return the matrix of a stream. blocks: those that encode was given.
+    """Return the matrix of a stream. blocks: those that encode was given. Blocks of kind 64 keep their padding bits.
 
-    In a block of kind 64, the padding bits of the words are returned as they are.
     Raises: ValueError if no matrix of this shape has this stream.
     """
     return joined(decoded_blocks(stream, rows, columns, blocks), rows, columns)
 
 
 def decoded_blocks(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None = None) -> Iterator[Words]:
-    """Return an iterator over the blocks of the matrix that decode returns, flattened; one is in memory at a time.
+    """Return an iterator over the flattened blocks of decode's matrix; one is in memory at a time.
 
     Raises: ValueError as decode, for a wrong length at once, and else when the damaged block comes.
     """
@@ -91,10 +88,7 @@ def joined(pieces: Iterable[Words], rows: int, columns: int) -> Words:
 
 
 def check_length(length: int, rows: int, columns: int, blocks: int | None = None) -> None:
-    """Raise ValueError if no stream of a matrix of this shape, in this number of blocks, has length bytes.
-
-    Call it before memory is allocated. blocks: by default as many as encode makes by default.
-    """
+    """Raise ValueError if no stream of such a matrix has length bytes. Call it before memory is allocated."""
     fewest, most = fewest_bytes(rows, columns), most_bytes(rows, columns, blocks)
     if not fewest <= length <= most:
         raise ValueError(f"stream must have {fewest} to {most} bytes for {rows} x {columns} bits, got {length}")

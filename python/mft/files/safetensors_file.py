@@ -20,10 +20,7 @@ MOST_HEADER = 1 << 25  # bytes: 200,000 tensors, more than any published model h
 
 @contextmanager
 def open_tensors(path: Path, remedy: str) -> Iterator[Any]:
-    """Yield the file as safetensors.safe_open opens it, on the CPU.
-
-    Raises: ValueError that names the file and ends in the remedy, if it is damaged; OSError.
-    """
+    """Yield the file of safetensors.safe_open, on the CPU. Raises: ValueError with the remedy if damaged; OSError."""
     check_header(path, remedy)
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -33,10 +30,7 @@ def open_tensors(path: Path, remedy: str) -> Iterator[Any]:
 
 
 def check_header(path: Path, remedy: str) -> int:
-    """Return the number of tensors that the header names.
-
-    Raises: ValueError unless the header is a JSON object in which each name occurs once.
-    """
+    """Return the number of tensors. Raises: ValueError unless the header is a JSON object with unique names."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
         size = os.fstat(file.fileno()).st_size

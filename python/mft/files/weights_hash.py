@@ -1,8 +1,4 @@
-"""The hash of a model's weights, which identifies the base that masks were learned on.
-
-The weights may be anywhere: in a model of transformers, or in a server's fused matrices. A callable returns each weight
-by name.
-"""
+"""The hash of a model's weights, which identifies the base that masks were learned on."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,10 +10,7 @@ _CHUNK = 1 << 24  # bytes hashed at once
 
 
 def weights_hash(names: Iterable[str], weights: Callable[[str], Tensor]) -> str:
-    """Return the sha256 over name, dtype, shape and bytes of each weight, read in chunks and never copied whole.
-
-    Raises: ValueError if there are no names.
-    """
+    """Return the sha256 over name, dtype, shape and bytes of all weights. Raises: ValueError if there are no names."""
     digest = hashlib.sha256()
     count = 0
     for name in sorted(names):

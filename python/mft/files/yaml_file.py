@@ -45,10 +45,7 @@ for _tag, _pattern, _first in _CORE:
 
 
 def _count_nodes(node: yaml.Node, counted: dict[yaml.Node, int]) -> int:
-    """Return the number of values in a node with its aliases written out, as a message about the node would do.
-
-    In ten lines, each of which names the one before ten times, there are ten billion values.
-    """
+    """Return the number of values with aliases written out: ten lines of ten aliases each stand for ten billion."""
     if node not in counted:
         counted[node] = _MOST_NODES  # for a node that contains itself
         inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value

@@ -17,10 +17,7 @@ from mft.masks.peft_layers.layer import MaskExperts, MaskTunerLayer
 def init_adapter_from_data(model: Any, mask: MaskConfig, dataset, *, batch_size: int = 4) -> Any:
     """Initialise the active mask of a PeftModel as mask.init says, from mask.calibration_rows rows of dataset.
 
-    The result is that of init_from_data on a model from mask_model, except for rounding: here the base runs its own
-    matrix products. Call this after get_peft_model and before training.
-
-    Args: as for init_from_data. mask: The configuration from which the adapter's was made, with an init that uses data.
+    Call this after get_peft_model and before training. mask: the configuration from which the adapter's was made.
     Returns: the same model. Raises: ValueError as init_from_data, also for another init.
     """
     check_one_of("init", mask.init, DATA_INITS)

@@ -96,12 +96,7 @@ def input_norms(
     batch_size: int = 4,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Return the norms ||x_j||_2 of each linear layer's input, which wanda uses: fp32 (K,), or (E, 1, K) for experts.
-
-    Args:
-        modules: The layers of the model, as returned by linear_modules.
-        Others: see importance.
-    """
+    """Return the norms ||x_j||_2 of each layer's input, for wanda: fp32 (K,), or (E, 1, K). Args: see importance."""
     model, batches = placed.model, list(_calibration(dataset, rows, batch_size, seed))
     with keeping_all(model), evaluating(model), placed.reading(dataset, batch_size) as reader:
         if reader.model is not model:  # a copy has its own modules, but reports experts under the model's names
@@ -137,10 +132,7 @@ _BY_WEIGHT: dict[str, Callable[[Tensor, int, str], Tensor]] = {
 def _input_norms(
     model: nn.Module, modules: dict[str, Any], batches: list[MicroBatch], run: Callable[[MicroBatch], object]
 ) -> dict[str, Tensor]:
-    """Return ||x_j||_2 of each module's input over the tokens that are not padding; squares are summed in fp64.
-
-    Shape (K,); for experts (E, 1, K), each over its own rows. run: Calls the model on a batch.
-    """
+    """Return ||x_j||_2 of each module's input over unpadded tokens, summed in fp64: (K,), or (E, 1, K) for experts."""
     sums: dict[str, Tensor] = {}
     real = torch.empty(0, dtype=torch.bool)
     experts = {name: module for name, module in modules.items() if module.weight.dim() == 3}
@@ -208,8 +200,7 @@ def _gradients(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the gradients of the mean token loss with respect to each module's weight, (N, K), summed in fp32.
 
-    With ``squares`` also return an estimate of the mean square of a token's gradient: the squared gradient sums of the
-    batches, divided by the number of all tokens.
+    With ``squares`` also return the batches' squared gradient sums divided by the number of all tokens.
     """
     tokens = sum(int(count_labels(batch.labels).sum()) for batch in batches)
     check_rule(
@@ -267,10 +258,7 @@ def _calibration(dataset, rows: int, batch_size: int, seed: int) -> Iterator[Mic
 
 
 def linear_modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Return the objects that hold the weights of the named layers, masked or ordinary.
-
-    Raises: as find_targets, for a name that is not such a layer.
-    """
+    """Return the objects that hold the named layers' weights, masked or ordinary. Raises: as find_targets."""
     names, masked = list(names), masked_modules(model)
     targets = find_targets(model, [n for n in names if n not in masked])
     plain = {target.name: target if target.is_parameter else target.module for target in targets}

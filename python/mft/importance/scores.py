@@ -105,10 +105,7 @@ def drawn(mask: MaskConfig) -> MaskConfig:
 
 
 def wanda_scores(name: str, weight: Tensor, norms: Tensor, mask: MaskConfig) -> Tensor:
-    """Return the scores of init_from_data for one weight: fp32 (N, K) or (E, N, K), on the weight's device.
-
-    norms: The layer's norms from input_norms.
-    """
+    """Return the scores of init_from_data for one weight and its input norms: fp32 (N, K) or (E, N, K)."""
     reached = torch.where((norms != 0).any(-1, keepdim=True), norms, 1.0)
     values = (weight.abs().float() * reached.to(weight.device)).double()
     check_tells_apart(name, mask.init, values)

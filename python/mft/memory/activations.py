@@ -54,14 +54,10 @@ _LOGITS = {
 class Layer:
     """One decoder layer that runs on ``tokens`` tokens.
 
-    Args:
-        masked: Names of its masked linears and experts.
-        rows: Number of rows that the tokens belong to, all of one length.
-        input_grad: Whether the gradient with respect to its input is needed.
-        dense: Bytes of the largest dense weight that is made from a quantised one for a product; 0 if there is none.
-        coded: Names of the quantised experts.
-        score_bytes: Bytes per score of the gradient that autograd returns before it is added (plain); 0 if none is.
-        flash: Whether attention is flash attention on a GPU, whose backward pass sums dq in fp32.
+    masked: names of its masked linears and experts. rows: number of equally long rows. input_grad: whether its input's
+    gradient is needed. dense: bytes of the largest weight decoded for a product, or 0. coded: names of quantised
+    experts. score_bytes: bytes per score of a gradient that autograd returns before it is added (plain), or 0. flash:
+    whether attention is flash attention on a GPU, whose backward pass sums dq in fp32.
     """
 
     shape: ModelShape

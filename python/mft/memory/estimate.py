@@ -25,14 +25,10 @@ _CPU_WORKSPACE = 32 << 20
 class Estimate:
     """The bytes and the time of one process.
 
-    Args:
-        device: Bytes by kind at the device's peak, which is in ``phase``.
-        host: Bytes by kind at the end of the way up. On a CPU, host is empty and device has everything.
-        loading: Bytes of the host before the first step, when the exact weights have been read and the scores made. On
-            a CPU this is one of the phases.
-        seconds: A rough estimate for an optimiser step.
-        quantized: Number of quantised linears of the base. All experts of a projection count as one.
-        batches_at_once: Set for layerwise if it is less than all micro-batches of a step.
+    device: bytes by kind at the device's peak, in ``phase``. host: bytes by kind at the end of the way up; empty on a
+    CPU. loading: bytes of the host before the first step. seconds: roughly, for an optimiser step. quantized: number of
+    quantised linears; all experts of a projection count as one. batches_at_once: set for layerwise if it is less than
+    all.
     """
 
     way: str
@@ -60,10 +56,7 @@ class Estimate:
 
 
 def estimate(shape: ModelShape, workload: Workload) -> Estimate:
-    """Estimate a step on a model of this shape; workload.memory names the mode. For "auto" see fit.choose.
-
-    Raises: ValueError as RunSizes does.
-    """
+    """Estimate a step in the mode workload.memory; for "auto" see fit.choose. Raises: ValueError as RunSizes does."""
     if workload.memory not in WAYS:
         raise ValueError(f"memory must be one of {', '.join(WAYS)} here, got {workload.memory}: see choose")
     for name in ("scores", "moments"):

@@ -27,12 +27,10 @@ _COSTS |= {"batches_at_once": 1}
 class Choice:
     """The result of choose.
 
-    estimates: Estimates of all memory modes. layerwise takes as many batches at once as fit, or the fewest if none fit.
-    refusals: Why a mode cannot be used, by mode; also the modes that do not fit.
-    chosen: The workload as it will run; None if nothing fits.
-    reason: The reason for the choice, in a sentence.
-    nearest: If nothing fits, the fitting setting that is closest to the requested one; None if there is none.
-    least: If there is no such setting, the memory that is too small in every setting ("device" or "host"), and the
+    estimates: Estimates of all memory modes. refusals: why a mode cannot be used, or that it does not fit.
+    chosen: the workload as it will run; None if nothing fits. reason: for the choice, in a sentence.
+    nearest: if nothing fits, the fitting setting that is closest to the requested one, or None.
+    least: if there is no such setting, the memory that is too small in every setting ("device" or "host"), and the
         fewest bytes that a setting needs: of the device in any setting, or of the host in those that fit the device.
     """
 
@@ -54,13 +52,8 @@ def choose(
     """Choose the mode that workload.memory names, if it fits; for "auto", the fastest mode that fits.
 
     If the format of scores or moments is "auto", it becomes the widest with which one of these modes fits.
-
     The mode quantized changes the base, so auto takes it only if workload.quantization asks for a quantised base.
-
-    Args:
-        device_bytes: The device's whole memory, or the memory of a machine without a GPU; None for no limit.
-        host_bytes: Host memory for this run; None for no limit.
-    Raises: ValueError as estimate does.
+    device_bytes: of the device, or of a machine without a GPU. None: no limit. Raises: ValueError as estimate does.
     """
     widest, *narrower = _formats(workload)
     choice = first = _choose_way(shape, widest, device_bytes, host_bytes)

@@ -16,14 +16,10 @@ _SPARSE_BY_LAYER = ("qwen2_moe", "qwen3_moe")  # families in whose config some l
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of one layer.
+    """The experts of one layer: E experts, of which a token takes top_k; hidden H; intermediate I, of one expert.
 
-    Args:
-        experts: E. top_k: Number of experts per token. hidden: H. intermediate: I, of one expert.
-        shared: Intermediate size of the expert that all tokens go through; 0 if there is none.
-        is_biased: Whether router and experts have biases.
-        weighs_in_fp32: Whether routing weights, and so the weighted outputs, are fp32 for any dtype of the model.
-        is_clamped: Whether gate and up are clamped, so that autograd keeps more.
+    shared: intermediate size of the expert for all tokens, or 0. weighs_in_fp32: whether routing weights, and so the
+    weighted outputs, are fp32 for any dtype of the model. is_clamped: gate and up are clamped; autograd keeps more.
     """
 
     experts: int
@@ -53,10 +49,7 @@ class Mixture:
 
 
 def mixture_from_config(config: Mapping[str, Any], name: str) -> Mixture | None:
-    """Read the Mixture from the config of a family in FAMILIES; return None for another family.
-
-    Raises: ValueError if a key is missing, and for a model in which some layers are dense.
-    """
+    """Return the Mixture of a config, or None for other families. Raises: ValueError if it is not complete."""
     family = config.get("model_type")
     if family not in FAMILIES:
         return None

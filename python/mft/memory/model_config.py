@@ -12,10 +12,7 @@ _MOST_CONFIG = 1 << 24  # bytes: a thousand times the longest of published model
 
 
 def read_model_config(name: str) -> dict[str, Any]:
-    """Return the config of a shipped model name, a config.json, a model directory or a hub id.
-
-    Raises: ValueError if there is none. Its message says what to do.
-    """
+    """Return the config of a shipped name, a config.json, a model directory or a hub id. Raises: ValueError."""
     path = Path(name)
     if name in known_models():
         return known_config(name)

@@ -35,17 +35,11 @@ def rewards_memory(
     """Return bytes by kind for each phase (sampling, learning, update); the peak is the largest phase's sum.
 
     Args:
-        learns: What is trained.
-            scores: fp32 scores of the layers' target_modules.
-            weights: The weights of the target_modules, with fp32 masters if they have 16 bits, in addition to the
-                initial weights.
-            adapters: fp32 adapters of ``rank`` on the target_modules.
-            everything: All weights; the initial weights are a copy.
-        answers: Number of answers that are sampled at once.
+        learns: scores or weights of the target_modules, adapters of ``rank`` on them, or everything. Weights have fp32
+            masters if they have 16 bits, and the initial ones are kept.
+        answers: Number of answers that are sampled at once; micro_batch: backpropagated together, None for all.
         prompt, completion: Maximum number of tokens of each prompt and of each answer.
-        micro_batch: Number of answers that are backpropagated together; None: all.
-        target_modules: None for attention and MLP.
-        layers: None for all layers.
+        target_modules, layers: None for attention and MLP, and for all layers.
         others: Bytes of other data on the device.
     Raises: ValueError for layers or modules that the model does not have.
     """

@@ -26,11 +26,7 @@ _PLACES = 40  # bytes per row: its expert, its place before and after the sort, 
 class Routed:
     """The experts of one layer that run on ``tokens`` tokens.
 
-    Args:
-        dtype_bytes: Bytes per element in the model's dtype.
-        gate_up, down: Whether each of the two is masked.
-        coded: Names of the quantised matrices.
-        score_bytes: Bytes per score of the gradient that autograd returns before it is added (plain); 0 if none is.
+    gate_up, down: whether each of the two is masked. coded: names of the quantised matrices. score_bytes: see Layer.
     """
 
     mixture: Mixture
@@ -65,10 +61,7 @@ class Routed:
 
     @property
     def _forward(self) -> tuple[int, ...]:
-        """Bytes at each moment of the forward pass.
-
-        The layer's hidden states before and after the norm stay to the end, and so do frozen experts' gathered rows.
-        """
+        """Return bytes at each moment of the forward pass; frozen experts' gathered rows stay to its end."""
         base = self._places + 2 * self.tokens * self.mixture.hidden * self.dtype_bytes
         up = base + self._hidden + 2 * self._wide + self._dense(GATE_UP)
         base += self._gate

@@ -29,15 +29,12 @@ class ModelShape:
     """Sizes of a causal language model; N is out_features and K in_features.
 
     Args:
-        linears: (N, K) of one decoder layer's linears, by name within it, such as "self_attn.q_proj"; in the order of
-            use.
-        biases: Number of elements of all biases of one layer, without those of experts.
-        qk_norms: Number of elements of the two norms of q and k; 0 if they are not normalised.
+        linears: (N, K) of one layer's linears in the order of use, by name within it, such as "self_attn.q_proj".
+        biases: elements of all biases of one layer, without those of experts; qk_norms: of the norms of q and k, or 0.
         sliding_window: Number of tokens that attention sees; None for all, or if attention holds T x T scores anyway.
         has_sinks: Whether attention has a learned sink per head. transformers then runs it eagerly, with T x T scores.
         mixture: The experts of every layer; None if there are none, and linears then has the MLP.
         checkpoint: The quantisation format of the published checkpoint, such as "mxfp4"; None if it has none.
-        dtype_bytes: Bytes per weight.
     """
 
     name: str
@@ -98,10 +95,7 @@ class ModelShape:
         return rows * columns // self.mixture.experts * self.mixture.top_k
 
     def targets(self, names: list[str] | None) -> list[str]:
-        """Return the matrices whose name ends in one of names, in the order of use. None: attention and MLP or experts.
-
-        Raises: ValueError for a name that matches no matrix.
-        """
+        """Return the matrices with these endings (None: attention and MLP). Raises: ValueError without a match."""
         if names is None:
             return [matrix for matrix in self.matrices if not matrix.endswith(_NEVER_MASKED)]
         for name in names:
@@ -117,11 +111,8 @@ class ModelShape:
 def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dtype: str | None = None) -> ModelShape:
     """Return the shapes that a config.json, given as a dictionary, describes.
 
-    Args:
-        config: The config of a causal language model of a family in FAMILIES.
-        name: The name for messages and tables; the config's own if None.
-        dtype: The dtype in which the model will be loaded: "bfloat16", "float16" or "float32"; bfloat16 if None.
-    Raises: ValueError for another family, and if the config lacks a key.
+    name: for messages and tables. dtype: in which the model will be loaded, by default bfloat16.
+    Raises: ValueError for a family that is not in FAMILIES, and if the config lacks a key.
     """
     family = config.get("model_type")
     name = name or str(config.get("_name_or_path") or family)

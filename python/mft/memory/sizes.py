@@ -18,8 +18,7 @@ _SELECTION_WORKSPACE = 80 << 20  # keys and digits of _DEVICE_CHUNK scores in mf
 class RunSizes:
     """The sizes of a model for a workload.
 
-    Raises: ValueError for layers or target modules that the model does not have, and for a sequence that is longer than
-        the model's sliding window.
+    Raises: ValueError for unknown layers or target modules, and for a sequence beyond the sliding window.
     """
 
     def __init__(self, shape: ModelShape, workload: Workload) -> None:
@@ -128,10 +127,7 @@ class RunSizes:
         return max(steps, key=lambda sizes: sum(sizes.values()))
 
     def flipping(self, names: Sequence[str]) -> Sizes:
-        """Return the largest bytes of one matrix's step in place.
-
-        A copy of its whole weight, a byte per weight that marks the dropped ones, and its mask.
-        """
+        """Return the most bytes of one matrix's step in place: a copy of it, a byte per weight, and its mask."""
         staging = max(self.size_of(name) * (self.shape.dtype_bytes + 1) + self.mask_of(name) for name in names)
         return {"staging": staging, "sums": max(self.sum_of(name, self.grad_bytes) for name in names)}
 

@@ -16,10 +16,7 @@ from mft.number_formats import SCORE_FORMATS
 
 @dataclass(frozen=True)
 class Speeds:
-    """Sustained speeds: flops per second in matrix products, bytes per second of the device's memory and of its link.
-
-    selection: Scores per second in the search of one threshold over all layers (mask.budget).
-    """
+    """Sustained speeds per second: flops, bytes of device memory, bytes of its link, scores in a selection."""
 
     flops: float
     memory: float
@@ -40,10 +37,7 @@ SPEEDS = {
 
 
 def step_seconds(run: RunSizes, way: Way) -> float:
-    """Return the seconds of one process's micro-batches and one update.
-
-    The time in which several processes sum their gradients is not included: it depends on their connection.
-    """
+    """Return the seconds of one process's micro-batches and one update, without the sums over processes."""
     shape, workload, masked = run.shape, run.workload, sum(run.masks)
     speeds = SPEEDS[workload.device]
     tokens = workload.tokens * workload.own_accumulation
@@ -77,20 +71,14 @@ def step_seconds(run: RunSizes, way: Way) -> float:
 
 
 def _selection_seconds(trained: int, workload: Workload, way: Way) -> float:
-    """Return the seconds to find one threshold: a pass over the scores for each 2 bytes, and one for the masks.
-
-    If the mode keeps the scores in host memory, each pass copies them over the link.
-    """
+    """Return the seconds to find one threshold: a pass over the scores per 2 bytes, and one for the masks."""
     speeds, size = SPEEDS[workload.device], SCORE_FORMATS[workload.scores].bytes
     travels = trained * size * (size / 2 + 1) if way.offloads else 0
     return max(trained / speeds.selection, travels / speeds.link)
 
 
 def _routed_seconds(shape: ModelShape, workload: Workload, name: str, touched: int = 1) -> float:
-    """Return the seconds of a micro-batch's product with experts: the larger of arithmetic and memory traffic.
-
-    Memory is read ``touched`` times for all weights of the experts that see a token.
-    """
+    """Return the seconds of a product with experts, whose weights are read ``touched`` times if a token sees them."""
     assert shape.mixture is not None
     speeds, (_, n, k) = SPEEDS[workload.device], shape.experts[name]
     arithmetic = 2 * workload.tokens * shape.used(name) / speeds.flops

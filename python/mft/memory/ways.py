@@ -45,10 +45,7 @@ class Way:
         return True
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
-        """Return why the engines refuse the mode regardless of memory, or None.
-
-        Args: quantized: Number of linear layers that are quantised in this mode.
-        """
+        """Return why the engines refuse the mode with this number of quantised linears, or None."""
         if workload.quantization is not None and not self.over_codes:
             return f"quantization={workload.quantization} asks for a quantised base"
         if workload.batches_at_once is not None and not self.holds_all_rows:
@@ -73,17 +70,11 @@ class Way:
         return weights | {"masks": sum(run.mask_bytes), "states": run.scores}
 
     def forwards(self, workload: Workload, depth: int, above: int) -> int:
-        """Return how many layer forwards a micro-batch takes.
-
-        above: Number of layers from the first masked one on, which are recomputed.
-        """
+        """Return how many layer forwards a micro-batch takes. above: layers from the first masked one on."""
         return depth + above
 
     def traffic(self, run: RunSizes, boundary: int) -> int:
-        """Return the bytes that cross the link in a step, without the states.
-
-        Args: boundary: Bytes of one boundary of all micro-batches of a step.
-        """
+        """Return the bytes that cross the link in a step, without the states. boundary: bytes of one boundary."""
         raise NotImplementedError
 
     def waited_for(self, run: RunSizes) -> int:
@@ -118,10 +109,7 @@ class Plain(Way):
         }
 
     def autograd(self, run: RunSizes, resident: Sizes, added: int) -> dict[str, Sizes]:
-        """Return the phases of one micro-batch.
-
-        Args: added: Bytes per weight of a new gradient that is about to be added to an existing one.
-        """
+        """Return the phases of one micro-batch. added: bytes per weight of a gradient that is about to be added."""
         workload, shape = run.workload, run.shape
         above = [run.layer(i, score_bytes=added) for i in range(run.first, shape.layers)]
         kept = [layer.hidden if workload.gradient_checkpointing else layer.saved for layer in above]
@@ -265,8 +253,7 @@ class Layerwise(Way):
     def traffic(self, run: RunSizes, boundary: int) -> int:
         """Return the bytes of weights, boundaries, gradients and gradient sums that cross the link.
 
-        Each portion copies the weights once on the way up, and again on the way down. Below the first masked layer a
-        boundary is stored and fetched; above it, a gradient too. Gradient sums come back.
+        Each portion copies the weights on the way up and on the way down.
         """
         weights = sum(run.weights_of_layer) + sum(run.weights_of_layer[run.first :])
         boundaries = (2 * run.shape.layers + 4 * run.above) * boundary

@@ -12,26 +12,18 @@ class Workload:
     """The settings of a training run; the fields are named as in the run's configuration.
 
     Args:
-        memory: plain, in_place, resident, quantized, layerwise, sharded, or auto (fit.choose then chooses).
-        layers: The masked layers; None for all.
-        target_modules: The masked linears in these layers; None for all.
-        sequence: Tokens per row.
-        micro_batch: Rows per micro-batch.
-        accumulation: Micro-batches per step, of all processes together.
-        batches_at_once: Number of micro-batches whose boundaries layerwise holds together; None for all of a step (or,
-            for fit.choose, for as many as fit).
-        processes: Number of processes that train together, each with its own memory or its share of one.
-        scores, moments: dtypes in which they are stored, or auto (fit.choose then chooses).
+        memory: a mode, or auto (fit.choose then chooses, as for scores and moments).
+        layers, target_modules: those that are masked; None for all.
+        sequence: Tokens per row. micro_batch: Rows per micro-batch. accumulation: Micro-batches per step of all
+        processes. batches_at_once: Micro-batches whose boundaries layerwise holds together; None for all, or for as
+        many as fit. processes: Number of processes that train together, each with its own memory or its share of one.
         reduces_every_batch: Whether sharded sums gradients in each micro-batch instead of once per step.
         grad_dtype: dtype of the gradient buffers; None for the weights' dtype.
-        quantization: Format of the base; None for exact weights.
-        quantize_masked: Whether the masked layers' weights are quantised too.
-        gradient_checkpointing: For plain, in_place and sharded. The other modes recompute every layer anyway.
+        quantization: Format of the base, or None; quantize_masked: whether masked weights are quantised too.
         clipping: Whether the gradients' global norm is clipped, which layerwise does not support.
         keep_ratio: Share of the masked weights that is kept; 0 if a fixed threshold leaves it open.
         fixed_threshold: Whether masks use a given threshold, which int16 scores do not support.
         budget: Largest share of all masked weights that one shared threshold drops; None for one threshold per layer.
-        objective: cross_entropy, kl, distill or dpo.
         teacher_bytes: Bytes of a teacher's weights on the device.
         device: "cuda", which has its own memory, or "cpu", which shares the host's.
     """

@@ -1,7 +1,4 @@
-"""What mft attaches to an object of the user: one attribute, ``_mft``.
-
-The object is a model, a masked layer, or the configuration of an adapter in PEFT.
-"""
+"""What mft attaches to a model, a masked layer or an adapter's configuration in PEFT: one attribute, ``_mft``."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -53,10 +53,7 @@ def attend(
     is_causal: bool | None = None,
     **options,
 ) -> tuple[Tensor, None]:
-    """Compute sdpa_attention_forward block by block, if the mask is (B, 1, T, T), boolean and on a CPU.
-
-    Args: query, key, value: (B, heads, T, D). Returns: (B, T, heads, D), as sdpa_attention_forward does.
-    """
+    """Compute sdpa_attention_forward block by block, if the mask is (B, 1, T, T), boolean and on a CPU."""
 
     if not _is_of_blocks(attention_mask, query):
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **options)

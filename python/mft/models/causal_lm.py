@@ -20,10 +20,7 @@ FEW = 8  # tokens; enough to test how a model is built
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the list of decoder layers, in execution order.
-
-    Raises: ValueError unless the model has exactly one such list.
-    """
+    """Return the decoder layers in execution order. Raises: ValueError unless the model has exactly one such list."""
     stacks = layer_stacks(model)
     if len(stacks) != 1:
         raise ValueError(
@@ -60,8 +57,7 @@ def run_decoder(
 def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Run, nn.Module]:
     """Return (run, head) with head(run(model, input_ids)) == logits, so that logits can be computed in chunks.
 
-    If the model caps or scales its logits after the head, run returns the logits and head is the identity. A test on a
-    few of the given tokens decides.
+    If the model caps or scales its logits after the head, run returns the logits and head is the identity.
     """
     was_training = model.training
     model.eval()
@@ -84,10 +80,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def first_trainable_layer(model: nn.Module) -> int:
-    """Return the number of leading decoder layers with nothing trainable in or before them.
-
-    Trainable parameters of the head are above all layers. Any others outside the layers count as below.
-    """
+    """Return the number of leading layers with nothing trainable in or before them. The head is above all layers."""
     layers = decoder_layers(model)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     if any(p.requires_grad and id(p) not in inside for p in decoder_of(model).parameters()):
@@ -122,10 +115,7 @@ def _parameters_of(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
 
 
 def clone_with_own_weights(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:
-    """Return a copy of model that shares all parameters with it, except those of the named modules, which are copied.
-
-    Masking a clone needs no weights of its own. Do not train a shared parameter.
-    """
+    """Return a copy of model that shares all parameters, except those of the named modules, which are copied."""
     own = {id(p) for name in names for p in _parameters_of(model, name)}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 

@@ -19,10 +19,7 @@ _MOST_PARAMETERS = 8  # per byte: one bit each, less than any code of weights ta
 
 
 def check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
-    """Raise ValueError if config, read from the file at path, claims more layers than its weights have tensors.
-
-    tensors: number of tensors in all files of the weights; 0 if unknown.
-    """
+    """Raise ValueError if config, read from path, claims more layers than its weights have tensors (0: unknown)."""
     most = max(tensors, _ANY_LAYERS) if tensors else _MOST_LAYERS
     parts = [config]
     while parts:
@@ -38,10 +35,7 @@ def check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
 
 
 def check_parameters(outline: nn.Module, stored: int, name: str) -> None:
-    """Raise ValueError if the model has more parameters than ``stored`` bytes of weights can hold.
-
-    outline: the model on the meta device.
-    """
+    """Raise ValueError if outline, the model on the meta device, has more parameters than ``stored`` bytes hold."""
     claimed = sum(tensor.numel() for tensor in (*outline.parameters(), *outline.buffers()))
     if claimed > max(_ANY_PARAMETERS, _MOST_PARAMETERS * stored):
         raise ValueError(

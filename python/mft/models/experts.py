@@ -73,12 +73,10 @@ def bias_of_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
 
 
 class RoutedRows:
-    """Rows for experts from a router's choice: one row per (token, chosen expert), sorted by expert.
+    """Rows for experts: one per (token, chosen expert) of top_k_index (T, k), sorted by expert.
 
     The order is stable, and gradients are summed in the order of a token's choices, so results repeat bit for bit.
-
-    Args:
-        top_k_index: (T, k), the experts of each token. Indices >= num_experts mean no expert; those rows come last.
+    Indices >= num_experts mean no expert; those rows come last.
     """
 
     def __init__(self, top_k_index: Tensor, num_experts: int) -> None:

@@ -38,10 +38,9 @@ class FrozenPrefix:
     """Runs the decoder: the leading frozen layers without autograd, and only for rows that are not in memory.
 
     Args:
-        model: a transformers causal LM.
         first: number of leading frozen layers; None finds it (see first_trainable_layer).
         memory: may be shared by models whose frozen layers are equal. None caches nothing, which is required if those
-            layers draw random numbers (see randomness.py). Not used if nothing is frozen.
+            layers draw random numbers (see randomness.py).
         run: the function to call, by default the decoder (see causal_lm.split_at_head).
     """
 

@@ -16,10 +16,7 @@ _MOST_INDEX = 1 << 26  # bytes: ten times the index of the largest model
 
 
 def fetch_model(repository: str, revision: str | None, *, weights: bool, online: bool) -> Path:
-    """Return the snapshot's directory: all small files, and with ``weights`` the weights that transformers would load.
-
-    Raises: HubError as in asking_hub; ValueError if the index of the weights is damaged.
-    """
+    """Return the snapshot's directory, with ``weights`` the weights too. Raises: HubError; ValueError if damaged."""
     directory = _fetch(repository, revision, _SMALL, online=online)
     if weights:
         commit = directory.name  # fixed, even if revision moves meanwhile

@@ -18,20 +18,14 @@ def beside_keys_and_values(model: Any) -> list[str]:
 
 
 def reads_on(model: Any) -> bool:
-    """Return whether read_on supports this model: its attention is transformers' own, and it keeps no other state.
-
-    A model with its own attention (BLOOM, Falcon, CPM-Ant) or a state (RWKV) may count or mask in other ways.
-    """
+    """Return whether read_on supports this model: its attention is transformers' own, and it keeps no other state."""
     takes = "cache" in inspect.signature(decoder_of(model).forward).parameters
     own = getattr(model, "_supports_attention_backend", False)
     return takes and own and not beside_keys_and_values(model)
 
 
 def read_on(model: Any, ids: Tensor, seen: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
-    """Return (hidden states (B, T, D) of ids (B, T), the cache with ids added). Differentiable if autograd is on.
-
-    Args: seen: (B, tokens in the cache + T), 0 on padding. Positions are counted from it.
-    """
+    """Return (hidden states (B, T, D) of ids, the cache with ids added). seen: (B, cached + T), 0 on padding."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     decoder: Any = decoder_of(model)
     positions = positions_of(decoder, seen)

@@ -110,10 +110,7 @@ def find_targets(model: nn.Module, names: Iterable[str]) -> list[Candidate]:
 
 
 def check_maskable(model: nn.Module, chosen: Iterable[Candidate], *, codes: bool = False) -> None:
-    """Raise ValueError that names the chosen layers that cannot be masked, or whose weight is used elsewhere too.
-
-    Args: codes: whether layers that hold codes can be masked.
-    """
+    """Raise ValueError that names chosen layers that cannot be masked (codes: can those with codes?) or are shared."""
     chosen = list(chosen)
     blocked = [c for c in chosen if c.obstacle and not (codes and c.holds_codes)]
     if blocked:
@@ -160,8 +157,7 @@ def linear_named(model: nn.Module, name: str) -> Any:
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the lists of layers by name: the outermost ModuleLists, or only those as long as the config says, if any.
 
-    If the model generates text from one decoder, only that decoder's lists count, not its vision tower's. For other
-    models, such as encoder-decoders and CLIP with its two towers, all lists count.
+    If the model generates text from one decoder, only that decoder's lists count, not its vision tower's.
     """
     stacks = outer_lists(model)
     config: Any = getattr(model, "config", None)

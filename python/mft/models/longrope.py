@@ -42,18 +42,12 @@ def by_own_length(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_long_batches(model: nn.Module) -> RemovableHandle:
-    """Make calls with several rows beyond the switch raise ValueError, until the returned hook is removed.
-
-    For callers of model whose padding and positions this software does not control.
-    """
+    """Make calls with several rows beyond the switch raise ValueError, until the returned hook is removed."""
     return model.register_forward_pre_hook(_refuse_long_batch, with_kwargs=True)
 
 
 def inputs_of(batch: MicroBatch, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return input_ids and position_ids of batch for model. None: the model counts positions itself.
-
-    Rows that may be beyond the switch get positions in which the padding after the last label restarts at 0.
-    """
+    """Return input_ids and position_ids (or None) for model; padding restarts at 0 in rows that may be long."""
     switch = switch_length(model)
     if switch is None or batch.input_ids.shape[1] <= switch:
         return batch.inputs(device)

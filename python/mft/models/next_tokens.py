@@ -13,10 +13,7 @@ _SEES_AHEAD_UNLESS: dict[str, str | None] = {
 
 
 def check_next_tokens(config: Any, name: str, length: int | None = None) -> None:
-    """Raise ValueError unless a model with this transformers configuration learns next tokens in rows of this length.
-
-    Args: name: of the model, for the message.
-    """
+    """Raise ValueError unless a model of this configuration learns next tokens in rows of this length."""
     kind, text = config.model_type, config.get_text_config(decoder=True)
     field = _SEES_AHEAD_UNLESS.get(kind)
     if kind in _SEES_AHEAD_UNLESS and not (field and getattr(config, field)):

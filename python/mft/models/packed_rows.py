@@ -28,10 +28,8 @@ _ROUNDING = 1e-3  # relative to the largest state: room for the same sums in ano
 def keeping_apart(model: nn.Module, dataset, few: Tensor, batch_size: int) -> Iterator[None]:
     """Prepare model for rows of dataset in batches of batch_size. If rows are packed: check it, and attend in blocks.
 
-    Each example, packed or in its own row, uses the rotary frequencies of its own length.
-
-    Args: few: some tokens (1, T), T >= 2, on the model's device. Raises: the errors of check_kept_apart. A model whose
-        weights are in files is not checked: call check_apart with what runs it.
+    few: some tokens (1, T), T >= 2, on the model's device. Raises: as check_kept_apart. A model whose weights are in
+    files is not checked: call check_apart with what runs it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(by_own_length(model))
@@ -55,8 +53,7 @@ def check_apart(model: nn.Module, dataset, few: Tensor, batch_size: int, run: Ru
 def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: int = 0, run: Run = run_decoder) -> None:
     """Raise ValueError if an example depends on an earlier one in its row, or on the length of that one.
 
-    Args: few: some tokens (1, T), T >= 2, on the model's device. batch_size: of the rows to come. longest: tokens of
-        the longest of these rows; by default lengths beyond that of few are not tried. run: how the model is run.
+    Args: few: some tokens (1, T), T >= 2, on the model's device. longest: tokens of the longest of the rows to come.
     """
     half = few.shape[1] // 2
     rows = few.expand(min(batch_size, 2), -1)
@@ -80,10 +77,7 @@ def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: in
 
 @torch.no_grad()
 def check_lengths_apart(model: nn.Module, few: Tensor, longest: int, run: Run = run_decoder) -> None:
-    """Raise ValueError if an example changes when it follows an example of ``longest`` tokens instead of a short one.
-
-    Only positions tell how many tokens came before, so a few tokens can stand for any length.
-    """
+    """Raise ValueError if an example changes after one of ``longest`` tokens. Positions stand for the length."""
     half = few.shape[1] // 2
     short, second = torch.arange(half), torch.arange(few.shape[1] - half)
     with evaluating(model):

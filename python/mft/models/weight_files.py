@@ -29,15 +29,10 @@ _MOST_INDEX = 1 << 26  # bytes: a model of 100,000 tensors has 10 MB
 
 
 class WeightFiles:
-    """The weights of ``model`` in the files of a directory.
+    """The weights of ``model``, which stays on the meta device, in the files of a directory.
 
-    Construction gives the model's parameters, which stay on the meta device, the dtypes and the ties that
-    from_pretrained gives them, and computes its buffers.
-
-    Args:
-        model: On the meta device.
-        outline: Another such model, which no one else uses.
-        dtype: The dtype that from_pretrained would be given.
+    Construction gives the parameters the dtypes and ties of from_pretrained, and computes the buffers.
+    Args: outline: another such model, which no one else uses; dtype: as for from_pretrained.
     Raises: ValueError if the files do not fit the model.
     """
 
@@ -69,10 +64,7 @@ class WeightFiles:
         return self
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        """Return the parameter or buffer of this name, or a copy of ``count`` of its rows from row ``first`` on.
-
-        A whole one may be mapped from the file, which costs no memory of its own; it must not be written.
-        """
+        """Return a parameter or buffer, or ``count`` of its rows. A whole one may be mapped: it must not be written."""
         name = self._same.get(name, name)
         shape, sources = self._shapes[name], self._sources[name]
         keys = [key for part in sources.values() for key in part]
@@ -187,10 +179,7 @@ def weight_files(model: nn.Module) -> WeightFiles | None:
 
 
 def are_readable(settings: Any, directory: Path) -> bool:
-    """Return whether WeightFiles can read a model of this configuration from this directory.
-
-    It reads neither codes nor files under other names.
-    """
+    """Return whether WeightFiles can read this model: it reads neither codes nor files under other names."""
     plain = getattr(settings, "quantization_config", None) is None
     named = getattr(settings, "transformers_weights", None) is None and not type(settings).extra_files
     return plain and named and any((directory / name).is_file() for name in (_ONE, _INDEX))

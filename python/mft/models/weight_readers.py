@@ -23,10 +23,7 @@ _LOOKED_AT = {"dtype", "device", "shape", "size", "dim", "ndim"}
 
 @dataclass(frozen=True)
 class _Read:
-    """self.CHILD.weight in a method's source, and the conditions on self around it, each with the value it must have.
-
-    For self.attn.out_proj.weight the child is attn.out_proj; for self.attn.in_proj_weight it is attn.in_proj.
-    """
+    """self.CHILD.weight in a method's source, and the conditions on self around it with the values that they need."""
 
     child: str
     place: str
@@ -37,10 +34,7 @@ class _Read:
 
 
 def why_read(parent: nn.Module, child: str) -> str | None:
-    """Return where parent computes with child.weight itself, or None. Classes without a source are not searched.
-
-    child: its name, or its path from parent.
-    """
+    """Return where parent computes with child.weight itself (child: its path), or None. Needs the class's source."""
     kind: Any = type(parent)
     for read in _reads(kind):
         if read.child == child and read.happens(parent):

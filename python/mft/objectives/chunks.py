@@ -43,11 +43,7 @@ def backward_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Return the values (M,) for states (M, D), and the gradient (M, D) of sum(factors * values).
 
-    If the head is trained, its gradient is accumulated too.
-
-    Args:
-        values_of: (fp32 logits (m, V), their rows in M) -> (m,), differentiable in these logits.
-        factors: (M,).
+    values_of: (fp32 logits (m, V), their rows in M) -> (m,), differentiable. A trained head's gradient is accumulated.
     """
     leaf = states.detach().requires_grad_()
     logits = head(leaf)

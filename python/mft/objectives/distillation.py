@@ -18,20 +18,13 @@ class Teacher(Protocol):
     head: nn.Module
 
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """Yield the input of its head (B, T, D') for each batch, without gradients.
-
-        The head stays on the same device until the next batch is asked for.
-        """
+        """Yield the input of its head (B, T, D') for each batch; the head stays there until the next one."""
 
 
 class Distillation(TokenObjective):
     """For each scored token: weight * -log p(token) + (1 - weight) * T^2 * KL(teacher's p at T || p at T).
 
-    The factor T^2 keeps the gradient's size independent of the temperature T.
-
-    Args:
-        temperature: T, positive.
-        weight: Weight of the cross entropy, in [0, 1]. At 0 the data's own tokens do not count.
+    temperature: T, positive; the factor T^2 keeps the gradient's size independent of it. weight: in [0, 1].
     """
 
     name = "distill"

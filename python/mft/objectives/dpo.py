@@ -13,13 +13,8 @@ from mft.objectives.pairs import check_pairs, count_pairs, pairs_of_row, summed_
 class DPO(LogProbObjective):
     """For each pair: -log sigmoid(beta * ((log p - log p_base)(chosen) - (log p - log p_base)(rejected))).
 
-    log p is the log-probability of a whole answer. With label_smoothing e this is conservative DPO: (1 - e) times that
-    loss plus e times the loss with chosen and rejected exchanged. A row's log-probabilities in the base never change.
-    So each row goes through the base only once in training, and two numbers per pair are kept.
-
-    Args:
-        beta: Positive.
-        label_smoothing: The share of wrong preferences, in [0, 0.5).
+    log p is the log-probability of a whole answer. With label_smoothing e in [0, 0.5) this is conservative DPO: (1 - e)
+    times that loss plus e times the loss with chosen and rejected exchanged. Each row goes through the base only once.
     """
 
     name = "dpo"

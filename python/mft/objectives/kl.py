@@ -7,11 +7,9 @@ from mft.objectives.token_objective import TokenObjective
 
 
 class KL(TokenObjective):
-    """-log p(token) + beta * sum over words of p * (log p - log p_base).
+    """-log p(token) + beta * sum over words of p * (log p - log p_base), with beta > 0.
 
     The direction of the KL is that of RLHF's penalty: tokens that the base finds unlikely are penalised.
-
-    Args: beta: positive.
     """
 
     name = "kl"

@@ -22,12 +22,7 @@ class LogProbObjective(Objective):
     """
 
     def loss(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> Tensor:
-        """Return the sum of losses, 0-d, differentiable in log_probs.
-
-        Args:
-            log_probs: (M,) fp32, for the tokens of batch.labelled in their order.
-            reference: (M,), the base's log-probabilities, if they were passed.
-        """
+        """Return the sum of losses, 0-d, differentiable in log_probs; these and reference, the base's, are (M,)."""
         raise NotImplementedError
 
     def figures(self, log_probs: Tensor, batch: MicroBatch, reference: Tensor | None) -> dict[str, Tensor]:

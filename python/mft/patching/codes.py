@@ -15,10 +15,9 @@ _INFINITE = 0x7C00  # the exponent of a float16 that is infinite or NaN
 
 @dataclass(frozen=True)
 class Field:
-    """A part of a weight's code, within one byte. For the weight at position p of a block, it is in byte ``byte[p]``.
+    """A part of a weight's code. For the weight at position p of a block, it is in byte ``byte[p]``.
 
-    ``tables[slot[p]]`` maps each value of that byte to the value in which this field is that of a zero and all other
-    bits are the same. Weights that share a byte have different slots.
+    ``tables[slot[p]]`` maps each value of that byte to the one in which this field is a zero's and all other bits stay.
     """
 
     byte: np.ndarray  # (values,)
@@ -49,9 +48,8 @@ class Code:
         raise NotImplementedError
 
     def cleared(self, data: np.ndarray, elements: np.ndarray) -> np.ndarray:
-        """Return a tensor's bytes with exact zeros for these weights; all other weights keep their bits.
+        """Return a tensor's bytes with exact zeros for these weights (int64, each once); others keep their bits.
 
-        Args: data: the tensor's bytes, uint8, not changed; elements: which weights, int64, each once.
         Raises: ValueError if a scale is infinite or NaN, because its product with a code of 0 is not zero.
         """
         blocks, position = np.divmod(elements, self.values)

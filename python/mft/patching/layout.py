@@ -24,10 +24,7 @@ _EMBEDDING = "token_embd.weight"
 
 
 class Layout:
-    """The tensors of a file, by the layers of the model that transformers makes from the file.
-
-    Raises: ValueError if the file lacks a layer's weight, or shares that weight with another layer.
-    """
+    """The tensors of a file by layers of its model. Raises: ValueError if a layer's weight is missing or shared."""
 
     def __init__(self, path: Path, header: GgufHeader, outline: Any, layers: dict[str, tuple[int, ...]]) -> None:
         """layers: {name of a masked layer: the shape of its weight}; outline: gguf_outline of path."""
@@ -49,10 +46,7 @@ class Layout:
                 raise ValueError(f"{path}: {self._tied(name)}")
 
     def elements(self, name: str, dropped: np.ndarray) -> Iterator[tuple[GgufTensor, np.ndarray]]:
-        """Yield each tensor that holds some of a layer's dropped weights, and their elements in it, ascending.
-
-        Args: dropped: places in the layer's flattened weight.
-        """
+        """Yield each tensor with some of a layer's dropped weights (places in the flat weight), and its elements."""
         found = 0
         for tensor in self.tensors[name]:
             *_, width = tensor.shape

@@ -21,30 +21,21 @@ def check_there(path: Path) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Keep other processes from patching the file in place while the block runs.
-
-    Raises: RuntimeError if another process is changing the file; OSError.
-    """
+    """Keep other processes from patching the file in place meanwhile. Raises: RuntimeError if one is at it; OSError."""
     with _locked(path, os.O_RDONLY, fcntl.LOCK_SH):
         yield
 
 
 @contextlib.contextmanager
 def changing(path: Path) -> Iterator[None]:
-    """Keep other patches from reading or changing the file while the block runs.
-
-    Raises: RuntimeError if another patch is using the file; OSError.
-    """
+    """Keep other patches from reading or changing the file meanwhile. Raises: RuntimeError if one is at it; OSError."""
     with _locked(path, os.O_RDWR, fcntl.LOCK_EX):
         yield
 
 
 @contextlib.contextmanager
 def claiming(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file to write and sync, which no other process holds. It is deleted if the block fails.
-
-    Raises: RuntimeError if another process holds it; ValueError if a file with content exists there; OSError.
-    """
+    """Yield a new file of ours, deleted on failure. Raises: RuntimeError or ValueError if it is taken; OSError."""
     while True:
         with _locked(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, fcntl.LOCK_EX) as descriptor:
             if not _is_at(path, descriptor):  # its last holder has deleted it

@@ -24,9 +24,7 @@ _LONGEST = 1 << 14  # bytes of a key with its value: fits a list for 2,000 layer
 def gguf_outline(path: Path, header: GgufHeader) -> Any:
     """Return the transformers model of a GGUF file, on the meta device.
 
-    Its configuration is what transformers makes of a file with the same header but without lists of tokens: reading
-    49,152 tokens takes transformers five seconds.
-    Args: header: read_gguf_header of path.
+    Its configuration is made without lists of tokens: reading 49,152 tokens takes transformers five seconds.
     Raises: ValueError if transformers cannot read the file, or its model has more parameters than the file can hold.
     """
     if is_gguf_arch_supported(header.architecture):

@@ -62,16 +62,7 @@ class Plan:
 def plan_patch(
     model: str | os.PathLike, masks: str | os.PathLike, *, load_base: LoadBase | None = None, force: bool = False
 ) -> Plan:
-    """Read a GGUF file and masks, and find the weights that they drop.
-
-    Args:
-        model: a GGUF file.
-        masks: as for load_masks.
-        load_base: returns the model that the masks were learned on. It is called if the file's weights are not
-            bit-equal to that model's, for example because the file is a quantisation; then the two are compared.
-        force: accept any weights of the shapes that the masks have.
-    Raises: FileNotFoundError; ValueError if either is damaged, or the file belongs to another model.
-    """
+    """Read a GGUF file and masks, and find the weights that they drop. Arguments and errors are those of patch_gguf."""
     path, directory = Path(model), masks_directory(masks)
     header = read_gguf_header(path)
     export = read_description(directory)
@@ -90,10 +81,7 @@ def plan_patch(
 
 
 def tensor_values(path: Path, tensor: GgufTensor) -> np.ndarray:
-    """Return the decoded values of a tensor of a file: float32, in its shape.
-
-    Raises: ValueError if gguf cannot decode its type.
-    """
+    """Return the decoded values of a tensor, float32 in its shape. Raises: ValueError if gguf cannot decode it."""
     return decoded(path, tensor, np.fromfile(path, np.uint8, tensor.size, offset=tensor.start))
 
 
@@ -123,10 +111,7 @@ class _Base:
         self.model: nn.Module | None = None  # the base, if the file's weights are not bit-equal to it
 
     def judge(self, directory: Path, *, force: bool) -> str:
-        """Return a sentence that says whether the file is the base.
-
-        Raises: ValueError if the file belongs to another model and force is false.
-        """
+        """Return a sentence on whether the file is the base. Raises: ValueError if it is not, without force."""
         names = sorted(self.entries)
         ahead = made_ahead(lambda name: self._of_file(self.entries[name]), names)
         found = weights_hash(names, lambda _: next(ahead))  # weights_hash asks in sorted order too

@@ -20,9 +20,7 @@ _F32 = CODES["F32"]
 class Rewrite:
     """The patched file, written piece by piece, and what its undo file will hold.
 
-    Args:
-        sink: where the patched file goes; None to compute only its hash and its changed bytes.
-        widened: names of tensors that are stored in float32.
+    sink: None to compute only hash and changed bytes. widened: names of tensors that are stored in float32.
     """
 
     def __init__(self, plan: Plan, sink: BinaryIO | None, widened: frozenset[str] = frozenset()) -> None:
@@ -124,10 +122,7 @@ class Rewrite:
 
 
 def widened_header(head: np.ndarray, header: GgufHeader, widened: frozenset[str]) -> np.ndarray:
-    """Return the bytes before the tensors for a file in which these tensors are widened to float32.
-
-    Offsets follow one another with the alignment that ggml requires.
-    """
+    """Return the bytes before the tensors for a file in which these are float32, with ggml's alignment."""
     changed, offset = head.copy(), 0
     for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.start):
         kind, size = tensor.kind, tensor.size

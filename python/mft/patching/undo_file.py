@@ -77,10 +77,7 @@ class Undo:
         return self.segments.tolist() == [[0, 0, self.facts.bytes_before]]
 
     def restore(self, patched: Path, sink: BinaryIO | None = None) -> None:
-        """Restore the original of a patched file, check its hash, and write it to sink, if given.
-
-        Raises: ValueError if the result is not the original; then discard what has been written.
-        """
+        """Restore the original, check its hash, and write it to sink, if given. Raises: ValueError: then discard it."""
         digest, written = hashlib.sha256(), 0
         with patched.open("rb") as source:
             for piece in self._pieces(source):
@@ -111,10 +108,7 @@ class Undo:
 
 
 def read_undo(patched: str | os.PathLike) -> Undo:
-    """Read the undo file of a patched file.
-
-    Raises: FileNotFoundError; ValueError that names the undo file, if it is damaged or not an undo file.
-    """
+    """Read the undo file of a patched file. Raises: FileNotFoundError; ValueError that names it, if it is damaged."""
     path = undo_path(patched)
     if not path.exists():
         raise FileNotFoundError(

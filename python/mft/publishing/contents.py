@@ -36,10 +36,7 @@ class Contents(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def read(cls, directory: Path) -> Self:
-        """Read the contents of directory, and check them like mft verify.
-
-        Raises: FileNotFoundError or ValueError that names a file.
-        """
+        """Read and check the contents of directory, like mft verify. Raises: FileNotFoundError or ValueError."""
 
     @abc.abstractmethod
     def introduction(self) -> str:
@@ -68,10 +65,7 @@ class Contents(abc.ABC):
         return False
 
     def in_coding(self, coding: str) -> tuple["Contents", dict[str, bytes]]:
-        """Return the contents with masks in this coding, and the files that change.
-
-        Raises: ValueError if there are no masks.
-        """
+        """Return the contents with masks in this coding, and the changed files. Raises: ValueError without masks."""
         raise ValueError(f"coding must be None for {self.kind}, got {coding}")
 
     def with_base(self, base: str) -> tuple["Contents", dict[str, bytes]]:

@@ -21,10 +21,9 @@ _MOST = 1 << 24  # most bytes of a file of facts
 
 @dataclass(frozen=True)
 class Results:
-    """The evaluations of a run, and what its loss has gained.
+    """The evaluations of a run by name (nats per token, accuracy as a share), and what its loss has gained.
 
-    evaluations: by name, with loss in nats per token and accuracy as a share. difference: loss after - before. error:
-    the standard error of difference, None if it is of one document.
+    difference: loss after - before. error: its standard error, None if it is of one document.
     """
 
     evaluations: dict[str, dict[str, float]]
@@ -73,19 +72,13 @@ def facts_of_export(export: MaskExport) -> Facts:
 
 
 def facts_of_masks(directory: Path, export: MaskExport) -> Facts:
-    """Return the facts of an export, and of the run in whose directory it lies, if there is one.
-
-    Raises: ValueError that names a file of the run.
-    """
+    """Return the facts of an export and of its run, if any. Raises: ValueError that names a file of the run."""
     facts, path = facts_of_export(export), config_of_run(directory)
     return facts if path is None else with_run(facts, path)
 
 
 def with_run(facts: Facts, config: Path) -> Facts:
-    """Return the facts with the configuration and the results of a run. config: the run's CONFIG file.
-
-    Raises: as facts_of_masks.
-    """
+    """Return the facts with a run's configuration (its CONFIG file) and results. Raises: as facts_of_masks."""
     table = config.with_name(TABLE_JSON)
     results = read_results(table) if table.is_file() else None
     return dataclasses.replace(facts, config=load_saved(config), results=results)
@@ -105,10 +98,7 @@ def facts_of_adapter(values: dict[str, Any]) -> Facts:
 
 
 def merged_facts(facts: Facts) -> dict[str, Any]:
-    """Return what MERGED holds: all facts except the run's configuration, and except alpha if it is 1.
-
-    Older files have no alpha.
-    """
+    """Return what MERGED holds: all facts except the run's configuration, and alpha only if it is not 1."""
     values = dataclasses.asdict(facts)
     return {key: value for key, value in values.items() if key != "config" and (key, value) != ("alpha", None)}
 

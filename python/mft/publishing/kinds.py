@@ -40,11 +40,7 @@ _PAPER = "[Mask Fine-Tuning](https://arxiv.org/abs/2503.22764)"
 
 
 def read_contents(directory: Path) -> Contents:
-    """Read the contents of a directory, or the result of a finished run, and check every file like mft verify.
-
-    Raises: FileNotFoundError if there is no such directory; ValueError that names the file and says what is missing or
-        damaged, or that the run has no result yet.
-    """
+    """Read and check a directory or a finished run's result, as mft verify does. Raises: OSError; ValueError."""
     if not directory.is_dir():
         raise FileNotFoundError(f"directory must be one that exists, got {directory}{nearest_path(directory)}")
     if (directory / CONFIG_FILE).is_file():

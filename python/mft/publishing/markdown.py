@@ -1,7 +1,4 @@
-"""Write facts as Markdown. A fact stays on one line, is no markup or HTML, and names no directory of this machine.
-
-Many facts are texts from untrusted files.
-"""
+"""Write facts from untrusted files as Markdown: one line each, no markup or HTML, no directory of this machine."""
 
 import os
 import re

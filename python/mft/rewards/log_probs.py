@@ -16,10 +16,7 @@ from mft.objectives.kl import divergence
 
 
 def token_log_probs(head: nn.Module, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return (log p(token), entropy of p), fp32 (M,) each, with p = softmax(head(state) / temperature).
-
-    Args: states: (M, D), inputs of the head; log p is differentiable in them and in the head. tokens: (M,).
-    """
+    """Return (log p(token), entropy of p), fp32 (M,), for states (M, D); p = softmax(head(state) / temperature)."""
     return _in_chunks(states, lambda chunk, part: _of_chunk(head, chunk, tokens[part], temperature))
 
 
@@ -28,12 +25,7 @@ def token_divergences(
 ) -> tuple[Tensor, Tensor]:
     """Return (divergence of p from the teacher's q, entropy of p), fp32 (M,) each, over the whole vocabulary.
 
-    p and q are taken at the given temperature.
-
-    Args:
-        heads: The model's head and the teacher's.
-        states: (M, D) and (M, D') of the same tokens. The result is differentiable in the model's states and head.
-        kind: One of config.DIVERGENCES.
+    heads, states: the model's and the teacher's; states (M, D) and (M, D'). kind: one of config.DIVERGENCES.
     """
     own, other = states
     return _in_chunks(own, lambda chunk, part: _divergence_of_chunk(heads, chunk, other[part], kind, temperature))

@@ -12,9 +12,9 @@ from mft.training.loop import schedule_factor
 
 
 class SteppedOptimizer(torch.optim.Optimizer):
-    """A torch optimiser around a stepper of engines/plain.py. The learning rate is that of its param_groups.
+    """A torch optimiser around a stepper of engines/plain.py, with the learning rate of its param_groups.
 
-    Args: before_update: Called when the gradients are complete and not yet clipped or applied.
+    before_update: called when the gradients are complete and not yet clipped or applied.
     """
 
     def __init__(self, stepper: Stepper, train: TrainConfig, before_update: Callable[[], None] | None = None) -> None:

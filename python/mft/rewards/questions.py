@@ -21,11 +21,7 @@ class Question:
 
 
 def questions_of(dataset, tokenizer: Any, config: RewardsConfig) -> list[Question]:
-    """Return the questions of all rows, in their order. A packed row holds several.
-
-    Raises: ValueError as exact_matches; if there are fewer questions than a step needs; or if the verifier cannot use
-        an answer.
-    """
+    """Return the questions of all rows. Raises: ValueError as exact_matches, or for too few or unverifiable ones."""
     eos, longest = tokenizer.eos_token_id, config.max_completion_tokens if config.verifier == "exact" else None
     found = [
         Question(each.prompt, text_before([eos], each.completion, tokenizer))

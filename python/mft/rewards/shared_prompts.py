@@ -19,10 +19,8 @@ from mft.models.packed_rows import positions_of
 def states_before_answers(model: Any, ids: Tensor, seen: Tensor, length: int) -> Tensor:
     """Return the hidden states (B, length, D) that predict the last ``length`` tokens of each row; differentiable.
 
-    Args:
-        model: A model for which key_value_cache.reads_on is True.
-        ids: (B, T), prompts padded on the left, then answers padded on the right.
-        seen: (B, T), 0 on padding.
+    Args: model: see key_value_cache.reads_on; ids: (B, T), prompts padded on the left, then answers padded on the
+        right; seen: (B, T), 0 on padding.
     """
     prompt = ids.shape[1] - length
     both = torch.cat([ids[:, :prompt], seen[:, :prompt]], 1)

@@ -1,8 +1,4 @@
-"""Train a model on its own answers with TRL's GRPOTrainer.
-
-Either the answers are verified and the correct ones become more likely, or the model learns from a teacher's
-distribution at each token.
-"""
+"""Train a model on its own answers with TRL's GRPOTrainer: by verified answers, or by a teacher's distributions."""
 
 import copy
 import time
@@ -32,15 +28,9 @@ from mft.training.loop import checked_surrogate, training_mode
 class RewardReport:
     """One optimiser step, counted from 1.
 
-    Attributes:
-        reward: Mean reward of the step's answers.
-        differing: Share of their questions whose answers are neither all correct nor all wrong.
-        length: Mean tokens per answer.
-        kl: KL to the initial model, estimated on these answers; None if beta is 0.
-        entropy: Nats per token.
-        tokens: Number of tokens of prompts and answers.
-        seconds: Time since the first step began.
-        divergence: Divergence from the teacher in nats per token; None without a teacher.
+    reward, length: means of the step's answers. differing: share of questions whose answers are neither all correct nor
+    all wrong. kl: to the initial model; None if beta is 0. entropy: nats per token. tokens: of prompts and answers.
+    seconds: since the first step began. divergence: from the teacher in nats per token; None without one.
     """
 
     step: int

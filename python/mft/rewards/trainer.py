@@ -45,13 +45,7 @@ class Sampled:
 
 
 class Trainer(GRPOTrainer):
-    """TRL's GRPOTrainer on questions.
-
-    Args:
-        questions: The questions; the rows of train_dataset are their numbers.
-        start: The reference model of beta, or None.
-        teaching: The teacher that replaces the rewards, or None.
-    """
+    """TRL's GRPOTrainer on questions; rows are their numbers. start: of beta's KL. teaching: replaces the rewards."""
 
     def __init__(
         self,
@@ -153,10 +147,7 @@ class Trainer(GRPOTrainer):
             return head, hidden[mask[:, -kept:].bool()]
 
     def _shares_prompts(self, own: nn.Module) -> bool:
-        """Whether answers can share a pass over their prompt.
-
-        They cannot if layers are checkpointed, which keep no cache, or if the model changes its logits after the head.
-        """
+        """Return whether answers can share a pass over their prompt: not with checkpointing or without a plain head."""
         run, _ = self._split[id(own)]
         return run is run_decoder and not self.config.gradient_checkpointing and reads_on(own)
 

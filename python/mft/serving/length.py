@@ -6,10 +6,7 @@ from mft.models.next_tokens import longest_row
 
 
 def row_length(asked: int | None, config: Any, name: str) -> int:
-    """Return asked, or by default the number of positions of the model with this transformers configuration.
-
-    Raises: ValueError if asked is larger than that number, or asked is None and the positions are unlimited.
-    """
+    """Return asked, or by default the model's positions. Raises: ValueError for more than these, or if unlimited."""
     longest = longest_row(config)
     if asked is None:
         if longest is None:

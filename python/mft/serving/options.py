@@ -7,21 +7,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """The options of mft serve, with the names of its command line.
+    """The options of mft serve, with the names of its command line, whose help explains them.
 
-    masks_file: a file with more tasks, one line name=DIRECTORY for each. SIGHUP reads it again.
-    load_from: the directory below which clients may load and unload masks; by default they may not.
-    force: whether masks may have been learned on another base.
-    host, port: the address to listen on; port 0 for a free one.
-    api_keys_file: a file with one key per line, one of which clients must send. SIGHUP reads it again. By default no
-        key is needed.
-    allow_host: names by which clients may address a service on loopback, in addition to loopback's own.
+    masks_file: SIGHUP reads it again; so it does with api_keys_file. port: 0 for a free one.
     rows, waiting: the most requests that are answered at once, and the most that wait in addition.
-    length: most tokens of a prompt with its answer; by default the number of positions of the base.
-    max_tokens: most tokens of an answer if the request does not say; by default 16, and for a chat what length leaves.
+    length: by default the number of positions of the base.
+    max_tokens: if the request does not say; by default 16, and for a chat what length leaves.
     timeout: seconds after which a request is refused, waiting or not; by default none.
-    grace: seconds in which running requests may end after the service is asked to stop.
-    log_format, log_level, log_zone: as for log.new_log.
     """
 
     masks_file: Path | None = None

@@ -8,10 +8,7 @@ _UNREAD = 1 << 16  # bytes that Linux buffers (doubled) for each client that doe
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to a port of this machine. Clients are refused until it is served.
-
-    Raises: ValueError if no host is named; OSError that names the port.
-    """
+    """Return a socket bound to a port here, not yet served. Raises: ValueError without a host; OSError if not free."""
     # The operating system takes an empty host for every address.
     check_rule(
         bool(host.strip()),

@@ -22,10 +22,7 @@ class Prompts:
         self._longest = max(map(len, tokenizer.get_vocab()))  # most characters of a token
 
     def read(self, body: Body) -> tuple[list[int], int]:
-        """Return (tokens of the prompt, most tokens of the answer).
-
-        Raises: Refused if the prompt has too many tokens or none, or the request asks for too many.
-        """
+        """Return (tokens of the prompt, most tokens of the answer). Raises: Refused if they are none or too many."""
         if isinstance(body, ChatBody):
             param, tokens, default = "messages", self._chat(body), self._length
             asked = body.max_completion_tokens or body.max_tokens

@@ -6,10 +6,7 @@ _KINDS = {429: "requests", 500: "server_error", 503: "server_error", 504: "serve
 
 
 class Refused(Exception):
-    """A refused request. param: the request's key at fault. code: an identifier of the refusal for programs.
-
-    closes: whether its connection is closed.
-    """
+    """A refused request. param: the key at fault. code: for programs. closes: whether the connection is closed."""
 
     def __init__(
         self,

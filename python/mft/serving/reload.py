@@ -43,10 +43,7 @@ class Reload:
             signal.signal(signal.SIGHUP, before)
 
     def begin(self, tasks: Tasks, keys: ApiKeys | None, masks_file: MasksFile | None) -> None:
-        """Start to reload on signals, on the running loop. If a signal has come before, reload at once.
-
-        Args: keys, masks_file: None if the server has none.
-        """
+        """Reload on signals from now on, on the running loop; at once if one has come. None: the server has none."""
         self._tasks, self._keys, self._masks_file = tasks, keys, masks_file
         self._loop = asyncio.get_running_loop()
         if self._is_asked:

@@ -40,8 +40,7 @@ def serve(
     Args:
         masks: output_dirs of mft train, their masks/, or repositories of the hub, by the task's name.
         model_name, dtype: those of the base; by default, the base that the first masks were learned on.
-    Raises: as load_mask_bank; OSError if the port is taken; ValueError that names an option; RuntimeError if the thread
-        that runs the model failed.
+    Raises: as load_mask_bank; OSError if the port is taken; ValueError that names an option; RuntimeError.
     """
     options = options or Options()
     log = new_log(options.log_format, options.log_level, options.log_zone)

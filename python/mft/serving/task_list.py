@@ -28,10 +28,7 @@ def parse_masks(given: Sequence[str]) -> dict[str, str]:
 
 
 def read_masks_file(path: Path) -> dict[str, str]:
-    """Return {task: directory} from a file with one entry per line. It skips empty lines and lines that start with #.
-
-    Raises: ValueError that names the line; OSError if the file cannot be read.
-    """
+    """Return {task: directory} from a file with one per line. Raises: ValueError that names the line; OSError."""
     try:
         lines = read_listed("--masks-file", "name=DIRECTORY", path).decode().splitlines()
     except UnicodeDecodeError as error:
@@ -43,10 +40,7 @@ def read_masks_file(path: Path) -> dict[str, str]:
 
 
 def read_listed(option: str, content: str, path: Path) -> bytes:
-    """Return the bytes of an option's file, which has some content in each line.
-
-    Raises: OSError that names both; ValueError if the file is larger than 1 MiB.
-    """
+    """Return the bytes of an option's file of lines. Raises: OSError; ValueError if it is larger than 1 MiB."""
     try:
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)

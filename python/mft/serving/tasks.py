@@ -15,12 +15,7 @@ _MOST_SHOWN = 20  # names in a message
 
 
 class Tasks:
-    """The tasks of a bank, while the scheduler answers requests. Coroutines run on one event loop.
-
-    Args:
-        base: the name that stands for the base without masks.
-        force: whether to load masks that were learned on another base.
-    """
+    """The tasks of a bank, while the scheduler answers requests. base: the name of the base without masks."""
 
     def __init__(self, bank: MaskBank, scheduler: Scheduler, base: str, *, force: bool = False) -> None:
         self.bank, self.base = bank, base

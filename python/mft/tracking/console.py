@@ -37,12 +37,7 @@ class _Console(Console):
 
 
 def new_console(file: TextIO | None = None, *, width: int | None = None) -> Console:
-    """Return a console that interprets no markup and no emoji codes, in tables either.
-
-    Args:
-        file: where it prints; None for standard output.
-        width: in columns; None for the terminal's width, or for no limit if file is not a terminal.
-    """
+    """Return a console without markup and emoji codes. file: None for standard output. width: None for its own."""
     return _Console(file, width)
 
 

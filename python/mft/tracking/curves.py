@@ -36,14 +36,8 @@ def plot_curves(
 ) -> None:
     """Draw the curves of a run to path.
 
-    Args:
-        curves: the steps by phase.
-        validation: held-out loss by step.
-        objective: the name of the objective whose loss training and validation have.
-        best: the step that is exported, if it is not the last.
-        note: a second line of the title.
-        documents: the number of held-out documents.
-        sizes: {label: bytes} for a second panel.
+    validation: held-out loss by step. best: the step that is exported, if not the last. note: a second line of the
+    title. documents: the number of held-out ones. sizes: {label: bytes} for a second panel.
     """
     figure = new_figure(7 if sizes is None else 10, 4.4)
     axes, *others = figure.subplots(1, 2, width_ratios=(3, 1)) if sizes else [figure.subplots()]

@@ -68,8 +68,7 @@ class Recorder:
     ) -> Iterator["Steps"]:
         """Yield the on_step of a training loop. It writes every train.log_every-th step and the last one.
 
-        after_step is called after a step has been written and shown. If dataset is a stream, a description of what it
-        has read is printed at the end.
+        after_step is called after a step has been written and shown. A stream's description is printed at the end.
         """
         with self.shown(phase, train.steps_for(count_rows(dataset))) as shown:
             steps = Steps(self, phase, train.log_every, shown, after_step)
@@ -90,10 +89,7 @@ class Recorder:
         objective: Objective = CROSS_ENTROPY,
         **options,
     ) -> Evaluation:
-        """Do evaluate() with progress, and write the result. options: further arguments of evaluate().
-
-        step: the step of the run, if this is an evaluation on its validation data.
-        """
+        """Do evaluate(**options) with progress, and write the result. step: of the run, for validation data."""
         with self.shown(phase, len(dataset)) as shown:
             result = evaluate(
                 model,
@@ -198,10 +194,7 @@ class Steps:
 
 
 class MetricsFile:
-    """A file with one line of JSON per event, which is on disk as soon as it is written.
-
-    events: for a resumed run, the events at its checkpoint. The file then starts with exactly these.
-    """
+    """A file with a line of JSON per event, on disk at once. events: with which a resumed run's file starts."""
 
     def __init__(self, path: str | os.PathLike, events: Iterable[dict[str, Any]] | None = None) -> None:
         self.path = Path(path)
@@ -221,7 +214,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a run. The run may be in progress or killed: an incomplete last line is ignored.
+    """Return the events of a run, without an incomplete last line.
 
     Raises: ValueError that names a line which is not an event.
     """

@@ -38,10 +38,7 @@ class Phase:
         dropped: float | None = None,
         resumed: bool = False,
     ) -> None:
-        """Add done steps, out of total, and their tokens. loss and dropped are the latest values, if known.
-
-        resumed: the steps were done before this phase began.
-        """
+        """Add done steps and their tokens. loss, dropped: latest values. resumed: done before this phase began."""
         self.done += done
         self.resumed += done if resumed else 0
         self.tokens += tokens

@@ -57,12 +57,9 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run. They start when this object is made, and end with close().
+    """The trackers of a run, from construction to close().
 
-    Args:
-        directory: the run's directory. project, config: see RunConfig; config is {"section.key": value}.
-        events: the events in metrics.jsonl so far; None for a new run.
-        say: prints a line.
+    config: {"section.key": value}. events: those in metrics.jsonl so far; None for a new run. say: prints a line.
     Raises: RuntimeError that names the tracker that cannot start.
     """
 

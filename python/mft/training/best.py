@@ -25,10 +25,7 @@ _REMEDY = "export the last step instead, with train.keep_best=false --force"
 
 
 class Best:
-    """The best step, stored under root.
-
-    resumed: the best step that the newest checkpoint records, or None.
-    """
+    """The best step, stored under root. resumed: the best step that the newest checkpoint records, or None."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -61,10 +58,7 @@ class Best:
 
 @torch.no_grad()
 def put_result(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Restore runner.result() of the same model: weights, and scores that select these masks by the layers' own rule.
-
-    Raises: ValueError, which names a tensor that the model does not have.
-    """
+    """Restore runner.result() of the same model. Raises: ValueError, which names a tensor of another model."""
     masked, parameters = masked_modules(model), dict(model.named_parameters())
     _check_names(tensors, {*(f"{name}.mask" for name in masked), *parameters})
     _set_cut(model)
@@ -105,10 +99,7 @@ def _put_mask(module: MaskedLayer, packed: Tensor) -> None:
 
 
 def _selecting(module: MaskedLayer, keep: Tensor) -> Tensor:
-    """Return scores that select these weights by the layer's own rule.
-
-    With a keep_ratio this works because the threshold is one of the scores, and the mask keeps that share or more.
-    """
+    """Return scores that select these weights by the layer's own rule: its threshold is then one of the scores."""
     kept, dropped = _KEPT, _DROPPED
     if (threshold := module.threshold) is not None:
         if module.mode == "magnitude":

@@ -62,10 +62,7 @@ class Checkpoint:
         return _read_json(self.path / FACTS, _MOST_FACTS)
 
     def run(self) -> dict[str, Any]:
-        """Return what a command-line run needs to resume: its config, and the events of its metrics so far.
-
-        Raises: BadCheckpoint, also if the checkpoint was not written by such a run, or by an older version.
-        """
+        """Return what a command-line run needs to resume: config and metrics. Raises: BadCheckpoint."""
         run = self.facts().get("run")
         if not isinstance(run, dict) or run.keys() != {"config", "events"}:
             raise BadCheckpoint(
@@ -86,10 +83,8 @@ def write_checkpoint(
 ) -> Checkpoint:
     """Save the newest checkpoint under root, verify it, then delete the others except for the one of step ``keep``.
 
-    Args:
-        tensors: On any device.
-        facts: Values that JSON can hold.
-        processes: The processes over which the DTensors are spread. Each must call this; the first one writes the rest.
+    Args: facts: values that JSON can hold; processes: those over which DTensors are spread, each of which must call
+        this.
     Raises: OSError if the disk is full or cannot be written (NotWritten), and older checkpoints then stay;
         BadCheckpoint if the written files do not verify.
     """

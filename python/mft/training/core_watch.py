@@ -19,14 +19,10 @@ SLOW = 1.3  # warn if the work takes this many times as long as on free cores
 
 
 class CoreWatch:
-    """Compares the wall time with the CPU time of the thread that drives the work.
+    """Compares the wall time with the CPU time of the thread that drives the work, from begin() or look() to look().
 
-        watch.begin()
-        ...                     # an evaluation, or a step
-        watch.look("a step")    # warns if the cores are busy; the next piece of work begins here
-
-    A wait for a disk looks like a wait for a core. So before a warning each thread's share of a core is measured. A
-    measurement takes 0.2 seconds, and the work between two measurements doubles, so they cost a few percent at most.
+    A wait for a disk looks like a wait for a core. So before a warning each thread's share of a core is measured, in
+    0.2 seconds; the work between two measurements doubles.
     """
 
     def __init__(self, *, on: bool = True) -> None:

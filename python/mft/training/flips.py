@@ -20,10 +20,7 @@ POINTS = 100  # the most points of a run's curve, so that counting costs little
 
 @dataclass
 class FlipCurve:
-    """Flips as shares of all masked weights.
-
-    from_start: bits that differ from the first mask. a_step: bits that changed per step.
-    """
+    """Flips as shares of all masked weights: bits that differ from the first mask, and bits that changed per step."""
 
     steps: list[int] = field(default_factory=list)
     from_start: list[float] = field(default_factory=list)
@@ -33,8 +30,7 @@ class FlipCurve:
 class FlipCounter:
     """Counts flips every ``every`` steps and at the last step. Call it after each step.
 
-    initial: the masks before the first step. A resumed run continues from the tensors of take_state: the masks that
-    were counted last, at or before the checkpoint's step.
+    initial: the masks before the first step. take_state has the masks that were counted last.
     """
 
     def __init__(self, model: nn.Module, initial: dict[str, Tensor], *, every: int = 1) -> None:
@@ -74,10 +70,7 @@ class FlipCounter:
 
 
 class FirstMasks:
-    """The masks before the first step, if data chose them; a resumed run finds them in its checkpoint.
-
-    masks: the masks by layer; put_state replaces them by those of the checkpoint.
-    """
+    """The masks before the first step, by layer, if data chose them; put_state takes those of a checkpoint."""
 
     def __init__(self, masks: dict[str, Tensor]) -> None:
         self._masks = masks

@@ -27,10 +27,7 @@ def read_base(masks: Path, name: str | None, dtype: str | None) -> tuple[Any, An
 
 
 def read_data(config: RunConfig, source: Source | None = None) -> Splits:
-    """Read the rows of config.data, or of ``source`` if it is open already, without the model.
-
-    Checks that need no tokenizer come first, because the tokenizer may have to be downloaded.
-    """
+    """Read the rows of config.data, or of ``source`` if it is open, without the model. Cheap checks come first."""
     return read_rows(config, source)[0]
 
 

@@ -41,12 +41,11 @@ class Hooks:
     """What a training loop calls besides the engine.
 
     Args:
-        on_step: Called with the report of each step.
+        on_step: Called with the report of each step, but not for the steps before a checkpoint that is resumed.
         before_update: Called with (step, steps) when a step's gradients are complete and not yet clipped or applied. It
             may change the gradients (for fp32 parameters: .grad) and the parameters. Only for way "plain".
-        saver: Writes checkpoints, and may resume from one. on_step is not called for the steps before that checkpoint.
-        validation: Evaluates as often as the settings say, and may end the run before its last step. To be resumed with
-            the run, it must be one of the saver's counters.
+        saver: Writes checkpoints, and may resume from one.
+        validation: Evaluates as often as the settings say, and may end the run. It must be one of the saver's counters.
     """
 
     on_step: Callable[[StepReport], None] | None = None
@@ -66,8 +65,7 @@ def train_masks(
 ) -> list[StepReport]:
     """Train the scores of a masked model in place, and its modules_to_save; nothing else.
 
-    Scores learn from the straight-through gradient, or from the surrogate gradient (surrogate.py) that sharpness and
-    deletion_penalty of the MaskConfig define. This holds for every memory mode. Clipping applies to that gradient.
+    Scores learn from the straight-through or the surrogate gradient (surrogate.py), in every memory mode alike.
 
     Args:
         way: The memory mode: "plain", "in_place", "resident", "quantized", "layerwise" or "sharded"
@@ -99,10 +97,7 @@ def train_masks(
 
 
 def checked_surrogate(model: nn.Module) -> Surrogate | None:
-    """Return the surrogate gradient of a masked model's scores; None for the straight-through gradient.
-
-    Raises: ValueError if there is a surrogate and a mask has no fixed threshold to measure the distance from.
-    """
+    """Return the surrogate gradient of a masked model, or None. Raises: ValueError if a mask has no fixed threshold."""
     surrogate = surrogate_of(model)
     free = [name for name, module in masked_modules(model).items() if module.threshold is None]
     if surrogate is not None and free:
@@ -124,7 +119,7 @@ def train_weights(model: nn.Module, modules: list[str], dataset, train: TrainCon
 def train_loop(model: nn.Module | Placed, dataset, train: TrainConfig, **options: Any) -> list[StepReport]:
     """Train the parameters that require grad; the model ends in eval mode.
 
-    Random operations, such as dropout, are seeded by train.seed. torch's generators are restored afterwards.
+    Random operations are seeded by train.seed. torch's generators are restored afterwards.
 
     Args:
         dataset: Rows of input_ids, labels (-100: not scored) and document; or StreamedRows, which continue from where
@@ -132,8 +127,7 @@ def train_loop(model: nn.Module | Placed, dataset, train: TrainConfig, **options
         options: The fields of Hooks, and the options of engines.mode.place: way, device, objective (see
             docs/how-to/objectives.md), processes, memory and remember.
     Raises: ValueError if the model predicts no next tokens, or has too few positions; NonFiniteLoss, which names step,
-        rows and documents (the step's gradients are not applied); RuntimeError if memory runs out, which names the rows
-        or the layer.
+        rows and documents (the step's gradients are not applied); RuntimeError if memory runs out.
     """
     hooks = Hooks(**{field.name: options.pop(field.name) for field in fields(Hooks) if field.name in options})
     return _train(place(model, **options), dataset, train, hooks)
@@ -273,10 +267,7 @@ def _check_objective(objective: Objective, model: nn.Module, dataset) -> None:
 
 
 def _rehearse(runner: Runner, rows: RowSource, train: TrainConfig) -> None:
-    """Run the rows with the most scored tokens, without an update, so that a lack of memory shows before training.
-
-    All rows have one length, so nothing else can make one step larger than another.
-    """
+    """Run the rows with the most scored tokens, without an update, so that a lack of memory shows before training."""
     heaviest = rows.heaviest()
     if heaviest is not None:
         runner.step([heaviest], 1.0, None, train.max_grad_norm, _Losses("the rehearsal", train))
@@ -303,8 +294,8 @@ class _Losses:
 def schedule_factor(step: int, steps: int, train: TrainConfig) -> float:
     """Return the factor of train.lr at a step counted from 1.
 
-    It rises over the first warmup_ratio of the steps. After that it stays 1 ("constant") or falls towards 0. With
-    "linear" the first step after the warm-up has factor 1, and the last step has 1 / (steps - warm-up).
+    It rises over the first warmup_ratio of the steps. After that it stays 1 ("constant") or falls towards 0: with
+    "linear" from 1 at the first step after the warm-up to 1 / (steps - warm-up) at the last.
     """
     warmup = int(train.warmup_ratio * steps)
     if step <= warmup:

@@ -19,10 +19,7 @@ CLASSES: dict[str, type[Objective]] = {kind.name: kind for kind in (CrossEntropy
 
 
 def make_objective(config: RunConfig) -> Objective:
-    """Make the objective of config.objective. A teacher's weights are loaded in the model's dtype.
-
-    Raises: ValueError if the teacher's tokenizer differs from the model's.
-    """
+    """Make the objective of config.objective. Raises: ValueError if the teacher has another tokenizer."""
     asked = config.objective
     given = {key: getattr(asked, key) for key in OBJECTIVES[asked.name].keys if getattr(asked, key) is not None}
     given.pop("teacher_memory", None)

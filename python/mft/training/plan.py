@@ -40,11 +40,8 @@ _KEYS = {
 class Plan:
     """How a run will train.
 
-    Args:
-        quantization: Format of the base; None for exact weights.
-        scores, moments: Their formats.
-        batches_at_once: See TrainConfig.
-        remember: Whether the frozen layers' outputs are cached.
+    quantization: format of the base, or None. scores, moments: their formats. batches_at_once: see TrainConfig.
+    remember: whether the frozen layers' outputs are cached.
     """
 
     mode: Mode
@@ -67,9 +64,7 @@ class Plan:
 def plan_training(config: RunConfig, processes: int = 1) -> Plan:
     """Plan the mode that config.memory names, or for "auto" the fastest mode that fits in the memory that is free now.
 
-    A model whose shapes are unknown is not refused; the plan's reason says so.
-
-    Args: processes: Number of processes that train together. Those on one machine share the host's memory equally.
+    A model whose shapes are unknown is not refused. processes: those on one machine share the host's memory equally.
     Raises: ValueError if there is no such model; if no setting fits, with the numbers and the nearest setting that
         does; or if the disk is too small.
     """
@@ -188,10 +183,7 @@ def _teacher_bytes(config: RunConfig) -> int:
 
 
 def _saves_a_tenth(shape: ModelShape, workload: Workload) -> bool:
-    """Whether the layers below the first masked one take at least a tenth of a step's time.
-
-    Those layers run only forward (cost 1). Each layer above runs forward twice and backward once (cost 4).
-    """
+    """Return whether the layers below the first masked one (cost 1, others 4) take a tenth of a step's time or more."""
     first = min(workload.layers or (0,))
     return first >= 0.1 * (first + 4 * (shape.layers - first))
 

@@ -1,7 +1,4 @@
-"""Start a command-line run: in a new directory, over an old run, or by resuming a stopped run.
-
-The directory is inspected under its lock, so that no other process changes it meanwhile.
-"""
+"""Start a command-line run under the lock of its directory: a new one, over an old one, or a stopped one again."""
 
 import contextlib
 import copy
@@ -71,8 +68,7 @@ class Resume:
     def look(self) -> tuple[RunConfig, Checkpoint | None]:
         """Return the configuration, and the newest checkpoint that verifies, or None if there is no checkpoint.
 
-        Raises: ValueError if directory holds no run that can be resumed; or if the configuration differs from the run's
-            and force is False (the message lists the differences).
+        Raises: ValueError if no run here can be resumed, or (without force) if its configuration differs.
         """
         if (result := result_of(self.directory)) is not None:
             raise ValueError(
@@ -159,8 +155,7 @@ def started(
 ) -> Iterator[tuple[RunConfig, Checkpoint | None]]:
     """Lock the run's directory until the block ends; yield the configuration and the checkpoint to resume from, if any.
 
-    Only the lock is written, and nothing is loaded yet. Of several processes the first one holds the lock for all.
-    Args: facts: Values that all processes must agree on, in addition to the configuration and the checkpoint.
+    Nothing is loaded yet. Args: facts: further values that all processes must agree on.
     Raises: as look(); RuntimeError if another process holds the lock; ValueError if the processes do not agree.
     """
     start.check()
@@ -176,7 +171,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def find_checkpoint(directory: Path) -> Checkpoint | None:
-    """Return the newest checkpoint of a run that verifies, or None if the run has none. Prints which ones it skipped.
+    """Return the newest checkpoint that verifies, or None if the run has none. Prints which ones it skipped.
 
     Raises: ValueError if the run has checkpoints and none of them verifies.
     """

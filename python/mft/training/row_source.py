@@ -16,10 +16,7 @@ _CHUNK = 1024  # rows whose labels are counted together
 
 
 class RowSource(Protocol):
-    """The source of the rows of train_loop's steps.
-
-    count: The number of different rows, or None if it is unknown.
-    """
+    """The source of the rows of train_loop's steps. count: the number of different rows, or None if unknown."""
 
     count: int | None
 
@@ -30,9 +27,9 @@ class RowSource(Protocol):
         """Return a micro-batch that needs at least as much memory as any later one; None if all need the same."""
 
     def go_on(self, done: int, state: Mapping[str, Any] | None, recall: Callable[[list[MicroBatch]], None]) -> None:
-        """Move to the position after ``done`` steps. recall is called with micro-batches whose results can be cached.
+        """Move to the position after ``done`` steps, whose state() is given.
 
-        state: what state() returned at that position.
+        recall is called with micro-batches whose results can be cached.
         """
 
     def next_step(self) -> list[MicroBatch]:

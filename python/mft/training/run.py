@@ -79,8 +79,6 @@ def run_finetune(start: RunConfig | Start) -> Path:
 def run_train(start: RunConfig | Start) -> Path:
     """Train masks on config.model with the settings of config.mask, and save them.
 
-    config.memory names the memory mode; with "auto" the fastest mode that fits is used.
-
     Args, Raises: as run_finetune.
     Returns: output_dir/masks.
     """

@@ -31,10 +31,7 @@ class RunCheckpoints:
         on_found: Callable[[list[StepReport]], None],
         counters: Sequence[Counter | None],
     ) -> Saver | None:
-        """Return what writes the checkpoints and resumes from the run's; None if neither is needed.
-
-        Args: events: Of the metrics, as they grow. Others: see Saver.
-        """
+        """Return what writes and reads the run's checkpoints; None if neither is needed. Args: see Saver."""
         run, minutes = self._run, self._run.config.checkpoint_minutes
         if minutes is None and run.found is None:
             return None

@@ -59,10 +59,7 @@ def result_of(path: Path) -> Path | None:
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """Hold the lock of a run's directory, and delete what a killed run left incomplete or did not delete itself.
-
-    Raises: as run_lock.hold; NotWritten.
-    """
+    """Hold the lock of a run's directory, and delete what a killed run left. Raises: as run_lock.hold; NotWritten."""
     with hold(path):
         sweep(path, _OURS.__contains__)
         if result_of(path) is not None:
@@ -74,10 +71,7 @@ def holding(path: Path) -> Iterator[None]:
 
 
 def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool = False) -> Path:
-    """Make the directory if needed, delete an earlier run in it, and write config.yaml; return its path.
-
-    Raises: as check_run_directory.
-    """
+    """Make the directory or delete the run in it, write config.yaml, and return it. Raises: as check_run_directory."""
     check_run_directory(directory, overwrite=overwrite)
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -89,10 +83,7 @@ def open_run(directory: str | os.PathLike, config: RunConfig, *, overwrite: bool
 
 
 def next_steps(directory: Path) -> list[str]:
-    """Return complete commands for the next steps with the masks of a finished run.
-
-    mft generate is among them only if nothing but masks was trained, because base and masked model then share weights.
-    """
+    """Return commands for the next steps with a run's masks; mft generate only if nothing else was trained."""
     run, merged = shlex.quote(str(directory)), shlex.quote(f"{directory}-merged")
     masks_alone = not read_config(directory / MASKS / CONFIG_FILE).modules_to_save
     data = load_saved(directory / CONFIG).data

@@ -23,8 +23,7 @@ WORKS_ALONE = "which works alone: wait for it, or stop it and pass --join to eac
 def hold(directory: Path, *, shared: bool = False) -> Iterator[None]:
     """Lock directory until the block ends. The directory is made if needed, and removed again if it stays empty.
 
-    shared: Several processes may hold a shared lock at once, but none together with an exclusive one. On a disk that
-        cannot lock, a shared lock always succeeds.
+    shared: several processes may hold a shared lock at once; it always succeeds on a disk that cannot lock.
     Raises: RuntimeError, which names the process that holds the lock; OSError if the directory cannot be written, or if
         the lock is a symbolic link, because another file would then be emptied.
     """

@@ -46,10 +46,8 @@ class Counter(Protocol):
 class Saved:
     """What a run adds to each of its checkpoints.
 
-    Args:
-        facts: Those of the checkpoint that is resumed must be the same unless force is True.
-        run: Returns further values, for resuming (Checkpoint.run).
-        on_found: Called with the reports of the steps before the checkpoint that is resumed.
+    facts: must equal those of the resumed checkpoint unless force. run: returns further values (Checkpoint.run).
+    on_found: called with the reports of the steps before the resumed checkpoint.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -61,14 +59,9 @@ class Saved:
 class Saver:
     """Writes checkpoints; train_loop calls it after each step.
 
-    Args:
-        root: The directory of the checkpoints.
-        minutes: Minutes between two checkpoints; 0 saves after every step.
-        found: The checkpoint to resume from.
-        saved: What is saved besides the state of the training.
-        processes: The processes that train together. The first one writes; if tensors are spread, each writes its rows.
-            All resume from the written files.
-        counters: Objects whose tensors are saved in the checkpoint and restored from it.
+    Args: root: their directory; minutes: between two of them, 0 for every step; found: the one to resume from;
+        processes: the first one writes, and each its rows of spread tensors; counters: objects whose tensors are saved
+        and restored.
     """
 
     def __init__(
@@ -126,7 +119,7 @@ class Saver:
         return self._told or 0
 
     def after_step(self, runner: Runner, reports: list[StepReport], ended: bool = False) -> None:
-        """Save if it is time. ended: whether the run takes no further step.
+        """Save if it is time, or if the run has ended.
 
         Raises: Stopped if any process received a signal; NonFiniteLoss if a trained tensor is not finite.
         """

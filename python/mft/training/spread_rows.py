@@ -20,10 +20,7 @@ ROWS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 def write_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write DTensors into folder. Every process must call this.
-
-    Raises: OSError in all processes if one cannot write.
-    """
+    """Write DTensors into folder; every process must call this. Raises: OSError in all if one cannot write."""
     writer = distributed.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         distributed.save(dict(tensors), storage_writer=writer)
@@ -32,10 +29,7 @@ def write_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def read_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Read DTensors in place from the files of write_rows. Every process must call this.
-
-    Raises: OSError in all processes if one cannot read.
-    """
+    """Read DTensors in place from folder; every process must call this. Raises: OSError in all if one cannot read."""
     try:
         distributed.load(dict(tensors), storage_reader=distributed.HuggingFaceStorageReader(str(folder)))
     except CheckpointException as error:

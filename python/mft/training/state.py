@@ -38,11 +38,7 @@ def take_state(runner: Runner) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], folder: Path) -> None:
-    """Restore the result of take_state, of a run with the same model and configuration.
-
-    Args: folder: The folder with the tensors of a runner in lockstep.
-    Raises: ValueError, which names a tensor that is missing, unknown or of another shape or dtype.
-    """
+    """Restore the result of take_state. Raises: ValueError, which names a tensor that does not fit the runner."""
     learned = {f"learned.{name}": tensor for name, tensor in runner.learned().items()}
     own = _with_moments(runner, learned) if runner.in_lockstep else learned
     there = shapes_in(folder) if runner.in_lockstep else {n: (t.shape, t.dtype) for n, t in tensors.items()}

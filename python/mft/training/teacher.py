@@ -16,15 +16,12 @@ from mft.models.packed_rows import check_kept_apart
 
 
 class ModelTeacher:
-    """A causal language model that provides hidden states and a head for distillation.
+    """A causal language model, set to eval mode and frozen, that provides hidden states and a head for distillation.
 
-    Args:
-        model: The model. It is set to eval mode and frozen.
-        way: "plain": the whole model is on device. "layerwise": one layer's weights at a time are on device, and each
-            layer runs all micro-batches of a step.
-        device: None: the first GPU, or the CPU.
-    Raises: ValueError, when the first rows come, if examples of packed rows see each other in this model, or if the
-        model does not support way.
+    Args: way: "plain", or "layerwise": one layer's weights at a time are on device; device: None for the first GPU, or
+        the CPU.
+    Raises: ValueError, when the first rows come, if packed rows are not kept apart, or if the model does not support
+        way.
     """
 
     head: nn.Module
@@ -38,10 +35,7 @@ class ModelTeacher:
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
-        """Yield the input of the head (B, T, D) for each batch.
-
-        The head stays on the same device until the next batch is asked for.
-        """
+        """Yield the input of the head (B, T, D) for each batch; the head stays on the device until the next one."""
         if self._reader is None:
             self._reader = self._placed.read(self._sample(batches[0]))
             self.head = self._reader.head

@@ -55,13 +55,9 @@ class _Interrupted(Exception):
 class Validation:
     """Evaluates after a step if train.eval_every or train.eval_minutes says so. Its state is saved in checkpoints.
 
-    Args:
-        dataset: Held-out rows.
-        objective: The training objective, whose loss is compared between steps.
-        best: Where the best step is stored. Of several processes the first one writes it.
-        batch_size: Rows per batch.
-        shown: shown(step) is a context around the evaluation of that step; it yields a callback for each batch.
-        on_result: Called with the step, the evaluation, its seconds, and the standing after it.
+    Args: dataset: held-out rows; best: where the best step is stored (the first process writes it); shown: shown(step)
+        is a context around the evaluation, which yields a callback for each batch; on_result: called with the step, the
+        evaluation, its seconds, and the standing after it.
     """
 
     def __init__(
@@ -85,12 +81,7 @@ class Validation:
         self._told, self._last = told, time.monotonic()
 
     def after_step(self, placed: Placed, report: StepReport, train: TrainConfig) -> bool:
-        """Evaluate if it is time and this step is not evaluated yet; return whether the run ends here.
-
-        placed: Has the runner that trains.
-
-        Raises: NonFiniteLoss; as evaluate and Best.write.
-        """
+        """Evaluate if it is time; return whether the run ends. Raises: NonFiniteLoss; as Best.write."""
         standing = self.standing
         if standing.evaluated < report.step and self._is_due(report, train, placed.processes):
             if placed.processes.largest(self._told()):

@@ -25,11 +25,7 @@ NO_MODULES = ["mft-per-request"]  # the layers that take LoRA, by a name that no
 
 
 class Adapters:
-    """The LoRAs of tasks; their directory lives as long as this object.
-
-    Args: tasks: as of mft.vllm.load.
-    Raises: ValueError for no task, or more than a product takes; as load_masks if there are no masks.
-    """
+    """The LoRAs of tasks; their directory lives as long as this object. Raises: ValueError for too many tasks."""
 
     def __init__(self, tasks: Mapping[str, str | os.PathLike]) -> None:
         if not 1 <= len(tasks) <= MOST_MASKS:

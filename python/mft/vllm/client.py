@@ -52,18 +52,14 @@ def load(
 
 
 def add_tasks(llm: Any, tasks: Mapping[str, str | os.PathLike], *, force: bool = False) -> None:
-    """Add the masks of more tasks. The model's weights do not change.
-
-    Raises: ValueError if masks cannot be read, do not fit, or were learned on another base: then no task is added.
-    """
+    """Add the masks of more tasks; the weights stay. Raises: ValueError for bad masks, and no task is added."""
     _add(llm, tasks, force, {})
 
 
 def request_of(llm: Any, task: str | None) -> Any:
-    """What llm.generate takes as lora_request, to answer a prompt with the masks of this task; None: as the base.
+    """Return what llm.generate takes as lora_request, to answer with the masks of this task; None: as the base.
 
-    Args: llm: of load with per_request.
-    Raises: ValueError for an unknown task, or another llm.
+    Args: llm: of load with per_request. Raises: ValueError for an unknown task, or another llm.
     """
     if llm not in _ADAPTERS:
         raise ValueError(

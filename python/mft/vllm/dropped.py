@@ -34,10 +34,7 @@ class Dropped:
         return values
 
     def flipped(self, flips: "Dropped") -> tuple["Dropped", Chosen]:
-        """Return what is dropped after the bits at flips.places flip, and which of these places are then dropped.
-
-        Args: flips: the places that flip, with the base's values there.
-        """
+        """Return what is dropped after the bits at flips.places flip, and which of these places are then dropped."""
         at, inside = self._find(flips.places)
         stays = np.ones(len(self.places), np.bool_)
         stays[at[inside]] = False
@@ -64,10 +61,9 @@ def nothing_dropped(weight: Tensor) -> Dropped:
 
 
 def _write(weight: Tensor, places: Places, values: Tensor) -> None:
-    """Write one value per place, or one value to all places.
+    """Write one value per place, or one value to all places: on a CPU with NumPy, on one thread.
 
-    On a CPU NumPy does so on one thread, faster than index_copy_. PyTorch's own assignment waits for several threads:
-    for seconds on a busy processor.
+    PyTorch's own assignment waits for several threads, on a busy processor for seconds.
     """
     if weight.is_cpu:
         _bits(weight)[places.astype(np.intp)] = _bits(values)

@@ -1,7 +1,4 @@
-"""Carry a worker's errors to the caller.
-
-vLLM passes on the text of an exception without its type, and puts text of its own around it.
-"""
+"""Carry a worker's errors to the caller: vLLM passes on the text of an exception without its type, and adds its own."""
 
 import contextlib
 import re
@@ -35,10 +32,7 @@ def marked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unmarked() -> Iterator[None]:
-    """Turn marked errors in the block back into plain ones. Used around a call of a worker.
-
-    Raises: ValueError with the worker's message; RuntimeError if its process is dead.
-    """
+    """Turn the marked errors of a worker into plain ones. Raises: ValueError; RuntimeError if it is dead."""
     try:
         yield
     except Exception as error:

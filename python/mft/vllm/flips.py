@@ -22,9 +22,8 @@ Shape = tuple[int, int]
 class Flips:
     """One step of a task's masks.
 
-    step: the number of steps before this one. dropped: weights that all masks of the task together drop after this
-    step. streams: by layer, only for layers whose mask changes. Only step 0 has base_hash and the shapes and dtypes of
-    all masked layers.
+    step: the number of steps before this one. dropped: weights that all masks together drop after it. streams: by
+    layer, if its mask changes. Only step 0 has base_hash and the shapes and dtypes of all masked layers.
     """
 
     step: int

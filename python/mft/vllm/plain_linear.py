@@ -1,7 +1,6 @@
 """A linear method for vLLM whose weights stay ordinary matrices: --quantization mft.
 
-On a CPU, vLLM packs each linear weight for oneDNN and empties layer.weight, so a mask could not be written into it.
-A quantisation is the only way to choose a linear method in vLLM.
+On a CPU, vLLM packs each linear weight for oneDNN and empties layer.weight. Only a quantisation chooses the method.
 """
 
 from typing import Any

@@ -11,8 +11,7 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Register --quantization mft and our backends. Entry point in vllm.general_plugins.
 
-    vLLM calls this wherever the package is installed. With an unsupported vLLM it only logs why, so that models without
-    masks still run.
+    vLLM calls this wherever the package is installed. With an unsupported vLLM it only logs why.
     """
     reason = reason_against()
     if reason is not None:

@@ -53,10 +53,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
 
 
 def check_tasks(given: Sequence[str]) -> dict[str, str]:
-    """Return {task: directory} from the --masks arguments.
-
-    It checks that the masks in each directory are undamaged, before vLLM spends seconds on loading the base.
-    """
+    """Return {task: directory} from the --masks arguments, checked before vLLM spends seconds on loading the base."""
     tasks: dict[str, str] = {}
     for each in given:
         task, equals, place = each.partition("=")

@@ -17,9 +17,8 @@ Owner = tuple[str, nn.Module]
 class Slices:
     """Finds the slices of a model's weights.
 
-    Args:
-        model: has load_weights, which takes (name, tensor) pairs with the checkpoint's names.
-        is_plain: returns whether a layer computes with its parameter as it is in memory.
+    model: has load_weights, which takes (name, tensor) pairs with the checkpoint's names. is_plain: whether a layer
+    computes with its parameter as it is in memory.
     """
 
     def __init__(self, model: nn.Module, is_plain: Callable[[nn.Module], bool]) -> None:
@@ -28,10 +27,7 @@ class Slices:
         self._owners = _owners(model)
 
     def find(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the layer's weight in the model's memory: a view of this shape. Writing to it changes the model.
-
-        Raises: ValueError if the model has no such weight, keeps it in another layout, or in more than one place.
-        """
+        """Return a view of the layer's weight, to be written. Raises: ValueError if there is not exactly one."""
         if len(shape) != 2:
             raise ValueError(
                 f"{name}: masks of experts in one parameter {shape} are not for vLLM, which repacks experts: mft merge "

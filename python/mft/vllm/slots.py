@@ -12,10 +12,7 @@ from mft.vllm.versions import INSTALL
 class Slots:
     """The LoRA slot of each token, as the number of a task.
 
-    Args:
-        model: to which vLLM has given a lora_manager.
-        loras: the number of a task by the id of its LoRA.
-    Raises: ValueError if vLLM has no such machinery.
+    loras: the number of a task by the id of its LoRA. Raises: ValueError if model has no lora_manager of vLLM.
     """
 
     def __init__(self, model: Any, loras: Mapping[int, int]) -> None:

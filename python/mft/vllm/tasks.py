@@ -37,10 +37,7 @@ Masks = dict[str, Dropped]  # by layer
 
 
 class Tasks:
-    """Masks by task, and the model's weights, to which the masks of one task are applied.
-
-    Args: find: returns a layer's weight (N, K) in the model's memory, by the layer's name (slices.py).
-    """
+    """The model's weights (find: a layer's name -> (N, K)) and masks by task; those of one task are applied."""
 
     def __init__(self, find: Find) -> None:
         self._find = find
@@ -69,12 +66,7 @@ class Tasks:
 
     @torch.no_grad()
     def add(self, directories: Mapping[str, str], *, force: bool = False) -> None:
-        """Read the masks of more tasks. The weights do not change.
-
-        Args: as for mft.load_mask_bank.
-        Raises: ValueError or OSError if a task's masks cannot be read, do not fit, or (without force) were learned on
-            another base: then no task is added.
-        """
+        """Read the masks of more tasks. Raises: ValueError or OSError if one does not fit; then none is added."""
         read: dict[str, Masks] = {}
         for task, place in directories.items():
             self._check_new(task)
@@ -86,10 +78,7 @@ class Tasks:
 
     @torch.no_grad()
     def use(self, task: str | None) -> int:
-        """Apply this task's masks to the weights, or restore the base if task is None.
-
-        Returns: the number of weights written. Raises: ValueError for an unknown task.
-        """
+        """Apply this task's masks, or restore the base; return how many weights that wrote. Raises: ValueError."""
         old, before, after = self._task, self.masks(self._task), self.masks(task)
         if old == task:
             return 0
@@ -104,11 +93,7 @@ class Tasks:
 
     @torch.no_grad()
     def flip(self, task: str, flips: Flips) -> int:
-        """Apply one step of a task whose masks come as flips. Step 0 adds the task.
-
-        Returns: the number of bits flipped. Raises: ValueError if the flips do not follow the task's last step; then
-            nothing has changed.
-        """
+        """Apply one step of flips (step 0 adds the task); return the bits flipped. Raises: ValueError."""
         masks = self._begun(task, flips)
         changed: Masks = {}
         written: Masks = {}

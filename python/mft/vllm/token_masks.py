@@ -21,10 +21,7 @@ TasksOfTokens = Callable[[], Tensor]
 class TokenMasks:
     """y[i] = x[i] @ where(mask of token i's task, weight, 0).T + bias; the whole weight for a token without a mask.
 
-    Args:
-        masks: packed, of the layer's weight (N, K), by the task's number. Other tasks do not mask the layer.
-        tasks_of_tokens: gives for each token of the batch the number of its task, or -1.
-        count: of tasks.
+    masks: packed, by the task's number, of which there are count. tasks_of_tokens: each token's task, or -1.
     """
 
     def __init__(self, masks: Mapping[int, Tensor], tasks_of_tokens: TasksOfTokens, count: int) -> None:
@@ -55,10 +52,7 @@ def warn_without_kernels() -> None:
 
 
 def masks_by_layer(tasks: Tasks, layer_of: Callable[[Tensor], Any]) -> dict[Any, dict[int, Tensor]]:
-    """The packed mask of each layer's weight by the task's number, also of a layer into which a server fuses several.
-
-    Args: layer_of: the layer in whose weight lies a slice of tasks.weights.
-    """
+    """Return the packed mask of each layer's weight by the task's number, also of fused layers."""
     found: dict[Any, dict[int, Tensor]] = {}
     for number, task in enumerate(tasks.names):
         parts: dict[Any, list[NDArray[np.int64]]] = {}

@@ -41,9 +41,7 @@ from mft_kernels.internal import MaskedInPlace, NonFiniteScores, first_row, rows
 class ShardedMask(InPlaceMask):
     """This process's rows of a mask, which lie in place in its rows of the weight.
 
-    Args:
-        module: The layer of the whole model.
-        own: This process's rows of the scores, trained in place. If None, they are copied from module.
+    Args: module: of the whole model; own: this process's rows of the scores, trained in place, or None to copy them.
     """
 
     def __init__(self, name: str, module: MaskedLayer, parameter: nn.Parameter, own: Tensor | None) -> None:
@@ -61,14 +59,10 @@ class ShardedMask(InPlaceMask):
 
 
 class ShardedStates(WeightStates):
-    """The local rows of a spread model's scores, moments and masks.
+    """The local rows of a spread model's scores, moments and masks, which do not depend on the number of processes.
 
-    The selected masks do not depend on the number of processes.
-
-    Args:
-        placed: The whole model. Training starts from its scores; finish() writes the trained ones back. For a model
-            whose weights are in files these are its score_rows.
-        spread: The spread copy that runs.
+    Args: placed: the whole model; training starts from its scores (or score_rows), and finish() writes the trained ones
+        back. spread: the copy that runs.
     """
 
     def __init__(self, placed: Placed, spread: SpreadModel, train: TrainConfig) -> None:
@@ -181,9 +175,7 @@ class SpreadForward(OwnForward):
 class Sharded(ScoreRunner, SpreadForward):
     """Trains only scores, in any format, on a model of which each process holds some rows.
 
-    Args:
-        states: The states of the scores.
-        every_batch: Sum gradients over processes in each micro-batch, not once per step.
+    every_batch: sum gradients over processes in each micro-batch, not once per step.
     """
 
     states: ShardedStates
@@ -196,8 +188,7 @@ class Sharded(ScoreRunner, SpreadForward):
     def step(
         self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
     ) -> None:
-        """See step.Runner. A loss that is not finite ends the step only after all micro-batches have run, because
-        every micro-batch waits for all processes."""
+        """See step.Runner. A loss that is not finite ends the step only after all micro-batches."""
         assert lr is not None, "sharded has no rehearsal"
         found: list[Exception] = []
         self._objective.prepare(batches)
@@ -240,9 +231,8 @@ class Sharded(ScoreRunner, SpreadForward):
 def start_sharded(placed: Placed, sample: Tensor, train: TrainConfig) -> Sharded:
     """Spread the model over its processes and return the engine that trains it.
 
-    Its finish() gives the scores back to the model; its close() releases the rest.
-
-    Raises: ValueError if the model or the settings do not allow it.
+    Its finish() gives the scores back; its close() releases the rest. Raises: ValueError if the settings do not allow
+    it.
     """
     model, processes = placed.model, placed.processes
     check_rule(

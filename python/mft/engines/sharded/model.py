@@ -39,7 +39,7 @@ _POLICY = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 class SpreadModel:
     """A spread copy of a model, and how it is run.
 
-    weights: The masked layers' weights by name: DTensors that require grad. units: Modules that are gathered as one.
+    weights: by masked layer, DTensors that require grad. units: modules that are gathered as one.
     """
 
     model: nn.Module
@@ -85,11 +85,8 @@ def spread(
 ) -> SpreadModel:
     """Spread a copy of model over processes; model itself stays unchanged.
 
-    Args:
-        model: A model, masked or not, on the CPU; or one whose weights are in files (load_unread).
-        sample: Tokens (1, T) for a forward pass that finds out how the model is run.
-        device: The device of this process.
-        split: Returns how the copy is run. A simulation, which cannot run the model, passes its own.
+    Args: model: masked or not, on the CPU, or with weights in files (load_unread); sample: tokens (1, T) for a forward
+        pass; split: returns how the copy is run. A simulation, which cannot run the model, passes its own.
     Raises: ValueError if a masked layer has hooks of its own or a quantised weight, or fewer rows than processes.
     """
     masked, quantized = masked_modules(model), quantized_weights(model)
@@ -134,10 +131,7 @@ def _spread_from_files(
     split: Callable[[nn.Module, Tensor], tuple[Run, nn.Module]],
     group: contextlib.ExitStack,
 ) -> SpreadModel:
-    """Spread a model on the meta device. It can only run once it is spread, and how it is run decides how it is spread.
-
-    So it is spread for run_decoder, which serves most models, and a second time if it must be run in another way.
-    """
+    """Spread a model on the meta device: for run_decoder, and again if it turns out to be run in another way."""
     files, masked = weight_files(model), masked_modules(model)
     assert files is not None, "asked for where there are files"
     turned = {f"{name}.weight" for name, module in masked.items() if came_from_conv1d(module)}

@@ -42,7 +42,7 @@ class ScoreRows:
     def begin(self, config: MaskConfig, change: Callable[[str, MaskedLayer], None] | None = None) -> None:
         """Start the scores as mask_model(model, config) starts those of a whole model, bit for bit.
 
-        change: Called with each layer's name and the whole layer, to set other scores.
+        change: called with each layer's name and the whole layer, to set other scores.
         """
         names = list(masked_modules(self._model))
         if change is None and config.budget is not None and config.init == "magnitude":
@@ -99,10 +99,7 @@ def score_rows(model: nn.Module) -> ScoreRows | None:
 def select_rows(
     rows: Mapping[str, Tensor], modules: Mapping[str, MaskedLayer], budget: Budget | None, processes: Processes
 ) -> dict[str, Tensor]:
-    """Return the thresholds of these layers over the rows of all processes: two or three all-reduces.
-
-    Each expert is whole on one process, so experts have the thresholds of this process's experts alone.
-    """
+    """Return the thresholds over the rows of all processes. An expert is whole on one process, which needs no other."""
     if budget is not None:
         with processes.together():
             shared = budget.threshold(rows.values, processes.add_up)

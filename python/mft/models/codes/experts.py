@@ -11,9 +11,7 @@ from mft.models.experts import bias_of_rows, unmasked_product
 
 
 class QuantizedGroupedLinear(nn.Module):
-    """unmasked_product over frozen weights that are held quantised, in place of the experts' parameter.
-
-    Neither x nor a dense weight is saved for the backward pass.
+    """unmasked_product over frozen weights that are held quantised; no dense weight is saved for the backward pass.
 
     Args: quantized: the matrix (E * N, K), or (E * K, N) if transposed. experts: E. bias: (E, N).
     Shapes: x (T, K), sorted by expert; offsets int32 (E,), see masked_linear_grouped.

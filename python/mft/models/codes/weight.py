@@ -1,7 +1,4 @@
-"""A weight matrix held as codes. Kernels decode parts of it, or one product decodes the whole matrix.
-
-mft_kernels/codes.py says how codes are decoded, mft/quantizers.py how they are made.
-"""
+"""A weight matrix held as codes, of which a kernel decodes parts, or one product the whole (mft_kernels/codes.py)."""
 
 from typing import Any
 
@@ -18,9 +15,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class QuantizedWeight(nn.Module, QuantizedMatrix):
     """The matrix (N, K) that codes stand for, with a buffer for each tensor of their layout.
 
-    It is an nn.Module so that a model moves and saves it. Casting the model changes the dtype of dense(), but no code.
-
-    Attributes: shape: (N, K). dtype: of dense(), fp32, fp16 or bf16. kind: the format's name.
+    Casting the model changes dtype, that of dense(), but no code. kind: the format's name.
     """
 
     codes: Tensor
@@ -42,7 +37,7 @@ class QuantizedWeight(nn.Module, QuantizedMatrix):
     @classmethod
     @torch.no_grad()
     def quantize(cls, weight: Tensor, kind: str = "nf4") -> "QuantizedWeight":
-        """Round each weight to its nearest level, on the weight's device. Temporaries take about 20 MB.
+        """Round each weight to its nearest level, on the weight's device.
 
         Args: weight: (N, K), fp32, fp16 or bf16, of any strides.
         Raises: ValueError if weight has another form or is not finite; RuntimeError if the NF4 library is missing.

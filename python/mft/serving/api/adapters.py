@@ -88,11 +88,7 @@ class Adapters:
 
 
 def directory_below(root: Path, path: str) -> Path:
-    """Return a client's path, relative to root or absolute, with its links followed.
-
-    Raises: Refused if the path, or that of a file of the masks there, leads out of root, whether or not something
-        exists there, or if it is not a directory.
-    """
+    """Return a client's path with links followed. Raises: Refused if it or a file of masks there leads out of root."""
     try:
         found = _real(root / path)
         masks = masks_directory(found)  # for a run, its directory of masks, which may be a link

@@ -160,9 +160,6 @@ def _refusal(error: ErrorDetails, known: Iterable[str]) -> Refused:
 
 
 def _rule(message: str) -> str:
-    """Return what follows "must".
-
-    pydantic writes "Input should be ...", or "List should have ... after validation, not 5".
-    """
+    """Return what follows "must" in pydantic's "Input should be ..." or "List should have ..., not 5"."""
     _, _, rule = message.removeprefix("Value error, must ").rpartition(" should ")
     return rule.partition(" after validation")[0]

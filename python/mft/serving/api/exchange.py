@@ -30,9 +30,7 @@ class Exchange:
 class Exchanges:
     """ASGI middleware around everything else, which makes an Exchange for each request.
 
-    Args:
-        responded: is called with the exchange and the status when a response begins.
-        checks: are called in turn with a request's scope, before the app; the first one to raise Refused ends it.
+    responded: called with exchange and status when a response begins. checks: called with the scope before the app.
     """
 
     def __init__(

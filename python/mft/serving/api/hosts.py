@@ -19,20 +19,14 @@ _HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?")  # a name or an IPv6 addr
 
 
 def known_hosts(address: str, host: str, allowed: Collection[str]) -> frozenset[str] | None:
-    """Return the names that are allowed in addition to loopback's, or None if any name is.
-
-    Args: address: the one listened on; host: as the user wrote it; allowed: names from the user, * for any.
-    """
+    """Return the names that are allowed in addition to loopback's, given the address listened on, or None for any."""
     if "*" in allowed or not (allowed or is_loopback(address)):
         return None
     return frozenset(name.lower() for name in (host, *allowed))
 
 
 def check_host(scope: Scope, hosts: frozenset[str] | None, other: str = "") -> None:
-    """Raise Refused (403) if a request is to another name.
-
-    Args: hosts: from known_hosts; other: words that say how to allow a name.
-    """
+    """Raise Refused (403) if a request is to another name. other: words that say how to allow a name."""
     if hosts is None:
         return
     given = Headers(scope=scope).get("host", "")

@@ -17,11 +17,7 @@ GUARDED = "/v1"  # health and metrics need no key, for monitoring
 
 
 class ApiKeys:
-    """The keys of a file, one per line. Empty lines and lines that start with # are ignored.
-
-    Args: warn: is called with a message if all users can read the file.
-    Raises: as read_again.
-    """
+    """The keys of a file, one per line. warn: called with a message if all users can read it. Raises: as read_again."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path, self._warn = path, warn
@@ -32,10 +28,7 @@ class ApiKeys:
         return len(self._digests)
 
     def read_again(self) -> None:
-        """Read the file again.
-
-        Raises: ValueError that names the line, not the key; OSError if the file cannot be read. The keys then stay.
-        """
+        """Read the file again. Raises: ValueError that names the line, or OSError; the keys then stay."""
         lines = read_listed("--api-keys-file", "a key", self._path).splitlines()
         mode = stat.S_IMODE(self._path.stat().st_mode)
         digests = []

@@ -18,7 +18,7 @@ from mft.serving.refusal import Refused
 class Pieces:
     """The pieces of one generation, as they come. Call leave() at the end: it frees the generation's place.
 
-    Args: tell: is called once, with the generation, its status and how it ended.
+    tell: called once, with the generation, its status and how it ended.
     """
 
     def __init__(

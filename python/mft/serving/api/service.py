@@ -53,9 +53,7 @@ class _Asked:
 class Access:
     """Who may send requests, and what they may do.
 
-    hosts: the names by which the service may be addressed, in addition to loopback's; None for any (hosts.known_hosts).
-    keys: the API keys; None if no key is needed.
-    load_from: the directory below which clients may load masks; None if they may not.
+    hosts: see hosts.known_hosts. keys: None if no key is needed. load_from: None if clients may not load masks.
     """
 
     hosts: frozenset[str] | None = None
@@ -66,10 +64,7 @@ class Access:
 class Service:
     """Serves the base and the bank's tasks, each as a model by its name.
 
-    Args:
-        length: most tokens of prompt and answer together.
-        max_tokens: most tokens of an answer if the request does not say (Prompts).
-        log: gets a line for each request.
+    length: most tokens of prompt and answer together. max_tokens: see Prompts.
     """
 
     def __init__(

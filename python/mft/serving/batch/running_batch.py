@@ -22,10 +22,7 @@ from mft.models.packed_rows import check_lengths_apart
 
 
 class RunningBatch:
-    """The running batch of a bank's model. Each row takes the masks of its task.
-
-    Raises: ValueError if the model's cache has more than keys and values: only these can be padded and joined.
-    """
+    """The running batch of a bank's model. Raises: ValueError if its cache has more than keys and values to pad."""
 
     def __init__(self, bank: MaskBank) -> None:
         model: Any = bank.model
@@ -82,10 +79,7 @@ class RunningBatch:
         return logits
 
     def check_rows_apart(self) -> None:
-        """Raise ValueError if the model mixes its rows, since rows could then not have different tasks.
-
-        It takes a few short calls of the model.
-        """
+        """Raise ValueError if a few short calls show that the model mixes its rows: tasks could not differ."""
         try:
             self.join(None, [0])
             self.join(next(iter(self.bank.tasks), None), [0, 0])

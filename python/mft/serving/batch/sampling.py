@@ -1,7 +1,4 @@
-"""Choose the next token of one row: the likeliest, or one drawn with the row's own generator.
-
-So a seed gives the same answer whatever the other rows are.
-"""
+"""Choose the next token of one row: the likeliest, or one drawn with the row's own generator."""
 
 from typing import Any
 

@@ -14,10 +14,7 @@ from mft.serving.refusal import Refused
 
 
 class Scheduler:
-    """Runs the batch. rows: most generations answered at once. waiting: most that wait in addition.
-
-    timeout: most seconds of a request, or None for no limit.
-    """
+    """Runs the batch. rows, waiting: most generations at once, and most others. timeout: seconds, or None."""
 
     def __init__(self, batch: RunningBatch, *, rows: int, waiting: int, timeout: float | None = None) -> None:
         self._batch, self._rows, self._most_waiting, self._timeout = batch, rows, waiting, timeout
@@ -76,11 +73,7 @@ class Scheduler:
                 self._tell_unused()
 
     def retire(self, task: str, unused: Callable[[], None]) -> None:
-        """Accept no more requests of this task.
-
-        Args: unused: is called once, on any thread, as soon as none of the task's requests is left. Until it has
-            returned, none is accepted.
-        """
+        """Accept no more requests of this task. unused: called once, on any thread, when it has no requests left."""
         with self._changed:
             self._retiring[task] = unused
             self._tell_unused()
