@@ -1,7 +1,6 @@
 """The paper's ablations as studies: which share is kept, which layers are masked, how much data there is.
 
-Each ablation is a separate study, derived from a declared one. It has the same fine-tune, control and grids of rates.
-Settings are chosen on validation with the first seed, and tested with every seed.
+Each is a study of its own, derived from a declared one, with the same fine-tune, control and grids of rates.
 """
 
 import dataclasses
@@ -68,8 +67,7 @@ def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
     """Derive a study of fine-tune, control and every MFT arm on shares of the training tokens.
 
     Each share is a domain; all are evaluated on the same rows. The arms of a share start from its own fine-tune, with
-    the number of epochs that validation chooses. If only one number of epochs is declared, its double is added, so that
-    the grid can grow like any other.
+    the number of epochs that validation chooses. If only one number is declared, its double is added.
     """
     shares = [_number("values", value) for value in values] or list(SHARES)
     domains = {}
@@ -99,10 +97,7 @@ ABLATIONS: dict[str, Callable[[StudyConfig, Sequence[str]], StudyConfig]] = {
 def derive(
     study: StudyConfig, what: str, values: Sequence[str] = (), domains: Sequence[str] = (), masks: Sequence[str] = ()
 ) -> StudyConfig:
-    """Derive the ablation of this name. Its output_dir lies next to the study's.
-
-    domains, masks: The domains and mask arms of the study to take; empty: all.
-    """
+    """Derive the ablation ``what`` next to the study, of these domains and mask arms; empty: all."""
     if what not in ABLATIONS:
         raise ValueError(f"the ablation must be one of {', '.join(ABLATIONS)}, got {what!r}{nearest(what, ABLATIONS)}")
     for name in domains:

@@ -33,10 +33,7 @@ class Bases:
         return self.study.scratch is None or self.path(seed).exists()
 
     def make(self, seed: int, progress: Callable[[StepReport], None]) -> None:
-        """Train the model of a seed from scratch, unless it exists. All seeds have the same tokenizer.
-
-        If two processes train it, the one that finishes first wins.
-        """
+        """Train the model of a seed from scratch, unless it exists. Of two processes, the first to finish wins."""
         scratch = self.study.scratch
         if scratch is None or self.is_made(seed):
             return

@@ -36,9 +36,8 @@ INITIALIZER_RANGE = 0.06
 def train_from_scratch(
     config: ScratchConfig, directory: Path, *, progress: Callable[[StepReport], None] | None = None
 ) -> Path:
-    """Train tokenizer and model on config.data's training files; write both into directory, whole or not at all.
+    """Train tokenizer and fp32 model on config.data's training files; write both into directory, whole or not at all.
 
-    Weights are fp32. progress is called after each step.
     Raises: ValueError if config.data is not plain text, or has too little text for the vocabulary.
     """
     tokenizer = train_tokenizer(_training_texts(config), config.vocab_size)
@@ -49,10 +48,7 @@ def train_from_scratch(
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of exactly vocab_size tokens, in which each digit is a token of its own.
-
-    Every text has one encoding. Because digits are separate, the columns of all numbers use the same tokens.
-    """
+    """Train a byte-level BPE of exactly vocab_size tokens, in which each digit is a token of its own."""
     if vocab_size <= BYTES:
         raise ValueError(f"vocab_size must exceed the {BYTES} bytes and end of text, got {vocab_size}: take 2048")
     bpe = Tokenizer(models.BPE())
@@ -82,10 +78,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def make_model(config: ScratchConfig, tokenizer: Any) -> PreTrainedModel:
-    """Return an untrained fp32 Llama or Qwen3-MoE with tied embeddings, initialised by transformers from train.seed.
-
-    Only the loss of the tokens trains a mixture's router: the auxiliary loss that balances experts is off.
-    """
+    """Return an untrained fp32 Llama or Qwen3-MoE with tied embeddings, without a loss that balances experts."""
     settings = model_config(config, len(tokenizer), tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)

@@ -45,8 +45,7 @@ class OpenEnd:
 def neighbours(best: Setting, grid: Collection[Setting], tried: Collection[Setting]) -> list[Neighbour]:
     """Return the untried neighbours of best.
 
-    The steps of a direction are the values of grid, which was declared, and of tried. Beyond the ends, the next value
-    continues the ratio of the last two.
+    A direction's steps are the values of grid and tried; beyond the ends, the ratio of the last two goes on.
     """
     found = []
     for name in DIRECTIONS:

@@ -8,10 +8,7 @@ from mft_study.outcome import Outcome
 
 
 def leading_arms(study: StudyConfig, leaders: LeadersConfig, runs: Mapping[str, Sequence[Outcome]]) -> set[str]:
-    """Return the arms that lead in one domain (see LeadersConfig).
-
-    runs: by arm, the runs of its chosen setting with the study's own seeds.
-    """
+    """Return the arms that lead in one domain (see LeadersConfig). runs: by arm, those of its chosen setting."""
     found: set[str] = set()
     limits: list[float] = [*leaders.max_bytes] or [math.inf]
     for most in limits:

@@ -21,10 +21,9 @@ _STUDY = Nested(StudyConfig, "stage.batch_size=8", FOREIGN_NAMES)
 
 
 def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> StudyConfig:
-    """Load a study from a shipped file (such as "small") or a path, and apply the overrides.
+    """Load a study from a shipped file (such as "small") or a path, and apply overrides such as arms.MFT.lrs=[1e-3].
 
-    An override is a key and a YAML value: seeds=[0,1], stage.batch_size=8, arms.MFT.lrs=[1e-3]. In a study with one
-    domain, data.KEY is a key of that domain.
+    In a study with one domain, data.KEY is a key of that domain.
     Raises: ValueError that names the file or the override, the key, the rule and the value.
     """
     path = find_config(name, SHIPPED)
@@ -45,10 +44,7 @@ def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
 
 
 def study_values(study: StudyConfig) -> dict[str, Any]:
-    """Return plain values from which load_study makes an equal study.
-
-    Keys that were added later are left out while they have no effect, so that the values equal those of older studies.
-    """
+    """Return plain values for load_study, without later keys that have no effect, so that older studies are equal."""
     values = plain_values(dataclasses.asdict(study))
     for section in ("full", "stage", "rewards"):
         for key in _FROM_ARMS:

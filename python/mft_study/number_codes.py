@@ -98,10 +98,9 @@ _FORMATS: dict[str, _Format] = {
 
 
 def encode(weights: Mapping[str, Tensor], kind: str, share: float | None = None) -> bytes:
-    """Return the stream of these tensors.
+    """Return the stream of these tensors. kind: one of number_formats.CODED_FORMATS. Raises: ValueError if not finite.
 
-    kind: one of number_formats.CODED_FORMATS. share: how much of each tensor, its largest numbers, is kept; in (0, 1].
-    Raises: ValueError if a number is not finite.
+    share: how much of each tensor, its largest numbers, is kept; in (0, 1].
     """
     numbers = [weight.detach().to("cpu", torch.float32).reshape(-1) for weight in weights.values()]
     if wrong := [one[~one.isfinite()] for one in numbers if not one.isfinite().all()]:

@@ -47,10 +47,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _row_ranks(values: Tensor) -> Tensor:
-    """Return ranks 1 to K within each row, in fp32 (exact to K = 2^24). Among equal values the first column is highest.
-
-    One threshold for the whole matrix then cuts every row at the same rank.
-    """
+    """Return fp32 ranks 1 to K within each row, exact to K = 2^24. Among equal values the first is highest."""
     order = values.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(values.shape[-1], 0, -1, device=values.device, dtype=torch.float32)
     return torch.empty_like(values, dtype=torch.float32).scatter_(-1, order, ranks.expand_as(values))

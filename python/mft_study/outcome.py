@@ -78,10 +78,7 @@ class General:
 
 @dataclass
 class Outcome:
-    """A finished run, as validation saw it.
-
-    diverged says why there is nothing to measure, for example because training did not stay finite.
-    """
+    """A finished run, as validation saw it. diverged says why there is nothing to measure."""
 
     unit: Unit
     measured: Measured | None

@@ -142,11 +142,9 @@ def lora_options(rank: int) -> dict[str, Any]:
 
 
 def add_adapter(model: nn.Module, names: Iterable[str], options: Mapping[str, Any], seed: int = 0) -> Any:
-    """Put an adapter on exactly the named linear layers, in place; freeze everything but the adapter.
+    """Put an fp32 adapter on exactly the named linear layers, in place; freeze everything but the adapter.
 
-    The model keeps its own class, so train_loop and evaluate accept it: ``returned.get_base_model()``. A method may
-    write to the weights of these layers, so pass a model that owns them. Adapters are fp32, also on 16-bit weights.
-
+    The model keeps its own class. A method may write to the weights of these layers, so pass a model that owns them.
     Args:
         names: For a method of BESIDE_LINEARS, its target_modules, or empty for PEFT's own choice.
         options: peft_type and further options, without those of PLACES.
@@ -174,11 +172,9 @@ def add_adapter(model: nn.Module, names: Iterable[str], options: Mapping[str, An
 
 
 def merge_adapter(adapted: Any) -> tuple[nn.Module, list[str]]:
-    """Merge an adapter from add_adapter into the weights, in place. The result is an ordinary model with its old names.
+    """Merge an adapter from add_adapter into new parameters, in fp32 and rounded once.
 
-    Sums are computed in fp32 and rounded once, into new parameters. A model that shared the old weights keeps them.
-
-    Returns: (the frozen model, the names of the parameters that the adapter was on).
+    Returns: (the frozen model with its old names, the names of the parameters that the adapter was on).
     Raises: MethodFailsError if the method cannot be merged.
     """
     import torch

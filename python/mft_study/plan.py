@@ -294,10 +294,7 @@ class _Found:
         return isinstance(self.study.arms[outcome.unit.arm], Average) and not outcome.unit.part
 
     def losses(self, domain: str, arm: str) -> dict[Setting, float]:
-        """Return what validation minimises (see Measured.choice) for each setting tried with the first seed.
-
-        It is infinite for a setting that may not be chosen.
-        """
+        """Return Measured.choice of each setting tried with the first seed; infinite if it may not be chosen."""
         if (domain, arm) not in self._losses:
             losses = {
                 outcome.unit.setting: math.inf if self._does_not_count(outcome) else outcome.choice
@@ -344,7 +341,7 @@ class _Found:
     def leads_back(self, domain: str, arm: str, one: Neighbour) -> bool:
         """Return whether this neighbour only leads back to the arm's start, over which its best setting gains nothing.
 
-        If the arm does harm at its rates, lower ones are still tried. Otherwise a rival could look worse than nothing.
+        If the arm does harm at its rates, lower ones are still tried.
         """
         start, fades = self._begins(arm), self.study.arms[arm].fades
         less = one.above if one.name == "keep_ratio" else fades and not one.above

@@ -68,10 +68,9 @@ def run_study(
 
     Args:
         again: Open the reserve even if this study has opened it before.
-        joins: Work together with other processes that join, on any machine that shares the disk.
+        joins: Work together with other processes that join, on any machine that shares the disk, all at one pace.
         same_processor: Refuse units that ran on another kind of processor.
         on: Where the workers run, a name in ON.
-        pace: The pace of all processes that join; for tests.
         begin: Called when model and data have been checked, just before anything is written.
         report: Called with the findings while directory is held, by one of the processes.
     Raises:
@@ -166,11 +165,7 @@ class _Run:
             pass
 
     def test(self, *, again: bool) -> tuple[int, list[str]]:
-        """Evaluate the chosen units on test.
-
-        Returns: (how many different sets of models test has seen, the studies that have opened the reserve if it is the
-            test).
-        """
+        """Evaluate the chosen units on test; return how many sets of models it has seen, and who opened the reserve."""
         units = chosen_units(self.study, self.outcomes.values())
         reserve = self.store.open_reserve(units, self.chosen, again=again)
         openings = self.store.open_test(units, self.chosen)
@@ -242,8 +237,7 @@ class _Run:
     def _submit(self, unit: Unit, on_test: bool, *, lost: bool = False) -> None:
         """Give a unit to a worker, if one is idle and no other process has claimed the unit.
 
-        Runs whose weights the unit reads, but which are missing, are repeated first.
-        lost: the unit's outcome is known, and only its weights are needed.
+        Runs whose weights the unit lacks are repeated first. lost: only the unit's own weights are needed.
         """
         if len(self._running) == self.workers.count or unit in self._running:
             return
@@ -319,10 +313,7 @@ class _Run:
 
 
 def _check_sources(study: StudyConfig) -> None:
-    """Raise ValueError unless all data can be read if a base from scratch must first be trained, for minutes.
-
-    For rewards, every domain must also have questions.
-    """
+    """Raise ValueError unless all data, and questions for rewards, can be read, before a base is trained."""
     given = [("domains", domain, data) for domain, data in study.domains.items()]
     given += [("questions", domain, data) for domain, data in study.questions.items()]
     rewarded = given if study.objective == REWARDS else []

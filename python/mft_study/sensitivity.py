@@ -84,9 +84,7 @@ def layer_sensitivity(
 ) -> list[Sensitivity]:
     """Mask and train each group on a clone of model. Return one row per group, best first.
 
-    Args:
-        mask: Its keep_ratio, init, mode and seed; which layers it chooses does not matter here.
-        train: Used for each group. A few dozen steps are enough to rank, at a rate that moves masks.
+    mask: its keep_ratio, init, mode and seed count. train: for each group; a few dozen steps are enough to rank.
     Raises: ValueError if model is masked, or there is no group.
     """
     check_unmasked(model)

@@ -91,13 +91,9 @@ def open_store(
 ) -> Iterator["Store"]:
     """Open the study's directory: create it, or continue what it holds.
 
-    Args:
-        joins: Work together with other processes that join, on any machine.
-        say: Called with messages about other processes, such as waiting for one.
-        pace: The pace of all processes that join; for tests.
-    Raises:
-        ValueError: The directory holds anything else, or a study that differs by more than additions.
-        RuntimeError: Another process has the directory open and does not share it.
+    joins, pace: as for run_study. say: called with messages about other processes.
+    Raises: ValueError if the directory holds anything else, or a study that differs by more than additions;
+        RuntimeError if another process has the directory open and does not share it.
     """
     path = Path(directory)
     check_place(study, path, overwrite=overwrite, joins=joins)
@@ -135,11 +131,10 @@ def check_place(study: StudyConfig, path: Path, *, overwrite: bool, joins: bool)
 
 
 def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: str | os.PathLike) -> int:
-    """Copy another study's base model, and its runs of the base and the full fine-tune, into a new directory.
+    """Copy another study's base model and its runs of base and full fine-tune into study's new directory.
 
-    The new directory is study's. Unit keys decide which of the copied runs study reuses.
-
-    Returns: the number of files copied; 0 if directory is not empty, or parent is not a study of the same model.
+    Unit keys decide which of these runs study reuses. Returns: the number of files copied; 0 if directory is not empty,
+    or parent is not a study of the same model.
     """
     source, target = Path(parent), Path(directory)
     new = not target.exists() or (target.is_dir() and not any(target.iterdir()))
@@ -162,10 +157,7 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
 
 
 def fine_tunes_in(parent: str | os.PathLike, study: StudyConfig) -> int:
-    """Return how many runs of study's full fine-tune the directory of another study holds.
-
-    Raises: ValueError if parent is not a study's directory.
-    """
+    """Return how many runs of study's full fine-tune parent holds. Raises: ValueError if it is no study's directory."""
     if not (Path(parent) / STUDY).is_file():
         raise ValueError(f"--fine-tunes-of must be the output_dir of a study, got {parent} without a {STUDY}")
     return sum(outcome.unit.arm == study.named(Full) for outcome in Store(study, Path(parent)).outcomes())
@@ -274,10 +266,7 @@ class Store:
                 self.trained(unit, chosen).unlink(missing_ok=True)
 
     def clear_scratch(self) -> None:
-        """Delete weights and base models, and if alone also results, that killed processes left half-written.
-
-        A live process holds the claim on what it writes. Raises: NotWritten.
-        """
+        """Delete what killed processes left half-written: weights, bases, and if alone results. Raises: NotWritten."""
         bases = [*self.directory.glob(f".{BASE_MODEL}.*"), *self.directory.glob(f"{BASES}/.*")]
         folders = (TRAINED,) if self.claims.shares else (UNITS, TRAINED, TEST)
         for path in [*bases, *(path for folder in folders for path in self.directory.glob(f"{folder}/*/*/.*"))]:
@@ -318,9 +307,9 @@ class Store:
         return len(openings())
 
     def open_reserve(self, units: list[Unit], chosen: Chosen, *, again: bool) -> list[str]:
-        """Record the same for the reserve, if it is the test. Returns: the studies that have opened it.
+        """Record the same for the reserve, if it is the test, by one of the processes. Returns: who has opened it.
 
-        Only one of several processes opens the reserve, in that process's own ledger. Raises: as open_reserve.
+        Raises: as open_reserve.
         """
         if not opened_by(self.study):
             return []
@@ -355,10 +344,7 @@ class Store:
         return unit.domain in self.study.domains and unit.arm in self.study.arms and unit.seed in self.study.all_seeds
 
     def _of_key(self, arm: str) -> list[str]:
-        """Return the arms whose chosen settings enter an arm's keys.
-
-        The source of an average is left out, because its setting is the average's own.
-        """
+        """Return the arms whose chosen settings enter an arm's keys. An average shares its source's setting."""
         return [name for name in self.study.needs(arm) if self.study.chooser(arm) != name]
 
     def _path(self, folder: str, unit: Unit, key: str, suffix: str) -> Path:
@@ -497,10 +483,7 @@ def _check_unchanged(directory: Path, study: StudyConfig, overwrite: bool) -> No
 
 
 def changed(before: dict[str, Any], now: dict[str, Any], *, additions: bool = True) -> list[str]:
-    """Return the keys, with old and new values, in which a study differs from what was begun.
-
-    additions: allow changes that only add to the study, and leave them out.
-    """
+    """Return the keys, with old and new values, in which a study differs; without those that only add, if additions."""
     old, new = _flat(before), _flat(now)
     lines = []
     for key in dict.fromkeys([*old, *new]):

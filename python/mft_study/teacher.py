@@ -15,8 +15,7 @@ from mft.models.packed_rows import keeping_apart
 class RememberedTeacher:
     """A Teacher (distillation.py): model in eval mode on the rows of dataset. What does not fit is computed again.
 
-    The outputs are computed batch_size rows at once and in order. Matrix products of other batches may round
-    differently, and no run may depend on which ran before it.
+    The outputs are computed batch_size rows at once and in order, so that no run depends on which ran before it.
     """
 
     def __init__(self, model: nn.Module, dataset, *, batch_size: int) -> None:

@@ -36,10 +36,7 @@ _EARLIER = 1 << 30  # bytes of remembered outputs that are kept for earlier star
 
 
 class Workspace:
-    """Holds the base model, and loads the rest when it is first asked for.
-
-    model: the frozen model, usually the fine-tune, at which units start after begin(); they take clones.
-    """
+    """Holds the base model, and loads the rest when it is asked for. model: the frozen start of units."""
 
     def __init__(self, study: StudyConfig, bases: Bases) -> None:
         self.study, self._bases = study, bases
@@ -108,7 +105,7 @@ class Workspace:
     def layers_of(self, arm: Arm, setting: Setting | None = None) -> tuple[list[str], int]:
         """Return the linear layers that an arm trains, and how many of the model's layers lie below all of them.
 
-        A derived arm has the layers of its source. If setting does not decide the layers, those of all settings count.
+        If setting does not decide the layers, those of all settings count.
         """
         source, mask = self.study.arms[arm.of] if arm.of is not None else arm, self.study.mask
         settings = _by_config(source.settings(mask))
@@ -123,10 +120,7 @@ class Workspace:
         return list(dict.fromkeys(name for names, _ in found for name in names)), min(first for _, first in found)
 
     def memory(self, split: str, first: int, general: str | None = None) -> PrefixMemory | None:
-        """Return the outputs of model's first layers for every row of a split; None if first is 0.
-
-        general: the name of a general text, whose split is taken instead of the domain's.
-        """
+        """Return the outputs of model's first layers for the rows of a split or general text; None if first is 0."""
         if first == 0:
             return None
         assert self._begun is not None

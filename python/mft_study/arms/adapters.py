@@ -1,7 +1,4 @@
-"""Adapters of PEFT: any method with any of its options, and LoRA on the layers where masks would go.
-
-What a method draws but does not train comes from the run's seed, so a file holds only what was trained.
-"""
+"""Adapters of PEFT: any method with its options, and LoRA where masks go. A file holds only what was trained."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """What another arm trained, in few bits per number and entropy-coded (number_codes.py), evaluated once decoded.
 
-What is coded is the difference from where the training began. For weights that is the start. For adapters it is what
-the method drew from the seed, which is drawn again.
+What is coded is the difference from the start, or for adapters from what the method drew from the seed.
 """
 
 from __future__ import annotations

@@ -39,12 +39,7 @@ class _Compressed(Arm):
 
     @classmethod
     def of_delta(cls, delta: Tensor, share: float | None = None, factor: Tensor | None = None) -> Tensor:
-        """Return what is kept of delta (N, K), (E, N, K) or (N,), fp32.
-
-        Args:
-            share: How much of the weights is kept, for the kinds that choose some.
-            factor: Multiplies bitdelta's scales, (1, 1) or (E, 1, 1).
-        """
+        """Return what is kept of delta (N, K), (E, N, K) or (N,), fp32. factor multiplies bitdelta's scales."""
         if delta.dim() < 2:
             return _rounded(delta)
         return cls.of_matrices(delta.reshape(-1, delta.shape[-2:].numel()), share, factor).reshape(delta.shape)

@@ -15,8 +15,7 @@ from mft_study.arms.weights import Weights
 def compute_in_fp32(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """Give the modules of these weights their own fp32 weights, in place. Inputs and outputs keep their dtype.
 
-    A delta is about as small as the spacing of bfloat16 numbers. It would vanish in a bfloat16 sum with its start, but
-    not in an fp32 one.
+    A delta is as small as the spacing of bfloat16 numbers, and would vanish in a sum with its start.
     """
     for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module = model.get_submodule(path)

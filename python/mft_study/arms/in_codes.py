@@ -1,8 +1,7 @@
 """Put what another arm trained over codes into the codes: it then needs no further memory and no kernel of its own.
 
 Adapters are merged into the weights, which are rounded to codes again, with new scales. A mask sets the codes of
-dropped weights to the code that stands for 0, which nf4 and int8 have. All other codes and scales stay, so the model
-equals the masked one bit by bit.
+dropped weights to the code that stands for 0; all other codes and scales stay.
 """
 
 from __future__ import annotations

@@ -38,10 +38,7 @@ KINDS: dict[str, type[Arm]] = {
 
 
 def class_of(values: Mapping[str, Any]) -> type[Arm]:
-    """Return the class of an arm from the values of its keys; Arm, whose checks say what is wrong, if kind is missing.
-
-    Raises: ValueError for an unknown kind.
-    """
+    """Return the class of an arm from its keys; Arm if kind is missing. Raises: ValueError for an unknown kind."""
     kind = values.get("kind")
     if not isinstance(kind, str):
         return Arm

@@ -1,8 +1,4 @@
-"""What must be in memory while an arm trains, in bytes: its start's weights, and what is trained with its optimiser.
-
-Not counted are activations, which are alike in arms on the same layers (mft estimate counts them), and a teacher's
-weights.
-"""
+"""Bytes in memory while an arm trains, except activations and a teacher: the start, what is trained, its optimiser."""
 
 from __future__ import annotations
 
@@ -33,11 +29,9 @@ def score_bytes(mask: MaskConfig, train: TrainConfig) -> float:
 
 
 def equal_memory_rank(shapes: Iterable[tuple[int, ...]], score: float = ADAPTER_BYTES) -> int:
-    """Return the largest rank whose adapters need no more memory in training than the weights' scores; at least 1.
+    """Return the largest rank, at least 1, with rank * sum(N + K) * 16 <= sum(N * K) * score, bytes per score.
 
-    rank * sum(N + K) * 16 <= sum(N * K) * score. For a square weight with fp32 scores the rank is half of its side.
-
-    Args: shapes: (N, K) of each weight, or (E, N, K). score: bytes per score, see score_bytes.
+    Its adapters then need no more memory in training than the scores of weights (N, K) or (E, N, K).
     """
     shapes = list(shapes)
     scores = score * sum(map(math.prod, shapes))

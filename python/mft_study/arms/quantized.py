@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 
 class Quantized(Arm):
-    """Its start with the linear layers of the decoder rounded to codes of `quantization`. Arms that start at it train
-    over codes."""
+    """Its start with the decoder's linear layers rounded to codes of `quantization`, over which arms then train."""
 
     takes = frozenset({"quantization", "start"})
     needs = frozenset({"quantization"})

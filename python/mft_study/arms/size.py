@@ -36,9 +36,7 @@ def adapter_sides(shapes: Iterable[tuple[int, ...]]) -> int:
 def weights_bytes(base: nn.Module, quantization: str | None, number: float | None = None) -> int:
     """Return the bytes of the whole model, with the linear layers of its decoder in codes of the kind quantization.
 
-    Args:
-        quantization: None: no layer is in codes.
-        number: Bytes per number outside the codes; None: as many as its dtype has.
+    number: bytes per number outside the codes; None: as many as its dtype has.
     """
     import torch
 

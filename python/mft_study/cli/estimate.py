@@ -29,9 +29,8 @@ def run_estimate_rewards(
     device_bytes: float | None,
     as_json: bool,
 ) -> bool:
-    """Print the memory of each arm, and return whether a step of every arm fits.
+    """Print the memory of each arm, and return whether a step of every arm fits. model: None for the study's own.
 
-    model: the model whose shapes are counted; None for the study's own.
     Raises: ValueError for a study that is not by rewards, or for an arm on layers that the model does not have.
     """
     study = load_study(config, list(overrides))

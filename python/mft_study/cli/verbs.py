@@ -1,7 +1,4 @@
-"""The verbs on studies: compare, ablate, sensitivity, plot.
-
-`mft --help` imports this file, so each verb imports its modules itself.
-"""
+"""The verbs on studies. `mft --help` imports this file, so each verb imports its modules itself."""
 
 from pathlib import Path
 from typing import Annotated, Any

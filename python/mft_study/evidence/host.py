@@ -17,9 +17,8 @@ from mft_kernels.internal import this_processor
 class Host:
     """Where a result was computed.
 
-    processor: the GPU's name if there is one, else the CPU's. instructions: the best instruction set that our kernels
-    use, and the one that torch's kernels use; for a GPU its compute capability. versions: of each package that may
-    change a result, by name.
+    instructions: the best instruction sets of our and of torch's kernels, or the GPU's compute capability. versions: of
+    each package that may change a result.
     """
 
     host: str

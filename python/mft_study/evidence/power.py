@@ -47,10 +47,7 @@ UNKNOWN = Spread(0.0038, 0.031, "the larger of the stored studies: no earlier re
 
 
 def smallest_difference(spread: Spread, seeds: int, documents: int) -> float:
-    """Return the difference that a share POWER of studies with these counts show, in nats per token.
-
-    It is infinite for fewer than two seeds or two documents.
-    """
+    """Return the difference in nats per token that a share POWER of such studies show; else infinity."""
     if seeds < 2 or documents < 2:
         return math.inf
     over_seeds, over_documents = spread.seeds**2 / seeds, spread.documents**2 / documents
@@ -81,10 +78,7 @@ def shortage_lines(study: StudyConfig, documents: Mapping[str, int]) -> list[str
 
 
 def power_lines(study: StudyConfig, documents: Mapping[str, int], directory: Path) -> list[str]:
-    """Return a line per domain that allows a conclusion, to print before the study begins.
-
-    documents: the number of test documents by domain. directory: the study's.
-    """
+    """Return a line per domain that allows a conclusion. documents: the number of test documents by domain."""
     if study.objective != CROSS_ENTROPY:  # nothing is known of how wrong answers vary
         return []
     earlier, seeds, lines = directory / FILE, len(study.all_seeds), []
@@ -116,10 +110,8 @@ def spread_in(sums: Sums, domain: str, arms: Iterable[str]) -> Spread | None:
 def squared_errors(from_mean: Floats, residuals: Floats, counts: Floats) -> tuple[Floats, Floats]:
     """Return (V_S, V_D), each of shape (C,), for C mean differences.
 
-    Args:
-        from_mean: Shape (C, S), the mean with each seed minus the mean over all seeds.
-        residuals: Shape (C, D), a document's sum minus the mean times its count, averaged over seeds.
-        counts: Shape (C, D), tokens.
+    from_mean: (C, S), the mean with each seed minus the mean over all seeds. residuals: (C, D), a document's sum minus
+    the mean times its count (counts, (C, D), tokens), averaged over seeds.
     """
     seeds, documents = from_mean.shape[-1], residuals.shape[-1]
     over_seeds = (from_mean**2).sum(-1) / (seeds * max(1, seeds - 1))

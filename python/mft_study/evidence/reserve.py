@@ -1,8 +1,7 @@
 """The ledger of the reserve: all openings of the reserve, by all studies.
 
-In a checkout it is benchmarks/reserve.json, to be committed with the results; otherwise reserve.json in the cache. It
-has one entry per opening: the study (the name of its output_dir), what was opened, a digest of the models that saw it,
-date and commit.
+In a checkout it is benchmarks/reserve.json, to be committed with the results; otherwise reserve.json in the cache. An
+entry has the study (the name of its output_dir), what was opened, a digest of the models, date and commit.
 """
 
 import datetime
@@ -30,12 +29,9 @@ def opened_by(study: StudyConfig) -> list[str]:
 
 
 def open_reserve(study: StudyConfig, directory: Path, models: str, *, again: bool) -> list[dict[str, Any]]:
-    """Record that a study opens the reserve. Returns: all openings so far, including this one.
+    """Record that a study opens the reserve, in output_dir directory; return all openings so far.
 
-    Args:
-        directory: The study's output_dir.
-        models: A digest of the models that will see the reserve. The same models may continue an interrupted opening.
-        again: Open the reserve even if this study has opened it with other models.
+    models: a digest of those that will see the reserve; the same ones may continue an interrupted opening.
     Raises: ValueError if the study has opened the reserve with other models, unless again.
     """
     path = ledger_path()

@@ -51,10 +51,7 @@ class Sums:
         self.arrays = dict(arrays or {})
 
     def add(self, place: str, arm: str, runs: Mapping[int, Run], hashes: Mapping[int, int]) -> None:
-        """Add an arm's runs, by seed, at a place DOMAIN/SPLIT/TEXT. A document without a hash keeps its number.
-
-        Raises: ValueError unless all runs at the place have the same documents and tokens.
-        """
+        """Add an arm's runs by seed at a place DOMAIN/SPLIT/TEXT. Raises: ValueError if documents or tokens differ."""
         seeds = sorted(runs)
         for seed in seeds:
             evaluation = runs[seed].evaluation
@@ -78,10 +75,7 @@ class Sums:
         self.arrays[f"{domain}/bytes/{arm}"] = np.array(size)
 
     def runs(self, domain: str, arm: str, *, text: str | None = None, split: str = "test") -> dict[int, Run]:
-        """Return an arm's runs by seed. text: a general text, instead of the domain's own.
-
-        Raises: ValueError if the file holds none.
-        """
+        """Return an arm's runs by seed, on the domain or a general text. Raises: ValueError if the file holds none."""
         place = f"{domain}/{split}/{text or domain}"
         if f"{place}/{arm}/seeds" not in self.arrays:
             raise ValueError(
@@ -147,8 +141,7 @@ def read_sums(path: str | os.PathLike) -> Sums:
 def document_hashes(dataset: Any) -> dict[int, int]:
     """Return a hash of the scored rows of each document in dataset, by the document's number.
 
-    Rows must be in order, and no row may hold two documents. Two documents have the same hash if the same tokens are
-    scored after the same tokens, whatever the padding.
+    Rows must be in order, and hold one document each. Equal hashes mean the same scored tokens after the same tokens.
     """
     found: dict[int, Any] = {}
     for start in range(0, len(dataset), _ROWS):

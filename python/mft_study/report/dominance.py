@@ -61,10 +61,7 @@ def is_mft(study: StudyConfig, arm: str) -> bool:
 
 
 def rivals_of(study: StudyConfig, arm: str) -> list[str]:
-    """Return the tuned arms that are not masks.
-
-    For an arm over codes, only arms over codes count. For an average, only averages of as many runs count.
-    """
+    """Return the tuned arms that are not masks: over codes like the arm, and averages of as many runs."""
     config, over_codes = study.arms[arm], study.codes_under(arm) is not None
     rivals = [
         name
@@ -128,8 +125,7 @@ def family_size(compared: Iterable[list[Comparison]]) -> int:
 def verdict(*losses: OnLoss) -> str:
     """Return the verdict on an arm, from both of its differences.
 
-    DOMINATES: better by one, shown not to be worse by the other. BETTER_BY_ONE: the other may be either. DOMINATED and
-    WORSE_BY_ONE likewise. TRADE_OFF: better by one, worse by the other. LEVEL_WITH: both differences are small.
+    BETTER_BY_ONE: the other difference may be either; DOMINATES: it is shown not to be worse; TRADE_OFF: it is worse.
     """
     sides = {loss.side for loss in losses}
     if {-1, 1} <= sides:

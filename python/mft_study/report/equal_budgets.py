@@ -1,7 +1,6 @@
-"""Compare MFT with its control at equal budgets: the best run of each within a number of steps, or of seconds.
+"""Compare MFT with its control at equal budgets: the best run of each within the steps, or seconds, of a chosen run.
 
-A budget is what the chosen run of one of the two took. All runs that were tried with the first seed count. They are
-compared on validation, because test has seen only the chosen runs.
+All runs that were tried with the first seed count, on validation, because test has seen only the chosen runs.
 """
 
 import math

@@ -1,7 +1,6 @@
 """Describe arms over codes: what rounding cost, which share of it each arm took back, and masks against QLoRA.
 
-A mask is ahead of adapters, or behind them, by the rules of judge.py: the interval, Holm's correction over all such
-pairs in all domains, and validation agree. Otherwise the difference is not shown.
+A mask is ahead or behind by the rules of judge.py, over all such pairs in all domains.
 """
 
 from collections.abc import Mapping
@@ -40,10 +39,7 @@ def verdicts_over_codes(findings: Findings, tables: Mapping[str, DomainTable]) -
 
 
 def _rivals(findings: Findings, table: DomainTable, place: tuple[str, str]) -> list[Pair]:
-    """Return each pair of a trained mask and an arm of adapters from one quantized start.
-
-    Arms that were put into codes are paired only with each other.
-    """
+    """Return each pair of a trained mask and adapters from one quantized start; those in codes only with each other."""
     domain, name = place
     study = findings.study
     rows = [row for row in table.rows if study.codes_under(row.arm) == name]

@@ -35,7 +35,6 @@ def reward_curves(findings: Findings, domain: str) -> list[dict[str, Any]]:
 def plot_rewards(numbers: Mapping[str, Any], path: Path) -> None:
     """Plot exact answers on validation, and rewards, by step: a row per domain, each arm's mean over seeds.
 
-    numbers: of a table.json.
     Raises: ValueError if no domain has a run by rewards.
     """
     domains = {name: table for name, table in numbers["domains"].items() if table.get("by_rewards")}

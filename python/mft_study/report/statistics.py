@@ -58,10 +58,8 @@ def paired(
 ) -> Paired | None:
     """Return a - b for the seeds that both have; None if there is no such seed, or one of them lacks the metric.
 
-    Args:
-        a, b: Runs by seed, on a split of the domain, or both on one text that is not the domain's.
-        metric: loss: nats. tempered: nats at the arm's own temperature. accuracy: tokens whose likeliest prediction is
-            right. answers: questions answered exactly. wrong: the other questions.
+    a, b: runs by seed, on one split and text. metric: loss (nats), tempered (nats at the arm's own temperature),
+    accuracy (tokens whose likeliest prediction is right), answers (questions answered exactly) or wrong (the others).
     Raises: ValueError for an unknown metric, or if the documents differ between a and b or between seeds.
     """
     if metric not in (*METRICS, WRONG):

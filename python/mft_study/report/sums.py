@@ -46,12 +46,9 @@ def recomputed(
     split: str = "test",
     draws: int = DRAWS,
 ) -> Difference:
-    """Return arm - other with its interval and p, before Holm's correction.
+    """Return arm - other with its interval and p, before Holm's correction. metric: see statistics.paired.
 
-    Args:
-        metric: See statistics.paired.
-        text: A general text in place of the domain's own.
-        draws: DRAWS for the tables; for "comparisons" what dominance.draws_of gives for their family.
+    text: a general text in place of the domain's own. draws: for "comparisons" what dominance.draws_of gives.
     Raises: ValueError if the sums are missing, or the arms have no seed in common that has the metric.
     """
     of_arm, of_other = (sums.runs(domain, name, text=text, split=split) for name in (arm, other))

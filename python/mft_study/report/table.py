@@ -33,12 +33,7 @@ FULL, CONTROL = "full", "control"  # what a difference is taken from: the full f
 class Row:
     """An arm on the test split; means over seeds, differences paired.
 
-    against: The arm that it is compared with, usually the control. For an average of runs, the control's average of as
-        many runs; for an interpolated arm, the control's interpolation. Over codes, the control that was rounded to
-        the same kind of codes after its training.
-    start: The arm at which it started; None if no arm has that model.
-    of: The arm that it was made of.
-    teacher: The arm that taught it.
+    against: see reference_of. start: the arm at which it started, or None. of, teacher: made of, and taught by.
     """
 
     arm: str
@@ -99,11 +94,7 @@ class DomainTable:
 
 
 def study_tables(findings: Findings) -> dict[str, DomainTable]:
-    """Return the tables by domain.
-
-    Holm's correction runs over all domains: once over MFT's differences from the control, and once over those of the
-    other arms, which decide nothing.
-    """
+    """Return the tables by domain. Holm's correction runs once over MFT's differences, once over the others'."""
     tables: dict[str, DomainTable] = {}
     keys: list[tuple[str, str, str, str]] = []  # domain, arm, FULL or CONTROL, metric
     pairs: list[Paired] = []
@@ -132,10 +123,10 @@ def study_tables(findings: Findings) -> dict[str, DomainTable]:
 
 
 def reference_of(study: StudyConfig, arm: str) -> str | None:
-    """Return the arm that ``arm`` is compared with: the control of the same layers.
+    """Return the arm that ``arm`` is compared with: the control of the same layers, if there is one.
 
-    It is None for the control itself, and if there is no such control. For an average or an interpolated arm it is the
-    same made of the control. Over codes it is a control of the same exact start that was rounded after its training.
+    For an average or an interpolated arm it is the same made of the control. Over codes it is a control of the same
+    exact start that was rounded after its training.
     """
     config, codes = study.arms[arm], study.codes_under(arm)
     between = isinstance(config, Between)
@@ -162,8 +153,7 @@ def reference_of(study: StudyConfig, arm: str) -> str | None:
 def recovered_share(study: StudyConfig, losses: Mapping[str, float], arm: str) -> float | None:
     """Return (rounded - arm) / (rounded - exact): the share of the cost of rounding that an arm over codes took back.
 
-    These are losses: of the arm's start in codes, of the arm, and of the exact model that was rounded. The share is
-    above 1 if the arm is better than the exact model. It is None for other arms, and if rounding cost nothing.
+    These are losses: of the arm's start in codes, of the arm, and of the exact model. None if rounding cost nothing.
     """
     rounded = study.codes_under(arm)
     if rounded is None:

@@ -68,10 +68,7 @@ def verdicts_of(tables: Mapping[str, DomainTable], uncompared: Callable[[DomainT
 
 
 def conclusion(row: Row, control: Row) -> tuple[str, str]:
-    """Judge an MFT arm against its control.
-
-    Returns: (HELPS, LOST, NO_EVIDENCE or INCONCLUSIVE, why no more is claimed).
-    """
+    """Judge an MFT arm against its control: (HELPS, LOST, NO_EVIDENCE or INCONCLUSIVE, why no more is claimed)."""
     difference = row.minus_control[row.decides]
     lacks = [shortage(difference), few_rates({row.arm: row.rates, control.arm: control.rates})]
     if any(lacks):

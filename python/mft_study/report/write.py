@@ -42,10 +42,7 @@ _MEGA = 1e6
 
 
 def write_study_report(findings: Findings, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Write table.md, table.json, sums.npz and plot.png to directory.
-
-    Also write bytes.png if a mask has a rival in as few bytes, forgetting.png if forgetting was measured, and
-    rewards.png if arms learned by rewards.
+    """Write table.md, table.json, sums.npz, plot.png and the pictures that have something to show to directory.
 
     extra: where the numbers come from (commit, versions, device, command); it goes into both tables.
     """
@@ -101,10 +98,7 @@ def numbers_text(numbers: Mapping[str, Any]) -> str:
 
 
 def console_report(findings: Findings) -> list[RenderableType]:
-    """Return results, tables, verdicts and remarks for a terminal, at most 100 columns wide; table.md has all columns.
-
-    No table has more than six columns, and a difference that an arm lacks is replaced by the reason.
-    """
+    """Return results, tables of at most six columns, verdicts and remarks for a terminal of 100 columns."""
     tables = study_tables(findings)
     parts: list[RenderableType] = [_fitted(Text(result, style="bold")) for result in results_of(tables)]
     for domain, table in tables.items():

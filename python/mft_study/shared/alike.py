@@ -21,10 +21,7 @@ _REMEDY = {
 
 
 def check_alike(workspace: Workspace, directory: Path, claims: Claims) -> None:
-    """Record what this process has, if it is the first. A later one that joins must have the same.
-
-    Raises: ValueError that names the first thing that differs.
-    """
+    """Record what this process has, if it is the first. Raises: ValueError if a later one has something else."""
     path = directory / ALIKE
     claims.once("alike", path.is_file, lambda: write_whole(path, json.dumps(_values(workspace), indent=1) + "\n"))
     if claims.shares:

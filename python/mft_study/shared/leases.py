@@ -35,8 +35,7 @@ _UNKNOWN = "a process that the file does not name"
 class Pace:
     """Seconds between two beats of a holder, until an unchanged lease is dead, and between two looks of a waiter.
 
-    All processes of a study must use the same pace. A lease is dead after 12 missed beats: a busy machine or disk may
-    delay a few.
+    All processes of a study must use the same pace. A lease is dead after 12 missed beats.
     """
 
     beat: float = 5.0
@@ -86,10 +85,7 @@ class Leases:
             self.folder.rmdir()  # fails if it still holds leases of others
 
     def take(self, name: str) -> bool:
-        """Take the lease on name, unless a live process holds it; then see all that earlier holders wrote.
-
-        Returns: whether it was taken. Raises: NotWritten.
-        """
+        """Take the lease on name unless a live process holds it; return whether it was taken. Raises: NotWritten."""
         before = self._latest(name)
         if before is not None and not self._is_dead(before):
             return False
@@ -158,8 +154,7 @@ class Leases:
     def enter(self, prefix: str, against: tuple[str, ...]) -> None:
         """Hold a lease of this process's own, whose name begins with prefix, while it works in the directory.
 
-        Raises: RuntimeError if a live process holds a lease with a prefix in against. Finding out that a process is
-            dead can take pace.expiry seconds.
+        Raises: RuntimeError if a live process holds a lease with a prefix in against.
         """
         self.take(f"{prefix}{self.nonce}")
         alive = self._alive(against)
@@ -267,10 +262,7 @@ class Leases:
                         self._held.pop(name, None)
 
     def _beat(self, path: Path) -> bool:
-        """Increase the counter; return False if another process has taken over, or the file is gone.
-
-        Never create the file: it may have been removed on purpose.
-        """
+        """Increase the counter; False if another process has taken over, or the file is gone. Never create it."""
         if path.with_name(f"{path.name.rpartition('.')[0]}.{_generation(path) + 1}").exists():
             return False
         try:
@@ -289,10 +281,7 @@ class Leases:
         return (_read(path) or b"").startswith(self._head)
 
     def _is_dead(self, path: Path) -> bool:
-        """Return whether a lease's holder has ended, or the lease has not changed for pace.expiry seconds.
-
-        The file is read only now and then.
-        """
+        """Return whether a lease's holder has ended or not beaten for pace.expiry seconds; read only now and then."""
         now, seen = time.monotonic(), self._seen.get(path)
         if seen is not None and now - seen.looked < min(self.pace.expiry / 4, self.pace.beat):
             return False

@@ -84,10 +84,7 @@ def resident_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
 
 
 def training_bytes(workspace: Workspace, job: Job) -> int:
-    """Return the bytes in memory while a trained arm trains, its start included.
-
-    A start over codes counts as codes, although the model here holds equal ordinary weights.
-    """
+    """Return the bytes in memory while a trained arm trains; a start over codes counts as codes."""
     ground = ground_of(workspace, job)
     start = weights_bytes(workspace.base, ground.codes)
     return start + arm_of(workspace, job.unit).training_bytes(ground, workspace.study.stage)

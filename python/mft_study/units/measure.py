@@ -17,10 +17,7 @@ from mft_study.workspace import ROWS, Workspace, with_layers_remembered
 
 
 def evaluation_options(workspace: Workspace, unit: Unit, general: str | None = None) -> Callable[[str], dict[str, Any]]:
-    """Return a function from a split's name to the options of evaluate, for the domain or for a general text.
-
-    The outputs of the layers below those that the arm changes are remembered.
-    """
+    """Return a function from a split to the options of evaluate, which remembers outputs below the arm's layers."""
     arm = arm_of(workspace, unit)
     source = arm if arm.of is None else workspace.study.arms[arm.of]
     if source.whole_model:
@@ -57,10 +54,7 @@ def _evaluated(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation
 def on_general(
     workspace: Workspace, unit: Unit, model: nn.Module, split: str, start: nn.Module | None = None
 ) -> dict[str, General]:
-    """Evaluate model on the general texts; if start is given, also its KL divergence from start there.
-
-    The divergence takes twice as long as the loss, so it is left out for runs that are not chosen.
-    """
+    """Evaluate model on the general texts; if start is given, also its KL divergence from start, which takes long."""
     found = {}
     for name in workspace.study.general_of(unit.domain):
         dataset = getattr(workspace.general(name), split)

@@ -14,10 +14,7 @@ from mft_study.workspace import Workspace, with_layers_remembered
 
 
 def run_unit(workspace: Workspace, job: Job) -> Outcome:
-    """Train what the unit trains, and evaluate it on validation.
-
-    A run that does not stay finite, or whose method fails, is an outcome too.
-    """
+    """Train the unit and evaluate it on validation. A run that is not finite, or fails, is an outcome too."""
     unit, arm = job.unit, arm_of(workspace, job.unit)
     workspace.begin(unit.domain, job.starts, unit.seed)
     try:

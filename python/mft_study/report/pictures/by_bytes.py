@@ -29,10 +29,9 @@ class Point:
 
 
 def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
-    """Plot a row per domain, and a panel per arm at which a mask started: the arms from there, and their frontier.
+    """Plot a row per domain, and a panel per arm at which a mask started, or else for the full fine-tune.
 
-    A line joins the arms of a kind; those that another arm taught have a line of their own. If no mask started
-    anywhere, plot the arms that started at the full fine-tune. numbers: of a table.json.
+    A line joins the arms of a kind, or those that another arm taught. numbers: of a table.json.
     Raises: ValueError if no domain has such an arm whose bytes are known.
     """
     rows = {domain: of for domain, table in numbers["domains"].items() if (of := _panels(table))}

@@ -24,14 +24,8 @@ def draw_surface(
     """Draw the validation loss of the first seed's models on three planes.
 
     One plane goes through fine-tune, control and MFT. The others lie around the fine-tune and around MFT.
-
-    Args:
-        directory: A finished study's.
-        domain: None: the study's first.
-        arm: An MFT arm; None: the first.
-        rows: Rows of validation that every point is evaluated on.
-        points: Points along each axis.
-        on_point: Called with the points done and their number, over all planes.
+    Args: directory: a finished study's; domain, arm: None for the study's first, and its first of MFT; rows: of
+        validation, for every point; points: along each axis; on_point: called with the points done and their number.
     """
     with opened(directory) as ground:
         domain = next(iter(ground.study.domains)) if domain is None else domain

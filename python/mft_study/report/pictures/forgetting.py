@@ -36,8 +36,8 @@ class Point:
 class Curve:
     """An interpolated arm on validation with the first seed: (loss on the text, loss on the domain) by alpha.
 
-    The losses are minus the full fine-tune's, as in a Point. The curve goes from its source's start (if an arm has that
-    model), over the alphas tried, to its source's end.
+    The losses are minus the full fine-tune's. The curve goes from its source's start over the alphas to its source's
+    end.
     """
 
     arm: str
@@ -76,10 +76,7 @@ def curves(table: Table, text: str, first_seed: int) -> list[Curve]:
 
 
 def plot_forgetting(numbers: Mapping[str, Any], path: Path) -> None:
-    """Plot a row per domain and text: all arms, and the arms near the full fine-tune. numbers: of a table.json.
-
-    Raises: ValueError if forgetting was measured on no domain.
-    """
+    """Plot a row per domain and text: all arms, and those near the full fine-tune. Raises: ValueError if none."""
     panels = [(name, text, t) for name, t in numbers["domains"].items() for text in t.get("general", [])]
     if not panels:
         raise ValueError(

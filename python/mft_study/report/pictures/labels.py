@@ -21,10 +21,7 @@ Label = tuple[float, float, str, str]  # x, y, words, colour
 def place_labels(
     axes: Any, labels: Sequence[Label], *, size: str = "x-small", others: Sequence[tuple[float, float]] = ()
 ) -> None:
-    """Write each label at the first place that is free, or that covers least. The figure must have been laid out.
-
-    others: further points that labels had better not cover.
-    """
+    """Write each label where it covers least, others too. The figure must have been laid out."""
     points = [tuple(axes.transData.transform(at)) for at in [*((x, y) for x, y, _, _ in labels), *others]]
     taken: list[Any] = []
     for x, y, words, colour in labels:

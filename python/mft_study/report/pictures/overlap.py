@@ -24,8 +24,8 @@ class Overlap:
 def overlap(a: Sets, b: Sets) -> Overlap:
     """Return the overlap of two sets, and the overlap that chance gives.
 
-    If the sets have shares p and q of a layer's n weights, n p q weights lie in both by chance. chance is the ratio of
-    the expected sizes, over all layers. Raises: ValueError if the layers differ.
+    Of a layer's n weights, n p q lie by chance in both of two sets with shares p and q.
+    Raises: ValueError if the layers differ.
     """
     if list(a) != list(b) or any(a[name].shape != b[name].shape for name in a):
         raise ValueError(

@@ -40,10 +40,7 @@ def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, path: Path) -> None:
-    """Plot test differences from the control, a panel per domain.
-
-    findings_or_json: a study's findings, the content of its table.json, or the path of that file.
-    """
+    """Plot test differences from the control, a panel per domain, from findings, table.json or its path."""
     if isinstance(findings_or_json, Findings):
         numbers: Mapping[str, Any] = study_numbers(findings_or_json)
     elif isinstance(findings_or_json, Mapping):

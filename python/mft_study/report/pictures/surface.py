@@ -58,10 +58,7 @@ def weights_of(model: nn.Module, names: Sequence[str]) -> Weights:
 
 
 def random_plane(origin: Weights, *, seed: int = 0, name: str = "origin") -> Plane:
-    """Return the plane of two normal directions. Each row d is scaled to the norm of the origin's row w: d |w| / |d|.
-
-    A row of zeros stays one. The same seed gives the same normal numbers for every origin.
-    """
+    """Return the plane of two normal directions. Each row d is scaled to the norm of the origin's row: d |w| / |d|."""
     generator = torch.Generator().manual_seed(seed)
 
     def direction() -> Weights:
@@ -72,10 +69,9 @@ def random_plane(origin: Weights, *, seed: int = 0, name: str = "origin") -> Pla
 
 
 def plane_through(models: Mapping[str, Weights]) -> Plane:
-    """Return the plane of three models: the first at 0, the second at 1 on the x axis.
+    """Return the plane of three models: the first at 0, the second at 1 on the x axis, axes orthogonal and alike.
 
-    The axes are orthogonal and have one scale: 1 is the distance between the first two. Raises: ValueError if the
-    models lie on one line.
+    Raises: ValueError if the models lie on one line.
     """
     check_rule(len(models) == 3, "models", "be three, which span a plane", len(models))
     (first, origin), (second, a), (third, b) = models.items()
@@ -106,10 +102,8 @@ def loss_surface(
 ) -> Surface:
     """Compute the loss on a grid of points x points that covers all marks, and ``reach`` beyond them on every side.
 
-    Args:
-        model: An unmasked model that has the plane's layers; it is not changed.
-        first: Leading layers that the plane does not change; their outputs are computed once.
-        on_point: Called with the points done and their number.
+    Args: model: unmasked, with the plane's layers, not changed; first: leading layers that the plane does not change;
+        on_point: called with the points done and their number.
     """
     check_rule(points >= 2, "points", "be at least 2", points)
     check_rule(reach > 0, "reach", "be positive", reach)
@@ -127,10 +121,7 @@ def loss_surface(
 
 
 def plot_surfaces(surfaces: Mapping[str, Surface], path: Path, *, above: float | None = None) -> None:
-    """Plot contours side by side, in one colour scale and with the models marked.
-
-    above: Nats above the lowest point up to which losses are told apart; None: up to the highest.
-    """
+    """Plot contours side by side, in one colour scale and with the models marked. above: nats above the lowest."""
     lowest = min(surface.losses.min().item() for surface in surfaces.values())
     highest = max(surface.losses.max().item() for surface in surfaces.values())
     top = highest if above is None else min(highest, lowest + above)
