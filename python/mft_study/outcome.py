@@ -9,7 +9,7 @@ from torch import Tensor
 from mft.evaluation.evaluate import Evaluation
 from mft_study.arms.setting import Setting
 from mft_study.config import StudyConfig
-from mft_study.evidence.host import Host, host_from, host_values
+from mft_study.evidence.host import Host
 from mft_study.grid import OpenEnd
 
 _SUMS = ("tokens", "loss_sums", "correct")  # fields of an Evaluation, one value per document
@@ -154,10 +154,6 @@ class Findings:
 # In JSON, a float's shortest decimal form restores its bits, so what is read equals what was written.
 
 
-def unit_values(unit: Unit) -> dict[str, Any]:
-    return asdict(unit)
-
-
 def unit_from(values: dict[str, Any]) -> Unit:
     return Unit(**values | {"setting": Setting(**values["setting"])})
 
@@ -185,7 +181,7 @@ def measured_from(values: dict[str, Any]) -> Measured:
 def outcome_values(outcome: Outcome) -> dict[str, Any]:
     values = dict(vars(outcome))
     measured = None if outcome.measured is None else measured_values(outcome.measured)
-    changed = {"unit": unit_values(outcome.unit), "measured": measured, "general": _general_values(outcome.general)}
+    changed = {"unit": asdict(outcome.unit), "measured": measured, "general": _general_values(outcome.general)}
     return values | changed | {"where": _where_values(outcome.where)}
 
 
@@ -204,7 +200,7 @@ def outcome_from(values: dict[str, Any]) -> Outcome:
 
 def tested_values(tested: Tested) -> dict[str, Any]:
     splits = {"validation": measured_values(tested.validation), "test": measured_values(tested.test)}
-    values = {"unit": unit_values(tested.unit), "general": _general_values(tested.general)} | splits
+    values = {"unit": asdict(tested.unit), "general": _general_values(tested.general)} | splits
     return values | {"where": _where_values(tested.where)}
 
 
@@ -214,11 +210,11 @@ def tested_from(values: dict[str, Any]) -> Tested:
 
 
 def _where_values(where: Host | None) -> dict[str, Any] | None:
-    return None if where is None else host_values(where)
+    return None if where is None else asdict(where)
 
 
 def _where_from(values: dict[str, Any]) -> Host | None:
-    return None if values.get("where") is None else host_from(values["where"])
+    return None if values.get("where") is None else Host(**values["where"])
 
 
 def _general_values(general: dict[str, General]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -384,9 +385,8 @@ def _findings(
     outcomes = sorted_outcomes(study, run.outcomes.values())
     without = without_result(study, outcomes)
     present = {domain: [arm for arm in study.arms if arm not in without[domain]] for domain in study.domains}
-    validation: dict = {domain: {arm: {} for arm in arms} for domain, arms in present.items()}
-    test: dict = {domain: {arm: {} for arm in arms} for domain, arms in present.items()}
-    general: dict = {domain: {arm: {} for arm in arms} for domain, arms in present.items()}
+    tables: Any = [{domain: {arm: {} for arm in arms} for domain, arms in present.items()} for _ in range(3)]
+    validation, test, general = tables
     for tested in run.tested.values():
         unit = tested.unit
         for seed in study.all_seeds if study.is_one_model(unit.arm) else [unit.seed]:

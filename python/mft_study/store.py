@@ -103,15 +103,12 @@ def open_store(
             if joins:
                 with leases.holding("study"):
                     _declare_beside(path, study, leases)
-                store = Store(study, path, Joined(leases))
-                store.clear_scratch()
-                yield store
-                return
-            sweep(path, _OURS.__contains__)
-            if overwrite:
-                _empty(path)
-            write_whole(path / STUDY, dump_yaml(study_values(study)))
-            store = Store(study, path)
+            else:
+                sweep(path, _OURS.__contains__)
+                if overwrite:
+                    _empty(path)
+                write_whole(path / STUDY, dump_yaml(study_values(study)))
+            store = Store(study, path, Joined(leases) if joins else Alone())
             store.clear_scratch()
             yield store
 
@@ -145,8 +142,9 @@ def copy_fine_tunes(parent: str | os.PathLike, study: StudyConfig, directory: st
         return 0
     shared = [path for folder in (BASE_MODEL, BASES) for path in source.glob(f"{folder}/**/*") if path.is_file()]
     for folder in (UNITS, TRAINED):
-        for name in _starts(study):
-            shared += source.glob(f"{folder}/*/{name}/[!.]*")  # a leading dot: still being written
+        for name, arm in study.arms.items():
+            if not arm.follows:
+                shared += source.glob(f"{folder}/*/{name}/[!.]*")  # a leading dot: still being written
     for path in shared:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -161,10 +159,6 @@ def fine_tunes_in(parent: str | os.PathLike, study: StudyConfig) -> int:
     if not (Path(parent) / STUDY).is_file():
         raise ValueError(f"--fine-tunes-of must be the output_dir of a study, got {parent} without a {STUDY}")
     return sum(outcome.unit.arm == study.named(Full) for outcome in Store(study, Path(parent)).outcomes())
-
-
-def _starts(study: StudyConfig) -> list[str]:
-    return [name for name, arm in study.arms.items() if not arm.follows]
 
 
 class Store:
@@ -288,9 +282,6 @@ class Store:
         tested = _read_as(tested_from, path)
         _check_unit(unit, tested.unit, path)
         return tested
-
-    def save_tested(self, tested: Tested, chosen: Chosen) -> None:
-        self.tell_tested(tested, self.test_path(tested.unit, chosen))
 
     def tell_tested(self, tested: Tested, path: Path) -> None:
         """Write what test found to its path."""
@@ -487,7 +478,7 @@ def changed(before: dict[str, Any], now: dict[str, Any], *, additions: bool = Tr
     old, new = _flat(before), _flat(now)
     lines = []
     for key in dict.fromkeys([*old, *new]):
-        if old.get(key, _ABSENT) == new.get(key, _ABSENT) or _is_free(key):
+        if old.get(key, _ABSENT) == new.get(key, _ABSENT) or key.split("\0")[0] in _FREE:
             continue
         if additions and _is_addition(key, old, new, before):
             continue
@@ -497,10 +488,6 @@ def changed(before: dict[str, Any], now: dict[str, Any], *, additions: bool = Tr
 
 
 _ABSENT = object()
-
-
-def _is_free(key: str) -> bool:
-    return key.split("\0")[0] in _FREE
 
 
 def _is_addition(key: str, old: dict[str, Any], new: dict[str, Any], before: dict[str, Any]) -> bool:
@@ -516,16 +503,13 @@ def _is_addition(key: str, old: dict[str, Any], new: dict[str, Any], before: dic
     if parts[0] in ("extensions", "max_epochs"):
         return new[key] >= old[key]
     if parts[0] == "arms" and parts[2] in _OPTIONS:  # further values to choose from
-        return isinstance(new[key], list) and all(one in new[key] for one in _listed(old[key]))
+        before_it = old[key] if isinstance(old[key], list) else [old[key]]
+        return isinstance(new[key], list) and all(one in new[key] for one in before_it)
     if parts[0] == "seeds":
         return new[key][0] == old[key][0] and set(new[key]) >= set(old[key])
     if parts[0] == "answers" or (parts[0] == "arms" and parts[-1] in CHOICES):
         return set(new[key]) >= set(old[key])
     return False
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mft_study.arms.setting import Setting
 from mft_study.arms.weights import with_weights
 from mft_study.bases import Bases
 from mft_study.plan import best_so_far, selection, without_result
-from mft_study.units.job import model_of, stored_bytes
+from mft_study.units.job import arm_of, ground_of, model_of
 from mft_study.units.run import run_test, run_unit
 from mft_study.workspace import Workspace
 
@@ -200,11 +200,12 @@ def test_the_rank_of_adapters_is_the_settings(ground):
 
 
 def test_a_mean_of_whole_models_is_whole_and_a_part_of_adapters_has_their_rank(ground):
-    model = fine_tune(ground)
-    found = {arm: stored_bytes(ground.workspace, ground.job(arm), model) for arm in ("lora", "part of lora")}
+    model, found = fine_tune(ground), {}
+    for arm in ("lora", "part of lora", "mean of continued"):
+        job = ground.job(arm)
+        found[arm] = arm_of(ground.workspace, job.unit).stored_bytes(ground_of(ground.workspace, job), model)
     assert found["part of lora"] == found["lora"] + 2  # alpha
-    whole = stored_bytes(ground.workspace, ground.job("mean of continued"), model)
-    assert whole == 2 * sum(p.numel() for p in model.parameters())
+    assert found["mean of continued"] == 2 * sum(p.numel() for p in model.parameters())
 
 
 BY_BYTES = (

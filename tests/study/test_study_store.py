@@ -190,7 +190,7 @@ def test_what_test_found_is_read_as_it_was_written(tmp_path):
     store, one = Store(study, tmp_path / "run"), done[-1]
     assert store.tested(one.unit, chosen) is None
     tested = outcomes.Tested(one.unit, one.measured, one.measured)
-    store.save_tested(tested, chosen)
+    store.tell_tested(tested, store.test_path(one.unit, chosen))
     assert equal(store.tested(one.unit, chosen), tested)
     answering = Store(study_of(tmp_path, "answers=[count]"), tmp_path / "run")
     assert answering.tested(one.unit, chosen) is None  # the stored result has no answers, which this study asks for

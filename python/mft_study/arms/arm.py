@@ -118,6 +118,7 @@ class Arm:
     may_start = False  # its weights have the model's own names, so other arms may start at its end
     may_teach = False  # it may be another arm's teacher
     over_codes = True  # it may start at a quantized arm's end
+    makes_weights = False  # its runs leave a file of weights although nothing is trained
     needs_codes = False  # it, or its source, must start at a quantized arm's end
     compressible = False  # the difference of its weights from its start's can be compressed
     is_mask = False  # a mask, trained or found in one shot
@@ -193,7 +194,7 @@ class Arm:
     @property
     def leaves_weights(self) -> bool:
         """Whether its runs leave a file of weights."""
-        return bool(self.lrs)
+        return self.makes_weights or bool(self.lrs)
 
     # ------------------------------------------------------------------------------- its layers
 
@@ -332,6 +333,12 @@ class Ground:
     rows: Callable[[], Any]  # loads the domain's training rows
     sources: tuple[Source, ...] = ()  # the runs that it is made of
     codes: str | None = None  # the format of a quantized start, one of QUANTIZATIONS; None: the start is exact
+
+    @property
+    def source(self) -> Source:
+        """The only run that it is made of."""
+        (source,) = self.sources
+        return source
 
     def weight_names(self) -> list[str]:
         """Return the names of the layers' weights."""

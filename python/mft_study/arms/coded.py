@@ -36,6 +36,7 @@ class Coded(Arm):
     near = True
     colour = COLOURS["coded"]
     joined = False  # its sources are different arms
+    makes_weights = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,10 +49,6 @@ class Coded(Arm):
         formats = dict.fromkeys(self.formats)
         return super().choices(mask) | {"config": [json.dumps({"format": one}) for one in formats]}
 
-    @property
-    def leaves_weights(self) -> bool:
-        return True
-
     def made(self, ground: Ground) -> Weights:
         import torch
 
@@ -60,7 +57,7 @@ class Coded(Arm):
     def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
         from mft_study.number_codes import decode
 
-        (source,) = ground.sources
+        source = ground.source
         begun, stream = source.begun(ground), weights[_STREAM].numpy().tobytes()
         steps = decode(stream, begun, _format(ground), ground.setting.share)
         return source.model_with(ground, {name: begun[name].float().cpu() + step for name, step in steps.items()})
@@ -70,13 +67,12 @@ class Coded(Arm):
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return its source's: it is decoded before it runs."""
-        (source,) = ground.sources
-        return source.resident_bytes(ground, model)
+        return ground.source.resident_bytes(ground, model)
 
     def _stream(self, ground: Ground) -> bytes:
         from mft_study.number_codes import encode
 
-        (source,) = ground.sources
+        source = ground.source
         begun, ended = source.begun(ground), load_weights(source.path)
         steps: dict[str, Tensor] = {name: ended[name].float() - begun[name].float().cpu() for name in begun}
         try:

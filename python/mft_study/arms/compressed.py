@@ -59,27 +59,25 @@ class _Compressed(Arm):
 
     def with_factors(self, ground: Ground, factors: Mapping[str, Tensor]) -> nn.Module:
         """Return the model with start + what is kept of trained - start, in fp32."""
-        (source,), weights = ground.sources, Weights()
+        weights = Weights()
         for name, (start, end) in _starts_and_ends(ground).items():
             left = self.of_delta(end.float() - start.float(), ground.setting.share, factors.get(name))
             weights[name] = start.float() + left
-        return source.model_with(ground, weights)
+        return ground.source.model_with(ground, weights)
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         whole = ground.sources[0].arm.whole_model
         names = [name for name, _ in ground.start.named_parameters()] if whole else ground.weight_names()
         weights = [[each.get_parameter(name).detach() for each in (model, ground.start)] for name in names]
-        return sum(self._bytes(weight, start) for weight, start in weights)
+        matrices = [(weight, start) for weight, start in weights if weight.dim() > 1]
+        others = sum(weight.numel() for weight, _ in weights if weight.dim() < 2)
+        return NUMBER * others + sum(
+            self.bytes_of_matrices(weight, start, len(weight) if weight.dim() == 3 else 1) for weight, start in matrices
+        )
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return its source's: here no kernel multiplies by what is stored."""
-        (source,) = ground.sources
-        return source.resident_bytes(ground, model)
-
-    def _bytes(self, weight: Tensor, start: Tensor) -> int:
-        if weight.dim() < 2:
-            return NUMBER * weight.numel()
-        return self.bytes_of_matrices(weight, start, len(weight) if weight.dim() == 3 else 1)
+        return ground.source.resident_bytes(ground, model)
 
 
 class BitDelta(_Compressed):
@@ -166,8 +164,7 @@ class SparseDelta(_OfShare):
 
 def _starts_and_ends(ground: Ground) -> dict[str, tuple[Tensor, Tensor]]:
     """Return what the source trained, before and after training, on the CPU."""
-    (source,) = ground.sources
-    trained = source.weights(ground)
+    trained = ground.source.weights(ground)
     return {name: (ground.start.get_parameter(name).detach().cpu(), end) for name, end in trained.items()}
 
 

@@ -62,10 +62,7 @@ class Full(_AllWeights):
     """The full fine-tune, annealed. Without lrs it is the model as loaded, for a model that needs no fine-tune."""
 
     follows = False
-
-    @property
-    def leaves_weights(self) -> bool:
-        return True
+    makes_weights = True
 
     def made(self, ground: Ground) -> Weights | None:
         return {}

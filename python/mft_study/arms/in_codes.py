@@ -26,23 +26,19 @@ class InCodes(Arm):
     near = True
     colour = COLOURS["in codes"]
     joined = False  # its sources are different arms
+    makes_weights = True
     needs_codes = True
 
     def may_be_of(self, source: type[Arm]) -> bool:
         return issubclass(source, Adapters | Mask)
 
-    @property
-    def leaves_weights(self) -> bool:
-        return True
-
     def made(self, ground: Ground) -> Weights:
-        (source,) = ground.sources
+        source = ground.source
         return source.arm.in_codes(ground.start, source.weights(ground), str(ground.codes))
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return its source's: the codes can be made again from it and the start."""
-        (source,) = ground.sources
-        return source.stored_bytes(ground, model)
+        return ground.source.stored_bytes(ground, model)
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return 0: the codes are as large as the start's and replace them."""

@@ -70,19 +70,17 @@ class Interpolated(Between):
 
     def model(self, ground: Ground, path: Path) -> nn.Module:
         """Return the model; its weights are computed in fp64 and rounded once."""
-        (source,), alpha = ground.sources, ground.setting.alpha
+        alpha = ground.setting.alpha
         assert alpha is not None
         weights = {}
-        for name, weight in source.weights(ground).items():
+        for name, weight in ground.source.weights(ground).items():
             start = ground.start.get_parameter(name).detach().double().cpu()
             weights[name] = (start + alpha * (weight.double() - start)).to(weight.dtype)
         return with_weights(ground.start, weights).eval()
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return the bytes of alpha and of the run that it is made of."""
-        (source,) = ground.sources
-        return NUMBER + source.stored_bytes(ground, model)
+        return NUMBER + ground.source.stored_bytes(ground, model)
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        (source,) = ground.sources
-        return NUMBER + source.resident_bytes(ground, model)
+        return NUMBER + ground.source.resident_bytes(ground, model)

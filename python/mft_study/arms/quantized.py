@@ -20,10 +20,7 @@ class Quantized(Arm):
     whole_model = True
     may_start = True
     over_codes = False
-
-    @property
-    def leaves_weights(self) -> bool:
-        return True
+    makes_weights = True
 
     def made(self, ground: Ground) -> Weights | None:
         from mft.masks.quantize import rounded_weights

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,10 @@ class Setting:
         )
         options = {} if self.config is None else json.loads(self.config)
         words = [f"{name} {value:g}" for name, value in parts if value is not None]
-        words += [f"{name} {_word(value)}" for name, value in options.items() if name != "peft_type"]
+        for name, value in options.items():
+            if name != "peft_type":  # commas separate the values of a setting
+                words.append(f"{name} {'+'.join(map(str, value)) if isinstance(value, list) else value}")
         return ", ".join(words)
-
-
-def _word(value: Any) -> str:
-    """Return a value as text without commas, because commas separate the values of a setting."""
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # Keys of an arm that hold values to choose from, each with the field of Setting that one of them becomes.

@@ -13,8 +13,6 @@ moved the loss by:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,11 +24,6 @@ NUMBER = 2
 def model_numbers(model: nn.Module) -> int:
     """Return how many numbers all parameters of the model have."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def adapter_sides(shapes: Iterable[tuple[int, ...]]) -> int:
-    """Return how many numbers adapters of rank 1 have on weights of these shapes; each expert has its own adapter."""
-    return sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes)
 
 
 def weights_bytes(base: nn.Module, quantization: str | None, number: float | None = None) -> int:

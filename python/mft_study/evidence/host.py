@@ -3,9 +3,8 @@
 import functools
 import platform
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
@@ -48,11 +47,3 @@ def this_host() -> Host:
     best = next(iter(processor.features), "no instruction set of our kernels")
     instructions = f"{best}, torch {torch.backends.cpu.get_cpu_capability()}"
     return Host(socket.gethostname(), str(processor), instructions, versions)
-
-
-def host_values(host: Host) -> dict[str, Any]:
-    return asdict(host)
-
-
-def host_from(values: dict[str, Any]) -> Host:
-    return Host(**values)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mft_study.arms.means import Average
 from mft_study.config import StudyConfig
 from mft_study.outcome import Findings
-from mft_study.report.general import Runs, on_test, on_validation
+from mft_study.report.general import Runs, on_test, on_validation, validation_difference
 from mft_study.report.judge import few_rates, is_level, is_not, shortage, side
 from mft_study.report.statistics import (
     DRAWS,
@@ -79,10 +79,10 @@ def rivals_of(study: StudyConfig, arm: str) -> list[str]:
 def comparisons(findings: Findings) -> dict[str, list[Comparison]]:
     """Return the comparisons by domain, text by text, of arms that were tested with the same seeds."""
     pairs: dict[_Claim, Paired] = {}
-    metric = deciding_metric(findings.study)
+    metric, general_of = deciding_metric(findings.study), findings.study.general_of
     for domain, arm, rival in _matches(findings):
         own = paired(findings.test[domain][arm], findings.test[domain].get(rival, {}), metric)
-        texts = {text: _on_text(on_test, findings, domain, arm, rival, text) for text in _texts(findings, domain)}
+        texts = {text: _on_text(on_test, findings, domain, arm, rival, text) for text in general_of(domain)}
         others: dict[_Claim, Paired] = {
             (domain, arm, rival, text): pair for text, pair in texts.items() if pair is not None
         }
@@ -101,7 +101,7 @@ def comparisons(findings: Findings) -> dict[str, list[Comparison]]:
             rates = {name: findings.rates(domain, name) for name in (arm, rival)}
             compared[domain].append(judged(rates, text, own_loss, general))
     for domain, listed in compared.items():
-        listed.sort(key=lambda one: _texts(findings, domain).index(one.text))  # stable
+        listed.sort(key=lambda one: general_of(domain).index(one.text))  # stable
     return compared
 
 
@@ -137,10 +137,6 @@ def verdict(*losses: OnLoss) -> str:
     return LEVEL_WITH if all(is_level(loss.difference) for loss in losses) else UNDECIDED
 
 
-def _texts(findings: Findings, domain: str) -> list[str]:
-    return findings.study.general_of(domain)
-
-
 def _matches(findings: Findings) -> Iterator[tuple[str, str, str]]:
     """Yield (domain, MFT arm, rival)."""
     study = findings.study
@@ -158,9 +154,7 @@ def _on_text(
 
 
 def _on_validation(findings: Findings, domain: str, arm: str, rival: str, text: str | None) -> float | None:
-    if text is not None:
-        pair = _on_text(on_validation, findings, domain, arm, rival, text)
-    else:
-        measured = findings.validation.get(domain, {})
-        pair = paired(measured.get(arm, {}), measured.get(rival, {}), deciding_metric(findings.study))
+    if text is None:
+        return validation_difference(findings, domain, arm, rival)
+    pair = _on_text(on_validation, findings, domain, arm, rival, text)
     return None if pair is None else pair.estimate

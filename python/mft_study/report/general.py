@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mft_study.arms.full import Base, Full
 from mft_study.config import StudyConfig
 from mft_study.outcome import Findings, General, Unit
-from mft_study.report.statistics import Difference, Paired, differences, paired
+from mft_study.report.statistics import Difference, Paired, deciding_metric, differences, mean, paired
 
 Runs = Mapping[int, General]
 
@@ -34,7 +34,9 @@ def general_tables(findings: Findings) -> dict[str, dict[str, dict[str, OnText]]
                 runs = on_test(findings, domain, arm, text)
                 if not runs:
                     continue
-                found = OnText(_mean([run.evaluation.loss for run in runs.values()]), _mean_kl(runs))
+                found = OnText(
+                    mean(run.evaluation.loss for run in runs.values()), mean(run.mean_kl for run in runs.values())
+                )
                 tables[domain][arm][text] = found
                 for name, reference in (("minus_full", study.named(Full)), ("minus_start", start_of(study, arm))):
                     others = on_test(findings, domain, reference, text)
@@ -73,9 +75,10 @@ def on_validation(findings: Findings, domain: str, arm: str, text: str) -> Runs:
     }
 
 
-def _mean_kl(runs: Runs) -> float:
-    return _mean([run.mean_kl for run in runs.values()])
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def validation_difference(findings: Findings, domain: str, arm: str, against: str | None) -> float | None:
+    """Return the mean difference in the deciding metric, on validation and over the seeds of both."""
+    measured = findings.validation.get(domain, {})
+    if against is None or arm not in measured or against not in measured:
+        return None
+    pair = paired(measured[arm], measured[against], deciding_metric(findings.study))
+    return None if pair is None else pair.estimate

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from mft_study.arms.adapters import Adapters
 from mft_study.outcome import Findings
+from mft_study.report.general import validation_difference
 from mft_study.report.judge import side
 from mft_study.report.statistics import Difference, Paired, differences, paired, with_holm
-from mft_study.report.table import DomainTable, Row, exact_start, validation_difference
+from mft_study.report.table import DomainTable, Row, exact_start
 from mft_study.report.verdict import shown_interval, shown_p
 
 Pair = tuple[str, str, str]  # domain, arm, the arm that it is compared with

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from mft_study.arms.full import Control
 from mft_study.arms.means import Average
 from mft_study.config import REWARDS, VARY_BASE, VARY_DATA
-from mft_study.evidence.host import Host
 from mft_study.evidence.power import LEAST_DOCUMENTS
 from mft_study.grid import OpenEnd
 from mft_study.outcome import Findings
@@ -73,7 +72,10 @@ def _places(findings: Findings) -> Iterable[str]:
     """Yield a warning if units ran on different kinds of processor or with different packages."""
     places = [*(one.where for one in findings.outcomes), *(one.where for one in findings.tested)]
     hosts = [host for host in places if host is not None]
-    kinds, versions = Counter(host.kind for host in hosts), Counter(_versions_words(host) for host in hosts)
+    kinds, versions = (
+        Counter(host.kind for host in hosts),
+        Counter(", ".join(f"{name} {version}" for name, version in host.versions.items()) for host in hosts),
+    )
     for what, counts in (("kinds of processor", kinds), ("sets of packages", versions)):
         if len(counts) > 1:
             shares = "; ".join(f"{name}: {count}" for name, count in counts.most_common())
@@ -81,10 +83,6 @@ def _places(findings: Findings) -> Iterable[str]:
                 f"Warning: runs and tests were made on {len(counts)} {what} ({shares}), which round sums differently: "
                 "a part of each difference between arms may come from that."
             )
-
-
-def _versions_words(host: Host) -> str:
-    return ", ".join(f"{name} {version}" for name, version in host.versions.items())
 
 
 def _warnings(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[str]:
@@ -142,11 +140,12 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
         drawn = [_VARIES[what] for what in study.vary]
         yield f"Each seed has its own {' and its own '.join(drawn)}: intervals over seeds know of these too."
     if study.leaders is not None:
+        limits = ", ".join(f"{most:,}" for most in study.leaders.max_bytes)
         yield (
             f"What led on validation ran with {study.leaders.seeds} seeds, as the headings say: the first "
             f"{study.leaders.arms} of the tuned arms that train no whole model"
-            f"{_of_each_size(study.leaders.max_bytes)}, the best mask, and what they need. A difference is of the "
-            f"seeds that both arms have; {study.leaders.seeds} seeds cannot tell a p below "
+            f"{f' within each of {limits} bytes' if limits else ''}, the best mask, and what they need. A difference "
+            f"is of the seeds that both arms have; {study.leaders.seeds} seeds cannot tell a p below "
             f"{smallest_p(study.leaders.seeds):g}."
         )
     for domain, table in tables.items():
@@ -172,7 +171,3 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
         yield "Test is the reserve, documents that no study before its first opening has read."
     elif findings.test_openings == 1:
         yield "The test split was opened once, after every choice."
-
-
-def _of_each_size(limits: list[int]) -> str:
-    return f" within each of {', '.join(f'{most:,}' for most in limits)} bytes" if limits else ""

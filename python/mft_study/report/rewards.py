@@ -8,6 +8,7 @@ from mft.files.figure import new_figure, save_figure
 from mft_study.config import REWARDS
 from mft_study.outcome import Findings
 from mft_study.report.pictures.plots import colours_of
+from mft_study.report.statistics import mean
 
 REWARDS_PLOT = "rewards.png"
 _WINDOW = 20  # the rewards shown are means over this many steps
@@ -47,11 +48,11 @@ def plot_rewards(numbers: Mapping[str, Any], path: Path) -> None:
         for arm in arms:
             colour, runs = colours[arm], [run for run in table["by_rewards"] if run["arm"] == arm]
             places = [step for step, _ in runs[0]["answers"]]
-            means = [_mean(100 * run["answers"][i][1] for run in runs) for i in range(len(places))]
+            means = [mean(100 * run["answers"][i][1] for run in runs) for i in range(len(places))]
             ends[arm] = means[-1]
             left.plot(places, means, "o-", color=colour, label=arm, markersize=4)
-            rewards = [_mean(step) for step in zip(*(run["rewards"] for run in runs))]
-            shown = [_mean(rewards[max(0, i - _WINDOW + 1) : i + 1]) for i in range(len(rewards))]
+            rewards = [mean(step) for step in zip(*(run["rewards"] for run in runs))]
+            shown = [mean(rewards[max(0, i - _WINDOW + 1) : i + 1]) for i in range(len(rewards))]
             right.plot(range(1, len(shown) + 1), shown, color=colour, label=arm)
         start = next((row for row in table["rows"] if row["arm"] == table["full"]), None)
         if start is not None and start.get("validation_exact") is not None:
@@ -94,8 +95,3 @@ def rewards_remark(findings: Findings) -> str:
         f"checkpoints likewise ({study.checkpoints} per run); verdicts, p and validation - control are of wrong "
         f"answers a question.{others}"
     )
-
-
-def _mean(values) -> float:
-    found = list(values)
-    return sum(found) / len(found)

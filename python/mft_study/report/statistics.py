@@ -6,7 +6,7 @@ questions in it; t_s = sum_d x[s, d] / sum_d n[d]. The estimate is the mean of t
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,11 @@ def paired(
     of_a, of_b = np.stack([sums for _, sums, _ in known]).reshape(2, len(seeds), -1)
     sums = of_a - of_b
     return Paired(sums[:, counts > 0], counts[counts > 0])
+
+
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def deciding_metric(study: StudyConfig) -> str:

@@ -1,11 +1,10 @@
 """All numbers of a report: a row per arm, a table per domain, and the same as values for JSON."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mft.evaluation.evaluate import Evaluation
 from mft.files.json_file import finite
 from mft_study.arms.full import Base, Control, Full
 from mft_study.arms.means import Average, Between
@@ -14,13 +13,14 @@ from mft_study.config import REWARDS, StudyConfig
 from mft_study.outcome import Findings, Measured
 from mft_study.report.dominance import Comparison, comparisons, is_mft
 from mft_study.report.equal_budgets import EqualBudget, equal_budgets
-from mft_study.report.general import OnText, general_tables, start_of
+from mft_study.report.general import OnText, general_tables, start_of, validation_difference
 from mft_study.report.statistics import (
     METRICS,
     Difference,
     Paired,
     deciding_metric,
     differences,
+    mean,
     paired,
     with_holm,
 )
@@ -206,9 +206,6 @@ def _table(findings: Findings, domain: str) -> DomainTable:
 def _means(findings: Findings, domain: str, arm: str) -> Row:
     """Return an arm's row, still without its differences on test."""
     study, runs = findings.study, list(findings.test[domain][arm].values())
-    evaluations: list[Evaluation] = [run.evaluation for run in runs]
-    answers = [run.exact for run in runs if run.exact is not None]
-    temperatures = [run.temperature for run in runs if run.temperature is not None]
     setting, against = findings.chosen.get(domain, {}).get(arm), reference_of(study, arm)
     outcomes = [o for o in findings.outcomes if (o.unit.domain, o.unit.arm) == (domain, arm)]
     # An average tried no settings: its setting was chosen for the arm that it averages.
@@ -219,14 +216,10 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         for o in findings.outcomes
         if (o.unit.domain, o.unit.arm, o.unit.setting, o.unit.part) == (domain, source, setting, 0)
     ]
-    seconds = _mean([o.seconds for o in chosen]) if chosen else None
+    seconds = _mean(o.seconds for o in chosen)
     if isinstance(study.arms[arm], Average):
         seconds = _seconds_of_parts(findings, domain, arm, len(runs))
-    flips = [o.flips for o in chosen if o.flips is not None]
-    memory = [float(o.memory) for o in chosen if o.memory is not None]
     first = [o for o in outcomes if (o.unit.setting, o.unit.part) == (setting, 0)]
-    stored = [float(o.bytes) for o in first if o.bytes is not None]
-    resident = [float(o.resident) for o in first if o.resident is not None]
     return Row(
         arm=arm,
         kind=study.arms[arm].kind,
@@ -236,22 +229,22 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         start=start_of(study, arm),
         of=study.arms[arm].of,
         teacher=study.arms[arm].teacher,
-        loss=_mean([evaluation.loss for evaluation in evaluations]),
-        accuracy=_mean([evaluation.accuracy for evaluation in evaluations]),
-        exact=_mean(answers) if answers else None,
-        temperature=_mean(temperatures) if temperatures else None,
+        loss=mean(run.evaluation.loss for run in runs),
+        accuracy=mean(run.evaluation.accuracy for run in runs),
+        exact=_mean(run.exact for run in runs),
+        temperature=_mean(run.temperature for run in runs),
         decides=deciding_metric(study),
         validation=validation_difference(findings, domain, arm, against),
         validation_exact=_validation_exact(findings, domain, arm),
         tried=len(set(own)),
         rates=findings.rates(domain, arm),
-        steps=_mean([float(o.steps) for o in chosen]) if chosen else None,
+        steps=_mean(o.steps for o in chosen),
         seconds=seconds,
         seconds_tried=sum(o.seconds for o in outcomes),
-        flips=_mean(flips) if flips else None,
-        memory=_mean(memory) if memory else None,
-        bytes=_mean([float(size) for size in stored]) if stored else None,
-        resident=_mean([float(size) for size in resident]) if resident else None,
+        flips=_mean(o.flips for o in chosen),
+        memory=_mean(o.memory for o in chosen),
+        bytes=_mean(o.bytes for o in first),
+        resident=_mean(o.resident for o in first),
         seeds=len(runs),
         unsettled=_unsettled(findings, domain, arm),
     )
@@ -281,20 +274,10 @@ def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[st
     return {key: pair for key, pair in found.items() if pair is not None}
 
 
-def validation_difference(findings: Findings, domain: str, arm: str, against: str | None) -> float | None:
-    """Return the mean difference in the deciding metric, on validation and over the seeds of both."""
-    measured = findings.validation.get(domain, {})
-    if against is None or arm not in measured or against not in measured:
-        return None
-    pair = paired(measured[arm], measured[against], deciding_metric(findings.study))
-    return None if pair is None else pair.estimate
-
-
 def _validation_exact(findings: Findings, domain: str, arm: str) -> float | None:
     """Return the share of exact answers on validation, mean over seeds; None unless arms learned by rewards."""
     runs = findings.validation.get(domain, {}).get(arm, {}).values()
-    shares = [run.exact for run in runs if run.exact is not None]
-    return _mean(shares) if shares and findings.study.objective == REWARDS else None
+    return _mean(run.exact for run in runs) if findings.study.objective == REWARDS else None
 
 
 def _seconds_of_parts(findings: Findings, domain: str, average: str, seeds: int) -> float:
@@ -308,5 +291,7 @@ def _row(tables: Mapping[str, DomainTable], key: tuple[str, str, str, str]) -> R
     return next(row for row in tables[key[0]].rows if row.arm == key[1])
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the known values; None if there are none."""
+    known = [float(value) for value in values if value is not None]
+    return mean(known) if known else None

@@ -152,7 +152,10 @@ def _dominance(domain: str, text: str, table: DomainTable) -> Iterable[str]:
         if lacks := _lacks(listed):
             yield f"{row.arm}: {INCONCLUSIVE[0].lower()}{INCONCLUSIVE[1:]} ({lacks})."
         yield _sides(row, listed) if listed else f"{row.arm} is not compared: there is no rival with the same seeds."
-        yield from (_both(domain, one) for one in listed if one.rival == row.against)
+        for one in listed:
+            if one.rival == row.against:
+                losses = f"{_on_loss(domain, one.domain)}; {_on_loss(text, one.general)}"
+                yield f"{row.arm} - {one.rival}: {losses}."
         if ends := _ends(row, *(rival for one in listed if (rival := table.row(one.rival)) is not None)):
             yield f"Unsettled, at an end of its grid: {ends}."
     if masked and table.seeds == 1:
@@ -180,10 +183,6 @@ def _lacks(listed: list[Comparison]) -> str:
     """Return why none of an arm's comparisons can be decided; "" if one can."""
     lacks = [one.lacks for one in listed]
     return "; ".join(dict.fromkeys(lacks)) if all(lacks) else ""
-
-
-def _both(domain: str, one: Comparison) -> str:
-    return f"{one.arm} - {one.rival}: {_on_loss(domain, one.domain)}; {_on_loss(one.text, one.general)}."
 
 
 def _on_loss(name: str, found: OnLoss) -> str:

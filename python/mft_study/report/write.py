@@ -103,7 +103,8 @@ def console_report(findings: Findings) -> list[RenderableType]:
     parts: list[RenderableType] = [_fitted(Text(result, style="bold")) for result in results_of(tables)]
     for domain, table in tables.items():
         parts.append(_fitted(Text(f"{domain}: {_counts(table)}", style="bold")))
-        parts += [_console_table(table, columns) for columns in _screen_groups(table)]
+        groups = _with_entries(table, [(*_LOSS, _SIZE), _EXACT, *map(_on, table.general)])
+        parts += [_console_table(table, columns) for columns in groups]
         if alone := [row.arm for row in table.rows if _why_uncompared(row, table) == _NO_CONTROL]:
             parts.append(_fitted(Text(f"{_NO_CONTROL}: {', '.join(alone)}; no control has the same layers and start.")))
         if chosen := [f"{row.arm} {row.setting}" for row in table.rows if str(row.setting or "")]:
@@ -132,10 +133,6 @@ def _minus_control(metric: str, scale: float = 1, digits: int = 4) -> Callable[[
     return lambda row: shown_interval(row.minus_control.get(metric), scale, digits)
 
 
-def _holm(row: Row) -> str:
-    return shown_p(row.minus_control.get(row.decides))
-
-
 _CHOSEN = _Column("chosen", lambda row: str(row.setting or "") or "-")
 _LOSS = (
     _Column("loss", lambda row: f"{row.loss:.4f}"),
@@ -151,7 +148,7 @@ _SIZE = _Column("kB", lambda row: "-" if row.bytes is None else f"{row.bytes / 1
 _GROUPS = (
     _LOSS,
     (
-        _Column("p (Holm)", _holm),
+        _Column("p (Holm)", lambda row: shown_p(row.minus_control.get(row.decides))),
         _Column("tempered loss - control", _minus_control("tempered")),
         _Column("acc %", lambda row: f"{_PERCENT * row.accuracy:.2f}"),
         _Column("acc % - control", _minus_control("accuracy", _PERCENT, 2)),
@@ -183,11 +180,6 @@ def _on(text: str) -> tuple[_Column, ...]:
         _Column(f"{text} - start", lambda row: of(row, lambda on: shown_interval(on.minus_start))),
         _Column("KL to start", lambda row: of(row, lambda on: f"{on.kl:.4f}")),
     )
-
-
-def _screen_groups(table: DomainTable) -> list[list[_Column]]:
-    """Return the columns of each table on the terminal, one below the other."""
-    return _with_entries(table, [(*_LOSS, _SIZE), _EXACT, *map(_on, table.general)])
 
 
 def _with_entries(table: DomainTable, groups: Iterable[tuple[_Column, ...]]) -> list[list[_Column]]:

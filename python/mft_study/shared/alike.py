@@ -7,7 +7,7 @@ from typing import Any
 from mft.files.atomic import write_whole
 from mft.files.json_file import parse_object, short
 from mft.files.weights_hash import weights_hash
-from mft_study.evidence.host import Host, this_host
+from mft_study.evidence.host import this_host
 from mft_study.outcome import Outcome, Tested
 from mft_study.shared.claims import Claims
 from mft_study.store import ALIKE
@@ -58,14 +58,11 @@ def check_processor(found: list[Outcome] | list[Tested]) -> None:
     for one in found:
         theirs = "a processor that it does not name" if one.where is None else one.where.kind
         if theirs != ours:
+            host = "" if one.where is None else f", host {one.where.host}"
             raise ValueError(
-                f"--same-processor must run where the study's units did: {one.unit} ran on {theirs}"
-                f"{_host_words(one.where)}, got {ours}: start it on such a machine, or leave --same-processor out"
+                f"--same-processor must run where the study's units did: {one.unit} ran on {theirs}{host}, got {ours}: "
+                "start it on such a machine, or leave --same-processor out"
             )
-
-
-def _host_words(host: Host | None) -> str:
-    return "" if host is None else f", host {host.host}"
 
 
 def _values(workspace: Workspace) -> dict[str, dict[str, Any]]:

@@ -106,7 +106,7 @@ class Leases:
         """Give up the lease on name. Raises: NotWritten."""
         with self._lock:
             path = self._held.pop(name, None)
-        if path is None or not self._is_ours(path):
+        if path is None or not (_read(path) or b"").startswith(self._head):
             return
         with naming(path, "deleted"):
             for older in range(1, _generation(path)):
@@ -276,9 +276,6 @@ class Leases:
         finally:
             os.close(descriptor)
         return True
-
-    def _is_ours(self, path: Path) -> bool:
-        return (_read(path) or b"").startswith(self._head)
 
     def _is_dead(self, path: Path) -> bool:
         """Return whether a lease's holder has ended or not beaten for pace.expiry seconds; read only now and then."""

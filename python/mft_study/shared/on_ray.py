@@ -136,18 +136,12 @@ class _Actor:
                 self._workspace = Workspace(self._study, Bases(self._study, self._here))
                 check_same(self._alike, self._workspace, "--on ray")
             local = job.with_paths(lambda path: self._here / path.relative_to(self._directory))
-            if job.on_test:
-                return tested_values(_tested(run_job(self._workspace, local))), None, None
             own = local.trained.with_name(f"{local.trained.stem}-{secrets.token_hex(4)}.safetensors")
-            result = run_job(self._workspace, dataclasses.replace(local, trained=own))
+            result = run_job(self._workspace, local if job.on_test else dataclasses.replace(local, trained=own))
+            if isinstance(result, Tested):
+                return tested_values(result), None, None
             weights = np.fromfile(own, np.uint8) if own.is_file() else None
             own.unlink(missing_ok=True)
-            assert not isinstance(result, Tested)
             return outcome_values(result), weights, None
         except TOLD as error:
             return None, None, str(error)
-
-
-def _tested(result: Result) -> Tested:
-    assert isinstance(result, Tested)
-    return result

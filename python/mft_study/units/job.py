@@ -73,16 +73,6 @@ def model_of(workspace: Workspace, job: Job) -> nn.Module:
     return arm_of(workspace, job.unit).model(ground_of(workspace, job), job.trained)
 
 
-def stored_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
-    """Return the bytes to store besides the unit's start; call it after workspace.begin. model: the unit's."""
-    return arm_of(workspace, job.unit).stored_bytes(ground_of(workspace, job), model)
-
-
-def resident_bytes(workspace: Workspace, job: Job, model: nn.Module) -> int:
-    """Return the bytes in memory besides the unit's start while its model runs."""
-    return arm_of(workspace, job.unit).resident_bytes(ground_of(workspace, job), model)
-
-
 def training_bytes(workspace: Workspace, job: Job) -> int:
     """Return the bytes in memory while a trained arm trains; a start over codes counts as codes."""
     ground = ground_of(workspace, job)

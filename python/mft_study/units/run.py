@@ -7,7 +7,7 @@ from mft_study.arms.full import Full
 from mft_study.arms.weights import save_weights
 from mft_study.outcome import Measured, Outcome, Tested
 from mft_study.peft_methods import MethodFailsError
-from mft_study.units.job import Job, arm_of, ground_of, model_of, resident_bytes, stored_bytes
+from mft_study.units.job import Job, arm_of, ground_of, model_of
 from mft_study.units.measure import answer, evaluation_options, on_general, on_validation
 from mft_study.units.train import train_unit
 from mft_study.workspace import Workspace, with_layers_remembered
@@ -20,15 +20,14 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
     try:
         if arm.lrs:
             return train_unit(workspace, job)
-        weights = arm.made(ground_of(workspace, job))
+        ground = ground_of(workspace, job)
+        weights = arm.made(ground)
         if weights is not None:
             save_weights(weights, job.trained)
         model = model_of(workspace, job)
         if arm.tempered:
-            validation, options = (
-                workspace.splits(unit.domain).validation,
-                evaluation_options(workspace, unit)("validation"),
-            )
+            validation = workspace.splits(unit.domain).validation
+            options = evaluation_options(workspace, unit)("validation")
             temperature = fit_temperature(model, validation, **options)
             _, tempered = evaluate_tempered(model, validation, temperature, **options)
             measured = Measured(tempered, tempered, temperature)
@@ -40,8 +39,8 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
         unit,
         measured,
         [(1.0, measured.evaluation.loss)],
-        bytes=stored_bytes(workspace, job, model),
-        resident=resident_bytes(workspace, job, model),
+        bytes=arm.stored_bytes(ground, model),
+        resident=arm.resident_bytes(ground, model),
         general=on_general(workspace, unit, model, "validation"),
     )
 

@@ -18,7 +18,7 @@ from mft.training.loop import StepReport
 from mft_study.arms.weights import Weights, save_weights
 from mft_study.config import REWARDS
 from mft_study.outcome import Measured, Outcome
-from mft_study.units.job import Job, arm_of, ground_of, resident_bytes, stored_bytes, training_bytes
+from mft_study.units.job import Job, arm_of, ground_of, training_bytes
 from mft_study.units.measure import on_general, on_validation
 from mft_study.workspace import Workspace
 
@@ -70,8 +70,8 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         tokens=sum(report.tokens for report in reports),
         seconds=checkpoints.seconds,
         flips=flips,
-        bytes=stored_bytes(workspace, job, best),
-        resident=resident_bytes(workspace, job, best),
+        bytes=arm.stored_bytes(ground, best),
+        resident=arm.resident_bytes(ground, best),
         memory=training_bytes(workspace, job),
         general=on_general(workspace, unit, best, "validation"),
     )

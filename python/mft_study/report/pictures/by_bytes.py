@@ -10,6 +10,7 @@ from mft.files.figure import new_figure, save_figure
 from mft_study.arms.kinds import KINDS
 from mft_study.report.pictures import titles
 from mft_study.report.pictures.labels import Label, place_labels
+from mft_study.report.pictures.plots import ends_of
 
 _FEW = 64  # bytes: an arm that stores fewer, such as a temperature, lies on the left edge and does not widen the axis
 _REACH = 1.6  # a panel's height, in multiples of how far most arms lie above the lowest interval; arrows are farther
@@ -72,8 +73,8 @@ def points(table: Mapping[str, Any], start: str) -> list[Point]:
         difference = row["minus_full"]
         if difference is None or not row.get("bytes") or row.get("start") != start:
             continue
+        low, high = ends_of(difference)
         estimate = difference["estimate"]
-        low, high = (estimate if difference[end] is None else difference[end] for end in ("low", "high"))
         found.append(Point(row["arm"], row["kind"], row["bytes"], low, estimate, high, row.get("teacher")))
     return sorted(found, key=lambda point: (point.bytes, point.estimate))
 

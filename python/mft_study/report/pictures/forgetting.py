@@ -13,7 +13,7 @@ from mft_study.arms.full import Base, Full
 from mft_study.arms.kinds import KINDS
 from mft_study.arms.means import Average, Interpolated
 from mft_study.report.pictures import titles
-from mft_study.report.pictures.plots import colours_of
+from mft_study.report.pictures.plots import colours_of, ends_of
 
 _OUTLIER = 5  # an arm beyond this many times the trained arms' median distance does not widen the right panel
 _MARGIN = 0.07
@@ -54,8 +54,8 @@ def points(table: Table, text: str) -> list[Point]:
         if row["arm"] == table["full"]:
             found.append(Point(row["arm"], row["kind"], (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)))
         elif both is not None and None not in both:
-            forgotten, gained = map(_ends, both)
-            found.append(Point(row["arm"], row["kind"], forgotten, gained))
+            ends = [(low, less["estimate"], high) for less in both for low, high in [ends_of(less)]]
+            found.append(Point(row["arm"], row["kind"], *ends))
     return found
 
 
@@ -129,13 +129,6 @@ class _Seen:
 
     def by_alpha(self, arm: str) -> dict[float, _Both | None]:
         return {trial["alpha"]: both for trial, both in self._runs if trial["arm"] == arm}
-
-
-def _ends(difference: Mapping[str, float | None]) -> tuple[float, float, float]:
-    estimate = difference["estimate"]
-    assert estimate is not None
-    low, high = (estimate if (end := difference[name]) is None else end for name in ("low", "high"))
-    return low, estimate, high
 
 
 def _near(found: Sequence[Point]) -> list[Point]:

@@ -1,6 +1,5 @@
 """A study's plots, drawn from the numbers of its table.json."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +9,7 @@ from mft.files.figure import COLOURS, new_figure, save_figure, shade
 from mft_study.arms.full import Control
 from mft_study.arms.kinds import KINDS
 from mft_study.arms.means import Average, Interpolated
-from mft_study.outcome import Findings
 from mft_study.report.pictures import titles
-from mft_study.report.table import study_numbers
 
 _FULL, _CONTROL, _PLAIN = COLOURS["full fine-tune"], COLOURS["control"], COLOURS["one-shot mask"]
 _REACH = 2.5  # axes cover at most this many times the span of the trained arms; what lies farther becomes an arrow
@@ -39,14 +36,8 @@ def plot_study(numbers: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path, dpi=100)
 
 
-def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, path: Path) -> None:
-    """Plot test differences from the control, a panel per domain, from findings, table.json or its path."""
-    if isinstance(findings_or_json, Findings):
-        numbers: Mapping[str, Any] = study_numbers(findings_or_json)
-    elif isinstance(findings_or_json, Mapping):
-        numbers = findings_or_json
-    else:
-        numbers = json.loads(Path(findings_or_json).read_text(encoding="utf-8"))
+def plot_summary(numbers: Mapping[str, Any], path: Path) -> None:
+    """Plot test differences from the control, a panel per domain. numbers: of a table.json."""
     domains = {name: table for name, table in numbers["domains"].items() if table["control"] is not None}
     if not domains:
         raise ValueError("a summary must have a domain with a control arm to be drawn, got none: see plot.png instead")
@@ -65,6 +56,12 @@ def plot_summary(findings_or_json: Findings | Mapping[str, Any] | Path | str, pa
     save_figure(figure, path, dpi=100)
 
 
+def ends_of(difference: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the ends of a difference's interval; its estimate for ends that are not known."""
+    low, high = (difference["estimate"] if difference[end] is None else difference[end] for end in ("low", "high"))
+    return low, high
+
+
 def _compared(table: Mapping[str, Any], reference: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Return (row, its loss difference) for each row that has one."""
     found = []
@@ -80,17 +77,20 @@ def _draw_differences(axes, table: Mapping[str, Any], reference: str) -> None:
     low, high = _limits(compared)
     for place, (row, difference) in enumerate(compared):
         estimate, colour = difference["estimate"], colours[row["arm"]]
-        ends = [estimate if difference[end] is None else difference[end] for end in ("low", "high")]
-        label, inside = f"{estimate:+.4f}", low <= estimate <= high
-        if inside:
-            axes.plot(ends, [place, place], color=colour, linewidth=2, solid_capstyle="butt")
+        if low <= estimate <= high:
+            axes.plot(ends_of(difference), [place, place], color=colour, linewidth=2, solid_capstyle="butt")
             axes.plot(estimate, place, "o", color=colour, markersize=6)
         else:
             edge = high if estimate > high else low
             axes.plot(edge, place, ">" if estimate > high else "<", color=colour, markersize=7, clip_on=False)
         weight = "bold" if row["masked"] else "normal"
         axes.annotate(
-            label, (1.03, place), xycoords=("axes fraction", "data"), va="center", fontsize="small", weight=weight
+            f"{estimate:+.4f}",
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize="small",
+            weight=weight,
         )
     names = [row["arm"] for row, _ in compared]
     if reference == "minus_control":  # averages have a control of their own

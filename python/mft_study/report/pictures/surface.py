@@ -20,6 +20,7 @@ from mft.models.frozen_layers import PrefixMemory
 from mft_kernels import MaskedLinear
 
 _LEVELS = 19
+_ROWS = 8  # evaluated at once
 _MARKS = [COLOURS[name] for name in ("full fine-tune", "control", "mask")]
 
 Weights = dict[str, Tensor]  # linear layer -> (N, K) fp32
@@ -96,7 +97,6 @@ def loss_surface(
     *,
     reach: float = 1.0,
     points: int = 11,
-    batch_size: int = 8,
     first: int = 0,
     on_point: Callable[[int, int], None] | None = None,
 ) -> Surface:
@@ -107,24 +107,24 @@ def loss_surface(
     """
     check_rule(points >= 2, "points", "be at least 2", points)
     check_rule(reach > 0, "reach", "be positive", reach)
-    xs, ys = (_axis([mark[i] for mark in plane.marks.values()], reach, points) for i in (0, 1))
+    ends = [(min(marks) - reach, max(marks) + reach) for marks in zip(*plane.marks.values())]
+    xs, ys = (torch.linspace(*each, points, dtype=torch.float64) for each in ends)
     clone = clone_with_own_weights(model, plane.origin)
     memory = PrefixMemory()
     losses = torch.empty(points, points, dtype=torch.float64)
     for j, y in enumerate(ys.tolist()):
         for i, x in enumerate(xs.tolist()):
             _move(clone, plane, x, y)
-            losses[j, i] = evaluate(clone, dataset, batch_size=batch_size, first=first, memory=memory).loss
+            losses[j, i] = evaluate(clone, dataset, batch_size=_ROWS, first=first, memory=memory).loss
             if on_point is not None:
                 on_point(j * points + i + 1, points * points)
     return Surface(xs, ys, losses, plane.marks, plane.unit)
 
 
-def plot_surfaces(surfaces: Mapping[str, Surface], path: Path, *, above: float | None = None) -> None:
-    """Plot contours side by side, in one colour scale and with the models marked. above: nats above the lowest."""
+def plot_surfaces(surfaces: Mapping[str, Surface], path: Path) -> None:
+    """Plot contours side by side, in one colour scale and with the models marked."""
     lowest = min(surface.losses.min().item() for surface in surfaces.values())
-    highest = max(surface.losses.max().item() for surface in surfaces.values())
-    top = highest if above is None else min(highest, lowest + above)
+    top = max(surface.losses.max().item() for surface in surfaces.values())
     # Squared steps, so that the basin, where the models lie, gets more lines.
     shares = torch.linspace(0, 1, _LEVELS, dtype=torch.float64).square()
     levels = (lowest + shares * max(top - lowest, 1e-6)).tolist()
@@ -151,10 +151,6 @@ def _move(model: nn.Module, plane: Plane, x: float, y: float) -> None:
     for name, origin in plane.origin.items():
         module: Any = model.get_submodule(name)
         module.weight.copy_(origin + x * plane.across[name] + y * plane.up[name])
-
-
-def _axis(marks: Sequence[float], reach: float, points: int) -> Tensor:
-    return torch.linspace(min(marks) - reach, max(marks) + reach, points, dtype=torch.float64)
 
 
 def _dot(a: Weights, b: Weights) -> float:

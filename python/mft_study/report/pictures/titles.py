@@ -32,7 +32,8 @@ def masks_beside_control(domain: str, table: Mapping[str, Any]) -> str:
 
 def rates(domain: str, tried: Mapping[str, set[float]], chosen: Mapping[str, float]) -> str:
     """Say which arms were best at an end of their grid, so that a rate outside it may be better."""
-    at_end = [arm for arm, rate in chosen.items() if len(tried[arm]) > 1 and rate in _ends(tried[arm])]
+    ends = {arm: (min(rates), max(rates)) for arm, rates in tried.items() if len(rates) > 1}
+    at_end = [arm for arm, rate in chosen.items() if rate in ends.get(arm, ())]
     if not at_end:
         return f"{domain}: the best rate of each arm lies inside its grid"
     return f"{domain}: {', '.join(at_end) if len(at_end) < 3 else f'{len(at_end)} arms'} best at an end of the grid"
@@ -64,7 +65,3 @@ def gains_and_forgets(domain: str, found: Sequence[Any]) -> str:
     if most == least:
         return f"{domain}: {most} gains most and forgets least"
     return f"{domain}: {most} gains most,\n{least} forgets least"
-
-
-def _ends(values: set[float]) -> tuple[float, float]:
-    return min(values), max(values)
