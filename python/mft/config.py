@@ -90,11 +90,6 @@ def parse_layers(text: str) -> list[int]:
     return sorted(layers)
 
 
-def parse_trackers(text: str) -> list[str]:
-    """Parse names of trackers: "tensorboard,trackio" -> ["tensorboard", "trackio"]."""
-    return [part.strip() for part in text.split(",")]
-
-
 def layer_ranges(layers: Iterable[int]) -> str:
     """Format layers for parse_layers: [0, 1, 2, 7] -> "0-2,7"."""
     runs: list[list[int]] = []
@@ -119,7 +114,11 @@ BUDGET = Rule("lie in (0, 1) (or null)", exclusiveMinimum=0, exclusiveMaximum=1)
 Sharpness = Annotated[float | tuple[float, float] | None, POSITIVE_OR_NULL]
 
 # One, several, none ([]), or a string such as "tensorboard,trackio".
-Trackers = Annotated[list[str], one_of(TRACKERS), Text(r"^\s*\w+\s*(,\s*\w+\s*)*$", parse_trackers)]
+Trackers = Annotated[
+    list[str],
+    one_of(TRACKERS),
+    Text(r"^\s*\w+\s*(,\s*\w+\s*)*$", lambda text: [part.strip() for part in text.split(",")]),
+]
 
 
 @dataclass

@@ -18,11 +18,11 @@ from mft.serving.api.keys import ApiKeys
 from mft.serving.batch.running_batch import RunningBatch
 from mft.serving.batch.sampling import Sampling
 from mft.serving.batch.scheduler import Scheduler
-from mft.serving.length import row_length
 from mft.serving.log import new_log
 from mft.serving.options import Options
 from mft.serving.port import bind
 from mft.serving.refusal import Refused
+from mft.serving.run import row_length
 from mft.serving.task_list import parse_masks, read_masks_file
 from mft.serving.tasks import Tasks
 

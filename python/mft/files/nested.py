@@ -103,7 +103,8 @@ class Nested:
         given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise ValueError(f"{prefix.removesuffix('.')} must be a mapping of keys, got {shown(given)}")
-        kept = {} if default is dataclasses.MISSING else _shallow(default())
+        begun = None if default is dataclasses.MISSING else default()
+        kept = {} if begun is None else {name: getattr(begun, name) for name in _names(type(begun))}
         for one, others in _REPLACES.items():
             if given.get(one) is not None:
                 kept = {name: value for name, value in kept.items() if name not in others}
@@ -172,11 +173,6 @@ def _key_of_file(name: str) -> str:
     if path.suffix in _DATA or path.is_file():
         return f": give data as data.source={name}"
     return f": give a directory as data.source={name} or model.name={name}" if path.is_dir() else ""
-
-
-def _shallow(section: Any) -> dict[str, Any]:
-    """Return the values of a dataclass by name, one level deep."""
-    return {name: getattr(section, name) for name in _names(type(section))}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def read_paper_masks(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a dictionary of tensors saved by torch, got a file with: {reason}"
         ) from None
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: expected a dictionary of masks, got {type(content).__name__} {_size(content)}")
+        size = f"of {len(content)} entries" if hasattr(content, "__len__") else ""
+        raise ValueError(f"{path}: expected a dictionary of masks, got {type(content).__name__} {size}")
     for name, mask in content.items():
         _check_matrix(path, name, mask)
     needed, stored = sum(mask.nbytes for mask in content.values()), path.stat().st_size
@@ -117,7 +118,3 @@ def _mask(path: Path, name: str, mask: Tensor) -> Tensor:
             f"{path}: {name} must hold ones and zeros, got {other.numel()} other values, {other[0].item()} among them"
         )
     return kept
-
-
-def _size(content: Any) -> str:
-    return f"of {len(content)} entries" if hasattr(content, "__len__") else ""

@@ -149,7 +149,7 @@ def _reached(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, we
         source = _model_directory(path)
     elif path.exists():
         source = _dequantised(path, _gguf_hash(path), config.dtype)
-    elif _looks_like_a_path(name):
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", ".safetensors", "/")):
         raise ValueError(
             f"model.name must be a model that exists, got {name!r}: no such file or directory{nearest_path(path)}"
         )
@@ -202,16 +202,15 @@ def _load(source: str, config: ModelConfig, *, sequence_length: int | None, unre
         if settings is not None and are_readable(settings, Path(source)):
             model, other = (outline_of(copy.deepcopy(settings), config.dtype, **attention) for _ in range(2))
             info = {"missing_keys": WeightFiles(model, other, Path(source), getattr(torch, config.dtype)).missing}
-            _check_whole(model, info, config.name)
-            return _prepared(model, tokenizer, config.name)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            source,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **attention,
-            **LOCAL,
-        )
+        else:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                source,
+                dtype=getattr(torch, config.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **attention,
+                **LOCAL,
+            )
     _check_whole(model, info, config.name)
     return _prepared(model, tokenizer, config.name)
 
@@ -382,11 +381,8 @@ def refusing(words: str) -> Iterator[None]:
         # tokenizers raises Exception itself, not a subclass.
         if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
             raise
-        raise ValueError(f"{words}: {_first_lines(error)}") from error
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", ".safetensors", "/"))
+        text = " ".join(str(error).split())
+        raise ValueError(f"{words}: {text if len(text) <= 300 else text[:297] + '...'}") from error
 
 
 def _forget_gguf(model: Any) -> None:
@@ -398,12 +394,6 @@ def _forget_gguf(model: Any) -> None:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-
-
-def _first_lines(error: BaseException) -> str:
-    """Return at most 300 characters of a library's message, on one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 @contextmanager

@@ -50,12 +50,9 @@ class Distillation(TokenObjective):
             next(self._states, None)
 
     def token_losses(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
-        return self._parts(logits, targets, reference)["loss"]
+        return self.token_figures(logits, targets, reference)["loss"]
 
     def token_figures(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
-        return self._parts(logits, targets, reference)
-
-    def _parts(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
         assert reference is not None, "the teacher has been asked"
         words = min(logits.shape[-1], reference.shape[-1])  # the rest pads one vocabulary: no token has these ids
         wanted = (reference[:, :words] / self.temperature).log_softmax(-1)

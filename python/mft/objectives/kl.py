@@ -20,12 +20,12 @@ class KL(TokenObjective):
         self.beta = beta
 
     def token_losses(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
-        log_p = logits.log_softmax(-1)
-        return cross_entropy(log_p, targets) + self.beta * divergence(log_p, _given(reference))
+        return self.token_figures(logits, targets, reference)["loss"]
 
     def token_figures(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
+        assert reference is not None, "the way gives the base's states to an objective of_base"
         log_p = logits.log_softmax(-1)
-        kl = divergence(log_p, _given(reference))
+        kl = divergence(log_p, reference.log_softmax(-1))
         return {"loss": cross_entropy(log_p, targets) + self.beta * kl, "kl": kl}
 
 
@@ -37,8 +37,3 @@ def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(p || q), (M,), for log-probabilities (M, V)."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _given(reference: Tensor | None) -> Tensor:
-    assert reference is not None, "the way gives the base's states to an objective of_base"
-    return reference.log_softmax(-1)

@@ -215,7 +215,9 @@ def _shards(directory: Path) -> dict[str, set[str]]:
     if not path.is_file():
         return {_WEIGHTS: set()}
     places: Any = read_object(path, MOST_CONFIG).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(_is_plain(name) for name in places.values()):
+    names = list(places.values()) if isinstance(places, dict) else []
+    plain = (isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in names)
+    if not names or not all(plain):
         raise ValueError(
             f"{path}: weight_map must name a file next to it for each tensor, got {str(places)[:80]}: {_AGAIN}"
         )
@@ -233,7 +235,3 @@ def _check_shard(path: Path, expected: set[str]) -> None:
     if missing or masked or not stored:
         found = f"{masked[0]}: mft merge first" if masked else f"none called {(missing or ['anything'])[0]}: {_AGAIN}"
         raise ValueError(f"{path}: expected the weights of an ordinary model, got {found}")
-
-
-def _is_plain(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")

@@ -4,20 +4,20 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mft.checks import check_rule, nearest_path
 from mft.config import ModelConfig
 from mft.evaluation.evaluated_base import learned_base
 from mft.masks.bank import load_mask_bank
 from mft.masks.location import masks_directory
+from mft.models.next_tokens import longest_row
 from mft.serving.api.hosts import is_loopback, known_hosts
 from mft.serving.api.keys import ApiKeys
 from mft.serving.api.service import Access, Service
 from mft.serving.batch.running_batch import RunningBatch
 from mft.serving.batch.scheduler import Scheduler
-from mft.serving.length import row_length
 from mft.serving.log import Log, new_log
 from mft.serving.options import Options
 from mft.serving.port import bind
@@ -46,27 +46,35 @@ def serve(
     log = new_log(options.log_format, options.log_level, options.log_zone)
     reload = Reload(log)
     with log.with_libraries(), reload.on_hang_up():
-        _serve(masks, _Base(model_name, dtype), options, log, reload)
+        _serve(masks, (model_name, dtype), options, log, reload)
 
 
-@dataclass(frozen=True)
-class _Base:
-    """The base as the caller asked for it."""
-
-    name: str | None
-    dtype: str | None
-
-    def of(self, directories: Mapping[str, Path]) -> tuple[ModelConfig, str]:
-        """Return (the base, a line that says where it was found). By default it is the base of the first masks."""
-        if directories:
-            return learned_base(next(iter(directories.values())), self.name, self.dtype)
-        if self.name is None:
-            raise ValueError("--model must name the base if no masks are given, got none")
-        config = ModelConfig(name=self.name) if self.dtype is None else ModelConfig(name=self.name, dtype=self.dtype)
-        return config, f"base {config.name} in {config.dtype}, and no masks yet"
+def row_length(asked: int | None, config: Any, name: str) -> int:
+    """Return asked, or by default the model's positions. Raises: ValueError for more than these, or if unlimited."""
+    longest = longest_row(config)
+    if asked is None:
+        if longest is None:
+            raise ValueError(f"--length must be given, because {name!r} has no limit on positions, got none")
+        return longest
+    if longest is not None and asked > longest:
+        raise ValueError(f"--length must be at most {longest}, as many positions as {name!r} has, got {asked}")
+    return asked
 
 
-def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log: Log, reload: Reload) -> None:
+def _base_of(directories: Mapping[str, Path], model_name: str | None, dtype: str | None) -> tuple[ModelConfig, str]:
+    """Return (the base, a line that says where it was found). By default it is the base of the first masks."""
+    if directories:
+        return learned_base(next(iter(directories.values())), model_name, dtype)
+    if model_name is None:
+        raise ValueError("--model must name the base if no masks are given, got none")
+    config = ModelConfig(name=model_name) if dtype is None else ModelConfig(name=model_name, dtype=dtype)
+    return config, f"base {config.name} in {config.dtype}, and no masks yet"
+
+
+def _serve(
+    masks: Mapping[str, str | Path], given: tuple[str | None, str | None], options: Options, log: Log, reload: Reload
+) -> None:
+    """Serve masks on the base of the given name and dtype."""
     access, masks_file = _access(options, log), None
     if options.masks_file is not None:
         masks_file = MasksFile(options.masks_file)
@@ -74,7 +82,7 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
         check_rule(twice is None, "--masks-file", "name no task of --masks", repr(twice))
         masks = {**masks, **masks_file.loaded}
     directories = {task: masks_directory(place) for task, place in masks.items()}
-    config, words = given.of(directories)
+    config, words = _base_of(directories, *given)
     base = _shown_name(config.name)
     check_rule(base not in masks, "--masks", "name tasks differently from the base", base)
     with bind(options.host, options.port) as bound:
@@ -87,10 +95,10 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
         tasks = Tasks(batch.bank, scheduler, base, force=options.force)
         hosts = known_hosts(bound.getsockname()[0], options.host, options.allow_host)
         if access.keys is None and not is_loopback(bound.getsockname()[0]):
-            _warn(
-                log,
-                f"--host {options.host} lets everyone who reaches it send requests, got no --api-keys-file: give one",
+            words = (
+                f"--host {options.host} lets everyone who reaches it send requests, got no --api-keys-file: give one"
             )
+            log.tell("warning", words, level=logging.WARNING)
         service = Service(
             tasks,
             tokenizer,
@@ -100,7 +108,8 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
             log=log,
             access=dataclasses.replace(access, hosts=hosts),
         )
-        address = f"http://{_in_address(options.host)}:{bound.getsockname()[1]}"
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"http://{host}:{bound.getsockname()[1]}"
 
         def ready() -> None:
             reload.begin(tasks, access.keys, masks_file)
@@ -121,7 +130,7 @@ def _serve(masks: Mapping[str, str | Path], given: _Base, options: Options, log:
 
 def _access(options: Options, log: Log) -> Access:
     """Return the access that the options allow, without hosts, which depend on the bound address."""
-    warn = functools.partial(_warn, log)
+    warn = functools.partial(log.tell, "warning", level=logging.WARNING)
     root = options.load_from
     if root is not None:
         check_rule(root.is_dir(), "--load-from", "name a directory", f"{root}{nearest_path(root)}")
@@ -129,14 +138,6 @@ def _access(options: Options, log: Log) -> Access:
     if root is not None and keys is None:
         warn(f"--load-from lets every client load and unload masks, got {root} without --api-keys-file: give one")
     return Access(keys=keys, load_from=root)
-
-
-def _warn(log: Log, message: str) -> None:
-    log.tell("warning", message, level=logging.WARNING)
-
-
-def _in_address(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _shown_name(base: str) -> str:

@@ -51,7 +51,8 @@ class Recorder:
         self.curves: Curves = {}
         # {step: loss}, with the objective's own loss if the event has one.
         evaluated = [event for event in events or () if "accuracy" in event and "step" in event]
-        self.validation = {event["step"]: _objective_loss(event) for event in evaluated}
+        losses = [[loss for key, loss in event.items() if key.endswith("/loss")] for event in evaluated]
+        self.validation = {event["step"]: (own or [event["loss"]])[0] for event, own in zip(evaluated, losses)}
         self.documents: int | None = evaluated[-1].get("documents") if evaluated else None  # of validation
         self._plot = directory / PLOT if directory is not None and plot else None
         self._drawn, self._drawing = time.monotonic(), 0.0  # time of the last drawing, and the seconds that it took
@@ -233,8 +234,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _line(event: dict[str, Any]) -> str:
     return json.dumps(event) + "\n"
-
-
-def _objective_loss(event: dict[str, Any]) -> float:
-    """Return the objective's loss of an evaluation's event: see evaluated()."""
-    return next((value for key, value in event.items() if key.endswith("/loss")), event["loss"])

@@ -118,7 +118,8 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: 
     """Write all files but the rows of the processes; the manifest covers all files."""
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    files = {name: _described(folder / name) for name in sorted(os.listdir(folder))}
+    paths = sorted(folder.iterdir())
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -192,10 +193,6 @@ def _verified(path: Path) -> Checkpoint:
 
 def _place(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
-
-
-def _described(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _found(root: Path) -> list[Path]:
