@@ -1,5 +1,6 @@
 """Inputs of the ops over experts, their comparison with the reference, and the same products by single-matrix ops."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -91,9 +92,16 @@ def assert_product_equals_reference(by, *arguments) -> None:
 
 
 def assert_sums_equal_reference(
-    by, t: Experts, source: str | None, out_dtype: torch.dtype, *, accumulate: bool, mode: str = "magnitude"
+    by,
+    t: Experts,
+    source: str | None,
+    out_dtype: torch.dtype,
+    *,
+    accumulate: bool,
+    mode: str = "magnitude",
+    copy: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> None:
-    """source: where the sign comes from, "scores" or "signs"; None: neither weight nor sign."""
+    """source: where the sign comes from, "scores" or "signs"; None: neither weight nor sign. copy: of the buffer."""
     scores = t.scores if source == "scores" else t.scores.masked_fill(t.scores == 0, 1)  # 0 has no sign bit
     signs = torch.stack([reference.pack_signs(one)[0] for one in scores.cpu()]).to(scores.device)
     sign = {"scores": (scores, None), "signs": (None, signs), None: (None, None)}[source]
@@ -101,8 +109,8 @@ def assert_sums_equal_reference(
     if not accumulate:
         out.fill_(torch.nan)
     arguments = (out, *t.factors, t.offsets, None if source is None else t.weight, *sign, mode, accumulate)
-    expected = _on_cpu(arguments)
-    by.grouped_score_grad(*arguments)
+    expected, out = _on_cpu(arguments), copy(out)
+    by.grouped_score_grad(out, *arguments[1:])
     oracle.grouped_score_grad(*expected)
     assert_same(out, expected[0], small=False)
 

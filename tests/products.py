@@ -167,18 +167,20 @@ def every_product(by: Any, o: Operands, *, gradients: bool = True) -> Iterator[t
     yield from every_sum(by, o, before(o, o.scores.dtype))
 
 
-def every_sum(by: Any, o: Operands, out: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, ``out`` plus d_scores) for each kind of sign, and for the product without a weight."""
+def every_sum(
+    by: Any, o: Operands, out: Tensor, copy: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, a copy of ``out`` plus d_scores) for each kind of sign, and for the product without a weight."""
     given = (o.grad_output, o.x, o.weight)
     for name, sign in (
         ("scores", (o.scores, None, o.mode)),
         ("signs", (None, o.signs, o.mode)),
         ("no sign", (None, None, "value")),
     ):
-        added = out.clone()
+        added = copy(out)
         by.accumulate_score_grad(added, *given, *sign)
         yield f"d_scores added by {name}", added
-    added = out.clone()
+    added = copy(out)
     by.accumulate_product(added, o.grad_output, o.x)
     yield "product added", added
 

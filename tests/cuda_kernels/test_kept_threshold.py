@@ -6,7 +6,6 @@ tests/ops/test_select.py tests the results, which are the same for every backend
 import emulated
 import pytest
 import torch
-from guarded import guarded
 from in_turn import in_turn
 from products import DTYPES, MODES
 
@@ -72,16 +71,6 @@ def test_more_equal_scores_than_16_bits_count_are_their_own_threshold(mode, dtyp
     scores = torch.full((numel,), value, dtype=dtype)
     for kept in (1, numel):
         assert_same_threshold(scores, ratio(kept, numel), mode, multiprocessors=1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("at_end", [True, False])
-def test_nothing_outside_the_scores_is_read(dtype, at_end):
-    for numel in (1, 2, 7, 8, 9, 31, 64, 1005):
-        for mode in MODES:
-            scores = guarded(normal(numel).to(dtype), at_end=at_end)
-            with emulated.outputs_at_guard_pages(at_end=at_end):
-                assert_same_threshold(scores, 0.7, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,8 +6,6 @@ tests/ops/test_pack.py tests the results, which are the same for every backend.
 import emulated
 import pytest
 import torch
-from guarded import guarded
-from products import DTYPES
 
 from mft_kernels import reference
 from mft_kernels.testing import integer_inputs
@@ -33,13 +31,3 @@ def test_long_rows_are_taken_in_groups_of_words(multiprocessors):
         scores = integer_scores(70, columns, torch.bfloat16)
         threshold = torch.tensor(1.0).bfloat16()
         assert_matches_reference(scores, threshold, "magnitude", multiprocessors=multiprocessors)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("at_end", [True, False])
-def test_nothing_outside_the_scores_is_touched(dtype, at_end):
-    for shape in ((1, 1), (3, 33), (5, 257), (2, 1030)):
-        scores = guarded(integer_scores(*shape, dtype), at_end=at_end)
-        thresholds = guarded(torch.arange(shape[0]).to(dtype), at_end=at_end)
-        with emulated.outputs_at_guard_pages(at_end=at_end):
-            assert_matches_reference(scores, thresholds, "magnitude")

@@ -1,10 +1,6 @@
-"""Elements beyond 2^31 are read and written correctly, and nothing outside a tensor, whatever the tiles."""
+"""Elements beyond 2^31 are read and written correctly, whatever the tiles."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -73,13 +69,3 @@ def test_more_than_2_to_the_31_results_are_written(device):
         rows[:1].cpu(), t.weight.cpu(), t.scores.cpu(), torch.tensor(2.0), None, "magnitude"
     )
     assert_same(y[-1:], expected)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not interpreting(), reason="the guard is a page of the CPU's memory")
-def test_no_kernel_reads_or_writes_beyond_its_tensors():
-    # It runs in a process of its own, because an access out of bounds kills it.
-    script = Path(__file__).with_name("bounds.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the package may not be installed
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
-    assert run.stdout == "within bounds\n", (run.returncode, run.stderr)

@@ -5,7 +5,6 @@ the reference's, whatever the operands.
 """
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -23,8 +22,7 @@ from exact import (
 from products import ALL, MODES, assert_same
 
 from mft_kernels.backends.triton import ops
-from mft_kernels.backends.triton.target import assume, interpreting
-from mft_kernels.testing import Inputs, random_inputs
+from mft_kernels.backends.triton.target import assume
 
 flat = ByName(ops)
 
@@ -125,26 +123,6 @@ def test_each_row_of_a_later_tile_has_its_own_threshold(device, target, mode):
         assert_equals_reference("masked_linear_backward", *arguments_of_backward(t, thresholds, mode))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_pass_through_scratch_is_one_launch_over_several_tiles(device, mode):
-    t = integers(device, 19, 70, 72, HALF, torch.bfloat16)
-    threshold = threshold_of(t.scores)
-    packed, signs = bits_of(t.scores, threshold, mode)
-    for op, arguments in (
-        ("masked_linear", (t.x, t.weight, t.scores, threshold, t.bias, mode)),
-        ("masked_linear_packed", (t.x, t.weight, packed, None)),
-        ("masked_linear_backward", arguments_of_backward(t, threshold, mode, [True, False, False, False])),
-        (
-            "masked_linear_packed_backward",
-            (t.grad_output, t.x, t.weight, packed, None, signs, mode, [True, False, False, False]),
-        ),
-    ):
-        through_scratch = partial(getattr(flat, op), choose=ops.always_scratch)
-        entries = launches_of(lambda run=through_scratch, arguments=arguments: run(*arguments))
-        assert [entry.kernel.__name__ for entry in entries] == ["_masked_weight_kernel"]
-        assert_equals_reference(op, *arguments, choose=ops.always_scratch)
-
-
 def test_x_is_not_read_where_no_weight_or_score_asks_for_a_gradient(device, target):
     t = integers(device, 20, 40, 72, HALF)
     arguments = (t.grad_output, t.grad_output, t.weight, t.scores, threshold_of(t.scores), "value")
@@ -178,18 +156,3 @@ def test_tiles_come_through_descriptors_where_tma_can_read_and_else_through_poin
             (entry,) = launches_of(lambda op=op, arguments=arguments: getattr(flat, op)(*arguments))
             assert entry.options["DESCRIPTORS"] == (described and target.descriptors)
             assert_equals_reference(op, *arguments)
-
-
-def test_repeated_calls_give_the_same_bits(device, target):
-    times = 3 if interpreting() else 100
-    t = random_inputs(5, 8, 264, HALF, torch.bfloat16)
-    t = Inputs(*(value.to(device) for value in vars(t).values()))
-    threshold = threshold_of(t.scores, 0.02)
-    with assume(replace(target, multiprocessors=20)):
-        first = None
-        for _ in range(times):
-            y = flat.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-            results = (y, *flat.masked_linear_backward(*arguments_of_backward(t, threshold)))
-            first = results if first is None else first
-            for one, other in zip(first, results):
-                assert torch.equal(one, other)

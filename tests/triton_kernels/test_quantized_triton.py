@@ -6,6 +6,7 @@ tests/ops/test_quantized.py tests the results, which are the same for every back
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 from by_name import ByName, oracle
 from coded_weights import PLAIN_KINDS, coded
@@ -18,8 +19,6 @@ from mft_kernels.codes import FORMATS, Nf4
 from mft_kernels.ops.quantized import QuantizedMatrix
 
 flat = ByName(ops)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target, monkeypatch):
@@ -37,31 +36,24 @@ def test_a_sum_in_parts_counts_every_element_and_the_bias_once(device, target, m
         assert torch.equal(y, oracle.masked_linear_quantized(*arguments))
 
 
-class Coded(QuantizedMatrix):
-    """A matrix in codes that claims to be on a GPU."""
+@pytest.mark.parametrize(
+    ("takes", "dtype", "asked", "fused"),
+    [
+        (True, torch.bfloat16, "auto", True),
+        (True, torch.float32, "auto", False),  # differs from the weight's dtype
+        (False, torch.bfloat16, "auto", False),
+        (True, torch.bfloat16, "cuda", False),  # the cuda backend takes dense weights
+    ],
+)
+def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_takes_codes(monkeypatch, takes, dtype, asked, fused):
+    class OnGpu(QuantizedMatrix):
+        dtype = torch.bfloat16
 
-    def __init__(self, dtype=torch.bfloat16):
-        self.dtype = dtype
+        def coded(self):
+            return Nf4(SimpleNamespace(device=torch.device("cuda")), [], (6, 64))
 
-    def coded(self):
-        return Nf4(SimpleNamespace(device=torch.device("cuda")), [], (6, 64))
-
-
-def test_on_a_gpu_layers_decode_in_the_kernel_where_triton_compiles_and_cuda_is_not_asked_for(monkeypatch):
-    takes = backends.OPERANDS
-    monkeypatch.delenv("MFT_KERNELS", raising=False)
-
-    def is_fused(dtype=torch.bfloat16, **about):
-        backend = backends.Backend("triton", frozenset({"cuda"}), frozenset(DTYPES), {}, **about)
-        monkeypatch.setitem(backends._TABLE, "triton", backend)
-        return Coded().is_fused(torch.empty(1, dtype=dtype))
-
-    assert is_fused(takes=takes)
-    assert not is_fused(takes=takes, dtype=torch.float32)  # differs from the weight's dtype
-    assert not is_fused()
-    monkeypatch.setenv("MFT_KERNELS", "cuda")
-    assert not is_fused(takes=takes)  # the cuda backend takes dense weights
-    monkeypatch.delenv("MFT_KERNELS")
-    assert not is_fused()
-    assert is_fused(takes=takes)
-    assert Coded(torch.float32).is_fused(torch.empty(1))
+    about = {"takes": backends.OPERANDS} if takes else {}
+    backend = backends.Backend("triton", frozenset({"cuda"}), frozenset({torch.bfloat16, torch.float32}), {}, **about)
+    monkeypatch.setitem(backends._TABLE, "triton", backend)
+    monkeypatch.setenv("MFT_KERNELS", asked)
+    assert OnGpu().is_fused(torch.empty(1, dtype=dtype)) == fused

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from mft_kernels.backends.triton import choice, plan, target
+from mft_kernels.backends.triton import choice, target
 from mft_kernels.backends.triton.choice import FUSED, SCRATCH, Product
 
 
@@ -90,35 +90,11 @@ def test_fp32_in_full_precision_and_rows_that_are_not_aligned_are_fused_up_to_64
         assert choice.by_model(product(65, **slow), target.H100) == SCRATCH
 
 
-def test_which_is_chosen_hangs_little_on_the_shares_that_masking_leaves(monkeypatch):
-    """A tenth more or less changes the most tokens by at most a factor of two in either direction."""
-    usual = {(card, mask): most_fused(card, mask) for card in CARDS for mask in MASKS}
-    shares = dict(plan._SHARES)
-    for factor in (0.9, 1.1):
-        monkeypatch.setattr(plan, "_SHARES", {form: min(1.0, share * factor) for form, share in shares.items()})
-        choice.by_model.cache_clear()
-        for (card, mask), most in usual.items():
-            assert most / 2 <= most_fused(card, mask) <= 2 * most, (card, mask, factor)
-    choice.by_model.cache_clear()
-
-
 def test_nothing_is_measured_unless_asked_for(monkeypatch):
     monkeypatch.delenv("MFT_AUTOTUNE", raising=False)
     timed = []
     assert choose(16, timed, fused=9.0, scratch=1.0) == FUSED
     assert timed == []
-
-
-def test_the_choice_is_said_once_for_each_layer(monkeypatch, caplog):
-    monkeypatch.delenv("MFT_AUTOTUNE", raising=False)
-    choice._say.cache_clear()
-    with caplog.at_level(logging.INFO, logger="mft_kernels"):
-        for m in (16, 17, 16384, 16385):
-            choose(m, [], fused=1.0, scratch=1.0)
-    assert [r.getMessage() for r in caplog.records] == [
-        "forward of 4096 x 4096 on sm_90: fused, chosen by the GPU's performance model for this number of tokens",
-        "forward of 4096 x 4096 on sm_90: scratch, chosen by the GPU's performance model for this number of tokens",
-    ]
 
 
 def test_a_measured_winner_overrules_the_model_and_is_remembered(measuring, tmp_path):
@@ -168,12 +144,3 @@ def test_a_file_of_choices_that_there_are_not_is_measured_anew(measuring, tmp_pa
         assert choose(100, measuring, fused=2.0, scratch=1.0) == SCRATCH
     assert "measurements are repeated" in caplog.text
     assert stored(tmp_path) == [SCRATCH]
-
-
-def test_the_file_belongs_to_device_versions_and_kernels(monkeypatch):
-    made_for = []
-    for device in ("NVIDIA H100", "NVIDIA A100"):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
-        made_for.append(choice._made_for())
-    assert made_for[0] != made_for[1]
-    assert set(made_for[0]) == {"device", "torch", "triton", "kernels"}

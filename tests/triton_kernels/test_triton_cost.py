@@ -1,4 +1,4 @@
-"""The cost model that chooses tiles: mistakes of earlier tables, and sanity checks over cards and shapes."""
+"""The cost model that chooses tiles: its formula, the table of cards, and the chosen tiles over cards and shapes."""
 
 import itertools
 import math
@@ -27,92 +27,53 @@ def target_like(card):
 TARGETS = {card.name: target_like(card) for card in CARDS} | {"H100, old Triton": target.H100_OLD_TRITON}
 
 
-def cuda_jobs(m, tokens, n=4096, k=4096):
-    """Return the jobs of the CUDA kernel for sm_90 with bf16 scores.
-
-    Its clusters have two blocks; each step takes 256 features and 64 of K.
-    """
-    return Jobs(
-        count=math.ceil(n / 256) * math.ceil(m / tokens),
-        steps=k // 64,
-        multiply_adds=128 * tokens * 64,
-        read=64 * 2 * (2 * 128 + tokens // 2),  # weight and scores, and half of the tokens
-        written=2 * 128 * tokens,
-    )
-
-
-def cuda_cycles(m, tokens, l2_rate=L2_RATE):
-    stages = {64: 5, 128: 4, 256: 3}[tokens]
-    return busy_cycles([cuda_jobs(m, tokens)], 132 // 2, blocks=1, stages=stages, rate=2048, l2_rate=l2_rate)
-
-
-# ----------------------------------------------------------------------------------------------- what the review found
-
-
-def test_on_132_multiprocessors_64_token_tiles_lose_1_8_times_at_512_tokens():
-    assert cuda_jobs(512, 128).count == 64  # two fewer than the 66 clusters
-    assert cuda_jobs(512, 64).count == 128  # two waves; each reads the weight as often as 128-token tiles do
-    assert cuda_cycles(512, 64) / cuda_cycles(512, 128) == pytest.approx(1.8, abs=0.05)
-
-
-def test_on_132_multiprocessors_128_token_tiles_lose_1_7_times_at_1024_tokens():
-    assert (cuda_jobs(1024, 256).count, cuda_jobs(1024, 128).count) == (64, 128)
-    assert cuda_cycles(1024, 128) / cuda_cycles(1024, 256) == pytest.approx(1.7, abs=0.05)
-
-
-@pytest.mark.parametrize("bytes_a_cycle", [24, 32, 48])
-def test_the_losses_do_not_hang_on_what_l2_gives_exactly(bytes_a_cycle):
-    at = {"l2_rate": bytes_a_cycle}
-    assert cuda_cycles(512, 64, **at) / cuda_cycles(512, 128, **at) == pytest.approx(1.8, abs=0.05)
-    assert cuda_cycles(1024, 128, **at) / cuda_cycles(1024, 256, **at) == pytest.approx(1.7, abs=0.05)
-
-
-def test_on_132_multiprocessors_1024_tokens_take_one_wave_of_256():
+def test_a_wave_of_1024_x_4096_is_one_of_256_rows_or_columns_on_132_multiprocessors():
+    """Of 128, either would need two waves."""
     chosen = plan.product_tiles(Problem(target.H100, 1024, 4096, 4096, Operands(2, 2)))
     assert (chosen.rows, chosen.splits) == (256, 1)
-    assert math.ceil(1024 / 256) * math.ceil(4096 / 128) == 128  # fits 132 in one wave; 128 rows would need two
-
-
-def test_d_scores_of_1024_x_4096_take_one_wave_of_128_x_256():
     for m in TOKENS[2:]:
         assert plan.outer_tiles(Problem(target.H100, m, 1024, 4096, Operands(2))).columns == 256
-    assert math.ceil(1024 / 128) * math.ceil(4096 / 256) == 128  # fits 132 in one wave; 128 x 128 would need two
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
-def test_one_job_more_than_places_costs_a_wave():
-    def cycles(count, blocks=1):
-        return busy_cycles([Jobs(count, 10, 1e6, 1000, 0)], 100, blocks=blocks, stages=4, rate=1000)
-
-    assert cycles(1) == cycles(100) == cycles(101) / 2 == 10 * 1000 + 2 * LATENCY
-    assert cycles(201, blocks=2) == 3 * 10 * 1000 + 2 * 2 * LATENCY  # two waves, the second with one job
-
-
-def test_two_blocks_hide_each_other_s_latencies():
-    jobs = [Jobs(200, 10, 1e6, 1000, 0)]
-    one, two = (busy_cycles(jobs, 100, blocks=blocks, stages=4, rate=1000) for blocks in (1, 2))
-    assert one - two == 2 * LATENCY
+def cycles(count=100, steps=10, multiply_adds=1e6, read=1000, *, blocks=1, stages=4, rate=1000, **mask):
+    """Return the cycles of 100 multiprocessors."""
+    return busy_cycles(
+        [Jobs(count, steps, multiply_adds, read, 0, **mask)], 100, blocks=blocks, stages=stages, rate=rate
+    )
 
 
-def test_a_warp_alone_masks_at_half_the_rate_of_two():
-    def cycles(warps, blocks):
-        jobs = [Jobs(100 * blocks, 10, 1, 1000, 0, masked=2**16, warps=warps)]
-        return (busy_cycles(jobs, 100, blocks=blocks, stages=4, rate=1000) - 2 * LATENCY) / blocks
-
-    assert cycles(4, 1) == 2 * cycles(8, 1) == 2 * cycles(4, 2) == 10 * MASKING * 2**16 / 2
-    assert cycles(8, 1) == cycles(16, 1) == cycles(4, 3)  # each of four schedulers issues an instruction
+STEPS, ENDS, MASKED = 10 * 1000, 2 * LATENCY, {"multiply_adds": 1, "masked": 2**16}
+BYTES = {"steps": 1, "multiply_adds": 0, "read": 9000, "rate": 1}
 
 
-def test_few_bytes_under_way_leave_l2_waiting():
-    def cycles(stages, blocks=1):
-        jobs = [Jobs(100 * blocks, 1, 0, 9000, 0)]
-        return (busy_cycles(jobs, 100, blocks=blocks, stages=stages, rate=1) - 2 * LATENCY) / blocks
-
-    assert cycles(2) == 9000 / (9000 / LATENCY)
-    assert cycles(3) == cycles(2, blocks=2) == cycles(2) / 2
-    assert cycles(9) == 9000 / L2_RATE
+@pytest.mark.parametrize(
+    ("jobs", "expected"),
+    [
+        # One job more than places costs a wave; two blocks hide each other's latencies.
+        ({"count": 1}, STEPS + ENDS),
+        ({"count": 100}, STEPS + ENDS),
+        ({"count": 101}, 2 * (STEPS + ENDS)),
+        ({"count": 200}, 2 * STEPS + 2 * ENDS),
+        ({"count": 200, "blocks": 2}, 2 * STEPS + ENDS),
+        ({"count": 201, "blocks": 2}, 3 * STEPS + 2 * ENDS),  # two waves, the second with one job
+        # A warp alone masks at half the rate of two; each of four schedulers issues an instruction.
+        (MASKED | {"warps": 4}, 10 * MASKING * 2**16 / 2 + ENDS),
+        (MASKED | {"warps": 8}, 10 * MASKING * 2**16 / 4 + ENDS),
+        (MASKED | {"warps": 16}, 10 * MASKING * 2**16 / 4 + ENDS),
+        (MASKED | {"warps": 4, "count": 200, "blocks": 2}, 2 * 10 * MASKING * 2**16 / 4 + ENDS),
+        # Few bytes under way leave L2 waiting.
+        (BYTES | {"stages": 2}, LATENCY + ENDS),
+        (BYTES | {"stages": 3}, LATENCY / 2 + ENDS),
+        (BYTES | {"stages": 2, "count": 200, "blocks": 2}, LATENCY + ENDS),
+        (BYTES | {"stages": 9}, 9000 / L2_RATE + ENDS),
+    ],
+    ids=str,
+)
+def test_the_busiest_multiprocessor_s_cycles(jobs, expected):
+    assert cycles(**jobs) == pytest.approx(expected)
 
 
 def test_unlike_jobs_last_between_their_mean_and_the_longest_more():
@@ -133,33 +94,6 @@ def test_bytes_that_memory_has_to_give_bound_a_launch():
 
 
 # ----------------------------------------------------------------------------------------------------------- the cards
-
-
-def test_a_step_reads_activations_weight_and_mask_and_a_job_writes_its_tile():
-    tiles = plan.Tiles(64, 128, 32, 8, 4)
-    problem = Problem(target.H100, 4096, 4096, 4096, Operands(2, 2))
-    read = {keep: plan._products(problem._replace(operands=Operands(2, keep)), tiles).read for keep in (0, 2, 4)}
-    assert read == {0: 32 * (64 * 2 + 128 * 2.125), 2: 32 * (64 * 2 + 128 * 4), 4: 32 * (64 * 2 + 128 * 6)}
-    assert plan._products(problem._replace(m=1), tiles).read == 32 * (1 * 2 + 128 * 4)
-    split = plan._products(problem, replace(tiles, splits=3))
-    assert (split.count, split.steps, split.written) == (64 * 32 * 3, 43, 64 * 128 * 4)
-    outer = plan._outer(Problem(target.H100, 100, 1024, 4096, Operands(2)), plan.Tiles(128, 256, 64, 8, 3))
-    assert outer == Jobs(8 * 16, 2, 128 * 256 * 64, 64 * (128 + 256) * 2, 128 * 256 * 6)
-
-
-def test_the_sum_of_the_parts_is_counted(monkeypatch):
-    choose = plan.product_tiles.__wrapped__  # without its cache
-    assert choose(Problem(target.H100, 1, 1024, 4096, Operands(2, 2))).splits > 1
-    monkeypatch.setattr(plan, "sum_seconds", lambda card, parts, elements: float(parts > 1))
-    assert choose(Problem(target.H100, 1, 1024, 4096, Operands(2, 2))).splits == 1
-
-
-def test_tf32_has_half_the_rate_and_ordinary_cores_little(monkeypatch):
-    rates = []
-    monkeypatch.setattr(plan, "seconds", lambda *args, rate, **others: rates.append(rate) or 0.0)
-    for operands in (Operands(2), Operands(4), Operands(4, exact=True)):
-        plan.outer_tiles.__wrapped__(Problem(target.H100, 64, 64, 64, operands))
-    assert sorted(set(rates)) == [64, 1024, 2048]
 
 
 def test_every_card_is_found_by_what_its_device_says():

@@ -46,17 +46,6 @@ def test_only_hopper_and_newer_use_descriptors():
     assert not target.make_target("cuda", 120, 170, 101376, (3, 9), (13, 4)).descriptors  # sm_120 has no wgmma either
 
 
-def test_one_launch_or_two_make_d_x_and_d_scores_whichever_is_expected_to_take_less():
-    seen = set()
-    for card, m in itertools.product(TARGETS, (1, 64, 512, 2048)):
-        names = [entry.kernel.__name__ for entry in launches_of(card, lambda m=m: backward(m))]
-        one = plan.one_launch(Problem(card, m, 4096, 4096, Operands(2, 4)))
-        expected = ["_backward_kernel"] if one else ["_masked_product_kernel", "_score_grad_kernel"]
-        assert [n for n in names if n not in ("_sum_splits_kernel", "_pack_kernel")] == expected, (card, m)
-        seen.add(one)
-    assert seen == {False, True}
-
-
 def test_small_layers_and_few_tokens_take_one_launch_large_layers_on_fast_cards_two():
     def most(card, n, k):
         return max(
@@ -118,18 +107,6 @@ def test_decoding_fills_the_card_and_moves_little_beside_weight_and_mask(card, p
 
 
 @pytest.mark.parametrize("card", DECODING, ids=["A100", "H100", "H100, old Triton", "B200", "RTX 4090"])
-def test_rows_of_many_masks_fill_the_card_too(card):
-    for (n, k), m, masks in itertools.product(DECODED, (1, 8, 16), (1, 3, 8)):
-        words, tasks = [empty(n, k // 32, dtype=torch.int32)] * masks, empty(m, dtype=torch.int32)
-        with target.assume(card), launch.record() as launches:
-            flat.masked_linear_many(empty(m, k), empty(n, k), words, tasks, None)
-        product, *sums = launches
-        whole = -(-n // product.options["BLOCK_N"])
-        assert product.grid[0] >= 0.85 * card.multiprocessors, ((n, k), m, masks, product.grid)
-        assert len(sums) == (product.grid[0] > whole)
-
-
-@pytest.mark.parametrize("card", DECODING, ids=["A100", "H100", "H100, old Triton", "B200", "RTX 4090"])
 def test_a_decoded_token_of_experts_fills_the_card_in_one_launch_of_tiles_of_16(card):
     """8 of 128 experts, and 2 of 8: the offsets have no values that could be read."""
     for experts, rows, n, k in ((128, 8, 1536, 2048), (128, 8, 2048, 768), (8, 2, 14336, 4096), (8, 2, 4096, 14336)):
@@ -167,22 +144,6 @@ def test_tiles_fit_shared_memory_with_at_least_two_stages():
         assert tiles.blocks * needed <= card.shared_memory, (card, operands)
 
 
-def test_a_tensor_that_tma_cannot_read_takes_the_pointer_path():
-    def forward(x, weight, scores):
-        threshold = empty(dtype=scores.dtype)
-        return flat.masked_linear(x, weight, scores, threshold, None, "magnitude", choose=ops.always_fused)
-
-    def described(*tensors):
-        (entry,) = launches_of(target.H100, lambda: forward(*tensors))
-        return entry.options["DESCRIPTORS"]
-
-    x, weight, scores = empty(4096, 512), empty(4096, 512), empty(4096, 512)
-    assert described(x, weight, scores)
-    assert not described(empty(4096, 513)[:, :512], weight, scores)  # rows do not begin at multiples of 16 bytes
-    assert not described(x, empty(512, 4096).T, scores)  # columns are far apart
-    assert not described(x, weight, empty(1, 512).expand(4096, 512))  # the same row for every index
-
-
 def test_precision_of_fp32_follows_torchs_setting():
     def precision():
         entries = launches_of(target.H100, lambda: backward(2048, dtype=torch.float32))
@@ -196,23 +157,3 @@ def test_precision_of_fp32_follows_torchs_setting():
         assert precision() == {"tf32"}
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_the_same_sizes_give_the_same_launches():
-    def signature():
-        return [
-            (e.kernel.__name__, e.grid, tuple(e.options.items()))
-            for e in launches_of(target.H100, lambda: backward(100))
-        ]
-
-    assert signature() == signature()
-
-
-def test_recording_launches_nothing_and_ends_with_its_context():
-    with target.assume(target.H100), launch.record() as launches:
-        launch.launch(None, (1,), empty(1), num_warps=4)
-    assert [(entry.kernel, entry.grid) for entry in launches] == [(None, (1,))]
-    with target.assume(target.H100):
-        with pytest.raises(TypeError):
-            launch.launch(None, (1,), empty(1), num_warps=4)
-        launch.launch(None, (0,), empty(1))  # an empty grid launches nothing
