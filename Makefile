@@ -68,7 +68,7 @@ test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton_kernels tests/ops tests/kernels/test_ops.py tests/kernels/test_repeatability.py -m "not slow" -k "triton and not ($(SLOW_INTERPRETED))"
 # Of the public ops over experts, whose kernels test_expert_products.py and tests/triton_kernels have in every form.
-SLOW_INTERPRETED := grouped_ops and (random or (packed or own_threshold) and not bfloat16 or values and not (bfloat16 and 45 and magnitude) or add_up and not (bfloat16 and signs))
+SLOW_INTERPRETED := grouped_ops and (values and not (bfloat16 and 45 and not value-) or add_up and not signs)
 
 # SLOW_SECONDS=300: those that begin within so many seconds, in an order that changes with the commit (tests/time_box.py).
 TIME_BOX := $(if $(SLOW_SECONDS),--seconds $(SLOW_SECONDS) --no-loadscope-reorder)

@@ -11,12 +11,12 @@ import torch
 from by_name import oracle
 from experts import assert_product_equals_reference, assert_sums_equal_reference, integer_experts
 from forms import every_backend_but_cuda
+from products import DTYPES
 
 from mft_kernels import reference
 from mft_kernels.testing import assert_within_budget
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = (FP32, BF16, FP16)
 pytestmark = every_backend_but_cuda
 
 LAYOUTS = pytest.mark.parametrize("transposed", [False, True], ids=["(E, N, K)", "(E, K, N)"])
@@ -138,13 +138,21 @@ def test_matrices_inside_larger_ones_are_read_as_they_lie(kernels):
 def test_rounding_errors_stay_within_twice_those_of_pytorch(kernels, dtype):
     kernels.need(dtype)
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(30, 96, generator=generator), torch.randn(3, 24, 96, generator=generator) * 0.02
+    x, grad = torch.randn(30, 96, generator=generator), torch.randn(30, 24, generator=generator)
+    weight = torch.randn(3, 24, 96, generator=generator) * 0.02
     offsets, thresholds = torch.tensor([5, 5, 29], dtype=torch.int32), torch.full((3,), 0.01)
 
-    def product(run, cast, device):
-        given = (x.to(cast), weight.to(cast), weight.to(cast), thresholds.to(cast), None, offsets, None)
-        return run(*(v if v is None else v.to(device) for v in given), "magnitude", False).cpu()
+    def products(by, cast, device):
+        def there(value):
+            return value.to(device, cast)
 
-    got = product(kernels.grouped_product, dtype, kernels.device)
-    plain, exact = (product(oracle.grouped_product, cast, "cpu") for cast in (dtype, torch.float64))
-    assert_within_budget(got, plain, exact)
+        given = (there(weight), there(weight), there(thresholds), None, offsets.to(device), None, "magnitude")
+        out = torch.zeros(3, 24, 96, device=device, dtype=torch.float64 if cast == torch.float64 else torch.float32)
+        sums = (offsets.to(device), there(weight), there(weight), None, "magnitude", True)
+        by.grouped_score_grad(out, there(grad), there(x), *sums)
+        return [by.grouped_product(there(x), *given, False), by.grouped_product(there(grad), *given, True), out]
+
+    got = products(kernels, dtype, kernels.device)
+    plain, exact = (products(oracle, cast, "cpu") for cast in (dtype, torch.float64))
+    for ours, same_dtype, truth in zip(got, plain, exact):
+        assert_within_budget(ours.cpu(), same_dtype, truth)
