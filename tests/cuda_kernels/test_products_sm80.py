@@ -9,13 +9,7 @@ import emulated
 import pytest
 import torch
 from by_name import oracle
-from checked_products import (
-    assert_one_product_in_every_schedule,
-    assert_one_sum_in_every_schedule,
-    check_products,
-    one_threshold,
-)
-from guarded import guarded
+from checked_products import assert_one_product_in_every_schedule, assert_one_sum_in_every_schedule, check_products, one_threshold
 from host_program import built, run
 from in_turn import in_turn
 from products import ALL, MODES, assert_same, within
@@ -175,30 +169,6 @@ def test_strided_outputs_and_nothing_around_them_is_written(before, more):
         assert int(memory.isnan().sum()) == around
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "at_end", "shape"),
-    in_turn([(BF16, FP32), (FP16, BF16)], [True, False], [(70, 136, 40), (5, 24, 520), (66, 129, 130), (9, 5, 36)]),
-)
-def test_nothing_outside_the_matrices_is_touched(dtypes, shape, at_end):
-    """Inputs and outputs end or begin at forbidden pages."""
-    t = integer_inputs(*shape, *dtypes)
-    for name in ("x", "grad_output", "weight", "scores", "bias"):
-        setattr(t, name, guarded(getattr(t, name), at_end=at_end))
-    threshold = guarded(one_threshold(t), at_end=at_end)
-    packed = guarded(reference.pack_mask(t.scores, threshold, "magnitude"), at_end=at_end)
-    signs = guarded(reference.pack_signs(t.scores)[0], at_end=at_end)
-    arguments = (t.grad_output, t.x, t.weight)
-    with emulated.outputs_at_guard_pages(at_end=at_end):
-        emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, "magnitude")
-        emulated.masked_linear_packed(t.x, t.weight, packed, t.bias)
-        emulated.masked_linear_backward(*arguments, t.scores, threshold, "magnitude", ALL)
-        emulated.masked_linear_packed_backward(*arguments, packed, None, signs, "magnitude", ALL)
-    for dtype in dtypes:
-        out = guarded(torch.zeros(t.weight.shape, dtype=dtype), at_end=at_end)
-        emulated.accumulate_score_grad(out, *arguments, None, signs, "magnitude")
-        emulated.accumulate_product(out, t.grad_output, t.x)
-
-
 # ------------------------------------------------------------------------------------------------ the depth in parts
 
 
@@ -224,12 +194,16 @@ def test_the_depth_is_summed_in_parts_where_tiles_are_few(shape, device, expecte
 
 
 @pytest.mark.parametrize("at_end", [False, True])
-@pytest.mark.parametrize(("tokens", "multiprocessors"), [(64, 132), (128, 6)])
-def test_parts_write_nothing_around_their_workspace(tokens, multiprocessors, at_end, ways):
-    t = integer_inputs(65, 136, 1096, BF16, BF16)
+def test_parts_write_nothing_around_their_workspace(at_end, ways):
     with emulated.outputs_at_guard_pages(at_end=at_end):
-        check_products(t, one_threshold(t), "value", multiprocessors=multiprocessors)
-    assert max(parts for of, parts in ways if of == tokens) > 1
+        t = integer_inputs(65, 136, 1096, BF16, BF16)
+        for multiprocessors in (132, 6):  # tiles of 64 and of 128 tokens
+            check_products(t, one_threshold(t), "value", multiprocessors=multiprocessors)
+        assert {tokens for tokens, parts in ways if parts > 1} == {64, 128}
+        ways.clear()
+        t = integer_inputs(520, 136, 72, BF16, BF16)
+        check_score_grad(t, one_threshold(t), "value", multiprocessors=132)
+    assert parts_of(ways) == {2, 1}
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -263,14 +237,6 @@ def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocesso
     assert parts_of(ways) == expected
 
 
-@pytest.mark.parametrize("at_end", [False, True])
-def test_parts_of_score_gradients_write_nothing_around_their_workspace(at_end, ways):
-    t = integer_inputs(520, 136, 72, BF16, BF16)
-    with emulated.outputs_at_guard_pages(at_end=at_end):
-        check_score_grad(t, one_threshold(t), "value", multiprocessors=132)
-    assert parts_of(ways) == {2, 1}
-
-
 def test_parts_of_score_gradients_are_added_in_one_order(ways):
     """Random floats added to a buffer."""
     t, before = random_inputs(1096, 136, 72, BF16, BF16), torch.randn(136, 72)
@@ -299,9 +265,6 @@ def test_results_do_not_depend_on_the_schedule(scores_dtype, seed, asynchrony):
     for got, right in zip(emulated.masked_linear_backward(*rest), oracle.masked_linear_backward(*rest)):
         assert_same(got, right)
     check_product_added(t)
-
-
-# ------------------------------------------------------------------------------------------------------------- other
 
 
 def test_tiles_give_the_right_fragments_without_bank_conflicts():

@@ -72,12 +72,6 @@ def test_after_a_step_the_host_waits_once_for_the_whole_model(machine):
         machine.step()
 
 
-def test_on_a_cpu_each_layer_is_selected_from_in_its_own_forward(machine):
-    machine.stream = None
-    machine.layers[0](X)
-    assert machine.selected == [0]
-
-
 @pytest.mark.parametrize(("rule", "value"), [("mode", "value"), ("threshold", 0.01), ("keep_ratio", 0.7)])
 def test_a_rule_that_changes_for_all_layers_costs_no_further_wait(machine, rule, value):
     for layer in machine.layers:
@@ -151,15 +145,6 @@ def test_a_write_that_nothing_shows_is_told_by_outdate(machine):
     assert machine.forward()[1] == ALL
 
 
-def test_a_held_layer_is_left_alone_wherever_its_scores_rest(machine):
-    machine.layers[4].hold(machine.layers[4].packed_mask())
-    for layer in machine.layers[3:]:
-        layer.scores.data = layer.scores.data.clone()
-    machine.selected = []
-    machine.layers[0](X)
-    assert machine.selected == [0, 1, 2]
-
-
 def test_a_step_is_compiled_once_and_its_scores_are_companions(machine):
     torch._dynamo.reset()
     step = torch.compile(machine.optimizer.step, backend="eager")
@@ -168,13 +153,6 @@ def test_a_step_is_compiled_once_and_its_scores_are_companions(machine):
             assert machine.forward() == (1, ALL)
             step()
             machine.optimizer.zero_grad()
-
-
-def test_frozen_scores_wait_for_themselves(machine):
-    del machine.optimizer.param_groups[0]["params"][1]
-    machine.forward()
-    machine.step()
-    assert machine.forward() == (2, ALL)
 
 
 @pytest.mark.parametrize("stepped_elsewhere", [True, False])

@@ -1,6 +1,5 @@
 """Calls that only their kernel has to see skip the dispatcher; if anything else has to see a call, it still does."""
 
-import contextlib
 from typing import ClassVar
 
 import pytest
@@ -126,16 +125,6 @@ def test_a_call_that_nothing_else_has_to_see_is_direct(context, layer, dispatche
     assert dispatched == []
 
 
-@pytest.mark.parametrize("shape", [(37,), (1, 37), (1, 1, 37), (0, 37), (2, 0, 37), (2, 3, 2, 37)], ids=str)
-def test_a_direct_result_has_the_shape_and_strides_of_the_ops(shape, layer, dispatched, backend):
-    x = torch.ones(shape)
-    y = mft_kernels.masked_linear_packed(x, layer.weight, layer.packed, layer.bias, backend=backend)
-    assert dispatched == []
-    expected = torch.ops.mft.masked_linear_packed(x, layer.weight, layer.packed, layer.bias, backend)
-    assert torch.equal(y, expected)
-    assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), expected.dtype)
-
-
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "scores"])
 def test_autograd_alone_sees_a_call_without_the_dispatcher(name, layer, dispatched):
     """The gradients equal those through the dispatcher, which a mode enforces."""
@@ -158,25 +147,6 @@ def test_autograd_alone_sees_a_call_without_the_dispatcher(name, layer, dispatch
         assert set(dispatched) & set(BACKWARD)
         assert torch.equal(direct, by_dispatcher)
         dispatched.clear()
-
-
-def test_a_held_step_adds_into_the_buffer_without_the_dispatcher(layer, dispatched):
-    buffer = torch.zeros(5, 37)
-    x = layer.x.clone().requires_grad_()
-    masked_linear_held(x, layer.weight, layer.packed, layer.bias, grad_buffer=buffer).sum().backward()
-    assert dispatched == []
-    assert torch.equal(buffer, layer.x.sum(0).expand(5, 37))
-    assert torch.equal(x.grad, torch.where(layer.module.mask(), layer.weight, 0).sum(0).expand(6, 37))
-
-
-def test_an_accumulation_is_seen_by_a_mode_alone(layer, dispatched):
-    buffer, grad = torch.zeros(5, 37), torch.ones(6, 5)
-    for mode in (contextlib.nullcontext(), contextlib.nullcontext(), SeeingDispatch()):
-        with mode:
-            mft_kernels.accumulate_score_grad(buffer, grad, layer.x, None)
-        assert torch.equal(buffer, layer.x.sum(0).expand(5, 37))
-        buffer.zero_()
-        assert dispatched == ["accumulate_score_grad"] * isinstance(mode, SeeingDispatch)
 
 
 # ---------------------------------------------------------------------------------------------- seen by others

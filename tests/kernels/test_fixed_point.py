@@ -48,22 +48,6 @@ def test_what_is_not_finite_stays_so():
     assert not float_from_fixed(codes).isfinite().any()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("keep_ratio", [0, 0.3, 0.9, 1])
-def test_threshold_and_mask_of_codes_are_those_of_their_values(mode, keep_ratio):
-    codes = fixed_from_float(normal(37, 45))
-    values = float_from_fixed(codes)
-    threshold = mft_kernels.kept_threshold(codes, keep_ratio, mode=mode)
-    assert (threshold.dtype, threshold.shape) == (torch.int16, ())
-    expected = reference.kept_threshold(values, keep_ratio, mode)
-    if keep_ratio == 0:
-        assert threshold.view(torch.float16) == torch.inf
-    else:
-        assert float_from_fixed(threshold) == expected
-    packed = mft_kernels.pack_mask(codes, threshold, mode=mode)
-    assert torch.equal(packed, reference.pack_mask(values, expected, mode))
-
-
 def test_a_threshold_of_another_dtype_is_refused_for_codes():
     codes = fixed_from_float(normal(3, 5))
     with pytest.raises(TypeError, match="threshold must be an int16 code as the scores are, got torch.float32"):

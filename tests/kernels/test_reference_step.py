@@ -114,20 +114,6 @@ def test_an_infinite_moment_saturates_at_2_to_the_126():
     assert scale == torch.tensor(2.0**126) / 1.875
 
 
-def test_8_bit_moments_stay_near_the_exact_ones():
-    exact, coded = Matrix(64, 256), Matrix(64, 256, moments="8bit")
-    exact.weight = coded.weight = torch.ones(64, 256)
-    for i in range(1, 201):
-        grad = exact.next_grad()
-        exact.step(grad, i, lr=0.0)
-        coded.step(grad, i, lr=0.0)
-    m = decode(coded.moments[0], coded.moments[2][0], *MEAN)
-    v = decode(coded.moments[1], coded.moments[2][1], *SQUARE)
-    assert ((m - exact.moments[0]).norm() / exact.moments[0].norm()) < 0.1  # 8 % of a code's step; ten steps remembered
-    # With rounding to nearest, 0.001 of v is lost in half a code step: v is 17 % too large after 600 N(0, 1) gradients.
-    assert abs((v.mean() / exact.moments[1].mean()).item() - 1) < 0.01
-
-
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("zeros", [0.0, 0.95])
 def test_8_bit_moments_give_no_update_that_adamw_could_not_give(size, zeros):

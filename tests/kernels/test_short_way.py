@@ -21,9 +21,6 @@ N, K = 5, 37
 FORWARD = ("masked_linear_packed", "masked_linear")
 BACKWARD = ("masked_linear_packed_backward", "masked_linear_backward")
 every_op = pytest.mark.parametrize("op", [*FORWARD, *BACKWARD])
-by_environment = pytest.mark.parametrize(
-    ("variable", "value", "unset"), [("MFT_KERNELS", "reference", "auto"), ("MFT_AUTOTUNE", "1", "0")]
-)
 
 
 def usual(op: str) -> dict:
@@ -126,6 +123,7 @@ UNUSUAL = {
     "a gradient of nothing": ("grad_output", lambda g: g[:0]),
     "x of fewer rows": ("x", lambda x: x[:-1].contiguous()),
     "weight of no rows": ("weight", lambda w: w[:0]),
+    "neither scores nor signs": ("signs", lambda _: None),
     "d_weight too": ("output_mask", lambda _: [True, True, True, False]),
     "d_bias too": ("output_mask", lambda _: [True, False, True, True]),
 }
@@ -141,16 +139,13 @@ CASES = [
 
 def changed(op: str, unusual: str) -> dict:
     call, (name, change) = usual(op), UNUSUAL[unusual]
-    return call | {name: change(call[name])}
+    nothing = {"scores": None} if unusual.startswith("neither") else {}
+    return call | {name: change(call[name])} | nothing
 
 
 @pytest.mark.parametrize(("op", "unusual"), CASES)
 def test_it_declines_what_is_not_usual(op, unusual):
     assert by_short_way(op, changed(op, unusual)) == []
-
-
-def test_it_declines_a_gradient_of_scores_without_a_sign():
-    assert by_short_way(BACKWARD[0], usual(BACKWARD[0]) | {"scores": None, "signs": None}) == []
 
 
 def outcome(op: str, call: dict, **backend: str) -> object:
@@ -177,31 +172,29 @@ def test_what_must_be_a_tensor_and_is_none_is_refused_by_name(op):
 
 
 @every_op
-@by_environment
-def test_a_call_is_left_to_those_whom_the_environment_names(monkeypatch, op, variable, value, unset):
-    assert by_short_way(op, usual(op))
+@pytest.mark.parametrize(("variable", "value"), [("MFT_KERNELS", "reference"), ("MFT_AUTOTUNE", "1")])
+def test_it_leaves_a_call_to_whom_the_environment_names(monkeypatch, op, variable, value):
+    out, grad, x = torch.zeros(N, K), torch.ones(6, N), torch.ones(6, K)
     monkeypatch.setenv(variable, value)
     assert by_short_way(op, usual(op)) == []
-    for nothing in ("", unset):
+    assert not torch.ops.mft_cpu.try_accumulate_product(out, grad, x)
+    for nothing in ("", {"MFT_KERNELS": "auto", "MFT_AUTOTUNE": "0"}[variable]):
         monkeypatch.setenv(variable, nothing)
         assert by_short_way(op, usual(op))
 
 
 def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(own_table):
-    call = usual(FORWARD[0])
+    call, asked = usual(FORWARD[0]), []
     mft_kernels.masked_linear_packed(**call)
-    assert ("masked_linear_packed", torch.float32) in backends.short_ways
-    asked = []
 
     def product(*arguments, **how):
         asked.append(arguments)
         return reference.product(*arguments, **how)
 
-    functions = {"product": product}
-    ours = backends.Backend("ours", frozenset({"cpu"}), frozenset({torch.float32}), functions)
+    ours = backends.Backend("ours", frozenset({"cpu"}), frozenset({torch.float32}), {"product": product})
     backends.register(ours, before="cpu")
     layer = MaskedLinear(K, N)
-    layer(call["x"].detach())
+    layer(call["x"])
     mft_kernels.masked_linear_packed(**call)
     with torch.no_grad():
         layer(call["x"])
@@ -210,7 +203,7 @@ def test_a_backend_that_auto_asks_first_has_no_short_way_past_it(own_table):
 
 @pytest.mark.parametrize("into", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_product_is_added_as_the_reference_does(into, dtype, monkeypatch):
+def test_a_product_is_added_as_the_reference_does(into, dtype):
     grad, x = torch.randint(-3, 4, (2, 3, N)).to(dtype), torch.randint(-3, 4, (2, 3, K)).to(dtype)
     out = torch.randint(-3, 4, (N, K)).to(into)
     expected = out.clone()
@@ -228,8 +221,4 @@ def test_a_product_is_added_as_the_reference_does(into, dtype, monkeypatch):
         (out[:, :-1], grad, x),
     ):
         assert not add(*unusual)
-    for variable, value in (("MFT_KERNELS", "reference"), ("MFT_AUTOTUNE", "1")):
-        with monkeypatch.context() as patch:
-            patch.setenv(variable, value)
-            assert not add(out, grad, x)
     assert torch.equal(out, expected)

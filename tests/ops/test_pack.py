@@ -3,13 +3,11 @@
 import pytest
 import torch
 from by_name import oracle
-from products import assert_same
+from products import DTYPES, MODES, assert_same
 
 from mft_kernels import reference
 from mft_kernels.testing import integer_inputs
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODES = ("magnitude", "value")
 # One word and part of one; several words; a row of a block of words, less and more; no rows and no columns.
 SHAPES = (
     *((1, 1), (1, 31), (3, 32), (2, 33), (15, 64), (16, 255), (17, 256), (5, 257), (33, 520), (70, 1)),

@@ -163,11 +163,11 @@ def test_x_may_have_any_number_of_leading_axes(kernels, leading):
 
 @every_form
 @pytest.mark.parametrize("at_end", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 37, 31), (17, 24, 72), (3, 60, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 37, 31), (17, 24, 72), (3, 60, 9), (66, 129, 130)], ids=str)
 def test_nothing_outside_the_operands_is_touched(kernels, shape, at_end):
     """Operands end or begin at a forbidden page, and results too if the backend allows it."""
-    if kernels.device.type != "cpu":
-        pytest.skip("the pages are those of the CPU's memory")
+    if kernels.device.type != "cpu" or (kernels.interpreted and shape[0] > 20):
+        pytest.skip("the pages are those of the CPU's memory, and the interpreter takes seconds for many tokens")
     dtype = kernels.dtypes[shape[0] % len(kernels.dtypes)]
     t = integer_inputs(*shape, dtype, FP32 if dtype == BF16 else BF16)
     o = Operands.of(t, row_thresholds(t)).change(lambda v: guarded(v, at_end=at_end))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from by_name import oracle
 from forms import every_backend_but_cuda
+from products import MODES
 
 from mft_kernels import reference
 
 WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 DTYPES = tuple(WORDS)
-MODES = ("magnitude", "value")
 
 
 def assert_same_threshold(kernels, scores, keep_ratio, mode):

@@ -1,16 +1,15 @@
 """select_mask is kept_threshold, pack_mask and pack_signs in one op, on every backend."""
 
-import sys
-
 import pytest
 import torch
+from products import MODES
 from torch.library import opcheck
 
-from mft_kernels import MaskedLinear, fixed_from_float, reference
+import mft_kernels
+from mft_kernels import fixed_from_float, reference
 from mft_kernels.ops.select import select_mask
 from mft_kernels.reference.fixed_point import code_at_least, selectable
 
-MODES = ("magnitude", "value")
 FORMATS = {"fp32": torch.Tensor.float, "bf16": torch.Tensor.bfloat16, "int16": fixed_from_float}
 
 
@@ -30,11 +29,15 @@ def by_pieces(scores, threshold, mode):
 def test_a_matrix_gets_the_results_of_the_three_ops(form, mode, backend):
     scores = FORMATS[form](some_scores(33, 70))
     scores[3, :5] = 0
-    found = select_mask(scores, 0.8, None, mode, backend=backend)
-    threshold = reference.kept_threshold(selectable(scores), 0.8, mode).view(scores.dtype)
-    for got, expected in zip(found, (threshold, *by_pieces(scores, threshold, mode)), strict=True):
-        assert torch.equal(got, expected)
-    assert found[3] >= 5
+    for keep_ratio in (0, 0.3, 0.8, 1):
+        threshold = reference.kept_threshold(selectable(scores), keep_ratio, mode).view(scores.dtype)
+        expected = (threshold, *by_pieces(scores, threshold, mode))
+        found = select_mask(scores, keep_ratio, None, mode, backend=backend)
+        for got, want in zip(found, expected, strict=True):
+            assert torch.equal(got, want)
+        assert found[3] >= 5
+        assert torch.equal(mft_kernels.kept_threshold(scores, keep_ratio, mode=mode, backend=backend), threshold)
+        assert torch.equal(mft_kernels.pack_mask(scores, threshold, mode=mode, backend=backend), expected[1])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -86,28 +89,3 @@ def test_opcheck(form, shape, backend):
     op, scores = torch.ops.mft.select_mask.default, FORMATS[form](some_scores(*shape))
     opcheck(op, (scores, 0.9, None, "magnitude", form == "fp32", backend))
     opcheck(op, (scores, 0.9, 0.01, "value", False, backend))
-
-
-def test_a_forward_in_training_enters_few_functions_of_ours():
-    """The host pays for them in each call. The first forward after a step also selects the mask."""
-    layer, x = MaskedLinear(64, 64), torch.randn(4, 64)
-    optimizer = torch.optim.AdamW([layer.scores])
-    entered = []
-
-    def enter(frame, event, argument):
-        if event == "call" and frame.f_globals.get("__name__", "").startswith("mft_kernels"):
-            entered.append(frame.f_code.co_name)
-
-    def functions_of_a_forward():
-        entered.clear()
-        sys.setprofile(enter)
-        try:
-            layer(x)
-        finally:
-            sys.setprofile(None)
-        return len(entered)
-
-    layer(x).sum().backward()
-    optimizer.step()
-    assert functions_of_a_forward() <= 50, entered
-    assert functions_of_a_forward() <= 15, entered

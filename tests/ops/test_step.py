@@ -6,6 +6,7 @@ import pytest
 import torch
 from by_name import oracle
 from forms import every_backend_but_cuda
+from products import MODES
 from score_steps import (
     DEFAULTS,
     STATE,
@@ -26,7 +27,6 @@ pytestmark = every_backend_but_cuda
 FORMATS = (torch.float32, torch.bfloat16, torch.int16)
 NARROW = (torch.bfloat16, torch.int16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MODES = ("magnitude", "value")
 SCHEMES = pytest.mark.parametrize("eight_bit", [True, False], ids=["8bit", "exact"])
 #: From the interpreter's arithmetic on NaN and infinity.
 FROM_NUMPY = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
