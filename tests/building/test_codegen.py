@@ -121,19 +121,6 @@ def test_all_tiles_that_can_be_chosen_are_among_those_that_the_report_reads(card
     assert unread == {}
 
 
-@pytest.mark.parametrize("card", launches.targets(), ids=str)
-def test_all_tiles_of_experts_that_can_be_chosen_are_among_those_that_the_report_reads(card):
-    read = {tiles_of(one) for _, call in launches.over_experts() for one in ahead.recorded(call, card)}
-    bf16, fp32 = torch.bfloat16, torch.float32
-    unread = {}
-    for rows, features, scores_dtype in itertools.product((1, 20, 100, 500, 4000), (576, 4096, 14336), (bf16, fp32)):
-        for name, call in launches.of_experts(rows, bf16, scores_dtype, features=features):
-            for launched in ahead.recorded(call, card):
-                if (tiles := tiles_of(launched)) not in read:
-                    unread.setdefault(tiles, f"{name}, {features} features")
-    assert unread == {}
-
-
 @pytest.mark.parametrize(
     ("card", "rows", "calls"),
     [(target.A100, 1, ("forward, packed", "sums in bfloat16")), (None, 128, ("d_x, packed", "d_scores by bits"))],

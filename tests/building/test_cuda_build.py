@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from building import compile, cuda, left_out, nvcc, ptxas_log, register_hazards
+from building import compile, cuda, left_out, nvcc, register_hazards
 from building.compile import CannotBuild, Unit
 
 ROOT = Path(__file__).parents[2]
@@ -243,30 +243,6 @@ def test_an_old_assemblers_code_is_read(code, refusal, monkeypatch, tmp_path):
     reason = register_hazards.refusal_after((13, 0), READERS, [tmp_path])
     assert register_hazards.refusal_after((13, 3), None, [tmp_path]) is None
     assert reason is None if refusal is None else re.search(refusal, reason)
-
-
-LOG = """\
-ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ... 'f'
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z1fv' for 'sm_90a'
-ptxas info    : Function properties for _Z1fv
-    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
-ptxas info    : Used 168 registers, used 2 barriers, 8 bytes cumulative stack size
-ptxas info    : Compiling entry function '_Z1gv' for 'sm_90a'
-ptxas info    : Function properties for _Z1gv
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 40 registers, used 0 barriers
-"""
-
-
-def test_the_assemblers_words_are_read():
-    assert ptxas_log.kernels(LOG) == [
-        ptxas_log.Kernel("_Z1fv", "sm_90a", 168, 28),
-        ptxas_log.Kernel("_Z1gv", "sm_90a", 40, 0),
-    ]
-    assert len(ptxas_log.serialised(LOG)) == 1
-    assert ptxas_log.summary(LOG) == {"kernels": 2, "registers": 168, "spilled": 28, "serialised": 1}
-    assert ptxas_log.summary("") == {"kernels": 0, "registers": 0, "spilled": 0, "serialised": 0}
 
 
 @pytest.mark.parametrize("with_ninja", [True, False])

@@ -1,15 +1,10 @@
 """The packages that make installs for each target, in order, and its output. Python is a script: none is installed."""
 
 import os
-import re
-import shlex
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
-
-from building.requirements import requirements
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,28 +66,3 @@ def test_a_step_that_fails_ends_make_with_its_message_and_is_tried_again(environ
         assert "-e .[train" not in (environment / "python.log").read_text()
     (environment / "fail").write_text("nothing fails")
     assert make(f"VENV={environment}", "install").returncode == 0
-
-
-def test_an_extras_packages_are_those_of_pyproject():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert requirements("train") == extras["train"]
-    assert requirements("train", "compare") == [*extras["train"], "peft>=0.18"]
-
-
-def test_vllm_test_makes_its_environment_by_the_commands_of_the_page(tmp_path):
-    python = tmp_path / "a-python"
-    python.write_text(
-        f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/log\n'
-        'if [ "$2" = venv ]; then mkdir -p $3/bin && cp $0 $3/bin/pip && cp $0 $3/bin/python; fi\n'
-    )
-    python.chmod(0o755)
-    made = make(f"VLLM_VENV={tmp_path}/new", f"PYTHON={python}", f"{tmp_path}/new/.installed")
-    assert made.returncode == 0, made.stderr
-    [_, block, *_] = re.split("^```.*\n", (ROOT / "docs/how-to/vllm.md").read_text(), flags=re.MULTILINE)
-    on_the_page = [" ".join(shlex.split(line, comments=True)) for line in block.splitlines()]
-    executed = (tmp_path / "log").read_text().replace(f"{tmp_path}/new", "vllm-env").replace(str(python), "python3")
-    assert executed.splitlines()[: len(on_the_page)] == on_the_page
-    assert [line.split()[:2] for line in on_the_page][-2:] == [
-        ["vllm-env/bin/pip", "install"],
-        ["vllm-env/bin/python", "-c"],
-    ]

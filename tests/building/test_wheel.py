@@ -41,12 +41,6 @@ def test_each_fault_is_named(tmp_path, changes, fault):
     assert fault in found
 
 
-def test_a_wheel_has_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(wheel, "LARGEST", 100)
-    (found,) = wheel.faults(packed(tmp_path))
-    assert "must have at most 100 bytes, got" in found
-
-
 def test_an_sdist_that_lacks_a_source_is_told(tmp_path):
     sources = ["mft_kernels/mask/held.py", "mft/config.py"]
     path = tmp_path / "mft_kernels-0.2.0.tar.gz"

@@ -141,12 +141,3 @@ def test_the_library_needs_no_python_symbol():
     symbols = [line.split()[-1] for line in nm.stdout.splitlines()]
     assert not [s for s in symbols if s.startswith(("Py", "_Py"))]
     assert not [s for s in symbols if "c10" in s or "at6native" in s]
-
-
-def test_ops_below_the_library_hold_under_inference_mode_and_grad_mode(capability):
-    t = integer_inputs(4, 8, 16, torch.bfloat16)
-    t.weight.requires_grad_()
-    threshold = torch.tensor(2.0)
-    with torch.inference_mode():
-        y = flat.masked_linear(t.x.clone(), t.weight, t.scores, threshold, None, "magnitude")
-    assert_same(y.clone(), oracle.masked_linear(t.x, t.weight, t.scores, threshold, None, "magnitude").detach())

@@ -3,8 +3,6 @@
 import itertools
 import json
 import logging
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from by_name import ByName, oracle
 
 from benchmarks import bench_paths
 from benchmarks.bench_paths import Case
-from benchmarks.fit_choice import FAST, FILE, FORMATS, PATHS, PRODUCTS
+from benchmarks.fit_choice import FAST
 from mft_kernels import reference
 from mft_kernels.backends import cpu
 from mft_kernels.backends.cpu import choice as cpu_choice
@@ -30,7 +28,6 @@ MISSED = {
     ("portable", "d_x", "fp32", "scores", 256, 256, 1),  # 1.25 to 1.54
     ("portable", "d_x", "fp32", "scores", 256, 256, 4),  # 1.08 to 1.31
 }
-ROOT = Path(__file__).parents[2]
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -57,18 +54,6 @@ def test_a_small_layer_is_not_masked_into_slabs(name):
         assert taken.split(",")[0] != "slabs", (product, tokens, size, dtype)
 
 
-def test_there_are_costs_of_each_path_and_of_no_other():
-    text = FILE.read_text()
-    costs = re.findall(r'^{"(\w+)", Format::(\w+), Product::(\w+), Path::(\w+), {.*}},$', text, re.MULTILINE)
-    assert sorted(costs) == sorted(
-        (name, FORMATS[dtype], PRODUCTS[product], PATHS[path])
-        for name in SETS
-        for dtype in FORMATS
-        for product in PRODUCTS
-        for path in paths_of(name, product, bench_paths.DTYPES[dtype])
-    )
-
-
 def test_no_path_is_lost_and_none_is_made_up():
     for name in ("amx", "avx512_bf16", "avx512", "amx_emulated", "avx2", "portable"):
         fused = {"fused"} if name not in ("avx2", "portable") else set()
@@ -83,11 +68,6 @@ def test_no_path_is_lost_and_none_is_made_up():
 
 
 # ---------------------------------------------------------------------------------------------- a path on request
-
-
-def paths_of(capability, product, dtype):
-    name = str(dtype).removeprefix("torch.")
-    return torch.ops.mft_cpu.paths(capability, product, name, 5, 8, 8, 4.0, 2.0).split(",")
 
 
 def test_a_path_that_cannot_serve_is_refused(capability):
@@ -167,13 +147,6 @@ def test_the_fastest_is_kept_for_this_process_and_the_next(cache, clock):
     assert sorted(facts["m"] for facts, _ in stored(cache)) == [8, 16]
 
 
-def test_tokens_of_any_leading_shape_are_counted(cache, clock):
-    t = integer_inputs(6, 24, 40, torch.bfloat16, torch.bfloat16)
-    threshold = torch.tensor(2.0, dtype=torch.bfloat16)
-    flat.masked_linear(t.x.view(2, 3, 40), t.weight, t.scores, threshold, None, "magnitude")
-    assert [facts["m"] for facts, _ in stored(cache)] == [8]
-
-
 @pytest.mark.parametrize("m", [5, 50])
 def test_the_model_is_what_a_measurement_has_to_overrule(cache, clock, m):
     """It must win by more than noise."""
@@ -204,14 +177,6 @@ def test_what_is_added_up_is_added_once_while_it_is_measured(cache, clock):
     assert bool(clock["timed"]) == several
 
 
-def test_gradients_are_right_while_they_are_measured(cache):
-    t, threshold = integer_inputs(6, 24, 40, torch.float32), torch.tensor(2.0)
-    arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [True, False, True, False])
-    for got, expected in zip(flat.masked_linear_backward(*arguments), oracle.masked_linear_backward(*arguments)):
-        assert torch.equal(got, expected)
-    assert {facts["product"] for facts, _ in stored(cache)} == {"d_x", "d_scores"}
-
-
 @pytest.mark.parametrize("change", [{"product": "backward"}, {"dtype": "int8"}, {"m": "many"}, {"depth": 3}])
 def test_a_file_of_products_that_there_are_not_is_damaged(cache, clock, caplog, change):
     forward()
@@ -225,8 +190,3 @@ def test_a_file_of_products_that_there_are_not_is_damaged(cache, clock, caplog, 
         forward()
     assert "is ignored" in caplog.text
     assert stored(cache) == [(facts, path)]
-
-
-def test_each_machine_torch_and_build_measures_for_itself():
-    assert set(cpu_choice._made_for("portable")) == {"processor", "instruction_set", "torch", "library"}
-    assert cpu_choice._made_for("portable") != cpu_choice._made_for("avx2")

@@ -5,15 +5,11 @@ tests/ops/test_expert_products.py tests the results, which are the same for ever
 
 import pytest
 import torch
-from by_name import ByName, oracle
+from by_name import oracle
 from experts import integer_experts
-from products import DTYPES, misaligned
+from products import DTYPES
 
 from mft_kernels import reference
-from mft_kernels.backends import cpu
-
-flat = ByName(cpu)
-
 
 PATHS = ("few", "fused", "slabs")
 LAYOUTS = pytest.mark.parametrize("transposed", [False, True], ids=["(E, N, K)", "(E, K, N)"])
@@ -135,36 +131,6 @@ def test_weights_with_gaps_and_transposed_ones_equal_their_copies(transposed, pa
                 for w in (weight, weight.contiguous())
             ]
             assert torch.equal(*grads)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("path", PATHS)
-def test_misaligned_operands_equal_aligned_ones(capability, path, dtype):
-    tensors, results = _random((3, 0, 21), 41, 77, dtype), []
-    for x, grad, weight, packed, signs, offsets in (tensors, map(misaligned, tensors)):
-        mask, out = (None, None, packed), misaligned(torch.empty(weight.shape, dtype=dtype))
-        results.append([_product(x, weight, mask, offsets, None, False, path)])
-        results[-1].append(_product(grad, weight, mask, offsets, None, True, path))
-        results[-1].append(_score_grad(out, grad, x, offsets, weight, None, signs, False, path))
-    # Slabs use torch's GEMM, whose sums depend on where rows lie. They also replace paths that a set lacks.
-    fused = path == "fused" and capability not in ("avx2", "portable")
-    for got, want, ours in zip(*results, (fused or path == "few", fused or path == "few", fused)):
-        if ours:
-            assert torch.equal(got, want)
-        else:
-            torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("experts", [1, 3, 5])
-def test_thresholds_and_bits_of_experts_on_threads_equal_those_of_each(capability, threads, experts):
-    threads(3)
-    scores = torch.randn(experts, 50, 70, generator=torch.Generator().manual_seed(0))
-    for each in (scores, scores.bfloat16()):
-        for mode in ("magnitude", "value"):
-            found = flat.kept_thresholds(each, 0.7, mode)
-            assert torch.equal(found, torch.stack([reference.kept_threshold(s, 0.7, mode) for s in each]))
-            rows, keys = found.repeat_interleave(50), each.flatten(0, 1)
-            assert torch.equal(flat.pack_mask(keys, rows, mode), reference.pack_mask(keys, rows, mode))
 
 
 def test_new_gradients_too_large_for_a_cache_are_whole(threads):

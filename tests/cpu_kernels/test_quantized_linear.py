@@ -26,14 +26,6 @@ SHAPES = [(1, 1), (3, 5), (7, 63), (33, 129), (9, 576), (70, 2050)]
 TOKENS = (0, 1, 3, 17, 70, 150)
 
 
-@pytest.fixture(params=["amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "portable"])
-def capability(request, monkeypatch):
-    if request.param not in cpu.capabilities():
-        pytest.skip(f"{request.param} is not among {cpu.capabilities()} of this machine and build")
-    monkeypatch.setenv("MFT_CPU_CAPABILITY", request.param)
-    return request.param
-
-
 def assert_same_bits(got, expected):
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
     assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), (got, expected)
@@ -96,25 +88,22 @@ def test_every_code_is_rounded_once_at_every_size_of_absmax(capability, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_change_no_bit_of_our_own_products(kind, dtype):
+def test_threads_change_no_bit_of_our_own_products(kind, dtype, threads):
     """Below AVX-512 many tokens take torch's product, which MKL sums in another order with other threads."""
     n, k = 1100, 1100
     codes, absmax, *rest = coded(n, k, kind)
-    packed, before, found = pack_mask(torch.randn(n, k), torch.tensor(0.4)), torch.get_num_threads(), {}
-    for threads in (1, 2, 3, 7):
-        torch.set_num_threads(threads)
-        try:
-            for m in (1, 20, 150):
-                x = torch.linspace(-1, 1, m * n).view(m, n).to(dtype)
-                for product, bias in ((flat.masked_linear_quantized, [None]), (flat.masked_linear_quantized_d_x, [])):
-                    y = product(x, codes, absmax, packed, *bias, *rest)
-                    first = found.setdefault((m, product), y)
-                    if m <= 64 or "fused" in paths("forward", dtype, m, n, k):
-                        assert_same_bits(y, first)
-                    else:
-                        torch.testing.assert_close(y, first, rtol=1e-5, atol=1e-5 * first.abs().max().item())
-        finally:
-            torch.set_num_threads(before)
+    packed, found = pack_mask(torch.randn(n, k), torch.tensor(0.4)), {}
+    for count in (1, 2, 3, 7):
+        threads(count)
+        for m in (1, 20, 150):
+            x = torch.linspace(-1, 1, m * n).view(m, n).to(dtype)
+            for product, bias in ((flat.masked_linear_quantized, [None]), (flat.masked_linear_quantized_d_x, [])):
+                y = product(x, codes, absmax, packed, *bias, *rest)
+                first = found.setdefault((m, product), y)
+                if m <= 64 or "fused" in paths("forward", dtype, m, n, k):
+                    assert_same_bits(y, first)
+                else:
+                    torch.testing.assert_close(y, first, rtol=1e-5, atol=1e-5 * first.abs().max().item())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="/proc/self/clear_refs is Linux's")

@@ -1,7 +1,5 @@
 """The table of backends: explicit requests never fall back, and the report gives the reason."""
 
-import logging
-
 import pytest
 import torch
 
@@ -105,16 +103,6 @@ def test_the_report_names_every_backend_and_what_auto_chooses():
         assert row["available"] == (row["reason"] is None)
     assert report["backends"]["reference"]["available"]
     assert report["backends"][report["auto"]["cpu"]]["available"]
-
-
-def test_auto_says_once_for_all_dtypes_what_it_chose(caplog, monkeypatch):
-    monkeypatch.setattr(backends, "_announced", set())
-    monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.delenv("MFT_KERNELS", raising=False)
-    with caplog.at_level(logging.INFO, logger="mft_kernels"):
-        for dtype in (torch.float32, torch.bfloat16):
-            mft_kernels.kept_threshold(torch.ones(2, 2, dtype=dtype), 0.5)
-    assert len([r for r in caplog.records if "kept_threshold on cpu" in r.message]) == 1
 
 
 def test_auto_takes_a_backends_own_choice_and_a_request_its_plain_function(monkeypatch):

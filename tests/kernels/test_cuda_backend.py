@@ -108,11 +108,6 @@ def test_what_it_does_not_take_is_refused_by_its_name(backend, operand):
     assert refusal == f"its product takes no {operand.__name__}"
 
 
-def test_each_gpu_is_asked_for(backend, monkeypatch):
-    monkeypatch.setattr(cuda, "_device_refusal", lambda index: f"GPU {index} is too old")
-    assert backend.refusal("pack", torch.device("cuda", 1), (BFLOAT16,)) == "GPU 1 is too old"
-
-
 @pytest.mark.parametrize(
     ("capability", "targets", "refusal"),
     [

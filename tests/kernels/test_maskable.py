@@ -247,12 +247,3 @@ def test_a_parent_that_computes_with_the_childs_weight_takes_no_masked_layer(par
             put(parent, name, masked(nn.Linear(16, 16)))
     assert getattr(parent, name) is before
     setattr(parent, name, nn.Linear(16, 16))  # other layers can be assigned as usual
-
-
-def test_torchs_batch_norm_fusion_keeps_the_mask():
-    """It multiplies whole rows of a copy's weight, which commutes with a mask."""
-    layer, norm = masked(nn.Linear(16, 8)).eval(), nn.BatchNorm1d(8).eval()
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    x = torch.randn(4, 16)
-    torch.testing.assert_close(nn.utils.fusion.fuse_linear_bn_eval(layer, norm)(x), norm(layer(x)))

@@ -49,18 +49,6 @@ def test_masked_linear_equals_the_detach_formulation_on_integers(mode, dtype, ba
         assert torch.equal(a.grad, b.grad), name
 
 
-@pytest.mark.parametrize("shape", [(45,), (1, 45), (2, 3, 45), (0, 45), (2, 0, 45)], ids=str)
-def test_x_may_have_any_leading_shape(shape):
-    t = integer_inputs(1, 17, 45)
-    x = torch.ones(shape, requires_grad=True)
-    scores = t.scores.requires_grad_()
-    y = mft_kernels.masked_linear(x, t.weight, scores, torch.tensor(2.0), t.bias)
-    assert y.shape == (*shape[:-1], 17)
-    y.sum().backward()
-    assert x.grad.shape == x.shape
-    assert scores.grad.shape == scores.shape
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_threshold_may_be_given_for_each_row(mode, backend):
     t = integer_inputs(6, 5, 37)

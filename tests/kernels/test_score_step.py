@@ -15,7 +15,6 @@ from mft_kernels import float_from_fixed, reference, score_step
 from mft_kernels.reference.fixed_point import selectable
 
 SCORES = (torch.float32, torch.bfloat16, torch.int16)
-MOMENTS = ("fp32", "8bit")
 
 
 # ---------------------------------------------------------------------------------------------- arithmetic

@@ -60,24 +60,21 @@ def test_a_switch_updates_then_empties_the_prefix_cache():
     ]
 
 
-def test_a_switch_while_it_answers_is_refused():
-    llm = Noted(busy=True)
-    with pytest.raises(ValueError, match="answered all requests before its masks change"):
+@pytest.mark.parametrize(
+    ("llm", "kind", "words"),
+    [
+        ({"busy": True}, ValueError, "answered all requests before its masks change"),
+        ({"empties": False}, RuntimeError, "must empty its prefix cache"),
+        # vLLM does not answer the call.
+        ({"update": lambda info: threading.Event().wait(), "dead": True}, RuntimeError, "must run, got a dead one"),
+    ],
+    ids=["it answers", "its cache stays", "its engine dies"],
+)
+def test_a_switch_that_cannot_be_is_an_error(llm, kind, words):
+    llm = Noted(**llm)
+    with pytest.raises(kind, match=words):
         mft.vllm.use(llm, "code")
-    assert llm.calls == []
-
-
-def test_a_cache_that_stays_is_an_error():
-    with pytest.raises(RuntimeError, match="must empty its prefix cache"):
-        mft.vllm.use(Noted(empties=False), "code")
-
-
-def test_an_engine_that_dies_in_a_switch_is_said_and_not_waited_for():
-    """vLLM does not answer the call."""
-    never = threading.Event()
-    with pytest.raises(RuntimeError, match="engine must run, got a dead one"):
-        mft.vllm.use(Noted(lambda info: never.wait(), dead=True), "code")
-    never.set()
+    assert llm.calls == [] or kind is RuntimeError
 
 
 def test_what_a_worker_refuses_arrives_as_its_sentence():

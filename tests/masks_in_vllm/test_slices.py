@@ -4,7 +4,6 @@ import pytest
 import torch
 from served import Served, is_plain
 from tiny import make_llama
-from torch import nn
 
 from mft.vllm.slices import Slices
 
@@ -28,17 +27,6 @@ def test_a_slice_is_memory_of_the_fused_matrix_and_nothing_is_copied(served):
     after = served.weights()
     assert (after.pop(K) == 7).all()
     assert all(torch.equal(after[name], before[name]) for name in after)
-
-
-def test_a_parameter_of_a_subclass_gives_a_plain_tensor(served):
-    class Strange(nn.Parameter):
-        @classmethod
-        def __torch_function__(cls, *args, **kwargs):
-            return super().__torch_function__(*args, **kwargs)
-
-    layer = served.get_submodule(served._where[DOWN][0])
-    layer.weight = Strange(layer.weight.data, requires_grad=False)
-    assert type(find(served, DOWN, (32, 64))) is torch.Tensor
 
 
 @pytest.mark.parametrize(

@@ -128,24 +128,6 @@ def test_where_there_are_too_many_connections_the_slowest_half_request_makes_roo
         halves[-1].recv(1)
 
 
-def test_connections_that_were_closed_to_make_room_are_not_waiting_for_an_answer(serve, dial, monkeypatch):
-    """A burst of half requests closes as many before the loop has forgotten them, so they are still listed."""
-    running = serve(connections=9)
-    for _ in range(8):
-        dial(running, PARTS["half a head"])
-    check_room = connection.Connection.check_room
-
-    def check_in_a_burst(self):
-        for each in self.connections - {self}:
-            each._stop_waiting()
-            each.transport.abort()
-        self.most = 8
-        check_room(self)
-
-    monkeypatch.setattr(connection.Connection, "check_room", check_in_a_burst)
-    assert status(dial(running, WHOLE)) == 200
-
-
 def test_where_every_connection_is_being_answered_one_more_is_refused(serve, dial, gate, until):
     running = serve(connections=2)
     gate.clear()

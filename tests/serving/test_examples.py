@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,21 +66,6 @@ def test_the_command_line_takes_what_an_example_starts(file):
     assert given["api_keys_file"].name == "api-keys"
 
 
-def test_the_container_is_made_of_the_wheel_and_its_user_has_no_rights():
-    names = [name for name, _ in instructions()]
-    assert names[0] == "FROM"
-    (user,) = (rest for name, rest in instructions() if name == "USER")
-    number = int(user.partition(":")[0])
-    assert number > 1000
-    assert names.index("USER") > max(at for at, name in enumerate(names) if name == "RUN")  # nothing is made after it
-    runs = " ".join(rest for name, rest in instructions() if name == "RUN")
-    assert "/dist/mft_kernels-*.whl" in runs
-    assert f"--uid {number}" in runs
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert re.search(r"whl\)\[(\w+)\]", runs)[1] in extras
-    assert pod()["securityContext"]["runAsUser"] == number
-
-
 def test_the_manifest_probes_routes_that_there_are():
     from mft.serving.api import service
 
@@ -100,18 +84,6 @@ def test_answers_have_their_time_before_a_server_is_killed():
     assert pod()["terminationGracePeriodSeconds"] >= int(before) + grace + 5
     grace = SERVE.make_context("mft serve", COMMANDS["mft-serve.service"]()).params["grace"]
     assert int(unit()["TimeoutStopSec"]) >= grace + 5
-
-
-def test_every_volume_of_the_manifest_is_one_that_it_makes():
-    kinds, spec = manifests(), pod()
-    volumes = {each["name"]: each for each in spec["volumes"]}
-    assert volumes.keys() == {each["name"] for each in spec["containers"][0]["volumeMounts"]}
-    assert volumes["list"]["configMap"]["name"] == kinds["ConfigMap"]["metadata"]["name"]
-    assert volumes["keys"]["secret"]["secretName"] == kinds["Secret"]["metadata"]["name"]
-    assert volumes["keys"]["secret"]["defaultMode"] & 0o007 == 0
-    assert volumes["masks"]["persistentVolumeClaim"]["claimName"] == kinds["PersistentVolumeClaim"]["metadata"]["name"]
-    labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
-    assert kinds["Service"]["spec"]["selector"] == labels
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")

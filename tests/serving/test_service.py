@@ -201,14 +201,10 @@ def test_a_bad_request_is_told_the_parameter_the_rule_and_the_value(serve, until
     assert post(running, b"{")[1]["error"]["message"].startswith("the body must be JSON")
     assert post(running, [])[1]["error"]["message"].startswith("the body must be ")
     assert post(running, b" " * (1 << 24) + b"{}")[0] == 413
-    assert post(running, b'{"model": "code", "prompt": "3", "temperature": NaN}')[0] == 400
     assert post(running, b'{"model": "code", "prompt": "3", "a\\n\\u001b[2Jb": 1}')[0] == 400
     assert " POST /v1/completions 400: a\\n\\x1b[2Jb must be left out" in running.lines[-1]
     assert post(running, b'{"model": "code", "prompt": "\\ud800"}')[0] == 400
-    assert post(running, b'{"model": "code", "prompt": "\xff"}')[0] == 400
-    assert post(running, b"[" * 50_000)[0] == 400
     assert len(json.dumps(post(running, {"k" * 10_000: 1, **COMPLETION, "model": "m" * 9999}))) < 1000
-    assert post(running, {}, "/v1/complete")[0] == 404
     assert post(running, {}, "/v1/models")[0] == 405
     assert post(running, COMPLETION | {"user": "u", "n": None})[0] == 200
     until(lambda: running.scheduler.counts == (0, 0))
@@ -371,6 +367,7 @@ def test_an_answer_that_cannot_be_decoded_ends_alone(serve, words, caplog, until
     found = at_once(ask)
     assert FAILED in found[0]
     assert [text.split() for text in found[1:]] == texts[1:]
+    assert post(running, COMPLETION | {"prompt": "unreadable"})[1]["error"]["message"] == FAILED
     assert "one answer failed, the others go on" in caplog.text
     assert "expected str instance, NoneType found" in caplog.text
     until(lambda: running.scheduler.counts == (0, 0))
@@ -394,36 +391,19 @@ def test_a_prompt_that_the_model_cannot_read_ends_its_answer_alone(serve, words,
     until(lambda: running.scheduler.counts == (0, 0))
 
 
-def test_a_text_that_cannot_be_tokenized_is_one_500(serve, words):
-    running = serve(tokenizer=Hole(words, -1))
-    assert post(running, COMPLETION | {"prompt": "unreadable"})[1]["error"]["message"] == FAILED
-    assert post(running, COMPLETION)[0] == 200
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_device_that_is_lost_ends_the_service(serve, monkeypatch):
-    running = serve()
-    running.fails = True
-
-    def fail(batch, task, prompt):
-        raise torch.AcceleratorError("device-side assert triggered")
-
-    monkeypatch.setattr(RunningBatch, "read", fail)
-    with pytest.raises(openai.InternalServerError, match="the server must be running, got one that failed"):
-        complete(running)
-    running.thread.join(10)
-    assert not running.thread.is_alive()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_fails_ends_the_service_and_nobody_waits(serve, monkeypatch):
+@pytest.mark.parametrize(
+    ("work", "error"),
+    [("read", torch.AcceleratorError("device-side assert triggered")), ("step", RuntimeError("out of memory"))],
+)
+def test_a_device_or_a_thread_that_fails_ends_the_service_and_nobody_waits(serve, monkeypatch, work, error):
     running = serve(rows=1)
     running.fails = True
 
-    def fail(batch, tokens):
-        raise RuntimeError("out of memory")
+    def fail(*_):
+        raise error
 
-    monkeypatch.setattr(RunningBatch, "step", fail)
+    monkeypatch.setattr(RunningBatch, work, fail)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(complete, running, max_tokens=4) for _ in range(2)]
         for each in asked:

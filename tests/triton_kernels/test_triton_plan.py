@@ -75,35 +75,7 @@ def test_few_tokens_split_the_sum_and_the_parts_cover_it_once():
     assert plan.product_tiles(Problem(target.H100, 4096, 4096, 4096, Operands(2, 2, aligned=True))).splits == 1
 
 
-#: N and K for which memory bounds a decoded token, and (SMALL) one whose launch takes longer than its bytes.
-DECODED = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336))
-SMALL = (576, 1536)
 DECODING = (target.A100, target.H100, target.H100_OLD_TRITON, target.B200, target.RTX_4090)
-
-
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "scores"])
-@pytest.mark.parametrize("card", DECODING, ids=["A100", "H100", "H100, old Triton", "B200", "RTX 4090"])
-def test_decoding_fills_the_card_and_moves_little_beside_weight_and_mask(card, packed):
-    for (n, k), m in itertools.product((*DECODED, SMALL), (1, 8, 16, 64)):
-        x, weight, threshold = empty(m, k), empty(n, k), empty()
-        words, scores = empty(n, k // 32, dtype=torch.int32), empty(n, k)
-        with target.assume(card), launch.record() as launches:
-            if packed:
-                flat.masked_linear_packed(x, weight, words, None)
-            else:
-                flat.masked_linear(x, weight, scores, threshold, None, "magnitude")
-        product, *sums = launches
-        case = (n, k), m, product.options["BLOCK_P"], product.grid
-        parts = next(a for a in product.args if isinstance(a, torch.Tensor) and a.dtype == torch.float32)
-        assert [one.kernel.__name__ for one in sums] == ["_sum_splits_kernel"] * bool(parts.numel()), case
-        needed = n * k * (2 + (1 / 8 if packed else 2))
-        activations, beside = 2 * m * (k + n), 2 * 4 * parts.numel()
-        if (n, k) == SMALL:
-            assert m > 16 or activations + beside <= needed / 10 or beside <= 2**19, case
-            continue
-        assert product.grid[0] >= 0.85 * card.multiprocessors or m > 16, case
-        # For more tokens, the parts go through L2.
-        assert activations + beside * (m <= 16) <= needed / 10, case
 
 
 @pytest.mark.parametrize("card", DECODING, ids=["A100", "H100", "H100, old Triton", "B200", "RTX 4090"])
