@@ -1,21 +1,13 @@
 """Where elements lie, which warp waits for which, and CUTLASS's kernel: the device's code, compared with CuTe.
 
-CuTe and CUTLASS run on the host. They need their headers and CUDA's, but no nvcc. The last two tests need neither.
+CuTe and CUTLASS run on the host. They need their headers and CUDA's, but no nvcc.
 """
 
-import emulated
 import pytest
 from host_program import built, run
 
 from building.compile import CannotBuild, system_headers
 from building.nvcc import find_cutlass, find_nvcc
-
-KERNELS = [
-    source
-    for pattern in ("product_*.c*", "decode_*.cu", "sum_parts.cu", "score_grad_sm80*.cu")
-    for source in sorted((emulated.ROOT / "csrc/cuda").glob(pattern))
-    if source.suffix in (".cu", ".cpp")
-]
 
 
 def cute_headers() -> list[str]:
@@ -47,21 +39,3 @@ def test_cutlass_s_kernel_of_d_scores_on_hopper_makes_every_element_bit_for_bit(
 
 def test_no_schedule_of_the_load_warp_and_the_epilogue_of_d_scores_on_hopper_hangs():
     run("test_score_protocol.cpp", [], [*cute_headers(), "-fpermissive", "-w"])
-
-
-@pytest.mark.slow
-def test_cutlass_s_kernel_of_d_scores_on_hopper_ends_and_its_stages_are_whole_in_every_schedule_tried():
-    """Each of seven faults, inserted one at a time, is found and named."""
-    # -O1: with -O0, g++ takes longer.
-    run("test_cutlass_protocol.cpp", [built("machine.cpp")], [*cute_headers(), "-O1", "-fpermissive", "-w"])
-
-
-def test_no_ldmatrix_or_stmatrix_has_bank_conflicts():
-    objects = [built(source.name) for source in KERNELS]
-    if missing := [o.name for o in objects if not o.exists()]:
-        pytest.skip(f"MFT_EMULATED leaves out {', '.join(missing)}")
-    run("test_bank_conflicts.cpp", objects, [])
-
-
-def test_tiles_come_in_panels_of_eight_token_tiles():
-    run("test_tile_order.cpp", [built("machine.cpp")], [])
