@@ -63,6 +63,15 @@ class Operands:
         names = names or TENSORS
         return replace(self, **{name: function(getattr(self, name)) for name in names})
 
+    @property
+    def forward(self) -> tuple[Any, ...]:
+        """Return the arguments of masked_linear."""
+        return self.x, self.weight, self.scores, self.threshold, self.bias, self.mode
+
+    def backward(self, output_mask: list[bool]) -> tuple[Any, ...]:
+        """Return the arguments of masked_linear_backward."""
+        return self.grad_output, self.x, self.weight, self.scores, self.threshold, self.mode, output_mask
+
     def to(self, device: torch.device) -> "Operands":
         """Return the operands on a device."""
         return self.change(lambda tensor: tensor.to(device))
@@ -148,17 +157,17 @@ def _not_a_number(shape: Any, like: Tensor) -> Tensor:
 
 def every_product(by: Any, o: Operands, *, gradients: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, result) for each product of ``by``; without ``gradients``, only for the forward pass and d_x."""
-    yield "y with bias by scores", by.masked_linear(o.x, o.weight, o.scores, o.threshold, o.bias, o.mode)
+    yield "y with bias by scores", by.masked_linear(*o.forward)
     yield "y with bias by bits", by.masked_linear_packed(o.x, o.weight, o.packed, o.bias)
     yield "y by bits", by.masked_linear_packed(o.x, o.weight, o.packed, None)
     given = (o.grad_output, o.x, o.weight)
-    by_scores, by_bits = (*given, o.scores, o.threshold, o.mode), (*given, o.packed, None, o.signs, o.mode)
-    yield "d_x by scores", by.masked_linear_backward(*by_scores, D_X)[0]
+    by_bits = (*given, o.packed, None, o.signs, o.mode)
+    yield "d_x by scores", by.masked_linear_backward(*o.backward(D_X))[0]
     yield "d_x by bits", by.masked_linear_packed_backward(*by_bits, D_X)[0]
     if not gradients:
         return
     for mask, results in (
-        ("scores", by.masked_linear_backward(*by_scores, ALL)),
+        ("scores", by.masked_linear_backward(*o.backward(ALL))),
         ("bits", by.masked_linear_packed_backward(*by_bits, ALL)),
     ):
         yield from ((f"{name} of all by {mask}", result) for name, result in zip(GRADIENTS, results, strict=True))
