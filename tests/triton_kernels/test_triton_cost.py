@@ -134,6 +134,14 @@ def product_jobs(tiles, m, p, q):
     return math.ceil(m / tiles.rows) * math.ceil(p / tiles.columns) * math.ceil(q / tiles.part(q))
 
 
+def test_tf32_multiplies_at_half_the_rate_of_16_bits_and_full_precision_on_ordinary_cores():
+    def taken(card, element, **exact):
+        return expected(Problem(card, 16384, 4096, 4096, Operands(element, **exact)), plan.Tiles(128, 128, 32, 8, 4))
+
+    assert taken(target.RTX_4090, 4) / taken(target.RTX_4090, 2) == pytest.approx(2, rel=0.1)
+    assert taken(target.H100, 4, exact=True) > 5 * taken(target.H100, 4)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_card_is_left_half_idle_where_splitting_could_fill_it(name):
     card = TARGETS[name]
